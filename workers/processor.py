@@ -1,0 +1,121 @@
+"""workers: what a processor is, and what a job offers it.
+
+Only this interface may be imported by processors; how a job really runs (child process or inline) is `execution.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+JSON = Any
+"""What JSON can say: objects, lists, strings, numbers, booleans, null."""
+
+Isolation = Literal["process", "inline"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class ProcessorError(Exception):
+    """The work could not be done; becomes the job's `error`.
+
+    `code` is a stable UPPER_CASE word for programs, the message a sentence for people. `transient` says that the same
+    work may succeed later (a timeout, a 503): only then is the job tried again.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, transient: bool = False, details: Mapping[str, JSON] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.transient = transient
+        self.details = dict(details or {})
+
+
+class SavedFile(BaseModel):
+    """A result file in the store. `path` is relative, below the place where results are served; `size` in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    sha256: str
+    size: int
+    media_type: str
+
+
+class Results(BaseModel):
+    """What a processor hands over when it is done: its main file, the files that belong to it, and what it cost."""
+
+    model_config = ConfigDict(frozen=True)
+
+    markdown: SavedFile | None = None
+    assets: list[SavedFile] = []
+    metadata: dict[str, JSON] = {}
+    """Free facts about the result, shown in `results.metadata`."""
+    tokens_used: int = 0
+
+
+class Job(Protocol):
+    """One attempt at a job, as its processor sees it."""
+
+    @property
+    def job_id(self) -> str: ...
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first execution."""
+
+    @property
+    def parameters(self) -> Any:
+        """The processor's own `Parameters` model, validated."""
+
+    @property
+    def scratch(self) -> Path:
+        """An empty directory of this attempt's own, removed afterwards."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Somebody asked for the job to be cancelled: stop at the next convenient point."""
+
+    async def step(self, name: str, inputs: Mapping[str, JSON], function: Callable[[], Awaitable[JSON]]) -> JSON:
+        """Run `function` as the checkpointed step `name` and return its JSON output.
+
+        A step that already finished with the same `inputs` in an earlier attempt is not run again: its output is
+        returned as it was. Files saved inside belong into the output (`SavedFile.model_dump()`).
+        """
+
+    async def progress(self, percent: float, message: str) -> None:
+        """Tell how far the whole job is: `percent` 0 to 100, and a short sentence for people."""
+
+    async def log(self, level: LogLevel, message: str) -> None:
+        """Add a line to the job's log."""
+
+    async def warn(self, message: str) -> None:
+        """Note that something could not be done and the result is poorer for it; ends up in `metadata.warnings`."""
+
+    async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
+        """Store a result file under the relative `path`; a `Path` as content is moved, not copied."""
+
+
+class Processor(Protocol):
+    """A job type. Found by entry point in the group `jobledger.processors`; one instance per attempt."""
+
+    job_type: ClassVar[str]
+    isolation: ClassVar[Isolation]
+    """`process` (default choice): a child process, so a crash, a leak or a hang is contained. `inline`: cheap async work."""
+    Parameters: ClassVar[type[BaseModel]]
+    """Validates `parameters` when a job is submitted."""
+    Settings: ClassVar[type[BaseModel]]
+    """Validates the section `processors.<job_type>` of config.yaml."""
+
+    def __init__(self, settings: Any) -> None: ...
+
+    async def run(self, job: Job) -> Results:
+        """Do the work.
+
+        Raises:
+            ProcessorError: it could not be done, and why.
+        """
