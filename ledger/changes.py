@@ -1,0 +1,135 @@
+"""ledger: the one change stream of a process. It says *that* something happened; collections say what is true.
+
+A listener names a collection and is told of every change to it. Whenever the stream is opened, at first and after any
+trouble (fail-over, history lost from the oplog, a dropped connection), each listener is asked to `resync` from its
+collection. So nothing depends on resume tokens: a stream that cannot be continued is simply opened anew.
+
+Why nothing falls between: the stream is opened at a cluster time T read before, and `resync` reads with majority
+concern in a causally consistent session that has seen T. What was committed up to T the read sees; the rest streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Protocol
+
+import structlog
+from pymongo.asynchronous.change_stream import AsyncChangeStream
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import PyMongoError
+
+from ledger.mongo import Database, brief
+
+_log = structlog.get_logger()
+_LONGEST_PAUSE_SECONDS = 2.0
+_CHANGES_PER_TURN = 200  # then others on the event loop get a chance
+
+
+class Listener(Protocol):
+    """Somebody who reacts to changes of one collection."""
+
+    @property
+    def collection(self) -> str: ...
+
+    async def resync(self, session: AsyncClientSession) -> None:
+        """The stream is open (again): take in what the collection says now, reading with `session`."""
+
+    def changed(self, change: Mapping[str, Any]) -> None:
+        """A document was inserted, updated, replaced or deleted (a change stream event). Must not block."""
+
+
+class Changes:
+    """The change stream of this process, shared by all its listeners.
+
+    `event_types` narrows what is heard of the `events` collection: a process that only works has no use for progress.
+    """
+
+    def __init__(self, db: Database, *, event_types: Collection[str] | None = None) -> None:
+        self._db = db
+        self._event_types = event_types
+        self._listeners: list[Listener] = []
+        self._open = asyncio.Event()
+
+    def listen(self, listener: Listener) -> None:
+        """Add a listener; only before `running`."""
+        self._listeners.append(listener)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[asyncio.Task[None]]:
+        """Keep the stream open inside the block; entered once every listener has resynced.
+
+        Yields the task that does it: it ends only by a fault in our code, and whoever composes a process watches it.
+        """
+        task = asyncio.create_task(self._run(), name="changes")
+        opened = asyncio.create_task(self._open.wait())
+        try:
+            await asyncio.wait({task, opened}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+            yield task
+        finally:
+            opened.cancel()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _run(self) -> None:
+        pause = 0.05
+        while True:
+            try:
+                async with self._stream() as stream:
+                    pause = 0.05
+                    await self._deliver(stream)
+            except PyMongoError as error:
+                _log.warning("change stream interrupted, opening it again", error=brief(error), code=_code(error))
+            # Full jitter, so that a hundred processes do not come back in the same instant after a fail-over.
+            await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - spreads load, guards no secret
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+    @asynccontextmanager
+    async def _stream(self) -> AsyncIterator[AsyncChangeStream[dict[str, Any]]]:
+        async with self._db.client.start_session(causal_consistency=True) as session:
+            await self._db.command("ping", session=session)
+            async with await self._db.watch(
+                self._pipeline(), start_at_operation_time=session.operation_time, batch_size=1000
+            ) as stream:
+                for listener in self._listeners:
+                    await listener.resync(session)
+                self._open.set()
+                yield stream
+
+    def _pipeline(self) -> Sequence[Mapping[str, Any]]:
+        names = sorted({listener.collection for listener in self._listeners})
+        match: dict[str, Any] = {
+            "ns.coll": {"$in": names},
+            "operationType": {"$in": ["insert", "update", "replace", "delete"]},
+        }
+        if self._event_types is not None:
+            match["$or"] = [
+                {"ns.coll": {"$ne": "events"}},
+                {"fullDocument.type": {"$in": sorted(self._event_types)}},
+            ]
+        return [{"$match": match}]
+
+    async def _deliver(self, stream: AsyncChangeStream[dict[str, Any]]) -> None:
+        by_collection: dict[str, list[Listener]] = {}
+        for listener in self._listeners:
+            by_collection.setdefault(listener.collection, []).append(listener)
+        turn = 0
+        while stream.alive:
+            # Never in wait_for: a cancelled next() closes the driver's stream for good.
+            change = await stream.try_next()
+            if change is None:
+                continue
+            for listener in by_collection.get(change["ns"]["coll"], ()):
+                listener.changed(change)
+            turn += 1
+            if turn % _CHANGES_PER_TURN == 0:
+                await asyncio.sleep(0)
+
+
+def _code(error: PyMongoError) -> int | None:
+    return getattr(error, "code", None)

@@ -1,0 +1,81 @@
+"""ledger: every error this system raises on purpose, in one tree.
+
+JobledgerError
+├── ConfigurationError          settings or surroundings are wrong; the message says what would be right
+│   └── DatabaseUnsuitable      the MongoDB server cannot carry a ledger (standalone, too old, missing, locked …)
+├── LedgerUnavailable           the database cannot be reached or did not answer in time; may pass
+├── LedgerBusy                  too much is waiting to be written; may pass
+├── VersionConflict             somebody else appended to the stream first; decide again
+├── InvalidEvent                an event that cannot be stored or hashed as it is (NaN, too large, …)
+└── CommandRefused              the rules say no
+    ├── NotFound                no such job or batch
+    ├── AlreadyExists           an id that is taken
+    ├── WrongState              the job or batch is not in a state that allows it
+    └── StaleAttempt            the worker speaks for an attempt that is over: it lost its lease
+"""
+
+from __future__ import annotations
+
+
+class JobledgerError(Exception):
+    """The root: whoever catches it may show `str(error)` to a person."""
+
+
+class ConfigurationError(JobledgerError):
+    """Settings or surroundings are wrong; repeating does not help, changing something does."""
+
+
+class DatabaseUnsuitable(ConfigurationError):
+    """A MongoDB server was looked for or found, but cannot be used; the message says what to do."""
+
+
+class LedgerUnavailable(JobledgerError):
+    """The database cannot be reached or did not answer in time. What was asked for may or may not have happened."""
+
+
+class LedgerBusy(JobledgerError):
+    """More appends are waiting than the writer accepts; try again in a moment."""
+
+
+class VersionConflict(JobledgerError):
+    """The stream is not at the version the decision was made for. `found` is its version now."""
+
+    def __init__(self, stream: str, expected: int, found: int) -> None:
+        super().__init__(f"{stream} is at version {found}, not {expected}: somebody else was first")
+        self.stream = stream
+        self.expected = expected
+        self.found = found
+
+
+class InvalidEvent(JobledgerError):
+    """The event cannot be stored or hashed: not JSON, a number outside ±(2^53 - 1), NaN, broken Unicode, too large."""
+
+
+class CommandRefused(JobledgerError):
+    """The rules say no; nothing was written. `code` is the word that programs compare."""
+
+    code = "refused"
+
+
+class NotFound(CommandRefused):
+    """No such job or batch."""
+
+    code = "not_found"
+
+
+class AlreadyExists(CommandRefused):
+    """The id is taken."""
+
+    code = "already_exists"
+
+
+class WrongState(CommandRefused):
+    """The job or batch is not in a state that allows this."""
+
+    code = "wrong_state"
+
+
+class StaleAttempt(CommandRefused):
+    """A worker spoke for an attempt that is no longer the job's current one. It has to stop working on it."""
+
+    code = "stale_attempt"

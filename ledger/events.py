@@ -1,0 +1,446 @@
+"""ledger: the catalogue of everything that can happen. One class an event, in the past tense, one sentence each.
+
+An event's name in the database is its class name; its payload is its fields. Payloads are never rewritten: a changed
+payload gets a higher `schema` number and an upcaster in `log.py`. Pure: no database, no clock, no event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def milliseconds(moment: datetime) -> datetime:
+    """Return the moment in UTC, cut to the milliseconds that BSON keeps, so that hashes survive the database."""
+    moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+Moment = Annotated[datetime, AfterValidator(milliseconds)]
+JobStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
+BatchStatus = Literal["processing", "completed", "partial", "failed"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+ENDED: frozenset[JobStatus] = frozenset({"completed", "failed", "cancelled"})
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class AccessControl(_Value):
+    """Who else may see or change a job or batch (konzept.md, "Benutzer-Autorisierung")."""
+
+    visibility: Literal["private", "team", "public"] = "private"
+    read_access: list[str] = []
+    write_access: list[str] = []
+    admin_access: list[str] = []
+
+
+class Webhook(_Value):
+    """Whom to tell about the end. Header values never enter the log: `headers_ref` names where those secrets lie."""
+
+    url: str
+    header_names: list[str] = []
+    headers_ref: str | None = None
+    include_markdown: bool = False
+    include_metadata: bool = False
+
+
+class Failure(_Value):
+    """Why something failed: a stable code for programs, a sentence for people."""
+
+    code: str
+    message: str
+    details: dict[str, Any] = {}
+
+
+class LogLine(_Value):
+    timestamp: Moment
+    level: LogLevel
+    message: str
+
+
+class ResultFile(_Value):
+    """A file by its digest. `path` is relative, below the place where results are served; `size` in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+    media_type: str
+
+
+class Asset(_Value):
+    type: str
+    path: str
+    url: str
+
+
+class ResultMetadata(_Value):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    processed_at: Moment
+    duration: float
+    tokens_used: int = 0
+    warnings: list[str] = []
+
+
+class JobResults(_Value):
+    markdown_file: str | None = None
+    markdown_url: str | None = None
+    assets: list[Asset] = []
+    files: list[ResultFile] = []
+    metadata: ResultMetadata
+
+
+class Event(BaseModel):
+    """Something that happened. `schema_version` is the payload's version, stored as `schema`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    schema_version: ClassVar[int] = 1
+
+    def payload(self) -> dict[str, Any]:
+        """Return the fields as the database stores them: optional fields that were not given are left out."""
+        absent = {name for name in _optional(type(self)) if getattr(self, name) is None}
+        return self.model_dump(exclude=absent)
+
+
+def _optional(event: type[Event]) -> tuple[str, ...]:
+    names = _OPTIONAL.get(event)
+    if names is None:
+        names = tuple(name for name, info in event.model_fields.items() if info.default is None)
+        _OPTIONAL[event] = names
+    return names
+
+
+_OPTIONAL: dict[type[Event], tuple[str, ...]] = {}
+
+
+# The job stream ---------------------------------------------------------------------------------------------------
+
+
+class JobSubmitted(Event):
+    """Somebody asked for a job to be done."""
+
+    job_type: str
+    parameters: dict[str, Any]
+    batch_id: str | None = None
+    job_name: str | None = None
+    user_id: str
+    access_control: AccessControl = AccessControl()
+    webhook: Webhook | None = None
+    priority: int = 1
+    not_before: Moment | None = None
+    max_attempts: int = 3
+    timeout_s: float = 3600.0
+    template: str | None = None
+
+
+class JobClaimed(Event):
+    """A worker took the job: attempt `attempt` has begun and is the only one that may speak for the job."""
+
+    worker_id: str
+    attempt: int
+
+
+class JobProgressed(Event):
+    """The attempt got on: how far the whole job is, in percent, and what it is doing."""
+
+    attempt: int
+    step: str
+    percent: float
+    message: str
+
+
+class JobLogged(Event):
+    """The attempt had something to say: one or more log lines, in order."""
+
+    attempt: int
+    entries: list[LogLine]
+
+
+class StepCompleted(Event):
+    """A part of the attempt is done and need not be done again for inputs with the same digest `key`."""
+
+    attempt: int
+    step: str
+    key: str
+    output: Any
+    duration_s: float
+    tokens_used: int = 0
+    warnings: list[str] = []
+
+
+class JobCompleted(Event):
+    """The work is done and its result files are stored."""
+
+    attempt: int
+    results: JobResults
+
+
+class JobAttemptFailed(Event):
+    """The attempt failed in a way that may pass: the job waits until `retry_at` and is tried again."""
+
+    attempt: int
+    error: Failure
+    retry_at: Moment
+
+
+class JobFailed(Event):
+    """The job failed for good: the error will not pass, or its attempts are used up."""
+
+    attempt: int
+    error: Failure
+
+
+class JobLeaseExpired(Event):
+    """The worker gave no proof of life in time: its attempt is over and the job is free again."""
+
+    worker_id: str
+    attempt: int
+
+
+class JobReleased(Event):
+    """The worker gave the job back unharmed, for example at shutdown: the attempt does not count."""
+
+    worker_id: str
+    attempt: int
+    reason: str
+
+
+class JobCancelRequested(Event):
+    """Somebody asked for a running job to be stopped; its worker will obey."""
+
+    by: str
+    reason: str | None = None
+
+
+class JobCancelled(Event):
+    """The job was stopped and will not be done."""
+
+    by: str
+    reason: str | None = None
+
+
+class JobRestarted(Event):
+    """An ended job is to be done again, with or without what its finished steps have yielded."""
+
+    by: str
+    reason: str | None = None
+    reuse_steps: bool = True
+
+
+class JobUpdated(Event):
+    """A waiting job was changed; what is not named stays as it is."""
+
+    by: str
+    parameters: dict[str, Any] | None = None
+    priority: int | None = None
+    not_before: Moment | None = None
+
+
+class JobAccessChanged(Event):
+    """Who may see or change the job was set anew."""
+
+    by: str
+    access_control: AccessControl
+
+
+class JobArchived(Event):
+    """The job was put out of sight of everyday lists."""
+
+    by: str
+    reason: str | None = None
+
+
+class JobUnarchived(Event):
+    """The job was put back into everyday lists."""
+
+    by: str
+    reason: str | None = None
+
+
+class JobDeleted(Event):
+    """The job is gone from the views and its files are no longer served; its history stays."""
+
+    by: str
+    reason: str | None = None
+
+
+class WorkerFenced(Event):
+    """A worker spoke for an attempt that was over, and was refused: the visible trace of a zombie."""
+
+    worker_id: str
+    attempt: int
+    refused: str
+
+
+# The batch stream -------------------------------------------------------------------------------------------------
+
+
+class BatchCounts(_Value):
+    """How many of a batch's jobs ended how."""
+
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+class BatchSummary(_Value):
+    """What a batch took: seconds of processing (summed over its jobs) and language-model tokens."""
+
+    duration: float = 0.0
+    tokens_used: int = 0
+
+
+class BatchSubmitted(Event):
+    """Jobs were submitted together; their own `JobSubmitted` events are in the same transaction."""
+
+    batch_name: str | None = None
+    total_jobs: int
+    job_ids: list[str]
+    parameters: dict[str, Any] = {}
+    webhook: Webhook | None = None
+    user_id: str
+    access_control: AccessControl = AccessControl()
+
+
+class BatchPaused(Event):
+    """The batch's waiting jobs are not to be started for now."""
+
+    by: str
+    reason: str | None = None
+
+
+class BatchResumed(Event):
+    """The batch's waiting jobs may be started again."""
+
+    by: str
+    reason: str | None = None
+
+
+class BatchFinished(Event):
+    """The last of the batch's jobs has ended."""
+
+    status: Literal["completed", "partial", "failed"]
+    counts: BatchCounts
+    summary: BatchSummary
+
+
+class BatchReopened(Event):
+    """A job of the finished batch was restarted."""
+
+
+class BatchArchived(Event):
+    """The batch was put out of sight of everyday lists."""
+
+    by: str
+    reason: str | None = None
+
+
+class BatchUnarchived(Event):
+    """The batch was put back into everyday lists."""
+
+    by: str
+    reason: str | None = None
+
+
+class BatchDeleted(Event):
+    """The batch is gone from the views; its history stays."""
+
+    by: str
+    reason: str | None = None
+
+
+# Log housekeeping -------------------------------------------------------------------------------------------------
+
+
+class PositionVoided(Event):
+    """A position whose writer died between taking the number and writing the event; nothing happened here."""
+
+
+JobEvent = (
+    JobSubmitted
+    | JobClaimed
+    | JobProgressed
+    | JobLogged
+    | StepCompleted
+    | JobCompleted
+    | JobAttemptFailed
+    | JobFailed
+    | JobLeaseExpired
+    | JobReleased
+    | JobCancelRequested
+    | JobCancelled
+    | JobRestarted
+    | JobUpdated
+    | JobAccessChanged
+    | JobArchived
+    | JobUnarchived
+    | JobDeleted
+    | WorkerFenced
+)
+BatchEvent = (
+    BatchSubmitted
+    | BatchPaused
+    | BatchResumed
+    | BatchFinished
+    | BatchReopened
+    | BatchArchived
+    | BatchUnarchived
+    | BatchDeleted
+)
+JOB_EVENTS: tuple[type[Event], ...] = get_args(JobEvent)
+BATCH_EVENTS: tuple[type[Event], ...] = get_args(BatchEvent)
+EVENT_TYPES: Mapping[str, type[Event]] = {
+    event.__name__: event for event in JOB_EVENTS + BATCH_EVENTS + (PositionVoided,)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """Where an event comes from.
+
+    `actor`: who did it (`user:…`, `worker:…`, `system`); `correlation_id`: the batch or request it belongs to;
+    `causation_id`: the `event_id` that led here; `traceparent`: W3C trace context.
+    """
+
+    actor: str = "system"
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    traceparent: str | None = None
+
+    def payload(self) -> dict[str, str]:
+        """Return what is known, as the database stores it."""
+        named = (
+            ("actor", self.actor),
+            ("correlation_id", self.correlation_id),
+            ("causation_id", self.causation_id),
+            ("traceparent", self.traceparent),
+        )
+        return {name: value for name, value in named if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An event in the log, with its envelope.
+
+    `position` counts from 1 through the whole log, `version` from 1 through `stream`;
+    `time` is when the writer decided.
+    """
+
+    position: int
+    event_id: str
+    stream: str
+    version: int
+    time: datetime
+    event: Event
+    meta: Meta
+    hash: bytes = field(repr=False)
+
+    @property
+    def type(self) -> str:
+        return type(self.event).__name__

@@ -1,0 +1,121 @@
+"""ledger: the one road. Whoever changes a job or batch (API, worker, lease watcher, command) comes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, Protocol
+
+from bson import ObjectId
+
+from ledger import batch, job
+from ledger.batch import Batch
+from ledger.commands import BatchCommand, JobCommand
+from ledger.errors import VersionConflict
+from ledger.events import Event, Meta, Recorded
+from ledger.job import Job
+from ledger.log import Append, EventLog, Head
+
+Command = JobCommand | BatchCommand
+State = Job | Batch
+_TRIES = 20  # a job has few writers at a time; who loses twenty races in a row is in a loop with itself
+
+
+def new_job_id() -> str:
+    """Return an id for a new job, which is also the name of its stream."""
+    return f"job-{ObjectId()}"
+
+
+def new_batch_id() -> str:
+    """Return an id for a new batch, which is also the name of its stream."""
+    return f"batch-{ObjectId()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a stream: its state and how far that goes. May be behind; an append finds out."""
+
+    state: State | None = None
+    head: Head = Head()  # noqa: RUF009 - frozen
+
+    def after(self, events: Iterable[Recorded]) -> Known:
+        """Return what is known when these events, the next of the same stream, are taken in."""
+        known = self
+        for event in events:
+            state = rules_of(event.stream).evolve(known.state, event.event)
+            known = Known(state, Head(event.version, event.position, event.hash))
+        return known
+
+
+class Handled(NamedTuple):
+    """The events that a command caused (none if there was nothing to do), and the stream as it is now."""
+
+    events: list[Recorded]
+    known: Known
+
+
+class Rules(Protocol):
+    """The pure functions of one kind of stream."""
+
+    def decide(self, command: Any, state: Any) -> Sequence[Event]: ...
+
+    def evolve(self, state: Any, event: Any) -> State: ...
+
+
+def rules_of(stream: str) -> Rules:
+    """Return the rules for a stream, told by the beginning of its name."""
+    match stream.partition("-")[0]:
+        case "job":
+            return job
+        case "batch":
+            return batch
+        case _:
+            raise LookupError(f"{stream!r} names no kind of stream")
+
+
+async def handle(log: EventLog, stream: str, command: Command, *, meta: Meta, known: Known | None = None) -> Handled:
+    """Apply `command` and return the events it causes, with their positions.
+
+    A lost race is decided again on what is true now, never blindly repeated. Whoever has followed the stream passes
+    what is `known` of it and saves the reading.
+
+    Raises:
+        CommandRefused: the rules say no.
+        InvalidEvent, LedgerBusy, LedgerUnavailable: as `EventLog.append`.
+    """
+    rules = rules_of(stream)
+    if known is None:
+        known = await load(log, stream)
+    tries = 0
+    while True:
+        tries += 1
+        now = datetime.now(UTC)
+        events = rules.decide(command, known.state)
+        try:
+            recorded = await log.append(Append(stream, known.head, events, meta, now)) if events else []
+        except VersionConflict:
+            if tries == _TRIES:
+                raise
+            known = known.after(await log.read_stream(stream, after_version=known.head.version))
+        else:
+            return Handled(recorded, known.after(recorded))
+
+
+async def handle_new(log: EventLog, commands: Sequence[tuple[str, Command]], *, meta: Meta) -> list[Recorded]:
+    """Apply commands that each begin a stream (a batch and its jobs): all of them happen, or none.
+
+    Raises:
+        CommandRefused, VersionConflict: a stream exists already.
+        InvalidEvent, LedgerBusy, LedgerUnavailable: as `EventLog.append`.
+    """
+    now = datetime.now(UTC)
+    appends = [
+        Append(stream, Head(), rules_of(stream).decide(command, None), meta, now) for stream, command in commands
+    ]
+    return await log.append(*appends)
+
+
+async def load(log: EventLog, stream: str) -> Known:
+    """Return what the log says of a stream now."""
+    return Known().after(await log.read_stream(stream))

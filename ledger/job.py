@@ -1,0 +1,285 @@
+"""ledger: the rules of a job. `decide` answers a command with events or refuses it; `evolve` applies an event. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, assert_never
+
+from ledger.commands import (
+    Archive,
+    CancelJob,
+    ChangeAccess,
+    ClaimJob,
+    CompleteJob,
+    ConfirmCancel,
+    Delete,
+    ExpireLease,
+    FailAttempt,
+    FinishStep,
+    JobCommand,
+    ReleaseJob,
+    ReportProgress,
+    RestartJob,
+    SubmitJob,
+    Unarchive,
+    UpdateJob,
+    WorkerCommand,
+    WriteLog,
+)
+from ledger.errors import AlreadyExists, NotFound, WrongState
+from ledger.events import (
+    ENDED,
+    Failure,
+    JobAccessChanged,
+    JobArchived,
+    JobAttemptFailed,
+    JobCancelled,
+    JobCancelRequested,
+    JobClaimed,
+    JobCompleted,
+    JobDeleted,
+    JobEvent,
+    JobFailed,
+    JobLeaseExpired,
+    JobLogged,
+    JobProgressed,
+    JobReleased,
+    JobRestarted,
+    JobStatus,
+    JobSubmitted,
+    JobUnarchived,
+    JobUpdated,
+    StepCompleted,
+    WorkerFenced,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the rules need to know of a job.
+
+    `attempt` numbers its executions and is never reused; `counted` is how many of them count against
+    `asked.max_attempts` (a released one does not). `due` is when it may next be claimed. `steps` maps the digest of a
+    finished step's inputs to the event that holds its output.
+    """
+
+    asked: JobSubmitted
+    status: JobStatus = "pending"
+    attempt: int = 0
+    counted: int = 0
+    worker_id: str | None = None
+    due: datetime | None = None
+    cancel: JobCancelRequested | None = None
+    archived: bool = False
+    deleted: bool = False
+    steps: Mapping[str, StepCompleted] = field(default_factory=dict)
+
+
+def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
+    """Answer a command with the events it causes, or refuse it.
+
+    Raises:
+        NotFound, AlreadyExists, WrongState: the rules say no. A worker that speaks for an attempt that is over is
+            not an error here: the answer is the event `WorkerFenced`, so that the refusal is on record.
+    """
+    if isinstance(command, SubmitJob):
+        if job is not None:
+            raise AlreadyExists("a job with this id exists already")
+        return [command.job]
+    if job is None or job.deleted:
+        raise NotFound("there is no such job")
+    match command:
+        case ClaimJob():
+            return _claim(command, job)
+        case ExpireLease():
+            return _expire(command, job)
+        case (
+            ReportProgress()
+            | WriteLog()
+            | FinishStep()
+            | CompleteJob()
+            | FailAttempt()
+            | ReleaseJob()
+            | ConfirmCancel()
+        ):
+            return _report(command, job)
+        case CancelJob():
+            return _cancel(command, job)
+        case RestartJob():
+            _require(job.status in ENDED, job, "restarted", "only a job that has ended can be")
+            return [JobRestarted(by=command.by, reason=command.reason, reuse_steps=command.reuse_steps)]
+        case UpdateJob():
+            _require(job.status == "pending", job, "changed", "only a waiting job can be")
+            return [_updated(command)]
+        case ChangeAccess():
+            return [JobAccessChanged(by=command.by, access_control=command.access_control)]
+        case Archive():
+            return [] if job.archived else [JobArchived(by=command.by, reason=command.reason)]
+        case Unarchive():
+            return [JobUnarchived(by=command.by, reason=command.reason)] if job.archived else []
+        case Delete():
+            _require(
+                job.status != "processing", job, "deleted", "cancel it first: only a job that is not running can be"
+            )
+            return [JobDeleted(by=command.by, reason=command.reason)]
+        case _:
+            assert_never(command)
+
+
+def _require(allowed: bool, job: Job, done: str, why: str) -> None:
+    if not allowed:
+        raise WrongState(f"the job is {job.status} and cannot be {done}: {why}")
+
+
+def _claim(command: ClaimJob, job: Job) -> list[JobEvent]:
+    _require(job.status == "pending", job, "claimed", "only a waiting job can be")
+    if job.due is not None and command.now < job.due:
+        raise WrongState(f"the job is not to be started before {job.due.isoformat()}")
+    return [JobClaimed(worker_id=command.worker_id, attempt=job.attempt + 1)]
+
+
+def _expire(command: ExpireLease, job: Job) -> list[JobEvent]:
+    """Whoever notices may say so, any number of them: only the first has an effect."""
+    if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
+        return []
+    expired = JobLeaseExpired(worker_id=command.worker_id, attempt=command.attempt)
+    if job.cancel is not None:
+        return [expired, JobCancelled(by=job.cancel.by, reason=job.cancel.reason)]
+    if job.counted >= job.asked.max_attempts:
+        error = Failure(
+            code="WORKER_LOST",
+            message=f"The worker stopped giving signs of life in attempt {job.attempt}, and all "
+            f"{job.asked.max_attempts} attempts are used up.",
+            details={"worker_id": command.worker_id},
+        )
+        return [expired, JobFailed(attempt=job.attempt, error=error)]
+    return [expired]
+
+
+def _report(command: WorkerCommand, job: Job) -> list[JobEvent]:
+    """The one place where a stale attempt is refused (the attempt number is the fencing token)."""
+    event = _reported(command, job)
+    if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
+        return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, refused=type(event).__name__)]
+    return [event]
+
+
+def _reported(command: WorkerCommand, job: Job) -> JobEvent:
+    match command:
+        case ReportProgress():
+            return JobProgressed(
+                attempt=command.attempt, step=command.step, percent=command.percent, message=command.message
+            )
+        case WriteLog():
+            return JobLogged(attempt=command.attempt, entries=list(command.entries))
+        case FinishStep():
+            return StepCompleted(
+                attempt=command.attempt,
+                step=command.step,
+                key=command.key,
+                output=command.output,
+                duration_s=command.duration_s,
+                tokens_used=command.tokens_used,
+                warnings=list(command.warnings),
+            )
+        case CompleteJob():
+            return JobCompleted(attempt=command.attempt, results=command.results)
+        case FailAttempt():
+            return _failed(command, job)
+        case ReleaseJob():
+            return JobReleased(worker_id=command.worker_id, attempt=command.attempt, reason=command.reason)
+        case ConfirmCancel():
+            return JobCancelled(
+                by=job.cancel.by if job.cancel else f"worker:{command.worker_id}",
+                reason=job.cancel.reason if job.cancel else None,
+            )
+        case _:
+            assert_never(command)
+
+
+def _failed(command: FailAttempt, job: Job) -> JobEvent:
+    if job.cancel is not None:
+        return JobCancelled(by=job.cancel.by, reason=job.cancel.reason)
+    if command.retry_at is None or job.counted >= job.asked.max_attempts:
+        return JobFailed(attempt=command.attempt, error=command.error)
+    return JobAttemptFailed(attempt=command.attempt, error=command.error, retry_at=command.retry_at)
+
+
+def _cancel(command: CancelJob, job: Job) -> list[JobEvent]:
+    if job.status == "pending":
+        return [JobCancelled(by=command.by, reason=command.reason)]
+    _require(job.status == "processing", job, "cancelled", "it has ended already")
+    return [] if job.cancel else [JobCancelRequested(by=command.by, reason=command.reason)]
+
+
+def _updated(command: UpdateJob) -> JobUpdated:
+    return JobUpdated(
+        by=command.by,
+        parameters=dict(command.parameters) if command.parameters is not None else None,
+        priority=command.priority,
+        not_before=command.not_before,
+    )
+
+
+def evolve(job: Job | None, event: JobEvent) -> Job:
+    """Return the job as it is after the event. The log is trusted: nothing is refused here."""
+    if isinstance(event, JobSubmitted):
+        return Job(asked=event, due=event.not_before)
+    if job is None:
+        raise NotFound(f"{type(event).__name__} in a stream that does not begin with JobSubmitted")
+    match event:
+        case JobClaimed():
+            return replace(
+                job,
+                status="processing",
+                attempt=event.attempt,
+                counted=job.counted + 1,
+                worker_id=event.worker_id,
+                due=None,
+            )
+        case JobProgressed() | JobLogged() | WorkerFenced():
+            return job
+        case StepCompleted():
+            return replace(job, steps={**job.steps, event.key: event})
+        case JobCompleted():
+            return _ended(job, "completed")
+        case JobAttemptFailed():
+            return replace(job, status="pending", worker_id=None, due=event.retry_at)
+        case JobFailed():
+            return _ended(job, "failed")
+        case JobLeaseExpired():
+            return replace(job, status="pending", worker_id=None)
+        case JobReleased():
+            return replace(job, status="pending", worker_id=None, counted=job.counted - 1)
+        case JobCancelRequested():
+            return replace(job, cancel=event)
+        case JobCancelled():
+            return _ended(job, "cancelled")
+        case JobRestarted():
+            kept = job.steps if event.reuse_steps else {}
+            return replace(job, status="pending", counted=0, due=None, cancel=None, steps=kept)
+        case JobUpdated():
+            return _with_changes(job, event)
+        case JobAccessChanged():
+            return replace(job, asked=job.asked.model_copy(update={"access_control": event.access_control}))
+        case JobArchived():
+            return replace(job, archived=True)
+        case JobUnarchived():
+            return replace(job, archived=False)
+        case JobDeleted():
+            return replace(job, deleted=True)
+        case _:
+            assert_never(event)
+
+
+def _ended(job: Job, status: JobStatus) -> Job:
+    return replace(job, status=status, worker_id=None, due=None, cancel=None)
+
+
+def _with_changes(job: Job, event: JobUpdated) -> Job:
+    changes: dict[str, Any] = {
+        name: value for name in ("parameters", "priority", "not_before") if (value := getattr(event, name)) is not None
+    }
+    return replace(job, asked=job.asked.model_copy(update=changes), due=changes.get("not_before", job.due))

@@ -1,0 +1,124 @@
+"""ledger: connecting to MongoDB, the checks at start, and the one place that knows the driver's exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pymongo import AsyncMongoClient, MongoClient, WriteConcern
+from pymongo.asynchronous.database import AsyncDatabase
+from pymongo.errors import (
+    ConfigurationError as DriverConfigurationError,
+)
+from pymongo.errors import (
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+)
+from pymongo.read_concern import ReadConcern
+
+from ledger.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable
+
+Document = dict[str, Any]
+Database = AsyncDatabase[Document]
+
+OLDEST_SERVER = (5, 0)  # field names with dots and dollars, and $$NOW in updates, as the ledger uses them
+DURABLE = WriteConcern(w="majority", j=True)
+MAJORITY = ReadConcern("majority")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How to reach the database. Times in milliseconds, as in config.yaml."""
+
+    uri: str
+    db_name: str
+    max_pool_size: int = 50
+    connect_timeout_ms: int = 5000
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "maxPoolSize": self.max_pool_size,
+            "connectTimeoutMS": self.connect_timeout_ms,
+            "serverSelectionTimeoutMS": self.connect_timeout_ms,
+            "tz_aware": True,
+            "appname": "jobledger",
+        }
+
+    def client(self) -> AsyncMongoClient[Document]:
+        """Return a client for the event loop. Every write is journaled by a majority before it is acknowledged.
+
+        Raises:
+            ConfigurationError: the URI is not one.
+        """
+        with _readable_uri(self.uri):
+            return AsyncMongoClient(self.uri, w="majority", journal=True, **self._options())
+
+    def blocking_client(self) -> MongoClient[Document]:
+        """Return a client for a thread of its own (heartbeats), which a busy event loop cannot starve."""
+        with _readable_uri(self.uri):
+            return MongoClient(self.uri, w="majority", journal=True, **self._options())
+
+
+@contextmanager
+def _readable_uri(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (InvalidURI, DriverConfigurationError, ValueError) as error:
+        raise ConfigurationError(
+            f"mongodb.uri is not usable: {error}. Expected something like "
+            "mongodb://user:password@host1,host2/?replicaSet=rs0, or the word embedded."
+        ) from error
+
+
+@contextmanager
+def driver_errors(doing: str) -> Iterator[None]:
+    """Turn what the driver raises into the ledger's errors; `doing` completes the sentence "… failed while …"."""
+    try:
+        yield
+    except PyMongoError as error:
+        raise LedgerUnavailable(f"The database failed while {doing}: {brief(error)}") from error
+
+
+def brief(error: PyMongoError) -> str:
+    """Return the first, human part of a driver error; the rest is a description of the topology."""
+    return str(error).split(", Timeout:")[0].split(", full error")[0]
+
+
+async def check_server(db: Database) -> None:
+    """Make sure that the server can carry a ledger.
+
+    Raises:
+        LedgerUnavailable: it cannot be reached.
+        DatabaseUnsuitable: it is standalone, too old, or refuses us; the message says what to do.
+    """
+    try:
+        hello = await db.client.admin.command("hello")
+        version = (await db.client.admin.command("buildInfo"))["version"]
+        if not hello.get("setName"):
+            raise DatabaseUnsuitable(_STANDALONE)
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+            raise DatabaseUnsuitable(
+                f"MongoDB {version} is too old: the ledger needs {OLDEST_SERVER[0]}.{OLDEST_SERVER[1]} or newer."
+            )
+        await db.get_collection(
+            "checkpoints", write_concern=WriteConcern(w="majority", j=True, wtimeout=5000)
+        ).update_one({"_id": "write-check"}, {"$set": {"ok": True}}, upsert=True)
+    except ServerSelectionTimeoutError as error:
+        raise LedgerUnavailable(
+            f"No MongoDB answers at the address in mongodb.uri: {brief(error)}. Is it running?"
+        ) from error
+    except OperationFailure as error:
+        raise DatabaseUnsuitable(f"MongoDB refuses what the ledger needs: {brief(error)}") from error
+    except PyMongoError as error:
+        raise LedgerUnavailable(f"The database failed while it was being checked: {brief(error)}") from error
+
+
+_STANDALONE = (
+    "This MongoDB is a standalone server, and the ledger needs a replica set (one node is enough): change streams and "
+    "transactions do not exist without one. Start mongod with --replSet rs0 (or `replication: {replSetName: rs0}` in "
+    "mongod.conf), then run `rs.initiate()` once in mongosh. Or set mongodb.uri to `embedded`."
+)

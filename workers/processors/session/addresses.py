@@ -1,0 +1,65 @@
+"""session: which network addresses may be fetched from. Pure.
+
+The check is on the address connected to, never on the name alone: a name may answer differently the next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+Address = IPv4Address | IPv6Address
+
+_NAT64 = ip_network("64:ff9b::/96")  # RFC 6052
+_NAT64_LOCAL = ip_network("64:ff9b:1::/48")  # RFC 8215
+_IPV4_COMPATIBLE = ip_network("::/96")  # RFC 4291, deprecated
+
+
+class AllowedHosts:
+    """The hosts and networks the operator allows although they are not public."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self._networks: list[IPv4Network | IPv6Network] = []
+        self._names: set[str] = set()
+        for entry in entries:
+            try:
+                self._networks.append(ip_network(entry, strict=False))
+            except ValueError:
+                self._names.add(_plain_name(entry))
+
+    def refusal(self, host: str, address: str) -> str | None:
+        """Why `host` must not be fetched from at `address`; None when it may."""
+        real = _unwrapped(ip_address(address.partition("%")[0]))
+        if _plain_name(host) in self._names or any(real in network for network in self._networks):
+            return None
+        return _why_not_public(real)
+
+
+def _plain_name(host: str) -> str:
+    return host.rstrip(".").lower()
+
+
+def _unwrapped(address: Address) -> Address:
+    """The IPv4 address that an IPv6 one only carries."""
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped:
+            return address.ipv4_mapped
+        if address.sixtofour:
+            return address.sixtofour
+        if address.teredo:
+            return address.teredo[1]
+        if address in _NAT64 or (address in _IPV4_COMPATIBLE and int(address) > 1):
+            return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address
+
+
+def _why_not_public(address: Address) -> str | None:
+    checks = {
+        "an unspecified address": address.is_unspecified,
+        "a loopback address": address.is_loopback,
+        "a link-local address": address.is_link_local,
+        "a multicast address": address.is_multicast,
+        "a private address": address.is_private or getattr(address, "is_site_local", False) or address in _NAT64_LOCAL,
+        "a reserved address": address.is_reserved or not address.is_global,
+    }
+    return next((name for name, holds in checks.items() if holds), None)

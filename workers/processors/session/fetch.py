@@ -1,0 +1,417 @@
+"""session: the only door to the web. A GET that is safe to point at an address a stranger typed.
+
+Errors of httpx, httpcore, the resolver and the operating system become a `ProcessorError` here and nowhere else:
+    BAD_URL             not an http(s) address with a host
+    ADDRESS_REFUSED     it leads to a private, loopback, link-local or otherwise not public address
+    NETWORK_ERROR       no such name, refused, reset, cut off, TLS failed; `details.reason` says which
+    FETCH_TIMEOUT       the server was too slow
+    HTTP_ERROR          it answered 4xx or 5xx; `details.status_code`, `details.retry_after` in seconds if it said so
+    TOO_MANY_REDIRECTS  it sent us on more often than allowed
+    TOO_LARGE           it sent, or unpacked to, more than allowed
+    BAD_RESPONSE        it answered in a way that cannot be read
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import http
+import socket
+import ssl
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import IO, Any
+
+import httpcore
+import httpx
+
+from workers.processor import ProcessorError
+from workers.processors.session.addresses import AllowedHosts
+from workers.processors.session.settings import SessionSettings
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+"""Answers the IP addresses of a host, best first; raises `OSError` when there are none."""
+
+OnProgress = Callable[[int, int | None], Awaitable[None]]
+"""Hears how many bytes have come, and of how many if the server said so."""
+
+PROGRESS_EVERY_SECONDS = 1.0
+_CHUNK = 64 * 1024
+_ENCODINGS = {"", "identity", "gzip", "x-gzip", "deflate"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What came back. `url` is where the redirects ended; `body` is empty when it went into a file."""
+
+    url: str
+    content_type: str
+    size: int
+    seconds: float
+    body: bytes = b""
+
+    @property
+    def media_type(self) -> str:
+        return self.content_type.partition(";")[0].strip().lower()
+
+
+async def ask_system_resolver(host: str, port: int) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+class Fetcher:
+    """Fetches within the limits of the settings. `resolve` is how names become addresses."""
+
+    def __init__(self, settings: SessionSettings, *, resolve: Resolve = ask_system_resolver) -> None:
+        self._settings = settings
+        self._network = _CheckedNetwork(AllowedHosts(settings.allow_private), resolve)
+
+    async def fetch(
+        self,
+        url: str,
+        *,
+        max_bytes: int,
+        total_seconds: float,
+        accept: str = "*/*",
+        into: Path | None = None,
+        check_type: Callable[[str], None] = lambda media_type: None,
+        on_progress: OnProgress | None = None,
+    ) -> Fetched:
+        """GET `url`, following redirects, into memory or into the file `into`.
+
+        `check_type` is called with the media type before the body is read and may raise to refuse it.
+
+        Raises:
+            ProcessorError: with one of the codes above.
+        """
+        started = time.monotonic()
+        try:
+            async with (
+                asyncio.timeout(total_seconds),
+                self._client(accept) as client,
+                self._follow(client, url) as response,
+            ):
+                content_type = response.headers.get("content-type", "")
+                check_type(content_type.partition(";")[0].strip().lower())
+                arriving = _body(response, max_bytes, on_progress)
+                if into is None:
+                    body = b"".join([part async for part in arriving])
+                    size = len(body)
+                else:
+                    body, size = b"", await _write(into, arriving)
+                final = _shown(response.url)
+        except TimeoutError:
+            raise ProcessorError(
+                "FETCH_TIMEOUT",
+                f"{_shown(url)} was not fetched within {total_seconds:g} seconds.",
+                transient=True,
+                details={"url": _shown(url), "seconds": total_seconds},
+            ) from None
+        return Fetched(url=final, content_type=content_type, size=size, seconds=time.monotonic() - started, body=body)
+
+    @asynccontextmanager
+    async def _client(self, accept: str) -> AsyncIterator[httpx.AsyncClient]:
+        timeout = httpx.Timeout(self._settings.read_timeout_seconds, connect=self._settings.connect_timeout_seconds)
+        headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"}
+        # trust_env off: a proxy from the environment would connect for us, past the address check.
+        async with httpx.AsyncClient(
+            transport=_Transport(self._network), timeout=timeout, headers=headers, trust_env=False
+        ) as client:
+            yield client
+
+    @asynccontextmanager
+    async def _follow(self, client: httpx.AsyncClient, url: str) -> AsyncIterator[httpx.Response]:
+        target = _web_address(url)
+        for _ in range(self._settings.max_redirects + 1):
+            with _errors_in_plain_words(target):
+                async with client.stream("GET", target) as response:
+                    if not response.has_redirect_location:
+                        _refuse_failure(response)
+                        yield response
+                        return
+                    target = _web_address(response.headers["location"], base=target)
+        raise ProcessorError(
+            "TOO_MANY_REDIRECTS",
+            f"{_shown(url)} redirects more than {self._settings.max_redirects} times.",
+            details={"url": _shown(url), "last": _shown(target)},
+        )
+
+
+class _CheckedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to exactly the address that was checked; TLS still verifies the name."""
+
+    def __init__(self, allowed: AllowedHosts, resolve: Resolve) -> None:
+        self._allowed = allowed
+        self._resolve = resolve
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  the interface of httpcore
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            async with asyncio.timeout(timeout):
+                addresses = await self._resolve(host, port)
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout from error
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one (a label too long)
+            raise httpcore.ConnectError(str(error)) from error
+        failure: Exception | None = None
+        for address in self._permitted(host, addresses):
+            try:
+                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure or httpcore.ConnectError("no address")
+
+    def _permitted(self, host: str, addresses: list[str]) -> list[str]:
+        refusals = {address: self._allowed.refusal(host, address) for address in addresses}
+        permitted = [address for address, refusal in refusals.items() if refusal is None]
+        if refusals and not permitted:
+            address, refusal = next(iter(refusals.items()))
+            named = host if host == address else f"{host} ({address})"
+            raise ProcessorError(
+                "ADDRESS_REFUSED",
+                f"{named} is {refusal}; only public addresses are fetched, and those allowed by "
+                "`processors.session.allow_private`.",
+                details={"host": host, "address": address, "reason": refusal},
+            )
+        return permitted
+
+
+class _Transport(httpx.AsyncBaseTransport):
+    """httpx over our own network: its own transport cannot be given one."""
+
+    def __init__(self, network: _CheckedNetwork) -> None:
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=httpx.create_ssl_context(), network_backend=network, max_keepalive_connections=0
+        )
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        url = httpcore.URL(
+            scheme=request.url.raw_scheme,
+            host=request.url.raw_host,
+            port=request.url.port,
+            target=request.url.raw_path,
+        )
+        answer = await self._pool.handle_async_request(
+            httpcore.Request(request.method, url, headers=request.headers.raw, extensions=request.extensions)
+        )
+        return httpx.Response(answer.status, headers=answer.headers, stream=_Stream(answer))
+
+    async def aclose(self) -> None:
+        await self._pool.aclose()
+
+
+class _Stream(httpx.AsyncByteStream):
+    def __init__(self, answer: httpcore.Response) -> None:
+        self._answer = answer
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._answer.aiter_stream()
+
+    async def aclose(self) -> None:
+        await self._answer.aclose()
+
+
+def _web_address(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
+    try:
+        target = base.join(url) if base else httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ProcessorError("BAD_URL", f"{url!r} is not a web address: {error}.", details={"url": url}) from error
+    if target.scheme not in ("http", "https") or not target.host:
+        sent_on = f"{_shown(base)} redirects to {_shown(target)}, which" if base else _shown(target)
+        raise ProcessorError(
+            "BAD_URL", f"{sent_on} is not an http or https address with a host.", details={"url": _shown(target)}
+        )
+    return target
+
+
+def _shown(url: httpx.URL | str) -> str:
+    """The address without a password somebody put into it."""
+    try:
+        url = httpx.URL(url)
+    except httpx.InvalidURL:
+        return str(url)
+    return str(url.copy_with(userinfo=b"") if url.userinfo else url)
+
+
+def _refuse_failure(response: httpx.Response) -> None:
+    status = response.status_code
+    if response.is_success:
+        return
+    details: dict[str, Any] = {"url": _shown(response.url), "status_code": status}
+    if (seconds := _retry_after(response.headers)) is not None:
+        details["retry_after"] = seconds
+    known = {known.value: f" ({known.phrase})" for known in http.HTTPStatus}
+    raise ProcessorError(
+        "HTTP_ERROR",
+        f"{_shown(response.url)} answered {status}{known.get(status, '')}.",
+        transient=status >= 500 or status in (408, 425, 429),
+        details=details,
+    )
+
+
+def _retry_after(headers: httpx.Headers) -> int | None:
+    """RFC 9110, 10.2.3: seconds, or a date, which the server's own clock turns into seconds."""
+    said = headers.get("retry-after", "").strip()
+    if said.isascii() and said.isdigit():
+        return int(said[:9])
+    try:
+        wait = parsedate_to_datetime(said) - parsedate_to_datetime(headers["date"])
+    except (KeyError, ValueError, TypeError):
+        return None
+    return max(0, round(wait.total_seconds()))
+
+
+async def _body(
+    response: httpx.Response, max_bytes: int, on_progress: OnProgress | None
+) -> AsyncIterator[bytes]:
+    """The body, unpacked in bounded pieces: a decompression bomb is refused before it can fill the memory."""
+    announced = response.headers.get("content-length", "")
+    total = int(announced) if announced.isascii() and announced.isdigit() and len(announced) < 19 else None
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    if encoding not in _ENCODINGS:
+        raise ProcessorError(
+            "BAD_RESPONSE",
+            f"{_shown(response.url)} answered in the content encoding {encoding!r}, which was not asked for.",
+            details={"url": _shown(response.url), "encoding": encoding},
+        )
+    if total is not None and total > max_bytes:
+        raise _too_large(response, max_bytes)
+    packed = encoding not in ("", "identity")
+    unpack = _Unpacker() if packed else None
+    size, received, told_at = 0, 0, time.monotonic()
+    async for raw in response.aiter_raw(_CHUNK):
+        received += len(raw)
+        for part in unpack.feed(raw) if unpack else (raw,):
+            size += len(part)
+            if size > max_bytes:
+                raise _too_large(response, max_bytes)
+            yield part
+        if on_progress and time.monotonic() - told_at >= PROGRESS_EVERY_SECONDS:
+            told_at = time.monotonic()
+            await on_progress(received, total)
+    if unpack and not unpack.complete:
+        raise httpcore.RemoteProtocolError("the compressed body ends early")
+
+
+class _Unpacker:
+    """gzip and zlib, also of several members, never more than one chunk at a time."""
+
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(wbits=47)
+        self._started = False
+
+    def feed(self, packed: bytes) -> Iterator[bytes]:
+        while packed:
+            if self._inflate.eof:
+                self._inflate = zlib.decompressobj(wbits=47)
+            self._started = True
+            yield self._inflate.decompress(packed, _CHUNK)
+            packed = self._inflate.unconsumed_tail or self._inflate.unused_data
+
+    @property
+    def complete(self) -> bool:
+        return self._inflate.eof or not self._started
+
+
+def _too_large(response: httpx.Response, max_bytes: int) -> ProcessorError:
+    return ProcessorError(
+        "TOO_LARGE",
+        f"{_shown(response.url)} is larger than the {in_words(max_bytes)} allowed.",
+        details={"url": _shown(response.url), "max_bytes": max_bytes},
+    )
+
+
+async def _write(path: Path, parts: AsyncIterator[bytes]) -> int:
+    file: IO[bytes] = await asyncio.to_thread(path.open, "wb")
+    with file:
+        size = 0
+        async for part in parts:
+            size += file.write(part)
+        return size
+
+
+def in_words(size: int) -> str:
+    """A number of bytes for people: `1.5 MB`."""
+    for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+@contextmanager
+def _errors_in_plain_words(url: httpx.URL) -> Iterator[None]:
+    """What went wrong at `url`, as a `ProcessorError`."""
+    host = url.host
+    details = {"url": _shown(url), "host": host}
+    try:
+        yield
+    except (httpcore.TimeoutException, httpx.TimeoutException) as error:
+        doing = "could not be reached" if isinstance(error, httpcore.ConnectTimeout) else "stopped answering"
+        raise ProcessorError(
+            "FETCH_TIMEOUT", f"{host} {doing} in time.", transient=True, details=details
+        ) from error
+    except zlib.error as error:
+        raise ProcessorError(
+            "BAD_RESPONSE", f"{_shown(url)} could not be decompressed: {error}.", details=details
+        ) from error
+    except (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError) as error:
+        reason, sentence, transient = _reason(error)
+        raise ProcessorError(
+            "NETWORK_ERROR",
+            f"{_shown(url)} could not be fetched: {sentence.format(host=host)}.",
+            transient=transient,
+            details=details | {"reason": reason},
+        ) from error
+
+
+def _reason(error: BaseException) -> tuple[str, str, bool]:
+    """A word for programs, a sentence for people, and whether it may pass."""
+    for cause in _causes(error):
+        match cause:
+            case ssl.SSLCertVerificationError():
+                return "certificate", "the certificate of {host} is not valid", False
+            case ssl.SSLError():
+                return "tls", "no secure connection to {host} could be made", True
+            case socket.gaierror() | UnicodeError():
+                return "dns", "the host name {host} could not be found", True
+            case ConnectionRefusedError():
+                return "refused", "{host} refused the connection", True
+            case ConnectionResetError() | BrokenPipeError():
+                return "reset", "{host} broke off the connection", True
+            case OSError(errno=errno.EHOSTUNREACH | errno.ENETUNREACH):
+                return "unreachable", "there is no way to {host} from here", True
+            case _:
+                continue
+    if isinstance(error, httpcore.ProtocolError):
+        return "protocol", "{host} did not answer in valid HTTP, or only in part", True
+    if isinstance(error, httpcore.ReadError):
+        return "reset", "{host} broke off the connection", True
+    return "connection", "the connection to {host} failed", True
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything it came from, groups included."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        if isinstance(current, BaseExceptionGroup):
+            waiting.extend(current.exceptions)
+        waiting.extend(cause for cause in (current.__context__, current.__cause__) if cause is not None)

@@ -1,0 +1,77 @@
+"""session: the section `processors.session` of config.yaml. Every key has a default that works."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MEBIBYTE = 1024 * 1024
+
+
+def _names_hosts(entries: list[str]) -> list[str]:
+    for entry in entries:
+        try:
+            ip_network(entry, strict=False)
+        except ValueError:
+            if not entry or "/" in entry or ":" in entry or any(character.isspace() for character in entry):
+                raise ValueError(
+                    f"{entry!r} is neither an IP address, nor a network like 10.0.0.0/8, nor a host name without port"
+                ) from None
+    return entries
+
+
+class TranscriptionSettings(BaseModel):
+    """Who listens to the recordings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: Literal["none", "pocketsphinx"] = Field(
+        default="none",
+        description="`none`: no transcripts, and no video is downloaded unless `keep_audio` is set. `pocketsphinx`: "
+        "offline, English only, for demonstrations and tests, not for quality; needs `pip install pocketsphinx`.",
+    )
+
+
+class SessionSettings(BaseModel):
+    """What the session processor may do, and how long and how much at most."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    connect_timeout_seconds: float = Field(default=10, gt=0, description="To find and reach a server.")
+    read_timeout_seconds: float = Field(default=30, gt=0, description="Silence of a server in mid-answer.")
+    page_timeout_seconds: float = Field(default=60, gt=0, description="For the whole step `page`.")
+    video_timeout_seconds: float = Field(default=1800, gt=0, description="For the whole step `transcript`.")
+    slides_timeout_seconds: float = Field(default=300, gt=0, description="For the whole step `slides`.")
+
+    page_max_bytes: int = Field(default=10 * MEBIBYTE, gt=0, description="Largest page, after decompression.")
+    video_max_bytes: int = Field(default=4096 * MEBIBYTE, gt=0, description="Largest recording.")
+    slides_max_bytes: int = Field(default=200 * MEBIBYTE, gt=0, description="Largest attachment.")
+
+    max_redirects: int = Field(default=5, ge=0, description="Redirects followed before giving up.")
+    allow_private: Annotated[list[str], AfterValidator(_names_hosts)] = Field(
+        default=[],
+        description="IP addresses, networks (10.0.0.0/8) and host names that may be fetched from although they are not "
+        "on the public internet. Everything else private, loopback or link-local is refused.",
+    )
+    user_agent: str = Field(
+        default="jobledger (conference session processor)", description="How we introduce ourselves to servers."
+    )
+
+    slide_longest_side: int = Field(default=1280, ge=16, le=8192, description="Of a slide's image, in pixels.")
+    thumbnail_longest_side: int = Field(default=320, ge=16, le=2048, description="Of its small version, in pixels.")
+    jpeg_quality: int = Field(default=85, ge=1, le=95, description="Of both, 1 to 95.")
+    max_pages: int = Field(default=500, gt=0, description="Pages of a PDF that become images; the rest is left out.")
+    max_pixels: int = Field(
+        default=80_000_000, gt=0, description="Largest image rendered, or opened from inside a PDF: width × height."
+    )
+
+    transcription: TranscriptionSettings = Field(default=TranscriptionSettings(), description="Speech to text.")
+    keep_audio: bool = Field(default=False, description="Keep the extracted audio (WAV) among the results.")
+    max_audio_seconds: float = Field(default=8 * 3600, gt=0, description="Audio taken from one recording.")
+
+    template: Path | None = Field(
+        default=None, description="A Jinja2 file to use instead of the built-in `session.md.j2`."
+    )
