@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
@@ -34,11 +35,22 @@ class Listener(Protocol):
     @property
     def collection(self) -> str: ...
 
-    async def resync(self, session: AsyncClientSession) -> None:
+    @property
+    def resync(self) -> Callable[[AsyncClientSession], Awaitable[None]]:
         """The stream is open (again): take in what the collection says now, reading with `session`."""
 
-    def changed(self, change: Mapping[str, Any]) -> None:
+    @property
+    def changed(self) -> Callable[[Mapping[str, Any]], None]:
         """A document was inserted, updated, replaced or deleted (a change stream event). Must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reaction:
+    """A listener made of two functions."""
+
+    collection: str
+    changed: Callable[[Mapping[str, Any]], None]
+    resync: Callable[[AsyncClientSession], Awaitable[None]]
 
 
 class Changes:

@@ -105,7 +105,7 @@ class Processor(Protocol):
 
     job_type: ClassVar[str]
     isolation: ClassVar[Isolation]
-    """`process` (default choice): a child process, so a crash, a leak or a hang is contained. `inline`: cheap async work."""
+    """`process`, as a rule: a child process, so a crash, leak or hang is contained. `inline`: cheap async work."""
     Parameters: ClassVar[type[BaseModel]]
     """Validates `parameters` when a job is submitted."""
     Settings: ClassVar[type[BaseModel]]

@@ -1,0 +1,69 @@
+"""api: the application and its routes, all in one list."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from api import batches, files, jobs, monitoring
+from api.errors import ApiError, json_response, on_api_error, on_fault, on_http_exception, on_ledger_error
+from api.services import Services
+from ledger.errors import JobledgerError
+
+
+async def index(_request: Request) -> Response:
+    """GET /"""
+    return json_response(
+        {
+            "status": "success",
+            "service": "jobledger",
+            "jobs": "/api/events/jobs",
+            "batches": "/api/events/batches",
+            "statistics": "/api/monitoring/events/stats",
+            "log": "/api/ledger/stream",
+        }
+    )
+
+
+ROUTES = [
+    Route("/", index),
+    Route("/api/events/jobs", jobs.submit, methods=["POST"]),
+    Route("/api/events/jobs", jobs.listing),
+    Route("/api/events/jobs/{job_id}", jobs.single),
+    Route("/api/events/jobs/{job_id}", jobs.delete, methods=["DELETE"]),
+    Route("/api/events/jobs/{job_id}/history", jobs.history),
+    Route("/api/events/jobs/{job_id}/cancel", jobs.cancel, methods=["POST"]),
+    Route("/api/events/jobs/{job_id}/restart", jobs.restart, methods=["POST"]),
+    Route("/api/events/jobs/{job_id}/archive", jobs.archive, methods=["POST"]),
+    Route("/api/events/jobs/{job_id}/unarchive", jobs.unarchive, methods=["POST"]),
+    Route("/api/events/batches", batches.submit, methods=["POST"]),
+    Route("/api/events/batches", batches.listing),
+    Route("/api/events/batches/{batch_id}", batches.single),
+    Route("/api/events/files/{path:path}", files.single),
+    Route("/api/ledger/stream", monitoring.stream),
+    Route("/api/monitoring/events/stats", monitoring.stats),
+    Route("/healthz", monitoring.alive),
+    Route("/readyz", monitoring.ready),
+]
+
+
+def create_app(services: Services) -> Starlette:
+    """Return the application, working with what the composition root hands in."""
+    app = Starlette(
+        routes=ROUTES,
+        # Against DNS rebinding: a page of another site must not reach us under that site's name.
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(services.allowed_hosts), www_redirect=False)],
+        exception_handlers={
+            ApiError: on_api_error,
+            JobledgerError: on_ledger_error,
+            HTTPException: on_http_exception,
+            Exception: on_fault,
+        },
+    )
+    app.state.services = services
+    return app

@@ -1,0 +1,127 @@
+"""api: from an error to an answer. One envelope, one table; never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import orjson
+import structlog
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ledger.errors import (
+    AlreadyExists,
+    InvalidEvent,
+    JobledgerError,
+    LedgerBusy,
+    LedgerUnavailable,
+    NotFound,
+    StaleAttempt,
+    VersionConflict,
+    WrongState,
+)
+
+_log = structlog.get_logger()
+
+
+class ApiError(Exception):
+    """An answer that is no success. `code` is for programs, the message for people."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        details: Mapping[str, Any] | None = None,
+        retry_after_seconds: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.details = dict(details or {})
+        self.retry_after_seconds = retry_after_seconds
+
+
+TABLE: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
+    (NotFound, 404, "not_found", None),
+    (AlreadyExists, 409, "already_exists", None),
+    (WrongState, 409, "wrong_state", None),
+    (StaleAttempt, 409, "stale_attempt", None),
+    (VersionConflict, 409, "version_conflict", None),
+    (InvalidEvent, 422, "invalid_content", None),
+    (LedgerBusy, 429, "busy", 1),
+    (LedgerUnavailable, 503, "database_unavailable", 2),
+)
+"""What the ledger raises, the HTTP status, the code, and after how many seconds it is worth trying again."""
+
+
+def json_response(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return JSON; times in UTC with a Z."""
+    body = orjson.dumps(content, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+    return Response(body, status, dict(headers or {}), "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """Return the envelope of a failure."""
+    headers = {"Retry-After": str(error.retry_after_seconds)} if error.retry_after_seconds is not None else {}
+    content = {"status": "error", "code": error.code, "message": error.message, "details": error.details}
+    return json_response(content, error.status, headers)
+
+
+def invalid(error: ValidationError, *, within: tuple[str | int, ...] = ()) -> ApiError:
+    """Return the answer to content that does not fit its model, naming each field by its path."""
+    problems = [
+        {"path": _path((*within, *problem["loc"])), "message": _sentence(problem["msg"])} for problem in error.errors()
+    ]
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    where = f"{first['path']}: " if first["path"] else ""
+    return ApiError(422, "invalid_content", f"{where}{first['message']}{more}", details={"errors": problems})
+
+
+def _path(location: Sequence[str | int]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _sentence(message: str) -> str:
+    return message.removeprefix("Value error, ")
+
+
+async def on_api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)  # noqa: S101 - registered for this type
+    return error_response(error)
+
+
+async def on_ledger_error(_request: Request, error: Exception) -> Response:
+    for kind, status, code, retry_after in TABLE:
+        if isinstance(error, kind):
+            return error_response(ApiError(status, code, str(error), retry_after_seconds=retry_after))
+    _log.error("error without an answer of its own", error=repr(error))
+    return error_response(ApiError(500, "internal_error", "Something went wrong here; it is in the log."))
+
+
+async def on_http_exception(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    messages = {404: "There is nothing at this address.", 405: "This address does not know this method."}
+    answer = error_response(
+        ApiError(
+            error.status_code, codes.get(error.status_code, "refused"), messages.get(error.status_code, error.detail)
+        )
+    )
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def on_fault(_request: Request, error: Exception) -> Response:
+    """A fault of ours: the details are for the log, not for the client."""
+    _log.error("fault while answering", exc_info=error)
+    return error_response(ApiError(500, "internal_error", "Something went wrong here; it is in the log."))

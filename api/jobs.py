@@ -1,0 +1,224 @@
+"""api: jobs. Submit, list, read, follow their history, and act on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bson import ObjectId
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.errors import ApiError, invalid, json_response
+from api.models import JobBody, JobList, ReasonBody, RestartBody, WebhookBody
+from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
+from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive
+from ledger.events import AccessControl, JobSubmitted, Meta, Recorded, Webhook
+from ledger.handle import Known, handle, new_job_id
+from ledger.mongo import Document, driver_errors
+from projections import jobs as view
+from projections import statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """Header values of webhooks, kept out of the log, in a collection of their own."""
+
+    reference: str
+    headers: dict[str, str]
+
+
+def submission(
+    body: JobBody,
+    known: Services,
+    *,
+    within: tuple[str | int, ...] = (),
+    batch_id: str | None = None,
+    webhook: Webhook | None = None,
+) -> JobSubmitted:
+    """Return the event for a valid body; `within` is where the body stands in the request, for messages.
+
+    Raises:
+        ApiError: 422, when the job type is unknown or the parameters do not fit it.
+    """
+    model = known.job_types.get(body.job_type)
+    if model is None:
+        names = ", ".join(sorted(known.job_types))
+        problem = {"path": "job_type", "message": f"unknown job type {body.job_type!r}; there are: {names}"}
+        raise ApiError(422, "unknown_job_type", problem["message"], details={"errors": [problem]})
+    try:
+        model.model_validate(body.parameters)
+    except ValidationError as error:
+        raise invalid(error, within=(*within, "parameters")) from error
+    return JobSubmitted(
+        job_type=body.job_type,
+        parameters=body.parameters,
+        batch_id=batch_id,
+        job_name=body.job_name,
+        user_id=body.user_id or known.default_user,
+        access_control=AccessControl(**body.access_control.model_dump()),
+        webhook=webhook,
+        priority=body.priority,
+        not_before=body.not_before,
+        max_attempts=body.max_attempts,
+        timeout_s=body.timeout_s,
+    )
+
+
+def split_webhook(body: WebhookBody | None) -> tuple[Webhook | None, Secrets | None]:
+    """Return the webhook as it may stand in the log, and what must not."""
+    if body is None:
+        return None, None
+    secrets = Secrets(f"headers-{ObjectId()}", body.headers) if body.headers else None
+    webhook = Webhook(
+        url=body.url,
+        header_names=sorted(body.headers),
+        headers_ref=secrets.reference if secrets else None,
+        include_markdown=body.include_markdown,
+        include_metadata=body.include_metadata,
+    )
+    return webhook, secrets
+
+
+async def keep(known: Services, *secrets: Secrets | None) -> None:
+    """Store header values before the event that refers to them: never the other way round."""
+    documents = [{"_id": it.reference, "headers": it.headers} for it in secrets if it is not None]
+    if documents:
+        with driver_errors("storing webhook headers"):
+            await known.db.webhook_headers.insert_many(documents)
+
+
+async def submit(request: Request) -> Response:
+    """POST /api/events/jobs"""
+    known = services(request)
+    body = validated(JobBody, await read_json(request))
+    webhook, secrets = split_webhook(body.webhook)
+    asked = submission(body, known, webhook=webhook)
+    await keep(known, secrets)
+    job_id = new_job_id()
+    handled = await handle(known.log, job_id, SubmitJob(asked), meta=Meta(f"user:{asked.user_id}"), known=Known())
+    return json_response(
+        {"status": "success", "job_id": job_id, "job": shown(view.fold(None, handled.events[0]))},
+        202,
+        {"Location": f"/api/events/jobs/{job_id}", "Ledger-Position": str(handled.events[0].position)},
+    )
+
+
+async def listing(request: Request) -> Response:
+    """GET /api/events/jobs"""
+    await views_reach_wanted_position(request)
+    known = services(request)
+    asked = query_of(request, JobList)
+    wanted = view.Filter(**asked.model_dump(exclude={"limit", "skip", "min_position"}))
+    found = await view.page(known.db, wanted, limit=asked.limit, skip=asked.skip)
+    total, bounded = await _total(known, wanted)
+    content: dict[str, Any] = {"status": "success", "total": total, "jobs": [shown(job) for job in found]}
+    if bounded:
+        content["total_is_lower_bound"] = True
+    return json_response(content)
+
+
+async def _total(known: Services, wanted: view.Filter) -> tuple[int, bool]:
+    """Return how many jobs there are and whether there may be more: from counters where they know it."""
+    query = wanted.query()
+    if query.keys() <= {"status"}:
+        return (await statistics.read(known.db))["jobs"][wanted.status or "total"], False
+    total = await view.count(known.db, wanted)
+    return total, total >= view.COUNTED_UP_TO
+
+
+async def single(request: Request) -> Response:
+    """GET /api/events/jobs/{job_id}"""
+    await views_reach_wanted_position(request)
+    job = await existing(request)
+    return json_response({"status": "success", "job": shown(job)}, headers={"ETag": f'"{job["version"]}"'})
+
+
+async def history(request: Request) -> Response:
+    """GET /api/events/jobs/{job_id}/history"""
+    job = await existing(request)
+    events = await services(request).log.read_stream(job["job_id"])
+    return json_response({"status": "success", "events": [shown_event(event) for event in events]})
+
+
+async def existing(request: Request) -> Document:
+    """Return the job that the path names.
+
+    Raises:
+        ApiError: 404.
+    """
+    known, job_id = services(request), request.path_params["job_id"]
+    job = await view.get(known.db, known.log, job_id) if job_id.startswith("job-") else None
+    if job is None:
+        raise ApiError(404, "job_not_found", f"There is no job {job_id}.")
+    return job
+
+
+async def cancel(request: Request) -> Response:
+    """POST /api/events/jobs/{job_id}/cancel"""
+    body = validated(ReasonBody, await _optional_json(request))
+    return await _act(request, CancelJob(_user(request), body.reason))
+
+
+async def restart(request: Request) -> Response:
+    """POST /api/events/jobs/{job_id}/restart"""
+    body = validated(RestartBody, await _optional_json(request))
+    return await _act(request, RestartJob(_user(request), body.reason, body.reuse_steps))
+
+
+async def archive(request: Request) -> Response:
+    """POST /api/events/jobs/{job_id}/archive"""
+    body = validated(ReasonBody, await _optional_json(request))
+    return await _act(request, Archive(_user(request), body.reason))
+
+
+async def unarchive(request: Request) -> Response:
+    """POST /api/events/jobs/{job_id}/unarchive"""
+    body = validated(ReasonBody, await _optional_json(request))
+    return await _act(request, Unarchive(_user(request), body.reason))
+
+
+async def delete(request: Request) -> Response:
+    """DELETE /api/events/jobs/{job_id}"""
+    return await _act(request, Delete(_user(request)))
+
+
+async def _act(request: Request, command: JobCommand) -> Response:
+    job = await existing(request)
+    log = services(request).log
+    handled = await handle(log, job["job_id"], command, meta=Meta(_user(request), job["batch_id"]))
+    after: Document | None = None
+    for event in await log.read_stream(job["job_id"]):
+        after = view.fold(after, event)
+    content = {"status": "success", "job_id": job["job_id"], "job": shown(after)}
+    return json_response(content, headers={"Ledger-Position": str(handled.known.head.position)})
+
+
+def _user(request: Request) -> str:
+    return f"user:{services(request).default_user}"
+
+
+async def _optional_json(request: Request) -> Any:
+    """An action needs no body; without a content type there is none."""
+    return await read_json(request) if "content-type" in request.headers else {}
+
+
+def shown(job: Document | None) -> Document | None:
+    """Return a view document as clients see it."""
+    return {name: value for name, value in job.items() if name not in ("_id", "queued_position")} if job else None
+
+
+def shown_event(event: Recorded) -> Document:
+    """Return an event as clients see it."""
+    return {
+        "position": event.position,
+        "event_id": event.event_id,
+        "stream": event.stream,
+        "version": event.version,
+        "type": event.type,
+        "time": event.time,
+        "data": event.event.payload(),
+        "meta": event.meta.payload(),
+        "hash": event.hash.hex(),
+    }

@@ -1,0 +1,185 @@
+"""projections: the view `batches`, the concept's batch document (konzept.md, "Event-Batch Collection"), complete.
+
+Counts are kept from the changes of its jobs' documents; the status is what the batch's own events say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, assert_never
+
+from pymongo import ASCENDING, DESCENDING, IndexModel
+
+from ledger.commands import BatchCommand, FinishBatch, ReopenBatch
+from ledger.events import (
+    BATCH_EVENTS,
+    BatchArchived,
+    BatchCounts,
+    BatchDeleted,
+    BatchEvent,
+    BatchFinished,
+    BatchPaused,
+    BatchReopened,
+    BatchResumed,
+    BatchSubmitted,
+    BatchSummary,
+    BatchUnarchived,
+    Recorded,
+)
+from ledger.log import EventLog
+from ledger.mongo import Database, Document, driver_errors
+from projections.jobs import shown_webhook
+
+NAME: Final = "batches"
+INDEXES: Final = [
+    IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)]),
+    IndexModel([("status", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
+]
+
+
+def fold(batch: Document | None, event: Recorded) -> Document | None:
+    """Return the batch's document as it is after one more event of its own stream; None when it is deleted."""
+    happened = event.event
+    if isinstance(happened, BatchSubmitted):
+        return _submitted(happened, event)
+    if batch is None:
+        return None
+    assert isinstance(happened, BATCH_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
+    changes = _changes(happened, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
+    if changes is None:
+        return None
+    return {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+def _submitted(asked: BatchSubmitted, event: Recorded) -> Document:
+    return {
+        "_id": event.stream,
+        "batch_id": event.stream,
+        "batch_name": asked.batch_name,
+        "status": "processing",
+        "created_at": event.time,
+        "updated_at": event.time,
+        "completed_at": None,
+        "job_ids": asked.job_ids,
+        "total_jobs": asked.total_jobs,
+        "pending_jobs": 0,
+        "processing_jobs": 0,
+        "completed_jobs": 0,
+        "failed_jobs": 0,
+        "cancelled_jobs": 0,
+        "webhook": shown_webhook(asked.webhook),
+        "parameters": asked.parameters,
+        "summary": {"duration": 0.0, "tokens_used": 0},
+        "user_id": asked.user_id,
+        "access_control": asked.access_control.model_dump(),
+        "paused": False,
+        "archived": False,
+        "version": event.version,
+        "position": event.position,
+    }
+
+
+def _changes(happened: BatchEvent, event: Recorded) -> Document | None:
+    match happened:
+        case BatchSubmitted():
+            return {}
+        case BatchPaused():
+            return {"paused": True}
+        case BatchResumed():
+            return {"paused": False}
+        case BatchFinished():
+            return {"status": happened.status, "completed_at": event.time}
+        case BatchReopened():
+            return {"status": "processing", "completed_at": None}
+        case BatchArchived():
+            return {"archived": True}
+        case BatchUnarchived():
+            return {"archived": False}
+        case BatchDeleted():
+            return None
+        case _:
+            assert_never(happened)
+
+
+def fold_job(batch: Document, before: Document | None, after: Document | None, event: Recorded) -> Document:
+    """Return the batch's document as it is after one of its jobs has changed."""
+    was, now = before and before["status"], after and after["status"]
+    changed = dict(batch)
+    if was != now:
+        if was:
+            changed[f"{was}_jobs"] -= 1
+        if now:
+            changed[f"{now}_jobs"] += 1
+    if after is None and before is not None:
+        changed["job_ids"] = [job_id for job_id in batch["job_ids"] if job_id != before["job_id"]]
+        changed["total_jobs"] -= 1
+    if now == "completed" and was != "completed" and after is not None:
+        spent = after["results"]["metadata"]
+        changed["summary"] = {
+            "duration": round(batch["summary"]["duration"] + spent["duration"], 3),
+            "tokens_used": batch["summary"]["tokens_used"] + spent["tokens_used"],
+        }
+    return {**changed, "updated_at": event.time, "position": event.position}
+
+
+def reaction(batch: Document) -> BatchCommand | None:
+    """Return what has to be recorded about a batch, seeing its counts: that it has ended, or goes on again.
+
+    The projector asks this of every batch it has changed, and of all unfinished ones at start. So whoever crashes when,
+    a batch whose jobs have all ended is finished, and one whose job was restarted is open again.
+    """
+    ended = batch["completed_jobs"] + batch["failed_jobs"] + batch["cancelled_jobs"]
+    if batch["status"] == "processing" and ended == batch["total_jobs"]:
+        return FinishBatch(
+            BatchCounts(
+                completed=batch["completed_jobs"], failed=batch["failed_jobs"], cancelled=batch["cancelled_jobs"]
+            ),
+            BatchSummary(**batch["summary"]),
+        )
+    if batch["status"] != "processing" and ended < batch["total_jobs"]:
+        return ReopenBatch()
+    return None
+
+
+# Questions --------------------------------------------------------------------------------------------------------
+
+
+async def get(db: Database, log: EventLog, batch_id: str) -> Document | None:
+    """Return a batch's document, or None. One that the projector has not reached yet is folded from the log."""
+    with driver_errors(f"reading {batch_id}"):
+        batch = await db[NAME].find_one({"_id": batch_id})
+    if batch is None:
+        for event in await log.read_stream(batch_id):
+            batch = fold(batch, event)
+        batch = as_submitted(batch)
+    return batch
+
+
+def as_submitted(batch: Document | None) -> Document | None:
+    """Return a batch that was folded without its jobs as it is at its beginning: all of them wait."""
+    return {**batch, "pending_jobs": batch["total_jobs"]} if batch else None
+
+
+def query(*, status: str | None = None, user_id: str | None = None, archived: bool | None = None) -> dict[str, Any]:
+    """Return the database query for the batches asked for; None means any."""
+    wanted = {"status": status, "user_id": user_id, "archived": archived}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+async def page(db: Database, wanted: Document, *, limit: int, skip: int) -> list[Document]:
+    """Return batches, newest first."""
+    with driver_errors("listing batches"):
+        cursor = db[NAME].find(wanted, sort=[("created_at", DESCENDING), ("_id", DESCENDING)], limit=limit, skip=skip)
+        return await cursor.to_list()
+
+
+async def count(db: Database, wanted: Document) -> int:
+    """Count batches, but never more than 10,000."""
+    with driver_errors("counting batches"):
+        return await db[NAME].count_documents(wanted, limit=10_000)
+
+
+async def unsettled(db: Database) -> Sequence[Document]:
+    """Return the batches that are not finished, for `reaction` at start."""
+    with driver_errors("looking for unfinished batches"):
+        return await db[NAME].find({"status": "processing"}, {"job_ids": 0, "parameters": 0}).to_list()

@@ -1,0 +1,36 @@
+"""projections: the view `files`, which job's result lies under which path. The file store has the bytes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pymongo import ASCENDING, IndexModel
+
+from ledger.mongo import Database, Document, driver_errors
+
+NAME: Final = "files"
+INDEXES: Final = [IndexModel([("job_id", ASCENDING)])]
+
+
+def rows(job: Document) -> list[Document]:
+    """Return one row for each of the job's result files."""
+    if job["results"] is None:
+        return []
+    return [
+        {
+            "_id": file["path"],
+            "sha256": file["sha256"],
+            "size": file["size"],
+            "media_type": file["media_type"],
+            "job_id": job["job_id"],
+            "modified_at": job["completed_at"],
+            "position": job["position"],
+        }
+        for file in job["results"]["files"]
+    ]
+
+
+async def get(db: Database, path: str) -> Document | None:
+    """Return what lies under a path, or None."""
+    with driver_errors("looking for a file"):
+        return await db[NAME].find_one({"_id": path})

@@ -1,0 +1,282 @@
+"""projections: the projector. Folds the log into the views, in order, exactly once.
+
+Any number of processes may run one; they elect a leader by a lease, the rest stand by. A chunk's view writes and the
+checkpoint are one transaction, and the checkpoint's filter names the leader's epoch and where it began: a deposed
+leader's transaction finds no such checkpoint and is undone. After any failure the checkpoint says where to go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import PyMongoError
+
+from ledger.errors import CommandRefused, LedgerUnavailable
+from ledger.events import Meta, Recorded
+from ledger.handle import handle
+from ledger.lease import Lease
+from ledger.log import EventLog
+from ledger.mongo import DURABLE, Connection, Database, Document, brief, driver_errors
+from projections import batches, files, jobs, queue, statistics
+from projections.checkpoint import VIEWS
+
+_log = structlog.get_logger()
+CHUNK_EVENTS: Final = 1000
+CACHED_DOCUMENTS: Final = 20_000
+_ROW_VIEWS: Final = (queue, files)
+_VIEWS: Final = (jobs, batches, queue, files, statistics)
+Write = InsertOne[Document] | ReplaceOne[Document] | UpdateOne | DeleteOne
+
+
+class _Deposed(Exception):
+    """Another leader has taken over the checkpoint."""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Events being folded: the documents as they were loaded and as they are now, and what the counters gain. Pure."""
+
+    loaded: dict[str, dict[str, Document]]
+    now: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {"jobs": {}, "batches": {}})
+    rows: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {"queue": {}, "files": {}})
+    counted: statistics.Contribution = field(default_factory=Counter)
+
+    def fold(self, event: Recorded) -> None:
+        """Take in one event."""
+        kind = event.stream.partition("-")[0]
+        if kind == "job":
+            self._fold_job(event)
+        elif kind == "batch":
+            before = self.get("batches", event.stream)
+            self._set_batch(event.stream, before, batches.fold(before, event))
+
+    def get(self, view: str, key: str) -> Document | None:
+        """Return a document as it is now."""
+        return self.now[view][key] if key in self.now[view] else self.loaded[view].get(key)
+
+    def _fold_job(self, event: Recorded) -> None:
+        before = self.get("jobs", event.stream)
+        after = jobs.fold(before, event)
+        if after is before:
+            return
+        self.now["jobs"][event.stream] = after
+        for view in _ROW_VIEWS:
+            written = self.rows[view.NAME]
+            for row in view.rows(before) if before else ():
+                written[row["_id"]] = None
+            for row in view.rows(after) if after else ():
+                written[row["_id"]] = row
+        _add(self.counted, statistics.of_job(before), statistics.of_job(after))
+        batch_id = (after or before or {}).get("batch_id")
+        batch = self.get("batches", batch_id) if batch_id else None
+        if batch is not None:
+            self._set_batch(batch["batch_id"], batch, batches.fold_job(batch, before, after, event))
+
+    def _set_batch(self, batch_id: str, before: Document | None, after: Document | None) -> None:
+        self.now["batches"][batch_id] = after
+        _add(self.counted, statistics.of_batch(before), statistics.of_batch(after))
+
+    def writes(self) -> dict[str, list[Write]]:
+        """Return what has to be written to which view."""
+        writes: dict[str, list[Write]] = {}
+        for view, documents in self.now.items():
+            writes[view] = [
+                write
+                for key, document in documents.items()
+                if (write := _write(key, self.loaded[view].get(key), document)) is not None
+            ]
+        for view, rows in self.rows.items():
+            writes[view] = [
+                ReplaceOne({"_id": key}, row, upsert=True) if row else DeleteOne({"_id": key})
+                for key, row in rows.items()
+            ]
+        increments: dict[str, dict[str, int]] = {}
+        for (counter, name), amount in self.counted.items():
+            if amount:
+                increments.setdefault(counter, {})[name] = amount
+        writes["statistics"] = [UpdateOne({"_id": key}, {"$inc": by}, upsert=True) for key, by in increments.items()]
+        return {view: changes for view, changes in writes.items() if changes}
+
+
+def _add(counted: statistics.Contribution, before: statistics.Contribution, after: statistics.Contribution) -> None:
+    counted.update(after)
+    counted.subtract(before)
+
+
+def _write(key: str, old: Document | None, new: Document | None) -> Write | None:
+    """Return the smallest write that makes the old document the new one. Folds copy on change, so `is` tells."""
+    if new is None:
+        return DeleteOne({"_id": key}) if old else None
+    if old is None:
+        return InsertOne(new)
+    changed = {name: value for name, value in new.items() if value is not old.get(name)}
+    return UpdateOne({"_id": key}, {"$set": changed}) if changed else None
+
+
+class Projector:
+    """Keeps the views up to date while it is the leader, and stands by while another is.
+
+    A listener of the process's change stream: the leader's heartbeats tell a standby when to try.
+    """
+
+    collection = "leaders"
+
+    def __init__(
+        self, db: Database, log: EventLog, connection: Connection, *, holder: str, lease_seconds: float = 10.0
+    ) -> None:
+        self._db = db
+        self._log = log
+        self._holder = holder
+        self._lease_seconds = lease_seconds
+        self._lease = Lease(connection, "leaders", "projector", seconds=lease_seconds)
+        self._heard = asyncio.Event()
+        self._vacant = asyncio.Event()
+        self._cache: OrderedDict[tuple[str, str], Document] = OrderedDict()
+
+    async def prepare(self) -> None:
+        """Create the views' indexes and the checkpoint. Harmless when they exist."""
+        with driver_errors("preparing the views"):
+            for view in _VIEWS:
+                if view.INDEXES:
+                    await self._db[view.NAME].create_indexes(list(view.INDEXES))
+            await self._db.checkpoints.update_one(
+                {"_id": VIEWS}, {"$setOnInsert": {"position": 0, "epoch": 0}}, upsert=True
+            )
+
+    async def run(self) -> None:
+        """Stand by, lead, stand by …, until cancelled."""
+        while True:
+            try:
+                if await self._lease.acquire({"holder": self._holder}):
+                    try:
+                        await self._lead()
+                    finally:
+                        await self._lease.release()
+                else:
+                    await self._wait_for_vacancy()
+            except (LedgerUnavailable, PyMongoError) as error:
+                text = brief(error) if isinstance(error, PyMongoError) else str(error)
+                _log.warning("projector interrupted, going on from its checkpoint", error=text)
+                await asyncio.sleep(0.2)
+
+    async def resync(self, session: AsyncClientSession) -> None:
+        self._heard.set()
+
+    def changed(self, change: Mapping[str, Any]) -> None:
+        self._heard.set()
+        if change.get("updateDescription", {}).get("updatedFields", {}).get("released"):
+            self._vacant.set()
+
+    async def _wait_for_vacancy(self) -> None:
+        """Wait until the leader misses a heartbeat or lets go of its lease."""
+        self._vacant.clear()
+        while not self._vacant.is_set():
+            self._heard.clear()
+            try:
+                async with asyncio.timeout(self._lease_seconds / 3 + 1):
+                    await self._heard.wait()
+            except TimeoutError:
+                return
+
+    async def _lead(self) -> None:
+        leading = asyncio.create_task(self._fold_for_ever(), name="projector")
+        lost = asyncio.create_task(self._lease.lost())
+        try:
+            await asyncio.wait({leading, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if leading.done():
+                leading.result()
+            else:
+                _log.warning("projector lost its lease and stands by")
+        except _Deposed:
+            _log.warning("projector was replaced by another one and stands by")
+        finally:
+            for task in (leading, lost):
+                task.cancel()
+            await asyncio.gather(leading, lost, return_exceptions=True)
+
+    async def _fold_for_ever(self) -> None:
+        self._cache.clear()
+        position = await self._take_over()
+        _log.info("projector leads", position=position, epoch=self._lease.epoch)
+        await self._react(await batches.unsettled(self._db))
+        async with self._log.subscription(after=position) as events:
+            while True:
+                chunk = await events.chunk(CHUNK_EVENTS)
+                await self._react(await self._fold(chunk, position))
+                position = events.position
+
+    async def _take_over(self) -> int:
+        """Put this leader's epoch on the checkpoint, which fences its predecessors, and return where to begin."""
+        checkpoint = await self._db.checkpoints.find_one_and_update(
+            {"_id": VIEWS, "epoch": {"$lt": self._lease.epoch}}, {"$set": {"epoch": self._lease.epoch}}
+        )
+        if checkpoint is None:
+            raise _Deposed
+        return int(checkpoint["position"])
+
+    async def _fold(self, events: Sequence[Recorded], position: int) -> list[Document]:
+        """Fold events into the views in one transaction; return the batches that were changed."""
+        chunk = Chunk(await self._load(events))
+        for event in events:
+            chunk.fold(event)
+        try:
+            async with (
+                self._db.client.start_session() as session,
+                await session.start_transaction(write_concern=DURABLE),
+            ):
+                moved = await self._db.checkpoints.update_one(
+                    {"_id": VIEWS, "epoch": self._lease.epoch, "position": position},
+                    {"$set": {"position": events[-1].position}},
+                    session=session,
+                )
+                if not moved.matched_count:
+                    raise _Deposed
+                for view, writes in chunk.writes().items():
+                    await self._db[view].bulk_write(writes, ordered=False, session=session)
+        except PyMongoError:
+            self._cache.clear()
+            raise
+        self._remember(chunk)
+        return [batch for batch in chunk.now["batches"].values() if batch is not None]
+
+    async def _load(self, events: Iterable[Recorded]) -> dict[str, dict[str, Document]]:
+        streams = {event.stream for event in events}
+        loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")})}
+        in_batches = {job["batch_id"] for job in loaded["jobs"].values()}
+        in_batches |= {getattr(event.event, "batch_id", None) for event in events}
+        in_batches |= {name for name in streams if name.startswith("batch-")}
+        loaded["batches"] = await self._documents("batches", in_batches - {None})
+        return loaded
+
+    async def _documents(self, view: str, keys: set[str]) -> dict[str, Document]:
+        """Return documents from the cache, which is right because only the leader writes, or the database."""
+        found = {key: document for key in keys if (document := self._cache.get((view, key))) is not None}
+        if missing := keys - found.keys():
+            async for document in self._db[view].find({"_id": {"$in": sorted(missing)}}):
+                found[document["_id"]] = document
+        return found
+
+    def _remember(self, chunk: Chunk) -> None:
+        for view, documents in chunk.now.items():
+            for key, document in documents.items():
+                self._cache.pop((view, key), None)
+                if document is not None:
+                    self._cache[view, key] = document
+        while len(self._cache) > CACHED_DOCUMENTS:
+            self._cache.popitem(last=False)
+
+    async def _react(self, changed: Iterable[Document]) -> None:
+        """Record what the counts say about batches: that one has ended, or goes on again."""
+        due = [(batch["batch_id"], command) for batch in changed if (command := batches.reaction(batch)) is not None]
+        for batch_id, command in due:
+            try:
+                await handle(self._log, batch_id, command, meta=Meta("system", batch_id))
+            except CommandRefused as refused:
+                _log.info("batch left as it is", batch_id=batch_id, reason=str(refused))

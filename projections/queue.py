@@ -1,0 +1,46 @@
+"""projections: the view `queue`, one row for each job that waits to be claimed. A hint: the claiming append decides."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+from typing import Final
+
+from pymongo import ASCENDING, DESCENDING, IndexModel
+
+from ledger.mongo import Database, Document, driver_errors
+
+NAME: Final = "queue"
+INDEXES: Final = [IndexModel([("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)])]
+_KEPT: Final = ("job_type", "batch_id", "priority", "due_at", "queued_position", "position")
+
+
+def rows(job: Document) -> list[Document]:
+    """Return the job's row if it is waiting."""
+    if job["status"] != "pending":
+        return []
+    return [{"_id": job["job_id"], **{name: job[name] for name in _KEPT}}]
+
+
+async def candidates(
+    db: Database, *, job_types: Collection[str], without: Collection[str], now: datetime, limit: int
+) -> list[str]:
+    """Return the ids of jobs of these types that may be claimed now, by priority, then age, `without` those named."""
+    wanted = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(without)}}
+    with driver_errors("looking for waiting jobs"):
+        fresh = await _find(db, {"due_at": None, **wanted}, limit)
+        due = await _find(db, {"due_at": {"$lte": now}, **wanted}, limit)  # BSON: null is not less than a date
+    both = sorted(fresh + due, key=lambda row: (-row["priority"], row["queued_position"]))
+    return [row["_id"] for row in both[:limit]]
+
+
+async def _find(db: Database, query: Document, limit: int) -> list[Document]:
+    order = [("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)]
+    return await db[NAME].find(query, {"priority": 1, "queued_position": 1}, sort=order, limit=limit).to_list()
+
+
+async def next_due(db: Database, *, now: datetime) -> datetime | None:
+    """Return when the next job that must wait may start."""
+    with driver_errors("looking for the next due job"):
+        row = await db[NAME].find_one({"due_at": {"$gt": now}}, {"due_at": 1}, sort=[("due_at", ASCENDING)])
+    return row["due_at"] if row else None

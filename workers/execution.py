@@ -1,0 +1,367 @@
+"""workers: run one claimed job and tell the log what becomes of it.
+
+A pipeline of few steps: assign, run (child process or inline), take messages, record the end. Progress and log lines
+are gathered for a moment, so that many of them become few events; nothing is held back for longer than a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import random
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import orjson
+import structlog
+
+from ledger.commands import (
+    CompleteJob,
+    ConfirmCancel,
+    FailAttempt,
+    FinishStep,
+    ReleaseJob,
+    ReportProgress,
+    WorkerCommand,
+    WriteLog,
+)
+from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, NotFound
+from ledger.events import Asset, Failure, JobResults, LogLine, Meta, ResultFile, ResultMetadata, WorkerFenced
+from ledger.files import FileStore
+from ledger.handle import Handled, Known, handle
+from ledger.job import Job
+from ledger.log import EventLog
+from workers import child
+from workers.attempt import Assignment, FinishedStep, Message, run
+from workers.processor import Results, SavedFile
+from workers.registry import find_processor, modules
+
+_log = structlog.get_logger()
+GATHER_SECONDS: Final = 0.5
+LARGEST_OUTPUT: Final = 64 * 1024 * 1024  # what a child may say in one message
+_FILES_URL: Final = "/api/events/files/"
+_context = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How jobs are run. `processors` holds the sections `processors.<job_type>` of config.yaml."""
+
+    store: FileStore
+    processors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    memory_limit_mb: int = 4096
+    retry_base_seconds: float = 5.0
+    retry_longest_seconds: float = 600.0
+
+
+class Fenced(Exception):
+    """The attempt is over: somebody else has the job, or it is gone. Whatever we would still say is refused."""
+
+
+def prepare_children() -> None:
+    """Name what the server process that children are forked from loads beforehand. Call once, before the first job."""
+    _context.set_forkserver_preload(["__main__", "workers.child", *modules()])
+
+
+class Execution:
+    """One attempt at one job, from its claim to its end."""
+
+    def __init__(self, log: EventLog, known: Known, *, job_id: str, worker_id: str, settings: Settings) -> None:
+        assert isinstance(known.state, Job)  # noqa: S101 - a job's stream has a job's state
+        self.job_id = job_id
+        self._job = known.state
+        self._attempt = known.state.attempt
+        self._known = known
+        self._log = log
+        self._worker_id = worker_id
+        self._settings = settings
+        self._meta = Meta(f"worker:{worker_id}", known.state.asked.batch_id)
+        self._writing = asyncio.Lock()
+        self._progress: ReportProgress | None = None
+        self._lines: list[LogLine] = []
+        self._flusher: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopped_for: str | None = None
+
+    # Stopping it from outside -------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Stop because somebody asked for the job to be cancelled."""
+        self._stop("cancel")
+
+    def release(self) -> None:
+        """Stop and give the job back, because the worker shuts down."""
+        self._stop("release")
+
+    def abandon(self) -> None:
+        """Stop and say nothing: the lease is lost, so the job is another's."""
+        self._stop("abandon")
+
+    def _stop(self, reason: str) -> None:
+        if self._stopped_for is None and self._task is not None:
+            self._stopped_for = reason
+            self._task.cancel()
+
+    # Running ------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run the job to its end and record that. Raises nothing but LedgerUnavailable and faults of ours."""
+        self._task = asyncio.create_task(self._run(), name=f"run-{self.job_id}")
+        try:
+            await asyncio.wait({self._task})
+            if self._stopped_for is None or not self._task.cancelled():
+                self._task.result()
+            elif self._stopped_for == "cancel":
+                await self._say(ConfirmCancel(self._worker_id, self._attempt))
+            elif self._stopped_for == "release":
+                await self._say(ReleaseJob(self._worker_id, self._attempt, "the worker shuts down"))
+        except Fenced:
+            _log.warning("fenced: this attempt is over", job_id=self.job_id, attempt=self._attempt)
+        finally:
+            if self._flusher is not None:
+                self._flusher.cancel()
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="jobledger-"))
+        try:
+            async with asyncio.timeout(self._job.asked.timeout_s):
+                await self._run_in(scratch)
+        except TimeoutError:
+            message = f"The job took longer than its time limit of {self._job.asked.timeout_s:g} seconds."
+            await self._fail(Failure(code="TIMEOUT", message=message), transient=True)
+        except Fenced:
+            raise
+        except Exception as error:  # noqa: BLE001 - see the next line
+            # Whatever goes wrong here has to end the attempt: under a living lease the job would hang for ever.
+            _log.exception("fault while running a job", job_id=self.job_id)
+            message = f"The worker failed while running the job: {type(error).__name__}: {error}"
+            await self._fail(Failure(code="WORKER_FAULT", message=message), transient=True)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+
+    async def _run_in(self, scratch: Path) -> None:
+        processor = find_processor(self._job.asked.job_type)
+        assignment = Assignment(
+            job_id=self.job_id,
+            attempt=self._attempt,
+            job_type=self._job.asked.job_type,
+            parameters=self._job.asked.parameters,
+            settings=dict(self._settings.processors.get(self._job.asked.job_type, {})),
+            steps={
+                key: FinishedStep(output=step.output, tokens_used=step.tokens_used, warnings=step.warnings)
+                for key, step in self._job.steps.items()
+            },
+            store=self._settings.store.root,
+            scratch=scratch,
+        )
+        if processor.isolation == "inline":
+            await run(assignment, processor, self._take)
+            return
+        async with _child(assignment, self._settings.memory_limit_mb) as (messages, process):
+            async for message in messages:
+                await self._take(message)
+                if message["is"] in ("done", "failed"):
+                    return
+            await asyncio.to_thread(process.join, 5)
+            await self._fail(_why_it_died(process), transient=True)
+
+    # What the processor says --------------------------------------------------------------------------------------
+
+    async def _take(self, message: Message) -> None:
+        match message["is"]:
+            case "progress":
+                self._progress = ReportProgress(
+                    self._worker_id, self._attempt, message["step"], message["percent"], message["message"]
+                )
+                self._flush_soon()
+            case "log":
+                at = datetime.fromisoformat(message["at"])
+                self._lines.append(LogLine(timestamp=at, level=message["level"], message=message["message"]))
+                self._flush_soon()
+            case "step":
+                await self._finish_step(message)
+            case "done":
+                await self._complete(message)
+            case "failed":
+                failure = Failure(code=message["code"], message=message["message"], details=message["details"])
+                await self._fail(failure, transient=message["transient"])
+            case other:
+                raise ValueError(f"a processor's job said {other!r}, which means nothing")
+
+    async def _finish_step(self, message: Message) -> None:
+        await self._flush()
+        await self._say(
+            FinishStep(
+                self._worker_id,
+                self._attempt,
+                message["step"],
+                message["key"],
+                message["output"],
+                message["duration_s"],
+                warnings=tuple(message["warnings"]),
+            )
+        )
+
+    async def _complete(self, message: Message) -> None:
+        results = Results.model_validate(message["results"])
+        await self._flush()
+        await self._say(
+            CompleteJob(
+                self._worker_id,
+                self._attempt,
+                _job_results(results, message["warnings"], message["duration_s"]),
+            )
+        )
+
+    async def _fail(self, failure: Failure, *, transient: bool) -> None:
+        await self._flush()
+        retry_at = datetime.now(UTC) + self._retry_delay() if transient else None
+        await self._say(FailAttempt(self._worker_id, self._attempt, failure, retry_at))
+
+    def _retry_delay(self) -> timedelta:
+        """Exponential back-off with full jitter, so that jobs which failed together do not come back together."""
+        longest = min(
+            self._settings.retry_base_seconds * 2 ** (self._job.counted - 1), self._settings.retry_longest_seconds
+        )
+        return timedelta(seconds=random.uniform(0.1, longest))  # noqa: S311 - spreads load, guards no secret
+
+    # Saying it to the log -----------------------------------------------------------------------------------------
+
+    def _flush_soon(self) -> None:
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush_later(), name=f"flush-{self.job_id}")
+
+    async def _flush_later(self) -> None:
+        await asyncio.sleep(GATHER_SECONDS)
+        try:
+            await self._flush()
+        except Fenced:
+            self.abandon()
+
+    async def _flush(self) -> None:
+        lines, self._lines = self._lines, []
+        progress, self._progress = self._progress, None
+        if lines:
+            await self._say(WriteLog(self._worker_id, self._attempt, tuple(lines)))
+        if progress is not None:
+            await self._say(progress)
+
+    async def _say(self, command: WorkerCommand) -> None:
+        """Append what the command causes; one at a time, each on top of the last.
+
+        While the database is away it is tried again: until it is back, or the lease is lost and we are stopped.
+
+        Raises:
+            Fenced: the attempt is over. The refusal is on record as `WorkerFenced`.
+        """
+        async with self._writing:
+            handled: Handled | None = None
+            while handled is None:
+                try:
+                    handled = await handle(self._log, self.job_id, command, meta=self._meta, known=self._known)
+                except (LedgerUnavailable, LedgerBusy) as error:
+                    _log.warning("not recorded yet", job_id=self.job_id, error=str(error))
+                    await asyncio.sleep(1)
+                except NotFound as gone:
+                    raise Fenced from gone
+                except InvalidEvent as error:
+                    message = f"What the processor said cannot be stored: {error}"
+                    failure = Failure(code="INVALID_RESULT", message=message)
+                    command = FailAttempt(self._worker_id, self._attempt, failure, None)
+            self._known = handled.known
+        if any(isinstance(event.event, WorkerFenced) for event in handled.events):
+            raise Fenced
+
+
+def _job_results(results: Results, warnings: list[str], seconds: float) -> JobResults:
+    """Put a processor's results into the concept's shape, with the paths and URLs under which they are served."""
+    files = [results.markdown, *results.assets] if results.markdown else list(results.assets)
+    return JobResults(
+        markdown_file=f"/events/{results.markdown.path}" if results.markdown else None,
+        markdown_url=_url(results.markdown) if results.markdown else None,
+        assets=[
+            Asset(type=file.media_type.partition("/")[0], path=f"/events/{file.path}", url=_url(file))
+            for file in results.assets
+        ],
+        files=[ResultFile(**file.model_dump()) for file in files],
+        metadata=ResultMetadata(
+            **{
+                **results.metadata,
+                "processed_at": datetime.now(UTC),
+                "duration": seconds,
+                "tokens_used": results.tokens_used,
+                "warnings": warnings,
+            }
+        ),
+    )
+
+
+def _url(file: SavedFile) -> str:
+    return _FILES_URL + quote(file.path)
+
+
+# The child process ------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _child(
+    assignment: Assignment, memory_limit_mb: int
+) -> AsyncIterator[tuple[AsyncIterator[Message], BaseProcess]]:
+    """Start a child with an assignment; yield what it says and the process. It is dead when the block is left."""
+    ours, theirs = _context.Pipe()
+    process = _context.Process(target=child.main, args=(theirs, memory_limit_mb), daemon=True)
+    try:
+        await asyncio.to_thread(process.start)  # the first one waits for the server process
+        theirs.close()
+        await asyncio.to_thread(ours.send_bytes, assignment.model_dump_json().encode())
+        yield _messages(ours), process
+    finally:
+        if process.pid is not None and process.is_alive():
+            process.kill()
+        ours.close()
+        if process.pid is not None:
+            await asyncio.shield(asyncio.to_thread(process.join, 5))
+
+
+async def _messages(pipe: Connection) -> AsyncIterator[Message]:
+    """Yield messages until the child closes its end. The pipe is read when it has something: no thread waits on it."""
+    while True:
+        await _readable(pipe)
+        while pipe.poll():
+            try:
+                # A message that has begun to arrive may take a moment to be whole: not on the event loop.
+                text = await asyncio.to_thread(pipe.recv_bytes, LARGEST_OUTPUT)
+            except (EOFError, OSError):
+                return
+            yield orjson.loads(text)
+
+
+async def _readable(pipe: Connection) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(pipe.fileno(), ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(pipe.fileno())
+
+
+def _why_it_died(process: BaseProcess) -> Failure:
+    code = process.exitcode
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        message = f"The process that ran the job was killed by {name}."
+        return Failure(code="PROCESS_KILLED", message=message, details={"signal": name})
+    message = f"The process that ran the job ended without a result (exit code {code})."
+    return Failure(code="PROCESS_DIED", message=message, details={"exit_code": code})

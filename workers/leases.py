@@ -1,0 +1,136 @@
+"""workers: leases of workers, and what happens when one runs out.
+
+A worker process holds one lease, a document in `workers`; nothing of it goes into the log, heartbeats are weather. All
+workers hear of each other's heartbeats by the change stream and set timers. Whoever finds, by the server's clock, that
+a lease has run out, appends `JobLeaseExpired` for every job its worker held; any number of them may, one append wins.
+
+Why no job is left behind: a claim is an event. Once the views contain every event up to the head of the log, they name
+all jobs that the dead worker held. A zombie's claim that comes even later is heard as `JobClaimed` from a worker that
+is not alive, and is reaped as well; who was not there to hear it finds it at start, among the jobs of unknown workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+from typing import Any, Final
+
+import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import PyMongoError
+
+from ledger.changes import Changes, Reaction
+from ledger.commands import ExpireLease
+from ledger.errors import CommandRefused, LedgerUnavailable
+from ledger.events import Meta
+from ledger.handle import handle
+from ledger.lease import RUN_OUT
+from ledger.log import EventLog
+from ledger.mongo import Database, brief
+from projections import jobs
+from projections.checkpoint import Checkpoint
+
+_log = structlog.get_logger()
+COLLECTION: Final = "workers"
+_POLITENESS_SECONDS: Final = 0.3  # up to so long a watcher waits, so that not all of them act at once
+_UNKNOWN_SECONDS: Final = 1.0
+
+
+class LeaseWatch:
+    """Notices workers that gave no sign of life, and frees their jobs."""
+
+    def __init__(self, db: Database, log: EventLog, checkpoint: Checkpoint, changes: Changes, *, watcher: str) -> None:
+        self._db = db
+        self._log = log
+        self._checkpoint = checkpoint
+        self._meta = Meta(f"worker:{watcher}")
+        self._seconds: dict[str, float] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._due: asyncio.Queue[str] = asyncio.Queue()
+        changes.listen(Reaction(COLLECTION, self._heartbeat, self._resync))
+        changes.listen(Reaction("events", self._claimed, _nothing))
+
+    async def run(self) -> None:
+        """Check leases whose time should be over, one after the other, until cancelled."""
+        try:
+            while True:
+                worker_id = await self._due.get()
+                try:
+                    await self._check(worker_id)
+                except (LedgerUnavailable, PyMongoError) as error:
+                    text = brief(error) if isinstance(error, PyMongoError) else str(error)
+                    _log.warning("lease could not be checked yet", worker_id=worker_id, error=text)
+                    self._look_in(worker_id, 1.0)
+        finally:
+            for timer in self._timers.values():
+                timer.cancel()
+
+    # Hearing ------------------------------------------------------------------------------------------------------
+
+    async def _resync(self, session: AsyncClientSession) -> None:
+        """Learn who is alive, and for how long; then who is named by a running job but is not among them."""
+        left = {"$subtract": ["$lease_until", "$$NOW"]}
+        alive = self._db[COLLECTION].find({}, {"seconds": 1, "left_ms": left}, session=session)
+        self._seconds.clear()
+        async for worker in alive:
+            self._seconds[worker["_id"]] = worker["seconds"]
+            self._look_in(worker["_id"], worker["left_ms"] / 1000)
+        for worker_id in await jobs.workers_at_work(self._db):
+            if worker_id not in self._seconds:
+                self._look_in(worker_id, _UNKNOWN_SECONDS)
+
+    def _heartbeat(self, change: Mapping[str, Any]) -> None:
+        worker_id = change["documentKey"]["_id"]
+        if change["operationType"] == "delete":
+            self._forget(worker_id)
+            return
+        changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
+        self._seconds[worker_id] = changed.get("seconds", self._seconds.get(worker_id, 10.0))
+        self._look_in(worker_id, 0.0 if changed.get("released") else self._seconds[worker_id])
+
+    def _claimed(self, change: Mapping[str, Any]) -> None:
+        if change["operationType"] == "insert" and change["fullDocument"]["type"] == "JobClaimed":
+            worker_id = change["fullDocument"]["data"]["worker_id"]
+            if worker_id not in self._seconds and worker_id not in self._timers:
+                self._look_in(worker_id, _UNKNOWN_SECONDS)
+
+    def _look_in(self, worker_id: str, seconds: float) -> None:
+        """Passing time makes no change event: set a timer for when the lease should be over."""
+        if (timer := self._timers.pop(worker_id, None)) is not None:
+            timer.cancel()
+        pause = max(0.0, seconds) + random.uniform(0.05, _POLITENESS_SECONDS)  # noqa: S311 - spreads load
+        loop = asyncio.get_running_loop()
+        self._timers[worker_id] = loop.call_later(pause, self._due.put_nowait, worker_id)
+
+    def _forget(self, worker_id: str) -> None:
+        self._seconds.pop(worker_id, None)
+        if (timer := self._timers.pop(worker_id, None)) is not None:
+            timer.cancel()
+
+    # Acting -------------------------------------------------------------------------------------------------------
+
+    async def _check(self, worker_id: str) -> None:
+        left = {"$subtract": ["$lease_until", "$$NOW"]}
+        worker = await self._db[COLLECTION].find_one({"_id": worker_id}, {"left_ms": left, "released": 1})
+        if worker is not None and worker["left_ms"] > 0:
+            self._look_in(worker_id, worker["left_ms"] / 1000)
+            return
+        await self._reap(worker_id, quietly=worker is not None and worker["released"])
+
+    async def _reap(self, worker_id: str, *, quietly: bool) -> None:
+        await self._checkpoint.reached(await self._log.head())
+        held = await jobs.held_by(self._db, worker_id)
+        if held or not quietly:
+            _log.warning("worker gave no sign of life", worker_id=worker_id, jobs=len(held))
+        for job in held:
+            try:
+                await handle(self._log, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=self._meta)
+            except CommandRefused as refused:
+                _log.info("job left as it is", job_id=job["_id"], reason=str(refused))
+        await self._db[COLLECTION].delete_one({"_id": worker_id, **RUN_OUT})
+        self._forget(worker_id)
+
+
+async def _nothing(_session: AsyncClientSession) -> None:
+    """Claims missed while the stream was closed are found among the jobs of unknown workers."""

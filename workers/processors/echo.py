@@ -1,0 +1,56 @@
+"""workers: the job type `echo`. Gives its parameters back as a small Markdown file, and misbehaves on request.
+
+For smoke tests and benchmarks, and as the example of how to write a processor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from workers.processor import Isolation, Job, ProcessorError, Results
+
+
+class EchoParameters(BaseModel):
+    """Anything goes; two fields mean something."""
+
+    model_config = ConfigDict(extra="allow")
+
+    fail: str | None = Field(None, max_length=1000, description="Fail with this message.")
+    transient: bool = Field(default=False, description="With `fail`: the error may pass, so the job is tried again.")
+    seconds: float = Field(0.0, ge=0, le=86_400, description="Take this long.")
+
+
+class EchoSettings(BaseModel):
+    """There is nothing to set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class EchoProcessor:
+    """Takes as long as it is told to, then fails or succeeds as it is told to."""
+
+    job_type: ClassVar[str] = "echo"
+    isolation: ClassVar[Isolation] = "inline"
+    Parameters: ClassVar[type[BaseModel]] = EchoParameters
+    Settings: ClassVar[type[BaseModel]] = EchoSettings
+
+    def __init__(self, settings: Any) -> None:
+        self._settings = settings
+
+    async def run(self, job: Job) -> Results:
+        wanted: EchoParameters = job.parameters
+        passed = 0.0
+        while passed < wanted.seconds:
+            await job.progress(100 * passed / wanted.seconds, f"{passed:.0f} of {wanted.seconds:g} seconds have passed")
+            pause = min(1.0, wanted.seconds - passed)
+            await asyncio.sleep(pause)
+            passed += pause
+        if wanted.fail is not None:
+            raise ProcessorError("ECHO_FAILED", wanted.fail, transient=wanted.transient)
+        given = yaml.safe_dump(wanted.model_dump(exclude_defaults=True), allow_unicode=True, sort_keys=False)
+        text = f"# Echo\n\n```yaml\n{given}```\n"
+        return Results(markdown=await job.save(f"echo/{job.job_id}/echo.md", text.encode(), "text/markdown"))

@@ -1,0 +1,44 @@
+"""workers: which job types there are. They are entry points in the group `jobledger.processors`."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Final
+
+from ledger.errors import ConfigurationError
+from workers.processor import Processor
+
+GROUP: Final = "jobledger.processors"
+
+
+@cache
+def processors() -> dict[str, type[Processor]]:
+    """Return every installed processor by its job type.
+
+    Raises:
+        ConfigurationError: one of them cannot be loaded.
+    """
+    found: dict[str, type[Processor]] = {}
+    for entry in entry_points(group=GROUP):
+        try:
+            found[entry.name] = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigurationError(
+                f"The processor {entry.name!r} ({entry.value}) cannot be loaded: {error}"
+            ) from error
+    return found
+
+
+def find_processor(job_type: str) -> type[Processor]:
+    """Return the processor for a job type.
+
+    Raises:
+        LookupError: there is none.
+    """
+    return processors()[job_type]
+
+
+def modules() -> list[str]:
+    """Return the modules that hold the processors, to be loaded before processes are forked."""
+    return sorted({entry.module for entry in entry_points(group=GROUP)})

@@ -1,0 +1,251 @@
+"""workers: the worker process. Wakes by the change stream, claims by appending, runs as many jobs as it has slots.
+
+The stream only wakes the one claim loop: a fresh job is claimed from its own event, without reading anything; a backlog
+is taken from the view `queue`. Why no job waits for ever: its row appears in `queue` by a change that wakes the loop
+*after* the row can be read, a due time sets a timer, and a slot that becomes free wakes the loop, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections import OrderedDict
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from ledger.changes import Changes, Reaction
+from ledger.commands import ClaimJob
+from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
+from ledger.events import Meta
+from ledger.handle import Known, handle, load
+from ledger.lease import Lease
+from ledger.log import EventLog, parse
+from ledger.mongo import Connection, Database
+from projections import queue
+from projections.checkpoint import Checkpoint
+from workers import leases
+from workers.execution import Execution, Settings, prepare_children
+from workers.leases import LeaseWatch
+from workers.registry import processors
+
+_log = structlog.get_logger()
+HEARD_EVENTS: Final = ("JobSubmitted", "JobClaimed", "JobCancelRequested")
+"""The types of events that a worker has a use for."""
+_FRESH_KEPT: Final = 1000
+_CANDIDATES: Final = 20
+
+
+class Worker:
+    """Runs up to `slots` jobs at once, for as long as it holds its lease."""
+
+    def __init__(
+        self,
+        db: Database,
+        log: EventLog,
+        checkpoint: Checkpoint,
+        changes: Changes,
+        connection: Connection,
+        *,
+        settings: Settings,
+        slots: int = 5,
+        lease_seconds: float = 10.0,
+        shutdown_grace_seconds: float = 30.0,
+    ) -> None:
+        self._db = db
+        self._log = log
+        self._connection = connection
+        self._settings = settings
+        self._slots = slots
+        self._lease_seconds = lease_seconds
+        self._grace_seconds = shutdown_grace_seconds
+        self._job_types = frozenset(processors())
+        self._running: dict[str, tuple[Execution, asyncio.Task[None]]] = {}
+        self._wake = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._fresh: OrderedDict[str, Known] = OrderedDict()
+        self._stale: set[str] = set()
+        self._touched: set[str] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self.worker_id = _new_worker_id()
+        self._watch = LeaseWatch(db, log, checkpoint, changes, watcher=self.worker_id)
+        changes.listen(Reaction("events", self._heard_event, self._resync))
+        changes.listen(Reaction("queue", self._heard_row, self._resync))
+
+    def stop(self) -> None:
+        """Claim nothing more, let running jobs end within the grace time, give the rest back. `run` then returns."""
+        self._stopping.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Work until `stop` is called. A lost lease costs the running jobs; work goes on under a new one."""
+        prepare_children()
+        watching = asyncio.create_task(self._watch.run(), name="lease-watch")
+        try:
+            while not self._stopping.is_set():
+                await self._work_under_a_lease()
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _work_under_a_lease(self) -> None:
+        lease = Lease(self._connection, leases.COLLECTION, self.worker_id, seconds=self._lease_seconds)
+        facts = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slots": self._slots,
+            "job_types": sorted(self._job_types),
+            "started_at": datetime.now(UTC),
+        }
+        try:
+            await lease.acquire(facts)
+        except LedgerUnavailable as error:
+            _log.warning("no lease yet", error=str(error))
+            await asyncio.sleep(1)
+            return
+        self._wake.set()
+        claiming = asyncio.create_task(self._claim_for_ever(), name="claim")
+        lost = asyncio.create_task(lease.lost())
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({claiming, lost, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if claiming.done():
+                claiming.result()
+            claiming.cancel()
+            await asyncio.gather(claiming, return_exceptions=True)
+            if lease.held:
+                await self._finish_within_grace()
+            else:
+                _log.error(
+                    "lease lost: every running job is given up", worker_id=self.worker_id, jobs=len(self._running)
+                )
+        finally:
+            for task in (claiming, lost, stopping):
+                task.cancel()
+            for execution, _ in list(self._running.values()):
+                execution.abandon()
+            await asyncio.gather(claiming, *(task for _, task in self._running.values()), return_exceptions=True)
+            await lease.release()
+            self.worker_id = _new_worker_id()
+
+    async def _finish_within_grace(self) -> None:
+        if self._running:
+            _log.info("waiting for running jobs", jobs=len(self._running), seconds=self._grace_seconds)
+            await asyncio.wait([task for _, task in self._running.values()], timeout=self._grace_seconds)
+        for execution, _ in list(self._running.values()):
+            execution.release()
+        await asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
+
+    # Waking up ----------------------------------------------------------------------------------------------------
+
+    async def _resync(self, session: AsyncClientSession) -> None:
+        self._stale.clear()
+        self._wake.set()
+
+    def _heard_event(self, change: Mapping[str, Any]) -> None:
+        if change["operationType"] != "insert":
+            return
+        document = change["fullDocument"]
+        match document["type"]:
+            case "JobSubmitted":
+                if document["data"]["job_type"] in self._job_types and "not_before" not in document["data"]:
+                    self._fresh[document["stream"]] = Known().after([parse(document)])
+                    if len(self._fresh) > _FRESH_KEPT:
+                        self._fresh.popitem(last=False)  # its row in `queue` stands for it
+                    self._wake.set()
+            case "JobClaimed":
+                self._fresh.pop(document["stream"], None)
+            case "JobCancelRequested":
+                if (running := self._running.get(document["stream"])) is not None:
+                    running[0].cancel()
+
+    def _heard_row(self, change: Mapping[str, Any]) -> None:
+        if change["operationType"] == "delete":
+            return
+        job_id = change["documentKey"]["_id"]
+        self._touched.add(job_id)
+        self._stale.discard(job_id)
+        self._wake.set()
+
+    def _wake_at(self, due: datetime | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if due is not None:
+            seconds = max(0.0, (due - datetime.now(UTC)).total_seconds())
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+
+    # Claiming -----------------------------------------------------------------------------------------------------
+
+    async def _claim_for_ever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                while len(self._running) < self._slots and await self._claim_some():
+                    pass
+            except (LedgerUnavailable, LedgerBusy) as error:
+                _log.warning("claiming interrupted", error=str(error))
+                await asyncio.sleep(1)
+                self._wake.set()
+
+    async def _claim_some(self) -> bool:
+        """Try to claim as many jobs as there are free slots. False when there is nothing left to try."""
+        free = self._slots - len(self._running)
+        self._touched.clear()
+        if self._fresh:
+            tried = [self._fresh.popitem(last=False) for _ in range(min(free, len(self._fresh)))]
+            await asyncio.gather(*(self._claim(job_id, known) for job_id, known in tried))
+            return True
+        now = datetime.now(UTC)
+        # Rows that proved stale are left out, so that they cannot hide the fresh ones behind them.
+        candidates = await queue.candidates(
+            self._db,
+            job_types=self._job_types,
+            without=self._stale | self._running.keys(),
+            now=now,
+            limit=max(free, _CANDIDATES),
+        )
+        if not candidates:
+            self._wake_at(await queue.next_due(self._db, now=now))
+            return False
+        await asyncio.gather(*(self._claim(job_id, None) for job_id in candidates[:free]))
+        return True
+
+    async def _claim(self, job_id: str, known: Known | None) -> None:
+        """Claim a job by appending, and start it if we won."""
+        meta = Meta(f"worker:{self.worker_id}")
+        if known is None:
+            known = await load(self._log, job_id)
+        try:
+            handled = await handle(
+                self._log, job_id, ClaimJob(self.worker_id, datetime.now(UTC)), meta=meta, known=known
+            )
+        except CommandRefused:
+            # Another one was first, and the row in `queue` is only not gone yet. Unless it was written anew meanwhile.
+            if job_id not in self._touched:
+                self._stale.add(job_id)
+            return
+        execution = Execution(
+            self._log, handled.known, job_id=job_id, worker_id=self.worker_id, settings=self._settings
+        )
+        task = asyncio.create_task(execution.run(), name=f"job-{job_id}")
+        self._running[job_id] = (execution, task)
+        task.add_done_callback(lambda ended: self._ended(job_id, ended))
+
+    def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
+        self._running.pop(job_id, None)
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("fault while ending a job", job_id=job_id, error=repr(error))
+
+
+def _new_worker_id() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
