@@ -8,15 +8,17 @@ client of its own, so a busy event loop cannot starve them.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
 from pymongo import ReturnDocument
 from pymongo.collection import Collection
-from pymongo.errors import DuplicateKeyError, PyMongoError
+from pymongo.errors import PyMongoError
 
 from ledger.mongo import Connection, Document, brief, driver_errors
 
@@ -102,18 +104,22 @@ class Lease:
                 self._beat(loop, leases, epoch, begun + self._seconds)
 
     def _take(self, leases: Collection[Document], facts: Document) -> int | None:
-        epoch = {"$add": [{"$ifNull": ["$epoch", 0]}, 1]}
-        until = _until(self._seconds)
-        taken: list[Document] = [
-            {"$set": {**facts, "epoch": epoch, "seconds": self._seconds, "released": False, "lease_until": until}}
-        ]
-        try:
-            document = leases.find_one_and_update(
-                {"_id": self._id, **RUN_OUT}, taken, upsert=True, return_document=ReturnDocument.AFTER
-            )
-        except DuplicateKeyError:  # it exists and has not run out
-            return None
-        return int(document["epoch"]) if document else None
+        """Take the lease in one step if it has run out or never was; return its epoch, None if somebody holds it."""
+        token = secrets.token_hex(8)
+        mine: Document = {
+            **{name: {"$literal": value} for name, value in facts.items()},
+            "epoch": {"$add": [{"$ifNull": ["$epoch", 0]}, 1]},
+            "seconds": self._seconds,
+            "released": False,
+            "token": token,
+            "lease_until": _until(self._seconds),
+        }
+        free = {"$lte": [{"$ifNull": ["$lease_until", datetime.fromtimestamp(0, UTC)]}, "$$NOW"]}
+        taken = {"$replaceWith": {"$cond": [free, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
+        document = leases.find_one_and_update(
+            {"_id": self._id}, [taken], upsert=True, return_document=ReturnDocument.AFTER
+        )
+        return int(document["epoch"]) if document and document["token"] == token else None
 
     def _beat(
         self, loop: asyncio.AbstractEventLoop, leases: Collection[Document], epoch: int, good_until: float

@@ -152,9 +152,11 @@ class Projector:
 
     async def run(self) -> None:
         """Stand by, lead, stand by …, until cancelled."""
+        pause = 0.1
         while True:
             try:
                 if await self._lease.acquire({"holder": self._holder}):
+                    pause = 0.1
                     try:
                         await self._lead()
                     finally:
@@ -164,7 +166,8 @@ class Projector:
             except (LedgerUnavailable, PyMongoError) as error:
                 text = brief(error) if isinstance(error, PyMongoError) else str(error)
                 _log.warning("projector interrupted, going on from its checkpoint", error=text)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 5.0)
 
     async def resync(self, session: AsyncClientSession) -> None:
         self._heard.set()

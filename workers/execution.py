@@ -308,7 +308,7 @@ def _job_results(results: Results, warnings: list[str], seconds: float) -> JobRe
 
 
 def _url(file: SavedFile) -> str:
-    return _FILES_URL + quote(file.path)
+    return _FILES_URL + quote(file.path, safe="/&,+;=@!$~")
 
 
 # The child process ------------------------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""cli: `jobledger demo`. A small conference, made and served here, goes all the way to Markdown before your eyes."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+
+from cli import demo_site
+from cli.follow import follow, submit
+from cli.settings import Settings, read_settings
+from cli.wiring import ALL_ROLES, Stop, roles
+from ledger.errors import LedgerUnavailable
+from ledger.mongo import Connection
+
+RESULTS: Final = Path("demo-data")
+
+
+def demo_settings(directory: Path) -> Settings:
+    """Return settings for a throw-away installation that may fetch from this machine."""
+    settings, _ = read_settings(
+        None,
+        {
+            "mongodb": {"uri": "embedded", "data_dir": str(directory / "mongodb"), "embedded_port": 0},
+            "api": {"port": 0},
+            "results": {"store": str(directory / "results")},
+            "processors": {"session": {"allow_private": ["127.0.0.1"], "keep_audio": True}},
+            "logging": {"level": "warning"},
+        },
+        defaults_only=True,
+    )
+    return settings
+
+
+async def run(settings: Settings, connection: Connection, directory: Path, console: Console, *, keep: bool) -> bool:
+    """Run the demo; return whether every session was turned into Markdown that opens.
+
+    Raises:
+        LedgerUnavailable: the pieces do not find each other.
+    """
+    stop = Stop()
+    stop.listen()
+    console.print("[bold]1[/] Making a conference site: pages, PDF slides and videos …")
+    site = directory / "site"
+    await asyncio.to_thread(demo_site.make_site, site)
+    async with (
+        demo_site.serve(site) as site_url,
+        roles(settings, connection, ALL_ROLES, failed=stop.fail) as running,
+        httpx.AsyncClient(base_url=running.url or "", timeout=30, trust_env=False) as client,
+    ):
+        sessions = demo_site.sessions(site_url)
+        console.print(f"  It is served at {site_url}")
+        console.print(f"[bold]2[/] Submitting its {len(sessions)} sessions as one batch to {running.url} …")
+        following = asyncio.create_task(_follow(client, sessions, console))
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not following.done():
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            return False
+        stopped.cancel()
+        good = await _show_results(client, following.result(), console)
+        if keep or sys.stdin.isatty():
+            await _stay(stop, console, keep=keep)
+    return good
+
+
+async def _follow(client: httpx.AsyncClient, sessions: list[Any], console: Console) -> list[dict[str, Any]]:
+    batch = {"batch_name": "Demo", "jobs": [{"parameters": session} for session in sessions]}
+    submitted, before = await submit(client, batch)
+    names = dict(zip(submitted["job_ids"], (str(session["session"]) for session in sessions), strict=True))
+    await follow(client, submitted, names, after=before, console=console)
+    found = await client.get(f"/api/events/jobs?batch_id={submitted['batch_id']}")
+    jobs: list[dict[str, Any]] = found.json()["jobs"]
+    if len(jobs) != len(sessions):
+        raise LedgerUnavailable(f"{len(sessions)} sessions were submitted, but the API lists {len(jobs)}")
+    return sorted(jobs, key=lambda job: submitted["job_ids"].index(job["job_id"]))
+
+
+async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], console: Console) -> bool:
+    """Fetch every result over its URL, keep a copy that outlives the demo, and print where it is."""
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    console.print("[bold]3[/] The results, each of them just fetched over its URL:")
+    good = True
+    for job in jobs:
+        if job["status"] != "completed":
+            good = False
+            name, why = job["parameters"]["session"], (job["error"] or {}).get("message", "no reason given")
+            console.print(f"\n  [red]{job['status']}[/] {escape(name)}: {escape(why)}")
+            continue
+        results = job["results"]
+        for url in [results["markdown_url"], *(asset["url"] for asset in results["assets"])]:
+            await _keep_copy(client, url)
+        _show(client, job, console)
+    console.print(f"\nCopies that stay when the demo ends: {RESULTS.absolute()}", soft_wrap=True, highlight=False)
+    return good
+
+
+async def _keep_copy(client: httpx.AsyncClient, url: str) -> None:
+    answer = await client.get(url)
+    answer.raise_for_status()
+    copy = RESULTS / unquote(url).removeprefix("/api/events/files/")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(answer.content)
+
+
+def _show(client: httpx.AsyncClient, job: Mapping[str, Any], console: Console) -> None:
+    results, metadata = job["results"], job["results"]["metadata"]
+    kinds = Counter(asset["type"] for asset in results["assets"])
+    counted = ", ".join(f"{number} {kind}{'s' if number > 1 else ''}" for kind, number in kinds.items())
+    console.print(f"\n  [bold]{escape(job['parameters']['session'])}[/]", highlight=False)
+    # Never wrapped: an address that is broken over lines cannot be clicked.
+    console.print(f"  {client.base_url.join(results['markdown_url'])}", soft_wrap=True, style="cyan", highlight=False)
+    console.print(f"  [dim]{counted or 'no assets'}; {metadata['duration']:.1f} s of work[/]", highlight=False)
+    for warning in metadata["warnings"]:
+        console.print(f"  [yellow]note[/] [dim]{escape(warning)}[/]", highlight=False)
+
+
+async def _stay(stop: Stop, console: Console, *, keep: bool) -> None:
+    ended = asyncio.create_task(stop.wait())
+    if keep:
+        console.print("It stays up until Ctrl-C.")
+        await ended
+        return
+    console.print("The URLs open until you press Enter.")
+    entered = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(sys.stdin.fileno(), entered.set)
+    try:
+        await asyncio.wait({ended, asyncio.create_task(entered.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        loop.remove_reader(sys.stdin.fileno())
+        ended.cancel()

@@ -1,0 +1,118 @@
+"""cli: `jobledger doctor`. Looks at everything a ledger needs and says what to do about what is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+
+from pymongo.errors import PyMongoError
+
+from cli.settings import Settings
+from cli.wiring import database
+from ledger.embedded import find_mongod
+from ledger.errors import JobledgerError
+from ledger.files import FileStore
+from ledger.mongo import Database, brief
+from workers.registry import processors
+
+_CLOCKS_APART_SECONDS = 2.0
+_CODECS = {"av": "video and audio", "pypdfium2": "PDF slides", "PIL": "images", "trafilatura": "web pages"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. `advice` is what to do when it is not `good`."""
+
+    what: str
+    good: bool
+    found: str
+    advice: str = ""
+
+
+def look_at_machine(settings: Settings) -> Iterator[Finding]:
+    """Yield what can be seen without a database."""
+    yield Finding("Python", sys.version_info >= (3, 11), sys.version.split()[0], "Python 3.11 or newer is needed.")
+    if settings.mongodb.embedded:
+        yield _finding("MongoDB server", lambda: str(find_mongod()))
+    yield _finding("Result files", lambda: _prepared(settings))
+    for module, purpose in _CODECS.items():
+        yield _finding(f"Library for {purpose}", partial(_version, module))
+    yield _finding("Job types", lambda: ", ".join(sorted(processors())))
+
+
+def _finding(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, good=True, found=look())
+    except (JobledgerError, ImportError, OSError) as error:
+        return Finding(what, good=False, found="not usable", advice=str(error))
+
+
+def _prepared(settings: Settings) -> str:
+    FileStore(settings.results.store).prepare()
+    return str(settings.results.store)
+
+
+def _version(module: str) -> str:
+    loaded = importlib.import_module(module)
+    return str(getattr(loaded, "__version__", "installed"))
+
+
+async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Finding]:
+    """Yield what the database at `uri` shows."""
+    try:
+        async with database(settings.mongodb.connection(uri)) as db:
+            yield Finding("MongoDB", good=True, found=await _server(db))
+            yield await _clock(db)
+            yield await _oplog(db)
+            yield await _log_state(db)
+    except JobledgerError as error:
+        yield Finding("MongoDB", good=False, found="not usable", advice=str(error))
+    except PyMongoError as error:
+        yield Finding("MongoDB", good=False, found="failed while it was looked at", advice=brief(error))
+
+
+async def _server(db: Database) -> str:
+    hello = await db.client.admin.command("hello")
+    build = await db.client.admin.command("buildInfo")
+    members = len(hello.get("hosts", []))
+    return f"{build['version']}, replica set {hello['setName']} with {members} member{'s' if members != 1 else ''}"
+
+
+async def _clock(db: Database) -> Finding:
+    asked = datetime.now(UTC)
+    server = (await db.client.admin.command("hello"))["localTime"]
+    apart = (server - asked).total_seconds()
+    return Finding(
+        "Clocks",
+        abs(apart) < _CLOCKS_APART_SECONDS,
+        f"the server's is {apart:+.2f} s from ours",
+        "Run a time service (chrony, systemd-timesyncd) on both: `not_before` is judged by the worker's clock.",
+    )
+
+
+async def _oplog(db: Database) -> Finding:
+    oplog = db.client["local"]["oplog.rs"]
+    try:
+        first = await oplog.find_one({}, {"ts": 1}, sort=[("$natural", 1)])
+        last = await oplog.find_one({}, {"ts": 1}, sort=[("$natural", -1)])
+        size = (await db.client["local"].command("collStats", "oplog.rs")).get("maxSize", 0) / 2**20
+    except PyMongoError as error:
+        return Finding("Oplog", good=True, found=f"may not be looked at ({brief(error)})")
+    hours = (last["ts"].time - first["ts"].time) / 3600 if first and last else 0.0
+    return Finding("Oplog", good=True, found=f"{size:.0f} MB, reaches back {hours:.1f} h so far")
+
+
+async def _log_state(db: Database) -> Finding:
+    newest = await db.events.find_one({}, {"_id": 1}, sort=[("_id", -1)])
+    checkpoint = await db.checkpoints.find_one({"_id": "views"})
+    head, views = newest["_id"] if newest else 0, checkpoint["position"] if checkpoint else 0
+    return Finding(
+        "Log",
+        head - views < 10_000,
+        f"{head} events, views at {views}",
+        "The views are far behind: is a projector running (`jobledger projector`)?",
+    )

@@ -1,0 +1,209 @@
+"""cli: the command `jobledger`.
+
+Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or configuration, 3 a service is unreachable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import httpx
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cli import demo as demo_command
+from cli import doctor as doctor_command
+from cli.follow import Refused, as_batch, follow
+from cli.follow import submit as submit_batch
+from cli.settings import Settings, read_settings
+from cli.wiring import ALL_ROLES, Role, Stop, database_server, keep_running, roles, set_up_logging
+from ledger.embedded import EmbeddedServer, attach_or_start
+from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable
+
+FAILED, USAGE, UNREACHABLE = 1, 2, 3
+app = typer.Typer(
+    name="jobledger",
+    help="An event-sourced job ledger: sessions go in, Markdown and images come out, nothing is lost or unexplained.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", envvar="JOBLEDGER_CONFIG", help="The settings. Without it: ./config.yaml.")
+]
+Answer = TypeVar("Answer")
+
+
+@app.command()
+def up(config: ConfigOption = None) -> None:
+    """Run everything on this machine: MongoDB, API, projector and workers. Ctrl-C stops cleanly."""
+    _run_roles(config, ALL_ROLES)
+
+
+@app.command()
+def api(config: ConfigOption = None) -> None:
+    """Run the API alone."""
+    _run_roles(config, frozenset({"api"}))
+
+
+@app.command()
+def projector(config: ConfigOption = None) -> None:
+    """Run the projector alone, which keeps the views up to date. Of several, one leads and the others stand by."""
+    _run_roles(config, frozenset({"projector"}))
+
+
+@app.command()
+def worker(config: ConfigOption = None) -> None:
+    """Run a worker alone. As many as you like, on as many machines as you like."""
+    _run_roles(config, frozenset({"worker"}))
+
+
+@app.command()
+def submit(
+    file: Annotated[
+        str, typer.Argument(help="JSON or YAML: a session, a list of sessions, or a batch. - reads standard input.")
+    ],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow until the batch has ended; exit with 1 if a job failed.")
+    ] = False,
+    job_type: Annotated[str | None, typer.Option(help="Submit every job as this type.")] = None,
+    url: Annotated[str, typer.Option(envvar="JOBLEDGER_URL", help="Where the API is.")] = "http://127.0.0.1:5001",
+) -> None:
+    """Submit sessions to a running jobledger, all or none."""
+    batch = as_batch(_read(file))
+    if job_type is not None:
+        batch["jobs"] = [_with_type(job, job_type) for job in batch["jobs"]]
+    raise typer.Exit(asyncio.run(_submit(url, batch, wait=wait)))
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running afterwards, until Ctrl-C.")] = False,
+) -> None:
+    """Show the whole way: a small conference is made, served, processed, and its Markdown comes out."""
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="jobledger-demo-", ignore_cleanup_errors=True) as directory:
+        settings = demo_command.demo_settings(Path(directory))
+        set_up_logging(settings.logging)
+        with database_server(settings, start=True) as (uri, _):
+            good = asyncio.run(
+                demo_command.run(settings, settings.mongodb.connection(uri), Path(directory), console, keep=keep)
+            )
+    raise typer.Exit(0 if good else FAILED)
+
+
+@app.command()
+def doctor(config: ConfigOption = None) -> None:
+    """Check everything a ledger needs, and say what to do about what is wrong."""
+    settings = _settings(config)
+    findings = list(doctor_command.look_at_machine(settings))
+    try:
+        embedded = attach_or_start(settings.mongodb.data_dir, port=settings.mongodb.embedded_port)
+        server = embedded if settings.mongodb.embedded else nullcontext(settings.mongodb.uri.get_secret_value())
+        with server as uri:
+            findings += asyncio.run(_collect(settings, uri))
+    except JobledgerError as error:
+        findings.append(doctor_command.Finding("MongoDB", good=False, found="not usable", advice=str(error)))
+    table = Table("", "", "", show_header=False, box=None)
+    for finding in findings:
+        sign = "[green]ok[/]" if finding.good else "[red]no[/]"
+        table.add_row(sign, finding.what, finding.found if finding.good else f"{finding.found}. {finding.advice}")
+    Console().print(table)
+    raise typer.Exit(0 if all(finding.good for finding in findings) else FAILED)
+
+
+async def _collect(settings: Settings, uri: str) -> list[doctor_command.Finding]:
+    return [finding async for finding in doctor_command.look_at_database(settings, uri)]
+
+
+def _settings(config: Path | None) -> Settings:
+    settings, notices = read_settings(config)
+    set_up_logging(settings.logging)
+    for notice in notices:
+        typer.echo(f"note: {notice}", err=True)
+    return settings
+
+
+def _run_roles(config: Path | None, wanted: frozenset[Role]) -> None:
+    settings = _settings(config)
+    with database_server(settings, start=wanted == ALL_ROLES) as (uri, server):
+        asyncio.run(_serve(settings, uri, server, wanted))
+
+
+async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wanted: frozenset[Role]) -> None:
+    stop = Stop()
+    stop.listen()
+    async with roles(settings, settings.mongodb.connection(uri), wanted, failed=stop.fail) as running:
+        if running.url is not None:
+            typer.echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
+        else:
+            typer.echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
+        await keep_running(server, stop)
+        typer.echo("Stopping: running jobs may end, the rest is given back …", err=True)
+    if stop.error is not None:
+        raise typer.Exit(FAILED)
+
+
+async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
+    console = Console()
+    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+        submitted, before = await submit_batch(client, batch)
+        console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
+        if not wait:
+            return 0
+        names = dict(zip(submitted["job_ids"], map(_name, batch["jobs"]), strict=True))
+        ended = await follow(client, submitted, names, after=before, console=console)
+    return 0 if all(status == "completed" for status in ended.values()) else FAILED
+
+
+def _name(job: Any) -> str:
+    parameters = job.get("parameters", job)
+    return str(job.get("job_name") or parameters.get("session") or "job")
+
+
+def _with_type(job: Any, job_type: str) -> Any:
+    if not isinstance(job, dict):
+        return job
+    return {**job, "job_type": job_type} if "parameters" in job else {"job_type": job_type, "parameters": job}
+
+
+def _read(file: str) -> Any:
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        return yaml.safe_load(text)  # JSON is YAML
+    except FileNotFoundError:
+        raise ConfigurationError(f"{file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
+
+
+def run() -> None:
+    """The entry point: errors of ours become one sentence and an exit code, never a traceback."""
+    try:
+        app()
+    except ConfigurationError as error:
+        _give_up(error, USAGE)
+    except LedgerUnavailable as error:
+        _give_up(error, UNREACHABLE)
+    except (Refused, JobledgerError) as error:
+        _give_up(error, FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _give_up(error: JobledgerError, code: int) -> None:
+    typer.echo(f"jobledger: {error}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

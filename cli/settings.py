@@ -1,0 +1,197 @@
+"""cli: config.yaml and the environment, checked, as one object. Read here only; the rooms below are handed values."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ledger.errors import ConfigurationError
+from ledger.mongo import Connection
+from workers.registry import processors
+
+EMBEDDED = "embedded"
+UNUSED = {("event_worker", "poll_interval_sec"): "nothing polls any more: workers are woken by the change stream"}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MongodbSettings(_Section):
+    uri: SecretStr = SecretStr(EMBEDDED)
+    uri_file: Path | None = None
+    db_name: str = Field("event_processing", pattern=r"^[A-Za-z0-9_-]{1,60}$")
+    max_pool_size: int = Field(50, ge=1, le=10_000)
+    connect_timeout_ms: int = Field(5000, ge=100, le=600_000)
+    data_dir: Path = Path("data")
+    embedded_port: int = Field(27117, ge=0, le=65_535)
+    embedded_oplog_mb: int = Field(1024, ge=990, le=1_000_000)  # 990 is the least that mongod takes
+
+    @property
+    def embedded(self) -> bool:
+        return self.uri_file is None and self.uri.get_secret_value() == EMBEDDED
+
+    def connection(self, uri: str) -> Connection:
+        """Return how to reach the database at `uri`."""
+        return Connection(uri, self.db_name, self.max_pool_size, self.connect_timeout_ms)
+
+
+class WorkerSettings(_Section):
+    max_concurrent: int = Field(5, ge=1, le=1000)
+    lease_seconds: float = Field(10, ge=1, le=3600)
+    shutdown_grace_seconds: float = Field(30, ge=0, le=86_400)
+    memory_limit_mb: int = Field(4096, ge=256)
+    retry_base_seconds: float = Field(5, gt=0, le=3600)
+    retry_longest_seconds: float = Field(600, gt=0, le=86_400)
+    poll_interval_sec: float | None = None
+
+
+class ApiSettings(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(5001, ge=0, le=65_535)
+    public_url: str | None = Field(None, pattern=r"^https?://[^/]+")
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
+
+
+class AuthSettings(_Section):
+    mode: Literal["open"] = "open"
+
+
+class ResultsSettings(_Section):
+    store: Path = Path("data/results")
+
+
+class LoggingSettings(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+
+
+def _known_processors(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for name, section in sections.items():
+        if name not in processors():
+            raise ValueError(f"there is no processor {name!r}; installed are: {', '.join(sorted(processors()))}")
+        processors()[name].Settings.model_validate(section)
+    return sections
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. See config.yaml for what each key means."""
+
+    model_config = SettingsConfigDict(env_prefix="JOBLEDGER_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    mongodb: MongodbSettings = MongodbSettings()
+    event_worker: WorkerSettings = WorkerSettings()
+    api: ApiSettings = ApiSettings()
+    auth: AuthSettings = AuthSettings()
+    results: ResultsSettings = ResultsSettings()
+    processors: Annotated[dict[str, dict[str, Any]], AfterValidator(_known_processors)] = {}
+    logging: LoggingSettings = LoggingSettings()
+
+    @model_validator(mode="after")
+    def _open_means_this_machine(self) -> Settings:
+        if not _is_loopback(self.api.host):  # `open` is the only mode so far
+            raise ValueError(
+                f"api.host is {self.api.host}, which others can reach, but auth.mode `open` asks nobody who they are; "
+                "use 127.0.0.1, and a proxy with sign-in in front of it"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings  # the environment overrides the file
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_settings(
+    path: Path | None, overrides: Mapping[str, Any] | None = None, *, defaults_only: bool = False
+) -> tuple[Settings, list[str]]:
+    """Return the settings, and notices about keys that no longer mean anything.
+
+    `path` is the file named by the user; without one, `config.yaml` in the current directory is read if it is there.
+    `overrides` are laid over the file, section by section. With `defaults_only` no file is read.
+
+    Raises:
+        ConfigurationError: one line that names the file, the key, and what would be right.
+    """
+    file = path or Path("config.yaml")
+    content: dict[str, Any] = {}
+    if path is not None or (file.exists() and not defaults_only):
+        content = _read_yaml(file)
+    for section, values in (overrides or {}).items():
+        content[section] = {**(content.get(section) or {}), **values}
+    content = {section: values for section, values in content.items() if values is not None}
+    try:
+        settings = Settings(**content)
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error, file, content)) from error
+    return _placed(settings, file.absolute().parent), [
+        f"{section}.{key} is not used: {why}"
+        for (section, key), why in UNUSED.items()
+        if key in (content.get(section) or {})
+    ]
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"{file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{file}: expected sections such as `mongodb:`, found {type(content).__name__}")
+    return content
+
+
+def _explain(error: ValidationError, file: Path, content: Mapping[str, Any]) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    variable = "JOBLEDGER_" + "__".join(str(part) for part in problem["loc"]).upper()
+    place = f"environment variable {variable}" if variable in os.environ else f"{file}: {key}" if key else str(file)
+    if problem["type"] == "extra_forbidden":
+        section = type(Settings.model_fields[str(problem["loc"][0])].default) if len(problem["loc"]) > 1 else Settings
+        return f"{place}: there is no such key; known here: {', '.join(section.model_fields)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (found {given!r})" if isinstance(given, str | int | float) and "uri" not in key else ""
+    return f"{place}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _placed(settings: Settings, directory: Path) -> Settings:
+    """Make relative paths absolute, from where the file lies, and read what is kept in files of its own."""
+    mongodb = settings.mongodb.model_copy(update={"data_dir": directory / settings.mongodb.data_dir})
+    if settings.mongodb.uri_file is not None:
+        uri_file = directory / settings.mongodb.uri_file
+        try:
+            uri = SecretStr(uri_file.read_text(encoding="utf-8").strip())
+        except OSError as error:
+            raise ConfigurationError(f"mongodb.uri_file: {uri_file} cannot be read: {error.strerror}") from error
+        mongodb = mongodb.model_copy(update={"uri": uri})
+    results = settings.results.model_copy(update={"store": directory / settings.results.store})
+    return settings.model_copy(update={"mongodb": mongodb, "results": results})

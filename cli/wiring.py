@@ -1,0 +1,313 @@
+"""cli: the composition root. Puts the rooms together and runs the roles of a process until somebody stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+import structlog
+import uvicorn
+
+from api.app import create_app
+from api.services import Services
+from cli.settings import LoggingSettings, Settings
+from ledger.changes import Changes
+from ledger.embedded import EmbeddedServer, running_server
+from ledger.errors import ConfigurationError, LedgerUnavailable
+from ledger.files import FileStore
+from ledger.log import EventLog
+from ledger.mongo import Connection, Database, check_server
+from projections.checkpoint import Checkpoint
+from projections.projector import Projector
+from workers import execution
+from workers.registry import processors
+from workers.worker import HEARD_EVENTS, Worker
+
+_log = structlog.get_logger()
+Role = Literal["api", "projector", "worker"]
+ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker"})
+
+
+def set_up_logging(settings: LoggingSettings) -> None:
+    """Log to standard error, for people or for machines."""
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if settings.format == "console":
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if settings.format == "console" else "iso", utc=False),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+@contextmanager
+def database_server(settings: Settings, *, start: bool) -> Iterator[tuple[str, EmbeddedServer | None]]:
+    """Yield the URI of the database, starting the embedded server if that is ours to do.
+
+    Raises:
+        DatabaseUnsuitable, LedgerUnavailable: there is none; the message says what to do.
+    """
+    mongodb = settings.mongodb
+    if not mongodb.embedded:
+        yield mongodb.uri.get_secret_value(), None
+        return
+    if not start:
+        uri = running_server(mongodb.data_dir)
+        if uri is None:
+            raise LedgerUnavailable(
+                f"No embedded MongoDB server is running on {mongodb.data_dir}: start `jobledger up` first, "
+                "or set mongodb.uri to a replica set."
+            )
+        yield uri, None
+        return
+    with EmbeddedServer.start(
+        mongodb.data_dir, port=mongodb.embedded_port, oplog_mb=mongodb.embedded_oplog_mb
+    ) as server:
+        yield server.uri, server
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A process at work. `url` is where its API answers, None if it has none."""
+
+    db: Database
+    log: EventLog
+    url: str | None
+
+
+@asynccontextmanager
+async def database(connection: Connection) -> AsyncIterator[Database]:
+    """Yield the checked database.
+
+    Raises:
+        DatabaseUnsuitable, LedgerUnavailable: it cannot be used or reached.
+    """
+    client = connection.client()
+    try:
+        db = client[connection.db_name]
+        await check_server(db)
+        yield db
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def roles(
+    settings: Settings, connection: Connection, wanted: frozenset[Role], *, failed: Callable[[BaseException], None]
+) -> AsyncIterator[Running]:
+    """Run roles inside the block and stop them in good order behind it.
+
+    `failed` is called when one of them ends although nobody stopped it.
+    """
+    async with AsyncExitStack() as stack:
+        db = await stack.enter_async_context(database(connection))
+        store = FileStore(settings.results.store)
+        store.prepare()
+        log = EventLog(db)
+        checkpoint = Checkpoint(db)
+        changes = Changes(db, event_types=HEARD_EVENTS if wanted == {"worker"} else None)
+        changes.listen(checkpoint)
+        await log.prepare()
+        stack.push_async_callback(log.aclose)
+        projector = Projector(db, log, connection, holder=f"{socket.gethostname()}-{os.getpid()}")
+        await projector.prepare()
+        if wanted != {"worker"}:
+            changes.listen(log)
+        if "projector" in wanted:
+            changes.listen(projector)
+        worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
+        stream = await stack.enter_async_context(changes.running())
+        stream.add_done_callback(_watcher(failed))
+        if "projector" in wanted:
+            await stack.enter_async_context(_background(projector.run(), failed))
+        if worker is not None:
+            await stack.enter_async_context(_working(worker, failed))
+        url = None
+        if "api" in wanted:
+            url = await stack.enter_async_context(_serving(settings, db, log, checkpoint, store, failed))
+        yield Running(db, log, url)
+
+
+def _worker(
+    settings: Settings,
+    db: Database,
+    log: EventLog,
+    checkpoint: Checkpoint,
+    changes: Changes,
+    connection: Connection,
+    store: FileStore,
+) -> Worker:
+    chosen = settings.event_worker
+    return Worker(
+        db,
+        log,
+        checkpoint,
+        changes,
+        connection,
+        settings=execution.Settings(
+            store,
+            settings.processors,
+            chosen.memory_limit_mb,
+            chosen.retry_base_seconds,
+            chosen.retry_longest_seconds,
+        ),
+        slots=chosen.max_concurrent,
+        lease_seconds=chosen.lease_seconds,
+        shutdown_grace_seconds=chosen.shutdown_grace_seconds,
+    )
+
+
+def _watcher(failed: Callable[[BaseException], None]) -> Callable[[asyncio.Task[None]], None]:
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failed(error)
+
+    return ended
+
+
+@asynccontextmanager
+async def _background(
+    work: Coroutine[None, None, None], failed: Callable[[BaseException], None]
+) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    task.add_done_callback(_watcher(failed))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _working(worker: Worker, failed: Callable[[BaseException], None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(worker.run(), name="worker")
+    task.add_done_callback(_watcher(failed))
+    try:
+        yield
+    finally:
+        worker.stop()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handlers: the process has its own, for all roles together."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def _serving(
+    settings: Settings,
+    db: Database,
+    log: EventLog,
+    checkpoint: Checkpoint,
+    store: FileStore,
+    failed: Callable[[BaseException], None],
+) -> AsyncIterator[str]:
+    listening = _listen(settings.api.host, settings.api.port)
+    host, port = listening.getsockname()[:2]
+    shown_host = f"[{host}]" if ":" in host else host
+    public = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
+    services = Services(
+        db=db,
+        log=log,
+        checkpoint=checkpoint,
+        store=store,
+        job_types={name: processor.Parameters for name, processor in processors().items()},
+        largest_body_bytes=settings.api.max_body_bytes,
+        allowed_hosts=tuple(dict.fromkeys(name for name in ("localhost", "127.0.0.1", "[::1]", host, public) if name)),
+    )
+    server = _Server(
+        uvicorn.Config(
+            create_app(services), log_level="warning", access_log=False, timeout_graceful_shutdown=3, lifespan="off"
+        )
+    )
+    task = asyncio.create_task(server.serve(sockets=[listening]), name="api")
+    task.add_done_callback(_watcher(failed))
+    try:
+        yield settings.api.public_url or f"http://{shown_host}:{port}"
+    finally:
+        server.should_exit = True
+        await asyncio.gather(task, return_exceptions=True)
+        listening.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Open the port ourselves, so that a taken one is a clear error before anything else begins."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigurationError(
+            f"api.port: cannot listen on {host}:{port} ({error.strerror}); is another jobledger running? "
+            "Stop it, or set api.port (JOBLEDGER_API__PORT) to another number."
+        ) from error
+    return listening
+
+
+class Stop:
+    """Set by Ctrl-C, SIGTERM, or a role that failed. A second Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self.error: BaseException | None = None
+
+    def listen(self) -> None:
+        """Take over the signals of this process."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        if self._event.is_set():
+            os._exit(130)  # the data is safe whenever we die; only politeness is lost
+        self._event.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop because something is broken."""
+        if not self._event.is_set():
+            _log.error("a role ended unexpectedly, stopping", exc_info=error)
+            self.error = error
+        self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+async def keep_running(server: EmbeddedServer | None, stop: Stop) -> None:
+    """Wait until stopped; meanwhile start the embedded server again whenever it dies."""
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        while server is not None:
+            died = asyncio.create_task(server.died())
+            await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                died.cancel()
+                return
+            _log.error("the embedded MongoDB server died, starting it again", exit_code=died.result())
+            server.restart()
+            _log.info("the embedded MongoDB server is back")
+        await stopped
+    finally:
+        stopped.cancel()
