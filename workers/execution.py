@@ -11,6 +11,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -44,7 +45,7 @@ from ledger.log import EventLog
 from workers import child
 from workers.attempt import Assignment, FinishedStep, Message, run
 from workers.processor import Results, SavedFile
-from workers.registry import find_processor, modules
+from workers.registry import find_processor
 
 _log = structlog.get_logger()
 GATHER_SECONDS: Final = 0.5
@@ -70,7 +71,11 @@ class Fenced(Exception):
 
 def prepare_children() -> None:
     """Name what the server process that children are forked from loads beforehand. Call once, before the first job."""
-    _context.set_forkserver_preload(["__main__", "workers.child", *modules()])
+    _context.set_forkserver_preload(["workers.child", "workers.preload"])
+    # Else every child would load the program that we were started with, a second each; this is where it would find it.
+    main = sys.modules["__main__"]
+    main.__spec__ = None
+    vars(main).pop("__file__", None)
 
 
 class Execution:
@@ -227,6 +232,7 @@ class Execution:
     async def _fail(self, failure: Failure, *, transient: bool) -> None:
         await self._flush()
         retry_at = datetime.now(UTC) + self._retry_delay() if transient else None
+        failure = failure.model_copy(update={"details": {**failure.details, "retryable": transient}})
         await self._say(FailAttempt(self._worker_id, self._attempt, failure, retry_at))
 
     def _retry_delay(self) -> timedelta:

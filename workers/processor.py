@@ -5,7 +5,7 @@ Only this interface may be imported by processors; how a job really runs (child 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -106,6 +106,8 @@ class Processor(Protocol):
     job_type: ClassVar[str]
     isolation: ClassVar[Isolation]
     """`process`, as a rule: a child process, so a crash, leak or hang is contained. `inline`: cheap async work."""
+    preload: ClassVar[Sequence[str]]
+    """Modules that take long to import: loaded once, before child processes are forked."""
     Parameters: ClassVar[type[BaseModel]]
     """Validates `parameters` when a job is submitted."""
     Settings: ClassVar[type[BaseModel]]

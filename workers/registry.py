@@ -37,8 +37,3 @@ def find_processor(job_type: str) -> type[Processor]:
         LookupError: there is none.
     """
     return processors()[job_type]
-
-
-def modules() -> list[str]:
-    """Return the modules that hold the processors, to be loaded before processes are forked."""
-    return sorted({entry.module for entry in entry_points(group=GROUP)})

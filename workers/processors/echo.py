@@ -6,6 +6,7 @@ For smoke tests and benchmarks, and as the example of how to write a processor.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import yaml
@@ -35,6 +36,7 @@ class EchoProcessor:
 
     job_type: ClassVar[str] = "echo"
     isolation: ClassVar[Isolation] = "inline"
+    preload: ClassVar[Sequence[str]] = ()
     Parameters: ClassVar[type[BaseModel]] = EchoParameters
     Settings: ClassVar[type[BaseModel]] = EchoSettings
 

@@ -274,9 +274,7 @@ def _retry_after(headers: httpx.Headers) -> int | None:
     return max(0, round(wait.total_seconds()))
 
 
-async def _body(
-    response: httpx.Response, max_bytes: int, on_progress: OnProgress | None
-) -> AsyncIterator[bytes]:
+async def _body(response: httpx.Response, max_bytes: int, on_progress: OnProgress | None) -> AsyncIterator[bytes]:
     """The body, unpacked in bounded pieces: a decompression bomb is refused before it can fill the memory."""
     announced = response.headers.get("content-length", "")
     total = int(announced) if announced.isascii() and announced.isdigit() and len(announced) < 19 else None
@@ -360,8 +358,10 @@ def _errors_in_plain_words(url: httpx.URL) -> Iterator[None]:
         yield
     except (httpcore.TimeoutException, httpx.TimeoutException) as error:
         doing = "could not be reached" if isinstance(error, httpcore.ConnectTimeout) else "stopped answering"
+        raise ProcessorError("FETCH_TIMEOUT", f"{host} {doing} in time.", transient=True, details=details) from error
+    except httpx.InvalidURL as error:  # httpx looks at the target of a redirect, even one it is not to follow
         raise ProcessorError(
-            "FETCH_TIMEOUT", f"{host} {doing} in time.", transient=True, details=details
+            "BAD_URL", f"{_shown(url)} redirects to something that is no web address: {error}.", details=details
         ) from error
     except zlib.error as error:
         raise ProcessorError(

@@ -13,6 +13,7 @@ MAX_BYTES = 200
 # White space, separators, what Windows reserves, characters that turn the reading direction (they disguise names),
 # lone surrogates; a run of them with the dashes around it becomes one dash.
 _BAD = r'\s/\\<>:"|?*\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff'
+_EDGES = re.compile(f"^[{_BAD}.]+|[{_BAD}.]+$")
 _UNSAFE = re.compile(f"-*[{_BAD}][{_BAD}-]*")
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(?=\.|$)", re.IGNORECASE)
 _EXTENSION = re.compile(r"\.[A-Za-z0-9]{1,10}$")
@@ -52,7 +53,7 @@ def safe_part(name: str) -> str:
 
 
 def _safe(name: str) -> str:
-    text = _UNSAFE.sub("-", unicodedata.normalize("NFC", name)).strip("-.")
+    text = _UNSAFE.sub("-", _EDGES.sub("", unicodedata.normalize("NFC", name)))
     if not text:
         return "untitled"
     return f"_{text}" if _DEVICE.match(text) else text

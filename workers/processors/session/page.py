@@ -9,12 +9,14 @@ from copy import deepcopy
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import lxml.etree  # type: ignore[import-untyped]  # it ships no types
+import lxml.html  # type: ignore[import-untyped]
 import trafilatura
 from pydantic import BaseModel, ConfigDict
 from trafilatura.settings import DEFAULT_CONFIG
 
 from workers.processor import ProcessorError
-from workers.processors.session.safe_markdown import as_text, harmless
+from workers.processors.session.safe_markdown import as_target, as_text, harmless
 
 MAX_CHARACTERS = 200_000
 MAX_INTRO = 400
@@ -36,7 +38,25 @@ _READ_AS = {
 _UNSEEN = {"script", "style", "noscript", "template", "head", "svg", "iframe", "object", "select", "button"}
 _BLOCKS = {
     *("address", "article", "aside", "blockquote", "br", "dd", "div", "dl", "dt", "footer", "form", "h1", "h2", "h3"),
-    *("h4", "h5", "h6", "header", "hr", "li", "main", "nav", "ol", "p", "pre", "section", "table", "td", "th", "tr", "ul"),
+    *(
+        "h4",
+        "h5",
+        "h6",
+        "header",
+        "hr",
+        "li",
+        "main",
+        "nav",
+        "ol",
+        "p",
+        "pre",
+        "section",
+        "table",
+        "td",
+        "th",
+        "tr",
+        "ul",
+    ),
 }
 
 
@@ -61,9 +81,7 @@ def refuse_other_types(media_type: str) -> None:
         ProcessorError: NOT_HTML.
     """
     if media_type and media_type not in _HTML_TYPES:
-        raise ProcessorError(
-            "NOT_HTML", f"The page is not HTML but {media_type}.", details={"media_type": media_type}
-        )
+        raise ProcessorError("NOT_HTML", f"The page is not HTML but {media_type}.", details={"media_type": media_type})
 
 
 def read_page(body: bytes, *, content_type: str, url: str, known_title: str) -> PageText:
@@ -74,22 +92,19 @@ def read_page(body: bytes, *, content_type: str, url: str, known_title: str) -> 
     """
     if not content_type and not _LOOKS_LIKE_HTML.search(body[:4096]):
         raise ProcessorError("NOT_HTML", "The page is not HTML.", details={"url": url})
-    tree: Any = trafilatura.load_html(decoded(body, content_type)) if body.strip() else None
+    tree = _tree(decoded(body, content_type))
     if tree is None:
         raise _empty(url)
     title = _title(tree)
     _clean_links(tree, url)
-    text = harmless(_main_text(tree) or "")
-    warnings = []
+    warnings: list[str] = []
+    text = harmless(_cut(_main_text(tree), warnings))
     if not text.strip():
-        text = "\n\n".join(as_text(line) for line in _visible_lines(tree))
+        text = "\n\n".join(as_text(line) for line in _cut("\n".join(_visible_lines(tree)), warnings).splitlines())
         warnings.append("The main text of the page could not be told from the rest: all of its visible text is used.")
-    text = _below_title(text, {_folded(known_title), _folded(title or "")})
+    text = _below_title(text, known_title)
     if not text.strip():
         raise _empty(url)
-    if len(text) > MAX_CHARACTERS:
-        text = harmless(text[:MAX_CHARACTERS].rpartition("\n")[0])
-        warnings.append(f"The page is very long; only its first {MAX_CHARACTERS:,} characters are used.")
     return PageText(
         url=url,
         title=title,
@@ -99,6 +114,13 @@ def read_page(body: bytes, *, content_type: str, url: str, known_title: str) -> 
         markdown=text,
         warnings=warnings,
     )
+
+
+def _cut(text: str, warnings: list[str]) -> str:
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    warnings.append(f"The page is very long; only its first {MAX_CHARACTERS:,} characters are used.")
+    return text[:MAX_CHARACTERS].rpartition("\n")[0] or text[:MAX_CHARACTERS]
 
 
 def decoded(body: bytes, content_type: str) -> str:
@@ -131,6 +153,19 @@ def _try(body: bytes, label: str) -> str | None:
         return None
 
 
+def _tree(text: str) -> Any:
+    """The page without what only a browser without scripts would show (`Please enable JavaScript`)."""
+    parser = lxml.html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True)
+    try:
+        # As bytes, because lxml refuses a text that begins with an XML declaration, as XHTML does.
+        tree = lxml.html.document_fromstring(text.replace("\x00", "").encode("utf-8", "replace"), parser=parser)
+    except lxml.etree.ParserError:
+        return None
+    for hidden in tree.xpath("//noscript"):
+        hidden.drop_tree()
+    return tree if tree.find("body") is not None else None
+
+
 def _empty(url: str) -> ProcessorError:
     return ProcessorError("EMPTY_PAGE", f"There is no text on the page {url}.", details={"url": url})
 
@@ -145,8 +180,40 @@ def _extraction_settings() -> ConfigParser:
 _SETTINGS = _extraction_settings()
 
 
-def _main_text(tree: Any) -> str | None:
-    return trafilatura.extract(
+def _main_text(tree: Any) -> str:
+    """The page's own text as Markdown.
+
+    On pages without `<main>`, `<article>` or the like trafilatura collects paragraphs and lists but no headings. There
+    it is shown the body as one article, and that is used when no word got lost by it.
+    """
+    text = _extract(tree)
+    if re.search(r"^#+ ", text, re.MULTILINE) or not tree.xpath(
+        "//body//*[self::h1 or self::h2 or self::h3 or self::h4]"
+    ):
+        return text
+    structured = _extract(_as_one_article(tree))
+    return structured if _words(text) <= _words(structured) else text
+
+
+def _as_one_article(tree: Any) -> Any:
+    tree = deepcopy(tree)
+    body = tree.find("body")
+    for block in body.iter("div"):
+        if not any(child.tag in _BLOCKS for child in block.iterdescendants()):
+            block.tag = "p"  # words directly in a <div> would be overlooked
+    article = body.makeelement("article")
+    article.extend([child for child in body if child.tag not in ("nav", "header", "footer", "aside")])
+    article.text, body.text = body.text, None
+    body.insert(0, article)
+    return tree
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+def _extract(tree: Any) -> str:
+    text = trafilatura.extract(
         deepcopy(tree),
         output_format="markdown",
         favor_recall=True,
@@ -156,21 +223,27 @@ def _main_text(tree: Any) -> str | None:
         include_tables=True,
         config=_SETTINGS,
     )
+    return text or ""
 
 
 def _clean_links(tree: Any, url: str) -> None:
     """Make every link absolute; what leads to no web page or mailbox (`javascript:`, `#top`) keeps only its text."""
     base = next(iter(tree.xpath("//base/@href")), "")
     for link in tree.xpath("//a[@href]"):
-        try:
-            target = urljoin(urljoin(url, base), link.get("href").strip())
-            usable = urlsplit(target).scheme in ("http", "https", "mailto") and not link.get("href").startswith("#")
-        except ValueError:
-            usable = False
-        if not usable:
+        target = _absolute(link.get("href").strip(), url, base)
+        if target is None:
             link.tag = "span"
-            continue
-        link.set("href", re.sub(r"[\s<>()\\`]", lambda found: f"%{ord(found.group()):02X}", target))
+        else:
+            link.set("href", as_target(target))
+
+
+def _absolute(href: str, url: str, base: str) -> str | None:
+    try:
+        target = urljoin(urljoin(url, base), href)
+        usable = urlsplit(target).scheme in ("http", "https", "mailto") and not href.startswith("#")
+    except ValueError:
+        return None
+    return target if usable else None
 
 
 def _title(tree: Any) -> str | None:
@@ -183,7 +256,7 @@ def _title(tree: Any) -> str | None:
 
 def _meta(tree: Any, *names: str) -> str | None:
     for name in names:
-        for content in tree.xpath("//meta[@name=$name or @property=$name]/@content", name=name):
+        for content in tree.xpath("//meta[@name=$name or @property=$name or @http-equiv=$name]/@content", name=name):
             if words := " ".join(str(content).split()):
                 return words if len(words) <= MAX_INTRO else words[:MAX_INTRO].rsplit(" ", 1)[0] + " …"
     return None
@@ -223,8 +296,8 @@ def _folded(text: str) -> str:
     return re.sub(r"\W+", " ", text).strip().casefold()
 
 
-def _below_title(text: str, titles: set[str]) -> str:
-    """Move the headings so that the highest is of level 2, and drop those that repeat a title."""
+def _below_title(text: str, title: str) -> str:
+    """Move the headings so that the highest is of level 2, and drop those that repeat the title above them."""
     lines = text.split("\n")
     found: dict[int, tuple[int, str]] = {}
     fence = ""
@@ -235,7 +308,7 @@ def _below_title(text: str, titles: set[str]) -> str:
         elif not fence and (heading := re.match(r"(#{1,6})\s+(.*)", line)):
             found[number] = (len(heading.group(1)), heading.group(2))
     for number, (_, words) in list(found.items()):
-        if _folded(words) in titles:
+        if _folded(words) == _folded(title):
             lines[number] = ""
             del found[number]
     shift = 2 - min((level for level, _ in found.values()), default=2)

@@ -126,6 +126,4 @@ def _helpful(line: Any) -> InitErrorDetails:
         message = f"unknown field `{name}`; {hint}"
     elif kind == "value_error":
         message = str(context["error"])
-    # Braces would be read as placeholders.
-    template = message.replace("{", "{{").replace("}", "}}")
-    return InitErrorDetails(type=PydanticCustomError(kind, template), loc=line["loc"], input=line["input"])
+    return InitErrorDetails(type=PydanticCustomError(kind, message), loc=line["loc"], input=line["input"])

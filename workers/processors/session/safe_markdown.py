@@ -14,7 +14,6 @@ _COMMONMARK = MarkdownIt("commonmark").enable("table")
 _SENTINEL = "\n\n## end of what came from outside\n"
 
 _IN_LINE = re.compile(r"[\\`*\[\]<>~|]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
-_LINE_START = re.compile(r"^(\s*)([#+=-]|(?=\d+[.)])\d+)(?=[.)]?(\s|$)|[-=#]|.)", re.MULTILINE)
 _TOKENS = re.compile(
     r"(?P<kept>\\[!-/:-@\[-`{-~])"
     r"|(?P<code>(?<!`)(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))"
@@ -30,12 +29,16 @@ def as_text(text: str) -> str:
     line = _IN_LINE.sub(lambda found: f"\\{found.group()}", " ".join(text.split()))
     if found := re.match(r"(\d{1,9})([.)])(?=\s|$)", line):
         return f"{found.group(1)}\\{line[found.end(1) :]}"
-    return f"\\{line}" if re.match(r"[#+=-]", line) else line
+    return f"\\{line}" if re.match(r"(#{1,6}|[+-])(\s|$)|[-=]{2,}", line) else line
 
 
 def as_target(url: str) -> str:
     """`url` as the target of a Markdown link."""
-    return re.sub(r"[\s<>()\[\]\\`\"'|*_]", lambda found: "".join(f"%{byte:02X}" for byte in found.group().encode()), url)
+    return re.sub(
+        r"[\s\x00-\x20\x7f<>()\[\]\\`\"'|*_]",
+        lambda found: "".join(f"%{byte:02X}" for byte in found.group().encode()),
+        url,
+    )
 
 
 def harmless(markdown: str) -> str:

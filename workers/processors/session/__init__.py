@@ -1,0 +1,42 @@
+"""session: the main job type. A talk's page, recording and slides become one Markdown document with its images.
+
+Importing this package is cheap, because the API does it to check parameters; the libraries that fetch, read and draw
+are imported by `pipeline`, when a job runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from workers.processor import Isolation, Job, Results
+from workers.processors.session.parameters import SessionParameters
+from workers.processors.session.settings import SessionSettings
+
+__all__ = ["SessionParameters", "SessionProcessor", "SessionSettings"]
+
+
+class SessionProcessor:
+    """Makes Markdown of one conference session, and says honestly what of it was not possible."""
+
+    job_type: ClassVar[str] = "session"
+    isolation: ClassVar[Isolation] = "process"
+    preload: ClassVar[Sequence[str]] = ("workers.processors.session.pipeline",)
+    Parameters: ClassVar[type[BaseModel]] = SessionParameters
+    Settings: ClassVar[type[BaseModel]] = SessionSettings
+
+    def __init__(self, settings: SessionSettings) -> None:
+        self._settings = settings
+
+    async def run(self, job: Job) -> Results:
+        """Run the steps `page`, `transcript`, `slides` and `markdown`.
+
+        Raises:
+            ProcessorError: the page cannot be had or read. Without video or slides the job ends well, with a warning.
+        """
+        from workers.processors.session.fetch import Fetcher
+        from workers.processors.session.pipeline import run
+
+        return await run(job, self._settings, Fetcher(self._settings))

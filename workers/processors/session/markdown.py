@@ -1,0 +1,173 @@
+"""session: everything found out about a talk becomes one Markdown document. Pure; the layout is in the template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from workers.processor import ProcessorError, SavedFile
+from workers.processors.session.page import PageText
+from workers.processors.session.parameters import SessionParameters
+from workers.processors.session.safe_markdown import as_target, as_text
+from workers.processors.session.slides import Slide
+from workers.processors.session.transcript import Segment, clock
+
+MAX_ALT = 250
+PARAGRAPH_SECONDS = 60
+
+
+class Recording(BaseModel):
+    """What the step `transcript` found. `reason` says why there is no text, where there is none."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seconds: float | None = None
+    segments: list[Segment] = []
+    reason: str | None = None
+    audio: SavedFile | None = None
+    warnings: list[str] = []
+
+
+class SlideShow(BaseModel):
+    """What the step `slides` found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    slides: list[Slide] = []
+    warnings: list[str] = []
+
+
+def built_in_template() -> str:
+    return files(__package__).joinpath("session.md.j2").read_text(encoding="utf-8")
+
+
+def compose_markdown(
+    *,
+    session: SessionParameters,
+    job_id: str,
+    page: PageText,
+    recording: Recording,
+    show: SlideShow,
+    warnings: Sequence[str],
+    template: str,
+) -> str:
+    """The whole document.
+
+    Raises:
+        ProcessorError: TEMPLATE_ERROR, if the operator's own template cannot be used.
+    """
+    context: dict[str, Any] = {
+        "front_matter": front_matter(session=session, job_id=job_id, page=page),
+        "session": session,
+        "occasion": _occasion(session),
+        "page": page,
+        "slides": [{"alt": _alt(slide), "target": _beside(slide)} for slide in show.slides],
+        "transcript": {"paragraphs": _paragraphs(recording.segments), "reason": recording.reason or ""},
+        "warnings": warnings,
+    }
+    try:
+        return _environment().from_string(template).render(context)
+    except jinja2.TemplateError as error:
+        raise ProcessorError(
+            "TEMPLATE_ERROR", f"The Markdown template cannot be used: {error}", details={"reason": str(error)}
+        ) from error
+
+
+def front_matter(*, session: SessionParameters, job_id: str, page: PageText) -> str:
+    """The YAML between the dashes. What only a language model could tell is empty."""
+    values = {
+        "tags": list(dict.fromkeys([session.event, session.track, *page.keywords])),
+        "title": session.session,
+        "subtitle": None,
+        "intro": page.intro,
+        "speaker": session.speakers or [],
+        "date": session.day,
+        "place": None,
+        "track": session.track,
+        "topic": None,
+        "url": session.url,
+        "video_url": session.video_url,
+        "language": language_of(session, page),
+        "job_id": job_id,
+    }
+    # Wide, because folded long values are harder to read, and to edit, than long lines.
+    return yaml.dump(values, Dumper=_FrontMatterDumper, allow_unicode=True, sort_keys=False, width=100_000)
+
+
+class _FrontMatterDumper(yaml.SafeDumper):
+    """Safe YAML that also keeps the line ends PyYAML would otherwise fold away (U+0085, U+2028), on one line."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_FrontMatterDumper.add_representer(str, _represent_text)
+
+
+def language_of(session: SessionParameters, page: PageText) -> str:
+    """The language the text is in: the page should know, otherwise the client does."""
+    return page.language or session.source_language
+
+
+def not_translated(session: SessionParameters, page: PageText) -> str | None:
+    """The warning that the text is in another language than was asked for."""
+    language = language_of(session, page)
+    if _primary(language) == _primary(session.target_language):
+        return None
+    return (
+        f'The text is not translated: it is in "{language}", "{session.target_language}" was asked for, '
+        "and no language model is configured."
+    )
+
+
+def _primary(language: str) -> str:
+    return language.partition("-")[0].lower()
+
+
+def _occasion(session: SessionParameters) -> list[str]:
+    times = "–".join(time for time in (session.starttime, session.endtime) if time)
+    day = ", ".join(part for part in (session.day, times) if part)
+    return [part for part in (session.event, session.track, day) if part]
+
+
+def _alt(slide: Slide) -> str:
+    """What stands on the slide, for those who cannot see it and for search."""
+    words = " ".join(slide.text.split())
+    short = words if len(words) <= MAX_ALT else words[:MAX_ALT].rsplit(" ", 1)[0] + " …"
+    return f"Slide {slide.number}: {short}" if short else f"Slide {slide.number}"
+
+
+def _beside(file: SavedFile) -> str:
+    """The file as seen from the Markdown, which lies next to the folder `assets`."""
+    return "/".join(file.path.rsplit("/", 2)[-2:])
+
+
+def _paragraphs(segments: Sequence[Segment]) -> list[dict[str, str]]:
+    """One paragraph for about each minute, with the time it begins at."""
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        if groups and segment.start_seconds - groups[-1][0].start_seconds < PARAGRAPH_SECONDS:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return [{"start": clock(said[0].start_seconds), "text": " ".join(one.text for one in said)} for said in groups]
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=False,  # noqa: S701  the output is Markdown: values pass through the filters `text` and `target`
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"text": as_text, "target": as_target}
+    return environment

@@ -1,0 +1,58 @@
+"""session: the step `page`, 0 to 20 percent of the job. If it fails the job fails: there would be nothing to say."""
+
+from __future__ import annotations
+
+import asyncio
+
+from workers.processor import JSON, ProcessorError
+from workers.processors.session.page import PageText, read_page, refuse_other_types
+from workers.processors.session.steps import FETCH_SHARE, Work
+
+
+def inputs(work: Work) -> dict[str, JSON]:
+    return {"url": work.session.url, "title": work.session.session, "max_bytes": work.settings.page_max_bytes}
+
+
+async def run(work: Work) -> JSON:
+    """Fetch and read the page.
+
+    Raises:
+        ProcessorError: it cannot be fetched, is no HTML, is empty, or took too long (STEP_TIMEOUT, transient).
+    """
+    seconds = work.settings.page_timeout_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            page = await _read(work)
+    except TimeoutError:
+        raise ProcessorError(
+            "STEP_TIMEOUT",
+            f"The page was not read within {seconds:g} seconds.",
+            transient=True,
+            details={"step": "page", "seconds": seconds},
+        ) from None
+    for warning in page.warnings:
+        await work.warn(warning)
+    await work.job.log("info", f"The page has {len(page.markdown):,} characters of text")
+    await work.job.progress(20, "The page is read")
+    return page.model_dump(mode="json")
+
+
+async def _read(work: Work) -> PageText:
+    await work.job.progress(0, "Fetching the page")
+    fetched = await work.fetcher.fetch(
+        work.session.url,
+        max_bytes=work.settings.page_max_bytes,
+        total_seconds=work.settings.page_timeout_seconds * FETCH_SHARE,
+        accept="text/html, application/xhtml+xml",
+        check_type=refuse_other_types,
+        on_progress=work.downloading("Fetching the page", 0, 10),
+    )
+    await work.log_fetched(fetched)
+    await work.job.progress(10, "Reading the page")
+    return await asyncio.to_thread(
+        read_page,
+        fetched.body,
+        content_type=fetched.content_type,
+        url=fetched.url,
+        known_title=work.session.session,
+    )

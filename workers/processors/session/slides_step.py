@@ -1,0 +1,95 @@
+"""session: the step `slides`, 60 to 90 percent of the job. What cannot be had is a warning, never a failure."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from workers.processor import JSON, ProcessorError
+from workers.processors.session.markdown import SlideShow
+from workers.processors.session.slides import DrawnPage, Slide, Unreadable, draw, file_names, is_pdf, other_type
+from workers.processors.session.steps import FETCH_SHARE, Cancelled, Work
+
+MAX_TEXT = 500_000
+
+
+def inputs(work: Work) -> dict[str, JSON]:
+    limits = {
+        "slides_max_bytes",
+        "slide_longest_side",
+        "thumbnail_longest_side",
+        "jpeg_quality",
+        "max_pages",
+        "max_pixels",
+    }
+    return {
+        "url": work.session.attachments_url,
+        "folder": work.layout.folder,
+        **work.settings.model_dump(mode="json", include=limits),
+    }
+
+
+async def run(work: Work) -> JSON:
+    """Fetch the attachment and store an image of each page."""
+    slides: list[Slide] = []
+    if work.session.attachments_url is not None:
+        try:
+            async with asyncio.timeout(work.settings.slides_timeout_seconds):
+                await _show(work, work.session.attachments_url, slides)
+        except Cancelled:
+            raise
+        except TimeoutError:
+            limit = f"{work.settings.slides_timeout_seconds:g} seconds"
+            done = f"only the first {len(slides)} are shown" if slides else "they are only linked"
+            await work.warn(f"The slides could not be worked through within {limit}: {done}.")
+        except ProcessorError as error:
+            await work.warn(f"The slides are only linked. {error.message}")
+        except Unreadable as error:
+            await work.warn(f"The slides are only linked: the PDF {error}.")
+    await work.job.progress(90, "The slides are done")
+    return SlideShow(slides=slides, warnings=work.warnings).model_dump(mode="json")
+
+
+async def _show(work: Work, url: str, slides: list[Slide]) -> None:
+    if kind := other_type(url):
+        await work.warn(f"The attachment is only linked: it is {kind}, and images can only be made of PDF.")
+        return
+    pdf = work.job.scratch / "slides.pdf"
+    await work.job.progress(60, "Fetching the slides")
+    fetched = await work.fetcher.fetch(
+        url,
+        max_bytes=work.settings.slides_max_bytes,
+        total_seconds=work.settings.slides_timeout_seconds * FETCH_SHARE,
+        into=pdf,
+        on_progress=work.downloading("Fetching the slides", 60, 70),
+    )
+    await work.log_fetched(fetched)
+    if await asyncio.to_thread(is_pdf, pdf):
+        await _draw(work, pdf, slides)
+    else:
+        kind = fetched.media_type or "of unknown type"
+        await work.warn(f"The attachment is only linked: it is no PDF ({kind}), and images can only be made of PDF.")
+
+
+async def _draw(work: Work, pdf: Path, slides: list[Slide]) -> None:
+    pages, text_left = 0, MAX_TEXT
+    async with work.one_by_one(draw(pdf, work.settings)) as drawn_pages:
+        async for drawn in drawn_pages:
+            pages = drawn.pages
+            if drawn.problem:
+                await work.warn(f"Slide {drawn.number} is not shown: the page {drawn.problem}.")
+            else:
+                slides.append(await _save(work, drawn, text_left))
+                text_left -= len(slides[-1].text)
+            done = drawn.number / min(pages, work.settings.max_pages)
+            await work.job.progress(70 + 20 * done, f"Drawing slide {drawn.number} of {pages}")
+    if pages > work.settings.max_pages:
+        await work.warn(f"Only the first {work.settings.max_pages} of {pages} slides are shown.")
+    await work.job.log("info", f"Made images of {len(slides)} of {pages} pages")
+
+
+async def _save(work: Work, drawn: DrawnPage, text_left: int) -> Slide:
+    image, thumbnail = file_names(drawn.number)
+    saved = await work.job.save(work.layout.asset(image), drawn.image, "image/jpeg")
+    small = await work.job.save(work.layout.asset(thumbnail), drawn.thumbnail, "image/jpeg")
+    return Slide(**saved.model_dump(), number=drawn.number, text=drawn.text[:text_left], thumbnail=small)
