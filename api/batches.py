@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import ApiError, json_response
-from api.jobs import keep, shown, split_webhook, submission
+from api.jobs import keep, notices, shown, split_webhook, submission
 from api.models import BatchBody, BatchList, JobBody
 from api.services import query_of, read_json, services, validated, views_reach_wanted_position
 from ledger.commands import SubmitBatch, SubmitJob
@@ -64,6 +64,7 @@ async def submit(request: Request) -> Response:
             "batch_id": batch_id,
             "job_ids": job_ids,
             "batch": shown(view.as_submitted(view.fold(None, recorded[0]))),
+            **notices(webhook, *(job.webhook for job in jobs)),
         },
         202,
         {"Location": f"/api/events/batches/{batch_id}", "Ledger-Position": str(recorded[-1].position)},

@@ -81,6 +81,13 @@ def split_webhook(body: WebhookBody | None) -> tuple[Webhook | None, Secrets | N
     return webhook, secrets
 
 
+def notices(*webhooks: Webhook | None) -> dict[str, list[str]]:
+    """Return what a client should know that is not as it may expect."""
+    if any(webhooks):
+        return {"warnings": ["The webhook is recorded, but this version does not deliver webhooks yet."]}
+    return {}
+
+
 async def keep(known: Services, *secrets: Secrets | None) -> None:
     """Store header values before the event that refers to them: never the other way round."""
     documents = [{"_id": it.reference, "headers": it.headers} for it in secrets if it is not None]
@@ -99,7 +106,12 @@ async def submit(request: Request) -> Response:
     job_id = new_job_id()
     handled = await handle(known.log, job_id, SubmitJob(asked), meta=Meta(f"user:{asked.user_id}"), known=Known())
     return json_response(
-        {"status": "success", "job_id": job_id, "job": shown(view.fold(None, handled.events[0]))},
+        {
+            "status": "success",
+            "job_id": job_id,
+            "job": shown(view.fold(None, handled.events[0])),
+            **notices(webhook),
+        },
         202,
         {"Location": f"/api/events/jobs/{job_id}", "Ledger-Position": str(handled.events[0].position)},
     )
