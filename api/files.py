@@ -24,11 +24,11 @@ async def single(request: Request) -> Response:
     file = await view.get(known.db, path)
     if file is None:
         raise ApiError(404, "file_not_found", f"There is no result file {path}.")
-    media_type = file["media_type"]
     etag = f'"{file["sha256"]}"'
     headers = {
         "ETag": etag,
         "Cache-Control": "private, no-cache",
+        "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": _NO_SCRIPTS,  # a result may be HTML or SVG from anywhere
     }
     if etag in (tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")):
@@ -36,7 +36,7 @@ async def single(request: Request) -> Response:
     return FileResponse(
         known.store.path(file["sha256"]),
         headers=headers,
-        media_type=f"{media_type}; charset=utf-8" if media_type.startswith("text/") else media_type,
+        media_type=file["media_type"],
         filename=path.rpartition("/")[2],
         content_disposition_type="inline",
     )

@@ -32,7 +32,7 @@ class MongodbSettings(_Section):
     connect_timeout_ms: int = Field(5000, ge=100, le=600_000)
     data_dir: Path = Path("data")
     embedded_port: int = Field(27117, ge=0, le=65_535)
-    embedded_oplog_mb: int = Field(1024, ge=990, le=1_000_000)  # 990 is the least that mongod takes
+    embedded_oplog_mb: int = Field(1024, ge=50, le=1_000_000)
 
     @property
     def embedded(self) -> bool:

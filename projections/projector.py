@@ -67,6 +67,8 @@ class Chunk:
         if after is before:
             return
         self.now["jobs"][event.stream] = after
+        if before and after and before["status"] == after["status"] == "processing":
+            return  # progress and log lines: nothing but the job's own document changes
         for view in _ROW_VIEWS:
             written = self.rows[view.NAME]
             for row in view.rows(before) if before else ():

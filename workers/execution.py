@@ -113,15 +113,18 @@ class Execution:
         self._stop("abandon")
 
     def _stop(self, reason: str) -> None:
-        if self._stopped_for is None and self._task is not None:
+        if self._stopped_for is None:
             self._stopped_for = reason
-            self._task.cancel()
+            if self._task is not None:
+                self._task.cancel()
 
     # Running ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Run the job to its end and record that. Raises nothing but LedgerUnavailable and faults of ours."""
         self._task = asyncio.create_task(self._run(), name=f"run-{self.job_id}")
+        if self._stopped_for is not None:
+            self._task.cancel()
         try:
             await asyncio.wait({self._task})
             if self._stopped_for is None or not self._task.cancelled():

@@ -1,8 +1,9 @@
 """workers: the worker process. Wakes by the change stream, claims by appending, runs as many jobs as it has slots.
 
-The stream only wakes the one claim loop: a fresh job is claimed from its own event, without reading anything; a backlog
-is taken from the view `queue`. Why no job waits for ever: its row appears in `queue` by a change that wakes the loop
-*after* the row can be read, a due time sets a timer, and a slot that becomes free wakes the loop, too.
+The stream only wakes the one claim loop. An idle worker claims a fresh job from its own event, without any query; with
+a backlog, jobs are taken from the view `queue`, by priority, then age. Why no job waits for ever: its row appears
+in `queue` by a change that wakes the loop *after* the row can be read, a due time sets a timer, and a slot that becomes
+free wakes the loop, too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ledger.commands import ClaimJob
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
 from ledger.events import Meta
 from ledger.handle import Known, handle, load
+from ledger.job import Job
 from ledger.lease import Lease
 from ledger.log import EventLog, parse
 from ledger.mongo import Connection, Database
@@ -37,8 +39,8 @@ from workers.registry import processors
 _log = structlog.get_logger()
 HEARD_EVENTS: Final = ("JobSubmitted", "JobClaimed", "JobCancelRequested")
 """The types of events that a worker has a use for."""
-_FRESH_KEPT: Final = 1000
 _CANDIDATES: Final = 20
+_CANCELS_KEPT: Final = 1000
 
 
 class Worker:
@@ -68,7 +70,9 @@ class Worker:
         self._running: dict[str, tuple[Execution, asyncio.Task[None]]] = {}
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._fresh: OrderedDict[str, Known] = OrderedDict()
+        self._idle = False  # nothing was left to claim when we looked last, and slots are free
+        self._fresh: dict[str, Known] = {}
+        self._cancels: OrderedDict[str, int] = OrderedDict()
         self._stale: set[str] = set()
         self._touched: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -145,9 +149,14 @@ class Worker:
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
-    async def _resync(self, session: AsyncClientSession) -> None:
+    async def _resync(self, _session: AsyncClientSession) -> None:
+        """Changes may have been missed: look at the queue, and whether a running job is to be cancelled."""
         self._stale.clear()
         self._wake.set()
+        for job_id, (execution, _) in list(self._running.items()):
+            known = await load(self._log, job_id)
+            if isinstance(known.state, Job) and known.state.cancel is not None:
+                execution.cancel()
 
     def _heard_event(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] != "insert":
@@ -155,24 +164,31 @@ class Worker:
         document = change["fullDocument"]
         match document["type"]:
             case "JobSubmitted":
-                if document["data"]["job_type"] in self._job_types and "not_before" not in document["data"]:
-                    self._fresh[document["stream"]] = Known().after([parse(document)])
-                    if len(self._fresh) > _FRESH_KEPT:
-                        self._fresh.popitem(last=False)  # its row in `queue` stands for it
-                    self._wake.set()
+                self._heard_of_fresh(document)
             case "JobClaimed":
                 self._fresh.pop(document["stream"], None)
             case "JobCancelRequested":
                 if (running := self._running.get(document["stream"])) is not None:
                     running[0].cancel()
+                else:  # perhaps its claim, which must have come before, is not yet on our own books
+                    self._cancels[document["stream"]] = document["version"]
+                    if len(self._cancels) > _CANCELS_KEPT:
+                        self._cancels.popitem(last=False)
+
+    def _heard_of_fresh(self, document: Mapping[str, Any]) -> None:
+        """Keep a fresh job if a slot is free and nothing waits before it; else its row in `queue` stands for it."""
+        asked = document["data"]
+        claimable = asked["job_type"] in self._job_types and "not_before" not in asked
+        if claimable and self._idle and len(self._fresh) < self._slots - len(self._running):
+            self._fresh[document["stream"]] = Known().after([parse(document)])
+            self._wake.set()
 
     def _heard_row(self, change: Mapping[str, Any]) -> None:
-        if change["operationType"] == "delete":
-            return
         job_id = change["documentKey"]["_id"]
-        self._touched.add(job_id)
         self._stale.discard(job_id)
-        self._wake.set()
+        if change["operationType"] != "delete":
+            self._touched.add(job_id)
+            self._wake.set()
 
     def _wake_at(self, due: datetime | None) -> None:
         if self._timer is not None:
@@ -201,9 +217,11 @@ class Worker:
         free = self._slots - len(self._running)
         self._touched.clear()
         if self._fresh:
-            tried = [self._fresh.popitem(last=False) for _ in range(min(free, len(self._fresh)))]
-            await asyncio.gather(*(self._claim(job_id, known) for job_id, known in tried))
+            fresh = list(self._fresh.items())[:free]
+            self._fresh.clear()
+            await asyncio.gather(*(self._claim(job_id, known) for job_id, known in fresh))
             return True
+        self._idle = False
         now = datetime.now(UTC)
         # Rows that proved stale are left out, so that they cannot hide the fresh ones behind them.
         candidates = await queue.candidates(
@@ -214,6 +232,7 @@ class Worker:
             limit=max(free, _CANDIDATES),
         )
         if not candidates:
+            self._idle = True
             self._wake_at(await queue.next_due(self._db, now=now))
             return False
         await asyncio.gather(*(self._claim(job_id, None) for job_id in candidates[:free]))
@@ -238,6 +257,8 @@ class Worker:
         )
         task = asyncio.create_task(execution.run(), name=f"job-{job_id}")
         self._running[job_id] = (execution, task)
+        if self._cancels.pop(job_id, 0) > handled.known.head.version:
+            execution.cancel()
         task.add_done_callback(lambda ended: self._ended(job_id, ended))
 
     def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
