@@ -199,7 +199,7 @@ async def delete(request: Request) -> Response:
 async def _act(request: Request, command: JobCommand) -> Response:
     job = await existing(request)
     log = services(request).log
-    handled = await handle(log, job["job_id"], command, meta=Meta(_user(request), job["batch_id"]))
+    handled = await handle(log, job["job_id"], command, meta=Meta(_user(request)))
     after: Document | None = None
     for event in await log.read_stream(job["job_id"]):
         after = view.fold(after, event)

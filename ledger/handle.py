@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -92,14 +92,22 @@ async def handle(log: EventLog, stream: str, command: Command, *, meta: Meta, kn
         tries += 1
         now = datetime.now(UTC)
         events = rules.decide(command, known.state)
+        correlated = _correlated(meta, known.state)
         try:
-            recorded = await log.append(Append(stream, known.head, events, meta, now)) if events else []
+            recorded = await log.append(Append(stream, known.head, events, correlated, now)) if events else []
         except VersionConflict:
             if tries == _TRIES:
                 raise
             known = known.after(await log.read_stream(stream, after_version=known.head.version))
         else:
             return Handled(recorded, known.after(recorded))
+
+
+def _correlated(meta: Meta, state: State | None) -> Meta:
+    """Every event of a batch's job names the batch, whoever caused it: so a batch can be followed as one story."""
+    if meta.correlation_id is None and isinstance(state, Job) and state.asked.batch_id is not None:
+        return replace(meta, correlation_id=state.asked.batch_id)
+    return meta
 
 
 async def handle_new(log: EventLog, commands: Sequence[tuple[str, Command]], *, meta: Meta) -> list[Recorded]:

@@ -18,7 +18,7 @@ from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
-from ledger.errors import CommandRefused, LedgerUnavailable
+from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
 from ledger.events import Meta, Recorded
 from ledger.handle import handle
 from ledger.lease import Lease
@@ -165,7 +165,7 @@ class Projector:
                         await self._lease.release()
                 else:
                     await self._wait_for_vacancy()
-            except (LedgerUnavailable, PyMongoError) as error:
+            except (LedgerUnavailable, LedgerBusy, PyMongoError) as error:
                 text = brief(error) if isinstance(error, PyMongoError) else str(error)
                 _log.warning("projector interrupted, going on from its checkpoint", error=text)
                 await asyncio.sleep(pause)

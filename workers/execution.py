@@ -90,7 +90,7 @@ class Execution:
         self._log = log
         self._worker_id = worker_id
         self._settings = settings
-        self._meta = Meta(f"worker:{worker_id}", known.state.asked.batch_id)
+        self._meta = Meta(f"worker:{worker_id}")
         self._writing = asyncio.Lock()
         self._progress: ReportProgress | None = None
         self._lines: list[LogLine] = []
