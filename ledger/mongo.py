@@ -85,7 +85,9 @@ def driver_errors(doing: str) -> Iterator[None]:
 
 def brief(error: PyMongoError) -> str:
     """Return the first, human part of a driver error; the rest is a description of the topology."""
-    return str(error).split(", Timeout:")[0].split(", full error")[0]
+    text = str(error).split(", Timeout:")[0].split(", full error")[0]
+    # What the driver says when it gives up a connection whose server has stopped answering its heartbeat.
+    return "the server does not answer" if text == "operation cancelled" else text
 
 
 async def check_server(db: Database) -> None:

@@ -119,7 +119,7 @@ class Fetcher:
     async def _client(self, accept: str) -> AsyncIterator[httpx.AsyncClient]:
         timeout = httpx.Timeout(self._settings.read_timeout_seconds, connect=self._settings.connect_timeout_seconds)
         headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"}
-        # trust_env off: a proxy from the environment would connect for us, past the address check.
+        # trust_env off: no proxy that connects for us, past the address check, and no passwords from a .netrc.
         async with httpx.AsyncClient(
             transport=_Transport(self._network), timeout=timeout, headers=headers, trust_env=False
         ) as client:

@@ -1,0 +1,315 @@
+"""tests: fetching is safe to point anywhere, and says plainly what went wrong."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.processors.session.support import Answer, Site, html, redirect, settings, unhurried
+from workers.processor import ProcessorError
+from workers.processors.session.addresses import AllowedHosts
+from workers.processors.session.fetch import Fetched, Fetcher, Resolve, ask_system_resolver, in_words
+
+
+async def fetch(
+    url: str, *, resolve: Resolve = ask_system_resolver, into: Path | None = None, **changes: Any
+) -> Fetched:
+    limits = {"max_bytes": changes.pop("max_bytes", 1_000_000), "total_seconds": changes.pop("total_seconds", 20)}
+    return await Fetcher(settings(**changes), resolve=resolve).fetch(url, into=into, **limits)
+
+
+async def failure(url: str, **changes: Any) -> ProcessorError:
+    with pytest.raises(ProcessorError) as failed:
+        await fetch(url, **changes)
+    return failed.value
+
+
+async def test_a_body_comes_into_memory_or_a_file(site: Site, tmp_path: Path) -> None:
+    url = site.put("/data", Answer(b"x" * 200_000, headers={"Content-Type": "Text/Plain; charset=x"}))
+    in_memory = await fetch(url)
+    assert (in_memory.body, in_memory.media_type) == (b"x" * 200_000, "text/plain")
+    in_file = await fetch(url, into=tmp_path / "data")
+    assert (in_file.body, in_file.size) == (b"", 200_000)
+    assert (tmp_path / "data").read_bytes() == b"x" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("status", "transient"),
+    [
+        (400, False),
+        (403, False),
+        (404, False),
+        (410, False),
+        (408, True),
+        (425, True),
+        (429, True),
+        (500, True),
+        (503, True),
+    ],
+)
+async def test_only_some_http_errors_may_pass(status: int, transient: bool, site: Site) -> None:
+    error = await failure(site.put("/page", html("no", status=status)))
+    assert (error.code, error.transient, error.details["status_code"]) == ("HTTP_ERROR", transient, status)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("120", 120), ("Wed, 21 Oct 2015 07:29:00 GMT", 60), ("Wed, 21 Oct 2015 07:27:00 GMT", 0), ("soon", None)],
+)
+async def test_when_to_come_back_is_told_in_seconds(said: str, seconds: int | None, site: Site) -> None:
+    answer = Answer(status=503, headers={"Retry-After": said, "Date": "Wed, 21 Oct 2015 07:28:00 GMT"})
+    error = await failure(site.put("/busy", answer))
+    assert error.details.get("retry_after") == seconds
+
+
+async def test_a_name_that_does_not_exist_may_pass(site: Site) -> None:
+    async def nobody(host: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    error = await failure("http://no-such-conference.example/talk", resolve=nobody)
+    assert (error.code, error.transient, error.details["reason"]) == ("NETWORK_ERROR", True, "dns")
+    assert "no-such-conference.example could not be found" in error.message
+
+
+async def test_a_refused_connection_may_pass() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        error = await failure(f"http://127.0.0.1:{unused.getsockname()[1]}/")
+    assert (error.code, error.transient, error.details["reason"]) == ("NETWORK_ERROR", True, "refused")
+
+
+async def test_an_answer_that_is_cut_off_may_pass(site: Site) -> None:
+    error = await failure(site.put("/half", Answer(b"half", announced=8)))
+    assert (error.code, error.transient) == ("NETWORK_ERROR", True)
+
+
+async def test_a_server_that_is_silent_times_out(site: Site) -> None:
+    url = site.put_silence("/silent")
+    for limits in ({"read_timeout_seconds": 0.1}, {"total_seconds": 0.1}):
+        error = await failure(url, **limits)
+        assert (error.code, error.transient) == ("FETCH_TIMEOUT", True)
+
+
+async def test_something_that_speaks_no_http_is_named(site: Site) -> None:
+    error = await failure(f"https://127.0.0.1:{site.port}/")
+    assert (error.code, error.details["reason"]) == ("NETWORK_ERROR", "tls")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/x", "http://[::ffff:127.0.0.1]:{port}/x"])
+async def test_a_private_address_is_refused_before_anything_is_sent(url: str, site: Site) -> None:
+    error = await failure(url.format(port=site.port), allow_private=[])
+    assert (error.code, error.transient) == ("ADDRESS_REFUSED", False)
+    assert site.asked == []
+
+
+async def test_a_name_that_leads_to_a_private_address_is_refused(site: Site) -> None:
+    error = await failure(f"http://localhost:{site.port}/x", allow_private=["10.0.0.0/8"])
+    assert (error.code, error.details["host"]) == ("ADDRESS_REFUSED", "localhost")
+    assert site.asked == []
+
+
+async def test_a_name_may_be_allowed_by_name(site: Site) -> None:
+    site.put("/x", html("<p>hello</p>"))
+
+    async def here(host: str, port: int) -> list[str]:
+        return ["127.0.0.1"]
+
+    url = f"http://intranet.example:{site.port}/x"
+    assert (await fetch(url, resolve=here, allow_private=["Intranet.example"])).size == 12
+    assert (await failure(url, resolve=here, allow_private=["other.example"])).code == "ADDRESS_REFUSED"
+
+
+async def test_a_redirect_to_a_private_address_is_refused(site: Site) -> None:
+    async def only_the_first_is_public(host: str, port: int) -> list[str]:
+        return {"conference.example": ["127.0.0.1"]}.get(host, ["127.0.0.2"])
+
+    site.put("/start", redirect(f"http://inside.example:{site.port}/secret"))
+    error = await failure(
+        f"http://conference.example:{site.port}/start",
+        resolve=only_the_first_is_public,
+        allow_private=["conference.example"],
+    )
+    assert (error.code, error.details["address"]) == ("ADDRESS_REFUSED", "127.0.0.2")
+    assert site.asked == ["/start"]
+
+
+async def test_a_name_that_changes_its_answer_is_checked_again_at_the_redirect(site: Site) -> None:
+    answers = [["127.0.0.1"], ["10.1.2.3"]]
+
+    async def rebinding(host: str, port: int) -> list[str]:
+        return answers.pop(0)
+
+    site.put("/start", redirect("/again"))
+    error = await failure(f"http://rebind.example:{site.port}/start", resolve=rebinding)
+    assert (error.code, error.details["address"]) == ("ADDRESS_REFUSED", "10.1.2.3")
+    assert site.asked == ["/start"]
+
+
+async def test_the_name_is_resolved_once_per_connection_and_connected_to_as_checked(site: Site) -> None:
+    asked = []
+
+    async def resolve(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return ["127.0.0.1"] if len(asked) == 1 else ["10.1.2.3"]
+
+    site.put("/x", html("<p>hello</p>"))
+    assert (await fetch(f"http://conference.example:{site.port}/x", resolve=resolve)).size == 12
+    assert asked == ["conference.example"]
+
+
+async def test_the_next_address_is_tried_when_the_first_does_not_answer(site: Site) -> None:
+    async def two(host: str, port: int) -> list[str]:
+        return ["127.0.0.9", "127.0.0.1"]
+
+    site.put("/x", html("<p>hello</p>"))
+    assert (await fetch(f"http://two.example:{site.port}/x", resolve=two, allow_private=["127.0.0.0/8"])).size == 12
+
+
+async def test_redirects_are_followed_to_where_they_end(site: Site) -> None:
+    site.put("/a", redirect("/b"))
+    site.put("/b", redirect(site.url("/c")))
+    site.put("/c", html("<p>there</p>"))
+    assert (await fetch(site.url("/a"))).url == site.url("/c")
+
+
+async def test_redirects_without_end_are_given_up(site: Site) -> None:
+    error = await failure(site.put("/round", redirect("/round")))
+    assert (error.code, error.transient) == ("TOO_MANY_REDIRECTS", False)
+    assert len(site.asked) == 6
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://conference.example/", "javascript:alert(1)"])
+async def test_a_redirect_to_something_else_than_the_web_is_refused(target: str, site: Site) -> None:
+    assert (await failure(site.put("/odd", redirect(target)))).code == "BAD_URL"
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://conference.example/x", "file:///etc/passwd", "http://", "talk.html", "http://[::1/"]
+)
+async def test_what_is_no_web_address_is_refused(url: str) -> None:
+    assert (await failure(url)).code == "BAD_URL"
+
+
+async def test_a_body_announced_too_large_is_not_read(site: Site) -> None:
+    error = await failure(site.put("/big", Answer(b"x", announced=10**15)), max_bytes=100)
+    assert (error.code, error.transient, error.details["max_bytes"]) == ("TOO_LARGE", False, 100)
+
+
+async def test_a_body_that_unpacks_too_large_is_refused(site: Site) -> None:
+    bomb = gzip.compress(b"\0" * 50_000_000)
+    assert len(bomb) < 100_000
+    error = await failure(site.put("/bomb", Answer(bomb, headers={"Content-Encoding": "gzip"})), max_bytes=1_000_000)
+    assert error.code == "TOO_LARGE"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", gzip.compress(b"hello " * 50_000)),
+        ("deflate", zlib.compress(b"hello " * 50_000)),
+        ("gzip", gzip.compress(b"hello " * 20_000) + gzip.compress(b"hello " * 30_000)),
+    ],
+)
+async def test_a_compressed_body_is_unpacked_whole(encoding: str, body: bytes, site: Site) -> None:
+    url = site.put("/packed", Answer(body, headers={"Content-Encoding": encoding}))
+    assert (await fetch(url)).body == b"hello " * 50_000
+
+
+async def test_a_compressed_body_that_ends_early_is_not_taken_for_whole(site: Site) -> None:
+    body = gzip.compress(bytes(range(256)) * 100)[:-20]
+    error = await failure(site.put("/packed", Answer(body, headers={"Content-Encoding": "gzip"})))
+    assert (error.code, error.transient) == ("NETWORK_ERROR", True)
+
+
+@pytest.mark.parametrize("encoding", ["br", "gzip, gzip"])
+async def test_an_encoding_nobody_asked_for_is_refused(encoding: str, site: Site) -> None:
+    error = await failure(site.put("/odd", Answer(b"...", headers={"Content-Encoding": encoding})))
+    assert error.code == "BAD_RESPONSE"
+
+
+async def test_a_broken_compressed_body_is_refused(site: Site) -> None:
+    error = await failure(site.put("/odd", Answer(b"no gzip", headers={"Content-Encoding": "gzip"})))
+    assert error.code == "BAD_RESPONSE"
+
+
+async def test_a_proxy_from_the_environment_is_not_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert (await fetch(site.put("/x", html("<p>hello</p>")))).size == 12
+
+
+async def test_a_password_in_an_address_is_not_repeated_in_errors(site: Site) -> None:
+    error = await failure(site.url("/nowhere").replace("http://", "http://me:hunter2@"))
+    assert "hunter2" not in f"{error.message} {error.details}"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "127.9.9.9",
+        "0.0.0.0",
+        "10.0.0.1",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "192.0.2.1",
+        "198.18.0.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "fec0::1",
+        "ff02::1",
+        "2001:db8::1",
+        "::ffff:127.0.0.1",
+        "::ffff:169.254.169.254",
+        "::127.0.0.1",
+        "2002:7f00:1::",
+        "2002:a00:1::1",
+        "64:ff9b::127.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b:1::1",
+        "2001:0:4136:e378:8000:63bf:f5ff:fffe",
+    ],
+)
+def test_an_address_that_is_not_public_is_refused(address: str) -> None:
+    assert AllowedHosts([]).refusal("conference.example", address) is not None
+
+
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "2606:2800:220:1::1", "::ffff:93.184.216.34", "64:ff9b::5db8:d822"]
+)
+def test_a_public_address_may_be_fetched(address: str) -> None:
+    assert AllowedHosts([]).refusal("conference.example", address) is None
+
+
+@unhurried
+@given(st.ip_addresses(v=4))
+def test_an_address_wrapped_into_ipv6_is_judged_like_the_address_itself(address: Any) -> None:
+    number = int(address)
+    allowed = AllowedHosts(["10.1.0.0/16"])
+    wrapped = [f"::ffff:{address}", f"64:ff9b::{address}", f"2002:{number >> 16:x}:{number & 0xFFFF:x}::1"]
+    plain = allowed.refusal("h", str(address))
+    assert {allowed.refusal("h", one) for one in wrapped} == {plain}
+
+
+def test_sizes_are_told_in_words() -> None:
+    assert [in_words(size) for size in (12, 1_500, 2_500_000, 3_200_000_000)] == [
+        "12 bytes",
+        "1.5 kB",
+        "2.5 MB",
+        "3.2 GB",
+    ]

@@ -1,0 +1,260 @@
+"""tests: the document, whatever the values are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from tests.processors.session.support import session, unhurried
+from tests.processors.session.test_parameters import samples
+from workers.processor import SavedFile
+from workers.processors.session import SessionParameters
+from workers.processors.session.markdown import Recording, SlideShow, built_in_template, compose_markdown
+from workers.processors.session.page import PageText
+from workers.processors.session.slides import Slide
+from workers.processors.session.transcript import Segment, clock
+
+FIELDS = ["tags", "title", "subtitle", "intro", "speaker", "date", "place"]
+FIELDS += ["track", "topic", "url", "video_url", "language", "job_id"]
+
+
+def page(**changes: Any) -> PageText:
+    values: dict[str, Any] = {
+        "url": "u",
+        "title": "t",
+        "language": "en",
+        "intro": None,
+        "keywords": [],
+        "markdown": "The text.",
+    }
+    return PageText.model_validate(values | changes)
+
+
+def slide(number: int, text: str) -> Slide:
+    def file(name: str) -> SavedFile:
+        return SavedFile(path=f"e/t/s/assets/{name}", sha256="0" * 64, size=1, media_type="image/jpeg")
+
+    image = file(f"slide-{number:03}.jpg")
+    return Slide(**image.model_dump(), number=number, text=text, thumbnail=file(f"slide-{number:03}-thumb.jpg"))
+
+
+def document(
+    parameters: SessionParameters | None = None,
+    *,
+    of_page: PageText | None = None,
+    recording: Recording | None = None,
+    slides: list[Slide] | None = None,
+    warnings: list[str] | None = None,
+) -> str:
+    return compose_markdown(
+        session=parameters or session(),
+        job_id="job-1",
+        page=of_page or page(),
+        recording=recording or Recording(reason="There is no transcript. No recording was given."),
+        show=SlideShow(slides=slides or []),
+        warnings=warnings or [],
+        template=built_in_template(),
+    )
+
+
+def parts_of(markdown: str) -> tuple[dict[str, Any], str]:
+    match = re.match(r"---\n(.*?\n)---\n", markdown, re.DOTALL)
+    assert match
+    front = yaml.safe_load(match.group(1))
+    assert isinstance(front, dict)
+    return front, markdown[match.end() :]
+
+
+def headings_in(body: str) -> list[tuple[str, str]]:
+    tokens = MarkdownIt("commonmark").parse(body)
+    return [
+        (token.tag, "".join(child.content for child in tokens[number + 1].children or []))
+        for number, token in enumerate(tokens)
+        if token.type == "heading_open"
+    ]
+
+
+def test_a_document_reads_well() -> None:
+    text = document(
+        session(
+            video_url="https://video.conference.example/ledgers.webm",
+            attachments_url="https://conference.example/ledgers (1).pdf".replace(" ", "%20"),
+        ),
+        of_page=page(markdown="It begins.\n\n## Agenda\n\n1. History", keywords=["databases"], intro="In short."),
+        recording=Recording(
+            seconds=130,
+            segments=[
+                Segment(start_seconds=0, text="good morning"),
+                Segment(start_seconds=20, text="and welcome"),
+                Segment(start_seconds=75, text="let us begin"),
+            ],
+        ),
+        slides=[slide(1, "Ledgers\nthat never [forget]"), slide(2, "")],
+        warnings=["Only the first 2 of 3 slides are shown."],
+    )
+    assert (
+        text
+        == """---
+tags:
+- ExampleConf 2025
+- Databases-3
+- databases
+title: Ledgers that never forget
+subtitle: null
+intro: In short.
+speaker:
+- Ada Example
+- Grace "GH" Sample
+date: Saturday
+place: null
+track: Databases-3
+topic: null
+url: https://conference.example/talks/ledgers
+video_url: https://video.conference.example/ledgers.webm
+language: en
+job_id: job-1
+---
+
+# Ledgers that never forget
+
+**Ada Example, Grace "GH" Sample**
+
+ExampleConf 2025 · Databases-3 · Saturday, 10:00–10:30
+
+It begins.
+
+## Agenda
+
+1. History
+
+## Slides
+
+![Slide 1: Ledgers that never \\[forget\\]](assets/slide-001.jpg)
+
+![Slide 2](assets/slide-002.jpg)
+
+## Transcript
+
+**0:00** good morning and welcome
+
+**1:15** let us begin
+
+## Links
+
+- [Session page](https://conference.example/talks/ledgers)
+- [Recording](https://video.conference.example/ledgers.webm)
+- [Slides and attachments](https://conference.example/ledgers%20%281%29.pdf)
+
+## What could not be done
+
+- Only the first 2 of 3 slides are shown.
+"""
+    )
+
+
+NASTY_VALUES = [
+    "---",
+    "a\n---\nb",
+    "key: value",
+    "- list",
+    "# comment",
+    "no",
+    "null",
+    "2025-02-01",
+    "07:30",
+    "1e3",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "'\"`",
+    "&anchor *alias !tag",
+    "%TAG",
+    "\u2028next\u0085line",
+    "tab\there",
+    "trailing ",
+    "💌 Größe",
+    "</script><script>alert(1)</script>",
+    "[x](javascript:alert(1))",
+    "![x](http://tracker.example/x.png)",
+    "**bold** _it_ `code",
+    "===",
+    "```",
+]
+
+
+@unhurried
+@given(st.text(min_size=1).filter(str.strip))
+@pytest.mark.parametrize("field", ["session", "event", "track", "day"])
+def test_every_value_survives_the_front_matter(field: str, value: str) -> None:
+    _survives(session(**{field: value, "speakers": [value]}))
+
+
+@pytest.mark.parametrize("value", NASTY_VALUES)
+def test_nasty_values_survive_the_front_matter_and_break_nothing(value: str) -> None:
+    parameters = session(session=value, event=value, track=value, day=value, speakers=[value, value])
+    body = _survives(parameters)
+    assert headings_in(body)[0] == ("h1", " ".join(value.split()))
+    assert [title for tag, title in headings_in(body)[1:]] == ["Transcript", "Links"]
+    rendered = MarkdownIt("commonmark").render(body)
+    assert "<script" not in rendered
+    assert "<img" not in rendered
+    assert rendered.count("<a ") == 1
+
+
+def test_all_samples_make_a_document_whose_front_matter_parses() -> None:
+    for sample in samples():
+        _survives(SessionParameters.model_validate(sample))
+
+
+def _survives(parameters: SessionParameters) -> str:
+    front, body = parts_of(document(parameters, of_page=page(intro=parameters.session)))
+    assert list(front) == FIELDS
+    assert front["title"] == front["intro"] == parameters.session
+    assert front["speaker"] == (parameters.speakers or [])
+    assert front["date"] == parameters.day
+    assert front["track"] == parameters.track
+    assert front["url"] == parameters.url
+    assert front["video_url"] == parameters.video_url
+    assert {parameters.event, parameters.track} == set(front["tags"])
+    return body
+
+
+@unhurried
+@given(st.lists(st.text(), max_size=3), st.text(), st.text())
+@example(["- x\n# y"], "]( <b>", "`")
+def test_slides_words_and_warnings_never_break_the_document(texts: list[str], said: str, warning: str) -> None:
+    slides = [slide(number, text) for number, text in enumerate(texts, 1)]
+    recording = Recording(segments=[Segment(start_seconds=0, text=said)])
+    body = parts_of(document(slides=slides, recording=recording, warnings=[f"x {warning}"]))[1]
+    expected = ["Slides"] * bool(slides) + ["Transcript", "Links", "What could not be done"]
+    assert [title for _, title in headings_in(body)][1:] == expected
+    tokens = [token for block in MarkdownIt("commonmark").parse(body) for token in block.children or []]
+    targets = [token.attrs["src"] for token in tokens if token.type == "image"]
+    assert targets == [f"assets/slide-{number:03}.jpg" for number in range(1, len(texts) + 1)]
+    assert not any(token.type == "html_inline" for token in tokens)
+
+
+def test_a_long_text_on_a_slide_is_shortened_in_its_description() -> None:
+    body = document(slides=[slide(1, "word " * 500)])
+    assert len(re.findall("word", body)) <= 50
+    assert "word …](assets/slide-001.jpg)" in body
+
+
+def test_what_is_unknown_leaves_no_gap() -> None:
+    text = document(session(speakers=None, day=None, starttime=None, endtime=None))
+    assert "\n# Ledgers that never forget\n\nExampleConf 2025 · Databases-3\n\nThe text.\n" in text
+    assert "\n\n\n" not in text
+
+
+def test_the_language_is_the_pages_own_where_it_says_so() -> None:
+    assert parts_of(document(of_page=page(language="fr")))[0]["language"] == "fr"
+    assert parts_of(document(session(source_language="nl"), of_page=page(language=None)))[0]["language"] == "nl"
+
+
+def test_moments_are_told_like_on_a_player() -> None:
+    assert [clock(seconds) for seconds in (0, 75.9, 3_700)] == ["0:00", "1:15", "1:01:40"]
