@@ -11,16 +11,29 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
 
 
 def milliseconds(moment: datetime) -> datetime:
-    """Return the moment in UTC, cut to the milliseconds that BSON keeps, so that hashes survive the database."""
-    moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    """Return the moment in UTC, cut to the milliseconds that BSON keeps, so that hashes survive the database.
+
+    Raises:
+        ValueError: in UTC it lies before the year 1 or after 9999.
+    """
+    try:
+        moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError as error:
+        raise ValueError("the moment is beyond the calendar") from error
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
+def _whole(number: float) -> float:
+    """Write a whole number as one: 3600.0 costs the hash chain ten times the work of 3600, and means the same."""
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
 Moment = Annotated[datetime, AfterValidator(milliseconds)]
+Number = Annotated[float, PlainSerializer(_whole)]
 JobStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
 BatchStatus = Literal["processing", "completed", "partial", "failed"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -83,7 +96,7 @@ class ResultMetadata(_Value):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     processed_at: Moment
-    duration: float
+    duration: Number
     tokens_used: int = 0
     warnings: list[str] = []
 
@@ -135,7 +148,7 @@ class JobSubmitted(Event):
     priority: int = 1
     not_before: Moment | None = None
     max_attempts: int = 3
-    timeout_s: float = 3600.0
+    timeout_s: Number = 3600.0
     template: str | None = None
 
 
@@ -151,7 +164,7 @@ class JobProgressed(Event):
 
     attempt: int
     step: str
-    percent: float
+    percent: Number
     message: str
 
 
@@ -169,7 +182,7 @@ class StepCompleted(Event):
     step: str
     key: str
     output: Any
-    duration_s: float
+    duration_s: Number
     tokens_used: int = 0
     warnings: list[str] = []
 
@@ -292,7 +305,7 @@ class BatchCounts(_Value):
 class BatchSummary(_Value):
     """What a batch took: seconds of processing (summed over its jobs) and language-model tokens."""
 
-    duration: float = 0.0
+    duration: Number = 0.0
     tokens_used: int = 0
 
 

@@ -189,6 +189,8 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
         case FailAttempt():
             return _failed(command, job)
         case ReleaseJob():
+            if job.cancel is not None:  # else the next worker would start what nobody wants
+                return JobCancelled(by=job.cancel.by, reason=job.cancel.reason)
             return JobReleased(worker_id=command.worker_id, attempt=command.attempt, reason=command.reason)
         case ConfirmCancel():
             return JobCancelled(

@@ -136,8 +136,7 @@ class EventLog:
         self._queued_events += len(documents)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_queue(), name="log-writer")
-        # Shielded: a caller that is cancelled does not take along the group in which its events travel.
-        await asyncio.shield(waiting.done)
+        await waiting.done  # a caller that is cancelled takes along only this, not the group in which its events travel
         models = [event for append in appends for event in append.events]
         metas = [append.meta for append in appends for _ in append.events]
         return [
