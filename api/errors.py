@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from ledger.errors import (
     AlreadyExists,
@@ -19,12 +20,12 @@ from ledger.errors import (
     LedgerBusy,
     LedgerUnavailable,
     NotFound,
-    StaleAttempt,
     VersionConflict,
     WrongState,
 )
 
 _log = structlog.get_logger()
+_PROBLEMS_NAMED: Final = 100
 
 
 class ApiError(Exception):
@@ -51,7 +52,6 @@ TABLE: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
     (NotFound, 404, "not_found", None),
     (AlreadyExists, 409, "already_exists", None),
     (WrongState, 409, "wrong_state", None),
-    (StaleAttempt, 409, "stale_attempt", None),
     (VersionConflict, 409, "version_conflict", None),
     (InvalidEvent, 422, "invalid_content", None),
     (LedgerBusy, 429, "busy", 1),
@@ -75,16 +75,19 @@ def error_response(error: ApiError) -> Response:
 
 def invalid(error: ValidationError, *, within: tuple[str | int, ...] = ()) -> ApiError:
     """Return the answer to content that does not fit its model, naming each field by its path."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
     problems = [
-        {"path": _path((*within, *problem["loc"])), "message": _sentence(problem["msg"])} for problem in error.errors()
+        {"path": path((*within, *problem["loc"])), "message": _sentence(problem["msg"])}
+        for problem in found[:_PROBLEMS_NAMED]
     ]
     first = problems[0]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     where = f"{first['path']}: " if first["path"] else ""
     return ApiError(422, "invalid_content", f"{where}{first['message']}{more}", details={"errors": problems})
 
 
-def _path(location: Sequence[str | int]) -> str:
+def path(location: Sequence[str | int]) -> str:
+    """Return where something stands in a body, as `jobs[3].parameters.url`."""
     text = ""
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -96,11 +99,13 @@ def _sentence(message: str) -> str:
 
 
 async def on_api_error(_request: Request, error: Exception) -> Response:
+    """An answer that a route has chosen."""
     assert isinstance(error, ApiError)  # noqa: S101 - registered for this type
     return error_response(error)
 
 
 async def on_ledger_error(_request: Request, error: Exception) -> Response:
+    """What the rooms below raise, by the table."""
     for kind, status, code, retry_after in TABLE:
         if isinstance(error, kind):
             return error_response(ApiError(status, code, str(error), retry_after_seconds=retry_after))
@@ -108,9 +113,10 @@ async def on_ledger_error(_request: Request, error: Exception) -> Response:
     return error_response(ApiError(500, "internal_error", "Something went wrong here; it is in the log."))
 
 
-async def on_http_exception(_request: Request, error: Exception) -> Response:
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """What Starlette refuses by itself: no such address, no such method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 416: "range_not_satisfiable"}
     messages = {404: "There is nothing at this address.", 405: "This address does not know this method."}
     answer = error_response(
         ApiError(
@@ -118,6 +124,10 @@ async def on_http_exception(_request: Request, error: Exception) -> Response:
         )
     )
     answer.headers.update(error.headers or {})
+    if error.status_code == 405:
+        # Starlette names only the methods of the first route that has this path.
+        here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        answer.headers["Allow"] = ", ".join(sorted({method for route in here for method in route.methods}))
     return answer
 
 

@@ -18,6 +18,7 @@ GENESIS = bytes(32)
 LARGEST_INTEGER = 2**53 - 1  # beyond it, JSON readers disagree (RFC 8785, section 3.2.2.3, by way of I-JSON)
 DEEPEST = 100  # the database takes about 200
 _FLOAT_OR_LARGE = re.compile(rb'(?:":|[\[,])-?\d+(?:[.eE]|(?<=\d{16}))')
+_OPTIONS = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
 _BEYOND_16_BITS = re.compile(rb"[\xf0-\xf4]")
 _CHAINED = ("event_id", "stream", "version", "type", "schema", "time", "data", "meta", "prev")
 
@@ -31,7 +32,7 @@ def canonical(value: Any) -> bytes:
         InvalidEvent: NaN, infinity, an integer beyond ±(2^53 - 1), broken Unicode, or a type that JSON has no word for.
     """
     try:
-        text = orjson.dumps(value, default=_word, option=orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME)
+        text = orjson.dumps(value, default=_word, option=_OPTIONS)
         return orjson.dumps(_plain(value, 0)) if _is_delicate(text) else text
     except (orjson.JSONEncodeError, RecursionError, UnicodeEncodeError, TypeError) as error:
         raise InvalidEvent(f"this cannot be written as JSON: {error}") from error

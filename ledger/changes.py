@@ -6,6 +6,7 @@ collection. So nothing depends on resume tokens: a stream that cannot be continu
 
 Why nothing falls between: the stream is opened at a cluster time T read before, and `resync` reads with majority
 concern in a causally consistent session that has seen T. What was committed up to T the read sees; the rest streams.
+Much of what is read is heard as well: the changes at T, and those that came while the collection was read.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pymongo.asynchronous.change_stream import AsyncChangeStream
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
+from ledger.errors import LedgerUnavailable
 from ledger.mongo import Database, brief
 
 _log = structlog.get_logger()
@@ -95,8 +97,9 @@ class Changes:
                 async with self._stream() as stream:
                     pause = 0.05
                     await self._deliver(stream)
-            except PyMongoError as error:
-                _log.warning("change stream interrupted, opening it again", error=brief(error), code=_code(error))
+            except (PyMongoError, LedgerUnavailable) as error:  # the latter from a listener's own reading
+                text = brief(error) if isinstance(error, PyMongoError) else str(error)
+                _log.warning("change stream interrupted, opening it again", error=text)
             # Full jitter, so that a hundred processes do not come back in the same instant after a fail-over.
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - spreads load, guards no secret
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
@@ -141,7 +144,3 @@ class Changes:
             turn += 1
             if turn % _CHANGES_PER_TURN == 0:
                 await asyncio.sleep(0)
-
-
-def _code(error: PyMongoError) -> int | None:
-    return getattr(error, "code", None)

@@ -10,8 +10,7 @@ JobledgerError
 └── CommandRefused              the rules say no
     ├── NotFound                no such job or batch
     ├── AlreadyExists           an id that is taken
-    ├── WrongState              the job or batch is not in a state that allows it
-    └── StaleAttempt            the worker speaks for an attempt that is over: it lost its lease
+    └── WrongState              the job or batch is not in a state that allows it
 """
 
 from __future__ import annotations
@@ -73,9 +72,3 @@ class WrongState(CommandRefused):
     """The job or batch is not in a state that allows this."""
 
     code = "wrong_state"
-
-
-class StaleAttempt(CommandRefused):
-    """A worker spoke for an attempt that is no longer the job's current one. It has to stop working on it."""
-
-    code = "stale_attempt"

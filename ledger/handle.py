@@ -110,6 +110,22 @@ def _correlated(meta: Meta, state: State | None) -> Meta:
     return meta
 
 
+async def outcome(log: EventLog, stream: str, command: Command, *, known: Known) -> Handled | None:
+    """Find out, after `LedgerUnavailable`, whether `command` took effect all the same: an append may land unheard.
+
+    `known` is what the command was decided on. None means that it did not, and may be given again.
+
+    Raises:
+        LedgerUnavailable: the database still does not answer.
+    """
+    expected = rules_of(stream).decide(command, known.state)
+    since = await log.read_stream(stream, after_version=known.head.version)
+    mine = since[: len(expected)]
+    if expected and [it.event for it in mine] == list(expected):
+        return Handled(mine, known.after(since))
+    return None
+
+
 async def handle_new(log: EventLog, commands: Sequence[tuple[str, Command]], *, meta: Meta) -> list[Recorded]:
     """Apply commands that each begin a stream (a batch and its jobs): all of them happen, or none.
 

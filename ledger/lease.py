@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
-from pymongo import ReturnDocument
+from pymongo import ReturnDocument, timeout
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
@@ -55,19 +55,20 @@ class Lease:
         Raises:
             LedgerUnavailable: the database cannot be reached.
         """
-        self._lost = asyncio.Event()
-        self._stop = threading.Event()
+        self._lost = lost = asyncio.Event()
+        self._stop = stop = threading.Event()
         loop = asyncio.get_running_loop()
         acquired: asyncio.Future[int | None] = loop.create_future()
+        # The thread keeps its own events: after a cancelled `acquire` the next one makes new ones while it still runs.
         thread = threading.Thread(
-            target=self._keep, args=(loop, acquired, dict(facts)), name=f"lease-{self._id}", daemon=True
+            target=self._keep, args=(loop, acquired, dict(facts), stop, lost), name=f"lease-{self._id}", daemon=True
         )
         thread.start()
         try:
             with driver_errors("taking a lease"):
                 epoch = await acquired
         except asyncio.CancelledError:
-            self._stop.set()  # else the thread would go on holding what nobody uses
+            stop.set()  # else the thread would go on holding what nobody uses
             raise
         if epoch is None:
             return False
@@ -90,18 +91,25 @@ class Lease:
         await asyncio.to_thread(self._thread.join)
         self._thread = None
 
-    def _keep(self, loop: asyncio.AbstractEventLoop, acquired: asyncio.Future[int | None], facts: Document) -> None:
-        with self._connection.blocking_client() as client:
-            leases = client[self._connection.db_name][self._collection]
-            begun = time.monotonic()
-            try:
+    def _keep(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        acquired: asyncio.Future[int | None],
+        facts: Document,
+        stop: threading.Event,
+        lost: asyncio.Event,
+    ) -> None:
+        try:
+            with self._connection.blocking_client() as client:
+                leases = client[self._connection.db_name][self._collection]
+                begun = time.monotonic()
                 epoch = self._take(leases, facts)
-            except PyMongoError as error:
-                _tell(loop, _resolve, acquired, error)
-                return
-            _tell(loop, _resolve, acquired, epoch)
-            if epoch is not None:
-                self._beat(loop, leases, epoch, begun + self._seconds)
+                _tell(loop, _resolve, acquired, epoch)
+                if epoch is None or self._beat(leases, epoch, begun + self._seconds, stop):
+                    return
+        except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it, or would wait for ever
+            _tell(loop, _resolve, acquired, error)
+        _tell(loop, lost.set)
 
     def _take(self, leases: Collection[Document], facts: Document) -> int | None:
         """Take the lease in one step if it has run out or never was; return its epoch, None if somebody holds it."""
@@ -116,41 +124,44 @@ class Lease:
         }
         free = {"$lte": [{"$ifNull": ["$lease_until", datetime.fromtimestamp(0, UTC)]}, "$$NOW"]}
         taken = {"$replaceWith": {"$cond": [free, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
-        document = leases.find_one_and_update(
-            {"_id": self._id}, [taken], upsert=True, return_document=ReturnDocument.AFTER
-        )
+        with timeout(max(self._seconds, self._connection.connect_timeout_ms / 1000)):
+            document = leases.find_one_and_update(
+                {"_id": self._id}, [taken], upsert=True, return_document=ReturnDocument.AFTER
+            )
         return int(document["epoch"]) if document and document["token"] == token else None
 
-    def _beat(
-        self, loop: asyncio.AbstractEventLoop, leases: Collection[Document], epoch: int, good_until: float
-    ) -> None:
+    def _beat(self, leases: Collection[Document], epoch: int, good_until: float, stop: threading.Event) -> bool:
+        """Extend the lease until told to stop, and give it back then. False if it is lost before.
+
+        No call lasts longer than the lease: over a silent network it would not return for minutes.
+        """
         alive = {"_id": self._id, "epoch": epoch, "$expr": {"$gt": ["$lease_until", "$$NOW"]}}
-        while not self._stop.wait(self._seconds / 3):
+        while not stop.wait(self._seconds / 3):
             begun = time.monotonic()
             try:
-                extended = leases.update_one(alive, [{"$set": {"lease_until": _until(self._seconds)}}])
+                with timeout(max(good_until - begun, 0.1)):
+                    extended = leases.update_one(alive, [{"$set": {"lease_until": _until(self._seconds)}}])
                 if not extended.matched_count:
-                    break
+                    return False
                 good_until = begun + self._seconds
             except PyMongoError as error:
                 _log.warning("lease not extended", lease=self._id, error=brief(error))
                 if time.monotonic() > good_until:
-                    break
-        else:
-            try:
+                    return False
+        try:
+            with timeout(max(good_until - time.monotonic(), 0.1)):
                 leases.update_one(
                     {"_id": self._id, "epoch": epoch}, [{"$set": {"lease_until": "$$NOW", "released": True}}]
                 )
-            except PyMongoError as error:
-                _log.warning("lease not given back, it will run out", lease=self._id, error=brief(error))
-            return
-        _tell(loop, self._lost.set)
+        except PyMongoError as error:
+            _log.warning("lease not given back, it will run out", lease=self._id, error=brief(error))
+        return True
 
 
-def _resolve(future: asyncio.Future[int | None], answer: int | PyMongoError | None) -> None:
+def _resolve(future: asyncio.Future[int | None], answer: int | Exception | None) -> None:
     if future.done():
         return
-    if isinstance(answer, PyMongoError):
+    if isinstance(answer, Exception):
         future.set_exception(answer)
     else:
         future.set_result(answer)

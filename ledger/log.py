@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import bson
 import structlog
 import uuid_utils
+from bson.errors import BSONError
 from pymongo import ASCENDING, DESCENDING, InsertOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import BulkWriteError, PyMongoError
@@ -33,7 +35,7 @@ _log = structlog.get_logger()
 
 VOID_STREAM: Final = "void"
 LARGEST_EVENT_BYTES: Final = 8 * 1024 * 1024
-"""Half of what the database takes, for BSON is at times longer than JSON."""
+"""Half of what the database takes in one document; a change stream wraps each event in another."""
 _DUPLICATE_KEY = 11000
 
 
@@ -104,12 +106,12 @@ class EventLog:
         """Stop what runs in the background; appends still waiting are finished first."""
         if self._writer is not None:
             await self._writer
-        if self._hole_timer is not None:
-            self._hole_timer.cancel()
-        for task in self._hole_tasks:
+        for task in tuple(self._hole_tasks):  # whoever ends leaves the set
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        if self._hole_timer is not None:  # last, for the tasks set it
+            self._hole_timer.cancel()
 
     # Append -------------------------------------------------------------------------------------------------------
 
@@ -124,6 +126,8 @@ class EventLog:
             LedgerBusy: too much is waiting already.
             LedgerUnavailable: the database did not answer in time; whether anything was written is not known.
         """
+        if len(appends) > 1:
+            _refuse_overlap(appends)
         documents = [document for append in appends for document in _documents(append)]
         if not documents:
             return []
@@ -156,7 +160,12 @@ class EventLog:
             except LedgerUnavailable as error:
                 _settle(group, error)
             except BaseException:
-                _settle(group, LedgerUnavailable("The writer of the log was stopped before it was done."))
+                # Those behind it, too: nobody would write them before the next append comes, perhaps never.
+                _settle(
+                    [*group, *self._queue], LedgerUnavailable("The writer of the log was stopped before it was done.")
+                )
+                self._queue.clear()
+                self._queued_events = 0
                 raise
 
     async def _write_group(self, group: Sequence[_Waiting]) -> None:
@@ -196,8 +205,21 @@ class EventLog:
                 raise  # not known to be durable, or the server is stepping down
             # In a transaction all is undone, whichever document it was.
             refused = {0} if len(todo[0].documents) > 1 else {it["index"] for it in failures}
+        except (BSONError, ValueError, OverflowError):  # the driver cannot write one of them in BSON
+            return await self._insert_storable(todo)
         _settle(waiting for index, waiting in enumerate(todo) if index not in refused)
         return [waiting for index, waiting in enumerate(todo) if index in refused]
+
+    async def _insert_storable(self, todo: Sequence[_Waiting]) -> list[_Waiting]:
+        """Refuse what can be written in JSON, but not in BSON (a UUID), and insert the rest."""
+        storable = [waiting for waiting in todo if _refusal(waiting) is None]
+        if len(storable) == len(todo):
+            raise LedgerUnavailable("The driver refuses events that can be stored.")
+        for waiting in todo:
+            if (refusal := _refusal(waiting)) is not None:
+                await self._void([document["_id"] for document in waiting.documents])
+                _settle([waiting], refusal)
+        return await self._insert(storable) if storable else []
 
     async def _insert_together(self, documents: Sequence[Document]) -> None:
         async with (
@@ -368,11 +390,14 @@ class EventLog:
 
     def _watch_for_holes(self) -> None:
         if self._tail.missing and self._hole_timer is None:
-            self._hole_timer = asyncio.get_running_loop().call_later(self._limits.void_after_seconds, self._fill_hole)
+            self._hole_timer = asyncio.get_running_loop().call_later(
+                self._limits.void_after_seconds, self._fill_hole, self._tail.missing.start
+            )
 
-    def _fill_hole(self) -> None:
-        if not self._tail.missing:
+    def _fill_hole(self, awaited: int) -> None:
+        if self._tail.missing.start != awaited:  # that one has come; another hole has a time of its own
             self._hole_timer = None
+            self._watch_for_holes()
             return
         task = asyncio.create_task(self._fill(self._tail.missing), name="fill-hole")
         self._hole_tasks.add(task)
@@ -517,6 +542,15 @@ def _recorded(document: Document, event: Event, meta: Meta) -> Recorded:
     )
 
 
+def _refuse_overlap(appends: Iterable[Append]) -> None:
+    """Only one append can be at the end of a stream: written, two would be in each other's way for ever."""
+    ends: dict[str, int] = {}
+    for append in appends:
+        if append.stream in ends:
+            raise VersionConflict(append.stream, append.head.version, ends[append.stream])
+        ends[append.stream] = append.head.version + len(append.events)
+
+
 def _documents(append: Append) -> Iterable[Document]:
     previous, version = append.head.hash, append.head.version
     for event in append.events:
@@ -540,12 +574,32 @@ def _document(stream: str, version: int, event: Event, meta: Meta, at: datetime,
         "prev": previous,
     }
     text = chained_text(document)
-    if len(text) > LARGEST_EVENT_BYTES:
-        raise InvalidEvent(
-            f"a {document['type']} of {len(text)} bytes is too large: {LARGEST_EVENT_BYTES} can be stored"
-        )
     document["hash"] = hashlib.sha256(text).digest()
+    if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON takes up to nine times as much: 17 bytes for `0,` in a list
+        _refuse_too_large(document)
     return document
+
+
+def _refuse_too_large(document: Document) -> None:
+    size = len(_encoded(document))
+    if size > LARGEST_EVENT_BYTES:
+        raise InvalidEvent(f"a {document['type']} of {size} bytes is too large: {LARGEST_EVENT_BYTES} can be stored")
+
+
+def _refusal(waiting: _Waiting) -> InvalidEvent | None:
+    try:
+        for document in waiting.documents:
+            _encoded(document)
+    except InvalidEvent as refusal:
+        return refusal
+    return None
+
+
+def _encoded(document: Document) -> bytes:
+    try:
+        return bson.encode(document)
+    except (BSONError, ValueError, OverflowError) as error:
+        raise InvalidEvent(f"the database has no form for this {document['type']}: {error}") from error
 
 
 def _void_document(position: int) -> Document:

@@ -125,8 +125,8 @@ def fold_job(batch: Document, before: Document | None, after: Document | None, e
 def reaction(batch: Document) -> BatchCommand | None:
     """Return what has to be recorded about a batch, seeing its counts: that it has ended, or goes on again.
 
-    The projector asks this of every batch it has changed, and of all unfinished ones at start. So whoever crashes when,
-    a batch whose jobs have all ended is finished, and one whose job was restarted is open again.
+    The projector asks this of every batch it has changed, and of all `unsettled` ones at start. So whoever crashes
+    when, a batch whose jobs have all ended is finished, and one whose job was restarted is open again.
     """
     ended = batch["completed_jobs"] + batch["failed_jobs"] + batch["cancelled_jobs"]
     if batch["status"] == "processing" and ended == batch["total_jobs"]:
@@ -180,6 +180,7 @@ async def count(db: Database, wanted: Document) -> int:
 
 
 async def unsettled(db: Database) -> Sequence[Document]:
-    """Return the batches that are not finished, for `reaction` at start."""
+    """Return the batches that are not finished, or have an unfinished job again, for `reaction` at start."""
+    unfinished = [{"status": "processing"}, {"pending_jobs": {"$gt": 0}}, {"processing_jobs": {"$gt": 0}}]
     with driver_errors("looking for unfinished batches"):
-        return await db[NAME].find({"status": "processing"}, {"job_ids": 0, "parameters": 0}).to_list()
+        return await db[NAME].find({"$or": unfinished}, {"job_ids": 0, "parameters": 0}).to_list()

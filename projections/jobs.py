@@ -44,6 +44,7 @@ from ledger.mongo import Database, Document, driver_errors
 
 NAME: Final = "jobs"
 LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
+LOG_CHARACTERS: Final = 10_000  # of each: a hundred lines have to fit into a document, which holds 16 MB
 COUNTED_UP_TO: Final = 10_000
 INDEXES: Final = [
     IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)]),
@@ -224,7 +225,12 @@ def _line(event: Recorded, message: str, level: Any = "warning") -> LogLine:
 
 
 def _logged(job: Document, *lines: LogLine) -> Document:
-    return {"logs": [*job["logs"], *(line.model_dump() for line in lines)][-LOG_LINES:]}
+    return {"logs": [*job["logs"], *(_shown_line(line) for line in lines[-LOG_LINES:])][-LOG_LINES:]}
+
+
+def _shown_line(line: LogLine) -> Document:
+    cut = line.message if len(line.message) <= LOG_CHARACTERS else f"{line.message[:LOG_CHARACTERS]} …"
+    return {**line.model_dump(), "message": cut}
 
 
 # Questions --------------------------------------------------------------------------------------------------------

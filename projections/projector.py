@@ -8,6 +8,7 @@ leader's transaction finds no such checkpoint and is undone. After any failure t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,16 +101,17 @@ class Chunk:
                 for key, row in rows.items()
             ]
         increments: dict[str, dict[str, int]] = {}
+        # Zeros, too: which fields a counter has must not depend on where chunks end.
         for (counter, name), amount in self.counted.items():
-            if amount:
-                increments.setdefault(counter, {})[name] = amount
+            increments.setdefault(counter, {})[name] = amount
         writes["statistics"] = [UpdateOne({"_id": key}, {"$inc": by}, upsert=True) for key, by in increments.items()]
         return {view: changes for view, changes in writes.items() if changes}
 
 
 def _add(counted: statistics.Contribution, before: statistics.Contribution, after: statistics.Contribution) -> None:
-    counted.update(after)
-    counted.subtract(before)
+    if before != after:
+        counted.update(after)
+        counted.subtract(before)
 
 
 def _write(key: str, old: Document | None, new: Document | None) -> Write | None:
@@ -157,12 +159,16 @@ class Projector:
         pause = 0.1
         while True:
             try:
+                self._vacant.clear()  # before we ask: the leader may let go while the refusal is on its way to us
                 if await self._lease.acquire({"holder": self._holder}):
-                    pause = 0.1
+                    begun = time.monotonic()
                     try:
                         await self._lead()
                     finally:
                         await self._lease.release()
+                        if time.monotonic() - begun > self._lease_seconds:
+                            pause = 0.1  # it went well for a while: what comes now is a new trouble
+                    await asyncio.sleep(pause)
                 else:
                     await self._wait_for_vacancy()
             except (LedgerUnavailable, LedgerBusy, PyMongoError) as error:
@@ -181,7 +187,6 @@ class Projector:
 
     async def _wait_for_vacancy(self) -> None:
         """Wait until the leader misses a heartbeat or lets go of its lease."""
-        self._vacant.clear()
         while not self._vacant.is_set():
             self._heard.clear()
             try:

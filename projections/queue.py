@@ -25,7 +25,10 @@ def rows(job: Document) -> list[Document]:
 async def candidates(
     db: Database, *, job_types: Collection[str], without: Collection[str], now: datetime, limit: int
 ) -> list[str]:
-    """Return the ids of jobs of these types that may be claimed now, by priority, then age, `without` those named."""
+    """Return the ids of jobs of these types that may be claimed now, by priority, then age, `without` those named.
+
+    Of jobs that had to wait for their time, only the `limit` that have been due the longest are looked at.
+    """
     wanted = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(without)}}
     with driver_errors("looking for waiting jobs"):
         fresh = await _find(db, {"due_at": None, **wanted}, limit)

@@ -6,6 +6,7 @@ Everything the processor says becomes a message (plain JSON) for `execution.py`,
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
@@ -46,11 +47,14 @@ class FinishedStep(BaseModel):
 Assignment.model_rebuild()
 
 
-async def run(assignment: Assignment, processor: type[Processor], send: Send) -> None:
-    """Do the job and send `done` or `failed` as the last message. Never raises for what the processor does wrong."""
+async def run(assignment: Assignment, processor: type[Processor], send: Send, stopping: threading.Event) -> None:
+    """Do the job and send `done` or `failed` as the last message. Never raises for what the processor does wrong.
+
+    Once `stopping` is set the job tells its processor that it is to stop.
+    """
     begun = time.monotonic()
     try:
-        job = _Job(assignment, processor.Parameters.model_validate(assignment.parameters), send)
+        job = _Job(assignment, processor.Parameters.model_validate(assignment.parameters), send, stopping)
         results = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
     except ProcessorError as error:
         await send(
@@ -89,18 +93,21 @@ def _crashed(error: Exception) -> Message:
 class _Job:
     """What `processor.Job` promises."""
 
-    def __init__(self, assignment: Assignment, parameters: BaseModel, send: Send) -> None:
+    def __init__(self, assignment: Assignment, parameters: BaseModel, send: Send, stopping: threading.Event) -> None:
         self.job_id = assignment.job_id
         self.attempt = assignment.attempt
         self.scratch = assignment.scratch
         self.parameters = parameters
-        self.cancelled = False
         self._finished = assignment.steps
         self._store = FileStore(assignment.store)
         self._send = send
         self._step = "starting"
         self._warnings: list[str] = []
-        self._files: dict[str, SavedFile] = {}
+        self._stopping = stopping
+
+    @property
+    def cancelled(self) -> bool:
+        return self._stopping.is_set()
 
     async def step(self, name: str, inputs: Mapping[str, JSON], function: Callable[[], Awaitable[JSON]]) -> JSON:
         self._step = name

@@ -22,21 +22,27 @@ from workers.registry import find_processor
 
 def main(pipe: Connection, memory_limit_mb: int) -> None:
     """Do the one assignment that comes through the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the worker, which will tell us
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Who stops a service tells all its processes, but that is for the worker, which lets us finish or kills us.
+        # A handler rather than SIG_IGN, which programs that a processor starts would inherit.
+        signal.signal(number, lambda *_: None)
     limit = memory_limit_mb * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     assignment = Assignment.model_validate_json(pipe.recv_bytes())
-    threading.Thread(target=_die_with, args=(pipe,), daemon=True).start()
+    stopping = threading.Event()
+    threading.Thread(target=_obey, args=(pipe, stopping), daemon=True).start()
 
     async def send(message: Message) -> None:
         await asyncio.to_thread(pipe.send_bytes, orjson.dumps(message))
 
-    asyncio.run(run(assignment, find_processor(assignment.job_type), send))
+    asyncio.run(run(assignment, find_processor(assignment.job_type), send, stopping))
 
 
-def _die_with(pipe: Connection) -> None:
-    """Nothing more is ever sent to us: when reading ends, the worker is gone."""
+def _obey(pipe: Connection, stopping: threading.Event) -> None:
+    """The worker sends one more message at most: that we are to stop. When reading ends, the worker is gone."""
     try:
-        pipe.recv_bytes()
+        while True:
+            pipe.recv_bytes()
+            stopping.set()
     except (EOFError, OSError):
         os._exit(1)

@@ -13,8 +13,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
@@ -39,7 +40,7 @@ from ledger.commands import (
 from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, NotFound
 from ledger.events import Asset, Failure, JobResults, LogLine, Meta, ResultFile, ResultMetadata, WorkerFenced
 from ledger.files import FileStore
-from ledger.handle import Handled, Known, handle
+from ledger.handle import Handled, Known, handle, outcome
 from ledger.job import Job
 from ledger.log import EventLog
 from workers import child
@@ -49,6 +50,7 @@ from workers.registry import find_processor
 
 _log = structlog.get_logger()
 GATHER_SECONDS: Final = 0.5
+STOP_SECONDS: Final = 1.0  # a child that is to stop may do so itself within this time
 LARGEST_OUTPUT: Final = 64 * 1024 * 1024  # what a child may say in one message
 _FILES_URL: Final = "/api/events/files/"
 _context = multiprocessing.get_context("forkserver")
@@ -65,7 +67,7 @@ class Settings:
     retry_longest_seconds: float = 600.0
 
 
-class Fenced(Exception):
+class Fenced(BaseException):  # a state of affairs, no error, and nothing that an inline processor may catch
     """The attempt is over: somebody else has the job, or it is gone. Whatever we would still say is refused."""
 
 
@@ -92,6 +94,7 @@ class Execution:
         self._settings = settings
         self._meta = Meta(f"worker:{worker_id}")
         self._writing = asyncio.Lock()
+        self._flushing = asyncio.Lock()
         self._progress: ReportProgress | None = None
         self._lines: list[LogLine] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -113,7 +116,7 @@ class Execution:
         self._stop("abandon")
 
     def _stop(self, reason: str) -> None:
-        if self._stopped_for is None:
+        if self._stopped_for is None or reason == "abandon":
             self._stopped_for = reason
             if self._task is not None:
                 self._task.cancel()
@@ -130,8 +133,10 @@ class Execution:
             if self._stopped_for is None or not self._task.cancelled():
                 self._task.result()
             elif self._stopped_for == "cancel":
+                await self._flush()
                 await self._say(ConfirmCancel(self._worker_id, self._attempt))
             elif self._stopped_for == "release":
+                await self._flush()
                 await self._say(ReleaseJob(self._worker_id, self._attempt, "the worker shuts down"))
         except Fenced:
             _log.warning("fenced: this attempt is over", job_id=self.job_id, attempt=self._attempt)
@@ -141,8 +146,9 @@ class Execution:
             self._task.cancel()
 
     async def _run(self) -> None:
-        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="jobledger-"))
+        scratch: Path | None = None
         try:
+            scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="jobledger-"))
             async with asyncio.timeout(self._job.asked.timeout_s):
                 await self._run_in(scratch)
         except TimeoutError:
@@ -156,7 +162,8 @@ class Execution:
             message = f"The worker failed while running the job: {type(error).__name__}: {error}"
             await self._fail(Failure(code="WORKER_FAULT", message=message), transient=True)
         finally:
-            await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+            if scratch is not None:
+                await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
     async def _run_in(self, scratch: Path) -> None:
         processor = find_processor(self._job.asked.job_type)
@@ -174,7 +181,7 @@ class Execution:
             scratch=scratch,
         )
         if processor.isolation == "inline":
-            await run(assignment, processor, self._take)
+            await run(assignment, processor, self._take, threading.Event())  # stopped by cancelling its task
             return
         async with _child(assignment, self._settings.memory_limit_mb) as (messages, process):
             async for message in messages:
@@ -259,12 +266,13 @@ class Execution:
             self.abandon()
 
     async def _flush(self) -> None:
-        lines, self._lines = self._lines, []
-        progress, self._progress = self._progress, None
-        if lines:
-            await self._say(WriteLog(self._worker_id, self._attempt, tuple(lines)))
-        if progress is not None:
-            await self._say(progress)
+        async with self._flushing:  # who says the attempt's last word waits until a flush on its way is through
+            lines, self._lines = self._lines, []
+            progress, self._progress = self._progress, None
+            if lines:
+                await self._say(WriteLog(self._worker_id, self._attempt, tuple(lines)))
+            if progress is not None:
+                await self._say(progress)
 
     async def _say(self, command: WorkerCommand) -> None:
         """Append what the command causes; one at a time, each on top of the last.
@@ -280,8 +288,11 @@ class Execution:
                 try:
                     handled = await handle(self._log, self.job_id, command, meta=self._meta, known=self._known)
                 except (LedgerUnavailable, LedgerBusy) as error:
+                    if self._stopped_for == "abandon":
+                        raise Fenced from error
                     _log.warning("not recorded yet", job_id=self.job_id, error=str(error))
                     await asyncio.sleep(1)
+                    handled = await self._landed(command)
                 except NotFound as gone:
                     raise Fenced from gone
                 except InvalidEvent as error:
@@ -291,6 +302,12 @@ class Execution:
             self._known = handled.known
         if any(isinstance(event.event, WorkerFenced) for event in handled.events):
             raise Fenced
+
+    async def _landed(self, command: WorkerCommand) -> Handled | None:
+        try:
+            return await outcome(self._log, self.job_id, command, known=self._known)
+        except LedgerUnavailable:
+            return None
 
 
 def _job_results(results: Results, warnings: list[str], seconds: float) -> JobResults:
@@ -332,15 +349,25 @@ async def _child(
     process = _context.Process(target=child.main, args=(theirs, memory_limit_mb), daemon=True)
     try:
         await asyncio.to_thread(process.start)  # the first one waits for the server process
-        theirs.close()
         await asyncio.to_thread(ours.send_bytes, assignment.model_dump_json().encode())
+        theirs.close()
         yield _messages(ours), process
     finally:
-        if process.pid is not None and process.is_alive():
+        theirs.close()
+        await asyncio.shield(asyncio.to_thread(_end, process, ours))
+
+
+def _end(process: BaseProcess, pipe: Connection) -> None:
+    """Ask the child to stop, kill it if it does not, and close the pipe when nobody reads it any more."""
+    if process.pid is not None:
+        if process.is_alive():
+            with suppress(OSError):
+                pipe.send_bytes(b"stop")
+            process.join(STOP_SECONDS)
+        if process.is_alive():
             process.kill()
-        ours.close()
-        if process.pid is not None:
-            await asyncio.shield(asyncio.to_thread(process.join, 5))
+        process.join(5)
+    pipe.close()
 
 
 async def _messages(pipe: Connection) -> AsyncIterator[Message]:
@@ -351,7 +378,11 @@ async def _messages(pipe: Connection) -> AsyncIterator[Message]:
             try:
                 # A message that has begun to arrive may take a moment to be whole: not on the event loop.
                 text = await asyncio.to_thread(pipe.recv_bytes, LARGEST_OUTPUT)
-            except (EOFError, OSError):
+            except (EOFError, ConnectionError):
+                return
+            except OSError:
+                said = f"The processor said more than {LARGEST_OUTPUT // 2**20} MiB at once."
+                yield {"is": "failed", "code": "INVALID_RESULT", "message": said, "details": {}, "transient": False}
                 return
             yield orjson.loads(text)
 

@@ -35,6 +35,7 @@ _log = structlog.get_logger()
 COLLECTION: Final = "workers"
 _POLITENESS_SECONDS: Final = 0.3  # up to so long a watcher waits, so that not all of them act at once
 _UNKNOWN_SECONDS: Final = 1.0
+_STRANGERS: Final = ""  # in place of a worker's id: all that are named by running jobs and hold no lease
 
 
 class LeaseWatch:
@@ -56,6 +57,7 @@ class LeaseWatch:
         try:
             while True:
                 worker_id = await self._due.get()
+                self._timers.pop(worker_id, None)  # from here on, a claim that is heard sets a new one
                 try:
                     await self._check(worker_id)
                 except (LedgerUnavailable, PyMongoError) as error:
@@ -69,21 +71,20 @@ class LeaseWatch:
     # Hearing ------------------------------------------------------------------------------------------------------
 
     async def _resync(self, session: AsyncClientSession) -> None:
-        """Learn who is alive, and for how long; then who is named by a running job but is not among them."""
+        """Learn who is alive, and for how long; then look for those named by a running job but not among them."""
         left = {"$subtract": ["$lease_until", "$$NOW"]}
         alive = self._db[COLLECTION].find({}, {"seconds": 1, "left_ms": left}, session=session)
         self._seconds.clear()
         async for worker in alive:
             self._seconds[worker["_id"]] = worker["seconds"]
             self._look_in(worker["_id"], worker["left_ms"] / 1000)
-        for worker_id in await jobs.workers_at_work(self._db):
-            if worker_id not in self._seconds:
-                self._look_in(worker_id, _UNKNOWN_SECONDS)
+        self._look_in(_STRANGERS, 0.0)
 
     def _heartbeat(self, change: Mapping[str, Any]) -> None:
         worker_id = change["documentKey"]["_id"]
         if change["operationType"] == "delete":
-            self._forget(worker_id)
+            # The timer stays: a claim later than what its reaper has seen may have been heard before this.
+            self._seconds.pop(worker_id, None)
             return
         changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
         self._seconds[worker_id] = changed.get("seconds", self._seconds.get(worker_id, 10.0))
@@ -91,9 +92,12 @@ class LeaseWatch:
 
     def _claimed(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] == "insert" and change["fullDocument"]["type"] == "JobClaimed":
-            worker_id = change["fullDocument"]["data"]["worker_id"]
-            if worker_id not in self._seconds and worker_id not in self._timers:
-                self._look_in(worker_id, _UNKNOWN_SECONDS)
+            self._heard_of(change["fullDocument"]["data"]["worker_id"])
+
+    def _heard_of(self, worker_id: str) -> None:
+        """Have a look at a worker that runs a job, unless we know that it is alive."""
+        if worker_id not in self._seconds and worker_id not in self._timers:
+            self._look_in(worker_id, _UNKNOWN_SECONDS)
 
     def _look_in(self, worker_id: str, seconds: float) -> None:
         """Passing time makes no change event: set a timer for when the lease should be over."""
@@ -103,20 +107,21 @@ class LeaseWatch:
         loop = asyncio.get_running_loop()
         self._timers[worker_id] = loop.call_later(pause, self._due.put_nowait, worker_id)
 
-    def _forget(self, worker_id: str) -> None:
-        self._seconds.pop(worker_id, None)
-        if (timer := self._timers.pop(worker_id, None)) is not None:
-            timer.cancel()
-
     # Acting -------------------------------------------------------------------------------------------------------
 
     async def _check(self, worker_id: str) -> None:
+        if worker_id == _STRANGERS:
+            await self._checkpoint.reached(await self._log.head())
+            for stranger in await jobs.workers_at_work(self._db):
+                self._heard_of(stranger)
+            return
         left = {"$subtract": ["$lease_until", "$$NOW"]}
         worker = await self._db[COLLECTION].find_one({"_id": worker_id}, {"left_ms": left, "released": 1})
         if worker is not None and worker["left_ms"] > 0:
             self._look_in(worker_id, worker["left_ms"] / 1000)
             return
-        await self._reap(worker_id, quietly=worker is not None and worker["released"])
+        self._seconds.pop(worker_id, None)  # before the head is read: what is claimed after that is heard of
+        await self._reap(worker_id, quietly=worker is None or worker["released"])
 
     async def _reap(self, worker_id: str, *, quietly: bool) -> None:
         await self._checkpoint.reached(await self._log.head())
@@ -129,7 +134,6 @@ class LeaseWatch:
             except CommandRefused as refused:
                 _log.info("job left as it is", job_id=job["_id"], reason=str(refused))
         await self._db[COLLECTION].delete_one({"_id": worker_id, **RUN_OUT})
-        self._forget(worker_id)
 
 
 async def _nothing(_session: AsyncClientSession) -> None:

@@ -24,7 +24,7 @@ from ledger.changes import Changes, Reaction
 from ledger.commands import ClaimJob
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
 from ledger.events import Meta
-from ledger.handle import Known, handle, load
+from ledger.handle import Handled, Known, handle, load, outcome
 from ledger.job import Job
 from ledger.lease import Lease
 from ledger.log import EventLog, parse
@@ -73,6 +73,7 @@ class Worker:
         self._idle = False  # nothing was left to claim when we looked last, and slots are free
         self._fresh: dict[str, Known] = {}
         self._cancels: OrderedDict[str, int] = OrderedDict()
+        self._missed_cancels = False  # there may be some: the change stream was interrupted
         self._stale: set[str] = set()
         self._touched: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -115,23 +116,22 @@ class Worker:
             await asyncio.sleep(1)
             return
         self._wake.set()
-        claiming = asyncio.create_task(self._claim_for_ever(), name="claim")
+        claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
         lost = asyncio.create_task(lease.lost())
-        stopping = asyncio.create_task(self._stopping.wait())
         try:
-            await asyncio.wait({claiming, lost, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({claiming, lost}, return_when=asyncio.FIRST_COMPLETED)
             if claiming.done():
                 claiming.result()
             claiming.cancel()
             await asyncio.gather(claiming, return_exceptions=True)
             if lease.held:
-                await self._finish_within_grace()
-            else:
+                await self._finish_within_grace(lost)
+            if not lease.held:
                 _log.error(
                     "lease lost: every running job is given up", worker_id=self.worker_id, jobs=len(self._running)
                 )
         finally:
-            for task in (claiming, lost, stopping):
+            for task in (claiming, lost):
                 task.cancel()
             for execution, _ in list(self._running.values()):
                 execution.abandon()
@@ -139,24 +139,26 @@ class Worker:
             await lease.release()
             self.worker_id = _new_worker_id()
 
-    async def _finish_within_grace(self) -> None:
-        if self._running:
-            _log.info("waiting for running jobs", jobs=len(self._running), seconds=self._grace_seconds)
-            await asyncio.wait([task for _, task in self._running.values()], timeout=self._grace_seconds)
-        for execution, _ in list(self._running.values()):
-            execution.release()
-        await asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
+    async def _finish_within_grace(self, lost: asyncio.Task[None]) -> None:
+        """Wait for running jobs, then give them back; or return because the lease was lost meanwhile."""
+        if not self._running:
+            return
+        _log.info("waiting for running jobs", jobs=len(self._running), seconds=self._grace_seconds)
+        ended = asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
+        either: set[asyncio.Future[Any]] = {ended, lost}
+        await asyncio.wait(either, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not lost.done():
+            for execution, _ in list(self._running.values()):
+                execution.release()
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
     async def _resync(self, _session: AsyncClientSession) -> None:
         """Changes may have been missed: look at the queue, and whether a running job is to be cancelled."""
         self._stale.clear()
+        self._missed_cancels = True
         self._wake.set()
-        for job_id, (execution, _) in list(self._running.items()):
-            known = await load(self._log, job_id)
-            if isinstance(known.state, Job) and known.state.cancel is not None:
-                execution.cancel()
 
     def _heard_event(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] != "insert":
@@ -186,8 +188,8 @@ class Worker:
     def _heard_row(self, change: Mapping[str, Any]) -> None:
         job_id = change["documentKey"]["_id"]
         self._stale.discard(job_id)
+        self._touched.add(job_id)
         if change["operationType"] != "delete":
-            self._touched.add(job_id)
             self._wake.set()
 
     def _wake_at(self, due: datetime | None) -> None:
@@ -200,17 +202,34 @@ class Worker:
 
     # Claiming -----------------------------------------------------------------------------------------------------
 
-    async def _claim_for_ever(self) -> None:
-        while True:
+    async def _claim_until_stopped(self) -> None:
+        """Claim whenever there is something to claim. Claims on their way at the stop are brought to their end.
+
+        Cancelled, they would be made all the same, and nobody would run the jobs.
+        """
+        while not self._stopping.is_set():
             await self._wake.wait()
             self._wake.clear()
             try:
-                while len(self._running) < self._slots and await self._claim_some():
+                if self._missed_cancels:
+                    await self._catch_up_on_cancels()
+                while not self._stopping.is_set() and len(self._running) < self._slots and await self._claim_some():
                     pass
             except (LedgerUnavailable, LedgerBusy) as error:
                 _log.warning("claiming interrupted", error=str(error))
                 await asyncio.sleep(1)
                 self._wake.set()
+
+    async def _catch_up_on_cancels(self) -> None:
+        self._missed_cancels = False
+        try:
+            for job_id, (execution, _) in list(self._running.items()):
+                known = await load(self._log, job_id)
+                if isinstance(known.state, Job) and known.state.cancel is not None:
+                    execution.cancel()
+        except LedgerUnavailable:
+            self._missed_cancels = True
+            raise
 
     async def _claim_some(self) -> bool:
         """Try to claim as many jobs as there are free slots. False when there is nothing left to try."""
@@ -240,13 +259,10 @@ class Worker:
 
     async def _claim(self, job_id: str, known: Known | None) -> None:
         """Claim a job by appending, and start it if we won."""
-        meta = Meta(f"worker:{self.worker_id}")
         if known is None:
             known = await load(self._log, job_id)
         try:
-            handled = await handle(
-                self._log, job_id, ClaimJob(self.worker_id, datetime.now(UTC)), meta=meta, known=known
-            )
+            handled = await self._append_claim(job_id, known)
         except CommandRefused:
             # Another one was first, and the row in `queue` is only not gone yet. Unless it was written anew meanwhile.
             if job_id not in self._touched:
@@ -260,6 +276,25 @@ class Worker:
         if self._cancels.pop(job_id, 0) > handled.known.head.version:
             execution.cancel()
         task.add_done_callback(lambda ended: self._ended(job_id, ended))
+
+    async def _append_claim(self, job_id: str, known: Known) -> Handled:
+        """Append a claim, and do not rest before it is known whether it landed: one that nobody runs would hang."""
+        command = ClaimJob(self.worker_id, datetime.now(UTC))
+        while True:
+            try:
+                return await handle(self._log, job_id, command, meta=Meta(f"worker:{self.worker_id}"), known=known)
+            except LedgerUnavailable as error:
+                _log.warning("claim in doubt", job_id=job_id, error=str(error))
+                if (landed := await self._landed(job_id, command, known)) is not None:
+                    return landed
+
+    async def _landed(self, job_id: str, command: ClaimJob, known: Known) -> Handled | None:
+        while True:
+            await asyncio.sleep(1)
+            try:
+                return await outcome(self._log, job_id, command, known=known)
+            except LedgerUnavailable as error:
+                _log.warning("claim still in doubt", job_id=job_id, error=str(error))
 
     def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
         self._running.pop(job_id, None)

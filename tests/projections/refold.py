@@ -1,0 +1,177 @@
+"""tests: what the views have to be, told anew from the log: no projector, no chunks, no database writes."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ledger.chain import canonical
+from ledger.commands import (
+    Archive,
+    CancelJob,
+    ChangeAccess,
+    ClaimJob,
+    CompleteJob,
+    ConfirmCancel,
+    Delete,
+    ExpireLease,
+    FailAttempt,
+    FinishStep,
+    ReleaseJob,
+    ReportProgress,
+    RestartJob,
+    Unarchive,
+    UpdateJob,
+    WriteLog,
+)
+from ledger.errors import CommandRefused
+from ledger.events import (
+    AccessControl,
+    Failure,
+    JobResults,
+    LogLine,
+    Recorded,
+    ResultFile,
+    ResultMetadata,
+)
+from ledger.handle import Command
+from ledger.mongo import Database, Document
+from projections import batches, files, jobs, queue, statistics
+from tests.support.running import Process
+
+Views = dict[str, list[str]]
+"""The documents of each view in canonical form, sorted."""
+
+
+def refolded(events: list[Recorded]) -> Views:
+    """Fold a whole log, event by event, and derive every view from where that ends."""
+    job: dict[str, Document | None] = {}
+    batch: dict[str, Document | None] = {}
+    for event in events:
+        match event.stream.partition("-")[0]:
+            case "job":
+                before = job.get(event.stream)
+                after = job[event.stream] = jobs.fold(before, event)
+                batch_id = (after or before or {}).get("batch_id")
+                # What a running job says along the way does not concern its batch.
+                running = before and after and before["status"] == after["status"] == "processing"
+                known = batch.get(batch_id) if batch_id else None
+                if after is not before and not running and batch_id and known is not None:
+                    batch[batch_id] = batches.fold_job(known, before, after, event)
+            case "batch":
+                batch[event.stream] = batches.fold(batch.get(event.stream), event)
+    live = [document for document in job.values() if document]
+    counted: statistics.Contribution = Counter()
+    for document in live:
+        counted.update(statistics.of_job(document))
+    for document in filter(None, batch.values()):
+        counted.update(statistics.of_batch(document))
+    return _canonical(
+        {
+            "jobs": live,
+            "batches": [document for document in batch.values() if document],
+            "queue": [row for document in live for row in queue.rows(document)],
+            "files": [row for document in live for row in files.rows(document)],
+            "statistics": _nonzero(_counters(counted)),
+        }
+    )
+
+
+def _counters(counted: statistics.Contribution) -> list[Document]:
+    counters: dict[str, Document] = {}
+    for (key, name), amount in counted.items():
+        counters.setdefault(key, {"_id": key})[name] = amount
+    return list(counters.values())
+
+
+async def stored(db: Database, *, zeros: bool = True) -> Views:
+    """Return what the views say now; without `zeros`, a counter that has gone back to zero is as one that never was."""
+    views = {
+        view.NAME: [document async for document in db[view.NAME].find()]
+        for view in (jobs, batches, queue, files, statistics)
+    }
+    if not zeros:
+        views["statistics"] = _nonzero(views["statistics"])
+    return _canonical(views)
+
+
+def _nonzero(counters: list[Document]) -> list[Document]:
+    return [
+        {name: value for name, value in counter.items() if value != 0}
+        for counter in counters
+        if any(value for name, value in counter.items() if name != "_id")
+    ]
+
+
+def _canonical(views: dict[str, list[Document]]) -> Views:
+    return {view: sorted(canonical(document).decode() for document in found) for view, found in views.items()}
+
+
+async def assert_views_equal_the_log(here: Process) -> None:
+    """Wait for the views, then compare them with a fresh fold of the whole log."""
+    await here.views_reach()
+    events: list[Recorded] = []
+    while len(events) != here.checkpoint.position or len(events) != await here.log.head():
+        events = await here.everything()  # what the projector records about batches may still come
+        await here.views_reach(len(events))
+    found, wanted = await stored(here.db, zeros=False), refolded(events)
+    assert len(events) == await here.log.head()
+    for view, documents in wanted.items():
+        assert found[view] == documents, f"the view `{view}` is not what the log says"
+
+
+# Histories --------------------------------------------------------------------------------------------------------
+
+
+def results(job_id: str, *, tokens: int = 10) -> JobResults:
+    return JobResults(
+        markdown_file=f"/events/{job_id}/a.md",
+        markdown_url=f"/api/events/files/{job_id}/a.md",
+        files=[ResultFile(path=f"{job_id}/a.md", sha256="0" * 64, size=3, media_type="text/markdown")],
+        metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.5, tokens_used=tokens, warnings=["hm"]),
+    )
+
+
+def failure(message: str = "it broke") -> Failure:
+    return Failure(code="BROKEN", message=message, details={"retryable": True})
+
+
+async def live(here: Process, job_ids: list[str], dice: random.Random, *, steps: int) -> None:
+    """Let the jobs live through `steps` things that happen to them, most of them sensible."""
+    attempts: dict[str, int] = dict.fromkeys(job_ids, 1)
+    for _ in range(steps):
+        job_id = dice.choice(job_ids)
+        try:
+            events = await here.do(job_id, _something(job_id, attempts[job_id], dice))
+        except CommandRefused:
+            continue
+        for event in events:
+            if event.type == "JobClaimed":
+                attempts[job_id] = event.event.model_dump()["attempt"]
+
+
+def _something(job_id: str, attempt: int, dice: random.Random) -> Command:
+    now, worker = datetime.now(UTC), "worker-1"
+    things: list[tuple[int, Any]] = [
+        (30, ClaimJob(worker, now + timedelta(hours=1))),
+        (10, ReportProgress(worker, attempt, "page", dice.random() * 100, "on it")),
+        (8, WriteLog(worker, attempt, (LogLine(timestamp=now, level="info", message=f"line {dice.random()}"),))),
+        (4, FinishStep(worker, attempt, "page", "key", {"a": 1}, 0.5, 3, ("warned",))),
+        (12, CompleteJob(worker, attempt, results(job_id, tokens=dice.randrange(100)))),
+        (6, FailAttempt(worker, attempt, failure(), now + timedelta(minutes=5))),
+        (4, FailAttempt(worker, attempt, failure(), None)),
+        (4, ReleaseJob(worker, attempt, "shutdown")),
+        (4, ExpireLease(worker, attempt)),
+        (4, CancelJob("user-1", "no longer wanted")),
+        (2, ConfirmCancel(worker, attempt)),
+        (8, RestartJob("user-1")),
+        (6, UpdateJob("user-1", {"track": dice.choice("ABC")}, dice.randrange(5), now + timedelta(hours=2))),
+        (2, ChangeAccess("user-1", AccessControl(visibility="team"))),
+        (2, Archive("user-1")),
+        (2, Unarchive("user-1")),
+        (1, Delete("user-1")),
+    ]
+    thing: Command = dice.choices([thing for _, thing in things], [weight for weight, _ in things])[0]
+    return thing

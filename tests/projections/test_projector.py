@@ -1,0 +1,300 @@
+"""The projector: one leader, each event folded exactly once, whoever dies when."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.commands import CancelJob
+from ledger.errors import LedgerBusy
+from ledger.events import BatchFinished, Recorded
+from ledger.log import Append, EventLog
+from ledger.mongo import Connection, Database, Document
+from projections import batches, files, jobs, projector, queue, statistics
+from projections.checkpoint import VIEWS
+from projections.projector import Chunk, Projector, _Deposed
+from tests.projections.refold import assert_views_equal_the_log, live, refolded, stored
+from tests.support.running import Process, process, real_process, until
+
+
+async def a_history(here: Process, dice: random.Random, *, lives: int = 4, steps: int = 60) -> None:
+    """Jobs in two batches and of several tracks, and what happens to them, from several sides at once."""
+    _, one = await here.submit_batch(*({"track": track} for track in "AABBC"))
+    _, two = await here.submit_batch({}, {"track": "A"}, max_attempts=2)
+    alone = [await here.submit({"track": "C"}, priority=number) for number in range(3)]
+    job_ids = one + two + alone
+    shares = [job_ids[start::lives] for start in range(lives)]
+    await asyncio.gather(*(live(here, share, random.Random(dice.random()), steps=steps) for share in shares))
+
+
+async def epoch(db: Database) -> int:
+    checkpoint = await db.checkpoints.find_one({"_id": VIEWS})
+    assert checkpoint is not None
+    return int(checkpoint["epoch"])
+
+
+# Exactly once ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_however_often_the_leader_is_killed_the_views_are_what_the_log_says(
+    connection: Connection, store: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projector, "CHUNK_EVENTS", 7)
+    dice = random.Random(seed)
+    kills = 0
+    async with process(connection, store) as here:
+        living = asyncio.create_task(a_history(here, dice, steps=100))
+        while not living.done() or kills < 5:
+            async with process(connection, store, projector=True) as there:
+                assert there.projecting is not None
+                begun, wanted = here.checkpoint.position, dice.randrange(1, 40)
+                moved = asyncio.create_task(here.checkpoint.reached(begun + wanted))
+                await asyncio.wait({moved, living}, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+                moved.cancel()
+                there.projecting.cancel()
+                kills += 1
+        await living
+        async with process(connection, store, projector=True):
+            await here.views_reach()
+            await assert_views_equal_the_log(here)
+
+
+async def test_two_projectors_at_once_count_nothing_twice(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here, process(connection, store, projector=True):
+        await a_history(here, random.Random(3))
+        await assert_views_equal_the_log(here)
+
+
+async def test_views_that_are_dropped_and_folded_anew_are_identical(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(4), steps=30)
+        await assert_views_equal_the_log(here)
+    before = await _stored(connection)
+    for chunk_events in (1000, 3):
+        monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
+        async with process(connection, store) as here:
+            for view in (jobs, batches, queue, files, statistics):
+                await here.db.drop_collection(view.NAME)
+            await here.db.checkpoints.update_one({"_id": VIEWS}, {"$set": {"position": 0}})
+        async with process(connection, store, projector=True) as here:
+            await here.views_reach()
+        assert await _stored(connection) == before
+
+
+async def _stored(connection: Connection) -> dict[str, list[str]]:
+    async with connection.client() as client:
+        return await stored(client[connection.db_name])
+
+
+async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connection: Connection, store: Path) -> None:
+    async with process(connection, store) as here:
+        await a_history(here, random.Random(5), steps=30)
+        events = await here.everything()
+    together = Chunk({"jobs": {}, "batches": {}})
+    for event in events:
+        together.fold(event)
+    loaded: dict[str, dict[str, Document]] = {"jobs": {}, "batches": {}}
+    for event in events:
+        chunk = Chunk(loaded)
+        chunk.fold(event)
+        for view, documents in chunk.now.items():
+            for key, document in documents.items():
+                loaded[view].pop(key, None)
+                if document is not None:
+                    loaded[view][key] = document
+    for view in ("jobs", "batches"):
+        assert loaded[view] == {key: document for key, document in together.now[view].items() if document is not None}
+
+
+async def test_the_counters_are_what_counting_the_jobs_yields(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(6))
+        await here.views_reach()
+        said = await statistics.read(here.db)
+        for status in ("pending", "processing", "completed", "failed", "cancelled"):
+            assert said["jobs"][status] == await here.db.jobs.count_documents({"status": status}), status
+        assert said["jobs"]["total"] == await here.db.jobs.count_documents({})
+        assert said["batches"]["total"] == await here.db.batches.count_documents({}) == 2
+        assert said["batches"]["active"] == await here.db.batches.count_documents({"status": "processing"})
+        for track in said["tracks"]:
+            mine = {"parameters.track": track["_id"]}
+            assert track["count"] == await here.db.jobs.count_documents(mine)
+            for status in ("completed", "failed"):
+                assert track[status] == await here.db.jobs.count_documents({**mine, "status": status})
+        named = {track["_id"] for track in said["tracks"]}
+        assert named == set(await here.db.jobs.distinct("parameters.track", {"parameters.track": {"$type": "string"}}))
+
+
+# Leaders --------------------------------------------------------------------------------------------------------------
+
+
+class Held(Projector):
+    """Stops with its documents loaded and its transaction not begun, and keeps what it was about to fold."""
+
+    reached: asyncio.Event
+    about_to_fold: tuple[Sequence[Recorded], int]
+
+    async def _fold(self, events: Sequence[Recorded], position: int) -> list[Document]:
+        self.about_to_fold = (events, position)
+        await self._load(events)
+        self.reached.set()
+        return await asyncio.Future()
+
+
+async def test_the_transaction_of_a_deposed_leader_has_no_effect(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Held, "reached", asyncio.Event(), raising=False)
+    async with process(connection, store, projector=True, projector_class=Held) as first:
+        assert isinstance(first.projector, Held)
+        await first.submit({"track": "A"})
+        async with asyncio.timeout(10):
+            await Held.reached.wait()
+        # Its lease runs out while it stands still, and another one leads.
+        await first.db.leaders.update_one({}, [{"$set": {"lease_until": "$$NOW"}}])
+        async with process(connection, store, projector=True) as second:
+            await second.views_reach(1)
+            await second.submit({"track": "B"})
+            await second.views_reach(2)
+            before = await stored(first.db)
+            with pytest.raises(_Deposed):
+                await Projector._fold(first.projector, *first.projector.about_to_fold)
+            assert await stored(first.db) == before
+            await assert_views_equal_the_log(second)
+
+
+async def test_of_two_leaders_in_one_epoch_only_one_folds_a_position(connection: Connection, store: Path) -> None:
+    """What the checkpoint's filter on the position is for: the same chunk again finds no such checkpoint."""
+    async with process(connection, store, projector=True) as here:
+        await here.submit({"track": "A"})
+        await here.views_reach(1)
+        assert here.projector is not None
+        before = await stored(here.db)
+        with pytest.raises(_Deposed):
+            await here.projector._fold(await here.everything(), 0)
+        assert await stored(here.db) == before
+
+
+async def test_a_standby_leads_at_once_when_the_leader_stops(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, projector_lease_seconds=30) as first:
+        await first.submit()
+        await first.views_reach(1)
+        async with process(connection, store, projector=True, projector_lease_seconds=30) as second:
+            assert first.projecting is not None
+            first.projecting.cancel()
+            await asyncio.gather(first.projecting, return_exceptions=True)
+            await second.submit()
+            await second.views_reach(2, seconds=3)
+
+
+async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_stops(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(connection, store, projector=True, projector_lease_seconds=30) as first:
+        await first.submit()
+        await first.views_reach(1)
+        async with process(connection, store, projector_lease_seconds=30) as second:
+            assert first.projecting is not None
+            leader = first.projecting
+            standby = Projector(second.db, second.log, connection, holder="standby", lease_seconds=30)
+            second_try = standby._lease.acquire
+
+            async def acquire(facts: Any) -> bool:
+                taken = await second_try(facts)
+                if not leader.done():  # between the refusal and the waiting
+                    leader.cancel()
+                    await asyncio.gather(leader, return_exceptions=True)
+                    standby.changed({"updateDescription": {"updatedFields": {"released": True}}})
+                return taken
+
+            monkeypatch.setattr(standby._lease, "acquire", acquire)
+            standing_by = asyncio.create_task(standby.run())
+            await second.submit()
+            await second.views_reach(2, seconds=3)
+            standing_by.cancel()
+            await asyncio.gather(standing_by, return_exceptions=True)
+
+
+async def test_a_standby_leads_when_the_leader_was_killed_and_its_lease_has_run_out(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store) as here:
+        with real_process(connection, store, "projector", lease_seconds=1.5) as leader:
+            await leader.started()
+            await here.submit()
+            await here.views_reach(1)
+            async with process(connection, store, projector=True, projector_lease_seconds=1.5):
+                first = await epoch(here.db)
+                leader.send(signal.SIGKILL)
+                await leader.gone()
+                await here.submit()
+                await here.views_reach(2, seconds=1.5 + 1.5 / 3 + 1 + 2)
+                assert await epoch(here.db) > first
+                await assert_views_equal_the_log(here)
+
+
+async def test_a_leader_that_was_frozen_does_no_harm_when_it_goes_on(connection: Connection, store: Path) -> None:
+    async with process(connection, store) as here:
+        with real_process(connection, store, "projector", lease_seconds=1.5) as leader:
+            await leader.started()
+            await here.submit({"track": "A"})
+            await here.views_reach(1)
+            leader.send(signal.SIGSTOP)
+            await here.submit({"track": "A"})
+            async with process(connection, store, projector=True, projector_lease_seconds=1.5):
+                await here.views_reach(2, seconds=10)
+                leader.send(signal.SIGCONT)
+                await a_history(here, random.Random(7), steps=10)
+                await assert_views_equal_the_log(here)
+
+
+# Trouble --------------------------------------------------------------------------------------------------------------
+
+
+class Busy(EventLog):
+    """Refuses the first append, as a log does that has too much to do: the API shares it with the projector."""
+
+    refused = 0
+
+    async def append(self, *appends: Append) -> list[Recorded]:
+        if self.refused == 0 and any(type(event) is BatchFinished for append in appends for event in append.events):
+            self.refused += 1
+            raise LedgerBusy("too much is waiting")
+        return await super().append(*appends)
+
+
+async def test_a_log_that_is_too_busy_does_not_end_the_projector(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, log_class=Busy) as here:
+        batch_id, (job_id,) = await here.submit_batch({})
+        await live_to_the_end(here, job_id)
+        await here.heard(BatchFinished, batch_id, seconds=10)
+        assert isinstance(here.log, Busy)
+        assert here.log.refused == 1
+        assert here.projecting is not None
+        assert not here.projecting.done()
+
+
+async def live_to_the_end(here: Process, job_id: str) -> None:
+    await here.do(job_id, CancelJob("user-1"))
+
+
+async def test_a_leader_whose_checkpoint_is_set_back_begins_anew(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        await here.submit({"track": "A"})
+        await here.views_reach(1)
+        for view in (jobs, batches, queue, files, statistics):
+            await here.db[view.NAME].delete_many({})
+        await here.db.checkpoints.update_one({"_id": VIEWS}, {"$set": {"position": 0}})
+        await until(lambda: here.checkpoint.position == 0, "the checkpoint was set back")
+        await here.submit({"track": "B"})
+        await here.views_reach(2)
+        assert (await stored(here.db, zeros=False)) == refolded(await here.everything())

@@ -1,0 +1,142 @@
+"""tests: one fully filled example of every event. New fields are added here; what was recorded stays as it is."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ledger.events import (
+    AccessControl,
+    Asset,
+    BatchArchived,
+    BatchCounts,
+    BatchDeleted,
+    BatchFinished,
+    BatchPaused,
+    BatchReopened,
+    BatchResumed,
+    BatchSubmitted,
+    BatchSummary,
+    BatchUnarchived,
+    Event,
+    Failure,
+    JobAccessChanged,
+    JobArchived,
+    JobAttemptFailed,
+    JobCancelled,
+    JobCancelRequested,
+    JobClaimed,
+    JobCompleted,
+    JobDeleted,
+    JobFailed,
+    JobLeaseExpired,
+    JobLogged,
+    JobProgressed,
+    JobReleased,
+    JobRestarted,
+    JobResults,
+    JobSubmitted,
+    JobUnarchived,
+    JobUpdated,
+    LogLine,
+    PositionVoided,
+    ResultFile,
+    ResultMetadata,
+    StepCompleted,
+    Webhook,
+    WorkerFenced,
+)
+
+NOON = datetime(2025, 2, 1, 12, 0, 0, 123000, tzinfo=UTC)
+ACCESS = AccessControl(visibility="team", read_access=["bob"], write_access=["carol"], admin_access=["dave"])
+HOOK = Webhook(
+    url="https://example.org/hook",
+    header_names=["Authorization"],
+    headers_ref="hook-1",
+    include_markdown=True,
+    include_metadata=True,
+)
+ERROR = Failure(code="PAGE_GONE", message="Die Seite gibt es nicht mehr: 404", details={"status": 404, "tries": [1, 2]})
+DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+RESULTS = JobResults(
+    markdown_file="/events/FOSDEM/talk.md",
+    markdown_url="/api/events/files/FOSDEM/talk.md",
+    assets=[Asset(type="image", path="/events/FOSDEM/1.png", url="/api/events/files/FOSDEM/1.png")],
+    files=[ResultFile(path="FOSDEM/talk.md", sha256=DIGEST, size=4711, media_type="text/markdown")],
+    metadata=ResultMetadata.model_validate(
+        {"processed_at": NOON, "duration": 12.5, "tokens_used": 7, "warnings": ["no slides"], "language": "de"}
+    ),
+)
+
+EXAMPLES: tuple[Event, ...] = (
+    JobSubmitted(
+        job_type="session",
+        parameters={"event": "FOSDEM 2025", "session": "Ökologisch, öffentlich & offen", "x": 0.1, "deep": [{"n": 1}]},
+        batch_id="batch-679f3d0c8f1b2a0001000000",
+        job_name="talk 1",
+        user_id="alice",
+        access_control=ACCESS,
+        webhook=HOOK,
+        priority=5,
+        not_before=NOON,
+        max_attempts=4,
+        timeout_s=90.5,
+        template="default",
+    ),
+    JobClaimed(worker_id="worker-1", attempt=1),
+    JobProgressed(attempt=1, step="page", percent=12.5, message="Seite gelesen"),
+    JobLogged(attempt=1, entries=[LogLine(timestamp=NOON, level="info", message="hello\nworld")]),
+    StepCompleted(
+        attempt=1,
+        step="page",
+        key=DIGEST,
+        output={"title": "A talk", "links": ["https://example.org"], "none": None},
+        duration_s=0.25,
+        tokens_used=3,
+        warnings=["slow"],
+    ),
+    JobReleased(worker_id="worker-1", attempt=1, reason="the worker shuts down"),
+    JobUpdated(by="alice", parameters={"event": "FOSDEM"}, priority=2, not_before=NOON + timedelta(hours=1)),
+    JobAttemptFailed(attempt=2, error=ERROR, retry_at=NOON + timedelta(seconds=5)),
+    JobLeaseExpired(worker_id="worker-2", attempt=3),
+    JobCancelRequested(by="alice", reason="not needed"),
+    JobCancelled(by="alice", reason="not needed"),
+    JobRestarted(by="alice", reason="needed after all", reuse_steps=False),
+    JobFailed(attempt=4, error=ERROR),
+    JobCompleted(attempt=5, results=RESULTS),
+    WorkerFenced(worker_id="worker-2", attempt=3, refused="JobCompleted"),
+    JobAccessChanged(by="alice", access_control=ACCESS),
+    JobArchived(by="alice", reason="done"),
+    JobUnarchived(by="alice", reason="not done"),
+    JobDeleted(by="alice", reason="done"),
+    BatchSubmitted(
+        batch_name="FOSDEM",
+        total_jobs=2,
+        job_ids=["job-1", "job-2"],
+        parameters={"event": "FOSDEM"},
+        webhook=HOOK,
+        user_id="alice",
+        access_control=ACCESS,
+    ),
+    BatchPaused(by="alice", reason="too early"),
+    BatchResumed(by="alice", reason="now"),
+    BatchFinished(
+        status="partial",
+        counts=BatchCounts(completed=1, failed=1, cancelled=0),
+        summary=BatchSummary(duration=12.5, tokens_used=7),
+    ),
+    BatchReopened(),
+    BatchArchived(by="alice", reason="done"),
+    BatchUnarchived(by="alice", reason="not done"),
+    BatchDeleted(by="alice", reason="done"),
+    PositionVoided(),
+)
+
+
+def a_job(**changes: Any) -> JobSubmitted:
+    """A small, valid job."""
+    return JobSubmitted(**{"job_type": "echo", "parameters": {"text": "hello"}, "user_id": "alice", **changes})
+
+
+def some_results() -> JobResults:
+    return JobResults(metadata=ResultMetadata(processed_at=NOON, duration=1.5))

@@ -1,0 +1,196 @@
+"""tests: a jobledger of a test's own: the real command as real processes, in a directory with its own config.yaml."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import yaml
+
+from ledger.server_note import ServerNote, read_note, until
+
+COMMAND = Path(sys.executable).parent / "jobledger"
+START_SECONDS = 40.0
+END_SECONDS = 40.0
+_ANSWERS = re.compile(r"^Jobledger answers at (\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended, and what it said."""
+
+    exit_code: int
+    out: str
+    err: str
+
+
+class Role:
+    """A running `jobledger` command. Its output goes to files: it can never stand still for want of a reader."""
+
+    def __init__(self, directory: Path, name: str, arguments: list[str], env: Mapping[str, str]) -> None:
+        self._out = directory / f"{name}.out"
+        self._err = directory / f"{name}.err"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [COMMAND, *arguments],
+                cwd=directory,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,  # a process group of its own, to be killed as a whole
+            )
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text(encoding="utf-8")
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text(encoding="utf-8")
+
+    def ready(self, sign: str = "Ctrl-C stops it") -> Self:
+        """Wait until it says that it works; fail with what it said instead."""
+        until(lambda: sign in self.out or self.process.poll() is not None, START_SECONDS)
+        assert sign in self.out, f"it did not start (exit code {self.process.poll()}):\n{self.out}{self.err}"
+        return self
+
+    @property
+    def url(self) -> str:
+        found = _ANSWERS.search(self.out)
+        assert found, f"it has not said where it answers:\n{self.out}{self.err}"
+        return found[1]
+
+    def ended(self, seconds: float = END_SECONDS) -> Ended:
+        """Wait for the end."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it is still running after {seconds} s:\n{self.out}{self.err}") from None
+        return Ended(self.process.returncode, self.out, self.err)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> Ended:
+        """Ask it to stop and wait until it has."""
+        self.process.send_signal(number)
+        return self.ended()
+
+    def kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Installation:
+    """A directory with a config.yaml, and the commands that are run in it."""
+
+    def __init__(self, directory: Path, **sections: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.roles: list[Role] = []
+        directory.mkdir(parents=True, exist_ok=True)
+        self.configure(**sections)
+
+    def configure(self, **sections: Mapping[str, Any]) -> None:
+        """Write config.yaml: everything on free ports, and what is given on top."""
+        own: dict[str, dict[str, Any]] = {"mongodb": {"embedded_port": 0}, "api": {"port": 0}}
+        content = {name: {**own.get(name, {}), **sections.get(name, {})} for name in own.keys() | sections.keys()}
+        (self.directory / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    @property
+    def env(self) -> dict[str, str]:
+        """This process's environment without settings for jobledger."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("JOBLEDGER_")}
+        return {**inherited, "COLUMNS": "200", "NO_COLOR": "1"}
+
+    def start(self, *arguments: str, **env: str) -> Role:
+        """Start a command and do not wait for anything."""
+        role = Role(self.directory, f"{arguments[0]}-{len(self.roles)}", list(arguments), {**self.env, **env})
+        self.roles.append(role)
+        return role
+
+    def up(self) -> Role:
+        return self.start("up").ready()
+
+    def run(self, *arguments: str, stdin: str | bytes = b"", seconds: float = 60, **env: str) -> Ended:
+        """Run a command to its end."""
+        ended = subprocess.run(
+            [COMMAND, *arguments],
+            cwd=self.directory,
+            env={**self.env, **env},
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+        )
+        return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+    def note(self) -> ServerNote:
+        """Where the embedded server is."""
+        note = read_note(self.directory / "data")
+        assert note is not None, "no embedded server is noted"
+        return note
+
+    def kill_everything(self) -> None:
+        """SIGKILL for every process at once: commands, their children, the embedded server."""
+        note = read_note(self.directory / "data")
+        for role in self.roles:
+            with suppress(ProcessLookupError):
+                os.killpg(role.process.pid, signal.SIGKILL)
+        if note is not None:
+            with suppress(ProcessLookupError):
+                os.kill(note.pid, signal.SIGKILL)
+        for role in self.roles:
+            role.process.wait()
+        assert note is None or until(lambda: is_gone(note.pid), 10)
+        self.roles.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for role in reversed(self.roles):  # those that were started first own what the later ones need
+            if role.process.poll() is None:
+                role.process.terminate()
+                try:
+                    role.process.wait(15)
+                except subprocess.TimeoutExpired:
+                    role.kill_group()
+
+
+@contextmanager
+def client_of(role: Role) -> Iterator[httpx.Client]:
+    """Yield an HTTP client for a role that answers."""
+    with httpx.Client(base_url=role.url, timeout=30, trust_env=False) as client:
+        yield client
+
+
+def is_gone(pid: int) -> bool:
+    """Ended; a zombie counts, since in a container nobody may be there to reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def descendants(pid: int) -> set[int]:
+    """Return every living process that stems from `pid`."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                parents[int(path.parent.name)] = int(fields[1])
+    found: set[int] = set()
+    fresh = {pid}
+    while fresh:
+        fresh = {child for child, parent in parents.items() if parent in fresh} - found
+        found |= fresh
+    return found

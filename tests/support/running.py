@@ -1,0 +1,347 @@
+"""tests: the roles of a process, run against a test's own database: in the test's process, or as real processes.
+
+    async with process(connection, tmp_path, projector=True, worker=True) as here:
+        job_id = await here.submit({"text": "hello"})
+        job = await here.ended(job_id)
+
+`python -m tests.support.running URI DB_NAME STORE ROLES [key=value …]` is the same as a process that can be killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ledger.changes import Changes
+from ledger.commands import ClaimJob, SubmitBatch, SubmitJob
+from ledger.events import BatchSubmitted, Event, JobClaimed, JobSubmitted, Meta, Recorded
+from ledger.files import FileStore
+from ledger.handle import Command, handle, handle_new, new_batch_id, new_job_id
+from ledger.log import EventLog
+from ledger.mongo import Connection, Database, Document
+from projections import batches, jobs
+from projections.checkpoint import Checkpoint
+from projections.projector import Projector
+from workers.execution import Settings
+from workers.worker import HEARD_EVENTS, Worker
+
+PATIENCE_SECONDS = 20.0
+ENDS = ("JobCompleted", "JobFailed", "JobCancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker of a test works: impatiently."""
+
+    slots: int = 5
+    lease_seconds: float = 10.0
+    shutdown_grace_seconds: float = 10.0
+    retry_base_seconds: float = 0.1
+    memory_limit_mb: int = 4096
+    processors: Mapping[str, Mapping[str, Any]] | None = None
+
+
+@dataclass(slots=True)
+class Process:
+    """What one process has: a client, a log, a change stream, and the roles it runs."""
+
+    connection: Connection
+    db: Database
+    log: EventLog
+    checkpoint: Checkpoint
+    changes: Changes
+    store: FileStore
+    projector: Projector | None = None
+    worker: Worker | None = None
+    projecting: asyncio.Task[None] | None = None
+    working: asyncio.Task[None] | None = None
+
+    # Asking for things --------------------------------------------------------------------------------------------
+
+    async def submit(self, parameters: Mapping[str, Any] | None = None, **fields: Any) -> str:
+        """Submit an `echo` job, or what `fields` say; return its id."""
+        job_id = new_job_id()
+        await self.do(job_id, SubmitJob(asked(parameters, **fields)))
+        return job_id
+
+    async def submit_batch(self, *parameters: Mapping[str, Any], **fields: Any) -> tuple[str, list[str]]:
+        """Submit a batch of `echo` jobs, one for each of the `parameters`; `fields` are said of each job."""
+        batch_id, job_ids = new_batch_id(), [new_job_id() for _ in parameters]
+        batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="user-1")
+        commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
+        for job_id, given in zip(job_ids, parameters, strict=True):
+            commands.append((job_id, SubmitJob(asked(given, batch_id=batch_id, **fields))))
+        await handle_new(self.log, commands, meta=Meta("test"))
+        return batch_id, job_ids
+
+    async def do(self, stream: str, *commands: Command) -> list[Recorded]:
+        """Have commands decided, one after the other; return all the events they caused."""
+        recorded = []
+        for command in commands:
+            recorded += (await handle(self.log, stream, command, meta=Meta("test"))).events
+        return recorded
+
+    async def claim(self, job_id: str, worker_id: str = "worker-1") -> int:
+        """Claim a job in the name of a worker; return the number of the attempt."""
+        recorded = await self.do(job_id, ClaimJob(worker_id, datetime.now(UTC)))
+        claimed = recorded[-1].event
+        assert isinstance(claimed, JobClaimed)
+        return claimed.attempt
+
+    # Waiting and looking ------------------------------------------------------------------------------------------
+
+    async def heard(
+        self,
+        types: type[Event] | tuple[type[Event], ...],
+        stream: str | None = None,
+        *,
+        after: int = 0,
+        where: Callable[[Any], bool] = lambda event: True,
+        seconds: float = PATIENCE_SECONDS,
+    ) -> Recorded:
+        """Return the first event of these types after a position, waiting for it if it has not happened yet."""
+        wanted = types if isinstance(types, tuple) else (types,)
+        async with asyncio.timeout(seconds), self.log.subscription(after=after, types=wanted) as events:
+            async for event in events:
+                if stream in (None, event.stream) and where(event.event):
+                    return event
+        raise AssertionError("a subscription never ends")
+
+    async def ended(self, *job_ids: str, seconds: float = PATIENCE_SECONDS) -> Document:
+        """Wait until the jobs have ended and the views say so; return the document of the first."""
+        waiting, position = set(job_ids), 0
+        try:
+            async with asyncio.timeout(seconds), self.log.subscription(after=0) as events:
+                async for event in events:
+                    position = event.position
+                    if event.type in ENDS:
+                        waiting.discard(event.stream)
+                    if not waiting:
+                        break
+        except TimeoutError:
+            histories = [await self.history(job_id) for job_id in sorted(waiting)[:5]]
+            raise AssertionError(f"{len(waiting)} jobs have not ended within {seconds} s: {histories}") from None
+        await self.views_reach(position)
+        return await self.job(job_ids[0])
+
+    async def views_reach(self, position: int | None = None, *, seconds: float = PATIENCE_SECONDS) -> None:
+        """Wait until the views have reached a position, or what is now the head of the log."""
+        async with asyncio.timeout(seconds):
+            await self.checkpoint.reached(await self.log.head() if position is None else position)
+
+    async def job(self, job_id: str) -> Document:
+        job = await jobs.get(self.db, self.log, job_id)
+        assert job is not None, f"{job_id} is in no view"
+        return job
+
+    async def batch(self, batch_id: str) -> Document:
+        batch = await batches.get(self.db, self.log, batch_id)
+        assert batch is not None, f"{batch_id} is in no view"
+        return batch
+
+    async def history(self, stream: str) -> list[str]:
+        """Return the names of a stream's events, in order."""
+        return [event.type for event in await self.log.read_stream(stream)]
+
+    async def everything(self) -> list[Recorded]:
+        """Return the whole log."""
+        events: list[Recorded] = []
+        while page := await self.log.read(after=len(events)):
+            events += page
+        return events
+
+
+def asked(parameters: Mapping[str, Any] | None = None, **fields: Any) -> JobSubmitted:
+    """Return what is asked for in a test that has no wishes of its own."""
+    return JobSubmitted(**{"job_type": "echo", "user_id": "user-1", "parameters": dict(parameters or {}), **fields})
+
+
+@asynccontextmanager
+async def process(
+    connection: Connection,
+    store: Path,
+    *,
+    projector: bool = False,
+    worker: WorkerOptions | None = None,
+    projector_lease_seconds: float = 10.0,
+    deaf: bool = False,
+    log_class: type[EventLog] = EventLog,
+    projector_class: type[Projector] = Projector,
+) -> AsyncIterator[Process]:
+    """Run roles inside the block and stop them in good order behind it. A role that fails, fails the test.
+
+    `deaf`: hear only what a process hears that does nothing but work.
+    """
+    async with AsyncExitStack() as stack:
+        client = connection.client()
+        stack.push_async_callback(client.close)
+        db = client[connection.db_name]
+        log, checkpoint = log_class(db), Checkpoint(db)
+        changes = Changes(db, event_types=HEARD_EVENTS if deaf else None)
+        here = Process(connection, db, log, checkpoint, changes, FileStore(store))
+        here.store.prepare()
+        await log.prepare()
+        stack.push_async_callback(log.aclose)
+        leader = projector_class(
+            db, log, connection, holder=f"test-{os.getpid()}", lease_seconds=projector_lease_seconds
+        )
+        await leader.prepare()
+        changes.listen(checkpoint)
+        if not deaf:
+            changes.listen(log)
+        if projector:
+            here.projector = leader
+            changes.listen(leader)
+        if worker is not None:
+            here.worker = _worker(here, worker)
+        await stack.enter_async_context(changes.running())
+        if projector:
+            here.projecting = asyncio.create_task(leader.run(), name="projector")
+            stack.push_async_callback(_stop, here.projecting)
+        if here.worker is not None:
+            here.working = asyncio.create_task(here.worker.run(), name="worker")
+            stack.push_async_callback(_stop_worker, here.worker, here.working)
+        yield here
+
+
+def _worker(here: Process, options: WorkerOptions) -> Worker:
+    return Worker(
+        here.db,
+        here.log,
+        here.checkpoint,
+        here.changes,
+        here.connection,
+        settings=Settings(
+            here.store,
+            options.processors or {},
+            memory_limit_mb=options.memory_limit_mb,
+            retry_base_seconds=options.retry_base_seconds,
+        ),
+        slots=options.slots,
+        lease_seconds=options.lease_seconds,
+        shutdown_grace_seconds=options.shutdown_grace_seconds,
+    )
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _stop_worker(worker: Worker, task: asyncio.Task[None]) -> None:
+    worker.stop()
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await task
+    except asyncio.CancelledError:
+        if not task.cancelled():  # a test may have killed it
+            raise
+
+
+# Real processes ---------------------------------------------------------------------------------------------------
+
+
+class RealProcess:
+    """Roles in a process of their own, leader of a process group, so that nothing of it is left behind."""
+
+    def __init__(self, connection: Connection, store: Path, *roles: str, **options: Any) -> None:
+        arguments = [connection.uri, connection.db_name, str(store), ",".join(roles)]
+        arguments += [f"{name}={value}" for name, value in options.items()]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.running", *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def started(self) -> None:
+        """Wait until the roles run."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            said = await asyncio.to_thread(self.process.stdout.readline)
+        assert said == "running\n", "the process has died at start"
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def gone(self, seconds: float = PATIENCE_SECONDS) -> int:
+        """Wait until it has ended; return its exit code."""
+        return await asyncio.to_thread(self.process.wait, seconds)
+
+
+@contextmanager
+def real_process(connection: Connection, store: Path, *roles: str, **options: Any) -> Iterator[RealProcess]:
+    """Run `projector` and `worker` roles as a real process; it and its descendants are killed behind the block."""
+    real = RealProcess(connection, store, *roles, **options)
+    try:
+        yield real
+    finally:
+        real.process.kill()
+        real.process.wait()
+        for pid in group(real.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert real.process.stdout is not None
+        real.process.stdout.close()
+
+
+def group(leader: int) -> list[int]:
+    """Return the processes of a process group that are alive; zombies, which wait for whoever reaps them, are not."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _parent, group_id = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(group_id) == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+async def until(condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait for what sends no signal: the end of another process, a line in a list."""
+    try:
+        async with asyncio.timeout(seconds):
+            while not condition():  # noqa: ASYNC110 - nobody tells us
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not within {seconds} s: {what}") from None
+
+
+async def _main(uri: str, db_name: str, store: str, roles: str, *given: str) -> None:
+    options = {name: float(value) for name, _, value in (item.partition("=") for item in given)}
+    worker = WorkerOptions(
+        slots=int(options.get("slots", 5)),
+        lease_seconds=options.get("lease_seconds", 10.0),
+        shutdown_grace_seconds=options.get("shutdown_grace_seconds", 10.0),
+        processors={"session": {"allow_private": ["127.0.0.1"]}},
+    )
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with process(
+        Connection(uri, db_name),
+        Path(store),
+        projector="projector" in roles,
+        worker=worker if "worker" in roles else None,
+        projector_lease_seconds=options.get("lease_seconds", 10.0),
+        deaf=roles == "worker",
+    ):
+        print("running", flush=True)
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(*sys.argv[1:]))

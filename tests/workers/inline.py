@@ -1,0 +1,37 @@
+"""tests: a job type `test` that does what the test says, in the worker's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from workers.processor import Isolation, Job, Processor, Results
+from workers.registry import processors
+
+
+class Anything(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, work: Callable[[Job], Awaitable[Results]]) -> None:
+    """Add the job type `test`; `work` is its processor's `run`."""
+
+    class TestProcessor:
+        job_type: ClassVar[str] = "test"
+        isolation: ClassVar[Isolation] = "inline"
+        preload: ClassVar[Sequence[str]] = ()
+        Parameters: ClassVar[type[BaseModel]] = Anything
+        Settings: ClassVar[type[BaseModel]] = Anything
+
+        def __init__(self, settings: Any) -> None:
+            pass
+
+        async def run(self, job: Job) -> Results:
+            return await work(job)
+
+    known: dict[str, type[Processor]] = {**processors(), "test": TestProcessor}
+    monkeypatch.setattr("workers.registry.processors", lambda: known)
+    monkeypatch.setattr("workers.worker.processors", lambda: known)

@@ -1,0 +1,175 @@
+"""Child processes: a crash, a hang or a cancellation ends the child and never the worker, and none is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.commands import CancelJob
+from ledger.events import JobAttemptFailed, JobClaimed
+from ledger.mongo import Connection
+from tests.support.running import Process, WorkerOptions, group, process, real_process, until
+
+
+class SilentSite:
+    """Accepts every question and answers none: whoever asks is a child at work, and stays one."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Queue[None]()
+        self.port = 0
+
+    def job(self) -> dict[str, Any]:
+        return {
+            "event": "A conference",
+            "session": "A talk",
+            "url": f"http://127.0.0.1:{self.port}/talk",
+            "filename": "talk.md",
+            "track": "A track",
+        }
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        self.asked.put_nowait(None)
+        await reader.read()
+        writer.close()
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[SilentSite]:
+    silent = SilentSite()
+    server = await asyncio.start_server(silent.answer, "127.0.0.1", 0)
+    silent.port = server.sockets[0].getsockname()[1]
+    yield silent
+    server.close()
+
+
+@pytest.fixture
+async def here(connection: Connection, store: Path) -> AsyncIterator[Process]:
+    options = WorkerOptions(
+        slots=2, shutdown_grace_seconds=0.2, processors={"session": {"allow_private": ["127.0.0.1"]}}
+    )
+    async with process(connection, store, projector=True, worker=options) as running:
+        yield running
+
+
+async def at_work(site: SilentSite) -> int:
+    """Wait until a child is in the middle of its work; return its pid."""
+    async with asyncio.timeout(30):  # the first child waits for the server process
+        await site.asked.get()
+    (child,) = multiprocessing.active_children()
+    assert child.pid is not None
+    return child.pid
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+async def test_what_a_child_says_reaches_the_log(here: Process, site: SilentSite) -> None:
+    unreachable = {**site.job(), "url": "http://127.0.0.1:1/talk"}
+    job_id = await here.submit(unreachable, job_type="session", max_attempts=2)
+    job = await here.ended(job_id, seconds=40)
+    assert (job["status"], job["attempt"], job["retries"]) == ("failed", 2, 1)
+    assert job["error"]["code"] not in ("PROCESS_DIED", "PROCESS_KILLED", "PROCESSOR_FAULT", "WORKER_FAULT")
+    assert job["error"]["details"]["retryable"] is True
+    await until(lambda: not multiprocessing.active_children(), "the children have ended")
+
+
+async def test_a_killed_child_fails_its_attempt_which_is_repeated(here: Process, site: SilentSite) -> None:
+    job_id = await here.submit(site.job(), job_type="session")
+    pid = await at_work(site)
+    os.kill(pid, signal.SIGKILL)
+    failed = await here.heard(JobAttemptFailed, job_id, seconds=10)
+    assert isinstance(failed.event, JobAttemptFailed)
+    assert failed.event.error.code == "PROCESS_KILLED"
+    assert "SIGKILL" in failed.event.error.message
+    assert failed.event.error.details == {"signal": "SIGKILL", "retryable": True}
+    assert await at_work(site) != pid
+    assert (await here.heard(JobClaimed, job_id, after=failed.position)).event.model_dump()["attempt"] == 2
+    await here.do(job_id, CancelJob("user-1"))
+    await here.ended(job_id)
+
+
+async def test_a_child_that_takes_too_long_is_killed(here: Process, site: SilentSite) -> None:
+    job_id = await here.submit(site.job(), job_type="session", timeout_s=3, max_attempts=1)
+    pid = await at_work(site)
+    job = await here.ended(job_id, seconds=6)
+    assert (job["status"], job["error"]["code"]) == ("failed", "TIMEOUT")
+    assert "3 seconds" in job["error"]["message"]
+    await until(lambda: is_gone(pid), "the child is gone", seconds=2)
+
+
+async def test_cancelling_a_job_kills_its_child_within_two_seconds(here: Process, site: SilentSite) -> None:
+    job_id = await here.submit(site.job(), job_type="session")
+    pid = await at_work(site)
+    await here.do(job_id, CancelJob("user-1", "no need"))
+    await until(lambda: is_gone(pid), "the child is gone", seconds=2)
+    assert (await here.ended(job_id))["status"] == "cancelled"
+    assert multiprocessing.active_children() == []
+
+
+async def test_a_frozen_child_is_killed_all_the_same(here: Process, site: SilentSite) -> None:
+    job_id = await here.submit(site.job(), job_type="session")
+    pid = await at_work(site)
+    os.kill(pid, signal.SIGSTOP)
+    await here.do(job_id, CancelJob("user-1"))
+    await until(lambda: is_gone(pid), "the child is gone", seconds=2)
+    assert (await here.ended(job_id))["status"] == "cancelled"
+
+
+async def test_a_job_cancelled_while_its_child_is_being_started_leaves_no_child(
+    here: Process, site: SilentSite
+) -> None:
+    job_ids = [await here.submit(site.job(), job_type="session") for _ in range(2)]
+    for job_id in job_ids:
+        await here.heard(JobClaimed, job_id)
+        await here.do(job_id, CancelJob("user-1"))
+    await here.ended(*job_ids)
+    await until(lambda: not multiprocessing.active_children(), "the children have ended")
+
+
+@pytest.mark.parametrize("whom", ["the worker", "the whole group"])
+async def test_a_worker_that_is_told_to_stop_gives_its_job_back_and_leaves_no_process(
+    connection: Connection, store: Path, site: SilentSite, whom: str
+) -> None:
+    """A service manager tells every process of a service to stop, not only the first."""
+    async with process(connection, store, projector=True) as here:
+        job_id = await here.submit(site.job(), job_type="session", max_attempts=1)
+        with real_process(connection, store, "worker", shutdown_grace_seconds=1) as worker:
+            await worker.started()
+            async with asyncio.timeout(30):
+                await site.asked.get()
+            assert len(group(worker.pid)) >= 3, "a worker, a server process, a child"
+            if whom == "the worker":
+                worker.send(signal.SIGTERM)
+            else:
+                os.killpg(worker.pid, signal.SIGTERM)
+            assert await worker.gone() == 0
+            await until(lambda: group(worker.pid) == [], "nothing is left", seconds=5)
+        history = [event for event in await here.history(job_id) if event != "JobProgressed"]
+        assert history == ["JobSubmitted", "JobClaimed", "JobReleased"]
+
+
+async def test_a_killed_worker_takes_its_children_with_it(
+    connection: Connection, store: Path, site: SilentSite
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        job_id = await here.submit(site.job(), job_type="session", max_attempts=1)
+        with real_process(connection, store, "worker", lease_seconds=2) as worker:
+            await worker.started()
+            async with asyncio.timeout(30):
+                await site.asked.get()
+            worker.send(signal.SIGKILL)
+            await until(lambda: group(worker.pid) == [], "nothing is left", seconds=5)
+        history = [event for event in await here.history(job_id) if event != "JobProgressed"]
+        assert history == ["JobSubmitted", "JobClaimed"]
