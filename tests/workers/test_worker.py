@@ -526,3 +526,36 @@ async def test_a_worker_that_cannot_give_its_jobs_back_ends_when_its_lease_does(
             await here.db.workers.update_one({}, [{"$set": {"lease_until": "$$NOW"}}])
             async with asyncio.timeout(6):
                 await there.working
+
+
+# In doubt -------------------------------------------------------------------------------------------------------------
+
+
+class Deaf:
+    """Lets the first append of an event of one type land, and says that the database did not answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[JobClaimed | JobCompleted]) -> None:
+        self.happened = False
+        append = EventLog.append
+
+        async def unheard(log: EventLog, *appends: Append) -> list[Recorded]:
+            recorded = await append(log, *appends)
+            if not self.happened and isinstance(appends[0].events[0], kind):
+                self.happened = True
+                raise LedgerUnavailable("no answer")
+            return recorded
+
+        monkeypatch.setattr(EventLog, "append", unheard)
+
+
+@pytest.mark.parametrize("kind", [JobClaimed, JobCompleted])
+async def test_a_report_that_landed_unheard_counts_and_is_not_made_again(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, kind: type[JobClaimed | JobCompleted]
+) -> None:
+    deaf = Deaf(monkeypatch, kind)
+    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        job_id = await here.submit()
+        job = await here.ended(job_id)
+        assert deaf.happened
+        assert (job["status"], job["retries"]) == ("completed", 0)
+        assert await here.history(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
