@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import batches, files, jobs, monitoring
-from api.errors import ApiError, json_response, on_api_error, on_fault, on_http_exception, on_ledger_error
+from api.errors import (
+    ApiError,
+    error_response,
+    json_response,
+    on_api_error,
+    on_fault,
+    on_http_exception,
+    on_ledger_error,
+)
 from api.services import Services
 from ledger.errors import JobledgerError
 
@@ -52,12 +64,37 @@ ROUTES = [
 ]
 
 
+class KnownHosts:
+    """Against DNS rebinding: a page of another site must not reach us under that site's name.
+
+    Starlette's own TrustedHostMiddleware does not answer in our envelope.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app = app
+        self._names = frozenset(name.strip("[]").lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host", "")
+        if _host_name(host) in self._names:
+            await self._app(scope, receive, send)
+            return
+        message = f"Nothing here is called {host[:100]!r}; the name that others know us by is set by api.public_url."
+        await error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
+
+
+def _host_name(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
 def create_app(services: Services) -> Starlette:
     """Return the application, working with what the composition root hands in."""
     app = Starlette(
         routes=ROUTES,
-        # Against DNS rebinding: a page of another site must not reach us under that site's name.
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(services.allowed_hosts), www_redirect=False)],
+        middleware=[Middleware(KnownHosts, names=services.allowed_hosts)],
         exception_handlers={
             ApiError: on_api_error,
             JobledgerError: on_ledger_error,

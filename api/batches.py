@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.errors import ApiError, json_response
+from api.errors import ApiError, json_response, path
 from api.jobs import keep, notices, shown, split_webhook, submission
 from api.models import BatchBody, BatchList, JobBody
 from api.services import query_of, read_json, services, validated, views_reach_wanted_position
+from ledger.chain import canonical
 from ledger.commands import SubmitBatch, SubmitJob
-from ledger.events import AccessControl, BatchSubmitted, Meta
+from ledger.errors import InvalidEvent
+from ledger.events import AccessControl, BatchSubmitted, JobSubmitted, Meta
 from ledger.handle import Command, handle_new, new_batch_id, new_job_id
 from projections import batches as view
 from projections import statistics
@@ -22,6 +26,7 @@ async def submit(request: Request) -> Response:
     """POST /api/events/batches"""
     known = services(request)
     body = validated(BatchBody, await read_json(request))
+    _refuse_multiplied(body, known.largest_body_bytes)
     batch_id = new_batch_id()
     webhook, secrets = split_webhook(body.webhook)
     user_id = body.user_id or known.default_user
@@ -57,7 +62,11 @@ async def submit(request: Request) -> Response:
     await keep(known, *kept)
     commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
     commands += [(job_id, SubmitJob(job)) for job_id, job in zip(job_ids, jobs, strict=True)]
-    recorded = await handle_new(known.log, commands, meta=Meta(f"user:{user_id}", batch_id))
+    try:
+        recorded = await handle_new(known.log, commands, meta=Meta(f"user:{user_id}", batch_id))
+    except InvalidEvent:
+        _refuse_what_cannot_be_stored(jobs)
+        raise
     return json_response(
         {
             "status": "success",
@@ -69,6 +78,27 @@ async def submit(request: Request) -> Response:
         202,
         {"Location": f"/api/events/batches/{batch_id}", "Ledger-Position": str(recorded[-1].position)},
     )
+
+
+def _refuse_multiplied(body: BatchBody, limit: int) -> None:
+    """Every job carries the defaults: a small body can ask for gigabytes, which no transaction takes."""
+    size = len(orjson.dumps(body.parameters)) * len(body.jobs)
+    if size > limit:
+        message = (
+            f"The batch's `parameters` in each of its jobs make {size} bytes, more than {limit} (api.max_body_bytes)."
+        )
+        raise ApiError(413, "too_large", message)
+
+
+def _refuse_what_cannot_be_stored(jobs: Sequence[JobSubmitted]) -> None:
+    """Find the first job with content that the log refuses: the log itself does not know its index."""
+    for index, job in enumerate(jobs):
+        try:
+            canonical(job.parameters)
+        except InvalidEvent as error:
+            where = path(("jobs", index, "parameters"))
+            problem = {"path": where, "message": str(error)}
+            raise ApiError(422, "invalid_content", f"{where}: {error}", details={"errors": [problem]}) from error
 
 
 async def listing(request: Request) -> Response:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.errors import ApiError, invalid, json_response
+from api.errors import ApiError, invalid, json_response, path
 from api.models import JobBody, JobList, ReasonBody, RestartBody, WebhookBody
 from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive
@@ -45,8 +45,12 @@ def submission(
     model = known.job_types.get(body.job_type)
     if model is None:
         names = ", ".join(sorted(known.job_types))
-        problem = {"path": "job_type", "message": f"unknown job type {body.job_type!r}; there are: {names}"}
-        raise ApiError(422, "unknown_job_type", problem["message"], details={"errors": [problem]})
+        problem = {
+            "path": path((*within, "job_type")),
+            "message": f"unknown job type {body.job_type!r}; there are: {names}",
+        }
+        message = f"{problem['path']}: {problem['message']}"
+        raise ApiError(422, "unknown_job_type", message, details={"errors": [problem]})
     try:
         model.model_validate(body.parameters)
     except ValidationError as error:

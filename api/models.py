@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from api.services import LARGEST_PAGE
+from ledger.chain import LARGEST_INTEGER
 from ledger.events import AccessControl, milliseconds
 
 LARGEST_BATCH = 10_000
@@ -22,7 +23,17 @@ def _web_address(url: str) -> str:
     return url
 
 
-Moment = Annotated[datetime, AfterValidator(milliseconds)]
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return milliseconds(moment)
+    except OverflowError:
+        raise ValueError("this moment has no date in UTC: expected the years 1 to 9999") from None
+
+
+Moment = Annotated[datetime, AfterValidator(_in_utc)]
+# No `$` at its beginning: the database reads an object with $ref and $id as a reference to a document.
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#%&'*+.^_`|~-][A-Za-z0-9!#$%&'*+.^_`|~-]{0,99}$")]
+HeaderValue = Annotated[str, Field(pattern=r"^[\t\x20-\x7e\u00a0-\u00ff]*$", max_length=8000)]
 
 
 class _Body(BaseModel):
@@ -33,7 +44,7 @@ class WebhookBody(_Body):
     """Whom to tell when the job or batch has ended."""
 
     url: Annotated[str, Field(max_length=2000), AfterValidator(_web_address)]
-    headers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}$")], str] = Field({}, max_length=50)
+    headers: dict[HeaderName, HeaderValue] = Field({}, max_length=50)
     include_markdown: bool = False
     include_metadata: bool = False
 
@@ -119,7 +130,7 @@ class BatchList(Page):
 class StreamQuery(_Body):
     """Which events, beginning where."""
 
-    after: int | None = Field(None, ge=0)
+    after: int | None = Field(None, ge=0, le=LARGEST_INTEGER)
     types: str | None = None
     job_id: str | None = None
     batch_id: str | None = None

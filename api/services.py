@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from api.errors import ApiError, invalid
 from ledger.files import FileStore
@@ -52,10 +52,13 @@ async def read_json(request: Request) -> Any:
         raise ApiError(415, "unsupported_media_type", "Send JSON, with the header Content-Type: application/json.")
     limit = services(request).largest_body_bytes
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise ApiError(413, "too_large", f"The body is larger than {limit} bytes (api.max_body_bytes).")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise ApiError(413, "too_large", f"The body is larger than {limit} bytes (api.max_body_bytes).")
+    except ClientDisconnect as gone:
+        raise ApiError(400, "incomplete_body", "The connection ended before the body did.") from gone
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -15,11 +15,10 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from cli import demo_site
 from cli.follow import follow, submit
 from cli.settings import Settings, read_settings
 from cli.wiring import ALL_ROLES, Stop, roles
-from ledger.errors import LedgerUnavailable
+from ledger.errors import ConfigurationError, LedgerUnavailable
 from ledger.mongo import Connection
 
 RESULTS: Final = Path("demo-data")
@@ -45,8 +44,15 @@ async def run(settings: Settings, connection: Connection, directory: Path, conso
     """Run the demo; return whether every session was turned into Markdown that opens.
 
     Raises:
+        ConfigurationError: what makes the site is not installed, or the copies cannot be written.
         LedgerUnavailable: the pieces do not find each other.
     """
+    try:
+        from cli import demo_site  # needs the extra `demo`, which the other commands do without
+    except ImportError as error:
+        raise ConfigurationError(
+            f"The demo needs more than is installed ({error}): pip install 'jobledger[demo]'"
+        ) from error
     stop = Stop()
     stop.listen()
     console.print("[bold]1[/] Making a conference site: pages, PDF slides and videos …")
@@ -68,8 +74,11 @@ async def run(settings: Settings, connection: Connection, directory: Path, conso
             await asyncio.gather(following, return_exceptions=True)
             return False
         stopped.cancel()
-        good = await _show_results(client, following.result(), console)
-        if keep or sys.stdin.isatty():
+        try:
+            good = await _show_results(client, following.result(), console)
+        except OSError as error:
+            raise ConfigurationError(f"The copies cannot be written to {RESULTS.absolute()}: {error}") from error
+        if keep or (sys.stdin is not None and sys.stdin.isatty()):
             await _stay(stop, console, keep=keep)
     return good
 
@@ -101,7 +110,9 @@ async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], c
         for url in [results["markdown_url"], *(asset["url"] for asset in results["assets"])]:
             await _keep_copy(client, url)
         _show(client, job, console)
-    console.print(f"\nCopies that stay when the demo ends: {RESULTS.absolute()}", soft_wrap=True, highlight=False)
+    console.print(
+        f"\nCopies that stay when the demo ends: {escape(str(RESULTS.absolute()))}", soft_wrap=True, highlight=False
+    )
     return good
 
 

@@ -84,7 +84,8 @@ async def _server(db: Database) -> str:
 
 async def _clock(db: Database) -> Finding:
     asked = datetime.now(UTC)
-    server = (await db.client.admin.command("hello"))["localTime"]
+    # A command's answer does not follow the client's `tz_aware` by itself.
+    server = (await db.client.admin.command("hello", codec_options=db.codec_options))["localTime"]
     apart = (server - asked).total_seconds()
     return Finding(
         "Clocks",

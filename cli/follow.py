@@ -33,7 +33,10 @@ def as_batch(content: Any) -> dict[str, Any]:
     if isinstance(content, list):
         return {"jobs": content}
     if isinstance(content, dict):
-        return dict(content) if "jobs" in content else {"jobs": [content]}
+        batch = dict(content) if "jobs" in content else {"jobs": [content]}
+        if not isinstance(batch["jobs"], list):
+            raise ConfigurationError(f"jobs: expected a list of sessions, found {type(batch['jobs']).__name__}")
+        return batch
     raise ConfigurationError(f"expected a session, a list of sessions, or a batch; found {type(content).__name__}")
 
 
@@ -41,30 +44,43 @@ async def submit(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[d
     """Submit a batch and return the answer and the position behind which its story begins.
 
     Raises:
+        ConfigurationError: JSON cannot say it.
         Refused: the API said no.
         LedgerUnavailable: it does not answer.
     """
     try:
-        answer = await client.post(
-            "/api/events/batches", content=orjson.dumps(batch), headers={"Content-Type": "application/json"}
-        )
+        body = orjson.dumps(batch)
+    except TypeError as error:  # YAML knows more than JSON: names that are numbers, bytes, sets, endless integers
+        raise ConfigurationError(f"what is to be submitted cannot be written as JSON: {error}") from error
+    try:
+        answer = await client.post("/api/events/batches", content=body, headers={"Content-Type": "application/json"})
     except httpx.HTTPError as error:
         raise LedgerUnavailable(
             f"No jobledger answers at {client.base_url}: {error}. Is it running (`jobledger up`)?"
         ) from error
     content = _content(answer)
+    if "Ledger-Position" not in answer.headers:
+        raise _foreign(answer)
     # The jobs' own events were written with the batch; nothing of the story is before them.
     return content, int(answer.headers["Ledger-Position"]) - content["batch"]["total_jobs"] - 1
 
 
 def _content(answer: httpx.Response) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = orjson.loads(answer.content)
+        content = orjson.loads(answer.content)
     except orjson.JSONDecodeError:
-        raise Refused(f"{answer.url} answered {answer.status_code}, and not as a jobledger does") from None
+        raise _foreign(answer) from None
+    if not isinstance(content, dict) or "status" not in content:
+        raise _foreign(answer)
+    if answer.status_code == 503:
+        raise LedgerUnavailable(content.get("message", f"{answer.url} is not available now"))
     if answer.is_error:
         raise Refused(content.get("message", f"HTTP status {answer.status_code}"))
     return content
+
+
+def _foreign(answer: httpx.Response) -> Refused:
+    return Refused(f"{answer.url} answered {answer.status_code}, and not as a jobledger does")
 
 
 async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> AsyncIterator[dict[str, Any]]:
@@ -81,10 +97,10 @@ async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> Asy
                 if answer.is_error:
                     await answer.aread()
                     raise Refused(_content(answer)["message"])
-                async for line in answer.aiter_lines():
+                async for line in _lines(answer):
                     failures = 0
-                    if line.startswith("data:"):
-                        event: dict[str, Any] = orjson.loads(line.removeprefix("data:"))
+                    if line.startswith(b"data:"):
+                        event: dict[str, Any] = orjson.loads(line.removeprefix(b"data:"))
                         after = event["position"]
                         yield event
         except httpx.HTTPError as error:
@@ -92,6 +108,15 @@ async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> Asy
             if failures > _RECONNECTS:
                 raise LedgerUnavailable(f"The connection to {client.base_url} is lost: {error}") from error
         await asyncio.sleep(1)
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield lines as Server-Sent Events have them; `aiter_lines` also breaks at U+2028 and its like, amid the JSON."""
+    rest = b""
+    async for part in answer.aiter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            yield line.removesuffix(b"\r")
 
 
 def _stream_timeout() -> httpx.Timeout:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import httpx
+import orjson
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cli import demo as demo_command
@@ -114,7 +116,8 @@ def doctor(config: ConfigOption = None) -> None:
     table = Table("", "", "", show_header=False, box=None)
     for finding in findings:
         sign = "[green]ok[/]" if finding.good else "[red]no[/]"
-        table.add_row(sign, finding.what, finding.found if finding.good else f"{finding.found}. {finding.advice}")
+        told = finding.found if finding.good else f"{finding.found}. {finding.advice}"
+        table.add_row(sign, finding.what, escape(told))
     Console().print(table)
     raise typer.Exit(0 if all(finding.good for finding in findings) else FAILED)
 
@@ -153,7 +156,7 @@ async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wa
 
 async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
     console = Console()
-    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=_web_address(url), timeout=60, trust_env=False) as client:
         submitted, before = await submit_batch(client, batch)
         console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
         if not wait:
@@ -161,6 +164,16 @@ async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
         names = dict(zip(submitted["job_ids"], map(_name, batch["jobs"]), strict=True))
         ended = await follow(client, submitted, names, after=before, console=console)
     return 0 if all(status == "completed" for status in ended.values()) else FAILED
+
+
+def _web_address(url: str) -> httpx.URL:
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigurationError(f"--url {url} is not an address: {error}") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise ConfigurationError(f"--url {url} is not an address: expected something like http://127.0.0.1:5001")
+    return address
 
 
 def _name(job: Any) -> str:
@@ -177,13 +190,21 @@ def _with_type(job: Any, job_type: str) -> Any:
 def _read(file: str) -> Any:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        return yaml.safe_load(text)  # JSON is YAML
+        return _parsed(text)
     except FileNotFoundError:
         raise ConfigurationError(f"{file}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{file} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{file} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
+
+
+def _parsed(text: str) -> Any:
+    """JSON is YAML only nearly: YAML refuses tabs, and reads an escaped emoji as two broken characters."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return yaml.safe_load(text)
 
 
 def run() -> None:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ledger.errors import ConfigurationError
@@ -17,6 +27,7 @@ from ledger.mongo import Connection
 from workers.registry import processors
 
 EMBEDDED = "embedded"
+_PREFIX = "JOBLEDGER_"
 UNUSED = {("event_worker", "poll_interval_sec"): "nothing polls any more: workers are woken by the change stream"}
 
 
@@ -77,21 +88,37 @@ def _known_processors(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str
     for name, section in sections.items():
         if name not in processors():
             raise ValueError(f"there is no processor {name!r}; installed are: {', '.join(sorted(processors()))}")
-        processors()[name].Settings.model_validate(section)
+        try:
+            processors()[name].Settings.model_validate(section)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(name, [_within(name, line) for line in error.errors()]) from None
     return sections
+
+
+def _within(section: str, line: Any) -> InitErrorDetails:
+    """Put the section's name before a place in it, which else would not be told."""
+    problem = PydanticCustomError(line["type"], line["msg"])
+    return InitErrorDetails(type=problem, loc=(section, *line["loc"]), input=line["input"])
+
+
+def _filled(sections: Any) -> Any:
+    """A section whose keys are all commented out is there, but null."""
+    if not isinstance(sections, dict):
+        return sections
+    return {name: {} if section is None else section for name, section in sections.items()}
 
 
 class Settings(BaseSettings):
     """Everything that can be set. See config.yaml for what each key means."""
 
-    model_config = SettingsConfigDict(env_prefix="JOBLEDGER_", env_nested_delimiter="__", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
 
     mongodb: MongodbSettings = MongodbSettings()
     event_worker: WorkerSettings = WorkerSettings()
     api: ApiSettings = ApiSettings()
     auth: AuthSettings = AuthSettings()
     results: ResultsSettings = ResultsSettings()
-    processors: Annotated[dict[str, dict[str, Any]], AfterValidator(_known_processors)] = {}
+    processors: Annotated[dict[str, dict[str, Any]], BeforeValidator(_filled), AfterValidator(_known_processors)] = {}
     logging: LoggingSettings = LoggingSettings()
 
     @model_validator(mode="after")
@@ -139,13 +166,14 @@ def read_settings(
     content: dict[str, Any] = {}
     if path is not None or (file.exists() and not defaults_only):
         content = _read_yaml(file)
+    _refuse_unknown_sections(file, content)
     for section, values in (overrides or {}).items():
         content[section] = {**(content.get(section) or {}), **values}
     content = {section: values for section, values in content.items() if values is not None}
     try:
         settings = Settings(**content)
     except ValidationError as error:
-        raise ConfigurationError(_explain(error, file, content)) from error
+        raise ConfigurationError(_explain(error, file)) from error
     return _placed(settings, file.absolute().parent), [
         f"{section}.{key} is not used: {why}"
         for (section, key), why in UNUSED.items()
@@ -160,7 +188,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{file}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{file} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}
@@ -169,18 +197,50 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _explain(error: ValidationError, file: Path, content: Mapping[str, Any]) -> str:
+def _refuse_unknown_sections(file: Path, content: Mapping[Any, Any]) -> None:
+    """Name what pydantic-settings passes over in silence, or ends in a fault for."""
+    known = Settings.model_fields
+    for section in content:
+        if section not in known:
+            raise ConfigurationError(f"{file}: {section}: there is no such section; known are: {', '.join(known)}")
+    for variable in os.environ:
+        section, nested, _ = variable.upper().removeprefix(_PREFIX).lower().partition("__")
+        if not variable.upper().startswith(_PREFIX) or bool(nested) == (section in known):
+            continue
+        right = f"known sections are: {', '.join(known)}" if nested else f"name one of its keys: {variable}__KEY"
+        what = f"there is no section {section}" if nested else f"{section} is a whole section"
+        raise ConfigurationError(f"environment variable {variable}: {what}; {right}")
+
+
+def _explain(error: ValidationError, file: Path) -> str:
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    variable = "JOBLEDGER_" + "__".join(str(part) for part in problem["loc"]).upper()
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    variable = _PREFIX + "__".join(location).upper()
     place = f"environment variable {variable}" if variable in os.environ else f"{file}: {key}" if key else str(file)
     if problem["type"] == "extra_forbidden":
-        section = type(Settings.model_fields[str(problem["loc"][0])].default) if len(problem["loc"]) > 1 else Settings
-        return f"{place}: there is no such key; known here: {', '.join(section.model_fields)}"
-    message = problem["msg"].removeprefix("Value error, ")
+        return f"{place}: there is no such key; known here: {', '.join(_known_keys(location[:-1]))}"
     given = problem.get("input")
-    shown = f" (found {given!r})" if isinstance(given, str | int | float) and "uri" not in key else ""
+    if problem["type"] in ("model_type", "dict_type"):
+        keys = ", ".join(_known_keys(location)) or "none"
+        return f"{place}: expected a section with keys of its own, found {type(given).__name__}; known here: {keys}"
+    message = problem["msg"].removeprefix("Value error, ")
+    secret = "uri" in key or "://" in str(given)  # an address may have a password in it
+    shown = f" (found {given!r})" if isinstance(given, str | int | float) and not secret else ""
     return f"{place}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _known_keys(location: Sequence[str]) -> Iterable[str]:
+    """Return the keys that may stand in a section."""
+    section, *below = location or [""]
+    model: Any = Settings if not section else Settings.model_fields[section].annotation
+    if section == "processors":
+        if not below:
+            return processors()
+        model = processors()[below.pop(0)].Settings
+    for name in below:
+        model = model.model_fields[name].annotation
+    return getattr(model, "model_fields", ())
 
 
 def _placed(settings: Settings, directory: Path) -> Settings:
@@ -190,8 +250,8 @@ def _placed(settings: Settings, directory: Path) -> Settings:
         uri_file = directory / settings.mongodb.uri_file
         try:
             uri = SecretStr(uri_file.read_text(encoding="utf-8").strip())
-        except OSError as error:
-            raise ConfigurationError(f"mongodb.uri_file: {uri_file} cannot be read: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"mongodb.uri_file: {uri_file} cannot be read: {error}") from error
         mongodb = mongodb.model_copy(update={"uri": uri})
     results = settings.results.model_copy(update={"store": directory / settings.results.store})
     return settings.model_copy(update={"mongodb": mongodb, "results": results})

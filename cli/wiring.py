@@ -116,6 +116,7 @@ async def roles(
     `failed` is called when one of them ends although nobody stopped it.
     """
     async with AsyncExitStack() as stack:
+        listening = stack.enter_context(_listen(settings.api.host, settings.api.port)) if "api" in wanted else None
         db = await stack.enter_async_context(database(connection))
         store = FileStore(settings.results.store)
         store.prepare()
@@ -139,8 +140,8 @@ async def roles(
         if worker is not None:
             await stack.enter_async_context(_working(worker, failed))
         url = None
-        if "api" in wanted:
-            url = await stack.enter_async_context(_serving(settings, db, log, checkpoint, store, failed))
+        if listening is not None:
+            url = await stack.enter_async_context(_serving(listening, settings, db, log, checkpoint, store, failed))
         yield Running(db, log, url)
 
 
@@ -215,6 +216,7 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def _serving(
+    listening: socket.socket,
     settings: Settings,
     db: Database,
     log: EventLog,
@@ -222,7 +224,6 @@ async def _serving(
     store: FileStore,
     failed: Callable[[BaseException], None],
 ) -> AsyncIterator[str]:
-    listening = _listen(settings.api.host, settings.api.port)
     host, port = listening.getsockname()[:2]
     shown_host = f"[{host}]" if ":" in host else host
     public = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
@@ -247,23 +248,23 @@ async def _serving(
     finally:
         server.should_exit = True
         await asyncio.gather(task, return_exceptions=True)
-        listening.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+@contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
     """Open the port ourselves, so that a taken one is a clear error before anything else begins."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise ConfigurationError(
-            f"api.port: cannot listen on {host}:{port} ({error.strerror}); is another jobledger running? "
-            "Stop it, or set api.port (JOBLEDGER_API__PORT) to another number."
-        ) from error
-    return listening
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+            listening.listen(2048)  # bound is not enough: two may be bound to a port to which neither listens
+        except OSError as error:
+            raise ConfigurationError(
+                f"api.port: cannot listen on {host}:{port} ({error.strerror}); is another jobledger running? "
+                "Stop it, or set api.port (JOBLEDGER_API__PORT) to another number."
+            ) from error
+        yield listening
 
 
 class Stop:

@@ -1,0 +1,140 @@
+"""tests: the API with all roles behind it, in the test's process, over real HTTP, on a database of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from cli.settings import read_settings
+from cli.wiring import ALL_ROLES, Role, roles
+from ledger.log import EventLog
+from ledger.mongo import Database
+
+DEADLINE_SECONDS = 30.0
+ENDS = ("JobCompleted", "JobFailed", "JobCancelled")
+
+
+@dataclass(frozen=True)
+class Api:
+    """What a test of the API works with."""
+
+    http: httpx.AsyncClient
+    db: Database
+    log: EventLog
+    store: Path
+
+    async def post(self, path: str, content: Any = None, **headers: str) -> httpx.Response:
+        return (
+            await self.http.post(path, json=content, headers=headers)
+            if content is not None
+            else (await self.http.post(path, headers=headers))
+        )
+
+    async def submit(self, parameters: dict[str, Any] | None = None, **more: Any) -> str:
+        """Submit an echo job and return its id."""
+        answer = await self.post("/api/events/jobs", {"job_type": "echo", "parameters": parameters or {}, **more})
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["job_id"])
+
+    async def submit_batch(self, *parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Submit a batch of echo jobs and return the answer."""
+        jobs = [{"job_type": "echo", "parameters": given} for given in parameters]
+        answer = await self.post("/api/events/batches", {"jobs": jobs, **more})
+        assert answer.status_code == 202, answer.text
+        content: dict[str, Any] = answer.json()
+        return content
+
+    async def until_event(self, stream: str, *types: str) -> dict[str, Any]:
+        """Wait for an event of a job or batch, and for the views to have it; return it."""
+        key = "batch_id" if stream.startswith("batch-") else "job_id"
+        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(self.events(after=0, **{key: stream})) as events:
+            async for event in events:
+                if event["type"] in types and event["stream"] == stream:
+                    await self.get("/api/monitoring/events/stats", event["position"])
+                    return event
+        raise AssertionError("the stream has ended")
+
+    async def ended(self, job_id: str) -> dict[str, Any]:
+        """Wait for the end of a job and return it."""
+        event = await self.until_event(job_id, *ENDS)
+        answer = await self.get(f"/api/events/jobs/{job_id}", event["position"])
+        job: dict[str, Any] = answer.json()["job"]
+        return job
+
+    async def get(self, path: str, position: int | str | None = None, **headers: str) -> httpx.Response:
+        """Read, with the views at least at `position`."""
+        if position is not None:
+            headers["Ledger-Position"] = str(position)
+        return await self.http.get(path, headers=headers)
+
+    async def events(self, **query: Any) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the events of the live stream; each has its `id:` in `sse_id`."""
+        headers = {"Last-Event-ID": str(query.pop("last_event_id"))} if "last_event_id" in query else {}
+        async with self.http.stream("GET", "/api/ledger/stream", params=query, headers=headers) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            sse_id = None
+            async for line in answer.aiter_lines():
+                if line.startswith("id:"):
+                    sse_id = line.removeprefix("id:").strip()
+                if line.startswith("data:"):
+                    yield {**orjson.loads(line.removeprefix("data:")), "sse_id": sse_id}
+
+    async def take(self, number: int, **query: Any) -> list[dict[str, Any]]:
+        """Return the first so many events of the live stream."""
+        taken: list[dict[str, Any]] = []
+        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(self.events(**query)) as events:
+            async for event in events:
+                taken.append(event)
+                if len(taken) == number:
+                    break
+        return taken
+
+
+def settings_for(uri: str, db_name: str, directory: Path, **sections: dict[str, Any]) -> Any:
+    """Return settings for a test's own database and directory."""
+    own: dict[str, dict[str, Any]] = {
+        "mongodb": {"uri": uri, "db_name": db_name},
+        "api": {"port": 0},
+        "event_worker": {"retry_base_seconds": 0.2, "shutdown_grace_seconds": 0},
+        "results": {"store": str(directory / "results")},
+        "logging": {"level": "warning"},
+    }
+    merged = {name: {**own.get(name, {}), **sections.get(name, {})} for name in own.keys() | sections.keys()}
+    settings, _ = read_settings(None, merged, defaults_only=True)
+    return settings
+
+
+async def running_api(
+    uri: str, db_name: str, directory: Path, wanted: frozenset[Role] = ALL_ROLES, **sections: dict[str, Any]
+) -> AsyncIterator[Api]:
+    """Run roles and yield the API; whatever role ends by itself fails the test."""
+    settings = settings_for(uri, db_name, directory, **sections)
+    failures: list[BaseException] = []
+    async with (
+        roles(settings, settings.mongodb.connection(uri), wanted, failed=failures.append) as running,
+        httpx.AsyncClient(base_url=running.url or "", timeout=DEADLINE_SECONDS, trust_env=False) as client,
+    ):
+        yield Api(client, running.db, running.log, directory / "results")
+    assert not failures
+
+
+@pytest.fixture
+async def api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
+    """All roles."""
+    async for running in running_api(mongodb_uri, db_name, tmp_path):
+        yield running
+
+
+@pytest.fixture
+async def idle_api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
+    """Without a worker: a job that was submitted waits for ever."""
+    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+        yield running

@@ -1,0 +1,141 @@
+"""Batches over HTTP: all or nothing, large ones, and what becomes of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import Api
+
+GOOD: dict[str, Any] = {"job_type": "echo", "parameters": {}}
+
+
+async def test_a_batch_is_accepted_with_all_its_jobs(idle_api: Api) -> None:
+    answer = await idle_api.post(
+        "/api/events/batches",
+        {
+            "batch_name": "Saturday",
+            "parameters": {"track": "A", "colour": "blue"},
+            "user_id": "ada",
+            "jobs": [GOOD, {"job_type": "echo", "parameters": {"colour": "red"}, "user_id": "bob"}],
+        },
+    )
+    content, position = answer.json(), answer.headers["ledger-position"]
+    jobs = [(await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"] for job_id in content["job_ids"]]
+
+    assert answer.status_code == 202
+    assert answer.headers["location"] == f"/api/events/batches/{content['batch_id']}"
+    assert content["batch"]["total_jobs"] == content["batch"]["pending_jobs"] == 2
+    assert [job["parameters"] for job in jobs] == [{"track": "A", "colour": "blue"}, {"track": "A", "colour": "red"}]
+    assert [job["user_id"] for job in jobs] == ["ada", "bob"]
+    assert {job["batch_id"] for job in jobs} == {content["batch_id"]}
+
+
+async def test_a_batch_answers_at_once_under_its_location(idle_api: Api) -> None:
+    for _ in range(10):
+        batch = await idle_api.submit_batch({}, {}, {})
+        found = (await idle_api.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"]
+        assert found["total_jobs"] == 3
+        assert found["job_ids"] == batch["job_ids"]
+
+
+async def test_a_batch_that_has_ended_has_counted_its_jobs(api: Api) -> None:
+    batch = await api.submit_batch({}, {"fail": "on purpose"}, {})
+    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    found = (await api.get(f"/api/events/batches/{batch['batch_id']}", finished["position"])).json()["batch"]
+
+    assert found["status"] == "partial"
+    assert (found["completed_jobs"], found["failed_jobs"], found["cancelled_jobs"]) == (2, 1, 0)
+    assert (found["pending_jobs"], found["processing_jobs"]) == (0, 0)
+    assert found["completed_at"] is not None
+
+
+async def test_batches_are_listed_by_status_and_owner_newest_first(api: Api) -> None:
+    done = await api.submit_batch({})
+    finished = await api.until_event(done["batch_id"], "BatchFinished")
+    busy = await api.submit_batch({"seconds": 3600}, user_id="ada")
+    position = max(finished["position"], busy["batch"]["position"])
+
+    async def ids(query: str) -> list[str]:
+        content = (await api.get(f"/api/events/batches{query}", position)).json()
+        assert content["total"] >= len(content["batches"])
+        return [batch["batch_id"] for batch in content["batches"]]
+
+    assert await ids("") == [busy["batch_id"], done["batch_id"]]
+    assert await ids("?status=completed") == [done["batch_id"]]
+    assert await ids("?status=processing") == [busy["batch_id"]]
+    assert await ids("?user_id=ada") == [busy["batch_id"]]
+    assert await ids("?limit=1&skip=1") == [done["batch_id"]]
+    assert await ids("?archived=true") == []
+
+
+@pytest.mark.parametrize(
+    ("invalid", "path"),
+    [
+        ({"job_type": "echo", "parameters": {"seconds": "soon"}}, "jobs[2].parameters.seconds"),
+        ({"job_type": "nonsense", "parameters": {}}, "jobs[2].job_type"),
+        ({"job_type": "echo"}, "jobs[2].parameters"),
+        ({"job_type": "echo", "parameters": {}, "prioritty": 3}, "jobs[2].prioritty"),
+        ({"job_type": "echo", "parameters": {"number": 2**60}}, "jobs[2].parameters"),
+        ({"job_type": "echo", "parameters": {"$where": 1}}, "jobs[2].parameters"),
+        ({"job_type": "echo", "parameters": {}, "webhook": {"url": "ftp://x"}}, "jobs[2].webhook.url"),
+        ({"job_type": "session", "parameters": {"event": "x"}}, "jobs[2].parameters.session"),
+        ("a talk", "jobs[2]"),
+        (None, "jobs[2]"),
+    ],
+    ids=str,
+)
+async def test_one_invalid_job_refuses_the_whole_batch_and_is_named_by_its_index(
+    idle_api: Api, invalid: Any, path: str
+) -> None:
+    webhook = {"url": "https://example.org/", "headers": {"A": "b"}}
+    answer = await idle_api.post("/api/events/batches", {"jobs": [GOOD, GOOD, invalid, GOOD], "webhook": webhook})
+
+    content = answer.json()
+    assert answer.status_code == 422
+    assert path in [problem["path"] for problem in content["details"]["errors"]], content
+    assert content["message"].startswith("jobs[2]")
+    assert await idle_api.log.head() == 0
+
+
+@pytest.mark.parametrize("jobs", [[], {}, "x", None, 3], ids=str)
+async def test_a_batch_without_jobs_is_refused(idle_api: Api, jobs: Any) -> None:
+    answer = await idle_api.post("/api/events/batches", {"jobs": jobs})
+
+    assert answer.status_code == 422
+    assert answer.json()["details"]["errors"][0]["path"] == "jobs"
+
+
+async def test_ten_thousand_jobs_are_one_batch_and_one_more_is_refused(idle_api: Api) -> None:
+    refused = await idle_api.post("/api/events/batches", {"jobs": [GOOD] * 10_001})
+    assert refused.status_code == 422
+    assert "10000" in refused.json()["message"]
+    assert await idle_api.log.head() == 0
+
+    began = time.monotonic()
+    answer = await idle_api.post("/api/events/batches", {"jobs": [GOOD] * 10_000})
+    assert answer.status_code == 202, answer.text[:500]
+    assert time.monotonic() - began < 30
+    assert len(set(answer.json()["job_ids"])) == 10_000
+    position = answer.headers["ledger-position"]
+    assert position == "10001"
+    stats = await _once_the_views_have(idle_api, position)
+    assert stats["jobs"]["pending"] == 10_000
+    assert await idle_api.db.jobs.count_documents({}) == 10_000
+    assert await idle_api.db.queue.count_documents({}) == 10_000
+
+
+async def _once_the_views_have(api: Api, position: str) -> dict[str, Any]:
+    """Ask as a client should: again, when told so by a 503 with Retry-After."""
+    deadline = time.monotonic() + 60
+    while True:
+        answer = await api.get("/api/monitoring/events/stats", position)
+        if answer.status_code == 200:
+            stats: dict[str, Any] = answer.json()["stats"]
+            return stats
+        assert answer.status_code == 503
+        assert answer.json()["code"] == "views_behind"
+        assert "retry-after" in answer.headers
+        assert time.monotonic() < deadline, "the views do not get there"

@@ -1,0 +1,98 @@
+"""The database is killed or stands still: the API says so in time, and goes on by itself when it is back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ledger.embedded import EmbeddedServer
+from ledger.log import EventLog, Limits
+from tests.api.conftest import Api, running_api
+from tests.support.mongod import needs_local_mongod
+
+pytestmark = needs_local_mongod
+
+PATIENCE_MS = 1000  # mongodb.connect_timeout_ms: how long the driver looks for a server
+ANSWER_SECONDS = 40.0
+BACK_SECONDS = 40.0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A server of the test's own, which it may harm."""
+    with EmbeddedServer.start(tmp_path / "server", port=0, oplog_mb=990) as server:
+        yield server
+        os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.fixture
+async def api(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
+    """All roles, with less patience than usual: an append gives up after 4 seconds, not 30."""
+    monkeypatch.setattr("cli.wiring.EventLog", partial(EventLog, limits=Limits(append_deadline_seconds=4)))
+    mongodb = {"uri": server.uri, "db_name": "away", "connect_timeout_ms": PATIENCE_MS}
+    async for running in running_api(server.uri, "away", tmp_path, mongodb=mongodb):
+        yield running
+
+
+async def refused_in_time(api: Api, method: str, path: str, seconds: float = ANSWER_SECONDS) -> None:
+    """Check that a request is refused with 503, in the envelope, within so many seconds."""
+    began = time.monotonic()
+    content = {"job_type": "echo", "parameters": {}} if method == "POST" else None
+    answer = await api.http.request(method, path, json=content, timeout=seconds)
+    assert answer.status_code == 503, f"{path}: {answer.text}"
+    assert answer.json()["code"] == "database_unavailable"
+    assert int(answer.headers["retry-after"]) > 0
+    assert "Traceback" not in answer.text
+    assert time.monotonic() - began < seconds
+
+
+async def accepted_again(api: Api) -> None:
+    """Submit as a client should, again and again, until it is accepted; then the job is done."""
+    deadline = time.monotonic() + BACK_SECONDS
+    while True:
+        answer = await api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
+        if answer.status_code == 202:
+            break
+        assert answer.status_code == 503, answer.text
+        assert time.monotonic() < deadline, "the API does not find the database again"
+    job = await api.ended(answer.json()["job_id"])
+    assert job["status"] == "completed"
+    assert (await api.get("/readyz")).status_code == 200
+
+
+async def test_a_killed_database_is_a_503_and_its_return_is_enough(api: Api, server: EmbeddedServer) -> None:
+    before = await api.submit()
+    await api.ended(before)
+    os.kill(server.pid, signal.SIGKILL)
+    await server.died()
+
+    for path in ("/api/events/jobs", f"/api/events/jobs/{before}", "/api/events/files/x", "/readyz"):
+        await refused_in_time(api, "GET", path, 10)
+    assert (await api.get("/healthz")).status_code == 200
+    await refused_in_time(api, "POST", "/api/events/jobs", 15)
+
+    server.restart()
+    await accepted_again(api)
+    assert (await api.get(f"/api/events/jobs/{before}")).json()["job"]["status"] == "completed"
+
+
+async def test_a_database_that_stands_still_is_a_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
+    before = await api.submit()
+    await api.ended(before)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        for path in ("/api/events/jobs", f"/api/events/jobs/{before}", "/readyz"):
+            await refused_in_time(api, "GET", path)
+        assert (await api.get("/healthz")).status_code == 200
+    except httpx.ReadTimeout:
+        pytest.fail(f"no answer within {ANSWER_SECONDS} s while the database stands still")
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    await accepted_again(api)

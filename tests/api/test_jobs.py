@@ -1,0 +1,307 @@
+"""Jobs over HTTP: submitted, read at once, listed, acted on, and their history told."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import Api
+
+SESSION = {
+    "event": "FOSDEM 2025",
+    "session": "A talk",
+    "url": "https://example.org/talk",
+    "filename": "A-talk.md",
+    "track": "Databases",
+}
+SECRET = "Bearer s3cr3t-value"
+
+
+async def test_a_submitted_job_is_accepted_with_its_place_and_position(idle_api: Api) -> None:
+    answer = await idle_api.post(
+        "/api/events/jobs", {"job_type": "echo", "parameters": {"text": "hello"}, "job_name": "First", "priority": 7}
+    )
+
+    content = answer.json()
+    assert answer.status_code == 202
+    assert content["status"] == "success"
+    assert answer.headers["location"] == f"/api/events/jobs/{content['job_id']}"
+    assert int(answer.headers["ledger-position"]) == content["job"]["position"] == 1
+    assert (
+        content["job"] | {"status": "pending", "priority": 7, "job_name": "First", "user_id": "local"} == content["job"]
+    )
+    assert content["job"]["parameters"] == {"text": "hello"}
+    assert content["job"]["created_at"].endswith("Z")
+
+
+async def test_the_location_of_a_submitted_job_answers_at_once(idle_api: Api) -> None:
+    for number in range(20):
+        answer = await idle_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {"number": number}})
+        found = await idle_api.get(answer.headers["location"])
+        assert found.status_code == 200
+        assert found.json()["job"]["parameters"] == {"number": number}
+        assert found.headers["etag"] == '"1"'
+
+
+async def test_a_list_that_is_asked_for_with_the_position_of_a_write_contains_it(idle_api: Api) -> None:
+    for number in range(10):
+        answer = await idle_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
+        position = answer.headers["ledger-position"]
+        by_header = await idle_api.get("/api/events/jobs", position)
+        by_query = await idle_api.get(f"/api/events/jobs?min_position={position}")
+        for listed in (by_header, by_query):
+            assert listed.json()["jobs"][0]["job_id"] == answer.json()["job_id"]
+            assert listed.json()["total"] == number + 1
+
+
+async def test_a_bare_session_is_a_job_of_type_session(idle_api: Api) -> None:
+    answer = await idle_api.post("/api/events/jobs", SESSION)
+
+    assert answer.status_code == 202
+    assert answer.json()["job"]["job_type"] == "session"
+    assert answer.json()["job"]["parameters"] == SESSION
+
+
+async def test_an_echo_job_is_done_and_says_where_its_file_is(api: Api) -> None:
+    job = await api.ended(await api.submit({"text": "héllo"}))
+
+    assert job["status"] == "completed"
+    assert job["progress"]["percent"] == 100
+    assert job["attempt"] == 1
+    assert job["results"]["markdown_url"].startswith("/api/events/files/echo/")
+    assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
+
+
+async def test_a_job_that_fails_says_why(api: Api) -> None:
+    job = await api.ended(await api.submit({"fail": "no luck <b>today</b>"}))
+
+    assert job["status"] == "failed"
+    assert job["error"]["code"] == "ECHO_FAILED"
+    assert job["error"]["message"] == "no luck <b>today</b>"
+    assert job["results"] is None
+
+
+async def test_jobs_are_listed_by_every_filter_newest_first(idle_api: Api) -> None:
+    began = datetime.now(UTC)
+    first = await idle_api.submit({"track": "A"}, user_id="ada")
+    batch = await idle_api.submit_batch({"track": "A"}, {"track": "B"})
+    second, third = batch["job_ids"]
+    archived = await idle_api.post(f"/api/events/jobs/{first}/archive")
+    position = archived.headers["ledger-position"]
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+
+    async def ids(**query: Any) -> set[str]:
+        answer = await idle_api.http.get("/api/events/jobs", params={**query, "min_position": position})
+        assert answer.status_code == 200, answer.text
+        content = answer.json()
+        assert content["total"] == len(content["jobs"])
+        assert "_id" not in (content["jobs"] or [{}])[0]
+        return {job["job_id"] for job in content["jobs"]}
+
+    assert await ids() == {first, second, third}
+    assert await ids(status="pending") == {first, second, third}
+    assert await ids(status="completed") == set()
+    assert await ids(batch_id=batch["batch_id"]) == {second, third}
+    assert await ids(track="A") == {first, second}
+    assert await ids(track="A", batch_id=batch["batch_id"]) == {second}
+    assert await ids(user_id="ada") == {first}
+    assert await ids(job_type="session") == set()
+    assert await ids(archived="true") == {first}
+    assert await ids(archived="false") == {second, third}
+    assert await ids(created_after=began.isoformat()) == {first, second, third}
+    assert await ids(created_after=later) == set()
+    assert await ids(created_before=later) == {first, second, third}
+
+
+async def test_pages_of_a_list_are_disjoint_and_complete(idle_api: Api) -> None:
+    batch = await idle_api.submit_batch(*({"number": number} for number in range(25)))
+    position = int(batch["batch"]["position"]) + 25
+    seen: list[str] = []
+    for skip in range(0, 30, 10):
+        page = (await idle_api.get(f"/api/events/jobs?limit=10&skip={skip}", position)).json()
+        assert page["total"] == 25
+        seen += [job["job_id"] for job in page["jobs"]]
+
+    assert len(seen) == 25
+    assert seen == sorted(batch["job_ids"], reverse=True)
+
+
+async def test_the_history_is_every_event_in_order(api: Api) -> None:
+    job_id = await api.submit({"seconds": 0.01})
+    await api.ended(job_id)
+    history = (await api.get(f"/api/events/jobs/{job_id}/history")).json()["events"]
+
+    assert [event["version"] for event in history] == list(range(1, len(history) + 1))
+    types = [event["type"] for event in history]
+    assert types[:2] == ["JobSubmitted", "JobClaimed"]
+    assert types[-1] == "JobCompleted"
+    assert history[0]["meta"]["actor"] == "user:local"
+    assert all(len(bytes.fromhex(event["hash"])) == 32 for event in history)
+    positions = [event["position"] for event in history]
+    assert positions == sorted(set(positions))
+
+
+async def test_a_waiting_job_can_be_cancelled_restarted_archived_and_deleted(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    path = f"/api/events/jobs/{job_id}"
+
+    cancelled = await idle_api.post(f"{path}/cancel", {"reason": "changed my mind"})
+    assert cancelled.json()["job"]["status"] == "cancelled"
+    restarted = await idle_api.post(f"{path}/restart", {"reuse_steps": False})
+    assert restarted.json()["job"]["status"] == "pending"
+    archived = await idle_api.post(f"{path}/archive")
+    assert archived.json()["job"]["archived"] is True
+    unarchived = await idle_api.post(f"{path}/unarchive")
+    assert unarchived.json()["job"]["archived"] is False
+    deleted = await idle_api.http.delete(path)
+    assert deleted.status_code == 200
+    assert deleted.json()["job"] is None
+    assert (await idle_api.get(path, deleted.headers["ledger-position"])).status_code == 404
+    assert (await idle_api.get("/api/events/jobs")).json()["total"] == 0
+
+
+async def test_archiving_twice_is_no_second_event(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    first = await idle_api.post(f"/api/events/jobs/{job_id}/archive")
+    again = await idle_api.post(f"/api/events/jobs/{job_id}/archive")
+
+    assert again.status_code == 200
+    assert again.headers["ledger-position"] == first.headers["ledger-position"]
+    assert again.json()["job"]["version"] == 2
+
+
+async def test_a_running_job_is_stopped_by_a_cancellation(api: Api) -> None:
+    job_id = await api.submit({"seconds": 3600})
+    await api.until_event(job_id, "JobClaimed")
+    answer = await api.post(f"/api/events/jobs/{job_id}/cancel", {"reason": "too slow"})
+    job = await api.ended(job_id)
+
+    assert answer.status_code == 200
+    assert job["status"] == "cancelled"
+
+
+async def test_what_the_state_does_not_allow_is_a_conflict_and_changes_nothing(api: Api) -> None:
+    ended = await api.submit()
+    await api.ended(ended)
+    running = await api.submit({"seconds": 3600})
+    await api.until_event(running, "JobClaimed")
+    head = await api.log.head()
+
+    for method, path in [
+        ("POST", f"{ended}/cancel"),
+        ("POST", f"{running}/restart"),
+        ("DELETE", running),
+    ]:
+        answer = await api.http.request(method, f"/api/events/jobs/{path}")
+        assert answer.status_code == 409, f"{method} {path}: {answer.text}"
+        assert answer.json()["code"] == "wrong_state"
+        assert answer.json()["message"].startswith("the job is ")
+    assert [event.type for event in await api.log.read(after=head) if event.type != "JobProgressed"] == []
+
+
+@pytest.mark.parametrize("action", ["cancel", "restart", "archive", "unarchive"])
+async def test_an_action_on_a_job_that_does_not_exist_is_not_found(idle_api: Api, action: str) -> None:
+    answer = await idle_api.post(f"/api/events/jobs/job-000000000000000000000000/{action}")
+
+    assert answer.status_code == 404
+    assert answer.json()["code"] == "job_not_found"
+
+
+async def test_an_action_on_a_deleted_job_is_not_found(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    deleted = await idle_api.http.delete(f"/api/events/jobs/{job_id}")
+    gone = await idle_api.get(f"/api/events/jobs/{job_id}", deleted.headers["ledger-position"])
+
+    assert gone.status_code == 404
+    assert (await idle_api.post(f"/api/events/jobs/{job_id}/restart")).status_code == 404
+    assert (await idle_api.http.delete(f"/api/events/jobs/{job_id}")).status_code == 404
+
+
+async def test_header_values_of_webhooks_are_never_told_and_never_logged(idle_api: Api) -> None:
+    webhook = {"url": "https://example.org/hook", "headers": {"Authorization": SECRET, "X.Odd$Name": SECRET}}
+    answer = await idle_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}, "webhook": webhook})
+    batch = await idle_api.post(
+        "/api/events/batches",
+        {"jobs": [{"job_type": "echo", "parameters": {}, "webhook": webhook}], "webhook": webhook},
+    )
+    position = int(batch.headers["ledger-position"])
+    job_id, batch_id = answer.json()["job_id"], batch.json()["batch_id"]
+    told = [
+        answer.text,
+        batch.text,
+        (await idle_api.get("/api/events/jobs", position)).text,
+        (await idle_api.get(f"/api/events/jobs/{job_id}")).text,
+        (await idle_api.get(f"/api/events/jobs/{job_id}/history")).text,
+        (await idle_api.get("/api/events/batches")).text,
+        (await idle_api.get(f"/api/events/batches/{batch_id}")).text,
+        str(await idle_api.take(3, after=0)),
+        str([document async for document in idle_api.db.events.find()]),
+        str([document async for document in idle_api.db.jobs.find()]),
+        str([document async for document in idle_api.db.batches.find()]),
+    ]
+
+    assert all("Authorization" in text for text in told)
+    assert not [text for text in told if "s3cr3t" in text]
+    assert answer.json()["job"]["webhook"]["headers"] == {"Authorization": "***", "X.Odd$Name": "***"}
+    kept = [document async for document in idle_api.db.webhook_headers.find()]
+    assert [document["headers"]["Authorization"] for document in kept] == [SECRET] * 3
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"$ref": "x", "$id": "y"},
+        {"$id": "x"},
+        {"Good": "a\r\nInjected: yes"},
+        {"Good": "nul \x00"},
+        {"Good": "x" * 10_000},
+        {"two words": "x"},
+        {"": "x"},
+    ],
+    ids=["a database reference", "half a reference", "a line break", "a NUL", "too long", "a blank", "no name"],
+)
+async def test_webhook_headers_that_nobody_can_send_or_store_are_refused(
+    idle_api: Api, headers: dict[str, str]
+) -> None:
+    webhook = {"url": "https://example.org/hook", "headers": headers}
+    answer = await idle_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}, "webhook": webhook})
+
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["message"].startswith("webhook.headers.")
+    assert "Injected" not in answer.text
+    assert (await idle_api.get("/api/events/jobs")).json()["total"] == 0
+
+
+async def test_statistics_are_what_counting_says(api: Api) -> None:
+    job_ids = [await api.submit({"track": track}) for track in ("A", "A", "B")]
+    job_ids += [await api.submit({"track": "A", "fail": "on purpose"})]
+    batch = await api.submit_batch({"track": "B"}, {})
+    for job_id in job_ids:
+        await api.ended(job_id)
+    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    stats = (await api.get("/api/monitoring/events/stats", finished["position"])).json()["stats"]
+
+    assert stats["jobs"] == {
+        **{"total": 6, "pending": 0, "processing": 0, "completed": 5, "failed": 1, "cancelled": 0},
+    }
+    assert stats["batches"] == {"total": 1, "active": 0}
+    assert stats["tracks"] == [
+        {"_id": "A", "count": 3, "completed": 2, "failed": 1},
+        {"_id": "B", "count": 2, "completed": 2, "failed": 0},
+    ]
+    for status, number in stats["jobs"].items():
+        query = {} if status == "total" else {"status": status}
+        assert await api.db.jobs.count_documents(query) == number
+        asked = f"?status={status}" if query else ""
+        assert (await api.get(f"/api/events/jobs{asked}")).json()["total"] == number
+    assert len(stats["workers"]) == 1
+    assert stats["log"]["head"] >= finished["position"]
+
+
+async def test_health_and_the_front_page_answer(idle_api: Api) -> None:
+    for path in ("/healthz", "/readyz", "/"):
+        answer = await idle_api.get(path)
+        assert answer.status_code == 200
+        assert answer.json()["status"] == "success"

@@ -1,0 +1,142 @@
+"""The log as Server-Sent Events: resumed without gap or double, filtered, and gone without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import aclosing
+
+from tests.api.conftest import DEADLINE_SECONDS, Api
+
+
+async def test_the_stream_tells_history_first_and_then_what_happens_live(idle_api: Api) -> None:
+    before = [await idle_api.submit({"number": number}) for number in range(3)]
+    seen = []
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(idle_api.events(after=0)) as events:
+        async for event in events:
+            seen.append(event)
+            if len(seen) == 3:
+                before.append(await idle_api.submit({"number": 3}))
+            if len(seen) == 4:
+                break
+
+    assert [event["stream"] for event in seen] == before
+    assert [event["position"] for event in seen] == [1, 2, 3, 4]
+    assert [event["sse_id"] for event in seen] == ["1", "2", "3", "4"]
+    assert seen[0]["data"]["parameters"] == {"number": 0}
+
+
+async def test_without_a_beginning_the_stream_tells_only_what_happens_from_now_on(idle_api: Api) -> None:
+    await idle_api.submit()
+    seen = []
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        async with idle_api.http.stream("GET", "/api/ledger/stream") as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            job_id = await idle_api.submit()
+            async for line in answer.aiter_lines():
+                if line.startswith("data:"):
+                    seen.append(line)
+                    break
+
+    assert job_id in seen[0]
+
+
+async def test_a_client_that_keeps_losing_its_connection_sees_every_event_once(api: Api) -> None:
+    chance = random.Random(4711)
+    submitting = asyncio.create_task(_submit_some(api, 15))
+    positions: list[int] = [0]
+    last = False
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not last:
+            wanted = chance.randint(1, 12)
+            # `after` is what the page was opened with; a browser sends it again, and Last-Event-ID is what counts.
+            async with aclosing(api.events(last_event_id=positions[-1], after=3)) as events:
+                async for event in events:
+                    positions.append(event["position"])
+                    last = event["data"].get("parameters") == {"last": True}
+                    wanted -= 1
+                    if last or not wanted:
+                        break
+    await submitting
+
+    assert positions == list(range(len(positions)))
+    assert len(positions) > 15 * 3
+
+
+async def _submit_some(api: Api, number: int) -> None:
+    for _ in range(number):
+        await api.ended(await api.submit())
+    await api.submit({"last": True})
+
+
+async def test_a_stream_can_be_narrowed_to_types_a_job_or_a_batch(api: Api) -> None:
+    alone = await api.submit()
+    batch = await api.submit_batch({}, {})
+    await api.ended(alone)
+    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    everything = await api.log.read(after=0)
+
+    def expected(*, types: set[str] | None = None, streams: set[str] | None = None) -> list[int]:
+        return [
+            event.position
+            for event in everything
+            if (types is None or event.type in types) and (streams is None or event.stream in streams)
+        ]
+
+    async def seen(number: int, **query: object) -> list[int]:
+        return [event["position"] for event in await api.take(number, after=0, **query)]
+
+    of_types = expected(types={"JobSubmitted", "JobCompleted"})
+    assert await seen(len(of_types), types="JobSubmitted,JobCompleted") == of_types
+    of_job = expected(streams={alone})
+    assert await seen(len(of_job), job_id=alone) == of_job
+    of_batch = expected(streams={batch["batch_id"], *batch["job_ids"]})
+    assert of_batch[-1] == finished["position"]
+    assert await seen(len(of_batch), batch_id=batch["batch_id"]) == of_batch
+    both = expected(streams={batch["job_ids"][0]}, types={"JobCompleted"})
+    assert await seen(1, batch_id=batch["batch_id"], job_id=batch["job_ids"][0], types="JobCompleted") == both
+
+
+async def test_clients_that_go_away_leave_nothing_behind(idle_api: Api) -> None:
+    await idle_api.submit()
+
+    async def come_and_go() -> None:
+        assert len(await idle_api.take(1, after=0)) == 1
+
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await come_and_go()
+        one_was_here = len(asyncio.all_tasks())
+        await asyncio.gather(*(come_and_go() for _ in range(30)))
+        while len(asyncio.all_tasks()) > one_was_here:
+            await asyncio.wait(asyncio.all_tasks() - {_this_task()}, timeout=0.1)
+
+
+def _this_task() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+async def test_many_clients_at_once_see_the_same(idle_api: Api) -> None:
+    watching = [asyncio.create_task(idle_api.take(30, after=0)) for _ in range(20)]
+    for number in range(30):
+        await idle_api.submit({"number": number})
+    seen = await asyncio.gather(*watching)
+
+    assert all([event["position"] for event in events] == list(range(1, 31)) for events in seen)
+
+
+async def test_separators_of_lines_inside_a_text_do_not_tear_an_event_apart(idle_api: Api) -> None:
+    text = "one\r\ntwo\rthree\nfour\u2028five\u2029six\x85seven\x0b\x0c\x1c"
+    await idle_api.submit({"text": text})
+    async with asyncio.timeout(DEADLINE_SECONDS), idle_api.http.stream("GET", "/api/ledger/stream?after=0") as answer:
+        received = b""
+        async for part in answer.aiter_bytes():
+            received += part
+            if received.endswith(b"\r\n\r\n"):
+                break
+
+    lines = [line for line in received.split(b"\r\n") if line.startswith(b"data:")]
+    assert len(lines) == 1
+    assert b"\n" not in lines[0]
+    assert b"\r" not in lines[0]
