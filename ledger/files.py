@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +48,13 @@ class FileStore:
 
     def put_bytes(self, content: bytes) -> Stored:
         """Store bytes."""
-        with tempfile.NamedTemporaryFile(dir=self.root, delete=False) as file:
+        with (
+            tempfile.NamedTemporaryFile(dir=self.root, delete=False) as file,
+            _removed_in_the_end(Path(file.name)) as path,
+        ):
             file.write(content)
-        return self.put_file(Path(file.name))
+            file.flush()
+            return self.put_file(path)
 
     def put_file(self, path: Path) -> Stored:
         """Take a file over: it is moved into the store, or copied when it lies on another file system."""
@@ -57,10 +64,13 @@ class FileStore:
             os.fsync(file.fileno())
         target = self.path(sha256)
         if not target.exists():
-            target.parent.mkdir(exist_ok=True)
+            if not target.parent.exists():
+                target.parent.mkdir(exist_ok=True)
+                _sync_directory(self.root)
             _move(path, target)
             _sync_directory(target.parent)
-        path.unlink(missing_ok=True)
+        if path.resolve() != target.resolve():
+            path.unlink(missing_ok=True)
         return Stored(sha256, size)
 
     def path(self, sha256: str) -> Path:
@@ -71,16 +81,31 @@ class FileStore:
 
 
 def _move(path: Path, target: Path) -> None:
+    """Give a file its name in the store. Permissions first: with a name it is there for good, as it is."""
+    if not path.is_symlink():  # of a link, what it leads to is wanted, as it is now
+        with suppress(OSError):  # another file system, or another's file
+            path.chmod(0o644)
+            path.replace(target)
+            return
+    with (
+        tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy,
+        _removed_in_the_end(Path(copy.name)) as copied,
+        path.open("rb") as file,
+    ):
+        shutil.copyfileobj(file, copy, 1 << 20)
+        copy.flush()
+        os.fsync(copy.fileno())
+        copied.chmod(0o644)
+        copied.replace(target)
+
+
+@contextmanager
+def _removed_in_the_end(path: Path) -> Iterator[Path]:
+    """Leave nothing behind under a temporary name, whatever fails."""
     try:
-        path.replace(target)
-    except OSError:  # another file system
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy, path.open("rb") as file:
-            while block := file.read(1 << 20):
-                copy.write(block)
-            copy.flush()
-            os.fsync(copy.fileno())
-        Path(copy.name).replace(target)
-    target.chmod(0o644)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -45,6 +45,7 @@ class Connection:
             "connectTimeoutMS": self.connect_timeout_ms,
             "serverSelectionTimeoutMS": self.connect_timeout_ms,
             "tz_aware": True,
+            "readPreference": "primary",  # whatever the URI says: decisions need what is true now
             "appname": "jobledger",
         }
 

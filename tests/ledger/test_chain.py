@@ -1,0 +1,211 @@
+"""Canonical JSON against another implementation of RFC 8785, and the chain that a change of history breaks."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from hashlib import sha256
+from typing import Any
+
+import bson
+import pytest
+import rfc8785
+from bson.codec_options import CodecOptions
+from bson.int64 import Int64
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ledger.chain import DEEPEST, GENESIS, LARGEST_INTEGER, canonical, chained_text, digest
+from ledger.commands import ClaimJob
+from ledger.errors import InvalidEvent
+from ledger.events import JobSubmitted
+from ledger.handle import handle
+from tests.support.examples import EXAMPLES, NOON, a_job
+from tests.support.ledgers import META, Ledger, check_chain, check_log, stored
+from tests.support.strategies import FLOATS, JSON, WHOLE
+
+AS_THE_DRIVER_READS = CodecOptions[dict[str, Any]](tz_aware=True, tzinfo=UTC)
+
+
+@given(JSON)
+@example({"€": 1, "\r": 2, "דּ": 3, "1": 4, "😀": 5, "\x80": 6, "ö": 7})  # RFC 8785, section 3.2.3
+@example({"\ue000": 1, "\U00010000": 2})  # by UTF-16 the astral one comes first, by code point last
+@example(['\u20ac$\x0f\nA\'B"\\\\"/', "\x7f", "\u2028", "\0"])
+@example({"": 1, "a.b": 2, "a$": 3})
+def test_canonical_json_agrees_with_another_implementation(value: Any) -> None:
+    assert canonical(value) == rfc8785.dumps(value)
+    assert canonical({"in an object": value}) == rfc8785.dumps({"in an object": value})
+
+
+@given(st.integers(0, 2**64 - 1).map(lambda bits: struct.unpack("<d", struct.pack("<Q", bits))[0]))
+@example(1e21)
+@example(1e21 - 131072)
+@example(1e-6)
+@example(9.999999999999999e-7)
+@example(333333333.33333329)
+@example(5e-324)
+@example(-1.7976931348623157e308)
+@example(-0.0)
+@example(123456789012345680000.0)
+@example(0.000001)
+@example(1e23)
+def test_every_double_is_written_as_another_implementation_does(number: float) -> None:
+    if number - number != 0:  # NaN or infinite
+        with pytest.raises(InvalidEvent):
+            canonical({"n": number})
+    else:
+        assert canonical({"n": number, "m": [1, number]}) == rfc8785.dumps({"n": number, "m": [1, number]})
+        assert float(canonical(number)) == number
+
+
+@given(WHOLE)
+@example(LARGEST_INTEGER)
+@example(-LARGEST_INTEGER)
+def test_whole_numbers_are_written_in_full_whatever_the_database_makes_of_them(number: int) -> None:
+    assert canonical({"n": [number]}) == canonical({"n": [Int64(number)]}) == rfc8785.dumps({"n": [number]})
+
+
+@given(FLOATS)
+def test_equal_numbers_have_equal_text(number: float) -> None:
+    if number.is_integer() and abs(number) <= LARGEST_INTEGER:
+        assert canonical({"n": number}) == canonical({"n": int(number)})
+
+
+@given(st.integers(min_value=LARGEST_INTEGER + 1) | st.integers(max_value=-LARGEST_INTEGER - 1))
+def test_integers_that_readers_disagree_about_are_refused(number: int) -> None:
+    with pytest.raises(InvalidEvent):
+        canonical({"n": number})
+    with pytest.raises(InvalidEvent):
+        canonical([{"n": [number]}])
+
+
+def test_whoever_sends_a_too_large_integer_is_told_what_to_do() -> None:
+    with pytest.raises(InvalidEvent, match="send it as a string"):
+        canonical({"n": LARGEST_INTEGER + 1})
+
+
+def nested(levels: int, leaf: Any = 0) -> Any:
+    for _ in range(levels):
+        leaf = [leaf]
+    return leaf
+
+
+@dataclass
+class Point:
+    x: int = 1
+
+
+NOT_JSON: dict[str, Any] = {
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "lone surrogate": "\ud800",
+    "lone surrogate in a name": {"\udfff": 1},
+    "lone surrogate among other names": {"a\udfff": {"b": 1}},
+    "name that begins with $": {"$set": 1},
+    "inner name that begins with $": {"fine": {"$where": 1}},
+    "NUL in a name": {"a\0b": 1},
+    "too deep": nested(DEEPEST + 2),
+    "much too deep": nested(100_000),
+    "number as a name": {1: 2},
+    "nothing as a name": {None: 2},
+    "set": {1, 2},
+    "object": object(),
+    "complex": complex(1, 2),
+    # What some JSON libraries write, but the driver cannot store:
+    "date": NOON.date(),
+    "time of day": NOON.time(),
+    "dataclass": Point(),
+    "integer beyond 64 bits": 2**64,
+    "decimal": Decimal(1),
+}
+
+
+@pytest.mark.parametrize("value", NOT_JSON.values(), ids=NOT_JSON.keys())
+@pytest.mark.parametrize("beside", ["plain text", "$ä€😀", 0.5], ids=["alone", "beside odd text", "beside a fraction"])
+def test_what_cannot_be_stored_or_hashed_is_refused(value: Any, beside: Any) -> None:
+    with pytest.raises(InvalidEvent):
+        canonical({"beside": beside, "data": {"values": [value]}})
+    with pytest.raises(InvalidEvent):
+        canonical(value)
+
+
+def test_the_deepest_value_that_is_accepted_survives_the_database() -> None:
+    value = {"data": nested(DEEPEST - 1)}
+    assert canonical(bson.decode(bson.encode(value))) == canonical(value)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        NOON,
+        datetime(2025, 2, 1, 12, 0, 0, 123999, tzinfo=UTC),
+        datetime(2025, 2, 1, 12),  # noqa: DTZ001 - a time without a zone is what this is about
+        datetime(2025, 2, 1, 23, 59, 59, tzinfo=timezone(timedelta(hours=-7))),
+        datetime(987, 6, 5, tzinfo=UTC),
+    ],
+    ids=str,
+)
+def test_a_time_has_the_same_text_before_and_after_the_database(moment: datetime) -> None:
+    there = bson.decode(bson.encode({"at": moment}), AS_THE_DRIVER_READS)
+    assert canonical(there) == canonical({"at": moment})
+    assert datetime.fromisoformat(canonical(moment).decode().strip('"')) == there["at"]
+
+
+def test_bytes_and_tuples_have_the_same_text_before_and_after_the_database() -> None:
+    value = {"bytes": b"\x00\xff", "tuple": (1, (2,))}
+    assert canonical(bson.decode(bson.encode(value))) == canonical(value) == b'{"bytes":"00ff","tuple":[1,[2]]}'
+
+
+@given(st.dictionaries(st.text(max_size=3).filter(lambda name: name.isalnum()), WHOLE), st.randoms())
+def test_a_digest_does_not_depend_on_the_order_of_names(value: dict[str, int], random: Any) -> None:
+    names = list(value)
+    random.shuffle(names)
+    assert digest({name: value[name] for name in names}) == digest(value) == sha256(rfc8785.dumps(value)).hexdigest()
+
+
+# The chain --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["event_id", "stream", "version", "type", "schema", "time", "data", "meta", "prev"])
+async def test_a_changed_field_breaks_the_chain(quiet: Ledger, name: str) -> None:
+    await quiet.submit()
+    [document] = await stored(quiet.db)
+    check_chain([document])
+    changes: dict[str, Any] = {
+        "version": 2,
+        "schema": 2,
+        "time": document["time"] + timedelta(milliseconds=1),
+        "data": document["data"] | {"user_id": "mallory"},
+        "meta": document["meta"] | {"actor": "user:mallory"},
+        "prev": b"\1" + GENESIS[1:],
+    }
+    forged = document | {name: changes.get(name, f"{document.get(name)}x")}
+    assert sha256(chained_text(forged)).digest() != document["hash"]
+
+
+async def test_a_missing_or_swapped_event_breaks_the_chain(quiet: Ledger) -> None:
+    submitted = await quiet.submit()
+    await handle(quiet.log, submitted.events[0].stream, ClaimJob("w1", NOON), meta=META)
+    documents = await stored(quiet.db)
+    check_log(documents)
+    for forged in (documents[1:], documents[::-1]):
+        with pytest.raises(AssertionError):
+            check_chain(forged)
+
+
+async def test_the_position_is_not_part_of_the_hash(quiet: Ledger) -> None:
+    await quiet.submit()
+    [document] = await stored(quiet.db)
+    check_chain([document | {"_id": 4711}])
+
+
+async def test_chains_recomputed_from_the_database_verify_for_every_kind_of_content(quiet: Ledger) -> None:
+    full = EXAMPLES[0]
+    assert isinstance(full, JobSubmitted)
+    await quiet.submit(full)
+    local = datetime(2025, 2, 1, 14, 0, 0, 123456, tzinfo=timezone(timedelta(hours=2)))
+    for value in (2**40, -1, 0.1, 1.0, -0.0, 1e300, "😀\0", None, True, [], {}, [{"a.b": [[]]}], b"\1", local):
+        await quiet.submit(a_job(parameters={"value": value, "nested": [{"value": value}]}))
+    check_log(await stored(quiet.db))

@@ -1,0 +1,148 @@
+"""The catalogue: every event survives the database, and every event ever stored can still be read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import bson
+import pytest
+from bson.codec_options import CodecOptions
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ledger.chain import GENESIS, chained_text
+from ledger.events import EVENT_TYPES, Event, Meta
+from ledger.log import VOID_STREAM, parse
+from tests.support import golden
+from tests.support.examples import EXAMPLES, NOON
+from tests.support.ledgers import check_chain
+from tests.support.strategies import of_event
+
+AS_THE_DRIVER_READS = CodecOptions[dict[str, Any]](tz_aware=True, tzinfo=UTC)
+EVERY_TYPE = sorted(EVENT_TYPES.values(), key=lambda event: event.__name__)
+
+
+def by_name(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
+def document_of(event: Event) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "_id": 1,
+        "event_id": "01a209d5-0be5-70bb-a8c6-9560ad79fa4f",
+        "stream": "job-1",
+        "version": 1,
+        "type": type(event).__name__,
+        "schema": event.schema_version,
+        "time": NOON,
+        "data": event.payload(),
+        "meta": Meta("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01").payload(),
+        "prev": GENESIS,
+    }
+    return {**document, "hash": sha256(chained_text(document)).digest()}
+
+
+def through_the_database(document: dict[str, Any]) -> dict[str, Any]:
+    return bson.decode(bson.encode(document), AS_THE_DRIVER_READS)
+
+
+@pytest.mark.parametrize("event", EXAMPLES, ids=by_name)
+def test_every_event_and_its_hash_survive_the_database(event: Event) -> None:
+    there = through_the_database(document_of(event))
+    check_chain([there])
+    assert parse(there).event == event
+    assert parse(there).meta == Meta("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01")
+
+
+@pytest.mark.parametrize("kind", EVERY_TYPE, ids=by_name)
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_whatever_is_in_an_event_it_and_its_hash_survive_the_database(kind: type[Event], data: st.DataObject) -> None:
+    event = data.draw(of_event(kind))
+    there = through_the_database(document_of(event))
+    check_chain([there])
+    assert parse(there).event == event
+    assert parse(there).event.payload() == event.payload()
+
+
+def test_optional_fields_that_were_not_given_are_not_stored() -> None:
+    assert EVENT_TYPES["JobCancelled"](by="alice").payload() == {"by": "alice"}  # type: ignore[call-arg]  # its own
+    assert EVENT_TYPES["JobUpdated"].model_validate({"by": "alice", "parameters": {}}).payload() == {
+        "by": "alice",
+        "parameters": {},
+    }
+
+
+def test_what_a_required_field_holds_is_stored_even_if_it_is_nothing() -> None:
+    step = {"attempt": 1, "step": "page", "key": "k", "output": None, "duration_s": 0.0}
+    assert EVENT_TYPES["StepCompleted"].model_validate(step).payload()["output"] is None
+
+
+def test_an_event_cannot_be_changed_once_it_is_made() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        EXAMPLES[1].attempt = 2  # type: ignore[attr-defined]  # that is the point
+
+
+def test_there_is_an_example_of_every_event() -> None:
+    assert {type(example) for example in EXAMPLES} == set(EVENT_TYPES.values())
+
+
+# Golden histories -------------------------------------------------------------------------------------------------
+
+GOLDEN = golden.histories()
+
+
+@pytest.mark.parametrize("kind", EVERY_TYPE, ids=by_name)
+def test_every_event_has_a_golden_history(kind: type[Event]) -> None:
+    assert golden.file_of(kind).exists(), "record it: python -m tests.support.golden"
+
+
+@pytest.mark.parametrize("document", GOLDEN, ids=lambda document: f"{document['type']}.{document['schema']}")
+def test_what_was_stored_once_can_still_be_read(document: dict[str, Any]) -> None:
+    event = parse(document)
+    assert event.type == document["type"]
+    assert (event.position, event.version, event.stream) == (document["_id"], document["version"], document["stream"])
+    assert event.hash == document["hash"]
+    assert event.meta.payload() == document["meta"]
+    if document["schema"] == event.event.schema_version:
+        assert_contains(event.event.payload(), document["data"])
+
+
+def assert_contains(now: Any, then: Any) -> None:
+    """New fields may have come; nothing that was stored is dropped or read differently."""
+    if isinstance(then, dict):
+        for name, value in then.items():
+            assert name in now, f"{name} is not read any more"
+            assert_contains(now[name], value)
+    elif isinstance(then, list):
+        assert len(now) == len(then)
+        for mine, its in zip(now, then, strict=True):
+            assert_contains(mine, its)
+    else:
+        assert now == then
+
+
+def test_the_chains_of_golden_histories_still_verify() -> None:
+    streams: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for document in GOLDEN:
+        streams[document["stream"]].append(document)
+    for void in streams.pop(VOID_STREAM):
+        check_chain([void])
+    assert len(streams) >= 2
+    for documents in streams.values():
+        documents.sort(key=lambda document: document["version"])
+        assert [document["version"] for document in documents] == list(range(1, len(documents) + 1))
+        check_chain(documents)
+
+
+async def test_recording_is_done_once_and_never_over_an_earlier_record(mongodb_uri: str, tmp_path: Path) -> None:
+    await golden.record(mongodb_uri, EXAMPLES[:2], tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(path.name for path in before) == ["JobClaimed.1.json", "JobSubmitted.1.json"]
+    with pytest.raises(FileExistsError):
+        golden.write(GOLDEN[0] | {"time": datetime.now(UTC)}, golden.file_of(type(EXAMPLES[0]), tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

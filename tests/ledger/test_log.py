@@ -1,0 +1,708 @@
+"""The log: dense positions whoever writes, dies or dawdles, and subscribers who all see the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from enum import Enum
+from typing import Any
+from uuid import UUID
+
+import pytest
+from pymongo.errors import AutoReconnect
+
+from ledger.commands import ChangeAccess, ClaimJob, SubmitBatch, SubmitJob
+from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
+from ledger.events import BatchSubmitted, Event, JobClaimed, JobProgressed, JobSubmitted, PositionVoided, Recorded
+from ledger.handle import handle, handle_new, new_batch_id, new_job_id
+from ledger.log import LARGEST_EVENT_BYTES, VOID_STREAM, Append, EventLog, Head, Limits
+from ledger.mongo import Connection, Database
+from tests.ledger.conftest import QUICK
+from tests.support.examples import ACCESS, NOON, a_job
+from tests.support.ledgers import (
+    DEADLINE_SECONDS,
+    META,
+    Ledger,
+    change_stream_operations,
+    check_log,
+    first,
+    ledger_on,
+    lose_a_ticket,
+    positions,
+    stored,
+    take,
+    whole,
+)
+from tests.support.proxy import Proxy
+
+
+def append_of(*events: Event, stream: str | None = None, head: Head = Head()) -> Append:
+    return Append(stream or new_job_id(), head, events, META, NOON)
+
+
+def head_of(event: Recorded) -> Head:
+    return Head(event.version, event.position, event.hash)
+
+
+def progress(percent: float = 0.0) -> JobProgressed:
+    return JobProgressed(attempt=1, step="page", percent=percent, message="")
+
+
+class Dawdler(EventLog):
+    """A log whose writer can be held up between taking its numbers and inserting."""
+
+    def __init__(self, db: Database, limits: Limits) -> None:
+        super().__init__(db, limits)
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+        self.numbered = asyncio.Event()
+
+    async def _insert(self, todo: Sequence[Any]) -> list[Any]:
+        self.numbered.set()
+        await self.go_on.wait()
+        return await super()._insert(todo)
+
+    async def held_up(self, *appends: Append) -> asyncio.Task[list[Recorded]]:
+        """Begin to append and stop there; `go_on` lets it continue."""
+        self.go_on.clear()
+        self.numbered.clear()
+        appending = asyncio.create_task(self.append(*appends))
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await self.numbered.wait()
+        return appending
+
+
+@asynccontextmanager
+async def dawdler_on(connection: Connection, limits: Limits = QUICK) -> AsyncIterator[Dawdler]:
+    async with ledger_on(connection, limits, live=False, kind=Dawdler) as ledger:
+        assert isinstance(ledger.log, Dawdler)
+        try:
+            yield ledger.log
+        finally:
+            ledger.log.go_on.set()
+
+
+class Forgetful(EventLog):
+    """A log whose network breaks after the server has done what it was asked to: the first `losses` times."""
+
+    losses = 1
+    lost_after = 1_000_000
+    """How many of the documents the server still took in."""
+
+    async def _insert(self, todo: Sequence[Any]) -> list[Any]:
+        if self.losses:
+            self.losses -= 1
+            documents = [document for waiting in todo for document in waiting.documents]
+            await self._events.insert_many(documents[: self.lost_after])
+            raise AutoReconnect("connection closed")
+        return await super()._insert(todo)
+
+
+# Append -----------------------------------------------------------------------------------------------------------
+
+
+async def test_positions_count_through_the_log_and_versions_through_each_stream(quiet: Ledger) -> None:
+    one = await quiet.submit()
+    two = await quiet.submit()
+    claimed = await handle(quiet.log, one.events[0].stream, ClaimJob("w1", NOON), meta=META, known=one.known)
+    events = [*one.events, *two.events, *claimed.events]
+    assert [(event.position, event.version) for event in events] == [(1, 1), (2, 1), (3, 2)]
+    assert await quiet.log.read() == events
+    check_log(await stored(quiet.db))
+
+
+async def test_what_append_returns_is_what_is_stored(quiet: Ledger) -> None:
+    recorded = await quiet.log.append(append_of(a_job(), progress(0.5), stream="job-1"))
+    assert recorded == await quiet.log.read_stream("job-1")
+    assert [event.time for event in recorded] == [NOON, NOON]
+    assert [event.meta for event in recorded] == [META, META]
+    assert len({event.event_id for event in recorded}) == 2
+
+
+async def test_appending_nothing_takes_no_number(quiet: Ledger) -> None:
+    assert await quiet.log.append() == []
+    assert await quiet.log.append(append_of()) == []
+    assert await quiet.db.counters.find_one({"_id": "events"}) is None
+
+
+async def test_a_conflict_tells_which_version_was_found(quiet: Ledger) -> None:
+    await quiet.log.append(append_of(a_job(), progress(), progress(), stream="job-1"))
+    with pytest.raises(VersionConflict) as lost:
+        await quiet.log.append(append_of(progress(), stream="job-1", head=Head(version=1)))
+    assert (lost.value.stream, lost.value.expected, lost.value.found) == ("job-1", 1, 3)
+    with pytest.raises(VersionConflict) as lost:
+        await quiet.log.append(append_of(progress(), progress(), stream="job-1", head=Head(version=2)))
+    assert (lost.value.stream, lost.value.expected, lost.value.found) == ("job-1", 2, 3)
+
+
+async def test_of_many_writers_for_a_version_one_wins_and_the_others_learn_which(connection: Connection) -> None:
+    async with ledger_on(connection, QUICK, live=False) as one, ledger_on(connection, QUICK, live=False) as two:
+        [submitted] = await one.log.append(append_of(a_job(), stream="job-1"))
+        head = head_of(submitted)
+        for _ in range(5):
+            attempts = [
+                log.append(append_of(progress(writer), stream="job-1", head=head))
+                for writer in range(10)
+                for log in (one.log, two.log)
+            ]
+            answers = await asyncio.gather(*attempts, return_exceptions=True)
+            winners = [answer for answer in answers if isinstance(answer, list)]
+            losers = [answer for answer in answers if isinstance(answer, VersionConflict)]
+            assert (len(winners), len(losers)) == (1, 19)
+            assert {loser.found for loser in losers} == {head.version + 1}
+            head = head_of(winners[0][0])
+        await whole(one.log)
+        check_log(await stored(one.db))
+
+
+async def test_racing_commands_for_one_stream_all_get_their_own_version(connection: Connection) -> None:
+    async with ledger_on(connection, QUICK) as one, ledger_on(connection, QUICK, live=False) as two:
+        job_id = (await one.submit()).events[0].stream
+        commands = [
+            handle(ledger.log, job_id, ChangeAccess(f"user-{number}", ACCESS), meta=META)
+            for number in range(8)
+            for ledger in (one, two)
+        ]
+        handled = await asyncio.gather(*commands)
+        assert sorted(answer.events[0].version for answer in handled) == list(range(2, 18))
+        assert {answer.known.head.version for answer in handled} == set(range(2, 18))
+        check_log(await stored(one.db))
+
+
+async def test_events_of_several_streams_are_written_all_or_none(quiet: Ledger) -> None:
+    taken = (await quiet.submit()).events[0].stream
+    batch_id, job_id = new_batch_id(), new_job_id()
+    batch = SubmitBatch(BatchSubmitted(total_jobs=2, job_ids=[job_id, taken], user_id="alice"))
+    with pytest.raises(VersionConflict, match=taken):
+        await handle_new(
+            quiet.log, [(batch_id, batch), (job_id, SubmitJob(a_job())), (taken, SubmitJob(a_job()))], meta=META
+        )
+    assert await quiet.log.read_stream(batch_id) == await quiet.log.read_stream(job_id) == []
+    recorded = await handle_new(quiet.log, [(batch_id, batch), (job_id, SubmitJob(a_job()))], meta=META)
+    assert [event.stream for event in recorded] == [batch_id, job_id]
+    assert recorded[1].position == recorded[0].position + 1
+    check_log(await stored(quiet.db))
+
+
+async def test_numbers_that_a_lost_race_leaves_over_are_voided_at_once_by_the_writer(quiet: Ledger) -> None:
+    await quiet.log.append(append_of(a_job(), stream="job-1"))
+    with pytest.raises(VersionConflict):
+        await quiet.log.append(append_of(a_job(), stream="job-1"))
+    with pytest.raises(VersionConflict):
+        await quiet.log.append(append_of(a_job(), stream="job-2"), append_of(a_job(), stream="job-1"))
+    voids = [document for document in await stored(quiet.db) if document["stream"] == VOID_STREAM]
+    assert [(void["_id"], void["version"], void["type"]) for void in voids] == [
+        (position, position, "PositionVoided") for position in (2, 3, 4)
+    ]
+
+
+async def test_of_two_appends_to_one_stream_in_one_call_the_second_is_too_late(quiet: Ledger) -> None:
+    twice = append_of(a_job(), stream="job-1"), append_of(a_job(), stream="job-1")
+    with pytest.raises(VersionConflict, match="job-1 is at version 1, not 0"):
+        async with asyncio.timeout(5):
+            await quiet.log.append(*twice)
+    assert await quiet.log.head() == 0
+
+
+async def test_many_single_events_travel_together(connection: Connection) -> None:
+    async with dawdler_on(connection) as log:
+        ahead = await log.held_up(append_of(a_job()))
+        gathering = [asyncio.create_task(log.append(append_of(a_job()))) for _ in range(50)]
+        await asyncio.sleep(0)
+        log.go_on.set()
+        recorded = await asyncio.gather(ahead, *gathering)
+        assert [event.position for events in recorded for event in events] == list(range(1, 52))
+
+
+# Errors and the group ---------------------------------------------------------------------------------------------
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+BAD: dict[str, Any] = {
+    "NaN": float("nan"),
+    "lone surrogate": "\ud800",
+    "operator": {"$set": 1},
+    "huge integer": 2**64,
+    "UUID": UUID(int=1),
+    "enum": Colour.RED,
+    "too large": "x" * (LARGEST_EVENT_BYTES + 1),
+    "too large for the database only": [0] * 1_500_000,
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+async def test_an_event_that_cannot_be_stored_does_not_hurt_those_it_would_travel_with(quiet: Ledger, bad: Any) -> None:
+    good = [quiet.log.append(append_of(a_job())) for _ in range(3)]
+    answers = await asyncio.wait_for(
+        asyncio.gather(
+            *good,
+            quiet.log.append(append_of(a_job(parameters={"bad": bad}))),
+            quiet.log.append(append_of(a_job(), a_job(parameters={"bad": bad}))),
+            quiet.log.append(append_of(a_job())),
+            return_exceptions=True,
+        ),
+        DEADLINE_SECONDS,
+    )
+    assert [type(answer) for answer in answers] == [list, list, list, InvalidEvent, InvalidEvent, list]
+    await quiet.log.append(append_of(a_job()))
+    assert len([event for event in await quiet.log.read() if event.stream != VOID_STREAM]) == 5
+    check_log(await stored(quiet.db))
+
+
+async def test_a_caller_that_is_cancelled_does_not_take_its_group_along(connection: Connection) -> None:
+    async with dawdler_on(connection) as log:
+        ahead = await log.held_up(append_of(a_job(), stream="job-1"))
+        impatient = asyncio.create_task(log.append(append_of(a_job(), stream="job-2")))
+        patient = asyncio.create_task(log.append(append_of(a_job(), stream="job-3")))
+        await asyncio.sleep(0)
+        ahead.cancel()
+        impatient.cancel()
+        log.go_on.set()
+        [recorded] = await asyncio.wait_for(patient, DEADLINE_SECONDS)
+        assert recorded.position == 3
+        assert [event.stream for event in await log.read()] == ["job-1", "job-2", "job-3"]
+        assert ahead.cancelled()
+        assert impatient.cancelled()
+
+
+async def test_closing_finishes_the_appends_that_wait(connection: Connection) -> None:
+    async with dawdler_on(connection) as log:
+        ahead = await log.held_up(append_of(a_job()))
+        waiting = asyncio.create_task(log.append(append_of(a_job())))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(log.aclose())
+        log.go_on.set()
+        await asyncio.wait_for(closing, DEADLINE_SECONDS)
+        assert ahead.done()
+        assert (await waiting)[0].position == 2
+
+
+async def test_too_much_waiting_is_refused_until_it_is_written(connection: Connection) -> None:
+    async with dawdler_on(connection, Limits(waiting_events=3)) as log:
+        ahead = await log.held_up(append_of(a_job()))
+        waiting = [asyncio.create_task(log.append(append_of(a_job()))) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(LedgerBusy):
+            await log.append(append_of(a_job()))
+        log.go_on.set()
+        await asyncio.gather(ahead, *waiting)
+        await log.append(append_of(a_job()))
+        assert await log.head() == 5
+
+
+async def test_without_a_database_an_append_gives_up_at_its_deadline(mongodb_uri: str, db_name: str) -> None:
+    with Proxy(mongodb_uri) as proxy:
+        connection = Connection(proxy.uri, db_name, connect_timeout_ms=300)
+        async with ledger_on(connection, Limits(append_deadline_seconds=0.5), live=False) as ledger:
+            await ledger.submit()
+            proxy.close()
+            with pytest.raises(LedgerUnavailable, match="in time"):
+                await asyncio.wait_for(ledger.submit(), DEADLINE_SECONDS)
+            for reading in (ledger.log.head(), ledger.log.read(), ledger.log.read_stream("job-1")):
+                with pytest.raises(LedgerUnavailable):
+                    await reading
+
+
+async def test_a_connection_that_breaks_delays_an_append_and_does_not_repeat_it(mongodb_uri: str, db_name: str) -> None:
+    with Proxy(mongodb_uri) as proxy:
+        async with ledger_on(Connection(proxy.uri, db_name), live=False) as ledger:
+            for _ in range(5):
+                appending = asyncio.gather(*(ledger.submit() for _ in range(20)))
+                await asyncio.sleep(0.001)
+                proxy.cut()
+                await asyncio.wait_for(appending, DEADLINE_SECONDS)
+            events = await whole(ledger.log)
+            assert len([event for event in events if event.stream != VOID_STREAM]) == 100
+            check_log(await stored(ledger.db))
+
+
+# Numbers: lost, late, left behind ---------------------------------------------------------------------------------
+
+
+async def test_a_lost_number_is_voided_by_whoever_reads(quiet: Ledger) -> None:
+    await quiet.submit()
+    lost = await lose_a_ticket(quiet.db, 3)
+    await quiet.submit()
+    assert await quiet.log.read(limit=10) != []
+    events = await quiet.log.read(after=1)
+    assert positions(events) == [2, 3, 4, 5]
+    assert [type(event.event) for event in events[:3]] == [PositionVoided] * 3
+    assert lost == 2
+    check_log(await stored(quiet.db))
+
+
+async def test_a_lost_number_at_the_end_holds_nobody_up_and_is_no_event(quiet: Ledger) -> None:
+    await quiet.submit()
+    await lose_a_ticket(quiet.db)
+    assert positions(await quiet.log.read()) == [1]
+    assert await quiet.log.read(after=1) == []
+    assert await quiet.log.head() == 1
+
+
+async def test_all_subscribers_of_all_processes_see_the_same_where_numbers_were_lost(connection: Connection) -> None:
+    async with AsyncExitStack() as stack:
+        ledgers = [await stack.enter_async_context(ledger_on(connection, QUICK)) for _ in range(3)]
+        reading = [
+            asyncio.create_task(first(ledger.log, 30 - after, after=after)) for ledger in ledgers for after in (0, 0, 7)
+        ]
+        for number in range(10):
+            await lose_a_ticket(ledgers[0].db, number % 3)
+            await ledgers[number % 3].submit()
+        await ledgers[0].log.append(append_of(*[progress()] * 30))
+        seen = await asyncio.gather(*reading)
+        everything = next(events for events in seen if len(events) == 30)
+        assert all(events == everything[-len(events) :] for events in seen)
+        assert positions(everything) == list(range(1, 31))
+        assert sum(event.stream == VOID_STREAM for event in everything) == 9
+        check_log(await stored(ledgers[0].db))
+
+
+@pytest.mark.parametrize("together", [1, 3], ids=["single event", "transaction"])
+async def test_a_writer_that_was_too_slow_lands_behind_the_void_and_once(connection: Connection, together: int) -> None:
+    async with ledger_on(connection, QUICK) as ledger, dawdler_on(connection) as slow:
+        late = await slow.held_up(append_of(*[progress()] * together, stream="job-late"))
+        behind = await ledger.submit()
+        assert behind.events[0].position == together + 1
+        before = await first(ledger.log, together + 1)
+        assert [event.stream for event in before] == [VOID_STREAM] * together + [behind.events[0].stream]
+        slow.go_on.set()
+        recorded = await asyncio.wait_for(late, DEADLINE_SECONDS)
+        assert positions(recorded) == [together + 1 + number for number in range(1, together + 1)]
+        assert await ledger.log.read_stream("job-late") == recorded
+        assert await first(ledger.log, 2 * together + 1) == before + recorded
+        check_log(await stored(ledger.db))
+
+
+async def test_a_writer_whose_number_was_voided_may_find_its_race_lost(connection: Connection) -> None:
+    async with ledger_on(connection, QUICK) as ledger, dawdler_on(connection) as slow:
+        late = await slow.held_up(append_of(progress(), stream="job-1"))
+        await ledger.log.append(append_of(a_job(), stream="job-1"))
+        await first(ledger.log, 2)
+        slow.go_on.set()
+        with pytest.raises(VersionConflict) as lost:
+            await asyncio.wait_for(late, DEADLINE_SECONDS)
+        assert lost.value.found == 1
+        check_log(await stored(ledger.db))
+
+
+async def test_a_writer_that_is_a_little_slow_keeps_its_number(connection: Connection) -> None:
+    patient = Limits(void_after_seconds=DEADLINE_SECONDS)
+    async with ledger_on(connection, patient) as ledger, dawdler_on(connection, patient) as slow:
+        async with ledger.log.subscription(after=0) as events:
+            late = await slow.held_up(append_of(a_job(), stream="job-late"))
+            behind = await ledger.submit()
+            slow.go_on.set()
+            assert [event.stream for event in await take(events, 2)] == ["job-late", behind.events[0].stream]
+        assert (await late)[0].position == 1
+
+
+async def test_an_earlier_hole_that_closed_does_not_shorten_the_time_of_a_later_one(connection: Connection) -> None:
+    patient = Limits(void_after_seconds=0.6)
+    async with (
+        ledger_on(connection, patient) as ledger,
+        dawdler_on(connection) as slow,
+        ledger.log.subscription(after=0) as events,
+    ):
+        late = await slow.held_up(append_of(a_job()))
+        await ledger.submit()
+        await asyncio.sleep(0.4)
+        slow.go_on.set()
+        await take(events, 2)
+        await late
+        late = await slow.held_up(append_of(a_job(), stream="job-late"))
+        await ledger.submit()
+        await asyncio.sleep(0.4)
+        slow.go_on.set()
+        assert (await take(events, 1))[0].stream == "job-late"
+        await late
+
+
+@pytest.mark.parametrize("together", [1, 3], ids=["single event", "transaction"])
+async def test_a_repeated_insert_recognises_its_own_success(connection: Connection, together: int) -> None:
+    async with ledger_on(connection, QUICK, live=False, kind=Forgetful) as ledger:
+        recorded = await ledger.log.append(append_of(*[progress()] * together, stream="job-1"))
+        assert positions(recorded) == list(range(1, together + 1))
+        assert await ledger.log.read() == recorded
+        check_log(await stored(ledger.db))
+
+
+async def test_a_group_that_was_written_in_part_is_completed(connection: Connection) -> None:
+    async with ledger_on(connection, QUICK, live=False, kind=Forgetful) as ledger:
+        assert isinstance(ledger.log, Forgetful)
+        ledger.log.lost_after = 2
+        answers = await asyncio.gather(*(ledger.log.append(append_of(a_job())) for _ in range(5)))
+        assert sorted(event.position for events in answers for event in events) == [1, 2, 3, 4, 5]
+        assert await ledger.log.read() == sorted(
+            (event for events in answers for event in events), key=lambda event: event.position
+        )
+        check_log(await stored(ledger.db))
+
+
+async def test_a_success_that_nobody_heard_of_is_recognised_under_its_old_number(connection: Connection) -> None:
+    """The answer was lost, and before the repetition a fail-over (or a fault) had the writer take new numbers."""
+
+    class Renumbering(Forgetful):
+        async def _insert(self, todo: Sequence[Any]) -> list[Any]:
+            try:
+                return await super()._insert(todo)
+            except AutoReconnect:
+                await self._number(todo)
+                raise
+
+    async with ledger_on(connection, QUICK, live=False, kind=Renumbering) as ledger:
+        [recorded] = await ledger.log.append(append_of(a_job()))
+        assert recorded.position == 1
+        assert [event.stream for event in await ledger.log.read()] == [recorded.stream, VOID_STREAM]
+        check_log(await stored(ledger.db))
+
+
+@pytest.mark.parametrize("left_at", [None, 0, 3, 9], ids=["gone", "at 0", "in the middle", "one behind"])
+async def test_a_counter_that_fell_behind_gives_nobody_a_position_before_what_it_decided_on(
+    quiet: Ledger, left_at: int | None
+) -> None:
+    heads = [head_of((await quiet.submit()).events[0]) for _ in range(10)]
+    streams = [event.stream for event in await quiet.log.read()]
+    await quiet.db.counters.delete_one({"_id": "events"})
+    if left_at is not None:
+        await quiet.db.counters.insert_one({"_id": "events", "next": left_at})
+    [later] = await quiet.log.append(append_of(progress(), stream=streams[9], head=heads[9]))
+    assert later.position > 10
+    [fresh] = await quiet.log.append(append_of(a_job()))
+    assert fresh.position == later.position + 1
+    two = await quiet.log.append(append_of(progress(), progress(), stream=streams[4], head=heads[4]))
+    assert positions(two) == [fresh.position + 1, fresh.position + 2]
+    check_log(await stored(quiet.db))
+
+
+@pytest.mark.parametrize("together", [1, 3], ids=["single event", "transaction"])
+async def test_with_the_counter_behind_a_new_stream_finds_a_free_position_too(quiet: Ledger, together: int) -> None:
+    for _ in range(10):
+        await quiet.submit()
+    await quiet.db.counters.update_one({"_id": "events"}, {"$set": {"next": 4}})
+    recorded = await quiet.log.append(append_of(*[progress()] * together))
+    assert recorded[0].position > 10
+    await quiet.log.read()
+    check_log(await stored(quiet.db))
+
+
+# Read -------------------------------------------------------------------------------------------------------------
+
+
+async def test_history_is_read_in_pages(connection: Connection) -> None:
+    async with ledger_on(connection, Limits(page_events=4), live=False) as ledger:
+        recorded = await ledger.log.append(append_of(*[progress()] * 10, stream="job-1"))
+        assert positions(await ledger.log.read()) == [1, 2, 3, 4]
+        assert positions(await ledger.log.read(after=8)) == [9, 10]
+        assert positions(await ledger.log.read(after=2, limit=6)) == [3, 4, 5, 6, 7, 8]
+        assert await ledger.log.read(after=10) == await ledger.log.read(after=4711) == []
+        assert await ledger.log.read_stream("job-1", after_version=7) == recorded[7:]
+        assert await ledger.log.read_stream("job-2") == []
+
+
+# Subscribe --------------------------------------------------------------------------------------------------------
+
+
+async def test_history_becomes_live_without_a_gap_or_a_double_while_others_write(connection: Connection) -> None:
+    async with AsyncExitStack() as stack:
+        reader = await stack.enter_async_context(ledger_on(connection, QUICK))
+        writers = [await stack.enter_async_context(ledger_on(connection, QUICK, live=False)) for _ in range(3)]
+
+        async def write(ledger: Ledger) -> None:
+            for number in range(40):
+                if number % 5:
+                    await ledger.submit()
+                else:
+                    await ledger.log.append(append_of(*[progress()] * 3))
+
+        writing = [asyncio.create_task(write(ledger)) for ledger in writers]
+        total = 3 * (32 + 8 * 3)
+        reading = []
+        for after in (0, 1, 10, 50, 100):
+            async with reader.log.subscription(after=0) as events:
+                await take(events, max(after, 1))
+            reading.append(asyncio.create_task(first(reader.log, total - after, after=after)))
+        await asyncio.gather(*writing)
+        seen = await asyncio.gather(*reading)
+        assert positions(seen[0]) == list(range(1, total + 1))
+        assert [positions(events) for events in seen] == [
+            list(range(after + 1, total + 1)) for after in (0, 1, 10, 50, 100)
+        ]
+        assert seen[0] == await reader.log.read(limit=total)
+
+
+async def test_a_subscriber_hears_of_an_event_without_asking(ledger: Ledger) -> None:
+    async with ledger.log.subscription(after=0) as events:
+        waiting = asyncio.create_task(take(events, 1))
+        submitted = await ledger.submit()
+        assert await waiting == submitted.events
+        assert events.position == 1
+
+
+async def test_a_subscriber_may_wait_for_a_position_that_is_far_ahead(ledger: Ledger) -> None:
+    async with ledger.log.subscription(after=3) as events:
+        waiting = asyncio.create_task(take(events, 1))
+        for _ in range(4):
+            await ledger.submit()
+        assert positions(await waiting) == [4]
+
+
+async def test_a_slow_subscriber_falls_back_to_the_collection_and_misses_nothing(connection: Connection) -> None:
+    async with ledger_on(connection, Limits(tail_events=10, page_events=7)) as ledger:
+        async with ledger.log.subscription(after=0) as slow, ledger.log.subscription(after=0) as fast:
+            await ledger.submit()
+            assert positions(await take(slow, 1)) == [1]
+            for _ in range(4):
+                await ledger.log.append(append_of(*[progress()] * 15))
+            await take(fast, 61)
+            chunk = await slow.chunk(5)
+            assert positions(chunk) == [2, 3, 4, 5, 6]
+            assert positions(await take(slow, 55)) == list(range(7, 62))
+            later = asyncio.gather(take(slow, 1), take(fast, 1))
+            await ledger.submit()
+            assert [positions(events) for events in await later] == [[62], [62]]
+
+
+async def test_a_chunk_holds_at_most_what_was_asked_for(ledger: Ledger) -> None:
+    await ledger.log.append(append_of(*[progress()] * 25))
+    async with ledger.log.subscription(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
+        sizes = []
+        while events.position < 25:
+            sizes.append(len(await events.chunk(10)))
+    assert max(sizes) <= 10
+    assert sum(sizes) == 25
+
+
+async def test_only_the_wanted_types_are_delivered_and_the_position_goes_on(ledger: Ledger) -> None:
+    async with ledger.log.subscription(after=0, types=[JobClaimed]) as events:
+        waiting = asyncio.create_task(events.chunk())
+        for _ in range(3):
+            await ledger.submit()
+        submitted = await ledger.submit()
+        job_id = submitted.events[0].stream
+        claimed = await handle(ledger.log, job_id, ClaimJob("w1", NOON), meta=META, known=submitted.known)
+        assert await asyncio.wait_for(waiting, DEADLINE_SECONDS) == claimed.events
+        assert events.position == 5
+    async with ledger.log.subscription(after=0, types=[JobSubmitted]) as history:
+        assert positions(await take(history, 4)) == [1, 2, 3, 4]
+
+
+async def test_a_subscriber_that_is_cancelled_leaves_the_others_and_itself_in_order(ledger: Ledger) -> None:
+    async with ledger.log.subscription(after=0) as events, ledger.log.subscription(after=0) as others:
+        for _ in range(3):
+            waiting = asyncio.create_task(events.chunk())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            submitted = await ledger.submit()
+            assert await take(others, 1) == await take(events, 1) == submitted.events
+
+
+async def test_cancelling_in_the_middle_of_history_loses_nothing(ledger: Ledger) -> None:
+    await ledger.log.append(append_of(*[progress()] * 500))
+    async with ledger.log.subscription(after=0) as events:
+        seen: list[Recorded] = []
+        for turns in range(1, 200):
+            reading = asyncio.create_task(events.chunk(3))
+            for _ in range(turns % 9):
+                await asyncio.sleep(0)
+            if not reading.done():
+                reading.cancel()
+            if not (await asyncio.gather(reading, return_exceptions=True))[0:1]:
+                continue
+            if not reading.cancelled():
+                seen += reading.result()
+        assert positions(seen) == list(range(1, len(seen) + 1))
+
+
+@pytest.mark.parametrize("how", ["killCursors", "killOp"])
+async def test_a_change_stream_that_is_killed_is_opened_again_and_nothing_is_lost(ledger: Ledger, how: str) -> None:
+    async with ledger.log.subscription(after=0) as events:
+        for round_ in range(3):
+            await ledger.submit()
+            await take(events, 1)
+            await kill_change_stream(ledger.db, how)
+            submitted = await asyncio.gather(*(ledger.submit() for _ in range(5)))
+            expected = {answer.events[0].position for answer in submitted}
+            assert set(positions(await take(events, 5))) == expected
+            assert events.position == (round_ + 1) * 6
+
+
+async def kill_change_stream(db: Database, how: str) -> None:
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while True:
+            for operation in await change_stream_operations(db):
+                if how == "killCursors":
+                    cursor = operation["cursor"]["cursorId"]
+                    killed = await db.command({"killCursors": "$cmd.aggregate", "cursors": [cursor]})
+                    if killed["cursorsKilled"]:
+                        return
+                elif operation["type"] == "op":
+                    await db.client.admin.command({"killOp": 1, "op": operation["opid"]})
+                    return
+
+
+async def test_a_broken_connection_costs_a_subscriber_nothing_but_time(mongodb_uri: str, db_name: str) -> None:
+    direct = Connection(mongodb_uri, db_name)
+    with Proxy(mongodb_uri) as proxy:
+        async with (
+            ledger_on(direct, QUICK, live=False) as writer,
+            ledger_on(Connection(proxy.uri, db_name), QUICK) as reader,
+            reader.log.subscription(after=0) as events,
+        ):
+            for _ in range(3):
+                await writer.submit()
+                await take(events, 1)
+                proxy.cut()
+                await lose_a_ticket(writer.db)
+                await writer.submit()
+                assert [event.type for event in await take(events, 2)] == ["PositionVoided", "JobSubmitted"]
+
+
+async def test_closing_while_a_hole_is_being_filled_leaves_nothing_behind(connection: Connection) -> None:
+    class Stuck(EventLog):
+        filling = asyncio.Event()
+
+        async def _void(self, positions: Any) -> None:
+            self.filling.set()
+            await asyncio.Event().wait()
+
+    async with ledger_on(connection, Limits(void_after_seconds=0.05), kind=Stuck) as ledger:
+        await lose_a_ticket(ledger.db)
+        await ledger.submit()
+        await asyncio.wait_for(Stuck.filling.wait(), DEADLINE_SECONDS)
+        await ledger.log.aclose()
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        assert "fill-hole" not in names
+        await asyncio.sleep(0.15)
+        assert "fill-hole" not in {task.get_name() for task in asyncio.all_tasks()}
+
+
+@pytest.fixture
+async def short_transactions(connection: Connection) -> AsyncIterator[None]:
+    """The server ends transactions that are left open after a second, not a minute."""
+    async with connection.client() as client:
+        before = await client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
+        await client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": 1})
+        yield
+        seconds = before["transactionLifetimeLimitSeconds"]
+        await client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": seconds})
+
+
+@pytest.mark.usefixtures("short_transactions")
+async def test_a_transaction_left_open_by_a_killed_writer_holds_readers_up_only_until_the_server_ends_it(
+    connection: Connection,
+) -> None:
+    async with ledger_on(connection, QUICK) as ledger, connection.client() as dead:
+        lost = await lose_a_ticket(ledger.db)
+        session = dead.start_session()
+        await session.start_transaction()
+        document = {"_id": lost, "stream": "job-dead", "version": 1}
+        await dead[connection.db_name].events.insert_one(document, session=session)
+        await ledger.submit()
+        assert [event.type for event in await first(ledger.log, 2)] == ["PositionVoided", "JobSubmitted"]
+        check_log(await stored(ledger.db))
