@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -111,7 +110,7 @@ async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], c
             await _keep_copy(client, url)
         _show(client, job, console)
     console.print(
-        f"\nCopies that stay when the demo ends: {escape(str(RESULTS.absolute()))}", soft_wrap=True, highlight=False
+        "\nThe first address of each opens as long as the demo runs, the second is a copy that stays.", soft_wrap=True
     )
     return good
 
@@ -119,21 +118,27 @@ async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], c
 async def _keep_copy(client: httpx.AsyncClient, url: str) -> None:
     answer = await client.get(url)
     answer.raise_for_status()
-    copy = RESULTS / unquote(url).removeprefix("/api/events/files/")
+    copy = _copy(url)
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_bytes(answer.content)
 
 
+def _copy(url: str) -> Path:
+    return RESULTS.absolute() / unquote(url).removeprefix("/api/events/files/")
+
+
 def _show(client: httpx.AsyncClient, job: Mapping[str, Any], console: Console) -> None:
-    results, metadata = job["results"], job["results"]["metadata"]
-    kinds = Counter(asset["type"] for asset in results["assets"])
-    counted = ", ".join(f"{number} {kind}{'s' if number > 1 else ''}" for kind, number in kinds.items())
+    url, metadata = job["results"]["markdown_url"], job["results"]["metadata"]
     console.print(f"\n  [bold]{escape(job['parameters']['session'])}[/]", highlight=False)
     # Never wrapped: an address that is broken over lines cannot be clicked.
-    console.print(f"  {client.base_url.join(results['markdown_url'])}", soft_wrap=True, style="cyan", highlight=False)
-    console.print(f"  [dim]{counted or 'no assets'}; {metadata['duration']:.1f} s of work[/]", highlight=False)
+    console.print(f"  {client.base_url.join(url)}", soft_wrap=True, style="cyan", highlight=False)
+    console.print(f"  {_copy(url).as_uri()}", soft_wrap=True, style="cyan", highlight=False)
+    audio = f", {metadata['audio_seconds']:.0f} s of audio" if metadata["audio_seconds"] else ""
+    console.print(
+        f"  [dim]{metadata['slides']} slides{audio}; {metadata['duration']:.1f} s of work[/]", highlight=False
+    )
     for warning in metadata["warnings"]:
-        console.print(f"  [yellow]note[/] [dim]{escape(warning)}[/]", highlight=False)
+        console.print(f"  [yellow]note[/] [dim]{escape(warning)}[/]", highlight=False, soft_wrap=True)
 
 
 async def _stay(stop: Stop, console: Console, *, keep: bool) -> None:
