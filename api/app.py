@@ -65,7 +65,7 @@ ROUTES = [
 
 
 class KnownHosts:
-    """Against DNS rebinding: a page of another site must not reach us under that site's name.
+    """Against other sites' pages: they must not reach us under their name (DNS rebinding), nor change anything here.
 
     Starlette's own TrustedHostMiddleware does not answer in our envelope.
     """
@@ -75,12 +75,21 @@ class KnownHosts:
         self._names = frozenset(name.strip("[]").lower() for name in names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = Headers(scope=scope).get("host", "")
-        if _host_name(host) in self._names:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if _host_name(host) not in self._names:
+            message = (
+                f"Nothing here is called {host[:100]!r}; the name that others know us by is set by api.public_url."
+            )
+            await error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
+        elif origin is not None and scope["method"] not in ("GET", "HEAD") and not self._is_ours(origin):
+            message = f"A page of {origin[:100]!r} may not change anything here."
+            await error_response(ApiError(403, "foreign_origin", message))(scope, receive, send)
+        else:
             await self._app(scope, receive, send)
-            return
-        message = f"Nothing here is called {host[:100]!r}; the name that others know us by is set by api.public_url."
-        await error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
+
+    def _is_ours(self, origin: str) -> bool:
+        return _host_name(origin.partition("://")[2]) in self._names
 
 
 def _host_name(host: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -82,7 +82,7 @@ async def submit(request: Request) -> Response:
 
 def _refuse_multiplied(body: BatchBody, limit: int) -> None:
     """Every job carries the defaults: a small body can ask for gigabytes, which no transaction takes."""
-    size = len(orjson.dumps(body.parameters)) * len(body.jobs)
+    size = len(to_json(body.parameters)) * len(body.jobs)
     if size > limit:
         message = (
             f"The batch's `parameters` in each of its jobs make {size} bytes, more than {limit} (api.max_body_bytes)."

@@ -106,6 +106,9 @@ async def on_api_error(_request: Request, error: Exception) -> Response:
 
 async def on_ledger_error(_request: Request, error: Exception) -> Response:
     """What the rooms below raise, by the table."""
+    if isinstance(error, LedgerUnavailable):
+        _log.warning("the database is away", error=str(error))  # it may name hosts, which are not for clients
+        error = LedgerUnavailable("The database does not answer. What is on record stays; try again in a moment.")
     for kind, status, code, retry_after in TABLE:
         if isinstance(error, kind):
             return error_response(ApiError(status, code, str(error), retry_after_seconds=retry_after))

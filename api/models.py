@@ -20,6 +20,10 @@ def _web_address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("expected an address that begins with http:// or https:// and names a host")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            "no user or password in the address, which everyone sees: send an Authorization header instead"
+        )
     return url
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-import orjson
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from api.errors import ApiError, invalid
@@ -60,8 +60,8 @@ async def read_json(request: Request) -> Any:
     except ClientDisconnect as gone:
         raise ApiError(400, "incomplete_body", "The connection ended before the body did.") from gone
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        return from_json(bytes(body), allow_inf_nan=False)  # keeps large integers, which orjson makes floats of
+    except ValueError as error:
         raise ApiError(400, "malformed_json", f"The body is not JSON: {error}") from error
 
 

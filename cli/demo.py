@@ -21,6 +21,7 @@ from ledger.errors import ConfigurationError, LedgerUnavailable
 from ledger.mongo import Connection
 
 RESULTS: Final = Path("demo-data")
+_MARK: Final = "MADE-BY-JOBLEDGER-DEMO"
 
 
 def demo_settings(directory: Path) -> Settings:
@@ -96,7 +97,7 @@ async def _follow(client: httpx.AsyncClient, sessions: list[Any], console: Conso
 
 async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], console: Console) -> bool:
     """Fetch every result over its URL, keep a copy that outlives the demo, and print where it is."""
-    shutil.rmtree(RESULTS, ignore_errors=True)
+    _clear()
     console.print("[bold]3[/] The results, each of them just fetched over its URL:")
     good = True
     for job in jobs:
@@ -113,6 +114,17 @@ async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], c
         "\nThe first address of each opens as long as the demo runs, the second is a copy that stays.", soft_wrap=True
     )
     return good
+
+
+def _clear() -> None:
+    """Remove the copies of an earlier demo, but nothing that somebody else has put there."""
+    if RESULTS.exists() and not (RESULTS / _MARK).exists():
+        raise ConfigurationError(
+            f"{RESULTS.absolute()} is there already, and not from a demo: move it, or run elsewhere"
+        )
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    RESULTS.mkdir()
+    (RESULTS / _MARK).write_text("Made by `jobledger demo`, which removes this directory when it runs again.\n")
 
 
 async def _keep_copy(client: httpx.AsyncClient, url: str) -> None:

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
-from pymongo.errors import PyMongoError
-
 from cli.settings import Settings
 from cli.wiring import database
 from ledger.embedded import find_mongod
-from ledger.errors import JobledgerError
+from ledger.errors import JobledgerError, LedgerUnavailable
 from ledger.files import FileStore
-from ledger.mongo import Database, brief
+from ledger.mongo import Database, driver_errors
 from workers.registry import processors
 
 _CLOCKS_APART_SECONDS = 2.0
@@ -65,21 +63,20 @@ async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Findin
     """Yield what the database at `uri` shows."""
     try:
         async with database(settings.mongodb.connection(uri)) as db:
-            yield Finding("MongoDB", good=True, found=await _server(db))
-            yield await _clock(db)
-            yield await _oplog(db)
-            yield await _log_state(db)
+            for look in (_server, _clock, _oplog, _log_state):
+                with driver_errors("being looked at"):
+                    finding = await look(db)
+                yield finding
     except JobledgerError as error:
         yield Finding("MongoDB", good=False, found="not usable", advice=str(error))
-    except PyMongoError as error:
-        yield Finding("MongoDB", good=False, found="failed while it was looked at", advice=brief(error))
 
 
-async def _server(db: Database) -> str:
+async def _server(db: Database) -> Finding:
     hello = await db.client.admin.command("hello")
     build = await db.client.admin.command("buildInfo")
     members = len(hello.get("hosts", []))
-    return f"{build['version']}, replica set {hello['setName']} with {members} member{'s' if members != 1 else ''}"
+    found = f"{build['version']}, replica set {hello['setName']} with {members} member{'s' if members != 1 else ''}"
+    return Finding("MongoDB", good=True, found=found)
 
 
 async def _clock(db: Database) -> Finding:
@@ -98,11 +95,12 @@ async def _clock(db: Database) -> Finding:
 async def _oplog(db: Database) -> Finding:
     oplog = db.client["local"]["oplog.rs"]
     try:
-        first = await oplog.find_one({}, {"ts": 1}, sort=[("$natural", 1)])
-        last = await oplog.find_one({}, {"ts": 1}, sort=[("$natural", -1)])
-        size = (await db.client["local"].command("collStats", "oplog.rs")).get("maxSize", 0) / 2**20
-    except PyMongoError as error:
-        return Finding("Oplog", good=True, found=f"may not be looked at ({brief(error)})")
+        with driver_errors("showing its oplog"):
+            first = await oplog.find_one({}, {"ts": 1}, sort=[("$natural", 1)])
+            last = await oplog.find_one({}, {"ts": 1}, sort=[("$natural", -1)])
+            size = (await db.client["local"].command("collStats", "oplog.rs")).get("maxSize", 0) / 2**20
+    except LedgerUnavailable as error:
+        return Finding("Oplog", good=True, found=f"may not be looked at ({error})")
     hours = (last["ts"].time - first["ts"].time) / 3600 if first and last else 0.0
     return Finding("Oplog", good=True, found=f"{size:.0f} MB, reaches back {hours:.1f} h so far")
 

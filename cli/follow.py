@@ -168,7 +168,9 @@ async def follow(
 def _tell(console: Console, name: str, kind: str, data: Mapping[str, Any]) -> None:
     status = _ENDED[kind]
     why = f": {data['error']['message']}" if kind == "JobFailed" else ""
-    console.print(f"[{_STYLES[status]}]{status:>9}[/] {escape(name + why)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[{_STYLES[status]}]{status:>9}[/] {escape(_printable(name + why))}", highlight=False, soft_wrap=True
+    )
 
 
 def _tally(ended: Mapping[str, str]) -> str:
@@ -177,4 +179,10 @@ def _tally(ended: Mapping[str, str]) -> str:
 
 
 def _short(text: str, length: int = 40) -> str:
+    text = _printable(text)
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    """Titles come from anywhere: none of them may steer the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -33,7 +33,10 @@ def canonical(value: Any) -> bytes:
     """
     try:
         text = orjson.dumps(value, default=_word, option=_OPTIONS)
-        return orjson.dumps(_plain(value, 0)) if _is_delicate(text) else text
+    except orjson.JSONEncodeError:
+        text = b""  # the walk knows better what is wrong
+    try:
+        return text if text and not _is_delicate(text) else orjson.dumps(_plain(value, 0))
     except (orjson.JSONEncodeError, RecursionError, UnicodeEncodeError, TypeError) as error:
         raise InvalidEvent(f"this cannot be written as JSON: {error}") from error
 

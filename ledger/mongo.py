@@ -69,9 +69,12 @@ def _readable_uri(uri: str) -> Iterator[None]:
     try:
         yield
     except (InvalidURI, DriverConfigurationError, ValueError) as error:
+        # The driver quotes what it takes for a host or a name, and that may be a piece of the password.
+        why = "what is wrong is not shown, for it may hold the password" if "@" in uri else str(error)
         raise ConfigurationError(
-            f"mongodb.uri is not usable: {error}. Expected something like "
-            "mongodb://user:password@host1,host2/?replicaSet=rs0, or the word embedded."
+            f"mongodb.uri is not usable: {why}. Expected something like "
+            "mongodb://user:password@host1,host2/?replicaSet=rs0 (with :, / and @ in user and password written as "
+            "%3A, %2F and %40), or the word embedded."
         ) from error
 
 

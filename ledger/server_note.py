@@ -80,6 +80,7 @@ def read_note(data_dir: Path) -> ServerNote | None:
 
 
 def remove_note(data_dir: Path) -> None:
+    """Say no more that a server is running here."""
     (data_dir / "server.json").unlink(missing_ok=True)
 
 
@@ -120,6 +121,7 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def try_lock(fd: int, kind: int) -> bool:
+    """Take an flock of a kind (fcntl.LOCK_EX, LOCK_SH) if nobody is in the way; never waits."""
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -17,14 +17,13 @@ from typing import Any, Final
 import structlog
 from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import PyMongoError
 
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
 from ledger.events import Meta, Recorded
 from ledger.handle import handle
 from ledger.lease import Lease
 from ledger.log import EventLog
-from ledger.mongo import DURABLE, Connection, Database, Document, brief, driver_errors
+from ledger.mongo import DURABLE, Connection, Database, Document, driver_errors
 from projections import batches, files, jobs, queue, statistics
 from projections.checkpoint import VIEWS
 
@@ -171,9 +170,8 @@ class Projector:
                     await asyncio.sleep(pause)
                 else:
                     await self._wait_for_vacancy()
-            except (LedgerUnavailable, LedgerBusy, PyMongoError) as error:
-                text = brief(error) if isinstance(error, PyMongoError) else str(error)
-                _log.warning("projector interrupted, going on from its checkpoint", error=text)
+            except (LedgerUnavailable, LedgerBusy) as error:
+                _log.warning("projector interrupted, going on from its checkpoint", error=str(error))
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 5.0)
 
@@ -224,19 +222,20 @@ class Projector:
 
     async def _take_over(self) -> int:
         """Put this leader's epoch on the checkpoint, which fences its predecessors, and return where to begin."""
-        checkpoint = await self._db.checkpoints.find_one_and_update(
-            {"_id": VIEWS, "epoch": {"$lt": self._lease.epoch}}, {"$set": {"epoch": self._lease.epoch}}
-        )
+        with driver_errors("taking over the views"):
+            checkpoint = await self._db.checkpoints.find_one_and_update(
+                {"_id": VIEWS, "epoch": {"$lt": self._lease.epoch}}, {"$set": {"epoch": self._lease.epoch}}
+            )
         if checkpoint is None:
             raise _Deposed
         return int(checkpoint["position"])
 
     async def _fold(self, events: Sequence[Recorded], position: int) -> list[Document]:
         """Fold events into the views in one transaction; return the batches that were changed."""
-        chunk = Chunk(await self._load(events))
-        for event in events:
-            chunk.fold(event)
-        try:
+        with driver_errors("folding events into the views"):
+            chunk = Chunk(await self._load(events))
+            for event in events:
+                chunk.fold(event)
             async with (
                 self._db.client.start_session() as session,
                 await session.start_transaction(write_concern=DURABLE),
@@ -250,9 +249,6 @@ class Projector:
                     raise _Deposed
                 for view, writes in chunk.writes().items():
                     await self._db[view].bulk_write(writes, ordered=False, session=session)
-        except PyMongoError:
-            self._cache.clear()
-            raise
         self._remember(chunk)
         return [batch for batch in chunk.now["batches"].values() if batch is not None]
 

@@ -18,16 +18,15 @@ from typing import Any, Final
 
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import PyMongoError
 
 from ledger.changes import Changes, Reaction
 from ledger.commands import ExpireLease
-from ledger.errors import CommandRefused, LedgerUnavailable
+from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
 from ledger.events import Meta
 from ledger.handle import handle
 from ledger.lease import RUN_OUT
 from ledger.log import EventLog
-from ledger.mongo import Database, brief
+from ledger.mongo import Database, driver_errors
 from projections import jobs
 from projections.checkpoint import Checkpoint
 
@@ -60,9 +59,8 @@ class LeaseWatch:
                 self._timers.pop(worker_id, None)  # from here on, a claim that is heard sets a new one
                 try:
                     await self._check(worker_id)
-                except (LedgerUnavailable, PyMongoError) as error:
-                    text = brief(error) if isinstance(error, PyMongoError) else str(error)
-                    _log.warning("lease could not be checked yet", worker_id=worker_id, error=text)
+                except (LedgerUnavailable, LedgerBusy) as error:
+                    _log.warning("lease could not be checked yet", worker_id=worker_id, error=str(error))
                     self._look_in(worker_id, 1.0)
         finally:
             for timer in self._timers.values():
@@ -116,7 +114,8 @@ class LeaseWatch:
                 self._heard_of(stranger)
             return
         left = {"$subtract": ["$lease_until", "$$NOW"]}
-        worker = await self._db[COLLECTION].find_one({"_id": worker_id}, {"left_ms": left, "released": 1})
+        with driver_errors("checking a lease"):
+            worker = await self._db[COLLECTION].find_one({"_id": worker_id}, {"left_ms": left, "released": 1})
         if worker is not None and worker["left_ms"] > 0:
             self._look_in(worker_id, worker["left_ms"] / 1000)
             return
@@ -133,7 +132,8 @@ class LeaseWatch:
                 await handle(self._log, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=self._meta)
             except CommandRefused as refused:
                 _log.info("job left as it is", job_id=job["_id"], reason=str(refused))
-        await self._db[COLLECTION].delete_one({"_id": worker_id, **RUN_OUT})
+        with driver_errors("removing a lease that has run out"):
+            await self._db[COLLECTION].delete_one({"_id": worker_id, **RUN_OUT})
 
 
 async def _nothing(_session: AsyncClientSession) -> None:

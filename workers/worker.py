@@ -93,14 +93,14 @@ class Worker:
         watching = asyncio.create_task(self._watch.run(), name="lease-watch")
         try:
             while not self._stopping.is_set():
-                await self._work_under_a_lease()
+                await self._work_under_a_lease(watching)
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    async def _work_under_a_lease(self) -> None:
+    async def _work_under_a_lease(self, watching: asyncio.Task[None]) -> None:
         lease = Lease(self._connection, leases.COLLECTION, self.worker_id, seconds=self._lease_seconds)
         facts = {
             "host": socket.gethostname(),
@@ -119,9 +119,10 @@ class Worker:
         claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
         lost = asyncio.create_task(lease.lost())
         try:
-            await asyncio.wait({claiming, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if claiming.done():
-                claiming.result()
+            await asyncio.wait({claiming, lost, watching}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (claiming, watching):
+                if task.done():
+                    task.result()
             claiming.cancel()
             await asyncio.gather(claiming, return_exceptions=True)
             if lease.held:

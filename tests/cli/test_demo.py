@@ -113,3 +113,14 @@ def shows_every_page_of_the_slides(page: Path, talk: Talk, site: Path) -> None:
             image.load()
             assert image.format == "JPEG"
             assert len(image.getcolors(1 << 24) or []) > 10, f"{name} is an empty page"
+
+
+def test_a_directory_that_is_not_from_a_demo_is_left_alone(tmp_path: Path) -> None:
+    with Installation(tmp_path / "demo") as installation:
+        thesis = installation.directory / "demo-data" / "thesis.txt"
+        thesis.parent.mkdir(parents=True)
+        thesis.write_text("the only copy")
+        ended = installation.run("demo", seconds=120)
+        assert ended.exit_code == 2
+        assert "not from a demo" in ended.err
+        assert thesis.read_text() == "the only copy"

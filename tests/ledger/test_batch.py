@@ -129,12 +129,9 @@ def test_only_a_finished_batch_is_reopened_and_once() -> None:
 )
 def test_the_end_of_a_batch_is_named_by_how_its_jobs_ended(counts: BatchCounts, status: str) -> None:
     assert final_status(counts) == status
-    given(asked).when(FinishBatch(counts, SUMMARY)).then(
-        BatchFinished(status=final_status(counts), counts=counts, summary=SUMMARY)
-    )
-    assert (
-        given(asked, BatchFinished(status=final_status(counts), counts=counts, summary=SUMMARY)).state.status == status
-    )
+    end = BatchFinished(status=final_status(counts), counts=counts, summary=SUMMARY)
+    given(asked).when(FinishBatch(counts, SUMMARY)).then(end)
+    assert given(asked, end).state.status == status
 
 
 @in_each(ALIVE)

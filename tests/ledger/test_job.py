@@ -93,8 +93,7 @@ WAITING: dict[str, list[Event]] = {
 RUNNING: dict[str, list[Event]] = {
     "first attempt": [asked, claimed],
     "asked to cancel": [asked, claimed, cancel_requested],
-    "second attempt": [asked, JobClaimed(worker_id="w9", attempt=1), JobReleased(worker_id="w9", attempt=1, reason="")]
-    + [JobClaimed(worker_id="w1", attempt=2)],
+    "second attempt": [asked, claimed, released, claimed_again],
 }
 OVER: dict[str, list[Event]] = {
     "completed": [asked, claimed, completed],
@@ -599,7 +598,6 @@ TestJobLaws.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 def test_a_moment_is_kept_in_utc_and_in_milliseconds() -> None:
     local = datetime.fromisoformat("2025-02-01T14:00:00.123456+02:00")
     assert a_job(not_before=local).not_before == datetime(2025, 2, 1, 12, 0, 0, 123000, tzinfo=UTC)
-    assert a_job(not_before=local).not_before.tzinfo is UTC
 
 
 @pytest.mark.parametrize("moment", ["9999-12-31T23:59:59-05:00", "0001-01-01T00:00:00+05:00"])

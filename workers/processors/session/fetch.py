@@ -61,6 +61,7 @@ class Fetched:
 
 
 async def ask_system_resolver(host: str, port: int) -> list[str]:
+    """Return the addresses of a host, each once, in the order in which they should be tried; OSError if it has none."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 

@@ -44,6 +44,7 @@ class SlideShow(BaseModel):
 
 
 def built_in_template() -> str:
+    """Return the text of the template that is used when the settings name no other."""
     return files(__package__).joinpath("session.md.j2").read_text(encoding="utf-8")
 
 

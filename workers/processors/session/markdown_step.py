@@ -38,6 +38,7 @@ def _digest(value: JSON) -> str:
 
 
 async def run(work: Work, page: PageText, recording: Recording, show: SlideShow, template: str) -> JSON:
+    """Write and store the Markdown."""
     await work.job.progress(90, "Writing the Markdown")
     if sentence := not_translated(work.session, page):
         await work.warn(sentence)

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import lxml.etree  # type: ignore[import-untyped]  # it ships no types
-import lxml.html  # type: ignore[import-untyped]
+import lxml.html  # type: ignore[import-untyped]  # nor does this part of it
 import trafilatura
 from pydantic import BaseModel, ConfigDict
 from trafilatura.settings import DEFAULT_CONFIG

@@ -10,6 +10,7 @@ from workers.processors.session.steps import FETCH_SHARE, Work
 
 
 def inputs(work: Work) -> dict[str, JSON]:
+    """Return all that the page depends on: with the same inputs the step is not repeated."""
     return {"url": work.session.url, "title": work.session.session, "max_bytes": work.settings.page_max_bytes}
 
 

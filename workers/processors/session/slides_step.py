@@ -14,6 +14,7 @@ MAX_TEXT = 500_000
 
 
 def inputs(work: Work) -> dict[str, JSON]:
+    """Return all that the slides depends on: with the same inputs the step is not repeated."""
     limits = {
         "slides_max_bytes",
         "slide_longest_side",

@@ -23,6 +23,7 @@ MAX_CHARACTERS = 1_000_000
 
 
 def inputs(work: Work) -> dict[str, JSON]:
+    """Return all that the transcript depends on: with the same inputs the step is not repeated."""
     return {
         "url": work.session.video_url,
         "max_bytes": work.settings.video_max_bytes,
