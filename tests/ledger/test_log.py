@@ -571,6 +571,12 @@ async def test_what_happened_while_the_stream_was_closed_is_read_and_nothing_is_
         hear(quiet.log, (await stored(quiet.db))[6])
         for after in range(7):
             assert positions(await first(quiet.log, 7 - after, after=after)) == list(range(after + 1, 8))
+        lost = await lose_a_ticket(quiet.db)
+        await quiet.submit()
+        hear(quiet.log, (await stored(quiet.db))[7])
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not await stored(quiet.db, {"_id": lost, "stream": VOID_STREAM}):  # noqa: ASYNC110 - no stream here
+                await asyncio.sleep(0.02)
 
 
 def hear(log: EventLog, document: Document) -> None:
