@@ -53,6 +53,8 @@ LOG_LIMIT_BYTES = 10 * 2**20
 # How long entries of deleted documents stay in the indexes, for old snapshots. mongod's 300 s make claims from the head
 # of the queue slower and slower. A transaction keeps the snapshot it opened, whatever its age.
 SNAPSHOT_WINDOW_SECONDS = 5
+# A writer killed in a transaction holds its positions locked until the server ends that; 60 s unless told otherwise.
+TRANSACTION_SECONDS = 10
 
 NOT_YET_INITIALIZED = 94  # the server's error codes
 ADDRESS_IN_USE = 48  # mongod's exit codes
@@ -226,6 +228,7 @@ class EmbeddedServer:
         command += ["--bind_ip", "127.0.0.1", "--port", str(port), "--wiredTigerCacheSizeGB", f"{_cache_gb():.2f}"]
         command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
         command += ["--setParameter", f"minSnapshotHistoryWindowInSeconds={SNAPSHOT_WINDOW_SECONDS}"]
+        command += ["--setParameter", f"transactionLifetimeLimitSeconds={TRANSACTION_SECONDS}"]
         command += ["--oplogSize", str(self._oplog_mb)] if self._oplog_mb else []
         with self._log_path.open("ab") as output:
             self._log_start = output.tell()

@@ -1,7 +1,7 @@
 """ledger: the catalogue of everything that can happen. One class an event, in the past tense, one sentence each.
 
-An event's name in the database is its class name; its payload is its fields. Payloads are never rewritten: a changed
-payload gets a higher `schema` number and an upcaster in `log.py`. Pure: no database, no clock, no event loop.
+An event's name in the database is its class name; its payload is its fields. Payloads are never rewritten: `schema` is
+the payload's version, 1 for all of them so far. Pure: no database, no clock, no event loop.
 """
 
 from __future__ import annotations

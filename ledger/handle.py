@@ -12,10 +12,11 @@ from bson import ObjectId
 from ledger import batch, job
 from ledger.batch import Batch
 from ledger.commands import BatchCommand, JobCommand
-from ledger.errors import VersionConflict
+from ledger.envelope import Append, Head
+from ledger.errors import CommandRefused, VersionConflict
 from ledger.events import Event, Meta, Recorded
 from ledger.job import Job
-from ledger.log import Append, EventLog, Head
+from ledger.log import EventLog
 
 Command = JobCommand | BatchCommand
 State = Job | Batch
@@ -85,22 +86,35 @@ async def handle(log: EventLog, stream: str, command: Command, *, meta: Meta, kn
         InvalidEvent, LedgerBusy, LedgerUnavailable: as `EventLog.append`.
     """
     rules = rules_of(stream)
+    current = known is None
     if known is None:
         known = await load(log, stream)
     tries = 0
     while True:
         tries += 1
         now = datetime.now(UTC)
-        events = rules.decide(command, known.state)
-        correlated = _correlated(meta, known.state)
         try:
+            events = rules.decide(command, known.state)
+        except CommandRefused:
+            if current:
+                raise
+            events = []
+        if not events and not current:  # only an append finds out that `known` is behind; without one we have to look
+            known, current = await _brought_up_to_date(log, stream, known), True
+            continue
+        try:
+            correlated = _correlated(meta, known.state)
             recorded = await log.append(Append(stream, known.head, events, correlated, now)) if events else []
         except VersionConflict:
             if tries == _TRIES:
                 raise
-            known = known.after(await log.read_stream(stream, after_version=known.head.version))
+            known, current = await _brought_up_to_date(log, stream, known), True
         else:
             return Handled(recorded, known.after(recorded))
+
+
+async def _brought_up_to_date(log: EventLog, stream: str, known: Known) -> Known:
+    return known.after(await log.read_stream(stream, after_version=known.head.version))
 
 
 def _correlated(meta: Meta, state: State | None) -> Meta:

@@ -9,33 +9,28 @@ number was voided takes another. The protocol and its proof: docs/explanation.md
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
-import bson
 import structlog
-import uuid_utils
 from bson.errors import BSONError
 from pymongo import ASCENDING, DESCENDING, InsertOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import BulkWriteError, PyMongoError
 
-from ledger.chain import GENESIS, chained_text
+from ledger.envelope import Append, documents_of, encoded, parse, recorded, void_document
 from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
-from ledger.events import EVENT_TYPES, Event, Meta, PositionVoided, Recorded, milliseconds
+from ledger.events import Event, Recorded
 from ledger.mongo import DURABLE, MAJORITY, Database, Document, brief, driver_errors
+from ledger.tail import Tail
 
 _log = structlog.get_logger()
 
-VOID_STREAM: Final = "void"
-LARGEST_EVENT_BYTES: Final = 8 * 1024 * 1024
-"""Half of what the database takes in one document; a change stream wraps each event in another."""
 _DUPLICATE_KEY = 11000
 
 
@@ -49,26 +44,6 @@ class Limits:
     waiting_events: int = 50_000
     tail_events: int = 10_000
     page_events: int = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """How far a stream is known: its last event's version, position and hash."""
-
-    version: int = 0
-    position: int = 0
-    hash: bytes = GENESIS
-
-
-@dataclass(frozen=True, slots=True)
-class Append:
-    """Events to go to the end of a stream that is still at `head`. `time` is when they were decided."""
-
-    stream: str
-    head: Head
-    events: Sequence[Event]
-    meta: Meta
-    time: datetime
 
 
 @dataclass(slots=True)
@@ -93,7 +68,7 @@ class EventLog:
         self._queue: deque[_Waiting] = deque()
         self._queued_events = 0
         self._writer: asyncio.Task[None] | None = None
-        self._tail = _Tail(limits.tail_events)
+        self._tail = Tail(limits.tail_events)
         self._hole_timer: asyncio.TimerHandle | None = None
         self._hole_tasks: set[asyncio.Task[None]] = set()
 
@@ -128,7 +103,7 @@ class EventLog:
         """
         if len(appends) > 1:
             _refuse_overlap(appends)
-        documents = [document for append in appends for document in _documents(append)]
+        documents = [document for append in appends for document in documents_of(append)]
         if not documents:
             return []
         if self._queued_events >= self._limits.waiting_events:
@@ -143,9 +118,7 @@ class EventLog:
         await waiting.done  # a caller that is cancelled takes along only this, not the group in which its events travel
         models = [event for append in appends for event in append.events]
         metas = [append.meta for append in appends for _ in append.events]
-        return [
-            _recorded(document, event, meta) for document, event, meta in zip(documents, models, metas, strict=True)
-        ]
+        return [recorded(document, event, meta) for document, event, meta in zip(documents, models, metas, strict=True)]
 
     async def _write_queue(self) -> None:
         """Write until nothing waits. While one group is on its way the next gathers: that is the group commit."""
@@ -314,7 +287,7 @@ class EventLog:
 
     async def _void(self, positions: Iterable[int]) -> None:
         """Fill positions that nobody will use. Where somebody did after all, that is just as well."""
-        documents = [_void_document(position) for position in positions]
+        documents = [void_document(position) for position in positions]
         if not documents:
             return
         try:
@@ -421,7 +394,7 @@ class EventLog:
 class Subscription:
     """A place in the log that moves on: iterate for single events, or take what is there with `chunk`."""
 
-    def __init__(self, log: EventLog, tail: _Tail, after: int, types: frozenset[type[Event]] | None) -> None:
+    def __init__(self, log: EventLog, tail: Tail, after: int, types: frozenset[type[Event]] | None) -> None:
         self._log = log
         self._tail = tail
         self._types = types
@@ -460,88 +433,6 @@ class Subscription:
         return self._buffer.popleft()
 
 
-class _Tail:
-    """The newest events of the log in dense order, as the change stream brings them; older ones are in the collection.
-
-    `low` is the first position kept, `high` the last. Events that arrive ahead of their turn are held back.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._kept: deque[Recorded] = deque()
-        self._early: dict[int, Recorded] = {}
-        self._high = 0
-        self._grown = asyncio.Event()
-
-    @property
-    def missing(self) -> range:
-        """The positions that are awaited although a later one is here; empty when all is in order."""
-        return range(self._high + 1, min(self._early)) if self._early else range(0)
-
-    def begin_at(self, head: int) -> None:
-        """Start anew behind `head`: everything up to it is in the collection."""
-        self._early.clear()
-        if head != self._high:
-            self._kept.clear()
-            self._high = head
-        self._notify()
-
-    def add(self, document: Document) -> None:
-        position = document["_id"]
-        if position <= self._high or position in self._early:
-            return
-        self._early[position] = parse(document)
-        while (following := self._early.pop(self._high + 1, None)) is not None:
-            self._kept.append(following)
-            self._high += 1
-        while len(self._kept) > self._size:
-            self._kept.popleft()
-        self._notify()
-
-    def reaches(self, position: int) -> bool:
-        """True if the event after `position` is kept, or will be the next to come."""
-        return position >= self._high - len(self._kept)
-
-    def after(self, position: int, limit: int) -> list[Recorded]:
-        first = position - (self._high - len(self._kept))
-        return [self._kept[index] for index in range(first, min(first + limit, len(self._kept)))]
-
-    async def growth(self) -> None:
-        await self._grown.wait()
-
-    def _notify(self) -> None:
-        self._grown.set()
-        self._grown = asyncio.Event()
-
-
-def parse(document: Mapping[str, Any]) -> Recorded:
-    """Return the event that a document of `events` holds."""
-    meta = document["meta"]
-    return Recorded(
-        position=int(document["_id"]),
-        event_id=document["event_id"],
-        stream=document["stream"],
-        version=int(document["version"]),
-        time=document["time"],
-        event=EVENT_TYPES[document["type"]].model_validate(document["data"]),
-        meta=Meta(**meta),
-        hash=document["hash"],
-    )
-
-
-def _recorded(document: Document, event: Event, meta: Meta) -> Recorded:
-    return Recorded(
-        document["_id"],
-        document["event_id"],
-        document["stream"],
-        document["version"],
-        document["time"],
-        event,
-        meta,
-        document["hash"],
-    )
-
-
 def _refuse_overlap(appends: Iterable[Append]) -> None:
     """Only one append can be at the end of a stream: written, two would be in each other's way for ever."""
     ends: dict[str, int] = {}
@@ -551,62 +442,13 @@ def _refuse_overlap(appends: Iterable[Append]) -> None:
         ends[append.stream] = append.head.version + len(append.events)
 
 
-def _documents(append: Append) -> Iterable[Document]:
-    previous, version = append.head.hash, append.head.version
-    for event in append.events:
-        version += 1
-        document = _document(append.stream, version, event, append.meta, append.time, previous)
-        previous = document["hash"]
-        yield document
-
-
-def _document(stream: str, version: int, event: Event, meta: Meta, at: datetime, previous: bytes) -> Document:
-    document: Document = {
-        "_id": 0,
-        "event_id": str(uuid_utils.uuid7()),
-        "stream": stream,
-        "version": version,
-        "type": type(event).__name__,
-        "schema": event.schema_version,
-        "time": milliseconds(at),
-        "data": event.payload(),
-        "meta": meta.payload(),
-        "prev": previous,
-    }
-    text = chained_text(document)
-    document["hash"] = hashlib.sha256(text).digest()
-    if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON takes up to nine times as much: 17 bytes for `0,` in a list
-        _refuse_too_large(document)
-    return document
-
-
-def _refuse_too_large(document: Document) -> None:
-    size = len(_encoded(document))
-    if size > LARGEST_EVENT_BYTES:
-        raise InvalidEvent(f"a {document['type']} of {size} bytes is too large: {LARGEST_EVENT_BYTES} can be stored")
-
-
 def _refusal(waiting: _Waiting) -> InvalidEvent | None:
     try:
         for document in waiting.documents:
-            _encoded(document)
+            encoded(document)
     except InvalidEvent as refusal:
         return refusal
     return None
-
-
-def _encoded(document: Document) -> bytes:
-    try:
-        return bson.encode(document)
-    except (BSONError, ValueError, OverflowError) as error:
-        raise InvalidEvent(f"the database has no form for this {document['type']}: {error}") from error
-
-
-def _void_document(position: int) -> Document:
-    """A voided position is a stream of its own kind: its version is its position, and it begins no chain."""
-    document = _document(VOID_STREAM, position, PositionVoided(), Meta(), datetime.now(UTC), GENESIS)
-    document["_id"] = position
-    return document
 
 
 def _settle(group: Iterable[_Waiting], error: Exception | None = None) -> None:

@@ -22,12 +22,13 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.changes import Changes, Reaction
 from ledger.commands import ClaimJob
+from ledger.envelope import parse
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
 from ledger.events import Meta
 from ledger.handle import Handled, Known, handle, load, outcome
 from ledger.job import Job
 from ledger.lease import Lease
-from ledger.log import EventLog, parse
+from ledger.log import EventLog
 from ledger.mongo import Connection, Database
 from projections import queue
 from projections.checkpoint import Checkpoint

@@ -9,10 +9,10 @@ from urllib.parse import quote
 
 import pytest
 
+from ledger.envelope import Append, Head
 from ledger.events import JobClaimed, JobCompleted, JobResults, JobSubmitted, Meta, ResultFile, ResultMetadata
 from ledger.files import FileStore
 from ledger.handle import new_job_id
-from ledger.log import Append, Head
 from tests.api.conftest import Api
 
 FILES = "/api/events/files/"

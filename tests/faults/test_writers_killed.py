@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from pymongo import MongoClient
 
+from ledger.envelope import VOID_STREAM
 from ledger.events import Recorded
-from ledger.log import VOID_STREAM, Limits
+from ledger.log import Limits
 from ledger.mongo import Connection, Document
 from tests.support.ledgers import check_log, ledger_on, positions, stored, until
 from tests.support.writers import TOGETHER, start_writer

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ledger.chain import GENESIS, chained_text
+from ledger.envelope import VOID_STREAM, parse
 from ledger.events import EVENT_TYPES, Event, Meta
-from ledger.log import VOID_STREAM, parse
 from tests.support import golden
 from tests.support.examples import EXAMPLES, NOON
 from tests.support.ledgers import check_chain

@@ -16,14 +16,16 @@ from ledger.commands import (
     ExpireLease,
     PauseBatch,
     ReportProgress,
+    RestartJob,
     SubmitBatch,
     SubmitJob,
 )
+from ledger.envelope import Head
 from ledger.errors import AlreadyExists, InvalidEvent, NotFound, VersionConflict, WrongState
 from ledger.events import BatchSubmitted, JobCancelled, JobCancelRequested, JobClaimed, Meta, WorkerFenced
 from ledger.handle import Known, handle, handle_new, load, new_batch_id, new_job_id, rules_of
 from ledger.job import Job
-from ledger.log import EventLog, Head
+from ledger.log import EventLog
 from tests.support.examples import ACCESS, NOON, a_job, some_results
 from tests.support.ledgers import META, Ledger, check_log, stored
 
@@ -196,3 +198,18 @@ async def test_what_was_changed_by_many_at_once_is_all_there(quiet: Ledger) -> N
     await asyncio.gather(*(handle(quiet.log, job_id, ChangeAccess(f"user:{n}", ACCESS), meta=META) for n in range(12)))
     events = await quiet.log.read_stream(job_id)
     assert [event.version for event in events] == list(range(1, 14))
+
+
+async def test_a_refusal_or_nothing_to_do_is_looked_at_again_when_what_was_known_may_be_old(quiet: Ledger) -> None:
+    job_id, waiting = await submitted(quiet.log)
+    await handle(quiet.log, job_id, CancelJob("user:me"), meta=META)
+    restarted = await handle(
+        quiet.log, job_id, RestartJob("user:me"), meta=META, known=waiting
+    )  # a waiting one cannot be
+    assert [event.type for event in restarted.events] == ["JobRestarted"]
+    claimed = await handle(quiet.log, job_id, ClaimJob("w1", NOON), meta=META)
+    expired = await handle(quiet.log, job_id, ExpireLease("w1", 1), meta=META, known=waiting)  # a waiting one has none
+    assert [event.type for event in expired.events] == ["JobLeaseExpired"]
+    assert expired.events[0].version == claimed.known.head.version + 1
+    with pytest.raises(WrongState):
+        await handle(quiet.log, job_id, RestartJob("user:me"), meta=META, known=waiting)

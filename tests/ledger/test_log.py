@@ -14,10 +14,11 @@ import pytest
 from pymongo.errors import AutoReconnect
 
 from ledger.commands import ChangeAccess, ClaimJob, SubmitBatch, SubmitJob
+from ledger.envelope import LARGEST_EVENT_BYTES, VOID_STREAM, Append, Head
 from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
 from ledger.events import BatchSubmitted, Event, JobClaimed, JobProgressed, JobSubmitted, PositionVoided, Recorded
 from ledger.handle import handle, handle_new, new_batch_id, new_job_id
-from ledger.log import LARGEST_EVENT_BYTES, VOID_STREAM, Append, EventLog, Head, Limits
+from ledger.log import EventLog, Limits
 from ledger.mongo import Connection, Database, Document
 from tests.ledger.conftest import QUICK
 from tests.support.examples import ACCESS, NOON, a_job

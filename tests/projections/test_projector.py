@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from ledger.commands import CancelJob
+from ledger.envelope import Append
 from ledger.errors import LedgerBusy
 from ledger.events import BatchFinished, Recorded
-from ledger.log import Append, EventLog
+from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
 from projections import batches, files, jobs, projector, queue, statistics
 from projections.checkpoint import VIEWS

@@ -16,9 +16,9 @@ from pathlib import Path
 from bson import json_util
 
 from ledger.embedded import EmbeddedServer
+from ledger.envelope import Append, Head
 from ledger.events import BATCH_EVENTS, JOB_EVENTS, Event, PositionVoided
 from ledger.handle import new_batch_id, new_job_id
-from ledger.log import Append, Head
 from ledger.mongo import Connection, Document
 from tests.support.examples import EXAMPLES, NOON
 from tests.support.ledgers import META, ledger_on, lose_a_ticket, stored

@@ -13,9 +13,10 @@ from typing import Any
 from ledger.chain import GENESIS, chained_text
 from ledger.changes import Changes
 from ledger.commands import SubmitJob
+from ledger.envelope import VOID_STREAM
 from ledger.events import JobSubmitted, Meta, Recorded
 from ledger.handle import Handled, Known, handle, new_job_id
-from ledger.log import VOID_STREAM, EventLog, Limits, Subscription
+from ledger.log import EventLog, Limits, Subscription
 from ledger.mongo import Connection, Database, Document
 from tests.support.examples import a_job
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ledger.commands import CancelJob, ClaimJob, ReleaseJob, RestartJob
+from ledger.envelope import Append
 from ledger.errors import LedgerUnavailable
 from ledger.events import (
     JobAttemptFailed,
@@ -23,7 +24,7 @@ from ledger.events import (
     Recorded,
 )
 from ledger.handle import Handled, handle
-from ledger.log import Append, EventLog
+from ledger.log import EventLog
 from ledger.mongo import Connection
 from tests.support.running import Process, WorkerOptions, process, until
 from tests.workers.inline import install
