@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tests.processors.session.support import session
 from workers.processors.session import SessionParameters, SessionSettings
 
-SAMPLES = Path("/work/shared/data/fosdem-2025-sessions.json")
+SAMPLES = Path(__file__).resolve().parents[4] / "shared" / "data" / "fosdem-2025-sessions.json"
 
 
 def valid() -> dict[str, Any]:
