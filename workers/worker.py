@@ -25,7 +25,7 @@ from ledger.commands import ClaimJob
 from ledger.envelope import parse
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
 from ledger.events import Meta
-from ledger.handle import Handled, Known, handle, load, outcome
+from ledger.handle import Handled, Known, handle, load
 from ledger.job import Job
 from ledger.lease import Lease
 from ledger.log import EventLog
@@ -287,16 +287,21 @@ class Worker:
                 return await handle(self._log, job_id, command, meta=Meta(f"worker:{self.worker_id}"), known=known)
             except LedgerUnavailable as error:
                 _log.warning("claim in doubt", job_id=job_id, error=str(error))
-                if (landed := await self._landed(job_id, command, known)) is not None:
+                if (landed := await self._landed(job_id)) is not None:
                     return landed
 
-    async def _landed(self, job_id: str, command: ClaimJob, known: Known) -> Handled | None:
+    async def _landed(self, job_id: str) -> Handled | None:
+        """Return the stream if the job is ours: we do not run it yet, and no worker's id is used twice."""
         while True:
             await asyncio.sleep(1)
             try:
-                return await outcome(self._log, job_id, command, known=known)
+                known = await load(self._log, job_id)
             except LedgerUnavailable as error:
                 _log.warning("claim still in doubt", job_id=job_id, error=str(error))
+                continue
+            job = known.state
+            ours = isinstance(job, Job) and job.status == "processing" and job.worker_id == self.worker_id
+            return Handled([], known) if ours else None
 
     def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
         self._running.pop(job_id, None)
