@@ -107,7 +107,8 @@ def doctor(config: ConfigOption = None) -> None:
     settings = _settings(config)
     findings = list(doctor_command.look_at_machine(settings))
     try:
-        embedded = attach_or_start(settings.mongodb.data_dir, port=settings.mongodb.embedded_port)
+        mongodb = settings.mongodb
+        embedded = attach_or_start(mongodb.data_dir, port=mongodb.embedded_port, oplog_mb=mongodb.embedded_oplog_mb)
         server = embedded if settings.mongodb.embedded else nullcontext(settings.mongodb.uri.get_secret_value())
         with server as uri:
             findings += asyncio.run(_collect(settings, uri))
