@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP_QUIET := -qq --disable-pip-version-check --no-input --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types contracts check lock clean
+.PHONY: help demo test bench lint types contracts check lock clean
 
 help: ## list these targets
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12]"; echo
@@ -17,6 +17,9 @@ demo: .venv/.ready ## a small conference, from submitted sessions to finished Ma
 
 test: .venv/.ready ## the tests; ARGS='tests/ledger -k claim' for some of them
 	@$(BIN)/pytest $(ARGS)
+
+bench: .venv/.ready ## what is claimed about speed, against the plain driver; ARGS='append --rounds 15'
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 lint: .venv/.ready ## style and formatting (ruff)
 	@$(BIN)/ruff check .

@@ -234,7 +234,8 @@ def shown_event(event: Recorded) -> Document:
         "version": event.version,
         "type": event.type,
         "time": event.time,
-        "data": event.event.payload(),
+        "schema": event.schema,
+        "data": event.data,
         "meta": event.meta.payload(),
         "hash": event.hash.hex(),
     }

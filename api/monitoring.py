@@ -15,7 +15,7 @@ from api.jobs import shown_event
 from api.models import StreamQuery
 from api.services import Services, query_of, services, validated, views_reach_wanted_position
 from ledger.errors import LedgerUnavailable
-from ledger.events import EVENT_TYPES, Event, PositionVoided, Recorded
+from ledger.events import EVENT_TYPES, PositionVoided, Recorded
 from ledger.mongo import driver_errors
 from projections import statistics
 
@@ -59,22 +59,20 @@ async def stream(request: Request) -> Response:
     if unknown := [name for name in names if name not in EVENT_TYPES]:
         raise ApiError(422, "unknown_event_type", f"There is no event type {unknown[0]!r}.")
     after = asked.after if asked.after is not None else await known.log.head()
-    wanted = _Wanted(frozenset(EVENT_TYPES[name] for name in names), asked.job_id, asked.batch_id)
+    wanted = _Wanted(frozenset(names), asked.job_id, asked.batch_id)
     return EventSourceResponse(_events(known, after, wanted), ping=_PING_SECONDS)
 
 
 class _Wanted:
     """Which events a client wants to see."""
 
-    def __init__(self, types: frozenset[type[Event]], job_id: str | None, batch_id: str | None) -> None:
+    def __init__(self, types: frozenset[str], job_id: str | None, batch_id: str | None) -> None:
         self._types = types
         self._job_id = job_id
         self._batch_id = batch_id
 
     def __call__(self, event: Recorded) -> bool:
-        if type(event.event) is PositionVoided and not self._types:
-            return False
-        if self._types and type(event.event) not in self._types:
+        if event.type not in self._types if self._types else event.type == PositionVoided.__name__:
             return False
         if self._job_id and event.stream != self._job_id:
             return False

@@ -1,12 +1,12 @@
-"""ledger: the envelope of an event: from an event to the document that is stored, with its place and hash, and back."""
+"""ledger: the envelope of an event: from an event to the document that is stored, with its place and hash."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 import bson
 import uuid_utils
@@ -14,7 +14,7 @@ from bson.errors import BSONError
 
 from ledger.chain import GENESIS, chained_text
 from ledger.errors import InvalidEvent
-from ledger.events import EVENT_TYPES, Event, Meta, PositionVoided, Recorded, milliseconds
+from ledger.events import Event, Meta, PositionVoided, milliseconds
 from ledger.mongo import Document
 
 VOID_STREAM: Final = "void"
@@ -42,67 +42,37 @@ class Append:
     time: datetime
 
 
-def parse(document: Mapping[str, Any]) -> Recorded:
-    """Return the event that a document of `events` holds."""
-    meta = document["meta"]
-    return Recorded(
-        position=int(document["_id"]),
-        event_id=document["event_id"],
-        stream=document["stream"],
-        version=int(document["version"]),
-        time=document["time"],
-        event=EVENT_TYPES[document["type"]].model_validate(document["data"]),
-        meta=Meta(**meta),
-        hash=document["hash"],
-    )
+def documents_of(append: Append, into: list[Document]) -> int:
+    """Add an append's documents, chained to the stream's head, to a list; their positions (`_id`) are still to come.
 
-
-def recorded(document: Document, event: Event, meta: Meta) -> Recorded:
-    """Return the event that was just written as `document`, without reading it again."""
-    return Recorded(
-        document["_id"],
-        document["event_id"],
-        document["stream"],
-        document["version"],
-        document["time"],
-        event,
-        meta,
-        document["hash"],
-    )
-
-
-def documents_of(append: Append) -> Iterable[Document]:
-    """Return an append's documents, chained to the stream's head; their positions (`_id`) are still to come.
+    Returns their size in bytes of canonical JSON.
 
     Raises:
         InvalidEvent: an event cannot be hashed, or is too large.
     """
-    previous, version = append.head.hash, append.head.version
+    at, meta = milliseconds(append.time), append.meta.payload()
+    version, previous, size = append.head.version, append.head.hash, 0
     for event in append.events:
         version += 1
-        document = _document(append.stream, version, event, append.meta, append.time, previous)
-        previous = document["hash"]
-        yield document
-
-
-def _document(stream: str, version: int, event: Event, meta: Meta, at: datetime, previous: bytes) -> Document:
-    document: Document = {
-        "_id": 0,
-        "event_id": str(uuid_utils.uuid7()),
-        "stream": stream,
-        "version": version,
-        "type": type(event).__name__,
-        "schema": event.schema_version,
-        "time": milliseconds(at),
-        "data": event.payload(),
-        "meta": meta.payload(),
-        "prev": previous,
-    }
-    text = chained_text(document)
-    document["hash"] = hashlib.sha256(text).digest()
-    if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON takes up to nine times as much: 17 bytes for `0,` in a list
-        _refuse_too_large(document)
-    return document
+        document: Document = {
+            "_id": 0,
+            "event_id": str(uuid_utils.uuid7()),
+            "stream": append.stream,
+            "version": version,
+            "type": type(event).__name__,
+            "schema": event.schema_version,
+            "time": at,
+            "data": event.payload(),
+            "meta": meta,
+            "prev": previous,
+        }
+        text = chained_text(document)
+        document["hash"] = previous = hashlib.sha256(text).digest()
+        if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON takes up to nine times as much: 17 bytes for `0,` in a list
+            _refuse_too_large(document)
+        size += len(text)
+        into.append(document)
+    return size
 
 
 def _refuse_too_large(document: Document) -> None:
@@ -125,6 +95,9 @@ def encoded(document: Document) -> bytes:
 
 def void_document(position: int) -> Document:
     """A voided position is a stream of its own kind: its version is its position, and it begins no chain."""
-    document = _document(VOID_STREAM, position, PositionVoided(), Meta(), datetime.now(UTC), GENESIS)
+    documents: list[Document] = []
+    at = Head(version=position - 1)
+    documents_of(Append(VOID_STREAM, at, [PositionVoided()], Meta(), datetime.now(UTC)), documents)
+    [document] = documents
     document["_id"] = position
     return document

@@ -2,7 +2,8 @@
 
 JobledgerError
 ├── ConfigurationError          settings or surroundings are wrong; the message says what would be right
-│   └── DatabaseUnsuitable      the MongoDB server cannot carry a ledger (standalone, too old, missing, locked …)
+│   ├── DatabaseUnsuitable      the MongoDB server cannot carry a ledger (standalone, too old, missing, locked …)
+│   └── UnreadableEvent         an event from a later version of this program, or a damaged one
 ├── LedgerUnavailable           the database cannot be reached or did not answer in time; may pass
 ├── LedgerBusy                  too much is waiting to be written; may pass
 ├── VersionConflict             somebody else appended to the stream first; decide again
@@ -26,6 +27,10 @@ class ConfigurationError(JobledgerError):
 
 class DatabaseUnsuitable(ConfigurationError):
     """A MongoDB server was looked for or found, but cannot be used; the message says what to do."""
+
+
+class UnreadableEvent(ConfigurationError):
+    """An event that this version of the program does not know, or whose payload is damaged."""
 
 
 class LedgerUnavailable(JobledgerError):

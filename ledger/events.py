@@ -1,17 +1,20 @@
 """ledger: the catalogue of everything that can happen. One class an event, in the past tense, one sentence each.
 
 An event's name in the database is its class name; its payload is its fields. Payloads are never rewritten: `schema` is
-the payload's version, 1 for all of them so far. Pure: no database, no clock, no event loop.
+the payload's version, and older ones are brought up to date when they are read (`UPCASTS`). Pure: no database, no
+clock, no event loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
+
+from ledger.errors import UnreadableEvent
 
 
 def milliseconds(moment: datetime) -> datetime:
@@ -21,7 +24,8 @@ def milliseconds(moment: datetime) -> datetime:
         ValueError: in UTC it lies before the year 1 or after 9999.
     """
     try:
-        moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        if moment.tzinfo is not UTC:
+            moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError as error:
         raise ValueError("the moment is beyond the calendar") from error
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
@@ -118,7 +122,8 @@ class Event(BaseModel):
     def payload(self) -> dict[str, Any]:
         """Return the fields as the database stores them: optional fields that were not given are left out."""
         absent = {name for name in _optional(type(self)) if getattr(self, name) is None}
-        return self.model_dump(exclude=absent)
+        payload: dict[str, Any] = self.__pydantic_serializer__.to_python(self, exclude=absent or None)
+        return payload
 
 
 def _optional(event: type[Event]) -> tuple[str, ...]:
@@ -436,24 +441,128 @@ class Meta:
         )
         return {name: value for name, value in named if value is not None}
 
+    @classmethod
+    def of(cls, stored: Mapping[str, str]) -> Meta:
+        """Return what `payload` wrote; names from later versions are passed over."""
+        get = stored.get
+        return cls(get("actor", "system"), get("correlation_id"), get("causation_id"), get("traceparent"))
 
-@dataclass(frozen=True, slots=True)
+
 class Recorded:
-    """An event in the log, with its envelope.
+    """An event in the log: a document of `events`, with its payload read when somebody asks for it.
 
-    `position` counts from 1 through the whole log, `version` from 1 through `stream`;
-    `time` is when the writer decided.
+    Two are equal if they are the same event in the same place. Whoever only passes events on, or looks for some types,
+    need not know them all: the log may hold events of a later version of this program.
     """
 
-    position: int
-    event_id: str
-    stream: str
-    version: int
-    time: datetime
-    event: Event
-    meta: Meta
-    hash: bytes = field(repr=False)
+    __slots__ = ("_document", "_event")
+
+    def __init__(self, document: Mapping[str, Any], event: Event | None = None) -> None:
+        self._document = document
+        self._event = event
+
+    @property
+    def position(self) -> int:
+        """Its number in the whole log, from 1."""
+        return int(self._document["_id"])
+
+    @property
+    def event_id(self) -> str:
+        return str(self._document["event_id"])
+
+    @property
+    def stream(self) -> str:
+        return str(self._document["stream"])
+
+    @property
+    def version(self) -> int:
+        """Its number in `stream`, from 1."""
+        return int(self._document["version"])
 
     @property
     def type(self) -> str:
-        return type(self.event).__name__
+        return str(self._document["type"])
+
+    @property
+    def schema(self) -> int:
+        """The version of the payload as it was written; `event` is brought up to date."""
+        return int(self._document["schema"])
+
+    @property
+    def time(self) -> datetime:
+        """When the writer decided it."""
+        time: datetime = self._document["time"]
+        return time
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The payload as it was written."""
+        data: Mapping[str, Any] = self._document["data"]
+        return data
+
+    @property
+    def meta(self) -> Meta:
+        return Meta.of(self._document["meta"])
+
+    @property
+    def hash(self) -> bytes:
+        return bytes(self._document["hash"])
+
+    @property
+    def event(self) -> Event:
+        """What happened.
+
+        Raises:
+            UnreadableEvent: this version of the program does not know it, or its payload is damaged.
+        """
+        if self._event is None:
+            self._event = self._read()
+        return self._event
+
+    def _read(self) -> Event:
+        document = self._document
+        name, schema = document["type"], document["schema"]
+        known = EVENT_TYPES.get(name)
+        if known is None or schema > known.schema_version:
+            raise UnreadableEvent(
+                f"{self._place()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
+                "a later one has written to this log. Upgrade this one."
+            )
+        try:
+            data = document["data"] if schema == known.schema_version else upcast(name, schema, document["data"])
+            event: Event = known.__pydantic_validator__.validate_python(data)
+        except (LookupError, TypeError, ValueError) as error:  # the last of them also from pydantic
+            raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: {error}") from error
+        return event
+
+    def _place(self) -> str:
+        return f"At position {self.position} of the log ({self.stream}, version {self.version})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recorded) and self._key() == other._key() and self.event == other.event
+
+    def __hash__(self) -> int:
+        return hash(self.event_id)
+
+    def __repr__(self) -> str:
+        return f"<{self.position}: {self.type} {dict(self.data)!r}, {self.stream} version {self.version}>"
+
+    def _key(self) -> tuple[object, ...]:
+        return self.position, self.event_id, self.stream, self.version, self.time, self.meta, self.hash
+
+
+Upcast = Callable[[dict[str, Any]], dict[str, Any]]
+UPCASTS: Mapping[str, Sequence[Upcast]] = {}
+"""How older payloads are brought up to date when they are read: by type, from schema 1 to 2, from 2 to 3, and so on.
+
+A field that is added with a default needs nothing here. Where a meaning changes, `schema_version` goes up by one and
+the step is entered here; old payloads stay in the log as they were written, and in tests/golden for ever.
+"""
+
+
+def upcast(name: str, schema: int, data: Mapping[str, Any], table: Mapping[str, Sequence[Upcast]] = UPCASTS) -> Any:
+    """Return a payload as the newest version of its type has it."""
+    steps = table.get(name, ())
+    for step in steps[schema - 1 :]:
+        data = step(dict(data))
+    return data

@@ -94,6 +94,15 @@ def brief(error: PyMongoError) -> str:
     return "the server does not answer" if text == "operation cancelled" else text
 
 
+# Unauthorized, AuthenticationFailed, DocumentValidationFailure: what repeating does not mend.
+_FOR_GOOD = frozenset({13, 18, 121})
+
+
+def passes_with_time(error: PyMongoError) -> bool:
+    """Return whether trying again may help: after a fail-over, say, or a broken connection; but not without rights."""
+    return not (isinstance(error, OperationFailure) and error.code in _FOR_GOOD)
+
+
 async def check_server(db: Database) -> None:
     """Make sure that the server can carry a ledger.
 

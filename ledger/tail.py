@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from ledger.envelope import parse
 from ledger.events import Recorded
 from ledger.mongo import Document
+
+_NOTHING = range(0)
 
 
 class Tail:
@@ -22,11 +23,12 @@ class Tail:
         self._early: dict[int, Recorded] = {}
         self._high = 0
         self._grown = asyncio.Event()
+        self._awaited = False
 
     @property
     def missing(self) -> range:
         """The positions that are awaited although a later one is here; empty when all is in order."""
-        return range(self._high + 1, min(self._early)) if self._early else range(0)
+        return range(self._high + 1, min(self._early)) if self._early else _NOTHING
 
     def begin_at(self, head: int) -> None:
         """Start anew behind `head`: everything up to it is in the collection."""
@@ -38,15 +40,19 @@ class Tail:
 
     def add(self, document: Document) -> None:
         position = document["_id"]
-        if position <= self._high or position in self._early:
-            return
-        self._early[position] = parse(document)
-        while (following := self._early.pop(self._high + 1, None)) is not None:
-            self._kept.append(following)
-            self._high += 1
-        while len(self._kept) > self._size:
+        if position == self._high + 1:
+            self._keep(Recorded(document))
+            while self._early and (following := self._early.pop(self._high + 1, None)) is not None:
+                self._keep(following)
+            self._notify()
+        elif position > self._high:
+            self._early[position] = Recorded(document)
+
+    def _keep(self, event: Recorded) -> None:
+        self._high += 1
+        self._kept.append(event)
+        if len(self._kept) > self._size:
             self._kept.popleft()
-        self._notify()
 
     def reaches(self, position: int) -> bool:
         """True if the event after `position` is kept, or will be the next to come."""
@@ -57,8 +63,11 @@ class Tail:
         return [self._kept[index] for index in range(first, min(first + limit, len(self._kept)))]
 
     async def growth(self) -> None:
+        self._awaited = True
         await self._grown.wait()
 
     def _notify(self) -> None:
-        self._grown.set()
-        self._grown = asyncio.Event()
+        if self._awaited:  # most events come while nobody waits: the subscribers are still at the ones before
+            self._awaited = False
+            self._grown.set()
+            self._grown = asyncio.Event()

@@ -22,9 +22,8 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.changes import Changes, Reaction
 from ledger.commands import ClaimJob
-from ledger.envelope import parse
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
-from ledger.events import Meta
+from ledger.events import Meta, Recorded
 from ledger.handle import Handled, Known, handle, load
 from ledger.job import Job
 from ledger.lease import Lease
@@ -184,7 +183,7 @@ class Worker:
         asked = document["data"]
         claimable = asked["job_type"] in self._job_types and "not_before" not in asked
         if claimable and self._idle and len(self._fresh) < self._slots - len(self._running):
-            self._fresh[document["stream"]] = Known().after([parse(document)])
+            self._fresh[document["stream"]] = Known().after([Recorded(document)])
             self._wake.set()
 
     def _heard_row(self, change: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ledger.chain import GENESIS, chained_text
-from ledger.envelope import VOID_STREAM, parse
-from ledger.events import EVENT_TYPES, Event, Meta
+from ledger.envelope import VOID_STREAM
+from ledger.events import EVENT_TYPES, Event, Meta, Recorded
 from tests.support import golden
 from tests.support.examples import EXAMPLES, NOON
 from tests.support.ledgers import check_chain
@@ -54,8 +54,8 @@ def through_the_database(document: dict[str, Any]) -> dict[str, Any]:
 def test_every_event_and_its_hash_survive_the_database(event: Event) -> None:
     there = through_the_database(document_of(event))
     check_chain([there])
-    assert parse(there).event == event
-    assert parse(there).meta == Meta("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01")
+    assert Recorded(there).event == event
+    assert Recorded(there).meta == Meta("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01")
 
 
 @pytest.mark.parametrize("kind", EVERY_TYPE, ids=by_name)
@@ -65,8 +65,8 @@ def test_whatever_is_in_an_event_it_and_its_hash_survive_the_database(kind: type
     event = data.draw(of_event(kind))
     there = through_the_database(document_of(event))
     check_chain([there])
-    assert parse(there).event == event
-    assert parse(there).event.payload() == event.payload()
+    assert Recorded(there).event == event
+    assert Recorded(there).event.payload() == event.payload()
 
 
 def test_optional_fields_that_were_not_given_are_not_stored() -> None:
@@ -103,7 +103,7 @@ def test_every_event_has_a_golden_history(kind: type[Event]) -> None:
 
 @pytest.mark.parametrize("document", GOLDEN, ids=lambda document: f"{document['type']}.{document['schema']}")
 def test_what_was_stored_once_can_still_be_read(document: dict[str, Any]) -> None:
-    event = parse(document)
+    event = Recorded(document)
     assert event.type == document["type"]
     assert (event.position, event.version, event.stream) == (document["_id"], document["version"], document["stream"])
     assert event.hash == document["hash"]

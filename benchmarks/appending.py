@@ -1,0 +1,174 @@
+"""benchmarks: append, against plain inserts of the same documents into a collection with the same index."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.synchronize import Barrier
+
+from benchmarks.material import appends, documents
+from benchmarks.measure import Result, Stopwatch, delays, rates
+from cli.wiring import spare_the_collector
+from ledger.envelope import VOID_STREAM
+from ledger.log import EventLog
+from ledger.mongo import DURABLE, Connection, Database
+
+AT_ONCE = 1000
+PROCESSES = 8
+
+
+async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
+    """Measure appends: of many callers, of whole lists, of one caller, and from several processes."""
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        log = EventLog(db)
+        await prepare(db, log)
+        results = [
+            await rates(
+                f"append: {AT_ONCE:,} callers, one event each; plain insert_many of {AT_ONCE:,}",
+                lambda: _plain(db, events),
+                lambda: _callers(log, events, AT_ONCE),
+                rounds=rounds,
+                at_least=0.7,
+            ),
+            await rates(
+                f"append: 3 callers, lists of {AT_ONCE:,} in transactions; plain insert_many, 3 at once",
+                lambda: _plain(db, events, at_once=3),
+                lambda: _lists(log, events, at_once=3),
+                rounds=rounds,
+                at_least=0.7,
+            ),
+            await _latency(db, log, rounds * 40),
+        ]
+        together = await rates(
+            f"append: {PROCESSES} processes, {AT_ONCE // 4} callers each; plain insert_many of {AT_ONCE // 4}",
+            lambda: _processes(connection, "plain", events),
+            lambda: _processes(connection, "ours", events),
+            rounds=max(2, rounds // 2),
+            at_least=0.6,
+        )
+        voided = await db.events.count_documents({"stream": VOID_STREAM})
+        share = f"{voided} of {await log.head():,} positions were voided"
+        await log.aclose()
+    return [*results, replace(together, notes=(share,))]
+
+
+async def prepare(db: Database, log: EventLog) -> None:
+    """Give the plain collection the index that `events` has."""
+    await log.prepare()
+    await db.plain.create_index([("stream", 1), ("version", 1)], unique=True)
+
+
+async def _plain(db: Database, events: int, *, at_once: int = 1) -> float:
+    plain = db.get_collection("plain", write_concern=DURABLE)
+    made = documents(events)
+    begins = iter(range(0, events, AT_ONCE))
+
+    async def caller() -> None:
+        for begin in begins:
+            await plain.insert_many(made[begin : begin + AT_ONCE], ordered=False)
+
+    with Stopwatch() as watch:
+        await asyncio.gather(*(caller() for _ in range(at_once)))
+    return watch.rate(events)
+
+
+async def _callers(log: EventLog, events: int, callers: int) -> float:
+    todo = iter(appends(events))
+
+    async def caller() -> None:
+        for append in todo:
+            await log.append(append)
+
+    with Stopwatch() as watch:
+        await asyncio.gather(*(caller() for _ in range(callers)))
+    return watch.rate(events)
+
+
+async def _lists(log: EventLog, events: int, *, at_once: int) -> float:
+    made = appends(events)
+    begins = iter(range(0, events, AT_ONCE))
+
+    async def caller() -> None:
+        for begin in begins:
+            await log.append(*made[begin : begin + AT_ONCE])
+
+    with Stopwatch() as watch:
+        await asyncio.gather(*(caller() for _ in range(at_once)))
+    return watch.rate(events)
+
+
+async def _latency(db: Database, log: EventLog, number: int) -> Result:
+    plain = db.get_collection("plain", write_concern=DURABLE)
+    theirs, ours = [], []
+    for document, append in zip(documents(number), appends(number), strict=True):
+        begin = time.perf_counter()
+        await plain.insert_one(document)
+        middle = time.perf_counter()
+        await log.append(append)
+        theirs.append(middle - begin)
+        ours.append(time.perf_counter() - middle)
+    return delays("append: one event, nobody else; plain insert_one", theirs, ours, at_most=2.5)
+
+
+# Several processes ------------------------------------------------------------------------------------------------
+
+_spawn = multiprocessing.get_context("spawn")
+
+
+async def _processes(connection: Connection, what: str, events: int) -> float:
+    """Have processes write at the same time; return the rate of all of them, from the first to the last write."""
+    return await asyncio.to_thread(_run_processes, connection, what, events)
+
+
+def _run_processes(connection: Connection, what: str, events: int) -> float:
+    begin = _spawn.Barrier(PROCESSES)
+    with _spawn.Pool(PROCESSES, initializer=_remember, initargs=(begin,)) as pool:
+        spans: Sequence[tuple[float, float]] = pool.map(
+            _write, [(connection, what, events // PROCESSES, number) for number in range(PROCESSES)], chunksize=1
+        )
+    return events // PROCESSES * PROCESSES / (max(end for _, end in spans) - min(start for start, _ in spans))
+
+
+_begin: Barrier
+
+
+def _remember(begin: Barrier) -> None:
+    global _begin
+    _begin = begin
+
+
+def _write(task: tuple[Connection, str, int, int]) -> tuple[float, float]:
+    connection, what, events, number = task
+    return asyncio.run(_write_here(connection, what, events, number))
+
+
+async def _write_here(connection: Connection, what: str, events: int, number: int) -> tuple[float, float]:
+    group = AT_ONCE // 4
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        await client.admin.command("ping")
+        if what == "ours":
+            log = EventLog(db)
+            spare_the_collector()
+            todo = iter(appends(events))
+
+            async def caller() -> None:
+                for append in todo:
+                    await log.append(append)
+
+            _begin.wait()
+            start = time.time()
+            await asyncio.gather(*(caller() for _ in range(group)))
+        else:
+            plain = db.get_collection("plain", write_concern=DURABLE)
+            made = documents(events, first=time.time_ns() // 1000 + number * 10**14)
+            spare_the_collector()
+            _begin.wait()
+            start = time.time()
+            for at in range(0, events, group):
+                await plain.insert_many(made[at : at + group], ordered=False)
+        return start, time.time()

@@ -1,0 +1,39 @@
+"""benchmarks: what is written: events as workers report them, ready to append or as the documents they become."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from itertools import count
+
+from ledger.envelope import Append, Head, documents_of
+from ledger.events import JobProgressed, Meta
+from ledger.handle import new_job_id
+from ledger.mongo import Document
+
+_META = Meta("worker:bench-1", correlation_id="batch-674272d0c1a5e8b3f2a90b11")
+_numbers = count(1)
+
+
+def appends(number: int) -> list[Append]:
+    """Return single events for streams of their own."""
+    now = datetime.now(UTC)
+    return [
+        Append(
+            new_job_id(),
+            Head(),
+            [JobProgressed(attempt=1, step="slides", percent=n % 100, message=f"page {n}")],
+            _META,
+            now,
+        )
+        for n in range(number)
+    ]
+
+
+def documents(number: int, *, first: int | None = None) -> list[Document]:
+    """Return the documents that such events become; numbered from `first`, else with numbers not used before here."""
+    made: list[Document] = []
+    for append in appends(number):
+        documents_of(append, made)
+    for offset, document in enumerate(made):
+        document["_id"] = next(_numbers) if first is None else first + offset
+    return made

@@ -1,0 +1,174 @@
+"""benchmarks: history and live events, against a plain cursor and a plain change-stream loop over the same."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import synchronize
+
+from pymongo import MongoClient
+
+from benchmarks.appending import prepare
+from benchmarks.material import appends, documents
+from benchmarks.measure import Result, Stopwatch, delays, rates
+from ledger.changes import Changes
+from ledger.events import Event, Recorded
+from ledger.log import EventLog
+from ledger.mongo import DURABLE, Connection, Database, Document
+
+_PIPELINE = [{"$match": {"ns.coll": "plain", "operationType": "insert"}}]
+_spawn = multiprocessing.get_context("spawn")
+
+
+async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
+    """Measure subscriptions, reading of history, and the delay between an append and its subscriber."""
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        log = EventLog(db)
+        await prepare(db, log)
+        live = await rates(
+            "subscribe: events as another process writes them; plain change-stream loop",
+            lambda: _plain_stream(connection, db, events),
+            lambda: _subscription(connection, db, log, events),
+            rounds=rounds,
+            at_least=0.7,
+        )
+        await db.plain.delete_many({})
+        await db.plain.insert_many([document async for document in db.events.find()])
+        history = await rates(
+            "history: read from the beginning; plain cursor, sorted",
+            lambda: _cursor(db),
+            lambda: _history(log),
+            rounds=rounds,
+            at_least=0.6,
+        )
+        delay = await _delay(db, log, rounds * 40)
+        await log.aclose()
+    return [live, history, delay]
+
+
+# Live -------------------------------------------------------------------------------------------------------------
+
+
+async def _plain_stream(connection: Connection, db: Database, events: int) -> float:
+    first = time.time_ns() // 1000
+    async with await db.watch(_PIPELINE, batch_size=1000) as stream:
+        await stream.try_next()
+        with await _writer(connection, "plain", first, events) as go, Stopwatch() as watch:
+            go()
+            seen = 0
+            while seen < events:
+                seen += await stream.try_next() is not None
+    return watch.rate(events)
+
+
+async def _subscription(connection: Connection, db: Database, log: EventLog, events: int) -> float:
+    head = await log.head()
+    changes = Changes(db)
+    changes.listen(log)
+    with await _writer(connection, "events", head + 1, events) as go:
+        async with changes.running(), log.subscription(after=head) as subscription:
+            with Stopwatch() as watch:
+                go()
+                seen = 0
+                while seen < events:
+                    seen += _payloads_read(await subscription.chunk())
+    await db.counters.update_one({"_id": "events"}, {"$max": {"next": head + events}}, upsert=True)
+    return watch.rate(events)
+
+
+class _Writer:
+    """Another process that writes documents with the plain driver, faster than anybody can read them."""
+
+    def __init__(self, connection: Connection, collection: str, first: int, number: int) -> None:
+        self._ready, self._go = _spawn.Event(), _spawn.Event()
+        self._process = _spawn.Process(
+            target=_write, args=(connection, collection, first, number, self._ready, self._go), daemon=True
+        )
+        self._process.start()
+
+    def ready(self) -> None:
+        self._ready.wait()
+
+    def __enter__(self) -> Callable[[], None]:
+        return self._go.set
+
+    def __exit__(self, *_: object) -> None:
+        self._process.join()
+
+
+async def _writer(connection: Connection, collection: str, first: int, number: int) -> _Writer:
+    writer = _Writer(connection, collection, first, number)
+    await asyncio.to_thread(writer.ready)
+    return writer
+
+
+def _write(
+    connection: Connection, collection: str, first: int, number: int, ready: synchronize.Event, go: synchronize.Event
+) -> None:
+    made = documents(number, first=first)
+    with MongoClient[Document](connection.uri) as client:
+        target = client[connection.db_name].get_collection(collection, write_concern=DURABLE)
+        client.admin.command("ping")
+        ready.set()
+        go.wait()
+        for begin in range(0, number, 500):
+            target.insert_many(made[begin : begin + 500], ordered=False)
+
+
+# History ----------------------------------------------------------------------------------------------------------
+
+
+async def _cursor(db: Database) -> float:
+    with Stopwatch() as watch:
+        seen = 0
+        async for _ in db.plain.find({"_id": {"$gt": 0}}, sort=[("_id", 1)]):
+            seen += 1
+    return watch.rate(seen)
+
+
+async def _history(log: EventLog) -> float:
+    with Stopwatch() as watch:
+        seen = 0
+        while page := await log.read(after=seen):
+            seen += _payloads_read(page)
+    return watch.rate(seen)
+
+
+def _payloads_read(events: Sequence[Recorded]) -> int:
+    """Count events whose payload is what it should be: that takes reading and validating it."""
+    return sum(isinstance(recorded.event, Event) for recorded in events)
+
+
+# Delay ------------------------------------------------------------------------------------------------------------
+
+
+async def _delay(db: Database, log: EventLog, number: int) -> Result:
+    """From the call of append to the subscriber having the event, against insert_one and a plain change stream."""
+    theirs, ours = [], []
+    plain = db.get_collection("plain", write_concern=DURABLE)
+    changes = Changes(db)
+    changes.listen(log)
+    async with (
+        await db.watch(_PIPELINE) as stream,
+        changes.running(),
+        log.subscription(after=await log.head()) as subscription,
+    ):
+        await stream.try_next()
+        for document, append in zip(documents(number, first=time.time_ns() // 1000), appends(number), strict=True):
+            begin = time.perf_counter()
+            inserting = asyncio.create_task(plain.insert_one(document))
+            while await stream.try_next() is None:
+                pass
+            theirs.append(time.perf_counter() - begin)
+            await inserting
+            begin = time.perf_counter()
+            appending = asyncio.create_task(log.append(append))
+            await subscription.chunk()
+            ours.append(time.perf_counter() - begin)
+            await appending
+    return delays(
+        "delay: append until a subscriber has it; plain insert_one and change stream", theirs, ours, at_most=3.0
+    )

@@ -1,0 +1,37 @@
+"""Every benchmark runs, on little material: what it then says of speed means nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def run(*arguments: str, mongodb_uri: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"JOBLEDGER_TEST_MONGODB_URI": mongodb_uri},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_every_claim_about_speed_is_measured(mongodb_uri: str) -> None:
+    measured = run("--events", "800", "--rounds", "1", mongodb_uri=mongodb_uri)
+    assert measured.returncode == 0, measured.stderr
+    ratios = re.findall(r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d", measured.stdout)
+    assert len(ratios) == 7, measured.stdout
+    assert all(0 < float(ratio) < 100 for ratio in ratios)
+
+
+def test_a_part_that_does_not_exist_is_refused(mongodb_uri: str) -> None:
+    refused = run("apend", mongodb_uri=mongodb_uri)
+    assert refused.returncode == 2
+    assert "there are append, read" in refused.stderr
