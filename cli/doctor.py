@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 from cli.settings import Settings
 from cli.wiring import database
-from ledger.embedded import find_mongod
-from ledger.errors import JobledgerError, LedgerUnavailable
+from ledger.embedded import TRANSACTION_SECONDS, find_mongod
+from ledger.errors import JobledgerError
 from ledger.files import FileStore
-from ledger.mongo import Database, driver_errors
+from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, transaction_limit_seconds
 from workers.registry import processors
 
 _CLOCKS_APART_SECONDS = 2.0
@@ -63,7 +64,7 @@ async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Findin
     """Yield what the database at `uri` shows."""
     try:
         async with database(settings.mongodb.connection(uri)) as db:
-            for look in (_server, _clock, _oplog, _log_state):
+            for look in (_server, _clock, _oplog, _transactions, _rights, _log_state):
                 with driver_errors("being looked at"):
                     finding = await look(db)
                 yield finding
@@ -93,16 +94,52 @@ async def _clock(db: Database) -> Finding:
 
 
 async def _oplog(db: Database) -> Finding:
-    oplog = db.client["local"]["oplog.rs"]
-    try:
-        with driver_errors("showing its oplog"):
-            first = await oplog.find_one({}, {"ts": 1}, sort=[("$natural", 1)])
-            last = await oplog.find_one({}, {"ts": 1}, sort=[("$natural", -1)])
-            size = (await db.client["local"].command("collStats", "oplog.rs")).get("maxSize", 0) / 2**20
-    except LedgerUnavailable as error:
-        return Finding("Oplog", good=True, found=f"may not be looked at ({error})")
-    hours = (last["ts"].time - first["ts"].time) / 3600 if first and last else 0.0
-    return Finding("Oplog", good=True, found=f"{size:.0f} MB, reaches back {hours:.1f} h so far")
+    window = await oplog_window(db)
+    if window is None:
+        return Finding("Oplog", good=True, found="may not be looked at by this user")
+    found = f"{window.size_mb:.0f} MB, reaches back {window.hours:.1f} h" + ("" if window.full else " so far")
+    return Finding("Oplog", not window.short, found, OPLOG_ADVICE)
+
+
+async def _transactions(db: Database) -> Finding:
+    """How long a writer killed in a transaction holds readers up."""
+    seconds = await transaction_limit_seconds(db)
+    if seconds is None:
+        return Finding("Transactions", good=True, found="their time limit may not be looked at by this user")
+    found = f"end after {seconds} s at the latest"
+    if seconds > TRANSACTION_SECONDS:
+        better = f"{{setParameter: 1, transactionLifetimeLimitSeconds: {TRANSACTION_SECONDS}}}"
+        found += (
+            f"; so long may a writer that is killed hold readers up. Better, on each member: db.adminCommand({better})"
+        )
+    return Finding("Transactions", good=True, found=found)
+
+
+async def _rights(db: Database) -> Finding:
+    """Whether the server would let us change the log: it need not."""
+    status = await db.client.admin.command({"connectionStatus": 1, "showPrivileges": True})
+    sign_in = status["authInfo"]
+    if not sign_in["authenticatedUsers"]:
+        return Finding("Rights", good=True, found="no sign-in: whoever reaches the server may do anything")
+    changing = {"update", "remove", "dropCollection", "anyAction"}
+    powers = {
+        action
+        for privilege in sign_in["authenticatedUserPrivileges"]
+        if _covers(privilege["resource"], db.name)
+        for action in privilege["actions"]
+    }
+    if changing & powers:
+        found = "this user may change and remove events; `jobledger doctor --role` prints a role that may not"
+    else:
+        found = "this user may add events, and the server lets it change none"
+    return Finding("Rights", good=True, found=found)
+
+
+def _covers(resource: Mapping[str, Any], db_name: str) -> bool:
+    """Return whether a privilege's resource includes the collection `events`."""
+    if resource.get("anyResource"):
+        return True
+    return resource.get("db") in ("", db_name) and resource.get("collection") in ("", "events")
 
 
 async def _log_state(db: Database) -> Finding:

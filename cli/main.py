@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli import audit
 from cli import demo as demo_command
 from cli import doctor as doctor_command
 from cli.follow import Refused, as_batch, follow
 from cli.follow import submit as submit_batch
+from cli.rights import for_mongosh
 from cli.settings import Settings, read_settings
 from cli.wiring import ALL_ROLES, Role, Stop, database_server, keep_running, roles, set_up_logging
 from ledger.embedded import EmbeddedServer, attach_or_start
@@ -37,6 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+log_app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
+app.add_typer(log_app, name="log")
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", envvar="JOBLEDGER_CONFIG", help="The settings. Without it: ./config.yaml.")
 ]
@@ -102,15 +106,20 @@ def demo(
 
 
 @app.command()
-def doctor(config: ConfigOption = None) -> None:
+def doctor(
+    config: ConfigOption = None,
+    role: Annotated[
+        bool, typer.Option("--role", help="Print what gives a MongoDB user the rights a ledger needs, and no more.")
+    ] = False,
+) -> None:
     """Check everything a ledger needs, and say what to do about what is wrong."""
     settings = _settings(config)
+    if role:
+        typer.echo(for_mongosh(settings.mongodb.db_name))
+        return
     findings = list(doctor_command.look_at_machine(settings))
     try:
-        mongodb = settings.mongodb
-        embedded = attach_or_start(mongodb.data_dir, port=mongodb.embedded_port, oplog_mb=mongodb.embedded_oplog_mb)
-        server = embedded if settings.mongodb.embedded else nullcontext(settings.mongodb.uri.get_secret_value())
-        with server as uri:
+        with _any_server(settings) as uri:
             findings += asyncio.run(_collect(settings, uri))
     except JobledgerError as error:
         findings.append(doctor_command.Finding("MongoDB", good=False, found="not usable", advice=str(error)))
@@ -121,6 +130,41 @@ def doctor(config: ConfigOption = None) -> None:
         table.add_row(sign, finding.what, escape(told))
     Console().print(table)
     raise typer.Exit(0 if all(finding.good for finding in findings) else FAILED)
+
+
+@log_app.command("verify")
+def log_verify(
+    config: ConfigOption = None,
+    after: Annotated[int, typer.Option("--from", min=1, help="Begin at this position.")] = 1,
+    upto: Annotated[
+        int | None, typer.Option("--to", min=1, help="End at this position. Without it: at the end.")
+    ] = None,
+    noted: Annotated[
+        str | None, typer.Option(help="POSITION:HASH, as an earlier verification printed it: it must still be so.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+) -> None:
+    """Check that the log still is what was written: no event changed, missing, or in a wrong place.
+
+    Exits with 1 and names the first event that is wrong.
+    """
+    settings = _settings(config)
+    earlier = audit.noted_of(noted) if noted is not None else None
+    with _any_server(settings) as uri:
+        connection = settings.mongodb.connection(uri)
+        verdict = asyncio.run(
+            audit.verified(connection, Console(stderr=True), after=after - 1, upto=upto, noted=earlier)
+        )
+    typer.echo(orjson.dumps(audit.as_json(verdict)).decode() if as_json else audit.told(verdict))
+    raise typer.Exit(0 if verdict.wrong is None else FAILED)
+
+
+def _any_server(settings: Settings) -> AbstractContextManager[str]:
+    """The database of these settings; an embedded one that does not run is started meanwhile."""
+    mongodb = settings.mongodb
+    if not mongodb.embedded:
+        return nullcontext(mongodb.uri.get_secret_value())
+    return attach_or_start(mongodb.data_dir, port=mongodb.embedded_port, oplog_mb=mongodb.embedded_oplog_mb)
 
 
 async def _collect(settings: Settings, uri: str) -> list[doctor_command.Finding]:

@@ -26,7 +26,7 @@ from ledger.embedded import EmbeddedServer, running_server
 from ledger.errors import ConfigurationError, LedgerUnavailable
 from ledger.files import FileStore
 from ledger.log import EventLog
-from ledger.mongo import Connection, Database, check_server
+from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers import execution
@@ -114,6 +114,8 @@ async def database(connection: Connection) -> AsyncIterator[Database]:
     try:
         db = client[connection.db_name]
         await check_server(db)
+        if (window := await oplog_window(db)) is not None and window.short:
+            _log.warning(f"the oplog reaches back {window.hours:.1f} hours only", advice=OPLOG_ADVICE)
         yield db
     finally:
         await client.close()

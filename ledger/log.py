@@ -15,18 +15,19 @@ from typing import Any
 import structlog
 from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import PyMongoError
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from ledger.envelope import Append, documents_of
-from ledger.errors import VersionConflict
+from ledger.errors import DatabaseUnsuitable, VersionConflict
 from ledger.events import Event, Recorded
-from ledger.mongo import Database, Document, brief, driver_errors
+from ledger.mongo import INDEX_CONFLICTS, UNAUTHORIZED, Database, Document, brief, driver_errors
 from ledger.tail import Tail
 from ledger.writer import Limits, Writer
 
 __all__ = ["EventLog", "Limits", "Subscription"]
 
 _log = structlog.get_logger()
+_VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
 
 class EventLog(Writer):
@@ -41,9 +42,30 @@ class EventLog(Writer):
         self._hole_tasks: set[asyncio.Task[None]] = set()
 
     async def prepare(self) -> None:
-        """Create the index that makes versions unique. Harmless when it exists."""
+        """Make sure of the index that makes versions unique: create it, or find it where we may not.
+
+        Raises:
+            DatabaseUnsuitable: it is not there and cannot be created; the message says why and what to do.
+            LedgerUnavailable: the database cannot be reached.
+        """
         with driver_errors("preparing the log"):
-            await self._events.create_index([("stream", ASCENDING), ("version", ASCENDING)], unique=True)
+            try:
+                await self._events.create_index(_VERSIONS, unique=True)
+            except DuplicateKeyError as error:
+                raise DatabaseUnsuitable(f"Two events stand at the same version of a stream: {brief(error)}") from error
+            except OperationFailure as error:
+                if error.code in INDEX_CONFLICTS:
+                    raise DatabaseUnsuitable(
+                        "The index of `events` on (stream, version) is not unique: drop it, and it is made anew."
+                    ) from error
+                if error.code != UNAUTHORIZED:
+                    raise
+                if not await self.versions_are_unique():
+                    create = f"db.getSiblingDB({self._db.name!r}).events.createIndex"
+                    raise DatabaseUnsuitable(
+                        "The unique index of `events` on (stream, version) is missing, and this user may not create "
+                        f"it. An administrator can, in mongosh: {create}({{stream: 1, version: 1}}, {{unique: true}})"
+                    ) from error
 
     async def aclose(self) -> None:
         """Stop what runs in the background; appends still waiting are finished first."""
@@ -113,6 +135,41 @@ class EventLog(Writer):
                 if dense or not documents:
                     return [Recorded(document) for document in dense]
                 await self._wait_out_hole(range(after + 1, documents[0]["_id"]), documents[0]["time"])
+
+    # What only verification asks for: documents as they are stored, whatever was done to them.
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a writer may take from its number to its event before readers void the number."""
+        return self._limits.void_after_seconds
+
+    async def stored(self, *, after: int, limit: int) -> list[Document]:
+        """Return documents behind a position as they are stored, holes and all."""
+        with driver_errors("reading the log"):
+            return await self._events.find({"_id": {"$gt": after}}, sort=[("_id", ASCENDING)], limit=limit).to_list()
+
+    async def ends(self, wanted: Mapping[str, int]) -> dict[str, Document]:
+        """Return position, version and hash of the event at one version of each stream, where there is one."""
+        found: dict[str, Document] = {}
+        pairs = [{"stream": stream, "version": version} for stream, version in wanted.items()]
+        with driver_errors("reading the log"):
+            for begin in range(0, len(pairs), 200):
+                cursor = self._events.find({"$or": pairs[begin : begin + 200]}, {"stream": 1, "version": 1, "hash": 1})
+                found |= {document["stream"]: document async for document in cursor}
+        return found
+
+    async def stray(self) -> Document | None:
+        """Return a document whose `_id` cannot be a position, if there is one."""
+        with driver_errors("reading the log"):
+            return await self._events.find_one(
+                {"$or": [{"_id": {"$lt": 1}}, {"_id": {"$not": {"$type": "number"}}}]}, {"_id": 1}
+            )
+
+    async def versions_are_unique(self) -> bool:
+        """Return whether the index is there that makes (stream, version) unique."""
+        with driver_errors("reading the indexes of the log"):
+            indexes = await self._events.index_information()
+        return any(index["key"] == _VERSIONS and index.get("unique") for index in indexes.values())
 
     async def _wait_out_hole(self, missing: range, later: datetime) -> None:
         """Give a slow writer its second, unless the event behind the hole is old; then void what is still missing.

@@ -94,8 +94,9 @@ def brief(error: PyMongoError) -> str:
     return "the server does not answer" if text == "operation cancelled" else text
 
 
-# Unauthorized, AuthenticationFailed, DocumentValidationFailure: what repeating does not mend.
-_FOR_GOOD = frozenset({13, 18, 121})
+UNAUTHORIZED = 13  # the server's error codes
+INDEX_CONFLICTS = frozenset({85, 86})  # IndexOptionsConflict, IndexKeySpecsConflict
+_FOR_GOOD = frozenset({UNAUTHORIZED, 18, 121})  # also AuthenticationFailed, DocumentValidationFailure
 
 
 def passes_with_time(error: PyMongoError) -> bool:
@@ -103,8 +104,8 @@ def passes_with_time(error: PyMongoError) -> bool:
     return not (isinstance(error, OperationFailure) and error.code in _FOR_GOOD)
 
 
-async def check_server(db: Database) -> None:
-    """Make sure that the server can carry a ledger.
+async def check_server(db: Database, *, writing: bool = True) -> None:
+    """Make sure that the server can carry a ledger, and takes a write unless we only read.
 
     Raises:
         LedgerUnavailable: it cannot be reached.
@@ -113,15 +114,17 @@ async def check_server(db: Database) -> None:
     try:
         hello = await db.client.admin.command("hello")
         version = (await db.client.admin.command("buildInfo"))["version"]
+        if hello.get("msg") == "isdbgrid":
+            raise DatabaseUnsuitable(_SHARDED)
         if not hello.get("setName"):
             raise DatabaseUnsuitable(_STANDALONE)
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
             raise DatabaseUnsuitable(
                 f"MongoDB {version} is too old: the ledger needs {OLDEST_SERVER[0]}.{OLDEST_SERVER[1]} or newer."
             )
-        await db.get_collection(
-            "checkpoints", write_concern=WriteConcern(w="majority", j=True, wtimeout=5000)
-        ).update_one({"_id": "write-check"}, {"$set": {"ok": True}}, upsert=True)
+        if writing:
+            checked = db.get_collection("checkpoints", write_concern=WriteConcern(w="majority", j=True, wtimeout=5000))
+            await checked.update_one({"_id": "write-check"}, {"$set": {"ok": True}}, upsert=True)
     except ServerSelectionTimeoutError as error:
         raise LedgerUnavailable(
             f"No MongoDB answers at the address in mongodb.uri: {brief(error)}. Is it running?"
@@ -132,6 +135,67 @@ async def check_server(db: Database) -> None:
         raise LedgerUnavailable(f"The database failed while it was being checked: {brief(error)}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class OplogWindow:
+    """How far the oplog reaches back. While it is not `full` yet, that says nothing."""
+
+    size_mb: float
+    hours: float
+    full: bool
+
+    @property
+    def short(self) -> bool:
+        """Whether a member that is restarted or copied may find it rolled over."""
+        return self.full and self.hours < 1
+
+
+OPLOG_ADVICE = (
+    "The ledger loses nothing by it (readers go back to the collection), but a member that is down for longer has to "
+    "be copied anew: make it larger with replSetResizeOplog."
+)
+
+
+async def oplog_window(db: Database) -> OplogWindow | None:
+    """Look at the oplog; None if this user may not.
+
+    Raises:
+        LedgerUnavailable: the database cannot be reached.
+    """
+    local = db.client["local"]
+    with driver_errors("showing its oplog"):
+        try:
+            first = await local["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", 1)])
+            last = await local["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", -1)])
+            stats = await local.command("collStats", "oplog.rs")
+        except OperationFailure as error:
+            if error.code == UNAUTHORIZED:
+                return None
+            raise
+    hours = (last["ts"].time - first["ts"].time) / 3600 if first and last else 0.0
+    most = stats.get("maxSize", 0)
+    return OplogWindow(most / 2**20, hours, full=stats.get("size", 0) > 0.9 * most)
+
+
+async def transaction_limit_seconds(db: Database) -> int | None:
+    """Return after how long the server ends a transaction that was left open; None if this user may not know.
+
+    Raises:
+        LedgerUnavailable: the database cannot be reached.
+    """
+    with driver_errors("telling its parameters"):
+        try:
+            answer = await db.client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
+        except OperationFailure as error:
+            if error.code == UNAUTHORIZED:
+                return None
+            raise
+    return int(answer["transactionLifetimeLimitSeconds"])
+
+
+_SHARDED = (
+    "This is the router (mongos) of a sharded cluster, and the ledger has not been tried on one: its log is one "
+    "collection on one replica set. Let mongodb.uri name the members of a replica set."
+)
 _STANDALONE = (
     "This MongoDB is a standalone server, and the ledger needs a replica set (one node is enough): change streams and "
     "transactions do not exist without one. Start mongod with --replSet rs0 (or `replication: {replSetName: rs0}` in "

@@ -1,0 +1,65 @@
+"""cli: the rights in MongoDB that a ledger needs, and no more: `jobledger doctor --role`.
+
+A user with the role `jobledger` can add to the log and not change it: of `events` it may read and insert, and the
+server refuses the rest. One with `jobledger-subscriber` can follow the log from another program, and keep its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+
+from ledger.client import SUBSCRIPTIONS
+
+_MUTABLE: Final = (
+    "batches",
+    "checkpoints",
+    "counters",
+    "files",
+    "jobs",
+    "leaders",
+    "queue",
+    "statistics",
+    SUBSCRIPTIONS,
+    "webhook_headers",
+    "workers",
+)
+_VIEW_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection", "createIndex", "listIndexes"]
+
+
+def roles_of(db_name: str) -> list[dict[str, Any]]:
+    """Return the commands that create the two roles, to be run by an administrator on the database `db_name`."""
+    whole = _privilege(db_name, "", ["find", "changeStream"])
+    log = _privilege(db_name, "events", ["find", "insert", "listIndexes"])
+    oplog = _privilege("local", "oplog.rs", ["find", "collStats"])  # for `jobledger doctor` only
+    return [
+        {
+            "createRole": "jobledger",
+            "privileges": [whole, log, *(_privilege(db_name, name, _VIEW_ACTIONS) for name in _MUTABLE), oplog],
+            "roles": [],
+        },
+        {
+            "createRole": "jobledger-subscriber",
+            "privileges": [whole, log, _privilege(db_name, SUBSCRIPTIONS, ["find", "insert", "update"])],
+            "roles": [],
+        },
+    ]
+
+
+def _privilege(db_name: str, collection: str, actions: list[str]) -> dict[str, Any]:
+    return {"resource": {"db": db_name, "collection": collection}, "actions": actions}
+
+
+def for_mongosh(db_name: str) -> str:
+    """Return what an administrator pastes into mongosh: the index of the log, the roles, and a user to be finished."""
+    commands = "\n".join(
+        f"ledger.runCommand({orjson.dumps(role, option=orjson.OPT_INDENT_2).decode()})" for role in roles_of(db_name)
+    )
+    return (
+        f'ledger = db.getSiblingDB("{db_name}")\n'
+        "ledger.events.createIndex({stream: 1, version: 1}, {unique: true})\n"
+        f"{commands}\n"
+        'ledger.createUser({user: "jobledger", pwd: passwordPrompt(), roles: ["jobledger"]})\n'
+        f"// then: mongodb.uri: mongodb://jobledger:PASSWORD@HOST/?replicaSet=rs0&authSource={db_name}"
+    )
