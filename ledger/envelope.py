@@ -68,7 +68,7 @@ def documents_of(append: Append, into: list[Document]) -> int:
         }
         text = chained_text(document)
         document["hash"] = previous = hashlib.sha256(text).digest()
-        if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON takes up to nine times as much: 17 bytes for `0,` in a list
+        if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON may take nine times as much
             _refuse_too_large(document)
         size += len(text)
         into.append(document)

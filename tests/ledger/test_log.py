@@ -34,6 +34,7 @@ from tests.support.ledgers import (
     positions,
     stored,
     take,
+    until,
     whole,
 )
 from tests.support.proxy import Proxy
@@ -59,9 +60,13 @@ class Dawdler(EventLog):
         self.go_on = asyncio.Event()
         self.go_on.set()
         self.numbered = asyncio.Event()
+        self.db = db
+        self.held: list[int] = []
+        """The sizes of the groups that were about to be inserted."""
 
     async def _insert(self, todo: Sequence[Any]) -> list[Any]:
         self.numbered.set()
+        self.held.append(len(todo))
         await self.go_on.wait()
         return await super()._insert(todo)
 
@@ -294,6 +299,68 @@ async def test_too_much_waiting_is_refused_until_it_is_written(connection: Conne
         await asyncio.gather(ahead, *waiting)
         await log.append(append_of(a_job()))
         assert await log.head() == 5
+
+
+async def test_too_many_bytes_waiting_are_refused_like_too_many_events(connection: Connection) -> None:
+    large = a_job(parameters={"text": "x" * 100_000})
+    async with dawdler_on(connection, Limits(waiting_bytes=250_000, groups_on_their_way=1)) as log:
+        ahead = await log.held_up(append_of(a_job()))
+        waiting = [asyncio.create_task(log.append(append_of(large))) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(LedgerBusy, match="bytes"):
+            await log.append(append_of(a_job()))
+        log.go_on.set()
+        await asyncio.gather(ahead, *waiting)
+        await log.append(append_of(large))
+        assert await log.head() == 5
+
+
+async def test_an_append_that_is_too_large_as_a_whole_is_refused_with_both_numbers(connection: Connection) -> None:
+    large = a_job(parameters={"text": "x" * 40_000})
+    async with ledger_on(connection, Limits(append_bytes=100_000), live=False) as ledger:
+        with pytest.raises(InvalidEvent, match=r"3 events of 12\d{4} bytes .* 100000 bytes can be"):
+            await ledger.log.append(*[append_of(large) for _ in range(3)])
+        assert len(await ledger.log.append(*[append_of(large) for _ in range(2)])) == 2
+
+
+async def test_an_append_larger_than_a_message_to_the_server_is_still_all_or_nothing(quiet: Ledger) -> None:
+    """Its documents take four times as many bytes in BSON as in JSON: 52 MB, and a message holds 16."""
+    numbers = a_job(parameters={"numbers": list(range(10, 90)) * 1000})
+    taken = await quiet.log.append(append_of(a_job(), stream="job-taken"))
+    many = [append_of(numbers) for _ in range(60)]
+    with pytest.raises(VersionConflict):
+        await quiet.log.append(*many, append_of(a_job(), stream="job-taken"))
+    assert [event.stream for event in await quiet.log.read() if event.stream != VOID_STREAM] == ["job-taken"]
+    recorded = await quiet.log.append(*many)
+    assert positions(recorded) == list(range(recorded[0].position, recorded[0].position + 60))
+    assert recorded[0].position > taken[0].position
+    check_log(await stored(quiet.db))
+
+
+async def test_groups_gather_and_take_their_numbers_while_others_are_on_their_way(connection: Connection) -> None:
+    async with dawdler_on(connection, Limits(groups_on_their_way=3, group_events=10)) as log:
+        log.go_on.clear()
+        appending = [asyncio.create_task(log.append(append_of(a_job(), stream=f"job-{n}"))) for n in range(50)]
+        await until(lambda: log.held == [10, 10, 10])
+        log.go_on.set()
+        recorded = await asyncio.gather(*appending)
+        assert sorted(event.position for [event] in recorded) == list(range(1, 51))
+        assert log.held == [10] * 5
+        check_log(await stored(log.db))
+
+
+async def test_what_waiting_does_not_mend_fails_at_once(connection: Connection) -> None:
+    """A validator that some administrator put on the collection stands for every lasting refusal."""
+    async with ledger_on(connection, live=False) as ledger:
+        await ledger.submit()
+        await ledger.db.command({"collMod": "events", "validator": {"type": "Nothing"}})
+        async with asyncio.timeout(3):
+            with pytest.raises(LedgerUnavailable, match="refuses the events: Document failed validation"):
+                await ledger.submit()
+        await ledger.db.command({"collMod": "events", "validator": {}})
+        await ledger.submit()
+        events = await whole(ledger.log)
+        assert [event.type for event in events] == ["JobSubmitted", "PositionVoided", "JobSubmitted"]
 
 
 async def test_without_a_database_an_append_gives_up_at_its_deadline(mongodb_uri: str, db_name: str) -> None:
