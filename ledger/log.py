@@ -37,7 +37,7 @@ class EventLog(Writer):
 
     def __init__(self, db: Database, limits: Limits | None = None) -> None:
         super().__init__(db, limits or Limits())
-        self._tail = Tail(self._limits.tail_events)
+        self._tail = Tail(self._limits.tail_events, self._limits.tail_bytes)
         self._hole_timer: asyncio.TimerHandle | None = None
         self._hole_tasks: set[asyncio.Task[None]] = set()
 
@@ -126,15 +126,22 @@ class EventLog(Writer):
         """
         with driver_errors("reading the log"):
             while True:
-                query = {"_id": {"$gt": after}}
-                cursor = self._events.find(query, sort=[("_id", ASCENDING)], limit=limit or self._limits.page_events)
-                documents = await cursor.to_list()
+                documents = await self._page(after, limit or self._limits.page_events)
                 dense = [
                     document for position, document in enumerate(documents, after + 1) if document["_id"] == position
                 ]
                 if dense or not documents:
                     return [Recorded(document) for document in dense]
                 await self._wait_out_hole(range(after + 1, documents[0]["_id"]), documents[0]["time"])
+
+    async def _page(self, after: int, limit: int) -> list[Document]:
+        """Return the next documents as they are stored; fewer than `limit` if they are large.
+
+        A negative limit asks for one batch, and the server puts at most 16 MB in one.
+        """
+        query = {"_id": {"$gt": after}}
+        cursor = self._events.find(query, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit)
+        return await cursor.to_list()
 
     # What only verification asks for: documents as they are stored, whatever was done to them.
 
@@ -146,7 +153,7 @@ class EventLog(Writer):
     async def stored(self, *, after: int, limit: int) -> list[Document]:
         """Return documents behind a position as they are stored, holes and all."""
         with driver_errors("reading the log"):
-            return await self._events.find({"_id": {"$gt": after}}, sort=[("_id", ASCENDING)], limit=limit).to_list()
+            return await self._page(after, limit)
 
     async def ends(self, wanted: Mapping[str, int]) -> dict[str, Document]:
         """Return position, version and hash of the event at one version of each stream, where there is one."""

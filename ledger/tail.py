@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+import orjson
+
 from ledger.events import Recorded
 from ledger.mongo import Document
 
@@ -14,12 +16,16 @@ _NOTHING = range(0)
 class Tail:
     """The newest events of the log in dense order, as the change stream brings them; older ones are in the collection.
 
-    `low` is the first position kept, `high` the last. Events that arrive ahead of their turn are held back.
+    Kept are as many as fit in `most_events` and `most_bytes` (of JSON, about), and at least one. Events that arrive
+    ahead of their turn are held back.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, most_events: int, most_bytes: int) -> None:
+        self._most_events = most_events
+        self._most_bytes = most_bytes
         self._kept: deque[Recorded] = deque()
+        self._sizes: deque[int] = deque()
+        self._bytes = 0
         self._early: dict[int, Recorded] = {}
         self._high = 0
         self._grown = asyncio.Event()
@@ -35,6 +41,8 @@ class Tail:
         self._early.clear()
         if head != self._high:
             self._kept.clear()
+            self._sizes.clear()
+            self._bytes = 0
             self._high = head
         self._notify()
 
@@ -51,8 +59,12 @@ class Tail:
     def _keep(self, event: Recorded) -> None:
         self._high += 1
         self._kept.append(event)
-        if len(self._kept) > self._size:
+        size = len(orjson.dumps(event.data, default=str))
+        self._sizes.append(size)
+        self._bytes += size
+        while len(self._kept) > self._most_events or (self._bytes > self._most_bytes and len(self._kept) > 1):
             self._kept.popleft()
+            self._bytes -= self._sizes.popleft()
 
     def reaches(self, position: int) -> bool:
         """True if the event after `position` is kept, or will be the next to come."""

@@ -51,6 +51,7 @@ class Limits:
     waiting_bytes: int = 64 * 1024 * 1024
     append_bytes: int = 32 * 1024 * 1024
     tail_events: int = 10_000
+    tail_bytes: int = 64 * 1024 * 1024
     page_events: int = 1000
 
 

@@ -717,6 +717,20 @@ async def test_a_slow_subscriber_falls_back_to_the_collection_and_misses_nothing
         assert [positions(events) for events in await later] == [[62], [62]]
 
 
+async def test_large_events_are_kept_and_read_a_few_at_a_time(connection: Connection) -> None:
+    large = a_job(parameters={"text": "x" * 1_000_000})
+    async with ledger_on(connection, Limits(tail_bytes=5_000_000)) as ledger, ledger.log.subscription(after=0) as slow:
+        for _ in range(40):
+            await ledger.log.append(append_of(large))
+        await first(ledger.log, 1, after=39)  # the change stream has brought them all
+        pages = []
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while slow.position < 40:
+                pages.append(positions(await slow.chunk()))
+        assert [position for page in pages for position in page] == list(range(1, 41))
+        assert max(len(page) for page in pages) <= 16  # what the server puts in one answer, 16 MB
+
+
 async def test_a_chunk_holds_at_most_what_was_asked_for(ledger: Ledger) -> None:
     await ledger.log.append(append_of(*[progress()] * 25))
     async with ledger.log.subscription(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
