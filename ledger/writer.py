@@ -63,6 +63,7 @@ class Waiting:
     size: int
     basis: int
     """The largest position that the decision was based on: the new positions must be larger."""
+    deadline: float
     done: asyncio.Future[None]
 
 
@@ -102,7 +103,8 @@ class Writer:
                 f"{len(documents)} events of {size} bytes are too much to be written together: "
                 f"{self._limits.append_bytes} bytes can be"
             )
-        waiting = Waiting(documents, size, basis, asyncio.get_running_loop().create_future())
+        deadline = time.monotonic() + self._limits.append_deadline_seconds
+        waiting = Waiting(documents, size, basis, deadline, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._queued_events += len(documents)
         self._queued_bytes += size
@@ -126,8 +128,11 @@ class Writer:
         self._begin()
 
     async def _write_next(self) -> None:
+        self._give_up_late()
         group = self._gather()
         self._gathering = False
+        if not group:
+            return
         self._begin()
         try:
             await self._write_group(group)
@@ -140,9 +145,24 @@ class Writer:
             self._queued_events = self._queued_bytes = 0
             raise
 
+    def _give_up_late(self) -> None:
+        """Answer those whose time ran out in the queue: behind a database that was away, all would wait in turn."""
+        late = LedgerUnavailable("The database did not take the events in time: others were waiting before them.")
+        now = time.monotonic()
+        while self._queue and self._queue[0].deadline < now:
+            _settle([self._take()], late)
+
+    def _take(self) -> Waiting:
+        waiting = self._queue.popleft()
+        self._queued_events -= len(waiting.documents)
+        self._queued_bytes -= waiting.size
+        return waiting
+
     def _gather(self) -> list[Waiting]:
         """Take single events from the queue, as many as fit in one group, or one caller's several events."""
-        group = [self._queue.popleft()]
+        if not self._queue:
+            return []
+        group = [self._take()]
         size = group[0].size
         if len(group[0].documents) == 1:
             while (
@@ -151,10 +171,8 @@ class Writer:
                 and len(group) < self._limits.group_events
                 and size + self._queue[0].size <= _MESSAGE_BYTES // _BSON_FACTOR
             ):
-                group.append(self._queue.popleft())
+                group.append(self._take())
                 size += group[-1].size
-        self._queued_events -= len(group) if len(group) > 1 else len(group[0].documents)
-        self._queued_bytes -= size
         return group
 
     async def _write_group(self, group: Sequence[Waiting]) -> None:
@@ -163,7 +181,7 @@ class Writer:
         Whatever the database answers, the same documents may be inserted again: those that are there already are
         recognised as ours. So every failure that may pass is answered by trying again until the deadline.
         """
-        deadline = time.monotonic() + self._limits.append_deadline_seconds
+        deadline = group[0].deadline  # who came first has waited longest
         pause = 0.002
         todo = list(group)
         numbered = False

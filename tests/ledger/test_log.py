@@ -376,6 +376,18 @@ async def test_without_a_database_an_append_gives_up_at_its_deadline(mongodb_uri
                     await reading
 
 
+async def test_those_behind_in_the_queue_do_not_wait_for_the_database_in_turn(mongodb_uri: str, db_name: str) -> None:
+    with Proxy(mongodb_uri) as proxy:
+        connection = Connection(proxy.uri, db_name, connect_timeout_ms=300)
+        limits = Limits(append_deadline_seconds=1, group_events=1, groups_on_their_way=2)
+        async with ledger_on(connection, limits, live=False) as ledger:
+            await ledger.submit()
+            proxy.close()
+            async with asyncio.timeout(4):
+                answers = await asyncio.gather(*(ledger.submit() for _ in range(40)), return_exceptions=True)
+            assert {type(answer) for answer in answers} == {LedgerUnavailable}
+
+
 async def test_a_connection_that_breaks_delays_an_append_and_does_not_repeat_it(mongodb_uri: str, db_name: str) -> None:
     with Proxy(mongodb_uri) as proxy:
         async with ledger_on(Connection(proxy.uri, db_name), live=False) as ledger:
