@@ -35,8 +35,8 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
                 at_least=0.7,
             ),
             await rates(
-                f"append: 3 callers, lists of {AT_ONCE:,} in transactions; plain insert_many, 3 at once",
-                lambda: _plain(db, events, at_once=3),
+                f"append: 3 callers, lists of {AT_ONCE:,}, all or nothing; plain insert_many in transactions, 3 at once",
+                lambda: _transactions(db, events, at_once=3),
                 lambda: _lists(log, events, at_once=3),
                 rounds=rounds,
                 at_least=0.7,
@@ -62,14 +62,26 @@ async def prepare(db: Database, log: EventLog) -> None:
     await db.plain.create_index([("stream", 1), ("version", 1)], unique=True)
 
 
-async def _plain(db: Database, events: int, *, at_once: int = 1) -> float:
+async def _plain(db: Database, events: int) -> float:
     plain = db.get_collection("plain", write_concern=DURABLE)
+    made = documents(events)
+    with Stopwatch() as watch:
+        for begin in range(0, events, AT_ONCE):
+            await plain.insert_many(made[begin : begin + AT_ONCE], ordered=False)
+    return watch.rate(events)
+
+
+async def _transactions(db: Database, events: int, *, at_once: int) -> float:
     made = documents(events)
     begins = iter(range(0, events, AT_ONCE))
 
     async def caller() -> None:
         for begin in begins:
-            await plain.insert_many(made[begin : begin + AT_ONCE], ordered=False)
+            async with (
+                db.client.start_session() as session,
+                await session.start_transaction(write_concern=DURABLE),
+            ):
+                await db.plain.insert_many(made[begin : begin + AT_ONCE], ordered=False, session=session)
 
     with Stopwatch() as watch:
         await asyncio.gather(*(caller() for _ in range(at_once)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -108,6 +110,8 @@ async def handle(log: EventLog, stream: str, command: Command, *, meta: Meta, kn
         except VersionConflict:
             if tries == _TRIES:
                 raise
+            if tries > 1:  # many want this stream: not all of them again in the same instant
+                await asyncio.sleep(random.uniform(0, 0.002 * tries))  # noqa: S311 - spreads load, guards no secret
             known, current = await _brought_up_to_date(log, stream, known), True
         else:
             return Handled(recorded, known.after(recorded))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import islice, takewhile
 from typing import Any
 
 import structlog
@@ -27,6 +28,8 @@ from ledger.writer import Limits, Writer
 __all__ = ["EventLog", "Limits", "Subscription"]
 
 _log = structlog.get_logger()
+_MOST_AT_ONCE = 10_000
+"""Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
 
@@ -132,7 +135,7 @@ class EventLog(Writer):
                 ]
                 if dense or not documents:
                     return [Recorded(document) for document in dense]
-                await self._wait_out_hole(range(after + 1, documents[0]["_id"]), documents[0]["time"])
+                await self._wait_out_holes(after, documents)
 
     async def _page(self, after: int, limit: int) -> list[Document]:
         """Return the next documents as they are stored; fewer than `limit` if they are large.
@@ -178,18 +181,25 @@ class EventLog(Writer):
             indexes = await self._events.index_information()
         return any(index["key"] == _VERSIONS and index.get("unique") for index in indexes.values())
 
-    async def _wait_out_hole(self, missing: range, later: datetime) -> None:
-        """Give a slow writer its second, unless the event behind the hole is old; then void what is still missing.
+    async def _wait_out_holes(self, after: int, documents: Sequence[Document]) -> None:
+        """Give slow writers their second, unless what stands behind the hole is old; then void what is still missing.
 
-        Voiding early is always safe (the writer takes another number), so a writer's clock may be trusted here.
+        All holes of the page at once, or a hundred killed writers would be waited for in turn. Voiding early is always
+        safe (the writer takes another number), so a writer's clock may be trusted here.
         """
-        if (datetime.now(UTC) - later).total_seconds() < 10 * self._limits.void_after_seconds:
+        old = datetime.now(UTC) - timedelta(seconds=10 * self._limits.void_after_seconds)
+        evidence = [document["_id"] for document in takewhile(lambda document: document["time"] < old, documents)]
+        if not evidence:
             await asyncio.sleep(self._limits.void_after_seconds)
+            evidence = [document["_id"] for document in documents]
+        there = set(evidence)
+        holes = (position for position in range(after + 1, evidence[-1]) if position not in there)
+        missing = list(islice(holes, _MOST_AT_ONCE))
         present = {document["_id"] async for document in self._find(missing)}
         await self._void(position for position in missing if position not in present)
 
-    def _find(self, positions: range) -> AsyncIterator[Document]:
-        return self._events.find({"_id": {"$gte": positions.start, "$lt": positions.stop}}).__aiter__()
+    def _find(self, positions: Sequence[int]) -> AsyncIterator[Document]:
+        return self._events.find({"_id": {"$in": list(positions)}}).__aiter__()
 
     # Subscribe ----------------------------------------------------------------------------------------------------
 
@@ -213,21 +223,24 @@ class EventLog(Writer):
             self._watch_for_holes()
 
     def _watch_for_holes(self) -> None:
-        if self._hole_timer is None and self._tail.missing:
+        """Give what is missing its second from now on; all of it at once, however many holes there are."""
+        if self._hole_timer is None and (newest := self._tail.newest_early) is not None:
             self._hole_timer = asyncio.get_running_loop().call_later(
-                self._limits.void_after_seconds, self._fill_hole, self._tail.missing.start
+                self._limits.void_after_seconds, self._fill_holes, newest
             )
 
-    def _fill_hole(self, awaited: int) -> None:
-        if self._tail.missing.start != awaited:  # that one has come; another hole has a time of its own
+    def _fill_holes(self, evidence: int) -> None:
+        """Fill what is still missing below an event that has been here for long enough."""
+        missing = self._tail.missing_below(evidence, _MOST_AT_ONCE)
+        if not missing:
             self._hole_timer = None
             self._watch_for_holes()
             return
-        task = asyncio.create_task(self._fill(self._tail.missing), name="fill-hole")
+        task = asyncio.create_task(self._fill(missing), name="fill-hole")
         self._hole_tasks.add(task)
         task.add_done_callback(self._hole_tasks.discard)
 
-    async def _fill(self, missing: range) -> None:
+    async def _fill(self, missing: Sequence[int]) -> None:
         """Look for what the stream did not bring, void the rest. What is voided comes back through the stream."""
         try:
             present = [document async for document in self._find(missing)]
@@ -236,7 +249,7 @@ class EventLog(Writer):
             for document in present:
                 self._tail.add(document)
         except PyMongoError as error:
-            _log.warning("could not fill a hole yet", missing=str(missing), error=brief(error))
+            _log.warning("could not fill a hole yet", missing=missing[:10], error=brief(error))
         finally:
             self._hole_timer = None
             self._watch_for_holes()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import islice
 
 import orjson
 
 from ledger.events import Recorded
 from ledger.mongo import Document
-
-_NOTHING = range(0)
 
 
 class Tail:
@@ -32,9 +31,14 @@ class Tail:
         self._awaited = False
 
     @property
-    def missing(self) -> range:
-        """The positions that are awaited although a later one is here; empty when all is in order."""
-        return range(self._high + 1, min(self._early)) if self._early else _NOTHING
+    def newest_early(self) -> int | None:
+        """The last position that came although an earlier one is awaited; None when all is in order."""
+        return max(self._early) if self._early else None
+
+    def missing_below(self, evidence: int, most: int) -> list[int]:
+        """The first positions that are awaited although `evidence`, a later one, is here."""
+        awaited = (position for position in range(self._high + 1, evidence) if position not in self._early)
+        return list(islice(awaited, most))
 
     def begin_at(self, head: int) -> None:
         """Start anew behind `head`: everything up to it is in the collection."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
@@ -17,12 +18,18 @@ from ledger.envelope import VOID_STREAM
 from ledger.events import Recorded
 from ledger.log import Limits
 from ledger.mongo import Connection, Document
-from tests.support.ledgers import check_log, ledger_on, positions, stored, until
-from tests.support.writers import TOGETHER, start_writer
+from tests.support.ledgers import Ledger, check_log, first, ledger_on, lose_a_ticket, positions, stored, until, whole
+from tests.support.moments import Tally, observed
+from tests.support.writers import start_writer
 
-WRITERS = 4
-SECONDS = 10.0
+WRITERS = 8
+EVENTS = 20_000
+KILLS = 5 * WRITERS
 PATIENCE = Limits(void_after_seconds=0.3)
+TRANSACTION_SECONDS = 1
+# For the server to end a killed writer's transaction (it looks once a second), for the void, and for a loaded machine:
+# whether one writer was killed or a hundred.
+LONGEST_DELAY_SECONDS = 1.5 * TRANSACTION_SECONDS + 1 + PATIENCE.void_after_seconds + 7
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def connection(mongodb_uri: str, db_name: str) -> Iterator[Connection]:
     """A database whose server ends the transactions of the killed after a second, not a minute."""
     with MongoClient[Document](mongodb_uri) as client:
         before = client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
-        client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": 1})
+        client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": TRANSACTION_SECONDS})
         yield Connection(mongodb_uri, db_name)
         seconds = before["transactionLifetimeLimitSeconds"]
         client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": seconds})
@@ -52,26 +59,40 @@ class Writer:
         assert self.process.exitcode == -signal.SIGKILL, "the writer had ended by itself"
 
 
-async def kill_again_and_again(connection: Connection, shared: list[str], directory: Path) -> int:
-    """Kill one writer after the other at random moments and replace it; return how many of them were at work."""
+class Follower:
+    """A live subscriber: keeps what it is given, and how old each event was by then."""
+
+    def __init__(self) -> None:
+        self.seen: list[Recorded] = []
+        self.delays: list[float] = []
+
+    async def follow(self, ledger: Ledger) -> None:
+        async with ledger.log.subscription(after=0) as events:
+            while True:
+                chunk = await events.chunk()
+                now = datetime.now(UTC)
+                self.seen += chunk
+                self.delays += [(now - event.time).total_seconds() for event in chunk]
+
+
+async def kill_again_and_again(connection: Connection, shared: list[str], directory: Path, ledger: Ledger) -> int:
+    """Kill writers at random moments and replace them, until the log is long; return how many of them were at work."""
     notes = (directory / f"acknowledged-{number}" for number in count())
-    writers = deque(Writer(connection, shared, next(notes)) for _ in range(WRITERS))
+    writers = [Writer(connection, shared, next(notes)) for _ in range(WRITERS)]
     at_work = 0
     try:
-        async with asyncio.timeout(SECONDS):
-            while True:
-                await until(writers[0].is_at_work)
-                await asyncio.sleep(random.uniform(0, 0.3))
-                victim = writers.popleft()
-                await asyncio.to_thread(victim.kill)
-                at_work += 1
-                writers.append(Writer(connection, shared, next(notes)))
-    except TimeoutError:
-        return at_work
+        while at_work < KILLS or await ledger.log.head() < EVENTS:
+            await until(lambda: any(writer.is_at_work() for writer in writers), 30)
+            await asyncio.sleep(random.uniform(0, 0.3))
+            index = random.randrange(WRITERS)
+            at_work += writers[index].is_at_work()
+            await asyncio.to_thread(writers[index].kill)
+            writers[index] = Writer(connection, shared, next(notes))
     finally:
         for writer in writers:
             writer.process.kill()
             writer.process.join(10)
+    return at_work
 
 
 def acknowledged(directory: Path) -> dict[str, int]:
@@ -85,42 +106,54 @@ def acknowledged(directory: Path) -> dict[str, int]:
 async def test_writers_killed_at_any_moment_lose_nothing_and_leave_no_hole(
     connection: Connection, tmp_path: Path
 ) -> None:
-    async with ledger_on(connection, PATIENCE) as ledger:
+    of_reader = Tally()
+    async with (
+        ledger_on(connection, live=False) as ledger,
+        ledger_on(observed(connection, of_reader), PATIENCE) as reader,
+    ):
         shared = [(await ledger.submit()).events[0].stream for _ in range(2)]
-        async with ledger.log.subscription(after=0) as events:
-            seen: list[Recorded] = []
+        follower = Follower()
+        following = asyncio.create_task(follower.follow(reader))
+        at_work = await kill_again_and_again(connection, shared, tmp_path, ledger)
+        last = (await ledger.submit()).events[0]
+        await until(lambda: bool(follower.seen) and follower.seen[-1].position >= last.position, 30)
+        following.cancel()
+        with suppress(asyncio.CancelledError):
+            await following
 
-            async def follow() -> None:
-                async for event in events:
-                    seen.append(event)
-
-            following = asyncio.create_task(follow())
-            at_work = await kill_again_and_again(connection, shared, tmp_path)
-            last = (await ledger.submit()).events[0]
-            await until(lambda: bool(seen) and seen[-1].position >= last.position, 30)
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-        documents = await stored(ledger.db)
-        assert at_work >= WRITERS
+        documents, seen = await stored(ledger.db), follower.seen
         check_log(documents)
         assert positions(seen) == [document["_id"] for document in documents]
         assert [event.event_id for event in seen] == [document["event_id"] for document in documents]
+        assert await whole(ledger.log) == seen
+        assert max(follower.delays) < LONGEST_DELAY_SECONDS
+
         there = {document["event_id"]: document["_id"] for document in documents}
         assert len(there) == len(documents)
         noted = acknowledged(tmp_path)
-        assert noted
         assert {event_id: there.get(event_id) for event_id in noted} == noted
-        check_order_within_streams(documents)
         check_batches(documents)
 
+        # The killing was worth it: after a number was taken, and after events were there but not acknowledged.
+        assert at_work >= KILLS
+        assert of_reader.started_by_name["insert"] > 0, "nobody left a hole for readers to fill"
+        own = len(shared) + 1
+        voids = sum(document["stream"] == VOID_STREAM for document in documents)
+        assert len(documents) - voids - own > len(noted) > EVENTS / 2, "whatever was there was acknowledged"
 
-def check_order_within_streams(documents: list[Document]) -> None:
-    """The order of positions never contradicts the order of versions."""
-    reached: dict[str, int] = {}
-    for document in documents:
-        if document["stream"] != VOID_STREAM:
-            assert document["version"] == reached.get(document["stream"], 0) + 1
-            reached[document["stream"]] = document["version"]
+
+@pytest.mark.parametrize("live", [True, False], ids=["subscriber", "reader"])
+async def test_readers_wait_for_a_hundred_killed_writers_no_longer_than_for_one(
+    connection: Connection, live: bool
+) -> None:
+    holes, patient = 20, Limits(void_after_seconds=0.5)
+    async with ledger_on(connection, patient, live=live) as ledger:
+        for _ in range(holes):
+            await lose_a_ticket(ledger.db)
+            await ledger.submit()
+        async with asyncio.timeout(holes * patient.void_after_seconds / 2):
+            events = await first(ledger.log, 2 * holes) if live else await whole(ledger.log)
+        assert [event.stream == VOID_STREAM for event in events] == [True, False] * holes
 
 
 def check_batches(documents: list[Document]) -> None:
@@ -129,7 +162,8 @@ def check_batches(documents: list[Document]) -> None:
     assert batches
     streams = {document["_id"]: document["stream"] for document in documents}
     for batch in batches:
-        behind = [streams[batch["_id"] + number] for number in range(1, TOGETHER)]
-        assert behind == batch["data"]["job_ids"]
+        job_ids = batch["data"]["job_ids"]
+        behind = [streams[batch["_id"] + number] for number in range(1, len(job_ids) + 1)]
+        assert behind == job_ids
     with_a_batch = {document["stream"] for document in documents if document["data"].get("batch_id")}
     assert with_a_batch == {job_id for batch in batches for job_id in batch["data"]["job_ids"]}

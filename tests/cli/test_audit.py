@@ -1,0 +1,344 @@
+"""`jobledger log verify` as auditors run it: its exit codes, what it says to people and to programs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from bson import ObjectId
+
+from cli import main
+from ledger.commands import ClaimJob
+from ledger.handle import handle
+from ledger.log import Limits
+from ledger.mongo import Connection, Document
+from tests.support.examples import NOON
+from tests.support.installation import Ended, Installation, is_gone
+from tests.support.ledgers import META, Ledger, ledger_on, lose_a_ticket, stored, whole
+from tests.support.mongod import needs_local_mongod
+
+NOTHING = bytes(32).hex()
+EVENTS = 5
+Work = Callable[[Ledger], Coroutine[Any, Any, Any]]
+
+
+async def write(ledger: Ledger) -> None:
+    """Two jobs, the first of them claimed (2, 5), and between them a position whose writer has died (3)."""
+    submitted = await ledger.submit()
+    await handle(ledger.log, submitted.events[0].stream, ClaimJob("w1", NOON), meta=META, known=submitted.known)
+    await lose_a_ticket(ledger.db)
+    await ledger.submit()
+    await ledger.submit()
+    assert len(await whole(ledger.log)) == EVENTS
+
+
+class Audited:
+    """A log, and the command that verifies it, run in the test's process: a traceback comes out as an exception."""
+
+    def __init__(
+        self, connection: Connection, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self._connection = connection
+        self._capfd = capfd
+        self._monkeypatch = monkeypatch
+
+    def verify(self, *arguments: str) -> Ended:
+        self._monkeypatch.setattr(sys, "argv", ["jobledger", "log", "verify", *arguments])
+        self._capfd.readouterr()
+        with pytest.raises(SystemExit) as exited:
+            main.run()
+        said = self._capfd.readouterr()
+        return Ended(int(exited.value.code or 0), said.out, said.err)
+
+    def json(self, exit_code: int, *arguments: str) -> Any:
+        ended = self.verify("--json", *arguments)
+        assert (ended.exit_code, ended.err) == (exit_code, ""), ended
+        return json.loads(ended.out)
+
+    def do(self, work: Work) -> None:
+        async def with_a_ledger() -> None:
+            async with ledger_on(self._connection, Limits(void_after_seconds=0.02), live=False) as ledger:
+                await work(ledger)
+
+        asyncio.run(with_a_ledger())
+
+    def change(self, position: int, **fields: Any) -> None:
+        async def changed(ledger: Ledger) -> None:
+            done = await ledger.db.events.update_one({"_id": position}, {"$set": fields})
+            assert done.modified_count == 1
+
+        self.do(changed)
+
+    def documents(self) -> list[Document]:
+        found: list[Document] = []
+
+        async def look(ledger: Ledger) -> None:
+            found.extend(await stored(ledger.db))
+
+        self.do(look)
+        return found
+
+
+@pytest.fixture
+def empty(
+    mongodb_uri: str,
+    db_name: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Audited:
+    """A database in which nothing is yet."""
+    configured = {"mongodb": {"uri": mongodb_uri, "db_name": db_name}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(configured), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return Audited(Connection(mongodb_uri, db_name), capfd, monkeypatch)
+
+
+@pytest.fixture
+def audited(empty: Audited) -> Audited:
+    empty.do(write)
+    return empty
+
+
+def one_line(ended: Ended, exit_code: int, *words: str) -> None:
+    assert ended.exit_code == exit_code, ended
+    assert ended.out == ""
+    assert ended.err.startswith("jobledger: "), ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    for word in words:
+        assert word in ended.err
+
+
+def note_in(ended: Ended) -> str:
+    return ended.out.strip().rpartition(" ")[2]
+
+
+# A right log ------------------------------------------------------------------------------------------------------
+
+
+def test_a_right_log_is_said_to_be_right_and_what_to_note_of_it(audited: Audited) -> None:
+    last = audited.documents()[-1]
+    assert audited.verify() == Ended(
+        0,
+        "5 events up to position 5 are what was written (1 of them void positions).\n"
+        f"To prove it later, note: 5:{last['hash'].hex()}\n",
+        "",
+    )
+
+
+def test_programs_are_told_the_same_as_json(audited: Audited) -> None:
+    told = audited.json(0)
+    assert told == {"events": 5, "voided": 1, "position": 5, "noted": note_in(audited.verify()), "wrong": None}
+
+
+def test_a_range_is_verified_alone(audited: Audited) -> None:
+    documents = audited.documents()
+    audited.change(1, time=NOON)
+    for arguments, events, end in [
+        (("--from", "2"), 4, 5),
+        (("--from", "2", "--to", "4"), 3, 4),
+        (("--from", "5"), 1, 5),
+        (("--from", "3", "--to", "3"), 1, 3),
+        (("--from", "2", "--to", "1000"), 4, 5),
+    ]:
+        told = audited.json(0, *arguments)
+        assert (told["events"], told["position"]) == (events, end)
+        assert told["noted"] == f"{end}:{documents[end - 1]['hash'].hex()}"
+    assert audited.verify("--to", "1").exit_code == 1
+
+
+@pytest.mark.parametrize("arguments", [("--from", "6"), ("--from", "4", "--to", "3"), ("--from", str(2**63))], ids=str)
+def test_where_nothing_is_nothing_is_wrong(audited: Audited, arguments: tuple[str, ...]) -> None:
+    assert audited.verify(*arguments) == Ended(0, "There are no events to verify.\n", "")
+    told = audited.json(0, *arguments)
+    assert (told["events"], told["noted"], told["wrong"]) == (0, None, None)
+
+
+@pytest.mark.xfail(strict=True, reason="TypeError: JSON cannot be made of so large a number")
+def test_where_no_position_can_be_nothing_is_wrong(audited: Audited) -> None:
+    assert audited.json(0, "--from", str(10**30))["events"] == 0
+
+
+def test_an_empty_log_is_right(empty: Audited) -> None:
+    async def nothing(_ledger: Ledger) -> None:
+        """To open it makes the index."""
+
+    empty.do(nothing)
+    assert empty.verify() == Ended(0, "There are no events to verify.\n", "")
+    assert empty.json(0) == {"events": 0, "voided": 0, "position": 0, "noted": None, "wrong": None}
+
+
+@pytest.mark.xfail(strict=True, reason="where no process has run yet, the missing index is taken for somebody's harm")
+def test_a_log_that_nobody_has_opened_yet_is_right(empty: Audited) -> None:
+    assert empty.verify() == Ended(0, "There are no events to verify.\n", "")
+
+
+# A wrong one ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_wrong_event_is_named_and_the_exit_code_is_1(audited: Audited) -> None:
+    stream = audited.documents()[1]["stream"]
+    audited.change(2, **{"data.worker_id": "mallory [/red]"})
+    audited.change(4, time=NOON)
+    assert audited.verify() == Ended(
+        1,
+        f"The log is not what was written. First wrong: position 2 ({stream}, version 2): "
+        "its hash is not that of its content: one of the two was changed.\n1 events before it are.\n",
+        "",
+    )
+    assert audited.json(1) == {
+        "events": 1,
+        "voided": 0,
+        "position": 1,
+        "noted": f"1:{audited.documents()[0]['hash'].hex()}",
+        "wrong": {
+            "position": 2,
+            "stream": stream,
+            "version": 2,
+            "what": "its hash is not that of its content: one of the two was changed",
+        },
+    }
+
+
+def test_an_event_that_is_gone_is_named_by_its_position(audited: Audited) -> None:
+    async def remove(ledger: Ledger) -> None:
+        await ledger.db.events.delete_one({"_id": 4})
+
+    audited.do(remove)
+    told = audited.json(1)
+    assert told["events"] == 3
+    assert told["wrong"].items() >= {"position": 4, "stream": None, "version": None}.items()
+    assert told["wrong"]["what"].startswith("missing.")
+
+
+@pytest.mark.xfail(strict=True, reason="TypeError: what stands in place of a version need not be a word of JSON")
+@pytest.mark.parametrize("version", [ObjectId("679f3d0c8f1b2a0001000000"), b"\1"], ids=["an id", "bytes"])
+def test_programs_are_told_of_a_version_that_is_none(audited: Audited, version: Any) -> None:
+    audited.change(4, version=version)
+    assert audited.json(1)["wrong"]["position"] == 4
+
+
+# Noted earlier ----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_noted_proves_later_that_nothing_was_taken_away(audited: Audited) -> None:
+    note = note_in(audited.verify())
+    audited.do(Ledger.submit)
+    assert audited.verify("--noted", note).exit_code == 0
+    assert audited.verify("--noted", note.upper()).exit_code == 0
+    assert audited.json(0, "--noted", note, "--from", "6")["events"] == 1
+
+    async def take_away(ledger: Ledger) -> None:
+        await ledger.db.events.delete_many({"_id": {"$gte": 5}})
+
+    audited.do(take_away)
+    assert audited.verify().exit_code == 0
+    ended = audited.verify("--noted", note)
+    assert ended.exit_code == 1
+    assert "First wrong: position 5: the log ends at position 4, and was noted to have reached 5." in ended.out
+    assert audited.json(1, "--noted", note)["wrong"]["position"] == 5
+
+
+def test_another_hash_than_the_noted_one_is_wrong(audited: Audited) -> None:
+    ended = audited.verify("--noted", f"5:{NOTHING}")
+    assert ended.exit_code == 1
+    assert "First wrong: position 5: what stands here is not what was noted." in ended.out
+
+
+NO_NOTES = [
+    "",
+    ":",
+    "5",
+    "5:",
+    f":{NOTHING}",
+    f"0:{NOTHING}",
+    f"-1:{NOTHING}",
+    f"x:{NOTHING}",
+    f"1.5:{NOTHING}",
+    f"5:{NOTHING[:-1]}",
+    f"5:{NOTHING[:-2]}",
+    f"5:{NOTHING}00",
+    f"5:{NOTHING[:-1]}g",
+    f"5 {NOTHING}",
+    f"5:5:{NOTHING}",
+    f"{'9' * 5000}:{NOTHING}",
+    pytest.param(
+        f"{10**30}:{NOTHING}",
+        marks=pytest.mark.xfail(strict=True, reason="OverflowError: the database has no such number"),
+    ),
+]
+
+
+@pytest.mark.parametrize("text", NO_NOTES, ids=lambda text: repr(text[:12]))
+def test_a_text_that_is_no_note_is_one_line_and_exit_code_2(audited: Audited, text: str) -> None:
+    one_line(audited.verify("--noted", text), 2, "is no note of an earlier verification", "POSITION:HASH")
+
+
+@pytest.mark.parametrize("option", ["--from", "--to"])
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", ""])
+def test_a_range_of_no_positions_is_wrong_usage(audited: Audited, option: str, number: str) -> None:
+    ended = audited.verify(option, number)
+    assert (ended.exit_code, ended.out) == (2, "")
+    assert option in ended.err
+
+
+# The database -----------------------------------------------------------------------------------------------------
+
+
+def away(directory: Path) -> None:
+    mongodb = {"uri": "mongodb://user:s3cret@127.0.0.1:1/?replicaSet=rs0", "connect_timeout_ms": 200}
+    (directory / "config.yaml").write_text(yaml.safe_dump({"mongodb": mongodb}), encoding="utf-8")
+
+
+def test_a_database_that_does_not_answer_is_one_line_and_exit_code_3(empty: Audited, tmp_path: Path) -> None:
+    away(tmp_path)
+    for arguments in ((), ("--json",), ("--noted", f"5:{NOTHING}")):
+        ended = empty.verify(*arguments)
+        one_line(ended, 3, "127.0.0.1:1")
+        assert "s3cret" not in ended.err
+
+
+def test_what_is_wrong_usage_is_said_before_the_database_is_asked(empty: Audited, tmp_path: Path) -> None:
+    away(tmp_path)
+    one_line(empty.verify("--noted", "5"), 2, "is no note")
+
+
+def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(empty: Audited, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mongodb:\n  url: x\n", encoding="utf-8")
+    one_line(empty.verify(), 2, "config.yaml: mongodb.url")
+    one_line(empty.verify("--config", "nowhere.yaml"), 2, "nowhere.yaml: there is no such file")
+
+
+@needs_local_mongod
+def test_an_embedded_server_that_does_not_run_is_started_meanwhile(tmp_path: Path) -> None:
+    with Installation(tmp_path) as installation:
+        up = installation.up()
+        job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
+        assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
+        running = installation.run("log", "verify")
+        assert running.exit_code == 0, running
+        assert not is_gone(installation.note().pid), "it was stopped by who did not start it"
+        assert up.stop().exit_code == 0
+
+        alone = installation.run("log", "verify", "--noted", note_in(running))
+        assert (alone.exit_code, alone.err) == (0, ""), alone
+        assert "are what was written" in alone.out
+        assert not (tmp_path / "data" / "server.json").exists(), "the server was left running"
+        one_line(installation.run("log", "verify", "--noted", "5"), 2, "is no note")
+        assert installation.run("log", "verify", "--noted", f"1:{NOTHING}").exit_code == 1
+
+
+def test_every_command_and_option_that_looks_into_the_log_is_explained(empty: Audited) -> None:
+    ended = empty.verify("--help")
+    assert ended.exit_code == 0
+    for option in ("--from", "--to", "--noted", "--json", "--config"):
+        assert option in ended.out
+    for command in main.log_app.registered_commands:
+        assert command.callback is not None
+        assert command.callback.__doc__

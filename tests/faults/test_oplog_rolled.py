@@ -1,0 +1,252 @@
+"""The oplog rolls over while a subscriber is away: it goes on where it was, misses nothing and gets nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from pymongo import MongoClient
+from structlog.testing import capture_logs
+
+from ledger.embedded import EmbeddedServer, find_mongod
+from ledger.envelope import VOID_STREAM, Append, Head
+from ledger.events import JobProgressed, Recorded
+from ledger.handle import new_job_id
+from ledger.log import Limits
+from ledger.mongo import Connection, Document
+from ledger.server_note import until as until_true
+from tests.support.examples import NOON
+from tests.support.ledgers import META, Ledger, check_log, ledger_on, lose_a_ticket, stored, until, whole
+from tests.support.moments import Tally, is_frozen, observed
+from tests.support.mongod import needs_local_mongod
+from tests.support.proxy import Proxy
+
+pytestmark = needs_local_mongod
+
+OPLOG_MB = 1
+QUICK = Limits(void_after_seconds=0.2)
+PATIENCE_SECONDS = 40.0
+HISTORY_LOST = {286, 136}  # ChangeStreamHistoryLost; CappedPositionLost, where the cursor was still open
+REOPENED = "change stream interrupted, opening it again"
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.faults.test_oplog_rolled"])
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of our own with an oplog of one megabyte, which it cuts every second.
+
+    It cuts no more than its last checkpoint allows, and the interval of these can only be set at its start.
+    """
+    directory = tmp_path_factory.mktemp("oplog")
+    program = directory / "bin" / "mongod"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{find_mongod()}" "$@" --syncdelay 1\n')
+    program.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+        server = EmbeddedServer.start(directory / "data", port=0, oplog_mb=OPLOG_MB)
+    with server:
+        yield server.uri
+
+
+@pytest.fixture
+def connection(uri: str, request: pytest.FixtureRequest) -> Connection:
+    return Connection(uri, f"test_{request.node.name[-30:]}")
+
+
+@pytest.fixture
+async def writer(connection: Connection) -> AsyncIterator[Ledger]:
+    async with ledger_on(connection, QUICK, live=False) as ledger:
+        yield ledger
+
+
+async def write(writer: Ledger) -> int:
+    """Single events, several together, and a number that gets lost; return the last position."""
+    await asyncio.gather(*(writer.submit() for _ in range(20)))
+    await lose_a_ticket(writer.db)
+    events = [JobProgressed(attempt=1, step="page", percent=number, message="") for number in range(30)]
+    return (await writer.log.append(Append(new_job_id(), Head(), events, META, NOON)))[-1].position
+
+
+def roll_over(uri: str) -> None:
+    """Write, elsewhere, until nothing of what is in the oplog now is there any more."""
+    with MongoClient[Document](uri) as client:
+        oplog = client["local"]["oplog.rs"]
+        [last] = oplog.find(sort=[("$natural", -1)], limit=1)
+
+        def rolled() -> bool:
+            client["filler"]["filler"].insert_many([{"filler": "x" * 10_000} for _ in range(50)])
+            [oldest] = oplog.find(sort=[("$natural", 1)], limit=1)
+            return bool(oldest["ts"] > last["ts"])
+
+        assert until_true(rolled, PATIENCE_SECONDS), "the oplog did not roll over"
+        client.drop_database("filler")
+
+
+async def check(writer: Ledger, delivered: list[tuple[int, str]]) -> None:
+    documents = await stored(writer.db)
+    check_log(documents)
+    assert delivered == [(document["_id"], document["event_id"]) for document in documents]
+    assert sum(document["stream"] == VOID_STREAM for document in documents) >= 3
+
+
+# A subscriber that is frozen --------------------------------------------------------------------------------------
+
+
+class Subscriber:
+    """A process that subscribes, and notes what it is given, and which errors the server answered."""
+
+    def __init__(self, connection: Connection, after: int, directory: Path) -> None:
+        self._events = directory / "events"
+        self._errors = directory / "errors"
+        self._process = _context.Process(
+            target=_subscribe, args=(connection, after, self._events, self._errors), daemon=True
+        )
+        self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def delivered(self) -> list[tuple[int, str]]:
+        lines = self._events.read_text().splitlines() if self._events.exists() else []
+        return [(int(position), event_id) for position, event_id in (line.split() for line in lines)]
+
+    def errors(self) -> set[int]:
+        return {int(code) for code in self._errors.read_text().split()}
+
+    async def reaches(self, position: int) -> None:
+        await until(lambda: self.delivered()[-1:] >= [(position, "")], PATIENCE_SECONDS)
+
+    async def freeze(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        await until(lambda: is_frozen(self.pid))
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join(10)
+
+
+def _subscribe(connection: Connection, after: int, events: Path, errors: Path) -> None:
+    asyncio.run(_note(connection, after, events, errors))
+
+
+async def _note(connection: Connection, after: int, delivered: Path, errors: Path) -> None:
+    tally = Tally()
+    with delivered.open("a", buffering=1) as notes, errors.open("a", buffering=1) as codes:
+        async with (
+            ledger_on(observed(connection, tally), QUICK) as ledger,
+            ledger.log.subscription(after=after) as events,
+        ):
+            async for event in events:
+                if tally.failed_by_code:
+                    codes.write(" ".join(map(str, tally.failed_by_code)) + "\n")
+                notes.write(f"{event.position} {event.event_id}\n")
+
+
+async def test_a_subscriber_that_was_frozen_while_the_oplog_rolled_over_goes_on_where_it_was(
+    connection: Connection, writer: Ledger, tmp_path: Path
+) -> None:
+    subscriber = Subscriber(connection, 0, tmp_path)
+    try:
+        await subscriber.reaches(await write(writer))
+        assert subscriber.errors() & HISTORY_LOST == set()
+        await subscriber.freeze()
+        await write(writer)
+        await asyncio.to_thread(roll_over, connection.uri)
+        last = await write(writer)
+        await asyncio.to_thread(
+            roll_over, connection.uri
+        )  # nothing of the log is left, whatever the stream begins with
+        subscriber.thaw()
+        await subscriber.reaches(last)
+        await subscriber.reaches(await write(writer))
+        assert subscriber.errors() & HISTORY_LOST, "the server still had what was missed"
+        await check(writer, subscriber.delivered())
+    finally:
+        subscriber.end()
+
+
+async def test_a_subscriber_that_did_not_run_while_the_oplog_rolled_over_goes_on_after_its_position(
+    connection: Connection, writer: Ledger, tmp_path: Path
+) -> None:
+    before = Subscriber(connection, 0, tmp_path)
+    try:
+        await before.reaches(await write(writer))
+    finally:
+        before.end()
+    await write(writer)
+    last = await write(writer)
+    await asyncio.to_thread(roll_over, connection.uri)
+    position, _ = before.delivered()[-1]
+    assert position < last
+    after = Subscriber(connection, position, tmp_path)  # notes what it is given in the same place
+    try:
+        await after.reaches(last)
+        await after.reaches(await write(writer))
+        await check(writer, after.delivered())
+    finally:
+        after.end()
+
+
+# A change stream that is cut off ----------------------------------------------------------------------------------
+
+
+async def test_a_stream_whose_place_in_the_oplog_is_gone_is_opened_anew_and_every_subscriber_goes_on(
+    connection: Connection, writer: Ledger
+) -> None:
+    tally = Tally()
+    with Proxy(connection.uri) as proxy, capture_logs() as warnings:
+        cut_off = observed(Connection(proxy.uri, connection.db_name), tally)
+        async with (
+            ledger_on(cut_off, QUICK) as reader,
+            subscribed(reader) as early,
+        ):
+            first = await write(writer)
+            await until(lambda: len(early) == first, PATIENCE_SECONDS)
+            proxy.freeze()
+            await write(writer)
+            await asyncio.to_thread(roll_over, connection.uri)
+            last = await write(writer)
+            await asyncio.to_thread(roll_over, connection.uri)
+            assert len(early) == first
+            assert REOPENED not in [warning["event"] for warning in warnings]
+            proxy.cut()  # so the driver has to resume, with a token from before
+            proxy.thaw()
+            await until(lambda: len(early) >= last, PATIENCE_SECONDS)
+            async with subscribed(reader, after=first) as late:
+                last = await write(writer)
+                await until(lambda: len(early) >= last and len(late) >= last - first, PATIENCE_SECONDS)
+        assert tally.failed_by_code[286], "the server still had what was missed"
+        assert REOPENED in [warning["event"] for warning in warnings]
+    assert late == early[first:]
+    await check(writer, [(event.position, event.event_id) for event in early])
+    assert await whole(writer.log) == early
+
+
+@asynccontextmanager
+async def subscribed(ledger: Ledger, *, after: int = 0) -> AsyncIterator[list[Recorded]]:
+    """What a subscription delivers from now on."""
+    delivered: list[Recorded] = []
+
+    async def take() -> None:
+        async with ledger.log.subscription(after=after) as events:
+            async for event in events:
+                delivered.append(event)
+
+    task = asyncio.create_task(take())
+    try:
+        yield delivered
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

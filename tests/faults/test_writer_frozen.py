@@ -1,0 +1,291 @@
+"""SIGSTOP at the worst moments: readers wait for a frozen process within bounds, and what it had begun happens once."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from multiprocessing.connection import Connection as Pipe
+from time import monotonic
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+
+from ledger.envelope import VOID_STREAM, Append, Head
+from ledger.errors import VersionConflict
+from ledger.events import JobProgressed, Recorded
+from ledger.log import Limits
+from ledger.mongo import Connection, Document
+from tests.support.examples import NOON, a_job
+from tests.support.ledgers import META, Ledger, check_log, ledger_on, positions, stored, until, whole
+from tests.support.moments import Moment, Once, freeze_myself, is_frozen, observed
+
+VOID_AFTER_SECONDS = 0.3
+IMPATIENT = Limits(void_after_seconds=VOID_AFTER_SECONDS)
+TRANSACTION_SECONDS = 2
+NOISE_SECONDS = 5.0  # a loaded machine, not a promise
+PATIENCE_SECONDS = 30.0
+LATE = "job-late"
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.faults.test_writer_frozen"])
+
+Place = tuple[int, str, str]  # position, event_id, stream
+
+
+@pytest.fixture
+def connection(mongodb_uri: str, db_name: str) -> Iterator[Connection]:
+    """A database whose server ends transactions that are left open after two seconds."""
+    with MongoClient[Document](mongodb_uri) as client:
+        before = client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
+        client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": TRANSACTION_SECONDS})
+        yield Connection(mongodb_uri, db_name)
+        seconds = before["transactionLifetimeLimitSeconds"]
+        client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": seconds})
+
+
+# The frozen -------------------------------------------------------------------------------------------------------
+
+
+class Frozen:
+    """A process that stops itself at a moment of its work, as a laptop does whose lid is closed."""
+
+    def __init__(self, work: Any, *arguments: Any) -> None:
+        self._answer, sender = _context.Pipe(duplex=False)
+        self.process = _context.Process(target=_run, args=(work, sender, *arguments), daemon=True)
+        self.process.start()
+        sender.close()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid
+        return self.process.pid
+
+    async def until_frozen(self) -> None:
+        await until(lambda: not self.process.is_alive() or is_frozen(self.pid), PATIENCE_SECONDS)
+        assert self.process.is_alive(), "the process has ended, and was to be frozen at a moment that did not come"
+
+    def thaw(self) -> None:
+        assert is_frozen(self.pid), "it should have slept until now"
+        os.kill(self.pid, signal.SIGCONT)
+
+    async def answer(self) -> Any:
+        """What the process has to say at its end."""
+        said = await asyncio.wait_for(asyncio.to_thread(self._answer.poll, PATIENCE_SECONDS), PATIENCE_SECONDS + 5)
+        assert said, "the process did not answer after it was thawed"
+        return self._answer.recv()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(10)
+        self._answer.close()
+
+
+def _run(work: Any, sender: Pipe, *arguments: Any) -> None:
+    sender.send(asyncio.run(work(*arguments)))
+
+
+async def _append(connection: Connection, moment: Moment, appends: Sequence[Append]) -> list[list[Place]] | str:
+    """Append each on its own, all at once, and tell where they are; or which conflict there was."""
+    sleepy = observed(connection, Once(moment, freeze_myself))
+    async with ledger_on(sleepy, IMPATIENT, live=False) as ledger:
+        try:
+            recorded = await asyncio.gather(*(ledger.log.append(append) for append in appends))
+        except VersionConflict as conflict:
+            return f"found {conflict.found}"
+    return [places(events) for events in recorded]
+
+
+async def _read(connection: Connection, moment: Moment) -> list[Place]:
+    sleepy = observed(connection, Once(moment, freeze_myself))
+    async with ledger_on(sleepy, IMPATIENT, live=False) as ledger:
+        return places(await whole(ledger.log))
+
+
+def places(events: Sequence[Recorded]) -> list[Place]:
+    return [(event.position, event.event_id, event.stream) for event in events]
+
+
+@asynccontextmanager
+async def frozen_writer(connection: Connection, moment: Moment, *appends: Append) -> AsyncIterator[Frozen]:
+    writer = Frozen(_append, connection, moment, appends)
+    try:
+        await writer.until_frozen()
+        yield writer
+    finally:
+        writer.end()
+
+
+def late(count: int, stream: str = LATE) -> Append:
+    events = [JobProgressed(attempt=1, step="page", percent=number, message="") for number in range(count)]
+    return Append(stream, Head(), events, META, NOON)
+
+
+# The readers ------------------------------------------------------------------------------------------------------
+
+
+class Follower:
+    """A live subscriber that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[Recorded] = []
+
+    async def reaches(self, position: int, seconds: float) -> None:
+        await until(lambda: bool(self.seen) and self.seen[-1].position >= position, seconds)
+
+
+@asynccontextmanager
+async def following(ledger: Ledger) -> AsyncIterator[Follower]:
+    follower = Follower()
+
+    async def follow() -> None:
+        async with ledger.log.subscription(after=0) as events:
+            async for event in events:
+                follower.seen.append(event)
+
+    task = asyncio.create_task(follow())
+    try:
+        yield follower
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def check(ledger: Ledger, follower: Follower) -> None:
+    """The log keeps its promises, and everybody sees the same."""
+    documents = await stored(ledger.db)
+    check_log(documents)
+    await follower.reaches(len(documents), PATIENCE_SECONDS)
+    log = await whole(ledger.log)
+    assert [event.event_id for event in log] == [document["event_id"] for document in documents]
+    assert places(follower.seen) == places(log)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("moment", "appends"),
+    [
+        ("after findAndModify", [late(1)]),
+        ("before insert", [late(1)]),
+        ("before insert", [late(1, f"job-late-{number}") for number in range(5)]),
+        ("before insert", [late(3)]),
+    ],
+    ids=["single event, with its number", "single event", "group of single events", "transaction"],
+)
+async def test_a_writer_frozen_between_its_number_and_its_insert_lands_behind_the_voids_and_once(
+    connection: Connection, moment: Moment, appends: Sequence[Append]
+) -> None:
+    total = sum(len(append.events) for append in appends)
+    async with (
+        ledger_on(connection, IMPATIENT) as ledger,
+        following(ledger) as follower,
+        frozen_writer(connection, moment, *appends) as writer,
+    ):
+        begun = monotonic()
+        behind = (await ledger.submit()).events[0]
+        await follower.reaches(behind.position, VOID_AFTER_SECONDS + NOISE_SECONDS)
+        assert monotonic() - begun > VOID_AFTER_SECONDS, "a slow writer has some time before its number is voided"
+        before = await whole(ledger.log)
+        assert [event.stream for event in before] == [VOID_STREAM] * total + [behind.stream]
+
+        writer.thaw()
+        answer = await writer.answer()
+        landed = [place for append in answer for place in append]
+        assert sorted(position for position, _, _ in landed) == list(range(total + 2, 2 * total + 2))
+        for append, told in zip(appends, answer, strict=True):
+            assert [position for position, _, _ in told] == list(range(told[0][0], told[0][0] + len(append.events)))
+            assert places(await ledger.log.read_stream(append.stream)) == told
+        assert places(await whole(ledger.log)) == places(before) + sorted(landed)
+        await check(ledger, follower)
+
+
+async def test_a_writer_frozen_inside_its_transaction_holds_readers_up_until_the_server_ends_it(
+    connection: Connection,
+) -> None:
+    async with (
+        ledger_on(connection, IMPATIENT) as ledger,
+        following(ledger) as follower,
+        frozen_writer(connection, "before commitTransaction", late(3)) as writer,
+    ):
+        behind = (await ledger.submit()).events[0]
+        assert behind.position == 4
+        # The server looks for transactions that are too old every half of what it grants them.
+        await follower.reaches(4, 1.5 * TRANSACTION_SECONDS + 1 + VOID_AFTER_SECONDS + NOISE_SECONDS)
+        before = await whole(ledger.log)
+        assert [event.stream for event in before] == [VOID_STREAM] * 3 + [behind.stream]
+        assert await ledger.log.read_stream(LATE) == []
+
+        writer.thaw()
+        [landed] = await writer.answer()
+        assert [position for position, _, _ in landed] == [5, 6, 7]
+        assert places(await whole(ledger.log)) == places(before) + landed
+        await check(ledger, follower)
+
+
+@pytest.mark.parametrize(
+    ("moment", "count"),
+    [("after insert", 1), ("after commitTransaction", 3)],
+    ids=["single event", "transaction"],
+)
+async def test_a_writer_frozen_before_it_hears_of_its_success_holds_nobody_up(
+    connection: Connection, moment: Moment, count: int
+) -> None:
+    async with (
+        ledger_on(connection, IMPATIENT) as ledger,
+        following(ledger) as follower,
+        frozen_writer(connection, moment, late(count)) as writer,
+    ):
+        await ledger.submit()
+        await follower.reaches(count + 1, NOISE_SECONDS)
+        assert all(event.stream != VOID_STREAM for event in follower.seen)
+        writer.thaw()
+        [landed] = await writer.answer()
+        assert [position for position, _, _ in landed] == list(range(1, count + 1))
+        assert places(await ledger.log.read_stream(LATE)) == landed
+        await check(ledger, follower)
+
+
+@pytest.mark.parametrize("count", [1, 3], ids=["single event", "transaction"])
+async def test_a_writer_whose_stream_went_on_while_it_was_frozen_learns_that_it_lost(
+    connection: Connection, count: int
+) -> None:
+    async with (
+        ledger_on(connection, IMPATIENT) as ledger,
+        following(ledger) as follower,
+        frozen_writer(connection, "before insert", late(count)) as writer,
+    ):
+        [winner] = await ledger.log.append(Append(LATE, Head(), [a_job()], META, NOON))
+        await follower.reaches(winner.position, VOID_AFTER_SECONDS + NOISE_SECONDS)
+        writer.thaw()
+        assert await writer.answer() == "found 1"
+        assert await ledger.log.read_stream(LATE) == [winner]
+        await check(ledger, follower)
+
+
+async def test_a_reader_frozen_just_before_it_voids_finds_the_late_event_instead(connection: Connection) -> None:
+    async with (
+        ledger_on(connection, Limits(void_after_seconds=10 * PATIENCE_SECONDS)) as ledger,
+        following(ledger) as follower,
+        frozen_writer(connection, "before insert", late(1)) as writer,
+    ):
+        behind = (await ledger.submit()).events[0]
+        reader = Frozen(_read, connection, "before insert")
+        try:
+            await reader.until_frozen()
+            assert positions(follower.seen) == []
+            writer.thaw()
+            [[landed]] = await writer.answer()
+            assert landed[0] == 1
+            await follower.reaches(behind.position, NOISE_SECONDS)
+            reader.thaw()
+            assert await reader.answer() == [landed, *places([behind])]
+        finally:
+            reader.end()
+        await check(ledger, follower)

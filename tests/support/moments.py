@@ -1,0 +1,84 @@
+"""tests: moments in a process's talk with the database, at which it stops, dies, or takes a note.
+
+They are the driver's own announcements, so they say nothing of how the log works inside: "before insert" is when an
+insert is about to be sent, "after insert" when its answer has arrived and nobody has been told.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
+
+from ledger.mongo import Connection
+
+Moment = Literal[
+    "before insert", "after insert", "before commitTransaction", "after commitTransaction", "after findAndModify"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Observed(Connection):
+    """A connection whose commands are announced to listeners."""
+
+    listeners: tuple[CommandListener, ...] = ()
+
+    def _options(self) -> dict[str, Any]:
+        return {**Connection._options(self), "event_listeners": list(self.listeners)}
+
+
+def observed(connection: Connection, *listeners: CommandListener) -> Observed:
+    return Observed(connection.uri, connection.db_name, connection.max_pool_size, listeners=listeners)
+
+
+class Once(CommandListener):
+    """Does something the first time that a moment comes."""
+
+    def __init__(self, moment: Moment, act: Callable[[], None]) -> None:
+        self._awaited: str | None = moment
+        self._act = act
+
+    def _comes(self, moment: str) -> None:
+        if moment == self._awaited:
+            self._awaited = None
+            self._act()
+
+    def started(self, event: CommandStartedEvent) -> None:
+        self._comes(f"before {event.command_name}")
+
+    def succeeded(self, event: CommandSucceededEvent) -> None:
+        self._comes(f"after {event.command_name}")
+
+    def failed(self, event: CommandFailedEvent) -> None:
+        """Is not what is waited for."""
+
+
+class Tally(CommandListener):
+    """Counts what was asked for, by name, and what the server answered it with, by error code."""
+
+    def __init__(self) -> None:
+        self.started_by_name: Counter[str] = Counter()
+        self.failed_by_code: Counter[int] = Counter()
+
+    def started(self, event: CommandStartedEvent) -> None:
+        self.started_by_name[event.command_name] += 1
+
+    def succeeded(self, event: CommandSucceededEvent) -> None:
+        """Is counted when it starts."""
+
+    def failed(self, event: CommandFailedEvent) -> None:
+        self.failed_by_code[event.failure.get("code", 0)] += 1
+
+
+def freeze_myself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def is_frozen(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -1,0 +1,147 @@
+"""tests: a wire to MongoDB on which single messages are lost: what was asked for, or what was answered.
+
+    with Wire(uri) as wire:
+        wire.lose_answer("insert")  # the next insert is done, and whoever asked for it is told that it failed
+
+Only what the ledger speaks is understood (OP_MSG with one document); whatever else there is goes through as it is.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Self
+from urllib.parse import urlsplit
+
+import bson
+
+_HEADER = struct.Struct("<iiii")  # length, request id, id of the request that is answered, operation
+_OP_MSG = 2013
+_BODY = 21  # behind the header, flags and the kind of the first section
+_INTERRUPTED = {"ok": 0.0, "code": 11601, "codeName": "Interrupted", "errmsg": "lost on the wire"}
+
+
+class Wire:
+    """Forwards connections to a MongoDB, message by message. May be told to lose, or to hold, the next of a kind."""
+
+    def __init__(self, uri: str) -> None:
+        parts = urlsplit(uri)
+        assert parts.hostname
+        assert parts.port
+        self._target = (parts.hostname, parts.port)
+        self._lock = threading.Lock()
+        self._losing_requests: dict[str, int] = {}
+        self._losing_answers: dict[str, int] = {}
+        self._holding: str | None = None
+        self._go_on = threading.Event()
+        self.held = threading.Event()
+        """Set while a message is held."""
+        self.lost = 0
+        self._sockets: list[socket.socket] = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"mongodb://127.0.0.1:{self._server.getsockname()[1]}/?directConnection=true"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._go_on.set()
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Break all connections; new ones may be made."""
+        with self._lock:
+            sockets, self._sockets = self._sockets, []
+        for wire in sockets:
+            with suppress(OSError):
+                wire.shutdown(socket.SHUT_RDWR)
+            wire.close()
+
+    def lose_request(self, command: str, times: int = 1) -> None:
+        """The next of these commands never reaches the server, and whoever sent it hears of a failure."""
+        with self._lock:
+            self._losing_requests[command] = times
+
+    def lose_answer(self, command: str, times: int = 1) -> None:
+        """The next of these commands is carried out, and whoever sent it hears of a failure."""
+        with self._lock:
+            self._losing_answers[command] = times
+
+    def hold(self, command: str) -> None:
+        """Keep the next of these commands back until `release`."""
+        self.held.clear()
+        self._go_on.clear()
+        self._holding = command
+
+    def release(self) -> None:
+        self.held.clear()
+        self._go_on.set()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._server.accept()
+                server = socket.create_connection(self._target)
+            except OSError:
+                return
+            with self._lock:
+                self._sockets += [client, server]
+            lost: set[int] = set()
+            threading.Thread(target=self._ask, args=(client, server, lost), daemon=True).start()
+            threading.Thread(target=self._answer, args=(server, client, lost), daemon=True).start()
+
+    def _ask(self, client: socket.socket, server: socket.socket, lost: set[int]) -> None:
+        with suppress(OSError):
+            for message in _messages(client):
+                _, number, _, operation = _HEADER.unpack_from(message)
+                command = _name(message) if operation == _OP_MSG else ""
+                if self._takes(self._losing_requests, command):
+                    client.sendall(_failure(number))
+                    continue
+                if self._takes(self._losing_answers, command):
+                    lost.add(number)
+                if command and command == self._holding:
+                    self._holding = None
+                    self.held.set()
+                    self._go_on.wait()
+                server.sendall(message)
+            server.shutdown(socket.SHUT_WR)
+
+    def _answer(self, server: socket.socket, client: socket.socket, lost: set[int]) -> None:
+        with suppress(OSError):
+            for message in _messages(server):
+                asked = _HEADER.unpack_from(message)[2]
+                client.sendall(_failure(asked) if asked in lost else message)
+            client.shutdown(socket.SHUT_WR)
+
+    def _takes(self, losing: dict[str, int], command: str) -> bool:
+        with self._lock:
+            if not losing.get(command):
+                return False
+            losing[command] -= 1
+            self.lost += 1
+            return True
+
+
+def _messages(source: socket.socket) -> Iterator[bytes]:
+    with source.makefile("rb") as stream:
+        while len(header := stream.read(_HEADER.size)) == _HEADER.size:
+            yield header + stream.read(_HEADER.unpack(header)[0] - _HEADER.size)
+
+
+def _name(message: bytes) -> str:
+    """The name of a command is the first name in its document, behind the document's length and the value's type."""
+    begin = _BODY + 5
+    return message[begin : message.index(0, begin)].decode()
+
+
+def _failure(asked: int) -> bytes:
+    body = bson.encode(_INTERRUPTED)
+    return _HEADER.pack(_BODY + len(body), 0, asked, _OP_MSG) + bytes(5) + body
