@@ -35,7 +35,7 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
                 at_least=0.7,
             ),
             await rates(
-                f"append: 3 callers, lists of {AT_ONCE:,}, all or nothing; plain insert_many in transactions, 3 at once",
+                f"append: 3 callers, lists of {AT_ONCE:,}, all or nothing; plain transactions, 3 at once",
                 lambda: _transactions(db, events, at_once=3),
                 lambda: _lists(log, events, at_once=3),
                 rounds=rounds,
