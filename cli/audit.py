@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -10,9 +12,11 @@ from ledger.log import EventLog
 from ledger.mongo import Connection
 from ledger.verification import Verdict, verify
 
+LARGEST_POSITION: Final = 2**63 - 1  # what the database can count to
+
 
 def noted_of(text: str) -> tuple[int, bytes]:
-    """Read `POSITION:HASH` as `log verify` prints it.
+    """Read `POSITION:DIGEST` as `log verify` prints it.
 
     Raises:
         ConfigurationError: it is something else.
@@ -22,9 +26,9 @@ def noted_of(text: str) -> tuple[int, bytes]:
         noted = int(position), bytes.fromhex(digest)
     except ValueError:
         noted = 0, b""
-    if noted[0] < 1 or len(noted[1]) != 32:
+    if not 1 <= noted[0] <= LARGEST_POSITION or len(noted[1]) != 32:
         raise ConfigurationError(
-            f"{text!r} is no note of an earlier verification: expected POSITION:HASH as `log verify` prints it, "
+            f"{text!r} is no note of an earlier verification: expected POSITION:DIGEST as `log verify` prints it, "
             "a number and 64 hexadecimal digits."
         )
     return noted
@@ -58,15 +62,19 @@ def told(verdict: Verdict) -> str:
         return f"The log is not what was written. First wrong: {verdict.wrong}.\n{verdict.events} events before it are."
     if not verdict.events:
         return "There are no events to verify."
-    return (
+    right = (
         f"{verdict.events} events up to position {verdict.position} are what was written "
-        f"({verdict.voided} of them void positions).\nTo prove it later, note: {note_of(verdict)}"
+        f"({verdict.voided} of them void positions)."
     )
+    note = note_of(verdict)
+    return right if note is None else f"{right}\nTo prove later that they still are, note: {note}"
 
 
-def note_of(verdict: Verdict) -> str:
-    """Return what to keep elsewhere, for `--noted` of a later verification."""
-    return f"{verdict.position}:{verdict.hash.hex()}"
+def note_of(verdict: Verdict) -> str | None:
+    """Return what to keep elsewhere, for `--noted` of a later verification, if all was right from the beginning."""
+    if verdict.digest is None or verdict.wrong is not None or not verdict.events:
+        return None
+    return f"{verdict.position}:{verdict.digest.hex()}"
 
 
 def as_json(verdict: Verdict) -> dict[str, object]:
@@ -76,7 +84,7 @@ def as_json(verdict: Verdict) -> dict[str, object]:
         "events": verdict.events,
         "voided": verdict.voided,
         "position": verdict.position,
-        "noted": note_of(verdict) if verdict.events else None,
+        "noted": note_of(verdict),
         "wrong": wrong
         and {"position": wrong.position, "stream": wrong.stream, "version": wrong.version, "what": wrong.what},
     }

@@ -135,12 +135,15 @@ def doctor(
 @log_app.command("verify")
 def log_verify(
     config: ConfigOption = None,
-    after: Annotated[int, typer.Option("--from", min=1, help="Begin at this position.")] = 1,
+    after: Annotated[
+        int, typer.Option("--from", min=1, max=audit.LARGEST_POSITION, help="Begin at this position.")
+    ] = 1,
     upto: Annotated[
-        int | None, typer.Option("--to", min=1, help="End at this position. Without it: at the end.")
+        int | None,
+        typer.Option("--to", min=1, max=audit.LARGEST_POSITION, help="End at this position. Without it: at the end."),
     ] = None,
     noted: Annotated[
-        str | None, typer.Option(help="POSITION:HASH, as an earlier verification printed it: it must still be so.")
+        str | None, typer.Option(help="POSITION:DIGEST, as an earlier verification printed it: it must still be so.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
 ) -> None:
@@ -150,6 +153,10 @@ def log_verify(
     """
     settings = _settings(config)
     earlier = audit.noted_of(noted) if noted is not None else None
+    if earlier is not None and (after > 1 or (upto is not None and upto < earlier[0])):
+        raise ConfigurationError(
+            f"--noted stands for all events up to position {earlier[0]}: leave out --from, and a --to before it."
+        )
     with _any_server(settings) as uri:
         connection = settings.mongodb.connection(uri)
         verdict = asyncio.run(

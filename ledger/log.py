@@ -14,8 +14,10 @@ from itertools import islice, takewhile
 from typing import Any
 
 import structlog
+from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from ledger.envelope import Append, documents_of
@@ -28,6 +30,9 @@ from ledger.writer import Limits, Writer
 __all__ = ["EventLog", "Limits", "Subscription"]
 
 _log = structlog.get_logger()
+_TOLERANT: CodecOptions[Document] = CodecOptions(
+    tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
+)
 _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
@@ -137,13 +142,14 @@ class EventLog(Writer):
                     return [Recorded(document) for document in dense]
                 await self._wait_out_holes(after, documents)
 
-    async def _page(self, after: int, limit: int) -> list[Document]:
+    async def _page(self, after: int, limit: int, events: AsyncCollection[Document] | None = None) -> list[Document]:
         """Return the next documents as they are stored; fewer than `limit` if they are large.
 
         A negative limit asks for one batch, and the server puts at most 16 MB in one.
         """
         query = {"_id": {"$gt": after}}
-        cursor = self._events.find(query, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit)
+        events = self._events if events is None else events  # a collection has no truth value
+        cursor = events.find(query, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit)
         return await cursor.to_list()
 
     # What only verification asks for: documents as they are stored, whatever was done to them.
@@ -154,9 +160,9 @@ class EventLog(Writer):
         return self._limits.void_after_seconds
 
     async def stored(self, *, after: int, limit: int) -> list[Document]:
-        """Return documents behind a position as they are stored, holes and all."""
+        """Return documents behind a position as they are stored, holes and all, and damage that can be decoded."""
         with driver_errors("reading the log"):
-            return await self._page(after, limit)
+            return await self._page(after, limit, self._events.with_options(codec_options=_TOLERANT))
 
     async def ends(self, wanted: Mapping[str, int]) -> dict[str, Document]:
         """Return position, version and hash of the event at one version of each stream, where there is one."""
@@ -172,14 +178,17 @@ class EventLog(Writer):
         """Return a document whose `_id` cannot be a position, if there is one."""
         with driver_errors("reading the log"):
             return await self._events.find_one(
-                {"$or": [{"_id": {"$lt": 1}}, {"_id": {"$not": {"$type": "number"}}}]}, {"_id": 1}
+                {"$or": [{"_id": {"$lt": 1}}, {"_id": {"$not": {"$type": ["int", "long"]}}}]}, {"_id": 1}
             )
 
     async def versions_are_unique(self) -> bool:
         """Return whether the index is there that makes (stream, version) unique."""
         with driver_errors("reading the indexes of the log"):
             indexes = await self._events.index_information()
-        return any(index["key"] == _VERSIONS and index.get("unique") for index in indexes.values())
+        return any(
+            index["key"] == _VERSIONS and index.get("unique") and "partialFilterExpression" not in index
+            for index in indexes.values()
+        )
 
     async def _wait_out_holes(self, after: int, documents: Sequence[Document]) -> None:
         """Give slow writers their second, unless what stands behind the hole is old; then void what is still missing.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from bson.errors import InvalidBSON
 from pymongo import AsyncMongoClient, MongoClient, WriteConcern
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import (
@@ -20,7 +21,7 @@ from pymongo.errors import (
 )
 from pymongo.read_concern import ReadConcern
 
-from ledger.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable
+from ledger.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable, UnreadableEvent
 
 Document = dict[str, Any]
 Database = AsyncDatabase[Document]
@@ -85,6 +86,10 @@ def driver_errors(doing: str) -> Iterator[None]:
         yield
     except PyMongoError as error:
         raise LedgerUnavailable(f"The database failed while {doing}: {brief(error)}") from error
+    except InvalidBSON as error:
+        raise UnreadableEvent(
+            f"A document is damaged: {doing} failed. `jobledger log verify` finds it. {error}"
+        ) from error
 
 
 def brief(error: PyMongoError) -> str:

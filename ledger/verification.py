@@ -5,7 +5,8 @@ its link to the one before, and the fields of the envelope (none more, none less
 reader would fill is reported as one.
 
 Not every falsification can be seen in the log alone. Who can write to the database can make a whole stream anew, hashes
-and all, or take the end of the log away. Against that helps a position and hash noted elsewhere: `noted`.
+and all, swap events of different streams, or take the end of the log away. Against that helps a digest of the whole
+log up to a position, noted elsewhere: each check of the whole log yields one, and `noted` holds a later one against it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from typing import Any
 
 from ledger.chain import GENESIS, chained_text
@@ -44,7 +46,7 @@ _LOOKS_AT_A_HOLE = 5
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
-    """The first thing that is wrong: at which position, and what. Stream and version are None where nothing stands."""
+    """The first thing that is wrong: at which position, and what. Stream and version are None where there is none."""
 
     position: int
     what: str
@@ -52,7 +54,9 @@ class Wrong:
     version: int | None = None
 
     def __str__(self) -> str:
-        where = f" ({self.stream}, version {self.version})" if self.stream is not None else ""
+        stream = [] if self.stream is None else [self.stream]
+        version = [] if self.version is None else [f"version {self.version}"]
+        where = f" ({', '.join(stream + version)})" if stream or version else ""
         return f"position {self.position}{where}: {self.what}"
 
 
@@ -60,14 +64,14 @@ class Wrong:
 class Verdict:
     """How many events were looked at, how many of them void, how far that went, and what is wrong, if anything.
 
-    `position` and `hash` are those of the last event that was found right. Noted elsewhere, they prove later that the
-    log up to there is still the same: `verify(noted=…)`.
+    `position` is that of the last event that was found right. `digest` stands for all events up to there and their
+    order, if the check began at the beginning: noted elsewhere, it proves later that they are the same.
     """
 
     events: int
     voided: int
     position: int
-    hash: bytes
+    digest: bytes | None
     wrong: Wrong | None
 
 
@@ -81,39 +85,51 @@ async def verify(
 ) -> Verdict:
     """Check the events behind `after` up to `upto`, or to what is the end now. Stops at the first that is wrong.
 
-    `looked_at` is told after each page how far the check has come, and how far it will go.
+    `noted` is position and digest of an earlier check. `looked_at` is told after each page how far the check has come,
+    and how far it will go.
 
     Raises:
+        ValueError: `noted` needs all events from the first to that position, and the range leaves some out.
         LedgerUnavailable: the database failed.
     """
+    if noted is not None and (after > 0 or (upto is not None and upto < noted[0])):
+        raise ValueError(f"what was noted stands for all events up to position {noted[0]}: they have to be looked at")
+    if (wrong := await _beyond_positions(log, after)) is not None:
+        return Verdict(0, 0, after, None, wrong)
     check = _Check(log)
-    if (wrong := await check.outside(after)) is not None:
-        return Verdict(0, 0, after, GENESIS, wrong)
     head = await log.head()
-    if noted is not None and (wrong := await _other_than_noted(log, *noted)) is not None:
-        return Verdict(0, 0, after, GENESIS, wrong)
     end = head if upto is None else min(upto, head)
-    position, digest, events, voided = after, GENESIS, 0, 0
+    position, events, voided = after, 0, 0
+    digest = None if after else GENESIS
     async for page in _pages(log, after, end):
         if isinstance(page, Wrong):
             return Verdict(events, voided, position, digest, page)
         await check.prepare(page)
         for document in page:
-            wrong = check.event(document)
-            if wrong is not None:
+            if (wrong := check.event(document)) is not None:
                 return Verdict(events, voided, position, digest, wrong)
-            position, digest, events = document["_id"], document["hash"], events + 1
+            position, events = document["_id"], events + 1
             voided += document["stream"] == VOID_STREAM
+            if digest is not None:
+                digest = hashlib.sha256(digest + document["hash"]).digest()
+                if noted is not None and position == noted[0] and digest != noted[1]:
+                    wrong = Wrong(position, "what stands up to here is not what was noted; each event fits the others")
+                    return Verdict(events, voided, position, digest, wrong)
         looked_at(position, end)
+    if noted is not None and position < noted[0]:
+        wrong = Wrong(
+            noted[0], f"missing: the log ends at position {position}, and was noted to have reached {noted[0]}"
+        )
+        return Verdict(events, voided, position, digest, wrong)
     return Verdict(events, voided, position, digest, None)
 
 
-async def _other_than_noted(log: EventLog, position: int, digest: bytes) -> Wrong | None:
-    there = await log.stored(after=position - 1, limit=1)
-    if not there:
-        return Wrong(position, f"the log ends at position {await log.head()}, and was noted to have reached {position}")
-    if there[0]["_id"] != position or there[0].get("hash") != digest:
-        return Wrong(position, "what stands here is not what was noted")
+async def _beyond_positions(log: EventLog, after: int) -> Wrong | None:
+    """Look for what a walk from position to position does not meet."""
+    if (stray := await log.stray()) is not None:
+        return Wrong(after, f"there is an event at {stray['_id']!r}, which is no position")
+    if not await log.versions_are_unique() and await log.head():  # before the first event, nobody has made the index
+        return Wrong(after, "the unique index on (stream, version) is missing: versions may stand there twice")
     return None
 
 
@@ -121,14 +137,14 @@ async def _pages(log: EventLog, after: int, end: int) -> AsyncIterator[Sequence[
     """Yield dense pages. A hole that does not close is what is wrong: a writer may be slow, but not for ever."""
     looks = 0
     while after < end:
-        page = [document for document in await log.stored(after=after, limit=1000) if document["_id"] <= end]
-        dense = [document for place, document in enumerate(page, after + 1) if document["_id"] == place]
+        page = await log.stored(after=after, limit=1000)
+        places = range(after + 1, end + 1)
+        dense = [
+            document for document, _ in takewhile(lambda it: it[0]["_id"] == it[1], zip(page, places, strict=False))
+        ]
         if dense:
             yield dense
             after, looks = dense[-1]["_id"], 0
-        elif page and not isinstance(page[0]["_id"], int):
-            yield Wrong(after + 1, f"before it stands an event at {page[0]['_id']!r}, which is no position")
-            return
         elif looks == _LOOKS_AT_A_HOLE:
             yield Wrong(
                 after + 1,
@@ -148,16 +164,10 @@ class _Check:
         self._log = log
         self._heads: OrderedDict[str, Head] = OrderedDict()
 
-    async def outside(self, after: int) -> Wrong | None:
-        """Look for what no reader would see, in the order of positions."""
-        if not await self._log.versions_are_unique():
-            return Wrong(after, "the unique index on (stream, version) is missing: versions may stand there twice")
-        if (stray := await self._log.stray()) is not None:
-            return Wrong(after, f"there is an event at {stray['_id']!r}, which is no position")
-        return None
-
     async def prepare(self, page: Sequence[Document]) -> None:
-        """Look up the ends of streams that go on in this page and are not remembered."""
+        """Forget what is too much, and look up the ends of streams that go on in this page and are not remembered."""
+        while len(self._heads) > _REMEMBERED_STREAMS:
+            self._heads.popitem(last=False)
         wanted: dict[str, int] = {}
         for document in page:
             stream, version = document.get("stream"), document.get("version")
@@ -168,7 +178,7 @@ class _Check:
         for stream, there in (await self._log.ends(wanted)).items():
             # Only what stands before: an end that comes later in the log is no end yet.
             if there["_id"] < page[0]["_id"]:
-                self._heads[stream] = Head(there["version"], there["_id"], there["hash"])
+                self._heads[stream] = Head(there["version"], there["_id"], there.get("hash", b""))
 
     def event(self, document: Document) -> Wrong | None:
         """Return what is wrong with the next event, and remember it as the end of its stream."""
@@ -192,8 +202,6 @@ class _Check:
             return None if is_one else "is neither an event nor a voided position"
         before = self._heads.pop(stream, Head())
         self._heads[stream] = Head(version, document["_id"], document["hash"])
-        if len(self._heads) > _REMEMBERED_STREAMS:
-            self._heads.popitem(last=False)
         if version != before.version + 1:
             there = f"version {before.version}" if before.version else "nothing"
             return f"in its stream, {there} stands before it: version {version - 1} is missing, or in the wrong place"
@@ -215,4 +223,10 @@ def _misshapen(document: Mapping[str, Any]) -> str | None:
 
 
 def _wrong(document: Mapping[str, Any], what: str) -> Wrong:
-    return Wrong(int(document["_id"]), what, str(document.get("stream")), document.get("version"))
+    stream, version = document.get("stream"), document.get("version")
+    return Wrong(
+        int(document["_id"]),
+        what,
+        stream if isinstance(stream, str) else None,
+        version if isinstance(version, int) and not isinstance(version, bool) else None,
+    )
