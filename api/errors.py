@@ -20,6 +20,7 @@ from ledger.errors import (
     LedgerBusy,
     LedgerUnavailable,
     NotFound,
+    UnreadableEvent,
     VersionConflict,
     WrongState,
 )
@@ -56,6 +57,7 @@ TABLE: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
     (InvalidEvent, 422, "invalid_content", None),
     (LedgerBusy, 429, "busy", 1),
     (LedgerUnavailable, 503, "database_unavailable", 2),
+    (UnreadableEvent, 500, "unreadable_event", None),
 )
 """What the ledger raises, the HTTP status, the code, and after how many seconds it is worth trying again."""
 

@@ -8,6 +8,7 @@ clock, no event loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -526,6 +527,8 @@ class Recorded:
         document = self._document
         name, schema = document["type"], document["schema"]
         known = EVENT_TYPES.get(name)
+        if not isinstance(schema, int) or schema < 1:
+            raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: no schema is called {schema!r}")
         if known is None or schema > known.schema_version:
             raise UnreadableEvent(
                 f"{self._place()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
@@ -534,7 +537,7 @@ class Recorded:
         try:
             data = document["data"] if schema == known.schema_version else upcast(name, schema, document["data"])
             event: Event = known.__pydantic_validator__.validate_python(data)
-        except (LookupError, TypeError, ValueError) as error:  # the last of them also from pydantic
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # the last of them also from pydantic
             raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: {error}") from error
         return event
 
@@ -548,7 +551,7 @@ class Recorded:
         return hash(self.event_id)
 
     def __repr__(self) -> str:
-        return f"<{self.position}: {self.type} {dict(self.data)!r}, {self.stream} version {self.version}>"
+        return f"<{self.position}: {self.type} {self.data!r}, {self.stream} version {self.version}>"
 
     def _key(self) -> tuple[object, ...]:
         return self.position, self.event_id, self.stream, self.version, self.time, self.meta, self.hash
@@ -563,9 +566,9 @@ the step is entered here; old payloads stay in the log as they were written, and
 """
 
 
-def upcast(name: str, schema: int, data: Mapping[str, Any], table: Mapping[str, Sequence[Upcast]] = UPCASTS) -> Any:
+def upcast(name: str, schema: int, data: Any) -> Any:
     """Return a payload as the newest version of its type has it."""
-    steps = table.get(name, ())
-    for step in steps[schema - 1 :]:
-        data = step(dict(data))
-    return data
+    changed = deepcopy(data)  # a step may change what lies within, and the stored payload stays as it is
+    for step in UPCASTS.get(name, ())[schema - 1 :]:
+        changed = step(changed)
+    return changed

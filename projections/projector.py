@@ -256,7 +256,7 @@ class Projector:
         streams = {event.stream for event in events}
         loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")})}
         in_batches = {job["batch_id"] for job in loaded["jobs"].values()}
-        in_batches |= {getattr(event.event, "batch_id", None) for event in events}
+        in_batches |= {getattr(event.event, "batch_id", None) for event in events if event.stream.startswith("job-")}
         in_batches |= {name for name in streams if name.startswith("batch-")}
         loaded["batches"] = await self._documents("batches", in_batches - {None})
         return loaded

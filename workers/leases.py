@@ -21,7 +21,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.changes import Changes, Reaction
 from ledger.commands import ExpireLease
-from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
+from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import Meta
 from ledger.handle import handle
 from ledger.lease import RUN_OUT
@@ -127,11 +127,17 @@ class LeaseWatch:
         held = await jobs.held_by(self._db, worker_id)
         if held or not quietly:
             _log.warning("worker gave no sign of life", worker_id=worker_id, jobs=len(held))
+        left = False
         for job in held:
             try:
                 await handle(self._log, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=self._meta)
             except CommandRefused as refused:
                 _log.info("job left as it is", job_id=job["_id"], reason=str(refused))
+            except UnreadableEvent as error:
+                _log.error("job left to a later version", job_id=job["_id"], error=str(error))
+                left = True
+        if left:
+            return  # with its lease, by which workers of that version will find it
         with driver_errors("removing a lease that has run out"):
             await self._db[COLLECTION].delete_one({"_id": worker_id, **RUN_OUT})
 

@@ -14,6 +14,7 @@ import secrets
 import socket
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.changes import Changes, Reaction
 from ledger.commands import ClaimJob
-from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
+from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import Meta, Recorded
 from ledger.handle import Handled, Known, handle, load
 from ledger.job import Job
@@ -77,6 +78,7 @@ class Worker:
         self._stale: set[str] = set()
         self._touched: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
         self._watch = LeaseWatch(db, log, checkpoint, changes, watcher=self.worker_id)
         changes.listen(Reaction("events", self._heard_event, self._resync))
@@ -183,8 +185,9 @@ class Worker:
         asked = document["data"]
         claimable = asked["job_type"] in self._job_types and "not_before" not in asked
         if claimable and self._idle and len(self._fresh) < self._slots - len(self._running):
-            self._fresh[document["stream"]] = Known().after([Recorded(document)])
-            self._wake.set()
+            with suppress(UnreadableEvent):  # of a later version: left to workers of that version
+                self._fresh[document["stream"]] = Known().after([Recorded(document)])
+                self._wake.set()
 
     def _heard_row(self, change: Mapping[str, Any]) -> None:
         job_id = change["documentKey"]["_id"]
@@ -211,6 +214,8 @@ class Worker:
         while not self._stopping.is_set():
             await self._wake.wait()
             self._wake.clear()
+            if self._unreadable is not None:
+                raise self._unreadable
             try:
                 if self._missed_cancels:
                     await self._catch_up_on_cancels()
@@ -225,7 +230,10 @@ class Worker:
         self._missed_cancels = False
         try:
             for job_id, (execution, _) in list(self._running.items()):
-                known = await load(self._log, job_id)
+                try:
+                    known = await load(self._log, job_id)
+                except UnreadableEvent:  # its next word will find out, and then this process has to end
+                    continue
                 if isinstance(known.state, Job) and known.state.cancel is not None:
                     execution.cancel()
         except LedgerUnavailable:
@@ -260,10 +268,12 @@ class Worker:
 
     async def _claim(self, job_id: str, known: Known | None) -> None:
         """Claim a job by appending, and start it if we won."""
-        if known is None:
-            known = await load(self._log, job_id)
         try:
-            handled = await self._append_claim(job_id, known)
+            handled = await self._append_claim(job_id, known or await load(self._log, job_id))
+        except UnreadableEvent as error:
+            _log.error("job left to workers of a later version", job_id=job_id, error=str(error))
+            self._stale.add(job_id)
+            return
         except CommandRefused:
             # Another one was first, and the row in `queue` is only not gone yet. Unless it was written anew meanwhile.
             if job_id not in self._touched:
@@ -298,6 +308,9 @@ class Worker:
             except LedgerUnavailable as error:
                 _log.warning("claim still in doubt", job_id=job_id, error=str(error))
                 continue
+            except UnreadableEvent as error:
+                self._end_for(error)
+                raise
             job = known.state
             ours = isinstance(job, Job) and job.status == "processing" and job.worker_id == self.worker_id
             return Handled([], known) if ours else None
@@ -307,6 +320,13 @@ class Worker:
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("fault while ending a job", job_id=job_id, error=repr(error))
+            if isinstance(error, UnreadableEvent):
+                self._end_for(error)
+
+    def _end_for(self, error: UnreadableEvent) -> None:
+        """End: of a job that may be ours we can say nothing any more, and under our living lease nobody else may."""
+        self._unreadable = error
+        self._wake.set()
 
 
 def _new_worker_id() -> str:
