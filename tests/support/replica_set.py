@@ -1,0 +1,280 @@
+"""tests: a replica set of three servers, each a process of its own that can be killed, frozen or left behind.
+
+Everything here blocks, for seconds if need be: call it by `asyncio.to_thread`. Only what starts a process belongs in
+the main thread, because the kernel ends a process started here with the thread that started it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Self
+
+import bson
+import pymongo
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+
+from ledger.embedded import PR_SET_PDEATHSIG, find_mongod
+from ledger.mongo import Document
+from ledger.server_note import until
+
+NODES: Final = 3
+ELECTION_TIMEOUT_MS: Final = 1500
+ANSWER_MS: Final = 2000
+PATIENCE_SECONDS: Final = 30.0
+OUT_OF_OFFICE_SECONDS: Final = 20
+"""How long a primary that has stepped down does not stand for election, unless another is elected before."""
+
+SERVER_PARAMETERS: Final = (
+    "enableTestCommands=1",  # for fail points
+    "oplogNetworkTimeoutBufferSeconds=1",  # a secondary turns away from a frozen node within two seconds, not ten
+    "diagnosticDataCollectionEnabled=false",
+)
+SECONDARY: Final = 2  # replSetGetStatus
+_libc = ctypes.CDLL(None)
+
+
+class Node:
+    """One server: a process that comes and goes, on a port and data that stay."""
+
+    def __init__(self, directory: Path, port: int) -> None:
+        self.address = f"127.0.0.1:{port}"
+        self.frozen = False
+        self._port = port
+        self._data = directory / "data"
+        self._data.mkdir(parents=True)
+        self._log = directory / "mongod.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.client: MongoClient[Document] = MongoClient(
+            self.address,
+            directConnection=True,
+            serverSelectionTimeoutMS=ANSWER_MS,
+            connectTimeoutMS=ANSWER_MS,
+            socketTimeoutMS=ANSWER_MS,
+            retryWrites=False,
+            w=1,
+        )
+        """Speaks with this node only, and finds what it has, whether or not another has it."""
+
+    def __repr__(self) -> str:
+        return self.address
+
+    def start(self) -> None:
+        assert self._process is None
+        parent = os.getpid()
+        command = [str(find_mongod()), "--replSet", "rs0", "--bind_ip", "127.0.0.1", "--port", str(self._port)]
+        command += ["--dbpath", str(self._data), "--quiet", "--nounixsocket", "--wiredTigerCacheSizeGB", "0.25"]
+        for parameter in SERVER_PARAMETERS:
+            command += ["--setParameter", parameter]
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*command, "--oplogSize", "256"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=lambda: _die_with(parent),
+            )
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        self.frozen = False
+
+    def remove(self) -> None:
+        """Leave nothing but the log."""
+        self.kill()
+        shutil.rmtree(self._data)
+
+    def send(self, signum: signal.Signals) -> None:
+        assert self._process is not None, f"{self} does not run"
+        self._process.send_signal(signum)
+
+    def hello(self) -> Mapping[str, Any]:
+        """What the node says of itself; nothing if it does not answer."""
+        if self._process is None or self.frozen:
+            return {}
+        assert self._process.poll() is None, f"{self} has ended by itself: {self._last_words()}"
+        try:
+            return self.client.admin.command("hello")
+        except PyMongoError:
+            return {}
+
+    def follows(self, primary: Node) -> bool:
+        """True if it is a secondary that has something this primary wrote: so it has rolled back what it had to."""
+        try:
+            mine = self.client.admin.command("replSetGetStatus")
+            term = primary.client.admin.command("replSetGetStatus")["term"]
+        except PyMongoError:
+            return False
+        return bool(mine["myState"] == SECONDARY and mine["optimes"]["appliedOpTime"]["t"] == term)
+
+    def rolled_back(self) -> list[Document]:
+        """The documents that this node had written, and took back to follow another primary."""
+        documents: list[Document] = []
+        for path in self._data.glob("rollback/*/removed.*.bson"):
+            with path.open("rb") as file:
+                documents += bson.decode_file_iter(file)
+        return documents
+
+    def _last_words(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-8:])
+
+
+class ReplicaSet:
+    """Three servers that elect one of them primary, within seconds."""
+
+    def __init__(self, directory: Path) -> None:
+        self.nodes = [Node(directory / f"node-{number}", _free_port()) for number in range(NODES)]
+
+    def __enter__(self) -> Self:
+        try:
+            for node in self.nodes:
+                node.start()
+            self._initiate()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in self.nodes:  # at first, for a client says goodbye to its server, and waits for it
+            node.client.close()
+        for node in self.nodes:
+            node.remove()
+
+    @property
+    def uri(self) -> str:
+        """The driver looks at the nodes every second, not every ten, and so learns in time that one is frozen."""
+        return f"mongodb://{','.join(node.address for node in self.nodes)}/?replicaSet=rs0&heartbeatFrequencyMS=1000"
+
+    # Who is who ---------------------------------------------------------------------------------------------------
+
+    def primary(self) -> Node | None:
+        """The node that says it is the primary; if two say so, the one elected last."""
+        said = [(hello["electionId"], node) for node in self.nodes if _is_primary(hello := node.hello())]
+        return max(said, key=lambda it: it[0])[1] if said else None
+
+    def others(self, node: Node) -> list[Node]:
+        return [other for other in self.nodes if other is not node]
+
+    def wait_for_primary(self, other_than: Node | None = None) -> Node:
+        found: list[Node] = []
+
+        def elected() -> bool:
+            found[:] = [node] if (node := self.primary()) is not None and node is not other_than else []
+            return bool(found)
+
+        _wait(elected, f"a primary other than {other_than}")
+        return found[0]
+
+    def wait_until_whole(self) -> Node:
+        """Wait until a primary is followed by all others; return it."""
+
+        def whole() -> bool:
+            primary = self.primary()
+            return primary is not None and all(node.follows(primary) for node in self.others(primary))
+
+        _wait(whole, "a primary that all others follow")
+        return self.wait_for_primary()
+
+    # What befalls them --------------------------------------------------------------------------------------------
+
+    def kill(self, node: Node) -> None:
+        """SIGKILL: what is not in the journal is gone."""
+        node.kill()
+
+    def start_again(self, node: Node) -> None:
+        """Start a killed node on its data. In the main thread; does not wait."""
+        node.start()
+
+    def freeze(self, node: Node) -> None:
+        """SIGSTOP: to the others it is cut off, while itself it knows nothing of that."""
+        node.send(signal.SIGSTOP)
+        node.frozen = True
+
+    def thaw(self, node: Node) -> None:
+        node.send(signal.SIGCONT)
+        node.frozen = False
+
+    def step_down(self, primary: Node, *, by_force: bool = False) -> Node:
+        """Have a primary give up, by force even if no other node has its newest writes; return the next one."""
+        command = {
+            "replSetStepDown": OUT_OF_OFFICE_SECONDS,
+            "secondaryCatchUpPeriodSecs": 0 if by_force else 5,
+            "force": by_force,
+        }
+
+        def gave_up() -> bool:
+            with suppress(PyMongoError), pymongo.timeout(10):  # refused while no other node has caught up
+                primary.client.admin.command(command)
+            return self.primary() is not primary
+
+        _wait(gave_up, f"{primary} to step down")
+        successor = self.wait_for_primary(other_than=primary)
+        with suppress(PyMongoError):  # it may be busy undoing its writes, and stands for election a little later then
+            primary.client.admin.command({"replSetFreeze": 0})
+        return successor
+
+    @contextmanager
+    def left_behind(self, primary: Node) -> Iterator[None]:
+        """Whatever the primary writes in the block no other node gets. None minds, for heartbeats go on."""
+        others = self.others(primary)
+        try:
+            for node in others:
+                node.client.admin.command({"configureFailPoint": "stopReplProducer", "mode": "alwaysOn"})
+            yield
+        finally:
+            for node in others:
+                node.client.admin.command({"configureFailPoint": "stopReplProducer", "mode": "off"})
+
+    def _initiate(self) -> None:
+        _wait(lambda: all(node.hello() for node in self.nodes), "all nodes to answer")
+        config = {
+            "_id": "rs0",
+            "members": [{"_id": number, "host": node.address} for number, node in enumerate(self.nodes)],
+            "writeConcernMajorityJournalDefault": True,
+            "settings": {
+                "electionTimeoutMillis": ELECTION_TIMEOUT_MS,
+                "heartbeatIntervalMillis": 300,
+                # A new primary does not first fetch what only the old one has: so more is rolled back.
+                "catchUpTimeoutMillis": 0,
+            },
+        }
+        with pymongo.timeout(PATIENCE_SECONDS):
+            self.nodes[0].client.admin.command("replSetInitiate", config)
+        self.wait_until_whole()
+
+
+def _is_primary(hello: Mapping[str, Any]) -> bool:
+    return bool(hello.get("isWritablePrimary")) and "electionId" in hello
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    assert until(condition, PATIENCE_SECONDS), f"waited {PATIENCE_SECONDS:.0f} s in vain for {what}"
+
+
+def _die_with(parent: int) -> None:
+    """Between fork and exec: have the kernel kill us with our parent, even if we are frozen then."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _free_port() -> int:
+    """From below the range for outgoing connections: while its node is down, nobody must get the port by chance."""
+    while True:
+        with socket.socket() as server, suppress(OSError):
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port := random.randrange(20_000, 32_000)))
+            return port
