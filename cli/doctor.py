@@ -15,6 +15,7 @@ from cli.wiring import database
 from ledger.embedded import TRANSACTION_SECONDS, find_mongod
 from ledger.errors import JobledgerError
 from ledger.files import FileStore
+from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, transaction_limit_seconds
 from workers.registry import processors
 
@@ -143,9 +144,8 @@ def _covers(resource: Mapping[str, Any], db_name: str) -> bool:
 
 
 async def _log_state(db: Database) -> Finding:
-    newest = await db.events.find_one({}, {"_id": 1}, sort=[("_id", -1)])
     checkpoint = await db.checkpoints.find_one({"_id": "views"})
-    head, views = newest["_id"] if newest else 0, checkpoint["position"] if checkpoint else 0
+    head, views = await EventLog(db).head(), checkpoint["position"] if checkpoint else 0
     return Finding(
         "Log",
         head - views < 10_000,

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 from bson.codec_options import CodecOptions, DatetimeConversion
-from pymongo import ASCENDING, DESCENDING
+from pymongo import ASCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
@@ -124,8 +124,7 @@ class EventLog(Writer):
     async def head(self) -> int:
         """Return the largest position in the log, 0 when it is empty."""
         with driver_errors("reading the head of the log"):
-            newest = await self._events.find_one({}, {"_id": 1}, sort=[("_id", DESCENDING)])
-            return int(newest["_id"]) if newest else 0
+            return await self._newest()
 
     async def read(self, *, after: int = 0, limit: int | None = None) -> list[Recorded]:
         """Return up to `limit` events after a position, in order and with none missing.
@@ -223,11 +222,10 @@ class EventLog(Writer):
         yield Subscription(self, self._tail, after, types)
 
     async def resync(self, session: AsyncClientSession) -> None:
-        newest = await self._events.find_one({}, {"_id": 1}, sort=[("_id", DESCENDING)], session=session)
-        self._tail.begin_at(newest["_id"] if newest else 0)
+        self._tail.begin_at(await self._newest(session))
 
     def changed(self, change: Mapping[str, Any]) -> None:
-        if change["operationType"] == "insert":
+        if change["operationType"] == "insert" and isinstance(change["fullDocument"]["_id"], int):
             self._tail.add(change["fullDocument"])
             self._watch_for_holes()
 

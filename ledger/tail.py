@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from itertools import islice
+from typing import NamedTuple
 
 import orjson
 
@@ -12,20 +13,26 @@ from ledger.events import Recorded
 from ledger.mongo import Document
 
 
+class _Sized(NamedTuple):
+    event: Recorded
+    size: int
+
+
 class Tail:
     """The newest events of the log in dense order, as the change stream brings them; older ones are in the collection.
 
     Kept are as many as fit in `most_events` and `most_bytes` (of JSON, about), and at least one. Events that arrive
-    ahead of their turn are held back.
+    ahead of their turn are held back, up to the same bounds: beyond them the tail begins anew behind the last of them,
+    and who has to wait for what is missing waits for it at the collection.
     """
 
     def __init__(self, most_events: int, most_bytes: int) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
-        self._kept: deque[Recorded] = deque()
-        self._sizes: deque[int] = deque()
+        self._kept: deque[_Sized] = deque()
         self._bytes = 0
-        self._early: dict[int, Recorded] = {}
+        self._early: dict[int, _Sized] = {}
+        self._early_bytes = 0
         self._high = 0
         self._grown = asyncio.Event()
         self._awaited = False
@@ -43,32 +50,39 @@ class Tail:
     def begin_at(self, head: int) -> None:
         """Start anew behind `head`: everything up to it is in the collection."""
         self._early.clear()
+        self._early_bytes = 0
         if head != self._high:
             self._kept.clear()
-            self._sizes.clear()
             self._bytes = 0
             self._high = head
         self._notify()
 
     def add(self, document: Document) -> None:
         position = document["_id"]
-        if position == self._high + 1:
-            self._keep(Recorded(document))
-            while self._early and (following := self._early.pop(self._high + 1, None)) is not None:
-                self._keep(following)
-            self._notify()
-        elif position > self._high:
-            self._early[position] = Recorded(document)
+        if position <= self._high or position in self._early:
+            return
+        sized = _Sized(Recorded(document), len(orjson.dumps(document["data"], default=str)))
+        if position > self._high + 1:
+            self._hold_back(position, sized)
+            return
+        self._keep(sized)
+        while self._early and (following := self._early.pop(self._high + 1, None)) is not None:
+            self._early_bytes -= following.size
+            self._keep(following)
+        self._notify()
 
-    def _keep(self, event: Recorded) -> None:
+    def _hold_back(self, position: int, sized: _Sized) -> None:
+        self._early[position] = sized
+        self._early_bytes += sized.size
+        if len(self._early) > self._most_events or self._early_bytes > self._most_bytes:
+            self.begin_at(max(self._early))
+
+    def _keep(self, sized: _Sized) -> None:
         self._high += 1
-        self._kept.append(event)
-        size = len(orjson.dumps(event.data, default=str))
-        self._sizes.append(size)
-        self._bytes += size
+        self._kept.append(sized)
+        self._bytes += sized.size
         while len(self._kept) > self._most_events or (self._bytes > self._most_bytes and len(self._kept) > 1):
-            self._kept.popleft()
-            self._bytes -= self._sizes.popleft()
+            self._bytes -= self._kept.popleft().size
 
     def reaches(self, position: int) -> bool:
         """True if the event after `position` is kept, or will be the next to come."""
@@ -76,7 +90,7 @@ class Tail:
 
     def after(self, position: int, limit: int) -> list[Recorded]:
         first = position - (self._high - len(self._kept))
-        return [self._kept[index] for index in range(first, min(first + limit, len(self._kept)))]
+        return [self._kept[index].event for index in range(first, min(first + limit, len(self._kept)))]
 
     async def growth(self) -> None:
         self._awaited = True

@@ -293,10 +293,14 @@ class Writer:
         return int(answer["value"]["next"]) - count + 1
 
     async def _raise_counter(self) -> None:
-        newest = await self._events.find_one({}, {"_id": 1}, sort=[("_id", DESCENDING)])
         counters = self._db.get_collection("counters", write_concern=DURABLE)
-        head = newest["_id"] if newest else 0
-        await counters.update_one({"_id": "events"}, {"$max": {"next": head}}, upsert=True)
+        await counters.update_one({"_id": "events"}, {"$max": {"next": await self._newest()}}, upsert=True)
+
+    async def _newest(self, session: AsyncClientSession | None = None) -> int:
+        """Return the largest position, 0 when there is none. What stands elsewhere than at a number is no event."""
+        numbers = {"_id": {"$gt": 0}}
+        newest = await self._events.find_one(numbers, {"_id": 1}, sort=[("_id", DESCENDING)], session=session)
+        return int(newest["_id"]) if newest else 0
 
     async def _sort_out(self, refused: Sequence[Waiting]) -> list[Waiting]:
         """After a duplicate key: settle what had succeeded or lost its race; return what needs a new number.

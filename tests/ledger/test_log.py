@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from bson import ObjectId
 from pymongo.errors import AutoReconnect
 
 from ledger.commands import ChangeAccess, ClaimJob, SubmitBatch, SubmitJob
@@ -741,6 +742,43 @@ async def test_large_events_are_kept_and_read_a_few_at_a_time(connection: Connec
                 pages.append(positions(await slow.chunk()))
         assert [position for page in pages for position in page] == list(range(1, 41))
         assert max(len(page) for page in pages) <= 16  # what the server puts in one answer, 16 MB
+
+
+@pytest.mark.parametrize(
+    "bound", [{"tail_events": 20}, {"tail_bytes": 20_000}], ids=["of so many events", "of so many bytes"]
+)
+async def test_while_a_hole_is_open_no_more_is_held_back_than_can_be_kept(
+    connection: Connection, bound: dict[str, int]
+) -> None:
+    """A writer that died inside its transaction may keep a hole open for a minute, and thousands write meanwhile."""
+    job = a_job(parameters={"text": "x" * 1000})
+    patient = Limits(void_after_seconds=0.5, **bound)
+    async with ledger_on(connection, patient) as ledger, ledger.log.subscription(after=0) as events:
+        await ledger.submit(job)
+        assert positions(await take(events, 1)) == [1]
+        taking = asyncio.create_task(take(events, 101))
+        assert await lose_a_ticket(ledger.db) == 2
+        tail, most = ledger.log._tail, 0
+        for _ in range(100):
+            await ledger.submit(job)
+            most = max(most, len(tail._early))
+        assert 0 < most <= 20
+        assert positions(await taking) == list(range(2, 103))
+        check_log(await stored(ledger.db))
+
+
+@pytest.mark.parametrize("place", [ObjectId(), "12", True], ids=lambda place: type(place).__name__)
+async def test_what_stands_in_the_collection_and_is_no_event_stops_nobody(connection: Connection, place: Any) -> None:
+    """Somebody mistook the collection for another, say. `log verify` names it."""
+    async with ledger_on(connection, QUICK) as ledger, ledger.log.subscription(after=0) as events:
+        await ledger.submit()
+        await ledger.db.events.insert_one({"_id": place, "note": "hello", "stream": "x"})
+        await ledger.submit()
+        assert positions(await take(events, 2)) == [1, 2]
+    async with ledger_on(connection, QUICK) as ledger:
+        await ledger.submit()
+        assert await ledger.log.head() == 3
+        assert positions(await first(ledger.log, 2)) == [1, 2]
 
 
 async def test_a_chunk_holds_at_most_what_was_asked_for(ledger: Ledger) -> None:
