@@ -81,7 +81,7 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                preexec_fn=lambda: _die_with(parent),
+                preexec_fn=lambda: die_with(parent),
             )
 
     def kill(self) -> None:
@@ -264,7 +264,7 @@ def _wait(condition: Callable[[], bool], what: str) -> None:
     assert until(condition, PATIENCE_SECONDS), f"waited {PATIENCE_SECONDS:.0f} s in vain for {what}"
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Between fork and exec: have the kernel kill us with our parent, even if we are frozen then."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
