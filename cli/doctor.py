@@ -20,6 +20,12 @@ from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, tr
 from workers.registry import processors
 
 _CLOCKS_APART_SECONDS = 2.0
+_CHANGING = frozenset(
+    {"update", "remove", "dropCollection", "dropDatabase", "renameCollectionSameDB", "anyAction"}
+    | {"createIndex", "collMod", "convertToCapped"}  # an index can let events expire, a capped collection forgets them
+    | {"grantRole", "createRole", "updateRole", "grantPrivilege"}  # by which one may allow oneself the rest
+)
+"""The server's actions by which events can be changed or removed."""
 _CODECS = {"av": "video and audio", "pypdfium2": "PDF slides", "PIL": "images", "trafilatura": "web pages"}
 
 
@@ -122,14 +128,13 @@ async def _rights(db: Database) -> Finding:
     sign_in = status["authInfo"]
     if not sign_in["authenticatedUsers"]:
         return Finding("Rights", good=True, found="no sign-in: whoever reaches the server may do anything")
-    changing = {"update", "remove", "dropCollection", "anyAction"}
     powers = {
         action
         for privilege in sign_in["authenticatedUserPrivileges"]
         if _covers(privilege["resource"], db.name)
         for action in privilege["actions"]
     }
-    if changing & powers:
+    if _CHANGING & powers:
         found = "this user may change and remove events; `jobledger doctor --role` prints a role that may not"
     else:
         found = "this user may add events, and the server lets it change none"

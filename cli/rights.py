@@ -32,11 +32,10 @@ def roles_of(db_name: str) -> list[dict[str, Any]]:
     """Return the commands that create the two roles, to be run by an administrator on the database `db_name`."""
     whole = _privilege(db_name, "", ["find", "changeStream"])
     log = _privilege(db_name, "events", ["find", "insert", "listIndexes"])
-    oplog = _privilege("local", "oplog.rs", ["find", "collStats"])  # for `jobledger doctor` only
     return [
         {
             "createRole": "jobledger",
-            "privileges": [whole, log, *(_privilege(db_name, name, _VIEW_ACTIONS) for name in _MUTABLE), oplog],
+            "privileges": [whole, log, *(_privilege(db_name, name, _VIEW_ACTIONS) for name in _MUTABLE)],
             "roles": [],
         },
         {

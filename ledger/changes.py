@@ -23,8 +23,8 @@ from pymongo.asynchronous.change_stream import AsyncChangeStream
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
-from ledger.errors import LedgerUnavailable
-from ledger.mongo import Database, brief
+from ledger.errors import DatabaseUnsuitable, LedgerUnavailable
+from ledger.mongo import Database, brief, passes_with_time
 
 _log = structlog.get_logger()
 _LONGEST_PAUSE_SECONDS = 2.0
@@ -75,7 +75,11 @@ class Changes:
     async def running(self) -> AsyncIterator[asyncio.Task[None]]:
         """Keep the stream open inside the block; entered once every listener has resynced.
 
-        Yields the task that does it: it ends only by a fault in our code, and whoever composes a process watches it.
+        Yields the task that does it: it ends only by a fault in our code or for want of rights, and whoever composes
+        a process watches it.
+
+        Raises:
+            DatabaseUnsuitable: this user may not hear of changes.
         """
         task = asyncio.create_task(self._run(), name="changes")
         opened = asyncio.create_task(self._open.wait())
@@ -97,9 +101,12 @@ class Changes:
                 async with self._stream() as stream:
                     pause = 0.05
                     await self._deliver(stream)
-            except (PyMongoError, LedgerUnavailable) as error:  # the latter from a listener's own reading
-                text = brief(error) if isinstance(error, PyMongoError) else str(error)
-                _log.warning("change stream interrupted, opening it again", error=text)
+            except PyMongoError as error:
+                if not passes_with_time(error):
+                    raise DatabaseUnsuitable(f"MongoDB refuses to tell of changes: {brief(error)}") from error
+                _log.warning("change stream interrupted, opening it again", error=brief(error))
+            except LedgerUnavailable as error:  # from a listener's own reading
+                _log.warning("change stream interrupted, opening it again", error=str(error))
             # Full jitter, so that a hundred processes do not come back in the same instant after a fail-over.
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - spreads load, guards no secret
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)

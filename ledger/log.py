@@ -62,18 +62,19 @@ class EventLog(Writer):
             except DuplicateKeyError as error:
                 raise DatabaseUnsuitable(f"Two events stand at the same version of a stream: {brief(error)}") from error
             except OperationFailure as error:
+                if error.code not in {*INDEX_CONFLICTS, UNAUTHORIZED}:
+                    raise
+                if await self.versions_are_unique():  # under another name, or made by an administrator
+                    return
                 if error.code in INDEX_CONFLICTS:
                     raise DatabaseUnsuitable(
                         "The index of `events` on (stream, version) is not unique: drop it, and it is made anew."
                     ) from error
-                if error.code != UNAUTHORIZED:
-                    raise
-                if not await self.versions_are_unique():
-                    create = f"db.getSiblingDB({self._db.name!r}).events.createIndex"
-                    raise DatabaseUnsuitable(
-                        "The unique index of `events` on (stream, version) is missing, and this user may not create "
-                        f"it. An administrator can, in mongosh: {create}({{stream: 1, version: 1}}, {{unique: true}})"
-                    ) from error
+                create = f"db.getSiblingDB({self._db.name!r}).events.createIndex"
+                raise DatabaseUnsuitable(
+                    "The unique index of `events` on (stream, version) is missing, and this user may not create "
+                    f"it. An administrator can, in mongosh: {create}({{stream: 1, version: 1}}, {{unique: true}})"
+                ) from error
 
     async def aclose(self) -> None:
         """Stop what runs in the background; appends still waiting are finished first."""

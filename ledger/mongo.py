@@ -18,6 +18,7 @@ from pymongo.errors import (
     OperationFailure,
     PyMongoError,
     ServerSelectionTimeoutError,
+    WTimeoutError,
 )
 from pymongo.read_concern import ReadConcern
 
@@ -94,7 +95,7 @@ def driver_errors(doing: str) -> Iterator[None]:
 
 def brief(error: PyMongoError) -> str:
     """Return the first, human part of a driver error; the rest is a description of the topology."""
-    text = str(error).split(", Timeout:")[0].split(", full error")[0]
+    text = str(error).split(", Timeout:")[0].split(", full error")[0].split(" to execute command")[0]
     # What the driver says when it gives up a connection whose server has stopped answering its heartbeat.
     return "the server does not answer" if text == "operation cancelled" else text
 
@@ -133,6 +134,10 @@ async def check_server(db: Database, *, writing: bool = True) -> None:
     except ServerSelectionTimeoutError as error:
         raise LedgerUnavailable(
             f"No MongoDB answers at the address in mongodb.uri: {brief(error)}. Is it running?"
+        ) from error
+    except WTimeoutError as error:
+        raise LedgerUnavailable(
+            f"No majority of MongoDB's members confirms a write: {brief(error)}. Are enough of them running?"
         ) from error
     except OperationFailure as error:
         raise DatabaseUnsuitable(f"MongoDB refuses what the ledger needs: {brief(error)}") from error

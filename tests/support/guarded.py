@@ -1,0 +1,126 @@
+"""tests: a server that knows its users: a replica set of one, whose clients must sign in."""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote_plus
+
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+
+from ledger.embedded import PR_SET_PDEATHSIG, find_mongod
+from ledger.mongo import Document
+from ledger.server_note import until
+
+PATIENCE_SECONDS: Final = 30.0
+_REFUSAL: Final = re.compile(r"not authorized on (\w+) to execute command \{ (\w+): \W*([\w.$]+)")
+_ADMINISTRATOR: Final = "administrator"
+_libc = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedServer:
+    """Where it listens, and the password of its administrator, who may do everything."""
+
+    address: str
+    password: str
+    log: Path
+
+    @property
+    def uri(self) -> str:
+        """The administrator's."""
+        return self.uri_of(_ADMINISTRATOR, self.password, "admin")
+
+    def uri_of(self, user: str, password: str, auth_source: str) -> str:
+        signed_in = f"{quote_plus(user)}:{quote_plus(password)}"
+        return f"mongodb://{signed_in}@{self.address}/?replicaSet=rs0&directConnection=true&authSource={auth_source}"
+
+    def refusals(self, db_name: str) -> set[tuple[str, str]]:
+        """What the server has refused for want of rights, by its own log: commands and the collections they named."""
+        found = _REFUSAL.findall(self.log.read_text(errors="replace"))
+        return {(command, collection) for db, command, collection in found if db == db_name}
+
+
+@contextmanager
+def guarded_server(directory: Path) -> Iterator[GuardedServer]:
+    """Start it on a directory of its own. In the main thread: the kernel ends it with the thread that started it."""
+    data, log = directory / "data", directory / "mongod.log"
+    data.mkdir(parents=True)
+    port, parent = _free_port(), os.getpid()
+    command = [str(find_mongod()), "--replSet", "rs0", "--auth", "--keyFile", str(_key_file(directory))]
+    command += ["--bind_ip", "127.0.0.1", "--port", str(port), "--dbpath", str(data), "--quiet", "--nounixsocket"]
+    command += ["--wiredTigerCacheSizeGB", "0.25", "--oplogSize", "64"]
+    command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=lambda: _die_with(parent)
+        )
+    server = GuardedServer(f"127.0.0.1:{port}", secrets.token_hex(8), log)
+    try:
+        if not until(lambda: process.poll() is not None or _is_primary(server.address), PATIENCE_SECONDS):
+            raise AssertionError(f"no primary within {PATIENCE_SECONDS:.0f} s; its log is {log}")
+        assert process.returncode is None, f"it has ended by itself; its log is {log}"
+        _make_administrator(server)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(data)
+
+
+def _key_file(directory: Path) -> Path:
+    """What members of a replica set know each other by. mongod refuses one that others may read."""
+    path = directory / "key"
+    path.touch(mode=0o600)
+    path.write_bytes(base64.b64encode(secrets.token_bytes(96)))
+    return path
+
+
+def _is_primary(address: str) -> bool:
+    """One step nearer to a primary. As long as there are no users, whoever comes from this machine may initiate it."""
+    with _nobody(address) as client:
+        try:
+            hello = client.admin.command("hello")
+            if "setName" not in hello:
+                config = {"_id": "rs0", "members": [{"_id": 0, "host": address}]}
+                client.admin.command("replSetInitiate", config)
+            return bool(hello["isWritablePrimary"])
+        except PyMongoError:
+            return False
+
+
+def _make_administrator(server: GuardedServer) -> None:
+    """The first user, and the last that can be made without signing in."""
+    with _nobody(server.address) as client:
+        client.admin.command("createUser", _ADMINISTRATOR, pwd=server.password, roles=["root"])
+
+
+def _nobody(address: str) -> MongoClient[Document]:
+    return MongoClient(address, directConnection=True, serverSelectionTimeoutMS=1000)
+
+
+def _die_with(parent: int) -> None:
+    """Between fork and exec: have the kernel kill us with our parent."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
