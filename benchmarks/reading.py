@@ -15,7 +15,7 @@ from benchmarks.material import appends, documents
 from benchmarks.measure import Result, Stopwatch, delays, rates
 from ledger.changes import Changes
 from ledger.events import Event, Recorded
-from ledger.log import EventLog
+from ledger.log import EventLog, Limits
 from ledger.mongo import DURABLE, Connection, Database, Document
 
 _PIPELINE = [{"$match": {"ns.coll": "plain", "operationType": "insert"}}]
@@ -37,13 +37,16 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
         )
         await db.plain.delete_many({})
         await db.plain.insert_many([document async for document in db.events.find()])
-        history = await rates(
-            "history: read from the beginning; plain cursor, sorted",
-            lambda: _cursor(db),
-            lambda: _history(log),
-            rounds=rounds,
-            at_least=0.6,
-        )
+        forgetful, changes = EventLog(db, Limits(tail_events=1)), Changes(db)
+        changes.listen(forgetful)
+        async with changes.running():
+            history = await rates(
+                "history: read from the beginning; plain cursor, sorted",
+                lambda: _cursor(db),
+                lambda: _history(forgetful),
+                rounds=rounds,
+                at_least=0.6,
+            )
         delay = await _delay(db, log, rounds * 40)
         await log.aclose()
     return [live, history, delay]
@@ -130,10 +133,12 @@ async def _cursor(db: Database) -> float:
 
 
 async def _history(log: EventLog) -> float:
+    head = await log.head()
     with Stopwatch() as watch:
         seen = 0
-        while page := await log.read(after=seen):
-            seen += _payloads_read(page)
+        async with log.subscription(after=0) as subscription:
+            while subscription.position < head:
+                seen += _payloads_read(await subscription.chunk())
     return watch.rate(seen)
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ledger.errors import ConfigurationError
-from ledger.log import EventLog
+from ledger.log import LARGEST_POSITION, EventLog
 from ledger.mongo import Connection
 from ledger.verification import Verdict, verify
-
-LARGEST_POSITION: Final = 2**63 - 1  # what the database can count to
 
 
 def noted_of(text: str) -> tuple[int, bytes]:

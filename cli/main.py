@@ -30,6 +30,7 @@ from cli.settings import Settings, read_settings
 from cli.wiring import ALL_ROLES, Role, Stop, database_server, keep_running, roles, set_up_logging
 from ledger.embedded import EmbeddedServer, attach_or_start
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable
+from ledger.log import LARGEST_POSITION
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 app = typer.Typer(
@@ -135,12 +136,10 @@ def doctor(
 @log_app.command("verify")
 def log_verify(
     config: ConfigOption = None,
-    after: Annotated[
-        int, typer.Option("--from", min=1, max=audit.LARGEST_POSITION, help="Begin at this position.")
-    ] = 1,
+    after: Annotated[int, typer.Option("--from", min=1, max=LARGEST_POSITION, help="Begin at this position.")] = 1,
     upto: Annotated[
         int | None,
-        typer.Option("--to", min=1, max=audit.LARGEST_POSITION, help="End at this position. Without it: at the end."),
+        typer.Option("--to", min=1, max=LARGEST_POSITION, help="End at this position. Without it: at the end."),
     ] = None,
     noted: Annotated[
         str | None, typer.Option(help="POSITION:DIGEST, as an earlier verification printed it: it must still be so.")

@@ -27,12 +27,13 @@ from ledger.mongo import INDEX_CONFLICTS, UNAUTHORIZED, Database, Document, brie
 from ledger.tail import Tail
 from ledger.writer import Limits, Writer
 
-__all__ = ["EventLog", "Limits", "Subscription"]
+__all__ = ["LARGEST_POSITION", "EventLog", "Limits", "Subscription"]
 
 _log = structlog.get_logger()
 _TOLERANT: CodecOptions[Document] = CodecOptions(
     tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
+LARGEST_POSITION = 2**63 - 1  # what the database can count to
 _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
@@ -132,6 +133,7 @@ class EventLog(Writer):
 
         Empty means that nothing later is there. A hole is waited for, then voided (see the head of this file).
         """
+        _refuse_beyond(after)
         with driver_errors("reading the log"):
             while True:
                 documents = await self._page(after, limit or self._limits.page_events)
@@ -220,7 +222,12 @@ class EventLog(Writer):
 
         Needs this process's change stream to be running. A slow subscriber costs nothing: it holds a cursor, no queue.
         """
-        yield Subscription(self, self._tail, after, types)
+        _refuse_beyond(after)
+        subscription = Subscription(self, self._tail, after, types)
+        try:
+            yield subscription
+        finally:
+            subscription.close()
 
     async def resync(self, session: AsyncClientSession) -> None:
         self._tail.begin_at(await self._newest(session))
@@ -271,6 +278,7 @@ class Subscription:
         self._tail = tail
         self._types = None if types is None else frozenset(wanted.__name__ for wanted in types)
         self._buffer: deque[Recorded] = deque()
+        self._ahead: tuple[int, asyncio.Task[list[Recorded]]] | None = None
         self.position = after
         """The last position that was taken from the log, whether or not its type was wanted."""
 
@@ -287,14 +295,36 @@ class Subscription:
                     await self._tail.growth()
                     continue
             else:
-                events = await self._log.read(after=self.position, limit=limit)
+                events = await self._history(limit)
                 if not events:  # the tail was reset while we read, or somebody took the end of the log away
                     await asyncio.sleep(0.05)
                     continue
+                if len(events) == limit:  # there is more
+                    await self._fetch_ahead(events[-1].position, limit)
             self.position = events[-1].position
             wanted = events if self._types is None else [event for event in events if event.type in self._types]
             if wanted:
                 return wanted
+
+    async def _history(self, limit: int) -> list[Recorded]:
+        """Return events from the collection: those that were fetched ahead, if there are any."""
+        if self._ahead is not None and self._ahead[0] == self.position:
+            (_, ahead), self._ahead = self._ahead, None
+            return (await ahead)[:limit]
+        self.close()
+        return await self._log.read(after=self.position, limit=limit)
+
+    async def _fetch_ahead(self, after: int, limit: int) -> None:
+        """Have the next page fetched while the caller is at work on this one."""
+        self._ahead = after, asyncio.create_task(self._log.read(after=after, limit=limit), name="read-ahead")
+        await asyncio.sleep(0)  # now the database has been asked
+
+    def close(self) -> None:
+        """Forget what is being fetched ahead."""
+        if self._ahead is not None:
+            (_, ahead), self._ahead = self._ahead, None
+            if not ahead.cancel() and not ahead.cancelled():
+                ahead.exception()  # has been seen, and concerns nobody any more
 
     def __aiter__(self) -> Subscription:
         return self
@@ -303,6 +333,12 @@ class Subscription:
         if not self._buffer:
             self._buffer.extend(await self.chunk())
         return self._buffer.popleft()
+
+
+def _refuse_beyond(after: int) -> None:
+    """Before the first position there are no holes to be filled, nor behind the last that can be."""
+    if not 0 <= after <= LARGEST_POSITION:
+        raise ValueError(f"{after} is no position, nor 0 for the beginning of the log")
 
 
 def _refuse_overlap(appends: Iterable[Append]) -> None:

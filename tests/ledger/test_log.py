@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import Enum
 from itertools import cycle
 from typing import Any
@@ -815,6 +815,27 @@ async def test_a_subscriber_that_is_cancelled_leaves_the_others_and_itself_in_or
                 await waiting
             submitted = await ledger.submit()
             assert await take(others, 1) == await take(events, 1) == submitted.events
+
+
+async def test_whoever_is_cancelled_after_the_next_page_was_asked_for_has_not_moved_on(connection: Connection) -> None:
+    async with ledger_on(connection, Limits(tail_events=1)) as ledger:
+        await ledger.log.append(append_of(*[progress()] * 60))
+        await first(ledger.log, 1, after=59)
+        async with ledger.log.subscription(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
+            seen: list[Recorded] = []
+            cancelled = 0
+            while len(seen) < 60:
+                taking = asyncio.create_task(events.chunk(4))
+                while not taking.done() and (events._ahead is None or events._ahead[0] == events.position):  # noqa: ASYNC110 - it lasts one turn of the loop
+                    await asyncio.sleep(0)
+                taking.cancel()
+                with suppress(asyncio.CancelledError):
+                    seen += await taking
+                cancelled += taking.cancelled()
+                if len(seen) < 60:
+                    seen += await events.chunk(4)
+        assert positions(seen) == list(range(1, 61))
+        assert cancelled > 0
 
 
 async def test_cancelling_in_the_middle_of_history_loses_nothing(connection: Connection) -> None:

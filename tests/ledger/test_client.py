@@ -1,0 +1,526 @@
+"""The subscriber for other programs: its place is kept, one program holds it, and nothing is left out."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.client import Events, LedgerClient, SubscriptionTaken, ledger_client
+from ledger.commands import ClaimJob
+from ledger.errors import ConfigurationError, LedgerUnavailable
+from ledger.events import JobClaimed, Recorded
+from ledger.handle import handle
+from ledger.mongo import Connection, Database, Document
+from tests.ledger.conftest import QUICK
+from tests.ledger.test_log import append_of, kill_change_stream, progress
+from tests.support.examples import NOON
+from tests.support.ledgers import (
+    DEADLINE_SECONDS,
+    META,
+    Ledger,
+    change_stream_operations,
+    ledger_on,
+    lose_a_ticket,
+    positions,
+    stored,
+    until,
+)
+from tests.support.proxy import Proxy
+from tests.support.wire import Wire
+
+NOT_A_URI = "http://127.0.0.1"
+PROGRAM = """
+import asyncio, sys
+from ledger.client import ledger_client
+
+async def main(uri, db_name):
+    async with ledger_client(uri, db_name=db_name).subscription("mine") as events:
+        async for event in events:
+            print(event.position, flush=True)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def client(connection: Connection) -> LedgerClient:
+    return ledger_client(connection.uri, db_name=connection.db_name)
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left_behind() -> AsyncIterator[None]:
+    """However a subscription ends, no task goes on, and no error of one is lost."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    yield
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    gc.collect()  # a task says that nobody asked for its exception when it is thrown away
+    assert complaints == []
+
+
+async def some(events: Events, count: int) -> list[Recorded]:
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        return [await anext(events) for _ in range(count)]
+
+
+async def claim(ledger: Ledger) -> Recorded:
+    """Submit a job and have it claimed: two events, of which the second is returned."""
+    submitted = await ledger.submit()
+    stream = submitted.events[0].stream
+    [claimed] = (await handle(ledger.log, stream, ClaimJob("w1", NOON), meta=META, known=submitted.known)).events
+    return claimed
+
+
+@asynccontextmanager
+async def writing(ledger: Ledger) -> AsyncIterator[None]:
+    """Somebody writes while the block lasts; when it is left, the log has come to rest."""
+
+    async def write() -> None:
+        while True:
+            await ledger.submit()
+            await asyncio.sleep(0.005)
+
+    task = asyncio.create_task(write())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        await ledger.log.aclose()
+
+
+async def saved(db: Database, name: str = "mine") -> int | None:
+    place = await db.subscriptions.find_one({"_id": name})
+    return int(place["position"]) if place else None
+
+
+async def until_saved(db: Database, position: int, seconds: float = DEADLINE_SECONDS) -> None:
+    """Until this position, or a later one, is saved."""
+    async with asyncio.timeout(seconds):
+        while (await saved(db) or 0) < position:  # noqa: ASYNC110 - whoever saves does not tell us
+            await asyncio.sleep(0.02)
+
+
+async def until_no_stream(db: Database) -> None:
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while await change_stream_operations(db):  # noqa: ASYNC110 - the server notices when it next looks
+            await asyncio.sleep(0.02)
+
+
+async def content(db: Database) -> dict[str, list[Document]]:
+    return {name: await db[name].find(sort=[("_id", 1)]).to_list() for name in await db.list_collection_names()}
+
+
+async def saves(db: Database) -> int:
+    """How often a position was written since profiling began."""
+    return await db["system.profile"].count_documents({"ns": f"{db.name}.subscriptions", "op": "update"})
+
+
+# Without a name ---------------------------------------------------------------------------------------------------
+
+
+async def test_history_becomes_live_in_order_none_missing_or_double_while_others_write(
+    connection: Connection, client: LedgerClient
+) -> None:
+    async def write(ledger: Ledger) -> None:
+        for number in range(60):
+            if number == 20:
+                await lose_a_ticket(ledger.db)
+            await ledger.log.append(append_of(*[progress()] * (1 + number % 3)))
+
+    total = 3 * (20 * (1 + 2 + 3) + 1)
+    begins = (0, 1, 40, total - 1)
+    async with AsyncExitStack() as stack:
+        writers = [await stack.enter_async_context(ledger_on(connection, QUICK, live=False)) for _ in range(3)]
+        written = asyncio.gather(*(write(ledger) for ledger in writers))
+        subscribers = [await stack.enter_async_context(client.subscription(after=begin)) for begin in begins]
+        reading = [some(events, total - begin) for events, begin in zip(subscribers, begins, strict=True)]
+        seen = asyncio.gather(*reading)
+        await written
+        await writers[0].submit()  # evidence for the numbers that were lost last
+        assert [positions(events) for events in await seen] == [list(range(begin + 1, total + 1)) for begin in begins]
+        assert (await seen)[0] == await writers[0].log.read(limit=total)
+
+
+async def test_without_a_name_nothing_is_written_and_unwanted_types_count(quiet: Ledger, client: LedgerClient) -> None:
+    await claim(quiet)
+    await quiet.submit()
+    before = await content(quiet.db)
+    async with client.subscription(types=[JobClaimed]) as events:
+        assert positions(await some(events, 1)) == [2]
+        waiting = asyncio.create_task(some(events, 1))
+        await until(lambda: events.position == 3)
+        await events.save()
+        await asyncio.sleep(1.2)  # longer than one with a name takes to save
+        assert await content(quiet.db) == before
+        await quiet.submit()
+        await until(lambda: events.position == 4)
+        claimed = await claim(quiet)
+        assert await waiting == [claimed]
+    after = await content(quiet.db)
+    assert after.keys() == before.keys()
+    assert after["events"][:3] == before["events"]
+    assert len(after["events"]) == 6
+
+
+async def test_types_are_named_by_class_or_by_name(quiet: Ledger, client: LedgerClient) -> None:
+    await claim(quiet)
+    await quiet.log.append(append_of(progress()))
+    async with client.subscription(types=[JobClaimed, "JobProgressed"]) as events:
+        assert [event.type for event in await some(events, 2)] == ["JobClaimed", "JobProgressed"]
+
+
+@pytest.mark.parametrize(
+    ("types", "hint"),
+    [
+        (["JobClaimed", "JobCompletd"], r"no event type 'JobCompletd'; did you mean 'JobCompleted'\?"),
+        (["xyz"], "there are BatchArchived, .*JobSubmitted"),
+        ([Connection], "no event type 'Connection'"),
+        ([5], "no event type '5'"),
+        ("JobCompleted", "a list of the types"),
+        ([], "a list of the types"),
+    ],
+)
+async def test_a_misspelt_type_is_refused_with_a_suggestion_before_anything_is_connected(types: Any, hint: str) -> None:
+    with pytest.raises(ValueError, match=hint):
+        async with ledger_client(NOT_A_URI).subscription("mine", types=types):
+            pass
+
+
+# With a name ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_name_goes_on_behind_the_last_event_that_was_handed_out(quiet: Ledger, client: LedgerClient) -> None:
+    await quiet.log.append(append_of(*[progress()] * 20))
+    begun = 1
+    for count in (1, 3, 0, 5):  # what is left waits in the subscriber's memory when the block is left
+        async with client.subscription("mine") as events:
+            assert positions(await some(events, count)) == list(range(begun, begun + count))
+        begun += count
+        assert await saved(quiet.db) == begun - 1
+    async with client.subscription("mine") as events:
+        async for event in events:
+            if event.position == 15:
+                break
+    assert await saved(quiet.db) == 15
+
+
+async def test_unwanted_types_move_the_saved_position_on_too(quiet: Ledger, client: LedgerClient) -> None:
+    claimed = [await claim(quiet) for _ in range(3)]
+    async with client.subscription("mine", types=[JobClaimed]) as events:
+        assert await some(events, 1) == claimed[:1]
+    assert await saved(quiet.db) == 3
+    async with client.subscription("mine", types=[JobClaimed]) as events:
+        assert await some(events, 2) == claimed[1:]
+        waiting = asyncio.create_task(some(events, 1))
+        await quiet.submit()
+        await until_saved(quiet.db, 7)
+        wanted = await claim(quiet)
+        assert await waiting == [wanted]
+
+
+async def test_after_counts_only_the_first_time(quiet: Ledger, client: LedgerClient) -> None:
+    await quiet.log.append(append_of(*[progress()] * 9))
+    async with client.subscription("mine", after=3):
+        pass  # it has begun, although nothing was asked for
+    async with client.subscription("mine", after=7) as events:
+        assert positions(await some(events, 2)) == [4, 5]
+    async with client.subscription("mine", after=0) as events:
+        assert positions(await some(events, 1)) == [6]
+
+
+@pytest.mark.parametrize("ending", [RuntimeError, asyncio.CancelledError])
+async def test_the_event_in_hand_comes_again_when_the_body_raised(
+    quiet: Ledger, client: LedgerClient, ending: type[BaseException]
+) -> None:
+    async def fail() -> None:
+        async with client.subscription("mine") as events:
+            await some(events, 3)
+            raise ending
+
+    await quiet.log.append(append_of(*[progress()] * 5))
+    with pytest.raises(ending):
+        await fail()
+    assert await saved(quiet.db) == 2
+    async with client.subscription("mine") as events:
+        assert positions(await some(events, 3)) == [3, 4, 5]
+
+
+async def test_it_saves_once_a_second_and_asks_nothing_when_idle(quiet: Ledger, client: LedgerClient) -> None:
+    clock = asyncio.get_running_loop().time
+    async with client.subscription("mine") as events:
+        reading = asyncio.create_task(some(events, 1_000_000))
+        await quiet.db.command("profile", 2)
+        begun = clock()
+        async with writing(quiet):
+            await quiet.submit()
+            await until_saved(quiet.db, 1, seconds=2.5)  # though there is no pause to do it in
+        head = await quiet.log.head()
+        assert head > 20
+        await until_saved(quiet.db, head, seconds=2.5)
+        assert await saves(quiet.db) <= clock() - begun + 1
+        idle_since = datetime.now(UTC) + timedelta(milliseconds=100)  # our own questions are over by then
+        await asyncio.sleep(1.2)
+        idle = {"ts": {"$gt": idle_since, "$lt": datetime.now(UTC)}, "op": {"$ne": "getmore"}}
+        assert await quiet.db["system.profile"].find(idle).to_list() == []
+        await quiet.db.command("profile", 0)
+        reading.cancel()
+
+
+async def test_whoever_is_killed_leaves_nothing_out_and_repeats_only_what_was_not_saved(
+    quiet: Ledger, client: LedgerClient, connection: Connection
+) -> None:
+    place = 0
+    async with writing(quiet):
+        for _ in range(2):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", PROGRAM, connection.uri, connection.db_name),
+                cwd=Path(__file__).parents[2],
+                stdout=asyncio.subprocess.PIPE,
+            )
+            await until_saved(quiet.db, place + 50)
+            process.kill()
+            printed, _ = await process.communicate()
+            seen = [int(line) for line in printed.split()]
+            assert seen == list(range(place + 1, place + len(seen) + 1))
+            place = await saved(quiet.db) or 0
+            assert seen[0] <= place <= seen[-1]
+    head = await quiet.log.head()
+    async with client.subscription("mine") as events:
+        assert positions(await some(events, head - place)) == list(range(place + 1, head + 1))
+
+
+async def test_whoever_is_cancelled_while_waiting_ends_at_once_and_has_saved(
+    quiet: Ledger, client: LedgerClient
+) -> None:
+    seen: list[Recorded] = []
+
+    async def follow() -> None:
+        async with client.subscription("mine") as events:
+            async for event in events:
+                seen.append(event)
+
+    for count in (1, 2, 3):
+        following = asyncio.create_task(follow())
+        await quiet.submit()
+        await until(lambda count=count: len(seen) == count)  # type: ignore[misc]  # a lambda's default
+        following.cancel()
+        async with asyncio.timeout(2):
+            with pytest.raises(asyncio.CancelledError):
+                await following
+        assert await saved(quiet.db) == count
+    assert positions(seen) == [1, 2, 3]
+    await until_no_stream(quiet.db)
+
+
+# One holder -------------------------------------------------------------------------------------------------------
+
+
+async def test_of_two_holders_the_newer_goes_on_and_the_older_ends(quiet: Ledger, client: LedgerClient) -> None:
+    async def follow() -> None:
+        async with client.subscription("mine") as events:
+            async for _ in events:
+                pass
+
+    async with writing(quiet):
+        older = asyncio.create_task(follow())
+        await until_saved(quiet.db, 1)
+        async with client.subscription("mine") as newer:
+            begun = newer.position
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                with pytest.raises(SubscriptionTaken, match="'mine'"):
+                    await older
+            assert await saved(quiet.db) == begun
+            assert positions(await some(newer, 20)) == list(range(begun + 1, begun + 21))
+            await newer.save()
+            assert await saved(quiet.db) == begun + 19
+
+
+async def test_the_older_holder_never_writes_over_the_newer_ones_position(quiet: Ledger, client: LedgerClient) -> None:
+    await quiet.log.append(append_of(*[progress()] * 9))
+    async with AsyncExitStack() as stack:
+        older = await stack.enter_async_context(client.subscription("mine"))
+        await some(older, 8)
+        async with client.subscription("mine") as newer:
+            with pytest.raises(SubscriptionTaken):
+                await older.save()
+            await stack.aclose()  # the older leaves its block
+            assert await saved(quiet.db) == 0
+            assert positions(await some(newer, 4)) == [1, 2, 3, 4]
+            await newer.save()
+            assert await saved(quiet.db) == 3
+        assert await saved(quiet.db) == 4
+
+
+async def test_two_names_are_independent_and_save_at_once_when_asked(quiet: Ledger, client: LedgerClient) -> None:
+    await quiet.log.append(append_of(*[progress()] * 5))
+    async with client.subscription("mine") as mine, client.subscription("yours", after=1) as yours:
+        assert positions(await some(mine, 5)) == [1, 2, 3, 4, 5]
+        assert positions(await some(yours, 1)) == [2]
+        await mine.save()
+        assert (await saved(quiet.db), await saved(quiet.db, "yours")) == (4, 1)
+        await yours.save()
+    assert (await saved(quiet.db), await saved(quiet.db, "yours")) == (5, 2)
+
+
+# Outliving trouble ------------------------------------------------------------------------------------------------
+
+
+async def test_a_broken_or_silent_connection_costs_nothing_but_time(mongodb_uri: str, quiet: Ledger) -> None:
+    with Proxy(mongodb_uri) as proxy:
+        async with ledger_client(proxy.uri, db_name=quiet.db.name).subscription("mine") as events:
+            await quiet.log.append(append_of(*[progress()] * 2500))
+            assert positions(await some(events, 700)) == list(range(1, 701))
+            for begin in (700, 1300, 1900):
+                proxy.cut()
+                assert positions(await some(events, 600)) == list(range(begin + 1, begin + 601))
+            proxy.freeze()
+            await quiet.log.append(append_of(*[progress()] * 3))
+            waiting = asyncio.create_task(some(events, 3))
+            assert not (await asyncio.wait({waiting}, timeout=0.2))[0]
+            proxy.thaw()
+            assert positions(await waiting) == [2501, 2502, 2503]
+            proxy.cut()
+            await until_saved(quiet.db, 2502)
+
+
+async def test_what_is_lost_on_the_wire_is_asked_again(mongodb_uri: str, quiet: Ledger) -> None:
+    await quiet.log.append(append_of(*[progress()] * 5))
+    with Wire(mongodb_uri) as wire:
+        async with ledger_client(wire.uri, db_name=quiet.db.name).subscription("mine") as events:
+            wire.lose_request("find")
+            wire.lose_request("getMore")
+            assert positions(await some(events, 4)) == [1, 2, 3, 4]
+            wire.lose_answer("update")
+            with pytest.raises(LedgerUnavailable, match="saving the position of the subscription mine"):
+                await events.save()
+            await events.save()
+            assert await saved(quiet.db) == 3
+            wire.lose_request("update")
+            waiting = asyncio.create_task(some(events, 3))
+            await quiet.submit()
+            await until_saved(quiet.db, 6)
+            await quiet.submit()
+            assert positions(await waiting) == [5, 6, 7]
+        assert wire.lost == 4
+
+
+async def test_a_killed_change_stream_and_a_dead_writer_leave_no_gap(quiet: Ledger, client: LedgerClient) -> None:
+    async with client.subscription("mine") as events:
+        for position, how in ((1, "killCursors"), (2, "killOp")):
+            await kill_change_stream(quiet.db, how)
+            await quiet.submit()
+            assert positions(await some(events, 1)) == [position]
+        await kill_change_stream(quiet.db, "killCursors")
+        await lose_a_ticket(quiet.db)
+        await quiet.submit()
+        assert [event.type for event in await some(events, 2)] == ["PositionVoided", "JobSubmitted"]
+
+
+async def test_nobody_listening_and_a_uri_that_is_none_are_told_when_the_block_is_entered(mongodb_uri: str) -> None:
+    with Proxy(mongodb_uri) as proxy:
+        proxy.close()
+        async with asyncio.timeout(3):
+            with pytest.raises(LedgerUnavailable, match="Is it running"):
+                async with ledger_client(proxy.uri, connect_timeout_ms=300).subscription():
+                    pass
+    for none in (NOT_A_URI, "mongodb://", "", "mongodb://127.0.0.1:99999"):
+        unconnected = ledger_client(none)
+        with pytest.raises(ConfigurationError):
+            async with unconnected.subscription():
+                pass
+
+
+# What is not as it should be yet ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [{"after": -1}, {"after": 1.5}, {"after": "1"}, {"name": ""}, {"name": 5}], ids=str)
+async def test_what_is_no_position_or_no_name_is_refused_before_anything_is_connected(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"name|after"):
+        async with ledger_client(NOT_A_URI).subscription(**wrong):
+            pass
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "$x", "a b", "x" * 64])
+def test_a_name_that_no_database_can_have_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no name of a database"):
+        ledger_client("mongodb://127.0.0.1", db_name=name)
+
+
+async def test_all_subscriptions_of_a_client_share_one_change_stream(quiet: Ledger, client: LedgerClient) -> None:
+    async with client.subscription() as first:
+        async with client.subscription("mine") as second, client.subscription(after=1) as third:
+            await claim(quiet)
+            seen = [len(await change_stream_operations(quiet.db)) for _ in range(20)]
+            assert max(seen) == 1  # between two getMores, there may be none
+            assert positions([*await some(first, 1), *await some(second, 1), *await some(third, 1)]) == [1, 1, 2]
+        assert positions(await some(first, 1)) == [2], "the others have ended, and this one goes on"
+    await until_no_stream(quiet.db)
+    async with client.subscription("mine") as again:
+        assert positions(await some(again, 1)) == [2]
+
+
+async def test_behind_its_block_a_subscription_is_over(quiet: Ledger, client: LedgerClient) -> None:
+    await quiet.submit()
+    async with client.subscription() as events:
+        pass
+    with pytest.raises(RuntimeError, match="has been left"):
+        await anext(events)
+
+
+async def test_a_beginning_before_the_log_leaves_the_log_as_it_is(quiet: Ledger, client: LedgerClient) -> None:
+    await quiet.log.append(append_of(progress()))
+    before = await stored(quiet.db)
+    with suppress(ValueError):
+        async with client.subscription(after=-3) as events:
+            await some(events, 1)
+    assert await stored(quiet.db) == before
+
+
+async def test_a_wait_given_up_in_the_moment_of_delivery_loses_no_event(quiet: Ledger, client: LedgerClient) -> None:
+    async with client.subscription("mine") as events:
+        waiting = asyncio.create_task(some(events, 1))
+        await until(lambda: any("Subscription.chunk" in repr(task) for task in asyncio.all_tasks()))
+        [reading] = [task for task in asyncio.all_tasks() if "Subscription.chunk" in repr(task)]
+        reading.add_done_callback(lambda _: waiting.cancel())  # as the deadline of an asyncio.timeout would
+        await quiet.submit()
+        await asyncio.wait({waiting})
+        await quiet.submit()
+        assert positions(await some(events, 1)) == [1]
+
+
+async def test_a_save_that_arrives_late_does_not_take_the_position_back(mongodb_uri: str, quiet: Ledger) -> None:
+    await quiet.log.append(append_of(*[progress()] * 5))
+    await quiet.db.command("profile", 2)
+    with Wire(mongodb_uri) as wire:
+        async with ledger_client(wire.uri, db_name=quiet.db.name).subscription("mine") as events:
+            wire.hold("update")
+            await some(events, 2)
+            await asyncio.to_thread(wire.held.wait, DEADLINE_SECONDS)  # the first is done, and is being saved
+            await some(events, 3)
+            asyncio.get_running_loop().call_later(0.3, wire.release)  # whether or not the next save waits for it
+            await events.save()
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while await saves(quiet.db) < 2:  # noqa: ASYNC110 - the server tells nobody
+                    await asyncio.sleep(0.02)
+            assert await saved(quiet.db) == 4
+
+
+async def test_the_older_holder_ends_although_nothing_it_wants_comes(quiet: Ledger, client: LedgerClient) -> None:
+    async with client.subscription("mine", types=[JobClaimed]) as older, client.subscription("mine"):
+        waiting = asyncio.create_task(some(older, 1))
+        await quiet.submit()
+        await asyncio.wait({waiting}, timeout=1.7)
+        ended = waiting.done()
+        waiting.cancel()
+        assert ended
+        with pytest.raises(SubscriptionTaken):
+            await waiting
