@@ -39,7 +39,7 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
                 lambda: _transactions(db, events, at_once=3),
                 lambda: _lists(log, events, at_once=3),
                 rounds=rounds,
-                at_least=0.7,
+                at_least=0.5,
             ),
             await _latency(db, log, rounds * 40),
         ]
