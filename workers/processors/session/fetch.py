@@ -33,6 +33,7 @@ import httpx
 from workers.processor import ProcessorError
 from workers.processors.session.addresses import AllowedHosts
 from workers.processors.session.settings import SessionSettings
+from workers.processors.session.turns import turn, turns_directory
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 """Answers the IP addresses of a host, best first; raises `OSError` when there are none."""
@@ -69,8 +70,11 @@ async def ask_system_resolver(host: str, port: int) -> list[str]:
 class Fetcher:
     """Fetches within the limits of the settings. `resolve` is how names become addresses."""
 
-    def __init__(self, settings: SessionSettings, *, resolve: Resolve = ask_system_resolver) -> None:
+    def __init__(
+        self, settings: SessionSettings, *, resolve: Resolve = ask_system_resolver, turns: Path | None = None
+    ) -> None:
         self._settings = settings
+        self._turns = turns or turns_directory()
         self._network = _CheckedNetwork(AllowedHosts(settings.allow_private), resolve)
 
     async def fetch(
@@ -84,8 +88,9 @@ class Fetcher:
         check_type: Callable[[str], None] = lambda media_type: None,
         on_progress: OnProgress | None = None,
     ) -> Fetched:
-        """GET `url`, following redirects, into memory or into the file `into`.
+        """GET `url`, following redirects, into memory or into the file `into`, within `total_seconds`.
 
+        Of one host no more is fetched at a time than `max_fetches_per_host`; waiting for that takes none of the time.
         `check_type` is called with the media type before the body is read and may raise to refuse it.
 
         Raises:
@@ -94,9 +99,9 @@ class Fetcher:
         started = time.monotonic()
         try:
             async with (
-                asyncio.timeout(total_seconds),
+                asyncio.timeout(total_seconds) as clock,
                 self._client(accept) as client,
-                self._follow(client, url) as response,
+                self._follow(client, url, clock) as response,
             ):
                 content_type = response.headers.get("content-type", "")
                 check_type(content_type.partition(";")[0].strip().lower())
@@ -127,11 +132,13 @@ class Fetcher:
             yield client
 
     @asynccontextmanager
-    async def _follow(self, client: httpx.AsyncClient, url: str) -> AsyncIterator[httpx.Response]:
+    async def _follow(
+        self, client: httpx.AsyncClient, url: str, clock: asyncio.Timeout
+    ) -> AsyncIterator[httpx.Response]:
         target = _web_address(url)
         for _ in range(self._settings.max_redirects + 1):
             with _errors_in_plain_words(target):
-                async with client.stream("GET", target) as response:
+                async with self._turn(target.netloc.decode(), clock), client.stream("GET", target) as response:
                     if not response.has_redirect_location:
                         _refuse_failure(response)
                         yield response
@@ -142,6 +149,16 @@ class Fetcher:
             f"{_shown(url)} redirects more than {self._settings.max_redirects} times.",
             details={"url": _shown(url), "last": _shown(target)},
         )
+
+    @asynccontextmanager
+    async def _turn(self, host: str, clock: asyncio.Timeout) -> AsyncIterator[None]:
+        """Wait for our turn at a host with the clock stopped."""
+        loop = asyncio.get_running_loop()
+        left = (clock.when() or loop.time()) - loop.time()
+        clock.reschedule(None)
+        async with turn(host, self._settings.max_fetches_per_host, self._turns):
+            clock.reschedule(loop.time() + left)
+            yield
 
 
 class _CheckedNetwork(httpcore.AsyncNetworkBackend):

@@ -51,6 +51,9 @@ class SessionSettings(BaseModel):
     slides_max_bytes: int = Field(default=200 * MEBIBYTE, gt=0, description="Largest attachment.")
 
     max_redirects: int = Field(default=5, ge=0, description="Redirects followed before giving up.")
+    max_fetches_per_host: int = Field(
+        default=4, ge=1, le=100, description="Fetches from one host at a time, by all workers of a machine together."
+    )
     allow_private: Annotated[list[str], AfterValidator(_names_hosts)] = Field(
         default=[],
         description="IP addresses, networks (10.0.0.0/8) and host names that may be fetched from although they are not "
