@@ -1,25 +1,44 @@
-"""api: batches. Submit many jobs at once, all or none, and see how they are getting on."""
+"""api: batches. Submit many jobs at once, all or none, see how they are getting on, and act on all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, get_args
 
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api import bulk
 from api.errors import ApiError, json_response, path
-from api.jobs import keep, notices, shown, split_webhook, submission
-from api.models import BatchBody, BatchList, JobBody
+from api.jobs import keep, notices, optional_json, shown, split_webhook, submission, user_of
+from api.models import BatchBody, BatchList, BatchRestartBody, JobBody, ReasonBody
 from api.services import query_of, read_json, services, validated, views_reach_wanted_position
+from ledger import batch as rules
+from ledger.batch import Batch
 from ledger.chain import canonical
-from ledger.commands import SubmitBatch, SubmitJob
+from ledger.commands import (
+    Archive,
+    BatchCommand,
+    CancelJob,
+    Delete,
+    JobCommand,
+    PauseBatch,
+    RestartJob,
+    ResumeBatch,
+    SubmitBatch,
+    SubmitJob,
+    Unarchive,
+)
 from ledger.errors import InvalidEvent
-from ledger.events import AccessControl, BatchSubmitted, JobSubmitted, Meta
-from ledger.handle import Command, handle_new, new_batch_id, new_job_id
+from ledger.events import ENDED, AccessControl, BatchSubmitted, JobStatus, JobSubmitted, Meta, Recorded
+from ledger.handle import Command, Handled, Known, handle, handle_new, load, new_batch_id, new_job_id
+from ledger.mongo import Document
 from projections import batches as view
 from projections import statistics
+
+_EVERY: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
 
 
 async def submit(request: Request) -> Response:
@@ -72,12 +91,18 @@ async def submit(request: Request) -> Response:
             "status": "success",
             "batch_id": batch_id,
             "job_ids": job_ids,
-            "batch": shown(view.as_submitted(view.fold(None, recorded[0]))),
+            "batch": shown(_as_submitted(recorded[0])),
             **notices(webhook, *(job.webhook for job in jobs)),
         },
         202,
         {"Location": f"/api/events/batches/{batch_id}", "Ledger-Position": str(recorded[-1].position)},
     )
+
+
+def _as_submitted(event: Recorded) -> Document:
+    batch = view.as_submitted(view.fold(None, event))
+    assert batch is not None  # noqa: S101 - narrows the type; a submission makes a document
+    return batch
 
 
 def _refuse_multiplied(body: BatchBody, limit: int) -> None:
@@ -118,5 +143,137 @@ async def single(request: Request) -> Response:
     known, batch_id = services(request), request.path_params["batch_id"]
     batch = await view.get(known.db, known.log, batch_id) if batch_id.startswith("batch-") else None
     if batch is None:
-        raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
+        raise _not_found(batch_id)
     return json_response({"status": "success", "batch": shown(batch)}, headers={"ETag": f'"{batch["position"]}"'})
+
+
+# Acting on a whole batch ------------------------------------------------------------------------------------------
+
+
+async def pause(request: Request) -> Response:
+    """POST /api/events/batches/{batch_id}/pause"""
+    body = validated(ReasonBody, await optional_json(request))
+    return await _switch(request, PauseBatch(user_of(request), body.reason))
+
+
+async def resume(request: Request) -> Response:
+    """POST /api/events/batches/{batch_id}/resume"""
+    body = validated(ReasonBody, await optional_json(request))
+    return await _switch(request, ResumeBatch(user_of(request), body.reason))
+
+
+async def cancel(request: Request) -> Response:
+    """POST /api/events/batches/{batch_id}/cancel"""
+    body = validated(ReasonBody, await optional_json(request))
+    found = await _existing(request)
+    outcome = await _for_jobs(request, found, CancelJob(user_of(request), body.reason), _EVERY - ENDED)
+    return _answer(found.batch_id, found.known, outcome)
+
+
+async def restart(request: Request) -> Response:
+    """POST /api/events/batches/{batch_id}/restart"""
+    body = validated(BatchRestartBody, await optional_json(request))
+    found = await _existing(request)
+    command = RestartJob(user_of(request), body.reason, body.reuse_steps)
+    outcome = await _for_jobs(request, found, command, ENDED if body.only == "all" else {body.only})
+    return _answer(found.batch_id, found.known, outcome)
+
+
+async def archive(request: Request) -> Response:
+    """POST /api/events/batches/{batch_id}/archive"""
+    body = validated(ReasonBody, await optional_json(request))
+    return await _put_away(request, Archive(user_of(request), body.reason))
+
+
+async def unarchive(request: Request) -> Response:
+    """POST /api/events/batches/{batch_id}/unarchive"""
+    body = validated(ReasonBody, await optional_json(request))
+    return await _put_away(request, Unarchive(user_of(request), body.reason))
+
+
+async def delete(request: Request) -> Response:
+    """DELETE /api/events/batches/{batch_id}
+
+    Its jobs go first: whoever is interrupted may ask again, and no jobs are left that no batch leads to.
+    """
+    found, command = await _existing(request), Delete(user_of(request))
+    rules.decide(command, found.batch)  # a batch at work is refused before any of its jobs is touched
+    outcome = await _for_jobs(request, found, command, _EVERY)
+    if outcome.refused:
+        message = "Not every job could be deleted, so the batch is still there: cancel it, and try again."
+        raise ApiError(409, "wrong_state", message, details=outcome.shown())
+    handled = await _for_batch(request, found, command)
+    return _answer(found.batch_id, handled.known, outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A batch as the log has it now."""
+
+    batch_id: str
+    known: Known
+    batch: Batch
+
+
+async def _existing(request: Request) -> _Found:
+    batch_id = request.path_params["batch_id"]
+    known = await load(services(request).log, batch_id) if batch_id.startswith("batch-") else Known()
+    if not isinstance(known.state, Batch) or known.state.deleted:
+        raise _not_found(batch_id)
+    return _Found(batch_id, known, known.state)
+
+
+def _not_found(batch_id: str) -> ApiError:
+    return ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
+
+
+async def _switch(request: Request, command: PauseBatch | ResumeBatch) -> Response:
+    found = await _existing(request)
+    handled = await _for_batch(request, found, command)
+    return _answer(found.batch_id, handled.known)
+
+
+async def _put_away(request: Request, command: Archive | Unarchive) -> Response:
+    found = await _existing(request)
+    handled = await _for_batch(request, found, command)
+    outcome = await _for_jobs(request, found, command, _EVERY)
+    return _answer(found.batch_id, handled.known, outcome)
+
+
+async def _for_batch(request: Request, found: _Found, command: BatchCommand) -> Handled:
+    meta = Meta(user_of(request), found.batch_id)
+    return await handle(services(request).log, found.batch_id, command, meta=meta, known=found.known)
+
+
+async def _for_jobs(
+    request: Request, found: _Found, command: JobCommand, statuses: Collection[JobStatus]
+) -> bulk.Outcome:
+    meta = Meta(user_of(request), found.batch_id)
+    job_ids = found.batch.asked.job_ids
+    return await bulk.for_each(services(request).log, job_ids, command, meta=meta, statuses=statuses)
+
+
+def _answer(batch_id: str, known: Known, outcome: bulk.Outcome | None = None) -> Response:
+    """Say what was done, and the position at which the views show all of it."""
+    content = {"status": "success", "batch_id": batch_id, "batch": _shown_state(batch_id, known)}
+    position = known.head.position
+    if outcome is not None:
+        content |= outcome.shown()
+        position = max(position, outcome.position)
+    return json_response(content, headers={"Ledger-Position": str(position)})
+
+
+def _shown_state(batch_id: str, known: Known) -> Document | None:
+    """Return what the batch's own events say. The counts of its jobs are for the views, which come later."""
+    batch = known.state
+    if not isinstance(batch, Batch) or batch.deleted:
+        return None
+    return {
+        "batch_id": batch_id,
+        "batch_name": batch.asked.batch_name,
+        "status": batch.status,
+        "paused": batch.paused,
+        "archived": batch.archived,
+        "version": known.head.version,
+        "position": known.head.position,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, 
 from ledger.events import AccessControl, JobSubmitted, Meta, Recorded, Webhook
 from ledger.handle import Known, handle, new_job_id
 from ledger.mongo import Document, driver_errors
+from projections import batches, statistics
 from projections import jobs as view
-from projections import statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ async def submit(request: Request) -> Response:
         {
             "status": "success",
             "job_id": job_id,
-            "job": shown(view.fold(None, handled.events[0])),
+            "job": await _shown_job(known, view.fold(None, handled.events[0])),
             **notices(webhook),
         },
         202,
@@ -129,7 +130,7 @@ async def listing(request: Request) -> Response:
     wanted = view.Filter(**asked.model_dump(exclude={"limit", "skip", "min_position"}))
     found = await view.page(known.db, wanted, limit=asked.limit, skip=asked.skip)
     total, bounded = await _total(known, wanted)
-    content: dict[str, Any] = {"status": "success", "total": total, "jobs": [shown(job) for job in found]}
+    content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(known, found)}
     if bounded:
         content["total_is_lower_bound"] = True
     return json_response(content)
@@ -148,7 +149,8 @@ async def single(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}"""
     await views_reach_wanted_position(request)
     job = await existing(request)
-    return json_response({"status": "success", "job": shown(job)}, headers={"ETag": f'"{job["version"]}"'})
+    content = {"status": "success", "job": await _shown_job(services(request), job)}
+    return json_response(content, headers={"ETag": f'"{job["version"]}"'})
 
 
 async def history(request: Request) -> Response:
@@ -173,56 +175,67 @@ async def existing(request: Request) -> Document:
 
 async def cancel(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/cancel"""
-    body = validated(ReasonBody, await _optional_json(request))
-    return await _act(request, CancelJob(_user(request), body.reason))
+    body = validated(ReasonBody, await optional_json(request))
+    return await _act(request, CancelJob(user_of(request), body.reason))
 
 
 async def restart(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/restart"""
-    body = validated(RestartBody, await _optional_json(request))
-    return await _act(request, RestartJob(_user(request), body.reason, body.reuse_steps))
+    body = validated(RestartBody, await optional_json(request))
+    return await _act(request, RestartJob(user_of(request), body.reason, body.reuse_steps))
 
 
 async def archive(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/archive"""
-    body = validated(ReasonBody, await _optional_json(request))
-    return await _act(request, Archive(_user(request), body.reason))
+    body = validated(ReasonBody, await optional_json(request))
+    return await _act(request, Archive(user_of(request), body.reason))
 
 
 async def unarchive(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/unarchive"""
-    body = validated(ReasonBody, await _optional_json(request))
-    return await _act(request, Unarchive(_user(request), body.reason))
+    body = validated(ReasonBody, await optional_json(request))
+    return await _act(request, Unarchive(user_of(request), body.reason))
 
 
 async def delete(request: Request) -> Response:
     """DELETE /api/events/jobs/{job_id}"""
-    return await _act(request, Delete(_user(request)))
+    return await _act(request, Delete(user_of(request)))
 
 
 async def _act(request: Request, command: JobCommand) -> Response:
-    job = await existing(request)
-    log = services(request).log
-    handled = await handle(log, job["job_id"], command, meta=Meta(_user(request)))
+    job, known = await existing(request), services(request)
+    handled = await handle(known.log, job["job_id"], command, meta=Meta(user_of(request)))
     after: Document | None = None
-    for event in await log.read_stream(job["job_id"]):
+    for event in await known.log.read_stream(job["job_id"]):
         after = view.fold(after, event)
-    content = {"status": "success", "job_id": job["job_id"], "job": shown(after)}
+    content = {"status": "success", "job_id": job["job_id"], "job": await _shown_job(known, after)}
     return json_response(content, headers={"Ledger-Position": str(handled.known.head.position)})
 
 
-def _user(request: Request) -> str:
+def user_of(request: Request) -> str:
+    """Return who asks, as events name it."""
     return f"user:{services(request).default_user}"
 
 
-async def _optional_json(request: Request) -> Any:
-    """An action needs no body; without a content type there is none."""
+async def optional_json(request: Request) -> Any:
+    """Return the request's JSON body. An action needs none; without a content type there is none."""
     return await read_json(request) if "content-type" in request.headers else {}
 
 
-def shown(job: Document | None) -> Document | None:
+def shown(document: Document) -> Document:
     """Return a view document as clients see it."""
-    return {name: value for name, value in job.items() if name not in ("_id", "queued_position")} if job else None
+    return {name: value for name, value in document.items() if name not in ("_id", "queued_position")}
+
+
+async def _shown_jobs(known: Services, jobs: Sequence[Document]) -> list[Document]:
+    """Return jobs as clients see them. `paused` ones wait because their batch is paused."""
+    waiting = {job["batch_id"] for job in jobs if job["status"] == "pending"} - {None}
+    paused = await batches.paused_among(known.db, waiting) if waiting else set()
+    return [{**shown(job), "paused": job["status"] == "pending" and job["batch_id"] in paused} for job in jobs]
+
+
+async def _shown_job(known: Services, job: Document | None) -> Document | None:
+    return (await _shown_jobs(known, [job]))[0] if job else None
 
 
 def shown_event(event: Recorded) -> Document:

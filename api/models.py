@@ -102,6 +102,12 @@ class RestartBody(ReasonBody):
     reuse_steps: bool = True
 
 
+class BatchRestartBody(RestartBody):
+    """Which of a batch's jobs: those that ended so, or all that have ended."""
+
+    only: Literal["failed", "cancelled", "completed", "all"] = "failed"
+
+
 class Page(_Body):
     """Which part of a list."""
 

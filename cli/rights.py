@@ -21,6 +21,7 @@ _MUTABLE: Final = (
     "leaders",
     "queue",
     "statistics",
+    "steps",
     SUBSCRIPTIONS,
     "webhook_headers",
     "workers",

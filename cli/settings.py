@@ -54,13 +54,22 @@ class MongodbSettings(_Section):
         return Connection(uri, self.db_name, self.max_pool_size, self.connect_timeout_ms)
 
 
+def _known_types(limits: dict[str, int]) -> dict[str, int]:
+    for name in limits:
+        if name not in processors():
+            raise ValueError(f"there is no job type {name!r}; installed are: {', '.join(sorted(processors()))}")
+    return limits
+
+
 class WorkerSettings(_Section):
     max_concurrent: int = Field(5, ge=1, le=1000)
+    max_concurrent_per_type: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_known_types)] = {}
     lease_seconds: float = Field(10, ge=1, le=3600)
     shutdown_grace_seconds: float = Field(30, ge=0, le=86_400)
     memory_limit_mb: int = Field(4096, ge=256)
     retry_base_seconds: float = Field(5, gt=0, le=3600)
     retry_longest_seconds: float = Field(600, gt=0, le=86_400)
+    share_steps_seconds: float = Field(86_400, ge=0)
     poll_interval_sec: float | None = None
 
 

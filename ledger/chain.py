@@ -17,7 +17,7 @@ GENESIS = bytes(32)
 """`prev` of a stream's first event."""
 LARGEST_INTEGER = 2**53 - 1  # beyond it, JSON readers disagree (RFC 8785, section 3.2.2.3, by way of I-JSON)
 DEEPEST = 100  # the database takes about 200
-_FLOAT_OR_LARGE = re.compile(r"[:,\[]-?[0-9]+(?:[.eE]|(?<=[0-9]{16}))")
+_ODD_NUMBER = re.compile(r"[:,\[]-?[0-9]+(?:\.0(?![0-9])|(?:\.[0-9]+)?[eE]|(?<=[0-9]{16}))")
 _OPTIONS = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
 _BEYOND_16_BITS = re.compile("[\U00010000-\U0010ffff]")
 _UTC = orjson.OPT_NAIVE_UTC
@@ -80,7 +80,7 @@ def _is_delicate(text: bytes) -> bool:
     seen = text.decode()
     return (
         not seen.startswith("{")
-        or _FLOAT_OR_LARGE.search(seen) is not None  # 3600.0, which ECMAScript writes as 3600; integers beyond 2^53
+        or _ODD_NUMBER.search(seen) is not None  # 3600.0, which ECMAScript writes as 3600; 1e-6; integers beyond 2^53
         or "$" in seen  # perhaps in a name, which the database would take for an operator
         or "\\u0000" in seen
         or "null" in seen  # perhaps NaN or infinity, which orjson writes so

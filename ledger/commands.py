@@ -65,6 +65,7 @@ class FinishStep:
     duration_s: float
     tokens_used: int = 0
     warnings: tuple[str, ...] = ()
+    reused_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,10 @@ class JobLogged(Event):
 
 
 class StepCompleted(Event):
-    """A part of the attempt is done and need not be done again for inputs with the same digest `key`."""
+    """A part of the attempt is done and need not be done again for inputs with the same digest `key`.
+
+    `reused_from` names the job whose output this is, if it was not done here.
+    """
 
     attempt: int
     step: str
@@ -193,6 +196,7 @@ class StepCompleted(Event):
     duration_s: Number
     tokens_used: int = 0
     warnings: list[str] = []
+    reused_from: str | None = None
 
 
 class JobCompleted(Event):

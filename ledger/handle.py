@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,7 @@ from ledger import batch, job
 from ledger.batch import Batch
 from ledger.commands import BatchCommand, JobCommand
 from ledger.envelope import Append, Head
-from ledger.errors import CommandRefused, VersionConflict
+from ledger.errors import CommandRefused, UnreadableEvent, VersionConflict
 from ledger.events import Event, Meta, Recorded
 from ledger.job import Job
 from ledger.log import EventLog
@@ -161,3 +161,14 @@ async def handle_new(log: EventLog, commands: Sequence[tuple[str, Command]], *, 
 async def load(log: EventLog, stream: str) -> Known:
     """Return what the log says of a stream now."""
     return Known().after(await log.read_stream(stream))
+
+
+async def load_all(log: EventLog, streams: Collection[str]) -> dict[str, Known | UnreadableEvent]:
+    """Return what the log says of many streams now, or why one of them cannot be read."""
+    found: dict[str, Known | UnreadableEvent] = {}
+    for stream, events in (await log.read_streams(streams)).items():
+        try:
+            found[stream] = Known().after(events)
+        except UnreadableEvent as error:
+            found[stream] = error
+    return found

@@ -62,7 +62,7 @@ class Job:
 
     `attempt` numbers its executions and is never reused; `counted` is how many of them count against
     `asked.max_attempts` (a released one does not). `due` is when it may next be claimed. `steps` maps the digest of a
-    finished step's inputs to the event that holds its output.
+    finished step's inputs to the event that holds its output. `anew` says that it was restarted to do all of it again.
     """
 
     asked: JobSubmitted
@@ -75,6 +75,7 @@ class Job:
     archived: bool = False
     deleted: bool = False
     steps: Mapping[str, StepCompleted] = field(default_factory=dict)
+    anew: bool = False
 
 
 def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
@@ -183,6 +184,7 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
                 duration_s=command.duration_s,
                 tokens_used=command.tokens_used,
                 warnings=list(command.warnings),
+                reused_from=command.reused_from,
             )
         case CompleteJob():
             return JobCompleted(attempt=command.attempt, results=command.results)
@@ -261,7 +263,9 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
             return _ended(job, "cancelled")
         case JobRestarted():
             kept = job.steps if event.reuse_steps else {}
-            return replace(job, status="pending", counted=0, due=None, cancel=None, steps=kept)
+            return replace(
+                job, status="pending", counted=0, due=None, cancel=None, steps=kept, anew=not event.reuse_steps
+            )
         case JobUpdated():
             return _with_changes(job, event)
         case JobAccessChanged():

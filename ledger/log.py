@@ -117,16 +117,26 @@ class EventLog(Writer):
 
     # Read ---------------------------------------------------------------------------------------------------------
 
-    async def read_stream(self, stream: str, *, after_version: int = 0) -> list[Recorded]:
-        """Return the events of one job, batch or delivery, in order."""
+    async def read_stream(self, stream: str, *, after_version: int = 0, limit: int = 0) -> list[Recorded]:
+        """Return the events of one job, batch or delivery, in order; at most `limit` of them, 0 for all."""
         with driver_errors(f"reading {stream}"):
             query = {"stream": stream, "version": {"$gt": after_version}}
-            return [Recorded(document) async for document in self._events.find(query, sort=[("version", ASCENDING)])]
+            found = self._events.find(query, sort=[("version", ASCENDING)], limit=limit)
+            return [Recorded(document) async for document in found]
 
-    async def head(self) -> int:
-        """Return the largest position in the log, 0 when it is empty."""
+    async def read_streams(self, streams: Collection[str]) -> dict[str, list[Recorded]]:
+        """Return the events of many streams at once, each in order."""
+        found: dict[str, list[Recorded]] = {stream: [] for stream in streams}
+        with driver_errors(f"reading {len(found)} streams"):
+            query = {"stream": {"$in": list(found)}}
+            for document in await self._events.find(query, sort=_VERSIONS).to_list():
+                found[document["stream"]].append(Recorded(document))
+        return found
+
+    async def head(self, session: AsyncClientSession | None = None) -> int:
+        """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
         with driver_errors("reading the head of the log"):
-            return await self._newest()
+            return await self._newest(session)
 
     async def read(self, *, after: int = 0, limit: int | None = None) -> list[Recorded]:
         """Return up to `limit` events after a position, in order and with none missing.

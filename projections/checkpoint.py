@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -21,7 +21,12 @@ class Checkpoint:
     def __init__(self, db: Database) -> None:
         self._checkpoints = db.get_collection("checkpoints", read_concern=MAJORITY)
         self._moved = asyncio.Event()
+        self._watchers: list[Callable[[], None]] = []
         self.position = 0
+
+    def on_move(self, watcher: Callable[[], None]) -> None:
+        """Have `watcher` called whenever the views have got further. It must not block."""
+        self._watchers.append(watcher)
 
     async def reached(self, position: int) -> None:
         """Return once the views contain every event up to `position`. Give up with `asyncio.timeout`."""
@@ -43,3 +48,5 @@ class Checkpoint:
         self.position = position
         self._moved.set()
         self._moved = asyncio.Event()
+        for watcher in self._watchers:
+            watcher()

@@ -1,12 +1,13 @@
 """projections: the view `jobs`, the concept's job document (konzept.md, "Event-Job Collection"), complete.
 
-Its fold, its indexes, its questions. Extra to the concept: `attempt`, `version` and `position` (the last event folded
-in), `due_at` (when a waiting job may start), `queued_position` (its age in the queue).
+Its fold, its indexes, its questions. Extra to the concept: `attempt`, `steps` (what was finished, not what it yielded),
+`version` and `position` (the last event folded in), `due_at` (when a waiting job may start), `queued_position` (its age
+in the queue).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, assert_never
@@ -97,6 +98,7 @@ def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
         "access_control": asked.access_control.model_dump(),
         "cancel_requested": False,
         "archived": False,
+        "steps": [],
         "queued_position": event.position,
         "version": event.version,
         "position": event.position,
@@ -130,7 +132,9 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
             return {"progress": {"step": happened.step, "percent": happened.percent, "message": happened.message}}
         case JobLogged():
             return _logged(job, *happened.entries)
-        case StepCompleted() | WorkerFenced() | JobSubmitted():
+        case StepCompleted():
+            return {"steps": [*job.get("steps", ()), _finished(happened, event)]}
+        case WorkerFenced() | JobSubmitted():
             return {}
         case JobCompleted():
             return {
@@ -199,6 +203,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "error": None,
                 "cancel_requested": False,
                 "queued_position": event.position,
+                "steps": job.get("steps", []) if happened.reuse_steps else [],
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Restarted, waiting for a worker"},
             }
         case JobUpdated():
@@ -218,6 +223,21 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
             return None
         case _:
             assert_never(happened)
+
+
+def _finished(step: StepCompleted, event: Recorded) -> Document:
+    """What a step took. What it yielded may be large and is for the next attempt: it stays in the log."""
+    return {
+        "step": step.step,
+        "key": step.key,
+        "attempt": step.attempt,
+        "finished_at": event.time,
+        "duration_s": step.duration_s,
+        "tokens_used": step.tokens_used,
+        "warnings": step.warnings,
+        "reused_from": step.reused_from,
+        "version": event.version,
+    }
 
 
 def _line(event: Recorded, message: str, level: Any = "warning") -> LogLine:
@@ -291,6 +311,13 @@ async def count(db: Database, wanted: Filter) -> int:
     """Count jobs, but never more than `COUNTED_UP_TO`: a count over everything would read everything."""
     with driver_errors("counting jobs"):
         return await db[NAME].count_documents(wanted.query(), limit=COUNTED_UP_TO)
+
+
+async def waiting_in(db: Database, batch_ids: Collection[str]) -> list[Document]:
+    """Return the waiting jobs of batches, without what is large and says nothing about their places in the queue."""
+    with driver_errors("looking for the waiting jobs of batches"):
+        query = {"batch_id": {"$in": sorted(batch_ids)}, "status": "pending"}
+        return await db[NAME].find(query, {"parameters": 0, "logs": 0, "steps": 0, "error": 0}).to_list()
 
 
 async def held_by(db: Database, worker_id: str) -> Sequence[Document]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -19,19 +20,20 @@ from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
-from ledger.events import Meta, Recorded
+from ledger.events import BatchDeleted, BatchPaused, BatchResumed, Meta, Recorded
 from ledger.handle import handle
 from ledger.lease import Lease
 from ledger.log import EventLog
 from ledger.mongo import DURABLE, Connection, Database, Document, driver_errors
-from projections import batches, files, jobs, queue, statistics
+from projections import batches, files, jobs, queue, statistics, steps
 from projections.checkpoint import VIEWS
 
 _log = structlog.get_logger()
 CHUNK_EVENTS: Final = 1000
 CACHED_DOCUMENTS: Final = 20_000
-_ROW_VIEWS: Final = (queue, files)
-_VIEWS: Final = (jobs, batches, queue, files, statistics)
+_VIEWS: Final = (jobs, batches, queue, files, statistics, steps)
+_SWITCHES: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
+"""What may change whether a batch's waiting jobs are in the queue."""
 Write = InsertOne[Document] | ReplaceOne[Document] | UpdateOne | DeleteOne
 
 
@@ -41,11 +43,14 @@ class _Deposed(Exception):
 
 @dataclass(slots=True)
 class Chunk:
-    """Events being folded: the documents as they were loaded and as they are now, and what the counters gain. Pure."""
+    """Events being folded: the documents as they were loaded and as they are now, and what the counters gain. Pure.
+
+    `waiting` are the jobs that waited when it began, of the batches that it pauses or resumes.
+    """
 
     loaded: dict[str, dict[str, Document]]
+    waiting: Sequence[Document] = ()
     now: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {"jobs": {}, "batches": {}})
-    rows: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {"queue": {}, "files": {}})
     counted: statistics.Contribution = field(default_factory=Counter)
 
     def fold(self, event: Recorded) -> None:
@@ -69,12 +74,6 @@ class Chunk:
         self.now["jobs"][event.stream] = after
         if before and after and before["status"] == after["status"] == "processing":
             return  # progress and log lines: nothing but the job's own document changes
-        for view in _ROW_VIEWS:
-            written = self.rows[view.NAME]
-            for row in view.rows(before) if before else ():
-                written[row["_id"]] = None
-            for row in view.rows(after) if after else ():
-                written[row["_id"]] = row
         _add(self.counted, statistics.of_job(before), statistics.of_job(after))
         batch_id = (after or before or {}).get("batch_id")
         batch = self.get("batches", batch_id) if batch_id else None
@@ -85,6 +84,22 @@ class Chunk:
         self.now["batches"][batch_id] = after
         _add(self.counted, statistics.of_batch(before), statistics.of_batch(after))
 
+    def rows(self) -> dict[str, dict[str, Document | None]]:
+        """Return the rows that are new or different now, and None for those that are gone, by view."""
+        queued: dict[str, Document | None] = {}
+        served: dict[str, Document | None] = {}
+        shared: dict[str, Document | None] = {}
+        batch_then, batch_now = self.loaded["batches"].get, partial(self.get, "batches")
+        for job_id, after in self.now["jobs"].items():
+            before = self.loaded["jobs"].get(job_id)
+            _change(queued, _queued(before, batch_then), _queued(after, batch_now))
+            _change(served, files.rows(before) if before else [], files.rows(after) if after else [])
+            _change(shared, steps.rows(before) if before else [], steps.rows(after) if after else [])
+        for job in self.waiting:  # unchanged themselves, and not loaded whole
+            if job["_id"] not in self.now["jobs"]:
+                _change(queued, _queued(job, batch_then), _queued(job, batch_now))
+        return {queue.NAME: queued, files.NAME: served, steps.NAME: shared}
+
     def writes(self) -> dict[str, list[Write]]:
         """Return what has to be written to which view."""
         writes: dict[str, list[Write]] = {}
@@ -94,7 +109,7 @@ class Chunk:
                 for key, document in documents.items()
                 if (write := _write(key, self.loaded[view].get(key), document)) is not None
             ]
-        for view, rows in self.rows.items():
+        for view, rows in self.rows().items():
             writes[view] = [
                 ReplaceOne({"_id": key}, row, upsert=True) if row else DeleteOne({"_id": key})
                 for key, row in rows.items()
@@ -111,6 +126,18 @@ def _add(counted: statistics.Contribution, before: statistics.Contribution, afte
     if before != after:
         counted.update(after)
         counted.subtract(before)
+
+
+def _queued(job: Document | None, batch_of: Callable[[str], Document | None]) -> list[Document]:
+    return queue.rows(job, batch_of(job["batch_id"])) if job else []
+
+
+def _change(rows: dict[str, Document | None], before: Sequence[Document], after: Sequence[Document]) -> None:
+    """Note what has to be written so that a job's rows before become those after."""
+    old = {row["_id"]: row for row in before}
+    new = {row["_id"]: row for row in after}
+    rows.update((key, None) for key in old if key not in new)
+    rows.update((key, row) for key, row in new.items() if row != old.get(key))
 
 
 def _write(key: str, old: Document | None, new: Document | None) -> Write | None:
@@ -233,7 +260,7 @@ class Projector:
     async def _fold(self, events: Sequence[Recorded], position: int) -> list[Document]:
         """Fold events into the views in one transaction; return the batches that were changed."""
         with driver_errors("folding events into the views"):
-            chunk = Chunk(await self._load(events))
+            chunk = await self._load(events)
             for event in events:
                 chunk.fold(event)
             async with (
@@ -252,14 +279,16 @@ class Projector:
         self._remember(chunk)
         return [batch for batch in chunk.now["batches"].values() if batch is not None]
 
-    async def _load(self, events: Iterable[Recorded]) -> dict[str, dict[str, Document]]:
+    async def _load(self, events: Iterable[Recorded]) -> Chunk:
+        """Return an empty chunk, with everything that folding the events may concern."""
         streams = {event.stream for event in events}
         loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")})}
         in_batches = {job["batch_id"] for job in loaded["jobs"].values()}
         in_batches |= {getattr(event.event, "batch_id", None) for event in events if event.stream.startswith("job-")}
         in_batches |= {name for name in streams if name.startswith("batch-")}
         loaded["batches"] = await self._documents("batches", in_batches - {None})
-        return loaded
+        switched = {event.stream for event in events if event.type in _SWITCHES}
+        return Chunk(loaded, await jobs.waiting_in(self._db, switched) if switched else ())
 
     async def _documents(self, view: str, keys: set[str]) -> dict[str, Document]:
         """Return documents from the cache, which is right because only the leader writes, or the database."""

@@ -1,10 +1,13 @@
-"""projections: the view `queue`, one row for each job that waits to be claimed. A hint: the claiming append decides."""
+"""projections: the view `queue`, one row for each job that waits to be claimed, and whose batch is not paused.
+
+A hint: the claiming append decides.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from datetime import datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
@@ -15,17 +18,24 @@ INDEXES: Final = [IndexModel([("due_at", ASCENDING), ("priority", DESCENDING), (
 _KEPT: Final = ("job_type", "batch_id", "priority", "due_at", "queued_position", "position")
 
 
-def rows(job: Document) -> list[Document]:
-    """Return the job's row if it is waiting."""
-    if job["status"] != "pending":
+def rows(job: Document, batch: Document | None) -> list[Document]:
+    """Return the job's row if it is waiting and its batch, if there is one, is not paused."""
+    if job["status"] != "pending" or (batch is not None and batch["paused"]):
         return []
     return [{"_id": job["job_id"], **{name: job[name] for name in _KEPT}}]
 
 
+class Row(NamedTuple):
+    """A job that may be claimed."""
+
+    job_id: str
+    priority: int
+
+
 async def candidates(
     db: Database, *, job_types: Collection[str], without: Collection[str], now: datetime, limit: int
-) -> list[str]:
-    """Return the ids of jobs of these types that may be claimed now, by priority, then age, `without` those named.
+) -> list[Row]:
+    """Return jobs of these types that may be claimed now, by priority, then age, `without` those named.
 
     Of jobs that had to wait for their time, only the `limit` that have been due the longest are looked at.
     """
@@ -34,7 +44,7 @@ async def candidates(
         fresh = await _find(db, {"due_at": None, **wanted}, limit)
         due = await _find(db, {"due_at": {"$lte": now}, **wanted}, limit)  # BSON: null is not less than a date
     both = sorted(fresh + due, key=lambda row: (-row["priority"], row["queued_position"]))
-    return [row["_id"] for row in both[:limit]]
+    return [Row(row["_id"], row["priority"]) for row in both[:limit]]
 
 
 async def _find(db: Database, query: Document, limit: int) -> list[Document]:

@@ -20,7 +20,8 @@ from ledger.files import FileStore
 from workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 
 Message = dict[str, Any]
-Send = Callable[[Message], Awaitable[None]]
+Send = Callable[[Message], Awaitable[Any]]
+"""Tells the worker something. Only a `seek` has an answer: what a finished step of another job has yielded, or None."""
 
 
 class Assignment(BaseModel):
@@ -32,6 +33,8 @@ class Assignment(BaseModel):
     parameters: dict[str, Any]
     settings: dict[str, Any]
     steps: dict[str, FinishedStep]
+    seek: bool = False
+    """Whether finished steps of other jobs may be asked for."""
     store: Path
     scratch: Path
 
@@ -96,9 +99,10 @@ class _Job:
     def __init__(self, assignment: Assignment, parameters: BaseModel, send: Send, stopping: threading.Event) -> None:
         self.job_id = assignment.job_id
         self.attempt = assignment.attempt
-        self.scratch = assignment.scratch
+        self._scratch = assignment.scratch
         self.parameters = parameters
         self._finished = assignment.steps
+        self._seek = assignment.seek
         self._store = FileStore(assignment.store)
         self._send = send
         self._step = "starting"
@@ -109,6 +113,11 @@ class _Job:
     def cancelled(self) -> bool:
         return self._stopping.is_set()
 
+    @property
+    def scratch(self) -> Path:
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        return self._scratch
+
     async def step(self, name: str, inputs: Mapping[str, JSON], function: Callable[[], Awaitable[JSON]]) -> JSON:
         self._step = name
         key = digest({"step": name, "inputs": dict(inputs)})
@@ -117,7 +126,10 @@ class _Job:
             await self.log("info", f"Step {name} was finished by an earlier attempt and is not repeated.")
             return known.output
         begun, warned = time.monotonic(), len(self._warnings)
-        output = await function()
+        found = await self._send({"is": "seek", "key": key}) if self._seek else None
+        if found is not None:
+            await self.log("info", f"Step {name} was finished by {found['job_id']} and is not repeated.")
+        output = await function() if found is None else found["output"]
         await self._send(
             {
                 "is": "step",
@@ -126,6 +138,7 @@ class _Job:
                 "output": output,
                 "duration_s": round(time.monotonic() - begun, 3),
                 "warnings": self._warnings[warned:],
+                "reused_from": found and found["job_id"],
             }
         )
         return output

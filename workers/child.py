@@ -12,12 +12,17 @@ import os
 import resource
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any, Final
 
 import orjson
 
 from workers.attempt import Assignment, Message, run
 from workers.registry import find_processor
+
+STOP: Final = b"stop"
+"""What the worker says, not in JSON, when the job is to end."""
 
 
 def main(pipe: Connection, memory_limit_mb: int) -> None:
@@ -29,20 +34,33 @@ def main(pipe: Connection, memory_limit_mb: int) -> None:
     limit = memory_limit_mb * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     assignment = Assignment.model_validate_json(pipe.recv_bytes())
+    asyncio.run(_work(pipe, assignment))
+
+
+async def _work(pipe: Connection, assignment: Assignment) -> None:
     stopping = threading.Event()
-    threading.Thread(target=_obey, args=(pipe, stopping), daemon=True).start()
+    answers: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
 
-    async def send(message: Message) -> None:
+    def answered(answer: Any) -> None:
+        loop.call_soon_threadsafe(answers.put_nowait, answer)
+
+    threading.Thread(target=_obey, args=(pipe, stopping, answered), daemon=True).start()
+
+    async def send(message: Message) -> Any:
         await asyncio.to_thread(pipe.send_bytes, orjson.dumps(message))
+        return await answers.get() if message["is"] == "seek" else None
 
-    asyncio.run(run(assignment, find_processor(assignment.job_type), send, stopping))
+    await run(assignment, find_processor(assignment.job_type), send, stopping)
 
 
-def _obey(pipe: Connection, stopping: threading.Event) -> None:
-    """The worker sends one more message at most: that we are to stop. When reading ends, the worker is gone."""
+def _obey(pipe: Connection, stopping: threading.Event, answered: Callable[[Any], None]) -> None:
+    """The worker says that we are to stop, or answers what we have asked. When reading ends, the worker is gone."""
     try:
         while True:
-            pipe.recv_bytes()
-            stopping.set()
+            if (said := pipe.recv_bytes()) == STOP:
+                stopping.set()
+            else:
+                answered(orjson.loads(said))
     except (EOFError, OSError):
         os._exit(1)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import random
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -47,6 +48,7 @@ from workers import child
 from workers.attempt import Assignment, FinishedStep, Message, run
 from workers.processor import Results, SavedFile
 from workers.registry import find_processor
+from workers.shared_steps import SharedSteps
 
 _log = structlog.get_logger()
 GATHER_SECONDS: Final = 0.5
@@ -65,6 +67,7 @@ class Settings:
     memory_limit_mb: int = 4096
     retry_base_seconds: float = 5.0
     retry_longest_seconds: float = 600.0
+    share_steps_seconds: float = 86_400.0
 
 
 class Fenced(BaseException):  # a state of affairs, no error, and nothing that an inline processor may catch
@@ -83,7 +86,16 @@ def prepare_children() -> None:
 class Execution:
     """One attempt at one job, from its claim to its end."""
 
-    def __init__(self, log: EventLog, known: Known, *, job_id: str, worker_id: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        known: Known,
+        *,
+        job_id: str,
+        worker_id: str,
+        settings: Settings,
+        steps: SharedSteps,
+    ) -> None:
         assert isinstance(known.state, Job)  # noqa: S101 - a job's stream has a job's state
         self.job_id = job_id
         self._job = known.state
@@ -92,6 +104,7 @@ class Execution:
         self._log = log
         self._worker_id = worker_id
         self._settings = settings
+        self._steps = steps
         self._meta = Meta(f"worker:{worker_id}")
         self._writing = asyncio.Lock()
         self._flushing = asyncio.Lock()
@@ -100,6 +113,10 @@ class Execution:
         self._flusher: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopped_for: str | None = None
+
+    @property
+    def job_type(self) -> str:
+        return self._job.asked.job_type
 
     # Stopping it from outside -------------------------------------------------------------------------------------
 
@@ -146,9 +163,8 @@ class Execution:
             self._task.cancel()
 
     async def _run(self) -> None:
-        scratch: Path | None = None
+        scratch = Path(tempfile.gettempdir(), f"jobledger-{self.job_id}-{self._attempt}-{secrets.token_hex(4)}")
         try:
-            scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="jobledger-"))
             async with asyncio.timeout(self._job.asked.timeout_s):
                 await self._run_in(scratch)
         except TimeoutError:
@@ -162,7 +178,7 @@ class Execution:
             message = f"The worker failed while running the job: {type(error).__name__}: {error}"
             await self._fail(Failure(code="WORKER_FAULT", message=message), transient=True)
         finally:
-            if scratch is not None:
+            if scratch.exists():  # noqa: ASYNC240 - a look costs less than a thread, and most inline jobs have made none
                 await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
     async def _run_in(self, scratch: Path) -> None:
@@ -177,15 +193,19 @@ class Execution:
                 key: FinishedStep(output=step.output, tokens_used=step.tokens_used, warnings=step.warnings)
                 for key, step in self._job.steps.items()
             },
+            seek=self._steps.shared and not self._job.anew,
             store=self._settings.store.root,
             scratch=scratch,
         )
         if processor.isolation == "inline":
             await run(assignment, processor, self._take, threading.Event())  # stopped by cancelling its task
             return
-        async with _child(assignment, self._settings.memory_limit_mb) as (messages, process):
+        await asyncio.to_thread(scratch.mkdir, mode=0o700)
+        async with _child(assignment, self._settings.memory_limit_mb) as (messages, process, answer):
             async for message in messages:
-                await self._take(message)
+                taken = await self._take(message)
+                if message["is"] == "seek":
+                    await answer(taken)
                 if message["is"] in ("done", "failed"):
                     return
             await asyncio.to_thread(process.join, 5)
@@ -193,8 +213,11 @@ class Execution:
 
     # What the processor says --------------------------------------------------------------------------------------
 
-    async def _take(self, message: Message) -> None:
+    async def _take(self, message: Message) -> Any:
+        """Take what the processor says; return the answer to what it asks."""
         match message["is"]:
+            case "seek":
+                return await self._step_of_another(message["key"])
             case "progress":
                 self._progress = ReportProgress(
                     self._worker_id, self._attempt, message["step"], message["percent"], message["message"]
@@ -213,6 +236,16 @@ class Execution:
                 await self._fail(failure, transient=message["transient"])
             case other:
                 raise ValueError(f"a processor's job said {other!r}, which means nothing")
+        return None
+
+    async def _step_of_another(self, key: str) -> dict[str, Any] | None:
+        """Look for what a step with the same inputs has yielded in a job that this one's owner may read."""
+        try:
+            found = await self._steps.find(key, self.job_id, self._job.asked.user_id)
+        except LedgerUnavailable as error:
+            _log.warning("finished steps could not be looked for", job_id=self.job_id, error=str(error))
+            return None
+        return {"job_id": found[0], "output": found[1].output} if found is not None else None
 
     async def _finish_step(self, message: Message) -> None:
         await self._flush()
@@ -225,6 +258,7 @@ class Execution:
                 message["output"],
                 message["duration_s"],
                 warnings=tuple(message["warnings"]),
+                reused_from=message["reused_from"],
             )
         )
 
@@ -343,15 +377,23 @@ def _url(file: SavedFile) -> str:
 @asynccontextmanager
 async def _child(
     assignment: Assignment, memory_limit_mb: int
-) -> AsyncIterator[tuple[AsyncIterator[Message], BaseProcess]]:
-    """Start a child with an assignment; yield what it says and the process. It is dead when the block is left."""
+) -> AsyncIterator[tuple[AsyncIterator[Message], BaseProcess, Callable[[Any], Awaitable[None]]]]:
+    """Start a child with an assignment; yield what it says, the process, and how to answer it.
+
+    It is dead when the block is left.
+    """
     ours, theirs = _context.Pipe()
+
+    async def answer(content: Any) -> None:
+        with suppress(OSError):  # it is gone, as we shall hear
+            await asyncio.to_thread(ours.send_bytes, orjson.dumps(content))
+
     process = _context.Process(target=child.main, args=(theirs, memory_limit_mb), daemon=True)
     try:
         await asyncio.to_thread(process.start)  # the first one waits for the server process
         await asyncio.to_thread(ours.send_bytes, assignment.model_dump_json().encode())
         theirs.close()
-        yield _messages(ours), process
+        yield _messages(ours), process, answer
     finally:
         theirs.close()
         await asyncio.shield(asyncio.to_thread(_end, process, ours))
@@ -362,7 +404,7 @@ def _end(process: BaseProcess, pipe: Connection) -> None:
     if process.pid is not None:
         if process.is_alive():
             with suppress(OSError):
-                pipe.send_bytes(b"stop")
+                pipe.send_bytes(child.STOP)
             process.join(STOP_SECONDS)
         if process.is_alive():
             process.kill()

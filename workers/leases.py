@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import structlog
@@ -50,6 +50,11 @@ class LeaseWatch:
         self._due: asyncio.Queue[str] = asyncio.Queue()
         changes.listen(Reaction(COLLECTION, self._heartbeat, self._resync))
         changes.listen(Reaction("events", self._claimed, _nothing))
+
+    @property
+    def alive(self) -> Collection[str]:
+        """The ids of the workers that give signs of life, as far as we have heard."""
+        return self._seconds.keys()
 
     async def run(self) -> None:
         """Check leases whose time should be over, one after the other, until cancelled."""

@@ -1,9 +1,6 @@
 """workers: the worker process. Wakes by the change stream, claims by appending, runs as many jobs as it has slots.
 
-The stream only wakes the one claim loop. An idle worker claims a fresh job from its own event, without any query; with
-a backlog, jobs are taken from the view `queue`, by priority, then age. Why no job waits for ever: its row appears
-in `queue` by a change that wakes the loop *after* the row can be read, a due time sets a timer, and a slot that becomes
-free wakes the loop, too.
+The stream, timers and slots that become free only wake the one claim loop; which jobs it tries is for `claims.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -24,23 +22,23 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from ledger.changes import Changes, Reaction
 from ledger.commands import ClaimJob
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
-from ledger.events import Meta, Recorded
+from ledger.events import Meta
 from ledger.handle import Handled, Known, handle, load
 from ledger.job import Job
 from ledger.lease import Lease
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database
-from projections import queue
 from projections.checkpoint import Checkpoint
 from workers import leases
+from workers.claims import CLAIMABLE, Claims
 from workers.execution import Execution, Settings, prepare_children
 from workers.leases import LeaseWatch
 from workers.registry import processors
+from workers.shared_steps import SharedSteps
 
 _log = structlog.get_logger()
-HEARD_EVENTS: Final = ("JobSubmitted", "JobClaimed", "JobCancelRequested")
+HEARD_EVENTS: Final = CLAIMABLE | {"JobClaimed", "JobCancelRequested"}
 """The types of events that a worker has a use for."""
-_CANDIDATES: Final = 20
 _CANCELS_KEPT: Final = 1000
 
 
@@ -57,6 +55,7 @@ class Worker:
         *,
         settings: Settings,
         slots: int = 5,
+        slots_of_type: Mapping[str, int] | None = None,
         lease_seconds: float = 10.0,
         shutdown_grace_seconds: float = 30.0,
     ) -> None:
@@ -67,22 +66,29 @@ class Worker:
         self._slots = slots
         self._lease_seconds = lease_seconds
         self._grace_seconds = shutdown_grace_seconds
+        self._slots_of_type = dict(slots_of_type or {})
         self._job_types = frozenset(processors())
         self._running: dict[str, tuple[Execution, asyncio.Task[None]]] = {}
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._idle = False  # nothing was left to claim when we looked last, and slots are free
-        self._fresh: dict[str, Known] = {}
+        self._claiming: dict[str, tuple[str, asyncio.Task[None]]] = {}
         self._cancels: OrderedDict[str, int] = OrderedDict()
         self._missed_cancels = False  # there may be some: the change stream was interrupted
-        self._stale: set[str] = set()
-        self._touched: set[str] = set()
-        self._timer: asyncio.TimerHandle | None = None
         self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
         self._watch = LeaseWatch(db, log, checkpoint, changes, watcher=self.worker_id)
+        self._shared_steps = SharedSteps(db, log, seconds=settings.share_steps_seconds)
+        self._claims = Claims(
+            db,
+            log,
+            checkpoint,
+            job_types=self._job_types,
+            alive=lambda: self._watch.alive,
+            wake=self._wake.set,
+            room=self._room,
+            claiming=self._claiming.keys,
+        )
         changes.listen(Reaction("events", self._heard_event, self._resync))
-        changes.listen(Reaction("queue", self._heard_row, self._resync))
 
     def stop(self) -> None:
         """Claim nothing more, let running jobs end within the grace time, give the rest back. `run` then returns."""
@@ -97,8 +103,7 @@ class Worker:
             while not self._stopping.is_set():
                 await self._work_under_a_lease(watching)
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            self._claims.close()
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
@@ -117,6 +122,7 @@ class Worker:
             _log.warning("no lease yet", error=str(error))
             await asyncio.sleep(1)
             return
+        self._claims.worker_id = self.worker_id
         self._wake.set()
         claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
         lost = asyncio.create_task(lease.lost())
@@ -134,11 +140,13 @@ class Worker:
                     "lease lost: every running job is given up", worker_id=self.worker_id, jobs=len(self._running)
                 )
         finally:
-            for task in (claiming, lost):
+            claims = [task for _, task in self._claiming.values()]
+            for task in (claiming, lost, *claims):
                 task.cancel()
+            await asyncio.gather(claiming, *claims, return_exceptions=True)
             for execution, _ in list(self._running.values()):
                 execution.abandon()
-            await asyncio.gather(claiming, *(task for _, task in self._running.values()), return_exceptions=True)
+            await asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
             await lease.release()
             self.worker_id = _new_worker_id()
 
@@ -157,52 +165,32 @@ class Worker:
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
-    async def _resync(self, _session: AsyncClientSession) -> None:
+    def _room(self, job_type: str) -> int:
+        """Return how many more jobs of a type may be run now."""
+        free = self._slots - len(self._running) - len(self._claiming)
+        if (most := self._slots_of_type.get(job_type)) is None:
+            return free
+        there = [execution.job_type for execution, _ in self._running.values()]
+        there += [of_type for of_type, _ in self._claiming.values()]
+        return min(free, most - there.count(job_type))
+
+    async def _resync(self, session: AsyncClientSession) -> None:
         """Changes may have been missed: look at the queue, and whether a running job is to be cancelled."""
-        self._stale.clear()
         self._missed_cancels = True
-        self._wake.set()
+        self._claims.resync(await self._log.head(session))
 
     def _heard_event(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] != "insert":
             return
         document = change["fullDocument"]
-        match document["type"]:
-            case "JobSubmitted":
-                self._heard_of_fresh(document)
-            case "JobClaimed":
-                self._fresh.pop(document["stream"], None)
-            case "JobCancelRequested":
-                if (running := self._running.get(document["stream"])) is not None:
-                    running[0].cancel()
-                else:  # perhaps its claim, which must have come before, is not yet on our own books
-                    self._cancels[document["stream"]] = document["version"]
-                    if len(self._cancels) > _CANCELS_KEPT:
-                        self._cancels.popitem(last=False)
-
-    def _heard_of_fresh(self, document: Mapping[str, Any]) -> None:
-        """Keep a fresh job if a slot is free and nothing waits before it; else its row in `queue` stands for it."""
-        asked = document["data"]
-        claimable = asked["job_type"] in self._job_types and "not_before" not in asked
-        if claimable and self._idle and len(self._fresh) < self._slots - len(self._running):
-            with suppress(UnreadableEvent):  # of a later version: left to workers of that version
-                self._fresh[document["stream"]] = Known().after([Recorded(document)])
-                self._wake.set()
-
-    def _heard_row(self, change: Mapping[str, Any]) -> None:
-        job_id = change["documentKey"]["_id"]
-        self._stale.discard(job_id)
-        self._touched.add(job_id)
-        if change["operationType"] != "delete":
-            self._wake.set()
-
-    def _wake_at(self, due: datetime | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if due is not None:
-            seconds = max(0.0, (due - datetime.now(UTC)).total_seconds())
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        if document["type"] != "JobCancelRequested":
+            self._claims.heard(document)
+        elif (running := self._running.get(document["stream"])) is not None:
+            running[0].cancel()
+        else:  # perhaps its claim, which must have come before, is not yet on our own books
+            self._cancels[document["stream"]] = document["version"]
+            if len(self._cancels) > _CANCELS_KEPT:
+                self._cancels.popitem(last=False)
 
     # Claiming -----------------------------------------------------------------------------------------------------
 
@@ -219,12 +207,28 @@ class Worker:
             try:
                 if self._missed_cancels:
                     await self._catch_up_on_cancels()
-                while not self._stopping.is_set() and len(self._running) < self._slots and await self._claim_some():
-                    pass
-            except (LedgerUnavailable, LedgerBusy) as error:
+                await self._claim_what_there_is()
+            except LedgerUnavailable as error:
                 _log.warning("claiming interrupted", error=str(error))
                 await asyncio.sleep(1)
                 self._wake.set()
+        if self._claiming:
+            await asyncio.wait([task for _, task in self._claiming.values()])
+
+    async def _claim_what_there_is(self) -> None:
+        while not self._stopping.is_set() and (found := await self._claims.take()):
+            for job_id, known, job_type in found:
+                task = asyncio.create_task(self._claim(job_id, known), name=f"claim-{job_id}")
+                self._claiming[job_id] = job_type, task
+                task.add_done_callback(partial(self._claimed, job_id))
+
+    def _claimed(self, job_id: str, task: asyncio.Task[None]) -> None:
+        self._claiming.pop(job_id, None)
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("fault while claiming a job", job_id=job_id, error=repr(error))
+            if isinstance(error, UnreadableEvent):
+                self._end_for(error)
 
     async def _catch_up_on_cancels(self) -> None:
         self._missed_cancels = False
@@ -240,47 +244,26 @@ class Worker:
             self._missed_cancels = True
             raise
 
-    async def _claim_some(self) -> bool:
-        """Try to claim as many jobs as there are free slots. False when there is nothing left to try."""
-        free = self._slots - len(self._running)
-        self._touched.clear()
-        if self._fresh:
-            fresh = list(self._fresh.items())[:free]
-            self._fresh.clear()
-            await asyncio.gather(*(self._claim(job_id, known) for job_id, known in fresh))
-            return True
-        self._idle = False
-        now = datetime.now(UTC)
-        # Rows that proved stale are left out, so that they cannot hide the fresh ones behind them.
-        candidates = await queue.candidates(
-            self._db,
-            job_types=self._job_types,
-            without=self._stale | self._running.keys(),
-            now=now,
-            limit=max(free, _CANDIDATES),
-        )
-        if not candidates:
-            self._idle = True
-            self._wake_at(await queue.next_due(self._db, now=now))
-            return False
-        await asyncio.gather(*(self._claim(job_id, None) for job_id in candidates[:free]))
-        return True
-
-    async def _claim(self, job_id: str, known: Known | None) -> None:
+    async def _claim(self, job_id: str, known: Known) -> None:
         """Claim a job by appending, and start it if we won."""
         try:
-            handled = await self._append_claim(job_id, known or await load(self._log, job_id))
+            handled = await self._append_claim(job_id, known)
+        except CommandRefused:
+            with suppress(LedgerUnavailable):  # then it is tried once more
+                await self._claims.refused(job_id)
+            return
         except UnreadableEvent as error:
             _log.error("job left to workers of a later version", job_id=job_id, error=str(error))
-            self._stale.add(job_id)
+            self._claims.leave(job_id)
             return
-        except CommandRefused:
-            # Another one was first, and the row in `queue` is only not gone yet. Unless it was written anew meanwhile.
-            if job_id not in self._touched:
-                self._stale.add(job_id)
-            return
+        self._claims.taken(job_id, handled.known.head.position)
         execution = Execution(
-            self._log, handled.known, job_id=job_id, worker_id=self.worker_id, settings=self._settings
+            self._log,
+            handled.known,
+            job_id=job_id,
+            worker_id=self.worker_id,
+            settings=self._settings,
+            steps=self._shared_steps,
         )
         task = asyncio.create_task(execution.run(), name=f"job-{job_id}")
         self._running[job_id] = (execution, task)
@@ -294,6 +277,9 @@ class Worker:
         while True:
             try:
                 return await handle(self._log, job_id, command, meta=Meta(f"worker:{self.worker_id}"), known=known)
+            except LedgerBusy as error:
+                _log.warning("claim put off", job_id=job_id, error=str(error))
+                await asyncio.sleep(1)
             except LedgerUnavailable as error:
                 _log.warning("claim in doubt", job_id=job_id, error=str(error))
                 if (landed := await self._landed(job_id)) is not None:

@@ -102,6 +102,13 @@ def test_a_batch_is_paused_once_and_resumed_once(history: list[Event]) -> None:
     given(*history, paused, resumed).when(ResumeBatch("bob")).then_nothing()
 
 
+def test_a_batch_that_ends_or_goes_on_is_as_paused_as_before() -> None:
+    """So it can be paused after its end, and what is restarted then waits."""
+    for history in ([asked, paused, finished], [asked, finished, paused], [asked, paused, finished, reopened]):
+        assert given(*history).state.paused
+        given(*history).when(ResumeBatch("bob", "now")).then(resumed)
+
+
 @pytest.mark.parametrize("history", [[asked], [asked, paused], [asked, finished, reopened]])
 def test_a_batch_is_finished_by_whoever_says_so_first(history: list[Event]) -> None:
     given(*history).when(FinishBatch(COUNTS, SUMMARY)).then(finished)

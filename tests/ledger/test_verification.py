@@ -19,6 +19,7 @@ from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger import verification
 from ledger.chain import GENESIS, canonical, chained_text
@@ -889,8 +890,8 @@ async def test_what_is_written_after_the_check_began_is_not_waited_for(connectio
         told: list[tuple[int, int]] = []
 
         class Interrupted(SmallPages):
-            async def head(self) -> int:
-                head = await super().head()
+            async def head(self, session: AsyncClientSession | None = None) -> int:
+                head = await super().head(session)
                 await lose_a_ticket(ledger.db)
                 await ledger.submit()
                 return head

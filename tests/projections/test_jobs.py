@@ -143,14 +143,17 @@ async def test_talkative_jobs_do_not_outgrow_the_largest_document(here: Process)
     assert [line["message"][0] for line in job["logs"]] == ["a", "b", "c"]
 
 
-async def test_a_finished_step_changes_nothing_that_is_shown(here: Process) -> None:
+async def test_of_a_finished_step_it_is_shown_what_it_took_and_not_what_it_yielded(here: Process) -> None:
     job_id = await claimed(here)
     await here.views_reach()
     before = await here.job(job_id)
     job = await after(here, job_id, FinishStep(WORKER, 1, "page", "key", {"big": "output"}, 1.0))
     changed = {name for name in job if job[name] != before[name]}
-    assert changed <= {"updated_at", "version", "position"}
+    assert changed <= {"steps", "updated_at", "version", "position"}
     assert job["version"] == before["version"] + 1
+    [step] = job["steps"]
+    assert (step["step"], step["key"], step["duration_s"], step["version"]) == ("page", "key", 1.0, job["version"])
+    assert "output" not in step
 
 
 async def test_a_completed_job_has_its_results(here: Process) -> None:

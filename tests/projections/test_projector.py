@@ -17,21 +17,24 @@ from ledger.errors import LedgerBusy
 from ledger.events import BatchFinished, Recorded
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
-from projections import batches, files, jobs, projector, queue, statistics
+from projections import batches, files, jobs, projector, queue, statistics, steps
 from projections.checkpoint import VIEWS
 from projections.projector import Chunk, Projector, _Deposed
-from tests.projections.refold import assert_views_equal_the_log, live, refolded, stored
+from tests.projections.refold import assert_views_equal_the_log, live, refolded, stored, switch
 from tests.support.running import Process, process, real_process, until
 
 
 async def a_history(here: Process, dice: random.Random, *, lives: int = 4, steps: int = 60) -> None:
     """Jobs in two batches and of several tracks, and what happens to them, from several sides at once."""
-    _, one = await here.submit_batch(*({"track": track} for track in "AABBC"))
-    _, two = await here.submit_batch({}, {"track": "A"}, max_attempts=2)
+    batch_one, one = await here.submit_batch(*({"track": track} for track in "AABBC"))
+    batch_two, two = await here.submit_batch({}, {"track": "A"}, max_attempts=2)
     alone = [await here.submit({"track": "C"}, priority=number) for number in range(3)]
     job_ids = one + two + alone
     shares = [job_ids[start::lives] for start in range(lives)]
-    await asyncio.gather(*(live(here, share, random.Random(dice.random()), steps=steps) for share in shares))
+    await asyncio.gather(
+        *(live(here, share, random.Random(dice.random()), steps=steps) for share in shares),
+        switch(here, [batch_one, batch_two], random.Random(dice.random()), steps=steps // 2),
+    )
 
 
 async def epoch(db: Database) -> int:
@@ -83,7 +86,7 @@ async def test_views_that_are_dropped_and_folded_anew_are_identical(
     for chunk_events in (1000, 3):
         monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
         async with process(connection, store) as here:
-            for view in (jobs, batches, queue, files, statistics):
+            for view in (jobs, batches, queue, files, statistics, steps):
                 await here.db.drop_collection(view.NAME)
             await here.db.checkpoints.update_one({"_id": VIEWS}, {"$set": {"position": 0}})
         async with process(connection, store, projector=True) as here:
@@ -104,9 +107,12 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
     for event in events:
         together.fold(event)
     loaded: dict[str, dict[str, Document]] = {"jobs": {}, "batches": {}}
+    rows: dict[str, dict[str, Document]] = {view: {} for view in together.rows()}
     for event in events:
-        chunk = Chunk(loaded)
+        chunk = Chunk(loaded, [job for job in loaded["jobs"].values() if job["status"] == "pending"])
         chunk.fold(event)
+        for view, changed in chunk.rows().items():
+            rows[view] = {key: row for key, row in {**rows[view], **changed}.items() if row is not None}
         for view, documents in chunk.now.items():
             for key, document in documents.items():
                 loaded[view].pop(key, None)
@@ -114,6 +120,7 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
                     loaded[view][key] = document
     for view in ("jobs", "batches"):
         assert loaded[view] == {key: document for key, document in together.now[view].items() if document is not None}
+    assert rows == together.rows()
 
 
 async def test_the_counters_are_what_counting_the_jobs_yields(connection: Connection, store: Path) -> None:
@@ -292,7 +299,7 @@ async def test_a_leader_whose_checkpoint_is_set_back_begins_anew(connection: Con
     async with process(connection, store, projector=True) as here:
         await here.submit({"track": "A"})
         await here.views_reach(1)
-        for view in (jobs, batches, queue, files, statistics):
+        for view in (jobs, batches, queue, files, statistics, steps):
             await here.db[view.NAME].delete_many({})
         await here.db.checkpoints.update_one({"_id": VIEWS}, {"$set": {"position": 0}})
         await until(lambda: here.checkpoint.position == 0, "the checkpoint was set back")

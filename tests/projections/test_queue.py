@@ -29,7 +29,8 @@ async def candidates(
     here: Process, *, without: frozenset[str] = frozenset(), now: datetime = NOW, limit: int = 100
 ) -> list[str]:
     await here.views_reach()
-    return await queue.candidates(here.db, job_types={"echo"}, without=without, now=now, limit=limit)
+    found = await queue.candidates(here.db, job_types={"echo"}, without=without, now=now, limit=limit)
+    return [row.job_id for row in found]
 
 
 async def test_the_most_urgent_come_first_and_among_equals_the_oldest(here: Process) -> None:

@@ -43,6 +43,7 @@ class WorkerOptions:
     """How a worker of a test works: impatiently."""
 
     slots: int = 5
+    slots_of_type: Mapping[str, int] | None = None
     lease_seconds: float = 10.0
     shutdown_grace_seconds: float = 10.0
     retry_base_seconds: float = 0.1
@@ -227,6 +228,7 @@ def _worker(here: Process, options: WorkerOptions) -> Worker:
             retry_base_seconds=options.retry_base_seconds,
         ),
         slots=options.slots,
+        slots_of_type=options.slots_of_type,
         lease_seconds=options.lease_seconds,
         shutdown_grace_seconds=options.shutdown_grace_seconds,
     )

@@ -16,13 +16,14 @@ from workers.processor import Isolation, Job, ProcessorError, Results
 
 
 class EchoParameters(BaseModel):
-    """Anything goes; two fields mean something."""
+    """Anything goes; these fields mean something."""
 
     model_config = ConfigDict(extra="allow")
 
     fail: str | None = Field(None, max_length=1000, description="Fail with this message.")
     transient: bool = Field(default=False, description="With `fail`: the error may pass, so the job is tried again.")
     seconds: float = Field(0.0, ge=0, le=86_400, description="Take this long.")
+    file: bool = Field(default=True, description="Give the parameters back as a file; else do nothing at all.")
 
 
 class EchoSettings(BaseModel):
@@ -53,6 +54,8 @@ class EchoProcessor:
             passed += pause
         if wanted.fail is not None:
             raise ProcessorError("ECHO_FAILED", wanted.fail, transient=wanted.transient)
+        if not wanted.file:
+            return Results()
         given = yaml.safe_dump(wanted.model_dump(exclude_defaults=True), allow_unicode=True, sort_keys=False)
         text = f"# Echo\n\n```yaml\n{given}```\n"
         return Results(markdown=await job.save(f"echo/{job.job_id}/echo.md", text.encode(), "text/markdown"))

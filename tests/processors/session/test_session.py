@@ -140,6 +140,29 @@ async def test_the_next_attempt_repeats_no_finished_step_and_keeps_its_warnings(
     assert second.warnings == first.warnings != []
 
 
+async def test_the_same_session_in_another_language_fetches_nothing_again_and_has_files_of_its_own(
+    site: Site, page: str, tmp_path: Path
+) -> None:
+    slides = site.put("/slides.pdf", Answer(pdf(2), headers=PDF))
+    talk = site.put("/talk.webm", Answer(video(1), headers=WEBM))
+    given = {"url": page, "attachments_url": slides, "video_url": talk}
+    first = RecordingJob(session(**given), tmp_path)
+    before = await run(first, keep_audio=True)
+    asked = list(site.asked)
+    finished = {key: output for key, output in first.steps.items() if key[0] != "markdown"}
+    second = RecordingJob(session(**given, target_language="fr"), tmp_path, job_id="job-2", steps=finished)
+    after = await run(second, keep_audio=True)
+    assert site.asked == asked
+    assert second.ran == ["markdown"]
+    assert before.markdown is not None
+    assert after.markdown is not None
+    own = after.markdown.path.rpartition("/")[0]
+    assert not before.markdown.path.startswith(own)
+    assert len(after.assets) == 5
+    assert all(asset.path.startswith(f"{own}/assets/") for asset in after.assets)
+    assert [asset.sha256 for asset in after.assets] == [asset.sha256 for asset in before.assets]
+
+
 async def test_a_step_whose_settings_changed_is_run_again(site: Site, page: str, tmp_path: Path) -> None:
     slides = site.put("/slides.pdf", Answer(pdf(1), headers=PDF))
     first = RecordingJob(session(url=page, attachments_url=slides), tmp_path)

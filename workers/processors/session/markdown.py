@@ -12,13 +12,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from workers.processor import ProcessorError, SavedFile
+from workers.processors.session.names import Layout
 from workers.processors.session.page import PageText
 from workers.processors.session.parameters import SessionParameters
 from workers.processors.session.safe_markdown import as_target, as_text
-from workers.processors.session.slides import Slide
+from workers.processors.session.slides import Slide, file_names
 from workers.processors.session.transcript import Segment, clock
 
 MAX_ALT = 250
+AUDIO_NAME = "audio.wav"
 PARAGRAPH_SECONDS = 60
 
 
@@ -33,6 +35,12 @@ class Recording(BaseModel):
     audio: SavedFile | None = None
     warnings: list[str] = []
 
+    def placed(self, where: Layout) -> Recording:
+        """Return the same with its file among the job's own."""
+        if self.audio is None:
+            return self
+        return self.model_copy(update={"audio": self.audio.model_copy(update={"path": where.asset(AUDIO_NAME)})})
+
 
 class SlideShow(BaseModel):
     """What the step `slides` found."""
@@ -41,6 +49,16 @@ class SlideShow(BaseModel):
 
     slides: list[Slide] = []
     warnings: list[str] = []
+
+    def placed(self, where: Layout) -> SlideShow:
+        """Return the same with its files among the job's own."""
+        return self.model_copy(update={"slides": [_placed(slide, where) for slide in self.slides]})
+
+
+def _placed(slide: Slide, where: Layout) -> Slide:
+    image, small = file_names(slide.number)
+    thumbnail = slide.thumbnail.model_copy(update={"path": where.asset(small)})
+    return slide.model_copy(update={"path": where.asset(image), "thumbnail": thumbnail})
 
 
 def built_in_template() -> str:

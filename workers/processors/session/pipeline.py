@@ -45,6 +45,7 @@ async def run(job: Job, settings: SessionSettings, fetcher: Fetcher) -> Results:
     )
     step = next_step()
     show = SlideShow.model_validate(await job.step("slides", slides_step.inputs(step), partial(slides_step.run, step)))
+    recording, show = recording.placed(where), show.placed(where)  # another job may have done it
     step = next_step()
     parts = (page, recording, show, await asyncio.to_thread(markdown_step.read_template, step))
     document = SavedFile.model_validate(

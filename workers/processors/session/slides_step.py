@@ -14,7 +14,7 @@ MAX_TEXT = 500_000
 
 
 def inputs(work: Work) -> dict[str, JSON]:
-    """Return all that the slides depends on: with the same inputs the step is not repeated."""
+    """Return all that the slides depend on: with the same inputs the step is not repeated."""
     limits = {
         "slides_max_bytes",
         "slide_longest_side",
@@ -25,7 +25,6 @@ def inputs(work: Work) -> dict[str, JSON]:
     }
     return {
         "url": work.session.attachments_url,
-        "folder": work.layout.folder,
         **work.settings.model_dump(mode="json", include=limits),
     }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from workers.processor import JSON, ProcessorError, SavedFile
-from workers.processors.session.markdown import Recording
+from workers.processors.session.markdown import AUDIO_NAME, Recording
 from workers.processors.session.steps import FETCH_SHARE, Cancelled, Work
 from workers.processors.session.transcript import (
     Heard,
@@ -30,7 +30,6 @@ def inputs(work: Work) -> dict[str, JSON]:
         "max_audio_seconds": work.settings.max_audio_seconds,
         "backend": work.settings.transcription.backend,
         "keep_audio": work.settings.keep_audio,
-        "folder": work.layout.folder,
     }
 
 
@@ -101,7 +100,7 @@ async def _hear(work: Work, url: str, so_far: _SoFar) -> None:
         await _transcribe(work, audio, so_far)
     finally:
         if work.settings.keep_audio:
-            so_far.audio = await work.job.save(work.layout.asset("audio.wav"), audio, "audio/wav")
+            so_far.audio = await work.job.save(work.layout.asset(AUDIO_NAME), audio, "audio/wav")
 
 
 async def _extract(work: Work, video: Path, audio: Path, so_far: _SoFar) -> None:

@@ -1,0 +1,104 @@
+"""api: one command for each job of a batch, many at a time. Each is decided on for itself, whatever the others do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from api.errors import TABLE
+from ledger import job as rules
+from ledger.commands import JobCommand
+from ledger.errors import CommandRefused, JobledgerError, NotFound, UnreadableEvent, VersionConflict
+from ledger.events import JobStatus, Meta
+from ledger.handle import Known, handle, load_all
+from ledger.job import Job
+from ledger.log import EventLog
+from ledger.mongo import Document
+
+AT_ONCE: Final = 200
+REFUSALS_TOLD: Final = 100
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one command for many jobs. `position` is that of the last event any of them has."""
+
+    total: int = 0
+    changed: int = 0
+    caused: Counter[str] = field(default_factory=Counter)
+    refused: list[Document] = field(default_factory=list)
+    position: int = 0
+
+    def shown(self) -> Document:
+        """Return it as clients see it: everything counted, and the first refusals told."""
+        unchanged = self.total - self.changed - len(self.refused)
+        return {
+            "jobs": {
+                "total": self.total,
+                "changed": self.changed,
+                "unchanged": unchanged,
+                "refused": len(self.refused),
+            },
+            "events": dict(self.caused),
+            "refused": self.refused[:REFUSALS_TOLD],
+        }
+
+    def refuse(self, job_id: str, error: JobledgerError) -> None:
+        """Note that a job was left as it is, and why."""
+        code = next(code for kind, _, code, _ in TABLE if isinstance(error, kind))
+        self.refused.append({"job_id": job_id, "code": code, "message": str(error)})
+
+
+async def for_each(
+    log: EventLog, job_ids: Sequence[str], command: JobCommand, *, meta: Meta, statuses: Collection[JobStatus]
+) -> Outcome:
+    """Apply `command` to the jobs that have one of the `statuses`; deleted ones are passed over.
+
+    A job that the rules refuse, perhaps because it has changed meanwhile, is noted and does not keep the others back.
+
+    Raises:
+        InvalidEvent, LedgerBusy, LedgerUnavailable: as `handle`. Some jobs may have been changed then.
+    """
+    outcome = Outcome()
+    for begin in range(0, len(job_ids), AT_ONCE):
+        found = await load_all(log, job_ids[begin : begin + AT_ONCE])
+        ended = await asyncio.gather(
+            *(_one(outcome, log, job_id, known, command, meta, statuses) for job_id, known in found.items()),
+            return_exceptions=True,  # so that nothing goes on behind the answer
+        )
+        for error in ended:
+            if error is not None:
+                raise error
+    return outcome
+
+
+async def _one(
+    outcome: Outcome,
+    log: EventLog,
+    job_id: str,
+    known: Known | UnreadableEvent,
+    command: JobCommand,
+    meta: Meta,
+    statuses: Collection[JobStatus],
+) -> None:
+    job = known.state if isinstance(known, Known) else None
+    if isinstance(job, Job) and job.deleted:
+        return
+    outcome.total += 1
+    try:
+        if isinstance(known, UnreadableEvent):
+            raise known
+        assert isinstance(job, Job)  # noqa: S101 - narrows the type; a batch and its jobs are written together
+        if job.status in statuses and rules.decide(command, job):
+            handled = await handle(log, job_id, command, meta=meta, known=known)
+            known = handled.known
+            outcome.changed += bool(handled.events)
+            outcome.caused.update(event.type for event in handled.events)
+        outcome.position = max(outcome.position, known.head.position)
+    except NotFound:  # deleted meanwhile
+        outcome.total -= 1
+    except (CommandRefused, UnreadableEvent, VersionConflict) as error:
+        outcome.refuse(job_id, error)

@@ -1,0 +1,325 @@
+"""Batches over HTTP, acted on as a whole: paused, resumed, cancelled, restarted, archived, deleted."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from ledger.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, RestartJob
+from ledger.events import Failure, Meta
+from ledger.handle import handle
+from tests.api.conftest import Api
+from tests.support.examples import some_results
+
+ACTIONS = ("pause", "resume", "cancel", "restart", "archive", "unarchive")
+BATCHES = "/api/events/batches"
+
+
+def counted(total: int, *, changed: int = 0, refused: int = 0) -> dict[str, int]:
+    return {"total": total, "changed": changed, "unchanged": total - changed - refused, "refused": refused}
+
+
+async def act(api: Api, batch_id: str, action: str, body: Any = None) -> tuple[dict[str, Any], int]:
+    """Act on a batch; return the answer and the position at which the views show all of it."""
+    answer = await api.post(f"{BATCHES}/{batch_id}/{action}", body)
+    assert answer.status_code == 200, answer.text
+    content: dict[str, Any] = answer.json()
+    assert (content["status"], content["batch_id"]) == ("success", batch_id)
+    return content, int(answer.headers["ledger-position"])
+
+
+async def do(api: Api, job_id: str, *commands: Any) -> None:
+    for command in commands:
+        await handle(api.log, job_id, command, meta=Meta("worker:w"))
+
+
+async def in_every_state(api: Api) -> tuple[str, list[str]]:
+    """A batch with jobs that are waiting, running, completed, failed and cancelled, in this order."""
+    batch = await api.submit_batch(*[{}] * 5)
+    batch_id, job_ids = batch["batch_id"], batch["job_ids"]
+    claim = ClaimJob("w", datetime.now(UTC))
+    _, running, completed, failed, cancelled = job_ids
+    await do(api, running, claim)
+    await do(api, completed, claim, CompleteJob("w", 1, some_results()))
+    await do(api, failed, claim, FailAttempt("w", 1, Failure(code="X", message="x"), None))
+    await do(api, cancelled, CancelJob("user:ada"))
+    return batch_id, job_ids
+
+
+async def seen(api: Api, batch_id: str, position: int) -> dict[str, dict[str, Any]]:
+    """The jobs of a batch as the list shows them, and the batch itself, once the views have got there."""
+    listed = (await api.get(f"/api/events/jobs?batch_id={batch_id}", position)).json()["jobs"]
+    batch = (await api.get(f"{BATCHES}/{batch_id}")).json()["batch"]
+    return {job["job_id"]: job for job in listed} | {batch_id: batch}
+
+
+async def statuses(api: Api, batch_id: str, job_ids: list[str], position: int) -> list[str]:
+    jobs = await seen(api, batch_id, position)
+    return [jobs[job_id]["status"] for job_id in job_ids]
+
+
+# Pausing --------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_paused_batch_and_its_waiting_jobs_say_so_until_it_is_resumed(idle_api: Api) -> None:
+    alone = await idle_api.submit()
+    batch_id, job_ids = await in_every_state(idle_api)
+    waiting = job_ids[0]
+
+    content, position = await act(idle_api, batch_id, "pause", {"reason": "the site is down"})
+    jobs = await seen(idle_api, batch_id, position)
+    assert (content["batch"]["paused"], content["batch"]["position"]) == (True, position)
+    assert "jobs" not in content
+    assert jobs[batch_id]["paused"] is True
+    assert [job_id for job_id in job_ids if jobs[job_id]["paused"]] == [waiting], "what runs or has ended is not paused"
+    assert (await idle_api.get(f"/api/events/jobs/{waiting}")).json()["job"]["paused"] is True
+    assert (await idle_api.get(f"/api/events/jobs/{alone}")).json()["job"]["paused"] is False
+    assert [row["_id"] async for row in idle_api.db.queue.find()] == [alone]
+
+    content, position = await act(idle_api, batch_id, "resume")
+    jobs = await seen(idle_api, batch_id, position)
+    assert content["batch"]["paused"] is jobs[batch_id]["paused"] is jobs[waiting]["paused"] is False
+    assert await idle_api.db.queue.count_documents({}) == 2
+    paused, resumed = (await idle_api.log.read_stream(batch_id))[-2:]
+    assert (paused.type, paused.data) == ("BatchPaused", {"by": "user:local", "reason": "the site is down"})
+    assert (resumed.type, resumed.data) == ("BatchResumed", {"by": "user:local"})
+    assert paused.meta == resumed.meta == Meta("user:local", batch_id)
+
+
+async def test_pausing_twice_and_resuming_what_is_not_paused_is_no_event(idle_api: Api) -> None:
+    batch_id = (await idle_api.submit_batch({}))["batch_id"]
+    _, nothing = await act(idle_api, batch_id, "resume")
+    _, once = await act(idle_api, batch_id, "pause")
+    _, twice = await act(idle_api, batch_id, "pause")
+    assert (nothing, once, twice) == (1, 3, 3)
+    assert await idle_api.log.head() == 3
+
+
+async def test_a_batch_that_was_just_submitted_can_be_paused_before_the_views_know_it(idle_api: Api) -> None:
+    for _ in range(10):
+        batch = await idle_api.submit_batch({})
+        _, position = await act(idle_api, batch["batch_id"], "pause")
+        assert (await seen(idle_api, batch["batch_id"], position))[batch["job_ids"][0]]["paused"] is True
+
+
+async def test_the_answer_to_a_restart_says_that_the_job_waits_in_a_paused_batch(idle_api: Api) -> None:
+    batch_id, (*_, cancelled) = await in_every_state(idle_api)
+    _, position = await act(idle_api, batch_id, "pause")
+    await idle_api.get("/api/events/jobs", position)
+    answer = await idle_api.post(f"/api/events/jobs/{cancelled}/restart")
+    assert (answer.json()["job"]["status"], answer.json()["job"]["paused"]) == ("pending", True)
+
+
+# Cancelling -----------------------------------------------------------------------------------------------------------
+
+
+async def test_cancelling_a_batch_cancels_what_has_not_ended(idle_api: Api) -> None:
+    batch_id, job_ids = await in_every_state(idle_api)
+    content, position = await act(idle_api, batch_id, "cancel", {"reason": "wrong conference"})
+
+    assert content["jobs"] == counted(5, changed=2)
+    assert content["events"] == {"JobCancelled": 1, "JobCancelRequested": 1}
+    assert content["refused"] == []
+    expected = ["cancelled", "processing", "completed", "failed", "cancelled"]
+    assert await statuses(idle_api, batch_id, job_ids, position) == expected
+    assert (await seen(idle_api, batch_id, position))[job_ids[1]]["cancel_requested"] is True
+    for job_id in job_ids[:2]:
+        event = (await idle_api.log.read_stream(job_id))[-1]
+        assert event.data == {"by": "user:local", "reason": "wrong conference"}
+        assert event.meta == Meta("user:local", batch_id)
+
+    again, same = await act(idle_api, batch_id, "cancel")
+    assert again["jobs"] == counted(5)
+    assert (again["events"], same) == ({}, position)
+
+
+async def test_a_cancelled_batch_ends_and_its_running_jobs_are_stopped(api: Api) -> None:
+    batch = await api.submit_batch(*[{"seconds": 3600}] * 12)
+    await api.until_event(batch["job_ids"][0], "JobClaimed")
+    content, _ = await act(api, batch["batch_id"], "cancel")
+    assert content["jobs"] == counted(12, changed=12)
+    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    assert finished["data"]["counts"] == {"completed": 0, "failed": 0, "cancelled": 12}
+
+
+# Restarting -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "restarted"),
+    [
+        (None, [3]),
+        ({"only": "failed"}, [3]),
+        ({"only": "cancelled"}, [4]),
+        ({"only": "completed"}, [2]),
+        ({"only": "all"}, [2, 3, 4]),
+    ],
+    ids=str,
+)
+async def test_restarting_a_batch_restarts_the_jobs_that_have_ended_so(
+    idle_api: Api, body: Any, restarted: list[int]
+) -> None:
+    batch_id, job_ids = await in_every_state(idle_api)
+    content, position = await act(idle_api, batch_id, "restart", body)
+
+    assert content["jobs"] == counted(5, changed=len(restarted))
+    assert content["events"] == {"JobRestarted": len(restarted)}
+    before = ["pending", "processing", "completed", "failed", "cancelled"]
+    expected = ["pending" if index in restarted else status for index, status in enumerate(before)]
+    assert await statuses(idle_api, batch_id, job_ids, position) == expected
+
+
+async def test_a_restart_says_why_and_whether_steps_are_kept(idle_api: Api) -> None:
+    batch_id, job_ids = await in_every_state(idle_api)
+    await act(idle_api, batch_id, "restart", {"reuse_steps": False, "reason": "new template"})
+    await act(idle_api, batch_id, "restart", {"only": "all"})
+
+    for job_id, data in [(job_ids[3], {"reason": "new template", "reuse_steps": False}), (job_ids[2], {})]:
+        event = (await idle_api.log.read_stream(job_id))[-1]
+        assert (event.type, event.meta) == ("JobRestarted", Meta("user:local", batch_id))
+        assert event.data == {"by": "user:local", "reuse_steps": True, **data}
+
+
+async def test_a_batch_whose_failed_jobs_are_restarted_goes_on_and_ends_again(api: Api) -> None:
+    batch = await api.submit_batch({}, {"fail": "no luck"}, {"fail": "no luck either"})
+    first = await api.until_event(batch["batch_id"], "BatchFinished")
+    content, _ = await act(api, batch["batch_id"], "restart")
+    assert content["jobs"] == counted(3, changed=2)
+    await api.until_event(batch["batch_id"], "BatchReopened")
+    types = [event["type"] async for event in _of_batch(api, batch["batch_id"], after=first["position"])]
+    assert types.count("JobRestarted") == types.count("JobClaimed") == types.count("JobFailed") == 2
+
+
+async def _of_batch(api: Api, batch_id: str, *, after: int) -> Any:
+    """The story of a batch by its own stream, up to its end."""
+    async for event in api.events(after=after, batch_id=batch_id):
+        yield event
+        if event["type"] == "BatchFinished":
+            return
+
+
+# Archiving and deleting -----------------------------------------------------------------------------------------------
+
+
+async def test_a_batch_is_archived_and_brought_back_with_all_its_jobs(idle_api: Api) -> None:
+    batch_id, job_ids = await in_every_state(idle_api)
+    for action, archived, event in (("archive", True, "JobArchived"), ("unarchive", False, "JobUnarchived")):
+        content, position = await act(idle_api, batch_id, action, {"reason": "tidying up"})
+        assert content["batch"]["archived"] is archived
+        assert content["jobs"] == counted(5, changed=5)
+        assert content["events"] == {event: 5}
+        shown = await seen(idle_api, batch_id, position)
+        assert [shown[name]["archived"] for name in (batch_id, *job_ids)] == [archived] * 6
+        assert (await idle_api.log.read_stream(batch_id))[-1].data == {"by": "user:local", "reason": "tidying up"}
+
+        again, same = await act(idle_api, batch_id, action)
+        assert (again["jobs"], again["events"], same) == (counted(5), {}, position)
+
+
+async def test_what_is_left_to_archive_is_archived_though_the_batch_is_already(idle_api: Api) -> None:
+    """So whoever was interrupted does it once more."""
+    batch_id, job_ids = await in_every_state(idle_api)
+    await act(idle_api, batch_id, "archive")
+    await idle_api.post(f"/api/events/jobs/{job_ids[2]}/unarchive")
+    content, _ = await act(idle_api, batch_id, "archive")
+    assert content["jobs"] == counted(5, changed=1)
+
+
+async def test_a_deleted_batch_is_gone_with_its_jobs_and_their_files(api: Api) -> None:
+    batch = await api.submit_batch({"text": "a"}, {"text": "b"})
+    path, job_id = f"{BATCHES}/{batch['batch_id']}", batch["job_ids"][0]
+    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    job = (await api.get(f"/api/events/jobs/{job_id}", finished["position"])).json()["job"]
+    assert (await api.get(job["results"]["markdown_url"])).status_code == 200
+
+    answer = await api.http.delete(path)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["batch"], answer.json()["jobs"]) == (None, counted(2, changed=2))
+    position = answer.headers["ledger-position"]
+    for gone in (path, f"/api/events/jobs/{job_id}", job["results"]["markdown_url"]):
+        assert (await api.get(gone, position)).status_code == 404
+    assert (await api.get("/api/events/jobs")).json()["total"] == (await api.get(BATCHES)).json()["total"] == 0
+    assert (await api.http.delete(path)).status_code == 404
+    assert (await api.post(f"{path}/restart")).json()["code"] == "batch_not_found"
+
+
+async def test_a_batch_at_work_is_not_deleted_and_neither_is_any_of_its_jobs(idle_api: Api) -> None:
+    batch_id, _ = await in_every_state(idle_api)
+    head = await idle_api.log.head()
+    answer = await idle_api.http.delete(f"{BATCHES}/{batch_id}")
+    assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
+    assert "cancel it first" in answer.json()["message"]
+    assert await idle_api.log.head() == head
+
+
+async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
+    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await idle_api.submit_batch({}, {})
+    path, (one, two) = f"{BATCHES}/{batch['batch_id']}", batch["job_ids"]
+    await act(idle_api, batch["batch_id"], "cancel")
+    await idle_api.until_event(batch["batch_id"], "BatchFinished")
+    read_streams = idle_api.log.read_streams
+
+    async def overtaken(streams: Any) -> Any:
+        found = await read_streams(streams)
+        await do(idle_api, two, RestartJob("user:bob"), ClaimJob("w", datetime.now(UTC)))
+        return found
+
+    monkeypatch.setattr(idle_api.log, "read_streams", overtaken)
+    answer = await idle_api.http.delete(path)
+    assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
+    details = answer.json()["details"]
+    assert details["jobs"] == counted(2, changed=1, refused=1)
+    assert [(it["job_id"], it["code"]) for it in details["refused"]] == [(two, "wrong_state")]
+    head = await idle_api.log.head()
+    assert (await idle_api.get(path, head)).json()["batch"]["job_ids"] == [two]
+    assert (await idle_api.get(f"/api/events/jobs/{one}")).status_code == 404
+
+
+# Many, and wrong ------------------------------------------------------------------------------------------------------
+
+
+async def test_ten_thousand_jobs_are_acted_on_within_seconds(idle_api: Api) -> None:
+    answer = await idle_api.post(BATCHES, {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000})
+    batch_id = answer.json()["batch_id"]
+    for action, event in (("cancel", "JobCancelled"), ("restart", "JobRestarted"), ("archive", "JobArchived")):
+        began = time.monotonic()
+        content, _ = await act(idle_api, batch_id, action, {"only": "cancelled"} if action == "restart" else None)
+        assert time.monotonic() - began < 20  # three on a quiet machine
+        assert content["jobs"] == counted(10_000, changed=10_000)
+        assert content["events"] == {event: 10_000}
+        assert len(str(content)) < 1000
+
+
+@pytest.mark.parametrize("batch_id", ["batch-000000000000000000000000", "job-000000000000000000000000", "nonsense"])
+async def test_nothing_can_be_done_with_a_batch_that_does_not_exist(idle_api: Api, batch_id: str) -> None:
+    answers = [await idle_api.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
+    answers.append(await idle_api.http.delete(f"{BATCHES}/{batch_id}"))
+    assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(404, "batch_not_found")}
+    assert await idle_api.log.head() == 0
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(idle_api: Api, action: str) -> None:
+    batch_id, _ = await in_every_state(idle_api)
+    head, path = await idle_api.log.head(), f"{BATCHES}/{batch_id}/{action}"
+    wrong: list[tuple[Any, str]] = [
+        ({"resaon": "x"}, "resaon"),
+        ({"reason": 3}, "reason"),
+        ({"reason": "x" * 3000}, "reason"),
+        ([], ""),
+        ({"only": "some"} if action == "restart" else {"only": "failed"}, "only"),
+    ]
+    for body, where in wrong:
+        answer = await idle_api.post(path, body)
+        assert answer.status_code == 422, f"{body}: {answer.text}"
+        assert answer.json()["details"]["errors"][0]["path"] == where
+    assert (await idle_api.http.post(path, content=b"x=1", headers={"Content-Type": "text/plain"})).status_code == 415
+    broken = await idle_api.http.post(path, content=b"{", headers={"Content-Type": "application/json"})
+    assert (broken.status_code, broken.json()["code"]) == (400, "malformed_json")
+    assert (await idle_api.http.get(path)).status_code == 405
+    assert await idle_api.log.head() == head

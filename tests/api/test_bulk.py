@@ -1,0 +1,134 @@
+"""One command for many jobs: what comes between reading them and writing to them, and what cannot be written."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection
+from datetime import UTC, datetime
+from functools import partial
+
+import pytest
+from pydantic import create_model
+
+from api import bulk
+from ledger.commands import CancelJob, ClaimJob, Delete, SubmitJob
+from ledger.envelope import Append
+from ledger.errors import InvalidEvent, LedgerBusy
+from ledger.events import Event, JobStatus, Meta, Recorded
+from ledger.handle import Command, Known, handle, load, new_job_id
+from ledger.log import EventLog, Limits
+from ledger.mongo import Connection
+from tests.support.examples import a_job
+from tests.support.ledgers import META, Ledger, ledger_on
+
+OF_BATCH = Meta("user:ada", "batch-1")
+CANCEL = CancelJob("user:ada")
+UNENDED: Collection[JobStatus] = ("pending", "processing")
+cancel_each = partial(bulk.for_each, command=CANCEL, meta=OF_BATCH, statuses=UNENDED)
+
+
+class Overtaken(EventLog):
+    """Somebody does something to a job just when many have been read."""
+
+    overtaking: tuple[str, Command] | None = None
+
+    async def read_streams(self, streams: Collection[str]) -> dict[str, list[Recorded]]:
+        found = await super().read_streams(streams)
+        if (overtaking := self.overtaking) is not None:
+            self.overtaking = None
+            await handle(self, *overtaking, meta=META)
+        return found
+
+
+@pytest.fixture
+async def ledger(mongodb_uri: str, db_name: str) -> AsyncIterator[Ledger]:
+    async with ledger_on(Connection(mongodb_uri, db_name), live=False, kind=Overtaken) as ledger:
+        yield ledger
+
+
+def overtake(ledger: Ledger, job_id: str, command: Command) -> None:
+    assert isinstance(ledger.log, Overtaken)
+    ledger.log.overtaking = (job_id, command)
+
+
+async def submitted(log: EventLog, count: int) -> list[str]:
+    job_ids = [new_job_id() for _ in range(count)]
+    for job_id in job_ids:
+        await handle(log, job_id, SubmitJob(a_job(batch_id="batch-1")), meta=META, known=Known())
+    return job_ids
+
+
+async def test_a_job_that_has_ended_meanwhile_is_named_and_the_others_are_changed(ledger: Ledger) -> None:
+    job_ids = await submitted(ledger.log, 4)
+    overtake(ledger, job_ids[1], CancelJob("user:bob"))
+    outcome = await cancel_each(ledger.log, job_ids)
+    shown = outcome.shown()
+    assert shown["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "refused": 1}
+    [refused] = shown["refused"]
+    assert (refused["job_id"], refused["code"]) == (job_ids[1], "wrong_state")
+    assert "it has ended already" in refused["message"]
+    assert outcome.position == await ledger.log.head()
+
+
+async def test_a_job_that_was_started_meanwhile_is_decided_on_anew(ledger: Ledger) -> None:
+    job_ids = await submitted(ledger.log, 2)
+    overtake(ledger, job_ids[0], ClaimJob("w", datetime.now(UTC)))
+    outcome = await cancel_each(ledger.log, job_ids)
+    assert outcome.caused == {"JobCancelRequested": 1, "JobCancelled": 1}
+    assert outcome.refused == []
+
+
+async def test_a_job_that_was_deleted_before_or_meanwhile_is_passed_over(ledger: Ledger) -> None:
+    job_ids = await submitted(ledger.log, 3)
+    await handle(ledger.log, job_ids[0], Delete("user:bob"), meta=META)
+    overtake(ledger, job_ids[1], Delete("user:bob"))
+    outcome = await cancel_each(ledger.log, job_ids)
+    assert (outcome.total, outcome.changed, outcome.refused) == (1, 1, [])
+
+
+async def test_of_many_refusals_the_first_are_told_and_all_are_counted(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "REFUSALS_TOLD", 2)
+    monkeypatch.setattr(bulk, "AT_ONCE", 2)
+    job_ids = await submitted(ledger.log, 5)
+    for job_id in job_ids:
+        await handle(ledger.log, job_id, ClaimJob("w", datetime.now(UTC)), meta=META)
+    delete = Delete("user:ada")
+    outcome = await bulk.for_each(ledger.log, job_ids, delete, meta=OF_BATCH, statuses=UNENDED)
+    shown = outcome.shown()
+    assert shown["jobs"] == {"total": 5, "changed": 0, "unchanged": 0, "refused": 5}
+    assert [refused["job_id"] for refused in shown["refused"]] == job_ids[:2]
+
+
+async def test_a_job_that_a_later_version_has_changed_is_left_to_that_version(ledger: Ledger) -> None:
+    job_ids = await submitted(ledger.log, 2)
+    repainted: type[Event] = create_model("JobRepainted", __base__=Event)
+    head = (await load(ledger.log, job_ids[0])).head
+    await ledger.log.append(Append(job_ids[0], head, [repainted()], META, datetime.now(UTC)))
+    outcome = await cancel_each(ledger.log, job_ids)
+    assert (outcome.total, outcome.changed) == (2, 1)
+    assert [(refused["job_id"], refused["code"]) for refused in outcome.refused] == [(job_ids[0], "unreadable_event")]
+
+
+async def test_what_cannot_be_stored_for_any_job_is_an_error_of_the_whole(ledger: Ledger) -> None:
+    job_ids = await submitted(ledger.log, 3)
+    head = await ledger.log.head()
+    with pytest.raises(InvalidEvent):
+        await bulk.for_each(ledger.log, job_ids, CancelJob("user:ada", "\ud800"), meta=OF_BATCH, statuses=UNENDED)
+    assert await ledger.log.head() == head
+
+
+async def test_a_log_that_is_too_busy_is_an_error_of_the_whole_and_it_can_be_done_again(
+    mongodb_uri: str, db_name: str
+) -> None:
+    limits = Limits(waiting_events=10)
+    async with ledger_on(Connection(mongodb_uri, db_name), limits, live=False) as ledger:
+        job_ids = await submitted(ledger.log, 100)
+        with pytest.raises(LedgerBusy):
+            await cancel_each(ledger.log, job_ids)
+        head = await ledger.log.head()
+        assert 100 < head < 200
+    async with ledger_on(Connection(mongodb_uri, db_name), live=False) as ledger:
+        outcome = await cancel_each(ledger.log, job_ids)
+        assert outcome.changed == 200 - head
+        assert outcome.position == await ledger.log.head() == 200

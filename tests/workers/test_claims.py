@@ -1,0 +1,191 @@
+"""Claims: workers keep out of each other's way, and leave nothing lying."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ledger.envelope import VOID_STREAM
+from ledger.events import JobClaimed
+from ledger.mongo import Connection
+from projections.queue import Row
+from tests.support.ledgers import stored
+from tests.support.running import Process, WorkerOptions, process
+from tests.workers.inline import install
+from workers.claims import Claims, before
+from workers.processor import Job, Results
+
+names = st.text("abcdefgh0123456789-", min_size=1, max_size=12)
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------------
+
+
+@given(job_id=names, workers=st.sets(names, min_size=1, max_size=8))
+def test_for_each_job_every_worker_has_a_rank_of_its_own(job_id: str, workers: set[str]) -> None:
+    ranks = {worker: len(before(worker, workers, job_id)) for worker in workers}
+    assert sorted(ranks.values()) == list(range(len(workers)))
+    for worker in workers:
+        assert {other for other in workers if ranks[other] < ranks[worker]} == set(before(worker, workers, job_id))
+
+
+def test_each_of_many_workers_is_the_first_for_about_as_many_jobs() -> None:
+    workers = [f"host-{number}-abc" for number in range(8)]
+    firsts = Counter(
+        worker for n in range(8000) for worker in workers if not before(worker, workers, f"job-6741{n:020x}")
+    )
+    assert sum(firsts.values()) == 8000
+    assert min(firsts.values()) > 800
+    assert max(firsts.values()) < 1200
+
+
+# Rows that are ours, and those that are left to others for a moment -----------------------------------------------
+
+
+@pytest.fixture
+async def claims(connection: Connection, store: Path) -> Claims:
+    async with process(connection, store) as here:
+        claims = Claims(
+            here.db,
+            here.log,
+            here.checkpoint,
+            job_types={"echo"},
+            alive=lambda: WORKERS,
+            room=lambda job_type: 1,
+            claiming=tuple,
+            wake=lambda: None,
+        )
+        claims.worker_id = "w1"
+        return claims
+
+
+WORKERS = ("w1", "w2", "w3")
+OURS = [job_id for n in range(60) if not before("w1", WORKERS, job_id := f"job-{n}")]
+OTHERS = [job_id for n in range(60) if before("w1", WORKERS, job_id := f"job-{n}")]
+
+
+def rows(*jobs: tuple[str, int]) -> list[Row]:
+    return [Row(*job) for job in jobs]
+
+
+async def test_only_those_are_tried_at_once_that_are_ours(claims: Claims) -> None:
+    found = rows((OTHERS[0], 1), (OURS[0], 1), (OTHERS[1], 1), (OURS[1], 1))
+    assert claims._chosen(found, WORKERS) == OURS[:2]
+
+
+async def test_nothing_less_urgent_is_tried_before_something_that_is_left_to_others(claims: Claims) -> None:
+    found = rows((OURS[0], 9), (OTHERS[0], 5), (OURS[1], 5), (OURS[2], 1))
+    assert claims._chosen(found, WORKERS) == OURS[:2]
+
+
+async def test_what_others_have_left_lying_is_tried_after_a_moment(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("workers.claims.time.monotonic", lambda: now)
+    found = rows((OTHERS[0], 5), (OURS[0], 1))
+    assert claims._chosen(found, WORKERS) == []
+    now += 0.2
+    assert claims._chosen(found, WORKERS) == []
+    now += 0.1
+    assert claims._chosen(found, WORKERS) == [OTHERS[0], OURS[0]]
+
+
+async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("workers.claims.time.monotonic", lambda: now)
+    found = rows((OTHERS[0], 1))
+    for position in range(1, 10):
+        for worker in before("w1", WORKERS, OTHERS[0]):
+            document = {
+                "_id": position,
+                "stream": f"job-x{position}",
+                "type": "JobClaimed",
+                "data": {"worker_id": worker},
+            }
+            claims.heard(document)
+        now += 0.2
+        assert claims._chosen(found, WORKERS) == []
+    now += 0.3
+    assert claims._chosen(found, WORKERS) == [OTHERS[0]]
+
+
+# Real workers ---------------------------------------------------------------------------------------------------------
+
+
+async def voided(here: Process) -> int:
+    return len(await stored(here.db, {"stream": VOID_STREAM}))
+
+
+async def test_idle_workers_do_not_race_for_a_fresh_job(connection: Connection, store: Path) -> None:
+    async with (
+        process(connection, store, projector=True) as here,
+        process(connection, store, worker=WorkerOptions(), deaf=True),
+        process(connection, store, worker=WorkerOptions(), deaf=True),
+        process(connection, store, worker=WorkerOptions(), deaf=True),
+    ):
+        await asyncio.sleep(0.3)  # until all three have heard of each other
+        for _ in range(40):
+            await here.ended(await here.submit())
+        events = [event.event for event in await here.everything()]
+        assert len({event.worker_id for event in events if isinstance(event, JobClaimed)}) == 3
+        assert await voided(here) <= 4  # a slow machine may let a second one try
+
+
+async def test_a_job_whose_first_worker_is_busy_is_done_by_another_at_once(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = asyncio.Event()
+
+    async def work(job: Job) -> Results:
+        await busy.wait()
+        return Results()
+
+    install(monkeypatch, work)
+    one = WorkerOptions(slots=1)
+    async with (
+        process(connection, store, projector=True) as here,
+        process(connection, store, worker=one, deaf=True),
+        process(connection, store, worker=one, deaf=True),
+    ):
+        blocking = await here.submit(job_type="test")
+        await here.heard(JobClaimed, blocking)
+        for _ in range(10):  # about half of them are for the busy one first
+            begun = asyncio.get_running_loop().time()
+            await here.ended(await here.submit())
+            assert asyncio.get_running_loop().time() - begun < 2
+        busy.set()
+        await here.ended(blocking)
+
+
+async def test_of_a_job_type_no_more_run_than_its_limit_and_others_are_not_held_up(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, most = 0, 0
+
+    async def work(job: Job) -> Results:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return Results()
+
+    install(monkeypatch, work)
+    async with process(connection, store, projector=True) as here:
+        limited = [await here.submit(job_type="test", priority=5) for _ in range(20)]
+        others = [await here.submit() for _ in range(20)]
+        await here.views_reach()
+        async with process(connection, store, worker=WorkerOptions(slots=8, slots_of_type={"test": 2})):
+            limited += [await here.submit(job_type="test") for _ in range(5)]
+            await here.ended(*limited, *others)
+        ends = [event.stream for event in await here.everything() if event.type == "JobCompleted"]
+        assert most == 2
+        assert ends.index(others[-1]) < ends.index(limited[19]), "there was room for the others all the time"

@@ -1,0 +1,290 @@
+"""workers: which waiting jobs a worker tries to claim next. Hints only: the claiming append decides.
+
+An idle worker takes a fresh job from its own event, without any query. With a backlog, rows are taken from the view
+`queue`, by priority, then age, many at a time. Why no job waits for ever: whatever makes a job claimable is an event,
+and once the views have reached it, its row can be read; that is when we look. A due time sets a timer, and so does a
+job that was left to somebody else.
+
+Many workers keep out of each other's way by ranking themselves for each job, by a hash of both names. The first in
+rank tries at once; the others give it a moment for each rank, and give up when they hear of its claim. So a job is
+claimed once by one append as a rule, and a first that is busy costs it milliseconds. A more urgent job is never passed
+over for a less urgent one; among equally urgent ones, those of a look may change places.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+from zlib import crc32
+
+from ledger.errors import UnreadableEvent
+from ledger.events import Recorded
+from ledger.handle import Known, load_all
+from ledger.job import Job
+from ledger.log import EventLog
+from ledger.mongo import Database
+from projections import queue
+from projections.checkpoint import Checkpoint
+
+CLAIMABLE: Final = frozenset(
+    {"JobSubmitted", "JobAttemptFailed", "JobLeaseExpired", "JobReleased", "JobRestarted", "JobUpdated"}
+    | {"BatchResumed", "BatchDeleted"}
+)
+"""The types of events after which a job may be claimable that was not before."""
+_RANK_SECONDS: Final = 0.01  # longer than a claim takes to be heard of
+_RANKS: Final = 5  # who comes later does not wait longer
+_PATIENCE_SECONDS: Final = 0.25
+"""So long a job in the queue is left to those who come first, and longer while any of them is claiming: they may have a
+hundred of theirs at hand and not yet have come to it."""
+_LEAST_AT_ONCE: Final = 50
+_MOST_AT_ONCE: Final = 500
+_GOOD_FOR_SECONDS: Final = 0.1
+"""After so long the rows of a look are forgotten: something more urgent may have come. With a worker that comes or goes
+the ranks change, and they are forgotten at once."""
+
+
+def before(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
+    """Return the workers that come before this one for a job, in any order. Every worker finds the same ranks."""
+    seed = crc32(job_id.encode())
+    mine = crc32(worker_id.encode(), seed)
+    return [other for other in workers if crc32(other.encode(), seed) > mine]
+
+
+class Waiting(NamedTuple):
+    """A job that waits, as far as it is known."""
+
+    job_id: str
+    known: Known
+    job_type: str
+
+
+class Claims:
+    """What one worker knows of jobs that wait.
+
+    `alive` are the workers, `room` is how many more jobs of a type may be run, `claiming` are those that we are about
+    to claim; `wake` is called when there may be something to take.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        log: EventLog,
+        checkpoint: Checkpoint,
+        *,
+        job_types: Collection[str],
+        alive: Callable[[], Collection[str]],
+        room: Callable[[str], int],
+        claiming: Callable[[], Collection[str]],
+        wake: Callable[[], None],
+    ) -> None:
+        self._db = db
+        self._log = log
+        self._checkpoint = checkpoint
+        self._job_types = job_types
+        self._alive = alive
+        self._room = room
+        self._claiming = claiming
+        self._wake = wake
+        self.worker_id = ""
+        self._fresh: dict[str, Waiting] = {}
+        self._in_turn: dict[str, asyncio.TimerHandle] = {}
+        self._rows: deque[Waiting] = deque()
+        self._rows_until = 0.0
+        self._rows_among: frozenset[str] = frozenset()
+        self._more = True
+        self._heard = 0
+        self._looked = 0
+        self._taken: dict[str, int] = {}
+        self._left: set[str] = set()
+        self._passed: dict[str, float] = {}
+        self._claimed_at: dict[str, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        checkpoint.on_move(self._views_moved)
+
+    def close(self) -> None:
+        """Set no more timers."""
+        for timer in (self._timer, *self._in_turn.values()):
+            if timer is not None:
+                timer.cancel()
+
+    # Hearing ------------------------------------------------------------------------------------------------------
+
+    def resync(self, head: int) -> None:
+        """Something up to `head` may have been missed: look at the queue now, and when the views have got there."""
+        self._left.clear()
+        self._heard = max(self._heard, head)
+        self._look_again()
+
+    def heard(self, document: Mapping[str, Any]) -> None:
+        """An event was written."""
+        stream, kind = document["stream"], document["type"]
+        if kind == "JobClaimed":
+            self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
+            self.taken(stream, document["_id"])
+        elif kind in CLAIMABLE:
+            self._left.discard(stream)
+            self._taken.pop(stream, None)
+            if kind != "JobSubmitted" or not self._try_fresh(document):
+                self._heard = max(self._heard, document["_id"])
+
+    def taken(self, job_id: str, position: int) -> None:
+        """The job is somebody's since `position`; its row is in the way until the views have got there."""
+        self._fresh.pop(job_id, None)
+        if (timer := self._in_turn.pop(job_id, None)) is not None:
+            timer.cancel()
+        self._taken.pop(job_id, None)  # so that the dictionary stays in the order of positions
+        if position > self._checkpoint.position:
+            self._taken[job_id] = position
+
+    async def refused(self, job_id: str) -> None:
+        """The rules say that it cannot be claimed now. The views will say so too, or are wrong, and we leave it."""
+        head = await self._log.head()
+        if head > self._checkpoint.position:
+            self.taken(job_id, head)
+        else:
+            self.leave(job_id)
+
+    def leave(self, job_id: str) -> None:
+        """Try no more to claim this job before something is heard of it."""
+        self._left.add(job_id)
+
+    def _try_fresh(self, document: Mapping[str, Any]) -> bool:
+        """Keep a fresh job if a slot is free and nothing waits before it; else its row in `queue` stands for it."""
+        job_id, job_type = document["stream"], document["data"]["job_type"]
+        if job_type not in self._job_types:
+            return True  # nothing to us, now or later
+        kept = len(self._fresh) + len(self._in_turn)
+        if "not_before" in document["data"] or self._more or kept >= self._room(job_type):
+            return False
+        try:
+            waiting = Waiting(job_id, Known().after([Recorded(document)]), job_type)
+        except UnreadableEvent:  # left to workers of the version that has written it
+            return False
+        rank = len(before(self.worker_id, self._alive(), job_id))
+        if rank == 0:
+            self._our_turn(waiting, document["_id"])
+        else:
+            loop, pause = asyncio.get_running_loop(), min(rank, _RANKS) * _RANK_SECONDS
+            self._in_turn[job_id] = loop.call_later(pause, self._our_turn, waiting, document["_id"])
+        return True
+
+    def _our_turn(self, waiting: Waiting, position: int) -> None:
+        self._in_turn.pop(waiting.job_id, None)
+        if self._more:  # others wait before it by now: its row stands for it
+            self._heard = max(self._heard, position)
+        else:
+            self._fresh[waiting.job_id] = waiting
+        self._wake()
+
+    def _views_moved(self) -> None:
+        position = self._checkpoint.position
+        while self._taken and (oldest := next(iter(self._taken.items())))[1] <= position:
+            del self._taken[oldest[0]]
+        if self._heard > self._looked:
+            self._more = True
+            self._wake()
+
+    # Taking -------------------------------------------------------------------------------------------------------
+
+    async def take(self) -> list[Waiting]:
+        """Return jobs to claim now, as many as there is room for; none if there is nothing to try.
+
+        Raises:
+            LedgerUnavailable: the database failed; there may be more.
+        """
+        room = {job_type: room for job_type in self._job_types if (room := self._room(job_type)) > 0}
+        if not room:
+            return []
+        if self._fresh:
+            fresh = deque(self._fresh.values())
+            self._fresh.clear()
+            return self._within(room, fresh)
+        if not self._rows or time.monotonic() > self._rows_until or self._rows_among != self._alive():
+            if not self._more:
+                return []
+            await self._look(room)
+        return self._within(room, self._rows)
+
+    def _within(self, room: dict[str, int], waiting: deque[Waiting]) -> list[Waiting]:
+        """Take from the jobs that wait what there is room for; what there is none for stays."""
+        most, claiming = max(room.values()), self._claiming()
+        taken: list[Waiting] = []
+        stay: list[Waiting] = []
+        while waiting and len(taken) < most:
+            job = waiting.popleft()
+            if job.job_id in self._taken or job.job_id in self._left or job.job_id in claiming:
+                continue
+            if room.get(job.job_type, 0) > 0:
+                room[job.job_type] -= 1
+                taken.append(job)
+            else:
+                stay.append(job)
+        waiting.extendleft(reversed(stay))
+        return taken
+
+    async def _look(self, room: Mapping[str, int]) -> None:
+        """Read rows of the queue, choose those that we may try now, and load what is known of them."""
+        self._rows.clear()
+        looked = self._checkpoint.position
+        workers = self._rows_among = frozenset(self._alive())
+        limit = min(max(*room.values(), _LEAST_AT_ONCE) * max(1, len(workers)), _MOST_AT_ONCE)
+        now = datetime.now(UTC)
+        # All that may stand in the way of others: of jobs that run, the views may still say that they wait.
+        without = [*self._taken, *self._left, *self._claiming()]
+        rows = await queue.candidates(self._db, job_types=room.keys(), without=without, now=now, limit=limit)
+        self._looked = max(self._looked, looked)
+        chosen = self._chosen(rows, workers)
+        if not rows:
+            # Of types that there is no room for there may be more.
+            self._more = len(room) < len(self._job_types)
+            self._wake_at(await queue.next_due(self._db, now=now))
+        elif not chosen:
+            self._wake_in(_PATIENCE_SECONDS)
+        known = await load_all(self._log, chosen)
+        for job_id in chosen:
+            found = known[job_id]
+            if isinstance(found, Known) and isinstance(found.state, Job):
+                self._rows.append(Waiting(job_id, found, found.state.asked.job_type))
+            else:
+                self.leave(job_id)
+        self._rows_until = time.monotonic() + _GOOD_FOR_SECONDS
+
+    def _chosen(self, rows: Sequence[queue.Row], workers: Collection[str]) -> list[str]:
+        """Leave rows to workers that come before us while these are claiming; then everything less urgent, too."""
+        now, passed = time.monotonic(), self._passed
+        self._passed = {}
+        self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
+        claiming = [worker for worker, at in self._claimed_at.items() if now - at < _PATIENCE_SECONDS]
+        chosen: list[str] = []
+        waits: int | None = None
+        for row in rows:
+            if waits is not None and row.priority < waits:
+                break
+            first = before(self.worker_id, workers, row.job_id)
+            since = passed.get(row.job_id, now)
+            if not first or (now - since >= _PATIENCE_SECONDS and not any(worker in claiming for worker in first)):
+                chosen.append(row.job_id)
+            else:
+                self._passed[row.job_id] = since
+                waits = row.priority
+        return chosen
+
+    def _look_again(self) -> None:
+        self._more = True
+        self._wake()
+
+    def _wake_at(self, due: datetime | None) -> None:
+        if due is not None:
+            self._wake_in(max(0.0, (due - datetime.now(UTC)).total_seconds()))
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wake_in(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._look_again)

@@ -1,0 +1,46 @@
+"""workers: steps that other jobs have finished: the same session in another language need not fetch its video again."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from ledger.access import may_read
+from ledger.errors import UnreadableEvent
+from ledger.events import StepCompleted
+from ledger.log import EventLog
+from ledger.mongo import Database
+from projections import steps
+
+
+class SharedSteps:
+    """Looks for finished steps that are not older than `seconds`; with 0 nothing is shared."""
+
+    def __init__(self, db: Database, log: EventLog, *, seconds: float) -> None:
+        self._db = db
+        self._log = log
+        self._seconds = seconds
+
+    @property
+    def shared(self) -> bool:
+        return self._seconds > 0
+
+    async def find(self, key: str, job_id: str, user_id: str) -> tuple[str, StepCompleted] | None:
+        """Return the newest step with this digest of its inputs, of another job that the user may read, and which job.
+
+        Raises:
+            LedgerUnavailable: the database failed.
+        """
+        since = datetime.now(UTC) - timedelta(seconds=self._seconds)
+        for row in await steps.find(self._db, key, since=since, other_than=job_id):
+            if may_read(user_id, row["user_id"], row["access_control"]):
+                found = await self._finished(row["job_id"], row["version"])
+                if found is not None and found.key == key:
+                    return row["job_id"], found
+        return None
+
+    async def _finished(self, job_id: str, version: int) -> StepCompleted | None:
+        events = await self._log.read_stream(job_id, after_version=version - 1, limit=1)
+        try:
+            return event if events and isinstance(event := events[0].event, StepCompleted) else None
+        except UnreadableEvent:  # of a later version
+            return None
