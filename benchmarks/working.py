@@ -1,0 +1,205 @@
+"""benchmarks: jobs: how long until an idle worker starts one, and how many a second are done, views and all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import structlog
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.measure import Result, percentile
+from cli.settings import Settings, read_settings
+from cli.wiring import Role, roles
+from ledger.changes import Changes
+from ledger.commands import SubmitJob
+from ledger.events import JobClaimed, JobCompleted, JobSubmitted, Meta
+from ledger.handle import handle, handle_new, new_job_id
+from ledger.log import EventLog
+from ledger.mongo import Connection, Database
+from projections.checkpoint import Checkpoint
+from workers.processor import Isolation, Job, Results
+from workers.registry import processors
+
+JOBS = 5000
+WORKERS = 2
+CROWD = 8
+SLOTS = 200  # of all workers together
+_META = Meta("user:bench")
+_spawn = multiprocessing.get_context("spawn")
+
+
+class _Anything(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Clock:
+    """A job type that notes when it was started, and does nothing."""
+
+    job_type: ClassVar[str] = "clock"
+    isolation: ClassVar[Isolation] = "inline"
+    preload: ClassVar[Sequence[str]] = ()
+    Parameters: ClassVar[type[BaseModel]] = _Anything
+    Settings: ClassVar[type[BaseModel]] = _Anything
+
+    def __init__(self, settings: Any) -> None:
+        pass
+
+    async def run(self, job: Job) -> Results:
+        return Results(metadata={"started": time.time()})
+
+
+async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
+    """Measure a single job on idle workers, and the way through a backlog with two and with many workers."""
+    with tempfile.TemporaryDirectory() as store:
+        pickup = await _pickup(connection, Path(store), rounds * 40)
+        drained = [
+            await _drain(connection, Path(store), workers=WORKERS, files=False, at_least=2000),
+            await _drain(connection, Path(store), workers=WORKERS, files=True, at_least=0),
+            await _drain(connection, Path(store), workers=CROWD, files=False, at_least=0),
+        ]
+    return [*pickup, *drained]
+
+
+# Roles as processes of their own -----------------------------------------------------------------------------------
+
+
+def _settings(connection: Connection, store: Path, slots: int) -> Settings:
+    chosen = {
+        "mongodb": {"uri": connection.uri, "db_name": connection.db_name},
+        "results": {"store": str(store)},
+        "event_worker": {"max_concurrent": slots},
+    }
+    settings, _ = read_settings(None, chosen, defaults_only=True)
+    return settings
+
+
+def _role(connection: Connection, store: Path, role: Role, slots: int) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    processors()["clock"] = Clock
+    asyncio.run(_until_terminated(_settings(connection, store, slots), connection, role))
+
+
+async def _until_terminated(settings: Settings, connection: Connection, role: Role) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with roles(settings, connection, frozenset({role}), failed=lambda error: stop.set()):
+        await stop.wait()
+
+
+@asynccontextmanager
+async def _processes(connection: Connection, store: Path, **wanted: int) -> AsyncIterator[None]:
+    started = [
+        _spawn.Process(target=_role, args=(connection, store, role, SLOTS // number))
+        for role, number in wanted.items()
+        for _ in range(number)
+    ]
+    for process in started:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            await asyncio.to_thread(process.join)
+
+
+@asynccontextmanager
+async def _database(connection: Connection) -> AsyncIterator[tuple[Database, EventLog, Checkpoint]]:
+    async with connection.client() as client:
+        await client.drop_database(connection.db_name)
+        db = client[connection.db_name]
+        log, changes, checkpoint = EventLog(db), Changes(db), Checkpoint(db)
+        changes.listen(log)
+        changes.listen(checkpoint)
+        await log.prepare()
+        async with changes.running():
+            yield db, log, checkpoint
+        await log.aclose()
+
+
+# What is measured --------------------------------------------------------------------------------------------------
+
+
+def _job(job_type: str, **parameters: Any) -> JobSubmitted:
+    return JobSubmitted(job_type=job_type, parameters=parameters, user_id="bench")
+
+
+async def _pickup(connection: Connection, store: Path, number: int) -> list[Result]:
+    """From the call that submits a job until its processor runs, in another process, one job at a time."""
+    async with (
+        _database(connection) as (_, log, _checkpoint),
+        _processes(connection, store, projector=1, worker=WORKERS),
+        log.subscription(after=0, types=[JobCompleted]) as ends,
+    ):
+        delays = []
+        for n in range(number + 20):
+            begun = time.time()
+            await handle(log, new_job_id(), SubmitJob(_job("clock")), meta=_META)
+            [done] = await ends.chunk()
+            if n >= 20:
+                delays.append(done.data["results"]["metadata"]["started"] - begun)
+            await asyncio.sleep(0.005)
+    p50, p99 = percentile(delays, 50) * 1000, percentile(delays, 99) * 1000
+    return [
+        Result(
+            "pickup: a job submitted until its processor runs, idle workers",
+            "",
+            f"p50 {p50:.1f} ms, p99 {p99:.1f} ms",
+            p50,
+            (percentile(delays, 0) * 1000, p99),
+            "p50 ≤ 8 ms, p99 ≤ 30 ms",
+            p50 <= 8 and p99 <= 30,
+        )
+    ]
+
+
+async def _drain(connection: Connection, store: Path, *, workers: int, files: bool, at_least: float) -> Result:
+    """A backlog that the views know of; from when all workers are at work until the views know that all is done."""
+    async with _database(connection) as (db, log, checkpoint):
+        async with _processes(connection, store, projector=1):
+            for _ in range(JOBS // 1000):
+                await handle_new(
+                    log, [(new_job_id(), SubmitJob(_job("echo", file=files))) for _ in range(1000)], meta=_META
+                )
+            head = await log.head()
+            await checkpoint.reached(head)
+            async with (
+                log.subscription(after=head, types=[JobClaimed, JobCompleted]) as events,
+                _processes(connection, store, worker=workers),
+            ):
+                begun, before = 0.0, 0
+                done = claimed = 0
+                at_work: set[str] = set()
+                while done < JOBS:
+                    for event in await events.chunk():
+                        if event.type == "JobClaimed":
+                            claimed += 1
+                            at_work.add(event.data["worker_id"])
+                        else:
+                            done += 1
+                    if not begun and len(at_work) == workers:
+                        begun, before = time.time(), done
+                await checkpoint.reached(await log.head())
+                seconds = time.time() - begun
+            voided = await db.events.count_documents({"type": "PositionVoided"})
+        assert await db.jobs.count_documents({"status": "completed"}) == JOBS  # noqa: S101 - a benchmark checks itself
+    return Result(
+        f"drain: {JOBS:,} jobs {'with a file each' if files else 'that do nothing'}, {workers} workers, one projector",
+        "",
+        f"{(JOBS - before) / seconds:,.0f} jobs/s",
+        (JOBS - before) / seconds,
+        (0, 0),
+        f"≥ {at_least:,.0f}",
+        (JOBS - before) / seconds >= at_least,
+        notes=(f"{claimed / JOBS:.2f} claims a job, {voided} positions voided",),
+    )
