@@ -1,87 +1,194 @@
-"""kill -9 on workers, over and over, while they work: every job ends, and no two attempts at it ever overlap."""
+"""kill -9 on workers, their children, the projector and mongod while jobs are done: every job ends, and in good order.
+
+What "in good order" means is in `tests/support/history.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from ledger.events import (
-    JobAttemptFailed,
-    JobCancelled,
-    JobClaimed,
-    JobCompleted,
-    JobFailed,
-    JobLeaseExpired,
-    JobReleased,
-    Recorded,
-)
+from ledger.commands import CancelJob
+from ledger.embedded import EmbeddedServer
+from ledger.errors import CommandRefused, LedgerUnavailable
+from ledger.events import Recorded
 from ledger.mongo import Connection
 from tests.projections.refold import assert_views_equal_the_log
-from tests.support.running import RealProcess, process, real_process
+from tests.support.history import check_history
+from tests.support.installation import descendants
+from tests.support.job_processes import job_processes
+from tests.support.ledgers import stored
+from tests.support.mongod import needs_local_mongod
+from tests.support.running import ENDS, Process, RealProcess, group, process, real_process, until
+from tests.support.slow_site import SlowSite, serving
 
-LEASE_SECONDS = 1.0
-WORKERS, KILLS, JOBS = 3, 6, 40
-FREES = (JobAttemptFailed, JobLeaseExpired, JobReleased)
-ENDS = (JobCompleted, JobFailed, JobCancelled)
+pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
 
-
-def overlaps(history: Sequence[Recorded]) -> list[str]:
-    """Tell what is wrong with a job's history: attempts that overlap, ends without a beginning."""
-    wrong, live, before, expired = [], None, 0, False
-    for event in history:
-        happened = event.event
-        if isinstance(happened, JobClaimed):
-            if live is not None:
-                wrong.append(f"{event.position}: attempt {happened.attempt} begins while {live} lives")
-            if happened.attempt != before + 1:
-                wrong.append(f"{event.position}: attempt {happened.attempt} follows {before}")
-            live = before = happened.attempt
-        elif isinstance(happened, FREES + ENDS):
-            attempt = getattr(happened, "attempt", live)
-            # A lease that has expired for the last time is followed by the job's failure, in the same transaction.
-            if not (expired and isinstance(happened, JobFailed)) and (live is None or attempt != live):
-                wrong.append(f"{event.position}: {event.type} of attempt {attempt} while {live} lives")
-            live = None
-        expired = isinstance(happened, JobLeaseExpired)
-    return wrong
+LEASE_SECONDS = 2.0
+WORKERS, SLOTS = 3, 5
+INLINE, IN_CHILDREN, BATCH = 240, 60, 20
+MANY_ATTEMPTS, FEW_ATTEMPTS = 50, 2
+WORKER, JOB, HELPER, PROJECTOR, MONGOD, WISH = "worker", "job", "helper", "projector", "mongod", "wish"
+FAULTS = [WORKER] * 8 + [JOB] * 8 + [HELPER] * 3 + [PROJECTOR] * 4 + [MONGOD] * 3 + [WISH] * 4
+BETWEEN_FAULTS = 8  # claims, at most
+DEADLINE_SECONDS = 90.0
 
 
-@pytest.mark.timeout(180)
-async def test_every_job_ends_and_no_two_attempts_overlap(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    dice = random.Random(20)
-    connection, store = Connection(mongodb_uri, db_name), tmp_path / "results"
+@dataclass
+class Stage:
+    """Everything that may be killed, started again at once; and what this process, which only watches, has seen."""
+
+    server: EmbeddedServer
+    here: Process
+    stack: ExitStack
+    workers: list[RealProcess] = field(default_factory=list)
+    projectors: list[RealProcess] = field(default_factory=list)
+    killed: list[RealProcess] = field(default_factory=list)
+    submitted: set[str] = field(default_factory=set)
+    ended: set[str] = field(default_factory=set)
+    seen: list[Recorded] = field(default_factory=list)
+    claims: int = 0
+
+    @property
+    def waiting(self) -> set[str]:
+        return self.submitted - self.ended
+
+    async def start(self, role: str) -> RealProcess:
+        connection, store = self.here.connection, self.here.store.root
+        real = self.stack.enter_context(real_process(connection, store, role, lease_seconds=LEASE_SECONDS, slots=SLOTS))
+        await real.started()
+        assert real.process.stdout is not None
+        # What it has to say of a database that is away would fill the pipe some time, and then it would stand still.
+        Thread(target=real.process.stdout.read, daemon=True).start()
+        return real
+
+    async def follow(self) -> None:
+        """Take in everything that happens, whether or not the database is there."""
+        async with self.here.log.subscription(after=0) as events:
+            while True:
+                try:
+                    chunk = await events.chunk()
+                except LedgerUnavailable:
+                    await asyncio.sleep(0.05)
+                    continue
+                self.seen += chunk
+                self.claims += sum(event.type == "JobClaimed" for event in chunk)
+                self.ended |= {event.stream for event in chunk if event.type in ENDS}
+
+    async def claimed_again(self, times: int) -> None:
+        """Wait until jobs have been claimed so many times more, or all of them have ended."""
+        enough = self.claims + times
+        await until(lambda: self.claims >= enough or not self.waiting, f"{enough} claims", seconds=DEADLINE_SECONDS)
+
+    async def befall(self, fault: str) -> None:
+        match fault:
+            case "worker":
+                await self.replace_one_of(self.workers, fault)
+            case "projector":
+                await self.replace_one_of(self.projectors, fault)
+            case "job":
+                await until(lambda: not self.waiting or any(map(job_processes, self.workers)), "a job runs in a child")
+                kill_one_of(pid for worker in self.workers for pid in job_processes(worker))
+            case "helper":  # the server process that forks children, or Python's own that clears up; or a job again
+                kill_one_of(descendants(random.choice(self.workers).pid))
+            case "mongod":
+                os.kill(self.server.pid, signal.SIGKILL)
+                self.server.restart()  # in the main thread, as it has to be: we do not watch meanwhile
+            case "wish":
+                with suppress(LedgerUnavailable, CommandRefused):
+                    await self.here.do(random.choice(sorted(self.waiting)), CancelJob("user-1"))
+
+    async def replace_one_of(self, processes: list[RealProcess], role: str) -> None:
+        victim = processes.pop(random.randrange(len(processes)))
+        victim.send(signal.SIGKILL)
+        assert await victim.gone() == -signal.SIGKILL, f"a {role} has ended by itself"
+        self.killed.append(victim)
+        processes.append(await self.start(role))
+
+    def errors(self, type_: str) -> Counter[str]:
+        """Count, by their codes, the errors in all events of a type."""
+        return Counter(event.data["error"]["code"] for event in self.seen if event.type == type_)
+
+
+def kill_one_of(pids: Iterable[int]) -> None:
+    if there := sorted(pids):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(random.choice(there), signal.SIGKILL)
+
+
+@asynccontextmanager
+async def stage_on(server: EmbeddedServer, store: Path) -> AsyncIterator[Stage]:
     with ExitStack() as stack:
+        async with process(Connection(server.uri, "test"), store) as here:
+            stage = Stage(server, here, stack)
+            following = asyncio.create_task(stage.follow())
+            try:
+                stage.projectors.append(await stage.start(PROJECTOR))
+                stage.workers += [await stage.start(WORKER) for _ in range(WORKERS)]
+                yield stage
+            finally:
+                following.cancel()
+                with suppress(asyncio.CancelledError):
+                    await following
 
-        def start() -> RealProcess:
-            return stack.enter_context(real_process(connection, store, "worker", lease_seconds=LEASE_SECONDS, slots=4))
 
-        async with process(connection, store, projector=True) as here:
-            workers = [start() for _ in range(WORKERS)]
-            await asyncio.gather(*(worker.started() for worker in workers))
-            job_ids = [await here.submit({"seconds": dice.uniform(0.2, 2)}, max_attempts=50) for _ in range(JOBS)]
-            position = 0
-            for _ in range(KILLS):
-                # Whenever some more jobs have been claimed, the worker that claimed last is killed, or another.
-                for _ in range(dice.randrange(1, 6)):
-                    position = (await here.heard(JobClaimed, after=position)).position
-                victim = workers.pop(dice.randrange(len(workers)))
-                victim.send(signal.SIGKILL)
-                await victim.gone()
-                workers.append(start())
-                await workers[-1].started()
-            await here.ended(*job_ids, seconds=60)
+async def submit(here: Process, site: SlowSite) -> set[str]:
+    """Submit jobs of both kinds in any order, some of them in batches; return their ids."""
 
-            lost = 0
-            for job_id in job_ids:
-                history = await here.log.read_stream(job_id)
-                assert overlaps(history) == []
-                assert isinstance(history[-1].event, JobCompleted), [event.type for event in history]
-                lost += sum(isinstance(event.event, JobLeaseExpired) for event in history)
-            assert lost > 0, "nobody was killed at work: the test shows nothing"
-            await assert_views_equal_the_log(here)
+    def echo() -> dict[str, float]:
+        return {"seconds": random.uniform(0, 1.5)}
+
+    def attempts() -> int:
+        return random.choices([MANY_ATTEMPTS, FEW_ATTEMPTS], [9, 1])[0]
+
+    jobs = [here.submit(echo(), max_attempts=attempts()) for _ in range(INLINE // 2)]
+    jobs += [
+        here.submit(site.job(f"/talk-{number}"), job_type="session", max_attempts=attempts())
+        for number in range(IN_CHILDREN)
+    ]
+    random.shuffle(jobs)
+    batches = [
+        here.submit_batch(*(echo() for _ in range(BATCH)), max_attempts=MANY_ATTEMPTS)
+        for _ in range(INLINE // 2 // BATCH)
+    ]
+    submitted = set(await asyncio.gather(*jobs))
+    for _, job_ids in await asyncio.gather(*batches):
+        submitted.update(job_ids)
+    assert len(submitted) == INLINE + IN_CHILDREN
+    return submitted
+
+
+async def test_whatever_is_killed_every_job_ends_and_no_two_attempts_overlap(tmp_path: Path) -> None:
+    async def pause(path: str) -> None:
+        await asyncio.sleep(random.uniform(0.1, 1))
+
+    with EmbeddedServer.start(tmp_path / "data", port=0, oplog_mb=256) as server:
+        async with serving(SlowSite(pause)) as site, stage_on(server, tmp_path / "results") as stage:
+            stage.submitted = await submit(stage.here, site)
+            for fault in random.sample(FAULTS, len(FAULTS)):
+                await stage.claimed_again(random.randint(1, BETWEEN_FAULTS))
+                if stage.waiting:
+                    await stage.befall(fault)
+            await until(lambda: not stage.waiting, "every job has ended", seconds=DEADLINE_SECONDS)
+
+            documents = await stored(stage.here.db)
+            check_history(documents, all_ended=True)
+            few = {it["stream"] for it in documents if it["data"].get("max_attempts") == FEW_ATTEMPTS}
+            assert {it["stream"] for it in documents if it["type"] == "JobFailed"} <= few, "too soon"
+            await assert_views_equal_the_log(stage.here)
+
+            for role in stage.workers + stage.projectors:
+                assert role.process.poll() is None, "a process has ended by itself"
+            await until(lambda: not any(group(role.pid) for role in stage.killed), "nothing is left of the killed")
+            assert sum(event.type == "JobLeaseExpired" for event in stage.seen) > WORKERS, "nobody was killed at work"
+            assert stage.errors("JobAttemptFailed")["PROCESS_KILLED"] > 0, "no child was killed at work"

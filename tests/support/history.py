@@ -1,0 +1,172 @@
+"""tests: reads a whole log afterwards and finds what workers must never have done, whoever was killed when.
+
+In words of its own: it shares no code with `ledger.job`, so it does not share its mistakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ledger.events import (
+    JobAccessChanged,
+    JobArchived,
+    JobAttemptFailed,
+    JobCancelled,
+    JobCancelRequested,
+    JobClaimed,
+    JobCompleted,
+    JobDeleted,
+    JobFailed,
+    JobLeaseExpired,
+    JobLogged,
+    JobProgressed,
+    JobReleased,
+    JobRestarted,
+    JobSubmitted,
+    JobUnarchived,
+    JobUpdated,
+    Recorded,
+    StepCompleted,
+    WorkerFenced,
+)
+from ledger.mongo import Document
+from tests.support.ledgers import check_log
+
+SPOKEN = (JobProgressed, JobLogged, StepCompleted, JobCompleted, JobAttemptFailed, JobFailed, JobReleased)
+"""What only the worker of the live attempt may say; but a lease that expires in the last attempt fails the job, too."""
+ENDS = (JobCompleted, JobFailed, JobCancelled)
+AT_ANY_TIME = (WorkerFenced, JobAccessChanged, JobArchived, JobUnarchived)
+
+
+def check_history(documents: Iterable[Document], *, all_ended: bool = False) -> None:
+    """Hold a complete log, the documents of `events` in order, against the promises about jobs and attempts.
+
+    Raises:
+        AssertionError: one is broken; the message names the job and the position.
+    """
+    documents = list(documents)
+    check_log(documents)
+    stories: dict[str, _Story] = {}
+    for event in map(Recorded, documents):
+        if event.stream.startswith("job-"):
+            stories.setdefault(event.stream, _Story()).go_on(event)
+    for story in stories.values() if all_ended else ():
+        story.require(story.over, story.events[-1], "is the last event, and the job has not ended")
+
+
+@dataclass(slots=True)
+class _Story:
+    """What has become of one job so far."""
+
+    events: list[Recorded] = field(default_factory=list)
+    max_attempts: int = 0
+    counted: int = 0
+    workers: list[str] = field(default_factory=list)
+    """Who has claimed the job: one worker an attempt."""
+    live: int = 0
+    """The attempt that runs, 0 if none does."""
+    over: bool = False
+    steps: dict[str, int] = field(default_factory=dict)
+    """By their keys, the finished steps that need not be done again, and the attempts that have finished them."""
+
+    def require(self, holds: bool, event: Recorded, wrong: str) -> None:
+        assert holds, f"{event.stream}, position {event.position}: {event.type} {wrong}"
+
+    def go_on(self, event: Recorded) -> None:
+        happened = event.event
+        self.require(isinstance(happened, JobSubmitted) == (not self.events), event, "must be the first event, once")
+        if self.over:
+            self.require(
+                isinstance(happened, (*AT_ANY_TIME, JobRestarted, JobDeleted)), event, "after the job has ended"
+            )
+        self.require(
+            not self.events or not isinstance(self.events[-1].event, JobDeleted), event, "after the job was deleted"
+        )
+        if isinstance(happened, SPOKEN) and not self._fails_with_its_lease(event):
+            self._hear(event, happened.attempt)
+        match happened:
+            case JobSubmitted():
+                self.max_attempts = happened.max_attempts
+            case JobClaimed():
+                self._claim(event, happened)
+            case StepCompleted():
+                self._finish_step(event, happened)
+            case JobLeaseExpired():
+                self._is_live(event, happened.attempt)
+                self._is_worker(event, happened.worker_id)
+                self.live = 0
+            case JobReleased():
+                self._is_worker(event, happened.worker_id)
+                self.live, self.counted = 0, self.counted - 1
+            case JobAttemptFailed():
+                self.live = 0
+            case JobCompleted() | JobFailed() | JobCancelled():
+                if self.live:  # a cancellation names no attempt
+                    self._is_speaker(event)
+                self.live, self.over = 0, True
+            case JobRestarted():
+                self.require(self.over, event, "before the job has ended")
+                self.over, self.counted = False, 0
+                if not happened.reuse_steps:
+                    self.steps.clear()
+            case WorkerFenced():
+                self._fence(event, happened)
+            case JobUpdated() | JobDeleted():
+                self.require(not self.live, event, f"while attempt {self.live} is live")
+                self.over = self.over or isinstance(happened, JobDeleted)
+            case JobCancelRequested():
+                self.require(self.live > 0, event, "while no attempt is live")
+        self.events.append(event)
+
+    def _fails_with_its_lease(self, event: Recorded) -> bool:
+        """Return whether the job's lease has expired for the last time: both is said in one transaction."""
+        before = self.events[-1]
+        return (
+            isinstance(event.event, JobFailed)
+            and isinstance(before.event, JobLeaseExpired)
+            and event.position == before.position + 1
+            and event.event.attempt == before.event.attempt
+            and self.counted == self.max_attempts
+        )
+
+    def _hear(self, event: Recorded, attempt: int) -> None:
+        self._is_live(event, attempt)
+        self._is_speaker(event)
+
+    def _is_speaker(self, event: Recorded) -> None:
+        role, _, name = event.meta.actor.partition(":")
+        if role == "worker":  # tests may speak in a worker's name
+            self._is_worker(event, name)
+
+    def _is_live(self, event: Recorded, attempt: int) -> None:
+        now = f"{self.live} is live" if self.live else "none is live"
+        self.require(attempt == self.live, event, f"of attempt {attempt} while {now}")
+
+    def _is_worker(self, event: Recorded, name: str) -> None:
+        self.require(name == self.workers[-1], event, f"of {name}, but the attempt is that of {self.workers[-1]}")
+
+    def _claim(self, event: Recorded, claimed: JobClaimed) -> None:
+        self.require(not self.live, event, f"of attempt {claimed.attempt} while {self.live} is live")
+        before = len(self.workers)
+        self.require(claimed.attempt == before + 1, event, f"of attempt {claimed.attempt} follows attempt {before}")
+        self.workers.append(claimed.worker_id)
+        self.live, self.counted = claimed.attempt, self.counted + 1
+        self.require(
+            self.counted <= self.max_attempts, event, f"makes {self.counted} attempts, {self.max_attempts} are allowed"
+        )
+
+    def _finish_step(self, event: Recorded, step: StepCompleted) -> None:
+        earlier = self.steps.setdefault(step.key, step.attempt)
+        self.require(
+            earlier == step.attempt,
+            event,
+            f"of {step.step!r} in attempt {step.attempt}, but attempt {earlier} had finished it",
+        )
+
+    def _fence(self, event: Recorded, fenced: WorkerFenced) -> None:
+        claimed = self.workers[fenced.attempt - 1 : fenced.attempt] if fenced.attempt > 0 else []
+        self.require(
+            claimed == [fenced.worker_id], event, f"of {fenced.worker_id}, which never had attempt {fenced.attempt}"
+        )
+        self.require(fenced.attempt != self.live, event, f"of attempt {fenced.attempt}, which is live")

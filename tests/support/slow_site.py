@@ -1,0 +1,74 @@
+"""tests: a web site that takes its time, for jobs of the type `session`, which run in child processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+PAGE = b"<html><head><title>A talk</title></head><body><h1>A talk</h1><p>What was said there.</p></body></html>"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n"
+
+
+class SlowSite:
+    """Answers every question with the same page once `pause`, which is told the path, has returned."""
+
+    def __init__(self, pause: Callable[[str], Awaitable[None]]) -> None:
+        self._pause = pause
+        self._answering: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self.asked = asyncio.Queue[str]()
+        """The paths, in the order they came: whoever asks is a child at work."""
+        self.port = 0
+
+    def job(self, path: str = "/talk") -> dict[str, Any]:
+        return {
+            "event": "A conference",
+            "session": "A talk",
+            "url": f"http://127.0.0.1:{self.port}{path}",
+            "filename": "talk.md",
+            "track": "A track",
+        }
+
+    def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Begin to answer a question."""
+        task = asyncio.create_task(self._answer(reader, writer))
+        self._answering[task] = writer
+        task.add_done_callback(self._answering.pop)
+
+    async def aclose(self) -> None:
+        """Hang up on everybody who still waits for an answer."""
+        for writer in self._answering.values():
+            writer.close()
+        await asyncio.gather(*self._answering)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):  # who asked was killed
+            path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+            self.asked.put_nowait(path)
+            pause, gone = asyncio.ensure_future(self._pause(path)), asyncio.ensure_future(reader.read())
+            await asyncio.wait({pause, gone}, return_when=asyncio.FIRST_COMPLETED)
+            answering = pause.done()
+            for waiting in (pause, gone):
+                waiting.cancel()
+            await asyncio.gather(pause, gone, return_exceptions=True)
+            if answering:
+                await self.say(path, writer)
+        writer.close()
+
+    async def say(self, path: str, writer: asyncio.StreamWriter) -> None:
+        """Write the answer."""
+        writer.write(HEAD + PAGE)
+        await writer.drain()
+
+
+@asynccontextmanager
+async def serving(site: SlowSite) -> AsyncIterator[SlowSite]:
+    """Serve a site inside the block."""
+    server = await asyncio.start_server(site.answer, "127.0.0.1", 0)
+    site.port = server.sockets[0].getsockname()[1]
+    try:
+        yield site
+    finally:
+        server.close()
+        await site.aclose()

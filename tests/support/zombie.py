@@ -1,0 +1,88 @@
+"""tests: a real worker that is thawed after its lease has run out and goes on working before it hears of that.
+
+As a rule a thawed worker hears of it first, from its own heartbeat, and falls silent. This one is as if the kernel gave
+the heartbeat's thread its turn last: the first heartbeat that comes too late waits until the worker has been refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pymongo import monitoring
+
+from ledger.mongo import Connection
+from tests.support import running
+from tests.support.running import RealProcess, group
+
+PATIENCE_SECONDS = 10.0
+
+
+class LateHeartbeat(monitoring.CommandListener):
+    """Holds the first heartbeat after the lease has run out until `WorkerFenced` is in the log."""
+
+    def __init__(self, lease_seconds: float) -> None:
+        self._lease_seconds = lease_seconds
+        self._beat_at = time.monotonic()
+        self._refusal: int | None = None
+        self._refused = threading.Event()
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command_name == "insert" and event.command["insert"] == "events":
+            if any(document["type"] == "WorkerFenced" for document in event.command["documents"]):
+                self._refusal = event.request_id
+        elif event.command_name == "update" and event.command["update"] == "workers":
+            if time.monotonic() - self._beat_at > self._lease_seconds:
+                self._refused.wait(PATIENCE_SECONDS)
+            self._beat_at = time.monotonic()
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
+        if event.request_id == self._refusal:
+            self._refused.set()
+
+    def failed(self, event: monitoring.CommandFailedEvent) -> None:
+        """Is tried again."""
+
+
+class Zombie(RealProcess):
+    """A `RealProcess` with a late heartbeat."""
+
+    def __init__(self, connection: Connection, store: Path, **options: Any) -> None:
+        arguments = [connection.uri, connection.db_name, str(store), "worker"]
+        arguments += [f"{name}={value}" for name, value in options.items()]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.zombie", *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+
+@contextmanager
+def real_zombie(connection: Connection, store: Path, *, lease_seconds: float, **options: Any) -> Iterator[RealProcess]:
+    """Run a worker as `real_process` does. Nothing is odd about it unless it is frozen."""
+    real = Zombie(connection, store, lease_seconds=lease_seconds, **options)
+    try:
+        yield real
+    finally:
+        real.process.kill()
+        real.process.wait()
+        for pid in group(real.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert real.process.stdout is not None
+        real.process.stdout.close()
+
+
+if __name__ == "__main__":
+    (_lease_seconds,) = (float(item.partition("=")[2]) for item in sys.argv if item.startswith("lease_seconds="))
+    monitoring.register(LateHeartbeat(_lease_seconds))
+    asyncio.run(running._main(*sys.argv[1:]))
