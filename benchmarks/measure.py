@@ -19,13 +19,16 @@ Measured = Callable[[], Awaitable[float]]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One claim and what came out. `ratio` is ours to the plain driver's; `aim` says on which side of which number."""
+    """One claim and what came out. `aim` says on which side of which number.
+
+    `ratio` is ours to the plain driver's, None where the plain driver has nothing of the kind.
+    """
 
     claim: str
     plain: str
     ours: str
-    ratio: float
-    spread: tuple[float, float]
+    ratio: float | None
+    spread: tuple[float, float] | None
     aim: str
     reached: bool
     notes: Sequence[str] = field(default=())
@@ -107,9 +110,10 @@ def show(results: Sequence[Result]) -> None:
     """Print the table."""
     table = Table("claim", "plain driver", "Jobledger", "ratio", "spread", "aim", "")
     for it in results:
-        spread = f"{it.spread[0]:.2f} – {it.spread[1]:.2f}"
+        ratio = "" if it.ratio is None else f"{it.ratio:.2f}"
+        spread = "" if it.spread is None else f"{it.spread[0]:.2f} – {it.spread[1]:.2f}"
         verdict = "reached" if it.reached else "[bold]missed[/bold]"
-        table.add_row(it.claim, it.plain, it.ours, f"{it.ratio:.2f}", spread, it.aim, verdict)
+        table.add_row(it.claim, it.plain, it.ours, ratio, spread, it.aim, verdict)
     console = Console(width=160)
     console.print(table)
     for it in results:

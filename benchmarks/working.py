@@ -29,7 +29,7 @@ from projections.checkpoint import Checkpoint
 from workers.processor import Isolation, Job, Results
 from workers.registry import processors
 
-JOBS = 5000
+SHARE = 4  # of the events of the other benchmarks: 5,000 jobs
 WORKERS = 2
 CROWD = 8
 SLOTS = 200  # of all workers together
@@ -59,12 +59,13 @@ class Clock:
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Measure a single job on idle workers, and the way through a backlog with two and with many workers."""
+    jobs = events // SHARE
     with tempfile.TemporaryDirectory() as store:
         pickup = await _pickup(connection, Path(store), rounds * 40)
         drained = [
-            await _drain(connection, Path(store), workers=WORKERS, files=False, at_least=2000),
-            await _drain(connection, Path(store), workers=WORKERS, files=True, at_least=0),
-            await _drain(connection, Path(store), workers=CROWD, files=False, at_least=0),
+            await _drain(connection, Path(store), jobs, workers=WORKERS, files=False, at_least=2000),
+            await _drain(connection, Path(store), jobs, workers=WORKERS, files=True),
+            await _drain(connection, Path(store), jobs, workers=CROWD, files=False),
         ]
     return [*pickup, *drained]
 
@@ -155,22 +156,23 @@ async def _pickup(connection: Connection, store: Path, number: int) -> list[Resu
             "pickup: a job submitted until its processor runs, idle workers",
             "",
             f"p50 {p50:.1f} ms, p99 {p99:.1f} ms",
-            p50,
-            (percentile(delays, 0) * 1000, p99),
+            None,
+            None,
             "p50 ≤ 8 ms, p99 ≤ 30 ms",
             p50 <= 8 and p99 <= 30,
         )
     ]
 
 
-async def _drain(connection: Connection, store: Path, *, workers: int, files: bool, at_least: float) -> Result:
+async def _drain(
+    connection: Connection, store: Path, jobs: int, *, workers: int, files: bool, at_least: float = 0
+) -> Result:
     """A backlog that the views know of; from when all workers are at work until the views know that all is done."""
     async with _database(connection) as (db, log, checkpoint):
         async with _processes(connection, store, projector=1):
-            for _ in range(JOBS // 1000):
-                await handle_new(
-                    log, [(new_job_id(), SubmitJob(_job("echo", file=files))) for _ in range(1000)], meta=_META
-                )
+            for begin in range(0, jobs, 1000):
+                asked = [SubmitJob(_job("echo", file=files)) for _ in range(min(1000, jobs - begin))]
+                await handle_new(log, [(new_job_id(), command) for command in asked], meta=_META)
             head = await log.head()
             await checkpoint.reached(head)
             async with (
@@ -180,26 +182,27 @@ async def _drain(connection: Connection, store: Path, *, workers: int, files: bo
                 begun, before = 0.0, 0
                 done = claimed = 0
                 at_work: set[str] = set()
-                while done < JOBS:
+                while done < jobs:
                     for event in await events.chunk():
                         if event.type == "JobClaimed":
                             claimed += 1
                             at_work.add(event.data["worker_id"])
                         else:
                             done += 1
-                    if not begun and len(at_work) == workers:
+                    if not begun and (len(at_work) == workers or done > jobs // 2):
                         begun, before = time.time(), done
                 await checkpoint.reached(await log.head())
                 seconds = time.time() - begun
             voided = await db.events.count_documents({"type": "PositionVoided"})
-        assert await db.jobs.count_documents({"status": "completed"}) == JOBS  # noqa: S101 - a benchmark checks itself
+        assert await db.jobs.count_documents({"status": "completed"}) == jobs  # noqa: S101 - a benchmark checks itself
+    rate = (jobs - before) / seconds
     return Result(
-        f"drain: {JOBS:,} jobs {'with a file each' if files else 'that do nothing'}, {workers} workers, one projector",
+        f"drain: {jobs:,} jobs {'with a file each' if files else 'that do nothing'}, {workers} workers, one projector",
         "",
-        f"{(JOBS - before) / seconds:,.0f} jobs/s",
-        (JOBS - before) / seconds,
-        (0, 0),
-        f"≥ {at_least:,.0f}",
-        (JOBS - before) / seconds >= at_least,
-        notes=(f"{claimed / JOBS:.2f} claims a job, {voided} positions voided",),
+        f"{rate:,.0f} jobs/s",
+        None,
+        None,
+        f"≥ {at_least:,.0f}/s" if at_least else "",
+        rate >= at_least,
+        notes=(f"{claimed / jobs:.2f} claims a job, and {voided / jobs:.2f} that were lost (void positions)",),
     )

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -18,20 +20,23 @@ def run(*arguments: str, mongodb_uri: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"JOBLEDGER_TEST_MONGODB_URI": mongodb_uri},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
 
 
+@pytest.mark.timeout(240)
 def test_every_claim_about_speed_is_measured(mongodb_uri: str) -> None:
     measured = run("--events", "800", "--rounds", "1", mongodb_uri=mongodb_uri)
     assert measured.returncode == 0, measured.stderr
     ratios = re.findall(r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d", measured.stdout)
     assert len(ratios) == 7, measured.stdout
+    assert re.search(r"pickup.* p50 \d+\.\d ms, p99 \d+\.\d ms", measured.stdout)
+    assert len(re.findall(r"drain.* [\d,]+ jobs/s", measured.stdout)) == 3
     assert all(0 < float(ratio) < 100 for ratio in ratios)
 
 
 def test_a_part_that_does_not_exist_is_refused(mongodb_uri: str) -> None:
     refused = run("apend", mongodb_uri=mongodb_uri)
     assert refused.returncode == 2
-    assert "there are append, read" in refused.stderr
+    assert "there are append, read, work" in refused.stderr
