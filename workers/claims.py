@@ -42,9 +42,10 @@ _PATIENCE_SECONDS: Final = 0.25
 hundred of theirs at hand and not yet have come to it."""
 _LEAST_AT_ONCE: Final = 50
 _MOST_AT_ONCE: Final = 500
-_GOOD_FOR_SECONDS: Final = 0.1
-"""After so long the rows of a look are forgotten: something more urgent may have come. With a worker that comes or goes
-the ranks change, and they are forgotten at once."""
+_GOOD_FOR_SECONDS: Final = 2.0
+_GOOD_WITH_NEWS_SECONDS: Final = 0.1
+"""After so long the rows of a look are forgotten; sooner if something has come since, which may be more urgent; and at
+once if a worker has come or gone, for that changes the ranks."""
 
 
 def before(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
@@ -96,6 +97,7 @@ class Claims:
         self._rows_until = 0.0
         self._rows_among: frozenset[str] = frozenset()
         self._more = True
+        self._news = 0
         self._heard = 0
         self._looked = 0
         self._taken: dict[str, int] = {}
@@ -185,8 +187,8 @@ class Claims:
         while self._taken and (oldest := next(iter(self._taken.items())))[1] <= position:
             del self._taken[oldest[0]]
         if self._heard > self._looked:
-            self._more = True
-            self._wake()
+            self._rows_until = min(self._rows_until, time.monotonic() + _GOOD_WITH_NEWS_SECONDS)
+            self._look_again()
 
     # Taking -------------------------------------------------------------------------------------------------------
 
@@ -229,7 +231,7 @@ class Claims:
     async def _look(self, room: Mapping[str, int]) -> None:
         """Read rows of the queue, choose those that we may try now, and load what is known of them."""
         self._rows.clear()
-        looked = self._checkpoint.position
+        looked, news = self._checkpoint.position, self._news
         workers = self._rows_among = frozenset(self._alive())
         limit = min(max(*room.values(), _LEAST_AT_ONCE) * max(1, len(workers)), _MOST_AT_ONCE)
         now = datetime.now(UTC)
@@ -239,8 +241,8 @@ class Claims:
         self._looked = max(self._looked, looked)
         chosen = self._chosen(rows, workers)
         if not rows:
-            # Of types that there is no room for there may be more.
-            self._more = len(room) < len(self._job_types)
+            # Of types that there is no room for there may be more; and what came while we looked we have not seen.
+            self._more = len(room) < len(self._job_types) or self._news != news
             self._wake_at(await queue.next_due(self._db, now=now))
         elif not chosen:
             self._wake_in(_PATIENCE_SECONDS)
@@ -274,6 +276,7 @@ class Claims:
         return chosen
 
     def _look_again(self) -> None:
+        self._news += 1
         self._more = True
         self._wake()
 

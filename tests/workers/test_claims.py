@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from ledger.envelope import VOID_STREAM
 from ledger.events import JobClaimed
 from ledger.mongo import Connection
+from projections import queue
 from projections.queue import Row
 from tests.support.ledgers import stored
 from tests.support.running import Process, WorkerOptions, process
@@ -163,6 +165,32 @@ async def test_a_job_whose_first_worker_is_busy_is_done_by_another_at_once(
             assert asyncio.get_running_loop().time() - begun < 2
         busy.set()
         await here.ended(blocking)
+
+
+async def test_a_job_that_comes_while_the_worker_looks_is_not_overlooked(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look has begun before the job is in the queue, and ends after the worker was told that it is there."""
+    looking, told = asyncio.Event(), asyncio.Event()
+    candidates = queue.candidates
+
+    async def slowly(*given: Any, **named: Any) -> list[Row]:
+        found = await candidates(*given, **named)
+        looking.set()
+        await told.wait()
+        return found
+
+    monkeypatch.setattr(queue, "candidates", slowly)
+    async with (
+        process(connection, store, projector=True) as here,
+        process(connection, store, worker=WorkerOptions()) as there,
+    ):
+        async with asyncio.timeout(20):
+            await looking.wait()
+        job_id = await here.submit()
+        await there.views_reach(await here.log.head())
+        told.set()
+        await here.ended(job_id, seconds=5)
 
 
 async def test_of_a_job_type_no_more_run_than_its_limit_and_others_are_not_held_up(
