@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from ledger.errors import UnreadableEvent
 
@@ -37,6 +37,10 @@ def milliseconds(moment: datetime) -> datetime:
 def _whole(number: float) -> float:
     """Write a whole number as one: 3600.0 costs the hash chain ten times the work of 3600, and means the same."""
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 Moment = Annotated[datetime, AfterValidator(milliseconds)]
@@ -109,8 +113,9 @@ class ResultMetadata(_Value):
 
 
 class JobResults(_Value):
-    markdown_file: str | None = None
-    markdown_url: str | None = None
+    # Left out if there is none: a null in a payload costs the hash chain ten times the work.
+    markdown_file: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    markdown_url: Annotated[str | None, Field(exclude_if=_is_none)] = None
     assets: list[Asset] = []
     files: list[ResultFile] = []
     metadata: ResultMetadata

@@ -141,7 +141,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "status": "completed",
                 "completed_at": event.time,
                 "worker_id": job["worker_id"],
-                "results": happened.results.model_dump(),
+                "results": {"markdown_file": None, "markdown_url": None, **happened.results.model_dump()},
                 "error": None,
                 "progress": {"step": "completed", "percent": 100.0, "message": "Done"},
             }

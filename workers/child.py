@@ -33,7 +33,10 @@ def main(pipe: Connection, memory_limit_mb: int) -> None:
         signal.signal(number, lambda *_: None)
     limit = memory_limit_mb * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    assignment = Assignment.model_validate_json(pipe.recv_bytes())
+    try:
+        assignment = Assignment.model_validate_json(pipe.recv_bytes())
+    except EOFError:  # the worker has died before it could tell
+        return
     asyncio.run(_work(pipe, assignment))
 
 
