@@ -204,8 +204,12 @@ class Claims:
         if self._fresh:
             fresh = deque(self._fresh.values())
             self._fresh.clear()
-            return self._within(room, fresh)
-        if not self._rows or time.monotonic() > self._rows_until or self._rows_among != self._alive():
+            taken = self._within(room, fresh)
+            for left in fresh:  # their rows stand for them, now or when the views have got there
+                self._heard = max(self._heard, left.known.head.position)
+                self._look_again()
+            return taken
+        if not self._rows or time.monotonic() > self._rows_until or self._rows_among != frozenset(self._alive()):
             if not self._more:
                 return []
             await self._look(room)
@@ -241,9 +245,9 @@ class Claims:
         self._looked = max(self._looked, looked)
         chosen = self._chosen(rows, workers)
         if not rows:
+            self._wake_at(await queue.next_due(self._db, now=now))
             # Of types that there is no room for there may be more; and what came while we looked we have not seen.
             self._more = len(room) < len(self._job_types) or self._news != news
-            self._wake_at(await queue.next_due(self._db, now=now))
         elif not chosen:
             self._wake_in(_PATIENCE_SECONDS)
         known = await load_all(self._log, chosen)
