@@ -35,6 +35,7 @@ CLAIMABLE: Final = frozenset(
     | {"BatchResumed", "BatchDeleted"}
 )
 """The types of events after which a job may be claimable that was not before."""
+HEARD: Final = CLAIMABLE | {"JobClaimed", "BatchPaused"}
 _RANK_SECONDS: Final = 0.01  # longer than a claim takes to be heard of
 _RANKS: Final = 5  # who comes later does not wait longer
 _PATIENCE_SECONDS: Final = 0.25
@@ -61,6 +62,7 @@ class Waiting(NamedTuple):
     job_id: str
     known: Known
     job_type: str
+    batch_id: str | None
 
 
 class Claims:
@@ -102,6 +104,7 @@ class Claims:
         self._looked = 0
         self._taken: dict[str, int] = {}
         self._left: set[str] = set()
+        self._paused: dict[str, int] = {}
         self._passed: dict[str, float] = {}
         self._claimed_at: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -127,9 +130,13 @@ class Claims:
         if kind == "JobClaimed":
             self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
             self.taken(stream, document["_id"])
+        elif kind == "BatchPaused":  # rows of its jobs may be at hand, and in the queue until the views have got here
+            self._paused[stream] = document["_id"]
+            self._heard = max(self._heard, document["_id"])
         elif kind in CLAIMABLE:
             self._left.discard(stream)
             self._taken.pop(stream, None)
+            self._paused.pop(stream, None)
             if kind != "JobSubmitted" or not self._try_fresh(document):
                 self._heard = max(self._heard, document["_id"])
 
@@ -163,7 +170,8 @@ class Claims:
         if "not_before" in document["data"] or self._more or kept >= self._room(job_type):
             return False
         try:
-            waiting = Waiting(job_id, Known().after([Recorded(document)]), job_type)
+            known = Known().after([Recorded(document)])
+            waiting = Waiting(job_id, known, job_type, document["data"].get("batch_id"))
         except UnreadableEvent:  # left to workers of the version that has written it
             return False
         rank = len(before(self.worker_id, self._alive(), job_id))
@@ -186,6 +194,7 @@ class Claims:
         position = self._checkpoint.position
         while self._taken and (oldest := next(iter(self._taken.items())))[1] <= position:
             del self._taken[oldest[0]]
+        self._paused = {batch_id: at for batch_id, at in self._paused.items() if at > position}
         if self._heard > self._looked:
             self._rows_until = min(self._rows_until, time.monotonic() + _GOOD_WITH_NEWS_SECONDS)
             self._look_again()
@@ -224,6 +233,8 @@ class Claims:
             job = waiting.popleft()
             if job.job_id in self._taken or job.job_id in self._left or job.job_id in claiming:
                 continue
+            if job.batch_id in self._paused:
+                continue
             if room.get(job.job_type, 0) > 0:
                 room[job.job_type] -= 1
                 taken.append(job)
@@ -254,7 +265,8 @@ class Claims:
         for job_id in chosen:
             found = known[job_id]
             if isinstance(found, Known) and isinstance(found.state, Job):
-                self._rows.append(Waiting(job_id, found, found.state.asked.job_type))
+                asked = found.state.asked
+                self._rows.append(Waiting(job_id, found, asked.job_type, asked.batch_id))
             else:
                 self.leave(job_id)
         self._rows_until = time.monotonic() + _GOOD_FOR_SECONDS

@@ -29,15 +29,15 @@ from ledger.lease import Lease
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database
 from projections.checkpoint import Checkpoint
-from workers import leases
-from workers.claims import CLAIMABLE, Claims
+from workers import claims, leases
+from workers.claims import Claims
 from workers.execution import Execution, Settings, prepare_children
 from workers.leases import LeaseWatch
 from workers.registry import processors
 from workers.shared_steps import SharedSteps
 
 _log = structlog.get_logger()
-HEARD_EVENTS: Final = CLAIMABLE | {"JobClaimed", "JobCancelRequested"}
+HEARD_EVENTS: Final = claims.HEARD | {"JobCancelRequested"}
 """The types of events that a worker has a use for."""
 _CANCELS_KEPT: Final = 1000
 
@@ -140,10 +140,10 @@ class Worker:
                     "lease lost: every running job is given up", worker_id=self.worker_id, jobs=len(self._running)
                 )
         finally:
-            claims = [task for _, task in self._claiming.values()]
-            for task in (claiming, lost, *claims):
+            on_their_way = [task for _, task in self._claiming.values()]
+            for task in (claiming, lost, *on_their_way):
                 task.cancel()
-            await asyncio.gather(claiming, *claims, return_exceptions=True)
+            await asyncio.gather(claiming, *on_their_way, return_exceptions=True)
             for execution, _ in list(self._running.values()):
                 execution.abandon()
             await asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
@@ -217,7 +217,7 @@ class Worker:
 
     async def _claim_what_there_is(self) -> None:
         while not self._stopping.is_set() and (found := await self._claims.take()):
-            for job_id, known, job_type in found:
+            for job_id, known, job_type, _ in found:
                 task = asyncio.create_task(self._claim(job_id, known), name=f"claim-{job_id}")
                 self._claiming[job_id] = job_type, task
                 task.add_done_callback(partial(self._claimed, job_id))
