@@ -121,6 +121,7 @@ class Claims:
     def resync(self, head: int) -> None:
         """Something up to `head` may have been missed: look at the queue now, and when the views have got there."""
         self._left.clear()
+        self._rows.clear()
         self._heard = max(self._heard, head)
         self._look_again()
 
