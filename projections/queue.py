@@ -16,6 +16,7 @@ from ledger.mongo import Database, Document, driver_errors
 NAME: Final = "queue"
 INDEXES: Final = [IndexModel([("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)])]
 _KEPT: Final = ("job_type", "batch_id", "priority", "due_at", "queued_position", "position")
+_READ: Final = {"job_type": 1, "batch_id": 1, "priority": 1, "queued_position": 1}
 
 
 def rows(job: Document, batch: Document | None) -> list[Document]:
@@ -29,6 +30,8 @@ class Row(NamedTuple):
     """A job that may be claimed."""
 
     job_id: str
+    job_type: str
+    batch_id: str | None
     priority: int
 
 
@@ -44,12 +47,12 @@ async def candidates(
         fresh = await _find(db, {"due_at": None, **wanted}, limit)
         due = await _find(db, {"due_at": {"$lte": now}, **wanted}, limit)  # BSON: null is not less than a date
     both = sorted(fresh + due, key=lambda row: (-row["priority"], row["queued_position"]))
-    return [Row(row["_id"], row["priority"]) for row in both[:limit]]
+    return [Row(row["_id"], row["job_type"], row["batch_id"], row["priority"]) for row in both[:limit]]
 
 
 async def _find(db: Database, query: Document, limit: int) -> list[Document]:
     order = [("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)]
-    return await db[NAME].find(query, {"priority": 1, "queued_position": 1}, sort=order, limit=limit).to_list()
+    return await db[NAME].find(query, _READ, sort=order, limit=limit).to_list()
 
 
 async def next_due(db: Database, *, now: datetime) -> datetime | None:

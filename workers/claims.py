@@ -18,10 +18,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from itertools import islice
+from typing import Any, Final, NamedTuple, TypeVar
 from zlib import crc32
 
-from ledger.errors import UnreadableEvent
+from ledger.errors import LedgerUnavailable, UnreadableEvent
 from ledger.events import Recorded
 from ledger.handle import Known, load_all
 from ledger.job import Job
@@ -41,8 +42,10 @@ _RANKS: Final = 5  # who comes later does not wait longer
 _PATIENCE_SECONDS: Final = 0.25
 """So long a job in the queue is left to those who come first, and longer while any of them is claiming: they may have a
 hundred of theirs at hand and not yet have come to it."""
-_LEAST_AT_ONCE: Final = 50
-_MOST_AT_ONCE: Final = 500
+_ROWS: Final = 500
+_MOST_ROWS: Final = 2000
+"""How many rows are read at once, for each worker; their streams are loaded when they are taken. Few large looks: each
+passes over the rows that were deleted lately, which the database keeps for a while where the oldest jobs stand."""
 _GOOD_FOR_SECONDS: Final = 2.0
 _GOOD_WITH_NEWS_SECONDS: Final = 0.1
 """After so long the rows of a look are forgotten; sooner if something has come since, which may be more urgent; and at
@@ -65,11 +68,14 @@ class Waiting(NamedTuple):
     batch_id: str | None
 
 
+_Job = TypeVar("_Job", Waiting, queue.Row)
+
+
 class Claims:
     """What one worker knows of jobs that wait.
 
-    `alive` are the workers, `room` is how many more jobs of a type may be run, `claiming` are those that we are about
-    to claim; `wake` is called when there may be something to take.
+    `slots` is how many jobs may be run, `room` how many more of a type now; `alive` are the workers, `claiming` the
+    jobs that we are about to claim; `wake` is called when there may be something to take.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class Claims:
         checkpoint: Checkpoint,
         *,
         job_types: Collection[str],
+        slots: int,
         alive: Callable[[], Collection[str]],
         room: Callable[[str], int],
         claiming: Callable[[], Collection[str]],
@@ -88,6 +95,7 @@ class Claims:
         self._log = log
         self._checkpoint = checkpoint
         self._job_types = job_types
+        self._slots = slots
         self._alive = alive
         self._room = room
         self._claiming = claiming
@@ -95,7 +103,8 @@ class Claims:
         self.worker_id = ""
         self._fresh: dict[str, Waiting] = {}
         self._in_turn: dict[str, asyncio.TimerHandle] = {}
-        self._rows: deque[Waiting] = deque()
+        self._rows: deque[queue.Row] = deque()
+        self._known: dict[str, Known | UnreadableEvent] = {}
         self._rows_until = 0.0
         self._rows_among: frozenset[str] = frozenset()
         self._more = True
@@ -223,18 +232,19 @@ class Claims:
             if not self._more:
                 return []
             await self._look(room)
-        return self._within(room, self._rows)
+        while rows := self._within(dict(room), self._rows):
+            if waiting := await self._load(rows):
+                return waiting
+        return []
 
-    def _within(self, room: dict[str, int], waiting: deque[Waiting]) -> list[Waiting]:
+    def _within(self, room: dict[str, int], waiting: deque[_Job]) -> list[_Job]:
         """Take from the jobs that wait what there is room for; what there is none for stays."""
-        most, claiming = max(room.values()), self._claiming()
-        taken: list[Waiting] = []
-        stay: list[Waiting] = []
+        most = max(room.values())
+        taken: list[_Job] = []
+        stay: list[_Job] = []
         while waiting and len(taken) < most:
             job = waiting.popleft()
-            if job.job_id in self._taken or job.job_id in self._left or job.job_id in claiming:
-                continue
-            if job.batch_id in self._paused:
+            if self._is_not_for_us(job):
                 continue
             if room.get(job.job_type, 0) > 0:
                 room[job.job_type] -= 1
@@ -244,41 +254,59 @@ class Claims:
         waiting.extendleft(reversed(stay))
         return taken
 
+    def _is_not_for_us(self, job: Waiting | queue.Row) -> bool:
+        job_id = job.job_id
+        return (
+            job_id in self._taken or job_id in self._left or job_id in self._claiming() or job.batch_id in self._paused
+        )
+
+    async def _load(self, rows: Sequence[queue.Row]) -> list[Waiting]:
+        """Return what is known of the jobs of these rows, without those that were taken meanwhile."""
+        wanted = [row.job_id for row in rows if row.job_id not in self._known]
+        if wanted:  # and some of those that will be next
+            wanted += [row.job_id for row in islice(self._rows, self._slots) if row.job_id not in self._known]
+            try:
+                self._known |= await load_all(self._log, wanted)
+            except LedgerUnavailable:
+                self._rows.extendleft(reversed(rows))
+                raise
+        waiting: list[Waiting] = []
+        for row in rows:
+            known = self._known.pop(row.job_id)
+            if not isinstance(known, Known) or not isinstance(known.state, Job):
+                self.leave(row.job_id)
+            elif not self._is_not_for_us(row):
+                waiting.append(Waiting(row.job_id, known, row.job_type, row.batch_id))
+        return waiting
+
     async def _look(self, room: Mapping[str, int]) -> None:
-        """Read rows of the queue, choose those that we may try now, and load what is known of them."""
+        """Read rows of the queue, and choose those that we may try now."""
         self._rows.clear()
+        self._known.clear()
         looked, news = self._checkpoint.position, self._news
         workers = self._rows_among = frozenset(self._alive())
-        limit = min(max(*room.values(), _LEAST_AT_ONCE) * max(1, len(workers)), _MOST_AT_ONCE)
+        limit = min(_ROWS * max(1, len(workers)), _MOST_ROWS)
         now = datetime.now(UTC)
         # All that may stand in the way of others: of jobs that run, the views may still say that they wait.
         without = [*self._taken, *self._left, *self._claiming()]
         rows = await queue.candidates(self._db, job_types=room.keys(), without=without, now=now, limit=limit)
         self._looked = max(self._looked, looked)
-        chosen = self._chosen(rows, workers)
+        self._rows.extend(self._chosen(rows, workers))
         if not rows:
             self._wake_at(await queue.next_due(self._db, now=now))
             # Of types that there is no room for there may be more; and what came while we looked we have not seen.
             self._more = len(room) < len(self._job_types) or self._news != news
-        elif not chosen:
+        elif not self._rows:
             self._wake_in(_PATIENCE_SECONDS)
-        known = await load_all(self._log, chosen)
-        for job_id in chosen:
-            found = known[job_id]
-            if isinstance(found, Known) and isinstance(found.state, Job):
-                asked = found.state.asked
-                self._rows.append(Waiting(job_id, found, asked.job_type, asked.batch_id))
-            else:
-                self.leave(job_id)
         self._rows_until = time.monotonic() + _GOOD_FOR_SECONDS
 
-    def _chosen(self, rows: Sequence[queue.Row], workers: Collection[str]) -> list[str]:
+    def _chosen(self, rows: Sequence[queue.Row], workers: Collection[str]) -> list[queue.Row]:
         """Leave rows to workers that come before us while these are claiming; then everything less urgent, too."""
         now, passed = time.monotonic(), self._passed
         self._passed = {}
         self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
         claiming = [worker for worker, at in self._claimed_at.items() if now - at < _PATIENCE_SECONDS]
-        chosen: list[str] = []
+        chosen: list[queue.Row] = []
         waits: int | None = None
         for row in rows:
             if waits is not None and row.priority < waits:
@@ -286,7 +314,7 @@ class Claims:
             first = before(self.worker_id, workers, row.job_id)
             since = passed.get(row.job_id, now)
             if not first or (now - since >= _PATIENCE_SECONDS and not any(worker in claiming for worker in first)):
-                chosen.append(row.job_id)
+                chosen.append(row)
             else:
                 self._passed[row.job_id] = since
                 waits = row.priority

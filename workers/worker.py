@@ -83,6 +83,7 @@ class Worker:
             log,
             checkpoint,
             job_types=self._job_types,
+            slots=slots,
             alive=lambda: self._watch.alive,
             wake=self._wake.set,
             room=self._room,

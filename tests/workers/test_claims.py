@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ledger.commands import ClaimJob
 from ledger.envelope import VOID_STREAM
-from ledger.events import JobClaimed
+from ledger.errors import LedgerUnavailable
+from ledger.events import JobClaimed, Meta
+from ledger.handle import handle, load_all
+from ledger.log import EventLog
 from ledger.mongo import Connection
 from projections import queue
 from projections.queue import Row
 from tests.support.ledgers import stored
 from tests.support.running import Process, WorkerOptions, process
 from tests.workers.inline import install
+from workers import claims as claiming
 from workers.claims import Claims, before
 from workers.processor import Job, Results
 
@@ -57,6 +63,7 @@ async def claims(connection: Connection, store: Path) -> Claims:
             here.log,
             here.checkpoint,
             job_types={"echo"},
+            slots=5,
             alive=lambda: WORKERS,
             room=lambda job_type: 1,
             claiming=tuple,
@@ -72,17 +79,21 @@ OTHERS = [job_id for n in range(60) if before("w1", WORKERS, job_id := f"job-{n}
 
 
 def rows(*jobs: tuple[str, int]) -> list[Row]:
-    return [Row(*job) for job in jobs]
+    return [Row(job_id, "echo", None, priority) for job_id, priority in jobs]
+
+
+def chosen(claims: Claims, found: list[Row]) -> list[str]:
+    return [row.job_id for row in claims._chosen(found, WORKERS)]
 
 
 async def test_only_those_are_tried_at_once_that_are_ours(claims: Claims) -> None:
     found = rows((OTHERS[0], 1), (OURS[0], 1), (OTHERS[1], 1), (OURS[1], 1))
-    assert claims._chosen(found, WORKERS) == OURS[:2]
+    assert chosen(claims, found) == OURS[:2]
 
 
 async def test_nothing_less_urgent_is_tried_before_something_that_is_left_to_others(claims: Claims) -> None:
     found = rows((OURS[0], 9), (OTHERS[0], 5), (OURS[1], 5), (OURS[2], 1))
-    assert claims._chosen(found, WORKERS) == OURS[:2]
+    assert chosen(claims, found) == OURS[:2]
 
 
 async def test_what_others_have_left_lying_is_tried_after_a_moment(
@@ -91,11 +102,11 @@ async def test_what_others_have_left_lying_is_tried_after_a_moment(
     now = 100.0
     monkeypatch.setattr("workers.claims.time.monotonic", lambda: now)
     found = rows((OTHERS[0], 5), (OURS[0], 1))
-    assert claims._chosen(found, WORKERS) == []
+    assert chosen(claims, found) == []
     now += 0.2
-    assert claims._chosen(found, WORKERS) == []
+    assert chosen(claims, found) == []
     now += 0.1
-    assert claims._chosen(found, WORKERS) == [OTHERS[0], OURS[0]]
+    assert chosen(claims, found) == [OTHERS[0], OURS[0]]
 
 
 async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
@@ -114,9 +125,9 @@ async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
             }
             claims.heard(document)
         now += 0.2
-        assert claims._chosen(found, WORKERS) == []
+        assert chosen(claims, found) == []
     now += 0.3
-    assert claims._chosen(found, WORKERS) == [OTHERS[0]]
+    assert chosen(claims, found) == [OTHERS[0]]
 
 
 # Real workers ---------------------------------------------------------------------------------------------------------
@@ -191,6 +202,55 @@ async def test_a_job_that_comes_while_the_worker_looks_is_not_overlooked(
         await there.views_reach(await here.log.head())
         told.set()
         await here.ended(job_id, seconds=5)
+
+
+async def test_a_job_that_is_claimed_by_another_while_its_stream_is_read_is_left_alone(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, told = asyncio.Event(), asyncio.Event()
+
+    async def slowly(log: EventLog, streams: list[str]) -> Any:
+        known = await load_all(log, streams)
+        reading.set()
+        await told.wait()
+        return known
+
+    monkeypatch.setattr(claiming, "load_all", slowly)
+    async with process(connection, store, projector=True) as here:
+        mine, theirs = await here.submit(), await here.submit()
+        await here.views_reach()
+        async with process(connection, store, worker=WorkerOptions()) as there:
+            async with asyncio.timeout(20):
+                await reading.wait()
+            claimed = await handle(
+                here.log, theirs, ClaimJob("another", datetime.now(UTC)), meta=Meta("worker:another")
+            )
+            async with asyncio.timeout(20), there.log.subscription(after=0) as heard:
+                while heard.position < claimed.events[0].position:
+                    await heard.chunk()
+            told.set()
+            await here.ended(mine)
+        assert await voided(here) == 0, "a claim was tried that could not succeed"
+
+
+async def test_rows_whose_streams_could_not_be_read_keep_their_place(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [LedgerUnavailable("away")]
+
+    async def badly(log: EventLog, streams: list[str]) -> Any:
+        if failures:
+            raise failures.pop()
+        return await load_all(log, streams)
+
+    monkeypatch.setattr(claiming, "load_all", badly)
+    async with process(connection, store, projector=True) as here:
+        jobs = [await here.submit() for _ in range(3)]
+        await here.views_reach()
+        async with process(connection, store, worker=WorkerOptions(slots=1)):
+            await here.ended(*jobs)
+        assert [event.stream for event in await here.everything() if isinstance(event.event, JobClaimed)] == jobs
+    assert not failures
 
 
 async def test_of_a_job_type_no_more_run_than_its_limit_and_others_are_not_held_up(
