@@ -15,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import batches, files, jobs, monitoring
+from api.access import SignedIn
 from api.errors import (
     ApiError,
     error_response,
@@ -110,7 +111,10 @@ def create_app(services: Services) -> Starlette:
     """Return the application, working with what the composition root hands in."""
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(KnownHosts, names=services.allowed_hosts)],
+        middleware=[
+            Middleware(KnownHosts, names=services.allowed_hosts),
+            Middleware(SignedIn, sign_in=services.sign_in),
+        ],
         exception_handlers={
             ApiError: on_api_error,
             JobledgerError: on_ledger_error,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
@@ -11,11 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api import bulk
+from api.access import actor, for_user, may_see, requires, who_asks
 from api.errors import ApiError, json_response, path
-from api.jobs import keep, notices, optional_json, shown, split_webhook, submission, user_of
+from api.jobs import keep, notices, optional_json, shown, split_webhook, submission
 from api.models import BatchBody, BatchList, BatchRestartBody, JobBody, ReasonBody
 from api.services import query_of, read_json, services, validated, views_reach_wanted_position
 from ledger import batch as rules
+from ledger.access import Right
 from ledger.batch import Batch
 from ledger.chain import canonical
 from ledger.commands import (
@@ -48,21 +50,21 @@ async def submit(request: Request) -> Response:
     _refuse_multiplied(body, known.largest_body_bytes)
     batch_id = new_batch_id()
     webhook, secrets = split_webhook(body.webhook)
-    user_id = body.user_id or known.default_user
+    user_id, teams = for_user(request, body.user_id), who_asks(request).groups
     kept, jobs = [secrets], []
     for index, content in enumerate(body.jobs):
         job_body = validated(JobBody, content, within=("jobs", index))
         job_webhook, job_secrets = split_webhook(job_body.webhook)
         kept.append(job_secrets)
         given: dict[str, Any] = {"parameters": {**body.parameters, **job_body.parameters}}
-        if job_body.user_id is None:
-            given["user_id"] = user_id
         if "access_control" not in job_body.model_fields_set:
             given["access_control"] = body.access_control
         jobs.append(
             submission(
                 job_body.model_copy(update=given),
                 known,
+                user_id=user_id if job_body.user_id is None else for_user(request, job_body.user_id),
+                teams=teams,
                 within=("jobs", index),
                 batch_id=batch_id,
                 webhook=job_webhook,
@@ -77,12 +79,13 @@ async def submit(request: Request) -> Response:
         webhook=webhook,
         user_id=user_id,
         access_control=AccessControl(**body.access_control.model_dump()),
+        teams=sorted(teams),
     )
     await keep(known, *kept)
     commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
     commands += [(job_id, SubmitJob(job)) for job_id, job in zip(job_ids, jobs, strict=True)]
     try:
-        recorded = await handle_new(known.log, commands, meta=Meta(f"user:{user_id}", batch_id))
+        recorded = await handle_new(known.log, commands, meta=Meta(actor(request), batch_id))
     except InvalidEvent:
         _refuse_what_cannot_be_stored(jobs)
         raise
@@ -131,9 +134,13 @@ async def listing(request: Request) -> Response:
     await views_reach_wanted_position(request)
     known = services(request)
     asked = query_of(request, BatchList)
-    wanted = view.query(status=asked.status, user_id=asked.user_id, archived=asked.archived)
+    principal = who_asks(request)
+    wanted = view.query(principal, status=asked.status, user_id=asked.user_id, archived=asked.archived)
     found = await view.page(known.db, wanted, limit=asked.limit, skip=asked.skip)
-    total = await view.count(known.db, wanted) if wanted else (await statistics.read(known.db))["batches"]["total"]
+    if principal.sees_everything and (asked.status, asked.user_id, asked.archived) == (None, None, None):
+        total = (await statistics.read(known.db))["batches"]["total"]
+    else:
+        total = await view.count(known.db, wanted)
     return json_response({"status": "success", "total": total, "batches": [shown(batch) for batch in found]})
 
 
@@ -142,7 +149,7 @@ async def single(request: Request) -> Response:
     await views_reach_wanted_position(request)
     known, batch_id = services(request), request.path_params["batch_id"]
     batch = await view.get(known.db, known.log, batch_id) if batch_id.startswith("batch-") else None
-    if batch is None:
+    if batch is None or not may_see(request, batch):
         raise _not_found(batch_id)
     return json_response({"status": "success", "batch": shown(batch)}, headers={"ETag": f'"{batch["position"]}"'})
 
@@ -153,20 +160,20 @@ async def single(request: Request) -> Response:
 async def pause(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/pause"""
     body = validated(ReasonBody, await optional_json(request))
-    return await _switch(request, PauseBatch(user_of(request), body.reason))
+    return await _switch(request, PauseBatch(actor(request), body.reason))
 
 
 async def resume(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/resume"""
     body = validated(ReasonBody, await optional_json(request))
-    return await _switch(request, ResumeBatch(user_of(request), body.reason))
+    return await _switch(request, ResumeBatch(actor(request), body.reason))
 
 
 async def cancel(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/cancel"""
     body = validated(ReasonBody, await optional_json(request))
     found = await _existing(request)
-    outcome = await _for_jobs(request, found, CancelJob(user_of(request), body.reason), _EVERY - ENDED)
+    outcome = await _for_jobs(request, found, CancelJob(actor(request), body.reason), _EVERY - ENDED)
     return _answer(found.batch_id, found.known, outcome)
 
 
@@ -174,7 +181,7 @@ async def restart(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/restart"""
     body = validated(BatchRestartBody, await optional_json(request))
     found = await _existing(request)
-    command = RestartJob(user_of(request), body.reason, body.reuse_steps)
+    command = RestartJob(actor(request), body.reason, body.reuse_steps)
     outcome = await _for_jobs(request, found, command, ENDED if body.only == "all" else {body.only})
     return _answer(found.batch_id, found.known, outcome)
 
@@ -182,13 +189,13 @@ async def restart(request: Request) -> Response:
 async def archive(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/archive"""
     body = validated(ReasonBody, await optional_json(request))
-    return await _put_away(request, Archive(user_of(request), body.reason))
+    return await _put_away(request, Archive(actor(request), body.reason))
 
 
 async def unarchive(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/unarchive"""
     body = validated(ReasonBody, await optional_json(request))
-    return await _put_away(request, Unarchive(user_of(request), body.reason))
+    return await _put_away(request, Unarchive(actor(request), body.reason))
 
 
 async def delete(request: Request) -> Response:
@@ -196,9 +203,9 @@ async def delete(request: Request) -> Response:
 
     Its jobs go first: whoever is interrupted may ask again, and no jobs are left that no batch leads to.
     """
-    found, command = await _existing(request), Delete(user_of(request))
+    found, command = await _existing(request, Right.ADMIN), Delete(actor(request))
     rules.decide(command, found.batch)  # a batch at work is refused before any of its jobs is touched
-    outcome = await _for_jobs(request, found, command, _EVERY)
+    outcome = await _for_jobs(request, found, command, _EVERY, Right.ADMIN)
     if outcome.refused:
         message = "Not every job could be deleted, so the batch is still there: cancel it, and try again."
         raise ApiError(409, "wrong_state", message, details=outcome.shown())
@@ -213,14 +220,16 @@ class _Found:
     batch_id: str
     known: Known
     batch: Batch
+    check: Callable[[Known], None]
 
 
-async def _existing(request: Request) -> _Found:
+async def _existing(request: Request, right: Right = Right.WRITE) -> _Found:
     batch_id = request.path_params["batch_id"]
     known = await load(services(request).log, batch_id) if batch_id.startswith("batch-") else Known()
-    if not isinstance(known.state, Batch) or known.state.deleted:
-        raise _not_found(batch_id)
-    return _Found(batch_id, known, known.state)
+    check = requires(request, right, missing=_not_found(batch_id))
+    check(known)
+    assert isinstance(known.state, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
+    return _Found(batch_id, known, known.state, check)
 
 
 def _not_found(batch_id: str) -> ApiError:
@@ -241,16 +250,21 @@ async def _put_away(request: Request, command: Archive | Unarchive) -> Response:
 
 
 async def _for_batch(request: Request, found: _Found, command: BatchCommand) -> Handled:
-    meta = Meta(user_of(request), found.batch_id)
-    return await handle(services(request).log, found.batch_id, command, meta=meta, known=found.known)
+    meta = Meta(actor(request), found.batch_id)
+    return await handle(services(request).log, found.batch_id, command, meta=meta, known=found.known, check=found.check)
 
 
 async def _for_jobs(
-    request: Request, found: _Found, command: JobCommand, statuses: Collection[JobStatus]
+    request: Request,
+    found: _Found,
+    command: JobCommand,
+    statuses: Collection[JobStatus],
+    right: Right = Right.WRITE,
 ) -> bulk.Outcome:
-    meta = Meta(user_of(request), found.batch_id)
+    meta = Meta(actor(request), found.batch_id)
     job_ids = found.batch.asked.job_ids
-    return await bulk.for_each(services(request).log, job_ids, command, meta=meta, statuses=statuses)
+    check = requires(request, right, missing=ApiError(404, "job_not_found", "There is no such job."))
+    return await bulk.for_each(services(request).log, job_ids, command, meta=meta, statuses=statuses, check=check)
 
 
 def _answer(batch_id: str, known: Known, outcome: bulk.Outcome | None = None) -> Response:

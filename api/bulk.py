@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from api.errors import TABLE
+from api.errors import TABLE, ApiError
 from ledger import job as rules
 from ledger.commands import JobCommand
 from ledger.errors import CommandRefused, JobledgerError, NotFound, UnreadableEvent, VersionConflict
@@ -53,11 +53,18 @@ class Outcome:
 
 
 async def for_each(
-    log: EventLog, job_ids: Sequence[str], command: JobCommand, *, meta: Meta, statuses: Collection[JobStatus]
+    log: EventLog,
+    job_ids: Sequence[str],
+    command: JobCommand,
+    *,
+    meta: Meta,
+    statuses: Collection[JobStatus],
+    check: Callable[[Known], None] = lambda known: None,
 ) -> Outcome:
     """Apply `command` to the jobs that have one of the `statuses`; deleted ones are passed over.
 
-    A job that the rules refuse, perhaps because it has changed meanwhile, is noted and does not keep the others back.
+    A job that the rules or `check` refuse, perhaps because it has changed meanwhile, is noted and does not keep the
+    others back; one that who asks may not see is passed over.
 
     Raises:
         InvalidEvent, LedgerBusy, LedgerUnavailable: as `handle`. Some jobs may have been changed then.
@@ -66,7 +73,7 @@ async def for_each(
     for begin in range(0, len(job_ids), AT_ONCE):
         found = await load_all(log, job_ids[begin : begin + AT_ONCE])
         ended = await asyncio.gather(
-            *(_one(outcome, log, job_id, known, command, meta, statuses) for job_id, known in found.items()),
+            *(_one(outcome, log, job_id, known, command, meta, statuses, check) for job_id, known in found.items()),
             return_exceptions=True,  # so that nothing goes on behind the answer
         )
         for error in ended:
@@ -83,6 +90,7 @@ async def _one(
     command: JobCommand,
     meta: Meta,
     statuses: Collection[JobStatus],
+    check: Callable[[Known], None],
 ) -> None:
     job = known.state if isinstance(known, Known) else None
     if isinstance(job, Job) and job.deleted:
@@ -93,12 +101,17 @@ async def _one(
             raise known
         assert isinstance(job, Job)  # noqa: S101 - narrows the type; a batch and its jobs are written together
         if job.status in statuses and rules.decide(command, job):
-            handled = await handle(log, job_id, command, meta=meta, known=known)
+            handled = await handle(log, job_id, command, meta=meta, known=known, check=check)
             known = handled.known
             outcome.changed += bool(handled.events)
             outcome.caused.update(event.type for event in handled.events)
         outcome.position = max(outcome.position, known.head.position)
     except NotFound:  # deleted meanwhile
         outcome.total -= 1
+    except ApiError as error:
+        if error.status == 404:
+            outcome.total -= 1
+        else:
+            outcome.refused.append({"job_id": job_id, "code": error.code, "message": error.message})
     except (CommandRefused, UnreadableEvent, VersionConflict) as error:
         outcome.refuse(job_id, error)

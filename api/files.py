@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from api.access import may_see
 from api.errors import ApiError, error_response
 from api.services import services, views_reach_wanted_position
 from projections import files as view
@@ -26,7 +27,7 @@ async def single(request: Request) -> Response:
     await views_reach_wanted_position(request)
     known, path = services(request), request.path_params["path"]
     file = await view.get(known.db, path)
-    if file is None:
+    if file is None or not may_see(request, file):
         raise ApiError(404, "file_not_found", f"There is no result file {path}.")
     etag = f'"{file["sha256"]}"'
     headers = {

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from bson import ObjectId
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.access import actor, for_user, may_see, requires, who_asks
 from api.errors import ApiError, invalid, json_response, path
 from api.models import JobBody, JobList, ReasonBody, RestartBody, WebhookBody
 from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
+from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive
 from ledger.events import AccessControl, JobSubmitted, Meta, Recorded, Webhook
-from ledger.handle import Known, handle, new_job_id
+from ledger.handle import Known, handle, load, new_job_id
 from ledger.mongo import Document, driver_errors
 from projections import batches, statistics
 from projections import jobs as view
@@ -34,6 +36,8 @@ def submission(
     body: JobBody,
     known: Services,
     *,
+    user_id: str,
+    teams: Collection[str],
     within: tuple[str | int, ...] = (),
     batch_id: str | None = None,
     webhook: Webhook | None = None,
@@ -61,8 +65,9 @@ def submission(
         parameters=body.parameters,
         batch_id=batch_id,
         job_name=body.job_name,
-        user_id=body.user_id or known.default_user,
+        user_id=user_id,
         access_control=AccessControl(**body.access_control.model_dump()),
+        teams=sorted(teams),
         webhook=webhook,
         priority=body.priority,
         not_before=body.not_before,
@@ -106,10 +111,12 @@ async def submit(request: Request) -> Response:
     known = services(request)
     body = validated(JobBody, await read_json(request))
     webhook, secrets = split_webhook(body.webhook)
-    asked = submission(body, known, webhook=webhook)
+    asked = submission(
+        body, known, user_id=for_user(request, body.user_id), teams=who_asks(request).groups, webhook=webhook
+    )
     await keep(known, secrets)
     job_id = new_job_id()
-    handled = await handle(known.log, job_id, SubmitJob(asked), meta=Meta(f"user:{asked.user_id}"), known=Known())
+    handled = await handle(known.log, job_id, SubmitJob(asked), meta=Meta(actor(request)), known=Known())
     return json_response(
         {
             "status": "success",
@@ -128,20 +135,21 @@ async def listing(request: Request) -> Response:
     known = services(request)
     asked = query_of(request, JobList)
     wanted = view.Filter(**asked.model_dump(exclude={"limit", "skip", "min_position"}))
-    found = await view.page(known.db, wanted, limit=asked.limit, skip=asked.skip)
-    total, bounded = await _total(known, wanted)
+    query = wanted.query(who_asks(request))
+    found = await view.page(known.db, query, limit=asked.limit, skip=asked.skip)
+    total, bounded = await _total(request, wanted, query)
     content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(known, found)}
     if bounded:
         content["total_is_lower_bound"] = True
     return json_response(content)
 
 
-async def _total(known: Services, wanted: view.Filter) -> tuple[int, bool]:
+async def _total(request: Request, wanted: view.Filter, query: Document) -> tuple[int, bool]:
     """Return how many jobs there are and whether there may be more: from counters where they know it."""
-    query = wanted.query()
-    if query.keys() <= {"status"}:
-        return (await statistics.read(known.db))["jobs"][wanted.status or "total"], False
-    total = await view.count(known.db, wanted)
+    db = services(request).db
+    if who_asks(request).sees_everything and wanted == view.Filter(status=wanted.status):
+        return (await statistics.read(db))["jobs"][wanted.status or "total"], False
+    total = await view.count(db, query)
     return total, total >= view.COUNTED_UP_TO
 
 
@@ -168,53 +176,55 @@ async def existing(request: Request) -> Document:
     """
     known, job_id = services(request), request.path_params["job_id"]
     job = await view.get(known.db, known.log, job_id) if job_id.startswith("job-") else None
-    if job is None:
-        raise ApiError(404, "job_not_found", f"There is no job {job_id}.")
+    if job is None or not may_see(request, job):
+        raise not_found(job_id)
     return job
+
+
+def not_found(job_id: str) -> ApiError:
+    """Return the answer to who asks for a job that is not there, or that they may not see."""
+    return ApiError(404, "job_not_found", f"There is no job {job_id}.")
 
 
 async def cancel(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/cancel"""
     body = validated(ReasonBody, await optional_json(request))
-    return await _act(request, CancelJob(user_of(request), body.reason))
+    return await _act(request, CancelJob(actor(request), body.reason))
 
 
 async def restart(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/restart"""
     body = validated(RestartBody, await optional_json(request))
-    return await _act(request, RestartJob(user_of(request), body.reason, body.reuse_steps))
+    return await _act(request, RestartJob(actor(request), body.reason, body.reuse_steps))
 
 
 async def archive(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/archive"""
     body = validated(ReasonBody, await optional_json(request))
-    return await _act(request, Archive(user_of(request), body.reason))
+    return await _act(request, Archive(actor(request), body.reason))
 
 
 async def unarchive(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/unarchive"""
     body = validated(ReasonBody, await optional_json(request))
-    return await _act(request, Unarchive(user_of(request), body.reason))
+    return await _act(request, Unarchive(actor(request), body.reason))
 
 
 async def delete(request: Request) -> Response:
     """DELETE /api/events/jobs/{job_id}"""
-    return await _act(request, Delete(user_of(request)))
+    return await _act(request, Delete(actor(request)), Right.ADMIN)
 
 
-async def _act(request: Request, command: JobCommand) -> Response:
-    job, known = await existing(request), services(request)
-    handled = await handle(known.log, job["job_id"], command, meta=Meta(user_of(request)))
+async def _act(request: Request, command: JobCommand, right: Right = Right.WRITE) -> Response:
+    known, job_id = services(request), request.path_params["job_id"]
+    found = await load(known.log, job_id) if job_id.startswith("job-") else Known()
+    check = requires(request, right, missing=not_found(job_id))
+    handled = await handle(known.log, job_id, command, meta=Meta(actor(request)), known=found, check=check)
     after: Document | None = None
-    for event in await known.log.read_stream(job["job_id"]):
+    for event in await known.log.read_stream(job_id):
         after = view.fold(after, event)
-    content = {"status": "success", "job_id": job["job_id"], "job": await _shown_job(known, after)}
+    content = {"status": "success", "job_id": job_id, "job": await _shown_job(known, after)}
     return json_response(content, headers={"Ledger-Position": str(handled.known.head.position)})
-
-
-def user_of(request: Request) -> str:
-    """Return who asks, as events name it."""
-    return f"user:{services(request).default_user}"
 
 
 async def optional_json(request: Request) -> Any:
@@ -222,9 +232,12 @@ async def optional_json(request: Request) -> Any:
     return await read_json(request) if "content-type" in request.headers else {}
 
 
+_INTERNAL: Final = frozenset({"_id", "queued_position", "headings", "words"})
+
+
 def shown(document: Document) -> Document:
     """Return a view document as clients see it."""
-    return {name: value for name, value in document.items() if name not in ("_id", "queued_position")}
+    return {name: value for name, value in document.items() if name not in _INTERNAL}
 
 
 async def _shown_jobs(known: Services, jobs: Sequence[Document]) -> list[Document]:

@@ -10,6 +10,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.access import signed_in, who_asks
 from api.errors import ApiError, json_response
 from api.jobs import shown_event
 from api.models import StreamQuery
@@ -24,6 +25,9 @@ _PING_SECONDS: Final = 15
 
 async def stats(request: Request) -> Response:
     """GET /api/monitoring/events/stats"""
+    if not who_asks(request).roles & {"admin", "monitor"}:
+        signed_in(request)
+        raise ApiError(403, "forbidden", "Statistics of everything are for the roles `monitor` and `admin`.")
     await views_reach_wanted_position(request)
     known = services(request)
     counted = await statistics.read(known.db)

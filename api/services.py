@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
+from api.access import SignIn
 from api.errors import ApiError, invalid
 from ledger.files import FileStore
 from ledger.log import EventLog
@@ -32,7 +33,7 @@ class Services:
     job_types: Mapping[str, type[BaseModel]]
     largest_body_bytes: int
     allowed_hosts: tuple[str, ...]
-    default_user: str = "local"
+    sign_in: SignIn
 
 
 def services(request: Request) -> Services:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import structlog
 import uvicorn
 
+from api.access import OpenSignIn
 from api.app import create_app
 from api.services import Services
 from cli.settings import LoggingSettings, Settings
@@ -252,10 +253,16 @@ async def _serving(
         job_types={name: processor.Parameters for name, processor in processors().items()},
         largest_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in ("localhost", "127.0.0.1", "[::1]", host, public) if name)),
+        sign_in=OpenSignIn("local"),
     )
     server = _Server(
         uvicorn.Config(
-            create_app(services), log_level="warning", access_log=False, timeout_graceful_shutdown=3, lifespan="off"
+            create_app(services),
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,  # whom we trust to say who somebody is, auth.proxy says
+            timeout_graceful_shutdown=3,
+            lifespan="off",
         )
     )
     task = asyncio.create_task(server.serve(sockets=[listening]), name="api")

@@ -1,17 +1,70 @@
-"""ledger: who may do what with a job or batch (konzept.md, "Benutzer-Autorisierung"). Pure."""
+"""ledger: who may do what with a job or batch (konzept.md, "Benutzer-Autorisierung"). Pure.
+
+The one rule. Every door asks it: with a state from the log (`Job`, `Batch`) or with a view's document.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+GROUP_PREFIX: Final = "team-"
+"""How the names of groups begin, and those of users do not: both stand in the same lists."""
 
 
-def may_read(reader: str, owner: str, access: Mapping[str, Any], groups: Collection[str] = ()) -> bool:
-    """Return whether a user may read what belongs to `owner` under this access control (as the views hold it).
+class Right(IntEnum):
+    """What somebody may do; each includes the ones before it."""
 
-    `groups` are the names of the groups that the reader belongs to; `team` is for those who share one with the lists.
+    NONE = 0
+    READ = 1
+    """See it, its history, logs, files and live events."""
+    WRITE = 2
+    """Change, cancel, restart, pause, archive it."""
+    ADMIN = 3
+    """Delete it and say who else may do what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks. `user_id` is None for somebody who has not said who they are.
+
+    `roles`: `admin` may do everything, `monitor` may see the statistics of everything.
     """
-    if reader == owner or access["visibility"] == "public":
-        return True
-    named = {*access["read_access"], *access["write_access"], *access["admin_access"]}
-    return not named.isdisjoint({reader, *groups})
+
+    user_id: str | None
+    groups: frozenset[str] = frozenset()
+    roles: frozenset[str] = frozenset()
+
+    @property
+    def sees_everything(self) -> bool:
+        return "admin" in self.roles
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Under which names it may stand in a list."""
+        return self.groups if self.user_id is None else self.groups | {self.user_id}
+
+
+def right_to(principal: Principal, *, owner: str, access: Mapping[str, Any], teams: Collection[str] = ()) -> Right:
+    """Return what the principal may do with what belongs to `owner` under this access control (as the views hold it).
+
+    `teams` are the groups that the owner was in when it was submitted: with visibility `team` they may see it.
+    """
+    names = principal.names
+    if principal.sees_everything or owner == principal.user_id or not names.isdisjoint(access["admin_access"]):
+        return Right.ADMIN
+    if not names.isdisjoint(access["write_access"]):
+        return Right.WRITE
+    if not names.isdisjoint(readers(owner, access, teams)) or access["visibility"] == "public":
+        return Right.READ
+    return Right.NONE
+
+
+def readers(owner: str, access: Mapping[str, Any], teams: Iterable[str] = ()) -> list[str]:
+    """Return the names of the users and groups that may see it, in a fixed order; beside them all, if it is public."""
+    named = [owner, *access["read_access"], *access["write_access"], *access["admin_access"]]
+    if access["visibility"] == "team":
+        named += teams
+    return list(dict.fromkeys(named))

@@ -7,6 +7,7 @@ clock, no event loop.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class AccessControl(_Value):
     read_access: list[str] = []
     write_access: list[str] = []
     admin_access: list[str] = []
+
+
+Teams = Annotated[list[str], Field(exclude_if=operator.not_)]
+"""The groups that the owner was in when it was submitted; left out if there are none."""
 
 
 class Webhook(_Value):
@@ -157,6 +162,7 @@ class JobSubmitted(Event):
     job_name: str | None = None
     user_id: str
     access_control: AccessControl = AccessControl()
+    teams: Teams = []
     webhook: Webhook | None = None
     priority: int = 1
     not_before: Moment | None = None
@@ -336,6 +342,7 @@ class BatchSubmitted(Event):
     webhook: Webhook | None = None
     user_id: str
     access_control: AccessControl = AccessControl()
+    teams: Teams = []
 
 
 class BatchPaused(Event):
@@ -435,13 +442,15 @@ class Meta:
     """Where an event comes from.
 
     `actor`: who did it (`user:…`, `worker:…`, `system`); `correlation_id`: the batch or request it belongs to;
-    `causation_id`: the `event_id` that led here; `traceparent`: W3C trace context.
+    `causation_id`: the `event_id` that led here; `traceparent`: W3C trace context; `request`: what tells a request that
+    is repeated, with its Idempotency-Key, from a new one.
     """
 
     actor: str = "system"
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
+    request: str | None = None
 
     def payload(self) -> dict[str, str]:
         """Return what is known, as the database stores it."""
@@ -452,13 +461,17 @@ class Meta:
             payload["causation_id"] = self.causation_id
         if self.traceparent is not None:
             payload["traceparent"] = self.traceparent
+        if self.request is not None:
+            payload["request"] = self.request
         return payload
 
     @classmethod
     def of(cls, stored: Mapping[str, str]) -> Meta:
         """Return what `payload` wrote; names from later versions are passed over."""
         get = stored.get
-        return cls(get("actor", "system"), get("correlation_id"), get("causation_id"), get("traceparent"))
+        return cls(
+            get("actor", "system"), get("correlation_id"), get("causation_id"), get("traceparent"), get("request")
+        )
 
 
 class Recorded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
@@ -77,11 +77,20 @@ def rules_of(stream: str) -> Rules:
             raise LookupError(f"{stream!r} names no kind of stream")
 
 
-async def handle(log: EventLog, stream: str, command: Command, *, meta: Meta, known: Known | None = None) -> Handled:
+async def handle(
+    log: EventLog,
+    stream: str,
+    command: Command,
+    *,
+    meta: Meta,
+    known: Known | None = None,
+    check: Callable[[Known], None] = lambda known: None,
+) -> Handled:
     """Apply `command` and return the events it causes, with their positions.
 
     A lost race is decided again on what is true now, never blindly repeated. Whoever has followed the stream passes
-    what is `known` of it and saves the reading.
+    what is `known` of it and saves the reading. `check` raises if the command is not to be given to this state: it is
+    asked of every state that is decided on.
 
     Raises:
         CommandRefused: the rules say no.
@@ -95,6 +104,7 @@ async def handle(log: EventLog, stream: str, command: Command, *, meta: Meta, kn
     while True:
         tries += 1
         now = datetime.now(UTC)
+        check(known)
         try:
             events = rules.decide(command, known.state)
         except CommandRefused:

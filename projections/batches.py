@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import Any, Final, assert_never
+from typing import Final, assert_never
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
+from ledger.access import Principal
 from ledger.commands import BatchCommand, FinishBatch, ReopenBatch
 from ledger.events import (
     BATCH_EVENTS,
@@ -29,12 +30,14 @@ from ledger.events import (
 )
 from ledger.log import EventLog
 from ledger.mongo import Database, Document, driver_errors
+from projections import headings
+from projections.headings import Facet
 from projections.jobs import shown_webhook
 
 NAME: Final = "batches"
 INDEXES: Final = [
-    IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)]),
-    IndexModel([("status", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
+    *headings.INDEXES,
+    IndexModel([("status", ASCENDING)], partialFilterExpression={"status": "processing"}),
 ]
 
 
@@ -49,11 +52,22 @@ def fold(batch: Document | None, event: Recorded) -> Document | None:
     changes = _changes(happened, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
     if changes is None:
         return None
-    return {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    after = {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    if "status" in changes:
+        _list(after)
+    return after
+
+
+def _list(batch: Document) -> None:
+    """Say under which headings the batch is listed, and under which words it is found."""
+    scopes, status = headings.scopes(batch), ("status", batch["status"])
+    user = ("user", batch["user_id"])
+    batch["headings"] = headings.headings(scopes, [headings.ALL, status, user, user + status])
+    batch["words"] = headings.words(scopes, [batch["batch_id"], batch["batch_name"]])
 
 
 def _submitted(asked: BatchSubmitted, event: Recorded) -> Document:
-    return {
+    batch: Document = {
         "_id": event.stream,
         "batch_id": event.stream,
         "batch_name": asked.batch_name,
@@ -73,11 +87,14 @@ def _submitted(asked: BatchSubmitted, event: Recorded) -> Document:
         "summary": {"duration": 0.0, "tokens_used": 0},
         "user_id": asked.user_id,
         "access_control": asked.access_control.model_dump(),
+        "teams": asked.teams,
         "paused": False,
         "archived": False,
         "version": event.version,
         "position": event.position,
     }
+    _list(batch)
+    return batch
 
 
 def _changes(happened: BatchEvent, event: Recorded) -> Document | None:
@@ -169,10 +186,20 @@ def as_submitted(batch: Document | None) -> Document | None:
     return {**batch, "pending_jobs": batch["total_jobs"]} if batch else None
 
 
-def query(*, status: str | None = None, user_id: str | None = None, archived: bool | None = None) -> dict[str, Any]:
-    """Return the database query for the batches asked for; None means any."""
-    wanted = {"status": status, "user_id": user_id, "archived": archived}
-    return {name: value for name, value in wanted.items() if value is not None}
+def query(
+    principal: Principal,
+    *,
+    status: str | None = None,
+    user_id: str | None = None,
+    archived: bool | None = None,
+    q: str | None = None,
+) -> Document:
+    """Return the database query for those of the batches asked for that somebody may see; None means any."""
+    facet: Facet = () if user_id is None else ("user", user_id)
+    if status is not None:
+        facet += ("status", status)
+    wanted = headings.query(principal, facet, q or "")
+    return wanted if archived is None else {**wanted, "archived": archived}
 
 
 async def page(db: Database, wanted: Document, *, limit: int, skip: int) -> list[Document]:

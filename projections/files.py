@@ -23,6 +23,9 @@ def rows(job: Document) -> list[Document]:
             "size": file["size"],
             "media_type": file["media_type"],
             "job_id": job["job_id"],
+            "user_id": job["user_id"],
+            "access_control": job["access_control"],
+            "teams": job["teams"],
             "modified_at": job["completed_at"],
             "position": job["position"],
         }

@@ -14,6 +14,7 @@ from typing import Any, Final, assert_never
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
+from ledger.access import Principal
 from ledger.events import (
     JOB_EVENTS,
     JobAccessChanged,
@@ -42,17 +43,21 @@ from ledger.events import (
 )
 from ledger.log import EventLog
 from ledger.mongo import Database, Document, driver_errors
+from projections import headings
+from projections.headings import Facet
 
 NAME: Final = "jobs"
 LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
 LOG_CHARACTERS: Final = 10_000  # of each: a hundred lines have to fit into a document, which holds 16 MB
 COUNTED_UP_TO: Final = 10_000
 INDEXES: Final = [
-    IndexModel([("created_at", DESCENDING), ("_id", DESCENDING)]),
-    IndexModel([("status", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
-    IndexModel([("batch_id", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
+    *headings.INDEXES,
     IndexModel([("worker_id", ASCENDING)], partialFilterExpression={"status": "processing"}),
 ]
+_SESSION_FACETS: Final = (("track", "track"), ("event", "event"), ("day", "day"), ("language", "target_language"))
+_SEARCHED: Final = ("session", "event", "track", "filename")
+_LISTED_BY: Final = frozenset({"status", "error", "parameters", "access_control"})
+_FOUND_BY: Final = frozenset({"parameters", "access_control"})
 
 
 def fold(job: Document | None, event: Recorded) -> Document | None:
@@ -66,11 +71,45 @@ def fold(job: Document | None, event: Recorded) -> Document | None:
     changes = _changes(job, happened, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
     if changes is None:
         return None
-    return {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    after = {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    if not _LISTED_BY.isdisjoint(changes):
+        _list(after, anew=not _FOUND_BY.isdisjoint(changes))
+    return after
+
+
+def _list(job: Document, *, anew: bool) -> None:
+    """Say under which headings the job is listed, and, if that may have changed, under which words it is found."""
+    scopes = headings.scopes(job)
+    job["headings"] = headings.headings(scopes, _facets(job))
+    if anew:
+        given = job["parameters"]
+        texts = [job["job_id"], job["job_name"], *(given.get(name) for name in _SEARCHED)]
+        speakers = given.get("speakers")
+        job["words"] = headings.words(scopes, texts + (speakers if isinstance(speakers, list) else []))
+
+
+def _facets(job: Document) -> list[Facet]:
+    status = ("status", job["status"])
+    found: list[Facet] = [headings.ALL, status]
+    for facet in _facets_with_status(job):
+        found += (facet, facet + status)
+    return found
+
+
+def _facets_with_status(job: Document) -> list[Facet]:
+    given, error = job["parameters"], job["error"]
+    values = [
+        ("batch", job["batch_id"]),
+        ("user", job["user_id"]),
+        ("type", job["job_type"]),
+        ("error", error["code"] if error else None),
+        *((facet, given.get(name)) for facet, name in _SESSION_FACETS),
+    ]
+    return [(name, value) for name, value in values if isinstance(value, str)]
 
 
 def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
-    return {
+    job: Document = {
         "_id": event.stream,
         "job_id": event.stream,
         "job_type": asked.job_type,
@@ -96,6 +135,7 @@ def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
         "due_at": asked.not_before,
         "user_id": asked.user_id,
         "access_control": asked.access_control.model_dump(),
+        "teams": asked.teams,
         "cancel_requested": False,
         "archived": False,
         "steps": [],
@@ -103,6 +143,8 @@ def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
         "version": event.version,
         "position": event.position,
     }
+    _list(job, anew=True)
+    return job
 
 
 def shown_webhook(webhook: Webhook | None) -> Document | None:
@@ -258,31 +300,50 @@ def _shown_line(line: LogLine) -> Document:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which jobs are asked for; None means any."""
+    """Which jobs are asked for; None means any. `q`: all of these words are in name, id, session, event or speakers."""
 
     status: str | None = None
     batch_id: str | None = None
     user_id: str | None = None
     track: str | None = None
+    event: str | None = None
+    day: str | None = None
+    language: str | None = None
+    error_code: str | None = None
     job_type: str | None = None
     archived: bool | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
+    q: str | None = None
 
-    def query(self) -> Document:
-        wanted = {
-            "status": self.status,
-            "batch_id": self.batch_id,
-            "user_id": self.user_id,
-            "parameters.track": self.track,
-            "job_type": self.job_type,
-            "archived": self.archived,
-        }
-        query: Document = {name: value for name, value in wanted.items() if value is not None}
+    def query(self, principal: Principal) -> Document:
+        """Return the database query for those of these jobs that somebody may see."""
+        facet, rest = self._narrowest()
+        query = {**headings.query(principal, facet, self.q or ""), **rest}
+        if self.archived is not None:
+            query["archived"] = self.archived
         if self.created_after or self.created_before:
             bounds = {"$gt": self.created_after, "$lt": self.created_before}
             query["created_at"] = {name: value for name, value in bounds.items() if value is not None}
         return query
+
+    def _narrowest(self) -> tuple[Facet, Document]:
+        """Return the facet that is looked up, and what else has to be looked at."""
+        asked = [
+            ("batch", "batch_id", self.batch_id),
+            ("error", "error.code", self.error_code),
+            ("event", "parameters.event", self.event),
+            ("track", "parameters.track", self.track),
+            ("day", "parameters.day", self.day),
+            ("user", "user_id", self.user_id),
+            ("language", "parameters.target_language", self.language),
+            ("type", "job_type", self.job_type),
+        ]
+        given = [(name, field, value) for name, field, value in asked if value is not None]
+        facet: Facet = (given[0][0], given[0][2]) if given else headings.ALL
+        if self.status is not None:
+            facet += ("status", self.status)
+        return facet, {field: value for _, field, value in given[1:]}
 
 
 async def get(db: Database, log: EventLog, job_id: str) -> Document | None:
@@ -298,26 +359,25 @@ async def get(db: Database, log: EventLog, job_id: str) -> Document | None:
     return job
 
 
-async def page(db: Database, wanted: Filter, *, limit: int, skip: int) -> list[Document]:
+async def page(db: Database, wanted: Document, *, limit: int, skip: int) -> list[Document]:
     """Return jobs, newest first."""
     with driver_errors("listing jobs"):
-        cursor = db[NAME].find(
-            wanted.query(), sort=[("created_at", DESCENDING), ("_id", DESCENDING)], limit=limit, skip=skip
-        )
+        cursor = db[NAME].find(wanted, sort=[("created_at", DESCENDING), ("_id", DESCENDING)], limit=limit, skip=skip)
         return await cursor.to_list()
 
 
-async def count(db: Database, wanted: Filter) -> int:
+async def count(db: Database, wanted: Document) -> int:
     """Count jobs, but never more than `COUNTED_UP_TO`: a count over everything would read everything."""
     with driver_errors("counting jobs"):
-        return await db[NAME].count_documents(wanted.query(), limit=COUNTED_UP_TO)
+        return await db[NAME].count_documents(wanted, limit=COUNTED_UP_TO)
 
 
 async def waiting_in(db: Database, batch_ids: Collection[str]) -> list[Document]:
     """Return the waiting jobs of batches, without what is large and says nothing about their places in the queue."""
     with driver_errors("looking for the waiting jobs of batches"):
-        query = {"batch_id": {"$in": sorted(batch_ids)}, "status": "pending"}
-        return await db[NAME].find(query, {"parameters": 0, "logs": 0, "steps": 0, "error": 0}).to_list()
+        waiting = [headings.everything(("batch", batch_id, "status", "pending")) for batch_id in sorted(batch_ids)]
+        left_out = dict.fromkeys(("parameters", "logs", "steps", "error", "headings", "words"), 0)
+        return await db[NAME].find({"headings": {"$in": waiting}}, left_out).to_list()
 
 
 async def held_by(db: Database, worker_id: str) -> Sequence[Document]:

@@ -29,6 +29,8 @@ from projections import batches, files, jobs, queue, statistics, steps
 from projections.checkpoint import VIEWS
 
 _log = structlog.get_logger()
+VERSION: Final = 2
+"""Of all folds together. Whoever changes what a fold makes raises it; views of another version are built anew."""
 CHUNK_EVENTS: Final = 1000
 CACHED_DOCUMENTS: Final = 20_000
 _VIEWS: Final = (jobs, batches, queue, files, statistics, steps)
@@ -177,7 +179,7 @@ class Projector:
                 if view.INDEXES:
                     await self._db[view.NAME].create_indexes(list(view.INDEXES))
             await self._db.checkpoints.update_one(
-                {"_id": VIEWS}, {"$setOnInsert": {"position": 0, "epoch": 0}}, upsert=True
+                {"_id": VIEWS}, {"$setOnInsert": {"position": 0, "epoch": 0, "version": VERSION}}, upsert=True
             )
 
     async def run(self) -> None:
@@ -255,7 +257,22 @@ class Projector:
             )
         if checkpoint is None:
             raise _Deposed
-        return int(checkpoint["position"])
+        if checkpoint.get("version") == VERSION:
+            return int(checkpoint["position"])
+        await self._start_anew()
+        return 0
+
+    async def _start_anew(self) -> None:
+        """Empty the views. Interrupted, it is done again: only the last step says that they are ours now."""
+        _log.warning("the views were made by another version of this program: they are built anew from the log")
+        with driver_errors("emptying the views"):
+            for view in _VIEWS:
+                await self._db[view.NAME].delete_many({})
+            emptied = await self._db.checkpoints.update_one(
+                {"_id": VIEWS, "epoch": self._lease.epoch}, {"$set": {"position": 0, "version": VERSION}}
+            )
+        if not emptied.matched_count:
+            raise _Deposed
 
     async def _fold(self, events: Sequence[Recorded], position: int) -> list[Document]:
         """Fold events into the views in one transaction; return the batches that were changed."""

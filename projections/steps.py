@@ -32,6 +32,7 @@ def rows(job: Document) -> list[Document]:
             "finished_at": step["finished_at"],
             "user_id": job["user_id"],
             "access_control": job["access_control"],
+            "teams": job["teams"],
         }
         for step in job.get("steps", ())
         if step["reused_from"] is None and not step["warnings"]

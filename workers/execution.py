@@ -242,7 +242,7 @@ class Execution:
     async def _step_of_another(self, key: str) -> dict[str, Any] | None:
         """Look for what a step with the same inputs has yielded in a job that this one's owner may read."""
         try:
-            found = await self._steps.find(key, self.job_id, self._job.asked.user_id)
+            found = await self._steps.find(key, self.job_id, self._job.asked.user_id, self._job.asked.teams)
         except LedgerUnavailable as error:
             _log.warning("finished steps could not be looked for", job_id=self.job_id, error=str(error))
             return None

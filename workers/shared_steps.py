@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
-from ledger.access import may_read
+from ledger.access import Principal, Right, right_to
 from ledger.errors import UnreadableEvent
 from ledger.events import StepCompleted
 from ledger.log import EventLog
@@ -24,15 +25,21 @@ class SharedSteps:
     def shared(self) -> bool:
         return self._seconds > 0
 
-    async def find(self, key: str, job_id: str, user_id: str) -> tuple[str, StepCompleted] | None:
+    async def find(
+        self, key: str, job_id: str, user_id: str, groups: Collection[str] = ()
+    ) -> tuple[str, StepCompleted] | None:
         """Return the newest step with this digest of its inputs, of another job that the user may read, and which job.
+
+        `groups` are those that the user is in.
 
         Raises:
             LedgerUnavailable: the database failed.
         """
+        reader = Principal(user_id, frozenset(groups))
         since = datetime.now(UTC) - timedelta(seconds=self._seconds)
         for row in await steps.find(self._db, key, since=since, other_than=job_id):
-            if may_read(user_id, row["user_id"], row["access_control"]):
+            right = right_to(reader, owner=row["user_id"], access=row["access_control"], teams=row["teams"])
+            if right >= Right.READ:
                 found = await self._finished(row["job_id"], row["version"])
                 if found is not None and found.key == key:
                     return row["job_id"], found

@@ -94,6 +94,30 @@ async def test_views_that_are_dropped_and_folded_anew_are_identical(
         assert await _stored(connection) == before
 
 
+async def test_views_that_another_version_has_made_are_built_anew(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(11))
+        await here.views_reach()
+    made = await _stored(connection)
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        await db.jobs.update_many({}, {"$unset": {"headings": ""}})
+        await db.jobs.insert_one({"_id": "job-of-nobody"})
+        await db.statistics.update_one({"_id": "jobs"}, {"$inc": {"total": 1000}})
+        await db.checkpoints.update_one({"_id": "views"}, {"$unset": {"version": ""}})
+    async with process(connection, store, projector=True) as here:
+        await here.views_reach()
+        await until_made_anew(here)
+    assert await _stored(connection) == made
+
+
+async def until_made_anew(here: Process) -> None:
+    async with asyncio.timeout(20):
+        while "version" not in (await here.db.checkpoints.find_one({"_id": "views"}) or {}):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    await here.views_reach()
+
+
 async def _stored(connection: Connection) -> dict[str, list[str]]:
     async with connection.client() as client:
         return await stored(client[connection.db_name])

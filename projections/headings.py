@@ -1,0 +1,94 @@
+"""projections: under which headings a job or batch is listed. Every list query is one heading, newest first.
+
+A heading is a scope (who looks: one name, everybody, or somebody who sees everything) and a facet (what is looked for:
+all, a status, a track, a batch with a status …). A document carries all of its headings, and one index holds them with
+the time of creation: so each question is answered by reading just the rows that are shown, and a user among a million
+jobs of others pays for their own only. Of several facets the narrowest is looked up, the rest is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, Final
+
+from pymongo import ASCENDING, DESCENDING, IndexModel
+
+from ledger.access import Principal, readers
+from ledger.mongo import Document
+
+Facet = tuple[str, ...]
+"""Names and values in turn: `("track", "Main", "status", "failed")`; empty for all."""
+ALL: Final[Facet] = ()
+_EVERYTHING: Final = "*"
+_PUBLIC: Final = "+"
+_LONGEST_VALUE: Final = 80
+_MOST_WORDS: Final = 40
+_WORD: Final = re.compile(r"\w+")
+INDEXES: Final = [
+    IndexModel([("headings", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
+    IndexModel([("words", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
+]
+
+
+def scopes(document: Mapping[str, Any]) -> list[str]:
+    """Return from which points of view a document can be seen: `user_id`, `access_control` and `teams` decide."""
+    access = document["access_control"]
+    named = readers(document["user_id"], access, document["teams"])
+    public = [_PUBLIC] if access["visibility"] == "public" else []
+    return [_EVERYTHING, *public, *(f"={name}" for name in named)]
+
+
+def scopes_of(principal: Principal) -> list[str]:
+    """Return the scopes that somebody looks from."""
+    if principal.sees_everything:
+        return [_EVERYTHING]
+    return [_PUBLIC, *sorted(f"={name}" for name in principal.names)]
+
+
+def headings(scopes: Iterable[str], facets: Sequence[Facet]) -> list[str]:
+    """Return each facet in each scope."""
+    texts = [_text(facet) for facet in facets]
+    return [_within(scope, text) for scope in scopes for text in texts]
+
+
+def words(scopes: Iterable[str], texts: Iterable[object]) -> list[str]:
+    """Return the words under which a document is found, in each scope; the first of them, if there are many."""
+    found = words_of(" ".join(text for text in texts if isinstance(text, str)))[:_MOST_WORDS]
+    return [_within(scope, word) for scope in scopes for word in found]
+
+
+def words_of(text: str) -> list[str]:
+    """Return the different words of a text, as they are compared."""
+    return list(dict.fromkeys(word[:_LONGEST_VALUE] for word in _WORD.findall(text.casefold())))
+
+
+def query(principal: Principal, facet: Facet = ALL, search: str = "") -> Document:
+    """Return the database query for what a principal may see under a facet, with all the words of `search` in it."""
+    seen_from = scopes_of(principal)
+    under = {"$in": headings(seen_from, [facet])}
+    wanted = words_of(search)
+    if not wanted:
+        return {"headings": under}
+    found = [{"words": {"$in": [_within(scope, word) for scope in seen_from]}} for word in wanted]
+    return {"$and": [*found, {"headings": under}]} if facet else {"$and": found}
+
+
+def everything(facet: Facet) -> str:
+    """Return the heading of a facet for who sees everything."""
+    return _within(_EVERYTHING, _text(facet))
+
+
+def _text(facet: Facet) -> str:
+    parts = (part if len(part) <= _LONGEST_VALUE else _digest(part) for part in facet)
+    return "".join("/" + part.replace("/", "//") for part in parts)
+
+
+def _digest(value: str) -> str:
+    return blake2b(value.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _within(scope: str, text: str) -> str:
+    """The length before the scope keeps two that begin alike apart, whatever is in their names."""
+    return f"{len(scope)}{scope}{text}"
