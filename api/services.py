@@ -12,6 +12,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from api.access import SignIn
+from api.endings import Endings
 from api.errors import ApiError, invalid
 from ledger.files import FileStore
 from ledger.log import EventLog
@@ -34,6 +35,7 @@ class Services:
     largest_body_bytes: int
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
+    endings: Endings
 
 
 def services(request: Request) -> Services:

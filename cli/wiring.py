@@ -20,6 +20,7 @@ import uvicorn
 
 from api.access import OpenSignIn
 from api.app import create_app
+from api.endings import Endings
 from api.services import Services
 from cli.settings import LoggingSettings, Settings
 from ledger.changes import Changes
@@ -148,6 +149,9 @@ async def roles(
             changes.listen(log)
         if "projector" in wanted:
             changes.listen(projector)
+        endings = Endings()
+        if "api" in wanted:
+            changes.listen(endings)
         worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
         stream = await stack.enter_async_context(changes.running())
         stream.add_done_callback(_watcher(failed))
@@ -157,7 +161,9 @@ async def roles(
             await stack.enter_async_context(_working(worker, failed))
         url = None
         if listening is not None:
-            url = await stack.enter_async_context(_serving(listening, settings, db, log, checkpoint, store, failed))
+            url = await stack.enter_async_context(
+                _serving(listening, settings, db, log, checkpoint, store, endings, failed)
+            )
         yield Running(db, log, url)
 
 
@@ -240,6 +246,7 @@ async def _serving(
     log: EventLog,
     checkpoint: Checkpoint,
     store: FileStore,
+    endings: Endings,
     failed: Callable[[BaseException], None],
 ) -> AsyncIterator[str]:
     host, port = listening.getsockname()[:2]
@@ -254,6 +261,7 @@ async def _serving(
         largest_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in ("localhost", "127.0.0.1", "[::1]", host, public) if name)),
         sign_in=OpenSignIn("local"),
+        endings=endings,
     )
     server = _Server(
         uvicorn.Config(
