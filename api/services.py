@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from api.access import SignIn
 from api.endings import Endings
 from api.errors import ApiError, invalid
+from api.middleware import Edge
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -36,6 +37,7 @@ class Services:
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
     endings: Endings
+    edge: Edge
 
 
 def services(request: Request) -> Services:
@@ -65,7 +67,8 @@ async def read_json(request: Request) -> Any:
     try:
         return from_json(bytes(body), allow_inf_nan=False)  # keeps large integers, which orjson makes floats of
     except ValueError as error:
-        raise ApiError(400, "malformed_json", f"The body is not JSON: {error}") from error
+        message = f"The body is not JSON, or nested more than 100 levels deep: {error}"
+        raise ApiError(400, "malformed_json", message) from error
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -21,6 +21,7 @@ import uvicorn
 from api.access import OpenSignIn
 from api.app import create_app
 from api.endings import Endings
+from api.middleware import Edge
 from api.services import Services
 from cli.settings import LoggingSettings, Settings
 from ledger.changes import Changes
@@ -48,6 +49,7 @@ def set_up_logging(settings: LoggingSettings) -> None:
         renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,  # the request's id
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if settings.format == "console" else "iso", utc=False),
             structlog.processors.format_exc_info,
@@ -262,6 +264,7 @@ async def _serving(
         allowed_hosts=tuple(dict.fromkeys(name for name in ("localhost", "127.0.0.1", "[::1]", host, public) if name)),
         sign_in=OpenSignIn("local"),
         endings=endings,
+        edge=_edge(settings),
     )
     server = _Server(
         uvicorn.Config(
@@ -280,6 +283,18 @@ async def _serving(
     finally:
         server.should_exit = True
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _edge(settings: Settings) -> Edge:
+    api = settings.api
+    return Edge(
+        cors_origins=tuple(api.cors_origins),
+        requests_per_second=api.requests_per_second,
+        burst=api.burst,
+        max_streams_per_user=api.max_streams_per_user,
+        https=(api.public_url or "").startswith("https://"),
+        access_log=settings.logging.access,
+    )
 
 
 @contextmanager
