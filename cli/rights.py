@@ -10,9 +10,11 @@ from typing import Any, Final
 
 import orjson
 
+from api.keys import COLLECTION as API_KEYS
 from ledger.client import SUBSCRIPTIONS
 
 _MUTABLE: Final = (
+    API_KEYS,
     "batches",
     "checkpoints",
     "counters",

@@ -12,16 +12,21 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Final, Literal
+from datetime import UTC, datetime
+from ipaddress import ip_network
+from typing import Final, Literal, assert_never
 from urllib.parse import urlsplit
 
 import structlog
 import uvicorn
 
-from api.access import OpenSignIn
+from api.access import OpenSignIn, SignIn
 from api.app import create_app
+from api.jwks import KeysAt, KeySource, OneKey, public_key, shared_secret
+from api.keys import KeyRing
 from api.services import Services
-from cli.settings import LoggingSettings, Settings
+from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
+from cli.settings import AuthSettings, JwtSettings, LoggingSettings, Settings
 from ledger.changes import Changes
 from ledger.embedded import EmbeddedServer, running_server
 from ledger.errors import ConfigurationError, LedgerUnavailable
@@ -148,6 +153,7 @@ async def roles(
             changes.listen(log)
         if "projector" in wanted:
             changes.listen(projector)
+        sign_in = _sign_in(settings.auth, db, changes) if "api" in wanted else None
         worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
         stream = await stack.enter_async_context(changes.running())
         stream.add_done_callback(_watcher(failed))
@@ -156,8 +162,10 @@ async def roles(
         if worker is not None:
             await stack.enter_async_context(_working(worker, failed))
         url = None
-        if listening is not None:
-            url = await stack.enter_async_context(_serving(listening, settings, db, log, checkpoint, store, failed))
+        if listening is not None and sign_in is not None:
+            url = await stack.enter_async_context(
+                _serving(listening, settings, db, log, checkpoint, store, sign_in, failed)
+            )
         yield Running(db, log, url)
 
 
@@ -232,6 +240,54 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _sign_in(auth: AuthSettings, db: Database, changes: Changes) -> SignIn:
+    """Return the way to sign in that is set.
+
+    Raises:
+        ConfigurationError: the public key cannot be used.
+    """
+    grants = Grants(frozenset(auth.admins), frozenset(auth.monitors))
+    match auth.mode:
+        case "open":
+            return OpenSignIn("local")
+        case "keys":
+            ring = KeyRing(db)
+            changes.listen(ring)
+            return KeySignIn(ring, now=lambda: datetime.now(UTC), anonymous_public=auth.anonymous_public)
+        case "jwt":
+            rules = TokenRules(
+                auth.jwt.issuer,
+                auth.jwt.audience,
+                auth.jwt.leeway_seconds,
+                auth.jwt.user_claim,
+                auth.jwt.groups_claim,
+                auth.jwt.roles_claim,
+            )
+            return JwtSignIn(_token_keys(auth.jwt), rules, grants, anonymous_public=auth.anonymous_public)
+        case "proxy":
+            trusted = [ip_network(network) for network in auth.proxy.trusted]
+            headers = ProxyHeaders(auth.proxy.user_header, auth.proxy.groups_header, auth.proxy.roles_header)
+            return ProxySignIn(trusted, headers, grants, anonymous_public=auth.anonymous_public)
+        case _:
+            assert_never(auth.mode)
+
+
+def _token_keys(jwt: JwtSettings) -> KeySource:
+    if jwt.jwks_url is not None:
+        return KeysAt(jwt.jwks_url)
+    if jwt.public_key_file is None:
+        assert jwt.secret is not None  # noqa: S101 - the settings make sure that there is one of the three
+        return OneKey(shared_secret(jwt.secret.get_secret_value()))
+    try:
+        return OneKey(public_key(jwt.public_key_file.read_bytes()))
+    except OSError as error:
+        raise ConfigurationError(
+            f"auth.jwt.public_key_file: {jwt.public_key_file} cannot be read: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"auth.jwt.public_key_file: {jwt.public_key_file}: {error}") from error
+
+
 @asynccontextmanager
 async def _serving(
     listening: socket.socket,
@@ -240,6 +296,7 @@ async def _serving(
     log: EventLog,
     checkpoint: Checkpoint,
     store: FileStore,
+    sign_in: SignIn,
     failed: Callable[[BaseException], None],
 ) -> AsyncIterator[str]:
     host, port = listening.getsockname()[:2]
@@ -253,7 +310,7 @@ async def _serving(
         job_types={name: processor.Parameters for name, processor in processors().items()},
         largest_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in ("localhost", "127.0.0.1", "[::1]", host, public) if name)),
-        sign_in=OpenSignIn("local"),
+        sign_in=sign_in,
     )
     server = _Server(
         uvicorn.Config(
