@@ -28,6 +28,12 @@ _TEXT: Final = re.compile(r"jl_([0-9a-f]{16})_([A-Za-z0-9_-]{43})", re.ASCII)
 _NO_DIGEST: Final = bytes(32)
 
 
+def _label(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected text that can be printed")
+    return text
+
+
 class ApiKey(BaseModel):
     """A key as it is stored. It says who its holder is, and nothing of how to be it."""
 
@@ -35,7 +41,7 @@ class ApiKey(BaseModel):
 
     key_id: str = Field(alias="_id", pattern=r"^[0-9a-f]{16}$")
     sha256: Annotated[bytes, Field(min_length=32, max_length=32, repr=False)]
-    name: str | None = Field(None, max_length=200)
+    name: Annotated[str, Field(max_length=200), AfterValidator(_label)] | None = None
     user_id: Annotated[str, AfterValidator(user_named)]
     groups: list[Annotated[str, AfterValidator(group_named)]] = []
     roles: list[Role] = []
