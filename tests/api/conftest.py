@@ -17,6 +17,7 @@ from cli.settings import read_settings
 from cli.wiring import ALL_ROLES, Role, roles
 from ledger.log import EventLog
 from ledger.mongo import Database
+from tests.support.principals import HeaderSignIn
 
 DEADLINE_SECONDS = 30.0
 ENDS = ("JobCompleted", "JobFailed", "JobCancelled")
@@ -124,6 +125,12 @@ async def running_api(
     ):
         yield Api(client, running.db, running.log, directory / "results")
     assert not failures
+
+
+@pytest.fixture
+def said_in_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have whoever asks be who the header `X-Test-Principal` says: ask for it before `api` or `idle_api`."""
+    monkeypatch.setattr("cli.wiring.OpenSignIn", lambda _user_id: HeaderSignIn())
 
 
 @pytest.fixture
