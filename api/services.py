@@ -13,6 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from api.access import SignIn
 from api.errors import ApiError, invalid
+from api.event_stream import Streams
+from api.visibility import Visibility
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -34,6 +36,8 @@ class Services:
     largest_body_bytes: int
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
+    visibility: Visibility
+    streams: Streams
 
 
 def services(request: Request) -> Services:
