@@ -1,4 +1,4 @@
-"""Jobs and batches are changed over HTTP, by who looked at them before: `If-Match` keeps two from undoing each other."""
+"""Jobs and batches are changed over HTTP; `If-Match` keeps two from undoing each other's changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: a client that does not know whether its request arrived sends it again, and nothing happens twice."""
+"""`Idempotency-Key`: who does not know whether a request arrived sends it again, and nothing happens twice."""
 
 from __future__ import annotations
 
