@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -52,8 +51,8 @@ async def some_jobs(api: Api) -> str:
         )
     found = (await listed(api, await api.log.head()))["jobs"]
     for job in found[:5]:
-        last = await api.post(f"/api/events/jobs/{job['job_id']}/cancel")
-    return str(last.headers["ledger-position"])
+        await api.post(f"/api/events/jobs/{job['job_id']}/cancel")
+    return str(await api.log.head())
 
 
 async def test_each_filter_finds_what_it_names_and_counts_it(header_api: Api) -> None:
@@ -63,7 +62,7 @@ async def test_each_filter_finds_what_it_names_and_counts_it(header_api: Api) ->
         ({"status": "cancelled"}, 5),
         ({"status": "failed"}, 0),
         ({"track": "Main"}, 10),
-        ({"track": "Main", "status": "pending"}, 8),
+        ({"track": "Main", "status": "pending"}, 9),
         ({"track": "Main", "event": "Conf 0"}, 5),
         ({"track": "Nowhere"}, 0),
         ({"event": "Conf 1"}, 15),
@@ -107,7 +106,7 @@ async def test_pages_follow_each_other_though_jobs_come_and_go_between_them(head
         seen += [job["job_id"] for job in content["jobs"]]
         if "next" not in content:
             break
-        query["cursor"] = content["next"]
+        query |= {"cursor": content["next"]}
         await header_api.http.delete(f"/api/events/jobs/{seen[0]}")
         position = (await header_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).headers[
             "ledger-position"
@@ -141,8 +140,8 @@ async def test_the_jobs_of_a_batch_are_paged_with_their_counts(idle_api: Api) ->
 async def test_batches_are_found_by_status_user_and_name(header_api: Api) -> None:
     for user, name in (("alice", "FOSDEM main track"), ("bob", "FOSDEM other"), ("alice", "PyCon")):
         content = {"batch_name": name, "jobs": [{"job_type": "echo", "parameters": {}}]}
-        answer = await header_api.post("/api/events/batches", content, **said(user))
-    position = int(answer.headers["ledger-position"])
+        await header_api.post("/api/events/batches", content, **said(user))
+    position = await header_api.log.head()
 
     async def names(**query: Any) -> list[str]:
         headers = {"Ledger-Position": str(position)}
