@@ -19,12 +19,8 @@ STRANGER = Principal("zoe")
 TRACKS = ("Main", "Databases", "Web")
 
 
-async def listed(
-    api: Api, position: int | str | None = None, _headers: Mapping[str, str] | None = None, **query: Any
-) -> Any:
-    headers = dict(_headers or {})
-    if position is not None:
-        headers["Ledger-Position"] = str(position)
+async def listed(api: Api, position: int | str | None = None, **query: Any) -> Any:
+    headers = {} if position is None else {"Ledger-Position": str(position)}
     answer = await api.http.get("/api/events/jobs", params=query, headers=headers)
     assert answer.status_code == 200, answer.text
     return answer.json()
