@@ -250,13 +250,6 @@ async def ended_if_wanted(request: Request, job_id: str) -> Document | None:
     return job
 
 
-async def history(request: Request) -> Response:
-    """GET /api/events/jobs/{job_id}/history"""
-    job = await existing(request)
-    events = await services(request).log.read_stream(job["job_id"])
-    return json_response({"status": "success", "events": [shown_event(event) for event in events]})
-
-
 async def existing(request: Request) -> Document:
     """Return the job that the path names.
 

@@ -219,3 +219,19 @@ class StreamQuery(_Body):
     types: str | None = None
     job_id: str | None = None
     batch_id: str | None = None
+
+
+class EventsQuery(_Body):
+    """Which page of the log."""
+
+    after: int = Field(0, ge=0, le=LARGEST_INTEGER)
+    limit: int = Field(100, ge=1, le=LARGEST_PAGE)
+    types: str | None = None
+    stream: str | None = Field(None, min_length=1, max_length=200)
+
+
+class HistoryQuery(_Body):
+    """Which page of one stream, by the versions of its events."""
+
+    after_version: int = Field(0, ge=0, le=LARGEST_INTEGER)
+    limit: int = Field(100, ge=1, le=LARGEST_PAGE)

@@ -14,6 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from api.access import SignIn
 from api.endings import Endings
 from api.errors import ApiError, invalid
+from api.event_stream import Streams
+from api.visibility import Visibility
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -36,6 +38,8 @@ class Services:
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
     endings: Endings
+    visibility: Visibility
+    streams: Streams
 
 
 def services(request: Request) -> Services:

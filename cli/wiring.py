@@ -17,11 +17,14 @@ from urllib.parse import urlsplit
 
 import structlog
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.access import OpenSignIn
 from api.app import create_app
 from api.endings import Endings
+from api.event_stream import Streams
 from api.services import Services
+from api.visibility import Visibility
 from cli.settings import LoggingSettings, Settings
 from ledger.changes import Changes
 from ledger.embedded import EmbeddedServer, running_server
@@ -161,9 +164,10 @@ async def roles(
             await stack.enter_async_context(_working(worker, failed))
         url = None
         if listening is not None:
-            url = await stack.enter_async_context(
-                _serving(listening, settings, db, log, checkpoint, store, endings, failed)
-            )
+            visibility = Visibility(log, checkpoint)
+            await stack.enter_async_context(_background(visibility.run(), failed))
+            serving = _serving(listening, settings, db, log, checkpoint, store, endings, visibility, failed)
+            url = await stack.enter_async_context(serving)
         yield Running(db, log, url)
 
 
@@ -238,6 +242,14 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Connection(H11Protocol):
+    """Uvicorn's connection, which lets a stream cut off a client that does not read (`scope["state"]["abort"]`)."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+
+
 @asynccontextmanager
 async def _serving(
     listening: socket.socket,
@@ -247,6 +259,7 @@ async def _serving(
     checkpoint: Checkpoint,
     store: FileStore,
     endings: Endings,
+    visibility: Visibility,
     failed: Callable[[BaseException], None],
 ) -> AsyncIterator[str]:
     host, port = listening.getsockname()[:2]
@@ -262,10 +275,13 @@ async def _serving(
         allowed_hosts=tuple(dict.fromkeys(name for name in ("localhost", "127.0.0.1", "[::1]", host, public) if name)),
         sign_in=OpenSignIn("local"),
         endings=endings,
+        visibility=visibility,
+        streams=Streams(),
     )
     server = _Server(
         uvicorn.Config(
             create_app(services),
+            http=_Connection,
             log_level="warning",
             access_log=False,
             proxy_headers=False,  # whom we trust to say who somebody is, auth.proxy says
@@ -278,6 +294,7 @@ async def _serving(
     try:
         yield settings.api.public_url or f"http://{shown_host}:{port}"
     finally:
+        services.streams.close()
         server.should_exit = True
         await asyncio.gather(task, return_exceptions=True)
 
