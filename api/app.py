@@ -25,6 +25,7 @@ from api.errors import (
     on_http_exception,
     on_ledger_error,
 )
+from api.links import LinkSignIn
 from api.services import Services
 from ledger.errors import JobledgerError
 
@@ -64,6 +65,7 @@ ROUTES = [
     Route("/api/events/batches/{batch_id}/restart", batches.restart, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/archive", batches.archive, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/unarchive", batches.unarchive, methods=["POST"]),
+    Route("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
     Route("/api/events/files/{path:path}", files.single),
     Route("/api/ledger/stream", monitoring.stream),
     Route("/api/monitoring/events/stats", monitoring.stats),
@@ -113,7 +115,7 @@ def create_app(services: Services) -> Starlette:
         routes=ROUTES,
         middleware=[
             Middleware(KnownHosts, names=services.allowed_hosts),
-            Middleware(SignedIn, sign_in=services.sign_in),
+            Middleware(SignedIn, sign_in=LinkSignIn(services.sign_in)),
         ],
         exception_handlers={
             ApiError: on_api_error,

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from api.access import SignIn
 from api.errors import ApiError, invalid
+from api.links import Links
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -34,6 +35,7 @@ class Services:
     largest_body_bytes: int
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
+    links: Links
 
 
 def services(request: Request) -> Services:
