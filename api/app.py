@@ -25,6 +25,7 @@ from api.errors import (
     on_http_exception,
     on_ledger_error,
 )
+from api.links import LinkSignIn
 from api.services import Services
 from ledger.errors import JobledgerError
 
@@ -70,6 +71,7 @@ ROUTES = [
     Route("/api/events/batches/{batch_id}/restart", batches.restart, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/archive", batches.archive, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/unarchive", batches.unarchive, methods=["POST"]),
+    Route("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
     Route("/api/events/files/{path:path}", files.single),
     Route("/api/ledger/events", ledger.page),
     Route("/api/ledger/stream", live.stream),
@@ -121,7 +123,7 @@ def create_app(services: Services) -> Starlette:
         routes=ROUTES,
         middleware=[
             Middleware(KnownHosts, names=services.allowed_hosts),
-            Middleware(SignedIn, sign_in=services.sign_in),
+            Middleware(SignedIn, sign_in=LinkSignIn(services.sign_in)),
         ],
         exception_handlers={
             ApiError: on_api_error,

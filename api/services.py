@@ -15,6 +15,7 @@ from api.access import SignIn
 from api.endings import Endings
 from api.errors import ApiError, invalid
 from api.event_stream import Streams
+from api.links import Links
 from api.visibility import Visibility
 from ledger.files import FileStore
 from ledger.log import EventLog
@@ -40,6 +41,7 @@ class Services:
     endings: Endings
     visibility: Visibility
     streams: Streams
+    links: Links
 
 
 def services(request: Request) -> Services:

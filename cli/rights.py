@@ -11,15 +11,18 @@ from typing import Any, Final
 import orjson
 
 from ledger.client import SUBSCRIPTIONS
+from ledger.gridfs import COLLECTIONS as GRIDFS
 
 _MUTABLE: Final = (
     "batches",
     "checkpoints",
     "counters",
     "files",
+    *GRIDFS,
     "jobs",
     "leaders",
     "queue",
+    "secrets",
     "statistics",
     "steps",
     SUBSCRIPTIONS,

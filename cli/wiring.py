@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
@@ -23,13 +24,15 @@ from api.access import OpenSignIn
 from api.app import create_app
 from api.endings import Endings
 from api.event_stream import Streams
+from api.links import Links
 from api.services import Services
 from api.visibility import Visibility
 from cli.settings import LoggingSettings, Settings
 from ledger.changes import Changes
 from ledger.embedded import EmbeddedServer, running_server
 from ledger.errors import ConfigurationError, LedgerUnavailable
-from ledger.files import FileStore
+from ledger.files import DirectoryStore, FileStore
+from ledger.gridfs import GridFSStore
 from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
 from projections.checkpoint import Checkpoint
@@ -126,6 +129,22 @@ async def database(connection: Connection) -> AsyncIterator[Database]:
         await client.close()
 
 
+async def file_store(settings: Settings, db: Database) -> FileStore:
+    """Return the store for result files, ready for use.
+
+    Raises:
+        ConfigurationError: the directory cannot be written to.
+        LedgerUnavailable: the database failed.
+    """
+    if isinstance(settings.results.store, Path):
+        directory = DirectoryStore(settings.results.store)
+        directory.prepare()
+        return directory
+    grid = GridFSStore(db)
+    await grid.prepare()
+    return grid
+
+
 @asynccontextmanager
 async def roles(
     settings: Settings, connection: Connection, wanted: frozenset[Role], *, failed: Callable[[BaseException], None]
@@ -138,8 +157,7 @@ async def roles(
     async with AsyncExitStack() as stack:
         listening = stack.enter_context(_listen(settings.api.host, settings.api.port)) if "api" in wanted else None
         db = await stack.enter_async_context(database(connection))
-        store = FileStore(settings.results.store)
-        store.prepare()
+        store = await file_store(settings, db)
         log = EventLog(db)
         checkpoint = Checkpoint(db)
         changes = Changes(db, event_types=HEARD_EVENTS if wanted == {"worker"} else None)
@@ -277,6 +295,7 @@ async def _serving(
         endings=endings,
         visibility=visibility,
         streams=Streams(),
+        links=Links(db, settings.api.public_url),
     )
     server = _Server(
         uvicorn.Config(

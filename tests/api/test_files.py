@@ -11,7 +11,7 @@ import pytest
 
 from ledger.envelope import Append, Head
 from ledger.events import JobClaimed, JobCompleted, JobResults, JobSubmitted, Meta, ResultFile, ResultMetadata
-from ledger.files import FileStore
+from ledger.files import DirectoryStore
 from ledger.handle import new_job_id
 from tests.api.conftest import Api
 
@@ -21,7 +21,7 @@ CONTENT = bytes(range(256)) * 40
 
 async def add_file(api: Api, path: str, content: bytes = CONTENT, media_type: str = "application/octet-stream") -> str:
     """Let a job have a result file under a path; return the file's digest."""
-    stored = await asyncio.to_thread(FileStore(api.store).put_bytes, content)
+    stored = await asyncio.to_thread(DirectoryStore(api.store).put_bytes, content)
     file = ResultFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
     now = datetime.now(UTC)
     results = JobResults(files=[file], metadata=ResultMetadata(processed_at=now, duration=1.0))
@@ -98,7 +98,22 @@ async def test_a_part_of_a_file_is_just_that_part(idle_api: Api, asked: str, sta
     assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{len(CONTENT)}"
 
 
-@pytest.mark.parametrize("asked", ["bytes=99999-", "bytes=5-2", "lines=1-2", "bytes", "bytes=a-b"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "bytes=99999-",
+        "bytes=5-2",
+        "bytes",
+        "bytes=",
+        "bytes=a-b",
+        "bytes=-0",
+        "bytes=-",
+        "bytes=0-1,x",
+        "=",
+        "bytes=1e9-",
+    ]
+    + ["bytes=" + "9" * 5000 + "-", "bytes=" + ",".join(f"{2 * part}-{2 * part}" for part in range(51))],
+)
 async def test_a_part_that_the_file_does_not_have_is_refused_in_the_envelope(idle_api: Api, asked: str) -> None:
     await add_file(idle_api, "film.webm", media_type="video/webm")
     answer = await idle_api.get(f"{FILES}film.webm", Range=asked)
@@ -117,23 +132,26 @@ async def test_a_range_of_another_version_of_the_file_is_answered_with_the_whole
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "plain"),
     [
-        'quo"te.md',
-        "semi;colon.md",
-        "back\\slash.md",
-        "Umläute und Ελληνικά 日本.md",
-        "per%2Fcent.md",
-        "%0d%0aX: y",
+        ('quo"te.md', "quo_te.md"),
+        ("semi;colon.md", "semi_colon.md"),
+        ("back\\slash.md", "back_slash.md"),
+        ("Umläute und Ελληνικά 日本.md", "Umlaute und ________ __.md"),
+        ("per%2Fcent.md", "per_2Fcent.md"),
+        ("%0d%0aX: y", "_0d_0aX_ y"),
+        ("a\r\nX: y", "a__X_ y"),
     ],
 )
-async def test_a_file_with_an_odd_name_is_served_and_its_name_cannot_break_a_header(idle_api: Api, name: str) -> None:
+async def test_a_file_with_an_odd_name_is_served_and_its_name_cannot_break_a_header(
+    idle_api: Api, name: str, plain: str
+) -> None:
     await add_file(idle_api, f"c/{name}")
     answer = await idle_api.get(f"{FILES}c/{quote(name, safe='')}")
 
     assert answer.status_code == 200
     disposition = answer.headers["content-disposition"]
-    assert disposition == f"inline; filename*=utf-8''{quote(name)}"
+    assert disposition == f"inline; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
     assert disposition.isascii()
     assert "x" not in answer.headers
 
@@ -210,7 +228,7 @@ async def test_files_of_a_deleted_job_are_no_longer_served(api: Api) -> None:
 
 async def test_a_file_whose_bytes_are_gone_is_a_fault_that_says_what_to_look_at(idle_api: Api) -> None:
     digest = await add_file(idle_api, "a.bin")
-    await asyncio.to_thread(FileStore(idle_api.store).path(digest).unlink)
+    await asyncio.to_thread(DirectoryStore(idle_api.store).path(digest).unlink)
     answer = await idle_api.get(f"{FILES}a.bin")
 
     content: dict[str, Any] = answer.json()
