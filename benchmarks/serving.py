@@ -30,7 +30,7 @@ from benchmarks.measure import Result, percentile, rates
 from cli.settings import read_settings
 from cli.wiring import roles
 from ledger.commands import SubmitJob
-from ledger.events import Event, JobCancelled, JobSubmitted, Meta, Recorded
+from ledger.events import JobCancelled, JobSubmitted, Meta, Recorded
 from ledger.handle import handle, new_job_id
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document

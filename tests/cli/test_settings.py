@@ -137,7 +137,7 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ("api: 5\n", "api", "known here: host, port"),
         ("api: [1, 2]\n", "api", "known here: host, port"),
         ("api: &a [*a]\n", "api", "known here: host, port"),
-        ("auth:\n  mode: keys\n", "auth.mode", "'open'"),
+        ("auth:\n  mode: ldap\n", "auth.mode", "'open', 'keys', 'jwt' or 'proxy'"),
         ("mongodb:\n  db_name: 'a.b'\n", "mongodb.db_name", "pattern"),
         ("mongodb:\n  embedded_oplog_mb: 1\n", "mongodb.embedded_oplog_mb", "greater than or equal to"),
         ("mongodb:\n  uri: 5\n", "mongodb.uri", "valid string"),
