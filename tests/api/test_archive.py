@@ -99,7 +99,7 @@ async def test_the_archive_of_a_job_has_its_files_and_the_links_in_its_markdown_
     job_id = await add_job(idle_api, TALK)
     found = await archive(idle_api, f"jobs/{job_id}")
 
-    assert found == {"Welcome.md": [*TALK.values()][0], "assets/slide-001.jpg": [*TALK.values()][1]}
+    assert found == {path.removeprefix("FOSDEM/Keynotes/welcome-1a/"): content for path, content in TALK.items()}
     for link in re.findall(r"!\[\]\(([^)]*)\)", found["Welcome.md"].decode()):
         assert link in found
 
@@ -113,7 +113,8 @@ async def test_the_archive_of_a_real_job_can_be_unpacked(api: Api, tmp_path: Pat
     job = await api.ended(await api.submit({"text": "ä"}))
     answer = await api.get(f"/api/events/jobs/{job['job_id']}/download-archive")
     (tmp_path / "a.zip").write_bytes(answer.content)
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", "a.zip", "."], cwd=tmp_path, check=True)
+    unpack = [sys.executable, "-m", "zipfile", "-e", "a.zip", "."]
+    await asyncio.to_thread(subprocess.run, unpack, cwd=tmp_path, check=True)
     assert "ä" in (tmp_path / "echo.md").read_text(encoding="utf-8")
 
 

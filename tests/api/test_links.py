@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from starlette.requests import HTTPConnection
 from api.errors import ApiError
 from api.links import Links
 from cli import wiring
+from cli.wiring import Role
 from ledger.access import Principal
 from projections import files as view
 from tests.api.conftest import Api, running_api
@@ -31,7 +33,7 @@ class OnlyWithKey:
         user_id = connection.headers.get("x-user")
         if user_id is None:
             raise ApiError(401, "not_signed_in", "Say who you are.")
-        return Principal(None if user_id == "nobody" else user_id)
+        return Principal(None if user_id == "nobody" else user_id, roles=frozenset({"monitor"}))
 
 
 @pytest.fixture
@@ -187,12 +189,14 @@ async def test_without_its_key_every_link_is_void(guarded: Api, mongodb_uri: str
 
 
 async def test_a_link_begins_with_the_address_that_others_know(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    roles = frozenset[Any]({"api", "projector"})
-    public = {"public_url": "https://ledger.example.org/jobs/"}
-    async for api in running_api(mongodb_uri, db_name, tmp_path, roles, api={"port": 0, **public}):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    address = f"http://localhost:{port}"
+    roles = frozenset[Role]({"api", "projector"})
+    async for api in running_api(
+        mongodb_uri, db_name, tmp_path, roles, api={"port": port, "public_url": f"{address}/"}
+    ):
         await add_file(api, "c/a.bin")
-        # The client speaks to the port itself: the address is that of a proxy.
-        row = await view.get(api.db, "c/a.bin")
-        assert row is not None
-        url = await Links(api.db, public["public_url"]).to(row, datetime.now(UTC))
-        assert url.startswith("https://ledger.example.org/jobs/api/events/files/c/a.bin?expires=")
+        url = await link_to(api, "c/a.bin")
+        assert url.startswith(f"{address}{FILES}c/a.bin?expires=")
+        assert (await opened(api, url)).content == CONTENT
