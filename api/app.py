@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api import batches, files, history, jobs, ledger, live, monitoring
+from api import archives, batches, files, history, jobs, ledger, live, monitoring
 from api.access import SignedIn
 from api.errors import (
     ApiError,
@@ -54,6 +54,7 @@ ROUTES = [
     Route("/api/events/jobs/{job_id}", jobs.delete, methods=["DELETE"]),
     Route("/api/events/jobs/{job_id}/history", history.of_job),
     Route("/api/events/jobs/{job_id}/logs", history.log_lines),
+    Route("/api/events/jobs/{job_id}/download-archive", archives.of_job),
     Route("/api/events/jobs/{job_id}/cancel", jobs.cancel, methods=["POST"]),
     Route("/api/events/jobs/{job_id}/restart", jobs.restart, methods=["POST"]),
     Route("/api/events/jobs/{job_id}/archive", jobs.archive, methods=["POST"]),
@@ -65,6 +66,7 @@ ROUTES = [
     Route("/api/events/batches/{batch_id}", batches.delete, methods=["DELETE"]),
     Route("/api/events/batches/{batch_id}/jobs", batches.jobs_of),
     Route("/api/events/batches/{batch_id}/history", history.of_batch),
+    Route("/api/events/batches/{batch_id}/download-archive", archives.of_batch),
     Route("/api/events/batches/{batch_id}/pause", batches.pause, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/resume", batches.resume, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/cancel", batches.cancel, methods=["POST"]),

@@ -16,7 +16,7 @@ from api.access import may_see, signed_in
 from api.conditional import Range, Version, is_known, ranges
 from api.errors import ApiError, error_response, json_response
 from api.jobs import optional_json
-from api.links import LONGEST_SECONDS, is_link
+from api.links import FILES_URL, LONGEST_SECONDS, is_link
 from api.sending import Streamed, content_disposition, content_type
 from api.services import Services, query_of, services, validated, views_reach_wanted_position
 from ledger.errors import FileLost
@@ -91,8 +91,14 @@ async def link(request: Request) -> Response:
     return json_response({"status": "success", "url": url, "expires_at": until})
 
 
+def _path(request: Request) -> str:
+    """Return the path as it was asked for: the router's `$` lets a line break at its end pass."""
+    path: str = request.scope["path"]
+    return path.removeprefix(FILES_URL).removesuffix("/link" if request.method == "POST" else "")
+
+
 async def _readable(request: Request) -> Document:
-    path = request.path_params["path"]
+    path = _path(request)
     row = await view.get(services(request).db, path)
     if row is None or not may_see(request, row):
         raise ApiError(404, "file_not_found", f"There is no result file {path[:200]}.")
@@ -101,7 +107,7 @@ async def _readable(request: Request) -> Document:
 
 async def _by_link(request: Request, asked: FileQuery) -> Document:
     known = services(request)
-    row = await view.get(known.db, request.path_params["path"])
+    row = await view.get(known.db, _path(request))
     await known.links.check(row, expires=asked.expires, signature=asked.signature, now=datetime.now(UTC))
     assert row is not None  # noqa: S101 - narrows the type; no link opens what is not there
     return row
