@@ -338,6 +338,8 @@ async def _act(request: Request, content: Any, command: JobCommand, right: Right
     known, job_id = services(request), request.path_params["job_id"]
     once = Once.of(request, content)
     events = await known.log.read_stream(job_id) if job_id.startswith("job-") else []
+    if not events:
+        raise not_found(job_id)
     check = expecting(request, requires(request, right, missing=not_found(job_id)))
     if (done := once.found_in(events) if once else None) is not None:
         check_right = requires(request, right, missing=not_found(job_id))
