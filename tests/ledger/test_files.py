@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ledger.errors import ConfigurationError
-from ledger.files import DirectoryStore
+from ledger.errors import ConfigurationError, FileLost
+from ledger.files import PIECE_BYTES, DirectoryStore
 
 
 @pytest.fixture
@@ -224,3 +224,30 @@ def test_preparing_twice_keeps_what_is_there(store: DirectoryStore) -> None:
     stored = store.put_bytes(b"hello")
     store.prepare()
     assert files_in(store) == [store.path(stored.sha256)]
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_by_the_file(store: DirectoryStore, tmp_path: Path) -> None:
+    named = store.path(sha256(b"hello"))
+    named.parent.mkdir()
+    (tmp_path / "elsewhere").write_bytes(b"something else")
+    named.symlink_to(tmp_path / "elsewhere")
+    store.put_bytes(b"hello")
+    assert not named.is_symlink()
+    assert named.read_bytes() == b"hello"
+    assert (tmp_path / "elsewhere").read_bytes() == b"something else"
+
+
+async def test_a_part_of_a_file_is_read_piece_by_piece(store: DirectoryStore) -> None:
+    content = os.urandom(3 * PIECE_BYTES + 5)
+    file = await store.open(store.put_bytes(content).sha256)
+    pieces = [piece async for piece in file.read(7, file.size - 1)]
+    await file.close()
+    assert b"".join(pieces) == content[7:-1]
+    assert max(map(len, pieces)) == PIECE_BYTES
+
+
+async def test_what_is_not_in_the_store_cannot_be_opened(store: DirectoryStore) -> None:
+    with pytest.raises(FileLost):
+        await store.open("0" * 64)
+    with pytest.raises(ValueError, match="not a SHA-256"):
+        await store.open("../../etc/passwd")
