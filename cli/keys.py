@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from api import keys as api_keys
-from api.keys import ApiKey, KeyText, Role
+from api.keys import ApiKey, KeyText
 from cli.wiring import database
 from ledger.errors import ConfigurationError
 from ledger.events import milliseconds
@@ -28,7 +28,7 @@ def lifetime(text: str) -> timedelta:
     Raises:
         ConfigurationError: it is something else, or more than a hundred years.
     """
-    found = re.fullmatch(r"([1-9]\d{0,8})([mhdw])", text, re.ASCII)
+    found = re.fullmatch(r"([1-9]\d{0,7})([mhdw])", text, re.ASCII)
     lasting = timedelta(**{_UNITS[found[2]]: int(found[1])}) if found else None
     if lasting is None or lasting > _LONGEST:
         raise ConfigurationError(
@@ -38,7 +38,7 @@ def lifetime(text: str) -> timedelta:
 
 
 def new_key(
-    *, user: str, groups: Iterable[str], roles: Iterable[Role], name: str | None, expires_in: str | None
+    *, user: str, groups: Iterable[str], roles: Iterable[str], name: str | None, expires_in: str | None
 ) -> tuple[ApiKey, KeyText]:
     """Return a new key, not stored yet, and what its holder has to send.
 
@@ -47,15 +47,17 @@ def new_key(
     """
     text, now = KeyText.new(), milliseconds(datetime.now(UTC))
     try:
-        key = ApiKey(
-            key_id=text.key_id,
-            sha256=text.digest,
-            name=name,
-            user_id=user,
-            groups=list(dict.fromkeys(groups)),
-            roles=list(dict.fromkeys(roles)),
-            created_at=now,
-            expires_at=None if expires_in is None else now + lifetime(expires_in),
+        key = ApiKey.model_validate(
+            {
+                "key_id": text.key_id,
+                "sha256": text.digest,
+                "name": name,
+                "user_id": user,
+                "groups": list(dict.fromkeys(groups)),
+                "roles": list(dict.fromkeys(roles)),
+                "created_at": now,
+                "expires_at": None if expires_in is None else now + lifetime(expires_in),
+            }
         )
     except ValidationError as error:
         problem = error.errors()[0]

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import orjson
@@ -175,7 +175,7 @@ def keys_create(
         list[str] | None, typer.Option("--group", help="A group they are in; its name begins with team-. Repeatable.")
     ] = None,
     role: Annotated[
-        list[Literal["admin", "monitor"]] | None,
+        list[str] | None,
         typer.Option("--role", help="admin: may do everything. monitor: may see all statistics. Repeatable."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What it is for, to tell it from others.")] = None,
