@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -49,6 +50,7 @@ from workers.worker import HEARD_EVENTS, Worker
 _log = structlog.get_logger()
 Role = Literal["api", "projector", "worker"]
 ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker"})
+_MOST_FILES: Final = 65_536
 
 
 def set_up_logging(settings: LoggingSettings) -> None:
@@ -107,6 +109,14 @@ def spare_the_collector() -> None:
     gc.set_threshold(20_000, 10, 10)
 
 
+def allow_many_connections() -> None:
+    """Raise how many files may be open to what we may: by default that is 1024, and each client's connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A process at work. `url` is where its API answers, None if it has none."""
@@ -159,6 +169,8 @@ async def roles(
     `failed` is called when one of them ends although nobody stopped it.
     """
     spare_the_collector()
+    if "api" in wanted:
+        allow_many_connections()
     async with AsyncExitStack() as stack:
         listening = stack.enter_context(_listen(settings.api.host, settings.api.port)) if "api" in wanted else None
         db = await stack.enter_async_context(database(connection))
