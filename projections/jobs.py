@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, assert_never
 
-from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo import ASCENDING, IndexModel
 
 from ledger.access import Principal
 from ledger.events import (
@@ -45,7 +45,7 @@ from ledger.events import (
 from ledger.log import EventLog
 from ledger.mongo import Database, Document, driver_errors
 from projections import headings
-from projections.headings import Facet
+from projections.headings import Facet, Place
 
 NAME: Final = "jobs"
 LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
@@ -392,11 +392,26 @@ async def get(db: Database, log: EventLog, job_id: str) -> Document | None:
     return job
 
 
-async def page(db: Database, wanted: Document, *, limit: int, skip: int) -> list[Document]:
-    """Return jobs, newest first."""
+async def page(
+    db: Database,
+    wanted: Document,
+    *,
+    limit: int,
+    skip: int = 0,
+    after: Place | None = None,
+    newest_first: bool = True,
+) -> tuple[list[Document], Place | None]:
+    """Return a page of jobs in the order of creation, and where the next one begins."""
     with driver_errors("listing jobs"):
-        cursor = db[NAME].find(wanted, sort=[("created_at", DESCENDING), ("_id", DESCENDING)], limit=limit, skip=skip)
-        return await cursor.to_list()
+        return await headings.page(
+            db[NAME],
+            wanted,
+            limit=limit,
+            skip=skip,
+            after=after,
+            newest_first=newest_first,
+            projection={"headings": 0, "words": 0},
+        )
 
 
 async def count(db: Database, wanted: Document) -> int:

@@ -152,3 +152,13 @@ async def idle_api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncItera
     """Without a worker: a job that was submitted waits for ever."""
     async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running
+
+
+@pytest.fixture
+async def header_api(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Api]:
+    """Without a worker; a header says who asks (tests/support/principals.py)."""
+    monkeypatch.setattr("cli.wiring.OpenSignIn", lambda user_id: HeaderSignIn())
+    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+        yield running
