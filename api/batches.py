@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
@@ -13,8 +15,18 @@ from starlette.responses import Response
 from api import bulk
 from api.access import actor, for_user, may_see, requires, who_asks
 from api.errors import ApiError, json_response, path
-from api.jobs import keep, notices, optional_json, shown, split_webhook, submission
-from api.models import BatchBody, BatchList, BatchRestartBody, JobBody, ReasonBody
+from api.jobs import going_on, keep, listed, notices, optional_json, shown, split_webhook, submission
+from api.models import (
+    BatchBody,
+    BatchList,
+    BatchRestartBody,
+    BatchUpdateBody,
+    JobBody,
+    JobList,
+    Page,
+    ReasonBody,
+)
+from api.requests import Once, expecting, noted, wanted_wait
 from api.services import query_of, read_json, services, validated, views_reach_wanted_position
 from ledger import batch as rules
 from ledger.access import Right
@@ -24,6 +36,7 @@ from ledger.commands import (
     Archive,
     BatchCommand,
     CancelJob,
+    ChangeAccess,
     Delete,
     JobCommand,
     PauseBatch,
@@ -33,7 +46,7 @@ from ledger.commands import (
     SubmitJob,
     Unarchive,
 )
-from ledger.errors import InvalidEvent
+from ledger.errors import InvalidEvent, VersionConflict
 from ledger.events import ENDED, AccessControl, BatchSubmitted, JobStatus, JobSubmitted, Meta, Recorded
 from ledger.handle import Command, Handled, Known, handle, handle_new, load, new_batch_id, new_job_id
 from ledger.mongo import Document
@@ -46,9 +59,12 @@ _EVERY: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
 async def submit(request: Request) -> Response:
     """POST /api/events/batches"""
     known = services(request)
-    body = validated(BatchBody, await read_json(request))
+    content = await read_json(request)
+    body, once = validated(BatchBody, content), Once.of(request, content)
     _refuse_multiplied(body, known.largest_body_bytes)
-    batch_id = new_batch_id()
+    batch_id = f"batch-{once.name()}" if once else new_batch_id()
+    if (before := await _submitted_before(request, batch_id, once)) is not None:
+        return before
     webhook, secrets = split_webhook(body.webhook)
     user_id, teams = for_user(request, body.user_id), who_asks(request).groups
     kept, jobs = [secrets], []
@@ -70,7 +86,7 @@ async def submit(request: Request) -> Response:
                 webhook=job_webhook,
             )
         )
-    job_ids = [new_job_id() for _ in jobs]
+    job_ids = [f"job-{once.name(number)}" if once else new_job_id() for number in range(1, len(jobs) + 1)]
     batch = BatchSubmitted(
         batch_name=body.batch_name,
         total_jobs=len(jobs),
@@ -85,20 +101,43 @@ async def submit(request: Request) -> Response:
     commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
     commands += [(job_id, SubmitJob(job)) for job_id, job in zip(job_ids, jobs, strict=True)]
     try:
-        recorded = await handle_new(known.log, commands, meta=Meta(actor(request), batch_id))
+        recorded = await handle_new(known.log, commands, meta=Meta(actor(request), batch_id, request=noted(once)))
+    except VersionConflict:  # a request with the same key was quicker
+        if (before := await _submitted_before(request, batch_id, once)) is None:
+            raise
+        return before
     except InvalidEvent:
         _refuse_what_cannot_be_stored(jobs)
         raise
+    return _accepted(recorded[0], recorded[-1].position, notices(webhook, *(job.webhook for job in jobs)))
+
+
+async def _submitted_before(request: Request, batch_id: str, once: Once | None) -> Response | None:
+    """Return the answer to the same request made before, if it was.
+
+    Raises:
+        ApiError: 422, when that one asked for something else.
+    """
+    events = await services(request).log.read_stream(batch_id, limit=1) if once else []
+    if once is None or (submitted := once.found_in(events)) is None:
+        return None
+    assert isinstance(submitted.event, BatchSubmitted)  # noqa: S101 - narrows the type; every batch begins with it
+    # Its jobs were written with it, in the positions behind it.
+    return _accepted(submitted, submitted.position + submitted.event.total_jobs, notices(submitted.event.webhook))
+
+
+def _accepted(submitted: Recorded, position: int, more: Mapping[str, Any]) -> Response:
+    batch = _as_submitted(submitted)
     return json_response(
         {
             "status": "success",
-            "batch_id": batch_id,
-            "job_ids": job_ids,
-            "batch": shown(_as_submitted(recorded[0])),
-            **notices(webhook, *(job.webhook for job in jobs)),
+            "batch_id": submitted.stream,
+            "job_ids": batch["job_ids"],
+            "batch": shown(batch),
+            **more,
         },
         202,
-        {"Location": f"/api/events/batches/{batch_id}", "Ledger-Position": str(recorded[-1].position)},
+        {"Location": f"/api/events/batches/{submitted.stream}", "Ledger-Position": str(position)},
     )
 
 
@@ -135,23 +174,64 @@ async def listing(request: Request) -> Response:
     known = services(request)
     asked = query_of(request, BatchList)
     principal = who_asks(request)
-    wanted = view.query(principal, status=asked.status, user_id=asked.user_id, archived=asked.archived)
-    found = await view.page(known.db, wanted, limit=asked.limit, skip=asked.skip)
-    if principal.sees_everything and (asked.status, asked.user_id, asked.archived) == (None, None, None):
-        total = (await statistics.read(known.db))["batches"]["total"]
+    wanted = view.query(principal, status=asked.status, user_id=asked.user_id, archived=asked.archived, q=asked.q)
+    found, following = await view.page(
+        known.db, wanted, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
+    )
+    content: dict[str, Any] = {"status": "success", "batches": [shown(batch) for batch in found]}
+    if principal.sees_everything and asked.model_dump(exclude=set(Page.model_fields), exclude_none=True) == {}:
+        content["total"] = (await statistics.read(known.db))["batches"]["total"]
     else:
-        total = await view.count(known.db, wanted)
-    return json_response({"status": "success", "total": total, "batches": [shown(batch) for batch in found]})
+        content["total"] = await view.count(known.db, wanted)
+        if content["total"] >= view.COUNTED_UP_TO:
+            content["total_is_lower_bound"] = True
+    return json_response(content | going_on(following))
 
 
 async def single(request: Request) -> Response:
     """GET /api/events/batches/{batch_id}"""
     await views_reach_wanted_position(request)
+    batch = await existing(request)
+    if batch["status"] == "processing" and await _finished_if_wanted(request, batch["batch_id"]):
+        batch = await existing(request)
+    headers = {"ETag": f'"{batch["version"]}-{batch["position"]}"', "Cache-Control": "private, no-cache"}
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return json_response({"status": "success", "batch": shown(batch)}, headers=headers)
+
+
+async def jobs_of(request: Request) -> Response:
+    """GET /api/events/batches/{batch_id}/jobs"""
+    asked = query_of(request, JobList)
+    batch = await existing(request)
+    return await listed(request, asked.model_copy(update={"batch_id": batch["batch_id"]}))
+
+
+async def existing(request: Request) -> Document:
+    """Return the batch that the path names, as the views have it.
+
+    Raises:
+        ApiError: 404.
+    """
     known, batch_id = services(request), request.path_params["batch_id"]
     batch = await view.get(known.db, known.log, batch_id) if batch_id.startswith("batch-") else None
     if batch is None or not may_see(request, batch):
         raise _not_found(batch_id)
-    return json_response({"status": "success", "batch": shown(batch)}, headers={"ETag": f'"{batch["position"]}"'})
+    return batch
+
+
+async def _finished_if_wanted(request: Request, batch_id: str) -> bool:
+    """Wait for the batch's end if the caller prefers that; return whether it has come, and the views have it."""
+    seconds, known = wanted_wait(request), services(request)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds), known.endings.watching(batch_id) as ended:
+            while isinstance((now := await load(known.log, batch_id)).state, Batch) and seconds:
+                if now.state.status != "processing" or now.state.deleted:
+                    await known.checkpoint.reached(now.head.position)
+                    return True
+                await ended.wait()
+                ended.clear()
+    return False
 
 
 # Acting on a whole batch ------------------------------------------------------------------------------------------
@@ -179,10 +259,11 @@ async def cancel(request: Request) -> Response:
 
 async def restart(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/restart"""
-    body = validated(BatchRestartBody, await optional_json(request))
+    content = await optional_json(request)
+    body, once = validated(BatchRestartBody, content), Once.of(request, content)
     found = await _existing(request)
     command = RestartJob(actor(request), body.reason, body.reuse_steps)
-    outcome = await _for_jobs(request, found, command, ENDED if body.only == "all" else {body.only})
+    outcome = await _for_jobs(request, found, command, ENDED if body.only == "all" else {body.only}, once=once)
     return _answer(found.batch_id, found.known, outcome)
 
 
@@ -196,6 +277,16 @@ async def unarchive(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/unarchive"""
     body = validated(ReasonBody, await optional_json(request))
     return await _put_away(request, Unarchive(actor(request), body.reason))
+
+
+async def update(request: Request) -> Response:
+    """PUT /api/events/batches/{batch_id}: who may see or change it and its jobs"""
+    body = validated(BatchUpdateBody, await read_json(request))
+    access = AccessControl(**body.access_control.model_dump())
+    found = await _existing(request, Right.ADMIN)
+    handled = await _for_batch(request, found, ChangeAccess(actor(request), access))
+    outcome = await _for_jobs(request, found, ChangeAccess(actor(request), access), _EVERY, Right.ADMIN)
+    return _answer(found.batch_id, handled.known, outcome)
 
 
 async def delete(request: Request) -> Response:
@@ -226,7 +317,7 @@ class _Found:
 async def _existing(request: Request, right: Right = Right.WRITE) -> _Found:
     batch_id = request.path_params["batch_id"]
     known = await load(services(request).log, batch_id) if batch_id.startswith("batch-") else Known()
-    check = requires(request, right, missing=_not_found(batch_id))
+    check = expecting(request, requires(request, right, missing=_not_found(batch_id)))
     check(known)
     assert isinstance(known.state, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
     return _Found(batch_id, known, known.state, check)
@@ -260,11 +351,14 @@ async def _for_jobs(
     command: JobCommand,
     statuses: Collection[JobStatus],
     right: Right = Right.WRITE,
+    once: Once | None = None,
 ) -> bulk.Outcome:
-    meta = Meta(actor(request), found.batch_id)
+    meta = Meta(actor(request), found.batch_id, request=noted(once))
     job_ids = found.batch.asked.job_ids
     check = requires(request, right, missing=ApiError(404, "job_not_found", "There is no such job."))
-    return await bulk.for_each(services(request).log, job_ids, command, meta=meta, statuses=statuses, check=check)
+    return await bulk.for_each(
+        services(request).log, job_ids, command, meta=meta, statuses=statuses, check=check, once=once
+    )
 
 
 def _answer(batch_id: str, known: Known, outcome: bulk.Outcome | None = None) -> Response:

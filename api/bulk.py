@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from api.errors import TABLE, ApiError
+from api.requests import Once
 from ledger import job as rules
 from ledger.commands import JobCommand
 from ledger.errors import CommandRefused, JobledgerError, NotFound, UnreadableEvent, VersionConflict
-from ledger.events import JobStatus, Meta
-from ledger.handle import Known, handle, load_all
+from ledger.events import JobStatus, Meta, Recorded
+from ledger.handle import Known, handle
 from ledger.job import Job
 from ledger.log import EventLog
 from ledger.mongo import Document
@@ -60,20 +61,25 @@ async def for_each(
     meta: Meta,
     statuses: Collection[JobStatus],
     check: Callable[[Known], None] = lambda known: None,
+    once: Once | None = None,
 ) -> Outcome:
     """Apply `command` to the jobs that have one of the `statuses`; deleted ones are passed over.
 
     A job that the rules or `check` refuse, perhaps because it has changed meanwhile, is noted and does not keep the
-    others back; one that who asks may not see is passed over.
+    others back; one that who asks may not see is passed over. What the same request (`once`) has done before is not
+    done again.
 
     Raises:
         InvalidEvent, LedgerBusy, LedgerUnavailable: as `handle`. Some jobs may have been changed then.
     """
     outcome = Outcome()
     for begin in range(0, len(job_ids), AT_ONCE):
-        found = await load_all(log, job_ids[begin : begin + AT_ONCE])
+        found = await log.read_streams(job_ids[begin : begin + AT_ONCE])
         ended = await asyncio.gather(
-            *(_one(outcome, log, job_id, known, command, meta, statuses, check) for job_id, known in found.items()),
+            *(
+                _one(outcome, log, job_id, events, command, meta, () if _is_done(once, events) else statuses, check)
+                for job_id, events in found.items()
+            ),
             return_exceptions=True,  # so that nothing goes on behind the answer
         )
         for error in ended:
@@ -82,24 +88,28 @@ async def for_each(
     return outcome
 
 
+def _is_done(once: Once | None, events: Sequence[Recorded]) -> bool:
+    return once is not None and once.found_in(events) is not None
+
+
 async def _one(
     outcome: Outcome,
     log: EventLog,
     job_id: str,
-    known: Known | UnreadableEvent,
+    events: Sequence[Recorded],
     command: JobCommand,
     meta: Meta,
     statuses: Collection[JobStatus],
     check: Callable[[Known], None],
 ) -> None:
-    job = known.state if isinstance(known, Known) else None
-    if isinstance(job, Job) and job.deleted:
-        return
     outcome.total += 1
     try:
-        if isinstance(known, UnreadableEvent):
-            raise known
+        known = Known().after(events)
+        job = known.state
         assert isinstance(job, Job)  # noqa: S101 - narrows the type; a batch and its jobs are written together
+        if job.deleted:
+            raise NotFound("the job was deleted")
+        check(known)
         if job.status in statuses and rules.decide(command, job):
             handled = await handle(log, job_id, command, meta=meta, known=known, check=check)
             known = handled.known

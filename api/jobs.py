@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import asyncio
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from bson import ObjectId
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import actor, for_user, may_see, requires, who_asks
-from api.errors import ApiError, invalid, json_response, path
-from api.models import JobBody, JobList, ReasonBody, RestartBody, WebhookBody
+from api.errors import ApiError, json_response, path
+from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody, WebhookBody
+from api.requests import Once, etag_matches, expecting, folded, noted, story_until, wanted_wait
 from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
 from ledger.access import Right
-from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive
-from ledger.events import AccessControl, JobSubmitted, Meta, Recorded, Webhook
-from ledger.handle import Known, handle, load, new_job_id
+from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
+from ledger.errors import AlreadyExists, CommandRefused, WrongState
+from ledger.events import ENDED, AccessControl, JobSubmitted, Meta, Recorded, Webhook
+from ledger.handle import Known, handle, new_job_id
 from ledger.mongo import Document, driver_errors
 from projections import batches, statistics
 from projections import jobs as view
+from projections.headings import Place
+
+_STOP_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +55,7 @@ def submission(
     Raises:
         ApiError: 422, when the job type is unknown or the parameters do not fit it.
     """
-    model = known.job_types.get(body.job_type)
-    if model is None:
+    if body.job_type not in known.job_types:
         names = ", ".join(sorted(known.job_types))
         problem = {
             "path": path((*within, "job_type")),
@@ -56,10 +63,7 @@ def submission(
         }
         message = f"{problem['path']}: {problem['message']}"
         raise ApiError(422, "unknown_job_type", message, details={"errors": [problem]})
-    try:
-        model.model_validate(body.parameters)
-    except ValidationError as error:
-        raise invalid(error, within=(*within, "parameters")) from error
+    _check_parameters(known, body.job_type, body.parameters, (*within, "parameters"))
     return JobSubmitted(
         job_type=body.job_type,
         parameters=body.parameters,
@@ -74,6 +78,18 @@ def submission(
         max_attempts=body.max_attempts,
         timeout_s=body.timeout_s,
     )
+
+
+def _check_parameters(
+    known: Services, job_type: str, parameters: Mapping[str, Any], within: tuple[str | int, ...]
+) -> None:
+    """Make sure that parameters fit their job type, if this process knows it.
+
+    Raises:
+        ApiError: 422, naming each wrong field.
+    """
+    if (model := known.job_types.get(job_type)) is not None:
+        validated(model, parameters, within=within)
 
 
 def split_webhook(body: WebhookBody | None) -> tuple[Webhook | None, Secrets | None]:
@@ -109,46 +125,81 @@ async def keep(known: Services, *secrets: Secrets | None) -> None:
 async def submit(request: Request) -> Response:
     """POST /api/events/jobs"""
     known = services(request)
-    body = validated(JobBody, await read_json(request))
+    content = await read_json(request)
+    body, once = validated(JobBody, content), Once.of(request, content)
     webhook, secrets = split_webhook(body.webhook)
     asked = submission(
         body, known, user_id=for_user(request, body.user_id), teams=who_asks(request).groups, webhook=webhook
     )
-    await keep(known, secrets)
-    job_id = new_job_id()
-    handled = await handle(known.log, job_id, SubmitJob(asked), meta=Meta(actor(request)), known=Known())
+    job_id = f"job-{once.name()}" if once else new_job_id()
+    submitted = await _submitted_before(known, job_id, once)
+    if submitted is None:
+        await keep(known, secrets)
+        meta = Meta(actor(request), request=noted(once))
+        try:
+            [submitted] = (await handle(known.log, job_id, SubmitJob(asked), meta=meta, known=Known())).events
+        except AlreadyExists:  # by a request with the same key, in this very moment
+            submitted = await _submitted_before(known, job_id, once)
+            if submitted is None:
+                raise
+    job = await ended_if_wanted(request, job_id) or view.fold(None, submitted)
     return json_response(
-        {
-            "status": "success",
-            "job_id": job_id,
-            "job": await _shown_job(known, view.fold(None, handled.events[0])),
-            **notices(webhook),
-        },
+        {"status": "success", "job_id": job_id, "job": await _shown_job(known, job), **notices(webhook)},
         202,
-        {"Location": f"/api/events/jobs/{job_id}", "Ledger-Position": str(handled.events[0].position)},
+        {"Location": f"/api/events/jobs/{job_id}", "Ledger-Position": str(_position(job, submitted))},
     )
+
+
+async def _submitted_before(known: Services, job_id: str, once: Once | None) -> Recorded | None:
+    """Return the event of the same request made before, if it was.
+
+    Raises:
+        ApiError: 422, when that one asked for something else.
+    """
+    return once.found_in(await known.log.read_stream(job_id, limit=1)) if once else None
+
+
+def _position(job: Document | None, submitted: Recorded) -> int:
+    return job["position"] if job else submitted.position
 
 
 async def listing(request: Request) -> Response:
     """GET /api/events/jobs"""
+    return await listed(request, query_of(request, JobList))
+
+
+async def listed(request: Request, asked: JobList) -> Response:
+    """Return the page of jobs that is asked for."""
     await views_reach_wanted_position(request)
     known = services(request)
-    asked = query_of(request, JobList)
-    wanted = view.Filter(**asked.model_dump(exclude={"limit", "skip", "min_position"}))
+    wanted = view.Filter(**asked.model_dump(exclude=set(Page.model_fields)))
     query = wanted.query(who_asks(request))
-    found = await view.page(known.db, query, limit=asked.limit, skip=asked.skip)
+    found, following = await view.page(
+        known.db, query, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
+    )
     total, bounded = await _total(request, wanted, query)
     content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(known, found)}
     if bounded:
         content["total_is_lower_bound"] = True
-    return json_response(content)
+    return json_response(content | going_on(following))
+
+
+def going_on(following: Place | None) -> dict[str, str]:
+    """Return the cursor of the next page, if there is one."""
+    if following is None:
+        return {}
+    text = f"{round(following.created_at.timestamp() * 1000)} {following.key}"
+    return {"next": urlsafe_b64encode(text.encode()).decode()}
 
 
 async def _total(request: Request, wanted: view.Filter, query: Document) -> tuple[int, bool]:
     """Return how many jobs there are and whether there may be more: from counters where they know it."""
     db = services(request).db
-    if who_asks(request).sees_everything and wanted == view.Filter(status=wanted.status):
-        return (await statistics.read(db))["jobs"][wanted.status or "total"], False
+    if who_asks(request).sees_everything:
+        if wanted == view.Filter(status=wanted.status, track=wanted.track):
+            return await statistics.jobs_counted(db, status=wanted.status, track=wanted.track), False
+        if wanted.batch_id is not None and wanted == view.Filter(status=wanted.status, batch_id=wanted.batch_id):
+            return await batches.jobs_counted(db, wanted.batch_id, status=wanted.status), False
     total = await view.count(db, query)
     return total, total >= view.COUNTED_UP_TO
 
@@ -156,16 +207,47 @@ async def _total(request: Request, wanted: view.Filter, query: Document) -> tupl
 async def single(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}"""
     await views_reach_wanted_position(request)
+    asked = query_of(request, Single)
     job = await existing(request)
+    if asked.as_of is not None:
+        job = await _as_of(request, job["job_id"], asked.as_of)
+    elif job["status"] not in ENDED:
+        job = await ended_if_wanted(request, job["job_id"]) or job
+    headers = {"ETag": f'"{job["version"]}"', "Cache-Control": "private, no-cache"}
+    if etag_matches(request.headers.get("if-none-match", ""), job["version"]):
+        return Response(status_code=304, headers=headers)
     content = {"status": "success", "job": await _shown_job(services(request), job)}
-    return json_response(content, headers={"ETag": f'"{job["version"]}"'})
+    return json_response(content, headers=headers)
 
 
-async def history(request: Request) -> Response:
-    """GET /api/events/jobs/{job_id}/history"""
-    job = await existing(request)
-    events = await services(request).log.read_stream(job["job_id"])
-    return json_response({"status": "success", "events": [shown_event(event) for event in events]})
+async def _as_of(request: Request, job_id: str, then: int | datetime) -> Document:
+    """Return the job as it was at a position of the log or at a moment.
+
+    Raises:
+        ApiError: 404, when it was not there then.
+    """
+    events = await services(request).log.read_stream(job_id)
+    job = folded(
+        view.fold,
+        (event for event in events if (event.position <= then if isinstance(then, int) else event.time <= then)),
+    )
+    if job is None:
+        raise ApiError(404, "job_not_found", f"There was no job {job_id} then.")
+    return job
+
+
+async def ended_if_wanted(request: Request, job_id: str) -> Document | None:
+    """Wait for the job's end if the caller prefers that; return the job as the log has it then, None if not asked."""
+    seconds, known = wanted_wait(request), services(request)
+    if not seconds:
+        return None
+    job: Document | None = None
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds), known.endings.watching(job_id) as ended:
+            while (job := folded(view.fold, await known.log.read_stream(job_id))) and job["status"] not in ENDED:
+                await ended.wait()
+                ended.clear()
+    return job
 
 
 async def existing(request: Request) -> Document:
@@ -186,45 +268,114 @@ def not_found(job_id: str) -> ApiError:
     return ApiError(404, "job_not_found", f"There is no job {job_id}.")
 
 
+async def update(request: Request) -> Response:
+    """PUT /api/events/jobs/{job_id}"""
+    content = await read_json(request)
+    body = validated(UpdateBody, content)
+    if body.parameters is not None:
+        _check_parameters(services(request), (await existing(request))["job_type"], body.parameters, ("parameters",))
+    access = AccessControl(**body.access_control.model_dump()) if body.access_control else None
+    command = UpdateJob(actor(request), body.parameters, body.priority, body.not_before, access)
+    return await _act(request, content, command, Right.WRITE if access is None else Right.ADMIN)
+
+
 async def cancel(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/cancel"""
-    body = validated(ReasonBody, await optional_json(request))
-    return await _act(request, CancelJob(actor(request), body.reason))
+    content = await optional_json(request)
+    return await _act(request, content, CancelJob(actor(request), validated(ReasonBody, content).reason))
 
 
 async def restart(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/restart"""
-    body = validated(RestartBody, await optional_json(request))
-    return await _act(request, RestartJob(actor(request), body.reason, body.reuse_steps))
+    content = await optional_json(request)
+    body = validated(RestartBody, content)
+    return await _act(request, content, RestartJob(actor(request), body.reason, body.reuse_steps))
 
 
 async def archive(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/archive"""
-    body = validated(ReasonBody, await optional_json(request))
-    return await _act(request, Archive(actor(request), body.reason))
+    content = await optional_json(request)
+    return await _act(request, content, Archive(actor(request), validated(ReasonBody, content).reason))
 
 
 async def unarchive(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/unarchive"""
-    body = validated(ReasonBody, await optional_json(request))
-    return await _act(request, Unarchive(actor(request), body.reason))
+    content = await optional_json(request)
+    return await _act(request, content, Unarchive(actor(request), validated(ReasonBody, content).reason))
 
 
 async def delete(request: Request) -> Response:
-    """DELETE /api/events/jobs/{job_id}"""
-    return await _act(request, Delete(actor(request)), Right.ADMIN)
+    """DELETE /api/events/jobs/{job_id}
+
+    One that is running is cancelled first; it is removed once its worker has let go of it, or has been given up.
+    """
+    job_id, command = request.path_params["job_id"], Delete(actor(request))
+    if (await existing(request))["status"] == "processing":
+        await _stopped(request, job_id)
+    return await _act(request, None, command, Right.ADMIN)
 
 
-async def _act(request: Request, command: JobCommand, right: Right = Right.WRITE) -> Response:
+async def _stopped(request: Request, job_id: str) -> None:
+    """Cancel a running job and wait until it has stopped. It takes seconds, or a lease if its worker has died.
+
+    Raises:
+        ApiError: 503, when it has not stopped within half a minute; the cancellation stands.
+    """
+    log, check = services(request).log, requires(request, Right.ADMIN, missing=not_found(job_id))
+    with suppress(WrongState):  # it has ended meanwhile
+        await handle(log, job_id, CancelJob(actor(request), "to be deleted"), meta=Meta(actor(request)), check=check)
+    try:
+        async with asyncio.timeout(_STOP_SECONDS), services(request).endings.watching(job_id) as ended:
+            while (job := folded(view.fold, await log.read_stream(job_id))) and job["status"] == "processing":
+                await ended.wait()
+                ended.clear()
+    except TimeoutError:
+        message = "The job is being cancelled, but still running. Delete it again in a moment."
+        raise ApiError(503, "still_running", message, retry_after_seconds=5) from None
+
+
+async def _act(request: Request, content: Any, command: JobCommand, right: Right = Right.WRITE) -> Response:
     known, job_id = services(request), request.path_params["job_id"]
-    found = await load(known.log, job_id) if job_id.startswith("job-") else Known()
-    check = requires(request, right, missing=not_found(job_id))
-    handled = await handle(known.log, job_id, command, meta=Meta(actor(request)), known=found, check=check)
-    after: Document | None = None
-    for event in await known.log.read_stream(job_id):
-        after = view.fold(after, event)
-    content = {"status": "success", "job_id": job_id, "job": await _shown_job(known, after)}
-    return json_response(content, headers={"Ledger-Position": str(handled.known.head.position)})
+    once = Once.of(request, content)
+    events = await known.log.read_stream(job_id) if job_id.startswith("job-") else []
+    if not events:
+        raise not_found(job_id)
+    check = expecting(request, requires(request, right, missing=not_found(job_id)))
+    if (done := once.found_in(events) if once else None) is not None:
+        check_right = requires(request, right, missing=not_found(job_id))
+        check_right(Known().after(events))
+    else:
+        done, events = await _done(request, events, command, check, once)
+    job = folded(view.fold, story_until(events, done))
+    answer = {"status": "success", "job_id": job_id, "job": await _shown_job(known, job)}
+    headers = {"Ledger-Position": str(done.position)}
+    if job is not None:
+        headers["ETag"] = f'"{job["version"]}"'
+    return json_response(answer, headers=headers)
+
+
+async def _done(
+    request: Request,
+    events: list[Recorded],
+    command: JobCommand,
+    check: Callable[[Known], None],
+    once: Once | None,
+) -> tuple[Recorded, list[Recorded]]:
+    """Have a command decided; return the last event of the stream that it is answered with, and the stream."""
+    log, job_id = services(request).log, request.path_params["job_id"]
+    meta = Meta(actor(request), request=noted(once))
+    try:
+        handled = await handle(log, job_id, command, meta=meta, known=Known().after(events), check=check)
+    except (CommandRefused, ApiError):
+        again = await log.read_stream(job_id) if once else []
+        done = once.found_in(again) if once else None
+        if done is None:
+            raise
+        return done, again  # the same request was quicker by another way
+    if handled.known.head.position > (events[-1].position if events else 0):
+        events = await log.read_stream(job_id)
+    last = handled.known.head.version
+    return next(event for event in events if event.version == last), events
 
 
 async def optional_json(request: Request) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from base64 import urlsafe_b64decode
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from api.services import LARGEST_PAGE
 from ledger.chain import LARGEST_INTEGER
-from ledger.events import AccessControl, milliseconds
+from ledger.events import AccessControl, BatchStatus, JobStatus, milliseconds
+from projections.headings import Place
 
 LARGEST_BATCH = 10_000
 _SESSION_SHAPE = frozenset({"event", "session", "url", "filename", "track"})
@@ -38,6 +40,33 @@ Moment = Annotated[datetime, AfterValidator(_in_utc)]
 # No `$` at its beginning: the database reads an object with $ref and $id as a reference to a document.
 HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#%&'*+.^_`|~-][A-Za-z0-9!#$%&'*+.^_`|~-]{0,99}$")]
 HeaderValue = Annotated[str, Field(pattern=r"^[\t\x20-\x7e\u00a0-\u00ff]*$", max_length=8000)]
+
+
+def _cursor(text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    try:
+        moment, _, key = urlsafe_b64decode(text.encode()).decode().partition(" ")
+        return Place(datetime.fromtimestamp(int(moment) / 1000, UTC), key)
+    except (ValueError, OverflowError, OSError):
+        raise ValueError("this is not a cursor: take `next` from the page before") from None
+
+
+def _then(text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    try:
+        if text.isascii() and text.isdecimal() and int(text) <= LARGEST_INTEGER:
+            return int(text)
+        return _in_utc(datetime.fromisoformat(text))
+    except ValueError:
+        raise ValueError("expected a position of the log, or a moment such as 2026-02-01T09:30:00Z") from None
+
+
+Then = Annotated[int | datetime, BeforeValidator(_then)]
+Cursor = Annotated[Place, BeforeValidator(_cursor)]
+Text = Annotated[str, Field(max_length=1000)]
+Words = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class _Body(BaseModel):
@@ -108,33 +137,79 @@ class BatchRestartBody(RestartBody):
     only: Literal["failed", "cancelled", "completed", "all"] = "failed"
 
 
+class UpdateBody(_Body):
+    """What is to be changed; what is not named stays as it is. All but `access_control` only while the job waits."""
+
+    parameters: dict[str, Any] | None = None
+    priority: int | None = Field(None, ge=-1000, le=1000)
+    not_before: Moment | None = None
+    access_control: AccessBody | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> UpdateBody:
+        if not self.model_fields_set:
+            raise ValueError(f"nothing is to be changed: name one of {', '.join(type(self).model_fields)}")
+        return self
+
+
+class BatchUpdateBody(_Body):
+    """Who may see or change the batch and each of its jobs."""
+
+    access_control: AccessBody
+
+
 class Page(_Body):
-    """Which part of a list."""
+    """Which part of a list. `cursor` goes on where the last page ended, whatever was written since."""
 
     limit: int = Field(100, ge=1, le=LARGEST_PAGE)
     skip: int = Field(0, ge=0, le=1_000_000)
+    cursor: Cursor | None = None
+    sort: Literal["-created_at", "created_at"] = "-created_at"
     min_position: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> Page:
+        if self.cursor is not None and self.skip:
+            raise ValueError("`cursor` or `skip`, not both")
+        return self
+
+    @property
+    def newest_first(self) -> bool:
+        return self.sort.startswith("-")
 
 
 class JobList(Page):
-    """Which jobs."""
+    """Which jobs. `q`: all of these words are in the job's name, id, session, event, track, file name or speakers."""
 
-    status: Literal["pending", "processing", "completed", "failed", "cancelled"] | None = None
-    batch_id: str | None = None
-    user_id: str | None = None
-    track: str | None = None
-    job_type: str | None = None
+    status: JobStatus | None = None
+    batch_id: Text | None = None
+    user_id: Text | None = None
+    track: Text | None = None
+    event: Text | None = None
+    day: Text | None = None
+    language: Text | None = None
+    error_code: Text | None = None
+    job_type: Text | None = None
     archived: bool | None = None
     created_after: Moment | None = None
     created_before: Moment | None = None
+    q: Words | None = None
 
 
 class BatchList(Page):
-    """Which batches."""
+    """Which batches. `q`: all of these words are in the batch's name or id."""
 
-    status: Literal["processing", "completed", "partial", "failed"] | None = None
-    user_id: str | None = None
+    status: BatchStatus | None = None
+    user_id: Text | None = None
     archived: bool | None = None
+    q: Words | None = None
+
+
+class Single(_Body):
+    """How a job is shown: as it is, or as it was at a position of the log or a moment."""
+
+    as_of: Then | None = None
+    min_position: str | None = None
 
 
 class StreamQuery(_Body):
@@ -144,3 +219,19 @@ class StreamQuery(_Body):
     types: str | None = None
     job_id: str | None = None
     batch_id: str | None = None
+
+
+class EventsQuery(_Body):
+    """Which page of the log."""
+
+    after: int = Field(0, ge=0, le=LARGEST_INTEGER)
+    limit: int = Field(100, ge=1, le=LARGEST_PAGE)
+    types: str | None = None
+    stream: str | None = Field(None, min_length=1, max_length=200)
+
+
+class HistoryQuery(_Body):
+    """Which page of one stream, by the versions of its events."""
+
+    after_version: int = Field(0, ge=0, le=LARGEST_INTEGER)
+    limit: int = Field(100, ge=1, le=LARGEST_PAGE)

@@ -12,7 +12,11 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from api.access import SignIn
+from api.endings import Endings
 from api.errors import ApiError, invalid
+from api.event_stream import Streams
+from api.links import Links
+from api.visibility import Visibility
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -34,6 +38,10 @@ class Services:
     largest_body_bytes: int
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
+    endings: Endings
+    visibility: Visibility
+    streams: Streams
+    links: Links
 
 
 def services(request: Request) -> Services:

@@ -12,6 +12,7 @@ import orjson
 
 from api.keys import COLLECTION as API_KEYS
 from ledger.client import SUBSCRIPTIONS
+from ledger.gridfs import COLLECTIONS as GRIDFS
 
 _MUTABLE: Final = (
     API_KEYS,
@@ -19,9 +20,11 @@ _MUTABLE: Final = (
     "checkpoints",
     "counters",
     "files",
+    *GRIDFS,
     "jobs",
     "leaders",
     "queue",
+    "secrets",
     "statistics",
     "steps",
     SUBSCRIPTIONS,

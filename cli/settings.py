@@ -180,8 +180,17 @@ _INSTEAD = {
 }
 
 
+def _known_store(store: Any) -> Any:
+    """What looks like an address, or the word misspelt, would become a directory of that name."""
+    if isinstance(store, str) and store.strip().lower() == "gridfs":
+        return "gridfs"
+    if isinstance(store, str) and "://" in store:
+        raise ValueError("there is no such store: expected a directory, or the word gridfs")
+    return store
+
+
 class ResultsSettings(_Section):
-    store: Path = Path("data/results")
+    store: Annotated[Literal["gridfs"] | Path, BeforeValidator(_known_store)] = Path("data/results")
 
 
 class LoggingSettings(_Section):
@@ -379,7 +388,9 @@ def _placed(settings: Settings, directory: Path) -> Settings:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"mongodb.uri_file: {uri_file} cannot be read: {error}") from error
         mongodb = mongodb.model_copy(update={"uri": uri})
-    results = settings.results.model_copy(update={"store": directory / settings.results.store})
+    results = settings.results
+    if isinstance(results.store, Path):
+        results = results.model_copy(update={"store": directory / results.store})
     auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
     return settings.model_copy(update={"mongodb": mongodb, "results": results, "auth": auth})
 

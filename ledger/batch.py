@@ -8,6 +8,7 @@ from typing import Literal, assert_never
 from ledger.commands import (
     Archive,
     BatchCommand,
+    ChangeAccess,
     Delete,
     FinishBatch,
     PauseBatch,
@@ -18,6 +19,7 @@ from ledger.commands import (
 )
 from ledger.errors import AlreadyExists, NotFound, WrongState
 from ledger.events import (
+    BatchAccessChanged,
     BatchArchived,
     BatchCounts,
     BatchDeleted,
@@ -64,6 +66,8 @@ def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
             return _finish(command, batch)
         case ReopenBatch():
             return [] if batch.status == "processing" else [BatchReopened()]
+        case ChangeAccess():
+            return [BatchAccessChanged(by=command.by, access_control=command.access_control)]
         case Archive():
             return [] if batch.archived else [BatchArchived(by=command.by, reason=command.reason)]
         case Unarchive():
@@ -105,6 +109,8 @@ def evolve(batch: Batch | None, event: BatchEvent) -> Batch:
             return replace(batch, status=event.status)
         case BatchReopened():
             return replace(batch, status="processing")
+        case BatchAccessChanged():
+            return replace(batch, asked=batch.asked.model_copy(update={"access_control": event.access_control}))
         case BatchArchived():
             return replace(batch, archived=True)
         case BatchUnarchived():

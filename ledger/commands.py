@@ -125,10 +125,13 @@ class RestartJob:
 
 @dataclass(frozen=True, slots=True)
 class UpdateJob:
+    """Change what is named. `access_control` can be changed at any time, the rest only while the job waits."""
+
     by: str
     parameters: Mapping[str, Any] | None = None
     priority: int | None = None
     not_before: datetime | None = None
+    access_control: AccessControl | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,4 +206,6 @@ JobCommand = (
     | Unarchive
     | Delete
 )
-BatchCommand = SubmitBatch | PauseBatch | ResumeBatch | FinishBatch | ReopenBatch | Archive | Unarchive | Delete
+BatchCommand = (
+    SubmitBatch | PauseBatch | ResumeBatch | FinishBatch | ReopenBatch | ChangeAccess | Archive | Unarchive | Delete
+)

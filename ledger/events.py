@@ -371,6 +371,13 @@ class BatchReopened(Event):
     """A job of the finished batch was restarted."""
 
 
+class BatchAccessChanged(Event):
+    """Who may see or change the batch was set anew; each of its jobs says for itself who may see it."""
+
+    by: str
+    access_control: AccessControl
+
+
 class BatchArchived(Event):
     """The batch was put out of sight of everyday lists."""
 
@@ -426,6 +433,7 @@ BatchEvent = (
     | BatchResumed
     | BatchFinished
     | BatchReopened
+    | BatchAccessChanged
     | BatchArchived
     | BatchUnarchived
     | BatchDeleted

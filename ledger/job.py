@@ -112,8 +112,7 @@ def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
             _require(job.status in ENDED, job, "restarted", "only a job that has ended can be")
             return [JobRestarted(by=command.by, reason=command.reason, reuse_steps=command.reuse_steps)]
         case UpdateJob():
-            _require(job.status == "pending", job, "changed", "only a waiting job can be")
-            return [_updated(command)]
+            return _update(command, job)
         case ChangeAccess():
             return [JobAccessChanged(by=command.by, access_control=command.access_control)]
         case Archive():
@@ -218,13 +217,21 @@ def _cancel(command: CancelJob, job: Job) -> list[JobEvent]:
     return [] if job.cancel else [JobCancelRequested(by=command.by, reason=command.reason)]
 
 
-def _updated(command: UpdateJob) -> JobUpdated:
-    return JobUpdated(
-        by=command.by,
-        parameters=dict(command.parameters) if command.parameters is not None else None,
-        priority=command.priority,
-        not_before=command.not_before,
-    )
+def _update(command: UpdateJob, job: Job) -> list[JobEvent]:
+    events: list[JobEvent] = []
+    if (command.parameters, command.priority, command.not_before) != (None, None, None):
+        _require(job.status == "pending", job, "changed", "only a waiting job can be")
+        events.append(
+            JobUpdated(
+                by=command.by,
+                parameters=dict(command.parameters) if command.parameters is not None else None,
+                priority=command.priority,
+                not_before=command.not_before,
+            )
+        )
+    if command.access_control is not None:
+        events.append(JobAccessChanged(by=command.by, access_control=command.access_control))
+    return events
 
 
 def evolve(job: Job | None, event: JobEvent) -> Job:

@@ -9,12 +9,13 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Final, assert_never
 
-from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo import ASCENDING, IndexModel
 
 from ledger.access import Principal
 from ledger.commands import BatchCommand, FinishBatch, ReopenBatch
 from ledger.events import (
     BATCH_EVENTS,
+    BatchAccessChanged,
     BatchArchived,
     BatchCounts,
     BatchDeleted,
@@ -31,10 +32,12 @@ from ledger.events import (
 from ledger.log import EventLog
 from ledger.mongo import Database, Document, driver_errors
 from projections import headings
-from projections.headings import Facet
+from projections.headings import Facet, Place
 from projections.jobs import shown_webhook
 
 NAME: Final = "batches"
+JOB_IDS_IN_LISTS: Final = 100
+COUNTED_UP_TO: Final = 10_000
 INDEXES: Final = [
     *headings.INDEXES,
     IndexModel([("status", ASCENDING)], partialFilterExpression={"status": "processing"}),
@@ -53,7 +56,7 @@ def fold(batch: Document | None, event: Recorded) -> Document | None:
     if changes is None:
         return None
     after = {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
-    if "status" in changes:
+    if "status" in changes or "access_control" in changes:
         _list(after)
     return after
 
@@ -109,6 +112,8 @@ def _changes(happened: BatchEvent, event: Recorded) -> Document | None:
             return {"status": happened.status, "completed_at": event.time}
         case BatchReopened():
             return {"status": "processing", "completed_at": None}
+        case BatchAccessChanged():
+            return {"access_control": happened.access_control.model_dump()}
         case BatchArchived():
             return {"archived": True}
         case BatchUnarchived():
@@ -202,17 +207,43 @@ def query(
     return wanted if archived is None else {**wanted, "archived": archived}
 
 
-async def page(db: Database, wanted: Document, *, limit: int, skip: int) -> list[Document]:
-    """Return batches, newest first."""
+async def page(
+    db: Database,
+    wanted: Document,
+    *,
+    limit: int,
+    skip: int = 0,
+    after: Place | None = None,
+    newest_first: bool = True,
+) -> tuple[list[Document], Place | None]:
+    """Return a page of batches in the order of creation, and where the next one begins.
+
+    Each with the first of its `job_ids` only: a page of large batches would be many megabytes.
+    """
     with driver_errors("listing batches"):
-        cursor = db[NAME].find(wanted, sort=[("created_at", DESCENDING), ("_id", DESCENDING)], limit=limit, skip=skip)
-        return await cursor.to_list()
+        return await headings.page(
+            db[NAME],
+            wanted,
+            limit=limit,
+            skip=skip,
+            after=after,
+            newest_first=newest_first,
+            projection={"headings": 0, "words": 0, "job_ids": {"$slice": JOB_IDS_IN_LISTS}},
+        )
 
 
 async def count(db: Database, wanted: Document) -> int:
-    """Count batches, but never more than 10,000."""
+    """Count batches, but never more than `COUNTED_UP_TO`."""
     with driver_errors("counting batches"):
-        return await db[NAME].count_documents(wanted, limit=10_000)
+        return await db[NAME].count_documents(wanted, limit=COUNTED_UP_TO)
+
+
+async def jobs_counted(db: Database, batch_id: str, *, status: str | None) -> int:
+    """Return how many jobs a batch has, with this status, if one is named."""
+    field = "total_jobs" if status is None else f"{status}_jobs"
+    with driver_errors("reading the counts of a batch"):
+        found = await db[NAME].find_one({"_id": batch_id}, {field: 1})
+    return int((found or {}).get(field, 0))
 
 
 async def paused_among(db: Database, batch_ids: Collection[str]) -> set[str]:

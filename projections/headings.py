@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo.asynchronous.collection import AsyncCollection
 
 from ledger.access import Principal, readers
 from ledger.mongo import Document
@@ -26,6 +28,15 @@ _PUBLIC: Final = "+"
 _LONGEST_VALUE: Final = 80
 _MOST_WORDS: Final = 40
 _WORD: Final = re.compile(r"\w+")
+
+
+class Place(NamedTuple):
+    """Where a page ended: the time of creation and the key of the last document on it."""
+
+    created_at: datetime
+    key: str
+
+
 INDEXES: Final = [
     IndexModel([("headings", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
     IndexModel([("words", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
@@ -73,6 +84,39 @@ def query(principal: Principal, facet: Facet = ALL, search: str = "") -> Documen
         return {"headings": under}
     found = [{"words": {"$in": [_within(scope, word) for scope in seen_from]}} for word in wanted]
     return {"$and": [*found, {"headings": under}]} if facet else {"$and": found}
+
+
+def asked(wanted: Document, after: Place | None, *, newest_first: bool) -> tuple[Document, list[tuple[str, int]]]:
+    """Return the database query for what is behind a place, and its order."""
+    direction = DESCENDING if newest_first else ASCENDING
+    order = [("created_at", direction), ("_id", direction)]
+    if after is None:
+        return wanted, order
+    beyond, edge = ("$lt", "$lte") if newest_first else ("$gt", "$gte")
+    # The edge by itself is a bound of the index; the rest tells those of the same millisecond apart.
+    bounds = {"created_at": {edge: after.created_at}}
+    strict = [{"created_at": {beyond: after.created_at}}, {"_id": {beyond: after.key}}]
+    return {"$and": [wanted, bounds, {"$or": strict}]}, order
+
+
+async def page(
+    collection: AsyncCollection[Document],
+    wanted: Document,
+    *,
+    limit: int,
+    skip: int = 0,
+    after: Place | None = None,
+    newest_first: bool = True,
+    projection: Mapping[str, Any] | None = None,
+) -> tuple[list[Document], Place | None]:
+    """Return a page in the order of creation, and where the next one begins, None if this was the last."""
+    asked_for, order = asked(wanted, after, newest_first=newest_first)
+    cursor = collection.find(asked_for, projection, sort=order, limit=limit + 1, skip=skip)
+    found = await cursor.to_list()
+    if len(found) <= limit:
+        return found, None
+    last = found[limit - 1]
+    return found[:limit], Place(last["created_at"], last["_id"])
 
 
 def everything(facet: Facet) -> str:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, assert_never
 
-from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo import ASCENDING, IndexModel
 
 from ledger.access import Principal
 from ledger.events import (
     JOB_EVENTS,
+    Event,
     JobAccessChanged,
     JobArchived,
     JobAttemptFailed,
@@ -44,7 +45,7 @@ from ledger.events import (
 from ledger.log import EventLog
 from ledger.mongo import Database, Document, driver_errors
 from projections import headings
-from projections.headings import Facet
+from projections.headings import Facet, Place
 
 NAME: Final = "jobs"
 LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
@@ -173,7 +174,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
         case JobProgressed():
             return {"progress": {"step": happened.step, "percent": happened.percent, "message": happened.message}}
         case JobLogged():
-            return _logged(job, *happened.entries)
+            return _logged(job, event)
         case StepCompleted():
             return {"steps": [*job.get("steps", ()), _finished(happened, event)]}
         case WorkerFenced() | JobSubmitted():
@@ -188,7 +189,6 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "progress": {"step": "completed", "percent": 100.0, "message": "Done"},
             }
         case JobAttemptFailed():
-            line = _line(event, f"Attempt {happened.attempt} failed and will be repeated: {happened.error.message}")
             return {
                 "status": "pending",
                 "worker_id": None,
@@ -196,7 +196,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "due_at": happened.retry_at,
                 "error": happened.error.model_dump(),
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for the next attempt"},
-                **_logged(job, line),
+                **_logged(job, event),
             }
         case JobFailed():
             return {
@@ -204,24 +204,22 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "completed_at": event.time,
                 "error": happened.error.model_dump(),
                 "progress": {**job["progress"], "message": "Failed"},
-                **_logged(job, _line(event, f"Failed: {happened.error.message}", "error")),
+                **_logged(job, event),
             }
         case JobLeaseExpired():
-            line = _line(event, f"Worker {happened.worker_id} gave no sign of life; the job is free for another one.")
             return {
                 "status": "pending",
                 "worker_id": None,
                 "retries": job["retries"] + 1,
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for another worker"},
-                **_logged(job, line),
+                **_logged(job, event),
             }
         case JobReleased():
-            line = _line(event, f"Worker {happened.worker_id} gave the job back: {happened.reason}", "info")
             return {
                 "status": "pending",
                 "worker_id": None,
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for a worker"},
-                **_logged(job, line),
+                **_logged(job, event),
             }
         case JobCancelRequested():
             return {"cancel_requested": True}
@@ -282,11 +280,46 @@ def _finished(step: StepCompleted, event: Recorded) -> Document:
     }
 
 
+SAYS_SOMETHING: Final[tuple[type[Event], ...]] = (
+    JobLogged,
+    JobAttemptFailed,
+    JobFailed,
+    JobLeaseExpired,
+    JobReleased,
+)
+"""The events that have lines for the job's log."""
+
+
+def lines_of(event: Recorded) -> list[LogLine]:
+    """Return what an event has to say to who reads the job's log.
+
+    Raises:
+        UnreadableEvent: as `Recorded.event`.
+    """
+    happened = event.event
+    match happened:
+        case JobLogged():
+            return happened.entries
+        case JobAttemptFailed():
+            message = f"Attempt {happened.attempt} failed and will be repeated: {happened.error.message}"
+            return [_line(event, message)]
+        case JobFailed():
+            return [_line(event, f"Failed: {happened.error.message}", "error")]
+        case JobLeaseExpired():
+            message = f"Worker {happened.worker_id} gave no sign of life; the job is free for another one."
+            return [_line(event, message)]
+        case JobReleased():
+            return [_line(event, f"Worker {happened.worker_id} gave the job back: {happened.reason}", "info")]
+        case _:
+            return []
+
+
 def _line(event: Recorded, message: str, level: Any = "warning") -> LogLine:
     return LogLine(timestamp=event.time, level=level, message=message)
 
 
-def _logged(job: Document, *lines: LogLine) -> Document:
+def _logged(job: Document, event: Recorded) -> Document:
+    lines = lines_of(event)
     return {"logs": [*job["logs"], *(_shown_line(line) for line in lines[-LOG_LINES:])][-LOG_LINES:]}
 
 
@@ -359,11 +392,26 @@ async def get(db: Database, log: EventLog, job_id: str) -> Document | None:
     return job
 
 
-async def page(db: Database, wanted: Document, *, limit: int, skip: int) -> list[Document]:
-    """Return jobs, newest first."""
+async def page(
+    db: Database,
+    wanted: Document,
+    *,
+    limit: int,
+    skip: int = 0,
+    after: Place | None = None,
+    newest_first: bool = True,
+) -> tuple[list[Document], Place | None]:
+    """Return a page of jobs in the order of creation, and where the next one begins."""
     with driver_errors("listing jobs"):
-        cursor = db[NAME].find(wanted, sort=[("created_at", DESCENDING), ("_id", DESCENDING)], limit=limit, skip=skip)
-        return await cursor.to_list()
+        return await headings.page(
+            db[NAME],
+            wanted,
+            limit=limit,
+            skip=skip,
+            after=after,
+            newest_first=newest_first,
+            projection={"headings": 0, "words": 0},
+        )
 
 
 async def count(db: Database, wanted: Document) -> int:

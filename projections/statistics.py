@@ -35,6 +35,15 @@ def of_batch(batch: Document | None) -> Contribution:
     return Counter({("batches", "total"): 1, ("batches", "active"): int(batch["status"] == "processing")})
 
 
+async def jobs_counted(db: Database, *, status: str | None, track: str | None) -> int:
+    """Return how many jobs there are, with this status and in this track, if these are named."""
+    counter = "jobs" if track is None else _TRACK + track
+    field = status or ("total" if track is None else "count")
+    with driver_errors("reading the statistics"):
+        found = await db[NAME].find_one({"_id": counter}, {field: 1})
+    return int((found or {}).get(field, 0))
+
+
 async def read(db: Database) -> dict[str, Any]:
     """Return the counters in the concept's shape: jobs, batches, tracks (`_id`, count, completed, failed)."""
     with driver_errors("reading the statistics"):

@@ -31,7 +31,8 @@ def test_every_claim_about_speed_is_measured(mongodb_uri: str) -> None:
     assert measured.returncode == 0, measured.stderr
     ratios = re.findall(r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d", measured.stdout)
     assert len(ratios) == 7, measured.stdout
-    assert re.search(r"pickup.* p50 \d+\.\d ms, p99 \d+\.\d ms", measured.stdout)
+    assert re.search(r"pickup.* p50 \d+\.\d+ ms, p99 \d+\.\d+ ms", measured.stdout)
+    assert re.search(r"idle.* \d+\.\d %, \d+\.\d %, \d+\.\d %", measured.stdout)
     assert len(re.findall(r"drain.* [\d,]+ jobs/s", measured.stdout)) == 3
     assert all(0 < float(ratio) < 100 for ratio in ratios)
 

@@ -208,6 +208,35 @@ async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and
     assert (await verify(api.log)).wrong is None
 
 
+async def test_the_service_keeps_files_in_the_database_and_signs_links(place: Place, tmp_path: Path) -> None:
+    async for api in running_api(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"}):
+        job = await api.ended(await api.submit({"text": "héllo"}))
+        assert job["status"] == "completed"
+        assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
+        link = (await api.post(f"{job['results']['markdown_url']}/link")).json()["url"]
+        assert (await api.get(link)).status_code == 200
+    assert place.server.refusals(place.db.name) == {("createIndexes", "events")}
+    settings = settings_for(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
+    found = [finding async for finding in look_at_database(settings, place.service.uri)]
+    [files] = [finding for finding in found if finding.what == "Result files"]
+    assert (files.good, files.found) == (True, f"GridFS in {place.db.name} (fs.chunks, fs.files)")
+
+
+async def test_the_doctor_says_when_files_may_not_be_put_into_the_database(place: Place, tmp_path: Path) -> None:
+    place.db.command({"revokePrivilegesFromRole": SERVICE, "privileges": [_on_chunks(place)]})
+    settings = settings_for(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
+    found = [finding async for finding in look_at_database(settings, place.service.uri)]
+    [files] = [finding for finding in found if finding.what == "Result files"]
+    assert not files.good
+    assert "jobledger doctor --role" in files.advice
+
+
+def _on_chunks(place: Place) -> Document:
+    role = place.db.command({"rolesInfo": SERVICE, "showPrivileges": True})["roles"][0]
+    [privilege] = [it for it in role["privileges"] if it["resource"]["collection"] == "fs.chunks"]
+    return dict(privilege)
+
+
 async def test_the_service_tries_again_cancels_restarts_archives_and_deletes(api: Api) -> None:
     retried = await api.ended(await api.submit({"fail": "no", "transient": True}, max_attempts=2))
     assert (retried["status"], retried["attempt"]) == ("failed", 2)

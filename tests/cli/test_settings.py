@@ -253,6 +253,17 @@ def test_relative_paths_start_where_the_file_lies(tmp_path: Path) -> None:
     assert settings.results.store == Path("/there")
 
 
+@pytest.mark.parametrize("word", ["gridfs", "GridFS", "'gridfs '"])
+def test_result_files_can_lie_in_the_database(tmp_path: Path, word: str) -> None:
+    assert read(tmp_path, f"results:\n  store: {word}\n")[0].results.store == "gridfs"
+    assert read(tmp_path, "results:\n  store: ./gridfs\n")[0].results.store == tmp_path / "gridfs"
+
+
+def test_a_store_that_there_is_not_becomes_no_directory_of_that_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"results\.store: there is no such store: expected a directory, or"):
+        read(tmp_path, "results:\n  store: s3://bucket/results\n")
+
+
 def test_an_address_with_a_password_can_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "uri").write_text("mongodb://user:s3cret@host/\n")
     settings, _ = read(tmp_path, "mongodb:\n  uri_file: uri\n")

@@ -1,0 +1,34 @@
+"""tests: who asks, said in a header: for tests of what different people may see and do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from starlette.requests import HTTPConnection
+
+from ledger.access import Principal
+
+HEADER = "X-Test-Principal"
+
+
+class HeaderSignIn:
+    """Believes the header `X-Test-Principal: user;group,group;role,role`.
+
+    An empty one is somebody who has not said who they are; without one it is the admin `local`, as in the open mode.
+    """
+
+    async def __call__(self, connection: HTTPConnection) -> Principal:
+        said = connection.headers.get(HEADER)
+        if said is None:
+            return Principal("local", roles=frozenset({"admin"}))
+        user_id, groups, roles = [*said.split(";"), "", ""][:3]
+        return Principal(user_id or None, _names(groups), _names(roles))
+
+
+def _names(listed: str) -> frozenset[str]:
+    return frozenset(name for name in listed.split(",") if name)
+
+
+def said(user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> dict[str, str]:
+    """Return the header that says who asks."""
+    return {HEADER: f"{user_id};{','.join(sorted(groups))};{','.join(sorted(roles))}" if user_id or groups else ""}
