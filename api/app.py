@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api import batches, files, jobs, monitoring
+from api import archives, batches, files, history, jobs, ledger, live, monitoring
 from api.access import SignedIn
 from api.errors import (
     ApiError,
@@ -24,6 +24,7 @@ from api.errors import (
     on_http_exception,
     on_ledger_error,
 )
+from api.links import LinkSignIn
 from api.middleware import KnownHosts, Limited, Observed
 from api.services import Services
 from ledger.errors import JobledgerError
@@ -38,7 +39,8 @@ async def index(_request: Request) -> Response:
             "jobs": "/api/events/jobs",
             "batches": "/api/events/batches",
             "statistics": "/api/monitoring/events/stats",
-            "log": "/api/ledger/stream",
+            "log": "/api/ledger/events",
+            "live": "/api/ledger/stream",
         }
     )
 
@@ -50,7 +52,9 @@ ROUTES = [
     Route("/api/events/jobs/{job_id}", jobs.single),
     Route("/api/events/jobs/{job_id}", jobs.update, methods=["PUT"]),
     Route("/api/events/jobs/{job_id}", jobs.delete, methods=["DELETE"]),
-    Route("/api/events/jobs/{job_id}/history", jobs.history),
+    Route("/api/events/jobs/{job_id}/history", history.of_job),
+    Route("/api/events/jobs/{job_id}/logs", history.log_lines),
+    Route("/api/events/jobs/{job_id}/download-archive", archives.of_job),
     Route("/api/events/jobs/{job_id}/cancel", jobs.cancel, methods=["POST"]),
     Route("/api/events/jobs/{job_id}/restart", jobs.restart, methods=["POST"]),
     Route("/api/events/jobs/{job_id}/archive", jobs.archive, methods=["POST"]),
@@ -61,14 +65,19 @@ ROUTES = [
     Route("/api/events/batches/{batch_id}", batches.update, methods=["PUT"]),
     Route("/api/events/batches/{batch_id}", batches.delete, methods=["DELETE"]),
     Route("/api/events/batches/{batch_id}/jobs", batches.jobs_of),
+    Route("/api/events/batches/{batch_id}/history", history.of_batch),
+    Route("/api/events/batches/{batch_id}/download-archive", archives.of_batch),
     Route("/api/events/batches/{batch_id}/pause", batches.pause, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/resume", batches.resume, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/cancel", batches.cancel, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/restart", batches.restart, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/archive", batches.archive, methods=["POST"]),
     Route("/api/events/batches/{batch_id}/unarchive", batches.unarchive, methods=["POST"]),
+    Route("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
     Route("/api/events/files/{path:path}", files.single),
-    Route("/api/ledger/stream", monitoring.stream),
+    Route("/api/ledger/events", ledger.page),
+    Route("/api/ledger/stream", live.stream),
+    Route("/api/ledger/head", ledger.head),
     Route("/api/monitoring/events/stats", monitoring.stats),
     Route("/healthz", monitoring.alive),
     Route("/readyz", monitoring.ready),
@@ -106,7 +115,7 @@ def create_app(services: Services) -> ASGIApp:
         middleware=[
             Middleware(KnownHosts, names=services.allowed_hosts, origins=services.edge.cors_origins),
             *_for_pages_of(services.edge.cors_origins),
-            Middleware(SignedIn, sign_in=services.sign_in),
+            Middleware(SignedIn, sign_in=LinkSignIn(services.sign_in)),
             Middleware(Limited, edge=services.edge),
         ],
         exception_handlers={

@@ -71,6 +71,8 @@ def json_response(content: Mapping[str, Any], status: int = 200, headers: Mappin
 def error_response(error: ApiError) -> Response:
     """Return the envelope of a failure."""
     headers = {"Retry-After": str(error.retry_after_seconds)} if error.retry_after_seconds is not None else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, 11.6.1: a 401 says how one may sign in
     content = {"status": "error", "code": error.code, "message": error.message, "details": error.details}
     return json_response(content, error.status, headers)
 

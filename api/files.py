@@ -1,22 +1,58 @@
-"""api: result files over their URLs."""
+"""api: result files over their URLs, whole or in parts, and signed links to them."""
 
 from __future__ import annotations
 
-import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import structlog
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.responses import Response
 
-from api.access import may_see
-from api.errors import ApiError, error_response
-from api.services import services, views_reach_wanted_position
+from api.access import may_see, signed_in
+from api.conditional import Range, Version, is_known, ranges
+from api.errors import ApiError, error_response, json_response
+from api.jobs import optional_json
+from api.links import FILES_URL, LONGEST_SECONDS, is_link
+from api.sending import Streamed, content_disposition, content_type
+from api.services import Services, query_of, services, validated, views_reach_wanted_position
+from ledger.errors import FileLost
+from ledger.files import OpenFile
+from ledger.mongo import Document
 from projections import files as view
 
 _log = structlog.get_logger()
-_NO_SCRIPTS: Final = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; media-src 'self'; sandbox"
+SAFETY: Final = {
+    "X-Content-Type-Options": "nosniff",
+    # A result may be HTML or SVG from anywhere.
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; media-src 'self'; "
+    "sandbox",
+    "Cache-Control": "private, no-cache",
+    "Referrer-Policy": "no-referrer",  # the address may be a signed link
+}
+"""What is said with all content that others have made."""
+
+
+class FileQuery(BaseModel):
+    """How a file is wanted. `expires` and `signature` come with a signed link."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    download: bool = False
+    expires: str = ""
+    signature: str = ""
+    min_position: str | None = None
+
+
+class LinkBody(BaseModel):
+    """How long a signed link is to open."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    expires_in_s: int = Field(3600, ge=1, le=LONGEST_SECONDS)
 
 
 async def single(request: Request) -> Response:
@@ -24,58 +60,114 @@ async def single(request: Request) -> Response:
 
     A path is only ever looked up in the view; it never touches a file system.
     """
+    asked = query_of(request, FileQuery)
     await views_reach_wanted_position(request)
-    known, path = services(request), request.path_params["path"]
-    file = await view.get(known.db, path)
-    if file is None or not may_see(request, file):
-        raise ApiError(404, "file_not_found", f"There is no result file {path}.")
-    etag = f'"{file["sha256"]}"'
-    headers = {
-        "ETag": etag,
-        "Cache-Control": "private, no-cache",
-        "X-Content-Type-Options": "nosniff",
-        "Content-Security-Policy": _NO_SCRIPTS,  # a result may be HTML or SVG from anywhere
-    }
-    if etag in (tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")):
+    row = await _by_link(request, asked) if is_link(request) else await _readable(request)
+    version = Version(f'"{row["sha256"]}"', row["modified_at"])
+    headers = {**SAFETY, **version.headers}
+    if is_known(request.headers, version):
         return Response(status_code=304, headers=headers)
-    stored = known.store.path(file["sha256"])
+    name = row["_id"].rpartition("/")[2]
+    headers |= {
+        "Accept-Ranges": "bytes",
+        "Content-Type": content_type(row["media_type"]),
+        "Content-Disposition": content_disposition(name, attachment=asked.download),
+    }
+    file = await opened(services(request), row)
     try:
-        found = await asyncio.to_thread(stored.stat)
-    except OSError as error:
-        _log.error("a result file is not in the store", path=path, stored=str(stored), error=error.strerror)
-        message = f"{path} is on record, but not in this server's results.store: every process must see the same one."
+        return await _answer(request, file, version, headers)
+    except BaseException:
+        await file.close()
+        raise
+
+
+async def link(request: Request) -> Response:
+    """POST /api/events/files/{path}/link"""
+    body = validated(LinkBody, await optional_json(request))
+    row = await _readable(request)
+    signed_in(request)  # a link outlives the right by which it was asked for, so somebody has to have asked
+    until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=body.expires_in_s)
+    url = await services(request).links.to(row, until)
+    return json_response({"status": "success", "url": url, "expires_at": until})
+
+
+def _path(request: Request) -> str:
+    """Return the path as it was asked for: the router's `$` lets a line break at its end pass."""
+    path: str = request.scope["path"]
+    return path.removeprefix(FILES_URL).removesuffix("/link" if request.method == "POST" else "")
+
+
+async def _readable(request: Request) -> Document:
+    path = _path(request)
+    row = await view.get(services(request).db, path)
+    if row is None or not may_see(request, row):
+        raise ApiError(404, "file_not_found", f"There is no result file {path[:200]}.")
+    return row
+
+
+async def _by_link(request: Request, asked: FileQuery) -> Document:
+    known = services(request)
+    row = await view.get(known.db, _path(request))
+    await known.links.check(row, expires=asked.expires, signature=asked.signature, now=datetime.now(UTC))
+    assert row is not None  # noqa: S101 - narrows the type; no link opens what is not there
+    return row
+
+
+async def opened(known: Services, row: Document) -> OpenFile:
+    """Open the content that a row of the view names.
+
+    Raises:
+        ApiError: 500, when it is not in the store.
+    """
+    try:
+        return await known.store.open(row["sha256"])
+    except FileLost as error:
+        _log.error("a result file is not in the store", path=row["_id"], error=str(error))
+        message = (
+            f"{row['_id']} is on record, but not in this server's results.store: every process must see the same one."
+        )
         raise ApiError(500, "file_missing", message) from error
-    return _Result(
-        stored,
-        headers=headers,
-        stat_result=found,
-        media_type=file["media_type"],
-        filename=path.rpartition("/")[2],
-        content_disposition_type="inline",
-    )
 
 
-class _Result(FileResponse):
-    """A file. A range that it does not have is refused in our envelope, not in Starlette's plain text."""
+async def _answer(request: Request, file: OpenFile, version: Version, headers: dict[str, str]) -> Response:
+    """Return the file, or the parts of it that are asked for; whatever is returned closes it."""
+    if request.method == "HEAD":  # ranges are for GET
+        await file.close()
+        return Response(headers={**headers, "Content-Length": str(file.size)})
+    try:
+        wanted = ranges(request.headers, version, file.size)
+    except ApiError as refusal:
+        await file.close()
+        answer = error_response(refusal)
+        answer.headers["Content-Range"] = f"bytes */{file.size}"
+        return answer
+    if len(wanted) > 1:
+        return _several(file, wanted, headers)
+    start, end = wanted[0] if wanted else (0, file.size)
+    headers["Content-Length"] = str(end - start)
+    if wanted:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
+    return Streamed(file.read(start, end), 206 if wanted else 200, headers, close=file.close)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused: Message | None = None
 
-        async def unless_refused(message: Message) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and message["status"] in (400, 416):
-                refused = message
-            if refused is None:
-                await send(message)
+def _several(file: OpenFile, wanted: Sequence[Range], headers: dict[str, str]) -> Response:
+    """Return several parts in one answer (RFC 9110, 14.6)."""
+    boundary = secrets.token_hex(16)
+    heads = [
+        f"\r\n--{boundary}\r\nContent-Type: {headers['Content-Type']}\r\n"
+        f"Content-Range: bytes {start}-{end - 1}/{file.size}\r\n\r\n".encode()
+        for start, end in wanted
+    ]
+    last = f"\r\n--{boundary}--\r\n".encode()
 
-        await super().__call__(scope, receive, unless_refused)
-        if refused is not None:
-            answer = error_response(
-                ApiError(416, "range_not_satisfiable", f"The file has no such range: it has {self.size} bytes.")
-            )
-            answer.headers["Content-Range"] = f"bytes */{self.size}"
-            await answer(scope, receive, send)
+    async def parts() -> AsyncGenerator[bytes, None]:
+        for head, (start, end) in zip(heads, wanted, strict=True):
+            yield head
+            async for piece in file.read(start, end):
+                yield piece
+        yield last
 
-    @property
-    def size(self) -> int:
-        return self.stat_result.st_size if self.stat_result else 0
+    length = sum(end - start for start, end in wanted) + sum(map(len, heads)) + len(last)
+    headers["Content-Type"] = f"multipart/byteranges; boundary={boundary}"
+    headers["Content-Length"] = str(length)
+    return Streamed(parts(), 206, headers, close=file.close)

@@ -250,13 +250,6 @@ async def ended_if_wanted(request: Request, job_id: str) -> Document | None:
     return job
 
 
-async def history(request: Request) -> Response:
-    """GET /api/events/jobs/{job_id}/history"""
-    job = await existing(request)
-    events = await services(request).log.read_stream(job["job_id"])
-    return json_response({"status": "success", "events": [shown_event(event) for event in events]})
-
-
 async def existing(request: Request) -> Document:
     """Return the job that the path names.
 
@@ -345,6 +338,8 @@ async def _act(request: Request, content: Any, command: JobCommand, right: Right
     known, job_id = services(request), request.path_params["job_id"]
     once = Once.of(request, content)
     events = await known.log.read_stream(job_id) if job_id.startswith("job-") else []
+    if not events:
+        raise not_found(job_id)
     check = expecting(request, requires(request, right, missing=not_found(job_id)))
     if (done := once.found_in(events) if once else None) is not None:
         check_right = requires(request, right, missing=not_found(job_id))

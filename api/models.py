@@ -52,6 +52,18 @@ def _cursor(text: object) -> object:
         raise ValueError("this is not a cursor: take `next` from the page before") from None
 
 
+def _then(text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    try:
+        if text.isascii() and text.isdecimal() and int(text) <= LARGEST_INTEGER:
+            return int(text)
+        return _in_utc(datetime.fromisoformat(text))
+    except ValueError:
+        raise ValueError("expected a position of the log, or a moment such as 2026-02-01T09:30:00Z") from None
+
+
+Then = Annotated[int | datetime, BeforeValidator(_then)]
 Cursor = Annotated[Place, BeforeValidator(_cursor)]
 Text = Annotated[str, Field(max_length=1000)]
 Words = Annotated[str, Field(min_length=1, max_length=200)]
@@ -196,7 +208,7 @@ class BatchList(Page):
 class Single(_Body):
     """How a job is shown: as it is, or as it was at a position of the log or a moment."""
 
-    as_of: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)] | Moment | None = Field(None, union_mode="left_to_right")
+    as_of: Then | None = None
     min_position: str | None = None
 
 
@@ -207,3 +219,19 @@ class StreamQuery(_Body):
     types: str | None = None
     job_id: str | None = None
     batch_id: str | None = None
+
+
+class EventsQuery(_Body):
+    """Which page of the log."""
+
+    after: int = Field(0, ge=0, le=LARGEST_INTEGER)
+    limit: int = Field(100, ge=1, le=LARGEST_PAGE)
+    types: str | None = None
+    stream: str | None = Field(None, min_length=1, max_length=200)
+
+
+class HistoryQuery(_Body):
+    """Which page of one stream, by the versions of its events."""
+
+    after_version: int = Field(0, ge=0, le=LARGEST_INTEGER)
+    limit: int = Field(100, ge=1, le=LARGEST_PAGE)

@@ -14,7 +14,10 @@ from starlette.requests import ClientDisconnect, Request
 from api.access import SignIn
 from api.endings import Endings
 from api.errors import ApiError, invalid
+from api.event_stream import Streams
+from api.links import Links
 from api.middleware import Edge
+from api.visibility import Visibility
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -38,6 +41,9 @@ class Services:
     sign_in: SignIn
     endings: Endings
     edge: Edge
+    visibility: Visibility
+    streams: Streams
+    links: Links
 
 
 def services(request: Request) -> Services:

@@ -1,6 +1,6 @@
 """benchmarks: every claim about speed, measured against the plain driver in the same run: `make bench`.
 
-    python -m benchmarks [append] [read] [work] [--events 20000] [--rounds 7] [--strict]
+    python -m benchmarks [append] [read] [work] [serve] [scale] [--events 20000] [--rounds 7] [--strict]
 
 On a mongod of its own, or on the replica set that JOBLEDGER_TEST_MONGODB_URI names (a database that is dropped again).
 """
@@ -20,13 +20,19 @@ from pathlib import Path
 import structlog
 from pymongo import MongoClient
 
-from benchmarks import appending, reading, working
+from benchmarks import appending, reading, serving, working
 from benchmarks.measure import Result, show
 from cli.wiring import spare_the_collector
 from ledger.embedded import EmbeddedServer
 from ledger.mongo import Connection
 
-PARTS = {"append": appending.run, "read": reading.run, "work": working.run}
+PARTS = {
+    "append": appending.run,
+    "read": reading.run,
+    "work": working.run,
+    "serve": serving.run,
+    "scale": serving.run_at_scale,
+}
 DATABASE = f"jobledger-bench-{os.getpid()}"
 
 

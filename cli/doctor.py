@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cli.settings import Settings
-from cli.wiring import database
+from cli.wiring import database, file_store
 from ledger.embedded import TRANSACTION_SECONDS, find_mongod
 from ledger.errors import JobledgerError
-from ledger.files import FileStore
+from ledger.files import DirectoryStore
+from ledger.gridfs import COLLECTIONS
 from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, transaction_limit_seconds
 from workers.registry import processors
@@ -44,7 +46,8 @@ def look_at_machine(settings: Settings) -> Iterator[Finding]:
     yield Finding("Python", sys.version_info >= (3, 11), sys.version.split()[0], "Python 3.11 or newer is needed.")
     if settings.mongodb.embedded:
         yield _finding("MongoDB server", lambda: str(find_mongod()))
-    yield _finding("Result files", lambda: _prepared(settings))
+    if isinstance(store := settings.results.store, Path):
+        yield _finding("Result files", lambda: _prepared(store))
     for module, purpose in _CODECS.items():
         yield _finding(f"Library for {purpose}", partial(_version, module))
     yield _finding("Job types", lambda: ", ".join(sorted(processors())))
@@ -57,9 +60,9 @@ def _finding(what: str, look: Callable[[], str]) -> Finding:
         return Finding(what, good=False, found="not usable", advice=str(error))
 
 
-def _prepared(settings: Settings) -> str:
-    FileStore(settings.results.store).prepare()
-    return str(settings.results.store)
+def _prepared(directory: Path) -> str:
+    DirectoryStore(directory).prepare()
+    return str(directory)
 
 
 def _version(module: str) -> str:
@@ -75,8 +78,19 @@ async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Findin
                 with driver_errors("being looked at"):
                     finding = await look(db)
                 yield finding
+            if settings.results.store == "gridfs":
+                yield await _grid(settings, db)
     except JobledgerError as error:
         yield Finding("MongoDB", good=False, found="not usable", advice=str(error))
+
+
+async def _grid(settings: Settings, db: Database) -> Finding:
+    """Whether files can be put into the database."""
+    try:
+        await file_store(settings, db)
+    except JobledgerError as error:
+        return Finding("Result files", good=False, found="not usable", advice=str(error))
+    return Finding("Result files", good=True, found=f"GridFS in {db.name} ({', '.join(COLLECTIONS)})")
 
 
 async def _server(db: Database) -> Finding:

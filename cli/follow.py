@@ -40,11 +40,27 @@ def as_batch(content: Any) -> dict[str, Any]:
     raise ConfigurationError(f"expected a session, a list of sessions, or a batch; found {type(content).__name__}")
 
 
+def credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the header by which we say who we are: the key is in JOBLEDGER_KEY, out of sight of other users.
+
+    Raises:
+        ConfigurationError: what is in there can be no key.
+    """
+    key = environment.get("JOBLEDGER_KEY", "").strip()
+    if not key:
+        return {}
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigurationError(
+            "JOBLEDGER_KEY holds no key: expected what `jobledger keys create` printed, or a token."
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
 async def submit(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """Submit a batch and return the answer and the position behind which its story begins.
 
     Raises:
-        ConfigurationError: JSON cannot say it.
+        ConfigurationError: JSON cannot say it, or the API does not know who we are.
         Refused: the API said no.
         LedgerUnavailable: it does not answer.
     """
@@ -74,9 +90,18 @@ def _content(answer: httpx.Response) -> dict[str, Any]:
         raise _foreign(answer)
     if answer.status_code == 503:
         raise LedgerUnavailable(content.get("message", f"{answer.url} is not available now"))
+    if answer.status_code == 401:
+        raise ConfigurationError(_not_signed_in(answer))
     if answer.is_error:
         raise Refused(content.get("message", f"HTTP status {answer.status_code}"))
     return content
+
+
+def _not_signed_in(answer: httpx.Response) -> str:
+    where = answer.url.copy_with(path="/", query=None)
+    if "Authorization" in answer.request.headers:
+        return f"{where} does not accept the key in JOBLEDGER_KEY: it is not valid, or not any more."
+    return f"{where} asks who you are: set JOBLEDGER_KEY to a key that `jobledger keys create` has made there."
 
 
 def _foreign(answer: httpx.Response) -> Refused:
@@ -96,7 +121,7 @@ async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> Asy
             async with client.stream("GET", "/api/ledger/stream", params=query, timeout=_stream_timeout()) as answer:
                 if answer.is_error:
                     await answer.aread()
-                    raise Refused(_content(answer)["message"])
+                    _content(answer)  # raises what it is
                 async for line in _lines(answer):
                     failures = 0
                     if line.startswith(b"data:"):

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or configurati
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
@@ -20,16 +21,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli import audit
+from cli import audit, keys
 from cli import demo as demo_command
 from cli import doctor as doctor_command
-from cli.follow import Refused, as_batch, follow
+from cli.follow import Refused, as_batch, credentials, follow
 from cli.follow import submit as submit_batch
 from cli.rights import for_mongosh
 from cli.settings import Settings, read_settings
 from cli.wiring import ALL_ROLES, Role, Stop, database_server, keep_running, roles, set_up_logging
 from ledger.embedded import EmbeddedServer, attach_or_start
-from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable
+from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
 from ledger.log import LARGEST_POSITION
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
@@ -42,6 +43,8 @@ app = typer.Typer(
 )
 log_app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
 app.add_typer(log_app, name="log")
+keys_app = typer.Typer(help="API keys, for auth.mode `keys`; directly on the database.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", envvar="JOBLEDGER_CONFIG", help="The settings. Without it: ./config.yaml.")
 ]
@@ -83,7 +86,7 @@ def submit(
     job_type: Annotated[str | None, typer.Option(help="Submit every job as this type.")] = None,
     url: Annotated[str, typer.Option(envvar="JOBLEDGER_URL", help="Where the API is.")] = "http://127.0.0.1:5001",
 ) -> None:
-    """Submit sessions to a running jobledger, all or none."""
+    """Submit sessions to a running jobledger, all or none. Its key, if it asks for one, is taken from JOBLEDGER_KEY."""
     batch = as_batch(_read(file))
     if job_type is not None:
         batch["jobs"] = [_with_type(job, job_type) for job in batch["jobs"]]
@@ -165,6 +168,66 @@ def log_verify(
     raise typer.Exit(0 if verdict.wrong is None else FAILED)
 
 
+@keys_app.command("create")
+def keys_create(
+    user: Annotated[str, typer.Option("--user", help="Whose key it is.")],
+    group: Annotated[
+        list[str] | None, typer.Option("--group", help="A group they are in; its name begins with team-. Repeatable.")
+    ] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option("--role", help="admin: may do everything. monitor: may see all statistics. Repeatable."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What it is for, to tell it from others.")] = None,
+    expires_in: Annotated[str | None, typer.Option(help="How long it is good, such as 12h or 90d. Else: ever.")] = None,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+) -> None:
+    """Make an API key. It is shown this once: only a digest of it is stored."""
+    settings = _settings(config)
+    key, text = keys.new_key(user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in)
+    with _any_server(settings) as uri:
+        asyncio.run(keys.create(settings.mongodb.connection(uri), key))
+    if settings.auth.mode != "keys":
+        typer.echo(f"note: auth.mode is `{settings.auth.mode}`; keys are asked for with `keys`", err=True)
+    typer.echo(_json({**keys.as_json(key), "key": str(text)}) if as_json else str(text))
+    typer.echo(f"Keep it: it is not shown again. `jobledger keys revoke {key.key_id}` ends it.", err=True)
+
+
+@keys_app.command("list")
+def keys_list(
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+) -> None:
+    """Show all API keys: whose they are, and until when."""
+    settings = _settings(config)
+    with _any_server(settings) as uri:
+        found = asyncio.run(keys.listed(settings.mongodb.connection(uri)))
+    if as_json:
+        typer.echo(_json([keys.as_json(key) for key in found]))
+    else:
+        Console().print(keys.as_table(found) if found else "There are no API keys.")
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="Which one, as `keys list` shows it.")],
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+) -> None:
+    """Revoke an API key: from now on it opens nothing."""
+    settings = _settings(config)
+    with _any_server(settings) as uri:
+        found = asyncio.run(keys.revoke(settings.mongodb.connection(uri), keys.id_of(key_id)))
+    if not found:  # what was given is not repeated: it may be most of a key
+        raise NotFound("There is no API key with this id; `jobledger keys list` shows which there are.")
+    typer.echo(_json({"revoked": keys.id_of(key_id)}) if as_json else f"{keys.id_of(key_id)} is revoked.")
+
+
+def _json(content: Any) -> str:
+    return orjson.dumps(content, option=orjson.OPT_UTC_Z).decode()
+
+
 def _any_server(settings: Settings) -> AbstractContextManager[str]:
     """The database of these settings; an embedded one that does not run is started meanwhile."""
     mongodb = settings.mongodb
@@ -207,7 +270,9 @@ async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wa
 
 async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
     console = Console()
-    async with httpx.AsyncClient(base_url=_web_address(url), timeout=60, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=_web_address(url), headers=credentials(os.environ), timeout=60, trust_env=False
+    ) as client:
         submitted, before = await submit_batch(client, batch)
         console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
         if not wait:

@@ -10,16 +10,21 @@ from typing import Any, Final
 
 import orjson
 
+from api.keys import COLLECTION as API_KEYS
 from ledger.client import SUBSCRIPTIONS
+from ledger.gridfs import COLLECTIONS as GRIDFS
 
 _MUTABLE: Final = (
+    API_KEYS,
     "batches",
     "checkpoints",
     "counters",
     "files",
+    *GRIDFS,
     "jobs",
     "leaders",
     "queue",
+    "secrets",
     "statistics",
     "steps",
     SUBSCRIPTIONS,

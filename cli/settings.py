@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -20,8 +22,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from api.jwks import SHORTEST_SECRET_BYTES
 from ledger.errors import ConfigurationError
 from ledger.mongo import Connection
 from workers.registry import processors
@@ -84,12 +87,114 @@ class ApiSettings(_Section):
     cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]] = []
 
 
+def _keys_address(url: str) -> str:
+    parts = urlsplit(url)
+    safe = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+    if not safe or not parts.hostname:
+        raise ValueError(
+            "expected an address that begins with https:// (http:// on this machine only): who can change the keys on "
+            "their way here is whoever they like"
+        )
+    return url
+
+
+def _network(text: str) -> str:
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"expected an address or a network like 10.1.0.0/16: {error}") from None
+    if network.prefixlen == 0:
+        raise ValueError("this trusts everybody; name the addresses of your proxy")
+    return text
+
+
+def _header_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", text):
+        raise ValueError("expected the name of a header, such as X-Forwarded-User")
+    return text
+
+
+def _long_enough(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value().encode()) < SHORTEST_SECRET_BYTES:
+        raise ValueError(
+            f"a secret for tokens has at least {SHORTEST_SECRET_BYTES} bytes, such as `openssl rand -base64 48` makes"
+        )
+    return secret
+
+
+class JwtSettings(_Section):
+    secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+    secret_file: Path | None = None
+    public_key_file: Path | None = None
+    jwks_url: Annotated[str, AfterValidator(_keys_address)] | None = None
+    issuer: str | None = Field(None, min_length=1)
+    audience: str | None = Field(None, min_length=1)
+    leeway_seconds: float = Field(30, ge=0, le=600)
+    user_claim: str = Field("sub", min_length=1)
+    groups_claim: str = Field("groups", min_length=1)
+    roles_claim: str = Field("roles", min_length=1)
+
+
+class ProxySettings(_Section):
+    trusted: list[Annotated[str, AfterValidator(_network)]] = []
+    user_header: Annotated[str, AfterValidator(_header_name)] = "X-Forwarded-User"
+    groups_header: Annotated[str, AfterValidator(_header_name)] | None = None
+    roles_header: Annotated[str, AfterValidator(_header_name)] | None = None
+
+
 class AuthSettings(_Section):
-    mode: Literal["open"] = "open"
+    mode: Literal["open", "keys", "jwt", "proxy"] = "open"
+    anonymous_public: bool = False
+    admins: list[str] = []
+    monitors: list[str] = []
+    jwt: JwtSettings = JwtSettings()
+    proxy: ProxySettings = ProxySettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AuthSettings:
+        """Whoever has set something that is not in force may believe that it is."""
+        applies = {
+            "jwt": self.mode == "jwt",
+            "proxy": self.mode == "proxy",
+            "admins": self.mode in ("jwt", "proxy"),
+            "monitors": self.mode in ("jwt", "proxy"),
+            "anonymous_public": self.mode != "open",
+        }
+        for key, applied in applies.items():
+            if not applied and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"`{key}` is set, which means nothing with mode `{self.mode}`; {_INSTEAD[key]}")
+        ways = ("secret", "secret_file", "public_key_file", "jwks_url")
+        given = [f"jwt.{name}" for name in ways if getattr(self.jwt, name) is not None]
+        if self.mode == "jwt" and len(given) != 1:
+            raise ValueError(
+                f"mode `jwt` needs one of jwt.secret_file, jwt.public_key_file and jwt.jwks_url to verify tokens with; "
+                f"given are: {', '.join(given) or 'none'}"
+            )
+        if self.mode == "proxy" and not self.proxy.trusted:
+            raise ValueError("mode `proxy` needs the addresses of the proxy in proxy.trusted: nobody else is believed")
+        return self
+
+
+_INSTEAD = {
+    "jwt": "set mode to `jwt`, or leave it out",
+    "proxy": "set mode to `proxy`, or leave it out",
+    "admins": "keys have roles of their own (`jobledger keys create --role admin`), and with `open` everybody is admin",
+    "monitors": "keys have roles of their own (`jobledger keys create --role monitor`)",
+    "anonymous_public": "with `open` nobody is anonymous",
+}
+
+
+def _known_store(store: Any) -> Any:
+    """What looks like an address, or the word misspelt, would become a directory of that name."""
+    if isinstance(store, str) and store.strip().lower() == "gridfs":
+        return "gridfs"
+    if isinstance(store, str) and "://" in store:
+        raise ValueError("there is no such store: expected a directory, or the word gridfs")
+    return store
 
 
 class ResultsSettings(_Section):
-    store: Path = Path("data/results")
+    store: Annotated[Literal["gridfs"] | Path, BeforeValidator(_known_store)] = Path("data/results")
 
 
 class LoggingSettings(_Section):
@@ -137,10 +242,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _open_means_this_machine(self) -> Settings:
-        if not _is_loopback(self.api.host):  # `open` is the only mode so far
+        if self.auth.mode == "open" and not _is_loopback(self.api.host):
             raise ValueError(
                 f"api.host is {self.api.host}, which others can reach, but auth.mode `open` asks nobody who they are; "
-                "use 127.0.0.1, and a proxy with sign-in in front of it"
+                "use 127.0.0.1, or set auth.mode to keys, jwt or proxy"
             )
         return self
 
@@ -180,12 +285,15 @@ def read_settings(
     content: dict[str, Any] = {}
     if path is not None or (file.exists() and not defaults_only):
         content = _read_yaml(file)
+        _refuse_secrets(file, content)
     _refuse_unknown_sections(file, content)
     for section, values in (overrides or {}).items():
         content[section] = {**(content.get(section) or {}), **values}
     content = {section: values for section, values in content.items() if values is not None}
     try:
         settings = Settings(**content)
+    except SettingsError as error:
+        raise ConfigurationError(_not_json(error)) from None  # its cause holds the value
     except ValidationError as error:
         raise ConfigurationError(_explain(error, file)) from error
     return _placed(settings, file.absolute().parent), [
@@ -209,6 +317,24 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"{file}: expected sections such as `mongodb:`, found {type(content).__name__}")
     return content
+
+
+def _refuse_secrets(file: Path, content: Mapping[str, Any]) -> None:
+    """Settings are shown to others and kept in repositories; secrets are not."""
+    auth = content.get("auth")
+    jwt = auth.get("jwt") if isinstance(auth, dict) else None
+    if isinstance(jwt, dict) and jwt.get("secret") is not None:
+        raise ConfigurationError(
+            f"{file}: auth.jwt.secret: a secret does not belong here; put it into a file of its own and name that in "
+            f"auth.jwt.secret_file, or set {_PREFIX}AUTH__JWT__SECRET"
+        )
+
+
+def _not_json(error: SettingsError) -> str:
+    """A list or a section in the environment that is no JSON."""
+    section = next((name for name in Settings.model_fields if f'"{name}"' in str(error)), "")
+    place = f"{_PREFIX}{section.upper()}__…"
+    return f'environment variables {place}: lists and sections are written as JSON there, for example ["alice", "bob"]'
 
 
 def _refuse_unknown_sections(file: Path, content: Mapping[Any, Any]) -> None:
@@ -239,7 +365,7 @@ def _explain(error: ValidationError, file: Path) -> str:
         keys = ", ".join(_known_keys(location)) or "none"
         return f"{place}: expected a section with keys of its own, found {type(given).__name__}; known here: {keys}"
     message = problem["msg"].removeprefix("Value error, ")
-    secret = "uri" in key or "://" in str(given)  # an address may have a password in it
+    secret = "uri" in key or "secret" in key or "://" in str(given)  # an address may have a password in it
     shown = f" (found {given!r})" if isinstance(given, str | int | float) and not secret else ""
     return f"{place}: {message[0].lower()}{message[1:]}{shown}"
 
@@ -267,5 +393,23 @@ def _placed(settings: Settings, directory: Path) -> Settings:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"mongodb.uri_file: {uri_file} cannot be read: {error}") from error
         mongodb = mongodb.model_copy(update={"uri": uri})
-    results = settings.results.model_copy(update={"store": directory / settings.results.store})
-    return settings.model_copy(update={"mongodb": mongodb, "results": results})
+    results = settings.results
+    if isinstance(results.store, Path):
+        results = results.model_copy(update={"store": directory / results.store})
+    auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
+    return settings.model_copy(update={"mongodb": mongodb, "results": results, "auth": auth})
+
+
+def _placed_jwt(jwt: JwtSettings, directory: Path) -> JwtSettings:
+    placed: dict[str, Any] = {}
+    if jwt.public_key_file is not None:
+        placed["public_key_file"] = directory / jwt.public_key_file
+    if jwt.secret_file is not None:
+        file = directory / jwt.secret_file
+        try:
+            placed["secret"] = _long_enough(SecretStr(file.read_text(encoding="utf-8").strip()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"auth.jwt.secret_file: {file} cannot be read: {error}") from error
+        except ValueError as error:
+            raise ConfigurationError(f"auth.jwt.secret_file: {file}: {error}") from error
+    return jwt.model_copy(update=placed)

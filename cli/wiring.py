@@ -6,28 +6,40 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Final, Literal
+from datetime import UTC, datetime
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Final, Literal, assert_never
 from urllib.parse import urlsplit
 
 import structlog
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from api.access import OpenSignIn
+from api.access import OpenSignIn, SignIn
 from api.app import create_app
 from api.endings import Endings
+from api.event_stream import Streams
+from api.jwks import KeysAt, KeySource, OneKey, public_key, shared_secret
+from api.keys import KeyRing
+from api.links import Links
 from api.middleware import Edge
 from api.services import Services
-from cli.settings import LoggingSettings, Settings
+from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
+from api.visibility import Visibility
+from cli.settings import AuthSettings, JwtSettings, LoggingSettings, Settings
 from ledger.changes import Changes
 from ledger.embedded import EmbeddedServer, running_server
 from ledger.errors import ConfigurationError, LedgerUnavailable
-from ledger.files import FileStore
+from ledger.files import DirectoryStore, FileStore
+from ledger.gridfs import GridFSStore
 from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
 from projections.checkpoint import Checkpoint
@@ -39,6 +51,7 @@ from workers.worker import HEARD_EVENTS, Worker
 _log = structlog.get_logger()
 Role = Literal["api", "projector", "worker"]
 ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker"})
+_MOST_FILES: Final = 65_536
 
 
 def set_up_logging(settings: LoggingSettings) -> None:
@@ -98,6 +111,14 @@ def spare_the_collector() -> None:
     gc.set_threshold(20_000, 10, 10)
 
 
+def allow_many_connections() -> None:
+    """Raise how many files may be open to what we may: by default that is 1024, and each client's connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A process at work. `url` is where its API answers, None if it has none."""
@@ -125,6 +146,22 @@ async def database(connection: Connection) -> AsyncIterator[Database]:
         await client.close()
 
 
+async def file_store(settings: Settings, db: Database) -> FileStore:
+    """Return the store for result files, ready for use.
+
+    Raises:
+        ConfigurationError: the directory cannot be written to.
+        LedgerUnavailable: the database failed.
+    """
+    if isinstance(settings.results.store, Path):
+        directory = DirectoryStore(settings.results.store)
+        directory.prepare()
+        return directory
+    grid = GridFSStore(db)
+    await grid.prepare()
+    return grid
+
+
 @asynccontextmanager
 async def roles(
     settings: Settings, connection: Connection, wanted: frozenset[Role], *, failed: Callable[[BaseException], None]
@@ -134,11 +171,12 @@ async def roles(
     `failed` is called when one of them ends although nobody stopped it.
     """
     spare_the_collector()
+    if "api" in wanted:
+        allow_many_connections()
     async with AsyncExitStack() as stack:
         listening = stack.enter_context(_listen(settings.api.host, settings.api.port)) if "api" in wanted else None
         db = await stack.enter_async_context(database(connection))
-        store = FileStore(settings.results.store)
-        store.prepare()
+        store = await file_store(settings, db)
         log = EventLog(db)
         checkpoint = Checkpoint(db)
         changes = Changes(db, event_types=HEARD_EVENTS if wanted == {"worker"} else None)
@@ -154,6 +192,7 @@ async def roles(
         endings = Endings()
         if "api" in wanted:
             changes.listen(endings)
+        sign_in = _sign_in(settings.auth, db, changes) if "api" in wanted else None
         worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
         stream = await stack.enter_async_context(changes.running())
         stream.add_done_callback(_watcher(failed))
@@ -162,10 +201,11 @@ async def roles(
         if worker is not None:
             await stack.enter_async_context(_working(worker, failed))
         url = None
-        if listening is not None:
-            url = await stack.enter_async_context(
-                _serving(listening, settings, db, log, checkpoint, store, endings, failed)
-            )
+        if listening is not None and sign_in is not None:
+            visibility = Visibility(log, checkpoint)
+            await stack.enter_async_context(_background(visibility.run(), failed))
+            serving = _serving(listening, settings, db, log, checkpoint, store, sign_in, endings, visibility, failed)
+            url = await stack.enter_async_context(serving)
         yield Running(db, log, url)
 
 
@@ -240,6 +280,62 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Connection(H11Protocol):
+    """Uvicorn's connection, which lets a stream cut off a client that does not read (`scope["state"]["abort"]`)."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+
+
+def _sign_in(auth: AuthSettings, db: Database, changes: Changes) -> SignIn:
+    """Return the way to sign in that is set.
+
+    Raises:
+        ConfigurationError: the public key cannot be used.
+    """
+    grants = Grants(frozenset(auth.admins), frozenset(auth.monitors))
+    match auth.mode:
+        case "open":
+            return OpenSignIn("local")
+        case "keys":
+            ring = KeyRing(db)
+            changes.listen(ring)
+            return KeySignIn(ring, now=lambda: datetime.now(UTC), anonymous_public=auth.anonymous_public)
+        case "jwt":
+            rules = TokenRules(
+                auth.jwt.issuer,
+                auth.jwt.audience,
+                auth.jwt.leeway_seconds,
+                auth.jwt.user_claim,
+                auth.jwt.groups_claim,
+                auth.jwt.roles_claim,
+            )
+            return JwtSignIn(_token_keys(auth.jwt), rules, grants, anonymous_public=auth.anonymous_public)
+        case "proxy":
+            trusted = [ip_network(network) for network in auth.proxy.trusted]
+            headers = ProxyHeaders(auth.proxy.user_header, auth.proxy.groups_header, auth.proxy.roles_header)
+            return ProxySignIn(trusted, headers, grants, anonymous_public=auth.anonymous_public)
+        case _:
+            assert_never(auth.mode)
+
+
+def _token_keys(jwt: JwtSettings) -> KeySource:
+    if jwt.jwks_url is not None:
+        return KeysAt(jwt.jwks_url)
+    if jwt.public_key_file is None:
+        assert jwt.secret is not None  # noqa: S101 - the settings make sure that there is one of the three
+        return OneKey(shared_secret(jwt.secret.get_secret_value()))
+    try:
+        return OneKey(public_key(jwt.public_key_file.read_bytes()))
+    except OSError as error:
+        raise ConfigurationError(
+            f"auth.jwt.public_key_file: {jwt.public_key_file} cannot be read: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"auth.jwt.public_key_file: {jwt.public_key_file}: {error}") from error
+
+
 @asynccontextmanager
 async def _serving(
     listening: socket.socket,
@@ -248,7 +344,9 @@ async def _serving(
     log: EventLog,
     checkpoint: Checkpoint,
     store: FileStore,
+    sign_in: SignIn,
     endings: Endings,
+    visibility: Visibility,
     failed: Callable[[BaseException], None],
 ) -> AsyncIterator[str]:
     host, port = listening.getsockname()[:2]
@@ -262,13 +360,17 @@ async def _serving(
         job_types={name: processor.Parameters for name, processor in processors().items()},
         largest_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in ("localhost", "127.0.0.1", "[::1]", host, public) if name)),
-        sign_in=OpenSignIn("local"),
         endings=endings,
         edge=_edge(settings),
+        visibility=visibility,
+        streams=Streams(),
+        links=Links(db, settings.api.public_url),
+        sign_in=sign_in,
     )
     server = _Server(
         uvicorn.Config(
             create_app(services),
+            http=_Connection,
             log_level="warning",
             access_log=False,
             proxy_headers=False,  # whom we trust to say who somebody is, auth.proxy says
@@ -281,6 +383,7 @@ async def _serving(
     try:
         yield settings.api.public_url or f"http://{shown_host}:{port}"
     finally:
+        services.streams.close()
         server.should_exit = True
         await asyncio.gather(task, return_exceptions=True)
 
@@ -301,7 +404,8 @@ def _edge(settings: Settings) -> Edge:
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
     """Open the port ourselves, so that a taken one is a clear error before anything else begins."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
+    # Named as TCP, else asyncio does not switch off Nagle's algorithm, and small answers wait 40 ms for an ACK.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))

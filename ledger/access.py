@@ -14,6 +14,9 @@ GROUP_PREFIX: Final = "team-"
 """How the names of groups begin, and those of users do not: both stand in the same lists."""
 
 
+LONGEST_NAME: Final = 200
+
+
 class Right(IntEnum):
     """What somebody may do; each includes the ones before it."""
 
@@ -45,6 +48,37 @@ class Principal:
     def names(self) -> frozenset[str]:
         """Under which names it may stand in a list."""
         return self.groups if self.user_id is None else self.groups | {self.user_id}
+
+
+def user_named(text: str) -> str:
+    """Return the name of a user, if it can be one.
+
+    Raises:
+        ValueError: it says what is wrong, without the name.
+    """
+    if text.startswith(GROUP_PREFIX):
+        raise ValueError(f"a user's name must not begin with `{GROUP_PREFIX}`: that is how groups are known")
+    return _nameable(text)
+
+
+def group_named(text: str) -> str:
+    """Return the name of a group, which begins with `team-` if it did not before.
+
+    Raises:
+        ValueError: it cannot be one; says what is wrong, without the name.
+    """
+    _nameable(text.removeprefix(GROUP_PREFIX))
+    return _nameable(text if text.startswith(GROUP_PREFIX) else GROUP_PREFIX + text)
+
+
+def _nameable(text: str) -> str:
+    if not text.strip() or text != text.strip():
+        raise ValueError("a name must not be empty, nor begin or end with a blank")
+    if len(text) > LONGEST_NAME:
+        raise ValueError(f"a name must not be longer than {LONGEST_NAME} characters")
+    if not text.isprintable():
+        raise ValueError("a name must not have characters that cannot be printed")
+    return text
 
 
 def right_to(principal: Principal, *, owner: str, access: Mapping[str, Any], teams: Collection[str] = ()) -> Right:

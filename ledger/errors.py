@@ -7,6 +7,7 @@ JobledgerError
 ├── LedgerUnavailable           the database cannot be reached or did not answer in time; may pass
 ├── LedgerBusy                  too much is waiting to be written; may pass
 ├── VersionConflict             somebody else appended to the stream first; decide again
+├── FileLost                    a result file is not in the store, or damaged
 ├── InvalidEvent                an event that cannot be stored or hashed as it is (NaN, too large, …)
 └── CommandRefused              the rules say no
     ├── NotFound                no such job or batch
@@ -49,6 +50,10 @@ class VersionConflict(JobledgerError):
         self.stream = stream
         self.expected = expected
         self.found = found
+
+
+class FileLost(JobledgerError):
+    """A result file that should be in the store is missing or damaged. The message is for the log: it names places."""
 
 
 class InvalidEvent(JobledgerError):

@@ -1,19 +1,26 @@
-"""ledger: result files, stored under the SHA-256 of their content. Written once, never changed, safe to write twice."""
+"""ledger: result files, stored under the SHA-256 of their content. Written once, never changed, safe to write twice.
+
+What every store promises (`FileStore`), and the store that is a directory. The other one is in `gridfs.py`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from ledger.errors import ConfigurationError
+from ledger.errors import ConfigurationError, FileLost
 
+PIECE_BYTES = 256 * 1024
+"""How much of a file is in memory at a time while it is read."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -24,10 +31,60 @@ class Stored(NamedTuple):
     size: int
 
 
-class FileStore:
-    """A directory of files by digest. Blocking: call it from a thread when an event loop is waiting.
+class OpenFile(Protocol):
+    """A file of a store, being read. Whoever has opened it closes it."""
 
-    A file is complete and on disk before it gets its name, so what a name leads to is whole, whoever dies when.
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes from `start` up to and without `end`, piece by piece.
+
+        Raises:
+            FileLost: they are not all there.
+            LedgerUnavailable: the store cannot be reached.
+        """
+
+    async def close(self) -> None:
+        """Give back what reading it holds."""
+
+
+class FileStore(Protocol):
+    """Where result files are. A file is whole or not there; the same content is there once; nobody changes it.
+
+    Job processes run foreign code on foreign input, so they get no access to the database: they put files into an inbox
+    on their own machine, and the worker sees to the rest.
+    """
+
+    def inbox(self, directory: Path) -> Path:
+        """Return where a job's process puts files, as into a `DirectoryStore`.
+
+        `directory` is a place for this alone, which is not there yet and is removed after the attempt.
+        """
+
+    async def take_over(self, inbox: Path, sha256: str) -> None:
+        """Make durable what a job's process has put into the inbox. Only then an event may name it.
+
+        Raises:
+            FileLost: there is no such file, or it has another digest.
+            LedgerUnavailable: the store cannot be reached.
+        """
+
+    async def open(self, sha256: str) -> OpenFile:
+        """Open a file for reading.
+
+        Raises:
+            FileLost: there is no such file in this store.
+            LedgerUnavailable: the store cannot be reached.
+        """
+
+
+class DirectoryStore:
+    """A directory of files by digest, on a disk that all processes share.
+
+    A file is complete and on disk before it gets its name, so what a name leads to is whole, whoever dies when. What is
+    not `async` here blocks: call it from a thread when an event loop is waiting.
     """
 
     def __init__(self, root: Path) -> None:
@@ -46,6 +103,13 @@ class FileStore:
         except OSError as error:
             raise ConfigurationError(f"results.store: cannot write to {self.root}: {error.strerror}") from error
 
+    def inbox(self, directory: Path) -> Path:
+        """Job processes write into the store itself."""
+        return self.root
+
+    async def take_over(self, inbox: Path, sha256: str) -> None:
+        """Nothing is left to do: what has a name in the inbox, which is the store, is on disk."""
+
     def put_bytes(self, content: bytes) -> Stored:
         """Store bytes."""
         with (
@@ -63,7 +127,7 @@ class FileStore:
             size = file.seek(0, os.SEEK_END)
             os.fsync(file.fileno())
         target = self.path(sha256)
-        if not target.exists():
+        if not target.is_file() or target.is_symlink():
             if not target.parent.exists():
                 target.parent.mkdir(exist_ok=True)
                 _sync_directory(self.root)
@@ -78,6 +142,61 @@ class FileStore:
         if not _SHA256.fullmatch(sha256):
             raise ValueError(f"{sha256!r} is not a SHA-256 in lower-case hex")
         return self.root / sha256[:2] / sha256
+
+    async def open(self, sha256: str) -> OpenFile:
+        """Open a file for reading. A link, where a file should be, is followed nowhere.
+
+        Raises:
+            FileLost: there is no such file in this store.
+        """
+        return await asyncio.to_thread(self._open, sha256)
+
+    def _open(self, sha256: str) -> OpenFile:
+        path = self.path(sha256)
+        try:
+            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                # Should it be a pipe, O_NONBLOCK keeps us from waiting for somebody to write into it.
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                descriptor = os.open(path.name, flags, dir_fd=directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise FileLost(f"{path} cannot be opened: {error.strerror}") from error
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(descriptor)
+            raise FileLost(f"{path} is no file")
+        return _OpenFile(path, descriptor, found.st_size)
+
+
+class _OpenFile:
+    """A file of the directory, being read by position: a read that was given up disturbs no other."""
+
+    def __init__(self, path: Path, descriptor: int, size: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
+        while start < end:
+            try:
+                piece = await asyncio.to_thread(os.pread, self._descriptor, min(PIECE_BYTES, end - start), start)
+            except OSError as error:
+                raise FileLost(f"{self._path} cannot be read: {error.strerror}") from error
+            if not piece:
+                raise FileLost(f"{self._path} has become shorter while it was read")
+            start += len(piece)
+            yield piece
+
+    async def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def _move(path: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 from bson.codec_options import CodecOptions, DatetimeConversion
-from pymongo import ASCENDING
+from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
@@ -117,18 +117,26 @@ class EventLog(Writer):
 
     # Read ---------------------------------------------------------------------------------------------------------
 
-    async def read_stream(self, stream: str, *, after_version: int = 0, limit: int = 0) -> list[Recorded]:
+    async def read_stream(
+        self, stream: str, *, after_version: int = 0, limit: int = 0, types: Collection[type[Event]] | None = None
+    ) -> list[Recorded]:
         """Return the events of one job, batch or delivery, in order; at most `limit` of them, 0 for all."""
         with driver_errors(f"reading {stream}"):
-            query = {"stream": stream, "version": {"$gt": after_version}}
+            query: Document = {"stream": stream, "version": {"$gt": after_version}}
+            if types is not None:
+                query["type"] = {"$in": sorted(wanted.__name__ for wanted in types)}
             found = self._events.find(query, sort=[("version", ASCENDING)], limit=limit)
             return [Recorded(document) async for document in found]
 
-    async def read_streams(self, streams: Collection[str]) -> dict[str, list[Recorded]]:
-        """Return the events of many streams at once, each in order."""
+    async def read_streams(
+        self, streams: Collection[str], *, without: Collection[str] = ()
+    ) -> dict[str, list[Recorded]]:
+        """Return the events of many streams at once, each in order, but for those of types that are left out."""
         found: dict[str, list[Recorded]] = {stream: [] for stream in streams}
         with driver_errors(f"reading {len(found)} streams"):
-            query = {"stream": {"$in": list(found)}}
+            query: Document = {"stream": {"$in": list(found)}}
+            if without:
+                query["type"] = {"$nin": sorted(without)}
             for document in await self._events.find(query, sort=_VERSIONS).to_list():
                 found[document["stream"]].append(Recorded(document))
         return found
@@ -137,6 +145,19 @@ class EventLog(Writer):
         """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
         with driver_errors("reading the head of the log"):
             return await self._newest(session)
+
+    async def oldest(self) -> int:
+        """Return the smallest position in the log, 0 when it is empty."""
+        with driver_errors("reading the beginning of the log"):
+            first = await self._events.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", ASCENDING)])
+            return first["_id"] if first else 0
+
+    async def version_at(self, stream: str, position: int) -> int:
+        """Return the version that a stream had at a position, 0 if it had not begun; looks at what came later."""
+        with driver_errors(f"looking for a place in {stream}"):
+            query = {"stream": stream, "_id": {"$lte": position}}
+            last = await self._events.find_one(query, {"version": 1}, sort=[("version", DESCENDING)], hint=_VERSIONS)
+            return last["version"] if last else 0
 
     async def read(self, *, after: int = 0, limit: int | None = None) -> list[Recorded]:
         """Return up to `limit` events after a position, in order and with none missing.

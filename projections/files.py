@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from pymongo import ASCENDING, IndexModel
@@ -9,6 +10,7 @@ from pymongo import ASCENDING, IndexModel
 from ledger.mongo import Database, Document, driver_errors
 
 NAME: Final = "files"
+_JOBS_AT_A_TIME: Final = 100
 INDEXES: Final = [IndexModel([("job_id", ASCENDING)])]
 
 
@@ -37,3 +39,13 @@ async def get(db: Database, path: str) -> Document | None:
     """Return what lies under a path, or None."""
     with driver_errors("looking for a file"):
         return await db[NAME].find_one({"_id": path})
+
+
+async def of_jobs(db: Database, job_ids: Sequence[str]) -> AsyncIterator[Document]:
+    """Yield the files of jobs, a hundred jobs at a time; the same jobs in the same order make the same list."""
+    for begin in range(0, len(job_ids), _JOBS_AT_A_TIME):
+        wanted = {"job_id": {"$in": list(job_ids[begin : begin + _JOBS_AT_A_TIME])}}
+        with driver_errors("looking for the files of jobs"):
+            found = await db[NAME].find(wanted, sort=[("job_id", ASCENDING), ("_id", ASCENDING)]).to_list()
+        for row in found:
+            yield row

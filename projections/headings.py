@@ -86,6 +86,19 @@ def query(principal: Principal, facet: Facet = ALL, search: str = "") -> Documen
     return {"$and": [*found, {"headings": under}]} if facet else {"$and": found}
 
 
+def asked(wanted: Document, after: Place | None, *, newest_first: bool) -> tuple[Document, list[tuple[str, int]]]:
+    """Return the database query for what is behind a place, and its order."""
+    direction = DESCENDING if newest_first else ASCENDING
+    order = [("created_at", direction), ("_id", direction)]
+    if after is None:
+        return wanted, order
+    beyond, edge = ("$lt", "$lte") if newest_first else ("$gt", "$gte")
+    # The edge by itself is a bound of the index; the rest tells those of the same millisecond apart.
+    bounds = {"created_at": {edge: after.created_at}}
+    strict = [{"created_at": {beyond: after.created_at}}, {"_id": {beyond: after.key}}]
+    return {"$and": [wanted, bounds, {"$or": strict}]}, order
+
+
 async def page(
     collection: AsyncCollection[Document],
     wanted: Document,
@@ -97,16 +110,8 @@ async def page(
     projection: Mapping[str, Any] | None = None,
 ) -> tuple[list[Document], Place | None]:
     """Return a page in the order of creation, and where the next one begins, None if this was the last."""
-    order = DESCENDING if newest_first else ASCENDING
-    if after is not None:
-        beyond, edge = ("$lt", "$lte") if newest_first else ("$gt", "$gte")
-        # The edge by itself is a bound of the index; the rest tells those of the same millisecond apart.
-        bounds = {"created_at": {edge: after.created_at}}
-        strict = [{"created_at": {beyond: after.created_at}}, {"_id": {beyond: after.key}}]
-        wanted = {"$and": [wanted, bounds, {"$or": strict}]}
-    cursor = collection.find(
-        wanted, projection, sort=[("created_at", order), ("_id", order)], limit=limit + 1, skip=skip
-    )
+    asked_for, order = asked(wanted, after, newest_first=newest_first)
+    cursor = collection.find(asked_for, projection, sort=order, limit=limit + 1, skip=skip)
     found = await cursor.to_list()
     if len(found) <= limit:
         return found, None

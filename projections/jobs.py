@@ -17,6 +17,7 @@ from pymongo import ASCENDING, IndexModel
 from ledger.access import Principal
 from ledger.events import (
     JOB_EVENTS,
+    Event,
     JobAccessChanged,
     JobArchived,
     JobAttemptFailed,
@@ -173,7 +174,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
         case JobProgressed():
             return {"progress": {"step": happened.step, "percent": happened.percent, "message": happened.message}}
         case JobLogged():
-            return _logged(job, *happened.entries)
+            return _logged(job, event)
         case StepCompleted():
             return {"steps": [*job.get("steps", ()), _finished(happened, event)]}
         case WorkerFenced() | JobSubmitted():
@@ -188,7 +189,6 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "progress": {"step": "completed", "percent": 100.0, "message": "Done"},
             }
         case JobAttemptFailed():
-            line = _line(event, f"Attempt {happened.attempt} failed and will be repeated: {happened.error.message}")
             return {
                 "status": "pending",
                 "worker_id": None,
@@ -196,7 +196,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "due_at": happened.retry_at,
                 "error": happened.error.model_dump(),
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for the next attempt"},
-                **_logged(job, line),
+                **_logged(job, event),
             }
         case JobFailed():
             return {
@@ -204,24 +204,22 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "completed_at": event.time,
                 "error": happened.error.model_dump(),
                 "progress": {**job["progress"], "message": "Failed"},
-                **_logged(job, _line(event, f"Failed: {happened.error.message}", "error")),
+                **_logged(job, event),
             }
         case JobLeaseExpired():
-            line = _line(event, f"Worker {happened.worker_id} gave no sign of life; the job is free for another one.")
             return {
                 "status": "pending",
                 "worker_id": None,
                 "retries": job["retries"] + 1,
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for another worker"},
-                **_logged(job, line),
+                **_logged(job, event),
             }
         case JobReleased():
-            line = _line(event, f"Worker {happened.worker_id} gave the job back: {happened.reason}", "info")
             return {
                 "status": "pending",
                 "worker_id": None,
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for a worker"},
-                **_logged(job, line),
+                **_logged(job, event),
             }
         case JobCancelRequested():
             return {"cancel_requested": True}
@@ -282,11 +280,46 @@ def _finished(step: StepCompleted, event: Recorded) -> Document:
     }
 
 
+SAYS_SOMETHING: Final[tuple[type[Event], ...]] = (
+    JobLogged,
+    JobAttemptFailed,
+    JobFailed,
+    JobLeaseExpired,
+    JobReleased,
+)
+"""The events that have lines for the job's log."""
+
+
+def lines_of(event: Recorded) -> list[LogLine]:
+    """Return what an event has to say to who reads the job's log.
+
+    Raises:
+        UnreadableEvent: as `Recorded.event`.
+    """
+    happened = event.event
+    match happened:
+        case JobLogged():
+            return happened.entries
+        case JobAttemptFailed():
+            message = f"Attempt {happened.attempt} failed and will be repeated: {happened.error.message}"
+            return [_line(event, message)]
+        case JobFailed():
+            return [_line(event, f"Failed: {happened.error.message}", "error")]
+        case JobLeaseExpired():
+            message = f"Worker {happened.worker_id} gave no sign of life; the job is free for another one."
+            return [_line(event, message)]
+        case JobReleased():
+            return [_line(event, f"Worker {happened.worker_id} gave the job back: {happened.reason}", "info")]
+        case _:
+            return []
+
+
 def _line(event: Recorded, message: str, level: Any = "warning") -> LogLine:
     return LogLine(timestamp=event.time, level=level, message=message)
 
 
-def _logged(job: Document, *lines: LogLine) -> Document:
+def _logged(job: Document, event: Recorded) -> Document:
+    lines = lines_of(event)
     return {"logs": [*job["logs"], *(_shown_line(line) for line in lines[-LOG_LINES:])][-LOG_LINES:]}
 
 

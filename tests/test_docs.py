@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+from typing import Any
 
+import pytest
+import yaml
+
+from cli.settings import read_settings
 from ledger.commands import ClaimJob, CompleteJob
 from ledger.handle import handle
 from ledger.mongo import Connection
 from tests.support.examples import NOON, RESULTS
+from tests.support.installation import COMMAND, Installation
 from tests.support.ledgers import META, Ledger, ledger_on
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -78,3 +85,76 @@ async def test_the_program_that_follows_the_log_does_so_and_goes_on_where_it_was
         with program(text, tmp_path / "follow.py", connection.uri) as lines:
             while third not in (line := await next_of(lines)):
                 assert first in line or second in line  # of the last second before it was killed
+
+
+SIGN_IN = DOCS / "how-to" / "sign-in.md"
+KEYS, PROVIDER, SHARED_SECRET, PROXY = (yaml.safe_load(block) for block in blocks(SIGN_IN, "yaml"))
+MAKE_KEY, USE_KEY, REVOKE_KEY, MAKE_SECRET, USE_PROXY = blocks(SIGN_IN, "sh")
+ASK = USE_KEY.splitlines()[0]
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
+@contextmanager
+def reader(mongodb_uri: str, db_name: str, directory: Path, settings: dict[str, Any]) -> Iterator[Installation]:
+    """A directory in which somebody does what a document says, with the settings that it shows."""
+    with Installation(directory, mongodb={"uri": mongodb_uri, "db_name": db_name}, **settings) as installation:
+        yield installation
+
+
+def typed(installation: Installation, *texts: str) -> str:
+    """Have a shell carry out what a document shows; what answers at 5001 there, answers at another port here."""
+    url = installation.roles[-1].url if installation.roles else "http://127.0.0.1:1"
+    ended = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(texts).replace("http://127.0.0.1:5001", url)],
+        cwd=installation.directory,
+        env={**installation.env, "PATH": f"{COMMAND.parent}:{os.environ['PATH']}", "JOBLEDGER_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@needs_curl
+def test_an_api_key_is_made_used_and_revoked_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    with reader(mongodb_uri, db_name, tmp_path, KEYS) as installation:
+        for role in ("projector", "worker", "api"):
+            installation.start(role).ready()
+        # The API hears of keys by the change stream: at once, but perhaps not before the very next request.
+        heard, gone = f"until {ASK} > /dev/null; do :; done", f"while {ASK}; do :; done"
+        said = typed(installation, MAKE_KEY, heard, USE_KEY, REVOKE_KEY, gone)
+    assert '"total":0' in said
+    assert "1 jobs accepted" in said
+    assert "completed" in said
+    assert "is revoked." in said
+    assert '"code":"bad_credentials"' in said
+
+
+@needs_curl
+def test_a_token_is_issued_and_accepted_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    [issue] = blocks(SIGN_IN, "python")
+    (tmp_path / "issue.py").write_text(issue)
+    with reader(mongodb_uri, db_name, tmp_path, SHARED_SECRET) as installation:
+        typed(installation, MAKE_SECRET)
+        installation.start("api").ready()
+        said = typed(installation, f"JOBLEDGER_KEY=$({sys.executable} issue.py)", ASK)
+    assert '"total":0' in said
+
+
+@needs_curl
+def test_a_proxys_word_is_taken_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    with reader(mongodb_uri, db_name, tmp_path, PROXY) as installation:
+        installation.start("api").ready()
+        assert '"total":0' in typed(installation, USE_PROXY)
+    [nginx] = blocks(SIGN_IN, "nginx")
+    for header in ("user_header", "groups_header"):
+        assert f"proxy_set_header {PROXY['auth']['proxy'][header]} $" in nginx
+
+
+def test_the_settings_for_an_identity_provider_are_as_the_how_to_says(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(PROVIDER))
+    settings, _ = read_settings(tmp_path / "config.yaml")
+    assert settings.auth.jwt.roles_claim == "realm_access.roles"
+    assert settings.auth.admins == ["team-operators"]

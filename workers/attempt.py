@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ledger.chain import digest
-from ledger.files import FileStore
+from ledger.files import DirectoryStore
 from workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 
 Message = dict[str, Any]
@@ -35,7 +35,8 @@ class Assignment(BaseModel):
     steps: dict[str, FinishedStep]
     seek: bool = False
     """Whether finished steps of other jobs may be asked for."""
-    store: Path
+    inbox: Path
+    """Where saved files go, by digest; the worker sees to the rest."""
     scratch: Path
 
 
@@ -103,7 +104,7 @@ class _Job:
         self.parameters = parameters
         self._finished = assignment.steps
         self._seek = assignment.seek
-        self._store = FileStore(assignment.store)
+        self._inbox = DirectoryStore(assignment.inbox)
         self._send = send
         self._step = "starting"
         self._warnings: list[str] = []
@@ -161,8 +162,9 @@ class _Job:
         await self.log("warning", message)
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
-        put = self._store.put_bytes if isinstance(content, bytes) else self._store.put_file
+        put = self._inbox.put_bytes if isinstance(content, bytes) else self._inbox.put_file
         stored = await asyncio.to_thread(put, content)  # type: ignore[arg-type]  # the type was just asked for
+        await self._send({"is": "saved", "sha256": stored.sha256})
         return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
 
     def done(self, results: Results, seconds: float) -> Message:

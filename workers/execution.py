@@ -113,6 +113,7 @@ class Execution:
         self._lines: list[LogLine] = []
         self._flusher: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._inbox = Path()
         self._stopped_for: str | None = None
 
     @property
@@ -165,8 +166,10 @@ class Execution:
 
     async def _run(self) -> None:
         scratch = Path(tempfile.gettempdir(), f"jobledger-{self.job_id}-{self._attempt}-{secrets.token_hex(4)}")
+        saved = scratch.with_suffix(".saved")
         try:
             async with asyncio.timeout(self._job.asked.timeout_s):
+                self._inbox = self._settings.store.inbox(saved)
                 await self._run_in(scratch)
         except TimeoutError:
             message = f"The job took longer than its time limit of {self._job.asked.timeout_s:g} seconds."
@@ -179,8 +182,9 @@ class Execution:
             message = f"The worker failed while running the job: {type(error).__name__}: {error}"
             await self._fail(Failure(code="WORKER_FAULT", message=message), transient=True)
         finally:
-            if os.path.exists(scratch):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
-                await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+            for place in (scratch, saved):
+                if os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
+                    await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
 
     async def _run_in(self, scratch: Path) -> None:
         processor = find_processor(self._job.asked.job_type)
@@ -195,7 +199,7 @@ class Execution:
                 for key, step in self._job.steps.items()
             },
             seek=self._steps.shared and not self._job.anew,
-            store=self._settings.store.root,
+            inbox=self._inbox,
             scratch=scratch,
         )
         if processor.isolation == "inline":
@@ -228,6 +232,8 @@ class Execution:
                 at = datetime.fromisoformat(message["at"])
                 self._lines.append(LogLine(timestamp=at, level=message["level"], message=message["message"]))
                 self._flush_soon()
+            case "saved":
+                await self._take_over(message["sha256"])
             case "step":
                 await self._finish_step(message)
             case "done":
@@ -238,6 +244,15 @@ class Execution:
             case other:
                 raise ValueError(f"a processor's job said {other!r}, which means nothing")
         return None
+
+    async def _take_over(self, sha256: str) -> None:
+        """Make a saved file durable. Whatever names it is said later, and taken only after this has returned."""
+        while True:
+            try:
+                return await self._settings.store.take_over(self._inbox, sha256)
+            except LedgerUnavailable as error:
+                _log.warning("a file is not stored yet", job_id=self.job_id, error=str(error))
+                await asyncio.sleep(1)
 
     async def _step_of_another(self, key: str) -> dict[str, Any] | None:
         """Look for what a step with the same inputs has yielded in a job that this one's owner may read."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cli.settings import read_settings
 from cli.wiring import ALL_ROLES, Role, roles
 from ledger.log import EventLog
 from ledger.mongo import Database
-from tests.support.principals import HeaderSignIn
+from tests.support.principals import HeaderSignIn, said
 
 DEADLINE_SECONDS = 30.0
 ENDS = ("JobCompleted", "JobFailed", "JobCancelled")
@@ -31,8 +31,14 @@ class Api:
     db: Database
     log: EventLog
     store: Path
+    who: dict[str, str] = field(default_factory=dict)
+
+    def asked_by(self, user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> Api:
+        """Return the same, asked by somebody: needs the fixture `said_in_header`."""
+        return replace(self, who=said(user_id, groups, roles))
 
     async def post(self, path: str, content: Any = None, **headers: str) -> httpx.Response:
+        headers |= self.who
         return (
             await self.http.post(path, json=content, headers=headers)
             if content is not None
@@ -74,11 +80,12 @@ class Api:
         """Read, with the views at least at `position`."""
         if position is not None:
             headers["Ledger-Position"] = str(position)
-        return await self.http.get(path, headers=headers)
+        return await self.http.get(path, headers=headers | self.who)
 
     async def events(self, **query: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of the live stream; each has its `id:` in `sse_id`."""
         headers = {"Last-Event-ID": str(query.pop("last_event_id"))} if "last_event_id" in query else {}
+        headers |= self.who
         async with self.http.stream("GET", "/api/ledger/stream", params=query, headers=headers) as answer:
             assert answer.status_code == 200, await answer.aread()
             sse_id = None
@@ -143,5 +150,15 @@ async def api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[A
 @pytest.fixture
 async def idle_api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """Without a worker: a job that was submitted waits for ever."""
+    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+        yield running
+
+
+@pytest.fixture
+async def header_api(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Api]:
+    """Without a worker; a header says who asks (tests/support/principals.py)."""
+    monkeypatch.setattr("cli.wiring.OpenSignIn", lambda user_id: HeaderSignIn())
     async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running

@@ -31,7 +31,9 @@ class Overtaken(EventLog):
 
     overtaking: tuple[str, Command] | None = None
 
-    async def read_streams(self, streams: Collection[str]) -> dict[str, list[Recorded]]:
+    async def read_streams(
+        self, streams: Collection[str], *, without: Collection[str] = ()
+    ) -> dict[str, list[Recorded]]:
         found = await super().read_streams(streams)
         if (overtaking := self.overtaking) is not None:
             self.overtaking = None

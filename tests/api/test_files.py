@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+from contextlib import suppress
 from datetime import UTC, datetime
+from email import message_from_bytes
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
+import httpx
 import pytest
 
+from api.sending import content_disposition, content_type
 from ledger.envelope import Append, Head
 from ledger.events import JobClaimed, JobCompleted, JobResults, JobSubmitted, Meta, ResultFile, ResultMetadata
-from ledger.files import FileStore
+from ledger.files import DirectoryStore
 from ledger.handle import new_job_id
 from tests.api.conftest import Api
+from tests.support.running import until
 
 FILES = "/api/events/files/"
 CONTENT = bytes(range(256)) * 40
@@ -21,7 +29,7 @@ CONTENT = bytes(range(256)) * 40
 
 async def add_file(api: Api, path: str, content: bytes = CONTENT, media_type: str = "application/octet-stream") -> str:
     """Let a job have a result file under a path; return the file's digest."""
-    stored = await asyncio.to_thread(FileStore(api.store).put_bytes, content)
+    stored = await asyncio.to_thread(DirectoryStore(api.store).put_bytes, content)
     file = ResultFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
     now = datetime.now(UTC)
     results = JobResults(files=[file], metadata=ResultMetadata(processed_at=now, duration=1.0))
@@ -98,7 +106,23 @@ async def test_a_part_of_a_file_is_just_that_part(idle_api: Api, asked: str, sta
     assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{len(CONTENT)}"
 
 
-@pytest.mark.parametrize("asked", ["bytes=99999-", "bytes=5-2", "lines=1-2", "bytes", "bytes=a-b"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "bytes=99999-",
+        "bytes=5-2",
+        "bytes",
+        "bytes=",
+        "bytes=a-b",
+        "bytes=-0",
+        "bytes=-",
+        "bytes=0-1,x",
+        "=",
+        "bytes=1e9-",
+        "bytes=" + "9" * 5000 + "-",
+        "bytes=" + ",".join(f"{2 * part}-{2 * part}" for part in range(51)),
+    ],
+)
 async def test_a_part_that_the_file_does_not_have_is_refused_in_the_envelope(idle_api: Api, asked: str) -> None:
     await add_file(idle_api, "film.webm", media_type="video/webm")
     answer = await idle_api.get(f"{FILES}film.webm", Range=asked)
@@ -117,23 +141,25 @@ async def test_a_range_of_another_version_of_the_file_is_answered_with_the_whole
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "plain"),
     [
-        'quo"te.md',
-        "semi;colon.md",
-        "back\\slash.md",
-        "Umläute und Ελληνικά 日本.md",
-        "per%2Fcent.md",
-        "%0d%0aX: y",
+        ('quo"te.md', "quo_te.md"),
+        ("semi;colon.md", "semi_colon.md"),
+        ("back\\slash.md", "back_slash.md"),
+        ("Umläute und Ελληνικά 日本.md", "Umlaute und ________ __.md"),
+        ("per%2Fcent.md", "per_2Fcent.md"),
+        ("%0d%0aX: y", "_0d_0aX_ y"),
     ],
 )
-async def test_a_file_with_an_odd_name_is_served_and_its_name_cannot_break_a_header(idle_api: Api, name: str) -> None:
+async def test_a_file_with_an_odd_name_is_served_and_its_name_cannot_break_a_header(
+    idle_api: Api, name: str, plain: str
+) -> None:
     await add_file(idle_api, f"c/{name}")
     answer = await idle_api.get(f"{FILES}c/{quote(name, safe='')}")
 
     assert answer.status_code == 200
     disposition = answer.headers["content-disposition"]
-    assert disposition == f"inline; filename*=utf-8''{quote(name)}"
+    assert disposition == f"inline; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
     assert disposition.isascii()
     assert "x" not in answer.headers
 
@@ -162,6 +188,15 @@ async def test_a_head_request_tells_the_size_and_sends_nothing(idle_api: Api) ->
         "c//talk.md",
         "c/talk.md/",
         "c/talk.md%00.jpg",
+        "c/talk.md%0a",
+        "c%2ftalk.md%2f",
+        "c%5ctalk.md",
+        "c/talk.md%e0%80%ae",
+        "CON",
+        "NUL.md",
+        "c/COM1",
+        "a/" * 1000,
+        "%00",
         "C/TALK.MD",
         "c",
         "",
@@ -210,7 +245,7 @@ async def test_files_of_a_deleted_job_are_no_longer_served(api: Api) -> None:
 
 async def test_a_file_whose_bytes_are_gone_is_a_fault_that_says_what_to_look_at(idle_api: Api) -> None:
     digest = await add_file(idle_api, "a.bin")
-    await asyncio.to_thread(FileStore(idle_api.store).path(digest).unlink)
+    await asyncio.to_thread(DirectoryStore(idle_api.store).path(digest).unlink)
     answer = await idle_api.get(f"{FILES}a.bin")
 
     content: dict[str, Any] = answer.json()
@@ -218,3 +253,232 @@ async def test_a_file_whose_bytes_are_gone_is_a_fault_that_says_what_to_look_at(
     assert content["code"] == "file_missing"
     assert "results.store" in content["message"]
     assert str(idle_api.store) not in answer.text
+
+
+# Conditions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"If-Match": '"{}"'}, 200),
+        ({"If-Match": "*"}, 200),
+        ({"If-Match": '"other", "{}"'}, 200),
+        ({"If-Match": '"other"'}, 412),
+        ({"If-Match": 'W/"{}"'}, 412),
+        ({"If-Match": "{}"}, 412),
+        ({"If-None-Match": "*"}, 304),
+        ({"If-None-Match": "nonsense"}, 200),
+        ({"If-Match": '"other"', "If-None-Match": '"{}"'}, 412),
+        ({"If-Match": '"{}"', "If-None-Match": '"{}"'}, 304),
+        ({"If-Modified-Since": "Wed, 01 Jan 2200 00:00:00 GMT"}, 304),
+        ({"If-Modified-Since": "Wed, 01 Jan 2020 00:00:00 GMT"}, 200),
+        ({"If-Modified-Since": "yesterday"}, 200),
+        ({"If-Modified-Since": "Wed, 01 Jan 2200 00:00:00 GMT", "If-None-Match": '"other"'}, 200),
+        ({"If-Unmodified-Since": "Wed, 01 Jan 2020 00:00:00 GMT"}, 412),
+        ({"If-Unmodified-Since": "Wed, 01 Jan 2200 00:00:00 GMT"}, 200),
+        ({"If-Unmodified-Since": "Wed, 01 Jan 2020 00:00:00 GMT", "If-Match": '"{}"'}, 200),
+    ],
+)
+async def test_conditions_are_answered_as_the_rfc_wants(idle_api: Api, headers: dict[str, str], status: int) -> None:
+    digest = await add_file(idle_api, "a.bin")
+    for method in ("GET", "HEAD"):
+        asked = {name: value.format(digest) for name, value in headers.items()}
+        answer = await idle_api.http.request(method, f"{FILES}a.bin", headers=asked)
+        assert answer.status_code == status
+    answer = await idle_api.get(f"{FILES}a.bin", **{name: value.format(digest) for name, value in headers.items()})
+    if status == 412:
+        assert answer.json()["code"] == "precondition_failed"
+        assert answer.json()["details"] == {"etag": f'"{digest}"'}
+    if status == 304:
+        assert answer.content == b""
+
+
+async def test_what_was_not_changed_since_it_was_fetched_is_not_sent_again(idle_api: Api) -> None:
+    await add_file(idle_api, "a.bin")
+    fetched = (await idle_api.get(f"{FILES}a.bin")).headers["last-modified"]
+    answer = await idle_api.get(f"{FILES}a.bin", **{"If-Modified-Since": fetched})
+    assert (answer.status_code, answer.headers["last-modified"]) == (304, fetched)
+
+
+async def test_a_download_that_broke_off_goes_on_if_the_file_is_still_the_same(idle_api: Api) -> None:
+    digest = await add_file(idle_api, "a.bin")
+    whole = await idle_api.get(f"{FILES}a.bin")
+    for same in (f'"{digest}"', whole.headers["last-modified"]):
+        answer = await idle_api.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": same})
+        assert (answer.status_code, answer.content) == (206, CONTENT[10000:])
+    for other in (f'W/"{digest}"', "Wed, 01 Jan 2020 00:00:00 GMT"):
+        answer = await idle_api.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": other})
+        assert (answer.status_code, answer.content) == (200, CONTENT)
+
+
+async def test_a_range_in_units_that_nobody_knows_is_answered_with_the_whole(idle_api: Api) -> None:
+    await add_file(idle_api, "a.bin")
+    answer = await idle_api.get(f"{FILES}a.bin", Range="lines=1-2")
+    assert (answer.status_code, answer.content) == (200, CONTENT)
+
+
+async def test_several_parts_come_in_one_answer_each_saying_where_it_belongs(idle_api: Api) -> None:
+    await add_file(idle_api, "a.bin", media_type="text/plain")
+    answer = await idle_api.get(f"{FILES}a.bin", Range="bytes=-5, 0-9, 5-12, 99999-, 100-100")
+
+    assert answer.status_code == 206
+    assert answer.headers["content-length"] == str(len(answer.content))
+    message = message_from_bytes(b"Content-Type: " + answer.headers["content-type"].encode() + b"\n\n" + answer.content)
+    parts = [part for part in message.walk() if not part.is_multipart()]
+    places = [part["content-range"] for part in parts]
+    assert places == [
+        f"bytes 0-12/{len(CONTENT)}",
+        f"bytes 100-100/{len(CONTENT)}",
+        f"bytes 10235-10239/{len(CONTENT)}",
+    ]
+    assert {part["content-type"] for part in parts} == {"text/plain; charset=utf-8"}
+    for expected in (CONTENT[:13], CONTENT[100:101], CONTENT[-5:]):
+        assert b"\r\n\r\n" + expected + b"\r\n--" in answer.content
+
+
+async def test_a_head_request_knows_no_ranges(idle_api: Api) -> None:
+    await add_file(idle_api, "a.bin")
+    answer = await idle_api.http.head(f"{FILES}a.bin", headers={"Range": "bytes=0-9"})
+    assert (answer.status_code, answer.headers["content-length"]) == (200, str(len(CONTENT)))
+    assert answer.headers["accept-ranges"] == "bytes"
+
+
+async def test_an_empty_file_is_served_and_has_no_parts(idle_api: Api) -> None:
+    await add_file(idle_api, "empty.md", b"", "text/markdown")
+    whole = await idle_api.get(f"{FILES}empty.md")
+    part = await idle_api.get(f"{FILES}empty.md", Range="bytes=0-")
+    assert (whole.status_code, whole.headers["content-length"], part.status_code) == (200, "0", 416)
+
+
+# What it is, and what it is called --------------------------------------------------------------------------------
+
+
+async def test_a_file_can_be_asked_for_as_a_download(idle_api: Api) -> None:
+    await add_file(idle_api, "c/talk.md", media_type="text/markdown")
+    shown = await idle_api.get(f"{FILES}c/talk.md")
+    saved = await idle_api.get(f"{FILES}c/talk.md?download=1")
+    wrong = await idle_api.get(f"{FILES}c/talk.md?download=maybe")
+    assert shown.headers["content-disposition"] == 'inline; filename="talk.md"'
+    assert saved.headers["content-disposition"] == 'attachment; filename="talk.md"'
+    assert (wrong.status_code, wrong.json()["details"]["errors"][0]["path"]) == (422, "download")
+
+
+@pytest.mark.parametrize("name", ["a\r\nX: y", 'a"; x="', "a\\", "\x00\x7f", "‮gpj.exe", "日本", ""])
+def test_no_name_breaks_out_of_its_header(name: str) -> None:
+    header = content_disposition(name, attachment=True)
+    kind, plain, *encoded = re.split(r"; (?=filename)", header)
+    assert (kind, header.isascii(), header.isprintable()) == ("attachment", True, True)
+    assert re.fullmatch(r'filename="[^"\\]*"', plain)
+    assert unquote("".join(encoded).removeprefix("filename*=UTF-8''")) in (name, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("text/markdown", "text/markdown; charset=utf-8"),
+        ("text/plain; charset=latin-1", "text/plain; charset=latin-1"),
+        ("image/svg+xml", "image/svg+xml"),
+        ("text/html\r\nX: y", "application/octet-stream"),
+        ('text/html; x="\r\n"', "application/octet-stream"),
+        ("text", "application/octet-stream"),
+        ("", "application/octet-stream"),
+        ("text/html, text/plain", "application/octet-stream"),
+    ],
+)
+def test_a_media_type_is_sent_as_one_or_not_at_all(given: str, sent: str) -> None:
+    assert content_type(given) == sent
+
+
+# Large files, and what lies in the store --------------------------------------------------------------------------
+
+
+LARGE = 400 * 2**20
+
+
+async def add_large_file(api: Api, path: str) -> str:
+    """A file of zeros, which takes no place on the disk; its digest is another's, and nobody looks."""
+    digest = await add_file(api, path, b"a large file")
+    os.truncate(DirectoryStore(api.store).path(digest), LARGE)
+    return digest
+
+
+def memory() -> int:
+    """What this process, in which the API runs, holds in memory now, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def reads(path: Path) -> bool:
+    """Whether this process has the file open."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found.add(link.readlink())
+    return path in found
+
+
+async def test_a_large_file_is_never_held_in_memory_neither_for_a_slow_client_nor_for_a_fast_one(
+    idle_api: Api,
+) -> None:
+    await add_large_file(idle_api, "film.webm")
+    before, most, received = memory(), 0, 0
+    async with idle_api.http.stream("GET", f"{FILES}film.webm") as answer:
+        assert answer.headers["content-length"] == str(LARGE)
+        async for piece in answer.aiter_raw():
+            if received == 0:
+                await asyncio.sleep(0.5)  # a slow client: whatever is read ahead meanwhile lies in memory
+            received += len(piece)
+            most = max(most, memory())
+    assert received == LARGE
+    assert most - before < 40 * 2**20
+
+
+async def test_when_the_client_goes_away_the_file_is_no_longer_read(idle_api: Api) -> None:
+    digest = await add_large_file(idle_api, "film.webm")
+    stored = DirectoryStore(idle_api.store).path(digest)
+    async with idle_api.http.stream("GET", f"{FILES}film.webm") as answer:
+        async for _ in answer.aiter_raw():
+            break
+        assert reads(stored)
+    await until(lambda: not reads(stored), "the file is closed", seconds=5)
+
+
+@pytest.mark.parametrize("asked", [{}, {"Range": "bytes=0-1"}, {"Range": "bytes=0-1,5-6"}, {"Range": "bytes=5-2"}])
+async def test_no_answer_leaves_a_file_open(idle_api: Api, asked: dict[str, str]) -> None:
+    digest = await add_file(idle_api, "a.bin")
+    for method in ("GET", "HEAD"):
+        await idle_api.http.request(method, f"{FILES}a.bin", headers=asked)
+    await until(lambda: not reads(DirectoryStore(idle_api.store).path(digest)), "the file is closed", seconds=5)
+
+
+async def test_a_file_that_becomes_shorter_while_it_is_sent_ends_in_a_broken_connection(idle_api: Api) -> None:
+    digest = await add_large_file(idle_api, "film.webm")
+
+    async def read() -> None:
+        async with idle_api.http.stream("GET", f"{FILES}film.webm") as answer:
+            async for _ in answer.aiter_raw():
+                os.truncate(DirectoryStore(idle_api.store).path(digest), 10)
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        await read()
+
+
+@pytest.mark.parametrize("what", ["a link to a file", "a link to a directory", "a directory", "a pipe"])
+async def test_what_is_no_file_in_the_store_is_not_followed(idle_api: Api, tmp_path: Path, what: str) -> None:
+    digest = await add_file(idle_api, "a.bin")
+    stored = DirectoryStore(idle_api.store).path(digest)
+    stored.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / digest).write_text("secret")
+    if what == "a link to a file":
+        stored.symlink_to(tmp_path / "elsewhere" / digest)
+    elif what == "a link to a directory":
+        stored.parent.rmdir()
+        stored.parent.symlink_to(tmp_path / "elsewhere")
+    elif what == "a directory":
+        stored.mkdir()
+    else:
+        os.mkfifo(stored)
+    async with asyncio.timeout(5):
+        answer = await idle_api.get(f"{FILES}a.bin")
+    assert (answer.status_code, answer.json()["code"]) == (500, "file_missing")

@@ -189,16 +189,24 @@ async def test_what_the_state_does_not_allow_is_a_conflict_and_changes_nothing(a
     await api.until_event(running, "JobClaimed")
     head = await api.log.head()
 
-    for method, path in [
-        ("POST", f"{ended}/cancel"),
-        ("POST", f"{running}/restart"),
-        ("DELETE", running),
-    ]:
-        answer = await api.http.request(method, f"/api/events/jobs/{path}")
-        assert answer.status_code == 409, f"{method} {path}: {answer.text}"
+    for path in (f"{ended}/cancel", f"{running}/restart"):
+        answer = await api.post(f"/api/events/jobs/{path}")
+        assert answer.status_code == 409, f"{path}: {answer.text}"
         assert answer.json()["code"] == "wrong_state"
         assert answer.json()["message"].startswith("the job is ")
     assert [event.type for event in await api.log.read(after=head) if event.type != "JobProgressed"] == []
+
+
+async def test_a_running_job_is_cancelled_before_it_is_deleted(api: Api) -> None:
+    running = await api.submit({"seconds": 3600})
+    await api.until_event(running, "JobClaimed")
+
+    deleted = await api.http.delete(f"/api/events/jobs/{running}")
+
+    gone = await api.get(f"/api/events/jobs/{running}", deleted.headers["ledger-position"])
+    assert (deleted.status_code, gone.status_code) == (200, 404)
+    events = [event.type for event in await api.log.read_stream(running) if event.type != "JobProgressed"]
+    assert events == ["JobSubmitted", "JobClaimed", "JobCancelRequested", "JobCancelled", "JobDeleted"]
 
 
 @pytest.mark.parametrize("action", ["cancel", "restart", "archive", "unarchive"])

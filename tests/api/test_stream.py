@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import aclosing
+from typing import Any
+
+import pytest
 
 from tests.api.conftest import DEADLINE_SECONDS, Api
 
@@ -133,10 +136,65 @@ async def test_separators_of_lines_inside_a_text_do_not_tear_an_event_apart(idle
         received = b""
         async for part in answer.aiter_bytes():
             received += part
-            if received.endswith(b"\r\n\r\n"):
+            if b"data:" in received and received.endswith(b"\n\n"):
                 break
 
-    lines = [line for line in received.split(b"\r\n") if line.startswith(b"data:")]
-    assert len(lines) == 1
-    assert b"\n" not in lines[0]
-    assert b"\r" not in lines[0]
+    blocks = [block.split(b"\n") for block in received.split(b"\n\n") if b"data:" in block]
+    assert [[line.partition(b":")[0] for line in block] for block in blocks] == [[b"id", b"event", b"data"]]
+    assert b"\r" not in received
+
+
+# Where a client resumes -------------------------------------------------------------------------------------------
+
+
+async def blocks(api: Api, number: int, **query: Any) -> list[list[str]]:
+    """Return the lines of the first blocks of a stream."""
+    found: list[list[str]] = [[]]
+    async with asyncio.timeout(DEADLINE_SECONDS), api.http.stream("GET", "/api/ledger/stream", params=query) as answer:
+        async for line in answer.aiter_lines():
+            if line:
+                found[-1].append(line)
+            elif len(found) == number:
+                break
+            else:
+                found.append([])
+    return found
+
+
+async def test_a_client_knows_where_to_resume_before_it_has_seen_any_event(idle_api: Api) -> None:
+    await idle_api.submit()
+    [[retry, where]] = await blocks(idle_api, 1)
+    assert retry.startswith("retry: ")
+    assert where == "id: 1"
+    missed = await idle_api.submit()
+    [event] = await idle_api.take(1, last_event_id=1)
+    assert event["stream"] == missed
+
+
+async def test_a_sign_of_life_has_no_id(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.live.SILENCE_SECONDS", 0.1)
+    assert (await blocks(idle_api, 3))[1:] == [[": still here"], [": still here"]]
+
+
+async def test_a_client_that_wants_little_moves_on_all_the_same(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.live.SILENCE_SECONDS", 0.3)
+    for _ in range(20):
+        await idle_api.submit()
+    # Without an event there is nothing to dispatch: a browser takes note of the id, and that is all.
+    assert (await blocks(idle_api, 3, after=0, types="JobDeleted"))[1:] == [["id: 20"], [": still here"]]
+
+
+async def test_a_stream_from_beyond_the_end_of_the_log_is_refused(idle_api: Api) -> None:
+    await idle_api.submit()
+    for answer in (
+        await idle_api.get("/api/ledger/stream?after=2"),
+        await idle_api.get("/api/ledger/stream", **{"Last-Event-ID": "2"}),
+    ):
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")
+        assert "ends at position 1" in answer.json()["message"]
+
+
+async def test_who_asks_for_the_head_of_a_stream_only_is_not_kept_waiting(idle_api: Api) -> None:
+    answer = await idle_api.http.head("/api/ledger/stream")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")

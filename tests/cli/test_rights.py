@@ -37,10 +37,11 @@ from ledger.mongo import (
     oplog_window,
     transaction_limit_seconds,
 )
+from ledger.server_note import until
 from ledger.verification import verify
 from tests.api.conftest import Api, running_api, settings_for
 from tests.support.guarded import GuardedServer, guarded_server
-from tests.support.installation import Installation
+from tests.support.installation import Installation, client_of
 from tests.support.ledgers import DEADLINE_SECONDS, ledger_on, lose_a_ticket
 from tests.support.mongod import needs_local_mongod
 
@@ -207,6 +208,35 @@ async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and
     assert (await verify(api.log)).wrong is None
 
 
+async def test_the_service_keeps_files_in_the_database_and_signs_links(place: Place, tmp_path: Path) -> None:
+    async for api in running_api(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"}):
+        job = await api.ended(await api.submit({"text": "héllo"}))
+        assert job["status"] == "completed"
+        assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
+        link = (await api.post(f"{job['results']['markdown_url']}/link")).json()["url"]
+        assert (await api.get(link)).status_code == 200
+    assert place.server.refusals(place.db.name) == {("createIndexes", "events")}
+    settings = settings_for(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
+    found = [finding async for finding in look_at_database(settings, place.service.uri)]
+    [files] = [finding for finding in found if finding.what == "Result files"]
+    assert (files.good, files.found) == (True, f"GridFS in {place.db.name} (fs.chunks, fs.files)")
+
+
+async def test_the_doctor_says_when_files_may_not_be_put_into_the_database(place: Place, tmp_path: Path) -> None:
+    place.db.command({"revokePrivilegesFromRole": SERVICE, "privileges": [_on_chunks(place)]})
+    settings = settings_for(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
+    found = [finding async for finding in look_at_database(settings, place.service.uri)]
+    [files] = [finding for finding in found if finding.what == "Result files"]
+    assert not files.good
+    assert "jobledger doctor --role" in files.advice
+
+
+def _on_chunks(place: Place) -> Document:
+    role = place.db.command({"rolesInfo": SERVICE, "showPrivileges": True})["roles"][0]
+    [privilege] = [it for it in role["privileges"] if it["resource"]["collection"] == "fs.chunks"]
+    return dict(privilege)
+
+
 async def test_the_service_tries_again_cancels_restarts_archives_and_deletes(api: Api) -> None:
     retried = await api.ended(await api.submit({"fail": "no", "transient": True}, max_attempts=2))
     assert (retried["status"], retried["attempt"]) == ("failed", 2)
@@ -233,6 +263,21 @@ async def test_the_service_cleans_up_after_processes_that_died(api: Api, place: 
         assert voided["type"] == "PositionVoided"
         async with asyncio.timeout(DEADLINE_SECONDS):
             assert (await anext(gone))["documentKey"]["_id"] == "dead"
+
+
+async def test_the_service_makes_lists_and_revokes_api_keys_and_hears_of_it(place: Place, tmp_path: Path) -> None:
+    mongodb = {"uri": place.service.uri, "db_name": place.db.name}
+    with Installation(tmp_path, mongodb=mongodb, auth={"mode": "keys"}) as installation:
+        up = installation.start("api").ready()
+        created = installation.run("keys", "create", "--user", "alice", "--json")
+        assert created.exit_code == 0, created.err
+        key = orjson.loads(created.out)
+        headers = {"Authorization": f"Bearer {key['key']}"}
+        with client_of(up) as client:
+            assert until(lambda: client.get("/api/events/jobs", headers=headers).status_code == 200, DEADLINE_SECONDS)
+            assert key["id"] in installation.run("keys", "list").out
+            assert installation.run("keys", "revoke", key["id"]).exit_code == 0
+            assert until(lambda: client.get("/api/events/jobs", headers=headers).status_code == 401, DEADLINE_SECONDS)
 
 
 async def test_a_subscriber_follows_the_log_fills_holes_and_keeps_its_place(place: Place) -> None:
@@ -477,7 +522,7 @@ def test_a_subscriber_writes_nothing_but_its_place(written: Written) -> None:
     db = written.place.db
     [role] = db.command({"rolesInfo": SERVICE, "showPrivileges": True})["roles"]
     others = {it["resource"]["collection"] for it in role["privileges"] if "update" in it["actions"]} - {SUBSCRIPTIONS}
-    assert others >= {"jobs", "batches", "checkpoints", "counters", "workers"}
+    assert others >= {"api_keys", "jobs", "batches", "checkpoints", "counters", "workers"}
     connection = written.place.subscriber
     with connection.blocking_client() as client:
         mine = client[connection.db_name]

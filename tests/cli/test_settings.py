@@ -137,7 +137,7 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ("api: 5\n", "api", "known here: host, port"),
         ("api: [1, 2]\n", "api", "known here: host, port"),
         ("api: &a [*a]\n", "api", "known here: host, port"),
-        ("auth:\n  mode: keys\n", "auth.mode", "'open'"),
+        ("auth:\n  mode: ldap\n", "auth.mode", "'open', 'keys', 'jwt' or 'proxy'"),
         ("mongodb:\n  db_name: 'a.b'\n", "mongodb.db_name", "pattern"),
         ("mongodb:\n  embedded_oplog_mb: 1\n", "mongodb.embedded_oplog_mb", "greater than or equal to"),
         ("mongodb:\n  uri: 5\n", "mongodb.uri", "valid string"),
@@ -253,6 +253,17 @@ def test_relative_paths_start_where_the_file_lies(tmp_path: Path) -> None:
     assert settings.results.store == Path("/there")
 
 
+@pytest.mark.parametrize("word", ["gridfs", "GridFS", "'gridfs '"])
+def test_result_files_can_lie_in_the_database(tmp_path: Path, word: str) -> None:
+    assert read(tmp_path, f"results:\n  store: {word}\n")[0].results.store == "gridfs"
+    assert read(tmp_path, "results:\n  store: ./gridfs\n")[0].results.store == tmp_path / "gridfs"
+
+
+def test_a_store_that_there_is_not_becomes_no_directory_of_that_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"results\.store: there is no such store: expected a directory, or"):
+        read(tmp_path, "results:\n  store: s3://bucket/results\n")
+
+
 def test_an_address_with_a_password_can_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "uri").write_text("mongodb://user:s3cret@host/\n")
     settings, _ = read(tmp_path, "mongodb:\n  uri_file: uri\n")
@@ -307,3 +318,106 @@ def test_an_address_that_cannot_be_used_is_refused_without_showing_its_password(
     assert message.startswith("mongodb.uri is not usable")
     for part in ("s3cret", "cret@", "s3"):
         assert part not in message
+
+
+# Sign-in ------------------------------------------------------------------------------------------------------------
+
+LONG_SECRET = "s3cret" * 6
+
+
+@pytest.mark.parametrize("mode", ["keys", "jwt", "proxy"])
+def test_with_sign_in_others_may_reach_us(tmp_path: Path, mode: str) -> None:
+    needed: dict[str, Any] = {
+        "jwt": {"jwt": {"jwks_url": "https://id.example.org/keys"}},
+        "proxy": {"proxy": {"trusted": ["10.0.0.0/8"]}},
+    }
+    auth = {"mode": mode, **needed.get(mode, {})}
+    settings, _ = read(tmp_path, yaml.safe_dump({"api": {"host": "0.0.0.0"}, "auth": auth}))
+    assert settings.auth.mode == mode
+
+
+@pytest.mark.parametrize(
+    ("auth", "words"),
+    [
+        ("mode: jwt", ["one of jwt.secret_file", "given are: none"]),
+        ("mode: jwt\n  jwt: {issuer: us}", ["given are: none"]),
+        (
+            "mode: jwt\n  jwt: {jwks_url: 'https://id.example.org/', public_key_file: key.pem}",
+            ["given are: jwt.public_key_file, jwt.jwks_url"],
+        ),
+        ("mode: jwt\n  jwt: {jwks_url: 'http://id.example.org/'}", ["auth.jwt.jwks_url", "https://"]),
+        ("mode: jwt\n  jwt: {jwks_url: 'file:///etc/passwd'}", ["auth.jwt.jwks_url", "https://"]),
+        ("mode: jwt\n  jwt: {jwks_url: 'https://'}", ["auth.jwt.jwks_url", "https://"]),
+        ("mode: jwt\n  jwt: {leeway_seconds: 3601}", ["auth.jwt.leeway_seconds", "600"]),
+        ("mode: jwt\n  jwt: {algorithm: none}", ["auth.jwt.algorithm", "known here: secret, secret_file"]),
+        ("mode: proxy", ["proxy.trusted"]),
+        ("mode: proxy\n  proxy: {trusted: []}", ["proxy.trusted"]),
+        ("mode: proxy\n  proxy: {trusted: [proxy.example.org]}", ["auth.proxy.trusted", "10.1.0.0/16"]),
+        ("mode: proxy\n  proxy: {trusted: [10.1.0.1/16]}", ["auth.proxy.trusted", "host bits"]),
+        ("mode: proxy\n  proxy: {trusted: [0.0.0.0/0]}", ["auth.proxy.trusted", "everybody"]),
+        ("mode: proxy\n  proxy: {trusted: ['::/0']}", ["auth.proxy.trusted", "everybody"]),
+        ("mode: proxy\n  proxy: {trusted: [10.0.0.1], user_header: 'X User'}", ["auth.proxy.user_header"]),
+        ("mode: keys\n  jwt: {issuer: us}", ["`jwt` is set", "mode `keys`", "set mode to `jwt`"]),
+        ("mode: jwt\n  proxy: {trusted: [10.0.0.1]}", ["`proxy` is set", "mode `jwt`"]),
+        ("jwt: {issuer: us}", ["`jwt` is set", "mode `open`"]),
+        ("mode: keys\n  admins: [ann]", ["`admins` is set", "jobledger keys create --role admin"]),
+        ("mode: keys\n  monitors: [mona]", ["`monitors` is set", "--role monitor"]),
+        ("anonymous_public: true", ["`anonymous_public` is set", "mode `open`"]),
+        ("mode: jwt\n  admins: ann", ["auth.admins", "list"]),
+    ],
+)
+def test_a_way_to_sign_in_that_does_not_fit_together_is_refused(tmp_path: Path, auth: str, words: list[str]) -> None:
+    message = complaint(tmp_path, f"auth:\n  {auth}\n")
+    assert message.startswith(f"{tmp_path / 'config.yaml'}: auth")
+    for word in words:
+        assert word in message
+
+
+def test_a_secret_for_tokens_does_not_stand_in_the_file(tmp_path: Path) -> None:
+    for secret in (LONG_SECRET, "s3cret", 5):
+        message = complaint(tmp_path, yaml.safe_dump({"auth": {"mode": "jwt", "jwt": {"secret": secret}}}))
+        assert "auth.jwt.secret_file" in message
+        assert "JOBLEDGER_AUTH__JWT__SECRET" in message
+        assert "s3cret" not in message
+
+
+def test_a_secret_for_tokens_comes_from_a_file_or_the_environment_and_is_never_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text(f"{LONG_SECRET}\n")
+    by_file, _ = read(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
+    monkeypatch.setenv("JOBLEDGER_AUTH__JWT__SECRET", LONG_SECRET)
+    by_environment, _ = read(tmp_path, "auth:\n  mode: jwt\n")
+    for settings in (by_file, by_environment):
+        assert settings.auth.jwt.secret is not None
+        assert settings.auth.jwt.secret.get_secret_value() == LONG_SECRET
+        for shown in (repr(settings), str(settings), settings.model_dump_json()):
+            assert LONG_SECRET not in shown
+    message = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
+    assert "given are: jwt.secret, jwt.secret_file" in message
+
+
+def test_a_secret_for_tokens_that_can_be_guessed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret").write_text("s3cret\n" + " " * 40)
+    message = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: secret\n")
+    assert message.startswith(f"auth.jwt.secret_file: {tmp_path / 'secret'}: a secret for tokens has at least 32 bytes")
+    assert "s3cret" not in message
+    missing = complaint(tmp_path, "auth:\n  mode: jwt\n  jwt:\n    secret_file: nowhere\n")
+    assert missing.startswith(f"auth.jwt.secret_file: {tmp_path / 'nowhere'} cannot be read")
+    monkeypatch.setenv("JOBLEDGER_AUTH__JWT__SECRET", "s3cret")
+    message = complaint(tmp_path, "auth:\n  mode: jwt\n")
+    assert message.startswith("environment variable JOBLEDGER_AUTH__JWT__SECRET: a secret for tokens has at least 32")
+    assert "s3cret" not in message
+
+
+def test_lists_in_the_environment_are_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOBLEDGER_AUTH__MODE", "proxy")
+    monkeypatch.setenv("JOBLEDGER_AUTH__PROXY__TRUSTED", '["10.0.0.1"]')
+    monkeypatch.setenv("JOBLEDGER_AUTH__ADMINS", '["ann", "team-ops"]')
+    settings, _ = read(tmp_path, "")
+    assert settings.auth.proxy.trusted == ["10.0.0.1"]
+    assert settings.auth.admins == ["ann", "team-ops"]
+
+    monkeypatch.setenv("JOBLEDGER_AUTH__ADMINS", "ann")
+    message = complaint(tmp_path, "")
+    assert message.startswith("environment variables JOBLEDGER_AUTH__…: lists and sections are written as JSON")

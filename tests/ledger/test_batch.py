@@ -13,6 +13,7 @@ from ledger.batch import final_status
 from ledger.commands import (
     Archive,
     BatchCommand,
+    ChangeAccess,
     Delete,
     FinishBatch,
     PauseBatch,
@@ -23,6 +24,8 @@ from ledger.commands import (
 )
 from ledger.errors import AlreadyExists, CommandRefused, NotFound, WrongState
 from ledger.events import (
+    AccessControl,
+    BatchAccessChanged,
     BatchArchived,
     BatchCounts,
     BatchDeleted,
@@ -54,6 +57,7 @@ EVERY_COMMAND: list[BatchCommand] = [
     ResumeBatch("bob"),
     FinishBatch(COUNTS, SUMMARY),
     ReopenBatch(),
+    ChangeAccess("bob", AccessControl(visibility="public")),
     Archive("bob"),
     Unarchive("bob"),
     Delete("bob"),
@@ -91,6 +95,13 @@ def test_nothing_can_be_done_with_a_batch_that_does_not_exist_or_is_deleted(comm
 def test_a_stream_that_does_not_begin_with_a_submission_cannot_be_folded() -> None:
     with pytest.raises(NotFound, match="BatchPaused"):
         batch.evolve(None, paused)
+
+
+@in_each(ALIVE)
+def test_who_may_see_a_batch_can_be_changed_at_any_time(history: list[Event]) -> None:
+    public = AccessControl(visibility="public")
+    given(*history).when(ChangeAccess("bob", public)).then(BatchAccessChanged(by="bob", access_control=public))
+    assert given(*history, BatchAccessChanged(by="bob", access_control=public)).state.asked.access_control == public
 
 
 @in_each(ALIVE)

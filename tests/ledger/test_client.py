@@ -182,7 +182,7 @@ async def test_types_are_named_by_class_or_by_name(quiet: Ledger, client: Ledger
     ("types", "hint"),
     [
         (["JobClaimed", "JobCompletd"], r"no event type 'JobCompletd'; did you mean 'JobCompleted'\?"),
-        (["xyz"], "there are BatchArchived, .*JobSubmitted"),
+        (["xyz"], "there are BatchAccessChanged, .*JobSubmitted"),
         ([Connection], "no event type 'Connection'"),
         ([5], "no event type '5'"),
         ("JobCompleted", "a list of the types"),

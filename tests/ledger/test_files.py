@@ -15,18 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ledger.errors import ConfigurationError
-from ledger.files import FileStore
+from ledger.errors import ConfigurationError, FileLost
+from ledger.files import PIECE_BYTES, DirectoryStore
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FileStore:
-    store = FileStore(tmp_path / "deep" / "store")
+def store(tmp_path: Path) -> DirectoryStore:
+    store = DirectoryStore(tmp_path / "deep" / "store")
     store.prepare()
     return store
 
 
-def files_in(store: FileStore) -> list[Path]:
+def files_in(store: DirectoryStore) -> list[Path]:
     return sorted(path for path in store.root.rglob("*") if path.is_file())
 
 
@@ -36,13 +36,13 @@ def sha256(content: bytes) -> str:
 
 @given(st.binary(max_size=200))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
-def test_what_is_stored_is_found_under_its_digest(store: FileStore, content: bytes) -> None:
+def test_what_is_stored_is_found_under_its_digest(store: DirectoryStore, content: bytes) -> None:
     stored = store.put_bytes(content)
     assert stored == (sha256(content), len(content))
     assert store.path(stored.sha256).read_bytes() == content
 
 
-def test_the_same_content_is_stored_once(store: FileStore, tmp_path: Path) -> None:
+def test_the_same_content_is_stored_once(store: DirectoryStore, tmp_path: Path) -> None:
     first = store.put_bytes(b"hello")
     before = store.path(first.sha256).stat()
     other = tmp_path / "other"
@@ -53,7 +53,7 @@ def test_the_same_content_is_stored_once(store: FileStore, tmp_path: Path) -> No
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_file_is_taken_over(store: FileStore, tmp_path: Path) -> None:
+def test_a_file_is_taken_over(store: DirectoryStore, tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_bytes(b"# A talk")
     stored = store.put_file(path)
@@ -61,7 +61,7 @@ def test_a_file_is_taken_over(store: FileStore, tmp_path: Path) -> None:
     assert store.path(stored.sha256).read_bytes() == b"# A talk"
 
 
-def test_everybody_may_read_a_stored_file_and_nobody_finds_it_writable(store: FileStore, tmp_path: Path) -> None:
+def test_everybody_may_read_a_stored_file_and_nobody_finds_it_writable(store: DirectoryStore, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"1")
     secret.chmod(0o600)
@@ -69,13 +69,13 @@ def test_everybody_may_read_a_stored_file_and_nobody_finds_it_writable(store: Fi
         assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o644
 
 
-def test_putting_in_what_lies_in_the_store_already_keeps_it(store: FileStore) -> None:
+def test_putting_in_what_lies_in_the_store_already_keeps_it(store: DirectoryStore) -> None:
     stored = store.put_bytes(b"hello")
     assert store.put_file(store.path(stored.sha256)) == stored
     assert store.path(stored.sha256).read_bytes() == b"hello"
 
 
-def test_a_link_is_stored_as_the_content_it_leads_to(store: FileStore, tmp_path: Path) -> None:
+def test_a_link_is_stored_as_the_content_it_leads_to(store: DirectoryStore, tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_bytes(b"hello")
     link.symlink_to(target)
@@ -85,7 +85,7 @@ def test_a_link_is_stored_as_the_content_it_leads_to(store: FileStore, tmp_path:
     assert not store.path(stored.sha256).is_symlink()
 
 
-def test_many_at_once_store_each_content_once_and_whole(store: FileStore) -> None:
+def test_many_at_once_store_each_content_once_and_whole(store: DirectoryStore) -> None:
     contents = [bytes([number % 5]) * 100_000 for number in range(60)]
     with ThreadPoolExecutor(12) as pool:
         stored = list(pool.map(store.put_bytes, contents))
@@ -107,7 +107,7 @@ def from_another_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_on_another_file_system_is_copied_and_then_removed(
-    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from_another_file_system(monkeypatch)
     path = tmp_path / "big"
@@ -120,7 +120,7 @@ def test_a_file_on_another_file_system_is_copied_and_then_removed(
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="optional lane: no second file system here")
-def test_a_file_really_on_another_file_system_is_taken_over(store: FileStore) -> None:
+def test_a_file_really_on_another_file_system_is_taken_over(store: DirectoryStore) -> None:
     path = Path("/dev/shm") / f"jobledger-{os.getpid()}"
     path.write_bytes(b"elsewhere")
     try:
@@ -138,7 +138,7 @@ class PowerCut(BaseException):
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same file system", "another file system"])
 @pytest.mark.parametrize("moment", range(12))
 def test_whenever_it_is_cut_off_a_name_leads_to_the_whole_content_or_nowhere(
-    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool, moment: int
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool, moment: int
 ) -> None:
     if elsewhere:
         from_another_file_system(monkeypatch)
@@ -172,7 +172,7 @@ def test_whenever_it_is_cut_off_a_name_leads_to_the_whole_content_or_nowhere(
 
 
 def test_when_the_disk_is_full_nothing_is_left_lying_about(
-    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -190,7 +190,7 @@ def test_when_the_disk_is_full_nothing_is_left_lying_about(
 
 
 def test_a_file_and_every_directory_on_the_way_to_it_are_on_disk_before_it_is_called_stored(
-    store: FileStore, monkeypatch: pytest.MonkeyPatch
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, synced = os.fsync, list[str]()
 
@@ -207,7 +207,7 @@ def test_a_file_and_every_directory_on_the_way_to_it_are_on_disk_before_it_is_ca
 
 
 @pytest.mark.parametrize("name", ["", "abc", "../" * 21 + "x", "A" * 64, "0" * 63 + "\n", "0" * 65])
-def test_only_a_digest_leads_into_the_store(store: FileStore, name: str) -> None:
+def test_only_a_digest_leads_into_the_store(store: DirectoryStore, name: str) -> None:
     with pytest.raises(ValueError, match="not a SHA-256"):
         store.path(name)
 
@@ -215,12 +215,39 @@ def test_only_a_digest_leads_into_the_store(store: FileStore, name: str) -> None
 def test_a_directory_that_cannot_be_made_is_named_with_its_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigurationError, match=r"results\.store: .*file"):
-        FileStore(tmp_path / "file" / "store").prepare()
+        DirectoryStore(tmp_path / "file" / "store").prepare()
     with pytest.raises(ConfigurationError, match=r"results\.store"):
-        FileStore(Path("/proc/store")).prepare()
+        DirectoryStore(Path("/proc/store")).prepare()
 
 
-def test_preparing_twice_keeps_what_is_there(store: FileStore) -> None:
+def test_preparing_twice_keeps_what_is_there(store: DirectoryStore) -> None:
     stored = store.put_bytes(b"hello")
     store.prepare()
     assert files_in(store) == [store.path(stored.sha256)]
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_by_the_file(store: DirectoryStore, tmp_path: Path) -> None:
+    named = store.path(sha256(b"hello"))
+    named.parent.mkdir()
+    (tmp_path / "elsewhere").write_bytes(b"something else")
+    named.symlink_to(tmp_path / "elsewhere")
+    store.put_bytes(b"hello")
+    assert not named.is_symlink()
+    assert named.read_bytes() == b"hello"
+    assert (tmp_path / "elsewhere").read_bytes() == b"something else"
+
+
+async def test_a_part_of_a_file_is_read_piece_by_piece(store: DirectoryStore) -> None:
+    content = os.urandom(3 * PIECE_BYTES + 5)
+    file = await store.open(store.put_bytes(content).sha256)
+    pieces = [piece async for piece in file.read(7, file.size - 1)]
+    await file.close()
+    assert b"".join(pieces) == content[7:-1]
+    assert max(map(len, pieces)) == PIECE_BYTES
+
+
+async def test_what_is_not_in_the_store_cannot_be_opened(store: DirectoryStore) -> None:
+    with pytest.raises(FileLost):
+        await store.open("0" * 64)
+    with pytest.raises(ValueError, match="not a SHA-256"):
+        await store.open("../../etc/passwd")

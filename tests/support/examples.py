@@ -8,6 +8,7 @@ from typing import Any
 from ledger.events import (
     AccessControl,
     Asset,
+    BatchAccessChanged,
     BatchArchived,
     BatchCounts,
     BatchDeleted,
@@ -126,6 +127,7 @@ EXAMPLES: tuple[Event, ...] = (
         summary=BatchSummary(duration=12.5, tokens_used=7),
     ),
     BatchReopened(),
+    BatchAccessChanged(by="alice", access_control=ACCESS),
     BatchArchived(by="alice", reason="done"),
     BatchUnarchived(by="alice", reason="not done"),
     BatchDeleted(by="alice", reason="done"),

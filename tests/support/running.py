@@ -24,7 +24,7 @@ from typing import Any
 from ledger.changes import Changes
 from ledger.commands import ClaimJob, SubmitBatch, SubmitJob
 from ledger.events import BatchSubmitted, Event, JobClaimed, JobSubmitted, Meta, Recorded
-from ledger.files import FileStore
+from ledger.files import DirectoryStore
 from ledger.handle import Command, handle, handle_new, new_batch_id, new_job_id
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
@@ -60,7 +60,7 @@ class Process:
     log: EventLog
     checkpoint: Checkpoint
     changes: Changes
-    store: FileStore
+    store: DirectoryStore
     projector: Projector | None = None
     worker: Worker | None = None
     projecting: asyncio.Task[None] | None = None
@@ -188,7 +188,7 @@ async def process(
         db = client[connection.db_name]
         log, checkpoint = log_class(db), Checkpoint(db)
         changes = Changes(db, event_types=HEARD_EVENTS if deaf else None)
-        here = Process(connection, db, log, checkpoint, changes, FileStore(store))
+        here = Process(connection, db, log, checkpoint, changes, DirectoryStore(store))
         here.store.prepare()
         await log.prepare()
         stack.push_async_callback(log.aclose)

@@ -1,0 +1,77 @@
+"""api: what happened to one job or batch, and what its attempts had to say, page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.access import may_see
+from api.errors import ApiError, json_response
+from api.jobs import existing, shown_event
+from api.models import HistoryQuery
+from api.services import query_of, services
+from ledger.events import Event, Recorded
+from projections import batches
+from projections.jobs import SAYS_SOMETHING, lines_of
+
+_READ_AT_ONCE: Final = 100
+_LARGEST_ANSWER_BYTES: Final = 16 * 1024 * 1024
+
+
+async def of_job(request: Request) -> Response:
+    """GET /api/events/jobs/{job_id}/history"""
+    job = await existing(request)
+    return await _page(request, job["job_id"], "events", lambda event: [shown_event(event)])
+
+
+async def of_batch(request: Request) -> Response:
+    """GET /api/events/batches/{batch_id}/history"""
+    known, batch_id = services(request), request.path_params["batch_id"]
+    batch = await batches.get(known.db, known.log, batch_id) if batch_id.startswith("batch-") else None
+    if batch is None or not may_see(request, batch):
+        raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
+    return await _page(request, batch_id, "events", lambda event: [shown_event(event)])
+
+
+async def log_lines(request: Request) -> Response:
+    """GET /api/events/jobs/{job_id}/logs"""
+    job = await existing(request)
+    return await _page(request, job["job_id"], "logs", _lines, types=SAYS_SOMETHING)
+
+
+def _lines(event: Recorded) -> list[dict[str, Any]]:
+    attempt = event.data.get("attempt")
+    return [{**line.model_dump(), "attempt": attempt, "version": event.version} for line in lines_of(event)]
+
+
+async def _page(
+    request: Request,
+    stream: str,
+    name: str,
+    items_of: Callable[[Recorded], list[dict[str, Any]]],
+    *,
+    types: Collection[type[Event]] | None = None,
+) -> Response:
+    """Answer with what the events of a stream yield, under `name`; `next` is there if there is more.
+
+    What one event yields stays together: a page ends behind the event with which it is full.
+    """
+    log, asked = services(request).log, query_of(request, HistoryQuery)
+    found: list[orjson.Fragment] = []
+    size, version = 0, asked.after_version
+    content: dict[str, Any] = {"status": "success", name: found}
+    while events := await log.read_stream(stream, after_version=version, limit=_READ_AT_ONCE, types=types):
+        for event in events:
+            if len(found) >= asked.limit or size >= _LARGEST_ANSWER_BYTES:
+                content["next"] = version
+                return json_response(content)
+            for item in items_of(event):
+                text = orjson.dumps(item, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+                found.append(orjson.Fragment(text))
+                size += len(text)
+            version = event.version
+    return json_response(content)

@@ -1,0 +1,160 @@
+"""ledger: result files in MongoDB (GridFS), for installations whose machines share no disk.
+
+A file's chunks are written under an id of the writer's own; last, and at once, its entry in `fs.files`, which names its
+SHA-256 and of which a unique index allows one. So a file is whole or not there, the second of two writers gives up what
+it has written, and of a writer that died chunks are left that nobody reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from bson import ObjectId
+from gridfs import AsyncGridFSBucket, AsyncGridIn
+from gridfs.errors import FileExists
+from pymongo import ASCENDING
+
+from ledger.errors import FileLost
+from ledger.files import DirectoryStore, OpenFile
+from ledger.mongo import Database, Document, driver_errors
+
+BUCKET: Final = "fs"
+COLLECTIONS: Final = (f"{BUCKET}.chunks", f"{BUCKET}.files")
+_DIGEST: Final = "metadata.sha256"
+_UPLOAD_BYTES: Final = 4 * 1024 * 1024
+_CHUNKS_AT_A_TIME: Final = 4
+
+
+class GridFSStore:
+    """Result files in the ledger's own database. What others keep in the same bucket is left alone."""
+
+    def __init__(self, db: Database) -> None:
+        self._bucket = AsyncGridFSBucket(db, BUCKET)
+        self._files = db[BUCKET].files
+        self._chunks = db[BUCKET].chunks
+
+    async def prepare(self) -> None:
+        """Create the indexes, and see whether files may be written and removed.
+
+        Raises:
+            LedgerUnavailable: the database cannot be reached, or does not let us.
+        """
+        with driver_errors("preparing results.store: gridfs (the rights it needs: jobledger doctor --role)"):
+            await self._files.create_index([("filename", ASCENDING), ("uploadDate", ASCENDING)])
+            await self._chunks.create_index([("files_id", ASCENDING), ("n", ASCENDING)], unique=True)
+            # Only our own files have this field: others may use the bucket as they like.
+            ours = {_DIGEST: {"$exists": True}}
+            await self._files.create_index(
+                [(_DIGEST, ASCENDING)], name="one_of_each_content", unique=True, partialFilterExpression=ours
+            )
+            trial = ObjectId()
+            await self._chunks.insert_one({"files_id": trial, "n": 0, "data": b""})
+            await self._chunks.delete_many({"files_id": trial})
+
+    def inbox(self, directory: Path) -> Path:
+        """Job processes write into a directory of their own machine, from where the worker fetches it."""
+        directory.mkdir(mode=0o700)
+        return directory
+
+    async def take_over(self, inbox: Path, sha256: str) -> None:
+        """Upload a file and remove it from the inbox.
+
+        Raises:
+            FileLost: there is no such file, or it has another digest.
+            LedgerUnavailable: the database failed.
+        """
+        path = DirectoryStore(inbox).path(sha256)
+        if not await self._is_stored(sha256):
+            try:
+                descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_NOFOLLOW)
+            except OSError as error:
+                raise FileLost(f"{path} cannot be opened: {error.strerror}") from error
+            with os.fdopen(descriptor, "rb") as file:
+                await self._upload(file, sha256)
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+
+    async def _upload(self, file: BinaryIO, sha256: str) -> None:
+        with driver_errors("storing a file"):
+            upload = self._bucket.open_upload_stream(sha256, metadata={"sha256": sha256})
+            try:
+                await _copy(file, upload, sha256)
+            except BaseException:
+                with suppress(Exception):  # what is left of it is harmless - and the first error is what matters
+                    await asyncio.shield(upload.abort())
+                raise
+            try:
+                await upload.close()
+            except FileExists:
+                await upload.abort()
+                if not await self._is_stored(sha256):
+                    raise
+
+    async def _is_stored(self, sha256: str) -> bool:
+        """Return whether the content is there for good.
+
+        An update that changes nothing is acknowledged like any other: when a majority has all that happened before it.
+        A mere look might see what another writer has just written, and what a fail-over then takes back.
+        """
+        with driver_errors("looking for a file"):
+            found = await self._files.update_one({_DIGEST: sha256}, {"$set": {_DIGEST: sha256}})
+        return found.matched_count == 1
+
+    async def open(self, sha256: str) -> OpenFile:
+        """Open a file for reading.
+
+        Raises:
+            FileLost: there is no such file.
+            LedgerUnavailable: the database failed.
+        """
+        with driver_errors("looking for a file"):
+            entry = await self._files.find_one({_DIGEST: sha256})
+        if entry is None:
+            raise FileLost(f"GridFS has no file with the digest {sha256}")
+        return _OpenFile(self._chunks, entry)
+
+
+async def _copy(file: BinaryIO, upload: AsyncGridIn, sha256: str) -> None:
+    """Write a file's content; it is looked at once more, for it may have been changed since it got its name."""
+    digest = hashlib.sha256()
+    while piece := await asyncio.to_thread(file.read, _UPLOAD_BYTES):
+        await asyncio.to_thread(digest.update, piece)
+        await upload.write(piece)
+    if digest.hexdigest() != sha256:
+        raise FileLost(f"The file {sha256} has another content than its name says")
+
+
+class _OpenFile:
+    """A file in GridFS, read in chunks: the driver's own reader fetches 16 MB at a time, wanted or not."""
+
+    def __init__(self, chunks: Any, entry: Document) -> None:
+        self._chunks = chunks
+        self._id = entry["_id"]
+        self._size = int(entry["length"])
+        self._chunk_size = int(entry["chunkSize"])
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
+        while start < end:
+            first = start // self._chunk_size
+            last = min((end - 1) // self._chunk_size, first + _CHUNKS_AT_A_TIME - 1)
+            with driver_errors("reading a file"):
+                wanted = {"files_id": self._id, "n": {"$gte": first, "$lte": last}}
+                found = await self._chunks.find(wanted, sort=[("n", ASCENDING)]).to_list()
+            data = b"".join(chunk["data"] for chunk in found)
+            begin = first * self._chunk_size
+            if len(data) != min((last + 1) * self._chunk_size, self._size) - begin:
+                raise FileLost(f"In GridFS chunks {first} to {last} of the file {self._id} are not all there")
+            yield data[start - begin : end - begin]
+            start = begin + len(data)
+
+    async def close(self) -> None:
+        """Nothing is held between two reads."""

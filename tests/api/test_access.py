@@ -1,0 +1,256 @@
+"""Who may do what at which door: every kind of principal, at every door, with every visibility, from one table.
+
+The rights are written down here once more, in full, from the table of the reference: not asked of the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pytest
+
+from cli.wiring import ALL_ROLES
+from tests.api.conftest import Api, running_api
+from tests.support.principals import HeaderSignIn, said
+
+NONE, READ, WRITE, ADMIN = range(4)
+ACCESS: Final[dict[str, Any]] = {
+    "read_access": ["reader", "team-readers"],
+    "write_access": ["writer", "team-writers"],
+    "admin_access": ["keeper", "team-keepers"],
+}
+OWNER: Final = said("owner", ["team-o"])
+
+
+class Who(NamedTuple):
+    """Somebody, and what they may do with what is private, for the team, public."""
+
+    name: str
+    headers: dict[str, str]
+    private: int
+    team: int
+    public: int
+
+
+PEOPLE: Final = [
+    Who("owner", OWNER, ADMIN, ADMIN, ADMIN),
+    Who("admin", said("ann", roles=["admin"]), ADMIN, ADMIN, ADMIN),
+    Who("named keeper", said("keeper"), ADMIN, ADMIN, ADMIN),
+    Who("keeper by team", said("k", ["team-keepers"]), ADMIN, ADMIN, ADMIN),
+    Who("named writer", said("writer"), WRITE, WRITE, WRITE),
+    Who("writer by team", said("w", ["team-writers"]), WRITE, WRITE, WRITE),
+    Who("named reader", said("reader"), READ, READ, READ),
+    Who("reader by team", said("r", ["team-readers"]), READ, READ, READ),
+    Who("in a team with the owner", said("t", ["team-o", "team-x"]), NONE, READ, READ),
+    Who("in another team", said("x", ["team-x"]), NONE, NONE, READ),
+    Who("stranger", said("zoe"), NONE, NONE, READ),
+    Who("monitor", said("mona", roles=["monitor"]), NONE, NONE, READ),
+    Who("named like a scope", said("*"), NONE, NONE, READ),
+    Who("nobody", said(), NONE, NONE, READ),
+]
+VISIBILITIES: Final = ("private", "team", "public")
+
+
+class Door(NamedTuple):
+    """A request for something of a job or batch, and the right it takes."""
+
+    method: str
+    path: str
+    needs: int
+    body: Any = None
+
+
+READING: Final = [
+    Door("GET", "/api/events/jobs/{job}", READ),
+    Door("GET", "/api/events/jobs/{job}?as_of=999999", READ),
+    Door("GET", "/api/events/jobs/{job}/history", READ),
+    Door("GET", "/api/events/jobs/{job}/logs", READ),
+    Door("GET", "/api/events/jobs/{job}/download-archive", READ),
+    Door("GET", "/api/events/batches/{batch}", READ),
+    Door("GET", "/api/events/batches/{batch}/jobs", READ),
+    Door("GET", "/api/events/batches/{batch}/history", READ),
+    Door("GET", "/api/events/batches/{batch}/download-archive", READ),
+    Door("GET", "/api/events/files/{file}", READ),
+    Door("GET", "/api/ledger/events?stream={job}", READ),
+    Door("GET", "/api/ledger/events?stream={batch}", READ),
+]
+CHANGING: Final = [
+    Door("POST", "/api/events/jobs/{job}/archive", WRITE),
+    Door("POST", "/api/events/jobs/{job}/unarchive", WRITE),
+    Door("POST", "/api/events/jobs/{job}/restart", WRITE),
+    Door("POST", "/api/events/jobs/{job}/cancel", WRITE),
+    Door("PUT", "/api/events/jobs/{job}", WRITE, {"priority": 2}),
+    Door("PUT", "/api/events/jobs/{job}", ADMIN, {"access_control": ACCESS}),
+    Door("POST", "/api/events/batches/{batch}/pause", WRITE),
+    Door("POST", "/api/events/batches/{batch}/resume", WRITE),
+    Door("POST", "/api/events/batches/{batch}/archive", WRITE),
+    Door("POST", "/api/events/batches/{batch}/unarchive", WRITE),
+    Door("POST", "/api/events/batches/{batch}/restart", WRITE),
+    Door("POST", "/api/events/batches/{batch}/cancel", WRITE),
+    Door("PUT", "/api/events/batches/{batch}", ADMIN, {"access_control": ACCESS}),
+    Door("DELETE", "/api/events/jobs/{job}", ADMIN),
+    Door("DELETE", "/api/events/batches/{batch}", ADMIN),
+]
+
+
+@pytest.fixture
+async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
+    """All roles, and a header that says who asks."""
+    monkeypatch.setattr("cli.wiring.OpenSignIn", lambda user_id: HeaderSignIn())
+    async for running in running_api(mongodb_uri, db_name, tmp_path, ALL_ROLES):
+        yield running
+
+
+class Thing(NamedTuple):
+    """A finished batch of one job with a file, of the owner's."""
+
+    batch: str
+    job: str
+    file: str
+
+
+async def thing(api: Api, visibility: str) -> Thing:
+    access = {**ACCESS, "visibility": visibility}
+    content = {
+        "batch_name": "secretname",
+        "access_control": access,
+        "jobs": [{"job_type": "echo", "job_name": "secretname", "parameters": {"text": "x"}}],
+    }
+    answer = (await api.post("/api/events/batches", content, **OWNER)).json()
+    job = await api.ended(answer["job_ids"][0])
+    await api.until_event(answer["batch_id"], "BatchFinished")
+    return Thing(answer["batch_id"], job["job_id"], job["results"]["files"][0]["path"])
+
+
+async def knock(api: Api, door: Door, what: Thing, who: Who) -> int:
+    path = door.path.format(**what._asdict())
+    answer = await api.http.request(door.method, path, json=door.body, headers=who.headers)
+    if answer.status_code >= 400:
+        assert answer.json()["status"] == "error"
+        assert "secretname" not in answer.text
+    return answer.status_code
+
+
+def expected(has: int, door: Door, who: Who) -> set[int]:
+    if door.method != "GET" and not who.headers["X-Test-Principal"]:
+        return {401, 404}
+    if has < READ:
+        return {404}
+    return {403} if has < door.needs else {200, 409}  # 409: the right was there, but not the state
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("visibility", VISIBILITIES)
+async def test_every_door_lets_in_whom_it_should_and_nobody_else(api: Api, visibility: str) -> None:
+    wrong: list[str] = []
+    what = await thing(api, visibility)
+    for door in [*READING, *CHANGING]:
+        for who in PEOPLE:
+            has = getattr(who, visibility)
+            if has >= door.needs > READ and who.name != "owner":
+                continue  # changes things for those who come after; each right is seen with the owner, below the others
+            got = await knock(api, door, what, who)
+            if got not in expected(has, door, who):
+                wrong.append(f"{who.name} at {door.method} {door.path}: {got}, not {expected(has, door, who)}")
+        if door.method == "PUT" and "access_control" in (door.body or {}):
+            body = {"access_control": {**ACCESS, "visibility": visibility}}
+            await api.http.put(f"/api/events/batches/{what.batch}", json=body, headers=OWNER)
+        if door.method == "DELETE":
+            what = await thing(api, visibility)
+    assert wrong == []
+
+
+@pytest.mark.timeout(300)
+async def test_who_has_the_right_can_use_it(api: Api) -> None:
+    wrong: list[str] = []
+    for who in PEOPLE:
+        for door in CHANGING:
+            if who.private >= door.needs and who.name != "owner":
+                what = await thing(api, "private") if door.method == "DELETE" or door is CHANGING[0] else what_was(who)
+                remembered[who.name] = what
+                if await knock(api, door, what, who) not in (200, 409):
+                    wrong.append(f"{who.name} at {door.method} {door.path}")
+    assert wrong == []
+
+
+remembered: dict[str, Thing] = {}
+
+
+def what_was(who: Who) -> Thing:
+    return remembered[who.name]
+
+
+@pytest.mark.timeout(300)
+async def test_lists_totals_and_searches_show_each_what_they_may_see(api: Api) -> None:
+    things = {visibility: await thing(api, visibility) for visibility in VISIBILITIES}
+    position = str(await api.log.head())
+    for who in PEOPLE:
+        headers = {**who.headers, "Ledger-Position": position}
+        jobs = {things[visibility].job for visibility in VISIBILITIES if getattr(who, visibility) >= READ}
+        batches = {things[visibility].batch for visibility in VISIBILITIES if getattr(who, visibility) >= READ}
+        for query in ("", "?status=completed", "?q=secretname", "?user_id=owner", "?job_type=echo", "?skip=0&limit=50"):
+            content = (await api.http.get(f"/api/events/jobs{query}", headers=headers)).json()
+            assert ({job["job_id"] for job in content["jobs"]}, content["total"]) == (jobs, len(jobs)), (who, query)
+        for query in ("", "?status=completed", "?q=secretname", "?user_id=owner"):
+            content = (await api.http.get(f"/api/events/batches{query}", headers=headers)).json()
+            found = {batch["batch_id"] for batch in content["batches"]}
+            assert (found, content["total"]) == (batches, len(batches)), (who, query)
+
+
+@pytest.mark.timeout(300)
+async def test_the_log_shows_each_only_the_events_of_what_they_may_see(api: Api) -> None:
+    things = {visibility: await thing(api, visibility) for visibility in VISIBILITIES}
+    for who in PEOPLE:
+        content = (await api.http.get("/api/ledger/events?after=0&limit=1000", headers=who.headers)).json()
+        seen = {event["stream"] for event in content["events"]} - {"void"}
+        may = {
+            stream
+            for visibility in VISIBILITIES
+            if getattr(who, visibility) >= READ
+            for stream in things[visibility][:2]
+        }
+        assert seen == may, who.name
+
+
+@pytest.mark.parametrize(
+    ("who", "status"),
+    [
+        (said("ann", roles=["admin"]), 200),
+        (said("mona", roles=["monitor"]), 200),
+        (said("zoe"), 403),
+        (said("zoe", ["team-x"]), 403),
+        (said(), 401),
+    ],
+)
+async def test_statistics_of_everything_are_for_monitors_and_admins(
+    header_api: Api, who: dict[str, str], status: int
+) -> None:
+    for path in ("/api/monitoring/events/stats", "/metrics"):
+        assert (await header_api.http.get(path, headers=who)).status_code == status, path
+
+
+async def test_one_submits_for_oneself_and_an_admin_for_others(header_api: Api) -> None:
+    job = {"job_type": "echo", "parameters": {}}
+    for path, content in (
+        ("jobs", {**job, "user_id": "bob"}),
+        ("batches", {"jobs": [job], "user_id": "bob"}),
+        ("batches", {"jobs": [{**job, "user_id": "bob"}]}),
+    ):
+        for who, status in ((said("zoe"), 403), (said(), 401), (said("ann", roles=["admin"]), 202), (said("bob"), 202)):
+            assert (await header_api.post(f"/api/events/{path}", content, **who)).status_code == status
+
+
+async def test_a_batch_leads_nobody_to_jobs_that_they_may_not_see(header_api: Api) -> None:
+    hidden = {"job_type": "echo", "parameters": {}, "access_control": {"visibility": "private"}}
+    content = {"access_control": {"write_access": ["writer"]}, "jobs": [hidden, {"job_type": "echo", "parameters": {}}]}
+    batch = (await header_api.post("/api/events/batches", content, **OWNER)).json()
+    await header_api.get("/api/events/jobs", await header_api.log.head())
+
+    listed = await header_api.get(f"/api/events/batches/{batch['batch_id']}/jobs", **said("writer"))
+    cancelled = await header_api.post(f"/api/events/batches/{batch['batch_id']}/cancel", **said("writer"))
+
+    assert [job["job_id"] for job in listed.json()["jobs"]] == batch["job_ids"][1:]
+    assert cancelled.json()["jobs"] == {"total": 1, "changed": 1, "unchanged": 0, "refused": 0}
+    assert [event.type for event in await header_api.log.read_stream(batch["job_ids"][0])] == ["JobSubmitted"]

@@ -1,0 +1,276 @@
+"""Results as one ZIP file: safe to unpack anywhere, its links work, and it is made while it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.archives import safe_path
+from ledger.envelope import Append, Head
+from ledger.events import (
+    AccessControl,
+    BatchSubmitted,
+    JobClaimed,
+    JobCompleted,
+    JobResults,
+    JobSubmitted,
+    Meta,
+    ResultFile,
+    ResultMetadata,
+)
+from ledger.files import DirectoryStore
+from ledger.handle import new_batch_id, new_job_id
+from tests.api.conftest import Api
+from tests.api.test_files import LARGE, memory, reads
+from tests.api.test_links import guarded  # noqa: F401  a fixture
+from tests.support.running import until
+
+TYPES = {".md": "text/markdown", ".jpg": "image/jpeg"}
+TALK = {
+    "FOSDEM/Keynotes/welcome-1a/Welcome.md": b"# Welcome\n\n![](assets/slide-001.jpg)\n\n[home](../index.md)\n" * 50,
+    "FOSDEM/Keynotes/welcome-1a/assets/slide-001.jpg": bytes(range(256)) * 100,
+}
+
+
+async def add_job(
+    api: Api,
+    contents: dict[str, bytes],
+    *,
+    batch_id: str | None = None,
+    user_id: str = "local",
+    done: bool = True,
+    at: datetime | None = None,
+) -> str:
+    """Let a job have these result files."""
+    files = []
+    for path, content in contents.items():
+        stored = await asyncio.to_thread(DirectoryStore(api.store).put_bytes, content)
+        media_type = TYPES.get(Path(path).suffix, "application/octet-stream")
+        files.append(ResultFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type))
+    now = at or datetime.now(UTC)
+    results = JobResults(files=files, metadata=ResultMetadata(processed_at=now, duration=1.0))
+    job = JobSubmitted(
+        job_type="echo", parameters={}, user_id=user_id, batch_id=batch_id, access_control=AccessControl()
+    )
+    happened = [
+        job,
+        *([JobClaimed(worker_id="w", attempt=1), JobCompleted(attempt=1, results=results)] if done else []),
+    ]
+    job_id = new_job_id()
+    recorded = await api.log.append(Append(job_id, Head(), happened, Meta(), now))
+    await api.get("/healthz", recorded[-1].position)
+    await api.get("/api/events/jobs", recorded[-1].position)
+    return job_id
+
+
+async def add_batch(api: Api, batch_id: str, job_ids: Sequence[str]) -> None:
+    batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=list(job_ids), user_id="local")
+    recorded = await api.log.append(Append(batch_id, Head(), [batch], Meta(), datetime.now(UTC)))
+    await api.get("/api/events/jobs", recorded[-1].position)
+
+
+async def archive(api: Api, where: str, **headers: str) -> dict[str, bytes]:
+    """Fetch an archive of a job or batch and read what is in it."""
+    answer = await api.get(f"/api/events/{where}/download-archive", **headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/zip"
+    assert answer.headers["content-disposition"] == f'attachment; filename="{where.partition("/")[2]}.zip"'
+    with ZipFile(BytesIO(answer.content)) as read:
+        assert read.testzip() is None
+        return {name: read.read(name) for name in read.namelist()}
+
+
+async def test_the_archive_of_a_job_has_its_files_and_the_links_in_its_markdown_work(
+    idle_api: Api, tmp_path: Path
+) -> None:
+    job_id = await add_job(idle_api, TALK)
+    found = await archive(idle_api, f"jobs/{job_id}")
+
+    assert found == {path.removeprefix("FOSDEM/Keynotes/welcome-1a/"): content for path, content in TALK.items()}
+    for link in re.findall(r"!\[\]\(([^)]*)\)", found["Welcome.md"].decode()):
+        assert link in found
+
+
+async def test_files_beside_the_markdowns_directory_keep_their_place_towards_it(idle_api: Api) -> None:
+    job_id = await add_job(idle_api, {"e/t/s/talk.md": b"[](../shared/a.jpg)", "e/t/shared/a.jpg": b"picture"})
+    assert set(await archive(idle_api, f"jobs/{job_id}")) == {"s/talk.md", "shared/a.jpg"}
+
+
+async def test_the_archive_of_a_real_job_can_be_unpacked(api: Api, tmp_path: Path) -> None:
+    job = await api.ended(await api.submit({"text": "ä"}))
+    answer = await api.get(f"/api/events/jobs/{job['job_id']}/download-archive")
+    (tmp_path / "a.zip").write_bytes(answer.content)
+    unpack = [sys.executable, "-m", "zipfile", "-e", "a.zip", "."]
+    await asyncio.to_thread(subprocess.run, unpack, cwd=tmp_path, check=True)
+    assert "ä" in (tmp_path / "echo.md").read_text(encoding="utf-8")
+
+
+async def test_the_same_results_make_the_same_archive(idle_api: Api) -> None:
+    at = datetime(2025, 2, 1, 12, 30, 7, tzinfo=UTC)
+    job_id = await add_job(idle_api, dict(reversed(TALK.items())), at=at)
+    first = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive")
+    second = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive")
+    assert first.content == second.content
+    with ZipFile(BytesIO(first.content)) as read:
+        entries = read.infolist()
+    assert [entry.filename for entry in entries] == ["Welcome.md", "assets/slide-001.jpg"]
+    assert {entry.date_time[:5] for entry in entries} == {(2025, 2, 1, 12, 30)}
+    assert {entry.external_attr >> 16 for entry in entries} == {0o100644}
+    assert [entry.compress_type for entry in entries] == [ZIP_DEFLATED, ZIP_STORED]
+
+
+async def test_while_there_are_no_results_the_archive_is_refused(idle_api: Api) -> None:
+    for job_id in (await add_job(idle_api, {}, done=False), await add_job(idle_api, {})):
+        answer = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive")
+        assert (answer.status_code, answer.json()["code"]) == (409, "no_results")
+    batch_id = new_batch_id()
+    await add_batch(idle_api, batch_id, [await add_job(idle_api, {}, batch_id=batch_id, done=False)])
+    answer = await idle_api.get(f"/api/events/batches/{batch_id}/download-archive")
+    assert (answer.status_code, answer.json()["code"]) == (409, "no_results")
+
+
+@pytest.mark.parametrize("path", ["jobs/job-x", "jobs/x", "batches/batch-x", "batches/x"])
+async def test_what_is_not_there_has_no_archive(idle_api: Api, path: str) -> None:
+    answer = await idle_api.get(f"/api/events/{path}/download-archive")
+    assert answer.status_code == 404
+    assert answer.json()["code"] in ("job_not_found", "batch_not_found")
+
+
+async def test_a_deleted_job_has_no_archive(idle_api: Api) -> None:
+    job_id = await add_job(idle_api, TALK)
+    deleted = await idle_api.http.delete(f"/api/events/jobs/{job_id}")
+    answer = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive", deleted.headers["ledger-position"])
+    assert answer.status_code == 404
+
+
+async def test_the_archive_of_a_batch_has_the_files_of_all_its_finished_jobs(idle_api: Api) -> None:
+    batch_id = new_batch_id()
+    jobs = [{f"e/t/talk-{number}/talk.md": f"{number}".encode()} for number in range(150)]
+    job_ids = [await add_job(idle_api, contents, batch_id=batch_id) for contents in jobs[:3]]
+    job_ids.append(await add_job(idle_api, {}, batch_id=batch_id, done=False))
+    await add_batch(idle_api, batch_id, job_ids)
+    assert await archive(idle_api, f"batches/{batch_id}") == jobs[0] | jobs[1] | jobs[2]
+
+
+async def test_the_archive_of_a_batch_has_only_what_the_caller_may_see(guarded: Api) -> None:  # noqa: F811  the fixture
+    batch_id = new_batch_id()
+    mine = await add_job(guarded, {"mine.md": b"1"}, batch_id=batch_id)
+    other = await add_job(guarded, {"other.md": b"2"}, batch_id=batch_id, user_id="other")
+    await add_batch(guarded, batch_id, [other, mine])
+    assert await archive(guarded, f"batches/{batch_id}") == {"mine.md": b"1"}
+    for path in (f"batches/{batch_id}", f"jobs/{mine}"):
+        stranger = await guarded.get(f"/api/events/{path}/download-archive", **{"x-user": "other"})
+        assert stranger.status_code == 404
+    hidden = new_batch_id()
+    await add_batch(guarded, hidden, [other])
+    assert (await guarded.get(f"/api/events/batches/{hidden}/download-archive")).status_code == 409
+
+
+async def test_a_head_request_makes_no_archive(idle_api: Api) -> None:
+    job_id = await add_job(idle_api, TALK)
+    answer = await idle_api.http.head(f"/api/events/jobs/{job_id}/download-archive")
+    assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "application/zip", b"")
+
+
+async def add_large_job(api: Api) -> tuple[str, Path]:
+    job_id = await add_job(api, {"film.bin": b"a large file", "z.md": b"the last one"})
+    row = await api.db.files.find_one({"_id": "film.bin"})
+    assert row is not None
+    stored = DirectoryStore(api.store).path(row["sha256"])
+    os.truncate(stored, LARGE)
+    return job_id, stored
+
+
+async def pieces(api: Api, job_id: str) -> AsyncIterator[int]:
+    async with api.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as answer:
+        async for piece in answer.aiter_raw():
+            yield len(piece)
+
+
+async def test_a_large_archive_is_never_held_in_memory(idle_api: Api) -> None:
+    job_id, _ = await add_large_job(idle_api)
+    before, most, received = memory(), 0, 0
+    async for size in pieces(idle_api, job_id):
+        if received == 0:
+            await asyncio.sleep(0.5)
+        received += size
+        most = max(most, memory())
+    assert received > LARGE
+    assert most - before < 40 * 2**20
+
+
+async def test_when_the_client_goes_away_no_more_of_the_archive_is_made(idle_api: Api) -> None:
+    job_id, stored = await add_large_job(idle_api)
+    async with idle_api.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as answer:
+        async for _ in answer.aiter_raw():
+            break
+        assert reads(stored)
+    await until(lambda: not reads(stored), "the file is closed", seconds=5)
+
+
+async def test_an_archive_that_cannot_be_finished_does_not_look_finished(idle_api: Api) -> None:
+    job_id, _ = await add_large_job(idle_api)
+    row = await idle_api.db.files.find_one({"_id": "z.md"})
+    assert row is not None
+    DirectoryStore(idle_api.store).path(row["sha256"]).unlink()
+    with pytest.raises(httpx.RemoteProtocolError):
+        _ = [size async for size in pieces(idle_api, job_id)]
+
+
+async def test_a_store_that_is_not_the_right_one_is_told_at_once(idle_api: Api) -> None:
+    job_id, stored = await add_large_job(idle_api)
+    stored.unlink()
+    answer = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive")
+    assert (answer.status_code, answer.json()["code"]) == (500, "file_missing")
+
+
+async def test_names_that_become_alike_are_kept_apart(idle_api: Api) -> None:
+    job_id = await add_job(idle_api, {"t/a:b.md": b"1", "t/a?b.md": b"2", "t/A_B.md": b"3", "t/../../etc/passwd": b"4"})
+    found = await archive(idle_api, f"jobs/{job_id}")
+    assert sorted(found.values()) == [b"1", b"2", b"3", b"4"]
+    assert len({name.casefold() for name in found}) == 4
+    assert not any(".." in name or name.startswith("/") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("path", "safe"),
+    [
+        ("FOSDEM 2025/Ökologisch & offen/talk-1a/talk.md", "FOSDEM 2025/Ökologisch & offen/talk-1a/talk.md"),
+        ("../../etc/passwd", "etc/passwd"),
+        ("/etc/passwd", "etc/passwd"),
+        ("//host/share", "host/share"),
+        ("a/./b//c", "a/b/c"),
+        ("..\\..\\x", ".._.._x"),
+        ("C:\\x", "C__x"),
+        ("con/NUL.txt/com1/console", "_con/_NUL.txt/_com1/console"),
+        ("a./b ", "a_/b_"),
+        ("a\x00\r\nb", "a___b"),
+        ("", "file"),
+        ("..", "file"),
+    ],
+)
+def test_a_path_in_an_archive_can_be_unpacked_anywhere(path: str, safe: str) -> None:
+    assert safe_path(path) == safe
+
+
+@given(st.text(max_size=300))
+def test_no_path_leads_out_of_where_it_is_unpacked(path: str) -> None:
+    safe = safe_path(path.encode(errors="replace").decode())
+    parts = safe.split("/")
+    assert not {"", ".", ".."} & set(parts)
+    assert not re.search(r'[<>:"|?*\\\x00-\x1f]', safe)
+    assert all(len(part.encode()) <= 201 and not part.endswith((".", " ")) for part in parts)
+    assert safe_path(safe) == safe

@@ -1,0 +1,135 @@
+"""What happened to one job or batch, and what its attempts had to say: all of it, page by page."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from ledger.commands import ClaimJob, ExpireLease, FailAttempt, ReleaseJob, ReportProgress, WriteLog
+from ledger.events import Failure, LogLine, Meta
+from ledger.handle import Command, handle
+from tests.api.conftest import Api
+
+NOON = datetime(2026, 1, 5, 12, tzinfo=UTC)
+
+
+async def do(api: Api, stream: str, *commands: Command) -> int:
+    position = 0
+    for command in commands:
+        position = (await handle(api.log, stream, command, meta=Meta("test"))).events[-1].position
+    return position
+
+
+def said(*messages: str, attempt: int = 1) -> WriteLog:
+    lines = tuple(LogLine(timestamp=NOON, level="info", message=message) for message in messages)
+    return WriteLog("worker-1", attempt, lines)
+
+
+async def pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[str, Any]]]:
+    """Return what is on each page, following `next`."""
+    found: list[list[dict[str, Any]]] = []
+    query: dict[str, int] | None = {"limit": limit}
+    while query is not None:
+        answer = await api.http.get(path, params=query, headers=api.who)
+        assert answer.status_code == 200, answer.text
+        content = answer.json()
+        found.append(content[name])
+        query = {"limit": limit, "after_version": content["next"]} if "next" in content else None
+    return found
+
+
+async def test_the_history_of_a_job_comes_in_pages(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    reports = (ReportProgress("worker-1", 1, "page", percent, "on it") for percent in range(7))
+    await do(idle_api, job_id, ClaimJob("worker-1", NOON), *reports)
+    path = f"/api/events/jobs/{job_id}/history"
+
+    found = await pages(idle_api, path, "events", 4)
+    assert [[event["version"] for event in page] for page in found] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
+    whole = (await idle_api.get(path)).json()
+    assert "next" not in whole
+    assert whole["events"] == [event for page in found for event in page]
+    assert [len(page) for page in await pages(idle_api, path, "events", 3)] == [3, 3, 3]
+
+
+async def test_a_page_of_large_events_ends_early(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.history._LARGEST_ANSWER_BYTES", 3000)
+    job_id = await idle_api.submit()
+    await do(idle_api, job_id, ClaimJob("worker-1", NOON), *(said("x" * 2000) for _ in range(4)))
+    found = await pages(idle_api, f"/api/events/jobs/{job_id}/history", "events", 100)
+    assert [[event["version"] for event in page] for page in found] == [[1, 2, 3], [4, 5], [6]]
+
+
+async def test_the_history_of_a_batch_is_that_of_its_own_stream(api: Api) -> None:
+    batch = await api.submit_batch({}, {})
+    await api.until_event(batch["batch_id"], "BatchFinished")
+    path = f"/api/events/batches/{batch['batch_id']}/history"
+    found = await pages(api, path, "events", 1)
+    assert [[event["type"] for event in page] for page in found] == [["BatchSubmitted"], ["BatchFinished"]]
+
+
+async def test_all_lines_of_a_log_can_be_read_though_the_job_carries_the_newest_hundred(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    commands = [said(*(f"line {number}" for number in range(begin, begin + 7))) for begin in range(0, 210, 7)]
+    position = await do(idle_api, job_id, ClaimJob("worker-1", NOON), *commands)
+    job = (await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
+    assert len(job["logs"]) == 100
+
+    found = await pages(idle_api, f"/api/events/jobs/{job_id}/logs", "logs", 50)
+    assert [len(page) for page in found] == [56, 56, 56, 42], "what was said in one event stays together"
+    lines = [line for page in found for line in page]
+    assert [line["message"] for line in lines] == [f"line {number}" for number in range(210)]
+    assert lines[0] == {
+        "timestamp": "2026-01-05T12:00:00Z",
+        "level": "info",
+        "message": "line 0",
+        "attempt": 1,
+        "version": 3,
+    }
+
+
+async def test_the_log_of_a_job_says_what_became_of_its_attempts_as_the_job_itself_does(idle_api: Api) -> None:
+    job_id = await idle_api.submit(max_attempts=9)
+    claim = ClaimJob("worker-1", NOON + timedelta(days=9999))
+    broken = Failure(code="BROKEN", message="it broke")
+    commands: list[Command] = [
+        claim,
+        said("a line that is too long for the job's document: " + "x" * 20_000),
+        FailAttempt("worker-1", 1, broken, NOON),
+        claim,
+        ReleaseJob("worker-1", 2, "shutdown"),
+        claim,
+        ExpireLease("worker-1", 3),
+        claim,
+        FailAttempt("worker-1", 4, broken, None),
+    ]
+    position = await do(idle_api, job_id, *commands)
+    job = (await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
+    lines = (await idle_api.get(f"/api/events/jobs/{job_id}/logs")).json()["logs"]
+
+    assert len(lines) == 5
+    assert lines[0]["message"].startswith(job["logs"][0]["message"].removesuffix(" …"))
+    assert len(lines[0]["message"]) > 20_000
+    told = [{name: line[name] for name in ("timestamp", "level", "message")} for line in lines]
+    assert told[1:] == job["logs"][1:]
+
+
+@pytest.mark.parametrize("path", ["jobs/{}/history", "jobs/{}/logs", "batches/{}/history"])
+@pytest.mark.usefixtures("said_in_header")
+async def test_history_and_logs_are_for_those_who_may_read_the_job(idle_api: Api, path: str) -> None:
+    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    batch = await alice.submit_batch({})
+    there = batch["batch_id"] if path.startswith("batches") else batch["job_ids"][0]
+    missing = there[:-4] + "0000"
+    assert (await alice.get(f"/api/events/{path.format(there)}")).status_code == 200
+    answers = [await bob.get(f"/api/events/{path.format(stream)}") for stream in (there, missing)]
+    assert [answer.status_code for answer in answers] == [404, 404]
+    assert answers[0].text.replace(there, "") == answers[1].text.replace(missing, "")
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "after_version=-1", "after_version=x", "skip=1"])
+async def test_a_wrong_query_is_refused(idle_api: Api, query: str) -> None:
+    answer = await idle_api.get(f"/api/events/jobs/{await idle_api.submit()}/logs?{query}")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")

@@ -1,0 +1,232 @@
+"""Lists: every filter finds what it should, from an index, a page at a time; totals are right."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from ledger.access import Principal
+from ledger.mongo import Document
+from projections import headings, jobs
+from tests.api.conftest import Api
+from tests.support.principals import said
+
+ADMIN = Principal("ann", roles=frozenset({"admin"}))
+ALICE = Principal("alice", frozenset({"team-a"}))
+STRANGER = Principal("zoe")
+TRACKS = ("Main", "Databases", "Web")
+
+
+async def listed(api: Api, position: int | str | None = None, **query: Any) -> Any:
+    headers = {} if position is None else {"Ledger-Position": str(position)}
+    answer = await api.http.get("/api/events/jobs", params=query, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def some_jobs(api: Api) -> str:
+    """Submit 30 jobs of three tracks, two languages and two users, five of them cancelled; return the position."""
+    for number in range(30):
+        await api.post(
+            "/api/events/jobs",
+            {
+                "job_type": "echo",
+                "job_name": f"Talk {number} on Gödel/Escher",
+                "parameters": {
+                    "track": TRACKS[number % 3],
+                    "event": f"Conf {number % 2}",
+                    "day": "Saturday",
+                    "target_language": "de" if number % 2 else "fr",
+                    "session": "All about B-trees",
+                    "speakers": ["Ada Lovelace", "Bob"] if number == 7 else None,
+                },
+            },
+            **said("alice" if number < 20 else "bob"),
+        )
+    found = (await listed(api, await api.log.head()))["jobs"]
+    for job in found[:5]:
+        await api.post(f"/api/events/jobs/{job['job_id']}/cancel")
+    return str(await api.log.head())
+
+
+async def test_each_filter_finds_what_it_names_and_counts_it(header_api: Api) -> None:
+    position = await some_jobs(header_api)
+    for query, number in [
+        ({}, 30),
+        ({"status": "cancelled"}, 5),
+        ({"status": "failed"}, 0),
+        ({"track": "Main"}, 10),
+        ({"track": "Main", "status": "pending"}, 9),
+        ({"track": "Main", "event": "Conf 0"}, 5),
+        ({"track": "Nowhere"}, 0),
+        ({"event": "Conf 1"}, 15),
+        ({"day": "Saturday"}, 30),
+        ({"language": "de"}, 15),
+        ({"job_type": "echo"}, 30),
+        ({"user_id": "bob"}, 10),
+        ({"user_id": "bob", "status": "pending"}, 5),
+        ({"q": "gödel escher"}, 30),
+        ({"q": "TALK 7"}, 1),
+        ({"q": "lovelace"}, 1),
+        ({"q": "trees", "track": "Web"}, 10),
+        ({"q": "nothing of the kind"}, 0),
+        ({"archived": "false"}, 30),
+        ({"archived": "true"}, 0),
+        ({"created_after": "2001-01-01T00:00:00Z"}, 30),
+        ({"created_before": "2001-01-01T00:00:00Z"}, 0),
+    ]:
+        content = await listed(header_api, position, **query)
+        assert (content["total"], len(content["jobs"])) == (number, number), query
+
+
+async def test_failed_jobs_are_found_by_their_error(api: Api) -> None:
+    job_id = await api.submit({"fail": "permanent"})
+    ended = await api.ended(job_id)
+    await api.submit()
+    assert ended["status"] == "failed"
+    found = await listed(api, ended["position"], error_code=ended["error"]["code"])
+    assert [job["job_id"] for job in found["jobs"]] == [job_id]
+    assert (await listed(api, error_code="OTHER"))["jobs"] == []
+
+
+@pytest.mark.parametrize("sort", ["-created_at", "created_at"])
+async def test_pages_follow_each_other_though_jobs_come_and_go_between_them(header_api: Api, sort: str) -> None:
+    position = await some_jobs(header_api)
+    whole = [job["job_id"] for job in (await listed(header_api, position, sort=sort))["jobs"]]
+    seen: list[str] = []
+    query: dict[str, Any] = {"limit": 7, "sort": sort}
+    while True:
+        content = await listed(header_api, position, **query)
+        seen += [job["job_id"] for job in content["jobs"]]
+        if "next" not in content:
+            break
+        query |= {"cursor": content["next"]}
+        await header_api.http.delete(f"/api/events/jobs/{seen[0]}")
+        position = (await header_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).headers[
+            "ledger-position"
+        ]
+    assert [job_id for job_id in seen if job_id in whole] == whole
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize(
+    "query", [{"cursor": "nonsense"}, {"cursor": "MTIz", "skip": 1}, {"limit": 0}, {"limit": 1001}, {"sort": "colour"}]
+)
+async def test_a_page_that_makes_no_sense_is_refused(idle_api: Api, query: dict[str, Any]) -> None:
+    answer = await idle_api.http.get("/api/events/jobs", params=query)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")
+
+
+async def test_the_jobs_of_a_batch_are_paged_with_their_counts(idle_api: Api) -> None:
+    batch = await idle_api.submit_batch(*({"number": number} for number in range(12)))
+    await idle_api.submit()
+    position = await idle_api.log.head()
+    path = f"/api/events/batches/{batch['batch_id']}/jobs"
+    first = (await idle_api.get(f"{path}?limit=10&sort=created_at", position)).json()
+    rest = (await idle_api.get(f"{path}?limit=10&sort=created_at&cursor={first['next']}")).json()
+    assert first["total"] == rest["total"] == 12
+    assert sorted(job["job_id"] for job in first["jobs"] + rest["jobs"]) == sorted(batch["job_ids"])
+    assert "next" not in rest
+    none = await idle_api.get("/api/events/batches/batch-000000000000000000000000/jobs")
+    assert (none.status_code, none.json()["code"]) == (404, "batch_not_found")
+
+
+async def test_batches_are_found_by_status_user_and_name(header_api: Api) -> None:
+    for user, name in (("alice", "FOSDEM main track"), ("bob", "FOSDEM other"), ("alice", "PyCon")):
+        content = {"batch_name": name, "jobs": [{"job_type": "echo", "parameters": {}}]}
+        await header_api.post("/api/events/batches", content, **said(user))
+    position = await header_api.log.head()
+
+    async def names(**query: Any) -> list[str]:
+        headers = {"Ledger-Position": str(position)}
+        found = await header_api.http.get("/api/events/batches", params=query, headers=headers)
+        assert found.json()["total"] == len(found.json()["batches"])
+        return [batch["batch_name"] for batch in found.json()["batches"]]
+
+    assert await names() == ["PyCon", "FOSDEM other", "FOSDEM main track"]
+    assert await names(sort="created_at") == ["FOSDEM main track", "FOSDEM other", "PyCon"]
+    assert await names(q="fosdem") == ["FOSDEM other", "FOSDEM main track"]
+    assert await names(user_id="alice", status="processing") == ["PyCon", "FOSDEM main track"]
+    assert await names(status="failed") == []
+
+
+# From an index ----------------------------------------------------------------------------------------------------
+
+
+def a_job(number: int) -> Document:
+    owner = ("alice", "bob", "carol")[number % 3]
+    status = ("completed", "completed", "completed", "failed", "pending")[number % 5]
+    job: Document = {
+        "_id": f"job-{number:024x}",
+        "job_id": f"job-{number:024x}",
+        "job_name": f"Talk {number}",
+        "job_type": "echo" if number % 2 else "session",
+        "status": status,
+        "error": {"code": f"E{number % 7}"} if status == "failed" else None,
+        "batch_id": f"batch-{number % 20}",
+        "user_id": owner,
+        "teams": ["team-a"] if number % 2 else [],
+        "access_control": {
+            "visibility": ("private", "team", "public")[number % 11 % 3],
+            "read_access": ["alice"] if number % 13 == 0 else [],
+            "write_access": [],
+            "admin_access": [],
+        },
+        "parameters": {
+            "track": f"Track {number % 17}",
+            "event": f"Event {number % 4}",
+            "day": f"Day {number % 3}",
+            "target_language": f"l{number % 5}",
+        },
+        "archived": False,
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number),
+    }
+    jobs._list(job, anew=True)
+    return job
+
+
+@pytest.mark.parametrize("principal", [ADMIN, ALICE, STRANGER], ids=["admin", "alice", "stranger"])
+async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it_shows(
+    idle_api: Api, principal: Principal
+) -> None:
+    await idle_api.db.jobs.insert_many([a_job(number) for number in range(3000)])
+    cursor = headings.Place(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
+    for wanted in [
+        jobs.Filter(),
+        jobs.Filter(status="failed"),
+        jobs.Filter(batch_id="batch-7"),
+        jobs.Filter(batch_id="batch-7", status="completed"),
+        jobs.Filter(user_id="alice"),
+        jobs.Filter(track="Track 3"),
+        jobs.Filter(track="Track 3", status="pending"),
+        jobs.Filter(event="Event 1", status="failed"),
+        jobs.Filter(day="Day 2"),
+        jobs.Filter(language="l4"),
+        jobs.Filter(error_code="E3"),
+        jobs.Filter(job_type="echo"),
+        jobs.Filter(created_after=datetime(2026, 1, 1, 0, 30, tzinfo=UTC)),
+        jobs.Filter(q="talk"),
+        jobs.Filter(archived=False),
+    ]:
+        for after in (None, cursor):
+            for newest_first in (True, False):
+                await assert_looks_at_little(idle_api, wanted.query(principal), after, newest_first=newest_first)
+
+
+async def assert_looks_at_little(
+    api: Api, query: Document, after: headings.Place | None, *, newest_first: bool
+) -> None:
+    asked, order = headings.asked(query, after, newest_first=newest_first)
+    command = {"find": "jobs", "filter": asked, "sort": dict(order), "limit": 50}
+    told = await api.db.command({"explain": command, "verbosity": "executionStats"})
+    stats = told["executionStats"]
+    assert "COLLSCAN" not in str(told["queryPlanner"]["winningPlan"]), query
+    assert "'stage': 'SORT'" not in str(told["queryPlanner"]["winningPlan"]), query
+    # One key more ends each range; every scope that the principal looks from is a range.
+    assert stats["totalKeysExamined"] <= 2 * stats["nReturned"] + 8, (
+        query,
+        stats["totalKeysExamined"],
+        stats["nReturned"],
+    )

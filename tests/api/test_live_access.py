@@ -1,0 +1,363 @@
+"""The log for many: each sees the events of jobs that they may read, by what the log says now, live and in pages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from api.visibility import _HARMLESS, Visibility
+from ledger.access import Principal
+from ledger.commands import CancelJob, ChangeAccess, Delete, SubmitJob
+from ledger.envelope import VOID_STREAM
+from ledger.events import EVENT_TYPES, AccessControl, Meta, Recorded
+from ledger.handle import Command, handle, new_job_id
+from ledger.log import EventLog
+from ledger.mongo import Connection
+from projections.checkpoint import Checkpoint
+from tests.api.conftest import DEADLINE_SECONDS, Api
+from tests.support.ledgers import Ledger, ledger_on
+from tests.support.running import asked
+
+pytestmark = pytest.mark.usefixtures("said_in_header")
+PRIVATE = AccessControl()
+FOR_BOB = {"read_access": ["bob"]}
+
+
+class Watcher:
+    """What somebody has seen of a live stream so far."""
+
+    def __init__(self, api: Api, query: dict[str, Any]) -> None:
+        self._api = api
+        self._query = query
+        self._more = asyncio.Event()
+        self.seen: list[dict[str, Any]] = []
+        self.ended = False
+
+    async def watch(self) -> None:
+        async with aclosing(self._api.events(**self._query)) as events:
+            async for event in events:
+                self.seen.append(event)
+                self._more.set()
+        self.ended = True
+        self._more.set()
+
+    async def until(self, stream: str, kind: str) -> None:
+        """Wait until an event has been seen."""
+        await self._until(lambda: (stream, kind) in self.kinds())
+
+    async def until_the_end(self) -> None:
+        await self._until(lambda: self.ended)
+
+    async def _until(self, there: Any) -> None:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not there():
+                self._more.clear()
+                await self._more.wait()
+
+    def kinds(self) -> list[tuple[str, str]]:
+        return [(event["stream"], event["type"]) for event in self.seen]
+
+
+@asynccontextmanager
+async def watching(api: Api, **query: Any) -> AsyncIterator[Watcher]:
+    watcher = Watcher(api, {"after": 0, **query})
+    task = asyncio.create_task(watcher.watch())
+    try:
+        yield watcher
+        if task.done():
+            task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def do(api: Api, stream: str, command: Command) -> Recorded:
+    return (await handle(api.log, stream, command, meta=Meta("user:alice"))).events[-1]
+
+
+async def page(api: Api, **query: Any) -> list[tuple[str, str]]:
+    """Return stream and type of all events that somebody finds page by page."""
+    found: list[tuple[str, str]] = []
+    after, head = 0, 1
+    while after < head:
+        answer = await api.http.get("/api/ledger/events", params={"after": after, **query}, headers=api.who)
+        assert answer.status_code == 200, answer.text
+        content = answer.json()
+        found += [(event["stream"], event["type"]) for event in content["events"]]
+        assert content["last_position"] > after
+        after, head = content["last_position"], content["head"]
+    return found
+
+
+# Who sees what ----------------------------------------------------------------------------------------------------
+
+
+async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_others(idle_api: Api) -> None:
+    alice = idle_api.asked_by("alice", ["team-a"])
+    jobs = {
+        name: await alice.submit(access_control=access)
+        for name, access in {
+            "private": {},
+            "team": {"visibility": "team"},
+            "public": {"visibility": "public"},
+            "bob": FOR_BOB,
+            "group": {"write_access": ["team-b"]},
+        }.items()
+    }
+    marker = await idle_api.submit(access_control={"visibility": "public"})
+    people: dict[str, tuple[Api, Collection[str]]] = {
+        "the owner": (alice, jobs.keys()),
+        "an admin": (idle_api, jobs.keys()),
+        "named": (idle_api.asked_by("bob"), {"public", "bob"}),
+        "in a named group": (idle_api.asked_by("bea", ["team-b"]), {"public", "group"}),
+        "in the owner's team": (idle_api.asked_by("ann", ["team-a"]), {"public", "team"}),
+        "for statistics": (idle_api.asked_by("mona", roles=["monitor"]), {"public"}),
+        "without a name": (idle_api.asked_by(), {"public"}),
+    }
+    for who, (asking, visible) in people.items():
+        expected = {jobs[name] for name in visible} | {marker}
+        async with watching(asking) as watcher:
+            await watcher.until(marker, "JobSubmitted")
+            assert {stream for stream, _ in watcher.kinds()} == expected, who
+        assert {stream for stream, _ in await page(asking)} == expected, who
+        for name, job_id in jobs.items():
+            status = 200 if name in visible else 404
+            answer = await asking.get(f"/api/ledger/events?stream={job_id}")
+            assert answer.status_code == status, (who, name, answer.text)
+
+
+async def test_what_one_may_not_read_and_what_is_not_there_look_alike(idle_api: Api) -> None:
+    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    job_id = await alice.submit()
+    batch_id = (await alice.submit_batch({}))["batch_id"]
+    for path, there, missing in (
+        ("/api/ledger/stream?job_id=", job_id, new_job_id()),
+        ("/api/ledger/stream?batch_id=", batch_id, "batch-" + "0" * 24),
+        ("/api/ledger/events?stream=", job_id, new_job_id()),
+        ("/api/ledger/events?stream=", batch_id, "batch-" + "0" * 24),
+        ("/api/ledger/events?stream=", "positions", "position"),
+    ):
+        answers = [await bob.get(path + stream) for stream in (there, missing)]
+        assert [answer.status_code for answer in answers] == [404, 404], path
+        first, second = (
+            answer.text.replace(stream, "") for answer, stream in zip(answers, (there, missing), strict=True)
+        )
+        assert first == second
+    assert (await idle_api.get(f"/api/ledger/stream?job_id={new_job_id()}")).status_code == 404
+
+
+async def test_a_batch_does_not_tell_of_its_jobs_to_whom_may_not_read_them(idle_api: Api) -> None:
+    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    jobs = [
+        {"job_type": "echo", "parameters": {}, "access_control": {}},
+        {"job_type": "echo", "parameters": {}, "access_control": FOR_BOB},
+    ]
+    answer = await alice.post("/api/events/batches", {"jobs": jobs, "access_control": FOR_BOB})
+    batch_id, (hidden, shown) = answer.json()["batch_id"], answer.json()["job_ids"]
+    await do(idle_api, hidden, CancelJob("user:alice"))
+    await do(idle_api, shown, CancelJob("user:alice"))
+    async with watching(bob, batch_id=batch_id) as watcher:
+        await watcher.until(batch_id, "BatchFinished")
+        assert {stream for stream, _ in watcher.kinds()} == {batch_id, shown}
+        assert [kind for stream, kind in watcher.kinds() if stream == shown] == ["JobSubmitted", "JobCancelled"]
+
+
+async def test_events_that_belong_to_no_job_are_for_who_sees_everything(idle_api: Api) -> None:
+    await idle_api.log._take_tickets(1)  # by a writer that then died: its number is voided
+    marker = await idle_api.submit(access_control={"visibility": "public"})
+    bob = idle_api.asked_by("bob")
+    async with watching(idle_api, types="PositionVoided,JobSubmitted") as admin, watching(bob) as watcher:
+        await admin.until(VOID_STREAM, "PositionVoided")
+        await watcher.until(marker, "JobSubmitted")
+    assert await page(idle_api, types="PositionVoided") == [(VOID_STREAM, "PositionVoided")]
+    assert await page(bob, types="PositionVoided") == []
+    assert (await idle_api.get(f"/api/ledger/events?stream={VOID_STREAM}")).json()["last_position"] == 1
+    assert (await bob.get(f"/api/ledger/events?stream={VOID_STREAM}")).status_code == 404
+
+
+# Losing access ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [ChangeAccess("user:alice", PRIVATE), Delete("user:alice")])
+async def test_a_stream_of_one_job_ends_at_the_event_that_takes_access_away(idle_api: Api, lost: Command) -> None:
+    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    job_id = await alice.submit(access_control=FOR_BOB)
+    async with watching(bob, job_id=job_id) as watcher:
+        await watcher.until(job_id, "JobSubmitted")
+        taken = await do(idle_api, job_id, lost)
+        await watcher.until_the_end()
+        kinds = [kind for _, kind in watcher.kinds()]
+    # Of a deletion its readers are told; who may read the job from now on is no business of who may not.
+    assert kinds == (["JobSubmitted", "JobDeleted"] if taken.type == "JobDeleted" else ["JobSubmitted"])
+    again = await bob.get(f"/api/ledger/stream?job_id={job_id}", **{"Last-Event-ID": str(taken.position)})
+    assert (again.status_code, again.json()["code"]) == (404, "job_not_found")
+
+
+async def test_a_stream_of_a_batch_ends_when_the_batch_is_deleted(idle_api: Api) -> None:
+    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    batch = await alice.submit_batch({}, access_control=FOR_BOB)
+    batch_id, [job_id] = batch["batch_id"], batch["job_ids"]
+    async with watching(bob, batch_id=batch_id) as watcher, watching(idle_api, batch_id=batch_id) as admin:
+        await do(idle_api, job_id, CancelJob("user:alice"))
+        await watcher.until(batch_id, "BatchFinished")
+        answer = await idle_api.http.delete(f"/api/events/batches/{batch_id}", headers=alice.who)
+        assert answer.status_code == 200, answer.text
+        await watcher.until_the_end()
+        assert watcher.kinds()[-2:] == [(job_id, "JobDeleted"), (batch_id, "BatchDeleted")]
+        await admin.until(batch_id, "BatchDeleted")
+        assert not admin.ended
+
+
+async def test_a_general_stream_goes_on_without_the_events_of_a_job_that_was_taken_away(idle_api: Api) -> None:
+    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    job_id, other = [await alice.submit(access_control=FOR_BOB) for _ in range(2)]
+    async with watching(bob) as watcher:
+        await watcher.until(other, "JobSubmitted")
+        await do(idle_api, job_id, ChangeAccess("user:alice", PRIVATE))
+        await do(idle_api, job_id, CancelJob("user:alice"))
+        await do(idle_api, other, CancelJob("user:alice"))
+        await watcher.until(other, "JobCancelled")
+        assert watcher.kinds() == [(job_id, "JobSubmitted"), (other, "JobSubmitted"), (other, "JobCancelled")]
+        await do(idle_api, job_id, ChangeAccess("user:alice", AccessControl(visibility="public")))
+        await watcher.until(job_id, "JobAccessChanged")  # given back: from here on it is there again
+
+
+async def test_what_is_not_shared_any_more_is_not_told_from_history_either(idle_api: Api) -> None:
+    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    taken, deleted, marker = [await alice.submit(access_control=FOR_BOB) for _ in range(3)]
+    assert len(await page(bob)) == 3  # so that who may see them is known here
+    commands: list[tuple[str, Command]] = [
+        (taken, ChangeAccess("user:alice", PRIVATE)),
+        (taken, CancelJob("user:alice")),
+        (deleted, CancelJob("user:alice")),
+        (deleted, Delete("user:alice")),
+        (marker, CancelJob("user:alice")),
+    ]
+    for stream, command in commands:
+        await do(idle_api, stream, command)
+
+    visible = [(marker, "JobSubmitted"), (deleted, "JobDeleted"), (marker, "JobCancelled")]
+    assert await page(bob) == visible
+    async with watching(bob) as watcher:
+        await watcher.until(marker, "JobCancelled")
+        assert watcher.kinds() == visible
+    assert len(await page(idle_api)) == 8
+
+
+# Why none is overlooked -------------------------------------------------------------------------------------------
+
+
+class Interrupted(EventLog):
+    """Something happens to a job just when it has been read who may see it, and is heard before that is noted."""
+
+    meanwhile: Command | None = None
+    visibility: Visibility
+
+    async def read_streams(
+        self, streams: Collection[str], *, without: Collection[str] = ()
+    ) -> dict[str, list[Recorded]]:
+        found = await super().read_streams(streams, without=without)
+        if (command := self.meanwhile) is not None:
+            self.meanwhile = None
+            recorded = (await handle(self, next(iter(streams)), command, meta=Meta("test"))).events
+            await self.visibility.reached(recorded[-1].position)
+        return found
+
+
+@asynccontextmanager
+async def visibility_of(ledger: Ledger) -> AsyncIterator[Visibility]:
+    visibility = Visibility(ledger.log, Checkpoint(ledger.db))
+    task = asyncio.create_task(visibility.run())
+    try:
+        yield visibility
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def following(uri: str, db_name: str) -> AsyncIterator[tuple[Ledger, Visibility]]:
+    async with (
+        asyncio.timeout(DEADLINE_SECONDS),
+        ledger_on(Connection(uri, db_name)) as ledger,
+        visibility_of(ledger) as visibility,
+    ):
+        yield ledger, visibility
+
+
+async def submitted(log: EventLog, **fields: Any) -> Recorded:
+    recorded = await handle(log, new_job_id(), SubmitJob(asked(**fields)), meta=Meta("test"))
+    return recorded.events[0]
+
+
+async def test_a_change_that_comes_while_it_is_read_who_may_see_a_job_is_not_lost(
+    mongodb_uri: str, db_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.visibility._KNOWN_STREAMS", 1)
+    async with (
+        asyncio.timeout(DEADLINE_SECONDS),
+        ledger_on(Connection(mongodb_uri, db_name), kind=Interrupted) as ledger,
+    ):
+        log = ledger.log
+        assert isinstance(log, Interrupted)
+        async with visibility_of(ledger) as visibility:
+            log.visibility = visibility
+            event = await submitted(log, access_control=AccessControl(**FOR_BOB))
+            await visibility.reached((await submitted(log)).position)  # and the first is known no more
+            log.meanwhile = ChangeAccess("user:alice", PRIVATE)
+            assert not await visibility.may_see(Principal("bob"), event)
+
+
+async def test_what_is_heard_late_does_not_undo_what_was_read_from_the_log(mongodb_uri: str, db_name: str) -> None:
+    async with following(mongodb_uri, db_name) as (ledger, visibility):
+        event = await submitted(ledger.log)
+        for access in (AccessControl(visibility="public"), PRIVATE):
+            await handle(ledger.log, event.stream, ChangeAccess("user:alice", access), meta=Meta("test"))
+        await visibility.reached(event.position + 2)
+        _, public, _ = await ledger.log.read_stream(event.stream)
+        visibility._known.clear()
+        assert not await visibility.may_see(Principal("bob"), event)
+        visibility._pass(public)
+        assert not await visibility.may_see(Principal("bob"), event)
+
+
+async def test_an_event_is_not_judged_before_all_that_came_before_it_is_known(mongodb_uri: str, db_name: str) -> None:
+    async with asyncio.timeout(DEADLINE_SECONDS), ledger_on(Connection(mongodb_uri, db_name)) as ledger:
+        visibility = Visibility(ledger.log, Checkpoint(ledger.db))
+        event = await submitted(ledger.log, access_control=AccessControl(visibility="public"))
+        judged = asyncio.create_task(visibility.may_see(Principal("bob"), event))
+        await asyncio.wait({judged}, timeout=0.2)
+        assert not judged.done()
+        passing = asyncio.create_task(visibility.run())
+        assert await judged
+        passing.cancel()
+
+
+async def test_what_a_later_version_may_have_said_about_access_hides_a_job_from_all_but_admins(
+    mongodb_uri: str, db_name: str
+) -> None:
+    async with following(mongodb_uri, db_name) as (ledger, visibility):
+        event = await submitted(ledger.log, access_control=AccessControl(visibility="public"))
+        assert await visibility.may_see(Principal("bob"), event)
+        [stored] = await ledger.log.stored(after=0, limit=1)
+        later = {**stored, "_id": 2, "version": 2, "type": "JobHidden", "event_id": "later"}
+        await ledger.db.events.insert_one(later)
+        await visibility.reached(2)
+        assert not await visibility.may_see(Principal("bob"), event)
+        visibility._known.clear()
+        assert not await visibility.may_see(Principal("bob"), event)
+        assert await visibility.may_see(Principal("root", roles=frozenset({"admin"})), event)
+
+
+def test_every_event_that_can_change_access_is_known_as_one() -> None:
+    assert set(EVENT_TYPES) - _HARMLESS == {
+        "JobSubmitted",
+        "JobAccessChanged",
+        "JobDeleted",
+        "BatchSubmitted",
+        "BatchDeleted",
+    }

@@ -1,0 +1,143 @@
+"""The log page by page: in order, filtered, never more work than one request may make, and how far it goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ledger.commands import CancelJob
+from ledger.events import Meta
+from ledger.handle import handle
+from tests.api.conftest import Api
+
+
+async def page(api: Api, **query: Any) -> dict[str, Any]:
+    answer = await api.http.get("/api/ledger/events", params=query, headers=api.who)
+    assert answer.status_code == 200, answer.text
+    content: dict[str, Any] = answer.json()
+    assert content["status"] == "success"
+    return content
+
+
+def positions(content: dict[str, Any]) -> list[int]:
+    return [event["position"] for event in content["events"]]
+
+
+async def test_pages_follow_each_other_without_gap_or_double(idle_api: Api) -> None:
+    job_ids = [await idle_api.submit({"number": number}) for number in range(7)]
+    first = await page(idle_api, limit=3)
+    assert (positions(first), first["last_position"], first["head"]) == ([1, 2, 3], 3, 7)
+    assert [event["stream"] for event in first["events"]] == job_ids[:3]
+    assert first["events"][0]["data"]["parameters"] == {"number": 0}
+    second = await page(idle_api, limit=3, after=first["last_position"])
+    assert (positions(second), second["last_position"]) == ([4, 5, 6], 6)
+    assert positions(await page(idle_api, after=6)) == [7]
+    for after in (7, 10_000):
+        end = await page(idle_api, after=after)
+        assert (end["events"], end["last_position"], end["head"]) == ([], after, 7)
+
+
+async def test_an_event_in_a_page_is_the_same_as_in_the_stream(idle_api: Api) -> None:
+    await idle_api.submit({"text": "ä"})
+    [live] = await idle_api.take(1, after=0)
+    del live["sse_id"]
+    assert (await page(idle_api))["events"] == [live]
+
+
+async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
+    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.ledger._MOST_LOOKED_AT", 10)
+    monkeypatch.setattr("api.ledger._READ_AT_ONCE", 5)
+    job_ids = [await idle_api.submit() for _ in range(24)]
+    await handle(idle_api.log, job_ids[0], CancelJob("user:local"), meta=Meta("test"))
+    found = [await page(idle_api, types="JobCancelled,JobFailed")]
+    while found[-1]["last_position"] < found[-1]["head"]:
+        found.append(await page(idle_api, types="JobCancelled,JobFailed", after=found[-1]["last_position"]))
+    assert [content["last_position"] for content in found] == [10, 20, 25]
+    assert [positions(content) for content in found] == [[], [], [25]]
+
+
+async def test_a_page_of_very_large_events_ends_early(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.ledger._LARGEST_ANSWER_BYTES", 10_000)
+    for _ in range(4):
+        await idle_api.submit({"text": "x" * 6000})
+    content = await page(idle_api)
+    assert (positions(content), content["last_position"]) == ([1, 2], 2)
+
+
+async def test_the_events_of_one_stream_come_in_pages_too(idle_api: Api) -> None:
+    job_id, other = await idle_api.submit(), await idle_api.submit()
+    for stream in (other, job_id):
+        await handle(idle_api.log, stream, CancelJob("user:local"), meta=Meta("test"))
+    first = await page(idle_api, stream=job_id, limit=1)
+    assert (positions(first), first["last_position"], first["head"]) == ([1], 1, 4)
+    assert positions(await page(idle_api, stream=job_id, after=1)) == [4]
+    assert positions(await page(idle_api, stream=job_id, after=3)) == [4]
+    assert positions(await page(idle_api, stream=job_id, types="JobCancelled")) == [4]
+    end = await page(idle_api, stream=job_id, after=4)
+    assert (end["events"], end["last_position"]) == ([], 4)
+    answer = await idle_api.get("/api/ledger/events?stream=job-nobody")
+    assert (answer.status_code, answer.json()["code"]) == (404, "stream_not_found")
+
+
+async def test_the_events_of_one_stream_are_found_by_their_index(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    for _ in range(50):
+        await idle_api.submit()
+    await handle(idle_api.log, job_id, CancelJob("user:local"), meta=Meta("test"))
+    await idle_api.db.command("profile", 2)
+    try:
+        content = await page(idle_api, stream=job_id, after=1)
+    finally:
+        await idle_api.db.command("profile", 0)
+    assert positions(content) == [52]
+    looked = [
+        entry
+        async for entry in idle_api.db["system.profile"].find({"ns": f"{idle_api.db.name}.events"})
+        if job_id in str(entry["command"].get("filter"))
+    ]
+    assert looked
+    for entry in looked:
+        assert entry["planSummary"] == "IXSCAN { stream: 1, version: 1 }"
+        assert entry["docsExamined"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("after=-1", "invalid_content"),
+        ("after=x", "invalid_content"),
+        ("limit=0", "invalid_content"),
+        ("limit=1001", "invalid_content"),
+        ("types=JobExploded", "unknown_event_type"),
+        ("stream=", "invalid_content"),
+        ("before=3", "invalid_content"),
+        ("after=99999999999999999999", "invalid_content"),
+    ],
+)
+async def test_a_wrong_query_is_refused(idle_api: Api, query: str, code: str) -> None:
+    answer = await idle_api.get(f"/api/ledger/events?{query}")
+    assert (answer.status_code, answer.json()["code"]) == (422, code)
+
+
+async def test_the_head_says_how_far_the_log_and_the_views_are(idle_api: Api) -> None:
+    empty = (await idle_api.get("/api/ledger/head")).json()
+    assert (empty["head"], empty["oldest"]) == (0, 0)
+    for _ in range(3):
+        await idle_api.submit()
+    await idle_api.get("/api/events/jobs", 3)
+    assert (await idle_api.get("/api/ledger/head")).json() == {
+        "status": "success",
+        "head": 3,
+        "oldest": 1,
+        "projector": {"position": 3, "lag": 0},
+    }
+
+
+@pytest.mark.usefixtures("said_in_header")
+async def test_how_far_the_log_goes_is_told_to_anybody_who_is_signed_in(idle_api: Api) -> None:
+    assert (await idle_api.asked_by("bob").get("/api/ledger/head")).status_code == 200
+    answer = await idle_api.asked_by().get("/api/ledger/head")
+    assert (answer.status_code, answer.json()["code"]) == (401, "not_signed_in")

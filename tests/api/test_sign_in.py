@@ -1,0 +1,632 @@
+"""Who somebody is, in each mode, and that nobody is somebody else: over real HTTP, with the settings of config.yaml."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from api import keys
+from api.errors import ApiError
+from api.jwks import KeysAt, public_key
+from api.keys import ApiKey, KeyText
+from cli.keys import new_key
+from cli.wiring import Role
+from ledger.errors import ConfigurationError
+from tests.api.conftest import Api, running_api
+from tests.support.tokens import ELLIPTIC, OTHER, PRIVATE, SECRET, Issuer, jwk, pem, serving, token
+
+JOBS, STATS = "/api/events/jobs", "/api/monitoring/events/stats"
+ECHO: dict[str, Any] = {"job_type": "echo", "parameters": {}}
+API_ONLY: frozenset[Role] = frozenset({"api"})
+
+
+class Place:
+    """Starts an API with a way to sign in."""
+
+    def __init__(self, uri: str, db_name: str, directory: Path) -> None:
+        self._where = uri, db_name, directory
+        self.directory = directory
+
+    @asynccontextmanager
+    async def api(self, mode: str, **auth: Any) -> AsyncIterator[Api]:
+        running = running_api(*self._where, API_ONLY, auth={"mode": mode, **auth})
+        async for api in running:
+            yield api
+
+    def file(self, name: str, content: str | bytes) -> str:
+        path = self.directory / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return str(path)
+
+    def jwt(self, **more: Any) -> dict[str, Any]:
+        """Settings for tokens signed with the secret."""
+        return {"jwt": {"secret_file": self.file("secret", SECRET + "\n"), **more}}
+
+
+@pytest.fixture
+def place(mongodb_uri: str, db_name: str, tmp_path: Path) -> Place:
+    return Place(mongodb_uri, db_name, tmp_path)
+
+
+def bearer(credentials: object) -> dict[str, str]:
+    return {"Authorization": f"Bearer {credentials}".strip()}
+
+
+async def who(api: Api, headers: dict[str, str]) -> tuple[str, list[str]]:
+    """Submit a job; return whose it is, and the groups they were in."""
+    answer = await api.http.post(JOBS, json=ECHO, headers=headers)
+    assert answer.status_code == 202, answer.text
+    event = await api.db.events.find_one({"stream": answer.json()["job_id"], "version": 1})
+    assert event is not None
+    assert event["meta"]["actor"] == f"user:{event['data']['user_id']}"
+    return event["data"]["user_id"], event["data"].get("teams", [])
+
+
+async def is_admin(api: Api, headers: dict[str, str]) -> bool:
+    """Whether they may submit for somebody else."""
+    answer = await api.http.post(JOBS, json={**ECHO, "user_id": "somebody-else"}, headers=headers)
+    assert answer.status_code in (202, 403), answer.text
+    return answer.status_code == 202
+
+
+async def is_monitor(api: Api, headers: dict[str, str]) -> bool:
+    answer = await api.http.get(STATS, headers=headers)
+    assert answer.status_code in (200, 403), answer.text
+    return answer.status_code == 200
+
+
+def refused(answer: httpx.Response, code: str = "bad_credentials") -> str:
+    """Check that it is the one answer to wrong credentials; return its message."""
+    assert answer.status_code == 401, answer.text
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    content = answer.json()
+    assert (content["status"], content["code"], content["details"]) == ("error", code, {})
+    return str(content["message"])
+
+
+async def made(api: Api, **more: Any) -> KeyText:
+    """Make a key for alice and return what she has to send, once it opens."""
+    key, text = new_key(**{"user": "alice", "groups": (), "roles": (), "name": None, "expires_in": None, **more})
+    await stored(api, key, text)
+    return text
+
+
+async def stored(api: Api, key: ApiKey, text: KeyText) -> None:
+    await keys.store(api.db, key)
+    await until_answer(api, text, 200)
+
+
+async def until_answer(api: Api, text: KeyText, status: int) -> None:
+    async with asyncio.timeout(5):
+        # The change stream tells the API, and nobody but the API can tell us that it has heard of it.
+        while (await api.http.get(JOBS, headers=bearer(text))).status_code != status:
+            pass
+
+
+# keys ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_key_says_who_its_holder_is_and_in_which_groups_and_roles(place: Place) -> None:
+    async with place.api("keys") as api:
+        plain = bearer(await made(api, groups=["ops", "team-web"]))
+        assert await who(api, plain) == ("alice", ["team-ops", "team-web"])
+        assert not await is_admin(api, plain)
+        assert not await is_monitor(api, plain)
+        admin, monitor = await made(api, roles=["admin"]), await made(api, roles=["monitor"])
+        assert await is_admin(api, bearer(admin))
+        assert await is_monitor(api, bearer(monitor))
+        assert not await is_admin(api, bearer(monitor))
+        assert await who(api, {"Authorization": f"bEARER {admin}"}) == ("alice", [])
+
+
+async def test_a_key_works_in_a_process_that_starts_after_it_was_made(place: Place) -> None:
+    async with place.api("keys") as api:
+        text = await made(api)
+        await api.db.others.insert_one({})  # what a change stream hears of begins with the last thing that happened
+    async with place.api("keys") as api:
+        assert (await api.http.get(JOBS, headers=bearer(text))).status_code == 200
+
+
+async def test_a_revoked_key_stops_working_at_once_and_others_go_on(place: Place) -> None:
+    async with place.api("keys") as api:
+        text, other = await made(api), await made(api)
+        assert await keys.revoke(api.db, text.key_id)
+        await until_answer(api, text, 401)
+        refused(await api.http.get(JOBS, headers=bearer(text)))
+        assert (await api.http.get(JOBS, headers=bearer(other))).status_code == 200
+
+
+async def test_no_request_asks_the_database_for_its_key(place: Place) -> None:
+    async with place.api("keys") as api:
+        text = await made(api)
+        await api.db.command("profile", 2)
+        for _ in range(5):
+            await api.http.get(JOBS, headers=bearer(text))
+        await api.db.command("profile", 0)
+        asked = [it["command"] async for it in api.db["system.profile"].find({"op": "query"})]
+    assert any(it.get("find") == "jobs" or it.get("aggregate") == "jobs" for it in asked), "nothing was profiled"
+    assert not [it for it in asked if it.get("find") == "api_keys"]
+
+
+async def test_an_expired_key_is_refused_from_the_moment_on_without_anything_happening(place: Place) -> None:
+    async with place.api("keys") as api:
+        key, text = new_key(user="alice", groups=(), roles=(), name=None, expires_in="1m")
+        moment = datetime.now(UTC) + timedelta(seconds=1)
+        await stored(api, key.model_copy(update={"expires_at": moment}), text)
+        await until_answer(api, text, 401)
+        assert datetime.now(UTC) >= moment - timedelta(milliseconds=1), "the database keeps milliseconds"
+
+
+async def test_whatever_is_wrong_with_a_key_the_answer_is_the_same(place: Place) -> None:
+    async with place.api("keys") as api:
+        good = await made(api)
+        key, expired = new_key(user="alice", groups=(), roles=("admin",), name=None, expires_in=None)
+        await keys.store(api.db, key.model_copy(update={"expires_at": datetime.now(UTC) - timedelta(seconds=1)}))
+        later = await made(api)  # by when the API has heard of it, it has heard of the one before
+        wrong = {
+            "expired": expired,
+            "unknown": KeyText.new(),
+            "another's secret": KeyText(good.key_id, later.secret),
+            "nearly the secret": KeyText(good.key_id, good.secret[:-1] + ("A" if good.secret[-1] != "A" else "B")),
+            "shortened": str(good)[:-1],
+            "lengthened": f"{good}x",
+            "without a secret": f"jl_{good.key_id}_",
+            "only the id": good.key_id,
+            "only the secret": good.secret,
+            "another prefix": f"sk_{good.key_id}_{good.secret}",
+            "operators": '{"$gt": ""}',
+            "nothing": "",
+            "very long": "x" * 20_000,
+        }
+        answers = {what: await api.http.get(JOBS, headers=bearer(sent)) for what, sent in wrong.items()}
+        answers["another scheme"] = await api.http.get(JOBS, headers={"Authorization": f"Basic {good}"})
+        answers["no scheme"] = await api.http.get(JOBS, headers={"Authorization": str(good)})
+        answers["twice"] = await api.http.get(JOBS, headers=[("Authorization", f"Bearer {good}")] * 2)
+        answers["in the query"] = await api.http.get(f"{JOBS}?key={good}", headers={"Authorization": "Bearer"})
+        messages = {what: refused(answer) for what, answer in answers.items()}
+        assert len(set(messages.values())) == 1, messages
+
+        assert "API key" in refused(await api.http.get(JOBS), "not_signed_in")
+
+
+async def test_health_needs_no_sign_in_and_everything_else_does(place: Place) -> None:
+    async with place.api("keys") as api:
+        for path in ("/healthz", "/readyz"):
+            assert (await api.http.get(path)).status_code == 200
+        for path in ("/", JOBS, STATS, "/api/ledger/stream", "/api/events/files/x", "/nowhere", "/healthz/"):
+            refused(await api.http.get(path), "not_signed_in")
+        refused(await api.http.post(JOBS, json=ECHO), "not_signed_in")
+
+
+async def test_the_database_holds_no_secret(place: Place) -> None:
+    async with place.api("keys") as api:
+        text = await made(api)
+        [document] = await api.db.api_keys.find().to_list()
+    assert text.secret not in repr(document)
+    assert document["sha256"] == hashlib.sha256(text.secret.encode()).digest()
+    assert text.secret not in repr(text)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [{}, {"sha256": b"short"}, {"user_id": "team-x"}, {"user_id": ""}, {"groups": "ops"}, {"roles": ["root"]}],
+    ids=str,
+)
+async def test_a_document_that_is_no_key_opens_nothing_and_stops_nobody(place: Place, document: dict[str, Any]) -> None:
+    text = KeyText.new()
+    whole = {"_id": text.key_id, "sha256": text.digest, "user_id": "alice", "created_at": datetime.now(UTC)}
+    async with place.api("keys") as api:
+        await api.db.api_keys.insert_one({**whole, **document} if document else {"_id": text.key_id})
+        other = await made(api)
+        refused(await api.http.get(JOBS, headers=bearer(text)))
+    async with place.api("keys") as api:
+        refused(await api.http.get(JOBS, headers=bearer(text)))
+        assert (await api.http.get(JOBS, headers=bearer(other))).status_code == 200
+
+
+async def test_a_key_that_somebody_changes_by_hand_opens_nothing(place: Place) -> None:
+    async with place.api("keys") as api:
+        text = await made(api)
+        await api.db.api_keys.update_one({"_id": text.key_id}, {"$set": {"roles": ["admin"]}})
+        await until_answer(api, text, 401)
+
+
+# jwt ----------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_token_says_who_it_is_and_in_which_groups_and_roles(place: Place) -> None:
+    async with place.api("jwt", **place.jwt()) as api:
+        alice = bearer(token(groups=["ops", "team-web", " "], roles=["author", "offline_access"]))
+        assert await who(api, alice) == ("alice", ["team-ops", "team-web"])
+        assert not await is_admin(api, alice)
+        assert not await is_monitor(api, alice)
+        assert await is_admin(api, bearer(token(roles=["admin"])))
+        assert await is_monitor(api, bearer(token(roles="monitor")))
+        assert await who(api, bearer(token(groups="ops"))) == ("alice", ["team-ops"])
+
+
+async def test_who_has_a_role_can_be_said_in_the_settings_by_user_and_by_group(place: Place) -> None:
+    async with place.api("jwt", **place.jwt(), admins=["ann", "team-ops"], monitors=["mona"]) as api:
+        assert await is_admin(api, bearer(token(sub="ann")))
+        assert await is_admin(api, bearer(token(groups=["ops"])))
+        assert not await is_admin(api, bearer(token(sub="mona", groups=["ann"])))
+        assert await is_monitor(api, bearer(token(sub="mona")))
+        assert not await is_monitor(api, bearer(token()))
+
+
+async def test_the_claims_can_have_other_names_and_lie_within_others(place: Place) -> None:
+    named = {"user_claim": "email", "groups_claim": "https://example.org/groups", "roles_claim": "realm_access.roles"}
+    async with place.api("jwt", **place.jwt(**named)) as api:
+        said: dict[str, Any] = {
+            "email": "a@example.org",
+            "https://example.org/groups": ["x"],
+            "realm_access": {"roles": ["admin"]},
+        }
+        assert await who(api, bearer(token(**said))) == ("a@example.org", ["team-x"])
+        assert await is_admin(api, bearer(token(**said)))
+        assert not await is_admin(api, bearer(token(email="b@example.org", realm_access=["admin"], roles=["admin"])))
+        refused(await api.http.get(JOBS, headers=bearer(token())))
+
+
+def by_hand(header: Any, claims: Any, secret: bytes | None = SECRET.encode()) -> str:
+    """A token of parts that no library would make, with a good signature if there is a secret for it."""
+    parts = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, claims)]
+    said = ".".join(map(base64_of, parts))
+    return f"{said}.{base64_of(hmac.digest(secret, said.encode(), 'sha256') if secret else b'')}"
+
+
+def base64_of(part: bytes) -> str:
+    return base64.urlsafe_b64encode(part).rstrip(b"=").decode()
+
+
+def signed_by_hmac(secret: bytes) -> str:
+    """What somebody sends who hopes that the public key, which all know, is taken for a secret."""
+    return by_hand(HS256, {"sub": "alice", "exp": time.time() + 60}, secret)
+
+
+HS256 = {"alg": "HS256", "typ": "JWT"}
+
+
+async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(place: Place) -> None:
+    now = time.time()
+    good = token(iss="us", aud="jobledger")
+    head, body, signature = good.split(".")
+    right = {"iss": "us", "aud": "jobledger"}
+    alice = {"sub": "alice", "exp": now + 60, **right}
+    deep = b"[" * 5000 + b"]" * 5000
+    wrong = {
+        "another secret": token("another secret, of at least 32 bytes", **right),
+        "another body": f"{head}.{token(sub='ann', **right).split('.')[1]}.{signature}",
+        "no signature": f"{head}.{body}.",
+        "two parts": f"{head}.{body}",
+        "alg none": by_hand({"alg": "none"}, alice, None),
+        "alg None": by_hand({"alg": "None"}, alice, None),
+        "alg none, signed": by_hand({"alg": "none"}, alice),
+        "alg missing": by_hand({}, alice),
+        "alg a list": by_hand({"alg": ["HS256"]}, alice),
+        "HS512": token(SECRET * 2, "HS512", **right),
+        "RS256": token(PRIVATE, "RS256", **right),
+        "expired": token(exp=int(now) - 31, **right),
+        "without exp": token(exp=None, **right),
+        "exp null": by_hand(HS256, {**alice, "exp": None}),
+        "exp words": token(exp="tomorrow", **right),
+        "exp infinite": token(exp=float("inf"), **right),
+        "not yet": token(nbf=int(now) + 60, **right),
+        "another issuer": token(iss="them", aud="jobledger"),
+        "no issuer": token(aud="jobledger"),
+        "another audience": token(iss="us", aud=["billing"]),
+        "no audience": token(iss="us"),
+        "no subject": token(sub=None, **right),
+        "empty subject": token(sub="", **right),
+        "blank subject": token(sub=" ", **right),
+        "long subject": token(sub="x" * 201, **right),
+        "subject that is a group": token(sub="team-ops", **right),
+        "subject with a line break": token(sub="alice\nbob", **right),
+        "subject in a list": by_hand(HS256, {**alice, "sub": ["alice"]}),
+        "groups in an object": token(groups={"ops": True}, **right),
+        "groups of numbers": token(groups=[1], **right),
+        "group too long": token(groups=["x" * 200], **right),
+        "key id that is none": by_hand({**HS256, "kid": {"$ne": 1}}, alice),
+        "critical extension": by_hand({**HS256, "crit": ["x"], "x": 1}, alice),
+        "deep claims": by_hand(HS256, deep),
+        "deep header": by_hand(deep, alice),
+        "claims in a list": by_hand(HS256, [alice]),
+        "claims that are no text": by_hand(HS256, b"\xff"),
+        "words": "not.a.token",
+        "nothing": "",
+        "an API key": KeyText.new(),
+    }
+    async with place.api("jwt", **place.jwt(issuer="us", audience="jobledger")) as api:
+        assert await who(api, bearer(good)) == ("alice", [])
+        assert await who(api, bearer(by_hand(HS256, alice))) == ("alice", []), "what is made by hand can be right"
+        assert await who(api, bearer(token(exp=int(now) - 15, **right))) == ("alice", []), "within the leeway"
+        assert await who(api, bearer(token(iss="us", aud=["billing", "jobledger"]))) == ("alice", [])
+        answers = {what: await api.http.get(JOBS, headers=bearer(sent)) for what, sent in wrong.items()}
+        assert {what: answer.status_code for what, answer in answers.items() if answer.status_code != 401} == {}
+        assert len({refused(answer) for answer in answers.values()}) == 1
+        refused(await api.http.get(JOBS), "not_signed_in")
+
+
+async def test_a_token_for_somebody_elses_service_is_refused_when_no_audience_is_set(place: Place) -> None:
+    async with place.api("jwt", **place.jwt()) as api:
+        refused(await api.http.get(JOBS, headers=bearer(token(aud="billing"))))
+
+
+@pytest.mark.parametrize(("private", "algorithm"), [(PRIVATE, "RS256"), (ELLIPTIC, "ES256")], ids=["RS256", "ES256"])
+async def test_a_public_key_verifies_tokens_and_is_no_secret(place: Place, private: Any, algorithm: str) -> None:
+    path = place.file("key.pem", pem(private))
+    async with place.api("jwt", jwt={"public_key_file": path}) as api:
+        assert await who(api, bearer(token(private, algorithm))) == ("alice", [])
+        for wrong in (
+            token(OTHER, "RS256"),
+            token(PRIVATE, "RS512"),
+            token(PRIVATE, "PS256"),
+            token(ec.generate_private_key(ec.SECP256R1()), "ES256"),
+            signed_by_hmac(pem(private)),
+            signed_by_hmac(pem(private).strip()),
+            by_hand({"alg": "none"}, {"sub": "alice", "exp": time.time() + 60}, None),
+        ):
+            refused(await api.http.get(JOBS, headers=bearer(wrong)))
+
+
+def short_rsa() -> bytes:
+    return pem(rsa.generate_private_key(public_exponent=65537, key_size=1024))
+
+
+@pytest.mark.parametrize(
+    ("content", "right"),
+    [
+        (b"", "PEM form"),
+        (SECRET.encode(), "PEM form"),
+        (short_rsa(), "2048 bits"),
+        (pem(ec.generate_private_key(ec.SECP384R1())), "P-256"),
+        (None, "cannot be read"),
+    ],
+    ids=["empty", "a secret", "short", "another curve", "missing"],
+)
+async def test_a_public_key_that_cannot_be_used_ends_the_start(place: Place, content: bytes | None, right: str) -> None:
+    path = str(place.directory / "none.pem") if content is None else place.file("key.pem", content)
+    with pytest.raises(ConfigurationError, match=right) as raised:
+        async with place.api("jwt", jwt={"public_key_file": path}):
+            pass
+    assert str(raised.value).startswith(f"auth.jwt.public_key_file: {path}")
+    assert SECRET not in str(raised.value)
+
+
+def test_a_private_key_is_not_taken_for_a_public_one() -> None:
+    with pytest.raises(ValueError, match="public key"):
+        public_key(b"-----BEGIN PRIVATE KEY-----\nMIGEAgEAMBAGByqGSM49\n-----END PRIVATE KEY-----\n")
+
+
+async def test_keys_at_an_address_are_fetched_once_and_again_for_a_new_one(place: Place) -> None:
+    async with (
+        serving(Issuer(jwk(PRIVATE, "one"), jwk(ELLIPTIC, "two"))) as issuer,
+        place.api("jwt", jwt={"jwks_url": issuer.url}) as api,
+    ):
+        assert issuer.asked == 0
+        answers = await asyncio.gather(
+            *(api.http.get(JOBS, headers=bearer(token(PRIVATE, "RS256", "one"))) for _ in range(10))
+        )
+        assert {answer.status_code for answer in answers} == {200}
+        assert await who(api, bearer(token(ELLIPTIC, "ES256", "two"))) == ("alice", [])
+        assert issuer.asked == 1
+        for wrong in (
+            token(OTHER, "RS256", "one"),
+            token(PRIVATE, "RS256", "two"),
+            token(PRIVATE, "RS256", "three"),
+            token(PRIVATE, "RS256"),
+            signed_by_hmac(pem(PRIVATE)),
+        ):
+            refused(await api.http.get(JOBS, headers=bearer(wrong)))
+        assert issuer.asked == 1, "a minute has not passed since it was asked"
+
+
+async def test_while_keys_cannot_be_fetched_it_is_503_and_not_the_clients_fault(place: Place) -> None:
+    async with serving(Issuer()) as issuer, place.api("jwt", jwt={"jwks_url": issuer.url}) as api:
+        issuer.status = 500
+        for _ in range(3):
+            answer = await api.http.get(JOBS, headers=bearer(token(PRIVATE, "RS256", "one")))
+            assert (answer.status_code, answer.json()["code"]) == (503, "keys_unavailable")
+            assert answer.headers["Retry-After"] == "5"
+        assert issuer.asked == 1, "nor is the issuer stormed"
+        refused(await api.http.get(JOBS, headers=bearer("not a token")))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+async def test_unknown_keys_are_looked_for_once_a_minute_whatever_is_named() -> None:
+    clock = Clock()
+    async with serving(Issuer(jwk(PRIVATE, "one"))) as issuer:
+        source = KeysAt(issuer.url, clock)
+        for kid in ("a", "b", "c"):
+            assert await source.key(kid) is None
+        assert issuer.asked == 1
+        issuer.publish(jwk(PRIVATE, "one"), jwk(OTHER, "new"))
+        clock.seconds += 59
+        assert await source.key("new") is None
+        clock.seconds += 2
+        assert await source.key("new") is not None
+        assert issuer.asked == 2
+
+
+async def test_keys_stay_good_while_their_address_is_away_and_unknown_ones_are_503() -> None:
+    clock = Clock()
+    async with serving(Issuer(jwk(PRIVATE, "one"))) as issuer:
+        source = KeysAt(issuer.url, clock)
+        assert await source.key("one") is not None
+        issuer.status = 502
+        clock.seconds += 4000
+        assert await source.key("one") is not None
+        with pytest.raises(ApiError) as raised:
+            await source.key("two")
+        assert raised.value.status == 503
+        assert await source.key("one") is not None
+        assert issuer.asked == 2
+
+
+async def test_a_key_that_was_withdrawn_is_forgotten_within_an_hour() -> None:
+    clock = Clock()
+    async with serving(Issuer(jwk(PRIVATE, "one"), jwk(OTHER, "two"))) as issuer:
+        source = KeysAt(issuer.url, clock)
+        assert await source.key("one") is not None
+        issuer.publish(jwk(OTHER, "two"))
+        clock.seconds += 3601
+        async with asyncio.timeout(5):
+            await source.key("one")  # which is why they are fetched again
+            await source.key("three")  # waits for them
+            assert await source.key("one") is None
+        assert await source.key("two") is not None
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"keys": {}}', b'{"keys": []}', b'{"keys": [1, {}]}', b"\xff", b"x" * 1_100_000]
+)
+async def test_an_answer_without_keys_is_as_none(body: bytes) -> None:
+    async with serving(Issuer()) as issuer:
+        issuer.body = body
+        with pytest.raises(ApiError) as raised:
+            await KeysAt(issuer.url).key("one")
+    assert raised.value.status == 503
+
+
+async def test_what_is_no_key_for_signatures_is_passed_over_in_a_set() -> None:
+    secret = {"kty": "oct", "kid": "secret", "k": base64.urlsafe_b64encode(SECRET.encode()).decode(), "alg": "HS256"}
+    async with serving(
+        Issuer(
+            secret,
+            {"kty": "RSA", "kid": "broken"},
+            {"kty": "RSA", "kid": "broken too", "n": 1, "e": []},
+            jwk(PRIVATE, "for encryption", use="enc"),
+            jwk(PRIVATE, "another algorithm", alg="RS512"),
+            jwk(rsa.generate_private_key(public_exponent=65537, key_size=1024), "short"),
+            jwk(PRIVATE, None, use="sig"),
+        )
+    ) as issuer:
+        source = KeysAt(issuer.url)
+        for kid in ("secret", "broken", "broken too", "for encryption", "another algorithm", "short"):
+            assert await source.key(kid) is None, kid
+        only = await source.key(None)
+    assert only is not None
+    assert only.algorithm == "RS256"
+
+
+# proxy --------------------------------------------------------------------------------------------------------------
+
+HEADERS = {"groups_header": "X-Forwarded-Groups", "roles_header": "X-Roles"}
+HERE = {"trusted": ["127.0.0.0/8", "::1"], **HEADERS}
+
+
+async def test_a_trusted_proxy_says_who_it_is(place: Place) -> None:
+    async with place.api("proxy", proxy=HERE, admins=["ann"]) as api:
+        alice = {"X-Forwarded-User": "alice", "X-Forwarded-Groups": "ops, team-web,,"}
+        assert await who(api, alice) == ("alice", ["team-ops", "team-web"])
+        assert not await is_admin(api, alice)
+        assert await is_admin(api, {"X-Forwarded-User": "ann"})
+        assert await is_admin(api, {"X-Forwarded-User": "alice", "X-Roles": "monitor, admin"})
+        assert not await is_monitor(api, {"X-Forwarded-User": "alice", "X-Roles": "administrator"})
+        named = await api.http.post(
+            JOBS, json=ECHO, headers=httpx.Headers({"X-Forwarded-User": "Müller"}, encoding="utf-8")
+        )
+        assert named.json()["job"]["user_id"] == "Müller"
+        refused(await api.http.get(JOBS), "not_signed_in")
+
+
+async def test_what_the_settings_do_not_name_is_not_believed(place: Place) -> None:
+    async with place.api("proxy", proxy={"trusted": ["127.0.0.1"]}) as api:
+        spoofed = {
+            "X-Forwarded-User": "alice",
+            "X-Forwarded-Groups": "ops",
+            "X-Roles": "admin",
+            "X-Forwarded-Roles": "a",
+        }
+        assert await who(api, spoofed) == ("alice", [])
+        assert not await is_admin(api, spoofed)
+        refused(await api.http.get(JOBS, headers={"X-Remote-User": "alice"}), "not_signed_in")
+
+
+async def test_from_elsewhere_no_header_is_believed(place: Place) -> None:
+    async with place.api("proxy", proxy={"trusted": ["10.0.0.0/8", "::1"], **HEADERS}, anonymous_public=True) as api:
+        for headers in (
+            {"X-Forwarded-User": "alice"},
+            {"X-Forwarded-User": "alice", "X-Forwarded-For": "10.0.0.1", "Forwarded": "for=10.0.0.1"},
+            {"X-Real-IP": "10.0.0.1", "X-Forwarded-User": "alice"},
+            {},
+        ):
+            refused(await api.http.get(JOBS, headers=headers))
+
+
+async def test_headers_that_cannot_be_right_are_refused(place: Place) -> None:
+    async with place.api("proxy", proxy=HERE) as api:
+        for headers in (
+            [("X-Forwarded-User", "alice"), ("X-Forwarded-User", "bob")],
+            [("X-Forwarded-User", "alice"), ("x-forwarded-user", "alice")],
+            [("X-Forwarded-User", "alice"), ("X-Roles", ""), ("X-Roles", "admin")],
+            [("X-Forwarded-User", "alice"), ("X-Forwarded-Groups", "a"), ("X-Forwarded-Groups", "b")],
+            [("X-Forwarded-User", "")],
+            [("X-Forwarded-User", "team-ops")],
+            [("X-Forwarded-User", "x" * 201)],
+            [(b"X-Forwarded-User", b"\xff")],
+        ):
+            refused(await api.http.get(JOBS, headers=httpx.Headers(headers)))
+
+
+# Without credentials ------------------------------------------------------------------------------------------------
+
+
+async def test_who_sends_no_credentials_sees_what_is_public_if_that_is_allowed_and_nothing_else(
+    mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
+    auth = {"mode": "keys", "anonymous_public": True}
+    async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth=auth):
+        alice = bearer(await made(api))
+        answers = {
+            visibility: await api.http.post(
+                JOBS, json={**ECHO, "access_control": {"visibility": visibility}}, headers=alice
+            )
+            for visibility in ("public", "private", "team")
+        }
+        ids = {visibility: answer.json()["job_id"] for visibility, answer in answers.items()}
+        position = answers["team"].headers["Ledger-Position"]
+        listed = (await api.get(JOBS, position)).json()
+        assert [job["job_id"] for job in listed["jobs"]] == [ids["public"]]
+        statuses = {visibility: (await api.get(f"{JOBS}/{it}")).status_code for visibility, it in ids.items()}
+        assert statuses == {"public": 200, "private": 404, "team": 404}
+        assert (await api.http.head(f"{JOBS}/{ids['public']}")).status_code == 200
+
+        assert (await api.get("/nowhere")).status_code == 404
+        refused(await api.http.post("/nowhere"), "not_signed_in")
+        refused(await api.http.post(JOBS, json=ECHO), "not_signed_in")
+        refused(await api.http.post(f"{JOBS}/{ids['public']}/cancel"), "not_signed_in")
+        refused(await api.http.delete(f"{JOBS}/{ids['public']}"), "not_signed_in")
+        refused(await api.http.get(STATS), "not_signed_in")
+        refused(await api.get(f"{JOBS}/{ids['public']}", None, **bearer(KeyText.new())))
+        refused(await api.get(f"{JOBS}/{ids['public']}", None, Authorization=""))
+
+
+@pytest.mark.parametrize("mode", ["jwt", "proxy"])
+async def test_in_the_other_modes_it_is_the_same(place: Place, mode: str) -> None:
+    auth: dict[str, Any] = place.jwt() if mode == "jwt" else {"proxy": HERE}
+    async with place.api(mode, **auth, anonymous_public=True) as api:
+        assert (await api.http.get(JOBS)).json()["total"] == 0
+        refused(await api.http.post(JOBS, json=ECHO), "not_signed_in")
+        wrong = bearer("x") if mode == "jwt" else {"X-Forwarded-User": ""}
+        refused(await api.http.get(JOBS, headers=wrong))

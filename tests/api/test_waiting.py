@@ -1,0 +1,66 @@
+"""`Prefer: wait`: the answer comes when the job has ended, or after the time that one was ready to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from tests.api.conftest import Api
+
+
+async def test_a_submission_that_waits_is_answered_with_the_finished_job(api: Api) -> None:
+    answer = await api.post(
+        "/api/events/jobs", {"job_type": "echo", "parameters": {"text": "now"}}, Prefer="respond-async, wait=20"
+    )
+    assert answer.status_code == 202
+    job = answer.json()["job"]
+    assert (job["status"], job["progress"]["percent"]) == ("completed", 100)
+    seen = await api.get(f"/api/events/jobs/{job['job_id']}", answer.headers["ledger-position"])
+    assert seen.json()["job"] == job
+
+
+async def test_a_read_that_waits_is_answered_as_soon_as_the_job_has_ended(api: Api) -> None:
+    job_id = await api.submit({"seconds": 0.5})
+    begun = time.monotonic()
+    answer = await api.get(f"/api/events/jobs/{job_id}", Prefer="wait=20")
+    assert answer.json()["job"]["status"] == "completed"
+    assert time.monotonic() - begun < 10
+
+
+async def test_who_waits_in_vain_is_told_how_it_is_now(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    begun = time.monotonic()
+    answer = await idle_api.get(f"/api/events/jobs/{job_id}", Prefer="wait=1")
+    assert answer.json()["job"]["status"] == "pending"
+    assert 1 <= time.monotonic() - begun < 5
+
+
+async def test_many_wait_for_many_jobs_and_each_hears_of_its_own(api: Api) -> None:
+    jobs = [await api.submit({"seconds": 0.2 * (number % 3)}) for number in range(15)]
+    answers = await asyncio.gather(
+        *(api.get(f"/api/events/jobs/{job_id}", Prefer="wait=30") for job_id in jobs for _ in range(3))
+    )
+    assert {answer.json()["job"]["status"] for answer in answers} == {"completed"}
+
+
+async def test_a_job_that_is_deleted_ends_the_waiting(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    waiting = asyncio.create_task(idle_api.get(f"/api/events/jobs/{job_id}", Prefer="wait=20"))
+    await asyncio.sleep(0.3)
+    await idle_api.http.delete(f"/api/events/jobs/{job_id}")
+    answer = await asyncio.wait_for(waiting, 5)
+    assert answer.status_code in (200, 404)
+
+
+async def test_a_batch_is_waited_for_too(api: Api) -> None:
+    batch = await api.submit_batch({"seconds": 0.3}, {})
+    answer = await api.get(f"/api/events/batches/{batch['batch_id']}", Prefer="wait=20")
+    assert answer.json()["batch"]["status"] == "completed"
+
+
+async def test_a_preference_that_cannot_be_understood_is_passed_over(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    begun = time.monotonic()
+    for preference in ("wait", "wait=", "wait=soon", "wait=-1", "return=minimal", "wait=99999999999"):
+        assert (await idle_api.get(f"/api/events/jobs/{job_id}", Prefer=preference)).status_code == 200
+    assert time.monotonic() - begun < 2

@@ -1,0 +1,193 @@
+"""`jobledger keys …`, and the key that `jobledger submit` sends: real processes on a database of the test's own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+
+from api.keys import KeyText
+from cli.keys import lifetime, new_key
+from ledger.errors import ConfigurationError
+from ledger.server_note import until
+from tests.support.installation import Ended, Installation, Role, client_of
+from tests.support.mongod import needs_local_mongod
+
+JOBS = "/api/events/jobs"
+ECHO = json.dumps({"job_type": "echo", "parameters": {"text": "hello"}})
+
+
+@pytest.fixture
+def installation(mongodb_uri: str, db_name: str, tmp_path: Path) -> Iterator[Installation]:
+    mongodb = {"uri": mongodb_uri, "db_name": db_name}
+    with Installation(tmp_path, mongodb=mongodb, auth={"mode": "keys"}) as installation:
+        yield installation
+
+
+def done(ended: Ended) -> str:
+    assert ended.exit_code == 0, ended.out + ended.err
+    return ended.out
+
+
+def one_line(ended: Ended, exit_code: int, *words: str) -> None:
+    assert ended.exit_code == exit_code, ended.out + ended.err
+    assert ended.err.startswith("jobledger: "), ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    for word in words:
+        assert word in ended.err
+
+
+def status(role: Role, key: str) -> int:
+    with client_of(role) as client:
+        return client.get(JOBS, headers={"Authorization": f"Bearer {key}"}).status_code
+
+
+def test_a_key_is_made_shown_once_used_and_revoked(installation: Installation) -> None:
+    created = installation.run("keys", "create", "--user", "alice", "--group", "ops", "--name", "her [bold]laptop")
+    key = done(created).removesuffix("\n")
+    assert re.fullmatch(r"jl_[0-9a-f]{16}_[\w-]{43}", key)
+    text = KeyText.read(key)
+    assert text
+    assert text.secret not in created.err, "what is told beside it may be logged"
+    assert f"jobledger keys revoke {text.key_id}" in created.err
+
+    listed = installation.run("keys", "list")
+    for word in (text.key_id, "alice", "team-ops", "her [bold]laptop", "never"):
+        assert word in done(listed)
+    assert text.secret not in listed.out + listed.err
+
+    up = installation.start("api").ready()
+    assert status(up, key) == 200
+    assert text.key_id in done(installation.run("keys", "revoke", text.key_id))
+    assert until(lambda: status(up, key) == 401, 5)
+    assert done(installation.run("keys", "list")) == "There are no API keys.\n"
+    one_line(installation.run("keys", "revoke", text.key_id), 1, "`jobledger keys list`")
+    assert text.secret not in up.out + up.err
+
+
+def test_programs_get_json(installation: Installation) -> None:
+    before = datetime.now(UTC)
+    roles = ("--role", "monitor", "--role", "admin")
+    created = json.loads(
+        done(installation.run("keys", "create", "--user", "bob", *roles, "--expires-in", "90d", "--json"))
+    )
+    key = created.pop("key")
+    assert KeyText.read(key)
+    assert created.keys() == {"id", "name", "user_id", "groups", "roles", "created_at", "expires_at"}
+    assert (created["user_id"], created["groups"], created["roles"]) == ("bob", [], ["monitor", "admin"])
+    expires_at = datetime.fromisoformat(created["expires_at"])
+    assert timedelta(0) <= expires_at - before - timedelta(days=90) < timedelta(minutes=1)
+    assert json.loads(done(installation.run("keys", "list", "--json"))) == [created]
+    # The whole key names it as well: that is what is at hand when it has leaked.
+    assert json.loads(done(installation.run("keys", "revoke", key, "--json"))) == {"revoked": created["id"]}
+    assert json.loads(done(installation.run("keys", "list", "--json"))) == []
+
+
+def test_what_is_no_id_is_not_repeated_for_it_may_be_most_of_a_key(installation: Installation) -> None:
+    nearly = str(KeyText.new())[:-1]
+    refused = installation.run("keys", "revoke", nearly)
+    one_line(refused, 1)
+    assert nearly[20:] not in refused.out + refused.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--user", ""], ["--user", "empty"]),
+        (["--user", "team-ops"], ["--user", "`team-`"]),
+        (["--user", "x" * 201], ["--user", "200"]),
+        (["--user", "a\x1b[31mb"], ["--user", "printed"]),
+        (["--user", "a", "--group", ""], ["--group", "empty"]),
+        (["--user", "a", "--group", "team-"], ["--group", "empty"]),
+        (["--user", "a", "--group", "x" * 200], ["--group", "200"]),
+        (["--user", "a", "--role", "root"], ["--role", "'admin' or 'monitor'"]),
+        (["--user", "a", "--name", "x" * 201], ["--name", "200"]),
+        (["--user", "a", "--name", "a\x1b[31mb"], ["--name", "printed"]),
+        *[
+            (["--user", "a", "--expires-in", text], ["--expires-in", "90d"])
+            for text in ("", "90", "d", "0d", "-1d", "1.5d", "1y", "36501d", "999999999w", "٣d")
+        ],
+    ],
+    ids=str,
+)
+def test_a_key_that_cannot_be_is_explained_before_anything_is_stored(arguments: list[str], words: list[str]) -> None:
+    given: dict[str, Any] = {"user": "", "groups": [], "roles": [], "name": None, "expires_in": None}
+    for option, value in zip(arguments[::2], arguments[1::2], strict=True):
+        name = option.removeprefix("--").replace("-", "_")
+        given |= {f"{name}s": [value]} if name in ("group", "role") else {name: value}
+    with pytest.raises(ConfigurationError) as raised:
+        new_key(**given)
+    for word in words:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "lasting"),
+    [
+        ("30m", timedelta(minutes=30)),
+        ("12h", timedelta(hours=12)),
+        ("90d", timedelta(days=90)),
+        ("8w", timedelta(weeks=8)),
+        ("36500d", timedelta(days=36_500)),
+    ],
+)
+def test_how_long_a_key_lasts_is_a_number_and_a_unit(text: str, lasting: timedelta) -> None:
+    assert lifetime(text) == lasting
+
+
+def test_wrong_usage_and_no_database_have_their_exit_codes(installation: Installation) -> None:
+    one_line(installation.run("keys", "create", "--user", "team-x"), 2, "--user")
+    for arguments in (["create"], ["create", "--user", "a", "--role", "root"], ["revoke"]):
+        wrong = installation.run("keys", *arguments)
+        assert wrong.exit_code == 2
+        assert "Traceback" not in wrong.err
+    installation.configure(mongodb={"uri": "mongodb://127.0.0.1:1/", "connect_timeout_ms": 200})
+    for arguments in (["create", "--user", "a"], ["list"], ["revoke", "x"]):
+        one_line(installation.run("keys", *arguments), 3, "MongoDB")
+
+
+def test_an_expired_key_is_listed_as_such(installation: Installation, mongodb_uri: str, db_name: str) -> None:
+    key, _ = new_key(user="alice", groups=(), roles=(), name=None, expires_in=None)
+    old = key.model_copy(update={"expires_at": datetime(2020, 2, 3, tzinfo=UTC)})
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client[db_name].api_keys.insert_one(old.model_dump(by_alias=True))
+    assert "expired 2020-02-03 00:00 UTC" in done(installation.run("keys", "list"))
+
+
+@needs_local_mongod
+def test_with_the_embedded_server_keys_can_be_made_before_anything_runs_and_while_it_does(tmp_path: Path) -> None:
+    with Installation(tmp_path, auth={"mode": "keys"}) as installation:
+        before = done(installation.run("keys", "create", "--user", "alice")).strip()
+        up = installation.up()
+        while_up = done(installation.run("keys", "create", "--user", "bob")).strip()
+        submitted = installation.run("submit", "-", "--wait", "--url", up.url, stdin=ECHO, JOBLEDGER_KEY=before)
+        assert "completed" in done(submitted)
+        assert before not in submitted.out + submitted.err + up.out + up.err
+        assert until(lambda: status(up, while_up) == 200, 5)
+
+
+def test_a_key_for_a_place_that_asks_for_none_is_made_with_a_note(
+    installation: Installation, mongodb_uri: str, db_name: str
+) -> None:
+    installation.configure(mongodb={"uri": mongodb_uri, "db_name": db_name})
+    created = installation.run("keys", "create", "--user", "alice")
+    assert KeyText.read(done(created).strip())
+    assert "note: auth.mode is `open`" in created.err
+
+
+def test_submitting_without_a_key_or_with_a_wrong_one_says_what_to_do(installation: Installation) -> None:
+    up = installation.start("api").ready()
+    submit = ("submit", "-", "--url", up.url)
+    one_line(installation.run(*submit, stdin=ECHO), 2, "asks who you are", "JOBLEDGER_KEY", "`jobledger keys create`")
+    one_line(installation.run(*submit, stdin=ECHO, JOBLEDGER_KEY="  "), 2, "asks who you are")
+    wrong = str(KeyText.new())
+    for key in (wrong, f"{wrong}\n", "s3cret key", "s3cr€t", "s3cret\x00"[:-1] + "\x07"):
+        refused = installation.run(*submit, stdin=ECHO, JOBLEDGER_KEY=key)
+        one_line(refused, 2, "JOBLEDGER_KEY")
+        assert key.strip() not in refused.out + refused.err

@@ -1,0 +1,226 @@
+"""Result files in the database: whole or not there, once for each content, whoever stores them and whoever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gridfs import AsyncGridFSBucket
+from gridfs.asynchronous.grid_file import AsyncGridIn
+
+from ledger.errors import FileLost, LedgerUnavailable
+from ledger.files import DirectoryStore, FileStore
+from ledger.gridfs import GridFSStore
+from ledger.mongo import Connection, Database
+
+CHUNK = 255 * 1024
+CONTENT = bytes(range(256)) * 10_000  # ten chunks, the last one not full
+
+
+@pytest.fixture
+def connection(mongodb_uri: str, db_name: str) -> Connection:
+    return Connection(mongodb_uri, db_name)
+
+
+@pytest.fixture
+async def db(connection: Connection) -> AsyncIterator[Database]:
+    async with connection.client() as client:
+        yield client[connection.db_name]
+
+
+@pytest.fixture
+async def store(db: Database) -> GridFSStore:
+    store = GridFSStore(db)
+    await store.prepare()
+    return store
+
+
+@pytest.fixture
+def inbox(store: GridFSStore, tmp_path: Path) -> Path:
+    return store.inbox(tmp_path / "inbox")
+
+
+async def saved(inbox: Path, content: bytes = CONTENT) -> str:
+    """What a job's process does."""
+    return (await asyncio.to_thread(DirectoryStore(inbox).put_bytes, content)).sha256
+
+
+async def read(store: FileStore, sha256: str, start: int = 0, end: int | None = None) -> bytes:
+    file = await store.open(sha256)
+    try:
+        return b"".join([piece async for piece in file.read(start, file.size if end is None else end)])
+    finally:
+        await file.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK, len(CONTENT)])
+async def test_what_is_taken_over_is_found_under_its_digest_and_gone_from_the_inbox(
+    store: GridFSStore, inbox: Path, size: int
+) -> None:
+    sha256 = await saved(inbox, CONTENT[:size])
+    await store.take_over(inbox, sha256)
+
+    assert await read(store, sha256) == CONTENT[:size]
+    assert (await store.open(sha256)).size == size
+    assert not DirectoryStore(inbox).path(sha256).exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (0, 1),
+        (0, CHUNK),
+        (CHUNK - 1, CHUNK + 1),
+        (CHUNK, 2 * CHUNK),
+        (3, 6 * CHUNK + 7),
+        (len(CONTENT) - 5, len(CONTENT)),
+        (7, 7),
+    ],
+)
+async def test_a_part_is_just_that_part(store: GridFSStore, inbox: Path, start: int, end: int) -> None:
+    sha256 = await saved(inbox)
+    await store.take_over(inbox, sha256)
+    assert await read(store, sha256, start, end) == CONTENT[start:end]
+
+
+async def test_the_same_content_is_stored_once_also_by_many_writers_at_once(
+    store: GridFSStore, db: Database, tmp_path: Path
+) -> None:
+    inboxes = [store.inbox(tmp_path / f"inbox-{number}") for number in range(6)]
+    [sha256] = {await saved(inbox) for inbox in inboxes}
+    await asyncio.gather(*(store.take_over(inbox, sha256) for inbox in inboxes))
+
+    assert await read(store, sha256) == CONTENT
+    assert await db.fs.files.count_documents({}) == 1
+    assert await db.fs.chunks.count_documents({}) == 10
+    await saved(inboxes[0])
+    await store.take_over(inboxes[0], sha256)
+    assert await db.fs.chunks.count_documents({}) == 10
+
+
+async def test_the_later_of_two_writers_gives_up_what_it_has_written(
+    store: GridFSStore, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked and found nothing before either is done."""
+    first, second = store.inbox(tmp_path / "1"), store.inbox(tmp_path / "2")
+    sha256 = await saved(first)
+    await saved(second)
+    real = AsyncGridIn.close
+
+    async def overtaken(self: AsyncGridIn) -> None:
+        monkeypatch.setattr(AsyncGridIn, "close", real)
+        await store.take_over(second, sha256)
+        await real(self)
+
+    monkeypatch.setattr(AsyncGridIn, "close", overtaken)
+    await store.take_over(first, sha256)
+    assert await read(store, sha256) == CONTENT
+    assert await db.fs.files.count_documents({}) == 1
+    assert await db.fs.chunks.count_documents({}) == 10
+
+
+class PowerCut(BaseException):
+    """Ends the process as far as the code under test is concerned."""
+
+
+async def test_what_a_dead_writer_has_left_is_no_file_and_in_nobodys_way(
+    store: GridFSStore, db: Database, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = await saved(inbox)
+
+    async def cut(self: AsyncGridIn) -> None:
+        await self._flush_buffer(force=True)  # all chunks, but no entry
+        raise PowerCut
+
+    with monkeypatch.context() as cutting:
+        cutting.setattr(AsyncGridIn, "close", cut)
+        with pytest.raises(PowerCut):
+            await store.take_over(inbox, sha256)
+    assert await db.fs.chunks.count_documents({}) == 10
+    with pytest.raises(FileLost):
+        await store.open(sha256)
+    await store.take_over(inbox, sha256)
+    assert await read(store, sha256) == CONTENT
+
+
+async def test_a_writer_that_is_stopped_leaves_nothing(
+    store: GridFSStore, db: Database, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = await saved(inbox)
+    real = AsyncGridIn.write
+
+    async def stopped(self: AsyncGridIn, data: Any) -> None:
+        await real(self, data)
+        await self._flush_buffer(force=True)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(AsyncGridIn, "write", stopped)
+    with pytest.raises(asyncio.CancelledError):
+        await store.take_over(inbox, sha256)
+    assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
+
+
+async def test_content_that_is_not_what_its_name_says_is_refused(store: GridFSStore, db: Database, inbox: Path) -> None:
+    sha256 = await saved(inbox)
+    DirectoryStore(inbox).path(sha256).write_bytes(b"something else")
+    with pytest.raises(FileLost, match="another content"):
+        await store.take_over(inbox, sha256)
+    assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
+
+
+async def test_a_link_in_the_inbox_leads_nowhere(store: GridFSStore, inbox: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    path = DirectoryStore(inbox).path(hashlib.sha256(b"secret").hexdigest())
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(FileLost):
+        await store.take_over(inbox, path.name)
+
+
+@pytest.mark.parametrize("name", ["", "abc", "../" * 21 + "x", "A" * 64])
+async def test_only_a_digest_is_taken_from_the_inbox(store: GridFSStore, inbox: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="not a SHA-256"):
+        await store.take_over(inbox, name)
+
+
+@pytest.mark.parametrize("damage", ["a chunk is missing", "a chunk is cut off"])
+async def test_damage_is_an_error_and_never_content(store: GridFSStore, db: Database, inbox: Path, damage: str) -> None:
+    sha256 = await saved(inbox)
+    await store.take_over(inbox, sha256)
+    if damage == "a chunk is missing":
+        await db.fs.chunks.delete_one({"n": 3})
+    else:
+        await db.fs.chunks.update_one({"n": 3}, {"$set": {"data": b"short"}})
+    assert await read(store, sha256, 9 * CHUNK) == CONTENT[9 * CHUNK :]
+    with pytest.raises(FileLost):
+        await read(store, sha256)
+
+
+async def test_files_of_others_in_the_same_bucket_are_left_alone(store: GridFSStore, db: Database, inbox: Path) -> None:
+    foreign, sha256 = AsyncGridFSBucket(db), await saved(inbox)
+    for _ in range(2):
+        await foreign.upload_from_stream(sha256, b"theirs")
+    await store.take_over(inbox, sha256)
+    assert await read(store, sha256) == CONTENT
+    assert await db.fs.files.count_documents({"filename": sha256}) == 3
+
+
+async def test_a_file_is_found_by_an_index(store: GridFSStore, db: Database, inbox: Path) -> None:
+    sha256 = await saved(inbox)
+    await store.take_over(inbox, sha256)
+    plan = await db.fs.files.find({"metadata.sha256": sha256}).explain()
+    assert plan["executionStats"]["totalDocsExamined"] == plan["executionStats"]["totalKeysExamined"] == 1
+
+
+async def test_a_database_that_is_away_is_told_from_a_file_that_is_not_there() -> None:
+    nobody = Connection("mongodb://127.0.0.1:1/?directConnection=true", "test", connect_timeout_ms=100)
+    async with nobody.client() as client:
+        store = GridFSStore(client["test"])
+        with pytest.raises(LedgerUnavailable):
+            await store.prepare()
+        with pytest.raises(LedgerUnavailable):
+            await store.open("0" * 64)
