@@ -9,16 +9,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api import archives, batches, files, history, jobs, ledger, live, monitoring
+from api import archives, batches, docs, files, history, jobs, ledger, live, monitoring, openapi
 from api.access import SignedIn
 from api.errors import (
     ApiError,
-    json_response,
     on_api_error,
     on_fault,
     on_http_exception,
@@ -29,24 +26,10 @@ from api.middleware import KnownHosts, Limited, Observed
 from api.services import Services
 from ledger.errors import JobledgerError
 
-
-async def index(_request: Request) -> Response:
-    """GET /"""
-    return json_response(
-        {
-            "status": "success",
-            "service": "jobledger",
-            "jobs": "/api/events/jobs",
-            "batches": "/api/events/batches",
-            "statistics": "/api/monitoring/events/stats",
-            "log": "/api/ledger/events",
-            "live": "/api/ledger/stream",
-        }
-    )
-
-
 ROUTES = [
-    Route("/", index),
+    Route("/", docs.index),
+    Route("/api/openapi.json", docs.document),
+    Route("/api/docs", docs.page),
     Route("/api/events/jobs", jobs.submit, methods=["POST"]),
     Route("/api/events/jobs", jobs.listing),
     Route("/api/events/jobs/{job_id}", jobs.single),
@@ -126,4 +109,5 @@ def create_app(services: Services) -> ASGIApp:
         },
     )
     app.state.services = services
+    app.state.docs = docs.Docs(openapi.document(ROUTES, services.job_types))
     return Observed(app, services.edge)
