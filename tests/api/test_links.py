@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 from api.errors import ApiError
 from api.links import Links
 from cli import serving
-from cli.serving import Role
+from cli.wiring import Role
 from ledger.access import Principal
 from projections import files as view
 from tests.api.conftest import Api, running_api
