@@ -12,7 +12,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import ApiError, error_response
-from ledger.access import Principal, Right, right_to
+from ledger.access import Principal, Right, right_to, user_named
 from ledger.batch import Batch
 from ledger.handle import Known
 from ledger.job import Job
@@ -91,12 +91,15 @@ def for_user(request: Request, asked: str | None) -> str:
     """Return whose a new job or batch is: the caller's own, or, for an admin, that of whom the body names.
 
     Raises:
-        ApiError: 401 or 403.
+        ApiError: 401, 403, or 422 when nobody can be called that.
     """
     mine = signed_in(request)
     if asked is not None and asked != mine and not who_asks(request).sees_everything:
         raise ApiError(403, "forbidden", "`user_id` can only be your own: to submit for others is for admins.")
-    return asked or mine
+    try:
+        return user_named(asked or mine)
+    except ValueError as error:
+        raise ApiError(422, "invalid_content", f"user_id: {error}") from error
 
 
 def may_see(request: Request, document: Document) -> bool:

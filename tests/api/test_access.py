@@ -98,7 +98,7 @@ CHANGING: Final = [
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, and a header that says who asks."""
-    monkeypatch.setattr("cli.wiring.OpenSignIn", lambda user_id: HeaderSignIn())
+    monkeypatch.setattr("cli.serving.OpenSignIn", lambda user_id: HeaderSignIn())
     async for running in running_api(mongodb_uri, db_name, tmp_path, ALL_ROLES):
         yield running
 
