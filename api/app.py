@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api import archives, batches, files, history, jobs, ledger, live, monitoring
+from api import archives, batches, files, history, jobs, ledger, live, metrics, monitoring
 from api.access import SignedIn
 from api.errors import (
     ApiError,
@@ -79,6 +80,7 @@ ROUTES = [
     Route("/api/ledger/stream", live.stream),
     Route("/api/ledger/head", ledger.head),
     Route("/api/monitoring/events/stats", monitoring.stats),
+    Route("/metrics", metrics.scrape),
     Route("/healthz", monitoring.alive),
     Route("/readyz", monitoring.ready),
 ]
@@ -121,9 +123,11 @@ def _host_name(host: str) -> str | None:
 
 def create_app(services: Services) -> Starlette:
     """Return the application, working with what the composition root hands in."""
+    responses: metrics.Responses = Counter()
     app = Starlette(
         routes=ROUTES,
         middleware=[
+            Middleware(metrics.CountedResponses, counted=responses),
             Middleware(KnownHosts, names=services.allowed_hosts),
             Middleware(SignedIn, sign_in=LinkSignIn(services.sign_in)),
         ],
@@ -135,4 +139,5 @@ def create_app(services: Services) -> Starlette:
         },
     )
     app.state.services = services
+    app.state.responses = responses
     return app
