@@ -121,7 +121,8 @@ def right_to_state(principal: Principal, state: Job | Batch) -> Right:
 def requires(request: Request, right: Right, *, missing: ApiError) -> Callable[[Known], None]:
     """Return the check of a command: the job or batch is there, and who asks has this right to it.
 
-    The check raises `missing` when they may not even see it, and 403 when they may.
+    The check raises `missing` when they may not even see it, and 403 (401, if they have not said who they are) when
+    they may.
     """
     principal = who_asks(request)
 
@@ -133,6 +134,7 @@ def requires(request: Request, right: Right, *, missing: ApiError) -> Callable[[
         if has < Right.READ:
             raise missing
         if has < right:
+            signed_in(request)
             raise ApiError(403, "forbidden", f"You may see this, but not do that: it needs the right {_NAMES[right]}.")
 
     return check
