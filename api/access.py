@@ -12,7 +12,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import ApiError, error_response
-from ledger.access import Principal, Right, right_to
+from ledger.access import Principal, Right, right_to, user_named
 from ledger.batch import Batch
 from ledger.handle import Known
 from ledger.job import Job
@@ -91,12 +91,15 @@ def for_user(request: Request, asked: str | None) -> str:
     """Return whose a new job or batch is: the caller's own, or, for an admin, that of whom the body names.
 
     Raises:
-        ApiError: 401 or 403.
+        ApiError: 401, 403, or 422 when nobody can be called that.
     """
     mine = signed_in(request)
     if asked is not None and asked != mine and not who_asks(request).sees_everything:
         raise ApiError(403, "forbidden", "`user_id` can only be your own: to submit for others is for admins.")
-    return asked or mine
+    try:
+        return user_named(asked or mine)
+    except ValueError as error:
+        raise ApiError(422, "invalid_content", f"user_id: {error}") from error
 
 
 def may_see(request: Request, document: Document) -> bool:
@@ -118,7 +121,8 @@ def right_to_state(principal: Principal, state: Job | Batch) -> Right:
 def requires(request: Request, right: Right, *, missing: ApiError) -> Callable[[Known], None]:
     """Return the check of a command: the job or batch is there, and who asks has this right to it.
 
-    The check raises `missing` when they may not even see it, and 403 when they may.
+    The check raises `missing` when they may not even see it, and 403 (401, if they have not said who they are) when
+    they may.
     """
     principal = who_asks(request)
 
@@ -130,6 +134,7 @@ def requires(request: Request, right: Right, *, missing: ApiError) -> Callable[[
         if has < Right.READ:
             raise missing
         if has < right:
+            signed_in(request)
             raise ApiError(403, "forbidden", f"You may see this, but not do that: it needs the right {_NAMES[right]}.")
 
     return check

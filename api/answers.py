@@ -350,10 +350,30 @@ class TrackCounts(BaseModel):
     failed: int
 
 
+class Throughput(BaseModel):
+    """How many jobs ended a minute, on average."""
+
+    last_minute: float
+    last_hour: float
+
+
+class Durations(BaseModel):
+    """How long completed jobs took; null while there are none."""
+
+    completed: int
+    average_seconds: float | None
+    p50_seconds: float | None
+    p90_seconds: float | None
+    p99_seconds: float | None
+
+
 class WorkerNow(BaseModel):
+    """A worker, how many jobs it may run, and how many it does."""
+
     worker_id: str
     host: str
     slots: int
+    busy: int
 
 
 class LogNow(BaseModel):
@@ -367,7 +387,9 @@ class Stats(BaseModel):
 
     jobs: JobCounts
     batches: BatchCounts
-    tracks: list[TrackCounts]
+    tracks: list[TrackCounts] = Field(description="The first thousand by name.")
+    throughput: Throughput
+    durations: Durations
     workers: list[WorkerNow]
     log: LogNow
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -12,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api import archives, batches, docs, files, history, jobs, ledger, live, monitoring, openapi
+from api import archives, batches, docs, files, history, jobs, ledger, live, metrics, monitoring, openapi
 from api.access import SignedIn
 from api.errors import (
     ApiError,
@@ -62,6 +63,7 @@ ROUTES = [
     Route("/api/ledger/stream", live.stream),
     Route("/api/ledger/head", ledger.head),
     Route("/api/monitoring/events/stats", monitoring.stats),
+    Route("/metrics", metrics.scrape),
     Route("/healthz", monitoring.alive),
     Route("/readyz", monitoring.ready),
 ]
@@ -93,6 +95,7 @@ def _for_pages_of(origins: Sequence[str]) -> list[Middleware]:
 
 def create_app(services: Services) -> ASGIApp:
     """Return the application, working with what the composition root hands in."""
+    responses: metrics.Responses = Counter()
     app = Starlette(
         routes=ROUTES,
         middleware=[
@@ -110,4 +113,6 @@ def create_app(services: Services) -> ASGIApp:
     )
     app.state.services = services
     app.state.docs = docs.Docs(openapi.document(ROUTES, services.job_types))
-    return Observed(app, services.edge)
+    app.state.responses = responses
+    # Around everything: also what Starlette itself answers to a fault has its headers, and is counted.
+    return metrics.CountedResponses(Observed(app, services.edge), responses)

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import answers, archives, batches, docs, files, history, jobs, ledger, live, models, monitoring
+from api import answers, archives, batches, docs, files, history, jobs, ledger, live, metrics, models, monitoring
 from api.event_stream import EventStream
 
 Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
@@ -224,6 +224,11 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
     ),
     docs.page: Door(
         summary="This document, to read", answer="text/html", statuses=(304,), takes=("If-None-Match",), gives=("ETag",)
+    ),
+    metrics.scrape: Door(
+        summary="The numbers for Prometheus",
+        answer="text/plain",
+        errors=("forbidden",),
     ),
     monitoring.alive: Door(summary="Whether it is alive", answer=answers.Success),
     monitoring.ready: Door(summary="Whether it can serve", answer=answers.Ready),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from datetime import UTC, datetime
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,26 +10,44 @@ from starlette.responses import Response
 from api.access import signed_in, who_asks
 from api.errors import ApiError, json_response
 from api.services import services, views_reach_wanted_position
-from ledger.mongo import driver_errors
-from projections import statistics
-
-_PING_SECONDS: Final = 15
+from ledger.lease import RUN_OUT
+from ledger.mongo import Database, Document, driver_errors
+from projections import jobs, statistics
 
 
 async def stats(request: Request) -> Response:
     """GET /api/monitoring/events/stats"""
+    for_monitors(request)
+    await views_reach_wanted_position(request)
+    known = services(request)
+    counted = await statistics.read(known.db, datetime.now(UTC))
+    head, views = await known.log.head(), known.checkpoint.position
+    counted["workers"] = await workers_alive(known.db)
+    counted["log"] = {"head": head, "views": views, "lag": max(0, head - views)}
+    return json_response({"status": "success", "stats": counted})
+
+
+def for_monitors(request: Request) -> None:
+    """Make sure that who asks may see how everything is.
+
+    Raises:
+        ApiError: 401, 403.
+    """
     if not who_asks(request).roles & {"admin", "monitor"}:
         signed_in(request)
         raise ApiError(403, "forbidden", "Statistics of everything are for the roles `monitor` and `admin`.")
-    await views_reach_wanted_position(request)
-    known = services(request)
-    counted = await statistics.read(known.db)
+
+
+async def workers_alive(db: Database) -> list[Document]:
+    """Return the workers that hold a lease, how many jobs each may run, and how many it does."""
     with driver_errors("reading the workers"):
-        workers = await known.db.workers.find({"released": False}, {"slots": 1, "host": 1}).to_list()
-    head = await known.log.head()
-    counted["workers"] = [{"worker_id": it["_id"], "host": it["host"], "slots": it["slots"]} for it in workers]
-    counted["log"] = {"head": head, "views": known.checkpoint.position, "lag": max(0, head - known.checkpoint.position)}
-    return json_response({"status": "success", "stats": counted})
+        alive = {"released": False, "$nor": [RUN_OUT]}
+        found = await db.workers.find(alive, {"host": 1, "slots": 1}, sort=[("_id", 1)]).to_list()
+    busy = await jobs.running_by_worker(db, [it["_id"] for it in found]) if found else {}
+    return [
+        {"worker_id": it["_id"], "host": it["host"], "slots": it["slots"], "busy": busy.get(it["_id"], 0)}
+        for it in found
+    ]
 
 
 async def alive(_request: Request) -> Response:

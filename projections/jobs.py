@@ -438,3 +438,13 @@ async def workers_at_work(db: Database) -> list[str]:
     """Return the ids of the workers that run a job, as far as the view has got."""
     with driver_errors("looking for busy workers"):
         return await db[NAME].distinct("worker_id", {"status": "processing"})
+
+
+async def running_by_worker(db: Database, workers: Collection[str]) -> dict[str, int]:
+    """Return how many jobs each of these workers is running, as far as the view has got; only of those that run any."""
+    with driver_errors("counting the jobs of workers"):
+        running = {"worker_id": {"$in": sorted(workers)}, "status": "processing"}
+        counted = await db[NAME].aggregate(
+            [{"$match": running}, {"$group": {"_id": "$worker_id", "jobs": {"$sum": 1}}}]
+        )
+        return {row["_id"]: row["jobs"] async for row in counted}

@@ -29,11 +29,13 @@ from projections import batches, files, jobs, queue, statistics, steps
 from projections.checkpoint import VIEWS
 
 _log = structlog.get_logger()
-VERSION: Final = 2
+VERSION: Final = 3
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are built anew."""
 CHUNK_EVENTS: Final = 1000
 CACHED_DOCUMENTS: Final = 20_000
 _VIEWS: Final = (jobs, batches, queue, files, statistics, steps)
+FOLDED: Final = (jobs.NAME, batches.NAME, statistics.NAME)
+"""The views with documents that are folded on; all others follow from these."""
 _SWITCHES: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
 """What may change whether a batch's waiting jobs are in the queue."""
 Write = InsertOne[Document] | ReplaceOne[Document] | UpdateOne | DeleteOne
@@ -52,11 +54,12 @@ class Chunk:
 
     loaded: dict[str, dict[str, Document]]
     waiting: Sequence[Document] = ()
-    now: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {"jobs": {}, "batches": {}})
+    now: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {view: {} for view in FOLDED})
     counted: statistics.Contribution = field(default_factory=Counter)
 
     def fold(self, event: Recorded) -> None:
         """Take in one event."""
+        self.counted[statistics.EVENTS, event.type] += 1
         kind = event.stream.partition("-")[0]
         if kind == "job":
             self._fold_job(event)
@@ -77,6 +80,10 @@ class Chunk:
         if before and after and before["status"] == after["status"] == "processing":
             return  # progress and log lines: nothing but the job's own document changes
         _add(self.counted, statistics.of_job(before), statistics.of_job(after))
+        if after is not None and statistics.ended(before, after):
+            self.counted.update(statistics.of_end(after))
+            recent = self.get(statistics.NAME, statistics.RECENT)
+            self.now[statistics.NAME][statistics.RECENT] = statistics.recent_after(recent, after)
         batch_id = (after or before or {}).get("batch_id")
         batch = self.get("batches", batch_id) if batch_id else None
         if batch is not None:
@@ -120,7 +127,8 @@ class Chunk:
         # Zeros, too: which fields a counter has must not depend on where chunks end.
         for (counter, name), amount in self.counted.items():
             increments.setdefault(counter, {})[name] = amount
-        writes["statistics"] = [UpdateOne({"_id": key}, {"$inc": by}, upsert=True) for key, by in increments.items()]
+        for key, by in increments.items():
+            writes[statistics.NAME].append(UpdateOne({"_id": key}, {"$inc": by}, upsert=True))
         return {view: changes for view, changes in writes.items() if changes}
 
 
@@ -304,6 +312,7 @@ class Projector:
         in_batches |= {getattr(event.event, "batch_id", None) for event in events if event.stream.startswith("job-")}
         in_batches |= {name for name in streams if name.startswith("batch-")}
         loaded["batches"] = await self._documents("batches", in_batches - {None})
+        loaded[statistics.NAME] = await self._documents(statistics.NAME, {statistics.RECENT})
         switched = {event.stream for event in events if event.type in _SWITCHES}
         return Chunk(loaded, await jobs.waiting_in(self._db, switched) if switched else ())
 

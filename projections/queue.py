@@ -60,3 +60,9 @@ async def next_due(db: Database, *, now: datetime) -> datetime | None:
     with driver_errors("looking for the next due job"):
         row = await db[NAME].find_one({"due_at": {"$gt": now}}, {"due_at": 1}, sort=[("due_at", ASCENDING)])
     return row["due_at"] if row else None
+
+
+async def depth(db: Database) -> int:
+    """Return how many jobs wait to be claimed, as the server knows without counting."""
+    with driver_errors("asking how many jobs wait"):
+        return await db[NAME].estimated_document_count()

@@ -137,7 +137,7 @@ async def running_api(
 @pytest.fixture
 def said_in_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have whoever asks be who the header `X-Test-Principal` says: ask for it before `api` or `idle_api`."""
-    monkeypatch.setattr("cli.wiring.OpenSignIn", lambda _user_id: HeaderSignIn())
+    monkeypatch.setattr("cli.serving.OpenSignIn", lambda _user_id: HeaderSignIn())
 
 
 @pytest.fixture
@@ -159,6 +159,6 @@ async def header_api(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
     """Without a worker; a header says who asks (tests/support/principals.py)."""
-    monkeypatch.setattr("cli.wiring.OpenSignIn", lambda user_id: HeaderSignIn())
+    monkeypatch.setattr("cli.serving.OpenSignIn", lambda user_id: HeaderSignIn())
     async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running

@@ -15,7 +15,7 @@ from starlette.requests import HTTPConnection
 
 from api.errors import ApiError
 from api.links import Links
-from cli import wiring
+from cli import serving
 from cli.wiring import Role
 from ledger.access import Principal
 from projections import files as view
@@ -41,7 +41,7 @@ async def guarded(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
     """An API that wants to know who asks. The client is `local`, whose files all are."""
-    monkeypatch.setattr(wiring, "OpenSignIn", OnlyWithKey)
+    monkeypatch.setattr(serving, "OpenSignIn", OnlyWithKey)
     async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         running.http.headers["x-user"] = "local"
         yield running

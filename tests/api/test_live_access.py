@@ -359,5 +359,6 @@ def test_every_event_that_can_change_access_is_known_as_one() -> None:
         "JobAccessChanged",
         "JobDeleted",
         "BatchSubmitted",
+        "BatchAccessChanged",
         "BatchDeleted",
     }

@@ -51,11 +51,17 @@ def refolded(events: list[Recorded]) -> Views:
     """Fold a whole log, event by event, and derive every view from where that ends."""
     job: dict[str, Document | None] = {}
     batch: dict[str, Document | None] = {}
+    counted: statistics.Contribution = Counter()
+    recent: Document | None = None
     for event in events:
+        counted[statistics.EVENTS, event.type] += 1
         match event.stream.partition("-")[0]:
             case "job":
                 before = job.get(event.stream)
                 after = job[event.stream] = jobs.fold(before, event)
+                if after and statistics.ended(before, after):
+                    counted.update(statistics.of_end(after))
+                    recent = statistics.recent_after(recent, after)
                 batch_id = (after or before or {}).get("batch_id")
                 # What a running job says along the way does not concern its batch.
                 running = before and after and before["status"] == after["status"] == "processing"
@@ -65,7 +71,6 @@ def refolded(events: list[Recorded]) -> Views:
             case "batch":
                 batch[event.stream] = batches.fold(batch.get(event.stream), event)
     live = [document for document in job.values() if document]
-    counted: statistics.Contribution = Counter()
     for document in live:
         counted.update(statistics.of_job(document))
     for document in filter(None, batch.values()):
@@ -77,7 +82,7 @@ def refolded(events: list[Recorded]) -> Views:
             "queue": [row for document in live for row in queue.rows(document, batch.get(document["batch_id"]))],
             "files": [row for document in live for row in files.rows(document)],
             "steps": [row for document in live for row in steps.rows(document)],
-            "statistics": _nonzero(_counters(counted)),
+            "statistics": _nonzero([*_counters(counted), *([recent] if recent else [])]),
         }
     )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
 from projections import batches, files, jobs, projector, queue, statistics, steps
 from projections.checkpoint import VIEWS
-from projections.projector import Chunk, Projector, _Deposed
+from projections.projector import FOLDED, Chunk, Projector, _Deposed
 from tests.projections.refold import assert_views_equal_the_log, live, refolded, stored, switch
 from tests.support.running import Process, process, real_process, until
 
@@ -127,14 +129,16 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
     async with process(connection, store) as here:
         await a_history(here, random.Random(5), steps=30)
         events = await here.everything()
-    together = Chunk({"jobs": {}, "batches": {}})
+    together = Chunk({view: {} for view in FOLDED})
     for event in events:
         together.fold(event)
-    loaded: dict[str, dict[str, Document]] = {"jobs": {}, "batches": {}}
+    loaded: dict[str, dict[str, Document]] = {view: {} for view in FOLDED}
+    counted: statistics.Contribution = Counter()
     rows: dict[str, dict[str, Document]] = {view: {} for view in together.rows()}
     for event in events:
         chunk = Chunk(loaded, [job for job in loaded["jobs"].values() if job["status"] == "pending"])
         chunk.fold(event)
+        counted.update(chunk.counted)
         for view, changed in chunk.rows().items():
             rows[view] = {key: row for key, row in {**rows[view], **changed}.items() if row is not None}
         for view, documents in chunk.now.items():
@@ -142,7 +146,8 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
                 loaded[view].pop(key, None)
                 if document is not None:
                     loaded[view][key] = document
-    for view in ("jobs", "batches"):
+    assert counted == together.counted
+    for view in FOLDED:
         assert loaded[view] == {key: document for key, document in together.now[view].items() if document is not None}
     assert rows == together.rows()
 
@@ -151,7 +156,7 @@ async def test_the_counters_are_what_counting_the_jobs_yields(connection: Connec
     async with process(connection, store, projector=True) as here:
         await a_history(here, random.Random(6))
         await here.views_reach()
-        said = await statistics.read(here.db)
+        said = await statistics.read(here.db, datetime.now(UTC))
         for status in ("pending", "processing", "completed", "failed", "cancelled"):
             assert said["jobs"][status] == await here.db.jobs.count_documents({"status": status}), status
         assert said["jobs"]["total"] == await here.db.jobs.count_documents({})

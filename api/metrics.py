@@ -1,0 +1,115 @@
+"""api: the numbers for Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/).
+
+They are put together for each request, from counters that are there anyway: nothing is kept for them but how often this
+process has answered how. What is true of the whole ledger is the same from every process; `process_…`,
+`jobledger_live_streams` and `jobledger_http_responses_total` are this process's own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.monitoring import for_monitors, workers_alive
+from api.services import Services, services
+from projections import queue, statistics
+
+Responses = Counter[int]
+"""How many answers of this process had which HTTP status."""
+
+
+class CountedResponses:
+    """Middleware: counts the answers."""
+
+    def __init__(self, app: ASGIApp, counted: Responses) -> None:
+        self._app = app
+        self._counted = counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._counted[message["status"]] += 1
+            await send(message)
+
+        await self._app(scope, receive, counting)
+
+
+async def scrape(request: Request) -> Response:
+    """GET /metrics"""
+    for_monitors(request)
+    known = services(request)
+    registry = CollectorRegistry()
+    registry.register(_Collected([*await _of_the_ledger(known), *_of_this_process(known, request.app.state.responses)]))
+    ProcessCollector(registry=registry)
+    return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+class _Collected(Collector):
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
+
+
+async def _of_the_ledger(known: Services) -> list[Metric]:
+    counted = await statistics.read(known.db, datetime.now(UTC))
+    events, took = await statistics.happened(known.db)
+    workers = await workers_alive(known.db)
+    head, views = await known.log.head(), known.checkpoint.position
+    classes, seconds = statistics.histogram(took)
+
+    jobs = GaugeMetricFamily("jobledger_jobs", "Jobs in the views, by status.", labels=["status"])
+    for status, number in counted["jobs"].items():
+        if status != "total":
+            jobs.add_metric([status], number)
+    happened = CounterMetricFamily("jobledger_events", "Events that have happened, by type.", labels=["type"])
+    for name, number in sorted(events.items()):
+        happened.add_metric([name], number)
+    durations = HistogramMetricFamily("jobledger_job_duration_seconds", "From the first claim to completion.")
+    durations.add_metric([], [(_bound(bound), number) for bound, number in classes], seconds)
+    return [
+        jobs,
+        happened,
+        durations,
+        *(
+            GaugeMetricFamily(f"jobledger_{name}", about, number)
+            for name, about, number in (
+                ("batches", "Batches in the views.", counted["batches"]["total"]),
+                ("batches_active", "Batches that have not ended.", counted["batches"]["active"]),
+                (
+                    "queue_jobs",
+                    "Jobs that wait to be claimed, due or not.",
+                    await queue.depth(known.db),
+                ),
+                ("log_head_position", "The newest position in the log.", head),
+                ("views_position", "The position that the views have reached.", views),
+                ("views_lag_events", "How many positions the views are behind.", max(0, head - views)),
+                ("workers_alive", "Workers that hold a lease.", len(workers)),
+                ("worker_slots", "Jobs that they may run at a time.", sum(it["slots"] for it in workers)),
+                ("worker_slots_busy", "Jobs that they do run.", sum(it["busy"] for it in workers)),
+            )
+        ),
+    ]
+
+
+def _bound(seconds: float) -> str:
+    return "+Inf" if seconds == float("inf") else str(seconds)
+
+
+def _of_this_process(known: Services, responses: Responses) -> list[Metric]:
+    answered = CounterMetricFamily("jobledger_http_responses", "Answers of this process.", labels=["status"])
+    for status, number in sorted(responses.items()):
+        answered.add_metric([str(status)], number)
+    return [
+        answered,
+        GaugeMetricFamily("jobledger_live_streams", "Live streams that are open here.", len(known.streams)),
+    ]

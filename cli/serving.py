@@ -1,0 +1,202 @@
+"""cli: the composition of the API: its port, how one signs in, what its routes work with, and its server."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from ipaddress import ip_network
+from typing import Final, assert_never
+from urllib.parse import urlsplit
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from api.access import OpenSignIn, SignIn
+from api.app import create_app
+from api.endings import Endings
+from api.event_stream import Streams
+from api.jwks import KeysAt, KeySource, OneKey, public_key, shared_secret
+from api.keys import KeyRing
+from api.links import Links
+from api.middleware import Edge
+from api.services import Services
+from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
+from api.visibility import Visibility
+from cli.settings import ApiSettings, AuthSettings, JwtSettings, Settings
+from cli.tasks import watcher
+from ledger.changes import Changes
+from ledger.errors import ConfigurationError
+from ledger.files import FileStore
+from ledger.log import EventLog
+from ledger.mongo import Database
+from projections.checkpoint import Checkpoint
+from workers.registry import processors
+
+_MOST_FILES: Final = 65_536
+
+
+def allow_many_connections() -> None:
+    """Raise how many files may be open to what we may: by default that is 1024, and each client's connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+@contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """Open the port ourselves, so that a taken one is a clear error before anything else begins.
+
+    Raises:
+        ConfigurationError: it cannot be opened.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named as TCP, else asyncio does not switch off Nagle's algorithm, and small answers wait 40 ms for an ACK.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+            listening.listen(2048)  # bound is not enough: two may be bound to a port to which neither listens
+        except OSError as error:
+            raise ConfigurationError(
+                f"api.port: cannot listen on {host}:{port} ({error.strerror}); is another jobledger running? "
+                "Stop it, or set api.port (JOBLEDGER_API__PORT) to another number."
+            ) from error
+        yield listening
+
+
+def services_for(
+    settings: Settings, db: Database, log: EventLog, checkpoint: Checkpoint, changes: Changes, store: FileStore
+) -> Services:
+    """Return what the routes work with. Call before the change stream runs: some of it listens.
+
+    Raises:
+        ConfigurationError: the public key for tokens cannot be used.
+    """
+    endings = Endings()
+    changes.listen(endings)
+    public = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
+    hosts = ("localhost", "127.0.0.1", "[::1]", settings.api.host, public)
+    return Services(
+        db=db,
+        log=log,
+        checkpoint=checkpoint,
+        store=store,
+        job_types={name: processor.Parameters for name, processor in processors().items()},
+        largest_body_bytes=settings.api.max_body_bytes,
+        allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
+        sign_in=_sign_in(settings.auth, db, changes),
+        endings=endings,
+        visibility=Visibility(log, checkpoint),
+        streams=Streams(),
+        links=Links(db, settings.api.public_url),
+        edge=_edge(settings),
+    )
+
+
+def _edge(settings: Settings) -> Edge:
+    api = settings.api
+    return Edge(
+        cors_origins=tuple(api.cors_origins),
+        requests_per_second=api.requests_per_second,
+        burst=api.burst,
+        max_streams_per_user=api.max_streams_per_user,
+        https=(api.public_url or "").startswith("https://"),
+        access_log=settings.logging.access,
+    )
+
+
+def _sign_in(auth: AuthSettings, db: Database, changes: Changes) -> SignIn:
+    """Return the way to sign in that is set.
+
+    Raises:
+        ConfigurationError: the public key cannot be used.
+    """
+    grants = Grants(frozenset(auth.admins), frozenset(auth.monitors))
+    match auth.mode:
+        case "open":
+            return OpenSignIn("local")
+        case "keys":
+            ring = KeyRing(db)
+            changes.listen(ring)
+            return KeySignIn(ring, now=lambda: datetime.now(UTC), anonymous_public=auth.anonymous_public)
+        case "jwt":
+            rules = TokenRules(
+                auth.jwt.issuer,
+                auth.jwt.audience,
+                auth.jwt.leeway_seconds,
+                auth.jwt.user_claim,
+                auth.jwt.groups_claim,
+                auth.jwt.roles_claim,
+            )
+            return JwtSignIn(_token_keys(auth.jwt), rules, grants, anonymous_public=auth.anonymous_public)
+        case "proxy":
+            trusted = [ip_network(network) for network in auth.proxy.trusted]
+            headers = ProxyHeaders(auth.proxy.user_header, auth.proxy.groups_header, auth.proxy.roles_header)
+            return ProxySignIn(trusted, headers, grants, anonymous_public=auth.anonymous_public)
+        case _:
+            assert_never(auth.mode)
+
+
+def _token_keys(jwt: JwtSettings) -> KeySource:
+    if jwt.jwks_url is not None:
+        return KeysAt(jwt.jwks_url)
+    if jwt.public_key_file is None:
+        assert jwt.secret is not None  # noqa: S101 - the settings make sure that there is one of the three
+        return OneKey(shared_secret(jwt.secret.get_secret_value()))
+    try:
+        return OneKey(public_key(jwt.public_key_file.read_bytes()))
+    except OSError as error:
+        raise ConfigurationError(
+            f"auth.jwt.public_key_file: {jwt.public_key_file} cannot be read: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"auth.jwt.public_key_file: {jwt.public_key_file}: {error}") from error
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handlers: the process has its own, for all roles together."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Connection(H11Protocol):
+    """Uvicorn's connection, which lets a stream cut off a client that does not read (`scope["state"]["abort"]`)."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+
+
+@asynccontextmanager
+async def serving(
+    listening: socket.socket, settings: ApiSettings, services: Services, failed: Callable[[BaseException], None]
+) -> AsyncIterator[str]:
+    """Serve inside the block; yield where. `failed` is told if the server ends although nobody stopped it."""
+    host, port = listening.getsockname()[:2]
+    shown_host = f"[{host}]" if ":" in host else host
+    server = _Server(
+        uvicorn.Config(
+            create_app(services),
+            http=_Connection,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,  # whom we trust to say who somebody is, auth.proxy says
+            timeout_graceful_shutdown=3,
+            lifespan="off",
+        )
+    )
+    task = asyncio.create_task(server.serve(sockets=[listening]), name="api")
+    task.add_done_callback(watcher(failed))
+    try:
+        yield settings.public_url or f"http://{shown_host}:{port}"
+    finally:
+        services.streams.close()
+        server.should_exit = True
+        await asyncio.gather(task, return_exceptions=True)

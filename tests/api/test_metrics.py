@@ -1,0 +1,84 @@
+"""The numbers for Prometheus, read as Prometheus reads them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from ledger.commands import ClaimJob, ExpireLease, FailAttempt
+from ledger.events import Failure, Meta
+from ledger.handle import handle
+from tests.api.conftest import Api
+
+Numbers = dict[tuple[str, str], float]
+
+
+async def numbers(api: Api) -> Numbers:
+    """Return each number by the name of its metric and the value of its label, if it has one."""
+    answer = await api.get("/metrics")
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    found: Numbers = {}
+    for family in text_string_to_metric_families(answer.text):
+        assert family.documentation, family.name
+        assert family.type != "unknown", family.name
+        for sample in family.samples:
+            [label] = sample.labels.values() or [""]
+            assert (sample.name, label) not in found
+            found[sample.name, label] = sample.value
+    return found
+
+
+async def test_prometheus_can_read_what_has_happened(api: Api) -> None:
+    batch = await api.submit_batch({}, {})
+    ended = await api.until_event(batch["batch_id"], "BatchFinished")
+    waiting = await api.submit(not_before="2099-01-01T00:00:00Z")
+    event = await api.until_event(waiting, "JobSubmitted")
+    await api.get("/api/events/jobs/job-unknown")
+    found = await numbers(api)
+    assert event["position"] > ended["position"]
+    jobs = {status: value for (name, status), value in found.items() if name == "jobledger_jobs"}
+    assert jobs == {"pending": 1, "processing": 0, "completed": 2, "failed": 0, "cancelled": 0}
+    assert found["jobledger_batches", ""] == 1
+    assert found["jobledger_batches_active", ""] == 0
+    assert found["jobledger_queue_jobs", ""] == 1
+    assert found["jobledger_log_head_position", ""] == event["position"]
+    assert found["jobledger_views_position", ""] == event["position"]
+    assert found["jobledger_views_lag_events", ""] == 0
+    assert found["jobledger_workers_alive", ""] == 1
+    assert found["jobledger_worker_slots", ""] == 5
+    assert found["jobledger_worker_slots_busy", ""] == 0
+    assert found["jobledger_live_streams", ""] == 0
+    assert found["jobledger_events_total", "JobCompleted"] == 2
+    assert found["jobledger_events_total", "BatchFinished"] == 1
+    assert found["jobledger_job_duration_seconds_count", ""] == 2
+    assert found["jobledger_job_duration_seconds_bucket", "+Inf"] == 2
+    assert found["jobledger_http_responses_total", "404"] == 1
+    assert found["jobledger_http_responses_total", "202"] == 2
+    assert found["process_resident_memory_bytes", ""] > 2**20
+    assert found["process_cpu_seconds_total", ""] > 0
+
+
+async def test_failed_attempts_and_leases_that_ran_out_are_counted(idle_api: Api) -> None:
+    later = datetime.now(UTC) + timedelta(hours=1)
+    job_id = await idle_api.submit()
+    position = 0
+    for command in (
+        ClaimJob("worker-1", later),
+        FailAttempt("worker-1", 1, Failure(code="BROKEN", message="it broke"), datetime.now(UTC)),
+        ClaimJob("worker-2", later),
+        ExpireLease("worker-2", 2),
+    ):
+        position = (await handle(idle_api.log, job_id, command, meta=Meta("test"))).events[-1].position
+    await idle_api.get("/api/events/jobs", position)
+    found = await numbers(idle_api)
+    assert found["jobledger_events_total", "JobAttemptFailed"] == 1
+    assert found["jobledger_events_total", "JobLeaseExpired"] == 1
+
+
+async def test_numbers_are_there_before_anything_has_happened(idle_api: Api) -> None:
+    found = await numbers(idle_api)
+    assert found["jobledger_jobs", "completed"] == 0
+    assert found["jobledger_job_duration_seconds_count", ""] == 0
+    assert found["jobledger_log_head_position", ""] == 0
