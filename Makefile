@@ -3,11 +3,12 @@
 PYTHON ?= python3
 ARGS ?=
 STORIES ?= 1000
+REQUESTS ?= 1000
 BIN := .venv/bin
 PIP_QUIET := -qq --disable-pip-version-check --no-input --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak lint types contracts check lock clean
+.PHONY: help demo test bench soak fuzz lint types contracts check lock clean
 
 help: ## list these targets
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12]"; echo
@@ -25,6 +26,9 @@ bench: .venv/.ready ## what is claimed about speed, against the plain driver; AR
 soak: .venv/.ready ## the tests that look for rare things, for an hour or so; STORIES=5000 for longer
 	@JOBLEDGER_STORIES=$(STORIES) $(BIN)/pytest tests/ledger/test_log_machine.py --timeout 0 $(ARGS)
 	@for round in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/pytest tests/faults $(ARGS) || exit 1; done
+
+fuzz: .venv/.ready ## the HTTP interface, by its own OpenAPI document; REQUESTS=10000 of each route for longer
+	@JOBLEDGER_FUZZ=$(REQUESTS) $(BIN)/pytest tests/api/test_fuzz.py --timeout 0 $(ARGS)
 
 lint: .venv/.ready ## style and formatting (ruff)
 	@$(BIN)/ruff check .

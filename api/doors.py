@@ -45,7 +45,7 @@ class Door:
 
 
 CODES: Final[Mapping[str, tuple[int, str]]] = {
-    "address_too_long": (414, "the address is longer than 8192 characters"),
+    "address_too_long": (414, "the address is longer than 16,384 characters"),
     "already_exists": (409, "there is one with this id already"),
     "bad_credentials": (401, "credentials that are malformed, unknown, expired, revoked or forged"),
     "batch_not_found": (404, "there is no such batch, or you may not see it"),

@@ -25,7 +25,7 @@ from ledger.access import Principal
 _log = structlog.get_logger("api.access")
 LIVE: Final = frozenset({"/api/ledger/stream"})
 """Addresses whose answers go on until the client leaves."""
-LONGEST_ADDRESS: Final = 8192
+LONGEST_ADDRESS: Final = 16_384
 LARGEST_HEADERS_BYTES: Final = 32_768
 MOST_HEADERS: Final = 100
 _BUCKETS_KEPT: Final = 10_000

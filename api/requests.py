@@ -6,13 +6,13 @@ refuses a second one; what is done with a key is noted in its event. So a key is
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
 
-import orjson
 from starlette.requests import Request
 
 from api.access import signed_in
@@ -47,7 +47,7 @@ class Once:
             message = "An Idempotency-Key has 1 to 200 visible ASCII characters; a UUID is a good one."
             raise ApiError(400, "malformed_idempotency_key", message)
         asked_for = (signed_in(request), request.method, request.url.path, given)
-        return cls(_digest(*asked_for), _digest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS).decode()))
+        return cls(_digest(*asked_for), _digest(_text(content)))
 
     def name(self, number: int = 0) -> str:
         """Return the 24 hexadecimal digits after which the `number`th thing that is submitted is named."""
@@ -71,6 +71,10 @@ class Once:
             message = "This Idempotency-Key came with another body before: use a new key for a new request."
             raise ApiError(422, "idempotency_key_reused", message)
         return mine[-1]
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, sort_keys=True)  # orjson refuses integers beyond 64 bit, which may come
 
 
 def _digest(*parts: str) -> str:

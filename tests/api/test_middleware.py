@@ -222,7 +222,7 @@ async def test_so_many_live_streams_of_one_user_and_no_more_until_one_is_closed(
 
 
 async def test_what_is_too_long_is_refused_in_the_envelope(idle_api: Api) -> None:
-    address = await idle_api.get(f"{JOBS}?q={'x' * 9000}")
+    address = await idle_api.get(f"{JOBS}?q={'x' * 17_000}")
     many = await idle_api.get(JOBS, **{f"X-{number}": "y" for number in range(150)})
     large = await idle_api.get(JOBS, **{"X-Large": "y" * 40_000})
 

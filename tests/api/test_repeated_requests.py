@@ -115,3 +115,12 @@ async def test_what_is_no_key_is_refused(idle_api: Api, key: str) -> None:
         "/api/events/jobs", json=JOB, headers=[(b"Idempotency-Key", key.encode("latin-1"))]
     )
     assert (answer.status_code, answer.json()["code"]) == (400, "malformed_idempotency_key")
+
+
+async def test_a_key_with_a_body_that_cannot_be_stored_is_a_refusal_and_no_fault(idle_api: Api) -> None:
+    for path, body in (
+        ("/api/events/jobs", {"job_type": "echo", "parameters": {"a": 2**70}}),
+        ("/api/events/batches", {"jobs": [{"job_type": "echo", "parameters": {"a": 2**70}}]}),
+    ):
+        answer = await idle_api.post(path, body, **{"Idempotency-Key": "large"})
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")
