@@ -65,7 +65,6 @@ def _then(text: object) -> object:
 
 Then = Annotated[int | datetime, BeforeValidator(_then)]
 Cursor = Annotated[Place, BeforeValidator(_cursor)]
-Text = Annotated[str, Field(max_length=1000)]
 Words = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -182,14 +181,14 @@ class JobList(Page):
     """Which jobs. `q`: all of these words are in the job's name, id, session, event, track, file name or speakers."""
 
     status: JobStatus | None = None
-    batch_id: Text | None = None
-    user_id: Text | None = None
-    track: Text | None = None
-    event: Text | None = None
-    day: Text | None = None
-    language: Text | None = None
-    error_code: Text | None = None
-    job_type: Text | None = None
+    batch_id: str | None = None
+    user_id: str | None = None
+    track: str | None = None
+    event: str | None = None
+    day: str | None = None
+    language: str | None = None
+    error_code: str | None = None
+    job_type: str | None = None
     archived: bool | None = None
     created_after: Moment | None = None
     created_before: Moment | None = None
@@ -200,7 +199,7 @@ class BatchList(Page):
     """Which batches. `q`: all of these words are in the batch's name or id."""
 
     status: BatchStatus | None = None
-    user_id: Text | None = None
+    user_id: str | None = None
     archived: bool | None = None
     q: Words | None = None
 
