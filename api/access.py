@@ -18,7 +18,7 @@ from ledger.handle import Known
 from ledger.job import Job
 from ledger.mongo import Document
 
-OPEN_TO_ALL = frozenset({"/healthz", "/readyz"})
+OPEN_TO_ALL = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs"})
 """Addresses that say nothing about anybody's jobs."""
 
 

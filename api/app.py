@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from urllib.parse import urlsplit
+from collections.abc import Sequence
+from typing import Final
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from api import archives, batches, files, history, jobs, ledger, live, metrics, monitoring
+from api import archives, batches, docs, files, history, jobs, ledger, live, metrics, monitoring, openapi
 from api.access import SignedIn
 from api.errors import (
     ApiError,
-    error_response,
-    json_response,
     on_api_error,
     on_fault,
     on_http_exception,
     on_ledger_error,
 )
 from api.links import LinkSignIn
+from api.middleware import KnownHosts, Limited, Observed
 from api.services import Services
 from ledger.errors import JobledgerError
 
-
-async def index(_request: Request) -> Response:
-    """GET /"""
-    return json_response(
-        {
-            "status": "success",
-            "service": "jobledger",
-            "jobs": "/api/events/jobs",
-            "batches": "/api/events/batches",
-            "statistics": "/api/monitoring/events/stats",
-            "log": "/api/ledger/events",
-            "live": "/api/ledger/stream",
-        }
-    )
-
-
 ROUTES = [
-    Route("/", index),
+    Route("/", docs.index),
+    Route("/api/openapi.json", docs.document),
+    Route("/api/docs", docs.page),
     Route("/api/events/jobs", jobs.submit, methods=["POST"]),
     Route("/api/events/jobs", jobs.listing),
     Route("/api/events/jobs/{job_id}", jobs.single),
@@ -86,50 +69,40 @@ ROUTES = [
 ]
 
 
-class KnownHosts:
-    """Against other sites' pages: they must not reach us under their name (DNS rebinding), nor change anything here.
-
-    Starlette's own TrustedHostMiddleware does not answer in our envelope.
-    """
-
-    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
-        self._app = app
-        self._names = frozenset(name.strip("[]").lower() for name in names)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if _host_name(host) not in self._names:
-            message = (
-                f"Nothing here is called {host[:100]!r}; the name that others know us by is set by api.public_url."
-            )
-            await error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
-        elif origin is not None and scope["method"] not in ("GET", "HEAD") and not self._is_ours(origin):
-            message = f"A page of {origin[:100]!r} may not change anything here."
-            await error_response(ApiError(403, "foreign_origin", message))(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    def _is_ours(self, origin: str) -> bool:
-        return _host_name(origin.partition("://")[2]) in self._names
+_ASKED: Final = (
+    "Authorization",
+    "Idempotency-Key",
+    "If-Match",
+    "If-None-Match",
+    "Last-Event-ID",
+    "Ledger-Position",
+    "Prefer",
+    "Range",
+)
+_TOLD: Final = ("Content-Range", "ETag", "Ledger-Position", "Location", "Retry-After", "X-Request-ID")
 
 
-def _host_name(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
+def _for_pages_of(origins: Sequence[str]) -> list[Middleware]:
+    if not origins:
+        return []
+    methods = ("GET", "POST", "PUT", "DELETE")
+    return [
+        Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=_ASKED, expose_headers=_TOLD
+        )
+    ]
 
 
-def create_app(services: Services) -> Starlette:
+def create_app(services: Services) -> ASGIApp:
     """Return the application, working with what the composition root hands in."""
     responses: metrics.Responses = Counter()
     app = Starlette(
         routes=ROUTES,
         middleware=[
-            Middleware(metrics.CountedResponses, counted=responses),
-            Middleware(KnownHosts, names=services.allowed_hosts),
+            Middleware(KnownHosts, names=services.allowed_hosts, origins=services.edge.cors_origins),
+            *_for_pages_of(services.edge.cors_origins),
             Middleware(SignedIn, sign_in=LinkSignIn(services.sign_in)),
+            Middleware(Limited, edge=services.edge),
         ],
         exception_handlers={
             ApiError: on_api_error,
@@ -139,5 +112,7 @@ def create_app(services: Services) -> Starlette:
         },
     )
     app.state.services = services
+    app.state.docs = docs.Docs(openapi.document(ROUTES, services.job_types))
     app.state.responses = responses
-    return app
+    # Around everything: also what Starlette itself answers to a fault has its headers, and is counted.
+    return metrics.CountedResponses(Observed(app, services.edge), responses)

@@ -141,4 +141,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 async def on_fault(_request: Request, error: Exception) -> Response:
     """A fault of ours: the details are for the log, not for the client."""
     _log.error("fault while answering", exc_info=error)
-    return error_response(ApiError(500, "internal_error", "Something went wrong here; it is in the log."))
+    known = structlog.contextvars.get_contextvars()
+    details = {"request_id": known["request_id"]} if "request_id" in known else {}
+    message = "Something went wrong here; it is in the log, under the id of this request."
+    return error_response(ApiError(500, "internal_error", message, details=details))

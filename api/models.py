@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from api.services import LARGEST_PAGE
 from ledger.chain import LARGEST_INTEGER
@@ -63,8 +63,8 @@ def _then(text: object) -> object:
         raise ValueError("expected a position of the log, or a moment such as 2026-02-01T09:30:00Z") from None
 
 
-Then = Annotated[int | datetime, BeforeValidator(_then)]
-Cursor = Annotated[Place, BeforeValidator(_cursor)]
+Then = Annotated[int | datetime, BeforeValidator(_then), WithJsonSchema({"type": "string"})]
+Cursor = Annotated[Place, BeforeValidator(_cursor), WithJsonSchema({"type": "string"})]
 Words = Annotated[str, Field(min_length=1, max_length=200)]
 
 

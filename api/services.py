@@ -16,6 +16,7 @@ from api.endings import Endings
 from api.errors import ApiError, invalid
 from api.event_stream import Streams
 from api.links import Links
+from api.middleware import Edge
 from api.visibility import Visibility
 from ledger.files import FileStore
 from ledger.log import EventLog
@@ -39,6 +40,7 @@ class Services:
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
     endings: Endings
+    edge: Edge
     visibility: Visibility
     streams: Streams
     links: Links
@@ -71,7 +73,8 @@ async def read_json(request: Request) -> Any:
     try:
         return from_json(bytes(body), allow_inf_nan=False)  # keeps large integers, which orjson makes floats of
     except ValueError as error:
-        raise ApiError(400, "malformed_json", f"The body is not JSON: {error}") from error
+        message = f"The body is not JSON, or nested more than 100 levels deep: {error}"
+        raise ApiError(400, "malformed_json", message) from error
 
 
 Model = TypeVar("Model", bound=BaseModel)

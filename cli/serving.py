@@ -22,6 +22,7 @@ from api.event_stream import Streams
 from api.jwks import KeysAt, KeySource, OneKey, public_key, shared_secret
 from api.keys import KeyRing
 from api.links import Links
+from api.middleware import Edge
 from api.services import Services
 from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
 from api.visibility import Visibility
@@ -93,6 +94,19 @@ def services_for(
         visibility=Visibility(log, checkpoint),
         streams=Streams(),
         links=Links(db, settings.api.public_url),
+        edge=_edge(settings),
+    )
+
+
+def _edge(settings: Settings) -> Edge:
+    api = settings.api
+    return Edge(
+        cors_origins=tuple(api.cors_origins),
+        requests_per_second=api.requests_per_second,
+        burst=api.burst,
+        max_streams_per_user=api.max_streams_per_user,
+        https=(api.public_url or "").startswith("https://"),
+        access_log=settings.logging.access,
     )
 
 

@@ -81,6 +81,10 @@ class ApiSettings(_Section):
     port: int = Field(5001, ge=0, le=65_535)
     public_url: str | None = Field(None, pattern=r"^https?://[^/]+")
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
+    requests_per_second: float = Field(0, ge=0, le=1_000_000)
+    burst: int = Field(50, ge=1, le=1_000_000)
+    max_streams_per_user: int = Field(0, ge=0, le=1_000_000)
+    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]] = []
 
 
 def _keys_address(url: str) -> str:
@@ -196,6 +200,7 @@ class ResultsSettings(_Section):
 class LoggingSettings(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["console", "json"] = "console"
+    access: bool = False
 
 
 def _known_processors(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -46,6 +46,7 @@ def set_up_logging(settings: LoggingSettings) -> None:
         renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,  # the request's id
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if settings.format == "console" else "iso", utc=False),
             structlog.processors.format_exc_info,

@@ -1,0 +1,235 @@
+"""api: what each route takes and answers, for the OpenAPI document. tests/api/test_openapi.py names routes without it.
+
+A new route needs one entry in `DOORS`. What goes without saying is added by api/openapi.py: refusals of bodies, of
+query parameters, of who is not signed in; 404 for `{job_id}`, `{batch_id}` and `{path}` in the address;
+`Idempotency-Key` for POST; what every change may meet. Only what is special has to be named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api import answers, archives, batches, docs, files, history, jobs, ledger, live, metrics, models, monitoring
+from api.event_stream import EventStream
+
+Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """A route. `answer` is a model, or a media type where it is not JSON; `optional_body`: none means `{}`.
+
+    `views`: it reads the views, so it can wait for a `Ledger-Position`. `records`: if it is no GET, it causes events
+    and answers with their `Ledger-Position`. `statuses`: more answers, without content.
+    `errors`: codes of `CODES`. `takes` and `gives`: names of headers in api/openapi.py.
+    """
+
+    summary: str
+    answer: type[BaseModel] | str
+    status: int = 200
+    query: type[BaseModel] | None = None
+    body: type[BaseModel] | None = None
+    optional_body: bool = False
+    views: bool = False
+    records: bool = True
+    statuses: tuple[int, ...] = ()
+    errors: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+
+
+CODES: Final[Mapping[str, tuple[int, str]]] = {
+    "address_too_long": (414, "the address is longer than 8192 characters"),
+    "already_exists": (409, "there is one with this id already"),
+    "bad_credentials": (401, "credentials that are malformed, unknown, expired, revoked or forged"),
+    "batch_not_found": (404, "there is no such batch, or you may not see it"),
+    "behind": (503, "this process does not know yet who may see what"),
+    "busy": (429, "too much is being written to the same place at once"),
+    "database_unavailable": (503, "the database does not answer"),
+    "file_missing": (500, "the file is on record, but not in this server's store"),
+    "file_not_found": (404, "there is no such file, or you may not see it"),
+    "forbidden": (403, "you may see it, but not do that"),
+    "foreign_origin": (403, "another site's page may not change anything"),
+    "headers_too_large": (431, "more than 100 headers, or 32 KB of them"),
+    "idempotency_key_reused": (422, "the key came with another body before"),
+    "incomplete_body": (400, "the connection ended before the body did"),
+    "internal_error": (500, "a fault; the log has it under the request's id"),
+    "invalid_content": (422, "`details.errors` names each wrong field"),
+    "job_not_found": (404, "there is no such job, or you may not see it"),
+    "keys_unavailable": (503, "`auth.jwt.jwks_url` does not answer"),
+    "link_expired": (403, "the signed link has expired"),
+    "link_invalid": (403, "the signed link has been altered, or what it led to is gone"),
+    "malformed_idempotency_key": (400, "the Idempotency-Key has no visible characters, or too many"),
+    "malformed_json": (400, "the body is not JSON"),
+    "malformed_position": (400, "the Ledger-Position is no number"),
+    "method_not_allowed": (405, "the address does not know this method"),
+    "no_results": (409, "there are no result files"),
+    "not_found": (404, "there is nothing at this address"),
+    "not_signed_in": (401, "say who you are"),
+    "precondition_failed": (412, "the file is not the one that the conditions name"),
+    "range_not_satisfiable": (416, "the file has no such range"),
+    "refused": (400, "the request cannot be understood"),
+    "still_running": (503, "the job is being cancelled; delete it again in a moment"),
+    "stream_not_found": (404, "there is no such stream"),
+    "too_large": (413, "the body is larger than `api.max_body_bytes`"),
+    "too_many_requests": (429, "more requests than `api.requests_per_second` allows"),
+    "too_many_streams": (429, "more live streams than `api.max_streams_per_user` allows"),
+    "unknown_event_type": (422, "there is no such type of event"),
+    "unknown_host": (400, "nothing here has the name by which you asked"),
+    "unknown_job_type": (422, "no such processor is installed"),
+    "unreadable_event": (500, "an event was written by a later version"),
+    "unsupported_media_type": (415, "the body is not application/json"),
+    "version_changed": (412, "it is not at the version that If-Match names"),
+    "version_conflict": (409, "somebody else changed it in this moment"),
+    "views_behind": (503, "the views have not reached the Ledger-Position in time"),
+    "wrong_state": (409, "not while it is as it is"),
+}
+"""Every code of a failure, its HTTP status, and what it means."""
+
+
+def _job_action(summary: str, body: type[BaseModel] = models.ReasonBody) -> Door:
+    return Door(summary=summary, answer=answers.JobChanged, body=body, optional_body=True, gives=("ETag",))
+
+
+def _batch_action(
+    summary: str, answer: type[BaseModel] = answers.BatchChanged, body: type[BaseModel] = models.ReasonBody
+) -> Door:
+    return Door(summary=summary, answer=answer, body=body, optional_body=True)
+
+
+DOORS: Final[Mapping[Endpoint, Door]] = {
+    jobs.submit: Door(
+        summary="Submit a job",
+        answer=answers.JobAccepted,
+        status=202,
+        body=models.JobBody,
+        errors=("unknown_job_type",),
+        takes=("Prefer",),
+        gives=("Location",),
+    ),
+    jobs.listing: Door(summary="List jobs", answer=answers.Jobs, query=models.JobList, views=True),
+    jobs.single: Door(
+        summary="Read a job",
+        answer=answers.OneJob,
+        query=models.Single,
+        views=True,
+        statuses=(304,),
+        takes=("If-None-Match", "Prefer"),
+        gives=("ETag",),
+    ),
+    jobs.update: Door(
+        summary="Change a waiting job, or who may see or change it",
+        answer=answers.JobChanged,
+        body=models.UpdateBody,
+        gives=("ETag",),
+    ),
+    jobs.delete: Door(
+        summary="Cancel a job if it is running, then remove it", answer=answers.JobChanged, errors=("still_running",)
+    ),
+    jobs.cancel: _job_action("Cancel a job"),
+    jobs.restart: _job_action("Do an ended job again", models.RestartBody),
+    jobs.archive: _job_action("Put a job out of sight of everyday lists"),
+    jobs.unarchive: _job_action("Put a job back into everyday lists"),
+    history.of_job: Door(summary="All that happened to a job", answer=answers.History, query=models.HistoryQuery),
+    history.log_lines: Door(summary="All log lines of a job", answer=answers.LogLines, query=models.HistoryQuery),
+    archives.of_job: Door(
+        summary="A job's result files as a ZIP",
+        answer="application/zip",
+        views=True,
+        errors=("no_results", "file_missing"),
+    ),
+    batches.submit: Door(
+        summary="Submit jobs that belong together, all or none",
+        answer=answers.BatchAccepted,
+        status=202,
+        body=models.BatchBody,
+        errors=("unknown_job_type",),
+        gives=("Location",),
+    ),
+    batches.listing: Door(summary="List batches", answer=answers.Batches, query=models.BatchList, views=True),
+    batches.single: Door(
+        summary="Read a batch",
+        answer=answers.OneBatch,
+        views=True,
+        statuses=(304,),
+        takes=("If-None-Match", "Prefer"),
+        gives=("ETag",),
+    ),
+    batches.update: Door(
+        summary="Say who may see or change a batch and its jobs",
+        answer=answers.BatchChanged,
+        body=models.BatchUpdateBody,
+    ),
+    batches.delete: Door(summary="Remove a batch that has ended, and its jobs", answer=answers.BatchChanged),
+    batches.jobs_of: Door(summary="List the jobs of a batch", answer=answers.Jobs, query=models.JobList, views=True),
+    batches.pause: _batch_action("Start no more of a batch's jobs", answers.BatchSwitched),
+    batches.resume: _batch_action("Start a batch's jobs again", answers.BatchSwitched),
+    batches.cancel: _batch_action("Cancel a batch's jobs that have not ended"),
+    batches.restart: _batch_action("Do ended jobs of a batch again", body=models.BatchRestartBody),
+    batches.archive: _batch_action("Put a batch and its jobs out of sight of everyday lists"),
+    batches.unarchive: _batch_action("Put a batch and its jobs back into everyday lists"),
+    history.of_batch: Door(summary="A batch's own events", answer=answers.History, query=models.HistoryQuery),
+    archives.of_batch: Door(
+        summary="The result files of a batch's jobs as a ZIP",
+        answer="application/zip",
+        views=True,
+        errors=("no_results", "file_missing"),
+    ),
+    files.single: Door(
+        summary="A result file",
+        answer="*/*",
+        query=files.FileQuery,
+        views=True,
+        statuses=(206, 304),
+        errors=("precondition_failed", "range_not_satisfiable", "link_expired", "link_invalid", "file_missing"),
+        takes=("If-Match", "If-None-Match", "Range"),
+        gives=("ETag",),
+    ),
+    files.link: Door(
+        summary="A link that opens a result file without sign-in",
+        answer=answers.SignedLink,
+        body=files.LinkBody,
+        optional_body=True,
+        records=False,
+    ),
+    ledger.page: Door(
+        summary="A page of the log",
+        answer=answers.Events,
+        query=models.EventsQuery,
+        errors=("unknown_event_type", "job_not_found", "batch_not_found", "stream_not_found", "behind"),
+    ),
+    live.stream: Door(
+        summary="The log, live, as Server-Sent Events: `id:` is the position, `event:` the type, `data:` an event",
+        answer="text/event-stream",
+        query=models.StreamQuery,
+        errors=("unknown_event_type", "job_not_found", "batch_not_found", "behind", "too_many_streams"),
+        takes=("Last-Event-ID",),
+    ),
+    ledger.head: Door(summary="How far the log goes, and the views", answer=answers.LogHead),
+    monitoring.stats: Door(
+        summary="Counters of jobs, batches and tracks; workers; how far the views are behind",
+        answer=answers.Statistics,
+        views=True,
+        errors=("forbidden",),
+    ),
+    docs.index: Door(summary="Where things are", answer=answers.Index),
+    docs.document: Door(
+        summary="This document", answer="application/json", statuses=(304,), takes=("If-None-Match",), gives=("ETag",)
+    ),
+    docs.page: Door(
+        summary="This document, to read", answer="text/html", statuses=(304,), takes=("If-None-Match",), gives=("ETag",)
+    ),
+    metrics.scrape: Door(
+        summary="The numbers for Prometheus",
+        answer="text/plain",
+        errors=("forbidden",),
+    ),
+    monitoring.alive: Door(summary="Whether it is alive", answer=answers.Success),
+    monitoring.ready: Door(summary="Whether it can serve", answer=answers.Ready),
+}

@@ -1,0 +1,252 @@
+"""api: what is done to every request before it gets to a route, and to every answer on its way out. Pure ASGI.
+
+From the outside in: `Observed`, `KnownHosts`, CORS (Starlette's), `SignedIn` (in api/access.py), `Limited`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Final
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import ApiError, error_response
+from ledger.access import Principal
+
+_log = structlog.get_logger("api.access")
+LIVE: Final = frozenset({"/api/ledger/stream"})
+"""Addresses whose answers go on until the client leaves."""
+LONGEST_ADDRESS: Final = 8192
+LARGEST_HEADERS_BYTES: Final = 32_768
+MOST_HEADERS: Final = 100
+_BUCKETS_KEPT: Final = 10_000
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,100}")
+_TRACE: Final = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """How the API meets the world. Rates are requests a second of one user (or address), 0 for no limit."""
+
+    cors_origins: tuple[str, ...] = ()
+    requests_per_second: float = 0
+    burst: int = 50
+    max_streams_per_user: int = 0
+    https: bool = False
+    access_log: bool = False
+
+
+class Observed:
+    """Gives each request an id and each answer the headers that every answer has; writes the access log.
+
+    It wraps the whole application, Starlette's own answer to a fault included.
+    """
+
+    def __init__(self, app: ASGIApp, edge: Edge) -> None:
+        self._app = app
+        self._logs = edge.access_log
+        self._headers = {
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",  # a signed link is not told to whom it links to
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Content-Security-Policy": "default-src 'none'",
+        }
+        if edge.https:
+            self._headers["Strict-Transport-Security"] = "max-age=31536000"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began = time.perf_counter()
+        given = Headers(scope=scope)
+        request_id = given.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid4().hex
+        status: int | None = None
+        size = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status, size
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._complete(MutableHeaders(scope=message), request_id)
+            elif message["type"] == "http.response.body":
+                size += len(message.get("body", b""))
+            await send(message)
+
+        about = {"request_id": request_id}
+        if traced := _TRACE.fullmatch(given.get("traceparent", "")):
+            about["trace_id"] = traced[1]
+        with structlog.contextvars.bound_contextvars(**about):
+            try:
+                if (refused := _oversized(scope)) is not None:
+                    await error_response(refused)(scope, receive, send_with_headers)
+                else:
+                    await self._app(scope, receive, send_with_headers)
+            finally:
+                if self._logs:
+                    took = round((time.perf_counter() - began) * 1000, 1)
+                    self._write(scope, about, status=status, ms=took, bytes=size)
+        return None
+
+    def _complete(self, headers: MutableHeaders, request_id: str) -> None:
+        headers["X-Request-ID"] = request_id
+        for name, value in self._headers.items():
+            headers.setdefault(name, value)
+        policy = headers["Content-Security-Policy"]
+        if "frame-ancestors" not in policy:
+            headers["Content-Security-Policy"] = f"{policy}; frame-ancestors 'none'"
+
+    @staticmethod
+    def _write(scope: Scope, about: Mapping[str, str], **measured: Any) -> None:
+        """Write one line: no headers and no query, where keys and signatures are."""
+        principal: Principal | None = scope.get("principal")
+        path = scope.get("raw_path") or scope["path"].encode()
+        _log.info(
+            "request",
+            method=scope["method"],
+            path=path[:300].decode("ascii", "backslashreplace"),
+            user=principal.user_id if principal else None,
+            **measured,
+            **about,
+        )
+
+
+def _oversized(scope: Scope) -> ApiError | None:
+    """Return the answer to what is too long. Uvicorn itself gives up, in plain text, on 64 KB that end no request."""
+    address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+    if address > LONGEST_ADDRESS:
+        message = f"The address has {address} characters; at most {LONGEST_ADDRESS} are read."
+        return ApiError(414, "address_too_long", message)
+    headers = scope["headers"]
+    size = sum(len(name) + len(value) for name, value in headers)
+    if len(headers) > MOST_HEADERS or size > LARGEST_HEADERS_BYTES:
+        message = (
+            f"{len(headers)} headers of {size} bytes; at most {MOST_HEADERS} of {LARGEST_HEADERS_BYTES} bytes are read."
+        )
+        return ApiError(431, "headers_too_large", message)
+    return None
+
+
+class KnownHosts:
+    """Against other sites' pages: they must not reach us under their name (DNS rebinding), nor change anything here.
+
+    Pages of `origins` (`api.cors_origins`) may. Starlette's own TrustedHostMiddleware does not answer in our envelope.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str], origins: Collection[str] = ()) -> None:
+        self._app = app
+        self._names = frozenset(name.strip("[]").lower() for name in names)
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if _host_name(host) not in self._names:
+            message = (
+                f"Nothing here is called {host[:100]!r}; the name that others know us by is set by api.public_url."
+            )
+            await error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
+        elif origin is not None and scope["method"] not in ("GET", "HEAD") and not self._is_ours(origin):
+            message = f"A page of {origin[:100]!r} may not change anything here; api.cors_origins says whose may."
+            await error_response(ApiError(403, "foreign_origin", message))(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _is_ours(self, origin: str) -> bool:
+        return origin in self._origins or _host_name(origin.partition("://")[2]) in self._names
+
+
+def _host_name(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+class Buckets:
+    """A token bucket for each who asks: `per_second` requests in the long run, `burst` at once. For one process."""
+
+    def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_second = per_second
+        self._burst = burst
+        self._clock = clock
+        self._levels: dict[str, tuple[float, float]] = {}
+
+    def take(self, who: str) -> float:
+        """Take a token; return 0, or, if there is none, in how many seconds there will be one."""
+        now = self._clock()
+        level = self._level(who, now)
+        if level < 1:
+            return (1 - level) / self._per_second
+        if len(self._levels) >= _BUCKETS_KEPT:
+            # A full bucket is as good as none.
+            self._levels = {key: kept for key, kept in self._levels.items() if self._level(key, now) < self._burst}
+        self._levels[who] = (level - 1, now)
+        return 0
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def _level(self, who: str, now: float) -> float:
+        level, since = self._levels.get(who, (float(self._burst), now))
+        return min(float(self._burst), level + (now - since) * self._per_second)
+
+
+class Limited:
+    """Refuses who asks too often, or has too many live streams open. What is open to all is not counted."""
+
+    def __init__(self, app: ASGIApp, edge: Edge) -> None:
+        self._app = app
+        self._buckets = Buckets(edge.requests_per_second, edge.burst) if edge.requests_per_second else None
+        self._most_streams = edge.max_streams_per_user
+        self._streams: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        who = _who(scope)
+        if who is None:
+            return await self._app(scope, receive, send)
+        if self._buckets is not None and (wait := self._buckets.take(who)) > 0:
+            refused = ApiError(
+                429,
+                "too_many_requests",
+                "You ask more often than is allowed here (api.requests_per_second).",
+                retry_after_seconds=ceil(wait),
+            )
+            return await error_response(refused)(scope, receive, send)
+        if scope["path"] not in LIVE:
+            return await self._app(scope, receive, send)
+        return await self._live(who, scope, receive, send)
+
+    async def _live(self, who: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if 0 < self._most_streams <= self._streams[who]:
+            message = f"You have {self._streams[who]} live streams open, the most allowed (api.max_streams_per_user)."
+            refused = ApiError(429, "too_many_streams", message, retry_after_seconds=5)
+            return await error_response(refused)(scope, receive, send)
+        self._streams[who] += 1
+        try:
+            return await self._app(scope, receive, send)
+        finally:
+            self._streams[who] -= 1
+            if not self._streams[who]:
+                del self._streams[who]
+
+
+def _who(scope: Scope) -> str | None:
+    """Return under which name a request is counted: the user's, or, if they have not said, that of their machine."""
+    principal: Principal | None = scope.get("principal")
+    if principal is None:
+        return None
+    if principal.user_id is not None:
+        return f"user:{principal.user_id}"
+    client = scope.get("client")
+    return f"address:{client[0] if client else ''}"

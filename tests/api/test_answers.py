@@ -1,0 +1,105 @@
+"""Real answers are what the models of api/answers.py, and so the OpenAPI document, say: no field more or less."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel
+
+from api import answers
+from api.app import ROUTES
+from api.doors import DOORS
+from tests.api.conftest import Api
+
+JOBS, BATCHES = "/api/events/jobs", "/api/events/batches"
+HOOK = {"url": "https://example.org/hook", "headers": {"X-Key": "hidden"}}
+
+
+def fits(answer: httpx.Response) -> Any:
+    """Hold an answer against the model that its route is described with; no unknown field passes."""
+    method, path = answer.request.method, answer.request.url.path
+    door = next(
+        DOORS[route.endpoint]
+        for route in ROUTES
+        if method in (route.methods or ()) and route.path_regex.match(path) is not None
+    )
+    assert answer.status_code == door.status, answer.text
+    assert isinstance(door.answer, type)
+    assert issubclass(door.answer, BaseModel)
+    door.answer.model_validate_json(answer.content, extra="forbid", strict=True)
+    for header in door.gives:
+        assert header in answer.headers
+    return answer.json()
+
+
+async def test_jobs_and_their_stories(api: Api) -> None:
+    submitted = fits(await api.post(JOBS, {"job_type": "echo", "parameters": {"track": "A"}, "webhook": HOOK}))
+    job_id = submitted["job_id"]
+    await api.ended(job_id)
+    assert fits(await api.get(f"{JOBS}/{job_id}"))["job"]["status"] == "completed"
+    failed = await api.submit({"fail": "on purpose"}, max_attempts=1)
+    await api.ended(failed)
+    assert fits(await api.get(f"{JOBS}/{failed}"))["job"]["error"]["code"] == "ECHO_FAILED"
+    assert fits(await api.get(f"{JOBS}?limit=1"))["next"]
+    for path in (f"{JOBS}/{job_id}/history", f"{JOBS}/{job_id}/history?limit=1", f"{JOBS}/{failed}/logs"):
+        assert fits(await api.get(path))
+    for action in ("archive", "unarchive", "restart", "cancel"):
+        assert fits(await api.post(f"{JOBS}/{failed}/{action}"))["job"]
+    await api.until_event(failed, "JobCancelled", "JobFailed")
+    fits(await api.http.put(f"{JOBS}/{failed}", json={"access_control": {"visibility": "public"}}))
+    assert fits(await api.http.delete(f"{JOBS}/{failed}"))["job"] is None
+
+
+async def test_batches_and_their_stories(api: Api) -> None:
+    jobs = [{"job_type": "echo", "parameters": given} for given in ({}, {"fail": "on purpose"})]
+    submitted = fits(await api.post(BATCHES, {"jobs": jobs, "batch_name": "two", "webhook": HOOK}))
+    batch_id = submitted["batch_id"]
+    finished = await api.until_event(batch_id, "BatchFinished")
+    assert fits(await api.get(f"{BATCHES}/{batch_id}", finished["position"]))["batch"]["status"] == "partial"
+    for path in (BATCHES, f"{BATCHES}/{batch_id}/jobs", f"{BATCHES}/{batch_id}/history"):
+        assert fits(await api.get(path, finished["position"]))
+    for action in ("pause", "resume", "archive", "unarchive", "restart"):
+        assert fits(await api.post(f"{BATCHES}/{batch_id}/{action}"))["batch"]
+    fits(await api.http.put(f"{BATCHES}/{batch_id}", json={"access_control": {"visibility": "team"}}))
+    fits(await api.post(f"{BATCHES}/{batch_id}/cancel"))
+    await api.until_event(batch_id, "BatchFinished")
+
+
+async def test_deleted_batches(idle_api: Api) -> None:
+    batch_id = (await idle_api.submit_batch({}))["batch_id"]
+    fits(await idle_api.post(f"{BATCHES}/{batch_id}/cancel"))
+    await idle_api.until_event(batch_id, "BatchFinished")
+    assert fits(await idle_api.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
+
+
+async def test_files_the_log_statistics_and_health(api: Api) -> None:
+    job = await api.ended(await api.submit({"track": "A"}))
+    fits(await api.post(f"/api/events/files/{job['results']['files'][0]['path']}/link"))
+    for path in (
+        "/api/ledger/events?limit=3",
+        "/api/ledger/head",
+        "/api/monitoring/events/stats",
+        "/",
+        "/healthz",
+        "/readyz",
+    ):
+        fits(await api.get(path))
+
+
+async def test_the_live_stream_sends_events_as_described(idle_api: Api) -> None:
+    await idle_api.submit()
+    [event] = await idle_api.take(1, after=0)
+    event.pop("sse_id")
+    answers.ShownEvent.model_validate(event, extra="forbid")
+
+
+@pytest.mark.parametrize("path", [f"{JOBS}/job-none", f"{JOBS}?limit=x", "/nowhere", f"{JOBS}/job-none/cancel"])
+async def test_failures(idle_api: Api, path: str) -> None:
+    answer = await idle_api.get(path)
+    error = answers.Error.model_validate_json(answer.content, extra="forbid", strict=True)
+    for problem in error.details.get("errors", ()):
+        answers.Problem.model_validate(problem, extra="forbid")
+    assert re.fullmatch(r"[a-z_]+", error.code)

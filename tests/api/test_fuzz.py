@@ -1,0 +1,118 @@
+"""Whatever is sent, right or wrong: no fault, and no answer that the OpenAPI document does not describe.
+
+`make test` tries the same few requests each time; `make fuzz` tries many others, JOBLEDGER_FUZZ of them for each route.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, settings
+from pymongo import MongoClient
+from schemathesis import Case, checks
+
+from tests.api.test_openapi import DOCUMENT
+from tests.support.installation import Installation, Role
+
+MANY = int(os.environ.get("JOBLEDGER_FUZZ", "0"))
+CHECKS = [
+    checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+    checks.unsupported_method,
+    checks.allow_header_conformance,
+]
+EXAMPLES = settings(
+    max_examples=MANY or 8,
+    derandomize=not MANY,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+schema = schemathesis.openapi.from_dict(DOCUMENT)
+LIVE = {"path": "/api/ledger/stream"}
+
+
+@pytest.fixture(scope="module")
+def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Role]:
+    """Everything, running; at the end no fault is in the log."""
+    name = f"test_{uuid4().hex[:16]}"
+    with Installation(
+        tmp_path_factory.mktemp("fuzz"), mongodb={"uri": mongodb_uri, "db_name": name}, api={"port": 0}
+    ) as installation:
+        role = installation.up()
+        yield role
+        ended = role.stop()
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client.drop_database(name)
+    assert ended.exit_code == 0
+    assert "Traceback" not in ended.err, ended.err
+    assert "fault" not in ended.err, ended.err
+
+
+@pytest.fixture(scope="module")
+def http(role: Role) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=role.url, timeout=20, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as session:
+        session.trust_env = False
+        yield session
+
+
+@schema.exclude(**LIVE).parametrize()
+@EXAMPLES
+def test_every_request_is_answered_as_the_document_says(
+    case: Case, role: Role, http: httpx.Client, session: requests.Session
+) -> None:
+    leads_somewhere(case, http)
+    waits_for_nothing(case)
+    case.call_and_validate(base_url=role.url, session=session, checks=CHECKS, timeout=30)
+
+
+@schema.include(**LIVE).parametrize()
+@EXAMPLES
+def test_a_live_stream_begins_or_is_refused_as_the_document_says(
+    case: Case, role: Role, session: requests.Session
+) -> None:
+    asked = case.as_transport_kwargs(base_url=role.url)
+    with session.request(**asked, stream=True, timeout=30) as answer:
+        described = case.operation.definition.raw["responses"]
+        if case.method.upper() == "GET":
+            assert str(answer.status_code) in described
+        media_type = answer.headers["content-type"].partition(";")[0]
+        assert media_type == ("text/event-stream" if answer.ok else "application/json")
+
+
+def leads_somewhere(case: Case, http: httpx.Client) -> None:
+    """Put the id of a new job or batch into half of the addresses: none would ever be guessed."""
+    given = case.path_parameters
+    for name, found in (("job_id", "job_id"), ("batch_id", "batch_id")):
+        if name in given and zlib.crc32(str(given[name]).encode(errors="replace")) % 2:
+            body = {"job_type": "echo", "parameters": {"track": "A"}}
+            many = name == "batch_id"
+            answer = http.post(f"/api/events/{'batches' if many else 'jobs'}", json={"jobs": [body]} if many else body)
+            given[name] = answer.json()[found]
+
+
+def waits_for_nothing(case: Case) -> None:
+    """Leave out what a right answer may take long for: a position that the views have not reached, an end."""
+    for name in [name for name in case.headers or () if name.lower() in ("ledger-position", "prefer")]:
+        if case.headers[name].isdecimal() or "wait" in case.headers[name]:
+            del case.headers[name]
+    if str((case.query or {}).get("min_position", "")).isdecimal():
+        del case.query["min_position"]

@@ -1,0 +1,151 @@
+"""The OpenAPI document describes every route, every code and every header, and the page shows all of it, offline."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema_rs import Draft202012Validator
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from pydantic import BaseModel
+
+from api import models, openapi
+from api.app import ROUTES
+from api.doors import CODES, DOORS
+from api.errors import TABLE
+from tests.api.conftest import Api
+from workers.registry import processors
+
+API = Path(__file__).parents[2] / "api"
+DOCUMENT = openapi.document(ROUTES, {name: processor.Parameters for name, processor in processors().items()})
+OPERATIONS = {
+    f"{method.upper()} {path}": operation
+    for path, item in DOCUMENT["paths"].items()
+    for method, operation in item.items()
+}
+
+
+def test_every_route_is_described() -> None:
+    missing = [f"{route.methods} {route.path}" for route in ROUTES if route.endpoint not in DOORS]
+    assert not missing, f"these need an entry in api/doors.py: {missing}"
+    assert {route.endpoint for route in ROUTES} == set(DOORS), "api/doors.py describes what is no route"
+
+
+def codes_raised() -> Iterator[tuple[str, int]]:
+    """Every `ApiError(status, "code", …)` in the source; where the status is computed, 0."""
+    for file in API.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ApiError":
+                status, code = node.args[:2]
+                if isinstance(code, ast.Constant):
+                    yield str(code.value), status.value if isinstance(status, ast.Constant) else 0  # type: ignore[misc]  # a status is an int
+
+
+def test_every_code_that_can_be_answered_is_in_the_catalogue_with_its_status_and_in_some_answer() -> None:
+    raised = {*codes_raised(), *((code, status) for _, status, code, _ in TABLE)}
+    assert raised
+    assert {(code, status) for code, status in raised if CODES.get(code, (None,))[0] != status} == set()
+    described = {
+        code
+        for operation in OPERATIONS.values()
+        for response in operation["responses"].values()
+        for code in re.findall(r"^- `(\w+)`", response["description"], re.MULTILINE)
+    }
+    of_no_operation = {"method_not_allowed", "refused"}
+    assert described == set(CODES) - of_no_operation
+    assert set(CODES) - of_no_operation - {"not_found", "range_not_satisfiable"} <= {code for code, _ in raised}
+
+
+def test_the_document_is_valid_openapi_3_1() -> None:
+    OpenAPIV31SpecValidator(DOCUMENT).validate()
+
+
+@pytest.mark.parametrize("model", openapi.EXAMPLES, ids=lambda model: model.__name__)
+def test_the_examples_fit_the_schemas(model: type[BaseModel]) -> None:
+    name = model.__name__
+    validator = Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]})
+    validator.validate(openapi.EXAMPLES[model])
+    model.model_validate(openapi.EXAMPLES[model])
+
+
+@pytest.mark.parametrize(
+    ("body", "fits"),
+    [
+        ({"job_type": "echo", "parameters": {"seconds": 1}}, True),
+        ({"job_type": "echo", "parameters": {"seconds": -1}}, False),
+        ({"job_type": "unheard of", "parameters": {}}, False),
+        ({"parameters": {}}, False),
+        (openapi.EXAMPLES[models.JobBody]["parameters"], True),
+        ({"parameters": openapi.EXAMPLES[models.JobBody]["parameters"]}, True),
+    ],
+    ids=str,
+)
+def test_the_schema_of_a_job_knows_what_the_parameters_of_each_type_are(body: Any, fits: bool) -> None:
+    validator = Draft202012Validator({"$ref": "#/components/schemas/JobBody", "components": DOCUMENT["components"]})
+    assert validator.is_valid(body) is fits
+
+
+async def test_the_examples_are_accepted_as_they_stand(idle_api: Api) -> None:
+    submitted = await idle_api.post("/api/events/jobs", openapi.EXAMPLES[models.JobBody])
+    batched = await idle_api.post("/api/events/batches", openapi.EXAMPLES[models.BatchBody])
+    job, batch = submitted.headers["location"], batched.headers["location"]
+    updated = await idle_api.http.put(job, json=openapi.EXAMPLES[models.UpdateBody])
+    shared = await idle_api.http.put(batch, json=openapi.EXAMPLES[models.BatchUpdateBody])
+    cancelled = await idle_api.post(f"{job}/cancel", openapi.EXAMPLES[models.ReasonBody])
+    restarted = await idle_api.post(f"{job}/restart", openapi.EXAMPLES[models.RestartBody])
+    again = await idle_api.post(f"{batch}/restart", openapi.EXAMPLES[models.BatchRestartBody])
+
+    answers = (submitted, batched, updated, shared, cancelled, restarted, again)
+    assert [answer.status_code for answer in answers] == [202, 202, 200, 200, 200, 200, 200], [
+        it.text for it in answers
+    ]
+
+
+def test_what_goes_without_saying_is_said() -> None:
+    submit = OPERATIONS["POST /api/events/jobs"]
+    assert {"400", "401", "403", "409", "413", "415", "422", "429", "500", "503"} <= submit["responses"].keys()
+    assert submit["responses"]["202"]["headers"].keys() == {"X-Request-ID", "Location", "Ledger-Position"}
+    assert {parameter["name"] for parameter in submit["parameters"]} == {"Prefer", "Idempotency-Key"}
+    assert submit["requestBody"]["required"]
+    assert not OPERATIONS["POST /api/events/jobs/{job_id}/cancel"]["requestBody"]["required"]
+    assert "Retry-After" in submit["responses"]["503"]["headers"]
+    changed = OPERATIONS["PUT /api/events/jobs/{job_id}"]
+    assert "If-Match" in {parameter["name"] for parameter in changed["parameters"]}
+    assert "version_changed" in changed["responses"]["412"]["description"]
+    listed = {parameter["name"]: parameter for parameter in OPERATIONS["GET /api/events/jobs"]["parameters"]}
+    assert listed["limit"]["schema"] == {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
+    assert listed["cursor"]["schema"] == {"type": "string"}
+    assert "null" not in str(listed)
+    assert OPERATIONS["GET /healthz"]["security"] == []
+
+
+async def test_the_document_and_the_page_are_served_and_not_again_to_who_has_them(idle_api: Api) -> None:
+    for path, media_type in (("/api/openapi.json", "application/json"), ("/api/docs", "text/html; charset=utf-8")):
+        answer = await idle_api.get(path)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == media_type
+        again = await idle_api.get(path, **{"If-None-Match": answer.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+    assert (await idle_api.get("/api/openapi.json")).json() == DOCUMENT
+
+
+async def test_the_page_shows_everything_and_loads_nothing(idle_api: Api) -> None:
+    answer = await idle_api.get("/api/docs")
+    text = answer.text
+
+    for operation in OPERATIONS.values():
+        assert f'id="{operation["operationId"]}"' in text
+    for name in DOCUMENT["components"]["schemas"]:
+        assert f'id="{name}"' in text
+    ids = re.findall(r'id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert {link.removeprefix("#") for link in re.findall(r'href="(#[^"]+)"', text)} <= set(ids)
+    assert "<script" not in text
+    assert re.findall(r'(?:src|href)="(?!#|/api/openapi\.json")[^"]*"', text) == []
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'; style-src 'sha256-" in policy
+    assert "http" not in policy
