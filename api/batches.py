@@ -316,6 +316,7 @@ class _Found:
 
 async def _existing(request: Request, right: Right = Right.WRITE) -> _Found:
     batch_id = request.path_params["batch_id"]
+    Once.of(request, None)  # a key that is none is refused, though only a restart needs it: the rest can be repeated
     known = await load(services(request).log, batch_id) if batch_id.startswith("batch-") else Known()
     check = expecting(request, requires(request, right, missing=_not_found(batch_id)))
     check(known)

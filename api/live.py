@@ -29,6 +29,8 @@ from ledger.events import EVENT_TYPES, PositionVoided, Recorded
 
 SILENCE_SECONDS: Final = 15.0
 """How long a stream says nothing before it gives a sign of life."""
+LONGEST_SECONDS: Final = 900.0
+"""After how long a client has to come back and say again who it is: its key may have been withdrawn meanwhile."""
 _PIECE_BYTES: Final = 64 * 1024
 _CHUNK_EVENTS: Final = 500
 _VISIBILITY_PATIENCE_SECONDS: Final = 10.0
@@ -119,14 +121,15 @@ class Wanted:
 
 
 async def _blocks(known: Services, principal: Principal, wanted: Wanted, after: int) -> AsyncGenerator[bytes, None]:
-    """Yield what is sent, until the client loses sight of what it follows, or the log cannot be read."""
+    """Yield what is sent, until its time is up, the client loses sight of what it follows, or the log is away."""
     visibility, everything = known.visibility, principal.sees_everything
     clock = asyncio.get_running_loop().time
     # Not all at once, when all of them come back after this process has ended.
     yield b"retry: %d\nid: %d\n\n" % (random.randint(1000, 5000), after)  # noqa: S311 - spreads load, guards no secret
     told, told_at = after, clock()
+    until = told_at + LONGEST_SECONDS
     async with known.log.subscription(after=after) as events:
-        while True:
+        while clock() < until:
             chunk: list[Recorded] = []
             try:
                 async with asyncio.timeout_at(told_at + SILENCE_SECONDS):

@@ -7,7 +7,16 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    WithJsonSchema,
+    model_validator,
+)
 
 from api.services import LARGEST_PAGE
 from ledger.chain import LARGEST_INTEGER
@@ -29,6 +38,18 @@ def _web_address(url: str) -> str:
     return url
 
 
+def _moment(given: object) -> object:
+    """Read ISO 8601 only: a bare number would be taken for seconds since 1970."""
+    if isinstance(given, datetime):
+        return given
+    try:
+        if isinstance(given, str) and "-" in given[1:]:
+            return datetime.fromisoformat(given)
+    except ValueError:
+        pass
+    raise ValueError("expected a moment such as 2026-02-01T09:30:00Z")
+
+
 def _in_utc(moment: datetime) -> datetime:
     try:
         return milliseconds(moment)
@@ -36,7 +57,7 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("this moment has no date in UTC: expected the years 1 to 9999") from None
 
 
-Moment = Annotated[datetime, AfterValidator(_in_utc)]
+Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 # No `$` at its beginning: the database reads an object with $ref and $id as a reference to a document.
 HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#%&'*+.^_`|~-][A-Za-z0-9!#$%&'*+.^_`|~-]{0,99}$")]
 HeaderValue = Annotated[str, Field(pattern=r"^[\t\x20-\x7e\u00a0-\u00ff]*$", max_length=8000)]
@@ -65,7 +86,6 @@ def _then(text: object) -> object:
 
 Then = Annotated[int | datetime, BeforeValidator(_then), WithJsonSchema({"type": "string"})]
 Cursor = Annotated[Place, BeforeValidator(_cursor), WithJsonSchema({"type": "string"})]
-Text = Annotated[str, Field(max_length=1000)]
 Words = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -78,8 +98,8 @@ class WebhookBody(_Body):
 
     url: Annotated[str, Field(max_length=2000), AfterValidator(_web_address)]
     headers: dict[HeaderName, HeaderValue] = Field({}, max_length=50)
-    include_markdown: bool = False
-    include_metadata: bool = False
+    include_markdown: StrictBool = False
+    include_metadata: StrictBool = False
 
 
 class AccessBody(AccessControl):
@@ -95,10 +115,10 @@ class JobBody(_Body):
     job_type: str = Field("session", min_length=1, max_length=100)
     job_name: str | None = Field(None, max_length=500)
     webhook: WebhookBody | None = None
-    priority: int = Field(1, ge=-1000, le=1000, description="Higher is sooner.")
+    priority: int = Field(1, strict=True, ge=-1000, le=1000, description="Higher is sooner.")
     not_before: Moment | None = None
-    max_attempts: int = Field(3, ge=1, le=100)
-    timeout_s: float = Field(3600.0, gt=0, le=7 * 86_400)
+    max_attempts: int = Field(3, strict=True, ge=1, le=100)
+    timeout_s: float = Field(3600.0, strict=True, gt=0, le=7 * 86_400)
     user_id: str | None = Field(None, min_length=1, max_length=200)
     access_control: AccessBody = AccessBody()
 
@@ -128,7 +148,7 @@ class ReasonBody(_Body):
 
 
 class RestartBody(ReasonBody):
-    reuse_steps: bool = True
+    reuse_steps: StrictBool = True
 
 
 class BatchRestartBody(RestartBody):
@@ -141,7 +161,7 @@ class UpdateBody(_Body):
     """What is to be changed; what is not named stays as it is. All but `access_control` only while the job waits."""
 
     parameters: dict[str, Any] | None = None
-    priority: int | None = Field(None, ge=-1000, le=1000)
+    priority: int | None = Field(None, strict=True, ge=-1000, le=1000)
     not_before: Moment | None = None
     access_control: AccessBody | None = None
 
@@ -182,14 +202,14 @@ class JobList(Page):
     """Which jobs. `q`: all of these words are in the job's name, id, session, event, track, file name or speakers."""
 
     status: JobStatus | None = None
-    batch_id: Text | None = None
-    user_id: Text | None = None
-    track: Text | None = None
-    event: Text | None = None
-    day: Text | None = None
-    language: Text | None = None
-    error_code: Text | None = None
-    job_type: Text | None = None
+    batch_id: str | None = None
+    user_id: str | None = None
+    track: str | None = None
+    event: str | None = None
+    day: str | None = None
+    language: str | None = None
+    error_code: str | None = None
+    job_type: str | None = None
     archived: bool | None = None
     created_after: Moment | None = None
     created_before: Moment | None = None
@@ -200,7 +220,7 @@ class BatchList(Page):
     """Which batches. `q`: all of these words are in the batch's name or id."""
 
     status: BatchStatus | None = None
-    user_id: Text | None = None
+    user_id: str | None = None
     archived: bool | None = None
     q: Words | None = None
 

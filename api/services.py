@@ -107,7 +107,7 @@ async def views_reach_wanted_position(request: Request) -> None:
     Raises:
         ApiError: 400 when it is no number, 503 when the views are too far behind.
     """
-    wanted = request.headers.get("ledger-position") or request.query_params.get("min_position")
+    wanted = request.headers.get("ledger-position", request.query_params.get("min_position"))
     if wanted is None:
         return
     if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 18:

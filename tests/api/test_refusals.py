@@ -228,7 +228,7 @@ def test_an_address_that_does_not_exist_is_not_found(client: httpx.Client, metho
     [
         ("PUT", JOBS, {"GET", "HEAD", "POST"}),
         ("DELETE", JOBS, {"GET", "HEAD", "POST"}),
-        ("PATCH", f"{JOBS}/job-1", {"GET", "HEAD", "DELETE"}),
+        ("PATCH", f"{JOBS}/job-1", {"GET", "HEAD", "PUT", "DELETE"}),
         ("GET", f"{JOBS}/job-1/cancel", {"POST"}),
         ("POST", "/api/events/files/x", {"GET", "HEAD"}),
         ("POST", "/healthz", {"GET", "HEAD"}),

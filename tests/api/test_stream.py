@@ -198,3 +198,16 @@ async def test_who_asks_for_the_head_of_a_stream_only_is_not_kept_waiting(idle_a
     answer = await idle_api.http.head("/api/ledger/stream")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+async def test_a_client_has_to_say_again_now_and_then_who_it_is_and_misses_nothing(
+    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.live.SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr("api.live.LONGEST_SECONDS", 0.5)
+    await idle_api.submit()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        seen = [event["position"] async for event in idle_api.events(after=0)]  # ends, and in good order
+        await idle_api.submit()
+        seen += [event["position"] async for event in idle_api.events(last_event_id=seen[-1])]
+    assert seen == [1, 2]
