@@ -29,6 +29,7 @@ CHECKS = [
     checks.content_type_conformance,
     checks.response_headers_conformance,
     checks.response_schema_conformance,
+    checks.negative_data_rejection,
     checks.unsupported_method,
     checks.allow_header_conformance,
 ]
@@ -40,6 +41,8 @@ EXAMPLES = settings(
     suppress_health_check=list(HealthCheck),
 )
 schema = schemathesis.openapi.from_dict(DOCUMENT)
+REFUSALS = ["400", "401", "403", "404", "405", "409", "412", "413", "414", "415", "416", "422", "429", "431"]
+schema.config.checks.negative_data_rejection.expected_statuses = REFUSALS
 LIVE = "/api/ledger/stream"
 
 

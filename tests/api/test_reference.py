@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from api.app import ROUTES
+from tests.api.conftest import Api
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
 
@@ -33,3 +37,24 @@ def test_the_reference_describes_every_route_and_no_other() -> None:
         if method != "HEAD" and route.path != "/"
     }
     assert set(described()) == routes
+
+
+REPLACED = ("/process-events-async", "/process-many-events", "/test-webhook-callback", "/test-webhook-logs")
+
+
+@pytest.mark.parametrize("old", REPLACED)
+async def test_the_example_in_the_place_of_an_old_endpoint_works_as_it_stands(idle_api: Api, old: str) -> None:
+    text = REFERENCE.read_text(encoding="utf-8")
+    assert f"| `{old}` | " in text
+    found = re.search(rf"^In the place of `{old}`.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no example in the place of {old}"
+    command, address, *options = shlex.split(found[1])
+    assert command == "curl"
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    path = address.removeprefix("http://127.0.0.1:5001")
+    if "-d" in given:
+        name, _, value = given["-H"].partition(": ")
+        answer = await idle_api.http.post(path, content=given["-d"], headers={name: value})
+    else:
+        answer = await idle_api.get(path)
+    assert answer.status_code == (202 if "-d" in given else 200), answer.text
