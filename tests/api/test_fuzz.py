@@ -61,7 +61,7 @@ def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         ended = role.stop()
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client.drop_database(name)
-    assert ended.exit_code == 0
+    assert ended.exit_code == 0, ended.err[-5000:]
     assert "Traceback" not in ended.err, ended.err
     assert "fault" not in ended.err, ended.err
 
