@@ -239,21 +239,22 @@ async def _finished_if_wanted(request: Request, batch_id: str) -> bool:
 
 async def pause(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/pause"""
-    body = validated(ReasonBody, await optional_json(request))
-    return await _switch(request, PauseBatch(actor(request), body.reason))
+    content = await optional_json(request)
+    return await _switch(request, content, PauseBatch(actor(request), validated(ReasonBody, content).reason))
 
 
 async def resume(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/resume"""
-    body = validated(ReasonBody, await optional_json(request))
-    return await _switch(request, ResumeBatch(actor(request), body.reason))
+    content = await optional_json(request)
+    return await _switch(request, content, ResumeBatch(actor(request), validated(ReasonBody, content).reason))
 
 
 async def cancel(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/cancel"""
-    body = validated(ReasonBody, await optional_json(request))
+    content = await optional_json(request)
+    body, once = validated(ReasonBody, content), Once.of(request, content)
     found = await _existing(request)
-    outcome = await _for_jobs(request, found, CancelJob(actor(request), body.reason), _EVERY - ENDED)
+    outcome = await _for_jobs(request, found, CancelJob(actor(request), body.reason), _EVERY - ENDED, once=once)
     return _answer(found.batch_id, found.known, outcome)
 
 
@@ -269,14 +270,14 @@ async def restart(request: Request) -> Response:
 
 async def archive(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/archive"""
-    body = validated(ReasonBody, await optional_json(request))
-    return await _put_away(request, Archive(actor(request), body.reason))
+    content = await optional_json(request)
+    return await _put_away(request, content, Archive(actor(request), validated(ReasonBody, content).reason))
 
 
 async def unarchive(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/unarchive"""
-    body = validated(ReasonBody, await optional_json(request))
-    return await _put_away(request, Unarchive(actor(request), body.reason))
+    content = await optional_json(request)
+    return await _put_away(request, content, Unarchive(actor(request), validated(ReasonBody, content).reason))
 
 
 async def update(request: Request) -> Response:
@@ -311,38 +312,46 @@ class _Found:
     batch_id: str
     known: Known
     batch: Batch
+    events: list[Recorded]
     check: Callable[[Known], None]
 
 
 async def _existing(request: Request, right: Right = Right.WRITE) -> _Found:
     batch_id = request.path_params["batch_id"]
-    Once.of(request, None)  # a key that is none is refused, though only a restart needs it: the rest can be repeated
-    known = await load(services(request).log, batch_id) if batch_id.startswith("batch-") else Known()
+    events = await services(request).log.read_stream(batch_id) if batch_id.startswith("batch-") else []
+    known = Known().after(events)
     check = expecting(request, requires(request, right, missing=_not_found(batch_id)))
     check(known)
     assert isinstance(known.state, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
-    return _Found(batch_id, known, known.state, check)
+    return _Found(batch_id, known, known.state, events, check)
 
 
 def _not_found(batch_id: str) -> ApiError:
     return ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
 
 
-async def _switch(request: Request, command: PauseBatch | ResumeBatch) -> Response:
+async def _switch(request: Request, content: Any, command: PauseBatch | ResumeBatch) -> Response:
     found = await _existing(request)
-    handled = await _for_batch(request, found, command)
-    return _answer(found.batch_id, handled.known)
+    known = await _once_for_batch(request, found, command, Once.of(request, content))
+    return _answer(found.batch_id, known)
 
 
-async def _put_away(request: Request, command: Archive | Unarchive) -> Response:
-    found = await _existing(request)
-    handled = await _for_batch(request, found, command)
-    outcome = await _for_jobs(request, found, command, _EVERY)
-    return _answer(found.batch_id, handled.known, outcome)
+async def _put_away(request: Request, content: Any, command: Archive | Unarchive) -> Response:
+    found, once = await _existing(request), Once.of(request, content)
+    known = await _once_for_batch(request, found, command, once)
+    outcome = await _for_jobs(request, found, command, _EVERY, once=once)
+    return _answer(found.batch_id, known, outcome)
 
 
-async def _for_batch(request: Request, found: _Found, command: BatchCommand) -> Handled:
-    meta = Meta(actor(request), found.batch_id)
+async def _once_for_batch(request: Request, found: _Found, command: BatchCommand, once: Once | None) -> Known:
+    """Have a command decided, unless the same request has done it before; return what is known of the batch."""
+    if once is not None and once.found_in(found.events) is not None:
+        return found.known
+    return (await _for_batch(request, found, command, once)).known
+
+
+async def _for_batch(request: Request, found: _Found, command: BatchCommand, once: Once | None = None) -> Handled:
+    meta = Meta(actor(request), found.batch_id, request=noted(once))
     return await handle(services(request).log, found.batch_id, command, meta=meta, known=found.known, check=found.check)
 
 

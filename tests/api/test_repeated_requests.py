@@ -102,6 +102,27 @@ async def test_a_batch_restart_that_is_repeated_restarts_no_job_twice(idle_api: 
     assert again.json()["jobs"] == {"total": 2, "changed": 0, "unchanged": 2, "refused": 0}
 
 
+async def test_a_pause_that_is_repeated_after_a_resume_pauses_nothing(idle_api: Api) -> None:
+    path = f"/api/events/batches/{(await idle_api.submit_batch({}))['batch_id']}"
+    first = await idle_api.post(f"{path}/pause", {"reason": "lunch"}, **KEY)
+    await idle_api.post(f"{path}/resume")
+
+    again = await idle_api.post(f"{path}/pause", {"reason": "lunch"}, **KEY)
+    other = await idle_api.post(f"{path}/pause", {"reason": "tea"}, **KEY)
+
+    assert (first.json()["batch"]["paused"], again.json()["batch"]["paused"]) == (True, False)
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+
+
+async def test_a_batch_cancel_or_archive_that_is_repeated_touches_no_job_again(idle_api: Api) -> None:
+    path = f"/api/events/batches/{(await idle_api.submit_batch({}, {}))['batch_id']}"
+    for action, back in (("cancel", "restart"), ("archive", "unarchive")):
+        first = await idle_api.post(f"{path}/{action}", **KEY)
+        await idle_api.post(f"{path}/{back}", {"only": "cancelled"} if back == "restart" else {})
+        again = await idle_api.post(f"{path}/{action}", **KEY)
+        assert (first.json()["jobs"]["changed"], again.json()["jobs"]["changed"]) == (2, 0)
+
+
 async def test_another_user_with_the_same_key_is_another_request(header_api: Api) -> None:
     mine = await header_api.post("/api/events/jobs", JOB, **KEY, **said("alice"))
     theirs = await header_api.post("/api/events/jobs", JOB, **KEY, **said("bob"))
