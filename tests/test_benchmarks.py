@@ -30,7 +30,7 @@ def test_every_claim_about_speed_is_measured(mongodb_uri: str) -> None:
     measured = run("--events", "800", "--rounds", "1", mongodb_uri=mongodb_uri)
     assert measured.returncode == 0, measured.stderr
     ratios = re.findall(r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d", measured.stdout)
-    assert len(ratios) == 7, measured.stdout
+    assert len(ratios) == 15, measured.stdout
     assert re.search(r"pickup.* p50 \d+\.\d+ ms, p99 \d+\.\d+ ms", measured.stdout)
     assert re.search(r"idle.* \d+\.\d %, \d+\.\d %, \d+\.\d %", measured.stdout)
     assert len(re.findall(r"drain.* [\d,]+ jobs/s", measured.stdout)) == 3
@@ -40,4 +40,4 @@ def test_every_claim_about_speed_is_measured(mongodb_uri: str) -> None:
 def test_a_part_that_does_not_exist_is_refused(mongodb_uri: str) -> None:
     refused = run("apend", mongodb_uri=mongodb_uri)
     assert refused.returncode == 2
-    assert "there are append, read, work" in refused.stderr
+    assert "there are append, read, work, serve, scale" in refused.stderr
