@@ -23,7 +23,8 @@ from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
 from ledger.errors import AlreadyExists, CommandRefused, WrongState
 from ledger.events import ENDED, AccessControl, JobSubmitted, Meta, Recorded, Webhook
-from ledger.handle import Known, handle, new_job_id
+from ledger.handle import Known, handle, load, new_job_id
+from ledger.job import Job
 from ledger.mongo import Document, driver_errors
 from projections import batches, statistics
 from projections import jobs as view
@@ -309,24 +310,29 @@ async def delete(request: Request) -> Response:
 
     One that is running is cancelled first; it is removed once its worker has let go of it, or has been given up.
     """
-    job_id, command = request.path_params["job_id"], Delete(actor(request))
-    if (await existing(request))["status"] == "processing":
-        await _stopped(request, job_id)
-    return await _act(request, None, command, Right.ADMIN)
+    job_id = request.path_params["job_id"]
+    check = expecting(request, requires(request, Right.ADMIN, missing=not_found(job_id)))
+    await _stop(request, job_id, check)
+    return await _act(request, None, Delete(actor(request)), Right.ADMIN, expected_seen=True)
 
 
-async def _stopped(request: Request, job_id: str) -> None:
-    """Cancel a running job and wait until it has stopped. It takes seconds, or a lease if its worker has died.
+async def _stop(request: Request, job_id: str, check: Callable[[Known], None]) -> None:
+    """Cancel a job if it is running, and wait until it has stopped: seconds, or a lease if its worker has died.
 
     Raises:
-        ApiError: 503, when it has not stopped within half a minute; the cancellation stands.
+        ApiError: what `check` says; 503, when it has not stopped within half a minute: the cancellation stands.
     """
-    log, check = services(request).log, requires(request, Right.ADMIN, missing=not_found(job_id))
+    log = services(request).log
+    known = Known().after(await log.read_stream(job_id) if job_id.startswith("job-") else [])
+    check(known)
+    if not isinstance(known.state, Job) or known.state.status != "processing":
+        return
     with suppress(WrongState):  # it has ended meanwhile
-        await handle(log, job_id, CancelJob(actor(request), "to be deleted"), meta=Meta(actor(request)), check=check)
+        command = CancelJob(actor(request), "to be deleted")
+        await handle(log, job_id, command, meta=Meta(actor(request)), known=known, check=check)
     try:
         async with asyncio.timeout(_STOP_SECONDS), services(request).endings.watching(job_id) as ended:
-            while (job := folded(view.fold, await log.read_stream(job_id))) and job["status"] == "processing":
+            while isinstance(now := (await load(log, job_id)).state, Job) and now.status == "processing":
                 await ended.wait()
                 ended.clear()
     except TimeoutError:
@@ -334,17 +340,25 @@ async def _stopped(request: Request, job_id: str) -> None:
         raise ApiError(503, "still_running", message, retry_after_seconds=5) from None
 
 
-async def _act(request: Request, content: Any, command: JobCommand, right: Right = Right.WRITE) -> Response:
+async def _act(
+    request: Request,
+    content: Any,
+    command: JobCommand,
+    right: Right = Right.WRITE,
+    *,
+    expected_seen: bool = False,
+) -> Response:
+    """Have a command decided, and answer with the job as it is then. `expected_seen`: If-Match was looked at before."""
     known, job_id = services(request), request.path_params["job_id"]
     once = Once.of(request, content)
     events = await known.log.read_stream(job_id) if job_id.startswith("job-") else []
     if not events:
         raise not_found(job_id)
-    check = expecting(request, requires(request, right, missing=not_found(job_id)))
+    allowed = requires(request, right, missing=not_found(job_id))
     if (done := once.found_in(events) if once else None) is not None:
-        check_right = requires(request, right, missing=not_found(job_id))
-        check_right(Known().after(events))
+        allowed(Known().after(events))
     else:
+        check = allowed if expected_seen else expecting(request, allowed)
         done, events = await _done(request, events, command, check, once)
     job = folded(view.fold, story_until(events, done))
     answer = {"status": "success", "job_id": job_id, "job": await _shown_job(known, job)}
@@ -372,10 +386,10 @@ async def _done(
         if done is None:
             raise
         return done, again  # the same request was quicker by another way
-    if handled.known.head.position > (events[-1].position if events else 0):
+    events = [*events, *handled.events]
+    if events[-1].version != handled.known.head.version or len(events) != events[-1].version:  # others wrote, too
         events = await log.read_stream(job_id)
-    last = handled.known.head.version
-    return next(event for event in events if event.version == last), events
+    return next(event for event in events if event.version == handled.known.head.version), events
 
 
 async def optional_json(request: Request) -> Any:

@@ -95,6 +95,18 @@ async def test_who_looked_at_an_older_version_changes_nothing(idle_api: Api) -> 
     assert again.json()["job"]["priority"] == 6
 
 
+async def test_a_running_job_of_another_version_is_neither_cancelled_nor_deleted(api: Api) -> None:
+    job_id = await api.submit({"seconds": 3600})
+    await api.until_event(job_id, "JobClaimed")
+
+    refused = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": '"1"'})
+    assert (refused.status_code, refused.json()["code"]) == (412, "version_changed")
+    assert "JobCancelRequested" not in [event.type for event in await api.log.read_stream(job_id)]
+
+    deleted = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": "*"})
+    assert deleted.status_code == 200, deleted.text
+
+
 async def test_a_job_that_has_not_changed_is_not_sent_again(idle_api: Api) -> None:
     job_id = await idle_api.submit()
     etag = (await idle_api.get(f"/api/events/jobs/{job_id}")).headers["etag"]
