@@ -56,16 +56,15 @@ def fold(batch: Document | None, event: Recorded) -> Document | None:
     if changes is None:
         return None
     after = {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
-    if "status" in changes or "access_control" in changes:
+    if "access_control" in changes:
         _list(after)
     return after
 
 
 def _list(batch: Document) -> None:
     """Say under which headings the batch is listed, and under which words it is found."""
-    scopes, status = headings.scopes(batch), ("status", batch["status"])
-    user = ("user", batch["user_id"])
-    batch["headings"] = headings.headings(scopes, [headings.ALL, status, user, user + status])
+    scopes = headings.scopes(batch)
+    batch["headings"] = headings.headings(scopes, [headings.ALL, ("user", batch["user_id"])])
     batch["words"] = headings.words(scopes, [batch["batch_id"], batch["batch_name"]])
 
 
@@ -200,11 +199,10 @@ def query(
     q: str | None = None,
 ) -> Document:
     """Return the database query for those of the batches asked for that somebody may see; None means any."""
-    facet: Facet = () if user_id is None else ("user", user_id)
-    if status is not None:
-        facet += ("status", status)
+    facet: Facet = headings.ALL if user_id is None else ("user", user_id)
+    rest = {"status": status, "archived": archived}
     wanted = headings.query(principal, facet, q or "")
-    return wanted if archived is None else {**wanted, "archived": archived}
+    return wanted | {name: value for name, value in rest.items() if value is not None}
 
 
 async def page(
@@ -235,7 +233,7 @@ async def page(
 async def count(db: Database, wanted: Document) -> int:
     """Count batches, but never more than `COUNTED_UP_TO`."""
     with driver_errors("counting batches"):
-        return await db[NAME].count_documents(wanted, limit=COUNTED_UP_TO)
+        return await headings.count(db[NAME], wanted, most=COUNTED_UP_TO)
 
 
 async def jobs_counted(db: Database, batch_id: str, *, status: str | None) -> int:

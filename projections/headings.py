@@ -1,9 +1,10 @@
 """projections: under which headings a job or batch is listed. Every list query is one heading, newest first.
 
 A heading is a scope (who looks: one name, everybody, or somebody who sees everything) and a facet (what is looked for:
-all, a status, a track, a batch with a status …). A document carries all of its headings, and one index holds them with
-the time of creation: so each question is answered by reading just the rows that are shown, and a user among a million
-jobs of others pays for their own only. Of several facets the narrowest is looked up, the rest is looked at.
+all, a batch, a track …). A document carries all of its headings, and an index holds them with the time of creation,
+another one with the status before it: so each question is answered by reading just the rows that are shown, and a user
+among a million jobs of others pays for their own only. Of several facets the narrowest is looked up, the rest is looked
+at. What changes often, the status, is in no heading: they are made once, and again only when access or contents change.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pymongo.asynchronous.collection import AsyncCollection
 from ledger.access import Principal, readers
 from ledger.mongo import Document
 
-Facet = tuple[str, ...]
-"""Names and values in turn: `("track", "Main", "status", "failed")`; empty for all."""
+Facet = tuple[str, str] | tuple[()]
+"""A name and a value: `("track", "Main")`; empty for all."""
 ALL: Final[Facet] = ()
 _EVERYTHING: Final = "*"
 _PUBLIC: Final = "+"
@@ -37,10 +38,18 @@ class Place(NamedTuple):
     key: str
 
 
-INDEXES: Final = [
-    IndexModel([("headings", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
-    IndexModel([("words", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)]),
-]
+_NEWEST: Final = [("created_at", DESCENDING), ("_id", DESCENDING)]
+_LISTED: Final = [("headings", ASCENDING), *_NEWEST]
+_LISTED_BY_STATUS: Final = [("headings", ASCENDING), ("status", ASCENDING), *_NEWEST]
+_FOUND: Final = [("words", ASCENDING), *_NEWEST]
+INDEXES: Final = [IndexModel(keys) for keys in (_LISTED, _LISTED_BY_STATUS, _FOUND)]
+
+
+def index_for(wanted: Document) -> list[tuple[str, int]]:
+    """Return which of the indexes answers a query in its order. The database, left to itself, may read and sort."""
+    if "words" in wanted or "$and" in wanted:
+        return _FOUND
+    return _LISTED_BY_STATUS if "status" in wanted else _LISTED
 
 
 def scopes(document: Mapping[str, Any]) -> list[str]:
@@ -111,12 +120,18 @@ async def page(
 ) -> tuple[list[Document], Place | None]:
     """Return a page in the order of creation, and where the next one begins, None if this was the last."""
     asked_for, order = asked(wanted, after, newest_first=newest_first)
-    cursor = collection.find(asked_for, projection, sort=order, limit=limit + 1, skip=skip)
+    index = index_for(wanted)
+    cursor = collection.find(asked_for, projection, sort=order, limit=limit + 1, skip=skip, hint=index)
     found = await cursor.to_list()
     if len(found) <= limit:
         return found, None
     last = found[limit - 1]
     return found[:limit], Place(last["created_at"], last["_id"])
+
+
+async def count(collection: AsyncCollection[Document], wanted: Document, *, most: int) -> int:
+    """Count documents, but never more than `most`: a count over everything would read everything."""
+    return await collection.count_documents(wanted, limit=most, hint=index_for(wanted))
 
 
 def everything(facet: Facet) -> str:

@@ -57,8 +57,7 @@ INDEXES: Final = [
 ]
 _SESSION_FACETS: Final = (("track", "track"), ("event", "event"), ("day", "day"), ("language", "target_language"))
 _SEARCHED: Final = ("session", "event", "track", "filename")
-_LISTED_BY: Final = frozenset({"status", "error", "parameters", "access_control"})
-_FOUND_BY: Final = frozenset({"parameters", "access_control"})
+_LISTED_BY: Final = ("error", "parameters", "access_control")
 
 
 def fold(job: Document | None, event: Recorded) -> Document | None:
@@ -73,31 +72,21 @@ def fold(job: Document | None, event: Recorded) -> Document | None:
     if changes is None:
         return None
     after = {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
-    if not _LISTED_BY.isdisjoint(changes):
-        _list(after, anew=not _FOUND_BY.isdisjoint(changes))
+    if any(after[name] is not job[name] for name in _LISTED_BY):
+        _list(after)
     return after
 
 
-def _list(job: Document, *, anew: bool) -> None:
-    """Say under which headings the job is listed, and, if that may have changed, under which words it is found."""
-    scopes = headings.scopes(job)
+def _list(job: Document) -> None:
+    """Say under which headings the job is listed, and under which words it is found."""
+    scopes, given = headings.scopes(job), job["parameters"]
     job["headings"] = headings.headings(scopes, _facets(job))
-    if anew:
-        given = job["parameters"]
-        texts = [job["job_id"], job["job_name"], *(given.get(name) for name in _SEARCHED)]
-        speakers = given.get("speakers")
-        job["words"] = headings.words(scopes, texts + (speakers if isinstance(speakers, list) else []))
+    texts = [job["job_id"], job["job_name"], *(given.get(name) for name in _SEARCHED)]
+    speakers = given.get("speakers")
+    job["words"] = headings.words(scopes, texts + (speakers if isinstance(speakers, list) else []))
 
 
 def _facets(job: Document) -> list[Facet]:
-    status = ("status", job["status"])
-    found: list[Facet] = [headings.ALL, status]
-    for facet in _facets_with_status(job):
-        found += (facet, facet + status)
-    return found
-
-
-def _facets_with_status(job: Document) -> list[Facet]:
     given, error = job["parameters"], job["error"]
     values = [
         ("batch", job["batch_id"]),
@@ -106,7 +95,7 @@ def _facets_with_status(job: Document) -> list[Facet]:
         ("error", error["code"] if error else None),
         *((facet, given.get(name)) for facet, name in _SESSION_FACETS),
     ]
-    return [(name, value) for name, value in values if isinstance(value, str)]
+    return [headings.ALL, *((name, value) for name, value in values if isinstance(value, str))]
 
 
 def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
@@ -144,7 +133,7 @@ def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
         "version": event.version,
         "position": event.position,
     }
-    _list(job, anew=True)
+    _list(job)
     return job
 
 
@@ -353,6 +342,8 @@ class Filter:
         """Return the database query for those of these jobs that somebody may see."""
         facet, rest = self._narrowest()
         query = {**headings.query(principal, facet, self.q or ""), **rest}
+        if self.status is not None:
+            query["status"] = self.status
         if self.archived is not None:
             query["archived"] = self.archived
         if self.created_after or self.created_before:
@@ -374,8 +365,6 @@ class Filter:
         ]
         given = [(name, field, value) for name, field, value in asked if value is not None]
         facet: Facet = (given[0][0], given[0][2]) if given else headings.ALL
-        if self.status is not None:
-            facet += ("status", self.status)
         return facet, {field: value for _, field, value in given[1:]}
 
 
@@ -417,15 +406,15 @@ async def page(
 async def count(db: Database, wanted: Document) -> int:
     """Count jobs, but never more than `COUNTED_UP_TO`: a count over everything would read everything."""
     with driver_errors("counting jobs"):
-        return await db[NAME].count_documents(wanted, limit=COUNTED_UP_TO)
+        return await headings.count(db[NAME], wanted, most=COUNTED_UP_TO)
 
 
 async def waiting_in(db: Database, batch_ids: Collection[str]) -> list[Document]:
     """Return the waiting jobs of batches, without what is large and says nothing about their places in the queue."""
     with driver_errors("looking for the waiting jobs of batches"):
-        waiting = [headings.everything(("batch", batch_id, "status", "pending")) for batch_id in sorted(batch_ids)]
+        under = [headings.everything(("batch", batch_id)) for batch_id in sorted(batch_ids)]
         left_out = dict.fromkeys(("parameters", "logs", "steps", "error", "headings", "words"), 0)
-        return await db[NAME].find({"headings": {"$in": waiting}}, left_out).to_list()
+        return await db[NAME].find({"headings": {"$in": under}, "status": "pending"}, left_out).to_list()
 
 
 async def held_by(db: Database, worker_id: str) -> Sequence[Document]:

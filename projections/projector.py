@@ -29,7 +29,7 @@ from projections import batches, files, jobs, queue, statistics, steps
 from projections.checkpoint import VIEWS
 
 _log = structlog.get_logger()
-VERSION: Final = 3
+VERSION: Final = 4
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are built anew."""
 CHUNK_EVENTS: Final = 1000
 CACHED_DOCUMENTS: Final = 20_000

@@ -183,7 +183,7 @@ def a_job(number: int) -> Document:
         "archived": False,
         "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number),
     }
-    jobs._list(job, anew=True)
+    jobs._list(job)
     return job
 
 
@@ -219,7 +219,8 @@ async def assert_looks_at_little(
     api: Api, query: Document, after: headings.Place | None, *, newest_first: bool
 ) -> None:
     asked, order = headings.asked(query, after, newest_first=newest_first)
-    command = {"find": "jobs", "filter": asked, "sort": dict(order), "limit": 50}
+    hint = dict(headings.index_for(query))
+    command = {"find": "jobs", "filter": asked, "sort": dict(order), "limit": 50, "hint": hint}
     told = await api.db.command({"explain": command, "verbosity": "executionStats"})
     stats = told["executionStats"]
     assert "COLLSCAN" not in str(told["queryPlanner"]["winningPlan"]), query
