@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api import archives, batches, docs, files, history, jobs, ledger, live, metrics, monitoring, openapi
+from api import archives, batches, docs, files, history, jobs, live, log_pages, metrics, monitoring, openapi
 from api.access import SignedIn
 from api.errors import (
     ApiError,
@@ -59,9 +59,9 @@ ROUTES = [
     Route("/api/events/batches/{batch_id}/unarchive", batches.unarchive, methods=["POST"]),
     Route("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
     Route("/api/events/files/{path:path}", files.single),
-    Route("/api/ledger/events", ledger.page),
+    Route("/api/ledger/events", log_pages.page),
     Route("/api/ledger/stream", live.stream),
-    Route("/api/ledger/head", ledger.head),
+    Route("/api/ledger/head", log_pages.head),
     Route("/api/monitoring/events/stats", monitoring.stats),
     Route("/metrics", metrics.scrape),
     Route("/healthz", monitoring.alive),

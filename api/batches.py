@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from operator import attrgetter
 from typing import Any, Final, get_args
 
 from pydantic_core import to_json
@@ -15,7 +18,7 @@ from starlette.responses import Response
 from api import bulk
 from api.access import actor, for_user, may_see, requires, who_asks
 from api.errors import ApiError, json_response, path
-from api.jobs import going_on, keep, listed, notices, optional_json, shown, split_webhook, submission
+from api.jobs import going_on, listed, optional_json, shown
 from api.models import (
     BatchBody,
     BatchList,
@@ -25,9 +28,11 @@ from api.models import (
     JobList,
     Page,
     ReasonBody,
+    Single,
 )
-from api.requests import Once, expecting, noted, wanted_wait
+from api.requests import Once, expecting, happened_by, noted, wanted_wait
 from api.services import query_of, read_json, services, validated, views_reach_wanted_position
+from api.submission import keep, notices, split_webhook, submission
 from ledger import batch as rules
 from ledger.access import Right
 from ledger.batch import Batch
@@ -47,12 +52,26 @@ from ledger.commands import (
     Unarchive,
 )
 from ledger.errors import InvalidEvent, VersionConflict
-from ledger.events import ENDED, AccessControl, BatchSubmitted, JobStatus, JobSubmitted, Meta, Recorded
+from ledger.events import (
+    ENDED,
+    AccessControl,
+    BatchSubmitted,
+    JobLogged,
+    JobProgressed,
+    JobStatus,
+    JobSubmitted,
+    Meta,
+    Recorded,
+    StepCompleted,
+)
 from ledger.handle import Command, Handled, Known, handle, handle_new, load, new_batch_id, new_job_id
 from ledger.mongo import Document
 from projections import batches as view
 from projections import statistics
+from projections.projector import FOLDED, Chunk
 
+_ALONG_THE_WAY: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
+"""What a running job says concerns no batch."""
 _EVERY: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
 
 
@@ -191,13 +210,37 @@ async def listing(request: Request) -> Response:
 async def single(request: Request) -> Response:
     """GET /api/events/batches/{batch_id}"""
     await views_reach_wanted_position(request)
+    asked = query_of(request, Single)
     batch = await existing(request)
-    if batch["status"] == "processing" and await _finished_if_wanted(request, batch["batch_id"]):
+    if asked.as_of is not None:
+        batch = await _as_of(request, batch["batch_id"], asked.as_of)
+    elif batch["status"] == "processing" and await _finished_if_wanted(request, batch["batch_id"]):
         batch = await existing(request)
     headers = {"ETag": f'"{batch["version"]}-{batch["position"]}"', "Cache-Control": "private, no-cache"}
     if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return json_response({"status": "success", "batch": shown(batch)}, headers=headers)
+
+
+async def _as_of(request: Request, batch_id: str, then: int | datetime) -> Document:
+    """Return the batch as the views had it at a position of the log or at a moment: folded as they are.
+
+    Raises:
+        ApiError: 404, when it was not there then.
+    """
+    log = services(request).log
+    events = await log.read_stream(batch_id)
+    job_ids = events[0].data["job_ids"]
+    for begin in range(0, len(job_ids), bulk.AT_ONCE):
+        of_jobs = await log.read_streams(job_ids[begin : begin + bulk.AT_ONCE], without=_ALONG_THE_WAY)
+        events += itertools.chain.from_iterable(of_jobs.values())
+    chunk = Chunk({name: {} for name in FOLDED})
+    for event in sorted(filter(happened_by(then), events), key=attrgetter("position")):
+        chunk.fold(event)
+    batch = chunk.get("batches", batch_id)
+    if batch is None:
+        raise ApiError(404, "batch_not_found", f"There was no batch {batch_id} then.")
+    return batch
 
 
 async def jobs_of(request: Request) -> Response:

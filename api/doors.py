@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import answers, archives, batches, docs, files, history, jobs, ledger, live, metrics, models, monitoring
+from api import answers, archives, batches, docs, files, history, jobs, live, log_pages, metrics, models, monitoring
 from api.event_stream import EventStream
 
 Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
@@ -156,6 +156,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
     batches.single: Door(
         summary="Read a batch",
         answer=answers.OneBatch,
+        query=models.Single,
         views=True,
         statuses=(304,),
         takes=("If-None-Match", "Prefer"),
@@ -198,7 +199,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         optional_body=True,
         records=False,
     ),
-    ledger.page: Door(
+    log_pages.page: Door(
         summary="A page of the log",
         answer=answers.Events,
         query=models.EventsQuery,
@@ -211,7 +212,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         errors=("unknown_event_type", "job_not_found", "batch_not_found", "behind", "too_many_streams"),
         takes=("Last-Event-ID",),
     ),
-    ledger.head: Door(summary="How far the log goes, and the views", answer=answers.LogHead),
+    log_pages.head: Door(summary="How far the log goes, and the views", answer=answers.LogHead),
     monitoring.stats: Door(
         summary="Counters of jobs, batches and tracks; workers; how far the views are behind",
         answer=answers.Statistics,

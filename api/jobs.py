@@ -4,123 +4,32 @@ from __future__ import annotations
 
 import asyncio
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from bson import ObjectId
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import actor, for_user, may_see, requires, who_asks
-from api.errors import ApiError, json_response, path
-from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody, WebhookBody
-from api.requests import Once, etag_matches, expecting, folded, noted, story_until, wanted_wait
+from api.errors import ApiError, json_response
+from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
+from api.requests import Once, etag_matches, expecting, folded, happened_by, noted, story_until, wanted_wait
 from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
+from api.submission import check_parameters, keep, notices, split_webhook, submission
 from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
 from ledger.errors import AlreadyExists, CommandRefused, WrongState
-from ledger.events import ENDED, AccessControl, JobSubmitted, Meta, Recorded, Webhook
+from ledger.events import ENDED, AccessControl, Meta, Recorded
 from ledger.handle import Known, handle, load, new_job_id
 from ledger.job import Job
-from ledger.mongo import Document, driver_errors
+from ledger.mongo import Document
 from projections import batches, statistics
 from projections import jobs as view
 from projections.headings import Place
 
 _STOP_SECONDS: Final = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Secrets:
-    """Header values of webhooks, kept out of the log, in a collection of their own."""
-
-    reference: str
-    headers: dict[str, str]
-
-
-def submission(
-    body: JobBody,
-    known: Services,
-    *,
-    user_id: str,
-    teams: Collection[str],
-    within: tuple[str | int, ...] = (),
-    batch_id: str | None = None,
-    webhook: Webhook | None = None,
-) -> JobSubmitted:
-    """Return the event for a valid body; `within` is where the body stands in the request, for messages.
-
-    Raises:
-        ApiError: 422, when the job type is unknown or the parameters do not fit it.
-    """
-    if body.job_type not in known.job_types:
-        names = ", ".join(sorted(known.job_types))
-        problem = {
-            "path": path((*within, "job_type")),
-            "message": f"unknown job type {body.job_type!r}; there are: {names}",
-        }
-        message = f"{problem['path']}: {problem['message']}"
-        raise ApiError(422, "unknown_job_type", message, details={"errors": [problem]})
-    _check_parameters(known, body.job_type, body.parameters, (*within, "parameters"))
-    return JobSubmitted(
-        job_type=body.job_type,
-        parameters=body.parameters,
-        batch_id=batch_id,
-        job_name=body.job_name,
-        user_id=user_id,
-        access_control=AccessControl(**body.access_control.model_dump()),
-        teams=sorted(teams),
-        webhook=webhook,
-        priority=body.priority,
-        not_before=body.not_before,
-        max_attempts=body.max_attempts,
-        timeout_s=body.timeout_s,
-    )
-
-
-def _check_parameters(
-    known: Services, job_type: str, parameters: Mapping[str, Any], within: tuple[str | int, ...]
-) -> None:
-    """Make sure that parameters fit their job type, if this process knows it.
-
-    Raises:
-        ApiError: 422, naming each wrong field.
-    """
-    if (model := known.job_types.get(job_type)) is not None:
-        validated(model, parameters, within=within)
-
-
-def split_webhook(body: WebhookBody | None) -> tuple[Webhook | None, Secrets | None]:
-    """Return the webhook as it may stand in the log, and what must not."""
-    if body is None:
-        return None, None
-    secrets = Secrets(f"headers-{ObjectId()}", body.headers) if body.headers else None
-    webhook = Webhook(
-        url=body.url,
-        header_names=sorted(body.headers),
-        headers_ref=secrets.reference if secrets else None,
-        include_markdown=body.include_markdown,
-        include_metadata=body.include_metadata,
-    )
-    return webhook, secrets
-
-
-def notices(*webhooks: Webhook | None) -> dict[str, list[str]]:
-    """Return what a client should know that is not as it may expect."""
-    if any(webhooks):
-        return {"warnings": ["The webhook is recorded, but this version does not deliver webhooks yet."]}
-    return {}
-
-
-async def keep(known: Services, *secrets: Secrets | None) -> None:
-    """Store header values before the event that refers to them: never the other way round."""
-    documents = [{"_id": it.reference, "headers": it.headers} for it in secrets if it is not None]
-    if documents:
-        with driver_errors("storing webhook headers"):
-            await known.db.webhook_headers.insert_many(documents)
 
 
 async def submit(request: Request) -> Response:
@@ -228,10 +137,7 @@ async def _as_of(request: Request, job_id: str, then: int | datetime) -> Documen
         ApiError: 404, when it was not there then.
     """
     events = await services(request).log.read_stream(job_id)
-    job = folded(
-        view.fold,
-        (event for event in events if (event.position <= then if isinstance(then, int) else event.time <= then)),
-    )
+    job = folded(view.fold, filter(happened_by(then), events))
     if job is None:
         raise ApiError(404, "job_not_found", f"There was no job {job_id} then.")
     return job
@@ -274,7 +180,7 @@ async def update(request: Request) -> Response:
     content = await read_json(request)
     body = validated(UpdateBody, content)
     if body.parameters is not None:
-        _check_parameters(services(request), (await existing(request))["job_type"], body.parameters, ("parameters",))
+        check_parameters(services(request), (await existing(request))["job_type"], body.parameters, ("parameters",))
     access = AccessControl(**body.access_control.model_dump()) if body.access_control else None
     command = UpdateJob(actor(request), body.parameters, body.priority, body.not_before, access)
     return await _act(request, content, command, Right.WRITE if access is None else Right.ADMIN)

@@ -1,4 +1,4 @@
-"""api: requests that are repeated, that expect a version, that wait for an end.
+"""api: requests that are repeated, that expect a version, that wait for an end, that look back.
 
 `Idempotency-Key`: no memory of its own is needed. What is submitted with a key is named after it, so the log itself
 refuses a second one; what is done with a key is noted in its event. So a key is good for as long as the log is.
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -117,7 +118,7 @@ def expecting(request: Request, check: Callable[[Known], None]) -> Callable[[Kno
     return check_both
 
 
-# Waiting ----------------------------------------------------------------------------------------------------------
+# Waiting and looking back ----------------------------------------------------------------------------------------
 
 
 def wanted_wait(request: Request) -> float:
@@ -131,6 +132,13 @@ def wanted_wait(request: Request) -> float:
         if name.strip().lower() == "wait" and seconds.isascii() and seconds.isdecimal() and len(seconds) < 9:
             return min(int(seconds), LONGEST_WAIT_SECONDS)
     return 0
+
+
+def happened_by(then: int | datetime) -> Callable[[Recorded], bool]:
+    """Return what tells the events up to a position of the log or a moment from later ones."""
+    if isinstance(then, int):
+        return lambda event: event.position <= then
+    return lambda event: event.time <= then
 
 
 def story_until(events: Sequence[Recorded], last: Recorded) -> list[Recorded]:

@@ -153,3 +153,20 @@ async def test_a_job_is_shown_as_it_was(api: Api) -> None:
     for nonsense in ("yesterday", "-1", "9" * 30):
         refused = await api.http.get(f"/api/events/jobs/{job_id}", params={"as_of": nonsense})
         assert refused.status_code == 422, refused.text
+
+
+async def test_a_batch_is_shown_as_it_was_with_the_counts_of_then(api: Api) -> None:
+    batch = await api.submit_batch({}, {"fail": "permanent"}, {"seconds": 0.2})
+    path = f"/api/events/batches/{batch['batch_id']}"
+    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    position = finished["position"]
+    now = (await api.get(path, position)).json()["batch"]
+    await api.post(f"{path}/restart", {"only": "all"})
+
+    assert (await api.get(f"{path}?as_of={position}")).json()["batch"] == now
+    begun = (await api.get(f"{path}?as_of={batch['batch']['position'] + 3}")).json()["batch"]
+    assert (begun["status"], begun["pending_jobs"], begun["total_jobs"]) == ("processing", 3, 3)
+    then = (await api.get(f"{path}?as_of={finished['time']}")).json()["batch"]
+    assert (then["status"], then["completed_jobs"], then["failed_jobs"]) == ("partial", 2, 1)
+    none = await api.get(f"{path}?as_of=2001-01-01T00:00:00Z")
+    assert (none.status_code, none.json()["code"]) == (404, "batch_not_found")

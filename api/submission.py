@@ -1,0 +1,105 @@
+"""api: what is asked for, from a valid body to the event; and what of it must not stand in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bson import ObjectId
+
+from api.errors import ApiError, path
+from api.models import JobBody, WebhookBody
+from api.services import Services, validated
+from ledger.events import AccessControl, JobSubmitted, Webhook
+from ledger.mongo import driver_errors
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """Header values of webhooks, kept out of the log, in a collection of their own."""
+
+    reference: str
+    headers: dict[str, str]
+
+
+def submission(
+    body: JobBody,
+    known: Services,
+    *,
+    user_id: str,
+    teams: Collection[str],
+    within: tuple[str | int, ...] = (),
+    batch_id: str | None = None,
+    webhook: Webhook | None = None,
+) -> JobSubmitted:
+    """Return the event for a valid body; `within` is where the body stands in the request, for messages.
+
+    Raises:
+        ApiError: 422, when the job type is unknown or the parameters do not fit it.
+    """
+    if body.job_type not in known.job_types:
+        names = ", ".join(sorted(known.job_types))
+        problem = {
+            "path": path((*within, "job_type")),
+            "message": f"unknown job type {body.job_type!r}; there are: {names}",
+        }
+        message = f"{problem['path']}: {problem['message']}"
+        raise ApiError(422, "unknown_job_type", message, details={"errors": [problem]})
+    check_parameters(known, body.job_type, body.parameters, (*within, "parameters"))
+    return JobSubmitted(
+        job_type=body.job_type,
+        parameters=body.parameters,
+        batch_id=batch_id,
+        job_name=body.job_name,
+        user_id=user_id,
+        access_control=AccessControl(**body.access_control.model_dump()),
+        teams=sorted(teams),
+        webhook=webhook,
+        priority=body.priority,
+        not_before=body.not_before,
+        max_attempts=body.max_attempts,
+        timeout_s=body.timeout_s,
+    )
+
+
+def check_parameters(
+    known: Services, job_type: str, parameters: Mapping[str, Any], within: tuple[str | int, ...]
+) -> None:
+    """Make sure that parameters fit their job type, if this process knows it.
+
+    Raises:
+        ApiError: 422, naming each wrong field.
+    """
+    if (model := known.job_types.get(job_type)) is not None:
+        validated(model, parameters, within=within)
+
+
+def split_webhook(body: WebhookBody | None) -> tuple[Webhook | None, Secrets | None]:
+    """Return the webhook as it may stand in the log, and what must not."""
+    if body is None:
+        return None, None
+    secrets = Secrets(f"headers-{ObjectId()}", body.headers) if body.headers else None
+    webhook = Webhook(
+        url=body.url,
+        header_names=sorted(body.headers),
+        headers_ref=secrets.reference if secrets else None,
+        include_markdown=body.include_markdown,
+        include_metadata=body.include_metadata,
+    )
+    return webhook, secrets
+
+
+def notices(*webhooks: Webhook | None) -> dict[str, list[str]]:
+    """Return what a client should know that is not as it may expect."""
+    if any(webhooks):
+        return {"warnings": ["The webhook is recorded, but this version does not deliver webhooks yet."]}
+    return {}
+
+
+async def keep(known: Services, *secrets: Secrets | None) -> None:
+    """Store header values before the event that refers to them: never the other way round."""
+    documents = [{"_id": it.reference, "headers": it.headers} for it in secrets if it is not None]
+    if documents:
+        with driver_errors("storing webhook headers"):
+            await known.db.webhook_headers.insert_many(documents)
