@@ -13,7 +13,20 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api import archives, batches, docs, files, history, jobs, live, log_pages, metrics, monitoring, openapi
+from api import (
+    archives,
+    batch_actions,
+    batches,
+    docs,
+    files,
+    history,
+    jobs,
+    live,
+    log_pages,
+    metrics,
+    monitoring,
+    openapi,
+)
 from api.access import SignedIn
 from api.errors import (
     ApiError,
@@ -46,17 +59,17 @@ ROUTES = [
     Route("/api/events/batches", batches.submit, methods=["POST"]),
     Route("/api/events/batches", batches.listing),
     Route("/api/events/batches/{batch_id}", batches.single),
-    Route("/api/events/batches/{batch_id}", batches.update, methods=["PUT"]),
-    Route("/api/events/batches/{batch_id}", batches.delete, methods=["DELETE"]),
+    Route("/api/events/batches/{batch_id}", batch_actions.update, methods=["PUT"]),
+    Route("/api/events/batches/{batch_id}", batch_actions.delete, methods=["DELETE"]),
     Route("/api/events/batches/{batch_id}/jobs", batches.jobs_of),
     Route("/api/events/batches/{batch_id}/history", history.of_batch),
     Route("/api/events/batches/{batch_id}/download-archive", archives.of_batch),
-    Route("/api/events/batches/{batch_id}/pause", batches.pause, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/resume", batches.resume, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/cancel", batches.cancel, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/restart", batches.restart, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/archive", batches.archive, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/unarchive", batches.unarchive, methods=["POST"]),
+    Route("/api/events/batches/{batch_id}/pause", batch_actions.pause, methods=["POST"]),
+    Route("/api/events/batches/{batch_id}/resume", batch_actions.resume, methods=["POST"]),
+    Route("/api/events/batches/{batch_id}/cancel", batch_actions.cancel, methods=["POST"]),
+    Route("/api/events/batches/{batch_id}/restart", batch_actions.restart, methods=["POST"]),
+    Route("/api/events/batches/{batch_id}/archive", batch_actions.archive, methods=["POST"]),
+    Route("/api/events/batches/{batch_id}/unarchive", batch_actions.unarchive, methods=["POST"]),
     Route("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
     Route("/api/events/files/{path:path}", files.single),
     Route("/api/ledger/events", log_pages.page),

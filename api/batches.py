@@ -1,70 +1,52 @@
-"""api: batches. Submit many jobs at once, all or none, see how they are getting on, and act on all of them."""
+"""api: batches. Submit many jobs at once, all or none, and see how they are getting on."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from operator import attrgetter
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api import bulk
-from api.access import actor, for_user, may_see, requires, who_asks
+from api.access import actor, for_user, may_see, who_asks
 from api.errors import ApiError, json_response, path
-from api.jobs import going_on, listed, optional_json, shown
+from api.jobs import going_on, listed, shown
 from api.models import (
     BatchBody,
     BatchList,
-    BatchRestartBody,
-    BatchUpdateBody,
     JobBody,
     JobList,
     Page,
-    ReasonBody,
     Single,
 )
-from api.requests import Once, expecting, happened_by, noted, wanted_wait
+from api.requests import Once, happened_by, noted, wanted_wait
 from api.services import query_of, read_json, services, validated, views_reach_wanted_position
 from api.submission import keep, notices, split_webhook, submission
-from ledger import batch as rules
-from ledger.access import Right
 from ledger.batch import Batch
 from ledger.chain import canonical
 from ledger.commands import (
-    Archive,
-    BatchCommand,
-    CancelJob,
-    ChangeAccess,
-    Delete,
-    JobCommand,
-    PauseBatch,
-    RestartJob,
-    ResumeBatch,
     SubmitBatch,
     SubmitJob,
-    Unarchive,
 )
 from ledger.errors import InvalidEvent, VersionConflict
 from ledger.events import (
-    ENDED,
     AccessControl,
     BatchSubmitted,
     JobLogged,
     JobProgressed,
-    JobStatus,
     JobSubmitted,
     Meta,
     Recorded,
     StepCompleted,
 )
-from ledger.handle import Command, Handled, Known, handle, handle_new, load, new_batch_id, new_job_id
+from ledger.handle import Command, handle_new, load, new_batch_id, new_job_id
 from ledger.mongo import Document
 from projections import batches as view
 from projections import statistics
@@ -72,7 +54,6 @@ from projections.projector import FOLDED, Chunk
 
 _ALONG_THE_WAY: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
 """What a running job says concerns no batch."""
-_EVERY: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
 
 
 async def submit(request: Request) -> Response:
@@ -259,16 +240,18 @@ async def existing(request: Request) -> Document:
     known, batch_id = services(request), request.path_params["batch_id"]
     batch = await view.get(known.db, known.log, batch_id) if batch_id.startswith("batch-") else None
     if batch is None or not may_see(request, batch):
-        raise _not_found(batch_id)
+        raise not_found(batch_id)
     return batch
 
 
 async def _finished_if_wanted(request: Request, batch_id: str) -> bool:
     """Wait for the batch's end if the caller prefers that; return whether it has come, and the views have it."""
     seconds, known = wanted_wait(request), services(request)
+    if not seconds:
+        return False
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds), known.endings.watching(batch_id) as ended:
-            while isinstance((now := await load(known.log, batch_id)).state, Batch) and seconds:
+            while isinstance((now := await load(known.log, batch_id)).state, Batch):
                 if now.state.status != "processing" or now.state.deleted:
                     await known.checkpoint.reached(now.head.position)
                     return True
@@ -277,164 +260,6 @@ async def _finished_if_wanted(request: Request, batch_id: str) -> bool:
     return False
 
 
-# Acting on a whole batch ------------------------------------------------------------------------------------------
-
-
-async def pause(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/pause"""
-    content = await optional_json(request)
-    return await _switch(request, content, PauseBatch(actor(request), validated(ReasonBody, content).reason))
-
-
-async def resume(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/resume"""
-    content = await optional_json(request)
-    return await _switch(request, content, ResumeBatch(actor(request), validated(ReasonBody, content).reason))
-
-
-async def cancel(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/cancel"""
-    content = await optional_json(request)
-    body, once = validated(ReasonBody, content), Once.of(request, content)
-    found = await _existing(request)
-    outcome = await _for_jobs(request, found, CancelJob(actor(request), body.reason), _EVERY - ENDED, once=once)
-    return _answer(found.batch_id, found.known, outcome)
-
-
-async def restart(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/restart"""
-    content = await optional_json(request)
-    body, once = validated(BatchRestartBody, content), Once.of(request, content)
-    found = await _existing(request)
-    command = RestartJob(actor(request), body.reason, body.reuse_steps)
-    outcome = await _for_jobs(request, found, command, ENDED if body.only == "all" else {body.only}, once=once)
-    return _answer(found.batch_id, found.known, outcome)
-
-
-async def archive(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/archive"""
-    content = await optional_json(request)
-    return await _put_away(request, content, Archive(actor(request), validated(ReasonBody, content).reason))
-
-
-async def unarchive(request: Request) -> Response:
-    """POST /api/events/batches/{batch_id}/unarchive"""
-    content = await optional_json(request)
-    return await _put_away(request, content, Unarchive(actor(request), validated(ReasonBody, content).reason))
-
-
-async def update(request: Request) -> Response:
-    """PUT /api/events/batches/{batch_id}: who may see or change it and its jobs"""
-    body = validated(BatchUpdateBody, await read_json(request))
-    access = AccessControl(**body.access_control.model_dump())
-    found = await _existing(request, Right.ADMIN)
-    handled = await _for_batch(request, found, ChangeAccess(actor(request), access))
-    outcome = await _for_jobs(request, found, ChangeAccess(actor(request), access), _EVERY, Right.ADMIN)
-    return _answer(found.batch_id, handled.known, outcome)
-
-
-async def delete(request: Request) -> Response:
-    """DELETE /api/events/batches/{batch_id}
-
-    Its jobs go first: whoever is interrupted may ask again, and no jobs are left that no batch leads to.
-    """
-    found, command = await _existing(request, Right.ADMIN), Delete(actor(request))
-    rules.decide(command, found.batch)  # a batch at work is refused before any of its jobs is touched
-    outcome = await _for_jobs(request, found, command, _EVERY, Right.ADMIN)
-    if outcome.refused:
-        message = "Not every job could be deleted, so the batch is still there: cancel it, and try again."
-        raise ApiError(409, "wrong_state", message, details=outcome.shown())
-    handled = await _for_batch(request, found, command)
-    return _answer(found.batch_id, handled.known, outcome)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A batch as the log has it now."""
-
-    batch_id: str
-    known: Known
-    batch: Batch
-    events: list[Recorded]
-    check: Callable[[Known], None]
-
-
-async def _existing(request: Request, right: Right = Right.WRITE) -> _Found:
-    batch_id = request.path_params["batch_id"]
-    events = await services(request).log.read_stream(batch_id) if batch_id.startswith("batch-") else []
-    known = Known().after(events)
-    check = expecting(request, requires(request, right, missing=_not_found(batch_id)))
-    check(known)
-    assert isinstance(known.state, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
-    return _Found(batch_id, known, known.state, events, check)
-
-
-def _not_found(batch_id: str) -> ApiError:
+def not_found(batch_id: str) -> ApiError:
+    """Return the answer to who asks for a batch that is not there, or that they may not see."""
     return ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
-
-
-async def _switch(request: Request, content: Any, command: PauseBatch | ResumeBatch) -> Response:
-    found = await _existing(request)
-    known = await _once_for_batch(request, found, command, Once.of(request, content))
-    return _answer(found.batch_id, known)
-
-
-async def _put_away(request: Request, content: Any, command: Archive | Unarchive) -> Response:
-    found, once = await _existing(request), Once.of(request, content)
-    known = await _once_for_batch(request, found, command, once)
-    outcome = await _for_jobs(request, found, command, _EVERY, once=once)
-    return _answer(found.batch_id, known, outcome)
-
-
-async def _once_for_batch(request: Request, found: _Found, command: BatchCommand, once: Once | None) -> Known:
-    """Have a command decided, unless the same request has done it before; return what is known of the batch."""
-    if once is not None and once.found_in(found.events) is not None:
-        return found.known
-    return (await _for_batch(request, found, command, once)).known
-
-
-async def _for_batch(request: Request, found: _Found, command: BatchCommand, once: Once | None = None) -> Handled:
-    meta = Meta(actor(request), found.batch_id, request=noted(once))
-    return await handle(services(request).log, found.batch_id, command, meta=meta, known=found.known, check=found.check)
-
-
-async def _for_jobs(
-    request: Request,
-    found: _Found,
-    command: JobCommand,
-    statuses: Collection[JobStatus],
-    right: Right = Right.WRITE,
-    once: Once | None = None,
-) -> bulk.Outcome:
-    meta = Meta(actor(request), found.batch_id, request=noted(once))
-    job_ids = found.batch.asked.job_ids
-    check = requires(request, right, missing=ApiError(404, "job_not_found", "There is no such job."))
-    return await bulk.for_each(
-        services(request).log, job_ids, command, meta=meta, statuses=statuses, check=check, once=once
-    )
-
-
-def _answer(batch_id: str, known: Known, outcome: bulk.Outcome | None = None) -> Response:
-    """Say what was done, and the position at which the views show all of it."""
-    content = {"status": "success", "batch_id": batch_id, "batch": _shown_state(batch_id, known)}
-    position = known.head.position
-    if outcome is not None:
-        content |= outcome.shown()
-        position = max(position, outcome.position)
-    return json_response(content, headers={"Ledger-Position": str(position)})
-
-
-def _shown_state(batch_id: str, known: Known) -> Document | None:
-    """Return what the batch's own events say. The counts of its jobs are for the views, which come later."""
-    batch = known.state
-    if not isinstance(batch, Batch) or batch.deleted:
-        return None
-    return {
-        "batch_id": batch_id,
-        "batch_name": batch.asked.batch_name,
-        "status": batch.status,
-        "paused": batch.paused,
-        "archived": batch.archived,
-        "version": known.head.version,
-        "position": known.head.position,
-    }

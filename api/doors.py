@@ -15,7 +15,21 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import answers, archives, batches, docs, files, history, jobs, live, log_pages, metrics, models, monitoring
+from api import (
+    answers,
+    archives,
+    batch_actions,
+    batches,
+    docs,
+    files,
+    history,
+    jobs,
+    live,
+    log_pages,
+    metrics,
+    models,
+    monitoring,
+)
 from api.event_stream import EventStream
 
 Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
@@ -162,19 +176,19 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         takes=("If-None-Match", "Prefer"),
         gives=("ETag",),
     ),
-    batches.update: Door(
+    batch_actions.update: Door(
         summary="Say who may see or change a batch and its jobs",
         answer=answers.BatchChanged,
         body=models.BatchUpdateBody,
     ),
-    batches.delete: Door(summary="Remove a batch that has ended, and its jobs", answer=answers.BatchChanged),
+    batch_actions.delete: Door(summary="Remove a batch that has ended, and its jobs", answer=answers.BatchChanged),
     batches.jobs_of: Door(summary="List the jobs of a batch", answer=answers.Jobs, query=models.JobList, views=True),
-    batches.pause: _batch_action("Start no more of a batch's jobs", answers.BatchSwitched),
-    batches.resume: _batch_action("Start a batch's jobs again", answers.BatchSwitched),
-    batches.cancel: _batch_action("Cancel a batch's jobs that have not ended"),
-    batches.restart: _batch_action("Do ended jobs of a batch again", body=models.BatchRestartBody),
-    batches.archive: _batch_action("Put a batch and its jobs out of sight of everyday lists"),
-    batches.unarchive: _batch_action("Put a batch and its jobs back into everyday lists"),
+    batch_actions.pause: _batch_action("Start no more of a batch's jobs", answers.BatchSwitched),
+    batch_actions.resume: _batch_action("Start a batch's jobs again", answers.BatchSwitched),
+    batch_actions.cancel: _batch_action("Cancel a batch's jobs that have not ended"),
+    batch_actions.restart: _batch_action("Do ended jobs of a batch again", body=models.BatchRestartBody),
+    batch_actions.archive: _batch_action("Put a batch and its jobs out of sight of everyday lists"),
+    batch_actions.unarchive: _batch_action("Put a batch and its jobs back into everyday lists"),
     history.of_batch: Door(summary="A batch's own events", answer=answers.History, query=models.HistoryQuery),
     archives.of_batch: Door(
         summary="The result files of a batch's jobs as a ZIP",
