@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ledger.addresses import AllowedHosts
 from tests.processors.session.support import Answer, Site, html, redirect, settings, unhurried
+from workers.network import Resolve, ask_system_resolver
 from workers.processor import ProcessorError
-from workers.processors.session.addresses import AllowedHosts
-from workers.processors.session.fetch import Fetched, Fetcher, Resolve, ask_system_resolver, in_words
+from workers.processors.session.fetch import Fetched, Fetcher, in_words
 
 
 async def fetch(

@@ -14,29 +14,32 @@ Errors of httpx, httpcore, the resolver and the operating system become a `Proce
 from __future__ import annotations
 
 import asyncio
-import errno
 import http
-import socket
 import ssl
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any
 
 import httpcore
 import httpx
 
+from ledger.addresses import AllowedHosts
+from workers.network import (
+    AddressRefused,
+    CheckedNetwork,
+    Resolve,
+    Transport,
+    ask_system_resolver,
+    retry_after,
+    why_it_failed,
+)
 from workers.processor import ProcessorError
-from workers.processors.session.addresses import AllowedHosts
 from workers.processors.session.settings import SessionSettings
 from workers.processors.session.turns import turn, turns_directory
-
-Resolve = Callable[[str, int], Awaitable[list[str]]]
-"""Answers the IP addresses of a host, best first; raises `OSError` when there are none."""
 
 OnProgress = Callable[[int, int | None], Awaitable[None]]
 """Hears how many bytes have come, and of how many if the server said so."""
@@ -61,12 +64,6 @@ class Fetched:
         return self.content_type.partition(";")[0].strip().lower()
 
 
-async def ask_system_resolver(host: str, port: int) -> list[str]:
-    """Return the addresses of a host, each once, in the order in which they should be tried; OSError if it has none."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
-
-
 class Fetcher:
     """Fetches within the limits of the settings. `resolve` is how names become addresses."""
 
@@ -75,7 +72,7 @@ class Fetcher:
     ) -> None:
         self._settings = settings
         self._turns = turns or turns_directory()
-        self._network = _CheckedNetwork(AllowedHosts(settings.allow_private), resolve)
+        self._network = CheckedNetwork(AllowedHosts(settings.allow_private), resolve)
 
     async def fetch(
         self,
@@ -127,7 +124,7 @@ class Fetcher:
         headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"}
         # trust_env off: no proxy that connects for us, past the address check, and no passwords from a .netrc.
         async with httpx.AsyncClient(
-            transport=_Transport(self._network), timeout=timeout, headers=headers, trust_env=False
+            transport=Transport(self._network), timeout=timeout, headers=headers, trust_env=False
         ) as client:
             yield client
 
@@ -161,87 +158,6 @@ class Fetcher:
             yield
 
 
-class _CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to exactly the address that was checked; TLS still verifies the name."""
-
-    def __init__(self, allowed: AllowedHosts, resolve: Resolve) -> None:
-        self._allowed = allowed
-        self._resolve = resolve
-        self._network = httpcore.AnyIOBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109  the interface of httpcore
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        try:
-            async with asyncio.timeout(timeout):
-                addresses = await self._resolve(host, port)
-        except TimeoutError as error:
-            raise httpcore.ConnectTimeout from error
-        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one (a label too long)
-            raise httpcore.ConnectError(str(error)) from error
-        failure: Exception | None = None
-        for address in self._permitted(host, addresses):
-            try:
-                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure or httpcore.ConnectError("no address")
-
-    def _permitted(self, host: str, addresses: list[str]) -> list[str]:
-        refusals = {address: self._allowed.refusal(host, address) for address in addresses}
-        permitted = [address for address, refusal in refusals.items() if refusal is None]
-        if refusals and not permitted:
-            address, refusal = next(iter(refusals.items()))
-            named = host if host == address else f"{host} ({address})"
-            raise ProcessorError(
-                "ADDRESS_REFUSED",
-                f"{named} is {refusal}; only public addresses are fetched, and those allowed by "
-                "`processors.session.allow_private`.",
-                details={"host": host, "address": address, "reason": refusal},
-            )
-        return permitted
-
-
-class _Transport(httpx.AsyncBaseTransport):
-    """httpx over our own network: its own transport cannot be given one."""
-
-    def __init__(self, network: _CheckedNetwork) -> None:
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(), network_backend=network, max_keepalive_connections=0
-        )
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        url = httpcore.URL(
-            scheme=request.url.raw_scheme,
-            host=request.url.raw_host,
-            port=request.url.port,
-            target=request.url.raw_path,
-        )
-        answer = await self._pool.handle_async_request(
-            httpcore.Request(request.method, url, headers=request.headers.raw, extensions=request.extensions)
-        )
-        return httpx.Response(answer.status, headers=answer.headers, stream=_Stream(answer))
-
-    async def aclose(self) -> None:
-        await self._pool.aclose()
-
-
-class _Stream(httpx.AsyncByteStream):
-    def __init__(self, answer: httpcore.Response) -> None:
-        self._answer = answer
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._answer.aiter_stream()
-
-    async def aclose(self) -> None:
-        await self._answer.aclose()
-
-
 def _web_address(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
     try:
         target = base.join(url) if base else httpx.URL(url)
@@ -269,7 +185,7 @@ def _refuse_failure(response: httpx.Response) -> None:
     if response.is_success:
         return
     details: dict[str, Any] = {"url": _shown(response.url), "status_code": status}
-    if (seconds := _retry_after(response.headers)) is not None:
+    if (seconds := retry_after(response.headers)) is not None:
         details["retry_after"] = seconds
     known = {known.value: f" ({known.phrase})" for known in http.HTTPStatus}
     raise ProcessorError(
@@ -278,18 +194,6 @@ def _refuse_failure(response: httpx.Response) -> None:
         transient=status >= 500 or status in (408, 425, 429),
         details=details,
     )
-
-
-def _retry_after(headers: httpx.Headers) -> int | None:
-    """RFC 9110, 10.2.3: seconds, or a date, which the server's own clock turns into seconds."""
-    said = headers.get("retry-after", "").strip()
-    if said.isascii() and said.isdigit():
-        return int(said[:9])
-    try:
-        wait = parsedate_to_datetime(said) - parsedate_to_datetime(headers["date"])
-    except (KeyError, ValueError, TypeError):
-        return None
-    return max(0, round(wait.total_seconds()))
 
 
 async def _body(response: httpx.Response, max_bytes: int, on_progress: OnProgress | None) -> AsyncIterator[bytes]:
@@ -374,6 +278,12 @@ def _errors_in_plain_words(url: httpx.URL) -> Iterator[None]:
     details = {"url": _shown(url), "host": host}
     try:
         yield
+    except AddressRefused as refused:
+        raise ProcessorError(
+            "ADDRESS_REFUSED",
+            f"{refused}; only public addresses are fetched, and those allowed by `processors.session.allow_private`.",
+            details={"host": refused.host, "address": refused.address, "reason": refused.reason},
+        ) from refused
     except (httpcore.TimeoutException, httpx.TimeoutException) as error:
         doing = "could not be reached" if isinstance(error, httpcore.ConnectTimeout) else "stopped answering"
         raise ProcessorError("FETCH_TIMEOUT", f"{host} {doing} in time.", transient=True, details=details) from error
@@ -386,50 +296,10 @@ def _errors_in_plain_words(url: httpx.URL) -> Iterator[None]:
             "BAD_RESPONSE", f"{_shown(url)} could not be decompressed: {error}.", details=details
         ) from error
     except (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError) as error:
-        reason, sentence, transient = _reason(error)
+        reason, sentence, transient = why_it_failed(error)
         raise ProcessorError(
             "NETWORK_ERROR",
             f"{_shown(url)} could not be fetched: {sentence.format(host=host)}.",
             transient=transient,
             details=details | {"reason": reason},
         ) from error
-
-
-def _reason(error: BaseException) -> tuple[str, str, bool]:
-    """A word for programs, a sentence for people, and whether it may pass."""
-    for cause in _causes(error):
-        match cause:
-            case ssl.SSLCertVerificationError():
-                return "certificate", "the certificate of {host} is not valid", False
-            case ssl.SSLError():
-                return "tls", "no secure connection to {host} could be made", True
-            case socket.gaierror() | UnicodeError():
-                return "dns", "the host name {host} could not be found", True
-            case ConnectionRefusedError():
-                return "refused", "{host} refused the connection", True
-            case ConnectionResetError() | BrokenPipeError():
-                return "reset", "{host} broke off the connection", True
-            case OSError(errno=errno.EHOSTUNREACH | errno.ENETUNREACH):
-                return "unreachable", "there is no way to {host} from here", True
-            case _:
-                continue
-    if isinstance(error, httpcore.ProtocolError):
-        return "protocol", "{host} did not answer in valid HTTP, or only in part", True
-    if isinstance(error, httpcore.ReadError):
-        return "reset", "{host} broke off the connection", True
-    return "connection", "the connection to {host} failed", True
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and everything it came from, groups included."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        current = waiting.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        if isinstance(current, BaseExceptionGroup):
-            waiting.extend(current.exceptions)
-        waiting.extend(cause for cause in (current.__context__, current.__cause__) if cause is not None)

@@ -1,4 +1,4 @@
-"""session: which network addresses may be fetched from. Pure.
+"""ledger: which network addresses may be called on behalf of a stranger. Pure.
 
 The check is on the address connected to, never on the name alone: a name may answer differently the next time.
 """
@@ -6,13 +6,19 @@ The check is on the address connected to, never on the name alone: a name may an
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from urllib.parse import urlsplit
 
 Address = IPv4Address | IPv6Address
 
 _NAT64 = ip_network("64:ff9b::/96")  # RFC 6052
 _NAT64_LOCAL = ip_network("64:ff9b:1::/48")  # RFC 8215
 _IPV4_COMPATIBLE = ip_network("::/96")  # RFC 4291, deprecated
+
+
+_LOWEST_FREE_PORT = 1024
+ONLY_PUBLIC = "only public addresses are called, and those that `webhooks.allow_private` names"
 
 
 class AllowedHosts:
@@ -28,11 +34,44 @@ class AllowedHosts:
                 self._names.add(_plain_name(entry))
 
     def refusal(self, host: str, address: str) -> str | None:
-        """Why `host` must not be fetched from at `address`; None when it may."""
+        """Why `host` must not be called at `address`; None when it may."""
         real = _unwrapped(ip_address(address.partition("%")[0]))
         if _plain_name(host) in self._names or any(real in network for network in self._networks):
             return None
         return _why_not_public(real)
+
+    def names(self, host: str) -> bool:
+        """Return whether the operator has named this host, or the network it is an address of."""
+        if _plain_name(host) in self._names:
+            return True
+        with suppress(ValueError):
+            real = _unwrapped(ip_address(host.partition("%")[0]))
+            return any(real in network for network in self._networks)
+        return False
+
+
+def hopeless(url: str, allowed: AllowedHosts) -> str | None:
+    """Return why a webhook to an address can never be delivered, as far as the address itself tells; None if it may.
+
+    Ports are those of the web and those that no system service has: nobody's mail server is to be talked to.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        return f"this is no address: {error}"
+    if parts.scheme not in ("http", "https") or not host:
+        return "expected an address that begins with http:// or https:// and names a host"
+    if parts.username is not None or parts.password is not None:
+        return "no user or password in the address, which everyone sees: send an Authorization header instead"
+    if allowed.names(host):
+        return None
+    if port is not None and port not in (80, 443) and port < _LOWEST_FREE_PORT:
+        return f"port {port} is not used for webhooks: only 80, 443 and those from {_LOWEST_FREE_PORT} on are"
+    with suppress(ValueError):
+        if (refusal := allowed.refusal(host, str(ip_address(host.partition("%")[0])))) is not None:
+            return f"{host} is {refusal}; {ONLY_PUBLIC}"
+    return None
 
 
 def _plain_name(host: str) -> str:
