@@ -128,7 +128,7 @@ def requires(request: Request, right: Right, *, missing: ApiError) -> Callable[[
 
     def check(known: Known) -> None:
         state = known.state
-        if state is None or state.deleted:
+        if not isinstance(state, Job | Batch) or state.deleted:
             raise missing
         has = right_to_state(principal, state)
         if has < Right.READ:

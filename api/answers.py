@@ -46,6 +46,7 @@ class ShownWebhook(BaseModel):
     headers: dict[str, Literal["***"]]
     include_markdown: bool
     include_metadata: bool
+    signed: bool
 
 
 class Progress(BaseModel):
@@ -134,13 +135,13 @@ class JobAccepted(Success):
     warnings: list[str] = []
 
 
-class _Listed(Success):
+class Listed(Success):
     total: int
     total_is_lower_bound: bool = Field(default=False, description="There are at least so many.")
     next: str | None = Field(None, description="The cursor of the next page; there is none on the last.")
 
 
-class Jobs(_Listed):
+class Jobs(Listed):
     """A page of jobs."""
 
     jobs: list[ShownJob]
@@ -190,7 +191,7 @@ class OneBatch(Success):
     batch: ShownBatch
 
 
-class Batches(_Listed):
+class Batches(Listed):
     """A page of batches."""
 
     batches: list[ShownBatch]
@@ -343,6 +344,13 @@ class BatchCounts(BaseModel):
     active: int
 
 
+class WebhookCounts(BaseModel):
+    total: int
+    pending: int
+    delivered: int
+    abandoned: int
+
+
 class TrackCounts(BaseModel):
     track: str = Field(alias="_id")
     count: int
@@ -387,6 +395,7 @@ class Stats(BaseModel):
 
     jobs: JobCounts
     batches: BatchCounts
+    webhooks: WebhookCounts
     tracks: list[TrackCounts] = Field(description="The first thousand by name.")
     throughput: Throughput
     durations: Durations

@@ -26,6 +26,8 @@ from api import (
     metrics,
     monitoring,
     openapi,
+    sink,
+    webhooks,
 )
 from api.access import SignedIn
 from api.errors import (
@@ -76,6 +78,12 @@ ROUTES = [
     Route("/api/ledger/stream", live.stream),
     Route("/api/ledger/head", log_pages.head),
     Route("/api/monitoring/events/stats", monitoring.stats),
+    Route("/api/monitoring/events/webhooks", webhooks.listing),
+    Route("/api/monitoring/events/redeliver", webhooks.redeliver_many, methods=["POST"]),
+    Route("/api/monitoring/events/webhooks/{delivery_id}", webhooks.single),
+    Route("/api/monitoring/events/webhooks/{delivery_id}/redeliver", webhooks.redeliver, methods=["POST"]),
+    Route("/api/events/test-webhook-callback", sink.receive, methods=["POST"]),
+    Route("/api/events/test-webhook-callback", sink.listing),
     Route("/metrics", metrics.scrape),
     Route("/healthz", monitoring.alive),
     Route("/readyz", monitoring.ready),

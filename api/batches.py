@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from operator import attrgetter
@@ -28,7 +28,7 @@ from api.models import (
 )
 from api.requests import Once, happened_by, noted, wanted_wait
 from api.services import query_of, read_json, services, validated, views_reach_wanted_position
-from api.submission import keep, notices, split_webhook, submission
+from api.submission import keep, split_webhook, submission
 from ledger.batch import Batch
 from ledger.chain import canonical
 from ledger.commands import (
@@ -65,12 +65,12 @@ async def submit(request: Request) -> Response:
     batch_id = f"batch-{once.name()}" if once else new_batch_id()
     if (before := await _submitted_before(request, batch_id, once)) is not None:
         return before
-    webhook, secrets = split_webhook(body.webhook)
+    webhook, secrets = split_webhook(body.webhook, known)
     user_id, teams = for_user(request, body.user_id), who_asks(request).groups
     kept, jobs = [secrets], []
     for index, content in enumerate(body.jobs):
         job_body = validated(JobBody, content, within=("jobs", index))
-        job_webhook, job_secrets = split_webhook(job_body.webhook)
+        job_webhook, job_secrets = split_webhook(job_body.webhook, known, ("jobs", index))
         kept.append(job_secrets)
         given: dict[str, Any] = {"parameters": {**body.parameters, **job_body.parameters}}
         if "access_control" not in job_body.model_fields_set:
@@ -109,7 +109,7 @@ async def submit(request: Request) -> Response:
     except InvalidEvent:
         _refuse_what_cannot_be_stored(jobs)
         raise
-    return _accepted(recorded[0], recorded[-1].position, notices(webhook, *(job.webhook for job in jobs)))
+    return _accepted(recorded[0], recorded[-1].position)
 
 
 async def _submitted_before(request: Request, batch_id: str, once: Once | None) -> Response | None:
@@ -123,10 +123,10 @@ async def _submitted_before(request: Request, batch_id: str, once: Once | None) 
         return None
     assert isinstance(submitted.event, BatchSubmitted)  # noqa: S101 - narrows the type; every batch begins with it
     # Its jobs were written with it, in the positions behind it.
-    return _accepted(submitted, submitted.position + submitted.event.total_jobs, notices(submitted.event.webhook))
+    return _accepted(submitted, submitted.position + submitted.event.total_jobs)
 
 
-def _accepted(submitted: Recorded, position: int, more: Mapping[str, Any]) -> Response:
+def _accepted(submitted: Recorded, position: int) -> Response:
     batch = _as_submitted(submitted)
     return json_response(
         {
@@ -134,7 +134,6 @@ def _accepted(submitted: Recorded, position: int, more: Mapping[str, Any]) -> Re
             "batch_id": submitted.stream,
             "job_ids": batch["job_ids"],
             "batch": shown(batch),
-            **more,
         },
         202,
         {"Location": f"/api/events/batches/{submitted.stream}", "Ledger-Position": str(position)},

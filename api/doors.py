@@ -29,6 +29,9 @@ from api import (
     metrics,
     models,
     monitoring,
+    sink,
+    webhook_answers,
+    webhooks,
 )
 from api.event_stream import EventStream
 
@@ -65,6 +68,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "batch_not_found": (404, "there is no such batch, or you may not see it"),
     "behind": (503, "this process does not know yet who may see what"),
     "busy": (429, "too much is being written to the same place at once"),
+    "delivery_not_found": (404, "there is no such webhook, or you may not see it"),
     "database_unavailable": (503, "the database does not answer"),
     "file_missing": (500, "the file is on record, but not in this server's store"),
     "file_not_found": (404, "there is no such file, or you may not see it"),
@@ -232,6 +236,42 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         answer=answers.Statistics,
         views=True,
         errors=("forbidden",),
+    ),
+    webhooks.listing: Door(
+        summary="List webhooks, sent or to be sent, with every attempt",
+        answer=webhook_answers.Deliveries,
+        query=models.DeliveryList,
+        views=True,
+        errors=("job_not_found",),
+    ),
+    webhooks.single: Door(summary="Read a webhook", answer=webhook_answers.OneDelivery, views=True),
+    webhooks.redeliver: Door(
+        summary="Send a webhook again",
+        answer=webhook_answers.OneDelivery,
+        status=202,
+        body=models.ReasonBody,
+        optional_body=True,
+        errors=("forbidden",),
+    ),
+    webhooks.redeliver_many: Door(
+        summary="Send webhooks again: those that were given up, or what the body names",
+        answer=webhook_answers.Redelivered,
+        status=202,
+        body=models.RedeliverBody,
+        views=True,
+        errors=("job_not_found", "forbidden"),
+    ),
+    sink.receive: Door(
+        summary="A receiver of webhooks for trying them out, if `webhooks.sink` is on",
+        answer=webhook_answers.OneReceived,
+        records=False,
+        errors=("not_found", "too_large", "incomplete_body"),
+    ),
+    sink.listing: Door(
+        summary="What that receiver was sent",
+        answer=webhook_answers.AllReceived,
+        query=sink.SinkQuery,
+        errors=("not_found",),
     ),
     docs.index: Door(summary="Where things are", answer=answers.Index),
     docs.document: Door(

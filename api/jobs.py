@@ -17,7 +17,7 @@ from api.errors import ApiError, json_response
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
 from api.requests import Once, etag_matches, expecting, folded, happened_by, noted, story_until, wanted_wait
 from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
-from api.submission import check_parameters, keep, notices, split_webhook, submission
+from api.submission import check_parameters, keep, split_webhook, submission
 from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
 from ledger.errors import AlreadyExists, CommandRefused, WrongState
@@ -37,7 +37,7 @@ async def submit(request: Request) -> Response:
     known = services(request)
     content = await read_json(request)
     body, once = validated(JobBody, content), Once.of(request, content)
-    webhook, secrets = split_webhook(body.webhook)
+    webhook, secrets = split_webhook(body.webhook, known)
     asked = submission(
         body, known, user_id=for_user(request, body.user_id), teams=who_asks(request).groups, webhook=webhook
     )
@@ -54,7 +54,7 @@ async def submit(request: Request) -> Response:
                 raise
     job = await ended_if_wanted(request, job_id) or view.fold(None, submitted)
     return json_response(
-        {"status": "success", "job_id": job_id, "job": await _shown_job(known, job), **notices(webhook)},
+        {"status": "success", "job_id": job_id, "job": await _shown_job(known, job)},
         202,
         {"Location": f"/api/events/jobs/{job_id}", "Ledger-Position": str(_position(job, submitted))},
     )

@@ -74,10 +74,15 @@ async def _of_the_ledger(known: Services) -> list[Metric]:
     happened = CounterMetricFamily("jobledger_events", "Events that have happened, by type.", labels=["type"])
     for name, number in sorted(events.items()):
         happened.add_metric([name], number)
+    webhooks = GaugeMetricFamily("jobledger_webhooks", "Webhooks, by status.", labels=["status"])
+    for status, number in counted["webhooks"].items():
+        if status != "total":
+            webhooks.add_metric([status], number)
     durations = HistogramMetricFamily("jobledger_job_duration_seconds", "From the first claim to completion.")
     durations.add_metric([], [(_bound(bound), number) for bound, number in classes], seconds)
     return [
         jobs,
+        webhooks,
         happened,
         durations,
         *(

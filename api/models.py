@@ -20,7 +20,9 @@ from pydantic import (
 
 from api.services import LARGEST_PAGE
 from ledger.chain import LARGEST_INTEGER
-from ledger.events import AccessControl, BatchStatus, JobStatus, milliseconds
+from ledger.delivery import DeliveryStatus
+from ledger.events import AccessControl, BatchStatus, Ending, JobStatus, milliseconds
+from ledger.signing import key_of
 from projections.headings import Place
 
 LARGEST_BATCH = 10_000
@@ -36,6 +38,11 @@ def _web_address(url: str) -> str:
             "no user or password in the address, which everyone sees: send an Authorization header instead"
         )
     return url
+
+
+def _signing_secret(secret: str) -> str:
+    key_of(secret)
+    return secret
 
 
 def _moment(given: object) -> object:
@@ -100,6 +107,9 @@ class WebhookBody(_Body):
     headers: dict[HeaderName, HeaderValue] = Field({}, max_length=50)
     include_markdown: StrictBool = False
     include_metadata: StrictBool = False
+    secrets: list[Annotated[str, AfterValidator(_signing_secret)]] = Field(
+        [], max_length=2, description="What to sign with (Standard Webhooks: whsec_…); two while it is being replaced."
+    )
 
 
 class AccessBody(AccessControl):
@@ -223,6 +233,31 @@ class BatchList(Page):
     user_id: str | None = None
     archived: bool | None = None
     q: Words | None = None
+
+
+class _Deliveries(_Body):
+    """Which webhooks. Those of one job are shown to whoever may see it; others to its owner."""
+
+    status: DeliveryStatus | None = None
+    type: Ending | None = None
+    job_id: str | None = Field(None, max_length=200)
+    batch_id: str | None = Field(None, max_length=200)
+    receiver: str | None = Field(None, max_length=200, description="The receiver's id, as each delivery names it.")
+    host: str | None = Field(None, max_length=300, description="With the port: example.org:443")
+    after_sequence: int | None = Field(None, ge=0, le=LARGEST_INTEGER)
+    created_after: Moment | None = None
+    created_before: Moment | None = None
+
+
+class DeliveryList(_Deliveries, Page):
+    """Which webhooks, sent or to be sent."""
+
+
+class RedeliverBody(_Deliveries, ReasonBody):
+    """Which webhooks to send again: those that were given up, unless another `status` is named."""
+
+    status: DeliveryStatus | None = "abandoned"
+    after_sequence: int | None = Field(None, strict=True, ge=0, le=LARGEST_INTEGER)
 
 
 class Single(_Body):

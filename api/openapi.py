@@ -69,7 +69,12 @@ _BODY: Final = ("malformed_json", "incomplete_body", "too_large", "unsupported_m
 _CHANGE: Final = ("wrong_state", "version_conflict", "already_exists", "busy")
 _POST: Final = ("malformed_idempotency_key", "idempotency_key_reused", "invalid_content")
 _OF_ONE: Final = ("version_changed", "unreadable_event")
-_IN_PATH: Final = {"job_id": "job_not_found", "batch_id": "batch_not_found", "path": "file_not_found"}
+_IN_PATH: Final = {
+    "job_id": "job_not_found",
+    "batch_id": "batch_not_found",
+    "path": "file_not_found",
+    "delivery_id": "delivery_not_found",
+}
 _SESSION: Final = {
     "event": "FOSDEM 2025",
     "session": "Welcome to FOSDEM",

@@ -28,6 +28,14 @@ _VIEW_PATIENCE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class Webhooks:
+    """What the API has to do with webhooks. `sink`: it takes some itself, for trial; `allow_private`: as in config."""
+
+    sink: bool = False
+    allow_private: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Services:
     """The rooms below, as the API sees them. `job_types` maps a job type to the model of its parameters."""
 
@@ -44,6 +52,7 @@ class Services:
     visibility: Visibility
     streams: Streams
     links: Links
+    webhooks: Webhooks = Webhooks()
 
 
 def services(request: Request) -> Services:

@@ -11,16 +11,18 @@ from bson import ObjectId
 from api.errors import ApiError, path
 from api.models import JobBody, WebhookBody
 from api.services import Services, validated
+from ledger.addresses import AllowedHosts, hopeless
 from ledger.events import AccessControl, JobSubmitted, Webhook
 from ledger.mongo import driver_errors
 
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """Header values of webhooks, kept out of the log, in a collection of their own."""
+    """What of a webhook is kept out of the log, in a collection of its own: values of headers, and signing secrets."""
 
     reference: str
     headers: dict[str, str]
+    signing: list[str]
 
 
 def submission(
@@ -75,31 +77,38 @@ def check_parameters(
         validated(model, parameters, within=within)
 
 
-def split_webhook(body: WebhookBody | None) -> tuple[Webhook | None, Secrets | None]:
-    """Return the webhook as it may stand in the log, and what must not."""
+def split_webhook(
+    body: WebhookBody | None, known: Services, within: tuple[str | int, ...] = ()
+) -> tuple[Webhook | None, Secrets | None]:
+    """Return the webhook as it may stand in the log, and what must not; `within` is where the body stands.
+
+    Raises:
+        ApiError: 422, when it goes to where nothing can be delivered.
+    """
     if body is None:
         return None, None
-    secrets = Secrets(f"headers-{ObjectId()}", body.headers) if body.headers else None
+    if (why := hopeless(body.url, AllowedHosts(known.webhooks.allow_private))) is not None:
+        place = path((*within, "webhook", "url"))
+        problem = {"path": place, "message": why}
+        raise ApiError(422, "invalid_content", f"{place}: {why}", details={"errors": [problem]})
+    secret = body.headers or body.secrets
+    secrets = Secrets(f"headers-{ObjectId()}", body.headers, body.secrets) if secret else None
     webhook = Webhook(
         url=body.url,
         header_names=sorted(body.headers),
         headers_ref=secrets.reference if secrets else None,
         include_markdown=body.include_markdown,
         include_metadata=body.include_metadata,
+        signed=bool(body.secrets),
     )
     return webhook, secrets
 
 
-def notices(*webhooks: Webhook | None) -> dict[str, list[str]]:
-    """Return what a client should know that is not as it may expect."""
-    if any(webhooks):
-        return {"warnings": ["The webhook is recorded, but this version does not deliver webhooks yet."]}
-    return {}
-
-
 async def keep(known: Services, *secrets: Secrets | None) -> None:
-    """Store header values before the event that refers to them: never the other way round."""
-    documents = [{"_id": it.reference, "headers": it.headers} for it in secrets if it is not None]
+    """Store secrets of webhooks before the event that refers to them: never the other way round."""
+    documents = [
+        {"_id": it.reference, "headers": it.headers, "secrets": it.signing} for it in secrets if it is not None
+    ]
     if documents:
-        with driver_errors("storing webhook headers"):
+        with driver_errors("storing the secrets of webhooks"):
             await known.db.webhook_headers.insert_many(documents)

@@ -19,6 +19,7 @@ from typing import Any, Final
 import structlog
 
 from ledger.access import Principal, Right, right_to
+from ledger.delivery import source_of
 from ledger.errors import LedgerUnavailable, UnreadableEvent
 from ledger.events import EVENT_TYPES, BatchDeleted, BatchSubmitted, Event, JobDeleted, JobSubmitted, Recorded
 from ledger.log import EventLog
@@ -160,6 +161,7 @@ class Visibility:
         """Return who may see a stream, with every change up to position `at`; None for everything that nobody owns."""
         if self._position < at:
             await self.reached(at)
+        stream = _subject(stream)
         if not stream.startswith(_KINDS):
             return None
         while stream not in self._known:
@@ -170,7 +172,7 @@ class Visibility:
     async def learn(self, streams: Iterable[str]) -> None:
         """Read in one go who may see these streams, as far as that is not known."""
         async with self._reading:  # one at a time: the others then find what this one has read
-            wanted = {stream for stream in streams if stream.startswith(_KINDS)} - self._known.keys()
+            wanted = {it for it in map(_subject, streams) if it.startswith(_KINDS)} - self._known.keys()
             while wanted:
                 self._passed.clear()
                 found = await self._log.read_streams(wanted, without=_HARMLESS)
@@ -178,6 +180,11 @@ class Visibility:
                 for stream in wanted - self._passed:
                     self._keep(stream, _folded(found[stream]))
                 wanted = (wanted & self._passed) - self._known.keys()
+
+
+def _subject(stream: str) -> str:
+    """Return whose access counts: a delivery is seen by who may see the job or batch that it tells of."""
+    return source_of(stream) if stream.startswith("delivery-") else stream
 
 
 def _folded(events: Collection[Recorded]) -> Access | None:

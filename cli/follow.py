@@ -74,14 +74,21 @@ async def submit(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[d
         raise LedgerUnavailable(
             f"No jobledger answers at {client.base_url}: {error}. Is it running (`jobledger up`)?"
         ) from error
-    content = _content(answer)
+    content = content_of(answer)
     if "Ledger-Position" not in answer.headers:
         raise _foreign(answer)
     # The jobs' own events were written with the batch; nothing of the story is before them.
     return content, int(answer.headers["Ledger-Position"]) - content["batch"]["total_jobs"] - 1
 
 
-def _content(answer: httpx.Response) -> dict[str, Any]:
+def content_of(answer: httpx.Response) -> dict[str, Any]:
+    """Return what the API answers.
+
+    Raises:
+        Refused: it said no, or is something else.
+        ConfigurationError: it does not know who we are.
+        LedgerUnavailable: it cannot answer now.
+    """
     try:
         content = orjson.loads(answer.content)
     except orjson.JSONDecodeError:
@@ -121,7 +128,7 @@ async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> Asy
             async with client.stream("GET", "/api/ledger/stream", params=query, timeout=_stream_timeout()) as answer:
                 if answer.is_error:
                     await answer.aread()
-                    _content(answer)  # raises what it is
+                    content_of(answer)  # raises what it is
                 async for line in _lines(answer):
                     failures = 0
                     if line.startswith(b"data:"):

@@ -9,7 +9,6 @@ import asyncio
 import os
 import sys
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,15 +20,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli import audit, keys
+from cli import audit, keys, webhooks
 from cli import demo as demo_command
 from cli import doctor as doctor_command
 from cli.follow import Refused, as_batch, credentials, follow
 from cli.follow import submit as submit_batch
 from cli.rights import for_mongosh
-from cli.settings import Settings, read_settings
-from cli.wiring import ALL_ROLES, Role, Stop, database_server, keep_running, roles, set_up_logging
-from ledger.embedded import EmbeddedServer, attach_or_start
+from cli.running import HERE, ConfigOption, UrlOption, any_server, run_roles, settings_of, web_address
+from cli.settings import Settings
+from cli.wiring import ALL_ROLES, database_server, set_up_logging
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
 from ledger.log import LARGEST_POSITION
 
@@ -43,36 +42,34 @@ app = typer.Typer(
 )
 log_app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
 app.add_typer(log_app, name="log")
+app.add_typer(webhooks.app, name="webhooks")
 keys_app = typer.Typer(help="API keys, for auth.mode `keys`; directly on the database.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", envvar="JOBLEDGER_CONFIG", help="The settings. Without it: ./config.yaml.")
-]
 Answer = TypeVar("Answer")
 
 
 @app.command()
 def up(config: ConfigOption = None) -> None:
     """Run everything on this machine: MongoDB, API, projector and workers. Ctrl-C stops cleanly."""
-    _run_roles(config, ALL_ROLES)
+    run_roles(config, ALL_ROLES)
 
 
 @app.command()
 def api(config: ConfigOption = None) -> None:
     """Run the API alone."""
-    _run_roles(config, frozenset({"api"}))
+    run_roles(config, frozenset({"api"}))
 
 
 @app.command()
 def projector(config: ConfigOption = None) -> None:
     """Run the projector alone, which keeps the views up to date. Of several, one leads and the others stand by."""
-    _run_roles(config, frozenset({"projector"}))
+    run_roles(config, frozenset({"projector"}))
 
 
 @app.command()
 def worker(config: ConfigOption = None) -> None:
-    """Run a worker alone. As many as you like, on as many machines as you like."""
-    _run_roles(config, frozenset({"worker"}))
+    """Run a worker alone. As many as you like, on as many machines as you like; one of them sends the webhooks."""
+    run_roles(config, frozenset({"worker", "webhooks"}))
 
 
 @app.command()
@@ -84,7 +81,7 @@ def submit(
         bool, typer.Option("--wait", help="Follow until the batch has ended; exit with 1 if a job failed.")
     ] = False,
     job_type: Annotated[str | None, typer.Option(help="Submit every job as this type.")] = None,
-    url: Annotated[str, typer.Option(envvar="JOBLEDGER_URL", help="Where the API is.")] = "http://127.0.0.1:5001",
+    url: UrlOption = HERE,
 ) -> None:
     """Submit sessions to a running jobledger, all or none. Its key, if it asks for one, is taken from JOBLEDGER_KEY."""
     batch = as_batch(_read(file))
@@ -117,13 +114,13 @@ def doctor(
     ] = False,
 ) -> None:
     """Check everything a ledger needs, and say what to do about what is wrong."""
-    settings = _settings(config)
+    settings = settings_of(config)
     if role:
         typer.echo(for_mongosh(settings.mongodb.db_name))
         return
     findings = list(doctor_command.look_at_machine(settings))
     try:
-        with _any_server(settings) as uri:
+        with any_server(settings) as uri:
             findings += asyncio.run(_collect(settings, uri))
     except JobledgerError as error:
         findings.append(doctor_command.Finding("MongoDB", good=False, found="not usable", advice=str(error)))
@@ -153,13 +150,13 @@ def log_verify(
 
     Exits with 1 and names the first event that is wrong.
     """
-    settings = _settings(config)
+    settings = settings_of(config)
     earlier = audit.noted_of(noted) if noted is not None else None
     if earlier is not None and (after > 1 or (upto is not None and upto < earlier[0])):
         raise ConfigurationError(
             f"--noted stands for all events up to position {earlier[0]}: leave out --from, and a --to before it."
         )
-    with _any_server(settings) as uri:
+    with any_server(settings) as uri:
         connection = settings.mongodb.connection(uri)
         verdict = asyncio.run(
             audit.verified(connection, Console(stderr=True), after=after - 1, upto=upto, noted=earlier)
@@ -184,9 +181,9 @@ def keys_create(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
 ) -> None:
     """Make an API key. It is shown this once: only a digest of it is stored."""
-    settings = _settings(config)
+    settings = settings_of(config)
     key, text = keys.new_key(user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in)
-    with _any_server(settings) as uri:
+    with any_server(settings) as uri:
         asyncio.run(keys.create(settings.mongodb.connection(uri), key))
     if settings.auth.mode != "keys":
         typer.echo(f"note: auth.mode is `{settings.auth.mode}`; keys are asked for with `keys`", err=True)
@@ -200,8 +197,8 @@ def keys_list(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
 ) -> None:
     """Show all API keys: whose they are, and until when."""
-    settings = _settings(config)
-    with _any_server(settings) as uri:
+    settings = settings_of(config)
+    with any_server(settings) as uri:
         found = asyncio.run(keys.listed(settings.mongodb.connection(uri)))
     if as_json:
         typer.echo(_json([keys.as_json(key) for key in found]))
@@ -216,8 +213,8 @@ def keys_revoke(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
 ) -> None:
     """Revoke an API key: from now on it opens nothing."""
-    settings = _settings(config)
-    with _any_server(settings) as uri:
+    settings = settings_of(config)
+    with any_server(settings) as uri:
         found = asyncio.run(keys.revoke(settings.mongodb.connection(uri), keys.id_of(key_id)))
     if not found:  # what was given is not repeated: it may be most of a key
         raise NotFound("There is no API key with this id; `jobledger keys list` shows which there are.")
@@ -228,50 +225,14 @@ def _json(content: Any) -> str:
     return orjson.dumps(content, option=orjson.OPT_UTC_Z).decode()
 
 
-def _any_server(settings: Settings) -> AbstractContextManager[str]:
-    """The database of these settings; an embedded one that does not run is started meanwhile."""
-    mongodb = settings.mongodb
-    if not mongodb.embedded:
-        return nullcontext(mongodb.uri.get_secret_value())
-    return attach_or_start(mongodb.data_dir, port=mongodb.embedded_port, oplog_mb=mongodb.embedded_oplog_mb)
-
-
 async def _collect(settings: Settings, uri: str) -> list[doctor_command.Finding]:
     return [finding async for finding in doctor_command.look_at_database(settings, uri)]
-
-
-def _settings(config: Path | None) -> Settings:
-    settings, notices = read_settings(config)
-    set_up_logging(settings.logging)
-    for notice in notices:
-        typer.echo(f"note: {notice}", err=True)
-    return settings
-
-
-def _run_roles(config: Path | None, wanted: frozenset[Role]) -> None:
-    settings = _settings(config)
-    with database_server(settings, start=wanted == ALL_ROLES) as (uri, server):
-        asyncio.run(_serve(settings, uri, server, wanted))
-
-
-async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wanted: frozenset[Role]) -> None:
-    stop = Stop()
-    stop.listen()
-    async with roles(settings, settings.mongodb.connection(uri), wanted, failed=stop.fail) as running:
-        if running.url is not None:
-            typer.echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
-        else:
-            typer.echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
-        await keep_running(server, stop)
-        typer.echo("Stopping: running jobs may end, the rest is given back …", err=True)
-    if stop.error is not None:
-        raise typer.Exit(FAILED)
 
 
 async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
     console = Console()
     async with httpx.AsyncClient(
-        base_url=_web_address(url), headers=credentials(os.environ), timeout=60, trust_env=False
+        base_url=web_address(url), headers=credentials(os.environ), timeout=60, trust_env=False
     ) as client:
         submitted, before = await submit_batch(client, batch)
         console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
@@ -280,16 +241,6 @@ async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
         names = dict(zip(submitted["job_ids"], map(_name, batch["jobs"]), strict=True))
         ended = await follow(client, submitted, names, after=before, console=console)
     return 0 if all(status == "completed" for status in ended.values()) else FAILED
-
-
-def _web_address(url: str) -> httpx.URL:
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ConfigurationError(f"--url {url} is not an address: {error}") from error
-    if address.scheme not in ("http", "https") or not address.host:
-        raise ConfigurationError(f"--url {url} is not an address: expected something like http://127.0.0.1:5001")
-    return address
 
 
 def _name(job: Any) -> str:

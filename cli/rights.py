@@ -11,6 +11,7 @@ from typing import Any, Final
 import orjson
 
 from api.keys import COLLECTION as API_KEYS
+from api.sink import COLLECTION as SINK
 from ledger.client import SUBSCRIPTIONS
 from ledger.gridfs import COLLECTIONS as GRIDFS
 
@@ -19,16 +20,19 @@ _MUTABLE: Final = (
     "batches",
     "checkpoints",
     "counters",
+    "deliveries",
     "files",
     *GRIDFS,
     "jobs",
     "leaders",
     "queue",
+    "receivers",
     "secrets",
     "statistics",
     "steps",
     SUBSCRIPTIONS,
     "webhook_headers",
+    SINK,
     "workers",
 )
 _VIEW_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection", "createIndex", "listIndexes"]

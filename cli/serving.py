@@ -23,10 +23,11 @@ from api.jwks import KeysAt, KeySource, OneKey, public_key, shared_secret
 from api.keys import KeyRing
 from api.links import Links
 from api.middleware import Edge
-from api.services import Services
+from api.services import Services, Webhooks
 from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
 from api.visibility import Visibility
-from cli.settings import ApiSettings, AuthSettings, JwtSettings, Settings
+from cli.auth_settings import AuthSettings, JwtSettings
+from cli.settings import ApiSettings, Settings
 from cli.tasks import watcher
 from ledger.changes import Changes
 from ledger.errors import ConfigurationError
@@ -94,6 +95,7 @@ def services_for(
         visibility=Visibility(log, checkpoint),
         streams=Streams(),
         links=Links(db, settings.api.public_url),
+        webhooks=Webhooks(settings.webhooks.sink, tuple(settings.webhooks.allow_private)),
         edge=_edge(settings),
     )
 

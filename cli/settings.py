@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -24,9 +20,10 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from api.jwks import SHORTEST_SECRET_BYTES
+from cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough
 from ledger.errors import ConfigurationError
 from ledger.mongo import Connection
+from ledger.signing import key_of
 from workers.registry import processors
 
 EMBEDDED = "embedded"
@@ -34,11 +31,7 @@ _PREFIX = "JOBLEDGER_"
 UNUSED = {("event_worker", "poll_interval_sec"): "nothing polls any more: workers are woken by the change stream"}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MongodbSettings(_Section):
+class MongodbSettings(Section):
     uri: SecretStr = SecretStr(EMBEDDED)
     uri_file: Path | None = None
     db_name: str = Field("event_processing", pattern=r"^[A-Za-z0-9_-]{1,60}$")
@@ -64,9 +57,9 @@ def _known_types(limits: dict[str, int]) -> dict[str, int]:
     return limits
 
 
-class WorkerSettings(_Section):
+class WorkerSettings(Section):
     max_concurrent: int = Field(5, ge=1, le=1000)
-    max_concurrent_per_type: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_known_types)] = {}
+    max_concurrent_per_type: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_known_types)] = Field({})
     lease_seconds: float = Field(10, ge=1, le=3600)
     shutdown_grace_seconds: float = Field(30, ge=0, le=86_400)
     memory_limit_mb: int = Field(4096, ge=256)
@@ -76,7 +69,7 @@ class WorkerSettings(_Section):
     poll_interval_sec: float | None = None
 
 
-class ApiSettings(_Section):
+class ApiSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(5001, ge=0, le=65_535)
     public_url: str | None = Field(None, pattern=r"^https?://[^/]+")
@@ -84,104 +77,36 @@ class ApiSettings(_Section):
     requests_per_second: float = Field(0, ge=0, le=1_000_000)
     burst: int = Field(50, ge=1, le=1_000_000)
     max_streams_per_user: int = Field(0, ge=0, le=1_000_000)
-    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]] = []
+    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]] = Field([])
 
 
-def _keys_address(url: str) -> str:
-    parts = urlsplit(url)
-    safe = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
-    if not safe or not parts.hostname:
-        raise ValueError(
-            "expected an address that begins with https:// (http:// on this machine only): who can change the keys on "
-            "their way here is whoever they like"
-        )
-    return url
+def _signing_secrets(secrets: list[SecretStr]) -> list[SecretStr]:
+    for secret in secrets:
+        key_of(secret.get_secret_value())
+    return secrets
 
 
-def _network(text: str) -> str:
-    try:
-        network = ipaddress.ip_network(text)
-    except ValueError as error:
-        raise ValueError(f"expected an address or a network like 10.1.0.0/16: {error}") from None
-    if network.prefixlen == 0:
-        raise ValueError("this trusts everybody; name the addresses of your proxy")
+def _host_or_network(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:/\[\]-]{1,255}", text):
+        raise ValueError("expected an address, a network like 10.1.0.0/16, or the name of a host")
     return text
 
 
-def _header_name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", text):
-        raise ValueError("expected the name of a header, such as X-Forwarded-User")
-    return text
-
-
-def _long_enough(secret: SecretStr) -> SecretStr:
-    if len(secret.get_secret_value().encode()) < SHORTEST_SECRET_BYTES:
-        raise ValueError(
-            f"a secret for tokens has at least {SHORTEST_SECRET_BYTES} bytes, such as `openssl rand -base64 48` makes"
-        )
-    return secret
-
-
-class JwtSettings(_Section):
-    secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+class WebhookSettings(Section):
+    schedule_seconds: list[Annotated[float, Field(ge=0, le=7 * 86_400)]] = Field(
+        [0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400], min_length=1, max_length=50
+    )
+    jitter: float = Field(0.1, ge=0, le=1)
+    timeout_seconds: float = Field(10, ge=0.1, le=120)
+    max_concurrent: int = Field(20, ge=1, le=1000)
+    max_concurrent_per_host: int = Field(4, ge=1, le=1000)
+    silent_times: int = Field(10, ge=1, le=1000)
+    rest_seconds: float = Field(30, ge=0.1, le=600)
+    allow_private: list[Annotated[str, AfterValidator(_host_or_network)]] = Field([])
     secret_file: Path | None = None
-    public_key_file: Path | None = None
-    jwks_url: Annotated[str, AfterValidator(_keys_address)] | None = None
-    issuer: str | None = Field(None, min_length=1)
-    audience: str | None = Field(None, min_length=1)
-    leeway_seconds: float = Field(30, ge=0, le=600)
-    user_claim: str = Field("sub", min_length=1)
-    groups_claim: str = Field("groups", min_length=1)
-    roles_claim: str = Field("roles", min_length=1)
-
-
-class ProxySettings(_Section):
-    trusted: list[Annotated[str, AfterValidator(_network)]] = []
-    user_header: Annotated[str, AfterValidator(_header_name)] = "X-Forwarded-User"
-    groups_header: Annotated[str, AfterValidator(_header_name)] | None = None
-    roles_header: Annotated[str, AfterValidator(_header_name)] | None = None
-
-
-class AuthSettings(_Section):
-    mode: Literal["open", "keys", "jwt", "proxy"] = "open"
-    anonymous_public: bool = False
-    admins: list[str] = []
-    monitors: list[str] = []
-    jwt: JwtSettings = JwtSettings()
-    proxy: ProxySettings = ProxySettings()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> AuthSettings:
-        """Whoever has set something that is not in force may believe that it is."""
-        applies = {
-            "jwt": self.mode == "jwt",
-            "proxy": self.mode == "proxy",
-            "admins": self.mode in ("jwt", "proxy"),
-            "monitors": self.mode in ("jwt", "proxy"),
-            "anonymous_public": self.mode != "open",
-        }
-        for key, applied in applies.items():
-            if not applied and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"`{key}` is set, which means nothing with mode `{self.mode}`; {_INSTEAD[key]}")
-        ways = ("secret", "secret_file", "public_key_file", "jwks_url")
-        given = [f"jwt.{name}" for name in ways if getattr(self.jwt, name) is not None]
-        if self.mode == "jwt" and len(given) != 1:
-            raise ValueError(
-                f"mode `jwt` needs one of jwt.secret_file, jwt.public_key_file and jwt.jwks_url to verify tokens with; "
-                f"given are: {', '.join(given) or 'none'}"
-            )
-        if self.mode == "proxy" and not self.proxy.trusted:
-            raise ValueError("mode `proxy` needs the addresses of the proxy in proxy.trusted: nobody else is believed")
-        return self
-
-
-_INSTEAD = {
-    "jwt": "set mode to `jwt`, or leave it out",
-    "proxy": "set mode to `proxy`, or leave it out",
-    "admins": "keys have roles of their own (`jobledger keys create --role admin`), and with `open` everybody is admin",
-    "monitors": "keys have roles of their own (`jobledger keys create --role monitor`)",
-    "anonymous_public": "with `open` nobody is anonymous",
-}
+    secrets: Annotated[list[SecretStr], AfterValidator(_signing_secrets)] = Field([], max_length=2)
+    sink: bool = False
+    lease_seconds: float = Field(10, ge=1, le=3600)
 
 
 def _known_store(store: Any) -> Any:
@@ -193,11 +118,11 @@ def _known_store(store: Any) -> Any:
     return store
 
 
-class ResultsSettings(_Section):
+class ResultsSettings(Section):
     store: Annotated[Literal["gridfs"] | Path, BeforeValidator(_known_store)] = Path("data/results")
 
 
-class LoggingSettings(_Section):
+class LoggingSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["console", "json"] = "console"
     access: bool = False
@@ -237,12 +162,13 @@ class Settings(BaseSettings):
     api: ApiSettings = ApiSettings()
     auth: AuthSettings = AuthSettings()
     results: ResultsSettings = ResultsSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     processors: Annotated[dict[str, dict[str, Any]], BeforeValidator(_filled), AfterValidator(_known_processors)] = {}
     logging: LoggingSettings = LoggingSettings()
 
     @model_validator(mode="after")
     def _open_means_this_machine(self) -> Settings:
-        if self.auth.mode == "open" and not _is_loopback(self.api.host):
+        if self.auth.mode == "open" and not is_loopback(self.api.host):
             raise ValueError(
                 f"api.host is {self.api.host}, which others can reach, but auth.mode `open` asks nobody who they are; "
                 "use 127.0.0.1, or set auth.mode to keys, jwt or proxy"
@@ -259,15 +185,6 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return env_settings, init_settings  # the environment overrides the file
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def read_settings(
@@ -323,6 +240,12 @@ def _refuse_secrets(file: Path, content: Mapping[str, Any]) -> None:
     """Settings are shown to others and kept in repositories; secrets are not."""
     auth = content.get("auth")
     jwt = auth.get("jwt") if isinstance(auth, dict) else None
+    webhooks = content.get("webhooks")
+    if isinstance(webhooks, dict) and webhooks.get("secrets"):
+        raise ConfigurationError(
+            f"{file}: webhooks.secrets: secrets do not belong here; put them into a file of their own, one a line, and "
+            f"name that in webhooks.secret_file"
+        )
     if isinstance(jwt, dict) and jwt.get("secret") is not None:
         raise ConfigurationError(
             f"{file}: auth.jwt.secret: a secret does not belong here; put it into a file of its own and name that in "
@@ -397,7 +320,27 @@ def _placed(settings: Settings, directory: Path) -> Settings:
     if isinstance(results.store, Path):
         results = results.model_copy(update={"store": directory / results.store})
     auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
-    return settings.model_copy(update={"mongodb": mongodb, "results": results, "auth": auth})
+    webhooks = _signing(settings.webhooks, directory)
+    return settings.model_copy(update={"mongodb": mongodb, "results": results, "auth": auth, "webhooks": webhooks})
+
+
+def _signing(webhooks: WebhookSettings, directory: Path) -> WebhookSettings:
+    """Return the settings with what is signed with, one secret a line."""
+    if webhooks.secret_file is None:
+        return webhooks
+    file = directory / webhooks.secret_file
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        secrets = _signing_secrets([SecretStr(line) for line in lines if line])
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"webhooks.secret_file: {file} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"webhooks.secret_file: {file}: {error}") from error
+    if not 1 <= len(secrets) <= 2:
+        raise ConfigurationError(
+            f"webhooks.secret_file: {file}: expected one secret, or two while it is being replaced"
+        )
+    return webhooks.model_copy(update={"secrets": secrets})
 
 
 def _placed_jwt(jwt: JwtSettings, directory: Path) -> JwtSettings:
@@ -407,7 +350,7 @@ def _placed_jwt(jwt: JwtSettings, directory: Path) -> JwtSettings:
     if jwt.secret_file is not None:
         file = directory / jwt.secret_file
         try:
-            placed["secret"] = _long_enough(SecretStr(file.read_text(encoding="utf-8").strip()))
+            placed["secret"] = long_enough(SecretStr(file.read_text(encoding="utf-8").strip()))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"auth.jwt.secret_file: {file} cannot be read: {error}") from error
         except ValueError as error:

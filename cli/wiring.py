@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Final, Literal
 
@@ -30,11 +31,15 @@ from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers import execution
+from workers.webhooks import deliverer
+from workers.webhooks.deliverer import Deliverer
+from workers.webhooks.waiting import Limits
 from workers.worker import HEARD_EVENTS, Worker
 
 _log = structlog.get_logger()
-Role = Literal["api", "projector", "worker"]
-ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker"})
+Role = Literal["api", "projector", "worker", "webhooks"]
+ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker", "webhooks"})
+_READS_THE_LOG: Final[frozenset[Role]] = frozenset({"api", "projector"})
 _MOST_FILES: Final = 65_536
 
 
@@ -155,24 +160,29 @@ async def roles(
         store = await file_store(settings, db)
         log = EventLog(db)
         checkpoint = Checkpoint(db)
-        changes = Changes(db, event_types=HEARD_EVENTS if wanted == {"worker"} else None)
+        changes = Changes(db, event_types=None if wanted & _READS_THE_LOG else HEARD_EVENTS)
         changes.listen(checkpoint)
         await log.prepare()
         stack.push_async_callback(log.aclose)
         projector = Projector(db, log, connection, holder=f"{socket.gethostname()}-{os.getpid()}")
         await projector.prepare()
-        if wanted != {"worker"}:
+        if wanted & _READS_THE_LOG:
             changes.listen(log)
         if "projector" in wanted:
-            changes.listen(projector)
+            changes.listen(projector.leadership)
         serves = services_for(settings, db, log, checkpoint, changes, store) if "api" in wanted else None
         worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
+        sends = None
+        if "webhooks" in wanted:
+            sends = _deliverer(settings, db, log, store, changes, connection)
         stream = await stack.enter_async_context(changes.running())
         stream.add_done_callback(watcher(failed))
         if "projector" in wanted:
             await stack.enter_async_context(background(projector.run(), failed))
         if worker is not None:
             await stack.enter_async_context(_working(worker, failed))
+        if sends is not None:
+            await stack.enter_async_context(background(sends.run(), failed))
         url = None
         if listening is not None and serves is not None:
             await stack.enter_async_context(background(serves.visibility.run(), failed))
@@ -208,6 +218,35 @@ def _worker(
         slots_of_type=chosen.max_concurrent_per_type,
         lease_seconds=chosen.lease_seconds,
         shutdown_grace_seconds=chosen.shutdown_grace_seconds,
+    )
+
+
+def _deliverer(
+    settings: Settings, db: Database, log: EventLog, store: FileStore, changes: Changes, connection: Connection
+) -> Deliverer:
+    chosen = settings.webhooks
+    return Deliverer(
+        db,
+        log,
+        store,
+        changes,
+        connection,
+        settings=deliverer.Settings(
+            schedule=chosen.schedule_seconds,
+            jitter=chosen.jitter,
+            timeout_seconds=chosen.timeout_seconds,
+            allow_private=chosen.allow_private,
+            limits=Limits(
+                chosen.max_concurrent,
+                chosen.max_concurrent_per_host,
+                chosen.silent_times,
+                timedelta(seconds=chosen.rest_seconds),
+            ),
+            secrets=[secret.get_secret_value() for secret in chosen.secrets],
+            base=settings.api.public_url or "",
+        ),
+        holder=f"{socket.gethostname()}-{os.getpid()}",
+        lease_seconds=chosen.lease_seconds,
     )
 
 

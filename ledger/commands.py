@@ -192,6 +192,33 @@ class ReopenBatch:
     """The views say that a finished batch has an unfinished job again."""
 
 
+@dataclass(frozen=True, slots=True)
+class RecordAttempt:
+    """The receiver was called, and this came of it. `retry_at` is when to try again, None: not any more."""
+
+    duration_s: float
+    body_sha256: str | None
+    status_code: int | None = None
+    error: Failure | None = None
+    response: str = ""
+    retry_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonDelivery:
+    """Give up without another try."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequeueDelivery:
+    """Have it sent, whether it was delivered already, given up, or waits for its next try."""
+
+    by: str
+    reason: str | None = None
+
+
 WorkerCommand = ReportProgress | WriteLog | FinishStep | CompleteJob | FailAttempt | ReleaseJob | ConfirmCancel
 JobCommand = (
     SubmitJob
@@ -209,3 +236,4 @@ JobCommand = (
 BatchCommand = (
     SubmitBatch | PauseBatch | ResumeBatch | FinishBatch | ReopenBatch | ChangeAccess | Archive | Unarchive | Delete
 )
+DeliveryCommand = RecordAttempt | AbandonDelivery | RequeueDelivery

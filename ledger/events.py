@@ -70,13 +70,15 @@ Teams = Annotated[list[str], Field(exclude_if=operator.not_)]
 
 
 class Webhook(_Value):
-    """Whom to tell about the end. Header values never enter the log: `headers_ref` names where those secrets lie."""
+    """Whom to tell about the end. Values of headers, and what it is `signed` with, never enter the log: `headers_ref`
+    names where those secrets lie."""
 
     url: str
     header_names: list[str] = []
     headers_ref: str | None = None
     include_markdown: bool = False
     include_metadata: bool = False
+    signed: Annotated[bool, Field(exclude_if=operator.not_)] = False
 
 
 class Failure(_Value):
@@ -399,6 +401,56 @@ class BatchDeleted(Event):
     reason: str | None = None
 
 
+# The delivery stream ----------------------------------------------------------------------------------------------
+
+Ending = Literal["job.completed", "job.failed", "job.cancelled", "batch.completed", "batch.partial", "batch.failed"]
+
+
+class DeliveryQueued(Event):
+    """A webhook is to be sent: `source`, a job or batch, has ended with the event of this version of its stream."""
+
+    source: str
+    source_version: int
+    tells: Ending
+    user_id: str
+    webhook: Webhook
+    batch_id: str | None = None
+
+
+class DeliveryAttempted(Event):
+    """The receiver was called. It said `response` (its beginning), or nothing; `error` if that was no 2xx.
+
+    `body_sha256` is the digest of what was sent, in hexadecimal; `next_at` is when it is tried again.
+    """
+
+    attempt: int
+    status_code: int | None = None
+    error: Failure | None = None
+    response: str = ""
+    duration_s: Number
+    body_sha256: str | None = None
+    next_at: Moment | None = None
+
+
+class DeliverySucceeded(Event):
+    """The receiver has confirmed it with a 2xx."""
+
+    attempt: int
+
+
+class DeliveryAbandoned(Event):
+    """It is not tried any more, unless somebody asks for that."""
+
+    reason: str
+
+
+class DeliveryRequeued(Event):
+    """Somebody asked for it to be sent, once more or at once; the schedule begins anew."""
+
+    by: str
+    reason: str | None = None
+
+
 # Log housekeeping -------------------------------------------------------------------------------------------------
 
 
@@ -438,10 +490,12 @@ BatchEvent = (
     | BatchUnarchived
     | BatchDeleted
 )
+DeliveryEvent = DeliveryQueued | DeliveryAttempted | DeliverySucceeded | DeliveryAbandoned | DeliveryRequeued
 JOB_EVENTS: tuple[type[Event], ...] = get_args(JobEvent)
 BATCH_EVENTS: tuple[type[Event], ...] = get_args(BatchEvent)
+DELIVERY_EVENTS: tuple[type[Event], ...] = get_args(DeliveryEvent)
 EVENT_TYPES: Mapping[str, type[Event]] = {
-    event.__name__: event for event in JOB_EVENTS + BATCH_EVENTS + (PositionVoided,)
+    event.__name__: event for event in JOB_EVENTS + BATCH_EVENTS + DELIVERY_EVENTS + (PositionVoided,)
 }
 
 

@@ -1,4 +1,4 @@
-"""ledger: the one road. Whoever changes a job or batch (API, worker, lease watcher, command) comes through here."""
+"""ledger: the one road. Whoever changes a job, batch or delivery (API, worker, watcher, command) comes through here."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any, NamedTuple, Protocol
 
 from bson import ObjectId
 
-from ledger import batch, job
+from ledger import batch, delivery, job
 from ledger.batch import Batch
-from ledger.commands import BatchCommand, JobCommand
+from ledger.commands import BatchCommand, DeliveryCommand, JobCommand
+from ledger.delivery import Delivery
 from ledger.envelope import Append, Head
 from ledger.errors import CommandRefused, UnreadableEvent, VersionConflict
 from ledger.events import Event, Meta, Recorded
 from ledger.job import Job
 from ledger.log import EventLog
 
-Command = JobCommand | BatchCommand
-State = Job | Batch
+Command = JobCommand | BatchCommand | DeliveryCommand
+State = Job | Batch | Delivery
 _TRIES = 20  # a job has few writers at a time; who loses twenty races in a row is in a loop with itself
 
 
@@ -73,6 +74,8 @@ def rules_of(stream: str) -> Rules:
             return job
         case "batch":
             return batch
+        case "delivery":
+            return delivery
         case _:
             raise LookupError(f"{stream!r} names no kind of stream")
 
@@ -116,7 +119,8 @@ async def handle(
             continue
         try:
             correlated = _correlated(meta, known.state)
-            recorded = await log.append(Append(stream, known.head, events, correlated, now)) if events else []
+            appends = [Append(stream, known.head, events, correlated, now), *_consequences(stream, known, events, now)]
+            recorded = (await log.append(*appends))[: len(events)] if events else []
         except VersionConflict:
             if tries == _TRIES:
                 raise
@@ -127,13 +131,27 @@ async def handle(
             return Handled(recorded, known.after(recorded))
 
 
+def _consequences(stream: str, known: Known, events: Sequence[Event], now: datetime) -> Iterable[Append]:
+    """Return what begins with an end: whoever asked for it is told, so the delivery is queued in the same transaction.
+
+    Each end has a delivery of its own, named after it: so there is one and never two, whoever dies when.
+    """
+    if not isinstance(known.state, Job | Batch) or known.state.asked.webhook is None:
+        return
+    for version, event in enumerate(events, known.head.version + 1):
+        queued = delivery.of_end(stream, known.state, event, version)
+        if queued is not None:
+            meta = Meta("system", queued.batch_id or stream)
+            yield Append(delivery.name_of(stream, version), Head(), [queued], meta, now)
+
+
 async def _brought_up_to_date(log: EventLog, stream: str, known: Known) -> Known:
     return known.after(await log.read_stream(stream, after_version=known.head.version))
 
 
 def _correlated(meta: Meta, state: State | None) -> Meta:
     """Every event of a batch's job names the batch, whoever caused it: so a batch can be followed as one story."""
-    if meta.correlation_id is None and isinstance(state, Job) and state.asked.batch_id is not None:
+    if meta.correlation_id is None and isinstance(state, Job | Delivery) and state.asked.batch_id is not None:
         return replace(meta, correlation_id=state.asked.batch_id)
     return meta
 

@@ -60,6 +60,11 @@ def scopes(document: Mapping[str, Any]) -> list[str]:
     return [_EVERYTHING, *public, *(f"={name}" for name in named)]
 
 
+def owned_by(user_id: str) -> list[str]:
+    """Return from which points of view one sees what is its owner's alone."""
+    return [_EVERYTHING, f"={user_id}"]
+
+
 def scopes_of(principal: Principal) -> list[str]:
     """Return the scopes that somebody looks from."""
     if principal.sees_everything:

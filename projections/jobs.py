@@ -146,6 +146,7 @@ def shown_webhook(webhook: Webhook | None) -> Document | None:
         "headers": dict.fromkeys(webhook.header_names, "***"),
         "include_markdown": webhook.include_markdown,
         "include_metadata": webhook.include_metadata,
+        "signed": webhook.signed,
     }
 
 

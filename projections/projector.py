@@ -7,42 +7,35 @@ leader's transaction finds no such checkpoint and is undone. After any failure t
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
-from pymongo.asynchronous.client_session import AsyncClientSession
 
-from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable
-from ledger.events import BatchDeleted, BatchPaused, BatchResumed, Meta, Recorded
+from ledger.errors import CommandRefused
+from ledger.events import BatchDeleted, BatchPaused, BatchResumed, DeliveryQueued, Meta, Recorded
 from ledger.handle import handle
-from ledger.lease import Lease
+from ledger.leadership import Deposed, Leadership
 from ledger.log import EventLog
 from ledger.mongo import DURABLE, Connection, Database, Document, driver_errors
-from projections import batches, files, jobs, queue, statistics, steps
+from projections import batches, deliveries, files, jobs, queue, receivers, statistics, steps
 from projections.checkpoint import VIEWS
 
 _log = structlog.get_logger()
-VERSION: Final = 4
+VERSION: Final = 5
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are built anew."""
 CHUNK_EVENTS: Final = 1000
 CACHED_DOCUMENTS: Final = 20_000
-_VIEWS: Final = (jobs, batches, queue, files, statistics, steps)
-FOLDED: Final = (jobs.NAME, batches.NAME, statistics.NAME)
+_VIEWS: Final = (jobs, batches, queue, files, statistics, steps, deliveries, receivers)
+FOLDED: Final = (jobs.NAME, batches.NAME, statistics.NAME, deliveries.NAME, receivers.NAME)
 """The views with documents that are folded on; all others follow from these."""
 _SWITCHES: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
 """What may change whether a batch's waiting jobs are in the queue."""
 Write = InsertOne[Document] | ReplaceOne[Document] | UpdateOne | DeleteOne
-
-
-class _Deposed(Exception):
-    """Another leader has taken over the checkpoint."""
 
 
 @dataclass(slots=True)
@@ -66,6 +59,8 @@ class Chunk:
         elif kind == "batch":
             before = self.get("batches", event.stream)
             self._set_batch(event.stream, before, batches.fold(before, event))
+        elif kind == "delivery":
+            self._fold_delivery(event)
 
     def get(self, view: str, key: str) -> Document | None:
         """Return a document as it is now."""
@@ -88,6 +83,16 @@ class Chunk:
         batch = self.get("batches", batch_id) if batch_id else None
         if batch is not None:
             self._set_batch(batch["batch_id"], batch, batches.fold_job(batch, before, after, event))
+
+    def _fold_delivery(self, event: Recorded) -> None:
+        before = self.get(deliveries.NAME, event.stream)
+        after = deliveries.fold(before, event)
+        if before is None:  # its number is how many its receiver has had before, in the order of the log
+            receiver = receivers.with_one_more(self.get(receivers.NAME, after["receiver"]), after)
+            self.now[receivers.NAME][receiver["_id"]] = receiver
+            after["sequence"] = receiver["deliveries"]
+        self.now[deliveries.NAME][event.stream] = after
+        _add(self.counted, statistics.of_delivery(before), statistics.of_delivery(after))
 
     def _set_batch(self, batch_id: str, before: Document | None, after: Document | None) -> None:
         self.now["batches"][batch_id] = after
@@ -161,23 +166,14 @@ def _write(key: str, old: Document | None, new: Document | None) -> Write | None
 
 
 class Projector:
-    """Keeps the views up to date while it is the leader, and stands by while another is.
-
-    A listener of the process's change stream: the leader's heartbeats tell a standby when to try.
-    """
-
-    collection = "leaders"
+    """Keeps the views up to date while it is the leader, and stands by while another is."""
 
     def __init__(
         self, db: Database, log: EventLog, connection: Connection, *, holder: str, lease_seconds: float = 10.0
     ) -> None:
         self._db = db
         self._log = log
-        self._holder = holder
-        self._lease_seconds = lease_seconds
-        self._lease = Lease(connection, "leaders", "projector", seconds=lease_seconds)
-        self._heard = asyncio.Event()
-        self._vacant = asyncio.Event()
+        self._leadership = Leadership(connection, "projector", holder=holder, lease_seconds=lease_seconds)
         self._cache: OrderedDict[tuple[str, str], Document] = OrderedDict()
 
     async def prepare(self) -> None:
@@ -192,64 +188,17 @@ class Projector:
 
     async def run(self) -> None:
         """Stand by, lead, stand by …, until cancelled."""
-        pause = 0.1
-        while True:
-            try:
-                self._vacant.clear()  # before we ask: the leader may let go while the refusal is on its way to us
-                if await self._lease.acquire({"holder": self._holder}):
-                    begun = time.monotonic()
-                    try:
-                        await self._lead()
-                    finally:
-                        await self._lease.release()
-                        if time.monotonic() - begun > self._lease_seconds:
-                            pause = 0.1  # it went well for a while: what comes now is a new trouble
-                    await asyncio.sleep(pause)
-                else:
-                    await self._wait_for_vacancy()
-            except (LedgerUnavailable, LedgerBusy) as error:
-                _log.warning("projector interrupted, going on from its checkpoint", error=str(error))
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 5.0)
+        await self._leadership.run(self._fold_for_ever)
 
-    async def resync(self, session: AsyncClientSession) -> None:
-        self._heard.set()
-
-    def changed(self, change: Mapping[str, Any]) -> None:
-        self._heard.set()
-        if change.get("updateDescription", {}).get("updatedFields", {}).get("released"):
-            self._vacant.set()
-
-    async def _wait_for_vacancy(self) -> None:
-        """Wait until the leader misses a heartbeat or lets go of its lease."""
-        while not self._vacant.is_set():
-            self._heard.clear()
-            try:
-                async with asyncio.timeout(self._lease_seconds / 3 + 1):
-                    await self._heard.wait()
-            except TimeoutError:
-                return
-
-    async def _lead(self) -> None:
-        leading = asyncio.create_task(self._fold_for_ever(), name="projector")
-        lost = asyncio.create_task(self._lease.lost())
-        try:
-            await asyncio.wait({leading, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if leading.done():
-                leading.result()
-            else:
-                _log.warning("projector lost its lease and stands by")
-        except _Deposed:
-            _log.warning("projector was replaced by another one and stands by")
-        finally:
-            for task in (leading, lost):
-                task.cancel()
-            await asyncio.gather(leading, lost, return_exceptions=True)
+    @property
+    def leadership(self) -> Leadership:
+        """Who leads among the projectors: has to hear of changes."""
+        return self._leadership
 
     async def _fold_for_ever(self) -> None:
         self._cache.clear()
         position = await self._take_over()
-        _log.info("projector leads", position=position, epoch=self._lease.epoch)
+        _log.info("projector leads", position=position, epoch=self._leadership.epoch)
         await self._react(await batches.unsettled(self._db))
         async with self._log.subscription(after=position) as events:
             while True:
@@ -261,10 +210,10 @@ class Projector:
         """Put this leader's epoch on the checkpoint, which fences its predecessors, and return where to begin."""
         with driver_errors("taking over the views"):
             checkpoint = await self._db.checkpoints.find_one_and_update(
-                {"_id": VIEWS, "epoch": {"$lt": self._lease.epoch}}, {"$set": {"epoch": self._lease.epoch}}
+                {"_id": VIEWS, "epoch": {"$lt": self._leadership.epoch}}, {"$set": {"epoch": self._leadership.epoch}}
             )
         if checkpoint is None:
-            raise _Deposed
+            raise Deposed
         if checkpoint.get("version") == VERSION:
             return int(checkpoint["position"])
         await self._start_anew()
@@ -277,10 +226,10 @@ class Projector:
             for view in _VIEWS:
                 await self._db[view.NAME].delete_many({})
             emptied = await self._db.checkpoints.update_one(
-                {"_id": VIEWS, "epoch": self._lease.epoch}, {"$set": {"position": 0, "version": VERSION}}
+                {"_id": VIEWS, "epoch": self._leadership.epoch}, {"$set": {"position": 0, "version": VERSION}}
             )
         if not emptied.matched_count:
-            raise _Deposed
+            raise Deposed
 
     async def _fold(self, events: Sequence[Recorded], position: int) -> list[Document]:
         """Fold events into the views in one transaction; return the batches that were changed."""
@@ -293,12 +242,12 @@ class Projector:
                 await session.start_transaction(write_concern=DURABLE),
             ):
                 moved = await self._db.checkpoints.update_one(
-                    {"_id": VIEWS, "epoch": self._lease.epoch, "position": position},
+                    {"_id": VIEWS, "epoch": self._leadership.epoch, "position": position},
                     {"$set": {"position": events[-1].position}},
                     session=session,
                 )
                 if not moved.matched_count:
-                    raise _Deposed
+                    raise Deposed
                 for view, writes in chunk.writes().items():
                     await self._db[view].bulk_write(writes, ordered=False, session=session)
         self._remember(chunk)
@@ -312,6 +261,11 @@ class Projector:
         in_batches |= {getattr(event.event, "batch_id", None) for event in events if event.stream.startswith("job-")}
         in_batches |= {name for name in streams if name.startswith("batch-")}
         loaded["batches"] = await self._documents("batches", in_batches - {None})
+        told = {name for name in streams if name.startswith("delivery-")}
+        loaded[deliveries.NAME] = await self._documents(deliveries.NAME, told)
+        queued = [event.event for event in events if event.type == DeliveryQueued.__name__]
+        called = {receivers.key(event) for event in queued if isinstance(event, DeliveryQueued)}
+        loaded[receivers.NAME] = await self._documents(receivers.NAME, called)
         loaded[statistics.NAME] = await self._documents(statistics.NAME, {statistics.RECENT})
         switched = {event.stream for event in events if event.type in _SWITCHES}
         return Chunk(loaded, await jobs.waiting_in(self._db, switched) if switched else ())

@@ -26,6 +26,7 @@ Contribution = Counter[tuple[str, str]]
 EVENTS: Final = "events"
 """The document that says how many events of which type have happened."""
 _DURATIONS: Final = "durations"
+_DELIVERIES: Final = "deliveries"
 RECENT: Final = "recent"
 """The document that says how many jobs ended in which minute."""
 MINUTES_KEPT: Final = 120
@@ -54,6 +55,13 @@ def of_batch(batch: Document | None) -> Contribution:
     if batch is None:
         return Counter()
     return Counter({("batches", "total"): 1, ("batches", "active"): int(batch["status"] == "processing")})
+
+
+def of_delivery(delivery: Document | None) -> Contribution:
+    """Return what one delivery adds to the counters."""
+    if delivery is None:
+        return Counter()
+    return Counter({(_DELIVERIES, "total"): 1, (_DELIVERIES, delivery["status"]): 1})
 
 
 def ended(before: Document | None, after: Document | None) -> bool:
@@ -117,16 +125,17 @@ async def read(db: Database, now: datetime) -> dict[str, Any]:
     `throughput` is how many jobs ended a minute, `durations` are in seconds. Of the tracks the first thousand by name.
     """
     with driver_errors("reading the statistics"):
-        names = ["jobs", "batches", _DURATIONS, RECENT]
+        names = ["jobs", "batches", _DURATIONS, RECENT, _DELIVERIES]
         found = {document["_id"]: document async for document in db[NAME].find({"_id": {"$in": names}})}
         in_use = {"_id": {"$gte": _TRACK, "$lt": _TRACK[:-1] + "0"}, "count": {"$gt": 0}}
         tracks = await db[NAME].find(in_use, sort=[("_id", 1)], limit=MOST_TRACKS).to_list()
-    jobs, batches = found.get("jobs", {}), found.get("batches", {})
+    jobs, batches, told = found.get("jobs", {}), found.get("batches", {}), found.get(_DELIVERIES, {})
     return {
         "jobs": {
             name: jobs.get(name, 0) for name in ("total", "pending", "processing", "completed", "failed", "cancelled")
         },
         "batches": {name: batches.get(name, 0) for name in ("total", "active")},
+        "webhooks": {name: told.get(name, 0) for name in ("total", "pending", "delivered", "abandoned")},
         "tracks": [
             {
                 "_id": track["_id"].removeprefix(_TRACK),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from cli.settings import read_settings
 from ledger.commands import ClaimJob, CompleteJob
 from ledger.handle import handle
 from ledger.mongo import Connection
+from ledger.server_note import until
 from tests.support.examples import NOON, RESULTS
 from tests.support.installation import COMMAND, Installation
 from tests.support.ledgers import META, Ledger, ledger_on
@@ -158,3 +160,53 @@ def test_the_settings_for_an_identity_provider_are_as_the_how_to_says(tmp_path: 
     settings, _ = read_settings(tmp_path / "config.yaml")
     assert settings.auth.jwt.roles_claim == "realm_access.roles"
     assert settings.auth.admins == ["team-operators"]
+
+
+WEBHOOKS = DOCS / "how-to" / "webhooks.md"
+
+
+@needs_curl
+def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
+    mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
+    submit, missed, again = blocks(WEBHOOKS, "sh")
+    [example], [allow] = blocks(WEBHOOKS, "json"), blocks(WEBHOOKS, "yaml")
+    settings = yaml.safe_load(allow)
+    settings["webhooks"] |= {"allow_private": ["127.0.0.1"], "sink": True, "schedule_seconds": [0]}
+    with reader(mongodb_uri, db_name, tmp_path, settings) as installation:
+        for role in ("projector", "worker", "webhooks", "api"):
+            installation.start(role).ready()
+        sink = f"{installation.roles[-1].url}/api/events/test-webhook-callback"
+        typed(installation, submit.replace("https://cms.example.org/hooks/jobledger", sink))
+        delivered: list[Any] = []
+
+        def told() -> bool:
+            shown = typed(installation, "jobledger webhooks list --status delivered --json")
+            delivered[:] = json.loads(shown)
+            return bool(delivered)
+
+        until(told, 30)
+        [delivery] = delivered
+        received = json.loads(typed(installation, f"curl -s {sink}"))["received"][0]
+        body = json.loads(received["body"])
+        listed, one, many = again.splitlines()
+        shown = typed(
+            installation, listed, one.replace("delivery-job-679f3d0c8f1b2a0001000000-9", delivery["delivery_id"])
+        )
+        assert shown == "There are none.\n1 to be sent again.\n"
+        assert typed(installation, many) == "0 to be sent again.\n"
+        gap = typed(installation, missed.replace("0f6c1a", delivery["receiver"]).replace("=11", "=0"))
+        assert json.loads(gap)["deliveries"][0]["delivery_id"] == delivery["delivery_id"]
+        tried = typed(installation, f"jobledger webhooks test {sink} --header 'X-Key: 1'")
+        assert tried.startswith("200 delivered (")
+        in_vain = installation.run("webhooks", "test", "http://127.0.0.1:1/")
+        assert (in_vain.exit_code, "refused the connection" in in_vain.out) == (1, True)
+        which = installation.run("webhooks", "redeliver")
+        assert (which.exit_code, "--status abandoned" in which.err) == (2, True)
+        assert typed(installation, "jobledger webhooks secret").startswith("whsec_")
+    assert body["job"]["parameters"] == {"text": "hello", "extra": {"node": 17}}
+    assert body["job"]["job_name"] == "cms-4711"
+    shown_keys = json.loads(example)
+    assert shown_keys.keys() - {"batch"} == body.keys()
+    assert shown_keys["job"].keys() <= body["job"].keys()
+    assert shown_keys["metadata"].keys() <= body["metadata"].keys()

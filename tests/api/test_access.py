@@ -22,6 +22,7 @@ ACCESS: Final[dict[str, Any]] = {
     "admin_access": ["keeper", "team-keepers"],
 }
 OWNER: Final = said("owner", ["team-o"])
+HOOK: Final = {"url": "https://hooks.invalid/secretname"}
 
 
 class Who(NamedTuple):
@@ -75,8 +76,12 @@ READING: Final = [
     Door("GET", "/api/events/files/{file}", READ),
     Door("GET", "/api/ledger/events?stream={job}", READ),
     Door("GET", "/api/ledger/events?stream={batch}", READ),
+    Door("GET", "/api/ledger/events?stream={delivery}", READ),
+    Door("GET", "/api/monitoring/events/webhooks/{delivery}", READ),
+    Door("GET", "/api/monitoring/events/webhooks?job_id={job}", READ),
 ]
 CHANGING: Final = [
+    Door("POST", "/api/monitoring/events/webhooks/{delivery}/redeliver", WRITE),
     Door("POST", "/api/events/jobs/{job}/archive", WRITE),
     Door("POST", "/api/events/jobs/{job}/unarchive", WRITE),
     Door("POST", "/api/events/jobs/{job}/restart", WRITE),
@@ -104,11 +109,12 @@ async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytes
 
 
 class Thing(NamedTuple):
-    """A finished batch of one job with a file, of the owner's."""
+    """A finished batch of one job with a file and a webhook, of the owner's."""
 
     batch: str
     job: str
     file: str
+    delivery: str
 
 
 async def thing(api: Api, visibility: str) -> Thing:
@@ -116,12 +122,13 @@ async def thing(api: Api, visibility: str) -> Thing:
     content = {
         "batch_name": "secretname",
         "access_control": access,
-        "jobs": [{"job_type": "echo", "job_name": "secretname", "parameters": {"text": "x"}}],
+        "jobs": [{"job_type": "echo", "job_name": "secretname", "parameters": {"text": "x"}, "webhook": HOOK}],
     }
     answer = (await api.post("/api/events/batches", content, **OWNER)).json()
     job = await api.ended(answer["job_ids"][0])
     await api.until_event(answer["batch_id"], "BatchFinished")
-    return Thing(answer["batch_id"], job["job_id"], job["results"]["files"][0]["path"])
+    delivery = f"delivery-{job['job_id']}-{job['version']}"
+    return Thing(answer["batch_id"], job["job_id"], job["results"]["files"][0]["path"], delivery)
 
 
 async def knock(api: Api, door: Door, what: Thing, who: Who) -> int:
@@ -138,7 +145,7 @@ def expected(has: int, door: Door, who: Who) -> set[int]:
         return {401, 404}
     if has < READ:
         return {404}
-    return {403} if has < door.needs else {200, 409}  # 409: the right was there, but not the state
+    return {403} if has < door.needs else {200, 202, 409}  # 409: the right was there, but not the state
 
 
 @pytest.mark.timeout(300)
@@ -170,7 +177,7 @@ async def test_who_has_the_right_can_use_it(api: Api) -> None:
             if who.private >= door.needs and who.name != "owner":
                 what = await thing(api, "private") if door.method == "DELETE" or door is CHANGING[0] else what_was(who)
                 remembered[who.name] = what
-                if await knock(api, door, what, who) not in (200, 409):
+                if await knock(api, door, what, who) not in (200, 202, 409):
                     wrong.append(f"{who.name} at {door.method} {door.path}")
     assert wrong == []
 
@@ -209,7 +216,7 @@ async def test_the_log_shows_each_only_the_events_of_what_they_may_see(api: Api)
             stream
             for visibility in VISIBILITIES
             if getattr(who, visibility) >= READ
-            for stream in things[visibility][:2]
+            for stream in (things[visibility].batch, things[visibility].job, things[visibility].delivery)
         }
         assert seen == may, who.name
 

@@ -24,8 +24,9 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from ledger import verification
 from ledger.chain import GENESIS, canonical, chained_text
 from ledger.commands import ChangeAccess, ClaimJob, ReportProgress, SubmitBatch, SubmitJob
+from ledger.delivery import name_of
 from ledger.envelope import Append, Head, void_document
-from ledger.events import BATCH_EVENTS, JOB_EVENTS, BatchSubmitted
+from ledger.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, BatchSubmitted
 from ledger.handle import handle, handle_new, new_batch_id, new_job_id
 from ledger.log import EventLog, Limits
 from ledger.mongo import Connection, Document
@@ -80,7 +81,11 @@ NOT_AS_NOTED = "what stands up to here is not what was noted; each event fits th
 
 async def every_type(ledger: Ledger) -> list[Document]:
     """One event of each type, with all that it can say."""
-    for stream, members in ((new_job_id(), JOB_EVENTS), (new_batch_id(), BATCH_EVENTS)):
+    for stream, members in (
+        (new_job_id(), JOB_EVENTS),
+        (new_batch_id(), BATCH_EVENTS),
+        (name_of("job-1", 5), DELIVERY_EVENTS),
+    ):
         events = [example for example in EXAMPLES if type(example) in members]
         await ledger.log.append(Append(stream, Head(), events, META, NOON))
     await lose_a_ticket(ledger.db)

@@ -17,11 +17,12 @@ from ledger.commands import CancelJob
 from ledger.envelope import Append
 from ledger.errors import LedgerBusy
 from ledger.events import BatchFinished, Recorded
+from ledger.leadership import Deposed
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
 from projections import batches, files, jobs, projector, queue, statistics, steps
 from projections.checkpoint import VIEWS
-from projections.projector import FOLDED, Chunk, Projector, _Deposed
+from projections.projector import FOLDED, Chunk, Projector
 from tests.projections.refold import assert_views_equal_the_log, live, refolded, stored, switch
 from tests.support.running import Process, process, real_process, until
 
@@ -203,7 +204,7 @@ async def test_the_transaction_of_a_deposed_leader_has_no_effect(
             await second.submit({"track": "B"})
             await second.views_reach(2)
             before = await stored(first.db)
-            with pytest.raises(_Deposed):
+            with pytest.raises(Deposed):
                 await Projector._fold(first.projector, *first.projector.about_to_fold)
             assert await stored(first.db) == before
             await assert_views_equal_the_log(second)
@@ -216,7 +217,7 @@ async def test_of_two_leaders_in_one_epoch_only_one_folds_a_position(connection:
         await here.views_reach(1)
         assert here.projector is not None
         before = await stored(here.db)
-        with pytest.raises(_Deposed):
+        with pytest.raises(Deposed):
             await here.projector._fold(await here.everything(), 0)
         assert await stored(here.db) == before
 
@@ -243,17 +244,22 @@ async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_sto
             assert first.projecting is not None
             leader = first.projecting
             standby = Projector(second.db, second.log, connection, holder="standby", lease_seconds=30)
-            second_try = standby._lease.acquire
+            second_try = standby.leadership._lease.acquire
 
             async def acquire(facts: Any) -> bool:
                 taken = await second_try(facts)
                 if not leader.done():  # between the refusal and the waiting
                     leader.cancel()
                     await asyncio.gather(leader, return_exceptions=True)
-                    standby.changed({"updateDescription": {"updatedFields": {"released": True}}})
+                    standby.leadership.changed(
+                        {
+                            "documentKey": {"_id": "projector"},
+                            "updateDescription": {"updatedFields": {"released": True}},
+                        }
+                    )
                 return taken
 
-            monkeypatch.setattr(standby._lease, "acquire", acquire)
+            monkeypatch.setattr(standby.leadership._lease, "acquire", acquire)
             standing_by = asyncio.create_task(standby.run())
             await second.submit()
             await second.views_reach(2, seconds=3)

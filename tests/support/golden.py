@@ -15,9 +15,10 @@ from pathlib import Path
 
 from bson import json_util
 
+from ledger.delivery import name_of
 from ledger.embedded import EmbeddedServer
 from ledger.envelope import Append, Head
-from ledger.events import BATCH_EVENTS, JOB_EVENTS, Event, PositionVoided
+from ledger.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
 from ledger.handle import new_batch_id, new_job_id
 from ledger.mongo import Connection, Document
 from tests.support.examples import EXAMPLES, NOON
@@ -46,7 +47,11 @@ def write(document: Document, path: Path) -> None:
 async def record(uri: str, examples: Sequence[Event], directory: Path = GOLDEN) -> None:
     """Append the examples to a log, and keep what the database holds then."""
     async with ledger_on(Connection(uri, "golden"), live=False) as ledger:
-        for stream, members in ((new_job_id(), JOB_EVENTS), (new_batch_id(), BATCH_EVENTS)):
+        for stream, members in (
+            (new_job_id(), JOB_EVENTS),
+            (new_batch_id(), BATCH_EVENTS),
+            (name_of("job-1", 5), DELIVERY_EVENTS),
+        ):
             if events := [example for example in examples if type(example) in members]:
                 await ledger.log.append(Append(stream, Head(), events, META, NOON))
         if any(isinstance(example, PositionVoided) for example in examples):

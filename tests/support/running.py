@@ -32,6 +32,8 @@ from projections import batches, jobs
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers.execution import Settings
+from workers.webhooks.deliverer import Deliverer
+from workers.webhooks.deliverer import Settings as Webhooks
 from workers.worker import HEARD_EVENTS, Worker
 
 PATIENCE_SECONDS = 20.0
@@ -51,6 +53,10 @@ class WorkerOptions:
     processors: Mapping[str, Mapping[str, Any]] | None = None
 
 
+IMPATIENT = Webhooks(schedule=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allow_private=["127.0.0.1"])
+"""Webhooks of a test: to this machine, and again very soon."""
+
+
 @dataclass(slots=True)
 class Process:
     """What one process has: a client, a log, a change stream, and the roles it runs."""
@@ -65,6 +71,7 @@ class Process:
     worker: Worker | None = None
     projecting: asyncio.Task[None] | None = None
     working: asyncio.Task[None] | None = None
+    sending: asyncio.Task[None] | None = None
 
     # Asking for things --------------------------------------------------------------------------------------------
 
@@ -173,7 +180,9 @@ async def process(
     *,
     projector: bool = False,
     worker: WorkerOptions | None = None,
+    webhooks: Webhooks | None = None,
     projector_lease_seconds: float = 10.0,
+    webhooks_lease_seconds: float = 10.0,
     deaf: bool = False,
     log_class: type[EventLog] = EventLog,
     projector_class: type[Projector] = Projector,
@@ -201,13 +210,29 @@ async def process(
             changes.listen(log)
         if projector:
             here.projector = leader
-            changes.listen(leader)
+            changes.listen(leader.leadership)
         if worker is not None:
             here.worker = _worker(here, worker)
+        sends = None
+        if webhooks is not None:
+            holder = f"test-{os.getpid()}"
+            sends = Deliverer(
+                db,
+                log,
+                here.store,
+                changes,
+                connection,
+                settings=webhooks,
+                holder=holder,
+                lease_seconds=webhooks_lease_seconds,
+            )
         await stack.enter_async_context(changes.running())
         if projector:
             here.projecting = asyncio.create_task(leader.run(), name="projector")
             stack.push_async_callback(_stop, here.projecting)
+        if sends is not None:
+            here.sending = asyncio.create_task(sends.run(), name="webhooks")
+            stack.push_async_callback(_stop, here.sending)
         if here.worker is not None:
             here.working = asyncio.create_task(here.worker.run(), name="worker")
             stack.push_async_callback(_stop_worker, here.worker, here.working)
@@ -338,8 +363,10 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *given: str) -> 
         Path(store),
         projector="projector" in roles,
         worker=worker if "worker" in roles else None,
+        webhooks=IMPATIENT if "webhooks" in roles else None,
+        webhooks_lease_seconds=options.get("lease_seconds", 10.0),
         projector_lease_seconds=options.get("lease_seconds", 10.0),
-        deaf=roles == "worker",
+        deaf=not {"projector"} & set(roles.split(",")),
     ):
         print("running", flush=True)
         await stop.wait()

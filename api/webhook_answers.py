@@ -1,0 +1,91 @@
+"""api: what is answered about webhooks, as models; as api/answers.py."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, Field
+
+from api.answers import Listed, Success
+from ledger.delivery import DeliveryStatus
+from ledger.events import Ending, Failure
+
+
+class Attempt(BaseModel):
+    """One call of a receiver. `error` is null if it answered with 2xx; `response` is the beginning of its answer."""
+
+    attempt: int
+    at: datetime
+    status_code: int | None
+    error: Failure | None
+    response: str
+    duration_s: float
+    body_sha256: str | None
+    next_at: datetime | None
+
+
+class ShownDelivery(BaseModel):
+    """A webhook, sent or to be sent. `sequence` is its number for its `receiver`, 1, 2, 3 …; the id is `webhook-id`."""
+
+    delivery_id: str
+    status: DeliveryStatus
+    type: Ending
+    job_id: str | None
+    batch_id: str | None
+    source_version: int
+    url: str
+    host: str
+    receiver: str
+    sequence: int | None
+    user_id: str
+    created_at: datetime
+    updated_at: datetime
+    queued_at: datetime
+    next_at: datetime | None
+    delivered_at: datetime | None
+    reason: str | None
+    attempt: int
+    attempts: list[Attempt] = Field(description="The newest fifty.")
+    version: int
+    position: int
+
+
+class Deliveries(Listed):
+    """A page of webhooks."""
+
+    deliveries: list[ShownDelivery]
+
+
+class OneDelivery(Success):
+    """One webhook."""
+
+    delivery: ShownDelivery
+
+
+class Redelivered(Success):
+    """How many are to be sent again. `more`: there are others; ask again."""
+
+    redelivered: int
+    more: bool
+
+
+class Received(BaseModel):
+    """What the sink was sent."""
+
+    id: str
+    at: datetime
+    user_id: str
+    headers: dict[str, str]
+    body: str
+
+
+class OneReceived(Success):
+    """The sink has kept it."""
+
+    received: Received
+
+
+class AllReceived(Success):
+    """What the sink was sent, the newest first."""
+
+    received: list[Received]

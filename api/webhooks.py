@@ -1,0 +1,194 @@
+"""api: webhooks, sent and to be sent: who was told what, by which attempts, and telling them again.
+
+Who owns a job or batch sees its deliveries, admins see all; those of one job are seen by whoever may see the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.access import actor, may_see, requires, signed_in, who_asks
+from api.errors import ApiError, json_response
+from api.jobs import going_on, optional_json
+from api.models import DeliveryList, ReasonBody, RedeliverBody
+from api.requests import Once, noted
+from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
+from ledger.access import Principal, Right
+from ledger.commands import RequeueDelivery
+from ledger.delivery import Delivery
+from ledger.events import Meta
+from ledger.handle import Known, handle, load
+from ledger.mongo import Document
+from projections import batches, jobs
+from projections import deliveries as view
+
+MOST_REDELIVERED: Final = 10_000
+_AT_ONCE: Final = 100
+_EVERYTHING: Final = Principal(None, roles=frozenset({"admin"}))
+_INTERNAL: Final = frozenset({"_id", "headings", "counted"})
+
+
+async def listing(request: Request) -> Response:
+    """GET /api/monitoring/events/webhooks"""
+    asked = query_of(request, DeliveryList)
+    await views_reach_wanted_position(request)
+    known, wanted = services(request), await _wanted(request, asked)
+    found, following = await view.page(
+        known.db, wanted, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
+    )
+    total = await view.count(known.db, wanted)
+    content: dict[str, Any] = {"status": "success", "total": total, "deliveries": [_shown(it) for it in found]}
+    if total >= view.COUNTED_UP_TO:
+        content["total_is_lower_bound"] = True
+    return json_response(content | going_on(following))
+
+
+async def single(request: Request) -> Response:
+    """GET /api/monitoring/events/webhooks/{delivery_id}"""
+    await views_reach_wanted_position(request)
+    known, delivery_id = services(request), request.path_params["delivery_id"]
+    delivery = await view.get(known.db, delivery_id)
+    if delivery is None or not await _may_see(request, delivery["user_id"], _source(delivery)):
+        raise _not_found(delivery_id)
+    return json_response({"status": "success", "delivery": _shown(delivery)})
+
+
+async def redeliver(request: Request) -> Response:
+    """POST /api/monitoring/events/webhooks/{delivery_id}/redeliver"""
+    content = await optional_json(request)
+    command = RequeueDelivery(actor(request), validated(ReasonBody, content).reason)
+    known, delivery_id = services(request), request.path_params["delivery_id"]
+    events = await known.log.read_stream(delivery_id) if delivery_id.startswith("delivery-") else []
+    found = Known().after(events)
+    if not isinstance(found.state, Delivery):
+        raise _not_found(delivery_id)
+    await _may_redeliver(request, found.state, _not_found(delivery_id))
+    once = Once.of(request, content)
+    done = once.found_in(events) if once else None
+    if done is None:
+        meta = Meta(actor(request), request=noted(once))
+        [done] = (await handle(known.log, delivery_id, command, meta=meta, known=found)).events
+        events = [*events, done]
+    delivery: Document | None = None
+    for event in events:
+        if event.version <= done.version:
+            delivery = view.fold(delivery, event)
+    assert delivery is not None  # noqa: S101 - it has at least the event that queued it
+    answer = {"status": "success", "delivery": await _numbered(known, delivery)}
+    return json_response(answer, 202, {"Ledger-Position": str(done.position)})
+
+
+async def redeliver_many(request: Request) -> Response:
+    """POST /api/monitoring/events/redeliver
+
+    Those of the deliveries asked for that who asks may have sent again, the oldest first.
+    """
+    content = await read_json(request)
+    body = validated(RedeliverBody, content)
+    by, known, once = actor(request), services(request), Once.of(request, content)
+    await views_reach_wanted_position(request)
+    if body.job_id is not None:
+        await _may_redeliver_of(request, body.job_id)
+    wanted = await _wanted(request, body)
+    found, more = await view.page(known.db, wanted, limit=MOST_REDELIVERED, newest_first=False)
+    meta, position, number = Meta(by, request=noted(once)), 0, 0
+
+    async def again(delivery_id: str) -> int:
+        events = await known.log.read_stream(delivery_id)
+        if once is not None and (before := once.found_in(events)) is not None:
+            return before.position
+        command, current = RequeueDelivery(by, body.reason), Known().after(events)
+        return (await handle(known.log, delivery_id, command, meta=meta, known=current)).known.head.position
+
+    for begin in range(0, len(found), _AT_ONCE):
+        part = [it["_id"] for it in found[begin : begin + _AT_ONCE]]
+        reached = await asyncio.gather(*(again(delivery_id) for delivery_id in part))
+        number += sum(1 for it in reached if it)
+        position = max(position, *reached)
+    answer = {"status": "success", "redelivered": number, "more": more is not None}
+    headers = {"Ledger-Position": str(position)} if position else {}
+    return json_response(answer, 202, headers)
+
+
+async def _wanted(request: Request, asked: DeliveryList | RedeliverBody) -> Document:
+    """Return the database query for those of the deliveries asked for that who asks may see.
+
+    Raises:
+        ApiError: 404, when they may not see the job that is named.
+    """
+    principal = who_asks(request)
+    if asked.job_id is not None:
+        if not await _source_is_seen(request, asked.job_id):
+            raise ApiError(404, "job_not_found", f"There is no job {asked.job_id}.")
+        principal = _EVERYTHING
+    return view.query(
+        principal,
+        source=asked.job_id,
+        batch_id=asked.batch_id,
+        receiver=asked.receiver,
+        host=asked.host,
+        status=asked.status,
+        tells=asked.type,
+        after_sequence=asked.after_sequence,
+        created_after=asked.created_after,
+        created_before=asked.created_before,
+    )
+
+
+async def _may_see(request: Request, owner: str, source: str) -> bool:
+    principal = who_asks(request)
+    if principal.sees_everything or owner == principal.user_id:
+        return True
+    return await _source_is_seen(request, source)
+
+
+async def _source_is_seen(request: Request, source: str) -> bool:
+    known = services(request)
+    document: Document | None = None
+    if source.startswith("job-"):
+        document = await jobs.get(known.db, known.log, source)
+    elif source.startswith("batch-"):
+        document = await batches.get(known.db, known.log, source)
+    return document is not None and may_see(request, document)
+
+
+async def _may_redeliver(request: Request, delivery: Delivery, missing: ApiError) -> None:
+    """Make sure that who asks may: the owner, admins, and who may change what it tells of.
+
+    Raises:
+        ApiError: `missing`, when they may not even see it; 401, 403.
+    """
+    principal = who_asks(request)
+    if principal.sees_everything or delivery.asked.user_id == principal.user_id:
+        return
+    requires(request, Right.WRITE, missing=missing)(await load(services(request).log, delivery.asked.source))
+
+
+async def _may_redeliver_of(request: Request, job_id: str) -> None:
+    missing = ApiError(404, "job_not_found", f"There is no job {job_id}.")
+    if not job_id.startswith("job-"):
+        raise missing
+    signed_in(request)
+    requires(request, Right.WRITE, missing=missing)(await load(services(request).log, job_id))
+
+
+def _source(delivery: Document) -> str:
+    return str(delivery["job_id"] or delivery["batch_id"])
+
+
+async def _numbered(known: Services, delivery: Document) -> Document:
+    """Return a delivery that was folded from the log, with the number that only the views know."""
+    seen = await view.get(known.db, delivery["_id"])
+    return _shown({**delivery, "sequence": seen["sequence"] if seen else None})
+
+
+def _shown(delivery: Document) -> Document:
+    return {name: value for name, value in delivery.items() if name not in _INTERNAL}
+
+
+def _not_found(delivery_id: str) -> ApiError:
+    return ApiError(404, "delivery_not_found", f"There is no delivery {delivery_id}.")

@@ -1,0 +1,79 @@
+"""cli: what several commands do: read the settings, find the database, run roles, reach an API."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from cli.settings import Settings, read_settings
+from cli.wiring import ALL_ROLES, Role, Stop, database_server, keep_running, roles, set_up_logging
+from ledger.embedded import EmbeddedServer, attach_or_start
+from ledger.errors import ConfigurationError
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", envvar="JOBLEDGER_CONFIG", help="The settings. Without it: ./config.yaml.")
+]
+UrlOption = Annotated[str, typer.Option(envvar="JOBLEDGER_URL", help="Where the API is.")]
+HERE = "http://127.0.0.1:5001"
+
+
+def any_server(settings: Settings) -> AbstractContextManager[str]:
+    """The database of these settings; an embedded one that does not run is started meanwhile."""
+    mongodb = settings.mongodb
+    if not mongodb.embedded:
+        return nullcontext(mongodb.uri.get_secret_value())
+    return attach_or_start(mongodb.data_dir, port=mongodb.embedded_port, oplog_mb=mongodb.embedded_oplog_mb)
+
+
+def settings_of(config: Path | None) -> Settings:
+    """Return the settings, with logging set up by them; notices go to standard error.
+
+    Raises:
+        ConfigurationError: as `read_settings`.
+    """
+    settings, notices = read_settings(config)
+    set_up_logging(settings.logging)
+    for notice in notices:
+        typer.echo(f"note: {notice}", err=True)
+    return settings
+
+
+def run_roles(config: Path | None, wanted: frozenset[Role]) -> None:
+    """Run roles until somebody stops the process."""
+    settings = settings_of(config)
+    with database_server(settings, start=wanted == ALL_ROLES) as (uri, server):
+        asyncio.run(_serve(settings, uri, server, wanted))
+
+
+async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wanted: frozenset[Role]) -> None:
+    stop = Stop()
+    stop.listen()
+    async with roles(settings, settings.mongodb.connection(uri), wanted, failed=stop.fail) as running:
+        if running.url is not None:
+            typer.echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
+        else:
+            typer.echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
+        await keep_running(server, stop)
+        typer.echo("Stopping: running jobs may end, the rest is given back …", err=True)
+    if stop.error is not None:
+        raise typer.Exit(1)
+
+
+def web_address(url: str) -> httpx.URL:
+    """Return the address of an API.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigurationError(f"--url {url} is not an address: {error}") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise ConfigurationError(f"--url {url} is not an address: expected something like http://127.0.0.1:5001")
+    return address

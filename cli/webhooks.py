@@ -1,0 +1,174 @@
+"""cli: `jobledger webhooks …`: send them, look at them, send them again, try one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, Final, TypeVar
+
+import httpx
+import orjson
+import typer
+from bson import ObjectId
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cli.follow import content_of, credentials
+from cli.running import HERE, ConfigOption, UrlOption, run_roles, settings_of, web_address
+from ledger.errors import ConfigurationError, LedgerUnavailable
+from ledger.signing import new_secret, signed_headers
+from workers.webhooks.sending import Answer, Outgoing, Sender
+
+app = typer.Typer(help="Webhooks: who was told what.", invoke_without_command=True)
+_PATH: Final = "/api/monitoring/events/webhooks"
+_STYLES: Final = {"delivered": "green", "pending": "yellow", "abandoned": "red"}
+Result = TypeVar("Result")
+JobOption = Annotated[str | None, typer.Option("--job", help="Those that tell of this job.")]
+BatchOption = Annotated[str | None, typer.Option("--batch", help="Those of this batch and its jobs.")]
+HostOption = Annotated[str | None, typer.Option(help="Those to this host and port, such as example.org:443.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result for programs.")]
+
+
+@app.callback()
+def webhooks(context: typer.Context, config: ConfigOption = None) -> None:
+    """Webhooks: who was told what. Without a command: send them from here, and nothing else."""
+    if context.invoked_subcommand is None:
+        run_roles(config, frozenset({"webhooks"}))
+
+
+@app.command("list")
+def listing(
+    status: Annotated[str | None, typer.Option(help="pending, delivered or abandoned.")] = None,
+    job: JobOption = None,
+    batch: BatchOption = None,
+    host: HostOption = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many, the newest first.")] = 50,
+    url: UrlOption = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show webhooks that were sent or are to be sent, and what became of them."""
+    query = {"status": status, "job_id": job, "batch_id": batch, "host": host, "limit": limit}
+
+    async def ask(client: httpx.AsyncClient) -> dict[str, Any]:
+        return content_of(await client.get(_PATH, params=_given(query)))
+
+    found = asyncio.run(_with_api(url, ask))
+    if as_json:
+        typer.echo(orjson.dumps(found["deliveries"]))
+    elif found["deliveries"]:
+        Console().print(_table(found["deliveries"]))
+        more = "more than " if found.get("total_is_lower_bound") else ""
+        typer.echo(f"{len(found['deliveries'])} of {more}{found['total']}")
+    else:
+        typer.echo("There are none.")
+
+
+@app.command()
+def redeliver(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Which ones.")] = None,
+    status: Annotated[str | None, typer.Option(help="Without ids: those with this status.")] = None,
+    job: JobOption = None,
+    batch: BatchOption = None,
+    host: HostOption = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None,
+    url: UrlOption = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Send webhooks again: those that are named, or, without ids, those that were given up and fit the options."""
+    filters = _given({"status": status, "job_id": job, "batch_id": batch, "host": host})
+    if ids and filters:
+        raise ConfigurationError("Name ids, or say which ones by options; both at once can be misunderstood.")
+    if not ids and not filters:
+        raise ConfigurationError("Which ones? Name ids, or for example --status abandoned for all that were given up.")
+
+    async def ask(client: httpx.AsyncClient) -> int:
+        if not ids:
+            answer = await client.post("/api/monitoring/events/redeliver", json=filters | _given({"reason": reason}))
+            return int(content_of(answer)["redelivered"])
+        for delivery_id in ids:
+            content_of(await client.post(f"{_PATH}/{delivery_id}/redeliver", json=_given({"reason": reason})))
+        return len(ids)
+
+    number = asyncio.run(_with_api(url, ask))
+    typer.echo(orjson.dumps({"redelivered": number}) if as_json else f"{number} to be sent again.")
+
+
+@app.command("test")
+def trial(
+    receiver: Annotated[str, typer.Argument(metavar="URL", help="Where to.")],
+    header: Annotated[
+        list[str] | None, typer.Option("--header", help="A header to send, such as 'X-Key: 1'. Repeatable.")
+    ] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a webhook on trial, from here, by the same rules as real ones, and show the answer. Nothing is recorded."""
+    settings = settings_of(config).webhooks
+    headers = dict(_header(text) for text in header or ())
+    webhook_id = f"test-{ObjectId()}"
+    body = orjson.dumps({"schema_version": 1, "type": "test", "delivery_id": webhook_id, "sequence": 0})
+    secrets = [secret.get_secret_value() for secret in settings.secrets]
+    signed = signed_headers(secrets, webhook_id, int(time.time()), body)
+    outgoing = Outgoing(receiver, {**headers, "Content-Type": "application/json", **signed}, body)
+    answer = asyncio.run(_send(outgoing, settings.allow_private, settings.timeout_seconds))
+    if as_json:
+        told = {"status_code": answer.status_code, "error": answer.error, "message": answer.message}
+        typer.echo(orjson.dumps({**told, "response": answer.body, "duration_s": round(answer.duration_s, 3)}))
+    else:
+        what = f"{answer.status_code} " if answer.status_code is not None else ""
+        typer.echo(f"{what}{answer.message or 'delivered'} ({answer.duration_s:.2f} s)")
+        if answer.body:
+            typer.echo(answer.body)
+    raise typer.Exit(0 if answer.error is None else 1)
+
+
+@app.command()
+def secret() -> None:
+    """Make a secret to sign webhooks with: for `webhooks.secret_file`, or the `webhook.secrets` of a submission."""
+    typer.echo(new_secret())
+
+
+async def _send(outgoing: Outgoing, allow_private: list[str], timeout_seconds: float) -> Answer:
+    sender = Sender(allow_private=allow_private, timeout_seconds=timeout_seconds)
+    try:
+        return await sender.send(outgoing)
+    finally:
+        await sender.aclose()
+
+
+async def _with_api(url: str, ask: Callable[[httpx.AsyncClient], Awaitable[Result]]) -> Result:
+    async with httpx.AsyncClient(
+        base_url=web_address(url), headers=credentials(os.environ), timeout=60, trust_env=False
+    ) as client:
+        try:
+            return await ask(client)
+        except httpx.HTTPError as error:
+            message = f"No jobledger answers at {url}: {error}. Is it running (`jobledger up`)?"
+            raise LedgerUnavailable(message) from error
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip():
+        raise ConfigurationError("--header: expected a name, a colon and a value, such as 'X-Key: 1'")
+    return name.strip(), value.strip()
+
+
+def _table(found: list[dict[str, Any]]) -> Table:
+    table = Table("id", "tells", "status", "attempts", "to", "what came of it", box=None)
+    for it in found:
+        last = it["attempts"][-1] if it["attempts"] else None
+        outcome = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
+        if it["status"] == "pending" and it["next_at"]:
+            outcome = f"{outcome}  next at {it['next_at']}".strip()
+        style = _STYLES[it["status"]]
+        status = f"[{style}]{it['status']}[/]"
+        table.add_row(it["delivery_id"], it["type"], status, str(it["attempt"]), escape(it["host"]), escape(outcome))
+    return table

@@ -1,0 +1,103 @@
+"""ledger: one process does what only one should do; the others that could stand by and take over in time.
+
+A leader's heartbeats, which extend its lease, come by the change stream: who stands by tries again when one is missing,
+or at once when the leader lets go. What a leader writes is fenced by `epoch`, which grows with every new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from ledger.errors import LedgerBusy, LedgerUnavailable
+from ledger.lease import Lease
+from ledger.mongo import Connection
+
+_log = structlog.get_logger()
+_LONGEST_PAUSE_SECONDS: Final = 5.0
+
+
+class Deposed(Exception):
+    """Somebody else leads by now."""
+
+
+class Leadership:
+    """The lead in one matter. A listener of the process's change stream."""
+
+    collection = "leaders"
+
+    def __init__(self, connection: Connection, matter: str, *, holder: str, lease_seconds: float) -> None:
+        self._matter = matter
+        self._holder = holder
+        self._lease_seconds = lease_seconds
+        self._lease = Lease(connection, self.collection, matter, seconds=lease_seconds)
+        self._heard = asyncio.Event()
+        self._vacant = asyncio.Event()
+
+    @property
+    def epoch(self) -> int:
+        """The fencing token of this leader."""
+        return self._lease.epoch
+
+    async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
+        """Stand by, lead, stand by …, until cancelled. `lead` is cancelled with the lease; it may raise Deposed."""
+        pause = 0.1
+        while True:
+            try:
+                self._vacant.clear()  # before we ask: the leader may let go while the refusal is on its way to us
+                if await self._lease.acquire({"holder": self._holder}):
+                    begun = time.monotonic()
+                    try:
+                        await self._lead(lead)
+                    finally:
+                        await self._lease.release()
+                        if time.monotonic() - begun > self._lease_seconds:
+                            pause = 0.1  # it went well for a while: what comes now is a new trouble
+                    await asyncio.sleep(pause)
+                else:
+                    await self._wait_for_vacancy()
+            except (LedgerUnavailable, LedgerBusy) as error:
+                _log.warning("leading is interrupted, going on", matter=self._matter, error=str(error))
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def resync(self, session: AsyncClientSession) -> None:
+        self._heard.set()
+
+    def changed(self, change: Mapping[str, Any]) -> None:
+        if change["documentKey"]["_id"] != self._matter:
+            return
+        self._heard.set()
+        if change.get("updateDescription", {}).get("updatedFields", {}).get("released"):
+            self._vacant.set()
+
+    async def _wait_for_vacancy(self) -> None:
+        """Wait until the leader misses a heartbeat or lets go of its lease."""
+        while not self._vacant.is_set():
+            self._heard.clear()
+            try:
+                async with asyncio.timeout(self._lease_seconds / 3 + 1):
+                    await self._heard.wait()
+            except TimeoutError:
+                return
+
+    async def _lead(self, lead: Callable[[], Awaitable[None]]) -> None:
+        leading = asyncio.ensure_future(lead())
+        lost = asyncio.create_task(self._lease.lost())
+        try:
+            await asyncio.wait({leading, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if leading.done():
+                leading.result()
+            else:
+                _log.warning("lease lost, standing by", matter=self._matter)
+        except Deposed:
+            _log.warning("replaced by another leader, standing by", matter=self._matter)
+        finally:
+            for task in (leading, lost):
+                task.cancel()
+            await asyncio.gather(leading, lost, return_exceptions=True)

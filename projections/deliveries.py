@@ -1,0 +1,181 @@
+"""projections: the view `deliveries`: each webhook that was, or is to be, sent, with every attempt.
+
+`status` is pending, delivered or abandoned; `next_at` is when a pending one is due; `queued_at` is when its schedule
+began. `sequence` is its number for its receiver (receivers.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Any, Final, assert_never
+from urllib.parse import urlsplit
+
+from pymongo import ASCENDING, IndexModel
+
+from ledger.access import Principal
+from ledger.events import (
+    DELIVERY_EVENTS,
+    DeliveryAbandoned,
+    DeliveryAttempted,
+    DeliveryEvent,
+    DeliveryQueued,
+    DeliveryRequeued,
+    DeliverySucceeded,
+    Recorded,
+)
+from ledger.mongo import Database, Document, driver_errors
+from projections import headings, receivers
+from projections.headings import Place
+
+NAME: Final = "deliveries"
+ATTEMPTS_SHOWN: Final = 50  # the newest; all of them are in the stream
+COUNTED_UP_TO: Final = 10_000
+PENDING: Final = {"status": "pending"}
+INDEXES: Final = [
+    *headings.INDEXES[:2],
+    IndexModel([("next_at", ASCENDING)], partialFilterExpression=PENDING),
+]
+
+
+def fold(delivery: Document | None, event: Recorded) -> Document:
+    """Return the delivery's document as it is after one more event of its stream. Its number is for the projector."""
+    happened = event.event
+    if isinstance(happened, DeliveryQueued):
+        return _queued(happened, event)
+    assert delivery is not None  # noqa: S101 - streams begin with their first event
+    assert isinstance(happened, DELIVERY_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
+    changes = _changes(delivery, happened, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
+    return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+def _queued(asked: DeliveryQueued, event: Recorded) -> Document:
+    receiver = receivers.key(asked)
+    source, batch_id = asked.source, asked.batch_id
+    facets = [("receiver", receiver), ("source", source), ("host", host_of(asked.webhook.url))]
+    if batch_id is not None:
+        facets.append(("batch", batch_id))
+    return {
+        "_id": event.stream,
+        "delivery_id": event.stream,
+        "status": "pending",
+        "type": asked.tells,
+        "job_id": source if source.startswith("job-") else None,
+        "batch_id": batch_id,
+        "source_version": asked.source_version,
+        "url": asked.webhook.url,
+        "host": host_of(asked.webhook.url),
+        "receiver": receiver,
+        "sequence": None,
+        "user_id": asked.user_id,
+        "created_at": event.time,
+        "updated_at": event.time,
+        "queued_at": event.time,
+        "next_at": event.time,
+        "delivered_at": None,
+        "reason": None,
+        "attempt": 0,
+        "counted": 0,
+        "attempts": [],
+        "version": event.version,
+        "position": event.position,
+        "headings": headings.headings(headings.owned_by(asked.user_id), [headings.ALL, *facets]),
+    }
+
+
+def host_of(url: str) -> str:
+    """Return the host and port of an address: what fails together."""
+    parts = urlsplit(url)
+    return f"{parts.hostname or ''}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme, 0)}"
+
+
+def _changes(delivery: Document, happened: DeliveryEvent, event: Recorded) -> Document:
+    match happened:
+        case DeliveryQueued():
+            return {}
+        case DeliveryAttempted():
+            shown = {"at": event.time, "error": None, **happened.model_dump()}
+            pending = delivery["status"] == "pending"
+            return {
+                "attempt": happened.attempt,
+                "counted": delivery["counted"] + 1,
+                "attempts": [*delivery["attempts"], shown][-ATTEMPTS_SHOWN:],
+                "next_at": happened.next_at if pending else delivery["next_at"],
+            }
+        case DeliverySucceeded():
+            return {"status": "delivered", "next_at": None, "delivered_at": event.time, "reason": None}
+        case DeliveryAbandoned():
+            return {"status": "abandoned", "next_at": None, "reason": happened.reason}
+        case DeliveryRequeued():
+            now = event.time
+            return {"status": "pending", "counted": 0, "queued_at": now, "next_at": now, "reason": None}
+        case _:
+            assert_never(happened)
+
+
+# Questions --------------------------------------------------------------------------------------------------------
+
+
+async def get(db: Database, delivery_id: str) -> Document | None:
+    """Return a delivery's document, None if there is no such delivery, or the views have not reached it."""
+    with driver_errors("reading a delivery"):
+        return await db[NAME].find_one({"_id": delivery_id})
+
+
+async def pending(db: Database, among: Sequence[str] | None = None) -> AsyncIterator[Document]:
+    """Yield what a sender needs to know of every delivery that is still to be made; of these ids only, if given."""
+    facts = dict.fromkeys(("next_at", "queued_at", "host", "version", "sequence"), 1)
+    wanted = PENDING if among is None else {"_id": {"$in": list(among)}, **PENDING}
+    with driver_errors("looking for webhooks to be sent"):
+        async for delivery in db[NAME].find(wanted, facts):
+            yield delivery
+
+
+def query(
+    principal: Principal,
+    *,
+    source: str | None = None,
+    batch_id: str | None = None,
+    receiver: str | None = None,
+    host: str | None = None,
+    status: str | None = None,
+    tells: str | None = None,
+    after_sequence: int | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+) -> Document:
+    """Return the database query for those of the deliveries asked for that somebody may see; None means any."""
+    asked = [("source", source), ("receiver", receiver), ("batch", batch_id), ("host", host)]
+    given = [(name, value) for name, value in asked if value is not None]
+    wanted: dict[str, Any] = headings.query(principal, given[0] if given else headings.ALL)
+    fields = {"batch": "batch_id", "receiver": "receiver", "host": "host"}
+    wanted |= {fields[name]: value for name, value in given[1:]}
+    wanted |= {name: value for name, value in (("status", status), ("type", tells)) if value is not None}
+    if after_sequence is not None:
+        wanted["sequence"] = {"$gt": after_sequence}
+    if created_after or created_before:
+        bounds = {"$gt": created_after, "$lt": created_before}
+        wanted["created_at"] = {name: value for name, value in bounds.items() if value is not None}
+    return wanted
+
+
+async def page(
+    db: Database,
+    wanted: Document,
+    *,
+    limit: int,
+    skip: int = 0,
+    after: Place | None = None,
+    newest_first: bool = True,
+) -> tuple[list[Document], Place | None]:
+    """Return a page of deliveries in the order in which they were queued, and where the next one begins."""
+    with driver_errors("listing deliveries"):
+        return await headings.page(
+            db[NAME], wanted, limit=limit, skip=skip, after=after, newest_first=newest_first, projection={"headings": 0}
+        )
+
+
+async def count(db: Database, wanted: Document) -> int:
+    """Count deliveries, but never more than `COUNTED_UP_TO`."""
+    with driver_errors("counting deliveries"):
+        return await headings.count(db[NAME], wanted, most=COUNTED_UP_TO)

@@ -1,0 +1,80 @@
+"""tests: a worker that also sends webhooks, and is killed (SIGKILL) when it gets to a point for the n-th time.
+
+python -m tests.support.dying URI DB_NAME STORE POINT TIMES
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from ledger.envelope import Append
+from ledger.log import EventLog
+from ledger.mongo import Connection
+from tests.support.running import IMPATIENT, WorkerOptions, process
+from workers.webhooks.sending import Answer, Outgoing, Sender
+
+POINTS = (
+    "before the end is written",
+    "after the end is written",
+    "before it is sent",
+    "after it is sent",
+    "before it is recorded",
+    "after it is recorded",
+)
+_left = 0
+
+
+def _pass(point: str, wanted: str) -> None:
+    global _left
+    if point == wanted:
+        _left -= 1
+        if _left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(wanted: str) -> None:
+    """Put the point where it belongs."""
+    append, send = EventLog.append, Sender.send
+
+    async def dying_append(self: EventLog, *appends: Append) -> Any:
+        kinds = {type(event).__name__ for it in appends for event in it.events}
+        what = "the end is written" if "JobCompleted" in kinds else "it is recorded"
+        concerned = bool(kinds & {"JobCompleted", "DeliveryAttempted"})
+        if concerned:
+            _pass(f"before {what}", wanted)
+        recorded = await append(self, *appends)
+        if concerned:
+            _pass(f"after {what}", wanted)
+        return recorded
+
+    async def dying_send(self: Sender, outgoing: Outgoing) -> Answer:
+        _pass("before it is sent", wanted)
+        answer = await send(self, outgoing)
+        _pass("after it is sent", wanted)
+        return answer
+
+    EventLog.append = dying_append  # type: ignore[method-assign]
+    Sender.send = dying_send  # type: ignore[method-assign]
+
+
+async def main(uri: str, db_name: str, store: str) -> None:
+    async with process(
+        Connection(uri, db_name),
+        Path(store),
+        worker=WorkerOptions(lease_seconds=1.5),
+        webhooks=IMPATIENT,
+        webhooks_lease_seconds=1.5,
+    ):
+        print("running", flush=True)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    _left = int(sys.argv[5])
+    arm(sys.argv[4])
+    asyncio.run(main(*sys.argv[1:4]))

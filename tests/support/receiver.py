@@ -1,0 +1,119 @@
+"""tests: a receiver of webhooks that does as it is told.
+
+async with receiver() as cms:
+    cms.answers("/hook", 500, 500, 200)      # in this order; the last one for ever
+    …
+    assert [it.status for it in cms.received] == [500, 500, 200]
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+
+Answer = int | tuple[int, dict[str, str]] | Literal["hang", "reset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What came, and how it was answered."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    status: int | str
+    at: float
+
+    @property
+    def content(self) -> dict[str, Any]:
+        found: dict[str, Any] = orjson.loads(self.body)
+        return found
+
+    @property
+    def webhook_id(self) -> str:
+        return self.headers["webhook-id"]
+
+
+@dataclass(slots=True)
+class Receiver:
+    """Listens on a port of 127.0.0.1; answers 200 unless told otherwise."""
+
+    port: int = 0
+    received: list[Request] = field(default_factory=list)
+    scripts: dict[str, list[Answer]] = field(default_factory=dict)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    server: asyncio.Server | None = None
+
+    def url(self, path: str = "/hook") -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def answers(self, path: str, *script: Answer) -> None:
+        self.scripts[path] = list(script)
+
+    def at(self, path: str) -> list[Request]:
+        return [it for it in self.received if it.path == path]
+
+    async def until(self, number: int, path: str | None = None, *, seconds: float = 20.0) -> list[Request]:
+        """Wait for so many requests; return all there are."""
+        try:
+            async with asyncio.timeout(seconds):
+                while len(self._those(path)) < number:
+                    self.news.clear()
+                    await self.news.wait()
+        except TimeoutError:
+            came = len(self._those(path))
+            raise AssertionError(f"{came} of {number} requests came within {seconds} s") from None
+        return self._those(path)
+
+    def _those(self, path: str | None) -> list[Request]:
+        return self.received if path is None else self.at(path)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            path = head[0].split(" ")[1]
+            script = self.scripts.get(path, [200])
+            answer = script.pop(0) if len(script) > 1 else script[0]
+            status = answer[0] if isinstance(answer, tuple) else answer
+            self.received.append(Request(path, headers, body, status, asyncio.get_running_loop().time()))
+            self.news.set()
+            if answer == "hang":
+                await reader.read()  # until the other side has had enough
+            elif answer == "reset":
+                writer.transport.abort()
+                return
+            else:
+                more = answer[1] if isinstance(answer, tuple) else {}
+                lines = [f"HTTP/1.1 {status} Told", "Content-Length: 2", "Connection: close"]
+                lines += [f"{name}: {value}" for name, value in more.items()]
+                writer.write("\r\n".join([*lines, "", "ok"]).encode())
+                await writer.drain()
+        writer.close()
+
+    async def listen(self) -> None:
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.port)
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Go away; `listen` comes back at the same port."""
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+
+
+@asynccontextmanager
+async def receiver() -> AsyncIterator[Receiver]:
+    """Run a receiver inside the block."""
+    found = Receiver()
+    await found.listen()
+    try:
+        yield found
+    finally:
+        await found.close()

@@ -1,0 +1,305 @@
+"""workers: sends the webhooks that are to be sent, and puts on record what came of it.
+
+A delivery is queued by the very transaction that records the end it tells of (ledger/handle.py), so none is forgotten.
+One process leads and sends; it learns of deliveries by the change stream of their view, and timers tell it when one is
+due again. Why none is left out: at every start of the stream all pending ones are read. Why one may come twice: whoever
+dies between sending and recording leaves it pending, and it is sent again, under the same `webhook-id`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from ledger.changes import Changes, Reaction
+from ledger.commands import AbandonDelivery, DeliveryCommand, RecordAttempt
+from ledger.delivery import Delivery, receiver_of
+from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from ledger.events import Failure, Meta
+from ledger.files import FileStore
+from ledger.handle import Handled, Known, handle, load, outcome
+from ledger.leadership import Leadership
+from ledger.log import EventLog
+from ledger.mongo import Connection, Database, Document, driver_errors
+from ledger.signing import signed_headers
+from projections import deliveries
+from workers.webhooks.body import NotComposable, compose
+from workers.webhooks.sending import Answer, Outgoing, Sender
+from workers.webhooks.waiting import Due, Limits, Waiting
+
+_log = structlog.get_logger()
+SECRETS: Final = "webhook_headers"
+"""Values of headers, and what is signed with, by the `headers_ref` of a webhook. They are nowhere else."""
+_LONGEST_RETRY_AFTER: Final = 86_400.0
+_PAUSE_SECONDS: Final = 1.0
+_READ_AT_ONCE: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`schedule` holds the pauses before each attempt, in seconds; they vary at random by the share `jitter`."""
+
+    schedule: Sequence[float] = (0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400)
+    jitter: float = 0.1
+    timeout_seconds: float = 10.0
+    allow_private: Sequence[str] = ()
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
+    secrets: Sequence[str] = field(default=(), repr=False)
+    base: str = ""
+
+    @property
+    def longest(self) -> timedelta:
+        """After this time nothing is tried any more that had to wait for its receiver."""
+        return timedelta(seconds=sum(self.schedule) * (1 + self.jitter) + 60)
+
+
+class Deliverer:
+    """Delivers webhooks while it is the leader, and stands by while another is."""
+
+    def __init__(
+        self,
+        db: Database,
+        log: EventLog,
+        store: FileStore,
+        changes: Changes,
+        connection: Connection,
+        *,
+        settings: Settings,
+        holder: str,
+        lease_seconds: float = 10.0,
+        sender: Sender | None = None,
+    ) -> None:
+        self._db = db
+        self._log = log
+        self._store = store
+        self._settings = settings
+        self._meta = Meta(f"webhooks:{holder}")
+        self._sender = sender or Sender(allow_private=settings.allow_private, timeout_seconds=settings.timeout_seconds)
+        self._leadership = Leadership(connection, "webhooks", holder=holder, lease_seconds=lease_seconds)
+        self._waiting = Waiting(settings.limits)
+        self._wake = asyncio.Event()
+        self._leads = False
+        self._anew = False
+        """All that is pending has to be read."""
+        self._news: set[str] = set()
+        """Deliveries that have changed, or may have."""
+        self._recorded: dict[str, int] = {}
+        """The version of each delivery that is on record by us, until the view has it: what it says before is old."""
+        self._sending: set[asyncio.Task[None]] = set()
+        changes.listen(self._leadership)
+        changes.listen(Reaction(deliveries.NAME, self._changed, self._resync))
+
+    async def run(self) -> None:
+        """Stand by, lead, stand by …, until cancelled."""
+        try:
+            await self._leadership.run(self._lead)
+        finally:
+            await self._sender.aclose()
+
+    # Hearing ------------------------------------------------------------------------------------------------------
+
+    async def _resync(self, session: AsyncClientSession) -> None:
+        self._anew = True
+        self._wake.set()
+
+    def _changed(self, change: Mapping[str, Any]) -> None:
+        if self._leads:
+            self._news.add(change["documentKey"]["_id"])
+            self._wake.set()
+
+    async def _look(self) -> None:
+        """Take in what is pending: all of it, or what has changed. What changes meanwhile is news again."""
+        if self._anew:
+            self._anew = False
+            self._news.clear()
+            self._waiting.clear()
+            async for delivery in deliveries.pending(self._db):
+                self._take_in(delivery)
+        while self._news:
+            news = [self._news.pop() for _ in range(min(len(self._news), _READ_AT_ONCE))]
+            try:
+                found = {it["_id"]: it async for it in deliveries.pending(self._db, news)}
+            except LedgerUnavailable:
+                self._news.update(news)
+                raise
+            for delivery_id in news:
+                if delivery_id in found:
+                    self._take_in(found[delivery_id])
+                else:
+                    self._waiting.drop(delivery_id)
+                    self._recorded.pop(delivery_id, None)
+
+    def _take_in(self, delivery: Document) -> None:
+        if delivery["version"] < self._recorded.get(delivery["_id"], 0):
+            self._waiting.drop(delivery["_id"])
+            return
+        self._recorded.pop(delivery["_id"], None)
+        self._waiting.put(
+            Due(
+                delivery["next_at"],
+                delivery["_id"],
+                delivery["version"],
+                delivery["host"],
+                delivery["queued_at"] + self._settings.longest,
+                delivery["sequence"],
+            )
+        )
+
+    # Sending ------------------------------------------------------------------------------------------------------
+
+    async def _lead(self) -> None:
+        self._leads = self._anew = True
+        _log.info("webhooks are sent from here")
+        try:
+            while True:
+                self._wake.clear()
+                await self._look()
+                tried, given_up = self._waiting.take(datetime.now(UTC))
+                for due in tried:
+                    self._begin(self._try(due), due)
+                for due in given_up:
+                    self._begin(self._give_up(due), due)
+                await self._sleep()
+        finally:
+            self._leads = False
+            await self._land()
+
+    def _begin(self, work: Coroutine[None, None, None], due: Due) -> None:
+        task = asyncio.create_task(work, name=due.delivery_id)
+        self._sending.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._sending.discard(task)
+        self._news.add(task.get_name())  # it may have been asked for again while it was on its way
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a webhook could not be dealt with", delivery_id=task.get_name(), exc_info=error)
+
+    async def _sleep(self) -> None:
+        """Wait until something happens, or a delivery is due."""
+        next_at = self._waiting.next_at()
+        seconds = None if next_at is None else max(0.0, (next_at - datetime.now(UTC)).total_seconds())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+
+    async def _land(self) -> None:
+        """Let what is on its way arrive and be recorded; else it would be sent once more by the next leader."""
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=self._settings.timeout_seconds + _PAUSE_SECONDS)
+        for task in self._sending:
+            task.cancel()
+
+    async def _try(self, due: Due) -> None:
+        answered = True
+        try:
+            known = await load(self._log, due.delivery_id)
+            delivery, now = known.state, datetime.now(UTC)
+            if not isinstance(delivery, Delivery) or delivery.status != "pending":
+                return  # the view will say so
+            if delivery.due is not None and delivery.due > now:
+                return
+            command, answered = await self._called(due, delivery)
+            await self._record(due.delivery_id, command, known)
+        except (LedgerUnavailable, LedgerBusy) as error:
+            _log.warning("a webhook has to wait for the database", delivery_id=due.delivery_id, error=str(error))
+            await asyncio.sleep(_PAUSE_SECONDS)
+        finally:
+            self._waiting.done(due, answered=answered, now=datetime.now(UTC))
+
+    async def _called(self, due: Due, delivery: Delivery) -> tuple[RecordAttempt, bool]:
+        """Call the receiver; return what to put on record, and whether it answered at all."""
+        try:
+            outgoing = await self._outgoing(due, delivery)
+        except (NotComposable, UnreadableEvent) as error:
+            failure = Failure(code="NOT_COMPOSED", message=str(error))
+            return RecordAttempt(0.0, None, error=failure, retry_at=self._retry_at(delivery, 0.0)), True
+        answer = await self._sender.send(outgoing)
+        failure_ = self._failure(answer)
+        if failure_ is not None:
+            _log.info("webhook not delivered", delivery_id=due.delivery_id, host=due.host, error=failure_.code)
+        command = RecordAttempt(
+            duration_s=round(answer.duration_s, 3),
+            body_sha256=hashlib.sha256(outgoing.body).hexdigest(),
+            status_code=answer.status_code,
+            error=failure_,
+            response=answer.body,
+            retry_at=None if answer.permanent else self._retry_at(delivery, answer.retry_after_s or 0.0),
+        )
+        return command, answer.reached
+
+    @staticmethod
+    def _failure(answer: Answer) -> Failure | None:
+        if answer.error is None:
+            return None
+        return Failure(code=answer.error, message=answer.message or answer.error)
+
+    async def _outgoing(self, due: Due, delivery: Delivery) -> Outgoing:
+        webhook = delivery.asked.webhook
+        kept = await self._kept(webhook.headers_ref)
+        receiver = receiver_of(delivery.asked.user_id, webhook.url)
+        body = await compose(
+            self._log,
+            self._store,
+            due.delivery_id,
+            delivery,
+            sequence=due.sequence,
+            receiver=receiver,
+            base=self._settings.base,
+        )
+        secrets = kept.get("secrets") or self._settings.secrets
+        headers = {
+            **kept.get("headers", {}),
+            "Content-Type": "application/json",
+            **signed_headers(secrets, due.delivery_id, int(time.time()), body),
+        }
+        return Outgoing(webhook.url, headers, body)
+
+    async def _kept(self, reference: str | None) -> Document:
+        """Return the secrets of a webhook."""
+        if reference is None:
+            return {}
+        with driver_errors("reading the secrets of a webhook"):
+            kept = await self._db[SECRETS].find_one({"_id": reference})
+        if kept is None:
+            raise NotComposable("The values of its headers, or what it is signed with, have been removed.")
+        return kept
+
+    def _retry_at(self, delivery: Delivery, retry_after: float) -> datetime | None:
+        """Return when to try again after one more failure, None if there were enough."""
+        made = delivery.counted + 1
+        if made >= len(self._settings.schedule):
+            return None
+        share = self._settings.jitter
+        pause = self._settings.schedule[made] * random.uniform(1 - share, 1 + share)  # noqa: S311 - spreads load
+        return datetime.now(UTC) + timedelta(seconds=max(pause, min(retry_after, _LONGEST_RETRY_AFTER)))
+
+    async def _give_up(self, due: Due) -> None:
+        reason = f"{due.host} has not answered for so long that the schedule is over."
+        known = await load(self._log, due.delivery_id)
+        with suppress(CommandRefused):
+            await self._record(due.delivery_id, AbandonDelivery(reason), known)
+
+    async def _record(self, delivery_id: str, command: DeliveryCommand, known: Known) -> None:
+        """Put it on record, once. While the database is away it is tried again."""
+        handled: Handled | None = None
+        while handled is None:
+            try:
+                handled = await handle(self._log, delivery_id, command, meta=self._meta, known=known)
+            except (LedgerUnavailable, LedgerBusy) as error:
+                _log.warning("not recorded yet", delivery_id=delivery_id, error=str(error))
+                await asyncio.sleep(_PAUSE_SECONDS)
+                with suppress(LedgerUnavailable):
+                    handled = await outcome(self._log, delivery_id, command, known=known)
+        self._recorded[delivery_id] = handled.known.head.version
