@@ -61,7 +61,7 @@ async def compose(
     """Return the body, JSON in UTF-8: `docs/how-to/webhooks.md` shows one. `base` is the address of the API.
 
     Raises:
-        NotComposable: the job or batch is not in the log.
+        NotComposable: the job or batch is not in the log, or JSON cannot say it.
         UnreadableEvent: a later version of this program has written it.
         LedgerUnavailable: the log or the store cannot be read.
     """
@@ -78,7 +78,10 @@ async def compose(
         body |= await _of_job(log, store, delivery)
     elif asked.source.startswith("batch-"):
         body |= await _of_batch(log, delivery)
-    return orjson.dumps(body, option=orjson.OPT_UTC_Z, default=str)
+    try:
+        return orjson.dumps(body, option=orjson.OPT_UTC_Z)
+    except TypeError as error:
+        raise NotComposable(f"{asked.source} cannot be written as JSON: {error}") from error
 
 
 async def _of_job(log: EventLog, store: FileStore, delivery: Delivery) -> dict[str, Any]:

@@ -42,6 +42,7 @@ SECRETS: Final = "webhook_headers"
 """Values of headers, and what is signed with, by the `headers_ref` of a webhook. They are nowhere else."""
 _LONGEST_RETRY_AFTER: Final = 86_400.0
 _PAUSE_SECONDS: Final = 1.0
+_AFTER_FAULT_SECONDS: Final = 60.0
 _READ_AT_ONCE: Final = 1000
 
 
@@ -114,8 +115,7 @@ class Deliverer:
 
     def _changed(self, change: Mapping[str, Any]) -> None:
         if self._leads:
-            self._news.add(change["documentKey"]["_id"])
-            self._wake.set()
+            self._look_at(change["documentKey"]["_id"])
 
     async def _look(self) -> None:
         """Take in what is pending: all of it, or what has changed. What changes meanwhile is news again."""
@@ -164,12 +164,13 @@ class Deliverer:
             while True:
                 self._wake.clear()
                 await self._look()
-                tried, given_up = self._waiting.take(datetime.now(UTC))
+                now = datetime.now(UTC)
+                tried, given_up = self._waiting.take(now)
                 for due in tried:
                     self._begin(self._try(due), due)
                 for due in given_up:
                     self._begin(self._give_up(due), due)
-                await self._sleep()
+                await self._sleep(self._waiting.next_at(now))
         finally:
             self._leads = False
             await self._land()
@@ -181,14 +182,19 @@ class Deliverer:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._sending.discard(task)
-        self._news.add(task.get_name())  # it may have been asked for again while it was on its way
-        self._wake.set()
+        delivery_id = task.get_name()
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("a webhook could not be dealt with", delivery_id=task.get_name(), exc_info=error)
+            _log.error("a webhook could not be dealt with", delivery_id=delivery_id, exc_info=error)
+            task.get_loop().call_later(_AFTER_FAULT_SECONDS, self._look_at, delivery_id)
+        else:
+            self._look_at(delivery_id)  # it may have been asked for again while it was on its way
 
-    async def _sleep(self) -> None:
+    def _look_at(self, delivery_id: str) -> None:
+        self._news.add(delivery_id)
+        self._wake.set()
+
+    async def _sleep(self, next_at: datetime | None) -> None:
         """Wait until something happens, or a delivery is due."""
-        next_at = self._waiting.next_at()
         seconds = None if next_at is None else max(0.0, (next_at - datetime.now(UTC)).total_seconds())
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -206,9 +212,12 @@ class Deliverer:
         try:
             known = await load(self._log, due.delivery_id)
             delivery, now = known.state, datetime.now(UTC)
-            if not isinstance(delivery, Delivery) or delivery.status != "pending":
-                return  # the view will say so
-            if delivery.due is not None and delivery.due > now:
+            if not isinstance(delivery, Delivery):
+                return
+            if delivery.status != "pending" or (delivery.due is not None and delivery.due > now):
+                self._recorded[due.delivery_id] = (
+                    known.head.version
+                )  # somebody else has put on record what we did not know
                 return
             command, answered = await self._called(due, delivery)
             await self._record(due.delivery_id, command, known)

@@ -88,7 +88,7 @@ class Waiting:
             due = heapq.heappop(self._later)
             if self._waits(due):
                 self._hosts.setdefault(due.host, _Host()).ready.append(due)
-        given_up = [due for host in self._hosts.values() if host.resting_until for due in self._too_late(host, now)]
+        given_up = [due for host in self._hosts.values() for due in self._too_late(host, now)]
         tried: list[Due] = []
         while len(self._flying) < self._limits.at_a_time and (round_ := list(self._one_each(now))):
             tried += round_
@@ -108,17 +108,21 @@ class Waiting:
             host.rest = min(2 * host.rest, _LONGEST_REST) if host.rest else self._limits.first_rest
             host.resting_until = now + host.rest
 
-    def next_at(self) -> datetime | None:
-        """Return when `take` may have something, if nothing else happens before."""
+    def next_at(self, now: datetime) -> datetime | None:
+        """Return when `take`, which had no more `now`, may have something again, if nothing else happens before."""
         while self._later and not self._waits(self._later[0]):
             heapq.heappop(self._later)
-        moments = [host.resting_until for host in self._hosts.values() if host.ready and host.resting_until]
-        return min([*moments, *(due.due for due in self._later[:1])], default=None)
+        rests = [host.resting_until for host in self._hosts.values() if host.ready and host.resting_until]
+        # A rest that is over is no moment to wait for: its one try is on its way, and will be reported.
+        return min([*(moment for moment in rests if moment > now), *(due.due for due in self._later[:1])], default=None)
 
     def _waits(self, due: Due) -> bool:
         return self._current.get(due.delivery_id) is due
 
     def _too_late(self, host: _Host, now: datetime) -> Iterator[Due]:
+        """Yield what has waited for too long, when a rest is over: not at every look at it."""
+        if host.resting_until is None or host.resting_until > now or host.in_flight:
+            return
         late = [due for due in host.ready if due.give_up_at <= now and self._waits(due)]
         for due in late:
             del self._current[due.delivery_id]

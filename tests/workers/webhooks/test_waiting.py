@@ -35,9 +35,9 @@ def waiting(*entries: Due, **limits: int) -> Waiting:
 def test_nothing_is_tried_before_its_time_and_the_next_moment_is_known() -> None:
     them = waiting(due("late", 60), due("soon", 5))
     assert them.take(at(4.9)) == ([], [])
-    assert them.next_at() == at(5)
+    assert them.next_at(at(4.9)) == at(5)
     assert names(them.take(at(5))[0]) == ["soon"]
-    assert them.next_at() == at(60)
+    assert them.next_at(at(5)) == at(60)
 
 
 def test_one_host_has_only_so_many_at_a_time_and_others_go_past_it() -> None:
@@ -76,9 +76,10 @@ def test_a_silent_host_rests_then_one_is_tried_and_the_rest_doubles() -> None:
     for entry in tried:
         them.done(entry, answered=False, now=START)
     assert them.take(at(29.9)) == ([], [])
-    assert them.next_at() == at(30)
+    assert them.next_at(at(29.9)) == at(30)
     [probe] = them.take(at(30))[0]
     assert them.take(at(31)) == ([], [])
+    assert them.next_at(at(31)) is None, "nothing to wait for but the answer: a moment in the past would spin"
     them.done(probe, answered=False, now=at(40))
     assert them.take(at(99)) == ([], [])
     [probe] = them.take(at(100))[0]
@@ -94,7 +95,7 @@ def test_a_rest_is_never_longer_than_ten_minutes() -> None:
         them.done(tried, answered=False, now=now)
         them.put(due("next"))
         assert them.take(now) == ([], [])
-        rest = (them.next_at() or FOREVER) - now
+        rest = (them.next_at(now) or FOREVER) - now
         assert rest <= timedelta(minutes=10)
         them.drop("next")
         now += rest
@@ -164,9 +165,9 @@ def test_whatever_hosts_do_each_is_tried_once_within_the_limits(
             step += 1
             now += timedelta(seconds=1)
         else:
-            following = them.next_at()
+            following = them.next_at(now)
             assert following is not None, "some are left, and nothing will ever happen"
-            assert following > now - timedelta(seconds=1)
-            now = max(now, following)
+            assert following > now
+            now = following
     assert sorted(seen) == sorted(f"d{n}" for n in range(len(entries)))
     assert len(them) == 0
