@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     Field,
     SecretStr,
@@ -321,7 +322,26 @@ def _placed(settings: Settings, directory: Path) -> Settings:
         results = results.model_copy(update={"store": directory / results.store})
     auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
     webhooks = _signing(settings.webhooks, directory)
-    return settings.model_copy(update={"mongodb": mongodb, "results": results, "auth": auth, "webhooks": webhooks})
+    sections = {
+        name: _placed_paths(section, processors()[name].Settings.model_validate(section), directory)
+        for name, section in settings.processors.items()
+    }
+    placed = {"mongodb": mongodb, "results": results, "auth": auth, "webhooks": webhooks, "processors": sections}
+    return settings.model_copy(update=placed)
+
+
+def _placed_paths(section: Mapping[str, Any], read: BaseModel, directory: Path) -> dict[str, Any]:
+    """Return a processor's section with its paths made absolute, which `read`, the same as its model, tells apart."""
+    placed: dict[str, Any] = {}
+    for name, value in section.items():
+        found = getattr(read, name, None)
+        if isinstance(found, Path):
+            placed[name] = str(directory / found)
+        elif isinstance(found, BaseModel) and isinstance(value, Mapping):
+            placed[name] = _placed_paths(value, found, directory)
+        else:
+            placed[name] = value
+    return placed
 
 
 def _signing(webhooks: WebhookSettings, directory: Path) -> WebhookSettings:

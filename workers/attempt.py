@@ -108,6 +108,7 @@ class _Job:
         self._send = send
         self._step = "starting"
         self._warnings: list[str] = []
+        self._tokens = 0
         self._stopping = stopping
 
     @property
@@ -124,9 +125,10 @@ class _Job:
         key = digest({"step": name, "inputs": dict(inputs)})
         if (known := self._finished.get(key)) is not None:
             self._warnings += known.warnings
+            self._tokens += known.tokens_used
             await self.log("info", f"Step {name} was finished by an earlier attempt and is not repeated.")
             return known.output
-        begun, warned = time.monotonic(), len(self._warnings)
+        begun, warned, spent = time.monotonic(), len(self._warnings), self._tokens
         found = await self._send({"is": "seek", "key": key}) if self._seek else None
         if found is not None:
             await self.log("info", f"Step {name} was finished by {found['job_id']} and is not repeated.")
@@ -138,6 +140,7 @@ class _Job:
                 "key": key,
                 "output": output,
                 "duration_s": round(time.monotonic() - begun, 3),
+                "tokens_used": self._tokens - spent,
                 "warnings": self._warnings[warned:],
                 "reused_from": found and found["job_id"],
             }
@@ -161,6 +164,9 @@ class _Job:
         self._warnings.append(message)
         await self.log("warning", message)
 
+    def spent(self, tokens: int) -> None:
+        self._tokens += tokens
+
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         put = self._inbox.put_bytes if isinstance(content, bytes) else self._inbox.put_file
         stored = await asyncio.to_thread(put, content)  # type: ignore[arg-type]  # the type was just asked for
@@ -170,7 +176,7 @@ class _Job:
     def done(self, results: Results, seconds: float) -> Message:
         return {
             "is": "done",
-            "results": results.model_dump(),
+            "results": {**results.model_dump(), "tokens_used": results.tokens_used + self._tokens},
             "warnings": self._warnings,
             "duration_s": round(seconds, 3),
         }

@@ -273,6 +273,7 @@ class Execution:
                 message["key"],
                 message["output"],
                 message["duration_s"],
+                tokens_used=message["tokens_used"],
                 warnings=tuple(message["warnings"]),
                 reused_from=message["reused_from"],
             )

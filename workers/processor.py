@@ -56,6 +56,7 @@ class Results(BaseModel):
     metadata: dict[str, JSON] = {}
     """Free facts about the result, shown in `results.metadata`."""
     tokens_used: int = 0
+    """Beyond those that were told by `Job.spent`."""
 
 
 class Job(Protocol):
@@ -95,6 +96,9 @@ class Job(Protocol):
 
     async def warn(self, message: str) -> None:
         """Note that something could not be done and the result is poorer for it; ends up in `metadata.warnings`."""
+
+    def spent(self, tokens: int) -> None:
+        """Note tokens of language models that were used: they are told of the step, and summed up for the job."""
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         """Store a result file under the relative `path`; a `Path` as content is moved, not copied."""

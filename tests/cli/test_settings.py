@@ -154,12 +154,12 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         (
             "processors:\n  session:\n    transcription:\n      backend: whisper\n",
             "processors.session.transcription.backend",
-            "'none' or 'pocketsphinx'",
+            "'none', 'pocketsphinx' or 'openai'",
         ),
         (
-            "processors:\n  session:\n    transcription:\n      model: x\n",
-            "processors.session.transcription.model",
-            "known here: backend",
+            "processors:\n  session:\n    transcription:\n      modell: x\n",
+            "processors.session.transcription.modell",
+            "known here: url, model, api_key_file, backend",
         ),
     ],
 )
@@ -213,7 +213,7 @@ def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path, monkeypat
     session = processors()["session"].Settings.model_validate(settings.processors["session"])
     assert session.model_dump()["max_pages"] == 7
     assert session.model_dump()["keep_audio"] is True
-    assert session.model_dump()["transcription"] == {"backend": "pocketsphinx"}
+    assert session.model_dump()["transcription"]["backend"] == "pocketsphinx"
 
 
 @pytest.mark.parametrize(
@@ -421,3 +421,13 @@ def test_lists_in_the_environment_are_json(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("JOBLEDGER_AUTH__ADMINS", "ann")
     message = complaint(tmp_path, "")
     assert message.startswith("environment variables JOBLEDGER_AUTH__…: lists and sections are written as JSON")
+
+
+def test_paths_of_processors_are_where_the_file_lies(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("processors: {session: {template: own.j2, transcription: {api_key_file: keys/openai}}}")
+    section = read_settings(config)[0].processors["session"]
+    assert section == {
+        "template": str(tmp_path / "own.j2"),
+        "transcription": {"api_key_file": str(tmp_path / "keys/openai")},
+    }

@@ -126,6 +126,7 @@ class RecordingJob:
         self.told: list[tuple[float, str]] = []
         self.lines: list[str] = []
         self.warnings: list[str] = []
+        self.tokens = 0
         self.files: dict[str, bytes] = {}
         self._cancel_at = cancel_at
 
@@ -144,6 +145,9 @@ class RecordingJob:
         output = json.loads(json.dumps(await function()))
         self.steps[key] = (output, self.warnings[already:])
         return output
+
+    def spent(self, tokens: int) -> None:
+        self.tokens += tokens
 
     async def progress(self, percent: float, message: str) -> None:
         self.told.append((percent, message))

@@ -15,7 +15,15 @@ from tests.processors.session.support import session, unhurried
 from tests.processors.session.test_parameters import samples
 from workers.processor import SavedFile
 from workers.processors.session import SessionParameters
-from workers.processors.session.markdown import Recording, SlideShow, built_in_template, compose_markdown
+from workers.processors.session.markdown import (
+    Composed,
+    Material,
+    Recording,
+    SlideShow,
+    built_in_template,
+    compose_markdown,
+    language_of,
+)
 from workers.processors.session.page import PageText
 from workers.processors.session.slides import Slide
 from workers.processors.session.transcript import Segment, clock
@@ -44,6 +52,17 @@ def slide(number: int, text: str) -> Slide:
     return Slide(**image.model_dump(), number=number, text=text, thumbnail=file(f"slide-{number:03}-thumb.jpg"))
 
 
+def material(
+    parameters: SessionParameters, of_page: PageText, recording: Recording | None, slides: list[Slide] | None
+) -> Material:
+    return Material(
+        of_page,
+        Composed(language=language_of(parameters, of_page), markdown=of_page.markdown),
+        recording or Recording(reason="There is no transcript. No recording was given."),
+        SlideShow(slides=slides or []),
+    )
+
+
 def document(
     parameters: SessionParameters | None = None,
     *,
@@ -55,9 +74,7 @@ def document(
     return compose_markdown(
         session=parameters or session(),
         job_id="job-1",
-        page=of_page or page(),
-        recording=recording or Recording(reason="There is no transcript. No recording was given."),
-        show=SlideShow(slides=slides or []),
+        material=material(parameters or session(), of_page or page(), recording, slides),
         warnings=warnings or [],
         template=built_in_template(),
     )

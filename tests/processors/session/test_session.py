@@ -153,7 +153,7 @@ async def test_the_same_session_in_another_language_fetches_nothing_again_and_ha
     second = RecordingJob(session(**given, target_language="fr"), tmp_path, job_id="job-2", steps=finished)
     after = await run(second, keep_audio=True)
     assert site.asked == asked
-    assert second.ran == ["markdown"]
+    assert second.ran == ["compose", "markdown"]
     assert before.markdown is not None
     assert after.markdown is not None
     own = after.markdown.path.rpartition("/")[0]
@@ -344,7 +344,7 @@ async def test_the_transcription_backend_hears_without_failing(site: Site, page:
     job = RecordingJob(session(url=page, video_url=talk), tmp_path)
     results = await run(job, transcription={"backend": "pocketsphinx"})
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
-    assert job.ran == ["page", "transcript", "slides", "markdown"]
+    assert job.ran == ["page", "transcript", "slides", "compose", "markdown"]
 
 
 async def test_what_is_said_stands_in_the_markdown_with_its_time(

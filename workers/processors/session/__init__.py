@@ -31,7 +31,7 @@ class SessionProcessor:
         self._settings = settings
 
     async def run(self, job: Job) -> Results:
-        """Run the steps `page`, `transcript`, `slides` and `markdown`.
+        """Run the steps `page`, `transcript`, `slides`, `compose` and `markdown`.
 
         Raises:
             ProcessorError: the page cannot be had or read. Without video or slides the job ends well, with a warning.

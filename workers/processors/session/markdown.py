@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from workers.processor import ProcessorError, SavedFile
+from workers.processors.session.compose import Summary
 from workers.processors.session.names import Layout
 from workers.processors.session.page import PageText
 from workers.processors.session.parameters import SessionParameters
@@ -55,6 +56,26 @@ class SlideShow(BaseModel):
         return self.model_copy(update={"slides": [_placed(slide, where) for slide in self.slides]})
 
 
+class Composed(BaseModel):
+    """What the step `compose` found. `markdown` is the page's text, translated if it could be, in `language`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    language: str
+    markdown: str
+    summary: Summary | None = None
+    warnings: list[str] = []
+
+
+class Material(NamedTuple):
+    """All that was found out about a talk."""
+
+    page: PageText
+    composed: Composed
+    recording: Recording
+    show: SlideShow
+
+
 def _placed(slide: Slide, where: Layout) -> Slide:
     image, small = file_names(slide.number)
     thumbnail = slide.thumbnail.model_copy(update={"path": where.asset(small)})
@@ -70,9 +91,7 @@ def compose_markdown(
     *,
     session: SessionParameters,
     job_id: str,
-    page: PageText,
-    recording: Recording,
-    show: SlideShow,
+    material: Material,
     warnings: Sequence[str],
     template: str,
 ) -> str:
@@ -81,11 +100,12 @@ def compose_markdown(
     Raises:
         ProcessorError: TEMPLATE_ERROR, if the operator's own template cannot be used.
     """
+    page, composed, recording, show = material
     context: dict[str, Any] = {
-        "front_matter": front_matter(session=session, job_id=job_id, page=page),
+        "front_matter": front_matter(session=session, job_id=job_id, page=page, composed=composed),
         "session": session,
         "occasion": _occasion(session),
-        "page": page,
+        "page": page.model_copy(update={"markdown": composed.markdown}),
         "slides": [{"alt": _alt(slide), "target": _beside(slide)} for slide in show.slides],
         "transcript": {"paragraphs": _paragraphs(recording.segments), "reason": recording.reason or ""},
         "warnings": warnings,
@@ -98,21 +118,23 @@ def compose_markdown(
         ) from error
 
 
-def front_matter(*, session: SessionParameters, job_id: str, page: PageText) -> str:
-    """The YAML between the dashes. What only a language model could tell is empty."""
+def front_matter(*, session: SessionParameters, job_id: str, page: PageText, composed: Composed) -> str:
+    """The YAML between the dashes. What only a language model could tell is empty without one."""
+    summary = composed.summary
+    tags = page.keywords if summary is None else summary.tags
     values = {
-        "tags": list(dict.fromkeys([session.event, session.track, *page.keywords])),
+        "tags": list(dict.fromkeys([session.event, session.track, *tags])),
         "title": session.session,
-        "subtitle": None,
-        "intro": page.intro,
+        "subtitle": summary.subtitle or None if summary else None,
+        "intro": summary.intro if summary else page.intro,
         "speaker": session.speakers or [],
         "date": session.day,
         "place": None,
         "track": session.track,
-        "topic": None,
+        "topic": summary.topic or None if summary else None,
         "url": session.url,
         "video_url": session.video_url,
-        "language": language_of(session, page),
+        "language": composed.language,
         "job_id": job_id,
     }
     # Wide, because folded long values are harder to read, and to edit, than long lines.
@@ -135,18 +157,8 @@ def language_of(session: SessionParameters, page: PageText) -> str:
     return page.language or session.source_language
 
 
-def not_translated(session: SessionParameters, page: PageText) -> str | None:
-    """The warning that the text is in another language than was asked for."""
-    language = language_of(session, page)
-    if _primary(language) == _primary(session.target_language):
-        return None
-    return (
-        f'The text is not translated: it is in "{language}", "{session.target_language}" was asked for, '
-        "and no language model is configured."
-    )
-
-
-def _primary(language: str) -> str:
+def primary(language: str) -> str:
+    """Return a language without its region: `de` for `de-AT`."""
     return language.partition("-")[0].lower()
 
 

@@ -6,9 +6,9 @@ import asyncio
 from functools import partial
 
 from workers.processor import JSON, Job, Results, SavedFile
-from workers.processors.session import markdown_step, page_step, slides_step, transcript_step
+from workers.processors.session import compose_step, markdown_step, page_step, slides_step, transcript_step
 from workers.processors.session.fetch import Fetcher
-from workers.processors.session.markdown import Recording, SlideShow, language_of
+from workers.processors.session.markdown import Composed, Material, Recording, SlideShow
 from workers.processors.session.names import layout
 from workers.processors.session.page import PageText
 from workers.processors.session.parameters import SessionParameters
@@ -47,7 +47,13 @@ async def run(job: Job, settings: SessionSettings, fetcher: Fetcher) -> Results:
     show = SlideShow.model_validate(await job.step("slides", slides_step.inputs(step), partial(slides_step.run, step)))
     recording, show = recording.placed(where), show.placed(where)  # another job may have done it
     step = next_step()
-    parts = (page, recording, show, await asyncio.to_thread(markdown_step.read_template, step))
+    composed = Composed.model_validate(
+        await job.step(
+            "compose", compose_step.inputs(step, page, recording), partial(compose_step.run, step, page, recording)
+        )
+    )
+    step = next_step()
+    parts = (Material(page, composed, recording, show), await asyncio.to_thread(markdown_step.read_template, step))
     document = SavedFile.model_validate(
         await job.step("markdown", markdown_step.inputs(step, *parts), partial(markdown_step.run, step, *parts))
     )
@@ -55,7 +61,7 @@ async def run(job: Job, settings: SessionSettings, fetcher: Fetcher) -> Results:
     return Results(
         markdown=document,
         assets=[*_images(show), *([recording.audio] if recording.audio else [])],
-        metadata=_facts(session, page, recording, show),
+        metadata=_facts(session, parts[0]),
     )
 
 
@@ -68,10 +74,11 @@ def _images(show: SlideShow) -> list[SavedFile]:
     ]
 
 
-def _facts(session: SessionParameters, page: PageText, recording: Recording, show: SlideShow) -> dict[str, JSON]:
+def _facts(session: SessionParameters, material: Material) -> dict[str, JSON]:
+    page, composed, recording, show = material
     facts: dict[str, JSON] = {
         "title": page.title or session.session,
-        "language": language_of(session, page),
+        "language": composed.language,
         "slides": len(show.slides),
         "audio_seconds": recording.seconds,
         "transcribed": bool(recording.segments),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MEBIBYTE = 1024 * 1024
 
@@ -23,16 +24,70 @@ def _names_hosts(entries: list[str]) -> list[str]:
     return entries
 
 
-class TranscriptionSettings(BaseModel):
-    """Who listens to the recordings."""
+def _base_address(url: str | None) -> str | None:
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username is not None:
+        raise ValueError("expected the base address of an OpenAI-compatible API, such as https://api.openai.com/v1")
+    return url.rstrip("/")
+
+
+class _Endpoint(BaseModel):
+    """An OpenAI-compatible API. It is the operator's choice: it may be on a private address."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backend: Literal["none", "pocketsphinx"] = Field(
-        default="none",
-        description="`none`: no transcripts, and no video is downloaded unless `keep_audio` is set. `pocketsphinx`: "
-        "offline, English only, for demonstrations and tests, not for quality; needs `pip install pocketsphinx`.",
+    url: Annotated[str | None, AfterValidator(_base_address)] = Field(
+        default=None, description="Its base address, such as https://api.openai.com/v1 or http://127.0.0.1:8000/v1."
     )
+    model: str | None = Field(default=None, min_length=1, description="The model's name there.")
+    api_key_file: Path | None = Field(default=None, description="A file with the key; none: without a key.")
+
+    def complete_for(self, backend: str) -> None:
+        """Make sure that there is an address and a model.
+
+        Raises:
+            ValueError: something is missing.
+        """
+        if backend == "openai" and (self.url is None or self.model is None):
+            raise ValueError("the backend `openai` needs `url` and `model`")
+
+
+class TranscriptionSettings(_Endpoint):
+    """Who listens to the recordings."""
+
+    backend: Literal["none", "pocketsphinx", "openai"] = Field(
+        default="none",
+        description="`none`: no transcripts, and no video is downloaded unless `keep_audio` is set. `openai`: an "
+        "OpenAI-compatible `/audio/transcriptions` endpoint, hosted or local. `pocketsphinx`: offline, English only, "
+        "for demonstrations and tests, not for quality; needs `pip install pocketsphinx`.",
+    )
+    segment_seconds: float = Field(default=300, ge=10, le=780, description="So much sound is sent at a time.")
+    parallel: int = Field(default=2, ge=1, le=20, description="So many pieces at the same time.")
+    timeout_seconds: float = Field(default=300, gt=0, description="For the text of one piece.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> TranscriptionSettings:
+        self.complete_for(self.backend)
+        return self
+
+
+class LanguageModelSettings(_Endpoint):
+    """Who summarises and translates."""
+
+    backend: Literal["none", "openai"] = Field(
+        default="none", description="`openai`: an OpenAI-compatible `/chat/completions` endpoint, hosted or local."
+    )
+    timeout_seconds: float = Field(default=120, gt=0, description="For one answer.")
+    piece_characters: int = Field(default=6000, ge=500, description="So much is translated at a time.")
+    max_characters: int = Field(default=200_000, ge=1000, description="Longer texts are not translated.")
+    temperature: float | None = Field(default=0.2, ge=0, le=2, description="null: as the model has it.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> LanguageModelSettings:
+        self.complete_for(self.backend)
+        return self
 
 
 class SessionSettings(BaseModel):
@@ -72,6 +127,10 @@ class SessionSettings(BaseModel):
     )
 
     transcription: TranscriptionSettings = Field(default=TranscriptionSettings(), description="Speech to text.")
+    language_model: LanguageModelSettings = Field(
+        default=LanguageModelSettings(), description="Summary, tags and translation."
+    )
+    compose_timeout_seconds: float = Field(default=900, gt=0, description="For the whole step `compose`.")
     keep_audio: bool = Field(default=False, description="Keep the extracted audio (WAV) among the results.")
     max_audio_seconds: float = Field(default=8 * 3600, gt=0, description="Audio taken from one recording.")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TypeVar
 
-from workers.processor import Job, ProcessorError
+from workers.processor import JSON, Job, ProcessorError
 from workers.processors.session.fetch import Fetched, Fetcher, OnProgress, in_words
 from workers.processors.session.names import Layout
 from workers.processors.session.parameters import SessionParameters
@@ -18,6 +20,11 @@ from workers.processors.session.threads import in_thread
 FETCH_SHARE = 0.9
 
 Item = TypeVar("Item")
+
+
+def digest_of(value: JSON) -> str:
+    """Return what tells one value from another."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class Cancelled(ProcessorError):

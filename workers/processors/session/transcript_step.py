@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from workers.processor import JSON, ProcessorError, SavedFile
-from workers.processors.session.markdown import AUDIO_NAME, Recording
+from workers.processors.session.markdown import AUDIO_NAME, Recording, primary
+from workers.processors.session.openai_api import ApiFailed, OpenAiApi, key_in
+from workers.processors.session.speech_api import transcribe
 from workers.processors.session.steps import FETCH_SHARE, Cancelled, Work
 from workers.processors.session.transcript import (
     Heard,
@@ -29,6 +32,10 @@ def inputs(work: Work) -> dict[str, JSON]:
         "max_bytes": work.settings.video_max_bytes,
         "max_audio_seconds": work.settings.max_audio_seconds,
         "backend": work.settings.transcription.backend,
+        "endpoint": work.settings.transcription.url,
+        "model": work.settings.transcription.model,
+        "segment_seconds": work.settings.transcription.segment_seconds,
+        "language": primary(work.session.source_language),
         "keep_audio": work.settings.keep_audio,
     }
 
@@ -116,11 +123,49 @@ async def _extract(work: Work, video: Path, audio: Path, so_far: _SoFar) -> None
             await work.warn(f"The recording is not complete: {so_far.heard.damage}.")
 
 
+async def _transcribe_by_api(work: Work, audio: Path, so_far: _SoFar) -> None:
+    chosen, length = work.settings.transcription, so_far.heard.seconds if so_far.heard else 0.0
+    missing: list[str] = []
+    try:
+        api = OpenAiApi(chosen.url or "", key=key_in(chosen.api_key_file), timeout_seconds=chosen.timeout_seconds)
+        try:
+            parts = transcribe(
+                api,
+                audio,
+                model=chosen.model or "",
+                language=primary(work.session.source_language),
+                seconds=chosen.segment_seconds,
+                parallel=chosen.parallel,
+            )
+            async with aclosing(parts):
+                async for part in parts:
+                    work.stop_if_cancelled()
+                    if part.failed is not None:
+                        missing.append(f"{clock(part.start)}–{clock(part.end)} ({part.failed})")
+                    so_far.segments += part.segments
+                    share = min(1.0, part.end / length) if length else 0.5
+                    waited = f", waiting for {part.waited:.0f} s" if part.waited else ""
+                    done = f"Listening: {clock(part.end)} of {clock(length)}{waited}"
+                    await work.job.progress(45 + 15 * share, done)
+        finally:
+            await api.aclose()
+    except ApiFailed as failed:
+        raise NoTranscript(f"The transcription cannot be used: {failed}.") from failed
+    if missing and so_far.segments:
+        await work.warn(f"The transcript is incomplete. Missing: {'; '.join(missing[:5])}.")
+    elif missing:
+        raise NoTranscript(f"The transcription failed: {missing[0]}.")
+    await work.job.log("info", f"Transcribed {len(so_far.segments)} passages with {chosen.model}")
+
+
 async def _transcribe(work: Work, audio: Path, so_far: _SoFar) -> None:
     backend = work.settings.transcription.backend
     if backend == "none":
         return
     await work.job.progress(45, "Listening")
+    if backend == "openai":
+        await _transcribe_by_api(work, audio, so_far)
+        return
     length = so_far.heard.seconds if so_far.heard else 0.0
     characters = 0
     async with work.one_by_one(listen(audio, backend=backend)) as segments:

@@ -1,0 +1,142 @@
+"""session: speech to text by an OpenAI-compatible endpoint. Sound is cut where it is quiet, and sent in pieces.
+
+Only the pieces on their way are in memory, however long the recording is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import wave
+from array import array
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ValidationError
+
+from workers.processors.session.openai_api import ApiFailed, OpenAiApi
+from workers.processors.session.transcript import SAMPLE_RATE, Segment
+
+TELL_EVERY_SECONDS: Final = 2.0
+_LOOK_BACK_SECONDS: Final = 10
+_QUIET_SAMPLES: Final = SAMPLE_RATE // 5
+_IN_VAIN: Final = frozenset({400, 401, 403, 404, 405, 413, 415, 422})
+"""What answers one piece so, answers all so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of the recording, in seconds. `failed`: there is no text of it, and why. `waited`: nor is there yet."""
+
+    start: float
+    end: float
+    segments: list[Segment] = field(default_factory=list)
+    failed: str | None = None
+    waited: float = 0.0
+
+
+class _Said(BaseModel):
+    start: float
+    text: str
+
+
+class _Answer(BaseModel):
+    text: str = ""
+    segments: list[_Said] = []
+
+
+def cuts(audio: Path, seconds: float) -> Iterator[tuple[int, int]]:
+    """Yield where pieces of at most so many seconds begin and end, in samples; each end is at the quietest near by."""
+    with audio.open("rb") as file, closing(wave.open(file)) as sound:
+        begin, length, most = 0, sound.getnframes(), int(seconds * SAMPLE_RATE)
+        while begin < length:
+            end = min(begin + most, length)
+            if end < length:
+                back = min(_LOOK_BACK_SECONDS * SAMPLE_RATE, most // 2)
+                sound.setpos(end - back)
+                end = end - back + _quietest(array("h", sound.readframes(back)))
+            yield begin, end
+            begin = end
+
+
+def _quietest(samples: array[int]) -> int:
+    """Return the middle of the quietest fifth of a second; of several, the last."""
+    windows = range(0, max(1, len(samples) - _QUIET_SAMPLES + 1), _QUIET_SAMPLES)
+    loudness = [(sum(map(abs, samples[at : at + _QUIET_SAMPLES])), -at) for at in windows]
+    return min(-min(loudness)[1] + _QUIET_SAMPLES // 2, len(samples))
+
+
+def _piece(audio: Path, begin: int, end: int) -> bytes:
+    """Return a piece as a WAV file of its own."""
+    with audio.open("rb") as file, closing(wave.open(file)) as sound:
+        sound.setpos(begin)
+        samples = sound.readframes(end - begin)
+    written = io.BytesIO()
+    with wave.open(written, "wb") as piece:
+        piece.setnchannels(1)
+        piece.setsampwidth(2)
+        piece.setframerate(SAMPLE_RATE)
+        piece.writeframes(samples)
+    return written.getvalue()
+
+
+async def transcribe(
+    api: OpenAiApi, audio: Path, *, model: str, language: str, seconds: float, parallel: int
+) -> AsyncGenerator[Part, None]:
+    """Yield the pieces in their order, so many on their way at a time; while one is awaited, that, every two seconds.
+
+    Raises:
+        ApiFailed: the endpoint refuses what would be the same with every piece.
+    """
+    places = cuts(audio, seconds)
+    on_their_way: deque[tuple[float, float, asyncio.Task[list[Segment]]]] = deque()
+    heard = 0.0
+    try:
+        while True:
+            while len(on_their_way) < parallel and (place := await asyncio.to_thread(next, places, None)):
+                begin, end = place
+                task = asyncio.create_task(_text_of(api, audio, begin, end, model=model, language=language))
+                on_their_way.append((begin / SAMPLE_RATE, end / SAMPLE_RATE, task))
+            if not on_their_way:
+                return
+            start, stop, task = on_their_way[0]
+            waited = 0.0
+            while not (await asyncio.wait({task}, timeout=TELL_EVERY_SECONDS))[0]:
+                waited += TELL_EVERY_SECONDS
+                yield Part(heard, heard, waited=waited)
+            on_their_way.popleft()
+            heard = stop
+            try:
+                yield Part(start, stop, segments=task.result())
+            except ApiFailed as failed:
+                if failed.status in _IN_VAIN:
+                    raise
+                yield Part(start, stop, failed=str(failed))
+    finally:
+        for _, _, task in on_their_way:
+            task.cancel()
+        await asyncio.gather(*(task for _, _, task in on_their_way), return_exceptions=True)
+
+
+async def _text_of(api: OpenAiApi, audio: Path, begin: int, end: int, *, model: str, language: str) -> list[Segment]:
+    sound = await asyncio.to_thread(_piece, audio, begin, end)
+    answer: Any = await api.post(
+        "audio/transcriptions",
+        data={"model": model, "language": language, "response_format": "verbose_json"},
+        files={"file": ("audio.wav", sound, "audio/wav")},
+    )
+    try:
+        said = _Answer.model_validate(answer)
+    except ValidationError as error:
+        raise ApiFailed("its answer has not the form of the protocol") from error
+    offset = begin / SAMPLE_RATE
+    found = said.segments or [_Said(start=0.0, text=said.text)]
+    return [
+        Segment(start_seconds=round(offset + max(0.0, it.start), 2), text=" ".join(it.text.split()))
+        for it in found
+        if it.text.strip()
+    ]
