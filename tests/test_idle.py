@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.installation import Installation
 
-WATCHED_SECONDS = 10
+WATCHED_SECONDS = 6
 LEASE_SECONDS = 3.0
 
 PROGRAM = """

@@ -188,7 +188,7 @@ async def test_new_ids_name_their_kind_of_stream_and_differ() -> None:
 
 
 def test_a_stream_of_an_unknown_kind_has_no_rules() -> None:
-    for name in ("void", "delivery-1", ""):
+    for name in ("void", "invoice-1", ""):
         with pytest.raises(LookupError):
             rules_of(name)
 
