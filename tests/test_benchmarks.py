@@ -34,7 +34,7 @@ def test_every_claim_about_speed_is_measured(mongodb_uri: str) -> None:
     assert at_scale.returncode == 0, at_scale.stderr
     ratio = r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d"
     ratios = re.findall(ratio, measured.stdout + at_scale.stdout)
-    assert len(ratios) == 13, measured.stdout + at_scale.stdout
+    assert len(ratios) == 15, measured.stdout + at_scale.stdout
     assert all(0 < float(ratio) < 100 for ratio in ratios)
 
 
