@@ -23,10 +23,6 @@ from tests.support.mongod import needs_local_mongod
 pytestmark = [needs_local_mongod, pytest.mark.timeout(300)]
 
 
-# A table cell that says no more than `PDF` (or `Mail`, `Google` …) is what trafilatura takes for a button. Still owed.
-LOST_WORDS = {"buecher-baender-bytes": ["PDF"]}
-
-
 def test_the_demo_shows_what_was_said_and_can_be_repeated(tmp_path: Path) -> None:
     """One test, because running it takes a while: what is shown is checked after the first run, the rest after both."""
     site = tmp_path / "site"
@@ -77,7 +73,7 @@ def has_every_word_of_the_page_in_order(page: Path, talk: Talk) -> None:
     said, shown = words(talk.abstract + talk.body), words(MarkdownIt().enable("table").render(body))
     compared = SequenceMatcher(None, said, shown, autojunk=False)
     lost = [word for kind, start, end, _, _ in compared.get_opcodes() if kind != "equal" for word in said[start:end]]
-    assert lost == LOST_WORDS.get(talk.slug, [])
+    assert lost == []
 
 
 def has_the_metadata_of_the_session(page: Path, talk: Talk) -> None:

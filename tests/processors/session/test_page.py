@@ -39,7 +39,7 @@ def test_the_text_of_a_page_is_kept_with_its_structure() -> None:
         "`seq < 2`",
         "### Agenda",
         "1. History\n2. Demonstration",
-        "| Version | Year |\n|---|---|\n| 1.0 | 2023 |",
+        "| Version | Year |\n| --- | --- |\n| 1.0 | 2023 |",
         "```\ngit clone https://conference.example/ledger.git\ncd ledger\n```",
     ):
         assert kept in page.markdown
@@ -171,7 +171,7 @@ def test_a_page_without_text_is_refused(body: bytes) -> None:
 
 def test_where_the_main_text_is_not_found_all_visible_text_is_used() -> None:
     page = read("<html><body><aside>Only <b>an</b>\naside<br>2. *here*<script>no</script></aside></body></html>")
-    assert page.markdown == "Only an aside\n\n2\\. \\*here\\*"
+    assert page.markdown == "Only **an** aside\\\n2\\. \\*here\\*"
     assert len(page.warnings) == 1
 
 

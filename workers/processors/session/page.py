@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from configparser import ConfigParser
-from copy import deepcopy
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 import lxml.etree  # type: ignore[import-untyped]  # it ships no types
 import lxml.html  # type: ignore[import-untyped]  # nor does this part of it
-import trafilatura
 from pydantic import BaseModel, ConfigDict
-from trafilatura.settings import DEFAULT_CONFIG
 
 from workers.processor import ProcessorError
-from workers.processors.session.safe_markdown import as_target, as_text, harmless
+from workers.processors.session.html_markdown import markdown_of
+from workers.processors.session.own_part import keep_own_part, without_furniture
+from workers.processors.session.safe_markdown import harmless
 
 MAX_CHARACTERS = 200_000
+MAX_ELEMENTS = 30_000
+MAX_READ_CHARACTERS = 2_000_000
+MAX_TAGS = 250_000
+"""More are not even parsed: a tree of the millions that fit into a page's bytes takes a gigabyte."""
 MAX_INTRO = 400
 
 _HTML_TYPES = {"text/html", "application/xhtml+xml"}
@@ -34,29 +34,6 @@ _READ_AS = {
     **dict.fromkeys(("shift_jis", "shift-jis", "x-sjis"), "cp932"),
     **dict.fromkeys(("euc-kr", "ks_c_5601-1987"), "cp949"),
     "iso-8859-9": "windows-1254",
-}
-_UNSEEN = {"script", "style", "noscript", "template", "head", "svg", "iframe", "object", "select", "button"}
-_BLOCKS = {
-    *("address", "article", "aside", "blockquote", "br", "dd", "div", "dl", "dt", "footer", "form", "h1", "h2", "h3"),
-    *(
-        "h4",
-        "h5",
-        "h6",
-        "header",
-        "hr",
-        "li",
-        "main",
-        "nav",
-        "ol",
-        "p",
-        "pre",
-        "section",
-        "table",
-        "td",
-        "th",
-        "tr",
-        "ul",
-    ),
 }
 
 
@@ -95,14 +72,19 @@ def read_page(body: bytes, *, content_type: str, url: str, known_title: str) -> 
     tree = _tree(decoded(body, content_type))
     if tree is None:
         raise _empty(url)
-    title = _title(tree)
-    _clean_links(tree, url)
     warnings: list[str] = []
-    text = harmless(_cut(_main_text(tree), warnings))
-    if not text.strip():
-        text = "\n\n".join(as_text(line) for line in _cut("\n".join(_visible_lines(tree)), warnings).splitlines())
+    without_furniture(tree)
+    if _shorten(tree.find("body"), MAX_ELEMENTS, MAX_READ_CHARACTERS):
+        warnings.append("The page is very long; only its beginning is read.")
+    title = _title(tree)
+    if not keep_own_part(tree):
         warnings.append("The main text of the page could not be told from the rest: all of its visible text is used.")
-    text = _below_title(text, known_title)
+    cut = _shorten(tree.find("body"), MAX_ELEMENTS, MAX_CHARACTERS)
+    text = markdown_of(tree.find("body"), url=url, base=next(iter(tree.xpath("//base/@href")), ""))
+    if cut or len(text) > MAX_CHARACTERS:
+        warnings.append(f"The page is very long; only its first {MAX_CHARACTERS:,} characters are used.")
+        text = re.sub(r"\s\S{0,1000}\Z", "", text[:MAX_CHARACTERS])
+    text = _below_title(harmless(text), known_title)
     if not text.strip():
         raise _empty(url)
     return PageText(
@@ -116,11 +98,23 @@ def read_page(body: bytes, *, content_type: str, url: str, known_title: str) -> 
     )
 
 
-def _cut(text: str, warnings: list[str]) -> str:
-    if len(text) <= MAX_CHARACTERS:
-        return text
-    warnings.append(f"The page is very long; only its first {MAX_CHARACTERS:,} characters are used.")
-    return text[:MAX_CHARACTERS].rpartition("\n")[0] or text[:MAX_CHARACTERS]
+def _shorten(body: Any, elements: int, characters: int) -> bool:
+    """Remove in place what stands after so many elements or so much text; say whether there was any."""
+    cut: list[Any] = []
+    number = 0
+    for event, element in lxml.etree.iterwalk(body, events=("start", "end")):
+        if event == "start":
+            number += 1
+            if number > elements or characters <= 0:
+                cut.append(element)
+        said = (element.text if event == "start" else element.tail) or ""
+        if len(said) > max(0, characters):
+            setattr(element, "text" if event == "start" else "tail", said[: max(0, characters)])
+        characters -= len(said.strip())
+    for element in cut:
+        if element.getparent() is not None:
+            element.getparent().remove(element)
+    return bool(cut) or characters < 0
 
 
 def decoded(body: bytes, content_type: str) -> str:
@@ -155,6 +149,8 @@ def _try(body: bytes, label: str) -> str | None:
 
 def _tree(text: str) -> Any:
     """The page without what only a browser without scripts would show (`Please enable JavaScript`)."""
+    if text.count("<") > MAX_TAGS:
+        text = "<".join(text.split("<", MAX_TAGS)[:MAX_TAGS])
     parser = lxml.html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True)
     try:
         # As bytes, because lxml refuses a text that begins with an XML declaration, as XHTML does.
@@ -168,82 +164,6 @@ def _tree(text: str) -> Any:
 
 def _empty(url: str) -> ProcessorError:
     return ProcessorError("EMPTY_PAGE", f"There is no text on the page {url}.", details={"url": url})
-
-
-def _extraction_settings() -> ConfigParser:
-    """Below 250 characters trafilatura gives up the structure and dumps the text; talks are often that short."""
-    settings = deepcopy(DEFAULT_CONFIG)
-    settings.set("DEFAULT", "MIN_EXTRACTED_SIZE", "1")
-    return settings
-
-
-_SETTINGS = _extraction_settings()
-
-
-def _main_text(tree: Any) -> str:
-    """The page's own text as Markdown.
-
-    On pages without `<main>`, `<article>` or the like trafilatura collects paragraphs and lists but no headings. There
-    it is shown the body as one article, and that is used when no word got lost by it.
-    """
-    text = _extract(tree)
-    if re.search(r"^#+ ", text, re.MULTILINE) or not tree.xpath(
-        "//body//*[self::h1 or self::h2 or self::h3 or self::h4]"
-    ):
-        return text
-    structured = _extract(_as_one_article(tree))
-    return structured if _words(text) <= _words(structured) else text
-
-
-def _as_one_article(tree: Any) -> Any:
-    tree = deepcopy(tree)
-    body = tree.find("body")
-    for block in body.iter("div"):
-        if not any(child.tag in _BLOCKS for child in block.iterdescendants()):
-            block.tag = "p"  # words directly in a <div> would be overlooked
-    article = body.makeelement("article")
-    article.extend([child for child in body if child.tag not in ("nav", "header", "footer", "aside")])
-    article.text, body.text = body.text, None
-    body.insert(0, article)
-    return tree
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text))
-
-
-def _extract(tree: Any) -> str:
-    text = trafilatura.extract(
-        deepcopy(tree),
-        output_format="markdown",
-        favor_recall=True,
-        include_comments=False,
-        include_formatting=True,
-        include_links=True,
-        include_tables=True,
-        config=_SETTINGS,
-    )
-    return text or ""
-
-
-def _clean_links(tree: Any, url: str) -> None:
-    """Make every link absolute; what leads to no web page or mailbox (`javascript:`, `#top`) keeps only its text."""
-    base = next(iter(tree.xpath("//base/@href")), "")
-    for link in tree.xpath("//a[@href]"):
-        target = _absolute(link.get("href").strip(), url, base)
-        if target is None:
-            link.tag = "span"
-        else:
-            link.set("href", as_target(target))
-
-
-def _absolute(href: str, url: str, base: str) -> str | None:
-    try:
-        target = urljoin(urljoin(url, base), href)
-        usable = urlsplit(target).scheme in ("http", "https", "mailto") and not href.startswith("#")
-    except ValueError:
-        return None
-    return target if usable else None
 
 
 def _title(tree: Any) -> str | None:
@@ -265,31 +185,6 @@ def _meta(tree: Any, *names: str) -> str | None:
 def _language(tree: Any) -> str | None:
     said = next(iter(tree.xpath("//html/@lang | //html/@xml:lang")), "") or _meta(tree, "content-language") or ""
     return said.strip().replace("_", "-") if re.fullmatch(r"\s*[A-Za-z]{2,3}([-_][A-Za-z0-9]{1,8})*\s*", said) else None
-
-
-def _visible_lines(tree: Any) -> list[str]:
-    """All text a reader would see, one block a line."""
-    pieces = "".join(_visible_pieces(tree))
-    return [words for line in pieces.split("\n") if (words := " ".join(line.split()))]
-
-
-def _visible_pieces(root: Any) -> Iterator[str]:
-    waiting: list[Any] = [root]
-    while waiting:
-        current = waiting.pop()
-        if isinstance(current, str):
-            yield current
-            continue
-        edge = "\n" if current.tag in _BLOCKS else ""
-        inside = [] if current.tag in _UNSEEN or not isinstance(current.tag, str) else _content(current)
-        waiting.extend(reversed([edge, *inside, edge]))
-
-
-def _content(element: Any) -> list[Any]:
-    parts: list[Any] = [" ".join((element.text or "").split("\n"))]
-    for child in element:
-        parts += [child, " ".join((child.tail or "").split("\n"))]
-    return parts
 
 
 def _folded(text: str) -> str:

@@ -26,10 +26,15 @@ _TOKENS = re.compile(
 
 def as_text(text: str) -> str:
     """One line of Markdown that reads exactly as `text`: no markup in it takes effect."""
-    line = _IN_LINE.sub(lambda found: f"\\{found.group()}", " ".join(text.split()))
+    line = as_text_within(" ".join(text.split()))
     if found := re.match(r"(\d{1,9})([.)])(?=\s|$)", line):
         return f"{found.group(1)}\\{line[found.end(1) :]}"
     return f"\\{line}" if re.match(r"(#{1,6}|[+-])(\s|$)|[-=]{2,}", line) else line
+
+
+def as_text_within(text: str) -> str:
+    """A piece of a line that reads exactly as `text`, wherever but at the line's beginning."""
+    return _IN_LINE.sub(lambda found: f"\\{found.group()}", text)
 
 
 def as_target(url: str) -> str:
