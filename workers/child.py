@@ -27,6 +27,7 @@ STOP: Final = b"stop"
 
 def main(pipe: Connection, memory_limit_mb: int) -> None:
     """Do the one assignment that comes through the pipe."""
+    os.setpgid(0, 0)  # programs that the processor starts are of our group, and end with us
     for number in (signal.SIGINT, signal.SIGTERM):
         # Who stops a service tells all its processes, but that is for the worker, which lets us finish or kills us.
         # A handler rather than SIG_IGN, which programs that a processor starts would inherit.
@@ -66,4 +67,4 @@ def _obey(pipe: Connection, stopping: threading.Event, answered: Callable[[Any],
             else:
                 answered(orjson.loads(said))
     except (EOFError, OSError):
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)

@@ -417,7 +417,7 @@ async def _child(
 
 
 def _end(process: BaseProcess, pipe: Connection) -> None:
-    """Ask the child to stop, kill it if it does not, and close the pipe when nobody reads it any more."""
+    """Ask the child to stop, kill it with all it has started if it does not, and close the pipe that nobody reads."""
     if process.pid is not None:
         if process.is_alive():
             with suppress(OSError):
@@ -425,6 +425,8 @@ def _end(process: BaseProcess, pipe: Connection) -> None:
             process.join(STOP_SECONDS)
         if process.is_alive():
             process.kill()
+        with suppress(ProcessLookupError, PermissionError):  # none is left, or it had not come so far
+            os.killpg(process.pid, signal.SIGKILL)
         process.join(5)
     pipe.close()
 

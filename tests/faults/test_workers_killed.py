@@ -29,7 +29,7 @@ from tests.support.installation import descendants
 from tests.support.job_processes import job_processes
 from tests.support.ledgers import stored
 from tests.support.mongod import needs_local_mongod
-from tests.support.running import ENDS, Process, RealProcess, group, process, real_process, until
+from tests.support.running import ENDS, Process, RealProcess, alive_in_session, process, real_process, until
 from tests.support.slow_site import SlowSite, serving
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
@@ -189,6 +189,8 @@ async def test_whatever_is_killed_every_job_ends_and_no_two_attempts_overlap(tmp
 
             for role in stage.workers + stage.projectors:
                 assert role.process.poll() is None, "a process has ended by itself"
-            await until(lambda: not any(group(role.pid) for role in stage.killed), "nothing is left of the killed")
+            await until(
+                lambda: not any(alive_in_session(role.pid) for role in stage.killed), "nothing is left of the killed"
+            )
             assert sum(event.type == "JobLeaseExpired" for event in stage.seen) > WORKERS, "nobody was killed at work"
             assert stage.errors("JobAttemptFailed")["PROCESS_KILLED"] > 0, "no child was killed at work"

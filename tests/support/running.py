@@ -319,21 +319,21 @@ def real_process(connection: Connection, store: Path, *roles: str, **options: An
     finally:
         real.process.kill()
         real.process.wait()
-        for pid in group(real.pid):
+        for pid in alive_in_session(real.pid):
             os.kill(pid, signal.SIGKILL)
         assert real.process.stdout is not None
         real.process.stdout.close()
 
 
-def group(leader: int) -> list[int]:
-    """Return the processes of a process group that are alive; zombies, which wait for whoever reaps them, are not."""
+def alive_in_session(leader: int) -> list[int]:
+    """Return the processes of a session that are alive; zombies, which wait for whoever reaps them, are not."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _parent, group_id = stat.read_text().rpartition(")")[2].split()[:3]
+            state, _parent, _group, session = stat.read_text().rpartition(")")[2].split()[:4]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(group_id) == leader and state != "Z":
+        if int(session) == leader and state != "Z":
             found.append(int(stat.parent.name))
     return found
 

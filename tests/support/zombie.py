@@ -22,7 +22,7 @@ from pymongo import monitoring
 
 from ledger.mongo import Connection
 from tests.support import running
-from tests.support.running import RealProcess, group
+from tests.support.running import RealProcess, alive_in_session
 
 PATIENCE_SECONDS = 10.0
 
@@ -76,7 +76,7 @@ def real_zombie(connection: Connection, store: Path, *, lease_seconds: float, **
     finally:
         real.process.kill()
         real.process.wait()
-        for pid in group(real.pid):
+        for pid in alive_in_session(real.pid):
             os.kill(pid, signal.SIGKILL)
         assert real.process.stdout is not None
         real.process.stdout.close()

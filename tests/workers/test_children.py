@@ -15,7 +15,8 @@ import pytest
 from ledger.commands import CancelJob
 from ledger.events import JobAttemptFailed, JobClaimed
 from ledger.mongo import Connection
-from tests.support.running import Process, WorkerOptions, group, process, real_process, until
+from tests.processors.session.support import CONFERENCE_PAGE, Answer, html, serving
+from tests.support.running import Process, WorkerOptions, alive_in_session, process, real_process, until
 
 
 class SilentSite:
@@ -118,6 +119,38 @@ async def test_cancelling_a_job_kills_its_child_within_two_seconds(here: Process
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("end", ["cancelled", "killed"])
+async def test_programs_that_a_processor_has_started_end_with_its_child(
+    end: str, connection: Connection, store: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "soffice"
+    program.write_text(
+        f"#!/bin/sh\nsleep 1000 & echo $! > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/started\nwait\n"
+    )
+    program.chmod(0o755)
+    settings = {"allow_private": ["127.0.0.1"], "libreoffice": str(program)}
+    options = WorkerOptions(processors={"session": settings})
+    with serving() as conference:
+        async with process(connection, store, projector=True, worker=options) as here:
+            asked = {
+                **SilentSite().job(),
+                "url": conference.put("/talk", html(CONFERENCE_PAGE)),
+                "attachments_url": conference.put("/deck.pptx", Answer(b"PK\x03\x04")),
+            }
+            job_id = await here.submit(asked, job_type="session", max_attempts=1)
+            await until((tmp_path / "started").exists, "the program runs", seconds=30)
+            started = int((tmp_path / "started").read_text())
+            assert not is_gone(started)
+            (child,) = multiprocessing.active_children()
+            assert child.pid is not None
+            if end == "cancelled":
+                await here.do(job_id, CancelJob("user-1"))
+            else:
+                os.kill(child.pid, signal.SIGKILL)
+            await until(lambda: is_gone(started), "the program is gone", seconds=2)
+            assert (await here.ended(job_id))["status"] == {"cancelled": "cancelled", "killed": "failed"}[end]
+
+
 async def test_a_frozen_child_is_killed_all_the_same(here: Process, site: SilentSite) -> None:
     job_id = await here.submit(site.job(), job_type="session")
     pid = await at_work(site)
@@ -149,13 +182,14 @@ async def test_a_worker_that_is_told_to_stop_gives_its_job_back_and_leaves_no_pr
             await worker.started()
             async with asyncio.timeout(30):
                 await site.asked.get()
-            assert len(group(worker.pid)) >= 3, "a worker, a server process, a child"
+            assert len(alive_in_session(worker.pid)) >= 3, "a worker, a server process, a child"
             if whom == "the worker":
                 worker.send(signal.SIGTERM)
             else:
-                os.killpg(worker.pid, signal.SIGTERM)
+                for pid in alive_in_session(worker.pid):
+                    os.kill(pid, signal.SIGTERM)
             assert await worker.gone() == 0
-            await until(lambda: group(worker.pid) == [], "nothing is left", seconds=5)
+            await until(lambda: alive_in_session(worker.pid) == [], "nothing is left", seconds=5)
         history = [event for event in await here.history(job_id) if event != "JobProgressed"]
         assert history == ["JobSubmitted", "JobClaimed", "JobReleased"]
 
@@ -170,6 +204,6 @@ async def test_a_killed_worker_takes_its_children_with_it(
             async with asyncio.timeout(30):
                 await site.asked.get()
             worker.send(signal.SIGKILL)
-            await until(lambda: group(worker.pid) == [], "nothing is left", seconds=5)
+            await until(lambda: alive_in_session(worker.pid) == [], "nothing is left", seconds=5)
         history = [event for event in await here.history(job_id) if event != "JobProgressed"]
         assert history == ["JobSubmitted", "JobClaimed"]

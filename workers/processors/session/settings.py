@@ -126,6 +126,13 @@ class SessionSettings(BaseModel):
         default=80_000_000, gt=0, description="Largest image rendered, or opened from inside a PDF: width × height."
     )
 
+    libreoffice: str | None = Field(
+        default="soffice",
+        min_length=1,
+        description="The program that makes a PDF of PowerPoint, OpenDocument and Keynote files. Where it is not "
+        "installed, or with null, they are only linked.",
+    )
+
     transcription: TranscriptionSettings = Field(default=TranscriptionSettings(), description="Speech to text.")
     language_model: LanguageModelSettings = Field(
         default=LanguageModelSettings(), description="Summary, tags and translation."

@@ -57,7 +57,12 @@ class Slide(SavedFile):
 
 def other_type(url: str) -> str | None:
     """What `url` leads to according to its ending, if that is no PDF."""
-    return _OTHER_TYPES.get(PurePosixPath(unquote(urlsplit(url).path)).suffix.lower())
+    return _OTHER_TYPES.get(suffix_of(url))
+
+
+def suffix_of(url: str) -> str:
+    """How the path of `url` ends: `.pdf`."""
+    return PurePosixPath(unquote(urlsplit(url).path)).suffix.lower()
 
 
 def is_pdf(path: Path) -> bool:

@@ -7,10 +7,28 @@ from pathlib import Path
 
 from workers.processor import JSON, ProcessorError
 from workers.processors.session.markdown import SlideShow
-from workers.processors.session.slides import DrawnPage, Slide, Unreadable, draw, file_names, is_pdf, other_type
+from workers.processors.session.office import (
+    MEDIA_TYPES,
+    NotConverted,
+    can_be_presentation,
+    is_installed,
+    is_presentation,
+    to_pdf,
+)
+from workers.processors.session.slides import (
+    DrawnPage,
+    Slide,
+    Unreadable,
+    draw,
+    file_names,
+    is_pdf,
+    other_type,
+    suffix_of,
+)
 from workers.processors.session.steps import FETCH_SHARE, Cancelled, Work
 
 MAX_TEXT = 500_000
+LOOK_EVERY_SECONDS = 0.5
 
 
 def inputs(work: Work) -> dict[str, JSON]:
@@ -25,6 +43,7 @@ def inputs(work: Work) -> dict[str, JSON]:
     }
     return {
         "url": work.session.attachments_url,
+        "office": is_installed(work.settings.libreoffice),
         **work.settings.model_dump(mode="json", include=limits),
     }
 
@@ -46,29 +65,55 @@ async def run(work: Work) -> JSON:
             await work.warn(f"The slides are only linked. {error.message}")
         except Unreadable as error:
             await work.warn(f"The slides are only linked: the PDF {error}.")
+        except NotConverted as error:
+            await work.warn(f"The attachment is only linked: it {error}.")
     await work.job.progress(90, "The slides are done")
     return SlideShow(slides=slides, warnings=work.warnings).model_dump(mode="json")
 
 
 async def _show(work: Work, url: str, slides: list[Slide]) -> None:
-    if kind := other_type(url):
-        await work.warn(f"The attachment is only linked: it is {kind}, and images can only be made of PDF.")
+    suffix = suffix_of(url)
+    kind = other_type(url)
+    convertible = can_be_presentation(suffix) and is_installed(work.settings.libreoffice)
+    if kind and not convertible:
+        missing = "; LibreOffice, which could make one of it, is not installed" if can_be_presentation(suffix) else ""
+        await work.warn(f"The attachment is only linked: it is {kind}, and images can only be made of PDF{missing}.")
         return
-    pdf = work.job.scratch / "slides.pdf"
+    attachment = work.job.scratch / "attachment"
     await work.job.progress(60, "Fetching the slides")
     fetched = await work.fetcher.fetch(
         url,
         max_bytes=work.settings.slides_max_bytes,
         total_seconds=work.settings.slides_timeout_seconds * FETCH_SHARE,
-        into=pdf,
+        into=attachment,
         on_progress=work.downloading("Fetching the slides", 60, 70),
     )
     await work.log_fetched(fetched)
-    if await asyncio.to_thread(is_pdf, pdf):
-        await _draw(work, pdf, slides)
+    if await asyncio.to_thread(is_pdf, attachment):
+        await _draw(work, attachment, slides)
+        return
+    suffix = suffix if convertible else MEDIA_TYPES.get(fetched.media_type, "")
+    if is_installed(work.settings.libreoffice) and await asyncio.to_thread(is_presentation, attachment, suffix):
+        await _draw(work, await _converted(work, attachment, suffix), slides)
     else:
         kind = fetched.media_type or "of unknown type"
         await work.warn(f"The attachment is only linked: it is no PDF ({kind}), and images can only be made of PDF.")
+
+
+async def _converted(work: Work, attachment: Path, suffix: str) -> Path:
+    await work.job.progress(70, "Making a PDF of the slides")
+    scratch = work.job.scratch / "office"
+    await asyncio.to_thread(scratch.mkdir)
+    converting = asyncio.create_task(
+        to_pdf(attachment, suffix, program=work.settings.libreoffice or "", scratch=scratch)
+    )
+    try:
+        while not (await asyncio.wait({converting}, timeout=LOOK_EVERY_SECONDS))[0]:
+            work.stop_if_cancelled()
+        return converting.result()
+    finally:
+        converting.cancel()
+        await asyncio.wait({converting})
 
 
 async def _draw(work: Work, pdf: Path, slides: list[Slide]) -> None:
