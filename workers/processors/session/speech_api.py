@@ -70,7 +70,7 @@ def _quietest(samples: array[int]) -> int:
     return min(-min(loudness)[1] + _QUIET_SAMPLES // 2, len(samples))
 
 
-def _piece(audio: Path, begin: int, end: int) -> bytes:
+def _piece(audio: Path, begin: int, end: int) -> io.BytesIO:
     """Return a piece as a WAV file of its own."""
     with audio.open("rb") as file, closing(wave.open(file)) as sound:
         sound.setpos(begin)
@@ -81,7 +81,7 @@ def _piece(audio: Path, begin: int, end: int) -> bytes:
         piece.setsampwidth(2)
         piece.setframerate(SAMPLE_RATE)
         piece.writeframes(samples)
-    return written.getvalue()
+    return written
 
 
 async def transcribe(
@@ -123,12 +123,13 @@ async def transcribe(
 
 
 async def _text_of(api: OpenAiApi, audio: Path, begin: int, end: int, *, model: str, language: str) -> list[Segment]:
-    sound = await asyncio.to_thread(_piece, audio, begin, end)
-    answer: Any = await api.post(
-        "audio/transcriptions",
-        data={"model": model, "language": language, "response_format": "verbose_json"},
-        files={"file": ("audio.wav", sound, "audio/wav")},
-    )
+    # Closed, its memory is free: the request that held it is part of a cycle, which may be collected much later.
+    with await asyncio.to_thread(_piece, audio, begin, end) as sound:
+        answer: Any = await api.post(
+            "audio/transcriptions",
+            data={"model": model, "language": language, "response_format": "verbose_json"},
+            files={"file": ("audio.wav", sound, "audio/wav")},
+        )
     try:
         said = _Answer.model_validate(answer)
     except ValidationError as error:

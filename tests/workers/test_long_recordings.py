@@ -1,0 +1,109 @@
+"""An hour of film: memory stays what it is for a quarter, progress moves, and a cancellation takes effect at once."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.commands import CancelJob
+from ledger.events import JobLogged, JobProgressed
+from ledger.mongo import Connection
+from tests.processors.session.films import film, one_second
+from tests.processors.session.openai_server import KEY, OpenAi, openai
+from tests.processors.session.support import CONFERENCE_PAGE, Answer, Site, html, serving
+from tests.support.running import Process, WorkerOptions, process, until
+
+_MOST_MEGABYTES_MORE = 30
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with serving() as running:
+        running.put("/talk", html(CONFERENCE_PAGE))
+        yield running
+
+
+@pytest.fixture
+def api() -> Iterator[OpenAi]:
+    with openai() as running:
+        yield running
+
+
+def worker(api: OpenAi, folder: Path) -> WorkerOptions:
+    key = folder / "key"
+    key.write_text(KEY)
+    listening = {"backend": "openai", "url": api.url, "model": "whisper-1", "api_key_file": str(key), "parallel": 2}
+    return WorkerOptions(processors={"session": {"allow_private": ["127.0.0.1"], "transcription": listening}})
+
+
+def asked(site: Site, minutes: int) -> dict[str, Any]:
+    film_url = site.put(f"/{minutes}.mkv", Answer(film("flac.mkv", one_second(), repeated=60 * minutes)))
+    return {
+        **{"event": "A conference", "session": f"A talk of {minutes} minutes", "filename": f"talk-{minutes}.md"},
+        **{"track": "A track", "url": site.url("/talk"), "video_url": film_url},
+    }
+
+
+def memory_megabytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return max((int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmHWM")), default=0)
+
+
+async def peak_megabytes(here: Process, job_id: str) -> int:
+    """Follow the job to its end; return the most memory its child ever had."""
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            for child in multiprocessing.active_children():
+                most = max(most, memory_megabytes(child.pid or 0))
+            await asyncio.sleep(0.02)
+
+    watching = asyncio.create_task(watch())
+    job = await here.ended(job_id, seconds=120)
+    watching.cancel()
+    assert job["status"] == "completed", job["error"]
+    return most
+
+
+@pytest.mark.timeout(240)
+async def test_an_hour_takes_no_more_memory_than_a_quarter_and_its_progress_moves(
+    site: Site, api: OpenAi, connection: Connection, store: Path, tmp_path: Path
+) -> None:
+    api.speech = lambda seconds: {"text": "words", "segments": [{"start": 0.0, "end": seconds, "text": "words"}]}
+    async with process(connection, store, projector=True, worker=worker(api, tmp_path)) as here:
+        quarter = await peak_megabytes(here, await here.submit(asked(site, 15), job_type="session"))
+        del api.asked[:]
+        job_id = await here.submit(asked(site, 60), job_type="session")
+        hour = await peak_megabytes(here, job_id)
+        assert quarter > 0
+        assert hour < quarter + _MOST_MEGABYTES_MORE
+        events = await here.log.read_stream(job_id)
+        told = [event.time for event in events if isinstance(event.event, JobProgressed | JobLogged)]
+        waits = [(later - earlier).total_seconds() for earlier, later in pairwise(told)]
+        assert max(waits) < 5
+        assert sum(entry["seconds"] for entry in api.asked) == pytest.approx(3600, abs=1)
+
+
+@pytest.mark.timeout(120)
+async def test_a_job_that_listens_is_cancelled_within_two_seconds(
+    site: Site, api: OpenAi, connection: Connection, store: Path, tmp_path: Path
+) -> None:
+    api.troubles = ["hang"] * 10
+    async with process(connection, store, projector=True, worker=worker(api, tmp_path)) as here:
+        job_id = await here.submit(asked(site, 20), job_type="session")
+        await here.heard(JobProgressed, job_id, where=lambda event: "Listening" in event.message, seconds=60)
+        (child,) = multiprocessing.active_children()
+        await here.do(job_id, CancelJob("user-1"))
+        await until(lambda: not child.is_alive(), "the child is gone", seconds=2)
+        assert (await here.ended(job_id))["status"] == "cancelled"
