@@ -24,9 +24,12 @@ from ledger.commands import ClaimJob, CompleteJob
 from ledger.handle import handle
 from ledger.mongo import Connection
 from ledger.server_note import until
+from tests.processors.session.support import html, serving, session
+from tests.processors.session.test_markdown import material, page
 from tests.support.examples import NOON, RESULTS
 from tests.support.installation import COMMAND, Installation
 from tests.support.ledgers import META, Ledger, ledger_on
+from workers.processors.session.markdown import compose_markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -210,3 +213,68 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
     assert shown_keys.keys() - {"batch"} == body.keys()
     assert shown_keys["job"].keys() <= body["job"].keys()
     assert shown_keys["metadata"].keys() <= body["metadata"].keys()
+
+
+def test_a_job_type_of_ones_own_is_made_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    how_to = DOCS / "how-to" / "job-types.md"
+    [processor], [project], [commands] = (blocks(how_to, language) for language in ("python", "toml", "sh"))
+    package, home = tmp_path / "package", tmp_path / "home"
+    package.mkdir()
+    (package / "wordcount.py").write_text(processor)
+    (package / "pyproject.toml").write_text(project)
+    install, submit = commands.splitlines()
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            *install.split(),
+            "--no-deps",
+            "--no-build-isolation",
+            "--quiet",
+            "--target",
+            tmp_path / "installed",
+        ],
+        cwd=package,
+        check=True,
+        capture_output=True,
+    )
+    with serving() as site, reader(mongodb_uri, db_name, home, {}) as installation:
+        site.put("/", html("<p>Four words and more</p>"))
+        path = {"PYTHONPATH": str(tmp_path / "installed")}
+        for role in ("projector", "worker", "api"):
+            installation.start(role, **path).ready()
+        said = typed(installation, submit.replace("http://127.0.0.1:8000/", site.url("/")))
+        assert "completed" in said
+        wrong = installation.run(
+            *("submit", "-", "--job-type", "wordcount"), stdin='{"uri": 1}', JOBLEDGER_URL=installation.roles[-1].url
+        )
+        assert wrong.exit_code != 0
+        assert "url" in wrong.err
+        listed = typed(installation, "curl -s 'http://127.0.0.1:5001/api/events/jobs?job_type=wordcount'")
+    [job] = json.loads(listed)["jobs"]
+    assert (job["status"], job["results"]["metadata"]["words"]) == ("completed", 4)
+
+
+SESSIONS = DOCS / "how-to" / "sessions.md"
+
+
+def test_the_settings_of_sessions_are_as_the_how_to_says(tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(SESSIONS, "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        settings, _ = read_settings(path)
+        assert settings.processors["session"]
+
+
+def test_a_template_has_everything_that_the_how_to_names() -> None:
+    named = re.findall(r"^\| `([a-z_]+)` \|", SESSIONS.read_text(encoding="utf-8"), re.MULTILINE)
+    names = [name for name in named if name not in ("compose", "markdown")]  # those are steps
+    assert {"front_matter", "session", "labels", "warnings"} <= set(names)
+    rendered = compose_markdown(
+        session=session(),
+        job_id="job-1",
+        material=material(session(), page(), None, None),
+        warnings=["Alas"],
+        template="".join(f"{{{{ {name} }}}}" for name in names),
+    )
+    assert "Alas" in rendered

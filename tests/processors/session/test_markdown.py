@@ -275,3 +275,11 @@ def test_the_language_is_the_pages_own_where_it_says_so() -> None:
 
 def test_moments_are_told_like_on_a_player() -> None:
     assert [clock(seconds) for seconds in (0, 75.9, 3_700)] == ["0:00", "1:15", "1:01:40"]
+
+
+def test_a_german_document_has_german_headings() -> None:
+    text = document(of_page=page(language="de-AT"), slides=[slide(1, "Übung")], warnings=["Alas."])
+    headings = [words for _, words in headings_in(parts_of(text)[1])]
+    assert headings[1:] == ["Folien", "Mitschrift", "Links", "Was nicht gelang"]
+    assert "![Folie 1: Übung]" in text
+    assert "[Seite des Vortrags](" in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import zlib
 from collections.abc import Generator
 from contextlib import aclosing
@@ -10,6 +12,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+from fpdf import FPDF
 from PIL import Image
 
 from tests.processors.session.support import pdf
@@ -137,3 +140,46 @@ async def test_work_in_a_thread_is_closed_by_that_thread_when_the_reader_leaves(
                 break
     assert seen == [0, 1, 2]
     assert closed.wait(10)
+
+
+def pdf_of_scans(pages: int) -> bytes:
+    """A PDF that has nothing but a picture on each page, as a scanner makes them, each a little different."""
+    document = FPDF(unit="mm", format=(143, 254), orientation="landscape")
+    for number in range(pages):
+        document.add_page()
+        noise = Image.effect_noise((640, 360), 20 + number % 50)
+        document.image(noise, x=0, y=0, w=254, h=143)
+    return bytes(document.output())
+
+
+def test_a_pdf_of_pictures_only_becomes_slides_without_text(tmp_path: Path) -> None:
+    pages = drawn(pdf_of_scans(3), tmp_path)
+    assert [(page.number, page.text, page.problem) for page in pages] == [(number, "", None) for number in (1, 2, 3)]
+    assert len({page.image for page in pages}) == 3
+    assert max(size_of(pages[0].image)) == 1280
+
+
+_DRAW = """
+import resource, sys
+from pathlib import Path
+from workers.processors.session import SessionSettings
+from workers.processors.session.slides import draw
+
+numbers, half = [], 0
+for page in draw(Path(sys.argv[1]), SessionSettings()):
+    assert page.image and page.thumbnail and not page.problem
+    numbers.append(page.number)
+    if page.number == page.pages // 10:
+        half = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert numbers == list(range(1, page.pages + 1))
+print(page.pages, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - half) // 1024)
+"""
+
+
+def test_three_hundred_pages_take_no_more_memory_than_thirty(tmp_path: Path) -> None:
+    path = tmp_path / "deck.pdf"
+    path.write_bytes(pdf_of_scans(300))
+    said = subprocess.run([sys.executable, "-c", _DRAW, path], check=True, capture_output=True, text=True, timeout=120)
+    pages, megabytes_more = map(int, said.stdout.split())
+    assert pages == 300
+    assert megabytes_more < 50

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from workers.processor import ProcessorError, SavedFile
 from workers.processors.session.compose import Summary
+from workers.processors.session.labels import labels_in
 from workers.processors.session.names import Layout
 from workers.processors.session.page import PageText
 from workers.processors.session.parameters import SessionParameters
@@ -101,12 +102,14 @@ def compose_markdown(
         ProcessorError: TEMPLATE_ERROR, if the operator's own template cannot be used.
     """
     page, composed, recording, show = material
+    labels = labels_in(composed.language)
     context: dict[str, Any] = {
         "front_matter": front_matter(session=session, job_id=job_id, page=page, composed=composed),
         "session": session,
         "occasion": _occasion(session),
         "page": page.model_copy(update={"markdown": composed.markdown}),
-        "slides": [{"alt": _alt(slide), "target": _beside(slide)} for slide in show.slides],
+        "labels": labels,
+        "slides": [{"alt": _alt(slide, labels["slide"]), "target": _beside(slide)} for slide in show.slides],
         "transcript": {"paragraphs": _paragraphs(recording.segments), "reason": recording.reason or ""},
         "warnings": warnings,
     }
@@ -168,11 +171,11 @@ def _occasion(session: SessionParameters) -> list[str]:
     return [part for part in (session.event, session.track, day) if part]
 
 
-def _alt(slide: Slide) -> str:
+def _alt(slide: Slide, label: str) -> str:
     """What stands on the slide, for those who cannot see it and for search."""
     words = " ".join(slide.text.split())
     short = words if len(words) <= MAX_ALT else words[:MAX_ALT].rsplit(" ", 1)[0] + " …"
-    return f"Slide {slide.number}: {short}" if short else f"Slide {slide.number}"
+    return f"{label} {slide.number}: {short}" if short else f"{label} {slide.number}"
 
 
 def _beside(file: SavedFile) -> str:

@@ -126,6 +126,11 @@ class SessionSettings(BaseModel):
         default=80_000_000, gt=0, description="Largest image rendered, or opened from inside a PDF: width × height."
     )
 
+    video_sites: list[str] = Field(
+        default=["youtube.com", "youtu.be", "vimeo.com", "dailymotion.com"],
+        description="Sites on whose pages yt-dlp may look for the recording, with their subdomains. It fetches those "
+        "pages by itself. Needs `pip install yt-dlp`, and to keep that up to date.",
+    )
     libreoffice: str | None = Field(
         default="soffice",
         min_length=1,

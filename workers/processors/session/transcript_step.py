@@ -21,6 +21,7 @@ from workers.processors.session.transcript import (
     listen,
     refuse_web_pages,
 )
+from workers.processors.session.video_sites import is_on_a_video_site, media_address
 
 MAX_CHARACTERS = 1_000_000
 
@@ -92,6 +93,9 @@ async def _reason_for_no_text(work: Work, so_far: _SoFar) -> str | None:
 async def _hear(work: Work, url: str, so_far: _SoFar) -> None:
     video, audio = work.job.scratch / "video", work.job.scratch / "audio.wav"
     await work.job.progress(20, "Fetching the recording")
+    if is_on_a_video_site(url, work.settings.video_sites):
+        seconds = work.settings.read_timeout_seconds
+        url = await asyncio.to_thread(media_address, url, seconds=seconds)
     fetched = await work.fetcher.fetch(
         url,
         max_bytes=work.settings.video_max_bytes,

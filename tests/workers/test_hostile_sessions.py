@@ -1,0 +1,123 @@
+"""Sessions made to hurt: each ends in time, with an error or a warning that says why, and the worker lives on."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.mongo import Connection
+from tests.processors.session.support import CONFERENCE_PAGE, Answer, Site, html, pdf, redirect, serving
+from tests.processors.session.test_slides import pdf_with_image
+from tests.support.running import Process, WorkerOptions, process
+
+HTML = {"Content-Type": "text/html; charset=utf-8"}
+MEBIBYTE = 1024 * 1024
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with serving() as running:
+        running.put("/talk", html(CONFERENCE_PAGE))
+        yield running
+
+
+@pytest.fixture
+async def here(connection: Connection, store: Path) -> AsyncIterator[Process]:
+    limits = {"allow_private": ["127.0.0.1"], "slides_timeout_seconds": 4, "page_timeout_seconds": 30}
+    options = WorkerOptions(slots=2, memory_limit_mb=2048, processors={"session": limits})
+    async with process(connection, store, projector=True, worker=options) as running:
+        yield running
+
+
+def asked(**addresses: str) -> dict[str, Any]:
+    return {"event": "A conference", "session": "A talk", "filename": "talk.md", "track": "A track", **addresses}
+
+
+def zeros_packed(mebibytes: int) -> bytes:
+    packing = zlib.compressobj(9, wbits=31)
+    return b"".join(packing.compress(bytes(MEBIBYTE)) for _ in range(mebibytes)) + packing.flush()
+
+
+def pdf_that_draws_for_ever(levels: int = 12) -> bytes:
+    """A page that draws a form ten times, which draws a form ten times …: some kilobytes, 10 ^ `levels` rectangles."""
+    bottom = 3 + levels
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 200] /Contents 4 0 R "
+        "/Resources << /XObject << /F 5 0 R >> >> >>",
+    ]
+    ten = "/F Do " * 10
+    objects.append(f"<< /Length {len(ten)} >>\nstream\n{ten}\nendstream")
+    for level in range(levels):
+        last = level == levels - 1
+        text = "0 0 50 50 re f" if last else ten
+        resources = "" if last else f"/Resources << /XObject << /F {6 + level} 0 R >> >> "
+        head = f"<< /Type /XObject /Subtype /Form /BBox [0 0 200 200] {resources}/Length {len(text)} >>"
+        objects.append(f"{head}\nstream\n{text}\nendstream")
+    assert len(objects) == bottom + 1
+    body, offsets = "%PDF-1.4\n", []
+    for number, content in enumerate(objects, 1):
+        offsets.append(len(body))
+        body += f"{number} 0 obj\n{content}\nendobj\n"
+    table = "".join(f"{offset:010} 00000 n \n" for offset in offsets)
+    trailer = f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(body)}\n%%EOF"
+    return (f"{body}xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{trailer}").encode()
+
+
+@pytest.mark.timeout(120)
+async def test_hostile_pages_fail_clearly_and_the_worker_lives_on(here: Process, site: Site) -> None:
+    bomb = zeros_packed(400)
+    assert len(bomb) < MEBIBYTE
+    expected = {
+        site.put("/inside", redirect("http://169.254.169.254/latest/meta-data/")): "ADDRESS_REFUSED",
+        site.put("/circle", redirect("/circle")): "TOO_MANY_REDIRECTS",
+        site.put("/bomb", Answer(bomb, headers={**HTML, "Content-Encoding": "gzip"})): "TOO_LARGE",
+        site.put("/announced", Answer(b"<html>", headers=HTML, announced=10**15)): "TOO_LARGE",
+        site.put("/nested", Answer(gzip.compress(b"<b>" * 10_000_000), headers={**HTML, "Content-Encoding": "gzip"})): (
+            "TOO_LARGE"
+        ),
+        site.put("/zeros", Answer(bytes(MEBIBYTE), headers=HTML)): "EMPTY_PAGE",
+        site.put("/film", Answer(b"\x1a\x45\xdf\xa3", headers={"Content-Type": "video/webm"})): "NOT_HTML",
+        "http://[::ffff:10.0.0.1]/": "ADDRESS_REFUSED",
+    }
+    submitted = {url: await here.submit(asked(url=url), job_type="session", max_attempts=1) for url in expected}
+    for url, job_id in submitted.items():
+        job = await here.ended(job_id, seconds=60)
+        assert (job["status"], job["error"]["code"]) == ("failed", expected[url]), url
+        assert "Traceback" not in job["error"]["message"]
+    await an_honest_session_is_done(here, site)
+
+
+@pytest.mark.timeout(120)
+async def test_hostile_attachments_are_warnings_and_the_worker_lives_on(here: Process, site: Site) -> None:
+    giant = "holds an image of 20000 × 5000 pixels, more than allowed"
+    expected = {
+        site.put("/for-ever.pdf", Answer(pdf_that_draws_for_ever())): "could not be worked through within 4 seconds",
+        site.put("/giant.pdf", Answer(pdf_with_image(20_000, 5_000))): giant,
+        site.put("/cut.pdf", Answer(pdf(30)[:3000])): "the PDF is damaged",
+        site.put("/locked.pdf", Answer(pdf(2, password="secret"))): "protected by a password",
+        site.put("/inside.pdf", redirect("http://127.0.0.2:1/")): "127.0.0.2",
+    }
+    submitted = {
+        url: await here.submit(asked(url=site.url("/talk"), attachments_url=url), job_type="session", max_attempts=1)
+        for url in expected
+    }
+    for url, job_id in submitted.items():
+        job = await here.ended(job_id, seconds=60)
+        assert job["status"] == "completed", (url, job["error"])
+        assert any(expected[url] in warning for warning in job["results"]["metadata"]["warnings"]), url
+    await an_honest_session_is_done(here, site)
+
+
+async def an_honest_session_is_done(here: Process, site: Site) -> None:
+    slides = site.put("/slides.pdf", Answer(pdf(2)))
+    job_id = await here.submit(asked(url=site.url("/talk"), attachments_url=slides), job_type="session")
+    job = await here.ended(job_id, seconds=30)
+    assert (job["status"], job["attempt"]) == ("completed", 1)
+    assert job["results"]["metadata"]["slides"] == 2
