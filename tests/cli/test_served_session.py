@@ -40,7 +40,13 @@ def test_every_image_and_link_of_a_served_document_is_alive(mongodb_uri: str, db
         Installation(tmp_path, mongodb=mongodb, processors=sessions) as installation,
         httpx.Client() as client,
     ):
-        for path in ("/mehr?a=1&b=(2)", "/mehr?a=1&b=%282%29", "/talks/andere%20seite.html"):
+        # Brackets are escaped in Markdown: %28 is the same to a server, if not to this simple one.
+        for path in (
+            "/mehr?a=1&b=%282%29",
+            "/talks/andere%20seite.html",
+            "/film%20%281%29.webm",
+            "/folien%5F%5B1%5D.pdf",
+        ):
             site.put(path, html("<p>Da.</p>"))
         asked = {
             **{"event": "Rand/Konferenz: 2025", "session": TITLE, "track": "A|B*C", "filename": "Fünf Ränder?.md"},
