@@ -40,7 +40,7 @@ def as_text_within(text: str) -> str:
 def as_target(url: str) -> str:
     """`url` as the target of a Markdown link."""
     return re.sub(
-        r"[\s\x00-\x20\x7f<>()\[\]\\`\"'|*_]",
+        r"[\s\x00-\x20\x7f<>()\[\]\\`\"'|]",
         lambda found: "".join(f"%{byte:02X}" for byte in found.group().encode()),
         url,
     )
