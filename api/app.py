@@ -133,7 +133,7 @@ def create_app(services: Services) -> ASGIApp:
         },
     )
     app.state.services = services
-    app.state.docs = docs.Docs(openapi.document(ROUTES, services.job_types))
+    app.state.docs = docs.Docs(lambda: openapi.document(ROUTES, services.job_types))
     app.state.responses = responses
     # Around everything: also what Starlette itself answers to a fault has its headers, and is counted.
     return metrics.CountedResponses(Observed(app, services.edge), responses)

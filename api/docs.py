@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final
 
@@ -20,14 +22,28 @@ _METHODS: Final = ("get", "post", "put", "delete")
 
 
 class Docs:
-    """The document as it is sent, as JSON and as a page; both are made once."""
+    """The document as it is sent, as JSON and as a page. Each is made when it is first asked for: it takes a moment."""
 
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self.json = _Content(orjson.dumps(document), "application/json", {})
-        text = _page_of(document)
+    def __init__(self, describe: Callable[[], Mapping[str, Any]]) -> None:
+        self._describe = describe
+
+    @cached_property
+    def document(self) -> Mapping[str, Any]:
+        """What the interface is."""
+        return self._describe()
+
+    @cached_property
+    def json(self) -> _Content:
+        """It, for programs."""
+        return _Content(orjson.dumps(self.document), "application/json", {})
+
+    @cached_property
+    def page(self) -> _Content:
+        """It, for people."""
+        text = _page_of(self.document)
         style = text.partition("<style>")[2].partition("</style>")[0]
         policy = f"default-src 'none'; style-src 'sha256-{_base64_digest(style)}'; base-uri 'none'; form-action 'none'"
-        self.page = _Content(text.encode(), "text/html", {"Content-Security-Policy": policy})
+        return _Content(text.encode(), "text/html", {"Content-Security-Policy": policy})
 
 
 class _Content:
@@ -62,13 +78,13 @@ async def index(_request: Request) -> Response:
 async def document(request: Request) -> Response:
     """GET /api/openapi.json"""
     made: Docs = request.app.state.docs
-    return made.json.answer(request)
+    return (await asyncio.to_thread(lambda: made.json)).answer(request)
 
 
 async def page(request: Request) -> Response:
     """GET /api/docs"""
     made: Docs = request.app.state.docs
-    return made.page.answer(request)
+    return (await asyncio.to_thread(lambda: made.page)).answer(request)
 
 
 def _base64_digest(text: str) -> str:

@@ -18,7 +18,6 @@ from typing import Final, Literal
 
 import structlog
 
-from cli.serving import allow_many_connections, listen, services_for, serving
 from cli.settings import LoggingSettings, Settings
 from cli.tasks import background, watcher
 from ledger.changes import Changes
@@ -151,6 +150,9 @@ async def roles(
 
     `failed` is called when one of them ends although nobody stopped it.
     """
+    # Only now: it takes long to load, and most commands run nothing.
+    from cli.serving import allow_many_connections, listen, services_for, serving
+
     spare_the_collector()
     if "api" in wanted:
         allow_many_connections()
