@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP_QUIET := -qq --disable-pip-version-check --no-input --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak fuzz lint types contracts check lock clean
+.PHONY: help demo test bench soak fuzz images lint types contracts check lock clean
 
 help: ## list these targets
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12]"; echo
@@ -18,7 +18,7 @@ demo: .venv/.ready ## a small conference, from submitted sessions to finished Ma
 	@$(BIN)/jobledger demo $(ARGS)
 
 test: .venv/.ready ## the tests; ARGS='tests/ledger -k claim' for some of them
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 bench: .venv/.ready ## what is claimed about speed, against the plain driver; ARGS='append --rounds 15'
 	@$(BIN)/python -m benchmarks $(ARGS)
@@ -30,6 +30,9 @@ soak: .venv/.ready ## the tests that look for rare things, for an hour or so; ST
 
 fuzz: .venv/.ready ## the HTTP interface, by its own OpenAPI document; REQUESTS=10000 of each route for longer
 	@JOBLEDGER_FUZZ=$(REQUESTS) $(BIN)/pytest tests/api/test_fuzz.py --timeout 0 $(ARGS)
+
+images: .venv/.ready ## the dashboard's pages as pictures, into docs/images
+	JOBLEDGER_IMAGES=1 $(BIN)/pytest -q tests/api/dashboard/test_images.py
 
 lint: .venv/.ready ## style and formatting (ruff)
 	@$(BIN)/ruff check .

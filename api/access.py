@@ -18,8 +18,9 @@ from ledger.handle import Known
 from ledger.job import Job
 from ledger.mongo import Document
 
-OPEN_TO_ALL = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs"})
+OPEN_TO_ALL = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs", "/monitoring/events/sign-in"})
 """Addresses that say nothing about anybody's jobs."""
+_OPEN_FOLDER = "/monitoring/events/static/"
 
 
 class SignIn(Protocol):
@@ -43,19 +44,29 @@ class OpenSignIn:
         return self._principal
 
 
-class SignedIn:
-    """Middleware: no request gets to a route before it is known who asks."""
+def _as_error(scope: Scope, error: ApiError) -> ASGIApp:
+    return error_response(error)
 
-    def __init__(self, app: ASGIApp, sign_in: SignIn) -> None:
+
+class SignedIn:
+    """Middleware: no request gets to a route before it is known who asks.
+
+    `refused` makes the answer for who cannot be let in: for a program an error, for a person at a page the sign-in.
+    """
+
+    def __init__(
+        self, app: ASGIApp, sign_in: SignIn, refused: Callable[[Scope, ApiError], ASGIApp] = _as_error
+    ) -> None:
         self._app = app
         self._sign_in = sign_in
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["path"] not in OPEN_TO_ALL:
+            if scope["path"] not in OPEN_TO_ALL and not scope["path"].startswith(_OPEN_FOLDER):
                 scope["principal"] = await self._sign_in(HTTPConnection(scope))
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await self._refused(scope, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

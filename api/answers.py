@@ -375,6 +375,16 @@ class Durations(BaseModel):
     p99_seconds: float | None
 
 
+class Minute(BaseModel):
+    """What ended in one minute, and how long completed jobs took on average."""
+
+    began: datetime
+    completed: int
+    failed: int
+    cancelled: int
+    average_seconds: float | None
+
+
 class WorkerNow(BaseModel):
     """A worker, how many jobs it may run, and how many it does."""
 
@@ -399,6 +409,7 @@ class Stats(BaseModel):
     tracks: list[TrackCounts] = Field(description="The first thousand by name.")
     throughput: Throughput
     durations: Durations
+    minutes: list[Minute] = Field(description="The last 60, the oldest first.")
     workers: list[WorkerNow]
     log: LogNow
 
@@ -425,3 +436,4 @@ class Index(Success):
     log: str
     openapi: str
     docs: str
+    dashboard: str

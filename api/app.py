@@ -30,6 +30,8 @@ from api import (
     webhooks,
 )
 from api.access import SignedIn
+from api.dashboard import pages as dashboard
+from api.dashboard.session import CookieSignIn
 from api.errors import (
     ApiError,
     on_api_error,
@@ -88,6 +90,7 @@ ROUTES = [
     Route("/healthz", monitoring.alive),
     Route("/readyz", monitoring.ready),
 ]
+"""The interface, as the OpenAPI document has it; the dashboard comes on top."""
 
 
 _ASKED: Final = (
@@ -118,11 +121,11 @@ def create_app(services: Services) -> ASGIApp:
     """Return the application, working with what the composition root hands in."""
     responses: metrics.Responses = Counter()
     app = Starlette(
-        routes=ROUTES,
+        routes=[*ROUTES, *dashboard.ROUTES],
         middleware=[
             Middleware(KnownHosts, names=services.allowed_hosts, origins=services.edge.cors_origins),
             *_for_pages_of(services.edge.cors_origins),
-            Middleware(SignedIn, sign_in=LinkSignIn(services.sign_in)),
+            Middleware(SignedIn, sign_in=LinkSignIn(CookieSignIn(services.sign_in)), refused=dashboard.refused),
             Middleware(Limited, edge=services.edge),
         ],
         exception_handlers={

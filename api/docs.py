@@ -71,6 +71,7 @@ async def index(_request: Request) -> Response:
             "log": "/api/ledger/stream",
             "openapi": "/api/openapi.json",
             "docs": "/api/docs",
+            "dashboard": "/monitoring/events",
         }
     )
 

@@ -23,7 +23,7 @@ from api.errors import ApiError, error_response
 from ledger.access import Principal
 
 _log = structlog.get_logger("api.access")
-LIVE: Final = frozenset({"/api/ledger/stream"})
+LIVE: Final = frozenset({"/api/ledger/stream", "/monitoring/events/pulse"})
 """Addresses whose answers go on until the client leaves."""
 LONGEST_ADDRESS: Final = 16_384
 LARGEST_HEADERS_BYTES: Final = 32_768

@@ -183,6 +183,8 @@ async def _asked(port: int, some: Sequence[Document], times: int) -> dict[str, l
             "list of a user": f"/api/events/jobs?user_id={job['user_id']}&status=pending&limit=5",
             "statistics": "/api/monitoring/events/stats",
             "single read": f"/api/events/jobs/{job['job_id']}",
+            "dashboard, overview": "/monitoring/events",
+            "dashboard, jobs": "/monitoring/events/jobs",
         }.items():
             begin = time.perf_counter()
             await _get(reader, writer, path)

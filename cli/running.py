@@ -56,6 +56,7 @@ async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wa
     async with roles(settings, settings.mongodb.connection(uri), wanted, failed=stop.fail) as running:
         if running.url is not None:
             typer.echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
+            typer.echo(f"Dashboard: {running.url}/monitoring/events")
         else:
             typer.echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
         await keep_running(server, stop)

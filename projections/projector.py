@@ -26,7 +26,7 @@ from projections import batches, deliveries, files, jobs, queue, receivers, stat
 from projections.checkpoint import VIEWS
 
 _log = structlog.get_logger()
-VERSION: Final = 5
+VERSION: Final = 6
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are built anew."""
 CHUNK_EVENTS: Final = 1000
 CACHED_DOCUMENTS: Final = 20_000

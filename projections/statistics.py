@@ -87,17 +87,22 @@ def _class(bound_ms: int | None) -> str:
 
 
 def recent_after(recent: Document | None, job: Document) -> Document:
-    """Return how many jobs ended in which minute, when one more has; the last `MINUTES_KEPT` minutes with an end."""
+    """Return how many jobs ended in which minute, when one more has; the last `MINUTES_KEPT` minutes with an end.
+
+    `took_ms` is how long those that were completed took, all together.
+    """
     minutes = dict(recent["minutes"]) if recent else {}
     minute = str(int(job["updated_at"].timestamp() // 60))
     minutes[minute] = {**_NONE_ENDED, **minutes.get(minute, {})}
     minutes[minute][job["status"]] += 1
+    minutes[minute]["took_ms"] += of_end(job)[_DURATIONS, "total_ms"]
     if len(minutes) > MINUTES_KEPT:
         del minutes[min(minutes, key=int)]
     return {"_id": RECENT, "minutes": minutes}
 
 
-_NONE_ENDED: Final = {"completed": 0, "failed": 0, "cancelled": 0}
+_NONE_ENDED: Final = {"completed": 0, "failed": 0, "cancelled": 0, "took_ms": 0}
+MINUTES_SHOWN: Final = 60
 
 
 # Questions --------------------------------------------------------------------------------------------------------
@@ -145,6 +150,7 @@ async def read(db: Database, now: datetime) -> dict[str, Any]:
         ],
         "throughput": throughput(found.get(RECENT, {}).get("minutes", {}), now),
         "durations": durations(found.get(_DURATIONS, {})),
+        "minutes": by_minute(found.get(RECENT, {}).get("minutes", {}), now),
     }
 
 
@@ -162,13 +168,26 @@ def throughput(minutes: Mapping[str, Mapping[str, int]], now: datetime) -> dict[
     """
     minute, seconds = divmod(now.timestamp(), 60)
     share = 1 - seconds / 60
-    totals = {int(name): sum(counts.values()) for name, counts in minutes.items()}
+    totals = {int(name): sum(counts.get(status, 0) for status in ENDED) for name, counts in minutes.items()}
 
     def within(length: int) -> float:
         whole = sum(total for at, total in totals.items() if minute - length < at <= minute)
         return whole + share * totals.get(int(minute) - length, 0)
 
     return {"last_minute": round(within(1), 2), "last_hour": round(within(60) / 60, 2)}
+
+
+def by_minute(minutes: Mapping[str, Mapping[str, int]], now: datetime) -> list[dict[str, Any]]:
+    """Return what ended in each of the last `MINUTES_SHOWN` minutes, the oldest first, and how long it took."""
+    this = int(now.timestamp() // 60)
+    shown = []
+    for minute in range(this - MINUTES_SHOWN + 1, this + 1):
+        counts = {**_NONE_ENDED, **minutes.get(str(minute), {})}
+        took_ms, completed = counts.pop("took_ms"), counts["completed"]
+        average = round(took_ms / completed / 1000, 3) if completed else None
+        begin = datetime.fromtimestamp(minute * 60, now.tzinfo)
+        shown.append({"began": begin, **counts, "average_seconds": average})
+    return shown
 
 
 def durations(counted: Mapping[str, int]) -> dict[str, float | int | None]:

@@ -158,7 +158,7 @@ class _Converter(MarkdownConverter):
     def convert_a(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         """Return the link on one line, without its title: a reader sees where it leads."""
         del el["title"]
-        return str(super().convert_a(el, " ".join(_edged(text)), parent_tags))  # type: ignore[misc]
+        return str(super().convert_a(el, " ".join(_edged(text)), parent_tags))  # type: ignore[misc]  # its stub lacks it
 
     def convert_img(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         """Return nothing: images of the page are not taken along."""
@@ -168,7 +168,7 @@ class _Converter(MarkdownConverter):
         """Return a break where something follows in the same paragraph."""
         follows = next((near for near in el.next_siblings if isinstance(near, Tag) or str(near).strip()), None)
         ends = follows is None or getattr(follows, "name", None) in BLOCKS | {"br"}
-        return text if ends else str(super().convert_br(el, text, parent_tags))  # type: ignore[misc]
+        return text if ends else str(super().convert_br(el, text, parent_tags))  # type: ignore[misc]  # its stub lacks it
 
     def convert_hr(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         """Return nothing: between the parts of our document stand headings."""

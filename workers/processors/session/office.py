@@ -53,6 +53,7 @@ class NotConverted(Exception):
 
 
 def is_installed(program: str | None) -> bool:
+    """Return whether there is such a program."""
     return program is not None and shutil.which(program) is not None
 
 
@@ -63,6 +64,7 @@ def is_presentation(path: Path, suffix: str) -> bool:
 
 
 def can_be_presentation(suffix: str) -> bool:
+    """Return whether files that end so may be presentations that are no PDF."""
     return suffix in _KINDS
 
 

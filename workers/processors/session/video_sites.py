@@ -19,6 +19,7 @@ _SOUND: Final = "bestaudio[protocol^=http]/best[protocol^=http]/worst[protocol^=
 
 
 def is_on_a_video_site(url: str, sites: Sequence[str]) -> bool:
+    """Return whether an address is on one of these sites, or on a subdomain of one."""
     host = (urlsplit(url).hostname or "").lower()
     return any(host == site or host.endswith(f".{site}") for site in sites)
 
@@ -52,7 +53,7 @@ def media_address(url: str, *, seconds: float) -> str:
     try:
         with library.YoutubeDL(options) as finder:
             found: Any = finder.extract_info(url, download=False)
-    except Exception as error:  # of a thousand extractors, each raises what it likes
+    except Exception as error:  # of a thousand extractors - each raises what it likes
         raise NoTranscript(f"The recording on a page of {site} cannot be had: {_reason(error)}.") from error
     address = (found or {}).get("url") or next((entry.get("url") for entry in (found or {}).get("entries") or ()), None)
     if not isinstance(address, str):

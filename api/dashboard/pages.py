@@ -1,0 +1,368 @@
+"""api: the pages of the dashboard. Each asks the routes of the interface, as whoever looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from functools import wraps
+from typing import Any, Final
+from urllib.parse import parse_qsl, quote, urlencode
+
+import orjson
+import structlog
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Scope
+
+from api import batches, history, jobs, log_pages, monitoring, webhooks
+from api.access import signed_in, who_asks
+from api.dashboard import charts, session
+from api.dashboard.rendering import PREFIX, is_monitor, page, preview, static
+from api.dashboard.story import attempts_of
+from api.errors import ApiError, error_response, json_response
+from api.event_stream import EventStream
+from api.models import BatchBody, JobBody
+from api.pulse import beats
+from api.services import read_json, services, validated
+from api.submission import split_webhook, submission
+from ledger.access import Right, right_to
+from ledger.errors import FileLost, JobledgerError
+
+_log = structlog.get_logger()
+_PAGE: Final = 50
+_EVENTS_SHOWN: Final = 1000
+_LARGEST_PREVIEW_BYTES: Final = 1_000_000
+_LARGEST_FORM_BYTES: Final = 20_000
+_JOB_FILTERS: Final = (
+    "status",
+    "q",
+    "batch_id",
+    "track",
+    "event",
+    "day",
+    "language",
+    "user_id",
+    "error_code",
+    "archived",
+)
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+async def ask(
+    request: Request, route: Handler, query: Mapping[str, Any] | None = None, path: Mapping[str, str] | None = None
+) -> Any:
+    """Return what a route of the interface answers to whoever looks.
+
+    Raises:
+        ApiError: as the route does.
+    """
+    known = {name: value for name, value in (query or {}).items() if value not in (None, "")}
+    scope = {**request.scope, "query_string": urlencode(known).encode(), "path_params": dict(path or {})}
+    answer = await route(Request(scope, request.receive))
+    return orjson.loads(answer.body)
+
+
+def shown(handler: Handler) -> Handler:
+    """What goes wrong is a page, too; who has not signed in is asked to."""
+
+    @wraps(handler)
+    async def guarded(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ApiError as error:
+            if error.status == 401:
+                return to_sign_in(request)
+            return page(request, "problem.html.j2", status=error.status, message=error.message)
+        except JobledgerError as error:
+            _log.warning("a page could not be shown", why=str(error))
+            return page(request, "problem.html.j2", status=503, message=str(error))
+
+    return guarded
+
+
+def refused(scope: Scope, error: ApiError) -> ASGIApp:
+    """Return the answer for who cannot be let in: at a page the way to the sign-in, elsewhere the error."""
+    looks = (scope["method"] in ("GET", "HEAD") and scope["path"] in _PAGES) or scope["path"].startswith(_PAGE_FOLDERS)
+    return to_sign_in(Request(scope)) if looks else error_response(error)
+
+
+def to_sign_in(request: Request) -> Response:
+    """Return the way to the sign-in, and from there back."""
+    up = "../" * (request.url.path.count("/") - 1) or "./"
+    wanted = request.url.path.removeprefix("/") + (f"?{request.url.query}" if request.url.query else "")
+    return RedirectResponse(f"{up}{PREFIX[1:]}/sign-in?next={quote(wanted, safe='')}", 303)
+
+
+# Pages --------------------------------------------------------------------------------------------------------------
+
+
+@shown
+async def overview(request: Request) -> Response:
+    """GET /monitoring/events"""
+    if not is_monitor(request):
+        signed_in(request)
+        return page(request, "forbidden.html.j2")
+    stats = (await ask(request, monitoring.stats))["stats"]
+    active = (await ask(request, batches.listing, {"status": "processing", "limit": 10}))["batches"]
+    running = (await ask(request, jobs.listing, {"status": "processing", "limit": 100}))["jobs"]
+    oldest = (await ask(request, jobs.listing, {"status": "pending", "limit": 1, "sort": "created_at"}))["jobs"]
+    by_worker: dict[str, list[Any]] = {}
+    for job in running:
+        by_worker.setdefault(job["worker_id"], []).append(job)
+    minutes = stats["minutes"]
+    ended = charts.stacked([[(kind, it[kind]) for kind in ("completed", "failed", "cancelled")] for it in minutes])
+    took = charts.stacked([[("took", it["average_seconds"] or 0)] for it in minutes])
+    return page(
+        request,
+        "overview.html.j2",
+        live="pulse",
+        position=stats["log"]["views"],
+        stats=stats,
+        active=[{**batch, "eta": _minutes_left(batch)} for batch in active],
+        by_worker=by_worker,
+        oldest=oldest[0] if oldest else None,
+        ended=ended,
+        took=took,
+    )
+
+
+def _minutes_left(batch: Mapping[str, Any]) -> int | None:
+    """Return about how many minutes a batch will take, if it goes on as it did until now."""
+    done = batch["completed_jobs"] + batch["failed_jobs"] + batch["cancelled_jobs"]
+    left: int = batch["total_jobs"] - done
+    if not done or batch["paused"]:
+        return None
+    passed = (datetime.now(UTC) - datetime.fromisoformat(batch["created_at"])).total_seconds()
+    minutes: float = passed / done * left / 60
+    return round(minutes)
+
+
+@shown
+async def job_list(request: Request) -> Response:
+    """GET /monitoring/events/jobs"""
+    asked = {name: request.query_params.get(name, "") for name in (*_JOB_FILTERS, "cursor", "sort")}
+    found = await ask(request, jobs.listing, {**asked, "limit": _PAGE})
+    return page(
+        request,
+        "jobs.html.j2",
+        live="jobs",
+        position=services(request).checkpoint.position,
+        asked=asked,
+        found=found,
+        following=_following(request, found),
+    )
+
+
+def _following(request: Request, found: Mapping[str, Any]) -> str | None:
+    if "next" not in found:
+        return None
+    kept = {name: value for name, value in request.query_params.items() if value and name != "cursor"}
+    return urlencode({**kept, "cursor": found["next"]})
+
+
+@shown
+async def job(request: Request) -> Response:
+    """GET /monitoring/events/jobs/{job_id}"""
+    path = {"job_id": request.path_params["job_id"]}
+    position = services(request).checkpoint.position
+    it = (await ask(request, jobs.single, path=path))["job"]
+    told = await ask(request, history.of_job, {"limit": _EVENTS_SHOWN}, path)
+    events = told.get("events", [])
+    sent = (await ask(request, webhooks.listing, {"job_id": it["job_id"], "limit": 20}))["deliveries"]
+    return page(
+        request,
+        "job.html.j2",
+        live="job",
+        position=position,
+        job=it,
+        events=events,
+        cut="next" in told,
+        attempts=attempts_of(events, datetime.now(UTC)),
+        deliveries=sent,
+        text=await _preview(request, it),
+        may=_rights(request, it),
+        gallery=[asset for asset in (it["results"] or {}).get("assets", ()) if asset["path"].endswith("-thumb.jpg")],
+    )
+
+
+def _rights(request: Request, it: Mapping[str, Any]) -> dict[str, bool]:
+    """Return what who asks may do with a job or batch."""
+    right = right_to(who_asks(request), owner=it["user_id"], access=it["access_control"], teams=it["teams"])
+    return {"write": right >= Right.WRITE, "admin": right >= Right.ADMIN}
+
+
+async def _preview(request: Request, it: Mapping[str, Any]) -> Any:
+    """Return the result as HTML, if there is one and it is not too large to be looked at here."""
+    results = it["results"] or {}
+    path = (results.get("markdown_file") or "").removeprefix("/events/")
+    size = next((file["size"] for file in results.get("files", ()) if file["path"] == path), None)
+    if size is None or size > _LARGEST_PREVIEW_BYTES:
+        return None
+    [sha256] = [file["sha256"] for file in results["files"] if file["path"] == path][:1]
+    try:
+        file = await services(request).store.open(sha256)
+    except FileLost:
+        return None  # the page of the file itself says what is wrong with it
+    try:
+        content = b"".join([part async for part in file.read(0, file.size)])
+    finally:
+        await file.close()
+    up = "../" * (request.url.path.count("/") - 1)
+    folder = quote(path.rpartition("/")[0], safe="/&,+;=@!$~")
+    return preview(content.decode("utf-8", "replace"), files_at=f"{up}api/events/files/{folder}/")
+
+
+@shown
+async def batch_list(request: Request) -> Response:
+    """GET /monitoring/events/batches"""
+    asked = {
+        name: request.query_params.get(name, "") for name in ("status", "q", "user_id", "archived", "cursor", "sort")
+    }
+    found = await ask(request, batches.listing, {**asked, "limit": _PAGE})
+    return page(
+        request,
+        "batches.html.j2",
+        live="jobs",
+        position=services(request).checkpoint.position,
+        asked=asked,
+        found=found,
+        following=_following(request, found),
+    )
+
+
+@shown
+async def batch(request: Request) -> Response:
+    """GET /monitoring/events/batches/{batch_id}"""
+    path = {"batch_id": request.path_params["batch_id"]}
+    position = services(request).checkpoint.position
+    it = (await ask(request, batches.single, path=path))["batch"]
+    status, cursor = request.query_params.get("status", ""), request.query_params.get("cursor", "")
+    found = await ask(request, batches.jobs_of, {"status": status, "cursor": cursor, "limit": _PAGE}, path)
+    told = await ask(request, history.of_batch, {"limit": 100}, path)
+    return page(
+        request,
+        "batch.html.j2",
+        live="batch",
+        position=position,
+        batch={**it, "eta": _minutes_left(it)},
+        asked={"status": status},
+        found=found,
+        following=_following(request, found),
+        events=told.get("events", []),
+        may=_rights(request, it),
+    )
+
+
+@shown
+async def submit(request: Request) -> Response:
+    """GET /monitoring/events/submit"""
+    signed_in(request)
+    return page(request, "submit.html.j2", job_types=sorted(services(request).job_types))
+
+
+@shown
+async def log(request: Request) -> Response:
+    """GET /monitoring/events/log"""
+    asked = {name: request.query_params.get(name, "") for name in ("types", "stream")}
+    head = await services(request).log.head()
+    # The newest that there are: a page of the log is read forwards, so it begins a page before its end.
+    found = await ask(request, log_pages.page, {**asked, "after": max(0, head - 200), "limit": 200})
+    return page(
+        request,
+        "log.html.j2",
+        live="log",
+        position=found["last_position"],
+        asked=asked,
+        events=found.get("events", [])[::-1],
+    )
+
+
+# What pages need ----------------------------------------------------------------------------------------------------
+
+
+async def check(request: Request) -> Response:
+    """POST /monitoring/events/check: say what is wrong with a batch, and submit nothing."""
+    signed_in(request)
+    body = validated(BatchBody, await read_json(request))
+    known = services(request)
+    for index, content in enumerate(body.jobs):
+        one = validated(JobBody, content, within=("jobs", index))
+        split_webhook(one.webhook, known, ("jobs", index))
+        merged = one.model_copy(update={"parameters": {**body.parameters, **one.parameters}})
+        submission(merged, known, user_id="user", teams=(), within=("jobs", index))
+    return json_response({"status": "success", "jobs": len(body.jobs)})
+
+
+async def pulse(request: Request) -> EventStream:
+    """GET /monitoring/events/pulse: that the views have moved, at most once a second."""
+    who_asks(request)
+    known = services(request)
+    return EventStream(beats(known.checkpoint), known.streams)
+
+
+async def sign_in_page(request: Request) -> Response:
+    """GET /monitoring/events/sign-in"""
+    return page(request, "sign_in.html.j2", wrong=False, onwards=_onwards(request.query_params.get("next", "")))
+
+
+async def sign_in(request: Request) -> Response:
+    """POST /monitoring/events/sign-in"""
+    form = await _form(request)
+    credential, onwards = form.get("credential", "").strip(), _onwards(form.get("next", ""))
+    known = services(request)
+    if not await session.opens(known.sign_in, request, credential):
+        return page(request, "sign_in.html.j2", status=401, wrong=True, onwards=onwards)
+    answer = RedirectResponse(f"../../{onwards}", 303)
+    return session.keep(answer, credential, https=known.edge.https)
+
+
+async def _form(request: Request) -> dict[str, str]:
+    """Return the fields of a form.
+
+    Raises:
+        ApiError: 413, when it is larger than any credential.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > _LARGEST_FORM_BYTES:
+            raise ApiError(413, "too_large", f"The form is larger than {_LARGEST_FORM_BYTES} bytes.")
+    return dict(parse_qsl(body.decode("ascii", "replace"), max_num_fields=10))
+
+
+async def sign_out(request: Request) -> Response:
+    """POST /monitoring/events/sign-out"""
+    return session.forget(RedirectResponse("sign-in", 303))
+
+
+def _onwards(wanted: str) -> str:
+    """Return where to go after the sign-in: a page of ours, whatever somebody put into the address."""
+    return wanted if wanted.startswith(f"{PREFIX[1:]}") and "//" not in wanted and "\\" not in wanted else PREFIX[1:]
+
+
+async def script_or_style(request: Request) -> Response:
+    """GET /monitoring/events/static/{version}/{name}"""
+    found = static(request.path_params["name"])
+    if found is None:
+        raise ApiError(404, "not_found", "There is no such file.")
+    return found
+
+
+_PAGES: Final = frozenset({PREFIX, *(f"{PREFIX}/{name}" for name in ("jobs", "batches", "submit", "log"))})
+_PAGE_FOLDERS: Final = (f"{PREFIX}/jobs/", f"{PREFIX}/batches/")
+ROUTES: Final = [
+    Route(PREFIX, overview),
+    Route(f"{PREFIX}/jobs", job_list),
+    Route(f"{PREFIX}/jobs/{{job_id}}", job),
+    Route(f"{PREFIX}/batches", batch_list),
+    Route(f"{PREFIX}/batches/{{batch_id}}", batch),
+    Route(f"{PREFIX}/submit", submit),
+    Route(f"{PREFIX}/log", log),
+    Route(f"{PREFIX}/check", check, methods=["POST"]),
+    Route(f"{PREFIX}/pulse", pulse),
+    Route(f"{PREFIX}/sign-in", sign_in_page),
+    Route(f"{PREFIX}/sign-in", sign_in, methods=["POST"]),
+    Route(f"{PREFIX}/sign-out", sign_out, methods=["POST"]),
+    Route(f"{PREFIX}/static/{{version}}/{{name}}", script_or_style),
+]

@@ -1,0 +1,67 @@
+"""Every page as a picture, light and dark: `make images` keeps them in docs/images, for the README."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from playwright.async_api import Browser, expect
+
+from tests.api.conftest import Api
+from tests.api.dashboard.conftest import needs_browser
+from tests.api.dashboard.test_live import at
+
+pytestmark = needs_browser
+KEPT = Path(__file__).parents[3] / "docs" / "images"
+TITLES = (
+    "Ledgers that never forget",
+    "An opening",
+    "Debugging with a rubber duck",
+    "Smaller indexes",
+    "Books, backwards",
+)
+
+
+async def a_conference(api: Api) -> dict[str, str]:
+    """Something of everything, and the addresses of the pages that show it."""
+    sessions = [
+        {"session": title, "track": ("Databases", "Keynotes")[number % 2], "event": "ExampleConf 2025"}
+        for number, title in enumerate(TITLES)
+    ]
+    sessions[3]["fail"] = "The page https://conference.example/talks/4 answered 404 (Not Found)."
+    done = await api.submit_batch(*sessions, batch_name="Saturday")
+    for job_id in done["job_ids"]:
+        await api.ended(job_id)
+    running = await api.submit_batch(
+        *({**one, "session": f"{one['session']} (part two)", "seconds": 300, "fail": None} for one in sessions * 2),
+        batch_name="Sunday",
+    )
+    await api.until_event(running["job_ids"][0], "JobProgressed")
+    first, failed = done["job_ids"][0], done["job_ids"][3]
+    return {
+        "overview": "",
+        "jobs": "/jobs",
+        "job": f"/jobs/{first}",
+        "failed-job": f"/jobs/{failed}",
+        "batches": "/batches",
+        "batch": f"/batches/{running['batch_id']}",
+        "log": "/log",
+        "submit": "/submit",
+    }
+
+
+async def test_every_page_is_pictured_in_light_and_dark(api: Api, browser: Browser, tmp_path: Path) -> None:
+    folder = KEPT if os.environ.get("JOBLEDGER_IMAGES") else tmp_path
+    folder.mkdir(exist_ok=True)
+    paths = await a_conference(api)
+    scheme: Any
+    for scheme in ("light", "dark"):
+        context = await browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 750})
+        page = await context.new_page()
+        for name, path in paths.items():
+            await page.goto(at(api, path))
+            await expect(page.locator("h1").first).to_be_visible()
+            picture = await page.screenshot(path=folder / f"{name}-{scheme}.png")
+            assert len(picture) > 10_000, name
+        await context.close()

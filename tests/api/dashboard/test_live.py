@@ -1,0 +1,159 @@
+"""The dashboard moves by itself, and what one does in it is done."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from playwright.async_api import Page, expect
+
+from tests.api.conftest import Api
+from tests.api.dashboard.conftest import needs_browser
+
+pytestmark = needs_browser
+SOON_MS = 15_000
+
+
+def at(api: Api, path: str = "") -> str:
+    return f"{api.http.base_url}/monitoring/events{path}"
+
+
+async def live(page: Page, address: str) -> None:
+    await page.goto(address)
+    await expect(page.locator("#pulse.on")).to_be_visible()
+
+
+async def confirm(page: Page, button: str, reason: str = "") -> None:
+    await page.get_by_role("button", name=button, exact=True).click()
+    dialog = page.locator("dialog")
+    if reason:
+        await dialog.get_by_role("textbox").fill(reason)
+    await dialog.get_by_role("button", name="Yes").click()
+
+
+async def test_a_job_appears_and_moves_in_an_open_page(api: Api, page: Page) -> None:
+    await live(page, at(api, "/jobs"))
+    await page.evaluate("window.stillTheSamePage = true")
+    job_id = await api.submit({"seconds": 2}, job_name="Hello <b>you</b>")
+    row = page.locator(f"#{job_id}")
+    await expect(row.locator(".state.processing")).to_be_visible(timeout=SOON_MS)
+    await expect(row.locator(".state.completed")).to_be_visible(timeout=SOON_MS)
+    await expect(row.locator("th a")).to_have_text("Hello <b>you</b>")
+    assert await page.evaluate("window.stillTheSamePage")
+    await row.locator("th a").click()
+    await expect(page.locator("h1")).to_have_text("Hello <b>you</b>")
+    await expect(page.locator("#preview")).to_contain_text("seconds: 2")
+
+
+async def test_the_overview_counts_without_a_reload(api: Api, page: Page) -> None:
+    await live(page, at(api))
+    await page.evaluate("window.stillTheSamePage = true")
+    batch = await api.submit_batch({"seconds": 3}, {"fail": "broken"}, batch_name="Keynotes")
+    await expect(page.locator("#count-total")).to_have_text("2", timeout=SOON_MS)
+    await expect(page.locator(f"#{batch['batch_id']}")).to_contain_text("Keynotes")
+    await expect(page.locator("#count-failed")).to_have_text("1", timeout=SOON_MS)
+    await expect(page.locator("#count-completed")).to_have_text("1", timeout=SOON_MS)
+    await expect(page.locator(".chart rect.completed")).to_have_count(1)
+    await expect(page.locator(f"#{batch['batch_id']}")).to_have_count(0)
+    assert await page.evaluate("window.stillTheSamePage")
+
+
+async def test_a_job_is_cancelled_and_restarted_with_a_reason_in_the_log(api: Api, page: Page) -> None:
+    job_id = await api.submit({"seconds": 60})
+    await live(page, at(api, f"/jobs/{job_id}"))
+    await expect(page.locator("#state .state.processing")).to_be_visible(timeout=SOON_MS)
+    await confirm(page, "Cancel", "wrong file")
+    await expect(page.locator("#state .state.cancelled")).to_be_visible(timeout=SOON_MS)
+    await expect(page.locator("#events")).to_contain_text("wrong file")
+    await page.get_by_role("button", name="Restart").click()
+    await page.locator("dialog").get_by_role("button", name="No").click()
+    await expect(page.locator("#state .state.cancelled")).to_be_visible()
+    await confirm(page, "Restart")
+    await expect(page.locator("#state .state.processing")).to_be_visible(timeout=SOON_MS)
+    await expect(page.locator("#attempts tbody tr")).to_have_count(2)
+    history = (await api.get(f"/api/events/jobs/{job_id}/history")).json()["events"]
+    assert [event["data"].get("reason") for event in history if event["type"] == "JobCancelRequested"] == ["wrong file"]
+    assert sum(event["type"] == "JobRestarted" for event in history) == 1
+
+
+async def test_those_chosen_are_cancelled_together(idle_api: Api, page: Page) -> None:
+    job_ids = [await idle_api.submit() for _ in range(3)]
+    await live(page, at(idle_api, "/jobs"))
+    for job_id in job_ids[:2]:
+        await page.locator(f"#{job_id} input").check()
+    await page.get_by_role("button", name="Cancel").click()
+    await expect(page.locator("#ask-what")).to_have_text("Cancel: 2 jobs?")
+    await page.locator("dialog").get_by_role("button", name="Yes").click()
+    await expect(page.locator("#told")).to_have_text("2 done, 0 refused.")
+    await expect(page.locator("tr .state.cancelled")).to_have_count(2, timeout=SOON_MS)
+    await expect(page.locator(f"#{job_ids[2]} .state.pending")).to_be_visible()
+
+
+async def test_jobs_are_found_by_what_is_asked_for(idle_api: Api, page: Page) -> None:
+    for number in range(60):
+        await idle_api.submit({"track": f"Track {number % 2}", "session": f"Talk {number}"})
+    await page.goto(at(idle_api, "/jobs"))
+    await page.get_by_label("Track").fill("Track 1")
+    await page.get_by_role("button", name="Show").click()
+    await expect(page.locator("tbody tr")).to_have_count(30)
+    await page.goto(at(idle_api, "/jobs"))
+    await expect(page.locator("tbody tr")).to_have_count(50)
+    await page.get_by_role("link", name="Next page").first.click()
+    await expect(page.locator("tbody tr")).to_have_count(10)
+    await page.get_by_label("Search").fill("talk 59")
+    await page.get_by_role("button", name="Show").click()
+    await expect(page.locator("tbody th")).to_have_text(["Talk 59"])
+
+
+async def test_a_batch_is_checked_submitted_paused_and_resumed(idle_api: Api, page: Page) -> None:
+    await page.goto(at(idle_api, "/submit"))
+    content, findings = page.locator("#content"), page.locator("#findings")
+    send = page.get_by_role("button", name="Submit", exact=True)
+    check = page.get_by_role("button", name="Check")
+    await content.fill("{")
+    await check.click()
+    await expect(findings).to_contain_text("This is not JSON")
+    session: dict[str, Any] = {"event": "E", "session": "S", "url": "https://e.example/", "filename": "s.md"}
+    await content.fill(json.dumps([session]))
+    await check.click()
+    await expect(findings).to_contain_text("jobs[0].parameters.track")
+    await expect(send).to_be_disabled()
+    page_complaints: list[str] = page.expected_complaints  # type: ignore[attr-defined]
+    assert len(page_complaints) == 1, "the browser tells of the 422"
+    page_complaints.clear()
+    await content.fill(json.dumps([{**session, "track": "T"}, {**session, "track": "U"}]))
+    await page.get_by_label("Name of the batch").fill("Two talks")
+    await check.click()
+    await expect(findings).to_have_text("2 jobs, all valid.")
+    await send.click()
+    await expect(page.locator("h1")).to_have_text("Two talks")
+    await expect(page.locator("#count-pending")).to_have_text("2", timeout=SOON_MS)
+    await expect(page.locator("#pulse.on")).to_be_visible()
+    await confirm(page, "Pause")
+    await expect(page.locator("#state .paused")).to_be_visible(timeout=SOON_MS)
+    await confirm(page, "Resume")
+    await expect(page.locator("#state .paused")).to_have_count(0, timeout=SOON_MS)
+
+
+async def test_the_tail_of_the_log_comes_in_at_the_top(idle_api: Api, page: Page) -> None:
+    await live(page, at(idle_api, "/log?types=JobSubmitted"))
+    first = await idle_api.submit(job_name="first")
+    await expect(page.locator("#events tr").first).to_contain_text(first, timeout=SOON_MS)
+    second = await idle_api.submit(job_name="second")
+    await expect(page.locator("#events tr").first).to_contain_text(second, timeout=SOON_MS)
+    await expect(page.locator("#events tr")).to_have_count(2)
+    await page.get_by_role("link", name=first).click()
+    await expect(page.locator("h1")).to_have_text("first")
+
+
+async def test_the_slider_shows_a_job_as_it_was(api: Api, page: Page) -> None:
+    job_id = await api.submit({"fail": "no luck"}, max_attempts=1)
+    await api.ended(job_id)
+    await page.goto(at(api, f"/jobs/{job_id}"))
+    what, slider = page.locator("#then-what"), page.locator("#then input")
+    await expect(what).to_contain_text("failed")
+    await slider.focus()
+    await slider.press("Home")
+    await expect(what).to_contain_text("pending")
+    await slider.press("ArrowRight")
+    await expect(what).to_contain_text("processing")
