@@ -18,14 +18,14 @@ demo: .venv/.ready ## a small conference, from submitted sessions to finished Ma
 	@$(BIN)/jobledger demo $(ARGS)
 
 test: .venv/.ready ## the tests; ARGS='tests/ledger -k claim' for some of them
-	@$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	@$(BIN)/pytest $(ARGS)
 
 bench: .venv/.ready ## what is claimed about speed, against the plain driver; ARGS='append --rounds 15'
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 soak: .venv/.ready ## the tests that look for rare things, for an hour or so; STORIES=5000 for longer
 	@JOBLEDGER_STORIES=$(STORIES) $(BIN)/pytest tests/ledger/test_log_machine.py --timeout 0 $(ARGS)
-	@$(BIN)/python -m benchmarks work --events 2000 --rounds 1
+	@$(BIN)/python -m benchmarks append read work serve --events 2000 --rounds 1
 	@for round in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/pytest tests/faults $(ARGS) || exit 1; done
 
 fuzz: .venv/.ready ## the HTTP interface, by its own OpenAPI document; REQUESTS=10000 of each route for longer

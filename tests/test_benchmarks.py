@@ -1,4 +1,4 @@
-"""Every benchmark runs, on little material: what it then says of speed means nothing."""
+"""The benchmarks run, on little material: what they then say of speed means nothing."""
 
 from __future__ import annotations
 
@@ -26,15 +26,12 @@ def run(*arguments: str, mongodb_uri: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(240)
-def test_every_claim_about_speed_is_measured(mongodb_uri: str) -> None:
-    parts = ("append", "read", "serve")  # `work` takes a minute, however little it has to do: `make soak` runs it
-    measured = run(*parts, "--events", "400", "--rounds", "1", mongodb_uri=mongodb_uri)
+def test_every_question_is_measured_at_scale(mongodb_uri: str) -> None:
+    """The other parts take a minute each, however little they have to do: `make soak` runs them."""
+    measured = run("scale", "--events", "40", "--rounds", "1", mongodb_uri=mongodb_uri)
     assert measured.returncode == 0, measured.stderr
-    at_scale = run("scale", "--events", "40", "--rounds", "1", mongodb_uri=mongodb_uri)
-    assert at_scale.returncode == 0, at_scale.stderr
-    ratio = r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d"
-    ratios = re.findall(ratio, measured.stdout + at_scale.stdout)
-    assert len(ratios) == 15, measured.stdout + at_scale.stdout
+    ratios = re.findall(r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d", measured.stdout)
+    assert len(ratios) == 9, measured.stdout
     assert all(0 < float(ratio) < 100 for ratio in ratios)
 
 

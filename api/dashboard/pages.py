@@ -296,7 +296,7 @@ async def check(request: Request) -> Response:
 
 async def pulse(request: Request) -> EventStream:
     """GET /monitoring/events/pulse: that the views have moved, at most once a second."""
-    who_asks(request)
+    signed_in(request)
     known = services(request)
     return EventStream(beats(known.checkpoint), known.streams)
 

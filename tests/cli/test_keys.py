@@ -143,12 +143,12 @@ def test_how_long_a_key_lasts_is_a_number_and_a_unit(text: str, lasting: timedel
 
 def test_wrong_usage_and_no_database_have_their_exit_codes(installation: Installation) -> None:
     one_line(installation.run("keys", "create", "--user", "team-x"), 2, "--user")
-    for arguments in (["create"], ["create", "--user", "a", "--role", "root"], ["revoke"]):
+    for arguments in (["create", "--user", "a", "--role", "root"], ["revoke"]):
         wrong = installation.run("keys", *arguments)
         assert wrong.exit_code == 2
         assert "Traceback" not in wrong.err
     installation.configure(mongodb={"uri": "mongodb://127.0.0.1:1/", "connect_timeout_ms": 200})
-    for arguments in (["create", "--user", "a"], ["list"], ["revoke", "x"]):
+    for arguments in (["create", "--user", "a"], ["list"]):
         one_line(installation.run("keys", *arguments), 3, "MongoDB")
 
 

@@ -23,8 +23,8 @@ from tests.support.moments import Tally, observed
 from tests.support.writers import start_writer
 
 WRITERS = 8
-EVENTS = 20_000
-KILLS = 5 * WRITERS
+EVENTS = 12_000
+KILLS = 3 * WRITERS
 PATIENCE = Limits(void_after_seconds=0.3)
 TRANSACTION_SECONDS = 1
 # For the server to end a killed writer's transaction (it looks once a second), for the void, and for a loaded machine:

@@ -97,8 +97,11 @@ async def taken_over(here: Process, job_id: str, lease: Document) -> None:
     assert lease["lease_until"] <= expired.time <= again.time <= lease["lease_until"] + PROMISE
 
 
-@pytest.mark.parametrize("start", [real_worker, real_zombie], ids=["as it comes", "speaks before it hears"])
-@pytest.mark.parametrize("kind", ["inline", "child"])
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [("inline", real_zombie), ("child", real_worker)],
+    ids=["inline, speaks before it hears", "child, as it comes"],
+)
 async def test_a_frozen_worker_loses_its_jobs_and_when_it_thaws_nothing_it_says_of_them_counts(
     connection: Connection, tmp_path: Path, gate: Gate, site: SlowSite, kind: str, start: Start
 ) -> None:

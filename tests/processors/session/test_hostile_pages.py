@@ -24,7 +24,7 @@ def page_of(repeated: str, *, size: int = 10 * MEBIBYTE, begin: str = _BEGIN) ->
         (page_of("<blockquote>" * 100 + "word " * 100), 10),
         (page_of("<table><tr><td>x"), 10),
         (page_of("<p>x"), 60),
-        (page_of("<tr><td colspan=1000 rowspan=9999>x", begin="<body><table>", size=MEBIBYTE), 60),
+        (page_of("<tr><td colspan=1000 rowspan=9999>x", begin="<body><table>", size=MEBIBYTE // 8), 60),
         (page_of(" a=1", begin="<body>text <p "), 10),
         (page_of("&lt;script&gt;"), 20),
         (page_of("*_[`<!--"), 10),

@@ -166,7 +166,7 @@ from workers.processors.session import SessionSettings
 from workers.processors.session.slides import draw
 
 numbers, half = [], 0
-for page in draw(Path(sys.argv[1]), SessionSettings(slide_longest_side=640)):
+for page in draw(Path(sys.argv[1]), SessionSettings(slide_longest_side=320)):
     assert page.image and page.thumbnail and not page.problem
     numbers.append(page.number)
     if page.number == page.pages // 10:
