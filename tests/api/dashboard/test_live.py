@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from playwright.async_api import Page, expect
 
-from tests.api.conftest import Api
+from tests.api.conftest import Api, running_api
 from tests.api.dashboard.conftest import needs_browser
+from tests.processors.session.support import CONFERENCE_PAGE, Answer, html, pdf, serving
 
 pytestmark = needs_browser
 SOON_MS = 15_000
@@ -157,3 +159,40 @@ async def test_the_slider_shows_a_job_as_it_was(api: Api, page: Page) -> None:
     await expect(what).to_contain_text("pending")
     await slider.press("ArrowRight")
     await expect(what).to_contain_text("processing")
+
+
+async def test_a_session_reads_as_it_is_and_its_slides_are_there(
+    mongodb_uri: str, db_name: str, tmp_path: Path, page: Page
+) -> None:
+    sessions = {"session": {"allow_private": ["127.0.0.1"]}}
+    with serving() as site:
+        async for api in running_api(mongodb_uri, db_name, tmp_path, processors=sessions):
+            asked = {
+                **{
+                    "event": "E",
+                    "session": "Ledgers that never forget",
+                    "filename": "Ledgers [1].md",
+                    "track": "T & U",
+                },
+                "url": site.put("/talk", html(CONFERENCE_PAGE)),
+                "attachments_url": site.put("/slides.pdf", Answer(pdf(3))),
+            }
+            answer = await api.post("/api/events/jobs", {"parameters": asked})
+            job_id = answer.json()["job_id"]
+            assert (await api.ended(job_id))["status"] == "completed"
+            await page.goto(at(api, f"/jobs/{job_id}"))
+            await expect(page.locator("#preview h4").first).to_have_text("What you will learn")
+            await expect(page.locator("#attempts")).to_contain_text("transcript")
+            for pictures in (page.locator("#preview img"), page.locator(".gallery img")):
+                await expect(pictures).to_have_count(3)
+                for number in range(3):
+                    await pictures.nth(number).scroll_into_view_if_needed()
+                    await expect(pictures.nth(number)).to_have_js_property("complete", value=True)
+                    assert await pictures.nth(number).evaluate("it => it.naturalWidth") > 100
+            links = await page.locator("section details ul a, .gallery a").evaluate_all(
+                "all => all.map(one => one.href)"
+            )
+            for link in links:
+                assert (await api.http.get(link)).status_code == 200, link
+            assert len(links) == 3 + 7
+            await page.screenshot(path="/tmp/real/session.png", full_page=True)
