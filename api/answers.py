@@ -392,6 +392,7 @@ class WorkerNow(BaseModel):
     host: str
     slots: int
     busy: int
+    lease_until: datetime = Field(description="By the database server's clock; extended while it lives.")
 
 
 class LogNow(BaseModel):

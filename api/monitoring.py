@@ -42,10 +42,17 @@ async def workers_alive(db: Database) -> list[Document]:
     """Return the workers that hold a lease, how many jobs each may run, and how many it does."""
     with driver_errors("reading the workers"):
         alive = {"released": False, "$nor": [RUN_OUT]}
-        found = await db.workers.find(alive, {"host": 1, "slots": 1}, sort=[("_id", 1)]).to_list()
+        fields = {"host": 1, "slots": 1, "lease_until": 1}
+        found = await db.workers.find(alive, fields, sort=[("_id", 1)]).to_list()
     busy = await jobs.running_by_worker(db, [it["_id"] for it in found]) if found else {}
     return [
-        {"worker_id": it["_id"], "host": it["host"], "slots": it["slots"], "busy": busy.get(it["_id"], 0)}
+        {
+            "worker_id": it["_id"],
+            "host": it["host"],
+            "slots": it["slots"],
+            "busy": busy.get(it["_id"], 0),
+            "lease_until": it["lease_until"],
+        }
         for it in found
     ]
 

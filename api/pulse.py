@@ -9,7 +9,7 @@ from typing import Final
 from projections.checkpoint import Checkpoint
 
 MOST_OFTEN_SECONDS: Final = 1.0
-SILENCE_SECONDS: Final = 15.0
+SILENCE_SECONDS: Final = 5.0
 LONGEST_SECONDS: Final = 900.0
 
 

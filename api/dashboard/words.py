@@ -58,6 +58,7 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
     "workers": ("Workers", "Worker"),
     "worker": ("Worker", "Worker"),
     "slots": ("Busy", "Belegt"),
+    "lease": ("Lease until", "Lease bis"),
     "doing": ("At work on", "Arbeitet an"),
     "idle": ("idle", "frei"),
     "no_workers": ("No worker is alive: nothing is done.", "Kein Worker lebt: Nichts wird bearbeitet."),

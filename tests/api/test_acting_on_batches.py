@@ -13,6 +13,7 @@ from ledger.events import Failure, Meta
 from ledger.handle import handle
 from tests.api.conftest import Api
 from tests.support.examples import some_results
+from tests.support.rarely import rarely
 
 ACTIONS = ("pause", "resume", "cancel", "restart", "archive", "unarchive")
 BATCHES = "/api/events/batches"
@@ -283,6 +284,7 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
 # Many, and wrong ------------------------------------------------------------------------------------------------------
 
 
+@rarely
 async def test_ten_thousand_jobs_are_acted_on_within_seconds(idle_api: Api) -> None:
     answer = await idle_api.post(BATCHES, {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000})
     batch_id = answer.json()["batch_id"]

@@ -16,6 +16,7 @@ from ledger.embedded import EmbeddedServer
 from ledger.log import EventLog, Limits
 from tests.api.conftest import Api, running_api
 from tests.support.mongod import needs_local_mongod
+from tests.support.rarely import rarely
 
 pytestmark = needs_local_mongod
 
@@ -83,6 +84,7 @@ async def test_a_killed_database_is_a_503_and_its_return_is_enough(api: Api, ser
     assert (await api.get(f"/api/events/jobs/{before}")).json()["job"]["status"] == "completed"
 
 
+@rarely
 async def test_a_database_that_stands_still_is_a_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
     before = await api.submit()
     await api.ended(before)

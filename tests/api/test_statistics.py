@@ -76,6 +76,8 @@ async def test_a_worker_that_runs_jobs_is_busy_and_one_that_is_gone_is_not_there
     for worker_id in ("alive", "alive", "dead"):
         positions.append(await do(idle_api, await idle_api.submit(), ClaimJob(worker_id, later)))
     found = await stats(idle_api, positions[-1])
+    lease = found["workers"][0].pop("lease_until")
+    assert datetime.fromisoformat(lease) == later.replace(microsecond=later.microsecond // 1000 * 1000)
     assert found["workers"] == [{"worker_id": "alive", "host": "here", "slots": 4, "busy": 2}]
 
 

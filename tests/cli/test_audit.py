@@ -25,6 +25,7 @@ from tests.support.examples import NOON
 from tests.support.installation import Ended, Installation, is_gone
 from tests.support.ledgers import META, Ledger, ledger_on, lose_a_ticket, stored, whole
 from tests.support.mongod import needs_local_mongod
+from tests.support.rarely import rarely
 
 NOTHING = bytes(32).hex()
 EVENTS = 5
@@ -331,6 +332,7 @@ def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(empty: Audited, t
     one_line(empty.verify("--config", "nowhere.yaml"), 2, "nowhere.yaml: there is no such file")
 
 
+@rarely
 @needs_local_mongod
 def test_an_embedded_server_that_does_not_run_is_started_meanwhile(tmp_path: Path) -> None:
     with Installation(tmp_path) as installation:

@@ -18,6 +18,7 @@ from tests.support.history import check_history
 from tests.support.job_processes import job_processes
 from tests.support.ledgers import stored
 from tests.support.moments import is_frozen
+from tests.support.rarely import rarely
 from tests.support.running import Process, RealProcess, process, real_process, until
 from tests.support.slow_site import SlowSite, serving
 from tests.support.zombie import real_zombie
@@ -154,6 +155,7 @@ async def does_other_jobs(here: Process, worker: RealProcess, site: SlowSite, lo
         assert (job["status"], job["attempt"], job["worker_id"]) == ("completed", 1, lease["_id"])
 
 
+@rarely
 async def test_the_jobs_of_a_killed_worker_are_taken_over_in_time_with_the_lease_that_is_the_default(
     connection: Connection, tmp_path: Path, site: SlowSite
 ) -> None:

@@ -26,6 +26,7 @@ from ledger.events import BatchCounts, BatchSummary, JobClaimed, JobCompleted
 from ledger.mongo import Connection, Database
 from projections import batches, files, jobs, projector, queue, statistics
 from tests.projections.refold import Views, assert_views_equal_the_log, failure, stored
+from tests.support.rarely import rarely
 from tests.support.running import Process, WorkerOptions, process
 
 WORKER = "worker-1"
@@ -169,6 +170,7 @@ async def folded_anew(connection: Connection, store: Path, db: Database) -> None
         await there.views_reach()
 
 
+@rarely
 async def test_ten_thousand_jobs_are_paused_and_resumed_in_a_moment(here: Process) -> None:
     batch_id, job_ids = await here.submit_batch(*[{}] * 10_000)
     await here.views_reach(seconds=60)

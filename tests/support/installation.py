@@ -17,6 +17,7 @@ import httpx
 import yaml
 
 from ledger.server_note import ServerNote, read_note, until
+from tests.support import zygote
 
 COMMAND = Path(sys.executable).parent / "jobledger"
 START_SECONDS = 40.0
@@ -120,17 +121,15 @@ class Installation:
         return self.start("up").ready()
 
     def run(self, *arguments: str, stdin: str | bytes = b"", seconds: float = 60, **env: str) -> Ended:
-        """Run a command to its end."""
-        ended = subprocess.run(
-            [COMMAND, *arguments],
-            cwd=self.directory,
+        """Run a command to its end, in a process forked from one that has it loaded (tests/support/zygote.py)."""
+        code, out, err = zygote.run(
+            arguments,
+            directory=self.directory,
             env={**self.env, **env},
-            input=stdin.encode() if isinstance(stdin, str) else stdin,
-            capture_output=True,
-            timeout=seconds,
-            check=False,
+            stdin=stdin.encode() if isinstance(stdin, str) else stdin,
+            seconds=seconds,
         )
-        return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+        return Ended(code, out.decode(), err.decode())
 
     def note(self) -> ServerNote:
         """Where the embedded server is."""
