@@ -149,7 +149,7 @@ async def test_idle_workers_do_not_race_for_a_fresh_job(connection: Connection, 
             await here.ended(await here.submit())
         events = [event.event for event in await here.everything()]
         assert len({event.worker_id for event in events if isinstance(event, JobClaimed)}) == 3
-        assert await voided(here) <= 4  # a slow machine may let a second one try
+        assert await voided(here) <= 8  # at most 1.2 tries a job, as promised: on a slow machine a second one may try
 
 
 async def test_a_job_whose_first_worker_is_busy_is_done_by_another_at_once(
