@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import wraps
 from typing import Any, Final
@@ -46,6 +46,7 @@ _JOB_FILTERS: Final = (
     "error_code",
     "archived",
 )
+_BATCH_FILTERS: Final = ("status", "q", "user_id", "archived")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -58,7 +59,13 @@ async def ask(
         ApiError: as the route does.
     """
     known = {name: value for name, value in (query or {}).items() if value not in (None, "")}
-    scope = {**request.scope, "query_string": urlencode(known).encode(), "path_params": dict(path or {})}
+    scope = {
+        **request.scope,
+        # What a browser says of the page (If-None-Match, Prefer) is not said of what the page asks for.
+        "headers": [header for header in request.scope["headers"] if header[0] == b"ledger-position"],
+        "query_string": urlencode(known).encode(),
+        "path_params": dict(path or {}),
+    }
     answer = await route(Request(scope, request.receive))
     return orjson.loads(answer.body)
 
@@ -141,17 +148,21 @@ def _minutes_left(batch: Mapping[str, Any]) -> int | None:
 @shown
 async def job_list(request: Request) -> Response:
     """GET /monitoring/events/jobs"""
-    asked = {name: request.query_params.get(name, "") for name in (*_JOB_FILTERS, "cursor", "sort")}
-    found = await ask(request, jobs.listing, {**asked, "limit": _PAGE})
-    return page(
-        request,
-        "jobs.html.j2",
-        live="jobs",
-        position=services(request).checkpoint.position,
-        asked=asked,
-        found=found,
-        following=_following(request, found),
-    )
+    return await _list(request, "jobs.html.j2", jobs.listing, _JOB_FILTERS)
+
+
+@shown
+async def batch_list(request: Request) -> Response:
+    """GET /monitoring/events/batches"""
+    return await _list(request, "batches.html.j2", batches.listing, _BATCH_FILTERS)
+
+
+async def _list(request: Request, template: str, route: Handler, filters: Sequence[str]) -> Response:
+    asked = {name: request.query_params.get(name, "") for name in (*filters, "cursor", "sort")}
+    position = services(request).checkpoint.position
+    found = await ask(request, route, {**asked, "limit": _PAGE})
+    following = _following(request, found)
+    return page(request, template, live="jobs", position=position, asked=asked, found=found, following=following)
 
 
 def _following(request: Request, found: Mapping[str, Any]) -> str | None:
@@ -211,24 +222,6 @@ async def _preview(request: Request, it: Mapping[str, Any]) -> Any:
     up = "../" * (request.url.path.count("/") - 1)
     folder = quote(path.rpartition("/")[0], safe="/&,+;=@!$~")
     return preview(content.decode("utf-8", "replace"), files_at=f"{up}api/events/files/{folder}/")
-
-
-@shown
-async def batch_list(request: Request) -> Response:
-    """GET /monitoring/events/batches"""
-    asked = {
-        name: request.query_params.get(name, "") for name in ("status", "q", "user_id", "archived", "cursor", "sort")
-    }
-    found = await ask(request, batches.listing, {**asked, "limit": _PAGE})
-    return page(
-        request,
-        "batches.html.j2",
-        live="jobs",
-        position=services(request).checkpoint.position,
-        asked=asked,
-        found=found,
-        following=_following(request, found),
-    )
 
 
 @shown

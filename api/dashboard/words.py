@@ -21,7 +21,6 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
     "still": ("not live", "nicht live"),
     "sign_in": ("Sign in", "Anmelden"),
     "sign_out": ("Sign out", "Abmelden"),
-    "signed_in_as": ("Signed in as", "Angemeldet als"),
     "credential": ("API key or token", "API-Schlüssel oder Token"),
     "credential_hint": (
         "Kept by this browser until it is closed, and shown to no script.",
@@ -87,7 +86,6 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
     "found": ("{0} found", "{0} gefunden"),
     "at_least": ("at least {0} found", "mindestens {0} gefunden"),
     "next_page": ("Next page", "Nächste Seite"),
-    "first_page": ("First page", "Erste Seite"),
     "newest_first": ("newest first", "neueste zuerst"),
     "oldest_first": ("oldest first", "älteste zuerst"),
     "sort": ("Sort", "Sortierung"),
@@ -136,16 +134,13 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
     "started": ("Started", "Begonnen"),
     "duration": ("Took", "Dauer"),
     "tokens": ("Tokens", "Tokens"),
-    "priority": ("Priority", "Priorität"),
     "due": ("Not before", "Nicht vor"),
     "receiver": ("Receiver", "Empfänger"),
-    "answer": ("Answer", "Antwort"),
     "history_cut": (
         "Only the first {0} events are shown; the log has all of them.",
         "Nur die ersten {0} Ereignisse; das Log hat alle.",
     ),
     "tail_hint": ("New events come in at the top.", "Neue Ereignisse kommen oben herein."),
-    "summary": ("Summary", "Zusammenfassung"),
     "jobs_of": ("Its jobs", "Seine Jobs"),
     "batch_json": ("The batch as JSON", "Der Batch als JSON"),
     "batch_hint": (

@@ -196,3 +196,12 @@ async def test_a_session_reads_as_it_is_and_its_slides_are_there(
                 assert (await api.http.get(link)).status_code == 200, link
             assert len(links) == 3 + 7
             await page.screenshot(path="/tmp/real/session.png", full_page=True)
+
+
+async def test_what_is_said_of_a_page_is_not_said_of_what_it_asks_for(idle_api: Api) -> None:
+    """Without a browser: a page that is asked for conditionally, or with patience, is a page all the same."""
+    job_id = await idle_api.submit()
+    headers = {"If-None-Match": "*", "Prefer": "wait=30", "If-Match": '"7"'}
+    for path in ("", "/jobs", f"/jobs/{job_id}", "/batches", "/log", "/submit"):
+        answer = await idle_api.get(f"/monitoring/events{path}", **headers)
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8"), path

@@ -229,3 +229,10 @@ def test_an_escaped_target_stays_one_link(text: str) -> None:
     tokens = MarkdownIt("commonmark").parse(f"[x](https://conference.example/{as_target(text)}) end")
     kinds = [child.type for child in tokens[1].children or []]
     assert kinds == ["link_open", "text", "link_close", "text"]
+
+
+def test_code_in_a_list_keeps_its_blank_lines() -> None:
+    page = read(
+        "<main><h2>Steps</h2><ul><li><p>Write:</p><pre>a:\n\n- one\n\n- two</pre></li><li>Run it.</li></ul></main>"
+    )
+    assert "- Write:\n\n  ```\n  a:\n\n  - one\n\n  - two\n  ```\n" in page.markdown

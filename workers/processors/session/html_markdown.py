@@ -190,7 +190,7 @@ class _Converter(MarkdownConverter):
         return text
 
     def convert_li(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        text = re.sub(r"\n{2,}(?=\s*([-+*]|\d+[.)])\s)", "\n", text.strip())
+        text = text.strip()
         if not text:
             return "\n"
         bullet = f"{el['value']}. " if el.get("value") and el.parent and el.parent.name == "ol" else "- "
