@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import orjson
 import structlog
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
@@ -314,14 +314,17 @@ async def _form(request: Request) -> dict[str, str]:
     """Return the fields of a form.
 
     Raises:
-        ApiError: 413, when it is larger than any credential.
+        ApiError: 413, when it is larger than any credential; 400, when it is no form.
     """
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > _LARGEST_FORM_BYTES:
-            raise ApiError(413, "too_large", f"The form is larger than {_LARGEST_FORM_BYTES} bytes.")
-    return dict(parse_qsl(body.decode("ascii", "replace"), max_num_fields=10))
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > _LARGEST_FORM_BYTES:
+                raise ApiError(413, "too_large", f"The form is larger than {_LARGEST_FORM_BYTES} bytes.")
+        return dict(parse_qsl(body.decode("ascii", "replace"), max_num_fields=10))
+    except (ClientDisconnect, ValueError) as error:
+        raise ApiError(400, "malformed_form", "This is not the form of the sign-in.") from error
 
 
 async def sign_out(request: Request) -> Response:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from playwright.async_api import Page, expect
 
 from tests.api.conftest import Api, running_api
@@ -205,3 +206,19 @@ async def test_what_is_said_of_a_page_is_not_said_of_what_it_asks_for(idle_api: 
     for path in ("", "/jobs", f"/jobs/{job_id}", "/batches", "/log", "/submit"):
         answer = await idle_api.get(f"/monitoring/events{path}", **headers)
         assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8"), path
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 401),
+        (b"credential=%ff%00&next=//evil.example", 401),
+        (b"&".join(b"a%d=1" % number for number in range(50)), 400),
+        (b"credential=" + b"x" * 30_000, 413),
+    ],
+)
+async def test_nonsense_instead_of_a_sign_in_is_refused(body: bytes, status: int, idle_api: Api) -> None:
+    answer = await idle_api.http.post("/monitoring/events/sign-in", content=body)
+    assert answer.status_code == status
+    assert "evil" not in answer.text
+    assert "set-cookie" not in answer.headers
