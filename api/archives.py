@@ -34,7 +34,7 @@ async def of_job(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}/download-archive"""
     await views_reach_wanted_position(request)
     job = await existing(request)
-    rows = [row async for row in view.of_jobs(services(request).db, [job["job_id"]])]
+    rows = [row async for row in view.of_jobs(services(request).views, [job["job_id"]])]
     if not rows:
         message = f"Job {job['job_id']} is {job['status']} and has no result files."
         raise ApiError(409, "no_results", message)
@@ -51,7 +51,7 @@ async def of_batch(request: Request) -> Response:
     """GET /api/events/batches/{batch_id}/download-archive: of all its jobs that have results and may be seen."""
     await views_reach_wanted_position(request)
     known, batch_id = services(request), request.path_params["batch_id"]
-    batch = await batches.get(known.db, known.log, batch_id) if batch_id.startswith("batch-") else None
+    batch = await batches.get(known.views, known.log, batch_id) if batch_id.startswith("batch-") else None
     if batch is None or not may_see(request, batch):
         raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
     first = await anext(_visible(request, known, batch["job_ids"]), None)
@@ -66,7 +66,7 @@ async def of_batch(request: Request) -> Response:
 
 
 async def _visible(request: Request, known: Services, job_ids: Sequence[str]) -> AsyncIterator[Document]:
-    async for row in view.of_jobs(known.db, job_ids):
+    async for row in view.of_jobs(known.views, job_ids):
         if may_see(request, row):
             yield row
 

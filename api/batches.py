@@ -50,7 +50,7 @@ from ledger.handle import Command, handle_new, load, new_batch_id, new_job_id
 from ledger.mongo import Document
 from projections import batches as view
 from projections import statistics
-from projections.projector import FOLDED, Chunk
+from projections.folding import FOLDED, Chunk
 
 _ALONG_THE_WAY: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
 """What a running job says concerns no batch."""
@@ -175,13 +175,13 @@ async def listing(request: Request) -> Response:
     principal = who_asks(request)
     wanted = view.query(principal, status=asked.status, user_id=asked.user_id, archived=asked.archived, q=asked.q)
     found, following = await view.page(
-        known.db, wanted, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
+        known.views, wanted, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
     )
     content: dict[str, Any] = {"status": "success", "batches": [shown(batch) for batch in found]}
     if principal.sees_everything and asked.model_dump(exclude=set(Page.model_fields), exclude_none=True) == {}:
-        content["total"] = await statistics.batches_counted(known.db)
+        content["total"] = await statistics.batches_counted(known.views)
     else:
-        content["total"] = await view.count(known.db, wanted)
+        content["total"] = await view.count(known.views, wanted)
         if content["total"] >= view.COUNTED_UP_TO:
             content["total_is_lower_bound"] = True
     return json_response(content | going_on(following))
@@ -237,7 +237,7 @@ async def existing(request: Request) -> Document:
         ApiError: 404.
     """
     known, batch_id = services(request), request.path_params["batch_id"]
-    batch = await view.get(known.db, known.log, batch_id) if batch_id.startswith("batch-") else None
+    batch = await view.get(known.views, known.log, batch_id) if batch_id.startswith("batch-") else None
     if batch is None or not may_see(request, batch):
         raise not_found(batch_id)
     return batch

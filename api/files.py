@@ -99,7 +99,7 @@ def _path(request: Request) -> str:
 
 async def _readable(request: Request) -> Document:
     path = _path(request)
-    row = await view.get(services(request).db, path)
+    row = await view.get(services(request).views, path)
     if row is None or not may_see(request, row):
         raise ApiError(404, "file_not_found", f"There is no result file {path[:200]}.")
     return row
@@ -107,7 +107,7 @@ async def _readable(request: Request) -> Document:
 
 async def _by_link(request: Request, asked: FileQuery) -> Document:
     known = services(request)
-    row = await view.get(known.db, _path(request))
+    row = await view.get(known.views, _path(request))
     await known.links.check(row, expires=asked.expires, signature=asked.signature, now=datetime.now(UTC))
     assert row is not None  # noqa: S101 - narrows the type; no link opens what is not there
     return row

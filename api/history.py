@@ -31,7 +31,7 @@ async def of_job(request: Request) -> Response:
 async def of_batch(request: Request) -> Response:
     """GET /api/events/batches/{batch_id}/history"""
     known, batch_id = services(request), request.path_params["batch_id"]
-    batch = await batches.get(known.db, known.log, batch_id) if batch_id.startswith("batch-") else None
+    batch = await batches.get(known.views, known.log, batch_id) if batch_id.startswith("batch-") else None
     if batch is None or not may_see(request, batch):
         raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
     return await _page(request, batch_id, "events", lambda event: [shown_event(event)])

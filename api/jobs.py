@@ -85,7 +85,7 @@ async def listed(request: Request, asked: JobList) -> Response:
     wanted = view.Filter(**asked.model_dump(exclude=set(Page.model_fields)))
     query = wanted.query(who_asks(request))
     found, following = await view.page(
-        known.db, query, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
+        known.views, query, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
     )
     total, bounded = await _total(request, wanted, query)
     content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(known, found)}
@@ -104,13 +104,13 @@ def going_on(following: Place | None) -> dict[str, str]:
 
 async def _total(request: Request, wanted: view.Filter, query: Document) -> tuple[int, bool]:
     """Return how many jobs there are and whether there may be more: from counters where they know it."""
-    db = services(request).db
+    views = services(request).views
     if who_asks(request).sees_everything:
         if wanted == view.Filter(status=wanted.status, track=wanted.track):
-            return await statistics.jobs_counted(db, status=wanted.status, track=wanted.track), False
+            return await statistics.jobs_counted(views, status=wanted.status, track=wanted.track), False
         if wanted.batch_id is not None and wanted == view.Filter(status=wanted.status, batch_id=wanted.batch_id):
-            return await batches.jobs_counted(db, wanted.batch_id, status=wanted.status), False
-    total = await view.count(db, query)
+            return await batches.jobs_counted(views, wanted.batch_id, status=wanted.status), False
+    total = await view.count(views, query)
     return total, total >= view.COUNTED_UP_TO
 
 
@@ -164,7 +164,7 @@ async def existing(request: Request) -> Document:
         ApiError: 404.
     """
     known, job_id = services(request), request.path_params["job_id"]
-    job = await view.get(known.db, known.log, job_id) if job_id.startswith("job-") else None
+    job = await view.get(known.views, known.log, job_id) if job_id.startswith("job-") else None
     if job is None or not may_see(request, job):
         raise not_found(job_id)
     return job
@@ -314,7 +314,7 @@ def shown(document: Document) -> Document:
 async def _shown_jobs(known: Services, jobs: Sequence[Document]) -> list[Document]:
     """Return jobs as clients see them. `paused` ones wait because their batch is paused."""
     waiting = {job["batch_id"] for job in jobs if job["status"] == "pending"} - {None}
-    paused = await batches.paused_among(known.db, waiting) if waiting else set()
+    paused = await batches.paused_among(known.views, waiting) if waiting else set()
     return [{**shown(job), "paused": job["status"] == "pending" and job["batch_id"] in paused} for job in jobs]
 
 

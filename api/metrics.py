@@ -61,9 +61,9 @@ class _Collected(Collector):
 
 
 async def _of_the_ledger(known: Services) -> list[Metric]:
-    counted = await statistics.read(known.db, datetime.now(UTC))
-    events, took = await statistics.happened(known.db)
-    workers = await workers_alive(known.db)
+    counted = await statistics.read(known.views, datetime.now(UTC))
+    events, took = await statistics.happened(known.views)
+    workers = await workers_alive(known.db, known.views)
     head, views = await known.log.head(), known.checkpoint.position
     classes, seconds = statistics.histogram(took)
 
@@ -93,7 +93,7 @@ async def _of_the_ledger(known: Services) -> list[Metric]:
                 (
                     "queue_jobs",
                     "Jobs that wait to be claimed, due or not.",
-                    await queue.depth(known.db),
+                    await queue.depth(known.views),
                 ),
                 ("log_head_position", "The newest position in the log.", head),
                 ("views_position", "The position that the views have reached.", views),

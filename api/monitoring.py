@@ -13,6 +13,7 @@ from api.services import services, views_reach_wanted_position
 from ledger.lease import RUN_OUT
 from ledger.mongo import Database, Document, driver_errors
 from projections import jobs, statistics
+from projections.views import Views
 
 
 async def stats(request: Request) -> Response:
@@ -20,9 +21,9 @@ async def stats(request: Request) -> Response:
     for_monitors(request)
     await views_reach_wanted_position(request)
     known = services(request)
-    counted = await statistics.read(known.db, datetime.now(UTC))
+    counted = await statistics.read(known.views, datetime.now(UTC))
     head, views = await known.log.head(), known.checkpoint.position
-    counted["workers"] = await workers_alive(known.db)
+    counted["workers"] = await workers_alive(known.db, known.views)
     counted["log"] = {"head": head, "views": views, "lag": max(0, head - views)}
     return json_response({"status": "success", "stats": counted})
 
@@ -38,13 +39,13 @@ def for_monitors(request: Request) -> None:
         raise ApiError(403, "forbidden", "Statistics of everything are for the roles `monitor` and `admin`.")
 
 
-async def workers_alive(db: Database) -> list[Document]:
+async def workers_alive(db: Database, views: Views) -> list[Document]:
     """Return the workers that hold a lease, how many jobs each may run, and how many it does."""
     with driver_errors("reading the workers"):
         alive = {"released": False, "$nor": [RUN_OUT]}
         fields = {"host": 1, "slots": 1, "lease_until": 1}
         found = await db.workers.find(alive, fields, sort=[("_id", 1)]).to_list()
-    busy = await jobs.running_by_worker(db, [it["_id"] for it in found]) if found else {}
+    busy = await jobs.running_by_worker(views, [it["_id"] for it in found]) if found else {}
     return [
         {
             "worker_id": it["_id"],

@@ -22,6 +22,7 @@ from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
 from projections.checkpoint import Checkpoint
+from projections.views import Views
 
 LARGEST_PAGE: Final = 1000
 _VIEW_PATIENCE_SECONDS: Final = 10.0
@@ -53,6 +54,11 @@ class Services:
     streams: Streams
     links: Links
     webhooks: Webhooks = Webhooks()
+
+    @property
+    def views(self) -> Views:
+        """The views that are live now."""
+        return self.checkpoint.views
 
 
 def services(request: Request) -> Services:

@@ -38,9 +38,9 @@ async def listing(request: Request) -> Response:
     await views_reach_wanted_position(request)
     known, wanted = services(request), await _wanted(request, asked)
     found, following = await view.page(
-        known.db, wanted, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
+        known.views, wanted, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
     )
-    total = await view.count(known.db, wanted)
+    total = await view.count(known.views, wanted)
     content: dict[str, Any] = {"status": "success", "total": total, "deliveries": [_shown(it) for it in found]}
     if total >= view.COUNTED_UP_TO:
         content["total_is_lower_bound"] = True
@@ -51,7 +51,7 @@ async def single(request: Request) -> Response:
     """GET /api/monitoring/events/webhooks/{delivery_id}"""
     await views_reach_wanted_position(request)
     known, delivery_id = services(request), request.path_params["delivery_id"]
-    delivery = await view.get(known.db, delivery_id)
+    delivery = await view.get(known.views, delivery_id)
     if delivery is None or not await _may_see(request, delivery["user_id"], _source(delivery)):
         raise _not_found(delivery_id)
     return json_response({"status": "success", "delivery": _shown(delivery)})
@@ -94,7 +94,7 @@ async def redeliver_many(request: Request) -> Response:
     if body.job_id is not None:
         await _may_redeliver_of(request, body.job_id)
     wanted = await _wanted(request, body)
-    found, more = await view.page(known.db, wanted, limit=MOST_REDELIVERED, newest_first=False)
+    found, more = await view.page(known.views, wanted, limit=MOST_REDELIVERED, newest_first=False)
     meta, position, number = Meta(by, request=noted(once)), 0, 0
 
     async def again(delivery_id: str) -> int:
@@ -150,9 +150,9 @@ async def _source_is_seen(request: Request, source: str) -> bool:
     known = services(request)
     document: Document | None = None
     if source.startswith("job-"):
-        document = await jobs.get(known.db, known.log, source)
+        document = await jobs.get(known.views, known.log, source)
     elif source.startswith("batch-"):
-        document = await batches.get(known.db, known.log, source)
+        document = await batches.get(known.views, known.log, source)
     return document is not None and may_see(request, document)
 
 
@@ -182,7 +182,7 @@ def _source(delivery: Document) -> str:
 
 async def _numbered(known: Services, delivery: Document) -> Document:
     """Return a delivery that was folded from the log, with the number that only the views know."""
-    seen = await view.get(known.db, delivery["_id"])
+    seen = await view.get(known.views, delivery["_id"])
     return _shown({**delivery, "sequence": seen["sequence"] if seen else None})
 
 

@@ -35,6 +35,7 @@ from ledger.handle import handle, new_job_id
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
 from projections import jobs, statistics
+from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 
 FEW = 1000
@@ -79,7 +80,7 @@ async def run_at_scale(connection: Connection, *, events: int, rounds: int) -> l
         for number in (FEW, many):
             await client.drop_database(connection.db_name)
             db = client[connection.db_name]
-            await Projector(db, EventLog(db), connection, holder="bench").prepare()
+            await Projector(db, EventLog(db), connection, Checkpoint(db), holder="bench").prepare()
             some = await _fill(db, number)
             async with _server(_ours, connection) as ours:
                 measured.append(await _asked(ours, some, max(20, rounds * 30)))
@@ -108,7 +109,7 @@ async def _one_job(db: Database, connection: Connection) -> str:
     """Submit a job through the log, and write its view as the projector would."""
     log = EventLog(db)
     await log.prepare()
-    await Projector(db, log, connection, holder="bench").prepare()
+    await Projector(db, log, connection, Checkpoint(db), holder="bench").prepare()
     job_id = new_job_id()
     asked = JobSubmitted(job_type="session", parameters={**_PARAMETERS, "track": "Main"}, user_id="bench")
     [submitted] = (await handle(log, job_id, SubmitJob(asked), meta=Meta("user:bench"))).events

@@ -166,17 +166,17 @@ async def roles(
         changes.listen(checkpoint)
         await log.prepare()
         stack.push_async_callback(log.aclose)
-        projector = Projector(db, log, connection, holder=f"{socket.gethostname()}-{os.getpid()}")
+        projector = Projector(db, log, connection, checkpoint, holder=f"{socket.gethostname()}-{os.getpid()}")
         await projector.prepare()
         if wanted & _READS_THE_LOG:
             changes.listen(log)
         if "projector" in wanted:
-            changes.listen(projector.leadership)
+            projector.listen(changes)
         serves = services_for(settings, db, log, checkpoint, changes, store) if "api" in wanted else None
         worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
         sends = None
         if "webhooks" in wanted:
-            sends = _deliverer(settings, db, log, store, changes, connection)
+            sends = _deliverer(settings, db, log, store, checkpoint, changes, connection)
         stream = await stack.enter_async_context(changes.running())
         stream.add_done_callback(watcher(failed))
         if "projector" in wanted:
@@ -224,13 +224,20 @@ def _worker(
 
 
 def _deliverer(
-    settings: Settings, db: Database, log: EventLog, store: FileStore, changes: Changes, connection: Connection
+    settings: Settings,
+    db: Database,
+    log: EventLog,
+    store: FileStore,
+    checkpoint: Checkpoint,
+    changes: Changes,
+    connection: Connection,
 ) -> Deliverer:
     chosen = settings.webhooks
     return Deliverer(
         db,
         log,
         store,
+        checkpoint,
         changes,
         connection,
         settings=deliverer.Settings(

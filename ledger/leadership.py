@@ -46,6 +46,11 @@ class Leadership:
 
     async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
         """Stand by, lead, stand by …, until cancelled. `lead` is cancelled with the lease; it may raise Deposed."""
+        while True:
+            await self.once(lead)
+
+    async def once(self, lead: Callable[[], Awaitable[None]]) -> None:
+        """Stand by, lead, stand by …, until `lead` has come to its end. What it raises ends this, too, but Deposed."""
         pause = 0.1
         while True:
             try:
@@ -53,12 +58,14 @@ class Leadership:
                 if await self._lease.acquire({"holder": self._holder}):
                     begun = time.monotonic()
                     try:
-                        await self._lead(lead)
+                        if await self._lead(lead):
+                            return
                     finally:
                         await self._lease.release()
                         if time.monotonic() - begun > self._lease_seconds:
                             pause = 0.1  # it went well for a while: what comes now is a new trouble
                     await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 else:
                     await self._wait_for_vacancy()
             except (LedgerUnavailable, LedgerBusy) as error:
@@ -86,18 +93,20 @@ class Leadership:
             except TimeoutError:
                 return
 
-    async def _lead(self, lead: Callable[[], Awaitable[None]]) -> None:
+    async def _lead(self, lead: Callable[[], Awaitable[None]]) -> bool:
+        """Return whether it has come to its end, and was not ended by the loss of the lead."""
         leading = asyncio.ensure_future(lead())
         lost = asyncio.create_task(self._lease.lost())
         try:
             await asyncio.wait({leading, lost}, return_when=asyncio.FIRST_COMPLETED)
             if leading.done():
                 leading.result()
-            else:
-                _log.warning("lease lost, standing by", matter=self._matter)
+                return True
+            _log.warning("lease lost, standing by", matter=self._matter)
         except Deposed:
             _log.warning("replaced by another leader, standing by", matter=self._matter)
         finally:
             for task in (leading, lost):
                 task.cancel()
             await asyncio.gather(leading, lost, return_exceptions=True)
+        return False

@@ -30,10 +30,11 @@ from ledger.events import (
     Recorded,
 )
 from ledger.log import EventLog
-from ledger.mongo import Database, Document, driver_errors
+from ledger.mongo import Document, driver_errors
 from projections import headings
 from projections.headings import Facet, Place
 from projections.jobs import shown_webhook
+from projections.views import Views
 
 NAME: Final = "batches"
 JOB_IDS_IN_LISTS: Final = 100
@@ -174,10 +175,10 @@ def reaction(batch: Document) -> BatchCommand | None:
 # Questions --------------------------------------------------------------------------------------------------------
 
 
-async def get(db: Database, log: EventLog, batch_id: str) -> Document | None:
+async def get(views: Views, log: EventLog, batch_id: str) -> Document | None:
     """Return a batch's document, or None. One that the projector has not reached yet is folded from the log."""
     with driver_errors(f"reading {batch_id}"):
-        batch = await db[NAME].find_one({"_id": batch_id})
+        batch = await views[NAME].find_one({"_id": batch_id})
     if batch is None:
         for event in await log.read_stream(batch_id):
             batch = fold(batch, event)
@@ -206,7 +207,7 @@ def query(
 
 
 async def page(
-    db: Database,
+    views: Views,
     wanted: Document,
     *,
     limit: int,
@@ -220,7 +221,7 @@ async def page(
     """
     with driver_errors("listing batches"):
         return await headings.page(
-            db[NAME],
+            views[NAME],
             wanted,
             limit=limit,
             skip=skip,
@@ -230,29 +231,29 @@ async def page(
         )
 
 
-async def count(db: Database, wanted: Document) -> int:
+async def count(views: Views, wanted: Document) -> int:
     """Count batches, but never more than `COUNTED_UP_TO`."""
     with driver_errors("counting batches"):
-        return await headings.count(db[NAME], wanted, most=COUNTED_UP_TO)
+        return await headings.count(views[NAME], wanted, most=COUNTED_UP_TO)
 
 
-async def jobs_counted(db: Database, batch_id: str, *, status: str | None) -> int:
+async def jobs_counted(views: Views, batch_id: str, *, status: str | None) -> int:
     """Return how many jobs a batch has, with this status, if one is named."""
     field = "total_jobs" if status is None else f"{status}_jobs"
     with driver_errors("reading the counts of a batch"):
-        found = await db[NAME].find_one({"_id": batch_id}, {field: 1})
+        found = await views[NAME].find_one({"_id": batch_id}, {field: 1})
     return int((found or {}).get(field, 0))
 
 
-async def paused_among(db: Database, batch_ids: Collection[str]) -> set[str]:
+async def paused_among(views: Views, batch_ids: Collection[str]) -> set[str]:
     """Return which of these batches are paused, as far as the view has got."""
     with driver_errors("looking for paused batches"):
         query = {"_id": {"$in": sorted(batch_ids)}, "paused": True}
-        return {batch["_id"] async for batch in db[NAME].find(query, {"_id": 1})}
+        return {batch["_id"] async for batch in views[NAME].find(query, {"_id": 1})}
 
 
-async def unsettled(db: Database) -> Sequence[Document]:
+async def unsettled(views: Views) -> Sequence[Document]:
     """Return the batches that are not finished, or have an unfinished job again, for `reaction` at start."""
     unfinished = [{"status": "processing"}, {"pending_jobs": {"$gt": 0}}, {"processing_jobs": {"$gt": 0}}]
     with driver_errors("looking for unfinished batches"):
-        return await db[NAME].find({"$or": unfinished}, {"job_ids": 0, "parameters": 0}).to_list()
+        return await views[NAME].find({"$or": unfinished}, {"job_ids": 0, "parameters": 0}).to_list()

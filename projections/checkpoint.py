@@ -1,4 +1,4 @@
-"""projections: how far the views have got, known without asking: the checkpoint's changes come by the change stream."""
+"""projections: how far the views have got, and where they are, known without asking: by the change stream."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any, Final
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.mongo import MAJORITY, Database
+from projections.views import Views
 
 VIEWS: Final = "views"
 
 
 class Checkpoint:
-    """The position that the views have reached. A listener of the process's change stream."""
+    """The position that the views have reached. A listener of the process's change stream.
+
+    `views` are those that are live, whenever they are asked: both change in one moment, for a reader too.
+    """
 
     collection = "checkpoints"
 
@@ -23,6 +27,8 @@ class Checkpoint:
         self._moved = asyncio.Event()
         self._watchers: list[Callable[[], None]] = []
         self.position = 0
+        self.version: int | None = None
+        self.views = Views(db)
 
     def on_move(self, watcher: Callable[[], None]) -> None:
         """Have `watcher` called whenever the views have got further. It must not block."""
@@ -33,19 +39,33 @@ class Checkpoint:
         while self.position < position:
             await self._moved.wait()
 
+    async def version_known(self) -> int:
+        """Return which version of this program's folds made the live views, 0 if that was long ago."""
+        while self.version is None:
+            await self._moved.wait()
+        return self.version
+
+    async def version_other_than(self, version: int) -> None:
+        """Return once the live views are of another version."""
+        while self.version in (None, version):
+            await self._moved.wait()
+
     async def resync(self, session: AsyncClientSession) -> None:
         document = await self._checkpoints.find_one({"_id": VIEWS}, session=session)
-        self._move(document["position"] if document else 0)
+        self._take({"position": 0, "version": 0, **(document or {})})
 
     def changed(self, change: Mapping[str, Any]) -> None:
         if change["documentKey"]["_id"] != VIEWS:
             return
         document = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
-        if "position" in document:
-            self._move(document["position"])
+        self._take(document)
 
-    def _move(self, position: int) -> None:
-        self.position = position
+    def _take(self, document: Mapping[str, Any]) -> None:
+        if "sides" in document:
+            self.views.sides = document["sides"]
+        if "version" in document:
+            self.version = document["version"]
+        self.position = document.get("position", self.position)
         self._moved.set()
         self._moved = asyncio.Event()
         for watcher in self._watchers:

@@ -24,9 +24,10 @@ from ledger.events import (
     DeliverySucceeded,
     Recorded,
 )
-from ledger.mongo import Database, Document, driver_errors
+from ledger.mongo import Document, driver_errors
 from projections import headings, receivers
 from projections.headings import Place
+from projections.views import Views
 
 NAME: Final = "deliveries"
 ATTEMPTS_SHOWN: Final = 50  # the newest; all of them are in the stream
@@ -116,18 +117,18 @@ def _changes(delivery: Document, happened: DeliveryEvent, event: Recorded) -> Do
 # Questions --------------------------------------------------------------------------------------------------------
 
 
-async def get(db: Database, delivery_id: str) -> Document | None:
+async def get(views: Views, delivery_id: str) -> Document | None:
     """Return a delivery's document, None if there is no such delivery, or the views have not reached it."""
     with driver_errors("reading a delivery"):
-        return await db[NAME].find_one({"_id": delivery_id})
+        return await views[NAME].find_one({"_id": delivery_id})
 
 
-async def pending(db: Database, among: Sequence[str] | None = None) -> AsyncIterator[Document]:
+async def pending(views: Views, among: Sequence[str] | None = None) -> AsyncIterator[Document]:
     """Yield what a sender needs to know of every delivery that is still to be made; of these ids only, if given."""
     facts = dict.fromkeys(("next_at", "queued_at", "host", "version", "sequence"), 1)
     wanted = PENDING if among is None else {"_id": {"$in": list(among)}, **PENDING}
     with driver_errors("looking for webhooks to be sent"):
-        async for delivery in db[NAME].find(wanted, facts):
+        async for delivery in views[NAME].find(wanted, facts):
             yield delivery
 
 
@@ -160,7 +161,7 @@ def query(
 
 
 async def page(
-    db: Database,
+    views: Views,
     wanted: Document,
     *,
     limit: int,
@@ -171,11 +172,17 @@ async def page(
     """Return a page of deliveries in the order in which they were queued, and where the next one begins."""
     with driver_errors("listing deliveries"):
         return await headings.page(
-            db[NAME], wanted, limit=limit, skip=skip, after=after, newest_first=newest_first, projection={"headings": 0}
+            views[NAME],
+            wanted,
+            limit=limit,
+            skip=skip,
+            after=after,
+            newest_first=newest_first,
+            projection={"headings": 0},
         )
 
 
-async def count(db: Database, wanted: Document) -> int:
+async def count(views: Views, wanted: Document) -> int:
     """Count deliveries, but never more than `COUNTED_UP_TO`."""
     with driver_errors("counting deliveries"):
-        return await headings.count(db[NAME], wanted, most=COUNTED_UP_TO)
+        return await headings.count(views[NAME], wanted, most=COUNTED_UP_TO)

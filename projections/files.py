@@ -7,7 +7,8 @@ from typing import Final
 
 from pymongo import ASCENDING, IndexModel
 
-from ledger.mongo import Database, Document, driver_errors
+from ledger.mongo import Document, driver_errors
+from projections.views import Views
 
 NAME: Final = "files"
 _JOBS_AT_A_TIME: Final = 100
@@ -35,17 +36,17 @@ def rows(job: Document) -> list[Document]:
     ]
 
 
-async def get(db: Database, path: str) -> Document | None:
+async def get(views: Views, path: str) -> Document | None:
     """Return what lies under a path, or None."""
     with driver_errors("looking for a file"):
-        return await db[NAME].find_one({"_id": path})
+        return await views[NAME].find_one({"_id": path})
 
 
-async def of_jobs(db: Database, job_ids: Sequence[str]) -> AsyncIterator[Document]:
+async def of_jobs(views: Views, job_ids: Sequence[str]) -> AsyncIterator[Document]:
     """Yield the files of jobs, a hundred jobs at a time; the same jobs in the same order make the same list."""
     for begin in range(0, len(job_ids), _JOBS_AT_A_TIME):
         wanted = {"job_id": {"$in": list(job_ids[begin : begin + _JOBS_AT_A_TIME])}}
         with driver_errors("looking for the files of jobs"):
-            found = await db[NAME].find(wanted, sort=[("job_id", ASCENDING), ("_id", ASCENDING)]).to_list()
+            found = await views[NAME].find(wanted, sort=[("job_id", ASCENDING), ("_id", ASCENDING)]).to_list()
         for row in found:
             yield row

@@ -43,9 +43,10 @@ from ledger.events import (
     WorkerFenced,
 )
 from ledger.log import EventLog
-from ledger.mongo import Database, Document, driver_errors
+from ledger.mongo import Document, driver_errors
 from projections import headings
 from projections.headings import Facet, Place
+from projections.views import Views
 
 NAME: Final = "jobs"
 LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
@@ -369,13 +370,13 @@ class Filter:
         return facet, {field: value for _, field, value in given[1:]}
 
 
-async def get(db: Database, log: EventLog, job_id: str) -> Document | None:
+async def get(views: Views, log: EventLog, job_id: str) -> Document | None:
     """Return a job's document, or None if there is no such job.
 
     A job that the projector has not reached yet is folded from the log, so who has just submitted it finds it.
     """
     with driver_errors(f"reading {job_id}"):
-        job = await db[NAME].find_one({"_id": job_id})
+        job = await views[NAME].find_one({"_id": job_id})
     if job is None:
         for event in await log.read_stream(job_id):
             job = fold(job, event)
@@ -383,7 +384,7 @@ async def get(db: Database, log: EventLog, job_id: str) -> Document | None:
 
 
 async def page(
-    db: Database,
+    views: Views,
     wanted: Document,
     *,
     limit: int,
@@ -394,7 +395,7 @@ async def page(
     """Return a page of jobs in the order of creation, and where the next one begins."""
     with driver_errors("listing jobs"):
         return await headings.page(
-            db[NAME],
+            views[NAME],
             wanted,
             limit=limit,
             skip=skip,
@@ -404,37 +405,37 @@ async def page(
         )
 
 
-async def count(db: Database, wanted: Document) -> int:
+async def count(views: Views, wanted: Document) -> int:
     """Count jobs, but never more than `COUNTED_UP_TO`: a count over everything would read everything."""
     with driver_errors("counting jobs"):
-        return await headings.count(db[NAME], wanted, most=COUNTED_UP_TO)
+        return await headings.count(views[NAME], wanted, most=COUNTED_UP_TO)
 
 
-async def waiting_in(db: Database, batch_ids: Collection[str]) -> list[Document]:
+async def waiting_in(views: Views, batch_ids: Collection[str]) -> list[Document]:
     """Return the waiting jobs of batches, without what is large and says nothing about their places in the queue."""
     with driver_errors("looking for the waiting jobs of batches"):
         under = [headings.everything(("batch", batch_id)) for batch_id in sorted(batch_ids)]
         left_out = dict.fromkeys(("parameters", "logs", "steps", "error", "headings", "words"), 0)
-        return await db[NAME].find({"headings": {"$in": under}, "status": "pending"}, left_out).to_list()
+        return await views[NAME].find({"headings": {"$in": under}, "status": "pending"}, left_out).to_list()
 
 
-async def held_by(db: Database, worker_id: str) -> Sequence[Document]:
+async def held_by(views: Views, worker_id: str) -> Sequence[Document]:
     """Return the jobs that a worker is running, as far as the view has got."""
     with driver_errors("looking for a worker's jobs"):
-        return await db[NAME].find({"worker_id": worker_id, "status": "processing"}, {"attempt": 1}).to_list()
+        return await views[NAME].find({"worker_id": worker_id, "status": "processing"}, {"attempt": 1}).to_list()
 
 
-async def workers_at_work(db: Database) -> list[str]:
+async def workers_at_work(views: Views) -> list[str]:
     """Return the ids of the workers that run a job, as far as the view has got."""
     with driver_errors("looking for busy workers"):
-        return await db[NAME].distinct("worker_id", {"status": "processing"})
+        return await views[NAME].distinct("worker_id", {"status": "processing"})
 
 
-async def running_by_worker(db: Database, workers: Collection[str]) -> dict[str, int]:
+async def running_by_worker(views: Views, workers: Collection[str]) -> dict[str, int]:
     """Return how many jobs each of these workers is running, as far as the view has got; only of those that run any."""
     with driver_errors("counting the jobs of workers"):
         running = {"worker_id": {"$in": sorted(workers)}, "status": "processing"}
-        counted = await db[NAME].aggregate(
+        counted = await views[NAME].aggregate(
             [{"$match": running}, {"$group": {"_id": "$worker_id", "jobs": {"$sum": 1}}}]
         )
         return {row["_id"]: row["jobs"] async for row in counted}

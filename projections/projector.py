@@ -1,291 +1,142 @@
-"""projections: the projector. Folds the log into the views, in order, exactly once.
+"""projections: the projector. Folds the log into the live views, in order, exactly once.
 
-Any number of processes may run one; they elect a leader by a lease, the rest stand by. A chunk's view writes and the
-checkpoint are one transaction, and the checkpoint's filter names the leader's epoch and where it began: a deposed
-leader's transaction finds no such checkpoint and is undone. After any failure the checkpoint says where to go on.
+Any number of processes may run one; they elect a leader by a lease, the rest stand by. What a leader writes is fenced
+(projections/folding.py) by its epoch and by the sides that were live when it began: a deposed leader, or one whose
+views have been replaced, writes nothing more. After any failure the checkpoint says where to go on.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import asyncio
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Final
 
 import structlog
-from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
 
-from ledger.errors import CommandRefused
-from ledger.events import BatchDeleted, BatchPaused, BatchResumed, DeliveryQueued, Meta, Recorded
+from ledger.changes import Changes
+from ledger.errors import CommandRefused, LedgerUnavailable
+from ledger.events import Meta
 from ledger.handle import handle
 from ledger.leadership import Deposed, Leadership
 from ledger.log import EventLog
-from ledger.mongo import DURABLE, Connection, Database, Document, driver_errors
-from projections import batches, deliveries, files, jobs, queue, receivers, statistics, steps
-from projections.checkpoint import VIEWS
+from ledger.mongo import Connection, Database, Document, driver_errors
+from projections import batches
+from projections.checkpoint import VIEWS, Checkpoint
+from projections.folding import ALL, VERSION, Folder
+from projections.rebuild import REBUILD, Rebuild
+from projections.views import Views
 
 _log = structlog.get_logger()
-VERSION: Final = 6
-"""Of all folds together. Whoever changes what a fold makes raises it; views of another version are built anew."""
 CHUNK_EVENTS: Final = 1000
-CACHED_DOCUMENTS: Final = 20_000
-_VIEWS: Final = (jobs, batches, queue, files, statistics, steps, deliveries, receivers)
-FOLDED: Final = (jobs.NAME, batches.NAME, statistics.NAME, deliveries.NAME, receivers.NAME)
-"""The views with documents that are folded on; all others follow from these."""
-_SWITCHES: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
-"""What may change whether a batch's waiting jobs are in the queue."""
-Write = InsertOne[Document] | ReplaceOne[Document] | UpdateOne | DeleteOne
+READERS_PATIENCE_SECONDS: Final = 60.0
+"""For so long what was read before a rebuild is left alone: a request may still be at it."""
 
 
-@dataclass(slots=True)
-class Chunk:
-    """Events being folded: the documents as they were loaded and as they are now, and what the counters gain. Pure.
-
-    `waiting` are the jobs that waited when it began, of the batches that it pauses or resumes.
-    """
-
-    loaded: dict[str, dict[str, Document]]
-    waiting: Sequence[Document] = ()
-    now: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {view: {} for view in FOLDED})
-    counted: statistics.Contribution = field(default_factory=Counter)
-
-    def fold(self, event: Recorded) -> None:
-        """Take in one event."""
-        self.counted[statistics.EVENTS, event.type] += 1
-        kind = event.stream.partition("-")[0]
-        if kind == "job":
-            self._fold_job(event)
-        elif kind == "batch":
-            before = self.get("batches", event.stream)
-            self._set_batch(event.stream, before, batches.fold(before, event))
-        elif kind == "delivery":
-            self._fold_delivery(event)
-
-    def get(self, view: str, key: str) -> Document | None:
-        """Return a document as it is now."""
-        return self.now[view][key] if key in self.now[view] else self.loaded[view].get(key)
-
-    def _fold_job(self, event: Recorded) -> None:
-        before = self.get("jobs", event.stream)
-        after = jobs.fold(before, event)
-        if after is before:
-            return
-        self.now["jobs"][event.stream] = after
-        if before and after and before["status"] == after["status"] == "processing":
-            return  # progress and log lines: nothing but the job's own document changes
-        _add(self.counted, statistics.of_job(before), statistics.of_job(after))
-        if after is not None and statistics.ended(before, after):
-            self.counted.update(statistics.of_end(after))
-            recent = self.get(statistics.NAME, statistics.RECENT)
-            self.now[statistics.NAME][statistics.RECENT] = statistics.recent_after(recent, after)
-        batch_id = (after or before or {}).get("batch_id")
-        batch = self.get("batches", batch_id) if batch_id else None
-        if batch is not None:
-            self._set_batch(batch["batch_id"], batch, batches.fold_job(batch, before, after, event))
-
-    def _fold_delivery(self, event: Recorded) -> None:
-        before = self.get(deliveries.NAME, event.stream)
-        after = deliveries.fold(before, event)
-        if before is None:  # its number is how many its receiver has had before, in the order of the log
-            receiver = receivers.with_one_more(self.get(receivers.NAME, after["receiver"]), after)
-            self.now[receivers.NAME][receiver["_id"]] = receiver
-            after["sequence"] = receiver["deliveries"]
-        self.now[deliveries.NAME][event.stream] = after
-        _add(self.counted, statistics.of_delivery(before), statistics.of_delivery(after))
-
-    def _set_batch(self, batch_id: str, before: Document | None, after: Document | None) -> None:
-        self.now["batches"][batch_id] = after
-        _add(self.counted, statistics.of_batch(before), statistics.of_batch(after))
-
-    def rows(self) -> dict[str, dict[str, Document | None]]:
-        """Return the rows that are new or different now, and None for those that are gone, by view."""
-        queued: dict[str, Document | None] = {}
-        served: dict[str, Document | None] = {}
-        shared: dict[str, Document | None] = {}
-        batch_then, batch_now = self.loaded["batches"].get, partial(self.get, "batches")
-        for job_id, after in self.now["jobs"].items():
-            before = self.loaded["jobs"].get(job_id)
-            _change(queued, _queued(before, batch_then), _queued(after, batch_now))
-            _change(served, files.rows(before) if before else [], files.rows(after) if after else [])
-            _change(shared, steps.rows(before) if before else [], steps.rows(after) if after else [])
-        for job in self.waiting:  # unchanged themselves, and not loaded whole
-            if job["_id"] not in self.now["jobs"]:
-                _change(queued, _queued(job, batch_then), _queued(job, batch_now))
-        return {queue.NAME: queued, files.NAME: served, steps.NAME: shared}
-
-    def writes(self) -> dict[str, list[Write]]:
-        """Return what has to be written to which view."""
-        writes: dict[str, list[Write]] = {}
-        for view, documents in self.now.items():
-            writes[view] = [
-                write
-                for key, document in documents.items()
-                if (write := _write(key, self.loaded[view].get(key), document)) is not None
-            ]
-        for view, rows in self.rows().items():
-            writes[view] = [
-                ReplaceOne({"_id": key}, row, upsert=True) if row else DeleteOne({"_id": key})
-                for key, row in rows.items()
-            ]
-        increments: dict[str, dict[str, int]] = {}
-        # Zeros, too: which fields a counter has must not depend on where chunks end.
-        for (counter, name), amount in self.counted.items():
-            increments.setdefault(counter, {})[name] = amount
-        for key, by in increments.items():
-            writes[statistics.NAME].append(UpdateOne({"_id": key}, {"$inc": by}, upsert=True))
-        return {view: changes for view, changes in writes.items() if changes}
-
-
-def _add(counted: statistics.Contribution, before: statistics.Contribution, after: statistics.Contribution) -> None:
-    if before != after:
-        counted.update(after)
-        counted.subtract(before)
-
-
-def _queued(job: Document | None, batch_of: Callable[[str], Document | None]) -> list[Document]:
-    return queue.rows(job, batch_of(job["batch_id"])) if job else []
-
-
-def _change(rows: dict[str, Document | None], before: Sequence[Document], after: Sequence[Document]) -> None:
-    """Note what has to be written so that a job's rows before become those after."""
-    old = {row["_id"]: row for row in before}
-    new = {row["_id"]: row for row in after}
-    rows.update((key, None) for key in old if key not in new)
-    rows.update((key, row) for key, row in new.items() if row != old.get(key))
-
-
-def _write(key: str, old: Document | None, new: Document | None) -> Write | None:
-    """Return the smallest write that makes the old document the new one. Folds copy on change, so `is` tells."""
-    if new is None:
-        return DeleteOne({"_id": key}) if old else None
-    if old is None:
-        return InsertOne(new)
-    changed = {name: value for name, value in new.items() if value is not old.get(name)}
-    return UpdateOne({"_id": key}, {"$set": changed}) if changed else None
+class OtherVersion(Exception):
+    """The live views were made by another version of this program."""
 
 
 class Projector:
     """Keeps the views up to date while it is the leader, and stands by while another is."""
 
     def __init__(
-        self, db: Database, log: EventLog, connection: Connection, *, holder: str, lease_seconds: float = 10.0
+        self,
+        db: Database,
+        log: EventLog,
+        connection: Connection,
+        checkpoint: Checkpoint,
+        *,
+        holder: str,
+        lease_seconds: float = 10.0,
     ) -> None:
         self._db = db
         self._log = log
+        self._checkpoint = checkpoint
         self._leadership = Leadership(connection, "projector", holder=holder, lease_seconds=lease_seconds)
-        self._cache: OrderedDict[tuple[str, str], Document] = OrderedDict()
+        self._rebuild = Rebuild(db, log, connection, holder=holder, lease_seconds=lease_seconds)
+
+    def listen(self, changes: Changes) -> None:
+        """Hear of what concerns the projector. Call before the change stream runs, if `run` is to be called."""
+        changes.listen(self._leadership)
+        changes.listen(self._rebuild.leadership)
 
     async def prepare(self) -> None:
-        """Create the views' indexes and the checkpoint. Harmless when they exist."""
+        """Create the live views' indexes and the checkpoint. Harmless when they exist."""
         with driver_errors("preparing the views"):
-            for view in _VIEWS:
+            made: Document = {"position": 0, "epoch": 0, "version": VERSION, "sides": {}}
+            await self._db.checkpoints.update_one({"_id": VIEWS}, {"$setOnInsert": made}, upsert=True)
+            found = await self._db.checkpoints.find_one({"_id": VIEWS})
+            views = Views(self._db, (found or made).get("sides"))
+            for view in ALL:
                 if view.INDEXES:
-                    await self._db[view.NAME].create_indexes(list(view.INDEXES))
-            await self._db.checkpoints.update_one(
-                {"_id": VIEWS}, {"$setOnInsert": {"position": 0, "epoch": 0, "version": VERSION}}, upsert=True
-            )
+                    await views[view.NAME].create_indexes(list(view.INDEXES))
 
     async def run(self) -> None:
-        """Stand by, lead, stand by …, until cancelled."""
-        await self._leadership.run(self._fold_for_ever)
-
-    @property
-    def leadership(self) -> Leadership:
-        """Who leads among the projectors: has to hear of changes."""
-        return self._leadership
+        """Stand by, lead, stand by …, until cancelled. Views of an older version are made anew behind the live ones."""
+        while True:
+            version = await self._checkpoint.version_known()
+            if version > VERSION:
+                _log.error(
+                    "the views are of a newer version of this program: this one leaves them alone until they are not",
+                    views=version,
+                    ours=VERSION,
+                )
+                await self._checkpoint.version_other_than(version)
+            elif version < VERSION:
+                _log.warning("the views are of an older version: they are made anew", views=version, ours=VERSION)
+                await self._rebuild.run(only_older=True)
+                await self._checkpoint.version_other_than(version)
+            else:
+                try:
+                    await self._leadership.run(self._fold_for_ever)
+                except OtherVersion:
+                    await self._checkpoint.version_other_than(version)
 
     async def _fold_for_ever(self) -> None:
-        self._cache.clear()
-        position = await self._take_over()
-        _log.info("projector leads", position=position, epoch=self._leadership.epoch)
-        await self._react(await batches.unsettled(self._db))
-        async with self._log.subscription(after=position) as events:
-            while True:
-                chunk = await events.chunk(CHUNK_EVENTS)
-                await self._react(await self._fold(chunk, position))
-                position = events.position
+        folder = await self._take_over()
+        _log.info("projector leads", position=folder.position, epoch=self._leadership.epoch)
+        tidying = asyncio.create_task(self._tidy(), name="tidy")
+        try:
+            await self._react(await batches.unsettled(folder.views))
+            async with self._log.subscription(after=folder.position) as events:
+                while True:
+                    await self._react(await folder.fold(await events.chunk(CHUNK_EVENTS)))
+        finally:
+            tidying.cancel()
+            await asyncio.gather(tidying, return_exceptions=True)
 
-    async def _take_over(self) -> int:
-        """Put this leader's epoch on the checkpoint, which fences its predecessors, and return where to begin."""
+    async def _take_over(self) -> Folder:
+        """Put this leader's epoch on the checkpoint, which fences its predecessors, and return who folds from there.
+
+        Raises:
+            Deposed: somebody else leads by now.
+            OtherVersion: these views are not ours to fold.
+        """
+        epoch = self._leadership.epoch
         with driver_errors("taking over the views"):
-            checkpoint = await self._db.checkpoints.find_one_and_update(
-                {"_id": VIEWS, "epoch": {"$lt": self._leadership.epoch}}, {"$set": {"epoch": self._leadership.epoch}}
+            found = await self._db.checkpoints.find_one_and_update(
+                {"_id": VIEWS, "epoch": {"$lt": epoch}}, {"$set": {"epoch": epoch}}
             )
-        if checkpoint is None:
+        if found is None:
             raise Deposed
-        if checkpoint.get("version") == VERSION:
-            return int(checkpoint["position"])
-        await self._start_anew()
-        return 0
+        if found.get("version") != VERSION:
+            raise OtherVersion
+        sides = found.get("sides")
+        fence = {"epoch": epoch, "sides": sides}
+        return Folder(self._db, Views(self._db, sides), checkpoint=VIEWS, fence=fence, position=int(found["position"]))
 
-    async def _start_anew(self) -> None:
-        """Empty the views. Interrupted, it is done again: only the last step says that they are ours now."""
-        _log.warning("the views were made by another version of this program: they are built anew from the log")
-        with driver_errors("emptying the views"):
-            for view in _VIEWS:
-                await self._db[view.NAME].delete_many({})
-            emptied = await self._db.checkpoints.update_one(
-                {"_id": VIEWS, "epoch": self._leadership.epoch}, {"$set": {"position": 0, "version": VERSION}}
-            )
-        if not emptied.matched_count:
-            raise Deposed
-
-    async def _fold(self, events: Sequence[Recorded], position: int) -> list[Document]:
-        """Fold events into the views in one transaction; return the batches that were changed."""
-        with driver_errors("folding events into the views"):
-            chunk = await self._load(events)
-            for event in events:
-                chunk.fold(event)
-            async with (
-                self._db.client.start_session() as session,
-                await session.start_transaction(write_concern=DURABLE),
-            ):
-                moved = await self._db.checkpoints.update_one(
-                    {"_id": VIEWS, "epoch": self._leadership.epoch, "position": position},
-                    {"$set": {"position": events[-1].position}},
-                    session=session,
-                )
-                if not moved.matched_count:
-                    raise Deposed
-                for view, writes in chunk.writes().items():
-                    await self._db[view].bulk_write(writes, ordered=False, session=session)
-        self._remember(chunk)
-        return [batch for batch in chunk.now["batches"].values() if batch is not None]
-
-    async def _load(self, events: Iterable[Recorded]) -> Chunk:
-        """Return an empty chunk, with everything that folding the events may concern."""
-        streams = {event.stream for event in events}
-        loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")})}
-        in_batches = {job["batch_id"] for job in loaded["jobs"].values()}
-        in_batches |= {getattr(event.event, "batch_id", None) for event in events if event.stream.startswith("job-")}
-        in_batches |= {name for name in streams if name.startswith("batch-")}
-        loaded["batches"] = await self._documents("batches", in_batches - {None})
-        told = {name for name in streams if name.startswith("delivery-")}
-        loaded[deliveries.NAME] = await self._documents(deliveries.NAME, told)
-        queued = [event.event for event in events if event.type == DeliveryQueued.__name__]
-        called = {receivers.key(event) for event in queued if isinstance(event, DeliveryQueued)}
-        loaded[receivers.NAME] = await self._documents(receivers.NAME, called)
-        loaded[statistics.NAME] = await self._documents(statistics.NAME, {statistics.RECENT})
-        switched = {event.stream for event in events if event.type in _SWITCHES}
-        return Chunk(loaded, await jobs.waiting_in(self._db, switched) if switched else ())
-
-    async def _documents(self, view: str, keys: set[str]) -> dict[str, Document]:
-        """Return documents from the cache, which is right because only the leader writes, or the database."""
-        found = {key: document for key in keys if (document := self._cache.get((view, key))) is not None}
-        if missing := keys - found.keys():
-            async for document in self._db[view].find({"_id": {"$in": sorted(missing)}}):
-                found[document["_id"]] = document
-        return found
-
-    def _remember(self, chunk: Chunk) -> None:
-        for view, documents in chunk.now.items():
-            for key, document in documents.items():
-                self._cache.pop((view, key), None)
-                if document is not None:
-                    self._cache[view, key] = document
-        while len(self._cache) > CACHED_DOCUMENTS:
-            self._cache.popitem(last=False)
+    async def _tidy(self) -> None:
+        """Empty what was read before the last rebuild, when nobody reads it any more."""
+        try:
+            with driver_errors("looking for what a rebuild has left"):
+                note = await self._db.checkpoints.find_one({"_id": REBUILD}) or {}
+            if (done_at := note.get("done_at")) is not None:
+                waited = (datetime.now(UTC) - done_at).total_seconds()
+                await asyncio.sleep(max(0.0, READERS_PATIENCE_SECONDS - waited))
+                await self._rebuild.tidy()
+        except LedgerUnavailable as error:
+            _log.warning("what a rebuild has left stays for now", error=str(error))
 
     async def _react(self, changed: Iterable[Document]) -> None:
         """Record what the counts say about batches: that one has ended, or goes on again."""

@@ -11,7 +11,8 @@ from typing import Final, NamedTuple
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
-from ledger.mongo import Database, Document, driver_errors
+from ledger.mongo import Document, driver_errors
+from projections.views import Views
 
 NAME: Final = "queue"
 INDEXES: Final = [IndexModel([("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)])]
@@ -36,7 +37,7 @@ class Row(NamedTuple):
 
 
 async def candidates(
-    db: Database, *, job_types: Collection[str], without: Collection[str], now: datetime, limit: int
+    views: Views, *, job_types: Collection[str], without: Collection[str], now: datetime, limit: int
 ) -> list[Row]:
     """Return jobs of these types that may be claimed now, by priority, then age, `without` those named.
 
@@ -44,25 +45,25 @@ async def candidates(
     """
     wanted = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(without)}}
     with driver_errors("looking for waiting jobs"):
-        fresh = await _find(db, {"due_at": None, **wanted}, limit)
-        due = await _find(db, {"due_at": {"$lte": now}, **wanted}, limit)  # BSON: null is not less than a date
+        fresh = await _find(views, {"due_at": None, **wanted}, limit)
+        due = await _find(views, {"due_at": {"$lte": now}, **wanted}, limit)  # BSON: null is not less than a date
     both = sorted(fresh + due, key=lambda row: (-row["priority"], row["queued_position"]))
     return [Row(row["_id"], row["job_type"], row["batch_id"], row["priority"]) for row in both[:limit]]
 
 
-async def _find(db: Database, query: Document, limit: int) -> list[Document]:
+async def _find(views: Views, query: Document, limit: int) -> list[Document]:
     order = [("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)]
-    return await db[NAME].find(query, _READ, sort=order, limit=limit).to_list()
+    return await views[NAME].find(query, _READ, sort=order, limit=limit).to_list()
 
 
-async def next_due(db: Database, *, now: datetime) -> datetime | None:
+async def next_due(views: Views, *, now: datetime) -> datetime | None:
     """Return when the next job that must wait may start."""
     with driver_errors("looking for the next due job"):
-        row = await db[NAME].find_one({"due_at": {"$gt": now}}, {"due_at": 1}, sort=[("due_at", ASCENDING)])
+        row = await views[NAME].find_one({"due_at": {"$gt": now}}, {"due_at": 1}, sort=[("due_at", ASCENDING)])
     return row["due_at"] if row else None
 
 
-async def depth(db: Database) -> int:
+async def depth(views: Views) -> int:
     """Return how many jobs wait to be claimed, as the server knows without counting."""
     with driver_errors("asking how many jobs wait"):
-        return await db[NAME].estimated_document_count()
+        return await views[NAME].estimated_document_count()

@@ -16,7 +16,8 @@ from typing import Any, Final
 from pymongo import IndexModel
 
 from ledger.events import ENDED
-from ledger.mongo import Database, Document, driver_errors
+from ledger.mongo import Document, driver_errors
+from projections.views import Views
 
 NAME: Final = "statistics"
 INDEXES: Final[list[IndexModel]] = []
@@ -108,32 +109,32 @@ MINUTES_SHOWN: Final = 60
 # Questions --------------------------------------------------------------------------------------------------------
 
 
-async def jobs_counted(db: Database, *, status: str | None, track: str | None) -> int:
+async def jobs_counted(views: Views, *, status: str | None, track: str | None) -> int:
     """Return how many jobs there are, with this status and in this track, if these are named."""
     counter = "jobs" if track is None else _TRACK + track
     field = status or ("total" if track is None else "count")
     with driver_errors("reading the statistics"):
-        found = await db[NAME].find_one({"_id": counter}, {field: 1})
+        found = await views[NAME].find_one({"_id": counter}, {field: 1})
     return int((found or {}).get(field, 0))
 
 
-async def batches_counted(db: Database) -> int:
+async def batches_counted(views: Views) -> int:
     """Return how many batches there are."""
     with driver_errors("reading the statistics"):
-        found = await db[NAME].find_one({"_id": "batches"}, {"total": 1})
+        found = await views[NAME].find_one({"_id": "batches"}, {"total": 1})
     return int((found or {}).get("total", 0))
 
 
-async def read(db: Database, now: datetime) -> dict[str, Any]:
+async def read(views: Views, now: datetime) -> dict[str, Any]:
     """Return the counters in the concept's shape: jobs, batches, tracks (`_id`, count, completed, failed), and more.
 
     `throughput` is how many jobs ended a minute, `durations` are in seconds. Of the tracks the first thousand by name.
     """
     with driver_errors("reading the statistics"):
         names = ["jobs", "batches", _DURATIONS, RECENT, _DELIVERIES]
-        found = {document["_id"]: document async for document in db[NAME].find({"_id": {"$in": names}})}
+        found = {document["_id"]: document async for document in views[NAME].find({"_id": {"$in": names}})}
         in_use = {"_id": {"$gte": _TRACK, "$lt": _TRACK[:-1] + "0"}, "count": {"$gt": 0}}
-        tracks = await db[NAME].find(in_use, sort=[("_id", 1)], limit=MOST_TRACKS).to_list()
+        tracks = await views[NAME].find(in_use, sort=[("_id", 1)], limit=MOST_TRACKS).to_list()
     jobs, batches, told = found.get("jobs", {}), found.get("batches", {}), found.get(_DELIVERIES, {})
     return {
         "jobs": {
@@ -154,10 +155,10 @@ async def read(db: Database, now: datetime) -> dict[str, Any]:
     }
 
 
-async def happened(db: Database) -> tuple[dict[str, int], dict[str, int]]:
+async def happened(views: Views) -> tuple[dict[str, int], dict[str, int]]:
     """Return how many events of which type there are, and the classes of durations, for `histogram`."""
     with driver_errors("reading the statistics"):
-        found = {it.pop("_id"): it async for it in db[NAME].find({"_id": {"$in": [EVENTS, _DURATIONS]}})}
+        found = {it.pop("_id"): it async for it in views[NAME].find({"_id": {"$in": [EVENTS, _DURATIONS]}})}
     return found.get(EVENTS, {}), found.get(_DURATIONS, {})
 
 

@@ -11,7 +11,8 @@ from typing import Final
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
-from ledger.mongo import Database, Document, driver_errors
+from ledger.mongo import Document, driver_errors
+from projections.views import Views
 
 NAME: Final = "steps"
 INDEXES: Final = [
@@ -39,8 +40,8 @@ def rows(job: Document) -> list[Document]:
     ]
 
 
-async def find(db: Database, key: str, *, since: datetime, other_than: str) -> list[Document]:
+async def find(views: Views, key: str, *, since: datetime, other_than: str) -> list[Document]:
     """Return the newest steps of other jobs that had the inputs of this digest and were finished after a moment."""
     wanted = {"key": key, "finished_at": {"$gte": since}, "job_id": {"$ne": other_than}}
     with driver_errors("looking for a finished step"):
-        return await db[NAME].find(wanted, sort=[("finished_at", DESCENDING)], limit=_MOST).to_list()
+        return await views[NAME].find(wanted, sort=[("finished_at", DESCENDING)], limit=_MOST).to_list()

@@ -27,7 +27,6 @@ from ledger.events import Recorded
 from ledger.handle import Known, load_all
 from ledger.job import Job
 from ledger.log import EventLog
-from ledger.mongo import Database
 from projections import queue
 from projections.checkpoint import Checkpoint
 
@@ -80,7 +79,6 @@ class Claims:
 
     def __init__(
         self,
-        db: Database,
         log: EventLog,
         checkpoint: Checkpoint,
         *,
@@ -91,7 +89,6 @@ class Claims:
         claiming: Callable[[], Collection[str]],
         wake: Callable[[], None],
     ) -> None:
-        self._db = db
         self._log = log
         self._checkpoint = checkpoint
         self._job_types = job_types
@@ -289,11 +286,12 @@ class Claims:
         now = datetime.now(UTC)
         # All that may stand in the way of others: of jobs that run, the views may still say that they wait.
         without = [*self._taken, *self._left, *self._claiming()]
-        rows = await queue.candidates(self._db, job_types=room.keys(), without=without, now=now, limit=limit)
+        views = self._checkpoint.views
+        rows = await queue.candidates(views, job_types=room.keys(), without=without, now=now, limit=limit)
         self._looked = max(self._looked, looked)
         self._rows.extend(self._chosen(rows, workers))
         if not rows:
-            self._wake_at(await queue.next_due(self._db, now=now))
+            self._wake_at(await queue.next_due(views, now=now))
             # Of types that there is no room for there may be more; and what came while we looked we have not seen.
             self._more = len(room) < len(self._job_types) or self._news != news
         elif not self._rows:

@@ -115,7 +115,7 @@ class LeaseWatch:
     async def _check(self, worker_id: str) -> None:
         if worker_id == _STRANGERS:
             await self._checkpoint.reached(await self._log.head())
-            for stranger in await jobs.workers_at_work(self._db):
+            for stranger in await jobs.workers_at_work(self._checkpoint.views):
                 self._heard_of(stranger)
             return
         left = {"$subtract": ["$lease_until", "$$NOW"]}
@@ -129,7 +129,7 @@ class LeaseWatch:
 
     async def _reap(self, worker_id: str, *, quietly: bool) -> None:
         await self._checkpoint.reached(await self._log.head())
-        held = await jobs.held_by(self._db, worker_id)
+        held = await jobs.held_by(self._checkpoint.views, worker_id)
         if held or not quietly:
             _log.warning("worker gave no sign of life", worker_id=worker_id, jobs=len(held))
         left = False

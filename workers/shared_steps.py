@@ -9,15 +9,15 @@ from ledger.access import Principal, Right, right_to
 from ledger.errors import UnreadableEvent
 from ledger.events import StepCompleted
 from ledger.log import EventLog
-from ledger.mongo import Database
 from projections import steps
+from projections.views import Views
 
 
 class SharedSteps:
     """Looks for finished steps that are not older than `seconds`; with 0 nothing is shared."""
 
-    def __init__(self, db: Database, log: EventLog, *, seconds: float) -> None:
-        self._db = db
+    def __init__(self, views: Views, log: EventLog, *, seconds: float) -> None:
+        self._views = views
         self._log = log
         self._seconds = seconds
 
@@ -37,7 +37,7 @@ class SharedSteps:
         """
         reader = Principal(user_id, frozenset(groups))
         since = datetime.now(UTC) - timedelta(seconds=self._seconds)
-        for row in await steps.find(self._db, key, since=since, other_than=job_id):
+        for row in await steps.find(self._views, key, since=since, other_than=job_id):
             right = right_to(reader, owner=row["user_id"], access=row["access_control"], teams=row["teams"])
             if right >= Right.READ:
                 found = await self._finished(row["job_id"], row["version"])

@@ -77,9 +77,8 @@ class Worker:
         self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
         self._watch = LeaseWatch(db, log, checkpoint, changes, watcher=self.worker_id)
-        self._shared_steps = SharedSteps(db, log, seconds=settings.share_steps_seconds)
+        self._shared_steps = SharedSteps(checkpoint.views, log, seconds=settings.share_steps_seconds)
         self._claims = Claims(
-            db,
             log,
             checkpoint,
             job_types=self._job_types,

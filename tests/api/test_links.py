@@ -19,6 +19,7 @@ from cli import serving
 from cli.wiring import Role
 from ledger.access import Principal
 from projections import files as view
+from projections.views import Views
 from tests.api.conftest import Api, running_api
 from tests.api.test_files import CONTENT, FILES, add_file
 
@@ -93,7 +94,7 @@ async def test_a_link_for_less_than_a_second_or_more_than_thirty_days_is_refused
 
 async def test_an_expired_link_says_so(guarded: Api) -> None:
     await add_file(guarded, "a.bin")
-    row = await view.get(guarded.db, "a.bin")
+    row = await view.get(Views(guarded.db), "a.bin")
     assert row is not None
     url = await Links(guarded.db, None).to(row, datetime.now(UTC) - timedelta(seconds=1))
     answer = await opened(guarded, url)

@@ -11,6 +11,7 @@ from ledger.commands import CancelJob, ClaimJob, Delete, FailAttempt
 from ledger.events import Failure, Meta
 from ledger.handle import Command, handle
 from projections import statistics
+from projections.views import Views
 from tests.api.conftest import Api
 
 STATS = "/api/monitoring/events/stats"
@@ -90,7 +91,7 @@ async def test_what_is_deleted_leaves_the_counts_of_jobs_but_not_what_has_happen
     assert set(found["jobs"].values()) == {0}
     assert found["tracks"] == []
     assert found["throughput"]["last_hour"] == round(1 / 60, 2)
-    events, _ = await statistics.happened(idle_api.db)
+    events, _ = await statistics.happened(Views(idle_api.db))
     assert events == {"JobSubmitted": 1, "JobClaimed": 1, "JobFailed": 1, "JobDeleted": 1}
 
 

@@ -40,7 +40,8 @@ from ledger.events import (
 )
 from ledger.handle import Command
 from ledger.mongo import Database, Document
-from projections import batches, files, jobs, queue, statistics, steps
+from projections import batches, files, jobs, queue, statistics, steps, views
+from projections.rebuild import checkpoint
 from tests.support.running import Process
 
 Views = dict[str, list[str]]
@@ -96,13 +97,14 @@ def _counters(counted: statistics.Contribution) -> list[Document]:
 
 async def stored(db: Database, *, zeros: bool = True) -> Views:
     """Return what the views say now; without `zeros`, a counter that has gone back to zero is as one that never was."""
-    views = {
-        view.NAME: [document async for document in db[view.NAME].find()]
+    live = views.Views(db, (await checkpoint(db)).get("sides"))
+    found = {
+        view.NAME: [document async for document in live[view.NAME].find()]
         for view in (jobs, batches, queue, files, statistics, steps)
     }
     if not zeros:
-        views["statistics"] = _nonzero(views["statistics"])
-    return _canonical(views)
+        found["statistics"] = _nonzero(found["statistics"])
+    return _canonical(found)
 
 
 def _nonzero(counters: list[Document]) -> list[Document]:

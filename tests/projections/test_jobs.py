@@ -256,8 +256,8 @@ async def test_a_deleted_job_is_in_no_view_and_stays_so_whatever_a_zombie_says(h
     await here.views_reach()
     for view in ("jobs", "queue", "files"):
         assert await here.db[view].count_documents({}) == 0, view
-    assert await jobs.get(here.db, here.log, job_id) is None
-    assert await jobs.held_by(here.db, WORKER) == []
+    assert await jobs.get(here.checkpoint.views, here.log, job_id) is None
+    assert await jobs.held_by(here.checkpoint.views, WORKER) == []
 
 
 async def test_a_job_that_the_views_have_not_reached_is_folded_from_the_log(

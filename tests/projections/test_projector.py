@@ -22,7 +22,8 @@ from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
 from projections import batches, files, jobs, projector, queue, statistics, steps
 from projections.checkpoint import VIEWS
-from projections.projector import FOLDED, Chunk, Projector
+from projections.folding import FOLDED, VERSION, Chunk, Folder
+from projections.projector import Projector
 from tests.projections.refold import assert_views_equal_the_log, live, refolded, stored, switch
 from tests.support.running import Process, process, real_process, until
 
@@ -107,18 +108,12 @@ async def test_views_that_another_version_has_made_are_built_anew(connection: Co
         await db.jobs.update_many({}, {"$unset": {"headings": ""}})
         await db.jobs.insert_one({"_id": "job-of-nobody"})
         await db.statistics.update_one({"_id": "jobs"}, {"$inc": {"total": 1000}})
-        await db.checkpoints.update_one({"_id": "views"}, {"$unset": {"version": ""}})
+        await db.checkpoints.update_one({"_id": "views"}, {"$set": {"version": VERSION - 1}})
     async with process(connection, store, projector=True) as here:
+        async with asyncio.timeout(20):
+            await here.checkpoint.version_other_than(VERSION - 1)
         await here.views_reach()
-        await until_made_anew(here)
     assert await _stored(connection) == made
-
-
-async def until_made_anew(here: Process) -> None:
-    async with asyncio.timeout(20):
-        while "version" not in (await here.db.checkpoints.find_one({"_id": "views"}) or {}):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-    await here.views_reach()
 
 
 async def _stored(connection: Connection) -> dict[str, list[str]]:
@@ -157,7 +152,7 @@ async def test_the_counters_are_what_counting_the_jobs_yields(connection: Connec
     async with process(connection, store, projector=True) as here:
         await a_history(here, random.Random(6))
         await here.views_reach()
-        said = await statistics.read(here.db, datetime.now(UTC))
+        said = await statistics.read(here.checkpoint.views, datetime.now(UTC))
         for status in ("pending", "processing", "completed", "failed", "cancelled"):
             assert said["jobs"][status] == await here.db.jobs.count_documents({"status": status}), status
         assert said["jobs"]["total"] == await here.db.jobs.count_documents({})
@@ -175,17 +170,28 @@ async def test_the_counters_are_what_counting_the_jobs_yields(connection: Connec
 # Leaders --------------------------------------------------------------------------------------------------------------
 
 
-class Held(Projector):
+class HeldFolder(Folder):
     """Stops with its documents loaded and its transaction not begun, and keeps what it was about to fold."""
 
-    reached: asyncio.Event
-    about_to_fold: tuple[Sequence[Recorded], int]
+    about_to_fold: Sequence[Recorded]
 
-    async def _fold(self, events: Sequence[Recorded], position: int) -> list[Document]:
-        self.about_to_fold = (events, position)
+    async def fold(self, events: Sequence[Recorded], **given: Any) -> list[Document]:
+        self.about_to_fold = events
         await self._load(events)
-        self.reached.set()
+        Held.reached.set()
         return await asyncio.Future()
+
+
+class Held(Projector):
+    reached: asyncio.Event
+    folder: HeldFolder
+
+    async def _take_over(self) -> Folder:
+        found = await super()._take_over()
+        self.folder = HeldFolder(
+            self._db, found.views, checkpoint=found._checkpoint, fence=found._fence, position=found.position
+        )
+        return self.folder
 
 
 async def test_the_transaction_of_a_deposed_leader_has_no_effect(
@@ -205,7 +211,7 @@ async def test_the_transaction_of_a_deposed_leader_has_no_effect(
             await second.views_reach(2)
             before = await stored(first.db)
             with pytest.raises(Deposed):
-                await Projector._fold(first.projector, *first.projector.about_to_fold)
+                await Folder.fold(first.projector.folder, first.projector.folder.about_to_fold)
             assert await stored(first.db) == before
             await assert_views_equal_the_log(second)
 
@@ -215,10 +221,11 @@ async def test_of_two_leaders_in_one_epoch_only_one_folds_a_position(connection:
     async with process(connection, store, projector=True) as here:
         await here.submit({"track": "A"})
         await here.views_reach(1)
-        assert here.projector is not None
         before = await stored(here.db)
+        views = here.checkpoint.views
+        again = Folder(here.db, views, checkpoint=VIEWS, fence={"epoch": 1, "sides": views.sides}, position=0)
         with pytest.raises(Deposed):
-            await here.projector._fold(await here.everything(), 0)
+            await again.fold(await here.everything())
         assert await stored(here.db) == before
 
 
@@ -243,15 +250,17 @@ async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_sto
         async with process(connection, store, projector_lease_seconds=30) as second:
             assert first.projecting is not None
             leader = first.projecting
-            standby = Projector(second.db, second.log, connection, holder="standby", lease_seconds=30)
-            second_try = standby.leadership._lease.acquire
+            standby = Projector(
+                second.db, second.log, connection, second.checkpoint, holder="standby", lease_seconds=30
+            )
+            second_try = standby._leadership._lease.acquire
 
             async def acquire(facts: Any) -> bool:
                 taken = await second_try(facts)
                 if not leader.done():  # between the refusal and the waiting
                     leader.cancel()
                     await asyncio.gather(leader, return_exceptions=True)
-                    standby.leadership.changed(
+                    standby._leadership.changed(
                         {
                             "documentKey": {"_id": "projector"},
                             "updateDescription": {"updatedFields": {"released": True}},
@@ -259,7 +268,7 @@ async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_sto
                     )
                 return taken
 
-            monkeypatch.setattr(standby.leadership._lease, "acquire", acquire)
+            monkeypatch.setattr(standby._leadership._lease, "acquire", acquire)
             standing_by = asyncio.create_task(standby.run())
             await second.submit()
             await second.views_reach(2, seconds=3)

@@ -29,7 +29,7 @@ async def candidates(
     here: Process, *, without: frozenset[str] = frozenset(), now: datetime = NOW, limit: int = 100
 ) -> list[str]:
     await here.views_reach()
-    found = await queue.candidates(here.db, job_types={"echo"}, without=without, now=now, limit=limit)
+    found = await queue.candidates(here.checkpoint.views, job_types={"echo"}, without=without, now=now, limit=limit)
     return [row.job_id for row in found]
 
 
@@ -48,9 +48,9 @@ async def test_who_has_to_wait_is_no_candidate_before_the_time_has_come(here: Pr
     assert await candidates(here, now=SOON - timedelta(milliseconds=1)) == [at_once]
     assert await candidates(here, now=SOON) == [soon, at_once]
     assert await candidates(here, now=LATER) == [later, soon, at_once]
-    assert await queue.next_due(here.db, now=NOW) == SOON
-    assert await queue.next_due(here.db, now=SOON) == LATER
-    assert await queue.next_due(here.db, now=LATER) is None
+    assert await queue.next_due(here.checkpoint.views, now=NOW) == SOON
+    assert await queue.next_due(here.checkpoint.views, now=SOON) == LATER
+    assert await queue.next_due(here.checkpoint.views, now=LATER) is None
 
 
 async def test_among_those_whose_time_has_come_the_most_urgent_come_first_too(here: Process) -> None:

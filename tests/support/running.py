@@ -147,12 +147,12 @@ class Process:
             await self.checkpoint.reached(await self.log.head() if position is None else position)
 
     async def job(self, job_id: str) -> Document:
-        job = await jobs.get(self.db, self.log, job_id)
+        job = await jobs.get(self.checkpoint.views, self.log, job_id)
         assert job is not None, f"{job_id} is in no view"
         return job
 
     async def batch(self, batch_id: str) -> Document:
-        batch = await batches.get(self.db, self.log, batch_id)
+        batch = await batches.get(self.checkpoint.views, self.log, batch_id)
         assert batch is not None, f"{batch_id} is in no view"
         return batch
 
@@ -202,7 +202,7 @@ async def process(
         await log.prepare()
         stack.push_async_callback(log.aclose)
         leader = projector_class(
-            db, log, connection, holder=f"test-{os.getpid()}", lease_seconds=projector_lease_seconds
+            db, log, connection, checkpoint, holder=f"test-{os.getpid()}", lease_seconds=projector_lease_seconds
         )
         await leader.prepare()
         changes.listen(checkpoint)
@@ -210,7 +210,7 @@ async def process(
             changes.listen(log)
         if projector:
             here.projector = leader
-            changes.listen(leader.leadership)
+            leader.listen(changes)
         if worker is not None:
             here.worker = _worker(here, worker)
         sends = None
@@ -220,6 +220,7 @@ async def process(
                 db,
                 log,
                 here.store,
+                checkpoint,
                 changes,
                 connection,
                 settings=webhooks,

@@ -59,7 +59,6 @@ def test_each_of_many_workers_is_the_first_for_about_as_many_jobs() -> None:
 async def claims(connection: Connection, store: Path) -> Claims:
     async with process(connection, store) as here:
         claims = Claims(
-            here.db,
             here.log,
             here.checkpoint,
             job_types={"echo"},

@@ -55,7 +55,7 @@ async def test_views_stand_still_before_what_the_projector_cannot_read_and_are_n
         await go_on(here.log, job_id, RED)
         await here.submit()
     async with process(connection, tmp_path) as here:
-        projector = Projector(here.db, here.log, connection, holder="this-version")
+        projector = Projector(here.db, here.log, connection, here.checkpoint, holder="this-version")
         with pytest.raises(UnreadableEvent, match="At position 2 of the log"):
             await asyncio.wait_for(projector.run(), PATIENCE_SECONDS)
         assert here.checkpoint.position == 1

@@ -33,6 +33,8 @@ from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document, driver_errors
 from ledger.signing import signed_headers
 from projections import deliveries
+from projections.checkpoint import Checkpoint
+from projections.views import SIDES, collection_name
 from workers.webhooks.body import NotComposable, compose
 from workers.webhooks.sending import Answer, Outgoing, Sender
 from workers.webhooks.waiting import Due, Limits, Waiting
@@ -72,6 +74,7 @@ class Deliverer:
         db: Database,
         log: EventLog,
         store: FileStore,
+        checkpoint: Checkpoint,
         changes: Changes,
         connection: Connection,
         *,
@@ -83,6 +86,7 @@ class Deliverer:
         self._db = db
         self._log = log
         self._store = store
+        self._checkpoint = checkpoint
         self._settings = settings
         self._meta = Meta(f"webhooks:{holder}")
         self._sender = sender or Sender(allow_private=settings.allow_private, timeout_seconds=settings.timeout_seconds)
@@ -98,7 +102,8 @@ class Deliverer:
         """The version of each delivery that is on record by us, until the view has it: what it says before is old."""
         self._sending: set[asyncio.Task[None]] = set()
         changes.listen(self._leadership)
-        changes.listen(Reaction(deliveries.NAME, self._changed, self._resync))
+        for side in SIDES:  # what is made anew beside the live view is heard, too, and looked for where it is live
+            changes.listen(Reaction(collection_name(deliveries.NAME, side), self._changed, self._resync))
 
     async def run(self) -> None:
         """Stand by, lead, stand by …, until cancelled."""
@@ -123,12 +128,12 @@ class Deliverer:
             self._anew = False
             self._news.clear()
             self._waiting.clear()
-            async for delivery in deliveries.pending(self._db):
+            async for delivery in deliveries.pending(self._checkpoint.views):
                 self._take_in(delivery)
         while self._news:
             news = [self._news.pop() for _ in range(min(len(self._news), _READ_AT_ONCE))]
             try:
-                found = {it["_id"]: it async for it in deliveries.pending(self._db, news)}
+                found = {it["_id"]: it async for it in deliveries.pending(self._checkpoint.views, news)}
             except LedgerUnavailable:
                 self._news.update(news)
                 raise

@@ -50,7 +50,7 @@ async def over(here: Process, delivery_id: str, *, after: int = 0) -> Document:
     """Wait for the end of a delivery; return its document."""
     last = await here.heard(OVER, delivery_id, after=after)
     await here.views_reach(last.position)
-    found = await deliveries.get(here.db, delivery_id)
+    found = await deliveries.get(here.checkpoint.views, delivery_id)
     assert found is not None
     return found
 

@@ -1,0 +1,409 @@
+"""Views are made anew beside those that are read, and replace them at once, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.changes import Changes
+from ledger.errors import DatabaseUnsuitable
+from ledger.events import Recorded
+from ledger.leadership import Deposed
+from ledger.log import EventLog
+from ledger.mongo import Connection, Database, Document
+from projections import projector, rebuild
+from projections.checkpoint import VIEWS
+from projections.comparison import Difference
+from projections.folding import VERSION, Folder
+from projections.rebuild import NAMES, Rebuild, checkpoint
+from projections.views import SIDES, Side, Views, collection_name, opposite
+from tests.projections.refold import assert_views_equal_the_log, stored
+from tests.projections.test_projector import a_history
+from tests.support.receiver import receiver
+from tests.support.running import IMPATIENT, WorkerOptions, process, until
+from tests.workers.webhooks.test_deliverer import end_a_job, over
+
+
+@asynccontextmanager
+async def rebuilding(
+    connection: Connection, *, holder: str = "auditor", seconds: float = 10.0
+) -> AsyncIterator[Rebuild]:
+    """What another process needs to make views anew."""
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        log, changes = EventLog(db), Changes(db)
+        found = Rebuild(db, log, connection, holder=holder, lease_seconds=seconds)
+        changes.listen(log)
+        changes.listen(found.leadership)
+        async with changes.running(), asyncio.timeout(60):
+            yield found
+
+
+async def sides(db: Database) -> dict[str, Side]:
+    live = (await checkpoint(db)).get("sides", {})
+    return {name: live.get(name, "a") for name in NAMES}
+
+
+async def left_over(db: Database) -> int:
+    """How many documents lie where nobody reads."""
+    live = await sides(db)
+    counts = [await db[collection_name(name, opposite(live[name]))].count_documents({}) for name in NAMES]
+    return sum(counts)
+
+
+async def compared(connection: Connection, names: Collection[str] = NAMES) -> list[Difference]:
+    found: list[Difference] = []
+    async with rebuilding(connection) as auditor:
+        await auditor.compare(names, found=found.append)
+    return found
+
+
+async def spoil(db: Database) -> None:
+    """What somebody does who should not."""
+    live = Views(db, (await checkpoint(db)).get("sides"))
+    await live["jobs"].update_one({"status": "pending"}, {"$set": {"status": "completed"}})
+    await live["jobs"].insert_one({"_id": "job-of-nobody", "status": "failed"})
+    await live["queue"].delete_one({})
+    await live["statistics"].update_one({"_id": "jobs"}, {"$inc": {"total": 1000}})
+
+
+# Making anew ----------------------------------------------------------------------------------------------------------
+
+
+async def test_views_made_anew_are_what_they_were_and_are_read_from_the_other_side(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 50)
+    told: list[tuple[int, int]] = []
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(20), steps=60)
+        await assert_views_equal_the_log(here)
+        before, head = await stored(here.db), await here.log.head()
+        for side in reversed(SIDES):
+            async with rebuilding(connection) as auditor:
+                assert await auditor.run(told=lambda position, upto: told.append((position, upto))) == head
+            assert set((await sides(here.db)).values()) == {side}
+            assert await stored(here.db) == before
+            assert head == await here.log.head() == here.checkpoint.position
+        assert told == sorted(told[: len(told) // 2]) + sorted(told[len(told) // 2 :])
+        assert told[0] == (0, head)
+        assert told[-1] == (head, head)
+        job_id = await here.submit()  # and life goes on
+        await here.views_reach()
+        assert (await here.job(job_id))["status"] == "pending"
+        await assert_views_equal_the_log(here)
+
+
+async def test_what_was_spoiled_is_right_again(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(21), steps=30)
+        await here.submit()
+        await assert_views_equal_the_log(here)
+        before = await stored(here.db)
+        await spoil(here.db)
+        assert await stored(here.db) != before
+        async with rebuilding(connection) as auditor:
+            await auditor.run()
+        assert await stored(here.db) == before
+
+
+async def test_while_jobs_are_submitted_and_done(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 20)
+    monkeypatch.setattr(projector, "READERS_PATIENCE_SECONDS", 0.2)
+    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        submitted: list[str] = []
+
+        async def submit() -> None:
+            while True:
+                submitted.append(await here.submit({"file": False}))
+                await asyncio.sleep(0.002)
+
+        submitting = asyncio.create_task(submit())
+        async with rebuilding(connection) as auditor:
+            for _ in range(4):
+                await asyncio.sleep(0.5)
+                await auditor.run()
+        submitting.cancel()
+        await asyncio.gather(submitting, return_exceptions=True)
+        await here.ended(*submitted, seconds=60)
+        await assert_views_equal_the_log(here)
+        assert len(submitted) > 100
+        assert await compared(connection) == []
+
+
+async def test_only_one_view_is_replaced(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(22), steps=20)
+        await assert_views_equal_the_log(here)
+        right = await stored(here.db)
+        await spoil(here.db)
+        wrong = await stored(here.db)
+        async with rebuilding(connection) as auditor:
+            await auditor.run(["statistics"])
+        assert await sides(here.db) == {name: "b" if name == "statistics" else "a" for name in NAMES}
+        assert await stored(here.db) == {**wrong, "statistics": right["statistics"]}
+        async with rebuilding(connection) as auditor:
+            await auditor.run()
+        assert await sides(here.db) == {name: "a" if name == "statistics" else "b" for name in NAMES}
+        assert await stored(here.db) == right
+
+
+async def test_one_view_of_another_version_is_not_replaced_alone(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        await here.submit()
+        await here.views_reach()
+    async with connection.client() as client:
+        await client[connection.db_name].checkpoints.update_one({"_id": VIEWS}, {"$set": {"version": VERSION + 1}})
+    async with rebuilding(connection) as auditor:
+        with pytest.raises(DatabaseUnsuitable, match="all of them"):
+            await auditor.run(["statistics"])
+
+
+async def test_an_empty_log_makes_empty_views(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
+        assert await auditor.run() == 0
+        assert await compared(connection) == []
+        await here.submit()
+        await here.views_reach()
+        await assert_views_equal_the_log(here)
+
+
+async def test_who_hears_of_deliveries_hears_of_them_on_either_side(connection: Connection, store: Path) -> None:
+    async with (
+        receiver() as cms,
+        process(connection, store, projector=True, webhooks=IMPATIENT) as here,
+        rebuilding(connection) as auditor,
+    ):
+        from ledger.events import Webhook
+
+        for _ in SIDES:
+            await auditor.run()
+            done = await over(here, await end_a_job(here, Webhook(url=cms.url())))
+            assert done["status"] == "delivered"
+        assert len({request.webhook_id for request in cms.received}) == len(cms.received) == 2
+
+
+# Interrupted ----------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+async def test_what_was_interrupted_is_continued_where_it_was(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 40)
+    folded: list[int] = []
+    fold = Folder.fold
+
+    async def counted(self: Folder, events: list[Recorded], **given: Any) -> list[Document]:
+        if len(folded) == 3:
+            raise Interrupted
+        folded.append(len(events))
+        return await fold(self, events, **given)
+
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(23), steps=100)
+        await assert_views_equal_the_log(here)
+        before, head = await stored(here.db), await here.log.head()
+        with monkeypatch.context() as patched:
+            patched.setattr(Folder, "fold", counted)
+            with pytest.raises(Interrupted):
+                async with rebuilding(connection) as auditor:
+                    await auditor.run()
+        assert folded == [40] * 3
+        assert await stored(here.db) == before
+        began: list[int] = []
+        async with rebuilding(connection) as auditor:
+            await auditor.run(told=lambda position, upto: began.append(position))
+        assert began[0] == 120 < head
+        assert await stored(here.db) == before
+
+
+async def test_what_another_version_has_begun_is_begun_again(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(24), steps=20)
+        await assert_views_equal_the_log(here)
+        before = await stored(here.db)
+        for name in NAMES:
+            await here.db[collection_name(name, "b")].insert_one({"_id": "left"})
+        note = {"sides": dict.fromkeys(NAMES, "b"), "emptied": True, "version": VERSION - 1, "position": 5, "epoch": 0}
+        await here.db.checkpoints.insert_one({"_id": rebuild.REBUILD, **note})
+        async with rebuilding(connection) as auditor:
+            await auditor.run()
+        assert await stored(here.db) == before
+
+
+async def test_who_was_replaced_while_making_views_anew_writes_nothing(connection: Connection, store: Path) -> None:
+    """A process that stood still for longer than its lease: another has begun on the same side, and is done."""
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(25), steps=20)
+        await assert_views_equal_the_log(here)
+        before = await stored(here.db)
+        async with rebuilding(connection, holder="slow") as slow, rebuilding(connection, holder="quick") as quick:
+            reached, go_on = asyncio.Event(), asyncio.Event()
+
+            async def stand_still() -> None:
+                folder, beside = await slow._begin()
+                reached.set()
+                await go_on.wait()
+                for attempt in (
+                    folder.fold(await here.everything()),
+                    slow._empty(folder.views),
+                    slow._switch_at_rest(0, slow._switch_of(beside, NAMES)),
+                ):
+                    with pytest.raises(Deposed):
+                        await attempt
+
+            standing = asyncio.create_task(slow.leadership.once(stand_still))
+            await reached.wait()
+            await here.db.leaders.update_one({"_id": rebuild.REBUILD}, [{"$set": {"lease_until": "$$NOW"}}])
+            slow.leadership._lease._lost = asyncio.Event()  # it does not notice
+            await quick.run()
+            assert await stored(here.db) == before
+            go_on.set()
+            await asyncio.wait({standing}, timeout=5)
+            assert await stored(here.db) == before
+            standing.cancel()
+            await asyncio.gather(standing, return_exceptions=True)
+
+
+async def test_a_leader_whose_views_were_replaced_begins_again_on_the_new_ones(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
+        await here.submit({"track": "A"})
+        await here.views_reach()
+        await auditor.run()
+        await here.submit({"track": "B"})  # only now does the leader notice
+        await here.views_reach()
+        await assert_views_equal_the_log(here)
+        assert await here.db.jobs.count_documents({}) <= 1
+        assert await here.db["jobs.b"].count_documents({}) == 2
+
+
+async def test_what_was_read_before_is_emptied_when_nobody_reads_it_any_more(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projector, "READERS_PATIENCE_SECONDS", 0.5)
+    async with process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
+        await a_history(here, random.Random(26), steps=20)
+        await assert_views_equal_the_log(here)
+        await auditor.run()
+        assert await left_over(here.db) > 0
+        await here.submit()
+        async with asyncio.timeout(20):
+            while await left_over(here.db):  # noqa: ASYNC110 - nobody tells us
+                await asyncio.sleep(0.05)
+        await assert_views_equal_the_log(here)
+
+
+# Versions -------------------------------------------------------------------------------------------------------------
+
+
+async def test_views_of_an_older_version_can_be_read_until_the_new_ones_are_there(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        await a_history(here, random.Random(27), steps=20)
+        await assert_views_equal_the_log(here)
+    fold, may_switch = Rebuild._fold, asyncio.Event()
+
+    async def later(self: Rebuild, *given: Any) -> bool:
+        await may_switch.wait()
+        return await fold(self, *given)
+
+    monkeypatch.setattr(Rebuild, "_fold", later)
+    async with connection.client() as client:
+        await client[connection.db_name].checkpoints.update_one({"_id": VIEWS}, {"$set": {"version": VERSION - 1}})
+        before = await stored(client[connection.db_name])
+    async with (
+        process(connection, store, projector=True) as here,
+        process(connection, store, projector=True) as standby,
+    ):
+        await until(lambda: here.checkpoint.version == VERSION - 1, "it is known")
+        job_id = await here.submit()
+        await asyncio.sleep(0.5)
+        assert await stored(here.db) == before
+        may_switch.set()
+        await here.views_reach()
+        await standby.views_reach()
+        assert (await standby.job(job_id))["status"] == "pending"
+        assert here.checkpoint.version == VERSION
+        await assert_views_equal_the_log(here)
+
+
+async def test_views_of_a_newer_version_are_left_alone(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        await here.submit()
+        await here.views_reach()
+        head = await here.log.head()
+        newer = {"version": VERSION + 1, "sides": dict.fromkeys(NAMES, "a")}
+        await here.db.checkpoints.update_one({"_id": VIEWS}, {"$set": newer})
+        await until(lambda: here.checkpoint.version == VERSION + 1, "it is known")
+        await here.submit()
+        await asyncio.sleep(0.5)
+        assert here.checkpoint.position == head
+        async with rebuilding(connection) as auditor:  # as `jobledger replay` of this version does
+            await auditor.run()
+        await here.submit()
+        await here.views_reach()
+        await assert_views_equal_the_log(here)
+
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+async def test_right_views_differ_in_nothing_and_nothing_is_left(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        await a_history(here, random.Random(28), steps=40)
+        await assert_views_equal_the_log(here)
+        assert await compared(connection) == []
+        assert set((await sides(here.db)).values()) == {"a"}
+        assert await left_over(here.db) == 0
+
+
+async def test_every_kind_of_difference_is_found_and_told(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        job_ids = [await here.submit({"track": "A"}) for _ in range(3)]
+        await here.views_reach()
+        await here.db.jobs.update_one({"_id": job_ids[0]}, {"$set": {"status": "failed", "extra": 1}})
+        await here.db.jobs.update_one({"_id": job_ids[1]}, {"$set": {"version": 1.0}})
+        await here.db.queue.delete_one({"_id": job_ids[2]})
+        await here.db.files.insert_one({"_id": "job-x/a.md"})
+        told = [str(difference) for difference in await compared(connection)]
+    assert sorted(told) == sorted(
+        [
+            f"jobs: {job_ids[0]}: extra is 1 and should be missing; status is 'failed' and should be 'pending'",
+            f"jobs: {job_ids[1]}: version is 1.0 and should be 1",
+            f"queue: {job_ids[2]} is missing",
+            "files: job-x/a.md should not be there",
+        ]
+    )
+
+
+async def test_comparing_while_jobs_are_done_finds_nothing(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+
+        async def submit() -> None:
+            while True:
+                await here.submit({"file": False})
+                await asyncio.sleep(0.005)
+
+        submitting = asyncio.create_task(submit())
+        for _ in range(3):
+            assert await compared(connection) == []
+            await asyncio.sleep(0.2)
+        submitting.cancel()
+        await asyncio.gather(submitting, return_exceptions=True)
