@@ -1,14 +1,28 @@
-"""cli: `jobledger log …`. What auditors do with the log itself, directly on the database."""
+"""cli: what `jobledger log` and `jobledger replay` do: verify the log, hold the views against it, make them anew."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import os
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from ledger.changes import Changes
 from ledger.errors import ConfigurationError
 from ledger.log import LARGEST_POSITION, EventLog
 from ledger.mongo import Connection
 from ledger.verification import Verdict, verify
+
+if TYPE_CHECKING:
+    from projections.comparison import Difference
+    from projections.rebuild import Rebuild
+
+Told = Callable[[int, int], None]
+MOST_DIFFERENCES = 100
+"""How many differences are kept to be shown; all are counted."""
 
 
 def noted_of(text: str) -> tuple[int, bytes]:
@@ -31,25 +45,104 @@ def noted_of(text: str) -> tuple[int, bytes]:
 
 
 async def verified(
-    connection: Connection, console: Console, *, after: int, upto: int | None, noted: tuple[int, bytes] | None
+    connection: Connection, *, after: int, upto: int | None, noted: tuple[int, bytes] | None, told: Told
 ) -> Verdict:
-    """Check the log, with a progress bar on a terminal.
+    """Check the log; `told` is told how many events were looked at, and of how many.
 
     Raises:
         LedgerUnavailable: the database failed, or does not answer.
     """
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     async with connection.client() as client:
         log = EventLog(client[connection.db_name])
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=None)
-            return await verify(
-                log,
-                after=after,
-                upto=upto,
-                noted=noted,
-                looked_at=lambda position, end: progress.update(task, completed=position - after, total=end - after),
-            )
+        return await verify(
+            log,
+            after=after,
+            upto=upto,
+            noted=noted,
+            looked_at=lambda position, end: told(position - after, end - after),
+        )
+
+
+@dataclass(slots=True)
+class Compared:
+    """What came of holding the views against the log: at which position, and what differs, the first of it shown."""
+
+    position: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    shown: list[Difference] = field(default_factory=list)
+
+    @property
+    def differences(self) -> int:
+        return self.counts.total()
+
+    def add(self, difference: Difference) -> None:
+        self.counts[difference.view] += 1
+        if len(self.shown) < MOST_DIFFERENCES:
+            self.shown.append(difference)
+
+
+async def compared(connection: Connection, names: Collection[str] | None = None, *, told: Told) -> Compared:
+    """Fold the log anew and compare the views with that.
+
+    Raises:
+        NotComparable: they cannot be compared now; the message says why.
+        LedgerUnavailable: the database failed.
+    """
+    found = Compared()
+    async with _rebuilding(connection) as rebuild:
+        found.position = await rebuild.compare(_views(names), told=told, found=found.add)
+    return found
+
+
+async def compared_if_any(connection: Connection, *, told: Told) -> Compared | None:
+    """Compare all views as `compared` does; None, and nothing is touched, where no projector has made any."""
+    async with connection.client() as client:
+        from projections.rebuild import checkpoint
+
+        if not (await checkpoint(client[connection.db_name]))["position"]:
+            return None
+    return await compared(connection, told=told)
+
+
+async def rebuilt(connection: Connection, names: Collection[str] | None = None, *, told: Told) -> int:
+    """Make the views anew and put them in the place of the live ones; return at which position.
+
+    Raises:
+        DatabaseUnsuitable: only all of them can be replaced.
+        LedgerUnavailable: the database failed.
+    """
+    async with _rebuilding(connection) as rebuild:
+        return await rebuild.run(_views(names), told=told)
+
+
+def _views(names: Collection[str] | None) -> Collection[str]:
+    from projections.rebuild import NAMES
+
+    for name in names or ():
+        if name not in NAMES:
+            raise ConfigurationError(f"--view {name}: there is no such view; there are {', '.join(NAMES)}")
+    return names or NAMES
+
+
+@asynccontextmanager
+async def _rebuilding(connection: Connection) -> AsyncIterator[Rebuild]:
+    from projections.checkpoint import Checkpoint
+    from projections.projector import Projector
+    from projections.rebuild import Rebuild
+
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        log, changes, holder = EventLog(db), Changes(db), f"{socket.gethostname()}-{os.getpid()}"
+        rebuild = Rebuild(db, log, connection, holder=holder)
+        await log.prepare()
+        await Projector(db, log, connection, Checkpoint(db), holder=holder).prepare()
+        changes.listen(log)
+        changes.listen(rebuild.leadership)
+        async with changes.running():
+            try:
+                yield rebuild
+            finally:
+                await log.aclose()
 
 
 def told(verdict: Verdict) -> str:
@@ -73,7 +166,28 @@ def note_of(verdict: Verdict) -> str | None:
     return f"{verdict.position}:{verdict.digest.hex()}"
 
 
-def as_json(verdict: Verdict) -> dict[str, object]:
+def told_of_views(found: Compared) -> str:
+    """Return what came of comparing the views, for people."""
+    if not found.differences:
+        return f"The views say what the log says up to position {found.position}."
+    counts = ", ".join(f"{number} in {view}" for view, number in found.counts.items())
+    lines = [f"The views do not say what the log says: {found.differences} documents differ ({counts})."]
+    lines += [f"  {difference}" for difference in found.shown]
+    if found.differences > len(found.shown):
+        lines.append(f"  … and {found.differences - len(found.shown)} more")
+    return "\n".join([*lines, "`jobledger replay` makes the views anew from the log."])
+
+
+def views_as_json(found: Compared) -> dict[str, object]:
+    """Return what came of comparing the views, for programs: the first differences whole, all of them counted."""
+    shown = [
+        {"view": it.view, "key": it.key, "fields": it.fields, "live": it.live is not None, "log": it.fresh is not None}
+        for it in found.shown
+    ]
+    return {"position": found.position, "differences": found.differences, "by_view": found.counts, "shown": shown}
+
+
+def as_json(verdict: Verdict, views: Compared | None = None) -> dict[str, object]:
     """Return what came out, for programs."""
     wrong = verdict.wrong
     return {
@@ -83,4 +197,5 @@ def as_json(verdict: Verdict) -> dict[str, object]:
         "noted": note_of(verdict),
         "wrong": wrong
         and {"position": wrong.position, "stream": wrong.stream, "version": wrong.version, "what": wrong.what},
+        "views": None if views is None else views_as_json(views),
     }

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli import audit, keys, webhooks
 from cli import demo as demo_command
 from cli import doctor as doctor_command
+from cli import keys, log, replay, webhooks
 from cli.follow import Refused, as_batch, credentials, follow
 from cli.follow import submit as submit_batch
 from cli.rights import for_mongosh
@@ -30,7 +30,6 @@ from cli.running import HERE, ConfigOption, UrlOption, any_server, run_roles, se
 from cli.settings import Settings
 from cli.wiring import ALL_ROLES, database_server, set_up_logging
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
-from ledger.log import LARGEST_POSITION
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 app = typer.Typer(
@@ -40,8 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-log_app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
-app.add_typer(log_app, name="log")
+app.add_typer(log.app, name="log")
+app.command()(replay.replay)
 app.add_typer(webhooks.app, name="webhooks")
 keys_app = typer.Typer(help="API keys, for auth.mode `keys`; directly on the database.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
@@ -131,38 +130,6 @@ def doctor(
         table.add_row(sign, finding.what, escape(told))
     Console().print(table)
     raise typer.Exit(0 if all(finding.good for finding in findings) else FAILED)
-
-
-@log_app.command("verify")
-def log_verify(
-    config: ConfigOption = None,
-    after: Annotated[int, typer.Option("--from", min=1, max=LARGEST_POSITION, help="Begin at this position.")] = 1,
-    upto: Annotated[
-        int | None,
-        typer.Option("--to", min=1, max=LARGEST_POSITION, help="End at this position. Without it: at the end."),
-    ] = None,
-    noted: Annotated[
-        str | None, typer.Option(help="POSITION:DIGEST, as an earlier verification printed it: it must still be so.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
-) -> None:
-    """Check that the log still is what was written: no event changed, missing, or in a wrong place.
-
-    Exits with 1 and names the first event that is wrong.
-    """
-    settings = settings_of(config)
-    earlier = audit.noted_of(noted) if noted is not None else None
-    if earlier is not None and (after > 1 or (upto is not None and upto < earlier[0])):
-        raise ConfigurationError(
-            f"--noted stands for all events up to position {earlier[0]}: leave out --from, and a --to before it."
-        )
-    with any_server(settings) as uri:
-        connection = settings.mongodb.connection(uri)
-        verdict = asyncio.run(
-            audit.verified(connection, Console(stderr=True), after=after - 1, upto=upto, noted=earlier)
-        )
-    typer.echo(orjson.dumps(audit.as_json(verdict)).decode() if as_json else audit.told(verdict))
-    raise typer.Exit(0 if verdict.wrong is None else FAILED)
 
 
 @keys_app.command("create")

@@ -550,6 +550,11 @@ class Recorded:
         self._event = event
 
     @property
+    def document(self) -> Mapping[str, Any]:
+        """The event as it is stored."""
+        return self._document
+
+    @property
     def position(self) -> int:
         """Its number in the whole log, from 1."""
         return int(self._document["_id"])

@@ -42,8 +42,6 @@ _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 class EventLog(Writer):
     """The log of one database, as one process sees it. A listener of the process's change stream (`Changes`)."""
 
-    collection = "events"
-
     def __init__(self, db: Database, limits: Limits | None = None) -> None:
         super().__init__(db, limits or Limits())
         self._tail = Tail(self._limits.tail_events, self._limits.tail_bytes)

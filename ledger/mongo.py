@@ -93,6 +93,11 @@ def driver_errors(doing: str) -> Iterator[None]:
         ) from error
 
 
+def code_behind(error: Exception) -> int | None:
+    """Return the server's code of what `driver_errors` has turned into one of ours, if the server refused something."""
+    return error.__cause__.code if isinstance(error.__cause__, OperationFailure) else None
+
+
 def brief(error: PyMongoError) -> str:
     """Return the first, human part of a driver error; the rest is a description of the topology."""
     text = str(error).split(", Timeout:")[0].split(", full error")[0].split(" to execute command")[0]
@@ -101,6 +106,7 @@ def brief(error: PyMongoError) -> str:
 
 
 UNAUTHORIZED = 13  # the server's error codes
+SNAPSHOT_TOO_OLD = 239
 INDEX_CONFLICTS = frozenset({85, 86})  # IndexOptionsConflict, IndexKeySpecsConflict
 _FOR_GOOD = frozenset({UNAUTHORIZED, 18, 121})  # also AuthenticationFailed, DocumentValidationFailure
 

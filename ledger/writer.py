@@ -70,9 +70,11 @@ class Waiting:
 class Writer:
     """Writes documents under new positions, in groups; what is there when `write` returns is there for good."""
 
+    collection = "events"
+
     def __init__(self, db: Database, limits: Limits) -> None:
         self._db = db
-        self._events = db.get_collection("events", write_concern=DURABLE, read_concern=MAJORITY)
+        self._events = db.get_collection(self.collection, write_concern=DURABLE, read_concern=MAJORITY)
         self._limits = limits
         self._queue: deque[Waiting] = deque()
         self._queued_events = 0

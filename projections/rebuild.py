@@ -14,13 +14,12 @@ from typing import Any, Final
 
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import OperationFailure
 
 from ledger.errors import DatabaseUnsuitable, LedgerUnavailable
 from ledger.events import Recorded
 from ledger.leadership import Deposed, Leadership
 from ledger.log import EventLog, Subscription
-from ledger.mongo import DURABLE, Connection, Database, Document, driver_errors
+from ledger.mongo import DURABLE, SNAPSHOT_TOO_OLD, Connection, Database, Document, code_behind, driver_errors
 from projections.checkpoint import VIEWS
 from projections.comparison import Difference, differences
 from projections.folding import ALL, VERSION, Folder
@@ -32,7 +31,6 @@ REBUILD: Final = "rebuild"
 NAMES: Final = tuple(view.NAME for view in ALL)
 CHUNK_EVENTS: Final = 5000
 _DELETED_AT_ONCE: Final = 5000
-_SNAPSHOT_TOO_OLD: Final = 239
 Told = Callable[[int, int], None]
 """Is told how far the new views have got, and how far they have to go: two positions."""
 Switch = Callable[[AsyncClientSession, int], Awaitable[bool]]
@@ -257,26 +255,32 @@ class Rebuild:
     ) -> int:
         """Compare with what the live views were at one instant, which the database remembers for some minutes."""
         try:
-            async with self._db.client.start_session(snapshot=True) as session:
-                live = await checkpoint(self._db, session)
-                if live.get("version") != VERSION:
-                    raise NotComparable(
-                        "The views were made by another version of this program: they differ. `jobledger replay` "
-                        "makes them anew."
-                    )
-                while folder.position < live["position"]:
-                    await folder.fold(await events.chunk(min(CHUNK_EVENTS, live["position"] - folder.position)))
-                fresh, old = folder.views, Views(self._db, live.get("sides"))
-                for name in names:
-                    async for difference in differences(name, old[name], fresh[name], session):
-                        found(difference)
-        except OperationFailure as error:
-            if error.code == _SNAPSHOT_TOO_OLD:
+            with driver_errors("comparing the views"):
+                return await self._compared(folder, events, names, found)
+        except LedgerUnavailable as error:
+            if code_behind(error) == SNAPSHOT_TOO_OLD:
                 raise NotComparable(
                     "Comparing took longer than the database remembers how the views were. An administrator can make "
                     "it remember more: db.adminCommand({setParameter: 1, minSnapshotHistoryWindowInSeconds: 3600})"
                 ) from error
-            raise LedgerUnavailable(f"The database failed while comparing the views: {error}") from error
+            raise
+
+    async def _compared(
+        self, folder: Folder, events: Subscription, names: Collection[str], found: Callable[[Difference], None]
+    ) -> int:
+        async with self._db.client.start_session(snapshot=True) as session:
+            live = await checkpoint(self._db, session)
+            if live.get("version") != VERSION:
+                raise NotComparable(
+                    "The views were made by another version of this program: they differ. `jobledger replay` "
+                    "makes them anew."
+                )
+            while folder.position < live["position"]:
+                await folder.fold(await events.chunk(min(CHUNK_EVENTS, live["position"] - folder.position)))
+            fresh, old = folder.views, Views(self._db, live.get("sides"))
+            for name in names:
+                async for difference in differences(name, old[name], fresh[name], session):
+                    found(difference)
         return int(live["position"])
 
 

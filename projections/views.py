@@ -24,6 +24,7 @@ def collection_name(view: str, side: Side) -> str:
 
 
 def opposite(side: Side) -> Side:
+    """Return the other side."""
     return "b" if side == "a" else "a"
 
 

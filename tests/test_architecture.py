@@ -94,7 +94,8 @@ def test_only_the_log_touches_the_events() -> None:
         if re.search(r"\.events\b\.(insert|update|delete|replace|bulk|find|aggregate|count)", path.read_text())
         or re.search(r"get_collection\(\s*\"events\"|\[\"events\"\]", path.read_text())
     }
-    assert found <= {"ledger/log.py", "ledger/writer.py", "cli/doctor.py"}  # the doctor looks at its head
+    # The doctor looks at its head, and an import makes sure that there is none before it makes one.
+    assert found <= {"ledger/log.py", "ledger/writer.py", "ledger/transfer.py", "cli/doctor.py"}
 
 
 def test_nobody_changes_or_removes_an_event() -> None:

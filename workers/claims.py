@@ -36,7 +36,9 @@ CLAIMABLE: Final = frozenset(
 )
 """The types of events after which a job may be claimable that was not before."""
 HEARD: Final = CLAIMABLE | {"JobClaimed", "BatchPaused"}
-_RANK_SECONDS: Final = 0.01  # longer than a claim takes to be heard of
+_RANK_SECONDS: Final = 0.01
+_LONGEST_RANK_SECONDS: Final = 0.25
+"""How long a moment is: longer than a claim takes to be heard of, which each worker sees for itself, within bounds."""
 _RANKS: Final = 5  # who comes later does not wait longer
 _PATIENCE_SECONDS: Final = 0.25
 """So long a job in the queue is left to those who come first, and longer while any of them is claiming: they may have a
@@ -56,6 +58,28 @@ def before(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
     seed = crc32(job_id.encode())
     mine = crc32(worker_id.encode(), seed)
     return [other for other in workers if crc32(other.encode(), seed) > mine]
+
+
+class Moment:
+    """How long to leave a fresh job to those who come before us: half as long again as their claims took lately."""
+
+    def __init__(self) -> None:
+        self.seconds = _RANK_SECONDS
+        self._since: dict[str, tuple[float, str]] = {}
+
+    def begins(self, job_id: str, first: str) -> None:
+        """We have heard of a job, and leave it to `first`."""
+        if len(self._since) >= _ROWS:  # never claimed, or by others
+            self._since.clear()
+        self._since[job_id] = time.monotonic(), first
+
+    def ends(self, job_id: str, worker_id: str) -> None:
+        """The job was claimed: if by whom it was left to, that took as long as claims take now."""
+        since, first = self._since.pop(job_id, (0.0, ""))
+        if worker_id == first:
+            took = 1.5 * (time.monotonic() - since)
+            # Longer ones count at once, and are forgotten slowly: a claim too many costs more than a moment.
+            self.seconds = min(max(took, 0.95 * self.seconds, _RANK_SECONDS), _LONGEST_RANK_SECONDS)
 
 
 class Waiting(NamedTuple):
@@ -100,6 +124,7 @@ class Claims:
         self.worker_id = ""
         self._fresh: dict[str, Waiting] = {}
         self._in_turn: dict[str, asyncio.TimerHandle] = {}
+        self._moment = Moment()
         self._rows: deque[queue.Row] = deque()
         self._known: dict[str, Known | UnreadableEvent] = {}
         self._rows_until = 0.0
@@ -136,6 +161,7 @@ class Claims:
         stream, kind = document["stream"], document["type"]
         if kind == "JobClaimed":
             self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
+            self._moment.ends(stream, document["data"]["worker_id"])
             self.taken(stream, document["_id"])
         elif kind == "BatchPaused":  # rows of its jobs may be at hand, and in the queue until the views have got here
             self._paused[stream] = document["_id"]
@@ -181,11 +207,12 @@ class Claims:
             waiting = Waiting(job_id, known, job_type, document["data"].get("batch_id"))
         except UnreadableEvent:  # left to workers of the version that has written it
             return False
-        rank = len(before(self.worker_id, self._alive(), job_id))
-        if rank == 0:
+        others = before(self.worker_id, self._alive(), job_id)
+        if not others:
             self._our_turn(waiting, document["_id"])
         else:
-            loop, pause = asyncio.get_running_loop(), min(rank, _RANKS) * _RANK_SECONDS
+            self._moment.begins(job_id, next(other for other in others if not before(other, others, job_id)))
+            loop, pause = asyncio.get_running_loop(), min(len(others), _RANKS) * self._moment.seconds
             self._in_turn[job_id] = loop.call_later(pause, self._our_turn, waiting, document["_id"])
         return True
 

@@ -15,7 +15,7 @@ import structlog
 import yaml
 from bson import ObjectId
 
-from cli import main
+from cli import log, main
 from ledger.chain import GENESIS
 from ledger.commands import ClaimJob
 from ledger.handle import handle
@@ -141,7 +141,14 @@ def test_a_right_log_is_said_to_be_right_and_what_to_note_of_it(audited: Audited
 
 def test_programs_are_told_the_same_as_json(audited: Audited) -> None:
     told = audited.json(0)
-    assert told == {"events": 5, "voided": 1, "position": 5, "noted": note_in(audited.verify()), "wrong": None}
+    assert told == {
+        "events": 5,
+        "voided": 1,
+        "position": 5,
+        "noted": note_in(audited.verify()),
+        "wrong": None,
+        "views": None,
+    }
 
 
 def test_progress_on_a_terminal_is_kept_apart_from_the_result(
@@ -184,7 +191,7 @@ def test_an_empty_log_is_right(empty: Audited) -> None:
 
     empty.do(nothing)
     assert empty.verify() == Ended(0, "There are no events to verify.\n", "")
-    assert empty.json(0) == {"events": 0, "voided": 0, "position": 0, "noted": None, "wrong": None}
+    assert empty.json(0) == {"events": 0, "voided": 0, "position": 0, "noted": None, "wrong": None, "views": None}
 
 
 def test_a_log_that_nobody_has_opened_yet_is_right(empty: Audited) -> None:
@@ -357,6 +364,6 @@ def test_every_command_and_option_that_looks_into_the_log_is_explained(empty: Au
     assert ended.exit_code == 0
     for option in ("--from", "--to", "--noted", "--json", "--config"):
         assert option in ended.out
-    for command in main.log_app.registered_commands:
+    for command in log.app.registered_commands:
         assert command.callback is not None
         assert command.callback.__doc__

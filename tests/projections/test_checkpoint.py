@@ -9,7 +9,7 @@ import pytest
 
 from ledger.mongo import Connection
 from projections.checkpoint import VIEWS
-from tests.support.running import process
+from tests.support.running import process, until
 
 
 async def test_it_waits_until_the_views_have_got_there(connection: Connection, store: Path) -> None:
@@ -54,6 +54,10 @@ async def test_it_goes_back_when_the_views_are_begun_anew(connection: Connection
         here.projecting.cancel()
         await asyncio.gather(here.projecting, return_exceptions=True)
         async with process(connection, store) as observer:
+            assert observer.checkpoint.position == 1
             await here.db.checkpoints.update_one({"_id": VIEWS}, {"$set": {"position": 0}})
+            await until(lambda: observer.checkpoint.position == 0, "it has gone back")
+            await here.db.jobs.delete_many({})
+            await here.db.queue.delete_many({})
             async with process(connection, store, projector=True):
                 await observer.views_reach(1)

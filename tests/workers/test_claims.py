@@ -25,7 +25,7 @@ from tests.support.ledgers import stored
 from tests.support.running import Process, WorkerOptions, process
 from tests.workers.inline import install
 from workers import claims as claiming
-from workers.claims import Claims, before
+from workers.claims import Claims, Moment, before
 from workers.processor import Job, Results
 
 names = st.text("abcdefgh0123456789-", min_size=1, max_size=12)
@@ -129,6 +129,31 @@ async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
     assert chosen(claims, found) == [OTHERS[0]]
 
 
+# How long a moment is -------------------------------------------------------------------------------------------------
+
+
+def test_a_moment_is_as_long_as_claims_take_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("workers.claims.time.monotonic", lambda: now)
+    moment = Moment()
+
+    def claimed(job_id: str, took: float, by: str = "w1") -> float:
+        nonlocal now
+        moment.begins(job_id, "w1")
+        now += took
+        moment.ends(job_id, by)
+        return moment.seconds
+
+    assert claimed("job-1", 0.002) == 0.01
+    assert claimed("job-2", 0.04) == pytest.approx(0.06)
+    assert claimed("job-3", 0.002) == pytest.approx(0.057)  # one quick one says little
+    assert claimed("job-4", 3, by="w2") == pytest.approx(0.057)  # the first was busy: that says nothing
+    assert claimed("job-5", 3) == 0.25
+    for number in range(100):
+        claimed(f"job-{number}", 0.002)
+    assert moment.seconds == 0.01
+
+
 # Real workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +173,8 @@ async def test_idle_workers_do_not_race_for_a_fresh_job(connection: Connection, 
             await here.ended(await here.submit())
         events = [event.event for event in await here.everything()]
         assert len({event.worker_id for event in events if isinstance(event, JobClaimed)}) == 3
-        assert await voided(here) <= 8  # at most 1.2 tries a job, as promised: on a slow machine a second one may try
+        # At most 1.2 tries a job, as promised; a few more until they know how long a claim takes on this machine.
+        assert await voided(here) <= 8 + 3
 
 
 async def test_a_job_whose_first_worker_is_busy_is_done_by_another_at_once(

@@ -1,0 +1,96 @@
+"""cli: events in a line each, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final
+
+from rich.text import Text
+
+from ledger.events import Recorded
+
+_BAD: Final = frozenset({"JobFailed", "JobAttemptFailed", "JobLeaseExpired", "WorkerFenced", "DeliveryAbandoned"})
+_GOOD: Final = frozenset({"JobCompleted", "BatchFinished", "DeliverySucceeded"})
+_LEFT_OUT: Final = frozenset(
+    {"parameters", "access_control", "webhook", "job_ids", "schema_version", "output", "outputs", "key", "body_sha256"}
+)
+
+
+def moment(time: datetime) -> str:
+    """Return a time as it is on the clocks here."""
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+
+def line_of(event: Recorded, *, with_stream: bool = True) -> Text:
+    """Return an event as a line: where it is, when it was, what happened, and by whom."""
+    kind = event.type
+    style = "red" if kind in _BAD else "green" if kind in _GOOD else "bold"
+    parts = [(f"{event.position:>8} ", "dim"), (f"{moment(event.time)} ", "dim")]
+    if with_stream:
+        parts.append((f"{event.stream} ", "cyan"))
+    parts += [(f"{kind} ", style), (said(event), ""), (f"  ({event.meta.actor})", "dim")]
+    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+
+
+def said(event: Recorded) -> str:
+    """Return what an event says, in a few words."""
+    data = event.data
+    match event.type:
+        case "JobSubmitted":
+            title = data.get("job_name") or data.get("parameters", {}).get("session") or ""
+            return f"{data['job_type']} {title!r} of {data['user_id']}"
+        case "BatchSubmitted":
+            return f"{data.get('batch_name') or ''!r} with {data['total_jobs']} jobs of {data['user_id']}"
+        case "JobClaimed":
+            return f"attempt {data['attempt']} by {data['worker_id']}"
+        case "JobProgressed":
+            message = data.get("message") or ""
+            return f"{data['percentage']:g} % {data['step']} {message}".rstrip()
+        case "JobLogged":
+            lines = data["entries"] if "entries" in data else data.get("lines", ())
+            return f"{len(lines)} lines: {lines[0]['message']}" if lines else "nothing"
+        case "StepCompleted":
+            reused = f", taken from {data['reused_from']}" if data.get("reused_from") else ""
+            return f"{data['step']} in {data['duration_s']:g} s{reused}"
+        case "JobCompleted":
+            return f"{len(data['results']['files'])} files"
+        case "JobAttemptFailed" | "JobFailed":
+            again = f"; again at {moment(data['retry_at'])}" if isinstance(data.get("retry_at"), datetime) else ""
+            return f"{data['error']['code']}: {data['error']['message']}{again}"
+        case _:
+            return ", ".join(f"{name} {_short(value)}" for name, value in data.items() if name not in _LEFT_OUT)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, datetime):
+        return moment(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} {_short(item)}" for name, item in value.items()) + "}"
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+    """Return in a line what an event has made of a document: `status pending → processing, worker_id w1`."""
+    if after is None:
+        return "removed"
+    told = []
+    for name, value in after.items():
+        old = (before or {}).get(name)
+        if name in _UNTOLD or value == old or (before is None and value in (None, [], {}, False, 0)):
+            continue
+        if isinstance(value, dict | list):
+            told.append(f"{name} {_size(value)}")
+        elif before is None or old is None:
+            told.append(f"{name} {_short(value)}")
+        else:
+            told.append(f"{name} {_short(old)} → {_short(value)}")
+    return ", ".join(told)
+
+
+_UNTOLD: Final = frozenset({"_id", "version", "position", "updated_at", "headings", "words", "created_at"})
+
+
+def _size(value: dict[str, Any] | list[Any]) -> str:
+    return f"{{{len(value)}}}" if isinstance(value, dict) else f"[{len(value)}]"
