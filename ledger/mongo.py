@@ -22,8 +22,10 @@ from pymongo.errors import (
 )
 from pymongo.read_concern import ReadConcern
 
+from ledger.cancellation import mend_the_driver
 from ledger.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable, UnreadableEvent
 
+mend_the_driver()
 Document = dict[str, Any]
 Database = AsyncDatabase[Document]
 

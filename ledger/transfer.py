@@ -435,7 +435,11 @@ def _frames(path: Path, *, whole: bool = False) -> Iterator[tuple[list[bytes], i
     """
     try:
         with path.open("rb") as file:
-            yield from _compressed_frames(path, file, whole=whole) if _compressed(path) else _plain_frames(file, whole)
+            yield from (
+                _compressed_frames(path, file, whole=whole)
+                if _compressed(path)
+                else _plain_frames(path, file, whole=whole)
+            )
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -443,14 +447,14 @@ def _frames(path: Path, *, whole: bool = False) -> Iterator[tuple[list[bytes], i
 _BLOCK: Final = 4 * 1024 * 1024
 
 
-def _plain_frames(file: IO[bytes], whole: bool) -> Iterator[tuple[list[bytes], int]]:
+def _plain_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[tuple[list[bytes], int]]:
     rest, size = b"", 0
     while block := file.read(_BLOCK):
         *lines, rest = (rest + block).split(b"\n")
         size += sum(map(len, lines)) + len(lines)
         yield lines, size
     if rest and whole:
-        yield [rest], size + len(rest)  # no complete line: whoever reads it will say so
+        raise DamagedFile(f"{path} is not complete: it was cut off within a line. Nothing was imported.")
 
 
 def _compressed_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[tuple[list[bytes], int]]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from ledger.errors import DatabaseUnsuitable, LedgerUnavailable
+from ledger.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable
 from ledger.events import Recorded
 from ledger.leadership import Deposed, Leadership
 from ledger.log import EventLog, Subscription
@@ -36,7 +36,7 @@ Told = Callable[[int, int], None]
 Switch = Callable[[AsyncClientSession, int], Awaitable[bool]]
 
 
-class NotComparable(DatabaseUnsuitable):
+class NotComparable(JobledgerError):
     """The live views cannot be held against the log now; the message says why and what to do."""
 
 

@@ -1,0 +1,527 @@
+"""`jobledger log show | tail | export | import` and `jobledger replay`, on a ledger in which things have happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import yaml
+from pymongo import MongoClient
+
+from cli import main
+from ledger import transfer
+from ledger.commands import CancelJob, CompleteJob, FailAttempt, RestartJob
+from ledger.events import Failure
+from ledger.mongo import Connection
+from projections import rebuild
+from tests.projections.refold import assert_views_equal_the_log, results, stored
+from tests.projections.test_projector import a_history
+from tests.support.installation import Ended, Installation
+from tests.support.mongod import needs_local_mongod
+from tests.support.running import Process, process
+
+Work = Callable[[Process], Coroutine[Any, Any, Any]]
+
+
+class Machine:
+    """A ledger, and its commands run in the test's process: a traceback comes out as an exception."""
+
+    def __init__(
+        self,
+        uri: str,
+        db_name: str,
+        directory: Path,
+        capfd: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.connection = Connection(uri, db_name)
+        self.directory = directory
+        self._capfd = capfd
+        self._monkeypatch = monkeypatch
+
+    def run(self, *arguments: str, database: str | None = None) -> Ended:
+        self._monkeypatch.setenv("JOBLEDGER_MONGODB__DB_NAME", database or self.connection.db_name)
+        self._monkeypatch.setenv("COLUMNS", "250")
+        self._monkeypatch.setattr(sys, "argv", ["jobledger", *arguments])
+        self._capfd.readouterr()
+        with pytest.raises(SystemExit) as exited:
+            main.run()
+        said = self._capfd.readouterr()
+        assert "Traceback" not in said.err
+        return Ended(int(exited.value.code or 0), said.out, said.err)
+
+    def json(self, *arguments: str, exit_code: int = 0, database: str | None = None) -> Any:
+        ended = self.run(*arguments, "--json", database=database)
+        assert ended.exit_code == exit_code, ended
+        return json.loads(ended.out)
+
+    def do(self, work: Work, *, database: str | None = None) -> Any:
+        connection = Connection(self.connection.uri, database or self.connection.db_name)
+
+        async def done() -> Any:
+            async with process(connection, self.directory / "results", projector=True) as here:
+                found = await work(here)
+                await here.views_reach()
+                return found
+
+        return asyncio.run(done())
+
+
+@pytest.fixture
+def machine(
+    mongodb_uri: str, db_name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Machine]:
+    configured = {"mongodb": {"uri": mongodb_uri, "db_name": db_name}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(configured), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    yield Machine(mongodb_uri, db_name, tmp_path, capfd, monkeypatch)
+    structlog.reset_defaults()  # the command has directed it to a stderr that ends with the test
+
+
+@pytest.fixture
+def other_database(mongodb_uri: str, db_name: str) -> Iterator[str]:
+    name = f"{db_name}_b"
+    yield name
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client.drop_database(name)
+
+
+async def a_story(here: Process) -> str:
+    """A job that fails, is restarted and completed; another that waits. Returns the id of the first."""
+    job_id = await here.submit({"text": "Grüße"}, job_name="Die Rede")
+    attempt = await here.claim(job_id, "worker-7")
+    again = datetime.now(UTC) + timedelta(minutes=5)
+    await here.do(job_id, FailAttempt("worker-7", attempt, Failure(code="BROKEN", message="it broke"), again))
+    await here.do(job_id, CancelJob("ada", "no longer wanted"), RestartJob("ada"))
+    attempt = await here.claim(job_id, "worker-8")
+    await here.do(job_id, CompleteJob("worker-8", attempt, results(job_id)))
+    await here.submit()
+    return job_id
+
+
+# One story ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_story_tells_who_did_what_and_what_came_of_it(machine: Machine) -> None:
+    job_id = machine.do(a_story)
+    told = machine.run("log", "show", job_id).out
+    lines = told.splitlines()
+    assert "JobSubmitted echo 'Die Rede' of user-1" in lines[0]
+    assert "status pending" in lines[1]
+    assert any("JobClaimed attempt 1 by worker-7" in line for line in lines)
+    assert any("status pending → processing" in line for line in lines)
+    assert any("JobAttemptFailed BROKEN: it broke; again at " in line for line in lines)
+    assert any("JobCancelled" in line and "no longer wanted" in line for line in lines)
+    assert any("status processing → completed" in line for line in lines)
+    assert all("(test)" in line for line in lines if "Job" in line.split("(")[0])
+
+
+def test_a_story_up_to_an_earlier_position_or_time(machine: Machine) -> None:
+    job_id = machine.do(a_story)
+    whole = [json.loads(line) for line in machine.run("log", "show", job_id, "--json").out.splitlines()]
+    assert [it["event"]["type"] for it in whole] == [
+        "JobSubmitted",
+        "JobClaimed",
+        "JobAttemptFailed",
+        "JobCancelled",
+        "JobRestarted",
+        "JobClaimed",
+        "JobCompleted",
+    ]
+    assert whole[-1]["after"]["status"] == "completed"
+    third = whole[2]["event"]
+    for then in (str(third["position"]), third["time"]):
+        ended = machine.run("log", "show", job_id, "--as-of", then, "--json")
+        some = [json.loads(line) for line in ended.out.splitlines()]
+        assert [it["event"]["position"] for it in some][:3] == [it["event"]["position"] for it in whole[:3]]
+        assert len(some) < len(whole) or then == third["time"]
+    before = machine.run("log", "show", job_id, "--as-of", "2001-01-01")
+    assert (before.exit_code, before.out) == (0, "")
+    assert "was not there yet" in before.err
+
+
+def test_what_is_in_no_log_is_said_in_one_line(machine: Machine) -> None:
+    machine.do(a_story)
+    ended = machine.run("log", "show", "job-of-nobody")
+    assert (ended.exit_code, ended.err.count("\n")) == (1, 1)
+    assert "There is no job-of-nobody in the log" in ended.err
+    ended = machine.run("log", "show", "job-of-nobody", "--as-of", "yesterday")
+    assert ended.exit_code == 2
+    assert "expected a position of the log, or a time" in ended.err
+
+
+# The end of the log ---------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_the_log_is_told_filtered(machine: Machine) -> None:
+    job_id = machine.do(a_story)
+    last = machine.run("log", "tail", "--no-follow", "-n", "3").out.splitlines()
+    assert [line.split()[0] for line in last] == ["6", "7", "8"]
+    failed = machine.run("log", "tail", "--no-follow", "--after", "0", "--type", "JobAttemptFailed").out
+    assert failed.count("\n") == 1
+    assert "it broke" in failed
+    one = machine.run("log", "tail", "--no-follow", "--after", "0", "--stream", job_id, "--json").out.splitlines()
+    assert {json.loads(line)["stream"] for line in one} == {job_id}
+    assert len(one) == 7
+    ended = machine.run("log", "tail", "--type", "JobExploded")
+    assert ended.exit_code == 2
+    assert "there is no such type of event; there are BatchAccessChanged, " in ended.err
+
+
+@needs_local_mongod
+def test_whoever_follows_the_log_hears_of_everything_over_a_restart_of_everything(tmp_path: Path) -> None:
+    installation = Installation(tmp_path)
+    job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
+    up = installation.up().ready()
+    following = installation.start("log", "tail", "--after", "0", "--json")
+    try:
+        for completed in (1, 2):
+            assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
+            deadline = time.monotonic() + 20
+            while following.out.count('"JobCompleted"') < completed:
+                assert time.monotonic() < deadline, following.err
+                time.sleep(0.05)
+            assert up.stop().exit_code == 0
+            if completed == 1:
+                up = installation.up().ready()
+    finally:
+        following.kill_group()
+        installation.kill_everything()
+    positions = [json.loads(line)["position"] for line in following.out.splitlines()]
+    assert positions == list(range(1, len(positions) + 1))
+
+
+# Export and import ----------------------------------------------------------------------------------------------------
+
+
+async def much(here: Process) -> None:
+    await a_history(here, random.Random(40), steps=60)
+    await a_story(here)
+    await assert_views_equal_the_log(here)
+
+
+async def views(here: Process) -> Any:
+    await here.views_reach()
+    return await stored(here.db)
+
+
+async def events(here: Process) -> Any:
+    return [document async for document in here.db.events.find().sort("_id", 1)]
+
+
+@pytest.mark.parametrize("name", ["log.ndjson", "log.ndjson.zst"])
+def test_what_was_exported_is_the_same_ledger_in_an_empty_database(
+    machine: Machine, other_database: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "PAGE_EVENTS", 50)
+    machine.do(much)
+    before, log = machine.do(views), machine.do(events)
+    ended = machine.run("log", "export", name)
+    assert ended.exit_code == 0
+    assert f"{name}: {len(log)} events, positions 1 to {len(log)}." in ended.out
+    note = ended.out.strip().rpartition(" ")[2]
+    ended = machine.run("log", "import", name, database=other_database)
+    assert ended.exit_code == 0, ended
+    assert note in ended.out
+    assert machine.do(events, database=other_database) == log
+    assert machine.do(views, database=other_database) == before
+    verified = machine.json("log", "verify", "--noted", note, database=other_database)
+    assert (verified["wrong"], verified["views"]["differences"]) == (None, 0)
+    machine.do(a_story, database=other_database)  # life goes on, behind what was imported
+    assert machine.json("log", "verify", database=other_database)["events"] == len(log) + 8
+
+
+def test_several_files_in_a_row_are_one_log(machine: Machine, other_database: str) -> None:
+    machine.do(much)
+    log = machine.do(events)
+    assert machine.run("log", "export", "a.ndjson", "--to", "100").exit_code == 0
+    assert machine.run("log", "export", "b.zst", "--from", "101", "--to", "150").exit_code == 0
+    assert machine.run("log", "export", "c.ndjson", "--from", "151").exit_code == 0
+    ended = machine.run("log", "import", "c.ndjson", "a.ndjson", database=other_database)
+    assert ended.exit_code == 2
+    assert "c.ndjson begins with position 151, and position 101 is needed" in ended.err
+    assert machine.run("log", "import", "c.ndjson", "a.ndjson", "b.zst", database=other_database).exit_code == 0
+    assert machine.do(events, database=other_database) == log
+
+
+@pytest.mark.parametrize("name", ["log.ndjson", "log.ndjson.zst"])
+def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PAGE_EVENTS", 20)
+    machine.do(much)
+    assert machine.run("log", "export", f"whole-{name}").exit_code == 0
+    whole = Path(f"whole-{name}").read_bytes()
+    written: list[int] = []
+    line_of = transfer.line_of
+
+    class Cut(Exception):
+        pass
+
+    def cut(document: Any) -> bytes:
+        written.append(document["_id"])
+        if len(written) == 70:
+            raise Cut
+        return line_of(document)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transfer, "line_of", cut)
+        with pytest.raises(Cut):
+            machine.run("log", "export", name)
+    assert not Path(name).exists()
+    with Path(f"{name}.part").open("ab") as part:
+        part.write(whole[-15:-1])  # half a write, as a full disk or a killed machine leaves it
+
+    def counted(document: Any) -> bytes:
+        written.append(document["_id"])
+        return line_of(document)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transfer, "line_of", counted)
+        assert machine.run("log", "export", name).exit_code == 0
+    assert 41 <= written[70] <= 71
+    lines = [line for page, _ in transfer._frames(Path(name)) for line in page]
+    assert lines[1:] == [line for page, _ in transfer._frames(Path(f"whole-{name}")) for line in page][1:]
+    assert not Path(f"{name}.part").exists()
+    ended = machine.run("log", "export", name)
+    assert ended.exit_code == 2
+    assert "is there already" in ended.err
+
+
+def damage(path: Path, kind: str) -> None:
+    text = path.read_bytes()
+    lines = text.splitlines(keepends=True)
+    match kind:
+        case "cut off":
+            text = text[: len(text) // 2]
+        case "last line missing":
+            text = b"".join(lines[:-1])
+        case "an event missing":
+            text = b"".join(lines[:10] + lines[11:])
+        case "events exchanged":
+            text = b"".join([*lines[:10], lines[11], lines[10], *lines[12:]])
+        case "a word changed":
+            text = text.replace(b"Die Rede", b"Die Rehe")
+        case "its hash made anew":
+            found = transfer.document_of(lines[10])
+            found["meta"]["actor"] = "nobody"
+            import hashlib
+
+            from ledger.chain import chained_text
+
+            found["hash"] = hashlib.sha256(chained_text(found)).digest()
+            lines[10] = transfer.line_of(found) + b"\n"
+            text = b"".join(lines)
+        case "something behind":
+            text += lines[10]
+        case "no line of JSON":
+            text = b"".join([*lines[:10], b"{hm\n", *lines[11:]])
+        case "a field missing":
+            text = text.replace(b'"event_id"', b'"event_ix"')
+        case "another file":
+            text = b"name,number\n"
+        case "nothing":
+            text = b""
+        case "a later format":
+            text = text.replace(b'"format":1', b'"format":2')
+    path.write_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("cut off", "was cut off"),
+        ("last line missing", "was cut off"),
+        ("an event missing", "line 11 is not what an export writes: position 10 should be there, and 11 is"),
+        ("events exchanged", "line 11 is not what an export writes: position 10"),
+        ("a word changed", "its hash is not that of its content"),
+        ("its hash made anew", "its last line says something else of the events than they do"),
+        ("something behind", "there is more behind what should be its last line"),
+        ("no line of JSON", "line 11 is not what an export writes"),
+        ("a field missing", "it is not an event with the fields that events have"),
+        ("another file", "is no export of a ledger"),
+        ("nothing", "is no export of a ledger"),
+        ("a later format", "was exported in format 2, and this program knows format 1"),
+    ],
+)
+def test_of_a_damaged_file_nothing_is_imported(machine: Machine, other_database: str, kind: str, said: str) -> None:
+    machine.do(much)
+    machine.run("log", "export", "log.ndjson")
+    damage(Path("log.ndjson"), kind)
+    ended = machine.run("log", "import", "log.ndjson", database=other_database)
+    assert (ended.exit_code, ended.err.count("\n")) == (1, 1), ended
+    assert said in ended.err
+    with MongoClient[dict[str, Any]](machine.connection.uri) as client:
+        assert client[other_database].events.find_one() is None
+        assert "jobs" not in client[other_database].list_collection_names()
+    machine.run("log", "export", "right.ndjson")
+    assert machine.run("log", "import", "right.ndjson", database=other_database).exit_code == 0
+
+
+def test_a_compressed_file_that_is_none_or_was_cut_off_is_refused(machine: Machine, other_database: str) -> None:
+    machine.do(much)
+    machine.run("log", "export", "log.zst")
+    whole = Path("log.zst").read_bytes()
+    for content, said in ((whole[:-30], "cut off"), (b"hm" + whole, "damaged, or not compressed"), (b"", "no export")):
+        Path("log.zst").write_bytes(content)
+        ended = machine.run("log", "import", "log.zst", database=other_database)
+        assert (ended.exit_code, ended.err.count("\n")) == (1, 1), ended
+        assert said in ended.err
+
+
+def test_an_import_that_was_interrupted_is_continued(
+    machine: Machine, other_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "PAGE_EVENTS", 50)
+    machine.do(much)
+    log = machine.do(events)
+    machine.run("log", "export", "log.zst")
+
+    class Cut(Exception):
+        pass
+
+    taken: list[int] = []
+    document_of = transfer.document_of
+
+    def cut(line: bytes) -> Any:
+        found = document_of(line)
+        taken.append(found["_id"])
+        if found["_id"] == 120 and len(taken) == 120:
+            raise Cut
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transfer, "document_of", cut)
+        with pytest.raises(Cut):
+            machine.run("log", "import", "log.zst", database=other_database)
+        with MongoClient[dict[str, Any]](machine.connection.uri) as client:
+            assert client[other_database].events.find_one() is None
+            assert client[other_database][transfer.STAGED].count_documents({}) == 100
+        assert machine.run("log", "import", "log.zst", database=other_database).exit_code == 0
+    assert machine.do(events, database=other_database) == log
+
+
+def test_an_import_needs_a_database_that_is_empty_and_at_rest(machine: Machine, other_database: str) -> None:
+    machine.do(much)
+    machine.run("log", "export", "log.ndjson")
+    ended = machine.run("log", "import", "log.ndjson")
+    assert ended.exit_code == 2
+    assert "has a log already" in ended.err
+
+    async def try_it(here: Process) -> Ended:
+        assert here.projector is not None
+        while await here.db.leaders.find_one({"_id": "projector", "released": False}) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        return await asyncio.to_thread(machine.run, "log", "import", "log.ndjson", database=other_database)
+
+    ended = machine.do(try_it, database=other_database)
+    assert ended.exit_code == 2
+    assert "a process is at work in the database" in ended.err
+    ended = machine.run("log", "import", "no-such-file", database=other_database)
+    assert (ended.exit_code, "cannot be read: No such file" in ended.err) == (2, True)
+
+
+def test_there_is_nothing_to_export_of_an_empty_log(machine: Machine) -> None:
+    ended = machine.run("log", "export", "log.ndjson")
+    assert ended.exit_code == 2
+    assert "the log ends at 0" in ended.err
+    ended = machine.run("log", "export", "/no/such/place.ndjson")
+    assert ended.exit_code == 2
+
+
+# Views ----------------------------------------------------------------------------------------------------------------
+
+
+def test_views_that_somebody_has_edited_are_found_and_made_anew(machine: Machine) -> None:
+    job_id = machine.do(a_story)
+    assert "The views say what the log says" in machine.run("log", "verify").out
+    with MongoClient[dict[str, Any]](machine.connection.uri) as client:
+        db = client[machine.connection.db_name]
+        db.jobs.update_one({"_id": job_id}, {"$set": {"status": "failed"}})
+        db.statistics.update_one({"_id": "jobs"}, {"$inc": {"completed": 1}})
+    for command in (("log", "verify"), ("replay", "--check")):
+        ended = machine.run(*command)
+        assert ended.exit_code == 1
+        assert f"jobs: {job_id}: status is 'failed' and should be 'completed'" in ended.out
+        assert "statistics: jobs: completed is 2 and should be 1" in ended.out
+        assert "2 documents differ (1 in jobs, 1 in statistics)" in ended.out
+    found = machine.json("replay", "--check", "--view", "jobs", exit_code=1)
+    assert (found["differences"], found["by_view"]) == (1, {"jobs": 1})
+    assert found["shown"] == [{"view": "jobs", "key": job_id, "fields": ["status"], "live": True, "log": True}]
+    assert machine.run("log", "verify", "--no-views").exit_code == 0
+    ended = machine.run("replay")
+    assert (ended.exit_code, ended.out) == (0, "Made anew, and in their place: all views, up to position 8.\n")
+    assert machine.run("log", "verify").exit_code == 0
+    ended = machine.run("replay", "--view", "jops")
+    assert ended.exit_code == 2
+    assert "there is no such view; there are jobs, batches, " in ended.err
+
+
+def test_how_everything_stood_at_an_earlier_time(machine: Machine) -> None:
+    async def a_day(here: Process) -> tuple[str, str, str]:
+        one = await here.submit(job_name="first")
+        batch_id, [two, three] = await here.submit_batch({}, {})
+        await here.claim(two, "worker-7")
+        head = await here.log.head()
+        assert head == 5
+        await here.do(two, CompleteJob("worker-7", 1, results(two)))
+        await here.do(one, CancelJob("ada"))
+        await here.claim(three, "worker-8")
+        return one, two, batch_id
+
+    one, two, batch_id = machine.do(a_day)
+    stood = machine.json("replay", "--as-of", "5")["then"]
+    assert stood["position"] == 5
+    assert stood["jobs"] == {"pending": 2, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
+    assert [(it["job_id"], it["worker_id"], it["attempt"]) for it in stood["running"]] == [(two, "worker-7", 1)]
+    assert stood["batches"][0]["batch_id"] == batch_id
+    assert stood["batches"][0]["jobs"] == {"pending": 1, "processing": 1}
+    told = machine.run("replay", "--as-of", "5").out
+    assert "2 pending, 1 processing" in told
+    assert "worker-7" in told
+
+    both = machine.json("replay", "--as-of", "5", "--until", "8")
+    assert both["until"]["jobs"] == {"pending": 0, "processing": 1, "completed": 1, "failed": 0, "cancelled": 1}
+    assert both["changed"][one] == ["pending", "cancelled"]
+    assert both["changed"][two] == ["processing", "completed"]
+    assert len(both["changed"]) == 3
+    assert "completed 0 → 1" in machine.run("replay", "--as-of", "5", "--until", "8").out
+    now = machine.json("replay", "--as-of", datetime.now(UTC).isoformat())["then"]
+    assert now["jobs"] == both["until"]["jobs"]
+    assert "Nothing had happened yet." in machine.run("replay", "--as-of", "2001-01-01").out
+    for arguments in (("--until", "5"), ("--as-of", "5", "--check"), ("--as-of", "8", "--until", "5")):
+        assert machine.run("replay", *arguments).exit_code == 2
+
+
+def test_looking_back_finds_what_the_views_say_whatever_has_happened(machine: Machine) -> None:
+    async def much_and_counted(here: Process) -> dict[str, Any]:
+        await much(here)
+        jobs = {it["_id"]: it["status"] async for it in here.db.jobs.find()}
+        batches = {it["_id"]: (it["status"], it["paused"]) async for it in here.db.batches.find()}
+        return {"jobs": jobs, "batches": batches}
+
+    found = machine.do(much_and_counted)
+    stood = machine.json("replay", "--as-of", str(10**9))["then"]
+    counts = {name: list(found["jobs"].values()).count(name) for name in stood["jobs"]}
+    assert stood["jobs"] == counts
+    assert {it["batch_id"]: (it["status"], it["paused"]) for it in stood["batches"]} == found["batches"]
+    running = {job_id for job_id, status in found["jobs"].items() if status == "processing"}
+    assert {it["job_id"] for it in stood["running"]} == running
+
+
+def test_a_rebuild_without_rights_is_told_in_one_line(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.do(a_story)
+
+    async def refused(*_: Any, **__: Any) -> int:
+        raise rebuild.NotComparable("The views were made by another version of this program: they differ.")
+
+    monkeypatch.setattr(rebuild.Rebuild, "compare", refused)
+    ended = machine.run("replay", "--check")
+    assert (ended.exit_code, ended.err.count("\n")) == (1, 1)
