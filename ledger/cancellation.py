@@ -39,4 +39,4 @@ def mend_the_driver() -> None:
     own.__dict__.update(asyncio.__dict__, wait_for=wait_for)
     for module in (pymongo.network_layer, pymongo.pool_shared):
         module.asyncio = own  # type: ignore[attr-defined]  # it is imported there, and not said to be exported
-    pymongo.lock.wait_for = wait_for  # type: ignore[attr-defined]  # as above
+    pymongo.lock.wait_for = wait_for  # type: ignore[attr-defined, assignment]  # as above
