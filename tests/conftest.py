@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -12,6 +16,8 @@ from pymongo import MongoClient
 
 from tests.support.mongod import NoMongoDB, mongodb_for_tests
 
+MEMORY = Path("/dev/shm")
+"""Where the data of the common server lies if it can: tests that kill a server have one of their own, on a disk."""
 IN_CI = os.environ.get("CI", "").lower() == "true"
 # A skip for one of these reasons means that the machine lacks something; in CI that is a hole in the net.
 MISSING = ("not installed", "not found", "missing", "could not import")
@@ -22,8 +28,11 @@ OPTIONAL = "optional lane:"
 def mongodb_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A replica set, started once for the run (once for each worker under pytest-xdist)."""
     try:
-        with mongodb_for_tests(tmp_path_factory.mktemp("mongod")) as uri:
-            yield uri
+        with ExitStack() as stack:
+            directory = tmp_path_factory.mktemp("mongod")
+            if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+                directory = Path(stack.enter_context(TemporaryDirectory(prefix="jobledger-mongod-", dir=MEMORY)))
+            yield stack.enter_context(mongodb_for_tests(directory))
     except NoMongoDB as error:
         if IN_CI:
             pytest.fail(f"CI runs every test, and this machine has no MongoDB: {error}", pytrace=False)

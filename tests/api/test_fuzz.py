@@ -34,7 +34,7 @@ CHECKS = [
     checks.allow_header_conformance,
 ]
 EXAMPLES = settings(
-    max_examples=MANY or 5,
+    max_examples=MANY or 3,
     derandomize=not MANY,
     database=None,
     deadline=None,

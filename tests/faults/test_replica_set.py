@@ -34,6 +34,7 @@ from ledger.server_note import until as wait_until
 from tests.support.examples import ACCESS
 from tests.support.ledgers import META, Ledger, check_log, ledger_on, stored, until
 from tests.support.mongod import needs_local_mongod
+from tests.support.rarely import rarely
 from tests.support.replica_set import Node, ReplicaSet
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
@@ -356,6 +357,7 @@ async def test_a_primary_killed_again_and_again_takes_nothing_along_that_was_ack
         assert all(map(undone, victims[1:])), NOTHING_UNDONE
 
 
+@rarely
 async def test_a_primary_that_steps_down_again_and_again_takes_nothing_along_that_was_acknowledged_or_delivered(
     replica_set: ReplicaSet, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from tests.support.writers import start_writer
 
 WRITERS = 8
 EVENTS = 12_000
-KILLS = 3 * WRITERS
+KILLS = 2 * WRITERS
 PATIENCE = Limits(void_after_seconds=0.3)
 TRANSACTION_SECONDS = 1
 # For the server to end a killed writer's transaction (it looks once a second), for the void, and for a loaded machine:

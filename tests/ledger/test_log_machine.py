@@ -46,7 +46,7 @@ from tests.support.ledgers import (
 )
 from tests.support.wire import Wire
 
-STORIES = int(os.environ.get("JOBLEDGER_STORIES", "20"))
+STORIES = int(os.environ.get("JOBLEDGER_STORIES", "12"))
 STEPS = 30
 PATIENCE_SECONDS = 15.0
 LIVE = Limits(void_after_seconds=0.05, page_events=7, tail_events=10)

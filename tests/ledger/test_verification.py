@@ -390,7 +390,7 @@ async def test_whatever_is_changed_removed_or_added_in_whatever_type_of_event_is
 
 
 @given(data=st.data())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_whatever_is_put_in_place_of_whatever_field_is_found(quiet: Ledger, data: st.DataObject) -> None:
     documents = await stored(quiet.db) or await a_history(quiet)
     document = data.draw(st.sampled_from(documents), "event")
