@@ -1,6 +1,6 @@
 """benchmarks: every claim about speed, measured against the plain driver in the same run: `make bench`.
 
-    python -m benchmarks [append] [read] [work] [serve] [scale] [--events 20000] [--rounds 7] [--strict]
+    python -m benchmarks [append] [read] [work] [serve] [scale] [audit] [--events 20000] [--rounds 7] [--strict]
 
 On a mongod of its own, or on the replica set that JOBLEDGER_TEST_MONGODB_URI names (a database that is dropped again).
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import structlog
 from pymongo import MongoClient
 
-from benchmarks import appending, reading, serving, working
+from benchmarks import appending, auditing, reading, serving, working
 from benchmarks.measure import Result, show
 from cli.wiring import spare_the_collector
 from ledger.embedded import EmbeddedServer
@@ -32,6 +32,7 @@ PARTS = {
     "work": working.run,
     "serve": serving.run,
     "scale": serving.run_at_scale,
+    "audit": auditing.run,
 }
 DATABASE = f"jobledger-bench-{os.getpid()}"
 

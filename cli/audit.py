@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cli.wiring import spare_the_collector
 from ledger.changes import Changes
 from ledger.errors import ConfigurationError
 from ledger.log import LARGEST_POSITION, EventLog
@@ -52,6 +53,7 @@ async def verified(
     Raises:
         LedgerUnavailable: the database failed, or does not answer.
     """
+    spare_the_collector()
     async with connection.client() as client:
         log = EventLog(client[connection.db_name])
         return await verify(
@@ -115,6 +117,16 @@ async def rebuilt(connection: Connection, names: Collection[str] | None = None, 
         return await rebuild.run(_views(names), told=told)
 
 
+async def tidied(connection: Connection) -> None:
+    """Empty what a rebuild has left behind, as a projector does some time later.
+
+    Raises:
+        LedgerUnavailable: the database failed.
+    """
+    async with _rebuilding(connection) as rebuild:
+        await rebuild.tidy()
+
+
 def _views(names: Collection[str] | None) -> Collection[str]:
     from projections.rebuild import NAMES
 
@@ -130,6 +142,7 @@ async def _rebuilding(connection: Connection) -> AsyncIterator[Rebuild]:
     from projections.projector import Projector
     from projections.rebuild import Rebuild
 
+    spare_the_collector()
     async with connection.client() as client:
         db = client[connection.db_name]
         log, changes, holder = EventLog(db), Changes(db), f"{socket.gethostname()}-{os.getpid()}"

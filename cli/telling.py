@@ -46,7 +46,7 @@ def said(event: Recorded) -> str:
             return f"attempt {data['attempt']} by {data['worker_id']}"
         case "JobProgressed":
             message = data.get("message") or ""
-            return f"{data['percentage']:g} % {data['step']} {message}".rstrip()
+            return f"{data['percent']:g} % {data['step']} {message}".rstrip()
         case "JobLogged":
             lines = data["entries"] if "entries" in data else data.get("lines", ())
             return f"{len(lines)} lines: {lines[0]['message']}" if lines else "nothing"

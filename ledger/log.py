@@ -36,6 +36,7 @@ _TOLERANT: CodecOptions[Document] = CodecOptions(
 LARGEST_POSITION = 2**63 - 1  # what the database can count to
 _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
+_BARE = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
 
@@ -157,15 +158,17 @@ class EventLog(Writer):
             last = await self._events.find_one(query, {"version": 1}, sort=[("version", DESCENDING)], hint=_VERSIONS)
             return last["version"] if last else 0
 
-    async def read(self, *, after: int = 0, limit: int | None = None) -> list[Recorded]:
+    async def read(self, *, after: int = 0, limit: int | None = None, bare: bool = False) -> list[Recorded]:
         """Return up to `limit` events after a position, in order and with none missing.
 
-        Empty means that nothing later is there. A hole is waited for, then voided (see the head of this file).
+        `bare` ones come without their ids, hashes and meta, which is enough to be folded. Empty means that nothing
+        later is there. A hole is waited for, then voided (see the head of this file).
         """
         _refuse_beyond(after)
         with driver_errors("reading the log"):
             while True:
-                documents = await self._page(after, limit or self._limits.page_events)
+                fields = _BARE if bare else None
+                documents = await self._page(after, limit or self._limits.page_events, fields=fields)
                 dense = [
                     document for position, document in enumerate(documents, after + 1) if document["_id"] == position
                 ]
@@ -173,14 +176,20 @@ class EventLog(Writer):
                     return [Recorded(document) for document in dense]
                 await self._wait_out_holes(after, documents)
 
-    async def _page(self, after: int, limit: int, events: AsyncCollection[Document] | None = None) -> list[Document]:
+    async def _page(
+        self,
+        after: int,
+        limit: int,
+        events: AsyncCollection[Document] | None = None,
+        fields: Mapping[str, int] | None = None,
+    ) -> list[Document]:
         """Return the next documents as they are stored; fewer than `limit` if they are large.
 
         A negative limit asks for one batch, and the server puts at most 16 MB in one.
         """
         query = {"_id": {"$gt": after}}
         events = self._events if events is None else events  # a collection has no truth value
-        cursor = events.find(query, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit)
+        cursor = events.find(query, fields, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit)
         return await cursor.to_list()
 
     # What only verification asks for: documents as they are stored, whatever was done to them.

@@ -145,8 +145,11 @@ def everything(facet: Facet) -> str:
 
 
 def _text(facet: Facet) -> str:
-    parts = (part if len(part) <= _LONGEST_VALUE else _digest(part) for part in facet)
-    return "".join("/" + part.replace("/", "//") for part in parts)
+    text = ""
+    for part in facet:
+        short = part if len(part) <= _LONGEST_VALUE else _digest(part)
+        text += "/" + (short.replace("/", "//") if "/" in short else short)
+    return text
 
 
 def _digest(value: str) -> str:

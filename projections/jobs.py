@@ -58,7 +58,7 @@ INDEXES: Final = [
 ]
 _SESSION_FACETS: Final = (("track", "track"), ("event", "event"), ("day", "day"), ("language", "target_language"))
 _SEARCHED: Final = ("session", "event", "track", "filename")
-_LISTED_BY: Final = ("error", "parameters", "access_control")
+_LISTED_BY: Final = frozenset({"error", "parameters", "access_control"})
 
 
 def fold(job: Document | None, event: Recorded) -> Document | None:
@@ -73,7 +73,7 @@ def fold(job: Document | None, event: Recorded) -> Document | None:
     if changes is None:
         return None
     after = {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
-    if any(after[name] is not job[name] for name in _LISTED_BY):
+    if not _LISTED_BY.isdisjoint(changes) and any(after[name] is not job[name] for name in _LISTED_BY):
         _list(after)
     return after
 
@@ -411,12 +411,11 @@ async def count(views: Views, wanted: Document) -> int:
         return await headings.count(views[NAME], wanted, most=COUNTED_UP_TO)
 
 
-async def waiting_in(views: Views, batch_ids: Collection[str]) -> list[Document]:
-    """Return the waiting jobs of batches, without what is large and says nothing about their places in the queue."""
-    with driver_errors("looking for the waiting jobs of batches"):
-        under = [headings.everything(("batch", batch_id)) for batch_id in sorted(batch_ids)]
+async def waiting_among(views: Views, job_ids: Sequence[str]) -> list[Document]:
+    """Return the jobs that wait, without what is large and says nothing about their places in the queue."""
+    with driver_errors("looking for waiting jobs"):
         left_out = dict.fromkeys(("parameters", "logs", "steps", "error", "headings", "words"), 0)
-        return await views[NAME].find({"headings": {"$in": under}, "status": "pending"}, left_out).to_list()
+        return await views[NAME].find({"_id": {"$in": list(job_ids)}, "status": "pending"}, left_out).to_list()
 
 
 async def held_by(views: Views, worker_id: str) -> Sequence[Document]:

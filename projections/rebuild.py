@@ -8,6 +8,7 @@ moment conflicts with it, and one that comes later finds other sides than it beg
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -79,6 +80,11 @@ class Rebuild:
                 return
             folder, beside = await self._begin()
             switch = self._switch_of(beside, names)
+            await self._fold_history(folder, await self._log.head(), told)
+            with driver_errors("making the indexes of the views"):  # much faster than with every document
+                for view in ALL:
+                    if view.INDEXES:
+                        await folder.views[view.NAME].create_indexes(list(view.INDEXES))
             async with self._log.subscription(after=folder.position) as events:
                 switched = False
                 while not switched:
@@ -115,10 +121,8 @@ class Rebuild:
         async def lead() -> None:
             nonlocal reached
             folder, _ = await self._begin(most=(await checkpoint(self._db))["position"])
+            await self._fold_history(folder, (await checkpoint(self._db))["position"], told)
             async with self._log.subscription(after=folder.position) as events:
-                while (gap := (await checkpoint(self._db))["position"] - folder.position) > CHUNK_EVENTS:
-                    told(folder.position, folder.position + gap)
-                    await folder.fold(await events.chunk(CHUNK_EVENTS))
                 reached = await self._compare_at_an_instant(folder, events, names, found)
             with driver_errors("removing what was made"):
                 await self._remove()
@@ -148,9 +152,6 @@ class Rebuild:
                 begun = {"emptied": True, "version": VERSION, "sides": beside, "position": 0, "done_at": None}
                 await self._note({"$set": begun})
                 note = {**note, **begun}
-            for view in ALL:
-                if view.INDEXES:
-                    await views[view.NAME].create_indexes(list(view.INDEXES))
         position = int(note["position"])
         _log.info("views are made anew beside the live ones", after=position)
         fence = {"epoch": self._leadership.epoch, "emptied": True}
@@ -199,6 +200,39 @@ class Rebuild:
         await self._note({"$set": {"emptied": True, "sides": beside, "position": 0, "done_at": None}})
 
     # Switching ----------------------------------------------------------------------------------------------------
+
+    async def _fold_history(self, folder: Folder, upto: int, told: Told) -> None:
+        """Fold events up to less than a chunk before a position, never beyond it.
+
+        Each chunk is folded while the one before is being written and the one behind it is being read.
+        """
+
+        def read(after: int) -> asyncio.Task[list[Recorded]]:
+            return asyncio.create_task(self._log.read(after=after, limit=CHUNK_EVENTS, bare=True), name="read-ahead")
+
+        reading: asyncio.Task[list[Recorded]] | None = None
+        writing: asyncio.Task[None] | None = None
+        position = folder.position
+        try:
+            while position + CHUNK_EVENTS <= upto:
+                chunk = await (reading or read(position))
+                if not chunk:
+                    break
+                position = chunk[-1].position
+                reading = read(position)
+                prepared = await folder.prepare(chunk)
+                if writing is not None:
+                    await writing
+                    told(folder.position, upto)
+                writing = asyncio.create_task(folder.write(prepared), name="write-views")
+                await asyncio.sleep(0)
+            if writing is not None:
+                await writing
+        finally:
+            for task in (reading, writing):
+                if task is not None:
+                    task.cancel()
+            await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
 
     async def _fold(self, folder: Folder, events: Sequence[Recorded], switch: Switch | None) -> bool:
         """Fold a chunk and, in the same transaction, switch if the live views are not ahead; return if that was done.

@@ -22,8 +22,8 @@ from projections.views import Views
 NAME: Final = "statistics"
 INDEXES: Final[list[IndexModel]] = []
 _TRACK: Final = "track/"
-Contribution = Counter[tuple[str, str]]
-"""How much is added to which field of which counter document."""
+Contribution = tuple[tuple[str, str], ...]
+"""To which field of which counter document one is added, for each."""
 EVENTS: Final = "events"
 """The document that says how many events of which type have happened."""
 _DURATIONS: Final = "durations"
@@ -42,27 +42,24 @@ MOST_TRACKS: Final = 1000
 def of_job(job: Document | None) -> Contribution:
     """Return what one job adds to the counters."""
     if job is None:
-        return Counter()
-    track = job["parameters"].get("track")
-    added = Counter({("jobs", "total"): 1, ("jobs", job["status"]): 1})
+        return ()
+    status, track = job["status"], job["parameters"].get("track")
     if isinstance(track, str):
-        added[_TRACK + track, "count"] += 1
-        added[_TRACK + track, job["status"]] += 1
-    return added
+        counter = _TRACK + track
+        return ("jobs", "total"), ("jobs", status), (counter, "count"), (counter, status)
+    return ("jobs", "total"), ("jobs", status)
 
 
 def of_batch(batch: Document | None) -> Contribution:
     """Return what one batch adds to the counters."""
     if batch is None:
-        return Counter()
-    return Counter({("batches", "total"): 1, ("batches", "active"): int(batch["status"] == "processing")})
+        return ()
+    return (("batches", "total"), ("batches", "active")) if batch["status"] == "processing" else (("batches", "total"),)
 
 
 def of_delivery(delivery: Document | None) -> Contribution:
     """Return what one delivery adds to the counters."""
-    if delivery is None:
-        return Counter()
-    return Counter({(_DELIVERIES, "total"): 1, (_DELIVERIES, delivery["status"]): 1})
+    return () if delivery is None else ((_DELIVERIES, "total"), (_DELIVERIES, delivery["status"]))
 
 
 def ended(before: Document | None, after: Document | None) -> bool:
@@ -70,8 +67,8 @@ def ended(before: Document | None, after: Document | None) -> bool:
     return after is not None and after["status"] in ENDED and (before is None or before["status"] not in ENDED)
 
 
-def of_end(job: Document) -> Contribution:
-    """Return what a job that has just ended adds to the counters: how long it took, if it is completed.
+def of_end(job: Document) -> Counter[tuple[str, str]]:
+    """Return how much a job that has just ended adds to the counters: how long it took, if it is completed.
 
     From its first claim (of those since it was last restarted) to its end, in whole milliseconds: sums of fractions
     would depend on the order in which they are made.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -134,7 +135,7 @@ def completed(seconds: float, *, at: datetime = NOON) -> dict[str, Any]:
 
 
 def test_percentiles_are_as_exact_as_the_classes_are_narrow() -> None:
-    counted: statistics.Contribution = statistics.of_job(None)
+    counted: Counter[tuple[str, str]] = Counter()
     for number in range(1, 101):
         counted.update(statistics.of_end(completed(number)))
     fields = {name: amount for (_, name), amount in counted.items()}

@@ -52,7 +52,7 @@ def refolded(events: list[Recorded]) -> Views:
     """Fold a whole log, event by event, and derive every view from where that ends."""
     job: dict[str, Document | None] = {}
     batch: dict[str, Document | None] = {}
-    counted: statistics.Contribution = Counter()
+    counted: Counter[tuple[str, str]] = Counter()
     recent: Document | None = None
     for event in events:
         counted[statistics.EVENTS, event.type] += 1
@@ -88,7 +88,7 @@ def refolded(events: list[Recorded]) -> Views:
     )
 
 
-def _counters(counted: statistics.Contribution) -> list[Document]:
+def _counters(counted: Counter[tuple[str, str]]) -> list[Document]:
     counters: dict[str, Document] = {}
     for (key, name), amount in counted.items():
         counters.setdefault(key, {"_id": key})[name] = amount

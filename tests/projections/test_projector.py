@@ -129,7 +129,7 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
     for event in events:
         together.fold(event)
     loaded: dict[str, dict[str, Document]] = {view: {} for view in FOLDED}
-    counted: statistics.Contribution = Counter()
+    counted: Counter[tuple[str, str]] = Counter()
     rows: dict[str, dict[str, Document]] = {view: {} for view in together.rows()}
     for event in events:
         chunk = Chunk(loaded, [job for job in loaded["jobs"].values() if job["status"] == "pending"])

@@ -13,14 +13,13 @@ import pytest
 
 from ledger.changes import Changes
 from ledger.errors import DatabaseUnsuitable
-from ledger.events import Recorded
 from ledger.leadership import Deposed
 from ledger.log import EventLog
-from ledger.mongo import Connection, Database, Document
+from ledger.mongo import Connection, Database
 from projections import projector, rebuild
 from projections.checkpoint import VIEWS
 from projections.comparison import Difference
-from projections.folding import VERSION, Folder
+from projections.folding import VERSION, Chunk, Folder
 from projections.rebuild import NAMES, Rebuild, checkpoint
 from projections.views import SIDES, Side, Views, collection_name, opposite
 from tests.projections.refold import assert_views_equal_the_log, stored
@@ -92,7 +91,7 @@ async def test_views_made_anew_are_what_they_were_and_are_read_from_the_other_si
             assert await stored(here.db) == before
             assert head == await here.log.head() == here.checkpoint.position
         assert told == sorted(told[: len(told) // 2]) + sorted(told[len(told) // 2 :])
-        assert told[0] == (0, head)
+        assert told[0] == (50, head)
         assert told[-1] == (head, head)
         job_id = await here.submit()  # and life goes on
         await here.views_reach()
@@ -202,30 +201,30 @@ async def test_what_was_interrupted_is_continued_where_it_was(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 40)
-    folded: list[int] = []
-    fold = Folder.fold
+    written: list[int] = []
+    write = Folder.write
 
-    async def counted(self: Folder, events: list[Recorded], **given: Any) -> list[Document]:
-        if len(folded) == 3:
+    async def counted(self: Folder, chunk: Chunk, **given: Any) -> None:
+        if len(written) == 3:
             raise Interrupted
-        folded.append(len(events))
-        return await fold(self, events, **given)
+        written.append(chunk.position)
+        await write(self, chunk, **given)
 
     async with process(connection, store, projector=True) as here:
         await a_history(here, random.Random(23), steps=100)
         await assert_views_equal_the_log(here)
         before, head = await stored(here.db), await here.log.head()
         with monkeypatch.context() as patched:
-            patched.setattr(Folder, "fold", counted)
+            patched.setattr(Folder, "write", counted)
             with pytest.raises(Interrupted):
                 async with rebuilding(connection) as auditor:
                     await auditor.run()
-        assert folded == [40] * 3
+        assert written == [40, 80, 120]
         assert await stored(here.db) == before
         began: list[int] = []
         async with rebuilding(connection) as auditor:
             await auditor.run(told=lambda position, upto: began.append(position))
-        assert began[0] == 120 < head
+        assert began[0] == 160 < head
         assert await stored(here.db) == before
 
 
