@@ -8,8 +8,9 @@ process has answered how. What is true of the whole ledger is the same from ever
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from typing import Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -20,10 +21,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.monitoring import for_monitors, workers_alive
 from api.services import Services, services
+from ledger.changes import Changes
+from ledger.log import EventLog
+from projections import jobs as view
 from projections import queue, statistics
 
 Responses = Counter[int]
 """How many answers of this process had which HTTP status."""
+
+
+_OUTCOMES: Final = {
+    "completed": "JobCompleted",
+    "failed": "JobFailed",
+    "retried": "JobAttemptFailed",
+    "cancelled": "JobCancelled",
+    "released": "JobReleased",
+    "lease_expired": "JobLeaseExpired",
+    "fenced": "WorkerFenced",
+}
 
 
 class CountedResponses:
@@ -47,17 +62,21 @@ async def scrape(request: Request) -> Response:
     for_monitors(request)
     known = services(request)
     registry = CollectorRegistry()
-    registry.register(_Collected([*await _of_the_ledger(known), *_of_this_process(known, request.app.state.responses)]))
+    found = [*await _of_the_ledger(known), *_of_this_process(known, request.app.state.responses)]
+    registry.register(Collected(lambda: found))
     ProcessCollector(registry=registry)
     return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-class _Collected(Collector):
-    def __init__(self, metrics: Iterable[Metric]) -> None:
-        self._metrics = metrics
+class Collected(Collector):
+    """What was put together, or is when it is asked for."""
+
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
 
     def collect(self) -> Iterable[Metric]:
-        return self._metrics
+        """Return the numbers as they are now."""
+        return self._collect()
 
 
 async def _of_the_ledger(known: Services) -> list[Metric]:
@@ -66,6 +85,9 @@ async def _of_the_ledger(known: Services) -> list[Metric]:
     workers = await workers_alive(known.db, known.views)
     head, views = await known.log.head(), known.checkpoint.position
     classes, seconds = statistics.histogram(took)
+    now = datetime.now(UTC)
+    oldest = await view.oldest_waiting(known.views)
+    unfolded = await known.log.read(after=views, limit=1) if views < head else []
 
     jobs = GaugeMetricFamily("jobledger_jobs", "Jobs in the views, by status.", labels=["status"])
     for status, number in counted["jobs"].items():
@@ -80,7 +102,11 @@ async def _of_the_ledger(known: Services) -> list[Metric]:
             webhooks.add_metric([status], number)
     durations = HistogramMetricFamily("jobledger_job_duration_seconds", "From the first claim to completion.")
     durations.add_metric([], [(_bound(bound), number) for bound, number in classes], seconds)
+    attempts = CounterMetricFamily("jobledger_attempts", "Attempts that have ended, by how.", labels=["outcome"])
+    for outcome, name in _OUTCOMES.items():
+        attempts.add_metric([outcome], events.get(name, 0))
     return [
+        attempts,
         jobs,
         webhooks,
         happened,
@@ -98,6 +124,16 @@ async def _of_the_ledger(known: Services) -> list[Metric]:
                 ("log_head_position", "The newest position in the log.", head),
                 ("views_position", "The position that the views have reached.", views),
                 ("views_lag_events", "How many positions the views are behind.", max(0, head - views)),
+                (
+                    "views_lag_seconds",
+                    "How old the oldest event is that the views do not contain yet.",
+                    max(0.0, (now - unfolded[0].time).total_seconds()) if unfolded else 0.0,
+                ),
+                (
+                    "queue_oldest_seconds",
+                    "How long ago the oldest of the waiting jobs was submitted.",
+                    max(0.0, (now - oldest).total_seconds()) if oldest else 0.0,
+                ),
                 ("workers_alive", "Workers that hold a lease.", len(workers)),
                 ("worker_slots", "Jobs that they may run at a time.", sum(it["slots"] for it in workers)),
                 ("worker_slots_busy", "Jobs that they do run.", sum(it["busy"] for it in workers)),
@@ -117,4 +153,18 @@ def _of_this_process(known: Services, responses: Responses) -> list[Metric]:
     return [
         answered,
         GaugeMetricFamily("jobledger_live_streams", "Live streams that are open here.", len(known.streams)),
+        *of_any_process(known.log, known.changes),
     ]
+
+
+def of_any_process(log: EventLog, changes: Changes) -> list[Metric]:
+    """Return what every process knows of itself, whatever its roles are."""
+    appends = HistogramMetricFamily("jobledger_append_duration_seconds", "How long appends of this process took.")
+    appends.add_metric(
+        [], [(_bound(bound), number) for bound, number in log.appends.at_most()], log.appends.total_seconds
+    )
+    restarts = CounterMetricFamily(
+        "jobledger_change_stream_restarts", "How often this process had to open its change stream again."
+    )
+    restarts.add_metric([], changes.restarts)
+    return [appends, restarts]

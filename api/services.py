@@ -18,6 +18,7 @@ from api.event_stream import Streams
 from api.links import Links
 from api.middleware import Edge
 from api.visibility import Visibility
+from ledger.changes import Changes
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -43,6 +44,7 @@ class Services:
     db: Database
     log: EventLog
     checkpoint: Checkpoint
+    changes: Changes
     store: FileStore
     job_types: Mapping[str, type[BaseModel]]
     largest_body_bytes: int

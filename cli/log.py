@@ -18,9 +18,9 @@ from rich.text import Text
 
 from cli import audit
 from cli.running import ConfigOption, any_server, settings_of
-from ledger.errors import ConfigurationError, LedgerUnavailable, NotFound
+from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
 from ledger.log import LARGEST_POSITION
-from ledger.mongo import Connection
+from ledger.mongo import UNAUTHORIZED, Connection, code_behind
 
 app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
 FAILED = 1
@@ -100,8 +100,13 @@ def verify(
             verdict = asyncio.run(audit.verified(connection, after=after - 1, upto=upto, noted=earlier, told=told))
         compared = None
         if views and verdict.wrong is None and after == 1 and upto is None and verdict.events:
-            with progress("folding") as told:
-                compared = asyncio.run(audit.compared_if_any(connection, told=told))
+            try:
+                with progress("folding") as told:
+                    compared = asyncio.run(audit.compared_if_any(connection, told=told))
+            except JobledgerError as error:
+                if code_behind(error) != UNAUTHORIZED and code_behind(error.__cause__ or error) != UNAUTHORIZED:
+                    raise
+                typer.echo("note: the views are not compared: for that, this user would have to write some", err=True)
     if as_json:
         typer.echo(orjson.dumps(audit.as_json(verdict, compared), option=orjson.OPT_UTC_Z))
     else:

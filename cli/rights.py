@@ -14,6 +14,8 @@ from api.keys import COLLECTION as API_KEYS
 from api.sink import COLLECTION as SINK
 from ledger.client import SUBSCRIPTIONS
 from ledger.gridfs import COLLECTIONS as GRIDFS
+from projections.rebuild import NAMES
+from projections.views import collection_name
 
 _MUTABLE: Final = (
     API_KEYS,
@@ -34,6 +36,7 @@ _MUTABLE: Final = (
     "webhook_headers",
     SINK,
     "workers",
+    *(collection_name(name, "b") for name in NAMES),
 )
 _VIEW_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection", "createIndex", "listIndexes"]
 

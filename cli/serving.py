@@ -86,6 +86,7 @@ def services_for(
         db=db,
         log=log,
         checkpoint=checkpoint,
+        changes=changes,
         store=store,
         job_types={name: processor.Parameters for name, processor in processors().items()},
         largest_body_bytes=settings.api.max_body_bytes,

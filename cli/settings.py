@@ -129,6 +129,11 @@ class LoggingSettings(Section):
     access: bool = False
 
 
+class MetricsSettings(Section):
+    host: str = "127.0.0.1"
+    port: int | None = Field(None, ge=0, le=65_535)
+
+
 def _known_processors(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name, section in sections.items():
         if name not in processors():
@@ -166,6 +171,7 @@ class Settings(BaseSettings):
     webhooks: WebhookSettings = WebhookSettings()
     processors: Annotated[dict[str, dict[str, Any]], BeforeValidator(_filled), AfterValidator(_known_processors)] = {}
     logging: LoggingSettings = LoggingSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @model_validator(mode="after")
     def _open_means_this_machine(self) -> Settings:

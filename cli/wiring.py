@@ -18,11 +18,11 @@ from typing import Final, Literal
 
 import structlog
 
-from cli.settings import LoggingSettings, Settings
+from cli.settings import LoggingSettings, MetricsSettings, Settings
 from cli.tasks import background, watcher
 from ledger.changes import Changes
 from ledger.embedded import EmbeddedServer, running_server
-from ledger.errors import LedgerUnavailable
+from ledger.errors import ConfigurationError, LedgerUnavailable
 from ledger.files import DirectoryStore, FileStore
 from ledger.gridfs import GridFSStore
 from ledger.log import EventLog
@@ -177,6 +177,8 @@ async def roles(
         sends = None
         if "webhooks" in wanted:
             sends = _deliverer(settings, db, log, store, checkpoint, changes, connection)
+        if settings.metrics.port is not None and "api" not in wanted:
+            stack.enter_context(metrics_shown(settings.metrics, log, changes))
         stream = await stack.enter_async_context(changes.running())
         stream.add_done_callback(watcher(failed))
         if "projector" in wanted:
@@ -190,6 +192,35 @@ async def roles(
             await stack.enter_async_context(background(serves.visibility.run(), failed))
             url = await stack.enter_async_context(serving(listening, settings.api, serves, failed))
         yield Running(db, log, url)
+
+
+@contextmanager
+def metrics_shown(settings: MetricsSettings, log: EventLog, changes: Changes) -> Iterator[int]:
+    """Show the numbers of this process to Prometheus inside the block; yields the port.
+
+    Raises:
+        ConfigurationError: the port is taken.
+    """
+    from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+
+    from api.metrics import Collected, of_any_process
+
+    registry = CollectorRegistry()
+    registry.register(Collected(lambda: of_any_process(log, changes)))
+    ProcessCollector(registry=registry)
+    try:
+        server, thread = start_http_server(settings.port or 0, settings.host, registry)
+    except OSError as error:
+        raise ConfigurationError(
+            f"metrics.port: cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another "
+            "number, or null for none."
+        ) from error
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _worker(

@@ -66,6 +66,8 @@ class Changes:
         self._event_types = event_types
         self._listeners: list[Listener] = []
         self._open = asyncio.Event()
+        self.restarts = 0
+        """How often the stream had to be opened again."""
 
     def listen(self, listener: Listener) -> None:
         """Add a listener; only before `running`."""
@@ -107,6 +109,7 @@ class Changes:
                 _log.warning("change stream interrupted, opening it again", error=brief(error))
             except LedgerUnavailable as error:  # from a listener's own reading
                 _log.warning("change stream interrupted, opening it again", error=str(error))
+            self.restarts += 1
             # Full jitter, so that a hundred processes do not come back in the same instant after a fail-over.
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - spreads load, guards no secret
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)

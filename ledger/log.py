@@ -6,6 +6,7 @@ How positions come about, and what fills a hole: ledger/writer.py.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +24,7 @@ from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 from ledger.envelope import Append, documents_of
 from ledger.errors import DatabaseUnsuitable, VersionConflict
 from ledger.events import Event, Recorded
+from ledger.measures import Durations
 from ledger.mongo import INDEX_CONFLICTS, UNAUTHORIZED, Database, Document, brief, driver_errors
 from ledger.tail import Tail
 from ledger.writer import Limits, Writer
@@ -46,6 +48,8 @@ class EventLog(Writer):
     def __init__(self, db: Database, limits: Limits | None = None) -> None:
         super().__init__(db, limits or Limits())
         self._tail = Tail(self._limits.tail_events, self._limits.tail_bytes)
+        self.appends = Durations()
+        """How long appends took that were written, from the call to the answer."""
         self._hole_timer: asyncio.TimerHandle | None = None
         self._hole_tasks: set[asyncio.Task[None]] = set()
 
@@ -111,7 +115,9 @@ class EventLog(Writer):
                 basis = append.head.position
         if not documents:
             return []
+        begun = time.monotonic()
         await self._write(documents, size, basis)
+        self.appends.add(time.monotonic() - begun)
         return list(map(Recorded, documents, events))
 
     # Read ---------------------------------------------------------------------------------------------------------

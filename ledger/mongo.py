@@ -95,7 +95,7 @@ def driver_errors(doing: str) -> Iterator[None]:
         ) from error
 
 
-def code_behind(error: Exception) -> int | None:
+def code_behind(error: BaseException) -> int | None:
     """Return the server's code of what `driver_errors` has turned into one of ours, if the server refused something."""
     return error.__cause__.code if isinstance(error.__cause__, OperationFailure) else None
 

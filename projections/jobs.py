@@ -418,6 +418,14 @@ async def waiting_among(views: Views, job_ids: Sequence[str]) -> list[Document]:
         return await views[NAME].find({"_id": {"$in": list(job_ids)}, "status": "pending"}, left_out).to_list()
 
 
+async def oldest_waiting(views: Views) -> datetime | None:
+    """Return when the oldest of the waiting jobs was submitted, None if none waits, as far as the view has got."""
+    with driver_errors("looking for the oldest waiting job"):
+        wanted = {"headings": headings.everything(headings.ALL), "status": "pending"}
+        found, _ = await headings.page(views[NAME], wanted, limit=1, newest_first=False, projection={"created_at": 1})
+    return found[0]["created_at"] if found else None
+
+
 async def held_by(views: Views, worker_id: str) -> Sequence[Document]:
     """Return the jobs that a worker is running, as far as the view has got."""
     with driver_errors("looking for a worker's jobs"):

@@ -82,3 +82,30 @@ async def test_numbers_are_there_before_anything_has_happened(idle_api: Api) -> 
     assert found["jobledger_jobs", "completed"] == 0
     assert found["jobledger_job_duration_seconds_count", ""] == 0
     assert found["jobledger_log_head_position", ""] == 0
+
+
+async def test_attempts_are_told_by_how_they_ended_and_what_waits_by_its_age(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    claim = ClaimJob("worker-1", datetime.now(UTC))
+    for command in (claim, FailAttempt("worker-1", 1, Failure(code="BROKEN", message="x"), datetime.now(UTC))):
+        await handle(idle_api.log, job_id, command, meta=Meta("test"))
+    await idle_api.submit()
+    event = await idle_api.until_event(job_id, "JobAttemptFailed")
+    await idle_api.get(f"/api/events/jobs/{job_id}", event["position"])
+    found = await numbers(idle_api)
+    assert found["jobledger_attempts_total", "retried"] == 1
+    assert found["jobledger_attempts_total", "fenced"] == 0
+    assert 0 < found["jobledger_queue_oldest_seconds", ""] < 30
+    assert found["jobledger_views_lag_seconds", ""] < 30
+    assert found["jobledger_change_stream_restarts_total", ""] == 0
+
+
+async def test_appends_are_told_by_how_long_they_took(api: Api) -> None:
+    for _ in range(3):
+        await api.submit()
+    found = await numbers(api)
+    assert found["jobledger_append_duration_seconds_count", ""] >= 3
+    assert 0 < found["jobledger_append_duration_seconds_sum", ""] < 30
+    buckets = [value for (name, _), value in found.items() if name == "jobledger_append_duration_seconds_bucket"]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == found["jobledger_append_duration_seconds_count", ""]
