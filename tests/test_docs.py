@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import typer
 import yaml
+from pymongo import MongoClient
 
+from cli import main
 from cli.settings import read_settings
 from ledger.commands import ClaimJob, CompleteJob
 from ledger.handle import handle
@@ -278,3 +282,123 @@ def test_a_template_has_everything_that_the_how_to_names() -> None:
         template="".join(f"{{{{ {name} }}}}" for name in names),
     )
     assert "Alas" in rendered
+
+
+# Looking into the log, and keeping it ---------------------------------------------------------------------------------
+
+
+def test_the_log_is_followed_told_proved_and_replayed_as_the_how_to_says(
+    mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
+    follow, show, verify, replay, back = blocks(DOCS / "how-to" / "audit.md", "sh")
+    with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
+        for role in ("projector", "worker", "api"):
+            installation.start(role).ready()
+        sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
+        url = installation.roles[-1].url
+        assert installation.run("submit", "-", "--wait", "--url", url, stdin=sessions).exit_code == 0
+        listed = json.loads(typed(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
+        job = f"JOB={listed['jobs'][0]['job_id']}"
+        assert "JobCompleted" in typed(installation, follow)
+        assert "status processing → completed" in typed(installation, job, show)
+        said = typed(installation, verify)
+        assert "are what was written" in said
+        assert "The views say what the log says" in said
+        said = typed(installation, replay)
+        assert "The views say what the log says" in said
+        assert "all views" in said
+        assert "in their place: statistics" in said
+        assert '"changed"' in typed(installation, back)
+
+
+def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    whole, increment, restore, _ = blocks(DOCS / "how-to" / "backup.md", "sh")
+    with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
+        for role in ("projector", "worker", "api"):
+            installation.start(role).ready()
+        url = installation.roles[-1].url
+        sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
+        made = {"to": 0}
+        for part in (whole, increment):
+            assert installation.run("submit", "-", "--wait", "--url", url, stdin=sessions).exit_code == 0
+            command = part.rstrip().replace("1043", str(made["to"] + 1))
+            made = json.loads(typed(installation, f"{command} --json"))
+        try:
+            said = typed(installation, restore.replace("DB_NAME=restored", f"DB_NAME={db_name}-r"))
+        finally:
+            with MongoClient[dict[str, Any]](mongodb_uri) as client:
+                client.drop_database(f"{db_name}-r")
+    assert f"has {made['to']} events now" in said
+    assert "The views say what the log says" in said
+
+
+def test_a_copied_directory_is_a_complete_installation_as_the_how_to_says(tmp_path: Path) -> None:
+    copy = blocks(DOCS / "how-to" / "backup.md", "sh")[-1]
+    with Installation(tmp_path) as installation:
+        up = installation.up()
+        job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
+        assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
+        assert up.stop().exit_code == 0
+        typed(installation, copy)
+        again = installation.start("up", JOBLEDGER_MONGODB__DATA_DIR="backup-of-data").ready()
+        listed = json.loads(typed(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
+        assert [job["status"] for job in listed["jobs"]] == ["completed"]
+        assert again.stop().exit_code == 0
+
+
+DOCUMENTS = sorted([DOCS.parent / "README.md", DOCS.parent / "config.yaml", *DOCS.rglob("*.md")])
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The `jobledger …` commands in code blocks and in between, as a shell would take them apart."""
+    quoted = [found for found in re.findall(r"`(jobledger [^`]*)`", text) if "…" not in found]
+    shown = [
+        line
+        for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+    found = []
+    for line in [*quoted, *shown]:
+        called = re.search(r"(?:^|[ (])(?:\.venv/bin/)?jobledger ([^|>&)#]*)", line)
+        if called is not None:
+            found.append([word for word in shlex.split(called[1]) if not word.startswith("[")])
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_a_document_is_one_and_has_the_options_that_it_is_shown_with(document: Path) -> None:
+    for words in commands_in(document.read_text(encoding="utf-8")):
+        command: Any = typer.main.get_command(main.app)
+        while words and hasattr(command, "commands"):
+            name = words[0].rstrip(",")
+            if name.startswith("-") or not name:
+                break
+            assert name in command.commands, f"{document.name}: jobledger {' '.join(words)}"
+            command, words = command.commands[name], words[1:]
+        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        used = {word.split("=")[0] for word in words if word.startswith("-") and word != "-"} - {"--help"}
+        assert used <= options, f"{document.name}: {used - options} of jobledger … {' '.join(words)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_in_a_document_leads_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (document.parent / path).resolve() if path else document
+        assert linked.exists(), f"{document.name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in slugs, f"{document.name}: {target}"
+
+
+def test_the_settings_in_the_how_tos_for_operators_are_settings(tmp_path: Path) -> None:
+    shown = [*blocks(DOCS / "how-to" / "monitoring.md", "yaml"), *blocks(DOCS / "how-to" / "replica-set.md", "yaml")]
+    ours = [block for block in shown if block.startswith(("metrics:", "mongodb:"))]
+    assert len(ours) == 2
+    for block in ours:
+        (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
+        read_settings(tmp_path / "config.yaml")

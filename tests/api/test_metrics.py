@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from ledger.commands import ClaimJob, ExpireLease, FailAttempt
@@ -11,6 +15,7 @@ from ledger.events import Failure, Meta
 from ledger.handle import handle
 from tests.api.conftest import Api
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
 Numbers = dict[tuple[str, str], float]
 
 
@@ -109,3 +114,21 @@ async def test_appends_are_told_by_how_long_they_took(api: Api) -> None:
     buckets = [value for (name, _), value in found.items() if name == "jobledger_append_duration_seconds_bucket"]
     assert buckets == sorted(buckets)
     assert buckets[-1] == found["jobledger_append_duration_seconds_count", ""]
+
+
+async def test_dashboard_and_alerts_ask_for_numbers_that_there_are(api: Api) -> None:
+    batch = await api.submit_batch({})
+    await api.until_event(batch["batch_id"], "BatchFinished")
+    shown = {line.split("{")[0].split(" ")[0] for line in (await api.get("/metrics")).text.splitlines()}
+    dashboard = json.loads((DEPLOY / "grafana" / "jobledger.json").read_text(encoding="utf-8"))
+    alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text(encoding="utf-8"))
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = [rule for group in alerts["groups"] for rule in group["rules"]]
+    asked += [rule["expr"] for rule in rules]
+    assert len(asked) > 30
+    for expression in asked:
+        for name in re.findall(r"\bjobledger_\w+", expression):
+            assert name in shown, f"{expression} asks for {name}, which nobody shows"
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert all(rule["annotations"]["summary"] for rule in rules)

@@ -1,0 +1,73 @@
+"""What is in `deploy/` fits the program: its commands, settings and metrics."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from cli import main
+from cli.settings import Settings
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+
+
+def commands() -> set[str]:
+    command: Any = typer.main.get_command(main.app)
+    return set(command.commands)
+
+
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    return found
+
+
+def test_the_roles_of_the_compose_file_are_commands_and_its_settings_are_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = {name: it for name, it in services().items() if it["image"] == "jobledger"}
+    assert ours.keys() == {"api", "projector", "worker"}
+    for service in ours.values():
+        assert service["command"][0] in commands()
+        with monkeypatch.context() as patched:
+            for name, value in service["environment"].items():
+                patched.setenv(name, value)
+            settings = Settings()
+        assert settings.auth.mode == "keys"
+        grace = int(service.get("stop_grace_period", "40s").removesuffix("s"))
+        assert service["command"] != ["worker"] or grace > settings.event_worker.shutdown_grace_seconds
+
+
+def test_the_members_of_the_replica_set_are_those_that_the_service_looks_for() -> None:
+    members = {name for name in services() if name.startswith("mongo-")}
+    [initiate] = services()["replica-set"]["command"]
+    assert set(re.findall(r"host: \"(mongo-\d):27017\"", initiate)) == members
+    uri = services()["api"]["environment"]["JOBLEDGER_MONGODB__URI"]
+    assert set(re.findall(r"mongo-\d", uri)) == members
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_a_unit_starts_a_role_and_lets_it_end(unit: Path) -> None:
+    read = configparser.ConfigParser(strict=False, interpolation=None)
+    read.optionxform = str  # type: ignore[assignment,method-assign]  # names as they are written
+    read.read_string(unit.read_text(encoding="utf-8"))
+    service = read["Service"]
+    command, role = service["ExecStart"].split()
+    assert Path(command).name == "jobledger"
+    assert role in commands()
+    assert service["Restart"] == "always"
+    if role == "worker":
+        assert int(service["TimeoutStopSec"]) > Settings().event_worker.shutdown_grace_seconds
+
+
+def test_the_image_has_every_room_and_starts_the_command() -> None:
+    text = (DEPLOY / "Containerfile").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in DEPLOY.parent.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert set(re.findall(r"^COPY (\w+) \w+$", text, re.MULTILINE)) == rooms
+    assert 'ENTRYPOINT ["jobledger"]' in text
