@@ -23,6 +23,7 @@ from pymongo.client_session import ClientSession
 from pymongo.database import Database as BlockingDatabase
 from pymongo.errors import DuplicateKeyError, OperationFailure
 
+from cli import audit
 from cli.doctor import Finding, look_at_database
 from cli.rights import for_mongosh
 from ledger.client import SUBSCRIPTIONS, ledger_client
@@ -44,6 +45,7 @@ from tests.support.guarded import GuardedServer, guarded_server
 from tests.support.installation import Installation, client_of
 from tests.support.ledgers import DEADLINE_SECONDS, ledger_on, lose_a_ticket
 from tests.support.mongod import needs_local_mongod
+from tests.support.running import process
 
 pytestmark = needs_local_mongod
 
@@ -206,6 +208,27 @@ async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and
     assert (await api.get(f"/api/events/jobs/{job['job_id']}/history")).json()["events"][0]["type"] == "JobSubmitted"
     assert (await api.get("/readyz")).status_code == 200
     assert (await verify(api.log)).wrong is None
+
+
+async def test_views_are_compared_and_made_anew_with_the_rights_of_the_service(api: Api, place: Place) -> None:
+    await api.ended(await api.submit({"text": "x"}))
+    for _ in range(2):
+        await audit.rebuilt(place.service, told=lambda position, upto: None)
+        found = await audit.compared(place.service, told=lambda position, upto: None)
+        assert (found.differences, found.position > 0) == (0, True)
+    await api.ended(await api.submit({"text": "y"}))
+
+
+async def test_who_may_only_read_can_verify_the_log_and_is_told_what_was_left_out(place: Place, tmp_path: Path) -> None:
+    async with process(place.service, tmp_path / "results", projector=True) as here:
+        await here.submit()
+        await here.views_reach()
+    reader = place.user("auditor", "read")
+    with Installation(tmp_path / "auditor", mongodb={"uri": reader.uri, "db_name": reader.db_name}) as installation:
+        ended = await asyncio.to_thread(installation.run, "log", "verify")
+    assert ended.exit_code == 0, ended
+    assert "are what was written" in ended.out
+    assert "the views are not compared" in ended.err
 
 
 async def test_the_service_keeps_files_in_the_database_and_signs_links(place: Place, tmp_path: Path) -> None:
