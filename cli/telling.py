@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ledger.events import Recorded
 
+_LONGEST: Final = 80
 _BAD: Final = frozenset({"JobFailed", "JobAttemptFailed", "JobLeaseExpired", "WorkerFenced", "DeliveryAbandoned"})
 _GOOD: Final = frozenset({"JobCompleted", "BatchFinished", "DeliverySucceeded"})
 _LEFT_OUT: Final = frozenset(
@@ -68,7 +69,7 @@ def _short(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name} {_short(item)}" for name, item in value.items()) + "}"
     text = str(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
@@ -81,7 +82,8 @@ def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any] | Non
         if name in _UNTOLD or value == old or (before is None and value in (None, [], {}, False, 0)):
             continue
         if isinstance(value, dict | list):
-            told.append(f"{name} {_size(value)}")
+            short = _short(value)
+            told.append(f"{name} {short if len(short) <= _LONGEST else _size(value)}")
         elif before is None or old is None:
             told.append(f"{name} {_short(value)}")
         else:

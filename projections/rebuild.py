@@ -79,6 +79,7 @@ class Rebuild:
             if only_older and (await checkpoint(self._db)).get("version", 0) >= VERSION:
                 return
             folder, beside = await self._begin()
+            _log.info("views are made anew beside the live ones", after=folder.position)
             switch = self._switch_of(beside, names)
             await self._fold_history(folder, await self._log.head(), told)
             with driver_errors("making the indexes of the views"):  # much faster than with every document
@@ -153,7 +154,6 @@ class Rebuild:
                 await self._note({"$set": begun})
                 note = {**note, **begun}
         position = int(note["position"])
-        _log.info("views are made anew beside the live ones", after=position)
         fence = {"epoch": self._leadership.epoch, "emptied": True}
         return Folder(self._db, views, checkpoint=REBUILD, fence=fence, position=position), beside
 
