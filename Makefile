@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP_QUIET := -qq --disable-pip-version-check --no-input --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak fuzz images lint types contracts check lock clean
+.PHONY: help demo test bench soak fuzz images reference lint types contracts check lock clean
 
 help: ## list these targets
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12]"; echo
@@ -34,6 +34,9 @@ fuzz: .venv/.ready ## the HTTP interface, by its own OpenAPI document; REQUESTS=
 
 images: .venv/.ready ## the dashboard's pages as pictures, into docs/images
 	JOBLEDGER_IMAGES=1 $(BIN)/pytest -q tests/api/dashboard/test_images.py
+
+reference: .venv/.ready ## docs/commands.md and docs/events.md, from the commands and the events themselves
+	@$(BIN)/python -m tests.support.references
 
 lint: .venv/.ready ## style and formatting (ruff)
 	@$(BIN)/ruff check .

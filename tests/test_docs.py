@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,9 +31,11 @@ from ledger.mongo import Connection
 from ledger.server_note import until
 from tests.processors.session.support import html, serving, session
 from tests.processors.session.test_markdown import material, page
+from tests.support import references
 from tests.support.examples import NOON, RESULTS
 from tests.support.installation import COMMAND, Installation
 from tests.support.ledgers import META, Ledger, ledger_on
+from tests.support.mongod import needs_local_mongod
 from workers.processors.session.markdown import compose_markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -402,3 +405,33 @@ def test_the_settings_in_the_how_tos_for_operators_are_settings(tmp_path: Path) 
     for block in ours:
         (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
         read_settings(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("document", references.MADE, ids=lambda path: path.name)
+def test_the_reference_is_what_the_program_says(document: Path) -> None:
+    assert document.read_text(encoding="utf-8") == references.MADE[document](), "make reference"
+
+
+@needs_curl
+@needs_local_mongod
+def test_the_tutorial_is_what_happens(tmp_path: Path) -> None:
+    """As a reader does it, but at a port of its own."""
+    parts = blocks(DOCS / "tutorial.md", "sh")
+    with Installation(tmp_path, api={"port": 0}) as installation, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    installation.configure(api={"port": port})
+    text = "\n".join(parts).replace("127.0.0.1:5001", f"127.0.0.1:{port}")
+    env = {
+        **installation.env,
+        "PATH": f"{COMMAND.parent}:{os.environ['PATH']}",
+        "JOBLEDGER_URL": f"http://127.0.0.1:{port}",
+    }
+    ended = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "3 jobs accepted" in ended.stdout
+    assert ended.stdout.count("JobLeaseExpired") == 1
+    assert ended.stdout.count("JobClaimed attempt 2") == 1
+    assert "are what was written" in ended.stdout
+    assert "The views say what the log says" in ended.stdout
