@@ -1,0 +1,83 @@
+"""Exported, imported into an empty database: every route answers as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+
+from api.app import ROUTES
+from cli.audit import rebuilt
+from ledger import transfer
+from ledger.mongo import Connection
+from tests.api.conftest import Api, running_api
+from tests.support.receiver import receiver
+
+ONLY_OF_THE_PROCESS = {"/metrics", "/api/monitoring/events/stats", "/api/events/test-webhook-callback"}
+"""What also says how this process and its workers are, and what came in by hand for trial."""
+LIVE = "/api/ledger/stream"
+
+
+@pytest.fixture
+def restored(mongodb_uri: str, db_name: str) -> Iterator[Connection]:
+    name = f"{db_name}_r"
+    yield Connection(mongodb_uri, name)
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client.drop_database(name)
+
+
+async def answers(api: Api, known: dict[str, str]) -> dict[str, tuple[int, bytes]]:
+    """What is answered to a GET of every route, with these ids in the places that it has for some."""
+    found = {}
+    for route in ROUTES:
+        path: str = route.path
+        if "GET" not in (route.methods or ()) or path in ONLY_OF_THE_PROCESS or path == LIVE:
+            continue
+        for name, value in known.items():
+            path = path.replace(f"{{{name}}}", value)
+        if "{" in path:
+            continue
+        answer = await api.http.get(path)
+        content = b"a ZIP, with the time of its making" if path.endswith("archive") else answer.content
+        found[path] = (answer.status_code, content)
+    return found
+
+
+async def test_every_route_answers_as_before(
+    mongodb_uri: str, db_name: str, tmp_path: Path, restored: Connection
+) -> None:
+    known: dict[str, str] = {}
+    before, after = dict[str, tuple[int, bytes]](), dict[str, tuple[int, bytes]]()
+    counted: list[dict[str, Any]] = []
+    async with receiver() as cms:
+        async for api in running_api(mongodb_uri, db_name, tmp_path, webhooks={"allow_private": ["127.0.0.1"]}):
+            batch = await api.submit_batch({"text": "one", "track": "A"}, {"fail": "always"})
+            single = await api.submit({"text": "Grüße"}, webhook={"url": cms.url()})
+            await api.until_event(batch["batch_id"], "BatchFinished")
+            [told] = await cms.until(1)
+            last = await api.until_event(told.webhook_id, "DeliverySucceeded")
+            job = (await api.get(f"/api/events/jobs/{single}", last["position"])).json()["job"]
+            known = {
+                "job_id": single,
+                "batch_id": batch["batch_id"],
+                "delivery_id": told.webhook_id,
+                "path:path": job["results"]["files"][0]["path"],
+            }
+            before = await answers(api, known)
+            counted.append((await api.get("/api/monitoring/events/stats")).json()["stats"])
+            await transfer.export(api.log, tmp_path / "log.ndjson.zst")
+    async with restored.client() as client:
+        await transfer.import_(client[restored.db_name], [tmp_path / "log.ndjson.zst"])
+    await rebuilt(restored, told=lambda position, upto: None)
+    async for api in running_api(mongodb_uri, restored.db_name, tmp_path, frozenset({"api", "projector"})):
+        after = await answers(api, known)
+        counted.append((await api.get("/api/monitoring/events/stats")).json()["stats"])
+    assert len(before) > 15
+    assert {path: status for path, (status, _) in before.items() if status != 200} == {}
+    for path, answer in before.items():
+        assert after[path] == answer, path
+    for name in ("jobs", "batches", "tracks", "webhooks", "durations"):
+        assert counted[1][name] == counted[0][name]
