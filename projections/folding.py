@@ -16,7 +16,7 @@ from typing import Any, Final
 from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from ledger.events import BatchDeleted, BatchPaused, BatchResumed, DeliveryQueued, Recorded
+from ledger.events import BatchDeleted, BatchPaused, BatchResumed, DeliveryQueued, JobProgressed, Recorded
 from ledger.leadership import Deposed
 from ledger.mongo import DURABLE, Database, Document, driver_errors
 from projections import batches, deliveries, files, jobs, queue, receivers, statistics, steps
@@ -167,6 +167,22 @@ def _write(key: str, old: Document | None, new: Document | None) -> Write | None
     return UpdateOne({"_id": key}, {"$set": changed}) if changed else None
 
 
+def _worth_folding(events: Sequence[Recorded]) -> list[Recorded]:
+    """Return the events without a job's progress that its next event here, progress again, replaces as a whole.
+
+    Most events of a long job are such, and what each of them says is overwritten by the next (`jobs.fold`).
+    """
+    worth: list[Recorded] = []
+    next_of: dict[str, str] = {}
+    for event in reversed(events):
+        stream, kind = event.stream, event.type
+        if kind != JobProgressed.__name__ or next_of.get(stream) != kind:
+            worth.append(event)
+        next_of[stream] = kind
+    worth.reverse()
+    return worth
+
+
 class Folder:
     """Folds chunks of events into one set of views. Right as long as nobody else writes them, which the fence sees to.
 
@@ -206,7 +222,10 @@ class Folder:
             if self._unwritten is not None and any(event.type in _SWITCHES for event in events):
                 await self._written.wait()  # whose jobs wait, the database has to know
             chunk = await self._load(events)
-        for number, event in enumerate(events, 1):
+        told = _worth_folding(events)
+        if len(told) < len(events):
+            chunk.counted[statistics.EVENTS, JobProgressed.__name__] += len(events) - len(told)
+        for number, event in enumerate(told, 1):
             chunk.fold(event)
             if number % _EVENTS_A_TURN == 0 and self._unwritten is not None:
                 await asyncio.sleep(0)  # the chunk before is on its way to the database meanwhile

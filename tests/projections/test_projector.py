@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob
+from ledger.commands import CancelJob, FinishStep, ReportProgress
 from ledger.envelope import Append
 from ledger.errors import LedgerBusy
 from ledger.events import BatchFinished, Recorded
 from ledger.leadership import Deposed
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
-from projections import batches, files, jobs, projector, queue, statistics, steps
+from projections import batches, files, folding, jobs, projector, queue, statistics, steps
 from projections.checkpoint import VIEWS
 from projections.folding import FOLDED, VERSION, Chunk, Folder
 from projections.projector import Projector
@@ -146,6 +146,29 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
     for view in FOLDED:
         assert loaded[view] == {key: document for key, document in together.now[view].items() if document is not None}
     assert rows == together.rows()
+
+
+async def test_progress_that_is_replaced_within_a_chunk_is_counted_and_changes_nothing(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store) as here:
+        one, two = await here.submit(), await here.submit()
+        await here.claim(one)
+        await here.claim(two)
+        for percent in (1, 2, 3):
+            await here.do(one, ReportProgress("worker-1", 1, "page", percent, f"one {percent}"))
+            await here.do(two, ReportProgress("worker-1", 1, "page", percent, f"two {percent}"))
+        await here.do(one, FinishStep("worker-1", 1, "page", "key", {}, 1.0, 0, ()))
+        await here.do(one, ReportProgress("worker-1", 1, "slides", 50, "half"))
+        events = await here.everything()
+    told = folding._worth_folding(events)
+    assert len(events) - len(told) == 4
+    assert [event.position for event in told] == sorted(event.position for event in told)
+    async with process(connection, store, projector=True) as here:
+        await here.views_reach()
+        assert (await here.job(one))["progress"] == {"step": "slides", "percent": 50.0, "message": "half"}
+        assert (await here.job(two))["progress"]["message"] == "two 3"
+        await assert_views_equal_the_log(here)
 
 
 async def test_the_counters_are_what_counting_the_jobs_yields(connection: Connection, store: Path) -> None:
