@@ -222,6 +222,7 @@ def test_the_first_wrong_event_is_named_and_the_exit_code_is_1(audited: Audited)
             "version": 2,
             "what": "its hash is not that of its content: one of the two was changed",
         },
+        "views": None,
     }
 
 
