@@ -268,7 +268,7 @@ class Folder:
         streams = {event.stream for event in events} - begun
         loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")})}
         in_batches = {job["batch_id"] for job in loaded["jobs"].values()}
-        in_batches |= {getattr(event.event, "batch_id", None) for event in firsts}
+        in_batches |= {getattr(event.event, "batch_id", None) for event in firsts if event.stream.startswith("job-")}
         in_batches |= {name for name in streams if name.startswith("batch-")}
         loaded["batches"] = await self._documents("batches", in_batches - begun - {None})
         told = {name for name in streams if name.startswith("delivery-")}
