@@ -295,6 +295,18 @@ def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeyp
     assert "is there already" in ended.err
 
 
+_EXPORTED: list[bytes] = []
+
+
+def exported(machine: Machine) -> bytes:
+    """A long log as a file, made once for all tests."""
+    if not _EXPORTED:
+        machine.do(much)
+        machine.run("log", "export", "exported.ndjson")
+        _EXPORTED.append(Path("exported.ndjson").read_bytes())
+    return _EXPORTED[0]
+
+
 def damage(path: Path, kind: str) -> None:
     text = path.read_bytes()
     lines = text.splitlines(keepends=True)
@@ -352,8 +364,7 @@ def damage(path: Path, kind: str) -> None:
     ],
 )
 def test_of_a_damaged_file_nothing_is_imported(machine: Machine, other_database: str, kind: str, said: str) -> None:
-    machine.do(much)
-    machine.run("log", "export", "log.ndjson")
+    Path("log.ndjson").write_bytes(exported(machine))
     damage(Path("log.ndjson"), kind)
     ended = machine.run("log", "import", "log.ndjson", database=other_database)
     assert (ended.exit_code, ended.err.count("\n")) == (1, 1), ended
@@ -361,8 +372,9 @@ def test_of_a_damaged_file_nothing_is_imported(machine: Machine, other_database:
     with MongoClient[dict[str, Any]](machine.connection.uri) as client:
         assert client[other_database].events.find_one() is None
         assert "jobs" not in client[other_database].list_collection_names()
-    machine.run("log", "export", "right.ndjson")
-    assert machine.run("log", "import", "right.ndjson", database=other_database).exit_code == 0
+    if kind == "a word changed":  # what was found out last, when everything had been written already
+        Path("log.ndjson").write_bytes(exported(machine))
+        assert machine.run("log", "import", "log.ndjson", database=other_database).exit_code == 0
 
 
 def test_a_compressed_file_that_is_none_or_was_cut_off_is_refused(machine: Machine, other_database: str) -> None:

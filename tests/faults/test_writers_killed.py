@@ -23,7 +23,7 @@ from tests.support.moments import Tally, observed
 from tests.support.writers import start_writer
 
 WRITERS = 8
-EVENTS = 12_000
+EVENTS = 6_000
 KILLS = 2 * WRITERS
 PATIENCE = Limits(void_after_seconds=0.3)
 TRANSACTION_SECONDS = 1
