@@ -349,6 +349,19 @@ def test_a_copied_directory_is_a_complete_installation_as_the_how_to_says(tmp_pa
         assert again.stop().exit_code == 0
 
 
+@needs_curl
+def test_a_session_is_submitted_as_the_readme_shows(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
+    """The first two blocks are what CI runs and what `test_demo` does, the third is `jobledger up`."""
+    demo, tests, up, submit = blocks(DOCS.parent / "README.md", "sh")
+    assert (demo, tests, up) == ("make demo\n", "make test\n", ".venv/bin/jobledger up\n")
+    with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
+        for role in ("projector", "api"):
+            installation.start(role).ready()
+        answer = json.loads(typed(installation, submit.replace("curl ", "curl -s ", 1)))
+        job = json.loads(typed(installation, f"curl -s $JOBLEDGER_URL/api/events/jobs/{answer['job_id']}"))["job"]
+    assert job["parameters"]["session"] == "Welcome"
+
+
 DOCUMENTS = sorted([DOCS.parent / "README.md", DOCS.parent / "config.yaml", *DOCS.rglob("*.md")])
 
 
