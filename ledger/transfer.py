@@ -18,7 +18,6 @@ from typing import IO, Any, Final
 
 import orjson
 import zstandard
-from pymongo import WriteConcern
 
 from ledger.chain import GENESIS
 from ledger.errors import ConfigurationError, DatabaseUnsuitable, JobledgerError, LedgerUnavailable
@@ -159,10 +158,19 @@ async def export(
             for expected, document in enumerate(page, position + 1):
                 if document["_id"] != expected:
                     raise DamagedFile(f"The log has a hole at position {expected}: `jobledger log verify` says more.")
+                if not isinstance(document.get("hash"), bytes):
+                    raise DamagedFile(
+                        f"The event at position {expected} has no hash: `jobledger log verify` says more."
+                    )
                 digest = hashlib.sha256(digest + document["hash"]).digest()
             if not page:
                 raise DamagedFile(f"The log ends at position {position}, and reached {end} before.")
-            write(map(line_of, page))
+            try:
+                write([line_of(document) for document in page])
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
+                raise DamagedFile(
+                    f"An event behind position {position} is none: `jobledger log verify` says which. ({error})"
+                ) from error
             position += len(page)
             told(position, end)
         write([orjson.dumps({"end": True, "events": end - after, "digest": digest.hex()})])
@@ -253,12 +261,11 @@ async def import_(db: Database, paths: Sequence[Path], *, told: Told = lambda po
         if position > last.last:
             await db.drop_collection(STAGED)
             position = 0
-        collection = db.get_collection(STAGED, write_concern=WriteConcern(w=1))
         for path, summary in files:
             if position >= summary.last:
                 continue
             for page in documents_in(path, after=position):
-                await collection.insert_many(page, ordered=False)
+                await db[STAGED].insert_many(page)  # in order: whoever goes on finds where by the last one
                 position = page[-1]["_id"]
                 told(position, 2 * last.last)
     try:

@@ -15,9 +15,7 @@ from typing import Any, Final
 from ledger import batch as batch_rules
 from ledger import job as job_rules
 from ledger.events import (
-    BATCH_EVENTS,
     ENDED,
-    JOB_EVENTS,
     BatchSubmitted,
     JobArchived,
     JobClaimed,
@@ -30,7 +28,9 @@ from ledger.events import (
 from ledger.job import Job
 from ledger.log import EventLog
 
-_ALONG_THE_WAY: Final = (JobProgressed, JobLogged, StepCompleted, JobArchived, JobUnarchived)
+_ALONG_THE_WAY: Final = frozenset(
+    event.__name__ for event in (JobProgressed, JobLogged, StepCompleted, JobArchived, JobUnarchived)
+)
 Then = int | datetime
 """A position of the log, or a moment."""
 
@@ -91,10 +91,10 @@ class Lookback:
             UnreadableEvent: a later version of this program has written the event.
         """
         self.position, self.time = event.position, event.time
-        happened = event.event
-        if isinstance(happened, BATCH_EVENTS):
+        kind = event.stream.partition("-")[0]
+        if kind == "batch":
             self._batch(event)
-        elif isinstance(happened, JOB_EVENTS) and not isinstance(happened, _ALONG_THE_WAY):
+        elif kind == "job" and event.type not in _ALONG_THE_WAY:
             await self._job(event)
 
     def _batch(self, event: Recorded) -> None:
@@ -206,7 +206,7 @@ async def look_back(
 
 async def _events(log: EventLog, then: Then, *, after: int) -> AsyncIterator[Recorded]:
     """Yield the events up to a position, or before the first that is later than a moment by its writer's clock."""
-    while page := await log.read(after=after):
+    while page := await log.read(after=after, limit=5000, bare=True):
         for event in page:
             if (event.position if isinstance(then, int) else event.time) > then:  # type: ignore[operator]  # alike
                 return

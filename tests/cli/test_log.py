@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import structlog
 import yaml
+from bson import ObjectId
 from pymongo import MongoClient
 
 from cli import main
@@ -293,6 +294,17 @@ def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeyp
     ended = machine.run("log", "export", name)
     assert ended.exit_code == 2
     assert "is there already" in ended.err
+
+
+@pytest.mark.parametrize("damaged", [{"data.x": ObjectId()}, {"hash": "none"}, {"time": "noon"}, {"prev": None}])
+def test_what_is_no_event_is_not_exported_and_said_in_one_line(machine: Machine, damaged: dict[str, Any]) -> None:
+    machine.do(a_story)
+    with MongoClient[dict[str, Any]](machine.connection.uri) as client:
+        client[machine.connection.db_name].events.update_one({"_id": 3}, {"$set": damaged})
+    ended = machine.run("log", "export", "log.ndjson")
+    assert (ended.exit_code, ended.err.count("\n")) == (1, 1), ended
+    assert "`jobledger log verify` says" in ended.err
+    assert not Path("log.ndjson").exists()
 
 
 _EXPORTED: list[bytes] = []
