@@ -237,7 +237,7 @@ async def _drain(
     """A backlog that is due all at once; from that moment until the views know that all is done."""
     async with _database(connection) as (db, log, checkpoint):
         async with _processes(connection, store, projector=1, worker=workers):
-            due = datetime.now(UTC) + timedelta(seconds=4 + workers)  # when all of them are there and wait
+            due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all of them are there and wait
             for begin in range(0, jobs, 1000):
                 asked = [SubmitJob(_job("echo", due, file=files)) for _ in range(min(1000, jobs - begin))]
                 await handle_new(log, [(new_job_id(), command) for command in asked], meta=_META)

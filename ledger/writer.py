@@ -12,7 +12,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,8 @@ _DUPLICATE_KEY = 11000
 _LARGE_GROUP = 100
 """Events that keep the server busy for as long as their callers need to make the next ones. Of such groups one at a
 time is inserted: side by side, they would arrive together, too, and server and callers wait for each other in turn."""
+_PLACES_AT_ONCE = 200
+"""Of events that are looked for, in one query."""
 _MESSAGE_BYTES = 15 * 1024 * 1024
 """Of BSON in one insert command: the driver sends bare commands up to the size of one document, 16 MB."""
 _BSON_FACTOR = 9
@@ -193,7 +195,7 @@ class Writer:
                     await self._number(todo)
                     numbered = True
                 refused = await self._insert(todo)
-                todo = await self._sort_out(refused)
+                todo = await self._sort_out(refused) if refused else []
                 numbered = False
             except PyMongoError as error:
                 if not passes_with_time(error):
@@ -310,48 +312,58 @@ class Writer:
         The (stream, version) of each refused document tells: our event is there, so an earlier try of ours succeeded;
         another is there, so the race is lost; none is there, so it was the number that had been taken.
         """
+        there = await self._standing([document for waiting in refused for document in waiting.documents])
         again: list[Waiting] = []
+        ours: list[Waiting] = []
+        lost: list[tuple[Waiting, Document]] = []
+        unused: list[int] = []
         for waiting in refused:
             numbers = {document["_id"] for document in waiting.documents}
-            winner = await self._winner(waiting)
-            if winner is not None and winner["event_id"] in {document["event_id"] for document in waiting.documents}:
-                await self._adopt(waiting)
-                await self._void(numbers - {document["_id"] for document in waiting.documents})
-                _settle([waiting])
-                continue
-            await self._void(numbers)
-            if winner is None:
+            found = [there.get((document["stream"], document["version"])) for document in waiting.documents]
+            first = next((other for other in found if other is not None), None)
+            if first is None:
                 again.append(waiting)
+            elif first["event_id"] in {document["event_id"] for document in waiting.documents}:
+                ours.append(waiting)
+                for document, other in zip(waiting.documents, found, strict=True):
+                    if other is not None:  # it was written under the number of an earlier try
+                        document["_id"] = other["_id"]
+                numbers -= {document["_id"] for document in waiting.documents}
             else:
-                stream = winner["stream"]
+                lost.append((waiting, first))
+            unused += numbers
+        if unused:
+            await self._void(unused)
+        _settle(ours)
+        if lost:
+            newest = await self._versions({first["stream"] for _, first in lost})
+            for waiting, first in lost:
+                stream = first["stream"]
                 expected = min(it["version"] for it in waiting.documents if it["stream"] == stream) - 1
-                _settle([waiting], VersionConflict(stream, expected, await self._version(stream)))
+                _settle([waiting], VersionConflict(stream, expected, newest.get(stream, 0)))
         if again:
             await self._raise_counter()
         return again
 
-    async def _winner(self, waiting: Waiting) -> Document | None:
-        """Return the event that stands where one of ours should, if any: our own or a winner's."""
-        for document in waiting.documents:
-            there = await self._events.find_one(
-                {"stream": document["stream"], "version": document["version"]}, {"stream": 1, "event_id": 1}
-            )
-            if there is not None:
-                return there
-        return None
+    async def _standing(self, documents: Sequence[Document]) -> dict[tuple[str, int], Document]:
+        """Return what stands in the log where these documents should, by stream and version: `_id` and `event_id`."""
+        found: dict[tuple[str, int], Document] = {}
+        places = [{"stream": document["stream"], "version": document["version"]} for document in documents]
+        for begin in range(0, len(places), _PLACES_AT_ONCE):
+            wanted = {"$or": places[begin : begin + _PLACES_AT_ONCE]}
+            for event in await self._events.find(wanted, {"stream": 1, "version": 1, "event_id": 1}).to_list():
+                found[event["stream"], event["version"]] = event
+        return found
 
-    async def _adopt(self, waiting: Waiting) -> None:
-        """Take over the positions under which an earlier try of ours was written."""
-        for document in waiting.documents:
-            there = await self._events.find_one(
-                {"stream": document["stream"], "version": document["version"]}, {"_id": 1}
-            )
-            if there is not None:
-                document["_id"] = there["_id"]
-
-    async def _version(self, stream: str) -> int:
-        newest = await self._events.find_one({"stream": stream}, {"version": 1}, sort=[("version", DESCENDING)])
-        return newest["version"] if newest else 0
+    async def _versions(self, streams: Collection[str]) -> dict[str, int]:
+        """Return at which version each of these streams is now."""
+        newest = await self._events.aggregate(
+            [
+                {"$match": {"stream": {"$in": sorted(streams)}}},
+                {"$group": {"_id": "$stream", "version": {"$max": "$version"}}},
+            ]
+        )
+        return {row["_id"]: row["version"] for row in await newest.to_list()}
 
     async def _void(self, positions: Iterable[int]) -> None:
         """Fill positions that nobody will use. Where somebody did after all, that is just as well."""

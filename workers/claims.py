@@ -41,8 +41,10 @@ _LONGEST_RANK_SECONDS: Final = 0.25
 """How long a moment is: longer than a claim takes to be heard of, which each worker sees for itself, within bounds."""
 _RANKS: Final = 5  # who comes later does not wait longer
 _PATIENCE_SECONDS: Final = 0.25
-"""So long a job in the queue is left to those who come first, and longer while any of them is claiming: they may have a
-hundred of theirs at hand and not yet have come to it."""
+"""So long a job in the queue is left to those who come first, and longer while any of them is claiming."""
+_CLAIMING_SECONDS: Final = 1.0
+"""Who has claimed something within this time may have a hundred jobs at hand and not yet have come to this one: on a
+busy machine a third of a second passes between a worker's claims, and each of those taken from it is a lost race."""
 _ROWS: Final = 500
 _MOST_ROWS: Final = 2000
 """How many rows are read at once, for each worker; their streams are loaded when they are taken. Few large looks: each
@@ -330,7 +332,7 @@ class Claims:
         now, passed = time.monotonic(), self._passed
         self._passed = {}
         self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
-        claiming = [worker for worker, at in self._claimed_at.items() if now - at < _PATIENCE_SECONDS]
+        claiming = [worker for worker, at in self._claimed_at.items() if now - at < _CLAIMING_SECONDS]
         chosen: list[queue.Row] = []
         waits: int | None = None
         for row in rows:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import Enum
 from itertools import cycle
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import pytest
@@ -162,6 +162,33 @@ async def test_of_many_writers_for_a_version_one_wins_and_the_others_learn_which
             head = head_of(winners[0][0])
         await whole(one.log)
         check_log(await stored(one.db))
+
+
+async def test_a_hundred_lost_races_are_sorted_out_together(connection: Connection) -> None:
+    class Counting(EventLog):
+        voidings: ClassVar[list[list[int]]] = []
+
+        async def _void(self, positions: Iterable[int]) -> None:
+            self.voidings.append(sorted(positions))
+            await super()._void(self.voidings[-1])
+
+    async with ledger_on(connection, QUICK, live=False, kind=Counting) as ledger:
+        streams = [f"job-{number}" for number in range(100)]
+        for version in range(2):
+            await ledger.log.append(
+                *(append_of(a_job(), stream=stream, head=Head(version=version)) for stream in streams)
+            )
+        fresh = await asyncio.gather(
+            *(ledger.log.append(append_of(a_job(), stream=stream)) for stream in streams),
+            ledger.log.append(append_of(a_job(), stream="job-new")),
+            return_exceptions=True,
+        )
+        conflicts = [answer for answer in fresh if isinstance(answer, VersionConflict)]
+        assert {(lost.stream, lost.expected, lost.found) for lost in conflicts} == {(name, 0, 2) for name in streams}
+        assert isinstance(fresh[-1], list)
+        assert len(Counting.voidings) == 1
+        assert len(Counting.voidings[0]) == 100
+        await whole(ledger.log)
 
 
 async def test_racing_commands_for_one_stream_all_get_their_own_version(connection: Connection) -> None:

@@ -123,9 +123,9 @@ async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
                 "data": {"worker_id": worker},
             }
             claims.heard(document)
-        now += 0.2
+        now += 0.9
         assert chosen(claims, found) == []
-    now += 0.3
+    now += 0.2
     assert chosen(claims, found) == [OTHERS[0]]
 
 
