@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,23 @@ def test_a_unit_starts_a_role_and_lets_it_end(unit: Path) -> None:
     assert service["Restart"] == "always"
     if role == "worker":
         assert int(service["TimeoutStopSec"]) > Settings().event_worker.shutdown_grace_seconds
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed (systemd-analyze)")
+def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
+    def said(units: list[Path]) -> list[str]:
+        done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+        lines = (done.stdout + done.stderr).splitlines()  # of units that ours depend on, others may be wrong
+        return [line for line in lines if "jobledger" in line]
+
+    units = [tmp_path / unit.name.replace("@", "@1") for unit in UNITS]
+    program = Path(sys.executable).with_name("jobledger")
+    for unit, copy in zip(UNITS, units, strict=True):
+        text = unit.read_text(encoding="utf-8")
+        copy.write_text(text.replace("/opt/jobledger/bin/jobledger", str(program)), encoding="utf-8")
+    assert said(units) == []
+    units[0].write_text(units[0].read_text(encoding="utf-8").replace("Restart=always", "Restart=ever"))
+    assert said(units) != []
 
 
 def test_the_image_has_every_room_and_starts_the_command() -> None:
