@@ -45,7 +45,7 @@ async def workers_alive(db: Database, views: Views) -> list[Document]:
         alive = {"released": False, "$nor": [RUN_OUT]}
         fields = {"host": 1, "slots": 1, "lease_until": 1}
         found = await db.workers.find(alive, fields, sort=[("_id", 1)]).to_list()
-    busy = await jobs.running_by_worker(views, [it["_id"] for it in found]) if found else {}
+    busy = await jobs.running_by_worker(views) if found else {}
     return [
         {
             "worker_id": it["_id"],

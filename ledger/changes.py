@@ -127,17 +127,14 @@ class Changes:
                 yield stream
 
     def _pipeline(self) -> Sequence[Mapping[str, Any]]:
-        names = sorted({listener.collection for listener in self._listeners})
-        match: dict[str, Any] = {
-            "ns.coll": {"$in": names},
-            "operationType": {"$in": ["insert", "update", "replace", "delete"]},
-        }
+        # Whole namespaces: the server compares them with those of its oplog; bare names it would turn into patterns.
+        spaces = {name: {"db": self._db.name, "coll": name} for name in {it.collection for it in self._listeners}}
+        events: dict[str, Any] = {"ns": spaces.pop("events", None)}
         if self._event_types is not None:
-            match["$or"] = [
-                {"ns.coll": {"$ne": "events"}},
-                {"fullDocument.type": {"$in": sorted(self._event_types)}},
-            ]
-        return [{"$match": match}]
+            events["fullDocument.type"] = {"$in": sorted(self._event_types)}
+        others = {"ns": {"$in": [spaces[name] for name in sorted(spaces)]}}
+        kinds = ["insert", "update", "replace", "delete"]
+        return [{"$match": {"operationType": {"$in": kinds}, "$or": [events, others]}}]
 
     async def _deliver(self, stream: AsyncChangeStream[dict[str, Any]]) -> None:
         by_collection: dict[str, list[Listener]] = {}

@@ -7,12 +7,10 @@ in the queue).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, assert_never
-
-from pymongo import ASCENDING, IndexModel
 
 from ledger.access import Principal
 from ledger.events import (
@@ -52,10 +50,7 @@ NAME: Final = "jobs"
 LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
 LOG_CHARACTERS: Final = 10_000  # of each: a hundred lines have to fit into a document, which holds 16 MB
 COUNTED_UP_TO: Final = 10_000
-INDEXES: Final = [
-    *headings.INDEXES,
-    IndexModel([("worker_id", ASCENDING)], partialFilterExpression={"status": "processing"}),
-]
+INDEXES: Final = headings.INDEXES
 _SESSION_FACETS: Final = (("track", "track"), ("event", "event"), ("day", "day"), ("language", "target_language"))
 _SEARCHED: Final = ("session", "event", "track", "filename")
 _LISTED_BY: Final = frozenset({"error", "parameters", "access_control"})
@@ -426,23 +421,21 @@ async def oldest_waiting(views: Views) -> datetime | None:
     return found[0]["created_at"] if found else None
 
 
+# Who runs what is found among the jobs that run, which are few: an index of workers would be one more to keep at every
+# write of a job, an eighth of what that costs (docs/decisions/0018).
+_RUNNING: Final[Document] = {"headings": headings.everything(headings.ALL), "status": "processing"}
+
+
 async def held_by(views: Views, worker_id: str) -> Sequence[Document]:
     """Return the jobs that a worker is running, as far as the view has got."""
+    running = {**_RUNNING, "worker_id": worker_id}
     with driver_errors("looking for a worker's jobs"):
-        return await views[NAME].find({"worker_id": worker_id, "status": "processing"}, {"attempt": 1}).to_list()
+        return await views[NAME].find(running, {"attempt": 1}, hint=headings.index_for(running)).to_list()
 
 
-async def workers_at_work(views: Views) -> list[str]:
-    """Return the ids of the workers that run a job, as far as the view has got."""
-    with driver_errors("looking for busy workers"):
-        return await views[NAME].distinct("worker_id", {"status": "processing"})
-
-
-async def running_by_worker(views: Views, workers: Collection[str]) -> dict[str, int]:
-    """Return how many jobs each of these workers is running, as far as the view has got; only of those that run any."""
+async def running_by_worker(views: Views) -> dict[str, int]:
+    """Return how many jobs each worker is running, as far as the view has got; only of those that run any."""
+    counting: list[Document] = [{"$match": _RUNNING}, {"$group": {"_id": "$worker_id", "jobs": {"$sum": 1}}}]
     with driver_errors("counting the jobs of workers"):
-        running = {"worker_id": {"$in": sorted(workers)}, "status": "processing"}
-        counted = await views[NAME].aggregate(
-            [{"$match": running}, {"$group": {"_id": "$worker_id", "jobs": {"$sum": 1}}}]
-        )
+        counted = await views[NAME].aggregate(counting, hint=dict(headings.index_for(_RUNNING)))
         return {row["_id"]: row["jobs"] async for row in counted}

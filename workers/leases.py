@@ -115,7 +115,7 @@ class LeaseWatch:
     async def _check(self, worker_id: str) -> None:
         if worker_id == _STRANGERS:
             await self._checkpoint.reached(await self._log.head())
-            for stranger in await jobs.workers_at_work(self._checkpoint.views):
+            for stranger in await jobs.running_by_worker(self._checkpoint.views):
                 self._heard_of(stranger)
             return
         left = {"$subtract": ["$lease_until", "$$NOW"]}

@@ -13,6 +13,7 @@ from ledger.commands import (
     Archive,
     CancelJob,
     ChangeAccess,
+    ClaimJob,
     CompleteJob,
     ConfirmCancel,
     Delete,
@@ -29,6 +30,7 @@ from ledger.commands import (
 from ledger.events import AccessControl, LogLine, Webhook, milliseconds
 from ledger.mongo import Connection, Document
 from projections import jobs
+from projections.headings import index_for
 from tests.projections.refold import failure, results
 from tests.support.running import Process, process
 
@@ -258,6 +260,28 @@ async def test_a_deleted_job_is_in_no_view_and_stays_so_whatever_a_zombie_says(h
         assert await here.db[view].count_documents({}) == 0, view
     assert await jobs.get(here.checkpoint.views, here.log, job_id) is None
     assert await jobs.held_by(here.checkpoint.views, WORKER) == []
+
+
+async def test_who_runs_what_is_found_among_the_jobs_that_run(here: Process) -> None:
+    for _ in range(3):
+        await here.submit()
+    mine, other = await claimed(here), await here.submit()
+    await here.do(other, ClaimJob("elsewhere", datetime.now(UTC)))
+    ended = await claimed(here)
+    await here.do(ended, CompleteJob(WORKER, 1, results(ended)))
+    await here.views_reach()
+    views = here.checkpoint.views
+    assert await jobs.running_by_worker(views) == {WORKER: 1, "elsewhere": 1}
+    assert [(job["_id"], job["attempt"]) for job in await jobs.held_by(views, WORKER)] == [(mine, 1)]
+    looked: list[int] = []
+    for asked in (
+        {"find": "jobs", "filter": {**jobs._RUNNING, "worker_id": WORKER}},
+        {"aggregate": "jobs", "pipeline": [{"$match": jobs._RUNNING}], "cursor": {}},
+    ):
+        hint = dict(index_for(jobs._RUNNING))
+        told = await here.db.command({"explain": {**asked, "hint": hint}, "verbosity": "executionStats"})
+        looked.append(told["executionStats"]["totalDocsExamined"])
+    assert looked == [2, 2]
 
 
 async def test_a_job_that_the_views_have_not_reached_is_folded_from_the_log(

@@ -103,7 +103,7 @@ async def test_a_claim_by_an_unknown_worker_that_nobody_heard_is_reaped_after_th
         async with process(connection, store, worker=PATIENT) as there:
             watch = there.worker._watch if there.worker else None
             assert watch is not None
-            assert await jobs.workers_at_work(here.checkpoint.views) == []
+            assert await jobs.running_by_worker(here.checkpoint.views) == {}
             await until(lambda: bool(watch._seconds), "the worker is at work")
             async with process(connection, store, projector=True):
                 await here.heard(JobLeaseExpired, job_id, seconds=6)
