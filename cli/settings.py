@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import orjson
 import yaml
 from pydantic import (
     AfterValidator,
@@ -152,10 +154,30 @@ def _within(section: str, line: Any) -> InitErrorDetails:
 
 
 def _filled(sections: Any) -> Any:
-    """A section whose keys are all commented out is there, but null."""
+    """A section whose keys are all commented out is there, but null; lists of the environment are JSON yet."""
     if not isinstance(sections, dict):
         return sections
-    return {name: {} if section is None else section for name, section in sections.items()}
+    filled = {name: {} if section is None else section for name, section in sections.items()}
+    return {
+        name: _with_lists(section, processors()[name].Settings) if name in processors() else section
+        for name, section in filled.items()
+    }
+
+
+def _with_lists(section: Any, model: Any) -> Any:
+    """Read what is written as JSON where no text is expected. In sections of ours pydantic-settings does it."""
+    if not isinstance(section, dict):
+        return section
+    fields = getattr(model, "model_fields", {})
+    read = {**section}
+    for name, value in section.items():
+        wanted = fields[name].annotation if name in fields else str
+        if isinstance(value, dict):
+            read[name] = _with_lists(value, wanted)
+        elif isinstance(value, str) and value.startswith(("[", "{")) and wanted is not str:
+            with suppress(orjson.JSONDecodeError):  # then it is refused for what it is
+                read[name] = orjson.loads(value)
+    return read
 
 
 class Settings(BaseSettings):
@@ -295,6 +317,8 @@ def _explain(error: ValidationError, file: Path) -> str:
         keys = ", ".join(_known_keys(location)) or "none"
         return f"{place}: expected a section with keys of its own, found {type(given).__name__}; known here: {keys}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "list_type" and variable in os.environ:
+        message += ', written as JSON, for example ["alice", "bob"]'
     secret = "uri" in key or "secret" in key or "://" in str(given)  # an address may have a password in it
     shown = f" (found {given!r})" if isinstance(given, str | int | float) and not secret else ""
     return f"{place}: {message[0].lower()}{message[1:]}{shown}"
