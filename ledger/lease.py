@@ -1,8 +1,9 @@
 """ledger: leases, judged by nobody's clock but the database server's.
 
-A lease that has run out by the server's clock can never be extended again: the extending update demands that it has
-not. So "run out" is final, without anybody having to mark it. Leases are extended from a thread of their own, with a
-client of its own, so a busy event loop cannot starve them.
+A lease that has run out by the server's clock may be taken: by its next holder, or, if it is one that nobody else can
+hold, by who declares it over. Both raise its epoch, and its holder can extend it no more. Until that happens it can: so
+an outage of the database, in which nobody can extend anything, costs nobody a lease. Leases are extended from a thread
+of their own, with a client of its own, so a busy event loop cannot starve them.
 """
 
 from __future__ import annotations
@@ -31,12 +32,19 @@ def _until(seconds: float) -> Document:
 
 RUN_OUT: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
 """Matches lease documents whose time is over, by the server's clock."""
+OVER: Document = {"$inc": {"epoch": 1}}
+"""Declares a lease over that has run out: this and its extension cannot both succeed after that."""
+_AGAIN_SECONDS = 0.5
+GAP = 0.6
+"""Who has not extended a lease for that share of its time has missed a beat. A lease runs out after an outage of at
+least two thirds of its time, since it is extended at each third: so whoever else beats has missed one then, too."""
 
 
 class Lease:
-    """A document `{_id, epoch, lease_until, seconds, released, …}` kept alive by this process, one holder at a time.
+    """A document `{_id, epoch, lease_until, since, seconds, released, …}` kept alive by this process, its one holder.
 
-    `epoch` grows with every new holder: it is the fencing token of what the holder writes.
+    `epoch` grows with every new holder: it is the fencing token of what the holder writes. `since` is from when on it
+    has been extended without a beat missing.
     """
 
     def __init__(self, connection: Connection, collection: str, lease_id: str, *, seconds: float) -> None:
@@ -76,7 +84,7 @@ class Lease:
         return True
 
     async def lost(self) -> None:
-        """Return when the lease is lost: it ran out, or could not be extended in time."""
+        """Return when the lease is lost: it ran out, and was taken or declared over."""
         await self._lost.wait()
 
     @property
@@ -120,6 +128,7 @@ class Lease:
             "seconds": self._seconds,
             "released": False,
             "token": token,
+            "since": "$$NOW",
             "lease_until": _until(self._seconds),
         }
         free = {"$lte": [{"$ifNull": ["$lease_until", datetime.fromtimestamp(0, UTC)]}, "$$NOW"]}
@@ -131,23 +140,26 @@ class Lease:
         return int(document["epoch"]) if document and document["token"] == token else None
 
     def _beat(self, leases: Collection[Document], epoch: int, good_until: float, stop: threading.Event) -> bool:
-        """Extend the lease until told to stop, and give it back then. False if it is lost before.
+        """Extend the lease until told to stop, and give it back then. False if it was lost before.
 
         No call lasts longer than the lease: over a silent network it would not return for minutes.
         """
-        alive = {"_id": self._id, "epoch": epoch, "$expr": {"$gt": ["$lease_until", "$$NOW"]}}
-        while not stop.wait(self._seconds / 3):
+        mine = {"_id": self._id, "epoch": epoch}
+        steady = {"$gt": ["$lease_until", _until((1 - GAP) * self._seconds)]}
+        extend = {"since": {"$cond": [steady, "$since", "$$NOW"]}, "lease_until": _until(self._seconds)}
+        pause, away = self._seconds / 3, False
+        while not stop.wait(pause):
             begun = time.monotonic()
             try:
-                with timeout(max(good_until - begun, 0.1)):
-                    extended = leases.update_one(alive, [{"$set": {"lease_until": _until(self._seconds)}}])
+                with timeout(max(good_until - begun, self._seconds / 3)):
+                    extended = leases.update_one(mine, [{"$set": extend}])
                 if not extended.matched_count:
                     return False
-                good_until = begun + self._seconds
+                good_until, pause, away = begun + self._seconds, self._seconds / 3, False
             except PyMongoError as error:
-                _log.warning("lease not extended", lease=self._id, error=brief(error))
-                if time.monotonic() > good_until:
-                    return False
+                if not away:  # once: it may last
+                    _log.warning("lease not extended, trying on", lease=self._id, error=brief(error))
+                pause, away = min(_AGAIN_SECONDS, self._seconds / 3), True
         try:
             with timeout(max(good_until - time.monotonic(), 0.1)):
                 leases.update_one(

@@ -2,7 +2,11 @@
 
 A worker process holds one lease, a document in `workers`; nothing of it goes into the log, heartbeats are weather. All
 workers hear of each other's heartbeats by the change stream and set timers. Whoever finds, by the server's clock, that
-a lease has run out, appends `JobLeaseExpired` for every job its worker held; any number of them may, one append wins.
+a lease has run out, declares it over and appends `JobLeaseExpired` for every job its worker held; any number of them
+may, one append wins.
+
+Nobody is blamed for an outage of the database: only who has extended a lease of its own for a while, without a beat
+missing, judges others. What they could not do, it could not either; when it can, they have had the time to.
 
 Why no job is left behind: a claim is an event. Once the views contain every event up to the head of the log, they name
 all jobs that the dead worker held. A zombie's claim that comes even later is heard as `JobClaimed` from a worker that
@@ -24,7 +28,7 @@ from ledger.commands import ExpireLease
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import Meta
 from ledger.handle import handle
-from ledger.lease import RUN_OUT
+from ledger.lease import GAP, OVER, RUN_OUT
 from ledger.log import EventLog
 from ledger.mongo import Database, driver_errors
 from projections import jobs
@@ -34,17 +38,22 @@ _log = structlog.get_logger()
 COLLECTION: Final = "workers"
 _POLITENESS_SECONDS: Final = 0.3  # up to so long a watcher waits, so that not all of them act at once
 _UNKNOWN_SECONDS: Final = 1.0
+_STEADY: Final = (
+    0.5  # of a lease: so long a watcher must have beaten without a gap; a lease is extended thrice as often
+)
+_LEFT_MS: Final = {"$subtract": ["$lease_until", "$$NOW"]}
 _STRANGERS: Final = ""  # in place of a worker's id: all that are named by running jobs and hold no lease
 
 
 class LeaseWatch:
     """Notices workers that gave no sign of life, and frees their jobs."""
 
-    def __init__(self, db: Database, log: EventLog, checkpoint: Checkpoint, changes: Changes, *, watcher: str) -> None:
+    def __init__(self, db: Database, log: EventLog, checkpoint: Checkpoint, changes: Changes) -> None:
         self._db = db
         self._log = log
         self._checkpoint = checkpoint
-        self._meta = Meta(f"worker:{watcher}")
+        self.watcher = ""
+        """The worker on whose behalf we watch, while it has a lease."""
         self._seconds: dict[str, float] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._due: asyncio.Queue[str] = asyncio.Queue()
@@ -75,8 +84,7 @@ class LeaseWatch:
 
     async def _resync(self, session: AsyncClientSession) -> None:
         """Learn who is alive, and for how long; then look for those named by a running job but not among them."""
-        left = {"$subtract": ["$lease_until", "$$NOW"]}
-        alive = self._db[COLLECTION].find({}, {"seconds": 1, "left_ms": left}, session=session)
+        alive = self._db[COLLECTION].find({}, {"seconds": 1, "left_ms": _LEFT_MS}, session=session)
         self._seconds.clear()
         async for worker in alive:
             self._seconds[worker["_id"]] = worker["seconds"]
@@ -90,6 +98,8 @@ class LeaseWatch:
             self._seconds.pop(worker_id, None)
             return
         changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
+        if "lease_until" not in changed:  # somebody has declared it over, and may die on the way: our timer stays
+            return
         self._seconds[worker_id] = changed.get("seconds", self._seconds.get(worker_id, 10.0))
         self._look_in(worker_id, 0.0 if changed.get("released") else self._seconds[worker_id])
 
@@ -118,12 +128,26 @@ class LeaseWatch:
             for stranger in await jobs.running_by_worker(self._checkpoint.views):
                 self._heard_of(stranger)
             return
-        left = {"$subtract": ["$lease_until", "$$NOW"]}
+        fields = {"left_ms": _LEFT_MS, "steady_ms": {"$subtract": ["$$NOW", "$since"]}, "seconds": 1, "released": 1}
         with driver_errors("checking a lease"):
-            worker = await self._db[COLLECTION].find_one({"_id": worker_id}, {"left_ms": left, "released": 1})
+            both = await self._db[COLLECTION].find({"_id": {"$in": [worker_id, self.watcher]}}, fields).to_list()
+        found = {it["_id"]: it for it in both}
+        worker, judge = found.get(worker_id), found.get(self.watcher)
         if worker is not None and worker["left_ms"] > 0:
             self._look_in(worker_id, worker["left_ms"] / 1000)
             return
+        if worker is not None and not worker["released"]:
+            if judge is None or judge["left_ms"] <= (1 - GAP) * 1000 * judge["seconds"]:
+                self._look_in(worker_id, _UNKNOWN_SECONDS)
+                return
+            if (missing := _STEADY * worker["seconds"] - judge["steady_ms"] / 1000) > 0:
+                self._look_in(worker_id, missing)
+                return
+            with driver_errors("declaring a lease over"):
+                over = await self._db[COLLECTION].update_one({"_id": worker_id, **RUN_OUT}, OVER)
+            if not over.matched_count:  # it was extended just now, or another watcher is done with it
+                self._look_in(worker_id, _UNKNOWN_SECONDS)
+                return
         self._seconds.pop(worker_id, None)  # before the head is read: what is claimed after that is heard of
         await self._reap(worker_id, quietly=worker is None or worker["released"])
 
@@ -132,10 +156,10 @@ class LeaseWatch:
         held = await jobs.held_by(self._checkpoint.views, worker_id)
         if held or not quietly:
             _log.warning("worker gave no sign of life", worker_id=worker_id, jobs=len(held))
-        left = False
+        left, meta = False, Meta(f"worker:{self.watcher}")
         for job in held:
             try:
-                await handle(self._log, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=self._meta)
+                await handle(self._log, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=meta)
             except CommandRefused as refused:
                 _log.info("job left as it is", job_id=job["_id"], reason=str(refused))
             except UnreadableEvent as error:

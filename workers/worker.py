@@ -76,7 +76,7 @@ class Worker:
         self._missed_cancels = False  # there may be some: the change stream was interrupted
         self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
-        self._watch = LeaseWatch(db, log, checkpoint, changes, watcher=self.worker_id)
+        self._watch = LeaseWatch(db, log, checkpoint, changes)
         self._shared_steps = SharedSteps(checkpoint.views, log, seconds=settings.share_steps_seconds)
         self._claims = Claims(
             log,
@@ -122,7 +122,7 @@ class Worker:
             _log.warning("no lease yet", error=str(error))
             await asyncio.sleep(1)
             return
-        self._claims.worker_id = self.worker_id
+        self._claims.worker_id = self._watch.watcher = self.worker_id
         self._wake.set()
         claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
         lost = asyncio.create_task(lease.lost())
@@ -148,6 +148,7 @@ class Worker:
                 execution.abandon()
             await asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
             await lease.release()
+            self._watch.watcher = ""
             self.worker_id = _new_worker_id()
 
     async def _finish_within_grace(self, lost: asyncio.Task[None]) -> None:
@@ -161,7 +162,8 @@ class Worker:
         if not lost.done():
             for execution, _ in list(self._running.values()):
                 execution.release()
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            # Where the database does not answer they are not given back, but taken, when our lease has run out.
+            await asyncio.wait(either, timeout=self._lease_seconds, return_when=asyncio.FIRST_COMPLETED)
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
@@ -212,8 +214,8 @@ class Worker:
                 _log.warning("claiming interrupted", error=str(error))
                 await asyncio.sleep(1)
                 self._wake.set()
-        if self._claiming:
-            await asyncio.wait([task for _, task in self._claiming.values()])
+        if self._claiming:  # with the database away they might never come to an end, and we have to
+            await asyncio.wait([task for _, task in self._claiming.values()], timeout=self._lease_seconds)
 
     async def _claim_what_there_is(self) -> None:
         while not self._stopping.is_set() and (found := await self._claims.take()):

@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from pymongo.collection import Collection
 
 from ledger.errors import LedgerUnavailable
-from ledger.lease import RUN_OUT, Lease
+from ledger.lease import OVER, RUN_OUT, Lease
 from ledger.mongo import Connection, Document
 from tests.support.ledgers import DEADLINE_SECONDS
 from tests.support.proxy import Proxy
@@ -42,8 +43,18 @@ def by_the_server(leases: Collection[Document], condition: Document) -> bool:
 
 
 def run_out(leases: Collection[Document]) -> None:
-    """Let the lease be over now, as if the heartbeats had not come through."""
+    """Let the lease have run out now, as if the heartbeats had not come through."""
     leases.update_one({"_id": "the-lease"}, [{"$set": {"lease_until": {"$subtract": ["$$NOW", 1]}}}])
+
+
+def declare_over(leases: Collection[Document]) -> bool:
+    return leases.update_one({"_id": "the-lease", **RUN_OUT}, OVER).matched_count == 1
+
+
+async def beats_again(leases: Collection[Document]) -> None:
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while by_the_server(leases, RUN_OUT):  # noqa: ASYNC110 - nobody tells us
+            await asyncio.sleep(0.02)
 
 
 async def acquired(lease: Lease, **facts: Any) -> bool:
@@ -125,19 +136,38 @@ async def test_releasing_twice_or_what_was_never_held_is_harmless(connection: Co
     await lease.release()
 
 
-async def test_one_that_ran_out_cannot_be_extended_and_its_holder_notices(
+async def test_one_that_ran_out_goes_on_as_long_as_nobody_has_taken_it(
+    lease: Lease, leases: Collection[Document]
+) -> None:
+    assert await acquired(lease)
+    await asyncio.sleep(SECONDS)
+    steady = leases.find_one({"_id": "the-lease"})
+    assert steady is not None
+    assert steady["lease_until"] - steady["since"] > timedelta(seconds=1.5 * SECONDS), "no beat has been missed"
+    run_out(leases)
+    await beats_again(leases)
+    again = leases.find_one({"_id": "the-lease"})
+    assert again is not None
+    assert again["since"] > steady["lease_until"] - timedelta(seconds=SECONDS), "one has been missed"
+    assert again["epoch"] == 1
+    assert lease.held
+    assert not declare_over(leases), "it has not run out"
+
+
+async def test_one_that_was_declared_over_cannot_be_extended_and_its_holder_notices(
     connection: Connection, lease: Lease, leases: Collection[Document]
 ) -> None:
     assert await acquired(lease)
     run_out(leases)
+    assert declare_over(leases)
     await asyncio.wait_for(lease.lost(), DEADLINE_SECONDS)
     assert not lease.held
-    assert by_the_server(leases, {**RUN_OUT, "epoch": 1, "released": False})
+    assert by_the_server(leases, {**RUN_OUT, "epoch": 2, "released": False})
     other = lease_of(connection)
     assert await acquired(other)
-    assert other.epoch == 2
+    assert other.epoch == 3
     await lease.release()
-    assert by_the_server(leases, {"epoch": 2, "released": False})
+    assert by_the_server(leases, {"epoch": 3, "released": False})
     assert other.held
     await other.release()
 
@@ -159,10 +189,11 @@ async def test_what_another_has_taken_over_is_lost_and_not_given_back_by_the_for
 async def test_a_lost_lease_can_be_acquired_again(lease: Lease, leases: Collection[Document]) -> None:
     assert await acquired(lease)
     run_out(leases)
+    assert declare_over(leases)
     await asyncio.wait_for(lease.lost(), DEADLINE_SECONDS)
     await lease.release()
     assert await acquired(lease)
-    assert (lease.held, lease.epoch) == (True, 2)
+    assert (lease.held, lease.epoch) == (True, 3)
 
 
 async def test_one_that_was_deleted_is_lost_too(lease: Lease, leases: Collection[Document]) -> None:
@@ -198,13 +229,37 @@ async def test_a_dead_holder_s_lease_is_free_after_its_time_and_not_before(
     await heir.release()
 
 
-async def test_a_holder_whose_network_is_silent_notices_in_time(mongodb_uri: str, db_name: str) -> None:
+async def test_a_holder_whose_network_is_silent_goes_on_when_it_is_back_unless_it_was_declared_over(
+    mongodb_uri: str, db_name: str, leases: Collection[Document]
+) -> None:
     with Proxy(mongodb_uri) as proxy:
         lease = lease_of(Connection(proxy.uri, db_name))
         assert await acquired(lease)
         proxy.freeze()
-        await asyncio.wait_for(lease.lost(), SECONDS * 2)
-        assert not lease.held
+        await asyncio.sleep(2 * SECONDS)
+        assert by_the_server(leases, {**RUN_OUT, "epoch": 1})
+        assert lease.held
+        proxy.thaw()
+        await beats_again(leases)
+        assert lease.held
+
+        proxy.freeze()
+        await asyncio.sleep(2 * SECONDS)
+        assert declare_over(leases)
+        proxy.thaw()
+        await asyncio.wait_for(lease.lost(), DEADLINE_SECONDS)
+        await lease.release()
+        assert by_the_server(leases, {**RUN_OUT, "epoch": 2, "released": False})
+
+
+async def test_letting_go_of_one_that_has_run_out_over_a_silent_network_does_not_take_long(
+    mongodb_uri: str, db_name: str
+) -> None:
+    with Proxy(mongodb_uri) as proxy:
+        lease = lease_of(Connection(proxy.uri, db_name))
+        assert await acquired(lease)
+        proxy.freeze()
+        await asyncio.sleep(2 * SECONDS)
         begun = time.monotonic()
         await asyncio.wait_for(lease.release(), DEADLINE_SECONDS)
         assert time.monotonic() - begun < 2

@@ -12,6 +12,7 @@ import pytest
 from ledger.commands import ClaimJob, CompleteJob, ExpireLease
 from ledger.events import JobClaimed, JobCompleted, JobLeaseExpired, JobProgressed, Meta, WorkerFenced
 from ledger.handle import handle
+from ledger.lease import OVER
 from ledger.mongo import Connection
 from projections import jobs
 from tests.projections.refold import results
@@ -192,7 +193,7 @@ async def test_a_worker_that_lost_its_lease_goes_on_under_a_new_name(connection:
         await here.heard(JobProgressed, job_id)
         assert here.worker is not None
         first = here.worker.worker_id
-        await here.db.workers.update_one({"_id": first}, [{"$set": {"lease_until": "$$NOW"}}])
+        await here.db.workers.update_one({"_id": first}, OVER)
         job = await here.ended(job_id)
         assert (job["status"], job["attempt"]) == ("completed", 2)
         assert job["worker_id"] == here.worker.worker_id != first

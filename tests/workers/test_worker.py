@@ -24,6 +24,7 @@ from ledger.events import (
     Recorded,
 )
 from ledger.handle import Handled, handle
+from ledger.lease import OVER
 from ledger.log import EventLog
 from ledger.mongo import Connection
 from tests.support.running import Process, WorkerOptions, process, until
@@ -502,13 +503,13 @@ async def test_a_worker_that_loses_its_lease_in_the_grace_time_gives_up_at_once(
             assert there.worker is not None
             assert there.working is not None
             there.worker.stop()
-            await here.db.workers.update_one({}, [{"$set": {"lease_until": "$$NOW"}}])
+            await here.db.workers.update_one({}, OVER)
             async with asyncio.timeout(5):
                 await there.working
         assert "JobReleased" not in await here.history(job_id)
 
 
-async def test_a_worker_that_cannot_give_its_jobs_back_ends_when_its_lease_does(
+async def test_a_worker_that_cannot_give_its_jobs_back_ends_when_its_lease_would(
     connection: Connection, store: Path
 ) -> None:
     class Away(EventLog):
@@ -525,7 +526,6 @@ async def test_a_worker_that_cannot_give_its_jobs_back_ends_when_its_lease_does(
             assert there.worker is not None
             assert there.working is not None
             there.worker.stop()
-            await here.db.workers.update_one({}, [{"$set": {"lease_until": "$$NOW"}}])
             async with asyncio.timeout(6):
                 await there.working
 

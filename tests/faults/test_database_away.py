@@ -1,0 +1,66 @@
+"""The database away for longer than a lease: nobody is to blame, so no job is taken from the worker that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ledger.events import JobClaimed, JobProgressed
+from ledger.mongo import Connection
+from tests.support.mongod import needs_local_mongod
+from tests.support.replica_set import ReplicaSet
+from tests.support.running import process, real_process
+
+pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
+
+LEASE = 2.0
+JOBS = 9
+
+
+@pytest.fixture
+def replica_set(tmp_path: Path) -> Iterator[ReplicaSet]:
+    with ReplicaSet(tmp_path / "replica-set") as replica_set:
+        yield replica_set
+
+
+@pytest.mark.parametrize("away", ["killed", "frozen"])
+async def test_an_outage_of_several_leases_costs_no_attempt_and_a_death_in_it_is_noticed(
+    replica_set: ReplicaSet, tmp_path: Path, away: str
+) -> None:
+    connection, store = Connection(replica_set.uri, "test"), tmp_path / "store"
+    store.mkdir()
+    with (
+        real_process(connection, store, "worker", "projector", lease_seconds=LEASE) as first,
+        real_process(connection, store, "worker", lease_seconds=LEASE) as second,
+        real_process(connection, store, "worker", lease_seconds=LEASE) as third,
+    ):
+        for real in (first, second, third):
+            await real.started()
+        async with process(connection, store) as here:
+            job_ids = [await here.submit({"seconds": 12}) for _ in range(JOBS)]
+            for job_id in job_ids:
+                await here.heard(JobProgressed, job_id)
+            claims = [await here.heard(JobClaimed, job_id) for job_id in job_ids]
+            holders = [claim.data["worker_id"] for claim in claims]
+            mortal = next(it for it in (second, third) if any(f"-{it.pid}-" in holder for holder in holders))
+            for node in replica_set.nodes:
+                replica_set.kill(node) if away == "killed" else replica_set.freeze(node)
+            mortal.send(signal.SIGKILL)
+            await asyncio.sleep(3 * LEASE)
+            for node in replica_set.nodes:
+                replica_set.start_again(node) if away == "killed" else replica_set.thaw(node)
+            await asyncio.to_thread(replica_set.wait_until_whole)
+            await here.ended(*job_ids, seconds=60)
+            jobs = [await here.job(job_id) for job_id in job_ids]
+            histories = [await here.history(job_id) for job_id in job_ids]
+    assert any(f"-{mortal.pid}-" not in holder for holder in holders), "others have had jobs, too"
+    for job, history, holder in zip(jobs, histories, holders, strict=True):
+        assert job["status"] == "completed"
+        expired = int(f"-{mortal.pid}-" in holder)
+        assert history.count("JobLeaseExpired") == expired, (away, history)
+        assert (job["attempt"], job["retries"]) == (1 + expired, expired)
+        assert "WorkerFenced" not in history
