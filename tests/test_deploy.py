@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from cli import main
-from cli.settings import Settings
+from cli.settings import Settings, read_settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
@@ -67,6 +67,27 @@ def test_a_unit_starts_a_role_and_lets_it_end(unit: Path) -> None:
     assert service["Restart"] == "always"
     if role == "worker":
         assert int(service["TimeoutStopSec"]) > Settings().event_worker.shutdown_grace_seconds
+
+
+def test_the_settings_that_go_with_the_units_keep_files_where_these_may_write(tmp_path: Path) -> None:
+    text = (DEPLOY.parent / "docs" / "how-to" / "install.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    config = tmp_path / "config.yaml"
+    config.write_text(shown, encoding="utf-8")
+    settings, _ = read_settings(config)
+    for unit in UNITS:
+        [writable] = re.findall(r"^ReadWritePaths=(\S+)$", unit.read_text(encoding="utf-8"), re.MULTILINE)
+        assert Path(str(settings.results.store)).is_relative_to(writable)
+    [secret] = re.findall(r"^```ini\n(\w+)=", text, re.MULTILINE)
+    assert secret == "JOBLEDGER_MONGODB__URI"
+    assert set(re.findall(r"jobledger-\w+", text)) >= {unit.stem.rstrip("@") for unit in UNITS}
+
+
+def test_a_unit_is_started_again_over_anything_but_a_wrong_setting() -> None:
+    for unit in UNITS:
+        text = unit.read_text(encoding="utf-8")
+        assert f"\nRestartPreventExitStatus={main.USAGE}\n" in text
+        assert "\nStartLimitIntervalSec=0\n" in text
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed (systemd-analyze)")
