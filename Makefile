@@ -17,8 +17,8 @@ help: ## list these targets
 demo: .venv/.ready ## a small conference, from submitted sessions to finished Markdown
 	@$(BIN)/jobledger demo $(ARGS)
 
-test: .venv/.ready ## the tests; ARGS='tests/ledger -k claim' for some of them
-	@$(BIN)/pytest $(ARGS)
+test: .venv/.ready ## the tests, two at a time; ARGS='tests/ledger -k claim' for some of them, ARGS='-n 8' if you have the cores
+	@$(BIN)/pytest -n 2 $(ARGS)
 
 bench: .venv/.ready ## what is claimed about speed, against the plain driver; ARGS='append --rounds 15'
 	@$(BIN)/python -m benchmarks $(ARGS)

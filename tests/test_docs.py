@@ -26,8 +26,9 @@ from pymongo import MongoClient
 from cli import main
 from cli.settings import read_settings
 from ledger.commands import ClaimJob, CompleteJob
+from ledger.embedded import find_mongod
 from ledger.handle import handle
-from ledger.mongo import Connection
+from ledger.mongo import Connection, Document
 from ledger.server_note import until
 from tests.processors.session.support import html, serving, session
 from tests.processors.session.test_markdown import material, page
@@ -36,6 +37,7 @@ from tests.support.examples import NOON, RESULTS
 from tests.support.installation import COMMAND, Installation
 from tests.support.ledgers import META, Ledger, ledger_on
 from tests.support.mongod import needs_local_mongod
+from tests.support.replica_set import die_with, free_port
 from workers.processors.session.markdown import compose_markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -418,6 +420,74 @@ def test_the_settings_in_the_how_tos_for_operators_are_settings(tmp_path: Path) 
     for block in ours:
         (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
         read_settings(tmp_path / "config.yaml")
+
+
+@needs_local_mongod
+@pytest.mark.skipif(shutil.which("mongosh") is None, reason="mongosh is not installed")
+@pytest.mark.timeout(120)
+def test_three_servers_become_a_replica_set_whose_rights_are_given_as_the_how_tos_say(tmp_path: Path) -> None:
+    conf, _ = blocks(DOCS / "how-to" / "replica-set.md", "yaml")
+    [initiate] = blocks(DOCS / "how-to" / "replica-set.md", "js")
+    (tmp_path / "mongod.conf").write_text(conf, encoding="utf-8")
+    ports, parent = [free_port() for _ in range(3)], os.getpid()
+    servers = []
+    try:
+        for number, port in enumerate(ports, 1):
+            (data := tmp_path / f"db{number}").mkdir()
+            command = [str(find_mongod()), "--config", str(tmp_path / "mongod.conf"), "--dbpath", str(data)]
+            command += ["--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket", "--oplogSize", "256"]
+            output = (tmp_path / f"db{number}.log").open("wb")
+            servers.append(subprocess.Popen(command, stdout=output, preexec_fn=lambda: die_with(parent)))
+            output.close()
+            initiate = initiate.replace(f"db{number}.example.org:27017", f"127.0.0.1:{port}")
+        assert "example.org" not in initiate
+        with MongoClient[Document](f"127.0.0.1:{ports[0]}", directConnection=True) as first:
+            first.admin.command("ping")  # it answers
+            mongosh(ports[0], initiate)
+            assert until(lambda: first.admin.command("hello").get("isWritablePrimary", False), 30)
+            uri = f"mongodb://127.0.0.1:{ports[0]}/?replicaSet=rs0"
+            config = tmp_path / "config.yaml"
+            config.write_text(f"mongodb: {{uri: '{uri}'}}\nresults: {{store: {tmp_path / 'results'}}}\n")
+            said = subprocess.run([COMMAND, "doctor", "--config", config], capture_output=True, text=True, check=True)
+            assert "replica set rs0 with 3 members" in said.stdout
+            assert "transactionLifetimeLimitSeconds" not in said.stdout, "the how-to has it set"
+            role = subprocess.run([COMMAND, "doctor", "--config", config, "--role"], capture_output=True, check=True)
+            pasted = role.stdout.decode().replace("passwordPrompt()", '"secret"')
+            mongosh(ports[0], pasted)
+            created = first["event_processing"].command("usersInfo", "jobledger")["users"]
+        assert [[it["role"] for it in user["roles"]] for user in created] == [["jobledger"]]
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
+def mongosh(port: int, script: str) -> None:
+    """Have a script executed as if it was pasted; what fails raises."""
+    command = ["mongosh", "--quiet", "--norc", f"127.0.0.1:{port}", "--eval", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus is not installed (promtool)")
+def test_prometheus_takes_the_settings_and_the_alert_rules_of_the_how_to(tmp_path: Path) -> None:
+    [shown] = [it for it in blocks(DOCS / "how-to" / "monitoring.md", "yaml") if it.startswith("scrape_configs:")]
+    key = "/etc/prometheus/jobledger.key"
+    assert key in shown
+    (tmp_path / "jobledger.key").write_text("jl_key", encoding="utf-8")
+    (tmp_path / "prometheus.yml").write_text(shown.replace(key, str(tmp_path / "jobledger.key")), encoding="utf-8")
+    shutil.copy(DOCS.parent / "deploy" / "prometheus" / "alerts.yml", tmp_path / "jobledger-alerts.yml")
+
+    def said() -> subprocess.CompletedProcess[str]:
+        command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    right = said()
+    assert right.returncode == 0, right.stdout + right.stderr
+    assert re.search(r"\d+ rules found", right.stdout), right.stdout
+    rules = tmp_path / "jobledger-alerts.yml"
+    rules.write_text(rules.read_text(encoding="utf-8").replace("expr: ", "expr: ) ", 1), encoding="utf-8")
+    assert said().returncode != 0
 
 
 @pytest.mark.parametrize("document", references.MADE, ids=lambda path: path.name)

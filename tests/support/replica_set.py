@@ -135,7 +135,7 @@ class ReplicaSet:
     """Three servers that elect one of them primary, within seconds."""
 
     def __init__(self, directory: Path) -> None:
-        self.nodes = [Node(directory / f"node-{number}", _free_port()) for number in range(NODES)]
+        self.nodes = [Node(directory / f"node-{number}", free_port()) for number in range(NODES)]
 
     def __enter__(self) -> Self:
         try:
@@ -271,7 +271,7 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """From below the range for outgoing connections: while its node is down, nobody must get the port by chance."""
     while True:
         with socket.socket() as server, suppress(OSError):
