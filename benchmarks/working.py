@@ -39,6 +39,7 @@ SHARE = 4  # of the events of the other benchmarks: 5,000 jobs
 WORKERS = 2
 CROWD = 8
 SLOTS = 200  # of all workers together
+PLAIN_AT_ONCE = 10  # jobs at a time in each process of the plain queue: with more they are in each other's way
 _BREATH_SECONDS = 0.02  # between two jobs: the last one's end has to be through
 _META = Meta("user:bench")
 _spawn = multiprocessing.get_context("spawn")
@@ -231,10 +232,60 @@ def _cpu_seconds(process: BaseProcess) -> float:
     return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
 
+async def _drain_plainly(connection: Connection, jobs: int, workers: int, at_once: int = PLAIN_AT_ONCE) -> float:
+    """The usual queue in MongoDB: one document a job, taken by findAndModify, ended by an update. Jobs a second.
+
+    As durable as ours, by as many processes. There is no log, no history, no lease and no view.
+    """
+    async with connection.client() as client:
+        await client.drop_database(connection.db_name)
+        queue = client[connection.db_name].get_collection("queue", write_concern=DURABLE)
+        await queue.create_index([("status", 1), ("priority", -1), ("created_at", 1)])
+        created = datetime.now(UTC)
+        content = {"job_type": "echo", "parameters": {"file": False}, "user_id": "bench", "created_at": created}
+        await queue.insert_many([{"status": "pending", "priority": 1, **content} for _ in range(jobs)])
+        start = _spawn.Event()
+        processes = [_spawn.Process(target=_work_plainly, args=(connection, start, at_once)) for _ in range(workers)]
+        for process in processes:
+            process.start()
+        await asyncio.sleep(3 + workers)  # until all of them stand there
+        begun = time.monotonic()
+        start.set()
+        for process in processes:
+            await asyncio.to_thread(process.join)
+        seconds = time.monotonic() - begun
+        assert await queue.count_documents({"status": "completed"}) == jobs  # noqa: S101 - checks itself
+    return jobs / seconds
+
+
+def _work_plainly(connection: Connection, start: Any, at_once: int) -> None:
+    async def worker() -> None:
+        async with connection.client() as client:
+            queue = client[connection.db_name].get_collection("queue", write_concern=DURABLE)
+            oldest = [("priority", -1), ("created_at", 1)]
+
+            async def one_after_the_other() -> None:
+                taken = {
+                    "$set": {"status": "processing", "worker_id": str(os.getpid()), "started_at": datetime.now(UTC)}
+                }
+                while (job := await queue.find_one_and_update({"status": "pending"}, taken, sort=oldest)) is not None:
+                    ended = {"status": "completed", "completed_at": datetime.now(UTC)}
+                    await queue.update_one({"_id": job["_id"]}, {"$set": ended})
+
+            await asyncio.to_thread(start.wait)
+            await asyncio.gather(*(one_after_the_other() for _ in range(at_once)))
+
+    asyncio.run(worker())
+
+
 async def _drain(
     connection: Connection, store: Path, jobs: int, *, workers: int, files: bool, at_least: float = 0
 ) -> Result:
-    """A backlog that is due all at once; from that moment until the views know that all is done."""
+    """A backlog that is due all at once; from that moment until the views know that all is done.
+
+    Beside it, where nothing is written into files, the same by the plain driver.
+    """
+    plain = None if files else await _drain_plainly(connection, jobs, workers)
     async with _database(connection) as (db, log, checkpoint):
         async with _processes(connection, store, projector=1, worker=workers):
             due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all of them are there and wait
@@ -254,9 +305,9 @@ async def _drain(
         voided = await db.events.count_documents({"type": "PositionVoided"})
     return Result(
         f"drain: {jobs:,} jobs {'with a file each' if files else 'that do nothing'}, {workers} workers, one projector",
-        "",
+        "" if plain is None else f"{plain:,.0f} jobs/s",
         f"{rate:,.0f} jobs/s",
-        None,
+        None if plain is None else rate / plain,
         None,
         f"≥ {at_least:,.0f}/s" if at_least else "",
         rate >= at_least,

@@ -33,7 +33,7 @@ def _until(seconds: float) -> Document:
 RUN_OUT: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
 """Matches lease documents whose time is over, by the server's clock."""
 OVER: Document = {"$inc": {"epoch": 1}}
-"""Declares a lease over that has run out: this and its extension cannot both succeed after that."""
+"""Declares a lease over, if it is still `RUN_OUT`: its holder's next extension finds another epoch, and no lease."""
 _AGAIN_SECONDS = 0.5
 GAP = 0.6
 """Who has not extended a lease for that share of its time has missed a beat. A lease runs out after an outage of at
