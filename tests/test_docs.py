@@ -377,7 +377,7 @@ def commands_in(text: str) -> list[list[str]]:
     ]
     found = []
     for line in [*quoted, *shown]:
-        called = re.search(r"(?:^|[ (])(?:\.venv/bin/)?jobledger ([^|>&)#]*)", line)
+        called = re.search(r"(?:^|[ (])(?:\.venv/bin/|/opt/jobledger/bin/)?jobledger ([^|>&)#]*)", line)
         if called is not None:
             found.append([word for word in shlex.split(called[1]) if not word.startswith("[")])
     return found
