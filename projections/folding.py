@@ -18,7 +18,8 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.events import BatchDeleted, BatchPaused, BatchResumed, DeliveryQueued, JobProgressed, Recorded
 from ledger.leadership import Deposed
-from ledger.mongo import DURABLE, Database, Document, driver_errors
+from ledger.mongo import Database, Document, driver_errors
+from ledger.transactions import transaction
 from projections import batches, deliveries, files, jobs, queue, receivers, statistics, steps
 from projections.views import Views
 
@@ -255,8 +256,7 @@ class Folder:
                 await self.views[view].bulk_write(changes, ordered=False, session=session)
 
         with driver_errors("folding events into the views"):
-            async with self._db.client.start_session() as session:
-                await session.with_transaction(write, write_concern=DURABLE)
+            await transaction(self._db, write)
         self.position = chunk.position
         self._unwritten = None
         self._written.set()

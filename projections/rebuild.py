@@ -11,16 +11,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.asynchronous.collection import AsyncCollection
 
 from ledger.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable
 from ledger.events import Recorded
 from ledger.leadership import Deposed, Leadership
 from ledger.log import EventLog, Subscription
-from ledger.mongo import DURABLE, SNAPSHOT_TOO_OLD, Connection, Database, Document, code_behind, driver_errors
+from ledger.mongo import SNAPSHOT_TOO_OLD, Connection, Database, Document, code_behind, driver_errors
+from ledger.transactions import transaction
 from projections.checkpoint import VIEWS
 from projections.comparison import Difference, differences
 from projections.folding import ALL, VERSION, Folder
@@ -182,12 +185,13 @@ class Rebuild:
         await self._note({"$set": {"emptied": False}})
         for name in NAMES:
             while some := await views[name].find({}, {"_id": 1}, sort=[("_id", 1)], limit=_DELETED_AT_ONCE).to_list():
-                async with (
-                    self._db.client.start_session() as session,
-                    await session.start_transaction(write_concern=DURABLE),
-                ):
-                    await self._note({"$inc": {"deleted": len(some)}}, session)
-                    await views[name].delete_many({"_id": {"$lte": some[-1]["_id"]}}, session=session)
+                await transaction(self._db, partial(self._delete, views[name], some))
+
+    async def _delete(
+        self, view: AsyncCollection[Document], documents: Sequence[Document], session: AsyncClientSession
+    ) -> None:
+        await self._note({"$inc": {"deleted": len(documents)}}, session)
+        await view.delete_many({"_id": {"$lte": documents[-1]["_id"]}}, session=session)
 
     async def _tidy(self) -> None:
         with driver_errors("removing what a rebuild has left"):
@@ -256,8 +260,7 @@ class Rebuild:
             return await switch(session, position)
 
         with driver_errors("putting the new views in their place"):
-            async with self._db.client.start_session() as session:
-                return await session.with_transaction(demand, write_concern=DURABLE)
+            return await transaction(self._db, demand)
 
     def _switch_of(self, beside: Sides, names: Collection[str]) -> Switch:
         """Return what puts the new views in the place of the live ones, in a transaction that demands our note."""

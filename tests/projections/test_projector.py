@@ -7,12 +7,14 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ledger import transactions
 from ledger.commands import CancelJob, FinishStep, ReportProgress
 from ledger.envelope import Append
 from ledger.errors import LedgerBusy
@@ -25,7 +27,8 @@ from projections.checkpoint import VIEWS
 from projections.folding import FOLDED, VERSION, Chunk, Folder
 from projections.projector import Projector
 from tests.projections.refold import assert_views_equal_the_log, live, refolded, stored, switch
-from tests.support.running import Process, process, real_process, until
+from tests.support.running import PATIENCE_SECONDS, Process, process, real_process, until
+from tests.support.wire import Wire
 
 
 async def a_history(here: Process, dice: random.Random, *, lives: int = 4, steps: int = 60) -> None:
@@ -297,6 +300,54 @@ async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_sto
             await second.views_reach(2, seconds=3)
             standing_by.cancel()
             await asyncio.gather(standing_by, return_exceptions=True)
+
+
+async def test_a_leader_that_stops_within_a_transaction_does_not_leave_it_open(
+    mongodb_uri: str, connection: Connection, store: Path
+) -> None:
+    """The statement that begins it is still on its way when the leader is told to stop."""
+    with Wire(mongodb_uri) as wire:
+        async with (
+            process(connection, store) as here,
+            process(replace(connection, uri=wire.uri), store, projector=True) as leader,
+        ):
+            await here.submit()
+            await here.views_reach(1)
+            wire.hold("update")
+            await here.submit()
+            assert await asyncio.to_thread(wire.held.wait, PATIENCE_SECONDS)
+            assert leader.projecting is not None
+            leader.projecting.cancel()
+            asyncio.get_running_loop().call_later(0.5, wire.release)
+            await asyncio.wait({leader.projecting}, timeout=PATIENCE_SECONDS)
+            await asyncio.sleep(0.6)  # long enough for the statement, if nobody waited for it
+            async with process(connection, store, projector=True):
+                await here.submit()
+                await here.views_reach(3, seconds=3)
+                await assert_views_equal_the_log(here)
+
+
+async def test_a_leader_stops_although_its_transaction_does_not_come_to_an_end(
+    mongodb_uri: str, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "END_SECONDS", 0.5)
+    with Wire(mongodb_uri) as wire:
+        async with (
+            process(connection, store) as here,
+            process(replace(connection, uri=wire.uri), store, projector=True) as leader,
+        ):
+            await here.submit()
+            await here.views_reach(1)
+            wire.hold("update")
+            await here.submit()
+            assert await asyncio.to_thread(wire.held.wait, PATIENCE_SECONDS)
+            assert leader.projecting is not None
+            leader.projecting.cancel()
+            await asyncio.wait({leader.projecting}, timeout=PATIENCE_SECONDS)
+            assert leader.projecting.done()
+            wire.cut()  # what is held never arrives
+            async with process(connection, store, projector=True):
+                await here.views_reach(2)
 
 
 async def test_a_standby_leads_when_the_leader_was_killed_and_its_lease_has_run_out(
