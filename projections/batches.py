@@ -156,8 +156,9 @@ def _without(job_ids: list[str], job_id: str) -> list[str]:
 def reaction(batch: Document) -> BatchCommand | None:
     """Return what has to be recorded about a batch, seeing its counts: that it has ended, or goes on again.
 
-    The projector asks this of every batch it has changed, and of all `unsettled` ones at start. So whoever crashes
-    when, a batch whose jobs have all ended is finished, and one whose job was restarted is open again.
+    The projector asks this of all `unsettled` batches when a new leader has caught up with the log, and from then on
+    of every batch it has changed. So whoever crashes when, a batch whose jobs have all ended is finished, and one whose
+    job was restarted is open again.
     """
     ended = batch["completed_jobs"] + batch["failed_jobs"] + batch["cancelled_jobs"]
     if batch["status"] == "processing" and ended == batch["total_jobs"]:
@@ -253,7 +254,7 @@ async def paused_among(views: Views, batch_ids: Collection[str]) -> set[str]:
 
 
 async def unsettled(views: Views) -> Sequence[Document]:
-    """Return the batches that are not finished, or have an unfinished job again, for `reaction` at start."""
+    """Return the batches that are not finished, or have an unfinished job again, for `reaction`."""
     unfinished = [{"status": "processing"}, {"pending_jobs": {"$gt": 0}}, {"processing_jobs": {"$gt": 0}}]
     with driver_errors("looking for unfinished batches"):
         return await views[NAME].find({"$or": unfinished}, {"job_ids": 0, "parameters": 0}).to_list()

@@ -98,8 +98,11 @@ class Projector:
         _log.info("projector leads", position=folder.position, epoch=self._leadership.epoch)
         tidying = asyncio.create_task(self._tidy(), name="tidy")
         try:
-            await self._react(await batches.unsettled(folder.views))
             async with self._log.subscription(after=folder.position) as events:
+                head = await self._log.head()
+                while folder.position < head:  # what the views say on the way there need not be so any more
+                    await folder.fold(await events.chunk(CHUNK_EVENTS))
+                await self._react(await batches.unsettled(folder.views))
                 while True:
                     await self._react(await folder.fold(await events.chunk(CHUNK_EVENTS)))
         finally:

@@ -21,6 +21,7 @@ from ledger.commands import (
 )
 from ledger.events import BatchFinished, BatchReopened, Recorded
 from ledger.mongo import Connection, Document
+from projections import projector
 from projections.projector import Projector
 from tests.projections.refold import assert_views_equal_the_log, failure, results
 from tests.support.running import Process, process
@@ -223,3 +224,20 @@ async def test_a_batch_is_reopened_though_the_leader_died_before_saying_so(
         assert await here.history(batch_id) == ["BatchSubmitted", "BatchFinished"]
         async with process(connection, store, projector=True):
             await here.heard(BatchReopened, batch_id, seconds=5)
+
+
+async def test_who_has_much_to_catch_up_with_says_nothing_of_a_batch_that_has_gone_on_meanwhile(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way there the views hold a batch whose jobs have all ended. One of them waits again since."""
+    monkeypatch.setattr(projector, "CHUNK_EVENTS", 1)
+    async with process(connection, store) as here:
+        batch_id, job_ids = await here.submit_batch({}, {})
+        await last_end(here, *job_ids)
+        await here.do(job_ids[0], RestartJob("user-1"))
+        async with process(connection, store, projector=True):
+            await here.views_reach()
+            await here.do(job_ids[0], CancelJob("user-1"))
+            last = await finished(here, batch_id)
+        assert last["cancelled_jobs"] == 1
+        assert await here.history(batch_id) == ["BatchSubmitted", "BatchFinished"]

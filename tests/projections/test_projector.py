@@ -30,6 +30,9 @@ from tests.projections.refold import assert_views_equal_the_log, live, refolded,
 from tests.support.running import PATIENCE_SECONDS, Process, process, real_process, until
 from tests.support.wire import Wire
 
+SOON_SECONDS = 8.0
+"""Before a standby would try again by itself (11 s with a lease of 30), or the server end an open transaction (10)."""
+
 
 async def a_history(here: Process, dice: random.Random, *, lives: int = 4, steps: int = 60) -> None:
     """Jobs in two batches and of several tracks, and what happens to them, from several sides at once."""
@@ -264,7 +267,7 @@ async def test_a_standby_leads_at_once_when_the_leader_stops(connection: Connect
             first.projecting.cancel()
             await asyncio.gather(first.projecting, return_exceptions=True)
             await second.submit()
-            await second.views_reach(2, seconds=3)
+            await second.views_reach(2, seconds=SOON_SECONDS)
 
 
 async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_stops(
@@ -297,7 +300,7 @@ async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_sto
             monkeypatch.setattr(standby._leadership._lease, "acquire", acquire)
             standing_by = asyncio.create_task(standby.run())
             await second.submit()
-            await second.views_reach(2, seconds=3)
+            await second.views_reach(2, seconds=SOON_SECONDS)
             standing_by.cancel()
             await asyncio.gather(standing_by, return_exceptions=True)
 
@@ -323,7 +326,7 @@ async def test_a_leader_that_stops_within_a_transaction_does_not_leave_it_open(
             await asyncio.sleep(0.6)  # long enough for the statement, if nobody waited for it
             async with process(connection, store, projector=True):
                 await here.submit()
-                await here.views_reach(3, seconds=3)
+                await here.views_reach(3, seconds=SOON_SECONDS)
                 await assert_views_equal_the_log(here)
 
 
