@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.follow import follow, submit
+from cli.remote import api_at
 from cli.settings import Settings, read_settings
 from cli.wiring import ALL_ROLES, Stop, roles
 from ledger.errors import ConfigurationError, LedgerUnavailable
@@ -61,7 +62,7 @@ async def run(settings: Settings, connection: Connection, directory: Path, conso
     async with (
         demo_site.serve(site) as site_url,
         roles(settings, connection, ALL_ROLES, failed=stop.fail) as running,
-        httpx.AsyncClient(base_url=running.url or "", timeout=30, trust_env=False) as client,
+        api_at(running.url or "") as client,
     ):
         sessions = demo_site.sessions(site_url)
         console.print(f"  It is served at {site_url}")

@@ -12,16 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable
+from cli.remote import content_of, foreign
+from cli.telling import printable
+from ledger.errors import ConfigurationError, LedgerUnavailable
 
 _ENDED: Final = {"JobCompleted": "completed", "JobFailed": "failed", "JobCancelled": "cancelled"}
 _STYLES: Final = {"completed": "green", "failed": "red", "cancelled": "yellow"}
 _BARS_SHOWN: Final = 30
 _RECONNECTS: Final = 60
-
-
-class Refused(JobledgerError):
-    """The API said no; the message is its answer."""
 
 
 def as_batch(content: Any) -> dict[str, Any]:
@@ -40,79 +38,24 @@ def as_batch(content: Any) -> dict[str, Any]:
     raise ConfigurationError(f"expected a session, a list of sessions, or a batch; found {type(content).__name__}")
 
 
-def credentials(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the header by which we say who we are: the key is in JOBLEDGER_KEY, out of sight of other users.
-
-    Raises:
-        ConfigurationError: what is in there can be no key.
-    """
-    key = environment.get("JOBLEDGER_KEY", "").strip()
-    if not key:
-        return {}
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigurationError(
-            "JOBLEDGER_KEY holds no key: expected what `jobledger keys create` printed, or a token."
-        )
-    return {"Authorization": f"Bearer {key}"}
-
-
 async def submit(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """Submit a batch and return the answer and the position behind which its story begins.
 
     Raises:
         ConfigurationError: JSON cannot say it, or the API does not know who we are.
         Refused: the API said no.
-        LedgerUnavailable: it does not answer.
+        httpx.HTTPError: it does not answer.
     """
     try:
         body = orjson.dumps(batch)
     except TypeError as error:  # YAML knows more than JSON: names that are numbers, bytes, sets, endless integers
         raise ConfigurationError(f"what is to be submitted cannot be written as JSON: {error}") from error
-    try:
-        answer = await client.post("/api/events/batches", content=body, headers={"Content-Type": "application/json"})
-    except httpx.HTTPError as error:
-        raise LedgerUnavailable(
-            f"No jobledger answers at {client.base_url}: {error}. Is it running (`jobledger up`)?"
-        ) from error
+    answer = await client.post("/api/events/batches", content=body, headers={"Content-Type": "application/json"})
     content = content_of(answer)
     if "Ledger-Position" not in answer.headers:
-        raise _foreign(answer)
+        raise foreign(answer)
     # The jobs' own events were written with the batch; nothing of the story is before them.
     return content, int(answer.headers["Ledger-Position"]) - content["batch"]["total_jobs"] - 1
-
-
-def content_of(answer: httpx.Response) -> dict[str, Any]:
-    """Return what the API answers.
-
-    Raises:
-        Refused: it said no, or is something else.
-        ConfigurationError: it does not know who we are.
-        LedgerUnavailable: it cannot answer now.
-    """
-    try:
-        content = orjson.loads(answer.content)
-    except orjson.JSONDecodeError:
-        raise _foreign(answer) from None
-    if not isinstance(content, dict) or "status" not in content:
-        raise _foreign(answer)
-    if answer.status_code == 503:
-        raise LedgerUnavailable(content.get("message", f"{answer.url} is not available now"))
-    if answer.status_code == 401:
-        raise ConfigurationError(_not_signed_in(answer))
-    if answer.is_error:
-        raise Refused(content.get("message", f"HTTP status {answer.status_code}"))
-    return content
-
-
-def _not_signed_in(answer: httpx.Response) -> str:
-    where = answer.url.copy_with(path="/", query=None)
-    if "Authorization" in answer.request.headers:
-        return f"{where} does not accept the key in JOBLEDGER_KEY: it is not valid, or not any more."
-    return f"{where} asks who you are: set JOBLEDGER_KEY to a key that `jobledger keys create` has made there."
-
-
-def _foreign(answer: httpx.Response) -> Refused:
-    return Refused(f"{answer.url} answered {answer.status_code}, and not as a jobledger does")
 
 
 async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> AsyncIterator[dict[str, Any]]:
@@ -200,9 +143,7 @@ async def follow(
 def _tell(console: Console, name: str, kind: str, data: Mapping[str, Any]) -> None:
     status = _ENDED[kind]
     why = f": {data['error']['message']}" if kind == "JobFailed" else ""
-    console.print(
-        f"[{_STYLES[status]}]{status:>9}[/] {escape(_printable(name + why))}", highlight=False, soft_wrap=True
-    )
+    console.print(f"[{_STYLES[status]}]{status:>9}[/] {escape(printable(name + why))}", highlight=False, soft_wrap=True)
 
 
 def _tally(ended: Mapping[str, str]) -> str:
@@ -211,10 +152,5 @@ def _tally(ended: Mapping[str, str]) -> str:
 
 
 def _short(text: str, length: int = 40) -> str:
-    text = _printable(text)
+    text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _printable(text: str) -> str:
-    """Titles come from anywhere: none of them may steer the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from cli import audit
-from cli.running import ConfigOption, any_server, settings_of
+from cli.running import ConfigOption, JsonOption, any_server, settings_of
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
 from ledger.log import LARGEST_POSITION
 from ledger.mongo import UNAUTHORIZED, Connection, code_behind
@@ -25,7 +25,6 @@ from ledger.mongo import UNAUTHORIZED, Connection, code_behind
 app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
 FAILED = 1
 _LINE_EVERY_SECONDS = 5.0
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result for programs.")]
 FromOption = Annotated[int, typer.Option("--from", min=1, max=LARGEST_POSITION, help="Begin at this position.")]
 ToOption = Annotated[
     int | None,

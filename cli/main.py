@@ -6,13 +6,11 @@ Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or configurati
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import httpx
 import orjson
 import typer
 import yaml
@@ -22,11 +20,12 @@ from rich.table import Table
 
 from cli import demo as demo_command
 from cli import doctor as doctor_command
-from cli import keys, log, replay, webhooks
-from cli.follow import Refused, as_batch, credentials, follow
+from cli import keys, log, replay, webhooks, work
+from cli.follow import as_batch, follow
 from cli.follow import submit as submit_batch
+from cli.remote import HERE, UrlOption, api_at
 from cli.rights import for_mongosh
-from cli.running import HERE, ConfigOption, UrlOption, any_server, run_roles, settings_of, web_address
+from cli.running import ConfigOption, JsonOption, any_server, run_roles, settings_of
 from cli.settings import Settings
 from cli.wiring import ALL_ROLES, database_server, set_up_logging
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
@@ -41,6 +40,8 @@ app = typer.Typer(
 )
 app.add_typer(log.app, name="log")
 app.command()(replay.replay)
+app.add_typer(work.jobs_app, name="jobs")
+app.add_typer(work.batches_app, name="batches")
 app.add_typer(webhooks.app, name="webhooks")
 keys_app = typer.Typer(help="API keys, for auth.mode `keys`; directly on the database.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
@@ -145,7 +146,7 @@ def keys_create(
     name: Annotated[str | None, typer.Option(help="What it is for, to tell it from others.")] = None,
     expires_in: Annotated[str | None, typer.Option(help="How long it is good, such as 12h or 90d. Else: ever.")] = None,
     config: ConfigOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make an API key. It is shown this once: only a digest of it is stored."""
     settings = settings_of(config)
@@ -161,7 +162,7 @@ def keys_create(
 @keys_app.command("list")
 def keys_list(
     config: ConfigOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show all API keys: whose they are, and until when."""
     settings = settings_of(config)
@@ -177,7 +178,7 @@ def keys_list(
 def keys_revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="Which one, as `keys list` shows it.")],
     config: ConfigOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Revoke an API key: from now on it opens nothing."""
     settings = settings_of(config)
@@ -198,9 +199,7 @@ async def _collect(settings: Settings, uri: str) -> list[doctor_command.Finding]
 
 async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
     console = Console()
-    async with httpx.AsyncClient(
-        base_url=web_address(url), headers=credentials(os.environ), timeout=60, trust_env=False
-    ) as client:
+    async with api_at(url) as client:
         submitted, before = await submit_batch(client, batch)
         console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
         if not wait:
@@ -249,7 +248,7 @@ def run() -> None:
         _give_up(error, USAGE)
     except LedgerUnavailable as error:
         _give_up(error, UNREACHABLE)
-    except (Refused, JobledgerError) as error:
+    except JobledgerError as error:
         _give_up(error, FAILED)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import audit
-from cli.log import AS_OF, JsonOption, progress, then_of
-from cli.running import ConfigOption, any_server, settings_of
+from cli.log import AS_OF, progress, then_of
+from cli.running import ConfigOption, JsonOption, any_server, settings_of
 from cli.telling import moment
 from ledger.errors import ConfigurationError
 from ledger.mongo import Connection

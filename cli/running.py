@@ -1,4 +1,4 @@
-"""cli: what several commands do: read the settings, find the database, run roles, reach an API."""
+"""cli: what several commands do: read the settings, find the database, run roles."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import typer
 
 from cli.settings import Settings, read_settings
 from cli.wiring import ALL_ROLES, Role, Stop, database_server, keep_running, roles, set_up_logging
 from ledger.embedded import EmbeddedServer, attach_or_start
-from ledger.errors import ConfigurationError
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", envvar="JOBLEDGER_CONFIG", help="The settings. Without it: ./config.yaml.")
 ]
-UrlOption = Annotated[str, typer.Option(envvar="JOBLEDGER_URL", help="Where the API is.")]
-HERE = "http://127.0.0.1:5001"
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result for programs.")]
 
 
 def any_server(settings: Settings) -> AbstractContextManager[str]:
@@ -63,18 +60,3 @@ async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wa
         typer.echo("Stopping: running jobs may end, the rest is given back …", err=True)
     if stop.error is not None:
         raise typer.Exit(1)
-
-
-def web_address(url: str) -> httpx.URL:
-    """Return the address of an API.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ConfigurationError(f"--url {url} is not an address: {error}") from error
-    if address.scheme not in ("http", "https") or not address.host:
-        raise ConfigurationError(f"--url {url} is not an address: expected something like http://127.0.0.1:5001")
-    return address

@@ -23,6 +23,21 @@ def moment(time: datetime) -> str:
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
+def lasted(seconds: float) -> str:
+    """Return how long something took: `0.8 s`, `42 s`, `7 min 5 s`, `2 h 3 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def printable(text: str) -> str:
+    """Return a text that comes from anywhere, such as a title, so that it cannot steer the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def line_of(event: Recorded, *, with_stream: bool = True) -> Text:
     """Return an event as a line: where it is, when it was, what happened, and by whom."""
     kind = event.type

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
-import httpx
 import orjson
 import typer
 from bson import ObjectId
@@ -16,20 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli.follow import content_of, credentials
-from cli.running import HERE, ConfigOption, UrlOption, run_roles, settings_of, web_address
-from ledger.errors import ConfigurationError, LedgerUnavailable
+from cli.remote import HERE, UrlOption, api_at, content_of, given
+from cli.running import ConfigOption, JsonOption, run_roles, settings_of
+from ledger.errors import ConfigurationError
 from ledger.signing import new_secret, signed_headers
 from workers.webhooks.sending import Answer, Outgoing, Sender
 
 app = typer.Typer(help="Webhooks: who was told what.", invoke_without_command=True)
 _PATH: Final = "/api/monitoring/events/webhooks"
 _STYLES: Final = {"delivered": "green", "pending": "yellow", "abandoned": "red"}
-Result = TypeVar("Result")
 JobOption = Annotated[str | None, typer.Option("--job", help="Those that tell of this job.")]
 BatchOption = Annotated[str | None, typer.Option("--batch", help="Those of this batch and its jobs.")]
 HostOption = Annotated[str | None, typer.Option(help="Those to this host and port, such as example.org:443.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result for programs.")]
 
 
 @app.callback()
@@ -52,10 +47,11 @@ def listing(
     """Show webhooks that were sent or are to be sent, and what became of them."""
     query = {"status": status, "job_id": job, "batch_id": batch, "host": host, "limit": limit}
 
-    async def ask(client: httpx.AsyncClient) -> dict[str, Any]:
-        return content_of(await client.get(_PATH, params=_given(query)))
+    async def ask() -> dict[str, Any]:
+        async with api_at(url) as client:
+            return content_of(await client.get(_PATH, params=given(query)))
 
-    found = asyncio.run(_with_api(url, ask))
+    found = asyncio.run(ask())
     if as_json:
         typer.echo(orjson.dumps(found["deliveries"]))
     elif found["deliveries"]:
@@ -78,21 +74,23 @@ def redeliver(
     as_json: JsonOption = False,
 ) -> None:
     """Send webhooks again: those that are named, or, without ids, those that were given up and fit the options."""
-    filters = _given({"status": status, "job_id": job, "batch_id": batch, "host": host})
+    filters = given({"status": status, "job_id": job, "batch_id": batch, "host": host})
     if ids and filters:
         raise ConfigurationError("Name ids, or say which ones by options; both at once can be misunderstood.")
     if not ids and not filters:
         raise ConfigurationError("Which ones? Name ids, or for example --status abandoned for all that were given up.")
 
-    async def ask(client: httpx.AsyncClient) -> int:
-        if not ids:
-            answer = await client.post("/api/monitoring/events/redeliver", json=filters | _given({"reason": reason}))
-            return int(content_of(answer)["redelivered"])
-        for delivery_id in ids:
-            content_of(await client.post(f"{_PATH}/{delivery_id}/redeliver", json=_given({"reason": reason})))
-        return len(ids)
+    async def ask() -> int:
+        why = given({"reason": reason})
+        async with api_at(url) as client:
+            if not ids:
+                answer = await client.post("/api/monitoring/events/redeliver", json=filters | why)
+                return int(content_of(answer)["redelivered"])
+            for delivery_id in ids:
+                content_of(await client.post(f"{_PATH}/{delivery_id}/redeliver", json=why))
+            return len(ids)
 
-    number = asyncio.run(_with_api(url, ask))
+    number = asyncio.run(ask())
     typer.echo(orjson.dumps({"redelivered": number}) if as_json else f"{number} to be sent again.")
 
 
@@ -137,21 +135,6 @@ async def _send(outgoing: Outgoing, allow_private: list[str], timeout_seconds: f
         return await sender.send(outgoing)
     finally:
         await sender.aclose()
-
-
-async def _with_api(url: str, ask: Callable[[httpx.AsyncClient], Awaitable[Result]]) -> Result:
-    async with httpx.AsyncClient(
-        base_url=web_address(url), headers=credentials(os.environ), timeout=60, trust_env=False
-    ) as client:
-        try:
-            return await ask(client)
-        except httpx.HTTPError as error:
-            message = f"No jobledger answers at {url}: {error}. Is it running (`jobledger up`)?"
-            raise LedgerUnavailable(message) from error
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _header(text: str) -> tuple[str, str]:

@@ -174,6 +174,35 @@ def test_the_settings_for_an_identity_provider_are_as_the_how_to_says(tmp_path: 
     assert settings.auth.admins == ["team-operators"]
 
 
+def test_work_is_looked_at_stopped_and_gone_on_with_as_the_how_to_says(
+    mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
+    """On two sessions that fail, and one that waits and is cancelled."""
+    looking, showing, stopping, going_on, many = blocks(DOCS / "how-to" / "operating.md", "sh")
+    failing = {"job_type": "echo", "job_name": "Opening", "parameters": {"fail": "no luck"}}
+    batch = {"jobs": [failing, failing, {**failing, "not_before": "2099-01-01T00:00:00Z"}]}
+    with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
+        for role in ("projector", "worker", "api"):
+            installation.start(role).ready()
+        url = installation.roles[-1].url
+        batch_id = installation.run("submit", "-", stdin=json.dumps(batch), JOBLEDGER_URL=url).out.split(":")[0]
+        until(lambda: "2 failed" in typed(installation, f"jobledger batches show {batch_id}"), 20)
+        [waiting] = typed(installation, "jobledger jobs list --status pending --ids").split()
+        ids = f"BATCH={batch_id} JOB={waiting}"
+        said = typed(installation, ids, looking, showing)
+        assert said.count("ECHO_FAILED: no luck") == 2 + 2, "in the list of what failed, and of what is called so"
+        assert "There are none." in said
+        assert "not before 2099" in said
+        said = typed(installation, ids, stopping, going_on)
+        assert f"{batch_id} is processing, paused\n" in said
+        assert f"{waiting} is cancelled\n" in said
+        assert f"{waiting} is pending\n" in said
+        assert re.search(rf"{batch_id}: [23] of 3 jobs changed\n", said), "the third may have failed again by now"
+        until(lambda: typed(installation, "jobledger jobs list --status failed --ids").count("job-") == 2, 20)
+        said = typed(installation, many.replace("FETCH_FAILED", "ECHO_FAILED"))
+        assert len(re.findall(r"job-\w+ is pending", said)) == 2
+
+
 WEBHOOKS = DOCS / "how-to" / "webhooks.md"
 
 

@@ -1,0 +1,199 @@
+"""`jobledger jobs …` and `jobledger batches …`, typed at an installation that is up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cli import work
+from ledger.server_note import until
+from tests.support.installation import Ended, Installation
+from tests.support.mongod import needs_local_mongod
+
+pytestmark = needs_local_mongod
+
+BATCH: dict[str, Any] = {
+    "batch_name": "Day \x1b[31mone",
+    "jobs": [
+        {"job_type": "echo", "job_name": "Opening [b]", "parameters": {"text": "hello"}},
+        {"job_type": "echo", "parameters": {"session": "Key\x07note", "seconds": 120}},
+        {"job_type": "echo", "job_name": "Broken", "parameters": {"fail": "no [luck]"}},
+        {"job_type": "echo", "job_name": "Waiting", "parameters": {"fail": "late", "transient": True}},
+    ],
+}
+
+
+class Desk:
+    """Where somebody types commands, with a batch that has got as far as it gets."""
+
+    def __init__(self, installation: Installation) -> None:
+        self.installation = installation
+        self.url = installation.roles[0].url
+        self.batch_id = self.says(0, "submit", "-", stdin=yaml.safe_dump(BATCH)).split(":")[0]
+        assert until(lambda: [self.job(n)["status"] for n in range(3)] == ["completed", "processing", "failed"], 20)
+        assert until(lambda: self.job(3)["retries"] > 0, 20)
+
+    def types(self, *arguments: str, stdin: str = "") -> Ended:
+        return self.installation.run(*arguments, stdin=stdin, JOBLEDGER_URL=self.url)
+
+    def says(self, exit_code: int, *arguments: str, stdin: str = "") -> str:
+        ended = self.types(*arguments, stdin=stdin)
+        assert ended.exit_code == exit_code, ended.out + ended.err
+        return ended.out
+
+    def told(self, *arguments: str) -> Any:
+        return json.loads(self.says(0, *arguments, "--json"))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs of the batch, as they were submitted."""
+        return list(self.told("jobs", "list", "--batch", self.batch_id, "--oldest-first"))
+
+    def job(self, number: int) -> dict[str, Any]:
+        jobs = self.jobs()
+        return jobs[number] if len(jobs) == len(BATCH["jobs"]) else {"status": "", "retries": 0}
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    with Installation(tmp_path_factory.mktemp("up")) as installation:
+        installation.up()
+        yield installation
+
+
+@pytest.fixture
+def desk(installation: Installation) -> Iterator[Desk]:
+    desk = Desk(installation)
+    yield desk
+    desk.says(0, "batches", "cancel", desk.batch_id)  # else the next finds no worker
+
+
+def one_line(ended: Ended, exit_code: int, *words: str) -> None:
+    assert (ended.exit_code, ended.err.count("\n")) == (exit_code, 1), ended.out + ended.err
+    assert ended.err.startswith("jobledger: "), ended.err
+    for word in words:
+        assert word in ended.err
+
+
+def test_a_list_says_of_each_job_what_one_wants_to_know(desk: Desk) -> None:
+    said = desk.says(0, "jobs", "list", "--batch", desk.batch_id, "--oldest-first").splitlines()
+    header, opening, keynote, broken, waiting, count = said
+    assert header.split("  ")[0] == "job"
+    assert " completed " in opening
+    assert opening.endswith("Opening [b]  1 files")
+    assert " processing " in keynote
+    assert "Key note" in keynote
+    assert "of 120 seconds have passed" in keynote
+    assert broken.endswith("Broken       ECHO_FAILED: no [luck]")
+    assert " pending " in waiting
+    assert "not before 20" in waiting
+    assert waiting.endswith(": ECHO_FAILED: late")
+    assert count == "4 of 4"
+    assert {line.split()[0] for line in said[1:5]} == {job["job_id"] for job in desk.jobs()}
+
+
+def test_lists_are_narrowed_down_and_read_page_by_page(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [job["job_id"] for job in desk.jobs()]
+    mine = ("--batch", desk.batch_id)
+    assert desk.says(0, "jobs", "list", *mine, "--ids", "--oldest-first").split() == ids
+    assert desk.says(0, "jobs", "list", *mine, "--ids").split() == ids[::-1]
+    assert desk.says(0, "jobs", "list", *mine, "--ids", "--status", "failed").split() == [ids[2]]
+    assert desk.says(0, "jobs", "list", *mine, "--ids", "--error", "ECHO_FAILED", "--oldest-first").split() == ids[2:]
+    assert desk.says(0, "jobs", "list", *mine, "--ids", "--search", "opening").split() == [ids[0]]
+    assert desk.says(0, "jobs", "list", *mine, "--ids", "--type", "session") == ""
+    assert desk.says(0, "jobs", "list", *mine, "--before", "2026-02-01T09:30") == "There are none.\n"
+    assert len(desk.says(0, "jobs", "list", *mine, "--ids", "--after", "2026-02-01").split()) == 4
+    assert desk.says(0, "jobs", "list", *mine, "--limit", "3").endswith("\n3 of 4\n")
+    assert desk.batch_id in desk.says(0, "batches", "list", "--search", "day", "--ids").split()
+    monkeypatch.setattr(work, "_PAGE", 3)
+    for limit in (2, 3, 4, 100):
+        asked = ["list", *mine, "--ids", "--oldest-first", "--limit", str(limit), "--url", desk.url]
+        assert CliRunner().invoke(work.jobs_app, asked).output.split() == ids[:limit]
+
+
+def test_what_is_shown_of_a_job_cannot_steer_the_terminal(desk: Desk) -> None:
+    opening, keynote, broken, waiting = desk.jobs()
+    said = desk.says(0, "jobs", "show", opening["job_id"])
+    assert said.startswith(f"{opening['job_id']}  completed\n")
+    assert f"markdown   {desk.url}/api/events/files/" in said
+    assert "echo.md (" in said
+    assert "  repeated " not in said
+    said = desk.says(0, "jobs", "show", keynote["job_id"])
+    assert "name       Key note\n" in said
+    assert "progress   " in said
+    said = desk.says(0, "jobs", "show", broken["job_id"])
+    assert "error      ECHO_FAILED: no [luck]\n" in said
+    said = desk.says(0, "jobs", "show", waiting["job_id"])
+    assert "repeated   1 of 2 times\n" in said or "repeated   2 of 2 times\n" in said
+    assert "said       " in said
+    said = desk.says(0, "jobs", "show", opening["job_id"], "--as-of", str(opening["position"] - 1))
+    assert "completed" not in said.splitlines()[0]
+    assert desk.told("jobs", "show", opening["job_id"]) == opening
+    said = desk.says(0, "batches", "show", desk.batch_id)
+    assert said.startswith(f"{desk.batch_id}  processing\n")
+    assert "\x1b" not in said
+    assert "name       Day  [31mone\n" in said
+    assert "jobs       4: 1 pending, 1 processing, 1 completed, 1 failed\n" in said
+    assert desk.told("batches", "show", desk.batch_id)["failed_jobs"] == 1
+
+
+def test_jobs_are_cancelled_and_restarted_and_what_is_refused_is_told_and_keeps_nobody_back(desk: Desk) -> None:
+    opening, keynote, broken, _ = (job["job_id"] for job in desk.jobs())
+    ended = desk.types("jobs", "cancel", opening, keynote, "--reason", "wrong [recording]")
+    assert ended.exit_code == 1
+    assert ended.err == f"{opening}: the job is completed and cannot be cancelled: it has ended already\n"
+    assert ended.out == f"{keynote} is processing, to be cancelled\n"
+    assert until(lambda: desk.job(1)["status"] == "cancelled", 10)
+    assert "reason wrong [recording]" in desk.says(0, "log", "show", keynote)
+    assert desk.says(0, "jobs", "restart", broken, broken, "--from-scratch") == f"{broken} is pending\n"
+    assert until(lambda: desk.job(2)["attempt"] == 2, 10)
+    [restarted, refused] = json.loads(desk.says(1, "jobs", "restart", keynote, "job-0", "--json"))
+    assert (restarted["id"], restarted["job"]["status"]) == (keynote, "pending")
+    assert refused == {"id": "job-0", "refused": "There is no job job-0."}
+
+
+def test_batches_are_paused_resumed_cancelled_and_restarted(desk: Desk) -> None:
+    assert desk.says(0, "batches", "pause", desk.batch_id) == f"{desk.batch_id} is processing, paused\n"
+    assert until(lambda: "pending, paused" in desk.says(0, "jobs", "list", "--batch", desk.batch_id), 10)
+    again = desk.types("batches", "pause", desk.batch_id, "batch-0")
+    assert again.exit_code == 1
+    assert "batch-0: There is no batch batch-0.\n" in again.err
+    assert desk.says(0, "batches", "resume", desk.batch_id) == f"{desk.batch_id} is processing\n"
+    assert desk.says(0, "batches", "cancel", desk.batch_id) == f"{desk.batch_id}: 2 of 4 jobs changed\n"
+    assert until(lambda: desk.told("batches", "show", desk.batch_id)["status"] == "partial", 10)
+    assert f"{desk.batch_id}  partial " in desk.says(0, "batches", "list")
+    [answer] = desk.told("batches", "restart", desk.batch_id, "--only", "cancelled")
+    assert answer["jobs"] == {"total": 4, "changed": 2, "unchanged": 2, "refused": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["jobs", "show", "batch-1"], ["batch-1 is a batch", "jobledger batches"]),
+        (["batches", "pause", "job-1"], ["job-1 is a job", "jobledger jobs"]),
+        (["jobs", "show", "x"], ["expected one that begins with job-"]),
+        (["jobs", "cancel", "job-1", "job-/../../x"], ["is no id of a job"]),
+        (["batches", "cancel", "batch-\x1b"], [r"\x1b", "is no id of a batch"]),
+        (["jobs", "list", "--after", "yesterday"], ["--after yesterday: expected a time such as"]),
+        (["jobs", "show", "job-1", "--as-of", "then"], ["--as-of then: expected a position of the log, or a time"]),
+        (["jobs", "list", "--url", "nowhere"], ["http://127.0.0.1:5001"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_one_line_before_anything_is_done(
+    installation: Installation, arguments: list[str], words: list[str]
+) -> None:
+    one_line(installation.run(*arguments, JOBLEDGER_URL="http://127.0.0.1:1"), 2, *words)
+
+
+def test_what_the_api_says_is_said_in_its_words(installation: Installation) -> None:
+    url = installation.roles[0].url
+    one_line(installation.run("jobs", "list", "--status", "done", JOBLEDGER_URL=url), 1, "'pending', 'processing'")
+    one_line(installation.run("jobs", "show", "job-0", JOBLEDGER_URL=url), 1, "There is no job job-0.")
+    one_line(installation.run("batches", "show", "batch-0", JOBLEDGER_URL=url), 1, "There is no batch batch-0.")
+    nobody = installation.run("jobs", "list", JOBLEDGER_URL="http://127.0.0.1:1")
+    one_line(nobody, 3, "No jobledger answers at http://127.0.0.1:1", "jobledger up")
