@@ -51,12 +51,12 @@ class Leadership:
 
     async def once(self, lead: Callable[[], Awaitable[None]]) -> None:
         """Stand by, lead, stand by …, until `lead` has come to its end. What it raises ends this, too, but Deposed."""
-        pause = 0.1
+        pause, told = 0.1, False
         while True:
             try:
                 self._vacant.clear()  # before we ask: the leader may let go while the refusal is on its way to us
                 if await self._lease.acquire({"holder": self._holder}):
-                    begun = time.monotonic()
+                    begun, told = time.monotonic(), False
                     try:
                         if await self._lead(lead):
                             return
@@ -67,6 +67,9 @@ class Leadership:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 else:
+                    if not told:
+                        _log.info("another process does it, standing by", matter=self._matter)
+                        told = True
                     await self._wait_for_vacancy()
             except (LedgerUnavailable, LedgerBusy) as error:
                 _log.warning("leading is interrupted, going on", matter=self._matter, error=str(error))

@@ -9,7 +9,7 @@ from typing import Any, Final
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.mongo import MAJORITY, Database
-from projections.views import Views
+from projections.views import Sides, Views
 
 VIEWS: Final = "views"
 
@@ -48,6 +48,11 @@ class Checkpoint:
     async def version_other_than(self, version: int) -> None:
         """Return once the live views are of another version."""
         while self.version in (None, version):
+            await self._moved.wait()
+
+    async def sides_other_than(self, sides: Sides) -> None:
+        """Return once others are live: somebody has made views anew."""
+        while self.views.sides == sides:
             await self._moved.wait()
 
     async def resync(self, session: AsyncClientSession) -> None:

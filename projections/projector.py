@@ -130,16 +130,19 @@ class Projector:
         return Folder(self._db, Views(self._db, sides), checkpoint=VIEWS, fence=fence, position=int(found["position"]))
 
     async def _tidy(self) -> None:
-        """Empty what was read before the last rebuild, when nobody reads it any more."""
-        try:
-            with driver_errors("looking for what a rebuild has left"):
-                note = await self._db.checkpoints.find_one({"_id": REBUILD}) or {}
-            if (done_at := note.get("done_at")) is not None:
-                waited = (datetime.now(UTC) - done_at).total_seconds()
-                await asyncio.sleep(max(0.0, READERS_PATIENCE_SECONDS - waited))
-                await self._rebuild.tidy()
-        except LedgerUnavailable as error:
-            _log.warning("what a rebuild has left stays for now", error=str(error))
+        """Empty what was read before a rebuild, when nobody reads it any more; after the next one, again."""
+        while True:
+            sides = self._checkpoint.views.sides
+            try:
+                with driver_errors("looking for what a rebuild has left"):
+                    note = await self._db.checkpoints.find_one({"_id": REBUILD}) or {}
+                if (done_at := note.get("done_at")) is not None:
+                    waited = (datetime.now(UTC) - done_at).total_seconds()
+                    await asyncio.sleep(max(0.0, READERS_PATIENCE_SECONDS - waited))
+                    await self._rebuild.tidy()
+            except LedgerUnavailable as error:
+                _log.warning("what a rebuild has left stays for now", error=str(error))
+            await self._checkpoint.sides_other_than(sides)
 
     async def _react(self, changed: Iterable[Document]) -> None:
         """Record what the counts say about batches: that one has ended, or goes on again."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from ledger.changes import Changes
 from ledger.errors import DatabaseUnsuitable
@@ -278,6 +279,35 @@ async def test_who_was_replaced_while_making_views_anew_writes_nothing(connectio
             await asyncio.gather(standing, return_exceptions=True)
 
 
+async def test_of_two_at_once_the_second_says_that_it_waits_and_then_does_it_once_more(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        await here.submit()
+        async with rebuilding(connection, holder="one") as one, rebuilding(connection, holder="two") as two:
+            reached, go_on = asyncio.Event(), asyncio.Event()
+
+            async def stand_still() -> None:
+                reached.set()
+                await go_on.wait()
+
+            standing = asyncio.create_task(one.leadership.once(stand_still))
+            await reached.wait()
+            with capture_logs() as said:
+                running = asyncio.create_task(two.run())
+                await until(lambda: bool(said), "it says so")
+                assert not running.done()
+                assert said[0] == {
+                    "event": "another process does it, standing by",
+                    "matter": rebuild.REBUILD,
+                    "log_level": "info",
+                }
+                go_on.set()
+                await standing
+                await asyncio.wait_for(running, 10)
+        await assert_views_equal_the_log(here)
+
+
 async def test_a_leader_whose_views_were_replaced_begins_again_on_the_new_ones(
     connection: Connection, store: Path
 ) -> None:
@@ -301,7 +331,6 @@ async def test_what_was_read_before_is_emptied_when_nobody_reads_it_any_more(
         await assert_views_equal_the_log(here)
         await auditor.run()
         assert await left_over(here.db) > 0
-        await here.submit()
         async with asyncio.timeout(20):
             while await left_over(here.db):  # noqa: ASYNC110 - nobody tells us
                 await asyncio.sleep(0.05)
