@@ -23,7 +23,7 @@ from ledger.transactions import transaction
 from projections import batches, deliveries, files, jobs, queue, receivers, statistics, steps
 from projections.views import Views
 
-VERSION: Final = 6
+VERSION: Final = 7
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are made anew."""
 CACHED_DOCUMENTS: Final = 20_000
 _EVENTS_A_TURN: Final = 4  # the database waits for us at each turn of the loop: measured, 50 are a fifth slower
@@ -115,6 +115,12 @@ class Chunk:
                 _change(queued, _queued(job, batch_then), _queued(job, batch_now))
         return {queue.NAME: queued, files.NAME: served, steps.NAME: shared}
 
+    def _were_queued(self) -> set[str]:
+        """Return the jobs here that had a row in the queue before: its rows are those of one job each."""
+        batch_then = self.loaded["batches"].get
+        jobs_then = (*self.loaded["jobs"].values(), *self.waiting)
+        return {job["_id"] for job in jobs_then if _queued(job, batch_then)}
+
     def writes(self) -> dict[str, list[Write]]:
         """Return what has to be written to which view."""
         writes: dict[str, list[Write]] = {}
@@ -124,9 +130,16 @@ class Chunk:
                 for key, document in documents.items()
                 if (write := _write(key, self.loaded[view].get(key), document)) is not None
             ]
+        were_queued = self._were_queued()
         for view, rows in self.rows().items():
+            # Whatever is known not to be there is inserted: an upsert looks for it first, and passes over all the keys
+            # beside it that were deleted within the last minutes. Ten thousand rows took it 17 s, and inserts 0.2.
             writes[view] = [
-                ReplaceOne({"_id": key}, row, upsert=True) if row else DeleteOne({"_id": key})
+                DeleteOne({"_id": key})
+                if row is None
+                else InsertOne(row)
+                if view == queue.NAME and key not in were_queued
+                else ReplaceOne({"_id": key}, row, upsert=True)
                 for key, row in rows.items()
             ]
         increments: dict[str, dict[str, int]] = {}

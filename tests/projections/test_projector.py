@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pymongo import InsertOne, ReplaceOne
 
 from ledger import transactions
 from ledger.commands import CancelJob, FinishStep, ReportProgress
@@ -141,6 +142,11 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
         chunk = Chunk(loaded, [job for job in loaded["jobs"].values() if job["status"] == "pending"])
         chunk.fold(event)
         counted.update(chunk.counted)
+        for write in chunk.writes().get(queue.NAME, ()):
+            if isinstance(write, InsertOne):
+                assert write._doc["_id"] not in rows[queue.NAME]
+            elif isinstance(write, ReplaceOne):
+                assert write._filter["_id"] in rows[queue.NAME], "what is not there is inserted: see folding.py"
         for view, changed in chunk.rows().items():
             rows[view] = {key: row for key, row in {**rows[view], **changed}.items() if row is not None}
         for view, documents in chunk.now.items():
