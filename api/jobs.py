@@ -303,7 +303,7 @@ async def optional_json(request: Request) -> Any:
     return await read_json(request) if "content-type" in request.headers else {}
 
 
-_INTERNAL: Final = frozenset({"_id", "queued_position", "headings", "words"})
+_INTERNAL: Final = frozenset({"_id", "queued_position", "headings", "words", "gone_on"})
 
 
 def shown(document: Document) -> Document:

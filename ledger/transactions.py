@@ -18,7 +18,8 @@ from ledger.mongo import DURABLE, Database
 
 T = TypeVar("T")
 END_SECONDS: Final = 5.0
-"""For so long who is cancelled waits for the end: transactions take milliseconds, unless the server does not answer."""
+"""For so long, and once more for its undoing, who is cancelled waits for the end. It takes milliseconds, unless the
+server does not answer."""
 
 
 async def transaction(db: Database, write: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
@@ -33,12 +34,20 @@ async def transaction(db: Database, write: Callable[[AsyncClientSession], Awaita
     try:
         return await asyncio.shield(writing)
     except asyncio.CancelledError:
+        writing.add_done_callback(_heard)
         try:
             await asyncio.wait({writing}, timeout=END_SECONDS)
         finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
+            if not writing.done():
+                writing.cancel()
+                await asyncio.wait({writing}, timeout=END_SECONDS)  # to abort it, the server has to answer, too
         raise
+
+
+def _heard(writing: asyncio.Future[T]) -> None:
+    """Nobody else asks what became of it."""
+    if not writing.cancelled():
+        writing.exception()
 
 
 async def _transaction(db: Database, write: Callable[[AsyncClientSession], Awaitable[T]]) -> T:

@@ -15,6 +15,7 @@ from ledger.access import Principal
 from ledger.commands import BatchCommand, FinishBatch, ReopenBatch
 from ledger.events import (
     BATCH_EVENTS,
+    ENDED,
     BatchAccessChanged,
     BatchArchived,
     BatchCounts,
@@ -57,6 +58,8 @@ def fold(batch: Document | None, event: Recorded) -> Document | None:
     if changes is None:
         return None
     after = {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    if isinstance(happened, BatchFinished):
+        after["gone_on"] = _counts(batch) != happened.counts
     if "access_control" in changes:
         _list(after)
     return after
@@ -93,6 +96,7 @@ def _submitted(asked: BatchSubmitted, event: Recorded) -> Document:
         "teams": asked.teams,
         "paused": False,
         "archived": False,
+        "gone_on": False,  # since its recorded end, a job has; that has to be recorded, whether or not it ended again
         "version": event.version,
         "position": event.position,
     }
@@ -111,7 +115,7 @@ def _changes(happened: BatchEvent, event: Recorded) -> Document | None:
         case BatchFinished():
             return {"status": happened.status, "completed_at": event.time}
         case BatchReopened():
-            return {"status": "processing", "completed_at": None}
+            return {"status": "processing", "completed_at": None, "gone_on": False}
         case BatchAccessChanged():
             return {"access_control": happened.access_control.model_dump()}
         case BatchArchived():
@@ -136,6 +140,8 @@ def fold_job(batch: Document, before: Document | None, after: Document | None, e
     if after is None and before is not None:
         changed["job_ids"] = _without(batch["job_ids"], before["job_id"])
         changed["total_jobs"] -= 1
+    if batch["status"] != "processing" and was in ENDED and now is not None and now not in ENDED:
+        changed["gone_on"] = True
     if now == "completed" and was != "completed" and after is not None:
         spent = after["results"]["metadata"]
         changed["summary"] = {
@@ -158,19 +164,21 @@ def reaction(batch: Document) -> BatchCommand | None:
 
     The projector asks this of all `unsettled` batches when a new leader has caught up with the log, and from then on
     of every batch it has changed. So whoever crashes when, a batch whose jobs have all ended is finished, and one whose
-    job was restarted is open again.
+    job was restarted is open again, however long the job was at it.
     """
-    ended = batch["completed_jobs"] + batch["failed_jobs"] + batch["cancelled_jobs"]
+    counts = _counts(batch)
+    ended = counts.completed + counts.failed + counts.cancelled
     if batch["status"] == "processing" and ended == batch["total_jobs"]:
-        return FinishBatch(
-            BatchCounts(
-                completed=batch["completed_jobs"], failed=batch["failed_jobs"], cancelled=batch["cancelled_jobs"]
-            ),
-            BatchSummary(**batch["summary"]),
-        )
-    if batch["status"] != "processing" and ended < batch["total_jobs"]:
-        return ReopenBatch()
+        return FinishBatch(counts, BatchSummary(**batch["summary"]))
+    if batch["status"] != "processing" and (batch["gone_on"] or ended < batch["total_jobs"]):
+        return ReopenBatch()  # which changes it: if all its jobs have ended again, it is finished next
     return None
+
+
+def _counts(batch: Document) -> BatchCounts:
+    return BatchCounts(
+        completed=batch["completed_jobs"], failed=batch["failed_jobs"], cancelled=batch["cancelled_jobs"]
+    )
 
 
 # Questions --------------------------------------------------------------------------------------------------------
@@ -254,7 +262,12 @@ async def paused_among(views: Views, batch_ids: Collection[str]) -> set[str]:
 
 
 async def unsettled(views: Views) -> Sequence[Document]:
-    """Return the batches that are not finished, or have an unfinished job again, for `reaction`."""
-    unfinished = [{"status": "processing"}, {"pending_jobs": {"$gt": 0}}, {"processing_jobs": {"$gt": 0}}]
+    """Return the batches that are not finished, or have gone on since they were, for `reaction`."""
+    unfinished = [
+        {"status": "processing"},
+        {"gone_on": True},
+        {"pending_jobs": {"$gt": 0}},
+        {"processing_jobs": {"$gt": 0}},
+    ]
     with driver_errors("looking for unfinished batches"):
         return await views[NAME].find({"$or": unfinished}, {"job_ids": 0, "parameters": 0}).to_list()

@@ -99,12 +99,18 @@ class Projector:
         tidying = asyncio.create_task(self._tidy(), name="tidy")
         try:
             async with self._log.subscription(after=folder.position) as events:
+                due: dict[str, Document] = {}
                 head = await self._log.head()
-                while folder.position < head:  # what the views say on the way there need not be so any more
+                while folder.position < head:
                     await folder.fold(await events.chunk(CHUNK_EVENTS))
                 await self._react(await batches.unsettled(folder.views))
                 while True:
-                    await self._react(await folder.fold(await events.chunk(CHUNK_EVENTS)))
+                    chunk = await events.chunk(CHUNK_EVENTS)
+                    due |= {batch["_id"]: batch for batch in await folder.fold(chunk)}
+                    # While there is more, what the views say need not be so any more.
+                    if len(chunk) < CHUNK_EVENTS or await self._log.head() <= folder.position:
+                        await self._react(due.values())
+                        due.clear()
         finally:
             tidying.cancel()
             await asyncio.gather(tidying, return_exceptions=True)
@@ -139,9 +145,11 @@ class Projector:
                 if (done_at := note.get("done_at")) is not None:
                     waited = (datetime.now(UTC) - done_at).total_seconds()
                     await asyncio.sleep(max(0.0, READERS_PATIENCE_SECONDS - waited))
-                    await self._rebuild.tidy()
+                    await self._rebuild.tidy(done_at)
             except LedgerUnavailable as error:
                 _log.warning("what a rebuild has left stays for now", error=str(error))
+                await asyncio.sleep(READERS_PATIENCE_SECONDS)
+                continue
             await self._checkpoint.sides_other_than(sides)
 
     async def _react(self, changed: Iterable[Document]) -> None:

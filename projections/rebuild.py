@@ -134,9 +134,9 @@ class Rebuild:
         await self._leadership.once(lead)
         return reached
 
-    async def tidy(self) -> None:
-        """Empty what a rebuild has left behind, if it has come to its end."""
-        await self._leadership.once(self._tidy)
+    async def tidy(self, done_at: datetime | None = None) -> None:
+        """Empty what the last rebuild has left behind; with `done_at`, if it is the one that was done then."""
+        await self._leadership.once(partial(self._tidy, done_at))
 
     # Beginning and ending -----------------------------------------------------------------------------------------
 
@@ -193,9 +193,10 @@ class Rebuild:
         await self._note({"$inc": {"deleted": len(documents)}}, session)
         await view.delete_many({"_id": {"$lte": documents[-1]["_id"]}}, session=session)
 
-    async def _tidy(self) -> None:
+    async def _tidy(self, wanted: datetime | None) -> None:
         with driver_errors("removing what a rebuild has left"):
-            if (await self._take_over()).get("done_at"):
+            done_at = (await self._take_over()).get("done_at")
+            if done_at is not None and wanted in (None, done_at):
                 await self._remove()
 
     async def _remove(self) -> None:

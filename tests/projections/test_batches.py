@@ -16,12 +16,13 @@ from ledger.commands import (
     Delete,
     FailAttempt,
     PauseBatch,
+    ReopenBatch,
     RestartJob,
     ResumeBatch,
 )
-from ledger.events import BatchFinished, BatchReopened, Recorded
+from ledger.events import BatchCounts, BatchFinished, BatchReopened, BatchSummary, Recorded
 from ledger.mongo import Connection, Document
-from projections import projector
+from projections import batches, projector
 from projections.projector import Projector
 from tests.projections.refold import assert_views_equal_the_log, failure, results
 from tests.support.running import Process, process
@@ -241,3 +242,37 @@ async def test_who_has_much_to_catch_up_with_says_nothing_of_a_batch_that_has_go
             last = await finished(here, batch_id)
         assert last["cancelled_jobs"] == 1
         assert await here.history(batch_id) == ["BatchSubmitted", "BatchFinished"]
+
+
+async def test_a_batch_whose_job_was_restarted_and_ended_again_while_nobody_looked_has_ended_twice(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store) as here:
+        batch_id, job_ids = await here.submit_batch({}, {}, max_attempts=1)
+        attempt = await here.claim(job_ids[0])
+        await here.do(job_ids[0], FailAttempt(WORKER, attempt, failure(), None))
+        await last_end(here, job_ids[1])
+        async with process(connection, store, projector=True):
+            assert (await finished(here, batch_id))["status"] == "partial"
+        await here.do(job_ids[0], RestartJob("user-1"))
+        again = await last_end(here, job_ids[0])
+        async with process(connection, store, projector=True):
+            await here.heard(BatchFinished, batch_id, after=again.position)
+            await here.views_reach()
+            assert (await here.batch(batch_id))["status"] == "completed"
+            await assert_views_equal_the_log(here)
+        assert await here.history(batch_id) == ["BatchSubmitted", "BatchFinished", "BatchReopened", "BatchFinished"]
+
+
+async def test_an_end_that_was_told_with_counts_that_were_over_is_told_anew(here: Process) -> None:
+    """Between the decision that it has ended and its record, a job was restarted and has ended otherwise."""
+    batch_id, _ = await here.submit_batch({}, {})
+    await here.views_reach()
+    before = await here.batch(batch_id)
+    all_completed = {**before, "pending_jobs": 0, "completed_jobs": 2}
+    for told, command in ((BatchCounts(completed=2), None), (BatchCounts(completed=1, failed=1), ReopenBatch())):
+        ended = BatchFinished(status="completed", counts=told, summary=BatchSummary())
+        [event] = await here.log.read_stream(batch_id)
+        after = batches.fold(all_completed, Recorded(event.document, ended))
+        assert after is not None
+        assert batches.reaction(after) == command

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,8 @@ async def test_what_was_read_before_is_emptied_when_nobody_reads_it_any_more(
         await a_history(here, random.Random(26), steps=20)
         await assert_views_equal_the_log(here)
         await auditor.run()
-        assert await left_over(here.db) > 0
+        await auditor.tidy(datetime.now(UTC) - timedelta(hours=1))
+        assert await left_over(here.db) > 0, "that is of another rebuild, which readers may still be at"
         async with asyncio.timeout(20):
             while await left_over(here.db):  # noqa: ASYNC110 - nobody tells us
                 await asyncio.sleep(0.05)
