@@ -51,7 +51,7 @@ async def submit(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[d
     except TypeError as error:  # YAML knows more than JSON: names that are numbers, bytes, sets, endless integers
         raise ConfigurationError(f"what is to be submitted cannot be written as JSON: {error}") from error
     answer = await client.post("/api/events/batches", content=body, headers={"Content-Type": "application/json"})
-    content = content_of(answer)
+    content = content_of(answer, "batch_id", "job_ids", "batch")
     if "Ledger-Position" not in answer.headers:
         raise foreign(answer)
     # The jobs' own events were written with the batch; nothing of the story is before them.

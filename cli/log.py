@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -16,19 +16,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cli import audit
 from cli.running import ConfigOption, JsonOption, any_server, settings_of
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
-from ledger.log import LARGEST_POSITION
-from ledger.mongo import UNAUTHORIZED, Connection, code_behind
+
+if TYPE_CHECKING:
+    from ledger import transfer
+    from ledger.mongo import Connection
 
 app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
 FAILED = 1
+LARGEST = 2**63 - 1  # `ledger.log.LARGEST_POSITION`, without loading the driver
 _LINE_EVERY_SECONDS = 5.0
-FromOption = Annotated[int, typer.Option("--from", min=1, max=LARGEST_POSITION, help="Begin at this position.")]
+FromOption = Annotated[int, typer.Option("--from", min=1, max=LARGEST, help="Begin at this position.")]
 ToOption = Annotated[
     int | None,
-    typer.Option("--to", min=1, max=LARGEST_POSITION, help="End at this position. Without it: at the end."),
+    typer.Option("--to", min=1, max=LARGEST, help="End at this position. Without it: at the end."),
 ]
 AS_OF = "A position of the log, or a time, such as 2026-02-01T09:30 (of this machine, or with a zone)."
 
@@ -39,7 +41,7 @@ def then_of(text: str, option: str) -> int | datetime:
     Raises:
         ConfigurationError: it is neither.
     """
-    if text.isascii() and text.isdecimal() and int(text) <= LARGEST_POSITION:
+    if text.isascii() and text.isdecimal() and int(text) <= LARGEST:
         return int(text)
     try:
         return datetime.fromisoformat(text).astimezone()
@@ -87,6 +89,9 @@ def verify(
 
     Exits with 1 and names the first event that is wrong, or the documents that are.
     """
+    from cli import audit
+    from ledger.mongo import UNAUTHORIZED, code_behind
+
     settings = settings_of(config)
     earlier = audit.noted_of(noted) if noted is not None else None
     if earlier is not None and (after > 1 or (upto is not None and upto < earlier[0])):
@@ -153,6 +158,7 @@ def import_(
 
     Either all of it is there afterwards or nothing. What was interrupted is continued by the same command.
     """
+    from cli import audit
     from ledger import transfer
 
     settings = settings_of(config)
@@ -193,7 +199,7 @@ def tail(
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="Begin so many events back.")] = 10,
     after: Annotated[
-        int | None, typer.Option("--after", min=0, max=LARGEST_POSITION, help="Begin behind this position.")
+        int | None, typer.Option("--after", min=0, max=LARGEST, help="Begin behind this position.")
     ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on for ever, until Ctrl-C.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each event.")] = False,

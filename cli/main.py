@@ -9,7 +9,7 @@ import asyncio
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -18,17 +18,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli import demo as demo_command
-from cli import doctor as doctor_command
-from cli import keys, log, replay, webhooks, work
+from cli import log, replay, webhooks, work
 from cli.follow import as_batch, follow
 from cli.follow import submit as submit_batch
 from cli.remote import HERE, UrlOption, api_at
-from cli.rights import for_mongosh
 from cli.running import ConfigOption, JsonOption, any_server, run_roles, settings_of
-from cli.settings import Settings
-from cli.wiring import ALL_ROLES, database_server, set_up_logging
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
+
+if TYPE_CHECKING:
+    from cli.doctor import Finding
+    from cli.settings import Settings
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 app = typer.Typer(
@@ -45,13 +44,12 @@ app.add_typer(work.batches_app, name="batches")
 app.add_typer(webhooks.app, name="webhooks")
 keys_app = typer.Typer(help="API keys, for auth.mode `keys`; directly on the database.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
-Answer = TypeVar("Answer")
 
 
 @app.command()
 def up(config: ConfigOption = None) -> None:
     """Run everything on this machine: MongoDB, API, projector and workers. Ctrl-C stops cleanly."""
-    run_roles(config, ALL_ROLES)
+    run_roles(config)
 
 
 @app.command()
@@ -95,6 +93,9 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running afterwards, until Ctrl-C.")] = False,
 ) -> None:
     """Show the whole way: a small conference is made, served, processed, and its Markdown comes out."""
+    from cli import demo as demo_command
+    from cli.wiring import database_server, set_up_logging
+
     console = Console()
     with tempfile.TemporaryDirectory(prefix="jobledger-demo-", ignore_cleanup_errors=True) as directory:
         settings = demo_command.demo_settings(Path(directory))
@@ -114,6 +115,9 @@ def doctor(
     ] = False,
 ) -> None:
     """Check everything a ledger needs, and say what to do about what is wrong."""
+    from cli import doctor as doctor_command
+    from cli.rights import for_mongosh
+
     settings = settings_of(config)
     if role:
         typer.echo(for_mongosh(settings.mongodb.db_name))
@@ -149,6 +153,8 @@ def keys_create(
     as_json: JsonOption = False,
 ) -> None:
     """Make an API key. It is shown this once: only a digest of it is stored."""
+    from cli import keys
+
     settings = settings_of(config)
     key, text = keys.new_key(user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in)
     with any_server(settings) as uri:
@@ -165,6 +171,8 @@ def keys_list(
     as_json: JsonOption = False,
 ) -> None:
     """Show all API keys: whose they are, and until when."""
+    from cli import keys
+
     settings = settings_of(config)
     with any_server(settings) as uri:
         found = asyncio.run(keys.listed(settings.mongodb.connection(uri)))
@@ -181,6 +189,8 @@ def keys_revoke(
     as_json: JsonOption = False,
 ) -> None:
     """Revoke an API key: from now on it opens nothing."""
+    from cli import keys
+
     settings = settings_of(config)
     with any_server(settings) as uri:
         found = asyncio.run(keys.revoke(settings.mongodb.connection(uri), keys.id_of(key_id)))
@@ -193,8 +203,10 @@ def _json(content: Any) -> str:
     return orjson.dumps(content, option=orjson.OPT_UTC_Z).decode()
 
 
-async def _collect(settings: Settings, uri: str) -> list[doctor_command.Finding]:
-    return [finding async for finding in doctor_command.look_at_database(settings, uri)]
+async def _collect(settings: Settings, uri: str) -> list[Finding]:
+    from cli.doctor import look_at_database
+
+    return [finding async for finding in look_at_database(settings, uri)]
 
 
 async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:

@@ -15,6 +15,7 @@ from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable
 
 UrlOption = Annotated[str, typer.Option(envvar="JOBLEDGER_URL", help="Where the API is.")]
 HERE: Final = "http://127.0.0.1:5001"
+_PATIENCE_SECONDS: Final = 60
 
 
 class Refused(JobledgerError):
@@ -30,18 +31,24 @@ async def api_at(url: str) -> AsyncIterator[httpx.AsyncClient]:
         LedgerUnavailable: nobody answered a request that was made inside the block.
     """
     async with httpx.AsyncClient(
-        base_url=_web_address(url), headers=_credentials(os.environ), timeout=60, trust_env=False
+        base_url=_web_address(url), headers=_credentials(os.environ), timeout=_PATIENCE_SECONDS, trust_env=False
     ) as client:
         try:
             yield client
-        except httpx.HTTPError as error:
+        except httpx.ReadTimeout as error:
             raise LedgerUnavailable(
-                f"No jobledger answers at {client.base_url}: {error}. Is it running (`jobledger up`)?"
+                f"{_shown(client.base_url)} has not answered for {_PATIENCE_SECONDS} s. "
+                "What was asked for may have been done all the same."
+            ) from error
+        except httpx.HTTPError as error:
+            why = str(error) or type(error).__name__
+            raise LedgerUnavailable(
+                f"No jobledger answers at {_shown(client.base_url)}: {why}. Is it running (`jobledger up`)?"
             ) from error
 
 
-def content_of(answer: httpx.Response) -> dict[str, Any]:
-    """Return what the API answers.
+def content_of(answer: httpx.Response, *names: str) -> dict[str, Any]:
+    """Return what the API answers; `names` have to be in it.
 
     Raises:
         Refused: it said no, or is something else.
@@ -52,20 +59,27 @@ def content_of(answer: httpx.Response) -> dict[str, Any]:
         content = orjson.loads(answer.content)
     except orjson.JSONDecodeError:
         raise foreign(answer) from None
-    if not isinstance(content, dict) or "status" not in content:
+    if not isinstance(content, dict) or content.get("status") != ("error" if answer.is_error else "success"):
         raise foreign(answer)
     if answer.status_code == 503:
-        raise LedgerUnavailable(content.get("message", f"{answer.url} is not available now"))
+        raise LedgerUnavailable(content.get("message", f"{_shown(answer.url)} is not available now"))
     if answer.status_code == 401:
         raise ConfigurationError(_not_signed_in(answer))
     if answer.is_error:
         raise Refused(content.get("message", f"HTTP status {answer.status_code}"))
+    if any(name not in content for name in names):
+        raise foreign(answer)
     return content
 
 
 def foreign(answer: httpx.Response) -> Refused:
     """Return what to say of an answer that no jobledger gives."""
-    return Refused(f"{answer.url} answered {answer.status_code}, and not as a jobledger does")
+    return Refused(f"{_shown(answer.url)} answered {answer.status_code}, and not as a jobledger does")
+
+
+def _shown(url: httpx.URL) -> httpx.URL:
+    """Return an address without the password that may be in it."""
+    return url.copy_with(userinfo=b"")
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +110,7 @@ def _credentials(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _not_signed_in(answer: httpx.Response) -> str:
-    where = answer.url.copy_with(path="/", query=None)
+    where = _shown(answer.url).copy_with(path="/", query=None)
     if "Authorization" in answer.request.headers:
         return f"{where} does not accept the key in JOBLEDGER_KEY: it is not valid, or not any more."
     return f"{where} asks who you are: set JOBLEDGER_KEY to a key that `jobledger keys create` has made there."

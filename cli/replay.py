@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli import audit
 from cli.log import AS_OF, progress, then_of
 from cli.running import ConfigOption, JsonOption, any_server, settings_of
 from cli.telling import moment
 from ledger.errors import ConfigurationError
-from ledger.mongo import Connection
+
+if TYPE_CHECKING:
+    from ledger.mongo import Connection
 
 _SHOWN: Final = 50
 
@@ -41,6 +42,8 @@ def replay(
     Work goes on meanwhile. What was interrupted is continued by the same command. With --as-of, nothing is made: the
     log tells what waited then, who worked on what, and how the batches stood.
     """
+    from cli import audit
+
     if until is not None and as_of is None:
         raise ConfigurationError("--until says by when, and --as-of since when: both are needed")
     if as_of is not None and (check or view):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
-from ledger.events import Recorded
+if TYPE_CHECKING:
+    from ledger.events import Recorded
 
 _LONGEST: Final = 80
 _BAD: Final = frozenset({"JobFailed", "JobAttemptFailed", "JobLeaseExpired", "WorkerFenced", "DeliveryAbandoned"})
@@ -20,7 +22,9 @@ _LEFT_OUT: Final = frozenset(
 
 def moment(time: datetime) -> str:
     """Return a time as it is on the clocks here."""
-    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    with suppress(OverflowError):  # at the ends of the calendar it stays as it is
+        time = time.astimezone()
+    return time.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
 def lasted(seconds: float) -> str:

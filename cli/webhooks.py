@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import orjson
 import typer
-from bson import ObjectId
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,8 +15,9 @@ from rich.table import Table
 from cli.remote import HERE, UrlOption, api_at, content_of, given
 from cli.running import ConfigOption, JsonOption, run_roles, settings_of
 from ledger.errors import ConfigurationError
-from ledger.signing import new_secret, signed_headers
-from workers.webhooks.sending import Answer, Outgoing, Sender
+
+if TYPE_CHECKING:
+    from workers.webhooks.sending import Answer, Outgoing
 
 app = typer.Typer(help="Webhooks: who was told what.", invoke_without_command=True)
 _PATH: Final = "/api/monitoring/events/webhooks"
@@ -49,7 +49,7 @@ def listing(
 
     async def ask() -> dict[str, Any]:
         async with api_at(url) as client:
-            return content_of(await client.get(_PATH, params=given(query)))
+            return content_of(await client.get(_PATH, params=given(query)), "deliveries", "total")
 
     found = asyncio.run(ask())
     if as_json:
@@ -85,7 +85,7 @@ def redeliver(
         async with api_at(url) as client:
             if not ids:
                 answer = await client.post("/api/monitoring/events/redeliver", json=filters | why)
-                return int(content_of(answer)["redelivered"])
+                return int(content_of(answer, "redelivered")["redelivered"])
             for delivery_id in ids:
                 content_of(await client.post(f"{_PATH}/{delivery_id}/redeliver", json=why))
             return len(ids)
@@ -104,6 +104,11 @@ def trial(
     as_json: JsonOption = False,
 ) -> None:
     """Send a webhook on trial, from here, by the same rules as real ones, and show the answer. Nothing is recorded."""
+    from bson import ObjectId
+
+    from ledger.signing import signed_headers
+    from workers.webhooks.sending import Outgoing
+
     settings = settings_of(config).webhooks
     headers = dict(_header(text) for text in header or ())
     webhook_id = f"test-{ObjectId()}"
@@ -126,10 +131,14 @@ def trial(
 @app.command()
 def secret() -> None:
     """Make a secret to sign webhooks with: for `webhooks.secret_file`, or the `webhook.secrets` of a submission."""
+    from ledger.signing import new_secret
+
     typer.echo(new_secret())
 
 
 async def _send(outgoing: Outgoing, allow_private: list[str], timeout_seconds: float) -> Answer:
+    from workers.webhooks.sending import Sender
+
     sender = Sender(allow_private=allow_private, timeout_seconds=timeout_seconds)
     try:
         return await sender.send(outgoing)

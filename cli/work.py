@@ -27,6 +27,8 @@ _JOBS: Final = "/api/events/jobs"
 _BATCHES: Final = "/api/events/batches"
 _PAGE: Final = 500
 _LOG_LINES: Final = 10
+_TOO_FAST: Final = 429
+_LONGEST_PAUSE_SECONDS: Final = 60.0
 _STYLES: Final = {
     "completed": "green",
     "failed": "red",
@@ -100,7 +102,7 @@ def jobs_show(
 
     `jobledger log show` tells its whole story, event by event, from the database.
     """
-    job = asyncio.run(_single(url, _JOBS, _job_id(job_id), as_of))["job"]
+    job = asyncio.run(_single(url, _JOBS, "job", _job_id(job_id), as_of))
     if as_json:
         _print_json(job)
     else:
@@ -131,7 +133,7 @@ def _act_on_jobs(url: str, ids: Sequence[str], action: str, body: Document, *, a
     def told(answer: Document) -> Text:
         return Text.assemble(answer["job_id"], " is ", _job_status(answer["job"]))
 
-    _act(url, _JOBS, job_ids, action, body, told, as_json=as_json)
+    _act(url, _JOBS, job_ids, action, body, ("job_id", "job"), told, as_json=as_json)
 
 
 def _job_id(text: str) -> str:
@@ -190,7 +192,7 @@ def _job_facts(job: Mapping[str, Any], url: str) -> Iterator[tuple[str, str]]:
     by = f", by {printable(job['worker_id'])}" if job["worker_id"] else ""
     yield "attempt", f"{job['attempt']}{by}"
     if job["retries"]:
-        yield "repeated", f"{job['retries']} of {job['max_attempts'] - 1} times"
+        yield "repeated", f"{job['retries']} times"
     if job["status"] == "processing":
         yield "progress", _standing(job)
     if job["error"]:
@@ -244,7 +246,7 @@ def batches_show(
     as_json: JsonOption = False,
 ) -> None:
     """Tell how a batch stands. `jobledger jobs list --batch` shows its jobs."""
-    batch = asyncio.run(_single(url, _BATCHES, _batch_id(batch_id), as_of))["batch"]
+    batch = asyncio.run(_single(url, _BATCHES, "batch", _batch_id(batch_id), as_of))
     if as_json:
         _print_json(batch)
     else:
@@ -299,7 +301,7 @@ def _act_on_batches(url: str, ids: Sequence[str], action: str, body: Document, *
             return Text(f"{answer['batch_id']}: {jobs['changed']} of {jobs['total']} jobs changed")
         return Text.assemble(answer["batch_id"], " is ", _batch_status(answer["batch"]))
 
-    _act(url, _BATCHES, batch_ids, action, body, told, as_json=as_json)
+    _act(url, _BATCHES, batch_ids, action, body, ("batch_id", "batch"), told, as_json=as_json)
 
 
 def _batch_id(text: str) -> str:
@@ -374,7 +376,7 @@ async def _listed(url: str, path: str, name: str, query: Document, limit: int) -
     async with api_at(url) as client:
         while True:
             asked = given({**query, "cursor": cursor, "limit": min(_PAGE, limit - len(found))})
-            content = content_of(await client.get(path, params=asked))
+            content = content_of(await client.get(path, params=asked), name, "total")
             found += content[name]
             cursor = content.get("next")
             if cursor is None or len(found) >= limit:
@@ -382,10 +384,11 @@ async def _listed(url: str, path: str, name: str, query: Document, limit: int) -
                 return found, f"{more}{content['total']}"
 
 
-async def _single(url: str, path: str, name: str, as_of: str | None) -> Document:
+async def _single(url: str, path: str, kind: str, name: str, as_of: str | None) -> Document:
     then = None if as_of is None else str(then_of(as_of, "--as-of"))
     async with api_at(url) as client:
-        return content_of(await client.get(f"{path}/{name}", params=given({"as_of": then})))
+        found: Document = content_of(await client.get(f"{path}/{name}", params=given({"as_of": then})), kind)[kind]
+    return found
 
 
 def _act(
@@ -394,43 +397,57 @@ def _act(
     ids: Sequence[str],
     action: str,
     body: Document,
+    needed: Sequence[str],
     told: Callable[[Document], Text],
     *,
     as_json: bool,
 ) -> None:
     """Do something to one after the other; what is refused does not keep the rest back, but is told, and in the end."""
+    console = Console()
+    todo = list(dict.fromkeys(ids))
     answers: list[Document] = []
     refusals = 0
 
-    async def ask(client: httpx.AsyncClient, name: str) -> None:
-        nonlocal refusals
-        try:
-            answer = content_of(await client.post(f"{path}/{name}/{action}", json=body))
-        except Refused as refused:
-            refusals += 1
-            answers.append({"id": name, "refused": str(refused)})
-            typer.echo(f"{name}: {refused}", err=True)
-            return
-        answers.append({"id": name, **{key: value for key, value in answer.items() if key != "status"}})
-        refusals += answer.get("jobs", {}).get("refused", 0)
-        if not as_json:
-            console.print(told(answer), highlight=False, soft_wrap=True)
-        for job in answer.get("refused", ()):
-            typer.echo(f"{job['job_id']}: {job['message']}", err=True)
+    async def ask(client: httpx.AsyncClient, name: str) -> Document:
+        """Ask, as slowly as the API wants it."""
+        while True:
+            answer = await client.post(f"{path}/{name}/{action}", json=body)
+            if answer.status_code != _TOO_FAST:
+                return content_of(answer, *needed)
+            await asyncio.sleep(min(float(answer.headers.get("Retry-After", 1)), _LONGEST_PAUSE_SECONDS))
 
     async def ask_all() -> None:
+        nonlocal refusals
         async with api_at(url) as client:
-            for name in dict.fromkeys(ids):
-                await ask(client, name)
+            while todo:
+                try:
+                    answer = await ask(client, todo[0])
+                except Refused as refused:
+                    refusals += 1
+                    answers.append({"id": todo[0], "error": str(refused)})
+                    typer.echo(f"{todo[0]}: {refused}", err=True)
+                else:
+                    answers.append({"id": todo[0], **{key: it for key, it in answer.items() if key != "status"}})
+                    refusals += answer.get("jobs", {}).get("refused", 0)
+                    if not as_json:
+                        console.print(told(answer), highlight=False, soft_wrap=True)
+                    for job in answer.get("refused", ()):
+                        typer.echo(f"{job['job_id']}: {job['message']}", err=True)
+                del todo[0]
 
-    console = Console()
-    asyncio.run(ask_all())
-    if as_json:
-        _print_json(answers)
+    try:
+        asyncio.run(ask_all())
+    finally:
+        if as_json:
+            _print_json(answers)
+        if todo:
+            typer.echo(f"not done, or not known to be done: {' '.join(todo)}", err=True)
     raise typer.Exit(FAILED if refusals else 0)
 
 
 def _show_list(found: Sequence[Document], total: str, rows: Rows, *, ids: str | None, as_json: bool) -> None:
+    if (as_json or ids is not None) and total != str(len(found)):
+        typer.echo(f"note: these are {len(found)} of {total}; --limit tells how many to show", err=True)
     if as_json:
         _print_json(found)
     elif ids is not None:

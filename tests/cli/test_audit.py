@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from hashlib import sha256
@@ -121,7 +122,10 @@ def one_line(ended: Ended, exit_code: int, *words: str) -> None:
 
 
 def note_in(ended: Ended) -> str:
-    return ended.out.strip().rpartition(" ")[2]
+    """What `log verify` says is to be noted."""
+    found = re.search(r"\b\d+:[0-9a-f]{64}$", ended.out, re.MULTILINE)
+    assert found, ended
+    return found[0]
 
 
 # A right log ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Final
 _PROGRAM: Final = """
 import json, os, socket, sys
 import cli.main
+import cli.audit, cli.doctor, cli.keys, cli.rights, cli.running, cli.wiring  # what they load when they are called
 
 server = socket.socket(fileno=int(sys.argv[1]))
 while True:
