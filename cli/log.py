@@ -313,4 +313,4 @@ async def _show(connection: Connection, stream: str, then: int | datetime | None
         typer.echo(f"{stream} was not there yet.", err=True)
 
 
-_INNER = frozenset({"headings", "words"})
+_INNER = frozenset({"headings", "words", "gone_on"})

@@ -110,7 +110,7 @@ def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any] | Non
     return ", ".join(told)
 
 
-_UNTOLD: Final = frozenset({"_id", "version", "position", "updated_at", "headings", "words", "created_at"})
+_UNTOLD: Final = frozenset({"_id", "version", "position", "updated_at", "headings", "words", "created_at", "gone_on"})
 
 
 def _size(value: dict[str, Any] | list[Any]) -> str:
