@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli import log, replay, webhooks, work
+from cli import batches, jobs, log, replay, webhooks
 from cli.follow import as_batch, follow
 from cli.follow import submit as submit_batch
 from cli.remote import HERE, UrlOption, api_at
@@ -39,8 +39,8 @@ app = typer.Typer(
 )
 app.add_typer(log.app, name="log")
 app.command()(replay.replay)
-app.add_typer(work.jobs_app, name="jobs")
-app.add_typer(work.batches_app, name="batches")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(batches.app, name="batches")
 app.add_typer(webhooks.app, name="webhooks")
 keys_app = typer.Typer(help="API keys, for auth.mode `keys`; directly on the database.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")

@@ -23,7 +23,7 @@ from ledger.handle import handle
 from ledger.log import Limits
 from ledger.mongo import Connection, Document
 from tests.support.examples import NOON
-from tests.support.installation import Ended, Installation, is_gone
+from tests.support.installation import Ended, Installation, is_gone, one_line
 from tests.support.ledgers import META, Ledger, ledger_on, lose_a_ticket, stored, whole
 from tests.support.mongod import needs_local_mongod
 from tests.support.rarely import rarely
@@ -110,15 +110,6 @@ def empty(
 def audited(empty: Audited) -> Audited:
     empty.do(write)
     return empty
-
-
-def one_line(ended: Ended, exit_code: int, *words: str) -> None:
-    assert ended.exit_code == exit_code, ended
-    assert ended.out == ""
-    assert ended.err.startswith("jobledger: "), ended.err
-    assert ended.err.count("\n") == 1, ended.err
-    for word in words:
-        assert word in ended.err
 
 
 def note_in(ended: Ended) -> str:

@@ -24,7 +24,7 @@ from ledger.errors import ConfigurationError
 from ledger.mongo import Connection
 from ledger.server_note import until
 from tests.api.conftest import settings_for
-from tests.support.installation import Ended, Installation, client_of, descendants, is_gone
+from tests.support.installation import Ended, Installation, client_of, descendants, is_gone, one_line
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -80,12 +80,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         return Ended(int(exited.value.code or 0), said.out, said.err)
 
     return run_here
-
-
-def one_line(ended: Ended, exit_code: int, *words: str) -> None:
-    said(ended, exit_code, *words)
-    assert ended.err.startswith("jobledger: "), ended.err
-    assert ended.err.count("\n") == 1, ended.err
 
 
 # submit -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from api.keys import KeyText
 from cli.keys import lifetime, new_key
 from ledger.errors import ConfigurationError
 from ledger.server_note import until
-from tests.support.installation import Ended, Installation, Role, client_of
+from tests.support.installation import Ended, Installation, Role, client_of, one_line
 from tests.support.mongod import needs_local_mongod
 
 JOBS = "/api/events/jobs"
@@ -33,14 +33,6 @@ def installation(mongodb_uri: str, db_name: str, tmp_path: Path) -> Iterator[Ins
 def done(ended: Ended) -> str:
     assert ended.exit_code == 0, ended.out + ended.err
     return ended.out
-
-
-def one_line(ended: Ended, exit_code: int, *words: str) -> None:
-    assert ended.exit_code == exit_code, ended.out + ended.err
-    assert ended.err.startswith("jobledger: "), ended.err
-    assert ended.err.count("\n") == 1, ended.err
-    for word in words:
-        assert word in ended.err
 
 
 def status(role: Role, key: str) -> int:

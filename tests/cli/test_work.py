@@ -17,11 +17,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cli import log, remote, work
+from cli import jobs, log, remote, work
 from ledger.errors import LedgerUnavailable
 from ledger.log import LARGEST_POSITION
 from ledger.server_note import until
-from tests.support.installation import Ended, Installation
+from tests.support.installation import Ended, Installation, one_line
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -87,13 +87,6 @@ def desk(installation: Installation) -> Iterator[Desk]:
     desk.says(0, "batches", "cancel", desk.batch_id)  # else the next finds no worker
 
 
-def one_line(ended: Ended, exit_code: int, *words: str) -> None:
-    assert (ended.exit_code, ended.err.count("\n")) == (exit_code, 1), ended.out + ended.err
-    assert ended.err.startswith("jobledger: "), ended.err
-    for word in words:
-        assert word in ended.err
-
-
 def test_a_list_says_of_each_job_what_one_wants_to_know(desk: Desk) -> None:
     said = desk.says(0, "jobs", "list", "--batch", desk.batch_id, "--oldest-first").splitlines()
     header, opening, keynote, broken, waiting, count = said
@@ -127,7 +120,7 @@ def test_lists_are_narrowed_down_and_read_page_by_page(desk: Desk, monkeypatch: 
     monkeypatch.setattr(work, "_PAGE", 3)
     for limit in (2, 3, 4, 100):
         asked = ["list", *mine, "--ids", "--oldest-first", "--limit", str(limit), "--url", desk.url]
-        assert CliRunner().invoke(work.jobs_app, asked).stdout.split() == ids[:limit]
+        assert CliRunner().invoke(jobs.app, asked).stdout.split() == ids[:limit]
 
 
 def test_what_is_shown_of_a_job_cannot_steer_the_terminal(desk: Desk) -> None:
@@ -270,7 +263,7 @@ def test_who_does_not_answer_may_have_done_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(remote, "_PATIENCE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         ended = CliRunner().invoke(
-            work.jobs_app, ["cancel", "job-1", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}"]
+            jobs.app, ["cancel", "job-1", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}"]
         )
     assert isinstance(ended.exception, LedgerUnavailable)
     assert "may have been done" in str(ended.exception)

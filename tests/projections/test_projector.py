@@ -6,7 +6,8 @@ import asyncio
 import random
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -311,10 +312,14 @@ async def test_a_standby_that_was_just_refused_does_not_miss_that_the_leader_sto
             await asyncio.gather(standing_by, return_exceptions=True)
 
 
-async def test_a_leader_that_stops_within_a_transaction_does_not_leave_it_open(
-    mongodb_uri: str, connection: Connection, store: Path
-) -> None:
-    """The statement that begins it is still on its way when the leader is told to stop."""
+@asynccontextmanager
+async def stopped_within_a_transaction(
+    mongodb_uri: str, connection: Connection, store: Path, *, wait_seconds: float | None
+) -> AsyncIterator[Process]:
+    """A leader was told to stop while the statement that begins its transaction was on its way.
+
+    Which goes on after `wait_seconds`, or not at all. Yields another process, and the leader has stopped.
+    """
     with Wire(mongodb_uri) as wire:
         async with (
             process(connection, store) as here,
@@ -327,36 +332,38 @@ async def test_a_leader_that_stops_within_a_transaction_does_not_leave_it_open(
             assert await asyncio.to_thread(wire.held.wait, PATIENCE_SECONDS)
             assert leader.projecting is not None
             leader.projecting.cancel()
-            asyncio.get_running_loop().call_later(0.5, wire.release)
+            if wait_seconds is not None:
+                asyncio.get_running_loop().call_later(wait_seconds, wire.release)
             await asyncio.wait({leader.projecting}, timeout=PATIENCE_SECONDS)
-            await asyncio.sleep(0.6)  # long enough for the statement, if nobody waited for it
-            async with process(connection, store, projector=True):
-                await here.submit()
-                await here.views_reach(3, seconds=SOON_SECONDS)
-                await assert_views_equal_the_log(here)
+            assert leader.projecting.done()
+            if wait_seconds is None:
+                wire.cut()  # what is held never arrives
+            else:
+                await asyncio.sleep(wait_seconds + 0.1)  # it has arrived, if nobody waited for it
+            yield here
+
+
+async def test_a_leader_that_stops_within_a_transaction_does_not_leave_it_open(
+    mongodb_uri: str, connection: Connection, store: Path
+) -> None:
+    async with (
+        stopped_within_a_transaction(mongodb_uri, connection, store, wait_seconds=0.5) as here,
+        process(connection, store, projector=True),
+    ):
+        await here.submit()
+        await here.views_reach(3, seconds=SOON_SECONDS)
+        await assert_views_equal_the_log(here)
 
 
 async def test_a_leader_stops_although_its_transaction_does_not_come_to_an_end(
     mongodb_uri: str, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transactions, "END_SECONDS", 0.5)
-    with Wire(mongodb_uri) as wire:
-        async with (
-            process(connection, store) as here,
-            process(replace(connection, uri=wire.uri), store, projector=True) as leader,
-        ):
-            await here.submit()
-            await here.views_reach(1)
-            wire.hold("update")
-            await here.submit()
-            assert await asyncio.to_thread(wire.held.wait, PATIENCE_SECONDS)
-            assert leader.projecting is not None
-            leader.projecting.cancel()
-            await asyncio.wait({leader.projecting}, timeout=PATIENCE_SECONDS)
-            assert leader.projecting.done()
-            wire.cut()  # what is held never arrives
-            async with process(connection, store, projector=True):
-                await here.views_reach(2)
+    async with (
+        stopped_within_a_transaction(mongodb_uri, connection, store, wait_seconds=None) as here,
+        process(connection, store, projector=True),
+    ):
+        await here.views_reach(2)
 
 
 async def test_a_standby_leads_when_the_leader_was_killed_and_its_lease_has_run_out(

@@ -164,6 +164,15 @@ class Installation:
                     role.kill_group()
 
 
+def one_line(ended: Ended, exit_code: int, *words: str) -> None:
+    """Check that a command has failed as it should: with this code, and one line that says why, with these words."""
+    assert (ended.exit_code, ended.out) == (exit_code, ""), ended
+    assert ended.err.startswith("jobledger: "), ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    for word in words:
+        assert word in ended.err
+
+
 @contextmanager
 def client_of(role: Role) -> Iterator[httpx.Client]:
     """Yield an HTTP client for a role that answers."""
