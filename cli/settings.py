@@ -68,7 +68,6 @@ class WorkerSettings(Section):
     memory_limit_mb: int = Field(4096, ge=256)
     retry_base_seconds: float = Field(5, gt=0, le=3600)
     retry_longest_seconds: float = Field(600, gt=0, le=86_400)
-    share_steps_seconds: float = Field(86_400, ge=0)
     poll_interval_sec: float | None = None
 
 

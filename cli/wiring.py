@@ -245,7 +245,6 @@ def _worker(
             chosen.memory_limit_mb,
             chosen.retry_base_seconds,
             chosen.retry_longest_seconds,
-            chosen.share_steps_seconds,
         ),
         slots=chosen.max_concurrent,
         slots_of_type=chosen.max_concurrent_per_type,

@@ -66,6 +66,7 @@ class FinishStep:
     tokens_used: int = 0
     warnings: tuple[str, ...] = ()
     reused_from: str | None = None
+    shared_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

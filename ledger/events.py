@@ -199,7 +199,8 @@ class JobLogged(Event):
 class StepCompleted(Event):
     """A part of the attempt is done and need not be done again for inputs with the same digest `key`.
 
-    `reused_from` names the job whose output this is, if it was not done here.
+    `reused_from` names the job whose output this is, if it was not done here. `shared_version` is the version of the
+    processor whose later jobs of the same owner and type may reuse the output. None means that no other job may.
     """
 
     attempt: int
@@ -210,6 +211,7 @@ class StepCompleted(Event):
     tokens_used: int = 0
     warnings: list[str] = []
     reused_from: str | None = None
+    shared_version: str | None = None
 
 
 class JobCompleted(Event):

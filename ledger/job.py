@@ -184,6 +184,7 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
                 tokens_used=command.tokens_used,
                 warnings=list(command.warnings),
                 reused_from=command.reused_from,
+                shared_version=command.shared_version,
             )
         case CompleteJob():
             return JobCompleted(attempt=command.attempt, results=command.results)

@@ -262,6 +262,7 @@ def _finished(step: StepCompleted, event: Recorded) -> Document:
         "tokens_used": step.tokens_used,
         "warnings": step.warnings,
         "reused_from": step.reused_from,
+        "shared_version": step.shared_version,
         "version": event.version,
     }
 

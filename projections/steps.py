@@ -1,7 +1,7 @@
-"""projections: the view `steps`: which finished steps other jobs may use, found by the digest of their inputs.
+"""projections: the view `steps`: finished steps that other jobs of the same owner and job type may reuse.
 
-What a step has yielded stays in the log; a row says where. A step that could not do all that it was asked to (it has
-warnings) is not for others: what was in its way may be gone.
+The output of a step stays in the log; a row says where. A step with warnings has no row: it could not do all of its
+work, and what prevented that may be gone.
 """
 
 from __future__ import annotations
@@ -16,32 +16,40 @@ from projections.views import Views
 
 NAME: Final = "steps"
 INDEXES: Final = [
-    IndexModel([("key", ASCENDING), ("finished_at", DESCENDING)]),
+    IndexModel([("key", ASCENDING), ("user_id", ASCENDING), ("finished_at", DESCENDING)]),
     IndexModel([("job_id", ASCENDING)]),
 ]
-_MOST: Final = 20
 
 
 def rows(job: Document) -> list[Document]:
-    """Return one row for each of the job's own finished steps; those that it has from others are theirs."""
+    """Return one row for each shared step of the job. Steps reused from another job have their row there."""
     return [
         {
             "_id": f"{job['job_id']}:{step['key']}",
             "key": step["key"],
             "job_id": job["job_id"],
+            "user_id": job["user_id"],
+            "job_type": job["job_type"],
+            "processor_version": step["shared_version"],
             "version": step["version"],
             "finished_at": step["finished_at"],
-            "user_id": job["user_id"],
-            "access_control": job["access_control"],
-            "teams": job["teams"],
         }
         for step in job.get("steps", ())
-        if step["reused_from"] is None and not step["warnings"]
+        if step["shared_version"] is not None and step["reused_from"] is None and not step["warnings"]
     ]
 
 
-async def find(views: Views, key: str, *, since: datetime, other_than: str) -> list[Document]:
-    """Return the newest steps of other jobs that had the inputs of this digest and were finished after a moment."""
-    wanted = {"key": key, "finished_at": {"$gte": since}, "job_id": {"$ne": other_than}}
-    with driver_errors("looking for a finished step"):
-        return await views[NAME].find(wanted, sort=[("finished_at", DESCENDING)], limit=_MOST).to_list()
+async def find_shared(
+    views: Views, key: str, *, user_id: str, job_type: str, version: str, since: datetime, other_than: str
+) -> Document | None:
+    """Return the newest step of another job with this owner, job type, processor version and digest of its inputs."""
+    wanted = {
+        "key": key,
+        "user_id": user_id,
+        "job_type": job_type,
+        "processor_version": version,
+        "finished_at": {"$gte": since},
+        "job_id": {"$ne": other_than},
+    }
+    with driver_errors("looking for a shared step"):
+        return await views[NAME].find_one(wanted, sort=[("finished_at", DESCENDING)])

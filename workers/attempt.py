@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,14 @@ class _Job:
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         return self._scratch
 
-    async def step(self, name: str, inputs: Mapping[str, JSON], function: Callable[[], Awaitable[JSON]]) -> JSON:
+    async def step(
+        self,
+        name: str,
+        inputs: Mapping[str, JSON],
+        function: Callable[[], Awaitable[JSON]],
+        *,
+        share: timedelta | None = None,
+    ) -> JSON:
         self._step = name
         key = digest({"step": name, "inputs": dict(inputs)})
         if (known := self._finished.get(key)) is not None:
@@ -129,7 +136,9 @@ class _Job:
             await self.log("info", f"Step {name} was finished by an earlier attempt and is not repeated.")
             return known.output
         begun, warned, spent = time.monotonic(), len(self._warnings), self._tokens
-        found = await self._send({"is": "seek", "key": key}) if self._seek else None
+        found = None
+        if share is not None and self._seek:
+            found = await self._send({"is": "seek", "key": key, "max_age_s": share.total_seconds()})
         if found is not None:
             await self.log("info", f"Step {name} was finished by {found['job_id']} and is not repeated.")
         output = await function() if found is None else found["output"]
@@ -143,6 +152,7 @@ class _Job:
                 "tokens_used": self._tokens - spent,
                 "warnings": self._warnings[warned:],
                 "reused_from": found and found["job_id"],
+                "share": share is not None,
             }
         )
         return output

@@ -48,7 +48,7 @@ from ledger.log import EventLog
 from workers import child
 from workers.attempt import Assignment, FinishedStep, Message, run
 from workers.processor import Results, SavedFile
-from workers.registry import find_processor
+from workers.registry import find_processor, processor_version
 from workers.shared_steps import SharedSteps
 
 _log = structlog.get_logger()
@@ -68,7 +68,6 @@ class Settings:
     memory_limit_mb: int = 4096
     retry_base_seconds: float = 5.0
     retry_longest_seconds: float = 600.0
-    share_steps_seconds: float = 86_400.0
 
 
 class Fenced(BaseException):  # a state of affairs, no error, and nothing that an inline processor may catch
@@ -198,7 +197,7 @@ class Execution:
                 key: FinishedStep(output=step.output, tokens_used=step.tokens_used, warnings=step.warnings)
                 for key, step in self._job.steps.items()
             },
-            seek=self._steps.shared and not self._job.anew,
+            seek=not self._job.anew,
             inbox=self._inbox,
             scratch=scratch,
         )
@@ -222,7 +221,7 @@ class Execution:
         """Take what the processor says; return the answer to what it asks."""
         match message["is"]:
             case "seek":
-                return await self._step_of_another(message["key"])
+                return await self._step_of_another(message["key"], message["max_age_s"])
             case "progress":
                 self._progress = ReportProgress(
                     self._worker_id, self._attempt, message["step"], message["percent"], message["message"]
@@ -254,10 +253,10 @@ class Execution:
                 _log.warning("a file is not stored yet", job_id=self.job_id, error=str(error))
                 await asyncio.sleep(1)
 
-    async def _step_of_another(self, key: str) -> dict[str, Any] | None:
-        """Look for what a step with the same inputs has yielded in a job that this one's owner may read."""
+    async def _step_of_another(self, key: str, max_age_s: float) -> dict[str, Any] | None:
+        """Return the output of a step that another job shares, and which job that is."""
         try:
-            found = await self._steps.find(key, self.job_id, self._job.asked.user_id, self._job.asked.teams)
+            found = await self._steps.find(key, self.job_id, self._job.asked, max_age=timedelta(seconds=max_age_s))
         except LedgerUnavailable as error:
             _log.warning("finished steps could not be looked for", job_id=self.job_id, error=str(error))
             return None
@@ -276,6 +275,7 @@ class Execution:
                 tokens_used=message["tokens_used"],
                 warnings=tuple(message["warnings"]),
                 reused_from=message["reused_from"],
+                shared_version=processor_version(self.job_type) if message["share"] else None,
             )
         )
 

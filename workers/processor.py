@@ -6,6 +6,7 @@ Only this interface may be imported by processors; how a job really runs (child 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -81,11 +82,28 @@ class Job(Protocol):
     def cancelled(self) -> bool:
         """Somebody asked for the job to be cancelled: stop at the next convenient point."""
 
-    async def step(self, name: str, inputs: Mapping[str, JSON], function: Callable[[], Awaitable[JSON]]) -> JSON:
+    async def step(
+        self,
+        name: str,
+        inputs: Mapping[str, JSON],
+        function: Callable[[], Awaitable[JSON]],
+        *,
+        share: timedelta | None = None,
+    ) -> JSON:
         """Run `function` as the checkpointed step `name` and return its JSON output.
 
         A step that already finished with the same `inputs` in an earlier attempt is not run again: its output is
         returned as it was. Files saved inside belong into the output (`SavedFile.model_dump()`).
+
+        Args:
+            name: The name of the step. Steps with different names are different steps.
+            inputs: Everything that the output depends on, as JSON.
+            function: Does the work and returns the output.
+            share: Without it, the step belongs to this job alone. With it, other jobs may reuse the output, and the
+                output of another job is reused instead of calling `function`: of a job with the same owner, job type
+                and version of the processor's distribution, whose step was shared too, had the same name and inputs,
+                finished without warnings, and is not older than `share`. Never share a step with an effect that each
+                job needs, such as a mail.
         """
 
     async def progress(self, percent: float, message: str) -> None:

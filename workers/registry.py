@@ -30,6 +30,13 @@ def processors() -> dict[str, type[Processor]]:
     return found
 
 
+@cache
+def processor_version(job_type: str) -> str:
+    """Return the version of the distribution that a processor comes from, such as "jobledger 1.0"."""
+    [entry] = entry_points(group=GROUP, name=job_type)
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
+
+
 def find_processor(job_type: str) -> type[Processor]:
     """Return the processor for a job type.
 

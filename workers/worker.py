@@ -77,7 +77,7 @@ class Worker:
         self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
         self._watch = LeaseWatch(db, log, checkpoint, changes)
-        self._shared_steps = SharedSteps(checkpoint.views, log, seconds=settings.share_steps_seconds)
+        self._shared_steps = SharedSteps(checkpoint.views, log)
         self._claims = Claims(
             log,
             checkpoint,

@@ -16,8 +16,8 @@ class Anything(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def install(monkeypatch: pytest.MonkeyPatch, work: Callable[[Job], Awaitable[Results]]) -> None:
-    """Add the job type `test`; `work` is its processor's `run`."""
+def install(monkeypatch: pytest.MonkeyPatch, work: Callable[[Job], Awaitable[Results]], *job_types: str) -> None:
+    """Add the job type `test`, or `job_types`; `work` is the processor's `run`."""
 
     class TestProcessor:
         job_type: ClassVar[str] = "test"
@@ -32,6 +32,8 @@ def install(monkeypatch: pytest.MonkeyPatch, work: Callable[[Job], Awaitable[Res
         async def run(self, job: Job) -> Results:
             return await work(job)
 
-    known: dict[str, type[Processor]] = {**processors(), "test": TestProcessor}
+    known: dict[str, type[Processor]] = {**processors(), **dict.fromkeys(job_types or ("test",), TestProcessor)}
     monkeypatch.setattr("workers.registry.processors", lambda: known)
     monkeypatch.setattr("workers.worker.processors", lambda: known)
+    for module in ("workers.execution", "workers.shared_steps"):
+        monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 1")

@@ -1,16 +1,17 @@
-"""Steps that another job has finished are not done again, if they may be seen, are fresh, and were done in full."""
+"""Steps are shared between jobs only on request, within one owner, job type and processor version."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ledger.commands import ChangeAccess, Delete, RestartJob
+from ledger.commands import Delete, RestartJob
 from ledger.events import AccessControl, JobCompleted, StepCompleted
 from ledger.mongo import Connection, Document
 from tests.support.running import Process, WorkerOptions, process
@@ -18,11 +19,12 @@ from tests.workers.inline import install
 from workers.processor import Job, Results
 
 done: Counter[str] = Counter()
+PUBLIC = AccessControl(visibility="public")
 
 
 @pytest.fixture
 async def here(connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Process]:
-    """A worker for jobs that look up a word, which takes long, and write it in a language of their own."""
+    """A worker for jobs that look up a word in a shared step and write it in the language of the job."""
 
     async def work(job: Job) -> Results:
         wanted = job.parameters.model_dump()
@@ -33,22 +35,25 @@ async def here(connection: Connection, store: Path, monkeypatch: pytest.MonkeyPa
                 await job.warn("the dictionary is closed")
             return {"found": wanted["word"].upper()}
 
-        found = await job.step("look up", {"word": wanted["word"]}, look_up)
+        share = wanted.get("share_s", 3600)
+        found = await job.step(
+            "look up", {"word": wanted["word"]}, look_up, share=None if share is None else timedelta(seconds=share)
+        )
         return Results(metadata={"text": f"{wanted['language']}: {found['found']}"})
 
     done.clear()
-    install(monkeypatch, work)
+    install(monkeypatch, work, "test", "test2")
     async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
         yield here
 
 
 async def ask(here: Process, language: str, *, word: str = "talk", user: str = "alice", **fields: Any) -> Document:
-    """Have a job done, and wait until the views know what it has finished."""
+    """Run a job and wait until the views contain its steps."""
     parameters = {"word": word, "language": language, **fields.pop("parameters", {})}
-    return await here.ended(await here.submit(parameters, job_type="test", user_id=user, **fields))
+    return await here.ended(await here.submit(parameters, **{"job_type": "test", "user_id": user, **fields}))
 
 
-async def test_the_same_in_another_language_needs_no_second_look(here: Process) -> None:
+async def test_shared_step_of_same_owner_type_and_version_is_reused(here: Process) -> None:
     first = await ask(here, "de")
     second = await ask(here, "fr")
     assert done == {"talk": 1}
@@ -58,31 +63,49 @@ async def test_the_same_in_another_language_needs_no_second_look(here: Process) 
     assert (step.reused_from, step.output) == (first["job_id"], {"found": "TALK"})
     assert [it["reused_from"] for it in (*first["steps"], *second["steps"])] == [None, first["job_id"]]
     assert f"was finished by {first['job_id']}" in second["logs"][0]["message"]
-    assert (await ask(here, "it"))["steps"][0]["reused_from"] == first["job_id"], "who has only borrowed lends nothing"
+    assert (await ask(here, "it"))["steps"][0]["reused_from"] == first["job_id"], "a reused step must not be lent on"
 
 
-async def test_other_inputs_are_another_step(here: Process) -> None:
+NOT_SHARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "other job type": ({}, {"job_type": "test2"}),
+    "other user": ({}, {"user": "bob"}),
+    "other user, public job": ({"access_control": PUBLIC}, {"user": "bob"}),
+    "other user, group with read access": (
+        {"access_control": AccessControl(read_access=["team"])},
+        {"user": "bob", "teams": ["team"]},
+    ),
+    "other user with admin access": ({"access_control": AccessControl(admin_access=["bob"])}, {"user": "bob"}),
+    "other user of the same team": (
+        {"teams": ["team"], "access_control": AccessControl(visibility="team")},
+        {"user": "bob", "teams": ["team"]},
+    ),
+    "first job did not request it": ({"parameters": {"share_s": None}}, {}),
+    "second job did not request it": ({}, {"parameters": {"share_s": None}}),
+    "too old": ({}, {"parameters": {"share_s": 0.001}}),
+    "age of zero": ({}, {"parameters": {"share_s": 0}}),
+    "with warnings": ({"parameters": {"in_vain": True}}, {}),
+}
+
+
+async def test_step_is_run_again_when_any_condition_is_missing(here: Process) -> None:
+    async def both(word: str, first: dict[str, Any], second: dict[str, Any]) -> None:
+        await ask(here, "de", word=word, **first)
+        await ask(here, "fr", word=word, **second)
+
+    await asyncio.gather(*(both(word, *jobs) for word, jobs in NOT_SHARED.items()))
+    assert done == dict.fromkeys(NOT_SHARED, 2)
+
+
+async def test_step_of_another_processor_version_is_not_reused(here: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     await ask(here, "de")
-    await ask(here, "de", word="slide")
-    assert done == {"talk": 1, "slide": 1}
-
-
-async def test_what_one_may_not_read_one_cannot_use(here: Process) -> None:
-    first = await ask(here, "de")
-    await ask(here, "fr", user="bob")
+    for module in ("workers.execution", "workers.shared_steps"):
+        monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 2")
+    second = await ask(here, "fr")
     assert done == {"talk": 2}
-    await here.do(first["job_id"], ChangeAccess("alice", AccessControl(read_access=["carol"])))
-    await here.views_reach()
-    assert (await ask(here, "it", user="carol"))["steps"][0]["reused_from"] == first["job_id"]
+    assert (await ask(here, "it"))["steps"][0]["reused_from"] == second["job_id"]
 
 
-async def test_what_was_not_done_in_full_is_done_again(here: Process) -> None:
-    await ask(here, "de", parameters={"in_vain": True})
-    await ask(here, "fr")
-    assert done == {"talk": 2}
-
-
-async def test_who_restarts_a_job_to_do_it_all_anew_gets_nothing_from_others(here: Process) -> None:
+async def test_job_restarted_without_steps_reuses_nothing_of_other_jobs(here: Process) -> None:
     await ask(here, "de")
     second = await ask(here, "fr")
     for reuse, times in ((False, 2), (True, 2), (False, 3)):
@@ -94,21 +117,9 @@ async def test_who_restarts_a_job_to_do_it_all_anew_gets_nothing_from_others(her
         assert step["reused_from"] is None
 
 
-async def test_a_deleted_job_lends_nothing(here: Process) -> None:
+async def test_step_of_a_deleted_job_is_not_reused(here: Process) -> None:
     first = await ask(here, "de")
     await here.do(first["job_id"], Delete("alice"))
     await here.views_reach()
-    await ask(here, "fr")
-    assert done == {"talk": 2}
-
-
-@pytest.mark.parametrize("seconds", [0, 0.05], ids=["never", "not for long"])
-async def test_how_long_steps_are_shared_is_a_setting(
-    connection: Connection, store: Path, here: Process, seconds: float
-) -> None:
-    await ask(here, "de")
-    assert here.worker is not None
-    here.worker._shared_steps._seconds = seconds
-    await asyncio.sleep(0.1)
     await ask(here, "fr")
     assert done == {"talk": 2}

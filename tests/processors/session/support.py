@@ -10,6 +10,7 @@ import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from fractions import Fraction
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -128,13 +129,22 @@ class RecordingJob:
         self.warnings: list[str] = []
         self.tokens = 0
         self.files: dict[str, bytes] = {}
+        self.shared: dict[str, timedelta | None] = {}
         self._cancel_at = cancel_at
 
     @property
     def cancelled(self) -> bool:
         return bool(self.told) and self.told[-1][0] >= self._cancel_at
 
-    async def step(self, name: str, inputs: Mapping[str, JSON], function: Callable[[], Awaitable[JSON]]) -> JSON:
+    async def step(
+        self,
+        name: str,
+        inputs: Mapping[str, JSON],
+        function: Callable[[], Awaitable[JSON]],
+        *,
+        share: timedelta | None = None,
+    ) -> JSON:
+        self.shared[name] = share
         key = (name, json.dumps(inputs, sort_keys=True))
         if key in self.steps:
             output, warnings = self.steps[key]

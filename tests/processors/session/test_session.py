@@ -78,6 +78,8 @@ async def test_a_session_with_everything_becomes_markdown_with_images(site: Site
     job = RecordingJob(session(url=page, attachments_url=slides, video_url=talk, extra={"id": 7}), tmp_path)
 
     results = await run(job, keep_audio=True)
+    assert {name for name, share in job.shared.items() if share} == {"page", "transcript", "slides"}
+    assert {name for name, share in job.shared.items() if not share} == {"compose", "markdown"}
 
     front, body = parts_of(text_of(job, results))
     assert front["title"] == "Ledgers that never forget"

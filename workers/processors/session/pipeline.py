@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from functools import partial
+from typing import Final
 
 from workers.processor import JSON, Job, Results, SavedFile
 from workers.processors.session import compose_step, markdown_step, page_step, slides_step, transcript_step
@@ -14,6 +16,9 @@ from workers.processors.session.page import PageText
 from workers.processors.session.parameters import SessionParameters
 from workers.processors.session.settings import SessionSettings
 from workers.processors.session.steps import Work
+
+SHARE: Final = timedelta(days=1)
+"""The steps that do not depend on the target language are shared for this long: pages and recordings change."""
 
 
 async def run(job: Job, settings: SessionSettings, fetcher: Fetcher) -> Results:
@@ -38,13 +43,17 @@ async def run(job: Job, settings: SessionSettings, fetcher: Fetcher) -> Results:
         return work
 
     step = next_step()
-    page = PageText.model_validate(await job.step("page", page_step.inputs(step), partial(page_step.run, step)))
-    step = next_step()
-    recording = Recording.model_validate(
-        await job.step("transcript", transcript_step.inputs(step), partial(transcript_step.run, step))
+    page = PageText.model_validate(
+        await job.step("page", page_step.inputs(step), partial(page_step.run, step), share=SHARE)
     )
     step = next_step()
-    show = SlideShow.model_validate(await job.step("slides", slides_step.inputs(step), partial(slides_step.run, step)))
+    recording = Recording.model_validate(
+        await job.step("transcript", transcript_step.inputs(step), partial(transcript_step.run, step), share=SHARE)
+    )
+    step = next_step()
+    show = SlideShow.model_validate(
+        await job.step("slides", slides_step.inputs(step), partial(slides_step.run, step), share=SHARE)
+    )
     recording, show = recording.placed(where), show.placed(where)  # another job may have done it
     step = next_step()
     composed = Composed.model_validate(
