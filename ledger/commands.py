@@ -88,11 +88,12 @@ class FailAttempt:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
-    """Give a running job back unharmed."""
+    """Give a running job back unharmed. `machine_trouble`: because the worker's machine cannot run it."""
 
     worker_id: str
     attempt: int
     reason: str
+    machine_trouble: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,11 +244,15 @@ class JobLeaseExpired(Event):
 
 
 class JobReleased(Event):
-    """The worker gave the job back unharmed, for example at shutdown: the attempt does not count."""
+    """The worker gave the job back unharmed, for example at shutdown: the attempt does not count.
+
+    `machine_trouble`: the worker's machine could not run it.
+    """
 
     worker_id: str
     attempt: int
     reason: str
+    machine_trouble: bool = False
 
 
 class JobCancelRequested(Event):

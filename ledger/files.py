@@ -21,6 +21,7 @@ from ledger.errors import ConfigurationError, FileLost
 
 PIECE_BYTES = 256 * 1024
 """How much of a file is in memory at a time while it is read."""
+_CHECK_BYTES = 64 * 1024
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,6 +57,13 @@ class FileStore(Protocol):
     Job processes run foreign code on foreign input, so they get no access to the database: they put files into an inbox
     on their own machine, and the worker sees to the rest.
     """
+
+    def check(self) -> None:
+        """Write and remove something the way a job's process does. Blocks.
+
+        Raises:
+            OSError: that failed.
+        """
 
     def inbox(self, directory: Path) -> Path:
         """Return where a job's process puts files, as into a `DirectoryStore`.
@@ -102,6 +110,18 @@ class DirectoryStore:
                 pass
         except OSError as error:
             raise ConfigurationError(f"results.store: cannot write to {self.root}: {error.strerror}") from error
+
+    def check(self) -> None:
+        """Write and remove a file.
+
+        Raises:
+            OSError: that failed.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.root) as file:
+            file.write(bytes(_CHECK_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
 
     def inbox(self, directory: Path) -> Path:
         """Job processes write into the store itself."""

@@ -57,6 +57,9 @@ class GridFSStore:
             await self._chunks.insert_one({"files_id": trial, "n": 0, "data": b""})
             await self._chunks.delete_many({"files_id": trial})
 
+    def check(self) -> None:
+        """Nothing on this machine is needed but the scratch directory."""
+
     def inbox(self, directory: Path) -> Path:
         """Job processes write into a directory of their own machine, from where the worker fetches it."""
         directory.mkdir(mode=0o700)

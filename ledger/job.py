@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 from ledger.commands import (
     Archive,
@@ -63,6 +63,7 @@ class Job:
     `attempt` numbers its executions and is never reused; `counted` is how many of them count against
     `asked.max_attempts` (a released one does not). `due` is when it may next be claimed. `steps` maps the digest of a
     finished step's inputs to the event that holds its output. `anew` says that it was restarted to do all of it again.
+    `machine_troubles` is how many times in a row it was given back because a machine could not run it.
     """
 
     asked: JobSubmitted
@@ -76,6 +77,16 @@ class Job:
     deleted: bool = False
     steps: Mapping[str, StepCompleted] = field(default_factory=dict)
     anew: bool = False
+    machine_troubles: int = 0
+
+
+MAX_MACHINE_TROUBLES: Final = 5
+"""A job given back this often in a row for machine trouble is taken for its cause: the next time counts as an attempt.
+
+Why 5: a sick worker reports at its first such job and claims nothing until its check passes, so a healthy job meets
+more than one sick machine only if several fall ill at the same time. A job that is itself the cause meets trouble on
+every machine, stops each for a pause of a second or more, and has to end: after 5 times, and then `max_attempts`.
+"""
 
 
 def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
@@ -193,7 +204,12 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
         case ReleaseJob():
             if job.cancel is not None:  # else the next worker would start what nobody wants
                 return JobCancelled(by=job.cancel.by, reason=job.cancel.reason)
-            return JobReleased(worker_id=command.worker_id, attempt=command.attempt, reason=command.reason)
+            return JobReleased(
+                worker_id=command.worker_id,
+                attempt=command.attempt,
+                reason=command.reason,
+                machine_trouble=command.machine_trouble,
+            )
         case ConfirmCancel():
             return JobCancelled(
                 by=job.cancel.by if job.cancel else f"worker:{command.worker_id}",
@@ -258,13 +274,19 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
         case JobCompleted():
             return _ended(job, "completed")
         case JobAttemptFailed():
-            return replace(job, status="pending", worker_id=None, due=event.retry_at)
+            return replace(job, status="pending", worker_id=None, due=event.retry_at, machine_troubles=0)
         case JobFailed():
             return _ended(job, "failed")
         case JobLeaseExpired():
             return replace(job, status="pending", worker_id=None)
         case JobReleased():
-            return replace(job, status="pending", worker_id=None, counted=job.counted - 1)
+            return replace(
+                job,
+                status="pending",
+                worker_id=None,
+                counted=job.counted - 1,
+                machine_troubles=job.machine_troubles + event.machine_trouble,
+            )
         case JobCancelRequested():
             return replace(job, cancel=event)
         case JobCancelled():
@@ -272,7 +294,14 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
         case JobRestarted():
             kept = job.steps if event.reuse_steps else {}
             return replace(
-                job, status="pending", counted=0, due=None, cancel=None, steps=kept, anew=not event.reuse_steps
+                job,
+                status="pending",
+                counted=0,
+                due=None,
+                cancel=None,
+                steps=kept,
+                anew=not event.reuse_steps,
+                machine_troubles=0,
             )
         case JobUpdated():
             return _with_changes(job, event)

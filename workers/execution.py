@@ -10,11 +10,9 @@ import asyncio
 import multiprocessing
 import os
 import random
-import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -43,17 +41,20 @@ from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, NotFound
 from ledger.events import Asset, Failure, JobResults, LogLine, Meta, ResultFile, ResultMetadata, WorkerFenced
 from ledger.files import FileStore
 from ledger.handle import Handled, Known, handle, outcome
-from ledger.job import Job
+from ledger.job import MAX_MACHINE_TROUBLES, Job
 from ledger.log import EventLog
 from workers import child
 from workers.attempt import Assignment, FinishedStep, Message, run
+from workers.health import MachineTrouble, WorkerHealth, machine_trouble
 from workers.processor import Results, SavedFile
 from workers.registry import find_processor, processor_version
+from workers.scratch import Scratch
 from workers.shared_steps import SharedSteps
 
 _log = structlog.get_logger()
 GATHER_SECONDS: Final = 0.5
 STOP_SECONDS: Final = 1.0  # a child that is to stop may do so itself within this time
+_CHECK_SECONDS: Final = 20.0
 LARGEST_OUTPUT: Final = 64 * 1024 * 1024  # what a child may say in one message
 _FILES_URL: Final = "/api/events/files/"
 _context = multiprocessing.get_context("forkserver")
@@ -83,6 +84,23 @@ def prepare_children() -> None:
     vars(main).pop("__file__", None)
 
 
+def check_processes() -> None:
+    """Start a process the way jobs do, and end it. Blocks.
+
+    Raises:
+        MachineTrouble: that failed.
+    """
+    process = _context.Process(target=os.getpid, daemon=True)
+    try:
+        process.start()
+        process.join(_CHECK_SECONDS)
+    except (OSError, EOFError) as error:
+        raise machine_trouble(error) or MachineTrouble(f"No process can be started: {error!r}") from error
+    if process.exitcode != 0:
+        process.kill()
+        raise MachineTrouble(f"A process that was started as a check did not end within {_CHECK_SECONDS:.0f} s")
+
+
 class Execution:
     """One attempt at one job, from its claim to its end."""
 
@@ -95,6 +113,8 @@ class Execution:
         worker_id: str,
         settings: Settings,
         steps: SharedSteps,
+        scratch: Scratch,
+        health: WorkerHealth,
     ) -> None:
         assert isinstance(known.state, Job)  # noqa: S101 - a job's stream has a job's state
         self.job_id = job_id
@@ -105,6 +125,8 @@ class Execution:
         self._worker_id = worker_id
         self._settings = settings
         self._steps = steps
+        self._scratch = scratch
+        self._health = health
         self._meta = Meta(f"worker:{worker_id}")
         self._writing = asyncio.Lock()
         self._flushing = asyncio.Lock()
@@ -164,9 +186,10 @@ class Execution:
             self._task.cancel()
 
     async def _run(self) -> None:
-        scratch = Path(tempfile.gettempdir(), f"jobledger-{self.job_id}-{self._attempt}-{secrets.token_hex(4)}")
-        saved = scratch.with_suffix(".saved")
+        scratch = saved = None
         try:
+            scratch = self._scratch.for_attempt(self.job_id, self._attempt)
+            saved = scratch.with_suffix(".saved")
             async with asyncio.timeout(self._job.asked.timeout_s):
                 self._inbox = self._settings.store.inbox(saved)
                 await self._run_in(scratch)
@@ -175,14 +198,17 @@ class Execution:
             await self._fail(Failure(code="TIMEOUT", message=message), transient=True)
         except Fenced:
             raise
-        except Exception as error:  # noqa: BLE001 - see the next line
+        except Exception as error:  # noqa: BLE001 - see below
+            if (trouble := machine_trouble(error, scratch=self._scratch.directory)) is not None:
+                await self._give_back(trouble)
+                return
             # Whatever goes wrong here has to end the attempt: under a living lease the job would hang for ever.
             _log.exception("fault while running a job", job_id=self.job_id)
             message = f"The worker failed while running the job: {type(error).__name__}: {error}"
             await self._fail(Failure(code="WORKER_FAULT", message=message), transient=True)
         finally:
             for place in (scratch, saved):
-                if os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
+                if place is not None and os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
                     await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
 
     async def _run_in(self, scratch: Path) -> None:
@@ -295,6 +321,19 @@ class Execution:
         retry_at = datetime.now(UTC) + self._retry_delay() if transient else None
         failure = failure.model_copy(update={"details": {**failure.details, "retryable": transient}})
         await self._say(FailAttempt(self._worker_id, self._attempt, failure, retry_at))
+
+    async def _give_back(self, trouble: MachineTrouble) -> None:
+        """Give the job back uncounted, because this machine cannot run it; unless it seems to be the cause."""
+        self._health.report(trouble)
+        await self._flush()
+        if self._job.machine_troubles >= MAX_MACHINE_TROUBLES:
+            message = (
+                f"The job met machine trouble {self._job.machine_troubles + 1} times in a row. The last: {trouble}"
+            )
+            await self._fail(Failure(code="MACHINE_TROUBLE", message=message), transient=True)
+        else:
+            reason = f"the worker's machine cannot run it: {trouble}"
+            await self._say(ReleaseJob(self._worker_id, self._attempt, reason, machine_trouble=True))
 
     def _retry_delay(self) -> timedelta:
         """Exponential back-off with full jitter, so that jobs which failed together do not come back together."""

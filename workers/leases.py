@@ -55,6 +55,7 @@ class LeaseWatch:
         self.watcher = ""
         """The worker on whose behalf we watch, while it has a lease."""
         self._seconds: dict[str, float] = {}
+        self._unhealthy: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._due: asyncio.Queue[str] = asyncio.Queue()
         changes.listen(Reaction(COLLECTION, self._heartbeat, self._resync))
@@ -64,6 +65,11 @@ class LeaseWatch:
     def alive(self) -> Collection[str]:
         """The ids of the workers that give signs of life, as far as we have heard."""
         return self._seconds.keys()
+
+    @property
+    def able(self) -> Collection[str]:
+        """The ids of the workers that are alive and healthy: those that may claim a job."""
+        return self._seconds.keys() - self._unhealthy
 
     async def run(self) -> None:
         """Check leases whose time should be over, one after the other, until cancelled."""
@@ -84,10 +90,12 @@ class LeaseWatch:
 
     async def _resync(self, session: AsyncClientSession) -> None:
         """Learn who is alive, and for how long; then look for those named by a running job but not among them."""
-        alive = self._db[COLLECTION].find({}, {"seconds": 1, "left_ms": _LEFT_MS}, session=session)
+        alive = self._db[COLLECTION].find({}, {"seconds": 1, "left_ms": _LEFT_MS, "problem": 1}, session=session)
         self._seconds.clear()
+        self._unhealthy.clear()
         async for worker in alive:
             self._seconds[worker["_id"]] = worker["seconds"]
+            self._heard_health(worker["_id"], worker)
             self._look_in(worker["_id"], worker["left_ms"] / 1000)
         self._look_in(_STRANGERS, 0.0)
 
@@ -96,12 +104,20 @@ class LeaseWatch:
         if change["operationType"] == "delete":
             # The timer stays: a claim later than what its reaper has seen may have been heard before this.
             self._seconds.pop(worker_id, None)
+            self._unhealthy.discard(worker_id)
             return
         changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
+        self._heard_health(worker_id, changed)
         if "lease_until" not in changed:  # somebody has declared it over, and may die on the way: our timer stays
             return
         self._seconds[worker_id] = changed.get("seconds", self._seconds.get(worker_id, 10.0))
         self._look_in(worker_id, 0.0 if changed.get("released") else self._seconds[worker_id])
+
+    def _heard_health(self, worker_id: str, fields: Mapping[str, Any]) -> None:
+        if fields.get("problem"):
+            self._unhealthy.add(worker_id)
+        elif "problem" in fields:
+            self._unhealthy.discard(worker_id)
 
     def _claimed(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] == "insert" and change["fullDocument"]["type"] == "JobClaimed":

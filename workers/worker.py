@@ -27,13 +27,15 @@ from ledger.handle import Handled, Known, handle, load
 from ledger.job import Job
 from ledger.lease import Lease
 from ledger.log import EventLog
-from ledger.mongo import Connection, Database
+from ledger.mongo import Connection, Database, Document, driver_errors
 from projections.checkpoint import Checkpoint
 from workers import claims, leases
 from workers.claims import Claims
-from workers.execution import Execution, Settings, prepare_children
+from workers.execution import Execution, Settings, check_processes, prepare_children
+from workers.health import MachineTrouble, WorkerHealth, check_descriptors, check_memory, machine_trouble
 from workers.leases import LeaseWatch
 from workers.registry import processors
+from workers.scratch import Scratch
 from workers.shared_steps import SharedSteps
 
 _log = structlog.get_logger()
@@ -58,6 +60,7 @@ class Worker:
         slots_of_type: Mapping[str, int] | None = None,
         lease_seconds: float = 10.0,
         shutdown_grace_seconds: float = 30.0,
+        scratch: Scratch | None = None,
     ) -> None:
         self._db = db
         self._log = log
@@ -77,13 +80,20 @@ class Worker:
         self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
         self._watch = LeaseWatch(db, log, checkpoint, changes)
+        self._scratch = scratch or Scratch()
+        self.health = WorkerHealth(
+            [check_descriptors, self._scratch.check, settings.store.check, check_memory, check_processes],
+            quick_checks=[check_descriptors, self._scratch.check_quickly],
+            on_change=self._health_changed,
+        )
+        self._publishing: asyncio.Task[None] | None = None
         self._shared_steps = SharedSteps(checkpoint.views, log)
         self._claims = Claims(
             log,
             checkpoint,
             job_types=self._job_types,
             slots=slots,
-            alive=lambda: self._watch.alive,
+            alive=lambda: self._watch.able,
             wake=self._wake.set,
             room=self._room,
             claiming=self._claiming.keys,
@@ -98,14 +108,27 @@ class Worker:
     async def run(self) -> None:
         """Work until `stop` is called. A lost lease costs the running jobs; work goes on under a new one."""
         prepare_children()
+        await self._prepare_scratch()
         watching = asyncio.create_task(self._watch.run(), name="lease-watch")
+        checking = asyncio.create_task(self.health.run(), name="health")
         try:
             while not self._stopping.is_set():
                 await self._work_under_a_lease(watching)
         finally:
             self._claims.close()
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            background = [task for task in (watching, checking, self._publishing) if task is not None]
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await asyncio.to_thread(self._scratch.close)
+
+    async def _prepare_scratch(self) -> None:
+        try:
+            await asyncio.to_thread(self._scratch.prepare)
+            await asyncio.to_thread(self._scratch.check)
+            await asyncio.to_thread(self._settings.store.check)
+        except Exception as error:  # noqa: BLE001 - the worker starts anyway, and claims nothing until this passes
+            self.health.report(machine_trouble(error) or MachineTrouble(str(error)))
 
     async def _work_under_a_lease(self, watching: asyncio.Task[None]) -> None:
         lease = Lease(self._connection, leases.COLLECTION, self.worker_id, seconds=self._lease_seconds)
@@ -115,6 +138,7 @@ class Worker:
             "slots": self._slots,
             "job_types": sorted(self._job_types),
             "started_at": datetime.now(UTC),
+            **self.health.facts(),
         }
         try:
             await lease.acquire(facts)
@@ -122,6 +146,8 @@ class Worker:
             _log.warning("no lease yet", error=str(error))
             await asyncio.sleep(1)
             return
+        if self.health.problem is not None:  # perhaps reported after the facts were gathered
+            self._health_changed()
         self._claims.worker_id = self._watch.watcher = self.worker_id
         self._wake.set()
         claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
@@ -194,6 +220,25 @@ class Worker:
             if len(self._cancels) > _CANCELS_KEPT:
                 self._cancels.popitem(last=False)
 
+    # Health -------------------------------------------------------------------------------------------------------
+
+    def _health_changed(self) -> None:
+        """Wake the claim loop, and tell the other workers, so that none waits for this one to claim a job."""
+        self._wake.set()
+        if self._publishing is None or self._publishing.done():
+            self._publishing = asyncio.create_task(self._publish_health(), name="publish-health")
+
+    async def _publish_health(self) -> None:
+        """Write into the heartbeat document whether this worker is healthy, until that is what it says."""
+        published: Document | None = None
+        while published != (facts := self.health.facts()):
+            try:
+                with driver_errors("recording a worker's health"):
+                    await self._db[leases.COLLECTION].update_one({"_id": self.worker_id}, {"$set": facts})
+                published = facts
+            except LedgerUnavailable:
+                await asyncio.sleep(1)
+
     # Claiming -----------------------------------------------------------------------------------------------------
 
     async def _claim_until_stopped(self) -> None:
@@ -218,7 +263,7 @@ class Worker:
             await asyncio.wait([task for _, task in self._claiming.values()], timeout=self._lease_seconds)
 
     async def _claim_what_there_is(self) -> None:
-        while not self._stopping.is_set() and (found := await self._claims.take()):
+        while not self._stopping.is_set() and self.health.may_claim() and (found := await self._claims.take()):
             for job_id, known, job_type, _ in found:
                 task = asyncio.create_task(self._claim(job_id, known), name=f"claim-{job_id}")
                 self._claiming[job_id] = job_type, task
@@ -266,6 +311,8 @@ class Worker:
             worker_id=self.worker_id,
             settings=self._settings,
             steps=self._shared_steps,
+            scratch=self._scratch,
+            health=self.health,
         )
         task = asyncio.create_task(execution.run(), name=f"job-{job_id}")
         self._running[job_id] = (execution, task)

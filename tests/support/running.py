@@ -32,6 +32,7 @@ from projections import batches, jobs
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers.execution import Settings
+from workers.scratch import Scratch
 from workers.webhooks.deliverer import Deliverer
 from workers.webhooks.deliverer import Settings as Webhooks
 from workers.worker import HEARD_EVENTS, Worker
@@ -51,6 +52,7 @@ class WorkerOptions:
     retry_base_seconds: float = 0.1
     memory_limit_mb: int = 4096
     processors: Mapping[str, Mapping[str, Any]] | None = None
+    scratch: Path | None = None
 
 
 IMPATIENT = Webhooks(schedule=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allow_private=["127.0.0.1"])
@@ -257,6 +259,7 @@ def _worker(here: Process, options: WorkerOptions) -> Worker:
         slots_of_type=options.slots_of_type,
         lease_seconds=options.lease_seconds,
         shutdown_grace_seconds=options.shutdown_grace_seconds,
+        scratch=Scratch(options.scratch),
     )
 
 

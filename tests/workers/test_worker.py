@@ -202,18 +202,6 @@ async def test_a_fault_in_a_processor_ends_the_job_and_not_the_worker(
         assert (await here.ended(await here.submit()))["status"] == "completed"
 
 
-async def test_a_worker_without_room_for_scratch_files_does_not_keep_the_job_for_ever(
-    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
-        session = {"event": "FOSDEM", "track": "Main", "session": "Welcome", "filename": "Welcome.md"}
-        session |= {"url": "http://127.0.0.1:1/", "source_language": "en", "target_language": "de"}
-        job_id = await here.submit(session, job_type="session", max_attempts=1)
-        job = await here.ended(job_id, seconds=5)
-        assert (job["status"], job["error"]["code"]) == ("failed", "WORKER_FAULT")
-
-
 # Many jobs ------------------------------------------------------------------------------------------------------------
 
 

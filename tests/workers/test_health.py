@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+from pathlib import Path
+
+import pytest
+
+from ledger.mongo import Connection
+from tests.support.running import WorkerOptions, process, until
+from workers import health
+from workers.health import MachineTrouble, WorkerHealth, machine_trouble
+
+SCRATCH = Path("/scratch/jobledger-0/worker-1")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ENFILE, "Too many open files in system"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EROFS, "Read-only file system"),
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        PermissionError(errno.EACCES, "Permission denied", str(SCRATCH / "job-1")),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", str(SCRATCH / "job-1")),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", str(SCRATCH)),
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+        MachineTrouble("The disk is gone"),
+    ],
+    ids=repr,
+)
+def test_machine_trouble_of_the_machine_is_recognized(error: Exception) -> None:
+    assert machine_trouble(error, scratch=SCRATCH) is not None
+    wrapped = RuntimeError("while starting the job")
+    wrapped.__cause__ = error
+    assert machine_trouble(wrapped, scratch=SCRATCH) is not None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "/etc/shadow"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/scratch/jobledger-0/worker-10/x"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        TimeoutError("timed out"),
+        OSError("without a number"),
+        RuntimeError("anything"),
+        ValueError("anything"),
+    ],
+    ids=repr,
+)
+def test_machine_trouble_of_the_job_is_not_the_machine(error: Exception) -> None:
+    assert machine_trouble(error, scratch=SCRATCH) is None
+
+
+async def test_health_after_report_allows_claims_only_when_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.02)
+    sick, checked = True, 0
+
+    def check() -> None:
+        nonlocal checked
+        checked += 1
+        if sick:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    worker = WorkerHealth([check])
+    running = asyncio.create_task(worker.run())
+    assert worker.may_claim()
+    worker.report(MachineTrouble("No space left on device"))
+    assert not worker.may_claim()
+    await until(lambda: checked > 2, "checks are repeated")
+    assert not worker.may_claim()
+    assert "scratch_dir" in worker.facts()["problem"]
+    sick = False
+    await until(worker.may_claim, "recovered")
+    assert worker.facts() == {"problem": None, "unhealthy_since": None}
+    running.cancel()
+
+
+async def test_health_relapse_soon_after_recovery_lengthens_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.02)
+    worker = WorkerHealth()
+    running = asyncio.create_task(worker.run())
+    loop = asyncio.get_running_loop()
+    took = []
+    for _ in range(4):
+        begun = loop.time()
+        worker.report(MachineTrouble("trouble that no check sees"))
+        await until(worker.may_claim, "recovered")
+        took.append(loop.time() - begun)
+    running.cancel()
+    assert took[3] > 3 * took[0]
+
+
+async def test_worker_without_scratch_leaves_jobs_alone_until_it_is_there(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.1)
+    place = tmp_path / "scratch"
+    async with process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
+        await until(lambda: here.worker is not None and not here.worker.health.may_claim(), "noticed")
+        job_id = await here.submit()
+        await asyncio.sleep(0.5)
+        assert await here.history(job_id) == ["JobSubmitted"]
+        assert await here.db.workers.find_one({"problem": {"$regex": "scratch_dir"}})
+        place.mkdir()
+        assert (await here.ended(job_id))["status"] == "completed"
+        assert await here.history(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
+    assert list(place.rglob("*/*")) == []
