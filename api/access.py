@@ -5,8 +5,11 @@ Unknown and forbidden look alike to who may not read: 404. Who may read but not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from typing import Final, Protocol
 
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,9 +21,12 @@ from ledger.handle import Known
 from ledger.job import Job
 from ledger.mongo import Document
 
-OPEN_TO_ALL = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs", "/monitoring/events/sign-in"})
+_SIGN_IN_PAGES = ("/monitoring/events/sign-in", "/monitoring/events/sign-out")
+OPEN_TO_ALL = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs", *_SIGN_IN_PAGES})
 """Addresses that say nothing about anybody's jobs."""
 _OPEN_FOLDER = "/monitoring/events/static/"
+_RECHECK_SECONDS: Final = 30.0
+"""How often a credential in use is checked again although nothing was reported, such as a clock that was set."""
 
 
 class SignIn(Protocol):
@@ -44,6 +50,23 @@ class OpenSignIn:
         return self._principal
 
 
+class Revocations:
+    """Announces that credentials were revoked, or may have been."""
+
+    def __init__(self) -> None:
+        self._next = asyncio.Event()
+
+    @property
+    def next(self) -> asyncio.Event:
+        """The event that the next announcement sets."""
+        return self._next
+
+    def announce(self) -> None:
+        """Have everything that is still open check its credential."""
+        self._next.set()
+        self._next = asyncio.Event()
+
+
 def _as_error(scope: Scope, error: ApiError) -> ASGIApp:
     return error_response(error)
 
@@ -55,20 +78,89 @@ class SignedIn:
     """
 
     def __init__(
-        self, app: ASGIApp, sign_in: SignIn, refused: Callable[[Scope, ApiError], ASGIApp] = _as_error
+        self,
+        app: ASGIApp,
+        sign_in: SignIn,
+        revocations: Revocations,
+        refused: Callable[[Scope, ApiError], ASGIApp] = _as_error,
     ) -> None:
         self._app = app
         self._sign_in = sign_in
+        self._revocations = revocations
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if scope["path"] not in OPEN_TO_ALL and not scope["path"].startswith(_OPEN_FOLDER):
                 scope["principal"] = await self._sign_in(HTTPConnection(scope))
+                scope["signed_in"] = self
         except ApiError as error:
             await self._refused(scope, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    async def until_invalid(self, scope: Scope) -> None:
+        """Return once the credential of a request is revoked or has expired.
+
+        The next announcement is taken before the credential is checked: one that comes after the check ends the wait.
+        """
+        principal: Principal = scope["principal"]
+        while True:
+            revoked = self._revocations.next
+            if not await self._is_valid(scope, principal):
+                return
+            seconds = _RECHECK_SECONDS
+            if principal.valid_until is not None:
+                seconds = min(seconds, (principal.valid_until - datetime.now(UTC)).total_seconds())
+            if seconds <= 0:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await revoked.wait()
+
+    async def _is_valid(self, scope: Scope, principal: Principal) -> bool:
+        try:
+            return await self._sign_in(HTTPConnection(dict(scope))) == principal
+        except ApiError as error:
+            return error.status != 401  # a check that is not possible now proves nothing
+
+
+async def until_signed_out(scope: Scope) -> None:
+    """Return once the caller's credential is revoked or has expired; never for what is open to all."""
+    signed_in_: SignedIn | None = scope.get("signed_in")
+    if signed_in_ is None:
+        await asyncio.Event().wait()
+    else:
+        await signed_in_.until_invalid(scope)
+
+
+@asynccontextmanager
+async def while_signed_in(request: HTTPConnection, seconds: float) -> AsyncIterator[None]:
+    """Give the block this many seconds, as asyncio.timeout does, and end it with the caller's credential.
+
+    Raises:
+        TimeoutError: the time is over.
+        ApiError: 401, the credential is revoked or has expired.
+    """
+    invalid = False
+
+    async def watch(limit: asyncio.Timeout) -> None:
+        nonlocal invalid
+        await until_signed_out(request.scope)
+        invalid = True  # in one step with what follows: the block cannot have ended in between
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            watching = asyncio.create_task(watch(limit), name="sign-in-watch")
+            try:
+                yield
+            finally:
+                watching.cancel()
+    except TimeoutError:
+        if invalid:
+            raise ApiError(401, "bad_credentials", "The credentials became invalid during the request.") from None
+        raise
 
 
 def who_asks(request: Request) -> Principal:

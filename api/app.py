@@ -31,7 +31,7 @@ from api import (
 )
 from api.access import SignedIn
 from api.dashboard import pages as dashboard
-from api.dashboard.session import CookieSignIn
+from api.dashboard.session import CookieSignIn, cookie_name
 from api.errors import (
     ApiError,
     on_api_error,
@@ -123,9 +123,20 @@ def create_app(services: Services) -> ASGIApp:
     app = Starlette(
         routes=[*ROUTES, *dashboard.ROUTES],
         middleware=[
-            Middleware(KnownHosts, names=services.allowed_hosts, origins=services.edge.cors_origins),
+            Middleware(
+                KnownHosts,
+                names=services.allowed_hosts,
+                public_origin=services.public_origin,
+                origins=services.edge.cors_origins,
+                cookie=cookie_name(https=services.edge.https),
+            ),
             *_for_pages_of(services.edge.cors_origins),
-            Middleware(SignedIn, sign_in=LinkSignIn(CookieSignIn(services.sign_in)), refused=dashboard.refused),
+            Middleware(
+                SignedIn,
+                sign_in=LinkSignIn(CookieSignIn(services.sign_in, services.sessions, https=services.edge.https)),
+                revocations=services.revocations,
+                refused=dashboard.refused,
+            ),
             Middleware(Limited, edge=services.edge),
         ],
         exception_handlers={

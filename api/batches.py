@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api import bulk
-from api.access import actor, for_user, may_see, who_asks
+from api.access import actor, for_user, may_see, while_signed_in, who_asks
 from api.errors import ApiError, json_response, path
 from api.jobs import going_on, listed, shown
 from api.models import (
@@ -249,7 +248,7 @@ async def _finished_if_wanted(request: Request, batch_id: str) -> bool:
     if not seconds:
         return False
     with suppress(TimeoutError):
-        async with asyncio.timeout(seconds), known.endings.watching(batch_id) as ended:
+        async with while_signed_in(request, seconds), known.endings.watching(batch_id) as ended:
             while isinstance((now := await load(known.log, batch_id)).state, Batch):
                 if now.state.status != "processing" or now.state.deleted:
                     await known.checkpoint.reached(now.head.position)

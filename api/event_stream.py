@@ -9,6 +9,8 @@ from typing import Final
 
 from starlette.types import Message, Receive, Scope, Send
 
+from api.access import until_signed_out
+
 PATIENCE_SECONDS: Final = 10.0
 """How long a client may take none of what it is sent."""
 _HEADERS: Final = [
@@ -48,7 +50,10 @@ class _NotReading(Exception):
 
 
 class EventStream:
-    """An answer that does not end. A client that goes away ends it, and one that does not read is cut."""
+    """An answer that does not end. A client that goes away ends it, and one that does not read is cut.
+
+    It also ends when the client's credential is revoked or expires.
+    """
 
     def __init__(self, blocks: AsyncGenerator[bytes, None], streams: Streams) -> None:
         self._blocks = blocks
@@ -63,8 +68,9 @@ class EventStream:
         writing = asyncio.create_task(self._write(send), name="live")
         self._streams.add(writing)
         gone = asyncio.create_task(_gone(receive), name="live-gone")
+        signed_out = asyncio.create_task(until_signed_out(scope), name="live-signed-out")
         try:
-            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, gone, signed_out}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done() and not writing.cancelled() and isinstance(writing.exception(), _NotReading):
                 # An ordinary close would wait for the client to take what it does not read.
                 abort: Callable[[], None] = scope["state"]["abort"]
@@ -74,7 +80,8 @@ class EventStream:
         finally:
             writing.cancel()
             gone.cancel()
-            await asyncio.gather(writing, gone, return_exceptions=True)
+            signed_out.cancel()
+            await asyncio.gather(writing, gone, signed_out, return_exceptions=True)
         if not writing.cancelled():
             writing.result()
         await send(_END)

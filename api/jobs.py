@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.access import actor, for_user, may_see, requires, who_asks
+from api.access import actor, for_user, may_see, requires, while_signed_in, who_asks
 from api.errors import ApiError, json_response
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
 from api.requests import Once, etag_matches, expecting, folded, happened_by, noted, story_until, wanted_wait
@@ -150,7 +149,7 @@ async def ended_if_wanted(request: Request, job_id: str) -> Document | None:
         return None
     job: Document | None = None
     with suppress(TimeoutError):
-        async with asyncio.timeout(seconds), known.endings.watching(job_id) as ended:
+        async with while_signed_in(request, seconds), known.endings.watching(job_id) as ended:
             while (job := folded(view.fold, await known.log.read_stream(job_id))) and job["status"] not in ENDED:
                 await ended.wait()
                 ended.clear()
@@ -237,7 +236,7 @@ async def _stop(request: Request, job_id: str, check: Callable[[Known], None]) -
         command = CancelJob(actor(request), "to be deleted")
         await handle(log, job_id, command, meta=Meta(actor(request)), known=known, check=check)
     try:
-        async with asyncio.timeout(_STOP_SECONDS), services(request).endings.watching(job_id) as ended:
+        async with while_signed_in(request, _STOP_SECONDS), services(request).endings.watching(job_id) as ended:
             while isinstance(now := (await load(log, job_id)).state, Job) and now.status == "processing":
                 await ended.wait()
                 ended.clear()

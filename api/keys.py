@@ -18,6 +18,7 @@ import structlog
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pymongo.asynchronous.client_session import AsyncClientSession
 
+from api.access import Revocations
 from ledger.access import group_named, user_named
 from ledger.mongo import MAJORITY, Database, Document, driver_errors
 
@@ -120,8 +121,9 @@ class KeyRing:
 
     collection = COLLECTION
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, revocations: Revocations) -> None:
         self._stored = db.get_collection(COLLECTION, read_concern=MAJORITY)
+        self._revocations = revocations
         self._keys: dict[str, ApiKey] = {}
 
     def opened_by(self, text: KeyText, now: datetime) -> ApiKey | None:
@@ -130,10 +132,16 @@ class KeyRing:
         same = compare_digest(text.digest, _NO_DIGEST if key is None else key.sha256)
         return key if key is not None and same and key.is_valid(now) else None
 
+    def valid(self, key_id: str, now: datetime) -> ApiKey | None:
+        """Return the key with this ID, if it is neither revoked nor expired."""
+        key = self._keys.get(key_id)
+        return key if key is not None and key.is_valid(now) else None
+
     async def resync(self, session: AsyncClientSession) -> None:
         with driver_errors("reading the API keys"):
             documents = await self._stored.find(session=session).to_list()
         self._keys = {key.key_id: key for key in _readable(documents)}
+        self._revocations.announce()
 
     def changed(self, change: Mapping[str, Any]) -> None:
         key_id = change["documentKey"]["_id"]
@@ -142,6 +150,7 @@ class KeyRing:
         self._keys.pop(key_id, None)
         for key in _readable([change["fullDocument"]] if "fullDocument" in change else []):
             self._keys[key.key_id] = key
+        self._revocations.announce()
 
 
 def _readable(documents: Collection[Document]) -> list[ApiKey]:

@@ -138,32 +138,89 @@ def _oversized(scope: Scope) -> ApiError | None:
 
 
 class KnownHosts:
-    """Against other sites' pages: they must not reach us under their name (DNS rebinding), nor change anything here.
+    """Refuses requests under unknown host names (DNS rebinding) and changes by pages of other origins (CSRF).
 
-    Pages of `origins` (`api.cors_origins`) may. Starlette's own TrustedHostMiddleware does not answer in our envelope.
+    An origin is scheme, host and port together: a page on another port or scheme of our own host is another site to
+    us, although `SameSite` cookies are sent with its requests. Our own origin is that of `api.public_url` and no other
+    if it is set. Otherwise it is `http://` and the `Host` header, which a browser sets itself and which is one of the
+    known names. Pages of `origins` (`api.cors_origins`) may change things, but not with the cookie.
+
+    Current browsers send `Origin` with every request that may change something. One without it is accepted from
+    programs, which send no cookie; with the cookie, and for signing in, `Sec-Fetch-Site` has to prove our own page.
+
+    Starlette's own TrustedHostMiddleware does not answer in our envelope.
     """
 
-    def __init__(self, app: ASGIApp, names: Collection[str], origins: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        names: Collection[str],
+        *,
+        public_origin: str | None = None,
+        origins: Collection[str] = (),
+        cookie: str = "",
+    ) -> None:
         self._app = app
         self._names = frozenset(name.strip("[]").lower() for name in names)
-        self._origins = frozenset(origins)
+        self._public_origin = None if public_origin is None else origin_of(public_origin)
+        self._origins = frozenset(origins) | frozenset(filter(None, map(origin_of, origins)))
+        self._cookie = f"{cookie}="
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host = headers.get("host", "")
         if _host_name(host) not in self._names:
             message = (
                 f"Nothing here is called {host[:100]!r}; the name that others know us by is set by api.public_url."
             )
             await error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
-        elif origin is not None and scope["method"] not in ("GET", "HEAD") and not self._is_ours(origin):
-            message = f"A page of {origin[:100]!r} may not change anything here; api.cors_origins says whose may."
-            await error_response(ApiError(403, "foreign_origin", message))(scope, receive, send)
+        elif (refused := self._refused(scope, headers, host)) is not None:
+            await error_response(ApiError(403, "foreign_origin", refused))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _is_ours(self, origin: str) -> bool:
-        return origin in self._origins or _host_name(origin.partition("://")[2]) in self._names
+    def _refused(self, scope: Scope, headers: Headers, host: str) -> str | None:
+        """Return why a request may not change anything here; None if it may, or only reads."""
+        ours = self._public_origin or origin_of(f"http://{host}")
+        sent = headers.getlist("origin")
+        scope["foreign_origin"] = any(origin_of(it) != ours for it in sent)
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        signs_in = scope["path"] in _SIGN_IN_PATHS
+        accepted = {ours} if signs_in else {ours, *self._origins}
+        if sent:
+            foreign = [it for it in sent if origin_of(it) not in accepted]
+            if len(sent) == 1 and not foreign:
+                return None
+            return (
+                f"A page of {', '.join(sent)[:200]!r} may not change anything here: our pages are those of {ours}. Set "
+                "api.public_url to the address in your browser, or name the other page's origin in api.cors_origins."
+            )
+        site = headers.get("sec-fetch-site")
+        if site in ("same-origin", "none"):
+            return None
+        if site is not None:
+            return "A page of another origin may not change anything here; api.cors_origins says whose pages may."
+        if signs_in or self._cookie in headers.get("cookie", ""):
+            return "With a session cookie, send the header Origin. Programs send Authorization and no cookie."
+        return None
+
+
+_SIGN_IN_PATHS: Final = ("/monitoring/events/sign-in", "/monitoring/events/sign-out")
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+
+def origin_of(url: str) -> str | None:
+    """Return the origin of a URL (RFC 6454), with its port; None if it has none, such as `null`."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
+    except ValueError:
+        return None
+    if not parts.hostname or port is None or "@" in parts.netloc:
+        return None
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}:{port}"
 
 
 def _host_name(host: str) -> str | None:

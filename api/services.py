@@ -11,12 +11,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
-from api.access import SignIn
+from api.access import Revocations, SignIn
 from api.endings import Endings
 from api.errors import ApiError, invalid
 from api.event_stream import Streams
 from api.links import Links
 from api.middleware import Edge
+from api.sessions import Sessions
 from api.visibility import Visibility
 from ledger.changes import Changes
 from ledger.files import FileStore
@@ -50,6 +51,9 @@ class Services:
     largest_body_bytes: int
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
+    sessions: Sessions | None
+    revocations: Revocations
+    public_origin: str | None
     endings: Endings
     edge: Edge
     visibility: Visibility

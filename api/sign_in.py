@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import jwt
@@ -17,12 +17,14 @@ from starlette.requests import HTTPConnection
 
 from api.errors import ApiError
 from api.jwks import KeySource
-from api.keys import KeyRing, KeyText
+from api.keys import ApiKey, KeyRing, KeyText
 from ledger.access import Principal, group_named, user_named
 
 _log = structlog.get_logger()
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _ROLES: Final = frozenset({"admin", "monitor"})
+_PROXY_TRUST: Final = timedelta(seconds=60)
+"""How long a live stream may go on before the proxy has to say again who it is: it reports no sign-out."""
 
 
 class _Wrong(Exception):
@@ -104,7 +106,16 @@ class KeySignIn:
         key = self._ring.opened_by(text, self._now())
         if key is None:
             raise _Wrong(f"API key {text.key_id} is unknown, revoked, expired, or its secret is wrong")
-        return Principal(key.user_id, frozenset(key.groups), frozenset(key.roles))
+        return _holder(key)
+
+    def holder_of(self, key_id: str) -> Principal | None:
+        """Return the holder of a key by the key's ID; None if it is revoked or has expired."""
+        key = self._ring.valid(key_id, self._now())
+        return None if key is None else _holder(key)
+
+
+def _holder(key: ApiKey) -> Principal:
+    return Principal(key.user_id, frozenset(key.groups), frozenset(key.roles), key.expires_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +169,12 @@ class JwtSignIn:
         user_id = _claim(claims, rules.user_claim)
         if not isinstance(user_id, str):
             raise _Wrong(f"the claim {rules.user_claim} is missing, or no text")
-        return self._grants.principal(user_id, _names(claims, rules.groups_claim), _names(claims, rules.roles_claim))
+        known = self._grants.principal(user_id, _names(claims, rules.groups_claim), _names(claims, rules.roles_claim))
+        try:
+            until = datetime.fromtimestamp(float(claims["exp"]) + rules.leeway_seconds, UTC)
+        except (OverflowError, ValueError, OSError):
+            until = None  # beyond the calendar
+        return replace(known, valid_until=until)
 
 
 def _claim(claims: Mapping[str, Any], name: str) -> Any:
@@ -209,9 +225,10 @@ class ProxySignIn:
             groups = _header(connection, self._headers.groups) or ""
             roles = _header(connection, self._headers.roles) or ""
             if user_id is not None:
-                return self._grants.principal(
+                known = self._grants.principal(
                     user_id, map(str.strip, groups.split(",")), map(str.strip, roles.split(","))
                 )
+                return replace(known, valid_until=datetime.now(UTC) + _PROXY_TRUST)
         except (_Wrong, ValueError) as wrong:
             raise _refusal(wrong) from None
         return _nobody(connection, anonymous_public=self._anonymous_public, how="sign in where you came through")

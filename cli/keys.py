@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from api import keys as api_keys
+from api import sessions
 from api.keys import ApiKey, KeyText
 from cli.wiring import database
 from ledger.errors import ConfigurationError
@@ -79,24 +80,37 @@ async def create(connection: Connection, key: ApiKey) -> None:
         await api_keys.store(db, key)
 
 
-async def listed(connection: Connection) -> list[ApiKey]:
-    """Return all keys.
+async def listed(connection: Connection) -> tuple[list[ApiKey], dict[str, int]]:
+    """Return all keys, and the number of dashboard sessions by the key's ID.
 
     Raises:
         LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
     """
     async with database(connection) as db:
-        return await api_keys.stored(db)
+        keys, numbers = await api_keys.stored(db), await sessions.counted(db)
+        return keys, {key.key_id: numbers.get(sessions.owner_of(key_id=key.key_id), 0) for key in keys}
 
 
 async def revoke(connection: Connection, key_id: str) -> bool:
-    """Remove a key; return whether there was one.
+    """Remove a key and its sessions; return whether there was one.
 
     Raises:
         LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
     """
     async with database(connection) as db:
-        return await api_keys.revoke(db, key_id)
+        found = await api_keys.revoke(db, key_id)
+        await sessions.end_all(db, sessions.owner_of(key_id=key_id))
+        return found
+
+
+async def sign_out(connection: Connection, owner: str) -> int:
+    """End all dashboard sessions of a key or of a user with tokens; return how many there were.
+
+    Raises:
+        LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
+    """
+    async with database(connection) as db:
+        return await sessions.end_all(db, owner)
 
 
 def id_of(text: str) -> str:
@@ -110,10 +124,10 @@ def as_json(key: ApiKey) -> dict[str, Any]:
     return {"id": key.key_id, **key.model_dump(exclude={"key_id", "sha256"})}
 
 
-def as_table(keys: Iterable[ApiKey]) -> Table:
+def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> Table:
     """Return keys for people."""
     now = datetime.now(UTC)
-    table = Table("id", "user", "groups", "roles", "name", "created", "expires", box=None)
+    table = Table("id", "user", "groups", "roles", "name", "created", "expires", "sessions", box=None)
     for key in keys:
         table.add_row(
             key.key_id,
@@ -123,6 +137,7 @@ def as_table(keys: Iterable[ApiKey]) -> Table:
             escape(key.name or ""),
             _day(key.created_at),
             _expiry(key, now),
+            str(sessions_of[key.key_id]),
         )
     return table
 

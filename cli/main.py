@@ -175,11 +175,11 @@ def keys_list(
 
     settings = settings_of(config)
     with any_server(settings) as uri:
-        found = asyncio.run(keys.listed(settings.mongodb.connection(uri)))
+        found, sessions = asyncio.run(keys.listed(settings.mongodb.connection(uri)))
     if as_json:
-        typer.echo(_json([keys.as_json(key) for key in found]))
+        typer.echo(_json([{**keys.as_json(key), "sessions": sessions[key.key_id]} for key in found]))
     else:
-        Console().print(keys.as_table(found) if found else "There are no API keys.")
+        Console().print(keys.as_table(found, sessions) if found else "There are no API keys.")
 
 
 @keys_app.command("revoke")
@@ -197,6 +197,33 @@ def keys_revoke(
     if not found:  # what was given is not repeated: it may be most of a key
         raise NotFound("There is no API key with this id; `jobledger keys list` shows which there are.")
     typer.echo(_json({"revoked": keys.id_of(key_id)}) if as_json else f"{keys.id_of(key_id)} is revoked.")
+
+
+@keys_app.command("sign-out")
+def keys_sign_out(
+    key_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="ID of the key, as `keys list` shows it.")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", help="For auth.mode `jwt`: the user whose sessions end.")
+    ] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End the dashboard sessions of an API key or of a user
+
+    The key itself stays valid; `keys revoke` ends both.
+    """
+    from api.sessions import owner_of
+    from cli import keys
+
+    if (key_id is None) == (user is None):
+        raise ConfigurationError("Name the ID of a key, or a user with --user.")
+    owner = owner_of(key_id=keys.id_of(key_id)) if key_id is not None else owner_of(user_id=user or "")
+    settings = settings_of(config)
+    with any_server(settings) as uri:
+        number = asyncio.run(keys.sign_out(settings.mongodb.connection(uri), owner))
+    typer.echo(_json({"ended": number}) if as_json else f"Sessions ended: {number}")
 
 
 def _json(content: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import orjson
 
 from api.keys import COLLECTION as API_KEYS
+from api.sessions import COLLECTION as SESSIONS
 from api.sink import COLLECTION as SINK
 from ledger.client import SUBSCRIPTIONS
 from ledger.gridfs import COLLECTIONS as GRIDFS
@@ -30,6 +31,7 @@ _MUTABLE: Final = (
     "queue",
     "receivers",
     "secrets",
+    SESSIONS,
     "statistics",
     "steps",
     SUBSCRIPTIONS,

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from hashlib import sha256
 from ipaddress import ip_network
 from typing import Final, assert_never
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from api.access import OpenSignIn, SignIn
+from api.access import OpenSignIn, Revocations, SignIn
 from api.app import create_app
 from api.endings import Endings
 from api.event_stream import Streams
@@ -24,6 +25,7 @@ from api.keys import KeyRing
 from api.links import Links
 from api.middleware import Edge
 from api.services import Services, Webhooks
+from api.sessions import Sessions
 from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
 from api.visibility import Visibility
 from cli.auth_settings import AuthSettings, JwtSettings
@@ -82,6 +84,8 @@ def services_for(
     changes.listen(endings)
     public = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
     hosts = ("localhost", "127.0.0.1", "[::1]", settings.api.host, public)
+    revocations = Revocations()
+    sign_in = _sign_in(settings.auth, db, changes, revocations)
     return Services(
         db=db,
         log=log,
@@ -91,7 +95,10 @@ def services_for(
         job_types={name: processor.Parameters for name, processor in processors().items()},
         largest_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
-        sign_in=_sign_in(settings.auth, db, changes),
+        sign_in=sign_in,
+        sessions=_sessions(settings.auth, sign_in, db, changes, revocations),
+        revocations=revocations,
+        public_origin=settings.api.public_url,
         endings=endings,
         visibility=Visibility(log, checkpoint),
         streams=Streams(),
@@ -113,7 +120,25 @@ def _edge(settings: Settings) -> Edge:
     )
 
 
-def _sign_in(auth: AuthSettings, db: Database, changes: Changes) -> SignIn:
+def _sessions(
+    auth: AuthSettings, sign_in: SignIn, db: Database, changes: Changes, revocations: Revocations
+) -> Sessions | None:
+    """Return the sessions of the dashboard, in the modes in which people sign in here."""
+    if auth.mode not in ("keys", "jwt"):
+        return None
+    holder_of = sign_in.holder_of if isinstance(sign_in, KeySignIn) else None
+    sessions = Sessions(db, revocations, policy=_policy(auth), holder_of=holder_of)
+    changes.listen(sessions)
+    return sessions
+
+
+def _policy(auth: AuthSettings) -> str:
+    """Return what identifies the sign-in settings: with other ones, such as another secret, all sessions end."""
+    secret = auth.jwt.secret.get_secret_value() if auth.jwt.secret else ""
+    return sha256(f"{auth.model_dump_json()}\0{secret}".encode()).hexdigest()
+
+
+def _sign_in(auth: AuthSettings, db: Database, changes: Changes, revocations: Revocations) -> SignIn:
     """Return the way to sign in that is set.
 
     Raises:
@@ -124,7 +149,7 @@ def _sign_in(auth: AuthSettings, db: Database, changes: Changes) -> SignIn:
         case "open":
             return OpenSignIn("local")
         case "keys":
-            ring = KeyRing(db)
+            ring = KeyRing(db, revocations)
             changes.listen(ring)
             return KeySignIn(ring, now=lambda: datetime.now(UTC), anonymous_public=auth.anonymous_public)
         case "jwt":

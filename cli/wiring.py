@@ -151,6 +151,7 @@ async def roles(
     `failed` is called when one of them ends although nobody stopped it.
     """
     # Only now: it takes long to load, and most commands run nothing.
+    from api import sessions, sink
     from cli.serving import allow_many_connections, listen, services_for, serving
 
     spare_the_collector()
@@ -173,6 +174,10 @@ async def roles(
         if "projector" in wanted:
             projector.listen(changes)
         serves = services_for(settings, db, log, checkpoint, changes, store) if "api" in wanted else None
+        if serves is not None and serves.sessions is not None:
+            await sessions.prepare(db)
+        if serves is not None and serves.webhooks.sink:
+            await sink.prepare(db)
         worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
         sends = None
         if "webhooks" in wanted:

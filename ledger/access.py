@@ -6,7 +6,8 @@ The one rule. Every door asks it: with a state from the log (`Job`, `Batch`) or 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from enum import IntEnum
 from typing import Any, Final
 
@@ -33,12 +34,14 @@ class Right(IntEnum):
 class Principal:
     """Who asks. `user_id` is None for somebody who has not said who they are.
 
-    `roles`: `admin` may do everything, `monitor` may see the statistics of everything.
+    `roles`: `admin` may do everything, `monitor` may see the statistics of everything. `valid_until` is when the
+    credential expires; None for never.
     """
 
     user_id: str | None
     groups: frozenset[str] = frozenset()
     roles: frozenset[str] = frozenset()
+    valid_until: datetime | None = field(default=None, compare=False)
 
     @property
     def sees_everything(self) -> bool:

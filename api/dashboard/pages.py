@@ -304,10 +304,13 @@ async def sign_in(request: Request) -> Response:
     form = await _form(request)
     credential, onwards = form.get("credential", "").strip(), _onwards(form.get("next", ""))
     known = services(request)
-    if not await session.opens(known.sign_in, request, credential):
+    principal = await session.credential_holder(known.sign_in, request, credential)
+    if principal is None:
         return page(request, "sign_in.html.j2", status=401, wrong=True, onwards=onwards)
     answer = RedirectResponse(f"../../{onwards}", 303)
-    return session.keep(answer, credential, https=known.edge.https)
+    if known.sessions is None:  # the mode needs none
+        return answer
+    return await session.begin(answer, request, known.sessions, principal, credential, https=known.edge.https)
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -329,7 +332,8 @@ async def _form(request: Request) -> dict[str, str]:
 
 async def sign_out(request: Request) -> Response:
     """POST /monitoring/events/sign-out"""
-    return session.forget(RedirectResponse("sign-in", 303))
+    known = services(request)
+    return await session.end(RedirectResponse("sign-in", 303), request, known.sessions, https=known.edge.https)
 
 
 def _onwards(wanted: str) -> str:

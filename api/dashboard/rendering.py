@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import who_asks
-from api.dashboard.session import is_kept
+from api.dashboard.session import uses_cookie
 from api.dashboard.words import preferred, said_by_scripts, words_in
 from ledger.access import Principal
 from ledger.events import EVENT_TYPES
@@ -47,7 +47,7 @@ def page(request: Request, template: str, *, status: int = 200, **content: Any) 
             me=principal,
             event_types=sorted(EVENT_TYPES),
             version=version(),
-            signed_by_cookie=is_kept(request.headers),
+            signed_by_cookie=uses_cookie(request),
             **{"position": None, "live": None, **content},
         )
     )

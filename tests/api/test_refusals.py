@@ -334,7 +334,17 @@ def test_every_name_of_this_machine_is_ours(client: httpx.Client, host: str) -> 
     assert client.get("/healthz", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example:5001", "x"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "null",
+        "http://localhost.evil.example:5001",
+        "x",
+        "http://localhost:1",
+        "http://127.0.0.1",
+    ],
+)
 def test_a_page_of_another_site_may_not_change_anything(client: httpx.Client, origin: str) -> None:
     refused(client.post(f"{JOBS}/job-1/cancel", headers={"Origin": origin}), 403, "foreign_origin")
     refused(client.delete(f"{JOBS}/job-1", headers={"Origin": origin}), 403, "foreign_origin")
@@ -342,7 +352,7 @@ def test_a_page_of_another_site_may_not_change_anything(client: httpx.Client, or
 
 
 def test_a_page_of_our_own_may(client: httpx.Client) -> None:
-    ours = {"Origin": "http://localhost:5001"}
+    ours = {"Origin": str(client.base_url).rstrip("/")}
     refused(client.post(f"{JOBS}/job-1/cancel", headers=ours), 404, "job_not_found")
 
 

@@ -75,7 +75,9 @@ def test_programs_get_json(installation: Installation) -> None:
     assert (created["user_id"], created["groups"], created["roles"]) == ("bob", [], ["monitor", "admin"])
     expires_at = datetime.fromisoformat(created["expires_at"])
     assert timedelta(0) <= expires_at - before - timedelta(days=90) < timedelta(minutes=1)
-    assert json.loads(done(installation.run("keys", "list", "--json"))) == [created]
+    assert json.loads(done(installation.run("keys", "list", "--json"))) == [{**created, "sessions": 0}]
+    signed_out = json.loads(done(installation.run("keys", "sign-out", created["id"], "--json")))
+    assert signed_out == {"ended": 0}
     # The whole key names it as well: that is what is at hand when it has leaked.
     assert json.loads(done(installation.run("keys", "revoke", key, "--json"))) == {"revoked": created["id"]}
     assert json.loads(done(installation.run("keys", "list", "--json"))) == []
