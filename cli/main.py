@@ -201,12 +201,8 @@ def keys_revoke(
 
 @keys_app.command("sign-out")
 def keys_sign_out(
-    key_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="ID of the key, as `keys list` shows it.")
-    ] = None,
-    user: Annotated[
-        str | None, typer.Option("--user", help="For auth.mode `jwt`: the user whose sessions end.")
-    ] = None,
+    key_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="ID of the key.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="User, for auth.mode `jwt`.")] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:

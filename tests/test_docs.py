@@ -103,7 +103,7 @@ async def test_the_program_that_follows_the_log_does_so_and_goes_on_where_it_was
 
 SIGN_IN = DOCS / "how-to" / "sign-in.md"
 KEYS, PROVIDER, SHARED_SECRET, PROXY = (yaml.safe_load(block) for block in blocks(SIGN_IN, "yaml"))
-MAKE_KEY, USE_KEY, REVOKE_KEY, MAKE_SECRET, USE_PROXY = blocks(SIGN_IN, "sh")
+MAKE_KEY, USE_KEY, REVOKE_KEY, END_SESSIONS, MAKE_SECRET, USE_PROXY = blocks(SIGN_IN, "sh")
 ASK = USE_KEY.splitlines()[0]
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
@@ -138,10 +138,11 @@ def test_an_api_key_is_made_used_and_revoked_as_the_how_to_says(mongodb_uri: str
             installation.start(role).ready()
         # The API hears of keys by the change stream: at once, but perhaps not before the very next request.
         heard, gone = f"until {ASK} > /dev/null; do :; done", f"while {ASK}; do :; done"
-        said = typed(installation, MAKE_KEY, heard, USE_KEY, REVOKE_KEY, gone)
+        said = typed(installation, MAKE_KEY, heard, USE_KEY, END_SESSIONS, REVOKE_KEY, gone)
     assert '"total":0' in said
     assert "1 jobs accepted" in said
     assert "completed" in said
+    assert "Sessions ended: 0" in said
     assert "is revoked." in said
     assert '"code":"bad_credentials"' in said
 

@@ -68,7 +68,7 @@ async def credential(api: Api, case: str, patch: pytest.MonkeyPatch) -> tuple[di
     text = await key_for(api.db, timedelta(seconds=3) if case == "key that expires" else None)
     bearer = {"Authorization": f"Bearer {text}"}
     async with asyncio.timeout(SOON_SECONDS):
-        while (await api.http.get(JOBS, headers=bearer)).status_code == 401:
+        while (await api.http.get(JOBS, headers=bearer)).status_code == 401:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
     async def revoked() -> None:
