@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.disclosure import Viewer
 from api.errors import ApiError, error_response
 from ledger.access import Principal, Right, right_to, user_named
 from ledger.batch import Batch
@@ -208,6 +209,12 @@ def for_user(request: Request, asked: str | None) -> str:
 def may_see(request: Request, document: Document) -> bool:
     """Return whether who asks may see what a view's document belongs to: `user_id`, `access_control`, `teams`."""
     return _right(who_asks(request), document) >= Right.READ
+
+
+def viewer_of(request: Request, document: Document) -> Viewer:
+    """Return who asks, with their right to what a view's document belongs to."""
+    principal = who_asks(request)
+    return Viewer(principal, _right(principal, document))
 
 
 def _right(principal: Principal, document: Document) -> Right:

@@ -40,7 +40,7 @@ class Success(BaseModel):
 
 
 class ShownWebhook(BaseModel):
-    """A webhook as everyone sees it: the values of its headers are hidden."""
+    """A webhook. The values of its headers are hidden; without admin access their names and the URL's path are, too."""
 
     url: str
     headers: dict[str, Literal["***"]]
@@ -100,7 +100,7 @@ class ShownJob(BaseModel):
     results: ShownResults | None
     error: Failure | None = Field(description="Of the last attempt that failed.")
     logs: list[LogLine] = Field(max_length=100, description="The newest; all of them: `…/logs`.")
-    worker_id: str | None
+    worker_id: str | None = Field(description="A pseudonym without admin access.")
     attempt: int
     retries: int
     max_attempts: int
@@ -109,7 +109,10 @@ class ShownJob(BaseModel):
     due_at: datetime | None = Field(description="A waiting job is not started before.")
     user_id: str
     access_control: AccessControl
-    teams: list[str] = Field(description="The groups that the owner was in when it was submitted.")
+    teams: list[str] = Field(
+        description="The groups that the owner was in when it was submitted. Without admin access, as in the lists of "
+        "`access_control`, only the caller's own."
+    )
     cancel_requested: bool
     archived: bool
     steps: list[Step]
@@ -279,7 +282,7 @@ class ShownEvent(BaseModel):
     schema_version: int = Field(alias="schema")
     data: dict[str, Any]
     meta: EventMeta
-    hash: str
+    hash: str | None = Field(description="null without admin access: it covers what is hidden.")
 
 
 class History(Success):

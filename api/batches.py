@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api import bulk
-from api.access import actor, for_user, may_see, while_signed_in, who_asks
+from api.access import actor, for_user, may_see, viewer_of, while_signed_in, who_asks
+from api.disclosure import BATCH, shown
 from api.errors import ApiError, json_response, path
-from api.jobs import going_on, listed, shown
+from api.jobs import going_on, listed
 from api.models import (
     BatchBody,
     BatchList,
@@ -108,7 +109,7 @@ async def submit(request: Request) -> Response:
     except InvalidEvent:
         _refuse_what_cannot_be_stored(jobs)
         raise
-    return _accepted(recorded[0], recorded[-1].position)
+    return _accepted(request, recorded[0], recorded[-1].position)
 
 
 async def _submitted_before(request: Request, batch_id: str, once: Once | None) -> Response | None:
@@ -122,17 +123,17 @@ async def _submitted_before(request: Request, batch_id: str, once: Once | None) 
         return None
     assert isinstance(submitted.event, BatchSubmitted)  # noqa: S101 - narrows the type; every batch begins with it
     # Its jobs were written with it, in the positions behind it.
-    return _accepted(submitted, submitted.position + submitted.event.total_jobs)
+    return _accepted(request, submitted, submitted.position + submitted.event.total_jobs)
 
 
-def _accepted(submitted: Recorded, position: int) -> Response:
+def _accepted(request: Request, submitted: Recorded, position: int) -> Response:
     batch = _as_submitted(submitted)
     return json_response(
         {
             "status": "success",
             "batch_id": submitted.stream,
             "job_ids": batch["job_ids"],
-            "batch": shown(batch),
+            "batch": shown(batch, BATCH, viewer_of(request, batch)),
         },
         202,
         {"Location": f"/api/events/batches/{submitted.stream}", "Ledger-Position": str(position)},
@@ -176,7 +177,8 @@ async def listing(request: Request) -> Response:
     found, following = await view.page(
         known.views, wanted, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
     )
-    content: dict[str, Any] = {"status": "success", "batches": [shown(batch) for batch in found]}
+    seen = [shown(batch, BATCH, viewer_of(request, batch)) for batch in found]
+    content: dict[str, Any] = {"status": "success", "batches": seen}
     if principal.sees_everything and asked.model_dump(exclude=set(Page.model_fields), exclude_none=True) == {}:
         content["total"] = await statistics.batches_counted(known.views)
     else:
@@ -191,14 +193,16 @@ async def single(request: Request) -> Response:
     await views_reach_wanted_position(request)
     asked = query_of(request, Single)
     batch = await existing(request)
+    viewer = viewer_of(request, batch)  # by the access of today, also of the batch as it was
     if asked.as_of is not None:
         batch = await _as_of(request, batch["batch_id"], asked.as_of)
     elif batch["status"] == "processing" and await _finished_if_wanted(request, batch["batch_id"]):
         batch = await existing(request)
-    headers = {"ETag": f'"{batch["version"]}-{batch["position"]}"', "Cache-Control": "private, no-cache"}
+    etag = f'"{batch["version"]}-{batch["position"]}{viewer.tag(batch)}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
     if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    return json_response({"status": "success", "batch": shown(batch)}, headers=headers)
+    return json_response({"status": "success", "batch": shown(batch, BATCH, viewer)}, headers=headers)
 
 
 async def _as_of(request: Request, batch_id: str, then: int | datetime) -> Document:

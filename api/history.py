@@ -9,9 +9,10 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.access import may_see
+from api.access import may_see, viewer_of
+from api.disclosure import shown_event
 from api.errors import ApiError, json_response
-from api.jobs import existing, shown_event
+from api.jobs import existing
 from api.models import HistoryQuery
 from api.services import query_of, services
 from ledger.events import Event, Recorded
@@ -25,7 +26,8 @@ _LARGEST_ANSWER_BYTES: Final = 16 * 1024 * 1024
 async def of_job(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}/history"""
     job = await existing(request)
-    return await _page(request, job["job_id"], "events", lambda event: [shown_event(event)])
+    viewer = viewer_of(request, job)
+    return await _page(request, job["job_id"], "events", lambda event: [shown_event(event, viewer)])
 
 
 async def of_batch(request: Request) -> Response:
@@ -34,7 +36,8 @@ async def of_batch(request: Request) -> Response:
     batch = await batches.get(known.views, known.log, batch_id) if batch_id.startswith("batch-") else None
     if batch is None or not may_see(request, batch):
         raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
-    return await _page(request, batch_id, "events", lambda event: [shown_event(event)])
+    viewer = viewer_of(request, batch)
+    return await _page(request, batch_id, "events", lambda event: [shown_event(event, viewer)])
 
 
 async def log_lines(request: Request) -> Response:

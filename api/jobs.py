@@ -11,10 +11,11 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.access import actor, for_user, may_see, requires, while_signed_in, who_asks
+from api.access import actor, for_user, may_see, requires, viewer_of, while_signed_in, who_asks
+from api.disclosure import JOB, Viewer, shown
 from api.errors import ApiError, json_response
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
-from api.requests import Once, etag_matches, expecting, folded, happened_by, noted, story_until, wanted_wait
+from api.requests import Once, expecting, folded, happened_by, noted, story_until, wanted_wait
 from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
 from api.submission import check_parameters, keep, split_webhook, submission
 from ledger.access import Right
@@ -53,7 +54,7 @@ async def submit(request: Request) -> Response:
                 raise
     job = await ended_if_wanted(request, job_id) or view.fold(None, submitted)
     return json_response(
-        {"status": "success", "job_id": job_id, "job": await _shown_job(known, job)},
+        {"status": "success", "job_id": job_id, "job": await _shown_job(request, job)},
         202,
         {"Location": f"/api/events/jobs/{job_id}", "Ledger-Position": str(_position(job, submitted))},
     )
@@ -87,7 +88,7 @@ async def listed(request: Request, asked: JobList) -> Response:
         known.views, query, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
     )
     total, bounded = await _total(request, wanted, query)
-    content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(known, found)}
+    content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(request, found)}
     if bounded:
         content["total_is_lower_bound"] = True
     return json_response(content | going_on(following))
@@ -118,14 +119,16 @@ async def single(request: Request) -> Response:
     await views_reach_wanted_position(request)
     asked = query_of(request, Single)
     job = await existing(request)
+    viewer = viewer_of(request, job)  # by the access of today, also of the job as it was
     if asked.as_of is not None:
         job = await _as_of(request, job["job_id"], asked.as_of)
     elif job["status"] not in ENDED:
         job = await ended_if_wanted(request, job["job_id"]) or job
-    headers = {"ETag": f'"{job["version"]}"', "Cache-Control": "private, no-cache"}
-    if etag_matches(request.headers.get("if-none-match", ""), job["version"]):
+    etag = f'"{job["version"]}{viewer.tag(job)}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
+    if etag in request.headers.get("if-none-match", "") or request.headers.get("if-none-match", "").strip() == "*":
         return Response(status_code=304, headers=headers)
-    content = {"status": "success", "job": await _shown_job(services(request), job)}
+    content = {"status": "success", "job": await _shown_job(request, job, viewer)}
     return json_response(content, headers=headers)
 
 
@@ -266,10 +269,10 @@ async def _act(
         check = allowed if expected_seen else expecting(request, allowed)
         done, events = await _done(request, events, command, check, once)
     job = folded(view.fold, story_until(events, done))
-    answer = {"status": "success", "job_id": job_id, "job": await _shown_job(known, job)}
+    answer = {"status": "success", "job_id": job_id, "job": await _shown_job(request, job)}
     headers = {"Ledger-Position": str(done.position)}
     if job is not None:
-        headers["ETag"] = f'"{job["version"]}"'
+        headers["ETag"] = f'"{job["version"]}{viewer_of(request, job).tag(job)}"'
     return json_response(answer, headers=headers)
 
 
@@ -302,36 +305,22 @@ async def optional_json(request: Request) -> Any:
     return await read_json(request) if "content-type" in request.headers else {}
 
 
-_INTERNAL: Final = frozenset({"_id", "queued_position", "headings", "words", "gone_on"})
-
-
-def shown(document: Document) -> Document:
-    """Return a view document as clients see it."""
-    return {name: value for name, value in document.items() if name not in _INTERNAL}
-
-
-async def _shown_jobs(known: Services, jobs: Sequence[Document]) -> list[Document]:
-    """Return jobs as clients see them. `paused` ones wait because their batch is paused."""
+async def _shown_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:
+    """Return jobs as the caller sees them. `paused` ones wait because their batch is paused."""
     waiting = {job["batch_id"] for job in jobs if job["status"] == "pending"} - {None}
-    paused = await batches.paused_among(known.views, waiting) if waiting else set()
-    return [{**shown(job), "paused": job["status"] == "pending" and job["batch_id"] in paused} for job in jobs]
+    paused = await batches.paused_among(services(request).views, waiting) if waiting else set()
+    return [
+        {
+            **shown(job, JOB, viewer_of(request, job)),
+            "paused": job["status"] == "pending" and job["batch_id"] in paused,
+        }
+        for job in jobs
+    ]
 
 
-async def _shown_job(known: Services, job: Document | None) -> Document | None:
-    return (await _shown_jobs(known, [job]))[0] if job else None
-
-
-def shown_event(event: Recorded) -> Document:
-    """Return an event as clients see it."""
-    return {
-        "position": event.position,
-        "event_id": event.event_id,
-        "stream": event.stream,
-        "version": event.version,
-        "type": event.type,
-        "time": event.time,
-        "schema": event.schema,
-        "data": event.data,
-        "meta": event.meta.payload(),
-        "hash": event.hash.hex(),
-    }
+async def _shown_job(request: Request, job: Document | None, viewer: Viewer | None = None) -> Document | None:
+    """Return a job as the caller sees it, or as `viewer` does."""
+    if job is None:
+        return None
+    [found] = await _shown_jobs(request, [job])
+    return found if viewer is None else {**found, **shown(job, JOB, viewer)}

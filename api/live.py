@@ -17,9 +17,10 @@ import orjson
 from starlette.requests import Request
 
 from api.access import who_asks
+from api.disclosure import Viewer, shown_event
 from api.errors import ApiError
 from api.event_stream import EventStream
-from api.jobs import not_found, shown_event
+from api.jobs import not_found
 from api.models import StreamQuery
 from api.services import Services, query_of, services, validated
 from api.visibility import Visibility
@@ -145,8 +146,8 @@ async def _blocks(known: Services, principal: Principal, wanted: Wanted, after: 
                 await visibility.learn({event.stream for event in found})
             piece = bytearray()
             for event in found:
-                if everything or await visibility.may_see(principal, event):
-                    piece += _block(event)
+                if (viewer := await visibility.viewer(principal, event)) is not None:
+                    piece += _block(event, viewer)
                 if len(piece) >= _PIECE_BYTES:
                     yield bytes(piece)
                     piece.clear()
@@ -174,6 +175,6 @@ async def _sees(visibility: Visibility, principal: Principal, followed: Collecti
     return True
 
 
-def _block(event: Recorded) -> bytes:
-    data = orjson.dumps(shown_event(event), option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+def _block(event: Recorded, viewer: Viewer) -> bytes:
+    data = orjson.dumps(shown_event(event, viewer), option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.position, event.type.encode(), data)

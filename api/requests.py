@@ -24,7 +24,7 @@ from ledger.mongo import Document
 
 LONGEST_WAIT_SECONDS: Final = 60
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
-_ETAG: Final = re.compile(r'(?:W/)?"(\d+)(?:-\d+)?"')
+_ETAG: Final = re.compile(r'(?:W/)?"(\d+)(?:-[0-9a-f]+)*"')
 
 
 @dataclass(frozen=True, slots=True)

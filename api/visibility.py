@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import structlog
 
+from api.disclosure import Viewer
 from ledger.access import Principal, Right, right_to
 from ledger.delivery import source_of
 from ledger.errors import LedgerUnavailable, UnreadableEvent
@@ -49,12 +50,15 @@ class Access:
     deleted: bool = False
     unreadable: bool = False
 
+    def right_of(self, principal: Principal) -> Right:
+        """Return somebody's right to it, or the one they had before it was deleted."""
+        if self.unreadable:
+            return Right.NONE
+        return right_to(principal, owner=self.owner, access=self.access_control, teams=self.teams)
+
     def allows(self, principal: Principal) -> bool:
         """Return whether somebody may read it, or might before it was deleted."""
-        if self.unreadable:
-            return False
-        right = right_to(principal, owner=self.owner, access=self.access_control, teams=self.teams)
-        return right >= Right.READ
+        return self.right_of(principal) >= Right.READ
 
 
 def _access_after(access: Access | None, event: Recorded) -> Access | None:
@@ -131,8 +135,10 @@ class Visibility:
         while self._position < position:
             await self._moved.wait()
 
-    async def may_see(self, principal: Principal, event: Recorded) -> bool:
-        """Return whether somebody may see an event: that is, now, the job or batch that it belongs to.
+    async def viewer(self, principal: Principal, event: Recorded) -> Viewer | None:
+        """Return somebody with their right to an event: that is, now, to the job or batch that it belongs to.
+
+        None if they may not see it.
 
         Of what was deleted, those who could see it still see that it was, and nothing else.
 
@@ -140,11 +146,12 @@ class Visibility:
             LedgerUnavailable: the log cannot be asked.
         """
         if principal.sees_everything:
-            return True
+            return Viewer(principal, Right.ADMIN)
         access = await self.of(event.stream, at=event.position)
-        return (
-            access is not None and (not access.deleted or event.type in _TELLS_OF_DELETION) and access.allows(principal)
-        )
+        if access is None or (access.deleted and event.type not in _TELLS_OF_DELETION):
+            return None
+        right = access.right_of(principal)
+        return Viewer(principal, right) if right >= Right.READ else None
 
     async def may_follow(self, principal: Principal, stream: str) -> bool:
         """Return whether somebody may see a job or batch now. Who sees everything may follow the log of any stream.

@@ -25,7 +25,10 @@ class Attempt(BaseModel):
 
 
 class ShownDelivery(BaseModel):
-    """A webhook, sent or to be sent. `sequence` is its number for its `receiver`, 1, 2, 3 …; the id is `webhook-id`."""
+    """A webhook, sent or to be sent. `sequence` is its number for its `receiver`, 1, 2, 3 …; the id is `webhook-id`.
+
+    Without admin access to the job or batch, `url` is only its host, and what the receiver answered is hidden.
+    """
 
     delivery_id: str
     status: DeliveryStatus
@@ -35,7 +38,7 @@ class ShownDelivery(BaseModel):
     source_version: int
     url: str
     host: str
-    receiver: str
+    receiver: str | None = Field(description="null without admin access.")
     sequence: int | None
     user_id: str
     created_at: datetime

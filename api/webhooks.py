@@ -11,7 +11,8 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.access import actor, may_see, requires, signed_in, who_asks
+from api.access import actor, may_see, requires, signed_in, viewer_of, who_asks
+from api.disclosure import DELIVERY, Viewer, shown
 from api.errors import ApiError, json_response
 from api.jobs import going_on, optional_json
 from api.models import DeliveryList, ReasonBody, RedeliverBody
@@ -29,7 +30,6 @@ from projections import deliveries as view
 MOST_REDELIVERED: Final = 10_000
 _AT_ONCE: Final = 100
 _EVERYTHING: Final = Principal(None, roles=frozenset({"admin"}))
-_INTERNAL: Final = frozenset({"_id", "headings", "counted"})
 
 
 async def listing(request: Request) -> Response:
@@ -41,7 +41,8 @@ async def listing(request: Request) -> Response:
         known.views, wanted, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
     )
     total = await view.count(known.views, wanted)
-    content: dict[str, Any] = {"status": "success", "total": total, "deliveries": [_shown(it) for it in found]}
+    seen = [shown(it, DELIVERY, await _viewer(request, it["user_id"], _source(it))) for it in found]
+    content: dict[str, Any] = {"status": "success", "total": total, "deliveries": seen}
     if total >= view.COUNTED_UP_TO:
         content["total_is_lower_bound"] = True
     return json_response(content | going_on(following))
@@ -52,9 +53,10 @@ async def single(request: Request) -> Response:
     await views_reach_wanted_position(request)
     known, delivery_id = services(request), request.path_params["delivery_id"]
     delivery = await view.get(known.views, delivery_id)
-    if delivery is None or not await _may_see(request, delivery["user_id"], _source(delivery)):
+    viewer = None if delivery is None else await _viewer(request, delivery["user_id"], _source(delivery))
+    if delivery is None or viewer is None or viewer.right < Right.READ:
         raise _not_found(delivery_id)
-    return json_response({"status": "success", "delivery": _shown(delivery)})
+    return json_response({"status": "success", "delivery": shown(delivery, DELIVERY, viewer)})
 
 
 async def redeliver(request: Request) -> Response:
@@ -78,7 +80,8 @@ async def redeliver(request: Request) -> Response:
         if event.version <= done.version:
             delivery = view.fold(delivery, event)
     assert delivery is not None  # noqa: S101 - it has at least the event that queued it
-    answer = {"status": "success", "delivery": await _numbered(known, delivery)}
+    viewer = await _viewer(request, delivery["user_id"], _source(delivery))
+    answer = {"status": "success", "delivery": shown(await _numbered(known, delivery), DELIVERY, viewer)}
     return json_response(answer, 202, {"Ledger-Position": str(done.position)})
 
 
@@ -124,6 +127,10 @@ async def _wanted(request: Request, asked: DeliveryList | RedeliverBody) -> Docu
     if asked.job_id is not None:
         if not await _source_is_seen(request, asked.job_id):
             raise ApiError(404, "job_not_found", f"There is no job {asked.job_id}.")
+        document = await _document(request, asked.job_id)
+        if asked.receiver is not None and document is not None and not viewer_of(request, document).sees_all:
+            # The ID is a digest of the URL: whether it matches would confirm a guess of the URL.
+            raise ApiError(403, "forbidden", "Filtering by `receiver` needs the right admin_access to the job.")
         principal = _EVERYTHING
     return view.query(
         principal,
@@ -139,21 +146,27 @@ async def _wanted(request: Request, asked: DeliveryList | RedeliverBody) -> Docu
     )
 
 
-async def _may_see(request: Request, owner: str, source: str) -> bool:
+async def _viewer(request: Request, owner: str, source: str) -> Viewer:
+    """Return who asks, with their right to a delivery: its owner's, or the one they have to what it tells of."""
     principal = who_asks(request)
     if principal.sees_everything or owner == principal.user_id:
-        return True
-    return await _source_is_seen(request, source)
+        return Viewer(principal, Right.ADMIN)
+    document = await _document(request, source)
+    return Viewer(principal, Right.NONE) if document is None else viewer_of(request, document)
 
 
 async def _source_is_seen(request: Request, source: str) -> bool:
-    known = services(request)
-    document: Document | None = None
-    if source.startswith("job-"):
-        document = await jobs.get(known.views, known.log, source)
-    elif source.startswith("batch-"):
-        document = await batches.get(known.views, known.log, source)
+    document = await _document(request, source)
     return document is not None and may_see(request, document)
+
+
+async def _document(request: Request, source: str) -> Document | None:
+    known = services(request)
+    if source.startswith("job-"):
+        return await jobs.get(known.views, known.log, source)
+    if source.startswith("batch-"):
+        return await batches.get(known.views, known.log, source)
+    return None
 
 
 async def _may_redeliver(request: Request, delivery: Delivery, missing: ApiError) -> None:
@@ -183,11 +196,7 @@ def _source(delivery: Document) -> str:
 async def _numbered(known: Services, delivery: Document) -> Document:
     """Return a delivery that was folded from the log, with the number that only the views know."""
     seen = await view.get(known.views, delivery["_id"])
-    return _shown({**delivery, "sequence": seen["sequence"] if seen else None})
-
-
-def _shown(delivery: Document) -> Document:
-    return {name: value for name, value in delivery.items() if name not in _INTERNAL}
+    return {**delivery, "sequence": seen["sequence"] if seen else None}
 
 
 def _not_found(delivery_id: str) -> ApiError:

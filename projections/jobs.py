@@ -293,10 +293,12 @@ def lines_of(event: Recorded) -> list[LogLine]:
         case JobFailed():
             return [_line(event, f"Failed: {happened.error.message}", "error")]
         case JobLeaseExpired():
-            message = f"Worker {happened.worker_id} gave no sign of life; the job is free for another one."
+            message = "The worker stopped sending heartbeats; another worker picks up the job."
             return [_line(event, message)]
         case JobReleased():
-            return [_line(event, f"Worker {happened.worker_id} gave the job back: {happened.reason}", "info")]
+            # Readers of the job see this line: it names neither the worker nor what its machine said.
+            reason = "its machine cannot run it" if happened.machine_trouble else happened.reason
+            return [_line(event, f"The worker gave the job back: {reason}", "info")]
         case _:
             return []
 

@@ -309,7 +309,7 @@ async def test_a_change_that_comes_while_it_is_read_who_may_see_a_job_is_not_los
             event = await submitted(log, access_control=AccessControl(**FOR_BOB))
             await visibility.reached((await submitted(log)).position)  # and the first is known no more
             log.meanwhile = ChangeAccess("user:alice", PRIVATE)
-            assert not await visibility.may_see(Principal("bob"), event)
+            assert not await visibility.viewer(Principal("bob"), event)
 
 
 async def test_what_is_heard_late_does_not_undo_what_was_read_from_the_log(mongodb_uri: str, db_name: str) -> None:
@@ -320,16 +320,16 @@ async def test_what_is_heard_late_does_not_undo_what_was_read_from_the_log(mongo
         await visibility.reached(event.position + 2)
         _, public, _ = await ledger.log.read_stream(event.stream)
         visibility._known.clear()
-        assert not await visibility.may_see(Principal("bob"), event)
+        assert not await visibility.viewer(Principal("bob"), event)
         visibility._pass(public)
-        assert not await visibility.may_see(Principal("bob"), event)
+        assert not await visibility.viewer(Principal("bob"), event)
 
 
 async def test_an_event_is_not_judged_before_all_that_came_before_it_is_known(mongodb_uri: str, db_name: str) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS), ledger_on(Connection(mongodb_uri, db_name)) as ledger:
         visibility = Visibility(ledger.log, Checkpoint(ledger.db))
         event = await submitted(ledger.log, access_control=AccessControl(visibility="public"))
-        judged = asyncio.create_task(visibility.may_see(Principal("bob"), event))
+        judged = asyncio.create_task(visibility.viewer(Principal("bob"), event))
         await asyncio.wait({judged}, timeout=0.2)
         assert not judged.done()
         passing = asyncio.create_task(visibility.run())
@@ -342,15 +342,15 @@ async def test_what_a_later_version_may_have_said_about_access_hides_a_job_from_
 ) -> None:
     async with following(mongodb_uri, db_name) as (ledger, visibility):
         event = await submitted(ledger.log, access_control=AccessControl(visibility="public"))
-        assert await visibility.may_see(Principal("bob"), event)
+        assert await visibility.viewer(Principal("bob"), event)
         [stored] = await ledger.log.stored(after=0, limit=1)
         later = {**stored, "_id": 2, "version": 2, "type": "JobHidden", "event_id": "later"}
         await ledger.db.events.insert_one(later)
         await visibility.reached(2)
-        assert not await visibility.may_see(Principal("bob"), event)
+        assert not await visibility.viewer(Principal("bob"), event)
         visibility._known.clear()
-        assert not await visibility.may_see(Principal("bob"), event)
-        assert await visibility.may_see(Principal("root", roles=frozenset({"admin"})), event)
+        assert not await visibility.viewer(Principal("bob"), event)
+        assert await visibility.viewer(Principal("root", roles=frozenset({"admin"})), event)
 
 
 def test_every_event_that_can_change_access_is_known_as_one() -> None:

@@ -44,6 +44,7 @@ class Receiver:
     """Listens on a port of 127.0.0.1; answers 200 unless told otherwise."""
 
     port: int = 0
+    body: bytes = b"ok"
     received: list[Request] = field(default_factory=list)
     scripts: dict[str, list[Answer]] = field(default_factory=dict)
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -91,9 +92,9 @@ class Receiver:
                 return
             else:
                 more = answer[1] if isinstance(answer, tuple) else {}
-                lines = [f"HTTP/1.1 {status} Told", "Content-Length: 2", "Connection: close"]
+                lines = [f"HTTP/1.1 {status} Told", f"Content-Length: {len(self.body)}", "Connection: close"]
                 lines += [f"{name}: {value}" for name, value in more.items()]
-                writer.write("\r\n".join([*lines, "", "ok"]).encode())
+                writer.write("\r\n".join([*lines, "", ""]).encode() + self.body)
                 await writer.drain()
         writer.close()
 

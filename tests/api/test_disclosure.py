@@ -1,0 +1,244 @@
+"""Who is shown what: no field without a rule, and nothing of the owner's at any door to those with fewer rights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from api import answers, webhook_answers
+from api.disclosure import ATTEMPT, BATCH, DELIVERY, EVENTS, JOB, META, pseudonym
+from ledger.events import (
+    EVENT_TYPES,
+    JobLeaseExpired,
+    JobReleased,
+    Meta,
+    Recorded,
+)
+from projections.jobs import lines_of
+from tests.api.conftest import Api, running_api
+from tests.support.principals import HeaderSignIn, said
+from tests.support.receiver import Receiver, receiver
+
+OWNER: Final = said("owner", ["team-hidden-team"])
+HOST: Final = "hidden-host"
+MARKS: Final = ("hidden-path", "hidden-query", "hidden-header", "hidden-answer", "hidden-user", "hidden-team", HOST)
+VIEWERS: Final = {
+    "reader": said("reader"),
+    "writer": said("writer"),
+    "stranger": said("zoe"),
+    "monitor": said("mona", roles=["monitor"]),
+    "anonymous": said(),
+}
+
+
+def test_every_field_of_every_event_has_a_rule() -> None:
+    assert EVENTS.keys() == EVENT_TYPES.keys()
+    for name, event in EVENT_TYPES.items():
+        assert EVENTS[name].keys() == event.model_fields.keys(), name
+
+
+@pytest.mark.parametrize(
+    ("rules", "model", "extra"),
+    [
+        (JOB, answers.ShownJob, {"paused"}),
+        (BATCH, answers.ShownBatch, set()),
+        (DELIVERY, webhook_answers.ShownDelivery, set()),
+        (ATTEMPT, webhook_answers.Attempt, set()),
+        (META, answers.EventMeta, {"request", "traceparent"}),
+    ],
+)
+def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: Any, extra: set[str]) -> None:
+    assert model.model_fields.keys() == rules.keys() | extra
+    assert set(Meta.__dataclass_fields__) == META.keys() | {"request", "traceparent"}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        JobLeaseExpired(worker_id=f"{HOST}-1-abcdef", attempt=1),
+        JobReleased(worker_id=f"{HOST}-1-abcdef", attempt=1, reason="the worker shuts down"),
+        JobReleased(worker_id=f"{HOST}-1-abcdef", attempt=1, reason=f"{HOST} is full", machine_trouble=True),
+    ],
+)
+def test_log_lines_name_no_worker(event: Any) -> None:
+    document = {"type": type(event).__name__, "time": datetime.now(UTC)}
+    [line] = lines_of(Recorded(document, event))
+    assert HOST not in line.message
+
+
+def test_pseudonym_is_stable_and_has_32_bits() -> None:
+    first, second = pseudonym("host-1-abcdef"), pseudonym("host-2-abcdef")
+    assert first == pseudonym("host-1-abcdef") != second
+    assert first is not None
+    assert len(first) == len("worker-") + 8
+
+
+@pytest.fixture
+async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
+    monkeypatch.setattr("cli.serving.OpenSignIn", lambda _user_id: HeaderSignIn())
+    monkeypatch.setattr("socket.gethostname", lambda: HOST)
+    hooks = {"allow_private": ["127.0.0.1"], "schedule_seconds": [0, 0.1], "jitter": 0}
+    async for running in running_api(mongodb_uri, db_name, tmp_path, webhooks=hooks):
+        yield running
+
+
+@pytest.fixture
+async def cms() -> AsyncIterator[Receiver]:
+    async with receiver() as found:
+        yield found
+
+
+ACCESS: Final = {
+    "visibility": "public",
+    "read_access": ["reader", "hidden-user-1", "team-hidden-team"],
+    "write_access": ["writer", "hidden-user-2"],
+    "admin_access": ["keeper", "hidden-user-3"],
+}
+
+
+async def finished(api: Api, cms: Receiver) -> dict[str, str]:
+    """A finished batch of two jobs, one of which failed, each with a webhook that was told in vain."""
+    cms.answers("/hidden-path?token=hidden-query", 500)
+    cms.body = b"hidden-answer"
+    hook = {"url": cms.url("/hidden-path?token=hidden-query"), "headers": {"X-hidden-header": "1"}}
+    content = {
+        "access_control": ACCESS,
+        "webhook": hook,
+        "jobs": [
+            {"job_type": "echo", "parameters": {"text": "x"}, "webhook": hook},
+            {"job_type": "echo", "parameters": {"fail": "on purpose"}, "max_attempts": 1, "webhook": hook},
+        ],
+    }
+    batch = (await api.post("/api/events/batches", content, **OWNER)).json()
+    found = api.asked_by("ann", roles=["admin"])
+    jobs = [await found.ended(job_id) for job_id in batch["job_ids"]]
+    ended = await found.until_event(batch["batch_id"], "BatchFinished")
+    async with asyncio.timeout(30):
+        while await found.db.events.count_documents({"type": "DeliveryAbandoned"}) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    head = await found.log.head()
+    await found.get("/api/events/jobs", head)
+    assert ended
+    return {
+        "batch": batch["batch_id"],
+        "job": jobs[0]["job_id"],
+        "failed": jobs[1]["job_id"],
+        "delivery": f"delivery-{jobs[0]['job_id']}-{jobs[0]['version']}",
+        "head": str(head),
+    }
+
+
+DOORS: Final = (
+    "/api/events/jobs",
+    "/api/events/jobs/{job}",
+    "/api/events/jobs/{failed}",
+    "/api/events/jobs/{job}?as_of={head}",
+    "/api/events/jobs/{job}/history",
+    "/api/events/jobs/{failed}/history",
+    "/api/events/jobs/{job}/logs",
+    "/api/events/batches",
+    "/api/events/batches/{batch}",
+    "/api/events/batches/{batch}?as_of={head}",
+    "/api/events/batches/{batch}/jobs",
+    "/api/events/batches/{batch}/history",
+    "/api/ledger/events?limit=1000",
+    "/api/ledger/events?stream={job}",
+    "/api/ledger/events?stream={batch}",
+    "/api/ledger/events?stream={delivery}",
+    "/api/monitoring/events/webhooks?job_id={job}",
+    "/api/monitoring/events/webhooks/{delivery}",
+    "/monitoring/events/jobs/{job}",
+    "/monitoring/events/jobs/{failed}",
+    "/monitoring/events/batches/{batch}",
+    "/monitoring/events/jobs",
+    "/monitoring/events/log",
+)
+
+
+async def test_nothing_of_the_owners_is_shown_to_others_at_any_door(api: Api, cms: Receiver) -> None:
+    what = await finished(api, cms)
+    wrong: list[str] = []
+    for name, headers in VIEWERS.items():
+        for door in DOORS:
+            answer = await api.http.get(door.format(**what), headers=headers)
+            assert answer.status_code == 200 or (name == "anonymous" and answer.status_code == 303), (name, door)
+            wrong += [f"{name} at {door} sees {mark}" for mark in MARKS if mark in answer.text]
+        stream = ""
+        async with api.http.stream("GET", "/api/ledger/stream?after=0", headers=headers) as live:
+            async for text in live.aiter_text():
+                stream += text
+                if f"id: {what['head']}\n" in stream or stream.count("DeliveryAbandoned") >= 6:
+                    break
+        assert "DeliveryAttempted" in stream
+        wrong += [f"{name} sees {mark} live" for mark in MARKS if mark in stream]
+    assert wrong == []
+
+
+async def test_own_names_and_what_happened_are_shown_to_readers(api: Api, cms: Receiver) -> None:
+    what = await finished(api, cms)
+    job = (await api.http.get(f"/api/events/jobs/{what['job']}", headers=VIEWERS["reader"])).json()["job"]
+    answers.ShownJob.model_validate(job, extra="forbid")
+    assert job["access_control"]["read_access"] == ["reader"]
+    assert job["access_control"]["write_access"] == []
+    assert job["webhook"]["url"] == f"http://127.0.0.1:{cms.port}"
+    assert job["worker_id"].startswith("worker-")
+    found = await api.http.get(f"/api/monitoring/events/webhooks/{what['delivery']}", headers=VIEWERS["reader"])
+    delivery = webhook_answers.OneDelivery.model_validate_json(found.content, extra="forbid", strict=True).delivery
+    assert (delivery.status, delivery.attempts[0].status_code) == ("abandoned", 500)
+    history = await api.http.get(f"/api/events/jobs/{what['job']}/history", headers=VIEWERS["reader"])
+    answers.History.model_validate_json(history.content, extra="forbid", strict=True)
+    assert "on purpose" in (await api.http.get(f"/api/events/jobs/{what['failed']}", headers=said())).text
+
+
+async def test_owner_keeper_and_admin_are_shown_everything(api: Api, cms: Receiver) -> None:
+    what = await finished(api, cms)
+    for headers in (OWNER, said("keeper"), said("ann", roles=["admin"])):
+        text = ""
+        for door in DOORS:
+            text += (await api.http.get(door.format(**what), headers=headers)).text
+        assert [mark for mark in MARKS if mark not in text] == []
+
+
+async def test_validators_differ_between_roles_and_writers_can_still_use_theirs(api: Api, cms: Receiver) -> None:
+    what = await finished(api, cms)
+    for path in (f"/api/events/jobs/{what['job']}", f"/api/events/batches/{what['batch']}"):
+        tags = {}
+        for name, headers in {"owner": OWNER, **VIEWERS}.items():
+            answer = await api.http.get(path, headers=headers)
+            tags[name] = answer.headers["etag"]
+            assert "Cookie" in answer.headers["vary"]
+        assert tags["owner"] not in {tag for name, tag in tags.items() if name != "owner"}
+        assert tags["reader"] != tags["writer"]
+        for name, headers in {"owner": OWNER, **VIEWERS}.items():
+            for tag in tags.values():
+                status = (await api.http.get(path, headers={**headers, "If-None-Match": tag})).status_code
+                assert status == (304 if tag == tags[name] else 200), (name, tag)
+    path = f"/api/events/jobs/{what['job']}"
+    tag = (await api.http.get(path, headers=VIEWERS["writer"])).headers["etag"]
+    changed = await api.http.post(f"{path}/archive", headers={**VIEWERS["writer"], "If-Match": tag})
+    assert changed.status_code == 200, changed.text
+
+
+async def test_job_as_it_was_is_shown_by_the_access_of_today(api: Api, cms: Receiver) -> None:
+    what = await finished(api, cms)
+    path = f"/api/events/jobs/{what['job']}"
+    demoted = {"access_control": {"visibility": "public", "admin_access": []}}
+    changed = await api.http.put(path, json=demoted, headers=OWNER)
+    assert changed.status_code == 200
+    headers = {**said("keeper"), "Ledger-Position": changed.headers["ledger-position"]}
+    answer = await api.http.get(f"{path}?as_of={what['head']}", headers=headers)
+    assert answer.status_code == 200
+    assert "hidden" not in answer.text
+
+
+async def test_reader_cannot_try_guesses_of_the_address(api: Api, cms: Receiver) -> None:
+    what = await finished(api, cms)
+    path = f"/api/monitoring/events/webhooks?job_id={what['job']}"
+    known = (await api.http.get(path, headers=OWNER)).json()["deliveries"][0]["receiver"]
+    assert (await api.http.get(f"{path}&receiver={known}", headers=OWNER)).status_code == 200
+    assert (await api.http.get(f"{path}&receiver={known}", headers=VIEWERS["writer"])).status_code == 403
