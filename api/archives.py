@@ -38,11 +38,11 @@ async def of_job(request: Request) -> Response:
     if not rows:
         message = f"Job {job['job_id']} is {job['status']} and has no result files."
         raise ApiError(409, "no_results", message)
-    directory = commonpath([f"/{row['_id'].rpartition('/')[0]}" for row in rows])
+    directory = commonpath([f"/{row['path'].rpartition('/')[0]}" for row in rows])
 
     async def entries() -> AsyncIterator[tuple[str, Document]]:
         for row in rows:
-            yield f"/{row['_id']}".removeprefix(directory), row
+            yield f"/{row['path']}".removeprefix(directory), row
 
     return await _archive(request, job["job_id"], rows[0], entries())
 
@@ -60,7 +60,7 @@ async def of_batch(request: Request) -> Response:
 
     async def entries() -> AsyncIterator[tuple[str, Document]]:
         async for row in _visible(request, known, batch["job_ids"]):
-            yield row["_id"], row
+            yield row["path"], row
 
     return await _archive(request, batch_id, first, entries())
 

@@ -67,7 +67,7 @@ async def single(request: Request) -> Response:
     headers = {**SAFETY, **version.headers}
     if is_known(request.headers, version):
         return Response(status_code=304, headers=headers)
-    name = row["_id"].rpartition("/")[2]
+    name = row["path"].rpartition("/")[2]
     headers |= {
         "Accept-Ranges": "bytes",
         "Content-Type": content_type(row["media_type"]),
@@ -122,9 +122,9 @@ async def opened(known: Services, row: Document) -> OpenFile:
     try:
         return await known.store.open(row["sha256"])
     except FileLost as error:
-        _log.error("a result file is not in the store", path=row["_id"], error=str(error))
+        _log.error("a result file is not in the store", path=row["path"], error=str(error))
         message = (
-            f"{row['_id']} is on record, but not in this server's results.store: every process must see the same one."
+            f"{row['path']} is on record, but not in this server's results.store: every process must see the same one."
         )
         raise ApiError(500, "file_missing", message) from error
 

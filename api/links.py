@@ -48,7 +48,7 @@ class Links:
         """
         expires = str(int(until.timestamp()))
         signature = await self._signature(file, expires)
-        path = FILES_URL + quote(file["_id"], safe="/&,+;=@!$~")
+        path = FILES_URL + quote(file["path"], safe="/&,+;=@!$~")
         return f"{self._public_url}{path}?expires={expires}&signature={signature}"
 
     async def check(self, file: Document | None, *, expires: str, signature: str, now: datetime) -> None:
@@ -69,7 +69,7 @@ class Links:
 
     async def _signature(self, file: Document, expires: str) -> str:
         # The path comes last: only it may hold a line break.
-        signed = f"{expires}\n{file['job_id']}\n{file['sha256']}\n{file['_id']}"
+        signed = f"{expires}\n{file['job_id']}\n{file['sha256']}\n{file['path']}"
         return hmac.new(await self._shared_key(), signed.encode(), hashlib.sha256).hexdigest()
 
     async def _shared_key(self) -> bytes:

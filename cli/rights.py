@@ -17,6 +17,7 @@ from ledger.client import SUBSCRIPTIONS
 from ledger.gridfs import COLLECTIONS as GRIDFS
 from projections.rebuild import NAMES
 from projections.views import collection_name
+from workers.path_reservations import COLLECTION as RESULT_PATHS
 
 _MUTABLE: Final = (
     API_KEYS,
@@ -30,6 +31,7 @@ _MUTABLE: Final = (
     "leaders",
     "queue",
     "receivers",
+    RESULT_PATHS,
     "secrets",
     SESSIONS,
     "statistics",

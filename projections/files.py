@@ -1,4 +1,8 @@
-"""projections: the view `files`, which job's result lies under which path. The file store has the bytes."""
+"""projections: the view `files`: the result files of each job, by path. The file store has the bytes.
+
+A path belongs to one job (workers/path_reservations.py). In an older or imported log several jobs may have the same
+path: each keeps its row, and the path leads to the file of the job that completed first and is not deleted.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,10 @@ from projections.views import Views
 
 NAME: Final = "files"
 _JOBS_AT_A_TIME: Final = 100
-INDEXES: Final = [IndexModel([("job_id", ASCENDING)])]
+INDEXES: Final = [
+    IndexModel([("path", ASCENDING), ("modified_at", ASCENDING), ("job_id", ASCENDING)]),
+    IndexModel([("job_id", ASCENDING)]),
+]
 
 
 def rows(job: Document) -> list[Document]:
@@ -21,7 +28,8 @@ def rows(job: Document) -> list[Document]:
         return []
     return [
         {
-            "_id": file["path"],
+            "_id": f"{job['job_id']}:{file['path']}",
+            "path": file["path"],
             "sha256": file["sha256"],
             "size": file["size"],
             "media_type": file["media_type"],
@@ -37,9 +45,15 @@ def rows(job: Document) -> list[Document]:
 
 
 async def get(views: Views, path: str) -> Document | None:
-    """Return what lies under a path, or None."""
+    """Return the file under a path, or None."""
     with driver_errors("looking for a file"):
-        return await views[NAME].find_one({"_id": path})
+        return await views[NAME].find_one({"path": path}, sort=[("modified_at", ASCENDING), ("job_id", ASCENDING)])
+
+
+async def has_other_owner(views: Views, path: str, job_id: str) -> bool:
+    """Return whether another job has a file under a path."""
+    with driver_errors("looking for a file"):
+        return await views[NAME].find_one({"path": path, "job_id": {"$ne": job_id}}, {"_id": 1}) is not None
 
 
 async def of_jobs(views: Views, job_ids: Sequence[str]) -> AsyncIterator[Document]:
@@ -47,6 +61,6 @@ async def of_jobs(views: Views, job_ids: Sequence[str]) -> AsyncIterator[Documen
     for begin in range(0, len(job_ids), _JOBS_AT_A_TIME):
         wanted = {"job_id": {"$in": list(job_ids[begin : begin + _JOBS_AT_A_TIME])}}
         with driver_errors("looking for the files of jobs"):
-            found = await views[NAME].find(wanted, sort=[("job_id", ASCENDING), ("_id", ASCENDING)]).to_list()
+            found = await views[NAME].find(wanted, sort=[("job_id", ASCENDING), ("path", ASCENDING)]).to_list()
         for row in found:
             yield row

@@ -18,10 +18,11 @@ from pydantic import BaseModel
 from ledger.chain import digest
 from ledger.files import DirectoryStore
 from workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
+from workers.result_paths import normal_path
 
 Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[Any]]
-"""Tells the worker something. Only a `seek` has an answer: what a finished step of another job has yielded, or None."""
+"""Sends a message to the worker. `seek` is answered with a shared step or None, `saved` with the path of the file."""
 
 
 class Assignment(BaseModel):
@@ -179,8 +180,9 @@ class _Job:
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         put = self._inbox.put_bytes if isinstance(content, bytes) else self._inbox.put_file
+        path = normal_path(path)
         stored = await asyncio.to_thread(put, content)  # type: ignore[arg-type]  # the type was just asked for
-        await self._send({"is": "saved", "sha256": stored.sha256})
+        path = await self._send({"is": "saved", "sha256": stored.sha256, "path": path})
         return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
 
     def done(self, results: Results, seconds: float) -> Message:

@@ -53,7 +53,7 @@ async def _work(pipe: Connection, assignment: Assignment) -> None:
 
     async def send(message: Message) -> Any:
         await asyncio.to_thread(pipe.send_bytes, orjson.dumps(message))
-        return await answers.get() if message["is"] == "seek" else None
+        return await answers.get() if message["is"] in ("seek", "saved") else None
 
     await run(assignment, find_processor(assignment.job_type), send, stopping)
 

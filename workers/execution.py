@@ -46,7 +46,8 @@ from ledger.log import EventLog
 from workers import child
 from workers.attempt import Assignment, FinishedStep, Message, run
 from workers.health import MachineTrouble, WorkerHealth, machine_trouble
-from workers.processor import Results, SavedFile
+from workers.path_reservations import PathReservations
+from workers.processor import ProcessorError, Results, SavedFile
 from workers.registry import find_processor, processor_version
 from workers.scratch import Scratch
 from workers.shared_steps import SharedSteps
@@ -115,6 +116,7 @@ class Execution:
         steps: SharedSteps,
         scratch: Scratch,
         health: WorkerHealth,
+        paths: PathReservations,
     ) -> None:
         assert isinstance(known.state, Job)  # noqa: S101 - a job's stream has a job's state
         self.job_id = job_id
@@ -136,6 +138,8 @@ class Execution:
         self._task: asyncio.Task[None] | None = None
         self._inbox = Path()
         self._stopped_for: str | None = None
+        self._paths = paths
+        self._reserved: set[str] = set()
 
     @property
     def job_type(self) -> str:
@@ -198,6 +202,8 @@ class Execution:
             await self._fail(Failure(code="TIMEOUT", message=message), transient=True)
         except Fenced:
             raise
+        except ProcessorError as error:
+            await self._fail(Failure(code=error.code, message=error.message, details=error.details), transient=False)
         except Exception as error:  # noqa: BLE001 - see below
             if (trouble := machine_trouble(error, scratch=self._scratch.directory)) is not None:
                 await self._give_back(trouble)
@@ -234,7 +240,7 @@ class Execution:
         async with _child(assignment, self._settings.memory_limit_mb) as (messages, process, answer):
             async for message in messages:
                 taken = await self._take(message)
-                if message["is"] == "seek":
+                if message["is"] in ("seek", "saved"):
                     await answer(taken)
                 if message["is"] in ("done", "failed"):
                     return
@@ -258,7 +264,7 @@ class Execution:
                 self._lines.append(LogLine(timestamp=at, level=message["level"], message=message["message"]))
                 self._flush_soon()
             case "saved":
-                await self._take_over(message["sha256"])
+                return await self._take_over(message["sha256"], message["path"])
             case "step":
                 await self._finish_step(message)
             case "done":
@@ -270,14 +276,28 @@ class Execution:
                 raise ValueError(f"a processor's job said {other!r}, which means nothing")
         return None
 
-    async def _take_over(self, sha256: str) -> None:
-        """Make a saved file durable. Whatever names it is said later, and taken only after this has returned."""
+    async def _take_over(self, sha256: str, path: str) -> str:
+        """Make a saved file durable and return the path that it gets. Events name the file only after this."""
         while True:
             try:
-                return await self._settings.store.take_over(self._inbox, sha256)
+                await self._settings.store.take_over(self._inbox, sha256)
+                break
             except LedgerUnavailable as error:
                 _log.warning("a file is not stored yet", job_id=self.job_id, error=str(error))
                 await asyncio.sleep(1)
+        return await self._reserve(path)
+
+    async def _reserve(self, path: str) -> str:
+        """Return the path that a file of this job gets, and try again while the database is away."""
+        while True:
+            try:
+                reserved = await self._paths.reserve(path, self.job_id)
+            except LedgerUnavailable as error:
+                _log.warning("a path is not reserved yet", job_id=self.job_id, error=str(error))
+                await asyncio.sleep(1)
+            else:
+                self._reserved.add(reserved)
+                return reserved
 
     async def _step_of_another(self, key: str, max_age_s: float) -> dict[str, Any] | None:
         """Return the output of a step that another job shares, and which job that is."""
@@ -306,7 +326,7 @@ class Execution:
         )
 
     async def _complete(self, message: Message) -> None:
-        results = Results.model_validate(message["results"])
+        results = await self._with_own_paths(Results.model_validate(message["results"]))
         await self._flush()
         await self._say(
             CompleteJob(
@@ -314,6 +334,29 @@ class Execution:
                 self._attempt,
                 _job_results(results, message["warnings"], message["duration_s"]),
             )
+        )
+
+    async def _with_own_paths(self, results: Results) -> Results:
+        """Return results whose paths belong to this job.
+
+        Paths that were saved in this attempt do. Others are from a finished step, or made up by a job process.
+
+        Raises:
+            ProcessorError: INVALID_PATH, PATH_TAKEN; DUPLICATE_PATH, if two different files have the same path.
+        """
+        digests: dict[str, str] = {}
+
+        async def own(file: SavedFile) -> SavedFile:
+            path = file.path if file.path in self._reserved else await self._reserve(file.path)
+            if digests.setdefault(path, file.sha256) != file.sha256:
+                raise ProcessorError("DUPLICATE_PATH", f"The results have two different files with the path '{path}'.")
+            return file.model_copy(update={"path": path})
+
+        return results.model_copy(
+            update={
+                "markdown": await own(results.markdown) if results.markdown else None,
+                "assets": [await own(file) for file in results.assets],
+            }
         )
 
     async def _fail(self, failure: Failure, *, transient: bool) -> None:

@@ -119,7 +119,22 @@ class Job(Protocol):
         """Note tokens of language models that were used: they are told of the step, and summed up for the job."""
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
-        """Store a result file under the relative `path`; a `Path` as content is moved, not copied."""
+        """Store a result file and return it.
+
+        The path in the result may differ from `path`: it is in Unicode normal form C, and if another job has that path,
+        a mark of this job stands before the extension. Make links to the file from it. Saving a path again replaces the
+        file: the `SavedFile` that is in the results counts.
+
+        Args:
+            path: Relative path below the place where results are served, such as `reports/2025/summary.md`.
+            content: The bytes, or a file, which is moved and not copied.
+            media_type: Media type of the content.
+
+        Raises:
+            ProcessorError: INVALID_PATH, if `path` is absolute, has an empty part, `.` or `..`, has a part that begins
+                or ends with a space or ends with a dot, contains a control or format character, a backslash or a
+                percent-encoded character, ends in `/link`, or is longer than 1000 bytes or 200 bytes in a part.
+        """
 
 
 class Processor(Protocol):

@@ -34,6 +34,7 @@ from workers.claims import Claims
 from workers.execution import Execution, Settings, check_processes, prepare_children
 from workers.health import MachineTrouble, WorkerHealth, check_descriptors, check_memory, machine_trouble
 from workers.leases import LeaseWatch
+from workers.path_reservations import PathReservations
 from workers.registry import processors
 from workers.scratch import Scratch
 from workers.shared_steps import SharedSteps
@@ -88,6 +89,7 @@ class Worker:
         )
         self._publishing: asyncio.Task[None] | None = None
         self._shared_steps = SharedSteps(checkpoint.views, log)
+        self._paths = PathReservations(db, log, checkpoint.views)
         self._claims = Claims(
             log,
             checkpoint,
@@ -313,6 +315,7 @@ class Worker:
             steps=self._shared_steps,
             scratch=self._scratch,
             health=self.health,
+            paths=self._paths,
         )
         task = asyncio.create_task(execution.run(), name=f"job-{job_id}")
         self._running[job_id] = (execution, task)

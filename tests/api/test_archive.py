@@ -187,7 +187,7 @@ async def test_a_head_request_makes_no_archive(idle_api: Api) -> None:
 
 async def add_large_job(api: Api) -> tuple[str, Path]:
     job_id = await add_job(api, {"film.bin": b"a large file", "z.md": b"the last one"})
-    row = await api.db.files.find_one({"_id": "film.bin"})
+    row = await api.db.files.find_one({"path": "film.bin"})
     assert row is not None
     stored = DirectoryStore(api.store).path(row["sha256"])
     os.truncate(stored, LARGE)
@@ -223,7 +223,7 @@ async def test_when_the_client_goes_away_no_more_of_the_archive_is_made(idle_api
 
 async def test_an_archive_that_cannot_be_finished_does_not_look_finished(idle_api: Api) -> None:
     job_id, _ = await add_large_job(idle_api)
-    row = await idle_api.db.files.find_one({"_id": "z.md"})
+    row = await idle_api.db.files.find_one({"path": "z.md"})
     assert row is not None
     DirectoryStore(idle_api.store).path(row["sha256"]).unlink()
     with pytest.raises(httpx.RemoteProtocolError):

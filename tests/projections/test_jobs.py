@@ -171,7 +171,7 @@ async def test_a_completed_job_has_its_results(here: Process) -> None:
     assert type(job["results"]["metadata"]["tokens_used"]) is int
     assert job["progress"]["percent"] == 100.0
     assert (job["worker_id"], job["error"]) == (WORKER, None)
-    row = await here.db.files.find_one({"_id": f"{job_id}/a.md"})
+    row = await here.db.files.find_one({"path": f"{job_id}/a.md"})
     assert row is not None
     assert (row["job_id"], row["size"], row["sha256"]) == (job_id, 3, "0" * 64)
     assert (row["modified_at"], row["position"]) == (job["completed_at"], job["position"])

@@ -10,11 +10,14 @@ from hashlib import sha256
 MAX_CHARACTERS = 80
 MAX_BYTES = 200
 
-# White space, separators, what Windows reserves, characters that turn the reading direction (they disguise names),
-# lone surrogates; a run of them with the dashes around it becomes one dash.
-_BAD = r'\s/\\<>:"|?*\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff'
+# White space, separators, what Windows reserves, control and format characters (some turn the reading direction, which
+# disguises names), lone surrogates; a run of them with the dashes around it becomes one dash. Joiners stay.
+_BAD = r'\s/\\<>:"|?*\x00-\x1f\x7f-\x9f\ud800-\udfff'
+_BAD += r"\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890-\u0891\u08e2\u180e\u200b\u200e-\u200f\u202a-\u202e\u2060-\u2064"
+_BAD += r"\u2066-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U00013438\U0001bca0-\U0001bca3"
+_BAD += r"\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f"
 _EDGES = re.compile(f"^[{_BAD}.]+|[{_BAD}.]+$")
-_UNSAFE = re.compile(f"-*[{_BAD}][{_BAD}-]*")
+_UNSAFE = re.compile(f"-*(?:[{_BAD}]|%(?=[0-9A-Fa-f]{{2}}))[{_BAD}-]*")
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(?=\.|$)", re.IGNORECASE)
 _EXTENSION = re.compile(r"\.[A-Za-z0-9]{1,10}$")
 
@@ -39,8 +42,8 @@ def layout(*, event: str, track: str, session: str, filename: str, job_id: str) 
     own = f"{_shortened(_safe(session), MAX_CHARACTERS - 9, MAX_BYTES - 9)}-{mark}"
     folder = "/".join((safe_part(event), safe_part(track), own))
     name = safe_part(filename)
-    if name.casefold() == "assets":
-        name = f"{name}.md"  # a file beside the folder `assets` cannot have its name
+    if name.casefold() == "assets" or name == "link":
+        name = f"{name}.md"  # a file beside the folder `assets` cannot have its name; `link` is reserved by the API
     return Layout(folder=folder, markdown=f"{folder}/{name}")
 
 

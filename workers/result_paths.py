@@ -1,0 +1,89 @@
+"""workers: which paths a result file may have. Pure.
+
+Job processes and the worker apply the same rules, because a job process is not trusted. Every accepted path can be
+fetched under its URL, and is the only spelling of itself.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Final
+
+from workers.processor import ProcessorError
+
+MAX_BYTES: Final = 1000
+MAX_PART_BYTES: Final = 200
+_HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories of control, format (such as reading direction), surrogate and line separator characters."""
+_JOINERS: Final = "\u200c\u200d"  # format characters that Persian, Indic scripts and emoji need
+_PERCENT_CODE: Final = re.compile(r"%[0-9A-Fa-f]{2}")
+_RESERVED: Final = "link"
+"""As the last part: `POST …/files/{path}/link` makes a signed link to `{path}`."""
+_MARK_LENGTHS: Final = (8, 64)
+
+
+def normal_path(path: str) -> str:
+    """Return `path` in Unicode normal form C.
+
+    Raises:
+        ProcessorError: INVALID_PATH, with the path and the rule that it breaks.
+    """
+    normal = unicodedata.normalize("NFC", path)
+    if rule := _broken_rule(normal):
+        shown = ascii(path[:300])
+        raise ProcessorError(
+            "INVALID_PATH",
+            f"The result path {shown} is invalid: {rule}. Use a relative path such as 'reports/2025/summary.md'.",
+            details={"path": shown, "rule": rule},
+        )
+    return normal
+
+
+def _broken_rule(path: str) -> str | None:
+    hidden = next((it for it in path if unicodedata.category(it) in _HIDDEN and it not in _JOINERS), None)
+    if hidden is not None:
+        return f"it contains the control or format character U+{ord(hidden):04X}"
+    if "\\" in path:
+        return "it contains a backslash; parts are separated by '/'"
+    if _PERCENT_CODE.search(path):
+        return "it contains a percent-encoded character; write the character itself"
+    if len(path.encode()) > MAX_BYTES:
+        return f"it is longer than {MAX_BYTES} bytes of UTF-8"
+    if path.startswith("/"):
+        return "it is absolute"
+    parts = path.split("/")
+    if "" in parts:
+        return "it has an empty part"
+    for part in parts:
+        if part in (".", ".."):
+            return f"it has the part '{part}'"
+        if part != part.strip() or part.endswith("."):
+            return "a part begins with a space, or ends with a space or dot"
+        if len(part.encode()) > MAX_PART_BYTES:
+            return f"a part is longer than {MAX_PART_BYTES} bytes of UTF-8"
+    if parts[-1] == _RESERVED:
+        return f"its last part is '{_RESERVED}', which the API uses for signed links"
+    return None
+
+
+def alternatives(path: str, job_id: str) -> Iterator[str]:
+    """Yield a valid path, and then distinct ones with a mark before the extension."""
+    yield path
+    folder, slash, name = path.rpartition("/")
+    stem, dot, extension = name.rpartition(".")
+    if not stem or len(extension.encode()) > MAX_PART_BYTES // 4:
+        stem, dot, extension = name, "", ""
+    mark = sha256(f"{job_id}/{path}".encode()).hexdigest()  # of the path, too: its name may be cut
+    for length in _MARK_LENGTHS:
+        ending = f"-{mark[:length]}{dot}{extension}"
+        room = min(MAX_PART_BYTES, MAX_BYTES - len((folder + slash).encode())) - len(ending.encode())
+        if room > 0:
+            yield f"{folder}{slash}{_cut(stem, room)}{ending}"
+
+
+def _cut(text: str, size: int) -> str:
+    """Return the beginning of a text, at most `size` bytes of UTF-8."""
+    return text.encode()[:size].decode(errors="ignore")
