@@ -58,6 +58,7 @@ class PathReservations:
                     upsert=True,
                     return_document=ReturnDocument.AFTER,
                 )
+                assert reservation is not None  # noqa: S101 - narrows the type; it was inserted if there was none
                 owner = reservation["job_id"]
                 if owner == job_id:
                     return True
