@@ -40,6 +40,7 @@ from api.errors import (
     on_ledger_error,
 )
 from api.links import LinkSignIn
+from api.memory import MemoryLimited
 from api.middleware import KnownHosts, Limited, Observed
 from api.services import Services
 from ledger.errors import JobledgerError
@@ -138,6 +139,7 @@ def create_app(services: Services) -> ASGIApp:
                 refused=dashboard.refused,
             ),
             Middleware(Limited, edge=services.edge),
+            Middleware(MemoryLimited, budget=services.memory),
         ],
         exception_handlers={
             ApiError: on_api_error,

@@ -12,11 +12,11 @@ from starlette.responses import Response
 from api import bulk
 from api.access import actor, requires
 from api.batches import not_found
+from api.bodies import optional_body, read_body
 from api.errors import ApiError, json_response
-from api.jobs import optional_json
 from api.models import BatchRestartBody, BatchUpdateBody, ReasonBody
 from api.requests import Once, expecting, noted
-from api.services import read_json, services, validated
+from api.services import services
 from ledger import batch as rules
 from ledger.access import Right
 from ledger.batch import Batch
@@ -41,20 +41,20 @@ _EVERY: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
 
 async def pause(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/pause"""
-    content = await optional_json(request)
-    return await _switch(request, content, PauseBatch(actor(request), validated(ReasonBody, content).reason))
+    body, content = await optional_body(request, ReasonBody)
+    return await _switch(request, content, PauseBatch(actor(request), body.reason))
 
 
 async def resume(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/resume"""
-    content = await optional_json(request)
-    return await _switch(request, content, ResumeBatch(actor(request), validated(ReasonBody, content).reason))
+    body, content = await optional_body(request, ReasonBody)
+    return await _switch(request, content, ResumeBatch(actor(request), body.reason))
 
 
 async def cancel(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/cancel"""
-    content = await optional_json(request)
-    body, once = validated(ReasonBody, content), Once.of(request, content)
+    body, content = await optional_body(request, ReasonBody)
+    once = Once.of(request, content)
     found = await _existing(request)
     outcome = await _for_jobs(request, found, CancelJob(actor(request), body.reason), _EVERY - ENDED, once=once)
     return _answer(found.batch_id, found.known, outcome)
@@ -62,8 +62,8 @@ async def cancel(request: Request) -> Response:
 
 async def restart(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/restart"""
-    content = await optional_json(request)
-    body, once = validated(BatchRestartBody, content), Once.of(request, content)
+    body, content = await optional_body(request, BatchRestartBody)
+    once = Once.of(request, content)
     found = await _existing(request)
     command = RestartJob(actor(request), body.reason, body.reuse_steps)
     outcome = await _for_jobs(request, found, command, ENDED if body.only == "all" else {body.only}, once=once)
@@ -72,19 +72,19 @@ async def restart(request: Request) -> Response:
 
 async def archive(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/archive"""
-    content = await optional_json(request)
-    return await _put_away(request, content, Archive(actor(request), validated(ReasonBody, content).reason))
+    body, content = await optional_body(request, ReasonBody)
+    return await _put_away(request, content, Archive(actor(request), body.reason))
 
 
 async def unarchive(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/unarchive"""
-    content = await optional_json(request)
-    return await _put_away(request, content, Unarchive(actor(request), validated(ReasonBody, content).reason))
+    body, content = await optional_body(request, ReasonBody)
+    return await _put_away(request, content, Unarchive(actor(request), body.reason))
 
 
 async def update(request: Request) -> Response:
     """PUT /api/events/batches/{batch_id}: who may see or change it and its jobs"""
-    body = validated(BatchUpdateBody, await read_json(request))
+    body, _ = await read_body(request, BatchUpdateBody)
     access = AccessControl(**body.access_control.model_dump())
     found = await _existing(request, Right.ADMIN)
     handled = await _for_batch(request, found, ChangeAccess(actor(request), access))

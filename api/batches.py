@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from api import bulk
 from api.access import actor, for_user, may_see, viewer_of, while_signed_in, who_asks
+from api.bodies import off_loop, read_body
 from api.disclosure import BATCH, shown
 from api.errors import ApiError, json_response, path
 from api.jobs import going_on, listed
@@ -26,9 +27,11 @@ from api.models import (
     Page,
     Single,
 )
+from api.parameters import Check
 from api.requests import Once, happened_by, noted, wanted_wait
-from api.services import query_of, read_json, services, validated, views_reach_wanted_position
-from api.submission import keep, split_webhook, submission
+from api.services import query_of, services, views_reach_wanted_position
+from api.submission import Secrets, check_parameters, keep, split_webhook, submission
+from api.validation import validated
 from ledger.batch import Batch
 from ledger.chain import canonical
 from ledger.commands import (
@@ -59,33 +62,15 @@ _ALONG_THE_WAY: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobL
 async def submit(request: Request) -> Response:
     """POST /api/events/batches"""
     known = services(request)
-    content = await read_json(request)
-    body, once = validated(BatchBody, content), Once.of(request, content)
+    body, content = await read_body(request, BatchBody)
+    once = await off_loop(request, Once.of, request, content)
     _refuse_multiplied(body, known.largest_body_bytes)
     batch_id = f"batch-{once.name()}" if once else new_batch_id()
     if (before := await _submitted_before(request, batch_id, once)) is not None:
         return before
     webhook, secrets = split_webhook(body.webhook, known)
     user_id, teams = for_user(request, body.user_id), who_asks(request).groups
-    kept, jobs = [secrets], []
-    for index, content in enumerate(body.jobs):
-        job_body = validated(JobBody, content, within=("jobs", index))
-        job_webhook, job_secrets = split_webhook(job_body.webhook, known, ("jobs", index))
-        kept.append(job_secrets)
-        given: dict[str, Any] = {"parameters": {**body.parameters, **job_body.parameters}}
-        if "access_control" not in job_body.model_fields_set:
-            given["access_control"] = body.access_control
-        jobs.append(
-            submission(
-                job_body.model_copy(update=given),
-                known,
-                user_id=user_id if job_body.user_id is None else for_user(request, job_body.user_id),
-                teams=teams,
-                within=("jobs", index),
-                batch_id=batch_id,
-                webhook=job_webhook,
-            )
-        )
+    jobs, kept = await jobs_in(request, body, batch_id, user_id)
     job_ids = [f"job-{once.name(number)}" if once else new_job_id() for number in range(1, len(jobs) + 1)]
     batch = BatchSubmitted(
         batch_name=body.batch_name,
@@ -97,7 +82,7 @@ async def submit(request: Request) -> Response:
         access_control=AccessControl(**body.access_control.model_dump()),
         teams=sorted(teams),
     )
-    await keep(known, *kept)
+    await keep(known, secrets, *kept)
     commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
     commands += [(job_id, SubmitJob(job)) for job_id, job in zip(job_ids, jobs, strict=True)]
     try:
@@ -107,9 +92,53 @@ async def submit(request: Request) -> Response:
             raise
         return before
     except InvalidEvent:
-        _refuse_what_cannot_be_stored(jobs)
+        await off_loop(request, _refuse_what_cannot_be_stored, jobs)
         raise
     return _accepted(request, recorded[0], recorded[-1].position)
+
+
+async def jobs_in(
+    request: Request, body: BatchBody, batch_id: str, user_id: str
+) -> tuple[list[JobSubmitted], list[Secrets | None]]:
+    """Return the events for a batch's jobs, and the secrets of their webhooks.
+
+    Raises:
+        ApiError: 422, naming each wrong field of the first job that has any.
+    """
+    jobs, kept = await off_loop(request, _jobs_in, request, body, batch_id, user_id)
+    types = services(request).job_types
+    checks = [
+        Check(job.job_type, types[job.job_type], job.parameters, ("jobs", index, "parameters"))
+        for index, job in enumerate(jobs)
+    ]
+    await check_parameters(request, checks)
+    return jobs, kept
+
+
+def _jobs_in(
+    request: Request, body: BatchBody, batch_id: str, user_id: str
+) -> tuple[list[JobSubmitted], list[Secrets | None]]:
+    known, teams = services(request), who_asks(request).groups
+    kept, jobs = [], []
+    for index, content in enumerate(body.jobs):
+        job_body = validated(JobBody, content, within=("jobs", index))
+        webhook, secrets = split_webhook(job_body.webhook, known, ("jobs", index))
+        kept.append(secrets)
+        given: dict[str, Any] = {"parameters": {**body.parameters, **job_body.parameters}}
+        if "access_control" not in job_body.model_fields_set:
+            given["access_control"] = body.access_control
+        jobs.append(
+            submission(
+                job_body.model_copy(update=given),
+                known,
+                user_id=user_id if job_body.user_id is None else for_user(request, job_body.user_id),
+                teams=teams,
+                within=("jobs", index),
+                batch_id=batch_id,
+                webhook=webhook,
+            )
+        )
+    return jobs, kept
 
 
 async def _submitted_before(request: Request, batch_id: str, once: Once | None) -> Response | None:

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import orjson
 import structlog
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,6 +26,8 @@ from ledger.errors import (
 
 _log = structlog.get_logger()
 _PROBLEMS_NAMED: Final = 100
+_LONGEST_NAME: Final = 100
+_LONGEST_MESSAGE: Final = 1000
 
 
 class ApiError(Exception):
@@ -40,6 +41,7 @@ class ApiError(Exception):
         *,
         details: Mapping[str, Any] | None = None,
         retry_after_seconds: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -47,6 +49,7 @@ class ApiError(Exception):
         self.message = message
         self.details = dict(details or {})
         self.retry_after_seconds = retry_after_seconds
+        self.headers = dict(headers or {})
 
 
 TABLE: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
@@ -70,22 +73,32 @@ def json_response(content: Mapping[str, Any], status: int = 200, headers: Mappin
 
 def error_response(error: ApiError) -> Response:
     """Return the envelope of a failure."""
-    headers = {"Retry-After": str(error.retry_after_seconds)} if error.retry_after_seconds is not None else {}
+    headers = {**error.headers}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, 11.6.1: a 401 says how one may sign in
     content = {"status": "error", "code": error.code, "message": error.message, "details": error.details}
     return json_response(content, error.status, headers)
 
 
-def invalid(error: ValidationError, *, within: tuple[str | int, ...] = ()) -> ApiError:
-    """Return the answer to content that does not fit its model, naming each field by its path."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+def invalid(
+    found: Sequence[Mapping[str, Any]], within: tuple[str | int, ...] = (), *, perhaps_more: bool = False
+) -> ApiError:
+    """Return the answer to content that does not fit its model, naming each field by its path.
+
+    Args:
+        found: the errors as pydantic describes them, at least one.
+        within: where the content stands in the body.
+        perhaps_more: whether there may be errors beside those found.
+    """
     problems = [
-        {"path": path((*within, *problem["loc"])), "message": _sentence(problem["msg"])}
+        {"path": path((*within, *problem["loc"])), "message": _clipped(_sentence(problem["msg"]), _LONGEST_MESSAGE)}
         for problem in found[:_PROBLEMS_NAMED]
     ]
     first = problems[0]
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    number = f"at least {len(found) - 1}" if perhaps_more else str(len(found) - 1)
+    more = f" (and {number} more)" if len(found) > 1 else ""
     where = f"{first['path']}: " if first["path"] else ""
     return ApiError(422, "invalid_content", f"{where}{first['message']}{more}", details={"errors": problems})
 
@@ -94,8 +107,13 @@ def path(location: Sequence[str | int]) -> str:
     """Return where something stands in a body, as `jobs[3].parameters.url`."""
     text = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        name = part if isinstance(part, int) else _clipped(part, _LONGEST_NAME)
+        text += f"[{name}]" if isinstance(part, int) else f".{name}" if text else str(name)
     return text
+
+
+def _clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _sentence(message: str) -> str:
@@ -115,7 +133,8 @@ async def on_ledger_error(_request: Request, error: Exception) -> Response:
         error = LedgerUnavailable("The database does not answer. What is on record stays; try again in a moment.")
     for kind, status, code, retry_after in TABLE:
         if isinstance(error, kind):
-            return error_response(ApiError(status, code, str(error), retry_after_seconds=retry_after))
+            message = _clipped(str(error), _LONGEST_MESSAGE)
+            return error_response(ApiError(status, code, message, retry_after_seconds=retry_after))
     _log.error("error without an answer of its own", error=repr(error))
     return error_response(ApiError(500, "internal_error", "Something went wrong here; it is in the log."))
 

@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import may_see, signed_in
+from api.bodies import optional_body
 from api.conditional import Range, Version, is_known, ranges
 from api.errors import ApiError, error_response, json_response
-from api.jobs import optional_json
 from api.links import FILES_URL, LONGEST_SECONDS, is_link
 from api.sending import Streamed, content_disposition, content_type
-from api.services import Services, query_of, services, validated, views_reach_wanted_position
+from api.services import Services, query_of, services, views_reach_wanted_position
 from ledger.errors import FileLost
 from ledger.files import OpenFile
 from ledger.mongo import Document
@@ -83,7 +83,7 @@ async def single(request: Request) -> Response:
 
 async def link(request: Request) -> Response:
     """POST /api/events/files/{path}/link"""
-    body = validated(LinkBody, await optional_json(request))
+    body, _ = await optional_body(request, LinkBody)
     row = await _readable(request)
     signed_in(request)  # a link outlives the right by which it was asked for, so somebody has to have asked
     until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=body.expires_in_s)

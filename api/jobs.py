@@ -12,11 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import actor, for_user, may_see, requires, viewer_of, while_signed_in, who_asks
+from api.bodies import off_loop, optional_body, read_body
 from api.disclosure import JOB, Viewer, shown
 from api.errors import ApiError, json_response
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
+from api.parameters import Check
 from api.requests import Once, expecting, folded, happened_by, noted, story_until, wanted_wait
-from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
+from api.services import Services, query_of, services, views_reach_wanted_position
 from api.submission import check_parameters, keep, split_webhook, submission
 from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
@@ -35,12 +37,14 @@ _STOP_SECONDS: Final = 30.0
 async def submit(request: Request) -> Response:
     """POST /api/events/jobs"""
     known = services(request)
-    content = await read_json(request)
-    body, once = validated(JobBody, content), Once.of(request, content)
+    body, content = await read_body(request, JobBody)
+    once = await off_loop(request, Once.of, request, content)
     webhook, secrets = split_webhook(body.webhook, known)
     asked = submission(
         body, known, user_id=for_user(request, body.user_id), teams=who_asks(request).groups, webhook=webhook
     )
+    model = known.job_types[body.job_type]
+    await check_parameters(request, [Check(body.job_type, model, body.parameters, ("parameters",))])
     job_id = f"job-{once.name()}" if once else new_job_id()
     submitted = await _submitted_before(known, job_id, once)
     if submitted is None:
@@ -179,10 +183,11 @@ def not_found(job_id: str) -> ApiError:
 
 async def update(request: Request) -> Response:
     """PUT /api/events/jobs/{job_id}"""
-    content = await read_json(request)
-    body = validated(UpdateBody, content)
+    body, content = await read_body(request, UpdateBody)
     if body.parameters is not None:
-        check_parameters(services(request), (await existing(request))["job_type"], body.parameters, ("parameters",))
+        job_type = (await existing(request))["job_type"]
+        if (model := services(request).job_types.get(job_type)) is not None:
+            await check_parameters(request, [Check(job_type, model, body.parameters, ("parameters",))])
     access = AccessControl(**body.access_control.model_dump()) if body.access_control else None
     command = UpdateJob(actor(request), body.parameters, body.priority, body.not_before, access)
     return await _act(request, content, command, Right.WRITE if access is None else Right.ADMIN)
@@ -190,27 +195,26 @@ async def update(request: Request) -> Response:
 
 async def cancel(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/cancel"""
-    content = await optional_json(request)
-    return await _act(request, content, CancelJob(actor(request), validated(ReasonBody, content).reason))
+    body, content = await optional_body(request, ReasonBody)
+    return await _act(request, content, CancelJob(actor(request), body.reason))
 
 
 async def restart(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/restart"""
-    content = await optional_json(request)
-    body = validated(RestartBody, content)
+    body, content = await optional_body(request, RestartBody)
     return await _act(request, content, RestartJob(actor(request), body.reason, body.reuse_steps))
 
 
 async def archive(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/archive"""
-    content = await optional_json(request)
-    return await _act(request, content, Archive(actor(request), validated(ReasonBody, content).reason))
+    body, content = await optional_body(request, ReasonBody)
+    return await _act(request, content, Archive(actor(request), body.reason))
 
 
 async def unarchive(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/unarchive"""
-    content = await optional_json(request)
-    return await _act(request, content, Unarchive(actor(request), validated(ReasonBody, content).reason))
+    body, content = await optional_body(request, ReasonBody)
+    return await _act(request, content, Unarchive(actor(request), body.reason))
 
 
 async def delete(request: Request) -> Response:
@@ -258,7 +262,7 @@ async def _act(
 ) -> Response:
     """Have a command decided, and answer with the job as it is then. `expected_seen`: If-Match was looked at before."""
     known, job_id = services(request), request.path_params["job_id"]
-    once = Once.of(request, content)
+    once = await off_loop(request, Once.of, request, content)
     events = await known.log.read_stream(job_id) if job_id.startswith("job-") else []
     if not events:
         raise not_found(job_id)
@@ -298,11 +302,6 @@ async def _done(
     if events[-1].version != handled.known.head.version or len(events) != events[-1].version:  # others wrote, too
         events = await log.read_stream(job_id)
     return next(event for event in events if event.version == handled.known.head.version), events
-
-
-async def optional_json(request: Request) -> Any:
-    """Return the request's JSON body. An action needs none; without a content type there is none."""
-    return await read_json(request) if "content-type" in request.headers else {}
 
 
 async def _shown_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:

@@ -22,7 +22,8 @@ from api.errors import ApiError
 from api.event_stream import EventStream
 from api.jobs import not_found
 from api.models import StreamQuery
-from api.services import Services, query_of, services, validated
+from api.services import Services, query_of, services
+from api.validation import validated
 from api.visibility import Visibility
 from ledger.access import Principal
 from ledger.errors import LedgerUnavailable

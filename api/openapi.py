@@ -65,7 +65,16 @@ _SIGNED_IN: Final = (
     "too_many_requests",
     "database_unavailable",
 )
-_BODY: Final = ("malformed_json", "incomplete_body", "too_large", "unsupported_media_type", "invalid_content")
+_BODY: Final = (
+    "malformed_json",
+    "incomplete_body",
+    "too_large",
+    "too_many_values",
+    "unsupported_content_encoding",
+    "unsupported_media_type",
+    "invalid_content",
+    "server_busy",
+)
 _CHANGE: Final = ("wrong_state", "version_conflict", "already_exists", "busy")
 _POST: Final = ("malformed_idempotency_key", "idempotency_key_reused", "invalid_content")
 _OF_ONE: Final = ("version_changed", "unreadable_event")

@@ -14,6 +14,7 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Final
 
+import orjson
 from starlette.requests import Request
 
 from api.access import signed_in
@@ -75,7 +76,10 @@ class Once:
 
 
 def _text(content: Any) -> str:
-    return json.dumps(content, sort_keys=True)  # orjson refuses integers beyond 64 bit, which may come
+    try:
+        return orjson.dumps(content, option=orjson.OPT_SORT_KEYS).decode()
+    except orjson.JSONEncodeError:
+        return json.dumps(content, sort_keys=True)  # has integers beyond 64 bit, which orjson refuses
 
 
 def _digest(*parts: str) -> str:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
-from starlette.requests import ClientDisconnect, Request
+from pydantic import BaseModel
+from starlette.requests import Request
 
 from api.access import Revocations, SignIn
 from api.endings import Endings
-from api.errors import ApiError, invalid
+from api.errors import ApiError
 from api.event_stream import Streams
 from api.links import Links
+from api.memory import MemoryBudget
 from api.middleware import Edge
+from api.parameters import ParametersValidator
 from api.sessions import Sessions
+from api.validation import Model, validated
 from api.visibility import Visibility
 from ledger.changes import Changes
 from ledger.files import FileStore
@@ -48,6 +50,8 @@ class Services:
     changes: Changes
     store: FileStore
     job_types: Mapping[str, type[BaseModel]]
+    parameters: ParametersValidator
+    memory: MemoryBudget
     largest_body_bytes: int
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn
@@ -71,46 +75,6 @@ def services(request: Request) -> Services:
     """Return what was handed to the application."""
     found: Services = request.app.state.services
     return found
-
-
-async def read_json(request: Request) -> Any:
-    """Return the request's JSON body.
-
-    Raises:
-        ApiError: 415, 413 or 400, when it is not JSON, too large, or broken.
-    """
-    # Also what keeps other sites' pages from posting here: a browser sends this type across origins only when asked.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "unsupported_media_type", "Send JSON, with the header Content-Type: application/json.")
-    limit = services(request).largest_body_bytes
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise ApiError(413, "too_large", f"The body is larger than {limit} bytes (api.max_body_bytes).")
-    except ClientDisconnect as gone:
-        raise ApiError(400, "incomplete_body", "The connection ended before the body did.") from gone
-    try:
-        return from_json(bytes(body), allow_inf_nan=False)  # keeps large integers, which orjson makes floats of
-    except ValueError as error:
-        message = f"The body is not JSON, or nested more than 100 levels deep: {error}"
-        raise ApiError(400, "malformed_json", message) from error
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def validated(model: type[Model], content: Any, *, within: tuple[str | int, ...] = ()) -> Model:
-    """Return the content as a model.
-
-    Raises:
-        ApiError: 422, naming each wrong field.
-    """
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        raise invalid(error, within=within) from error
 
 
 def query_of(request: Request, model: type[Model]) -> Model:

@@ -8,10 +8,11 @@ from typing import Any, Final
 from bson import ObjectId
 from pydantic import BaseModel, ConfigDict, Field
 from pymongo import ASCENDING, IndexModel
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import signed_in, who_asks
+from api.bodies import read_bytes
 from api.errors import ApiError, json_response
 from api.services import query_of, services
 from ledger.mongo import Database, Document, driver_errors
@@ -49,7 +50,7 @@ async def receive(request: Request) -> Response:
         "headers": {
             name: "***" if name in _SECRET_HEADERS else value for name, value in sorted(request.headers.items())
         },
-        "body": (await _body(request)).decode(errors="replace"),
+        "body": (await read_bytes(request, LARGEST_BODY_BYTES)).decode(errors="replace"),
     }
     with driver_errors("keeping a webhook that was received"):
         await services(request).db[COLLECTION].insert_one(received)
@@ -64,18 +65,6 @@ async def listing(request: Request) -> Response:
     with driver_errors("reading the webhooks that were received"):
         found = services(request).db[COLLECTION].find(mine, sort=[("at", -1)], limit=asked.limit)
         return json_response({"status": "success", "received": [_shown(it) async for it in found]})
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > LARGEST_BODY_BYTES:
-                raise ApiError(413, "too_large", f"The sink takes at most {LARGEST_BODY_BYTES} bytes.")
-    except ClientDisconnect as gone:
-        raise ApiError(400, "incomplete_body", "The connection ended before the body did.") from gone
-    return bytes(body)
 
 
 def _shown(received: Document) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bson import ObjectId
+from starlette.requests import Request
 
+from api.bodies import off_loop
 from api.errors import ApiError, path
 from api.models import JobBody, WebhookBody
-from api.services import Services, validated
+from api.parameters import Check
+from api.services import Services, services
+from api.validation import validated
 from ledger.addresses import AllowedHosts, hopeless
 from ledger.events import AccessControl, JobSubmitted, Webhook
 from ledger.mongo import driver_errors
@@ -37,8 +40,10 @@ def submission(
 ) -> JobSubmitted:
     """Return the event for a valid body; `within` is where the body stands in the request, for messages.
 
+    The parameters are not looked at: see `check_parameters`.
+
     Raises:
-        ApiError: 422, when the job type is unknown or the parameters do not fit it.
+        ApiError: 422, when the job type is unknown.
     """
     if body.job_type not in known.job_types:
         names = ", ".join(sorted(known.job_types))
@@ -48,7 +53,6 @@ def submission(
         }
         message = f"{problem['path']}: {problem['message']}"
         raise ApiError(422, "unknown_job_type", message, details={"errors": [problem]})
-    check_parameters(known, body.job_type, body.parameters, (*within, "parameters"))
     return JobSubmitted(
         job_type=body.job_type,
         parameters=body.parameters,
@@ -65,16 +69,20 @@ def submission(
     )
 
 
-def check_parameters(
-    known: Services, job_type: str, parameters: Mapping[str, Any], within: tuple[str | int, ...]
-) -> None:
-    """Make sure that parameters fit their job type, if this process knows it.
+async def check_parameters(request: Request, checks: Sequence[Check]) -> None:
+    """Make sure that parameters fit their job types.
 
     Raises:
-        ApiError: 422, naming each wrong field.
+        ApiError: 422, naming each wrong field of the first job that has any; 503, when a plug-in's validator takes too
+            long.
     """
-    if (model := known.job_types.get(job_type)) is not None:
-        validated(model, parameters, within=within)
+    await off_loop(request, _check_trusted, [it for it in checks if it.is_trusted])
+    await services(request).parameters.check(it for it in checks if not it.is_trusted)
+
+
+def _check_trusted(checks: Sequence[Check]) -> None:
+    for it in checks:
+        validated(it.model, it.parameters, within=it.within)
 
 
 def split_webhook(

@@ -12,12 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import actor, may_see, requires, signed_in, viewer_of, who_asks
+from api.bodies import optional_body, read_body
 from api.disclosure import DELIVERY, Viewer, shown
 from api.errors import ApiError, json_response
-from api.jobs import going_on, optional_json
+from api.jobs import going_on
 from api.models import DeliveryList, ReasonBody, RedeliverBody
 from api.requests import Once, noted
-from api.services import Services, query_of, read_json, services, validated, views_reach_wanted_position
+from api.services import Services, query_of, services, views_reach_wanted_position
 from ledger.access import Principal, Right
 from ledger.commands import RequeueDelivery
 from ledger.delivery import Delivery
@@ -61,8 +62,8 @@ async def single(request: Request) -> Response:
 
 async def redeliver(request: Request) -> Response:
     """POST /api/monitoring/events/webhooks/{delivery_id}/redeliver"""
-    content = await optional_json(request)
-    command = RequeueDelivery(actor(request), validated(ReasonBody, content).reason)
+    body, content = await optional_body(request, ReasonBody)
+    command = RequeueDelivery(actor(request), body.reason)
     known, delivery_id = services(request), request.path_params["delivery_id"]
     events = await known.log.read_stream(delivery_id) if delivery_id.startswith("delivery-") else []
     found = Known().after(events)
@@ -90,8 +91,7 @@ async def redeliver_many(request: Request) -> Response:
 
     Those of the deliveries asked for that who asks may have sent again, the oldest first.
     """
-    content = await read_json(request)
-    body = validated(RedeliverBody, content)
+    body, content = await read_body(request, RedeliverBody)
     by, known, once = actor(request), services(request), Once.of(request, content)
     await views_reach_wanted_position(request)
     if body.job_id is not None:

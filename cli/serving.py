@@ -23,7 +23,9 @@ from api.event_stream import Streams
 from api.jwks import KeysAt, KeySource, OneKey, public_key, shared_secret
 from api.keys import KeyRing
 from api.links import Links
+from api.memory import MemoryBudget
 from api.middleware import Edge
+from api.parameters import ParametersValidator
 from api.services import Services, Webhooks
 from api.sessions import Sessions
 from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
@@ -93,6 +95,8 @@ def services_for(
         changes=changes,
         store=store,
         job_types={name: processor.Parameters for name, processor in processors().items()},
+        parameters=ParametersValidator(),
+        memory=MemoryBudget(settings.api.request_memory_mb * 1024 * 1024),
         largest_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
         sign_in=sign_in,
@@ -228,3 +232,4 @@ async def serving(
         services.streams.close()
         server.should_exit = True
         await asyncio.gather(task, return_exceptions=True)
+        await services.parameters.close()

@@ -38,6 +38,7 @@ _TOLERANT: CodecOptions[Document] = CodecOptions(
 LARGEST_POSITION = 2**63 - 1  # what the database can count to
 _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
+_ENCODED_AT_ONCE = 100
 _BARE = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
@@ -108,7 +109,9 @@ class EventLog(Writer):
         documents: list[Document] = []
         events: list[Event] = []
         size = basis = 0
-        for append in appends:
+        for index, append in enumerate(appends, 1):
+            if index % _ENCODED_AT_ONCE == 0:  # other requests are served meanwhile; nothing is reserved yet
+                await asyncio.sleep(0)
             size += documents_of(append, documents)
             events += append.events
             if append.head.position > basis:

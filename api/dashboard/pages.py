@@ -10,22 +10,22 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import orjson
 import structlog
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
 from api import batches, history, jobs, log_pages, monitoring, webhooks
 from api.access import signed_in, who_asks
+from api.bodies import read_body, read_bytes
 from api.dashboard import charts, session
 from api.dashboard.rendering import PREFIX, is_monitor, page, preview, static
 from api.dashboard.story import attempts_of
 from api.errors import ApiError, error_response, json_response
 from api.event_stream import EventStream
-from api.models import BatchBody, JobBody
+from api.models import BatchBody
 from api.pulse import beats
-from api.services import read_json, services, validated
-from api.submission import split_webhook, submission
+from api.services import services
 from ledger.access import Right, right_to
 from ledger.errors import FileLost, JobledgerError
 
@@ -277,13 +277,8 @@ async def log(request: Request) -> Response:
 async def check(request: Request) -> Response:
     """POST /monitoring/events/check: say what is wrong with a batch, and submit nothing."""
     signed_in(request)
-    body = validated(BatchBody, await read_json(request))
-    known = services(request)
-    for index, content in enumerate(body.jobs):
-        one = validated(JobBody, content, within=("jobs", index))
-        split_webhook(one.webhook, known, ("jobs", index))
-        merged = one.model_copy(update={"parameters": {**body.parameters, **one.parameters}})
-        submission(merged, known, user_id="user", teams=(), within=("jobs", index))
+    body, _ = await read_body(request, BatchBody)
+    await batches.jobs_in(request, body, "batch-", "user")
     return json_response({"status": "success", "jobs": len(body.jobs)})
 
 
@@ -319,14 +314,10 @@ async def _form(request: Request) -> dict[str, str]:
     Raises:
         ApiError: 413, when it is larger than any credential; 400, when it is no form.
     """
-    body = bytearray()
+    body = await read_bytes(request, _LARGEST_FORM_BYTES)
     try:
-        async for part in request.stream():
-            body += part
-            if len(body) > _LARGEST_FORM_BYTES:
-                raise ApiError(413, "too_large", f"The form is larger than {_LARGEST_FORM_BYTES} bytes.")
         return dict(parse_qsl(body.decode("ascii", "replace"), max_num_fields=10))
-    except (ClientDisconnect, ValueError) as error:
+    except ValueError as error:
         raise ApiError(400, "malformed_form", "This is not the form of the sign-in.") from error
 
 

@@ -202,7 +202,7 @@ def test_thousands_of_wrong_fields_do_not_make_an_endless_answer(client: httpx.C
     answer = client.post(JOBS, json=wrong)
     content = refused(answer, 422, "invalid_content")
 
-    assert "49999 more" in content["message"]
+    assert "at least 99 more" in content["message"]
     assert len(answer.content) < 50_000
 
 

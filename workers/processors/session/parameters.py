@@ -7,13 +7,22 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+)
 from pydantic import model_validator as validates_model
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 MAX_TEXT = 2_000
 MAX_SPEAKERS = 500
 MAX_EXTRA = 16_000
+MAX_ERRORS = 100
 
 
 def _not_blank(value: str) -> str:
@@ -61,8 +70,9 @@ def _is_language(value: str) -> str:
     return value
 
 
-def _is_few_enough(value: list[str]) -> list[str]:
-    if len(value) > MAX_SPEAKERS:
+def _is_few_enough(value: object) -> object:
+    """Refuse too many before each of them is looked at."""
+    if isinstance(value, list) and len(value) > MAX_SPEAKERS:
         raise ValueError(f"must name at most {MAX_SPEAKERS} speakers, this names {len(value):,}")
     return value
 
@@ -97,7 +107,7 @@ class SessionParameters(BaseModel):
     day: Text | None = Field(default=None, description="When, in the organisers' words: `Sunday`, `2025-02-02`.")
     starttime: TimeOfDay | None = Field(default=None, description="HH:MM, local time of the conference.")
     endtime: TimeOfDay | None = Field(default=None, description="HH:MM, local time of the conference.")
-    speakers: Annotated[list[Name], AfterValidator(_is_few_enough)] | None = None
+    speakers: Annotated[list[Name], BeforeValidator(_is_few_enough)] | None = None
     video_url: WebAddress | None = Field(default=None, description="The recording, as a media file.")
     attachments_url: WebAddress | None = Field(default=None, description="The slides; a PDF becomes images.")
     source_language: Language = "en"
@@ -112,7 +122,7 @@ class SessionParameters(BaseModel):
         try:
             return handler(data)
         except ValidationError as error:
-            lines = [_helpful(line) for line in error.errors()]
+            lines = [_helpful(line) for line in error.errors()[:MAX_ERRORS]]
             raise ValidationError.from_exception_data(error.title, lines) from None
 
 

@@ -1,0 +1,291 @@
+"""No request body costs much more than it brings, and none holds up other requests. Measured on a real process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from pymongo import MongoClient
+
+from api.bodies import MOST_CONTAINERS, MOST_VALUES, _counted
+from api.errors import ApiError
+from api.memory import MemoryBudget, Reservation
+from api.validation import validated
+from tests.support.installation import Installation, Role
+from tests.support.rarely import rarely
+from workers.processors.session.parameters import SessionParameters
+
+JOBS, BATCHES, REDELIVER = "/api/events/jobs", "/api/events/batches", "/api/monitoring/events/redeliver"
+MOST_CPU_SECONDS = 3.0
+MOST_MEMORY_MB = 400
+LONGEST_STALL_SECONDS = 1.5
+PLUGIN = """
+import os, re, sys
+from pydantic import BaseModel, field_validator
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise SystemExit
+
+def hoard():
+    return [bytearray(1 << 26) for _ in range(64)]
+
+DEEDS = {
+    "fine": lambda: None,
+    "print": lambda: print("noise"),
+    "read": lambda: sys.stdin.read(),
+    "environment": lambda: (_ for _ in ()).throw(ValueError("secret" if "JOBLEDGER_SECRET" in os.environ else "none")),
+    "runtime": lambda: (_ for _ in ()).throw(RuntimeError("broken plug-in")),
+    "exit": lambda: sys.exit(3),
+    "unprintable": lambda: (_ for _ in ()).throw(Unprintable()),
+    "recursion": lambda: DEEDS["recursion"](),
+    "die": lambda: os._exit(7),
+    "memory": hoard,
+    "regex": lambda: re.match(r"(a+)+$", "a" * 60 + "b"),
+}
+
+class Odd:
+    job_type, isolation, preload = "odd", "process", ()
+    class Parameters(BaseModel):
+        do: str
+        @field_validator("do")
+        @classmethod
+        def _do(cls, value):
+            DEEDS[value]()
+            return value
+    class Settings(BaseModel):
+        pass
+    def __init__(self, settings): pass
+    async def run(self, job): ...
+"""
+
+
+def session(**fields: Any) -> dict[str, Any]:
+    known = {"event": "E", "session": "S", "url": "https://example.org/x", "filename": "a.md", "track": "T"}
+    return {"parameters": {**known, **fields}}
+
+
+def echo(parameters: str, more: str = "") -> bytes:
+    return f'{{"job_type":"echo","parameters":{parameters}{more}}}'.encode()
+
+
+def many(number: int, name: str = "unknown") -> dict[str, int]:
+    return {f"{name}{index}": 1 for index in range(number)}
+
+
+BODIES: dict[str, tuple[str, int, Callable[[], Any]]] = {
+    "500,000 wrong speakers": (JOBS, 422, lambda: session(speakers=[1] * 500_000)),
+    "500,000 blank speakers": (JOBS, 422, lambda: session(speakers=[" "] * 500_000)),
+    "wrong speakers behind good ones": (JOBS, 422, lambda: session(speakers=["Ada"] * 100 + [" "] * 400_000)),
+    "16,000,000 wrong speakers": (JOBS, 413, lambda: b'{"parameters":{"speakers":[' + b"1," * 16_000_000 + b"1]}}"),
+    "100,000 unknown parameters": (JOBS, 422, lambda: session(**many(100_000))),
+    "100,000 unknown fields": (JOBS, 422, lambda: {"parameters": {}, **many(100_000)}),
+    "10,000,000 empty lists": (JOBS, 413, lambda: echo("[" + "[]," * 10_000_000 + "1]")),
+    "3,000,000 objects": (JOBS, 413, lambda: echo("[" + '{"a":1},' * 3_000_000 + "1]")),
+    "a million levels": (JOBS, 413, lambda: echo("[" * 1_000_000 + "]" * 1_000_000)),
+    "300 levels": (JOBS, 400, lambda: echo("[" * 300 + "]" * 300)),
+    "a text of 30 MB": (JOBS, 422, lambda: echo(json.dumps({"a": "x" * 30_000_000}))),
+    "a name of 30 MB": (JOBS, 422, lambda: echo("{}", ',"job_name":"' + "x" * 30_000_000 + '"')),
+    "a field name of 30 MB": (JOBS, 422, lambda: echo("{}", ',"' + "x" * 30_000_000 + '":1')),
+    "an integer of 30,000,000 digits": (JOBS, 400, lambda: echo('{"a":' + "9" * 30_000_000 + "}")),
+    "integers of 4,000 digits": (JOBS, 422, lambda: echo('{"a":[' + ("9" * 4000 + ",") * 6000 + "1]}")),
+    "2,000,000 times the same name": (JOBS, 413, lambda: echo("{" + '"a":1,' * 2_000_000 + '"a":1}')),
+    "500,000 wrong readers": (JOBS, 422, lambda: {"parameters": {}, "access_control": {"read_access": [1] * 500_000}}),
+    "200,000 wrong headers": (
+        JOBS,
+        422,
+        lambda: {"parameters": {}, "webhook": {"url": "https://e.org/", "headers": many(200_000, "x y")}},
+    ),
+    "500,000 secrets": (
+        JOBS,
+        422,
+        lambda: {"parameters": {}, "webhook": {"url": "https://e.org/", "secrets": ["x"] * 500_000}},
+    ),
+    "10,000 wrong jobs": (BATCHES, 422, lambda: {"jobs": [{**session(), "nope": 1}] * 10_000}),
+    "500,000 jobs": (BATCHES, 422, lambda: {"jobs": [1] * 500_000}),
+    "a batch whose last job is very wrong": (
+        BATCHES,
+        422,
+        lambda: {"jobs": [session()] * 9_999 + [session(speakers=[1] * 100_000)]},
+    ),
+    "a cancellation with 100,000 fields": (f"{JOBS}/job-0/cancel", 422, lambda: many(100_000)),
+    "a redelivery with 100,000 fields": (REDELIVER, 422, lambda: many(100_000)),
+}
+
+
+@pytest.fixture(scope="module")
+def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Role]:
+    """An API process with a plug-in whose validator does what it is told."""
+    name, plugins = f"test_{uuid4().hex[:16]}", tmp_path_factory.mktemp("plugins")
+    (plugins / "oddtype.py").write_text(PLUGIN)
+    (plugins / "oddtype-1.dist-info").mkdir()
+    (plugins / "oddtype-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: oddtype\nVersion: 1\n")
+    (plugins / "oddtype-1.dist-info" / "entry_points.txt").write_text("[jobledger.processors]\nodd = oddtype:Odd\n")
+    with Installation(
+        tmp_path_factory.mktemp("bodies"), mongodb={"uri": mongodb_uri, "db_name": name}, logging={"level": "error"}
+    ) as installation:
+        yield installation.start("api", PYTHONPATH=str(plugins), JOBLEDGER_SECRET="").ready()
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client.drop_database(name)
+
+
+@pytest.fixture
+def client(role: Role) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=role.url, timeout=60, trust_env=False) as client:
+        yield client
+
+
+def memory_mb(role: Role, name: str) -> int:
+    lines = Path(f"/proc/{role.process.pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) // 1024
+
+
+def cpu_seconds(role: Role) -> float:
+    fields = Path(f"/proc/{role.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+@contextmanager
+def longest_stall(role: Role) -> Iterator[list[float]]:
+    """Ask for /healthz all the time; yield the seconds that the answers took."""
+    seconds, stop = [0.0], False
+
+    def ask() -> None:
+        with httpx.Client(base_url=role.url, timeout=60, trust_env=False) as client:
+            while not stop:
+                begun = time.perf_counter()
+                assert client.get("/healthz").status_code == 200
+                seconds.append(time.perf_counter() - begun)
+                time.sleep(0.02)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            yield seconds
+        finally:
+            stop = True
+            asking.result()
+
+
+HUGE = {
+    "16,000,000 wrong speakers",
+    "3,000,000 objects",
+    "a text of 30 MB",
+    "a name of 30 MB",
+    "an integer of 30,000,000 digits",
+    "2,000,000 times the same name",
+    "200,000 wrong headers",
+    "a batch whose last job is very wrong",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(it, marks=rarely) if it in HUGE else it for it in BODIES])
+def test_body_costs_bounded_time_and_memory(role: Role, client: httpx.Client, name: str) -> None:
+    path, status, make = BODIES[name]
+    made = make()
+    body = made if isinstance(made, bytes) else json.dumps(made).encode()
+    before, used = memory_mb(role, "VmRSS"), cpu_seconds(role)
+
+    with longest_stall(role) as stalls:
+        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+
+    assert answer.status_code == status, answer.text[:300]
+    assert len(answer.content) < 40_000
+    assert len(answer.json()["details"].get("errors", ())) <= 100
+    assert cpu_seconds(role) - used < MOST_CPU_SECONDS
+    assert memory_mb(role, "VmRSS") - before < MOST_MEMORY_MB
+    assert max(stalls) < LONGEST_STALL_SECONDS
+
+
+def test_batch_of_ten_thousand_sessions_is_accepted_and_holds_up_nobody(role: Role, client: httpx.Client) -> None:
+    fields = {"speakers": ["Ada Lovelace", "Grace Hopper"], "day": "Sunday", "extra": {"room": "H.1302, first floor"}}
+    jobs = [session(**fields, starttime="09:30", endtime="10:00") for _ in range(10_000)]
+    with longest_stall(role) as stalls:
+        answer = client.post(BATCHES, json={"jobs": jobs})
+    assert answer.status_code == 202, answer.text[:300]
+    assert max(stalls) < LONGEST_STALL_SECONDS
+
+
+# Validators of plug-ins -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deed", "status", "words"),
+    [
+        ("fine", 202, ""),
+        ("print", 202, ""),
+        ("read", 202, ""),
+        ("environment", 422, "none"),
+        ("runtime", 422, "raised RuntimeError: broken plug-in"),
+        ("exit", 422, "raised SystemExit: 3"),
+        ("unprintable", 422, "raised Unprintable"),
+        ("recursion", 422, "raised RecursionError"),
+        ("memory", 422, "raised MemoryError"),
+        ("die", 422, "ended its process (exit code 7)"),
+    ],
+)
+def test_validator_of_a_plugin_affects_only_its_request(
+    client: httpx.Client, deed: str, status: int, words: str
+) -> None:
+    answer = client.post(JOBS, json={"job_type": "odd", "parameters": {"do": deed}})
+    assert answer.status_code == status, answer.text
+    assert words in answer.text
+    if status == 422:
+        assert answer.json()["details"]["errors"][0]["path"].startswith("parameters")
+    assert client.post(JOBS, json={"job_type": "odd", "parameters": {"do": "fine"}}).status_code == 202
+
+
+def test_validator_that_never_ends_holds_up_nobody_and_is_ended(role: Role, client: httpx.Client) -> None:
+    endless = {"job_type": "odd", "parameters": {"do": "regex"}}
+    with longest_stall(role) as stalls:
+        answer = client.post(BATCHES, json={"jobs": [endless, endless]})
+    assert (answer.status_code, answer.json()["code"]) == (503, "validation_timeout")
+    assert "odd" in answer.json()["message"]
+    assert "Retry-After" in answer.headers
+    assert max(stalls) < LONGEST_STALL_SECONDS
+    assert client.post(JOBS, json={"job_type": "odd", "parameters": {"do": "fine"}}).status_code == 202
+
+
+# Parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [r"a\\", r"\"[{,", "[,{" * 400_000, '\\\\"' * 300_000])
+def test_counting_values_leaves_out_strings(text: str) -> None:
+    body = json.dumps({"a": [text, 1, {"b": []}], text: text}).encode()
+    values, containers = _counted(bytearray(body))
+    if values + containers > 20:  # few enough not to be looked at closely
+        assert body.count(b",") + body.count(b"[") + body.count(b"{") < MOST_VALUES
+        assert body.count(b"[") + body.count(b"{") < MOST_CONTAINERS
+    else:
+        assert (values, containers) == (8, 4)
+
+
+def test_errors_of_a_beginning_are_told_only_if_they_are_errors_of_the_whole() -> None:
+    fields = {f"a{index}": 1 for index in range(150)} | session()["parameters"]
+    with pytest.raises(ApiError) as refused:
+        validated(SessionParameters, fields)
+    named = {it["path"] for it in refused.value.details["errors"]}
+    assert len(named) > 90
+    assert named <= {f"a{index}" for index in range(100)}  # and not the fields behind those, as missing
+
+
+def test_memory_is_reserved_and_given_back() -> None:
+    budget = MemoryBudget(100)
+    with ExitStack() as stack:
+        one, other = Reservation(budget), Reservation(budget)
+        stack.callback(one.release)
+        one.add(60)
+        with pytest.raises(ApiError) as refused:
+            other.add(50)
+        assert (refused.value.status, refused.value.retry_after_seconds) == (503, 2)
+        other.add(40)
+        other.release()
+    assert budget.reserved == 0
