@@ -32,6 +32,7 @@ from api.requests import Once, happened_by, noted, wanted_wait
 from api.services import query_of, services, views_reach_wanted_position
 from api.submission import Secrets, check_parameters, keep, split_webhook, submission
 from api.validation import validated
+from ledger import limits
 from ledger.batch import Batch
 from ledger.chain import canonical
 from ledger.commands import (
@@ -188,10 +189,13 @@ def _refuse_multiplied(body: BatchBody, limit: int) -> None:
 def _refuse_what_cannot_be_stored(jobs: Sequence[JobSubmitted]) -> None:
     """Find the first job with content that the log refuses: the log itself does not know its index."""
     for index, job in enumerate(jobs):
+        place: tuple[str | int, ...] = ("jobs", index, "parameters")
         try:
-            canonical(job.parameters)
+            size = len(canonical(job.parameters))
+            place = ("jobs", index)
+            limits.check(job, size)
         except InvalidEvent as error:
-            where = path(("jobs", index, "parameters"))
+            where = path(place)
             problem = {"path": where, "message": str(error)}
             raise ApiError(422, "invalid_content", f"{where}: {error}", details={"errors": [problem]}) from error
 

@@ -19,13 +19,14 @@ from pydantic import (
 )
 
 from api.services import LARGEST_PAGE
+from ledger import limits
 from ledger.chain import LARGEST_INTEGER
 from ledger.delivery import DeliveryStatus
 from ledger.events import AccessControl, BatchStatus, Ending, JobStatus, milliseconds
 from ledger.signing import key_of
 from projections.headings import Place
 
-LARGEST_BATCH = 10_000
+LARGEST_BATCH = limits.BATCH_JOBS
 _SESSION_SHAPE = frozenset({"event", "session", "url", "filename", "track"})
 
 
@@ -38,6 +39,15 @@ def _web_address(url: str) -> str:
             "no user or password in the address, which everyone sees: send an Authorization header instead"
         )
     return url
+
+
+def _small_headers(headers: dict[str, str]) -> dict[str, str]:
+    found = sum(len(name) + len(value.encode()) for name, value in headers.items())
+    if found > limits.WEBHOOK_HEADER_BYTES:
+        raise ValueError(
+            f"names and values are {found} bytes together: at most {limits.WEBHOOK_HEADER_BYTES} are allowed"
+        )
+    return headers
 
 
 def _signing_secret(secret: str) -> str:
@@ -103,8 +113,10 @@ class _Body(BaseModel):
 class WebhookBody(_Body):
     """Whom to tell when the job or batch has ended."""
 
-    url: Annotated[str, Field(max_length=2000), AfterValidator(_web_address)]
-    headers: dict[HeaderName, HeaderValue] = Field({}, max_length=50)
+    url: Annotated[str, Field(max_length=limits.URL_CHARACTERS), AfterValidator(_web_address)]
+    headers: Annotated[dict[HeaderName, HeaderValue], AfterValidator(_small_headers)] = Field(
+        {}, max_length=limits.WEBHOOK_HEADERS
+    )
     include_markdown: StrictBool = False
     include_metadata: StrictBool = False
     secrets: list[Annotated[str, AfterValidator(_signing_secret)]] = Field(
@@ -112,10 +124,23 @@ class WebhookBody(_Body):
     )
 
 
+Names = Annotated[list[Annotated[str, Field(max_length=limits.NAME_CHARACTERS)]], Field(max_length=limits.ACCESS_NAMES)]
+
+
 class AccessBody(AccessControl):
     """Who else may see or change it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    read_access: Names = Field([])
+    write_access: Names = Field([])
+    admin_access: Names = Field([])
+
+    @model_validator(mode="after")
+    def _few_names(self) -> AccessBody:
+        found = len(self.read_access) + len(self.write_access) + len(self.admin_access)
+        if found > limits.ACCESS_NAMES:
+            raise ValueError(f"{found} names in all lists together: at most {limits.ACCESS_NAMES} are allowed")
+        return self
 
 
 class JobBody(_Body):
@@ -123,13 +148,13 @@ class JobBody(_Body):
 
     parameters: dict[str, Any]
     job_type: str = Field("session", min_length=1, max_length=100)
-    job_name: str | None = Field(None, max_length=500)
+    job_name: str | None = Field(None, max_length=limits.TITLE_CHARACTERS)
     webhook: WebhookBody | None = None
     priority: int = Field(1, strict=True, ge=-1000, le=1000, description="Higher is sooner.")
     not_before: Moment | None = None
     max_attempts: int = Field(3, strict=True, ge=1, le=100)
     timeout_s: float = Field(3600.0, strict=True, gt=0, le=7 * 86_400)
-    user_id: str | None = Field(None, min_length=1, max_length=200)
+    user_id: str | None = Field(None, min_length=1, max_length=limits.NAME_CHARACTERS)
     access_control: AccessBody = AccessBody()
 
     @model_validator(mode="before")
@@ -144,17 +169,17 @@ class BatchBody(_Body):
     """Jobs that belong together. `parameters` are defaults for each job's own."""
 
     jobs: list[Any] = Field(min_length=1, max_length=LARGEST_BATCH)
-    batch_name: str | None = Field(None, max_length=500)
+    batch_name: str | None = Field(None, max_length=limits.TITLE_CHARACTERS)
     parameters: dict[str, Any] = {}
     webhook: WebhookBody | None = None
-    user_id: str | None = Field(None, min_length=1, max_length=200)
+    user_id: str | None = Field(None, min_length=1, max_length=limits.NAME_CHARACTERS)
     access_control: AccessBody = AccessBody()
 
 
 class ReasonBody(_Body):
     """Why something is done, for the record."""
 
-    reason: str | None = Field(None, max_length=2000)
+    reason: str | None = Field(None, max_length=limits.REASON_CHARACTERS)
 
 
 class RestartBody(ReasonBody):

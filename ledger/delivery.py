@@ -7,6 +7,7 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import Final, Literal, assert_never
 
+from ledger import limits
 from ledger.batch import Batch
 from ledger.commands import AbandonDelivery, DeliveryCommand, RecordAttempt, RequeueDelivery
 from ledger.errors import NotFound, WrongState
@@ -102,7 +103,7 @@ def decide(command: DeliveryCommand, delivery: Delivery | None) -> list[Delivery
         case AbandonDelivery():
             if delivery.status != "pending":
                 raise WrongState(f"the delivery is {delivery.status} already")
-            return [DeliveryAbandoned(reason=command.reason)]
+            return [DeliveryAbandoned(reason=limits.shortened(command.reason, limits.REASON_CHARACTERS))]
         case RequeueDelivery():
             return [DeliveryRequeued(by=command.by, reason=command.reason)]
         case _:
@@ -115,21 +116,22 @@ def _attempted(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent
     What came of it later than an end changes nothing but the record.
     """
     pending = delivery.status == "pending"
+    error = None if command.error is None else limits.shortened_failure(command.error)
     attempted = DeliveryAttempted(
         attempt=delivery.attempt + 1,
         status_code=command.status_code,
-        error=command.error,
-        response=command.response,
+        error=error,
+        response=limits.shortened(command.response, limits.RESPONSE_CHARACTERS),
         duration_s=command.duration_s,
         body_sha256=command.body_sha256,
-        next_at=command.retry_at if pending and command.error is not None else None,
+        next_at=command.retry_at if pending and error is not None else None,
     )
-    if command.error is None:
+    if error is None:
         ended = delivery.status == "delivered"
         return [attempted] if ended else [attempted, DeliverySucceeded(attempt=attempted.attempt)]
     if not pending or command.retry_at is not None:
         return [attempted]
-    return [attempted, DeliveryAbandoned(reason=command.error.message)]
+    return [attempted, DeliveryAbandoned(reason=limits.shortened(error.message, limits.REASON_CHARACTERS))]
 
 
 def evolve(delivery: Delivery | None, event: DeliveryEvent) -> Delivery:

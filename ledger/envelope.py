@@ -12,6 +12,7 @@ import bson
 import uuid_utils
 from bson.errors import BSONError
 
+from ledger import limits
 from ledger.chain import GENESIS, chained_text
 from ledger.errors import InvalidEvent
 from ledger.events import Event, Meta, PositionVoided, milliseconds
@@ -48,7 +49,7 @@ def documents_of(append: Append, into: list[Document]) -> int:
     Returns their size in bytes of canonical JSON.
 
     Raises:
-        InvalidEvent: an event cannot be hashed, or is too large.
+        InvalidEvent: an event cannot be hashed, is too large, or holds more than ledger/limits.py allows.
     """
     at, meta = milliseconds(append.time), append.meta.payload()
     version, previous, size = append.head.version, append.head.hash, 0
@@ -67,6 +68,7 @@ def documents_of(append: Append, into: list[Document]) -> int:
             "prev": previous,
         }
         text = chained_text(document)
+        limits.check(event, len(text))
         document["hash"] = previous = hashlib.sha256(text).digest()
         if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON may take nine times as much
             _refuse_too_large(document)

@@ -3,7 +3,8 @@
 JobledgerError
 ├── ConfigurationError          settings or surroundings are wrong; the message says what would be right
 │   ├── DatabaseUnsuitable      the MongoDB server cannot carry a ledger (standalone, too old, missing, locked …)
-│   └── UnreadableEvent         an event from a later version of this program, or a damaged one
+│   └── UnreadableEvent         an event that is damaged
+│       └── NewerEvent          an event of a later version of this program
 ├── LedgerUnavailable           the database cannot be reached or did not answer in time; may pass
 ├── LedgerBusy                  too much is waiting to be written; may pass
 ├── VersionConflict             somebody else appended to the stream first; decide again
@@ -32,6 +33,10 @@ class DatabaseUnsuitable(ConfigurationError):
 
 class UnreadableEvent(ConfigurationError):
     """An event that this version of the program does not know, or whose payload is damaged."""
+
+
+class NewerEvent(UnreadableEvent):
+    """An event of a later version of this program: upgrading helps."""
 
 
 class LedgerUnavailable(JobledgerError):

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
-from ledger.errors import UnreadableEvent
+from ledger.errors import NewerEvent, UnreadableEvent
 
 _BELOW_A_MILLISECOND = [timedelta(microseconds=microseconds) for microseconds in range(1000)]
 
@@ -625,7 +625,7 @@ class Recorded:
         if not isinstance(schema, int) or schema < 1:
             raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: no schema is called {schema!r}")
         if known is None or schema > known.schema_version:
-            raise UnreadableEvent(
+            raise NewerEvent(
                 f"{self._place()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
                 "a later one has written to this log. Upgrade this one."
             )

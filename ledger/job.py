@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, assert_never
 
+from ledger import limits
 from ledger.commands import (
     Archive,
     CancelJob,
@@ -95,6 +96,7 @@ def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
     Raises:
         NotFound, AlreadyExists, WrongState: the rules say no. A worker that speaks for an attempt that is over is
             not an error here: the answer is the event `WorkerFenced`, so that the refusal is on record.
+        InvalidEvent: the job has too many finished steps.
     """
     if isinstance(command, SubmitJob):
         if job is not None:
@@ -174,6 +176,8 @@ def _report(command: WorkerCommand, job: Job) -> list[JobEvent]:
     event = _reported(command, job)
     if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
         return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, refused=type(event).__name__)]
+    if isinstance(event, StepCompleted) and event.key not in job.steps:
+        limits.check_steps(len(job.steps) + 1)
     return [event]
 
 
@@ -181,7 +185,10 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
     match command:
         case ReportProgress():
             return JobProgressed(
-                attempt=command.attempt, step=command.step, percent=command.percent, message=command.message
+                attempt=command.attempt,
+                step=limits.shortened(command.step, limits.PROGRESS_STEP_CHARACTERS),
+                percent=command.percent,
+                message=limits.shortened(command.message, limits.PROGRESS_MESSAGE_CHARACTERS),
             )
         case WriteLog():
             return JobLogged(attempt=command.attempt, entries=list(command.entries))
@@ -222,9 +229,10 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
 def _failed(command: FailAttempt, job: Job) -> JobEvent:
     if job.cancel is not None:
         return JobCancelled(by=job.cancel.by, reason=job.cancel.reason)
+    error = limits.shortened_failure(command.error)
     if command.retry_at is None or job.counted >= job.asked.max_attempts:
-        return JobFailed(attempt=command.attempt, error=command.error)
-    return JobAttemptFailed(attempt=command.attempt, error=command.error, retry_at=command.retry_at)
+        return JobFailed(attempt=command.attempt, error=error)
+    return JobAttemptFailed(attempt=command.attempt, error=error, retry_at=command.retry_at)
 
 
 def _cancel(command: CancelJob, job: Job) -> list[JobEvent]:

@@ -12,6 +12,7 @@ from typing import Final, assert_never
 from pymongo import ASCENDING, IndexModel
 
 from ledger.access import Principal
+from ledger.chain import LARGEST_INTEGER
 from ledger.commands import BatchCommand, FinishBatch, ReopenBatch
 from ledger.events import (
     BATCH_EVENTS,
@@ -30,16 +31,18 @@ from ledger.events import (
     BatchUnarchived,
     Recorded,
 )
+from ledger.limits import shortened
 from ledger.log import EventLog
 from ledger.mongo import Document, driver_errors
-from projections import headings
+from projections import failures, headings
 from projections.headings import Facet, Place
-from projections.jobs import shown_webhook
+from projections.jobs import mark, shown_webhook
 from projections.views import Views
 
 NAME: Final = "batches"
 JOB_IDS_IN_LISTS: Final = 100
 COUNTED_UP_TO: Final = 10_000
+_MOST: Final = LARGEST_INTEGER
 INDEXES: Final = [
     *headings.INDEXES,
     IndexModel([("status", ASCENDING)], partialFilterExpression={"status": "processing"}),
@@ -48,6 +51,8 @@ INDEXES: Final = [
 
 def fold(batch: Document | None, event: Recorded) -> Document | None:
     """Return the batch's document as it is after one more event of its own stream; None when it is deleted."""
+    if batch is not None and failures.ERROR in batch and failures.REDUCED not in batch:
+        return _followed(batch, event)
     happened = event.event
     if isinstance(happened, BatchSubmitted):
         return _submitted(happened, event)
@@ -65,10 +70,59 @@ def fold(batch: Document | None, event: Recorded) -> Document | None:
     return after
 
 
+def isolated(batch: Document | None, event: Recorded, problem: Document) -> Document | None:
+    """Return the document of a batch one of whose events cannot be folded: as it was, with the reason."""
+    before = batch if batch is not None else _skeleton(event)
+    return _followed({**before, failures.ERROR: problem}, event)
+
+
+def _followed(batch: Document, event: Recorded) -> Document | None:
+    """Return an isolated batch's document after one more event of its own; of that, only the type counts."""
+    if event.type == BatchDeleted.__name__:
+        return None
+    changes: Document = {}
+    if event.type == BatchFinished.__name__:
+        status = event.data.get("status")
+        ended = status if status in ("completed", "partial", "failed") else "partial"
+        changes = {"status": ended, "completed_at": event.time, "gone_on": False}
+    elif event.type == BatchReopened.__name__:
+        changes = {"status": "processing", "completed_at": None, "gone_on": False}
+    return {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+def _skeleton(event: Recorded) -> Document:
+    """Return a document for a batch whose first event cannot be read: what of it is readable, only for admins."""
+    found = event.data.get("job_ids")
+    job_ids = [it for it in found if isinstance(it, str)] if isinstance(found, list) else []
+    user_id = event.data.get("user_id")
+    owner = shortened(user_id, 200) if isinstance(user_id, str) else ""
+    return _submitted(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
+
+
+def reduced(batch: Document, problem: Document) -> Document:
+    """Return a document that can be stored, of one that cannot: without what may be large."""
+    document: Document = {
+        **batch,
+        "batch_name": None,
+        "job_ids": [],
+        "parameters": {},
+        "webhook": None,
+        "summary": {"duration": 0.0, "tokens_used": 0},
+        "access_control": {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []},
+        "teams": [],
+        "truncated": ["job_ids", "parameters"],
+        failures.REDUCED: True,
+        failures.ERROR: problem,
+    }
+    _list(document)
+    return document
+
+
 def _list(batch: Document) -> None:
     """Say under which headings the batch is listed, and under which words it is found."""
-    scopes = headings.scopes(batch)
-    batch["headings"] = headings.headings(scopes, [headings.ALL, ("user", batch["user_id"])])
+    scopes, facets = headings.scopes(batch), [headings.ALL, ("user", batch["user_id"])]
+    batch["headings"] = headings.headings(scopes, facets)
+    mark(batch, "headings", truncated=headings.is_cut(batch["headings"], scopes, facets))
     batch["words"] = headings.words(scopes, [batch["batch_id"], batch["batch_name"]])
 
 
@@ -142,13 +196,19 @@ def fold_job(batch: Document, before: Document | None, after: Document | None, e
         changed["total_jobs"] -= 1
     if batch["status"] != "processing" and was in ENDED and now is not None and now not in ENDED:
         changed["gone_on"] = True
-    if now == "completed" and was != "completed" and after is not None:
-        spent = after["results"]["metadata"]
-        changed["summary"] = {
-            "duration": round(batch["summary"]["duration"] + spent["duration"], 3),
-            "tokens_used": batch["summary"]["tokens_used"] + spent["tokens_used"],
-        }
+    if now == "completed" and was != "completed" and after is not None and after["results"] is not None:
+        changed["summary"] = _with_cost(batch["summary"], after)
     return {**changed, "updated_at": event.time, "position": event.position}
+
+
+def _with_cost(summary: Document, job: Document) -> Document:
+    """Return what the batch's jobs cost when one more is completed; at most what the log and the database can hold."""
+    spent = job["results"]["metadata"]
+    duration, tokens = summary["duration"] + spent["duration"], summary["tokens_used"] + spent["tokens_used"]
+    return {
+        "duration": round(max(-_MOST, min(_MOST, duration)), 3),
+        "tokens_used": max(-_MOST, min(_MOST, tokens)),
+    }
 
 
 def _without(job_ids: list[str], job_id: str) -> list[str]:

@@ -24,9 +24,11 @@ from ledger.events import (
     DeliverySucceeded,
     Recorded,
 )
+from ledger.limits import REASON_CHARACTERS, RESPONSE_CHARACTERS, shortened
 from ledger.mongo import Document, driver_errors
-from projections import headings, receivers
+from projections import failures, headings, receivers
 from projections.headings import Place
+from projections.jobs import fitting_error
 from projections.views import Views
 
 NAME: Final = "deliveries"
@@ -41,6 +43,8 @@ INDEXES: Final = [
 
 def fold(delivery: Document | None, event: Recorded) -> Document:
     """Return the delivery's document as it is after one more event of its stream. Its number is for the projector."""
+    if delivery is not None and failures.ERROR in delivery:
+        return _followed(delivery, event)
     happened = event.event
     if isinstance(happened, DeliveryQueued):
         return _queued(happened, event)
@@ -84,6 +88,33 @@ def _queued(asked: DeliveryQueued, event: Recorded) -> Document:
     }
 
 
+_STATUS_AFTER: Final = {
+    DeliverySucceeded.__name__: "delivered",
+    DeliveryAbandoned.__name__: "abandoned",
+    DeliveryRequeued.__name__: "pending",
+}
+
+
+def isolated(delivery: Document, event: Recorded, problem: Document) -> Document:
+    """Return the document of a delivery one of whose events cannot be folded: as it was, with the reason."""
+    return _followed({**delivery, failures.ERROR: problem}, event)
+
+
+def _followed(delivery: Document, event: Recorded) -> Document:
+    """Return an isolated delivery's document after one more event; of that, only the type counts."""
+    status = _STATUS_AFTER.get(event.type, delivery["status"])
+    changes = {"status": status, "next_at": event.time if status == "pending" else None}
+    return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+def reduced(delivery: Document, problem: Document) -> Document:
+    """Return a document that can be stored, of one that cannot: without what may be large."""
+    listed = headings.headings(headings.owned_by(""), [headings.ALL])
+    texts = {name: shortened(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
+    blank = {"attempts": [], "reason": None, "headings": listed}
+    return {**delivery, **texts, **blank, failures.REDUCED: True, failures.ERROR: problem}
+
+
 def host_of(url: str) -> str:
     """Return the host and port of an address: what fails together."""
     parts = urlsplit(url)
@@ -96,6 +127,9 @@ def _changes(delivery: Document, happened: DeliveryEvent, event: Recorded) -> Do
             return {}
         case DeliveryAttempted():
             shown = {"at": event.time, "error": None, **happened.model_dump()}
+            shown["response"] = shortened(happened.response, RESPONSE_CHARACTERS)
+            if happened.error is not None:
+                shown["error"] = fitting_error(happened.error)
             pending = delivery["status"] == "pending"
             return {
                 "attempt": happened.attempt,
@@ -106,7 +140,7 @@ def _changes(delivery: Document, happened: DeliveryEvent, event: Recorded) -> Do
         case DeliverySucceeded():
             return {"status": "delivered", "next_at": None, "delivered_at": event.time, "reason": None}
         case DeliveryAbandoned():
-            return {"status": "abandoned", "next_at": None, "reason": happened.reason}
+            return {"status": "abandoned", "next_at": None, "reason": shortened(happened.reason, REASON_CHARACTERS)}
         case DeliveryRequeued():
             now = event.time
             return {"status": "pending", "counted": 0, "queued_at": now, "next_at": now, "reason": None}

@@ -18,7 +18,8 @@ from typing import Any, Final, NamedTuple
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.collection import AsyncCollection
 
-from ledger.access import Principal, readers
+from ledger.access import LONGEST_NAME, Principal, readers
+from ledger.limits import LIST_INDEX_BYTES, LIST_INDEX_ROWS, SEARCHED_CHARACTERS
 from ledger.mongo import Document
 
 Facet = tuple[str, str] | tuple[()]
@@ -28,6 +29,9 @@ _EVERYTHING: Final = "*"
 _PUBLIC: Final = "+"
 _LONGEST_VALUE: Final = 80
 _MOST_WORDS: Final = 40
+_FEWEST_WORDS: Final = 5
+_SURELY_FITS: Final = 200
+"""Rows of which nobody needs to know the size: names have at most 200 characters, and values 80."""
 _WORD: Final = re.compile(r"\w+")
 
 
@@ -55,7 +59,8 @@ def index_for(wanted: Document) -> list[tuple[str, int]]:
 def scopes(document: Mapping[str, Any]) -> list[str]:
     """Return from which points of view a document can be seen: `user_id`, `access_control` and `teams` decide."""
     access = document["access_control"]
-    named = readers(document["user_id"], access, document["teams"])
+    # Nobody can be called by a longer name, so nobody would look from there.
+    named = [name for name in readers(document["user_id"], access, document["teams"]) if len(name) <= LONGEST_NAME]
     public = [_PUBLIC] if access["visibility"] == "public" else []
     return [_EVERYTHING, *public, *(f"={name}" for name in named)]
 
@@ -72,16 +77,54 @@ def scopes_of(principal: Principal) -> list[str]:
     return [_PUBLIC, *sorted(f"={name}" for name in principal.names)]
 
 
-def headings(scopes: Iterable[str], facets: Sequence[Facet]) -> list[str]:
-    """Return each facet in each scope."""
-    texts = [_text(facet) for facet in facets]
-    return [_within(scope, text) for scope in scopes for text in texts]
+def headings(scopes: Sequence[str], facets: Sequence[Facet]) -> list[str]:
+    """Return each facet in each scope. With very many scopes, the last of them are left out: see `is_cut`."""
+    return _rows(scopes, [_text(facet) for facet in facets])
 
 
-def words(scopes: Iterable[str], texts: Iterable[object]) -> list[str]:
-    """Return the words under which a document is found, in each scope; the first of them, if there are many."""
-    found = words_of(" ".join(text for text in texts if isinstance(text, str)))[:_MOST_WORDS]
-    return [_within(scope, word) for scope in scopes for word in found]
+def words(scopes: Sequence[str], texts: Iterable[object]) -> list[str]:
+    """Return the words under which a document is found, in each scope; the first of them, if there are many.
+
+    The more scopes, the fewer words: each word is a row of the index in each scope.
+    """
+    most = max(_FEWEST_WORDS, min(_MOST_WORDS, LIST_INDEX_ROWS // len(scopes)))
+    return _rows(scopes, words_of(_searched(texts))[:most])
+
+
+def _searched(texts: Iterable[object]) -> str:
+    """Return the beginning of the texts: a list of half a million speakers must not cost a second at each change."""
+    found, characters = [], 0
+    for text in texts:
+        if isinstance(text, str):
+            found.append(text[: SEARCHED_CHARACTERS - characters])
+            characters += len(found[-1]) + 1
+            if characters >= SEARCHED_CHARACTERS:
+                break
+    return " ".join(found)
+
+
+def _rows(scopes: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return each text in each scope, for as many of the scopes as fit into the budget of a document."""
+    rows = [_within(scope, text) for scope in scopes[: _scopes_within(scopes, texts)] for text in texts]
+    if len(rows) > _SURELY_FITS and (used := _bytes(rows)) > LIST_INDEX_BYTES:
+        while rows and used > LIST_INDEX_BYTES:
+            last = rows[-len(texts) :]
+            used -= _bytes(last)
+            del rows[-len(texts) :]
+    return rows
+
+
+def _scopes_within(scopes: Sequence[str], texts: Sequence[str]) -> int:
+    return min(len(scopes), LIST_INDEX_ROWS // max(1, len(texts)))
+
+
+def _bytes(rows: Iterable[str]) -> int:
+    return sum(len(row.encode()) + 12 for row in rows)
+
+
+def is_cut(rows: Sequence[str], scopes: Sequence[str], facets: Sequence[object]) -> bool:
+    """Return whether `headings` has left out scopes: who looks from those does not find the document in lists."""
+    return len(rows) < len(scopes) * len(facets)
 
 
 def words_of(text: str) -> list[str]:

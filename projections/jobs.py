@@ -2,7 +2,8 @@
 
 Its fold, its indexes, its questions. Extra to the concept: `attempt`, `steps` (what was finished, not what it yielded),
 `version` and `position` (the last event folded in), `due_at` (when a waiting job may start), `queued_position` (its age
-in the queue).
+in the queue), `truncated` (fields of which the document shows a part, by the budgets of ledger/limits.py),
+`projection_error` (why the document does not show the job as the log has it, see projections/failures.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from datetime import datetime
 from typing import Any, Final, assert_never
 
 from ledger.access import Principal
+from ledger.errors import InvalidEvent
 from ledger.events import (
+    ENDED,
     JOB_EVENTS,
     Event,
+    Failure,
     JobAccessChanged,
     JobArchived,
     JobAttemptFailed,
@@ -40,9 +44,22 @@ from ledger.events import (
     Webhook,
     WorkerFenced,
 )
+from ledger.limits import (
+    LOGS_BYTES,
+    PARAMETERS_BYTES,
+    PROGRESS_MESSAGE_CHARACTERS,
+    PROGRESS_STEP_CHARACTERS,
+    RESULTS_BYTES,
+    STEPS_BYTES,
+    fits,
+    json_bytes,
+    newest_within,
+    shortened,
+    shortened_failure,
+)
 from ledger.log import EventLog
 from ledger.mongo import Document, driver_errors
-from projections import headings
+from projections import failures, headings
 from projections.headings import Facet, Place
 from projections.views import Views
 
@@ -54,10 +71,13 @@ INDEXES: Final = headings.INDEXES
 _SESSION_FACETS: Final = (("track", "track"), ("event", "event"), ("day", "day"), ("language", "target_language"))
 _SEARCHED: Final = ("session", "event", "track", "filename")
 _LISTED_BY: Final = frozenset({"error", "parameters", "access_control"})
+_SIZED: Final = frozenset({"parameters", "results", "logs", "steps"})
 
 
 def fold(job: Document | None, event: Recorded) -> Document | None:
     """Return the job's document as it is after one more event of its stream; None when it is deleted."""
+    if job is not None and failures.ERROR in job and failures.REDUCED not in job:
+        return _followed(job, event)
     happened = event.event
     if isinstance(happened, JobSubmitted):
         return _submitted(happened, event)
@@ -68,18 +88,171 @@ def fold(job: Document | None, event: Recorded) -> Document | None:
     if changes is None:
         return None
     after = {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    if not _SIZED.isdisjoint(changes):
+        _fit(after, changes)
     if not _LISTED_BY.isdisjoint(changes) and any(after[name] is not job[name] for name in _LISTED_BY):
         _list(after)
     return after
 
 
+_STATUS_AFTER: Final = {
+    "JobClaimed": "processing",
+    "JobCompleted": "completed",
+    "JobFailed": "failed",
+    "JobCancelled": "cancelled",
+    "JobAttemptFailed": "pending",
+    "JobLeaseExpired": "pending",
+    "JobReleased": "pending",
+    "JobRestarted": "pending",
+}
+
+
+def isolated(job: Document | None, event: Recorded, problem: Document) -> Document | None:
+    """Return the document of a job one of whose events cannot be folded: as it was, with the reason."""
+    before = job if job is not None else _skeleton(event)
+    return _followed({**before, failures.ERROR: problem}, event)
+
+
+def _followed(job: Document, event: Recorded) -> Document | None:
+    """Return an isolated job's document after one more event: of the event, only its type counts, which can be read."""
+    if event.type == JobDeleted.__name__:
+        return None
+    status = _STATUS_AFTER.get(event.type, job["status"])
+    changes: Document = {"status": status}
+    if status in ENDED and job["status"] not in ENDED:
+        changes["completed_at"] = event.time
+    if status == "processing":
+        changes |= {"started_at": job["started_at"] or event.time, "due_at": None}
+    if status != "processing":
+        changes["worker_id"] = None
+    return {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+def _skeleton(event: Recorded) -> Document:
+    """Return a document for a job whose first event cannot be read: what of it is readable, only for admins."""
+    data = event.data if isinstance(event.data, dict) else {}
+
+    def text(name: str, default: str | None = "") -> Any:
+        value = data.get(name)
+        return shortened(value, 200) if isinstance(value, str) else default
+
+    asked = JobSubmitted(
+        job_type=text("job_type"),
+        job_name=text("job_name", None),
+        batch_id=text("batch_id", None),
+        user_id=text("user_id"),
+        parameters={},
+    )
+    return _submitted(asked, event)
+
+
+def reduced(job: Document, problem: Document) -> Document:
+    """Return a document that can be stored, of one that cannot: without what may be large."""
+    small = {name: value if name in _ALWAYS_SMALL or _is_small(value) else None for name, value in job.items()}
+    access = job["access_control"] if fits(job["access_control"], _ACCESS_BYTES) else _NOBODY
+    document: Document = {
+        **small,
+        **_BLANK,
+        "access_control": access,
+        "teams": job["teams"] if fits(job["teams"], _ACCESS_BYTES) else [],
+        "truncated": sorted(name for name in _BLANK if job[name] and name not in ("headings", "words")),
+        failures.REDUCED: True,
+        failures.ERROR: problem,
+    }
+    _list(document)
+    return document
+
+
+_BLANK: Final[Document] = {
+    "parameters": {},
+    "webhook": None,
+    "progress": {"step": "", "percent": 0.0, "message": ""},
+    "results": None,
+    "error": None,
+    "logs": [],
+    "steps": [],
+    "headings": [],
+    "words": [],
+}
+_ALWAYS_SMALL: Final = frozenset({"_id", "job_id", "status", "version", "position"})
+_NOBODY: Final = {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []}
+_ACCESS_BYTES: Final = 512 * 1024
+_SMALL_BYTES: Final = 4096
+
+
+def _is_small(value: Any) -> bool:
+    try:
+        return fits(value, _SMALL_BYTES) and failures.why_not_storable({"": value}) is None
+    except (InvalidEvent, TypeError, ValueError):
+        return False
+
+
 def _list(job: Document) -> None:
     """Say under which headings the job is listed, and under which words it is found."""
-    scopes, given = headings.scopes(job), job["parameters"]
-    job["headings"] = headings.headings(scopes, _facets(job))
+    scopes, facets, given = headings.scopes(job), _facets(job), job["parameters"]
+    job["headings"] = headings.headings(scopes, facets)
     texts = [job["job_id"], job["job_name"], *(given.get(name) for name in _SEARCHED)]
     speakers = given.get("speakers")
     job["words"] = headings.words(scopes, texts + (speakers if isinstance(speakers, list) else []))
+    mark(job, "headings", truncated=headings.is_cut(job["headings"], scopes, facets))
+
+
+def mark(job: Document, name: str, *, truncated: bool) -> None:
+    """Say in `truncated` whether the document shows only a part of a field."""
+    _note(job, "truncated", name, holds=truncated)
+
+
+def _note(job: Document, kind: str, name: str, *, holds: bool) -> None:
+    """Add a field's name to a list in the document, or remove it. An empty list is not there."""
+    noted = job.get(kind, ())
+    if holds == (name in noted):
+        return
+    names = sorted({*noted, name} if holds else {*noted} - {name})
+    job.pop(kind, None)
+    if names:
+        job[kind] = names
+
+
+_LARGE_BYTES: Final = 64 * 1024
+_BUDGETS: Final = {"parameters": PARAMETERS_BYTES, "results": RESULTS_BYTES}
+
+
+def _fit(job: Document, changes: Document) -> None:
+    """Cut what has just changed and is larger than its budget; say so in `truncated`.
+
+    Each field has a budget of its own, so a document fits whatever the other fields are, and no document has to be
+    measured as a whole.
+    """
+    for name, budget in _BUDGETS.items():
+        if name in changes:
+            size = json_bytes(job[name])
+            cut = not fits(job[name], budget, text_bytes=size)
+            _note(job, "large", name, holds=size > _LARGE_BYTES)
+            if cut:
+                job[name] = {} if name == "parameters" else _essential_results(job[name])
+            mark(job, name, truncated=cut)
+    if (logs := changes.get("logs")) and (kept := newest_within(logs, LOGS_BYTES)) < len(logs):
+        job["logs"] = logs[len(logs) - kept :]
+    if "steps" in changes:
+        steps = changes["steps"]
+        kept = newest_within(steps, STEPS_BYTES)
+        if kept < len(steps):
+            job["steps"] = steps[len(steps) - kept :]
+        # What was cut once is missing for as long as the others stay.
+        mark(job, "steps", truncated=kept < len(steps) or (bool(steps) and "steps" in job.get("truncated", ())))
+
+
+def _essential_results(results: Document) -> Document:
+    """Return results without what is large: their files and their metadata, but for what they cost."""
+    spent = results["metadata"]
+    metadata = {name: spent[name] for name in ("processed_at", "duration", "tokens_used")} | {"warnings": []}
+    urls = {name: results[name] and shortened(results[name], 1000) for name in ("markdown_file", "markdown_url")}
+    return {**results, **urls, "assets": [], "files": [], "metadata": metadata}
+
+
+def fitting_error(failure: Failure) -> Document:
+    """Return a failure as a document shows it: cut to its budget."""
+    return shortened_failure(failure).model_dump()
 
 
 def _facets(job: Document) -> list[Facet]:
@@ -129,6 +302,7 @@ def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
         "version": event.version,
         "position": event.position,
     }
+    _fit(job, {"parameters": asked.parameters})
     _list(job)
     return job
 
@@ -158,7 +332,13 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "progress": {"step": "starting", "percent": 0.0, "message": "A worker has taken the job"},
             }
         case JobProgressed():
-            return {"progress": {"step": happened.step, "percent": happened.percent, "message": happened.message}}
+            return {
+                "progress": {
+                    "step": shortened(happened.step, PROGRESS_STEP_CHARACTERS),
+                    "percent": happened.percent,
+                    "message": shortened(happened.message, PROGRESS_MESSAGE_CHARACTERS),
+                }
+            }
         case JobLogged():
             return _logged(job, event)
         case StepCompleted():
@@ -180,7 +360,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "worker_id": None,
                 "retries": job["retries"] + 1,
                 "due_at": happened.retry_at,
-                "error": happened.error.model_dump(),
+                "error": fitting_error(happened.error),
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for the next attempt"},
                 **_logged(job, event),
             }
@@ -188,7 +368,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
             return {
                 "status": "failed",
                 "completed_at": event.time,
-                "error": happened.error.model_dump(),
+                "error": fitting_error(happened.error),
                 "progress": {**job["progress"], "message": "Failed"},
                 **_logged(job, event),
             }

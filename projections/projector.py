@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
 
 import structlog
 
 from ledger.changes import Changes
-from ledger.errors import CommandRefused, LedgerUnavailable
+from ledger.errors import CommandRefused, JobledgerError, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import Meta
 from ledger.handle import handle
 from ledger.leadership import Deposed, Leadership
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document, driver_errors
-from projections import batches
+from projections import batches, health
 from projections.checkpoint import VIEWS, Checkpoint
 from projections.folding import ALL, VERSION, Folder
 from projections.rebuild import REBUILD, Rebuild
@@ -29,6 +30,8 @@ from projections.views import Views
 
 _log = structlog.get_logger()
 CHUNK_EVENTS: Final = 1000
+STANDS_STILL_SECONDS: Final = 10.0
+"""For so long a projector that cannot read an event leaves the lead to others, before it looks again."""
 READERS_PATIENCE_SECONDS: Final = 60.0
 """For so long what was read before a rebuild is left alone: a request may still be at it."""
 
@@ -92,6 +95,8 @@ class Projector:
                     await self._leadership.run(self._fold_for_ever)
                 except OtherVersion:
                     await self._checkpoint.version_other_than(version)
+                except UnreadableEvent as error:
+                    await self._stand_still(error)
 
     async def _fold_for_ever(self) -> None:
         folder = await self._take_over()
@@ -114,6 +119,16 @@ class Projector:
         finally:
             tidying.cancel()
             await asyncio.gather(tidying, return_exceptions=True)
+
+    async def _stand_still(self, error: UnreadableEvent) -> None:
+        """Leave the lead to a projector of a later version, if there is one, and say why this one does not go on.
+
+        An event of a later version must not be guessed at, nor be isolated: the next version folds it.
+        """
+        _log.error("the projector stands still", reason=str(error))
+        with suppress(LedgerUnavailable):
+            await health.note(self._db, str(error))
+        await asyncio.sleep(STANDS_STILL_SECONDS)
 
     async def _take_over(self) -> Folder:
         """Put this leader's epoch on the checkpoint, which fences its predecessors, and return who folds from there.
@@ -154,9 +169,16 @@ class Projector:
 
     async def _react(self, changed: Iterable[Document]) -> None:
         """Record what the counts say about batches: that one has ended, or goes on again."""
-        due = [(batch["batch_id"], command) for batch in changed if (command := batches.reaction(batch)) is not None]
-        for batch_id, command in due:
+        for batch in changed:
+            batch_id = batch["batch_id"]
             try:
+                if (command := batches.reaction(batch)) is None:
+                    continue
                 await handle(self._log, batch_id, command, meta=Meta("system", batch_id))
             except CommandRefused as refused:
                 _log.info("batch left as it is", batch_id=batch_id, reason=str(refused))
+            except (LedgerUnavailable, LedgerBusy):
+                raise
+            except (JobledgerError, LookupError, TypeError, ValueError) as error:
+                # One batch must not stop the projector; when the program has been mended, the next leader tries again.
+                _log.error("the end of a batch cannot be recorded", batch_id=batch_id, error=repr(error))

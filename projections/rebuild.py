@@ -26,7 +26,7 @@ from ledger.mongo import SNAPSHOT_TOO_OLD, Connection, Database, Document, code_
 from ledger.transactions import transaction
 from projections.checkpoint import VIEWS
 from projections.comparison import Difference, differences
-from projections.folding import ALL, VERSION, Folder
+from projections.folding import ALL, VERSION, ChunkTooLarge, Folder
 from projections.views import Sides, Views, opposite
 
 _log = structlog.get_logger()
@@ -53,6 +53,8 @@ class Rebuild:
         self._db = db
         self._log = log
         self._leadership = Leadership(connection, REBUILD, holder=holder, lease_seconds=lease_seconds)
+        self._most_events: int | None = None
+        """Of a chunk, once the usual number was too much for one transaction."""
 
     @property
     def leadership(self) -> Leadership:
@@ -213,13 +215,14 @@ class Rebuild:
         """
 
         def read(after: int) -> asyncio.Task[list[Recorded]]:
-            return asyncio.create_task(self._log.read(after=after, limit=CHUNK_EVENTS, bare=True), name="read-ahead")
+            return asyncio.create_task(self._log.read(after=after, limit=chunk_events, bare=True), name="read-ahead")
 
+        chunk_events = min(CHUNK_EVENTS, self._most_events or CHUNK_EVENTS)
         reading: asyncio.Task[list[Recorded]] | None = None
         writing: asyncio.Task[None] | None = None
         position = folder.position
         try:
-            while position + CHUNK_EVENTS <= upto:
+            while position + chunk_events <= upto:
                 chunk = await (reading or read(position))
                 if not chunk:
                     break
@@ -233,6 +236,9 @@ class Rebuild:
                 await asyncio.sleep(0)
             if writing is not None:
                 await writing
+        except ChunkTooLarge as error:
+            self._most_events = max(1, chunk_events // 2)
+            raise LedgerUnavailable(f"A chunk of {chunk_events} events is tried again in parts: {error}") from error
         finally:
             for task in (reading, writing):
                 if task is not None:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from hashlib import blake2b
 from typing import Any, Final
 
 from pymongo import IndexModel
@@ -22,10 +23,13 @@ from projections.views import Views
 NAME: Final = "statistics"
 INDEXES: Final[list[IndexModel]] = []
 _TRACK: Final = "track/"
+_LONGEST_TRACK: Final = 200
 Contribution = tuple[tuple[str, str], ...]
 """To which field of which counter document one is added, for each."""
 EVENTS: Final = "events"
 """The document that says how many events of which type have happened."""
+UNKNOWN: Final = "unknown"
+"""Stands for all types that this program does not know, in streams of kinds that it does not know."""
 _DURATIONS: Final = "durations"
 _DELIVERIES: Final = "deliveries"
 RECENT: Final = "recent"
@@ -37,6 +41,7 @@ _BOUNDS_MS: Final = tuple(
 )
 """Upper bounds of the classes in which durations are counted; longer ones have a class of their own."""
 MOST_TRACKS: Final = 1000
+_LONGEST_MS: Final = 366 * 86_400_000
 
 
 def of_job(job: Document | None) -> Contribution:
@@ -45,9 +50,16 @@ def of_job(job: Document | None) -> Contribution:
         return ()
     status, track = job["status"], job["parameters"].get("track")
     if isinstance(track, str):
-        counter = _TRACK + track
+        counter = _counter_of(track)
         return ("jobs", "total"), ("jobs", status), (counter, "count"), (counter, status)
     return ("jobs", "total"), ("jobs", status)
+
+
+def _counter_of(track: str) -> str:
+    """Return the key of a track's counter. Of a very long name it holds the beginning and a digest."""
+    if len(track) <= _LONGEST_TRACK:
+        return _TRACK + track
+    return f"{_TRACK}{track[:_LONGEST_TRACK]}… {blake2b(track.encode(), digest_size=8).hexdigest()}"
 
 
 def of_batch(batch: Document | None) -> Contribution:
@@ -75,7 +87,8 @@ def of_end(job: Document) -> Counter[tuple[str, str]]:
     """
     if job["status"] != "completed" or job["started_at"] is None:
         return Counter()
-    took_ms = max(0, round((job["completed_at"] - job["started_at"]) / timedelta(milliseconds=1)))
+    took_ms = round((job["completed_at"] - job["started_at"]) / timedelta(milliseconds=1))
+    took_ms = max(0, min(took_ms, _LONGEST_MS))  # times are those of the writers' clocks, which may be wrong
     bound = next((bound for bound in _BOUNDS_MS if took_ms <= bound), None)
     return Counter({(_DURATIONS, "count"): 1, (_DURATIONS, "total_ms"): took_ms, (_DURATIONS, _class(bound)): 1})
 
@@ -108,7 +121,7 @@ MINUTES_SHOWN: Final = 60
 
 async def jobs_counted(views: Views, *, status: str | None, track: str | None) -> int:
     """Return how many jobs there are, with this status and in this track, if these are named."""
-    counter = "jobs" if track is None else _TRACK + track
+    counter = "jobs" if track is None else _counter_of(track)
     field = status or ("total" if track is None else "count")
     with driver_errors("reading the statistics"):
         found = await views[NAME].find_one({"_id": counter}, {field: 1})

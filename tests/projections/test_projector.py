@@ -143,7 +143,7 @@ async def test_what_a_chunk_amounts_to_does_not_depend_on_where_it_ends(connecti
         chunk = Chunk(loaded, [job for job in loaded["jobs"].values() if job["status"] == "pending"])
         chunk.fold(event)
         counted.update(chunk.counted)
-        for write in chunk.writes().get(queue.NAME, ()):
+        for _, write in chunk.writes().get(queue.NAME, ()):
             if isinstance(write, InsertOne):
                 assert write._doc["_id"] not in rows[queue.NAME]
             elif isinstance(write, ReplaceOne):

@@ -1,0 +1,366 @@
+"""One stream that cannot be projected, or is larger than a document, must not keep the others from being projected."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import bson
+import pytest
+from structlog.testing import capture_logs
+
+from ledger import envelope, limits
+from ledger.commands import ChangeAccess, ClaimJob, CompleteJob, FailAttempt, FinishStep, ReportProgress, UpdateJob
+from ledger.envelope import Append, Head
+from ledger.events import (
+    EVENT_TYPES,
+    AccessControl,
+    Failure,
+    JobClaimed,
+    JobResults,
+    Meta,
+    Recorded,
+    ResultMetadata,
+    Webhook,
+)
+from ledger.limits import DOCUMENT_BYTES
+from ledger.mongo import Connection, Document
+from projections import failures, folding, jobs, projector, rebuild
+from tests.projections.refold import stored
+from tests.projections.test_rebuild import compared, rebuilding
+from tests.support.running import Process, process
+
+Spoil = Callable[[Process], Awaitable[str]]
+"""Makes a stream that is hard to project, and returns its job."""
+HARMLESS_BYTES = DOCUMENT_BYTES - 1024 * 1024
+
+
+@pytest.fixture
+def without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Append what older versions, or other programs, have appended."""
+    monkeypatch.setattr(limits, "check", lambda event, text_bytes: None)
+    monkeypatch.setattr(limits, "check_steps", lambda found: None)
+
+
+# Streams that are large -----------------------------------------------------------------------------------------------
+
+LONG_NAME = " ".join(f"word{number}" for number in range(40))
+
+
+async def many_readers(here: Process) -> str:
+    names = [f"reader-{number}" for number in range(8000)]
+    return await here.submit(job_name=LONG_NAME, access_control=AccessControl(read_access=names))
+
+
+async def many_readers_later(here: Process) -> str:
+    job_id = await here.submit(job_name=LONG_NAME)
+    names = [f"reader-{number}@{'x' * 150}" for number in range(8000)]
+    await here.do(job_id, ChangeAccess("user:a", AccessControl(read_access=names)))
+    return job_id
+
+
+async def many_teams(here: Process) -> str:
+    teams = [f"team-{number}" for number in range(8000)]
+    return await here.submit(job_name=LONG_NAME, teams=teams, access_control=AccessControl(visibility="team"))
+
+
+async def large_parameters_and_results(here: Process) -> str:
+    job_id = await here.submit({"text": "x" * 7_500_000})
+    await here.claim(job_id)
+    metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, text="x" * 8_000_000)
+    await here.do(job_id, CompleteJob("worker-1", 1, JobResults(metadata=metadata)))
+    return job_id
+
+
+async def numbers_that_grow_in_bson(here: Process) -> str:
+    job_id = await here.submit({"numbers": [0] * 450_000})
+    await here.do(job_id, UpdateJob("user:a", {"numbers": [0] * 450_000, "speakers": ["a b c"] * 100_000}))
+    return job_id
+
+
+async def many_steps(here: Process) -> str:
+    job_id = await here.submit()
+    await here.claim(job_id)
+    for number in range(40):
+        await here.do(job_id, FinishStep("worker-1", 1, "s", f"k{number}", None, 0.1, 0, ("w" * 500_000,)))
+    return job_id
+
+
+async def large_error_and_progress(here: Process) -> str:
+    job_id = await here.submit({"text": "x" * 7_000_000})
+    await here.claim(job_id)
+    huge = Failure(code="X" * 500_000, message="m" * 3_000_000, details={"text": "d" * 3_000_000})
+    await here.do(job_id, ReportProgress("worker-1", 1, "p" * 3_000_000, 1.0, "m" * 3_000_000))
+    await here.do(job_id, FailAttempt("worker-1", 1, huge, datetime.now(UTC)))
+    return job_id
+
+
+async def an_endless_track(here: Process) -> str:
+    return await here.submit({"track": "t" * 7_000_000, "session": "s " * 100_000, "event": "e" * 500_000})
+
+
+LARGE = [
+    many_readers,
+    many_readers_later,
+    many_teams,
+    large_parameters_and_results,
+    numbers_that_grow_in_bson,
+    many_steps,
+    large_error_and_progress,
+    an_endless_track,
+]
+
+
+@pytest.mark.usefixtures("without_limits")
+async def test_every_document_fits_whatever_the_log_holds(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        spoiled = {spoil.__name__: await spoil(here) for spoil in LARGE}
+        healthy = await here.submit({"track": "Main"})
+        await here.views_reach(seconds=60)
+        assert (await here.job(healthy))["status"] == "pending"
+        for name, job_id in spoiled.items():
+            job = await here.job(job_id)
+            assert len(bson.encode(job)) < HARMLESS_BYTES, name
+            assert failures.ERROR not in job, name
+        readers = await here.job(spoiled["many_readers"])
+        assert readers["truncated"] == ["headings"]
+        assert len(readers["headings"]) + len(readers["words"]) <= 2 * limits.LIST_INDEX_ROWS
+        full = await here.job(spoiled["large_parameters_and_results"])
+        assert (full["status"], full["truncated"]) == ("completed", ["results"])
+        assert full["results"]["metadata"]["duration"] == 1.0
+        assert (await here.job(spoiled["many_steps"]))["truncated"] == ["steps"]
+        assert await failures.count(here.checkpoint.views) == 0
+
+
+# Streams that cannot be projected -------------------------------------------------------------------------------------
+
+
+async def damaged_event(here: Process) -> str:
+    """A known event with another payload, as an import or a disk may make it."""
+    job_id = await here.submit()
+    await here.claim(job_id)
+    await here.do(job_id, ReportProgress("worker-1", 1, "step", 1.0, "fine"))
+    await here.db.events.update_one({"stream": job_id, "version": 2}, {"$set": {"data": {"attempt": "x"}}})
+    return job_id
+
+
+async def damaged_submission(here: Process) -> str:
+    job_id = await here.submit()
+    await here.db.events.update_one({"stream": job_id, "version": 1}, {"$set": {"data": {"parameters": 5}}})
+    return job_id
+
+
+async def fault_in_the_fold(here: Process) -> str:
+    return await here.submit(job_name="FAULT IN THE FOLD")
+
+
+async def number_without_a_form(here: Process) -> str:
+    return await here.submit(job_name="A NUMBER THAT BSON CANNOT HOLD")
+
+
+async def larger_than_a_document(here: Process) -> str:
+    return await here.submit(job_name="LARGER THAN A DOCUMENT")
+
+
+async def refused_by_the_server(here: Process) -> str:
+    return await here.submit(job_name="REFUSED BY THE SERVER")
+
+
+async def delivery_without_a_port(here: Process) -> str:
+    job_id = await here.submit(webhook=Webhook(url="http://example.org:99999/hook"))
+    await here.claim(job_id)
+    done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
+    await here.do(job_id, CompleteJob("worker-1", 1, done))
+    return job_id
+
+
+UNPROJECTABLE = [
+    damaged_event,
+    damaged_submission,
+    fault_in_the_fold,
+    number_without_a_form,
+    larger_than_a_document,
+    refused_by_the_server,
+    delivery_without_a_port,
+]
+_fold = jobs.fold
+
+
+def faulty(job: Document | None, event: Recorded) -> Document | None:
+    """The fold of a program with faults, one for each of some jobs."""
+    after = _fold(job, event)
+    match after and after["job_name"]:
+        case "FAULT IN THE FOLD":
+            raise ZeroDivisionError("a fault")
+        case "A NUMBER THAT BSON CANNOT HOLD":
+            return {**(after or {}), "priority": 2**70}
+        case "LARGER THAN A DOCUMENT":
+            return {**(after or {}), "progress": {"message": "x" * DOCUMENT_BYTES}}
+        case "REFUSED BY THE SERVER":
+            return {**(after or {}), "created_at": [1]}  # the server indexes no two lists together
+        case _:
+            return after
+
+
+@pytest.fixture
+def with_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as faults:
+        faults.setattr(jobs, "fold", faulty)
+        yield
+
+
+@pytest.mark.usefixtures("with_faults")
+@pytest.mark.parametrize("spoil", UNPROJECTABLE)
+async def test_a_stream_that_cannot_be_projected_is_isolated_and_said(
+    connection: Connection, store: Path, spoil: Spoil
+) -> None:
+    async with process(connection, store) as here:
+        batch_id, [one, other] = await here.submit_batch({}, {})
+        job_id = await spoil(here)
+        for healthy in (one, other):
+            await here.claim(healthy)
+            done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
+            await here.do(healthy, CompleteJob("worker-1", 1, done))
+        head = await here.log.head()
+    with capture_logs() as said:
+        async with process(connection, store, projector=True) as here:
+            await here.heard(EVENT_TYPES["BatchFinished"], batch_id)
+            await here.views_reach()
+            assert (await here.batch(batch_id))["completed_jobs"] == 2
+            [failure] = await failures.newest(here.checkpoint.views)
+            assert job_id in failure["key"]
+            assert failure["position"] <= head
+            assert failure["message"]
+    assert [it["document"] for it in said if it["event"].startswith("isolated")] == [failure["key"]]
+
+
+@pytest.mark.usefixtures("with_faults")
+async def test_stubs_are_the_same_wherever_chunks_end_and_rebuild_agrees(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(connection, store) as here:
+        ids = [await spoil(here) for spoil in UNPROJECTABLE]
+        _, in_batch = await here.submit_batch({}, {}, job_name="LARGER THAN A DOCUMENT")
+        for job_id in [*ids, *in_batch]:
+            for version in range(3):
+                await _append_raw(here, job_id, version)
+    found = []
+    for chunk_events in (1000, 3, 1):
+        monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
+        monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
+        async with process(connection, store, projector=True) as here:
+            async with rebuilding(connection) as auditor:
+                await auditor.run()
+            await here.views_reach()
+            found.append(await _views(here))
+            assert await compared(connection) == []
+    assert found[0] == found[1] == found[2]
+
+
+async def _append_raw(here: Process, job_id: str, number: int) -> None:
+    """Append an event to a stream whose state need not be readable."""
+    last = (await here.log.read_stream(job_id))[-1]
+    head = Head(last.version, last.position, last.hash)
+    event = JobClaimed(worker_id="worker-2", attempt=number + 2)
+    await here.log.append(Append(job_id, head, [event], Meta("test"), datetime.now(UTC)))
+
+
+async def _views(here: Process) -> Any:
+    rows = sorted(await failures.newest(here.checkpoint.views), key=lambda row: str(row["_id"]))
+    return [*(await stored(here.db, zeros=False)).items(), rows]
+
+
+async def test_a_rebuild_by_the_mended_program_heals(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        with monkeypatch.context() as faults:
+            faults.setattr(jobs, "fold", faulty)
+            broken = await fault_in_the_fold(here)
+            large = await larger_than_a_document(here)
+            await here.views_reach()
+            assert (await here.job(broken))["status"] == (await here.job(large))["status"] == "pending"
+            assert (await here.job(large))["truncated"] == ["progress"]
+            await here.do(large, ClaimJob("worker-1", datetime.now(UTC)))
+            await here.views_reach()
+            assert (await here.job(large))["status"] == "processing"
+            assert await failures.count(here.checkpoint.views) == 2
+        async with rebuilding(connection) as auditor:
+            await auditor.run()
+        await here.views_reach()
+        assert await failures.count(here.checkpoint.views) == 0
+        for job_id in (broken, large):
+            assert failures.ERROR not in await here.job(job_id)
+
+
+async def test_a_document_that_can_be_stored_again_is_stored_whole(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        with monkeypatch.context() as faults:
+            faults.setattr(jobs, "fold", faulty)
+            job_id = await here.submit({"a": 1}, job_name="A NUMBER THAT BSON CANNOT HOLD")
+            await here.views_reach()
+            assert (await here.job(job_id))["parameters"] == {}
+    async with process(connection, store, projector=True) as here:
+        await here.do(job_id, UpdateJob("user:a", priority=7))
+        await here.views_reach()
+        job = await here.job(job_id)
+        assert (job["priority"], job["parameters"], failures.ERROR in job) == (7, {"a": 1}, False)
+        assert await failures.count(here.checkpoint.views) == 0
+
+
+async def test_rows_that_somebody_else_has_inserted_do_not_stop_the_projector(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store) as here:
+        job_id = await here.submit()
+        await here.db.queue.insert_one({"_id": job_id})
+        await here.db.jobs.insert_one({"_id": job_id})
+    async with process(connection, store, projector=True) as here:
+        await here.views_reach()
+        assert (await here.job(job_id))["status"] == "pending"
+        assert await failures.count(here.checkpoint.views) == 0
+
+
+async def test_a_chunk_that_takes_too_long_is_written_in_parts(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server ends a transaction after a while: a chunk must not be tried for ever as it is."""
+    written: list[int] = []
+    write = folding.Folder._write
+
+    async def limited(self: folding.Folder, chunk: folding.Chunk, first: Any, writes: Any) -> None:
+        if len(chunk.now["jobs"]) > 3:
+            raise folding.ChunkTooLarge("as if")
+        written.append(len(chunk.now["jobs"]))
+        await write(self, chunk, first, writes)
+
+    monkeypatch.setattr(folding.Folder, "_write", limited)
+    async with process(connection, store) as here:
+        job_ids = [await here.submit() for _ in range(20)]
+    async with process(connection, store, projector=True) as here:
+        await here.views_reach()
+        assert [(await here.job(job_id))["status"] for job_id in job_ids] == ["pending"] * 20
+        assert sum(written) == 20
+        async with rebuilding(connection) as auditor:
+            await auditor.run()
+
+
+def test_the_budget_of_a_document_is_what_its_parts_may_take() -> None:
+    parts = [
+        limits.PARAMETERS_BYTES,
+        limits.RESULTS_BYTES,
+        limits.STEPS_BYTES,
+        limits.LOGS_BYTES,
+        2 * limits.LIST_INDEX_BYTES,
+        limits.ERROR_DETAILS_BYTES,
+        4 * limits.ERROR_MESSAGE_CHARACTERS,
+        4 * (limits.PROGRESS_STEP_CHARACTERS + limits.PROGRESS_MESSAGE_CHARACTERS),
+        4 * limits.NAME_CHARACTERS * (limits.ACCESS_NAMES + limits.TEAMS + 3),
+        4 * (limits.URL_CHARACTERS + limits.TITLE_CHARACTERS) + 100 * limits.WEBHOOK_HEADERS,
+    ]
+    assert sum(parts) < HARMLESS_BYTES
+    assert envelope.LARGEST_EVENT_BYTES > limits.PARAMETERS_BYTES
