@@ -82,7 +82,28 @@ class ShownResults(JobResults):
     markdown_url: str | None
 
 
-class ShownJob(BaseModel):
+class ProjectionError(BaseModel):
+    """Why a document does not show what the log says: which event could not be folded, or what could not be stored."""
+
+    position: int | None
+    version: int | None
+    type: str | None
+    message: str
+
+
+class Cut(BaseModel):
+    """What is there only when a document does not show everything."""
+
+    truncated: list[str] = Field([], description="Fields of which only a part is kept, because they are too large.")
+    omitted: list[str] = Field(
+        [], description="Large fields that are left out of lists, and are empty here: ask for the single one."
+    )
+    projection_error: ProjectionError | None = Field(
+        None, description="Why this does not show what the log says. The history does."
+    )
+
+
+class ShownJob(Cut):
     """A job. `version` is also its ETag; `position` is that of the last event that is in it."""
 
     job_id: str
@@ -164,7 +185,7 @@ class Spent(BaseModel):
     tokens_used: int
 
 
-class ShownBatch(BaseModel):
+class ShownBatch(Cut):
     """A batch, and how many of its jobs are how far."""
 
     batch_id: str

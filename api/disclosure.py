@@ -129,6 +129,16 @@ def _actor(actor: Any, viewer: Viewer) -> str:
     return kind
 
 
+def _projection_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | None:
+    """Return which event could not be projected, without the message: it may quote what the event holds."""
+    return None if error is None else {**error, "message": "This does not show everything that has happened."}
+
+
+_CUT: Final[Mapping[str, Rule]] = {
+    "truncated": _shown,
+    "omitted": _shown,
+    "projection_error": _projection_error,
+}
 JOB: Final[Mapping[str, Rule]] = {
     "job_id": _shown,
     "job_type": _shown,
@@ -160,6 +170,7 @@ JOB: Final[Mapping[str, Rule]] = {
     "steps": _shown,
     "version": _shown,
     "position": _shown,
+    **_CUT,
 }
 BATCH: Final[Mapping[str, Rule]] = {
     "batch_id": _shown,
@@ -185,6 +196,7 @@ BATCH: Final[Mapping[str, Rule]] = {
     "archived": _shown,
     "version": _shown,
     "position": _shown,
+    **_CUT,
 }
 DELIVERY: Final[Mapping[str, Rule]] = {
     "delivery_id": _shown,
@@ -208,6 +220,7 @@ DELIVERY: Final[Mapping[str, Rule]] = {
     "attempts": _attempts,
     "version": _shown,
     "position": _shown,
+    **_CUT,
 }
 
 

@@ -15,12 +15,13 @@ from api.errors import ApiError, json_response
 from api.jobs import existing
 from api.models import HistoryQuery
 from api.services import query_of, services
-from ledger.events import Event, Recorded
+from ledger.errors import UnreadableEvent
+from ledger.events import Event, LogLine, Recorded
 from projections import batches
 from projections.jobs import SAYS_SOMETHING, lines_of
 
 _READ_AT_ONCE: Final = 100
-_LARGEST_ANSWER_BYTES: Final = 16 * 1024 * 1024
+_LARGEST_ANSWER_BYTES: Final = 4 * 1024 * 1024
 
 
 async def of_job(request: Request) -> Response:
@@ -48,7 +49,12 @@ async def log_lines(request: Request) -> Response:
 
 def _lines(event: Recorded) -> list[dict[str, Any]]:
     attempt = event.data.get("attempt")
-    return [{**line.model_dump(), "attempt": attempt, "version": event.version} for line in lines_of(event)]
+    try:
+        lines = lines_of(event)
+    except UnreadableEvent:
+        damaged = f"{event.type}, version {event.version} of the job's history, cannot be read."
+        lines = [LogLine(timestamp=event.time, level="error", message=damaged)]
+    return [{**line.model_dump(), "attempt": attempt, "version": event.version} for line in lines]
 
 
 async def _page(
@@ -67,7 +73,9 @@ async def _page(
     found: list[orjson.Fragment] = []
     size, version = 0, asked.after_version
     content: dict[str, Any] = {"status": "success", name: found}
-    while events := await log.read_stream(stream, after_version=version, limit=_READ_AT_ONCE, types=types):
+    while events := await log.read_stream(
+        stream, after_version=version, limit=_READ_AT_ONCE, types=types, one_batch=True
+    ):
         for event in events:
             if len(found) >= asked.limit or size >= _LARGEST_ANSWER_BYTES:
                 content["next"] = version

@@ -86,10 +86,16 @@ async def listed(request: Request, asked: JobList) -> Response:
     """Return the page of jobs that is asked for."""
     await views_reach_wanted_position(request)
     known = services(request)
-    wanted = view.Filter(**asked.model_dump(exclude=set(Page.model_fields)))
+    wanted = view.Filter(**asked.model_dump(exclude={*Page.model_fields, "include"}))
     query = wanted.query(who_asks(request))
     found, following = await view.page(
-        known.views, query, limit=asked.limit, skip=asked.skip, after=asked.cursor, newest_first=asked.newest_first
+        known.views,
+        query,
+        limit=asked.limit,
+        skip=asked.skip,
+        after=asked.cursor,
+        newest_first=asked.newest_first,
+        included=asked.include,
     )
     total, bounded = await _total(request, wanted, query)
     content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(request, found)}

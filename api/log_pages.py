@@ -21,7 +21,7 @@ from ledger.events import Recorded
 
 _MOST_LOOKED_AT: Final = 10_000
 _READ_AT_ONCE: Final = 1000
-_LARGEST_ANSWER_BYTES: Final = 16 * 1024 * 1024
+_LARGEST_ANSWER_BYTES: Final = 4 * 1024 * 1024
 
 
 async def head(request: Request) -> Response:
@@ -114,7 +114,7 @@ async def _look_through_a_stream(
     if principal.sees_everything and not version and not await known.log.read_stream(stream, limit=1):
         raise ApiError(404, "stream_not_found", f"There is no stream {stream}.")
     while not found.enough:
-        events = await known.log.read_stream(stream, after_version=version, limit=_READ_AT_ONCE)
+        events = await known.log.read_stream(stream, after_version=version, limit=_READ_AT_ONCE, one_batch=True)
         if not events:
             return
         await found.take(known, principal, wanted, events)

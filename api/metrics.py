@@ -23,8 +23,8 @@ from api.monitoring import for_monitors, workers_alive
 from api.services import Services, services
 from ledger.changes import Changes
 from ledger.log import EventLog
+from projections import failures, queue, statistics
 from projections import jobs as view
-from projections import queue, statistics
 
 Responses = Counter[int]
 """How many answers of this process had which HTTP status."""
@@ -128,6 +128,11 @@ async def _of_the_ledger(known: Services) -> list[Metric]:
                     "views_lag_seconds",
                     "How old the oldest event is that the views do not contain yet.",
                     max(0.0, (now - unfolded[0].time).total_seconds()) if unfolded else 0.0,
+                ),
+                (
+                    "projection_failures",
+                    "Documents of the views that do not show what the log says.",
+                    await failures.count(known.views),
                 ),
                 (
                     "queue_oldest_seconds",

@@ -25,6 +25,7 @@ from ledger.delivery import DeliveryStatus
 from ledger.events import AccessControl, BatchStatus, Ending, JobStatus, milliseconds
 from ledger.signing import key_of
 from projections.headings import Place
+from projections.jobs import LARGE_FIELDS
 
 LARGEST_BATCH = limits.BATCH_JOBS
 _SESSION_SHAPE = frozenset({"event", "session", "url", "filename", "track"})
@@ -233,6 +234,16 @@ class Page(_Body):
         return self.sort.startswith("-")
 
 
+def _included(text: object) -> object:
+    names = text.split(",") if isinstance(text, str) else []
+    if unknown := sorted({*names} - {*LARGE_FIELDS}):
+        raise ValueError(f"{unknown[0][:100]!r} is none of the fields that lists leave out: {', '.join(LARGE_FIELDS)}")
+    return names
+
+
+Included = Annotated[list[str], BeforeValidator(_included), WithJsonSchema({"type": "string"})]
+
+
 class JobList(Page):
     """Which jobs. `q`: all of these words are in the job's name, id, session, event, track, file name or speakers."""
 
@@ -249,6 +260,9 @@ class JobList(Page):
     created_after: Moment | None = None
     created_before: Moment | None = None
     q: Words | None = None
+    include: Included = Field(
+        [], description=f"Fields that are wanted however large they are, with commas: {', '.join(LARGE_FIELDS)}."
+    )
 
 
 class BatchList(Page):

@@ -13,6 +13,7 @@ from api.services import services, views_reach_wanted_position
 from ledger.lease import RUN_OUT
 from ledger.mongo import Database, Document, driver_errors
 from projections import jobs, statistics
+from projections.health import why_stalled
 from projections.views import Views
 
 
@@ -64,8 +65,16 @@ async def alive(_request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """GET /readyz"""
+    """GET /readyz
+
+    Not ready is also who would serve views that have stopped: they say of jobs what was true long ago.
+    """
     known = services(request)
     with driver_errors("answering a ping"):
         await known.db.command("ping")
+    if known.stall_watch.stalled():
+        position, head = known.checkpoint.position, known.stall_watch.head
+        reason = await why_stalled(known.db, position)
+        message = f"The views have stopped at position {position} of {head}. {reason}"
+        raise ApiError(503, "views_stalled", message, details={"views": position, "head": head})
     return json_response({"status": "success", "views": known.checkpoint.position})

@@ -26,6 +26,7 @@ from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
 from projections.checkpoint import Checkpoint
+from projections.health import StallWatch
 from projections.views import Views
 
 LARGEST_PAGE: Final = 1000
@@ -61,6 +62,7 @@ class Services:
     endings: Endings
     edge: Edge
     visibility: Visibility
+    stall_watch: StallWatch
     streams: Streams
     links: Links
     webhooks: Webhooks = Webhooks()

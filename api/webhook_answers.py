@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, Field
 
-from api.answers import Listed, Success
+from api.answers import Cut, Listed, Success
 from ledger.delivery import DeliveryStatus
 from ledger.events import Ending, Failure
 
@@ -24,7 +24,7 @@ class Attempt(BaseModel):
     next_at: datetime | None
 
 
-class ShownDelivery(BaseModel):
+class ShownDelivery(Cut):
     """A webhook, sent or to be sent. `sequence` is its number for its `receiver`, 1, 2, 3 …; the id is `webhook-id`.
 
     Without admin access to the job or batch, `url` is only its host, and what the receiver answered is hidden.

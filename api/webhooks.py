@@ -30,6 +30,7 @@ from projections import deliveries as view
 
 MOST_REDELIVERED: Final = 10_000
 _AT_ONCE: Final = 100
+_REDELIVERED_BYTES: Final = 64 * 1024 * 1024
 _EVERYTHING: Final = Principal(None, roles=frozenset({"admin"}))
 
 
@@ -97,7 +98,9 @@ async def redeliver_many(request: Request) -> Response:
     if body.job_id is not None:
         await _may_redeliver_of(request, body.job_id)
     wanted = await _wanted(request, body)
-    found, more = await view.page(known.views, wanted, limit=MOST_REDELIVERED, newest_first=False)
+    found, more = await view.page(
+        known.views, wanted, limit=MOST_REDELIVERED, newest_first=False, page_bytes=_REDELIVERED_BYTES
+    )
     meta, position, number = Meta(by, request=noted(once)), 0, 0
 
     async def again(delivery_id: str) -> int:

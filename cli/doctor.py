@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -19,9 +20,16 @@ from ledger.files import DirectoryStore
 from ledger.gridfs import COLLECTIONS
 from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, transaction_limit_seconds
+from projections import failures
+from projections.health import why_stalled
+from projections.views import Views
 from workers.registry import processors
 
 _CLOCKS_APART_SECONDS = 2.0
+_STALLED_AFTER_SECONDS = 12.0
+"""Longer than the views wait for a fail-over of the projector."""
+_LOOKS_AGAIN_SECONDS = 0.5
+_FAILURES_SHOWN = 5
 _CHANGING = frozenset(
     {"update", "remove", "dropCollection", "dropDatabase", "renameCollectionSameDB", "anyAction"}
     | {"createIndex", "collMod", "convertToCapped"}  # an index can let events expire, a capped collection forgets them
@@ -74,7 +82,7 @@ async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Findin
     """Yield what the database at `uri` shows."""
     try:
         async with database(settings.mongodb.connection(uri)) as db:
-            for look in (_server, _clock, _oplog, _transactions, _rights, _log_state):
+            for look in (_server, _clock, _oplog, _transactions, _rights, _log_state, _projection_failures):
                 with driver_errors("being looked at"):
                     finding = await look(db)
                 yield finding
@@ -163,11 +171,35 @@ def _covers(resource: Mapping[str, Any], db_name: str) -> bool:
 
 
 async def _log_state(db: Database) -> Finding:
-    checkpoint = await db.checkpoints.find_one({"_id": "views"})
-    head, views = await EventLog(db).head(), checkpoint["position"] if checkpoint else 0
-    return Finding(
-        "Log",
-        head - views < 10_000,
-        f"{head} events, views at {views}",
-        "The views are far behind: is a projector running (`jobledger projector`)?",
+    """Whether the views are at the head of the log, or get on at least."""
+    log = EventLog(db)
+    head, before = await log.head(), await _views_position(db)
+    views, waited = before, 0.0
+    while views < head and views == before and waited < _STALLED_AFTER_SECONDS:
+        await asyncio.sleep(_LOOKS_AGAIN_SECONDS)
+        waited += _LOOKS_AGAIN_SECONDS
+        views = await _views_position(db)
+    found = f"{head} events, views at {views}"
+    if views < head and views == before:
+        stands = f"{found}, and not moving for {waited:.0f} s"
+        return Finding("Log", good=False, found=stands, advice=await why_stalled(db, views))
+    return Finding("Log", head - views < 10_000, found, "The views are far behind, but they get on. More will follow.")
+
+
+async def _views_position(db: Database) -> int:
+    found = await db.checkpoints.find_one({"_id": "views"})
+    return int(found["position"]) if found else 0
+
+
+async def _projection_failures(db: Database) -> Finding:
+    """Whether all documents of the views show what the log says."""
+    found = await db.checkpoints.find_one({"_id": "views"}) or {}
+    rows = await failures.newest(Views(db, found.get("sides")), limit=_FAILURES_SHOWN + 1)
+    if not rows:
+        return Finding("Views", good=True, found="show what the log says")
+    named = "; ".join(
+        f"{row['key']} (event at position {row['position']}): {row['message']}" for row in rows[:_FAILURES_SHOWN]
     )
+    more = " and more" if len(rows) > _FAILURES_SHOWN else ""
+    advice = "The log has everything. Upgrade or mend the program, then rebuild the views: `jobledger replay`."
+    return Finding("Views", good=False, found=f"do not show what the log says of {named}{more}", advice=advice)

@@ -39,6 +39,7 @@ from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
 from projections.checkpoint import Checkpoint
+from projections.health import StallWatch
 from workers.registry import processors
 
 _MOST_FILES: Final = 65_536
@@ -84,6 +85,8 @@ def services_for(
     """
     endings = Endings()
     changes.listen(endings)
+    stall_watch = StallWatch(log, checkpoint)
+    changes.listen(stall_watch)
     public = urlsplit(settings.api.public_url).hostname if settings.api.public_url else None
     hosts = ("localhost", "127.0.0.1", "[::1]", settings.api.host, public)
     revocations = Revocations()
@@ -105,6 +108,7 @@ def services_for(
         public_origin=settings.api.public_url,
         endings=endings,
         visibility=Visibility(log, checkpoint),
+        stall_watch=stall_watch,
         streams=Streams(),
         links=Links(db, settings.api.public_url),
         webhooks=Webhooks(settings.webhooks.sink, tuple(settings.webhooks.allow_private)),

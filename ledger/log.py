@@ -126,14 +126,24 @@ class EventLog(Writer):
     # Read ---------------------------------------------------------------------------------------------------------
 
     async def read_stream(
-        self, stream: str, *, after_version: int = 0, limit: int = 0, types: Collection[type[Event]] | None = None
+        self,
+        stream: str,
+        *,
+        after_version: int = 0,
+        limit: int = 0,
+        types: Collection[type[Event]] | None = None,
+        one_batch: bool = False,
     ) -> list[Recorded]:
-        """Return the events of one job, batch or delivery, in order; at most `limit` of them, 0 for all."""
+        """Return the events of one job, batch or delivery, in order; at most `limit` of them, 0 for all.
+
+        With `one_batch`, there are fewer than `limit` if they are large: the server puts at most 16 MB in a batch.
+        """
         with driver_errors(f"reading {stream}"):
             query: Document = {"stream": stream, "version": {"$gt": after_version}}
             if types is not None:
                 query["type"] = {"$in": sorted(wanted.__name__ for wanted in types)}
-            found = self._events.find(query, sort=[("version", ASCENDING)], limit=limit)
+            sized = {"limit": -limit, "batch_size": limit} if one_batch and limit else {"limit": limit}
+            found = self._events.find(query, sort=[("version", ASCENDING)], **sized)
             return [Recorded(document) async for document in found]
 
     async def read_streams(

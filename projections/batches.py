@@ -36,7 +36,7 @@ from ledger.log import EventLog
 from ledger.mongo import Document, driver_errors
 from projections import failures, headings
 from projections.headings import Facet, Place
-from projections.jobs import mark, shown_webhook
+from projections.jobs import LARGEST_IN_LISTS, mark, shown_webhook
 from projections.views import Views
 
 NAME: Final = "batches"
@@ -275,6 +275,22 @@ def query(
     return wanted | {name: value for name, value in rest.items() if value is not None}
 
 
+_IN_LISTS: Final[Document] = {
+    **dict.fromkeys(
+        (
+            *("_id", "batch_id", "batch_name", "status", "created_at", "updated_at", "completed_at", "total_jobs"),
+            *("pending_jobs", "processing_jobs", "completed_jobs", "failed_jobs", "cancelled_jobs", "webhook"),
+            *("summary", "user_id", "access_control", "teams", "paused", "archived", "version", "position"),
+            *("truncated", failures.ERROR),
+        ),
+        1,
+    ),
+    "job_ids": {"$slice": ["$job_ids", JOB_IDS_IN_LISTS]},
+    "parameters": headings.unless_large("parameters", largest=LARGEST_IN_LISTS),
+}
+"""What lists show of a batch: all that is shown of one, but of its jobs the first, and no large parameters."""
+
+
 async def page(
     views: Views,
     wanted: Document,
@@ -289,15 +305,19 @@ async def page(
     Each with the first of its `job_ids` only: a page of large batches would be many megabytes.
     """
     with driver_errors("listing batches"):
-        return await headings.page(
+        found, following = await headings.page(
             views[NAME],
             wanted,
             limit=limit,
             skip=skip,
             after=after,
             newest_first=newest_first,
-            projection={"headings": 0, "words": 0, "job_ids": {"$slice": JOB_IDS_IN_LISTS}},
+            projection=_IN_LISTS,
         )
+    for batch in found:
+        if batch["parameters"] == headings.OMITTED:
+            batch |= {"parameters": {}, "omitted": ["parameters"]}
+    return found, following
 
 
 async def count(views: Views, wanted: Document) -> int:

@@ -202,6 +202,7 @@ async def page(
     skip: int = 0,
     after: Place | None = None,
     newest_first: bool = True,
+    page_bytes: int = headings.PAGE_BYTES,
 ) -> tuple[list[Document], Place | None]:
     """Return a page of deliveries in the order in which they were queued, and where the next one begins."""
     with driver_errors("listing deliveries"):
@@ -213,6 +214,7 @@ async def page(
             after=after,
             newest_first=newest_first,
             projection={"headings": 0},
+            page_bytes=page_bytes,
         )
 
 

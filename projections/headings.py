@@ -15,6 +15,9 @@ from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
+import bson
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.collection import AsyncCollection
 
@@ -42,6 +45,12 @@ class Place(NamedTuple):
     key: str
 
 
+PAGE_BYTES: Final = 4 * 1024 * 1024
+OMITTED: Final = "omitted"
+"""Stands in a page for a field that is not sent, because it is large."""
+_BATCH: Final = 101
+_RAW: Final = CodecOptions(document_class=RawBSONDocument)
+_AWARE: Final = CodecOptions[Document](tz_aware=True)
 _NEWEST: Final = [("created_at", DESCENDING), ("_id", DESCENDING)]
 _LISTED: Final = [("headings", ASCENDING), *_NEWEST]
 _LISTED_BY_STATUS: Final = [("headings", ASCENDING), ("status", ASCENDING), *_NEWEST]
@@ -165,16 +174,31 @@ async def page(
     after: Place | None = None,
     newest_first: bool = True,
     projection: Mapping[str, Any] | None = None,
+    page_bytes: int = PAGE_BYTES,
 ) -> tuple[list[Document], Place | None]:
-    """Return a page in the order of creation, and where the next one begins, None if this was the last."""
+    """Return a page in the order of creation, and where the next one begins, None if this was the last.
+
+    A page ends at `limit` documents, or before the document with which it would have more than `page_bytes` of BSON.
+    It has at least one document. In memory are, beside the page, one batch of the server's: at most 16 MB.
+    """
     asked_for, order = asked(wanted, after, newest_first=newest_first)
-    index = index_for(wanted)
-    cursor = collection.find(asked_for, projection, sort=order, limit=limit + 1, skip=skip, hint=index)
-    found = await cursor.to_list()
-    if len(found) <= limit:
-        return found, None
-    last = found[limit - 1]
-    return found[:limit], Place(last["created_at"], last["_id"])
+    found: list[Document] = []
+    used = 0
+    raw = collection.with_options(codec_options=_RAW)
+    async with raw.find(
+        asked_for, projection, sort=order, limit=limit + 1, skip=skip, hint=index_for(wanted), batch_size=_BATCH
+    ) as documents:
+        async for document in documents:
+            used += len(document.raw)
+            if len(found) == limit or (found and used > page_bytes):
+                return found, Place(found[-1]["created_at"], found[-1]["_id"])
+            found.append(bson.decode(document.raw, codec_options=_AWARE))
+    return found, None
+
+
+def unless_large(field: str, *, largest: int, instead: Any = OMITTED) -> Document:
+    """Return the projection of a field that the database sends only if it takes at most `largest` bytes."""
+    return {"$cond": [{"$gt": [{"$bsonSize": {"it": f"${field}"}}, largest]}, instead, f"${field}"]}
 
 
 async def count(collection: AsyncCollection[Document], wanted: Document, *, most: int) -> int:

@@ -46,10 +46,10 @@ async def why_stalled(db: Database, position: int) -> str:
         said = await db.checkpoints.find_one({"_id": _NOTE})
         if said is not None and said.get("position") == position:
             return str(said["reason"])
-        leads = await db.leaders.find_one({"_id": "projector", "released": False, "$nor": [RUN_OUT]})
+        leads = await db.leaders.find_one({"_id": "projector", "released": False, "$nor": [RUN_OUT]}, {"_id": 1})
     if leads is None:
         return "No projector is running: start one (`jobledger projector`, or `jobledger up`)."
-    return f"The projector {leads.get('holder', '')} leads, but does not get on: see its log."
+    return "A projector is running, but does not get on: its log says why."
 
 
 class StallWatch:

@@ -8,7 +8,7 @@ in the queue), `truncated` (fields of which the document shows a part, by the bu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, assert_never
@@ -307,6 +307,15 @@ def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
     return job
 
 
+_FIELDS: Final = (
+    *("_id", "job_id", "job_type", "job_name", "status", "created_at", "updated_at", "started_at", "completed_at"),
+    *("parameters", "webhook", "batch_id", "progress", "results", "error", "logs", "worker_id", "attempt", "retries"),
+    *("max_attempts", "timeout_s", "priority", "due_at", "user_id", "access_control", "teams", "cancel_requested"),
+    *("archived", "steps", "version", "position", "truncated", failures.ERROR),
+)
+"""What lists show of a job: all that is shown of one."""
+
+
 def shown_webhook(webhook: Webhook | None) -> Document | None:
     """Return a webhook as everyone may see it: header names, but not their values, which are secrets."""
     if webhook is None:
@@ -561,6 +570,45 @@ async def get(views: Views, log: EventLog, job_id: str) -> Document | None:
     return job
 
 
+LARGE_FIELDS: Final = ("parameters", "results", "error", "logs", "steps")
+"""What lists leave out where it is large, unless it is asked for."""
+LARGEST_IN_LISTS: Final = 16 * 1024
+_ESSENTIAL_RESULTS: Final = {
+    "markdown_file": "$results.markdown_file",
+    "markdown_url": "$results.markdown_url",
+    "assets": [],
+    "files": [],
+    "metadata": {
+        **{name: f"$results.metadata.{name}" for name in ("processed_at", "duration", "tokens_used")},
+        "warnings": [],
+        headings.OMITTED: True,
+    },
+}
+_BLANK_IN_LISTS: Final[Document] = {"parameters": {}, "error": None, "logs": [], "steps": []}
+
+
+def _in_lists(included: Collection[str]) -> Document:
+    """Return what the database sends of each job: everything of the small ones."""
+    fields: Document = dict.fromkeys(_FIELDS, 1)
+    for name in LARGE_FIELDS:
+        if name not in included:
+            instead = _ESSENTIAL_RESULTS if name == "results" else headings.OMITTED
+            fields[name] = headings.unless_large(name, largest=LARGEST_IN_LISTS, instead=instead)
+    return fields
+
+
+def _listed(job: Document) -> Document:
+    """Return a job as lists have it: in `omitted` are the fields that are left out, and empty."""
+    omitted = [name for name, blank in _BLANK_IN_LISTS.items() if job[name] == headings.OMITTED]
+    for name in omitted:
+        job[name] = _BLANK_IN_LISTS[name]
+    if job["results"] is not None and job["results"]["metadata"].pop(headings.OMITTED, False):
+        omitted.append("results")
+    if omitted:
+        job["omitted"] = omitted
+    return job
+
+
 async def page(
     views: Views,
     wanted: Document,
@@ -569,18 +617,23 @@ async def page(
     skip: int = 0,
     after: Place | None = None,
     newest_first: bool = True,
+    included: Collection[str] = (),
 ) -> tuple[list[Document], Place | None]:
-    """Return a page of jobs in the order of creation, and where the next one begins."""
+    """Return a page of jobs in the order of creation, and where the next one begins.
+
+    Of the `LARGE_FIELDS` those that are large are left out, unless they are `included`.
+    """
     with driver_errors("listing jobs"):
-        return await headings.page(
+        found, following = await headings.page(
             views[NAME],
             wanted,
             limit=limit,
             skip=skip,
             after=after,
             newest_first=newest_first,
-            projection={"headings": 0, "words": 0},
+            projection=_in_lists(included),
         )
+    return [_listed(job) for job in found], following
 
 
 async def count(views: Views, wanted: Document) -> int:

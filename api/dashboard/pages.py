@@ -189,12 +189,20 @@ async def job(request: Request) -> Response:
         job=it,
         events=events,
         cut="next" in told,
-        attempts=attempts_of(events, datetime.now(UTC)),
+        attempts=_attempts(events),
         deliveries=sent,
         text=await _preview(request, it),
         may=_rights(request, it),
         gallery=[asset for asset in (it["results"] or {}).get("assets", ()) if asset["path"].endswith("-thumb.jpg")],
     )
+
+
+def _attempts(events: list[dict[str, Any]]) -> Any:
+    """Return the attempts that events tell of; none, if an event is damaged."""
+    try:
+        return attempts_of(events, datetime.now(UTC))
+    except (LookupError, TypeError, ValueError):
+        return []
 
 
 def _rights(request: Request, it: Mapping[str, Any]) -> dict[str, bool]:

@@ -120,6 +120,7 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
     "size": ("Size", "Größe"),
     "warnings": ("What could not be done", "Was nicht gelang"),
     "error": ("Error", "Fehler"),
+    "projection_error": ("This page is incomplete", "Diese Seite ist unvollständig"),
     "retry_at": ("again at {0}", "wieder um {0}"),
     "steps": ("Steps", "Schritte"),
     "reused": ("taken over", "übernommen"),

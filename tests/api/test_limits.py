@@ -1,0 +1,139 @@
+"""What a request may hold is limited, on every way; the answer names the field, the limit and what was found."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger import limits
+from ledger.commands import SubmitJob
+from ledger.events import Meta
+from ledger.handle import handle, new_job_id
+from projections import health, jobs
+from tests.api.conftest import Api, running_api
+from tests.api.test_refusals import refused
+from tests.support.running import asked
+
+NAMES = [f"reader-{number}" for number in range(8000)]
+HEADERS = {f"X-Header-{number}": "x" * 7000 for number in range(20)}
+WEBHOOK = {"url": "http://example.org/", "headers": HEADERS}
+LARGE = {"text": "x" * (limits.PARAMETERS_BYTES + 1)}
+TOO_LARGE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "one list of names": ({"access_control": {"read_access": NAMES}}, ("read_access", "200", "8000")),
+    "three lists together": (
+        {"access_control": {"read_access": NAMES[:150], "admin_access": NAMES[:150]}},
+        ("access_control", "200", "300"),
+    ),
+    "one name": ({"access_control": {"write_access": ["x" * 201]}}, ("write_access", "200")),
+    "headers": ({"webhook": WEBHOOK}, ("webhook.headers", str(limits.WEBHOOK_HEADER_BYTES), "140")),
+    "parameters": ({"parameters": LARGE}, ("parameters", str(limits.PARAMETERS_BYTES))),
+    "numbers": ({"parameters": {"a": [0] * 900_000}}, ("parameters", str(limits.PARAMETERS_BYTES))),
+    "name": ({"job_name": "x" * 501}, ("job_name", "500")),
+    "owner": ({"user_id": "x" * 201}, ("user_id", "200")),
+}
+JOB: dict[str, Any] = {"job_type": "echo", "parameters": {}}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+async def test_job_that_is_too_large_is_refused_alone_and_in_a_batch(idle_api: Api, name: str) -> None:
+    content, said = TOO_LARGE[name]
+    for path, body in (
+        ("/api/events/jobs", JOB | content),
+        ("/api/events/batches", {"jobs": [JOB, JOB | content]}),
+    ):
+        answer = await idle_api.post(path, body)
+        assert answer.status_code == 422, answer.text[:500]
+        for word in said:
+            assert word in answer.json()["message"], answer.json()["message"]
+    assert await idle_api.log.head() == 0
+
+
+async def test_changes_are_limited_as_submissions_are(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    batch = await idle_api.submit_batch({}, {})
+    access = {"access_control": {"read_access": NAMES}}
+    for path, content in (
+        (f"/api/events/jobs/{job_id}", access),
+        (f"/api/events/jobs/{job_id}", {"parameters": LARGE}),
+        (f"/api/events/batches/{batch['batch_id']}", access),
+    ):
+        head = await idle_api.log.head()
+        answer = await idle_api.http.put(path, json=content)
+        refused(answer, 422, "invalid_content")
+        assert "at most" in answer.text
+        assert await idle_api.log.head() == head
+    jobs_of = {"jobs": [JOB] * 2}
+    for content in ({"access_control": access["access_control"]}, {"parameters": LARGE}):
+        refused(await idle_api.post("/api/events/batches", jobs_of | content), 422, "invalid_content")
+
+
+async def test_groups_of_who_asks_are_limited(header_api: Api) -> None:
+    many = header_api.asked_by("anna", [f"team-{number}" for number in range(300)])
+    answer = await many.post("/api/events/jobs", JOB)
+    refused(answer, 422, "invalid_content")
+    assert "teams: 300 groups" in answer.json()["message"]
+    some = header_api.asked_by("anna", [f"team-{number}" for number in range(100)])
+    assert (await some.post("/api/events/jobs", JOB)).status_code == 202
+
+
+@pytest.fixture
+async def without_projector(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
+    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
+        yield running
+
+
+async def test_readyz_says_that_the_views_have_stopped_and_why(
+    without_projector: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = without_projector
+    monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (0.3,))
+    assert (await api.get("/readyz")).status_code == 200
+    await asyncio.sleep(0.5)
+    assert (await api.get("/readyz")).status_code == 200, "nothing is behind"
+    await api.submit()
+    await asyncio.sleep(0.5)
+    answer = await api.get("/readyz")
+    refused(answer, 503, "views_stalled")
+    assert answer.json()["details"] == {"views": 0, "head": 1}
+    assert "No projector is running" in answer.json()["message"]
+    await health.note(api.db, "At position 1 of the log is a JobRepainted: upgrade.")
+    assert "upgrade" in (await api.get("/readyz")).json()["message"]
+
+
+async def test_readyz_does_not_flap_while_the_views_get_on(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (1.0,))
+    for _ in range(15):
+        await asyncio.gather(*(idle_api.submit() for _ in range(5)))
+        await asyncio.sleep(0.1)
+        assert (await idle_api.get("/readyz")).status_code == 200
+
+
+async def test_a_job_that_cannot_be_projected_is_shown_with_the_reason(
+    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = jobs.fold
+
+    def faulty(job: Any, event: Any) -> Any:
+        if event.data.get("job_name") == "BROKEN":
+            raise ZeroDivisionError("a fault")
+        return fold(job, event)
+
+    with monkeypatch.context() as faults:
+        faults.setattr(jobs, "fold", faulty)
+        job_id = new_job_id()
+        await handle(idle_api.log, job_id, SubmitJob(asked(job_name="BROKEN")), meta=Meta("test"))
+        position = await idle_api.log.head()
+        shown = (await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
+    assert shown["projection_error"]["position"] == position
+    assert "a fault" in shown["projection_error"]["message"]
+    page = await idle_api.get(f"/monitoring/events/jobs/{job_id}")
+    assert page.status_code == 200
+    assert "a fault" in page.text
+    metrics = (await idle_api.get("/metrics")).text
+    assert "jobledger_projection_failures 1.0" in metrics
+    listed = (await idle_api.get("/api/events/jobs")).json()["jobs"]
+    assert listed[0]["projection_error"]["type"] == "JobSubmitted"
