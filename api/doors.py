@@ -109,6 +109,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "validation_timeout": (503, "the validator of a job type takes too long"),
     "version_changed": (412, "it is not at the version that If-Match names"),
     "version_conflict": (409, "somebody else changed it in this moment"),
+    "views_stalled": (503, "the views have not got on for half a minute; the message says why"),
     "views_behind": (503, "the views have not reached the Ledger-Position in time"),
     "wrong_state": (409, "not while it is as it is"),
 }

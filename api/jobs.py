@@ -95,7 +95,7 @@ async def listed(request: Request, asked: JobList) -> Response:
         skip=asked.skip,
         after=asked.cursor,
         newest_first=asked.newest_first,
-        included=asked.include,
+        included=asked.include or (),
     )
     total, bounded = await _total(request, wanted, query)
     content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(request, found)}

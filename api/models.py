@@ -260,8 +260,8 @@ class JobList(Page):
     created_after: Moment | None = None
     created_before: Moment | None = None
     q: Words | None = None
-    include: Included = Field(
-        [], description=f"Fields that are wanted however large they are, with commas: {', '.join(LARGE_FIELDS)}."
+    include: Included | None = Field(
+        None, description=f"Fields that are wanted however large they are, with commas: {', '.join(LARGE_FIELDS)}."
     )
 
 

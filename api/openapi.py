@@ -283,7 +283,7 @@ def _codes(route: Route, door: Door, method: str, path: str) -> list[str]:
     if path not in OPEN_TO_ALL:
         codes += _SIGNED_IN
     if path == "/readyz":
-        codes.append("database_unavailable")
+        codes += ["database_unavailable", "views_stalled"]
     if route.param_convertors:
         codes += ["not_found", *(_IN_PATH[name] for name in route.param_convertors)]
     if method != "GET":
