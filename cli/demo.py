@@ -17,7 +17,7 @@ from rich.markup import escape
 from cli.follow import follow, submit
 from cli.remote import api_at
 from cli.settings import Settings, read_settings
-from cli.wiring import ALL_ROLES, Stop, roles
+from cli.wiring import ALL_ROLES, Stop, roles, stop_limit
 from ledger.errors import ConfigurationError, LedgerUnavailable
 from ledger.mongo import Connection
 
@@ -54,7 +54,7 @@ async def run(settings: Settings, connection: Connection, directory: Path, conso
         raise ConfigurationError(
             f"The demo needs more than is installed ({error}): pip install 'jobledger[demo]'"
         ) from error
-    stop = Stop()
+    stop = Stop(stop_limit(settings, ALL_ROLES))
     stop.listen()
     console.print("[bold]1[/] Making a conference site: pages, PDF slides and videos …")
     site = directory / "site"

@@ -1,6 +1,8 @@
 """cli: the command `jobledger`.
 
-Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or configuration, 3 a service is unreachable.
+Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or configuration, 3 a service is unreachable,
+4 a port, disk, lock or limit of this machine is not usable now. Only 2 needs a change of settings; after the others,
+starting again may help.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from cli.follow import as_batch, follow
 from cli.follow import submit as submit_batch
 from cli.remote import HERE, UrlOption, api_at
 from cli.running import ConfigOption, JsonOption, any_server, run_roles, settings_of
-from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
+from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound, ResourceUnavailable
 
 if TYPE_CHECKING:
     from cli.doctor import Finding
     from cli.settings import Settings
 
-FAILED, USAGE, UNREACHABLE = 1, 2, 3
+FAILED, USAGE, UNREACHABLE, UNAVAILABLE = 1, 2, 3, 4
 app = typer.Typer(
     name="jobledger",
     help="An event-sourced job ledger: sessions go in, Markdown and images come out, nothing is lost or unexplained.",
@@ -279,6 +281,8 @@ def run() -> None:
     """The entry point: errors of ours become one sentence and an exit code, never a traceback."""
     try:
         app()
+    except ResourceUnavailable as error:
+        _give_up(error, UNAVAILABLE)
     except ConfigurationError as error:
         _give_up(error, USAGE)
     except LedgerUnavailable as error:
@@ -287,9 +291,15 @@ def run() -> None:
         _give_up(error, FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (OSError, RuntimeError, MemoryError) as error:
+        from workers.health import machine_trouble
+
+        if (trouble := machine_trouble(error)) is None:
+            raise
+        _give_up(trouble, UNAVAILABLE)
 
 
-def _give_up(error: JobledgerError, code: int) -> None:
+def _give_up(error: Exception, code: int) -> None:
     typer.echo(f"jobledger: {error}", err=True)
     sys.exit(code)
 

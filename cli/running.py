@@ -7,17 +7,24 @@ or tell what can be said, should not take a second to begin.
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
+from ledger.errors import ResourceUnavailable
+
 if TYPE_CHECKING:
     from cli.settings import Settings
-    from cli.wiring import Role
+    from cli.wiring import Role, Running, Stop
     from ledger.embedded import EmbeddedServer
 
+_T = TypeVar("_T")
+_START_PAUSES: Final = (0.25, 0.5, 1.0, 2.0, None)
+"""Seconds between the attempts to start while a port or lock is taken: the process that has it may be ending."""
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", envvar="JOBLEDGER_CONFIG", help="The settings. Without it: ./config.yaml.")
 ]
@@ -51,26 +58,77 @@ def settings_of(config: Path | None) -> Settings:
 
 
 def run_roles(config: Path | None, wanted: frozenset[Role] | None = None) -> None:
-    """Run roles until somebody stops the process; without `wanted`, all of them, and the database."""
+    """Run roles until somebody stops the process; without `wanted`, all of them, and the database.
+
+    Raises:
+        ResourceUnavailable, LedgerUnavailable: something is not usable now, though it was tried for a few seconds.
+    """
     from cli.wiring import ALL_ROLES, database_server
 
     settings = settings_of(config)
-    with database_server(settings, start=wanted is None) as (uri, server):
+    with ExitStack() as stack:
+        uri, server = _entered(stack, lambda: database_server(settings, start=wanted is None))
         asyncio.run(_serve(settings, uri, server, wanted or ALL_ROLES))
 
 
-async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wanted: frozenset[Role]) -> None:
-    from cli.wiring import Stop, keep_running, roles
+def _entered(stack: ExitStack, make: Callable[[], AbstractContextManager[_T]]) -> _T:
+    """Enter a context, with a few attempts while a resource is not available."""
+    pauses = iter(_START_PAUSES)
+    while True:
+        try:
+            return stack.enter_context(make())
+        except ResourceUnavailable as error:
+            time.sleep(_pause_or_raise(next(pauses), error))
 
-    stop = Stop()
+
+def _pause_or_raise(pause: float | None, error: ResourceUnavailable) -> float:
+    if pause is None:
+        raise error
+    if pause == _START_PAUSES[0]:
+        typer.echo(f"not started yet, trying again: {error}", err=True)
+    return pause
+
+
+async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wanted: frozenset[Role]) -> None:
+    from cli.wiring import Stop, keep_running, stop_limit
+
+    stop = Stop(stop_limit(settings, wanted))
     stop.listen()
-    async with roles(settings, settings.mongodb.connection(uri), wanted, failed=stop.fail) as running:
-        if running.url is not None:
-            typer.echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
-            typer.echo(f"Dashboard: {running.url}/monitoring/events")
-        else:
-            typer.echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
-        await keep_running(server, stop)
-        typer.echo("Stopping: running jobs may end, the rest is given back …", err=True)
+    async with AsyncExitStack() as stack:
+        running = await _started(stack, settings, uri, wanted, stop)
+        if running is not None:
+            if running.url is not None:
+                typer.echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
+                typer.echo(f"Dashboard: {running.url}/monitoring/events")
+            else:
+                typer.echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
+            await keep_running(server, stop)
+            typer.echo("Stopping: running jobs may end, the rest is given back …", err=True)
+    if server is not None:
+        stop.disarm()  # what remains is to stop the database server, which has a time limit of its own
     if stop.error is not None:
         raise typer.Exit(1)
+
+
+async def _started(
+    stack: AsyncExitStack, settings: Settings, uri: str, wanted: frozenset[Role], stop: Stop
+) -> Running | None:
+    """Start roles in `stack`, with a few attempts while a resource is not available; None if stopped meanwhile."""
+    from cli.wiring import roles
+
+    connection = settings.mongodb.connection(uri)
+    stopped = asyncio.create_task(stop.wait())
+    pauses = iter(_START_PAUSES)
+    while not stopped.done():
+        starting = asyncio.create_task(stack.enter_async_context(roles(settings, connection, wanted, failed=stop.fail)))
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            if starting.done():
+                running = starting.result()
+                stopped.cancel()
+                return running
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+        except ResourceUnavailable as error:
+            await asyncio.wait({stopped}, timeout=_pause_or_raise(next(pauses), error))
+    return None

@@ -34,7 +34,7 @@ from cli.auth_settings import AuthSettings, JwtSettings
 from cli.settings import ApiSettings, Settings
 from cli.tasks import watcher
 from ledger.changes import Changes
-from ledger.errors import ConfigurationError
+from ledger.errors import ConfigurationError, os_failure
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -58,6 +58,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
     """Open the port ourselves, so that a taken one is a clear error before anything else begins.
 
     Raises:
+        ResourceUnavailable: it is taken, or the address is not there yet.
         ConfigurationError: it cannot be opened.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -68,9 +69,10 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
             listening.bind((host, port))
             listening.listen(2048)  # bound is not enough: two may be bound to a port to which neither listens
         except OSError as error:
-            raise ConfigurationError(
+            raise os_failure(
+                error,
                 f"api.port: cannot listen on {host}:{port} ({error.strerror}); is another jobledger running? "
-                "Stop it, or set api.port (JOBLEDGER_API__PORT) to another number."
+                "Stop it, or set api.port (JOBLEDGER_API__PORT) to another number.",
             ) from error
         yield listening
 
@@ -187,8 +189,8 @@ def _token_keys(jwt: JwtSettings) -> KeySource:
     try:
         return OneKey(public_key(jwt.public_key_file.read_bytes()))
     except OSError as error:
-        raise ConfigurationError(
-            f"auth.jwt.public_key_file: {jwt.public_key_file} cannot be read: {error.strerror}"
+        raise os_failure(
+            error, f"auth.jwt.public_key_file: {jwt.public_key_file} cannot be read: {error.strerror}"
         ) from error
     except ValueError as error:
         raise ConfigurationError(f"auth.jwt.public_key_file: {jwt.public_key_file}: {error}") from error

@@ -24,7 +24,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough
-from ledger.errors import ConfigurationError
+from ledger.errors import ConfigurationError, os_failure
 from ledger.mongo import Connection
 from ledger.signing import key_of
 from workers.registry import processors
@@ -66,6 +66,8 @@ class WorkerSettings(Section):
     lease_seconds: float = Field(10, ge=1, le=3600)
     shutdown_grace_seconds: float = Field(30, ge=0, le=86_400)
     memory_limit_mb: int = Field(4096, ge=256)
+    scratch_dir: Path | None = None
+    scratch_min_free_mb: float = Field(100, ge=0, le=1_000_000_000)
     retry_base_seconds: float = Field(5, gt=0, le=3600)
     retry_longest_seconds: float = Field(600, gt=0, le=86_400)
     poll_interval_sec: float | None = None
@@ -250,12 +252,10 @@ def read_settings(
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise ConfigurationError(f"{file}: there is no such file")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"{file}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{file} cannot be read: {error}") from error
+        content = yaml.safe_load(_read_text(file))
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if content is None:
@@ -263,6 +263,16 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"{file}: expected sections such as `mongodb:`, found {type(content).__name__}")
     return content
+
+
+def _read_text(file: Path, key: str = "") -> str:
+    """Return the content of a file of settings; `key` names the setting that leads to it."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise os_failure(error, f"{key}{file} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{key}{file} cannot be read: {error}") from error
 
 
 def _refuse_secrets(file: Path, content: Mapping[str, Any]) -> None:
@@ -342,21 +352,28 @@ def _placed(settings: Settings, directory: Path) -> Settings:
     mongodb = settings.mongodb.model_copy(update={"data_dir": directory / settings.mongodb.data_dir})
     if settings.mongodb.uri_file is not None:
         uri_file = directory / settings.mongodb.uri_file
-        try:
-            uri = SecretStr(uri_file.read_text(encoding="utf-8").strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"mongodb.uri_file: {uri_file} cannot be read: {error}") from error
+        uri = SecretStr(_read_text(uri_file, "mongodb.uri_file: ").strip())
         mongodb = mongodb.model_copy(update={"uri": uri})
     results = settings.results
     if isinstance(results.store, Path):
         results = results.model_copy(update={"store": directory / results.store})
+    worker = settings.event_worker
+    if worker.scratch_dir is not None:
+        worker = worker.model_copy(update={"scratch_dir": directory / worker.scratch_dir})
     auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
     webhooks = _signing(settings.webhooks, directory)
     sections = {
         name: _placed_paths(section, processors()[name].Settings.model_validate(section), directory)
         for name, section in settings.processors.items()
     }
-    placed = {"mongodb": mongodb, "results": results, "auth": auth, "webhooks": webhooks, "processors": sections}
+    placed = {
+        "mongodb": mongodb,
+        "event_worker": worker,
+        "results": results,
+        "auth": auth,
+        "webhooks": webhooks,
+        "processors": sections,
+    }
     return settings.model_copy(update=placed)
 
 
@@ -379,11 +396,9 @@ def _signing(webhooks: WebhookSettings, directory: Path) -> WebhookSettings:
     if webhooks.secret_file is None:
         return webhooks
     file = directory / webhooks.secret_file
+    lines = [line.strip() for line in _read_text(file, "webhooks.secret_file: ").splitlines()]
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         secrets = _signing_secrets([SecretStr(line) for line in lines if line])
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"webhooks.secret_file: {file} cannot be read: {error}") from error
     except ValueError as error:
         raise ConfigurationError(f"webhooks.secret_file: {file}: {error}") from error
     if not 1 <= len(secrets) <= 2:
@@ -399,10 +414,9 @@ def _placed_jwt(jwt: JwtSettings, directory: Path) -> JwtSettings:
         placed["public_key_file"] = directory / jwt.public_key_file
     if jwt.secret_file is not None:
         file = directory / jwt.secret_file
+        text = _read_text(file, "auth.jwt.secret_file: ").strip()
         try:
-            placed["secret"] = long_enough(SecretStr(file.read_text(encoding="utf-8").strip()))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"auth.jwt.secret_file: {file} cannot be read: {error}") from error
+            placed["secret"] = long_enough(SecretStr(text))
         except ValueError as error:
             raise ConfigurationError(f"auth.jwt.secret_file: {file}: {error}") from error
     return jwt.model_copy(update=placed)

@@ -9,8 +9,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Final, Literal
 
 import structlog
 
+from cli.loop_watch import loop_watched
 from cli.settings import LoggingSettings, MetricsSettings, Settings
 from cli.tasks import background, watcher
 from ledger.changes import Changes
 from ledger.embedded import EmbeddedServer, running_server
-from ledger.errors import ConfigurationError, LedgerUnavailable
+from ledger.errors import LedgerUnavailable, ResourceUnavailable, os_failure
 from ledger.files import DirectoryStore, FileStore
 from ledger.gridfs import GridFSStore
 from ledger.log import EventLog
@@ -30,6 +32,7 @@ from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers import execution
+from workers.scratch import Scratch
 from workers.webhooks import deliverer
 from workers.webhooks.deliverer import Deliverer
 from workers.webhooks.waiting import Limits
@@ -40,6 +43,9 @@ Role = Literal["api", "projector", "worker", "webhooks"]
 ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker", "webhooks"})
 _READS_THE_LOG: Final[frozenset[Role]] = frozenset({"api", "projector"})
 _MOST_FILES: Final = 65_536
+STOP_MARGIN_SECONDS: Final = 6.0
+"""How much longer than the grace of running jobs a stop may take: last words to the database, and open requests."""
+_CLOSE_SECONDS: Final = 1.0
 
 
 def set_up_logging(settings: LoggingSettings) -> None:
@@ -123,23 +129,37 @@ async def database(connection: Connection) -> AsyncIterator[Database]:
             _log.warning(f"the oplog reaches back {window.hours:.1f} hours only", advice=OPLOG_ADVICE)
         yield db
     finally:
-        await client.close()
+        await _at_most(client.close())
 
 
-async def file_store(settings: Settings, db: Database) -> FileStore:
-    """Return the store for result files, ready for use.
+async def file_store(settings: Settings, db: Database, *, starting: bool = False) -> FileStore:
+    """Return the store for result files, ready for use; while `starting`, also one that cannot be written to now.
+
+    A role starts all the same: reading does not need it, and a worker claims nothing until it can write.
 
     Raises:
+        ResourceUnavailable: the directory's disk is full, read-only or away, and we are not `starting`.
         ConfigurationError: the directory cannot be written to.
         LedgerUnavailable: the database failed.
     """
     if isinstance(settings.results.store, Path):
         directory = DirectoryStore(settings.results.store)
-        directory.prepare()
+        try:
+            directory.prepare()
+        except ResourceUnavailable as error:
+            if not starting:
+                raise
+            _log.warning("result files cannot be stored now: workers wait, everything else runs", problem=str(error))
         return directory
     grid = GridFSStore(db)
     await grid.prepare()
     return grid
+
+
+async def _at_most(closing: Coroutine[None, None, None]) -> None:
+    """Close something; give up after a second, because a database that does not answer would hold it up."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(closing, _CLOSE_SECONDS)
 
 
 @asynccontextmanager
@@ -158,15 +178,16 @@ async def roles(
     if "api" in wanted:
         allow_many_connections()
     async with AsyncExitStack() as stack:
+        stack.enter_context(loop_watched(settings.event_worker.lease_seconds))
         listening = stack.enter_context(listen(settings.api.host, settings.api.port)) if "api" in wanted else None
         db = await stack.enter_async_context(database(connection))
-        store = await file_store(settings, db)
+        store = await file_store(settings, db, starting=True)
         log = EventLog(db)
         checkpoint = Checkpoint(db)
         changes = Changes(db, event_types=None if wanted & _READS_THE_LOG else HEARD_EVENTS)
         changes.listen(checkpoint)
         await log.prepare()
-        stack.push_async_callback(log.aclose)
+        stack.push_async_callback(lambda: _at_most(log.aclose()))
         projector = Projector(db, log, connection, checkpoint, holder=f"{socket.gethostname()}-{os.getpid()}")
         await projector.prepare()
         if wanted & _READS_THE_LOG:
@@ -196,7 +217,11 @@ async def roles(
         if listening is not None and serves is not None:
             await stack.enter_async_context(background(serves.visibility.run(), failed))
             url = await stack.enter_async_context(serving(listening, settings.api, serves, failed))
-        yield Running(db, log, url)
+        try:
+            yield Running(db, log, url)
+        finally:
+            if worker is not None:  # first, so that its grace time runs while the other roles stop
+                worker.stop()
 
 
 @contextmanager
@@ -204,7 +229,8 @@ def metrics_shown(settings: MetricsSettings, log: EventLog, changes: Changes) ->
     """Show the numbers of this process to Prometheus inside the block; yields the port.
 
     Raises:
-        ConfigurationError: the port is taken.
+        ResourceUnavailable: the port is taken.
+        ConfigurationError: it cannot be opened.
     """
     from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
@@ -216,9 +242,10 @@ def metrics_shown(settings: MetricsSettings, log: EventLog, changes: Changes) ->
     try:
         server, thread = start_http_server(settings.port or 0, settings.host, registry)
     except OSError as error:
-        raise ConfigurationError(
+        raise os_failure(
+            error,
             f"metrics.port: cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another "
-            "number, or null for none."
+            "number, or null for none.",
         ) from error
     try:
         yield server.server_port
@@ -255,6 +282,7 @@ def _worker(
         slots_of_type=chosen.max_concurrent_per_type,
         lease_seconds=chosen.lease_seconds,
         shutdown_grace_seconds=chosen.shutdown_grace_seconds,
+        scratch=Scratch(chosen.scratch_dir, min_free_mb=chosen.scratch_min_free_mb),
     )
 
 
@@ -305,11 +333,23 @@ async def _working(worker: Worker, failed: Callable[[BaseException], None]) -> A
         await asyncio.gather(task, return_exceptions=True)
 
 
-class Stop:
-    """Set by Ctrl-C, SIGTERM, or a role that failed. A second Ctrl-C ends the process at once."""
+def stop_limit(settings: Settings, wanted: frozenset[Role]) -> float:
+    """Return within how many seconds of a signal the process ends, whatever the database does."""
+    grace = settings.event_worker.shutdown_grace_seconds if "worker" in wanted else 0.0
+    return grace + STOP_MARGIN_SECONDS
 
-    def __init__(self) -> None:
+
+class Stop:
+    """Set by Ctrl-C, SIGTERM, or a role that failed. A second Ctrl-C ends the process at once.
+
+    A process that has not ended `limit_seconds` later is ended: a call waits for a database that does not answer. The
+    data is safe whenever a process dies, and leases that were not given back expire.
+    """
+
+    def __init__(self, limit_seconds: float) -> None:
         self._event = asyncio.Event()
+        self._limit = threading.Timer(limit_seconds, self._end, [limit_seconds])
+        self._limit.daemon = True
         self.error: BaseException | None = None
 
     def listen(self) -> None:
@@ -318,17 +358,38 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signalled)
 
+    @property
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def disarm(self) -> None:
+        """Let the process take as long as it needs to end."""
+        self._limit.cancel()
+
     def _signalled(self) -> None:
         if self._event.is_set():
             os._exit(130)  # the data is safe whenever we die; only politeness is lost
-        self._event.set()
+        self._set()
 
     def fail(self, error: BaseException) -> None:
         """Stop because something is broken."""
         if not self._event.is_set():
             _log.error("a role ended unexpectedly, stopping", exc_info=error)
             self.error = error
+        self._set()
+
+    def _set(self) -> None:
+        if not self._event.is_set():
+            self._limit.start()
         self._event.set()
+
+    def _end(self, seconds: float) -> None:
+        _log.warning(
+            "not everything could be ended in time, ending now: does the database answer? "
+            "What was not given back is free when its lease expires",
+            seconds=seconds,
+        )
+        os._exit(0 if self.error is None else 1)
 
     async def wait(self) -> None:
         await self._event.wait()

@@ -32,7 +32,7 @@ import structlog
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-from ledger.errors import DatabaseUnsuitable
+from ledger.errors import DatabaseUnsuitable, ResourceUnavailable, ServerInUse, os_failure
 from ledger.server_note import (
     OwnerLock,
     ServerNote,
@@ -113,7 +113,7 @@ class EmbeddedServer:
 
         Call it in the main thread: the kernel ties "mongod ends when its parent does" to the thread that started it.
         Port 0 chooses a free port once and keeps to it. `oplog_mb` counts only when the data is created.
-        Raises DatabaseUnsuitable, with a message that says what to do.
+        Raises DatabaseUnsuitable or ResourceUnavailable, with a message that says what to do.
         """
         try:
             server = cls(data_dir.absolute(), port, oplog_mb)
@@ -123,10 +123,13 @@ class EmbeddedServer:
                 server._lock.release()
                 raise
         except OSError as error:
-            raise DatabaseUnsuitable(
+            message = (
                 f"The data directory {data_dir} cannot be written ({error}). "
                 "Change its permissions, or set mongodb.data_dir to another directory."
-            ) from error
+            )
+            if isinstance(failure := os_failure(error, message), ResourceUnavailable):
+                raise failure from error
+            raise DatabaseUnsuitable(message) from error
         return server
 
     def __enter__(self) -> Self:
@@ -181,7 +184,7 @@ class EmbeddedServer:
         chosen = number_in(self.data_dir / "port") or _free_port()
         ports = [self.port] if self.port else [chosen, *(_free_port() for _ in range(4))]
         if not any(until(partial(_is_free, port), 1.0) and self._run(port) for port in ports):
-            raise DatabaseUnsuitable(
+            raise ServerInUse(
                 f"Port {ports[0]} on 127.0.0.1 is taken by another program. Stop that one, "
                 "or set mongodb.embedded_port to another port (0 chooses a free one)."
             )
@@ -193,7 +196,7 @@ class EmbeddedServer:
             return
         with path.open("rb") as file:
             if not until(lambda: try_lock(file.fileno(), fcntl.LOCK_EX), STOP_SECONDS):
-                raise DatabaseUnsuitable(
+                raise ServerInUse(
                     f"The data files in {self._dbpath} are in use by another mongod (process {number_in(path)}). "
                     "Stop it, or set mongodb.data_dir to another directory."
                 )

@@ -2,9 +2,11 @@
 
 JobledgerError
 ├── ConfigurationError          settings or surroundings are wrong; the message says what would be right
-│   ├── DatabaseUnsuitable      the MongoDB server cannot carry a ledger (standalone, too old, missing, locked …)
+│   ├── DatabaseUnsuitable      the MongoDB server cannot carry a ledger (standalone, too old, missing …)
+│   │   └── ServerInUse         … because another process uses its data or port (also a ResourceUnavailable)
 │   └── UnreadableEvent         an event that is damaged
 │       └── NewerEvent          an event of a later version of this program
+├── ResourceUnavailable         a port, disk or lock of this machine is not usable now; may pass
 ├── LedgerUnavailable           the database cannot be reached or did not answer in time; may pass
 ├── LedgerBusy                  too much is waiting to be written; may pass
 ├── VersionConflict             somebody else appended to the stream first; decide again
@@ -18,6 +20,9 @@ JobledgerError
 
 from __future__ import annotations
 
+import errno
+from typing import Final
+
 
 class JobledgerError(Exception):
     """The root: whoever catches it may show `str(error)` to a person."""
@@ -29,6 +34,30 @@ class ConfigurationError(JobledgerError):
 
 class DatabaseUnsuitable(ConfigurationError):
     """A MongoDB server was looked for or found, but cannot be used; the message says what to do."""
+
+
+class ResourceUnavailable(JobledgerError):
+    """A port, disk or lock of this machine cannot be used now. Trying again later may help."""
+
+
+class ServerInUse(DatabaseUnsuitable, ResourceUnavailable):
+    """Another process uses the data directory or port of the embedded server. It may be about to end."""
+
+
+_TRANSIENT: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY}
+    | {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN}
+    | {errno.EADDRINUSE, errno.EADDRNOTAVAIL}
+)
+
+
+def os_failure(error: OSError, message: str) -> ResourceUnavailable | ConfigurationError:
+    """Return the error for a failed system call, by whether it may pass without a change of settings.
+
+    A full, read-only or broken disk, a lost mount, a taken port or an exhausted limit may pass. A missing file, missing
+    rights or a wrong kind of file may not.
+    """
+    return ResourceUnavailable(message) if error.errno in _TRANSIENT else ConfigurationError(message)
 
 
 class UnreadableEvent(ConfigurationError):

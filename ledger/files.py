@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ledger.errors import ConfigurationError, FileLost
+from ledger.errors import FileLost, os_failure
 
 PIECE_BYTES = 256 * 1024
 """How much of a file is in memory at a time while it is read."""
@@ -103,13 +103,14 @@ class DirectoryStore:
 
         Raises:
             ConfigurationError: it cannot be created or written to.
+            ResourceUnavailable: not now: its disk is full, read-only or away.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise ConfigurationError(f"results.store: cannot write to {self.root}: {error.strerror}") from error
+            raise os_failure(error, f"results.store: cannot write to {self.root}: {error.strerror}") from error
 
     def check(self) -> None:
         """Write and remove a file.

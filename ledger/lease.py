@@ -3,7 +3,8 @@
 A lease that has run out by the server's clock may be taken: by its next holder, or, if it is one that nobody else can
 hold, by who declares it over. Both raise its epoch, and its holder can extend it no more. Until that happens it can: so
 an outage of the database, in which nobody can extend anything, costs nobody a lease. Leases are extended from a thread
-of their own, with a client of its own, so a busy event loop cannot starve them.
+of their own, with a client of its own, so a busy event loop cannot starve them. But a loop that makes no progress for
+the time of a lease does not deserve one: it is no longer extended, and others take over what the process holds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pymongo import ReturnDocument, timeout
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
+from ledger.loop_progress import LoopProgress
 from ledger.mongo import Connection, Document, brief, driver_errors
 
 _log = structlog.get_logger()
@@ -35,6 +37,11 @@ RUN_OUT: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
 OVER: Document = {"$inc": {"epoch": 1}}
 """Declares a lease over, if it is still `RUN_OUT`: its holder's next extension finds another epoch, and no lease."""
 _AGAIN_SECONDS = 0.5
+_RELEASE_SECONDS = 1.0
+"""How long releasing may take. A lease that the database was not told of in this time expires."""
+_LOOKS = 3
+"""A lease is extended, and its holder's loop looked at, three times in its time. See `ledger.loop_progress`."""
+_TICKS = 12
 GAP = 0.6
 """Who has not extended a lease for that share of its time has missed a beat. A lease runs out after an outage of at
 least two thirds of its time, since it is extended at each third: so whoever else beats has missed one then, too."""
@@ -54,6 +61,7 @@ class Lease:
         self._seconds = seconds
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._progress: LoopProgress | None = None
         self._lost: asyncio.Event = asyncio.Event()
         self.epoch = 0
 
@@ -66,21 +74,29 @@ class Lease:
         self._lost = lost = asyncio.Event()
         self._stop = stop = threading.Event()
         loop = asyncio.get_running_loop()
+        progress = LoopProgress(min(self._seconds / _TICKS, 0.25))
         acquired: asyncio.Future[int | None] = loop.create_future()
         # The thread keeps its own events: after a cancelled `acquire` the next one makes new ones while it still runs.
         thread = threading.Thread(
-            target=self._keep, args=(loop, acquired, dict(facts), stop, lost), name=f"lease-{self._id}", daemon=True
+            target=self._keep,
+            args=(loop, acquired, dict(facts), stop, lost, progress),
+            name=f"lease-{self._id}",
+            daemon=True,
         )
         thread.start()
+        epoch = None
         try:
             with driver_errors("taking a lease"):
                 epoch = await acquired
         except asyncio.CancelledError:
             stop.set()  # else the thread would go on holding what nobody uses
             raise
+        finally:
+            if epoch is None:
+                progress.stop()
         if epoch is None:
             return False
-        self._thread, self.epoch = thread, epoch
+        self._thread, self._progress, self.epoch = thread, progress, epoch
         return True
 
     async def lost(self) -> None:
@@ -96,7 +112,9 @@ class Lease:
         if self._thread is None:
             return
         self._stop.set()
-        await asyncio.to_thread(self._thread.join)
+        if self._progress is not None:
+            self._progress.stop()
+        await asyncio.to_thread(self._thread.join, _RELEASE_SECONDS)
         self._thread = None
 
     def _keep(
@@ -106,6 +124,7 @@ class Lease:
         facts: Document,
         stop: threading.Event,
         lost: asyncio.Event,
+        progress: LoopProgress,
     ) -> None:
         try:
             with self._connection.blocking_client() as client:
@@ -113,7 +132,7 @@ class Lease:
                 begun = time.monotonic()
                 epoch = self._take(leases, facts)
                 _tell(loop, _resolve, acquired, epoch)
-                if epoch is None or self._beat(leases, epoch, begun + self._seconds, stop):
+                if epoch is None or self._beat(leases, epoch, begun + self._seconds, stop, progress):
                     return
         except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it, or would wait for ever
             _tell(loop, _resolve, acquired, error)
@@ -139,7 +158,14 @@ class Lease:
             )
         return int(document["epoch"]) if document and document["token"] == token else None
 
-    def _beat(self, leases: Collection[Document], epoch: int, good_until: float, stop: threading.Event) -> bool:
+    def _beat(
+        self,
+        leases: Collection[Document],
+        epoch: int,
+        good_until: float,
+        stop: threading.Event,
+        progress: LoopProgress,
+    ) -> bool:
         """Extend the lease until told to stop, and give it back then. False if it was lost before.
 
         No call lasts longer than the lease: over a silent network it would not return for minutes.
@@ -149,6 +175,10 @@ class Lease:
         extend = {"since": {"$cond": [steady, "$since", "$$NOW"]}, "lease_until": _until(self._seconds)}
         pause, away = self._seconds / 3, False
         while not stop.wait(pause):
+            if (missed := progress.look()) >= _LOOKS:
+                if missed == _LOOKS:
+                    _log.error("the event loop is blocked: lease no longer extended", lease=self._id)
+                continue
             begun = time.monotonic()
             try:
                 with timeout(max(good_until - begun, self._seconds / 3)):

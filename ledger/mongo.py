@@ -110,6 +110,8 @@ def brief(error: PyMongoError) -> str:
 UNAUTHORIZED = 13  # the server's error codes
 SNAPSHOT_TOO_OLD = 239
 INDEX_CONFLICTS = frozenset({85, 86})  # IndexOptionsConflict, IndexKeySpecsConflict
+_PASSING = frozenset({6, 7, 64, 89, 91, 112, 133, 189, 202, 246, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031})
+"""Codes for a network failure, a shutdown, an election, an exceeded time limit, or a full disk."""
 _FOR_GOOD = frozenset({UNAUTHORIZED, 18, 121})  # also AuthenticationFailed, DocumentValidationFailure
 
 
@@ -148,6 +150,8 @@ async def check_server(db: Database, *, writing: bool = True) -> None:
             f"No majority of MongoDB's members confirms a write: {brief(error)}. Are enough of them running?"
         ) from error
     except OperationFailure as error:
+        if error.code in _PASSING:
+            raise LedgerUnavailable(f"MongoDB cannot be used now: {brief(error)}") from error
         raise DatabaseUnsuitable(f"MongoDB refuses what the ledger needs: {brief(error)}") from error
     except PyMongoError as error:
         raise LedgerUnavailable(f"The database failed while it was being checked: {brief(error)}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ledger.errors import DatabaseUnsuitable
+from ledger.errors import ServerInUse
 
 # Somebody who asks `is_owned` holds a shared lock for a moment; an owner-to-be waits this long before giving up.
 GRACE_SECONDS = 0.5
@@ -34,12 +34,12 @@ class OwnerLock:
     """
 
     def __init__(self, data_dir: Path) -> None:
-        """Take the lock, or raise DatabaseUnsuitable naming the process that has it; OSError if it cannot be opened."""
+        """Take the lock, or raise ServerInUse naming the process that has it; OSError if it cannot be opened."""
         path = data_dir / "lock"
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if not until(lambda: try_lock(self._fd, fcntl.LOCK_EX), GRACE_SECONDS):
             os.close(self._fd)
-            raise DatabaseUnsuitable(
+            raise ServerInUse(
                 f"{data_dir} is used by another jobledger (process {path.read_text().strip() or 'unknown'}). "
                 "Stop that one first, or set mongodb.data_dir to another directory."
             )

@@ -33,7 +33,7 @@ class Scratch:
     """Scratch space of this process. All methods except `for_attempt` block: call them from a thread."""
 
     def __init__(self, root: Path | None = None, *, min_free_mb: float = 0) -> None:
-        """`root` is an existing directory; None: the system's temporary directory. `min_free_mb` in MiB."""
+        """`root` is created if its parent exists; None: the system's temporary directory. `min_free_mb` in MiB."""
         self.root = root
         self._min_free_bytes = int(min_free_mb * 2**20)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -72,6 +72,8 @@ class Scratch:
             ) from error
 
     def _create(self) -> None:
+        if self.root is not None:
+            self.root.mkdir(mode=0o700, exist_ok=True)
         base = _base(self.root or Path(tempfile.gettempdir()))
         # Creating and locking are two system calls. Under the lock of `base` no cleaner sees what is between them.
         with _locked(base):

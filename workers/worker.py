@@ -10,11 +10,11 @@ import os
 import secrets
 import socket
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -40,9 +40,12 @@ from workers.scratch import Scratch
 from workers.shared_steps import SharedSteps
 
 _log = structlog.get_logger()
+_T = TypeVar("_T")
 HEARD_EVENTS: Final = claims.HEARD | {"JobCancelRequested"}
 """The types of events that a worker has a use for."""
 _CANCELS_KEPT: Final = 1000
+_STOP_SECONDS: Final = 2.0
+"""How long each last word at shutdown may take. What the database does not take by then is settled by the lease."""
 
 
 class Worker:
@@ -143,10 +146,11 @@ class Worker:
             **self.health.facts(),
         }
         try:
-            await lease.acquire(facts)
+            if not await self._unless_stopped(lease.acquire(facts)):
+                return
         except LedgerUnavailable as error:
             _log.warning("no lease yet", error=str(error))
-            await asyncio.sleep(1)
+            await self._unless_stopped(asyncio.sleep(1))
             return
         if self.health.problem is not None:  # perhaps reported after the facts were gathered
             self._health_changed()
@@ -154,8 +158,11 @@ class Worker:
         self._wake.set()
         claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
         lost = asyncio.create_task(lease.lost())
+        stopping: asyncio.Task[Any] = asyncio.create_task(self._stopping.wait())
         try:
-            await asyncio.wait({claiming, lost, watching}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({claiming, lost, watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():  # claims on their way are ended first: a cancelled one may land, and nobody run the job
+                await asyncio.wait({claiming, lost}, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in (claiming, watching):
                 if task.done():
                     task.result()
@@ -169,15 +176,34 @@ class Worker:
                 )
         finally:
             on_their_way = [task for _, task in self._claiming.values()]
-            for task in (claiming, lost, *on_their_way):
+            for task in (claiming, lost, stopping, *on_their_way):
                 task.cancel()
             await asyncio.gather(claiming, *on_their_way, return_exceptions=True)
-            for execution, _ in list(self._running.values()):
-                execution.abandon()
-            await asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
+            await self._abandon_all()
             await lease.release()
             self._watch.watcher = ""
             self.worker_id = _new_worker_id()
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, _T]) -> _T | None:
+        """Return the result of `work`; None, and cancel it, if the worker is stopped meanwhile."""
+        task = asyncio.ensure_future(work)
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for it in (task, stopping):
+                it.cancel()
+
+    async def _abandon_all(self) -> None:
+        """End what still runs without a word. Its last calls to a database that does not answer are cancelled."""
+        for execution, _ in list(self._running.values()):
+            execution.abandon()
+        if running := [task for _, task in self._running.values()]:
+            _, pending = await asyncio.wait(running, timeout=_STOP_SECONDS)
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
 
     async def _finish_within_grace(self, lost: asyncio.Task[None]) -> None:
         """Wait for running jobs, then give them back; or return because the lease was lost meanwhile."""
@@ -191,7 +217,7 @@ class Worker:
             for execution, _ in list(self._running.values()):
                 execution.release()
             # Where the database does not answer they are not given back, but taken, when our lease has run out.
-            await asyncio.wait(either, timeout=self._lease_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
@@ -261,8 +287,8 @@ class Worker:
                 _log.warning("claiming interrupted", error=str(error))
                 await asyncio.sleep(1)
                 self._wake.set()
-        if self._claiming:  # with the database away they might never come to an end, and we have to
-            await asyncio.wait([task for _, task in self._claiming.values()], timeout=self._lease_seconds)
+        if self._claiming:
+            await asyncio.wait([task for _, task in self._claiming.values()])
 
     async def _claim_what_there_is(self) -> None:
         while not self._stopping.is_set() and self.health.may_claim() and (found := await self._claims.take()):

@@ -20,7 +20,7 @@ import pytest
 
 from cli import main
 from cli.wiring import ALL_ROLES, roles
-from ledger.errors import ConfigurationError
+from ledger.errors import ResourceUnavailable
 from ledger.mongo import Connection
 from ledger.server_note import until
 from tests.api.conftest import settings_for
@@ -309,7 +309,9 @@ def test_an_open_stream_and_a_running_job_do_not_hold_up_the_end(nothing: Instal
 def test_a_second_up_on_the_same_directory_is_refused_and_the_first_goes_on(installation: Installation) -> None:
     second = installation.run("up")
 
-    one_line(second, 2, "is used by another jobledger", str(installation.roles[0].process.pid))
+    assert second.exit_code == 4
+    assert second.err.splitlines()[-1].startswith("jobledger: ")
+    assert f"is used by another jobledger (process {installation.roles[0].process.pid})" in second.err
     with client_of(installation.roles[0]) as client:
         assert client.get("/readyz").status_code == 200
 
@@ -318,7 +320,9 @@ def test_a_taken_port_is_one_line(nothing: Installation) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused = nothing.run("up", JOBLEDGER_API__PORT=str(port))
-    one_line(refused, 2, f"cannot listen on 127.0.0.1:{port}", "JOBLEDGER_API__PORT")
+    assert refused.exit_code == 4
+    assert f"cannot listen on 127.0.0.1:{port}" in refused.err
+    assert "JOBLEDGER_API__PORT" in refused.err
 
 
 async def test_a_taken_port_is_noticed_before_anything_is_done(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
@@ -326,7 +330,7 @@ async def test_a_taken_port_is_noticed_before_anything_is_done(mongodb_uri: str,
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = settings_for(mongodb_uri, db_name, tmp_path, api={"port": taken.getsockname()[1]})
         connection = Connection(mongodb_uri, db_name)
-        with pytest.raises(ConfigurationError, match="cannot listen"):
+        with pytest.raises(ResourceUnavailable, match="cannot listen"):
             async with roles(settings, connection, ALL_ROLES, failed=lambda _: None):
                 pass
     async with connection.client() as client:

@@ -102,14 +102,14 @@ async def test_worker_without_scratch_leaves_jobs_alone_until_it_is_there(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.1)
-    place = tmp_path / "scratch"
+    place = tmp_path / "mount" / "scratch"
     async with process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
         await until(lambda: here.worker is not None and not here.worker.health.may_claim(), "noticed")
         job_id = await here.submit()
         await asyncio.sleep(0.5)
         assert await here.history(job_id) == ["JobSubmitted"]
         assert await here.db.workers.find_one({"problem": {"$regex": "scratch_dir"}})
-        place.mkdir()
+        place.parent.mkdir()
         assert (await here.ended(job_id))["status"] == "completed"
         assert await here.history(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
     assert list(place.rglob("*/*")) == []

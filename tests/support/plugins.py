@@ -1,0 +1,40 @@
+"""tests: processors as other people install them: a module and its entry point, found by way of PYTHONPATH."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent
+
+HEAD = """
+from pydantic import BaseModel
+from workers.processor import Results
+
+class Anything(BaseModel):
+    model_config = {"extra": "allow"}
+
+class Good:
+    job_type = "JOB_TYPE"
+    isolation = "inline"
+    preload = ()
+    Parameters = Anything
+    Settings = Anything
+
+    def __init__(self, settings):
+        pass
+
+    async def run(self, job):
+        return Results()
+"""
+"""A whole processor `Good`, to be changed by what follows it in a module."""
+
+
+def add_plugin(directory: Path, job_type: str, code: str = "", *, attribute: str = "Good", head: str = HEAD) -> None:
+    """Install a processor into `directory`, which is to be in PYTHONPATH."""
+    module = f"plugin_{job_type.replace('-', '_')}"
+    directory.mkdir(exist_ok=True)
+    (directory / f"{module}.py").write_text(head.replace("JOB_TYPE", job_type) + dedent(code), encoding="utf-8")
+    info = directory / f"{module}-1.0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n", encoding="utf-8")
+    entry = f"[jobledger.processors]\n{job_type} = {module}:{attribute}\n"
+    (info / "entry_points.txt").write_text(entry, encoding="utf-8")
