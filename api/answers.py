@@ -421,6 +421,8 @@ class WorkerNow(BaseModel):
     slots: int
     busy: int
     lease_until: datetime = Field(description="By the database server's clock; extended while it lives.")
+    problem: str | None = Field(description="Why it claims no jobs: its machine has trouble. null: it is healthy.")
+    unhealthy_since: datetime | None
 
 
 class LogNow(BaseModel):

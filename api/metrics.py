@@ -105,8 +105,14 @@ async def _of_the_ledger(known: Services) -> list[Metric]:
     attempts = CounterMetricFamily("jobledger_attempts", "Attempts that have ended, by how.", labels=["outcome"])
     for outcome, name in _OUTCOMES.items():
         attempts.add_metric([outcome], events.get(name, 0))
+    healthy = GaugeMetricFamily(
+        "jobledger_worker_healthy", "1 if a living worker claims jobs, 0 if its machine has trouble.", labels=["worker"]
+    )
+    for worker in workers:
+        healthy.add_metric([worker["worker_id"]], 0 if worker["problem"] else 1)
     return [
         attempts,
+        healthy,
         jobs,
         webhooks,
         happened,

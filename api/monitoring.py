@@ -44,7 +44,7 @@ async def workers_alive(db: Database, views: Views) -> list[Document]:
     """Return the workers that hold a lease, how many jobs each may run, and how many it does."""
     with driver_errors("reading the workers"):
         alive = {"released": False, "$nor": [RUN_OUT]}
-        fields = {"host": 1, "slots": 1, "lease_until": 1}
+        fields = {"host": 1, "slots": 1, "lease_until": 1, "problem": 1, "unhealthy_since": 1}
         found = await db.workers.find(alive, fields, sort=[("_id", 1)]).to_list()
     busy = await jobs.running_by_worker(views) if found else {}
     return [
@@ -54,6 +54,8 @@ async def workers_alive(db: Database, views: Views) -> list[Document]:
             "slots": it["slots"],
             "busy": busy.get(it["_id"], 0),
             "lease_until": it["lease_until"],
+            "problem": it.get("problem"),
+            "unhealthy_since": it.get("unhealthy_since"),
         }
         for it in found
     ]

@@ -43,7 +43,8 @@ class Webhooks:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The rooms below, as the API sees them. `job_types` maps a job type to the model of its parameters."""
+    """The rooms below, as the API sees them. `job_types` maps a job type to the model of its parameters,
+    `unusable_types` one whose processor is installed but cannot be used to the reason."""
 
     db: Database
     log: EventLog
@@ -53,6 +54,7 @@ class Services:
     job_types: Mapping[str, type[BaseModel]]
     parameters: ParametersValidator
     memory: MemoryBudget
+    unusable_types: Mapping[str, str]
     largest_body_bytes: int
     allowed_hosts: tuple[str, ...]
     sign_in: SignIn

@@ -43,8 +43,12 @@ def submission(
     The parameters are not looked at: see `check_parameters`.
 
     Raises:
-        ApiError: 422, when the job type is unknown.
+        ApiError: 422, when the job type is unknown; 503, when its processor is installed but cannot be used.
     """
+    if (why := known.unusable_types.get(body.job_type)) is not None:
+        place = path((*within, "job_type"))
+        message = f"{place}: job type {body.job_type!r} cannot be used on this server now: {why}"
+        raise ApiError(503, "job_type_unusable", message)
     if body.job_type not in known.job_types:
         names = ", ".join(sorted(known.job_types))
         problem = {

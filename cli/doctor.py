@@ -23,7 +23,9 @@ from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, tr
 from projections import failures
 from projections.health import why_stalled
 from projections.views import Views
-from workers.registry import processors
+from workers.health import MachineTrouble
+from workers.registry import ProcessorUnusable, check_preload, processors, unusable_types, withdraw
+from workers.scratch import Scratch
 
 _CLOCKS_APART_SECONDS = 2.0
 _STALLED_AFTER_SECONDS = 12.0
@@ -58,14 +60,32 @@ def look_at_machine(settings: Settings) -> Iterator[Finding]:
         yield _finding("Result files", lambda: _prepared(store))
     for module, purpose in _CODECS.items():
         yield _finding(f"Library for {purpose}", partial(_version, module))
+    for job_type in list(processors()):
+        try:
+            check_preload(job_type)
+        except ProcessorUnusable as error:
+            withdraw(job_type, str(error))
     yield _finding("Job types", lambda: ", ".join(sorted(processors())))
+    for job_type, why in unusable_types().items():
+        yield Finding(f"Job type {job_type}", good=False, found="not usable", advice=why)
+    yield _finding("Scratch space", lambda: _scratch(settings))
 
 
 def _finding(what: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(what, good=True, found=look())
-    except (JobledgerError, ImportError, OSError) as error:
+    except (JobledgerError, MachineTrouble, ImportError, OSError) as error:
         return Finding(what, good=False, found="not usable", advice=str(error))
+
+
+def _scratch(settings: Settings) -> str:
+    worker = settings.event_worker
+    scratch = Scratch(worker.scratch_dir, min_free_mb=worker.scratch_min_free_mb)
+    try:
+        scratch.check()
+        return str(scratch.directory.parent if scratch.directory is not None else "")
+    finally:
+        scratch.close()
 
 
 def _prepared(directory: Path) -> str:
@@ -82,7 +102,7 @@ async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Findin
     """Yield what the database at `uri` shows."""
     try:
         async with database(settings.mongodb.connection(uri)) as db:
-            for look in (_server, _clock, _oplog, _transactions, _rights, _log_state, _projection_failures):
+            for look in (_server, _clock, _oplog, _transactions, _rights, _log_state, _projection_failures, _workers):
                 with driver_errors("being looked at"):
                     finding = await look(db)
                 yield finding
@@ -203,3 +223,13 @@ async def _projection_failures(db: Database) -> Finding:
     more = " and more" if len(rows) > _FAILURES_SHOWN else ""
     advice = "The log has everything. Upgrade or mend the program, then rebuild the views: `jobledger replay`."
     return Finding("Views", good=False, found=f"do not show what the log says of {named}{more}", advice=advice)
+
+
+async def _workers(db: Database) -> Finding:
+    """Whether living workers claim jobs, or have trouble with their machines."""
+    alive = await db.workers.find({"$expr": {"$gt": ["$lease_until", "$$NOW"]}}).to_list()
+    sick = [it for it in alive if it.get("problem")]
+    since = "; ".join(
+        f"{it['_id']} since {it['unhealthy_since']:%Y-%m-%d %H:%M:%S} UTC: {it['problem']}" for it in sick
+    )
+    return Finding("Workers", not sick, f"{len(alive)} alive, {len(sick)} of them claim no jobs", since)

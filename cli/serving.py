@@ -40,7 +40,7 @@ from ledger.log import EventLog
 from ledger.mongo import Database
 from projections.checkpoint import Checkpoint
 from projections.health import StallWatch
-from workers.registry import processors
+from workers.registry import processors, unusable_types
 
 _MOST_FILES: Final = 65_536
 
@@ -102,6 +102,7 @@ def services_for(
         job_types={name: processor.Parameters for name, processor in processors().items()},
         parameters=ParametersValidator(),
         memory=MemoryBudget(settings.api.request_memory_mb * 1024 * 1024),
+        unusable_types=unusable_types(),
         largest_body_bytes=settings.api.max_body_bytes,
         allowed_hosts=tuple(dict.fromkeys(name for name in hosts if name)),
         sign_in=sign_in,

@@ -27,7 +27,7 @@ from cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, l
 from ledger.errors import ConfigurationError, os_failure
 from ledger.mongo import Connection
 from ledger.signing import key_of
-from workers.registry import processors
+from workers.registry import is_built_in, processors, unusable_types, withdraw
 
 EMBEDDED = "embedded"
 _PREFIX = "JOBLEDGER_"
@@ -55,7 +55,7 @@ class MongodbSettings(Section):
 
 def _known_types(limits: dict[str, int]) -> dict[str, int]:
     for name in limits:
-        if name not in processors():
+        if name not in processors() and name not in unusable_types():
             raise ValueError(f"there is no job type {name!r}; installed are: {', '.join(sorted(processors()))}")
     return limits
 
@@ -140,6 +140,8 @@ class MetricsSettings(Section):
 
 def _known_processors(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name, section in sections.items():
+        if name in unusable_types() or (name in processors() and not is_built_in(name)):
+            continue  # a wrong section of a plug-in must cost its job type only: see `_check_plugins`
         if name not in processors():
             raise ValueError(f"there is no processor {name!r}; installed are: {', '.join(sorted(processors()))}")
         try:
@@ -147,6 +149,21 @@ def _known_processors(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str
         except ValidationError as error:
             raise ValidationError.from_exception_data(name, [_within(name, line) for line in error.errors()]) from None
     return sections
+
+
+def _check_plugins(sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take processors that are not ours out of use if their section does not fit, or is missing and needed."""
+    for name, processor in list(processors().items()):
+        if is_built_in(name):
+            continue
+        try:
+            processor.Settings.model_validate(sections.get(name, {}))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in ("processors", name, *problem["loc"]))
+            withdraw(name, f"its settings in config.yaml are wrong: {key}: {problem['msg']}")
+        except Exception as error:  # noqa: BLE001 - foreign code
+            withdraw(name, f"its `Settings` failed to read processors.{name}: {error!r}")
 
 
 def _within(section: str, line: Any) -> InitErrorDetails:
@@ -362,9 +379,11 @@ def _placed(settings: Settings, directory: Path) -> Settings:
         worker = worker.model_copy(update={"scratch_dir": directory / worker.scratch_dir})
     auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
     webhooks = _signing(settings.webhooks, directory)
+    _check_plugins(settings.processors)
     sections = {
         name: _placed_paths(section, processors()[name].Settings.model_validate(section), directory)
         for name, section in settings.processors.items()
+        if name in processors()
     }
     placed = {
         "mongodb": mongodb,

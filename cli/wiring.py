@@ -32,6 +32,7 @@ from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers import execution
+from workers.registry import unusable_types
 from workers.scratch import Scratch
 from workers.webhooks import deliverer
 from workers.webhooks.deliverer import Deliverer
@@ -42,6 +43,7 @@ _log = structlog.get_logger()
 Role = Literal["api", "projector", "worker", "webhooks"]
 ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker", "webhooks"})
 _READS_THE_LOG: Final[frozenset[Role]] = frozenset({"api", "projector"})
+_USES_PROCESSORS: Final[frozenset[Role]] = frozenset({"api", "worker"})
 _MOST_FILES: Final = 65_536
 STOP_MARGIN_SECONDS: Final = 6.0
 """How much longer than the grace of running jobs a stop may take: last words to the database, and open requests."""
@@ -175,6 +177,9 @@ async def roles(
     from cli.serving import allow_many_connections, listen, services_for, serving
 
     spare_the_collector()
+    if wanted & _USES_PROCESSORS:
+        for job_type, why in unusable_types().items():
+            _log.error("job type not available in this process", job_type=job_type, problem=why)
     if "api" in wanted:
         allow_many_connections()
     async with AsyncExitStack() as stack:

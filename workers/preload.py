@@ -1,9 +1,11 @@
 """workers: loaded once by the server process that children are forked from, so that each child finds it all loaded."""
 
-from importlib import import_module
+import sys
 
-from workers.registry import processors
+from workers.registry import ProcessorUnusable, check_preload, processors
 
-for _processor in processors().values():
-    for _module in _processor.preload:
-        import_module(_module)
+for _job_type in processors():
+    try:
+        check_preload(_job_type)
+    except ProcessorUnusable as _error:  # its own jobs say so when they run, and those of others are not concerned
+        print(f"jobledger: job type {_job_type}: {_error}", file=sys.stderr)

@@ -1,39 +1,85 @@
-"""workers: which job types there are. They are entry points in the group `jobledger.processors`."""
+"""workers: which job types there are. They are entry points in the group `jobledger.processors`.
+
+A processor is foreign code. One that cannot be used takes nothing with it but its own job type: it is listed in
+`unusable_types` with the reason, and everything else works.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.metadata import entry_points
-from typing import Final
+import ctypes
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from typing import Any, Final, TypeVar
 
-from ledger.errors import ConfigurationError
+from pydantic import BaseModel
+
 from workers.processor import Processor
 
 GROUP: Final = "jobledger.processors"
+LOAD_SECONDS: Final = 30.0
+"""How long a processor may take to import. One that takes longer is taken for hung."""
+PRELOAD_SECONDS: Final = 120.0
+_BUILT_IN: Final = "workers."
+_UNUSABLE: Final = "_UNUSABLE_PROCESSORS"
+"""Environment variable with the job types that this process found unusable: processes that it starts skip them."""
+_T = TypeVar("_T")
+
+
+class ProcessorUnusable(Exception):
+    """A processor cannot be used. The text says what is wrong with it."""
 
 
 @cache
-def processors() -> dict[str, type[Processor]]:
-    """Return every installed processor by its job type.
-
-    Raises:
-        ConfigurationError: one of them cannot be loaded.
-    """
-    found: dict[str, type[Processor]] = {}
-    for entry in entry_points(group=GROUP):
+def _installed() -> tuple[dict[str, type[Processor]], dict[str, str]]:
+    """Load all processors; return those that can be used, and why others cannot be."""
+    usable: dict[str, type[Processor]] = {}
+    unusable: dict[str, str] = {}
+    skipped = os.environ.get(_UNUSABLE, "").split(",")
+    for job_type, candidates in _entries().items():
         try:
-            found[entry.name] = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise ConfigurationError(
-                f"The processor {entry.name!r} ({entry.value}) cannot be loaded: {error}"
-            ) from error
-    return found
+            if job_type in skipped:
+                raise ProcessorUnusable("the process that started this one could not use it")
+            usable[job_type] = _load(job_type, candidates)
+        except ProcessorUnusable as error:
+            unusable[job_type] = str(error)
+    if unusable:
+        os.environ[_UNUSABLE] = ",".join(unusable)
+    return usable, unusable
+
+
+def processors() -> dict[str, type[Processor]]:
+    """Return every processor that can be used, by its job type."""
+    return _installed()[0]
+
+
+def unusable_types() -> dict[str, str]:
+    """Return the job types whose processor is installed but cannot be used, each with what is wrong."""
+    return _installed()[1]
+
+
+def withdraw(job_type: str, reason: str) -> None:
+    """Take a job type out of use in this process."""
+    usable, unusable = _installed()
+    if usable.pop(job_type, None) is not None:
+        unusable[job_type] = reason
+
+
+def is_built_in(job_type: str) -> bool:
+    """Return whether a processor is part of this program."""
+    processor = processors().get(job_type)
+    return processor is not None and processor.__module__.startswith(_BUILT_IN)
 
 
 @cache
 def processor_version(job_type: str) -> str:
     """Return the version of the distribution that a processor comes from, such as "jobledger 1.0"."""
-    [entry] = entry_points(group=GROUP, name=job_type)
+    entry = _choose(job_type, _entries()[job_type])
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
 
 
@@ -41,6 +87,122 @@ def find_processor(job_type: str) -> type[Processor]:
     """Return the processor for a job type.
 
     Raises:
-        LookupError: there is none.
+        LookupError: there is none, or it cannot be used.
     """
     return processors()[job_type]
+
+
+def check_preload(job_type: str) -> None:
+    """Import the modules that a processor wants to have loaded before its jobs start. Takes seconds for some.
+
+    Raises:
+        ProcessorUnusable: one of them cannot be imported.
+    """
+    for module in processors()[job_type].preload:
+        _guarded(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
+
+
+def _entries() -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda it: (it.name, it.value)):
+        others = found.setdefault(entry.name, [])
+        if entry.value not in [other.value for other in others]:
+            others.append(entry)
+    return found
+
+
+def _load(job_type: str, candidates: list[EntryPoint]) -> type[Processor]:
+    entry = _choose(job_type, candidates)
+    processor = _guarded(entry.load, f"{entry.value}{_origin(entry)}")
+    if (lack := _guarded(lambda: _lack(processor, job_type), entry.value)) is not None:
+        raise ProcessorUnusable(f"{entry.value}{_origin(entry)} is not a processor: {lack}")
+    return processor  # type: ignore[no-any-return]  # as has just been checked
+
+
+def _choose(job_type: str, candidates: list[EntryPoint]) -> EntryPoint:
+    """Choose among the entry points for a job type. A foreign one never replaces one of this program."""
+    if len(candidates) == 1:
+        return candidates[0]
+    for entry in candidates:
+        if entry.value.startswith(_BUILT_IN):
+            return entry
+    names = " and ".join(f"{entry.value}{_origin(entry)}" for entry in candidates)
+    raise ProcessorUnusable(f"{names} both provide the job type {job_type!r}: uninstall all but one")
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f" of {entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
+
+
+def _guarded(work: Callable[[], _T], what: str, *, seconds: float | None = None) -> _T:
+    """Return the result of foreign code that runs at import, whatever it does.
+
+    It runs in a thread, because code that hangs can be abandoned there. An endless loop in it is interrupted.
+
+    Raises:
+        ProcessorUnusable: it raised anything at all, or did not return in time.
+    """
+    results: list[_T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt included
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="load-processor", daemon=True)
+    thread.start()
+    seconds = LOAD_SECONDS if seconds is None else seconds
+    thread.join(seconds)
+    if results:
+        return results[0]
+    if failures:
+        error = failures[0]
+        hint = f"; install the package with {error.name!r}" if isinstance(error, ModuleNotFoundError) else ""
+        raise ProcessorUnusable(f"{what} cannot be imported: {type(error).__name__}: {_text(error)}{hint}") from error
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    raise ProcessorUnusable(f"{what} did not end its import within {seconds:.0f} s: it must do no work there")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return " ".join(str(error).split())[:300]
+    except Exception:  # noqa: BLE001 - foreign code
+        return "(its text cannot be shown)"
+
+
+def _lack(processor: Any, job_type: str) -> str | None:
+    """Return what a class lacks to be a processor; None if it lacks nothing."""
+    if not isinstance(processor, type):
+        return f"expected a class, found {type(processor).__name__}"
+    own = getattr(processor, "job_type", None)
+    if own != job_type:
+        return f"its `job_type` is {own!r}, and its entry point is named {job_type!r}: they must be the same"
+    if getattr(processor, "isolation", None) not in ("process", "inline"):
+        return f"`isolation` must be 'process' or 'inline', not {getattr(processor, 'isolation', None)!r}"
+    for name in ("Parameters", "Settings"):
+        model = getattr(processor, name, None)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return f"`{name}` must be a subclass of pydantic.BaseModel"
+        model.model_json_schema()
+    run = getattr(processor, "run", None)
+    if not callable(run):
+        return "`async def run(self, job)` is missing"
+    try:
+        inspect.signature(processor).bind(None)
+        inspect.signature(run).bind(None, None)
+    except TypeError:
+        return "expected `__init__(self, settings)` and `async def run(self, job)`"
+    return _preload_lack(processor)
+
+
+def _preload_lack(processor: Any) -> str | None:
+    preload = getattr(processor, "preload", None)
+    if isinstance(preload, str) or not isinstance(preload, list | tuple):
+        return "`preload` must be a tuple of module names; () for none"
+    for module in preload:
+        if not isinstance(module, str) or find_spec(module.partition(".")[0]) is None:
+            return f"its module {module!r} (preload) is not installed"
+    return None

@@ -60,6 +60,7 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
     "lease": ("Lease until", "Lease bis"),
     "doing": ("At work on", "Arbeitet an"),
     "idle": ("idle", "frei"),
+    "unhealthy": ("Claims no jobs since", "Übernimmt keine Jobs seit"),
     "no_workers": ("No worker is alive: nothing is done.", "Kein Worker lebt: Nichts wird bearbeitet."),
     "health": ("Health", "Zustand"),
     "lag": ("Views behind the log", "Sichten hinter dem Log"),

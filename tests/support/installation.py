@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,12 @@ class Ended:
 class Role:
     """A running `jobledger` command. Its output goes to files: it can never stand still for want of a reader."""
 
-    def __init__(self, directory: Path, name: str, arguments: list[str], env: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, name: str, command: Sequence[str | Path], env: Mapping[str, str]) -> None:
         self._out = directory / f"{name}.out"
         self._err = directory / f"{name}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [COMMAND, *arguments],
+                command,
                 cwd=directory,
                 env=dict(env),
                 stdin=subprocess.DEVNULL,
@@ -113,7 +113,11 @@ class Installation:
 
     def start(self, *arguments: str, **env: str) -> Role:
         """Start a command and do not wait for anything."""
-        role = Role(self.directory, f"{arguments[0]}-{len(self.roles)}", list(arguments), {**self.env, **env})
+        return self.start_command([COMMAND, *arguments], arguments[0], **env)
+
+    def start_command(self, command: Sequence[str | Path], name: str, **env: str) -> Role:
+        """Start a command line of another program, one that executes jobledger for example."""
+        role = Role(self.directory, f"{name}-{len(self.roles)}", command, {**self.env, **env})
         self.roles.append(role)
         return role
 

@@ -22,7 +22,10 @@ def commands() -> str:
     command: Any = typer.main.get_command(main.app)
     context = typer.Context(command, info_name="jobledger")
     text = get_docs_for_click(obj=command, ctx=context, name="jobledger", title="Reference: the commands")
-    codes = "Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or configuration, 3 a service is away."
+    codes = (
+        "Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or configuration, 3 a service is away, "
+        "4 a port, disk, lock or limit of this machine is not usable now."
+    )
     return "\n".join(line.rstrip() for line in f"{text.strip()}\n\n{codes}\n".splitlines()) + "\n"
 
 

@@ -1,0 +1,77 @@
+"""A role that starts while something is away for now waits, or ends with a code that is restarted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ledger.errors import ConfigurationError, ResourceUnavailable, os_failure
+from ledger.server_note import until
+from tests.support.installation import COMMAND, Installation, client_of
+from tests.support.mongod import needs_local_mongod
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, ResourceUnavailable),
+        (errno.EDQUOT, ResourceUnavailable),
+        (errno.EROFS, ResourceUnavailable),
+        (errno.EIO, ResourceUnavailable),
+        (errno.ESTALE, ResourceUnavailable),
+        (errno.EMFILE, ResourceUnavailable),
+        (errno.ENOMEM, ResourceUnavailable),
+        (errno.EADDRINUSE, ResourceUnavailable),
+        (errno.EADDRNOTAVAIL, ResourceUnavailable),
+        (errno.ENOENT, ConfigurationError),
+        (errno.EACCES, ConfigurationError),
+        (errno.ENOTDIR, ConfigurationError),
+        (errno.EISDIR, ConfigurationError),
+        (errno.ENAMETOOLONG, ConfigurationError),
+    ],
+    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else "",
+)
+def test_os_failure_tells_what_may_pass_from_wrong_settings(number: int, expected: type[Exception]) -> None:
+    assert type(os_failure(OSError(number, os.strerror(number)), "it failed")) is expected
+
+
+def _has_namespaces() -> bool:
+    unshare = shutil.which("unshare")
+    return unshare is not None and subprocess.run([unshare, "-rm", "true"], check=False).returncode == 0
+
+
+@needs_local_mongod
+@pytest.mark.skipif(not _has_namespaces(), reason="needs user namespaces and unshare: apt-get install util-linux")
+@pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"], ids=["read-only", "full"])
+def test_role_with_a_store_that_cannot_be_written_starts_and_waits(
+    mongodb_uri: str, db_name: str, tmp_path: Path, mount: str
+) -> None:
+    store = tmp_path / "results"
+    store.mkdir()
+    with Installation(
+        tmp_path / "here",
+        mongodb={"uri": mongodb_uri, "db_name": db_name},
+        results={"store": str(store)},
+    ) as here:
+        api = here.start("api").ready()
+        command = here.directory / "worker"
+        command.write_text(f"mount -t tmpfs {mount} none {store} && exec {COMMAND} worker\n")
+        worker = here.start_command(["unshare", "-rm", "sh", str(command)], "sick-worker").ready()
+        with client_of(api) as client:
+
+            def problem() -> str | None:
+                workers = client.get("/api/monitoring/events/stats").json()["stats"]["workers"]
+                return workers[0]["problem"] if workers else None
+
+            assert until(lambda: bool(problem()), 20), worker.err
+            assert 'jobledger_worker_healthy{worker="' in client.get("/metrics").text
+        doctor = here.start("doctor").ended()
+        assert doctor.exit_code == 1
+        assert "1 alive, 1 of them claim no jobs" in doctor.out
+        assert worker.process.poll() is None
+        assert worker.stop().exit_code == 0

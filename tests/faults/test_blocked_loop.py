@@ -1,0 +1,48 @@
+"""A job that blocks the event loop of its worker for ever loses its lease, and its process ends with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ledger.server_note import until
+from tests.support.installation import Installation, client_of
+from tests.support.mongod import needs_local_mongod
+from tests.support.plugins import add_plugin
+
+LEASE_SECONDS = 1.0
+BLOCK = """
+import time
+
+async def run(self, job):
+    while job.attempt == 1:
+        time.sleep(0.01)
+    return Results()
+
+Good.run = run
+"""
+
+
+@needs_local_mongod
+@pytest.mark.timeout(120)
+def test_worker_with_a_blocked_loop_loses_its_jobs_and_ends(
+    mongodb_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, db_name: str
+) -> None:
+    add_plugin(tmp_path / "plugins", "blocks", BLOCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))
+    mongodb = {"uri": mongodb_uri, "db_name": db_name}
+    with Installation(tmp_path / "here", mongodb=mongodb, event_worker={"lease_seconds": LEASE_SECONDS}) as here:
+        api, projector, first = here.start("api"), here.start("projector"), here.start("worker")
+        for role in (api, projector, first):
+            role.ready()
+        with client_of(api) as client:
+            job = client.post("/api/events/jobs", json={"job_type": "blocks", "parameters": {}}).json()
+            assert until(lambda: "the event loop is blocked: jobs that block" in first.out + first.err, 20)
+            second = here.start("worker").ready()
+            address = f"/api/events/jobs/{job['job_id']}"
+            assert until(lambda: client.get(address).json()["job"]["status"] == "completed", 30), second.err
+        ended = first.ended()
+        assert ended.exit_code == 4
+        assert f"run-{job['job_id']}" in ended.err, "the log names the job"
+        assert "time.sleep(0.01)" in ended.err

@@ -1,0 +1,70 @@
+"""A role that is told to stop ends within its grace and a few seconds, whatever the database does."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cli.wiring import STOP_MARGIN_SECONDS
+from ledger.server_note import until
+from tests.support.installation import Installation, client_of
+from tests.support.mongod import needs_local_mongod
+from tests.support.proxy import Proxy
+from tests.support.rarely import rarely
+from tests.support.replica_set import ReplicaSet
+
+pytestmark = [needs_local_mongod, pytest.mark.timeout(240)]
+GRACE_SECONDS = 2.0
+SLACK_SECONDS = 3.0
+ROLES = ("api", "worker", "projector", "webhooks")
+
+
+@rarely
+@pytest.mark.parametrize("away", ["frozen", "killed"])
+def test_stop_while_all_members_are_away_ends_every_role_in_time(tmp_path: Path, away: str) -> None:
+    with ReplicaSet(tmp_path / "replica-set") as replica_set, stopped_roles(tmp_path, replica_set.uri):
+        for node in replica_set.nodes:
+            replica_set.freeze(node) if away == "frozen" else replica_set.kill(node)
+
+
+def test_stop_while_the_network_is_silent_ends_every_role_in_time(mongodb_uri: str, tmp_path: Path) -> None:
+    with Proxy(mongodb_uri) as proxy, stopped_roles(tmp_path, proxy.uri):
+        proxy.freeze()
+
+
+@contextmanager
+def stopped_roles(tmp_path: Path, uri: str) -> Iterator[None]:
+    """Start all roles, with a busy worker; behind the block, stop them and check that they end in time."""
+    with Installation(
+        tmp_path / "here",
+        mongodb={"uri": uri, "db_name": f"stopping-{secrets.token_hex(4)}"},
+        event_worker={"shutdown_grace_seconds": GRACE_SECONDS},
+    ) as here:
+        roles = [here.start(role) for role in ROLES]
+        for role in roles:
+            role.ready()
+        with client_of(roles[0]) as client:
+            body = {"job_type": "echo", "parameters": {"seconds": 120}}
+            job = client.post("/api/events/jobs", json=body).raise_for_status().json()
+            assert until(lambda: _is_processing(client, job["job_id"]), 20)
+        yield
+        time.sleep(1)
+        begun = time.monotonic()
+        for role in roles:
+            role.process.send_signal(signal.SIGTERM)
+        for role in roles:
+            ended = role.ended()
+            assert ended.exit_code == 0, ended
+            assert "Traceback" not in ended.err, ended.err
+        assert time.monotonic() - begun < GRACE_SECONDS + STOP_MARGIN_SECONDS + SLACK_SECONDS
+
+
+def _is_processing(client: httpx.Client, job_id: str) -> bool:
+    return bool(client.get(f"/api/events/jobs/{job_id}").json()["job"]["status"] == "processing")

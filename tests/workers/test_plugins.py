@@ -1,0 +1,103 @@
+"""A bad plug-in costs its own job type, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.installation import Installation, client_of
+from tests.support.mongod import needs_local_mongod
+from tests.support.plugins import HEAD, add_plugin
+
+BAD = {
+    "exits": ("import sys; sys.exit(3)", "SystemExit"),
+    "interrupts": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "leaves": ("raise GeneratorExit", "GeneratorExit"),
+    "recurses": ("def f(): return f()\nf()", "RecursionError"),
+    "misspelt": ("def f(:", "SyntaxError"),
+    "raises": ("raise RuntimeError('no licence file')", "no licence file"),
+    "mute": ("class E(Exception):\n    def __str__(self): raise ValueError\nraise E", "cannot be shown"),
+    "needs": ("import a_package_that_is_missing", "install the package with 'a_package_that_is_missing'"),
+    "sleeps": ("import time; time.sleep(1000)", "did not end its import"),
+    "loops": ("while True: pass", "did not end its import"),
+    "function": ("def Good(settings): pass", "expected a class"),
+    "typeless": ("del Good.job_type", "`job_type` is None"),
+    "mistyped": ("Good.job_type = 'echo'", "`job_type` is 'echo'"),
+    "runless": ("del Good.run", "run(self, job)` is missing"),
+    "isolated": ("Good.isolation = 'thread'", "`isolation` must be"),
+    "unisolated": ("del Good.isolation", "`isolation` must be"),
+    "parameterless": ("del Good.Parameters", "`Parameters` must be"),
+    "unset": ("Good.Settings = dict", "`Settings` must be"),
+    "schemaless": (
+        "class P(BaseModel):\n    @classmethod\n"
+        "    def model_json_schema(cls, *a, **k): raise RuntimeError('no schema')\nGood.Parameters = P",
+        "no schema",
+    ),
+    "argless": ("Good.__init__ = lambda self: None", "expected `__init__(self, settings)`"),
+    "preloads": ("Good.preload = ('a_package_that_is_missing.x',)", "is not installed"),
+    "preloadless": ("Good.preload = 'os'", "`preload` must be a tuple"),
+}
+LIST = """
+import json, workers.registry as registry
+registry.LOAD_SECONDS = 2
+print(json.dumps([sorted(registry.processors()), registry.unusable_types()]))
+"""
+
+
+def test_registry_with_bad_plugins_names_each_and_keeps_the_others(tmp_path: Path) -> None:
+    for job_type, (code, _) in BAD.items():
+        add_plugin(tmp_path, job_type, code)
+    add_plugin(tmp_path, "attributeless", attribute="Missing")
+    add_plugin(tmp_path, "healthy")
+    for number in (1, 2):
+        info = tmp_path / f"twin{number}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: twin{number}\nVersion: 1.0\n")
+        entries = f"twice = plugin_healthy:Good{number}\necho = plugin_healthy:Echo{number}"
+        (info / "entry_points.txt").write_text(f"[jobledger.processors]\n{entries}\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", LIST], env=env, capture_output=True, text=True, timeout=60, check=True)
+    usable, unusable = json.loads(done.stdout)
+    assert usable == ["echo", "healthy", "session"]
+    assert set(unusable) == {*BAD, "attributeless", "twice"}
+    for job_type, (_, words) in BAD.items():
+        assert words in unusable[job_type], (job_type, unusable[job_type])
+    assert "uninstall all but one" in unusable["twice"]
+
+
+@needs_local_mongod
+def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins = tmp_path / "plugins"
+    add_plugin(plugins, "raises", BAD["raises"][0])
+    add_plugin(plugins, "healthy")
+    needy = "class S(BaseModel):\n    endpoint: str\nGood.Settings = S"
+    add_plugin(plugins, "unconfigured", needy)
+    add_plugin(plugins, "misconfigured", needy, head=HEAD)
+    monkeypatch.setenv("PYTHONPATH", str(plugins))
+    sections = {"misconfigured": {"endpoint": 7}, "raises": {"any": "thing"}}
+    with Installation(tmp_path / "here", processors=sections) as here:
+        up = here.up()
+        with client_of(up) as client:
+            for job_type in ("echo", "healthy"):
+                answer = client.post(
+                    "/api/events/jobs", json={"job_type": job_type, "parameters": {}}, headers={"Prefer": "wait=20"}
+                )
+                assert answer.json()["job"]["status"] == "completed", answer.text
+            for job_type, words in {
+                "raises": "no licence file",
+                "unconfigured": "processors.unconfigured.endpoint: Field required",
+                "misconfigured": "processors.misconfigured.endpoint",
+            }.items():
+                refused = client.post("/api/events/jobs", json={"job_type": job_type, "parameters": {}})
+                assert refused.status_code == 503, refused.text
+                assert words in refused.text
+                assert f"job_type={job_type}" in up.err
+            assert client.get("/api/openapi.json").status_code == 200
+        doctor = here.start("doctor").ended()
+        assert doctor.exit_code == 1
+        assert "no licence file" in " ".join(doctor.out.split())

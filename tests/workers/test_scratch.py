@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workers.health import MachineTrouble
+from workers.scratch import Scratch
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from workers.scratch import Scratch
+scratch = Scratch(Path(sys.argv[1]))
+scratch.prepare()
+place = scratch.for_attempt("job-1", 1)
+place.mkdir()
+(place / "video").write_bytes(bytes(1000))
+print(scratch.directory, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_scratch_of_a_killed_process_is_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
+    holders = [
+        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    places = []
+    for holder in holders:
+        assert holder.stdout is not None
+        places.append(Path(holder.stdout.readline().strip()))
+    killed, living = holders
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    scratch = Scratch(tmp_path)
+    scratch.check()
+    assert not places[0].exists()
+    assert (next(places[1].iterdir()) / "video").exists()
+    assert sorted(places[1].parent.iterdir()) == sorted([places[1], scratch.directory or places[0]])
+    living.kill()
+    living.wait()
+    scratch.close()
+    Scratch(tmp_path).prepare()
+    assert not places[1].exists()
+    for holder in holders:
+        assert holder.stdout is not None
+        holder.stdout.close()
+
+
+def test_scratch_follows_no_links_and_uses_no_foreign_directory(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    root = tmp_path / "root"
+    root.mkdir()
+    name = f"jobledger-{os.getuid()}"
+    (root / name).symlink_to(precious)  # planted where the directory should be
+    first = Scratch(root)
+    first.check()
+    assert first.directory is not None
+    base = first.directory.parent
+    assert base.name.startswith(f"{name}-")
+    (base / "planted").symlink_to(precious)
+    dead = base / "dead-worker"
+    dead.mkdir()
+    (dead / "link").symlink_to(precious)
+    (dead / "inner").mkdir()
+    second = Scratch(root)
+    second.check()
+    assert second.directory is not None
+    assert second.directory.parent == base, "the same place is found again"
+    assert not dead.exists()
+    assert first.directory.exists()
+    assert (precious / "file").read_text() == "kept"
+    assert oct(base.stat().st_mode & 0o777) == "0o700"
+    assert oct(second.directory.stat().st_mode & 0o777) == "0o700"
+
+
+def test_scratch_with_too_little_space_is_trouble_of_the_machine(tmp_path: Path) -> None:
+    with pytest.raises(MachineTrouble, match="scratch_min_free_mb requires"):
+        Scratch(tmp_path, min_free_mb=1e9).check()
+
+
+@pytest.mark.parametrize("place", ["file/below", "nowhere/at/all"])
+def test_scratch_that_cannot_be_created_is_trouble_of_the_machine(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    scratch = Scratch(tmp_path / place)
+    with pytest.raises(MachineTrouble, match=r"event_worker\.scratch_dir"):
+        scratch.check()
+
+
+def test_scratch_that_vanished_is_created_again(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    scratch.check()
+    assert scratch.directory is not None
+    scratch.directory.rmdir()
+    with pytest.raises(MachineTrouble):
+        scratch.check_quickly()
+    scratch.check()
+    scratch.check_quickly()
