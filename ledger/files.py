@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,10 @@ from ledger.errors import FileLost, os_failure
 PIECE_BYTES = 256 * 1024
 """How much of a file is in memory at a time while it is read."""
 _CHECK_BYTES = 64 * 1024
+ORPHAN_SECONDS = 86_400.0
+"""Nobody writes one file for so long."""
+_TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}")
+"""Names that `tempfile` chooses."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -87,6 +92,13 @@ class FileStore(Protocol):
             LedgerUnavailable: the store cannot be reached.
         """
 
+    async def remove_orphans(self) -> int:
+        """Remove what writers that were killed left unfinished a day ago or earlier; return how many files.
+
+        Raises:
+            LedgerUnavailable: the store cannot be reached.
+        """
+
 
 class DirectoryStore:
     """A directory of files by digest, on a disk that all processes share.
@@ -130,6 +142,22 @@ class DirectoryStore:
 
     async def take_over(self, inbox: Path, sha256: str) -> None:
         """Nothing is left to do: what has a name in the inbox, which is the store, is on disk."""
+
+    async def remove_orphans(self) -> int:
+        """Remove temporary files a day old. All are in the root directory, which has few other entries."""
+        return await asyncio.to_thread(self._remove_orphans)
+
+    def _remove_orphans(self) -> int:
+        removed = 0
+        with suppress(OSError):  # next time
+            for entry in os.scandir(self.root):
+                if not _TEMPORARY.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                    continue
+                with suppress(OSError):  # another worker was faster
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > ORPHAN_SECONDS:
+                        os.unlink(entry.path)  # noqa: PTH108 - scandir's own paths
+                        removed += 1
+        return removed
 
     def put_bytes(self, content: bytes) -> Stored:
         """Store bytes."""
@@ -228,7 +256,7 @@ def _move(path: Path, target: Path) -> None:
             path.replace(target)
             return
     with (
-        tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as copy,
+        tempfile.NamedTemporaryFile(dir=target.parent.parent, delete=False) as copy,  # the root: see remove_orphans
         _removed_in_the_end(Path(copy.name)) as copied,
         path.open("rb") as file,
     ):

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -21,7 +22,7 @@ from gridfs.errors import FileExists
 from pymongo import ASCENDING
 
 from ledger.errors import FileLost
-from ledger.files import DirectoryStore, OpenFile
+from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile
 from ledger.mongo import Database, Document, driver_errors
 
 BUCKET: Final = "fs"
@@ -81,6 +82,27 @@ class GridFSStore:
             with os.fdopen(descriptor, "rb") as file:
                 await self._upload(file, sha256)
         await asyncio.to_thread(path.unlink, missing_ok=True)
+
+    async def remove_orphans(self) -> int:
+        """Remove chunks without an entry, written between a week and a day ago by the time in their id.
+
+        The bounds keep the cost independent of the size of the store: both ends are looked up in an index.
+        """
+        day = timedelta(seconds=ORPHAN_SECONDS)
+        now = datetime.now(UTC)
+        written = {"$gt": ObjectId.from_datetime(now - 7 * day), "$lt": ObjectId.from_datetime(now - day)}
+        pipeline: list[Document] = [
+            {"$match": {"files_id": written, "n": 0}},
+            {"$lookup": {"from": self._files.name, "localField": "files_id", "foreignField": "_id", "as": "entry"}},
+            {"$match": {"entry": []}},
+            {"$project": {"files_id": 1}},
+        ]
+        removed = 0
+        with driver_errors("removing what uploads have left"):
+            async for chunk in await self._chunks.aggregate(pipeline):
+                await self._chunks.delete_many({"files_id": chunk["files_id"]})
+                removed += 1
+        return removed
 
     async def _upload(self, file: BinaryIO, sha256: str) -> None:
         with driver_errors("storing a file"):

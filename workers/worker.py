@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import secrets
 import socket
 from collections import OrderedDict
@@ -44,6 +45,7 @@ _T = TypeVar("_T")
 HEARD_EVENTS: Final = claims.HEARD | {"JobCancelRequested"}
 """The types of events that a worker has a use for."""
 _CANCELS_KEPT: Final = 1000
+_ORPHANS_PAUSE_SECONDS: Final = 6 * 3600.0
 _STOP_SECONDS: Final = 2.0
 """How long each last word at shutdown may take. What the database does not take by then is settled by the lease."""
 
@@ -116,16 +118,29 @@ class Worker:
         await self._prepare_scratch()
         watching = asyncio.create_task(self._watch.run(), name="lease-watch")
         checking = asyncio.create_task(self.health.run(), name="health")
+        removing = asyncio.create_task(self._remove_orphans(), name="remove-orphans")
         try:
             while not self._stopping.is_set():
                 await self._work_under_a_lease(watching)
         finally:
             self._claims.close()
-            background = [task for task in (watching, checking, self._publishing) if task is not None]
+            background = [task for task in (watching, checking, removing, self._publishing) if task is not None]
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await asyncio.to_thread(self._scratch.close)
+
+    async def _remove_orphans(self) -> None:
+        """Look now and then for files in the store that killed writers left unfinished, until cancelled."""
+        pause = 60.0
+        while True:
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
+            pause = _ORPHANS_PAUSE_SECONDS
+            try:
+                if removed := await self._settings.store.remove_orphans():
+                    _log.info("removed unfinished files from the result store", count=removed)
+            except LedgerUnavailable as error:
+                _log.warning("unfinished files in the result store stay for now", error=str(error))
 
     async def _prepare_scratch(self) -> None:
         try:

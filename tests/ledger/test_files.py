@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ledger.errors import ConfigurationError, FileLost
-from ledger.files import PIECE_BYTES, DirectoryStore
+from ledger.files import ORPHAN_SECONDS, PIECE_BYTES, DirectoryStore
 
 
 @pytest.fixture
@@ -251,3 +252,20 @@ async def test_what_is_not_in_the_store_cannot_be_opened(store: DirectoryStore) 
         await store.open("0" * 64)
     with pytest.raises(ValueError, match="not a SHA-256"):
         await store.open("../../etc/passwd")
+
+
+async def test_remove_orphans_removes_old_temporary_files_only(store: DirectoryStore) -> None:
+    kept = store.put_bytes(b"kept")
+    names = ("tmpabcd_123", "tmpabcd_124", "tmp-notes", "tmpdir_0000")
+    old, fresh, foreign, directory = (store.root / name for name in names)
+    for path in (old, fresh, foreign):
+        path.write_bytes(b"unfinished")
+    directory.mkdir()
+    link = store.root / "tmplink_000"
+    link.symlink_to(store.path(kept.sha256))
+    long_ago = time.time() - ORPHAN_SECONDS - 60
+    for path in (old, foreign, directory, store.path(kept.sha256)):
+        os.utime(path, (long_ago, long_ago))
+    assert await store.remove_orphans() == 1
+    assert not old.exists()
+    assert all(path.exists() for path in (fresh, foreign, directory, link, store.path(kept.sha256)))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bson import ObjectId
 from gridfs import AsyncGridFSBucket
 from gridfs.asynchronous.grid_file import AsyncGridIn
 
@@ -224,3 +226,21 @@ async def test_a_database_that_is_away_is_told_from_a_file_that_is_not_there() -
             await store.prepare()
         with pytest.raises(LedgerUnavailable):
             await store.open("0" * 64)
+
+
+async def test_remove_orphans_removes_old_chunks_without_an_entry_only(
+    store: GridFSStore, db: Database, inbox: Path
+) -> None:
+    sha256 = await saved(inbox)
+    await store.take_over(inbox, sha256)
+    day = timedelta(days=1)
+    old, fresh = (ObjectId.from_datetime(datetime.now(UTC) - ago) for ago in (2 * day, day / 2))
+    entry = ObjectId.from_datetime(datetime.now(UTC) - 3 * day)
+    await db["fs.files"].insert_one({"_id": entry, "length": 1, "chunkSize": 1})
+    for files_id in (old, fresh, entry, "a foreign id"):
+        await db["fs.chunks"].insert_many([{"files_id": files_id, "n": n, "data": b"x"} for n in range(2)])
+    assert await store.remove_orphans() == 1
+    left = set(await db["fs.chunks"].distinct("files_id"))
+    assert old not in left
+    assert {fresh, entry, "a foreign id"} < left
+    assert await read(store, sha256) == CONTENT

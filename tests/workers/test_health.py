@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from ledger.commands import SubmitJob
+from ledger.handle import new_job_id
+from ledger.job import MAX_MACHINE_TROUBLES
 from ledger.mongo import Connection
-from tests.support.running import WorkerOptions, process, until
+from tests.support.running import WorkerOptions, asked, process, until
 from workers import health
 from workers.health import MachineTrouble, WorkerHealth, machine_trouble
+from workers.scratch import Scratch
 
 SCRATCH = Path("/scratch/jobledger-0/worker-1")
 
@@ -113,3 +117,29 @@ async def test_worker_without_scratch_leaves_jobs_alone_until_it_is_there(
         assert (await here.ended(job_id))["status"] == "completed"
         assert await here.history(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
     assert list(place.rglob("*/*")) == []
+
+
+async def test_job_that_meets_machine_trouble_again_and_again_ends(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(health, "RELAPSE_SECONDS", 0.0)
+    real = Scratch.for_attempt
+
+    def no_room(self: Scratch, job_id: str, attempt: int) -> Path:
+        if job_id == bad:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, job_id, attempt)
+
+    monkeypatch.setattr(Scratch, "for_attempt", no_room)
+    bad = new_job_id()
+    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        await here.do(bad, SubmitJob(asked({}, max_attempts=2)))
+        others = [await here.submit() for _ in range(20)]
+        job = await here.ended(bad, *others)
+        assert (job["status"], job["error"]["code"]) == ("failed", "MACHINE_TROUBLE")
+        history = await here.history(bad)
+        assert history.count("JobReleased") == MAX_MACHINE_TROUBLES * 2
+        assert history.count("JobAttemptFailed") == 1
+        for other in others:
+            assert await here.history(other) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
