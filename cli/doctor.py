@@ -24,7 +24,15 @@ from projections import failures
 from projections.health import why_stalled
 from projections.views import Views
 from workers.health import MachineTrouble
-from workers.registry import ProcessorUnusable, check_preload, processors, unusable_types, withdraw
+from workers.registry import (
+    ProcessorUnusable,
+    check_plugins,
+    check_preload,
+    is_built_in,
+    processors,
+    unusable_types,
+    withdraw,
+)
 from workers.scratch import Scratch
 
 _CLOCKS_APART_SECONDS = 2.0
@@ -60,7 +68,8 @@ def look_at_machine(settings: Settings) -> Iterator[Finding]:
         yield _finding("Result files", lambda: _prepared(store))
     for module, purpose in _CODECS.items():
         yield _finding(f"Library for {purpose}", partial(_version, module))
-    for job_type in list(processors()):
+    check_plugins()
+    for job_type in filter(is_built_in, list(processors())):
         try:
             check_preload(job_type)
         except ProcessorUnusable as error:

@@ -32,7 +32,7 @@ from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers import execution
-from workers.registry import unusable_types
+from workers.registry import check_plugins, unusable_types
 from workers.scratch import Scratch
 from workers.webhooks import deliverer
 from workers.webhooks.deliverer import Deliverer
@@ -177,6 +177,8 @@ async def roles(
     from cli.serving import allow_many_connections, listen, services_for, serving
 
     spare_the_collector()
+    if "worker" in wanted:
+        await asyncio.to_thread(check_plugins)
     if wanted & _USES_PROCESSORS:
         for job_type, why in unusable_types().items():
             _log.error("job type not available in this process", job_type=job_type, problem=why)

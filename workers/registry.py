@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -48,8 +50,7 @@ def _installed() -> tuple[dict[str, type[Processor]], dict[str, str]]:
             usable[job_type] = _load(job_type, candidates)
         except ProcessorUnusable as error:
             unusable[job_type] = str(error)
-    if unusable:
-        os.environ[_UNUSABLE] = ",".join(unusable)
+    _tell_children(unusable)
     return usable, unusable
 
 
@@ -68,6 +69,12 @@ def withdraw(job_type: str, reason: str) -> None:
     usable, unusable = _installed()
     if usable.pop(job_type, None) is not None:
         unusable[job_type] = reason
+        _tell_children(unusable)
+
+
+def _tell_children(unusable: Iterable[str]) -> None:
+    if names := ",".join(unusable):
+        os.environ[_UNUSABLE] = names
 
 
 def is_built_in(job_type: str) -> bool:
@@ -100,6 +107,32 @@ def check_preload(job_type: str) -> None:
     """
     for module in processors()[job_type].preload:
         _guarded(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
+
+
+def check_plugins() -> None:
+    """Take plug-ins out of use whose `preload` cannot be imported. Blocks, for as long as the imports take.
+
+    They are imported in another process, because this one must not carry their modules, and because a library may end
+    the process that imports it. Processors of this program are not checked: `jobledger doctor` does that.
+    """
+    waiting = [name for name, processor in processors().items() if processor.preload and not is_built_in(name)]
+    while waiting:
+        command = [sys.executable, "-m", "workers.preload_check", *waiting]
+        with subprocess.Popen(  # noqa: S603 - our own command line
+            command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        ) as process:
+            watchdog = threading.Timer(len(waiting) * PRELOAD_SECONDS + LOAD_SECONDS, process.kill)
+            watchdog.start()
+            assert process.stdout is not None  # noqa: S101 - as asked for
+            for line in process.stdout:
+                name, separator, problem = line.rstrip("\n").partition("\t")
+                if separator and name in waiting:  # not what a plug-in prints
+                    waiting.remove(name)
+                    if problem:
+                        withdraw(name, problem)
+            watchdog.cancel()
+        if waiting:  # it ended without a word about the next one
+            withdraw(waiting.pop(0), f"its modules (preload) end the process that imports them ({process.returncode})")
 
 
 def _entries() -> dict[str, list[EntryPoint]]:

@@ -42,6 +42,12 @@ BAD = {
     "preloads": ("Good.preload = ('a_package_that_is_missing.x',)", "is not installed"),
     "preloadless": ("Good.preload = 'os'", "`preload` must be a tuple"),
 }
+PRELOADED = {
+    "dies": "import os; os._exit(9)",
+    "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "fails": "raise RuntimeError('no graphics card')",
+    "works": "",
+}
 LIST = """
 import json, workers.registry as registry
 registry.LOAD_SECONDS = 2
@@ -78,12 +84,15 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
     needy = "class S(BaseModel):\n    endpoint: str\nGood.Settings = S"
     add_plugin(plugins, "unconfigured", needy)
     add_plugin(plugins, "misconfigured", needy, head=HEAD)
+    for job_type, code in PRELOADED.items():
+        (plugins / f"library_{job_type}.py").write_text(code, encoding="utf-8")
+        add_plugin(plugins, job_type, f"Good.isolation = 'process'\nGood.preload = ('library_{job_type}',)")
     monkeypatch.setenv("PYTHONPATH", str(plugins))
     sections = {"misconfigured": {"endpoint": 7}, "raises": {"any": "thing"}}
     with Installation(tmp_path / "here", processors=sections) as here:
         up = here.up()
         with client_of(up) as client:
-            for job_type in ("echo", "healthy"):
+            for job_type in ("echo", "healthy", "works"):
                 answer = client.post(
                     "/api/events/jobs", json={"job_type": job_type, "parameters": {}}, headers={"Prefer": "wait=20"}
                 )
@@ -92,6 +101,9 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
                 "raises": "no licence file",
                 "unconfigured": "processors.unconfigured.endpoint: Field required",
                 "misconfigured": "processors.misconfigured.endpoint",
+                "dies": "end the process",
+                "crashes": "end the process",
+                "fails": "no graphics card",
             }.items():
                 refused = client.post("/api/events/jobs", json={"job_type": job_type, "parameters": {}})
                 assert refused.status_code == 503, refused.text
