@@ -27,7 +27,7 @@ _LEASES: Final = 5
 @contextmanager
 def loop_watched(lease_seconds: float) -> Iterator[None]:
     """Log the stack of an event loop that is blocked for `lease_seconds`; end the process after five times as long."""
-    progress = LoopProgress(min(lease_seconds / 12, 0.25))
+    progress = LoopProgress(min(lease_seconds / 12, 1.0))
     done = threading.Event()
     thread = threading.Thread(target=_watch, args=(progress, lease_seconds, done), name="loop-watch", daemon=True)
     thread.start()

@@ -74,7 +74,7 @@ class Lease:
         self._lost = lost = asyncio.Event()
         self._stop = stop = threading.Event()
         loop = asyncio.get_running_loop()
-        progress = LoopProgress(min(self._seconds / _TICKS, 0.25))
+        progress = LoopProgress(min(self._seconds / _TICKS, 1.0))
         acquired: asyncio.Future[int | None] = loop.create_future()
         # The thread keeps its own events: after a cancelled `acquire` the next one makes new ones while it still runs.
         thread = threading.Thread(

@@ -132,6 +132,8 @@ async def check_server(db: Database, *, writing: bool = True) -> None:
         version = (await db.client.admin.command("buildInfo"))["version"]
         if hello.get("msg") == "isdbgrid":
             raise DatabaseUnsuitable(_SHARDED)
+        if hello.get("isreplicaset"):
+            raise LedgerUnavailable("This MongoDB is a member of a replica set that is not initiated yet: rs.initiate()")
         if not hello.get("setName"):
             raise DatabaseUnsuitable(_STANDALONE)
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
