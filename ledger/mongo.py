@@ -133,7 +133,9 @@ async def check_server(db: Database, *, writing: bool = True) -> None:
         if hello.get("msg") == "isdbgrid":
             raise DatabaseUnsuitable(_SHARDED)
         if hello.get("isreplicaset"):
-            raise LedgerUnavailable("This MongoDB is a member of a replica set that is not initiated yet: rs.initiate()")
+            raise LedgerUnavailable(
+                "This MongoDB's replica set is not initiated yet: run rs.initiate() once in mongosh."
+            )
         if not hello.get("setName"):
             raise DatabaseUnsuitable(_STANDALONE)
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
