@@ -6,7 +6,7 @@ Unknown and forbidden look alike to who may not read: 404. Who may read but not 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -204,6 +204,15 @@ def for_user(request: Request, asked: str | None) -> str:
         return user_named(asked or mine)
     except ValueError as error:
         raise ApiError(422, "invalid_content", f"user_id: {error}") from error
+
+
+def teams_of(request: Request, user_id: str, groups_of: Callable[[str], Collection[str]]) -> Collection[str]:
+    """Return the groups of the user that something is submitted for, as far as they are known.
+
+    An admin who submits for somebody else gives it none of their own: its team may read it.
+    """
+    principal = who_asks(request)
+    return principal.groups if user_id == principal.user_id else groups_of(user_id)
 
 
 def may_see(request: Request, document: Document) -> bool:

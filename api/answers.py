@@ -155,11 +155,23 @@ class JobChanged(Success):
     job: ShownJob | None
 
 
+class NewSecret(BaseModel):
+    """What webhooks to an endpoint are signed with. It is shown this once."""
+
+    receiver: str
+    url: str
+    secret: str
+
+
+_NEW_SECRETS = "Secrets of endpoints that were used for the first time. They are not shown again."
+
+
 class JobAccepted(Success):
     """A job that was submitted."""
 
     job_id: str
     job: ShownJob
+    webhook_secrets: list[NewSecret] = Field([], description=_NEW_SECRETS)
     warnings: list[str] = []
 
 
@@ -231,6 +243,7 @@ class BatchAccepted(Success):
     batch_id: str
     job_ids: list[str]
     batch: ShownBatch
+    webhook_secrets: list[NewSecret] = Field([], description=_NEW_SECRETS)
     warnings: list[str] = []
 
 

@@ -27,6 +27,7 @@ from api import (
     monitoring,
     openapi,
     sink,
+    webhook_endpoints,
     webhooks,
 )
 from api.access import SignedIn
@@ -85,6 +86,13 @@ ROUTES = [
     Route("/api/monitoring/events/redeliver", webhooks.redeliver_many, methods=["POST"]),
     Route("/api/monitoring/events/webhooks/{delivery_id}", webhooks.single),
     Route("/api/monitoring/events/webhooks/{delivery_id}/redeliver", webhooks.redeliver, methods=["POST"]),
+    Route("/api/monitoring/events/webhook-endpoints", webhook_endpoints.listing),
+    Route(
+        "/api/monitoring/events/webhook-endpoints/{receiver}/rotate-secret",
+        webhook_endpoints.rotate,
+        methods=["POST"],
+    ),
+    Route("/api/monitoring/events/webhook-endpoints/{receiver}/secret", webhook_endpoints.revoke, methods=["DELETE"]),
     Route("/api/events/test-webhook-callback", sink.receive, methods=["POST"]),
     Route("/api/events/test-webhook-callback", sink.listing),
     Route("/metrics", metrics.scrape),

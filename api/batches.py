@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api import bulk
-from api.access import actor, for_user, may_see, viewer_of, while_signed_in, who_asks
+from api.access import actor, for_user, may_see, teams_of, viewer_of, while_signed_in, who_asks
 from api.bodies import off_loop, read_body
 from api.disclosure import BATCH, shown
 from api.errors import ApiError, json_response, path
@@ -30,7 +30,7 @@ from api.models import (
 from api.parameters import Check
 from api.requests import Once, happened_by, noted, wanted_wait
 from api.services import query_of, services, views_reach_wanted_position
-from api.submission import Secrets, check_parameters, keep, split_webhook, submission
+from api.submission import Secrets, check_parameters, endpoints_of, keep, split_webhook, submission, webhook_secrets
 from api.validation import validated
 from ledger import limits
 from ledger.batch import Batch
@@ -39,6 +39,7 @@ from ledger.commands import (
     SubmitBatch,
     SubmitJob,
 )
+from ledger.endpoints import ShownSecret, take_unshown
 from ledger.errors import InvalidEvent, VersionConflict
 from ledger.events import (
     AccessControl,
@@ -70,7 +71,8 @@ async def submit(request: Request) -> Response:
     if (before := await _submitted_before(request, batch_id, once)) is not None:
         return before
     webhook, secrets = split_webhook(body.webhook, known)
-    user_id, teams = for_user(request, body.user_id), who_asks(request).groups
+    user_id = for_user(request, body.user_id)
+    teams = teams_of(request, user_id, known.groups_of)
     jobs, kept = await jobs_in(request, body, batch_id, user_id)
     job_ids = [f"job-{once.name(number)}" if once else new_job_id() for number in range(1, len(jobs) + 1)]
     batch = BatchSubmitted(
@@ -83,7 +85,8 @@ async def submit(request: Request) -> Response:
         access_control=AccessControl(**body.access_control.model_dump()),
         teams=sorted(teams),
     )
-    await keep(known, secrets, *kept)
+    endpoints = endpoints_of(batch, *jobs)
+    await keep(known, secrets, *kept, endpoints=endpoints)
     commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
     commands += [(job_id, SubmitJob(job)) for job_id, job in zip(job_ids, jobs, strict=True)]
     try:
@@ -95,7 +98,8 @@ async def submit(request: Request) -> Response:
     except InvalidEvent:
         await off_loop(request, _refuse_what_cannot_be_stored, jobs)
         raise
-    return _accepted(request, recorded[0], recorded[-1].position)
+    shown_secrets = await take_unshown(known.db, endpoints)
+    return _accepted(request, recorded[0], recorded[-1].position, shown_secrets)
 
 
 async def jobs_in(
@@ -119,12 +123,14 @@ async def jobs_in(
 def _jobs_in(
     request: Request, body: BatchBody, batch_id: str, user_id: str
 ) -> tuple[list[JobSubmitted], list[Secrets | None]]:
-    known, teams = services(request), who_asks(request).groups
+    known = services(request)
+    teams = teams_of(request, user_id, known.groups_of)
     kept, jobs = [], []
     for index, content in enumerate(body.jobs):
         job_body = validated(JobBody, content, within=("jobs", index))
         webhook, secrets = split_webhook(job_body.webhook, known, ("jobs", index))
         kept.append(secrets)
+        owner = user_id if job_body.user_id is None else for_user(request, job_body.user_id)
         given: dict[str, Any] = {"parameters": {**body.parameters, **job_body.parameters}}
         if "access_control" not in job_body.model_fields_set:
             given["access_control"] = body.access_control
@@ -132,8 +138,8 @@ def _jobs_in(
             submission(
                 job_body.model_copy(update=given),
                 known,
-                user_id=user_id if job_body.user_id is None else for_user(request, job_body.user_id),
-                teams=teams,
+                user_id=owner,
+                teams=teams if owner == user_id else teams_of(request, owner, known.groups_of),
                 within=("jobs", index),
                 batch_id=batch_id,
                 webhook=webhook,
@@ -156,7 +162,9 @@ async def _submitted_before(request: Request, batch_id: str, once: Once | None) 
     return _accepted(request, submitted, submitted.position + submitted.event.total_jobs)
 
 
-def _accepted(request: Request, submitted: Recorded, position: int) -> Response:
+def _accepted(
+    request: Request, submitted: Recorded, position: int, shown_secrets: Sequence[ShownSecret] = ()
+) -> Response:
     batch = _as_submitted(submitted)
     return json_response(
         {
@@ -164,6 +172,7 @@ def _accepted(request: Request, submitted: Recorded, position: int) -> Response:
             "batch_id": submitted.stream,
             "job_ids": batch["job_ids"],
             "batch": shown(batch, BATCH, viewer_of(request, batch)),
+            **webhook_secrets(shown_secrets),
         },
         202,
         {"Location": f"/api/events/batches/{submitted.stream}", "Ledger-Position": str(position)},

@@ -31,6 +31,7 @@ from api import (
     monitoring,
     sink,
     webhook_answers,
+    webhook_endpoints,
     webhooks,
 )
 from api.event_stream import EventStream
@@ -70,6 +71,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "busy": (429, "too much is being written to the same place at once"),
     "delivery_not_found": (404, "there is no such webhook, or you may not see it"),
     "database_unavailable": (503, "the database does not answer"),
+    "endpoint_not_found": (404, "there is no such endpoint, or it is not yours"),
     "file_missing": (500, "the file is on record, but not in this server's store"),
     "file_not_found": (404, "there is no such file, or you may not see it"),
     "forbidden": (403, "you may see it, but not do that"),
@@ -266,6 +268,23 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         body=models.RedeliverBody,
         views=True,
         errors=("job_not_found", "forbidden"),
+    ),
+    webhook_endpoints.listing: Door(
+        summary="List the endpoints that webhooks go to",
+        answer=webhook_answers.Endpoints,
+        query=webhook_endpoints.EndpointList,
+    ),
+    webhook_endpoints.rotate: Door(
+        summary="Give an endpoint a new signing secret, shown this once",
+        answer=webhook_answers.Rotated,
+        body=webhook_endpoints.RotateBody,
+        optional_body=True,
+        records=False,
+    ),
+    webhook_endpoints.revoke: Door(
+        summary="Revoke the signing secrets of an endpoint",
+        answer=answers.Success,
+        records=False,
     ),
     sink.receive: Door(
         summary="A receiver of webhooks for trying them out, if `webhooks.sink` is on",

@@ -11,7 +11,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.access import actor, for_user, may_see, requires, viewer_of, while_signed_in, who_asks
+from api.access import actor, for_user, may_see, requires, teams_of, viewer_of, while_signed_in, who_asks
 from api.bodies import off_loop, optional_body, read_body
 from api.disclosure import JOB, Viewer, shown
 from api.errors import ApiError, json_response
@@ -19,9 +19,10 @@ from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, 
 from api.parameters import Check
 from api.requests import Once, expecting, folded, happened_by, noted, story_until, wanted_wait
 from api.services import Services, query_of, services, views_reach_wanted_position
-from api.submission import check_parameters, keep, split_webhook, submission
+from api.submission import check_parameters, endpoints_of, keep, split_webhook, submission, webhook_secrets
 from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
+from ledger.endpoints import ShownSecret, take_unshown
 from ledger.errors import AlreadyExists, CommandRefused, WrongState
 from ledger.events import ENDED, AccessControl, Meta, Recorded
 from ledger.handle import Known, handle, load, new_job_id
@@ -41,14 +42,19 @@ async def submit(request: Request) -> Response:
     once = await off_loop(request, Once.of, request, content)
     webhook, secrets = split_webhook(body.webhook, known)
     asked = submission(
-        body, known, user_id=for_user(request, body.user_id), teams=who_asks(request).groups, webhook=webhook
+        body,
+        known,
+        user_id=(user_id := for_user(request, body.user_id)),
+        teams=teams_of(request, user_id, known.groups_of),
+        webhook=webhook,
     )
     model = known.job_types[body.job_type]
     await check_parameters(request, [Check(body.job_type, model, body.parameters, ("parameters",))])
+    shown_secrets: list[ShownSecret] = []
     job_id = f"job-{once.name()}" if once else new_job_id()
     submitted = await _submitted_before(known, job_id, once)
     if submitted is None:
-        await keep(known, secrets)
+        await keep(known, secrets, endpoints=endpoints_of(asked))
         meta = Meta(actor(request), request=noted(once))
         try:
             [submitted] = (await handle(known.log, job_id, SubmitJob(asked), meta=meta, known=Known())).events
@@ -56,9 +62,16 @@ async def submit(request: Request) -> Response:
             submitted = await _submitted_before(known, job_id, once)
             if submitted is None:
                 raise
+        else:
+            shown_secrets = await take_unshown(known.db, endpoints_of(asked))
     job = await ended_if_wanted(request, job_id) or view.fold(None, submitted)
     return json_response(
-        {"status": "success", "job_id": job_id, "job": await _shown_job(request, job)},
+        {
+            "status": "success",
+            "job_id": job_id,
+            "job": await _shown_job(request, job),
+            **webhook_secrets(shown_secrets),
+        },
         202,
         {"Location": f"/api/events/jobs/{job_id}", "Ledger-Position": str(_position(job, submitted))},
     )

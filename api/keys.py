@@ -137,6 +137,12 @@ class KeyRing:
         key = self._keys.get(key_id)
         return key if key is not None and key.is_valid(now) else None
 
+    def groups_of(self, user_id: str, now: datetime) -> frozenset[str]:
+        """Return the groups that a user is in, by all of their valid keys."""
+        keys = list(self._keys.values())  # also called from other threads, while keys come and go
+        mine = (key for key in keys if key.user_id == user_id and key.is_valid(now))
+        return frozenset(group for key in mine for group in key.groups)
+
     async def resync(self, session: AsyncClientSession) -> None:
         with driver_errors("reading the API keys"):
             documents = await self._stored.find(session=session).to_list()

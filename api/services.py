@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,6 +61,7 @@ class Services:
     sessions: Sessions | None
     revocations: Revocations
     public_origin: str | None
+    groups_of: Callable[[str], Collection[str]]
     endings: Endings
     edge: Edge
     visibility: Visibility

@@ -113,6 +113,10 @@ class KeySignIn:
         key = self._ring.valid(key_id, self._now())
         return None if key is None else _holder(key)
 
+    def groups_of(self, user_id: str) -> frozenset[str]:
+        """Return the groups that a user is in, by their keys."""
+        return self._ring.groups_of(user_id, self._now())
+
 
 def _holder(key: ApiKey) -> Principal:
     return Principal(key.user_id, frozenset(key.groups), frozenset(key.roles), key.expires_at)

@@ -15,7 +15,8 @@ from api.parameters import Check
 from api.services import Services, services
 from api.validation import validated
 from ledger.addresses import AllowedHosts, hopeless
-from ledger.events import AccessControl, JobSubmitted, Webhook
+from ledger.endpoints import Endpoint, ShownSecret, ensure
+from ledger.events import AccessControl, BatchSubmitted, JobSubmitted, Webhook
 from ledger.mongo import driver_errors
 
 
@@ -116,8 +117,21 @@ def split_webhook(
     return webhook, secrets
 
 
-async def keep(known: Services, *secrets: Secrets | None) -> None:
+def endpoints_of(*submitted: JobSubmitted | BatchSubmitted) -> set[Endpoint]:
+    """Return the endpoints whose own secrets sign: those of webhooks that bring none."""
+    return {
+        Endpoint(it.user_id, it.webhook.url) for it in submitted if it.webhook is not None and not it.webhook.signed
+    }
+
+
+def webhook_secrets(shown: Collection[ShownSecret]) -> dict[str, Any]:
+    """Return the part of an answer that shows new secrets; nothing if there are none."""
+    return {"webhook_secrets": [it.as_answer() for it in shown]} if shown else {}
+
+
+async def keep(known: Services, *secrets: Secrets | None, endpoints: Collection[Endpoint] = ()) -> None:
     """Store secrets of webhooks before the event that refers to them: never the other way round."""
+    await ensure(known.db, endpoints)
     documents = [
         {"_id": it.reference, "headers": it.headers, "secrets": it.signing} for it in secrets if it is not None
     ]

@@ -72,6 +72,32 @@ class Redelivered(Success):
     more: bool
 
 
+class ShownEndpoint(BaseModel):
+    """A URL to which webhooks of a user go. `old_secret_until`: so long an old secret signs beside the new one."""
+
+    receiver: str
+    url: str
+    user_id: str
+    created_at: datetime
+    rotated_at: datetime | None
+    old_secret_until: datetime | None
+    revoked: bool = Field(description="It has no secret, and nothing is sent, until its secret is rotated.")
+
+
+class Endpoints(Success):
+    """A page of endpoints."""
+
+    endpoints: list[ShownEndpoint]
+
+
+class Rotated(Success):
+    """The new secret of an endpoint. It is shown this once."""
+
+    receiver: str
+    url: str
+    secret: str
+
+
 class Received(BaseModel):
     """What the sink was sent."""
 

@@ -25,6 +25,7 @@ from cli.follow import as_batch, follow
 from cli.follow import submit as submit_batch
 from cli.remote import HERE, UrlOption, api_at
 from cli.running import ConfigOption, JsonOption, any_server, run_roles, settings_of
+from cli.telling import printable
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound, ResourceUnavailable
 
 if TYPE_CHECKING:
@@ -239,6 +240,8 @@ async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
     async with api_at(url) as client:
         submitted, before = await submit_batch(client, batch)
         console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
+        for new in submitted.get("webhook_secrets", ()):
+            typer.echo(f"Signing secret of {printable(new['url'])}: {new['secret']} (not shown again)", err=True)
         if not wait:
             return 0
         names = dict(zip(submitted["job_ids"], map(_name, batch["jobs"]), strict=True))

@@ -14,6 +14,7 @@ from api.keys import COLLECTION as API_KEYS
 from api.sessions import COLLECTION as SESSIONS
 from api.sink import COLLECTION as SINK
 from ledger.client import SUBSCRIPTIONS
+from ledger.endpoints import COLLECTION as ENDPOINTS
 from ledger.gridfs import COLLECTIONS as GRIDFS
 from projections.rebuild import NAMES
 from projections.views import collection_name
@@ -37,6 +38,7 @@ _MUTABLE: Final = (
     "statistics",
     "steps",
     SUBSCRIPTIONS,
+    ENDPOINTS,
     "webhook_headers",
     SINK,
     "workers",

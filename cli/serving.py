@@ -109,6 +109,7 @@ def services_for(
         sessions=_sessions(settings.auth, sign_in, db, changes, revocations),
         revocations=revocations,
         public_origin=settings.api.public_url,
+        groups_of=sign_in.groups_of if isinstance(sign_in, KeySignIn) else lambda _user_id: frozenset[str](),
         endings=endings,
         visibility=Visibility(log, checkpoint),
         stall_watch=stall_watch,

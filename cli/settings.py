@@ -26,7 +26,6 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough
 from ledger.errors import ConfigurationError, os_failure
 from ledger.mongo import Connection
-from ledger.signing import key_of
 from workers.registry import is_built_in, processors, unusable_types, withdraw
 
 EMBEDDED = "embedded"
@@ -85,12 +84,6 @@ class ApiSettings(Section):
     cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]] = Field([])
 
 
-def _signing_secrets(secrets: list[SecretStr]) -> list[SecretStr]:
-    for secret in secrets:
-        key_of(secret.get_secret_value())
-    return secrets
-
-
 def _host_or_network(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.:/\[\]-]{1,255}", text):
         raise ValueError("expected an address, a network like 10.1.0.0/16, or the name of a host")
@@ -108,8 +101,6 @@ class WebhookSettings(Section):
     silent_times: int = Field(10, ge=1, le=1000)
     rest_seconds: float = Field(30, ge=0.1, le=600)
     allow_private: list[Annotated[str, AfterValidator(_host_or_network)]] = Field([])
-    secret_file: Path | None = None
-    secrets: Annotated[list[SecretStr], AfterValidator(_signing_secrets)] = Field([], max_length=2)
     sink: bool = False
     lease_seconds: float = Field(10, ge=1, le=3600)
 
@@ -296,12 +287,6 @@ def _refuse_secrets(file: Path, content: Mapping[str, Any]) -> None:
     """Settings are shown to others and kept in repositories; secrets are not."""
     auth = content.get("auth")
     jwt = auth.get("jwt") if isinstance(auth, dict) else None
-    webhooks = content.get("webhooks")
-    if isinstance(webhooks, dict) and webhooks.get("secrets"):
-        raise ConfigurationError(
-            f"{file}: webhooks.secrets: secrets do not belong here; put them into a file of their own, one a line, and "
-            f"name that in webhooks.secret_file"
-        )
     if isinstance(jwt, dict) and jwt.get("secret") is not None:
         raise ConfigurationError(
             f"{file}: auth.jwt.secret: a secret does not belong here; put it into a file of its own and name that in "
@@ -378,7 +363,6 @@ def _placed(settings: Settings, directory: Path) -> Settings:
     if worker.scratch_dir is not None:
         worker = worker.model_copy(update={"scratch_dir": directory / worker.scratch_dir})
     auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
-    webhooks = _signing(settings.webhooks, directory)
     _check_plugins(settings.processors)
     sections = {
         name: _placed_paths(section, processors()[name].Settings.model_validate(section), directory)
@@ -390,7 +374,6 @@ def _placed(settings: Settings, directory: Path) -> Settings:
         "event_worker": worker,
         "results": results,
         "auth": auth,
-        "webhooks": webhooks,
         "processors": sections,
     }
     return settings.model_copy(update=placed)
@@ -408,23 +391,6 @@ def _placed_paths(section: Mapping[str, Any], read: BaseModel, directory: Path) 
         else:
             placed[name] = value
     return placed
-
-
-def _signing(webhooks: WebhookSettings, directory: Path) -> WebhookSettings:
-    """Return the settings with what is signed with, one secret a line."""
-    if webhooks.secret_file is None:
-        return webhooks
-    file = directory / webhooks.secret_file
-    lines = [line.strip() for line in _read_text(file, "webhooks.secret_file: ").splitlines()]
-    try:
-        secrets = _signing_secrets([SecretStr(line) for line in lines if line])
-    except ValueError as error:
-        raise ConfigurationError(f"webhooks.secret_file: {file}: {error}") from error
-    if not 1 <= len(secrets) <= 2:
-        raise ConfigurationError(
-            f"webhooks.secret_file: {file}: expected one secret, or two while it is being replaced"
-        )
-    return webhooks.model_copy(update={"secrets": secrets})
 
 
 def _placed_jwt(jwt: JwtSettings, directory: Path) -> JwtSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Final
+from urllib.parse import quote
 
 import orjson
 import typer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Webhooks: who was told what.", invoke_without_command=True)
 _PATH: Final = "/api/monitoring/events/webhooks"
+_ENDPOINTS: Final = "/api/monitoring/events/webhook-endpoints"
 _STYLES: Final = {"delivered": "green", "pending": "yellow", "abandoned": "red"}
 JobOption = Annotated[str | None, typer.Option("--job", help="Those that tell of this job.")]
 BatchOption = Annotated[str | None, typer.Option("--batch", help="Those of this batch and its jobs.")]
@@ -100,6 +102,10 @@ def trial(
     header: Annotated[
         list[str] | None, typer.Option("--header", help="A header to send, such as 'X-Key: 1'. Repeatable.")
     ] = None,
+    secret: Annotated[
+        str | None,
+        typer.Option(envvar="JOBLEDGER_WEBHOOK_SECRET", help="Signing secret. Prefer the environment variable."),
+    ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -113,8 +119,10 @@ def trial(
     headers = dict(_header(text) for text in header or ())
     webhook_id = f"test-{ObjectId()}"
     body = orjson.dumps({"schema_version": 1, "type": "test", "delivery_id": webhook_id, "sequence": 0})
-    secrets = [secret.get_secret_value() for secret in settings.secrets]
-    signed = signed_headers(secrets, webhook_id, int(time.time()), body)
+    try:
+        signed = signed_headers([] if secret is None else [secret], webhook_id, int(time.time()), body)
+    except ValueError as error:
+        raise ConfigurationError(f"--secret: {error}") from None
     outgoing = Outgoing(receiver, {**headers, "Content-Type": "application/json", **signed}, body)
     answer = asyncio.run(_send(outgoing, settings.allow_private, settings.timeout_seconds))
     if as_json:
@@ -128,9 +136,75 @@ def trial(
     raise typer.Exit(0 if answer.error is None else 1)
 
 
-@app.command()
-def secret() -> None:
-    """Make a secret to sign webhooks with: for `webhooks.secret_file`, or the `webhook.secrets` of a submission."""
+@app.command("endpoints")
+def endpoints(url: UrlOption = HERE, as_json: JsonOption = False) -> None:
+    """List the endpoints that webhooks go to"""
+
+    async def ask() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        async with api_at(url) as client:
+            while True:
+                query = given({"limit": 1000, "after": found[-1]["receiver"] if found else None})
+                part = content_of(await client.get(_ENDPOINTS, params=query), "endpoints")["endpoints"]
+                found += part
+                if len(part) < 1000:
+                    return found
+
+    found = asyncio.run(ask())
+    if as_json:
+        typer.echo(orjson.dumps(found))
+        return
+    if not found:
+        typer.echo("No webhooks have been submitted.")
+        return
+    table = Table("receiver", "user", "url", "created", "rotated", "old secret until", box=None)
+    for it in found:
+        rotated = "revoked" if it["revoked"] else it["rotated_at"] or ""
+        cells = (it["receiver"], it["user_id"], it["url"], it["created_at"], rotated, it["old_secret_until"] or "")
+        table.add_row(*map(escape, cells))
+    Console().print(table)
+
+
+@app.command("rotate-secret")
+def rotate_secret(
+    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
+    grace: Annotated[int, typer.Option(min=0, help="Seconds for which the old secret signs, too.")] = 86_400,
+    url: UrlOption = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Give an endpoint a new signing secret and show it this once"""
+
+    async def ask() -> dict[str, Any]:
+        async with api_at(url) as client:
+            path = f"{_ENDPOINTS}/{quote(receiver, safe='')}/rotate-secret"
+            return content_of(await client.post(path, json={"grace_s": grace}), "secret")
+
+    rotated = asyncio.run(ask())
+    if as_json:
+        typer.echo(orjson.dumps({"receiver": rotated["receiver"], "url": rotated["url"], "secret": rotated["secret"]}))
+    else:
+        typer.echo(rotated["secret"])
+        typer.echo(f"Keep it: it is not shown again. The old one signs for {grace} more seconds.", err=True)
+
+
+@app.command("revoke-secret")
+def revoke_secret(
+    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
+    url: UrlOption = HERE,
+) -> None:
+    """Revoke the signing secrets of an endpoint; nothing is sent to it until its secret is rotated"""
+
+    async def ask() -> None:
+        async with api_at(url) as client:
+            content_of(await client.delete(f"{_ENDPOINTS}/{quote(receiver, safe='')}/secret"))
+
+    asyncio.run(ask())
+    typer.echo("Revoked. `jobledger webhooks rotate-secret` makes a new one.")
+
+
+@app.command("secret")
+def make_secret() -> None:
+    """Make a signing secret, for the `webhook.secrets` of a submission."""
     from ledger.signing import new_secret
 
     typer.echo(new_secret())

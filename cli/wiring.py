@@ -321,7 +321,6 @@ def _deliverer(
                 chosen.silent_times,
                 timedelta(seconds=chosen.rest_seconds),
             ),
-            secrets=[secret.get_secret_value() for secret in chosen.secrets],
             base=settings.api.public_url or "",
         ),
         holder=f"{socket.gethostname()}-{os.getpid()}",

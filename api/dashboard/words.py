@@ -23,8 +23,8 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
     "sign_out": ("Sign out", "Abmelden"),
     "credential": ("API key or token", "API-Schlüssel oder Token"),
     "credential_hint": (
-        "Kept by this browser until it is closed, and shown to no script.",
-        "Bleibt in diesem Browser, bis er geschlossen wird, und ist für kein Skript lesbar.",
+        "The browser keeps a session for at most 12 hours, not the key.",
+        "Der Browser behält eine Sitzung für höchstens 12 Stunden, nicht den Schlüssel.",
     ),
     "wrong_credential": ("That did not work.", "Das hat nicht geklappt."),
     "no_script": (
@@ -154,6 +154,10 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
     "check": ("Check", "Prüfen"),
     "send": ("Submit", "Einreichen"),
     "checked": ("{0} jobs, all valid.", "{0} Jobs, alle gültig."),
+    "new_secrets": (
+        "Submitted. Copy these signing secrets of webhooks now: they are not shown again.",
+        "Eingereicht. Kopieren Sie diese Signaturgeheimnisse jetzt: Sie werden nicht noch einmal angezeigt.",
+    ),
     "not_json": ("This is not JSON: {0}", "Das ist kein JSON: {0}"),
     "forbidden_overview": (
         "The overview of everything is for the roles monitor and admin. Your own jobs are on the page Jobs.",
@@ -176,7 +180,10 @@ def words_in(language: str) -> Callable[..., str]:
 
 def said_by_scripts(language: str) -> dict[str, str]:
     """Return the words, with their gaps, that scripts say."""
-    keys = ("live", "reconnecting", "confirm", "confirm_many", "done", "done_many", "away", "checked", "not_json")
+    keys = (
+        *("live", "reconnecting", "confirm", "confirm_many", "done", "done_many", "away"),
+        *("checked", "not_json", "new_secrets"),
+    )
     number = LANGUAGES.index(language)
     return {key: _WORDS[key][number] for key in keys}
 

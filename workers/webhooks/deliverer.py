@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from ledger.changes import Changes, Reaction
 from ledger.commands import AbandonDelivery, DeliveryCommand, RecordAttempt
 from ledger.delivery import Delivery, receiver_of
+from ledger.endpoints import Endpoint, signing_secrets
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import Failure, Meta
 from ledger.files import FileStore
@@ -57,7 +58,6 @@ class Settings:
     timeout_seconds: float = 10.0
     allow_private: Sequence[str] = ()
     limits: Limits = Limits()  # noqa: RUF009 - frozen
-    secrets: Sequence[str] = field(default=(), repr=False)
     base: str = ""
 
     @property
@@ -272,7 +272,9 @@ class Deliverer:
             receiver=receiver,
             base=self._settings.base,
         )
-        secrets = kept.get("secrets") or self._settings.secrets
+        secrets = kept.get("secrets") or await signing_secrets(self._db, Endpoint(delivery.asked.user_id, webhook.url))
+        if not secrets:
+            raise NotComposable("The signing secret of this endpoint was revoked. Rotate it to have a new one.")
         headers = {
             **kept.get("headers", {}),
             "Content-Type": "application/json",

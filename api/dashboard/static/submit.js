@@ -56,8 +56,13 @@ export function offerSubmission() {
     if (!ready) return;
     send.disabled = true;
     const answer = await post(form.dataset.submit, ready);
-    if (answer.ok) location.assign(form.dataset.batch + answer.body.batch_id);
-    else show([answer.message], true);
+    if (!answer.ok) return show([answer.message], true);
+    const batch = form.dataset.batch + answer.body.batch_id;
+    const secrets = answer.body.webhook_secrets ?? [];
+    if (!secrets.length) return location.assign(batch);
+    // Shown this once: the page stays until the reader moves on.
+    show([said("new_secrets"), ...secrets.map(({ url, secret }) => `${url} ${secret}`)], false);
+    findings.append(Object.assign(document.createElement("a"), { href: batch, textContent: answer.body.batch_id }));
   });
 }
 
