@@ -124,7 +124,7 @@ def endpoints_of(*submitted: JobSubmitted | BatchSubmitted) -> set[Endpoint]:
     }
 
 
-def webhook_secrets(shown: Collection[ShownSecret]) -> dict[str, Any]:
+def webhook_secrets(shown: Collection[ShownSecret]) -> dict[str, list[dict[str, str]]]:
     """Return the part of an answer that shows new secrets; nothing if there are none."""
     return {"webhook_secrets": [it.as_answer() for it in shown]} if shown else {}
 
