@@ -23,6 +23,7 @@ from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, tr
 from projections import failures
 from projections.health import why_stalled
 from projections.views import Views
+from workers import confinement, restrictions, sandbox
 from workers.health import MachineTrouble
 from workers.registry import (
     ProcessorUnusable,
@@ -74,10 +75,31 @@ def look_at_machine(settings: Settings) -> Iterator[Finding]:
             check_preload(job_type)
         except ProcessorUnusable as error:
             withdraw(job_type, str(error))
+    yield from look_at_confinement(settings)
     yield _finding("Job types", lambda: ", ".join(sorted(processors())))
     for job_type, why in unusable_types().items():
         yield Finding(f"Job type {job_type}", good=False, found="not usable", advice=why)
     yield _finding("Scratch space", lambda: _scratch(settings))
+
+
+def look_at_confinement(settings: Settings) -> Iterator[Finding]:
+    """Yield whether job processes and helper programs can be confined on this machine."""
+    mode, version = settings.event_worker.confine, restrictions.landlock_version()
+    if mode == "off":
+        yield Finding("Confinement of jobs", good=True, found="off (event_worker.confine)")
+    else:
+        limits = (
+            "" if version >= restrictions.SIGNALS_VERSION else ", which does not restrict signals (Linux 6.12 does)"
+        )
+        found = f"Landlock, version {version}{limits}" if version else "not possible: no Landlock"
+        yield Finding("Confinement of jobs", version > 0, found, confinement.ADVICE)
+    trials = sandbox.tried()
+    if trials[-1].works:
+        yield Finding("Sandbox for helper programs", good=True, found=trials[-1].method)
+    else:
+        found = "; ".join(f"{trial.method}: {trial.reason}" for trial in trials)
+        advice = f"LibreOffice and yt-dlp are not run without one. {sandbox.ADVICE}"
+        yield Finding("Sandbox for helper programs", good=False, found=found, advice=advice)
 
 
 def _finding(what: str, look: Callable[[], str]) -> Finding:

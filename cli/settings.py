@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough
 from ledger.errors import ConfigurationError, os_failure
 from ledger.mongo import Connection
+from workers.confinement import Mode
 from workers.registry import is_built_in, processors, unusable_types, withdraw
 
 EMBEDDED = "embedded"
@@ -69,6 +70,11 @@ class WorkerSettings(Section):
     scratch_min_free_mb: float = Field(100, ge=0, le=1_000_000_000)
     retry_base_seconds: float = Field(5, gt=0, le=3600)
     retry_longest_seconds: float = Field(600, gt=0, le=86_400)
+    confine: Mode = "auto"
+    child_environment: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field([])
+    readable_paths: list[Path] = Field([])
+    writable_paths: list[Path] = Field([])
+    protected_paths: list[Path] = Field([])
     poll_interval_sec: float | None = None
 
 
@@ -252,7 +258,7 @@ def read_settings(
         raise ConfigurationError(_not_json(error)) from None  # its cause holds the value
     except ValidationError as error:
         raise ConfigurationError(_explain(error, file)) from error
-    return _placed(settings, file.absolute().parent), [
+    return _placed(settings, file.absolute()), [
         f"{section}.{key} is not used: {why}"
         for (section, key), why in UNUSED.items()
         if key in (content.get(section) or {})
@@ -349,8 +355,9 @@ def _known_keys(location: Sequence[str]) -> Iterable[str]:
     return getattr(model, "model_fields", ())
 
 
-def _placed(settings: Settings, directory: Path) -> Settings:
+def _placed(settings: Settings, config: Path) -> Settings:
     """Make relative paths absolute, from where the file lies, and read what is kept in files of its own."""
+    directory = config.parent
     mongodb = settings.mongodb.model_copy(update={"data_dir": directory / settings.mongodb.data_dir})
     if settings.mongodb.uri_file is not None:
         uri_file = directory / settings.mongodb.uri_file
@@ -359,7 +366,7 @@ def _placed(settings: Settings, directory: Path) -> Settings:
     results = settings.results
     if isinstance(results.store, Path):
         results = results.model_copy(update={"store": directory / results.store})
-    worker = settings.event_worker
+    worker = settings.event_worker.model_copy(update=_placed_confinement(settings, config))
     if worker.scratch_dir is not None:
         worker = worker.model_copy(update={"scratch_dir": directory / worker.scratch_dir})
     auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
@@ -377,6 +384,20 @@ def _placed(settings: Settings, directory: Path) -> Settings:
         "processors": sections,
     }
     return settings.model_copy(update=placed)
+
+
+def _placed_confinement(settings: Settings, config: Path) -> dict[str, list[Path]]:
+    """Return the paths that job processes may and may not use. What the ledger keeps is among the latter."""
+    worker = settings.event_worker
+    secrets = (settings.mongodb.uri_file, settings.auth.jwt.secret_file)
+    ours = [config, settings.mongodb.data_dir, settings.results.store, *secrets]
+    return {
+        "readable_paths": [config.parent / path for path in worker.readable_paths],
+        "writable_paths": [config.parent / path for path in worker.writable_paths],
+        "protected_paths": [
+            config.parent / path for path in (*worker.protected_paths, *ours) if isinstance(path, Path)
+        ],
+    }
 
 
 def _placed_paths(section: Mapping[str, Any], read: BaseModel, directory: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers import execution
+from workers.confinement import Confinement
 from workers.registry import check_plugins, unusable_types
 from workers.scratch import Scratch
 from workers.webhooks import deliverer
@@ -284,6 +285,13 @@ def _worker(
             chosen.memory_limit_mb,
             chosen.retry_base_seconds,
             chosen.retry_longest_seconds,
+            Confinement(
+                mode=chosen.confine,
+                environment=tuple(chosen.child_environment),
+                protected=tuple(chosen.protected_paths),
+                readable=tuple(chosen.readable_paths),
+                writable=tuple(chosen.writable_paths),
+            ),
         ),
         slots=chosen.max_concurrent,
         slots_of_type=chosen.max_concurrent_per_type,

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from ledger.chain import digest
 from ledger.files import DirectoryStore
+from workers.confinement import Confinement
 from workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 from workers.result_paths import normal_path
 
@@ -39,6 +40,7 @@ class Assignment(BaseModel):
     inbox: Path
     """Where saved files go, by digest; the worker sees to the rest."""
     scratch: Path
+    confinement: Confinement = Confinement()
 
 
 class FinishedStep(BaseModel):

@@ -19,6 +19,7 @@ from typing import Any, Final
 import orjson
 
 from workers.attempt import Assignment, Message, run
+from workers.confinement import confine, paths_in
 from workers.registry import find_processor
 
 STOP: Final = b"stop"
@@ -38,7 +39,20 @@ def main(pipe: Connection, memory_limit_mb: int) -> None:
         assignment = Assignment.model_validate_json(pipe.recv_bytes())
     except EOFError:  # the worker has died before it could tell
         return
+    _confine(assignment)
     asyncio.run(_work(pipe, assignment))
+
+
+def _confine(assignment: Assignment) -> None:
+    """Before any code of the processor runs, and before there are other threads."""
+    processor = find_processor(assignment.job_type)
+    confine(
+        assignment.confinement,
+        scratch=assignment.scratch,
+        inbox=assignment.inbox,
+        readable=[*paths_in(processor.Settings.model_validate(assignment.settings))],
+        shared=getattr(processor, "shared_directories", tuple)(),
+    )
 
 
 async def _work(pipe: Connection, assignment: Assignment) -> None:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -45,6 +45,8 @@ from ledger.job import MAX_MACHINE_TROUBLES, Job
 from ledger.log import EventLog
 from workers import child
 from workers.attempt import Assignment, FinishedStep, Message, run
+from workers.confinement import Confinement, minimal_environment
+from workers.confinement import check as check_confinement
 from workers.health import MachineTrouble, WorkerHealth, machine_trouble
 from workers.path_reservations import PathReservations
 from workers.processor import ProcessorError, Results, SavedFile
@@ -70,14 +72,20 @@ class Settings:
     memory_limit_mb: int = 4096
     retry_base_seconds: float = 5.0
     retry_longest_seconds: float = 600.0
+    confinement: Confinement = field(default_factory=Confinement)
 
 
 class Fenced(BaseException):  # a state of affairs, no error, and nothing that an inline processor may catch
     """The attempt is over: somebody else has the job, or it is gone. Whatever we would still say is refused."""
 
 
-def prepare_children() -> None:
-    """Name what the server process that children are forked from loads beforehand. Call once, before the first job."""
+def prepare_children(settings: Settings) -> None:
+    """Name what the server process that children are forked from loads beforehand. Call once, before the first job.
+
+    Raises:
+        ConfigurationError: children must be confined, and the system does not allow it.
+    """
+    check_confinement(settings.confinement.mode)
     _context.set_forkserver_preload(["workers.child", "workers.preload"])
     # Else every child would load the program that we were started with, a second each; this is where it would find it.
     main = sys.modules["__main__"]
@@ -232,6 +240,7 @@ class Execution:
             seek=not self._job.anew,
             inbox=self._inbox,
             scratch=scratch,
+            confinement=self._settings.confinement,
         )
         if processor.isolation == "inline":
             await run(assignment, processor, self._take, threading.Event())  # stopped by cancelling its task
@@ -489,13 +498,19 @@ async def _child(
 
     process = _context.Process(target=child.main, args=(theirs, memory_limit_mb), daemon=True)
     try:
-        await asyncio.to_thread(process.start)  # the first one waits for the server process
+        await asyncio.to_thread(_start, process, assignment.confinement.environment)
         await asyncio.to_thread(ours.send_bytes, assignment.model_dump_json().encode())
         theirs.close()
         yield _messages(ours), process, answer
     finally:
         theirs.close()
         await asyncio.shield(asyncio.to_thread(_end, process, ours))
+
+
+def _start(process: BaseProcess, environment: Sequence[str]) -> None:
+    """Start a child. The first one, and one after a crash of the server process, starts that with this environment."""
+    with minimal_environment(environment):
+        process.start()
 
 
 def _end(process: BaseProcess, pipe: Connection) -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ledger.mongo import Connection, Database, Document
 from projections import batches, jobs
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
+from workers.confinement import Confinement
 from workers.execution import Settings
 from workers.scratch import Scratch
 from workers.webhooks.deliverer import Deliverer
@@ -53,6 +54,7 @@ class WorkerOptions:
     memory_limit_mb: int = 4096
     processors: Mapping[str, Mapping[str, Any]] | None = None
     scratch: Path | None = None
+    confinement: Confinement = field(default_factory=Confinement)
 
 
 IMPATIENT = Webhooks(schedule=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allow_private=["127.0.0.1"])
@@ -253,6 +255,7 @@ def _worker(here: Process, options: WorkerOptions) -> Worker:
             here.store,
             options.processors or {},
             memory_limit_mb=options.memory_limit_mb,
+            confinement=options.confinement,
             retry_base_seconds=options.retry_base_seconds,
         ),
         slots=options.slots,

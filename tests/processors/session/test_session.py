@@ -250,7 +250,7 @@ async def test_slides_that_cannot_be_shown_are_a_warning_and_a_link(
 async def test_a_presentation_that_is_no_pdf_is_linked_without_being_downloaded(
     site: Site, page: str, tmp_path: Path
 ) -> None:
-    job = RecordingJob(session(url=page, attachments_url=site.url("/talk%20one.PPTX?x=1")), tmp_path)
+    job = RecordingJob(session(url=page, attachments_url=site.url("/talk%20one.PPT?x=1")), tmp_path)
     await run(job, libreoffice=None)
     assert job.warnings == [
         "The attachment is only linked: it is a PowerPoint file, and images can only be made of PDF; "

@@ -7,6 +7,7 @@ are imported by `pipeline`, when a job runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -29,6 +30,13 @@ class SessionProcessor:
 
     def __init__(self, settings: SessionSettings) -> None:
         self._settings = settings
+
+    @staticmethod
+    def shared_directories() -> Sequence[Path]:
+        """Return where jobs of all workers of this machine agree on how many fetch from one host."""
+        from workers.processors.session.turns import turns_directory
+
+        return (turns_directory(),)
 
     async def run(self, job: Job) -> Results:
         """Run the steps `page`, `transcript`, `slides`, `compose` and `markdown`.

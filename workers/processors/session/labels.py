@@ -7,6 +7,7 @@ from typing import Final
 _ENGLISH: Final = {
     "slides": "Slides",
     "slide": "Slide",
+    "notes": "Notes",
     "transcript": "Transcript",
     "links": "Links",
     "page": "Session page",
@@ -17,6 +18,7 @@ _ENGLISH: Final = {
 _GERMAN: Final = {
     "slides": "Folien",
     "slide": "Folie",
+    "notes": "Notizen",
     "transcript": "Mitschrift",
     "links": "Links",
     "page": "Seite des Vortrags",

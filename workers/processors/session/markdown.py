@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from workers.processor import ProcessorError, SavedFile
 from workers.processors.session.compose import Summary
+from workers.processors.session.deck_files import SlideText
 from workers.processors.session.labels import labels_in
 from workers.processors.session.names import Layout
 from workers.processors.session.page import PageText
@@ -45,11 +46,12 @@ class Recording(BaseModel):
 
 
 class SlideShow(BaseModel):
-    """What the step `slides` found."""
+    """What the step `slides` found: images, or the words of a presentation that no images could be made of."""
 
     model_config = ConfigDict(frozen=True)
 
     slides: list[Slide] = []
+    texts: list[SlideText] = []
     warnings: list[str] = []
 
     def placed(self, where: Layout) -> SlideShow:
@@ -110,6 +112,10 @@ def compose_markdown(
         "page": page.model_copy(update={"markdown": composed.markdown}),
         "labels": labels,
         "slides": [{"alt": _alt(slide, labels["slide"]), "target": _beside(slide)} for slide in show.slides],
+        "slide_texts": [
+            {"number": slide.number, "lines": slide.text.splitlines(), "notes": slide.notes.splitlines()}
+            for slide in show.texts
+        ],
         "transcript": {"paragraphs": _paragraphs(recording.segments), "reason": recording.reason or ""},
         "warnings": warnings,
     }

@@ -1,17 +1,20 @@
-"""session: presentations that are no PDF become one, by LibreOffice where it is installed.
+"""session: make a PDF of presentations that are none, by LibreOffice where it is installed.
 
-It runs without a window, on a profile of its own that knows no proxy but a dead one, fetches nothing that a
-presentation links to, and runs no macros. It ends with the step, and with the job (`workers/child.py`).
+LibreOffice runs in the sandbox (`workers/sandbox.py`), on a copy of the presentation without references to anything
+outside of it (`deck_files.py`), with a profile of its own in which macros are disabled. It ends with the step, and with
+the job. Where there is no sandbox that works, it does not run.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Final
+
+from workers import sandbox
+from workers.processors.session import office_kit
+from workers.processors.session.deck_files import UnusableDeck, without_references
 
 _KINDS: Final = {
     **dict.fromkeys((".ppt", ".pps"), (b"\xd0\xcf\x11\xe0",)),
@@ -72,43 +75,58 @@ async def to_pdf(source: Path, suffix: str, *, program: str, scratch: Path) -> P
     """Make a PDF of the presentation `source` in the empty directory `scratch`. Cancelled, it leaves no process behind.
 
     Raises:
-        NotConverted: LibreOffice cannot read it.
+        NotConverted: LibreOffice cannot read it, or cannot be run safely here.
     """
-    profile, named = scratch / "profile", scratch / f"slides{suffix}"
-    await asyncio.to_thread(_prepare, profile, source, named)
-    process = await asyncio.create_subprocess_exec(
-        *(program, "--headless", "--norestore", "--nologo", "--nolockcheck", "--nodefault"),
-        f"-env:UserInstallation={profile.as_uri()}",
-        *("--convert-to", "pdf:impress_pdf_Export", "--outdir", str(scratch), str(named)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(profile), "LANG": "C.UTF-8"},
-    )
+    profile, named, made = scratch / "profile", scratch / f"slides{suffix}", scratch / "slides.pdf"
     try:
-        await process.wait()
-    finally:
-        _kill_with_descendants(process.pid)
-        await process.wait()
-    made = scratch / "slides.pdf"
+        await asyncio.to_thread(_prepare, profile, source, named)
+        await sandbox.run(
+            sandbox.Program(
+                _command(program, profile, named, made),
+                scratch,
+                readable=_readable(program),
+                environment={"HOME": str(profile), "SAL_USE_VCLPLUGIN": "svp"},
+            )
+        )
+    except UnusableDeck as error:
+        raise NotConverted(str(error)) from error
+    except sandbox.SandboxUnavailable as error:
+        raise NotConverted(f"was not converted, because LibreOffice cannot be run safely: {error}") from error
     if not await asyncio.to_thread(made.is_file):
         raise NotConverted("could not be read by LibreOffice")
     return made
+
+
+def _command(program: str, profile: Path, source: Path, target: Path) -> list[str]:
+    """Return what converts: LibreOffice's library if it lies with the program, else the program itself."""
+    path = shutil.which(program) or program
+    if (directory := _library_directory(path)) is not None:
+        arguments = (str(directory), profile.as_uri(), source.as_uri(), target.as_uri())
+        return sandbox.python(str(Path(office_kit.__file__).resolve()), *arguments)
+    return [
+        *(path, "--headless", "--norestore", "--nologo", "--nolockcheck", "--nodefault"),
+        f"-env:UserInstallation={profile.as_uri()}",
+        *("--convert-to", "pdf:impress_pdf_Export", "--outdir", str(target.parent), str(source)),
+    ]
+
+
+def _library_directory(path: str) -> Path | None:
+    """Return where LibreOffice's library lies: beside the program, unless that is a script of a distribution."""
+    places = [Path(path).resolve().parent]
+    if Path(path).name in ("soffice", "libreoffice"):
+        places += [Path("/usr/lib64/libreoffice/program"), Path("/usr/lib/libreoffice/program")]
+    return next((place for place in places if any((place / name).exists() for name in office_kit.LIBRARIES)), None)
+
+
+def _readable(program: str) -> list[Path]:
+    """Return what the program needs besides the system's directories: itself, and LibreOffice where it is installed."""
+    path = shutil.which(program) or program
+    directory = _library_directory(path)
+    return [Path(path).resolve(), *([directory.parent] if directory else [])]
 
 
 def _prepare(profile: Path, source: Path, named: Path) -> None:
     items = "".join(_ITEM.format(path=path, name=name, value=value) for path, name, value in _CHOSEN)
     (profile / "user").mkdir(parents=True)
     (profile / "user" / "registrymodifications.xcu").write_text(_PROFILE.format(items=items), encoding="utf-8")
-    source.rename(named)
-
-
-def _kill_with_descendants(pid: int) -> None:
-    """`soffice` is a script that starts the program proper."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        os.kill(pid, signal.SIGKILL)
-    except (OSError, ProcessLookupError):
-        return
-    for child in children:
-        _kill_with_descendants(int(child))
+    without_references(source, named)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from workers import sandbox
 from workers.processor import JSON, ProcessorError
+from workers.processors.session.deck_files import HAVE_WORDS, SlideText, words
 from workers.processors.session.markdown import SlideShow
 from workers.processors.session.office import (
     MEDIA_TYPES,
@@ -29,6 +31,7 @@ from workers.processors.session.steps import FETCH_SHARE, Cancelled, Work
 
 MAX_TEXT = 500_000
 LOOK_EVERY_SECONDS = 0.5
+_MISSING = "LibreOffice, which could make one of it, is not installed"
 
 
 def inputs(work: Work) -> dict[str, JSON]:
@@ -43,18 +46,27 @@ def inputs(work: Work) -> dict[str, JSON]:
     }
     return {
         "url": work.session.attachments_url,
-        "office": is_installed(work.settings.libreoffice),
+        "office": _can_convert(work),
         **work.settings.model_dump(mode="json", include=limits),
     }
+
+
+def _can_convert(work: Work) -> bool:
+    """Return whether a presentation would be converted: not known before it is tried out, which only they are worth."""
+    if not is_installed(work.settings.libreoffice):
+        return False
+    url = work.session.attachments_url
+    return url is None or not can_be_presentation(suffix_of(url)) or sandbox.is_available()
 
 
 async def run(work: Work) -> JSON:
     """Fetch the attachment and store an image of each page."""
     slides: list[Slide] = []
+    texts: list[SlideText] = []
     if work.session.attachments_url is not None:
         try:
             async with asyncio.timeout(work.settings.slides_timeout_seconds):
-                await _show(work, work.session.attachments_url, slides)
+                await _show(work, work.session.attachments_url, slides, texts)
         except Cancelled:
             raise
         except TimeoutError:
@@ -66,17 +78,17 @@ async def run(work: Work) -> JSON:
         except Unreadable as error:
             await work.warn(f"The slides are only linked: the PDF {error}.")
         except NotConverted as error:
-            await work.warn(f"The attachment is only linked: it {error}.")
+            await work.warn(f"{_only(texts)}: it {str(error).rstrip('.')}.")
     await work.job.progress(90, "The slides are done")
-    return SlideShow(slides=slides, warnings=work.warnings).model_dump(mode="json")
+    return SlideShow(slides=slides, texts=[] if slides else texts, warnings=work.warnings).model_dump(mode="json")
 
 
-async def _show(work: Work, url: str, slides: list[Slide]) -> None:
+async def _show(work: Work, url: str, slides: list[Slide], texts: list[SlideText]) -> None:
     suffix = suffix_of(url)
     kind = other_type(url)
     convertible = can_be_presentation(suffix) and is_installed(work.settings.libreoffice)
-    if kind and not convertible:
-        missing = "; LibreOffice, which could make one of it, is not installed" if can_be_presentation(suffix) else ""
+    if kind and not convertible and suffix not in HAVE_WORDS:
+        missing = f"; {_MISSING}" if can_be_presentation(suffix) else ""
         await work.warn(f"The attachment is only linked: it is {kind}, and images can only be made of PDF{missing}.")
         return
     attachment = work.job.scratch / "attachment"
@@ -92,12 +104,22 @@ async def _show(work: Work, url: str, slides: list[Slide]) -> None:
     if await asyncio.to_thread(is_pdf, attachment):
         await _draw(work, attachment, slides)
         return
-    suffix = suffix if convertible else MEDIA_TYPES.get(fetched.media_type, "")
-    if is_installed(work.settings.libreoffice) and await asyncio.to_thread(is_presentation, attachment, suffix):
-        await _draw(work, await _converted(work, attachment, suffix), slides)
-    else:
+    suffix = suffix if can_be_presentation(suffix) else MEDIA_TYPES.get(fetched.media_type, "")
+    if not await asyncio.to_thread(is_presentation, attachment, suffix):
         kind = fetched.media_type or "of unknown type"
         await work.warn(f"The attachment is only linked: it is no PDF ({kind}), and images can only be made of PDF.")
+        return
+    texts += await asyncio.to_thread(words, attachment)
+    if not is_installed(work.settings.libreoffice):
+        kind = other_type(f"/x{suffix}") or "a presentation"
+        await work.warn(f"{_only(texts)}: it is {kind}, and images can only be made of PDF; {_MISSING}.")
+        return
+    await _draw(work, await _converted(work, attachment, suffix), slides)
+
+
+def _only(texts: list[SlideText]) -> str:
+    """Return what the document has of slides without images."""
+    return "Only the words of the slides are shown" if texts else "The attachment is only linked"
 
 
 async def _converted(work: Work, attachment: Path, suffix: str) -> Path:

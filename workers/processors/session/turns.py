@@ -14,13 +14,18 @@ import random
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from pathlib import Path
 
 _ASK_EVERY_SECONDS = 0.1
 
 
+@cache
 def turns_directory() -> Path:
-    """Return where this machine's workers of this user keep their locks."""
+    """Return where this machine's workers of this user keep their locks.
+
+    Called first before a job process gets a temporary directory of its own.
+    """
     return Path(tempfile.gettempdir(), f"jobledger-turns-{os.getuid()}")
 
 

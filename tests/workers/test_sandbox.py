@@ -1,0 +1,167 @@
+"""tests: what a helper program in the sandbox can reach, by each implementation that works on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from workers import restrictions, sandbox
+from workers.sandbox import Limits, Method, Program, SandboxUnavailable, Trial
+
+WORKING = [
+    pytest.param(
+        method,
+        marks=pytest.mark.skipif(not works, reason=f"{method} does not work here (apt install bubblewrap)"),
+    )
+    for method, works in (
+        ("landlock", restrictions.landlock_version() > 0 and restrictions.can_refuse()),
+        ("bubblewrap", shutil.which("bwrap") is not None and sandbox._try("bubblewrap").works),
+    )
+]
+
+LIMITS = Limits(file_bytes=1_000_000, memory_bytes=600_000_000, processes=100)
+ATTEMPTS = {
+    "file": "open(canary).read()",
+    "directory": "os.listdir(os.path.dirname(canary))",
+    "home": "os.listdir('/root') + os.listdir('/home')",
+    "passwords": "open('/etc/passwd').read()",
+    "environment": "open(f'/proc/{parent}/environ').read()",
+    "memory": "open(f'/proc/{parent}/mem', 'rb')",
+    "write to the system": "open('/usr/canary', 'w')",
+    "write beside": "os.mkdir(canary + '.directory')",
+    "remove": "os.unlink(canary)",
+    "rename": "os.rename(canary, 'canary')",
+    "hard link": "os.link(canary, 'canary')",
+    "mode": "os.chmod(canary, 0)",
+    "truncate": "os.truncate(canary, 0)",
+    "times": "os.utime(canary, (0, 0))",
+    "TCP": "socket.create_connection(('127.0.0.1', port), 2)",
+    "UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'', ('127.0.0.1', port))",
+    "IPv6": "socket.create_connection(('::1', port), 2)",
+    "local socket": "socket.socket(socket.AF_UNIX).connect(canary + '.socket')",
+    "abstract socket": "socket.socket(socket.AF_UNIX).connect('\\0canary')",
+    "signal": "os.kill(parent, 0)",
+    "many processes": "[os.fork() or time.sleep(3) or os._exit(0) for _ in range(700)]",
+    "large file": "open('large', 'wb').write(bytes(3_000_000))",
+    "much memory": "bytearray(900_000_000)",
+    "secrets of the starter": "os.environ['CANARY']",
+}
+_TRY_ALL = """
+import json, os, socket, sys, time
+canary, port, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for name, code in json.loads(sys.argv[4]).items():
+    pid = os.fork()
+    if pid == 0:
+        try:
+            exec(code)
+        except (OSError, MemoryError, KeyError):
+            os._exit(3)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+        print(name)
+print("tried")
+"""
+
+
+@pytest.mark.parametrize("method", WORKING)
+async def test_program_reaches_nothing_outside(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANARY", "canary")
+    monkeypatch.chdir(tmp_path)
+    canary, scratch = tmp_path / "canary", tmp_path / "scratch"
+    canary.write_text("canary")
+    scratch.mkdir()
+    before = canary.stat()
+    attempts = dict(ATTEMPTS)
+    if os.getuid() == 0:
+        del attempts["many processes"]  # the kernel sets no limit for root
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket(socket.AF_UNIX) as local:
+        local.bind("canary.socket")
+        local.listen()
+        arguments = (str(canary), str(listening.getsockname()[1]), str(os.getpid()), json.dumps(attempts))
+        program = Program(sandbox.python("-c", _TRY_ALL, *arguments), scratch, limits=LIMITS)
+        ended = await sandbox._run(program, method, None, 10_000)
+    reached = ended.output.decode().split("\n")[:-1]
+    assert reached.pop() == "tried"
+    # With bubblewrap the directories above its own exist, and are empty and its own, too.
+    assert set(reached) <= ({"directory", "home", "write beside"} if method == "bubblewrap" else set())
+    assert sorted(path.name for path in canary.parent.iterdir()) == ["canary", "canary.socket", "scratch"]
+    assert canary.read_text() == "canary"
+    assert (canary.stat().st_mode, canary.stat().st_mtime) == (before.st_mode, before.st_mtime)
+
+
+@pytest.mark.parametrize("method", WORKING)
+async def test_program_can_do_its_work(method: Method, tmp_path: Path) -> None:
+    command = sandbox.python(
+        "-c",
+        "import os, threading; threading.Thread(target=print).start(); os.mkdir('d');"
+        "open('d/a', 'w').close(); os.rename('d/a', 'b'); print(os.popen('echo done').read())",
+    )
+    ended = await sandbox._run(Program(command, tmp_path), method, None, 100)
+    assert ended.exit_code == 0
+    assert b"done" in ended.output
+    assert (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("method", WORKING)
+async def test_program_ends_with_all_it_started(method: Method, tmp_path: Path) -> None:
+    escaping = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n"
+    beating = "  while True:\n   open('beat', 'a').write('x'); time.sleep(0.05)\n"
+    running = asyncio.create_task(
+        sandbox._run(Program(sandbox.python("-c", escaping + beating + "time.sleep(100)"), tmp_path), method, None, 0)
+    )
+    async with asyncio.timeout(20):
+        while not (tmp_path / "beat").exists():  # noqa: ASYNC110 - nobody tells us
+            await asyncio.sleep(0.05)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await asyncio.sleep(0.2)
+    size = (tmp_path / "beat").stat().st_size
+    await asyncio.sleep(0.3)
+    assert (tmp_path / "beat").stat().st_size == size
+
+
+async def test_nothing_is_run_without_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial("landlock", works=False, reason="the kernel does not offer it")
+    monkeypatch.setattr(sandbox, "tried", lambda: (trial,))
+    with pytest.raises(SandboxUnavailable, match=r"the kernel does not offer it.*apt install bubblewrap"):
+        await sandbox.run(Program(sandbox.python("-c", "open('ran', 'w')"), tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_method_that_confines_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel, a container engine or a bwrap that only pretends."""
+
+    def bare(program: Program, method: Method) -> list[str]:
+        return ["/bin/sh", "-c", f'cd {program.scratch} && exec "$@"', "sh", *program.command]
+
+    monkeypatch.setattr(sandbox, "_command", bare)
+    trial = sandbox._try("landlock") if restrictions.landlock_version() else sandbox._try("bubblewrap")
+    assert not trial.works
+    if restrictions.landlock_version() or shutil.which("bwrap"):
+        assert "files outside" in trial.reason
+        assert "the network" in trial.reason
+
+
+def test_doctor_names_the_sandbox_or_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cli.doctor import look_at_confinement
+    from cli.settings import Settings
+
+    monkeypatch.setattr(sandbox, "tried", lambda: (Trial("landlock", works=False, reason="no"),))
+    monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
+    findings = {finding.what: finding for finding in look_at_confinement(Settings())}
+    assert not findings["Sandbox for helper programs"].good
+    assert "bubblewrap" in findings["Sandbox for helper programs"].advice
+    assert not findings["Confinement of jobs"].good
+    assert "Landlock" in findings["Confinement of jobs"].advice
+    monkeypatch.setattr(sandbox, "tried", lambda: (Trial("bubblewrap", works=True),))
+    monkeypatch.setattr(restrictions, "landlock_version", lambda: 7)
+    findings = {finding.what: finding for finding in look_at_confinement(Settings())}
+    assert findings["Sandbox for helper programs"].found == "bubblewrap"
+    assert all(finding.good for finding in findings.values())
