@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +22,27 @@ from tests.processors.session.support import (
     settings,
     video,
 )
+from workers import restrictions, sandbox
+from workers.processors.session import video_sites
 from workers.processors.session.fetch import Fetcher
 from workers.processors.session.pipeline import run
 from workers.processors.session.transcript import NoTranscript
 from workers.processors.session.video_sites import is_on_a_video_site, media_address
+
+
+def _has_namespaces() -> bool:
+    if not restrictions.landlock_version():
+        return False
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if restrictions.leave_namespaces() else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+needs_namespaces = pytest.mark.skipif(
+    not _has_namespaces(),
+    reason="needs Landlock, and user namespaces (sysctl kernel.unprivileged_userns_clone=1; not in most containers)",
+)
 
 
 @pytest.fixture
@@ -33,27 +51,33 @@ def site() -> Iterator[Site]:
         yield running
 
 
-def finding(monkeypatch: pytest.MonkeyPatch, found: Any) -> list[dict[str, Any]]:
-    """Put something in yt-dlp's place that finds this; return the options it is given."""
-    given: list[dict[str, Any]] = []
+def finding(monkeypatch: pytest.MonkeyPatch, folder: Path, found: Any) -> None:
+    """Put something in yt-dlp's place that finds this, or fails with a message."""
+    package = folder / "packages" / "yt_dlp"
+    package.mkdir(parents=True)
+    (package / "found.json").write_text(json.dumps(found))
+    (package / "__init__.py").write_text(_FINDS)
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, "yt_dlp", raising=False)
 
-    class YoutubeDL:
-        def __init__(self, options: dict[str, Any]) -> None:
-            given.append(options)
 
-        def __enter__(self) -> YoutubeDL:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def extract_info(self, url: str, *, download: bool) -> Any:
-            assert not download
-            if isinstance(found, Exception):
-                raise found
-            return found
-
-    monkeypatch.setitem(sys.modules, "yt_dlp", SimpleNamespace(YoutubeDL=YoutubeDL))
-    return given
+_FINDS = """
+import json, pathlib
+class YoutubeDL:
+    def __init__(self, options):
+        assert options["allowed_extractors"] == ["default", "-generic"], options
+        assert options["proxy"].startswith("http://127.0.0.1:"), options
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def extract_info(self, url, *, download):
+        assert not download
+        found = json.loads(pathlib.Path(__file__).with_name("found.json").read_text())
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        if found and "code" in found:
+            exec(found["code"], {"found": found})
+        return found
+"""
 
 
 async def heard(page: str, site: Site, folder: Path) -> tuple[RecordingJob, Any]:
@@ -63,21 +87,22 @@ async def heard(page: str, site: Site, folder: Path) -> tuple[RecordingJob, Any]
     return job, results
 
 
+@needs_namespaces
 async def test_the_recording_behind_a_page_is_fetched_by_us(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     film = site.put("/hidden/film", Answer(video(2), headers={"Content-Type": "video/webm"}))
-    given = finding(monkeypatch, {"url": film})
+    finding(monkeypatch, tmp_path, {"url": film})
     job, results = await heard("https://www.video.example/watch?v=1", site, tmp_path)
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
     assert job.warnings == ["There is no transcript. No transcription is configured."]
-    assert given[0]["allowed_extractors"] == ["default", "-generic"]
 
 
+@needs_namespaces
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
-        (RuntimeError("ERROR: Private video. Sign in\nmore"), "cannot be had: Private video. Sign in."),
+        ("ERROR: Private video. Sign in\nmore", "cannot be had: Private video. Sign in."),
         (None, "no recording that can be fetched as one file on the page of video.example"),
         ({"entries": []}, "no recording that can be fetched as one file"),
         ({"url": "http://10.0.0.1/film"}, "10.0.0.1"),  # what it finds is checked like every address
@@ -87,7 +112,7 @@ async def test_the_recording_behind_a_page_is_fetched_by_us(
 async def test_what_cannot_be_had_there_is_a_reason(
     found: Any, sentence: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finding(monkeypatch, found)
+    finding(monkeypatch, tmp_path, found)
     job, results = await heard("https://video.example/1", site, tmp_path)
     assert sentence in job.warnings[0]
     assert not results.metadata["transcribed"]
@@ -96,7 +121,7 @@ async def test_what_cannot_be_had_there_is_a_reason(
 async def test_without_yt_dlp_it_is_said_what_to_install(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "yt_dlp", None)
+    monkeypatch.setattr(video_sites, "_package", lambda: None)
     job, _ = await heard("https://video.example/1", site, tmp_path)
     assert "pip install yt-dlp" in job.warnings[0]
 
@@ -110,10 +135,73 @@ def test_only_named_sites_and_their_subdomains_are_video_sites() -> None:
     assert not is_on_a_video_site("not an address", sites)
 
 
-def test_the_real_yt_dlp_does_not_guess(site: Site) -> None:
+@needs_namespaces
+async def test_the_real_yt_dlp_does_not_guess(site: Site, tmp_path: Path) -> None:
     """With its guessing extractor it would have fetched the page, wherever that is."""
     pytest.importorskip("yt_dlp")
     page = site.put("/watch", html("<video src='/film.webm'></video>"))
     with pytest.raises(NoTranscript, match="cannot be had"):
-        media_address(page, seconds=5)
+        await media_address(page, seconds=5, scratch=tmp_path / "scratch", fetcher=Fetcher(settings()))
     assert site.asked == []
+
+
+_CONNECT = """
+import socket, os
+def asked(target):
+    with socket.create_connection(("127.0.0.1", 3128), 5) as s:
+        s.sendall(f"{target} HTTP/1.1\\r\\n\\r\\n".encode())
+        answer = s.recv(100).split(b"\\r\\n")[0].decode()
+        if "200" in answer:
+            s.sendall(b"GET /through HTTP/1.0\\r\\n\\r\\n")
+            answer += " " + s.recv(100).split(b"\\r\\n")[0].decode()
+        return answer
+def tried(what):
+    try:
+        return str(what())
+    except OSError as error:
+        return type(error).__name__
+"""
+
+
+@needs_namespaces
+async def test_yt_dlp_reaches_only_what_the_address_policy_allows(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.put("/through", html("reached"))
+    (tmp_path / "secret").write_text("canary")
+    attempts = {
+        "allowed": f"asked('CONNECT 127.0.0.1:{site.port}')",
+        "private": "asked('CONNECT 10.0.0.1:80')",
+        "metadata": "asked('CONNECT 169.254.169.254:80')",
+        "another method": f"asked('GET http://127.0.0.1:{site.port}/x')",
+        "no port": "asked('CONNECT 127.0.0.1')",
+        "directly": f"socket.create_connection(('127.0.0.1', {site.port}), 2)",
+        "a file": f"open('{tmp_path}/secret').read()",
+        "a local socket": "socket.socket(socket.AF_UNIX)",
+    }
+    lines = [_CONNECT, "import json", "got = {}"]
+    lines += [f"got[{name!r}] = tried(lambda: {code})" for name, code in attempts.items()]
+    lines += ["found['url'] = json.dumps(got)"]
+    finding(monkeypatch, tmp_path, {"code": "\n".join(lines)})
+    fetcher = Fetcher(settings())
+    said = await media_address("https://video.example/1", seconds=5, scratch=tmp_path / "scratch", fetcher=fetcher)
+    got = json.loads(said)
+    assert got == {
+        "allowed": "HTTP/1.1 200 OK HTTP/1.0 200 OK",
+        "private": "HTTP/1.1 403 Forbidden",
+        "metadata": "HTTP/1.1 403 Forbidden",
+        "another method": "HTTP/1.1 403 Forbidden",
+        "no port": "HTTP/1.1 403 Forbidden",
+        "directly": "ConnectionRefusedError",
+        "a file": "PermissionError",
+        "a local socket": "PermissionError",
+    }
+
+
+async def test_without_namespaces_yt_dlp_is_not_run(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding(monkeypatch, tmp_path, {"url": "http://x.example/"})
+    monkeypatch.setattr(sandbox, "tried", lambda: (sandbox.Trial("landlock", works=False, reason="none"),))
+    job, _ = await heard("https://video.example/1", site, tmp_path)
+    assert "yt-dlp cannot be run safely" in job.warnings[0]

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import http
+import socket
 import ssl
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -118,6 +119,49 @@ class Fetcher:
             ) from None
         return Fetched(url=final, content_type=content_type, size=size, seconds=time.monotonic() - started, body=body)
 
+    async def serve_proxy(self, listening: socket.socket) -> None:
+        """Connect for the clients of a listening socket, by HTTP `CONNECT`, to allowed addresses. Runs until cancelled.
+
+        Helper programs have no other way to the network. Addresses are checked as for all fetches.
+        """
+        async with await asyncio.start_server(self._proxied, sock=listening) as server:
+            await server.serve_forever()
+
+    async def _proxied(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer), suppress(OSError, httpcore.NetworkError, httpcore.TimeoutException, AddressRefused):
+            try:
+                async with asyncio.timeout(self._settings.connect_timeout_seconds):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                method, _, rest = head.decode("latin-1").partition(" ")
+                host, _, port = rest.partition(" ")[0].rpartition(":")
+                if method != "CONNECT" or not port.isdigit():
+                    raise ValueError(method)
+                there = await self._network.connect_tcp(
+                    host.strip("[]"), int(port), self._settings.connect_timeout_seconds
+                )
+            except (AddressRefused, ValueError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+                await writer.drain()
+                return
+            except (httpcore.NetworkError, httpcore.TimeoutException):
+                writer.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+                await writer.drain()
+                return
+            try:
+                writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+                directions = {
+                    asyncio.create_task(_upload(reader, there)),
+                    asyncio.create_task(_download(there, writer)),
+                }
+                try:
+                    await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for direction in directions:
+                        direction.cancel()
+                    await asyncio.gather(*directions, return_exceptions=True)
+            finally:
+                await there.aclose()
+
     @asynccontextmanager
     async def _client(self, accept: str) -> AsyncIterator[httpx.AsyncClient]:
         timeout = httpx.Timeout(self._settings.read_timeout_seconds, connect=self._settings.connect_timeout_seconds)
@@ -156,6 +200,17 @@ class Fetcher:
         async with turn(host, self._settings.max_fetches_per_host, self._turns):
             clock.reschedule(loop.time() + left)
             yield
+
+
+async def _upload(reader: asyncio.StreamReader, there: httpcore.AsyncNetworkStream) -> None:
+    while part := await reader.read(_CHUNK):
+        await there.write(part)
+
+
+async def _download(there: httpcore.AsyncNetworkStream, writer: asyncio.StreamWriter) -> None:
+    while part := await there.read(_CHUNK):
+        writer.write(part)
+        await writer.drain()
 
 
 def _web_address(url: str, *, base: httpx.URL | None = None) -> httpx.URL:

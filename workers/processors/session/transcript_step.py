@@ -95,7 +95,8 @@ async def _hear(work: Work, url: str, so_far: _SoFar) -> None:
     await work.job.progress(20, "Fetching the recording")
     if is_on_a_video_site(url, work.settings.video_sites):
         seconds = work.settings.read_timeout_seconds
-        url = await asyncio.to_thread(media_address, url, seconds=seconds)
+        scratch = work.job.scratch / "yt-dlp"
+        url = await media_address(url, seconds=seconds, scratch=scratch, fetcher=work.fetcher)
     fetched = await work.fetcher.fetch(
         url,
         max_bytes=work.settings.video_max_bytes,

@@ -1,21 +1,32 @@
 """session: the recording behind a page of a video site, found by yt-dlp where it is installed.
 
-yt-dlp goes to the net by itself, past the check of addresses. So it is asked only about sites the operator has named,
-never guesses (its extractor `generic` is off), and says no more than an address: what is there is fetched by `fetch`.
+yt-dlp runs in the sandbox. Its only way to the network is a proxy in this process, which connects to addresses that the
+policy of all fetches allows. It is asked only about sites that the operator has named, never guesses (its extractor
+`generic` is off), and answers an address: what is there is fetched by `fetch`.
 """
 
 from __future__ import annotations
 
-import importlib
+import asyncio
+import importlib.util
+import json
 from collections.abc import Sequence
-from types import ModuleType
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import orjson
+
+from workers import sandbox
+from workers.processors.session import yt_dlp_helper
+from workers.processors.session.fetch import Fetcher
 from workers.processors.session.transcript import NoTranscript
+from workers.sandbox_launcher import PROXY_PORT
 
 _SOUND: Final = "bestaudio[protocol^=http]/best[protocol^=http]/worst[protocol^=http]"
 """One file over http(s): playlists of pieces (HLS, DASH) are not for us."""
+_HELPER: Final = str(Path(yt_dlp_helper.__file__).resolve())
+_MAX_ANSWER_BYTES: Final = 1024 * 1024
 
 
 def is_on_a_video_site(url: str, sites: Sequence[str]) -> bool:
@@ -24,20 +35,25 @@ def is_on_a_video_site(url: str, sites: Sequence[str]) -> bool:
     return any(host == site or host.endswith(f".{site}") for site in sites)
 
 
-def media_address(url: str, *, seconds: float) -> str:
-    """Return where the sound of the video on the page `url` is. Takes a while, and goes to the net.
+async def media_address(url: str, *, seconds: float, scratch: Path, fetcher: Fetcher) -> str:
+    """Return where the sound of the video on the page `url` is.
+
+    Args:
+        url: The page.
+        seconds: How long yt-dlp waits for each answer of a server.
+        scratch: A directory that does not exist yet, for yt-dlp to write to.
+        fetcher: Connects for yt-dlp.
 
     Raises:
-        NoTranscript: yt-dlp is not installed, or finds nothing.
+        NoTranscript: yt-dlp is not installed, cannot be run safely here, or finds nothing.
     """
     site = urlsplit(url).hostname
-    try:
-        library: ModuleType = importlib.import_module("yt_dlp")
-    except ImportError as error:
+    package = await asyncio.to_thread(_package)
+    if package is None:
         raise NoTranscript(
             f"The recording is on a page of {site}; yt-dlp, which could find it there, is not installed "
             "(pip install yt-dlp)."
-        ) from error
+        )
     options = {
         "allowed_extractors": ["default", "-generic"],
         "format": _SOUND,
@@ -45,34 +61,42 @@ def media_address(url: str, *, seconds: float) -> str:
         "playlist_items": "1",
         "quiet": True,
         "no_warnings": True,
-        "logger": _Silent(),
         "cachedir": False,
         "socket_timeout": seconds,
         "extractor_retries": 1,
+        "proxy": f"http://127.0.0.1:{PROXY_PORT}",
     }
+    await asyncio.to_thread(scratch.mkdir)
+    asked = json.dumps({"path": str(package.parent), "url": url, "options": options})
+    program = sandbox.Program(sandbox.python(_HELPER, asked), scratch, readable=[package.parent])
     try:
-        with library.YoutubeDL(options) as finder:
-            found: Any = finder.extract_info(url, download=False)
-    except Exception as error:  # of a thousand extractors - each raises what it likes
-        raise NoTranscript(f"The recording on a page of {site} cannot be had: {_reason(error)}.") from error
-    address = (found or {}).get("url") or next((entry.get("url") for entry in (found or {}).get("entries") or ()), None)
+        ended = await sandbox.run(program, proxy=fetcher.serve_proxy, max_output=_MAX_ANSWER_BYTES)
+        said: dict[str, Any] = orjson.loads(ended.output)
+    except sandbox.SandboxUnavailable as error:
+        raise NoTranscript(f"The recording is on a page of {site}; yt-dlp cannot be run safely: {error}") from error
+    except orjson.JSONDecodeError as error:
+        raise NoTranscript(
+            f"The recording on a page of {site} cannot be had: yt-dlp ended without a result."
+        ) from error
+    if "error" in said:
+        raise NoTranscript(f"The recording on a page of {site} cannot be had: {_reason(str(said['error']))}.")
+    address = said.get("address")
     if not isinstance(address, str):
         raise NoTranscript(f"There is no recording that can be fetched as one file on the page of {site}.")
     return address
 
 
-class _Silent:
-    """What yt-dlp says while it works is nobody's concern: it may hold addresses with secrets."""
+def _package() -> Path | None:
+    """Return the directory of yt-dlp, None if it is not installed."""
+    try:
+        found = importlib.util.find_spec("yt_dlp")
+    except ValueError:
+        return None
+    return Path(found.origin).resolve().parent if found is not None and found.origin else None
 
-    def debug(self, message: str) -> None: ...
 
-    def warning(self, message: str) -> None: ...
-
-    def error(self, message: str) -> None: ...
-
-
-def _reason(error: Exception) -> str:
+def _reason(error: str) -> str:
     """The first line of its message, without the colours and the plea to report a bug."""
-    line = str(error).partition("\n")[0].partition("; please report")[0].removeprefix("ERROR: ")
+    line = error.partition("\n")[0].partition("; please report")[0].removeprefix("ERROR: ")
     words = "".join(character for character in line if character.isprintable()).strip().rstrip(".")
-    return words[:300] or type(error).__name__
+    return words[:300] or "no reason was given"
