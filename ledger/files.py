@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -99,6 +100,19 @@ class FileStore(Protocol):
             LedgerUnavailable: the store cannot be reached.
         """
 
+    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+        """Take a file's name away, so that whoever saves its content writes it again. `token` is the caller's own.
+
+        Returns when the content was saved last, by the store's clock; None if there is no such file. A file that
+        another caller has set aside, and that has no name, is this caller's then.
+        """
+
+    async def put_back(self, sha256: str, token: str) -> None:
+        """Give a file that was set aside its name again."""
+
+    async def remove(self, sha256: str, token: str) -> None:
+        """Remove a file that was set aside, for good. Harmless if another caller has it by now."""
+
 
 class DirectoryStore:
     """A directory of files by digest, on a disk that all processes share.
@@ -176,7 +190,7 @@ class DirectoryStore:
             size = file.seek(0, os.SEEK_END)
             os.fsync(file.fileno())
         target = self.path(sha256)
-        if not target.is_file() or target.is_symlink():
+        if not _is_kept(target):
             if not target.parent.exists():
                 target.parent.mkdir(exist_ok=True)
                 _sync_directory(self.root)
@@ -199,6 +213,30 @@ class DirectoryStore:
             FileLost: there is no such file in this store.
         """
         return await asyncio.to_thread(self._open, sha256)
+
+    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+        """Rename a file: see `FileStore.set_aside`."""
+        return await asyncio.to_thread(self._set_aside, sha256, token)
+
+    def _set_aside(self, sha256: str, token: str) -> datetime | None:
+        target, aside = self.path(sha256), self._aside(sha256, token)
+        for path in (target, *target.parent.glob(f"{sha256}.removed-*")):
+            with suppress(FileNotFoundError):
+                path.replace(aside)
+                return datetime.fromtimestamp(aside.stat().st_mtime, UTC)
+        return None
+
+    async def put_back(self, sha256: str, token: str) -> None:
+        """Rename a file back. Should its content have been saved again, either is as good as the other."""
+        with suppress(FileNotFoundError):
+            await asyncio.to_thread(self._aside(sha256, token).replace, self.path(sha256))
+
+    async def remove(self, sha256: str, token: str) -> None:
+        """Remove a file that was set aside."""
+        await asyncio.to_thread(self._aside(sha256, token).unlink, missing_ok=True)
+
+    def _aside(self, sha256: str, token: str) -> Path:
+        return self.path(sha256).with_suffix(f".removed-{token}")
 
     def _open(self, sha256: str) -> OpenFile:
         path = self.path(sha256)
@@ -248,10 +286,27 @@ class _OpenFile:
             self._descriptor = -1
 
 
+def _is_kept(target: Path) -> bool:
+    """Return whether a file is there, and renew its time, by which `set_aside` sees that somebody needs it now.
+
+    If it is set aside meanwhile, either the time was renewed before, and it is put back, or renewing it fails.
+    """
+    if not target.is_file() or target.is_symlink():
+        return False
+    try:
+        os.utime(target)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # another user's file: only its owner may set it to the present time
+        return True
+    return True
+
+
 def _move(path: Path, target: Path) -> None:
     """Give a file its name in the store. Permissions first: with a name it is there for good, as it is."""
     if not path.is_symlink():  # of a link, what it leads to is wanted, as it is now
         with suppress(OSError):  # another file system, or another's file
+            os.utime(path)  # when it was saved, not when its content was made: see `set_aside`
             path.chmod(0o644)
             path.replace(target)
             return
