@@ -31,7 +31,7 @@ from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
-from workers import execution
+from workers import confinement, execution
 from workers.cleanup import Cleanup
 from workers.confinement import Confinement
 from workers.registry import check_plugins, unusable_types
@@ -277,6 +277,7 @@ def _worker(
     store: FileStore,
 ) -> Worker:
     chosen = settings.event_worker
+    confinement.check(chosen.confine)
     return Worker(
         db,
         log,
