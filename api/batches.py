@@ -29,7 +29,7 @@ from api.models import (
 )
 from api.parameters import Check
 from api.requests import Once, happened_by, noted, wanted_wait
-from api.services import query_of, services, views_reach_wanted_position
+from api.services import query_of, refuse_without_space, services, views_reach_wanted_position
 from api.submission import Secrets, check_parameters, endpoints_of, keep, split_webhook, submission, webhook_secrets
 from api.validation import validated
 from ledger import limits
@@ -70,6 +70,7 @@ async def submit(request: Request) -> Response:
     batch_id = f"batch-{once.name()}" if once else new_batch_id()
     if (before := await _submitted_before(request, batch_id, once)) is not None:
         return before
+    refuse_without_space(services(request))
     webhook, secrets = split_webhook(body.webhook, known)
     user_id = for_user(request, body.user_id)
     teams = teams_of(request, user_id, known.groups_of)

@@ -18,7 +18,7 @@ from api.errors import ApiError, json_response
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
 from api.parameters import Check
 from api.requests import Once, expecting, folded, happened_by, noted, story_until, wanted_wait
-from api.services import Services, query_of, services, views_reach_wanted_position
+from api.services import Services, query_of, refuse_without_space, services, views_reach_wanted_position
 from api.submission import check_parameters, endpoints_of, keep, split_webhook, submission, webhook_secrets
 from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
@@ -54,6 +54,7 @@ async def submit(request: Request) -> Response:
     job_id = f"job-{once.name()}" if once else new_job_id()
     submitted = await _submitted_before(known, job_id, once)
     if submitted is None:
+        refuse_without_space(known)
         await keep(known, secrets, endpoints=endpoints_of(asked))
         meta = Meta(actor(request), request=noted(once))
         try:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from api.access import signed_in, who_asks
 from api.errors import ApiError, json_response
 from api.services import services, views_reach_wanted_position
+from ledger.errors import LedgerUnavailable
 from ledger.lease import RUN_OUT
 from ledger.mongo import Database, Document, driver_errors
 from projections import jobs, statistics
@@ -72,11 +73,18 @@ async def ready(request: Request) -> Response:
     Not ready is also who would serve views that have stopped: they say of jobs what was true long ago.
     """
     known = services(request)
-    with driver_errors("answering a ping"):
-        await known.db.command("ping")
+    try:
+        with driver_errors("answering a ping"):
+            await known.db.command("ping")
+    except LedgerUnavailable as error:
+        if known.storage.problem is None:
+            raise
+        message = f"{error} {known.storage.problem}"
+        raise ApiError(503, "database_unavailable", message, retry_after_seconds=10) from error
     if known.stall_watch.stalled():
         position, head = known.checkpoint.position, known.stall_watch.head
         reason = await why_stalled(known.db, position)
         message = f"The views have stopped at position {position} of {head}. {reason}"
         raise ApiError(503, "views_stalled", message, details={"views": position, "head": head})
-    return json_response({"status": "success", "views": known.checkpoint.position})
+    answer = {"status": "success", "views": known.checkpoint.position}
+    return json_response(answer | ({"warning": known.storage.problem} if known.storage.problem else {}))

@@ -311,7 +311,7 @@ def _failures(codes: Sequence[str]) -> dict[str, Json]:
 
 
 def _failure(status: int, codes: Sequence[str]) -> Json:
-    retry = ["Retry-After"] if status in (429, 503) else []
+    retry = ["Retry-After"] if status in (429, 503, 507) else []
     asked = ["WWW-Authenticate"] if status == 401 else []
     schema = {"allOf": [{"$ref": _REFS.format(model="Error")}, {"properties": {"code": {"enum": list(codes)}}}]}
     example = {"status": "error", "code": codes[0], "message": f"{CODES[codes[0]][1].capitalize()}.", "details": {}}

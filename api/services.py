@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from pydantic import BaseModel
@@ -22,6 +22,7 @@ from api.sessions import Sessions
 from api.validation import Model, validated
 from api.visibility import Visibility
 from ledger.changes import Changes
+from ledger.disk import StorageWatch
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
@@ -69,6 +70,7 @@ class Services:
     streams: Streams
     links: Links
     webhooks: Webhooks = Webhooks()
+    storage: StorageWatch = field(default_factory=lambda: StorageWatch({}, 0))
 
     @property
     def views(self) -> Views:
@@ -89,6 +91,16 @@ def query_of(request: Request, model: type[Model]) -> Model:
         ApiError: 422, naming each wrong parameter.
     """
     return validated(model, dict(request.query_params))
+
+
+def refuse_without_space(known: Services) -> None:
+    """Make sure that the disks have space for new work.
+
+    Raises:
+        ApiError: 507, a disk is nearly full.
+    """
+    if known.storage.problem is not None:
+        raise ApiError(507, "insufficient_storage", known.storage.problem, retry_after_seconds=60)
 
 
 async def views_reach_wanted_position(request: Request) -> None:

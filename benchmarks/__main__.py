@@ -73,7 +73,7 @@ def _server() -> Iterator[str]:
             yield uri
             client.drop_database(DATABASE)
         return
-    with tempfile.TemporaryDirectory() as data, EmbeddedServer.start(Path(data), port=0) as server:
+    with tempfile.TemporaryDirectory() as data, EmbeddedServer.start(Path(data)) as server:
         yield server.uri
 
 

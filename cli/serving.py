@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Final, assert_never
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ from cli.auth_settings import AuthSettings, JwtSettings
 from cli.settings import ApiSettings, Settings
 from cli.tasks import watcher
 from ledger.changes import Changes
+from ledger.disk import MIB, StorageWatch
 from ledger.errors import ConfigurationError, os_failure
 from ledger.files import FileStore
 from ledger.log import EventLog
@@ -117,7 +119,18 @@ def services_for(
         links=Links(db, settings.api.public_url),
         webhooks=Webhooks(settings.webhooks.sink, tuple(settings.webhooks.allow_private)),
         edge=_edge(settings),
+        storage=_storage(settings),
     )
+
+
+def _storage(settings: Settings) -> StorageWatch:
+    """The disks of this machine that new jobs would fill."""
+    directories = {}
+    if isinstance(settings.results.store, Path):
+        directories["results"] = settings.results.store
+    if settings.mongodb.embedded:
+        directories["data"] = settings.mongodb.data_dir
+    return StorageWatch(directories, settings.results.reserve_mb * MIB)
 
 
 def _edge(settings: Settings) -> Edge:

@@ -41,7 +41,6 @@ class MongodbSettings(Section):
     max_pool_size: int = Field(50, ge=1, le=10_000)
     connect_timeout_ms: int = Field(5000, ge=100, le=600_000)
     data_dir: Path = Path("data")
-    embedded_port: int = Field(27117, ge=0, le=65_535)
     embedded_oplog_mb: int = Field(1024, ge=50, le=1_000_000)
 
     @property
@@ -81,13 +80,13 @@ class WorkerSettings(Section):
 class ApiSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(5001, ge=0, le=65_535)
-    public_url: str | None = Field(None, pattern=r"^https?://[^/@?#\s]+(/[^?#]*)?$")
+    public_url: str | None = Field(None, pattern=r"^https?://[^/]+")
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
     request_memory_mb: int = Field(1024, ge=64, le=1_000_000)
     requests_per_second: float = Field(0, ge=0, le=1_000_000)
     burst: int = Field(50, ge=1, le=1_000_000)
     max_streams_per_user: int = Field(0, ge=0, le=1_000_000)
-    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*@\s]+$")]] = Field([])
+    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]] = Field([])
 
 
 def _host_or_network(text: str) -> str:
@@ -122,6 +121,7 @@ def _known_store(store: Any) -> Any:
 
 class ResultsSettings(Section):
     store: Annotated[Literal["gridfs"] | Path, BeforeValidator(_known_store)] = Path("data/results")
+    reserve_mb: int = Field(256, ge=0, le=1_000_000)
 
 
 class LoggingSettings(Section):

@@ -1,11 +1,12 @@
 """ledger: the embedded MongoDB server, a one-node replica set of our own. Only processes and files.
 
     data_dir/lock          held by the one process that owns the directory
-    data_dir/server.json   where its server listens, for other commands
-    data_dir/port          the port that was chosen when the setting says 0
+    data_dir/server.json   the address of its server with the secret, for other commands of the same user
+    data_dir/mongodb.sock  the socket the server listens on; mongodb.key is the secret that opens it
     data_dir/mongodb/      the data; mongodb.log beside it
 
-The server never outlives its owner: when that is killed, the kernel sends mongod a SIGTERM, and it shuts down cleanly.
+All of it is for the user of this process alone (ledger/embedded_address.py). The server never outlives its owner: when
+that is killed, the kernel sends mongod a SIGTERM, and it shuts down cleanly.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,10 @@ import structlog
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-from ledger.errors import DatabaseUnsuitable, ResourceUnavailable, ServerInUse, os_failure
+from ledger.disk import MIB, write_problem
+from ledger.embedded_address import KEY_NAME, choose_socket, listens, load_key, uri_for
+from ledger.errors import DatabaseUnsuitable, ResourceUnavailable, os_failure
+from ledger.private_files import make_private_directory, open_private
 from ledger.server_note import (
     OwnerLock,
     ServerNote,
@@ -46,7 +50,6 @@ from ledger.server_note import (
     write_note,
 )
 
-DEFAULT_PORT = 27117
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 LOG_LIMIT_BYTES = 10 * 2**20
@@ -57,7 +60,6 @@ SNAPSHOT_WINDOW_SECONDS = 5
 TRANSACTION_SECONDS = 10
 
 NOT_YET_INITIALIZED = 94  # the server's error codes
-ADDRESS_IN_USE = 48  # mongod's exit codes
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 GAVE_UP = "It gave up on its data files: they are damaged, were written by a newer MongoDB, or the disk is full."
@@ -69,6 +71,16 @@ EXIT_CODES = {
     -signal.SIGILL: "This processor lacks instructions that MongoDB needs (AVX): set mongodb.uri to another server.",
     -signal.SIGKILL: "It was killed, perhaps because memory ran out.",
 }
+# What mongod logs when its data files will not get better by waiting. An error of the disk shows as some of these, too.
+PERMANENT = {
+    r"unsupported WiredTiger[^\n]{0,80}|IncompatibleServerVersion|featureCompatibilityVersion[^\n]{0,60}"
+    r"(?:invalid|unsupported)": "the data files were written by a MongoDB of another version",
+    r"turtle file read error|checksum error|WT_TRY_SALVAGE|corrupt[^\n]{0,60}": "the data files are damaged; restore a "
+    "backup",
+}
+DISK_ERRORS = re.compile(r"No space left|Disk quota|Read-only file system|Input/output error|Permission denied")
+RESTART_BYTES = 128 * MIB
+"""Free space without which mongod is not started: its next journal file has 100 MiB, and it writes a checkpoint."""
 PACKAGES = {"libcurl.so.4": "libcurl4", "libssl.so.3": "libssl3", "libcrypto.so.3": "libssl3"}
 OTHER_SERVER = "or set mongodb.uri to a MongoDB replica set."
 
@@ -93,31 +105,50 @@ def find_mongod() -> Path:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Why mongod ended. `waits`: a start can only work once the disk is usable. `is_permanent`: no start can work."""
+
+    reason: str
+    waits: bool = False
+    is_permanent: bool = False
+
+
 class EmbeddedServer:
     """A running mongod and the data directory it belongs to. Make one with `start`."""
 
-    def __init__(self, data_dir: Path, port: int, oplog_mb: int | None) -> None:
+    _socket: Path
+    _key: str
+    _process: subprocess.Popen[bytes]
+    _log_start: int
+    _was_primary: bool
+
+    def __init__(self, data_dir: Path, oplog_mb: int | None) -> None:
         self.data_dir = data_dir
-        self.port = port
         self._oplog_mb = oplog_mb
         self._dbpath = data_dir / "mongodb"
         self._log_path = data_dir / "mongodb.log"
-        self._dbpath.mkdir(parents=True, exist_ok=True)
+        make_private_directory(data_dir)
+        make_private_directory(self._dbpath)
         if not os.access(self._dbpath, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._dbpath))
         self._lock = OwnerLock(data_dir)
 
     @classmethod
-    def start(cls, data_dir: Path, *, port: int = DEFAULT_PORT, oplog_mb: int | None = None) -> Self:
+    def start(cls, data_dir: Path, *, oplog_mb: int | None = None) -> Self:
         """Start a server on `data_dir` and return when it is a writable primary, usually within a second.
 
         Call it in the main thread: the kernel ties "mongod ends when its parent does" to the thread that started it.
-        Port 0 chooses a free port once and keeps to it. `oplog_mb` counts only when the data is created.
-        Raises DatabaseUnsuitable or ResourceUnavailable, with a message that says what to do.
+        `oplog_mb` counts only when the data is created.
+
+        Raises:
+            DatabaseUnsuitable, ResourceUnavailable: The server cannot run; the message says what to do.
         """
         try:
-            server = cls(data_dir.absolute(), port, oplog_mb)
+            server = cls(data_dir.absolute(), oplog_mb)
             try:
+                server._socket = choose_socket(server.data_dir)
+                server._key = load_key(server.data_dir)
                 server._launch()
             except BaseException:
                 server._lock.release()
@@ -140,7 +171,8 @@ class EmbeddedServer:
 
     @property
     def uri(self) -> str:
-        return f"mongodb://127.0.0.1:{self.port}/?replicaSet=rs0&directConnection=true"
+        """The address, with the secret in it."""
+        return uri_for(self._socket, self._key)
 
     @property
     def pid(self) -> int:
@@ -165,11 +197,42 @@ class EmbeddedServer:
                 os.close(pidfd)
         return process.wait()
 
-    def restart(self) -> None:
-        """Start mongod again on the same port and data, after it died or to replace it. Raises as `start` does."""
+    async def restart(self) -> None:
+        """Start mongod again on the same address and data, after it ended. The event loop goes on meanwhile.
+
+        Call it in the main thread's loop, as `start`. It waits as long as mongod takes to recover its data.
+
+        Raises:
+            DatabaseUnsuitable: mongod ended, or cannot be executed.
+            OSError: The data directory cannot be written.
+        """
         remove_note(self.data_dir)
-        self._end()
-        self._launch()
+        await asyncio.to_thread(self._end)
+        while self._predecessor() is not None:  # noqa: ASYNC110 - a file lock has no event
+            await asyncio.sleep(0.2)
+        process = self._process = self._spawn()
+        begun = told = time.monotonic()
+        while process.poll() is None and not await asyncio.to_thread(self._is_primary):
+            await asyncio.sleep(0.05)
+            if time.monotonic() - told > START_SECONDS:
+                told = time.monotonic()
+                log.warning("mongod is still recovering its data", seconds=round(told - begun))
+        if process.returncode is not None:
+            raise DatabaseUnsuitable(self._why_it_failed())
+        write_note(self.data_dir, ServerNote(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
+
+    def outage(self) -> Outage:
+        """Return why mongod, which has ended, ended and whether starting it again can help. Reads and writes files."""
+        code = self._process.returncode
+        problem = write_problem(self.data_dir, RESTART_BYTES) or write_problem(self._dbpath, RESTART_BYTES)
+        if problem is not None:
+            return Outage(str(problem), waits=True)
+        with suppress(OSError):
+            tail = log_tail(self._log_path, self._log_start, lines=40)
+            for pattern, reason in PERMANENT.items():
+                if not self._was_primary and not DISK_ERRORS.search(tail) and (found := re.search(pattern, tail)):
+                    return Outage(f"{reason} ({found[0]})", is_permanent=True)
+        return Outage(f"it ended with exit code {code}. {EXIT_CODES.get(code or 0, '')}".rstrip())
 
     def stop(self) -> None:
         """Shut mongod down cleanly and give the directory free. May be called again."""
@@ -181,59 +244,54 @@ class EmbeddedServer:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("the embedded server must be started in the main thread: it ends with that thread")
         self._wait_for_predecessor()
-        chosen = number_in(self.data_dir / "port") or _free_port()
-        ports = [self.port] if self.port else [chosen, *(_free_port() for _ in range(4))]
-        if not any(until(partial(_is_free, port), 1.0) and self._run(port) for port in ports):
-            raise ServerInUse(
-                f"Port {ports[0]} on 127.0.0.1 is taken by another program. Stop that one, "
-                "or set mongodb.embedded_port to another port (0 chooses a free one)."
-            )
-
-    def _wait_for_predecessor(self) -> None:
-        """A mongod whose owner was killed may still be writing its last checkpoint; wait for its lock file."""
-        path = self._dbpath / "mongod.lock"
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            if not until(lambda: try_lock(file.fileno(), fcntl.LOCK_EX), STOP_SECONDS):
-                raise ServerInUse(
-                    f"The data files in {self._dbpath} are in use by another mongod (process {number_in(path)}). "
-                    "Stop it, or set mongodb.data_dir to another directory."
-                )
-
-    def _run(self, port: int) -> bool:
-        """Start mongod and make it a writable primary; False if another program has taken the port meanwhile."""
-        process = self._process = self._spawn(port)
+        process = self._process = self._spawn()
         try:
-            until(lambda: process.poll() is not None or self._is_primary(port), START_SECONDS)
-            if process.returncode == ADDRESS_IN_USE:
-                return False
-            self._announce(port)
+            until(lambda: process.poll() is not None or self._is_primary(), START_SECONDS)
+            self._announce()
         except BaseException:
             self._end()
             raise
-        return True
 
-    def _announce(self, port: int) -> None:
-        """Tell where the server listens, if it does."""
-        if not self.alive or not self._is_primary(port):
+    def _wait_for_predecessor(self) -> None:
+        """A mongod whose owner was killed may still be writing its last checkpoint; wait for its lock file."""
+        if not until(lambda: self._predecessor() is None, STOP_SECONDS):
+            raise DatabaseUnsuitable(
+                f"The data files in {self._dbpath} are in use by another mongod (process {self._predecessor()}). "
+                "Stop it, or set mongodb.data_dir to another directory."
+            )
+
+    def _predecessor(self) -> int | None:
+        """Return the process ID (0 if unknown) of a mongod that still uses the data files."""
+        path = self._dbpath / "mongod.lock"
+        try:
+            with path.open("rb") as file:
+                return None if try_lock(file.fileno(), fcntl.LOCK_EX) else number_in(path) or 0
+        except FileNotFoundError:
+            return None
+
+    def _announce(self) -> None:
+        """Write the address for other commands, once the server is ready."""
+        if not self.alive or not self._is_primary():
             raise DatabaseUnsuitable(self._why_it_failed())
-        if not self.port:
-            (self.data_dir / "port").write_text(f"{port}\n")
-        self.port = port
         write_note(self.data_dir, ServerNote(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
 
-    def _spawn(self, port: int) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> subprocess.Popen[bytes]:
         if self._log_path.exists() and self._log_path.stat().st_size > LOG_LIMIT_BYTES:
             self._log_path.replace(self._log_path.with_suffix(".log.1"))
         mongod, parent = find_mongod(), os.getpid()
-        command = [str(mongod), "--dbpath", str(self._dbpath), "--replSet", "rs0", "--quiet", "--nounixsocket"]
-        command += ["--bind_ip", "127.0.0.1", "--port", str(port), "--wiredTigerCacheSizeGB", f"{_cache_gb():.2f}"]
+        self._was_primary = False
+        command = [str(mongod), "--dbpath", str(self._dbpath), "--replSet", "rs0", "--quiet"]
+        # No TCP, and no socket in /tmp. The port is only part of a name: mongod wants one.
+        command += ["--bind_ip", str(self._socket), "--nounixsocket", "--port", "27017", "--filePermissions", "0600"]
+        command += ["--keyFile", str(self.data_dir / KEY_NAME), "--setParameter", "enableLocalhostAuthBypass=false"]
+        # The code that reads compressed messages runs before sign-in and has had holes (CVE-2025-14847).
+        command += ["--networkMessageCompressors", "disabled"]
+        command += ["--wiredTigerCacheSizeGB", f"{_cache_gb():.2f}"]
         command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
         command += ["--setParameter", f"minSnapshotHistoryWindowInSeconds={SNAPSHOT_WINDOW_SECONDS}"]
         command += ["--setParameter", f"transactionLifetimeLimitSeconds={TRANSACTION_SECONDS}"]
         command += ["--oplogSize", str(self._oplog_mb)] if self._oplog_mb else []
-        with self._log_path.open("ab") as output:
+        with open_private(self._log_path, "ab") as output:
             self._log_start = output.tell()
             try:
                 # Its own session: Ctrl-C in the terminal must reach the roles, which still need it, and not mongod.
@@ -250,19 +308,19 @@ class EmbeddedServer:
                     f"{mongod} cannot be executed ({error}). Install a MongoDB server for this machine, {OTHER_SERVER}"
                 ) from error
 
-    def _is_primary(self, port: int) -> bool:
-        """Bring our mongod one step nearer to being a writable primary on `port`, and say whether it is one."""
-        if not _listens(port):
+    def _is_primary(self) -> bool:
+        """Bring our mongod one step nearer to being a writable primary, and say whether it is one."""
+        if not listens(self._socket):
             return False
-        host = f"127.0.0.1:{port}"
-        with MongoClient[dict[str, Any]](host, directConnection=True, serverSelectionTimeoutMS=2000) as client:
+        with MongoClient[dict[str, Any]](_without_set_name(self.uri), serverSelectionTimeoutMS=2000) as client:
             try:
                 if client.admin.command("serverStatus")["pid"] != self.pid:
-                    return False  # a stranger took the port first; our own mongod is about to end with ADDRESS_IN_USE
-                _configure(client, host)
-                return bool(client.admin.command("hello")["isWritablePrimary"])
+                    return False  # a predecessor that is shutting down
+                _configure(client, str(self._socket))
+                self._was_primary = bool(client.admin.command("hello")["isWritablePrimary"])
             except PyMongoError:
                 return False
+        return self._was_primary
 
     def _end(self) -> None:
         self._process.terminate()
@@ -298,12 +356,12 @@ def running_server(data_dir: Path) -> str | None:
 
 
 @contextmanager
-def attach_or_start(data_dir: Path, *, port: int = DEFAULT_PORT, oplog_mb: int | None = None) -> Iterator[str]:
+def attach_or_start(data_dir: Path, *, oplog_mb: int | None = None) -> Iterator[str]:
     """The URI of the server on `data_dir`: of the running one, else of one of our own that is stopped at the end."""
     uri, own = _attach(data_dir), None
     if uri is None:
         try:
-            own = EmbeddedServer.start(data_dir, port=port, oplog_mb=oplog_mb)
+            own = EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)
             uri = own.uri
         except DatabaseUnsuitable:
             uri = _attach(data_dir)  # somebody else may have started it at the same moment
@@ -333,13 +391,14 @@ def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:
         client.admin.command("replSetInitiate", {"_id": "rs0", "members": [{"_id": 0, "host": host}]})
     else:
         if [member["host"] for member in config["members"]] != [host]:
-            # The data was copied, or the port changed. Without force only a primary may do it, and there is none.
+            # The data was copied or moved. Without force only a primary may do it, and there is none.
             config["members"] = [{"_id": config["members"][0]["_id"], "host": host}]
             client.admin.command("replSetReconfig", config, force=True)
 
 
 def _end_with(parent: int) -> None:
     """Between fork and exec: ask the kernel for a SIGTERM when the parent dies, unless it has died already."""
+    os.umask(0o077)
     if sys.platform == "linux":
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -351,23 +410,6 @@ def _cache_gb() -> float:
     return min(1.0, max(0.25, memory_gb / 8))
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
+def _without_set_name(uri: str) -> str:
+    """A client that asks for the replica set by name finds no server before the set is initiated."""
+    return uri.replace("&replicaSet=rs0", "")

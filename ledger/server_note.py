@@ -7,18 +7,20 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ledger.errors import ServerInUse
+from ledger.private_files import open_private
 
 # Somebody who asks `is_owned` holds a shared lock for a moment; an owner-to-be waits this long before giving up.
 GRACE_SECONDS = 0.5
 
 
 class ServerNote(BaseModel):
-    """`server.json`: the address of the running embedded server, for the other commands on this machine."""
+    """`server.json`: the address of the running embedded server with its secret, for other commands of this user."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,7 +38,7 @@ class OwnerLock:
     def __init__(self, data_dir: Path) -> None:
         """Take the lock, or raise ServerInUse naming the process that has it; OSError if it cannot be opened."""
         path = data_dir / "lock"
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         if not until(lambda: try_lock(self._fd, fcntl.LOCK_EX), GRACE_SECONDS):
             os.close(self._fd)
             raise ServerInUse(
@@ -67,7 +69,8 @@ def is_owned(data_dir: Path) -> bool:
 def write_note(data_dir: Path, note: ServerNote) -> None:
     """Write the note so that a reader sees all of it or none."""
     fresh = data_dir / "server.json.new"
-    fresh.write_text(note.model_dump_json() + "\n")
+    with open_private(fresh, "w") as file:
+        file.write(note.model_dump_json() + "\n")
     fresh.replace(data_dir / "server.json")
 
 
@@ -80,8 +83,9 @@ def read_note(data_dir: Path) -> ServerNote | None:
 
 
 def remove_note(data_dir: Path) -> None:
-    """Say no more that a server is running here."""
-    (data_dir / "server.json").unlink(missing_ok=True)
+    """Remove the note of a server that ends. Where that is impossible it stays: no process answers by its ID."""
+    with suppress(OSError):
+        (data_dir / "server.json").unlink()
 
 
 def number_in(path: Path) -> int | None:

@@ -183,7 +183,7 @@ async def test_when_the_server_stops_its_streams_end_at_once(mongodb_uri: str, d
 
 @needs_local_mongod
 async def test_over_an_outage_of_the_database_a_client_misses_nothing(tmp_path: Path) -> None:
-    with EmbeddedServer.start(tmp_path / "server", port=0, oplog_mb=990) as server:
+    with EmbeddedServer.start(tmp_path / "server", oplog_mb=990) as server:
         mongodb = {"uri": server.uri, "db_name": "away", "connect_timeout_ms": 1000}
         async for api in running_api(server.uri, "away", tmp_path, mongodb=mongodb):
             seen: list[int] = []
@@ -193,7 +193,7 @@ async def test_over_an_outage_of_the_database_a_client_misses_nothing(tmp_path: 
             await server.died()
             await asyncio.sleep(2)
             assert not watching.done()
-            server.restart()
+            await server.restart()
             async with asyncio.timeout(2 * DEADLINE_SECONDS):
                 while (answer := await api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).is_error:
                     assert answer.status_code == 503

@@ -25,7 +25,7 @@ from pathlib import Path
 from pymongo import MongoClient
 from pymongo.write_concern import WriteConcern
 from ledger.embedded import EmbeddedServer
-server = EmbeddedServer.start(Path(sys.argv[1]), port=0)
+server = EmbeddedServer.start(Path(sys.argv[1]))
 client = MongoClient(server.uri, serverSelectionTimeoutMS=1000)
 numbers = client.test.get_collection("numbers", write_concern=WriteConcern("majority", j=True))
 for number in itertools.count():
@@ -87,7 +87,7 @@ def test_when_the_owner_is_killed_mongod_shuts_down_cleanly_by_itself(writer: Wr
 
     assert until(lambda: is_gone(mongod), 15), "mongod outlived its owner"
     assert (writer.data_dir / "mongodb" / "mongod.lock").read_bytes() == b"", "mongod did not shut down cleanly"
-    with EmbeddedServer.start(writer.data_dir, port=0) as server:
+    with EmbeddedServer.start(writer.data_dir) as server:
         assert set(acknowledged) <= numbers_in(server.uri)
 
 
@@ -95,7 +95,7 @@ def test_a_start_right_after_the_owner_was_killed_waits_for_the_old_mongod(write
     acknowledged = writer.acknowledged_so_far(200)
     note = writer.note()
     writer.process.kill()
-    with EmbeddedServer.start(writer.data_dir, port=0) as server:
+    with EmbeddedServer.start(writer.data_dir) as server:
         assert until(lambda: is_gone(note.pid), 5)
         assert server.uri == note.uri
         assert set(acknowledged + writer.the_rest()) <= numbers_in(server.uri)
@@ -110,6 +110,6 @@ def test_a_killed_mongod_has_every_acknowledged_document_after_the_next_start(wr
         writer.process.kill()
     acknowledged += writer.the_rest()
     writer.process.wait(30)
-    with EmbeddedServer.start(writer.data_dir, port=0) as server:
+    with EmbeddedServer.start(writer.data_dir) as server:
         assert server.uri == note.uri
         assert set(acknowledged) <= numbers_in(server.uri)

@@ -52,7 +52,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-        server = EmbeddedServer.start(directory / "data", port=0, oplog_mb=OPLOG_MB)
+        server = EmbeddedServer.start(directory / "data", oplog_mb=OPLOG_MB)
     with server:
         yield server.uri
 

@@ -103,7 +103,7 @@ class Stage:
                 kill_one_of(descendants(random.choice(self.workers).pid))
             case "mongod":
                 os.kill(self.server.pid, signal.SIGKILL)
-                self.server.restart()  # in the main thread, as it has to be: we do not watch meanwhile
+                await self.server.restart()  # in the main thread, as it has to be: we do not watch meanwhile
             case "wish":
                 with suppress(LedgerUnavailable, CommandRefused):
                     await self.here.do(random.choice(sorted(self.waiting)), CancelJob("user-1"))
@@ -172,7 +172,7 @@ async def test_whatever_is_killed_every_job_ends_and_no_two_attempts_overlap(tmp
     async def pause(path: str) -> None:
         await asyncio.sleep(random.uniform(0.1, 1))
 
-    with EmbeddedServer.start(tmp_path / "data", port=0, oplog_mb=256) as server:
+    with EmbeddedServer.start(tmp_path / "data", oplog_mb=256) as server:
         async with serving(SlowSite(pause)) as site, stage_on(server, tmp_path / "results") as stage:
             stage.submitted = await submit(stage.here, site)
             for fault in random.sample(FAULTS, len(FAULTS)):

@@ -66,6 +66,6 @@ async def record(uri: str, examples: Sequence[Event], directory: Path = GOLDEN) 
 
 if __name__ == "__main__":
     new = [example for example in EXAMPLES if not file_of(type(example)).exists()]
-    with tempfile.TemporaryDirectory() as data, EmbeddedServer.start(Path(data), port=0) as server:
+    with tempfile.TemporaryDirectory() as data, EmbeddedServer.start(Path(data)) as server:
         asyncio.run(record(server.uri, new))
     sys.stdout.write(f"recorded: {', '.join(type(example).__name__ for example in new) or 'nothing was missing'}\n")

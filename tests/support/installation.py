@@ -101,7 +101,7 @@ class Installation:
 
     def configure(self, **sections: Mapping[str, Any]) -> None:
         """Write config.yaml: everything on free ports, and what is given on top."""
-        own: dict[str, dict[str, Any]] = {"mongodb": {"embedded_port": 0}, "api": {"port": 0}}
+        own: dict[str, dict[str, Any]] = {"api": {"port": 0}}
         content = {name: {**own.get(name, {}), **sections.get(name, {})} for name in own.keys() | sections.keys()}
         (self.directory / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 

@@ -31,7 +31,7 @@ def mongodb_for_tests(directory: Path) -> Iterator[str]:
         yield given
         return
     try:
-        server = EmbeddedServer.start(directory, port=0, oplog_mb=256)
+        server = EmbeddedServer.start(directory, oplog_mb=256)
     except DatabaseUnsuitable as no_local_server:
         with _container(str(no_local_server)) as uri:
             yield uri

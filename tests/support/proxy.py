@@ -6,22 +6,20 @@ import socket
 import threading
 from contextlib import suppress
 from typing import Self
-from urllib.parse import urlsplit
+
+from tests.support.address import connect, through
 
 
 class Proxy:
     """Forwards TCP connections to a MongoDB. `freeze` stops the bytes and keeps the connections; `cut` closes them."""
 
     def __init__(self, uri: str) -> None:
-        parts = urlsplit(uri)
-        assert parts.hostname
-        assert parts.port
-        self._target = (parts.hostname, parts.port)
+        self._target = uri
         self._flowing = threading.Event()
         self._flowing.set()
         self._sockets: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"mongodb://127.0.0.1:{self._server.getsockname()[1]}/?directConnection=true"
+        self.uri = through(uri, self._server.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -57,7 +55,7 @@ class Proxy:
                 client, _ = self._server.accept()
             except OSError:
                 return
-            server = socket.create_connection(self._target)
+            server = connect(self._target)
             self._sockets += [client, server]
             threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client), daemon=True).start()

@@ -14,9 +14,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Self
-from urllib.parse import urlsplit
 
 import bson
+
+from tests.support.address import connect, through
 
 _HEADER = struct.Struct("<iiii")  # length, request id, id of the request that is answered, operation
 _OP_MSG = 2013
@@ -28,10 +29,7 @@ class Wire:
     """Forwards connections to a MongoDB, message by message. May be told to lose, or to hold, the next of a kind."""
 
     def __init__(self, uri: str) -> None:
-        parts = urlsplit(uri)
-        assert parts.hostname
-        assert parts.port
-        self._target = (parts.hostname, parts.port)
+        self._target = uri
         self._lock = threading.Lock()
         self._losing_requests: dict[str, int] = {}
         self._losing_answers: dict[str, int] = {}
@@ -42,7 +40,7 @@ class Wire:
         self.lost = 0
         self._sockets: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"mongodb://127.0.0.1:{self._server.getsockname()[1]}/?directConnection=true"
+        self.uri = through(uri, self._server.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -88,7 +86,7 @@ class Wire:
         while True:
             try:
                 client, _ = self._server.accept()
-                server = socket.create_connection(self._target)
+                server = connect(self._target)
             except OSError:
                 return
             with self._lock:

@@ -1,0 +1,123 @@
+"""ledger: whether a directory can be written, how much space is left there, and why not. Only files.
+
+`StorageWatch` looks at the disks of a process now and then, so that new work is refused before a disk is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+MIB: Final = 2**20
+LOOK_EVERY_SECONDS: Final = 2.0
+_RESUME_FACTOR: Final = 1.25
+"""Work is accepted again only with this much more than the reserve: a disk at its edge would alternate otherwise."""
+_REASONS: Final = {
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "this user has no permission to write there",
+    errno.EPERM: "this user has no permission to write there",
+    errno.EIO: "the disk reports errors",
+    errno.ENOENT: "the directory does not exist (is its disk mounted?)",
+    errno.ESTALE: "the network share has gone away",
+}
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskProblem:
+    """Why a directory cannot be used. `reason` is for people; `lacks_space` says that freeing space helps."""
+
+    directory: Path
+    reason: str
+    lacks_space: bool
+
+    def __str__(self) -> str:
+        return f"{self.directory}: {self.reason}"
+
+
+def free_bytes(directory: Path) -> int:
+    """Return the space that this user can fill. 0 also when the file system has no inodes left.
+
+    Raises:
+        OSError: The directory cannot be looked at.
+    """
+    found = os.statvfs(directory)
+    if found.f_files and not found.f_ffree:
+        return 0
+    return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
+
+
+def space_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
+    """Return the problem if less than `needed_bytes` are free in a directory."""
+    try:
+        free = free_bytes(directory)
+    except OSError as error:
+        return _problem(directory, error)
+    if free >= needed_bytes:
+        return None
+    reason = f"no space is left: {free / MIB:.0f} MiB are free, {needed_bytes / MIB:.0f} MiB are needed"
+    return DiskProblem(directory, reason, lacks_space=True)
+
+
+def write_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
+    """Return why a directory cannot be written, after trying it, or None if it can."""
+    if (problem := space_problem(directory, needed_bytes)) is not None:
+        return problem
+    try:
+        with tempfile.TemporaryFile(dir=directory) as trial:
+            trial.write(bytes(4096))
+            trial.flush()
+            os.fsync(trial.fileno())
+    except OSError as error:
+        return _problem(directory, error)
+    return None
+
+
+def _problem(directory: Path, error: OSError) -> DiskProblem:
+    number = error.errno or 0
+    reason = _REASONS.get(number, os.strerror(number))
+    return DiskProblem(directory, reason, lacks_space=number in (errno.ENOSPC, errno.EDQUOT))
+
+
+class StorageWatch:
+    """Watches the disks that a process's work fills. While one is nearly full, new work should be refused."""
+
+    def __init__(self, directories: Mapping[str, Path], reserve_bytes: int) -> None:
+        """Watch directories by name ("results", "data"). With a reserve of 0 bytes nothing is ever refused."""
+        self._directories = directories
+        self._reserve = reserve_bytes
+        self.problem: str | None = None
+        """Why new work should be refused now, for people anywhere: it names no path."""
+
+    async def run(self) -> None:
+        """Look at the disks until cancelled. In a thread: a network share that hangs must not stop the event loop."""
+        while self._reserve and self._directories:
+            await self.look()
+            await asyncio.sleep(LOOK_EVERY_SECONDS)
+
+    async def look(self) -> None:
+        """Look at the disks once, and log when something has changed."""
+        problems = await asyncio.to_thread(self._problems)
+        if bool(problems) == (self.problem is not None):
+            return
+        if problems:
+            name, problem = problems[0]
+            self.problem = f"The disk for {name} is nearly full: new jobs are refused until space is freed."
+            _log.warning("a disk is nearly full: new jobs are refused until space is freed", disk=str(problem))
+        else:
+            self.problem = None
+            _log.info("the disks have space again: new jobs are accepted")
+
+    def _problems(self) -> list[tuple[str, DiskProblem]]:
+        needed = int(self._reserve * (_RESUME_FACTOR if self.problem is not None else 1))
+        found = [(name, space_problem(directory, needed)) for name, directory in self._directories.items()]
+        return [(name, problem) for name, problem in found if problem is not None and problem.lacks_space]

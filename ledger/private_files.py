@@ -1,0 +1,57 @@
+"""ledger: directories and files that only the user of this process may read. Only files.
+
+Directories get mode 0700 and files 0600. What an earlier version or an administrator created with a wider mode is
+narrowed when it is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+import structlog
+
+DIRECTORY_MODE = 0o700
+FILE_MODE = 0o600
+_log = structlog.get_logger(__name__)
+
+
+def make_private_directory(path: Path) -> None:
+    """Create a directory with mode 0700, or narrow the mode of an existing one.
+
+    A directory with the sticky bit (such as /tmp) belongs to everybody and keeps its mode. So does a directory whose
+    owner is somebody else. The files inside are private in both cases.
+
+    Raises:
+        OSError: The directory cannot be created.
+    """
+    path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if not mode & 0o077:
+        return
+    if not mode & stat.S_ISVTX:
+        try:
+            path.chmod(DIRECTORY_MODE)
+        except OSError:
+            pass
+        else:
+            return
+    _log.warning("other users of this machine can list this directory", directory=str(path), mode=f"{mode:o}")
+
+
+def open_private(path: Path, mode: str) -> IO[Any]:
+    """Open a file with mode 0600, whatever its mode was. Like `open`, but does not follow a symbolic link.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    file = open(path, mode, opener=_private_opener)  # noqa: SIM115 - the caller closes it
+    if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+        os.fchmod(file.fileno(), FILE_MODE)
+    return file
+
+
+def _private_opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)

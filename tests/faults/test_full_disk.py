@@ -1,0 +1,155 @@
+"""A disk that is full, read-only or away: `up` says so once, keeps answering, and goes on by itself when it can."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ledger.disk import StorageWatch, space_problem, write_problem
+from ledger.server_note import read_note, until
+from tests.support.installation import Installation, client_of
+from tests.support.mongod import needs_local_mongod
+from tests.support.rarely import rarely
+
+DISK_MIB = 640
+JOB = {"job_type": "echo", "parameters": {}}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "jobledger-test", str(directory)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("optional lane: this user may not mount a file system")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def fill(directory: Path, leave_mib: int = 0) -> Path:
+    """Take the space of a disk, but for so much."""
+    path = directory / "filler"
+    with path.open("ab", buffering=0) as file, suppress(OSError):
+        while space_problem(directory, (leave_mib + 1) * 2**20) is None:
+            file.write(bytes(2**20))
+        while leave_mib == 0:
+            file.write(bytes(4096))
+    return path
+
+
+def test_a_full_disk_is_reported_and_waited_for(tmp_path: Path, disk: Path) -> None:
+    mongodb = {"data_dir": str(disk / "data"), "embedded_oplog_mb": 50}
+    with Installation(tmp_path / "here", mongodb=mongodb, results={"reserve_mb": 60}) as installation:
+        role = installation.up()
+        with client_of(role) as client:
+            done = client.post("/api/events/jobs", json=JOB).raise_for_status().json()["job_id"]
+
+            filler = fill(disk, leave_mib=40)
+            refused = until_status(client, "POST", 507)
+            assert refused.json()["code"] == "insufficient_storage"
+            assert str(disk) not in refused.text
+            assert client.get(f"/api/events/jobs/{done}").status_code == 200  # reads go on
+            assert "nearly full" in client.get("/readyz").json()["warning"]
+
+            fill(disk)
+            note = read_note(disk / "data")
+            assert note is not None
+            os.kill(note.pid, signal.SIGKILL)  # what mongod does itself when it cannot write
+            assert until(lambda: "waits for its disk" in role.err, 20)
+            assert "no space is left" in role.err
+            assert client.get("/healthz").status_code == 200
+            unready = until_status(client, "GET", 503, "/readyz")
+            assert "nearly full" in unready.json()["message"]
+
+            filler.unlink()
+            assert until(lambda: "server is back" in role.err, 30)
+            until_status(client, "POST", 202)
+            assert client.get(f"/api/events/jobs/{done}").status_code == 200
+        assert role.err.count("waits for its disk") == 1
+        assert "Traceback" not in role.err
+        assert role.stop().exit_code == 0
+
+
+def until_status(client: httpx.Client, method: str, status: int, path: str = "/api/events/jobs") -> httpx.Response:
+    found: list[httpx.Response] = []
+
+    def answered() -> bool:
+        found[:] = [client.request(method, path, json=JOB if method == "POST" else None)]
+        return found[0].status_code == status
+
+    assert until(answered, 20), found[0].text
+    return found[0]
+
+
+def test_up_on_a_full_disk_waits_and_ctrl_c_ends_it_at_once(tmp_path: Path, disk: Path) -> None:
+    filler = fill(disk)
+    with Installation(tmp_path / "here", mongodb={"data_dir": str(disk / "data")}) as installation:
+        role = installation.start("up")
+        assert until(lambda: "waits for space" in role.err, 20)
+        role.process.send_signal(signal.SIGINT)
+        assert role.process.wait(5) == 130
+        waiting = installation.start("up")
+        assert until(lambda: "waits for space" in waiting.err, 20)
+        filler.unlink()
+        waiting.ready().stop()
+
+
+@needs_local_mongod
+@rarely("a disk is filled by mongod itself, which takes it half a minute to notice")
+def test_mongod_that_fills_the_disk_itself_comes_back(tmp_path: Path, disk: Path) -> None:
+    mongodb = {"data_dir": str(disk / "data"), "embedded_oplog_mb": 50}
+    with Installation(tmp_path / "here", mongodb=mongodb, results={"reserve_mb": 0}) as installation:
+        role = installation.up()
+        with client_of(role) as client:
+            filler = fill(disk, leave_mib=30)
+            payload = {"job_type": "echo", "parameters": {"text": "x" * 2_000_000}}
+            for _ in range(40):
+                with suppress(httpx.HTTPError):
+                    if client.post("/api/events/jobs", json=payload).status_code == 503:
+                        break
+            assert until(lambda: "waits for its disk" in role.err, 60)
+            filler.unlink()
+            assert until(lambda: "server is back" in role.err, 60)
+            until_status(client, "POST", 202)
+        assert role.stop().exit_code == 0
+
+
+def test_a_disk_that_is_read_only_is_named(disk: Path) -> None:
+    assert write_problem(disk, 0) is None
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    found = write_problem(disk, 0)
+    assert found is not None
+    assert not found.lacks_space
+    assert "read-only" in str(found)
+
+
+def test_a_directory_that_is_away_is_named(tmp_path: Path) -> None:
+    found = write_problem(tmp_path / "gone", 0)
+    assert found is not None
+    assert "does not exist" in str(found)
+
+
+async def test_work_is_accepted_again_only_with_more_than_the_reserve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = StorageWatch({"results": tmp_path}, 100)
+    refused = []
+    for free in (101, 99, 110, 126, 110):
+        monkeypatch.setattr("ledger.disk.free_bytes", lambda _directory, free=free: free)
+        await watch.look()
+        refused.append(watch.problem is not None)
+    assert refused == [False, True, True, False, False]
