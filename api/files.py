@@ -19,7 +19,7 @@ from api.errors import ApiError, error_response, json_response
 from api.links import FILES_URL, LONGEST_SECONDS, is_link
 from api.sending import Streamed, content_disposition, content_type
 from api.services import Services, query_of, services, views_reach_wanted_position
-from ledger.errors import FileLost
+from ledger.errors import FileDamaged, FileLost
 from ledger.files import OpenFile
 from ledger.mongo import Document
 from projections import files as view
@@ -117,10 +117,14 @@ async def opened(known: Services, row: Document) -> OpenFile:
     """Open the content that a row of the view names.
 
     Raises:
-        ApiError: 500, when it is not in the store.
+        ApiError: 500, when it is not in the store, or was changed there.
     """
     try:
         return await known.store.open(row["sha256"])
+    except FileDamaged as error:
+        _log.error("a result file was changed in the store", path=row["path"], error=str(error))
+        message = f"{row['path']} was changed in this server's results.store and is not served."
+        raise ApiError(500, "file_damaged", message) from error
     except FileLost as error:
         _log.error("a result file is not in the store", path=row["path"], error=str(error))
         message = (

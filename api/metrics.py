@@ -165,7 +165,16 @@ def _of_this_process(known: Services, responses: Responses) -> list[Metric]:
         answered,
         GaugeMetricFamily("jobledger_live_streams", "Live streams that are open here.", len(known.streams)),
         *of_any_process(known.log, known.changes),
+        _damaged_files(known),
     ]
+
+
+def _damaged_files(known: Services) -> Metric:
+    damaged = CounterMetricFamily(
+        "jobledger_result_files_damaged", "Result files this process opened and found to be changed in the store."
+    )
+    damaged.add_metric([], known.store.checks.damaged)
+    return damaged
 
 
 def of_any_process(log: EventLog, changes: Changes) -> list[Metric]:

@@ -8,17 +8,24 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.visible import visible
 from cli.wiring import spare_the_collector
 from ledger.changes import Changes
 from ledger.errors import ConfigurationError
+from ledger.files import DirectoryStore
+from ledger.gridfs import GridFSStore
 from ledger.log import LARGEST_POSITION, EventLog
 from ledger.mongo import Connection
 from ledger.verification import Verdict, verify
 
 if TYPE_CHECKING:
+    from cli.settings import Settings
+    from ledger.files import FileStore
     from projections.comparison import Difference
+    from projections.file_verification import FilesVerdict
     from projections.rebuild import Rebuild
 
 Told = Callable[[int, int], None]
@@ -96,6 +103,50 @@ async def compared(connection: Connection, names: Collection[str] | None = None,
     return found
 
 
+async def files_verified(settings: Settings, connection: Connection, *, told: Told) -> FilesVerdict:
+    """Compare the files in `results.store` with the digests on record.
+
+    Raises:
+        ConfigurationError: the store cannot be opened.
+        LedgerUnavailable: the database failed.
+    """
+    from projections.file_verification import verify_files
+    from projections.rebuild import checkpoint
+    from projections.views import Views
+
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        store: FileStore = GridFSStore(db)
+        if isinstance(settings.results.store, Path):
+            store = DirectoryStore(settings.results.store)
+        return await verify_files(Views(db, (await checkpoint(db)).get("sides")), store, told=told)
+
+
+def told_of_files(found: FilesVerdict) -> str:
+    """Return what came of comparing the files, for people."""
+    rest = f"{found.orphans} files in the store ({found.orphan_bytes:,} bytes) belong to no result."
+    if found.is_right:
+        lines = [f"{found.files} result files have the content that was stored."]
+    else:
+        lines = [f"Of {found.files} result files, {found.missing} are missing and {found.changed} were changed."]
+        lines += [f"  {visible(f'{problem.path}: {problem.what}')}" for problem in found.problems]
+        if (more := found.missing + found.changed - len(found.problems)) > 0:
+            lines.append(f"  … and {more} more")
+    return "\n".join([*lines, *([rest] if found.orphans else [])])
+
+
+def files_as_json(found: FilesVerdict) -> dict[str, object]:
+    """Return what came of comparing the files, for programs."""
+    return {
+        "files": found.files,
+        "missing": found.missing,
+        "changed": found.changed,
+        "orphans": found.orphans,
+        "orphan_bytes": found.orphan_bytes,
+        "problems": [problem._asdict() for problem in found.problems],
+    }
+
+
 async def compared_if_any(connection: Connection, *, told: Told) -> Compared | None:
     """Compare all views as `compared` does; None, and nothing is touched, where no projector has made any."""
     async with connection.client() as client:
@@ -162,13 +213,18 @@ def told(verdict: Verdict) -> str:
     """Return what came out, for people."""
     if verdict.wrong is not None:
         return f"The log is not what was written. First wrong: {verdict.wrong}.\n{verdict.events} events before it are."
-    if not verdict.events:
+    if not verdict.events and not verdict.handed_out:
         return "There are no events to verify."
     right = (
         f"{verdict.events} events up to position {verdict.position} are what was written "
         f"({verdict.voided} of them void positions)."
     )
     note = note_of(verdict)
+    if verdict.handed_out:
+        right += (
+            f"\nnote: positions up to {verdict.handed_out} were handed out to writers, and the log ends at "
+            f"{verdict.position}. Either these writers died, or events at the end were removed."
+        )
     return right if note is None else f"{right}\nTo prove later that they still are, note: {note}"
 
 
@@ -200,7 +256,7 @@ def views_as_json(found: Compared) -> dict[str, object]:
     return {"position": found.position, "differences": found.differences, "by_view": found.counts, "shown": shown}
 
 
-def as_json(verdict: Verdict, views: Compared | None = None) -> dict[str, object]:
+def as_json(verdict: Verdict, views: Compared | None = None, files: FilesVerdict | None = None) -> dict[str, object]:
     """Return what came out, for programs."""
     wrong = verdict.wrong
     return {
@@ -208,7 +264,9 @@ def as_json(verdict: Verdict, views: Compared | None = None) -> dict[str, object
         "voided": verdict.voided,
         "position": verdict.position,
         "noted": note_of(verdict),
+        "handed_out": verdict.handed_out or None,
         "wrong": wrong
         and {"position": wrong.position, "stream": wrong.stream, "version": wrong.version, "what": wrong.what},
         "views": None if views is None else views_as_json(views),
+        "files": None if files is None else files_as_json(files),
     }

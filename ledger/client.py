@@ -86,6 +86,7 @@ class LedgerClient:
         Raises:
             ValueError: a type that is none, a position that can be none, an empty name.
             ConfigurationError: the URI is none, or the server cannot carry a ledger, or lets us not follow it.
+            LogTruncated: the log ends before the position that the subscription of that name had reached.
             LedgerUnavailable: the database cannot be reached. Once inside, subscriptions outlive interruptions.
         """
         wanted, begin = _types_of(types), _position_of(after)
@@ -94,6 +95,7 @@ class LedgerClient:
             place = Place(opened.db, name) if name is not None else None
             if place is not None:
                 begin = await place.take(first=begin)
+                await opened.log.require(begin, f"the subscription {name!r}")
             async with opened.log.subscription(after=begin) as subscription:
                 events = Events(subscription, wanted, place, opened.following)
                 finished = False

@@ -10,7 +10,9 @@ JobledgerError
 ├── LedgerUnavailable           the database cannot be reached or did not answer in time; may pass
 ├── LedgerBusy                  too much is waiting to be written; may pass
 ├── VersionConflict             somebody else appended to the stream first; decide again
-├── FileLost                    a result file is not in the store, or damaged
+├── LogTruncated                the log ends before a position that was read from it
+├── FileLost                    a result file is not in the store, or cannot be read
+│   └── FileDamaged             its content is not what was stored
 ├── InvalidEvent                an event that cannot be stored or hashed as it is (NaN, too large, …)
 └── CommandRefused              the rules say no
     ├── NotFound                no such job or batch
@@ -86,8 +88,16 @@ class VersionConflict(JobledgerError):
         self.found = found
 
 
+class LogTruncated(JobledgerError):
+    """The log ends before a position that a reader has read. Waiting for the missing events would never end."""
+
+
 class FileLost(JobledgerError):
     """A result file that should be in the store is missing or damaged. The message is for the log: it names places."""
+
+
+class FileDamaged(FileLost):
+    """A result file has another content than it was stored with."""
 
 
 class InvalidEvent(JobledgerError):

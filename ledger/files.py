@@ -13,13 +13,14 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ledger.errors import FileLost, os_failure
+from ledger.errors import FileDamaged, FileLost, os_failure
+from ledger.file_checks import FileChecks
+from ledger.private_files import DIRECTORY_MODE, FILE_MODE, make_private_directory
 
 PIECE_BYTES = 256 * 1024
 """How much of a file is in memory at a time while it is read."""
@@ -28,6 +29,7 @@ ORPHAN_SECONDS = 86_400.0
 """Nobody writes one file for so long."""
 _TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}")
 """Names that `tempfile` chooses."""
+_HASHED_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -85,11 +87,26 @@ class FileStore(Protocol):
             LedgerUnavailable: the store cannot be reached.
         """
 
+    @property
+    def checks(self) -> FileChecks:
+        """What this process knows about the content of its files."""
+
     async def open(self, sha256: str) -> OpenFile:
-        """Open a file for reading.
+        """Open a file for reading, after a check of its content: see `FileChecks`.
 
         Raises:
             FileLost: there is no such file in this store.
+            FileDamaged: it has another content than it was stored with.
+            LedgerUnavailable: the store cannot be reached.
+        """
+
+    async def verify(self, sha256: str) -> None:
+        """Read a file and compare its content with its digest. Raises as `open`."""
+
+    def stored(self) -> AsyncIterator[Stored]:
+        """Yield all files in the store by ascending digest.
+
+        Raises:
             LedgerUnavailable: the store cannot be reached.
         """
 
@@ -99,19 +116,6 @@ class FileStore(Protocol):
         Raises:
             LedgerUnavailable: the store cannot be reached.
         """
-
-    async def set_aside(self, sha256: str, token: str) -> datetime | None:
-        """Take a file's name away, so that whoever saves its content writes it again. `token` is the caller's own.
-
-        Returns when the content was saved last, by the store's clock; None if there is no such file. A file that
-        another caller has set aside, and that has no name, is this caller's then.
-        """
-
-    async def put_back(self, sha256: str, token: str) -> None:
-        """Give a file that was set aside its name again."""
-
-    async def remove(self, sha256: str, token: str) -> None:
-        """Remove a file that was set aside, for good. Harmless if another caller has it by now."""
 
 
 class DirectoryStore:
@@ -123,16 +127,17 @@ class DirectoryStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.checks = FileChecks()
 
     def prepare(self) -> None:
-        """Create the directory.
+        """Create the directory, for this user alone.
 
         Raises:
             ConfigurationError: it cannot be created or written to.
             ResourceUnavailable: not now: its disk is full, read-only or away.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_private_directory(self.root)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
@@ -144,7 +149,7 @@ class DirectoryStore:
         Raises:
             OSError: that failed.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_private_directory(self.root)
         with tempfile.TemporaryFile(dir=self.root) as file:
             file.write(bytes(_CHECK_BYTES))
             file.flush()
@@ -190,9 +195,9 @@ class DirectoryStore:
             size = file.seek(0, os.SEEK_END)
             os.fsync(file.fileno())
         target = self.path(sha256)
-        if not _is_kept(target):
+        if not _holds(target, sha256):
             if not target.parent.exists():
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
                 _sync_directory(self.root)
             _move(path, target)
             _sync_directory(target.parent)
@@ -212,33 +217,46 @@ class DirectoryStore:
         Raises:
             FileLost: there is no such file in this store.
         """
-        return await asyncio.to_thread(self._open, sha256)
+        return await self._checked(await asyncio.to_thread(self._open, sha256), sha256, self.checks)
 
-    async def set_aside(self, sha256: str, token: str) -> datetime | None:
-        """Rename a file: see `FileStore.set_aside`."""
-        return await asyncio.to_thread(self._set_aside, sha256, token)
+    async def verify(self, sha256: str) -> None:
+        """Read a file and compare its content with its digest.
 
-    def _set_aside(self, sha256: str, token: str) -> datetime | None:
-        target, aside = self.path(sha256), self._aside(sha256, token)
-        for path in (target, *target.parent.glob(f"{sha256}.removed-*")):
-            with suppress(FileNotFoundError):
-                path.replace(aside)
-                return datetime.fromtimestamp(aside.stat().st_mtime, UTC)
-        return None
+        Raises:
+            FileLost: there is no such file in this store.
+            FileDamaged: it has another content than it was stored with.
+        """
+        file = await asyncio.to_thread(self._open, sha256)
+        await (await self._checked(file, sha256, FileChecks())).close()
 
-    async def put_back(self, sha256: str, token: str) -> None:
-        """Rename a file back. Should its content have been saved again, either is as good as the other."""
-        with suppress(FileNotFoundError):
-            await asyncio.to_thread(self._aside(sha256, token).replace, self.path(sha256))
+    @staticmethod
+    async def _checked(file: _OpenFile, sha256: str, checks: FileChecks) -> _OpenFile:
+        try:
+            await checks.check(file, sha256)
+        except BaseException:
+            await file.close()
+            raise
+        return file
 
-    async def remove(self, sha256: str, token: str) -> None:
-        """Remove a file that was set aside."""
-        await asyncio.to_thread(self._aside(sha256, token).unlink, missing_ok=True)
+    async def stored(self) -> AsyncIterator[Stored]:
+        """Yield all files in the store by ascending digest; a directory at a time is in memory."""
+        for number in range(256):
+            for found in await asyncio.to_thread(self._stored_in, self.root / f"{number:02x}"):
+                yield found
 
-    def _aside(self, sha256: str, token: str) -> Path:
-        return self.path(sha256).with_suffix(f".removed-{token}")
+    @staticmethod
+    def _stored_in(directory: Path) -> list[Stored]:
+        try:
+            with os.scandir(directory) as entries:
+                return sorted(
+                    Stored(entry.name, entry.stat(follow_symlinks=False).st_size)
+                    for entry in entries
+                    if _SHA256.fullmatch(entry.name)
+                )
+        except FileNotFoundError:
+            return []
 
-    def _open(self, sha256: str) -> OpenFile:
+    def _open(self, sha256: str) -> _OpenFile:
         path = self.path(sha256)
         try:
             directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -254,20 +272,43 @@ class DirectoryStore:
         if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
             raise FileLost(f"{path} is no file")
-        return _OpenFile(path, descriptor, found.st_size)
+        return _OpenFile(path, descriptor, found)
 
 
 class _OpenFile:
     """A file of the directory, being read by position: a read that was given up disturbs no other."""
 
-    def __init__(self, path: Path, descriptor: int, size: int) -> None:
+    def __init__(self, path: Path, descriptor: int, found: os.stat_result) -> None:
         self._path = path
         self._descriptor = descriptor
-        self._size = size
+        self._found = found
 
     @property
     def size(self) -> int:
-        return self._size
+        return self._found.st_size
+
+    @property
+    def identity(self) -> Hashable:
+        """Nobody can change a file and keep all of these."""
+        found = self._found
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    async def sha256(self) -> str:
+        try:
+            return await asyncio.to_thread(self._digest)
+        except OSError as error:
+            raise FileLost(f"{self._path} cannot be read: {error.strerror}") from error
+
+    def _digest(self) -> str:
+        digest, position = hashlib.sha256(), 0
+        while piece := os.pread(self._descriptor, _HASHED_BYTES, position):
+            digest.update(piece)
+            position += len(piece)
+        return digest.hexdigest()
+
+    def _is_changed(self) -> bool:
+        now = os.fstat(self._descriptor)
+        return (now.st_size, now.st_mtime_ns) != (self._found.st_size, self._found.st_mtime_ns)
 
     async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
         while start < end:
@@ -278,6 +319,8 @@ class _OpenFile:
             if not piece:
                 raise FileLost(f"{self._path} has become shorter while it was read")
             start += len(piece)
+            if start >= end and self._is_changed():
+                raise FileDamaged(f"{self._path} was changed while it was read")
             yield piece
 
     async def close(self) -> None:
@@ -286,28 +329,19 @@ class _OpenFile:
             self._descriptor = -1
 
 
-def _is_kept(target: Path) -> bool:
-    """Return whether a file is there, and renew its time, by which `set_aside` sees that somebody needs it now.
-
-    If it is set aside meanwhile, either the time was renewed before, and it is put back, or renewing it fails.
-    """
-    if not target.is_file() or target.is_symlink():
+def _holds(target: Path, sha256: str) -> bool:
+    """Return whether a file is in the store already. One whose content was changed there is replaced."""
+    if target.is_symlink() or not target.is_file():
         return False
-    try:
-        os.utime(target)
-    except FileNotFoundError:
-        return False
-    except PermissionError:  # another user's file: only its owner may set it to the present time
-        return True
-    return True
+    with target.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 def _move(path: Path, target: Path) -> None:
     """Give a file its name in the store. Permissions first: with a name it is there for good, as it is."""
     if not path.is_symlink():  # of a link, what it leads to is wanted, as it is now
         with suppress(OSError):  # another file system, or another's file
-            os.utime(path)  # when it was saved, not when its content was made: see `set_aside`
-            path.chmod(0o644)
+            path.chmod(FILE_MODE)
             path.replace(target)
             return
     with (
@@ -318,7 +352,7 @@ def _move(path: Path, target: Path) -> None:
         shutil.copyfileobj(file, copy, 1 << 20)
         copy.flush()
         os.fsync(copy.fileno())
-        copied.chmod(0o644)
+        copied.chmod(FILE_MODE)
         copied.replace(target)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,20 +21,18 @@ from bson import ObjectId
 from gridfs import AsyncGridFSBucket, AsyncGridIn
 from gridfs.errors import FileExists
 from pymongo import ASCENDING
-from pymongo.errors import DuplicateKeyError
 
 from ledger.errors import FileLost
-from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile
+from ledger.file_checks import FileChecks
+from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored
 from ledger.mongo import Database, Document, driver_errors
 
 BUCKET: Final = "fs"
 COLLECTIONS: Final = (f"{BUCKET}.chunks", f"{BUCKET}.files")
 _DIGEST: Final = "metadata.sha256"
-_REMOVED: Final = "metadata.removed"
-_TOKEN: Final = "metadata.removed_by"  # noqa: S105 - the name of a field
-_SAVED_AT: Final = "metadata.saved_at"
 _UPLOAD_BYTES: Final = 4 * 1024 * 1024
 _CHUNKS_AT_A_TIME: Final = 4
+_CHECKED_AGAIN_SECONDS: Final = 600
 
 
 class GridFSStore:
@@ -43,6 +42,7 @@ class GridFSStore:
         self._bucket = AsyncGridFSBucket(db, BUCKET)
         self._files = db[BUCKET].files
         self._chunks = db[BUCKET].chunks
+        self.checks = FileChecks()
 
     async def prepare(self) -> None:
         """Create the indexes, and see whether files may be written and removed.
@@ -58,8 +58,6 @@ class GridFSStore:
             await self._files.create_index(
                 [(_DIGEST, ASCENDING)], name="one_of_each_content", unique=True, partialFilterExpression=ours
             )
-            set_aside = {_REMOVED: {"$exists": True}}
-            await self._files.create_index([(_REMOVED, ASCENDING)], partialFilterExpression=set_aside)
             trial = ObjectId()
             await self._chunks.insert_one({"files_id": trial, "n": 0, "data": b""})
             await self._chunks.delete_many({"files_id": trial})
@@ -127,49 +125,43 @@ class GridFSStore:
                     raise
 
     async def _is_stored(self, sha256: str) -> bool:
-        """Return whether the content is there for good, and renew its time: by that `set_aside` sees that it is needed.
+        """Return whether the content is there for good.
 
-        The update is acknowledged when a majority has all that happened before it. A mere look might see what another
-        writer has just written, and what a fail-over then takes back.
+        An update that changes nothing is acknowledged like any other: when a majority has all that happened before it.
+        A mere look might see what another writer has just written, and what a fail-over then takes back.
         """
         with driver_errors("looking for a file"):
-            found = await self._files.update_one({_DIGEST: sha256}, {"$currentDate": {_SAVED_AT: True}})
+            found = await self._files.update_one({_DIGEST: sha256}, {"$set": {_DIGEST: sha256}})
         return found.matched_count == 1
-
-    async def set_aside(self, sha256: str, token: str) -> datetime | None:
-        """Take the digest out of a file's entry: see `FileStore.set_aside`."""
-        change = {"$set": {_REMOVED: sha256, _TOKEN: token}, "$unset": {_DIGEST: ""}}
-        with driver_errors("setting a file aside"):
-            for wanted in ({_DIGEST: sha256}, {_REMOVED: sha256}):
-                entry = await self._files.find_one_and_update(wanted, change)
-                if entry is not None:
-                    saved_at: datetime = entry["metadata"].get("saved_at", entry["uploadDate"])
-                    return saved_at
-        return None
-
-    async def put_back(self, sha256: str, token: str) -> None:
-        """Put the digest back. Should its content have been saved again, this copy is removed."""
-        change = {"$set": {_DIGEST: sha256}, "$unset": {_REMOVED: "", _TOKEN: ""}}
-        with driver_errors("putting a file back"):
-            try:
-                await self._files.update_one({_REMOVED: sha256, _TOKEN: token}, change)
-            except DuplicateKeyError:
-                await self.remove(sha256, token)
-
-    async def remove(self, sha256: str, token: str) -> None:
-        """Remove a file that was set aside: its chunks first, so that none are left that nobody finds."""
-        with driver_errors("removing a file"):
-            async for entry in self._files.find({_REMOVED: sha256, _TOKEN: token}, {"_id": 1}):
-                await self._chunks.delete_many({"files_id": entry["_id"]})
-                await self._files.delete_one({"_id": entry["_id"]})
 
     async def open(self, sha256: str) -> OpenFile:
         """Open a file for reading.
 
         Raises:
             FileLost: there is no such file.
+            FileDamaged: it has another content than it was stored with.
             LedgerUnavailable: the database failed.
         """
+        file = await self._open(sha256)
+        await self.checks.check(file, sha256)
+        return file
+
+    async def verify(self, sha256: str) -> None:
+        """Read a file and compare its content with its digest. Raises as `open`."""
+        await FileChecks().check(await self._open(sha256), sha256)
+
+    async def stored(self) -> AsyncIterator[Stored]:
+        """Yield all files in the store by ascending digest.
+
+        Raises:
+            LedgerUnavailable: the database failed.
+        """
+        with driver_errors("listing the files"):
+            ours = {_DIGEST: {"$exists": True}}
+            async for entry in self._files.find(ours, {_DIGEST: 1, "length": 1}, sort=[(_DIGEST, ASCENDING)]):
+                yield Stored(str(entry["metadata"]["sha256"]), int(entry["length"]))
+
+    async def _open(self, sha256: str) -> _OpenFile:
         with driver_errors("looking for a file"):
             entry = await self._files.find_one({_DIGEST: sha256})
         if entry is None:
@@ -191,6 +183,7 @@ class _OpenFile:
     """A file in GridFS, read in chunks: the driver's own reader fetches 16 MB at a time, wanted or not."""
 
     def __init__(self, chunks: Any, entry: Document) -> None:
+        self._uploaded = entry.get("uploadDate")
         self._chunks = chunks
         self._id = entry["_id"]
         self._size = int(entry["length"])
@@ -199,6 +192,17 @@ class _OpenFile:
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def identity(self) -> Hashable:
+        """The database does not say when a chunk was changed: a file is read again every ten minutes at most."""
+        return str(self._id), self._size, self._uploaded, int(time.monotonic() // _CHECKED_AGAIN_SECONDS)
+
+    async def sha256(self) -> str:
+        digest = hashlib.sha256()
+        async for piece in self.read(0, self._size):
+            await asyncio.to_thread(digest.update, piece)
+        return digest.hexdigest()
 
     async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
         while start < end:

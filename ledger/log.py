@@ -22,7 +22,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from ledger.envelope import Append, documents_of
-from ledger.errors import DatabaseUnsuitable, VersionConflict
+from ledger.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
 from ledger.events import Event, Recorded
 from ledger.measures import Durations
 from ledger.mongo import INDEX_CONFLICTS, UNAUTHORIZED, Database, Document, brief, driver_errors
@@ -39,6 +39,12 @@ LARGEST_POSITION = 2**63 - 1  # what the database can count to
 _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
 _ENCODED_AT_ONCE = 100
+_LOOKS_AT_THE_END = 8
+_READERS: Sequence[tuple[str, Document, str]] = (
+    ("checkpoints", {"_id": "views"}, "the views"),
+    ("subscriptions", {}, "the subscription {0!r}"),
+)
+"""Who keeps in the database how far it has read: collection, query, and what to call it."""
 _BARE = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
@@ -163,6 +169,48 @@ class EventLog(Writer):
         """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
         with driver_errors("reading the head of the log"):
             return await self._newest(session)
+
+    async def require(self, position: int, reader: str) -> None:
+        """Make sure that the log reaches a position that `reader` ("the views", for example) has read before.
+
+        What was read is there for good, so a log that ends before has lost its end. Right after a fail-over a majority
+        read may lag for a moment: the log is looked at for several seconds before that is said.
+
+        Raises:
+            LogTruncated: The log ends before that position.
+        """
+        head = 0
+        for look in range(_LOOKS_AT_THE_END):
+            if look:
+                await asyncio.sleep(self._limits.void_after_seconds / 2)
+            head = await self.head()
+            if head >= position:
+                return
+        raise LogTruncated(
+            f"The log ends at position {head}, but {reader} had reached position {position}: events at the end were "
+            "removed, or an older copy of the log was restored."
+        )
+
+    async def read_positions(self) -> dict[str, int]:
+        """Return how far known readers had read: the views and each named subscription, by name.
+
+        Those that this user may not read are left out.
+        """
+        found: dict[str, int] = {}
+        for collection, query, name in _READERS:
+            with suppress(LedgerUnavailable), driver_errors("reading how far the log was read"):
+                async for place in self._db[collection].find(query, {"position": 1}):
+                    if isinstance(place.get("position"), int):
+                        found[name.format(place["_id"])] = place["position"]
+        return found
+
+    async def handed_out(self) -> int:
+        """Return the largest position that was handed out to a writer; 0 if that is not known."""
+        with suppress(LedgerUnavailable), driver_errors("reading the counter of positions"):
+            counter = await self._db.counters.find_one({"_id": "events"})
+            if counter is not None and isinstance(counter.get("next"), int):
+                return int(counter["next"])
+        return 0
 
     async def oldest(self) -> int:
         """Return the smallest position in the log, 0 when it is empty."""

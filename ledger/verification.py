@@ -4,9 +4,12 @@ Looked at are: the positions (dense), each stream's versions (dense, in the orde
 its link to the one before, and the fields of the envelope (none more, none less). Nothing is written: a hole that a
 reader would fill is reported as one.
 
-Not every falsification can be seen in the log alone. Who can write to the database can make a whole stream anew, hashes
-and all, swap events of different streams, or take the end of the log away. Against that helps a digest of the whole
-log up to a position, noted elsewhere: each check of the whole log yields one, and `noted` holds a later one against it.
+A log whose end was removed is found by its readers: the views and named subscriptions note how far they have read.
+
+Not every falsification can be seen in the database alone. Who can write to it can make a whole stream anew, hashes
+and all, swap events of different streams, or take the end of the log away with the notes of its readers. Against that
+helps a digest of the whole log up to a position, noted elsewhere: each check of the whole log yields one, and `noted`
+holds a later one against it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 
 from ledger.chain import GENESIS, chained_text
 from ledger.envelope import VOID_STREAM, Head
-from ledger.errors import InvalidEvent
+from ledger.errors import InvalidEvent, LogTruncated
 from ledger.events import PositionVoided
 from ledger.log import EventLog
 from ledger.mongo import Document
@@ -73,6 +76,8 @@ class Verdict:
     position: int
     digest: bytes | None
     wrong: Wrong | None
+    handed_out: int = 0
+    """The largest position handed out to a writer, if the log ends before it: writers died, or its end was removed."""
 
 
 async def verify(
@@ -97,6 +102,8 @@ async def verify(
     if (wrong := await _beyond_positions(log, after)) is not None:
         return Verdict(0, 0, after, None, wrong)
     check = _Check(log)
+    readers = await log.read_positions()  # before the head, which only grows: a reader is never ahead of it
+    handed_out = await log.handed_out()
     head = await log.head()
     end = head if upto is None else min(upto, head)
     position, events, voided = after, 0, 0
@@ -121,7 +128,22 @@ async def verify(
             noted[0], f"missing: the log ends at position {position}, and was noted to have reached {noted[0]}"
         )
         return Verdict(events, voided, position, digest, wrong)
-    return Verdict(events, voided, position, digest, None)
+    if upto is not None:
+        return Verdict(events, voided, position, digest, None)
+    wrong = await _removed_end(log, readers)
+    return Verdict(events, voided, position, digest, wrong, handed_out if handed_out > head else 0)
+
+
+async def _removed_end(log: EventLog, readers: Mapping[str, int]) -> Wrong | None:
+    """Look for evidence of events behind the end: readers that had got further."""
+    if not readers:
+        return None
+    reader, position = max(readers.items(), key=lambda it: it[1])
+    try:
+        await log.require(position, reader)
+    except LogTruncated as truncated:
+        return Wrong(await log.head() + 1, f"missing. {truncated}")
+    return None
 
 
 async def _beyond_positions(log: EventLog, after: int) -> Wrong | None:

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from ledger.changes import Changes
-from ledger.errors import CommandRefused, JobledgerError, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from ledger.errors import CommandRefused, JobledgerError, LedgerBusy, LedgerUnavailable, LogTruncated, UnreadableEvent
 from ledger.events import Meta
 from ledger.handle import handle
 from ledger.leadership import Deposed, Leadership
@@ -95,11 +95,12 @@ class Projector:
                     await self._leadership.run(self._fold_for_ever)
                 except OtherVersion:
                     await self._checkpoint.version_other_than(version)
-                except UnreadableEvent as error:
+                except (UnreadableEvent, LogTruncated) as error:
                     await self._stand_still(error)
 
     async def _fold_for_ever(self) -> None:
         folder = await self._take_over()
+        await self._log.require(folder.position, "the views")
         _log.info("projector leads", position=folder.position, epoch=self._leadership.epoch)
         tidying = asyncio.create_task(self._tidy(), name="tidy")
         try:
@@ -120,10 +121,11 @@ class Projector:
             tidying.cancel()
             await asyncio.gather(tidying, return_exceptions=True)
 
-    async def _stand_still(self, error: UnreadableEvent) -> None:
+    async def _stand_still(self, error: UnreadableEvent | LogTruncated) -> None:
         """Leave the lead to a projector of a later version, if there is one, and say why this one does not go on.
 
-        An event of a later version must not be guessed at, nor be isolated: the next version folds it.
+        An event of a later version must not be guessed at, nor be isolated: the next version folds it. Views that are
+        ahead of a log whose end was removed wait for `jobledger replay`.
         """
         _log.error("the projector stands still", reason=str(error))
         with suppress(LedgerUnavailable):

@@ -18,7 +18,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 
-from ledger.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable
+from ledger.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable, LogTruncated
 from ledger.events import Recorded
 from ledger.leadership import Deposed, Leadership
 from ledger.log import EventLog, Subscription
@@ -35,6 +35,8 @@ REBUILD: Final = "rebuild"
 NAMES: Final = tuple(view.NAME for view in ALL)
 CHUNK_EVENTS: Final = 5000
 _DELETED_AT_ONCE: Final = 5000
+_CHUNK_SECONDS: Final = 30.0
+"""Events that are there arrive sooner; after so long it is asked whether they are there."""
 Told = Callable[[int, int], None]
 """Is told how far the new views have got, and how far they have to go: two positions."""
 Switch = Callable[[AsyncClientSession, int], Awaitable[bool]]
@@ -85,7 +87,7 @@ class Rebuild:
                 return
             folder, beside = await self._begin()
             _log.info("views are made anew beside the live ones", after=folder.position)
-            switch = self._switch_of(beside, names)
+            switch = self._switch_of(beside, names, lost=await self._position_without_events())
             await self._fold_history(folder, await self._log.head(), told)
             with driver_errors("making the indexes of the views"):  # much faster than with every document
                 for view in ALL:
@@ -126,6 +128,7 @@ class Rebuild:
 
         async def lead() -> None:
             nonlocal reached
+            await self._refuse_ahead((await checkpoint(self._db))["position"])
             folder, _ = await self._begin(most=(await checkpoint(self._db))["position"])
             await self._fold_history(folder, (await checkpoint(self._db))["position"], told)
             async with self._log.subscription(after=folder.position) as events:
@@ -269,14 +272,34 @@ class Rebuild:
         with driver_errors("putting the new views in their place"):
             return await transaction(self._db, demand)
 
-    def _switch_of(self, beside: Sides, names: Collection[str]) -> Switch:
-        """Return what puts the new views in the place of the live ones, in a transaction that demands our note."""
+    async def _position_without_events(self) -> int | None:
+        """Return the position of the live views if the log ends before it, else None."""
+        position = int((await checkpoint(self._db))["position"])
+        try:
+            await self._log.require(position, "the views")
+        except LogTruncated as truncated:
+            _log.warning("the views are made of the events that are left", error=str(truncated))
+            return position
+        return None
+
+    def _switch_of(self, beside: Sides, names: Collection[str], lost: int | None = None) -> Switch:
+        """Return what puts the new views in the place of the live ones, in a transaction that demands our note.
+
+        `lost` is the position of live views ahead of the log. They cannot be caught up with: all are replaced.
+
+        Raises:
+            DatabaseUnsuitable: only some are to be replaced, and the live ones are ahead of the log.
+        """
         whole = set(names) == set(NAMES)
+        if lost is not None and not whole:
+            raise DatabaseUnsuitable("The views are ahead of the log: all of them have to be made anew together.")
 
         async def switch(session: AsyncClientSession, position: int) -> bool:
             # First of all a write: a projector that folds meanwhile waits for us then, and not we for it.
             now = datetime.now(UTC)
-            wanted = {"_id": VIEWS, "position": {"$lte": position} if whole else position}
+            wanted: Document = {"_id": VIEWS, "position": {"$lte": position} if whole else position}
+            if lost is not None:
+                wanted = {"_id": VIEWS, "position": {"$in": [lost, position]}}
             live = await self._db.checkpoints.find_one_and_update(
                 wanted, {"$set": {"position": position, "replaced_at": now}}, session=session
             )
@@ -309,6 +332,30 @@ class Rebuild:
                 ) from error
             raise
 
+    async def _refuse_ahead(self, position: int) -> None:
+        """Make sure that the log reaches the position of the live views.
+
+        Raises:
+            NotComparable: It ends before.
+        """
+        try:
+            await self._log.require(position, "the views")
+        except LogTruncated as truncated:
+            raise NotComparable(f"{truncated} `jobledger replay` makes the views of what is left.") from truncated
+
+    async def _next(self, events: Subscription, most: int) -> Sequence[Recorded]:
+        """Return the next events of the log, of which the live views have read `most` more at least.
+
+        Raises:
+            NotComparable: They are not there any more.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(_CHUNK_SECONDS):
+                    return await events.chunk(min(CHUNK_EVENTS, most))
+            except TimeoutError:
+                await self._refuse_ahead(events.position + most)
+
     async def _compared(
         self, folder: Folder, events: Subscription, names: Collection[str], found: Callable[[Difference], None]
     ) -> int:
@@ -320,7 +367,7 @@ class Rebuild:
                     "makes them anew."
                 )
             while folder.position < live["position"]:
-                await folder.fold(await events.chunk(min(CHUNK_EVENTS, live["position"] - folder.position)))
+                await folder.fold(await self._next(events, live["position"] - folder.position))
             fresh, old = folder.views, Views(self._db, live.get("sides"))
             for name in names:
                 async for difference in differences(name, old[name], fresh[name], session):

@@ -27,9 +27,15 @@ FILES = "/api/events/files/"
 CONTENT = bytes(range(256)) * 40
 
 
-async def add_file(api: Api, path: str, content: bytes = CONTENT, media_type: str = "application/octet-stream") -> str:
+async def add_file(
+    api: Api, path: str, content: bytes | Path = CONTENT, media_type: str = "application/octet-stream"
+) -> str:
     """Let a job have a result file under a path; return the file's digest."""
-    stored = await asyncio.to_thread(DirectoryStore(api.store).put_bytes, content)
+    store = DirectoryStore(api.store)
+    if isinstance(content, Path):
+        stored = await asyncio.to_thread(store.put_file, content)
+    else:
+        stored = await asyncio.to_thread(store.put_bytes, content)
     file = ResultFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
     now = datetime.now(UTC)
     results = JobResults(files=[file], metadata=ResultMetadata(processed_at=now, duration=1.0))
@@ -397,10 +403,11 @@ LARGE = 400 * 2**20
 
 
 async def add_large_file(api: Api, path: str) -> str:
-    """A file of zeros, which takes no place on the disk; its digest is another's, and nobody looks."""
-    digest = await add_file(api, path, b"a large file")
-    os.truncate(DirectoryStore(api.store).path(digest), LARGE)
-    return digest
+    """A file of zeros, which takes no place on the disk."""
+    sparse = api.store / "sparse"
+    sparse.touch()
+    os.truncate(sparse, LARGE)
+    return await add_file(api, path, sparse)
 
 
 def memory() -> int:
@@ -482,3 +489,23 @@ async def test_what_is_no_file_in_the_store_is_not_followed(idle_api: Api, tmp_p
     async with asyncio.timeout(5):
         answer = await idle_api.get(f"{FILES}a.bin")
     assert (answer.status_code, answer.json()["code"]) == (500, "file_missing")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Range": "bytes=0-3"}, {"Range": "bytes=0-1,3-4"}])
+@pytest.mark.parametrize("seen_before", [False, True])
+async def test_a_changed_file_is_never_served_with_the_recorded_digest(
+    idle_api: Api, headers: dict[str, str], seen_before: bool
+) -> None:
+    digest = await add_file(idle_api, "a.bin")
+    if seen_before:
+        assert (await idle_api.get(f"{FILES}a.bin")).headers["etag"] == f'"{digest}"'
+    stored = DirectoryStore(idle_api.store).path(digest)
+    content = stored.read_bytes()
+    stored.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    for method in ("GET", "HEAD"):
+        answer = await idle_api.http.request(method, f"{FILES}a.bin", headers=headers)
+        assert answer.status_code == 500
+        assert "etag" not in answer.headers
+        if method == "GET":
+            assert answer.json()["code"] == "file_damaged"
+            assert str(idle_api.store) not in answer.text

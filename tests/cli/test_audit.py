@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +23,7 @@ from ledger.commands import ClaimJob
 from ledger.handle import handle
 from ledger.log import Limits
 from ledger.mongo import Connection, Document
+from projections.folding import VERSION
 from tests.support.examples import NOON
 from tests.support.installation import Ended, Installation, is_gone, one_line
 from tests.support.ledgers import META, Ledger, ledger_on, lose_a_ticket, stored, whole
@@ -54,7 +56,10 @@ class Audited:
         self._monkeypatch = monkeypatch
 
     def verify(self, *arguments: str) -> Ended:
-        self._monkeypatch.setattr(sys, "argv", ["jobledger", "log", "verify", *arguments])
+        return self.run("log", "verify", *arguments)
+
+    def run(self, *arguments: str) -> Ended:
+        self._monkeypatch.setattr(sys, "argv", ["jobledger", *arguments])
         self._capfd.readouterr()
         with pytest.raises(SystemExit) as exited:
             main.run()
@@ -141,8 +146,10 @@ def test_programs_are_told_the_same_as_json(audited: Audited) -> None:
         "voided": 1,
         "position": 5,
         "noted": note_in(audited.verify()),
+        "handed_out": None,
         "wrong": None,
         "views": None,
+        "files": None,
     }
 
 
@@ -186,7 +193,8 @@ def test_an_empty_log_is_right(empty: Audited) -> None:
 
     empty.do(nothing)
     assert empty.verify() == Ended(0, "There are no events to verify.\n", "")
-    assert empty.json(0) == {"events": 0, "voided": 0, "position": 0, "noted": None, "wrong": None, "views": None}
+    nothing_else = {"noted": None, "handed_out": None, "wrong": None, "views": None, "files": None}
+    assert empty.json(0) == {"events": 0, "voided": 0, "position": 0, **nothing_else}
 
 
 def test_a_log_that_nobody_has_opened_yet_is_right(empty: Audited) -> None:
@@ -217,7 +225,9 @@ def test_the_first_wrong_event_is_named_and_the_exit_code_is_1(audited: Audited)
             "version": 2,
             "what": "its hash is not that of its content: one of the two was changed",
         },
+        "handed_out": None,
         "views": None,
+        "files": None,
     }
 
 
@@ -256,6 +266,68 @@ def test_what_was_noted_proves_later_that_nothing_was_taken_away(audited: Audite
     assert ended.exit_code == 1
     assert "First wrong: position 5: missing: the log ends at position 4, and was noted to have reached 5." in ended.out
     assert audited.json(1, "--noted", note)["wrong"]["position"] == 5
+
+
+# A log whose end is missing -----------------------------------------------------------------------------------------
+
+VIEWS_AT_9: Document = {"position": 9, "epoch": 1, "version": VERSION, "sides": {}}
+
+
+async def views_ahead(ledger: Ledger) -> None:
+    await ledger.db.checkpoints.replace_one({"_id": "views"}, VIEWS_AT_9, upsert=True)
+
+
+async def subscription_ahead(ledger: Ledger) -> None:
+    await ledger.db.subscriptions.insert_one({"_id": "mine", "position": 9, "holder": "x"})
+
+
+async def everything_gone(ledger: Ledger) -> None:
+    await views_ahead(ledger)
+    await ledger.db.events.delete_many({})
+
+
+@pytest.mark.parametrize(
+    ("damage", "first", "reader"),
+    [(views_ahead, 6, "the views"), (subscription_ahead, 6, "the subscription 'mine'"), (everything_gone, 1, "views")],
+)
+def test_a_log_without_its_end_is_found_by_what_was_read_of_it(
+    damage: Work, first: int, reader: str, audited: Audited
+) -> None:
+    audited.do(damage)
+    begun = time.monotonic()
+    ended = audited.verify()
+    assert time.monotonic() - begun < 10
+    assert ended.exit_code == 1
+    assert f"First wrong: position {first}: missing." in ended.out
+    assert f"{reader} had reached position 9" in ended.out
+    assert audited.json(1)["wrong"]["position"] == first
+
+
+def test_positions_that_were_handed_out_and_never_written_are_noted(audited: Audited) -> None:
+    audited.do(lambda ledger: lose_a_ticket(ledger.db))
+    ended = audited.verify()
+    assert ended.exit_code == 0
+    assert "note: positions up to 6 were handed out to writers, and the log ends at 5." in ended.out
+    assert audited.json(0)["handed_out"] == 6
+
+
+def test_no_command_waits_for_events_that_are_gone_and_replay_makes_the_views_of_the_rest(
+    audited: Audited, tmp_path: Path
+) -> None:
+    audited.do(views_ahead)
+    checked = audited.run("replay", "--check")
+    assert checked.exit_code == 1
+    assert "The log ends at position 5, but the views had reached position 9" in checked.err
+    assert audited.run("replay", "--view", "statistics").exit_code == 2
+    assert audited.run("log", "tail", "--no-follow").exit_code == 0
+    assert audited.run("log", "export", str(tmp_path / "log.ndjson")).exit_code == 0
+    assert audited.run("replay", "--as-of", "99").exit_code == 0
+    doctor = audited.run("doctor")
+    assert doctor.exit_code == 1
+    assert "5 events, but the views have read 9" in doctor.out
+    assert audited.run("replay").exit_code == 0
+    assert audited.verify().exit_code == 0
+    assert audited.run("replay", "--check").exit_code == 0
 
 
 def test_another_hash_than_the_noted_one_is_wrong(audited: Audited) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from ledger.client import Events, LedgerClient, SubscriptionTaken, ledger_client
 from ledger.commands import ClaimJob
-from ledger.errors import ConfigurationError, LedgerUnavailable
+from ledger.errors import ConfigurationError, LedgerUnavailable, LogTruncated
 from ledger.events import JobClaimed, Recorded
 from ledger.handle import handle
 from ledger.mongo import Connection, Database, Document
@@ -125,6 +125,16 @@ async def saves(db: Database) -> int:
 
 
 # Without a name ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_subscription_beyond_the_end_of_the_log_is_refused(
+    connection: Connection, client: LedgerClient
+) -> None:
+    async with connection.client() as driver:
+        await driver[connection.db_name].subscriptions.insert_one({"_id": "mine", "position": 99, "holder": "x"})
+    with pytest.raises(LogTruncated, match="ends at position 0, but the subscription 'mine' had reached position 99"):
+        async with client.subscription("mine"):
+            pass
 
 
 async def test_history_becomes_live_in_order_none_missing_or_double_while_others_write(

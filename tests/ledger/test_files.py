@@ -67,7 +67,7 @@ def test_everybody_may_read_a_stored_file_and_nobody_finds_it_writable(store: Di
     secret.write_bytes(b"1")
     secret.chmod(0o600)
     for stored in (store.put_file(secret), store.put_bytes(b"2")):
-        assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o644
+        assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o600
 
 
 def test_putting_in_what_lies_in_the_store_already_keeps_it(store: DirectoryStore) -> None:
@@ -117,7 +117,7 @@ def test_a_file_on_another_file_system_is_copied_and_then_removed(
     assert not path.exists()
     assert store.path(stored.sha256).read_bytes() == b"x" * 3_000_000
     assert files_in(store) == [store.path(stored.sha256)]
-    assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o644
+    assert stat.S_IMODE(store.path(stored.sha256).stat().st_mode) == 0o600
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="optional lane: no second file system here")
@@ -169,7 +169,7 @@ def test_whenever_it_is_cut_off_a_name_leads_to_the_whole_content_or_nowhere(
     again.write_bytes(content)
     store.put_file(again)
     assert named.read_bytes() == content
-    assert stat.S_IMODE(named.stat().st_mode) == 0o644
+    assert stat.S_IMODE(named.stat().st_mode) == 0o600
 
 
 def test_when_the_disk_is_full_nothing_is_left_lying_about(

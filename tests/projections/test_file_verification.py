@@ -1,0 +1,129 @@
+"""Files whose content was changed in the store are found, and never opened as what they were."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from ledger.errors import FileDamaged, FileLost
+from ledger.files import DirectoryStore, FileStore
+from ledger.gridfs import GridFSStore
+from ledger.mongo import Connection, Database
+from projections.file_verification import verify_files
+from projections.views import Views
+
+Damage = Callable[[FileStore, Database, str], Awaitable[Any]]
+CONTENT = bytes(range(256)) * 3000
+
+
+@pytest.fixture
+async def db(mongodb_uri: str, db_name: str) -> AsyncIterator[Database]:
+    async with Connection(mongodb_uri, db_name).client() as client:
+        yield client[db_name]
+
+
+@pytest.fixture(params=["directory", "gridfs"])
+async def store(request: pytest.FixtureRequest, db: Database, tmp_path: Path) -> FileStore:
+    if request.param == "directory":
+        directory = DirectoryStore(tmp_path / "store")
+        directory.prepare()
+        return directory
+    grid = GridFSStore(db)
+    await grid.prepare()
+    return grid
+
+
+async def put(store: FileStore, tmp_path: Path, content: bytes) -> str:
+    inbox = tmp_path / f"inbox-{uuid4()}"
+    directory = DirectoryStore(store.inbox(inbox))
+    sha256 = (await asyncio.to_thread(directory.put_bytes, content)).sha256
+    await store.take_over(directory.root, sha256)
+    return sha256
+
+
+def change(edit: Callable[[bytes], bytes]) -> Damage:
+    """Change a file's content behind the store's back."""
+
+    async def damage(store: FileStore, db: Database, sha256: str) -> None:
+        if isinstance(store, DirectoryStore):
+            path = store.path(sha256)
+            path.write_bytes(edit(path.read_bytes()))
+            return
+        entry = await db["fs.files"].find_one({"filename": sha256})
+        assert entry is not None
+        chunks = await db["fs.chunks"].find({"files_id": entry["_id"]}, sort=[("n", 1)]).to_list()
+        content = edit(b"".join(chunk["data"] for chunk in chunks))
+        size = entry["chunkSize"]
+        for chunk in chunks:
+            part = content[chunk["n"] * size : (chunk["n"] + 1) * size]
+            await db["fs.chunks"].update_one({"_id": chunk["_id"]}, {"$set": {"data": part}})
+
+    return damage
+
+
+DAMAGES = {
+    "first byte": lambda content: b"\xff" + content[1:],
+    "last byte": lambda content: content[:-1] + b"\x00",
+    "shorter": lambda content: content[:-1000],
+    "empty": lambda _content: b"",
+    "longer": lambda content: content + b"x",
+    "swapped": lambda content: content[-400_000:] + content[:-400_000],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_open_of_a_changed_file_raises(damage: str, store: FileStore, db: Database, tmp_path: Path) -> None:
+    sha256 = await put(store, tmp_path, CONTENT)
+    await change(DAMAGES[damage])(store, db, sha256)
+    with pytest.raises(FileLost) as lost:
+        await store.open(sha256)
+    if damage not in ("shorter", "empty", "longer"):  # of GridFS, a file that is not whole cannot be read
+        assert isinstance(lost.value, FileDamaged)
+    assert not isinstance(store, DirectoryStore) or store.checks.damaged == 1
+
+
+async def test_a_file_changed_after_it_was_opened_once_is_not_opened_again(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
+    file = await store.open(sha256)
+    with store.path(sha256).open("r+b") as changed:
+        changed.write(b"\xff")
+    with pytest.raises(FileDamaged):
+        [piece async for piece in file.read(0, file.size)]
+    await file.close()
+    with pytest.raises(FileDamaged):
+        await store.open(sha256)
+    await asyncio.to_thread(store.put_bytes, CONTENT)  # doing the job again repairs it
+    await (await store.open(sha256)).close()
+
+
+async def test_a_file_is_read_for_its_check_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(tmp_path)
+    sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
+    await (await store.open(sha256)).close()
+    monkeypatch.setattr("ledger.files._OpenFile.sha256", None)
+    for _ in range(3):
+        await (await store.open(sha256)).close()
+
+
+async def test_verify_files_reports_changed_missing_and_orphaned_files(
+    store: FileStore, db: Database, tmp_path: Path
+) -> None:
+    whole, changed, orphan = [await put(store, tmp_path, text * 1000) for text in (b"whole", b"changed", b"orphan")]
+    missing = "ab" * 32
+    rows = {"w": whole, "again": whole, "c": changed, "m": missing}
+    await Views(db)["files"].insert_many([{"path": path, "sha256": sha256} for path, sha256 in rows.items()])
+    await change(DAMAGES["first byte"])(store, db, changed)
+
+    verdict = await verify_files(Views(db), store)
+
+    assert (verdict.files, verdict.missing, verdict.changed, verdict.orphans) == (3, 1, 1, 1)
+    assert verdict.orphan_bytes == len(b"orphan") * 1000
+    assert {(problem.path, problem.sha256) for problem in verdict.problems} == {("c", changed), ("m", missing)}
+    assert not verdict.is_right
+    assert orphan not in {problem.sha256 for problem in verdict.problems}
