@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cli.remote import HERE, UrlOption, given
 from cli.running import JsonOption
-from cli.telling import printable
+from cli.visible import visible
 from cli.work import (
     STYLES,
     AnewOption,
@@ -132,7 +132,7 @@ def _batch_id(text: str) -> str:
 def _batch_rows(batches: Sequence[Document]) -> Iterator[Sequence[str | Text]]:
     yield ("batch", "status", "submitted", "name", "jobs")
     for batch in batches:
-        name = printable(batch["batch_name"] or "")
+        name = visible(batch["batch_name"] or "")
         yield (batch["batch_id"], _batch_status(batch), time_of(batch["created_at"]), name, _counts(batch))
 
 
@@ -149,8 +149,8 @@ def _counts(batch: Mapping[str, Any]) -> str:
 
 def _batch_facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if batch["batch_name"]:
-        yield "name", printable(batch["batch_name"])
-    yield "of", printable(batch["user_id"])
+        yield "name", visible(batch["batch_name"])
+    yield "of", visible(batch["user_id"])
     yield "submitted", time_of(batch["created_at"])
     if batch["completed_at"]:
         yield "ended", f"{time_of(batch['completed_at'])}{lasting(batch['created_at'], batch['completed_at'])}"

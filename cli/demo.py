@@ -11,12 +11,12 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 import httpx
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from cli.follow import follow, submit
 from cli.remote import api_at
 from cli.settings import Settings, read_settings
+from cli.visible import SafeConsole, visible
 from cli.wiring import ALL_ROLES, Stop, roles, stop_limit
 from ledger.errors import ConfigurationError, LedgerUnavailable
 from ledger.mongo import Connection
@@ -30,7 +30,7 @@ def demo_settings(directory: Path) -> Settings:
     settings, _ = read_settings(
         None,
         {
-            "mongodb": {"uri": "embedded", "data_dir": str(directory / "mongodb"), "embedded_port": 0},
+            "mongodb": {"uri": "embedded", "data_dir": str(directory / "mongodb")},
             "api": {"port": 0},
             "results": {"store": str(directory / "results")},
             "processors": {"session": {"allow_private": ["127.0.0.1"], "keep_audio": True}},
@@ -41,7 +41,7 @@ def demo_settings(directory: Path) -> Settings:
     return settings
 
 
-async def run(settings: Settings, connection: Connection, directory: Path, console: Console, *, keep: bool) -> bool:
+async def run(settings: Settings, connection: Connection, directory: Path, console: SafeConsole, *, keep: bool) -> bool:
     """Run the demo; return whether every session was turned into Markdown that opens.
 
     Raises:
@@ -56,7 +56,7 @@ async def run(settings: Settings, connection: Connection, directory: Path, conso
         ) from error
     stop = Stop(stop_limit(settings, ALL_ROLES))
     stop.listen()
-    console.print("[bold]1[/] Making a conference site: pages, PDF slides and videos …")
+    console.print(Text.from_markup("[bold]1[/] Making a conference site: pages, PDF slides and videos …"))
     site = directory / "site"
     await asyncio.to_thread(demo_site.make_site, site)
     async with (
@@ -66,7 +66,9 @@ async def run(settings: Settings, connection: Connection, directory: Path, conso
     ):
         sessions = demo_site.sessions(site_url)
         console.print(f"  It is served at {site_url}")
-        console.print(f"[bold]2[/] Submitting its {len(sessions)} sessions as one batch to {running.url} …")
+        console.print(
+            Text.assemble(("2", "bold")), f"Submitting its {len(sessions)} sessions as one batch to {running.url} …"
+        )
         following = asyncio.create_task(_follow(client, sessions, console))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -84,7 +86,7 @@ async def run(settings: Settings, connection: Connection, directory: Path, conso
     return good
 
 
-async def _follow(client: httpx.AsyncClient, sessions: list[Any], console: Console) -> list[dict[str, Any]]:
+async def _follow(client: httpx.AsyncClient, sessions: list[Any], console: SafeConsole) -> list[dict[str, Any]]:
     batch = {"batch_name": "Demo", "jobs": [{"parameters": session} for session in sessions]}
     submitted, before = await submit(client, batch)
     names = dict(zip(submitted["job_ids"], (str(session["session"]) for session in sessions), strict=True))
@@ -96,16 +98,16 @@ async def _follow(client: httpx.AsyncClient, sessions: list[Any], console: Conso
     return sorted(jobs, key=lambda job: submitted["job_ids"].index(job["job_id"]))
 
 
-async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], console: Console) -> bool:
+async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], console: SafeConsole) -> bool:
     """Fetch every result over its URL, keep a copy that outlives the demo, and print where it is."""
     _clear()
-    console.print("[bold]3[/] The results, each of them just fetched over its URL:")
+    console.print(Text("3", style="bold"), "The results, each of them just fetched over its URL:")
     good = True
     for job in jobs:
         if job["status"] != "completed":
             good = False
             name, why = job["parameters"]["session"], (job["error"] or {}).get("message", "no reason given")
-            console.print(f"\n  [red]{job['status']}[/] {escape(name)}: {escape(why)}")
+            console.print(Text.assemble("\n  ", (job["status"], "red"), f" {visible(name)}: {visible(why)}"))
             continue
         results = job["results"]
         for url in [results["markdown_url"], *(asset["url"] for asset in results["assets"])]:
@@ -132,6 +134,8 @@ async def _keep_copy(client: httpx.AsyncClient, url: str) -> None:
     answer = await client.get(url)
     answer.raise_for_status()
     copy = _copy(url)
+    if not copy.resolve().is_relative_to(RESULTS.resolve()):
+        raise ConfigurationError(f"The API names a result outside of {RESULTS}: {url}")
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_bytes(answer.content)
 
@@ -140,21 +144,19 @@ def _copy(url: str) -> Path:
     return RESULTS.absolute() / unquote(url).removeprefix("/api/events/files/")
 
 
-def _show(client: httpx.AsyncClient, job: Mapping[str, Any], console: Console) -> None:
+def _show(client: httpx.AsyncClient, job: Mapping[str, Any], console: SafeConsole) -> None:
     url, metadata = job["results"]["markdown_url"], job["results"]["metadata"]
-    console.print(f"\n  [bold]{escape(job['parameters']['session'])}[/]", highlight=False)
+    console.print(Text.assemble("\n  ", (visible(job["parameters"]["session"]), "bold")))
     # Never wrapped: an address that is broken over lines cannot be clicked.
     console.print(f"  {client.base_url.join(url)}", soft_wrap=True, style="cyan", highlight=False)
     console.print(f"  {_copy(url).as_uri()}", soft_wrap=True, style="cyan", highlight=False)
     audio = f", {metadata['audio_seconds']:.0f} s of audio" if metadata["audio_seconds"] else ""
-    console.print(
-        f"  [dim]{metadata['slides']} slides{audio}; {metadata['duration']:.1f} s of work[/]", highlight=False
-    )
+    console.print(f"  {metadata['slides']} slides{audio}; {metadata['duration']:.1f} s of work", style="dim")
     for warning in metadata["warnings"]:
-        console.print(f"  [yellow]note[/] [dim]{escape(warning)}[/]", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("  note ", "yellow"), (visible(warning), "dim")), soft_wrap=True)
 
 
-async def _stay(stop: Stop, console: Console, *, keep: bool) -> None:
+async def _stay(stop: Stop, console: SafeConsole, *, keep: bool) -> None:
     ended = asyncio.create_task(stop.wait())
     if keep:
         console.print("It stays up until Ctrl-C.")

@@ -8,12 +8,12 @@ from typing import Any, Final
 
 import httpx
 import orjson
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from cli.remote import content_of, foreign
-from cli.telling import printable
+from cli.visible import SafeConsole, visible
 from ledger.errors import ConfigurationError, LedgerUnavailable
 
 _ENDED: Final = {"JobCompleted": "completed", "JobFailed": "failed", "JobCancelled": "cancelled"}
@@ -99,7 +99,12 @@ def _stream_timeout() -> httpx.Timeout:
 
 
 async def follow(
-    client: httpx.AsyncClient, submitted: Mapping[str, Any], names: Mapping[str, str], *, after: int, console: Console
+    client: httpx.AsyncClient,
+    submitted: Mapping[str, Any],
+    names: Mapping[str, str],
+    *,
+    after: int,
+    console: SafeConsole,
 ) -> dict[str, str]:
     """Show the progress of a batch until it has ended; return each job's final status.
 
@@ -140,10 +145,10 @@ async def follow(
     return ended
 
 
-def _tell(console: Console, name: str, kind: str, data: Mapping[str, Any]) -> None:
+def _tell(console: SafeConsole, name: str, kind: str, data: Mapping[str, Any]) -> None:
     status = _ENDED[kind]
     why = f": {data['error']['message']}" if kind == "JobFailed" else ""
-    console.print(f"[{_STYLES[status]}]{status:>9}[/] {escape(printable(name + why))}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble((f"{status:>9}", _STYLES[status]), f" {visible(name + why)}"), soft_wrap=True)
 
 
 def _tally(ended: Mapping[str, str]) -> str:
@@ -152,5 +157,5 @@ def _tally(ended: Mapping[str, str]) -> str:
 
 
 def _short(text: str, length: int = 40) -> str:
-    text = printable(text)
+    text = visible(text)
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from cli.remote import HERE, UrlOption, given
 from cli.running import JsonOption
-from cli.telling import lasted, printable
+from cli.telling import lasted
+from cli.visible import visible
 from cli.work import (
     STYLES,
     AnewOption,
@@ -149,7 +150,7 @@ def _standing(job: Mapping[str, Any]) -> str:
     match job["status"]:
         case "processing":
             progress = job["progress"]
-            return printable(f"{progress['percent']:.0f} % {progress['step']} {progress['message']}").strip()
+            return visible(f"{progress['percent']:.0f} % {progress['step']} {progress['message']}").strip()
         case "completed":
             return f"{len(job['results']['files'])} files"
         case "pending" if job["due_at"]:
@@ -162,13 +163,13 @@ def _standing(job: Mapping[str, Any]) -> str:
 
 def _why(job: Mapping[str, Any]) -> str:
     error = job["error"]
-    return f": {error['code']}: {printable(error['message'])}" if error else ""
+    return f": {error['code']}: {visible(error['message'])}" if error else ""
 
 
 def _job_facts(job: Mapping[str, Any], url: str) -> Iterator[tuple[str, str]]:
     yield "name", _name(job)
     yield "type", job["job_type"]
-    yield "of", printable(job["user_id"])
+    yield "of", visible(job["user_id"])
     if job["batch_id"]:
         yield "batch", job["batch_id"]
     yield "submitted", time_of(job["created_at"])
@@ -178,7 +179,7 @@ def _job_facts(job: Mapping[str, Any], url: str) -> Iterator[tuple[str, str]]:
         yield "started", time_of(job["started_at"])
     if job["completed_at"]:
         yield "ended", f"{time_of(job['completed_at'])}{lasting(job['started_at'], job['completed_at'])}"
-    by = f", by {printable(job['worker_id'])}" if job["worker_id"] else ""
+    by = f", by {visible(job['worker_id'])}" if job["worker_id"] else ""
     yield "attempt", f"{job['attempt']}{by}"
     if job["retries"]:
         yield "repeated", f"{job['retries']} times"
@@ -188,17 +189,17 @@ def _job_facts(job: Mapping[str, Any], url: str) -> Iterator[tuple[str, str]]:
         yield "error", _why(job).removeprefix(": ")
     for step in job["steps"]:
         reused = f", taken from {step['reused_from']}" if step["reused_from"] else ""
-        yield "step", f"{printable(step['step'])} in {lasted(step['duration_s'])}{reused}"
+        yield "step", f"{visible(step['step'])} in {lasted(step['duration_s'])}{reused}"
     for line in job["logs"][-_LOG_LINES:]:
-        yield "said", f"{time_of(line['timestamp'])} {line['level']} {printable(line['message'])}"
+        yield "said", f"{time_of(line['timestamp'])} {line['level']} {visible(line['message'])}"
     results = job["results"] or {"files": ()}
     for warning in results.get("metadata", {}).get("warnings", ()):
-        yield "warning", printable(warning)
+        yield "warning", visible(warning)
     if results.get("markdown_url"):
         yield "markdown", str(httpx.URL(url).join(results["markdown_url"]))
     for file in results["files"]:
-        yield "file", f"{printable(file['path'])} ({file['size']:,} bytes)"
+        yield "file", f"{visible(file['path'])} ({file['size']:,} bytes)"
 
 
 def _name(job: Mapping[str, Any]) -> str:
-    return printable(str(job["job_name"] or job["parameters"].get("session") or job["job_type"]))
+    return visible(str(job["job_name"] or job["parameters"].get("session") or job["job_type"]))

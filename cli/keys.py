@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from pydantic import ValidationError
-from rich.markup import escape
 from rich.table import Table
 
 from api import keys as api_keys
 from api import sessions
 from api.keys import ApiKey, KeyText
+from cli.visible import visible
 from cli.wiring import database
 from ledger.errors import ConfigurationError
 from ledger.events import milliseconds
@@ -131,10 +131,10 @@ def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> Table:
     for key in keys:
         table.add_row(
             key.key_id,
-            escape(key.user_id),
-            escape(", ".join(key.groups)),
+            visible(key.user_id),
+            visible(", ".join(key.groups)),
             ", ".join(key.roles),
-            escape(key.name or ""),
+            visible(key.name or ""),
             _day(key.created_at),
             _expiry(key, now),
             str(sessions_of[key.key_id]),

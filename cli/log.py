@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from cli.running import ConfigOption, JsonOption, any_server, settings_of
+from cli.visible import SafeConsole, echo, echo_json
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def then_of(text: str, option: str) -> int | datetime:
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on a terminal, and a line now and then where there is none; yields what is told how far it has got."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     if not console.is_terminal:
         last = time.monotonic()
 
@@ -62,7 +62,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
             nonlocal last
             if time.monotonic() - last >= _LINE_EVERY_SECONDS:
                 last = time.monotonic()
-                typer.echo(f"{title}: {done} of {whole}", err=True)
+                echo(f"{title}: {done} of {whole}", err=True)
 
         yield tell
         return
@@ -83,11 +83,14 @@ def verify(
     views: Annotated[
         bool, typer.Option("--views/--no-views", help="Hold the views against the log, too, if all of it is checked.")
     ] = True,
+    files: Annotated[
+        bool, typer.Option("--files", help="Also read all result files and compare them with the digests on record.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check that the log still is what was written, and that the views say what it says.
 
-    Exits with 1 and names the first event that is wrong, or the documents that are.
+    Exits with 1 and names the first event that is wrong, or the documents or files that are.
     """
     from cli import audit
     from ledger.mongo import UNAUTHORIZED, code_behind
@@ -110,14 +113,21 @@ def verify(
             except JobledgerError as error:
                 if code_behind(error) != UNAUTHORIZED and code_behind(error.__cause__ or error) != UNAUTHORIZED:
                     raise
-                typer.echo("note: the views are not compared: for that, this user would have to write some", err=True)
+                echo("note: the views are not compared: for that, this user would have to write some", err=True)
+        found = None
+        if files:
+            with progress("reading files") as told:
+                found = asyncio.run(audit.files_verified(settings, connection, told=told))
     if as_json:
-        typer.echo(orjson.dumps(audit.as_json(verdict, compared), option=orjson.OPT_UTC_Z))
+        echo_json(orjson.dumps(audit.as_json(verdict, compared, found), option=orjson.OPT_UTC_Z))
     else:
-        typer.echo(audit.told(verdict))
+        echo(audit.told(verdict))
         if compared is not None:
-            typer.echo(audit.told_of_views(compared))
+            echo(audit.told_of_views(compared))
+        if found is not None:
+            echo(audit.told_of_files(found))
     right = verdict.wrong is None and (compared is None or not compared.differences)
+    right = right and (found is None or found.is_right)
     raise typer.Exit(0 if right else FAILED)
 
 
@@ -180,11 +190,11 @@ def import_(
 def _tell_summary(text: str, made: Any, *, as_json: bool) -> None:
     note = f"{made.last}:{made.whole.hex()}" if made.whole else None
     if as_json:
-        typer.echo(orjson.dumps({"events": made.events, "from": made.first, "to": made.last, "noted": note}))
+        echo_json(orjson.dumps({"events": made.events, "from": made.first, "to": made.last, "noted": note}))
     else:
-        typer.echo(text)
+        echo(text)
         if note is not None:
-            typer.echo(f"To prove later that it is the same, note: {note}")
+            echo(f"To prove later that it is the same, note: {note}")
 
 
 @app.command()
@@ -236,7 +246,7 @@ async def _tail(
     from ledger.log import EventLog
     from ledger.transfer import line_of as json_of
 
-    console = Console(soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
     async with connection.client() as client:
         log = EventLog(client[connection.db_name])
         head = await log.head()
@@ -246,7 +256,7 @@ async def _tail(
             wanted = not streams or event.stream in streams or event.meta.correlation_id in streams
             if wanted and (not types or event.type in types):
                 if as_json:
-                    typer.echo(json_of(event.document))
+                    echo_json(json_of(event.document))
                 else:
                     console.print(line_of(event))
 
@@ -265,7 +275,7 @@ async def _tail(
                     tell(event)
                     begin = event.position
         except LedgerUnavailable as error:
-            typer.echo(f"waiting for the database: {error}", err=True)
+            echo(f"waiting for the database: {error}", err=True)
             await asyncio.sleep(1)
 
 
@@ -297,20 +307,20 @@ async def _show(connection: Connection, stream: str, then: int | datetime | None
     if then is not None:
         events = [it for it in events if (it.position if isinstance(then, int) else it.time) <= then]  # type: ignore[operator]  # alike
     fold: Any = {"job": jobs.fold, "batch": batches.fold, "delivery": deliveries.fold}.get(stream.partition("-")[0])
-    console = Console(soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
     document: Any = None
     for event in events:
         after = fold(document, event) if fold is not None else None
         if as_json:
             state = None if after is None else {name: value for name, value in after.items() if name not in _INNER}
-            typer.echo(orjson.dumps({"event": orjson.Fragment(json_of(event.document)), "after": state}, default=str))
+            echo_json(orjson.dumps({"event": orjson.Fragment(json_of(event.document)), "after": state}, default=str))
         else:
             console.print(line_of(event, with_stream=False))
             if changes := differences(document, after):
                 console.print(Text(f"{'':>9}{changes}", style="dim"), no_wrap=True, overflow="ellipsis")
         document = after
     if not events:
-        typer.echo(f"{stream} was not there yet.", err=True)
+        echo(f"{stream} was not there yet.", err=True)
 
 
 _INNER = frozenset({"headings", "words", "gone_on"})

@@ -8,6 +8,7 @@ starting again may help.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,16 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 import yaml
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cli import batches, jobs, log, replay, webhooks
 from cli.follow import as_batch, follow
 from cli.follow import submit as submit_batch
 from cli.remote import HERE, UrlOption, api_at
 from cli.running import ConfigOption, JsonOption, any_server, run_roles, settings_of
-from cli.telling import printable
+from cli.visible import SafeConsole, echo, echo_json, print_all_characters, visible
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound, ResourceUnavailable
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def demo(
     from cli import demo as demo_command
     from cli.wiring import database_server, set_up_logging
 
-    console = Console()
+    console = SafeConsole()
     with tempfile.TemporaryDirectory(prefix="jobledger-demo-", ignore_cleanup_errors=True) as directory:
         settings = demo_command.demo_settings(Path(directory))
         set_up_logging(settings.logging)
@@ -123,7 +123,7 @@ def doctor(
 
     settings = settings_of(config)
     if role:
-        typer.echo(for_mongosh(settings.mongodb.db_name))
+        echo(for_mongosh(settings.mongodb.db_name))
         return
     findings = list(doctor_command.look_at_machine(settings))
     try:
@@ -133,10 +133,10 @@ def doctor(
         findings.append(doctor_command.Finding("MongoDB", good=False, found="not usable", advice=str(error)))
     table = Table("", "", "", show_header=False, box=None)
     for finding in findings:
-        sign = "[green]ok[/]" if finding.good else "[red]no[/]"
+        sign = Text("ok", style="green") if finding.good else Text("no", style="red")
         told = finding.found if finding.good else f"{finding.found}. {finding.advice}"
-        table.add_row(sign, finding.what, escape(told))
-    Console().print(table)
+        table.add_row(sign, finding.what, told)
+    SafeConsole().print(table)
     raise typer.Exit(0 if all(finding.good for finding in findings) else FAILED)
 
 
@@ -163,9 +163,12 @@ def keys_create(
     with any_server(settings) as uri:
         asyncio.run(keys.create(settings.mongodb.connection(uri), key))
     if settings.auth.mode != "keys":
-        typer.echo(f"note: auth.mode is `{settings.auth.mode}`; keys are asked for with `keys`", err=True)
-    typer.echo(_json({**keys.as_json(key), "key": str(text)}) if as_json else str(text))
-    typer.echo(f"Keep it: it is not shown again. `jobledger keys revoke {key.key_id}` ends it.", err=True)
+        echo(f"note: auth.mode is `{settings.auth.mode}`; keys are asked for with `keys`", err=True)
+    if as_json:
+        echo_json(_json({**keys.as_json(key), "key": str(text)}))
+    else:
+        echo(str(text))
+    echo(f"Keep it: it is not shown again. `jobledger keys revoke {key.key_id}` ends it.", err=True)
 
 
 @keys_app.command("list")
@@ -180,9 +183,9 @@ def keys_list(
     with any_server(settings) as uri:
         found, sessions = asyncio.run(keys.listed(settings.mongodb.connection(uri)))
     if as_json:
-        typer.echo(_json([{**keys.as_json(key), "sessions": sessions[key.key_id]} for key in found]))
+        echo_json(_json([{**keys.as_json(key), "sessions": sessions[key.key_id]} for key in found]))
     else:
-        Console().print(keys.as_table(found, sessions) if found else "There are no API keys.")
+        SafeConsole().print(keys.as_table(found, sessions) if found else "There are no API keys.")
 
 
 @keys_app.command("revoke")
@@ -199,7 +202,10 @@ def keys_revoke(
         found = asyncio.run(keys.revoke(settings.mongodb.connection(uri), keys.id_of(key_id)))
     if not found:  # what was given is not repeated: it may be most of a key
         raise NotFound("There is no API key with this id; `jobledger keys list` shows which there are.")
-    typer.echo(_json({"revoked": keys.id_of(key_id)}) if as_json else f"{keys.id_of(key_id)} is revoked.")
+    if as_json:
+        echo_json(_json({"revoked": keys.id_of(key_id)}))
+    else:
+        echo(f"{keys.id_of(key_id)} is revoked.")
 
 
 @keys_app.command("sign-out")
@@ -222,7 +228,10 @@ def keys_sign_out(
     settings = settings_of(config)
     with any_server(settings) as uri:
         number = asyncio.run(keys.sign_out(settings.mongodb.connection(uri), owner))
-    typer.echo(_json({"ended": number}) if as_json else f"Sessions ended: {number}")
+    if as_json:
+        echo_json(_json({"ended": number}))
+    else:
+        echo(f"Sessions ended: {number}")
 
 
 def _json(content: Any) -> str:
@@ -236,12 +245,12 @@ async def _collect(settings: Settings, uri: str) -> list[Finding]:
 
 
 async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
-    console = Console()
+    console = SafeConsole()
     async with api_at(url) as client:
         submitted, before = await submit_batch(client, batch)
         console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
         for new in submitted.get("webhook_secrets", ()):
-            typer.echo(f"Signing secret of {printable(new['url'])}: {new['secret']} (not shown again)", err=True)
+            echo(f"Signing secret of {visible(new['url'])}: {new['secret']} (not shown again)", err=True)
         if not wait:
             return 0
         names = dict(zip(submitted["job_ids"], map(_name, batch["jobs"]), strict=True))
@@ -282,6 +291,8 @@ def _parsed(text: str) -> Any:
 
 def run() -> None:
     """The entry point: errors of ours become one sentence and an exit code, never a traceback."""
+    print_all_characters()
+    os.umask(0o077)  # files that a command or its children create are for this user alone
     try:
         app()
     except ResourceUnavailable as error:
@@ -303,7 +314,7 @@ def run() -> None:
 
 
 def _give_up(error: Exception, code: int) -> None:
-    typer.echo(f"jobledger: {error}", err=True)
+    echo(f"jobledger: {error}", err=True)
     sys.exit(code)
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import orjson
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cli.log import AS_OF, progress, then_of
 from cli.running import ConfigOption, JsonOption, any_server, settings_of
 from cli.telling import moment
+from cli.visible import SafeConsole, echo, echo_json, visible
 from ledger.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -56,17 +57,19 @@ def replay(
         elif check:
             with progress("folding") as told:
                 found = asyncio.run(audit.compared(connection, view, told=told))
-            typer.echo(orjson.dumps(audit.views_as_json(found)).decode() if as_json else audit.told_of_views(found))
+            if as_json:
+                echo_json(orjson.dumps(audit.views_as_json(found)))
+            else:
+                echo(audit.told_of_views(found))
             raise typer.Exit(1 if found.differences else 0)
         else:
             with progress("folding") as told:
                 position = asyncio.run(audit.rebuilt(connection, view, told=told))
             names = ", ".join(view) if view else "all views"
-            typer.echo(
-                orjson.dumps({"position": position, "views": view}).decode()
-                if as_json
-                else f"Made anew, and in their place: {names}, up to position {position}."
-            )
+            if as_json:
+                echo_json(orjson.dumps({"position": position, "views": view}))
+            else:
+                echo(f"Made anew, and in their place: {names}, up to position {position}.")
 
 
 def _look_back(connection: Connection, as_of: str, until: str | None, *, as_json: bool) -> None:
@@ -77,9 +80,9 @@ def _look_back(connection: Connection, as_of: str, until: str | None, *, as_json
     with progress("reading") as told:
         first, second, changed = asyncio.run(_read(connection, then, later, told))
     if as_json:
-        typer.echo(orjson.dumps({"then": first, "until": second, "changed": changed}, option=orjson.OPT_UTC_Z))
+        echo_json(orjson.dumps({"then": first, "until": second, "changed": changed}, option=orjson.OPT_UTC_Z))
         return
-    console = Console()
+    console = SafeConsole()
     _show(console, first)
     if second is not None:
         console.print()
@@ -96,34 +99,36 @@ async def _read(
         return await look_back(EventLog(client[connection.db_name]), then, until=later, told=told)
 
 
-def _show(console: Console, stood: dict[str, Any]) -> None:
+def _show(console: SafeConsole, stood: dict[str, Any]) -> None:
     if not stood["position"]:
         console.print("Nothing had happened yet.")
         return
-    console.print(f"[bold]Position {stood['position']}[/], {moment(stood['time'])}", highlight=False)
+    console.print(Text.assemble((f"Position {stood['position']}", "bold"), f", {moment(stood['time'])}"))
     console.print(", ".join(f"{number} {status}" for status, number in stood["jobs"].items()), highlight=False)
     if stood["oldest_waiting"] is not None:
         console.print(f"The oldest that waited was submitted at {moment(stood['oldest_waiting'])}.", highlight=False)
     running = Table("worker", "job", "type", "attempt", "since", title="At work", title_justify="left", box=None)
     for it in stood["running"][:_SHOWN]:
         name = it["job_id"] if not it["job_name"] else f"{it['job_id']} {it['job_name']}"
-        running.add_row(it["worker_id"], name, it["job_type"], str(it["attempt"]), moment(it["since"]))
+        running.add_row(
+            visible(it["worker_id"]), visible(name), visible(it["job_type"]), str(it["attempt"]), moment(it["since"])
+        )
     if stood["running"]:
         console.print(running, highlight=False)
     active = [it for it in stood["batches"] if it["status"] == "processing"]
     batches = Table("batch", "name", "jobs", "", title="Batches", title_justify="left", box=None)
     for it in active[:_SHOWN]:
         counts = ", ".join(f"{number} {status}" for status, number in it["jobs"].items())
-        batches.add_row(it["batch_id"], it["batch_name"] or "", counts, "paused" if it["paused"] else "")
+        batches.add_row(it["batch_id"], visible(it["batch_name"] or ""), counts, "paused" if it["paused"] else "")
     if active:
         console.print(batches, highlight=False)
     console.print(f"{len(stood['batches'])} batches, {len(active)} of them not ended.", highlight=False)
 
 
 def _show_changes(
-    console: Console, first: dict[str, Any], second: dict[str, Any], changed: dict[str, list[str | None]]
+    console: SafeConsole, first: dict[str, Any], second: dict[str, Any], changed: dict[str, list[str | None]]
 ) -> None:
-    console.print(f"[bold]Until position {second['position']}[/], {moment(second['time'])}", highlight=False)
+    console.print(Text.assemble((f"Until position {second['position']}", "bold"), f", {moment(second['time'])}"))
     told = [
         f"{status} {first['jobs'][status]} → {number}"
         for status, number in second["jobs"].items()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
+from cli.visible import echo
 from ledger.errors import ResourceUnavailable
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def any_server(settings: Settings) -> AbstractContextManager[str]:
     mongodb = settings.mongodb
     if not mongodb.embedded:
         return nullcontext(mongodb.uri.get_secret_value())
-    return attach_or_start(mongodb.data_dir, port=mongodb.embedded_port, oplog_mb=mongodb.embedded_oplog_mb)
+    return attach_or_start(mongodb.data_dir, oplog_mb=mongodb.embedded_oplog_mb)
 
 
 def settings_of(config: Path | None) -> Settings:
@@ -53,7 +54,7 @@ def settings_of(config: Path | None) -> Settings:
     settings, notices = read_settings(config)
     set_up_logging(settings.logging)
     for notice in notices:
-        typer.echo(f"note: {notice}", err=True)
+        echo(f"note: {notice}", err=True)
     return settings
 
 
@@ -85,12 +86,13 @@ def _pause_or_raise(pause: float | None, error: ResourceUnavailable) -> float:
     if pause is None:
         raise error
     if pause == _START_PAUSES[0]:
-        typer.echo(f"not started yet, trying again: {error}", err=True)
+        echo(f"not started yet, trying again: {error}", err=True)
     return pause
 
 
 async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wanted: frozenset[Role]) -> None:
-    from cli.wiring import Stop, keep_running, stop_limit
+    from cli.supervision import keep_running
+    from cli.wiring import Stop, stop_limit
 
     stop = Stop(stop_limit(settings, wanted))
     stop.listen()
@@ -98,12 +100,12 @@ async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wa
         running = await _started(stack, settings, uri, wanted, stop)
         if running is not None:
             if running.url is not None:
-                typer.echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
-                typer.echo(f"Dashboard: {running.url}/monitoring/events")
+                echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
+                echo(f"Dashboard: {running.url}/monitoring/events")
             else:
-                typer.echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
+                echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
             await keep_running(server, stop)
-            typer.echo("Stopping: running jobs may end, the rest is given back …", err=True)
+            echo("Stopping: running jobs may end, the rest is given back …", err=True)
     if server is not None:
         stop.disarm()  # what remains is to stop the database server, which has a time limit of its own
     if stop.error is not None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
+from cli.visible import visible
+
 if TYPE_CHECKING:
     from ledger.events import Recorded
 
@@ -37,19 +39,14 @@ def lasted(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def printable(text: str) -> str:
-    """Return a text that comes from anywhere, such as a title, so that it cannot steer the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
 def line_of(event: Recorded, *, with_stream: bool = True) -> Text:
     """Return an event as a line: where it is, when it was, what happened, and by whom."""
     kind = event.type
     style = "red" if kind in _BAD else "green" if kind in _GOOD else "bold"
     parts = [(f"{event.position:>8} ", "dim"), (f"{moment(event.time)} ", "dim")]
     if with_stream:
-        parts.append((f"{event.stream} ", "cyan"))
-    parts += [(f"{kind} ", style), (said(event), ""), (f"  ({event.meta.actor})", "dim")]
+        parts.append((visible(f"{event.stream} "), "cyan"))
+    parts += [(visible(f"{kind} "), style), (visible(said(event)), ""), (visible(f"  ({event.meta.actor})"), "dim")]
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
@@ -107,7 +104,7 @@ def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any] | Non
             told.append(f"{name} {_short(value)}")
         else:
             told.append(f"{name} {_short(old)} → {_short(value)}")
-    return ", ".join(told)
+    return visible(", ".join(told))
 
 
 _UNTOLD: Final = frozenset({"_id", "version", "position", "updated_at", "headings", "words", "created_at", "gone_on"})

@@ -9,12 +9,12 @@ from urllib.parse import quote
 
 import orjson
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cli.remote import HERE, UrlOption, api_at, content_of, given
 from cli.running import ConfigOption, JsonOption, run_roles, settings_of
+from cli.visible import SafeConsole, echo, echo_json, visible
 from ledger.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ def listing(
 
     found = asyncio.run(ask())
     if as_json:
-        typer.echo(orjson.dumps(found["deliveries"]))
+        echo_json(orjson.dumps(found["deliveries"]))
     elif found["deliveries"]:
-        Console().print(_table(found["deliveries"]))
+        SafeConsole().print(_table(found["deliveries"]))
         more = "more than " if found.get("total_is_lower_bound") else ""
-        typer.echo(f"{len(found['deliveries'])} of {more}{found['total']}")
+        echo(f"{len(found['deliveries'])} of {more}{found['total']}")
     else:
-        typer.echo("There are none.")
+        echo("There are none.")
 
 
 @app.command()
@@ -93,7 +93,10 @@ def redeliver(
             return len(ids)
 
     number = asyncio.run(ask())
-    typer.echo(orjson.dumps({"redelivered": number}) if as_json else f"{number} to be sent again.")
+    if as_json:
+        echo_json(orjson.dumps({"redelivered": number}))
+    else:
+        echo(f"{number} to be sent again.")
 
 
 @app.command("test")
@@ -113,13 +116,10 @@ def trial(
     from bson import ObjectId
 
     from ledger.signing import signed_headers
-    from ledger.webhook_headers import header_problem
     from workers.webhooks.sending import Outgoing
 
     settings = settings_of(config).webhooks
     headers = dict(_header(text) for text in header or ())
-    if (problem := header_problem(headers)) is not None:
-        raise ConfigurationError(f"--header {problem[0]}: {problem[1]}")
     webhook_id = f"test-{ObjectId()}"
     body = orjson.dumps({"schema_version": 1, "type": "test", "delivery_id": webhook_id, "sequence": 0})
     try:
@@ -130,12 +130,12 @@ def trial(
     answer = asyncio.run(_send(outgoing, settings.allow_private, settings.timeout_seconds))
     if as_json:
         told = {"status_code": answer.status_code, "error": answer.error, "message": answer.message}
-        typer.echo(orjson.dumps({**told, "response": answer.body, "duration_s": round(answer.duration_s, 3)}))
+        echo_json(orjson.dumps({**told, "response": answer.body, "duration_s": round(answer.duration_s, 3)}))
     else:
         what = f"{answer.status_code} " if answer.status_code is not None else ""
-        typer.echo(f"{what}{answer.message or 'delivered'} ({answer.duration_s:.2f} s)")
+        echo(f"{what}{answer.message or 'delivered'} ({answer.duration_s:.2f} s)")
         if answer.body:
-            typer.echo(answer.body)
+            echo(answer.body)
     raise typer.Exit(0 if answer.error is None else 1)
 
 
@@ -155,17 +155,17 @@ def endpoints(url: UrlOption = HERE, as_json: JsonOption = False) -> None:
 
     found = asyncio.run(ask())
     if as_json:
-        typer.echo(orjson.dumps(found))
+        echo_json(orjson.dumps(found))
         return
     if not found:
-        typer.echo("No webhooks have been submitted.")
+        echo("No webhooks have been submitted.")
         return
     table = Table("receiver", "user", "url", "created", "rotated", "old secret until", box=None)
     for it in found:
         rotated = "revoked" if it["revoked"] else it["rotated_at"] or ""
         cells = (it["receiver"], it["user_id"], it["url"], it["created_at"], rotated, it["old_secret_until"] or "")
-        table.add_row(*map(escape, cells))
-    Console().print(table)
+        table.add_row(*map(visible, cells))
+    SafeConsole().print(table)
 
 
 @app.command("rotate-secret")
@@ -184,10 +184,10 @@ def rotate_secret(
 
     rotated = asyncio.run(ask())
     if as_json:
-        typer.echo(orjson.dumps({"receiver": rotated["receiver"], "url": rotated["url"], "secret": rotated["secret"]}))
+        echo_json(orjson.dumps({"receiver": rotated["receiver"], "url": rotated["url"], "secret": rotated["secret"]}))
     else:
-        typer.echo(rotated["secret"])
-        typer.echo(f"Keep it: it is not shown again. The old one signs for {grace} more seconds.", err=True)
+        echo(rotated["secret"])
+        echo(f"Keep it: it is not shown again. The old one signs for {grace} more seconds.", err=True)
 
 
 @app.command("revoke-secret")
@@ -202,7 +202,7 @@ def revoke_secret(
             content_of(await client.delete(f"{_ENDPOINTS}/{quote(receiver, safe='')}/secret"))
 
     asyncio.run(ask())
-    typer.echo("Revoked. `jobledger webhooks rotate-secret` makes a new one.")
+    echo("Revoked. `jobledger webhooks rotate-secret` makes a new one.")
 
 
 @app.command("secret")
@@ -210,7 +210,7 @@ def make_secret() -> None:
     """Make a signing secret, for the `webhook.secrets` of a submission."""
     from ledger.signing import new_secret
 
-    typer.echo(new_secret())
+    echo(new_secret())
 
 
 async def _send(outgoing: Outgoing, allow_private: list[str], timeout_seconds: float) -> Answer:
@@ -238,6 +238,13 @@ def _table(found: list[dict[str, Any]]) -> Table:
         if it["status"] == "pending" and it["next_at"]:
             outcome = f"{outcome}  next at {it['next_at']}".strip()
         style = _STYLES[it["status"]]
-        status = f"[{style}]{it['status']}[/]"
-        table.add_row(it["delivery_id"], it["type"], status, str(it["attempt"]), escape(it["host"]), escape(outcome))
+        status = Text(it["status"], style=style)
+        table.add_row(
+            visible(it["delivery_id"]),
+            visible(it["type"]),
+            status,
+            str(it["attempt"]),
+            visible(it["host"]),
+            visible(outcome),
+        )
     return table

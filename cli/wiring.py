@@ -15,13 +15,15 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TextIO, cast
 
 import structlog
 
 from cli.loop_watch import loop_watched
 from cli.settings import LoggingSettings, MetricsSettings, Settings
+from cli.supervision import start_when_there_is_space
 from cli.tasks import background, watcher
+from cli.visible import SafeFormatter, SafeStream, escape_log_entry
 from ledger.changes import Changes
 from ledger.embedded import EmbeddedServer, running_server
 from ledger.errors import LedgerUnavailable, ResourceUnavailable, os_failure
@@ -31,8 +33,7 @@ from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
-from workers import confinement, execution
-from workers.cleanup import Cleanup
+from workers import execution
 from workers.confinement import Confinement
 from workers.registry import check_plugins, unusable_types
 from workers.scratch import Scratch
@@ -56,20 +57,25 @@ def set_up_logging(settings: LoggingSettings) -> None:
     """Log to standard error, for people or for machines."""
     level = logging.getLevelNamesMapping()[settings.level.upper()]
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    safe: list[structlog.typing.Processor] = []  # JSON escapes by itself
     if settings.format == "console":
         renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        safe = [escape_log_entry]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,  # the request's id
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if settings.format == "console" else "iso", utc=False),
             structlog.processors.format_exc_info,
+            *safe,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", SafeStream(sys.stderr))),
     )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(SafeStream(sys.stderr))
+    handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 @contextmanager
@@ -92,9 +98,7 @@ def database_server(settings: Settings, *, start: bool) -> Iterator[tuple[str, E
             )
         yield uri, None
         return
-    with EmbeddedServer.start(
-        mongodb.data_dir, port=mongodb.embedded_port, oplog_mb=mongodb.embedded_oplog_mb
-    ) as server:
+    with start_when_there_is_space(mongodb.data_dir, oplog_mb=mongodb.embedded_oplog_mb) as server:
         yield server.uri, server
 
 
@@ -201,10 +205,8 @@ async def roles(
         await projector.prepare()
         if wanted & _READS_THE_LOG:
             changes.listen(log)
-        cleanup = Cleanup(db, log, store, checkpoint, connection, holder=f"{socket.gethostname()}-{os.getpid()}")
         if "projector" in wanted:
             projector.listen(changes)
-            cleanup.listen(changes)
         serves = services_for(settings, db, log, checkpoint, changes, store) if "api" in wanted else None
         if serves is not None and serves.sessions is not None:
             await sessions.prepare(db)
@@ -220,7 +222,6 @@ async def roles(
         stream.add_done_callback(watcher(failed))
         if "projector" in wanted:
             await stack.enter_async_context(background(projector.run(), failed))
-            await stack.enter_async_context(background(cleanup.run(), failed))
         if worker is not None:
             await stack.enter_async_context(_working(worker, failed))
         if sends is not None:
@@ -228,6 +229,7 @@ async def roles(
         url = None
         if listening is not None and serves is not None:
             await stack.enter_async_context(background(serves.visibility.run(), failed))
+            await stack.enter_async_context(background(serves.storage.run(), failed))
             url = await stack.enter_async_context(serving(listening, settings.api, serves, failed))
         try:
             yield Running(db, log, url)
@@ -277,7 +279,6 @@ def _worker(
     store: FileStore,
 ) -> Worker:
     chosen = settings.event_worker
-    confinement.check(chosen.confine)
     return Worker(
         db,
         log,
@@ -412,21 +413,3 @@ class Stop:
 
     async def wait(self) -> None:
         await self._event.wait()
-
-
-async def keep_running(server: EmbeddedServer | None, stop: Stop) -> None:
-    """Wait until stopped; meanwhile start the embedded server again whenever it dies."""
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        while server is not None:
-            died = asyncio.create_task(server.died())
-            await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)
-            if stopped.done():
-                died.cancel()
-                return
-            _log.error("the embedded MongoDB server died, starting it again", exit_code=died.result())
-            server.restart()
-            _log.info("the embedded MongoDB server is back")
-        await stopped
-    finally:
-        stopped.cancel()

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Final
 import httpx
 import orjson
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from cli.log import AS_OF, then_of
 from cli.remote import Refused, api_at, content_of, given
 from cli.telling import lasted, moment
+from cli.visible import SafeConsole, echo, echo_json, visible
 from ledger.errors import ConfigurationError
 
 FAILED: Final = 1
@@ -122,7 +122,7 @@ def act(
     as_json: bool,
 ) -> None:
     """Do something to one after the other; what is refused does not keep the rest back, but is told, and in the end."""
-    console = Console()
+    console = SafeConsole()
     todo = list(dict.fromkeys(ids))
     answers: list[Document] = []
     refusals = 0
@@ -144,14 +144,14 @@ def act(
                 except Refused as refused:
                     refusals += 1
                     answers.append({"id": todo[0], "error": str(refused)})
-                    typer.echo(f"{todo[0]}: {refused}", err=True)
+                    echo(visible(f"{todo[0]}: {refused}"), err=True)
                 else:
                     answers.append({"id": todo[0], **{key: it for key, it in answer.items() if key != "status"}})
                     refusals += answer.get("jobs", {}).get("refused", 0)
                     if not as_json:
                         console.print(told(answer), highlight=False, soft_wrap=True)
                     for job in answer.get("refused", ()):
-                        typer.echo(f"{job['job_id']}: {job['message']}", err=True)
+                        echo(visible(f"{job['job_id']}: {job['message']}"), err=True)
                 del todo[0]
 
     try:
@@ -160,30 +160,30 @@ def act(
         if as_json:
             print_json(answers)
         if todo:
-            typer.echo(f"not done, or not known to be done: {' '.join(todo)}", err=True)
+            echo(f"not done, or not known to be done: {' '.join(todo)}", err=True)
     raise typer.Exit(FAILED if refusals else 0)
 
 
 def show_list(found: Sequence[Document], total: str, rows: Rows, *, ids: str | None, as_json: bool) -> None:
     """Print a page as a table, as JSON, or the values of `ids` alone; with a note beside it if there is more."""
     if (as_json or ids is not None) and total != str(len(found)):
-        typer.echo(f"note: these are {len(found)} of {total}; --limit tells how many to show", err=True)
+        echo(f"note: these are {len(found)} of {total}; --limit tells how many to show", err=True)
     if as_json:
         print_json(found)
     elif ids is not None:
         for it in found:
-            typer.echo(it[ids])
+            echo(visible(it[ids]))
     elif found:
         _print_table(list(rows(found)))
-        typer.echo(f"{len(found)} of {total}")
+        echo(f"{len(found)} of {total}")
     else:
-        typer.echo("There are none.")
+        echo("There are none.")
 
 
 def _print_table(rows: Sequence[Sequence[str | Text]]) -> None:
     """Ids are never cut, for they are what one copies; on a terminal other texts are, and longer lines are wrapped."""
-    console = Console()
-    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    console = SafeConsole()
+    cells = [[Text(visible(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
     for row in cells:
         for cell in row if console.is_terminal else ():
             cell.truncate(_LONGEST_CELL, overflow="ellipsis")
@@ -197,18 +197,18 @@ def _print_table(rows: Sequence[Sequence[str | Text]]) -> None:
 
 def print_facts(title: str, status: Text, facts: Iterator[tuple[str, str]]) -> None:
     """Print a card: what it is, how it stands, and a line for each fact."""
-    console = Console()
-    console.print(Text.assemble((title, "bold"), status), highlight=False, soft_wrap=True)
+    console = SafeConsole()
+    console.print(Text.assemble((visible(title), "bold"), status), highlight=False, soft_wrap=True)
     last = ""
     for name, fact in facts:
-        line = Text.assemble((f"  {name if name != last else '':<11}", "dim"), fact)
+        line = Text.assemble((f"  {name if name != last else '':<11}", "dim"), visible(fact))
         console.print(line, highlight=False, soft_wrap=True)
         last = name
 
 
 def print_json(content: Any) -> None:
     """Print for programs."""
-    typer.echo(orjson.dumps(content))
+    echo_json(orjson.dumps(content))
 
 
 def time_of(text: str) -> str:

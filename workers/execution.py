@@ -46,6 +46,7 @@ from ledger.log import EventLog
 from workers import child
 from workers.attempt import Assignment, FinishedStep, Message, run
 from workers.confinement import Confinement, minimal_environment
+from workers.confinement import check as check_confinement
 from workers.health import MachineTrouble, WorkerHealth, machine_trouble
 from workers.path_reservations import PathReservations
 from workers.processor import ProcessorError, Results, SavedFile
@@ -78,8 +79,13 @@ class Fenced(BaseException):  # a state of affairs, no error, and nothing that a
     """The attempt is over: somebody else has the job, or it is gone. Whatever we would still say is refused."""
 
 
-def prepare_children() -> None:
-    """Name what the server process that children are forked from loads beforehand. Call once, before the first job."""
+def prepare_children(settings: Settings) -> None:
+    """Name what the server process that children are forked from loads beforehand. Call once, before the first job.
+
+    Raises:
+        ConfigurationError: children must be confined, and the system does not allow it.
+    """
+    check_confinement(settings.confinement.mode)
     _context.set_forkserver_preload(["workers.child", "workers.preload"])
     # Else every child would load the program that we were started with, a second each; this is where it would find it.
     main = sys.modules["__main__"]

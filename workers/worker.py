@@ -114,7 +114,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop` is called. A lost lease costs the running jobs; work goes on under a new one."""
-        prepare_children()
+        prepare_children(self._settings)
         await self._prepare_scratch()
         watching = asyncio.create_task(self._watch.run(), name="lease-watch")
         checking = asyncio.create_task(self.health.run(), name="health")

@@ -94,7 +94,7 @@ def test_a_list_says_of_each_job_what_one_wants_to_know(desk: Desk) -> None:
     assert " completed " in opening
     assert opening.endswith("Opening [b]  1 files")
     assert " processing " in keynote
-    assert "Key note" in keynote
+    assert "Key\\x07note" in keynote
     assert "of 120 seconds have passed" in keynote
     assert broken.endswith("Broken       ECHO_FAILED: no [luck]")
     assert " pending " in waiting
@@ -131,7 +131,7 @@ def test_what_is_shown_of_a_job_cannot_steer_the_terminal(desk: Desk) -> None:
     assert "echo.md (" in said
     assert "  repeated " not in said
     said = desk.says(0, "jobs", "show", keynote["job_id"])
-    assert "name       Key note\n" in said
+    assert "name       Key\\x07note\n" in said
     assert "progress   " in said
     said = desk.says(0, "jobs", "show", broken["job_id"])
     assert "error      ECHO_FAILED: no [luck]\n" in said

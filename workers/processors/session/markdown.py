@@ -11,7 +11,6 @@ import jinja2
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from ledger.addresses import without_userinfo
 from workers.processor import ProcessorError, SavedFile
 from workers.processors.session.compose import Summary
 from workers.processors.session.deck_files import SlideText
@@ -142,8 +141,8 @@ def front_matter(*, session: SessionParameters, job_id: str, page: PageText, com
         "place": None,
         "track": session.track,
         "topic": summary.topic or None if summary else None,
-        "url": without_userinfo(session.url),
-        "video_url": without_userinfo(session.video_url) if session.video_url else None,
+        "url": session.url,
+        "video_url": session.video_url,
         "language": composed.language,
         "job_id": job_id,
     }
