@@ -42,7 +42,7 @@ from api.errors import (
 )
 from api.links import LinkSignIn
 from api.memory import MemoryLimited
-from api.middleware import KnownHosts, Limited, Observed
+from api.middleware import KnownHosts, Limited, Observed, RefusedSignIns
 from api.services import Services
 from ledger.errors import JobledgerError
 
@@ -140,6 +140,7 @@ def create_app(services: Services) -> ASGIApp:
                 cookie=cookie_name(https=services.edge.https),
             ),
             *_for_pages_of(services.edge.cors_origins),
+            Middleware(RefusedSignIns, edge=services.edge),
             Middleware(
                 SignedIn,
                 sign_in=LinkSignIn(CookieSignIn(services.sign_in, services.sessions, https=services.edge.https)),

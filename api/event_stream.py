@@ -13,6 +13,9 @@ from api.access import until_signed_out
 
 PATIENCE_SECONDS: Final = 10.0
 """How long a client may take none of what it is sent."""
+HIDDEN_EVENTS_PER_SECOND: Final = 20_000
+"""Events of the past that all streams together may pass over because their clients may not see or did not want them."""
+LONGEST_PAUSE_SECONDS: Final = 10.0
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -21,10 +24,25 @@ _HEADERS: Final = [
 _END: Final[Message] = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
+class Throttle:
+    """Spreads work of many streams over time: all together do at most `per_second`, in the order in which they ask."""
+
+    def __init__(self, per_second: float) -> None:
+        self._per_second = per_second
+        self._free_at = 0.0
+
+    async def wait(self, amount: int) -> None:
+        """Wait until what was done before, and this, is within the rate."""
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(self._free_at, now) + amount / self._per_second
+        await asyncio.sleep(min(self._free_at - now, LONGEST_PAUSE_SECONDS))
+
+
 class Streams:
     """The streams of this process that are open."""
 
     def __init__(self) -> None:
+        self.history = Throttle(HIDDEN_EVENTS_PER_SECOND)
         self._open: set[asyncio.Task[None]] = set()
         self._closed = False
 

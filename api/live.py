@@ -145,10 +145,11 @@ async def _blocks(known: Services, principal: Principal, wanted: Wanted, after: 
             found = [event for event in chunk if wanted(event)]
             if not everything:
                 await visibility.learn({event.stream for event in found})
-            piece = bytearray()
+            piece, shown_events = bytearray(), 0
             for event in found:
                 if (viewer := await visibility.viewer(principal, event)) is not None:
                     piece += _block(event, viewer)
+                    shown_events += 1
                 if len(piece) >= _PIECE_BYTES:
                     yield bytes(piece)
                     piece.clear()
@@ -156,6 +157,10 @@ async def _blocks(known: Services, principal: Principal, wanted: Wanted, after: 
             if chunk and not await _sees(visibility, principal, wanted.followed):
                 yield bytes(piece) + b": there is nothing more to be seen here\n\n"
                 return
+            if len(chunk) == _CHUNK_EVENTS and shown_events < len(
+                chunk
+            ):  # far behind, and sends little of what it reads
+                await known.streams.history.wait(len(chunk) - shown_events)
             if piece:
                 told = events.position
             elif clock() - told_at < SILENCE_SECONDS:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import ceil
+from secrets import token_bytes
 from typing import Any, Final
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -19,16 +21,33 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.addresses import Network, client_address
 from api.errors import ApiError, error_response
 from ledger.access import Principal
 
 _log = structlog.get_logger("api.access")
 LIVE: Final = frozenset({"/api/ledger/stream", "/monitoring/events/pulse"})
 """Addresses whose answers go on until the client leaves."""
+SIGN_IN: Final = "/monitoring/events/sign-in"
 LONGEST_ADDRESS: Final = 16_384
 LARGEST_HEADERS_BYTES: Final = 32_768
 MOST_HEADERS: Final = 100
 _BUCKETS_KEPT: Final = 10_000
+_ACCEPTED_KEPT: Final = 10_000
+_ONCE: Final = (
+    b"content-encoding",
+    b"content-type",
+    b"host",
+    b"idempotency-key",
+    b"if-modified-since",
+    b"if-range",
+    b"if-unmodified-since",
+    b"last-event-id",
+    b"ledger-position",
+    b"origin",
+    b"range",
+)
+"""Headers that have one value; of several, two readers could take different ones."""
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 _TRACE: Final = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
@@ -41,6 +60,9 @@ class Edge:
     requests_per_second: float = 0
     burst: int = 50
     max_streams_per_user: int = 0
+    max_streams: int = 0
+    refused_sign_ins_per_minute: int = 0
+    trusted_proxies: tuple[Network, ...] = ()
     https: bool = False
     access_log: bool = False
 
@@ -88,7 +110,7 @@ class Observed:
             about["trace_id"] = traced[1]
         with structlog.contextvars.bound_contextvars(**about):
             try:
-                if (refused := _oversized(scope)) is not None:
+                if (refused := _malformed(scope)) is not None:
                     await error_response(refused)(scope, receive, send_with_headers)
                 else:
                     await self._app(scope, receive, send_with_headers)
@@ -121,8 +143,19 @@ class Observed:
         )
 
 
-def _oversized(scope: Scope) -> ApiError | None:
-    """Return the answer to what is too long. Uvicorn itself gives up, in plain text, on 64 KB that end no request."""
+def _malformed(scope: Scope) -> ApiError | None:
+    """Return the answer to a request that others could understand differently, or that is too long.
+
+    Uvicorn itself refuses 64 KB that end no head of a request.
+    """
+    names = Counter(name for name, _ in scope["headers"])
+    if b"transfer-encoding" in names and b"content-length" in names:
+        # A proxy that believes the length takes a part of the body for the next request (RFC 9112, 6.3).
+        message = "Send Content-Length or Transfer-Encoding, not both."
+        return ApiError(400, "ambiguous_length", message, headers={"Connection": "close"})
+    if repeated := [name for name in _ONCE if names[name] > 1]:
+        message = f"The header {repeated[0].decode().title()} is there {names[repeated[0]]} times; send it once."
+        return ApiError(400, "repeated_header", message)
     address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
     if address > LONGEST_ADDRESS:
         message = f"The address has {address} characters; at most {LONGEST_ADDRESS} are read."
@@ -251,12 +284,74 @@ class Buckets:
         self._levels[who] = (level - 1, now)
         return 0
 
+    def wait(self, who: str) -> float:
+        """Return in how many seconds there will be a token, 0 if there is one; take none."""
+        return max(0.0, (1 - self._level(who, self._clock())) / self._per_second)
+
     def __len__(self) -> int:
         return len(self._levels)
 
     def _level(self, who: str, now: float) -> float:
         level, since = self._levels.get(who, (float(self._burst), now))
         return min(float(self._burst), level + (now - since) * self._per_second)
+
+
+class RefusedSignIns:
+    """Middleware: limits how often an address may send wrong credentials.
+
+    An address beyond the limit gets 429 before its credentials are looked at, but for those that were accepted from it
+    lately: a mistake in one program must not lock out its neighbours behind the same address.
+    """
+
+    def __init__(self, app: ASGIApp, edge: Edge) -> None:
+        per_minute = edge.refused_sign_ins_per_minute
+        self._app = app
+        self._buckets = Buckets(per_minute / 60, per_minute) if per_minute else None
+        self._trusted = edge.trusted_proxies
+        self._salt = token_bytes(16)
+        self._accepted: OrderedDict[bytes, None] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = _credentials(scope)
+        if self._buckets is None or sent is None:
+            return await self._app(scope, receive, send)
+        address = client_address(scope, self._trusted)
+        digest = blake2b(address.encode() + b"\0" + sent, key=self._salt, digest_size=16).digest()
+        if digest not in self._accepted and (wait := self._buckets.wait(address)) > 0:
+            message = "Too many wrong credentials came from your address (api.refused_sign_ins_per_minute)."
+            refused = ApiError(429, "too_many_refused_sign_ins", message, retry_after_seconds=ceil(wait))
+            return await error_response(refused)(scope, receive, send)
+        buckets = self._buckets
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                principal: Principal | None = scope.get("principal")
+                if message["status"] == 401:
+                    self._accepted.pop(digest, None)
+                    buckets.take(address)
+                elif principal is not None and principal.user_id is not None:
+                    self._accept(digest)
+            await send(message)
+
+        return await self._app(scope, receive, send_counted)
+
+    def _accept(self, digest: bytes) -> None:
+        self._accepted[digest] = None
+        self._accepted.move_to_end(digest)
+        if len(self._accepted) > _ACCEPTED_KEPT:
+            self._accepted.popitem(last=False)
+
+
+def _credentials(scope: Scope) -> bytes | None:
+    """Return what a request says to sign in, if anything. The form of the sign-in has it in its body."""
+    sent = [
+        value
+        for name, value in scope["headers"]
+        if name == b"authorization" or (name == b"cookie" and b"jobledger=" in value)
+    ]
+    if sent:
+        return b"\0".join(sent)
+    return b"" if scope["method"] == "POST" and scope["path"] == SIGN_IN else None
 
 
 class Limited:
@@ -266,10 +361,12 @@ class Limited:
         self._app = app
         self._buckets = Buckets(edge.requests_per_second, edge.burst) if edge.requests_per_second else None
         self._most_streams = edge.max_streams_per_user
+        self._most_streams_of_all = edge.max_streams
+        self._trusted = edge.trusted_proxies
         self._streams: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        who = _who(scope)
+        who = _who(scope, self._trusted)
         if who is None:
             return await self._app(scope, receive, send)
         if self._buckets is not None and (wait := self._buckets.take(who)) > 0:
@@ -289,6 +386,10 @@ class Limited:
             message = f"You have {self._streams[who]} live streams open, the most allowed (api.max_streams_per_user)."
             refused = ApiError(429, "too_many_streams", message, retry_after_seconds=5)
             return await error_response(refused)(scope, receive, send)
+        if 0 < self._most_streams_of_all <= self._streams.total():
+            message = "This process has as many live streams open as it may (api.max_streams)."
+            refused = ApiError(503, "too_many_streams_open", message, retry_after_seconds=5)
+            return await error_response(refused)(scope, receive, send)
         self._streams[who] += 1
         try:
             return await self._app(scope, receive, send)
@@ -298,12 +399,11 @@ class Limited:
                 del self._streams[who]
 
 
-def _who(scope: Scope) -> str | None:
+def _who(scope: Scope, trusted: Collection[Network]) -> str | None:
     """Return under which name a request is counted: the user's, or, if they have not said, that of their machine."""
     principal: Principal | None = scope.get("principal")
     if principal is None:
         return None
     if principal.user_id is not None:
         return f"user:{principal.user_id}"
-    client = scope.get("client")
-    return f"address:{client[0] if client else ''}"
+    return f"address:{client_address(scope, trusted)}"

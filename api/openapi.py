@@ -57,12 +57,20 @@ Jobs are submitted, processed, and followed here; every change is an event in on
 Success is `{"status": "success", …}`, failure `{"status": "error", "code", "message", "details"}`. Bodies are JSON.
 A change answers with `Ledger-Position`; a GET that sends it sees the change. What one may not see
 answers as if it were not there."""
-_EVERYWHERE: Final = ("unknown_host", "address_too_long", "headers_too_large", "internal_error")
+_EVERYWHERE: Final = (
+    "unknown_host",
+    "ambiguous_length",
+    "repeated_header",
+    "address_too_long",
+    "headers_too_large",
+    "internal_error",
+)
 _SIGNED_IN: Final = (
     "not_signed_in",
     "bad_credentials",
     "keys_unavailable",
     "too_many_requests",
+    "too_many_refused_sign_ins",
     "database_unavailable",
 )
 _BODY: Final = (

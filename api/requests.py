@@ -107,9 +107,9 @@ def expecting(request: Request, check: Callable[[Known], None]) -> Callable[[Kno
 
     The check raises 412 then: somebody else has changed it since the caller looked.
     """
-    wanted = request.headers.get("if-match")
-    if wanted is None:
+    if "if-match" not in request.headers:
         return check
+    wanted = ",".join(request.headers.getlist("if-match"))
 
     def check_both(known: Known) -> None:
         check(known)
@@ -130,7 +130,7 @@ def wanted_wait(request: Request) -> float:
 
     What cannot be understood is passed over, as the RFC asks.
     """
-    for preference in request.headers.get("prefer", "").split(","):
+    for preference in ",".join(request.headers.getlist("prefer")).split(","):
         name, _, value = preference.partition("=")
         seconds = value.strip().strip('"')
         if name.strip().lower() == "wait" and seconds.isascii() and seconds.isdecimal() and len(seconds) < 9:

@@ -40,7 +40,7 @@ def _keys_address(url: str) -> str:
     return url
 
 
-def _network(text: str) -> str:
+def network_text(text: str) -> str:
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:
@@ -83,7 +83,7 @@ class JwtSettings(Section):
 
 
 class ProxySettings(Section):
-    trusted: list[Annotated[str, AfterValidator(_network)]] = []
+    trusted: list[Annotated[str, AfterValidator(network_text)]] = []
     user_header: Annotated[str, AfterValidator(_header_name)] = "X-Forwarded-User"
     groups_header: Annotated[str, AfterValidator(_header_name)] | None = None
     roles_header: Annotated[str, AfterValidator(_header_name)] | None = None

@@ -15,7 +15,6 @@ from typing import Final, assert_never
 from urllib.parse import urlsplit
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.access import OpenSignIn, Revocations, SignIn
 from api.app import create_app
@@ -32,6 +31,7 @@ from api.sessions import Sessions
 from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
 from api.visibility import Visibility
 from cli.auth_settings import AuthSettings, JwtSettings
+from cli.connections import ConnectionLimits, protocol
 from cli.settings import ApiSettings, Settings
 from cli.tasks import watcher
 from ledger.changes import Changes
@@ -45,6 +45,7 @@ from projections.health import StallWatch
 from workers.registry import processors, unusable_types
 
 _MOST_FILES: Final = 65_536
+_KEEP_ALIVE_SECONDS: Final = 30
 
 
 def allow_many_connections() -> None:
@@ -140,6 +141,9 @@ def _edge(settings: Settings) -> Edge:
         requests_per_second=api.requests_per_second,
         burst=api.burst,
         max_streams_per_user=api.max_streams_per_user,
+        max_streams=api.max_streams,
+        refused_sign_ins_per_minute=api.refused_sign_ins_per_minute,
+        trusted_proxies=tuple(ip_network(it) for it in (*api.trusted_proxies, *settings.auth.proxy.trusted)),
         https=(api.public_url or "").startswith("https://"),
         access_log=settings.logging.access,
     )
@@ -219,14 +223,6 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Connection(H11Protocol):
-    """Uvicorn's connection, which lets a stream cut off a client that does not read (`scope["state"]["abort"]`)."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
-
-
 @asynccontextmanager
 async def serving(
     listening: socket.socket, settings: ApiSettings, services: Services, failed: Callable[[BaseException], None]
@@ -234,10 +230,15 @@ async def serving(
     """Serve inside the block; yield where. `failed` is told if the server ends although nobody stopped it."""
     host, port = listening.getsockname()[:2]
     shown_host = f"[{host}]" if ":" in host else host
+    limits = ConnectionLimits(
+        settings.max_connections, settings.max_connections_per_address, services.edge.trusted_proxies
+    )
     server = _Server(
         uvicorn.Config(
             create_app(services),
-            http=_Connection,
+            http=protocol(limits),
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            ws="none",
             log_level="warning",
             access_log=False,
             proxy_headers=False,  # whom we trust to say who somebody is, auth.proxy says

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough
+from cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough, network_text
 from ledger.errors import ConfigurationError, os_failure
 from ledger.mongo import Connection
 from workers.confinement import Mode
@@ -85,8 +85,13 @@ class ApiSettings(Section):
     request_memory_mb: int = Field(1024, ge=64, le=1_000_000)
     requests_per_second: float = Field(0, ge=0, le=1_000_000)
     burst: int = Field(50, ge=1, le=1_000_000)
-    max_streams_per_user: int = Field(0, ge=0, le=1_000_000)
-    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*\s]+$")]] = Field([])
+    max_streams_per_user: int = Field(100, ge=0, le=1_000_000)
+    max_streams: int = Field(2000, ge=0, le=1_000_000)
+    max_connections: int = Field(5000, ge=1, le=1_000_000)
+    max_connections_per_address: int = Field(2000, ge=1, le=1_000_000)
+    refused_sign_ins_per_minute: int = Field(30, ge=0, le=1_000_000)
+    trusted_proxies: list[Annotated[str, AfterValidator(network_text)]] = Field([])
+    cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*@\s]+$")]] = Field([])
 
 
 def _host_or_network(text: str) -> str:

@@ -1,0 +1,149 @@
+"""cli: one HTTP connection of the server, with the limits that uvicorn does not have.
+
+A connection is closed when the head of a request does not arrive in time, when a body arrives too slowly, or when its
+address or the process has too many. Framing that two servers could read differently is refused (RFC 9112, 6.3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from api.addresses import Network, is_in
+from api.errors import ApiError, error_response
+
+HEAD_SECONDS: Final = 10.0
+"""Time for the head of a request, from its first byte; for the first request, from the connection."""
+BODY_SECONDS: Final = 10.0
+BODY_BYTES: Final = 10_000
+"""Bytes that must arrive of a body in each BODY_SECONDS."""
+
+
+@dataclass(slots=True)
+class ConnectionLimits:
+    """How many connections there may be, and how slow. `trusted` proxies hold the connections of many clients."""
+
+    most: int = 5000
+    most_per_address: int = 2000
+    trusted: Collection[Network] = ()
+    head_seconds: float = HEAD_SECONDS
+    body_seconds: float = BODY_SECONDS
+    body_bytes: int = BODY_BYTES
+    open: Counter[str] = field(default_factory=Counter)
+
+    def refusal(self, address: str) -> ApiError | None:
+        """Return why one more connection is refused, if it is."""
+        if self.open.total() > self.most:
+            return ApiError(503, "too_many_connections", "The server has too many connections.", retry_after_seconds=5)
+        if self.open[address] > self.most_per_address and not is_in(address, self.trusted):
+            message = "Your address has too many connections open (api.max_connections_per_address)."
+            return ApiError(503, "too_many_connections", message, retry_after_seconds=5)
+        return None
+
+
+def protocol(limits: ConnectionLimits) -> type[H11Protocol]:
+    """Return uvicorn's protocol with these limits."""
+    return type("LimitedConnection", (Connection,), {"limits": limits})
+
+
+class Connection(H11Protocol):
+    """Uvicorn's connection with limits. A stream cuts off a client that does not read by `scope["state"]["abort"]`."""
+
+    limits = ConnectionLimits()
+    _timer: asyncio.TimerHandle | None = None
+    _address: str | None = None
+    _received = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        self._address = self.client[0] if self.client else ""
+        self.limits.open[self._address] += 1
+        if (refused := self.limits.refusal(self._address)) is not None:
+            self._answer(refused)
+        else:
+            self._expect(self.limits.head_seconds, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._address is not None:
+            self.limits.open[self._address] -= 1
+            if not self.limits.open[self._address]:
+                del self.limits.open[self._address]
+            self._address = None
+        self._expect(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._received += len(data)
+        before, began = self.cycle, self._is_between_requests()
+        super().data_received(data)
+        if self.transport.is_closing():
+            self._expect(None)
+        elif self.cycle is not before and self.cycle.more_body:
+            self._watch_body()
+        elif self._is_between_requests():
+            if began and self._timer is None:
+                self._expect(self.limits.head_seconds, self._head_is_late)
+        elif not self.cycle.more_body:
+            self._expect(None)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, in the envelope of all errors."""
+        self._answer(ApiError(400, "malformed_request", "This is not a valid HTTP request."))
+
+    def _is_between_requests(self) -> bool:
+        """Return whether the next bytes belong to the head of a request."""
+        return self.conn.their_state is h11.IDLE
+
+    def _expect(self, seconds: float | None, otherwise: Callable[[], None] | None = None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(seconds, otherwise) if seconds and otherwise else None
+
+    def _head_is_late(self) -> None:
+        self._timer = None
+        if self._is_between_requests() and not self.transport.is_closing():
+            message = f"The head of the request did not arrive within {self.limits.head_seconds:g} seconds."
+            self._answer(ApiError(408, "request_timeout", message))
+
+    def _watch_body(self) -> None:
+        self._received = 0
+        self._expect(self.limits.body_seconds, self._check_body)
+
+    def _check_body(self) -> None:
+        """Give up on a body of which too little has arrived, unless the application reads no faster."""
+        self._timer = None
+        if self.transport.is_closing() or not self.cycle.more_body:
+            return
+        if self._received >= self.limits.body_bytes or self.flow.read_paused:
+            self._watch_body()
+            return
+        message = f"Less than {self.limits.body_bytes} bytes of the body arrived in {self.limits.body_seconds:g} s."
+        if self.cycle.response_started:
+            self.transport.abort()
+        else:
+            self.cycle.disconnected = True  # the application learns that nothing more comes, and its answer is dropped
+            self.cycle.message_event.set()
+            self._answer(ApiError(408, "request_timeout", message))
+
+    def _answer(self, error: ApiError) -> None:
+        """Send an error and close, whatever else the client sends."""
+        answer = error_response(error)
+        headers: list[tuple[Any, Any]] = [*answer.raw_headers, (b"connection", b"close")]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in (
+                h11.Response(status_code=error.status, headers=headers),
+                h11.Data(data=bytes(answer.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+        self._expect(None)
+        self.transport.close()

@@ -1,0 +1,261 @@
+"""Connections: framing that two servers could read differently, slow clients, and too many of anything."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.addresses import client_address
+from api.event_stream import Throttle
+from cli.connections import ConnectionLimits
+from tests.api.conftest import Api, running_api
+from tests.support.principals import said
+
+JOBS, STREAM = "/api/events/jobs", "/api/ledger/stream"
+HOST = "Host: 127.0.0.1\r\n"
+POST = f"POST {JOBS} HTTP/1.1\r\n{HOST}Content-Type: application/json\r\n"
+CHUNKED = f"{POST}Transfer-Encoding: chunked\r\n"
+GET = "GET /healthz HTTP/1.1\r\n"
+
+
+@asynccontextmanager
+async def connected(api: Api) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection(api.http.base_url.host, api.http.base_url.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def until_closed(reader: asyncio.StreamReader, seconds: float = 10) -> bytes:
+    async with asyncio.timeout(seconds):
+        try:
+            return await reader.read()
+        except ConnectionResetError:
+            return b""
+
+
+FRAMING = [
+    (f"{POST}Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "ambiguous_length"),
+    (f"{CHUNKED}Content-Length: 2\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n", "ambiguous_length"),
+    (f"{POST}Content-Length: 2\r\nContent-Length: 3\r\n\r\n{{}}", "malformed_request"),
+    (f"{POST}Content-Length: +2\r\n\r\n{{}}", "malformed_request"),
+    (f"{POST}Content-Length: -1\r\n\r\n{{}}", "malformed_request"),
+    (f"{POST}Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", "malformed_request"),
+    (f"{POST}Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", "malformed_request"),
+    (f"{POST}Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", "malformed_request"),
+    (f"{CHUNKED}\r\n-1\r\n{{}}\r\n0\r\n\r\n", "malformed_request"),
+    (f"{CHUNKED}\r\n0x2\r\n{{}}\r\n0\r\n\r\n", "malformed_request"),
+    (f"{CHUNKED}\r\n{'F' * 30}\r\n{{}}\r\n0\r\n\r\n", "malformed_request"),
+    (f"{CHUNKED}\r\n2\r\n{{}}XX0\r\n\r\n", "malformed_request"),
+    (f"{GET}{HOST}X-A: b\rX-B: c\r\n\r\n", "malformed_request"),
+    (f"{GET}{HOST}X-A: b\0c\r\n\r\n", "malformed_request"),
+    (f"{GET}\r\n", "malformed_request"),
+    (f"{GET}{HOST}{HOST}\r\n", "malformed_request"),
+    ("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "malformed_request"),
+]
+
+
+async def test_ambiguous_framing_is_refused_and_the_connection_closed(idle_api: Api) -> None:
+    for sent, code in FRAMING:
+        async with connected(idle_api) as (reader, writer):
+            writer.write(sent.encode("latin-1"))
+            writer.write(f"{GET}{HOST}\r\n".encode())  # what a smuggler wants to be answered
+            answer = await until_closed(reader)
+        assert answer.count(b"HTTP/1.1 ") == 1, (sent, answer)
+        assert answer.startswith(b"HTTP/1.1 400 "), (sent, answer)
+        assert f'"code":"{code}"'.encode() in answer, sent
+
+
+async def test_valid_oddities_are_answered(idle_api: Api) -> None:
+    for sent, status in (
+        (f"{GET}{HOST}\r\n" * 20, b"200"),
+        (f"{POST}Content-Length: 2\r\nContent-Length: 2\r\n\r\n{{}}", b"422"),
+        (f"{CHUNKED}\r\n2;a=b\r\n{{}}\r\n0\r\nX-Trailer: 1\r\n\r\n", b"422"),
+        (f"GET {JOBS}/job-%zz%00 HTTP/1.1\r\n{HOST}\r\n", b"404"),
+        (f"OPTIONS * HTTP/1.1\r\n{HOST}\r\n", b"404"),
+    ):
+        async with connected(idle_api) as (reader, writer):
+            writer.write(sent.encode())
+            async with asyncio.timeout(10):
+                for _ in range(sent.count("HTTP/1.1")):
+                    assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == status
+                    await reader.readuntil(b"}")
+
+
+async def test_header_with_one_value_is_refused_twice(idle_api: Api) -> None:
+    for name in ("Idempotency-Key", "Range", "Ledger-Position", "Last-Event-ID", "Content-Type"):
+        answer = await idle_api.http.get(JOBS, headers=[(name, "1"), (name, "2")])
+        assert (answer.status_code, answer.json()["code"]) == (400, "repeated_header")
+        assert name.lower() in answer.json()["message"].lower()
+
+
+# Slow clients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def impatient_api(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Api]:
+    limits = partial(ConnectionLimits, head_seconds=0.4, body_seconds=0.4, body_bytes=1000)
+    monkeypatch.setattr("cli.serving.ConnectionLimits", limits)
+    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+        yield running
+
+
+SLOW = {
+    "nothing": "",
+    "a request line": GET,
+    "a header": f"{GET}{HOST}X-Slow: ",
+    "a second request": f"{GET}{HOST}\r\n{GET}",
+    "a body": f"{POST}Content-Length: 100000\r\n\r\n",
+    "a chunk": f"{CHUNKED}\r\nFFFF\r\n",
+}
+
+
+async def test_head_or_body_that_arrives_too_slowly_ends_the_connection(impatient_api: Api) -> None:
+    for name, first in SLOW.items():
+        async with connected(impatient_api) as (reader, writer):
+            writer.write(first.encode())
+            begun = time.monotonic()
+            drip = asyncio.create_task(_drip(writer))
+            answer = await until_closed(reader)
+            drip.cancel()
+        assert b"HTTP/1.1 408 " in answer, (name, answer)
+        assert time.monotonic() - begun < 5
+    assert (await impatient_api.get("/healthz")).status_code == 200
+
+
+async def _drip(writer: asyncio.StreamWriter) -> None:
+    with suppress(ConnectionError):
+        while True:
+            await asyncio.sleep(0.05)
+            writer.write(b"x")
+
+
+async def test_body_that_arrives_steadily_and_an_idle_connection_are_left_alone(impatient_api: Api) -> None:
+    body = b'{"job_type": "echo", "parameters": {"a": "' + b"x" * 8000 + b'"}}'
+    async with connected(impatient_api) as (reader, writer):
+        for _ in range(2):
+            writer.write(f"{POST}Content-Length: {len(body)}\r\n\r\n".encode())
+            for begin in range(0, len(body), 800):
+                writer.write(body[begin : begin + 800])
+                await asyncio.sleep(0.12)
+            async with asyncio.timeout(10):
+                assert (await reader.readuntil(b"\r\n")).split()[1] == b"202"
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(int(it[15:]) for it in head.lower().split(b"\r\n") if it.startswith(b"content-length:"))
+                await reader.readexactly(length)
+            await asyncio.sleep(0.6)  # kept alive, although a head takes at most 0.4 s
+
+
+# Too many ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
+    @asynccontextmanager
+    async def running(**sections: dict[str, Any]) -> AsyncIterator[Api]:
+        roles: Any = frozenset({"api", "projector"})
+        async for api in running_api(mongodb_uri, db_name, tmp_path, roles, **sections):
+            yield api
+
+    return running
+
+
+@pytest.mark.parametrize("limit", [{"max_connections": 5}, {"max_connections_per_address": 5}])
+async def test_connections_beyond_the_limit_get_503_until_others_are_closed(run: Any, limit: dict[str, int]) -> None:
+    async with run(api=limit) as api:
+        await api.http.aclose()
+        held = [connected(api) for _ in range(5)]
+        for one in held:
+            await one.__aenter__()
+        async with connected(api) as (reader, _):
+            answer = await until_closed(reader)
+        assert answer.startswith(b"HTTP/1.1 503 "), answer
+        assert b"too_many_connections" in answer
+        assert b"retry-after: 5" in answer.lower()
+        for one in held:
+            await one.__aexit__(None, None, None)
+        await asyncio.sleep(0.1)
+        async with connected(api) as (reader, writer):
+            writer.write(f"{GET}{HOST}\r\n".encode())
+            assert (await reader.readuntil(b"\r\n")).split()[1] == b"200"
+
+
+async def test_live_streams_of_all_users_together_are_limited(said_in_header: None, run: Any) -> None:
+    async with run(api={"max_streams": 2}) as api:
+        opened = [api.http.stream("GET", STREAM, headers=said(user)) for user in ("alice", "bob")]
+        for stream in opened:
+            assert (await stream.__aenter__()).status_code == 200
+        refused = await api.get(STREAM, **said("carol"))
+        for stream in opened:
+            await stream.__aexit__(None, None, None)
+    assert (refused.status_code, refused.json()["code"]) == (503, "too_many_streams_open")
+
+
+async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_were_accepted_are_not(run: Any) -> None:
+    secret = "s" * 32
+    jwt = pytest.importorskip("jwt")
+    token = jwt.encode({"sub": "alice", "exp": time.time() + 600}, secret, "HS256")
+    late = jwt.encode({"sub": "bob", "exp": time.time() + 600}, secret, "HS256")
+    settings = {"trusted_proxies": ["127.0.0.0/8"], "refused_sign_ins_per_minute": 5}
+    async with run(api=settings, auth={"mode": "jwt", "jwt": {"secret": secret}}) as api:
+
+        async def ask(credential: str, address: str) -> int:
+            headers = {"Authorization": f"Bearer {credential}", "X-Forwarded-For": f"1.2.3.4, {address}"}
+            return int((await api.get(JOBS, **headers)).status_code)
+
+        assert await ask(token, "203.0.113.7") == 200
+        refused = [await ask(f"wrong-{number}", "203.0.113.7") for number in range(8)]
+        assert refused == [401] * 5 + [429] * 3
+        assert await ask(token, "203.0.113.7") == 200  # accepted from there before
+        assert await ask(late, "203.0.113.7") == 429
+        assert await ask(late, "203.0.113.8") == 200
+        assert await ask("wrong", "203.0.113.9") == 401
+        answer = await api.post(
+            "/monitoring/events/sign-in",
+            **{"X-Forwarded-For": "203.0.113.7", "Origin": str(api.http.base_url).rstrip("/")},
+        )
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) > 0
+        assert (await api.get("/healthz", **{"X-Forwarded-For": "203.0.113.7"})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "found"),
+    [
+        ("10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", ["203.0.113.7"], "203.0.113.7"),
+        ("10.0.0.1", ["6.6.6.6, 203.0.113.7"], "203.0.113.7"),
+        ("10.0.0.1", ["6.6.6.6", "203.0.113.7, 10.0.0.2"], "203.0.113.7"),
+        ("10.0.0.1", ["10.0.0.3, 10.0.0.2"], "10.0.0.3"),
+        ("10.0.0.1", ["nonsense"], "10.0.0.1"),
+        ("10.0.0.1", ["nonsense, 10.0.0.2"], "10.0.0.2"),
+        ("::ffff:10.0.0.1", ["2001:db8::1"], "2001:db8::1"),
+        ("198.51.100.1", ["203.0.113.7"], "198.51.100.1"),  # no proxy of ours
+    ],
+)
+def test_client_behind_a_trusted_proxy_is_the_last_one_it_cannot_have_made_up(
+    peer: str, forwarded: list[str], found: str
+) -> None:
+    headers = [(b"x-forwarded-for", it.encode()) for it in forwarded]
+    scope = {"type": "http", "client": (peer, 1), "headers": headers}
+    assert client_address(scope, [ip_network("10.0.0.0/8")]) == found
+
+
+async def test_streams_share_the_rate_at_which_hidden_events_are_passed_over() -> None:
+    throttle, loop = Throttle(1000), asyncio.get_running_loop()
+    begun = loop.time()
+    await asyncio.gather(*(throttle.wait(50) for _ in range(8)))
+    assert 0.3 < loop.time() - begun < 3
