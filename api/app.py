@@ -42,7 +42,7 @@ from api.errors import (
 )
 from api.links import LinkSignIn
 from api.memory import MemoryLimited
-from api.middleware import KnownHosts, Limited, Observed, RefusedSignIns
+from api.middleware import KnownHosts, Limited, Observed, RefusedSignIns, WithoutPrefix
 from api.services import Services
 from ledger.errors import JobledgerError
 
@@ -104,15 +104,34 @@ ROUTES = [
 
 _ASKED: Final = (
     "Authorization",
+    "Cache-Control",  # polyfills of EventSource send it
     "Idempotency-Key",
     "If-Match",
+    "If-Modified-Since",
     "If-None-Match",
+    "If-Range",
+    "If-Unmodified-Since",
     "Last-Event-ID",
     "Ledger-Position",
+    "Pragma",
     "Prefer",
     "Range",
+    "traceparent",
+    "tracestate",
+    "X-Request-ID",
+    "X-Requested-With",
 )
-_TOLD: Final = ("Content-Range", "ETag", "Ledger-Position", "Location", "Retry-After", "X-Request-ID")
+_TOLD: Final = (
+    "Accept-Ranges",
+    "Content-Disposition",
+    "Content-Range",
+    "ETag",
+    "Ledger-Position",
+    "Location",
+    "Preference-Applied",
+    "Retry-After",
+    "X-Request-ID",
+)
 
 
 def _for_pages_of(origins: Sequence[str]) -> list[Middleware]:
@@ -158,7 +177,8 @@ def create_app(services: Services) -> ASGIApp:
         },
     )
     app.state.services = services
-    app.state.docs = docs.Docs(lambda: openapi.document(ROUTES, services.job_types))
+    app.state.docs = docs.Docs(lambda: openapi.document(ROUTES, services.job_types, services.links.base))
     app.state.responses = responses
+    app.router.redirect_slashes = False  # it would redirect to the address behind the proxy: see on_http_exception
     # Around everything: also what Starlette itself answers to a fault has its headers, and is counted.
-    return metrics.CountedResponses(Observed(app, services.edge), responses)
+    return metrics.CountedResponses(Observed(WithoutPrefix(app, services.links.prefix), services.edge), responses)

@@ -29,7 +29,7 @@ from api.models import (
 )
 from api.parameters import Check
 from api.requests import Once, happened_by, noted, wanted_wait
-from api.services import query_of, refuse_without_space, services, views_reach_wanted_position
+from api.services import query_of, refuse_without_space, services, views_reach_wanted_position, views_show
 from api.submission import Secrets, check_parameters, endpoints_of, keep, split_webhook, submission, webhook_secrets
 from api.validation import validated
 from ledger import limits
@@ -100,7 +100,7 @@ async def submit(request: Request) -> Response:
         await off_loop(request, _refuse_what_cannot_be_stored, jobs)
         raise
     shown_secrets = await take_unshown(known.db, endpoints)
-    return _accepted(request, recorded[0], recorded[-1].position, shown_secrets)
+    return await _accepted(request, recorded[0], recorded[-1].position, shown_secrets)
 
 
 async def jobs_in(
@@ -160,13 +160,16 @@ async def _submitted_before(request: Request, batch_id: str, once: Once | None) 
         return None
     assert isinstance(submitted.event, BatchSubmitted)  # noqa: S101 - narrows the type; every batch begins with it
     # Its jobs were written with it, in the positions behind it.
-    return _accepted(request, submitted, submitted.position + submitted.event.total_jobs)
+    return await _accepted(request, submitted, submitted.position + submitted.event.total_jobs)
 
 
-def _accepted(
+async def _accepted(
     request: Request, submitted: Recorded, position: int, shown_secrets: Sequence[ShownSecret] = ()
 ) -> Response:
-    batch = _as_submitted(submitted)
+    known, batch = services(request), None
+    if await _waited_for_end(request, submitted.stream):
+        batch = await view.get(known.views, known.log, submitted.stream)
+    batch = batch or _as_submitted(submitted)
     return json_response(
         {
             "status": "success",
@@ -176,7 +179,10 @@ def _accepted(
             **webhook_secrets(shown_secrets),
         },
         202,
-        {"Location": f"/api/events/batches/{submitted.stream}", "Ledger-Position": str(position)},
+        {
+            "Location": f"{known.links.prefix}/api/events/batches/{submitted.stream}",
+            "Ledger-Position": str(max(position, batch["position"])),
+        },
     )
 
 
@@ -236,11 +242,12 @@ async def single(request: Request) -> Response:
     await views_reach_wanted_position(request)
     asked = query_of(request, Single)
     batch = await existing(request)
+    is_awaited = asked.as_of is None and batch["status"] == "processing"
+    if is_awaited and await _waited_for_end(request, batch["batch_id"]):
+        batch = await existing(request)  # as it is at the end of the wait
     viewer = viewer_of(request, batch)  # by the access of today, also of the batch as it was
     if asked.as_of is not None:
         batch = await _as_of(request, batch["batch_id"], asked.as_of)
-    elif batch["status"] == "processing" and await _finished_if_wanted(request, batch["batch_id"]):
-        batch = await existing(request)
     etag = f'"{batch["version"]}-{batch["position"]}{viewer.tag(batch)}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
     if headers["ETag"] in request.headers.get("if-none-match", ""):
@@ -289,8 +296,8 @@ async def existing(request: Request) -> Document:
     return batch
 
 
-async def _finished_if_wanted(request: Request, batch_id: str) -> bool:
-    """Wait for the batch's end if the caller prefers that; return whether it has come, and the views have it."""
+async def _waited_for_end(request: Request, batch_id: str) -> bool:
+    """Wait for the batch's end if the caller prefers that, as for a job's; return whether it was waited for."""
     seconds, known = wanted_wait(request), services(request)
     if not seconds:
         return False
@@ -298,11 +305,11 @@ async def _finished_if_wanted(request: Request, batch_id: str) -> bool:
         async with while_signed_in(request, seconds), known.endings.watching(batch_id) as ended:
             while isinstance((now := await load(known.log, batch_id)).state, Batch):
                 if now.state.status != "processing" or now.state.deleted:
-                    await known.checkpoint.reached(now.head.position)
-                    return True
+                    break
                 await ended.wait()
                 ended.clear()
-    return False
+            await views_show(request, now.head.position)
+    return True
 
 
 def not_found(batch_id: str) -> ApiError:

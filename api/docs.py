@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
+from api.services import services
 
 _METHODS: Final = ("get", "post", "put", "delete")
 
@@ -59,19 +60,20 @@ class _Content:
         return Response(self._body, headers=self._headers, media_type=self._media_type)
 
 
-async def index(_request: Request) -> Response:
+async def index(request: Request) -> Response:
     """GET /"""
+    prefix = services(request).links.prefix
     return json_response(
         {
             "status": "success",
             "service": "jobledger",
-            "jobs": "/api/events/jobs",
-            "batches": "/api/events/batches",
-            "statistics": "/api/monitoring/events/stats",
-            "log": "/api/ledger/stream",
-            "openapi": "/api/openapi.json",
-            "docs": "/api/docs",
-            "dashboard": "/monitoring/events",
+            "jobs": f"{prefix}/api/events/jobs",
+            "batches": f"{prefix}/api/events/batches",
+            "statistics": f"{prefix}/api/monitoring/events/stats",
+            "log": f"{prefix}/api/ledger/stream",
+            "openapi": f"{prefix}/api/openapi.json",
+            "docs": f"{prefix}/api/docs",
+            "dashboard": f"{prefix}/monitoring/events",
         }
     )
 

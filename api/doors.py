@@ -185,6 +185,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         status=202,
         body=models.BatchBody,
         errors=("unknown_job_type", "validation_timeout", "insufficient_storage"),
+        takes=("Prefer",),
         gives=("Location",),
     ),
     batches.listing: Door(summary="List batches", answer=answers.Batches, query=models.BatchList, views=True),

@@ -142,6 +142,8 @@ async def on_ledger_error(_request: Request, error: Exception) -> Response:
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """What Starlette refuses by itself: no such address, no such method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
+    if error.status_code == 404 and (onwards := _without_slash(request)) is not None:
+        return onwards
     codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 416: "range_not_satisfiable"}
     messages = {404: "There is nothing at this address.", 405: "This address does not know this method."}
     answer = error_response(
@@ -155,6 +157,22 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
         answer.headers["Allow"] = ", ".join(sorted({method for route in here for method in route.methods}))
     return answer
+
+
+def _without_slash(request: Request) -> Response | None:
+    """Return the way to the same address without its last slash, if there is something.
+
+    The address is a relative one: it stays behind the proxy that the client came through, with its scheme and path.
+    307 keeps the method and the body.
+    """
+    path: str = request.scope["path"]
+    shorter = {**request.scope, "path": path.removesuffix("/")}
+    if not path.endswith("/") or all(route.matches(shorter)[0] is Match.NONE for route in request.app.routes):
+        return None
+    raw: bytes = request.scope.get("raw_path") or path.encode()
+    last = raw.removesuffix(b"/").rpartition(b"/")[2].decode("ascii", "replace")
+    query = f"?{request.url.query}" if request.url.query else ""
+    return Response(status_code=307, headers={"Location": f"../{last}{query}"})
 
 
 async def on_fault(_request: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ from api.errors import ApiError, json_response
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
 from api.parameters import Check
 from api.requests import Once, expecting, folded, happened_by, noted, story_until, wanted_wait
-from api.services import Services, query_of, refuse_without_space, services, views_reach_wanted_position
+from api.services import Services, query_of, refuse_without_space, services, views_reach_wanted_position, views_show
 from api.submission import check_parameters, endpoints_of, keep, split_webhook, submission, webhook_secrets
 from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
@@ -65,7 +65,8 @@ async def submit(request: Request) -> Response:
                 raise
         else:
             shown_secrets = await take_unshown(known.db, endpoints_of(asked))
-    job = await ended_if_wanted(request, job_id) or view.fold(None, submitted)
+    job = await view.get(known.views, known.log, job_id) if await waited_for_end(request, job_id) else None
+    job = job or view.fold(None, submitted)
     return json_response(
         {
             "status": "success",
@@ -74,7 +75,10 @@ async def submit(request: Request) -> Response:
             **webhook_secrets(shown_secrets),
         },
         202,
-        {"Location": f"/api/events/jobs/{job_id}", "Ledger-Position": str(_position(job, submitted))},
+        {
+            "Location": f"{known.links.prefix}/api/events/jobs/{job_id}",
+            "Ledger-Position": str(_position(job, submitted)),
+        },
     )
 
 
@@ -88,7 +92,7 @@ async def _submitted_before(known: Services, job_id: str, once: Once | None) -> 
 
 
 def _position(job: Document | None, submitted: Recorded) -> int:
-    return job["position"] if job else submitted.position
+    return max(job["position"], submitted.position) if job else submitted.position
 
 
 async def listing(request: Request) -> Response:
@@ -143,11 +147,11 @@ async def single(request: Request) -> Response:
     await views_reach_wanted_position(request)
     asked = query_of(request, Single)
     job = await existing(request)
+    if asked.as_of is None and job["status"] not in ENDED and await waited_for_end(request, job["job_id"]):
+        job = await existing(request)  # as it is at the end of the wait
     viewer = viewer_of(request, job)  # by the access of today, also of the job as it was
     if asked.as_of is not None:
         job = await _as_of(request, job["job_id"], asked.as_of)
-    elif job["status"] not in ENDED:
-        job = await ended_if_wanted(request, job["job_id"]) or job
     etag = f'"{job["version"]}{viewer.tag(job)}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
     if etag in request.headers.get("if-none-match", "") or request.headers.get("if-none-match", "").strip() == "*":
@@ -169,18 +173,23 @@ async def _as_of(request: Request, job_id: str, then: int | datetime) -> Documen
     return job
 
 
-async def ended_if_wanted(request: Request, job_id: str) -> Document | None:
-    """Wait for the job's end if the caller prefers that; return the job as the log has it then, None if not asked."""
+async def waited_for_end(request: Request, job_id: str) -> bool:
+    """Wait for the job's end if the caller prefers that; return whether it was waited for.
+
+    The views show the end then, unless the time is over: a read of the job, its files or a list agrees with them.
+    """
     seconds, known = wanted_wait(request), services(request)
     if not seconds:
-        return None
-    job: Document | None = None
+        return False
     with suppress(TimeoutError):
         async with while_signed_in(request, seconds), known.endings.watching(job_id) as ended:
-            while (job := folded(view.fold, await known.log.read_stream(job_id))) and job["status"] not in ENDED:
+            while (job := folded(view.fold, events := await known.log.read_stream(job_id))) is not None:
+                if job["status"] in ENDED:
+                    break
                 await ended.wait()
                 ended.clear()
-    return job
+            await views_show(request, events[-1].position if events else 0)
+    return True
 
 
 async def existing(request: Request) -> Document:
@@ -330,11 +339,21 @@ async def _shown_jobs(request: Request, jobs: Sequence[Document]) -> list[Docume
     paused = await batches.paused_among(services(request).views, waiting) if waiting else set()
     return [
         {
-            **shown(job, JOB, viewer_of(request, job)),
+            **_with_prefix(services(request).links.prefix, shown(job, JOB, viewer_of(request, job))),
             "paused": job["status"] == "pending" and job["batch_id"] in paused,
         }
         for job in jobs
     ]
+
+
+def _with_prefix(prefix: str, job: Document) -> Document:
+    """Return a job with the addresses of its files as they are behind a proxy with a path."""
+    results = job.get("results")
+    if not prefix or not results:
+        return job
+    assets = [{**asset, "url": f"{prefix}{asset['url']}"} for asset in results["assets"]]
+    url = results["markdown_url"] and f"{prefix}{results['markdown_url']}"
+    return {**job, "results": {**results, "markdown_url": url, "assets": assets}}
 
 
 async def _shown_job(request: Request, job: Document | None, viewer: Viewer | None = None) -> Document | None:
@@ -342,4 +361,5 @@ async def _shown_job(request: Request, job: Document | None, viewer: Viewer | No
     if job is None:
         return None
     [found] = await _shown_jobs(request, [job])
-    return found if viewer is None else {**found, **shown(job, JOB, viewer)}
+    prefix = services(request).links.prefix
+    return found if viewer is None else {**found, **_with_prefix(prefix, shown(job, JOB, viewer))}

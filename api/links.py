@@ -11,7 +11,7 @@ import hmac
 import secrets
 from datetime import datetime
 from typing import Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from pymongo import ReturnDocument
 from starlette.requests import HTTPConnection
@@ -36,7 +36,14 @@ class Links:
     def __init__(self, db: Database, public_url: str | None) -> None:
         self._db = db
         self._public_url = (public_url or "").rstrip("/")
+        self.prefix = urlsplit(self._public_url).path
+        """The path under which a proxy offers the API: empty, or such as `/tools/jobs`."""
         self._key: bytes | None = None
+
+    @property
+    def base(self) -> str:
+        """The address of the API as an OpenAPI document names it."""
+        return self._public_url or "/"
 
     async def to(self, file: Document, until: datetime) -> str:
         """Return a link to a row of the view `files`, good `until` then (in whole seconds).

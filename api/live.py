@@ -41,7 +41,7 @@ _VISIBILITY_PATIENCE_SECONDS: Final = 10.0
 async def stream(request: Request) -> EventStream:
     """GET /api/ledger/stream"""
     known, principal = services(request), who_asks(request)
-    resumed = request.headers.get("last-event-id")
+    resumed = request.headers.get("last-event-id") or None  # empty: no event has had an id yet
     asked = query_of(request, StreamQuery)
     if resumed is not None:
         asked = validated(StreamQuery, {**asked.model_dump(), "after": resumed})

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from math import ceil
 from secrets import token_bytes
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 import structlog
@@ -100,7 +100,10 @@ class Observed:
             nonlocal status, size
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._complete(MutableHeaders(scope=message), request_id)
+                headers = MutableHeaders(scope=message)
+                self._complete(headers, request_id)
+                if status < 400:
+                    _say_position(scope, headers)
             elif message["type"] == "http.response.body":
                 size += len(message.get("body", b""))
             await send(message)
@@ -143,6 +146,14 @@ class Observed:
         )
 
 
+def _say_position(scope: Scope, headers: MutableHeaders) -> None:
+    """Add the position that the views had at least reached when they were read, and the preference that was heeded."""
+    if (position := scope.get("ledger_position")) is not None:
+        headers.setdefault("Ledger-Position", str(position))
+    if (preference := scope.get("preference_applied")) is not None:
+        headers["Preference-Applied"] = preference
+
+
 def _malformed(scope: Scope) -> ApiError | None:
     """Return the answer to a request that others could understand differently, or that is too long.
 
@@ -168,6 +179,21 @@ def _malformed(scope: Scope) -> ApiError | None:
         )
         return ApiError(431, "headers_too_large", message)
     return None
+
+
+class WithoutPrefix:
+    """Removes the path of `api.public_url` from the address of requests that a proxy has passed on with it."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._prefix and scope["type"] == "http" and scope["path"].startswith(f"{self._prefix}/"):
+            raw = (scope.get("raw_path") or b"").removeprefix(quote(self._prefix).encode())
+            # Changed and not copied: what is noted in the scope is read by the middleware around this one.
+            scope.update(path=scope["path"].removeprefix(self._prefix), raw_path=raw)
+        await self._app(scope, receive, send)
 
 
 class KnownHosts:

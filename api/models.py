@@ -23,6 +23,7 @@ from ledger import limits
 from ledger.chain import LARGEST_INTEGER
 from ledger.delivery import DeliveryStatus
 from ledger.events import AccessControl, BatchStatus, Ending, JobStatus, milliseconds
+from ledger.moments import EXAMPLE, moment_of
 from ledger.signing import key_of
 from projections.headings import Place
 from projections.jobs import LARGE_FIELDS
@@ -57,25 +58,15 @@ def _signing_secret(secret: str) -> str:
 
 
 def _moment(given: object) -> object:
-    """Read ISO 8601 only: a bare number would be taken for seconds since 1970."""
+    """Read ISO 8601 only: pydantic would take a bare number for seconds since 1970."""
     if isinstance(given, datetime):
         return given
-    try:
-        if isinstance(given, str) and "-" in given[1:]:
-            return datetime.fromisoformat(given)
-    except ValueError:
-        pass
-    raise ValueError("expected a moment such as 2026-02-01T09:30:00Z")
+    if isinstance(given, str):
+        return moment_of(given)
+    raise ValueError(f"expected a time with an offset, such as {EXAMPLE}")
 
 
-def _in_utc(moment: datetime) -> datetime:
-    try:
-        return milliseconds(moment)
-    except OverflowError:
-        raise ValueError("this moment has no date in UTC: expected the years 1 to 9999") from None
-
-
-Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
+Moment = Annotated[datetime, BeforeValidator(_moment), AfterValidator(milliseconds)]
 # No `$` at its beginning: the database reads an object with $ref and $id as a reference to a document.
 HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#%&'*+.^_`|~-][A-Za-z0-9!#$%&'*+.^_`|~-]{0,99}$")]
 HeaderValue = Annotated[str, Field(pattern=r"^[\t\x20-\x7e\u00a0-\u00ff]*$", max_length=8000)]
@@ -94,12 +85,11 @@ def _cursor(text: object) -> object:
 def _then(text: object) -> object:
     if not isinstance(text, str):
         return text
-    try:
-        if text.isascii() and text.isdecimal() and int(text) <= LARGEST_INTEGER:
-            return int(text)
-        return _in_utc(datetime.fromisoformat(text))
-    except ValueError:
-        raise ValueError("expected a position of the log, or a moment such as 2026-02-01T09:30:00Z") from None
+    if text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= LARGEST_INTEGER:
+        return int(text)
+    if "-" not in text:
+        raise ValueError(f"expected a position of the log, or a time with an offset, such as {EXAMPLE}")
+    return milliseconds(moment_of(text))
 
 
 Then = Annotated[int | datetime, BeforeValidator(_then), WithJsonSchema({"type": "string"})]

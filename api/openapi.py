@@ -48,6 +48,7 @@ _RESPONSE_HEADERS: Final[Mapping[str, tuple[Json, str]]] = {
     "Ledger-Position": (_POSITION, "The position of the change: a GET that sends it sees the change."),
     "ETag": ({"type": "string"}, "The version, for If-Match and If-None-Match."),
     "Location": ({"type": "string"}, "Where it can be read."),
+    "Preference-Applied": ({"type": "string"}, "The preference that was applied: `wait=SECONDS`."),
     "Retry-After": (_POSITION, "After so many seconds it is worth trying again."),
     "WWW-Authenticate": ({"type": "string"}, "How to say who you are."),
 }
@@ -125,8 +126,14 @@ EXAMPLES: Final[Mapping[type[BaseModel], Json]] = {
 """Bodies that are accepted as they stand."""
 
 
-def document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]]) -> Json:
-    """Return the document. Routes that api/doors.py does not describe are left out, and a test fails."""
+def document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]], base: str = "/") -> Json:
+    """Return the document. Routes that api/doors.py does not describe are left out, and a test fails.
+
+    Args:
+        routes: what to describe.
+        job_types: the models of parameters by job type.
+        base: the address of the API.
+    """
     described = [(route, DOORS[route.endpoint]) for route in routes if route.endpoint in DOORS]
     names, schemas = _schemas([door for _, door in described], job_types)
     paths: dict[str, Json] = {}
@@ -142,7 +149,7 @@ def document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]]) 
             "description": _DESCRIPTION,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "servers": [{"url": "/"}],
+        "servers": [{"url": base}],
         "security": [{"bearer": []}, {}],
         "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
         "paths": paths,
@@ -273,7 +280,8 @@ def _has_version(route: Route) -> bool:
 
 
 def _successes(door: Door, method: str, names: Names) -> dict[str, Json]:
-    headers = [*door.gives, *(["Ledger-Position"] if method != "GET" and door.records else [])]
+    headers = [*door.gives, *(["Ledger-Position"] if door.views or (method != "GET" and door.records) else [])]
+    headers += ["Preference-Applied"] if "Prefer" in door.takes else []
     if isinstance(door.answer, str):
         content: Json = {door.answer: {"schema": {} if door.answer != "application/json" else {"type": "object"}}}
     else:

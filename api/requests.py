@@ -128,13 +128,16 @@ def expecting(request: Request, check: Callable[[Known], None]) -> Callable[[Kno
 def wanted_wait(request: Request) -> float:
     """Return for how many seconds the caller prefers to wait for an end (RFC 7240), 0 for not at all.
 
-    What cannot be understood is passed over, as the RFC asks.
+    What cannot be understood is ignored, as the RFC asks. The response names the preference that was applied.
     """
     for preference in ",".join(request.headers.getlist("prefer")).split(","):
         name, _, value = preference.partition("=")
         seconds = value.strip().strip('"')
         if name.strip().lower() == "wait" and seconds.isascii() and seconds.isdecimal() and len(seconds) < 9:
-            return min(int(seconds), LONGEST_WAIT_SECONDS)
+            wait = min(int(seconds), LONGEST_WAIT_SECONDS)
+            if wait:
+                request.scope["preference_applied"] = f"wait={wait}"
+            return wait
     return 0
 
 

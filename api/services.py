@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,7 +13,7 @@ from starlette.requests import Request
 
 from api.access import Revocations, SignIn
 from api.endings import Endings
-from api.errors import ApiError
+from api.errors import ApiError, invalid
 from api.event_stream import Streams
 from api.links import Links
 from api.memory import MemoryBudget
@@ -90,7 +91,11 @@ def query_of(request: Request, model: type[Model]) -> Model:
     Raises:
         ApiError: 422, naming each wrong parameter.
     """
-    return validated(model, dict(request.query_params))
+    given = request.query_params.multi_items()
+    counted = Counter(name for name, _ in given)
+    if repeated := [name for name in counted if counted[name] > 1]:
+        raise invalid([{"loc": (name,), "msg": "is there more than once: give one value"} for name in repeated])
+    return validated(model, dict(given))
 
 
 def refuse_without_space(known: Services) -> None:
@@ -109,15 +114,28 @@ async def views_reach_wanted_position(request: Request) -> None:
     Raises:
         ApiError: 400 when it is no number, 503 when the views are too far behind.
     """
+    checkpoint = services(request).checkpoint
     wanted = request.headers.get("ledger-position", request.query_params.get("min_position"))
     if wanted is None:
+        request.scope["ledger_position"] = checkpoint.position
         return
     if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 18:
         raise ApiError(400, "malformed_position", f"{wanted[:40]!r} is not a position: expected a whole number.")
-    checkpoint = services(request).checkpoint
     try:
         async with asyncio.timeout(_VIEW_PATIENCE_SECONDS):
             await checkpoint.reached(int(wanted))
     except TimeoutError:
         message = f"The views have reached position {checkpoint.position}, not yet {wanted}."
         raise ApiError(503, "views_behind", message, retry_after_seconds=2) from None
+    request.scope["ledger_position"] = checkpoint.position
+
+
+async def views_show(request: Request, position: int) -> None:
+    """Wait until the views have reached a position, as long as the caller waits.
+
+    Raises:
+        TimeoutError: the caller's time is over.
+    """
+    checkpoint = services(request).checkpoint
+    await checkpoint.reached(position)
+    request.scope["ledger_position"] = checkpoint.position

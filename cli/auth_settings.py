@@ -41,6 +41,11 @@ def _keys_address(url: str) -> str:
 
 
 def network_text(text: str) -> str:
+    """Return the text of an address or a network.
+
+    Raises:
+        ValueError: it is neither, or everybody.
+    """
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:

@@ -60,7 +60,7 @@ def listing(
     job_type: Annotated[str | None, typer.Option("--type", help="Those of this type.")] = None,
     error: Annotated[str | None, typer.Option("--error", help="Those with this error code, such as TIMEOUT.")] = None,
     after: Annotated[
-        str | None, typer.Option("--after", help="Submitted after this time, such as 2026-02-01T09:30.")
+        str | None, typer.Option("--after", help="Submitted after this time, such as 2026-02-01T09:30:00Z.")
     ] = None,
     before: Annotated[str | None, typer.Option("--before", help="Submitted before this time.")] = None,
     search: SearchOption = None,

@@ -18,6 +18,7 @@ from rich.text import Text
 from cli.running import ConfigOption, JsonOption, any_server, settings_of
 from cli.visible import SafeConsole, echo, echo_json
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
+from ledger.moments import EXAMPLE, moment_of
 
 if TYPE_CHECKING:
     from ledger import transfer
@@ -32,23 +33,23 @@ ToOption = Annotated[
     int | None,
     typer.Option("--to", min=1, max=LARGEST, help="End at this position. Without it: at the end."),
 ]
-AS_OF = "A position of the log, or a time, such as 2026-02-01T09:30 (of this machine, or with a zone)."
+AS_OF = "A position of the log, or a time, such as 2026-02-01T09:30:00Z."
 
 
 def then_of(text: str, option: str) -> int | datetime:
-    """Read a position of the log, or a time, which is one of this machine unless it names its zone.
+    """Read a position of the log, or a time with its offset from UTC.
 
     Raises:
         ConfigurationError: it is neither.
     """
-    if text.isascii() and text.isdecimal() and int(text) <= LARGEST:
+    if text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= LARGEST:
         return int(text)
+    if "-" not in text:
+        raise ConfigurationError(f"{option} {text}: expected a position of the log, or a time such as {EXAMPLE}")
     try:
-        return datetime.fromisoformat(text).astimezone()
-    except (ValueError, OverflowError):
-        raise ConfigurationError(
-            f"{option} {text}: expected a position of the log, or a time such as 2026-02-01T09:30:00Z"
-        ) from None
+        return moment_of(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{option} {text}: {error}") from None
 
 
 @contextmanager

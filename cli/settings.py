@@ -80,7 +80,7 @@ class WorkerSettings(Section):
 class ApiSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(5001, ge=0, le=65_535)
-    public_url: str | None = Field(None, pattern=r"^https?://[^/]+")
+    public_url: str | None = Field(None, pattern=r"^https?://[^/@?#\s]+(/[^?#]*)?$")
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
     request_memory_mb: int = Field(1024, ge=64, le=1_000_000)
     requests_per_second: float = Field(0, ge=0, le=1_000_000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Final
 
 import httpx
@@ -18,6 +18,7 @@ from cli.remote import Refused, api_at, content_of, given
 from cli.telling import lasted, moment
 from cli.visible import SafeConsole, echo, echo_json, visible
 from ledger.errors import ConfigurationError
+from ledger.moments import moment_of
 
 FAILED: Final = 1
 _PAGE: Final = 500
@@ -65,13 +66,13 @@ def common(user: str | None, search: str | None, archived: bool | None, *, oldes
 
 
 def when(text: str | None, option: str) -> str | None:
-    """Return a time as the API wants it; one without a zone is of this machine."""
+    """Return a time as the API wants it: with its offset from UTC."""
     if text is None:
         return None
     try:
-        return datetime.fromisoformat(text).astimezone(UTC).isoformat()
-    except (ValueError, OverflowError):
-        raise ConfigurationError(f"{option} {text}: expected a time such as 2026-02-01T09:30:00Z") from None
+        return moment_of(text).isoformat()
+    except ValueError as error:
+        raise ConfigurationError(f"{option} {text}: {error}") from None
 
 
 def restarting(reason: str | None, *, from_scratch: bool) -> Document:

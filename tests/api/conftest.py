@@ -110,7 +110,7 @@ def settings_for(uri: str, db_name: str, directory: Path, **sections: dict[str, 
     """Return settings for a test's own database and directory."""
     own: dict[str, dict[str, Any]] = {
         "mongodb": {"uri": uri, "db_name": db_name},
-        "api": {"port": 0, "max_streams_per_user": 0},
+        "api": {"port": 0, "max_streams_per_user": 0, "refused_sign_ins_per_minute": 0},
         "event_worker": {"retry_base_seconds": 0.2, "shutdown_grace_seconds": 0},
         "results": {"store": str(directory / "results")},
         "logging": {"level": "warning"},

@@ -108,7 +108,12 @@ async def test_the_examples_are_accepted_as_they_stand(idle_api: Api) -> None:
 def test_what_goes_without_saying_is_said() -> None:
     submit = OPERATIONS["POST /api/events/jobs"]
     assert {"400", "401", "403", "409", "413", "415", "422", "429", "500", "503"} <= submit["responses"].keys()
-    assert submit["responses"]["202"]["headers"].keys() == {"X-Request-ID", "Location", "Ledger-Position"}
+    assert submit["responses"]["202"]["headers"].keys() == {
+        "X-Request-ID",
+        "Location",
+        "Ledger-Position",
+        "Preference-Applied",
+    }
     assert {parameter["name"] for parameter in submit["parameters"]} == {"Prefer", "Idempotency-Key"}
     assert submit["requestBody"]["required"]
     assert not OPERATIONS["POST /api/events/jobs/{job_id}/cancel"]["requestBody"]["required"]
@@ -145,7 +150,7 @@ async def test_the_page_shows_everything_and_loads_nothing(idle_api: Api) -> Non
     assert len(ids) == len(set(ids))
     assert {link.removeprefix("#") for link in re.findall(r'href="(#[^"]+)"', text)} <= set(ids)
     assert "<script" not in text
-    assert re.findall(r'(?:src|href)="(?!#|/api/openapi\.json")[^"]*"', text) == []
+    assert re.findall(r'(?:src|href)="(?!#|openapi\.json")[^"]*"', text) == []
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'; style-src 'sha256-" in policy
     assert "http" not in policy

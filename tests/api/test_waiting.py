@@ -64,3 +64,55 @@ async def test_a_preference_that_cannot_be_understood_is_passed_over(idle_api: A
     for preference in ("wait", "wait=", "wait=soon", "wait=-1", "return=minimal", "wait=99999999999"):
         assert (await idle_api.get(f"/api/events/jobs/{job_id}", Prefer=preference)).status_code == 200
     assert time.monotonic() - begun < 2
+
+
+async def test_after_waiting_every_read_shows_the_end(api: Api) -> None:
+    """Job, file, list, batch and its jobs agree with the answer, without the caller sending a position."""
+    for _ in range(5):
+        body = {"job_type": "echo", "parameters": {"text": "now"}}
+        submitted = await api.post("/api/events/jobs", body, Prefer="wait=20")
+        job = submitted.json()["job"]
+        assert submitted.headers["preference-applied"] == "wait=20"
+        assert job["status"] == "completed"
+        assert int(submitted.headers["ledger-position"]) >= job["position"]
+        assert (await api.get(f"/api/events/jobs/{job['job_id']}")).json()["job"] == job
+        assert (await api.get(job["results"]["markdown_url"])).status_code == 200
+        assert (await api.get("/api/events/jobs?limit=1")).json()["jobs"][0]["status"] == "completed"
+
+        jobs = {"jobs": [body, body]}
+        answer = await api.post("/api/events/batches", jobs, Prefer="wait=20")
+        batch = answer.json()["batch"]
+        assert (answer.status_code, batch["status"], batch["completed_jobs"]) == (202, "completed", 2)
+        assert answer.headers["preference-applied"] == "wait=20"
+        assert (await api.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"] == batch
+        of_batch = (await api.get(f"/api/events/batches/{batch['batch_id']}/jobs")).json()["jobs"]
+        assert {it["status"] for it in of_batch} == {"completed"}
+
+
+async def test_waiting_in_vain_shows_the_state_at_the_end_of_the_wait(api: Api) -> None:
+    job_id = await api.submit({"seconds": 30})
+    answer = await api.get(f"/api/events/jobs/{job_id}", Prefer="wait=2")
+    assert answer.json()["job"]["status"] == "processing"  # it was pending when the wait began
+    assert answer.headers["preference-applied"] == "wait=2"
+    again = await api.post("/api/events/jobs", {"job_type": "echo", "parameters": {"seconds": 30}}, Prefer="wait=2")
+    assert again.json()["job"]["status"] == "processing"
+
+
+async def test_every_read_of_the_views_says_their_position(api: Api) -> None:
+    batch = await api.submit_batch({})
+    job_id = batch["job_ids"][0]
+    job = await api.ended(job_id)
+    for path in (
+        "/api/events/jobs",
+        f"/api/events/jobs/{job_id}",
+        f"/api/events/jobs/{job_id}/download-archive",
+        "/api/events/batches",
+        f"/api/events/batches/{batch['batch_id']}",
+        f"/api/events/batches/{batch['batch_id']}/jobs",
+        job["results"]["markdown_url"],
+        "/api/monitoring/events/stats",
+        "/api/monitoring/events/webhooks",
+    ):
+        answer = await api.get(path)
+        assert int(answer.headers["ledger-position"]) >= job["position"], path
+        assert "preference-applied" not in answer.headers

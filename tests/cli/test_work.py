@@ -113,7 +113,7 @@ def test_lists_are_narrowed_down_and_read_page_by_page(desk: Desk, monkeypatch: 
     assert desk.says(0, "jobs", "list", *mine, "--ids", "--error", "ECHO_FAILED", "--oldest-first").split() == ids[2:]
     assert desk.says(0, "jobs", "list", *mine, "--ids", "--search", "opening").split() == [ids[0]]
     assert desk.says(0, "jobs", "list", *mine, "--ids", "--type", "session") == ""
-    assert desk.says(0, "jobs", "list", *mine, "--before", "2026-02-01T09:30") == "There are none.\n"
+    assert desk.says(0, "jobs", "list", *mine, "--before", "2026-02-01T09:30Z") == "There are none.\n"
     assert len(desk.says(0, "jobs", "list", *mine, "--ids", "--after", "2026-02-01").split()) == 4
     assert desk.says(0, "jobs", "list", *mine, "--limit", "3").endswith("\n3 of 4\n")
     assert desk.batch_id in desk.says(0, "batches", "list", "--search", "day", "--ids").split()

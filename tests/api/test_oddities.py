@@ -1,0 +1,137 @@
+"""Requests that are understood in one way only: times, repeated parameters, encodings, headers of browsers, methods."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from api.app import ROUTES
+from cli.log import then_of
+from cli.work import when
+from ledger.errors import ConfigurationError
+from ledger.moments import moment_of
+from tests.api.conftest import Api, running_api
+
+JOBS = "/api/events/jobs"
+FRIEND = "https://conference.example.org"
+NAIVE = ["2026-02-01T09:30", "2026-02-01T09:30:00.5", "2026-02-01", "2026-02-01 09:30"]
+
+
+async def test_time_without_offset_is_refused_everywhere_and_the_error_shows_it_with_one(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    for text in NAIVE:
+        waiting = {"job_type": "echo", "parameters": {}, "not_before": text}
+        answers = [
+            await idle_api.post(JOBS, waiting),
+            await idle_api.post("/api/events/batches", {"jobs": [waiting]}),
+            await idle_api.http.put(f"{JOBS}/{job_id}", json={"not_before": text}),
+            await idle_api.get(f"{JOBS}?created_after={text}"),
+            await idle_api.get(f"{JOBS}?created_before={text}"),
+            await idle_api.get(f"{JOBS}/{job_id}?as_of={text}"),
+            await idle_api.get(f"/api/monitoring/events/webhooks?created_after={text}"),
+            await idle_api.post("/api/monitoring/events/redeliver", {"created_before": text}),
+        ]
+        for answer in answers:
+            assert answer.status_code == 422, (text, answer.url)
+            assert "has no offset" in answer.json()["message"]
+            assert "Z, or the local time with its offset" in answer.json()["message"]
+        for option in (lambda it: then_of(it, "--as-of"), lambda it: when(it, "--after")):
+            with pytest.raises(ConfigurationError, match=r"has no offset from UTC: write 2026-02-01T0\S+Z"):
+                option(text)
+
+
+async def test_time_with_any_offset_is_taken(idle_api: Api) -> None:
+    for text in ("2026-02-01T09:30:00Z", "2026-02-01T10:30+01:00", "2026-02-01T02:00:00.000-07:30"):
+        answer = await idle_api.post(JOBS, {"job_type": "echo", "parameters": {}, "not_before": text})
+        assert answer.json()["job"]["due_at"] == "2026-02-01T09:30:00Z"
+        assert (await idle_api.http.get(JOBS, params={"created_after": text})).status_code == 200
+        assert then_of(text, "--as-of") == moment_of("2026-02-01T09:30Z")
+    lost = await idle_api.get(f"{JOBS}?created_after=2026-02-01T10:30+01:00")
+    assert "2026-02-01T10:30%2B01:00" in lost.json()["message"]
+
+
+@pytest.mark.parametrize("text", ["", "x", "20260201", "1770000000", "0001-01-01T00:00+23:59", "2026-13-01T00:00Z"])
+def test_what_is_no_time_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match=r"such as 2026-02-01T09:30:00Z|years 1 to 9999"):
+        moment_of(text)
+
+
+async def test_repeated_query_parameter_is_refused_by_name(idle_api: Api) -> None:
+    job_id = await idle_api.submit()
+    for path, name in (
+        (JOBS, "limit"),
+        (JOBS, "status"),
+        (f"{JOBS}/{job_id}", "as_of"),
+        ("/api/events/batches", "q"),
+        ("/api/ledger/events", "after"),
+        ("/api/ledger/stream", "after"),
+        ("/api/monitoring/events/webhooks", "cursor"),
+        (f"{JOBS}/{job_id}/history", "limit"),
+    ):
+        answer = await idle_api.get(f"{path}?{name}=1&{name}=1")
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content"), path
+        assert answer.json()["details"]["errors"] == [
+            {"path": name, "message": "is there more than once: give one value"}
+        ]
+
+
+async def test_compressed_body_is_refused_and_the_answer_says_what_is_accepted(idle_api: Api) -> None:
+    body = json.dumps({"job_type": "echo", "parameters": {}}).encode()
+    for encoding, sent in (("gzip", gzip.compress(body)), ("br", body), ("identity, gzip", body)):
+        headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+        answer = await idle_api.http.post(JOBS, content=sent, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_content_encoding")
+        assert answer.headers["accept-encoding"] == "identity"
+    headers = {"Content-Type": "application/json", "Content-Encoding": "identity"}
+    assert (await idle_api.http.post(JOBS, content=body, headers=headers)).status_code == 202
+
+
+async def test_empty_last_event_id_is_none(idle_api: Api) -> None:
+    await idle_api.submit()
+    for query, first in (("", await idle_api.log.head()), ("?after=0", 0)):
+        async with (
+            asyncio.timeout(10),
+            idle_api.http.stream("GET", f"/api/ledger/stream{query}", headers={"Last-Event-ID": ""}) as answer,
+        ):
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line.startswith("id:"):
+                    assert int(line[3:]) == first
+                    break
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "authorization,cache-control,last-event-id",
+        "authorization,content-type,idempotency-key,prefer",
+        "if-match,if-none-match,if-modified-since,if-unmodified-since,if-range,range",
+        "ledger-position,pragma,x-request-id,x-requested-with,traceparent,tracestate",
+    ],
+)
+async def test_preflight_allows_what_clients_send(mongodb_uri: str, db_name: str, tmp_path: Path, names: str) -> None:
+    roles = frozenset({"api", "projector"})
+    async for api in running_api(mongodb_uri, db_name, tmp_path, roles, api={"cors_origins": [FRIEND]}):  # type: ignore[arg-type]  # a literal set is a set of str
+        asks = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": names}
+        answer = await api.http.options("/api/ledger/stream", headers={"Origin": FRIEND, **asks})
+        assert answer.status_code == 200, answer.text
+        asks["Access-Control-Request-Headers"] = "x-unknown"
+        answer = await api.http.options("/api/ledger/stream", headers={"Origin": FRIEND, **asks})
+        assert answer.status_code == 400
+
+
+async def test_every_address_answers_every_method(idle_api: Api) -> None:
+    for path in {route.path.replace(":path}", "}") for route in ROUTES}:
+        address = path.format(
+            job_id="job-none", batch_id="batch-none", delivery_id="delivery-none", path="none%00", receiver="none"
+        )
+        for method in ("HEAD", "OPTIONS", "PATCH", "TRACE"):
+            answer = await idle_api.http.request(method, address)
+            assert answer.status_code < 500, (method, address)
+            if method != "HEAD":
+                assert answer.status_code == 405, (method, address)
+                assert answer.headers["allow"]

@@ -1,0 +1,86 @@
+"""Behind a proxy with a path, kept or stripped, every address that an answer has leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urljoin
+
+import httpx
+import pytest
+
+from tests.api.conftest import Api, running_api
+from tests.support.path_proxy import path_proxy
+
+PREFIX = "/tools/jobs"
+ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}
+
+
+@pytest.mark.parametrize("strips", [True, False])
+async def test_addresses_in_answers_lead_through_the_proxy(
+    mongodb_uri: str, db_name: str, tmp_path: Path, strips: bool
+) -> None:
+    port: list[int] = []
+    async with path_proxy(port, PREFIX, strips=strips) as proxied:
+        base = f"http://127.0.0.1:{proxied}{PREFIX}"
+        async for api in running_api(mongodb_uri, db_name, tmp_path, api={"public_url": base, "port": free_port(port)}):
+            async with httpx.AsyncClient(timeout=30, trust_env=False, headers={"Connection": "close"}) as client:
+                await _follow_addresses(client, base)
+            assert api.db is not None
+
+
+def free_port(port: list[int]) -> int:
+    """Choose the port of the server: what it says of itself is the proxy's."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port.append(free.getsockname()[1])
+    return port[0]
+
+
+async def _follow_addresses(client: httpx.AsyncClient, base: str) -> None:
+    async def leads(answer: httpx.Response, address: str) -> httpx.Response:
+        found = await client.get(urljoin(str(answer.request.url), address))
+        assert found.status_code == 200, (address, found.text[:200])
+        return found
+
+    wait = {"Prefer": "wait=20"}
+    submitted = await client.post(f"{base}/api/events/jobs", json=ECHO, headers=wait)
+    job = submitted.json()["job"]
+    assert (await leads(submitted, submitted.headers["location"])).json()["job"] == job
+    await leads(submitted, job["results"]["markdown_url"])
+    [file] = job["results"]["files"]
+    listed = await client.get(f"{base}/api/events/jobs")
+    assert listed.json()["jobs"] == [job]
+
+    linked = await client.post(f"{base}/api/events/files/{file['path']}/link")
+    await leads(linked, linked.json()["url"])
+    batch = await client.post(f"{base}/api/events/batches", json={"jobs": [ECHO]})
+    await leads(batch, batch.headers["location"])
+
+    for path in ("/api/events/jobs/", "/api/events/jobs/?limit=1", f"/api/events/jobs/{job['job_id']}/"):
+        moved = await client.get(f"{base}{path}")
+        assert moved.status_code == 307
+        assert "://" not in moved.headers["location"]
+        await leads(moved, moved.headers["location"])
+    posted = await client.post(f"{base}/api/events/jobs/", json=ECHO, follow_redirects=True)
+    assert posted.status_code == 202
+    assert (await client.get(f"{base}/api/nothing/")).status_code == 404
+
+    index = await client.get(f"{base}/")
+    for name, address in index.json().items():
+        if name not in ("status", "service", "log"):
+            await leads(index, address)
+    document = (await client.get(f"{base}/api/openapi.json")).json()
+    assert (await client.get(document["servers"][0]["url"] + "/api/events/jobs")).status_code == 200
+    for page in ("/api/docs", "/monitoring/events", f"/monitoring/events/jobs/{job['job_id']}"):
+        shown = await client.get(f"{base}{page}")
+        assert shown.status_code == 200
+        for address in set(re.findall(r'(?:href|src)="([^"#]+)"', shown.text)):
+            await leads(shown, address.replace("&amp;", "&"))
+
+
+async def test_redirects_stay_relative_without_a_public_url(idle_api: Api) -> None:
+    for method in ("GET", "POST"):
+        answer = await idle_api.http.request(method, "/api/events/jobs/?a=b")
+        assert (answer.status_code, answer.headers["location"]) == (307, "../jobs?a=b")
+    assert (await idle_api.get("/api//evil.example/")).status_code == 404

@@ -1,0 +1,47 @@
+"""tests: a reverse proxy that offers a server under a path of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+
+@asynccontextmanager
+async def path_proxy(port: int | list[int], prefix: str, *, strips: bool = True) -> AsyncIterator[int]:
+    """Forward requests below `prefix`, and answer 404 to all others. One request a connection. Yield the port.
+
+    Args:
+        port: of the server; a list that is filled later, for a server that needs to know the proxy's port.
+        prefix: the path, such as `/tools/jobs`.
+        strips: whether the server gets the path without the prefix.
+    """
+    start = prefix.encode()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            line, _, rest = (await reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")
+            method, target, version = line.split(b" ")
+            if not target.startswith(start + b"/"):
+                writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            else:
+                there, back = await asyncio.open_connection("127.0.0.1", port if isinstance(port, int) else port[0])
+                kept = [it for it in rest.split(b"\r\n") if not it.lower().startswith(b"connection:") and it]
+                passed_on = target.removeprefix(start) if strips else target
+                head = [b" ".join((method, passed_on, version)), *kept, b"Connection: close"]
+                back.write(b"\r\n".join(head) + b"\r\n\r\n")
+                sending = asyncio.create_task(pump(reader, back))
+                await pump(there, writer)
+                sending.cancel()
+                back.close()
+        writer.close()
+
+    async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while part := await source.read(65_536):
+                target.write(part)
+                await target.drain()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    server.close()
