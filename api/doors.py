@@ -70,6 +70,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "batch_not_found": (404, "there is no such batch, or you may not see it"),
     "behind": (503, "this process does not know yet who may see what"),
     "busy": (429, "too much is being written to the same place at once"),
+    "deleted": (410, "the job or batch of this webhook was deleted"),
     "delivery_not_found": (404, "there is no such webhook, or you may not see it"),
     "database_unavailable": (503, "the database does not answer"),
     "endpoint_not_found": (404, "there is no such endpoint, or it is not yours"),
@@ -283,7 +284,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         status=202,
         body=models.ReasonBody,
         optional_body=True,
-        errors=("forbidden",),
+        errors=("forbidden", "deleted"),
     ),
     webhooks.redeliver_many: Door(
         summary="Send webhooks again: those that were given up, or what the body names",
