@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cli.server_support import support_warning
 from cli.settings import Settings
 from cli.wiring import database, file_store
+from ledger.disk import MIB, free_bytes, nearest_directory
 from ledger.embedded import TRANSACTION_SECONDS, find_mongod
 from ledger.errors import JobledgerError
 from ledger.files import DirectoryStore
@@ -65,8 +67,10 @@ def look_at_machine(settings: Settings) -> Iterator[Finding]:
     yield Finding("Python", sys.version_info >= (3, 11), sys.version.split()[0], "Python 3.11 or newer is needed.")
     if settings.mongodb.embedded:
         yield _finding("MongoDB server", lambda: str(find_mongod()))
+        yield _space("Disk of the database", settings.mongodb.data_dir, settings)
     if isinstance(store := settings.results.store, Path):
         yield _finding("Result files", lambda: _prepared(store))
+        yield _space("Disk of the results", store, settings)
     for module, purpose in _CODECS.items():
         yield _finding(f"Library for {purpose}", partial(_version, module))
     check_plugins()
@@ -119,6 +123,17 @@ def _scratch(settings: Settings) -> str:
         scratch.close()
 
 
+def _space(what: str, directory: Path, settings: Settings) -> Finding:
+    """How much space is left, and whether that is enough to accept new jobs."""
+    reserve = settings.results.reserve_mb
+    try:
+        free = free_bytes(nearest_directory(directory)) / MIB
+    except OSError as error:
+        return Finding(what, good=False, found="cannot be looked at", advice=str(error))
+    advice = f"New jobs are refused below {reserve} MiB (results.reserve_mb): free some space."
+    return Finding(what, free >= reserve, f"{free:,.0f} MiB free", advice)
+
+
 def _prepared(directory: Path) -> str:
     DirectoryStore(directory).prepare()
     return str(directory)
@@ -153,11 +168,12 @@ async def _grid(settings: Settings, db: Database) -> Finding:
 
 
 async def _server(db: Database) -> Finding:
-    hello = await db.client.admin.command("hello")
+    hello = await db.client.admin.command("hello", compression=["zlib"])
     build = await db.client.admin.command("buildInfo")
     members = len(hello.get("hosts", []))
     found = f"{build['version']}, replica set {hello['setName']} with {members} member{'s' if members != 1 else ''}"
-    return Finding("MongoDB", good=True, found=found)
+    warning = support_warning(build["version"], datetime.now(UTC).date(), zlib="zlib" in hello.get("compression", ()))
+    return Finding("MongoDB", good=True, found=found if warning is None else f"{found}. Note: {warning}")
 
 
 async def _clock(db: Database) -> Finding:

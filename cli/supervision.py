@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from ledger.disk import space_problem
+from ledger.disk import nearest_directory, space_problem
 from ledger.embedded import RESTART_BYTES, EmbeddedServer
 from ledger.errors import DatabaseUnsuitable, ResourceUnavailable
 
@@ -34,26 +34,18 @@ def start_when_there_is_space(data_dir: Path, *, oplog_mb: int | None) -> Embedd
     told = False
     while True:
         try:
-            problem = space_problem(_nearest(data_dir), RESTART_BYTES)
+            problem = space_problem(nearest_directory(data_dir), RESTART_BYTES)
             if problem is None or not problem.lacks_space:
                 return EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)
         except (DatabaseUnsuitable, ResourceUnavailable):
             # It may have filled the disk itself: a start needs more than a restart.
-            problem = space_problem(_nearest(data_dir), RESTART_BYTES)
+            problem = space_problem(nearest_directory(data_dir), RESTART_BYTES)
             if problem is None or not problem.lacks_space:
                 raise
         if not told:
             _log.error("the embedded MongoDB server cannot start and waits for space", disk=str(problem))
             told = True
         time.sleep(LOOK_EVERY_SECONDS)
-
-
-def _nearest(path: Path) -> Path:
-    """Return the directory, or the nearest one above it that exists: it will be on the same disk."""
-    path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
 
 
 async def keep_running(server: EmbeddedServer | None, stop: Stop) -> None:

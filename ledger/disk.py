@@ -56,6 +56,14 @@ def free_bytes(directory: Path) -> int:
     return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
 
 
+def nearest_directory(path: Path) -> Path:
+    """Return the directory, or the nearest one above it that exists: it will be on the same disk."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
 def space_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
     """Return the problem if less than `needed_bytes` are free in a directory."""
     try:
