@@ -56,6 +56,9 @@ _OF_SCRATCH: Final = frozenset(
 """Errors that are trouble of the machine only if they concern the worker's own scratch directory."""
 
 
+_HUNG: Final = f"The check of this machine did not end within {_CHECK_SECONDS:.0f} s: {_DISK}"
+
+
 class MachineTrouble(Exception):
     """This machine cannot run jobs. The text says what is wrong and how to fix it."""
 
@@ -121,6 +124,7 @@ class WorkerHealth:
         self._quick_checks = quick_checks
         self._on_change = on_change
         self._reported = asyncio.Event()
+        self._checking: threading.Thread | None = None
         self._pause = FIRST_PAUSE_SECONDS
         self._recovered_at = float("-inf")
         self._quick_check_at = float("-inf")
@@ -158,7 +162,7 @@ class WorkerHealth:
             self._reported.clear()
             while self.problem is not None:
                 await asyncio.sleep(self._pause * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
-                trouble = await self._check()
+                trouble = await self.check()
                 if trouble is None:
                     self._recover()
                 else:
@@ -178,22 +182,26 @@ class WorkerHealth:
         self._quick_check_at = float("-inf")
         self._on_change()
 
-    async def _check(self) -> MachineTrouble | None:
-        """Run all checks in a thread of their own: a disk that does not answer must block nothing else."""
+    async def check(self, checks: Sequence[Callable[[], None]] | None = None) -> MachineTrouble | None:
+        """Run checks, all by default, in a thread of their own: a disk that does not answer must block nothing else."""
+        if self._checking is not None and self._checking.is_alive():  # start no second thread that hangs
+            return MachineTrouble(_HUNG)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[MachineTrouble | None] = loop.create_future()
 
-        def check() -> None:
-            found = _first_trouble(self._checks)
+        def run() -> None:
+            found = _first_trouble(self._checks if checks is None else checks)
             with suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(_set_result, answer, found)
 
+        self._checking = threading.Thread(target=run, name="health-check", daemon=True)
         try:
-            threading.Thread(target=check, name="health-check", daemon=True).start()
+            self._checking.start()
             return await asyncio.wait_for(answer, _CHECK_SECONDS)
         except TimeoutError:
-            return MachineTrouble(f"The machine's check did not end within {_CHECK_SECONDS:.0f} s: {_DISK}")
+            return MachineTrouble(_HUNG)
         except RuntimeError as error:
+            self._checking = None
             return machine_trouble(error) or MachineTrouble(f"The machine cannot be checked: {error}")
 
 

@@ -69,7 +69,7 @@ class LeaseWatch:
     @property
     def able(self) -> Collection[str]:
         """The ids of the workers that are alive and healthy: those that may claim a job."""
-        return self._seconds.keys() - self._unhealthy
+        return self._seconds.keys() - self._unhealthy if self._unhealthy else self._seconds.keys()
 
     async def run(self) -> None:
         """Check leases whose time should be over, one after the other, until cancelled."""

@@ -33,7 +33,7 @@ from projections.checkpoint import Checkpoint
 from workers import claims, leases
 from workers.claims import Claims
 from workers.execution import Execution, Settings, check_processes, prepare_children
-from workers.health import MachineTrouble, WorkerHealth, check_descriptors, check_memory, machine_trouble
+from workers.health import WorkerHealth, check_descriptors, check_memory
 from workers.leases import LeaseWatch
 from workers.path_reservations import PathReservations
 from workers.registry import processors
@@ -115,7 +115,7 @@ class Worker:
     async def run(self) -> None:
         """Work until `stop` is called. A lost lease costs the running jobs; work goes on under a new one."""
         prepare_children(self._settings)
-        await self._prepare_scratch()
+        await self._check_before_the_first_claim()
         watching = asyncio.create_task(self._watch.run(), name="lease-watch")
         checking = asyncio.create_task(self.health.run(), name="health")
         removing = asyncio.create_task(self._remove_orphans(), name="remove-orphans")
@@ -142,13 +142,11 @@ class Worker:
             except LedgerUnavailable as error:
                 _log.warning("unfinished files in the result store stay for now", error=str(error))
 
-    async def _prepare_scratch(self) -> None:
-        try:
-            await asyncio.to_thread(self._scratch.prepare)
-            await asyncio.to_thread(self._scratch.check)
-            await asyncio.to_thread(self._settings.store.check)
-        except Exception as error:  # noqa: BLE001 - the worker starts anyway, and claims nothing until this passes
-            self.health.report(machine_trouble(error) or MachineTrouble(str(error)))
+    async def _check_before_the_first_claim(self) -> None:
+        """The worker starts whatever is found, and claims nothing until it has passed."""
+        checks = [self._scratch.prepare, self._scratch.check, self._settings.store.check]
+        if (trouble := await self.health.check(checks)) is not None:
+            self.health.report(trouble)
 
     async def _work_under_a_lease(self, watching: asyncio.Task[None]) -> None:
         lease = Lease(self._connection, leases.COLLECTION, self.worker_id, seconds=self._lease_seconds)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,21 @@ async def test_job_that_meets_machine_trouble_again_and_again_ends(
         assert history.count("JobAttemptFailed") == 1
         for other in others:
             assert await here.history(other) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
+
+
+async def test_check_that_hangs_is_trouble_and_is_not_started_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_CHECK_SECONDS", 0.05)
+    answered, started = threading.Event(), 0
+
+    def hang() -> None:
+        nonlocal started
+        started += 1
+        answered.wait()
+
+    worker = WorkerHealth([hang])
+    for _ in range(3):
+        assert "did not end" in str(await worker.check())
+    assert started == 1
+    answered.set()
+    await until(lambda: not any(it.name == "health-check" for it in threading.enumerate()), "the thread has ended")
+    assert await worker.check() is None
