@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cli.wiring import ALL_ROLES, roles
 from ledger.errors import ConfigurationError, ResourceUnavailable, os_failure
+from ledger.mongo import Connection
 from ledger.server_note import until
+from tests.api.conftest import settings_for
 from tests.support.installation import COMMAND, Installation, client_of
 from tests.support.mongod import needs_local_mongod
+from tests.support.rarely import rarely
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,23 @@ def _has_namespaces() -> bool:
     return unshare is not None and subprocess.run([unshare, "-rm", "true"], check=False).returncode == 0
 
 
+async def test_roles_with_a_store_that_cannot_be_written_now_start(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    settings = settings_for(mongodb_uri, db_name, tmp_path)
+    failures: list[BaseException] = []
+    monkeypatch.setattr("ledger.files.tempfile.TemporaryFile", read_only)
+    async with roles(settings, Connection(mongodb_uri, db_name), ALL_ROLES, failed=failures.append) as running:
+        async with asyncio.timeout(10):
+            while await running.db.workers.count_documents({"problem": {"$ne": None}}) == 0:  # noqa: ASYNC110 - rare
+                await asyncio.sleep(0.05)
+        assert failures == []
+
+
+@rarely
 @needs_local_mongod
 @pytest.mark.skipif(not _has_namespaces(), reason="needs user namespaces and unshare: apt-get install util-linux")
 @pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"], ids=["read-only", "full"])

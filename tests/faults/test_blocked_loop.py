@@ -1,4 +1,7 @@
-"""A job that blocks the event loop of its worker for ever loses its lease, and its process ends with a reason."""
+"""A job that blocks the event loop of its worker for ever loses its lease, and its process ends with a reason.
+
+The lease alone: `tests/ledger/test_lease.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from ledger.server_note import until
 from tests.support.installation import Installation, client_of
 from tests.support.mongod import needs_local_mongod
 from tests.support.plugins import add_plugin
+from tests.support.rarely import rarely
 
 LEASE_SECONDS = 1.0
 BLOCK = """
@@ -24,6 +28,7 @@ Good.run = run
 """
 
 
+@rarely
 @needs_local_mongod
 @pytest.mark.timeout(120)
 def test_worker_with_a_blocked_loop_loses_its_jobs_and_ends(

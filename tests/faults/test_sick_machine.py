@@ -1,4 +1,7 @@
-"""A worker whose machine has trouble costs no job an attempt: others take its jobs, and it recovers by itself."""
+"""A worker whose machine has trouble costs no job an attempt: others take its jobs, and it recovers by itself.
+
+In one process and therefore fast: `tests/workers/test_health.py`.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,8 @@ def descriptors_exhausted(worker: RealProcess, _scratch: Path) -> Iterator[None]
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
 
 
-SICKNESSES = [scratch_lost, pytest.param(descriptors_exhausted, marks=rarely)]
-
-
-@pytest.mark.parametrize("sickness", SICKNESSES)
+@rarely
+@pytest.mark.parametrize("sickness", [scratch_lost, descriptors_exhausted])
 async def test_sick_worker_costs_no_job_an_attempt_and_recovers(
     connection: Connection,
     store: Path,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,33 @@ async def test_check_that_hangs_is_trouble_and_is_not_started_twice(monkeypatch:
     answered.set()
     await until(lambda: not any(it.name == "health-check" for it in threading.enumerate()), "the thread has ended")
     assert await worker.check() is None
+
+
+async def test_sick_worker_of_three_costs_no_job_an_attempt_and_recovers(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.2)
+    places = [tmp_path / f"scratch-{number}" for number in range(3)]
+    options = [WorkerOptions(scratch=place, shutdown_grace_seconds=0.5) for place in places]
+    async with (
+        process(connection, store, projector=True, worker=options[0]) as here,
+        process(connection, store, worker=options[1]),
+        process(connection, store, worker=options[2]) as sick,
+    ):
+        assert sick.worker is not None
+        await until(lambda: len(list(tmp_path.glob("scratch-*/*/*"))) == 3, "all have started")
+        places[2].rename(tmp_path / "away")
+        places[2].write_text("a file where the directory was")
+        begun = time.monotonic()
+        _, job_ids = await here.submit_batch(*({"seconds": 0.01} for _ in range(60)))
+        await here.ended(*job_ids)
+        assert time.monotonic() - begun < 10
+        for job_id in job_ids:
+            history = await here.history(job_id)
+            assert history[-1] == "JobCompleted"
+            assert history.count("JobClaimed") == 1 + history.count("JobReleased")
+            assert "JobAttemptFailed" not in history
+        await until(lambda: not sick.worker.health.may_claim(), "it knows")  # type: ignore[union-attr]
+        places[2].unlink()
+        (tmp_path / "away").rename(places[2])
+        await until(sick.worker.health.may_claim, "it has recovered")

@@ -50,7 +50,7 @@ PRELOADED = {
 }
 LIST = """
 import json, workers.registry as registry
-registry.LOAD_SECONDS = 2
+registry.LOAD_SECONDS = 1
 print(json.dumps([sorted(registry.processors()), registry.unusable_types()]))
 """
 
