@@ -144,7 +144,8 @@ def _clean_part(name: str, content: bytes, names: frozenset[str], budget: _Budge
     if content.startswith(b"\xd0\xcf\x11\xe0"):  # an embedded object of the old kind; its picture is another part
         return None
     if content.startswith(b"\x1f\x8b"):
-        content = _gunzipped(content, budget)
+        unpacked = _clean_part(name.removesuffix(".gz"), _gunzipped(content, budget), names, budget, depth=depth + 1)
+        return None if unpacked is None or depth >= _MAX_DEPTH else gzip.compress(unpacked)
     is_xml = _looks_like_xml(content[:64]) or name.lower().endswith(_XML_NAMES)
     if not is_xml or not content:
         return content
