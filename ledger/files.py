@@ -14,11 +14,12 @@ import stat
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import IO, BinaryIO, NamedTuple, Protocol
 
-from ledger.errors import FileDamaged, FileLost, os_failure
+from ledger.errors import FileDamaged, FileLost, LedgerUnavailable, os_failure
 from ledger.file_checks import FileChecks
 from ledger.private_files import DIRECTORY_MODE, FILE_MODE, make_private_directory
 
@@ -30,6 +31,8 @@ ORPHAN_SECONDS = 86_400.0
 _TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}")
 """Names that `tempfile` chooses."""
 _HASHED_BYTES = 1 << 20
+# Not the event loop's own threads: jobs that run inline may occupy all of those.
+_threads = ThreadPoolExecutor(8, thread_name_prefix="store")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -62,29 +65,23 @@ class OpenFile(Protocol):
 class FileStore(Protocol):
     """Where result files are. A file is whole or not there; the same content is there once; nobody changes it.
 
-    Job processes run foreign code on foreign input, so they get no access to the database: they put files into an inbox
-    on their own machine, and the worker sees to the rest.
+    Job processes run foreign code on foreign input, so they get no access to the store: they put files into an inbox of
+    their attempt, as into a `DirectoryStore` that need not be durable, and the worker moves them into the store.
     """
 
     def check(self) -> None:
-        """Write and remove something the way a job's process does. Blocks.
+        """Write and remove something the way `take_over` does. Blocks.
 
         Raises:
             OSError: that failed.
         """
 
-    def inbox(self, directory: Path) -> Path:
-        """Return where a job's process puts files, as into a `DirectoryStore`.
-
-        `directory` is a place for this alone, which is not there yet and is removed after the attempt.
-        """
-
     async def take_over(self, inbox: Path, sha256: str) -> None:
-        """Make durable what a job's process has put into the inbox. Only then an event may name it.
+        """Make durable what a job has put into its inbox. Only then an event may name it.
 
         Raises:
-            FileLost: there is no such file, or it has another digest.
-            LedgerUnavailable: the store cannot be reached.
+            FileLost: there is no such file in the inbox, or it has another digest.
+            LedgerUnavailable: the store cannot be reached or written to. May be tried again.
         """
 
     @property
@@ -125,9 +122,11 @@ class DirectoryStore:
     not `async` here blocks: call it from a thread when an event loop is waiting.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, durable: bool = True) -> None:
+        """`durable`: whether a file survives a power cut once it has its name. An inbox needs no such promise."""
         self.root = root
         self.checks = FileChecks()
+        self._durable = durable
 
     def prepare(self) -> None:
         """Create the directory, for this user alone.
@@ -155,12 +154,43 @@ class DirectoryStore:
             file.flush()
             os.fsync(file.fileno())
 
-    def inbox(self, directory: Path) -> Path:
-        """Job processes write into the store itself."""
-        return self.root
-
     async def take_over(self, inbox: Path, sha256: str) -> None:
-        """Nothing is left to do: what has a name in the inbox, which is the store, is on disk."""
+        """Copy a file from an inbox into the store and remove it there.
+
+        It is copied even within one file system: the job that wrote it may still have it open, and could change the
+        content after its digest was checked.
+
+        Raises:
+            FileLost: there is no such file in the inbox, or it has another digest.
+            LedgerUnavailable: the store cannot be written to.
+        """
+        await asyncio.get_running_loop().run_in_executor(_threads, self._take_over, inbox, sha256)
+
+    def _take_over(self, inbox: Path, sha256: str) -> None:
+        source, target = DirectoryStore(inbox).path(sha256), self.path(sha256)
+        with _opened_regular(source) as file:
+            try:
+                self._adopt(file, target)
+            except OSError as error:
+                where = error.filename or self.root
+                raise LedgerUnavailable(f"results.store: cannot write to {where}: {error.strerror}") from error
+        source.unlink(missing_ok=True)
+
+    def _adopt(self, file: BinaryIO, target: Path) -> None:
+        if _holds(target, target.name):
+            _sync_directory(target.parent)  # its writer may not have come so far yet
+            return
+        self._make_directory(target.parent)
+        with (
+            tempfile.NamedTemporaryFile(dir=self.root, delete=False) as copy,  # the root: see remove_orphans
+            _removed_in_the_end(Path(copy.name)) as copied,
+        ):
+            _copy_checked(file, copy, target.name)
+            copy.flush()
+            os.fsync(copy.fileno())
+            copied.chmod(FILE_MODE)
+            copied.replace(target)
+        _sync_directory(target.parent)
 
     async def remove_orphans(self) -> int:
         """Remove temporary files a day old. All are in the root directory, which has few other entries."""
@@ -180,6 +210,7 @@ class DirectoryStore:
 
     def put_bytes(self, content: bytes) -> Stored:
         """Store bytes."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (
             tempfile.NamedTemporaryFile(dir=self.root, delete=False) as file,
             _removed_in_the_end(Path(file.name)) as path,
@@ -190,20 +221,29 @@ class DirectoryStore:
 
     def put_file(self, path: Path) -> Stored:
         """Take a file over: it is moved into the store, or copied when it lies on another file system."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.seek(0, os.SEEK_END)
-            os.fsync(file.fileno())
+            if self._durable:
+                os.fsync(file.fileno())
         target = self.path(sha256)
         if not _holds(target, sha256):
-            if not target.parent.exists():
-                target.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-                _sync_directory(self.root)
+            self._make_directory(target.parent)
             _move(path, target)
-            _sync_directory(target.parent)
+            if self._durable:
+                _sync_directory(target.parent)
         if path.resolve() != target.resolve():
             path.unlink(missing_ok=True)
         return Stored(sha256, size)
+
+    def _make_directory(self, directory: Path) -> None:
+        if not directory.exists():
+            directory.mkdir(
+                mode=DIRECTORY_MODE, exist_ok=True
+            )  # not its parents: a store that has gone is waited for, not made anew
+            if self._durable:
+                _sync_directory(directory.parent)
 
     def path(self, sha256: str) -> Path:
         """Return where a file lies or would lie."""
@@ -335,6 +375,34 @@ def _holds(target: Path, sha256: str) -> bool:
         return False
     with target.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+@contextmanager
+def _opened_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open what should be a file in an inbox. A link or a pipe that a job has put there is followed nowhere.
+
+    Raises:
+        FileLost: it is no file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise FileLost(f"{path} cannot be opened: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileLost(f"{path} is no file")
+        yield file
+
+
+def _copy_checked(source: BinaryIO, target: IO[bytes], sha256: str) -> None:
+    """Copy a file; raise FileLost if it has another digest. One that grows meanwhile is read no further."""
+    digest, left = hashlib.sha256(), os.fstat(source.fileno()).st_size
+    while left > 0 and (piece := source.read(min(1 << 20, left))):
+        digest.update(piece)
+        target.write(piece)
+        left -= len(piece)
+    if digest.hexdigest() != sha256:
+        raise FileLost(f"The file {sha256} has another content than its name says")
 
 
 def _move(path: Path, target: Path) -> None:

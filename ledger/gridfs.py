@@ -65,11 +65,6 @@ class GridFSStore:
     def check(self) -> None:
         """Nothing on this machine is needed but the scratch directory."""
 
-    def inbox(self, directory: Path) -> Path:
-        """Job processes write into a directory of their own machine, from where the worker fetches it."""
-        directory.mkdir(mode=0o700)
-        return directory
-
     async def take_over(self, inbox: Path, sha256: str) -> None:
         """Upload a file and remove it from the inbox.
 
@@ -80,7 +75,7 @@ class GridFSStore:
         path = DirectoryStore(inbox).path(sha256)
         if not await self._is_stored(sha256):
             try:
-                descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_NOFOLLOW)
+                descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError as error:
                 raise FileLost(f"{path} cannot be opened: {error.strerror}") from error
             with os.fdopen(descriptor, "rb") as file:

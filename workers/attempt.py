@@ -1,29 +1,47 @@
-"""workers: one attempt at a job, as its processor sees it. Runs in the child process, or inline in the worker.
+"""workers: one attempt at a job, as its processor sees it. Runs in a job process, or inline in the worker.
 
-Everything the processor says becomes a message (plain JSON) for `execution.py`, which alone writes to the log.
+Everything the processor reports becomes a message (`messages.py`) for `execution.py`, which alone writes to the log.
+Methods of the job may be called at the same time from any number of tasks, and from the event loops of other threads.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import operator
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from ledger.chain import digest
-from ledger.files import DirectoryStore
+from ledger.files import DirectoryStore, Stored
 from workers.confinement import Confinement
+from workers.conversion import InvalidResult, to_json, to_text, type_name, validation_problems
+from workers.messages import Done, Failed, Log, Message, Progress, Saved, Seek, Step
 from workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 from workers.result_paths import normal_path
 
-Message = dict[str, Any]
+T = TypeVar("T")
 Send = Callable[[Message], Awaitable[Any]]
-"""Sends a message to the worker. `seek` is answered with a shared step or None, `saved` with the path of the file."""
+"""Sends a message to the worker and returns the answer, if the message has one. Raises ProcessorError if refused."""
+MAX_WARNINGS: Final = 200
+_LEVELS: Final = frozenset(get_args(LogLevel))
+_SYSTEM_ERRORS: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+)
+_MAX_ERRORS: Final = 10  # of an exception group, that are named
+# Not the event loop's own threads: a processor may occupy all of those.
+_file_threads = ThreadPoolExecutor(8, thread_name_prefix="save")
 
 
 class Assignment(BaseModel):
@@ -38,7 +56,7 @@ class Assignment(BaseModel):
     seek: bool = False
     """Whether finished steps of other jobs may be asked for."""
     inbox: Path
-    """Where saved files go, by digest; the worker sees to the rest."""
+    """Where saved files go, by digest; the worker moves them into the result store."""
     scratch: Path
     confinement: Confinement = Confinement()
 
@@ -54,47 +72,135 @@ class FinishedStep(BaseModel):
 Assignment.model_rebuild()
 
 
-async def run(assignment: Assignment, processor: type[Processor], send: Send, stopping: threading.Event) -> None:
-    """Do the job and send `done` or `failed` as the last message. Never raises for what the processor does wrong.
+async def run(
+    assignment: Assignment, processor: type[Processor], send: Send, stopping: threading.Event
+) -> Done | Failed:
+    """Do the job and return its last message. Raises nothing, whatever the processor raises.
 
     Once `stopping` is set the job tells its processor that it is to stop.
     """
     begun = time.monotonic()
+    job: _Job | None = None
     try:
         job = _Job(assignment, processor.Parameters.model_validate(assignment.parameters), send, stopping)
-        results = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
-    except ProcessorError as error:
-        await send(
-            {
-                "is": "failed",
-                "code": error.code,
-                "message": error.message,
-                "details": error.details,
-                "transient": error.transient,
-            }
-        )
-    except MemoryError:
+        results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
+        return job.done(results, time.monotonic() - begun)
+    except BaseException as error:  # noqa: BLE001 - a processor is foreign code: what it raises fails the job, not us
+        return failure_of(error)
+    finally:
+        if job is not None:
+            job.close()
+
+
+# What an exception says -------------------------------------------------------------------------------------------
+
+
+def failure_of(error: BaseException) -> Failed:
+    """Return how an exception ends an attempt. Of an exception group, the error that says most decides.
+
+    Nothing that a foreign exception class does, such as a `__str__` that raises, gets out of here.
+    """
+    leaves = list(_leaves(error, 0))
+    told = [leaf for leaf in leaves if isinstance(leaf, ProcessorError)]
+    memory = [leaf for leaf in leaves if isinstance(leaf, MemoryError)]
+    faults = [leaf for leaf in leaves if not isinstance(leaf, ProcessorError | MemoryError | asyncio.CancelledError)]
+    more: dict[str, JSON] = {}
+    if len(leaves) > 1:
+        more["errors"] = [f"{type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
+    number = _system_error(error, leaves)
+    if memory:
         message = "The job needed more memory than event_worker.memory_limit_mb allows."
-        await send({"is": "failed", "code": "OUT_OF_MEMORY", "message": message, "details": {}, "transient": False})
-    except Exception as error:  # noqa: BLE001 - a processor is foreign code: whatever it raises fails the job, not us
-        await send(_crashed(error))
+        return Failed("OUT_OF_MEMORY", message, details=more)
+    if told and not faults:
+        lasting = [leaf for leaf in told if not _attribute(leaf, "transient", bool)]
+        return _told((lasting or told)[0], more, number)
+    first = (faults or leaves)[0]
+    if isinstance(first, ValidationError) and first.title in ("Results", "SavedFile"):
+        root = "results" if first.title == "Results" else "saved file"
+        return Failed("INVALID_RESULT", to_text(f"The results are invalid: {validation_problems(first, root)}"))
+    details: dict[str, JSON] = {"exception": type_name(first), "at": _place(first), **more}
+    message = f"The processor failed unexpectedly: {type_name(first)}: {to_text(first)}"
+    return Failed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
+
+
+def _leaves(error: BaseException, depth: int) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup) and depth < 20:
+        for inner in BaseExceptionGroup.exceptions.__get__(error):  # whatever a subclass has in its place
+            yield from _leaves(inner, depth + 1)
     else:
-        await send(job.done(results, time.monotonic() - begun))
+        yield error
 
 
-def _crashed(error: Exception) -> Message:
-    """A fault in the processor: where it happened helps whoever mends it, and is no secret to the job's owner."""
+def _told(error: ProcessorError, more: dict[str, JSON], number: int | None) -> Failed:
+    details = _attribute(error, "details", dict)
+    return Failed(
+        to_text(_attribute(error, "code", str) or "PROCESSOR_ERROR", 100),
+        to_text(_attribute(error, "message", str) or error),
+        transient=_attribute(error, "transient", bool),
+        details={**_details(details), **more},
+        errno=number,
+    )
+
+
+def _attribute(error: object, name: str, kind: type[T]) -> T:
+    """Return an attribute of a foreign exception as it should be, or an empty value."""
+    try:
+        value = getattr(error, name)
+        if isinstance(value, kind):
+            return value
+        return kind() if value is None else kind(value)  # type: ignore[call-arg]
+    except BaseException:  # noqa: BLE001 - a class of its own may have no such attribute, or one that raises
+        return kind()
+
+
+def _details(details: Mapping[Any, Any]) -> dict[str, JSON]:
+    """Convert an error's details one by one: one that cannot be stored must not hide the error itself."""
+    converted: dict[str, JSON] = {}
+    for key, value in list(details.items())[:100]:
+        try:
+            converted.update(to_json({key: value}, "details"))
+            if len(str(value)) > 100_000:
+                raise InvalidResult("details", "it is too large", "Shorten it.")
+        except BaseException as problem:  # noqa: BLE001 - foreign values may raise anything
+            converted[to_text(key, 100).lstrip("$").replace("\0", "")] = f"<not stored: {to_text(problem, 500)}>"
+    return converted
+
+
+def _place(error: BaseException) -> str:
+    """Return where an exception was raised: that helps whoever fixes it, and is no secret to the job's owner."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "unknown"
-    return {
-        "is": "failed",
-        "code": "PROCESSOR_FAULT",
-        "message": f"The processor failed unexpectedly: {type(error).__name__}: {error}",
-        "details": {"exception": type(error).__name__, "at": where},
-        "transient": False,
-    }
+    return f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "unknown"
+
+
+def _system_error(error: BaseException, leaves: list[BaseException]) -> int | None:
+    """Return the number of a system error behind an exception that may be the machine's fault."""
+    for leaf in [error, *leaves]:
+        current: BaseException | None = leaf
+        for _ in range(20):
+            if current is None:
+                break
+            if isinstance(current, OSError) and current.errno in _SYSTEM_ERRORS:
+                return current.errno
+            current = current.__cause__ or current.__context__
+    return None
+
+
+# The job ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Scope:
+    """What is said and spent while a step runs, also in the tasks and threads that it starts."""
+
+    step: str
+    parent: _Scope | None
+    warnings: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("step", default=None)
 
 
 class _Job:
@@ -107,12 +213,17 @@ class _Job:
         self.parameters = parameters
         self._finished = assignment.steps
         self._seek = assignment.seek
-        self._inbox = DirectoryStore(assignment.inbox)
+        self._inbox = DirectoryStore(assignment.inbox, durable=False)
         self._send = send
         self._step = "starting"
+        self._percent = 0.0
         self._warnings: list[str] = []
+        self._warnings_left_out = 0
         self._tokens = 0
+        self._counting = threading.Lock()
         self._stopping = stopping
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
 
     @property
     def cancelled(self) -> bool:
@@ -131,66 +242,128 @@ class _Job:
         *,
         share: timedelta | None = None,
     ) -> JSON:
+        name = to_text(name, 200)
         self._step = name
-        key = digest({"step": name, "inputs": dict(inputs)})
+        key = digest({"step": name, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
         if (known := self._finished.get(key)) is not None:
-            self._warnings += known.warnings
-            self._tokens += known.tokens_used
+            for warning in known.warnings:
+                self._note(warning)
+            self.spent(known.tokens_used)
             await self.log("info", f"Step {name} was finished by an earlier attempt and is not repeated.")
             return known.output
-        begun, warned, spent = time.monotonic(), len(self._warnings), self._tokens
+        begun, scope = time.monotonic(), _Scope(name, _scope.get())
         found = None
         if share is not None and self._seek:
-            found = await self._send({"is": "seek", "key": key, "max_age_s": share.total_seconds()})
+            found = await self._say(Seek(key, share.total_seconds()))
         if found is not None:
             await self.log("info", f"Step {name} was finished by {found['job_id']} and is not repeated.")
-        output = await function() if found is None else found["output"]
-        await self._send(
-            {
-                "is": "step",
-                "step": name,
-                "key": key,
-                "output": output,
-                "duration_s": round(time.monotonic() - begun, 3),
-                "tokens_used": self._tokens - spent,
-                "warnings": self._warnings[warned:],
-                "reused_from": found and found["job_id"],
-                "share": share is not None,
-            }
+            output = found["output"]
+        else:
+            with _entered(scope):
+                output = to_json(await function(), f'step "{name}" output')
+        await self._say(
+            Step(
+                step=name,
+                key=key,
+                output=output,
+                duration_s=round(time.monotonic() - begun, 3),
+                tokens_used=scope.tokens,
+                warnings=scope.warnings,
+                reused_from=found and found["job_id"],
+                share=share is not None,
+            )
         )
         return output
 
     async def progress(self, percent: float, message: str) -> None:
-        await self._send(
-            {
-                "is": "progress",
-                "step": self._step,
-                "percent": round(min(max(percent, 0.0), 100.0), 1),
-                "message": message,
-            }
-        )
+        scope = _scope.get()
+        await self._say(Progress(scope.step if scope else self._step, self._valid(percent), to_text(message, 1000)))
+
+    def _valid(self, percent: float) -> float:
+        try:
+            clipped = min(max(float(percent), 0.0), 100.0)
+        except (TypeError, ValueError, OverflowError):
+            return self._percent
+        if clipped == clipped:  # it is not NaN
+            self._percent = round(clipped, 1)
+        return self._percent
 
     async def log(self, level: LogLevel, message: str) -> None:
-        await self._send({"is": "log", "at": datetime.now(UTC).isoformat(), "level": level, "message": message})
+        await self._say(Log([(time.time(), level if level in _LEVELS else "info", to_text(message))]))
 
     async def warn(self, message: str) -> None:
-        self._warnings.append(message)
-        await self.log("warning", message)
+        text = to_text(message, 2000)
+        self._note(text)
+        await self.log("warning", text)
+
+    def _note(self, warning: str) -> None:
+        scope = _scope.get()
+        with self._counting:
+            if len(self._warnings) < MAX_WARNINGS:
+                self._warnings.append(warning)
+            else:
+                self._warnings_left_out += 1
+            while scope is not None:
+                if len(scope.warnings) < MAX_WARNINGS:
+                    scope.warnings.append(warning)
+                scope = scope.parent
 
     def spent(self, tokens: int) -> None:
-        self._tokens += tokens
+        tokens = operator.index(tokens)  # raises TypeError for what is no whole number
+        scope = _scope.get()
+        with self._counting:
+            self._tokens += tokens
+            while scope is not None:
+                scope.tokens += tokens
+                scope = scope.parent
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
-        put = self._inbox.put_bytes if isinstance(content, bytes) else self._inbox.put_file
-        path = normal_path(path)
-        stored = await asyncio.to_thread(put, content)  # type: ignore[arg-type]  # the type was just asked for
-        path = await self._send({"is": "saved", "sha256": stored.sha256, "path": path})
+        path, media_type = normal_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")
+        put = _putting(self._inbox, content)
+        stored = await asyncio.get_running_loop().run_in_executor(_file_threads, put)
+        path = await self._say(Saved(stored.sha256, path))
         return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
 
-    def done(self, results: Results, seconds: float) -> Message:
-        return {
-            "is": "done",
-            "results": {**results.model_dump(), "tokens_used": results.tokens_used + self._tokens},
-            "warnings": self._warnings,
-            "duration_s": round(seconds, 3),
-        }
+    def done(self, results: object, seconds: float) -> Done:
+        if not isinstance(results, Results):
+            problem = f"the processor returned a {type_name(results)}"
+            raise InvalidResult("The result", problem, "Return workers.processor.Results.")
+        data = {name: to_json(getattr(results, name), f"results.{name}") for name in Results.model_fields}
+        tokens = to_json(results.tokens_used + self._tokens, "results.tokens_used")
+        warnings = list(self._warnings)
+        if self._warnings_left_out:
+            warnings.append(f"{self._warnings_left_out} more warnings were left out.")
+        return Done({**data, "tokens_used": tokens}, warnings, round(seconds, 3))
+
+    def close(self) -> None:
+        """Accept nothing more: tasks that the processor has left behind must not speak for an attempt that is over."""
+        self._closed = True
+
+    async def _say(self, message: Message) -> Any:
+        if self._closed:
+            raise RuntimeError("the attempt has ended: a job accepts nothing after run() has returned")
+        if asyncio.get_running_loop() is self._loop:
+            return await self._send(message)
+        # From another thread's event loop. What the job sends with belongs to its own.
+        sending: Coroutine[Any, Any, Any] = self._awaited(message)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sending, self._loop))
+
+    async def _awaited(self, message: Message) -> Any:
+        return await self._send(message)
+
+
+def _putting(inbox: DirectoryStore, content: object) -> Callable[[], Stored]:
+    if isinstance(content, Path):
+        return partial(inbox.put_file, content)
+    if isinstance(content, bytes | bytearray | memoryview):
+        return partial(inbox.put_bytes, bytes(content))
+    raise TypeError(f"save() takes bytes or a Path as content, not a {type_name(content)}")
+
+
+@contextmanager
+def _entered(scope: _Scope) -> Iterator[None]:
+    token = _scope.set(scope)
+    try:
+        yield
+    finally:
+        _scope.reset(token)

@@ -1,46 +1,50 @@
-"""workers: the child process in which a processor runs, so that a crash, a leak or a hang is contained.
+"""workers: the job process, in which a processor runs, so that a crash, a leak or a hang is contained.
 
-Forked from a small server process that has the processors loaded, so it starts in milliseconds. It talks with its
-worker over one pipe, in JSON (never pickle: a child that hostile input has taken over must not be able to run code in
-the worker), and dies when the pipe closes, that is, when the worker dies.
+Forked from its supervisor (`supervisor.py`), which has the processors loaded, so it starts in milliseconds. It reads
+its assignment from a socket, and sends messages (`messages.py`) through it. One thread writes to the socket and one
+reads from it, so a processor that blocks the event loop stops neither in the middle of a message.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import itertools
 import os
 import resource
-import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections import deque
 from typing import Any, Final
 
 import orjson
 
-from workers.attempt import Assignment, Message, run
+from workers.attempt import Assignment, run
 from workers.confinement import confine, paths_in
+from workers.containment import Containment
+from workers.messages import HEADER, FromJob, Line, Log, Message, Progress, encode
+from workers.processor import ProcessorError
 from workers.registry import find_processor
 
-STOP: Final = b"stop"
-"""What the worker says, not in JSON, when the job is to end."""
+_LINES_AT_ONCE: Final = 500
+_WAITING: Final = 100  # messages (of many log lines each) that wait to be sent before the job has to wait
 
 
-def main(pipe: Connection, memory_limit_mb: int) -> None:
-    """Do the one assignment that comes through the pipe."""
-    os.setpgid(0, 0)  # programs that the processor starts are of our group, and end with us
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Who stops a service tells all its processes, but that is for the worker, which lets us finish or kills us.
-        # A handler rather than SIG_IGN, which programs that a processor starts would inherit.
-        signal.signal(number, lambda *_: None)
+def main(connection: socket.socket, memory_limit_mb: int) -> None:
+    """Do the one assignment that comes through the connection. Does not return, unless the worker is gone."""
     limit = memory_limit_mb * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    try:
-        assignment = Assignment.model_validate_json(pipe.recv_bytes())
-    except EOFError:  # the worker has died before it could tell
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # thousands of crashes must not fill the disk
+    faulthandler.enable()  # a crash in a library written in C says where; the supervisor keeps the end of our output
+    # A program that the processor forks must not speak for the job.
+    os.register_at_fork(after_in_child=connection.close)
+    text = _receive(connection)
+    if text is None:  # the worker has died before it could send the assignment
         return
+    assignment = Assignment.model_validate_json(text)
     _confine(assignment)
-    asyncio.run(_work(pipe, assignment))
+    asyncio.run(_work(connection, assignment))
 
 
 def _confine(assignment: Assignment) -> None:
@@ -55,30 +59,144 @@ def _confine(assignment: Assignment) -> None:
     )
 
 
-async def _work(pipe: Connection, assignment: Assignment) -> None:
-    stopping = threading.Event()
-    answers: asyncio.Queue[Any] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def answered(answer: Any) -> None:
-        loop.call_soon_threadsafe(answers.put_nowait, answer)
-
-    threading.Thread(target=_obey, args=(pipe, stopping, answered), daemon=True).start()
-
-    async def send(message: Message) -> Any:
-        await asyncio.to_thread(pipe.send_bytes, orjson.dumps(message))
-        return await answers.get() if message["is"] in ("seek", "saved") else None
-
-    await run(assignment, find_processor(assignment.job_type), send, stopping)
+async def _work(connection: socket.socket, assignment: Assignment) -> None:
+    link = _Link(connection)
+    link.start()
+    containment = Containment()
+    working = containment.start(
+        run(assignment, find_processor(assignment.job_type), link.send, link.stopping), f"run-{assignment.job_id}"
+    )
+    await asyncio.wait({working})
+    link.finish(working.result())
+    end()
 
 
-def _obey(pipe: Connection, stopping: threading.Event, answered: Callable[[Any], None]) -> None:
-    """The worker says that we are to stop, or answers what we have asked. When reading ends, the worker is gone."""
-    try:
-        while True:
-            if (said := pipe.recv_bytes()) == STOP:
-                stopping.set()
+class _Link:
+    """The connection to the worker, for the job's event loop."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.stopping = threading.Event()
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._ids = itertools.count(1)
+        self._waiting: deque[bytes | list[Line] | Progress] = deque()
+        self._changed = threading.Condition()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._finished = False
+        self._writer = threading.Thread(target=self._write, name="link-write", daemon=True)
+
+    def start(self) -> None:
+        self._writer.start()
+        threading.Thread(target=self._read, name="link-read", daemon=True).start()
+
+    async def send(self, message: Message) -> Any:
+        """Send a message; return the answer, if it has one."""
+        await self._room.wait()
+        if isinstance(message, Log | Progress):
+            self._put(message)
+            return None
+        number, answer = next(self._ids), self._loop.create_future()
+        self._answers[number] = answer
+        try:
+            self._put(encode(FromJob(number, message)))
+            return await answer
+        finally:
+            self._answers.pop(number, None)
+
+    def finish(self, message: Message) -> None:
+        """Send the last message, and return when all are sent."""
+        self._put(encode(FromJob(0, message)))
+        with self._changed:
+            self._finished = True
+            self._changed.notify()
+        self._writer.join()
+
+    def _put(self, what: bytes | Log | Progress) -> None:
+        with self._changed:
+            last = self._waiting[-1] if self._waiting else None
+            if isinstance(what, Log):
+                if isinstance(last, list) and len(last) < _LINES_AT_ONCE:
+                    last.extend(what.lines)
+                else:
+                    self._waiting.append(list(what.lines))
+            elif isinstance(what, Progress) and isinstance(last, Progress):
+                self._waiting[-1] = what
             else:
-                answered(orjson.loads(said))
-    except (EOFError, OSError):
-        os.killpg(0, signal.SIGKILL)
+                self._waiting.append(what)
+            if len(self._waiting) > _WAITING:
+                self._room.clear()
+            self._changed.notify()
+
+    def _write(self) -> None:
+        """Send what waits. The only thread that writes to the connection, so no two messages are mixed."""
+        try:
+            while (what := self._next()) is not None:
+                if isinstance(what, list):
+                    what = encode(FromJob(0, Log(what)))
+                elif isinstance(what, Progress):
+                    what = encode(FromJob(0, what))
+                self._connection.sendall(what)
+        except OSError:
+            os._exit(1)  # the worker is gone, and the supervisor ends what is left
+
+    def _next(self) -> bytes | list[Line] | Progress | None:
+        with self._changed:
+            while not self._waiting:
+                if self._finished:
+                    return None
+                self._changed.wait()
+            what = self._waiting.popleft()
+            if not self._room.is_set() and len(self._waiting) <= _WAITING // 2:
+                self._loop.call_soon_threadsafe(self._room.set)
+            return what
+
+    def _read(self) -> None:
+        """Take the worker's answers, and its word that the job is to stop."""
+        while (text := _receive(self._connection)) is not None:
+            content = orjson.loads(text)
+            if "stop" in content:
+                self.stopping.set()
+            else:
+                self._loop.call_soon_threadsafe(self._take, content)
+        os._exit(1)  # the worker is gone
+
+    def _take(self, content: dict[str, Any]) -> None:
+        answer = self._answers.get(content["id"])
+        if answer is None or answer.done():  # the task that asked was cancelled
+            return
+        if "error" in content:
+            answer.set_exception(ProcessorError(**content["error"]))
+        else:
+            answer.set_result(content["value"])
+
+
+def _receive(connection: socket.socket) -> bytes | None:
+    """Return the content of the next frame; None when the worker is gone. Blocks."""
+    header = _receive_exactly(connection, HEADER.size)
+    return _receive_exactly(connection, HEADER.unpack(header)[0]) if header is not None else None
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
+    received = bytearray(size)
+    view, filled = memoryview(received), 0
+    while filled < size:
+        try:
+            count = connection.recv_into(view[filled:])
+        except OSError:
+            return None
+        if not count:
+            return None
+        filled += count
+    return bytes(received)
+
+
+def end() -> None:
+    """End the process without waiting for threads or finalizers that the processor has left behind."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # noqa: BLE001, S112 - a processor may have replaced or closed it
+            continue
+    os._exit(0)

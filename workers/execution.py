@@ -1,66 +1,63 @@
-"""workers: run one claimed job and tell the log what becomes of it.
+"""workers: run one claimed job, and record in the event log how its attempt ends.
 
-A pipeline of few steps: assign, run (child process or inline), take messages, record the end. Progress and log lines
-are gathered for a moment, so that many of them become few events; nothing is held back for longer than a second.
+An attempt has three phases: prepare (trouble here is the machine's), work (the processor runs, in a job process or
+inline, and its messages are handled), and record. The work can be stopped at any time: by cancellation, the time limit,
+shutdown or a lost lease. What the work came to is recorded afterwards, by a task that nothing in it can disturb.
 """
 
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import random
 import shutil
-import signal
-import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
-import orjson
 import structlog
+from pydantic import ValidationError
 
-from ledger.commands import (
-    CompleteJob,
-    ConfirmCancel,
-    FailAttempt,
-    FinishStep,
-    ReleaseJob,
-    ReportProgress,
-    WorkerCommand,
-    WriteLog,
-)
-from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, NotFound
-from ledger.events import Asset, Failure, JobResults, LogLine, Meta, ResultFile, ResultMetadata, WorkerFenced
+from ledger.commands import CompleteJob, ConfirmCancel, FailAttempt, FinishStep, ReleaseJob
+from ledger.errors import FileLost, LedgerUnavailable, UnreadableEvent
+from ledger.events import Asset, Failure, JobResults, ResultFile, ResultMetadata
 from ledger.files import FileStore
-from ledger.handle import Handled, Known, handle, outcome
+from ledger.handle import Known
 from ledger.job import MAX_MACHINE_TROUBLES, Job
 from ledger.log import EventLog
-from workers import child
-from workers.attempt import Assignment, FinishedStep, Message, run
-from workers.confinement import Confinement, minimal_environment
+from workers import job_process
+from workers.attempt import Assignment, FinishedStep, run
+from workers.confinement import Confinement
 from workers.confinement import check as check_confinement
-from workers.health import MachineTrouble, WorkerHealth, machine_trouble
+from workers.containment import Containment, outside
+from workers.conversion import to_text, validation_problems
+from workers.health import MachineTrouble, WorkerHealth, check_descriptors, check_memory, machine_trouble
+from workers.job_process import JobProcess, NotStarted, ProcessFailed
+from workers.messages import Done, Failed, FromJob, Log, Message, Progress, Saved, Seek, Step
 from workers.path_reservations import PathReservations
 from workers.processor import ProcessorError, Results, SavedFile
+from workers.recorder import Fenced, Recorder, Refused
 from workers.registry import find_processor, processor_version
 from workers.scratch import Scratch
 from workers.shared_steps import SharedSteps
+from workers.time_limit import TimeLimit
 
 _log = structlog.get_logger()
-GATHER_SECONDS: Final = 0.5
-STOP_SECONDS: Final = 1.0  # a child that is to stop may do so itself within this time
-_CHECK_SECONDS: Final = 20.0
-LARGEST_OUTPUT: Final = 64 * 1024 * 1024  # what a child may say in one message
+STOP_SECONDS: Final = 1.0
+"""How long an inline job that is to stop may take to do so itself."""
+_MAX_REQUESTS: Final = 100  # of a job process, that are handled at the same time
+_STORE_PAUSES: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries to write to the result store
+# Not the event loop's own threads: jobs that run inline may occupy all of those.
+_threads = ThreadPoolExecutor(4, thread_name_prefix="execution")
 _FILES_URL: Final = "/api/events/files/"
-_context = multiprocessing.get_context("forkserver")
+Reason = Literal["cancel", "timeout", "release", "abandon"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,39 +72,25 @@ class Settings:
     confinement: Confinement = field(default_factory=Confinement)
 
 
-class Fenced(BaseException):  # a state of affairs, no error, and nothing that an inline processor may catch
-    """The attempt is over: somebody else has the job, or it is gone. Whatever we would still say is refused."""
-
-
 def prepare_children(settings: Settings) -> None:
-    """Name what the server process that children are forked from loads beforehand. Call once, before the first job.
+    """Check that job processes can be run as the settings say. Call once, before the first job.
 
     Raises:
-        ConfigurationError: children must be confined, and the system does not allow it.
+        ConfigurationError: they must be confined, and the system does not allow it.
     """
     check_confinement(settings.confinement.mode)
-    _context.set_forkserver_preload(["workers.child", "workers.preload"])
-    # Else every child would load the program that we were started with, a second each; this is where it would find it.
-    main = sys.modules["__main__"]
-    main.__spec__ = None
-    vars(main).pop("__file__", None)
 
 
 def check_processes() -> None:
-    """Start a process the way jobs do, and end it. Blocks.
+    """Start a program, and wait for its end. Blocks.
 
     Raises:
         MachineTrouble: that failed.
     """
-    process = _context.Process(target=os.getpid, daemon=True)
     try:
-        process.start()
-        process.join(_CHECK_SECONDS)
-    except (OSError, EOFError) as error:
+        job_process.check_processes()
+    except Exception as error:
         raise machine_trouble(error) or MachineTrouble(f"No process can be started: {error!r}") from error
-    if process.exitcode != 0:
-        process.kill()
-        raise MachineTrouble(f"A process that was started as a check did not end within {_CHECK_SECONDS:.0f} s")
 
 
 class Execution:
@@ -130,24 +113,27 @@ class Execution:
         self.job_id = job_id
         self._job = known.state
         self._attempt = known.state.attempt
-        self._known = known
-        self._log = log
         self._worker_id = worker_id
         self._settings = settings
         self._steps = steps
         self._scratch = scratch
         self._health = health
-        self._meta = Meta(f"worker:{worker_id}")
-        self._writing = asyncio.Lock()
-        self._flushing = asyncio.Lock()
-        self._progress: ReportProgress | None = None
-        self._lines: list[LogLine] = []
-        self._flusher: asyncio.Task[None] | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._inbox = Path()
-        self._stopped_for: str | None = None
         self._paths = paths
         self._reserved: set[str] = set()
+        self._recorder = Recorder(
+            log,
+            known,
+            job_id=job_id,
+            worker_id=worker_id,
+            attempt=known.state.attempt,
+            on_fenced=self.abandon,
+        )
+        self._working: asyncio.Task[Done | Failed | MachineTrouble] | None = None
+        self._recording: asyncio.Task[None] | None = None
+        self._inbox = Path()
+        self._stopped_for: Reason | None = None
+        self._limit: TimeLimit | None = None
+        self._contained: Containment | None = None
 
     @property
     def job_type(self) -> str:
@@ -156,7 +142,7 @@ class Execution:
     # Stopping it from outside -------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Stop because somebody asked for the job to be cancelled."""
+        """Stop because a user cancels the job."""
         self._stop("cancel")
 
     def release(self) -> None:
@@ -164,75 +150,111 @@ class Execution:
         self._stop("release")
 
     def abandon(self) -> None:
-        """Stop and say nothing: the lease is lost, so the job is another's."""
+        """Stop and record nothing: the lease is lost, so the job is another worker's."""
+        self._recorder.abandoned = True
         self._stop("abandon")
+        if self._recording is not None:
+            self._recording.cancel()
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: Reason) -> None:
         if self._stopped_for is None or reason == "abandon":
             self._stopped_for = reason
-            if self._task is not None:
-                self._task.cancel()
+            if self._working is not None:
+                self._interrupt(self._working)
+
+    def _interrupt(self, working: asyncio.Task[Any]) -> None:
+        """Cancel the work. Inline work that ignores that is abandoned: it must not keep its slot.
+
+        A job process ends in any case, and `_run_process` waits for that.
+        """
+        working.cancel()
+        if self._contained is not None:
+            asyncio.get_running_loop().call_later(STOP_SECONDS, self._contained.abandon)
 
     # Running ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run the job to its end and record that. Raises nothing but LedgerUnavailable and faults of ours."""
-        self._task = asyncio.create_task(self._run(), name=f"run-{self.job_id}")
-        if self._stopped_for is not None:
-            self._task.cancel()
+        """Run the job to its end and record that. Raises only UnreadableEvent."""
         try:
-            await asyncio.wait({self._task})
-            if self._stopped_for is None or not self._task.cancelled():
-                self._task.result()
-            elif self._stopped_for == "cancel":
-                await self._flush()
-                await self._say(ConfirmCancel(self._worker_id, self._attempt))
-            elif self._stopped_for == "release":
-                await self._flush()
-                await self._say(ReleaseJob(self._worker_id, self._attempt, "the worker shuts down"))
+            ending = await self._attempt_to_work()
+            if self._stopped_for == "abandon":
+                return
+            self._recording = asyncio.create_task(self._record_in_any_case(ending), name=f"record-{self.job_id}")
+            await asyncio.wait({self._recording})
+            if not self._recording.cancelled():
+                self._recording.result()
         except Fenced:
             _log.warning("fenced: this attempt is over", job_id=self.job_id, attempt=self._attempt)
         finally:
-            if self._flusher is not None:
-                self._flusher.cancel()
-            self._task.cancel()
+            if self._recording is not None:
+                self._recording.cancel()
+            self._recorder.close()
 
-    async def _run(self) -> None:
-        scratch = saved = None
+    async def _attempt_to_work(self) -> Done | Failed | MachineTrouble | None:
+        """Do the work; return what it came to, or None if it was stopped. An exception would leave the job hanging."""
+        scratch: Path | None = None
         try:
-            scratch = self._scratch.for_attempt(self.job_id, self._attempt)
-            saved = scratch.with_suffix(".saved")
-            async with asyncio.timeout(self._job.asked.timeout_s):
-                self._inbox = self._settings.store.inbox(saved)
-                await self._run_in(scratch)
-        except TimeoutError:
-            message = f"The job took longer than its time limit of {self._job.asked.timeout_s:g} seconds."
-            await self._fail(Failure(code="TIMEOUT", message=message), transient=True)
-        except Fenced:
-            raise
-        except ProcessorError as error:
-            await self._fail(Failure(code=error.code, message=error.message, details=error.details), transient=False)
-        except Exception as error:  # noqa: BLE001 - see below
-            if (trouble := machine_trouble(error, scratch=self._scratch.directory)) is not None:
-                await self._give_back(trouble)
-                return
-            # Whatever goes wrong here has to end the attempt: under a living lease the job would hang for ever.
-            _log.exception("fault while running a job", job_id=self.job_id)
-            message = f"The worker failed while running the job: {type(error).__name__}: {error}"
-            await self._fail(Failure(code="WORKER_FAULT", message=message), transient=True)
-        finally:
-            for place in (scratch, saved):
-                if place is not None and os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
-                    await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+            try:
+                scratch = self._scratch.for_attempt(self.job_id, self._attempt)
+                ending = await self._work(scratch)
+            finally:
+                await _remove(scratch)
+            if isinstance(ending, Failed) and ending.errno is not None:
+                return await self._machine_trouble_behind(ending) or ending
+        except Exception as error:  # noqa: BLE001 - under a living lease the job would hang for ever
+            return machine_trouble(error, scratch=self._scratch.directory) or self._fault(error)
+        else:
+            return ending
 
-    async def _run_in(self, scratch: Path) -> None:
-        processor = find_processor(self._job.asked.job_type)
-        assignment = Assignment(
+    def _fault(self, error: BaseException) -> Failed:
+        _log.error("fault while running a job", job_id=self.job_id, exc_info=error)
+        text = f"The worker failed while running the job: {type(error).__name__}: {to_text(error, 1000)}"
+        return Failed("WORKER_FAULT", text, transient=True)
+
+    async def _work(self, scratch: Path) -> Done | Failed | MachineTrouble | None:
+        self._inbox = scratch.with_suffix(".saved")
+        processor = find_processor(self.job_type)
+        assignment = self._assignment(scratch)
+        if processor.isolation == "inline":
+            self._contained = Containment()
+            sending = run(assignment, processor, self._take_inline, threading.Event())  # cancelling its task stops it
+            self._limit = TimeLimit(self._job.asked.timeout_s, self._time_is_up)
+            self._working = self._contained.start(sending, f"run-{self.job_id}")
+        else:
+            self._working = asyncio.create_task(self._run_process(assignment), name=f"run-{self.job_id}")
+        if self._stopped_for is not None:
+            self._interrupt(self._working)
+        try:
+            await asyncio.wait({self._working})
+            return self._ending(self._working)
+        finally:
+            if self._limit is not None:
+                self._limit.stop()
+            if self._contained is not None:
+                await self._contained.end(STOP_SECONDS)
+
+    def _time_is_up(self) -> None:
+        self._stop("timeout")
+
+    def _ending(self, working: asyncio.Task[Done | Failed | MachineTrouble]) -> Done | Failed | MachineTrouble | None:
+        if working.cancelled():
+            return None
+        if (error := working.exception()) is not None:
+            if isinstance(error, Fenced):
+                self.abandon()
+                return None
+            return machine_trouble(error, scratch=self._scratch.directory) or self._fault(error)
+        ending = working.result()
+        # Stopped work often ends with an error that comes of being stopped. A result counts all the same.
+        return ending if self._stopped_for is None or isinstance(ending, Done) else None
+
+    def _assignment(self, scratch: Path) -> Assignment:
+        return Assignment(
             job_id=self.job_id,
             attempt=self._attempt,
-            job_type=self._job.asked.job_type,
+            job_type=self.job_type,
             parameters=self._job.asked.parameters,
-            settings=dict(self._settings.processors.get(self._job.asked.job_type, {})),
+            settings=dict(self._settings.processors.get(self.job_type, {})),
             steps={
                 key: FinishedStep(output=step.output, tokens_used=step.tokens_used, warnings=step.warnings)
                 for key, step in self._job.steps.items()
@@ -242,108 +264,272 @@ class Execution:
             scratch=scratch,
             confinement=self._settings.confinement,
         )
-        if processor.isolation == "inline":
-            await run(assignment, processor, self._take, threading.Event())  # stopped by cancelling its task
-            return
-        await asyncio.to_thread(scratch.mkdir, mode=0o700)
-        async with _child(assignment, self._settings.memory_limit_mb) as (messages, process, answer):
-            async for message in messages:
-                taken = await self._take(message)
-                if message["is"] in ("seek", "saved"):
-                    await answer(taken)
-                if message["is"] in ("done", "failed"):
-                    return
-            await asyncio.to_thread(process.join, 5)
-            await self._fail(_why_it_died(process), transient=True)
 
-    # What the processor says --------------------------------------------------------------------------------------
+    async def _machine_trouble_behind(self, failed: Failed) -> MachineTrouble | None:
+        """Return the trouble of this machine that made a processor fail with a system error, if it is still there.
 
-    async def _take(self, message: Message) -> Any:
-        """Take what the processor says; return the answer to what it asks."""
-        match message["is"]:
-            case "seek":
-                return await self._step_of_another(message["key"], message["max_age_s"])
-            case "progress":
-                self._progress = ReportProgress(
-                    self._worker_id, self._attempt, message["step"], message["percent"], message["message"]
-                )
-                self._flush_soon()
-            case "log":
-                at = datetime.fromisoformat(message["at"])
-                self._lines.append(LogLine(timestamp=at, level=message["level"], message=message["message"]))
-                self._flush_soon()
-            case "saved":
-                return await self._take_over(message["sha256"], message["path"])
-            case "step":
-                await self._finish_step(message)
-            case "done":
-                await self._complete(message)
-            case "failed":
-                failure = Failure(code=message["code"], message=message["message"], details=message["details"])
-                await self._fail(failure, transient=message["transient"])
-            case other:
-                raise ValueError(f"a processor's job said {other!r}, which means nothing")
+        A job that has filled the disk itself has made room again: its scratch directory is removed by now.
+        """
+        for check in (self._scratch.check, check_descriptors, check_memory, check_processes):
+            try:
+                await _in_thread(check)
+            except Exception as error:  # noqa: BLE001 - whatever a check raises says that the machine is not fit
+                _log.warning("a job failed for trouble of the machine", job_id=self.job_id, error=failed.message)
+                return machine_trouble(error) or MachineTrouble(to_text(error, 500))
         return None
 
-    async def _take_over(self, sha256: str, path: str) -> str:
-        """Make a saved file durable and return the path that it gets. Events name the file only after this."""
-        while True:
-            try:
-                await self._settings.store.take_over(self._inbox, sha256)
-                break
-            except LedgerUnavailable as error:
-                _log.warning("a file is not stored yet", job_id=self.job_id, error=str(error))
-                await asyncio.sleep(1)
-        return await self._reserve(path)
+    # In a job process ---------------------------------------------------------------------------------------------
 
-    async def _reserve(self, path: str) -> str:
-        """Return the path that a file of this job gets, and try again while the database is away."""
-        while True:
-            try:
-                reserved = await self._paths.reserve(path, self.job_id)
-            except LedgerUnavailable as error:
-                _log.warning("a path is not reserved yet", job_id=self.job_id, error=str(error))
-                await asyncio.sleep(1)
-            else:
-                self._reserved.add(reserved)
-                return reserved
+    async def _run_process(self, assignment: Assignment) -> Done | Failed | MachineTrouble:
+        starting = asyncio.create_task(self._start_process(assignment))
+        try:
+            process = await asyncio.shield(starting)
+        except (NotStarted, OSError, MachineTrouble) as error:
+            number = error.errno if isinstance(error, NotStarted) else None
+            known = machine_trouble(OSError(number, os.strerror(number)) if number else error)
+            return known or MachineTrouble(to_text(error, 500))
+        except asyncio.CancelledError:
+            await _ended_when_started(starting)
+            raise
+        self._limit = TimeLimit(self._job.asked.timeout_s, self._time_is_up)
+        try:
+            return await self._converse(process, assignment)
+        except ProcessFailed as error:
+            return error.failure
+        finally:
+            self._limit.stop()
+            # Cancelled again meanwhile, it still has to end: `end` takes a few seconds at most.
+            await _completed(asyncio.create_task(process.end()))
 
-    async def _step_of_another(self, key: str, max_age_s: float) -> dict[str, Any] | None:
+    async def _start_process(self, assignment: Assignment) -> JobProcess:
+        for directory in (assignment.scratch, assignment.inbox):
+            directory.mkdir(mode=0o700)
+        return await JobProcess.start(
+            self._settings.memory_limit_mb, self._print, self._settings.confinement.environment
+        )
+
+    def _print(self, text: str) -> None:
+        """Take what the job process prints into the job's log."""
+        at = datetime.now(UTC).timestamp()
+        self._recorder.add_lines([(at, "info", to_text(line)) for line in text.splitlines() if line.strip()])
+
+    async def _converse(self, process: JobProcess, assignment: Assignment) -> Done | Failed:
+        """Give a job process its assignment and handle its messages, until the last one."""
+        requests: set[asyncio.Task[None]] = set()
+        failing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def ended(request: asyncio.Task[None]) -> None:
+            requests.discard(request)
+            if not request.cancelled() and (error := request.exception()) is not None and not failing.done():
+                failing.set_exception(error)
+
+        hearing = asyncio.create_task(self._hear(process, assignment, requests, ended))
+        either: set[asyncio.Future[Any]] = {hearing, failing}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if failing.done():
+                failing.result()
+            return await hearing
+        finally:
+            failing.cancel()
+            for task in (hearing, *requests):
+                task.cancel()
+            await asyncio.gather(hearing, *requests, return_exceptions=True)
+
+    async def _hear(
+        self, process: JobProcess, assignment: Assignment, requests: set[asyncio.Task[None]], ended: Any
+    ) -> Done | Failed:
+        await process.send(assignment.model_dump(mode="json"))
+        async with aclosing(process.messages()) as messages:
+            async for received in messages:
+                message = received.message
+                if isinstance(message, Done | Failed):
+                    return message
+                if not received.id:
+                    await self._take(message)
+                    continue
+                while len(requests) >= _MAX_REQUESTS:
+                    await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
+                request = asyncio.create_task(self._answer(process, received))
+                requests.add(request)
+                request.add_done_callback(ended)
+        raise AssertionError("messages() ends by an exception")
+
+    async def _answer(self, process: JobProcess, received: FromJob) -> None:
+        answer: dict[str, Any] = {"id": received.id}
+        try:
+            answer["value"] = await self._take(received.message)
+        except ProcessorError as error:
+            answer["error"] = {
+                "code": error.code,
+                "message": error.message,
+                "transient": error.transient,
+                "details": error.details,
+            }
+        await process.send(answer)
+
+    # What the processor reports -----------------------------------------------------------------------------------
+
+    async def _take_inline(self, message: Message) -> Any:
+        with outside():
+            try:
+                return await self._take(message)
+            except Fenced:
+                self.abandon()  # also if the processor catches everything
+                raise
+
+    async def _take(self, message: Message) -> Any:
+        """Handle a message of the job; return the answer to it.
+
+        Raises:
+            Fenced: the attempt is over.
+            ProcessorError: the message is refused, and the processor has to know.
+        """
+        match message:
+            case Log():
+                self._recorder.add_lines([(at, level, to_text(text)) for at, level, text in message.lines])
+            case Progress():
+                self._recorder.set_progress(message.step, message.percent, message.message)
+            case Seek():
+                return await self._shared_step(message)
+            case Saved():
+                await self._take_over(message.sha256)
+                return await self._reserve(message.path)
+            case Step():
+                await self._finish_step(message)
+            case _:
+                raise AssertionError(f"{message.kind} is handled elsewhere")
+        return None
+
+    async def _shared_step(self, wanted: Seek) -> dict[str, Any] | None:
         """Return the output of a step that another job shares, and which job that is."""
         try:
-            found = await self._steps.find(key, self.job_id, self._job.asked, max_age=timedelta(seconds=max_age_s))
-        except LedgerUnavailable as error:
+            max_age = timedelta(seconds=wanted.max_age_s)
+            found = await self._steps.find(wanted.key, self.job_id, self._job.asked, max_age=max_age)
+        except (LedgerUnavailable, OverflowError) as error:
             _log.warning("finished steps could not be looked for", job_id=self.job_id, error=str(error))
             return None
         return {"job_id": found[0], "output": found[1].output} if found is not None else None
 
-    async def _finish_step(self, message: Message) -> None:
-        await self._flush()
-        await self._say(
-            FinishStep(
-                self._worker_id,
-                self._attempt,
-                message["step"],
-                message["key"],
-                message["output"],
-                message["duration_s"],
-                tokens_used=message["tokens_used"],
-                warnings=tuple(message["warnings"]),
-                reused_from=message["reused_from"],
-                shared_version=processor_version(self.job_type) if message["share"] else None,
-            )
+    async def _finish_step(self, step: Step) -> None:
+        assert self._limit is not None  # noqa: S101 - the work has begun
+        command = FinishStep(
+            self._worker_id,
+            self._attempt,
+            step.step,
+            step.key,
+            step.output,
+            step.duration_s,
+            tokens_used=step.tokens_used,
+            warnings=tuple(step.warnings),
+            reused_from=step.reused_from,
+            shared_version=processor_version(self.job_type) if step.share else None,
         )
+        async with self._limit.waiting():
+            await self._recorder.flush()
+            try:
+                await self._recorder.append(command)
+            except Refused as error:
+                text = f'step "{to_text(step.step, 200)}" output cannot be stored: {error}'
+                raise ProcessorError("INVALID_RESULT", text) from error
 
-    async def _complete(self, message: Message) -> None:
-        results = await self._with_own_paths(Results.model_validate(message["results"]))
-        await self._flush()
-        await self._say(
-            CompleteJob(
-                self._worker_id,
-                self._attempt,
-                _job_results(results, message["warnings"], message["duration_s"]),
-            )
-        )
+    async def _take_over(self, sha256: str) -> None:
+        """Move a saved file into the result store. Events name it only after this has returned.
+
+        A store that cannot be written to is waited for: the job's work is kept, and its time limit does not run on.
+        """
+        assert self._limit is not None  # noqa: S101 - the work has begun
+        told, tries, begun = "", 0, asyncio.get_running_loop().time()
+        async with self._limit.waiting():
+            while True:
+                try:
+                    await self._settings.store.take_over(self._inbox, sha256)
+                    break
+                except (FileLost, ValueError) as error:
+                    _log.warning("a saved file cannot be used", job_id=self.job_id, error=str(error))
+                    text = "A saved file was changed or removed before it was stored."
+                    raise ProcessorError("INVALID_RESULT", text, details={"sha256": to_text(sha256, 100)}) from error
+                except LedgerUnavailable as error:
+                    if (reason := to_text(error, 500)) != told:
+                        told = reason
+                        _log.warning("waiting for the result store", job_id=self.job_id, error=reason)
+                        self._note("warning", f"Waiting for the result store; the job's work is kept. {reason}")
+                        if (trouble := machine_trouble(error)) is not None:
+                            self._health.report(trouble)
+                await asyncio.sleep(_STORE_PAUSES[min(tries, len(_STORE_PAUSES) - 1)])
+                tries += 1
+        if told:
+            waited = asyncio.get_running_loop().time() - begun
+            self._note("info", f"The result store can be written to again, after {waited:.0f} seconds.")
+
+    async def _reserve(self, path: str) -> str:
+        """Return the path that a file of this job gets, and try again while the database is away.
+
+        Raises:
+            ProcessorError: the path is invalid, or taken.
+        """
+        assert self._limit is not None  # noqa: S101 - the work has begun
+        async with self._limit.waiting():
+            while True:
+                try:
+                    reserved = await self._paths.reserve(path, self.job_id)
+                except LedgerUnavailable as error:
+                    _log.warning("a path is not reserved yet", job_id=self.job_id, error=str(error))
+                    await asyncio.sleep(1)
+                else:
+                    self._reserved.add(reserved)
+                    return reserved
+
+    def _note(self, level: Literal["info", "warning"], text: str) -> None:
+        self._recorder.add_lines([(datetime.now(UTC).timestamp(), level, text)])
+
+    # Recording the end --------------------------------------------------------------------------------------------
+
+    async def _record_in_any_case(self, ending: Done | Failed | MachineTrouble | None) -> None:
+        try:
+            await self._record(ending)
+        except UnreadableEvent:
+            raise
+        except Exception as error:  # noqa: BLE001 - under a living lease the job would hang for ever
+            await self._fail(self._fault(error))
+
+    async def _record(self, ending: Done | Failed | MachineTrouble | None) -> None:
+        """Record how the attempt ended.
+
+        Raises:
+            Fenced: another worker has the job.
+        """
+        match ending:
+            case Done():
+                await self._complete(ending)
+            case Failed():
+                await self._fail(ending)
+            case MachineTrouble():
+                await self._give_back(ending)
+            case None if self._stopped_for == "cancel":
+                await self._recorder.append_last(ConfirmCancel(self._worker_id, self._attempt))
+            case None if self._stopped_for == "release":
+                await self._recorder.append_last(ReleaseJob(self._worker_id, self._attempt, "the worker shuts down"))
+            case None if self._stopped_for == "timeout":
+                message = f"The job took longer than its time limit of {self._job.asked.timeout_s:g} seconds."
+                await self._fail(Failed("TIMEOUT", message, transient=True))
+            case None if self._stopped_for is None:
+                await self._fail(Failed("PROCESSOR_FAULT", "The processor cancelled its own task."))
+            case None:
+                raise Fenced
+
+    async def _complete(self, done: Done) -> None:
+        try:
+            results = await self._with_own_paths(Results.model_validate(done.results))
+            job_results = _job_results(results, done.warnings, done.duration_s)
+        except ValidationError as error:
+            message = f"The results are invalid: {validation_problems(error, 'results')}"
+            await self._fail(Failed("INVALID_RESULT", message))
+            return
+        except ProcessorError as error:
+            await self._fail(Failed(error.code, error.message, details=error.details))
+            return
+        await self._recorder.append_last(CompleteJob(self._worker_id, self._attempt, job_results))
 
     async def _with_own_paths(self, results: Results) -> Results:
         """Return results whose paths belong to this job.
@@ -368,24 +554,24 @@ class Execution:
             }
         )
 
-    async def _fail(self, failure: Failure, *, transient: bool) -> None:
-        await self._flush()
-        retry_at = datetime.now(UTC) + self._retry_delay() if transient else None
-        failure = failure.model_copy(update={"details": {**failure.details, "retryable": transient}})
-        await self._say(FailAttempt(self._worker_id, self._attempt, failure, retry_at))
+    async def _fail(self, failed: Failed) -> None:
+        retry_at = datetime.now(UTC) + self._retry_delay() if failed.transient else None
+        details = {**failed.details, "retryable": failed.transient}
+        failure = Failure(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
+        await self._recorder.append_last(FailAttempt(self._worker_id, self._attempt, failure, retry_at))
 
     async def _give_back(self, trouble: MachineTrouble) -> None:
         """Give the job back uncounted, because this machine cannot run it; unless it seems to be the cause."""
         self._health.report(trouble)
-        await self._flush()
         if self._job.machine_troubles >= MAX_MACHINE_TROUBLES:
             message = (
                 f"The job met machine trouble {self._job.machine_troubles + 1} times in a row. The last: {trouble}"
             )
-            await self._fail(Failure(code="MACHINE_TROUBLE", message=message), transient=True)
+            await self._fail(Failed("MACHINE_TROUBLE", message, transient=True))
         else:
             reason = f"the worker's machine cannot run it: {trouble}"
-            await self._say(ReleaseJob(self._worker_id, self._attempt, reason, machine_trouble=True))
+            release = ReleaseJob(self._worker_id, self._attempt, reason, machine_trouble=True)
+            await self._recorder.append_last(release)
 
     def _retry_delay(self) -> timedelta:
         """Exponential back-off with full jitter, so that jobs which failed together do not come back together."""
@@ -394,62 +580,30 @@ class Execution:
         )
         return timedelta(seconds=random.uniform(0.1, longest))  # noqa: S311 - spreads load, guards no secret
 
-    # Saying it to the log -----------------------------------------------------------------------------------------
 
-    def _flush_soon(self) -> None:
-        if self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.create_task(self._flush_later(), name=f"flush-{self.job_id}")
+async def _in_thread(function: Callable[[], None]) -> None:
+    await asyncio.get_running_loop().run_in_executor(_threads, function)
 
-    async def _flush_later(self) -> None:
-        await asyncio.sleep(GATHER_SECONDS)
-        try:
-            await self._flush()
-        except Fenced:
-            self.abandon()
 
-    async def _flush(self) -> None:
-        async with self._flushing:  # who says the attempt's last word waits until a flush on its way is through
-            lines, self._lines = self._lines, []
-            progress, self._progress = self._progress, None
-            if lines:
-                await self._say(WriteLog(self._worker_id, self._attempt, tuple(lines)))
-            if progress is not None:
-                await self._say(progress)
+async def _remove(scratch: Path | None) -> None:
+    for place in (scratch, scratch and scratch.with_suffix(".saved")):
+        if place is not None and os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
+            await _in_thread(partial(shutil.rmtree, place, ignore_errors=True))
 
-    async def _say(self, command: WorkerCommand) -> None:
-        """Append what the command causes; one at a time, each on top of the last.
 
-        While the database is away it is tried again: until it is back, or the lease is lost and we are stopped.
+async def _completed(task: asyncio.Task[Any]) -> None:
+    """Wait for a task although the one that waits is cancelled."""
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
 
-        Raises:
-            Fenced: the attempt is over. The refusal is on record as `WorkerFenced`.
-        """
-        async with self._writing:
-            handled: Handled | None = None
-            while handled is None:
-                try:
-                    handled = await handle(self._log, self.job_id, command, meta=self._meta, known=self._known)
-                except (LedgerUnavailable, LedgerBusy) as error:
-                    if self._stopped_for == "abandon":
-                        raise Fenced from error
-                    _log.warning("not recorded yet", job_id=self.job_id, error=str(error))
-                    await asyncio.sleep(1)
-                    handled = await self._landed(command)
-                except NotFound as gone:
-                    raise Fenced from gone
-                except InvalidEvent as error:
-                    message = f"What the processor said cannot be stored: {error}"
-                    failure = Failure(code="INVALID_RESULT", message=message)
-                    command = FailAttempt(self._worker_id, self._attempt, failure, None)
-            self._known = handled.known
-        if any(isinstance(event.event, WorkerFenced) for event in handled.events):
-            raise Fenced
 
-    async def _landed(self, command: WorkerCommand) -> Handled | None:
-        try:
-            return await outcome(self._log, self.job_id, command, known=self._known)
-        except LedgerUnavailable:
-            return None
+async def _ended_when_started(starting: asyncio.Task[JobProcess]) -> None:
+    """End a job process that is being started, and is not wanted any more."""
+    starting.cancel()
+    await _completed(starting)
+    if not starting.cancelled() and starting.exception() is None:
+        await _completed(asyncio.create_task(starting.result().end()))
 
 
 def _job_results(results: Results, warnings: list[str], seconds: float) -> JobResults:
@@ -477,89 +631,3 @@ def _job_results(results: Results, warnings: list[str], seconds: float) -> JobRe
 
 def _url(file: SavedFile) -> str:
     return _FILES_URL + quote(file.path, safe="/&,+;=@!$~")
-
-
-# The child process ------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def _child(
-    assignment: Assignment, memory_limit_mb: int
-) -> AsyncIterator[tuple[AsyncIterator[Message], BaseProcess, Callable[[Any], Awaitable[None]]]]:
-    """Start a child with an assignment; yield what it says, the process, and how to answer it.
-
-    It is dead when the block is left.
-    """
-    ours, theirs = _context.Pipe()
-
-    async def answer(content: Any) -> None:
-        with suppress(OSError):  # it is gone, as we shall hear
-            await asyncio.to_thread(ours.send_bytes, orjson.dumps(content))
-
-    process = _context.Process(target=child.main, args=(theirs, memory_limit_mb), daemon=True)
-    try:
-        await asyncio.to_thread(_start, process, assignment.confinement.environment)
-        await asyncio.to_thread(ours.send_bytes, assignment.model_dump_json().encode())
-        theirs.close()
-        yield _messages(ours), process, answer
-    finally:
-        theirs.close()
-        await asyncio.shield(asyncio.to_thread(_end, process, ours))
-
-
-def _start(process: BaseProcess, environment: Sequence[str]) -> None:
-    """Start a child. The first one, and one after a crash of the server process, starts that with this environment."""
-    with minimal_environment(environment):
-        process.start()
-
-
-def _end(process: BaseProcess, pipe: Connection) -> None:
-    """Ask the child to stop, kill it with all it has started if it does not, and close the pipe that nobody reads."""
-    if process.pid is not None:
-        if process.is_alive():
-            with suppress(OSError):
-                pipe.send_bytes(child.STOP)
-            process.join(STOP_SECONDS)
-        if process.is_alive():
-            process.kill()
-        with suppress(ProcessLookupError, PermissionError):  # none is left, or it had not come so far
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join(5)
-    pipe.close()
-
-
-async def _messages(pipe: Connection) -> AsyncIterator[Message]:
-    """Yield messages until the child closes its end. The pipe is read when it has something: no thread waits on it."""
-    while True:
-        await _readable(pipe)
-        while pipe.poll():
-            try:
-                # A message that has begun to arrive may take a moment to be whole: not on the event loop.
-                text = await asyncio.to_thread(pipe.recv_bytes, LARGEST_OUTPUT)
-            except (EOFError, ConnectionError):
-                return
-            except OSError:
-                said = f"The processor said more than {LARGEST_OUTPUT // 2**20} MiB at once."
-                yield {"is": "failed", "code": "INVALID_RESULT", "message": said, "details": {}, "transient": False}
-                return
-            yield orjson.loads(text)
-
-
-async def _readable(pipe: Connection) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(pipe.fileno(), ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(pipe.fileno())
-
-
-def _why_it_died(process: BaseProcess) -> Failure:
-    code = process.exitcode
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        message = f"The process that ran the job was killed by {name}."
-        return Failure(code="PROCESS_KILLED", message=message, details={"signal": name})
-    message = f"The process that ran the job ended without a result (exit code {code})."
-    return Failure(code="PROCESS_DIED", message=message, details={"exit_code": code})

@@ -43,7 +43,7 @@ async def store(db: Database) -> GridFSStore:
 
 @pytest.fixture
 def inbox(store: GridFSStore, tmp_path: Path) -> Path:
-    return store.inbox(tmp_path / "inbox")
+    return tmp_path / "inbox"
 
 
 async def saved(inbox: Path, content: bytes = CONTENT) -> str:
@@ -92,7 +92,7 @@ async def test_a_part_is_just_that_part(store: GridFSStore, inbox: Path, start: 
 async def test_the_same_content_is_stored_once_also_by_many_writers_at_once(
     store: GridFSStore, db: Database, tmp_path: Path
 ) -> None:
-    inboxes = [store.inbox(tmp_path / f"inbox-{number}") for number in range(6)]
+    inboxes = [tmp_path / f"inbox-{number}" for number in range(6)]
     [sha256] = {await saved(inbox) for inbox in inboxes}
     await asyncio.gather(*(store.take_over(inbox, sha256) for inbox in inboxes))
 
@@ -108,7 +108,7 @@ async def test_the_later_of_two_writers_gives_up_what_it_has_written(
     store: GridFSStore, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have looked and found nothing before either is done."""
-    first, second = store.inbox(tmp_path / "1"), store.inbox(tmp_path / "2")
+    first, second = tmp_path / "1", tmp_path / "2"
     sha256 = await saved(first)
     await saved(second)
     real = AsyncGridIn.close
@@ -177,7 +177,7 @@ async def test_content_that_is_not_what_its_name_says_is_refused(store: GridFSSt
 async def test_a_link_in_the_inbox_leads_nowhere(store: GridFSStore, inbox: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     path = DirectoryStore(inbox).path(hashlib.sha256(b"secret").hexdigest())
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path / "secret")
     with pytest.raises(FileLost):
         await store.take_over(inbox, path.name)

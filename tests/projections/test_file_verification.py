@@ -40,7 +40,7 @@ async def store(request: pytest.FixtureRequest, db: Database, tmp_path: Path) ->
 
 async def put(store: FileStore, tmp_path: Path, content: bytes) -> str:
     inbox = tmp_path / f"inbox-{uuid4()}"
-    directory = DirectoryStore(store.inbox(inbox))
+    directory = DirectoryStore(inbox)
     sha256 = (await asyncio.to_thread(directory.put_bytes, content)).sha256
     await store.take_over(directory.root, sha256)
     return sha256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -17,6 +16,7 @@ from ledger.commands import CancelJob
 from ledger.events import JobAttemptFailed, JobClaimed
 from ledger.mongo import Connection
 from tests.processors.session.support import CONFERENCE_PAGE, Answer, html, serving
+from tests.support.job_processes import is_gone, own_job_processes
 from tests.support.running import Process, WorkerOptions, alive_in_session, process, real_process, until
 
 
@@ -65,16 +65,8 @@ async def at_work(site: SilentSite) -> int:
     """Wait until a child is in the middle of its work; return its pid."""
     async with asyncio.timeout(30):  # the first child waits for the server process
         await site.asked.get()
-    (child,) = multiprocessing.active_children()
-    assert child.pid is not None
-    return child.pid
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+    (child,) = own_job_processes()
+    return child
 
 
 async def test_what_a_child_says_reaches_the_log(here: Process, site: SilentSite) -> None:
@@ -84,7 +76,7 @@ async def test_what_a_child_says_reaches_the_log(here: Process, site: SilentSite
     assert (job["status"], job["attempt"], job["retries"]) == ("failed", 2, 1)
     assert job["error"]["code"] not in ("PROCESS_DIED", "PROCESS_KILLED", "PROCESSOR_FAULT", "WORKER_FAULT")
     assert job["error"]["details"]["retryable"] is True
-    await until(lambda: not multiprocessing.active_children(), "the children have ended")
+    await until(lambda: not own_job_processes(), "the children have ended")
 
 
 async def test_a_killed_child_fails_its_attempt_which_is_repeated(here: Process, site: SilentSite) -> None:
@@ -117,7 +109,7 @@ async def test_cancelling_a_job_kills_its_child_within_two_seconds(here: Process
     await here.do(job_id, CancelJob("user-1", "no need"))
     await until(lambda: is_gone(pid), "the child is gone", seconds=2)
     assert (await here.ended(job_id))["status"] == "cancelled"
-    assert multiprocessing.active_children() == []
+    assert own_job_processes() == []
 
 
 def processes_of(program: Path) -> list[int]:
@@ -148,12 +140,11 @@ async def test_programs_that_a_processor_has_started_end_with_its_child(
             }
             job_id = await here.submit(asked, job_type="session", max_attempts=1)
             await until(lambda: len(processes_of(program)) >= 2, "the program runs in its sandbox", seconds=30)
-            (child,) = multiprocessing.active_children()
-            assert child.pid is not None
+            (child,) = own_job_processes()
             if end == "cancelled":
                 await here.do(job_id, CancelJob("user-1"))
             else:
-                os.kill(child.pid, signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
             await until(lambda: processes_of(program) == [], "the program is gone", seconds=2)
             assert (await here.ended(job_id))["status"] == {"cancelled": "cancelled", "killed": "failed"}[end]
 
@@ -175,7 +166,7 @@ async def test_a_job_cancelled_while_its_child_is_being_started_leaves_no_child(
         await here.heard(JobClaimed, job_id)
         await here.do(job_id, CancelJob("user-1"))
     await here.ended(*job_ids)
-    await until(lambda: not multiprocessing.active_children(), "the children have ended")
+    await until(lambda: not own_job_processes(), "the children have ended")
 
 
 @pytest.mark.parametrize("whom", ["the worker", "the whole group"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from ledger.mongo import Connection
 from tests.processors.session.films import film, one_second
 from tests.processors.session.openai_server import KEY, OpenAi, openai
 from tests.processors.session.support import CONFERENCE_PAGE, Answer, Site, html, serving
+from tests.support.job_processes import is_gone, own_job_processes
 from tests.support.running import Process, WorkerOptions, process, until
 
 _MOST_MEGABYTES_MORE = 30
@@ -65,8 +65,8 @@ async def peak_megabytes(here: Process, job_id: str) -> int:
     async def watch() -> None:
         nonlocal most
         while True:
-            for child in multiprocessing.active_children():
-                most = max(most, memory_megabytes(child.pid or 0))
+            for child in own_job_processes():
+                most = max(most, memory_megabytes(child))
             await asyncio.sleep(0.02)
 
     watching = asyncio.create_task(watch())
@@ -103,7 +103,7 @@ async def test_a_job_that_listens_is_cancelled_within_two_seconds(
     async with process(connection, store, projector=True, worker=worker(api, tmp_path)) as here:
         job_id = await here.submit(asked(site, 20), job_type="session")
         await here.heard(JobProgressed, job_id, where=lambda event: "Listening" in event.message, seconds=60)
-        (child,) = multiprocessing.active_children()
+        (child,) = own_job_processes()
         await here.do(job_id, CancelJob("user-1"))
-        await until(lambda: not child.is_alive(), "the child is gone", seconds=2)
+        await until(lambda: is_gone(child), "the child is gone", seconds=2)
         assert (await here.ended(job_id))["status"] == "cancelled"

@@ -1,0 +1,38 @@
+"""tests: install the job types of `tests.support.misbehaving`, as a package of somebody else would be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workers import job_process, registry
+from workers.registry import processor_version
+
+_ENTRY_POINTS = """[jobledger.processors]
+misbehaving = tests.support.misbehaving:InProcess
+misbehaving-inline = tests.support.misbehaving:Inline
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The job types `misbehaving` and `misbehaving-inline`, here and in job processes; yields their site directory."""
+    site = tmp_path_factory.mktemp("site")
+    package = site / "misbehaving-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: misbehaving\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(_ENTRY_POINTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", str(site))  # for workers that are processes of their own
+        _forget()
+        yield site
+    _forget()
+
+
+def _forget() -> None:
+    registry._installed.cache_clear()
+    processor_version.cache_clear()
+    job_process.stop_fork_server()

@@ -1,0 +1,212 @@
+"""A job process that is killed, stopped, half-written, flooding or left behind costs its own job, and nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from ledger.commands import CancelJob
+from ledger.mongo import Connection
+from tests.support.installation import descendants
+from tests.support.job_processes import is_gone, own_job_processes, parent
+from tests.support.running import Process, WorkerOptions, process, real_process, until
+from tests.workers.misbehaving import installed
+from workers import job_process
+from workers.confinement import Confinement
+
+__all__ = ["installed"]
+OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its version
+pytestmark = pytest.mark.usefixtures("installed")
+TYPE = "misbehaving"
+SOON_SECONDS = 2.5  # what is promised is about one second
+
+
+@pytest.fixture
+async def here(connection: Connection, store: Path) -> AsyncIterator[Process]:
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=10)) as running:
+        yield running
+    assert own_job_processes() == []
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "noted"
+
+
+def number_in(file: str | Path) -> int:
+    return int(Path(file).read_text())
+
+
+async def started(file: Path) -> int:
+    await until(file.exists, "the job is at work", seconds=30)
+    return number_in(file)
+
+
+async def submit(here: Process, file: Path, do: str, **more: object) -> str:
+    fields = {"max_attempts": 1, "timeout_s": more.pop("timeout_s", 60)}
+    return await here.submit({"do": do, "file": str(file), **more}, job_type=TYPE, **fields)
+
+
+async def others_go_on(here: Process) -> None:
+    """Jobs of both kinds are done. An inline job at once; a job process may have to wait for a new fork server."""
+    process_job, inline = await here.submit({"do": "nothing"}, job_type=TYPE), await here.submit()
+    await here.ended(inline, seconds=10)
+    await here.ended(process_job, seconds=40)
+
+
+# Programs that the job has started --------------------------------------------------------------------------------
+
+
+ENDS = {
+    "return": ("completed", None),
+    "exit": ("failed", "PROCESS_DIED"),
+    "kill": ("failed", "PROCESS_KILLED"),
+    "cancel": ("cancelled", None),
+    "timeout": ("failed", "TIMEOUT"),
+    "kill the group": ("failed", "PROCESS_KILLED"),
+    "kill the supervisor": ("failed", "PROCESS_KILLED"),
+    "stop the supervisor": ("completed", None),
+    "kill the fork server": ("completed", None),
+}
+
+
+async def test_programs_end_with_their_job(here: Process, tmp_path: Path) -> None:
+    """One is a daemon in a session of its own, one is stopped, one holds everything that the job has open."""
+
+    async def one(end: str) -> None:
+        file = tmp_path / end
+        limit = 8 if end == "timeout" else 60
+        job_id = await submit(here, file, "start programs", end=end, timeout_s=limit)
+        pid = await started(file)
+        helpers = [number_in(f"{file}-{name}") for name in ("daemon", "stopped", "holder")]
+        if end == "kill":
+            os.kill(pid, signal.SIGKILL)
+        elif end == "cancel":
+            await here.do(job_id, CancelJob("user-1"))
+        began = time.monotonic()
+        job = await here.ended(job_id, seconds=20)
+        took = time.monotonic() - began
+        assert (job["status"], (job["error"] or {}).get("code")) == ENDS[end], (end, job["error"])
+        if end not in ("stop the supervisor", "timeout"):
+            assert took < SOON_SECONDS, f"{end}: noticed after {took} s"
+        await until(lambda: all(is_gone(it) for it in [pid, *helpers]), f"{end}: all are gone", seconds=SOON_SECONDS)
+
+    await asyncio.gather(*map(one, ["return", "exit", "kill", "cancel", "timeout", "kill the group"]))
+    for end in ("kill the supervisor", "stop the supervisor", "kill the fork server"):
+        await one(end)
+    await others_go_on(here)
+
+
+@pytest.mark.parametrize("do", ["start programs", "hold everything", "sleep"])
+async def test_nothing_outlives_a_killed_worker(connection: Connection, store: Path, file: Path, do: str) -> None:
+    """Not even a job that is in the middle of a long call of a C library, which nothing of Python interrupts."""
+    async with process(connection, store, projector=True) as here:
+        await here.submit({"do": do, "file": str(file), "end": "wait"}, job_type=TYPE, max_attempts=1)
+        with real_process(connection, store, "worker", lease_seconds=3, confine=0) as worker:
+            await worker.started()
+            pid = await started(file)
+            family = descendants(worker.pid)
+            assert pid in family
+            worker.send(signal.SIGKILL)
+            await worker.gone()
+            await until(lambda: all(map(is_gone, family)), "all are gone", seconds=SOON_SECONDS)
+
+
+# A job process that does not speak properly -----------------------------------------------------------------------
+
+
+SPEECHLESS = {
+    "send half a message": "PROCESS_STALLED",
+    "send half a header": "PROCESS_STALLED",
+    "stop in the middle": "PROCESS_STALLED",
+    "send garbage": "INVALID_MESSAGE",
+    "send the wrong kind": "INVALID_MESSAGE",
+    "send too much": "INVALID_MESSAGE",
+    "close everything": "PROCESS_DIED",
+    "exit at once": "PROCESS_DIED",
+}
+
+
+async def test_job_process_that_sends_no_messages_fails_alone(
+    here: Process, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_process, "STALL_SECONDS", 1.0)
+    job_ids = {do: await submit(here, file, do, code=0) for do in SPEECHLESS}
+    await others_go_on(here)
+    await here.ended(*job_ids.values(), seconds=15)
+    found = {do: (await here.job(job_id))["error"]["code"] for do, job_id in job_ids.items()}
+    assert found == SPEECHLESS
+
+
+@pytest.mark.parametrize("end", ["cancel", "timeout", "shutdown"])
+async def test_job_process_is_ended_whatever_it_does(
+    connection: Connection, store: Path, tmp_path: Path, end: str
+) -> None:
+    kinds = ["sleep", "hold everything", "flood the worker", "stop in the middle"]
+    options = WorkerOptions(confinement=OFF, slots=6, shutdown_grace_seconds=0.2)
+    async with process(connection, store, projector=True) as here:
+        async with process(connection, store, worker=options, deaf=True):
+            limit = 3 if end == "timeout" else 60
+            job_ids = {do: await submit(here, tmp_path / do, do, timeout_s=limit) for do in kinds}
+            pids = {do: await started(tmp_path / do) for do in kinds}
+            os.kill(pids["sleep"], signal.SIGSTOP)
+            await others_go_on(here)
+            if end == "cancel":
+                for job_id in job_ids.values():
+                    await here.do(job_id, CancelJob("user-1"))
+            if end != "shutdown":
+                await here.ended(*job_ids.values(), seconds=12)
+                for do, job_id in job_ids.items():
+                    job = await here.job(job_id)
+                    assert job["status"] == ("cancelled" if end == "cancel" else "failed"), do
+                    assert end == "cancel" or job["error"]["code"] == "TIMEOUT"
+            began = time.monotonic()
+        assert time.monotonic() - began < 8, "shutdown took too long"
+        assert all(map(is_gone, pids.values()))
+        if end == "shutdown":
+            assert [(await here.history(job_id))[-1] for job_id in job_ids.values()] == ["JobReleased"] * len(kinds)
+
+
+async def test_fork_server_that_hangs_is_replaced(here: Process, monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    job_id = await submit(here, file, "sleep")
+    pid = await started(file)
+    server = parent(parent(pid))
+    monkeypatch.setattr(job_process, "START_SECONDS", 1.0)
+    os.kill(server, signal.SIGSTOP)
+    await others_go_on(here)
+    await until(lambda: is_gone(server), "it is replaced", seconds=5)
+    assert not is_gone(pid), "jobs that it has started go on"
+    await here.do(job_id, CancelJob("user-1"))
+    assert (await here.ended(job_id))["status"] == "cancelled"
+    assert is_gone(pid)
+
+
+async def test_start_of_job_process_that_hangs_does_not_hold_up_shutdown(
+    connection: Connection, store: Path, file: Path
+) -> None:
+    options = WorkerOptions(confinement=OFF, slots=2, shutdown_grace_seconds=0.2)
+    async with process(connection, store, projector=True) as here:
+        async with process(connection, store, worker=options, deaf=True):
+            await others_go_on(here)
+            server = next(pid for pid in descendants(os.getpid()) if is_fork_server(pid))
+            os.kill(server, signal.SIGSTOP)
+            job_id = await submit(here, file, "sleep")
+            await asyncio.sleep(0.5)
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+        assert (await here.history(job_id))[-1] == "JobReleased"
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
+
+
+def is_fork_server(pid: int) -> bool:
+    with suppress(OSError):
+        return parent(pid) == os.getpid() and b"fork_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False

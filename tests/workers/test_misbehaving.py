@@ -1,0 +1,248 @@
+"""Whatever a processor does, its attempt ends, for the same reason in a job process and inline; other jobs go on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.commands import CancelJob
+from ledger.events import JobLogged, StepCompleted
+from ledger.mongo import Connection
+from tests.support import misbehaving as does
+from tests.support.running import Process, WorkerOptions, process, until
+from tests.workers.misbehaving import installed
+from workers.confinement import Confinement
+
+__all__ = ["installed"]
+pytestmark = pytest.mark.usefixtures("installed")
+TYPES = ["misbehaving", "misbehaving-inline"]
+OPTIONS = WorkerOptions(slots=8, confinement=Confinement(mode="off"))
+COMPLETED = ("completed", None, "")
+FAULT = "PROCESSOR_FAULT"
+
+ENDINGS: dict[str, tuple[str, str | None, str]] = {
+    "nothing": COMPLETED,
+    "raise SystemExit": ("failed", FAULT, "SystemExit: 3"),
+    "raise KeyboardInterrupt": ("failed", FAULT, "KeyboardInterrupt"),
+    "raise GeneratorExit": ("failed", FAULT, "GeneratorExit"),
+    "raise CancelledError": ("failed", FAULT, "CancelledError"),
+    "raise BaseException": ("failed", FAULT, "OfItsOwn: own"),
+    "raise StopIteration": ("failed", FAULT, "StopIteration"),
+    "raise StopAsyncIteration": ("failed", FAULT, "StopAsyncIteration"),
+    "raise MemoryError": ("failed", "OUT_OF_MEMORY", "memory_limit_mb"),
+    "raise speechless": ("failed", FAULT, "Speechless whose text cannot be read: SystemExit"),
+    "raise surrogate": ("failed", FAULT, "half ? of a pair"),
+    "raise long": ("failed", FAULT, "more characters were cut"),
+    "raise without attributes": ("failed", "PROCESSOR_ERROR", ""),
+    "raise odd code": ("failed", "PROCESSOR_ERROR", "b'bytes'"),
+    "raise odd details": ("failed", "ODD", "an odd error"),
+    "raise large details": ("failed", "ODD", "an odd error"),
+    "raise no details": ("failed", "ODD", "an odd error"),
+    "raise group": ("failed", "NO", "no"),
+    "raise group of one": ("failed", "NO", "no"),
+    "raise mixed group": ("failed", FAULT, "SystemExit"),
+    "cancel itself": ("failed", FAULT, "CancelledError"),
+    "await cancelled": ("failed", FAULT, "CancelledError"),
+    "exit in step": ("failed", FAULT, "SystemExit: 2"),
+    "exit in task": COMPLETED,
+    "exit in task group": ("failed", FAULT, "SystemExit: 2"),
+    "exit in callback": COMPLETED,
+    "exit in thread": COMPLETED,
+    "leave tasks": COMPLETED,
+    "return None": ("failed", "INVALID_RESULT", "returned a NoneType"),
+    "return dict": ("failed", "INVALID_RESULT", "returned a dict"),
+    "return class": ("failed", "INVALID_RESULT", "returned a ModelMetaclass"),
+    "return wrong fields": ("failed", "INVALID_RESULT", "results.markdown"),
+    "return invalid": ("failed", "INVALID_RESULT", "results.metadata.1"),
+    "return many tokens": ("failed", "INVALID_RESULT", "results.tokens_used"),
+    "odd texts": COMPLETED,
+    "fill the disk": ("failed", FAULT, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_attempt_ends_whatever_processor_raises(job_type: str, connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job_ids = {do: await here.submit({"do": do}, job_type=job_type) for do in ENDINGS}
+        await here.ended(*job_ids.values(), seconds=60)
+        found = {do: await here.job(job_id) for do, job_id in job_ids.items()}
+        assert {do: (job["status"], (job["error"] or {}).get("code")) for do, job in found.items()} == {
+            do: (status, code) for do, (status, code, _) in ENDINGS.items()
+        }
+        for do, (_, code, text) in ENDINGS.items():
+            if code is not None:
+                assert text in found[do]["error"]["message"], do
+                assert len(found[do]["error"]["message"]) < 20_000
+                assert (found[do]["attempt"], found[do]["error"]["details"]["retryable"]) == (1, False), do
+        details = found["raise odd details"]["error"]["details"]
+        assert (details["fine"], details["2"]) == (
+            1,
+            "<not stored: details cannot be stored: it has the key 2 of type int. Use strings as keys.>",
+        )
+        assert "details.when cannot be stored: JSON has no set" in details["when"]
+        assert found["raise large details"]["error"]["details"]["fine"] == 1
+        assert [it.split(":")[0] for it in found["raise mixed group"]["error"]["details"]["errors"]] == [
+            "ProcessorError",
+            "SystemExit",
+        ]
+        assert not [task for task in asyncio.all_tasks() if "ignore_canc" in repr(task) or "stubborn" in repr(task)]
+        assert "spoke after its end" not in str(found["leave tasks"]["logs"])
+        assert (await here.ended(await here.submit()))["status"] == "completed"
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_job_that_ignores_cancellation_ends_when_stopped(
+    job_type: str, connection: Connection, store: Path
+) -> None:
+    options = WorkerOptions(slots=2, confinement=Confinement(mode="off"), shutdown_grace_seconds=0.1)
+    async with process(connection, store, projector=True) as here:
+
+        async def submitted(timeout_s: float = 60) -> str:
+            job_id = await here.submit(
+                {"do": "ignore cancellation"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
+            )
+            await here.heard(JobLogged, job_id)
+            return job_id
+
+        async with process(connection, store, worker=options, deaf=True):
+            slow, cancelled = await submitted(2.5), await submitted()
+            await here.do(cancelled, CancelJob("user-1"))
+            assert (await here.ended(cancelled, seconds=8))["status"] == "cancelled"
+            assert (await here.ended(slow, seconds=8))["error"]["code"] == "TIMEOUT"
+            assert (await here.ended(await here.submit()))["status"] == "completed", "the slots are free again"
+            released = await submitted()
+        assert (await here.history(released))[-1] == "JobReleased"
+
+
+PLACES = {
+    "return value": "results.metadata.value",
+    "step output": 'step "page" output',
+    "step input": 'step "page" inputs.value',
+}
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_value_that_cannot_be_stored_fails_with_its_place(
+    job_type: str, connection: Connection, store: Path
+) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job_ids = {
+            (do, value): await here.submit({"do": do, "value": value}, job_type=job_type)
+            for value in does.REFUSED
+            for do in PLACES
+        }
+        accepted = await here.submit({"do": "accepted"}, job_type=job_type)
+        await here.ended(*job_ids.values(), accepted, seconds=100)
+        for (do, value), job_id in job_ids.items():
+            job = await here.job(job_id)
+            assert (job["status"], job["attempt"]) == ("failed", 1), (do, value)
+            assert job["error"]["code"] == "INVALID_RESULT", (do, value, job["error"])
+            place = does.REFUSED[value][1]
+            place = PLACES[do] + place if place is not None else PLACES[do].removesuffix(".value")
+            assert job["error"]["message"].startswith(place), (do, value, job["error"])
+            assert "cannot be stored: " in job["error"]["message"]
+        job = await here.job(accepted)
+        expected = {name: stored for name, (_, stored) in does.ACCEPTED.items()}
+        assert job["error"] is None
+        assert job["results"]["metadata"]["values"] == expected
+        assert job["results"]["metadata"]["steps"] == expected
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_concurrent_calls_are_never_mixed(job_type: str, connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job_id = await here.submit({"do": "everything at once"}, job_type=job_type)
+        job = await here.ended(job_id, seconds=60)
+        assert (job["status"], job["error"]) == ("completed", None)
+        assert job["results"]["metadata"]["wrong"] == []
+        assert job["results"]["metadata"]["tokens_used"] == 180
+        assert len(job["results"]["metadata"]["warnings"]) == 18
+        events = [event.event for event in await here.log.read_stream(job_id)]
+        steps = {event.step: event for event in events if isinstance(event, StepCompleted)}
+        assert len(steps) == 180
+        for name, step in steps.items():
+            number = step.output["number"]
+            assert (name, step.tokens_used) == (f"step {number}", 1)
+            assert step.warnings == ([f"warning {number}"] if number % 10 == 0 else [])
+            content = here.store.path(step.output["file"]["sha256"]).read_bytes()
+            assert content == f"file {number}".encode()
+        lines = [line.message for event in events if isinstance(event, JobLogged) for line in event.entries]
+        told = {line for line in lines if line.startswith("line ")}
+        assert told == {f"line {number} " + "y" * (number % 300) for number in range(180)}
+
+
+# Logging --------------------------------------------------------------------------------------------------------------
+
+
+async def lines_of(here: Process, job_id: str) -> list[str]:
+    events = [event.event for event in await here.log.read_stream(job_id)]
+    return [line.message for event in events if isinstance(event, JobLogged) for line in event.entries]
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_much_logging_is_clipped_and_job_completes(job_type: str, connection: Connection, store: Path) -> None:
+    given: dict[str, dict[str, Any]] = {
+        "one long line": {"do": "log long line"},
+        "many lines": {"do": "log much", "lines": 200_000, "width": 10},
+        "wide lines": {"do": "log much", "lines": 10_000, "width": 9_000},
+    }
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job_ids = {name: await here.submit(asked, job_type=job_type) for name, asked in given.items()}
+        await here.ended(*job_ids.values(), seconds=60)
+        for name, job_id in job_ids.items():
+            job = await here.job(job_id)
+            assert (job["status"], job["error"]) == ("completed", None), name
+        long, after = await lines_of(here, job_ids["one long line"])
+        assert long.endswith("more characters were cut)")
+        assert (len(long) < 20_000, after) == (True, "after")
+        for name in ("many lines", "wide lines"):
+            lines = await lines_of(here, job_ids[name])
+            assert len(lines) < 20_000
+            assert sum(map(len, lines)) < 8 * 2**20
+            assert [line for line in lines if "log lines" in line and "were left out here" in line], "nobody says so"
+            numbers = [int(line.split()[0]) for line in lines if "were left out" not in line]
+            assert numbers == sorted(numbers)
+            assert numbers[-1] == given[name]["lines"] - 1, "the last line is always there"
+            job = await here.job(job_ids[name])
+            if job_type == "misbehaving":  # inline it is the memory of the tests
+                assert job["results"]["metadata"]["peak"] < 500
+
+
+async def test_what_job_process_prints_is_in_its_log(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job_id = await here.submit({"do": "print much", "lines": 300_000}, job_type="misbehaving")
+        job = await here.ended(job_id, seconds=60)
+        assert (job["status"], job["error"]) == ("completed", None)
+        lines = await lines_of(here, job_id)
+        assert lines[0] == "the first line"
+        assert sum(map(len, lines)) < 100_000
+        assert [line for line in lines if "more bytes of output were left out" in line]
+        crashed = await here.ended(await here.submit({"do": "crash"}, job_type="misbehaving", max_attempts=1))
+        assert (crashed["error"]["code"], crashed["error"]["details"]["signal"]) == ("PROCESS_KILLED", "SIGSEGV")
+        assert "some last words" in crashed["error"]["details"]["output"]
+        assert "Segmentation fault" in crashed["error"]["details"]["output"]
+
+
+async def test_fork_server_that_cannot_load_a_processor_serves_the_others(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers import job_process
+
+    monkeypatch.setattr(job_process, "MODULES", ["no.such.module", "tests.support.preload_that_dies"])
+    job_process.stop_fork_server()
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job = await here.ended(await here.submit({"do": "nothing"}, job_type="misbehaving"))
+        assert job["status"] == "completed"
+    job_process.stop_fork_server()
+
+
+async def test_tasks_of_jobs_do_not_stay(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        await here.ended(await here.submit())
+        before = len(asyncio.all_tasks())
+        for _ in range(3):
+            await here.ended(await here.submit({"do": "leave tasks"}, job_type="misbehaving-inline"))
+        await until(lambda: len(asyncio.all_tasks()) <= before, "no task is left", seconds=3)

@@ -1,0 +1,188 @@
+"""A store or a database that is away for a while costs a job nothing: no work, no attempt, and none of its time."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.commands import CancelJob
+from ledger.envelope import Append
+from ledger.errors import LedgerUnavailable
+from ledger.events import JobLogged, JobReleased, Recorded
+from ledger.files import DirectoryStore
+from ledger.log import EventLog
+from ledger.mongo import Connection
+from tests.support.running import Process, WorkerOptions, process
+from tests.workers.misbehaving import installed
+from workers.confinement import Confinement
+from workers.time_limit import TimeLimit
+
+__all__ = ["installed"]
+OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its version
+pytestmark = pytest.mark.usefixtures("installed")
+TYPES = ["misbehaving", "misbehaving-inline"]
+STORE_ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENOENT", "ENOTCONN", "ETIMEDOUT"]
+
+
+async def save(here: Process, job_type: str = "misbehaving-inline", **fields: Any) -> str:
+    return await here.submit({"do": "save"}, job_type=job_type, **fields)
+
+
+async def waits_for_store(here: Process, job_id: str) -> str:
+    """Wait until the job's log says that it waits; return that line."""
+    logged = await here.heard(JobLogged, job_id, where=lambda event: "result store" in str(event.entries))
+    assert isinstance(logged.event, JobLogged)
+    return logged.event.entries[0].message
+
+
+def replace(store: Path, *, by_file: Path) -> None:
+    store.rename(by_file)
+    store.write_text("where the directory was")
+
+
+def put_back(away: Path, store: Path) -> None:
+    store.unlink()
+    away.rename(store)
+
+
+def check_digests(store: Path) -> None:
+    for path in store.glob("??/*"):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+async def test_job_waits_for_store_that_has_gone(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.2,))
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        away = tmp_path / "away"
+        await here.ended(await here.submit({"do": "nothing"}, job_type="misbehaving"))  # the fork server is there
+        replace(store, by_file=away)
+        job_ids = [await save(here, job_type, timeout_s=1.5, max_attempts=1) for job_type in TYPES]
+        for job_id in job_ids:
+            assert str(store) in await waits_for_store(here, job_id)
+        await asyncio.sleep(1.5)
+        put_back(away, store)
+        await here.ended(*job_ids)
+        for job_id in job_ids:
+            job = await here.job(job_id)
+            assert (job["status"], job["attempt"], job["error"]) == ("completed", 1, None)
+            assert here.store.path(job["results"]["files"][0]["sha256"]).read_bytes() == b"# text\n"
+            assert "can be written to again" in str(job["logs"])
+
+
+async def test_every_error_of_the_store_is_waited_for(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = DirectoryStore._adopt, list(STORE_ERRORS)
+
+    def failing(self: DirectoryStore, file: Any, target: Path) -> None:
+        if left:
+            number = getattr(errno, left.pop())
+            raise OSError(number, os.strerror(number), str(target))
+        real(self, file, target)
+
+    monkeypatch.setattr(DirectoryStore, "_adopt", failing)
+    monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.01,))
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        job = await here.ended(await save(here, max_attempts=1))
+        assert (job["status"], left) == ("completed", [])
+        lines = [line["message"] for line in job["logs"] if "Waiting for the result store" in line["message"]]
+        assert len(lines) == len(STORE_ERRORS)
+
+
+async def test_job_that_waits_for_store_can_be_cancelled_and_given_back(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: DirectoryStore, file: Any, target: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(target))
+
+    monkeypatch.setattr(DirectoryStore, "_adopt", failing)
+    options = WorkerOptions(confinement=OFF, shutdown_grace_seconds=0.1)
+    async with process(connection, store, projector=True) as here:
+        async with process(connection, store, worker=options, deaf=True):
+            job_ids = [await save(here, job_type, max_attempts=1) for job_type in TYPES * 2]
+            for job_id in job_ids:
+                await waits_for_store(here, job_id)
+            for job_id in job_ids[:2]:
+                await here.do(job_id, CancelJob("user-1"))
+            await here.ended(*job_ids[:2], seconds=5)
+            assert [(await here.job(job_id))["status"] for job_id in job_ids[:2]] == ["cancelled"] * 2
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+        for job_id in job_ids[2:]:
+            await here.heard(JobReleased, job_id)
+
+
+async def test_file_that_is_changed_after_it_was_saved_is_never_stored(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        job_ids = [await here.submit({"do": "save and change"}, job_type="misbehaving") for _ in range(3)]
+        await here.ended(*job_ids)
+        for job_id in job_ids:
+            job = await here.job(job_id)
+            if job["status"] == "failed":
+                assert job["error"]["code"] in ("INVALID_RESULT", "PROCESSOR_FAULT")
+        check_digests(store)
+
+
+class Away(EventLog):
+    """A log whose database does not answer to what the work came to: for a while it hangs, then it says so."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.failed: set[str] = set()
+
+    async def append(self, *appends: Append) -> list[Recorded]:
+        ends = ("JobCompleted", "StepCompleted")
+        concerned = {it.stream for it in appends for event in it.events if type(event).__name__ in ends}
+        if concerned - self.failed:
+            self.failed |= concerned
+            await asyncio.sleep(3)
+            raise LedgerUnavailable("it did not answer")
+        return await super().append(*appends)
+
+
+async def test_time_limit_does_not_cover_the_wait_for_the_database(connection: Connection, store: Path) -> None:
+    async with process(
+        connection, store, projector=True, worker=WorkerOptions(confinement=OFF), log_class=Away
+    ) as here:
+        jobs = [(do, job_type) for do in ("nothing", "one step") for job_type in TYPES]
+        job_ids = [
+            await here.submit({"do": do}, job_type=job_type, timeout_s=2.5, max_attempts=1) for do, job_type in jobs
+        ]
+        await here.ended(*job_ids)
+        assert [(await here.job(job_id))["error"] for job_id in job_ids] == [None] * 4
+
+
+async def test_time_limit_runs_on_while_requests_are_short() -> None:
+    """A processor that only asks, again and again and all the time, comes to its limit."""
+    expired: list[float] = []
+    begun = time.monotonic()
+    limit = TimeLimit(0.3, lambda: expired.append(time.monotonic() - begun))
+
+    async def ask() -> None:
+        while not expired:
+            async with limit.waiting():
+                await asyncio.sleep(0.05)
+
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(ask() for _ in range(5)))
+    assert 0.25 < expired[0] < 1
+
+
+async def test_time_limit_pauses_while_a_request_waits() -> None:
+    expired = asyncio.Event()
+    limit = TimeLimit(1.3, expired.set)
+    async with limit.waiting():
+        await asyncio.sleep(2)
+    assert not expired.is_set()
+    async with asyncio.timeout(2):
+        await expired.wait()
+    limit.stop()

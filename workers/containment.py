@@ -1,0 +1,168 @@
+"""workers: keep what a processor's code raises, and the tasks it leaves behind, away from the event loop.
+
+asyncio lets `SystemExit` and `KeyboardInterrupt` of any task or callback end the event loop, and a coroutine may ignore
+its cancellation for ever. A processor runs within a `Containment`: nothing it raises reaches the event loop, and the
+containment can always be ended. Used for inline jobs in the worker, and in each job process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.events
+import asyncio.tasks
+from collections import deque
+from collections.abc import Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final, TypeVar
+
+import structlog
+
+from workers.conversion import to_text, type_name
+
+T = TypeVar("T")
+_log = structlog.get_logger()
+_current: ContextVar[Containment | None] = ContextVar("containment", default=None)
+_kept: deque[Coroutine[Any, Any, Any]] = deque(maxlen=100)
+"""Coroutines that refused to be closed. Python would try again when they are collected, and print a traceback."""
+_ROUNDS: Final = 3  # of the event loop, in which an abandoned task ends
+
+
+class Containment:
+    """Runs one coroutine of foreign code, and knows the tasks that it creates."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._abandoned = False
+
+    def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Run the coroutine as a task. Its context is its own, so what it starts is known to be of this containment."""
+        install(asyncio.get_running_loop())
+        token = _current.set(self)
+        try:
+            return asyncio.create_task(coroutine, name=name)
+        finally:
+            _current.reset(token)
+
+    async def end(self, seconds: float) -> None:
+        """Cancel what still runs. What has not ended after `seconds` is never resumed again."""
+        if not self._tasks:
+            return
+        for task in set(self._tasks):
+            task.cancel()
+        await asyncio.wait(set(self._tasks), timeout=seconds)
+        self.abandon()
+        for _ in range(_ROUNDS):
+            await asyncio.sleep(0)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Never resume what has not ended yet. Its tasks end in the next rounds of the event loop."""
+        self._abandoned = True
+        for task in set(self._tasks):
+            task.cancel()
+
+    def add(self, task: asyncio.Task[Any]) -> None:
+        """Remember a task until it is done."""
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # else asyncio reports it as "never retrieved" when the task is collected
+
+    @property
+    def is_abandoned(self) -> bool:
+        return self._abandoned
+
+
+class _Contained(Coroutine[Any, Any, Any]):
+    """A coroutine that is closed, whatever it wants, once its containment is abandoned.
+
+    The task of a coroutine that swallows `CancelledError` could not be ended otherwise.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], containment: Containment) -> None:
+        self._coroutine = coroutine
+        self._containment = containment
+
+    def send(self, value: Any) -> Any:
+        self._end_if_abandoned()
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        self._end_if_abandoned()
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        _close(self._coroutine)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._coroutine.__await__()
+
+    def _end_if_abandoned(self) -> None:
+        if self._containment.is_abandoned:
+            self.close()
+            raise asyncio.CancelledError
+
+
+def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
+    chain: list[Any] = [coroutine]
+    while (inner := getattr(chain[-1], "cr_await", None)) is not None:
+        chain.append(inner)
+    try:
+        coroutine.close()
+    except BaseException as error:  # noqa: BLE001 - foreign code; it is never resumed again
+        _log.warning("a processor's coroutine failed when it was closed", error=type_name(error))
+    _kept.extend(it for it in chain if getattr(it, "cr_frame", None) is not None)
+
+
+def install(loop: asyncio.AbstractEventLoop) -> None:
+    """Prepare an event loop for containments. Installing again changes nothing."""
+    if asyncio.events.Handle._run is not _run:
+        asyncio.events.Handle._run = _run  # type: ignore[method-assign]
+    factory = loop.get_task_factory()
+    if factory is not None and getattr(factory, "contains", False):
+        return
+
+    def create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+        containment = _current.get()
+        if containment is None:
+            if factory is not None:
+                return factory(loop, coroutine, **options)
+            return asyncio.Task(coroutine, loop=loop, **options)
+        task = asyncio.Task(_Contained(coroutine, containment), loop=loop, **options)
+        containment.add(task)
+        return task
+
+    create.contains = True  # type: ignore[attr-defined]
+    loop.set_task_factory(create)
+
+
+_run_in_event_loop = asyncio.events.Handle._run
+
+
+def _run(self: asyncio.Handle) -> None:
+    """Run a callback. Of foreign code, no exception leaves it.
+
+    The original passes on `SystemExit` and `KeyboardInterrupt`, which ends the event loop and with it the process.
+    There is no official way to decide otherwise: the event loop's exception handler is not asked about these two.
+    """
+    try:
+        _run_in_event_loop(self)
+    except (SystemExit, KeyboardInterrupt) as error:
+        if self._context.get(_current) is None:  # type: ignore[attr-defined]
+            raise
+        cause = f"{type_name(error)}: {to_text(error, 200)}"
+        _log.warning("a processor's task or callback tried to end the process", error=cause)
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Within the block, tasks that are created belong to no containment: the worker's own code runs here."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
