@@ -23,8 +23,9 @@ from ledger.access import Principal, group_named, user_named
 _log = structlog.get_logger()
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _ROLES: Final = frozenset({"admin", "monitor"})
-_PROXY_TRUST: Final = timedelta(seconds=60)
-"""How long a live stream may go on before the proxy has to say again who it is: it reports no sign-out."""
+_PROXY_TRUST: Final = timedelta(seconds=70)
+"""How long a live stream may go on before the proxy has to say again who it is: it reports no sign-out. Longer than the
+longest `Prefer: wait`, which would otherwise end as unauthorized."""
 
 
 class _Wrong(Exception):

@@ -58,6 +58,7 @@ function listen() {
     show(false);
     if (stream.readyState !== EventSource.CLOSED) return; // it comes back by itself, with Last-Event-ID
     stream.close();
+    ask(); // the sign-in may have ended: then the page itself leads to the sign-in
     setTimeout(listen, 1000 + 2000 * Math.random());
   });
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from playwright.async_api import BrowserContext, Page, expect
 
+from api.keys import KeyText, revoke
 from tests.api.conftest import Api, running_api
 from tests.api.dashboard.conftest import forgiven, needs_browser
 from tests.api.dashboard.test_live import at
@@ -57,6 +58,22 @@ async def sign_in(page: Page, api: Api, key: str) -> None:
     await page.get_by_label("API key or token").fill(key)
     await page.get_by_role("button", name="Sign in").click()
     await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+
+
+async def test_live_page_leads_to_the_sign_in_when_its_key_is_revoked(
+    mongodb_uri: str, db_name: str, tmp_path: Path, page: Page
+) -> None:
+    roles = frozenset({"api", "projector"})
+    async for api in running_api(mongodb_uri, db_name, tmp_path, roles, auth={"mode": "keys"}):  # type: ignore[arg-type]  # a literal set is a set of str
+        key = await key_of(api, "ada", "admin")
+        await sign_in(page, api, key)
+        await page.goto(at(api, "/jobs"))
+        await expect(page.locator("#pulse.on")).to_be_visible()
+        text = KeyText.read(key)
+        assert text is not None
+        await revoke(api.db, text.key_id)
+        await expect(page.locator("h1")).to_have_text("Sign in", timeout=15_000)
+        forgiven(page)
 
 
 async def test_pages_of_other_origins_change_nothing_and_sign_nobody_in(
