@@ -25,6 +25,7 @@ from ledger.delivery import DeliveryStatus
 from ledger.events import AccessControl, BatchStatus, Ending, JobStatus, milliseconds
 from ledger.moments import EXAMPLE, moment_of
 from ledger.signing import key_of
+from ledger.webhook_headers import header_problem
 from projections.headings import Place
 from projections.jobs import LARGE_FIELDS
 
@@ -43,12 +44,9 @@ def _web_address(url: str) -> str:
     return url
 
 
-def _small_headers(headers: dict[str, str]) -> dict[str, str]:
-    found = sum(len(name) + len(value.encode()) for name, value in headers.items())
-    if found > limits.WEBHOOK_HEADER_BYTES:
-        raise ValueError(
-            f"names and values are {found} bytes together: at most {limits.WEBHOOK_HEADER_BYTES} are allowed"
-        )
+def _sendable(headers: dict[str, str]) -> dict[str, str]:
+    if (found := header_problem(headers)) is not None:
+        raise ValueError(f"{found[0]}: {found[1]}")
     return headers
 
 
@@ -105,7 +103,7 @@ class WebhookBody(_Body):
     """Whom to tell when the job or batch has ended."""
 
     url: Annotated[str, Field(max_length=limits.URL_CHARACTERS), AfterValidator(_web_address)]
-    headers: Annotated[dict[HeaderName, HeaderValue], AfterValidator(_small_headers)] = Field(
+    headers: Annotated[dict[HeaderName, HeaderValue], AfterValidator(_sendable)] = Field(
         {}, max_length=limits.WEBHOOK_HEADERS
     )
     include_markdown: StrictBool = False

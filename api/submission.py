@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
 
 from bson import ObjectId
 from starlette.requests import Request
@@ -14,7 +16,7 @@ from api.models import JobBody, WebhookBody
 from api.parameters import Check
 from api.services import Services, services
 from api.validation import validated
-from ledger.addresses import AllowedHosts, hopeless
+from ledger.addresses import NO_USERINFO, AllowedHosts, has_userinfo, hopeless
 from ledger.endpoints import Endpoint, ShownSecret, ensure
 from ledger.events import AccessControl, BatchSubmitted, JobSubmitted, Webhook
 from ledger.mongo import driver_errors
@@ -81,8 +83,44 @@ async def check_parameters(request: Request, checks: Sequence[Check]) -> None:
         ApiError: 422, naming each wrong field of the first job that has any; 503, when a plug-in's validator takes too
             long.
     """
+    await off_loop(request, _refuse_userinfo, checks)
     await off_loop(request, _check_trusted, [it for it in checks if it.is_trusted])
     await services(request).parameters.check(it for it in checks if not it.is_trusted)
+
+
+def _refuse_userinfo(checks: Sequence[Check]) -> None:
+    """Refuse URLs with a user name or password, wherever they are: parameters are published with the results.
+
+    Any text that is such a URL is refused, because plug-ins also take URLs as plain text.
+
+    Raises:
+        ApiError: 422.
+    """
+    for it in checks:
+        problems = [
+            {"path": path(place), "message": NO_USERINFO}
+            for place in islice(_places_with_userinfo(it.parameters, it.within), _PROBLEMS_NAMED)
+        ]
+        if problems:
+            message = f"{problems[0]['path']}: {NO_USERINFO}"
+            raise ApiError(422, "invalid_content", message, details={"errors": problems})
+
+
+def _places_with_userinfo(value: Any, place: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
+    waiting: list[tuple[Any, tuple[str | int, ...]]] = [(value, place)]
+    while waiting:
+        current, at = waiting.pop()
+        if isinstance(current, str):
+            if has_userinfo(current):
+                yield at
+        elif isinstance(current, Mapping):
+            waiting += [(it, (*at, str(name))) for name, it in current.items() if isinstance(it, _NESTED)]
+        elif isinstance(current, list):
+            waiting += [(it, (*at, index)) for index, it in enumerate(current) if isinstance(it, _NESTED)]
+
+
+_NESTED: Final = (str, dict, list)
+_PROBLEMS_NAMED: Final = 100
 
 
 def _check_trusted(checks: Sequence[Check]) -> None:

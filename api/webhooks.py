@@ -21,9 +21,9 @@ from api.requests import Once, noted
 from api.services import Services, query_of, services, views_reach_wanted_position
 from ledger.access import Principal, Right
 from ledger.commands import RequeueDelivery
-from ledger.delivery import Delivery
+from ledger.delivery import Delivery, source_of
 from ledger.events import Meta
-from ledger.handle import Known, handle, load
+from ledger.handle import Known, handle, is_deleted, load
 from ledger.mongo import Document
 from projections import batches, jobs
 from projections import deliveries as view
@@ -71,6 +71,9 @@ async def redeliver(request: Request) -> Response:
     if not isinstance(found.state, Delivery):
         raise _not_found(delivery_id)
     await _may_redeliver(request, found.state, _not_found(delivery_id))
+    if await is_deleted(known.log, found.state.asked.source):
+        message = f"{found.state.asked.source} was deleted, so its webhook cannot be sent again."
+        raise ApiError(410, "deleted", message)
     once = Once.of(request, content)
     done = once.found_in(events) if once else None
     if done is None:
@@ -107,6 +110,8 @@ async def redeliver_many(request: Request) -> Response:
         events = await known.log.read_stream(delivery_id)
         if once is not None and (before := once.found_in(events)) is not None:
             return before.position
+        if await is_deleted(known.log, source_of(delivery_id)):
+            return 0
         command, current = RequeueDelivery(by, body.reason), Known().after(events)
         return (await handle(known.log, delivery_id, command, meta=meta, known=current)).known.head.position
 

@@ -87,23 +87,26 @@ def look_at_machine(settings: Settings) -> Iterator[Finding]:
 
 
 def look_at_confinement(settings: Settings) -> Iterator[Finding]:
-    """Yield whether job processes and helper programs can be confined on this machine."""
+    """Yield whether job processes and helper programs can be confined on this machine.
+
+    Work goes on without, so only what the settings require is a fault.
+    """
     mode, version = settings.event_worker.confine, restrictions.landlock_version()
     if mode == "off":
         yield Finding("Confinement of jobs", good=True, found="off (event_worker.confine)")
+    elif version:
+        limits = "" if version >= restrictions.SIGNALS_VERSION else "; signals are not restricted before Linux 6.12"
+        yield Finding("Confinement of jobs", good=True, found=f"Landlock, version {version}{limits}")
     else:
-        limits = (
-            "" if version >= restrictions.SIGNALS_VERSION else ", which does not restrict signals (Linux 6.12 does)"
-        )
-        found = f"Landlock, version {version}{limits}" if version else "not possible: no Landlock"
-        yield Finding("Confinement of jobs", version > 0, found, confinement.ADVICE)
+        found = "none: this kernel offers no Landlock" + (f". {confinement.ADVICE}" if mode == "auto" else "")
+        yield Finding("Confinement of jobs", mode == "auto", found, confinement.ADVICE)
     trials = sandbox.tried()
     if trials[-1].works:
         yield Finding("Sandbox for helper programs", good=True, found=trials[-1].method)
     else:
-        found = "; ".join(f"{trial.method}: {trial.reason}" for trial in trials)
-        advice = f"LibreOffice and yt-dlp are not run without one. {sandbox.ADVICE}"
-        yield Finding("Sandbox for helper programs", good=False, found=found, advice=advice)
+        reasons = "; ".join(f"{trial.method}: {trial.reason}" for trial in trials)
+        found = f"none ({reasons}): LibreOffice and yt-dlp are not run. {sandbox.ADVICE}"
+        yield Finding("Sandbox for helper programs", good=True, found=found)
 
 
 def _finding(what: str, look: Callable[[], str]) -> Finding:

@@ -17,32 +17,26 @@ from ledger.client import SUBSCRIPTIONS
 from ledger.endpoints import COLLECTION as ENDPOINTS
 from ledger.gridfs import COLLECTIONS as GRIDFS
 from projections.rebuild import NAMES
-from projections.views import collection_name
+from projections.views import SIDES, collection_name
+from workers.cleanup import REMOVALS
 from workers.path_reservations import COLLECTION as RESULT_PATHS
 
 _MUTABLE: Final = (
     API_KEYS,
-    "batches",
     "checkpoints",
     "counters",
-    "deliveries",
-    "files",
     *GRIDFS,
-    "jobs",
     "leaders",
-    "queue",
-    "receivers",
     RESULT_PATHS,
     "secrets",
     SESSIONS,
-    "statistics",
-    "steps",
     SUBSCRIPTIONS,
     ENDPOINTS,
     "webhook_headers",
     SINK,
     "workers",
-    *(collection_name(name, "b") for name in NAMES),
+    REMOVALS,
+    *(collection_name(name, side) for name in NAMES for side in SIDES),
 )
 _VIEW_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection", "createIndex", "listIndexes"]
 

@@ -116,10 +116,13 @@ def trial(
     from bson import ObjectId
 
     from ledger.signing import signed_headers
+    from ledger.webhook_headers import header_problem
     from workers.webhooks.sending import Outgoing
 
     settings = settings_of(config).webhooks
     headers = dict(_header(text) for text in header or ())
+    if (problem := header_problem(headers)) is not None:
+        raise ConfigurationError(f"--header {problem[0]}: {problem[1]}")
     webhook_id = f"test-{ObjectId()}"
     body = orjson.dumps({"schema_version": 1, "type": "test", "delivery_id": webhook_id, "sequence": 0})
     try:

@@ -33,7 +33,8 @@ from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
-from workers import execution
+from workers import confinement, execution
+from workers.cleanup import Cleanup
 from workers.confinement import Confinement
 from workers.registry import check_plugins, unusable_types
 from workers.scratch import Scratch
@@ -205,8 +206,10 @@ async def roles(
         await projector.prepare()
         if wanted & _READS_THE_LOG:
             changes.listen(log)
+        cleanup = Cleanup(db, log, store, checkpoint, connection, holder=f"{socket.gethostname()}-{os.getpid()}")
         if "projector" in wanted:
             projector.listen(changes)
+            cleanup.listen(changes)
         serves = services_for(settings, db, log, checkpoint, changes, store) if "api" in wanted else None
         if serves is not None and serves.sessions is not None:
             await sessions.prepare(db)
@@ -222,6 +225,7 @@ async def roles(
         stream.add_done_callback(watcher(failed))
         if "projector" in wanted:
             await stack.enter_async_context(background(projector.run(), failed))
+            await stack.enter_async_context(background(cleanup.run(), failed))
         if worker is not None:
             await stack.enter_async_context(_working(worker, failed))
         if sends is not None:
@@ -279,6 +283,7 @@ def _worker(
     store: FileStore,
 ) -> Worker:
     chosen = settings.event_worker
+    confinement.check(chosen.confine)
     return Worker(
         db,
         log,

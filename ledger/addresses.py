@@ -5,9 +5,11 @@ The check is on the address connected to, never on the name alone: a name may an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Final
 from urllib.parse import urlsplit
 
 Address = IPv4Address | IPv6Address
@@ -72,6 +74,36 @@ def hopeless(url: str, allowed: AllowedHosts) -> str | None:
         if (refusal := allowed.refusal(host, str(ip_address(host.partition("%")[0])))) is not None:
             return f"{host} is {refusal}; {ONLY_PUBLIC}"
     return None
+
+
+_USERINFO: Final = re.compile(r"(?i)^((?:https?|ftps?|wss?):[/\\]*)[^/\\?#\s]*@")
+_PASSWORD: Final = re.compile(r"(?i)^([a-z][a-z0-9+.-]*://)[^/\\?#\s@]*:[^/\\?#\s]*@")
+_REMOVED_BY_BROWSERS: Final = re.compile(r"[\t\r\n]")
+_STRIPPED_BY_BROWSERS: Final = "".join(map(chr, range(0x21)))
+NO_USERINFO: Final = (
+    "no user or password in a URL, which is published: put the file where it can be read without them, or at a URL "
+    "that expires"
+)
+
+
+def has_userinfo(text: str) -> bool:
+    """Return whether a text is a URL with a user name (of the web or FTP), or with a password (of any scheme).
+
+    As browsers read it (WHATWG URL): slashes may be missing or backslashes, and tabs and line breaks within are
+    passed over.
+    """
+    if "@" not in text:
+        return False
+    plain = _REMOVED_BY_BROWSERS.sub("", text.lstrip(_STRIPPED_BY_BROWSERS))
+    return _USERINFO.match(plain) is not None or _PASSWORD.match(plain) is not None
+
+
+def without_userinfo(url: str) -> str:
+    """Return a URL without user name and password; any other text as it is."""
+    if not has_userinfo(url):
+        return url
+    plain = _REMOVED_BY_BROWSERS.sub("", url.lstrip(_STRIPPED_BY_BROWSERS))
+    return _PASSWORD.sub(r"\1", _USERINFO.sub(r"\1", plain))
 
 
 def _plain_name(host: str) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Protocol
 
@@ -113,6 +114,19 @@ class FileStore(Protocol):
         Raises:
             LedgerUnavailable: the store cannot be reached.
         """
+
+    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+        """Take a file's name away, so that whoever saves its content writes it again. `token` is the caller's own.
+
+        Returns when the content was saved last, by the store's clock; None if there is no such file. A file that
+        another caller has set aside, and that has no name, is this caller's then.
+        """
+
+    async def put_back(self, sha256: str, token: str) -> None:
+        """Give a file that was set aside its name again."""
+
+    async def remove(self, sha256: str, token: str) -> None:
+        """Remove a file that was set aside, for good. Harmless if another caller has it by now."""
 
 
 class DirectoryStore:
@@ -296,6 +310,30 @@ class DirectoryStore:
         except FileNotFoundError:
             return []
 
+    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+        """Rename a file: see `FileStore.set_aside`."""
+        return await asyncio.to_thread(self._set_aside, sha256, token)
+
+    def _set_aside(self, sha256: str, token: str) -> datetime | None:
+        target, aside = self.path(sha256), self._aside(sha256, token)
+        for path in (target, *target.parent.glob(f"{sha256}.removed-*")):
+            with suppress(FileNotFoundError):
+                path.replace(aside)
+                return datetime.fromtimestamp(aside.stat().st_mtime, UTC)
+        return None
+
+    async def put_back(self, sha256: str, token: str) -> None:
+        """Rename a file back. Should its content have been saved again, either is as good as the other."""
+        with suppress(FileNotFoundError):
+            await asyncio.to_thread(self._aside(sha256, token).replace, self.path(sha256))
+
+    async def remove(self, sha256: str, token: str) -> None:
+        """Remove a file that was set aside."""
+        await asyncio.to_thread(self._aside(sha256, token).unlink, missing_ok=True)
+
+    def _aside(self, sha256: str, token: str) -> Path:
+        return self.path(sha256).with_suffix(f".removed-{token}")
+
     def _open(self, sha256: str) -> _OpenFile:
         path = self.path(sha256)
         try:
@@ -370,11 +408,22 @@ class _OpenFile:
 
 
 def _holds(target: Path, sha256: str) -> bool:
-    """Return whether a file is in the store already. One whose content was changed there is replaced."""
+    """Return whether a file is in the store already. One whose content was changed there is replaced.
+
+    Its time is renewed: by that, `set_aside` sees that somebody needs it now. If it is set aside meanwhile, either its
+    time was renewed before, and it is put back, or renewing it fails, and it is written anew.
+    """
     if target.is_symlink() or not target.is_file():
         return False
-    with target.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    try:
+        with target.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                return False
+        with suppress(PermissionError):  # another user's file: only its owner may set it to the present time
+            os.utime(target)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager
@@ -409,6 +458,7 @@ def _move(path: Path, target: Path) -> None:
     """Give a file its name in the store. Permissions first: with a name it is there for good, as it is."""
     if not path.is_symlink():  # of a link, what it leads to is wanted, as it is now
         with suppress(OSError):  # another file system, or another's file
+            os.utime(path)  # when it was saved, not when its content was made: see `set_aside`
             path.chmod(FILE_MODE)
             path.replace(target)
             return

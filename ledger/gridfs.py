@@ -21,6 +21,7 @@ from bson import ObjectId
 from gridfs import AsyncGridFSBucket, AsyncGridIn
 from gridfs.errors import FileExists
 from pymongo import ASCENDING
+from pymongo.errors import DuplicateKeyError
 
 from ledger.errors import FileLost
 from ledger.file_checks import FileChecks
@@ -30,6 +31,9 @@ from ledger.mongo import Database, Document, driver_errors
 BUCKET: Final = "fs"
 COLLECTIONS: Final = (f"{BUCKET}.chunks", f"{BUCKET}.files")
 _DIGEST: Final = "metadata.sha256"
+_REMOVED: Final = "metadata.removed"
+_TOKEN: Final = "metadata.removed_by"  # noqa: S105 - the name of a field
+_SAVED_AT: Final = "metadata.saved_at"
 _UPLOAD_BYTES: Final = 4 * 1024 * 1024
 _CHUNKS_AT_A_TIME: Final = 4
 _CHECKED_AGAIN_SECONDS: Final = 600
@@ -58,6 +62,8 @@ class GridFSStore:
             await self._files.create_index(
                 [(_DIGEST, ASCENDING)], name="one_of_each_content", unique=True, partialFilterExpression=ours
             )
+            set_aside = {_REMOVED: {"$exists": True}}
+            await self._files.create_index([(_REMOVED, ASCENDING)], partialFilterExpression=set_aside)
             trial = ObjectId()
             await self._chunks.insert_one({"files_id": trial, "n": 0, "data": b""})
             await self._chunks.delete_many({"files_id": trial})
@@ -120,14 +126,41 @@ class GridFSStore:
                     raise
 
     async def _is_stored(self, sha256: str) -> bool:
-        """Return whether the content is there for good.
+        """Return whether the content is there for good, and renew its time: by that `set_aside` sees that it is needed.
 
-        An update that changes nothing is acknowledged like any other: when a majority has all that happened before it.
-        A mere look might see what another writer has just written, and what a fail-over then takes back.
+        The update is acknowledged when a majority has all that happened before it. A mere look might see what another
+        writer has just written, and what a fail-over then takes back.
         """
         with driver_errors("looking for a file"):
-            found = await self._files.update_one({_DIGEST: sha256}, {"$set": {_DIGEST: sha256}})
+            found = await self._files.update_one({_DIGEST: sha256}, {"$currentDate": {_SAVED_AT: True}})
         return found.matched_count == 1
+
+    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+        """Take the digest out of a file's entry: see `FileStore.set_aside`."""
+        change = {"$set": {_REMOVED: sha256, _TOKEN: token}, "$unset": {_DIGEST: ""}}
+        with driver_errors("setting a file aside"):
+            for wanted in ({_DIGEST: sha256}, {_REMOVED: sha256}):
+                entry = await self._files.find_one_and_update(wanted, change)
+                if entry is not None:
+                    saved_at: datetime = entry["metadata"].get("saved_at", entry["uploadDate"])
+                    return saved_at
+        return None
+
+    async def put_back(self, sha256: str, token: str) -> None:
+        """Put the digest back. Should its content have been saved again, this copy is removed."""
+        change = {"$set": {_DIGEST: sha256}, "$unset": {_REMOVED: "", _TOKEN: ""}}
+        with driver_errors("putting a file back"):
+            try:
+                await self._files.update_one({_REMOVED: sha256, _TOKEN: token}, change)
+            except DuplicateKeyError:
+                await self.remove(sha256, token)
+
+    async def remove(self, sha256: str, token: str) -> None:
+        """Remove a file that was set aside: its chunks first, so that none are left that nobody finds."""
+        with driver_errors("removing a file"):
+            async for entry in self._files.find({_REMOVED: sha256, _TOKEN: token}, {"_id": 1}):
+                await self._chunks.delete_many({"files_id": entry["_id"]})
+                await self._files.delete_one({"_id": entry["_id"]})
 
     async def open(self, sha256: str) -> OpenFile:
         """Open a file for reading.

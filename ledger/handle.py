@@ -17,7 +17,7 @@ from ledger.commands import BatchCommand, DeliveryCommand, JobCommand
 from ledger.delivery import Delivery
 from ledger.envelope import Append, Head
 from ledger.errors import CommandRefused, UnreadableEvent, VersionConflict
-from ledger.events import Event, Meta, Recorded
+from ledger.events import BatchDeleted, Event, JobDeleted, Meta, Recorded
 from ledger.job import Job
 from ledger.log import EventLog
 
@@ -189,6 +189,11 @@ async def handle_new(log: EventLog, commands: Sequence[tuple[str, Command]], *, 
 async def load(log: EventLog, stream: str) -> Known:
     """Return what the log says of a stream now."""
     return Known().after(await log.read_stream(stream))
+
+
+async def is_deleted(log: EventLog, stream: str) -> bool:
+    """Return whether a job or batch was deleted."""
+    return bool(await log.read_stream(stream, types=(JobDeleted, BatchDeleted), limit=1))
 
 
 async def load_all(log: EventLog, streams: Collection[str]) -> dict[str, Known | UnreadableEvent]:

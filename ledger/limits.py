@@ -51,8 +51,8 @@ TEAMS: Final = 200
 NAME_CHARACTERS: Final = 200
 BATCH_JOBS: Final = 10_000
 WEBHOOK_HEADERS: Final = 50
-WEBHOOK_HEADER_BYTES: Final = 64 * _KIB
-"""Names and values of all headers of a webhook together."""
+WEBHOOK_HEADER_BYTES: Final = 16_000
+"""Names and values of all headers of a webhook together. Common servers read 16 KiB of headers, ours included."""
 TITLE_CHARACTERS: Final = 500
 URL_CHARACTERS: Final = 2000
 REASON_CHARACTERS: Final = 2000

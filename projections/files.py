@@ -19,7 +19,12 @@ _JOBS_AT_A_TIME: Final = 100
 INDEXES: Final = [
     IndexModel([("path", ASCENDING), ("modified_at", ASCENDING), ("job_id", ASCENDING)]),
     IndexModel([("job_id", ASCENDING)]),
+    IndexModel([("sha256", ASCENDING)]),
 ]
+STEP_FILES: Final = "step_files"
+"""The view of the files that finished steps name (projections/step_files.py)."""
+EVERY_FILE: Final = "*"
+"""Stands for more files than are kept track of."""
 
 
 def rows(job: Document) -> list[Document]:
@@ -54,6 +59,15 @@ async def has_other_owner(views: Views, path: str, job_id: str) -> bool:
     """Return whether another job has a file under a path."""
     with driver_errors("looking for a file"):
         return await views[NAME].find_one({"path": path, "job_id": {"$ne": job_id}}, {"_id": 1}) is not None
+
+
+async def is_needed(views: Views, sha256: str) -> bool:
+    """Return whether a job has a file with this content, as a result or in what its finished steps have yielded."""
+    with driver_errors("looking for who needs a file"):
+        if await views[NAME].find_one({"sha256": sha256}, {"_id": 1}) is not None:
+            return True
+        wanted = {"sha256": {"$in": [sha256, EVERY_FILE]}}
+        return await views[STEP_FILES].find_one(wanted, {"_id": 1}) is not None
 
 
 async def of_jobs(views: Views, job_ids: Sequence[str]) -> AsyncIterator[Document]:

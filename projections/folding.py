@@ -38,11 +38,11 @@ from ledger.leadership import Deposed
 from ledger.log import EventLog
 from ledger.mongo import Database, Document, driver_errors, passes_with_time
 from ledger.transactions import transaction
-from projections import batches, deliveries, failures, files, jobs, queue, receivers, statistics, steps
+from projections import batches, deliveries, failures, files, jobs, queue, receivers, statistics, step_files, steps
 from projections.views import Views
 
 _log = structlog.get_logger()
-VERSION: Final = 10
+VERSION: Final = 11
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are made anew."""
 CACHED_DOCUMENTS: Final = 20_000
 _SLOW_SECONDS: Final = 5.0
@@ -51,7 +51,7 @@ _MOST_EVENTS: Final = 8192
 _REFUSED_AT_MOST: Final = 1000
 """Writes that the server refuses in one chunk, before it is taken for trouble of the server."""
 _EVENTS_A_TURN: Final = 4  # the database waits for us at each turn of the loop: measured, 50 are a fifth slower
-ALL: Final = (jobs, batches, queue, files, statistics, steps, deliveries, receivers, failures)
+ALL: Final = (jobs, batches, queue, files, statistics, steps, step_files, deliveries, receivers, failures)
 """The views."""
 FOLDED: Final = (jobs.NAME, batches.NAME, statistics.NAME, deliveries.NAME, receivers.NAME)
 """The views with documents that are folded on; all others follow from these."""
@@ -66,7 +66,7 @@ _REDUCED: Final[Mapping[str, Callable[[Document, Document], Document]]] = {
     deliveries.NAME: deliveries.reduced,
 }
 """How a document that cannot be stored whole is stored. Of other views it is left out."""
-_ROWS: Final = (queue.NAME, files.NAME, steps.NAME)
+_ROWS: Final = (queue.NAME, files.NAME, steps.NAME, step_files.NAME)
 Key = tuple[str, str]
 """A view, and the key of a document in it."""
 
@@ -180,6 +180,7 @@ class Chunk:
         queued: dict[str, Document | None] = {}
         served: dict[str, Document | None] = {}
         shared: dict[str, Document | None] = {}
+        named: dict[str, Document | None] = {}
         batch_then, batch_now = self.loaded["batches"].get, partial(self.get, "batches")
         for job_id, after in self.now["jobs"].items():
             before = self.loaded["jobs"].get(job_id)
@@ -187,13 +188,14 @@ class Chunk:
             try:
                 _change(served, files.rows(before) if before else [], files.rows(after) if after else [])
                 _change(shared, steps.rows(before) if before else [], steps.rows(after) if after else [])
+                _change(named, step_files.rows(before) if before else [], step_files.rows(after) if after else [])
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other jobs
                 if (jobs.NAME, job_id) not in self.refused:
                     self.refuse(jobs.NAME, job_id, f"Its files and steps cannot be listed: {error!r}")
         for job in self.waiting:  # unchanged themselves, and not loaded whole
             if job["_id"] not in self.now["jobs"]:
                 _change(queued, _queued(job, batch_then), _queued(job, batch_now))
-        return {queue.NAME: queued, files.NAME: served, steps.NAME: shared}
+        return {queue.NAME: queued, files.NAME: served, steps.NAME: shared, step_files.NAME: named}
 
     def _were_queued(self) -> set[str]:
         """Return the jobs here that had a row in the queue before: its rows are those of one job each."""

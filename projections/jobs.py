@@ -8,10 +8,13 @@ in the queue), `truncated` (fields of which the document shows a part, by the bu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, assert_never
+
+import orjson
 
 from ledger.access import Principal
 from ledger.errors import InvalidEvent
@@ -64,6 +67,9 @@ from projections.headings import Facet, Place
 from projections.views import Views
 
 NAME: Final = "jobs"
+DIGESTS: Final = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+STEP_FILES: Final = 10_000
+"""Files that finished steps of a job name. With more, no file of any job is removed from the store."""
 LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
 LOG_CHARACTERS: Final = 10_000  # of each: a hundred lines have to fit into a document, which holds 16 MB
 COUNTED_UP_TO: Final = 10_000
@@ -351,7 +357,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
         case JobLogged():
             return _logged(job, event)
         case StepCompleted():
-            return {"steps": [*job.get("steps", ()), _finished(happened, event)]}
+            return {"steps": [*job.get("steps", ()), _finished(happened, event)], **_step_files(job, happened)}
         case WorkerFenced() | JobSubmitted():
             return {}
         case JobCompleted():
@@ -419,6 +425,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "cancel_requested": False,
                 "queued_position": event.position,
                 "steps": job.get("steps", []) if happened.reuse_steps else [],
+                "step_files": job.get("step_files", []) if happened.reuse_steps else [],
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Restarted, waiting for a worker"},
             }
         case JobUpdated():
@@ -438,6 +445,16 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
             return None
         case _:
             assert_never(happened)
+
+
+def _step_files(job: Document, step: StepCompleted) -> Document:
+    """Return the digests of the files that finished steps name: the next attempt uses these files again."""
+    text = orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS)
+    if b'"sha256"' not in text:
+        return {}
+    known = job.get("step_files", [])
+    found = [digest for it in DIGESTS.findall(text) if (digest := it.decode()) not in known]
+    return {"step_files": [*known, *dict.fromkeys(found)][: STEP_FILES + 1]} if found else {}
 
 
 def _finished(step: StepCompleted, event: Recorded) -> Document:
@@ -667,6 +684,14 @@ async def held_by(views: Views, worker_id: str) -> Sequence[Document]:
     running = {**_RUNNING, "worker_id": worker_id}
     with driver_errors("looking for a worker's jobs"):
         return await views[NAME].find(running, {"attempt": 1}, hint=headings.index_for(running)).to_list()
+
+
+async def oldest_running(views: Views) -> datetime | None:
+    """Return when the first of the jobs that run was started, None if none runs, as far as the view has got."""
+    with driver_errors("looking for the oldest running job"):
+        index = headings.index_for(_RUNNING)
+        started = [it["started_at"] async for it in views[NAME].find(_RUNNING, {"started_at": 1}, hint=index)]
+    return min((at for at in started if at is not None), default=None)
 
 
 async def running_by_worker(views: Views) -> dict[str, int]:

@@ -83,15 +83,19 @@ def check(mode: Mode) -> None:
 _environment_lock = threading.Lock()
 
 
+def environment_for_jobs(names: Iterable[str] = ()) -> dict[str, str]:
+    """Return the variables that the server process of job processes starts with: the usual ones, and `names`."""
+    wanted = {*_ENVIRONMENT, *names}
+    return {name: value for name, value in os.environ.items() if name in wanted or name.startswith(_PREFIXES)}
+
+
 @contextmanager
 def minimal_environment(names: Iterable[str] = ()) -> Iterator[None]:
-    """Give programs that are started inside the block few variables: those that every program needs, and `names`.
+    """Start programs inside the block with `environment_for_jobs`.
 
     `os.environ` stays as it is: only the array that the C library hands to new programs is another one meanwhile.
     """
-    wanted = {*_ENVIRONMENT, *names}
-    kept = {name: value for name, value in os.environ.items() if name in wanted or name.startswith(_PREFIXES)}
-    lines = [os.fsencode(f"{name}={value}") for name, value in kept.items()]
+    lines = [os.fsencode(f"{name}={value}") for name, value in environment_for_jobs(names).items()]
     array = (ctypes.c_char_p * (len(lines) + 1))(*lines, None)
     with _environment_lock:
         current = ctypes.c_void_p.in_dll(ctypes.CDLL(None), "environ")

@@ -196,3 +196,20 @@ async def test_what_does_not_exist_is_not_found(idle_api: Api) -> None:
         assert (await idle_api.post(f"{HOOKS}/{name}/redeliver")).json()["code"] == "delivery_not_found"
     assert (await idle_api.get(f"{HOOKS}?job_id=job-1")).json()["code"] == "job_not_found"
     assert (await idle_api.get(f"{HOOKS}?status=lost")).status_code == 422
+
+
+async def test_redelivery_of_a_deleted_jobs_webhook_is_refused_and_its_secrets_are_removed(
+    api: Api, cms: Receiver
+) -> None:
+    job_id = await api.submit(webhook={"url": cms.url(), "headers": {"Authorization": "secret"}})
+    [delivery] = await over(api)
+    assert await api.db.webhook_headers.count_documents({}) == 1
+    deleted = await api.http.delete(f"/api/events/jobs/{job_id}")
+    answer = await api.post(f"{HOOKS}/{delivery['delivery_id']}/redeliver")
+    assert (answer.status_code, answer.json()["code"]) == (410, "deleted")
+    await api.get("/api/events/jobs", deleted.headers["Ledger-Position"])
+    assert (await api.post(AGAIN, {"status": "delivered"})).json()["redelivered"] == 0
+    async with asyncio.timeout(20):
+        while await api.db.webhook_headers.count_documents({}):  # noqa: ASYNC110 - nothing signals it
+            await asyncio.sleep(0.05)
+    assert len(cms.received) == 1

@@ -28,6 +28,7 @@ class Request:
     body: bytes
     status: int | str
     at: float
+    raw_headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -78,12 +79,13 @@ class Receiver:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
+            raw = {name.lower(): value.removeprefix(" ") for name, _, value in (it.partition(":") for it in head[1:-2])}
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             path = head[0].split(" ")[1]
             script = self.scripts.get(path, [200])
             answer = script.pop(0) if len(script) > 1 else script[0]
             status = answer[0] if isinstance(answer, tuple) else answer
-            self.received.append(Request(path, headers, body, status, asyncio.get_running_loop().time()))
+            self.received.append(Request(path, headers, body, status, asyncio.get_running_loop().time(), raw))
             self.news.set()
             if answer == "hang":
                 await reader.read()  # until the other side has had enough

@@ -18,6 +18,7 @@ from ledger.mongo import Connection
 from tests.processors.session.support import CONFERENCE_PAGE, Answer, html, serving
 from tests.support.job_processes import is_gone, own_job_processes
 from tests.support.running import Process, WorkerOptions, alive_in_session, process, real_process, until
+from workers import sandbox
 
 
 class SilentSite:
@@ -122,6 +123,7 @@ def processes_of(program: Path) -> list[int]:
     return found
 
 
+@pytest.mark.skipif(not sandbox.is_available(), reason="needs Landlock, or bubblewrap (apt install bubblewrap)")
 @pytest.mark.parametrize("end", ["cancelled", "killed"])
 async def test_programs_that_a_processor_has_started_end_with_its_child(
     end: str, connection: Connection, store: Path, tmp_path: Path

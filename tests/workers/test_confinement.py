@@ -14,7 +14,7 @@ import structlog
 
 from ledger.errors import ConfigurationError
 from ledger.server_note import until
-from tests.support.installation import Installation, client_of, descendants
+from tests.support.installation import Installation, client_of, descendants, one_line
 from tests.support.mongod import needs_local_mongod
 from workers import confinement, restrictions
 
@@ -225,3 +225,9 @@ def scratch_of(installation: Installation, job_id: str) -> list[Path]:
 
 def server_file(directory: Path) -> Path:
     return next(path for path in sorted((directory / "data").rglob("*")) if path.is_file() and path.stat().st_size)
+
+
+@pytest.mark.skipif(restrictions.landlock_version() > 0, reason="job processes can be confined on this machine")
+def test_worker_does_not_start_without_the_confinement_required(tmp_path: Path) -> None:
+    with Installation(tmp_path, event_worker={"confine": "required"}) as here:
+        one_line(here.start("up").ended(), 2, "event_worker.confine", "Landlock")

@@ -155,13 +155,14 @@ def test_doctor_names_the_sandbox_or_what_is_missing(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(sandbox, "tried", lambda: (Trial("landlock", works=False, reason="no"),))
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
-    findings = {finding.what: finding for finding in look_at_confinement(Settings())}
-    assert not findings["Sandbox for helper programs"].good
-    assert "bubblewrap" in findings["Sandbox for helper programs"].advice
-    assert not findings["Confinement of jobs"].good
-    assert "Landlock" in findings["Confinement of jobs"].advice
+    for mode in ("auto", "required"):
+        worker = Settings().event_worker.model_copy(update={"confine": mode})
+        jobs, programs = look_at_confinement(Settings().model_copy(update={"event_worker": worker}))
+        assert jobs.good is (mode == "auto")
+        assert "Landlock enabled" in (jobs.found if mode == "auto" else jobs.advice)
+        assert "apt install bubblewrap" in programs.found
     monkeypatch.setattr(sandbox, "tried", lambda: (Trial("bubblewrap", works=True),))
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 7)
-    findings = {finding.what: finding for finding in look_at_confinement(Settings())}
-    assert findings["Sandbox for helper programs"].found == "bubblewrap"
-    assert all(finding.good for finding in findings.values())
+    jobs, programs = look_at_confinement(Settings())
+    assert (jobs.good, jobs.found) == (True, "Landlock, version 7")
+    assert (programs.good, programs.found) == (True, "bubblewrap")

@@ -28,7 +28,7 @@ from ledger.endpoints import Endpoint, signing_secrets
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import Failure, Meta
 from ledger.files import FileStore
-from ledger.handle import Handled, Known, handle, load, outcome
+from ledger.handle import Handled, Known, handle, is_deleted, load, outcome
 from ledger.leadership import Leadership
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document, driver_errors
@@ -223,6 +223,10 @@ class Deliverer:
                 self._recorded[due.delivery_id] = (
                     known.head.version
                 )  # somebody else has put on record what we did not know
+                return
+            if await is_deleted(self._log, delivery.asked.source):
+                # Its content is not sent any more. Asked before each call: who deletes it later deletes it too late.
+                await self._record(due.delivery_id, AbandonDelivery(f"{delivery.asked.source} was deleted."), known)
                 return
             command, answered = await self._called(due, delivery)
             await self._record(due.delivery_id, command, known)

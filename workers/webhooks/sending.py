@@ -2,6 +2,7 @@
 
 Codes of what was no success:
     BAD_URL             not an http(s) address with a host
+    REQUEST_INVALID     it cannot be written as HTTP, for example because of a header: nothing was sent
     PORT_REFUSED        a port that webhooks do not go to
     ADDRESS_REFUSED     it leads to an address that is not public, and that `webhooks.allow_private` does not name
     CONNECTION_FAILED   no such name, refused, reset, TLS failed
@@ -26,6 +27,7 @@ import httpcore
 import httpx
 
 from ledger.addresses import ONLY_PUBLIC, AllowedHosts, hopeless
+from ledger.webhook_headers import unsendable
 from workers.network import AddressRefused, CheckedNetwork, Resolve, ask_system_resolver, retry_after, why_it_failed
 
 RESPONSE_BYTES: Final = 4096
@@ -35,8 +37,8 @@ _OURS: Final = frozenset(
     {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect", "keep-alive"}
 )
 """Headers of the connection itself, which nobody else may set."""
-_NO_CALL: Final = frozenset({"BAD_URL", "PORT_REFUSED", "ADDRESS_REFUSED"})
-_FINAL: Final = frozenset({"BAD_URL", "GONE"})
+_NO_CALL: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "PORT_REFUSED", "ADDRESS_REFUSED"})
+_FINAL: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "GONE"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ class Sender:
                                 break
                     finally:
                         await answer.aclose()
+        except (_RequestInvalid, httpcore.LocalProtocolError) as invalid:
+            code, message = "REQUEST_INVALID", f"The webhook cannot be sent as it was asked for: {invalid}."
         except AddressRefused as refused:
             code, message = "ADDRESS_REFUSED", f"{refused}; {ONLY_PUBLIC}."
         except (TimeoutError, httpcore.TimeoutException):
@@ -143,12 +147,24 @@ def _target(text: str, allowed: AllowedHosts) -> tuple[httpx.URL | None, tuple[s
         return None, ("BAD_URL", f"This is no address: {error}.")
 
 
+class _RequestInvalid(Exception):
+    """A request cannot be written as HTTP. The message does not hold values of headers."""
+
+
 def _request(url: httpx.URL, outgoing: Outgoing) -> httpcore.Request:
+    """Return the request.
+
+    Raises:
+        _RequestInvalid: one of its headers cannot be sent as it is.
+    """
+    given = {name: value for name, value in outgoing.headers.items() if name.lower() not in _OURS}
+    if (problem := unsendable(given)) is not None:
+        raise _RequestInvalid(f"header {problem[0][:100]!r}: {problem[1]}")
     headers = {
         "user-agent": _USER_AGENT,
         "accept": "*/*",
         "accept-encoding": "identity",
-        **{name.lower(): value for name, value in outgoing.headers.items() if name.lower() not in _OURS},
+        **{name.lower(): value for name, value in given.items()},
         "host": url.netloc.decode(),
         "connection": "close",
         "content-length": str(len(outgoing.body)),

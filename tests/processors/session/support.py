@@ -56,6 +56,7 @@ class Site:
     def __init__(self, port: int) -> None:
         self.port = port
         self.asked: list[str] = []
+        self.credentials: list[str | None] = []
         self.answers: dict[str, Answer] = {}
         self.silent: set[str] = set()
         self.closing = Event()
@@ -78,6 +79,7 @@ def serving() -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             site.asked.append(self.path)
+            site.credentials.append(self.headers["Authorization"])
             if self.path in site.silent:
                 site.closing.wait()
                 return

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import lxml.html  # type: ignore[import-untyped]  # it ships no types
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from tests.processors.session.support import Answer, Site, html, redirect, setti
 from workers.network import Resolve, ask_system_resolver
 from workers.processor import ProcessorError
 from workers.processors.session.fetch import Fetched, Fetcher, in_words
+from workers.processors.session.html_markdown import markdown_of
+from workers.processors.session.safe_markdown import as_target
 
 
 async def fetch(
@@ -244,6 +247,31 @@ async def test_a_proxy_from_the_environment_is_not_used(site: Site, monkeypatch:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert (await fetch(site.put("/x", html("<p>hello</p>")))).size == 12
+
+
+async def test_password_in_a_url_or_redirect_is_neither_sent_nor_published(site: Site) -> None:
+    with_password = site.url("/there").replace("http://", "http://me:hunter2@")
+    site.put("/start", redirect(with_password))
+    site.put("/there", html("<p>hello</p>"))
+    for url in (site.url("/start"), with_password, site.url("/start").replace("http://", "http://me:hunter2@")):
+        assert (await fetch(url)).url == site.url("/there")
+    site.put("/odd", redirect("http://me:hunter2@[::1/"))
+    site.put("/round", redirect(site.url("/round").replace("http://", "http://me:hunter2@")))
+    for path in ("/odd", "/round"):
+        error = await failure(site.url(path))
+        assert "hunter2" not in f"{error.message} {error.details}"
+    assert set(site.credentials) == {None}
+
+
+def test_password_in_a_link_is_not_published() -> None:
+    body = lxml.html.fromstring(
+        '<body><a href="https://me:hunter2@example.org/x">there</a> <a href="/y">here</a></body>'
+    )
+    text = markdown_of(body, url="https://me:hunter2@example.org/page", base="")
+    assert "hunter2" not in text
+    assert "(https://example.org/x)" in text
+    assert "(https://example.org/y)" in text
+    assert as_target("https://me:hunter2@example.org/") == "https://example.org/"
 
 
 async def test_a_password_in_an_address_is_not_repeated_in_errors(site: Site) -> None:

@@ -28,7 +28,7 @@ from typing import IO, Any
 import httpcore
 import httpx
 
-from ledger.addresses import AllowedHosts
+from ledger.addresses import AllowedHosts, without_userinfo
 from workers.network import (
     AddressRefused,
     CheckedNetwork,
@@ -217,13 +217,15 @@ def _web_address(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
     try:
         target = base.join(url) if base else httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as error:
-        raise ProcessorError("BAD_URL", f"{url!r} is not a web address: {error}.", details={"url": url}) from error
+        shown = without_userinfo(url)
+        raise ProcessorError("BAD_URL", f"{shown!r} is not a web address: {error}.", details={"url": shown}) from error
     if target.scheme not in ("http", "https") or not target.host:
         sent_on = f"{_shown(base)} redirects to {_shown(target)}, which" if base else _shown(target)
         raise ProcessorError(
             "BAD_URL", f"{sent_on} is not an http or https address with a host.", details={"url": _shown(target)}
         )
-    return target
+    # A password of a redirect is not sent either: it would be a password that the page's author publishes.
+    return target.copy_with(userinfo=b"") if target.userinfo else target
 
 
 def _shown(url: httpx.URL | str) -> str:
@@ -231,7 +233,7 @@ def _shown(url: httpx.URL | str) -> str:
     try:
         url = httpx.URL(url)
     except httpx.InvalidURL:
-        return str(url)
+        return without_userinfo(str(url))
     return str(url.copy_with(userinfo=b"") if url.userinfo else url)
 
 

@@ -13,6 +13,7 @@ from bs4 import BeautifulSoup
 from bs4.element import NavigableString, Tag
 from markdownify import MarkdownConverter
 
+from ledger.addresses import without_userinfo
 from workers.processors.session.own_part import BLOCKS, HEADINGS
 from workers.processors.session.safe_markdown import as_target, as_text_within
 
@@ -54,7 +55,7 @@ def _clean_link(link: Any, url: str, base: str) -> None:
 
 def _absolute(href: str, url: str, base: str) -> str | None:
     try:
-        target = urljoin(urljoin(url, base), href)
+        target = without_userinfo(urljoin(urljoin(url, base), href))
         usable = urlsplit(target).scheme in ("http", "https", "mailto") and not href.startswith("#")
     except ValueError:
         return None

@@ -11,6 +11,7 @@ import jinja2
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from ledger.addresses import without_userinfo
 from workers.processor import ProcessorError, SavedFile
 from workers.processors.session.compose import Summary
 from workers.processors.session.deck_files import SlideText
@@ -141,8 +142,8 @@ def front_matter(*, session: SessionParameters, job_id: str, page: PageText, com
         "place": None,
         "track": session.track,
         "topic": summary.topic or None if summary else None,
-        "url": session.url,
-        "video_url": session.video_url,
+        "url": without_userinfo(session.url),
+        "video_url": without_userinfo(session.video_url) if session.video_url else None,
         "language": composed.language,
         "job_id": job_id,
     }

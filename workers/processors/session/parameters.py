@@ -19,6 +19,8 @@ from pydantic import (
 from pydantic import model_validator as validates_model
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from ledger.addresses import NO_USERINFO
+
 MAX_TEXT = 2_000
 MAX_SPEAKERS = 500
 MAX_EXTRA = 16_000
@@ -49,6 +51,8 @@ def _is_web_address(value: str) -> str:
         raise ValueError(f"is not a web address: {error}") from None
     if parts.scheme not in ("http", "https"):
         raise ValueError("must begin with http:// or https://")
+    if "@" in parts.netloc:
+        raise ValueError(f"must have {NO_USERINFO}")
     if not host:
         raise ValueError("must name a host, as in https://example.org/talk")
     return value

@@ -10,6 +10,8 @@ import re
 
 from markdown_it import MarkdownIt
 
+from ledger.addresses import without_userinfo
+
 _COMMONMARK = MarkdownIt("commonmark").enable("table")
 _SENTINEL = "\n\n## end of what came from outside\n"
 
@@ -38,11 +40,11 @@ def as_text_within(text: str) -> str:
 
 
 def as_target(url: str) -> str:
-    """`url` as the target of a Markdown link."""
+    """`url` as the target of a Markdown link, without user name and password."""
     return re.sub(
         r"[\s\x00-\x20\x7f<>()\[\]\\`\"'|]",
         lambda found: "".join(f"%{byte:02X}" for byte in found.group().encode()),
-        url,
+        without_userinfo(url),
     )
 
 

@@ -1,0 +1,26 @@
+"""projections: the view `step_files`: which files the finished steps of a job name, by digest.
+
+A job that is tried again, or restarted, uses them again: so they are not removed from the store while the job is there.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pymongo import ASCENDING, IndexModel
+
+from ledger.mongo import Document
+from projections import files
+from projections.jobs import STEP_FILES
+
+NAME: Final = files.STEP_FILES
+INDEXES: Final = [IndexModel([("sha256", ASCENDING)])]
+
+
+def rows(job: Document) -> list[Document]:
+    """Return one row for each file that a finished step of the job names."""
+    digests = job.get("step_files", ())
+    if not digests:
+        return []
+    kept = [*digests[:STEP_FILES], files.EVERY_FILE] if len(digests) > STEP_FILES else digests
+    return [{"_id": f"{job['job_id']}:{sha256}", "sha256": sha256, "job_id": job["job_id"]} for sha256 in kept]

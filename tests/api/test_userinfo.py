@@ -1,0 +1,101 @@
+"""No user name or password in a URL of a job is accepted, wherever it stands and however it is written."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import pytest
+
+from ledger.addresses import has_userinfo, without_userinfo
+from tests.api.conftest import Api
+
+JOBS: Final = "/api/events/jobs"
+WITH: Final = [
+    "https://user:hunter2@example.org/talk",
+    "http://user@example.org/",
+    "https://:hunter2@example.org/",
+    "https://@example.org/",
+    "https://user:hunter2@[::1]:8080/",
+    "HTTPS://User:hunter2@Example.org",
+    "https://user:hunter2%40x@example.org/",
+    "https://a@b:hunter2@example.org/",
+    "https://user:hunter2@example.org?x=/",
+    "https:/user:hunter2@example.org/",
+    "https:user:hunter2@example.org/",
+    "https:\\\\user:hunter2@example.org/",
+    " https://user:hunter2@example.org/",
+    "ht\ttps://user:hunter2@example.org/",
+    "\x01https://user:hunter2@example.org/",
+    "ftp://user:hunter2@example.org/",
+    "wss://user:hunter2@example.org/",
+    "mongodb://user:hunter2@example.org/db",
+    "postgres+asyncpg://user:hunter2@example.org/db",
+]
+WITHOUT: Final = [
+    "https://example.org/@user",
+    "https://example.org/a?b=c@d",
+    "https://example.org#a@b",
+    "https://example.org/user:pw@host",
+    "user@example.org",
+    "mailto:user@example.org",
+    "ssh://git@example.org/repository",
+    "git@example.org:repository",
+    "See https://example.org or ask user:me@example.org",
+    "https: ask user@example.org",
+    "",
+    "@",
+]
+
+
+@pytest.mark.parametrize("url", WITH)
+def test_userinfo_is_found_and_removed(url: str) -> None:
+    assert has_userinfo(url)
+    plain = without_userinfo(url)
+    assert "hunter2" not in plain
+    assert not has_userinfo(plain)
+
+
+@pytest.mark.parametrize("text", WITHOUT)
+def test_other_text_stays_as_it_is(text: str) -> None:
+    assert not has_userinfo(text)
+    assert without_userinfo(text) == text
+
+
+def session(**more: Any) -> dict[str, Any]:
+    fields = {"event": "E", "session": "S", "url": "https://example.org/", "filename": "S.md", "track": "T"}
+    return {"job_type": "session", "parameters": {**fields, **more}}
+
+
+async def test_submission_and_update_refuse_it_at_every_place(idle_api: Api) -> None:
+    waiting = await idle_api.submit({"url": "https://example.org/"})
+    for url in WITH:
+        bodies: list[tuple[str, Any]] = [
+            (JOBS, session(url=url)),
+            (JOBS, session(video_url=url)),
+            (JOBS, session(attachments_url=url)),
+            (JOBS, session(extra={"source": {"more": [url]}})),
+            (JOBS, {"job_type": "echo", "parameters": {"any": {"thing": ["x", {"there": url}]}}}),
+            (JOBS, {"job_type": "echo", "parameters": {}, "webhook": {"url": url}}),
+            ("/api/events/batches", {"jobs": [session(), session(url=url)]}),
+            ("/api/events/batches", {"parameters": {"from": url}, "jobs": [{"job_type": "echo", "parameters": {}}]}),
+        ]
+        for path, body in bodies:
+            answer = await idle_api.post(path, body)
+            assert answer.status_code == 422, (url, body, answer.text)
+            assert "hunter2" not in answer.text
+        answer = await idle_api.http.put(f"{JOBS}/{waiting}", json={"parameters": {"url": url}})
+        assert answer.status_code == 422
+    assert (await idle_api.get(JOBS, await idle_api.log.head())).json()["total"] == 1
+
+
+async def test_refusal_names_the_place_and_what_to_do(idle_api: Api) -> None:
+    body = {"jobs": [session(), {"job_type": "echo", "parameters": {"a": [{"b": "https://u:hunter2@example.org/"}]}}]}
+    answer = (await idle_api.post("/api/events/batches", body)).json()
+    [problem] = answer["details"]["errors"]
+    assert problem["path"] == "jobs[1].parameters.a[0].b"
+    assert "without them" in problem["message"]
+
+
+@pytest.mark.parametrize("text", WITHOUT)
+async def test_other_text_is_accepted(idle_api: Api, text: str) -> None:
+    assert await idle_api.submit({"text": text, "more": [text]})

@@ -1,0 +1,201 @@
+"""What a deleted job leaves behind is removed, unless somebody else needs it, whoever dies when."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.commands import ClaimJob, CompleteJob, Delete, FailAttempt, FinishStep, RestartJob
+from ledger.events import Failure, JobResults, ResultFile, ResultMetadata, Webhook
+from ledger.files import DirectoryStore, FileStore
+from ledger.gridfs import GridFSStore
+from ledger.mongo import Connection
+from tests.support.running import PATIENCE_SECONDS, Process, process
+from workers.cleanup import CURSOR, REMOVALS, SECRETS, Cleanup
+
+pytestmark = pytest.mark.usefixtures("connection")
+
+
+@asynccontextmanager
+async def cleaning(here: Process, store: FileStore | None = None) -> AsyncIterator[None]:
+    """Run the cleanup inside the block, impatiently."""
+    cleanup = Cleanup(
+        here.db, here.log, store or here.store, here.checkpoint, here.connection, holder="test", grace_seconds=0
+    )
+    task = asyncio.create_task(cleanup.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def completed(here: Process, sha256: str, **fields: Any) -> str:
+    """A job that has ended with one file."""
+    job_id = await here.submit(**fields)
+    await here.claim(job_id)
+    file = ResultFile(path=f"{job_id}/a.md", sha256=sha256, size=3, media_type="text/markdown")
+    metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0)
+    await here.do(job_id, CompleteJob("worker-1", 1, JobResults(files=[file], metadata=metadata)))
+    return job_id
+
+
+async def all_done(here: Process) -> None:
+    """Wait until the cleanup has looked at everything that was deleted."""
+    deleted = await here.db.events.find_one({"type": "JobDeleted"}, sort=[("_id", -1)])
+    assert deleted is not None
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            cursor = await here.db.checkpoints.find_one({"_id": CURSOR})
+            due = {"due_at": {"$lte": datetime.now(UTC)}}
+            reached = cursor is not None and cursor["position"] >= deleted["_id"]
+            if reached and not await here.db[REMOVALS].count_documents(due):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_files_secrets_and_deliveries_of_a_deleted_job_go(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        kept = here.store.put_bytes(b"one")
+        await here.db[SECRETS].insert_one({"_id": "headers-1", "headers": {"A": "b"}, "secrets": []})
+        webhook = Webhook(url="http://127.0.0.1:1/", header_names=["A"], headers_ref="headers-1")
+        job_id = await completed(here, kept.sha256, webhook=webhook)
+        async with cleaning(here):
+            await here.do(job_id, Delete("user:a"))
+            await all_done(here)
+        assert not here.store.path(kept.sha256).exists()
+        assert await here.db[SECRETS].count_documents({}) == 0
+        assert await here.db[REMOVALS].count_documents({}) == 0
+        assert await here.history(f"delivery-{job_id}-3") == ["DeliveryQueued", "DeliveryAbandoned"]
+
+
+async def test_a_file_that_another_job_needs_stays(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        kept = here.store.put_bytes(b"the same in both")
+        one, other = await completed(here, kept.sha256), await completed(here, kept.sha256)
+        in_step = here.store.put_bytes(b"named by a step only")
+        failed = await here.submit()
+        await here.claim(failed)
+        output = {"image": {"path": "a.png", "sha256": in_step.sha256, "size": 3, "media_type": "image/png"}}
+        await here.do(failed, FinishStep("worker-1", 1, "draw", "key", output, 0.1))
+        await here.do(failed, FailAttempt("worker-1", 1, Failure(code="X", message="x"), None))
+        third = await completed(here, in_step.sha256)
+        async with cleaning(here):
+            for job_id in (one, third):
+                await here.do(job_id, Delete("user:a"))
+            await all_done(here)
+            assert here.store.path(kept.sha256).read_bytes() == b"the same in both"
+            assert here.store.path(in_step.sha256).is_file()
+            await here.do(failed, RestartJob("user:a", reuse_steps=False))
+            await here.do(other, Delete("user:a"))
+            await all_done(here)
+            assert not here.store.path(kept.sha256).exists()
+
+
+async def test_a_file_that_a_running_job_may_have_saved_stays(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        running = await here.submit()
+        await here.do(running, ClaimJob("worker-1", datetime.now(UTC)))
+        kept = here.store.put_bytes(b"saved by the running job, too")
+        job_id = await completed(here, kept.sha256)
+        async with cleaning(here):
+            await here.do(job_id, Delete("user:a"))
+            await all_done(here)
+            assert here.store.path(kept.sha256).is_file()
+            assert await here.db[REMOVALS].count_documents({}) == 1
+            metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0)
+            await here.do(running, CompleteJob("worker-1", 1, JobResults(metadata=metadata)))
+        await here.db[REMOVALS].update_many({}, {"$set": {"due_at": datetime.now(UTC)}})
+        async with cleaning(here):
+            await all_done(here)
+        assert not here.store.path(kept.sha256).exists()
+
+
+async def test_what_was_interrupted_is_finished_by_the_next(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        kept, needed = here.store.put_bytes(b"one"), here.store.put_bytes(b"two")
+        job_id = await completed(here, kept.sha256)
+        also = await completed(here, needed.sha256)
+        await completed(here, needed.sha256)
+        for deleted in (job_id, also):
+            await here.do(deleted, Delete("user:a"))
+        for digest in (kept.sha256, needed.sha256):  # as one that was killed between two steps leaves it
+            assert await here.store.set_aside(digest, "killed") is not None
+            await here.db[REMOVALS].insert_one({"_id": digest, "due_at": datetime.now(UTC)})
+        async with cleaning(here):
+            await all_done(here)
+        left = await asyncio.to_thread(lambda: [path.name for path in store.rglob("*") if path.is_file()])
+        assert left == [needed.sha256]
+
+
+# The stores -----------------------------------------------------------------------------------------------------------
+
+
+async def test_directory_saving_renews_the_time_and_survives_being_set_aside(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "store")
+    store.prepare()
+    kept = store.put_bytes(b"content")
+    path = store.path(kept.sha256)
+    long_ago = datetime.now(UTC) - timedelta(days=9)
+    os.utime(path, (long_ago.timestamp(),) * 2)
+    store.put_bytes(b"content")
+    saved_at = await store.set_aside(kept.sha256, "a")
+    assert saved_at is not None
+    assert saved_at > datetime.now(UTC) - timedelta(minutes=1)
+    assert not path.exists()
+    assert store.put_bytes(b"content") == kept, "written anew"
+    await store.remove(kept.sha256, "a")
+    assert path.read_bytes() == b"content"
+    assert await store.set_aside(kept.sha256, "b") is not None
+    assert await store.set_aside(kept.sha256, "c") is not None, "taken over from a process that was killed"
+    await store.remove(kept.sha256, "b")
+    await store.put_back(kept.sha256, "b")
+    await store.put_back(kept.sha256, "c")
+    assert path.read_bytes() == b"content"
+    old = tmp_path / "downloaded"
+    old.write_bytes(b"old")
+    os.utime(old, (long_ago.timestamp(),) * 2)
+    stored = store.put_file(old)
+    assert (await store.set_aside(stored.sha256, "d") or long_ago) > datetime.now(UTC) - timedelta(minutes=1)
+    assert await store.set_aside("0" * 64, "e") is None
+
+
+async def test_gridfs_saving_renews_the_time_and_survives_being_set_aside(
+    connection: Connection, tmp_path: Path
+) -> None:
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        store = GridFSStore(db)
+        await store.prepare()
+
+        async def save(number: int) -> str:
+            inbox = DirectoryStore(store.inbox(tmp_path / f"inbox-{number}"))
+            sha256 = inbox.put_bytes(b"content").sha256
+            await store.take_over(inbox.root, sha256)
+            return sha256
+
+        sha256 = await save(1)
+        first = await store.set_aside(sha256, "a")
+        await store.put_back(sha256, "a")
+        await save(2)
+        second = await store.set_aside(sha256, "b")
+        assert first is not None
+        assert second is not None
+        assert second > first
+        await save(3)
+        await store.put_back(sha256, "b")
+        assert await db.fs.files.count_documents({}) == 1
+        assert await store.set_aside(sha256, "c") is not None
+        assert await store.set_aside(sha256, "d") is not None
+        await store.remove(sha256, "c")
+        assert await db.fs.files.count_documents({}) == 1
+        await store.remove(sha256, "d")
+        assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
