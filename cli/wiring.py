@@ -202,14 +202,14 @@ async def roles(
         changes.listen(checkpoint)
         await log.prepare()
         stack.push_async_callback(lambda: _at_most(log.aclose()))
-        projector = Projector(db, log, connection, checkpoint, holder=f"{socket.gethostname()}-{os.getpid()}")
+        holder = f"{socket.gethostname()}-{os.getpid()}"
+        cleanup = Cleanup(db, log, store, checkpoint, holder=holder)
+        projector = Projector(db, log, connection, checkpoint, holder=holder, beside=cleanup.run)
         await projector.prepare()
         if wanted & _READS_THE_LOG:
             changes.listen(log)
-        cleanup = Cleanup(db, log, store, checkpoint, connection, holder=f"{socket.gethostname()}-{os.getpid()}")
         if "projector" in wanted:
             projector.listen(changes)
-            cleanup.listen(changes)
         serves = services_for(settings, db, log, checkpoint, changes, store) if "api" in wanted else None
         if serves is not None and serves.sessions is not None:
             await sessions.prepare(db)
@@ -225,7 +225,6 @@ async def roles(
         stream.add_done_callback(watcher(failed))
         if "projector" in wanted:
             await stack.enter_async_context(background(projector.run(), failed))
-            await stack.enter_async_context(background(cleanup.run(), failed))
         if worker is not None:
             await stack.enter_async_context(_working(worker, failed))
         if sends is not None:

@@ -8,10 +8,10 @@ views have been replaced, writes nothing more. After any failure the checkpoint 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -40,6 +40,10 @@ class OtherVersion(Exception):
     """The live views were made by another version of this program."""
 
 
+async def _nothing() -> None:
+    """Do nothing beside the projector."""
+
+
 class Projector:
     """Keeps the views up to date while it is the leader, and stands by while another is."""
 
@@ -52,7 +56,10 @@ class Projector:
         *,
         holder: str,
         lease_seconds: float = 10.0,
+        beside: Callable[[], Coroutine[Any, Any, None]] = _nothing,
     ) -> None:
+        self._beside = beside
+        """Runs while this process leads: what only one process should do, and needs no lease of its own."""
         self._db = db
         self._log = log
         self._checkpoint = checkpoint
@@ -103,6 +110,7 @@ class Projector:
         await self._log.require(folder.position, "the views")
         _log.info("projector leads", position=folder.position, epoch=self._leadership.epoch)
         tidying = asyncio.create_task(self._tidy(), name="tidy")
+        beside = asyncio.create_task(self._beside(), name="beside-projector")
         try:
             async with self._log.subscription(after=folder.position) as events:
                 due: dict[str, Document] = {}
@@ -118,8 +126,9 @@ class Projector:
                         await self._react(due.values())
                         due.clear()
         finally:
-            tidying.cancel()
-            await asyncio.gather(tidying, return_exceptions=True)
+            for task in (tidying, beside):
+                task.cancel()
+            await asyncio.gather(tidying, beside, return_exceptions=True)
 
     async def _stand_still(self, error: UnreadableEvent | LogTruncated) -> None:
         """Leave the lead to a projector of a later version, if there is one, and say why this one does not go on.

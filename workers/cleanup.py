@@ -24,10 +24,9 @@ from typing import Any, Final
 import orjson
 import structlog
 
-from ledger.changes import Changes
 from ledger.commands import AbandonDelivery
 from ledger.delivery import Delivery, name_of
-from ledger.errors import CommandRefused, FileLost, UnreadableEvent
+from ledger.errors import CommandRefused, FileLost, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import (
     BatchDeleted,
     BatchFinished,
@@ -43,9 +42,8 @@ from ledger.events import (
 )
 from ledger.files import FileStore
 from ledger.handle import handle, load
-from ledger.leadership import Leadership
 from ledger.log import EventLog
-from ledger.mongo import Connection, Database, Document, driver_errors
+from ledger.mongo import Database, Document, driver_errors
 from projections import files, jobs
 from projections.checkpoint import Checkpoint
 
@@ -57,6 +55,7 @@ SECRETS: Final = "webhook_headers"
 GRACE_SECONDS: Final = 15.0
 """Longer than the lease of a worker."""
 RETRY_SECONDS: Final = 60.0
+_PAUSE_SECONDS: Final = 2.0
 _CLOCKS_APART: Final = timedelta(minutes=2)
 """Between the clock of a worker and that of the file store."""
 _SAVE_CURSOR_SECONDS: Final = 60.0
@@ -67,7 +66,10 @@ _BEGINNINGS: Final = (JobSubmitted.__name__, BatchSubmitted.__name__)
 
 
 class Cleanup:
-    """Removes what deleted jobs and batches leave behind, while it is the leader."""
+    """Removes what deleted jobs and batches leave behind. The leading projector runs it (`Projector.beside`).
+
+    Should two run for a moment, because one was frozen, each has a token of its own: see `FileStore.set_aside`.
+    """
 
     def __init__(
         self,
@@ -75,10 +77,8 @@ class Cleanup:
         log: EventLog,
         store: FileStore,
         checkpoint: Checkpoint,
-        connection: Connection,
         *,
         holder: str,
-        lease_seconds: float = 10.0,
         grace_seconds: float = GRACE_SECONDS,
     ) -> None:
         self._db = db
@@ -87,18 +87,21 @@ class Cleanup:
         self._checkpoint = checkpoint
         self._grace = timedelta(seconds=grace_seconds)
         self._meta = Meta(f"cleanup:{holder}")
-        self._leadership = Leadership(connection, CURSOR, holder=holder, lease_seconds=lease_seconds)
         self._noted = asyncio.Event()
 
-    def listen(self, changes: Changes) -> None:
-        """Hear of other leaders. Call before the change stream runs."""
-        changes.listen(self._leadership)
-
     async def run(self) -> None:
-        """Stand by, lead, stand by …, until cancelled."""
-        await self._leadership.run(self._lead)
+        """Clean up until cancelled. After a failure it goes on where the cursor is."""
+        while True:
+            try:
+                await self._clean_up()
+            except (LedgerUnavailable, LedgerBusy) as error:
+                _log.warning("cleaning up behind deleted jobs is interrupted", error=str(error))
+                await asyncio.sleep(_PAUSE_SECONDS)
+            except Exception:  # noqa: BLE001 - the projector beside it goes on, whatever it is
+                _log.exception("cleaning up behind deleted jobs has failed")
+                await asyncio.sleep(RETRY_SECONDS)
 
-    async def _lead(self) -> None:
+    async def _clean_up(self) -> None:
         removing = asyncio.create_task(self._remove_files(), name="remove-files")
         following = asyncio.create_task(self._follow(), name="follow-deletions")
         try:

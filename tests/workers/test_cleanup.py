@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("connection")
 @asynccontextmanager
 async def cleaning(here: Process, store: FileStore | None = None) -> AsyncIterator[None]:
     """Run the cleanup inside the block, impatiently."""
-    cleanup = Cleanup(
-        here.db, here.log, store or here.store, here.checkpoint, here.connection, holder="test", grace_seconds=0
-    )
+    cleanup = Cleanup(here.db, here.log, store or here.store, here.checkpoint, holder="test", grace_seconds=0)
     task = asyncio.create_task(cleanup.run())
     try:
         yield
