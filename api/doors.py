@@ -69,7 +69,6 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "bad_credentials": (401, "credentials that are malformed, unknown, expired, revoked or forged"),
     "batch_not_found": (404, "there is no such batch, or you may not see it"),
     "behind": (503, "this process does not know yet who may see what"),
-    "deleted": (410, "the job or batch of this webhook was deleted"),
     "busy": (429, "too much is being written to the same place at once"),
     "deleted": (410, "the job or batch of this webhook was deleted"),
     "delivery_not_found": (404, "there is no such webhook, or you may not see it"),
