@@ -175,7 +175,8 @@ async def test_gridfs_saving_renews_the_time_and_survives_being_set_aside(
         await store.prepare()
 
         async def save(number: int) -> str:
-            inbox = DirectoryStore(store.inbox(tmp_path / f"inbox-{number}"))
+            inbox = DirectoryStore(tmp_path / f"inbox-{number}")
+            inbox.prepare()
             sha256 = inbox.put_bytes(b"content").sha256
             await store.take_over(inbox.root, sha256)
             return sha256
