@@ -142,6 +142,8 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
                 "protected path": f"got = open('{here}/webhooks').read()",
                 "database files": f"import os; got = os.listdir('{here}/data/db') or os.listdir('{here}/data')",
                 "a database file": f"got = open('{server_file(here)}', 'rb').read(10)",
+                "results": f"got = open('{here}/data/results/canary').read()",
+                "new result": f"open('{here}/data/results/new', 'w')",
                 "file of another job": f"got = open('{scratch}/secret').read()",
                 "write to another job": f"open('{scratch}/secret', 'w')",
                 "list other jobs": f"import os; got = os.listdir('{scratch.parent.parent}')",
