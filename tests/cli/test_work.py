@@ -144,7 +144,7 @@ def test_what_is_shown_of_a_job_cannot_steer_the_terminal(desk: Desk) -> None:
     said = desk.says(0, "batches", "show", desk.batch_id)
     assert said.startswith(f"{desk.batch_id}  processing\n")
     assert "\x1b" not in said
-    assert "name       Day  [31mone\n" in said
+    assert "name       Day \\x1b[31mone\n" in said
     assert "jobs       4: 1 pending, 1 processing, 1 completed, 1 failed\n" in said
     assert desk.told("batches", "show", desk.batch_id)["failed_jobs"] == 1
 
