@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 import structlog
@@ -86,7 +86,7 @@ async def link(request: Request) -> Response:
     body, _ = await optional_body(request, LinkBody)
     row = await _readable(request)
     signed_in(request)  # a link outlives the right by which it was asked for, so somebody has to have asked
-    until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=body.expires_in_s)
+    until = (await services(request).log.now()).replace(microsecond=0) + timedelta(seconds=body.expires_in_s)
     url = await services(request).links.to(row, until)
     return json_response({"status": "success", "url": url, "expires_at": until})
 
@@ -108,7 +108,7 @@ async def _readable(request: Request) -> Document:
 async def _by_link(request: Request, asked: FileQuery) -> Document:
     known = services(request)
     row = await view.get(known.views, _path(request))
-    await known.links.check(row, expires=asked.expires, signature=asked.signature, now=datetime.now(UTC))
+    await known.links.check(row, expires=asked.expires, signature=asked.signature, now=known.log.clock.estimate())
     assert row is not None  # noqa: S101 - narrows the type; no link opens what is not there
     return row
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from typing import Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ProcessCollector, generate_latest
@@ -80,12 +79,12 @@ class Collected(Collector):
 
 
 async def _of_the_ledger(known: Services) -> list[Metric]:
-    counted = await statistics.read(known.views, datetime.now(UTC))
+    now = known.log.clock.estimate()
+    counted = await statistics.read(known.views, now)
     events, took = await statistics.happened(known.views)
     workers = await workers_alive(known.db, known.views)
     head, views = await known.log.head(), known.checkpoint.position
     classes, seconds = statistics.histogram(took)
-    now = datetime.now(UTC)
     oldest = await view.oldest_waiting(known.views)
     unfolded = await known.log.read(after=views, limit=1) if views < head else []
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,7 +21,7 @@ async def stats(request: Request) -> Response:
     for_monitors(request)
     await views_reach_wanted_position(request)
     known = services(request)
-    counted = await statistics.read(known.views, datetime.now(UTC))
+    counted = await statistics.read(known.views, known.log.clock.estimate())
     head, views = await known.log.head(), known.checkpoint.position
     counted["workers"] = await workers_alive(known.db, known.views)
     counted["log"] = {"head": head, "views": views, "lag": max(0, head - views)}

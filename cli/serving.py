@@ -7,7 +7,6 @@ import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime
 from hashlib import sha256
 from ipaddress import ip_network
 from pathlib import Path
@@ -40,6 +39,7 @@ from ledger.errors import ConfigurationError, os_failure
 from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Database
+from ledger.server_clock import clock_of
 from projections.checkpoint import Checkpoint
 from projections.health import StallWatch
 from workers.registry import processors, unusable_types
@@ -180,7 +180,7 @@ def _sign_in(auth: AuthSettings, db: Database, changes: Changes, revocations: Re
         case "keys":
             ring = KeyRing(db, revocations)
             changes.listen(ring)
-            return KeySignIn(ring, now=lambda: datetime.now(UTC), anonymous_public=auth.anonymous_public)
+            return KeySignIn(ring, now=clock_of(db.client).estimate, anonymous_public=auth.anonymous_public)
         case "jwt":
             rules = TokenRules(
                 auth.jwt.issuer,

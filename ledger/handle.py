@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
 from bson import ObjectId
@@ -106,7 +106,7 @@ async def handle(
     tries = 0
     while True:
         tries += 1
-        now = datetime.now(UTC)
+        now = log.clock.estimate()
         check(known)
         try:
             events = rules.decide(command, known.state)
@@ -179,7 +179,7 @@ async def handle_new(log: EventLog, commands: Sequence[tuple[str, Command]], *, 
         CommandRefused, VersionConflict: a stream exists already.
         InvalidEvent, LedgerBusy, LedgerUnavailable: as `EventLog.append`.
     """
-    now = datetime.now(UTC)
+    now = log.clock.estimate()
     appends = [
         Append(stream, Head(), rules_of(stream).decide(command, None), meta, now) for stream, command in commands
     ]

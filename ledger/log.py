@@ -26,6 +26,7 @@ from ledger.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, V
 from ledger.events import Event, Recorded
 from ledger.measures import Durations
 from ledger.mongo import INDEX_CONFLICTS, UNAUTHORIZED, Database, Document, brief, driver_errors
+from ledger.server_clock import clock_of
 from ledger.tail import Tail
 from ledger.writer import Limits, Writer
 
@@ -54,6 +55,8 @@ class EventLog(Writer):
 
     def __init__(self, db: Database, limits: Limits | None = None) -> None:
         super().__init__(db, limits or Limits())
+        self.clock = clock_of(db.client)
+        """Says when something is due."""
         self._tail = Tail(self._limits.tail_events, self._limits.tail_bytes)
         self.appends = Durations()
         """How long appends took that were written, from the call to the answer."""
@@ -86,6 +89,14 @@ class EventLog(Writer):
                     "The unique index of `events` on (stream, version) is missing, and this user may not create "
                     f"it. An administrator can, in mongosh: {create}({{stream: 1, version: 1}}, {{unique: true}})"
                 ) from error
+
+    async def now(self) -> datetime:
+        """Return the database server's time; the last estimate of it if the server does not answer."""
+        try:
+            return await self.clock.now(self._db.client)
+        except PyMongoError as error:
+            _log.warning("the server's clock could not be read", error=brief(error))
+            return self.clock.estimate()
 
     async def aclose(self) -> None:
         """Stop what runs in the background; appends still waiting are finished first."""

@@ -24,6 +24,7 @@ from pymongo.read_concern import ReadConcern
 
 from ledger.cancellation import mend_the_driver
 from ledger.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable, UnreadableEvent
+from ledger.server_clock import ServerClock
 
 mend_the_driver()
 Document = dict[str, Any]
@@ -60,7 +61,8 @@ class Connection:
             ConfigurationError: the URI is not one.
         """
         with _readable_uri(self.uri):
-            return AsyncMongoClient(self.uri, w="majority", journal=True, **self._options())
+            options = {**self._options(), "event_listeners": [ServerClock()]}
+            return AsyncMongoClient(self.uri, w="majority", journal=True, **options)
 
     def blocking_client(self) -> MongoClient[Document]:
         """Return a client for a thread of its own (heartbeats), which a busy event loop cannot starve."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import structlog
@@ -169,7 +168,7 @@ class Projector:
                 with driver_errors("looking for what a rebuild has left"):
                     note = await self._db.checkpoints.find_one({"_id": REBUILD}) or {}
                 if (done_at := note.get("done_at")) is not None:
-                    waited = (datetime.now(UTC) - done_at).total_seconds()
+                    waited = (self._log.clock.estimate() - done_at).total_seconds()
                     await asyncio.sleep(max(0.0, READERS_PATIENCE_SECONDS - waited))
                     await self._rebuild.tidy(done_at)
             except LedgerUnavailable as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
@@ -296,7 +296,7 @@ class Rebuild:
 
         async def switch(session: AsyncClientSession, position: int) -> bool:
             # First of all a write: a projector that folds meanwhile waits for us then, and not we for it.
-            now = datetime.now(UTC)
+            now = self._log.clock.estimate()
             wanted: Document = {"_id": VIEWS, "position": {"$lte": position} if whole else position}
             if lost is not None:
                 wanted = {"_id": VIEWS, "position": {"$in": [lost, position]}}

@@ -17,7 +17,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 from zlib import crc32
@@ -312,7 +312,7 @@ class Claims:
         looked, news = self._checkpoint.position, self._news
         workers = self._rows_among = frozenset(self._alive())
         limit = min(_ROWS * max(1, len(workers)), _MOST_ROWS)
-        now = datetime.now(UTC)
+        now = await self._log.now()
         # All that may stand in the way of others: of jobs that run, the views may still say that they wait.
         without = [*self._taken, *self._left, *self._claiming()]
         views = self._checkpoint.views
@@ -353,13 +353,23 @@ class Claims:
         self._wake()
 
     def _wake_at(self, due: datetime | None) -> None:
+        """Look again when the server's clock says so. It is asked again and again: a timer may be wrong by then."""
         if due is not None:
-            self._wake_in(max(0.0, (due - datetime.now(UTC)).total_seconds()))
+            self._set_timer(self._log.clock.nap_until(due), self._when_due, due)
         elif self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def _when_due(self, due: datetime) -> None:
+        if self._log.clock.is_uncertain or self._log.clock.seconds_until(due) == 0:
+            self._look_again()
+        else:
+            self._wake_at(due)
+
     def _wake_in(self, seconds: float) -> None:
+        self._set_timer(seconds, self._look_again)
+
+    def _set_timer(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._look_again)
+        self._timer = asyncio.get_running_loop().call_later(seconds, call, *arguments)

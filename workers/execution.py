@@ -555,7 +555,7 @@ class Execution:
         )
 
     async def _fail(self, failed: Failed) -> None:
-        retry_at = datetime.now(UTC) + self._retry_delay() if failed.transient else None
+        retry_at = await self._log.now() + self._retry_delay() if failed.transient else None
         details = {**failed.details, "retryable": failed.transient}
         failure = Failure(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
         await self._recorder.append_last(FailAttempt(self._worker_id, self._attempt, failure, retry_at))

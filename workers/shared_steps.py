@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from ledger.errors import UnreadableEvent
 from ledger.events import JobSubmitted, StepCompleted
@@ -33,7 +33,7 @@ class SharedSteps:
             user_id=job.user_id,
             job_type=job.job_type,
             version=processor_version(job.job_type),
-            since=datetime.now(UTC) - max_age,
+            since=await self._log.now() - max_age,
             other_than=job_id,
         )
         if row is None:

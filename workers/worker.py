@@ -364,7 +364,7 @@ class Worker:
 
     async def _append_claim(self, job_id: str, known: Known) -> Handled:
         """Append a claim, and do not rest before it is known whether it landed: one that nobody runs would hang."""
-        command = ClaimJob(self.worker_id, datetime.now(UTC))
+        command = ClaimJob(self.worker_id, self._log.clock.estimate())
         while True:
             try:
                 return await handle(self._log, job_id, command, meta=Meta(f"worker:{self.worker_id}"), known=known)

@@ -288,7 +288,9 @@ async def _stop_worker(worker: Worker, task: asyncio.Task[None]) -> None:
 class RealProcess:
     """Roles in a process of their own, leader of a process group, so that nothing of it is left behind."""
 
-    def __init__(self, connection: Connection, store: Path, *roles: str, **options: Any) -> None:
+    def __init__(
+        self, connection: Connection, store: Path, *roles: str, env: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
         arguments = [connection.uri, connection.db_name, str(store), ",".join(roles)]
         arguments += [f"{name}={value}" for name, value in options.items()]
         self.process = subprocess.Popen(
@@ -296,6 +298,7 @@ class RealProcess:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            env={**os.environ, **(env or {})},
         )
 
     @property

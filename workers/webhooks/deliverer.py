@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
@@ -169,7 +168,7 @@ class Deliverer:
             while True:
                 self._wake.clear()
                 await self._look()
-                now = datetime.now(UTC)
+                now = await self._log.now()
                 tried, given_up = self._waiting.take(now)
                 for due in tried:
                     self._begin(self._try(due), due)
@@ -199,11 +198,16 @@ class Deliverer:
         self._wake.set()
 
     async def _sleep(self, next_at: datetime | None) -> None:
-        """Wait until something happens, or a delivery is due."""
-        seconds = None if next_at is None else max(0.0, (next_at - datetime.now(UTC)).total_seconds())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
+        """Wait until something happens, or a delivery is due by the server's clock, which is read again and again."""
+        clock = self._log.clock
+        while True:
+            try:
+                async with asyncio.timeout(None if next_at is None else clock.nap_until(next_at)):
+                    await self._wake.wait()
+                    return
+            except TimeoutError:
+                if next_at is None or clock.is_uncertain or clock.seconds_until(next_at) == 0:
+                    return
 
     async def _land(self) -> None:
         """Let what is on its way arrive and be recorded; else it would be sent once more by the next leader."""
@@ -216,7 +220,7 @@ class Deliverer:
         answered = True
         try:
             known = await load(self._log, due.delivery_id)
-            delivery, now = known.state, datetime.now(UTC)
+            delivery, now = known.state, self._log.clock.estimate()
             if not isinstance(delivery, Delivery):
                 return
             if delivery.status != "pending" or (delivery.due is not None and delivery.due > now):
@@ -234,7 +238,7 @@ class Deliverer:
             _log.warning("a webhook has to wait for the database", delivery_id=due.delivery_id, error=str(error))
             await asyncio.sleep(_PAUSE_SECONDS)
         finally:
-            self._waiting.done(due, answered=answered, now=datetime.now(UTC))
+            self._waiting.done(due, answered=answered, now=self._log.clock.estimate())
 
     async def _called(self, due: Due, delivery: Delivery) -> tuple[RecordAttempt, bool]:
         """Call the receiver; return what to put on record, and whether it answered at all."""
@@ -282,7 +286,7 @@ class Deliverer:
         headers = {
             **kept.get("headers", {}),
             "Content-Type": "application/json",
-            **signed_headers(secrets, due.delivery_id, int(time.time()), body),
+            **signed_headers(secrets, due.delivery_id, int(self._log.clock.estimate().timestamp()), body),
         }
         return Outgoing(webhook.url, headers, body)
 
@@ -303,7 +307,7 @@ class Deliverer:
             return None
         share = self._settings.jitter
         pause = self._settings.schedule[made] * random.uniform(1 - share, 1 + share)  # noqa: S311 - spreads load
-        return datetime.now(UTC) + timedelta(seconds=max(pause, min(retry_after, _LONGEST_RETRY_AFTER)))
+        return self._log.clock.estimate() + timedelta(seconds=max(pause, min(retry_after, _LONGEST_RETRY_AFTER)))
 
     async def _give_up(self, due: Due) -> None:
         reason = f"{due.host} has not answered for so long that the schedule is over."

@@ -1,0 +1,118 @@
+"""ledger: the time of the database server, which judges when something is due, whatever this machine's clock says.
+
+The time is estimated as the last measurement plus the time that has passed since on a steady clock, which no correction
+of this machine's clock moves. A measurement is the server's time in the answer to `hello`. An estimate is
+ahead of the server by at most `TOLERANCE_SECONDS`, and behind it by at most the time that the answer took to arrive.
+
+The driver sends `hello` to each member every ten seconds anyway, and at once after a fail-over. So an idle process
+sends nothing for its clock. Only a heartbeat that contradicts the estimate in a way that a slow answer would also
+explain makes the next `now` ask the server: the primary may be another one, or its clock was set back.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from pymongo import AsyncMongoClient
+from pymongo.monitoring import (
+    ServerHeartbeatFailedEvent,
+    ServerHeartbeatListener,
+    ServerHeartbeatStartedEvent,
+    ServerHeartbeatSucceededEvent,
+)
+
+TOLERANCE_SECONDS: Final = 0.1
+"""A heartbeat may be this far behind the estimate: its answer was slow, or this process was busy."""
+LONGEST_SLEEP_SECONDS: Final = 5.0
+"""Of a timer until a moment of the server's clock. The timers of an event loop do not count a suspension."""
+_EPOCH: Final = datetime.fromtimestamp(0, UTC)
+_TRIES: Final = 3
+
+
+def _steady() -> float:
+    """Return seconds of a clock that is never set, and that goes on while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class ServerClock(ServerHeartbeatListener):
+    """The clock of the primary, for the processes that use one client. A listener of the client's heartbeats."""
+
+    def __init__(self) -> None:
+        self._offset: float | None = None
+        self._primary: Any = None
+        self.is_uncertain = False
+        """Whether the estimate may be wrong, so that the server has to be asked."""
+
+    def estimate(self) -> datetime:
+        """Return the server's time as far as it is known without asking. Before the first answer: this machine's."""
+        if self._offset is None:
+            return datetime.now(UTC)
+        return _EPOCH + timedelta(seconds=self._offset + _steady())
+
+    def seconds_until(self, moment: datetime) -> float:
+        """Return the seconds until a moment of the server's clock, 0 if it has come."""
+        return max(0.0, (moment - self.estimate()).total_seconds())
+
+    def nap_until(self, moment: datetime) -> float:
+        """Return how long to sleep before `seconds_until` has to be asked again."""
+        return min(self.seconds_until(moment), LONGEST_SLEEP_SECONDS)
+
+    async def now(self, client: AsyncMongoClient[Any]) -> datetime:
+        """Return the server's time. Asks the server if the estimate is uncertain.
+
+        Raises:
+            PyMongoError: it had to be asked and did not answer.
+        """
+        if self.is_uncertain or self._offset is None:
+            await self._measure(client)
+        return self.estimate()
+
+    async def _measure(self, client: AsyncMongoClient[Any]) -> None:
+        """Ask the server. Of several answers the quickest counts: the best bound of what the server's clock says."""
+        best: float | None = None
+        for _ in range(_TRIES):
+            asked = _steady()
+            answer = await client.admin.command("hello")
+            answered = _steady()
+            offset = answer["localTime"].replace(tzinfo=UTC).timestamp() - answered
+            best = offset if best is None else max(best, offset)
+            if answered - asked <= TOLERANCE_SECONDS:
+                break
+        self._offset, self.is_uncertain = best, False
+
+    # Heartbeats of the driver -------------------------------------------------------------------------------------
+
+    def started(self, event: ServerHeartbeatStartedEvent) -> None:
+        """Nothing is known yet."""
+
+    def succeeded(self, event: ServerHeartbeatSucceededEvent) -> None:
+        """Take in what a member says of its clock, if it is the primary."""
+        document = event.reply.document
+        if document.get("isWritablePrimary") or document.get("ismaster"):  # `ismaster`: of a connection's first answer
+            said = document["localTime"].replace(tzinfo=UTC).timestamp()
+            self.heard(said, event.connection_id)
+
+    def failed(self, event: ServerHeartbeatFailedEvent) -> None:
+        """The next primary that answers may have another clock; its heartbeat says so."""
+
+    def heard(self, said: float, primary: Any) -> None:
+        """Take in the server's time in seconds since 1970, as a primary sent it a moment ago.
+
+        The server's clock is at least there now. So an estimate that is behind is wrong and is replaced. One that is
+        ahead may be right, if the answer took long: the server has to be asked.
+        """
+        offset = said - _steady()
+        if self._offset is None or offset > self._offset:
+            self._offset = offset
+        elif offset < self._offset - TOLERANCE_SECONDS:
+            self.is_uncertain = True
+        if primary != self._primary:
+            self.is_uncertain |= self._primary is not None
+            self._primary = primary
+
+
+def clock_of(client: AsyncMongoClient[Any]) -> ServerClock:
+    """Return the clock that listens to the heartbeats of a client (`Connection.client`)."""
+    return next(it for it in client.options.event_listeners if isinstance(it, ServerClock))

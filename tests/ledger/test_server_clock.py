@@ -1,0 +1,156 @@
+"""The server's clock: estimated on a steady clock, whatever this machine's clock says or does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from ledger import server_clock
+from ledger.log import EventLog
+from ledger.mongo import Connection
+from ledger.server_clock import LONGEST_SLEEP_SECONDS, TOLERANCE_SECONDS, ServerClock, clock_of
+
+START = 1_800_000_000.0
+
+
+class Steady:
+    """A steady clock that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 500.0
+        monkeypatch.setattr(server_clock, "_steady", lambda: self.seconds)
+
+
+class Server:
+    """Answers `hello` with its own time; each answer takes a while."""
+
+    def __init__(self, steady: Steady, *, time: float, takes: list[float] | None = None) -> None:
+        self.steady = steady
+        self.ahead = time - steady.seconds
+        self.takes = takes or []
+        self.asked = 0
+        self.admin = self
+
+    @property
+    def time(self) -> float:
+        return self.steady.seconds + self.ahead
+
+    async def command(self, _name: str) -> dict[str, Any]:
+        said = self.time
+        self.asked += 1
+        self.steady.seconds += self.takes.pop(0) if self.takes else 0.001
+        return {"localTime": datetime.fromtimestamp(said, UTC).replace(tzinfo=None)}  # as the driver does
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> Steady:
+    return Steady(monkeypatch)
+
+
+def wrong_by(clock: ServerClock, server: Server) -> float:
+    """Return how far the estimate is ahead of the server."""
+    return clock.estimate().timestamp() - server.time
+
+
+async def test_estimate_follows_the_server_without_asking(steady: Steady) -> None:
+    clock, server = ServerClock(), Server(steady, time=START)
+    clock.heard(server.time, "a")
+    for _ in range(10):
+        steady.seconds += 1000
+        assert abs(wrong_by(clock, server)) < 1e-3
+        await clock.now(server)  # type: ignore[arg-type]
+    assert server.asked == 0
+
+
+async def test_estimate_does_not_follow_this_machines_clock(steady: Steady, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, server = ServerClock(), Server(steady, time=START)
+    clock.heard(server.time, "a")
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            raise AssertionError("this machine's clock was read")
+
+    monkeypatch.setattr(server_clock, "datetime", Wrong)
+    assert abs(wrong_by(clock, server)) < 1e-3
+
+
+@pytest.mark.parametrize("step", [3600.0, -3600.0, 1.0, -1.0])
+async def test_step_of_the_servers_clock_is_taken_over_with_its_next_heartbeat(steady: Steady, step: float) -> None:
+    clock, server = ServerClock(), Server(steady, time=START)
+    clock.heard(server.time, "a")
+    server.ahead += step
+    clock.heard(server.time, "a")
+    await clock.now(server)  # type: ignore[arg-type]
+    assert abs(wrong_by(clock, server)) < 0.01
+    assert server.asked == (1 if step < 0 else 0), "only a clock that seems to be behind has to be asked"
+    assert not clock.is_uncertain
+
+
+@pytest.mark.parametrize("ahead", [120.0, -120.0, 0.05])
+async def test_another_primary_is_asked(steady: Steady, ahead: float) -> None:
+    clock, server = ServerClock(), Server(steady, time=START)
+    clock.heard(server.time, "a")
+    other = Server(steady, time=START + ahead)
+    clock.heard(other.time, "b")
+    assert clock.is_uncertain
+    await clock.now(other)  # type: ignore[arg-type]
+    assert abs(wrong_by(clock, other)) < 0.01
+    assert not clock.is_uncertain
+
+
+async def test_late_heartbeat_neither_sets_the_clock_back_nor_stays_unchecked(steady: Steady) -> None:
+    clock, server = ServerClock(), Server(steady, time=START)
+    clock.heard(server.time, "a")
+    said = server.time
+    steady.seconds += 5  # this process was busy
+    clock.heard(said, "a")
+    assert abs(wrong_by(clock, server)) < 1e-3
+    await clock.now(server)  # type: ignore[arg-type]
+    assert (server.asked, clock.is_uncertain) == (1, False)
+    clock.heard(server.time - TOLERANCE_SECONDS / 2, "a")
+    assert not clock.is_uncertain
+
+
+async def test_of_slow_answers_the_best_counts_and_none_is_ahead(steady: Steady) -> None:
+    clock, server = ServerClock(), Server(steady, time=START, takes=[3.0, 0.5, 2.0])
+    await clock.now(server)  # type: ignore[arg-type]
+    assert server.asked == 3
+    assert -0.5 - 1e-3 < wrong_by(clock, server) <= 1e-3
+
+
+def test_timer_naps_are_short_and_never_negative(steady: Steady) -> None:
+    clock = ServerClock()
+    clock.heard(START, "a")
+    due = clock.estimate()
+    assert clock.nap_until(due + timedelta(days=1)) == LONGEST_SLEEP_SECONDS
+    assert clock.nap_until(due + timedelta(seconds=2)) == pytest.approx(2)
+    assert clock.nap_until(due - timedelta(days=1)) == clock.seconds_until(due - timedelta(days=1)) == 0
+
+
+@pytest.fixture
+async def log(connection: Connection) -> AsyncIterator[EventLog]:
+    client = connection.client()
+    yield EventLog(client[connection.db_name])
+    await client.close()
+
+
+async def test_clock_of_a_real_server_is_known_with_the_first_answer(log: EventLog) -> None:
+    await log.head()
+    told = await log._db.client.admin.command("hello")
+    assert abs((log.clock.estimate() - told["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
+    assert clock_of(log._db.client) is log.clock
+    assert not log.clock.is_uncertain
+
+
+async def test_unreachable_server_leaves_the_last_estimate(log: EventLog) -> None:
+    await log.head()
+    log.clock.is_uncertain = True
+    await log._db.client.close()
+    before = log.clock.estimate()
+    assert timedelta(0) <= await log.now() - before < timedelta(seconds=5)
+    await asyncio.sleep(0)

@@ -1,0 +1,32 @@
+"""tests: processes whose clock is wrong, by libfaketime (Debian: `apt install faketime`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+needs_faketime = pytest.mark.skipif(_LIBRARY is None, reason="needs libfaketime: apt install faketime")
+
+
+class WrongClock:
+    """The wall clock of processes with the environment `env`. Steady clocks stay right, as after a step of NTP."""
+
+    def __init__(self, directory: Path, seconds: int) -> None:
+        self._file = directory / "clock"
+        self.set(seconds)
+        self.env = {
+            "LD_PRELOAD": str(_LIBRARY),
+            "FAKETIME_TIMESTAMP_FILE": str(self._file),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+        }
+
+    def set(self, seconds: int) -> None:
+        """Let the clock be this many seconds ahead from now on."""
+        new = self._file.with_suffix(".new")
+        new.write_text(f"{seconds:+d}\n")
+        new.replace(self._file)

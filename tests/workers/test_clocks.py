@@ -1,0 +1,67 @@
+"""Wrong clocks: a worker whose clock is an hour off, or is set while it runs, starts nothing early and nothing late."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from ledger.events import JobAttemptFailed, JobClaimed, JobCompleted
+from ledger.mongo import Connection
+from tests.support.faketime import WrongClock, needs_faketime
+from tests.support.rarely import rarely
+from tests.support.running import Process, process, real_process
+
+LATE_SECONDS = 5.0  # far less than an hour, even on a busy machine
+HOUR = 3600
+
+
+async def claimed_in_time(here: Process, job_id: str, due: datetime, attempt: int = 1) -> None:
+    claimed = await here.heard(JobClaimed, job_id, where=lambda event: event.attempt == attempt)
+    late = (datetime.now(UTC) - due).total_seconds()
+    assert claimed is not None
+    assert -0.2 < late < LATE_SECONDS, f"claimed {late:.2f} s after it was due"
+
+
+@needs_faketime
+@pytest.mark.parametrize("ahead", [HOUR, -HOUR], ids=["ahead", "behind"])
+async def test_worker_with_wrong_clock_starts_jobs_and_retries_when_they_are_due(
+    connection: Connection, store: Path, tmp_path: Path, ahead: int
+) -> None:
+    clock = WrongClock(tmp_path, 0)
+    async with process(connection, store, projector=True) as here:
+        with real_process(connection, store, "worker", env=clock.env) as worker:
+            await worker.started()
+            clock.set(ahead)
+            due = datetime.now(UTC) + timedelta(seconds=1.5)
+            job_id = await here.submit({"file": False}, not_before=due)
+            await claimed_in_time(here, job_id, due)
+            completed = await here.heard(JobCompleted, job_id)
+            assert abs((completed.time - datetime.now(UTC)).total_seconds()) < LATE_SECONDS, "times of events"
+
+            failing = await here.submit({"fail": "busy", "transient": True}, max_attempts=2)
+            failed = await here.heard(JobAttemptFailed, failing)
+            assert isinstance(failed.event, JobAttemptFailed)
+            assert failed.event.retry_at is not None
+            assert 0 < (failed.event.retry_at - failed.time).total_seconds() < LATE_SECONDS
+            await claimed_in_time(here, failing, failed.event.retry_at, attempt=2)
+
+
+@rarely
+@needs_faketime
+@pytest.mark.parametrize("step", [HOUR, -HOUR], ids=["forward", "back"])
+async def test_clock_set_while_a_job_waits_changes_nothing(
+    connection: Connection, store: Path, tmp_path: Path, step: int
+) -> None:
+    clock = WrongClock(tmp_path, 0)
+    async with process(connection, store, projector=True) as here:
+        with real_process(connection, store, "worker", env=clock.env) as worker:
+            await worker.started()
+            due = datetime.now(UTC) + timedelta(seconds=2.5)
+            job_id = await here.submit({"file": False}, not_before=due)
+            await here.views_reach()
+            time.sleep(0.5)  # noqa: ASYNC251 - the worker has set its timer
+            clock.set(step)
+            await claimed_in_time(here, job_id, due)
