@@ -1,7 +1,8 @@
 """ledger: one process does what only one should do; the others that could stand by and take over in time.
 
-A leader's heartbeats, which extend its lease, come by the change stream: who stands by tries again when one is missing,
-or at once when the leader lets go. What a leader writes is fenced by `epoch`, which grows with every new one.
+A leader's heartbeats, which extend its lease, come by the change stream. Who stands by takes over when there was none
+for the time of the lease by its own steady clock, whatever the server's clock says, or at once when the leader lets go.
+What a leader writes is fenced by `epoch`, which grows with every new one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.errors import LedgerBusy, LedgerUnavailable
-from ledger.lease import Lease
+from ledger.lease import Lease, Seen
 from ledger.mongo import Connection
 
 _log = structlog.get_logger()
@@ -36,6 +37,8 @@ class Leadership:
         self._holder = holder
         self._lease_seconds = lease_seconds
         self._lease = Lease(connection, self.collection, matter, seconds=lease_seconds)
+        self._seen = Seen()
+        """Of the leader, while another process leads."""
         self._heard = asyncio.Event()
         self._vacant = asyncio.Event()
 
@@ -55,7 +58,8 @@ class Leadership:
         while True:
             try:
                 self._vacant.clear()  # before we ask: the leader may let go while the refusal is on its way to us
-                if await self._lease.acquire({"holder": self._holder}):
+                if await self._lease.acquire({"holder": self._holder}, seen=self._seen):
+                    self._seen = Seen()
                     begun, told = time.monotonic(), False
                     try:
                         if await self._lead(lead):
@@ -67,6 +71,7 @@ class Leadership:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 else:
+                    self._seen.note(self._lease.refused_by.get("beat"), self._lease.refused_by.get("seconds"))
                     if not told:
                         _log.info("another process does it, standing by", matter=self._matter)
                         told = True
@@ -82,8 +87,11 @@ class Leadership:
     def changed(self, change: Mapping[str, Any]) -> None:
         if change["documentKey"]["_id"] != self._matter:
             return
+        fields = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
+        if "beat" in fields:
+            self._seen.note(fields["beat"])
         self._heard.set()
-        if change.get("updateDescription", {}).get("updatedFields", {}).get("released"):
+        if fields.get("released"):
             self._vacant.set()
 
     async def _wait_for_vacancy(self) -> None:
@@ -91,7 +99,9 @@ class Leadership:
         while not self._vacant.is_set():
             self._heard.clear()
             try:
-                async with asyncio.timeout(self._lease_seconds / 3 + 1):
+                missing = self._lease_seconds / 3 + 1
+                left = self._lease_seconds - self._seen.quiet_seconds
+                async with asyncio.timeout(min(missing, left) if left > 0 else missing):
                     await self._heard.wait()
             except TimeoutError:
                 return

@@ -1,9 +1,14 @@
 """workers: leases of workers, and what happens when one runs out.
 
-A worker process holds one lease, a document in `workers`; nothing of it goes into the log, heartbeats are weather. All
-workers hear of each other's heartbeats by the change stream and set timers. Whoever finds, by the server's clock, that
-a lease has run out, declares it over and appends `JobLeaseExpired` for every job its worker held; any number of them
-may, one append wins.
+A worker process holds one lease, a document in `workers`; heartbeats are not in the log. All workers hear of each
+other's heartbeats by the change stream and set timers. Whoever has heard none of a worker for the time of its lease, by
+its own steady clock, declares the lease over and appends `JobLeaseExpired` for every job its worker held; any number of
+them may, one append wins.
+
+Why no clock can be wrong: whoever declares a lease over demands the beat that it has seen all the time, so a worker
+that has extended its lease meanwhile keeps it. The server's clock may shorten the wait, but only for workers that were
+never seen to extend theirs, and not below half of a lease, in which they would have been: after a crash of everything,
+leases have expired long ago. So it does not matter that a lease was written under the clock of another primary.
 
 Nobody is blamed for an outage of the database: only who has extended a lease of its own for a while, without a beat
 missing, judges others. What they could not do, it could not either; when it can, they have had the time to.
@@ -28,7 +33,7 @@ from ledger.commands import ExpireLease
 from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import Meta
 from ledger.handle import handle
-from ledger.lease import GAP, OVER, RUN_OUT
+from ledger.lease import OVER, Lease, Seen
 from ledger.log import EventLog
 from ledger.mongo import Database, driver_errors
 from projections import jobs
@@ -42,6 +47,7 @@ _STEADY: Final = (
     0.5  # of a lease: so long a watcher must have beaten without a gap; a lease is extended thrice as often
 )
 _LEFT_MS: Final = {"$subtract": ["$lease_until", "$$NOW"]}
+_READ: Final = {"left_ms": _LEFT_MS, "seconds": 1, "released": 1, "beat": 1}
 _STRANGERS: Final = ""  # in place of a worker's id: all that are named by running jobs and hold no lease
 
 
@@ -54,6 +60,9 @@ class LeaseWatch:
         self._checkpoint = checkpoint
         self.watcher = ""
         """The worker on whose behalf we watch, while it has a lease."""
+        self.lease: Lease | None = None
+        """The lease of that worker."""
+        self._seen: dict[str, Seen] = {}
         self._seconds: dict[str, float] = {}
         self._unhealthy: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -90,13 +99,13 @@ class LeaseWatch:
 
     async def _resync(self, session: AsyncClientSession) -> None:
         """Learn who is alive, and for how long; then look for those named by a running job but not among them."""
-        alive = self._db[COLLECTION].find({}, {"seconds": 1, "left_ms": _LEFT_MS, "problem": 1}, session=session)
+        alive = self._db[COLLECTION].find({}, {**_READ, "problem": 1}, session=session)
         self._seconds.clear()
         self._unhealthy.clear()
         async for worker in alive:
             self._seconds[worker["_id"]] = worker["seconds"]
             self._heard_health(worker["_id"], worker)
-            self._look_in(worker["_id"], worker["left_ms"] / 1000)
+            self._look_in(worker["_id"], 0.0 if worker["released"] else self._left(worker))
         self._look_in(_STRANGERS, 0.0)
 
     def _heartbeat(self, change: Mapping[str, Any]) -> None:
@@ -105,12 +114,14 @@ class LeaseWatch:
             # The timer stays: a claim later than what its reaper has seen may have been heard before this.
             self._seconds.pop(worker_id, None)
             self._unhealthy.discard(worker_id)
+            self._seen.pop(worker_id, None)
             return
         changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
         self._heard_health(worker_id, changed)
-        if "lease_until" not in changed:  # somebody has declared it over, and may die on the way: our timer stays
+        if "beat" not in changed and "fullDocument" not in change:  # declared over: who did may die, our timer stays
             return
         self._seconds[worker_id] = changed.get("seconds", self._seconds.get(worker_id, 10.0))
+        self._seen.setdefault(worker_id, Seen()).note(changed.get("beat"))
         self._look_in(worker_id, 0.0 if changed.get("released") else self._seconds[worker_id])
 
     def _heard_health(self, worker_id: str, fields: Mapping[str, Any]) -> None:
@@ -136,6 +147,16 @@ class LeaseWatch:
         loop = asyncio.get_running_loop()
         self._timers[worker_id] = loop.call_later(pause, self._due.put_nowait, worker_id)
 
+    def _left(self, worker: Mapping[str, Any]) -> float:
+        """Take in the document of a lease; return in how many seconds the lease has expired, 0 or less if it has."""
+        seen = self._seen.setdefault(worker["_id"], Seen())
+        seen.note(worker.get("beat"))
+        left = worker["seconds"] - seen.quiet_seconds
+        if seen.alive:
+            return float(left)
+        by_the_server = max(worker["left_ms"] / 1000, _STEADY * worker["seconds"] - seen.quiet_seconds)
+        return float(min(left, by_the_server))
+
     # Acting -------------------------------------------------------------------------------------------------------
 
     async def _check(self, worker_id: str) -> None:
@@ -144,30 +165,27 @@ class LeaseWatch:
             for stranger in await jobs.running_by_worker(self._checkpoint.views):
                 self._heard_of(stranger)
             return
-        fields = {"left_ms": _LEFT_MS, "steady_ms": {"$subtract": ["$$NOW", "$since"]}, "seconds": 1, "released": 1}
         with driver_errors("checking a lease"):
-            both = await self._db[COLLECTION].find({"_id": {"$in": [worker_id, self.watcher]}}, fields).to_list()
-        found = {it["_id"]: it for it in both}
-        worker, judge = found.get(worker_id), found.get(self.watcher)
-        if worker is not None and worker["left_ms"] > 0:
-            self._look_in(worker_id, worker["left_ms"] / 1000)
-            return
+            worker = await self._db[COLLECTION].find_one({"_id": worker_id}, _READ)
         if worker is not None and not worker["released"]:
-            if judge is None or judge["left_ms"] <= (1 - GAP) * 1000 * judge["seconds"]:
-                self._look_in(worker_id, _UNKNOWN_SECONDS)
+            if (left := self._left(worker)) > 0:
+                self._look_in(worker_id, left)
                 return
-            if (missing := _STEADY * worker["seconds"] - judge["steady_ms"] / 1000) > 0:
-                self._look_in(worker_id, missing)
+            steady = self.lease.steady_seconds if self.lease is not None else 0.0
+            if (missing := _STEADY * worker["seconds"] - steady) > 0:
+                self._look_in(worker_id, missing if steady > 0 else _UNKNOWN_SECONDS)
                 return
             with driver_errors("declaring a lease over"):
-                over = await self._db[COLLECTION].update_one({"_id": worker_id, **RUN_OUT}, OVER)
+                # Only with the beat that we have seen all the time: whoever has extended it meanwhile keeps it.
+                same = {"_id": worker_id, "beat": worker.get("beat")}
+                over = await self._db[COLLECTION].update_one(same, OVER)
             if not over.matched_count:  # it was extended just now, or another watcher is done with it
                 self._look_in(worker_id, _UNKNOWN_SECONDS)
                 return
         self._seconds.pop(worker_id, None)  # before the head is read: what is claimed after that is heard of
-        await self._reap(worker_id, quietly=worker is None or worker["released"])
+        await self._reap(worker_id, worker, quietly=worker is None or worker["released"])
 
-    async def _reap(self, worker_id: str, *, quietly: bool) -> None:
+    async def _reap(self, worker_id: str, worker: Mapping[str, Any] | None, *, quietly: bool) -> None:
         await self._checkpoint.reached(await self._log.head())
         held = await jobs.held_by(self._checkpoint.views, worker_id)
         if held or not quietly:
@@ -181,10 +199,10 @@ class LeaseWatch:
             except UnreadableEvent as error:
                 _log.error("job left to a later version", job_id=job["_id"], error=str(error))
                 left = True
-        if left:
+        if left or worker is None:
             return  # with its lease, by which workers of that version will find it
         with driver_errors("removing a lease that has run out"):
-            await self._db[COLLECTION].delete_one({"_id": worker_id, **RUN_OUT})
+            await self._db[COLLECTION].delete_one({"_id": worker_id, "beat": worker.get("beat")})
 
 
 async def _nothing(_session: AsyncClientSession) -> None:

@@ -168,6 +168,7 @@ class Worker:
         if self.health.problem is not None:  # perhaps reported after the facts were gathered
             self._health_changed()
         self._claims.worker_id = self._watch.watcher = self.worker_id
+        self._watch.lease = lease
         self._wake.set()
         claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
         lost = asyncio.create_task(lease.lost())
@@ -194,7 +195,7 @@ class Worker:
             await asyncio.gather(claiming, *on_their_way, return_exceptions=True)
             await self._abandon_all()
             await lease.release()
-            self._watch.watcher = ""
+            self._watch.watcher, self._watch.lease = "", None
             self.worker_id = _new_worker_id()
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, _T]) -> _T | None:

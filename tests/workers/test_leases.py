@@ -6,6 +6,7 @@ import asyncio
 import signal
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,8 +151,8 @@ async def test_a_zombies_claim_while_it_is_being_reaped_is_reaped_too(
                     await pause()
                 return found
 
-            async def slow_reap(worker_id: str, *, quietly: bool) -> None:
-                await reap(worker_id, quietly=quietly)
+            async def slow_reap(worker_id: str, worker: Any, *, quietly: bool) -> None:
+                await reap(worker_id, worker, quietly=quietly)
                 if worker_id == "ghost":
                     await pause()
 
