@@ -18,7 +18,7 @@ import asyncio
 import secrets
 from collections.abc import Collection
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import orjson
@@ -140,7 +140,7 @@ class Cleanup:
         await self._abandon_deliveries(stream, [event.version for event in events if event.type in _ENDS])
         references = [it for event in events if (it := _secrets_of(event)) is not None]
         digests = sorted({digest for event in events for digest in _digests_in(event)})
-        due_at = datetime.now(UTC) + self._grace
+        due_at = self._log.clock.estimate() + self._grace
         with driver_errors(f"cleaning up behind {stream}"):
             if references:
                 await self._db[SECRETS].delete_many({"_id": {"$in": references}})
@@ -168,7 +168,7 @@ class Cleanup:
             self._noted.clear()
             with driver_errors("looking for files to be removed"):
                 row = await self._db[REMOVALS].find_one({}, sort=[("due_at", 1)])
-            wait = None if row is None else (row["due_at"] - datetime.now(UTC)).total_seconds()
+            wait = None if row is None else (row["due_at"] - self._log.clock.estimate()).total_seconds()
             if row is not None and wait is not None and wait <= 0:
                 await self._remove(row["_id"])
                 continue
@@ -187,7 +187,7 @@ class Cleanup:
             if done:
                 await self._db[REMOVALS].delete_one({"_id": digest})
             else:
-                due_at = datetime.now(UTC) + timedelta(seconds=RETRY_SECONDS)
+                due_at = self._log.clock.estimate() + timedelta(seconds=RETRY_SECONDS)
                 await self._db[REMOVALS].update_one({"_id": digest}, {"$set": {"due_at": due_at}})
 
     async def _removed(self, digest: str) -> bool:
