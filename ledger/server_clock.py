@@ -12,7 +12,7 @@ explain makes the next `now` ask the server: the primary may be another one, or 
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from pymongo import AsyncMongoClient
@@ -27,13 +27,13 @@ TOLERANCE_SECONDS: Final = 0.1
 """A heartbeat may be this far behind the estimate: its answer was slow, or this process was busy."""
 LONGEST_SLEEP_SECONDS: Final = 5.0
 """Of a timer until a moment of the server's clock. The timers of an event loop do not count a suspension."""
-_EPOCH: Final = datetime.fromtimestamp(0, UTC)
+_STEADY_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _TRIES: Final = 3
 
 
 def _steady() -> float:
     """Return seconds of a clock that is never set, and that goes on while the machine is suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+    return time.clock_gettime(_STEADY_CLOCK)
 
 
 class ServerClock(ServerHeartbeatListener):
@@ -49,7 +49,7 @@ class ServerClock(ServerHeartbeatListener):
         """Return the server's time as far as it is known without asking. Before the first answer: this machine's."""
         if self._offset is None:
             return datetime.now(UTC)
-        return _EPOCH + timedelta(seconds=self._offset + _steady())
+        return datetime.fromtimestamp(self._offset + _steady(), UTC)
 
     def seconds_until(self, moment: datetime) -> float:
         """Return the seconds until a moment of the server's clock, 0 if it has come."""
