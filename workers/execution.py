@@ -120,6 +120,7 @@ class Execution:
         self._health = health
         self._paths = paths
         self._reserved: set[str] = set()
+        self._log = log
         self._recorder = Recorder(
             log,
             known,
