@@ -35,7 +35,7 @@ ENDINGS: dict[str, tuple[str, str | None, str]] = {
     "raise MemoryError": ("failed", "OUT_OF_MEMORY", "memory_limit_mb"),
     "raise speechless": ("failed", FAULT, "Speechless whose text cannot be read: SystemExit"),
     "raise surrogate": ("failed", FAULT, "half ? of a pair"),
-    "raise long": ("failed", FAULT, "more characters were cut"),
+    "raise long": ("failed", FAULT, "ValueError: xxxx"),
     "raise without attributes": ("failed", "PROCESSOR_ERROR", ""),
     "raise odd code": ("failed", "PROCESSOR_ERROR", "b'bytes'"),
     "raise odd details": ("failed", "ODD", "an odd error"),
