@@ -25,7 +25,7 @@ def moment_of(text: str) -> datetime:
     except ValueError:
         if lost := _LOST_PLUS.fullmatch(text):
             raise ValueError(f"write the + of an offset as %2B in an address: {lost[1]}%2B{lost[2]}") from None
-        raise ValueError(f"expected a time with an offset, such as {EXAMPLE}") from None
+        raise ValueError(f"expected a time such as {EXAMPLE}, with its offset") from None
     if moment.tzinfo is None:
         written = moment.isoformat()
         raise ValueError(

@@ -114,7 +114,7 @@ def test_lists_are_narrowed_down_and_read_page_by_page(desk: Desk, monkeypatch: 
     assert desk.says(0, "jobs", "list", *mine, "--ids", "--search", "opening").split() == [ids[0]]
     assert desk.says(0, "jobs", "list", *mine, "--ids", "--type", "session") == ""
     assert desk.says(0, "jobs", "list", *mine, "--before", "2026-02-01T09:30Z") == "There are none.\n"
-    assert len(desk.says(0, "jobs", "list", *mine, "--ids", "--after", "2026-02-01").split()) == 4
+    assert len(desk.says(0, "jobs", "list", *mine, "--ids", "--after", "2026-02-01T00:00Z").split()) == 4
     assert desk.says(0, "jobs", "list", *mine, "--limit", "3").endswith("\n3 of 4\n")
     assert desk.batch_id in desk.says(0, "batches", "list", "--search", "day", "--ids").split()
     monkeypatch.setattr(work, "_PAGE", 3)
