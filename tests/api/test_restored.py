@@ -16,8 +16,13 @@ from ledger.mongo import Connection
 from tests.api.conftest import Api, running_api
 from tests.support.receiver import receiver
 
-ONLY_OF_THE_PROCESS = {"/metrics", "/api/monitoring/events/stats", "/api/events/test-webhook-callback"}
-"""What also says how this process and its workers are, and what came in by hand for trial."""
+NOT_FROM_THE_LOG = {
+    "/metrics",
+    "/api/monitoring/events/stats",
+    "/api/monitoring/events/webhook-endpoints",
+    "/api/events/test-webhook-callback",
+}
+"""Routes that also show the state of processes, signing secrets of endpoints, and messages received for trial."""
 LIVE = "/api/ledger/stream"
 
 
@@ -34,7 +39,7 @@ async def answers(api: Api, known: dict[str, str]) -> dict[str, tuple[int, bytes
     found = {}
     for route in ROUTES:
         path: str = route.path
-        if "GET" not in (route.methods or ()) or path in ONLY_OF_THE_PROCESS or path == LIVE:
+        if "GET" not in (route.methods or ()) or path in NOT_FROM_THE_LOG or path == LIVE:
             continue
         for name, value in known.items():
             path = path.replace(f"{{{name}}}", value)

@@ -80,7 +80,8 @@ async def test_a_worker_that_runs_jobs_is_busy_and_one_that_is_gone_is_not_there
     found = await stats(idle_api, positions[-1])
     lease = found["workers"][0].pop("lease_until")
     assert datetime.fromisoformat(lease) == later.replace(microsecond=later.microsecond // 1000 * 1000)
-    assert found["workers"] == [{"worker_id": "alive", "host": "here", "slots": 4, "busy": 2}]
+    healthy = {"problem": None, "unhealthy_since": None}
+    assert found["workers"] == [{"worker_id": "alive", "host": "here", "slots": 4, "busy": 2, **healthy}]
 
 
 async def test_what_is_deleted_leaves_the_counts_of_jobs_but_not_what_has_happened(idle_api: Api) -> None:
