@@ -139,7 +139,7 @@ class Chunk:
             self.now["jobs"][event.stream] = after
             return  # progress and log lines: nothing but the job's own document changes
         then, now = statistics.of_job(before), statistics.of_job(after)
-        spent, recent = Counter[tuple[str, str]](), None
+        spent = recent = None
         if after is not None and statistics.ended(before, after):
             spent = statistics.of_end(after)
             recent = statistics.recent_after(self.get(statistics.NAME, statistics.RECENT), after)
@@ -148,7 +148,7 @@ class Chunk:
         batch_after = batches.fold_job(batch, before, after, event) if batch is not None else None
         self.now["jobs"][event.stream] = after
         _add(self.counted, then, now)
-        if recent is not None:
+        if spent is not None:
             self.counted.update(spent)
             self.now[statistics.NAME][statistics.RECENT] = recent
         if batch is not None:

@@ -232,6 +232,8 @@ def _fit(job: Document, changes: Document) -> None:
     for name, budget in _BUDGETS.items():
         if name in changes:
             size = json_bytes(job[name])
+            if size <= _LARGE_BYTES and "large" not in job and "truncated" not in job:
+                continue  # as most are: nothing to cut and nothing to note
             cut = not fits(job[name], budget, text_bytes=size)
             _note(job, "large", name, holds=size > _LARGE_BYTES)
             if cut:

@@ -145,7 +145,7 @@ def test_a_story_up_to_an_earlier_position_or_time(machine: Machine) -> None:
         some = [json.loads(line) for line in ended.out.splitlines()]
         assert [it["event"]["position"] for it in some][:3] == [it["event"]["position"] for it in whole[:3]]
         assert len(some) < len(whole) or then == third["time"]
-    before = machine.run("log", "show", job_id, "--as-of", "2001-01-01")
+    before = machine.run("log", "show", job_id, "--as-of", "2001-01-01T00:00:00Z")
     assert (before.exit_code, before.out) == (0, "")
     assert "was not there yet" in before.err
 
