@@ -519,7 +519,7 @@ def test_how_everything_stood_at_an_earlier_time(machine: Machine) -> None:
     assert "completed 0 → 1" in machine.run("replay", "--as-of", "5", "--until", "8").out
     now = machine.json("replay", "--as-of", datetime.now(UTC).isoformat())["then"]
     assert now["jobs"] == both["until"]["jobs"]
-    assert "Nothing had happened yet." in machine.run("replay", "--as-of", "2001-01-01").out
+    assert "Nothing had happened yet." in machine.run("replay", "--as-of", "2001-01-01T00:00:00Z").out
     for arguments in (("--until", "5"), ("--as-of", "5", "--check"), ("--as-of", "8", "--until", "5")):
         assert machine.run("replay", *arguments).exit_code == 2
 
