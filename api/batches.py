@@ -66,7 +66,7 @@ async def submit(request: Request) -> Response:
     known = services(request)
     body, content = await read_body(request, BatchBody)
     once = await off_loop(request, Once.of, request, content)
-    _refuse_multiplied(body, known.largest_body_bytes)
+    _refuse_defaults_multiplied(body, known.largest_body_bytes)
     batch_id = f"batch-{once.name()}" if once else new_batch_id()
     if (before := await _submitted_before(request, batch_id, once)) is not None:
         return before
@@ -192,13 +192,26 @@ def _as_submitted(event: Recorded) -> Document:
     return batch
 
 
-def _refuse_multiplied(body: BatchBody, limit: int) -> None:
-    """Every job carries the defaults: a small body can ask for gigabytes, which no transaction takes."""
-    size = len(to_json(body.parameters)) * len(body.jobs)
+def _refuse_defaults_multiplied(body: BatchBody, limit: int) -> None:
+    """Refuse defaults that make gigabytes of events, because every job carries them.
+
+    Raises:
+        ApiError: 413.
+    """
+    inheriting = sum(1 for job in body.jobs if not (isinstance(job, dict) and "access_control" in job))
+    refuse_multiplied("parameters", body.parameters, len(body.jobs), limit)
+    refuse_multiplied("access_control", body.access_control, inheriting, limit)
+
+
+def refuse_multiplied(field: str, value: Any, times: int, limit: int) -> None:
+    """Make sure that a field of a batch's body, which is written for each job, does not exceed the limit of bodies.
+
+    Raises:
+        ApiError: 413.
+    """
+    size = len(to_json(value)) * times
     if size > limit:
-        message = (
-            f"The batch's `parameters` in each of its jobs make {size} bytes, more than {limit} (api.max_body_bytes)."
-        )
+        message = f"The batch's `{field}` in each of its jobs: {size} bytes, more than {limit} (api.max_body_bytes)."
         raise ApiError(413, "too_large", message)
 
 

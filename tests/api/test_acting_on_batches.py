@@ -325,3 +325,12 @@ async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(idle_ap
     assert (broken.status_code, broken.json()["code"]) == (400, "malformed_json")
     assert (await idle_api.http.get(path)).status_code == 405
     assert await idle_api.log.head() == head
+
+
+async def test_update_whose_access_lists_multiply_is_refused_before_anything_is_written(api: Api) -> None:
+    batch = await api.submit_batch(*[{}] * 900)
+    names = [f"{index:03}" + "x" * 197 for index in range(200)]
+    answer = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": {"read_access": names}})
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text[:300]
+    assert "access_control" in answer.json()["message"]
+    assert not [it for it in await api.log.read_stream(batch["batch_id"]) if it.type == "BatchAccessChanged"]

@@ -81,6 +81,7 @@ def many(number: int, name: str = "unknown") -> dict[str, int]:
     return {f"{name}{index}": 1 for index in range(number)}
 
 
+LONG_NAMES = [f"{index:03}" + "x" * 197 for index in range(200)]
 BODIES: dict[str, tuple[str, int, Callable[[], Any]]] = {
     "500,000 wrong speakers": (JOBS, 422, lambda: session(speakers=[1] * 500_000)),
     "500,000 blank speakers": (JOBS, 422, lambda: session(speakers=[" "] * 500_000)),
@@ -110,6 +111,14 @@ BODIES: dict[str, tuple[str, int, Callable[[], Any]]] = {
         lambda: {"parameters": {}, "webhook": {"url": "https://e.org/", "secrets": ["x"] * 500_000}},
     ),
     "10,000 wrong jobs": (BATCHES, 422, lambda: {"jobs": [{**session(), "nope": 1}] * 10_000}),
+    "200 long names that may read each of 10,000 jobs": (
+        BATCHES,
+        413,
+        lambda: {
+            "jobs": [{"job_type": "echo", "parameters": {}}] * 10_000,
+            "access_control": {"read_access": LONG_NAMES},
+        },
+    ),
     "500,000 jobs": (BATCHES, 422, lambda: {"jobs": [1] * 500_000}),
     "a batch whose last job is very wrong": (
         BATCHES,
