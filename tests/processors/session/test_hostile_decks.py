@@ -67,6 +67,9 @@ IN_SVG = {
     "attribute": "<rect filter=\"url('{url}')\"/>",
     "script": "<script>canary('{url}')</script>",
     "handler": '<rect onload="canary()"/>',
+    "set": '<image><set attributeName="xlink:href" to="{url}"/></image>',
+    "animation": '<image><animate attributeName="xlink:href" values="a.png;{url}"/></image>',
+    "unknown attribute": '<rect source="{url}"/>',
     "foreign": '<foreignObject><i src="{url}">canary</i></foreignObject>',
 }
 
@@ -111,7 +114,7 @@ def test_reference_in_flat_open_document_is_removed(kind: str, url: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", IN_SVG)
-@pytest.mark.parametrize("place", ["flat", "odp", "pptx", "nested", "compressed", "utf-16"])
+@pytest.mark.parametrize("place", ["flat", "odp", "pptx", "nested", "compressed", "utf-16", "blanks"])
 def test_reference_in_svg_is_removed(kind: str, place: str, tmp_path: Path) -> None:
     svg = _SVG.format("<desc>harmless</desc>" + IN_SVG[kind].format(url="file:///canary"))
     images: dict[str, bytes] = {
@@ -123,6 +126,7 @@ def test_reference_in_svg_is_removed(kind: str, place: str, tmp_path: Path) -> N
         "pptx": package({"ppt/media/image1.png": svg}),
         "nested": package({"ppt/embeddings/a.docx": package({"word/media/a.svg": svg})}),
         "compressed": package({"Pictures/a.svgz": zipped(svg)}),
+        "blanks": package({"ppt/media/image1.png": " \n" * 300 + svg}),
         "utf-16": package({"Pictures/a.svg": svg.encode("utf-16")}),
     }
     (tmp_path / "source").write_bytes(images[place])

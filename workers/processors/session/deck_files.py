@@ -48,6 +48,11 @@ _DROPPED_PARTS: Final = re.compile(
     r"(?i)(^|/)(vbaProject[^/]*|activeX/.*|ctrlProps/.*|Basic/.*|Scripts/.*|Dialogs/.*|macros/.*|[^/]*\.(bin|ole|exe|js))$"
 )
 _REFERENCES: Final = frozenset({"href", "src", "link", "embed-href", "url", "base"})
+_BEGIN_OF_XML: Final = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\s\x00]*<")
+"""UTF-8 or UTF-16, with blanks before the first element: LibreOffice finds an SVG image behind many of them, too."""
+_OUTSIDE: Final = re.compile(r"(?i)\b(?:file:/|ftps?:/|smb:/|webdavs?:/|vnd\.sun\.star\.)|^\s*\\\\|\bWEBSERVICE\s*\(")
+"""What no attribute may hold, whatever its name: addresses of files and servers, also in lists and formulas."""
+_ANIMATIONS: Final = frozenset({"animate", "set"})
 _URL_IN_STYLE: Final = re.compile(
     r"(?i)url\s*\(\s*['\"]?\s*(?!#|data:image/(?:png|jpe?g|gif);)|@import|expression\s*\("
 )
@@ -146,7 +151,7 @@ def _clean_part(name: str, content: bytes, names: frozenset[str], budget: _Budge
     if content.startswith(b"\x1f\x8b"):
         unpacked = _clean_part(name.removesuffix(".gz"), _gunzipped(content, budget), names, budget, depth=depth + 1)
         return None if unpacked is None or depth >= _MAX_DEPTH else gzip.compress(unpacked)
-    is_xml = _looks_like_xml(content[:64]) or name.lower().endswith(_XML_NAMES)
+    is_xml = _looks_like_xml(content) or name.lower().endswith(_XML_NAMES)
     if not is_xml or not content:
         return content
     if len(content) > MAX_XML_BYTES:
@@ -167,8 +172,7 @@ def _gunzipped(content: bytes, budget: _Budget) -> bytes:
 
 
 def _looks_like_xml(begin: bytes) -> bool:
-    plain = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
-    return plain.startswith((b"<", b"\xff\xfe<", b"\xfe\xff\x00<", b"<\x00", b"\x00<"))
+    return _BEGIN_OF_XML.match(begin) is not None
 
 
 def parse(content: bytes) -> Any:
@@ -247,8 +251,12 @@ def _clean_relationship(element: Any, names: frozenset[str], folder: str) -> Non
 def _clean_attributes(element: Any, name: str, names: frozenset[str] | None, folder: str) -> None:
     for key, value in element.attrib.items():
         attribute = etree.QName(key).localname
-        if (attribute in _REFERENCES and _leads_out(value, name, names, folder)) or (
-            _URL_IN_STYLE.search(value) or (attribute.startswith("on") and attribute.islower() and "}" not in key)
+        if (
+            (attribute in _REFERENCES and _leads_out(value, name, names, folder))
+            or _URL_IN_STYLE.search(value)
+            or _OUTSIDE.search(value)
+            or (attribute.startswith("on") and attribute.islower() and "}" not in key)
+            or (name in _ANIMATIONS and attribute == "attributeName" and value.rpartition(":")[2] in _REFERENCES)
         ):
             del element.attrib[key]
 
