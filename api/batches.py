@@ -30,7 +30,16 @@ from api.models import (
 from api.parameters import Check
 from api.requests import Once, happened_by, noted, wanted_wait
 from api.services import query_of, refuse_without_space, services, views_reach_wanted_position, views_show
-from api.submission import Secrets, check_parameters, endpoints_of, keep, split_webhook, submission, webhook_secrets
+from api.submission import (
+    Secrets,
+    check_parameters,
+    endpoints_of,
+    keep,
+    refuse_userinfo,
+    split_webhook,
+    submission,
+    webhook_secrets,
+)
 from api.validation import validated
 from ledger import limits
 from ledger.batch import Batch
@@ -118,6 +127,8 @@ async def jobs_in(
         for index, job in enumerate(jobs)
     ]
     await check_parameters(request, checks)
+    # Also defaults that each job replaces: the batch itself is stored and shown with them.
+    await off_loop(request, refuse_userinfo, body.parameters, ("parameters",))
     return jobs, kept
 
 

@@ -19,7 +19,15 @@ from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, 
 from api.parameters import Check
 from api.requests import Once, expecting, folded, happened_by, noted, story_until, wanted_wait
 from api.services import Services, query_of, refuse_without_space, services, views_reach_wanted_position, views_show
-from api.submission import check_parameters, endpoints_of, keep, split_webhook, submission, webhook_secrets
+from api.submission import (
+    check_parameters,
+    endpoints_of,
+    keep,
+    refuse_userinfo,
+    split_webhook,
+    submission,
+    webhook_secrets,
+)
 from ledger.access import Right
 from ledger.commands import Archive, CancelJob, Delete, JobCommand, RestartJob, SubmitJob, Unarchive, UpdateJob
 from ledger.endpoints import ShownSecret, take_unshown
@@ -217,6 +225,8 @@ async def update(request: Request) -> Response:
         job_type = (await existing(request))["job_type"]
         if (model := services(request).job_types.get(job_type)) is not None:
             await check_parameters(request, [Check(job_type, model, body.parameters, ("parameters",))])
+        else:
+            await off_loop(request, refuse_userinfo, body.parameters, ("parameters",))
     access = AccessControl(**body.access_control.model_dump()) if body.access_control else None
     command = UpdateJob(actor(request), body.parameters, body.priority, body.not_before, access)
     return await _act(request, content, command, Right.WRITE if access is None else Right.ADMIN)

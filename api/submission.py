@@ -83,12 +83,12 @@ async def check_parameters(request: Request, checks: Sequence[Check]) -> None:
         ApiError: 422, naming each wrong field of the first job that has any; 503, when a plug-in's validator takes too
             long.
     """
-    await off_loop(request, _refuse_userinfo, checks)
+    await off_loop(request, _refuse_userinfo_in, checks)
     await off_loop(request, _check_trusted, [it for it in checks if it.is_trusted])
     await services(request).parameters.check(it for it in checks if not it.is_trusted)
 
 
-def _refuse_userinfo(checks: Sequence[Check]) -> None:
+def refuse_userinfo(parameters: Mapping[str, Any], within: tuple[str | int, ...]) -> None:
     """Refuse URLs with a user name or password, wherever they are: parameters are published with the results.
 
     Any text that is such a URL is refused, because plug-ins also take URLs as plain text.
@@ -96,14 +96,18 @@ def _refuse_userinfo(checks: Sequence[Check]) -> None:
     Raises:
         ApiError: 422.
     """
+    problems = [
+        {"path": path(place), "message": NO_USERINFO}
+        for place in islice(_places_with_userinfo(parameters, within), _PROBLEMS_NAMED)
+    ]
+    if problems:
+        message = f"{problems[0]['path']}: {NO_USERINFO}"
+        raise ApiError(422, "invalid_content", message, details={"errors": problems})
+
+
+def _refuse_userinfo_in(checks: Sequence[Check]) -> None:
     for it in checks:
-        problems = [
-            {"path": path(place), "message": NO_USERINFO}
-            for place in islice(_places_with_userinfo(it.parameters, it.within), _PROBLEMS_NAMED)
-        ]
-        if problems:
-            message = f"{problems[0]['path']}: {NO_USERINFO}"
-            raise ApiError(422, "invalid_content", message, details={"errors": problems})
+        refuse_userinfo(it.parameters, it.within)
 
 
 def _places_with_userinfo(value: Any, place: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:

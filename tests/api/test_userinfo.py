@@ -78,6 +78,10 @@ async def test_submission_and_update_refuse_it_at_every_place(idle_api: Api) -> 
             (JOBS, {"job_type": "echo", "parameters": {}, "webhook": {"url": url}}),
             ("/api/events/batches", {"jobs": [session(), session(url=url)]}),
             ("/api/events/batches", {"parameters": {"from": url}, "jobs": [{"job_type": "echo", "parameters": {}}]}),
+            (
+                "/api/events/batches",
+                {"parameters": {"from": url}, "jobs": [{"job_type": "echo", "parameters": {"from": ""}}]},
+            ),
         ]
         for path, body in bodies:
             answer = await idle_api.post(path, body)
