@@ -128,7 +128,7 @@ async def verify(
             noted[0], f"missing: the log ends at position {position}, and was noted to have reached {noted[0]}"
         )
         return Verdict(events, voided, position, digest, wrong)
-    if upto is not None:
+    if upto is not None and upto <= head:
         return Verdict(events, voided, position, digest, None)
     wrong = await _removed_end(log, readers)
     return Verdict(events, voided, position, digest, wrong, handed_out if handed_out > head else 0)

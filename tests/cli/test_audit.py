@@ -301,6 +301,9 @@ def test_a_log_without_its_end_is_found_by_what_was_read_of_it(
     assert f"First wrong: position {first}: missing." in ended.out
     assert f"{reader} had reached position 9" in ended.out
     assert audited.json(1)["wrong"]["position"] == first
+    assert audited.verify("--to", "9").exit_code == 1  # it was asked for more than there is
+    if first > 1:
+        assert audited.verify("--to", str(first - 1)).exit_code == 0
 
 
 def test_positions_that_were_handed_out_and_never_written_are_noted(audited: Audited) -> None:
