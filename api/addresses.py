@@ -45,3 +45,12 @@ def client_address(scope: Scope, trusted: Collection[Network]) -> str:
         if not is_in(address, trusted):
             break
     return address
+
+
+def owner_of(address: str) -> str:
+    """Return what an address is counted by: an IPv6 address by its /64 network, which one client has whole.
+
+    With a new address for each request, a client would otherwise never reach a limit.
+    """
+    found = _read(address.partition("%")[0])
+    return str(IPv6Network((found, 64), strict=False)) if isinstance(found, IPv6Address) else str(found or address)

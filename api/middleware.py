@@ -21,7 +21,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.addresses import Network, client_address
+from api.addresses import Network, client_address, owner_of
 from api.errors import ApiError, error_response
 from ledger.access import Principal
 
@@ -341,7 +341,7 @@ class RefusedSignIns:
         sent = _credentials(scope)
         if self._buckets is None or sent is None:
             return await self._app(scope, receive, send)
-        address = client_address(scope, self._trusted)
+        address = owner_of(client_address(scope, self._trusted))
         digest = blake2b(address.encode() + b"\0" + sent, key=self._salt, digest_size=16).digest()
         if digest not in self._accepted and (wait := self._buckets.wait(address)) > 0:
             message = "Too many wrong credentials came from your address (api.refused_sign_ins_per_minute)."
@@ -432,4 +432,4 @@ def _who(scope: Scope, trusted: Collection[Network]) -> str | None:
         return None
     if principal.user_id is not None:
         return f"user:{principal.user_id}"
-    return f"address:{client_address(scope, trusted)}"
+    return f"address:{owner_of(client_address(scope, trusted))}"

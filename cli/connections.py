@@ -1,7 +1,8 @@
 """cli: one HTTP connection of the server, with the limits that uvicorn does not have.
 
-A connection is closed when the head of a request does not arrive in time, when a body arrives too slowly, or when its
-address or the process has too many. Framing that two servers could read differently is refused (RFC 9112, 6.3).
+A connection is closed when the head of a request does not arrive in time, when a body arrives or an answer is read too
+slowly, or when its address or the process has too many. Framing that two servers could read differently is refused
+(RFC 9112, 6.3).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from api.addresses import Network, is_in
+from api.addresses import Network, is_in, owner_of
 from api.errors import ApiError, error_response
 
 HEAD_SECONDS: Final = 10.0
@@ -23,6 +24,10 @@ HEAD_SECONDS: Final = 10.0
 BODY_SECONDS: Final = 10.0
 BODY_BYTES: Final = 10_000
 """Bytes that must arrive of a body in each BODY_SECONDS."""
+
+READ_SECONDS: Final = 30.0
+READ_BYTES: Final = 10_000
+"""Bytes that a client must take of an answer in each READ_SECONDS, while more than its buffers hold is waiting."""
 
 
 @dataclass(slots=True)
@@ -35,13 +40,15 @@ class ConnectionLimits:
     head_seconds: float = HEAD_SECONDS
     body_seconds: float = BODY_SECONDS
     body_bytes: int = BODY_BYTES
+    read_seconds: float = READ_SECONDS
+    read_bytes: int = READ_BYTES
     open: Counter[str] = field(default_factory=Counter)
 
     def refusal(self, address: str) -> ApiError | None:
         """Return why one more connection is refused, if it is."""
         if self.open.total() > self.most:
             return ApiError(503, "too_many_connections", "The server has too many connections.", retry_after_seconds=5)
-        if self.open[address] > self.most_per_address and not is_in(address, self.trusted):
+        if self.open[owner_of(address)] > self.most_per_address and not is_in(address, self.trusted):
             message = "Your address has too many connections open (api.max_connections_per_address)."
             return ApiError(503, "too_many_connections", message, retry_after_seconds=5)
         return None
@@ -59,13 +66,16 @@ class Connection(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
     _address: str | None = None
     _received = 0
+    _reading: asyncio.TimerHandle | None = None
+    _unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self.app_state = {**self.app_state, "abort": transport.abort}
-        self._address = self.client[0] if self.client else ""
+        address = self.client[0] if self.client else ""
+        self._address = owner_of(address)
         self.limits.open[self._address] += 1
-        if (refused := self.limits.refusal(self._address)) is not None:
+        if (refused := self.limits.refusal(address)) is not None:
             self._answer(refused)
         else:
             self._expect(self.limits.head_seconds, self._head_is_late)
@@ -77,7 +87,18 @@ class Connection(H11Protocol):
                 del self.limits.open[self._address]
             self._address = None
         self._expect(None)
+        self._stop_watching_reader()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Called when more of an answer waits than the buffers hold."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """Called when the client has taken most of what waited."""
+        self._stop_watching_reader()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -133,6 +154,23 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True  # the application learns that nothing more comes, and its answer is dropped
             self.cycle.message_event.set()
             self._answer(ApiError(408, "request_timeout", message))
+
+    def _watch_reader(self) -> None:
+        self._stop_watching_reader()
+        self._unread = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(self.limits.read_seconds, self._check_reader)
+
+    def _check_reader(self) -> None:
+        """Give up on a client that takes too little. Nothing is added to the buffer while it is watched."""
+        if self._unread - self.transport.get_write_buffer_size() >= self.limits.read_bytes:
+            self._watch_reader()
+        else:
+            self.transport.abort()  # an ordinary close would wait for the client
+
+    def _stop_watching_reader(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def _answer(self, error: ApiError) -> None:
         """Send an error and close, whatever else the client sends."""

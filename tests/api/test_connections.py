@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from ipaddress import ip_network
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from api.addresses import client_address
+from api.addresses import client_address, owner_of
 from api.event_stream import Throttle
 from cli.connections import ConnectionLimits
 from tests.api.conftest import Api, running_api
@@ -107,7 +108,9 @@ async def test_header_with_one_value_is_refused_twice(idle_api: Api) -> None:
 async def impatient_api(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
-    limits = partial(ConnectionLimits, head_seconds=0.4, body_seconds=0.4, body_bytes=1000)
+    limits = partial(
+        ConnectionLimits, head_seconds=0.4, body_seconds=0.4, body_bytes=1000, read_seconds=0.4, read_bytes=1000
+    )
     monkeypatch.setattr("cli.serving.ConnectionLimits", limits)
     async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running
@@ -157,6 +160,40 @@ async def test_body_that_arrives_steadily_and_an_idle_connection_are_left_alone(
                 length = next(int(it[15:]) for it in head.lower().split(b"\r\n") if it.startswith(b"content-length:"))
                 await reader.readexactly(length)
             await asyncio.sleep(0.6)  # kept alive, although a head takes at most 0.4 s
+
+
+@asynccontextmanager
+async def asking_for(api: Api, path: str, buffer: int) -> AsyncIterator[Callable[[int], Awaitable[bytes]]]:
+    """Send a request; yield the function that reads of the answer. `buffer` is what the system reads ahead."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        client.settimeout(0)
+        await loop.sock_connect(client, (api.http.base_url.host, api.http.base_url.port))
+        await loop.sock_sendall(client, f"GET {path} HTTP/1.1\r\n{HOST}\r\n".encode())
+        yield partial(loop.sock_recv, client)
+
+
+async def test_answer_that_is_not_read_ends_the_connection_and_one_read_steadily_does_not(impatient_api: Api) -> None:
+    job_id = await impatient_api.submit({"text": "x" * 7_000_000})
+    size = len((await impatient_api.get(f"{JOBS}/{job_id}")).content)
+
+    async with asking_for(impatient_api, f"{JOBS}/{job_id}", 4096) as read:
+        await asyncio.sleep(2)
+        received = 0
+        with suppress(ConnectionResetError):
+            while part := await read(1 << 20):
+                received += len(part)
+        assert received < size
+
+    async with asking_for(impatient_api, f"{JOBS}/{job_id}", 1 << 18) as read:
+        received = 0
+        async with asyncio.timeout(30):
+            while received < size:
+                part = await read(1 << 18)
+                assert part
+                received += len(part)
+                await asyncio.sleep(0.05)
 
 
 # Too many ---------------------------------------------------------------------------------------------------------
@@ -230,6 +267,15 @@ async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_wer
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) > 0
         assert (await api.get("/healthz", **{"X-Forwarded-For": "203.0.113.7"})).status_code == 200
+        assert [await ask(f"other-{number}", f"2001:db8::{number}") for number in range(6)] == [401] * 5 + [429]
+        assert await ask("other", "2001:db8:0:1::1") == 401
+
+
+def test_clients_are_counted_by_ipv4_address_and_ipv6_network() -> None:
+    assert owner_of("203.0.113.7") == owner_of("::ffff:203.0.113.7") == "203.0.113.7"
+    assert owner_of("2001:db8::1") == owner_of("2001:db8::ffff:1") != owner_of("2001:db8:0:1::1")
+    assert owner_of("fe80::1%eth0") == "fe80::/64"
+    assert (owner_of(""), owner_of("testclient")) == ("", "testclient")
 
 
 @pytest.mark.parametrize(
