@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from pymongo import ReturnDocument
-from pymongo.errors import BulkWriteError, DuplicateKeyError
+from pymongo.errors import BulkWriteError
 
 from ledger.delivery import receiver_of
 from ledger.mongo import Database, Document, driver_errors
@@ -74,8 +74,6 @@ async def ensure(db: Database, endpoints: Collection[Endpoint]) -> None:
             # Another process has created some of them in this moment: theirs count.
             if any(it["code"] != _DUPLICATE_KEY for it in error.details["writeErrors"]):
                 raise
-        except DuplicateKeyError:
-            pass
 
 
 def _new(endpoint: Endpoint) -> Document:

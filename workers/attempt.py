@@ -148,7 +148,7 @@ def _attribute(error: object, name: str, kind: type[T]) -> T:
         value = getattr(error, name)
         if isinstance(value, kind):
             return value
-        return kind() if value is None else kind(value)  # type: ignore[call-arg]
+        return kind() if value is None else kind(value)  # type: ignore[call-arg]  # str, bool and dict take one
     except BaseException:  # noqa: BLE001 - a class of its own may have no such attribute, or one that raises
         return kind()
 

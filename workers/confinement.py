@@ -35,7 +35,7 @@ ADVICE: Final = "It needs Linux 5.13 or later (6.12 or later for all of it) with
 _ENVIRONMENT: Final = frozenset({"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR"})
 _PREFIXES: Final = ("LC_", "PYTHON")
 _PRIVATE: Final = (
-    *("/root", "/home", "/tmp", "/var/tmp", "/run", "/var/run", "/dev", "/proc", "/lost+found", "/boot"),  # noqa: S108
+    *("/root", "/home", "/tmp", "/var/tmp", "/run", "/var/run", "/dev", "/proc", "/lost+found", "/boot"),  # noqa: S108 - denied, not used
     *("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-", "/etc/sudoers", "/etc/sudoers.d", "/etc/ssh"),
     *("/etc/ssl/private", "/etc/krb5.keytab", "/etc/jobledger", "/var/lib/docker", "/var/lib/containerd"),
     *("/var/log", "/var/spool", "/var/backups", "/var/cache/debconf"),

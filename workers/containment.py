@@ -121,7 +121,7 @@ def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
 def install(loop: asyncio.AbstractEventLoop) -> None:
     """Prepare an event loop for containments. Installing again changes nothing."""
     if asyncio.events.Handle._run is not _run:
-        asyncio.events.Handle._run = _run  # type: ignore[method-assign]
+        asyncio.events.Handle._run = _run  # type: ignore[method-assign]  # see _run
     factory = loop.get_task_factory()
     if factory is not None and getattr(factory, "contains", False):
         return
@@ -136,7 +136,7 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
         containment.add(task)
         return task
 
-    create.contains = True  # type: ignore[attr-defined]
+    create.contains = True  # type: ignore[attr-defined]  # marks our factory
     loop.set_task_factory(create)
 
 
@@ -152,7 +152,7 @@ def _run(self: asyncio.Handle) -> None:
     try:
         _run_in_event_loop(self)
     except (SystemExit, KeyboardInterrupt) as error:
-        if self._context.get(_current) is None:  # type: ignore[attr-defined]
+        if self._context.get(_current) is None:  # type: ignore[attr-defined]  # a private attribute
             raise
         cause = f"{type_name(error)}: {to_text(error, 200)}"
         _log.warning("a processor's task or callback tried to end the process", error=cause)

@@ -116,7 +116,7 @@ class _Conversion:
             return self._other(value, place, depth)
         except ProcessorError:
             raise
-        except Exception as error:
+        except Exception as error:  # a foreign class - reading it may raise anything
             raise _invalid(
                 place,
                 f"reading the {type_name(value)} raised {type_name(error)}: {to_text(error, 500)}",

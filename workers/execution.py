@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +44,7 @@ from workers.path_reservations import PathReservations
 from workers.processor import ProcessorError, Results, SavedFile
 from workers.recorder import Fenced, Recorder, Refused
 from workers.registry import find_processor, processor_version
-from workers.scratch import Scratch
+from workers.scratch import Scratch, remove_tree
 from workers.shared_steps import SharedSteps
 from workers.time_limit import TimeLimit
 
@@ -89,7 +88,7 @@ def check_processes() -> None:
     """
     try:
         job_process.check_processes()
-    except Exception as error:
+    except Exception as error:  # any error - the machine cannot run a process
         raise machine_trouble(error) or MachineTrouble(f"No process can be started: {error!r}") from error
 
 
@@ -589,7 +588,7 @@ async def _in_thread(function: Callable[[], None]) -> None:
 async def _remove(scratch: Path | None) -> None:
     for place in (scratch, scratch and scratch.with_suffix(".saved")):
         if place is not None and os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
-            await _in_thread(partial(shutil.rmtree, place, ignore_errors=True))
+            await _in_thread(partial(remove_tree, place))
 
 
 async def _completed(task: asyncio.Task[Any]) -> None:

@@ -136,7 +136,7 @@ class _ForkServer:
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
                     [
-                        *(sys.executable, *subprocess._args_from_interpreter_flags()),  # type: ignore[attr-defined]
+                        *(sys.executable, *subprocess._args_from_interpreter_flags()),  # type: ignore[attr-defined]  # private
                         *("-c", _RUN_FORK_SERVER, str(theirs.fileno()), json.dumps(modules), json.dumps(sys.path)),
                     ],
                     stdin=subprocess.DEVNULL,

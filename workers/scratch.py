@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-import shutil
 import socket
 import stat
 import tempfile
@@ -27,6 +26,7 @@ _log = structlog.get_logger()
 _DEAD: Final = "removing-"
 """Prefix of a directory that is being removed. Nobody locks it; two processes may remove it at the same time."""
 _CHECK_BYTES: Final = 64 * 1024
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Scratch:
@@ -83,7 +83,7 @@ class Scratch:
             self._lock = _try_lock(directory)
         self._directory = directory
         for path in dead:
-            shutil.rmtree(path, ignore_errors=True)  # follows no links
+            remove_tree(path)
         if dead:
             _log.info("removed scratch directories of dead workers", directory=str(base), count=len(dead))
 
@@ -132,11 +132,74 @@ class Scratch:
     def close(self) -> None:
         """Remove the directory of this process with all that is in it, and release the lock."""
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            remove_tree(self._directory)
             self._directory = None
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all that is in it, as far as possible. Follows no links. Blocks.
+
+    Jobs choose what is in it, so unlike `shutil.rmtree` this removes directories of any depth, and those without
+    permissions. It holds two descriptors at most, and returns through `..`. If somebody has moved a directory
+    meanwhile, `..` is another one than before, and the removal ends.
+    """
+    with suppress(OSError):
+        _make_accessible(path)
+        directory = os.open(path, _DIRECTORY)
+        parents: list[tuple[str, list[str], tuple[int, int]]] = []
+        try:
+            pending = _unlink_files(directory)
+            while pending or parents:
+                if not pending:
+                    name, pending, identity = parents.pop()
+                    directory = _replace(directory, "..")
+                    if _identity(directory) != identity:
+                        return
+                    with suppress(OSError):
+                        os.rmdir(name, dir_fd=directory)
+                    continue
+                name = pending.pop()
+                with suppress(OSError):
+                    _make_accessible(name, directory)
+                    here = _identity(directory)
+                    directory = _replace(directory, name)
+                    parents.append((name, pending, here))
+                    pending = []  # of one that cannot be read
+                    pending = _unlink_files(directory)
+        finally:
+            os.close(directory)
+        path.rmdir()
+
+
+def _unlink_files(directory: int) -> list[str]:
+    """Remove what is no directory, and return the names of the rest."""
+    rest = []
+    for name in os.listdir(directory):
+        try:
+            os.unlink(name, dir_fd=directory)
+        except OSError:
+            rest.append(name)
+    return rest
+
+
+def _replace(directory: int, name: str) -> int:
+    """Open a directory relative to another one, and close that one."""
+    opened = os.open(name, _DIRECTORY, dir_fd=directory)
+    os.close(directory)
+    return opened
+
+
+def _identity(directory: int) -> tuple[int, int]:
+    found = os.fstat(directory)
+    return found.st_dev, found.st_ino
+
+
+def _make_accessible(path: str | Path, parent: int | None = None) -> None:
+    if stat.S_ISDIR(os.stat(path, dir_fd=parent, follow_symlinks=False).st_mode):
+        os.chmod(path, 0o700, dir_fd=parent)
 
 
 def _base(root: Path) -> Path:
@@ -186,7 +249,7 @@ def _try_lock(directory: Path) -> int:
 
     Without locks no directory is ever taken for a dead one.
     """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = os.open(directory, _DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -198,7 +261,7 @@ def _try_lock(directory: Path) -> int:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory inside the block. Its holders only rename and create, so nobody waits for long."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = os.open(directory, _DIRECTORY)
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)

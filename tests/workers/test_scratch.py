@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from workers.health import MachineTrouble
-from workers.scratch import Scratch
+from workers.scratch import Scratch, remove_tree
 
 HOLD = """
 import sys, time
@@ -103,3 +103,48 @@ def test_scratch_that_vanished_is_created_again(tmp_path: Path) -> None:
         scratch.check_quickly()
     scratch.check()
     scratch.check_quickly()
+
+
+def nest(directory: Path, depth: int) -> None:
+    """Create directories inside each other, deeper than a path can name, each with a file."""
+    parent = os.open(directory, os.O_RDONLY)
+    for _ in range(depth):
+        os.close(os.open("file", os.O_CREAT, dir_fd=parent))
+        os.mkdir("d", dir_fd=parent)
+        inner = os.open("d", os.O_RDONLY, dir_fd=parent)
+        os.close(parent)
+        parent = inner
+    os.close(parent)
+
+
+def test_remove_tree_removes_unreadable_directories_and_follows_no_links(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    outside.chmod(0o755)
+    (outside / "file").write_text("kept")
+    tree = tmp_path / "tree"
+    (tree / "a" / "b").mkdir(parents=True)
+    for directory in (tree, tree / "a", tree / "a" / "b"):
+        (directory / "link").symlink_to(outside)
+        (directory / "file-link").symlink_to(outside / "file")
+    (tree / "a" / "b").chmod(0)
+    (tree / "a").chmod(0)
+
+    remove_tree(tree)
+
+    assert list(tmp_path.iterdir()) == [outside]
+    assert (outside / "file").read_text() == "kept"
+    assert outside.stat().st_mode & 0o777 == 0o755
+
+
+def test_scratch_with_deep_directories_of_a_dead_worker_is_prepared(tmp_path: Path) -> None:
+    base = tmp_path / f"jobledger-{os.getuid()}"
+    dead = base / "host-1-abcdef"
+    dead.mkdir(parents=True, mode=0o700)
+    nest(dead, 1100)
+    scratch = Scratch(tmp_path)
+
+    scratch.prepare()
+    scratch.close()
+
+    assert list(base.iterdir()) == []
