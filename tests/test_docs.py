@@ -211,15 +211,18 @@ WEBHOOKS = DOCS / "how-to" / "webhooks.md"
 def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
     mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
-    submit, missed, again = blocks(WEBHOOKS, "sh")
-    [example], [allow] = blocks(WEBHOOKS, "json"), blocks(WEBHOOKS, "yaml")
+    submit, missed, secrets, again = blocks(WEBHOOKS, "sh")
+    (example, created), [allow] = blocks(WEBHOOKS, "json"), blocks(WEBHOOKS, "yaml")
     settings = yaml.safe_load(allow)
     settings["webhooks"] |= {"allow_private": ["127.0.0.1"], "sink": True, "schedule_seconds": [0]}
     with reader(mongodb_uri, db_name, tmp_path, settings) as installation:
         for role in ("projector", "worker", "webhooks", "api"):
             installation.start(role).ready()
         sink = f"{installation.roles[-1].url}/api/events/test-webhook-callback"
-        typed(installation, submit.replace("https://cms.example.org/hooks/jobledger", sink))
+        answer = json.loads(typed(installation, submit.replace("https://cms.example.org/hooks/jobledger", sink)))
+        assert json.loads(created).keys() <= answer.keys()
+        [endpoint] = answer["webhook_secrets"]
+        assert endpoint.keys() == json.loads(created)["webhook_secrets"][0].keys()
         delivered: list[Any] = []
 
         def told() -> bool:
@@ -246,6 +249,9 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
         which = installation.run("webhooks", "redeliver")
         assert (which.exit_code, "--status abandoned" in which.err) == (2, True)
         assert typed(installation, "jobledger webhooks secret").startswith("whsec_")
+        said = typed(installation, secrets.replace("0f6c1a2b3c4d5e6f70818283", endpoint["receiver"]))
+        assert sink in said
+        assert "whsec_" in said.replace(endpoint["secret"], ""), "the rotation shows a new secret"
     assert body["job"]["parameters"] == {"text": "hello", "extra": {"node": 17}}
     assert body["job"]["job_name"] == "cms-4711"
     shown_keys = json.loads(example)
@@ -325,7 +331,7 @@ def test_a_template_has_everything_that_the_how_to_names() -> None:
 def test_the_log_is_followed_told_proved_and_replayed_as_the_how_to_says(
     mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
-    follow, show, verify, replay, back = blocks(DOCS / "how-to" / "audit.md", "sh")
+    follow, show, verify, verify_files, replay, back = blocks(DOCS / "how-to" / "audit.md", "sh")
     with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).ready()
@@ -339,6 +345,7 @@ def test_the_log_is_followed_told_proved_and_replayed_as_the_how_to_says(
         said = typed(installation, verify)
         assert "are what was written" in said
         assert "The views say what the log says" in said
+        assert "result files have the content that was stored" in typed(installation, verify_files)
         said = typed(installation, replay)
         assert "The views say what the log says" in said
         assert "all views" in said
