@@ -248,7 +248,8 @@ class KnownHosts:
         signs_in = scope["path"] in _SIGN_IN_PATHS
         accepted = {ours} if signs_in else {ours, *self._origins}
         if sent:
-            foreign = [it for it in sent if origin_of(it) not in accepted]
+            # Without a port that is a number, neither has an origin: that does not make them the same.
+            foreign = [it for it in sent if (origin := origin_of(it)) is None or origin not in accepted]
             if len(sent) == 1 and not foreign:
                 return None
             return (

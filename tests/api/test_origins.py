@@ -50,6 +50,7 @@ async def status_of(
         ("ftp://localhost:5001", "localhost:5001", None, 403),
         ("file://", "localhost:5001", None, 403),
         ("null", "localhost:5001", None, 403),
+        ("null", "localhost:99999", None, 403),
         ("", "localhost:5001", None, 403),
         ("x", "localhost:5001", None, 403),
         ("http://localhost:99999", "localhost:5001", None, 403),
