@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 from ledger.chain import digest
 from ledger.files import DirectoryStore, Stored
 from workers.confinement import Confinement
-from workers.conversion import InvalidResult, to_json, to_text, type_name, validation_problems
+from workers.conversion import InvalidResult, safe_str, to_json, to_text, type_name, validation_problems
 from workers.messages import Done, Failed, Log, Message, Progress, Saved, Seek, Step
 from workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 from workers.result_paths import normal_path
@@ -242,9 +242,11 @@ class _Job:
         *,
         share: timedelta | None = None,
     ) -> JSON:
-        name = to_text(name, 200)
+        whole, name = safe_str(name), to_text(name, 200)
         self._step = name
-        key = digest({"step": name, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
+        # Of the whole name: the one for people is cut, so two steps may have the same.
+        named = name if whole == name else ascii(whole)
+        key = digest({"step": named, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
         if (known := self._finished.get(key)) is not None:
             for warning in known.warnings:
                 self._note(warning)
