@@ -588,7 +588,10 @@ async def _in_thread(function: Callable[[], None]) -> None:
 async def _remove(scratch: Path | None) -> None:
     for place in (scratch, scratch and scratch.with_suffix(".saved")):
         if place is not None and os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
-            await _in_thread(partial(remove_tree, place))
+            try:
+                await _in_thread(partial(remove_tree, place))
+            except Exception as error:  # noqa: BLE001 - what the work came to must not be lost for that
+                _log.warning("a directory of a job stays", path=str(place), error=repr(error))
 
 
 async def _completed(task: asyncio.Task[Any]) -> None:

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -641,3 +642,32 @@ async def one_step(job: Job) -> Results:
 
     await job.step("page", {}, output)
     return Results()
+
+
+# Scratch and steps ------------------------------------------------------------------------------------------------
+
+
+@action
+async def nest_directories(job: Job) -> Results:
+    path = os.open(job.scratch, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=path)
+        path, parent = os.open("d", os.O_RDONLY, dir_fd=path), path
+        os.close(parent)
+    os.fchmod(path, 0)
+    os.close(path)
+    return Results()
+
+
+STEP_NAMES = ("s" * 300 + "a", "s" * 300 + "b", "\ud800", "?", "\ud801")
+
+
+@action
+async def name_steps_alike(job: Job) -> Results:
+    async def work(name: str) -> str:
+        return ascii(name)
+
+    found = [await job.step(name, {}, partial(work, name)) for name in STEP_NAMES]
+    if job.attempt == 1:
+        raise ProcessorError("AGAIN", "again", transient=True)
+    return Results(metadata={"found": found})

@@ -183,6 +183,23 @@ async def lines_of(here: Process, job_id: str) -> list[str]:
 
 
 @pytest.mark.parametrize("job_type", TYPES)
+async def test_steps_with_similar_names_are_not_mixed(job_type: str, connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job = await here.ended(await here.submit({"do": "name steps alike"}, job_type=job_type, max_attempts=2))
+        assert job["attempt"] == 2
+        assert job["results"]["metadata"]["found"] == [ascii(name) for name in does.STEP_NAMES]
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_deeply_nested_scratch_is_removed_and_job_completes(
+    job_type: str, connection: Connection, store: Path
+) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job = await here.ended(await here.submit({"do": "nest directories"}, job_type=job_type, max_attempts=1))
+        assert (job["status"], job["error"]) == ("completed", None)
+
+
+@pytest.mark.parametrize("job_type", TYPES)
 async def test_much_logging_is_clipped_and_job_completes(job_type: str, connection: Connection, store: Path) -> None:
     given: dict[str, dict[str, Any]] = {
         "one long line": {"do": "log long line"},
