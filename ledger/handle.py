@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
@@ -146,7 +147,11 @@ def _consequences(stream: str, known: Known, events: Sequence[Event], now: datet
 
 
 async def _brought_up_to_date(log: EventLog, stream: str, known: Known) -> Known:
-    return known.after(await log.read_stream(stream, after_version=known.head.version))
+    """Take in what follows in the stream, event by event: all of it together may be larger than memory."""
+    async with aclosing(log.iterate_stream(stream, after_version=known.head.version)) as events:
+        async for event in events:
+            known = known.after([event])
+    return known
 
 
 def _correlated(meta: Meta, state: State | None) -> Meta:
@@ -188,7 +193,7 @@ async def handle_new(log: EventLog, commands: Sequence[tuple[str, Command]], *, 
 
 async def load(log: EventLog, stream: str) -> Known:
     """Return what the log says of a stream now."""
-    return Known().after(await log.read_stream(stream))
+    return await _brought_up_to_date(log, stream, Known())
 
 
 async def is_deleted(log: EventLog, stream: str) -> bool:

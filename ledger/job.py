@@ -64,7 +64,8 @@ class Job:
     `attempt` numbers its executions and is never reused; `counted` is how many of them count against
     `asked.max_attempts` (a released one does not). `due` is when it may next be claimed. `steps` maps the digest of a
     finished step's inputs to the event that holds its output. `anew` says that it was restarted to do all of it again.
-    `machine_troubles` is how many times in a row it was given back because a machine could not run it.
+    `machine_troubles` is how many times in a row it was given back because a machine could not run it. `step_bytes` and
+    `changed_bytes` are the sizes of the outputs of `steps` and of all changes of its parameters.
     """
 
     asked: JobSubmitted
@@ -79,6 +80,8 @@ class Job:
     steps: Mapping[str, StepCompleted] = field(default_factory=dict)
     anew: bool = False
     machine_troubles: int = 0
+    step_bytes: int = 0
+    changed_bytes: int = 0
 
 
 MAX_MACHINE_TROUBLES: Final = 5
@@ -176,8 +179,10 @@ def _report(command: WorkerCommand, job: Job) -> list[JobEvent]:
     event = _reported(command, job)
     if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
         return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, refused=type(event).__name__)]
-    if isinstance(event, StepCompleted) and event.key not in job.steps:
-        limits.check_steps(len(job.steps) + 1)
+    if isinstance(event, StepCompleted):
+        if event.key not in job.steps:
+            limits.check_steps(len(job.steps) + 1)
+        limits.check_step_outputs(_step_bytes(job, event))
     return [event]
 
 
@@ -246,6 +251,7 @@ def _update(command: UpdateJob, job: Job) -> list[JobEvent]:
     events: list[JobEvent] = []
     if (command.parameters, command.priority, command.not_before) != (None, None, None):
         _require(job.status == "pending", job, "changed", "only a waiting job can be")
+        limits.check_changed_parameters(_changed_bytes(job, command.parameters))
         events.append(
             JobUpdated(
                 by=command.by,
@@ -278,7 +284,7 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
         case JobProgressed() | JobLogged() | WorkerFenced():
             return job
         case StepCompleted():
-            return replace(job, steps={**job.steps, event.key: event})
+            return replace(job, steps={**job.steps, event.key: event}, step_bytes=_step_bytes(job, event))
         case JobCompleted():
             return _ended(job, "completed")
         case JobAttemptFailed():
@@ -308,6 +314,7 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
                 due=None,
                 cancel=None,
                 steps=kept,
+                step_bytes=job.step_bytes if event.reuse_steps else 0,
                 anew=not event.reuse_steps,
                 machine_troubles=0,
             )
@@ -333,4 +340,27 @@ def _with_changes(job: Job, event: JobUpdated) -> Job:
     changes: dict[str, Any] = {
         name: value for name in ("parameters", "priority", "not_before") if (value := getattr(event, name)) is not None
     }
-    return replace(job, asked=job.asked.model_copy(update=changes), due=changes.get("not_before", job.due))
+    return replace(
+        job,
+        asked=job.asked.model_copy(update=changes),
+        due=changes.get("not_before", job.due),
+        changed_bytes=_changed_bytes(job, event.parameters),
+    )
+
+
+def _step_bytes(job: Job, step: StepCompleted) -> int:
+    """Return how large the outputs of a job's steps are when one more is finished, or finished again."""
+    known = job.steps.get(step.key)
+    replaced = _bytes(known.output) if known is not None else 0
+    return job.step_bytes - replaced + _bytes(step.output)
+
+
+def _changed_bytes(job: Job, parameters: Mapping[str, Any] | None) -> int:
+    return job.changed_bytes + (_bytes(parameters) if parameters is not None else 0)
+
+
+def _bytes(value: Any) -> int:
+    try:
+        return limits.json_bytes(value)
+    except TypeError:  # JSON cannot hold it, so no event can: the append refuses it, and says why
+        return 0

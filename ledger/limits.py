@@ -62,6 +62,10 @@ RESULTS_BYTES: Final = 2 * _MIB
 RESULT_FILES: Final = 2000
 STEPS: Final = 2000
 """Finished steps of a job that are kept for its next attempt."""
+STEP_OUTPUT_BYTES: Final = 64 * _MIB
+"""Outputs of all finished steps of a job together, as JSON. Its worker and its job process hold them in memory."""
+CHANGED_PARAMETERS_BYTES: Final = 64 * _MIB
+"""Parameters of all changes of a job together, as JSON. Whoever decides on a job reads its whole stream."""
 STEP_NAME_CHARACTERS: Final = 500
 STEP_WARNINGS: Final = 1000
 STEP_WARNING_BYTES: Final = 64 * _KIB
@@ -110,6 +114,32 @@ def check_steps(found: int) -> None:
         InvalidEvent: The message names the limit.
     """
     _check_count("steps", found, STEPS, "finished steps of one job")
+
+
+def check_step_outputs(found: int) -> None:
+    """Refuse one more finished step of a job whose outputs are too large together.
+
+    Raises:
+        InvalidEvent: The message names the limit.
+    """
+    if found > STEP_OUTPUT_BYTES:
+        raise InvalidEvent(
+            f"steps: the outputs of all finished steps together take {found} bytes: at most {STEP_OUTPUT_BYTES} are "
+            "allowed. Save large content as files"
+        )
+
+
+def check_changed_parameters(found: int) -> None:
+    """Refuse one more change of a job's parameters if all changes are too large together.
+
+    Raises:
+        InvalidEvent: The message names the limit.
+    """
+    if found > CHANGED_PARAMETERS_BYTES:
+        raise InvalidEvent(
+            f"parameters: all changes of this job together take {found} bytes: at most {CHANGED_PARAMETERS_BYTES} are "
+            "allowed. Submit a new job"
+        )
 
 
 def _check_submission(asked: JobSubmitted | BatchSubmitted, text_bytes: int) -> None:

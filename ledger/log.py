@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
@@ -162,6 +162,18 @@ class EventLog(Writer):
             sized = {"limit": -limit, "batch_size": limit} if one_batch and limit else {"limit": limit}
             found = self._events.find(query, sort=[("version", ASCENDING)], **sized)
             return [Recorded(document) async for document in found]
+
+    async def iterate_stream(self, stream: str, *, after_version: int = 0) -> AsyncGenerator[Recorded, None]:
+        """Yield the events of one stream in order. At most 16 MB of them are in memory, which the server sends at once.
+
+        Raises:
+            LedgerUnavailable: the database failed.
+        """
+        with driver_errors(f"reading {stream}"):
+            query: Document = {"stream": stream, "version": {"$gt": after_version}}
+            async with self._events.find(query, sort=[("version", ASCENDING)]) as found:
+                async for document in found:
+                    yield Recorded(document)
 
     async def read_streams(
         self, streams: Collection[str], *, without: Collection[str] = ()

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ledger import job
+from ledger import job, limits
 from ledger.commands import (
     Archive,
     CancelJob,
@@ -34,7 +34,7 @@ from ledger.commands import (
     WorkerCommand,
     WriteLog,
 )
-from ledger.errors import AlreadyExists, CommandRefused, NotFound, WrongState
+from ledger.errors import AlreadyExists, CommandRefused, InvalidEvent, NotFound, WrongState
 from ledger.events import (
     ENDED,
     Event,
@@ -604,3 +604,31 @@ def test_a_moment_is_kept_in_utc_and_in_milliseconds() -> None:
 def test_a_moment_beyond_the_calendar_is_an_invalid_value_and_not_a_fault(moment: str) -> None:
     with pytest.raises(ValueError, match="not_before"):
         a_job(not_before=moment)
+
+
+def after(state: Job | None, events: Iterable[Event]) -> Job:
+    for event in events:
+        state = job.evolve(state, event)  # type: ignore[arg-type]
+    assert state is not None
+    return state
+
+
+def test_outputs_of_steps_are_limited_together() -> None:
+    text = "x" * (limits.STEP_OUTPUT_BYTES // 10)
+    state = after(None, RUNNING["first attempt"])
+    for key in [*"123456789", "9"]:  # one that is finished again counts once
+        state = after(state, job.decide(FinishStep("w1", 1, "page", key, text, 0.5), state))
+    with pytest.raises(InvalidEvent, match="outputs of all finished steps together"):
+        job.decide(FinishStep("w1", 1, "page", "10", text + text, 0.5), state)
+    assert job.decide(FinishStep("w1", 1, "page", "10", "small", 0.5), state)
+    assert job.decide(FinishStep("w1", 1, "page", "10", 2**70, 0.5), state), "refused by the append, which says why"
+
+
+def test_changes_of_parameters_are_limited_together() -> None:
+    change = UpdateJob("alice", {"text": "x" * (limits.CHANGED_PARAMETERS_BYTES // 10)})
+    state = after(None, WAITING["submitted"])
+    for _ in range(9):
+        state = after(state, job.decide(change, state))
+    with pytest.raises(InvalidEvent, match="all changes of this job together"):
+        job.decide(change, state)
+    assert job.decide(UpdateJob("alice", priority=5), state)
