@@ -23,6 +23,8 @@ from workers import restrictions
 NOT_STARTED: Final = 125
 """Exit code if the sandbox could not be set up. The reason is on standard error."""
 PROXY_PORT: Final = 3128
+_OTHER_FAMILIES: Final = [family for family in range(64) if family not in (socket.AF_INET, socket.AF_INET6)]
+"""Network namespaces do not cover all of them: AF_VSOCK reaches the host of a virtual machine."""
 _READ_ONLY_DEVICES: Final = ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
@@ -78,7 +80,7 @@ def _start(plan: dict[str, Any], *, separate: bool) -> None:
             refused = restrictions.NO_HARM_OUTSIDE
             if plan["proxy"] is not None:
                 refused = refused - {"socket", "connect", "sendto"}
-            restrictions.refuse(refused, socket_families=[socket.AF_UNIX], only_own_threads=True)
+            restrictions.refuse(refused, socket_families=_OTHER_FAMILIES, only_own_threads=True)
         os.chdir(plan["directory"])
         os.execve(plan["command"][0], plan["command"], plan["environment"])  # noqa: S606 - as planned
     except OSError as error:

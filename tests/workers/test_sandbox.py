@@ -166,3 +166,28 @@ def test_doctor_names_the_sandbox_or_what_is_missing(monkeypatch: pytest.MonkeyP
     jobs, programs = look_at_confinement(Settings())
     assert (jobs.good, jobs.found) == (True, "Landlock, version 7")
     assert (programs.good, programs.found) == (True, "bubblewrap")
+
+
+_FAMILIES = """
+import socket
+for family in range(64):
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW):
+        try:
+            socket.socket(family, kind)
+        except OSError:
+            continue
+        print(family)
+        break
+"""
+
+
+async def test_program_with_a_proxy_has_no_sockets_but_those_of_its_own_network(tmp_path: Path) -> None:
+    async def proxy(listening: socket.socket) -> None:
+        await asyncio.Event().wait()
+
+    try:
+        ended = await sandbox.run(Program(sandbox.python("-c", _FAMILIES), tmp_path), proxy=proxy, max_output=1000)
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    assert ended.exit_code == 0
+    assert {int(it) for it in ended.output.split()} == {socket.AF_INET, socket.AF_INET6}
