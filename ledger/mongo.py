@@ -61,7 +61,8 @@ class Connection:
             ConfigurationError: the URI is not one.
         """
         with _readable_uri(self.uri):
-            options = {**self._options(), "event_listeners": [ServerClock()]}
+            options = self._options()
+            options["event_listeners"] = [*options.get("event_listeners", ()), ServerClock()]
             return AsyncMongoClient(self.uri, w="majority", journal=True, **options)
 
     def blocking_client(self) -> MongoClient[Document]:
