@@ -19,6 +19,9 @@ from workers.processor import JSON, LogLevel
 
 HEADER: Final = struct.Struct(">I")
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024  # of a frame that the worker accepts
+MAX_FRAME_VALUES: Final = 1_500_000
+"""Of a frame that the worker accepts: more than any value has that `workers.conversion` accepts. Reading 32 MiB of
+empty lists would take eight seconds and 1.2 GB."""
 STOP: Final = {"stop": True}
 """What the worker sends, instead of an answer, when the job is to stop."""
 
@@ -132,6 +135,9 @@ def decode_from_job(text: bytes) -> FromJob:
     Raises:
         InvalidMessage: it is not one of the messages above.
     """
+    # Counted in the bytes, so at least as many as there are: texts may hold these signs, too.
+    if len(text) > MAX_FRAME_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_FRAME_VALUES:
+        raise InvalidMessage(f"message: more than {MAX_FRAME_VALUES:,} values")
     try:
         return _from_job.validate_json(text)
     except ValidationError as error:
