@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 import orjson
 import yaml
@@ -77,10 +78,25 @@ class WorkerSettings(Section):
     poll_interval_sec: float | None = None
 
 
+def _unambiguous_prefix(url: str | None) -> str | None:
+    """Refuse a path that begins as our routes do: with a proxy that removes it, it could not be told from a route."""
+    first = urlsplit(url or "").path.strip("/").partition("/")[0]
+    if first in _OWN_PATHS:
+        raise ValueError(
+            f"the path must not begin with /{first}, as the API's own addresses do: take /jobs/{first}, say"
+        )
+    return url
+
+
+_OWN_PATHS: Final = frozenset({"api", "monitoring", "metrics", "healthz", "readyz"})
+
+
 class ApiSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(5001, ge=0, le=65_535)
-    public_url: str | None = Field(None, pattern=r"^https?://[^/@?#\s]+(/[^?#]*)?$")
+    public_url: Annotated[str | None, AfterValidator(_unambiguous_prefix)] = Field(
+        None, pattern=r"^https?://[^/@?#\s]+(/[^?#]*)?$"
+    )
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
     request_memory_mb: int = Field(1024, ge=64, le=1_000_000)
     requests_per_second: float = Field(0, ge=0, le=1_000_000)

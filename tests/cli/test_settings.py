@@ -134,6 +134,8 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ("api:\n  host: 0.0.0.0\n", "api.host", "127.0.0.1"),
         ("api:\n  host: example.org\n", "api.host", "127.0.0.1"),
         ("api:\n  public_url: example.org\n", "api.public_url", "https?://"),
+        ("api:\n  public_url: https://example.org/api\n", "api.public_url", "must not begin with /api"),
+        ("api:\n  public_url: https://example.org/monitoring/jobs/\n", "api.public_url", "must not begin with"),
         ("api: 5\n", "api", "known here: host, port"),
         ("api: [1, 2]\n", "api", "known here: host, port"),
         ("api: &a [*a]\n", "api", "known here: host, port"),
