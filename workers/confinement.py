@@ -169,11 +169,22 @@ def _code_and_system(protected: Sequence[Path]) -> Iterator[tuple[str, int]]:
     system = (os.path.realpath(path) for path in _PRIVATE if os.path.lexists(path))
     private = (ours | {*system, home, os.path.realpath(tempfile.gettempdir())}) - {"/"}
     yield from ((path, READ) for path in _outside("/", private))
-    for path in {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *sys.path) if path}:
+    for path in {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *sys.path, *_packages()) if path}:
         if path in private or path == "/":  # it was started there: then it is no place for code alone
             continue
         yield path, LIST  # where Python looks for modules it lists directories
         yield from ((allowed, READ) for allowed in _outside(path, ours))
+
+
+def _packages() -> Iterator[str]:
+    """Yield the directories of loaded packages outside the installation, such as those of an editable install.
+
+    Editable installs have a finder of their own and no entry in `sys.path`. They may lie in a temporary directory.
+    """
+    installed = (f"{sys.prefix}/", f"{sys.base_prefix}/")
+    for name, module in list(sys.modules.items()):
+        if "." not in name and isinstance(paths := getattr(module, "__path__", None), list):
+            yield from (path for path in paths if not path.startswith(installed))
 
 
 def _outside(path: str, private: set[str]) -> Iterator[str]:

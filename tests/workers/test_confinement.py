@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -233,3 +235,15 @@ def server_file(directory: Path) -> Path:
 def test_worker_does_not_start_without_the_confinement_required(tmp_path: Path) -> None:
     with Installation(tmp_path, event_worker={"confine": "required"}) as here:
         one_line(here.start("up").ended(), 2, "event_worker.confine", "Landlock")
+
+
+def test_packages_of_editable_installs_are_readable_wherever_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An editable install has no entry in `sys.path`, and its repository may lie in a temporary directory."""
+    (tmp_path / "installed").mkdir()
+    package = ModuleType("installed")
+    package.__path__ = [str(tmp_path / "installed")]
+    monkeypatch.setitem(sys.modules, "installed", package)
+    assert (str(tmp_path / "installed"), confinement.READ) in set(confinement._code_and_system([]))
+    assert str(tmp_path) not in {path for path, _ in confinement._code_and_system([])}
