@@ -245,5 +245,5 @@ def test_packages_of_editable_installs_are_readable_wherever_they_are(
     package = ModuleType("installed")
     package.__path__ = [str(tmp_path / "installed")]
     monkeypatch.setitem(sys.modules, "installed", package)
-    assert (str(tmp_path / "installed"), confinement.READ) in set(confinement._code_and_system([]))
+    assert (str(tmp_path / "installed"), restrictions.READ) in set(confinement._code_and_system([]))
     assert str(tmp_path) not in {path for path, _ in confinement._code_and_system([])}
