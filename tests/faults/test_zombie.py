@@ -65,7 +65,7 @@ async def site(gate: Gate) -> AsyncIterator[SlowSite]:
         yield site
 
 
-async def begun(here: Process, site: SlowSite, kind: str, seconds: float = 2) -> list[str]:
+async def begun(here: Process, site: SlowSite, kind: str, seconds: float = 8) -> list[str]:
     """Submit jobs and wait until they are worked on; the first of them will have something to say soon."""
     if kind == "inline":
         job_id = await here.submit({"seconds": seconds})
