@@ -101,7 +101,7 @@ def test_up_on_a_full_disk_waits_and_ctrl_c_ends_it_at_once(tmp_path: Path, disk
         role = installation.start("up")
         assert until(lambda: "waits for space" in role.err, 60)
         role.process.send_signal(signal.SIGINT)
-        assert role.process.wait(10) == 130
+        assert role.process.wait(20) == 130
         waiting = installation.start("up")
         assert until(lambda: "waits for space" in waiting.err, 60)
         filler.unlink()

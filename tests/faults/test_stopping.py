@@ -56,7 +56,7 @@ def stopped_roles(tmp_path: Path, uri: str, names: Sequence[str]) -> Iterator[No
         with client_of(roles[0]) as client:
             body = {"job_type": "echo", "parameters": {"seconds": 120}}
             job = client.post("/api/events/jobs", json=body).raise_for_status().json()
-            assert until(lambda: _is_processing(client, job["job_id"]), 20)
+            assert until(lambda: _is_processing(client, job["job_id"]), 60)
         yield
         time.sleep(1)
         begun = time.monotonic()
