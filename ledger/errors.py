@@ -18,6 +18,7 @@ JobledgerError
     ├── NotFound                no such job or batch
     ├── AlreadyExists           an id that is taken
     └── WrongState              the job or batch is not in a state that allows it
+        └── NotDue              the job is to be started later
 """
 
 from __future__ import annotations
@@ -126,3 +127,7 @@ class WrongState(CommandRefused):
     """The job or batch is not in a state that allows this."""
 
     code = "wrong_state"
+
+
+class NotDue(WrongState):
+    """The job is to be started later."""

@@ -29,7 +29,7 @@ from ledger.commands import (
     WorkerCommand,
     WriteLog,
 )
-from ledger.errors import AlreadyExists, NotFound, WrongState
+from ledger.errors import AlreadyExists, NotDue, NotFound, WrongState
 from ledger.events import (
     ENDED,
     Failure,
@@ -64,8 +64,9 @@ class Job:
     `attempt` numbers its executions and is never reused; `counted` is how many of them count against
     `asked.max_attempts` (a released one does not). `due` is when it may next be claimed. `steps` maps the digest of a
     finished step's inputs to the event that holds its output. `anew` says that it was restarted to do all of it again.
-    `machine_troubles` is how many times in a row it was given back because a machine could not run it. `step_bytes` and
-    `changed_bytes` are the sizes of the outputs of `steps` and of all changes of its parameters.
+    `machine_troubles` is how many times in a row it was given back because a machine could not run it. `step_bytes`,
+    `changed_bytes` and `log_bytes` are the sizes of the outputs of `steps`, of all changes of its parameters and of its
+    log.
     """
 
     asked: JobSubmitted
@@ -80,6 +81,7 @@ class Job:
     steps: Mapping[str, StepCompleted] = field(default_factory=dict)
     anew: bool = False
     machine_troubles: int = 0
+    log_bytes: int = 0
     step_bytes: int = 0
     changed_bytes: int = 0
 
@@ -152,7 +154,7 @@ def _require(allowed: bool, job: Job, done: str, why: str) -> None:
 def _claim(command: ClaimJob, job: Job) -> list[JobEvent]:
     _require(job.status == "pending", job, "claimed", "only a waiting job can be")
     if job.due is not None and command.now < job.due:
-        raise WrongState(f"the job is not to be started before {job.due.isoformat()}")
+        raise NotDue(f"the job is not to be started before {job.due.isoformat()}")
     return [JobClaimed(worker_id=command.worker_id, attempt=job.attempt + 1)]
 
 
@@ -281,8 +283,10 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
                 worker_id=event.worker_id,
                 due=None,
             )
-        case JobProgressed() | JobLogged() | WorkerFenced():
+        case JobProgressed() | WorkerFenced():
             return job
+        case JobLogged():
+            return replace(job, log_bytes=job.log_bytes + _log_bytes(event))
         case StepCompleted():
             return replace(job, steps={**job.steps, event.key: event}, step_bytes=_step_bytes(job, event))
         case JobCompleted():
@@ -330,6 +334,10 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
             return replace(job, deleted=True)
         case _:
             assert_never(event)
+
+
+def _log_bytes(event: JobLogged) -> int:
+    return sum(len(line.message) + limits.LOG_LINE_BYTES for line in event.entries)
 
 
 def _ended(job: Job, status: JobStatus) -> Job:

@@ -66,6 +66,9 @@ STEP_OUTPUT_BYTES: Final = 64 * _MIB
 """Outputs of all finished steps of a job together, as JSON. Its worker and its job process hold them in memory."""
 CHANGED_PARAMETERS_BYTES: Final = 64 * _MIB
 """Parameters of all changes of a job together, as JSON. Whoever decides on a job reads its whole stream."""
+JOB_LOG_BYTES: Final = 16 * _MIB
+"""Log lines of a job together, all attempts: their texts, and `LOG_LINE_BYTES` for each. Its worker leaves out more."""
+LOG_LINE_BYTES: Final = 64
 STEP_NAME_CHARACTERS: Final = 500
 STEP_WARNINGS: Final = 1000
 STEP_WARNING_BYTES: Final = 64 * _KIB

@@ -45,6 +45,7 @@ _PATIENCE_SECONDS: Final = 0.25
 _CLAIMING_SECONDS: Final = 1.0
 """Who has claimed something within this time may have a hundred jobs at hand and not yet have come to this one: on a
 busy machine a third of a second passes between a worker's claims, and each of those taken from it is a lost race."""
+_CORRECTED_SECONDS: Final = 0.1
 _ROWS: Final = 500
 _MOST_ROWS: Final = 2000
 """How many rows are read at once, for each worker; their streams are loaded when they are taken. Few large looks: each
@@ -141,11 +142,12 @@ class Claims:
         self._passed: dict[str, float] = {}
         self._claimed_at: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._corrected: asyncio.TimerHandle | None = None
         checkpoint.on_move(self._views_moved)
 
     def close(self) -> None:
         """Set no more timers."""
-        for timer in (self._timer, *self._in_turn.values()):
+        for timer in (self._timer, self._corrected, *self._in_turn.values()):
             if timer is not None:
                 timer.cancel()
 
@@ -191,6 +193,15 @@ class Claims:
             self.taken(job_id, head)
         else:
             self.leave(job_id)
+
+    def not_due(self) -> None:
+        """A job was claimed too early: our clock was corrected since we looked. We look again.
+
+        This has a timer of its own, because a look that is on its way may replace the other one.
+        """
+        if self._corrected is not None:
+            self._corrected.cancel()
+        self._corrected = asyncio.get_running_loop().call_later(_CORRECTED_SECONDS, self._look_again)
 
     def leave(self, job_id: str) -> None:
         """Try no more to claim this job before something is heard of it."""

@@ -22,7 +22,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from ledger.changes import Changes, Reaction
 from ledger.commands import ClaimJob
-from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, NotDue, UnreadableEvent
 from ledger.events import Meta
 from ledger.handle import Handled, Known, handle, load
 from ledger.job import Job
@@ -337,6 +337,9 @@ class Worker:
         """Claim a job by appending, and start it if we won."""
         try:
             handled = await self._append_claim(job_id, known)
+        except NotDue:
+            self._claims.not_due()
+            return
         except CommandRefused:
             with suppress(LedgerUnavailable):  # then it is tried once more
                 await self._claims.refused(job_id)

@@ -140,7 +140,7 @@ class Process:
                     if not waiting:
                         break
         except TimeoutError:
-            histories = [await self.history(job_id) for job_id in sorted(waiting)[:5]]
+            histories = [await self.story(job_id) for job_id in sorted(waiting)[:5]]
             raise AssertionError(f"{len(waiting)} jobs have not ended within {seconds} s: {histories}") from None
         await self.views_reach(position)
         return await self.job(job_ids[0])
@@ -163,6 +163,13 @@ class Process:
     async def history(self, stream: str) -> list[str]:
         """Return the names of a stream's events, in order."""
         return [event.type for event in await self.log.read_stream(stream)]
+
+    async def story(self, stream: str) -> list[str]:
+        """Return a stream's events for a failing test: their times, names and errors."""
+        return [
+            f"{event.time:%M:%S.%f} {event.type} {event.data.get('error') or event.data.get('reason') or ''}"
+            for event in await self.log.read_stream(stream)
+        ]
 
     async def everything(self) -> list[Recorded]:
         """Return the whole log."""

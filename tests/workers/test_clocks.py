@@ -5,21 +5,26 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ledger.events import JobAttemptFailed, JobClaimed, JobCompleted
 from ledger.mongo import Connection
+from ledger.server_clock import ServerClock
 from tests.support.faketime import WrongClock, needs_faketime
 from tests.support.rarely import rarely
-from tests.support.running import Process, process, real_process
+from tests.support.running import Process, WorkerOptions, process, real_process
 
 LATE_SECONDS = 5.0  # far less than an hour, even on a busy machine
 HOUR = 3600
 
 
 async def claimed_in_time(here: Process, job_id: str, due: datetime, attempt: int = 1) -> None:
-    claimed = await here.heard(JobClaimed, job_id, where=lambda event: event.attempt == attempt)
+    try:
+        claimed = await here.heard(JobClaimed, job_id, where=lambda event: event.attempt == attempt)
+    except TimeoutError:
+        raise AssertionError(f"not claimed: {await here.story(job_id)}") from None
     late = (datetime.now(UTC) - due).total_seconds()
     assert claimed is not None
     assert -0.2 < late < LATE_SECONDS, f"claimed {late:.2f} s after it was due"
@@ -47,6 +52,19 @@ async def test_worker_with_wrong_clock_starts_jobs_and_retries_when_they_are_due
             assert failed.event.retry_at is not None
             assert 0 < (failed.event.retry_at - failed.time).total_seconds() < LATE_SECONDS
             await claimed_in_time(here, failing, failed.event.retry_at, attempt=2)
+
+
+async def test_clock_set_back_between_look_and_claim_leaves_no_job_behind(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ahead(self: ServerClock, client: Any) -> datetime:
+        return self.estimate() + timedelta(seconds=1)
+
+    monkeypatch.setattr(ServerClock, "now", ahead)  # workers look with this, and claim with `estimate`
+    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        due = datetime.now(UTC) + timedelta(seconds=0.8)
+        job_id = await here.submit({"file": False}, not_before=due)
+        await claimed_in_time(here, job_id, due)
 
 
 @rarely
