@@ -1,7 +1,8 @@
 """workers: gather the log lines of an attempt, and leave out what is too much.
 
 A job may log as often as it likes. The log stays readable and memory bounded: beyond a large burst and a steady rate,
-lines are counted and left out, but for the last ones before the flood ends. A line says how much was left out.
+lines are counted and left out, but for the last ones before the flood ends. A line says how much was left out. All
+lines of a job together are bounded, too, because whoever decides on a job reads its whole stream.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ledger.events import LogLine
+from ledger.limits import JOB_LOG_BYTES, LOG_LINE_BYTES
 from workers.messages import Line
 
 BURST_LINES: Final = 10_000
@@ -19,15 +21,20 @@ LINES_PER_SECOND: Final = 200
 BURST_BYTES: Final = 4 * 1024 * 1024
 BYTES_PER_SECOND: Final = 64 * 1024
 LAST_LINES: Final = 100  # of a flood, that are kept in any case
-_LINE_BYTES: Final = 64  # what a line needs besides its text
+ATTEMPT_BYTES: Final = 256 * 1024
+"""What an attempt may log at least, however much earlier ones have."""
 EVENT_LINES: Final = 2000
 EVENT_BYTES: Final = 512 * 1024
 
 
 class LogBuffer:
-    """Log lines on their way to the event log. The rate is that of a token bucket."""
+    """Log lines on their way to the event log. The rate is that of a token bucket.
 
-    def __init__(self) -> None:
+    `logged_bytes` is what earlier attempts of the job have logged (`ledger.job.Job.log_bytes`).
+    """
+
+    def __init__(self, logged_bytes: int = 0) -> None:
+        self._left = max(ATTEMPT_BYTES, JOB_LOG_BYTES - logged_bytes)
         self._lines: list[Line] = []
         self._bytes = 0
         self._last: deque[Line] = deque()
@@ -46,7 +53,8 @@ class LogBuffer:
     def add(self, line: Line) -> None:
         """Add a line, or count it as left out."""
         size = len(line[2])
-        if not self._last and self._free_lines >= 1 and self._free_bytes >= size and self._bytes <= BURST_BYTES:
+        free = min(self._free_bytes, self._left - LOG_LINE_BYTES)
+        if not self._last and self._free_lines >= 1 and free >= size and self._bytes <= BURST_BYTES:
             self._keep(line, size)
             return
         self._last.append(line)
@@ -64,7 +72,8 @@ class LogBuffer:
             final: There will be no more lines, so also the last ones of a flood are returned.
         """
         self._refill()
-        enough = self._free_lines >= LAST_LINES and self._free_bytes >= self._last_bytes
+        free = min(self._free_bytes, self._left - (LAST_LINES + 1) * LOG_LINE_BYTES)
+        enough = self._free_lines >= LAST_LINES and free >= self._last_bytes
         if self._last and (final or enough):
             self._end_flood()
         lines, self._lines, self._bytes = self._lines, [], 0
@@ -80,8 +89,8 @@ class LogBuffer:
         if self._left_out:
             text = (
                 f"{self._left_out:,} log lines ({_size(self._left_out_bytes)}) were left out here. A job may log "
-                f"{BURST_LINES:,} lines or {_size(BURST_BYTES)} at once, and {LINES_PER_SECOND} lines or "
-                f"{_size(BYTES_PER_SECOND)} per second."
+                f"{BURST_LINES:,} lines or {_size(BURST_BYTES)} at once, {LINES_PER_SECOND} lines or "
+                f"{_size(BYTES_PER_SECOND)} per second, and {_size(JOB_LOG_BYTES)} in all."
             )
             self._keep((self._last[0][0], "warning", text), len(text))
             self._left_out = self._left_out_bytes = 0
@@ -92,7 +101,8 @@ class LogBuffer:
 
     def _keep(self, line: Line, size: int) -> None:
         self._lines.append(line)
-        self._bytes += size + _LINE_BYTES
+        self._bytes += size + LOG_LINE_BYTES
+        self._left -= size + LOG_LINE_BYTES
         self._free_lines -= 1
         self._free_bytes -= size
 

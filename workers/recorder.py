@@ -16,6 +16,7 @@ from ledger.commands import FailAttempt, ReportProgress, WorkerCommand, WriteLog
 from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, NotFound
 from ledger.events import Failure, Meta, WorkerFenced
 from ledger.handle import Handled, Known, handle, outcome
+from ledger.job import Job
 from ledger.log import EventLog
 from workers.conversion import to_text
 from workers.log_buffer import LogBuffer
@@ -67,7 +68,8 @@ class Recorder:
     def add_lines(self, lines: list[Line]) -> None:
         """Add lines to the job's log."""
         if self._lines is None:
-            self._lines = LogBuffer()
+            assert isinstance(self._known.state, Job)  # noqa: S101 - a job's stream has a job's state
+            self._lines = LogBuffer(self._known.state.log_bytes)
         for line in lines:
             self._lines.add(line)
         self._flush_soon()

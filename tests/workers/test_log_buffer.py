@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from ledger.limits import JOB_LOG_BYTES, LOG_LINE_BYTES
+from workers.log_buffer import ATTEMPT_BYTES, BURST_BYTES, LAST_LINES, LogBuffer
+
+WIDTH = 1000
+DAY = 24 * 3600
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("workers.log_buffer.time.monotonic", lambda: self.now)
+
+
+def logged(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) -> list[str]:
+    """Log lines at a steady rate, and return those that are kept."""
+    kept = []
+    for number in range(lines):
+        clock.now += seconds / lines
+        buffer.add((0.0, "info", f"{number} ".ljust(WIDTH, "x")))
+        if number % 50 == 0:
+            kept += buffer.take()
+    kept += buffer.take(final=True)
+    return [line.message for part in kept for line in part]
+
+
+def size(lines: list[str]) -> int:
+    return sum(len(line) + LOG_LINE_BYTES for line in lines)
+
+
+def test_log_of_a_day_is_bounded_and_ends_with_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    lines = logged(LogBuffer(), clock, lines=100_000, seconds=DAY)
+    assert JOB_LOG_BYTES - BURST_BYTES < size(lines) < JOB_LOG_BYTES + 2 * LAST_LINES * (WIDTH + LOG_LINE_BYTES)
+    told = [line for line in lines if "were left out here" in line]
+    assert len(told) == 1
+    assert "16.0 MiB in all" in told[0]
+    assert [int(line.split()[0]) for line in lines[-LAST_LINES:]] == list(range(100_000 - LAST_LINES, 100_000))
+
+
+def test_log_of_many_attempts_is_bounded_and_each_may_say_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, total = Clock(monkeypatch), 0
+    for _ in range(8):
+        lines = logged(LogBuffer(total), clock, lines=10_000, seconds=DAY)
+        assert size(lines) >= ATTEMPT_BYTES / 2
+        assert lines[-1].startswith("9999 ")
+        total += size(lines)
+    assert total < JOB_LOG_BYTES + 8 * (ATTEMPT_BYTES + 2 * LAST_LINES * (WIDTH + LOG_LINE_BYTES))
+
+
+def test_usual_log_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    lines = logged(LogBuffer(), clock, lines=3000, seconds=600)
+    assert [int(line.split()[0]) for line in lines] == list(range(3000))
