@@ -86,7 +86,7 @@ async def run(
         results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
         return job.done(results, time.monotonic() - begun)
     except BaseException as error:  # noqa: BLE001 - a processor is foreign code: what it raises fails the job, not us
-        return failure_of(error)
+        return failure_of(error, scratch=assignment.scratch.parent)
     finally:
         if job is not None:
             job.close()
@@ -95,9 +95,10 @@ async def run(
 # What an exception says -------------------------------------------------------------------------------------------
 
 
-def failure_of(error: BaseException) -> Failed:
+def failure_of(error: BaseException, *, scratch: Path | None = None) -> Failed:
     """Return how an exception ends an attempt. Of an exception group, the error that says most decides.
 
+    `scratch` is the worker's scratch directory: any error of a file below it may be trouble of the machine.
     Nothing that a foreign exception class does, such as a `__str__` that raises, gets out of here.
     """
     leaves = list(_leaves(error, 0))
@@ -107,7 +108,7 @@ def failure_of(error: BaseException) -> Failed:
     more: dict[str, JSON] = {}
     if len(leaves) > 1:
         more["errors"] = [f"{type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
-    number = _system_error(error, leaves)
+    number = _system_error(error, leaves, scratch)
     if memory:
         message = "The job needed more memory than event_worker.memory_limit_mb allows."
         return Failed("OUT_OF_MEMORY", message, details=more)
@@ -174,17 +175,23 @@ def _place(error: BaseException) -> str:
     return f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "unknown"
 
 
-def _system_error(error: BaseException, leaves: list[BaseException]) -> int | None:
+def _system_error(error: BaseException, leaves: list[BaseException], scratch: Path | None) -> int | None:
     """Return the number of a system error behind an exception that may be the machine's fault."""
     for leaf in [error, *leaves]:
         current: BaseException | None = leaf
         for _ in range(20):
             if current is None:
                 break
-            if isinstance(current, OSError) and current.errno in _SYSTEM_ERRORS:
-                return current.errno
+            if isinstance(current, OSError):
+                number = _attribute(current, "errno", int)
+                if number in _SYSTEM_ERRORS or (number and _is_below(current, scratch)):
+                    return number
             current = current.__cause__ or current.__context__
     return None
+
+
+def _is_below(error: OSError, directory: Path | None) -> bool:
+    return directory is not None and Path(_attribute(error, "filename", str)).is_relative_to(directory)
 
 
 # The job ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import socket
 import sys
 import threading
 from collections import deque
-from typing import Any, Final
+from contextlib import suppress
+from typing import Any, Final, NoReturn
 
 import orjson
 
@@ -140,6 +141,8 @@ class _Link:
                 self._connection.sendall(what)
         except OSError:
             os._exit(1)  # the worker is gone, and the supervisor ends what is left
+        except BaseException as error:  # noqa: BLE001 - see _die
+            _die(error)
 
     def _next(self) -> bytes | list[Line] | Progress | None:
         with self._changed:
@@ -154,12 +157,15 @@ class _Link:
 
     def _read(self) -> None:
         """Take the worker's answers, and its word that the job is to stop."""
-        while (text := _receive(self._connection)) is not None:
-            content = orjson.loads(text)
-            if "stop" in content:
-                self.stopping.set()
-            else:
-                self._loop.call_soon_threadsafe(self._take, content)
+        try:
+            while (text := _receive(self._connection)) is not None:
+                content = orjson.loads(text)
+                if "stop" in content:
+                    self.stopping.set()
+                else:
+                    self._loop.call_soon_threadsafe(self._take, content)
+        except BaseException as error:  # noqa: BLE001 - see _die
+            _die(error)
         os._exit(1)  # the worker is gone
 
     def _take(self, content: dict[str, Any]) -> None:
@@ -170,6 +176,13 @@ class _Link:
             answer.set_exception(ProcessorError(**content["error"]))
         else:
             answer.set_result(content["value"])
+
+
+def _die(error: BaseException) -> NoReturn:
+    """End the process: a thread of its connection has failed, for want of memory perhaps, and the job would hang."""
+    with suppress(BaseException):
+        os.write(2, f"The connection to the worker failed: {type(error).__name__}: {error}\n".encode(errors="replace"))
+    os._exit(1)
 
 
 def _receive(connection: socket.socket) -> bytes | None:

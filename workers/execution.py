@@ -129,7 +129,8 @@ class Execution:
             on_fenced=self.abandon,
         )
         self._working: asyncio.Task[Done | Failed | MachineTrouble] | None = None
-        self._recording: asyncio.Task[None] | None = None
+        self._recording: asyncio.Task[Any] | None = None
+        """The task of `run`, while it records the end. Cancelled by `abandon`."""
         self._inbox = Path()
         self._stopped_for: Reason | None = None
         self._limit: TimeLimit | None = None
@@ -179,15 +180,15 @@ class Execution:
             ending = await self._attempt_to_work()
             if self._stopped_for == "abandon":
                 return
-            self._recording = asyncio.create_task(self._record_in_any_case(ending), name=f"record-{self.job_id}")
-            await asyncio.wait({self._recording})
-            if not self._recording.cancelled():
-                self._recording.result()
+            self._recording = asyncio.current_task()
+            await self._record_in_any_case(ending)
         except Fenced:
             _log.warning("fenced: this attempt is over", job_id=self.job_id, attempt=self._attempt)
+        except asyncio.CancelledError:
+            if self._stopped_for != "abandon":
+                raise
         finally:
-            if self._recording is not None:
-                self._recording.cancel()
+            self._recording = None
             self._recorder.close()
 
     async def _attempt_to_work(self) -> Done | Failed | MachineTrouble | None:
@@ -270,7 +271,9 @@ class Execution:
 
         A job that has filled the disk itself has made room again: its scratch directory is removed by now.
         """
-        for check in (self._scratch.check, check_descriptors, check_memory, check_processes):
+        scratch = self._scratch
+        # The quick check first: `check` creates a directory that is missing, and nobody would know that it was.
+        for check in (scratch.check_quickly, scratch.check, check_descriptors, check_memory, check_processes):
             try:
                 await _in_thread(check)
             except Exception as error:  # noqa: BLE001 - whatever a check raises says that the machine is not fit
@@ -348,8 +351,8 @@ class Execution:
                 if not received.id:
                     await self._take(message)
                     continue
-                while len(requests) >= _MAX_REQUESTS:
-                    await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
+                while len(requests) >= _MAX_REQUESTS and not process.watching.done():
+                    await asyncio.wait({*requests, process.watching}, return_when=asyncio.FIRST_COMPLETED)
                 request = asyncio.create_task(self._answer(process, received))
                 requests.add(request)
                 request.add_done_callback(ended)
@@ -403,9 +406,11 @@ class Execution:
 
     async def _shared_step(self, wanted: Seek) -> dict[str, Any] | None:
         """Return the output of a step that another job shares, and which job that is."""
+        assert self._limit is not None  # noqa: S101 - the work has begun
         try:
             max_age = timedelta(seconds=wanted.max_age_s)
-            found = await self._steps.find(wanted.key, self.job_id, self._job.asked, max_age=max_age)
+            async with self._limit.waiting():
+                found = await self._steps.find(wanted.key, self.job_id, self._job.asked, max_age=max_age)
         except (LedgerUnavailable, OverflowError) as error:
             _log.warning("finished steps could not be looked for", job_id=self.job_id, error=str(error))
             return None
@@ -539,6 +544,8 @@ class Execution:
         Raises:
             ProcessorError: INVALID_PATH, PATH_TAKEN; DUPLICATE_PATH, if two different files have the same path.
         """
+        if results.markdown is None and not results.assets:
+            return results
         digests: dict[str, str] = {}
 
         async def own(file: SavedFile) -> SavedFile:

@@ -248,6 +248,12 @@ class JobProcess:
         process._watching = asyncio.create_task(process._watch(), name="watch-job-process")
         return process
 
+    @property
+    def watching(self) -> asyncio.Task[None]:
+        """Done when nothing is left of the job process and what it has started."""
+        assert self._watching is not None  # noqa: S101 - it is set by start
+        return self._watching
+
     # Hearing ------------------------------------------------------------------------------------------------------
 
     async def messages(self) -> AsyncGenerator[FromJob, None]:
@@ -331,7 +337,6 @@ class JobProcess:
 
     async def _why_it_ended(self) -> Failed:
         """Return what the end of the process means. Its supervisor reports that within moments."""
-        assert self._watching is not None  # noqa: S101 - it is set by start
         deadline = self._loop.time() + STOP_SECONDS
         while self._exit is None and (left := deadline - self._loop.time()) > 0:
             self._changed.clear()
@@ -363,20 +368,19 @@ class JobProcess:
 
     async def end(self) -> None:
         """End the job process, if it still runs, with everything that it has started."""
-        assert self._watching is not None  # noqa: S101 - it is set by start
         if self._exit is None and not self._writing.locked():
             with suppress(OSError):  # its buffer is full: it is killed without notice
                 self._connection.send(encode(STOP))
         self._writer.write(b"end")
-        ended, _ = await asyncio.wait({self._watching}, timeout=END_SECONDS)
+        ended, _ = await asyncio.wait({self.watching}, timeout=END_SECONDS)
         if not ended:
             # Its end of `control` is open, so the supervisor is alive, and the number is its own. The kernel kills the
             # job process with it (PR_SET_PDEATHSIG), and the fork server what that has started.
             _log.warning("a supervisor did not end in time and is killed", pid=self._supervisor)
             with suppress(ProcessLookupError):
                 os.kill(self._supervisor, signal.SIGKILL)
-            await asyncio.wait({self._watching}, timeout=STOP_SECONDS)
-        self._watching.cancel()
+            await asyncio.wait({self.watching}, timeout=STOP_SECONDS)
+        self.watching.cancel()
         self._writer.close()
         self._connection.close()
 

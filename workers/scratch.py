@@ -13,6 +13,7 @@ import secrets
 import socket
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,7 @@ class Scratch:
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._directory: Path | None = None
         self._lock = -1
+        self._changing = threading.RLock()  # checks run in several threads
 
     @property
     def directory(self) -> Path | None:
@@ -59,17 +61,18 @@ class Scratch:
         Raises:
             MachineTrouble: the directory cannot be created.
         """
-        if self._directory is not None and self._directory.is_dir():
-            return
-        self.close()
-        try:
-            self._create()
-        except OSError as error:  # also of `gettempdir`, if none of the usual directories is writable
-            place = self.root or os.environ.get("TMPDIR", "the system's temporary directory")
-            raise MachineTrouble(
-                f"No scratch directory can be created in {place}: {error.strerror}. Make it writable, or set "
-                "event_worker.scratch_dir to another directory"
-            ) from error
+        with self._changing:
+            if self._directory is not None and self._directory.is_dir():
+                return
+            self.close()
+            try:
+                self._create()
+            except OSError as error:  # also of `gettempdir`, if none of the usual directories is writable
+                place = self.root or os.environ.get("TMPDIR", "the system's temporary directory")
+                raise MachineTrouble(
+                    f"No scratch directory can be created in {place}: {error.strerror}. Make it writable, or set "
+                    "event_worker.scratch_dir to another directory"
+                ) from error
 
     def _create(self) -> None:
         if self.root is not None:
@@ -131,12 +134,13 @@ class Scratch:
 
     def close(self) -> None:
         """Remove the directory of this process with all that is in it, and release the lock."""
-        if self._directory is not None:
-            remove_tree(self._directory)
-            self._directory = None
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        with self._changing:
+            if self._directory is not None:
+                remove_tree(self._directory)
+                self._directory = None
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
 
 
 def remove_tree(path: Path) -> None:

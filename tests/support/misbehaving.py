@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from workers import child
 from workers.messages import HEADER
 from workers.processor import Isolation, Job, ProcessorError, Results
 
@@ -292,6 +293,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str | None]] = {
     "depth": (lambda: nested(150), "[0]"),
     "doubling": (doubling, None),
     "large": (lambda: "x" * 9_000_000, None),
+    "control characters": (lambda: "\x01" * 2_000_000, None),
+    "quotes": (lambda: '"' * 4_000_000, None),
     "decimal": (lambda: Decimal("1.5"), ""),
     "timedelta": (lambda: timedelta(1), ""),
     "complex": (lambda: 1j, ""),
@@ -574,6 +577,31 @@ sending("send too much", lambda: HEADER.pack(2**32 - 1))
 
 
 @action
+async def fail_while_writing(job: Job) -> Results:
+    """As for want of memory, in the thread that sends messages."""
+    vars(child)["encode"] = no_memory
+    await job.log("info", "cannot be sent")
+    await asyncio.sleep(3600)
+    return Results()
+
+
+@action
+async def fail_while_reading(job: Job) -> Results:
+    async def step() -> str:
+        return "done"
+
+    vars(child)["_receive"] = no_memory
+    for number in range(2):
+        await job.step(f"step {number}", {}, step)
+    await asyncio.sleep(3600)
+    return Results()
+
+
+def no_memory(*_: Any) -> Any:
+    raise MemoryError("there is none")
+
+
+@action
 async def flood_the_worker(job: Job) -> Results:
     connection = connection_to_worker()
     text = b'{"id":0,"message":{"kind":"log","lines":[[0,"info","flood"]]}}'
@@ -601,6 +629,23 @@ async def close_everything(job: Job) -> Results:
 async def save(job: Job) -> Results:
     saved = await job.save(f"misbehaving/{job.job_id}.md", b"# text\n", "text/markdown")
     return Results(markdown=saved)
+
+
+@action
+async def share_a_step(job: Job) -> Results:
+    async def step() -> str:
+        return "done"
+
+    await job.step("shared", {}, step, share=timedelta(days=1))
+    return Results()
+
+
+@action
+async def save_many(job: Job) -> Results:
+    """Have more requests waiting than the worker answers at once."""
+    note(job, os.getpid())
+    await asyncio.gather(*(job.save(f"many/{number}.txt", b"text", "text/plain") for number in range(300)))
+    return Results()
 
 
 @action

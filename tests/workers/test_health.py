@@ -178,6 +178,7 @@ async def test_sick_worker_of_three_costs_no_job_an_attempt_and_recovers(
     ):
         assert sick.worker is not None
         await until(lambda: len(list(tmp_path.glob("scratch-*/*/*"))) == 3, "all have started")
+        assert sick.worker.health.may_claim(), "its next quick check is a second away"
         places[2].rename(tmp_path / "away")
         places[2].write_text("a file where the directory was")
         begun = time.monotonic()

@@ -131,6 +131,8 @@ SPEECHLESS = {
     "send too much": "INVALID_MESSAGE",
     "close everything": "PROCESS_DIED",
     "exit at once": "PROCESS_DIED",
+    "fail while writing": "PROCESS_DIED",
+    "fail while reading": "PROCESS_DIED",
 }
 
 
@@ -143,6 +145,8 @@ async def test_job_process_that_sends_no_messages_fails_alone(
     await here.ended(*job_ids.values(), seconds=15)
     found = {do: (await here.job(job_id))["error"]["code"] for do, job_id in job_ids.items()}
     assert found == SPEECHLESS
+    for do in ("fail while writing", "fail while reading"):
+        assert "MemoryError: there is none" in (await here.job(job_ids[do]))["error"]["details"]["output"]
 
 
 @pytest.mark.parametrize("end", ["cancel", "timeout", "shutdown"])

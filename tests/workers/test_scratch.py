@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,26 @@ def test_scratch_that_vanished_is_created_again(tmp_path: Path) -> None:
         scratch.check_quickly()
     scratch.check()
     scratch.check_quickly()
+
+
+def test_scratch_prepared_by_many_threads_closes_no_descriptor_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = os.close
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.02)
+        close(descriptor)
+
+    scratch = Scratch(tmp_path / "root")
+    scratch.prepare()
+    (tmp_path / "root").rename(tmp_path / "away")
+    (tmp_path / "root").write_text("a file where the directory was")
+    monkeypatch.setattr("workers.scratch.os.close", slow)
+    with ThreadPoolExecutor(8) as threads:
+        errors = [checking.exception() for checking in [threads.submit(scratch.check) for _ in range(8)]]
+    assert [type(error) for error in errors] == [MachineTrouble] * 8
+    assert all(str(error).startswith("No scratch directory can be created") for error in errors)
 
 
 def nest(directory: Path, depth: int) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ledger.mongo import Connection
 from tests.support.running import Process, WorkerOptions, process
 from tests.workers.misbehaving import installed
 from workers.confinement import Confinement
+from workers.shared_steps import SharedSteps
 from workers.time_limit import TimeLimit
 
 __all__ = ["installed"]
@@ -119,6 +121,40 @@ async def test_job_that_waits_for_store_can_be_cancelled_and_given_back(
         assert time.monotonic() - began < 5
         for job_id in job_ids[2:]:
             await here.heard(JobReleased, job_id)
+
+
+async def test_job_process_killed_while_its_many_requests_wait_is_noticed_at_once(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: DirectoryStore, file: Any, target: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(target))
+
+    monkeypatch.setattr(DirectoryStore, "_adopt", failing)
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        file = tmp_path / "pid"
+        job_id = await here.submit({"do": "save many", "file": str(file)}, job_type="misbehaving", max_attempts=1)
+        await waits_for_store(here, job_id)
+        await asyncio.sleep(1)
+        os.kill(int(file.read_text()), signal.SIGKILL)
+        job = await here.ended(job_id, seconds=5)
+        assert (job["status"], job["error"]["code"]) == ("failed", "PROCESS_KILLED")
+
+
+async def test_time_limit_does_not_cover_the_wait_for_a_shared_step(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SharedSteps.find
+
+    async def slow(self: SharedSteps, *arguments: Any, **more: Any) -> Any:
+        await asyncio.sleep(3)
+        return await real(self, *arguments, **more)
+
+    monkeypatch.setattr(SharedSteps, "find", slow)
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        fields: dict[str, Any] = {"timeout_s": 2.5, "max_attempts": 1}
+        job_ids = [await here.submit({"do": "share a step"}, job_type=job_type, **fields) for job_type in TYPES]
+        await here.ended(*job_ids)
+        assert [(await here.job(job_id))["error"] for job_id in job_ids] == [None] * 2
 
 
 async def test_file_that_is_changed_after_it_was_saved_is_never_stored(connection: Connection, store: Path) -> None:
