@@ -235,11 +235,18 @@ class Chunk:
         """
         rows = self.rows()  # first: it may refuse a job
         writes: dict[str, list[tuple[str, Write]]] = {}
+        as_usual = not (self.refused or replaced or upserts)
         for view, documents in self.now.items():
+            loaded = self.loaded[view]
             writes[view] = [
                 (key, write)
                 for key, document in documents.items()
-                if (write := self._write(view, key, document, replaced, upserts=upserts)) is not None
+                if (
+                    write := _write(key, loaded.get(key), document)
+                    if as_usual
+                    else self._unusual_write(view, key, document, replaced, upserts=upserts)
+                )
+                is not None
             ]
         were_queued = self._were_queued()
         for view, changed in rows.items():
@@ -262,7 +269,7 @@ class Chunk:
         writes[failures.NAME] = self._failures(replaced)
         return {view: changes for view, changes in writes.items() if changes}
 
-    def _write(
+    def _unusual_write(
         self, view: str, key: str, document: Document | None, replaced: Collection[Key], *, upserts: bool
     ) -> Write | None:
         problem = self.refused.get((view, key))
@@ -316,6 +323,8 @@ def _queued(job: Document | None, batch_of: Callable[[str], Document | None]) ->
 
 def _change(rows: dict[str, Document | None], before: Sequence[Document], after: Sequence[Document]) -> None:
     """Note what has to be written so that a job's rows before become those after."""
+    if not before and not after:  # as nearly always: this is the hottest place of the projector
+        return
     old = {row["_id"]: row for row in before}
     new = {row["_id"]: row for row in after}
     rows.update((key, None) for key in old if key not in new)
