@@ -122,13 +122,17 @@ async def files_verified(settings: Settings, connection: Connection, *, told: To
         return await verify_files(Views(db, (await checkpoint(db)).get("sides")), store, told=told)
 
 
+def _files(number: int) -> str:
+    return "1 result file" if number == 1 else f"{number:,} result files"
+
+
 def told_of_files(found: FilesVerdict) -> str:
     """Return what came of comparing the files, for people."""
     rest = f"{found.orphans} files in the store ({found.orphan_bytes:,} bytes) belong to no result."
     if found.is_right:
-        lines = [f"{found.files} result files have the content that was stored."]
+        lines = [f"{_files(found.files)} checked: the content is what was stored."]
     else:
-        lines = [f"Of {found.files} result files, {found.missing} are missing and {found.changed} were changed."]
+        lines = [f"{_files(found.files)} checked: {found.missing} missing, {found.changed} changed."]
         lines += [f"  {visible(f'{problem.path}: {problem.what}')}" for problem in found.problems]
         if (more := found.missing + found.changed - len(found.problems)) > 0:
             lines.append(f"  … and {more} more")

@@ -185,7 +185,7 @@ async def roles(
 
     spare_the_collector()
     if "worker" in wanted:
-        await asyncio.to_thread(check_plugins)
+        await asyncio.to_thread(check_plugins, settings.event_worker.child_environment)
     if wanted & _USES_PROCESSORS:
         for job_type, why in unusable_types().items():
             _log.error("job type not available in this process", job_type=job_type, problem=why)

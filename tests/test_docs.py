@@ -345,7 +345,7 @@ def test_the_log_is_followed_told_proved_and_replayed_as_the_how_to_says(
         said = typed(installation, verify)
         assert "are what was written" in said
         assert "The views say what the log says" in said
-        assert "result files have the content that was stored" in typed(installation, verify_files)
+        assert "checked: the content is what was stored" in typed(installation, verify_files)
         said = typed(installation, replay)
         assert "The views say what the log says" in said
         assert "all views" in said

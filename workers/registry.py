@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
+from workers.confinement import environment_for_jobs
 from workers.processor import Processor
 
 GROUP: Final = "jobledger.processors"
@@ -109,8 +110,10 @@ def check_preload(job_type: str) -> None:
         _guarded(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
 
 
-def check_plugins() -> None:
+def check_plugins(environment: Iterable[str] = ()) -> None:
     """Take plug-ins out of use whose `preload` cannot be imported. Blocks, for as long as the imports take.
+
+    `environment` names variables that job processes get besides the usual ones; the imports get the same.
 
     They are imported in another process, because this one must not carry their modules, and because a library may end
     the process that imports it. Processors of this program are not checked: `jobledger doctor` does that.
@@ -118,8 +121,9 @@ def check_plugins() -> None:
     waiting = [name for name, processor in processors().items() if processor.preload and not is_built_in(name)]
     while waiting:
         command = [sys.executable, "-m", "workers.preload_check", *waiting]
+        variables = {**environment_for_jobs(environment), "PYTHONPATH": os.pathsep.join(it for it in sys.path if it)}
         with subprocess.Popen(  # noqa: S603 - our own command line
-            command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+            command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=variables
         ) as process:
             watchdog = threading.Timer(len(waiting) * PRELOAD_SECONDS + LOAD_SECONDS, process.kill)
             watchdog.start()
