@@ -10,6 +10,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from math import ceil
 from secrets import token_bytes
@@ -159,13 +160,13 @@ def _malformed(scope: Scope) -> ApiError | None:
 
     Uvicorn itself refuses 64 KB that end no head of a request.
     """
-    names = Counter(name for name, _ in scope["headers"])
+    names = [name for name, _ in scope["headers"]]
     if b"transfer-encoding" in names and b"content-length" in names:
         # A proxy that believes the length takes a part of the body for the next request (RFC 9112, 6.3).
         message = "Send Content-Length or Transfer-Encoding, not both."
         return ApiError(400, "ambiguous_length", message, headers={"Connection": "close"})
-    if repeated := [name for name in _ONCE if names[name] > 1]:
-        message = f"The header {repeated[0].decode().title()} is there {names[repeated[0]]} times; send it once."
+    if len(set(names)) < len(names) and (repeated := [name for name in _ONCE if names.count(name) > 1]):
+        message = f"The header {repeated[0].decode().title()} is there {names.count(repeated[0])} times; send it once."
         return ApiError(400, "repeated_header", message)
     address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
     if address > LONGEST_ADDRESS:
@@ -270,6 +271,7 @@ _SIGN_IN_PATHS: Final = ("/monitoring/events/sign-in", "/monitoring/events/sign-
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
+@lru_cache(256)  # the same few at each request
 def origin_of(url: str) -> str | None:
     """Return the origin of a URL (RFC 6454), with its port; None if it has none, such as `null`."""
     try:
@@ -283,6 +285,7 @@ def origin_of(url: str) -> str | None:
     return f"{parts.scheme}://{host}:{port}"
 
 
+@lru_cache(256)
 def _host_name(host: str) -> str | None:
     try:
         return urlsplit(f"//{host}").hostname
