@@ -10,7 +10,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from api import (
@@ -43,61 +42,64 @@ from api.errors import (
 from api.links import LinkSignIn
 from api.memory import MemoryLimited
 from api.middleware import KnownHosts, Limited, Observed, RefusedSignIns, WithoutPrefix
+from api.routing import DocumentedRoute
 from api.services import Services
 from ledger.errors import JobledgerError
 
 ROUTES = [
-    Route("/", docs.index),
-    Route("/api/openapi.json", docs.document),
-    Route("/api/docs", docs.page),
-    Route("/api/events/jobs", jobs.submit, methods=["POST"]),
-    Route("/api/events/jobs", jobs.listing),
-    Route("/api/events/jobs/{job_id}", jobs.single),
-    Route("/api/events/jobs/{job_id}", jobs.update, methods=["PUT"]),
-    Route("/api/events/jobs/{job_id}", jobs.delete, methods=["DELETE"]),
-    Route("/api/events/jobs/{job_id}/history", history.of_job),
-    Route("/api/events/jobs/{job_id}/logs", history.log_lines),
-    Route("/api/events/jobs/{job_id}/download-archive", archives.of_job),
-    Route("/api/events/jobs/{job_id}/cancel", jobs.cancel, methods=["POST"]),
-    Route("/api/events/jobs/{job_id}/restart", jobs.restart, methods=["POST"]),
-    Route("/api/events/jobs/{job_id}/archive", jobs.archive, methods=["POST"]),
-    Route("/api/events/jobs/{job_id}/unarchive", jobs.unarchive, methods=["POST"]),
-    Route("/api/events/batches", batches.submit, methods=["POST"]),
-    Route("/api/events/batches", batches.listing),
-    Route("/api/events/batches/{batch_id}", batches.single),
-    Route("/api/events/batches/{batch_id}", batch_actions.update, methods=["PUT"]),
-    Route("/api/events/batches/{batch_id}", batch_actions.delete, methods=["DELETE"]),
-    Route("/api/events/batches/{batch_id}/jobs", batches.jobs_of),
-    Route("/api/events/batches/{batch_id}/history", history.of_batch),
-    Route("/api/events/batches/{batch_id}/download-archive", archives.of_batch),
-    Route("/api/events/batches/{batch_id}/pause", batch_actions.pause, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/resume", batch_actions.resume, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/cancel", batch_actions.cancel, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/restart", batch_actions.restart, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/archive", batch_actions.archive, methods=["POST"]),
-    Route("/api/events/batches/{batch_id}/unarchive", batch_actions.unarchive, methods=["POST"]),
-    Route("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
-    Route("/api/events/files/{path:path}", files.single),
-    Route("/api/ledger/events", log_pages.page),
-    Route("/api/ledger/stream", live.stream),
-    Route("/api/ledger/head", log_pages.head),
-    Route("/api/monitoring/events/stats", monitoring.stats),
-    Route("/api/monitoring/events/webhooks", webhooks.listing),
-    Route("/api/monitoring/events/redeliver", webhooks.redeliver_many, methods=["POST"]),
-    Route("/api/monitoring/events/webhooks/{delivery_id}", webhooks.single),
-    Route("/api/monitoring/events/webhooks/{delivery_id}/redeliver", webhooks.redeliver, methods=["POST"]),
-    Route("/api/monitoring/events/webhook-endpoints", webhook_endpoints.listing),
-    Route(
+    DocumentedRoute("/", docs.index),
+    DocumentedRoute("/api/openapi.json", docs.document),
+    DocumentedRoute("/api/docs", docs.page),
+    DocumentedRoute("/api/events/jobs", jobs.submit, methods=["POST"]),
+    DocumentedRoute("/api/events/jobs", jobs.listing),
+    DocumentedRoute("/api/events/jobs/{job_id}", jobs.single),
+    DocumentedRoute("/api/events/jobs/{job_id}", jobs.update, methods=["PUT"]),
+    DocumentedRoute("/api/events/jobs/{job_id}", jobs.delete, methods=["DELETE"]),
+    DocumentedRoute("/api/events/jobs/{job_id}/history", history.of_job),
+    DocumentedRoute("/api/events/jobs/{job_id}/logs", history.log_lines),
+    DocumentedRoute("/api/events/jobs/{job_id}/download-archive", archives.of_job),
+    DocumentedRoute("/api/events/jobs/{job_id}/cancel", jobs.cancel, methods=["POST"]),
+    DocumentedRoute("/api/events/jobs/{job_id}/restart", jobs.restart, methods=["POST"]),
+    DocumentedRoute("/api/events/jobs/{job_id}/archive", jobs.archive, methods=["POST"]),
+    DocumentedRoute("/api/events/jobs/{job_id}/unarchive", jobs.unarchive, methods=["POST"]),
+    DocumentedRoute("/api/events/batches", batches.submit, methods=["POST"]),
+    DocumentedRoute("/api/events/batches", batches.listing),
+    DocumentedRoute("/api/events/batches/{batch_id}", batches.single),
+    DocumentedRoute("/api/events/batches/{batch_id}", batch_actions.update, methods=["PUT"]),
+    DocumentedRoute("/api/events/batches/{batch_id}", batch_actions.delete, methods=["DELETE"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/jobs", batches.jobs_of),
+    DocumentedRoute("/api/events/batches/{batch_id}/history", history.of_batch),
+    DocumentedRoute("/api/events/batches/{batch_id}/download-archive", archives.of_batch),
+    DocumentedRoute("/api/events/batches/{batch_id}/pause", batch_actions.pause, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/resume", batch_actions.resume, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/cancel", batch_actions.cancel, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/restart", batch_actions.restart, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/archive", batch_actions.archive, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/unarchive", batch_actions.unarchive, methods=["POST"]),
+    DocumentedRoute("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
+    DocumentedRoute("/api/events/files/{path:path}", files.single),
+    DocumentedRoute("/api/ledger/events", log_pages.page),
+    DocumentedRoute("/api/ledger/stream", live.stream),
+    DocumentedRoute("/api/ledger/head", log_pages.head),
+    DocumentedRoute("/api/monitoring/events/stats", monitoring.stats),
+    DocumentedRoute("/api/monitoring/events/webhooks", webhooks.listing),
+    DocumentedRoute("/api/monitoring/events/redeliver", webhooks.redeliver_many, methods=["POST"]),
+    DocumentedRoute("/api/monitoring/events/webhooks/{delivery_id}", webhooks.single),
+    DocumentedRoute("/api/monitoring/events/webhooks/{delivery_id}/redeliver", webhooks.redeliver, methods=["POST"]),
+    DocumentedRoute("/api/monitoring/events/webhook-endpoints", webhook_endpoints.listing),
+    DocumentedRoute(
         "/api/monitoring/events/webhook-endpoints/{receiver}/rotate-secret",
         webhook_endpoints.rotate,
         methods=["POST"],
     ),
-    Route("/api/monitoring/events/webhook-endpoints/{receiver}/secret", webhook_endpoints.revoke, methods=["DELETE"]),
-    Route("/api/events/test-webhook-callback", sink.receive, methods=["POST"]),
-    Route("/api/events/test-webhook-callback", sink.listing),
-    Route("/metrics", metrics.scrape),
-    Route("/healthz", monitoring.alive),
-    Route("/readyz", monitoring.ready),
+    DocumentedRoute(
+        "/api/monitoring/events/webhook-endpoints/{receiver}/secret", webhook_endpoints.revoke, methods=["DELETE"]
+    ),
+    DocumentedRoute("/api/events/test-webhook-callback", sink.receive, methods=["POST"]),
+    DocumentedRoute("/api/events/test-webhook-callback", sink.listing),
+    DocumentedRoute("/metrics", metrics.scrape),
+    DocumentedRoute("/healthz", monitoring.alive),
+    DocumentedRoute("/readyz", monitoring.ready),
 ]
 """The interface, as the OpenAPI document has it; the dashboard comes on top."""
 

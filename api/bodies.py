@@ -8,9 +8,13 @@ interpreter lock, so the bounds also limit how long a single call of theirs take
 from __future__ import annotations
 
 import asyncio
+import json
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, ParamSpec, TypeVar
 
+import orjson
 from pydantic import BaseModel
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
@@ -28,6 +32,7 @@ _LARGE_BYTES: Final = 64 * 1024
 _MANY_VALUES: Final = 2_000
 _BYTES_PER_VALUE: Final = 100
 _BYTES_PER_CONTAINER: Final = 300
+_LARGEST_CHARACTER_BYTES: Final = 4
 
 Model = TypeVar("Model", bound=BaseModel)
 Params = ParamSpec("Params")
@@ -90,6 +95,7 @@ async def off_loop(
 
 
 def _parsed(request: Request, model: type[Model], body: bytearray) -> tuple[Model, Any]:
+    memory: Reservation = request.scope["memory"]
     if request.scope["large_body"]:
         values, containers = _counted(body)
         if values > MOST_VALUES or containers > MOST_CONTAINERS:
@@ -98,14 +104,46 @@ def _parsed(request: Request, model: type[Model], body: bytearray) -> tuple[Mode
                 f"and {MOST_CONTAINERS} are read. Send several smaller requests."
             )
             raise ApiError(413, "too_many_values", message)
-        memory: Reservation = request.scope["memory"]
         memory.add(values * _BYTES_PER_VALUE + containers * _BYTES_PER_CONTAINER)
     try:
         content = from_json(body, allow_inf_nan=False)  # keeps large integers, which orjson makes floats of
     except ValueError as error:
         message = f"The body is not JSON, or nested more than 100 levels deep: {error}"
         raise ApiError(400, "malformed_json", message) from error
+    _refuse_repeated_names(body, content, memory)
     return validated(model, content), content
+
+
+def _refuse_repeated_names(body: bytearray, content: Any, memory: Reservation) -> None:
+    """Refuse a name that an object has twice: of two values, two readers could take different ones (RFC 8259, 4).
+
+    The parser keeps the last value, so quotation marks are missing when the content is written as JSON again. Only
+    then the body is parsed a second time.
+
+    Raises:
+        ApiError: 400, naming it; 503.
+    """
+    with suppress(orjson.JSONEncodeError):  # an integer beyond 64 bits
+        if orjson.dumps(content).count(b'"') == _quotation_marks(body):
+            return
+    memory.add(_LARGEST_CHARACTER_BYTES * len(body))
+    json.loads(body, object_pairs_hook=_object, parse_int=str)
+
+
+def _quotation_marks(body: bytearray) -> int:
+    """Return how many quotation marks a JSON text has, those that are spelled as a number included."""
+    found = body.count(b'"')
+    if b"\\u0022" in body:
+        found += body.replace(b"\\\\", b"").count(b"\\u0022")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        counted = Counter(name for name, _ in pairs)
+        name = next(name for name, number in counted.items() if number > 1)
+        message = f"An object has the name {name[:100]!r} {counted[name]} times: send each name once."
+        raise ApiError(400, "malformed_json", message)
 
 
 def _counted(body: bytearray) -> tuple[int, int]:

@@ -61,6 +61,11 @@ class Door:
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
 
+    @property
+    def parameters(self) -> type[BaseModel]:
+        """The model of the query parameters, also of a route that does not read them itself."""
+        return self.query or (models.ViewQuery if self.views else models.NoQuery)
+
 
 CODES: Final[Mapping[str, tuple[int, str]]] = {
     "address_too_long": (414, "the address is longer than 16,384 characters"),
@@ -315,6 +320,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
     sink.receive: Door(
         summary="A receiver of webhooks for trying them out, if `webhooks.sink` is on",
         answer=webhook_answers.OneReceived,
+        query=models.AnyQuery,
         records=False,
         errors=("not_found", "too_large", "incomplete_body", "unsupported_content_encoding", "server_busy"),
     ),

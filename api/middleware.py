@@ -15,7 +15,7 @@ from hashlib import blake2b
 from math import ceil
 from secrets import token_bytes
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import uuid4
 
 import structlog
@@ -23,7 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.addresses import Network, client_address, owner_of
-from api.errors import ApiError, error_response
+from api.errors import ApiError, error_response, invalid
 from ledger.access import Principal
 
 _log = structlog.get_logger("api.access")
@@ -179,7 +179,18 @@ def _malformed(scope: Scope) -> ApiError | None:
             f"{len(headers)} headers of {size} bytes; at most {MOST_HEADERS} of {LARGEST_HEADERS_BYTES} bytes are read."
         )
         return ApiError(431, "headers_too_large", message)
-    return None
+    return _repeated_parameters(scope["query_string"])
+
+
+def _repeated_parameters(query: bytes) -> ApiError | None:
+    """Return the refusal of query parameters that have several values: two readers could take different ones."""
+    if b"&" not in query:
+        return None
+    counted = Counter(name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    repeated = [name for name, number in counted.items() if number > 1]
+    if not repeated:
+        return None
+    return invalid([{"loc": (name,), "msg": "is there more than once: give one value"} for name in repeated])
 
 
 class WithoutPrefix:

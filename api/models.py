@@ -294,6 +294,20 @@ class Single(_Body):
     min_position: str | None = None
 
 
+class NoQuery(_Body):
+    """No query parameters."""
+
+
+class ViewQuery(_Body):
+    """The position that the views have to show."""
+
+    min_position: str | None = None
+
+
+class AnyQuery(BaseModel):
+    """Whatever the address of a webhook has."""
+
+
 class StreamQuery(_Body):
     """Which events, beginning where."""
 

@@ -64,6 +64,7 @@ _EVERYWHERE: Final = (
     "repeated_header",
     "address_too_long",
     "headers_too_large",
+    "invalid_content",
     "internal_error",
 )
 _SIGNED_IN: Final = (
@@ -81,7 +82,6 @@ _BODY: Final = (
     "too_many_values",
     "unsupported_content_encoding",
     "unsupported_media_type",
-    "invalid_content",
     "server_busy",
 )
 _CHANGE: Final = ("wrong_state", "version_conflict", "already_exists", "busy")
@@ -176,7 +176,7 @@ Names = Mapping[tuple[Any, Mode], Json]
 
 def _schemas(doors: Iterable[Door], job_types: Mapping[str, type[BaseModel]]) -> tuple[Names, Json]:
     """Return a reference for each model, and the schemas that are referred to."""
-    taken = [model for door in doors for model in (door.body, door.query) if model is not None]
+    taken = [model for door in doors for model in (door.body, door.parameters) if model is not None]
     given: list[type[BaseModel]] = [Error]
     given += [door.answer for door in doors if not isinstance(door.answer, str)]
     wanted: list[tuple[type[BaseModel], Mode]] = [(model, "validation") for model in (*taken, *job_types.values())]
@@ -250,9 +250,8 @@ def _parameters(route: Route, door: Door, method: str, names: Names, schemas: Js
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in route.param_convertors
     ]
-    if door.query is not None:
-        model = schemas[names[door.query, "validation"]["$ref"].rpartition("/")[2]]
-        found += [_in_query(name, schema, model) for name, schema in model["properties"].items()]
+    model = schemas[names[door.parameters, "validation"]["$ref"].rpartition("/")[2]]
+    found += [_in_query(name, schema, model) for name, schema in model["properties"].items()]
     headers = list(door.takes)
     headers += ["Ledger-Position"] if door.views else []
     headers += ["If-Match"] if method != "GET" and _has_version(route) else []
@@ -313,8 +312,6 @@ def _codes(route: Route, door: Door, method: str, path: str) -> list[str]:
         codes += _OF_ONE
     if door.body is not None:
         codes += _BODY
-    if door.query is not None:
-        codes.append("invalid_content")
     if door.views:
         codes += ["malformed_position", "views_behind"]
     return sorted(dict.fromkeys(codes), key=lambda code: (CODES[code][0], code))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -13,7 +12,7 @@ from starlette.requests import Request
 
 from api.access import Revocations, SignIn
 from api.endings import Endings
-from api.errors import ApiError, invalid
+from api.errors import ApiError
 from api.event_stream import Streams
 from api.links import Links
 from api.memory import MemoryBudget
@@ -91,11 +90,7 @@ def query_of(request: Request, model: type[Model]) -> Model:
     Raises:
         ApiError: 422, naming each wrong parameter.
     """
-    given = request.query_params.multi_items()
-    counted = Counter(name for name, _ in given)
-    if repeated := [name for name in counted if counted[name] > 1]:
-        raise invalid([{"loc": (name,), "msg": "is there more than once: give one value"} for name in repeated])
-    return validated(model, dict(given))
+    return validated(model, dict(request.query_params))
 
 
 def refuse_without_space(known: Services) -> None:

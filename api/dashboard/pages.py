@@ -324,9 +324,12 @@ async def _form(request: Request) -> dict[str, str]:
     """
     body = await read_bytes(request, _LARGEST_FORM_BYTES)
     try:
-        return dict(parse_qsl(body.decode("ascii", "replace"), max_num_fields=10))
+        fields = parse_qsl(body.decode("ascii", "replace"), max_num_fields=10)
     except ValueError as error:
         raise ApiError(400, "malformed_form", "This is not the form of the sign-in.") from error
+    if len(dict(fields)) < len(fields):
+        raise ApiError(400, "malformed_form", "The form has a field more than once: send each field once.")
+    return dict(fields)
 
 
 async def sign_out(request: Request) -> Response:

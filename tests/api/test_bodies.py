@@ -7,15 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic_core import from_json
 from pymongo import MongoClient
 
-from api.bodies import MOST_CONTAINERS, MOST_VALUES, _counted
+from api.bodies import MOST_CONTAINERS, MOST_VALUES, _counted, _refuse_repeated_names
 from api.errors import ApiError
 from api.memory import MemoryBudget, Reservation
 from api.validation import validated
@@ -276,6 +280,40 @@ def test_counting_values_leaves_out_strings(text: str) -> None:
         assert body.count(b"[") + body.count(b"{") < MOST_CONTAINERS
     else:
         assert (values, containers) == (8, 4)
+
+
+_JSON_NAMES = st.sampled_from(["a", "b", "é", '"', "\\", '\\"', "\\u0022", "\n", ""])
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**22), 10**22) | _JSON_NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(_JSON_NAMES, inner), max_size=3).map(tuple),
+    max_leaves=8,
+)
+"""Objects are tuples of pairs: a name may be there twice."""
+
+
+def text_of(value: object, spelled: Iterator[bool]) -> str:
+    if isinstance(value, str) and next(spelled):
+        return json.dumps(value).replace('\\"', "\\u0022") if not value.startswith("\\") else json.dumps(value)
+    if isinstance(value, tuple):
+        return f"{{{','.join(f'{text_of(name, spelled)}:{text_of(it, spelled)}' for name, it in value)}}}"
+    if isinstance(value, list):
+        return f"[{','.join(text_of(it, spelled) for it in value)}]"
+    return json.dumps(value)
+
+
+def repeats(value: object) -> bool:
+    if isinstance(value, tuple):
+        return len({name for name, _ in value}) < len(value) or any(repeats(it) for _, it in value)
+    return isinstance(value, list) and any(map(repeats, value))
+
+
+@given(_JSON, st.booleans())
+def test_names_repeated_in_any_object_are_refused_and_no_others(value: object, spelled: bool) -> None:
+    body = bytearray(text_of(value, repeat(spelled)).encode())
+    with ExitStack() as stack:
+        if repeats(value):
+            stack.enter_context(pytest.raises(ApiError, match=r"An object has the name .+ [23] times"))
+        _refuse_repeated_names(body, from_json(body), Reservation(MemoryBudget(10_000)))
 
 
 def test_errors_of_a_beginning_are_told_only_if_they_are_errors_of_the_whole() -> None:

@@ -8,8 +8,13 @@ import json
 from pathlib import Path
 
 import pytest
+from starlette.routing import Route
 
+from api import sink
 from api.app import ROUTES
+from api.dashboard import pages as dashboard
+from api.doors import DOORS
+from api.middleware import LIVE
 from cli.log import then_of
 from cli.work import when
 from ledger.errors import ConfigurationError
@@ -60,23 +65,67 @@ def test_what_is_no_time_is_refused_with_an_example(text: str) -> None:
         moment_of(text)
 
 
-async def test_repeated_query_parameter_is_refused_by_name(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
-    for path, name in (
-        (JOBS, "limit"),
-        (JOBS, "status"),
-        (f"{JOBS}/{job_id}", "as_of"),
-        ("/api/events/batches", "q"),
-        ("/api/ledger/events", "after"),
-        ("/api/ledger/stream", "after"),
-        ("/api/monitoring/events/webhooks", "cursor"),
-        (f"{JOBS}/{job_id}/history", "limit"),
-    ):
-        answer = await idle_api.get(f"{path}?{name}=1&{name}=1")
-        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content"), path
-        assert answer.json()["details"]["errors"] == [
-            {"path": name, "message": "is there more than once: give one value"}
-        ]
+EVERY_ROUTE = [*ROUTES, *dashboard.ROUTES]
+
+
+def address_of(route: Route, **known: str) -> str:
+    names = {"job_id": "job-none", "batch_id": "batch-none", "delivery_id": "delivery-none", "path": "none"}
+    names |= {"receiver": "none", "version": "1", "name": "none.js", **known}
+    return route.path.replace(":path}", "}").format(**names)
+
+
+async def test_query_parameter_repeated_is_refused_by_name_at_every_route(idle_api: Api) -> None:
+    for route in EVERY_ROUTE:
+        for method in route.methods or ():
+            for name, query in (
+                ("limit", "limit=1&limit=1"),
+                ("x", "x=1&y=2&%78="),
+                ("signature", "&signature&signature"),
+            ):
+                answer = await idle_api.http.request(method, f"{address_of(route)}?{query}")
+                assert answer.status_code == 422, (method, route.path)
+                if method != "HEAD":
+                    assert answer.json()["details"]["errors"] == [
+                        {"path": name, "message": "is there more than once: give one value"}
+                    ]
+
+
+async def test_query_parameter_unknown_is_refused_by_name_at_every_route_of_the_interface(idle_api: Api) -> None:
+    batch = await idle_api.submit_batch({})
+    known = {"batch_id": batch["batch_id"], "job_id": batch["job_ids"][0]}
+    for route in ROUTES:
+        for method in (route.methods or set()) - {"HEAD"}:
+            answer = await idle_api.http.request(method, f"{address_of(route, **known)}?colour=red", json={})
+            if route.endpoint in (sink.receive, sink.listing):  # off; the address of a webhook may have any
+                assert answer.status_code == 404
+                continue
+            assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content"), (method, route.path)
+            if DOORS[route.endpoint].body is None:
+                assert [it["path"] for it in answer.json()["details"]["errors"]] == ["colour"]
+
+
+async def test_query_parameter_unknown_is_ignored_by_pages_of_the_dashboard(idle_api: Api) -> None:
+    for route in dashboard.ROUTES:
+        if route.path not in LIVE and "GET" in (route.methods or ()):
+            answer = await idle_api.get(f"{address_of(route)}?colour=red")
+            assert answer.status_code in (200, 404), route.path
+
+
+async def test_query_parameter_min_position_is_taken_by_every_route_that_reads_the_views(idle_api: Api) -> None:
+    batch = await idle_api.submit_batch({})
+    known = {"batch_id": batch["batch_id"], "job_id": batch["job_ids"][0]}
+    for route in ROUTES:
+        if DOORS[route.endpoint].views:
+            method = "GET" if "GET" in (route.methods or ()) else "POST"
+            address = f"{address_of(route, **known)}?min_position=far"
+            answer = await idle_api.http.request(method, address, json=known if method == "POST" else None)
+            assert (answer.status_code, answer.json()["code"]) == (400, "malformed_position"), route.path
+
+
+async def test_sign_in_form_with_repeated_field_is_refused(idle_api: Api) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded", "Origin": str(idle_api.http.base_url).rstrip("/")}
+    answer = await idle_api.http.post("/monitoring/events/sign-in", content="credential=a&credential=b", headers=form)
+    assert (answer.status_code, answer.json()["code"]) == (400, "malformed_form")
 
 
 async def test_compressed_body_is_refused_and_the_answer_says_what_is_accepted(idle_api: Api) -> None:
@@ -125,10 +174,7 @@ async def test_preflight_allows_what_clients_send(mongodb_uri: str, db_name: str
 
 
 async def test_every_address_answers_every_method(idle_api: Api) -> None:
-    for path in {route.path.replace(":path}", "}") for route in ROUTES}:
-        address = path.format(
-            job_id="job-none", batch_id="batch-none", delivery_id="delivery-none", path="none%00", receiver="none"
-        )
+    for address in {address_of(route) for route in ROUTES}:
         for method in ("HEAD", "OPTIONS", "PATCH", "TRACE"):
             answer = await idle_api.http.request(method, address)
             assert answer.status_code < 500, (method, address)

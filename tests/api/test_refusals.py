@@ -83,6 +83,8 @@ def job(parameters: str, more: str = "") -> str:
         job(f'{{"a": {"[" * 100_000}{"]" * 100_000}}}').encode(),
         b"a=1&b=2",
         b"--- yaml: true",
+        b'{"reason": "public", "reason": "real"}',
+        job('{"a": [{"b": {"c": 1, "\\u0063": 2}}]}').encode(),
     ],
     ids=lambda body: ascii(body)[:40],
 )
