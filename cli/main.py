@@ -11,6 +11,8 @@ import asyncio
 import os
 import sys
 import tempfile
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -293,6 +295,23 @@ def run() -> None:
     """The entry point: errors of ours become one sentence and an exit code, never a traceback."""
     print_all_characters()
     os.umask(0o077)  # files that a command or its children create are for this user alone
+    try:
+        _run_command()
+    except SystemExit as ended:
+        _end_without_threads(ended.code)
+        raise
+
+
+def _end_without_threads(code: object) -> None:
+    """End the process at once if threads are left. Python would wait for them, and a job may have blocked one."""
+    if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _run_command() -> None:
     try:
         app()
     except ResourceUnavailable as error:

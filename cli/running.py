@@ -65,11 +65,13 @@ def run_roles(config: Path | None, wanted: frozenset[Role] | None = None) -> Non
         ResourceUnavailable, LedgerUnavailable: something is not usable now, though it was tried for a few seconds.
     """
     from cli.wiring import ALL_ROLES, database_server
+    from workers.containment import new_event_loop
 
     settings = settings_of(config)
     with ExitStack() as stack:
         uri, server = _entered(stack, lambda: database_server(settings, start=wanted is None))
-        asyncio.run(_serve(settings, uri, server, wanted or ALL_ROLES))
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_serve(settings, uri, server, wanted or ALL_ROLES))
 
 
 def _entered(stack: ExitStack, make: Callable[[], AbstractContextManager[_T]]) -> _T:

@@ -2,7 +2,8 @@
 
 asyncio lets `SystemExit` and `KeyboardInterrupt` of any task or callback end the event loop, and a coroutine may ignore
 its cancellation for ever. A processor runs within a `Containment`: nothing it raises reaches the event loop, and the
-containment can always be ended. Used for inline jobs in the worker, and in each job process.
+containment can always be ended. It cannot cancel other tasks or stop the event loop, and the threads it blocks are its
+own. Used for inline jobs in the worker, and in each job process.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import asyncio.events
 import asyncio.tasks
+import os
 from collections import deque
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar
@@ -26,6 +29,7 @@ _current: ContextVar[Containment | None] = ContextVar("containment", default=Non
 _kept: deque[Coroutine[Any, Any, Any]] = deque(maxlen=100)
 """Coroutines that refused to be closed. Python would try again when they are collected, and print a traceback."""
 _ROUNDS: Final = 3  # of the event loop, in which an abandoned task ends
+_THREADS: Final = min(32, (os.cpu_count() or 1) + 4)  # as many as asyncio's default
 
 
 class Containment:
@@ -34,6 +38,7 @@ class Containment:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._abandoned = False
+        self._threads: ThreadPoolExecutor | None = None
 
     def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run the coroutine as a task. Its context is its own, so what it starts is known to be of this containment."""
@@ -46,6 +51,8 @@ class Containment:
 
     async def end(self, seconds: float) -> None:
         """Cancel what still runs. What has not ended after `seconds` is never resumed again."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
         if not self._tasks:
             return
         for task in set(self._tasks):
@@ -71,6 +78,12 @@ class Containment:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # else asyncio reports it as "never retrieved" when the task is collected
+
+    def submit(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+        """Call a function in a thread of this containment, which it may block for as long as it likes."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="job")
+        return self._threads.submit(function, *args, **kwargs)
 
     @property
     def is_abandoned(self) -> bool:
@@ -118,6 +131,28 @@ def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
     _kept.extend(it for it in chain if getattr(it, "cr_frame", None) is not None)
 
 
+class _OwnTask(asyncio.Task[Any]):
+    """A task of our own, which code within a containment cannot cancel (`for task in asyncio.all_tasks(): …`)."""
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        return super().cancel(msg) if _current.get() is None else False
+
+
+class _Threads(ThreadPoolExecutor):
+    """An event loop's default executor. Code within a containment gets threads of its containment."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        containment = _current.get()
+        return super().submit(fn, *args, **kwargs) if containment is None else containment.submit(fn, *args, **kwargs)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return an event loop that is prepared for containments from its first task on."""
+    loop = asyncio.new_event_loop()
+    install(loop)
+    return loop
+
+
 def install(loop: asyncio.AbstractEventLoop) -> None:
     """Prepare an event loop for containments. Installing again changes nothing."""
     if asyncio.events.Handle._run is not _run:
@@ -125,19 +160,42 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
     factory = loop.get_task_factory()
     if factory is not None and getattr(factory, "contains", False):
         return
+    loop.set_default_executor(_Threads(_THREADS, thread_name_prefix="asyncio"))
+    loop.set_exception_handler(_handle_exception)
+    _guard_stop(loop)
 
     def create(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
         containment = _current.get()
         if containment is None:
             if factory is not None:
                 return factory(loop, coroutine, **options)
-            return asyncio.Task(coroutine, loop=loop, **options)
+            return _OwnTask(coroutine, loop=loop, **options)
         task = asyncio.Task(_Contained(coroutine, containment), loop=loop, **options)
         containment.add(task)
         return task
 
     create.contains = True  # type: ignore[attr-defined]  # marks our factory
     loop.set_task_factory(create)
+
+
+def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a callback has raised: of foreign code one line, because it is no fault of this program."""
+    handle, error = context.get("handle"), context.get("exception")
+    if isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None:  # type: ignore[attr-defined]
+        _log.warning("a processor's callback failed", error=f"{type_name(error)}: {to_text(error, 200)}")
+    else:
+        loop.default_exception_handler(context)
+
+
+def _guard_stop(loop: asyncio.AbstractEventLoop) -> None:
+    stop = loop.stop
+
+    def guarded() -> None:
+        if _current.get() is not None:
+            raise RuntimeError("a processor must not stop the event loop")
+        stop()
+
+    loop.stop = guarded  # type: ignore[method-assign]  # of this loop alone
 
 
 _run_in_event_loop = asyncio.events.Handle._run

@@ -32,6 +32,7 @@ from projections import batches, jobs
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
 from workers.confinement import Confinement
+from workers.containment import new_event_loop
 from workers.execution import Settings
 from workers.scratch import Scratch
 from workers.webhooks.deliverer import Deliverer
@@ -391,4 +392,5 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *given: str) -> 
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(*sys.argv[1:]))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_main(*sys.argv[1:]))

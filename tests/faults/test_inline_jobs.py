@@ -1,0 +1,79 @@
+"""Inline jobs share an event loop with everything else in the process; what they do to it affects only themselves."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.installation import Installation, client_of
+from tests.support.mongod import needs_local_mongod
+from tests.support.plugins import add_plugin
+
+ACTIONS = """
+import asyncio, threading, time
+
+def block_thread():
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+
+async def run(self, job):
+    loop = asyncio.get_running_loop()
+    match job.parameters.do:
+        case "cancel all tasks":
+            for task in asyncio.all_tasks():
+                task.cancel()
+        case "stop the loop":
+            loop.stop()
+        case "stop the loop later":
+            loop.call_soon(loop.stop)
+        case "block threads":
+            await asyncio.gather(*(asyncio.to_thread(time.sleep, 3600) for _ in range(100)))
+        case "block a thread":
+            block_thread()
+    await asyncio.sleep(0.1)
+    return Results()
+
+class Parameters(BaseModel):
+    do: str
+
+Good.Parameters = Parameters
+Good.run = run
+"""
+ENDS = {
+    "cancel all tasks": ("failed", "PROCESSOR_FAULT"),
+    "stop the loop": ("failed", "PROCESSOR_FAULT"),
+    "stop the loop later": ("completed", None),
+    "block threads": ("failed", "TIMEOUT"),
+    "block a thread": ("completed", None),
+}
+
+
+@needs_local_mongod
+def test_inline_job_that_attacks_the_event_loop_affects_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_plugin(tmp_path / "plugins", "hostile", ACTIONS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))
+    with Installation(tmp_path / "here", event_worker={"shutdown_grace_seconds": 1}) as here:
+        up = here.up()
+        with client_of(up) as client:
+            for do, (status, code) in ENDS.items():
+                for _ in range(2):
+                    asked = {"job_type": "hostile", "parameters": {"do": do}, "max_attempts": 1, "timeout_s": 1}
+                    answer = client.post("/api/events/jobs", json=asked, headers={"Prefer": "wait=20"})
+                    job = answer.json()["job"]
+                    assert (job["status"], (job["error"] or {}).get("code")) == (status, code), (do, answer.text)
+            echo = client.post(
+                "/api/events/jobs", json={"job_type": "echo", "parameters": {}}, headers={"Prefer": "wait=20"}
+            )
+            job = echo.json()["job"]
+            assert job["status"] == "completed"
+            assert client.get(job["results"]["markdown_url"]).status_code == 200
+            assert client.get("/api/openapi.json").status_code == 200
+        begun = time.monotonic()
+        ended = up.stop(signal.SIGINT)
+        assert time.monotonic() - begun < 15
+        assert ended.exit_code == 0
+        assert "Traceback" not in ended.err
