@@ -8,12 +8,18 @@ slowly, or when its address or the process has too many. Framing that two server
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import h11
+import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.addresses import Network, is_in, owner_of
@@ -25,9 +31,70 @@ BODY_SECONDS: Final = 10.0
 BODY_BYTES: Final = 10_000
 """Bytes that must arrive of a body in each BODY_SECONDS."""
 
+_OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_MORE_DESCRIPTORS: Final = "raise the limit of file descriptors (LimitNOFILE in the unit, ulimit -n)"
+_LOG_AGAIN_SECONDS: Final = 10.0
+_SHED_PAUSE_SECONDS: Final = 0.05
+_log = structlog.get_logger()
+
 READ_SECONDS: Final = 30.0
 READ_BYTES: Final = 10_000
 """Bytes that a client must take of an answer in each READ_SECONDS, while more than its buffers hold is waiting."""
+
+
+class SheddingSocket(socket.socket):
+    """A listening socket that closes new connections while the process is out of file descriptors.
+
+    asyncio logs such an error once for each connection that may wait (2048), and tries again at once. One descriptor is
+    kept in reserve to accept a connection and close it.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._reserve = _open_reserve()
+        self._logged_at = float("-inf")
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection.
+
+        Raises:
+            BlockingIOError: there is none, or it was closed at once.
+        """
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno not in _OUT_OF_RESOURCES:
+                raise
+            self._shed(error)
+            raise BlockingIOError(errno.EAGAIN, "the connection was closed") from error
+
+    def close(self) -> None:
+        """Close the socket and the descriptor in reserve."""
+        self._release()
+        super().close()
+
+    def _shed(self, error: OSError) -> None:
+        if time.monotonic() - self._logged_at > _LOG_AGAIN_SECONDS:
+            self._logged_at = time.monotonic()
+            _log.error("connections are closed at once", problem=str(error.strerror), advice=_MORE_DESCRIPTORS)
+        if self._reserve < 0:
+            time.sleep(_SHED_PAUSE_SECONDS)  # asyncio would call again at once
+        self._release()
+        with suppress(OSError):
+            super().accept()[0].close()
+        self._reserve = _open_reserve()
+
+    def _release(self) -> None:
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+
+
+def _open_reserve() -> int:
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 @dataclass(slots=True)

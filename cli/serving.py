@@ -30,7 +30,7 @@ from api.sessions import Sessions
 from api.sign_in import Grants, JwtSignIn, KeySignIn, ProxyHeaders, ProxySignIn, TokenRules
 from api.visibility import Visibility
 from cli.auth_settings import AuthSettings, JwtSettings
-from cli.connections import ConnectionLimits, protocol
+from cli.connections import ConnectionLimits, SheddingSocket, protocol
 from cli.settings import ApiSettings, Settings
 from cli.tasks import watcher
 from ledger.changes import Changes
@@ -66,7 +66,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named as TCP, else asyncio does not switch off Nagle's algorithm, and small answers wait 40 ms for an ACK.
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
+    with SheddingSocket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))

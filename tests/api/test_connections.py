@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +17,7 @@ import pytest
 
 from api.addresses import client_address, owner_of
 from api.event_stream import Throttle
-from cli.connections import ConnectionLimits
+from cli.connections import ConnectionLimits, SheddingSocket
 from tests.api.conftest import Api, running_api
 from tests.support.principals import said
 
@@ -305,3 +306,44 @@ async def test_streams_share_the_rate_at_which_hidden_events_are_passed_over() -
     begun = loop.time()
     await asyncio.gather(*(throttle.wait(50) for _ in range(8)))
     assert 0.3 < loop.time() - begun < 3
+
+
+async def test_connections_beyond_the_descriptors_are_closed_and_logged_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the process has none left: `accept` fails until a descriptor is free."""
+    reported: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: reported.append(context))
+    accept = socket.socket._accept  # type: ignore[attr-defined]  # what every accept calls
+    free = True
+
+    def limited(self: socket.socket) -> Any:
+        if not free and self._reserve >= 0:  # type: ignore[attr-defined]
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "_accept", limited)
+    with SheddingSocket(socket.AF_INET, socket.SOCK_STREAM) as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(2048)
+
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"hello")
+            writer.close()
+
+        async with await asyncio.start_server(greet, sock=listening, backlog=2048):
+
+            async def said_to_client() -> bytes:
+                reader, writer = await asyncio.open_connection(*listening.getsockname())
+                heard = await until_closed(reader)
+                writer.close()
+                return heard
+
+            assert await said_to_client() == b"hello"
+            free = False
+            assert await asyncio.gather(*(said_to_client() for _ in range(50))) == [b""] * 50
+            free = True
+            assert await said_to_client() == b"hello"
+    assert reported == []
+    assert capfd.readouterr().out.count("connections are closed at once") == 1
