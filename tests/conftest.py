@@ -39,13 +39,18 @@ def mongodb_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip(f"no MongoDB on this machine: {error}")
 
 
+@pytest.fixture(scope="session")
+def mongodb_client(mongodb_uri: str) -> Iterator[MongoClient[dict[str, Any]]]:
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        yield client
+
+
 @pytest.fixture
-def db_name(mongodb_uri: str) -> Iterator[str]:
+def db_name(mongodb_client: MongoClient[dict[str, Any]]) -> Iterator[str]:
     """The name of a database of the test's own, dropped afterwards."""
     name = f"test_{uuid4().hex[:16]}"
     yield name
-    with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        client.drop_database(name)
+    mongodb_client.drop_database(name)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -29,6 +29,7 @@ from tests.support.installation import descendants
 from tests.support.job_processes import job_processes
 from tests.support.ledgers import stored
 from tests.support.mongod import needs_local_mongod
+from tests.support.rarely import SOAK
 from tests.support.running import ENDS, Process, RealProcess, alive_in_session, process, real_process, until
 from tests.support.slow_site import SlowSite, serving
 
@@ -36,10 +37,11 @@ pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
 
 LEASE_SECONDS = 2.0
 WORKERS, SLOTS = 3, 5
-INLINE, IN_CHILDREN, BATCH = 240, 60, 20
+INLINE, IN_CHILDREN, BATCH = (240, 60, 20) if SOAK else (120, 30, 20)
 MANY_ATTEMPTS, FEW_ATTEMPTS = 50, 2
 WORKER, JOB, HELPER, PROJECTOR, MONGOD, WISH = "worker", "job", "helper", "projector", "mongod", "wish"
-FAULTS = [WORKER] * 8 + [JOB] * 8 + [HELPER] * 3 + [PROJECTOR] * 4 + [MONGOD] * 3 + [WISH] * 4
+FAULTS = [WORKER] * 4 + [JOB] * 4 + [HELPER] * 2 + [PROJECTOR] * 2 + [MONGOD] * 2 + [WISH] * 2
+FAULTS *= 2 if SOAK else 1
 BETWEEN_FAULTS = 8  # claims, at most
 DEADLINE_SECONDS = 90.0
 

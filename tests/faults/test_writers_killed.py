@@ -20,11 +20,12 @@ from ledger.log import Limits
 from ledger.mongo import Connection, Document
 from tests.support.ledgers import Ledger, check_log, first, ledger_on, lose_a_ticket, positions, stored, until, whole
 from tests.support.moments import Tally, observed
+from tests.support.rarely import SOAK
 from tests.support.writers import start_writer
 
 WRITERS = 8
-EVENTS = 6_000
-KILLS = 2 * WRITERS
+EVENTS = 6_000 if SOAK else 3_000
+KILLS = 2 * WRITERS if SOAK else WRITERS
 PATIENCE = Limits(void_after_seconds=0.3)
 TRANSACTION_SECONDS = 1
 # For the server to end a killed writer's transaction (it looks once a second), for the void, and for a loaded machine:
