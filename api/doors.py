@@ -107,6 +107,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "repeated_header": (400, "a header that has one value is there several times"),
     "refused": (400, "the request cannot be understood"),
     "server_busy": (503, "the requests in progress use all memory allowed (`api.request_memory_mb`)"),
+    "store_unavailable": (503, "this server cannot use its result store now"),
     "still_running": (503, "the job is being cancelled; delete it again in a moment"),
     "stream_not_found": (404, "there is no such stream"),
     "too_large": (413, "the body is larger than `api.max_body_bytes`"),
@@ -184,7 +185,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         summary="A job's result files as a ZIP",
         answer="application/zip",
         views=True,
-        errors=("no_results", "file_missing", "file_damaged"),
+        errors=("no_results", "file_missing", "file_damaged", "store_unavailable"),
     ),
     batches.submit: Door(
         summary="Submit jobs that belong together, all or none",
@@ -223,7 +224,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
         summary="The result files of a batch's jobs as a ZIP",
         answer="application/zip",
         views=True,
-        errors=("no_results", "file_missing", "file_damaged"),
+        errors=("no_results", "file_missing", "file_damaged", "store_unavailable"),
     ),
     files.single: Door(
         summary="A result file",
@@ -237,6 +238,7 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
             "link_expired",
             "link_invalid",
             "file_missing",
+            "store_unavailable",
             "file_damaged",
         ),
         takes=("If-Match", "If-None-Match", "Range"),

@@ -19,6 +19,7 @@ from ledger.errors import (
     LedgerBusy,
     LedgerUnavailable,
     NotFound,
+    StoreUnavailable,
     UnreadableEvent,
     VersionConflict,
     WrongState,
@@ -59,6 +60,7 @@ TABLE: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
     (VersionConflict, 409, "version_conflict", None),
     (InvalidEvent, 422, "invalid_content", None),
     (LedgerBusy, 429, "busy", 1),
+    (StoreUnavailable, 503, "store_unavailable", 10),
     (LedgerUnavailable, 503, "database_unavailable", 2),
     (UnreadableEvent, 500, "unreadable_event", None),
 )
@@ -128,7 +130,10 @@ async def on_api_error(_request: Request, error: Exception) -> Response:
 
 async def on_ledger_error(_request: Request, error: Exception) -> Response:
     """What the rooms below raise, by the table."""
-    if isinstance(error, LedgerUnavailable):
+    if isinstance(error, StoreUnavailable):
+        _log.warning("the result store is away", error=str(error))  # it names directories, which are not for clients
+        error = StoreUnavailable("This server cannot use its result store now. The files stay; try again later.")
+    elif isinstance(error, LedgerUnavailable):
         _log.warning("the database is away", error=str(error))  # it may name hosts, which are not for clients
         error = LedgerUnavailable("The database does not answer. What is on record stays; try again in a moment.")
     for kind, status, code, retry_after in TABLE:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.visible import visible
-from cli.wiring import spare_the_collector
+from cli.wiring import find_store_marker, spare_the_collector
 from ledger.changes import Changes
 from ledger.errors import ConfigurationError
 from ledger.files import DirectoryStore
@@ -117,8 +117,8 @@ async def files_verified(settings: Settings, connection: Connection, *, told: To
     async with connection.client() as client:
         db = client[connection.db_name]
         store: FileStore = GridFSStore(db)
-        if isinstance(settings.results.store, Path):
-            store = DirectoryStore(settings.results.store)
+        if isinstance(root := settings.results.store, Path):
+            store = DirectoryStore(root, marker=await find_store_marker(root, db))
         return await verify_files(Views(db, (await checkpoint(db)).get("sides")), store, told=told)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from cli.server_support import support_warning
 from cli.settings import Settings
-from cli.wiring import database, file_store
-from ledger.disk import MIB, free_bytes, nearest_directory
+from cli.wiring import database, file_store, find_store_marker
+from ledger import store_marker
+from ledger.disk import MIB, free_bytes, nearest_directory, write_problem
 from ledger.embedded import TRANSACTION_SECONDS, find_mongod
-from ledger.errors import JobledgerError
+from ledger.errors import ConfigurationError, JobledgerError, ResourceUnavailable, os_failure
 from ledger.files import DirectoryStore
 from ledger.gridfs import COLLECTIONS
 from ledger.log import EventLog
@@ -69,7 +70,6 @@ def look_at_machine(settings: Settings) -> Iterator[Finding]:
         yield _finding("MongoDB server", lambda: str(find_mongod()))
         yield _space("Disk of the database", settings.mongodb.data_dir, settings)
     if isinstance(store := settings.results.store, Path):
-        yield _finding("Result files", lambda: _prepared(store))
         yield _space("Disk of the results", store, settings)
     for module, purpose in _CODECS.items():
         yield _finding(f"Library for {purpose}", partial(_version, module))
@@ -137,11 +137,6 @@ def _space(what: str, directory: Path, settings: Settings) -> Finding:
     return Finding(what, free >= reserve, f"{free:,.0f} MiB free", advice)
 
 
-def _prepared(directory: Path) -> str:
-    DirectoryStore(directory).prepare()
-    return str(directory)
-
-
 def _version(module: str) -> str:
     loaded = importlib.import_module(module)
     return str(getattr(loaded, "__version__", "installed"))
@@ -155,19 +150,51 @@ async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Findin
                 with driver_errors("being looked at"):
                     finding = await look(db)
                 yield finding
-            if settings.results.store == "gridfs":
-                yield await _grid(settings, db)
+            yield await _result_files(settings, db)
     except JobledgerError as error:
         yield Finding("MongoDB", good=False, found="not usable", advice=str(error))
 
 
-async def _grid(settings: Settings, db: Database) -> Finding:
-    """Whether files can be put into the database."""
+async def _result_files(settings: Settings, db: Database) -> Finding:
+    """Whether result files can be stored. Creates no directory: one that is missing may be on a lost disk."""
+    store = settings.results.store
     try:
-        await file_store(settings, db)
+        if isinstance(store, Path):
+            found = await _directory(store, db)
+        else:
+            await file_store(settings, db)
+            found = f"GridFS in {db.name} ({', '.join(COLLECTIONS)})"
     except JobledgerError as error:
         return Finding("Result files", good=False, found="not usable", advice=str(error))
-    return Finding("Result files", good=True, found=f"GridFS in {db.name} ({', '.join(COLLECTIONS)})")
+    return Finding("Result files", good=True, found=found)
+
+
+async def _directory(root: Path, db: Database) -> str:
+    marker = await find_store_marker(root, db)
+    if not marker.is_new:
+        await asyncio.to_thread(DirectoryStore(root, marker=marker).prepare)
+        return str(root)
+    if (problem := await asyncio.to_thread(lambda: write_problem(nearest_directory(root), 0))) is not None:
+        raise ResourceUnavailable(str(problem))
+    return f"{root}, which the first start prepares"
+
+
+async def accept_store(settings: Settings, uri: str) -> str:
+    """Make the directory in `results.store` the ledger's store as it is; return what was done, for people.
+
+    Raises:
+        ConfigurationError: the files are in GridFS, or the directory cannot be written to.
+        LedgerUnavailable: the database failed.
+    """
+    root = settings.results.store
+    if not isinstance(root, Path):
+        raise ConfigurationError("--accept-store is for a directory; results.store is 'gridfs'.")
+    async with database(settings.mongodb.connection(uri)) as db:
+        try:
+            store_id = await store_marker.accept(db, root)
+        except OSError as error:
+            raise os_failure(error, f"results.store: cannot write to {root}: {error.strerror}") from error
+    return f"{root} is the result store of this ledger now (ID {store_id})."
 
 
 async def _server(db: Database) -> Finding:

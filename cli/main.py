@@ -118,6 +118,13 @@ def doctor(
     role: Annotated[
         bool, typer.Option("--role", help="Print what gives a MongoDB user the rights a ledger needs, and no more.")
     ] = False,
+    accept_store: Annotated[
+        bool,
+        typer.Option(
+            "--accept-store",
+            help="Accept the directory in results.store as it is, after its files were lost for good or moved.",
+        ),
+    ] = False,
 ) -> None:
     """Check everything a ledger needs, and say what to do about what is wrong."""
     from cli import doctor as doctor_command
@@ -126,6 +133,10 @@ def doctor(
     settings = settings_of(config)
     if role:
         echo(for_mongosh(settings.mongodb.db_name))
+        return
+    if accept_store:
+        with any_server(settings) as uri:
+            echo(asyncio.run(doctor_command.accept_store(settings, uri)))
         return
     findings = list(doctor_command.look_at_machine(settings))
     try:

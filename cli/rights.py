@@ -16,6 +16,7 @@ from api.sink import COLLECTION as SINK
 from ledger.client import SUBSCRIPTIONS
 from ledger.endpoints import COLLECTION as ENDPOINTS
 from ledger.gridfs import COLLECTIONS as GRIDFS
+from ledger.store_marker import COLLECTION as RESULT_STORE
 from projections.rebuild import NAMES
 from projections.views import SIDES, collection_name
 from workers.cleanup import REMOVALS
@@ -28,6 +29,7 @@ _MUTABLE: Final = (
     *GRIDFS,
     "leaders",
     RESULT_PATHS,
+    RESULT_STORE,
     "secrets",
     SESSIONS,
     SUBSCRIPTIONS,

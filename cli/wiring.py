@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TextIO, cast
 
@@ -24,6 +25,7 @@ from cli.settings import LoggingSettings, MetricsSettings, Settings
 from cli.supervision import start_when_there_is_space
 from cli.tasks import background, watcher
 from cli.visible import SafeFormatter, SafeStream, escape_log_entry
+from ledger import store_marker
 from ledger.changes import Changes
 from ledger.embedded import EmbeddedServer, running_server
 from ledger.errors import LedgerUnavailable, ResourceUnavailable, os_failure
@@ -31,8 +33,12 @@ from ledger.files import DirectoryStore, FileStore
 from ledger.gridfs import GridFSStore
 from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
+from ledger.store_marker import StoreMarker
+from projections import rebuild
 from projections.checkpoint import Checkpoint
+from projections.files import any_on_record
 from projections.projector import Projector
+from projections.views import Views
 from workers import confinement, execution
 from workers.cleanup import Cleanup
 from workers.confinement import Confinement
@@ -141,28 +147,49 @@ async def database(connection: Connection) -> AsyncIterator[Database]:
         await _at_most(client.close())
 
 
-async def file_store(settings: Settings, db: Database, *, starting: bool = False) -> FileStore:
-    """Return the store for result files, ready for use; while `starting`, also one that cannot be written to now.
+async def file_store(settings: Settings, db: Database) -> FileStore:
+    """Return the store for result files; also a directory that cannot be written to now.
 
     A role starts all the same: reading does not need it, and a worker claims nothing until it can write.
 
     Raises:
-        ResourceUnavailable: the directory's disk is full, read-only or away, and we are not `starting`.
         ConfigurationError: the directory cannot be written to.
         LedgerUnavailable: the database failed.
     """
     if isinstance(settings.results.store, Path):
-        directory = DirectoryStore(settings.results.store)
-        try:
-            directory.prepare()
-        except ResourceUnavailable as error:
-            if not starting:
-                raise
-            _log.warning("result files cannot be stored now: workers wait, everything else runs", problem=str(error))
-        return directory
+        return await _directory_store(settings.results.store, db)
     grid = GridFSStore(db)
     await grid.prepare()
     return grid
+
+
+async def _directory_store(root: Path, db: Database) -> DirectoryStore:
+    """Return the store in a directory. It is created for a new ledger only: see `ledger/store_marker.py`."""
+    marker = await find_store_marker(root, db)
+    if marker.store_id:
+        marker = await store_marker.record(db, marker, created=False)
+    store = DirectoryStore(root, marker=marker)
+    try:
+        await asyncio.to_thread(store.prepare)
+    except ResourceUnavailable as error:
+        _log.warning("result files cannot be stored now: workers wait, everything else runs", problem=str(error))
+    else:
+        await store_marker.record(db, marker, created=True)
+    return store
+
+
+async def find_store_marker(root: Path, db: Database) -> StoreMarker:
+    """Return by which marker a directory is recognized as the result store. Writes nothing.
+
+    Raises:
+        ConfigurationError, ResourceUnavailable: the directory cannot be read.
+        LedgerUnavailable: the database failed.
+    """
+    live = await rebuild.checkpoint(db)
+    try:
+        return await store_marker.find(db, root, has_files=partial(any_on_record, Views(db, live.get("sides"))))
+    except OSError as error:
+        raise os_failure(error, f"results.store: cannot read {root}: {error.strerror}") from error
 
 
 async def _at_most(closing: Coroutine[None, None, None]) -> None:
@@ -195,7 +222,7 @@ async def roles(
         stack.enter_context(loop_watched(settings.event_worker.lease_seconds))
         listening = stack.enter_context(listen(settings.api.host, settings.api.port)) if "api" in wanted else None
         db = await stack.enter_async_context(database(connection))
-        store = await file_store(settings, db, starting=True)
+        store = await file_store(settings, db)
         log = EventLog(db)
         checkpoint = Checkpoint(db)
         changes = Changes(db, event_types=None if wanted & _READS_THE_LOG else HEARD_EVENTS)

@@ -8,9 +8,11 @@ JobledgerError
 │       └── NewerEvent          an event of a later version of this program
 ├── ResourceUnavailable         a port, disk or lock of this machine is not usable now; may pass
 ├── LedgerUnavailable           the database cannot be reached or did not answer in time; may pass
+│   └── StoreUnavailable        the directory of the result files cannot be used on this machine; may pass
 ├── LedgerBusy                  too much is waiting to be written; may pass
 ├── VersionConflict             somebody else appended to the stream first; decide again
 ├── LogTruncated                the log ends before a position that was read from it
+├── NoRegularFile               what is to be stored as a file is none
 ├── FileLost                    a result file is not in the store, or cannot be read
 │   └── FileDamaged             its content is not what was stored
 ├── InvalidEvent                an event that cannot be stored or hashed as it is (NaN, too large, …)
@@ -75,6 +77,10 @@ class LedgerUnavailable(JobledgerError):
     """The database cannot be reached or did not answer in time. What was asked for may or may not have happened."""
 
 
+class StoreUnavailable(LedgerUnavailable):
+    """This machine cannot use the directory of the result files now. The message is for the log: it names places."""
+
+
 class LedgerBusy(JobledgerError):
     """More appends are waiting than the writer accepts; try again in a moment."""
 
@@ -91,6 +97,10 @@ class VersionConflict(JobledgerError):
 
 class LogTruncated(JobledgerError):
     """The log ends before a position that a reader has read. Waiting for the missing events would never end."""
+
+
+class NoRegularFile(JobledgerError):
+    """What is to be stored as a file is a directory, a pipe, a socket or a device."""
 
 
 class FileLost(JobledgerError):

@@ -6,6 +6,7 @@ What every store promises (`FileStore`), and the store that is a directory. The 
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import re
@@ -17,12 +18,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Protocol
 
-from ledger.errors import FileDamaged, FileLost, LedgerUnavailable, os_failure
+from ledger.errors import FileDamaged, FileLost, NoRegularFile, ResourceUnavailable, StoreUnavailable, os_failure
 from ledger.file_checks import FileChecks
 from ledger.private_files import DIRECTORY_MODE, FILE_MODE, make_private_directory
+from ledger.store_marker import StoreMarker
 
 PIECE_BYTES = 256 * 1024
 """How much of a file is in memory at a time while it is read."""
@@ -35,6 +38,17 @@ _HASHED_BYTES = 1 << 20
 # Not the event loop's own threads: jobs that run inline may occupy all of those.
 _threads = ThreadPoolExecutor(8, thread_name_prefix="store")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+"""Should it be a pipe, O_NONBLOCK keeps us from waiting for a writer."""
+_NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+"""Errors of `open` that say that there is no such file. All others are trouble of the machine."""
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO (named pipe)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class Stored(NamedTuple):
@@ -74,7 +88,7 @@ class FileStore(Protocol):
         """Write and remove something the way `take_over` does. Blocks.
 
         Raises:
-            OSError: that failed.
+            OSError, StoreUnavailable: that failed.
         """
 
     async def take_over(self, inbox: Path, sha256: str) -> None:
@@ -136,33 +150,59 @@ class DirectoryStore:
     not `async` here blocks: call it from a thread when an event loop is waiting.
     """
 
-    def __init__(self, root: Path, *, durable: bool = True) -> None:
-        """`durable`: whether a file survives a power cut once it has its name. An inbox needs no such promise."""
+    def __init__(self, root: Path, *, durable: bool = True, marker: StoreMarker | None = None) -> None:
+        """Use a directory, which need not be there yet.
+
+        Args:
+            root: the directory.
+            durable: whether a file survives a power cut once it has its name. An inbox needs no such promise.
+            marker: by which the directory is recognized. None: any directory will do, as for an inbox.
+        """
         self.root = root
         self.checks = FileChecks()
         self._durable = durable
+        self._marker = marker
 
     def prepare(self) -> None:
-        """Create the directory, for this user alone.
+        """See whether the directory can be written to, by this user alone. Create it if it is to be a new store.
 
         Raises:
             ConfigurationError: it cannot be created or written to.
-            ResourceUnavailable: not now: its disk is full, read-only or away.
+            ResourceUnavailable: not now: it is missing, or its disk is full, read-only or away.
         """
         try:
+            self._create_if_new()
             make_private_directory(self.root)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
+        except StoreUnavailable as error:
+            raise ResourceUnavailable(str(error)) from error
         except OSError as error:
             raise os_failure(error, f"results.store: cannot write to {self.root}: {error.strerror}") from error
+
+    def _create_if_new(self) -> None:
+        if self._marker is not None and self._marker.is_new:
+            self._marker.write(self.root)
+            self._marker = StoreMarker(self._marker.store_id)
+        self.require()
+
+    def require(self) -> None:
+        """Check that the directory is the store: see `StoreMarker`. Takes microseconds. Blocks.
+
+        Raises:
+            StoreUnavailable: it is missing, or another directory is in its place.
+            OSError: it cannot be read.
+        """
+        if self._marker is not None:
+            self._marker.require(self.root)
 
     def check(self) -> None:
         """Write and remove a file.
 
         Raises:
-            OSError: that failed.
+            OSError, StoreUnavailable: that failed.
         """
-        make_private_directory(self.root)
+        self._create_if_new()
         with tempfile.TemporaryFile(dir=self.root) as file:
             file.write(bytes(_CHECK_BYTES))
             file.flush()
@@ -176,18 +216,20 @@ class DirectoryStore:
 
         Raises:
             FileLost: there is no such file in the inbox, or it has another digest.
-            LedgerUnavailable: the store cannot be written to.
+            StoreUnavailable: the store cannot be written to.
         """
         await asyncio.get_running_loop().run_in_executor(_threads, self._take_over, inbox, sha256)
 
     def _take_over(self, inbox: Path, sha256: str) -> None:
         source, target = DirectoryStore(inbox).path(sha256), self.path(sha256)
-        with _opened_regular(source) as file:
+        with open_saved(source) as file:
             try:
+                self.require()
                 self._adopt(file, target)
+                self.require()  # the disk may have gone away meanwhile, and the file be on another one
             except OSError as error:
                 where = error.filename or self.root
-                raise LedgerUnavailable(f"results.store: cannot write to {where}: {error.strerror}") from error
+                raise StoreUnavailable(f"results.store: cannot write to {where}: {error.strerror}") from error
         source.unlink(missing_ok=True)
 
     def _adopt(self, file: BinaryIO, target: Path) -> None:
@@ -234,19 +276,25 @@ class DirectoryStore:
             return self.put_file(path)
 
     def put_file(self, path: Path) -> Stored:
-        """Take a file over: it is moved into the store, or copied when it lies on another file system."""
+        """Take a file over: it is moved into the store, or copied when it lies on another file system.
+
+        Raises:
+            NoRegularFile: it is a directory, a pipe, a socket or a device.
+            OSError: it cannot be read, or the store cannot be written to.
+        """
+        path = Path(os.fspath(path))  # a class of its own might do anything
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with path.open("rb") as file:
+        with _open_to_be_stored(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.seek(0, os.SEEK_END)
             if self._durable:
                 os.fsync(file.fileno())
-        target = self.path(sha256)
-        if not _holds(target, sha256):
-            self._make_directory(target.parent)
-            _move(path, target)
-            if self._durable:
-                _sync_directory(target.parent)
+            target = self.path(sha256)
+            if not _holds(target, sha256):
+                self._make_directory(target.parent)
+                _move(path, file, target)
+                if self._durable:
+                    _sync_directory(target.parent)
         if path.resolve() != target.resolve():
             path.unlink(missing_ok=True)
         return Stored(sha256, size)
@@ -270,6 +318,8 @@ class DirectoryStore:
 
         Raises:
             FileLost: there is no such file in this store.
+            FileDamaged: it has another content than it was stored with.
+            StoreUnavailable: the store cannot be read.
         """
         return await self._checked(await asyncio.to_thread(self._open, sha256), sha256, self.checks)
 
@@ -279,6 +329,7 @@ class DirectoryStore:
         Raises:
             FileLost: there is no such file in this store.
             FileDamaged: it has another content than it was stored with.
+            StoreUnavailable: the store cannot be read.
         """
         file = await asyncio.to_thread(self._open, sha256)
         await (await self._checked(file, sha256, FileChecks())).close()
@@ -293,7 +344,12 @@ class DirectoryStore:
         return file
 
     async def stored(self) -> AsyncIterator[Stored]:
-        """Yield all files in the store by ascending digest; a directory at a time is in memory."""
+        """Yield all files in the store by ascending digest; a directory at a time is in memory.
+
+        Raises:
+            StoreUnavailable: the directory is not the store.
+        """
+        await asyncio.to_thread(self.require)
         for number in range(256):
             for found in await asyncio.to_thread(self._stored_in, self.root / f"{number:02x}"):
                 yield found
@@ -315,6 +371,7 @@ class DirectoryStore:
         return await asyncio.to_thread(self._set_aside, sha256, token)
 
     def _set_aside(self, sha256: str, token: str) -> datetime | None:
+        self.require()
         target, aside = self.path(sha256), self._aside(sha256, token)
         for path in (target, *target.parent.glob(f"{sha256}.removed-*")):
             with suppress(FileNotFoundError):
@@ -324,12 +381,20 @@ class DirectoryStore:
 
     async def put_back(self, sha256: str, token: str) -> None:
         """Rename a file back. Should its content have been saved again, either is as good as the other."""
+        await asyncio.to_thread(self._put_back, sha256, token)
+
+    def _put_back(self, sha256: str, token: str) -> None:
+        self.require()
         with suppress(FileNotFoundError):
-            await asyncio.to_thread(self._aside(sha256, token).replace, self.path(sha256))
+            self._aside(sha256, token).replace(self.path(sha256))
 
     async def remove(self, sha256: str, token: str) -> None:
         """Remove a file that was set aside."""
-        await asyncio.to_thread(self._aside(sha256, token).unlink, missing_ok=True)
+        await asyncio.to_thread(self._remove, sha256, token)
+
+    def _remove(self, sha256: str, token: str) -> None:
+        self.require()
+        self._aside(sha256, token).unlink(missing_ok=True)
 
     def _aside(self, sha256: str, token: str) -> Path:
         return self.path(sha256).with_suffix(f".removed-{token}")
@@ -337,15 +402,15 @@ class DirectoryStore:
     def _open(self, sha256: str) -> _OpenFile:
         path = self.path(sha256)
         try:
-            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                # Should it be a pipe, O_NONBLOCK keeps us from waiting for somebody to write into it.
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-                descriptor = os.open(path.name, flags, dir_fd=directory)
+                descriptor = os.open(path.name, _OPEN_FLAGS | os.O_NOFOLLOW, dir_fd=directory)
             finally:
                 os.close(directory)
         except OSError as error:
-            raise FileLost(f"{path} cannot be opened: {error.strerror}") from error
+            with _reading(path):
+                self.require()
+            raise opening_failed(path, error) from error
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
@@ -372,10 +437,8 @@ class _OpenFile:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     async def sha256(self) -> str:
-        try:
+        with _reading(self._path):
             return await asyncio.to_thread(self._digest)
-        except OSError as error:
-            raise FileLost(f"{self._path} cannot be read: {error.strerror}") from error
 
     def _digest(self) -> str:
         digest, position = hashlib.sha256(), 0
@@ -390,10 +453,8 @@ class _OpenFile:
 
     async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
         while start < end:
-            try:
+            with _reading(self._path):
                 piece = await asyncio.to_thread(os.pread, self._descriptor, min(PIECE_BYTES, end - start), start)
-            except OSError as error:
-                raise FileLost(f"{self._path} cannot be read: {error.strerror}") from error
             if not piece:
                 raise FileLost(f"{self._path} has become shorter while it was read")
             start += len(piece)
@@ -426,21 +487,60 @@ def _holds(target: Path, sha256: str) -> bool:
     return True
 
 
+def opening_failed(path: Path, error: OSError) -> FileLost | StoreUnavailable:
+    """Return what an error of `open` means: there is no such file, or this machine cannot open it now."""
+    kind = FileLost if error.errno in _NO_FILE else StoreUnavailable
+    return kind(f"{path} cannot be opened: {error.strerror}")
+
+
 @contextmanager
-def _opened_regular(path: Path) -> Iterator[BinaryIO]:
+def _reading(path: Path) -> Iterator[None]:
+    """Convert errors of reading: a file that the disk cannot read is lost, all others are trouble of the machine."""
+    try:
+        yield
+    except OSError as error:
+        kind = FileLost if error.errno == errno.EIO else StoreUnavailable
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _open_to_be_stored(path: Path) -> BufferedReader:
+    """Open a file of a job. Waits for nothing, whatever it is.
+
+    Raises:
+        NoRegularFile: it is a directory, a pipe, a socket or a device.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, _OPEN_FLAGS)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise NoRegularFile(f"'{path}' is {_KINDS.get(_format_of(path.stat()), 'a device')}") from error
+    if (kind := _format_of(os.fstat(descriptor))) != stat.S_IFREG:
+        os.close(descriptor)
+        raise NoRegularFile(f"'{path}' is {_KINDS.get(kind, 'no regular file')}")
+    return os.fdopen(descriptor, "rb")
+
+
+def _format_of(found: os.stat_result) -> int:
+    return stat.S_IFMT(found.st_mode)
+
+
+def open_saved(path: Path) -> BufferedReader:
     """Open what should be a file in an inbox. A link or a pipe that a job has put there is followed nowhere.
 
     Raises:
         FileLost: it is no file.
+        StoreUnavailable: this machine cannot open it now.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, _OPEN_FLAGS | os.O_NOFOLLOW)
     except OSError as error:
-        raise FileLost(f"{path} cannot be opened: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FileLost(f"{path} is no file")
-        yield file
+        raise opening_failed(path, error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileLost(f"{path} is no file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _copy_checked(source: BinaryIO, target: IO[bytes], sha256: str) -> None:
@@ -454,8 +554,11 @@ def _copy_checked(source: BinaryIO, target: IO[bytes], sha256: str) -> None:
         raise FileLost(f"The file {sha256} has another content than its name says")
 
 
-def _move(path: Path, target: Path) -> None:
-    """Give a file its name in the store. Permissions first: with a name it is there for good, as it is."""
+def _move(path: Path, file: BufferedReader, target: Path) -> None:
+    """Give a file its name in the store. Permissions first: with a name it is there for good, as it is.
+
+    `file` is the same file, opened: whatever has the path by now is not waited for.
+    """
     if not path.is_symlink():  # of a link, what it leads to is wanted, as it is now
         with suppress(OSError):  # another file system, or another's file
             os.utime(path)  # when it was saved, not when its content was made: see `set_aside`
@@ -465,8 +568,8 @@ def _move(path: Path, target: Path) -> None:
     with (
         tempfile.NamedTemporaryFile(dir=target.parent.parent, delete=False) as copy,  # the root: see remove_orphans
         _removed_in_the_end(Path(copy.name)) as copied,
-        path.open("rb") as file,
     ):
+        file.seek(0)
         shutil.copyfileobj(file, copy, 1 << 20)
         copy.flush()
         os.fsync(copy.fileno())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Hashable
 from contextlib import suppress
@@ -25,7 +24,7 @@ from pymongo.errors import DuplicateKeyError
 
 from ledger.errors import FileLost
 from ledger.file_checks import FileChecks
-from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored
+from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored, open_saved
 from ledger.mongo import Database, Document, driver_errors
 
 BUCKET: Final = "fs"
@@ -77,14 +76,11 @@ class GridFSStore:
         Raises:
             FileLost: there is no such file, or it has another digest.
             LedgerUnavailable: the database failed.
+            StoreUnavailable: this machine cannot open the file now.
         """
         path = DirectoryStore(inbox).path(sha256)
         if not await self._is_stored(sha256):
-            try:
-                descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            except OSError as error:
-                raise FileLost(f"{path} cannot be opened: {error.strerror}") from error
-            with os.fdopen(descriptor, "rb") as file:
+            with await asyncio.to_thread(open_saved, path) as file:
                 await self._upload(file, sha256)
         await asyncio.to_thread(path.unlink, missing_ok=True)
 

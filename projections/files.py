@@ -70,6 +70,13 @@ async def is_needed(views: Views, sha256: str) -> bool:
         return await views[STEP_FILES].find_one(wanted, {"_id": 1}) is not None
 
 
+async def any_on_record(views: Views) -> bool:
+    """Return whether there is a file that a job has as a result, or that a finished step names."""
+    with driver_errors("looking for files on record"):
+        found = [await views[name].find_one({}, {"_id": 1}) for name in (NAME, STEP_FILES)]
+    return any(it is not None for it in found)
+
+
 async def of_jobs(views: Views, job_ids: Sequence[str]) -> AsyncIterator[Document]:
     """Yield the files of jobs, a hundred jobs at a time; the same jobs in the same order make the same list."""
     for begin in range(0, len(job_ids), _JOBS_AT_A_TIME):

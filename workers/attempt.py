@@ -24,6 +24,7 @@ from typing import Any, Final, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from ledger.chain import digest
+from ledger.errors import NoRegularFile
 from ledger.files import DirectoryStore, Stored
 from workers.confinement import Confinement
 from workers.conversion import InvalidResult, safe_str, to_json, to_text, type_name, validation_problems
@@ -329,7 +330,11 @@ class _Job:
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         path, media_type = normal_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")
         put = _putting(self._inbox, content)
-        stored = await asyncio.get_running_loop().run_in_executor(_file_threads, put)
+        try:
+            stored = await asyncio.get_running_loop().run_in_executor(_file_threads, put)
+        except NoRegularFile as error:
+            message = f"save() content {to_text(error)}. Give the path of a regular file, or bytes."
+            raise ProcessorError("INVALID_RESULT", message) from error
         path = await self._say(Saved(stored.sha256, path))
         return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
 

@@ -26,7 +26,14 @@ import structlog
 
 from ledger.commands import AbandonDelivery
 from ledger.delivery import Delivery, name_of
-from ledger.errors import CommandRefused, FileLost, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from ledger.errors import (
+    CommandRefused,
+    FileLost,
+    LedgerBusy,
+    LedgerUnavailable,
+    StoreUnavailable,
+    UnreadableEvent,
+)
 from ledger.events import (
     BatchDeleted,
     BatchFinished,
@@ -180,7 +187,7 @@ class Cleanup:
         """Remove a file that no job needs; try again later if that is not certain yet."""
         try:
             done = await self._removed(digest)
-        except (FileLost, OSError) as error:
+        except (FileLost, StoreUnavailable, OSError) as error:
             _log.warning("a file cannot be removed yet", sha256=digest, error=str(error))
             done = False
         with driver_errors("noting what has become of a file"):

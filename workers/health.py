@@ -21,6 +21,8 @@ from typing import Any, Final
 
 import structlog
 
+from ledger.errors import StoreUnavailable
+
 _log = structlog.get_logger()
 FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 60.0
@@ -83,6 +85,8 @@ def machine_trouble(error: BaseException, *, scratch: Path | None = None) -> Mac
 
 
 def _explanation(error: BaseException, scratch: Path | None) -> str | None:
+    if isinstance(error, StoreUnavailable):
+        return str(error)
     if isinstance(error, MemoryError):
         return f"Out of memory: {_MEMORY}"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):

@@ -27,7 +27,7 @@ from api.models import BatchBody
 from api.pulse import beats
 from api.services import services
 from ledger.access import Right, right_to
-from ledger.errors import FileLost, JobledgerError
+from ledger.errors import FileLost, JobledgerError, StoreUnavailable
 
 _log = structlog.get_logger()
 _PAGE: Final = 50
@@ -221,7 +221,7 @@ async def _preview(request: Request, it: Mapping[str, Any]) -> Any:
     [sha256] = [file["sha256"] for file in results["files"] if file["path"] == path][:1]
     try:
         file = await services(request).store.open(sha256)
-    except FileLost:
+    except (FileLost, StoreUnavailable):
         return None  # the page of the file itself says what is wrong with it
     try:
         content = b"".join([part async for part in file.read(0, file.size)])

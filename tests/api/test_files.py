@@ -238,6 +238,29 @@ async def raw_get(api: Api, path: str) -> tuple[int, str]:
     return int(head.split()[1]), body.decode()
 
 
+def moved_away(api: Api) -> Path:
+    return api.store.rename(api.store.with_suffix(".away"))
+
+
+@pytest.mark.parametrize("mount_point", [False, True], ids=["missing", "empty mount point"])
+async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(idle_api: Api, mount_point: bool) -> None:
+    await add_file(idle_api, "away.bin")
+    away = moved_away(idle_api)
+    try:
+        if mount_point:
+            idle_api.store.mkdir()
+        answer = await idle_api.get(f"{FILES}away.bin")
+        assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+        assert "result store" in answer.json()["message"]
+        assert str(idle_api.store) not in answer.text
+        assert "retry-after" in answer.headers
+    finally:
+        if mount_point:
+            idle_api.store.rmdir()  # nothing was written there
+        away.rename(idle_api.store)
+    assert (await idle_api.get(f"{FILES}away.bin")).status_code == 200
+
+
 async def test_files_of_a_deleted_job_are_no_longer_served(api: Api) -> None:
     job = await api.ended(await api.submit())
     url = job["results"]["markdown_url"]

@@ -631,6 +631,45 @@ async def save(job: Job) -> Results:
     return Results(markdown=saved)
 
 
+class PathOfItsOwn(type(Path())):  # type: ignore[misc]  # PosixPath, where a class of its own is to be based on it
+    """A path whose methods do what they like."""
+
+    def open(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("it was used")
+
+    resolve = exists = is_symlink = replace = chmod = unlink = open
+
+
+def _irregular(kind: str, path: Path) -> Path:
+    """Create something that is no regular file, or a regular file in an unusual way; return its path."""
+    match kind:
+        case "FIFO":
+            os.mkfifo(path)
+        case "link to a FIFO":
+            os.mkfifo(path.with_suffix(".fifo"))
+            path.symlink_to(path.with_suffix(".fifo"))
+        case "socket":
+            socket.socket(socket.AF_UNIX).bind(str(path))
+        case "device":
+            return Path("/dev/zero")
+        case "directory":
+            path.mkdir()
+        case "link to a file":
+            path.with_suffix(".txt").write_bytes(b"# text\n")
+            path.symlink_to(path.with_suffix(".txt"))
+        case "path of its own":
+            path.write_bytes(b"# text\n")
+            return PathOfItsOwn(path)
+    return path
+
+
+@action
+async def save_what_is_no_file(job: Job) -> Results:
+    kind = job.parameters.kind
+    path = _irregular(kind, job.scratch / "it")
+    return Results(markdown=await job.save(f"misbehaving/{job.job_id}.md", path, "text/markdown"))
+
+
 @action
 async def share_a_step(job: Job) -> Results:
     async def step() -> str:

@@ -28,6 +28,7 @@ from ledger.files import DirectoryStore
 from ledger.handle import Command, handle, handle_new, new_batch_id, new_job_id
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
+from ledger.store_marker import StoreMarker
 from projections import batches, jobs
 from projections.checkpoint import Checkpoint
 from projections.projector import Projector
@@ -58,6 +59,7 @@ class WorkerOptions:
     confinement: Confinement = field(default_factory=Confinement)
 
 
+STORE_ID = "5" * 32
 IMPATIENT = Webhooks(schedule=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allow_private=["127.0.0.1"])
 """Webhooks of a test: to this machine, and again very soon."""
 
@@ -209,7 +211,8 @@ async def process(
         db = client[connection.db_name]
         log, checkpoint = log_class(db), Checkpoint(db)
         changes = Changes(db, event_types=HEARD_EVENTS if deaf else None)
-        here = Process(connection, db, log, checkpoint, changes, DirectoryStore(store))
+        results = DirectoryStore(store, marker=StoreMarker(STORE_ID, is_new=True))
+        here = Process(connection, db, log, checkpoint, changes, results)
         here.store.prepare()
         await log.prepare()
         stack.push_async_callback(log.aclose)

@@ -263,3 +263,34 @@ async def test_tasks_of_jobs_do_not_stay(connection: Connection, store: Path) ->
         for _ in range(3):
             await here.ended(await here.submit({"do": "leave tasks"}, job_type="misbehaving-inline"))
         await until(lambda: len(asyncio.all_tasks()) <= before, "no task is left", seconds=3)
+
+
+IRREGULAR = {
+    "FIFO": "is a FIFO (named pipe)",
+    "link to a FIFO": "is a FIFO (named pipe)",
+    "socket": "is a socket",
+    "device": "is a device",
+    "directory": "is a directory",
+}
+
+
+async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        for job_type in TYPES:
+            # More than there are threads that save: none is held up by the others.
+            kinds = [*IRREGULAR] * 3
+            job_ids = [
+                await here.submit({"do": "save what is no file", "kind": kind}, job_type=job_type, max_attempts=1)
+                for kind in kinds
+            ]
+            await here.ended(*job_ids)
+            for kind, job_id in zip(kinds, job_ids, strict=True):
+                error = (await here.job(job_id))["error"]
+                assert error["code"] == "INVALID_RESULT", error
+                assert f"{IRREGULAR[kind]}. Give the path of a regular file, or bytes." in error["message"]
+                assert ("/dev/zero" if kind == "device" else "/it'") in error["message"]
+            for kind in ("link to a file", "path of its own"):
+                job = await here.ended(
+                    await here.submit({"do": "save what is no file", "kind": kind}, job_type=job_type)
+                )
+                assert job["status"] == "completed", job["error"]

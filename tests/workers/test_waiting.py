@@ -8,6 +8,7 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ledger.events import JobLogged, JobReleased, Recorded
 from ledger.files import DirectoryStore
 from ledger.log import EventLog
 from ledger.mongo import Connection
-from tests.support.running import Process, WorkerOptions, process
+from tests.support.running import Process, WorkerOptions, process, until
 from tests.workers.misbehaving import installed
 from workers.confinement import Confinement
 from workers.shared_steps import SharedSteps
@@ -78,6 +79,74 @@ async def test_job_waits_for_store_that_has_gone(
             assert (job["status"], job["attempt"], job["error"]) == ("completed", 1, None)
             assert here.store.path(job["results"]["files"][0]["sha256"]).read_bytes() == b"# text\n"
             assert "can be written to again" in str(job["logs"])
+
+
+def missing(_store: Path) -> None:
+    """Leave nothing."""
+
+
+def empty_mount_point(store: Path) -> None:
+    store.mkdir()
+
+
+def file_in_its_place(store: Path) -> None:
+    store.write_text("")
+
+
+def move_away(store: Path, away: Path, place: Callable[[Path], None]) -> None:
+    store.rename(away)
+    place(store)
+
+
+def move_back(store: Path, away: Path) -> None:
+    if store.is_dir():
+        store.rmdir()  # nothing was written there
+    store.unlink(missing_ok=True)
+    away.rename(store)
+
+
+@pytest.mark.parametrize("place", [missing, empty_mount_point, file_in_its_place])
+async def test_worker_without_its_store_claims_nothing_and_leaves_the_jobs_to_others(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.1,))
+    monkeypatch.setattr("workers.health.FIRST_PAUSE_SECONDS", 0.1)
+    options = WorkerOptions(confinement=OFF, slots=4)
+    async with process(connection, store, projector=True, worker=options) as here:
+        assert here.worker is not None
+        await here.ended(await here.submit())
+        move_away(store, tmp_path / "away", place)
+        first = await save(here)
+        await waits_for_store(here, first)
+        await until(lambda: here.worker is not None and here.worker.health.problem is not None, "it claims nothing")
+        assert str(store) in str(here.worker.health.problem)
+        later = [await save(here) for _ in range(3)]
+        await here.views_reach()
+        assert not here.worker.health.may_claim()
+        assert [await here.history(job_id) for job_id in later] == [["JobSubmitted"]] * 3
+        move_back(store, tmp_path / "away")
+        await here.ended(first, *later)
+        assert here.worker.health.problem is None
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_inbox_file_that_cannot_be_opened_now_is_waited_for(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, job_type: str
+) -> None:
+    monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.1,))
+    real, failed = os.open, list[str]()
+
+    def failing(path: Any, *arguments: Any, **named: Any) -> int:
+        if ".saved" in str(path) and len(Path(path).name) == 64 and len(failed) < 3:
+            failed.append(str(path))
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return real(path, *arguments, **named)
+
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        await here.ended(await here.submit({"do": "nothing"}, job_type=job_type))  # the fork server is there
+        monkeypatch.setattr(os, "open", failing)
+        job = await here.ended(await save(here, job_type, max_attempts=1))
+        assert (job["status"], job["attempt"], len(failed)) == ("completed", 1, 3)
 
 
 async def test_every_error_of_the_store_is_waited_for(

@@ -1,0 +1,72 @@
+"""The result store of a running installation: created once, waited for when it is away, accepted on request."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import httpx
+
+from ledger.server_note import until
+from ledger.store_marker import MARKER
+from tests.support.installation import Installation, client_of
+from tests.support.mongod import needs_local_mongod
+
+pytestmark = needs_local_mongod
+ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}
+
+
+def submitted(client: httpx.Client) -> str:
+    return str(client.post("/api/events/jobs", json=ECHO).raise_for_status().json()["job_id"])
+
+
+def status(client: httpx.Client, job_id: str) -> str:
+    return str(client.get(f"/api/events/jobs/{job_id}").json()["job"]["status"])
+
+
+def test_result_store_that_is_missing_is_reported_and_never_created_again(tmp_path: Path) -> None:
+    with Installation(tmp_path / "here") as here:
+        store = here.directory / "data" / "results"
+        before = here.run("doctor")
+        assert before.exit_code == 0, before
+        assert not store.exists()
+
+        role = here.up()
+        with client_of(role) as client:
+            first = submitted(client)
+            assert until(lambda: status(client, first) == "completed", 20)
+            store.rename(store.with_suffix(".x"))
+            missing = here.run("doctor")
+            assert missing.exit_code == 1
+            assert "result store" in missing.out
+            assert "is missing" in missing.out
+            waiting = [submitted(client) for _ in range(7)]
+            assert until(lambda: "claims no jobs" in role.err, 20)
+            assert until(lambda: "1 of them claim no jobs" in here.run("doctor").out, 20)
+            assert not store.exists()
+            assert "completed" not in {status(client, job_id) for job_id in waiting}
+        role.stop()
+
+        role = here.up()
+        with client_of(role) as client:
+            assert not store.exists()
+            assert "is missing" in role.err
+            store.with_suffix(".x").rename(store)
+            assert until(lambda: {status(client, job_id) for job_id in waiting} == {"completed"}, 40), role.err
+
+            shutil.rmtree(store)
+            accepted = here.run("doctor", "--accept-store")
+            assert accepted.exit_code == 0, accepted
+            assert (store / MARKER).exists()
+            later = submitted(client)
+            assert until(lambda: status(client, later) == "completed", 40), role.err
+        assert here.run("doctor").exit_code == 0
+        assert role.stop().exit_code == 0
+
+    copy = Installation(tmp_path / "copy")
+    shutil.copytree(here.directory / "data", copy.directory / "data")
+    with copy:
+        role = copy.up()
+        with client_of(role) as client:
+            again = submitted(client)
+            assert until(lambda: status(client, again) == "completed", 20), role.err
