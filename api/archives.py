@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import PurePosixPath
 from posixpath import commonpath
@@ -93,12 +94,12 @@ async def zipped(store: FileStore, entries: AsyncIterator[tuple[str, Document]])
         FileLost: one of them is not in the store.
         LedgerUnavailable: the database failed.
     """
-    outlet, taken = _Outlet(), set[str]()
+    outlet, names = _Outlet(), _Names()
     with ZipFile(outlet, "w") as archive:
         async for path, row in entries:
             file = await store.open(row["sha256"])
             try:
-                with archive.open(_entry(_unique(safe_path(path), taken), row, file.size), "w") as entry:
+                with archive.open(_entry(names.add(safe_path(path)), row, file.size), "w") as entry:
                     async for piece in file.read(0, file.size):
                         entry.write(piece)
                         yield outlet.take()
@@ -155,11 +156,44 @@ def _safe_name(name: str) -> str:
     return f"_{safe}" if _DEVICE.fullmatch(safe) else safe
 
 
-def _unique(path: str, taken: set[str]) -> str:
-    """Return a path that no entry has yet, also where large and small letters are the same."""
-    found, number = PurePosixPath(path), 1
-    while str(found).casefold() in taken:
-        number += 1
-        found = PurePosixPath(path).with_stem(f"{PurePosixPath(path).stem}-{number}")
-    taken.add(str(found).casefold())
-    return str(found)
+class _Names:
+    """Names for the entries of an archive: each can be unpacked beside all others, in any file system.
+
+    Of two that would be in each other's way the later one gets a number: two files of one name, or a file and a
+    directory. Names that differ in case or Unicode normalization only are the same in some file systems.
+    """
+
+    def __init__(self) -> None:
+        self._files: set[str] = set()
+        self._directories: set[str] = set()
+        self._numbers: dict[str, int] = {}
+
+    def add(self, path: str) -> str:
+        """Return the name for the file with a path, a safe one."""
+        *directories, file = path.split("/")
+        parent = ""
+        for name in directories:
+            parent = self._directory(parent + name) + "/"
+        number = 1
+        while (key := _key(found := _numbered(parent + file, number))) in self._files or key in self._directories:
+            number += 1
+        self._files.add(key)
+        return found
+
+    def _directory(self, path: str) -> str:
+        number = self._numbers.get(_key(path), 1)
+        while (key := _key(found := _numbered(path, number))) in self._files:
+            number += 1
+        self._numbers[_key(path)] = number
+        self._directories.add(key)
+        return found
+
+
+def _numbered(path: str, number: int) -> str:
+    whole = PurePosixPath(path)
+    return path if number == 1 else str(whole.with_stem(f"{whole.stem}-{number}"))
+
+
+def _key(path: str) -> str:
+    """Return the same text for all names that a file system may take for the same."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())

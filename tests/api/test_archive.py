@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import httpx
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.archives import safe_path
+from api.archives import _key, _Names, safe_path
 from ledger.envelope import Append, Head
 from ledger.events import (
     AccessControl,
@@ -288,3 +289,56 @@ def test_no_path_leads_out_of_where_it_is_unpacked(path: str) -> None:
     assert not re.search(r'[<>:"|?*\\\x00-\x1f]', safe)
     assert all(len(part.encode()) <= 201 and not part.endswith((".", " ")) for part in parts)
     assert safe_path(safe) == safe
+
+
+PARTS = st.sampled_from(["x", "X", "y", "x-2", "x-2-2", "x.md", "x-2.md", "\u00e9", "e\u0301", "\u00c9", "ss"])
+PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=4).map("/".join), max_size=12)
+
+
+@given(PATHS)
+def test_archive_names_of_any_paths_are_never_in_each_others_way(paths: list[str]) -> None:
+    names = _Names()
+    found = [names.add(safe_path(path)) for path in paths]
+    files = [_key(name) for name in found]
+    directories = {_key(str(parent)) for name in found for parent in PurePosixPath(name).parents}
+    assert len(set(files)) == len(files), found
+    assert not directories & set(files), found
+
+
+@given(st.lists(st.sampled_from(["a/talk.md", "a/b/slide.jpg", "c.md", "a/c.md"]), unique=True))
+def test_archive_names_of_paths_that_fit_together_are_the_paths(paths: list[str]) -> None:
+    names = _Names()
+    assert [names.add(path) for path in paths] == paths
+
+
+CLASHES = [
+    ["x", "x/y", "x/z"],
+    ["x/y", "X"],
+    ["x.md", "x.md/y/z", "x.md/y"],
+    ["caf\u00e9", "cafe\u0301/menu"],
+    ["same.md", "SAME.md"],
+]
+
+
+@pytest.mark.parametrize("kind", ["jobs", "batches"])
+@pytest.mark.parametrize("paths", CLASHES, ids=" ".join)
+async def test_archive_with_files_and_directories_of_one_name_can_be_unpacked(
+    idle_api: Api, tmp_path: Path, paths: list[str], kind: str
+) -> None:
+    contents = {f"evil/{path}": f"{number} {paths}".encode() for number, path in enumerate(paths)}
+    if kind == "jobs":
+        where = f"jobs/{await add_job(idle_api, contents)}"
+    else:  # each file is of another job
+        batch_id = new_batch_id()
+        job_ids = [await add_job(idle_api, {path: it}, batch_id=batch_id) for path, it in contents.items()]
+        await add_batch(idle_api, batch_id, job_ids)
+        where = f"batches/{batch_id}"
+    answer = await idle_api.get(f"/api/events/{where}/download-archive")
+    (tmp_path / "a.zip").write_bytes(answer.content)
+    commands = [[sys.executable, "-m", "zipfile", "-e", "a.zip", "python"]]
+    if unzip := shutil.which("unzip"):
+        commands.append([unzip, "-q", "a.zip", "-d", "unzip"])
+    for command in commands:
+        await asyncio.to_thread(subprocess.run, command, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
+        found = sorted(it.read_bytes() for it in (tmp_path / command[-1]).rglob("*") if it.is_file())
+        assert found == sorted(contents.values())
