@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from pymongo import timeout
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,6 +17,8 @@ from ledger.mongo import Database, Document, driver_errors
 from projections import jobs, statistics
 from projections.health import why_stalled
 from projections.views import Views
+
+_PING_SECONDS: Final = 3.0
 
 
 async def stats(request: Request) -> Response:
@@ -72,7 +77,7 @@ async def ready(request: Request) -> Response:
     """
     known = services(request)
     try:
-        with driver_errors("answering a ping"):
+        with driver_errors("answering a ping"), timeout(_PING_SECONDS):
             await known.db.command("ping")
     except LedgerUnavailable as error:
         if known.storage.problem is None:

@@ -96,6 +96,17 @@ async def test_a_killed_database_is_a_503_and_its_return_is_enough(api: Api, ser
     assert (await api.get(f"/api/events/jobs/{before}")).json()["job"]["status"] == "completed"
 
 
+async def test_readyz_when_the_database_stops_answering_is_a_503_within_seconds(
+    api: Api, server: EmbeddedServer
+) -> None:
+    assert (await api.get("/readyz")).status_code == 200
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        await refused_in_time(api, "GET", "/readyz", 7)  # without a limit it takes until the driver's next heartbeat
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
 @rarely
 async def test_a_database_that_stands_still_is_a_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
     before = await api.submit()
