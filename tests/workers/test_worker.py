@@ -54,7 +54,7 @@ async def test_an_echo_job_is_done_and_its_file_is_in_the_store(connection: Conn
         content = here.store.path(file["sha256"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
         assert (file["size"], file["path"]) == (len(content), f"echo/{job_id}/echo.md")
-        assert "text: Grüße" in content.decode()
+        assert '"text":"Grüße"' in content.decode()
         assert job["results"]["markdown_file"] == f"/events/{file['path']}"
         assert job["results"]["markdown_url"] == f"/api/events/files/{file['path']}"
         assert await here.history(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from workers.processor import Isolation, Job, ProcessorError, Results
@@ -56,6 +55,6 @@ class EchoProcessor:
             raise ProcessorError("ECHO_FAILED", wanted.fail, transient=wanted.transient)
         if not wanted.file:
             return Results()
-        given = yaml.safe_dump(wanted.model_dump(exclude_defaults=True), allow_unicode=True, sort_keys=False)
-        text = f"# Echo\n\n```yaml\n{given}```\n"
+        given = wanted.model_dump_json(exclude_defaults=True)  # escapes line breaks, so no text can close the fence
+        text = f"# Echo\n\n```json\n{given}\n```\n"
         return Results(markdown=await job.save(f"echo/{job.job_id}/echo.md", text.encode(), "text/markdown"))

@@ -45,7 +45,7 @@ async def test_a_job_appears_and_moves_in_an_open_page(api: Api, page: Page) -> 
     assert await page.evaluate("window.stillTheSamePage")
     await row.locator("th a").click()
     await expect(page.locator("h1")).to_have_text("Hello <b>you</b>")
-    await expect(page.locator("#preview")).to_contain_text("seconds: 2")
+    await expect(page.locator("#preview")).to_contain_text('"seconds":2.0')
 
 
 async def test_the_overview_counts_without_a_reload(api: Api, page: Page) -> None:

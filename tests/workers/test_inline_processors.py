@@ -1,0 +1,80 @@
+"""Built-in inline processors run on the worker's event loop, so they must leave it free, whatever the parameters."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.bodies import MOST_CONTAINERS, MOST_VALUES
+from ledger.limits import PARAMETERS_BYTES
+from workers.attempt import Assignment, run
+from workers.messages import Message
+from workers.registry import find_processor, processors
+
+INLINE = [
+    name for name, it in processors().items() if it.isolation == "inline" and it.__module__.startswith("workers.")
+]
+VALUES, CONTAINERS = MOST_VALUES - 10, MOST_CONTAINERS - 10
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+LARGEST: dict[str, Callable[[], Any]] = {
+    "integers": lambda: [1] * VALUES,
+    "floats": lambda: [3600.5] * VALUES,
+    "nulls": lambda: [None] * VALUES,
+    "texts": lambda: ["x"] * VALUES,
+    "lists": lambda: [[]] * CONTAINERS,
+    "objects": lambda: [{"b": 1}] * CONTAINERS,
+    "names": lambda: {f"n{index}": 1 for index in range(VALUES // 2)},
+    "deep": lambda: [nested(90)] * (CONTAINERS // 91),
+    "one text": lambda: "<" * (PARAMETERS_BYTES - 1000),
+    "one text of line breaks": lambda: "\n" * (PARAMETERS_BYTES // 2 - 1000),
+    "one text beyond 16 bits": lambda: "\U0001f986" * (PARAMETERS_BYTES // 4 - 1000),
+}
+
+
+@pytest.mark.parametrize("value", LARGEST)
+@pytest.mark.parametrize("job_type", INLINE)
+async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
+    job_type: str, value: str, tmp_path: Path
+) -> None:
+    parameters = {"value": LARGEST[value]()}
+    (tmp_path / "inbox").mkdir()
+    assignment = Assignment(
+        job_id="job-0",
+        attempt=1,
+        job_type=job_type,
+        parameters=parameters,
+        settings={},
+        steps={},
+        inbox=tmp_path / "inbox",
+        scratch=tmp_path / "scratch",
+    )
+
+    # CPU time of this thread, in which the loop runs: other load on the machine does not count.
+    begun = time.thread_time()
+    json.loads(json.dumps(parameters))
+    bound = 0.2 + 3 * (time.thread_time() - begun)
+    begun = time.thread_time()
+    ending = await run(assignment, find_processor(job_type), answer, threading.Event())
+    used = time.thread_time() - begun
+
+    assert ending.kind == "done", ending
+    assert used < bound
+
+
+async def answer(message: Message) -> Any:
+    """Accept a message as a worker does."""
+    return getattr(message, "path", None)
