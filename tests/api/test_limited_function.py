@@ -1,0 +1,96 @@
+"""A limited function costs its caller bounded time, whatever it does, and the next call has a process again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.limited_function import CallFailed, CallTimeout, LimitedFunction, ProcessEnded, TooBusy
+
+FUNCTION = """
+import os, re
+
+def act(deed):
+    return {
+        "echo": lambda: deed,
+        "print": lambda: print("noise"),
+        "loop": lambda: re.match(r"(a+)+$", "a" * 60 + "b"),
+        "memory": lambda: bytearray(1 << 32),
+        "raise": lambda: 1 / 0,
+        "exit": lambda: os._exit(7),
+        "large": lambda: "x" * 100_000_000,
+        "not JSON": lambda: os.write(results(), (4).to_bytes(8, "big") + b"nope"),
+        "endless": lambda: os.write(results(), (1 << 62).to_bytes(8, "big")),
+    }[deed]()
+
+def results():
+    "The descriptor to which results are written: foreign code can find it."
+    pipes = [int(it) for it in os.listdir("/proc/self/fd") if int(it) > 2]
+    return next(it for it in pipes if os.path.exists(f"/proc/self/fd/{it}") and is_writable_pipe(it))
+
+def is_writable_pipe(descriptor):
+    is_pipe = os.readlink(f"/proc/self/fd/{descriptor}").startswith(("pipe:", "socket:"))
+    with open(f"/proc/self/fdinfo/{descriptor}") as info:
+        return is_pipe and "flags:\\t01" in info.read()
+"""
+
+
+@pytest.fixture
+async def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LimitedFunction]:
+    (tmp_path / "limited_deeds.py").write_text(FUNCTION)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = LimitedFunction("limited_deeds:act", processes=1, queue_seconds=30)
+    yield made
+    await made.close()
+
+
+async def call(function: LimitedFunction, deed: str, seconds: float = 60) -> Any:
+    return await function.call(json.dumps(deed).encode(), seconds)
+
+
+@pytest.mark.parametrize(
+    ("deed", "seconds", "error"),
+    [
+        ("loop", 0.2, CallTimeout),
+        ("memory", 60, ProcessEnded),
+        ("raise", 60, ProcessEnded),
+        ("exit", 60, ProcessEnded),
+        ("large", 60, ProcessEnded),
+        ("not JSON", 60, ProcessEnded),
+        ("endless", 60, ProcessEnded),
+    ],
+)
+async def test_call_that_fails_raises_and_leaves_the_next_call_unaffected(
+    function: LimitedFunction, deed: str, seconds: float, error: type[CallFailed]
+) -> None:
+    with pytest.raises(error):
+        await call(function, deed, seconds)
+    assert await call(function, "print") is None
+    assert await call(function, "echo") == "echo"
+
+
+async def test_cancelled_call_leaves_the_next_call_unaffected(function: LimitedFunction) -> None:
+    assert await call(function, "echo") == "echo"
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await call(function, "loop")
+    assert await call(function, "print") is None
+
+
+async def test_call_without_a_free_process_raises() -> None:
+    function = LimitedFunction("json:dumps", processes=1, queue_seconds=0)
+    outcomes = await asyncio.gather(*(call(function, "echo") for _ in range(3)), return_exceptions=True)
+    assert outcomes[0] == '"echo"'
+    assert [type(it) for it in outcomes[1:]] == [TooBusy, TooBusy]
+    await function.close()
+
+
+async def test_function_that_cannot_be_imported_raises() -> None:
+    function = LimitedFunction("no_such_module:function", processes=1, queue_seconds=1)
+    with pytest.raises(TooBusy, match="did not start"):
+        await call(function, "echo")
