@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from api.access import Revocations, SignIn
+from api.dashboard.previews import Previews
 from api.endings import Endings
 from api.errors import ApiError
 from api.event_stream import Streams
@@ -54,6 +55,7 @@ class Services:
     store: FileStore
     job_types: Mapping[str, type[BaseModel]]
     parameters: ParametersValidator
+    previews: Previews
     memory: MemoryBudget
     unusable_types: Mapping[str, str]
     largest_body_bytes: int

@@ -17,6 +17,7 @@ import uvicorn
 
 from api.access import OpenSignIn, Revocations, SignIn
 from api.app import create_app
+from api.dashboard.previews import Previews
 from api.endings import Endings
 from api.event_stream import Streams
 from api.jwks import KeysAt, KeySource, OneKey, public_key, shared_secret
@@ -104,6 +105,7 @@ def services_for(
         store=store,
         job_types={name: processor.Parameters for name, processor in processors().items()},
         parameters=ParametersValidator(),
+        previews=Previews(),
         memory=MemoryBudget(settings.api.request_memory_mb * 1024 * 1024),
         unusable_types=unusable_types(),
         largest_body_bytes=settings.api.max_body_bytes,
@@ -255,3 +257,4 @@ async def serving(
         server.should_exit = True
         await asyncio.gather(task, return_exceptions=True)
         await services.parameters.close()
+        await services.previews.close()

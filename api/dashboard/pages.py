@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import orjson
 import structlog
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
@@ -19,7 +20,8 @@ from api import batches, history, jobs, log_pages, monitoring, webhooks
 from api.access import signed_in, who_asks
 from api.bodies import read_body, read_bytes
 from api.dashboard import charts, session
-from api.dashboard.rendering import PREFIX, is_monitor, page, preview, static
+from api.dashboard.previews import LARGEST_MARKDOWN_BYTES
+from api.dashboard.rendering import PREFIX, is_monitor, page, static
 from api.dashboard.story import attempts_of
 from api.errors import ApiError, error_response, json_response
 from api.event_stream import EventStream
@@ -32,7 +34,6 @@ from ledger.errors import FileLost, JobledgerError, StoreUnavailable
 _log = structlog.get_logger()
 _PAGE: Final = 50
 _EVENTS_SHOWN: Final = 1000
-_LARGEST_PREVIEW_BYTES: Final = 1_000_000
 _LARGEST_FORM_BYTES: Final = 20_000
 _JOB_FILTERS: Final = (
     "status",
@@ -165,11 +166,11 @@ async def _list(request: Request, template: str, route: Handler, filters: Sequen
     return page(request, template, live="jobs", position=position, asked=asked, found=found, following=following)
 
 
-def _following(request: Request, found: Mapping[str, Any]) -> str | None:
+def _following(request: Request, found: Mapping[str, Any]) -> Markup | None:
     if "next" not in found:
         return None
     kept = {name: value for name, value in request.query_params.items() if value and name != "cursor"}
-    return urlencode({**kept, "cursor": found["next"]})
+    return escape(urlencode({**kept, "cursor": found["next"]}))  # a link must not be cut
 
 
 @shown
@@ -185,6 +186,7 @@ async def job(request: Request) -> Response:
         request,
         "job.html.j2",
         live="job",
+        full=f"api/events/jobs/{it['job_id']}",
         position=position,
         job=it,
         events=events,
@@ -211,25 +213,38 @@ def _rights(request: Request, it: Mapping[str, Any]) -> dict[str, bool]:
     return {"write": right >= Right.WRITE, "admin": right >= Right.ADMIN}
 
 
-async def _preview(request: Request, it: Mapping[str, Any]) -> Any:
-    """Return the result as HTML, if there is one and it is not too large to be looked at here."""
+async def _preview(request: Request, it: Mapping[str, Any]) -> str | None:
+    """Return the result as HTML; its beginning as text, if it is too large for that or takes too long; None without."""
     results = it["results"] or {}
     path = (results.get("markdown_file") or "").removeprefix("/events/")
-    size = next((file["size"] for file in results.get("files", ()) if file["path"] == path), None)
-    if size is None or size > _LARGEST_PREVIEW_BYTES:
+    found = next((file for file in results.get("files", ()) if file["path"] == path), None)
+    if found is None:
         return None
-    [sha256] = [file["sha256"] for file in results["files"] if file["path"] == path][:1]
     try:
-        file = await services(request).store.open(sha256)
+        content = await _read(request, found["sha256"], LARGEST_MARKDOWN_BYTES + 1)
     except (FileLost, StoreUnavailable):
         return None  # the page of the file itself says what is wrong with it
-    try:
-        content = b"".join([part async for part in file.read(0, file.size)])
-    finally:
-        await file.close()
+    text = content.decode("utf-8", "replace")
+    if len(content) > LARGEST_MARKDOWN_BYTES:
+        return text
     up = "../" * (request.url.path.count("/") - 1)
     folder = quote(path.rpartition("/")[0], safe="/&,+;=@!$~")
-    return preview(content.decode("utf-8", "replace"), files_at=f"{up}api/events/files/{folder}/")
+    files_at = f"{up}api/events/files/{folder}/"
+    return await services(request).previews.render(found["sha256"], text, files_at=files_at) or text
+
+
+async def _read(request: Request, sha256: str, limit: int) -> bytes:
+    """Return the first `limit` bytes of a result file.
+
+    Raises:
+        FileLost: it is not there, or not as it was.
+        StoreUnavailable: the store is away.
+    """
+    file = await services(request).store.open(sha256)
+    try:
+        return b"".join([part async for part in file.read(0, min(file.size, limit))])
+    finally:
+        await file.close()
 
 
 @shown
@@ -245,6 +260,7 @@ async def batch(request: Request) -> Response:
         request,
         "batch.html.j2",
         live="batch",
+        full=f"api/events/batches/{it['batch_id']}",
         position=position,
         batch={**it, "eta": _minutes_left(it)},
         asked={"status": status},
@@ -273,6 +289,7 @@ async def log(request: Request) -> Response:
         request,
         "log.html.j2",
         live="log",
+        full="api/ledger/events",
         position=found["last_position"],
         asked=asked,
         events=found.get("events", [])[::-1],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -11,12 +12,11 @@ from typing import Any, Final
 
 import orjson
 from jinja2 import ChainableUndefined, Environment, PackageLoader
-from markdown_it import MarkdownIt
-from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import who_asks
+from api.dashboard.page_budget import PageBudget
 from api.dashboard.session import uses_cookie
 from api.dashboard.words import preferred, said_by_scripts, words_in
 from ledger.access import Principal
@@ -27,6 +27,10 @@ _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'"
 )
+_LARGEST_INDENTED_BYTES: Final = 16 * 1024
+_LABEL_CHARACTERS: Final = 200
+_budget: ContextVar[PageBudget] = ContextVar("budget")
+"""The budget of the page that is being rendered. Imported macros do not see the variables of a page."""
 _TYPES: Final = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 
 
@@ -34,6 +38,8 @@ def page(request: Request, template: str, *, status: int = 200, **content: Any) 
     """Return a page of the dashboard."""
     language = preferred(request.headers.get("accept-language", ""))
     principal: Principal | None = request.scope.get("principal")
+    budget = PageBudget()
+    _budget.set(budget)
     text = (
         _environment()
         .get_template(template)
@@ -43,6 +49,7 @@ def page(request: Request, template: str, *, status: int = 200, **content: Any) 
             language=language,
             root="../" * (request.url.path.count("/") - 1) or "./",
             path=request.url.path,
+            budget=budget,
             query=dict(request.query_params),
             me=principal,
             event_types=sorted(EVENT_TYPES),
@@ -96,18 +103,45 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("api.dashboard", "templates"),
         autoescape=True,
+        finalize=_shown,
         undefined=ChainableUndefined,  # what an event of another type does not have, is empty
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Callable[..., str]] = {
-        "pretty": lambda content: orjson.dumps(content, option=orjson.OPT_INDENT_2).decode(),
+    filters: dict[str, Callable[..., Any]] = {
         "bytes": in_words,
+        "label": label,
+        "pretty": pretty,
+        "rows": _rows,
         "seconds": seconds_in_words,
     }
     environment.filters |= filters
     environment.globals |= {"prefix": PREFIX.removeprefix("/")}
     return environment
+
+
+def _shown(value: Any) -> Any:
+    budget = _budget.get(None)  # there is none while a template is compiled
+    return value if budget is None else budget.shown(value)
+
+
+def _rows(items: Iterable[Any]) -> Iterator[Any]:
+    return _budget.get().rows(items)
+
+
+def pretty(value: Any) -> str:
+    """Return a value as JSON for people: indented, unless it is large. Indents can be a hundred times the content."""
+    text = orjson.dumps(value)
+    if len(text) <= _LARGEST_INDENTED_BYTES:
+        text = orjson.dumps(value, option=orjson.OPT_INDENT_2)
+    return text.decode()
+
+
+def label(job: Mapping[str, Any]) -> str:
+    """Return what a job is called: its name, its session or its ID."""
+    session = job["parameters"].get("session")
+    name = job["job_name"] or (session if isinstance(session, str) else "") or job["job_id"]
+    return str(name)[:_LABEL_CHARACTERS]
 
 
 def in_words(size: int) -> str:
@@ -127,25 +161,3 @@ def seconds_in_words(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
-
-
-def preview(markdown: str, *, files_at: str) -> Markup:
-    """Return a result's Markdown as HTML that runs nothing. `files_at` is where the files beside it are."""
-    body = markdown
-    if markdown.startswith("---\n") and (end := markdown.find("\n---\n", 4)) > 0:
-        body = markdown[end + 5 :]
-    tokens = _MARKDOWN.parse(body)
-    for token in tokens:
-        if token.type in ("heading_open", "heading_close"):  # below the headings of the page
-            token.tag = f"h{min(6, int(token.tag[1:]) + 2)}"
-        for piece in token.children or []:
-            if piece.type == "image":
-                source = str(piece.attrs["src"])
-                piece.attrs["src"] = source if "://" in source or source.startswith("/") else files_at + source
-                piece.attrs["loading"] = "lazy"
-            elif piece.type == "link_open":
-                piece.attrs["rel"] = "noopener noreferrer nofollow"
-    return Markup(_MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {}))  # noqa: S704 - HTML in the text is escaped
-
-
-_MARKDOWN: Final = MarkdownIt("commonmark", {"html": False}).enable("table")

@@ -142,6 +142,10 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
         "Only the first {0} events are shown; the log has all of them.",
         "Nur die ersten {0} Ereignisse; das Log hat alle.",
     ),
+    "cut": (
+        "This page shows only the beginning of large content. The API has all of it.",
+        "Von umfangreichen Inhalten zeigt diese Seite nur den Anfang. Die API liefert alles.",
+    ),
     "tail_hint": ("New events come in at the top.", "Neue Ereignisse kommen oben herein."),
     "jobs_of": ("Its jobs", "Seine Jobs"),
     "batch_json": ("The batch as JSON", "Der Batch als JSON"),
