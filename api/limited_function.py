@@ -10,6 +10,7 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from contextlib import suppress
 from typing import Any, Final
 
 import structlog
@@ -19,6 +20,7 @@ from api.limited_process import frame
 
 _log = structlog.get_logger()
 _START_SECONDS: Final = 30.0
+_EXIT_SECONDS: Final = 1.0
 _LARGEST_RESULT_BYTES: Final = 4 * 1024 * 1024
 _INHERITED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "HOME")
 """Nothing else of the environment, which has secrets."""
@@ -80,6 +82,9 @@ class LimitedFunction:
             await _end(process)
             raise CallTimeout(f"took longer than {seconds:g} s") from None
         except (OSError, EOFError, ValueError):
+            with suppress(TimeoutError):  # ending a process that is just ending loses its exit code
+                async with asyncio.timeout(_EXIT_SECONDS):
+                    await process.wait()
             await _end(process)
             _log.warning("a process has ended", function=self._name, exit_code=process.returncode)
             raise ProcessEnded(f"ended its process (exit code {process.returncode})") from None

@@ -40,7 +40,7 @@ class Unprintable(Exception):
         raise SystemExit
 
 def hoard():
-    return [bytearray(1 << 26) for _ in range(64)]
+    return bytearray(1 << 32)
 
 DEEDS = {
     "fine": lambda: None,
