@@ -81,7 +81,7 @@ async def _archive(
         "Content-Disposition": content_disposition(f"{name}.zip", attachment=True),
     }
     known = services(request)
-    await (await opened(known, first)).close()  # a store that is not the right one is told while it still can be
+    await (await opened(request, first)).close()  # a store that is not the right one is told while it still can be
     if request.method == "HEAD":
         return Response(headers=headers)
     return Streamed(zipped(known.store, entries), 200, headers)
@@ -97,7 +97,7 @@ async def zipped(store: FileStore, entries: AsyncIterator[tuple[str, Document]])
     outlet, names = _Outlet(), _Names()
     with ZipFile(outlet, "w") as archive:
         async for path, row in entries:
-            file = await store.open(row["sha256"])
+            file = await store.open(row["sha256"], row["size"])
             try:
                 with archive.open(_entry(names.add(safe_path(path)), row, file.size), "w") as entry:
                     async for piece in file.read(0, file.size):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +19,7 @@ from api.conditional import Range, Version, is_known, ranges
 from api.errors import ApiError, error_response, json_response
 from api.links import FILES_URL, LONGEST_SECONDS, is_link
 from api.sending import Streamed, content_disposition, content_type
-from api.services import Services, query_of, services, views_reach_wanted_position
+from api.services import query_of, services, views_reach_wanted_position
 from ledger.errors import FileDamaged, FileLost
 from ledger.files import OpenFile
 from ledger.mongo import Document
@@ -73,7 +74,7 @@ async def single(request: Request) -> Response:
         "Content-Type": content_type(row["media_type"]),
         "Content-Disposition": content_disposition(name, attachment=asked.download),
     }
-    file = await opened(services(request), row)
+    file = await opened(request, row)
     try:
         return await _answer(request, file, version, headers)
     except BaseException:
@@ -113,14 +114,15 @@ async def _by_link(request: Request, asked: FileQuery) -> Document:
     return row
 
 
-async def opened(known: Services, row: Document) -> OpenFile:
-    """Open the content that a row of the view names.
+async def opened(request: Request, row: Document) -> OpenFile:
+    """Open the content that a row of the view names. Hashing a large file ends when the client goes away.
 
     Raises:
-        ApiError: 500, when it is not in the store, or was changed there.
+        ApiError: 500, when it is not in the store, or was changed there; 400, when the client went away.
     """
+    store = services(request).store
     try:
-        return await known.store.open(row["sha256"])
+        return await _unless_gone(request, store.open(row["sha256"], row["size"]))
     except FileDamaged as error:
         _log.error("a result file was changed in the store", path=row["path"], error=str(error))
         message = f"{row['path']} was changed in this server's results.store and is not served."
@@ -131,6 +133,30 @@ async def opened(known: Services, row: Document) -> OpenFile:
             f"{row['path']} is on record, but not in this server's results.store: every process must see the same one."
         )
         raise ApiError(500, "file_missing", message) from error
+
+
+async def _unless_gone(request: Request, opening: Coroutine[Any, Any, OpenFile]) -> OpenFile:
+    work = asyncio.create_task(opening, name="open-file")
+    gone = asyncio.create_task(_gone(request), name="open-file-gone")
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ApiError(400, "client_disconnected", "The client went away.")
+    except BaseException:
+        work.cancel()
+        [file] = await asyncio.gather(work, return_exceptions=True)
+        if not isinstance(file, BaseException):
+            await file.close()
+        raise
+    finally:
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+    return work.result()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _answer(request: Request, file: OpenFile, version: Version, headers: dict[str, str]) -> Response:

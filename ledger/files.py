@@ -34,9 +34,11 @@ ORPHAN_SECONDS = 86_400.0
 """Nobody writes one file for so long."""
 _TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}")
 """Names that `tempfile` chooses."""
-_HASHED_BYTES = 1 << 20
+_HASHED_BYTES = 4 << 20
+"""How much of a file is hashed before another file has its turn."""
 # Not the event loop's own threads: jobs that run inline may occupy all of those.
 _threads = ThreadPoolExecutor(8, thread_name_prefix="store")
+_hashing_threads = ThreadPoolExecutor(2, thread_name_prefix="hash")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 """Should it be a pipe, O_NONBLOCK keeps us from waiting for a writer."""
@@ -103,8 +105,8 @@ class FileStore(Protocol):
     def checks(self) -> FileChecks:
         """What this process knows about the content of its files."""
 
-    async def open(self, sha256: str) -> OpenFile:
-        """Open a file for reading, after a check of its content: see `FileChecks`.
+    async def open(self, sha256: str, size: int) -> OpenFile:
+        """Open a file for reading, after a check of its content: see `FileChecks`. `size` is the one on record.
 
         Raises:
             FileLost: there is no such file in this store.
@@ -112,8 +114,8 @@ class FileStore(Protocol):
             LedgerUnavailable: the store cannot be reached.
         """
 
-    async def verify(self, sha256: str) -> None:
-        """Read a file and compare its content with its digest. Raises as `open`."""
+    async def verify(self, sha256: str, size: int) -> None:
+        """Read a file and compare its size and content with those on record. Raises as `open`."""
 
     def stored(self) -> AsyncIterator[Stored]:
         """Yield all files in the store by ascending digest.
@@ -233,7 +235,7 @@ class DirectoryStore:
         source.unlink(missing_ok=True)
 
     def _adopt(self, file: BinaryIO, target: Path) -> None:
-        if _holds(target, target.name):
+        if _holds(target, target.name, os.fstat(file.fileno()).st_size):
             _sync_directory(target.parent)  # its writer may not have come so far yet
             return
         self._make_directory(target.parent)
@@ -290,7 +292,7 @@ class DirectoryStore:
             if self._durable:
                 os.fsync(file.fileno())
             target = self.path(sha256)
-            if not _holds(target, sha256):
+            if not _holds(target, sha256, size):
                 self._make_directory(target.parent)
                 _move(path, file, target)
                 if self._durable:
@@ -313,7 +315,7 @@ class DirectoryStore:
             raise ValueError(f"{sha256!r} is not a SHA-256 in lower-case hex")
         return self.root / sha256[:2] / sha256
 
-    async def open(self, sha256: str) -> OpenFile:
+    async def open(self, sha256: str, size: int) -> OpenFile:
         """Open a file for reading. A link, where a file should be, is followed nowhere.
 
         Raises:
@@ -321,10 +323,10 @@ class DirectoryStore:
             FileDamaged: it has another content than it was stored with.
             StoreUnavailable: the store cannot be read.
         """
-        return await self._checked(await asyncio.to_thread(self._open, sha256), sha256, self.checks)
+        return await self._checked(await asyncio.to_thread(self._open, sha256), sha256, size, self.checks)
 
-    async def verify(self, sha256: str) -> None:
-        """Read a file and compare its content with its digest.
+    async def verify(self, sha256: str, size: int) -> None:
+        """Read a file and compare its size and content with those on record.
 
         Raises:
             FileLost: there is no such file in this store.
@@ -332,12 +334,12 @@ class DirectoryStore:
             StoreUnavailable: the store cannot be read.
         """
         file = await asyncio.to_thread(self._open, sha256)
-        await (await self._checked(file, sha256, FileChecks())).close()
+        await (await self._checked(file, sha256, size, FileChecks())).close()
 
     @staticmethod
-    async def _checked(file: _OpenFile, sha256: str, checks: FileChecks) -> _OpenFile:
+    async def _checked(file: _OpenFile, sha256: str, size: int, checks: FileChecks) -> _OpenFile:
         try:
-            await checks.check(file, sha256)
+            await checks.check(file, sha256, size)
         except BaseException:
             await file.close()
             raise
@@ -436,16 +438,16 @@ class _OpenFile:
         found = self._found
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
-    async def sha256(self) -> str:
+    async def sha256(self, turns: asyncio.Semaphore) -> str:
+        digest, loop = hashlib.sha256(), asyncio.get_running_loop()
         with _reading(self._path):
-            return await asyncio.to_thread(self._digest)
-
-    def _digest(self) -> str:
-        digest, position = hashlib.sha256(), 0
-        while piece := os.pread(self._descriptor, _HASHED_BYTES, position):
-            digest.update(piece)
-            position += len(piece)
+            for position in range(0, self.size, _HASHED_BYTES):
+                async with turns:
+                    await loop.run_in_executor(_hashing_threads, self._hash, digest, position)
         return digest.hexdigest()
+
+    def _hash(self, digest: hashlib._Hash, position: int) -> None:
+        digest.update(os.pread(self._descriptor, min(_HASHED_BYTES, self.size - position), position))
 
     def _is_changed(self) -> bool:
         now = os.fstat(self._descriptor)
@@ -468,7 +470,7 @@ class _OpenFile:
             self._descriptor = -1
 
 
-def _holds(target: Path, sha256: str) -> bool:
+def _holds(target: Path, sha256: str, size: int) -> bool:
     """Return whether a file is in the store already. One whose content was changed there is replaced.
 
     Its time is renewed: by that, `set_aside` sees that somebody needs it now. If it is set aside meanwhile, either its
@@ -478,7 +480,7 @@ def _holds(target: Path, sha256: str) -> bool:
         return False
     try:
         with target.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            if os.fstat(file.fileno()).st_size != size or hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 return False
         with suppress(PermissionError):  # another user's file: only its owner may set it to the present time
             os.utime(target)

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Hashable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,7 +22,7 @@ from gridfs.errors import FileExists
 from pymongo import ASCENDING
 from pymongo.errors import DuplicateKeyError
 
-from ledger.errors import FileLost
+from ledger.errors import FileDamaged, FileLost
 from ledger.file_checks import FileChecks
 from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored, open_saved
 from ledger.mongo import Database, Document, driver_errors
@@ -158,8 +158,8 @@ class GridFSStore:
                 await self._chunks.delete_many({"files_id": entry["_id"]})
                 await self._files.delete_one({"_id": entry["_id"]})
 
-    async def open(self, sha256: str) -> OpenFile:
-        """Open a file for reading.
+    async def open(self, sha256: str, size: int) -> OpenFile:
+        """Open a file for reading. `size` is the one on record.
 
         Raises:
             FileLost: there is no such file.
@@ -167,12 +167,12 @@ class GridFSStore:
             LedgerUnavailable: the database failed.
         """
         file = await self._open(sha256)
-        await self.checks.check(file, sha256)
+        await self.checks.check(file, sha256, size)
         return file
 
-    async def verify(self, sha256: str) -> None:
-        """Read a file and compare its content with its digest. Raises as `open`."""
-        await FileChecks().check(await self._open(sha256), sha256)
+    async def verify(self, sha256: str, size: int) -> None:
+        """Read a file and compare its size and content with those on record. Raises as `open`."""
+        await FileChecks().check(await self._open(sha256), sha256, size)
 
     async def stored(self) -> AsyncIterator[Stored]:
         """Yield all files in the store by ascending digest.
@@ -190,7 +190,10 @@ class GridFSStore:
             entry = await self._files.find_one({_DIGEST: sha256})
         if entry is None:
             raise FileLost(f"GridFS has no file with the digest {sha256}")
-        return _OpenFile(self._chunks, entry)
+        try:
+            return _OpenFile(self._chunks, entry)
+        except (LookupError, TypeError, ValueError) as error:
+            raise FileDamaged(f"The entry of the file {sha256} in GridFS was changed: {error}") from error
 
 
 async def _copy(file: BinaryIO, upload: AsyncGridIn, sha256: str) -> None:
@@ -212,6 +215,8 @@ class _OpenFile:
         self._id = entry["_id"]
         self._size = int(entry["length"])
         self._chunk_size = int(entry["chunkSize"])
+        if self._chunk_size < 1:
+            raise ValueError(f"its chunks have {self._chunk_size} bytes")
 
     @property
     def size(self) -> int:
@@ -222,11 +227,14 @@ class _OpenFile:
         """The database does not say when a chunk was changed: a file is read again every ten minutes at most."""
         return str(self._id), self._size, self._uploaded, int(time.monotonic() // _CHECKED_AGAIN_SECONDS)
 
-    async def sha256(self) -> str:
+    async def sha256(self, turns: asyncio.Semaphore) -> str:
         digest = hashlib.sha256()
-        async for piece in self.read(0, self._size):
-            await asyncio.to_thread(digest.update, piece)
-        return digest.hexdigest()
+        async with aclosing(self.read(0, self._size)) as pieces:
+            while True:
+                async with turns:
+                    if (piece := await anext(pieces, None)) is None:
+                        return digest.hexdigest()
+                    await asyncio.to_thread(digest.update, piece)
 
     async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
         while start < end:

@@ -60,12 +60,12 @@ async def verify_files(
         whole = await views[NAME].estimated_document_count()
     stored = store.stored()
     present = await anext(stored, None)
-    async for path, sha256 in _on_record(views):
+    async for path, sha256, size in _on_record(views):
         while present is not None and present.sha256 < sha256:
             _count_orphan(verdict, present)
             present = await anext(stored, None)
         verdict.files += 1
-        await _verify_one(verdict, store, path, sha256)
+        await _verify_one(verdict, store, path, sha256, size)
         if present is not None and present.sha256 == sha256:
             present = await anext(stored, None)
         told(verdict.files, max(whole, verdict.files))
@@ -75,17 +75,18 @@ async def verify_files(
     return verdict
 
 
-async def _on_record(views: Views) -> AsyncIterator[tuple[str, str]]:
-    """Yield each digest on record once, with one of its paths, in order."""
-    stages: list[Document] = [{"$group": {"_id": "$sha256", "path": {"$min": "$path"}}}, {"$sort": {"_id": ASCENDING}}]
+async def _on_record(views: Views) -> AsyncIterator[tuple[str, str, int]]:
+    """Yield each digest on record once, with one of its paths and its size, in order."""
+    group = {"_id": "$sha256", "path": {"$min": "$path"}, "size": {"$min": "$size"}}
+    stages: list[Document] = [{"$group": group}, {"$sort": {"_id": ASCENDING}}]
     with driver_errors("reading the files on record"):
         async for row in await views[NAME].aggregate(stages, allowDiskUse=True):
-            yield str(row["path"]), str(row["_id"])
+            yield str(row["path"]), str(row["_id"]), row["size"]
 
 
-async def _verify_one(verdict: FilesVerdict, store: FileStore, path: str, sha256: str) -> None:
+async def _verify_one(verdict: FilesVerdict, store: FileStore, path: str, sha256: str, size: int) -> None:
     try:
-        await store.verify(sha256)
+        await store.verify(sha256, size)
     except FileDamaged as error:
         verdict.changed += 1
         what = str(error)

@@ -221,7 +221,7 @@ async def _preview(request: Request, it: Mapping[str, Any]) -> str | None:
     if found is None:
         return None
     try:
-        content = await _read(request, found["sha256"], LARGEST_MARKDOWN_BYTES + 1)
+        content = await _read(request, found, LARGEST_MARKDOWN_BYTES + 1)
     except (FileLost, StoreUnavailable):
         return None  # the page of the file itself says what is wrong with it
     text = content.decode("utf-8", "replace")
@@ -233,14 +233,14 @@ async def _preview(request: Request, it: Mapping[str, Any]) -> str | None:
     return await services(request).previews.render(found["sha256"], text, files_at=files_at) or text
 
 
-async def _read(request: Request, sha256: str, limit: int) -> bytes:
+async def _read(request: Request, found: Mapping[str, Any], limit: int) -> bytes:
     """Return the first `limit` bytes of a result file.
 
     Raises:
         FileLost: it is not there, or not as it was.
         StoreUnavailable: the store is away.
     """
-    file = await services(request).store.open(sha256)
+    file = await services(request).store.open(found["sha256"], found["size"])
     try:
         return b"".join([part async for part in file.read(0, min(file.size, limit))])
     finally:

@@ -20,7 +20,7 @@ from ledger.envelope import Append, Head
 from ledger.events import JobClaimed, JobCompleted, JobResults, JobSubmitted, Meta, ResultFile, ResultMetadata
 from ledger.files import DirectoryStore
 from ledger.handle import new_job_id
-from tests.api.conftest import Api
+from tests.api.conftest import DEADLINE_SECONDS, Api
 from tests.support.running import until
 
 FILES = "/api/events/files/"
@@ -532,3 +532,24 @@ async def test_a_changed_file_is_never_served_with_the_recorded_digest(
         if method == "GET":
             assert answer.json()["code"] == "file_damaged"
             assert str(idle_api.store) not in answer.text
+
+
+async def test_grown_files_do_not_keep_a_whole_one_waiting(idle_api: Api) -> None:
+    for number in range(3):
+        digest = await add_file(idle_api, f"{number}.bin", b"%d" % number)
+        if number:
+            os.truncate(DirectoryStore(idle_api.store).path(digest), 2**40)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        grown = await asyncio.gather(*(idle_api.get(f"{FILES}{number}.bin") for number in (1, 2)))
+        assert [answer.json()["code"] for answer in grown] == ["file_damaged"] * 2
+        assert (await idle_api.get(f"{FILES}0.bin")).content == b"0"
+
+
+async def test_hashing_of_a_large_file_ends_when_the_client_goes_away(idle_api: Api) -> None:
+    path = "large.bin"
+    digest = await add_file(idle_api, path)
+    await idle_api.db.files.update_many({"path": path}, {"$set": {"size": 2**40}})
+    os.truncate(DirectoryStore(idle_api.store).path(digest), 2**40)
+    with pytest.raises(httpx.ReadTimeout):
+        await idle_api.http.get(f"{FILES}{path}", timeout=0.3)
+    await until(lambda: not any(it.get_name() == "open-file" for it in asyncio.all_tasks()), "hashing has ended")

@@ -241,7 +241,7 @@ def test_a_link_in_the_place_of_a_file_is_replaced_by_the_file(store: DirectoryS
 
 async def test_a_part_of_a_file_is_read_piece_by_piece(store: DirectoryStore) -> None:
     content = os.urandom(3 * PIECE_BYTES + 5)
-    file = await store.open(store.put_bytes(content).sha256)
+    file = await store.open(*store.put_bytes(content))
     pieces = [piece async for piece in file.read(7, file.size - 1)]
     await file.close()
     assert b"".join(pieces) == content[7:-1]
@@ -250,9 +250,9 @@ async def test_a_part_of_a_file_is_read_piece_by_piece(store: DirectoryStore) ->
 
 async def test_what_is_not_in_the_store_cannot_be_opened(store: DirectoryStore) -> None:
     with pytest.raises(FileLost):
-        await store.open("0" * 64)
+        await store.open("0" * 64, 1)
     with pytest.raises(ValueError, match="not a SHA-256"):
-        await store.open("../../etc/passwd")
+        await store.open("../../etc/passwd", 1)
 
 
 async def test_remove_orphans_removes_old_temporary_files_only(store: DirectoryStore) -> None:

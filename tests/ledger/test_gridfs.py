@@ -51,8 +51,10 @@ async def saved(inbox: Path, content: bytes = CONTENT) -> str:
     return (await asyncio.to_thread(DirectoryStore(inbox).put_bytes, content)).sha256
 
 
-async def read(store: FileStore, sha256: str, start: int = 0, end: int | None = None) -> bytes:
-    file = await store.open(sha256)
+async def read(
+    store: FileStore, sha256: str, start: int = 0, end: int | None = None, *, size: int = len(CONTENT)
+) -> bytes:
+    file = await store.open(sha256, size)
     try:
         return b"".join([piece async for piece in file.read(start, file.size if end is None else end)])
     finally:
@@ -66,8 +68,8 @@ async def test_what_is_taken_over_is_found_under_its_digest_and_gone_from_the_in
     sha256 = await saved(inbox, CONTENT[:size])
     await store.take_over(inbox, sha256)
 
-    assert await read(store, sha256) == CONTENT[:size]
-    assert (await store.open(sha256)).size == size
+    assert await read(store, sha256, size=size) == CONTENT[:size]
+    assert (await store.open(sha256, size)).size == size
     assert not DirectoryStore(inbox).path(sha256).exists()
 
 
@@ -144,7 +146,7 @@ async def test_what_a_dead_writer_has_left_is_no_file_and_in_nobodys_way(
             await store.take_over(inbox, sha256)
     assert await db.fs.chunks.count_documents({}) == 10
     with pytest.raises(FileLost):
-        await store.open(sha256)
+        await store.open(sha256, len(CONTENT))
     await store.take_over(inbox, sha256)
     assert await read(store, sha256) == CONTENT
 
@@ -225,7 +227,7 @@ async def test_a_database_that_is_away_is_told_from_a_file_that_is_not_there() -
         with pytest.raises(LedgerUnavailable):
             await store.prepare()
         with pytest.raises(LedgerUnavailable):
-            await store.open("0" * 64)
+            await store.open("0" * 64, 1)
 
 
 async def test_remove_orphans_removes_old_chunks_without_an_entry_only(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from ledger.errors import FileDamaged, FileLost
 from ledger.files import DirectoryStore, FileStore
 from ledger.gridfs import GridFSStore
-from ledger.mongo import Connection, Database
+from ledger.mongo import Connection, Database, Document
 from projections.file_verification import verify_files
 from projections.views import Views
+from tests.support.ledgers import DEADLINE_SECONDS
 
 Damage = Callable[[FileStore, Database, str], Awaitable[Any]]
 CONTENT = bytes(range(256)) * 3000
@@ -81,34 +83,34 @@ async def test_open_of_a_changed_file_raises(damage: str, store: FileStore, db: 
     sha256 = await put(store, tmp_path, CONTENT)
     await change(DAMAGES[damage])(store, db, sha256)
     with pytest.raises(FileLost) as lost:
-        await store.open(sha256)
-    if damage not in ("shorter", "empty", "longer"):  # of GridFS, a file that is not whole cannot be read
-        assert isinstance(lost.value, FileDamaged)
+        await store.open(sha256, len(CONTENT))
+    if isinstance(store, DirectoryStore) or damage not in ("shorter", "empty", "longer"):
+        assert isinstance(lost.value, FileDamaged)  # of GridFS, a file that is not whole cannot be read
     assert not isinstance(store, DirectoryStore) or store.checks.damaged == 1
 
 
 async def test_a_file_changed_after_it_was_opened_once_is_not_opened_again(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
-    file = await store.open(sha256)
+    file = await store.open(sha256, len(CONTENT))
     with store.path(sha256).open("r+b") as changed:
         changed.write(b"\xff")
     with pytest.raises(FileDamaged):
         [piece async for piece in file.read(0, file.size)]
     await file.close()
     with pytest.raises(FileDamaged):
-        await store.open(sha256)
+        await store.open(sha256, len(CONTENT))
     await asyncio.to_thread(store.put_bytes, CONTENT)  # doing the job again repairs it
-    await (await store.open(sha256)).close()
+    await (await store.open(sha256, len(CONTENT))).close()
 
 
 async def test_a_file_is_read_for_its_check_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DirectoryStore(tmp_path)
     sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
-    await (await store.open(sha256)).close()
+    await (await store.open(sha256, len(CONTENT))).close()
     monkeypatch.setattr("ledger.files._OpenFile.sha256", None)
     for _ in range(3):
-        await (await store.open(sha256)).close()
+        await (await store.open(sha256, len(CONTENT))).close()
 
 
 async def test_verify_files_reports_changed_missing_and_orphaned_files(
@@ -116,8 +118,9 @@ async def test_verify_files_reports_changed_missing_and_orphaned_files(
 ) -> None:
     whole, changed, orphan = [await put(store, tmp_path, text * 1000) for text in (b"whole", b"changed", b"orphan")]
     missing = "ab" * 32
-    rows = {"w": whole, "again": whole, "c": changed, "m": missing}
-    await Views(db)["files"].insert_many([{"path": path, "sha256": sha256} for path, sha256 in rows.items()])
+    rows = {"w": (whole, 5000), "again": (whole, 5000), "c": (changed, 7000), "m": (missing, 1)}
+    documents = [{"path": path, "sha256": sha256, "size": size} for path, (sha256, size) in rows.items()]
+    await Views(db)["files"].insert_many(documents)
     await change(DAMAGES["first byte"])(store, db, changed)
 
     verdict = await verify_files(Views(db), store)
@@ -127,3 +130,85 @@ async def test_verify_files_reports_changed_missing_and_orphaned_files(
     assert {(problem.path, problem.sha256) for problem in verdict.problems} == {("c", changed), ("m", missing)}
     assert not verdict.is_right
     assert orphan not in {problem.sha256 for problem in verdict.problems}
+
+
+TERABYTE = 2**40
+
+
+async def grow(store: FileStore, db: Database, sha256: str) -> None:
+    """Make a file a terabyte large, which takes no space."""
+    if isinstance(store, DirectoryStore):
+        await asyncio.to_thread(os.truncate, store.path(sha256), TERABYTE)
+    else:
+        await db["fs.files"].update_one({"filename": sha256}, {"$set": {"length": TERABYTE}})
+
+
+async def test_a_file_of_another_size_is_damaged_without_being_read(
+    store: FileStore, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grown = [await put(store, tmp_path, text * 1000) for text in (b"one", b"two")]
+    whole = await put(store, tmp_path, CONTENT)
+    for sha256 in grown:
+        await grow(store, db, sha256)
+    monkeypatch.setattr(type(await store.open(whole, len(CONTENT))), "sha256", None)
+    for sha256 in grown:
+        for use in (store.open, store.verify):
+            with pytest.raises(FileDamaged, match=f"{TERABYTE} bytes, and 3000 on record"):
+                await use(sha256, 3000)
+    await (await store.open(whole, len(CONTENT))).close()
+
+
+@pytest.mark.parametrize("entry", [{"length": "x"}, {"chunkSize": 0}, {"chunkSize": "x"}, {"chunkSize": None}], ids=str)
+async def test_a_changed_entry_of_gridfs_is_damage(db: Database, tmp_path: Path, entry: Document) -> None:
+    store = GridFSStore(db)
+    await store.prepare()
+    sha256 = await put(store, tmp_path, CONTENT)
+    await db["fs.files"].update_one({"filename": sha256}, {"$set": entry})
+    with pytest.raises(FileDamaged):
+        await store.open(sha256, len(CONTENT))
+
+
+class Endless:
+    """A file whose content never ends."""
+
+    def __init__(self, name: str) -> None:
+        self.identity = name
+        self.size = 1
+        self.pieces = 0
+        self.began = asyncio.Event()
+
+    async def sha256(self, turns: asyncio.Semaphore) -> str:
+        while True:
+            async with turns:
+                self.pieces += 1
+                self.began.set()
+                await asyncio.sleep(0)
+
+
+async def test_a_small_file_is_opened_while_large_ones_are_hashed(store: FileStore, tmp_path: Path) -> None:
+    sha256 = await put(store, tmp_path, CONTENT)
+    large = [Endless(str(number)) for number in range(10)]
+    hashing = [asyncio.create_task(store.checks.check(file, file.identity, 1)) for file in large]
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        for file in large:
+            await file.began.wait()
+        await (await store.open(sha256, len(CONTENT))).close()
+        for task in hashing:
+            task.cancel()
+        await asyncio.gather(*hashing, return_exceptions=True)
+    pieces = [file.pieces for file in large]
+    await asyncio.sleep(0)
+    assert [file.pieces for file in large] == pieces, "hashing went on although no caller waited"
+
+
+async def test_a_file_is_hashed_again_if_the_first_caller_was_cancelled(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    stored = await asyncio.to_thread(store.put_bytes, CONTENT)
+    endless = Endless("x")
+    first = asyncio.create_task(store.checks.check(endless, stored.sha256, 1))
+    await endless.began.wait()
+    second = asyncio.create_task(store.open(*stored))
+    await asyncio.sleep(0)
+    first.cancel()
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await (await second).close()

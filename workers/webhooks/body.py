@@ -129,7 +129,7 @@ async def _markdown(store: FileStore, job: Document) -> tuple[str | None, list[s
     if file["size"] > _LARGEST_MARKDOWN_BYTES:
         return None, [f"The Markdown is left out: {file['size']} bytes are too many for a webhook."]
     try:
-        opened = await store.open(file["sha256"])
+        opened = await store.open(file["sha256"], file["size"])
         try:
             parts = [part async for part in opened.read(0, opened.size)]
         finally:
