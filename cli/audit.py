@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.visible import visible
 from cli.wiring import find_store_marker, spare_the_collector
 from ledger.changes import Changes
 from ledger.errors import ConfigurationError
@@ -126,17 +125,17 @@ def _files(number: int) -> str:
     return "1 result file" if number == 1 else f"{number:,} result files"
 
 
-def told_of_files(found: FilesVerdict) -> str:
-    """Return what came of comparing the files, for people."""
+def told_of_files(found: FilesVerdict) -> list[str]:
+    """Return what came of comparing the files, in lines for people."""
     rest = f"{found.orphans} files in the store ({found.orphan_bytes:,} bytes) belong to no result."
     if found.is_right:
         lines = [f"{_files(found.files)} checked: the content is what was stored."]
     else:
         lines = [f"{_files(found.files)} checked: {found.missing} missing, {found.changed} changed."]
-        lines += [f"  {visible(f'{problem.path}: {problem.what}')}" for problem in found.problems]
+        lines += [f"  {problem.path}: {problem.what}" for problem in found.problems]
         if (more := found.missing + found.changed - len(found.problems)) > 0:
             lines.append(f"  … and {more} more")
-    return "\n".join([*lines, *([rest] if found.orphans else [])])
+    return [*lines, *([rest] if found.orphans else [])]
 
 
 def files_as_json(found: FilesVerdict) -> dict[str, object]:
@@ -213,23 +212,24 @@ async def _rebuilding(connection: Connection) -> AsyncIterator[Rebuild]:
                 await log.aclose()
 
 
-def told(verdict: Verdict) -> str:
-    """Return what came out, for people."""
+def told(verdict: Verdict) -> list[str]:
+    """Return what came out, in lines for people."""
     if verdict.wrong is not None:
-        return f"The log is not what was written. First wrong: {verdict.wrong}.\n{verdict.events} events before it are."
+        wrong = f"The log is not what was written. First wrong: {verdict.wrong}."
+        return [wrong, f"{verdict.events} events before it are."]
     if not verdict.events and not verdict.handed_out:
-        return "There are no events to verify."
-    right = (
+        return ["There are no events to verify."]
+    lines = [
         f"{verdict.events} events up to position {verdict.position} are what was written "
         f"({verdict.voided} of them void positions)."
-    )
-    note = note_of(verdict)
+    ]
     if verdict.handed_out:
-        right += (
-            f"\nnote: positions up to {verdict.handed_out} were handed out to writers, and the log ends at "
+        lines.append(
+            f"note: positions up to {verdict.handed_out} were handed out to writers, and the log ends at "
             f"{verdict.position}. Either these writers died, or events at the end were removed."
         )
-    return right if note is None else f"{right}\nTo prove later that they still are, note: {note}"
+    note = note_of(verdict)
+    return lines if note is None else [*lines, f"To prove later that they still are, note: {note}"]
 
 
 def note_of(verdict: Verdict) -> str | None:
@@ -239,16 +239,16 @@ def note_of(verdict: Verdict) -> str | None:
     return f"{verdict.position}:{verdict.digest.hex()}"
 
 
-def told_of_views(found: Compared) -> str:
-    """Return what came of comparing the views, for people."""
+def told_of_views(found: Compared) -> list[str]:
+    """Return what came of comparing the views, in lines for people."""
     if not found.differences:
-        return f"The views say what the log says up to position {found.position}."
+        return [f"The views say what the log says up to position {found.position}."]
     counts = ", ".join(f"{number} in {view}" for view, number in found.counts.items())
     lines = [f"The views do not say what the log says: {found.differences} documents differ ({counts})."]
     lines += [f"  {difference}" for difference in found.shown]
     if found.differences > len(found.shown):
         lines.append(f"  … and {found.differences - len(found.shown)} more")
-    return "\n".join([*lines, "`jobledger replay` makes the views anew from the log."])
+    return [*lines, "`jobledger replay` makes the views anew from the log."]
 
 
 def views_as_json(found: Compared) -> dict[str, object]:

@@ -107,7 +107,8 @@ async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], c
         if job["status"] != "completed":
             good = False
             name, why = job["parameters"]["session"], (job["error"] or {}).get("message", "no reason given")
-            console.print(Text.assemble("\n  ", (job["status"], "red"), f" {visible(name)}: {visible(why)}"))
+            console.print()
+            console.print(Text.assemble("  ", (job["status"], "red"), f" {visible(name)}: {visible(why)}"))
             continue
         results = job["results"]
         for url in [results["markdown_url"], *(asset["url"] for asset in results["assets"])]:
@@ -146,7 +147,8 @@ def _copy(url: str) -> Path:
 
 def _show(client: httpx.AsyncClient, job: Mapping[str, Any], console: SafeConsole) -> None:
     url, metadata = job["results"]["markdown_url"], job["results"]["metadata"]
-    console.print(Text.assemble("\n  ", (visible(job["parameters"]["session"]), "bold")))
+    console.print()
+    console.print(Text.assemble("  ", (visible(job["parameters"]["session"]), "bold")))
     # Never wrapped: an address that is broken over lines cannot be clicked.
     console.print(f"  {client.base_url.join(url)}", soft_wrap=True, style="cyan", highlight=False)
     console.print(f"  {_copy(url).as_uri()}", soft_wrap=True, style="cyan", highlight=False)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from cli.server_support import support_warning
 from cli.settings import Settings
+from cli.visible import SafeTable
 from cli.wiring import database, file_store, find_store_marker
 from ledger import store_marker
 from ledger.disk import MIB, free_bytes, nearest_directory, write_problem
@@ -61,6 +64,15 @@ class Finding:
     good: bool
     found: str
     advice: str = ""
+
+
+def as_table(findings: Iterable[Finding]) -> SafeTable:
+    """Return findings for people."""
+    table = SafeTable("", "", "", show_header=False)
+    for finding in findings:
+        sign = Text("ok", style="green") if finding.good else Text("no", style="red")
+        table.add_row(sign, finding.what, finding.found if finding.good else f"{finding.found}. {finding.advice}")
+    return table
 
 
 def look_at_machine(settings: Settings) -> Iterator[Finding]:

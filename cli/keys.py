@@ -8,12 +8,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from pydantic import ValidationError
-from rich.table import Table
 
 from api import keys as api_keys
 from api import sessions
 from api.keys import ApiKey, KeyText
-from cli.visible import visible
+from cli.visible import SafeTable
 from cli.wiring import database
 from ledger.errors import ConfigurationError
 from ledger.events import milliseconds
@@ -124,17 +123,17 @@ def as_json(key: ApiKey) -> dict[str, Any]:
     return {"id": key.key_id, **key.model_dump(exclude={"key_id", "sha256"})}
 
 
-def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> Table:
+def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> SafeTable:
     """Return keys for people."""
     now = datetime.now(UTC)
-    table = Table("id", "user", "groups", "roles", "name", "created", "expires", "sessions", box=None)
+    table = SafeTable("id", "user", "groups", "roles", "name", "created", "expires", "sessions")
     for key in keys:
         table.add_row(
             key.key_id,
-            visible(key.user_id),
-            visible(", ".join(key.groups)),
+            key.user_id,
+            ", ".join(key.groups),
             ", ".join(key.roles),
-            visible(key.name or ""),
+            key.name or "",
             _day(key.created_at),
             _expiry(key, now),
             str(sessions_of[key.key_id]),

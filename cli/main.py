@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 import yaml
-from rich.table import Table
-from rich.text import Text
 
 from cli import batches, jobs, log, replay, webhooks
 from cli.follow import as_batch, follow
 from cli.follow import submit as submit_batch
 from cli.remote import HERE, UrlOption, api_at
 from cli.running import ConfigOption, JsonOption, any_server, run_roles, settings_of
-from cli.visible import SafeConsole, echo, echo_json, print_all_characters, visible
+from cli.visible import SafeConsole, echo, echo_json, echo_text, print_all_characters
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound, ResourceUnavailable
 
 if TYPE_CHECKING:
@@ -132,7 +130,7 @@ def doctor(
 
     settings = settings_of(config)
     if role:
-        echo(for_mongosh(settings.mongodb.db_name))
+        echo(*for_mongosh(settings.mongodb.db_name).splitlines())
         return
     if accept_store:
         with any_server(settings) as uri:
@@ -144,12 +142,7 @@ def doctor(
             findings += asyncio.run(_collect(settings, uri))
     except JobledgerError as error:
         findings.append(doctor_command.Finding("MongoDB", good=False, found="not usable", advice=str(error)))
-    table = Table("", "", "", show_header=False, box=None)
-    for finding in findings:
-        sign = Text("ok", style="green") if finding.good else Text("no", style="red")
-        told = finding.found if finding.good else f"{finding.found}. {finding.advice}"
-        table.add_row(sign, finding.what, told)
-    SafeConsole().print(table)
+    SafeConsole().print(doctor_command.as_table(findings))
     raise typer.Exit(0 if all(finding.good for finding in findings) else FAILED)
 
 
@@ -263,7 +256,7 @@ async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
         submitted, before = await submit_batch(client, batch)
         console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
         for new in submitted.get("webhook_secrets", ()):
-            echo(f"Signing secret of {visible(new['url'])}: {new['secret']} (not shown again)", err=True)
+            echo(f"Signing secret of {new['url']}: {new['secret']} (not shown again)", err=True)
         if not wait:
             return 0
         names = dict(zip(submitted["job_ids"], map(_name, batch["jobs"]), strict=True))
@@ -344,7 +337,7 @@ def _run_command() -> None:
 
 
 def _give_up(error: Exception, code: int) -> None:
-    echo(f"jobledger: {error}", err=True)
+    echo_text(f"jobledger: {error}", err=True)
     sys.exit(code)
 
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import orjson
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from cli.log import AS_OF, progress, then_of
 from cli.running import ConfigOption, JsonOption, any_server, settings_of
 from cli.telling import moment
-from cli.visible import SafeConsole, echo, echo_json, visible
+from cli.visible import SafeConsole, SafeTable, echo, echo_json
 from ledger.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def replay(
             if as_json:
                 echo_json(orjson.dumps(audit.views_as_json(found)))
             else:
-                echo(audit.told_of_views(found))
+                echo(*audit.told_of_views(found))
             raise typer.Exit(1 if found.differences else 0)
         else:
             with progress("folding") as told:
@@ -107,19 +106,17 @@ def _show(console: SafeConsole, stood: dict[str, Any]) -> None:
     console.print(", ".join(f"{number} {status}" for status, number in stood["jobs"].items()), highlight=False)
     if stood["oldest_waiting"] is not None:
         console.print(f"The oldest that waited was submitted at {moment(stood['oldest_waiting'])}.", highlight=False)
-    running = Table("worker", "job", "type", "attempt", "since", title="At work", title_justify="left", box=None)
+    running = SafeTable("worker", "job", "type", "attempt", "since", title="At work", title_justify="left")
     for it in stood["running"][:_SHOWN]:
         name = it["job_id"] if not it["job_name"] else f"{it['job_id']} {it['job_name']}"
-        running.add_row(
-            visible(it["worker_id"]), visible(name), visible(it["job_type"]), str(it["attempt"]), moment(it["since"])
-        )
+        running.add_row(it["worker_id"], name, it["job_type"], str(it["attempt"]), moment(it["since"]))
     if stood["running"]:
         console.print(running, highlight=False)
     active = [it for it in stood["batches"] if it["status"] == "processing"]
-    batches = Table("batch", "name", "jobs", "", title="Batches", title_justify="left", box=None)
+    batches = SafeTable("batch", "name", "jobs", "", title="Batches", title_justify="left")
     for it in active[:_SHOWN]:
         counts = ", ".join(f"{number} {status}" for status, number in it["jobs"].items())
-        batches.add_row(it["batch_id"], visible(it["batch_name"] or ""), counts, "paused" if it["paused"] else "")
+        batches.add_row(it["batch_id"], it["batch_name"] or "", counts, "paused" if it["paused"] else "")
     if active:
         console.print(batches, highlight=False)
     console.print(f"{len(stood['batches'])} batches, {len(active)} of them not ended.", highlight=False)
@@ -135,7 +132,7 @@ def _show_changes(
         if number != first["jobs"][status]
     ]
     console.print(", ".join(told) or "The numbers are the same.", highlight=False)
-    table = Table("job", "was", "became", box=None)
+    table = SafeTable("job", "was", "became")
     for job_id, (was, became) in list(changed.items())[:_SHOWN]:
         table.add_row(job_id, was or "not there", became or "deleted")
     if changed:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
-from cli.visible import echo
+from cli.visible import echo, echo_text
 from ledger.errors import ResourceUnavailable
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _pause_or_raise(pause: float | None, error: ResourceUnavailable) -> float:
     if pause is None:
         raise error
     if pause == _START_PAUSES[0]:
-        echo(f"not started yet, trying again: {error}", err=True)
+        echo_text(f"not started yet, trying again: {error}", err=True)
     return pause
 
 

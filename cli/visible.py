@@ -16,6 +16,8 @@ from typing import IO, Any, Final
 import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 # Categories Cc, Cf, Cs, Zl and Zp of Unicode, and letters without a shape.
 _DANGEROUS: Final = (
@@ -46,9 +48,14 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def echo(text: str, *, err: bool = False) -> None:
-    """Print a text."""
-    typer.echo(visible_lines(text), err=err)
+def echo(*lines: str, err: bool = False) -> None:
+    """Print lines. Whatever data they contain, each stays one line."""
+    typer.echo("\n".join(map(visible, lines)), err=err)
+
+
+def echo_text(text: str, *, err: bool = False) -> None:
+    """Print a text whose line breaks are wanted. Lines after the first are indented, so none looks like our own."""
+    typer.echo(visible_lines(text).replace("\n", "\n  "), err=err)
 
 
 def echo_json(content: bytes | str) -> None:
@@ -68,6 +75,29 @@ class SafeConsole(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
         self.push_render_hook(_Escaping())
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts in one line each, and tables."""
+        super().print(*(_in_one_line(it) for it in objects), **options)
+
+
+class SafeTable(Table):
+    """A table without borders whose cells have one line each, whatever data they contain."""
+
+    def __init__(self, *headers: str, **options: Any) -> None:
+        super().__init__(*headers, **{"box": None, **options})
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of texts."""
+        super().add_row(*(_in_one_line(cell) for cell in cells), **options)
+
+
+def _in_one_line(value: Any) -> Any:
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Text) and (shown := visible(value.plain)) != value.plain:
+        return Text(shown, style=value.style)
+    return value
 
 
 class _Escaping(RenderHook):

@@ -9,12 +9,11 @@ from urllib.parse import quote
 
 import orjson
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from cli.remote import HERE, UrlOption, api_at, content_of, given
 from cli.running import ConfigOption, JsonOption, run_roles, settings_of
-from cli.visible import SafeConsole, echo, echo_json, visible
+from cli.visible import SafeConsole, SafeTable, echo, echo_json, echo_text
 from ledger.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def trial(
         what = f"{answer.status_code} " if answer.status_code is not None else ""
         echo(f"{what}{answer.message or 'delivered'} ({answer.duration_s:.2f} s)")
         if answer.body:
-            echo(answer.body)
+            echo_text(answer.body)
     raise typer.Exit(0 if answer.error is None else 1)
 
 
@@ -163,12 +162,15 @@ def endpoints(url: UrlOption = HERE, as_json: JsonOption = False) -> None:
     if not found:
         echo("No webhooks have been submitted.")
         return
-    table = Table("receiver", "user", "url", "created", "rotated", "old secret until", box=None)
+    SafeConsole().print(_endpoints_table(found))
+
+
+def _endpoints_table(found: list[dict[str, Any]]) -> SafeTable:
+    table = SafeTable("receiver", "user", "url", "created", "rotated", "old secret until")
     for it in found:
         rotated = "revoked" if it["revoked"] else it["rotated_at"] or ""
-        cells = (it["receiver"], it["user_id"], it["url"], it["created_at"], rotated, it["old_secret_until"] or "")
-        table.add_row(*map(visible, cells))
-    SafeConsole().print(table)
+        table.add_row(it["receiver"], it["user_id"], it["url"], it["created_at"], rotated, it["old_secret_until"] or "")
+    return table
 
 
 @app.command("rotate-secret")
@@ -233,8 +235,8 @@ def _header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def _table(found: list[dict[str, Any]]) -> Table:
-    table = Table("id", "tells", "status", "attempts", "to", "what came of it", box=None)
+def _table(found: list[dict[str, Any]]) -> SafeTable:
+    table = SafeTable("id", "tells", "status", "attempts", "to", "what came of it")
     for it in found:
         last = it["attempts"][-1] if it["attempts"] else None
         outcome = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
@@ -243,11 +245,11 @@ def _table(found: list[dict[str, Any]]) -> Table:
         style = _STYLES[it["status"]]
         status = Text(it["status"], style=style)
         table.add_row(
-            visible(it["delivery_id"]),
-            visible(it["type"]),
+            it["delivery_id"],
+            it["type"],
             status,
             str(it["attempt"]),
-            visible(it["host"]),
-            visible(outcome),
+            it["host"],
+            outcome,
         )
     return table

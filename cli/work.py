@@ -145,14 +145,14 @@ def act(
                 except Refused as refused:
                     refusals += 1
                     answers.append({"id": todo[0], "error": str(refused)})
-                    echo(visible(f"{todo[0]}: {refused}"), err=True)
+                    echo(f"{todo[0]}: {refused}", err=True)
                 else:
                     answers.append({"id": todo[0], **{key: it for key, it in answer.items() if key != "status"}})
                     refusals += answer.get("jobs", {}).get("refused", 0)
                     if not as_json:
                         console.print(told(answer), highlight=False, soft_wrap=True)
                     for job in answer.get("refused", ()):
-                        echo(visible(f"{job['job_id']}: {job['message']}"), err=True)
+                        echo(f"{job['job_id']}: {job['message']}", err=True)
                 del todo[0]
 
     try:
@@ -173,7 +173,7 @@ def show_list(found: Sequence[Document], total: str, rows: Rows, *, ids: str | N
         print_json(found)
     elif ids is not None:
         for it in found:
-            echo(visible(it[ids]))
+            echo(it[ids])
     elif found:
         _print_table(list(rows(found)))
         echo(f"{len(found)} of {total}")

@@ -8,20 +8,44 @@ import logging
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.table import Table
+from rich.text import Text
 
 import cli.visible
+from cli import audit
+from cli.audit import Compared
+from cli.doctor import Finding, as_table
+from cli.follow import _tell
+from cli.replay import _show, _show_changes
 from cli.settings import LoggingSettings
-from cli.visible import SafeConsole, SafeFormatter, SafeStream, echo, echo_json, visible, visible_lines
+from cli.telling import differences, line_of
+from cli.visible import (
+    SafeConsole,
+    SafeFormatter,
+    SafeStream,
+    SafeTable,
+    echo,
+    echo_json,
+    echo_text,
+    visible,
+    visible_lines,
+)
+from cli.webhooks import _endpoints_table, _table
 from cli.wiring import set_up_logging
+from cli.work import _print_table, print_facts
+from ledger.events import Recorded
+from ledger.verification import Verdict, Wrong
+from projections.comparison import Difference
+from projections.file_verification import FileProblem, FilesVerdict
+from tests.support.examples import NOON
 
 NASTY = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ufeff\u2028\u2029\r\n\t\ud800[red]x[/red][link=file:///]:skull:\x7f\x00"
 
@@ -56,8 +80,8 @@ def test_json_says_the_same_without_dangerous_characters(text: str) -> None:
 
 
 def test_a_console_interprets_neither_control_sequences_nor_markup() -> None:
-    table = Table("name", box=None)
-    table.add_row(visible(NASTY))
+    table = SafeTable("name")
+    table.add_row(NASTY)
     out = io.StringIO()
     console = SafeConsole(file=out, width=500)
     for renderable in (NASTY, table):
@@ -66,9 +90,113 @@ def test_a_console_interprets_neither_control_sequences_nor_markup() -> None:
     assert out.getvalue().count("[red]x[/red][link=file:///]:skull:") == 2
 
 
-def test_echo_keeps_line_breaks_only(capsys: pytest.CaptureFixture[str]) -> None:
-    echo(f"first\n{NASTY}")
-    assert is_safe(capsys.readouterr().out)
+def test_echo_prints_each_argument_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    echo("first", NASTY)
+    printed = capsys.readouterr().out
+    assert is_safe(printed)
+    assert printed.count("\n") == 2
+
+
+def test_echo_text_indents_the_lines_of_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_text(f"first\nsecond {NASTY}")
+    printed = capsys.readouterr().out
+    assert is_safe(printed)
+    assert [line for line in printed.splitlines() if not line.startswith("  ")] == ["first"]
+
+
+def a_stand(name: str) -> dict[str, Any]:
+    job = dict.fromkeys(("job_id", "job_name", "job_type", "batch_id", "worker_id"), name)
+    batch = {"batch_id": name, "batch_name": name, "status": "processing", "paused": False, "jobs": {name: 1}}
+    return {
+        "position": 1,
+        "time": NOON,
+        "jobs": {name: 1},
+        "oldest_waiting": NOON,
+        "running": [{**job, "attempt": 1, "since": NOON}],
+        "batches": [batch],
+    }
+
+
+def delivery(name: str) -> dict[str, Any]:
+    fields = dict.fromkeys(("delivery_id", "type", "host"), name)
+    return {
+        **fields,
+        "status": "pending",
+        "next_at": name,
+        "attempt": 1,
+        "attempts": [{"error": {"message": name}, "status_code": None}],
+    }
+
+
+def endpoint(name: str) -> dict[str, Any]:
+    fields = ("receiver", "user_id", "url", "created_at", "rotated_at", "old_secret_until")
+    return {**dict.fromkeys(fields, name), "revoked": False}
+
+
+def event(name: str) -> Recorded:
+    data = {"worker_id": name, "attempt": 1}
+    return Recorded(
+        {
+            "_id": 1,
+            "stream": name,
+            "version": 1,
+            "type": "JobClaimed",
+            "time": NOON,
+            "data": data,
+            "meta": {"actor": name},
+        }
+    )
+
+
+def differing(name: str) -> Compared:
+    found = Compared(9)
+    for live, fresh in (({"a": name, name: 1}, {"a": 2}), (None, {}), ({}, None)):
+        found.add(Difference("jobs", name, live, fresh))
+    return found
+
+
+def print_all(*renderables: Any) -> None:
+    console = SafeConsole(width=10_000)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+PRINTED: dict[str, Callable[[str], None]] = {
+    "log verify: the log": lambda name: echo(
+        *audit.told(Verdict(1, 0, 1, None, Wrong(2, f"its data.{name} is a Code", name, 3)))
+    ),
+    "log verify: views": lambda name: echo(*audit.told_of_views(differing(name))),
+    "log verify: files": lambda name: echo(
+        *audit.told_of_files(FilesVerdict(1, 1, 0, 1, 2, [FileProblem(name, name, name)]))
+    ),
+    "log show": lambda name: print_all(line_of(event(name)), differences({"a": 1}, {"a": name, name: name})),
+    "replay --as-of": lambda name: _show(SafeConsole(width=10_000), a_stand(name)),
+    "replay --until": lambda name: _show_changes(
+        SafeConsole(width=10_000), {"jobs": {name: 0}}, a_stand(name), {name: [name, name]}
+    ),
+    "doctor": lambda name: print_all(as_table([Finding(name, good=False, found=name, advice=name)])),
+    "webhooks": lambda name: print_all(_table([delivery(name)])),
+    "webhooks endpoints": lambda name: print_all(_endpoints_table([endpoint(name)])),
+    "submit": lambda name: _tell(SafeConsole(width=10_000), name, "JobFailed", {"error": {"message": name}}),
+    "jobs": lambda name: _print_table([["id", "name"], [name, name]]),
+    "jobs show": lambda name: print_facts(name, Text(name), iter([(name, name)])),
+}
+
+
+@pytest.mark.parametrize("print_for", PRINTED.values(), ids=PRINTED.keys())
+@given(name=st.text(max_size=20) | st.just(f"x\nThe views say what the log says up to position 9999.\n{NASTY}"))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_hostile_name_adds_no_line_to_the_output(
+    print_for: Callable[[str], None], name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    capsys.readouterr()
+    print_for("name")
+    expected = capsys.readouterr().out.count("\n")
+    print_for(name)
+    printed = capsys.readouterr().out
+    assert is_safe(printed)
+    assert printed.count("\n") == expected
 
 
 @pytest.mark.parametrize("format_", ["console", "json"])
@@ -112,5 +240,6 @@ def test_commands_print_by_these_functions_only(module: Path) -> None:
     source = module.read_text(encoding="utf-8")
     if module.name != "visible.py":
         assert not re.search(
-            r"typer\.echo\(|\bprint\(|(?<!Safe)Console\(", re.sub(r"console\.print\(|\)\.print\(", "", source)
+            r"typer\.echo\(|\bprint\(|(?<!Safe)Console\(|(?<!Safe)Table\(",
+            re.sub(r"console\.print\(|\)\.print\(", "", source),
         )
