@@ -317,6 +317,7 @@ class ShownEvent(BaseModel):
     data: dict[str, Any]
     meta: EventMeta
     hash: str | None = Field(description="null without admin access: it covers what is hidden.")
+    unreadable: str | None = Field(None, description="Why an event that was changed in the database cannot be shown.")
 
 
 class History(Success):

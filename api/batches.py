@@ -28,7 +28,7 @@ from api.models import (
     Single,
 )
 from api.parameters import Check
-from api.requests import Once, happened_by, noted, wanted_wait
+from api.requests import Once, happened_by, noted, readable_past, wanted_wait
 from api.services import query_of, refuse_without_space, services, views_reach_wanted_position, views_show
 from api.submission import (
     Secrets,
@@ -283,18 +283,19 @@ async def _as_of(request: Request, batch_id: str, then: int | datetime) -> Docum
     """Return the batch as the views had it at a position of the log or at a moment: folded as they are.
 
     Raises:
-        ApiError: 404, when it was not there then.
+        ApiError: 404, when it was not there then; 409, when it cannot be read.
     """
     log = services(request).log
-    events = await log.read_stream(batch_id)
-    job_ids = events[0].data["job_ids"]
-    for begin in range(0, len(job_ids), bulk.AT_ONCE):
-        of_jobs = await log.read_streams(job_ids[begin : begin + bulk.AT_ONCE], without=_ALONG_THE_WAY)
-        events += itertools.chain.from_iterable(of_jobs.values())
-    chunk = Chunk({name: {} for name in FOLDED})
-    for event in sorted(filter(happened_by(then), events), key=attrgetter("position")):
-        chunk.fold(event)
-    batch = chunk.get("batches", batch_id)
+    with readable_past(batch_id):
+        events = await log.read_stream(batch_id)
+        job_ids = events[0].data["job_ids"]
+        for begin in range(0, len(job_ids), bulk.AT_ONCE):
+            of_jobs = await log.read_streams(job_ids[begin : begin + bulk.AT_ONCE], without=_ALONG_THE_WAY)
+            events += itertools.chain.from_iterable(of_jobs.values())
+        chunk = Chunk({name: {} for name in FOLDED})
+        for event in sorted(filter(happened_by(then), events), key=attrgetter("position")):
+            chunk.fold(event)
+        batch = chunk.get("batches", batch_id)
     if batch is None:
         raise ApiError(404, "batch_not_found", f"There was no batch {batch_id} then.")
     return batch

@@ -67,9 +67,14 @@ TABLE: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
 """What the ledger raises, the HTTP status, the code, and after how many seconds it is worth trying again."""
 
 
+def _unreadable(value: Any) -> str:
+    """Stand for a value that no event has: somebody has changed it in the database."""
+    return f"(unreadable: {type(value).__name__})"
+
+
 def json_response(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return JSON; times in UTC with a Z."""
-    body = orjson.dumps(content, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+    body = orjson.dumps(content, default=_unreadable, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
     return Response(body, status, dict(headers or {}), "application/json")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from datetime import datetime
 from typing import Any, Final
 
 import orjson
@@ -10,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import may_see, viewer_of
-from api.disclosure import shown_event
 from api.errors import ApiError, json_response
+from api.event_json import EPOCH, event_json
 from api.jobs import existing
 from api.models import HistoryQuery
 from api.services import query_of, services
@@ -28,7 +29,7 @@ async def of_job(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}/history"""
     job = await existing(request)
     viewer = viewer_of(request, job)
-    return await _page(request, job["job_id"], "events", lambda event: [shown_event(event, viewer)])
+    return await _page(request, job["job_id"], "events", lambda event: [event_json(event, viewer)])
 
 
 async def of_batch(request: Request) -> Response:
@@ -38,7 +39,7 @@ async def of_batch(request: Request) -> Response:
     if batch is None or not may_see(request, batch):
         raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
     viewer = viewer_of(request, batch)
-    return await _page(request, batch_id, "events", lambda event: [shown_event(event, viewer)])
+    return await _page(request, batch_id, "events", lambda event: [event_json(event, viewer)])
 
 
 async def log_lines(request: Request) -> Response:
@@ -47,21 +48,30 @@ async def log_lines(request: Request) -> Response:
     return await _page(request, job["job_id"], "logs", _lines, types=SAYS_SOMETHING)
 
 
-def _lines(event: Recorded) -> list[dict[str, Any]]:
-    attempt = event.data.get("attempt")
+def _time_of(event: Recorded) -> datetime:
+    time = event.document.get("time")
+    return time if isinstance(time, datetime) else EPOCH
+
+
+def _lines(event: Recorded) -> list[bytes]:
+    attempt = None
     try:
-        lines = lines_of(event)
-    except UnreadableEvent:
+        attempt, lines = event.data.get("attempt"), lines_of(event)
+    except (UnreadableEvent, AttributeError):
         damaged = f"{event.type}, version {event.version} of the job's history, cannot be read."
-        lines = [LogLine(timestamp=event.time, level="error", message=damaged)]
-    return [{**line.model_dump(), "attempt": attempt, "version": event.version} for line in lines]
+        lines = [LogLine(timestamp=_time_of(event), level="error", message=damaged)]
+    attempt = attempt if isinstance(attempt, int) else None
+    return [
+        orjson.dumps({**line.model_dump(), "attempt": attempt, "version": event.version}, option=orjson.OPT_UTC_Z)
+        for line in lines
+    ]
 
 
 async def _page(
     request: Request,
     stream: str,
     name: str,
-    items_of: Callable[[Recorded], list[dict[str, Any]]],
+    items_of: Callable[[Recorded], list[bytes]],
     *,
     types: Collection[type[Event]] | None = None,
 ) -> Response:
@@ -80,8 +90,7 @@ async def _page(
             if len(found) >= asked.limit or size >= _LARGEST_ANSWER_BYTES:
                 content["next"] = version
                 return json_response(content)
-            for item in items_of(event):
-                text = orjson.dumps(item, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+            for text in items_of(event):
                 found.append(orjson.Fragment(text))
                 size += len(text)
             version = event.version

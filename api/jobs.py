@@ -17,7 +17,7 @@ from api.disclosure import JOB, Viewer, shown
 from api.errors import ApiError, json_response
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
 from api.parameters import Check
-from api.requests import Once, expecting, folded, happened_by, noted, story_until, wanted_wait
+from api.requests import Once, expecting, folded, happened_by, noted, readable_past, story_until, wanted_wait
 from api.services import Services, query_of, refuse_without_space, services, views_reach_wanted_position, views_show
 from api.submission import (
     check_parameters,
@@ -172,10 +172,11 @@ async def _as_of(request: Request, job_id: str, then: int | datetime) -> Documen
     """Return the job as it was at a position of the log or at a moment.
 
     Raises:
-        ApiError: 404, when it was not there then.
+        ApiError: 404, when it was not there then; 409, when it cannot be read.
     """
     events = await services(request).log.read_stream(job_id)
-    job = folded(view.fold, filter(happened_by(then), events))
+    with readable_past(job_id):
+        job = folded(view.fold, filter(happened_by(then), events))
     if job is None:
         raise ApiError(404, "job_not_found", f"There was no job {job_id} then.")
     return job

@@ -13,12 +13,12 @@ from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass
 from typing import Final
 
-import orjson
 from starlette.requests import Request
 
 from api.access import who_asks
-from api.disclosure import Viewer, shown_event
+from api.disclosure import Viewer
 from api.errors import ApiError
+from api.event_json import event_json
 from api.event_stream import EventStream
 from api.jobs import not_found
 from api.models import StreamQuery
@@ -182,5 +182,5 @@ async def _sees(visibility: Visibility, principal: Principal, followed: Collecti
 
 
 def _block(event: Recorded, viewer: Viewer) -> bytes:
-    data = orjson.dumps(shown_event(event, viewer), option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+    data = event_json(event, viewer)
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.position, event.type.encode(), data)

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.access import signed_in, who_asks
-from api.disclosure import shown_event
 from api.errors import ApiError, json_response
+from api.event_json import event_json
 from api.live import Wanted, knows_who_may_see, readable, types_of
 from api.models import EventsQuery
 from api.services import Services, query_of, services
@@ -88,7 +88,7 @@ class Page:
             await known.visibility.learn({event.stream for event in events if wanted(event)})
         for event in events:
             if wanted(event) and (viewer := await known.visibility.viewer(principal, event)) is not None:
-                text = orjson.dumps(shown_event(event, viewer), option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+                text = event_json(event, viewer)
                 self.events.append(orjson.Fragment(text))
                 self._bytes += len(text)
             self.looked_at += 1

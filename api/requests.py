@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
@@ -19,9 +20,11 @@ from starlette.requests import Request
 
 from api.access import signed_in
 from api.errors import ApiError
+from ledger.errors import UnreadableEvent
 from ledger.events import Recorded
 from ledger.handle import Known
 from ledger.mongo import Document
+from projections import failures
 
 LONGEST_WAIT_SECONDS: Final = 60
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
@@ -145,7 +148,7 @@ def happened_by(then: int | datetime) -> Callable[[Recorded], bool]:
     """Return what tells the events up to a position of the log or a moment from later ones."""
     if isinstance(then, int):
         return lambda event: event.position <= then
-    return lambda event: event.time <= then
+    return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= then
 
 
 def story_until(events: Sequence[Recorded], last: Recorded) -> list[Recorded]:
@@ -153,9 +156,30 @@ def story_until(events: Sequence[Recorded], last: Recorded) -> list[Recorded]:
     return [event for event in events if event.version <= last.version]
 
 
+@contextmanager
+def readable_past(stream: str) -> Iterator[None]:
+    """Answer 409 if a job or batch as it was cannot be read, because an event was changed in the database."""
+    try:
+        yield
+    except (UnreadableEvent, AttributeError, LookupError, TypeError) as error:
+        message = (
+            f"{stream} as it was then cannot be read: an event of it is damaged. `jobledger log verify` says more."
+        )
+        raise ApiError(409, "unreadable_event", message) from error
+
+
 def folded(fold: Callable[[Document | None, Recorded], Document | None], events: Iterable[Recorded]) -> Document | None:
-    """Return the document that events make."""
+    """Return the document that events make; up to one that cannot be read, which `projection_error` names then.
+
+    Raises:
+        UnreadableEvent: the first event cannot be read.
+    """
     document: Document | None = None
     for event in events:
-        document = fold(document, event)
+        try:
+            document = fold(document, event)
+        except UnreadableEvent as error:
+            if document is None:
+                raise
+            return {**document, failures.ERROR: failures.of_event(event, error)}
     return document

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from cli.running import ConfigOption, JsonOption, any_server, settings_of
 from cli.visible import SafeConsole, echo, echo_json
-from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound
+from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound, UnreadableEvent
 from ledger.moments import EXAMPLE, moment_of
 
 if TYPE_CHECKING:
@@ -122,11 +122,11 @@ def verify(
     if as_json:
         echo_json(orjson.dumps(audit.as_json(verdict, compared, found), option=orjson.OPT_UTC_Z))
     else:
-        echo(audit.told(verdict))
+        echo(*audit.told(verdict))
         if compared is not None:
-            echo(audit.told_of_views(compared))
+            echo(*audit.told_of_views(compared))
         if found is not None:
-            echo(audit.told_of_files(found))
+            echo(*audit.told_of_files(found))
     right = verdict.wrong is None and (compared is None or not compared.differences)
     right = right and (found is None or found.is_right)
     raise typer.Exit(0 if right else FAILED)
@@ -245,7 +245,7 @@ async def _tail(
     from cli.telling import line_of
     from ledger.client import LedgerClient
     from ledger.log import EventLog
-    from ledger.transfer import line_of as json_of
+    from ledger.transfer import line_or_stub_of as json_of
 
     console = SafeConsole(soft_wrap=True)
     async with connection.client() as client:
@@ -297,7 +297,7 @@ def show(
 async def _show(connection: Connection, stream: str, then: int | datetime | None, *, as_json: bool) -> None:
     from cli.telling import differences, line_of
     from ledger.log import EventLog
-    from ledger.transfer import line_of as json_of
+    from ledger.transfer import line_or_stub_of as json_of
     from projections import batches, deliveries, jobs
 
     async with connection.client() as client:
@@ -306,12 +306,12 @@ async def _show(connection: Connection, stream: str, then: int | datetime | None
     if not events:
         raise NotFound(f"There is no {stream} in the log: expected the id of a job, a batch or a delivery.")
     if then is not None:
-        events = [it for it in events if (it.position if isinstance(then, int) else it.time) <= then]  # type: ignore[operator]  # alike
+        events = list(filter(_happened_by(then), events))
     fold: Any = {"job": jobs.fold, "batch": batches.fold, "delivery": deliveries.fold}.get(stream.partition("-")[0])
     console = SafeConsole(soft_wrap=True)
     document: Any = None
     for event in events:
-        after = fold(document, event) if fold is not None else None
+        after = _folded(fold, document, event) if fold is not None else None
         if as_json:
             state = None if after is None else {name: value for name, value in after.items() if name not in _INNER}
             echo_json(orjson.dumps({"event": orjson.Fragment(json_of(event.document)), "after": state}, default=str))
@@ -322,6 +322,21 @@ async def _show(connection: Connection, stream: str, then: int | datetime | None
         document = after
     if not events:
         echo(f"{stream} was not there yet.", err=True)
+
+
+def _happened_by(then: int | datetime) -> Callable[[Any], bool]:
+    if isinstance(then, int):
+        return lambda event: bool(event.position <= then)
+    return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= then
+
+
+def _folded(fold: Any, document: Any, event: Any) -> Any:
+    """Return the document after an event; as it was, if the event is damaged."""
+    try:
+        return fold(document, event)
+    except UnreadableEvent as error:
+        echo(f"note: {error}", err=True)
+        return document
 
 
 _INNER = frozenset({"headings", "words", "gone_on"})

@@ -41,13 +41,24 @@ def lasted(seconds: float) -> str:
 
 def line_of(event: Recorded, *, with_stream: bool = True) -> Text:
     """Return an event as a line: where it is, when it was, what happened, and by whom."""
-    kind = event.type
+    kind, when = event.type, moment(event.time) if isinstance(event.document.get("time"), datetime) else "?"
     style = "red" if kind in _BAD else "green" if kind in _GOOD else "bold"
-    parts = [(f"{event.position:>8} ", "dim"), (f"{moment(event.time)} ", "dim")]
+    parts = [(f"{event.position:>8} ", "dim"), (f"{when} ", "dim")]
     if with_stream:
         parts.append((visible(f"{event.stream} "), "cyan"))
-    parts += [(visible(f"{kind} "), style), (visible(said(event)), ""), (visible(f"  ({event.meta.actor})"), "dim")]
+    parts += [
+        (visible(f"{kind} "), style),
+        (visible(_said_or_why_not(event)), ""),
+        (visible(f"  ({event.meta.actor})"), "dim"),
+    ]
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+
+
+def _said_or_why_not(event: Recorded) -> str:
+    try:
+        return said(event)
+    except (AttributeError, IndexError, LookupError, TypeError, ValueError):
+        return "cannot be read: `jobledger log verify` says more"
 
 
 def said(event: Recorded) -> str:

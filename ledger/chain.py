@@ -19,6 +19,7 @@ LARGEST_INTEGER = 2**53 - 1  # beyond it, JSON readers disagree (RFC 8785, secti
 DEEPEST = 100  # the database takes about 200
 _ODD_NUMBER = re.compile(r"[:,\[]-?[0-9]+(?:\.0(?![0-9])|(?:\.[0-9]+)?[eE]|(?<=[0-9]{16}))")
 _OPTIONS = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
+_PLAIN_OPTIONS = _OPTIONS | orjson.OPT_PASSTHROUGH_SUBCLASS
 _BEYOND_16_BITS = re.compile("[\U00010000-\U0010ffff]")
 _UTC = orjson.OPT_NAIVE_UTC
 _CHAINED = b'{"data":%b,"event_id":%b,"meta":%b,"prev":"%b","schema":%d,"stream":%b,"time":%b,"type":%b,"version":%d}'
@@ -42,17 +43,33 @@ def canonical(value: Any) -> bytes:
         raise InvalidEvent(f"this cannot be written as JSON: {error}") from error
 
 
-def chained_text(document: Mapping[str, Any]) -> bytes:
+def plain_text(value: Any) -> bytes | None:
+    """Return the canonical JSON of a value in which all is of exactly the types of JSON, and no float is whole.
+
+    None for others, and for some that need a closer look; then `canonical` has the text.
+    """
+    try:
+        text = orjson.dumps(value, option=_PLAIN_OPTIONS)
+    except orjson.JSONEncodeError:
+        return None
+    return None if _is_delicate(text) else text
+
+
+def chained_text(document: Mapping[str, Any], data: bytes | None = None) -> bytes:
     """Return what an event's hash is the SHA-256 of: the canonical JSON of all its fields but `_id` and `hash`.
 
     Put together by hand, the names being in order: only `data` can hold what needs looking at.
+
+    Args:
+        document: The event.
+        data: What `plain_text` returns for its `data`, if the caller has it.
 
     Raises:
         InvalidEvent: as `canonical`.
     """
     try:
         return _CHAINED % (
-            canonical(document["data"]),
+            data or canonical(document["data"]),
             orjson.dumps(document["event_id"]),
             orjson.dumps(document["meta"], option=_OPTIONS),
             document["prev"].hex().encode(),

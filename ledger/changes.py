@@ -24,7 +24,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
 from ledger.errors import DatabaseUnsuitable, LedgerUnavailable
-from ledger.mongo import Database, brief, passes_with_time
+from ledger.mongo import TOLERANT, Database, brief, passes_with_time
 
 _log = structlog.get_logger()
 _LONGEST_PAUSE_SECONDS = 2.0
@@ -118,7 +118,7 @@ class Changes:
     async def _stream(self) -> AsyncIterator[AsyncChangeStream[dict[str, Any]]]:
         async with self._db.client.start_session(causal_consistency=True) as session:
             await self._db.command("ping", session=session)
-            async with await self._db.watch(
+            async with await self._db.with_options(codec_options=TOLERANT).watch(
                 self._pipeline(), start_at_operation_time=session.operation_time, batch_size=1000
             ) as stream:
                 for listener in self._listeners:

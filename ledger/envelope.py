@@ -13,10 +13,11 @@ import uuid_utils
 from bson.errors import BSONError
 
 from ledger import limits
-from ledger.chain import GENESIS, chained_text
+from ledger.chain import GENESIS, chained_text, plain_text
 from ledger.errors import InvalidEvent
 from ledger.events import Event, Meta, PositionVoided, milliseconds
 from ledger.mongo import Document
+from ledger.stored_form import data_deviation
 
 VOID_STREAM: Final = "void"
 LARGEST_EVENT_BYTES: Final = 8 * 1024 * 1024
@@ -67,7 +68,10 @@ def documents_of(append: Append, into: list[Document]) -> int:
             "meta": meta,
             "prev": previous,
         }
-        text = chained_text(document)
+        data = plain_text(document["data"])
+        text = chained_text(document, data)
+        if data is None and (what := data_deviation(document)) is not None:
+            raise InvalidEvent(f"a {document['type']} cannot be stored: {what}. Use a text, number, list or object")
         limits.check(event, len(text))
         document["hash"] = previous = hashlib.sha256(text).digest()
         if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON may take nine times as much

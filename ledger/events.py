@@ -567,20 +567,21 @@ class Recorded:
 
     @property
     def event_id(self) -> str:
-        return str(self._document["event_id"])
+        return str(self._document.get("event_id"))
 
     @property
     def stream(self) -> str:
-        return str(self._document["stream"])
+        return str(self._document.get("stream"))
 
     @property
     def version(self) -> int:
         """Its number in `stream`, from 1."""
-        return int(self._document["version"])
+        version = self._document.get("version")
+        return version if isinstance(version, int) else 0
 
     @property
     def type(self) -> str:
-        return str(self._document["type"])
+        return str(self._document.get("type"))
 
     @property
     def schema(self) -> int:
@@ -601,7 +602,8 @@ class Recorded:
 
     @property
     def meta(self) -> Meta:
-        return Meta.of(self._document["meta"])
+        meta = self._document.get("meta")
+        return Meta.of(meta if isinstance(meta, Mapping) else {})
 
     @property
     def hash(self) -> bytes:
@@ -620,7 +622,7 @@ class Recorded:
 
     def _read(self) -> Event:
         document = self._document
-        name, schema = document["type"], document["schema"]
+        name, schema = self.type, document.get("schema")
         known = EVENT_TYPES.get(name)
         if not isinstance(schema, int) or schema < 1:
             raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: no schema is called {schema!r}")
@@ -630,7 +632,8 @@ class Recorded:
                 "a later one has written to this log. Upgrade this one."
             )
         try:
-            data = document["data"] if schema == known.schema_version else upcast(name, schema, document["data"])
+            data = document["data"]
+            data = data if schema == known.schema_version else upcast(name, schema, data)
             event: Event = known.__pydantic_validator__.validate_python(data)
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # the last of them also from pydantic
             raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: {error}") from error

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 from typing import Any
 
+import bson
 import structlog
-from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
@@ -25,7 +25,7 @@ from ledger.envelope import Append, documents_of
 from ledger.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
 from ledger.events import Event, Recorded
 from ledger.measures import Durations
-from ledger.mongo import INDEX_CONFLICTS, UNAUTHORIZED, Database, Document, brief, driver_errors
+from ledger.mongo import INDEX_CONFLICTS, TOLERANT, UNAUTHORIZED, Database, Document, brief, driver_errors
 from ledger.server_clock import clock_of
 from ledger.tail import Tail
 from ledger.writer import Limits, Writer
@@ -33,9 +33,8 @@ from ledger.writer import Limits, Writer
 __all__ = ["LARGEST_POSITION", "EventLog", "Limits", "Subscription"]
 
 _log = structlog.get_logger()
-_TOLERANT: CodecOptions[Document] = CodecOptions(
-    tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
-)
+StoredDocument = tuple[Document, bytes]
+"""A document of the log and the BSON from which it was decoded."""
 LARGEST_POSITION = 2**63 - 1  # what the database can count to
 _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
@@ -289,10 +288,14 @@ class EventLog(Writer):
         """How long a writer may take from its number to its event before readers void the number."""
         return self._limits.void_after_seconds
 
-    async def stored(self, *, after: int, limit: int) -> list[Document]:
+    async def stored(self, *, after: int, limit: int) -> list[StoredDocument]:
         """Return documents behind a position as they are stored, holes and all, and damage that can be decoded."""
         with driver_errors("reading the log"):
-            return await self._page(after, limit, self._events.with_options(codec_options=_TOLERANT))
+            found = self._events.find_raw_batches(
+                {"_id": {"$gt": after}}, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit
+            )
+            batches: list[Any] = await found.to_list()  # the driver's type hints say documents, it yields bytes
+            return [stored for batch in batches for stored in _documents_in(batch)]
 
     async def ends(self, wanted: Mapping[str, int]) -> dict[str, Document]:
         """Return position, version and hash of the event at one version of each stream, where there is one."""
@@ -461,6 +464,14 @@ class Subscription:
         if not self._buffer:
             self._buffer.extend(await self.chunk())
         return self._buffer.popleft()
+
+
+def _documents_in(batch: bytes) -> Iterator[StoredDocument]:
+    begin = 0
+    for document in bson.decode_all(batch, TOLERANT):
+        end = begin + int.from_bytes(batch[begin : begin + 4], "little")
+        yield document, batch[begin:end]
+        begin = end
 
 
 def _refuse_beyond(after: int) -> None:

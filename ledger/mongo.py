@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import InvalidBSON
 from pymongo import AsyncMongoClient, MongoClient, WriteConcern
 from pymongo.asynchronous.database import AsyncDatabase
@@ -29,6 +30,11 @@ from ledger.server_clock import ServerClock
 mend_the_driver()
 Document = dict[str, Any]
 Database = AsyncDatabase[Document]
+
+TOLERANT: CodecOptions[Document] = CodecOptions(
+    tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
+)
+"""Decodes what was damaged, too, so that one such event does not keep others from being read."""
 
 OLDEST_SERVER = (5, 0)  # field names with dots and dollars, and $$NOW in updates, as the ledger uses them
 DURABLE = WriteConcern(w="majority", j=True)

@@ -24,6 +24,7 @@ from ledger.errors import ConfigurationError, DatabaseUnsuitable, JobledgerError
 from ledger.lease import RUN_OUT
 from ledger.log import EventLog
 from ledger.mongo import UNAUTHORIZED, Database, Document, code_behind, driver_errors
+from ledger.stored_form import deviation, envelope_deviation
 from ledger.verification import verify
 
 FORMAT: Final = 1
@@ -74,6 +75,16 @@ def line_of(document: Mapping[str, Any]) -> bytes:
     plain["prev"], plain["hash"] = document["prev"].hex(), document["hash"].hex()
     del plain["_id"]
     return orjson.dumps(plain, default=_marked, option=_OPTIONS)
+
+
+def line_or_stub_of(document: Mapping[str, Any]) -> bytes:
+    """Return the line for an event, or, of one that was damaged in the database, what can be said of it."""
+    try:
+        return line_of(document)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        stub = {"position": document["_id"], "stream": document.get("stream"), "type": document.get("type")}
+        why = f"This event was changed in the database: {error!r}. `jobledger log verify` says more."
+        return orjson.dumps({**stub, "unreadable": why}, default=str)
 
 
 def document_of(line: bytes) -> Document:
@@ -155,27 +166,30 @@ async def export(
             write([orjson.dumps(about)])
         while position < end:
             page = await log.stored(after=position, limit=min(PAGE_EVENTS, end - position))
-            for expected, document in enumerate(page, position + 1):
+            for expected, (document, _) in enumerate(page, position + 1):
                 if document["_id"] != expected:
                     raise DamagedFile(f"The log has a hole at position {expected}: `jobledger log verify` says more.")
-                if not isinstance(document.get("hash"), bytes):
-                    raise DamagedFile(
-                        f"The event at position {expected} has no hash: `jobledger log verify` says more."
-                    )
+                if (what := envelope_deviation(document)) is not None:
+                    raise DamagedFile(f"The event at position {expected} {what}: `jobledger log verify` says more.")
                 digest = hashlib.sha256(digest + document["hash"]).digest()
             if not page:
                 raise DamagedFile(f"The log ends at position {position}, and reached {end} before.")
-            try:
-                write([line_of(document) for document in page])
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
-                raise DamagedFile(
-                    f"An event behind position {position} is none: `jobledger log verify` says which. ({error})"
-                ) from error
+            write([_exported(document, raw) for document, raw in page])
             position += len(page)
             told(position, end)
         write([orjson.dumps({"end": True, "events": end - after, "digest": digest.hex()})])
     part.replace(path)
     return Summary(after + 1, end, digest, digest if after == 0 else b"")
+
+
+def _exported(document: Document, raw: bytes) -> bytes:
+    try:
+        return line_of(document)
+    except (TypeError, ValueError) as error:
+        what = deviation(document, raw, None) or f"cannot be written: {error}"
+        raise DamagedFile(
+            f"The event at position {document['_id']} {what}: `jobledger log verify` says more."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

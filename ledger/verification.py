@@ -1,8 +1,8 @@
 """ledger: does the log still say what was written? A check from event to event, in bounded memory.
 
 Looked at are: the positions (dense), each stream's versions (dense, in the order of positions), each event's hash and
-its link to the one before, and the fields of the envelope (none more, none less). Nothing is written: a hole that a
-reader would fill is reported as one.
+its link to the one before, and the form in which it is stored (`ledger/stored_form.py`). Nothing is written: a hole
+that a reader would fill is reported as one.
 
 A log whose end was removed is found by its readers: the views and named subscriptions note how far they have read.
 
@@ -17,32 +17,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import takewhile
 from typing import Any
 
-from ledger.chain import GENESIS, chained_text
+from ledger.chain import GENESIS, chained_text, plain_text
 from ledger.envelope import VOID_STREAM, Head
-from ledger.errors import InvalidEvent, LogTruncated
+from ledger.errors import InvalidEvent, JobledgerError, LogTruncated
 from ledger.events import PositionVoided
-from ledger.log import EventLog
+from ledger.log import EventLog, StoredDocument
 from ledger.mongo import Document
+from ledger.stored_form import are_exact, deviation
 
-_FIELDS: Mapping[str, type | tuple[type, ...]] = {
-    "_id": int,
-    "event_id": str,
-    "stream": str,
-    "version": int,
-    "type": str,
-    "schema": int,
-    "time": datetime,
-    "data": dict,
-    "meta": dict,
-    "prev": bytes,
-    "hash": bytes,
-}
 _REMEMBERED_STREAMS = 50_000
 _LOOKS_AT_A_HOLE = 5
 
@@ -108,21 +96,25 @@ async def verify(
     end = head if upto is None else min(upto, head)
     position, events, voided = after, 0, 0
     digest = None if after else GENESIS
-    async for page in _pages(log, after, end):
-        if isinstance(page, Wrong):
-            return Verdict(events, voided, position, digest, page)
-        await check.prepare(page)
-        for document in page:
-            if (wrong := check.event(document)) is not None:
-                return Verdict(events, voided, position, digest, wrong)
-            position, events = document["_id"], events + 1
-            voided += document["stream"] == VOID_STREAM
-            if digest is not None:
-                digest = hashlib.sha256(digest + document["hash"]).digest()
-                if noted is not None and position == noted[0] and digest != noted[1]:
-                    wrong = Wrong(position, "what stands up to here is not what was noted; each event fits the others")
+    async with aclosing(_pages(log, after, end)) as pages:
+        async for page in pages:
+            if isinstance(page, Wrong):
+                return Verdict(events, voided, position, digest, page)
+            await check.prepare(page)
+            exact = are_exact(page)
+            for document, raw in page:
+                if (wrong := check.event(document, None if exact else raw)) is not None:
                     return Verdict(events, voided, position, digest, wrong)
-        looked_at(position, end)
+                position, events = document["_id"], events + 1
+                voided += document["stream"] == VOID_STREAM
+                if digest is not None:
+                    digest = hashlib.sha256(digest + document["hash"]).digest()
+                    if noted is not None and position == noted[0] and digest != noted[1]:
+                        wrong = Wrong(
+                            position, "what stands up to here is not what was noted; each event fits the others"
+                        )
+                        return Verdict(events, voided, position, digest, wrong)
+            looked_at(position, end)
     if noted is not None and position < noted[0]:
         wrong = Wrong(
             noted[0], f"missing: the log ends at position {position}, and was noted to have reached {noted[0]}"
@@ -155,28 +147,42 @@ async def _beyond_positions(log: EventLog, after: int) -> Wrong | None:
     return None
 
 
-async def _pages(log: EventLog, after: int, end: int) -> AsyncIterator[Sequence[Document] | Wrong]:
-    """Yield dense pages. A hole that does not close is what is wrong: a writer may be slow, but not for ever."""
-    looks = 0
-    while after < end:
-        page = await log.stored(after=after, limit=1000)
-        places = range(after + 1, end + 1)
-        dense = [
-            document for document, _ in takewhile(lambda it: it[0]["_id"] == it[1], zip(page, places, strict=False))
-        ]
-        if dense:
-            yield dense
-            after, looks = dense[-1]["_id"], 0
-        elif looks == _LOOKS_AT_A_HOLE:
-            yield Wrong(
-                after + 1,
-                "missing. It was removed; or its writer died, and no reader has been there since to fill the place "
-                "(then it is right once a projector or subscriber has run)",
-            )
-            return
-        else:
-            looks += 1
-            await asyncio.sleep(log.patience_seconds / 2)
+async def _pages(log: EventLog, after: int, end: int) -> AsyncGenerator[Sequence[StoredDocument] | Wrong, None]:
+    """Yield dense pages. A hole that does not close is what is wrong: a writer may be slow, but not for ever.
+
+    The next page is fetched while the caller checks this one.
+    """
+    looks, fetching = 0, asyncio.ensure_future(log.stored(after=after, limit=1000))
+    try:
+        while after < end:
+            page = await fetching
+            places = range(after + 1, end + 1)
+            dense = [it for it, _ in takewhile(lambda it: it[0][0]["_id"] == it[1], zip(page, places, strict=False))]
+            if dense:
+                after, looks = dense[-1][0]["_id"], 0
+            elif looks == _LOOKS_AT_A_HOLE:
+                yield Wrong(
+                    after + 1,
+                    "missing. It was removed; or its writer died, and no reader has been there since to fill the place "
+                    "(then it is right once a projector or subscriber has run)",
+                )
+                return
+            else:
+                looks += 1
+                await asyncio.sleep(log.patience_seconds / 2)
+            if after < end:
+                fetching = asyncio.ensure_future(log.stored(after=after, limit=1000))
+                await asyncio.sleep(0)  # now the database has been asked
+            if dense:
+                yield dense
+    finally:
+        await _abandon(fetching)
+
+
+async def _abandon(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError, JobledgerError):
+        await task
 
 
 class _Check:
@@ -186,12 +192,12 @@ class _Check:
         self._log = log
         self._heads: OrderedDict[str, Head] = OrderedDict()
 
-    async def prepare(self, page: Sequence[Document]) -> None:
+    async def prepare(self, page: Sequence[StoredDocument]) -> None:
         """Forget what is too much, and look up the ends of streams that go on in this page and are not remembered."""
         while len(self._heads) > _REMEMBERED_STREAMS:
             self._heads.popitem(last=False)
         wanted: dict[str, int] = {}
-        for document in page:
+        for document, _ in page:
             stream, version = document.get("stream"), document.get("version")
             if not isinstance(stream, str) or not isinstance(version, int):
                 continue  # as `event` will find out
@@ -199,15 +205,16 @@ class _Check:
                 wanted.setdefault(stream, version - 1)
         for stream, there in (await self._log.ends(wanted)).items():
             # Only what stands before: an end that comes later in the log is no end yet.
-            if there["_id"] < page[0]["_id"]:
+            if there["_id"] < page[0][0]["_id"]:
                 self._heads[stream] = Head(there["version"], there["_id"], there.get("hash", b""))
 
-    def event(self, document: Document) -> Wrong | None:
+    def event(self, document: Document, raw: bytes | None) -> Wrong | None:
         """Return what is wrong with the next event, and remember it as the end of its stream."""
-        if (what := _misshapen(document)) is not None:
+        data = plain_text(document.get("data"))
+        if (what := deviation(document, raw, data)) is not None:
             return _wrong(document, what)
         try:
-            right = hashlib.sha256(chained_text(document)).digest() == document["hash"]
+            right = hashlib.sha256(chained_text(document, data)).digest() == document["hash"]
         except InvalidEvent as error:
             return _wrong(document, f"cannot be hashed: {error}")
         if not right:
@@ -230,18 +237,6 @@ class _Check:
         if previous != before.hash:
             return "is not linked to the event before it in its stream: one of the two was made anew"
         return None
-
-
-def _misshapen(document: Mapping[str, Any]) -> str | None:
-    if more := document.keys() - _FIELDS.keys():
-        return f"has fields that no event has: {', '.join(sorted(more))}"
-    for name, kind in _FIELDS.items():
-        if name not in document:
-            return f"lacks the field {name}"
-        value = document[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return f"its {name} is a {type(value).__name__}"
-    return None
 
 
 def _wrong(document: Mapping[str, Any], what: str) -> Wrong:

@@ -25,7 +25,7 @@ from pymongo.errors import OperationFailure, PyMongoError, WriteConcernError
 
 from ledger.envelope import encoded, void_document
 from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
-from ledger.mongo import DURABLE, MAJORITY, Database, Document, brief, passes_with_time
+from ledger.mongo import DURABLE, MAJORITY, TOLERANT, Database, Document, brief, passes_with_time
 
 _log = structlog.get_logger()
 
@@ -76,7 +76,9 @@ class Writer:
 
     def __init__(self, db: Database, limits: Limits) -> None:
         self._db = db
-        self._events = db.get_collection(self.collection, write_concern=DURABLE, read_concern=MAJORITY)
+        self._events = db.get_collection(
+            self.collection, codec_options=TOLERANT, write_concern=DURABLE, read_concern=MAJORITY
+        )
         self._limits = limits
         self._queue: deque[Waiting] = deque()
         self._queued_events = 0

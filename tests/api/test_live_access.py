@@ -343,7 +343,7 @@ async def test_what_a_later_version_may_have_said_about_access_hides_a_job_from_
     async with following(mongodb_uri, db_name) as (ledger, visibility):
         event = await submitted(ledger.log, access_control=AccessControl(visibility="public"))
         assert await visibility.viewer(Principal("bob"), event)
-        [stored] = await ledger.log.stored(after=0, limit=1)
+        [(stored, _)] = await ledger.log.stored(after=0, limit=1)
         later = {**stored, "_id": 2, "version": 2, "type": "JobHidden", "event_id": "later"}
         await ledger.db.events.insert_one(later)
         await visibility.reached(2)

@@ -205,8 +205,7 @@ async def test_chains_recomputed_from_the_database_verify_for_every_kind_of_cont
     full = EXAMPLES[0]
     assert isinstance(full, JobSubmitted)
     await quiet.submit(full)
-    local = datetime(2025, 2, 1, 14, 0, 0, 123456, tzinfo=timezone(timedelta(hours=2)))
     plain: list[Any] = [2**40, -1, 0.1, 1.0, -0.0, 1e300, "😀\0", None, True, [], {}, [{"a.b": [[]]}]]
-    for value in [*plain, b"\1", local]:
+    for value in plain:
         await quiet.submit(a_job(parameters={"value": value, "nested": [{"value": value}]}))
     check_log(await stored(quiet.db))

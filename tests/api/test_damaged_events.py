@@ -1,0 +1,64 @@
+"""An event that was damaged in the database is answered as a stub, and every reader still gets the others."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+from ledger.envelope import Append, Head
+from ledger.events import JobArchived, Meta
+from ledger.handle import new_job_id
+from ledger.mongo import Document
+from tests.api.conftest import DEADLINE_SECONDS, Api
+from tests.support.examples import NOON
+from tests.support.tampered import FORM, TAMPERED
+
+
+async def submitted(api: Api, *more: Any) -> list[Document]:
+    events = await api.log.append(Append(new_job_id(), Head(), [FORM, *more], Meta("user:local"), NOON))
+    await api.get("/api/monitoring/events/stats", events[-1].position)
+    return [dict(event.document) for event in events]
+
+
+async def test_a_damaged_event_keeps_no_other_from_its_readers(idle_api: Api) -> None:
+    [first] = await submitted(idle_api)
+    damaged, archived = await submitted(idle_api, JobArchived(by="user:local"))
+    [last] = await submitted(idle_api)
+    positions = [it["_id"] for it in (first, damaged, archived, last)]
+    job = damaged["stream"]
+    for place, value, _ in TAMPERED.values():
+        if place in ("stream", "version"):  # then it is found in no stream, or at another version
+            continue
+        await idle_api.db.events.update_one({"_id": damaged["_id"]}, {"$set": {place: value}})
+        answer = await idle_api.get("/api/ledger/events?limit=1000")
+        assert answer.status_code == 200, (place, value, answer.text)
+        assert [event["position"] for event in answer.json()["events"]] == positions
+        for path in (
+            f"/api/ledger/events?stream={job}",
+            f"/api/events/jobs/{job}/history",
+            f"/api/events/jobs/{job}/logs",
+            f"/api/events/jobs/{job}",
+            f"/api/events/jobs/{last['stream']}",
+            "/api/events/jobs",
+            "/monitoring/events/log",
+            f"/monitoring/events/jobs/{job}",
+        ):
+            answer = await idle_api.get(path)
+            assert answer.status_code == 200, (place, value, path, answer.text)
+        for then in (archived["_id"], "2030-01-01T00:00:00Z"):
+            answer = await idle_api.get(f"/api/events/jobs/{job}?as_of={then}")
+            assert answer.status_code in (200, 404, 409), (place, value, answer.text)
+        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(idle_api.events(after=0)) as events:
+            assert [(await anext(events))["position"] for _ in positions] == positions
+        await idle_api.db.events.replace_one({"_id": damaged["_id"]}, damaged)
+
+
+async def test_a_stub_says_which_field_is_damaged(idle_api: Api) -> None:
+    [damaged] = await submitted(idle_api)
+    await idle_api.db.events.update_one(
+        {"_id": damaged["_id"]}, {"$set": {"data.parameters.text": b"\xde\xad\xbe\xef"}}
+    )
+    [event] = (await idle_api.get("/api/ledger/events")).json()["events"]
+    assert (event["position"], event["type"], event["data"]) == (damaged["_id"], "JobSubmitted", {})
+    assert "its data.parameters.text is a bytes" in event["unreadable"]
