@@ -118,8 +118,8 @@ OPERATIONS: dict[str, Callable[[DirectoryStore, Path, str], Awaitable[Any]]] = {
     "prepare": lambda store, _inbox, _digest: in_thread(store.prepare),
     "check": lambda store, _inbox, _digest: in_thread(store.check),
     "take_over": lambda store, inbox, digest: store.take_over(inbox, digest),
-    "open": lambda store, _inbox, _digest: store.open("0" * 64),
-    "verify": lambda store, _inbox, _digest: store.verify("0" * 64),
+    "open": lambda store, _inbox, _digest: store.open("0" * 64, 1),
+    "verify": lambda store, _inbox, _digest: store.verify("0" * 64, 1),
     "stored": lambda store, _inbox, _digest: all_of(store),
     "set_aside": lambda store, _inbox, digest: store.set_aside(digest, "token"),
     "put_back": lambda store, _inbox, digest: store.put_back(digest, "token"),
@@ -199,7 +199,7 @@ async def test_first_start_creates_a_store_and_later_ones_use_it(db: Database, r
     digest = put(root)
     for _ in range(2):
         store = await start(db, root, has_files)
-        await store.verify(digest)
+        await store.verify(digest, len(CONTENT))
     assert (root / MARKER).read_text() == written
     first.check()
 
@@ -253,7 +253,7 @@ async def test_first_start_on_a_full_disk_creates_the_store_when_there_is_space(
 async def test_store_of_before_markers_is_adopted(db: Database, root: Path) -> None:
     digest = put(root)
     store = await start(db, root, has_files)
-    await store.verify(digest)
+    await store.verify(digest, len(CONTENT))
     assert (root / MARKER).exists()
 
 
