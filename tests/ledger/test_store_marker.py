@@ -317,7 +317,7 @@ async def test_open_error_is_a_lost_file_only_if_there_is_no_such_file(
     for number in ERRORS:
         try:
             if operation in ("open", "verify"):
-                await getattr(store, operation)(digest)
+                await getattr(store, operation)(digest, len(CONTENT))
             else:
                 await store.take_over(inbox, digest)
         except (FileLost, StoreUnavailable) as error:
