@@ -23,6 +23,7 @@ KNOW_THE_DRIVERS_ERRORS = {
     "ledger/gridfs.py": "a file that is stored again is found by its unique index",
     "ledger/lease.py": "heartbeats go on through interruptions, in a thread of their own",
     "ledger/log.py": "a hole that could not be filled is looked at again",
+    "ledger/store_marker.py": "two processes may note the same store first: the second insert is no error",
     "ledger/writer.py": "appends are repeated until they are known to be written or lost",
     "projections/folding.py": "a document that MongoDB refuses is told from a failure of the server, and isolated",
 }
@@ -31,6 +32,7 @@ CONTAIN_FOREIGN_CODE = {
     "workers/attempt.py": "whatever a processor raises fails its job, not the process that reports it",
     "workers/containment.py": "a closed coroutine of a processor may raise anything; the worker goes on",
     "workers/conversion.py": "a __str__ of a foreign class may raise anything; a text is needed",
+    "workers/child.py": "a thread of its connection that fails in any way ends the process: the job would hang",
     "workers/fork_server.py": "a module that raises when it is imported must not end the process for all job types",
     "workers/registry.py": "a plug-in that raises when it is loaded makes only its own job type unusable",
     "workers/supervisor.py": "a forked job process ends here; nothing may return into the fork server's code",

@@ -181,7 +181,8 @@ def install(loop: asyncio.AbstractEventLoop) -> None:
 def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what a callback has raised: of foreign code one line, because it is no fault of this program."""
     handle, error = context.get("handle"), context.get("exception")
-    if isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None:  # type: ignore[attr-defined]
+    of_a_job = isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None  # type: ignore[attr-defined]  # private
+    if of_a_job:
         _log.warning("a processor's callback failed", error=f"{type_name(error)}: {to_text(error, 200)}")
     else:
         loop.default_exception_handler(context)
