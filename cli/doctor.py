@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cli.server_support import support_warning
 from cli.settings import Settings
+from cli.telling import moment
 from cli.visible import SafeTable
 from cli.wiring import database, file_store, find_store_marker
 from ledger import store_marker
@@ -321,7 +322,5 @@ async def _workers(db: Database) -> Finding:
     """Whether living workers claim jobs, or have trouble with their machines."""
     alive = await db.workers.find({"$expr": {"$gt": ["$lease_until", "$$NOW"]}}).to_list()
     sick = [it for it in alive if it.get("problem")]
-    since = "; ".join(
-        f"{it['_id']} since {it['unhealthy_since']:%Y-%m-%d %H:%M:%S} UTC: {it['problem']}" for it in sick
-    )
+    since = "; ".join(f"{it['_id']} since {moment(it['unhealthy_since'], 'seconds')}: {it['problem']}" for it in sick)
     return Finding("Workers", not sick, f"{len(alive)} alive, {len(sick)} of them claim no jobs", since)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from api import keys as api_keys
 from api import sessions
 from api.keys import ApiKey, KeyText
+from cli.telling import moment
 from cli.visible import SafeTable
 from cli.wiring import database
 from ledger.errors import ConfigurationError
@@ -134,7 +135,7 @@ def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> SafeTabl
             ", ".join(key.groups),
             ", ".join(key.roles),
             key.name or "",
-            _day(key.created_at),
+            moment(key.created_at, "minutes"),
             _expiry(key, now),
             str(sessions_of[key.key_id]),
         )
@@ -144,8 +145,5 @@ def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> SafeTabl
 def _expiry(key: ApiKey, now: datetime) -> str:
     if key.expires_at is None:
         return "never"
-    return _day(key.expires_at) if key.is_valid(now) else f"expired {_day(key.expires_at)}"
-
-
-def _day(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M} UTC"
+    expiry = moment(key.expires_at, "minutes")
+    return expiry if key.is_valid(now) else f"expired {expiry}"

@@ -22,11 +22,16 @@ _LEFT_OUT: Final = frozenset(
 )
 
 
-def moment(time: datetime) -> str:
-    """Return a time as it is on the clocks here."""
+def moment(time: datetime, precision: str = "milliseconds") -> str:
+    """Return a time as it is on the clocks here, with its offset from UTC, as options take it.
+
+    Args:
+        time: a time with an offset.
+        precision: what `datetime.isoformat` calls `timespec`.
+    """
     with suppress(OverflowError):  # at the ends of the calendar it stays as it is
         time = time.astimezone()
-    return time.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    return time.isoformat(" ", precision)
 
 
 def lasted(seconds: float) -> str:

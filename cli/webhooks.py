@@ -14,6 +14,7 @@ from rich.text import Text
 from cli.remote import HERE, UrlOption, api_at, content_of, given
 from cli.running import ConfigOption, JsonOption, run_roles, settings_of
 from cli.visible import SafeConsole, SafeTable, echo, echo_json, echo_text
+from cli.work import time_of
 from ledger.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -168,8 +169,11 @@ def endpoints(url: UrlOption = HERE, as_json: JsonOption = False) -> None:
 def _endpoints_table(found: list[dict[str, Any]]) -> SafeTable:
     table = SafeTable("receiver", "user", "url", "created", "rotated", "old secret until")
     for it in found:
-        rotated = "revoked" if it["revoked"] else it["rotated_at"] or ""
-        table.add_row(it["receiver"], it["user_id"], it["url"], it["created_at"], rotated, it["old_secret_until"] or "")
+        created, rotated, until = (
+            time_of(it[name]) if it[name] else "" for name in ("created_at", "rotated_at", "old_secret_until")
+        )
+        rotated = "revoked" if it["revoked"] else rotated
+        table.add_row(it["receiver"], it["user_id"], it["url"], created, rotated, until)
     return table
 
 
@@ -241,7 +245,7 @@ def _table(found: list[dict[str, Any]]) -> SafeTable:
         last = it["attempts"][-1] if it["attempts"] else None
         outcome = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
         if it["status"] == "pending" and it["next_at"]:
-            outcome = f"{outcome}  next at {it['next_at']}".strip()
+            outcome = f"{outcome}  next at {time_of(it['next_at'])}".strip()
         style = _STYLES[it["status"]]
         status = Text(it["status"], style=style)
         table.add_row(

@@ -72,7 +72,7 @@ def set_up_logging(settings: LoggingSettings) -> None:
         processors=[
             structlog.contextvars.merge_contextvars,  # the request's id
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S" if settings.format == "console" else "iso", utc=False),
+            _time_stamper(settings.format),
             structlog.processors.format_exc_info,
             *safe,
             renderer,
@@ -83,6 +83,13 @@ def set_up_logging(settings: LoggingSettings) -> None:
     handler = logging.StreamHandler(SafeStream(sys.stderr))
     handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def _time_stamper(kind: str) -> structlog.processors.TimeStamper:
+    """Return what adds the time: on the clocks here for people, in UTC for machines, always with the offset."""
+    if kind == "console":
+        return structlog.processors.TimeStamper(fmt="%H:%M:%S%z", utc=False)
+    return structlog.processors.TimeStamper(fmt="iso", utc=True)
 
 
 @contextmanager
@@ -366,7 +373,7 @@ def _deliverer(
                 chosen.silent_times,
                 timedelta(seconds=chosen.rest_seconds),
             ),
-            base=settings.api.public_url or "",
+            base=(settings.api.public_url or "").rstrip("/"),
         ),
         holder=f"{socket.gethostname()}-{os.getpid()}",
         lease_seconds=chosen.lease_seconds,

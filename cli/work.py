@@ -213,8 +213,8 @@ def print_json(content: Any) -> None:
 
 
 def time_of(text: str) -> str:
-    """Return a time of the API as it is on the clocks here."""
-    return moment(datetime.fromisoformat(text))[:-4]
+    """Return a time of the API as it is on the clocks here, with its offset."""
+    return moment(datetime.fromisoformat(text), "seconds")
 
 
 def lasting(begin: str | None, end: str) -> str:

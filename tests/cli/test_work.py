@@ -9,15 +9,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cli import jobs, log, remote, work
+from cli import jobs, log, remote, wiring, work
 from ledger.errors import LedgerUnavailable
 from ledger.log import LARGEST_POSITION
 from ledger.server_note import until
@@ -275,6 +277,54 @@ def test_a_time_at_the_end_of_the_calendar_is_a_time(desk: Desk) -> None:
     assert until(lambda: "not before 9999-12-31 23:59:59" in desk.says(0, "jobs", "list", "--search", "never"), 10)
     listed = desk.installation.run(*("jobs", "list", "--search", "never"), JOBLEDGER_URL=desk.url, TZ="Europe/Berlin")
     assert "not before 9999-12-31 23:59:59" in listed.out
+
+
+TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?P<offset>\S{0,6})")
+
+
+def test_commands_print_every_time_with_its_offset_as_options_take_it(desk: Desk) -> None:
+    job_id, waiting = (desk.job(number)["job_id"] for number in (2, 3))
+    hook = {"url": "http://receiver.invalid/hook"}
+    body = {"jobs": [{"job_type": "echo", "parameters": {}, "webhook": hook}], "webhook": hook}
+    told = desk.says(0, "submit", "-", stdin=json.dumps(body)).split(":")[0]
+    assert until(lambda: any(it["next_at"] for it in desk.told("webhooks", "list")), 20)
+    desk.says(0, "keys", "create", "--user", "alice", "--expires-in", "1h")
+    for command in (
+        ("jobs", "list"),
+        ("jobs", "show", job_id),
+        ("jobs", "show", waiting),
+        ("batches", "list"),
+        ("batches", "show", told),
+        ("log", "show", job_id),
+        ("log", "show", desk.batch_id),
+        ("replay", "--as-of", "20"),
+        ("replay", "--as-of", "1", "--until", "20"),
+        ("keys", "list"),
+        ("webhooks", "list"),
+        ("webhooks", "endpoints"),
+    ):
+        ended = desk.installation.run(*command, JOBLEDGER_URL=desk.url, TZ="Asia/Kolkata", COLUMNS="300")
+        assert ended.exit_code == 0, ended.err
+        found = [it for it in TIME.finditer(ended.out) if not it[0].startswith("9999")]  # has no local time
+        assert found, command
+        for shown in found:
+            assert shown["offset"].startswith("+05:30"), (command, ended.out)
+            text = shown[0][: -len(shown["offset"])] + "+05:30"
+            assert log.then_of(text, "--as-of") == datetime.fromisoformat(text)
+            assert work.when(text, "--after")
+
+
+@pytest.mark.parametrize("kind", ["console", "json"])
+def test_log_lines_have_a_time_with_its_offset(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    stamped = wiring._time_stamper(kind)(None, "info", {})["timestamp"]
+    monkeypatch.undo()
+    time.tzset()
+    pattern = r"\d\d:\d\d:\d\d\+0530" if kind == "console" else r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
+    assert re.fullmatch(pattern, stamped)
+    if kind == "json":
+        assert abs(datetime.now(UTC) - datetime.fromisoformat(stamped)) < timedelta(minutes=5)
 
 
 def test_what_a_list_leaves_out_is_told_to_programs_beside_it(desk: Desk) -> None:

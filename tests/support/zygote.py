@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 _PROGRAM: Final = """
-import json, os, socket, sys
+import json, os, socket, sys, time
 import cli.main
 import cli.audit, cli.doctor, cli.keys, cli.rights, cli.running, cli.wiring  # what they load when they are called
 
@@ -44,6 +44,7 @@ while True:
     os.chdir(asked["directory"])
     os.environ.clear()
     os.environ.update(asked["env"])
+    time.tzset()
     sys.argv = ["jobledger", *asked["arguments"]]
     code = 1
     try:
