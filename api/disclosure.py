@@ -13,7 +13,7 @@ tables with the documents and event types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
@@ -35,16 +35,6 @@ class Viewer:
     def sees_all(self) -> bool:
         """Return whether everything but secrets is shown."""
         return self.right >= Right.ADMIN
-
-    def tag(self, document: Document) -> str:
-        """Return what distinguishes this viewer's representation from others of the same version, for its ETag.
-
-        Without it a browser that holds the owner's answer would present it to the next user as unchanged.
-        """
-        if self.sees_all:
-            return ""
-        shown = (self.right, _own_lists(document["access_control"], self), _own(document["teams"], self))
-        return f"-{blake2b(repr(shown).encode(errors='surrogatepass'), digest_size=6).hexdigest()}"
 
 
 Rule = Callable[[Any, Viewer], Any]
@@ -305,6 +295,19 @@ EVENTS: Final[Mapping[str, Mapping[str, Rule]]] = {
 
 def _filtered(document: Mapping[str, Any], rules: Mapping[str, Rule], viewer: Viewer) -> Document:
     return {name: rules[name](value, viewer) for name, value in document.items() if name in rules}
+
+
+FIELD_OF_FILTER: Final[Mapping[str, str]] = {
+    "after_sequence": "sequence",
+    **dict.fromkeys(("created_after", "created_before", "cursor", "sort"), "created_at"),
+    **dict.fromkeys(("track", "event", "day", "language"), "parameters"),
+}
+"""Which field a filter compares, where it has another name."""
+
+
+def hidden_filters(names: Iterable[str], rules: Mapping[str, Rule]) -> list[str]:
+    """Return the filters that compare a field which is not shown without admin access: their matches would tell it."""
+    return [name for name in names if rules.get(FIELD_OF_FILTER.get(name, name), _shown) is not _shown]
 
 
 def shown(document: Document, rules: Mapping[str, Rule], viewer: Viewer) -> Document:

@@ -262,7 +262,7 @@ class BatchList(Page):
     q: Words | None = None
 
 
-class _Deliveries(_Body):
+class DeliveryFilter(_Body):
     """Which webhooks. Those of one job are shown to whoever may see it; others to its owner."""
 
     status: DeliveryStatus | None = None
@@ -276,11 +276,11 @@ class _Deliveries(_Body):
     created_before: Moment | None = None
 
 
-class DeliveryList(_Deliveries, Page):
+class DeliveryList(DeliveryFilter, Page):
     """Which webhooks, sent or to be sent."""
 
 
-class RedeliverBody(_Deliveries, ReasonBody):
+class RedeliverBody(DeliveryFilter, ReasonBody):
     """Which webhooks to send again: those that were given up, unless another `status` is named."""
 
     status: DeliveryStatus | None = "abandoned"

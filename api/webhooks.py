@@ -13,10 +13,10 @@ from starlette.responses import Response
 
 from api.access import actor, may_see, requires, signed_in, viewer_of, who_asks
 from api.bodies import optional_body, read_body
-from api.disclosure import DELIVERY, Viewer, shown
+from api.disclosure import DELIVERY, Viewer, hidden_filters, shown
 from api.errors import ApiError, json_response
 from api.jobs import going_on
-from api.models import DeliveryList, ReasonBody, RedeliverBody
+from api.models import DeliveryFilter, DeliveryList, ReasonBody, RedeliverBody
 from api.requests import Once, noted
 from api.services import Services, query_of, services, views_reach_wanted_position
 from ledger.access import Principal, Right
@@ -125,7 +125,7 @@ async def redeliver_many(request: Request) -> Response:
     return json_response(answer, 202, headers)
 
 
-async def _wanted(request: Request, asked: DeliveryList | RedeliverBody) -> Document:
+async def _wanted(request: Request, asked: DeliveryFilter) -> Document:
     """Return the database query for those of the deliveries asked for that who asks may see.
 
     Raises:
@@ -136,9 +136,9 @@ async def _wanted(request: Request, asked: DeliveryList | RedeliverBody) -> Docu
         if not await _source_is_seen(request, asked.job_id):
             raise ApiError(404, "job_not_found", f"There is no job {asked.job_id}.")
         document = await _document(request, asked.job_id)
-        if asked.receiver is not None and document is not None and not viewer_of(request, document).sees_all:
-            # The ID is a digest of the URL: whether it matches would confirm a guess of the URL.
-            raise ApiError(403, "forbidden", "Filtering by `receiver` needs the right admin_access to the job.")
+        hidden = hidden_filters(_given(asked), DELIVERY)
+        if hidden and document is not None and not viewer_of(request, document).sees_all:
+            raise ApiError(403, "forbidden", f"Filtering by `{hidden[0]}` needs the right admin_access to the job.")
         principal = _EVERYTHING
     return view.query(
         principal,
@@ -152,6 +152,10 @@ async def _wanted(request: Request, asked: DeliveryList | RedeliverBody) -> Docu
         created_after=asked.created_after,
         created_before=asked.created_before,
     )
+
+
+def _given(asked: DeliveryFilter) -> set[str]:
+    return {name for name in DeliveryFilter.model_fields if getattr(asked, name) is not None}
 
 
 async def _viewer(request: Request, owner: str, source: str) -> Viewer:

@@ -6,12 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import pytest
 
 from api import answers, webhook_answers
-from api.disclosure import ATTEMPT, BATCH, DELIVERY, EVENTS, JOB, META, pseudonym
+from api.disclosure import (
+    ATTEMPT,
+    BATCH,
+    DELIVERY,
+    EVENTS,
+    FIELD_OF_FILTER,
+    JOB,
+    META,
+    Viewer,
+    hidden_filters,
+    pseudonym,
+    shown,
+)
+from api.models import BatchList, DeliveryFilter, JobList, Page
+from ledger.access import Principal, Right
 from ledger.events import (
     EVENT_TYPES,
     JobLeaseExpired,
@@ -27,6 +41,7 @@ from tests.support.receiver import Receiver, receiver
 OWNER: Final = said("owner", ["team-hidden-team"])
 HOST: Final = "hidden-host"
 MARKS: Final = ("hidden-path", "hidden-query", "hidden-header", "hidden-answer", "hidden-user", "hidden-team", HOST)
+STRANGER: Final = Viewer(Principal("zoe"), Right.READ)
 VIEWERS: Final = {
     "reader": said("reader"),
     "writer": said("writer"),
@@ -234,6 +249,39 @@ async def test_job_as_it_was_is_shown_by_the_access_of_today(api: Api, cms: Rece
     answer = await api.http.get(f"{path}?as_of={what['head']}", headers=headers)
     assert answer.status_code == 200
     assert "hidden" not in answer.text
+
+
+SHOWN_IN_PART: Final = {"error_code"}  # the code of an error is shown to all
+
+
+def test_every_filter_of_every_list_is_shown_or_refused() -> None:
+    for rules, model in ((JOB, JobList), (BATCH, BatchList), (DELIVERY, DeliveryFilter)):
+        filters = model.model_fields.keys() - Page.model_fields.keys() - {"q", "include"} - SHOWN_IN_PART
+        fields = {name: FIELD_OF_FILTER.get(name, name) for name in filters}
+        assert set(fields.values()) <= rules.keys(), model
+        sample = {"a": "b"}
+        hidden = {name for name, field in fields.items() if shown({field: sample}, rules, STRANGER)[field] != sample}
+        assert hidden == set(hidden_filters(filters, rules)), model
+    assert get_args(Page.model_fields["sort"].annotation) == ("-created_at", "created_at")
+
+
+@pytest.mark.parametrize("viewer", ["reader", "writer", "stranger"])
+async def test_filter_by_what_the_viewer_is_not_shown_is_refused(api: Api, cms: Receiver, viewer: str) -> None:
+    what = await finished(api, cms)
+    path, bulk = "/api/monitoring/events/webhooks", "/api/monitoring/events/redeliver"
+    everything = (await api.http.get(f"{path}?job_id={what['job']}", headers=OWNER)).json()["deliveries"][0]
+    mine = (await api.http.get(f"{path}?job_id={what['job']}", headers=VIEWERS[viewer])).json()["deliveries"][0]
+    for name in DeliveryFilter.model_fields.keys() - {"job_id"}:
+        field = FIELD_OF_FILTER.get(name, name)
+        value = everything[field] if field != "sequence" else 0
+        asked = {"job_id": what["job"], name: value}
+        expected = 200 if field == "created_at" or mine[field] == everything[field] else 403
+        answer = await api.http.get(path, params=asked, headers=VIEWERS[viewer])
+        assert answer.status_code == expected, (name, answer.text)
+        assert (await api.http.get(path, params=asked, headers=OWNER)).status_code == 200, name
+        if viewer == "writer":
+            answer = await api.http.post(bulk, json=asked, headers=VIEWERS[viewer])
+            assert answer.status_code == (202 if expected == 200 else 403), (name, answer.text)
 
 
 async def test_reader_cannot_try_guesses_of_the_address(api: Api, cms: Receiver) -> None:
