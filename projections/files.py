@@ -49,6 +49,13 @@ def rows(job: Document) -> list[Document]:
     ]
 
 
+def results_behind(prefix: str, results: Document) -> Document:
+    """Return a job's results with the addresses of its files as they are behind a proxy with a path."""
+    assets = [{**asset, "url": f"{prefix}{asset['url']}"} for asset in results["assets"]]
+    url = results["markdown_url"] and f"{prefix}{results['markdown_url']}"
+    return {**results, "markdown_url": url, "assets": assets}
+
+
 async def get(views: Views, path: str) -> Document | None:
     """Return the file under a path, or None."""
     with driver_errors("looking for a file"):

@@ -10,8 +10,10 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 
+from projections.files import results_behind
 from tests.api.conftest import Api, running_api
 from tests.support.path_proxy import path_proxy
+from tests.support.receiver import receiver
 
 PREFIX = "/tools/jobs"
 ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}
@@ -24,9 +26,13 @@ async def test_addresses_in_answers_lead_through_the_proxy(
     port: list[int] = []
     async with path_proxy(port, PREFIX, strips=strips) as proxied:
         base = f"http://127.0.0.1:{proxied}{PREFIX}"
-        async for api in running_api(mongodb_uri, db_name, tmp_path, api={"public_url": base, "port": free_port(port)}):
+        settings = {"public_url": f"{base}/", "port": free_port(port)}
+        async for api in running_api(
+            mongodb_uri, db_name, tmp_path, api=settings, webhooks={"allow_private": ["127.0.0.1"]}
+        ):
             async with httpx.AsyncClient(timeout=30, trust_env=False, headers={"Connection": "close"}) as client:
                 await _follow_addresses(client, base)
+                await _follow_addresses_of_webhooks(client, base)
             assert api.db is not None
 
 
@@ -77,6 +83,33 @@ async def _follow_addresses(client: httpx.AsyncClient, base: str) -> None:
         assert shown.status_code == 200
         for address in set(re.findall(r'(?:href|src)="([^"#]+)"', shown.text)):
             await leads(shown, address.replace("&amp;", "&"))
+
+
+async def _follow_addresses_of_webhooks(client: httpx.AsyncClient, base: str) -> None:
+    async with receiver() as cms:
+        job = {**ECHO, "webhook": {"url": cms.url()}}
+        batch = {"jobs": [job], "webhook": {"url": cms.url("/batch")}}
+        assert (await client.post(f"{base}/api/events/batches", json=batch)).status_code == 202
+        await cms.until(2)
+        bodies = [request.body.decode() for request in cms.received]
+    found = [
+        urljoin(base, address) for body in bodies for address in re.findall(r'"((?:http:/)?/[^"]*/api/[^"]+)"', body)
+    ]
+    assert len(found) == 3, bodies
+    for address in found:
+        assert (await client.get(address)).status_code == 200, address
+    assert '"/api/' not in "".join(bodies)
+
+
+def test_results_behind_proxy_have_its_path_in_every_address() -> None:
+    results = {"markdown_url": "/api/a.md", "assets": [{"path": "b", "url": "/api/b"}], "files": []}
+    assert results_behind("/p", results) == {
+        "markdown_url": "/p/api/a.md",
+        "assets": [{"path": "b", "url": "/p/api/b"}],
+        "files": [],
+    }
+    assert results_behind("", results) == results
+    assert results_behind("/p", {**results, "markdown_url": None})["markdown_url"] is None
 
 
 async def test_redirects_stay_relative_without_a_public_url(idle_api: Api) -> None:

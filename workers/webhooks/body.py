@@ -6,6 +6,7 @@ Only files are read as they are now: what was deleted since is missing, and `war
 from __future__ import annotations
 
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -15,6 +16,7 @@ from ledger.files import FileStore
 from ledger.log import EventLog
 from ledger.mongo import Document
 from projections import batches, jobs
+from projections.files import results_behind
 
 SCHEMA_VERSION: Final = 1
 _LARGEST_MARKDOWN_BYTES: Final = 8 * 1024 * 1024
@@ -75,7 +77,7 @@ async def compose(
         "deliveries_url": f"{base}/api/monitoring/events/webhooks?receiver={receiver}",
     }
     if asked.source.startswith("job-"):
-        body |= await _of_job(log, store, delivery)
+        body |= await _of_job(log, store, delivery, urlsplit(base).path)
     elif asked.source.startswith("batch-"):
         body |= await _of_batch(log, delivery)
     try:
@@ -84,7 +86,7 @@ async def compose(
         raise NotComposable(f"{asked.source} cannot be written as JSON: {error}") from error
 
 
-async def _of_job(log: EventLog, store: FileStore, delivery: Delivery) -> dict[str, Any]:
+async def _of_job(log: EventLog, store: FileStore, delivery: Delivery, prefix: str) -> dict[str, Any]:
     asked, job = delivery.asked, None
     for event in await log.read_stream(asked.source, limit=asked.source_version):
         job = jobs.fold(job, event)
@@ -94,7 +96,8 @@ async def _of_job(log: EventLog, store: FileStore, delivery: Delivery) -> dict[s
     metadata: Document = {}
     if job["results"] is not None:
         metadata = job["results"]["metadata"]
-        told["job"]["results"] = {name: value for name, value in job["results"].items() if name != "metadata"}
+        results = results_behind(prefix, job["results"])
+        told["job"]["results"] = {name: value for name, value in results.items() if name != "metadata"}
     if asked.batch_id is not None and (begun := await log.read_stream(asked.batch_id, limit=1)):
         told["batch"] = {"batch_id": asked.batch_id, "batch_name": begun[0].data.get("batch_name")}
     if asked.webhook.include_markdown:
