@@ -104,7 +104,7 @@ class Cut(BaseModel):
 
 
 class ShownJob(Cut):
-    """A job. `version` is also its ETag; `position` is that of the last event that is in it."""
+    """A job. Its ETag begins with `version`; `position` is that of the last event that is in it."""
 
     job_id: str
     job_type: str

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from api import bulk
 from api.access import actor, for_user, may_see, teams_of, viewer_of, while_signed_in, who_asks
 from api.bodies import off_loop, read_body
+from api.conditional import unless_known
 from api.disclosure import BATCH, shown
 from api.errors import ApiError, json_response, path
 from api.jobs import going_on, listed
@@ -28,7 +29,7 @@ from api.models import (
     Single,
 )
 from api.parameters import Check
-from api.requests import Once, happened_by, noted, readable_past, wanted_wait
+from api.requests import Once, happened_by, noted, preferred_wait, readable_past
 from api.services import query_of, refuse_without_space, services, views_reach_wanted_position, views_show
 from api.submission import (
     Secrets,
@@ -272,11 +273,7 @@ async def single(request: Request) -> Response:
     viewer = viewer_of(request, batch)  # by the access of today, also of the batch as it was
     if asked.as_of is not None:
         batch = await _as_of(request, batch["batch_id"], asked.as_of)
-    etag = f'"{batch["version"]}-{batch["position"]}{viewer.tag(batch)}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
-    if headers["ETag"] in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    return json_response({"status": "success", "batch": shown(batch, BATCH, viewer)}, headers=headers)
+    return unless_known(request, "batch", shown(batch, BATCH, viewer))
 
 
 async def _as_of(request: Request, batch_id: str, then: int | datetime) -> Document:
@@ -323,17 +320,18 @@ async def existing(request: Request) -> Document:
 
 async def _waited_for_end(request: Request, batch_id: str) -> bool:
     """Wait for the batch's end if the caller prefers that, as for a job's; return whether it was waited for."""
-    seconds, known = wanted_wait(request), services(request)
-    if not seconds:
-        return False
-    with suppress(TimeoutError):
-        async with while_signed_in(request, seconds), known.endings.watching(batch_id) as ended:
-            while isinstance((now := await load(known.log, batch_id)).state, Batch):
-                if now.state.status != "processing" or now.state.deleted:
-                    break
-                await ended.wait()
-                ended.clear()
-            await views_show(request, now.head.position)
+    known = services(request)
+    with preferred_wait(request) as seconds:
+        if not seconds:
+            return False
+        with suppress(TimeoutError):
+            async with while_signed_in(request, seconds), known.endings.watching(batch_id) as ended:
+                while isinstance((now := await load(known.log, batch_id)).state, Batch):
+                    if now.state.status != "processing" or now.state.deleted:
+                        break
+                    await ended.wait()
+                    ended.clear()
+                await views_show(request, now.head.position)
     return True
 
 

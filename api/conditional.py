@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
+from hashlib import blake2b
 from typing import Final
 
+import orjson
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
 
-from api.errors import ApiError
+from api.errors import ApiError, json_response, json_text
+from ledger.mongo import Document
 
 MOST_RANGES: Final = 50
 _TAG: Final = re.compile(r'(W/)?("[^"]*")')
@@ -37,6 +42,21 @@ class Version:
     def headers(self) -> dict[str, str]:
         """What tells a client which version it has got."""
         return {"ETag": self.etag, "Last-Modified": self.last_modified}
+
+
+def etag_of(document: Document, text: bytes) -> str:
+    """Return the tag of a job or batch as it is shown: its version, which If-Match compares, and a digest of all."""
+    return f'"{document["version"]}-{blake2b(text, digest_size=8).hexdigest()}"'
+
+
+def unless_known(request: Request, name: str, document: Document) -> Response:
+    """Return a job or batch as it is shown, or 304 if the client says that it has exactly this."""
+    text = json_text(document)
+    etag = etag_of(document, text)
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
+    if _names(request.headers.get("if-none-match", ""), etag, weakly=True):
+        return Response(status_code=304, headers=headers)
+    return json_response({"status": "success", name: orjson.Fragment(text)}, headers=headers)
 
 
 def is_known(headers: Headers, version: Version) -> bool:

@@ -74,8 +74,12 @@ def _unreadable(value: Any) -> str:
 
 def json_response(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return JSON; times in UTC with a Z."""
-    body = orjson.dumps(content, default=_unreadable, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
-    return Response(body, status, dict(headers or {}), "application/json")
+    return Response(json_text(content), status, dict(headers or {}), "application/json")
+
+
+def json_text(content: Mapping[str, Any]) -> bytes:
+    """Return content as JSON; times in UTC with a Z."""
+    return orjson.dumps(content, default=_unreadable, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
 
 
 def error_response(error: ApiError) -> Response:

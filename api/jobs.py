@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
@@ -13,11 +13,13 @@ from starlette.responses import Response
 
 from api.access import actor, for_user, may_see, requires, teams_of, viewer_of, while_signed_in, who_asks
 from api.bodies import off_loop, optional_body, read_body
+from api.conditional import etag_of, unless_known
 from api.disclosure import JOB, Viewer, shown
-from api.errors import ApiError, json_response
+from api.errors import ApiError, json_response, json_text
+from api.middleware import held
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
 from api.parameters import Check
-from api.requests import Once, expecting, folded, happened_by, noted, readable_past, story_until, wanted_wait
+from api.requests import Once, expecting, folded, happened_by, noted, preferred_wait, readable_past, story_until
 from api.services import Services, query_of, refuse_without_space, services, views_reach_wanted_position, views_show
 from api.submission import (
     check_parameters,
@@ -38,6 +40,7 @@ from ledger.job import Job
 from ledger.mongo import Document
 from projections import batches, statistics
 from projections import jobs as view
+from projections.files import results_behind
 from projections.headings import Place
 
 _STOP_SECONDS: Final = 30.0
@@ -158,14 +161,12 @@ async def single(request: Request) -> Response:
     if asked.as_of is None and job["status"] not in ENDED and await waited_for_end(request, job["job_id"]):
         job = await existing(request)  # as it is at the end of the wait
     viewer = viewer_of(request, job)  # by the access of today, also of the job as it was
-    if asked.as_of is not None:
+    if asked.as_of is None:
+        paused = await _paused(request, [job])
+    else:
         job = await _as_of(request, job["job_id"], asked.as_of)
-    etag = f'"{job["version"]}{viewer.tag(job)}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
-    if etag in request.headers.get("if-none-match", "") or request.headers.get("if-none-match", "").strip() == "*":
-        return Response(status_code=304, headers=headers)
-    content = {"status": "success", "job": await _shown_job(request, job, viewer)}
-    return json_response(content, headers=headers)
+        paused = await _paused_then(request, job, asked.as_of)
+    return unless_known(request, "job", _as_shown(request, job, viewer, paused))
 
 
 async def _as_of(request: Request, job_id: str, then: int | datetime) -> Document:
@@ -187,17 +188,18 @@ async def waited_for_end(request: Request, job_id: str) -> bool:
 
     The views show the end then, unless the time is over: a read of the job, its files or a list agrees with them.
     """
-    seconds, known = wanted_wait(request), services(request)
-    if not seconds:
-        return False
-    with suppress(TimeoutError):
-        async with while_signed_in(request, seconds), known.endings.watching(job_id) as ended:
-            while (job := folded(view.fold, events := await known.log.read_stream(job_id))) is not None:
-                if job["status"] in ENDED:
-                    break
-                await ended.wait()
-                ended.clear()
-            await views_show(request, events[-1].position if events else 0)
+    known = services(request)
+    with preferred_wait(request) as seconds:
+        if not seconds:
+            return False
+        with suppress(TimeoutError):
+            async with while_signed_in(request, seconds), known.endings.watching(job_id) as ended:
+                while (job := folded(view.fold, events := await known.log.read_stream(job_id))) is not None:
+                    if job["status"] in ENDED:
+                        break
+                    await ended.wait()
+                    ended.clear()
+                await views_show(request, events[-1].position if events else 0)
     return True
 
 
@@ -283,10 +285,12 @@ async def _stop(request: Request, job_id: str, check: Callable[[Known], None]) -
         command = CancelJob(actor(request), "to be deleted")
         await handle(log, job_id, command, meta=Meta(actor(request)), known=known, check=check)
     try:
-        async with while_signed_in(request, _STOP_SECONDS), services(request).endings.watching(job_id) as ended:
-            while isinstance(now := (await load(log, job_id)).state, Job) and now.status == "processing":
-                await ended.wait()
-                ended.clear()
+        with held(request.scope) as allowed:
+            seconds = _STOP_SECONDS if allowed else 0
+            async with while_signed_in(request, seconds), services(request).endings.watching(job_id) as ended:
+                while isinstance(now := (await load(log, job_id)).state, Job) and now.status == "processing":
+                    await ended.wait()
+                    ended.clear()
     except TimeoutError:
         message = "The job is being cancelled, but still running. Delete it again in a moment."
         raise ApiError(503, "still_running", message, retry_after_seconds=5) from None
@@ -312,11 +316,11 @@ async def _act(
     else:
         check = allowed if expected_seen else expecting(request, allowed)
         done, events = await _done(request, events, command, check, once)
-    job = folded(view.fold, story_until(events, done))
-    answer = {"status": "success", "job_id": job_id, "job": await _shown_job(request, job)}
+    job = await _shown_job(request, folded(view.fold, story_until(events, done)))
+    answer = {"status": "success", "job_id": job_id, "job": job}
     headers = {"Ledger-Position": str(done.position)}
     if job is not None:
-        headers["ETag"] = f'"{job["version"]}{viewer_of(request, job).tag(job)}"'
+        headers["ETag"] = etag_of(job, json_text(job))
     return json_response(answer, headers=headers)
 
 
@@ -345,32 +349,35 @@ async def _done(
 
 
 async def _shown_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:
-    """Return jobs as the caller sees them. `paused` ones wait because their batch is paused."""
+    """Return jobs as the caller sees them."""
+    paused = await _paused(request, jobs)
+    return [_as_shown(request, job, viewer_of(request, job), paused) for job in jobs]
+
+
+async def _shown_job(request: Request, job: Document | None) -> Document | None:
+    """Return a job as the caller sees it."""
+    return None if job is None else (await _shown_jobs(request, [job]))[0]
+
+
+def _as_shown(request: Request, job: Document, viewer: Viewer, paused: Collection[str]) -> Document:
+    """Return a job as `viewer` sees it. It is `paused` while it waits because its batch is one of those paused."""
+    document = shown(job, JOB, viewer)
+    if results := document.get("results"):
+        document["results"] = results_behind(services(request).links.prefix, results)
+    return {**document, "paused": job["status"] == "pending" and job["batch_id"] in paused}
+
+
+async def _paused(request: Request, jobs: Sequence[Document]) -> set[str]:
+    """Return the batches of waiting jobs that are paused."""
     waiting = {job["batch_id"] for job in jobs if job["status"] == "pending"} - {None}
-    paused = await batches.paused_among(services(request).views, waiting) if waiting else set()
-    return [
-        {
-            **_with_prefix(services(request).links.prefix, shown(job, JOB, viewer_of(request, job))),
-            "paused": job["status"] == "pending" and job["batch_id"] in paused,
-        }
-        for job in jobs
-    ]
+    return await batches.paused_among(services(request).views, waiting) if waiting else set()
 
 
-def _with_prefix(prefix: str, job: Document) -> Document:
-    """Return a job with the addresses of its files as they are behind a proxy with a path."""
-    results = job.get("results")
-    if not prefix or not results:
-        return job
-    assets = [{**asset, "url": f"{prefix}{asset['url']}"} for asset in results["assets"]]
-    url = results["markdown_url"] and f"{prefix}{results['markdown_url']}"
-    return {**job, "results": {**results, "markdown_url": url, "assets": assets}}
-
-
-async def _shown_job(request: Request, job: Document | None, viewer: Viewer | None = None) -> Document | None:
-    """Return a job as the caller sees it, or as `viewer` does."""
-    if job is None:
-        return None
-    [found] = await _shown_jobs(request, [job])
-    prefix = services(request).links.prefix
-    return found if viewer is None else {**found, **_with_prefix(prefix, shown(job, JOB, viewer))}
+async def _paused_then(request: Request, job: Document, then: int | datetime) -> set[str]:
+    """Return the batch of a waiting job if it was paused at a position of the log or at a moment."""
+    batch_id = job["batch_id"]
+    if job["status"] != "pending" or batch_id is None:
+        return set()
+    events = await services(request).log.read_stream(batch_id)
+    batch = folded(batches.fold, filter(happened_by(then), events))
+    return {batch_id} if batch is not None and batch["paused"] else set()

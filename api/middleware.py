@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from math import ceil
 from secrets import token_bytes
@@ -395,16 +396,65 @@ def _credentials(scope: Scope) -> bytes | None:
     return b"" if scope["method"] == "POST" and scope["path"] == SIGN_IN else None
 
 
+class OpenRequests:
+    """How many requests of each user (or address) are open for long in this process."""
+
+    def __init__(self, edge: Edge) -> None:
+        self._most_of_one = edge.max_streams_per_user
+        self._most = edge.max_streams
+        self._open: Counter[str] = Counter()
+
+    def refusal(self, who: str) -> ApiError | None:
+        """Return why one more may not be opened; None if it may."""
+        if 0 < self._most_of_one <= self._open[who]:
+            message = f"You have {self._open[who]} live streams open, the most allowed (api.max_streams_per_user)."
+            return ApiError(429, "too_many_streams", message, retry_after_seconds=5)
+        if 0 < self._most <= self._open.total():
+            message = "This process has as many live streams open as it may (api.max_streams)."
+            return ApiError(503, "too_many_streams_open", message, retry_after_seconds=5)
+        return None
+
+    @contextmanager
+    def counted(self, who: str) -> Iterator[None]:
+        """Count one more while the block runs."""
+        self._open[who] += 1
+        try:
+            yield
+        finally:
+            self._open[who] -= 1
+            if not self._open[who]:
+                del self._open[who]
+
+    @contextmanager
+    def counted_if_allowed(self, who: str) -> Iterator[bool]:
+        """Count one more while the block runs, if it may be opened; yield whether."""
+        if self.refusal(who) is not None:
+            yield False
+            return
+        with self.counted(who):
+            yield True
+
+
+@contextmanager
+def held(scope: Scope) -> Iterator[bool]:
+    """Count a request that waits for something while the block runs. Yield whether it may wait.
+
+    As many may wait as may have live streams: they are counted apart, so that open streams keep nobody from reading
+    what they have written.
+    """
+    with scope["held"]() as allowed:
+        yield allowed
+
+
 class Limited:
     """Refuses who asks too often, or has too many live streams open. What is open to all is not counted."""
 
     def __init__(self, app: ASGIApp, edge: Edge) -> None:
         self._app = app
         self._buckets = Buckets(edge.requests_per_second, edge.burst) if edge.requests_per_second else None
-        self._most_streams = edge.max_streams_per_user
-        self._most_streams_of_all = edge.max_streams
         self._trusted = edge.trusted_proxies
-        self._streams: Counter[str] = Counter()
+        self._streams = OpenRequests(edge)
+        self._held = OpenRequests(edge)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         who = _who(scope, self._trusted)
@@ -418,26 +468,13 @@ class Limited:
                 retry_after_seconds=ceil(wait),
             )
             return await error_response(refused)(scope, receive, send)
+        scope["held"] = partial(self._held.counted_if_allowed, who)
         if scope["path"] not in LIVE:
             return await self._app(scope, receive, send)
-        return await self._live(who, scope, receive, send)
-
-    async def _live(self, who: str, scope: Scope, receive: Receive, send: Send) -> None:
-        if 0 < self._most_streams <= self._streams[who]:
-            message = f"You have {self._streams[who]} live streams open, the most allowed (api.max_streams_per_user)."
-            refused = ApiError(429, "too_many_streams", message, retry_after_seconds=5)
-            return await error_response(refused)(scope, receive, send)
-        if 0 < self._most_streams_of_all <= self._streams.total():
-            message = "This process has as many live streams open as it may (api.max_streams)."
-            refused = ApiError(503, "too_many_streams_open", message, retry_after_seconds=5)
-            return await error_response(refused)(scope, receive, send)
-        self._streams[who] += 1
-        try:
+        if (too_many := self._streams.refusal(who)) is not None:
+            return await error_response(too_many)(scope, receive, send)
+        with self._streams.counted(who):
             return await self._app(scope, receive, send)
-        finally:
-            self._streams[who] -= 1
-            if not self._streams[who]:
-                del self._streams[who]
 
 
 def _who(scope: Scope, trusted: Collection[Network]) -> str | None:

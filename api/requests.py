@@ -20,6 +20,7 @@ from starlette.requests import Request
 
 from api.access import signed_in
 from api.errors import ApiError
+from api.middleware import held
 from ledger.errors import UnreadableEvent
 from ledger.events import Recorded
 from ledger.handle import Known
@@ -128,19 +129,29 @@ def expecting(request: Request, check: Callable[[Known], None]) -> Callable[[Kno
 # Waiting and looking back ----------------------------------------------------------------------------------------
 
 
-def wanted_wait(request: Request) -> float:
-    """Return for how many seconds the caller prefers to wait for an end (RFC 7240), 0 for not at all.
+@contextmanager
+def preferred_wait(request: Request) -> Iterator[float]:
+    """Yield for how many seconds the caller prefers to wait for an end, 0 for not at all; count it as held meanwhile.
 
-    What cannot be understood is ignored, as the RFC asks. The response names the preference that was applied.
+    The response names the preference that was applied. Where too many requests are held, it is not (RFC 7240, 2).
     """
+    seconds = _preferred_seconds(request)
+    if not seconds:
+        yield 0
+        return
+    with held(request.scope) as allowed:
+        if allowed:
+            request.scope["preference_applied"] = f"wait={seconds}"
+        yield seconds if allowed else 0
+
+
+def _preferred_seconds(request: Request) -> int:
+    """Return what `Prefer: wait` says (RFC 7240). What cannot be understood is ignored, as the RFC asks."""
     for preference in ",".join(request.headers.getlist("prefer")).split(","):
         name, _, value = preference.partition("=")
         seconds = value.strip().strip('"')
         if name.strip().lower() == "wait" and seconds.isascii() and seconds.isdecimal() and len(seconds) < 9:
-            wait = min(int(seconds), LONGEST_WAIT_SECONDS)
-            if wait:
-                request.scope["preference_applied"] = f"wait={wait}"
-            return wait
+            return min(int(seconds), LONGEST_WAIT_SECONDS)
     return 0
 
 

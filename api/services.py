@@ -17,7 +17,7 @@ from api.errors import ApiError
 from api.event_stream import Streams
 from api.links import Links
 from api.memory import MemoryBudget
-from api.middleware import Edge
+from api.middleware import Edge, held
 from api.parameters import ParametersValidator
 from api.sessions import Sessions
 from api.validation import Model, validated
@@ -32,7 +32,9 @@ from projections.health import StallWatch
 from projections.views import Views
 
 LARGEST_PAGE: Final = 1000
-_VIEW_PATIENCE_SECONDS: Final = 10.0
+_USUAL_LAG_SECONDS: Final = 1.0
+"""For how long a request waits for the views without being counted as held."""
+_VIEW_PATIENCE_SECONDS: Final = 9.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +111,44 @@ async def views_reach_wanted_position(request: Request) -> None:
     """Wait for the views if the request names a `Ledger-Position` (or `min_position`) that it wants to see.
 
     Raises:
-        ApiError: 400 when it is no number, 503 when the views are too far behind.
+        ApiError: 400 when it is no number, 422 when the log ends before, 503 when the views are too far behind.
     """
     checkpoint = services(request).checkpoint
     wanted = request.headers.get("ledger-position", request.query_params.get("min_position"))
-    if wanted is None:
-        request.scope["ledger_position"] = checkpoint.position
-        return
-    if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 18:
-        raise ApiError(400, "malformed_position", f"{wanted[:40]!r} is not a position: expected a whole number.")
-    try:
-        async with asyncio.timeout(_VIEW_PATIENCE_SECONDS):
-            await checkpoint.reached(int(wanted))
-    except TimeoutError:
-        message = f"The views have reached position {checkpoint.position}, not yet {wanted}."
-        raise ApiError(503, "views_behind", message, retry_after_seconds=2) from None
+    if wanted is not None:
+        if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 18:
+            raise ApiError(400, "malformed_position", f"{wanted[:40]!r} is not a position: expected a whole number.")
+        if not await _views_reach(request, int(wanted)):
+            message = f"The views have reached position {checkpoint.position}, not yet {wanted}."
+            raise ApiError(503, "views_behind", message, retry_after_seconds=2)
     request.scope["ledger_position"] = checkpoint.position
+
+
+async def _views_reach(request: Request, position: int) -> bool:
+    """Wait until the views have reached a position of the log; return whether they have in time.
+
+    Raises:
+        ApiError: 422, when the log ends before.
+    """
+    known = services(request)
+    if known.checkpoint.position >= position:
+        return True
+    if not await known.log.may_reach(position):
+        message = f"Ledger-Position: the log ends before position {position}. Send one that was answered."
+        raise ApiError(422, "invalid_content", message)
+    if await _reached(known.checkpoint, position, _USUAL_LAG_SECONDS):
+        return True
+    with held(request.scope) as allowed:
+        return allowed and await _reached(known.checkpoint, position, _VIEW_PATIENCE_SECONDS)
+
+
+async def _reached(checkpoint: Checkpoint, position: int, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await checkpoint.reached(position)
+    except TimeoutError:
+        return False
+    return True
 
 
 async def views_show(request: Request, position: int) -> None:

@@ -25,7 +25,7 @@ from ledger.envelope import Append, documents_of
 from ledger.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
 from ledger.events import Event, Recorded
 from ledger.measures import Durations
-from ledger.mongo import INDEX_CONFLICTS, TOLERANT, UNAUTHORIZED, Database, Document, brief, driver_errors
+from ledger.mongo import INDEX_CONFLICTS, LOCAL, TOLERANT, UNAUTHORIZED, Database, Document, brief, driver_errors
 from ledger.server_clock import clock_of
 from ledger.tail import Tail
 from ledger.writer import Limits, Writer
@@ -191,6 +191,15 @@ class EventLog(Writer):
         """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
         with driver_errors("reading the head of the log"):
             return await self._newest(session)
+
+    async def may_reach(self, position: int) -> bool:
+        """Return whether the log has a position, or a later one, also if a majority may not have it yet.
+
+        A majority read may lag for a moment after a fail-over. A local read at the primary has all that was durable.
+        """
+        local = self._events.with_options(read_concern=LOCAL)
+        with driver_errors("looking for a position of the log"):
+            return await local.find_one({"_id": {"$gte": position}}, {"_id": 1}) is not None
 
     async def require(self, position: int, reader: str) -> None:
         """Make sure that the log reaches a position that `reader` ("the views", for example) has read before.

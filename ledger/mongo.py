@@ -39,6 +39,7 @@ TOLERANT: CodecOptions[Document] = CodecOptions(
 OLDEST_SERVER = (5, 0)  # field names with dots and dollars, and $$NOW in updates, as the ledger uses them
 DURABLE = WriteConcern(w="majority", j=True)
 MAJORITY = ReadConcern("majority")
+LOCAL = ReadConcern("local")
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,13 @@ async def test_positions_count_through_the_log_and_versions_through_each_stream(
     check_log(await stored(quiet.db))
 
 
+async def test_log_may_reach_its_positions_and_none_beyond(quiet: Ledger) -> None:
+    assert not await quiet.log.may_reach(1)
+    await quiet.log.append(append_of(a_job(), progress(), stream="job-1"))
+    await quiet.db.events.insert_one({"_id": "z", "stream": "none", "version": 1})
+    assert [await quiet.log.may_reach(position) for position in range(4)] == [True, True, True, False]
+
+
 async def test_what_append_returns_is_what_is_stored(quiet: Ledger) -> None:
     recorded = await quiet.log.append(append_of(a_job(), progress(0.5), stream="job-1"))
     assert recorded == await quiet.log.read_stream("job-1")
