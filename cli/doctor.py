@@ -109,6 +109,8 @@ def look_at_confinement(settings: Settings) -> Iterator[Finding]:
         yield Finding("Confinement of jobs", good=True, found="off (event_worker.confine)")
     elif version:
         limits = "" if version >= restrictions.SIGNALS_VERSION else "; signals are not restricted before Linux 6.12"
+        if not restrictions.can_make_read_only():
+            limits += "; modes and times of files are not protected, because jobs may not have mounts of their own"
         yield Finding("Confinement of jobs", good=True, found=f"Landlock, version {version}{limits}")
     else:
         found = "none: this kernel offers no Landlock" + (f". {confinement.ADVICE}" if mode == "auto" else "")

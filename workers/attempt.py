@@ -87,7 +87,7 @@ async def run(
         results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
         return job.done(results, time.monotonic() - begun)
     except BaseException as error:  # noqa: BLE001 - a processor is foreign code: what it raises fails the job, not us
-        return failure_of(error, scratch=assignment.scratch.parent)
+        return failure_of(error, scratch=assignment.scratch.parents[1])
     finally:
         if job is not None:
             job.close()
@@ -239,7 +239,8 @@ class _Job:
 
     @property
     def scratch(self) -> Path:
-        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        for directory in (self._scratch.parent, self._scratch):  # and not those above, which are the worker's
+            directory.mkdir(mode=0o700, exist_ok=True)
         return self._scratch
 
     async def step(

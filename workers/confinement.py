@@ -117,13 +117,13 @@ def confine(
     Args:
         confinement: What the settings say.
         scratch: The job's own directory. It becomes its home and the place of temporary files.
-        inbox: Where it puts result files.
+        inbox: Where it puts result files. It has the same parent, which is the attempt's own.
         readable: Files and directories that the settings of its processor name.
         shared: Directories that all jobs of its type write to. They are created.
     """
     for directory in shared:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    others = (scratch.parent, scratch.parent.parent)  # of this worker's jobs, and of other workers
+    others = scratch.parents[1:3]  # of this worker's jobs, and of other workers
     allowed = list(_code_and_system((*confinement.protected, *others)))
     os.environ.update(HOME=str(scratch), TMPDIR=str(scratch))
     tempfile.tempdir = None  # looked up again, in TMPDIR
@@ -131,20 +131,49 @@ def confine(
     restrictions.set_no_new_privileges()
     if confinement.mode == "off":
         return
+    has_landlock = restrictions.landlock_version() >= 1
+    if has_landlock and _mounts_allowed:
+        _protect_metadata([scratch.parent, *shared, *confinement.writable])
     restrictions.drop_capabilities()
     restrictions.hide_from_same_user()
-    if restrictions.landlock_version() < 1:  # the worker has said so, or has refused to start
-        return
-    rules: list[tuple[str | Path, int]] = [*allowed]
-    rules += [(path, READ) for path in (*_NEEDED, *_DEVICES)]
-    rules += [(path, READ) for path in (*confinement.readable, *readable)]
-    rules += [(path, WRITE) for path in (scratch, inbox, *shared, *confinement.writable)]
-    rules.append(("/dev/null", WRITE_DEVICE))
-    restrictions.allow_only(rules)
+    if has_landlock:  # else the worker has said so, or has refused to start
+        _allow_only(confinement, allowed, [scratch, inbox, *shared], readable)
     if restrictions.can_refuse():
         # Landlock does not cover local sockets that have a path: through those of the database, of a container engine
         # or of the server process that starts jobs, a job could leave its confinement.
-        restrictions.refuse(restrictions.NO_LOCAL_SOCKETS, socket_families=[socket.AF_UNIX])
+        restrictions.refuse(
+            restrictions.NO_PRIVILEGED_CALLS if has_landlock else (),  # bubblewrap needs some of them
+            socket_families=[socket.AF_UNIX] if has_landlock else [],
+            only_itself=restrictions.LIMITS_AND_PRIORITIES,
+        )
+
+
+def _allow_only(
+    confinement: Confinement, allowed: list[tuple[str, int]], writable: Sequence[Path], readable: Sequence[Path]
+) -> None:
+    rules: list[tuple[str | Path, int]] = [*allowed]
+    rules += [(path, READ) for path in (*_NEEDED, *_DEVICES)]
+    rules += [(path, READ) for path in (*confinement.readable, *readable)]
+    rules += [(path, WRITE) for path in (*writable, *confinement.writable)]
+    rules.append(("/dev/null", WRITE_DEVICE))
+    restrictions.allow_only(rules)
+
+
+_mounts_allowed = False
+
+
+def look_for_mounts() -> None:
+    """Find out whether this system lets job processes have mounts of their own. Called in the fork server."""
+    global _mounts_allowed  # the processes that are forked later inherit it
+    _mounts_allowed = restrictions.can_make_read_only()
+
+
+def _protect_metadata(writable: Sequence[Path]) -> None:
+    """Keep this process from changing modes, owners and times of files outside, which Landlock does not cover."""
+    if not restrictions.make_read_only(writable):  # too many namespaces, perhaps: the rest of the confinement holds
+        print("Modes and times of files outside are not protected.", file=sys.stderr, flush=True)
+    with open(os.devnull, "rb") as empty:  # noqa: PTH123 - a descriptor from before keeps its writable mount
+        os.dup2(empty.fileno(), 0)
 
 
 def paths_in(settings: BaseModel) -> Iterator[Path]:

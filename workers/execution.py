@@ -118,6 +118,8 @@ class Execution:
         self._scratch = scratch
         self._health = health
         self._paths = paths
+        self._repairs = 0
+        """Of the scratch directory, before the attempt."""
         self._reserved: set[str] = set()
         self._log = log
         self._recorder = Recorder(
@@ -193,13 +195,14 @@ class Execution:
 
     async def _attempt_to_work(self) -> Done | Failed | MachineTrouble | None:
         """Do the work; return what it came to, or None if it was stopped. An exception would leave the job hanging."""
-        scratch: Path | None = None
+        place: Path | None = None
         try:
             try:
-                scratch = self._scratch.for_attempt(self.job_id, self._attempt)
-                ending = await self._work(scratch)
+                place = self._scratch.for_attempt(self.job_id, self._attempt)
+                self._repairs = self._scratch.repairs
+                ending = await self._work(place)
             finally:
-                await _remove(scratch)
+                await _remove(place)
             if isinstance(ending, Failed) and ending.errno is not None:
                 return await self._machine_trouble_behind(ending) or ending
         except Exception as error:  # noqa: BLE001 - under a living lease the job would hang for ever
@@ -212,10 +215,10 @@ class Execution:
         text = f"The worker failed while running the job: {type(error).__name__}: {to_text(error, 1000)}"
         return Failed("WORKER_FAULT", text, transient=True)
 
-    async def _work(self, scratch: Path) -> Done | Failed | MachineTrouble | None:
-        self._inbox = scratch.with_suffix(".saved")
+    async def _work(self, place: Path) -> Done | Failed | MachineTrouble | None:
+        self._inbox = place / "saved"
         processor = find_processor(self.job_type)
-        assignment = self._assignment(scratch)
+        assignment = self._assignment(place / "scratch")
         if processor.isolation == "inline":
             self._contained = Containment()
             sending = run(assignment, processor, self._take_inline, threading.Event())  # cancelling its task stops it
@@ -279,6 +282,10 @@ class Execution:
             except Exception as error:  # noqa: BLE001 - whatever a check raises says that the machine is not fit
                 _log.warning("a job failed for trouble of the machine", job_id=self.job_id, error=failed.message)
                 return machine_trouble(error) or MachineTrouble(to_text(error, 500))
+        if scratch.repairs != self._repairs:
+            return MachineTrouble(
+                "The scratch directory had lost its mode, perhaps through another job, and got it back"
+            )
         return None
 
     # In a job process ---------------------------------------------------------------------------------------------
@@ -305,7 +312,7 @@ class Execution:
             await _completed(asyncio.create_task(process.end()))
 
     async def _start_process(self, assignment: Assignment) -> JobProcess:
-        for directory in (assignment.scratch, assignment.inbox):
+        for directory in (assignment.scratch.parent, assignment.scratch, assignment.inbox):
             directory.mkdir(mode=0o700)
         return await JobProcess.start(
             self._settings.memory_limit_mb, self._print, self._settings.confinement.environment
@@ -592,13 +599,12 @@ async def _in_thread(function: Callable[[], None]) -> None:
     await asyncio.get_running_loop().run_in_executor(_threads, function)
 
 
-async def _remove(scratch: Path | None) -> None:
-    for place in (scratch, scratch and scratch.with_suffix(".saved")):
-        if place is not None and os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
-            try:
-                await _in_thread(partial(remove_tree, place))
-            except Exception as error:  # noqa: BLE001 - what the work came to must not be lost for that
-                _log.warning("a directory of a job stays", path=str(place), error=repr(error))
+async def _remove(place: Path | None) -> None:
+    if place is not None and os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
+        try:
+            await _in_thread(partial(remove_tree, place))
+        except Exception as error:  # noqa: BLE001 - what the work came to must not be lost for that
+            _log.warning("a directory of a job stays", path=str(place), error=repr(error))
 
 
 async def _completed(task: asyncio.Task[Any]) -> None:

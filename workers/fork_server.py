@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import Final
 
 from workers import supervisor
+from workers.confinement import look_for_mounts
 
 READY: Final = b"ready"
 _KILL_SECONDS: Final = 2.0  # what has not died by then is tried again when the next supervisor ends
@@ -31,6 +32,7 @@ def main() -> None:
     os.setpgid(0, 0)
     supervisor.ignore_signals()
     supervisor.become_subreaper()
+    look_for_mounts()  # before there are threads
     for module in json.loads(sys.argv[2]):
         _load(module)
     gc.freeze()  # children that collect garbage do not copy what they share with us
@@ -69,6 +71,10 @@ class _Server:
             return False
         if not text:
             return False
+        if len(descriptors) != 2:  # those that exceed a limit of ours are not received
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return True  # the worker sees that its sockets are closed
         control, connection = (socket.socket(fileno=descriptor) for descriptor in descriptors)
         with control, connection:
             self._fork(control, connection, json.loads(text)["memory_limit_mb"])

@@ -11,6 +11,7 @@ import os
 import platform
 import stat
 import struct
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from errno import EACCES, ENOSYS, EPERM
@@ -126,38 +127,55 @@ _NUMBERS: Final[dict[str, dict[str, int]]] = {
         **{"utime": 132, "utimes": 235, "futimesat": 261, "fchownat": 260, "fchmodat": 268, "utimensat": 280},
         **{"tgkill": 234, "keyctl": 250, "add_key": 248, "request_key": 249, "unshare": 272, "setns": 308},
         **{"perf_event_open": 298, "process_vm_readv": 310, "process_vm_writev": 311, "bpf": 321, "userfaultfd": 323},
-        **{"removexattr": 197, "lremovexattr": 198, "open_by_handle_at": 304},
+        **{"removexattr": 197, "lremovexattr": 198, "open_by_handle_at": 304, "pivot_root": 155, "prlimit64": 302},
+        **{"setpriority": 141, "ioprio_set": 251, "sched_setparam": 142, "sched_setscheduler": 144},
+        **{"sched_setaffinity": 203, "sched_setattr": 314},
     },
     "aarch64": {
         **{"socket": 198, "connect": 203, "sendto": 206, "kill": 129, "truncate": 45, "ptrace": 117, "mount": 40},
         **{"umount2": 39, "tkill": 130, "setxattr": 5, "lsetxattr": 6, "fchownat": 54, "fchmodat": 53},
         **{"utimensat": 88, "tgkill": 131, "keyctl": 219, "add_key": 217, "request_key": 218, "unshare": 97},
         **{"setns": 268, "perf_event_open": 241, "process_vm_readv": 270, "process_vm_writev": 271, "bpf": 280},
-        **{"userfaultfd": 282, "removexattr": 14, "lremovexattr": 15, "open_by_handle_at": 265},
+        **{"userfaultfd": 282, "removexattr": 14, "lremovexattr": 15, "open_by_handle_at": 265, "pivot_root": 41},
+        **{"prlimit64": 261, "setpriority": 140, "ioprio_set": 30, "sched_setparam": 118, "sched_setscheduler": 119},
+        **{"sched_setaffinity": 122, "sched_setattr": 274},
     },
 }
 _SAME_NUMBER: Final = {
     **{"pidfd_send_signal": 424, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
-    **{"pidfd_getfd": 438, "fchmodat2": 452, "setxattrat": 463, "removexattrat": 466},
+    **{"pidfd_getfd": 438, "fchmodat2": 452, "setxattrat": 463, "removexattrat": 466, "open_tree": 428},
+    **{"move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442},
+    **{"open_tree_attr": 467},
 }
 """System calls whose number is the same everywhere."""
 _ARCHITECTURES: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 _X32: Final = 0x40000000
 _URING: Final = {"io_uring_setup", "io_uring_enter", "io_uring_register"}
 """With it a process opens and connects sockets past the filter."""
 
-NO_LOCAL_SOCKETS: Final = _URING
-"""For `refuse`, with `families={AF_UNIX}`."""
-NO_HARM_OUTSIDE: Final = _URING | {
+_MOUNTS: Final = {
+    *("mount", "umount2", "pivot_root", "open_tree", "open_tree_attr", "move_mount", "mount_setattr"),
+    *("fsopen", "fsconfig", "fsmount", "fspick"),
+}
+_KERNEL: Final = {"keyctl", "add_key", "request_key", "bpf", "perf_event_open", "userfaultfd"}
+"""Keys are those of all processes of the user. The others are for tools that look into the kernel."""
+
+NO_PRIVILEGED_CALLS: Final = _URING | _MOUNTS | _KERNEL
+"""What no job process needs. io_uring is among them because of the socket families that `refuse` refuses."""
+LIMITS_AND_PRIORITIES: Final = {
+    *("prlimit64", "setpriority", "ioprio_set", "sched_setparam", "sched_setscheduler", "sched_setaffinity"),
+    "sched_setattr",
+}
+"""Calls with which a process changes the limits and priorities of any other one of its user. See `only_itself`."""
+NO_HARM_OUTSIDE: Final = NO_PRIVILEGED_CALLS | {
     *("socket", "connect", "sendto", "kill", "tkill", "pidfd_send_signal", "pidfd_getfd", "ptrace"),
     *("truncate", "chmod", "fchmodat", "fchmodat2", "chown", "lchown", "fchownat"),
     *("setxattr", "lsetxattr", "setxattrat", "removexattr", "lremovexattr", "removexattrat"),
     *("utime", "utimes", "futimesat", "utimensat", "open_by_handle_at"),
-    *("mount", "umount2", "unshare", "setns", "process_vm_readv", "process_vm_writev"),
-    *("keyctl", "add_key", "request_key", "bpf", "perf_event_open", "userfaultfd"),
+    *("unshare", "setns", "process_vm_readv", "process_vm_writev"),
 }
 """What Landlock leaves open: sockets, signals, and changes to files that are only named, such as their modes."""
 
@@ -167,13 +185,14 @@ def can_refuse() -> bool:
     return platform.machine() in _NUMBERS
 
 
-def refuse(calls: Iterable[str], *, socket_families: Iterable[int] = (), only_own_threads: bool = False) -> None:
+def refuse(calls: Iterable[str], *, socket_families: Iterable[int] = (), only_itself: Iterable[str] = ()) -> None:
     """Make system calls fail with EPERM in this process and all that it starts. Cannot be undone.
 
     Args:
         calls: Names of system calls. Those that the machine does not have are passed over.
         socket_families: Address families for which `socket` fails with EACCES.
-        only_own_threads: Refuse `tgkill`, except to threads of this process.
+        only_itself: Calls that a process may use for itself only: by its ID, or by the ID 0 in what it starts. They
+            are `tgkill` and `LIMITS_AND_PRIORITIES`. The last ones are also refused for single threads.
 
     Raises:
         OSError: seccomp is not available, or the machine is not a known one.
@@ -192,11 +211,10 @@ def refuse(calls: Iterable[str], *, socket_families: Iterable[int] = (), only_ow
         if name in numbers:
             error = ENOSYS if name in _URING else EPERM
             program += [(_JUMP_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ERROR | error)]
-    if only_own_threads:
-        program += [(_JUMP_EQUAL, 0, 4, numbers["tgkill"]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
-        program += [(_JUMP_EQUAL, 1, 0, os.getpid()), (_RETURN, 0, 0, _ERROR | EPERM), (_RETURN, 0, 0, _ALLOW)]
+    for name in sorted(only_itself):
+        program += _if_arguments(numbers[name], _of_itself(name, os.getpid()))
     if families := sorted(socket_families):
-        program += [(_JUMP_EQUAL, 0, 2 * len(families) + 1, numbers["socket"]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
+        program += [(_JUMP_EQUAL, 0, 2 * len(families) + 1, numbers["socket"]), (_LOAD, 0, 0, _ARGUMENTS)]
         for family in families:
             program += [(_JUMP_EQUAL, 0, 1, family), (_RETURN, 0, 0, _ERROR | EACCES)]
     program.append((_RETURN, 0, 0, _ALLOW))
@@ -204,6 +222,29 @@ def refuse(calls: Iterable[str], *, socket_families: Iterable[int] = (), only_ow
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
     _checked(_libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0))
+
+
+def _of_itself(name: str, pid: int) -> list[tuple[int, ...]]:
+    """Return the values of each of a call's first arguments that mean the process itself."""
+    match name:
+        case "tgkill":
+            return [(pid,)]
+        case "setpriority":
+            return [(0,), (0, pid)]  # PRIO_PROCESS
+        case "ioprio_set":
+            return [(1,), (0, pid)]  # IOPRIO_WHO_PROCESS
+        case _:
+            return [(0, pid)]
+
+
+def _if_arguments(number: int, allowed: list[tuple[int, ...]]) -> list[tuple[int, int, int, int]]:
+    """Refuse a call unless its first arguments have one of the values for each. They are of 32 bits."""
+    body = []
+    for position, values in enumerate(allowed):
+        body.append((_LOAD, 0, 0, _ARGUMENTS + 8 * position))
+        body += [(_JUMP_EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
+        body.append((_RETURN, 0, 0, _ERROR | EPERM))
+    return [(_JUMP_EQUAL, 0, len(body) + 1, number), *body, (_RETURN, 0, 0, _ALLOW)]
 
 
 def _unless(place: int, value: int, result: int) -> list[tuple[int, int, int, int]]:
@@ -219,7 +260,59 @@ def _checked(result: int) -> int:
 
 # Namespaces -------------------------------------------------------------------------------------------------------
 
-_NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
+_NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
+_RECURSIVE, _SLAVE = 1 << 14, 1 << 19  # linux/mount.h
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_CLONE, _FROM_DESCRIPTOR, _READ_ONLY = 1, 4, 1
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+
+
+def make_read_only(writable: Iterable[str | Path]) -> bool:
+    """Make all file systems read-only for this process and all that it starts, except below `writable`.
+
+    Then it also cannot change modes, owners, times and attributes of files outside, which Landlock does not cover. It
+    needs root, or a system that lets users have namespaces. Paths that do not exist are passed over.
+
+    Returns:
+        Whether the process could get mounts of its own; nothing has changed if not.
+
+    Raises:
+        OSError: The system does not allow to change them, or is older than Linux 5.12.
+    """
+    user, group = os.getuid(), os.getgid()
+    if _libc.unshare(_NEW_MOUNTS) != 0:
+        if _libc.unshare(_NEW_MOUNTS | _NEW_USER) != 0:
+            return False
+        _keep_user(user, group)
+    _checked(_libc.mount(None, b"/", None, _RECURSIVE | _SLAVE, None))
+    places = sorted(os.fsencode(os.path.realpath(path)) for path in {*writable} if Path(path).exists())
+    flags = _CLONE | _AT_RECURSIVE | os.O_CLOEXEC
+    trees = [_checked(_libc.syscall(_OPEN_TREE, _AT_FDCWD, place, flags)) for place in places]
+    attributes = struct.pack("=QQQQ", _READ_ONLY, 0, 0, 0)
+    size = ctypes.c_size_t(len(attributes))
+    _checked(_libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, size))
+    for place, tree in zip(places, trees, strict=True):  # parents first; each mount is as writable as it was
+        _checked(_libc.syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, place, _FROM_DESCRIPTOR))
+        os.close(tree)
+    return True
+
+
+def can_make_read_only() -> bool:
+    """Return whether `make_read_only` works on this system: a process forked for it tries."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with suppress(BaseException):
+            code = 0 if make_read_only([tempfile.gettempdir()]) else 1
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _keep_user(user: int, group: int) -> None:
+    """In a new user namespace, be the same user as outside."""
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
 
 
 def leave_namespaces() -> bool:
@@ -232,7 +325,5 @@ def leave_namespaces() -> bool:
     if _libc.unshare(_NEW_USER | _NEW_NET | _NEW_IPC | _NEW_PID) != 0:
         return False
     with suppress(OSError):  # without, it is the user `nobody` for itself; the files it may open stay the same
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+        _keep_user(user, group)
     return True

@@ -80,7 +80,8 @@ def _start(plan: dict[str, Any], *, separate: bool) -> None:
             refused = restrictions.NO_HARM_OUTSIDE
             if plan["proxy"] is not None:
                 refused = refused - {"socket", "connect", "sendto"}
-            restrictions.refuse(refused, socket_families=_OTHER_FAMILIES, only_own_threads=True)
+            only_itself = {"tgkill", *restrictions.LIMITS_AND_PRIORITIES}
+            restrictions.refuse(refused, socket_families=_OTHER_FAMILIES, only_itself=only_itself)
         os.chdir(plan["directory"])
         os.execve(plan["command"][0], plan["command"], plan["environment"])  # noqa: S606 - as planned
     except OSError as error:

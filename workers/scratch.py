@@ -1,8 +1,9 @@
 """workers: the scratch directories of one worker process, and removal of those that killed workers left behind.
 
-Layout: `<root>/jobledger-<uid>/<host>-<pid>-<random>/<job>-<attempt>-<random>`. Each process holds a lock (flock) on
-its own directory. The kernel releases the lock when the process dies, however it dies, so a later start on the machine
-removes exactly the directories that nobody holds. Names and ages decide nothing.
+Layout: `<root>/jobledger-<uid>/<host>-<pid>-<random>/<job>-<attempt>-<random>`. In the last one, `scratch` belongs to
+the processor, and `saved` holds the files that it saves. Each process holds a lock (flock) on its own directory. The
+kernel releases the lock when the process dies, however it dies, so a later start on the machine removes exactly the
+directories that nobody holds. Names and ages decide nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from workers.health import MachineTrouble
 _log = structlog.get_logger()
 _DEAD: Final = "removing-"
 """Prefix of a directory that is being removed. Nobody locks it; two processes may remove it at the same time."""
+_MODE: Final = 0o700
 _CHECK_BYTES: Final = 64 * 1024
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Scratch:
-    """Scratch space of this process. All methods except `for_attempt` block: call them from a thread."""
+    """Scratch space of this process. All methods except `for_attempt` and `repair` block: call them from a thread."""
 
     def __init__(self, root: Path | None = None, *, min_free_mb: float = 0) -> None:
         """`root` is created if its parent exists; None: the system's temporary directory. `min_free_mb` in MiB."""
@@ -41,6 +43,8 @@ class Scratch:
         self._directory: Path | None = None
         self._lock = -1
         self._changing = threading.RLock()  # checks run in several threads
+        self.repairs = 0
+        """How often a directory of ours had lost its mode and got it back."""
 
     @property
     def directory(self) -> Path | None:
@@ -53,7 +57,29 @@ class Scratch:
         Raises:
             MachineTrouble: there is no scratch directory.
         """
+        self.repair()
         return self._required() / f"{job_id}-{attempt}-{secrets.token_hex(4)}"
+
+    def repair(self) -> None:
+        """Give our directories their mode back: a job may have changed it, if it has no mounts of its own.
+
+        Takes microseconds.
+        """
+        if self._directory is None:
+            return
+        base = self._directory.parent
+        for path, is_private in ((base.parent, False), (base, True), (self._directory, True)):
+            with suppress(OSError):  # it is not there: `check` says so
+                mode = stat.S_IMODE(path.lstat().st_mode)
+                is_damaged = mode != _MODE if is_private else not mode & stat.S_IXUSR
+                if is_damaged and _is_ours(path):
+                    path.chmod(_MODE if is_private else mode | _MODE)
+                    self.repairs += 1
+                    _log.warning(
+                        "a scratch directory had lost its mode and got it back; a job may have changed it",
+                        directory=str(path),
+                        mode=f"{mode:o}",
+                    )
 
     def prepare(self) -> None:
         """Create and lock the directory of this process, and remove those of dead processes. Safe to repeat.
@@ -104,12 +130,13 @@ class Scratch:
             file.write_bytes(bytes(_CHECK_BYTES))
 
     def check_quickly(self) -> None:
-        """Check what two system calls can tell: the file system is writable and has room. Takes microseconds.
+        """Check what a few system calls can tell: the file system is writable and has room. Takes microseconds.
 
         Raises:
             MachineTrouble: it is not, or has not.
         """
         directory = self._required()
+        self.repair()
         try:
             found = os.statvfs(directory)
         except OSError as error:

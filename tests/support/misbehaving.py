@@ -743,6 +743,17 @@ async def nest_directories(job: Job) -> Results:
     return Results()
 
 
+@action
+async def lock_scratch(job: Job) -> Results:
+    """Take the mode from the directory of all jobs, once, and fail as another job would then."""
+    marker = Path(job.parameters.file)
+    if not marker.exists():  # noqa: ASYNC240
+        marker.touch()  # noqa: ASYNC240
+        job.scratch.parents[1].chmod(0)
+        raise PermissionError(13, "Permission denied", str(job.scratch))
+    return Results()
+
+
 STEP_NAMES = ("s" * 300 + "a", "s" * 300 + "b", "\ud800", "?", "\ud801")
 
 

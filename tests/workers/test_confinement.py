@@ -148,7 +148,7 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
                 "new result": f"open('{here}/data/results/new', 'w')",
                 "file of another job": f"got = open('{scratch}/secret').read()",
                 "write to another job": f"open('{scratch}/secret', 'w')",
-                "list other jobs": f"import os; got = os.listdir('{scratch.parent.parent}')",
+                "list other jobs": f"import os; got = os.listdir('{scratch.parents[1]}')",
                 "home directory": f"got = open('{home}').read()",
                 "write to /tmp": "open('/tmp/jobledger-canary', 'w')",
                 "write to code": "import workers.child; open(workers.child.__file__, 'a')",
@@ -194,6 +194,150 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
     assert all(text.startswith("GOT") for text in allowed.values()), allowed
     reached = {name: text for name, text in got.items() if text.startswith("GOT") and name not in allowed}
     assert reached == {}
+
+
+CHANGES = {
+    "mode": "os.chmod(path, stat.S_IMODE(os.stat(path).st_mode))",
+    "owner": "os.chown(path, os.getuid(), os.getgid())",
+    "times": "os.utime(path, (os.stat(path).st_atime, os.stat(path).st_mtime))",
+    "mode of an open file": "os.fchmod(os.open(path, os.O_RDONLY), stat.S_IMODE(os.stat(path).st_mode))",
+}
+"""What the owner of a file may do to it by its name alone."""
+
+
+@needs_landlock
+@pytest.mark.skipif(not restrictions.can_make_read_only(), reason="this system lets no job have mounts of its own")
+def test_job_process_changes_no_modes_owners_and_times_outside(installation: Installation) -> None:
+    here = installation.directory
+    outside = ["/", "/tmp", "/dev/null", "/usr", sys.executable, confinement.__file__]
+    outside += [str(path) for path in (here, here / "config.yaml", here / "data", here / "data/results")]
+    attempts = {
+        f"{name} of {path}": f"import os, stat; path = {path!r}; {code}"
+        for path in outside
+        for name, code in CHANGES.items()
+    }
+    attempts |= {
+        f"{name} of directory {level}": f"import os, stat; path = job.scratch.parents[{level}]; {code}"
+        for level in (1, 2)
+        for name, code in CHANGES.items()
+    }
+    attempts["mode of standard input"] = "import os; os.fchmod(0, 0o666)"
+    attempts |= {
+        "may " + name: f"import os, stat; path = job.scratch / 'own'; path.touch(); {code}"
+        for name, code in CHANGES.items()
+    }
+    attempts["may copy with metadata"] = (
+        "import shutil, sys; shutil.copy2(sys.executable, job.scratch / 'python'); "
+        "shutil.copytree(job.scratch, job.scratch.parent / 'saved' / 'copy')"
+    )
+    attempts["may unpack an archive"] = (
+        "import os, tarfile; os.chdir(job.scratch); t = tarfile.open('a.tar', 'w'); t.add('secret'); t.close(); "
+        "os.mkdir('out'); tarfile.open('a.tar').extractall('out', filter='tar')"
+    )
+    attempts["may copy by program"] = (
+        "import subprocess; subprocess.run(['cp', '-pr', '.', '../saved/by-cp'], cwd=job.scratch, check=True)"
+    )
+    attempts["may move to the saved files"] = (
+        "import os; os.rename(job.scratch / 'own', job.scratch.parent / 'saved/own')"
+    )
+    got = results_of(installation, pry(installation, attempts))
+    assert [name for name, text in got.items() if name.startswith("may ") != text.startswith("GOT")] == [], got
+
+
+_CALL = """
+import ctypes, os, resource, signal, struct
+libc = ctypes.CDLL(None, use_errno=True)
+nice = os.getpriority(os.PRIO_PROCESS, 0)
+def call(*arguments):
+    if libc.syscall(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+"""
+_NUMBERS = restrictions._NUMBERS.get(os.uname().machine, {}) | restrictions._SAME_NUMBER
+OF_A_PROCESS = {
+    "limits": "resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 1024))",
+    "reading limits": "resource.prlimit(pid, resource.RLIMIT_NOFILE)",
+    "priority": "os.setpriority(os.PRIO_PROCESS, pid, nice)",
+    "priority of its group": "os.setpriority(os.PRIO_PGRP, os.getpgid(pid), nice)",
+    "CPUs": "os.sched_setaffinity(pid, os.sched_getaffinity(0))",
+    "scheduler": "os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))",
+    "scheduling parameters": "os.sched_setparam(pid, os.sched_param(0))",
+    "scheduling attributes": "attributes = struct.pack('=IIQiIQQQ', 48, 0, 0, nice, 0, 0, 0, 0); "
+    f"call({_NUMBERS.get('sched_setattr')}, pid, attributes, 0)",
+    "priority of its disk access": f"call({_NUMBERS.get('ioprio_set')}, 1, pid, 0)",
+    "signal": "os.kill(pid, 0)",
+    "signal by handle": "signal.pidfd_send_signal(os.pidfd_open(pid), 0)",
+    "signal to a thread": f"call({_NUMBERS.get('tgkill')}, pid, pid, 0)",
+    "descriptors": f"call({_NUMBERS['pidfd_getfd']}, os.pidfd_open(pid), 0, 0)",
+    "trace": f"call({_NUMBERS.get('ptrace')}, 16, pid, 0, 0)",
+}
+OF_THE_USER = {
+    "priority of the user": "os.setpriority(os.PRIO_USER, 0, 0)",
+    "priority of its group": "os.setpriority(os.PRIO_PGRP, 0, 0)",
+    "disk access of the user": f"call({_NUMBERS.get('ioprio_set')}, 3, os.getuid(), 0)",
+    "keys of the user": f"call({_NUMBERS.get('keyctl')}, 0, -4, 1)",
+    "mounts": f"call({_NUMBERS['mount_setattr']}, -100, b'/', 0, bytes(32), 32)",
+}
+
+
+@needs_landlock
+@pytest.mark.skipif(not restrictions.can_refuse(), reason="the numbers of system calls are not known")
+@pytest.mark.skipif(restrictions.landlock_version() < restrictions.SIGNALS_VERSION, reason="signals need Linux 6.12")
+def test_job_process_changes_no_limits_and_priorities_of_others(installation: Installation) -> None:
+    worker = installation.roles[0].process.pid
+    # Its supervisor and the fork server are among them: of a job before, or found as the job's own ancestors.
+    pids = [f"{pid}" for pid in sorted(descendants(worker) | {worker})]
+    pids += ["os.getppid()", "int(open(f'/proc/{os.getppid()}/stat').read().rpartition(')')[2].split()[1])"]
+    attempts = {
+        f"{name} of {pid}": f"{_CALL}\npid = {pid}\n{code}" for pid in pids for name, code in OF_A_PROCESS.items()
+    }
+    attempts |= {name: f"{_CALL}\n{code}" for name, code in OF_THE_USER.items()}
+    itself = ["limits", "priority", "CPUs", "scheduler", "scheduling parameters", "scheduling attributes"]
+    itself += ["priority of its disk access", "signal", "signal by handle", "signal to a thread"]
+    attempts |= {
+        f"may change {name} of {pid}": f"{_CALL}\npid = {pid}\n{OF_A_PROCESS[name]}"
+        for name in itself
+        for pid in ("0", "os.getpid()")
+        if pid == "os.getpid()" or not name.startswith("signal")
+    }
+    for program in (
+        "nice true",
+        "taskset 1 true",
+        "ionice -c 3 true",
+        "prlimit --nofile=100 true",
+        "sh -c 'ulimit -n 50'",
+    ):
+        attempts[f"may run {program}"] = f'import subprocess; subprocess.run("{program}", shell=True, check=True)'
+    got = results_of(installation, pry(installation, attempts))
+    assert [name for name, text in got.items() if name.startswith("may ") != text.startswith("GOT")] == [], got
+
+
+@pytest.mark.skipif(not restrictions.can_make_read_only(), reason="this system lets no job have mounts of its own")
+def test_mounts_that_are_read_only_stay_so_below_a_writable_directory(tmp_path: Path) -> None:
+    """Also one writable directory inside another, a file, and one that does not exist."""
+    for name in ("inner", "read-only", "other"):
+        (tmp_path / "outer" / name).mkdir(parents=True)
+    outside, file = tmp_path / "outside", tmp_path / "file"
+    outside.mkdir()
+    file.touch()
+    outer = tmp_path / "outer"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            restrictions.make_read_only([outer / "inner", tmp_path / "second"])  # all else of `outer` is read-only now
+            restrictions.make_read_only([outer / "inner", file])
+            found = [can_be_changed(it) for it in (outer, outer / "other", outer / "inner", file, outside)]
+            os._exit(found == [False, False, True, False, False])
+        finally:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def can_be_changed(path: Path) -> bool:
+    try:
+        path.chmod(path.stat().st_mode)
+    except OSError:
+        return False
+    return True
 
 
 def test_worker_without_landlock_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

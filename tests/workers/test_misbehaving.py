@@ -200,6 +200,20 @@ async def test_deeply_nested_scratch_is_removed_and_job_completes(
 
 
 @pytest.mark.parametrize("job_type", TYPES)
+async def test_job_that_meets_a_locked_scratch_directory_is_given_back(
+    job_type: str, connection: Connection, store: Path, tmp_path: Path
+) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job_id = await here.submit({"do": "lock scratch", "file": str(tmp_path / "marker")}, job_type=job_type)
+        job = await here.ended(job_id)
+        assert (job["status"], job["attempt"]) == ("completed", 2)
+        assert [it for it in await here.history(job_id) if it != "JobLogged"] == [
+            *("JobSubmitted", "JobClaimed", "JobReleased", "JobClaimed", "JobCompleted")
+        ]
+        assert job["retries"] == 0
+
+
+@pytest.mark.parametrize("job_type", TYPES)
 async def test_much_logging_is_clipped_and_job_completes(job_type: str, connection: Connection, store: Path) -> None:
     given: dict[str, dict[str, Any]] = {
         "one long line": {"do": "log long line"},

@@ -137,7 +137,7 @@ async def test_inbox_file_that_cannot_be_opened_now_is_waited_for(
     real, failed = os.open, list[str]()
 
     def failing(path: Any, *arguments: Any, **named: Any) -> int:
-        if ".saved" in str(path) and len(Path(path).name) == 64 and len(failed) < 3:
+        if "/saved/" in str(path) and len(Path(path).name) == 64 and len(failed) < 3:
             failed.append(str(path))
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
         return real(path, *arguments, **named)
