@@ -32,7 +32,7 @@ CONTAIN_FOREIGN_CODE = {
     "workers/attempt.py": "whatever a processor raises fails its job, not the process that reports it",
     "workers/containment.py": "a closed coroutine of a processor may raise anything; the worker goes on",
     "workers/conversion.py": "a __str__ of a foreign class may raise anything; a text is needed",
-    "workers/child.py": "a thread of its connection that fails in any way ends the process: the job would hang",
+    "workers/child.py": "whatever a processor does to its process or its connection, the worker learns of it",
     "workers/fork_server.py": "a module that raises when it is imported must not end the process for all job types",
     "workers/registry.py": "a plug-in that raises when it is loaded makes only its own job type unusable",
     "workers/supervisor.py": "a forked job process ends here; nothing may return into the fork server's code",

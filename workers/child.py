@@ -16,17 +16,20 @@ import socket
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import orjson
 
-from workers.attempt import Assignment, run
+from workers.attempt import Assignment, failure_of, run
 from workers.confinement import confine, paths_in
-from workers.containment import Containment
-from workers.messages import HEADER, FromJob, Line, Log, Message, Progress, encode
-from workers.processor import ProcessorError
-from workers.registry import find_processor
+from workers.containment import Containment, new_event_loop
+from workers.conversion import to_text
+from workers.messages import HEADER, Done, Failed, FromJob, Line, Log, Message, Progress, encode
+from workers.processor import Processor, ProcessorError
+from workers.registry import find_processor, shared_directories
 
 _LINES_AT_ONCE: Final = 500
 _WAITING: Final = 100  # messages (of many log lines each) that wait to be sent before the job has to wait
@@ -43,33 +46,50 @@ def main(connection: socket.socket, memory_limit_mb: int) -> None:
     text = _receive(connection)
     if text is None:  # the worker has died before it could send the assignment
         return
-    assignment = Assignment.model_validate_json(text)
-    _confine(assignment)
-    asyncio.run(_work(connection, assignment))
-
-
-def _confine(assignment: Assignment) -> None:
-    """Before any code of the processor runs, and before there are other threads."""
-    processor = find_processor(assignment.job_type)
-    confine(
-        assignment.confinement,
-        scratch=assignment.scratch,
-        inbox=assignment.inbox,
-        readable=[*paths_in(processor.Settings.model_validate(assignment.settings))],
-        shared=getattr(processor, "shared_directories", tuple)(),
-    )
-
-
-async def _work(connection: socket.socket, assignment: Assignment) -> None:
     link = _Link(connection)
-    link.start()
-    containment = Containment()
-    working = containment.start(
-        run(assignment, find_processor(assignment.job_type), link.send, link.stopping), f"run-{assignment.job_id}"
-    )
-    await asyncio.wait({working})
-    link.finish(working.result())
+    link.finish(_attempt(link, text))
     end()
+
+
+def _attempt(link: _Link, text: bytes) -> Done | Failed:
+    """Make the attempt, and return how it ended, whatever the processor does to this process."""
+    try:
+        assignment = Assignment.model_validate_json(text)
+        processor = find_processor(assignment.job_type)
+        readable = [*paths_in(processor.Settings.model_validate(assignment.settings))]
+        shared = _create(shared_directories(processor))
+    except BaseException as error:  # noqa: BLE001 - the settings and the method are foreign code
+        return failure_of(error)
+    try:  # before any other code of the processor runs, and before there are threads
+        confine(
+            assignment.confinement,
+            scratch=assignment.scratch,
+            inbox=assignment.inbox,
+            readable=readable,
+            shared=shared,
+        )
+    except Exception as error:  # noqa: BLE001 - any error: the job must not run
+        text_of_error = f"The job process could not be confined: {to_text(error, 500)}"
+        return Failed("WORKER_FAULT", text_of_error, transient=True, errno=getattr(error, "errno", None))
+    try:
+        asyncio.set_event_loop(loop := new_event_loop())
+        return loop.run_until_complete(_work(link, assignment, processor))
+    except BaseException as error:  # noqa: BLE001 - the processor has stopped the event loop, or cancelled this task
+        return failure_of(error, scratch=assignment.scratch.parents[1])
+
+
+def _create(directories: list[Path]) -> list[Path]:
+    for directory in directories:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directories
+
+
+async def _work(link: _Link, assignment: Assignment, processor: type[Processor]) -> Done | Failed:
+    link.start()
+    attempt = run(assignment, processor, link.send, link.stopping)
+    working = Containment().start(attempt, f"run-{assignment.job_id}")
+    await asyncio.wait({working})
+    return working.result()
 
 
 class _Link:
@@ -78,7 +98,7 @@ class _Link:
     def __init__(self, connection: socket.socket) -> None:
         self.stopping = threading.Event()
         self._connection = connection
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
         self._waiting: deque[bytes | list[Line] | Progress] = deque()
@@ -89,6 +109,8 @@ class _Link:
         self._writer = threading.Thread(target=self._write, name="link-write", daemon=True)
 
     def start(self) -> None:
+        """Take messages and answers from now on. Called on the event loop."""
+        self._loop = asyncio.get_running_loop()
         self._writer.start()
         threading.Thread(target=self._read, name="link-read", daemon=True).start()
 
@@ -98,7 +120,7 @@ class _Link:
         if isinstance(message, Log | Progress):
             self._put(message)
             return None
-        number, answer = next(self._ids), self._loop.create_future()
+        number, answer = next(self._ids), asyncio.get_running_loop().create_future()
         self._answers[number] = answer
         try:
             self._put(encode(FromJob(number, message)))
@@ -107,12 +129,15 @@ class _Link:
             self._answers.pop(number, None)
 
     def finish(self, message: Message) -> None:
-        """Send the last message, and return when all are sent."""
+        """Send the last message, and return when all are sent. The event loop may have ended."""
         self._put(encode(FromJob(0, message)))
         with self._changed:
             self._finished = True
             self._changed.notify()
-        self._writer.join()
+        if self._loop is None:  # it was not started
+            self._write()
+        else:
+            self._writer.join()
 
     def _put(self, what: bytes | Log | Progress) -> None:
         with self._changed:
@@ -152,7 +177,7 @@ class _Link:
                 self._changed.wait()
             what = self._waiting.popleft()
             if not self._room.is_set() and len(self._waiting) <= _WAITING // 2:
-                self._loop.call_soon_threadsafe(self._room.set)
+                self._call_soon(self._room.set)
             return what
 
     def _read(self) -> None:
@@ -163,10 +188,15 @@ class _Link:
                 if "stop" in content:
                     self.stopping.set()
                 else:
-                    self._loop.call_soon_threadsafe(self._take, content)
+                    self._call_soon(self._take, content)
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
         os._exit(1)  # the worker is gone
+
+    def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the processor has closed the event loop: nothing waits for this
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function, *arguments)
 
     def _take(self, content: dict[str, Any]) -> None:
         answer = self._answers.get(content["id"])

@@ -32,7 +32,11 @@ from workers.restrictions import LIST, READ, WRITE, WRITE_DEVICE
 _log = structlog.get_logger()
 Mode = Literal["auto", "required", "off"]
 ADVICE: Final = "It needs Linux 5.13 or later (6.12 or later for all of it) with Landlock enabled (boot option `lsm=`)."
-_ENVIRONMENT: Final = frozenset({"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR"})
+UNUSABLE_PROCESSORS: Final = "_UNUSABLE_PROCESSORS"
+"""Variable with the job types that the worker found unusable. The processes that it starts do not load them."""
+_ENVIRONMENT: Final = frozenset(
+    {"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", UNUSABLE_PROCESSORS}
+)
 _PREFIXES: Final = ("LC_", "PYTHON")
 _PRIVATE: Final = (
     *("/root", "/home", "/tmp", "/var/tmp", "/run", "/var/run", "/dev", "/proc", "/lost+found", "/boot"),  # noqa: S108 - denied, not used
@@ -119,10 +123,8 @@ def confine(
         scratch: The job's own directory. It becomes its home and the place of temporary files.
         inbox: Where it puts result files. It has the same parent, which is the attempt's own.
         readable: Files and directories that the settings of its processor name.
-        shared: Directories that all jobs of its type write to. They are created.
+        shared: Directories that all jobs of its type write to.
     """
-    for directory in shared:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     others = scratch.parents[1:3]  # of this worker's jobs, and of other workers
     allowed = list(_code_and_system((*confinement.protected, *others)))
     os.environ.update(HOME=str(scratch), TMPDIR=str(scratch))

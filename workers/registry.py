@@ -17,11 +17,12 @@ from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
-from workers.confinement import environment_for_jobs
+from workers.confinement import UNUSABLE_PROCESSORS, environment_for_jobs
 from workers.processor import Processor
 
 GROUP: Final = "jobledger.processors"
@@ -29,8 +30,6 @@ LOAD_SECONDS: Final = 30.0
 """How long a processor may take to import. One that takes longer is taken for hung."""
 PRELOAD_SECONDS: Final = 120.0
 _BUILT_IN: Final = "workers."
-_UNUSABLE: Final = "_UNUSABLE_PROCESSORS"
-"""Environment variable with the job types that this process found unusable: processes that it starts skip them."""
 _T = TypeVar("_T")
 
 
@@ -43,7 +42,7 @@ def _installed() -> tuple[dict[str, type[Processor]], dict[str, str]]:
     """Load all processors; return those that can be used, and why others cannot be."""
     usable: dict[str, type[Processor]] = {}
     unusable: dict[str, str] = {}
-    skipped = os.environ.get(_UNUSABLE, "").split(",")
+    skipped = os.environ.get(UNUSABLE_PROCESSORS, "").split(",")
     for job_type, candidates in _entries().items():
         try:
             if job_type in skipped:
@@ -75,7 +74,7 @@ def withdraw(job_type: str, reason: str) -> None:
 
 def _tell_children(unusable: Iterable[str]) -> None:
     if names := ",".join(unusable):
-        os.environ[_UNUSABLE] = names
+        os.environ[UNUSABLE_PROCESSORS] = names
 
 
 def is_built_in(job_type: str) -> bool:
@@ -100,25 +99,44 @@ def find_processor(job_type: str) -> type[Processor]:
     return processors()[job_type]
 
 
+def shared_directories(processor: type[Processor]) -> list[Path]:
+    """Return the directories that all jobs of a type write to.
+
+    Raises:
+        TypeError: `shared_directories` returns something else. Foreign code, so it may also raise anything.
+    """
+    found: object = getattr(processor, "shared_directories", tuple)()
+    if not isinstance(found, list | tuple) or not all(isinstance(path, str | Path) for path in found):
+        raise TypeError(f"shared_directories() must return a list or tuple of paths, not a {type(found).__name__}")
+    return [Path(path) for path in found]
+
+
 def check_preload(job_type: str) -> None:
     """Import the modules that a processor wants to have loaded before its jobs start. Takes seconds for some.
 
+    It also calls `shared_directories`, which every job process does.
+
     Raises:
-        ProcessorUnusable: one of them cannot be imported.
+        ProcessorUnusable: one of them cannot be imported, or `shared_directories` fails.
     """
+    _guarded(partial(shared_directories, processors()[job_type]), "shared_directories()", "called")
     for module in processors()[job_type].preload:
         _guarded(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
 
 
 def check_plugins(environment: Iterable[str] = ()) -> None:
-    """Take plug-ins out of use whose `preload` cannot be imported. Blocks, for as long as the imports take.
+    """Take plug-ins out of use whose `preload` cannot be imported, or whose `shared_directories` fail. Blocks.
 
     `environment` names variables that job processes get besides the usual ones; the imports get the same.
 
     They are imported in another process, because this one must not carry their modules, and because a library may end
     the process that imports it. Processors of this program are not checked: `jobledger doctor` does that.
     """
-    waiting = [name for name, processor in processors().items() if processor.preload and not is_built_in(name)]
+    waiting = [
+        name
+        for name, processor in processors().items()
+        if (processor.preload or hasattr(processor, "shared_directories")) and not is_built_in(name)
+    ]
     while waiting:
         command = [sys.executable, "-m", "workers.preload_check", *waiting]
         variables = {**environment_for_jobs(environment), "PYTHONPATH": os.pathsep.join(it for it in sys.path if it)}
@@ -171,8 +189,8 @@ def _origin(entry: EntryPoint) -> str:
     return f" of {entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
 
 
-def _guarded(work: Callable[[], _T], what: str, *, seconds: float | None = None) -> _T:
-    """Return the result of foreign code that runs at import, whatever it does.
+def _guarded(work: Callable[[], _T], what: str, verb: str = "imported", *, seconds: float | None = None) -> _T:
+    """Return the result of foreign code that runs at import, or before an attempt, whatever it does.
 
     It runs in a thread, because code that hangs can be abandoned there. An endless loop in it is interrupted.
 
@@ -197,10 +215,11 @@ def _guarded(work: Callable[[], _T], what: str, *, seconds: float | None = None)
     if failures:
         error = failures[0]
         hint = f"; install the package with {error.name!r}" if isinstance(error, ModuleNotFoundError) else ""
-        raise ProcessorUnusable(f"{what} cannot be imported: {type(error).__name__}: {_text(error)}{hint}") from error
+        raise ProcessorUnusable(f"{what} cannot be {verb}: {type(error).__name__}: {_text(error)}{hint}") from error
     if thread.ident is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-    raise ProcessorUnusable(f"{what} did not end its import within {seconds:.0f} s: it must do no work there")
+    ends = "its import" if verb == "imported" else "its work"
+    raise ProcessorUnusable(f"{what} did not end {ends} within {seconds:.0f} s: it must do no work there")
 
 
 def _text(error: BaseException) -> str:

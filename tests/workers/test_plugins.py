@@ -48,6 +48,13 @@ PRELOADED = {
     "fails": "raise RuntimeError('no graphics card')",
     "works": "",
 }
+SHARING = {
+    "raise": "raise ValueError('no home for shared things')",
+    "none": "return None",
+    "text": "return '/tmp'",
+    "later": "return 1 / 0 if current_thread() is main_thread() else []",  # in the job process, and not before
+    "nowhere": "return [Path('/proc/nope/x')]",
+}
 LIST = """
 import json, workers.registry as registry
 registry.LOAD_SECONDS = 1
@@ -87,6 +94,12 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
     for job_type, code in PRELOADED.items():
         (plugins / f"library_{job_type}.py").write_text(code, encoding="utf-8")
         add_plugin(plugins, job_type, f"Good.isolation = 'process'\nGood.preload = ('library_{job_type}',)")
+    for name, code in SHARING.items():
+        sharing = (
+            f"from pathlib import Path\nfrom threading import current_thread, main_thread\ndef shared():\n    {code}\n"
+        )
+        sharing += "Good.isolation = 'process'\nGood.shared_directories = staticmethod(shared)"
+        add_plugin(plugins, f"sharing-{name}", sharing)
     monkeypatch.setenv("PYTHONPATH", str(plugins))
     sections = {"misconfigured": {"endpoint": 7}, "raises": {"any": "thing"}}
     with Installation(tmp_path / "here", processors=sections) as here:
@@ -104,12 +117,22 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
                 "dies": "end the process",
                 "crashes": "end the process",
                 "fails": "no graphics card",
+                "sharing-raise": "no home for shared things",
+                "sharing-none": "must return a list or tuple of paths, not a NoneType",
+                "sharing-text": "must return a list or tuple of paths, not a str",
             }.items():
                 refused = client.post("/api/events/jobs", json={"job_type": job_type, "parameters": {}})
                 assert refused.status_code == 503, refused.text
                 assert words in refused.text
                 assert f"job_type={job_type}" in up.err
+            for job_type, words in {"sharing-later": "ZeroDivisionError", "sharing-nowhere": "/proc/nope"}.items():
+                body = {"job_type": job_type, "parameters": {}, "max_attempts": 3}
+                job = client.post("/api/events/jobs", json=body, headers={"Prefer": "wait=20"}).json()["job"]
+                assert (job["status"], job["attempt"]) == ("failed", 1), job
+                assert job["error"]["code"] == "PROCESSOR_FAULT"
+                assert words in job["error"]["message"]
             assert client.get("/api/openapi.json").status_code == 200
+        assert "importing what processors name has failed" not in up.err, "bad ones are not loaded beforehand"
         doctor = here.start("doctor").ended()
         assert doctor.exit_code == 1
         assert "no licence file" in " ".join(doctor.out.split())
