@@ -117,6 +117,14 @@ class FileStore(Protocol):
     async def verify(self, sha256: str, size: int) -> None:
         """Read a file and compare its size and content with those on record. Raises as `open`."""
 
+    async def size(self, sha256: str) -> int:
+        """Return the size of a file in bytes, without reading it.
+
+        Raises:
+            FileLost: there is no such file in this store.
+            LedgerUnavailable: the store cannot be reached.
+        """
+
     def stored(self) -> AsyncIterator[Stored]:
         """Yield all files in the store by ascending digest.
 
@@ -344,6 +352,15 @@ class DirectoryStore:
             await file.close()
             raise
         return file
+
+    async def size(self, sha256: str) -> int:
+        """Return the size of a file: see `FileStore.size`."""
+        try:
+            return (await asyncio.to_thread(self.path(sha256).lstat)).st_size
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileLost(f"{self.path(sha256)} is not there") from error
+        except OSError as error:
+            raise LedgerUnavailable(f"results.store: cannot read {self.path(sha256)}: {error.strerror}") from error
 
     async def stored(self) -> AsyncIterator[Stored]:
         """Yield all files in the store by ascending digest; a directory at a time is in memory.

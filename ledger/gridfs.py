@@ -131,6 +131,14 @@ class GridFSStore:
             found = await self._files.update_one({_DIGEST: sha256}, {"$currentDate": {_SAVED_AT: True}})
         return found.matched_count == 1
 
+    async def size(self, sha256: str) -> int:
+        """Return the size of a file: see `FileStore.size`."""
+        with driver_errors("looking for a file"):
+            entry = await self._files.find_one({_DIGEST: sha256}, {"length": 1})
+        if entry is None:
+            raise FileLost(f"{sha256} is not in the store")
+        return int(entry["length"])
+
     async def set_aside(self, sha256: str, token: str) -> datetime | None:
         """Take the digest out of a file's entry: see `FileStore.set_aside`."""
         change = {"$set": {_REMOVED: sha256, _TOKEN: token}, "$unset": {_DIGEST: ""}}

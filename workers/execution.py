@@ -11,12 +11,12 @@ import asyncio
 import os
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import quote
@@ -41,7 +41,7 @@ from workers.health import MachineTrouble, WorkerHealth, check_descriptors, chec
 from workers.job_process import JobProcess, NotStarted, ProcessFailed
 from workers.messages import Done, Failed, FromJob, Log, Message, Progress, Saved, Seek, Step
 from workers.path_reservations import PathReservations
-from workers.processor import ProcessorError, Results, SavedFile
+from workers.processor import ProcessorError, Results, SavedFile, saved_files
 from workers.recorder import Fenced, Recorder, Refused
 from workers.registry import find_processor, processor_version
 from workers.scratch import Scratch, remove_tree
@@ -121,6 +121,8 @@ class Execution:
         self._repairs = 0
         """Of the scratch directory, before the attempt."""
         self._reserved: set[str] = set()
+        self._saved: set[str] = set()
+        """Digests of the files that this attempt has saved, or taken from the steps of other jobs."""
         self._log = log
         self._recorder = Recorder(
             log,
@@ -421,10 +423,15 @@ class Execution:
         except (LedgerUnavailable, OverflowError) as error:
             _log.warning("finished steps could not be looked for", job_id=self.job_id, error=str(error))
             return None
-        return {"job_id": found[0], "output": found[1].output} if found is not None else None
+        if found is None:
+            return None
+        self._saved.update(file.sha256 for file in saved_files(found[1].output))
+        return {"job_id": found[0], "output": found[1].output}
 
     async def _finish_step(self, step: Step) -> None:
         assert self._limit is not None  # noqa: S101 - the work has begun
+        # A later attempt takes the files of this step for the job's own.
+        self._check_own(saved_files(step.output), f'step "{to_text(step.step, 200)}" output names')
         command = FinishStep(
             self._worker_id,
             self._attempt,
@@ -456,6 +463,7 @@ class Execution:
             while True:
                 try:
                     await self._settings.store.take_over(self._inbox, sha256)
+                    self._saved.add(sha256)
                     break
                 except (FileLost, ValueError) as error:
                     _log.warning("a saved file cannot be used", job_id=self.job_id, error=str(error))
@@ -532,7 +540,7 @@ class Execution:
 
     async def _complete(self, done: Done) -> None:
         try:
-            results = await self._with_own_paths(Results.model_validate(done.results))
+            results = await self._with_own_files(Results.model_validate(done.results))
             job_results = _job_results(results, done.warnings, done.duration_s)
         except ValidationError as error:
             message = f"The results are invalid: {validation_problems(error, 'results')}"
@@ -543,23 +551,25 @@ class Execution:
             return
         await self._recorder.append_last(CompleteJob(self._worker_id, self._attempt, job_results))
 
-    async def _with_own_paths(self, results: Results) -> Results:
-        """Return results whose paths belong to this job.
+    async def _with_own_files(self, results: Results) -> Results:
+        """Return results whose files and paths belong to this job, with the sizes that the files have.
 
         Paths that were saved in this attempt do. Others are from a finished step, or made up by a job process.
 
         Raises:
-            ProcessorError: INVALID_PATH, PATH_TAKEN; DUPLICATE_PATH, if two different files have the same path.
+            ProcessorError: INVALID_RESULT, if the job has not saved a file; INVALID_PATH, PATH_TAKEN; DUPLICATE_PATH,
+                if two different files have the same path.
         """
         if results.markdown is None and not results.assets:
             return results
+        self._check_own([*filter(None, [results.markdown]), *results.assets], "The results name")
         digests: dict[str, str] = {}
 
         async def own(file: SavedFile) -> SavedFile:
             path = file.path if file.path in self._reserved else await self._reserve(file.path)
             if digests.setdefault(path, file.sha256) != file.sha256:
                 raise ProcessorError("DUPLICATE_PATH", f"The results have two different files with the path '{path}'.")
-            return file.model_copy(update={"path": path})
+            return file.model_copy(update={"path": path, "size": await self._size(file)})
 
         return results.model_copy(
             update={
@@ -567,6 +577,39 @@ class Execution:
                 "assets": [await own(file) for file in results.assets],
             }
         )
+
+    def _check_own(self, files: Iterable[SavedFile], what: str) -> None:
+        """Refuse files that neither this attempt nor a finished step of this job has saved.
+
+        The store has files of all jobs, and a job that knows the digest of another one must not publish it.
+
+        Raises:
+            ProcessorError: INVALID_RESULT.
+        """
+        for file in files:
+            if file.sha256 not in self._saved and file.sha256 not in self._files_of_steps:
+                text = f"{what} the file '{to_text(file.path, 200)}', which this job has not saved."
+                advice = "Save it with job.save(), and use what that returns."
+                raise ProcessorError(
+                    "INVALID_RESULT", f"{text} {advice}", details={"sha256": to_text(file.sha256, 100)}
+                )
+
+    @cached_property
+    def _files_of_steps(self) -> frozenset[str]:
+        """Digests of the files in the outputs of steps that were finished before this attempt."""
+        return frozenset(file.sha256 for step in self._job.steps.values() for file in saved_files(step.output))
+
+    async def _size(self, file: SavedFile) -> int:
+        """Return a file's size in the store, and try again while that is away."""
+        while True:
+            try:
+                return await self._settings.store.size(file.sha256)
+            except FileLost as error:
+                text = f"The file '{to_text(file.path, 200)}' is not in the result store any more."
+                raise ProcessorError("INVALID_RESULT", text, details={"sha256": file.sha256}) from error
+            except LedgerUnavailable as error:
+                _log.warning("the size of a saved file is not known yet", job_id=self.job_id, error=str(error))
+                await asyncio.sleep(1)
 
     async def _fail(self, failed: Failed) -> None:
         retry_at = await self._log.now() + self._retry_delay() if failed.transient else None
