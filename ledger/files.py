@@ -355,12 +355,16 @@ class DirectoryStore:
 
     async def size(self, sha256: str) -> int:
         """Return the size of a file: see `FileStore.size`."""
+        return await asyncio.get_running_loop().run_in_executor(_threads, self._size, sha256)
+
+    def _size(self, sha256: str) -> int:
+        path = self.path(sha256)
         try:
-            return (await asyncio.to_thread(self.path(sha256).lstat)).st_size
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileLost(f"{self.path(sha256)} is not there") from error
+            return path.lstat().st_size
         except OSError as error:
-            raise LedgerUnavailable(f"results.store: cannot read {self.path(sha256)}: {error.strerror}") from error
+            with _reading(path):
+                self.require()
+            raise opening_failed(path, error) from error
 
     async def stored(self) -> AsyncIterator[Stored]:
         """Yield all files in the store by ascending digest; a directory at a time is in memory.

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from ledger.chain import digest
 from ledger.errors import NoRegularFile
 from ledger.files import DirectoryStore, Stored
+from ledger.limits import STEP_WARNING_BYTES
 from workers.confinement import Confinement
 from workers.conversion import InvalidResult, safe_str, to_json, to_text, type_name, validation_problems
 from workers.messages import Done, Failed, Log, Message, Progress, Saved, Seek, Step
@@ -36,6 +37,7 @@ T = TypeVar("T")
 Send = Callable[[Message], Awaitable[Any]]
 """Sends a message to the worker and returns the answer, if the message has one. Raises ProcessorError if refused."""
 MAX_WARNINGS: Final = 200
+_WARNING_BYTES: Final = 512 * 1024  # of the whole job
 _LEVELS: Final = frozenset(get_args(LogLevel))
 _SYSTEM_ERRORS: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
@@ -198,13 +200,37 @@ def _is_below(error: OSError, directory: Path | None) -> bool:
 # The job ----------------------------------------------------------------------------------------------------------
 
 
+class _Warnings:
+    """Warnings as far as they fit into an event, and how many do not."""
+
+    _OF_EACH: Final = 16  # bytes that BSON adds
+    _OF_THE_LAST: Final = 100
+
+    def __init__(self, max_bytes: int) -> None:
+        self._kept: list[str] = []
+        self._bytes_left = max_bytes - self._OF_THE_LAST
+        self._left_out = 0
+
+    def add(self, warning: str) -> None:
+        size = len(warning.encode()) + self._OF_EACH
+        if len(self._kept) < MAX_WARNINGS and size <= self._bytes_left:
+            self._kept.append(warning)
+            self._bytes_left -= size
+        else:
+            self._left_out += 1
+
+    def told(self) -> list[str]:
+        """Return the warnings; the last one says how many were left out."""
+        return [*self._kept, *([f"{self._left_out} more warnings were left out."] if self._left_out else [])]
+
+
 @dataclass(slots=True)
 class _Scope:
     """What is said and spent while a step runs, also in the tasks and threads that it starts."""
 
     step: str
     parent: _Scope | None
-    warnings: list[str] = field(default_factory=list)
+    warnings: _Warnings = field(default_factory=lambda: _Warnings(STEP_WARNING_BYTES))
     tokens: int = 0
 
 
@@ -225,8 +251,7 @@ class _Job:
         self._send = send
         self._step = "starting"
         self._percent = 0.0
-        self._warnings: list[str] = []
-        self._warnings_left_out = 0
+        self._warnings = _Warnings(_WARNING_BYTES)
         self._tokens = 0
         self._counting = threading.Lock()
         self._stopping = stopping
@@ -279,7 +304,7 @@ class _Job:
                 output=output,
                 duration_s=round(time.monotonic() - begun, 3),
                 tokens_used=scope.tokens,
-                warnings=scope.warnings,
+                warnings=scope.warnings.told(),
                 reused_from=found and found["job_id"],
                 share=share is not None,
             )
@@ -310,13 +335,9 @@ class _Job:
     def _note(self, warning: str) -> None:
         scope = _scope.get()
         with self._counting:
-            if len(self._warnings) < MAX_WARNINGS:
-                self._warnings.append(warning)
-            else:
-                self._warnings_left_out += 1
+            self._warnings.add(warning)
             while scope is not None:
-                if len(scope.warnings) < MAX_WARNINGS:
-                    scope.warnings.append(warning)
+                scope.warnings.add(warning)
                 scope = scope.parent
 
     def spent(self, tokens: int) -> None:
@@ -345,10 +366,7 @@ class _Job:
             raise InvalidResult("The result", problem, "Return workers.processor.Results.")
         data = {name: to_json(getattr(results, name), f"results.{name}") for name in Results.model_fields}
         tokens = to_json(results.tokens_used + self._tokens, "results.tokens_used")
-        warnings = list(self._warnings)
-        if self._warnings_left_out:
-            warnings.append(f"{self._warnings_left_out} more warnings were left out.")
-        return Done({**data, "tokens_used": tokens}, warnings, round(seconds, 3))
+        return Done({**data, "tokens_used": tokens}, self._warnings.told(), round(seconds, 3))
 
     def close(self) -> None:
         """Accept nothing more: tasks that the processor has left behind must not speak for an attempt that is over."""

@@ -11,7 +11,7 @@ import asyncio
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -121,8 +121,8 @@ class Execution:
         self._repairs = 0
         """Of the scratch directory, before the attempt."""
         self._reserved: set[str] = set()
-        self._saved: set[str] = set()
-        """Digests of the files that this attempt has saved, or taken from the steps of other jobs."""
+        self._saved: dict[str, int] = {}
+        """Sizes by digest of the files that this attempt has saved, or taken from the steps of other jobs."""
         self._log = log
         self._recorder = Recorder(
             log,
@@ -425,13 +425,16 @@ class Execution:
             return None
         if found is None:
             return None
-        self._saved.update(file.sha256 for file in saved_files(found[1].output))
+        self._saved |= {file.sha256: file.size for file in saved_files(found[1].output)}
         return {"job_id": found[0], "output": found[1].output}
 
     async def _finish_step(self, step: Step) -> None:
         assert self._limit is not None  # noqa: S101 - the work has begun
-        # A later attempt takes the files of this step for the job's own.
-        self._check_own(saved_files(step.output), f'step "{to_text(step.step, 200)}" output names')
+        for file in saved_files(step.output):  # a later attempt takes them for the job's own
+            what = f'step "{to_text(step.step, 200)}" output names'
+            if (size := self._size(file, what)) != file.size:
+                text = f"{what} the file '{to_text(file.path, 200)}' with the size {file.size}. It has {size} bytes."
+                raise ProcessorError("INVALID_RESULT", text)
         command = FinishStep(
             self._worker_id,
             self._attempt,
@@ -463,7 +466,7 @@ class Execution:
             while True:
                 try:
                     await self._settings.store.take_over(self._inbox, sha256)
-                    self._saved.add(sha256)
+                    self._saved[sha256] = await self._settings.store.size(sha256)
                     break
                 except (FileLost, ValueError) as error:
                     _log.warning("a saved file cannot be used", job_id=self.job_id, error=str(error))
@@ -562,14 +565,14 @@ class Execution:
         """
         if results.markdown is None and not results.assets:
             return results
-        self._check_own([*filter(None, [results.markdown]), *results.assets], "The results name")
         digests: dict[str, str] = {}
 
         async def own(file: SavedFile) -> SavedFile:
+            size = self._size(file, "The results name")
             path = file.path if file.path in self._reserved else await self._reserve(file.path)
             if digests.setdefault(path, file.sha256) != file.sha256:
                 raise ProcessorError("DUPLICATE_PATH", f"The results have two different files with the path '{path}'.")
-            return file.model_copy(update={"path": path, "size": await self._size(file)})
+            return file.model_copy(update={"path": path, "size": size})
 
         return results.model_copy(
             update={
@@ -578,38 +581,27 @@ class Execution:
             }
         )
 
-    def _check_own(self, files: Iterable[SavedFile], what: str) -> None:
-        """Refuse files that neither this attempt nor a finished step of this job has saved.
+    def _size(self, file: SavedFile, what: str) -> int:
+        """Return the size of a file that this attempt or a finished step of this job has saved.
 
         The store has files of all jobs, and a job that knows the digest of another one must not publish it.
 
         Raises:
-            ProcessorError: INVALID_RESULT.
+            ProcessorError: INVALID_RESULT, if the job has not saved it.
         """
-        for file in files:
-            if file.sha256 not in self._saved and file.sha256 not in self._files_of_steps:
-                text = f"{what} the file '{to_text(file.path, 200)}', which this job has not saved."
-                advice = "Save it with job.save(), and use what that returns."
-                raise ProcessorError(
-                    "INVALID_RESULT", f"{text} {advice}", details={"sha256": to_text(file.sha256, 100)}
-                )
+        size = self._saved.get(file.sha256)
+        size = self._files_of_steps.get(file.sha256) if size is None else size
+        if size is None:
+            text = f"{what} the file '{to_text(file.path, 200)}', which this job has not saved."
+            advice = "Save it with job.save(), and use what that returns."
+            details = {"sha256": to_text(file.sha256, 100)}
+            raise ProcessorError("INVALID_RESULT", f"{text} {advice}", details=details)
+        return size
 
     @cached_property
-    def _files_of_steps(self) -> frozenset[str]:
-        """Digests of the files in the outputs of steps that were finished before this attempt."""
-        return frozenset(file.sha256 for step in self._job.steps.values() for file in saved_files(step.output))
-
-    async def _size(self, file: SavedFile) -> int:
-        """Return a file's size in the store, and try again while that is away."""
-        while True:
-            try:
-                return await self._settings.store.size(file.sha256)
-            except FileLost as error:
-                text = f"The file '{to_text(file.path, 200)}' is not in the result store any more."
-                raise ProcessorError("INVALID_RESULT", text, details={"sha256": file.sha256}) from error
-            except LedgerUnavailable as error:
-                _log.warning("the size of a saved file is not known yet", job_id=self.job_id, error=str(error))
-                await asyncio.sleep(1)
+    def _files_of_steps(self) -> Mapping[str, int]:
+        """Sizes by digest of the files in the outputs of steps that were finished before this attempt."""
+        return {file.sha256: file.size for step in self._job.steps.values() for file in saved_files(step.output)}
 
     async def _fail(self, failed: Failed) -> None:
         retry_at = await self._log.now() + self._retry_delay() if failed.transient else None

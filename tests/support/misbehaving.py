@@ -6,6 +6,7 @@ Both run the same functions. `{"do": "exit"}` runs the function `exit_`, and so 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import ctypes
 import dataclasses
 import enum
@@ -28,7 +29,7 @@ from pydantic import BaseModel, ConfigDict
 
 from workers import child
 from workers.messages import HEADER
-from workers.processor import Isolation, Job, ProcessorError, Results
+from workers.processor import Isolation, Job, ProcessorError, Results, SavedFile
 
 ACTIONS: dict[str, Callable[[Job], Awaitable[Any]]] = {}
 
@@ -726,6 +727,103 @@ async def one_step(job: Job) -> Results:
 
     await job.step("page", {}, output)
     return Results()
+
+
+def past_containment(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call something as code that is not known to be the processor's."""
+    contextvars.Context().run(function, *arguments)
+
+
+def taking_the_loop(name: str, function: Callable[[], Any]) -> None:
+    async def run(job: Job) -> Results:
+        function()
+        await asyncio.sleep(3600)
+        return Results()
+
+    ACTIONS[name] = run
+
+
+def cancel_all() -> None:
+    for task in asyncio.all_tasks():
+        task.cancel()
+
+
+taking_the_loop("cancel all tasks", cancel_all)
+taking_the_loop("cancel all tasks past containment", lambda: past_containment(cancel_all))
+taking_the_loop("stop the loop", lambda: asyncio.get_running_loop().stop())
+taking_the_loop("stop the loop past containment", lambda: past_containment(asyncio.get_running_loop().stop))
+
+
+# Warnings and files -----------------------------------------------------------------------------------------------
+
+WARNINGS = {"text": "w" * 5000, "control characters": "\x01" * 5000, "emoji": "\U0001f600" * 5000, "short": "w"}
+
+
+@action
+async def warn_much(job: Job) -> Results:
+    text = WARNINGS[job.parameters.value]
+
+    async def inner() -> None:
+        for _ in range(job.parameters.lines):
+            await job.warn(text)
+
+    async def outer() -> None:
+        await job.warn(text)
+        await job.step("inner", {}, inner)
+
+    await job.step("outer", {}, outer)
+    await job.warn(text)
+    return Results()
+
+
+def forged(job: Job, digest: str = "a" * 64) -> SavedFile:
+    return SavedFile(path=f"misbehaving/{job.job_id}.md", sha256=digest, size=5, media_type="text/markdown")
+
+
+@action
+async def forge_digest(job: Job) -> Results:
+    return Results(markdown=forged(job, job.parameters.value or "a" * 64))
+
+
+@action
+async def forge_asset(job: Job) -> Results:
+    saved = await job.save(f"misbehaving/{job.job_id}", b"text", "text/plain")
+    return Results(markdown=saved, assets=[forged(job)])
+
+
+@action
+async def forge_step(job: Job) -> Results:
+    """Have a finished step name a file of another job, for the next attempt."""
+
+    saved = await job.save(f"misbehaving/{job.job_id}", b"text", "text/plain")
+
+    async def step() -> Any:
+        file = forged(job) if job.parameters.value == "digest" else saved.model_copy(update={"size": 5})
+        return {"files": [{"image": file.model_dump()}]}
+
+    await job.step("page", {}, step)
+    return Results()
+
+
+@action
+async def forge_size(job: Job) -> Results:
+    saved = await job.save(f"misbehaving/{job.job_id}.md", b"0123456789", "text/markdown")
+    return Results(markdown=saved.model_copy(update={"size": job.parameters.code}))
+
+
+@action
+async def save_in_step(job: Job) -> Results:
+    """Name a file in the results that an earlier attempt, or another job, has saved in a step."""
+
+    async def step() -> Any:
+        saved = await job.save(f"misbehaving/{job.job_id}.md", b"of a step", "text/markdown")
+        return {"files": [saved.model_dump()]}
+
+    share = timedelta(days=1) if job.parameters.value == "share" else None
+    output = await job.step("page", {}, step, share=share)
+    if job.parameters.value == "retry" and job.attempt == 1:
+        raise ProcessorError("AGAIN", "again", transient=True)
+    return Results(markdown=SavedFile.model_validate(output["files"][0]))
 
 
 # Scratch and steps ------------------------------------------------------------------------------------------------

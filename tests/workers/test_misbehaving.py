@@ -15,6 +15,7 @@ from tests.support import misbehaving as does
 from tests.support.running import Process, WorkerOptions, process, until
 from tests.workers.misbehaving import installed
 from workers.confinement import Confinement
+from workers.conversion import to_text
 
 __all__ = ["installed"]
 pytestmark = pytest.mark.usefixtures("installed")
@@ -308,3 +309,73 @@ async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connec
                     await here.submit({"do": "save what is no file", "kind": kind}, job_type=job_type)
                 )
                 assert job["status"] == "completed", job["error"]
+
+
+# The event loop of a job process --------------------------------------------------------------------------------------
+
+TAKEN_LOOPS = {
+    "cancel all tasks": "CancelledError",
+    "cancel all tasks past containment": "CancelledError",
+    "stop the loop": "must not stop the event loop",
+    "stop the loop past containment": "Event loop stopped",
+}
+
+
+async def test_processor_that_takes_the_event_loop_of_its_process_fails_once(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job_ids = {do: await here.submit({"do": do}, job_type="misbehaving", max_attempts=3) for do in TAKEN_LOOPS}
+        await here.ended(*job_ids.values())
+        for do, text in TAKEN_LOOPS.items():
+            job = await here.job(job_ids[do])
+            assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, FAULT), (do, job["error"])
+            assert text in job["error"]["message"], do
+            assert "output" not in job["error"]["details"], "no traceback of ours"
+
+
+# Warnings and files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_warnings_beyond_what_events_hold_are_counted_and_job_completes(
+    job_type: str, connection: Connection, store: Path
+) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        job_ids = {
+            value: await here.submit({"do": "warn much", "value": value, "lines": 500}, job_type=job_type)
+            for value in does.WARNINGS
+        }
+        await here.ended(*job_ids.values(), seconds=30)
+        for value, job_id in job_ids.items():
+            job = await here.job(job_id)
+            assert (job["status"], job["error"]) == ("completed", None), value
+            steps = [it.event for it in await here.log.read_stream(job_id) if isinstance(it.event, StepCompleted)]
+            found = [(step.warnings, of) for step, of in zip(steps, (500, 501), strict=True)]
+            for warnings, of in [*found, (job["results"]["metadata"]["warnings"], 502)]:
+                assert warnings[:-1] == [to_text(does.WARNINGS[value], 2000)] * (len(warnings) - 1)
+                assert warnings[-1] == f"{of - len(warnings) + 1} more warnings were left out."
+
+
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_results_name_only_files_of_the_job_with_their_sizes(
+    job_type: str, connection: Connection, store: Path
+) -> None:
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+
+        async def ended(do: str, **more: Any) -> dict[str, Any]:
+            return await here.ended(await here.submit({"do": do, **more}, job_type=job_type, max_attempts=2))
+
+        other = (await ended("forge size", code=-1))["results"]["files"][0]
+        assert other["size"] == 10
+        forged = [await ended("forge digest", value=digest) for digest in ("", "no digest", other["sha256"])]
+        step = await ended("forge step", value="size")
+        assert (step["status"], step["attempt"], step["error"]["code"]) == ("failed", 1, "INVALID_RESULT")
+        assert "with the size 5. It has 4 bytes." in step["error"]["message"]
+        for job in [*forged, await ended("forge asset"), await ended("forge step", value="digest")]:
+            assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, "INVALID_RESULT")
+            assert f"the file 'misbehaving/{job['job_id']}.md', which this job has not saved" in job["error"]["message"]
+        for value in ("", "retry", "share", "share"):
+            job = await ended("save in step", value=value)
+            assert (job["status"], job["error"]) == ("completed", None), value
+            assert job["results"]["files"][0]["size"] == len(b"of a step")
