@@ -112,9 +112,11 @@ async def test_worker_without_scratch_leaves_jobs_alone_until_it_is_there(
     async with process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
         await until(lambda: here.worker is not None and not here.worker.health.may_claim(), "noticed")
         job_id = await here.submit()
+        async with asyncio.timeout(20):
+            while not await here.db.workers.find_one({"problem": {"$regex": "scratch_dir"}}):  # noqa: ASYNC110 - nobody tells us
+                await asyncio.sleep(0.05)
         await asyncio.sleep(0.5)
         assert await here.history(job_id) == ["JobSubmitted"]
-        assert await here.db.workers.find_one({"problem": {"$regex": "scratch_dir"}})
         place.parent.mkdir()
         assert (await here.ended(job_id))["status"] == "completed"
         assert await here.history(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ from tests.support.running import Process, WorkerOptions, process, real_process,
 from tests.workers.misbehaving import installed
 from workers import job_process
 from workers.confinement import Confinement
+from workers.fork_server import _Server
 
 __all__ = ["installed"]
 OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its version
@@ -214,3 +216,14 @@ def is_fork_server(pid: int) -> bool:
     with suppress(OSError):
         return parent(pid) == os.getpid() and b"fork_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fork_server_passes_over_a_request_without_its_two_sockets(count: int) -> None:
+    """It does not receive the sockets of a request if it may have no more descriptors."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        socket.send_fds(ours, [b'{"memory_limit_mb": 100}'], [ours.fileno()] * count)
+        before = len([*Path("/proc/self/fd").iterdir()])
+        assert _Server(theirs)._accept()
+        assert len([*Path("/proc/self/fd").iterdir()]) == before, "what was received is closed"
