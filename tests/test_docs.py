@@ -354,7 +354,7 @@ def test_the_log_is_followed_told_proved_and_replayed_as_the_how_to_says(
 
 
 def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    whole, increment, restore, _ = blocks(DOCS / "how-to" / "backup.md", "sh")
+    whole, increment, restore, *_ = blocks(DOCS / "how-to" / "backup.md", "sh")
     with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
             installation.start(role).ready()
