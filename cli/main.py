@@ -295,12 +295,10 @@ def _parsed(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def run() -> None:
-    """The entry point: errors of ours become one sentence and an exit code, never a traceback."""
-    print_all_characters()
-    os.umask(0o077)  # files that a command or its children create are for this user alone
+def command() -> None:
+    """The entry point: run the command that the arguments name, and end the process."""
     try:
-        _run_command()
+        run()
     except SystemExit as ended:
         _end_without_threads(ended.code)
         raise
@@ -315,7 +313,10 @@ def _end_without_threads(code: object) -> None:
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
-def _run_command() -> None:
+def run() -> None:
+    """Run a command: errors of ours become one sentence and an exit code, never a traceback."""
+    print_all_characters()
+    os.umask(0o077)  # files that a command or its children create are for this user alone
     try:
         app()
     except ResourceUnavailable as error:
@@ -342,4 +343,4 @@ def _give_up(error: Exception, code: int) -> None:
 
 
 if __name__ == "__main__":
-    run()
+    command()

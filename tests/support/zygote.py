@@ -48,7 +48,7 @@ while True:
     sys.argv = ["jobledger", *asked["arguments"]]
     code = 1
     try:
-        cli.main.run()
+        cli.main.command()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
