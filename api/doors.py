@@ -79,6 +79,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
     "delivery_not_found": (404, "there is no such webhook, or you may not see it"),
     "database_unavailable": (503, "the database does not answer"),
     "endpoint_not_found": (404, "there is no such endpoint, or it is not yours"),
+    "event_damaged": (409, "an event was changed in the database; `jobledger log verify` names it"),
     "file_damaged": (500, "the file was changed in this server's store"),
     "file_missing": (500, "the file is on record, but not in this server's store"),
     "file_not_found": (404, "there is no such file, or you may not see it"),

@@ -141,7 +141,7 @@ async def _unless_gone(request: Request, opening: Coroutine[Any, Any, OpenFile])
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ApiError(400, "client_disconnected", "The client went away.")
+            raise ApiError(400, "incomplete_body", "The client went away.")
     except BaseException:
         work.cancel()
         [file] = await asyncio.gather(work, return_exceptions=True)

@@ -86,7 +86,7 @@ _BODY: Final = (
 )
 _CHANGE: Final = ("wrong_state", "version_conflict", "already_exists", "busy")
 _POST: Final = ("malformed_idempotency_key", "idempotency_key_reused", "invalid_content")
-_OF_ONE: Final = ("version_changed", "unreadable_event")
+_OF_ONE: Final = ("version_changed", "unreadable_event", "event_damaged")
 _IN_PATH: Final = {
     "job_id": "job_not_found",
     "batch_id": "batch_not_found",

@@ -176,7 +176,7 @@ def readable_past(stream: str) -> Iterator[None]:
         message = (
             f"{stream} as it was then cannot be read: an event of it is damaged. `jobledger log verify` says more."
         )
-        raise ApiError(409, "unreadable_event", message) from error
+        raise ApiError(409, "event_damaged", message) from error
 
 
 def folded(fold: Callable[[Document | None, Recorded], Document | None], events: Iterable[Recorded]) -> Document | None:
