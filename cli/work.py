@@ -213,8 +213,11 @@ def print_json(content: Any) -> None:
 
 
 def time_of(text: str) -> str:
-    """Return a time of the API as it is on the clocks here, with its offset."""
-    return moment(datetime.fromisoformat(text), "seconds")
+    """Return a time of the API as it is on the clocks here, with its offset; other text as it is."""
+    try:
+        return moment(datetime.fromisoformat(text), "seconds")
+    except ValueError:
+        return text
 
 
 def lasting(begin: str | None, end: str) -> str:
