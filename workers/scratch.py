@@ -15,6 +15,7 @@ import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ _DEAD: Final = "removing-"
 """Prefix of a directory that is being removed. Nobody locks it; two processes may remove it at the same time."""
 _MODE: Final = 0o700
 _CHECK_BYTES: Final = 64 * 1024
+_REPAIR_SECONDS: Final = 0.1
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -42,6 +44,7 @@ class Scratch:
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._directory: Path | None = None
         self._lock = -1
+        self._repaired_at = float("-inf")
         self._changing = threading.RLock()  # checks run in several threads
         self.repairs = 0
         """How often a directory of ours had lost its mode and got it back."""
@@ -57,7 +60,8 @@ class Scratch:
         Raises:
             MachineTrouble: there is no scratch directory.
         """
-        self.repair()
+        if time.monotonic() - self._repaired_at >= _REPAIR_SECONDS:  # a job that comes in between is given back
+            self.repair()
         return self._required() / f"{job_id}-{attempt}-{secrets.token_hex(4)}"
 
     def repair(self) -> None:
@@ -65,6 +69,7 @@ class Scratch:
 
         Takes microseconds.
         """
+        self._repaired_at = time.monotonic()
         if self._directory is None:
             return
         base = self._directory.parent
