@@ -114,8 +114,9 @@ async def _show_results(client: httpx.AsyncClient, jobs: list[dict[str, Any]], c
         for url in [results["markdown_url"], *(asset["url"] for asset in results["assets"])]:
             await _keep_copy(client, url)
         _show(client, job, console)
+    console.print()
     console.print(
-        "\nThe first address of each opens as long as the demo runs, the second is a copy that stays.", soft_wrap=True
+        "The first address of each opens as long as the demo runs, the second is a copy that stays.", soft_wrap=True
     )
     return good
 

@@ -43,6 +43,7 @@ def test_the_demo_shows_what_was_said_and_can_be_repeated(tmp_path: Path) -> Non
 
 def tells_where_everything_is(ended: Ended, copies: Path) -> None:
     assert ended.exit_code == 0, ended.out + ended.err
+    assert "\\n" not in ended.out
     assert "Traceback" not in ended.err, ended.err
     for talk in TALKS:
         assert talk.title in ended.out

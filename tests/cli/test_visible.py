@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
@@ -243,3 +244,19 @@ def test_commands_print_by_these_functions_only(module: Path) -> None:
             r"typer\.echo\(|\bprint\(|(?<!Safe)Console\(|(?<!Safe)Table\(",
             re.sub(r"console\.print\(|\)\.print\(", "", source),
         )
+
+
+@pytest.mark.parametrize("module", sorted(Path(cli.visible.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_no_text_with_a_line_break_is_printed_as_one_line(module: Path) -> None:
+    """`echo` and `print` would show the line break as an escape sequence; `echo_text` is for texts of several lines."""
+    calls = [it for it in ast.walk(ast.parse(module.read_text(encoding="utf-8"))) if isinstance(it, ast.Call)]
+    named = [(getattr(it.func, "attr", getattr(it.func, "id", "")), it) for it in calls]
+    texts = [
+        text.value
+        for name, call in named
+        if name in ("echo", "print") and module.name != "visible.py"
+        for argument in call.args
+        for text in ast.walk(argument)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+    ]
+    assert [text for text in texts if "\n" in text] == []
