@@ -53,6 +53,13 @@ def db_name(mongodb_client: MongoClient[dict[str, Any]]) -> Iterator[str]:
     mongodb_client.drop_database(name)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _ordinary_priority() -> Iterator[None]:
+    """Fail when a test has left real-time priority behind: all later tests would run against starved servers."""
+    yield
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "a library has given this process real-time priority"
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if IN_CI and _skipped_for_want_of_a_tool(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -198,9 +198,10 @@ async def test_over_an_outage_of_the_database_a_client_misses_nothing(tmp_path: 
                 while (answer := await api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).is_error:
                     assert answer.status_code == 503
                     await asyncio.sleep(0.5)
-                while (await api.get("/api/ledger/events")).status_code == 503:  # noqa: ASYNC110 - it catches up
-                    await asyncio.sleep(0.1)
-                ended = await api.until_event(answer.json()["job_id"], "JobCompleted")
+                job_id = answer.json()["job_id"]
+                while (await api.get(f"/api/ledger/events?stream={job_id}")).status_code == 503:  # noqa: ASYNC110 - it catches up
+                    await asyncio.sleep(0.1)  # the process does not know yet who may see the job
+                ended = await api.until_event(job_id, "JobCompleted")
                 while not seen or seen[-1] < ended["position"]:  # noqa: ASYNC110 - for what no event tells
                     await asyncio.sleep(0.05)
             watching.cancel()
