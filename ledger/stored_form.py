@@ -11,7 +11,7 @@ any JSON type, and the order of the names in an object.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from types import UnionType
@@ -42,6 +42,8 @@ FIELDS: Final[Mapping[str, type]] = {
 _NAMES: Final = tuple(FIELDS)
 _KINDS: Final = tuple(FIELDS.values())
 _WHOLE: Final = "whole float"
+_TYPES: Final[Mapping[str, type]] = {"str": str, "bool": bool, "int": int, "NoneType": type(None), "datetime": datetime}
+"""Of which every value is of the kind. `float` is not among them: whole numbers are a kind of their own."""
 
 
 def are_exact(page: Iterable[tuple[Mapping[str, Any], bytes]]) -> bool:
@@ -102,9 +104,15 @@ class _Form:
     """What a value may be: one of `kinds`, an object with these `fields` (or others: `rest`), a list of `item`."""
 
     kinds: frozenset[str] = frozenset()
-    fields: Mapping[str, _Form] | None = None
+    fields: Mapping[Any, _Form] | None = None
     rest: _Form | None = None
     item: _Form | None = None
+    types: frozenset[type] = field(init=False)
+    """Values of exactly these types have the form: most values need no closer look."""
+
+    def __post_init__(self) -> None:
+        floats = {float} if {"float", _WHOLE} <= self.kinds else set()
+        self.types = frozenset(floats | {_TYPES[kind] for kind in self.kinds if kind in _TYPES})
 
     def __or__(self, other: _Form) -> _Form:
         return _Form(
@@ -170,15 +178,18 @@ def _form_of_annotation(annotation: Any) -> _Form:
 
 def _misfit(value: Any, form: _Form, path: str) -> tuple[str, str] | None:
     """Return the place and the type of the first value that does not have its form."""
-    inner: Iterable[tuple[Any, Any, _Form | None]]
+    items: Iterable[tuple[Any, Any]]
     if isinstance(value, dict) and form.fields is not None:
-        inner = ((name, it, form.fields.get(name, form.rest)) for name, it in value.items())
+        items, fields, rest = value.items(), form.fields, form.rest
     elif isinstance(value, list | tuple) and form.item is not None:
-        inner = ((number, it, form.item) for number, it in enumerate(value))
+        items, fields, rest = enumerate(value), {}, form.item
     else:
         return None if _kind(value) in form.kinds else (path, type(value).__name__)
-    for name, it, its_form in inner:
-        if its_form is not None and (found := _misfit(it, its_form, f"{path}.{name}")) is not None:
+    for name, it in items:
+        inner = fields.get(name, rest)
+        if inner is None or type(it) in inner.types:
+            continue
+        if (found := _misfit(it, inner, f"{path}.{name}")) is not None:
             return found
     return None
 

@@ -58,10 +58,19 @@ class Assignment(BaseModel):
     steps: dict[str, FinishedStep]
     seek: bool = False
     """Whether finished steps of other jobs may be asked for."""
-    inbox: Path
-    """Where saved files go, by digest; the worker moves them into the result store."""
-    scratch: Path
+    directory: Path
+    """The attempt's own directory, which is there if the job has a process of its own."""
     confinement: Confinement = Confinement()
+
+    @property
+    def inbox(self) -> Path:
+        """Where saved files go, by digest; the worker moves them into the result store."""
+        return self.directory / "saved"
+
+    @property
+    def scratch(self) -> Path:
+        """The directory that belongs to the processor."""
+        return self.directory / "scratch"
 
 
 class FinishedStep(BaseModel):
@@ -89,7 +98,7 @@ async def run(
         results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
         return job.done(results, time.monotonic() - begun)
     except BaseException as error:  # noqa: BLE001 - a processor is foreign code: what it raises fails the job, not us
-        return failure_of(error, scratch=assignment.scratch.parents[1])
+        return failure_of(error, scratch=assignment.directory.parent)
     finally:
         if job is not None:
             job.close()
@@ -243,11 +252,10 @@ class _Job:
     def __init__(self, assignment: Assignment, parameters: BaseModel, send: Send, stopping: threading.Event) -> None:
         self.job_id = assignment.job_id
         self.attempt = assignment.attempt
-        self._scratch = assignment.scratch
+        self._assignment = assignment
         self.parameters = parameters
         self._finished = assignment.steps
         self._seek = assignment.seek
-        self._inbox = DirectoryStore(assignment.inbox, durable=False)
         self._send = send
         self._step = "starting"
         self._percent = 0.0
@@ -264,9 +272,10 @@ class _Job:
 
     @property
     def scratch(self) -> Path:
-        for directory in (self._scratch.parent, self._scratch):  # and not those above, which are the worker's
+        scratch = self._assignment.scratch
+        for directory in (scratch.parent, scratch):  # and not those above, which are the worker's
             directory.mkdir(mode=0o700, exist_ok=True)
-        return self._scratch
+        return scratch
 
     async def step(
         self,
@@ -351,7 +360,7 @@ class _Job:
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         path, media_type = normal_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")
-        put = _putting(self._inbox, content)
+        put = _putting(DirectoryStore(self._assignment.inbox, durable=False), content)
         try:
             stored = await asyncio.get_running_loop().run_in_executor(_file_threads, put)
         except NoRegularFile as error:
@@ -364,9 +373,10 @@ class _Job:
         if not isinstance(results, Results):
             problem = f"the processor returned a {type_name(results)}"
             raise InvalidResult("The result", problem, "Return workers.processor.Results.")
-        data = {name: to_json(getattr(results, name), f"results.{name}") for name in Results.model_fields}
-        tokens = to_json(results.tokens_used + self._tokens, "results.tokens_used")
-        return Done({**data, "tokens_used": tokens}, self._warnings.told(), round(seconds, 3))
+        values = {name: getattr(results, name) for name in Results.model_fields}
+        values["tokens_used"] += self._tokens
+        data = {name: to_json(value, f"results.{name}") for name, value in values.items()}
+        return Done(data, self._warnings.told(), round(seconds, 3))
 
     def close(self) -> None:
         """Accept nothing more: tasks that the processor has left behind must not speak for an attempt that is over."""

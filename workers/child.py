@@ -75,7 +75,7 @@ def _attempt(link: _Link, text: bytes) -> Done | Failed:
         asyncio.set_event_loop(loop := new_event_loop())
         return loop.run_until_complete(_work(link, assignment, processor))
     except BaseException as error:  # noqa: BLE001 - the processor has stopped the event loop, or cancelled this task
-        return failure_of(error, scratch=assignment.scratch.parents[1])
+        return failure_of(error, scratch=assignment.directory.parent)
 
 
 def _create(directories: list[Path]) -> list[Path]:

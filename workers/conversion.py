@@ -59,6 +59,8 @@ def to_json(value: Any, place: str) -> JSON:
     """
     if value is None:
         return None
+    if not value and type(value) in (dict, list):  # most results: a look instead of a conversion
+        return type(value)()
     return _Conversion().convert(value, (None, place), 0)
 
 
@@ -191,8 +193,8 @@ class _Conversion:
 
     def _text(self, value: str, place: Place) -> str:
         self._count(len(value) + _VALUE_BYTES, place)
-        if value.isalnum() and value.isascii():
-            return value
+        if value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
+            return value  # nothing is escaped
         try:  # what is escaped takes up to six times as much in a message and in the event log
             self._count(len(orjson.dumps(value)) - len(value), place)
         except orjson.JSONEncodeError:

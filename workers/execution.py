@@ -132,10 +132,10 @@ class Execution:
             attempt=known.state.attempt,
             on_fenced=self.abandon,
         )
+        self._assigned: Assignment | None = None
         self._working: asyncio.Task[Done | Failed | MachineTrouble] | None = None
         self._recording: asyncio.Task[Any] | None = None
         """The task of `run`, while it records the end. Cancelled by `abandon`."""
-        self._inbox = Path()
         self._stopped_for: Reason | None = None
         self._limit: TimeLimit | None = None
         self._contained: Containment | None = None
@@ -218,9 +218,8 @@ class Execution:
         return Failed("WORKER_FAULT", text, transient=True)
 
     async def _work(self, place: Path) -> Done | Failed | MachineTrouble | None:
-        self._inbox = place / "saved"
         processor = find_processor(self.job_type)
-        assignment = self._assignment(place / "scratch")
+        self._assigned = assignment = self._assignment(place)
         if processor.isolation == "inline":
             self._contained = Containment()
             sending = run(assignment, processor, self._take_inline, threading.Event())  # cancelling its task stops it
@@ -254,7 +253,7 @@ class Execution:
         # Stopped work often ends with an error that comes of being stopped. A result counts all the same.
         return ending if self._stopped_for is None or isinstance(ending, Done) else None
 
-    def _assignment(self, scratch: Path) -> Assignment:
+    def _assignment(self, directory: Path) -> Assignment:
         return Assignment(
             job_id=self.job_id,
             attempt=self._attempt,
@@ -266,8 +265,7 @@ class Execution:
                 for key, step in self._job.steps.items()
             },
             seek=not self._job.anew,
-            inbox=self._inbox,
-            scratch=scratch,
+            directory=directory,
             confinement=self._settings.confinement,
         )
 
@@ -314,7 +312,7 @@ class Execution:
             await _completed(asyncio.create_task(process.end()))
 
     async def _start_process(self, assignment: Assignment) -> JobProcess:
-        for directory in (assignment.scratch.parent, assignment.scratch, assignment.inbox):
+        for directory in (assignment.directory, assignment.scratch, assignment.inbox):
             directory.mkdir(mode=0o700)
         return await JobProcess.start(
             self._settings.memory_limit_mb, self._print, self._settings.confinement.environment
@@ -461,11 +459,12 @@ class Execution:
         A store that cannot be written to is waited for: the job's work is kept, and its time limit does not run on.
         """
         assert self._limit is not None  # noqa: S101 - the work has begun
+        assert self._assigned is not None  # noqa: S101 - the work has begun
         told, tries, begun = "", 0, asyncio.get_running_loop().time()
         async with self._limit.waiting():
             while True:
                 try:
-                    await self._settings.store.take_over(self._inbox, sha256)
+                    await self._settings.store.take_over(self._assigned.inbox, sha256)
                     self._saved[sha256] = await self._settings.store.size(sha256)
                     break
                 except (FileLost, ValueError) as error:

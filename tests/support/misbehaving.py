@@ -692,15 +692,17 @@ async def save_many(job: Job) -> Results:
 async def save_and_change(job: Job) -> Results:
     """Change a saved file before the worker has taken it over."""
     content = os.urandom(1000)
-    inbox = job._inbox.root  # type: ignore[attr-defined]
+    inbox = job._assignment.inbox  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def change() -> None:
-        while not stop.is_set():
+        changes = 0
+        while not stop.is_set() and changes < 100:  # a slow disk is to come to other jobs, too
             for path in inbox.glob("*/*"):
                 try:
                     path.chmod(0o600)
                     path.write_bytes(b"changed")
+                    changes += 1
                 except OSError:
                     continue
 

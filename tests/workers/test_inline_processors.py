@@ -51,7 +51,6 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
     job_type: str, value: str, tmp_path: Path
 ) -> None:
     parameters = {"value": LARGEST[value]()}
-    (tmp_path / "inbox").mkdir()
     assignment = Assignment(
         job_id="job-0",
         attempt=1,
@@ -59,8 +58,7 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
         parameters=parameters,
         settings={},
         steps={},
-        inbox=tmp_path / "inbox",
-        scratch=tmp_path / "scratch",
+        directory=tmp_path / "attempt",
     )
 
     # CPU time of this thread, in which the loop runs: other load on the machine does not count.
