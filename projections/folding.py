@@ -593,7 +593,9 @@ class Folder:
         """Return documents from what is being written, the cache, or the database."""
         coming = self._unwritten.now[view] if self._unwritten is not None else {}
         found = {key: document for key in keys if (document := self._cache.get((view, key))) is not None}
-        if missing := keys - found.keys() - coming.keys():  # of what is deleted now, the database does not know yet
+        # Of what is written just now the database does not know yet. Large documents are not in the cache.
+        found |= {key: document for key in coming.keys() & keys if (document := coming[key]) is not None}
+        if missing := keys - found.keys() - coming.keys():
             async for document in self.views[view].find({"_id": {"$in": sorted(missing)}}):
                 if failures.REDUCED in document:
                     self._reduced.add((view, document["_id"]))

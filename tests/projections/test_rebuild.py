@@ -14,7 +14,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from ledger.changes import Changes
+from ledger.commands import ClaimJob, CompleteJob, Delete
 from ledger.errors import DatabaseUnsuitable
+from ledger.events import BatchFinished, JobResults, ResultMetadata
 from ledger.leadership import Deposed
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database
@@ -437,3 +439,26 @@ async def test_comparing_while_jobs_are_done_finds_nothing(connection: Connectio
             await asyncio.sleep(0.2)
         submitting.cancel()
         await asyncio.gather(submitting, return_exceptions=True)
+
+
+async def test_large_jobs_are_folded_while_the_chunk_before_is_written(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large documents are not cached: what is being written has to be found all the same, whatever happens next."""
+    monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 1)
+    large = {"text": "x" * 70_000}
+    async with process(connection, store, projector=True) as here:
+        batch_id, in_batch = await here.submit_batch(large, large)
+        alone = [await here.submit(large) for _ in range(3)]
+        done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, text="x" * 70_000))
+        for job_id in [*in_batch, *alone[1:]]:
+            await here.do(job_id, ClaimJob("worker-1", datetime.now(UTC)), CompleteJob("worker-1", 1, done))
+        await here.do(alone[2], Delete("user-1"))
+        await here.heard(BatchFinished, batch_id)
+        await here.views_reach()
+        before = await stored(here.db)
+        assert await compared(connection) == []
+        async with rebuilding(connection) as auditor:
+            await auditor.run()
+        assert await stored(here.db) == before
+        assert (await here.job(in_batch[0]))["status"] == "completed"
