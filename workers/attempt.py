@@ -42,6 +42,8 @@ _LEVELS: Final = frozenset(get_args(LogLevel))
 _SYSTEM_ERRORS: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 )
+_DETAIL_CHARACTERS: Final = 100_000  # of one detail of an error
+_DETAILS_CHARACTERS: Final = 1_000_000  # of all
 _MAX_ERRORS: Final = 10  # of an exception group, that are named
 # Not the event loop's own threads: a processor may occupy all of those.
 _file_threads = ThreadPoolExecutor(8, thread_name_prefix="save")
@@ -169,11 +171,14 @@ def _attribute(error: object, name: str, kind: type[T]) -> T:
 def _details(details: Mapping[Any, Any]) -> dict[str, JSON]:
     """Convert an error's details one by one: one that cannot be stored must not hide the error itself."""
     converted: dict[str, JSON] = {}
+    left = _DETAILS_CHARACTERS
     for key, value in list(details.items())[:100]:
         try:
-            converted.update(to_json({key: value}, "details"))
-            if len(str(value)) > 100_000:
+            one = to_json({key: value}, "details")
+            if (size := len(str(value))) > min(_DETAIL_CHARACTERS, left):
                 raise InvalidResult("details", "it is too large", "Shorten it.")
+            left -= size
+            converted.update(one)
         except BaseException as problem:  # noqa: BLE001 - foreign values may raise anything
             converted[to_text(key, 100).lstrip("$").replace("\0", "")] = f"<not stored: {to_text(problem, 500)}>"
     return converted

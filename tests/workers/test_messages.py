@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import string
 import time
+from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from workers.messages import MAX_FRAME_BYTES, MAX_FRAME_VALUES, InvalidMessage, decode_from_job
+from workers import child, messages
+from workers.attempt import failure_of
+from workers.conversion import MAX_BYTES, MAX_TEXT, to_json, to_text
+from workers.messages import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    MAX_FRAME_VALUES,
+    FromJob,
+    InvalidMessage,
+    Log,
+    Message,
+    Step,
+    decode_from_job,
+    encode,
+)
+from workers.processor import ProcessorError
 
 
 @pytest.mark.parametrize("value", [b"[]", b"{}", b"0", b'""', b'[0,{"a":[]}]'])
@@ -25,3 +44,60 @@ def test_decode_frame_with_too_many_values_is_refused_at_once(value: bytes) -> N
 def test_decode_frame_with_large_text_is_accepted() -> None:
     message = {"kind": "log", "lines": [[0.0, "info", "a text " * 100_000]]}
     assert decode_from_job(orjson.dumps({"id": 0, "message": message})).id == 0
+
+
+def received(message: Message) -> Message:
+    """Return what the worker gets if a job process sends the message."""
+    return decode_from_job(encode(FromJob(1, message))[HEADER.size :]).message
+
+
+# All that means something in JSON, alone and together, and what is left of it by a careless count.
+TEXTS = [*string.punctuation, "1,", '",', "\\,", '\\",[{', "[{", "\n,", "\x01", "\U0001f600,"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_largest_texts_that_inline_jobs_may_use_are_accepted_of_a_job_process(text: str) -> None:
+    escaped = len(orjson.dumps(text)) - 2
+    output: Any = to_json(text * ((MAX_BYTES - 100) // max(escaped, len(text.encode()))), "output")
+    step = Step(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
+    assert received(step) == step
+    line = to_text(text * MAX_TEXT)
+    log = Log([(0.0, "info", line)] * child._LINES_AT_ONCE)
+    assert received(log) == log
+
+
+def test_largest_values_that_inline_jobs_may_use_are_accepted_of_a_job_process() -> None:
+    output = to_json([1] * (MAX_BYTES // 6 - 10), "output")
+    step = Step(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
+    assert received(step) == step
+
+
+def test_largest_details_of_errors_are_accepted_of_a_job_process() -> None:
+    details = {f"{number}": [0] * 33_000 for number in range(100)}
+    failed = failure_of(ProcessorError("ODD", "an odd error", details=details))
+    assert failed.details["0"] == details["0"]
+    assert "too large" in str(failed.details["99"])
+    assert received(failed) == failed
+
+
+VALUES = st.recursive(
+    st.none() | st.integers(0, 9) | st.text(alphabet='\\",[{}]:n/', max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(alphabet='\\",[{', max_size=4), inner, max_size=4)
+    ),
+    max_leaves=30,
+)
+
+
+@given(VALUES)
+def test_values_are_counted_outside_of_strings(value: Any) -> None:
+    def count(it: Any) -> int:
+        if not isinstance(it, list | dict):
+            return 0
+        return max(1, len(it)) + sum(map(count, it.values() if isinstance(it, dict) else it))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in (count(value) - 1, count(value)):
+            patch.setattr(messages, "MAX_FRAME_VALUES", limit)
+            if limit >= 0:
+                assert messages._has_too_many_values(orjson.dumps(value)) == (limit < count(value))
