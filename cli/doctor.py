@@ -27,10 +27,10 @@ from ledger.files import DirectoryStore
 from ledger.gridfs import COLLECTIONS
 from ledger.log import EventLog
 from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, transaction_limit_seconds
-from projections import failures
+from projections import failures, files, jobs
 from projections.health import why_stalled
 from projections.views import Views
-from workers import confinement, restrictions, sandbox
+from workers import cleanup, confinement, restrictions, sandbox
 from workers.health import MachineTrouble
 from workers.registry import (
     ProcessorUnusable,
@@ -161,7 +161,7 @@ async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Findin
     """Yield what the database at `uri` shows."""
     try:
         async with database(settings.mongodb.connection(uri)) as db:
-            for look in (_server, _clock, _oplog, _transactions, _rights, _log_state, _projection_failures, _workers):
+            for look in _DATABASE_LOOKS:
                 with driver_errors("being looked at"):
                     finding = await look(db)
                 yield finding
@@ -320,9 +320,33 @@ async def _projection_failures(db: Database) -> Finding:
     return Finding("Views", good=False, found=f"do not show what the log says of {named}{more}", advice=advice)
 
 
+async def _removals(db: Database) -> Finding:
+    """Whether files of deleted jobs can be removed from the store."""
+    found = await db.checkpoints.find_one({"_id": "views"}) or {}
+    unknown = await files.jobs_with_unknown_files(Views(db, found.get("sides")), limit=_FAILURES_SHOWN)
+    skipped = (await db.checkpoints.find_one({"_id": cleanup.CURSOR}) or {}).get(cleanup.SKIPPED, [])
+    if unknown:
+        advice = (
+            f"Delete jobs whose steps name more than {jobs.STEP_FILES:,} files. For jobs that the views do not show as "
+            "the log has them, see above."
+        )
+        what = f"no file is removed, because the files of {', '.join(unknown)} are not all known"
+        return Finding("Cleanup", good=False, found=what, advice=advice)
+    if skipped:
+        what = f"files and secrets of deleted jobs are left: {', '.join(skipped[-_FAILURES_SHOWN:])}"
+        return Finding("Cleanup", good=False, found=what, advice="Their events are damaged: `jobledger log verify`.")
+    return Finding("Cleanup", good=True, found="files of deleted jobs are removed")
+
+
 async def _workers(db: Database) -> Finding:
     """Whether living workers claim jobs, or have trouble with their machines."""
     alive = await db.workers.find({"$expr": {"$gt": ["$lease_until", "$$NOW"]}}).to_list()
     sick = [it for it in alive if it.get("problem")]
     since = "; ".join(f"{it['_id']} since {moment(it['unhealthy_since'], 'seconds')}: {it['problem']}" for it in sick)
     return Finding("Workers", not sick, f"{len(alive)} alive, {len(sick)} of them claim no jobs", since)
+
+
+_DATABASE_LOOKS = (
+    *(_server, _clock, _oplog, _transactions, _rights),
+    *(_log_state, _projection_failures, _removals, _workers),
+)

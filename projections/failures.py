@@ -68,6 +68,11 @@ def row(view: str, key: str, problem: Document) -> Document:
     return {"_id": f"{view}/{key}", "view": view, "key": key, **problem}
 
 
+def of_view(view: str) -> Document:
+    """Return the query for the rows of one view."""
+    return {"_id": {"$gte": f"{view}/", "$lt": f"{view}0"}}  # "0" follows "/"
+
+
 async def count(views: Views) -> int:
     """Return how many documents do not show what the log says, as the server knows without counting."""
     with driver_errors("counting what could not be projected"):

@@ -12,6 +12,7 @@ from typing import Final
 from pymongo import ASCENDING, IndexModel
 
 from ledger.mongo import Document, driver_errors
+from projections import failures
 from projections.views import Views
 
 NAME: Final = "files"
@@ -69,12 +70,26 @@ async def has_other_owner(views: Views, path: str, job_id: str) -> bool:
 
 
 async def is_needed(views: Views, sha256: str) -> bool:
-    """Return whether a job has a file with this content, as a result or in what its finished steps have yielded."""
+    """Return whether a job has a file with this content, as a result or in what its finished steps have yielded.
+
+    What the jobs of `jobs_with_unknown_files` have is not counted.
+    """
     with driver_errors("looking for who needs a file"):
-        if await views[NAME].find_one({"sha256": sha256}, {"_id": 1}) is not None:
-            return True
-        wanted = {"sha256": {"$in": [sha256, EVERY_FILE]}}
-        return await views[STEP_FILES].find_one(wanted, {"_id": 1}) is not None
+        found = [await views[name].find_one({"sha256": sha256}, {"_id": 1}) for name in (NAME, STEP_FILES)]
+    return any(it is not None for it in found)
+
+
+async def jobs_with_unknown_files(views: Views, *, limit: int) -> list[str]:
+    """Return jobs that may have more files than the views name, at most `limit` of them.
+
+    These are jobs whose steps name too many files, and jobs that cannot be projected as the log has them.
+    """
+    with driver_errors("looking for jobs whose files are not known"):
+        many = views[STEP_FILES].find({"sha256": EVERY_FILE}, {"job_id": 1}, limit=limit)
+        found = [row["job_id"] async for row in many]
+        isolated = views[failures.NAME].find(failures.of_view("jobs"), {"key": 1}, limit=limit)
+        found += [row["key"] async for row in isolated]
+    return found[:limit]
 
 
 async def any_on_record(views: Views) -> bool:

@@ -42,7 +42,7 @@ from projections import batches, deliveries, failures, files, jobs, queue, recei
 from projections.views import Views
 
 _log = structlog.get_logger()
-VERSION: Final = 11
+VERSION: Final = 12
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are made anew."""
 CACHED_DOCUMENTS: Final = 20_000
 _SLOW_SECONDS: Final = 5.0

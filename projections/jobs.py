@@ -8,8 +8,7 @@ in the queue), `truncated` (fields of which the document shows a part, by the bu
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, assert_never
@@ -62,14 +61,14 @@ from ledger.limits import (
 )
 from ledger.log import EventLog
 from ledger.mongo import Document, driver_errors
+from ledger.saved_files import is_digest, saved_files
 from projections import failures, headings
 from projections.headings import Facet, Place
 from projections.views import Views
 
 NAME: Final = "jobs"
-DIGESTS: Final = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 STEP_FILES: Final = 10_000
-"""Files that finished steps of a job name. With more, no file of any job is removed from the store."""
+"""Files that finished steps of a job name. With more, no file of any job is removed from the store: see `doctor`."""
 LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
 LOG_CHARACTERS: Final = 10_000  # of each: a hundred lines have to fit into a document, which holds 16 MB
 COUNTED_UP_TO: Final = 10_000
@@ -237,6 +236,8 @@ def _fit(job: Document, changes: Document) -> None:
             cut = not fits(job[name], budget, text_bytes=size)
             _note(job, "large", name, holds=size > _LARGE_BYTES)
             if cut:
+                if name == "results":  # they still belong to the job: the store keeps them
+                    job |= _with_step_files(job, (file["sha256"] for file in job[name]["files"]))
                 job[name] = {} if name == "parameters" else _essential_results(job[name])
             mark(job, name, truncated=cut)
     if (logs := changes.get("logs")) and (kept := newest_within(logs, LOGS_BYTES)) < len(logs):
@@ -454,9 +455,17 @@ def _step_files(job: Document, step: StepCompleted) -> Document:
     text = orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS)
     if b'"sha256"' not in text:
         return {}
-    known = job.get("step_files", [])
-    found = [digest for it in DIGESTS.findall(text) if (digest := it.decode()) not in known]
-    return {"step_files": [*known, *dict.fromkeys(found)][: STEP_FILES + 1]} if found else {}
+    return _with_step_files(job, (file.sha256 for file in saved_files(step.output)))
+
+
+def _with_step_files(job: Document, digests: Iterable[str]) -> Document:
+    known = dict.fromkeys(job.get("step_files", ()))
+    before = len(known)
+    for digest in filter(is_digest, digests):
+        known[digest] = None
+        if len(known) > STEP_FILES:
+            break
+    return {"step_files": list(known)} if len(known) > before else {}
 
 
 def _finished(step: StepCompleted, event: Recorded) -> Document:

@@ -1,6 +1,7 @@
 """projections: the view `step_files`: which files the finished steps of a job name, by digest.
 
 A job that is tried again, or restarted, uses them again: so they are not removed from the store while the job is there.
+So are the files of results that are too large for the job's document.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ finds no such file, and writes a new one. Whoever saved it before is either stil
 running, the file's time is not before the attempt's start, because saving a file that is there already renews its time:
 so the file is put back. If it has ended, its steps and results are in the views, once these have reached the head that
 was read after the name was taken away. Who copies a finished step of another job records that before its lease ends, or
-is fenced: so a removal waits longer than a lease.
+is fenced: so a removal waits longer than a lease. While the views do not know all files of a job, nothing is removed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Collection
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
-import orjson
 import structlog
 
 from ledger.commands import AbandonDelivery
 from ledger.delivery import Delivery, name_of
-from ledger.errors import (
-    CommandRefused,
-    FileLost,
-    LedgerBusy,
-    LedgerUnavailable,
-    StoreUnavailable,
-    UnreadableEvent,
-)
+from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from ledger.events import (
     BatchDeleted,
     BatchFinished,
@@ -50,18 +42,24 @@ from ledger.events import (
 from ledger.files import FileStore
 from ledger.handle import handle, load
 from ledger.log import EventLog
-from ledger.mongo import Database, Document, driver_errors
+from ledger.mongo import Database, driver_errors
+from ledger.saved_files import is_digest, saved_files
 from projections import files, jobs
 from projections.checkpoint import Checkpoint
 
 _log = structlog.get_logger()
 CURSOR: Final = "cleanup"
 """The document of `checkpoints` that says how far the log was read."""
+SKIPPED: Final = "skipped"
+"""Its field with the deleted jobs and batches that cannot be cleaned up, the newest of them."""
 REMOVALS: Final = "file_removals"
 SECRETS: Final = "webhook_headers"
 GRACE_SECONDS: Final = 15.0
 """Longer than the lease of a worker."""
 RETRY_SECONDS: Final = 60.0
+_UNKNOWN_SECONDS: Final = 600.0
+"""Until a file is looked at again that a job may have of which the views do not know all files."""
+_SKIPPED_KEPT: Final = 100
 _PAUSE_SECONDS: Final = 2.0
 _CLOCKS_APART: Final = timedelta(minutes=2)
 """Between the clock of a worker and that of the file store."""
@@ -134,24 +132,42 @@ class Cleanup:
                     async with asyncio.timeout(_SAVE_CURSOR_SECONDS):
                         found_now = await events.chunk()
                 for event in found_now:
-                    await self._deleted(event.stream)
+                    await self._deleted_or_skipped(event.stream)
                 if events.position > saved:
                     saved = events.position
                     with driver_errors("noting how far deletions were cleaned up"):
                         position = {"$set": {"position": saved}}
                         await self._db.checkpoints.update_one({"_id": CURSOR}, position, upsert=True)
 
+    async def _deleted_or_skipped(self, stream: str) -> None:
+        """Clean up behind one job or batch. One that cannot be read is noted, and does not stop the others."""
+        try:
+            await self._deleted(stream)
+        except (LedgerUnavailable, LedgerBusy):
+            raise
+        except Exception:  # noqa: BLE001 - whatever is stored there, the next stream is cleaned up
+            _log.exception("a deleted job or batch is not cleaned up: its files and secrets stay", stream=stream)
+            noted = {"$push": {SKIPPED: {"$each": [stream], "$slice": -_SKIPPED_KEPT}}}
+            with driver_errors("noting what was not cleaned up"):
+                await self._db.checkpoints.update_one({"_id": CURSOR}, noted, upsert=True)
+
     async def _deleted(self, stream: str) -> None:
         """Clean up behind one job or batch. Harmless when it is done again."""
-        events = await self._log.read_stream(stream)
-        await self._abandon_deliveries(stream, [event.version for event in events if event.type in _ENDS])
-        references = [it for event in events if (it := _secrets_of(event)) is not None]
-        digests = sorted({digest for event in events for digest in _digests_in(event)})
+        ends: list[int] = []
+        references: set[str] = set()
+        digests: set[str] = set()
+        async with aclosing(self._log.iterate_stream(stream)) as events:
+            async for event in events:
+                if event.type in _ENDS:
+                    ends.append(event.version)
+                references |= _secrets_of(event)
+                digests |= _digests_in(event)
+        await self._abandon_deliveries(stream, ends)
         due_at = self._log.clock.estimate() + self._grace
         with driver_errors(f"cleaning up behind {stream}"):
             if references:
-                await self._db[SECRETS].delete_many({"_id": {"$in": references}})
-            for digest in digests:
+                await self._db[SECRETS].delete_many({"_id": {"$in": list(references)}})
+            for digest in sorted(digests):
                 due = {"$set": {"due_at": due_at}}
                 await self._db[REMOVALS].update_one({"_id": digest}, due, upsert=True)
         if digests:
@@ -186,47 +202,51 @@ class Cleanup:
     async def _remove(self, digest: str) -> None:
         """Remove a file that no job needs; try again later if that is not certain yet."""
         try:
-            done = await self._removed(digest)
-        except (FileLost, StoreUnavailable, OSError) as error:
-            _log.warning("a file cannot be removed yet", sha256=digest, error=str(error))
-            done = False
+            again_after = await self._removed(digest)
+        except (LedgerUnavailable, LedgerBusy):
+            raise
+        except Exception as error:  # noqa: BLE001 - one file must not keep the others from being removed
+            _log.warning("a file cannot be removed yet", sha256=digest, error=repr(error))
+            again_after = RETRY_SECONDS
         with driver_errors("noting what has become of a file"):
-            if done:
+            if again_after is None:
                 await self._db[REMOVALS].delete_one({"_id": digest})
             else:
-                due_at = self._log.clock.estimate() + timedelta(seconds=RETRY_SECONDS)
+                due_at = self._log.clock.estimate() + timedelta(seconds=again_after)
                 await self._db[REMOVALS].update_one({"_id": digest}, {"$set": {"due_at": due_at}})
 
-    async def _removed(self, digest: str) -> bool:
-        """Remove a file, or put it back; return whether nothing is left to do about it."""
+    async def _removed(self, digest: str) -> float | None:
+        """Remove a file, or put it back; return after how many seconds to try again, None if nothing is left to do."""
         if not await self._views_reach_head():
-            return False
+            return RETRY_SECONDS
         needed = await self._is_needed(digest)
         token = secrets.token_hex(8)
         # Also one that is needed: a process that was killed may have left it set aside. It is put back at once.
         saved_at = await self._store.set_aside(digest, token)
         if saved_at is None:
-            return True
-        remove, done = False, needed
+            return None
+        remove, again_after = False, None
         try:
             if not needed:
-                remove, done = await self._decide(digest, saved_at)
+                remove, again_after = await self._decide(digest, saved_at)
         finally:
             # Also when this process is stopped. If it is killed, the file is found again by its note.
             finish = self._store.remove(digest, token) if remove else self._store.put_back(digest, token)
             await asyncio.shield(finish)
-        return done
+        return again_after
 
-    async def _decide(self, digest: str, saved_at: datetime) -> tuple[bool, bool]:
-        """Return whether a file that was set aside is to be removed, and whether nothing is left to do about it."""
+    async def _decide(self, digest: str, saved_at: datetime) -> tuple[bool, float | None]:
+        """Return whether a file that was set aside is to be removed, and after how many seconds to ask again."""
         if not await self._views_reach_head():
-            return False, False
+            return False, RETRY_SECONDS
         oldest = await jobs.oldest_running(self._checkpoint.views)
         if await self._is_needed(digest):  # asked after what runs: what has ended meanwhile is in the views
-            return False, True
+            return False, None
+        if await files.jobs_with_unknown_files(self._checkpoint.views, limit=1):
+            return False, _UNKNOWN_SECONDS
         if oldest is not None and saved_at >= oldest - _CLOCKS_APART:
-            return False, False
-        return True, True
+            return False, RETRY_SECONDS
+        return True, None
 
     async def _views_reach_head(self) -> bool:
         head = await self._log.head()
@@ -239,18 +259,15 @@ class Cleanup:
         return await files.is_needed(self._checkpoint.views, digest)
 
 
-def _secrets_of(event: Recorded) -> str | None:
+def _secrets_of(event: Recorded) -> set[str]:
     """Return where the secrets of a job's or batch's webhook are."""
-    if event.type not in _BEGINNINGS:
-        return None
-    webhook: Document = event.data.get("webhook") or {}
-    reference: Any = webhook.get("headers_ref")
-    return reference if isinstance(reference, str) else None
+    webhook = event.data.get("webhook") if event.type in _BEGINNINGS else None
+    reference = webhook.get("headers_ref") if isinstance(webhook, dict) else None
+    return {reference} if isinstance(reference, str) else set()
 
 
-def _digests_in(event: Recorded) -> list[str]:
+def _digests_in(event: Recorded) -> set[str]:
     """Return the digests of the files that results or the output of a step name."""
     if event.type not in _WITH_FILES:
-        return []
-    text = orjson.dumps(event.data, default=str, option=orjson.OPT_NON_STR_KEYS)
-    return [digest.decode() for digest in jobs.DIGESTS.findall(text)]
+        return set()
+    return {file.sha256 for file in saved_files(event.data) if is_digest(file.sha256)}

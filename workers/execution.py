@@ -31,6 +31,7 @@ from ledger.files import FileStore
 from ledger.handle import Known
 from ledger.job import MAX_MACHINE_TROUBLES, Job
 from ledger.log import EventLog
+from ledger.saved_files import saved_files
 from workers import job_process
 from workers.attempt import Assignment, FinishedStep, run
 from workers.confinement import Confinement
@@ -41,7 +42,7 @@ from workers.health import MachineTrouble, WorkerHealth, check_descriptors, chec
 from workers.job_process import JobProcess, NotStarted, ProcessFailed
 from workers.messages import Done, Failed, FromJob, Log, Message, Progress, Saved, Seek, Step
 from workers.path_reservations import PathReservations
-from workers.processor import ProcessorError, Results, SavedFile, saved_files
+from workers.processor import ProcessorError, Results, SavedFile
 from workers.recorder import Fenced, Recorder, Refused
 from workers.registry import find_processor, processor_version
 from workers.scratch import Scratch, remove_tree
@@ -580,7 +581,7 @@ class Execution:
             }
         )
 
-    def _size(self, file: SavedFile, what: str) -> int:
+    def _size(self, file: SavedFile | ResultFile, what: str) -> int:
         """Return the size of a file that this attempt or a finished step of this job has saved.
 
         The store has files of all jobs, and a job that knows the digest of another one must not publish it.

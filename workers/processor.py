@@ -5,13 +5,12 @@ Only this interface may be imported by processors; how a job really runs (child 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 JSON = Any
 """What JSON can say: objects, lists, strings, numbers, booleans, null."""
@@ -46,20 +45,6 @@ class SavedFile(BaseModel):
     sha256: str
     size: int
     media_type: str
-
-
-def saved_files(output: JSON) -> Iterator[SavedFile]:
-    """Yield the files that the output of a step names: each object that has the fields of a SavedFile."""
-    pending = [output]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            if "sha256" in value and value.keys() >= SavedFile.model_fields.keys():
-                with suppress(ValidationError):  # it is something else, that looks like one
-                    yield SavedFile.model_validate(value)
-            pending.extend(value.values())
-        elif isinstance(value, list):
-            pending.extend(value)
 
 
 class Results(BaseModel):

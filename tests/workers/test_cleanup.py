@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from cli.doctor import _removals
 from ledger.commands import ClaimJob, CompleteJob, Delete, FailAttempt, FinishStep, RestartJob
 from ledger.events import Failure, JobResults, ResultFile, ResultMetadata, Webhook
 from ledger.files import DirectoryStore, FileStore
 from ledger.gridfs import GridFSStore
 from ledger.mongo import Connection
+from projections import files, jobs, step_files
 from tests.support.running import PATIENCE_SECONDS, Process, process
 from workers.cleanup import CURSOR, REMOVALS, SECRETS, Cleanup
 
@@ -54,7 +56,7 @@ async def all_done(here: Process) -> None:
         while True:
             cursor = await here.db.checkpoints.find_one({"_id": CURSOR})
             due = {"due_at": {"$lte": datetime.now(UTC)}}
-            reached = cursor is not None and cursor["position"] >= deleted["_id"]
+            reached = cursor is not None and cursor.get("position", 0) >= deleted["_id"]
             if reached and not await here.db[REMOVALS].count_documents(due):
                 return
             await asyncio.sleep(0.05)
@@ -132,6 +134,121 @@ async def test_what_was_interrupted_is_finished_by_the_next(connection: Connecti
             await all_done(here)
         left = await asyncio.to_thread(lambda: [path.name for path in store.glob("??/*")])
         assert left == [needed.sha256]
+
+
+# What one job must not do to others --------------------------------------------------------------------------------
+
+
+async def test_cleanup_digests_in_step_output_are_not_files(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        other = await here.submit()
+        await here.claim(other)
+        locked = [{"name": f"p{n}", "sha256": f"{n:064x}"} for n in range(jobs.STEP_FILES + 1)]
+        await here.do(other, FinishStep("worker-1", 1, "lock", "key", locked, 0.1))
+        await here.do(other, FailAttempt("worker-1", 1, Failure(code="X", message="x"), None))
+        kept = here.store.put_bytes(b"one")
+        job_id = await completed(here, kept.sha256)
+        async with cleaning(here):
+            await here.do(job_id, Delete("user:a"))
+            await all_done(here)
+        assert not here.store.path(kept.sha256).exists()
+        assert (await _removals(here.db)).good
+
+
+async def test_cleanup_waits_while_files_are_unknown_and_doctor_names_the_job(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (jobs, step_files):
+        monkeypatch.setattr(module, "STEP_FILES", 10)
+    async with process(connection, store, projector=True) as here:
+        other = await here.submit()
+        await here.claim(other)
+        many = [{"path": "a", "sha256": f"{n:064x}", "size": 1, "media_type": "a/b"} for n in range(11)]
+        await here.do(other, FinishStep("worker-1", 1, "save", "key", many, 0.1))
+        await here.do(other, FailAttempt("worker-1", 1, Failure(code="X", message="x"), None))
+        kept = here.store.put_bytes(b"one")
+        job_id = await completed(here, kept.sha256)
+        async with cleaning(here):
+            await here.do(job_id, Delete("user:a"))
+            await all_done(here)
+        assert here.store.path(kept.sha256).exists()
+        assert await here.db[REMOVALS].count_documents({}) == 1
+        finding = await _removals(here.db)
+        assert not finding.good
+        assert other in finding.found
+        await here.do(other, Delete("user:a"))
+        await here.views_reach()
+        await here.db[REMOVALS].update_many({}, {"$set": {"due_at": datetime.now(UTC)}})
+        async with cleaning(here):
+            await all_done(here)
+        assert not here.store.path(kept.sha256).exists()
+
+
+def cannot_be_folded(*given: Any) -> Any:
+    raise ValueError("damaged")
+
+
+@pytest.mark.parametrize("kind", ["isolated", "truncated", "rows left out"])
+async def test_cleanup_keeps_files_of_jobs_that_the_views_show_in_part(
+    connection: Connection, store: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        kept = here.store.put_bytes(b"the same in both")
+        with monkeypatch.context() as patched:
+            if kind == "isolated":
+                patched.setattr(jobs, "_changes", cannot_be_folded)
+            elif kind == "truncated":
+                patched.setitem(jobs._BUDGETS, "results", 10)
+                patched.setattr(jobs, "_LARGE_BYTES", 10)
+            else:
+                patched.setattr(files, "rows", cannot_be_folded)
+            damaged = await completed(here, kept.sha256)
+            await here.views_reach()
+        assert not await here.db.files.count_documents({"job_id": damaged})
+        other = await completed(here, kept.sha256)
+        async with cleaning(here):
+            await here.do(other, Delete("user:a"))
+            await all_done(here)
+        assert here.store.path(kept.sha256).exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "damage"),
+    [
+        (1, {"$unset": {"data": 1}}),
+        (1, {"$set": {"data": 7}}),
+        (1, {"$set": {"data.webhook": "x"}}),
+        (1, {"$set": {"data.webhook": {"headers_ref": {"x": 1}}}}),
+        (2, {"$unset": {"hash": 1, "type": 1, "data": 1}}),
+        (3, {"$set": {"data.results": [{"path": 1, "sha256": "../x", "size": "x", "media_type": 0}]}}),
+        (3, {"$set": {"data.results.files": [{"path": "a", "sha256": "../../x", "size": 1, "media_type": "a"}]}}),
+    ],
+    ids=str,
+)
+async def test_cleanup_goes_on_after_a_damaged_deleted_stream(
+    connection: Connection, store: Path, version: int, damage: dict[str, Any]
+) -> None:
+    async with process(connection, store, projector=True) as here:
+        first, second = here.store.put_bytes(b"one"), here.store.put_bytes(b"two")
+        damaged, whole = await completed(here, first.sha256), await completed(here, second.sha256)
+        for job_id in (damaged, whole):
+            await here.do(job_id, Delete("user:a"))
+        await here.views_reach()
+        await here.db.events.update_one({"stream": damaged, "version": version}, damage)
+        async with cleaning(here):
+            await all_done(here)
+        assert not here.store.path(second.sha256).exists()
+
+
+async def test_cleanup_goes_on_after_a_note_that_is_no_digest(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True) as here:
+        kept = here.store.put_bytes(b"one")
+        job_id = await completed(here, kept.sha256)
+        await here.db[REMOVALS].insert_one({"_id": "../x", "due_at": datetime.fromtimestamp(0, UTC)})
+        async with cleaning(here):
+            await here.do(job_id, Delete("user:a"))
+            await all_done(here)
+        assert not here.store.path(kept.sha256).exists()
 
 
 # The stores -----------------------------------------------------------------------------------------------------------
