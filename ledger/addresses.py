@@ -76,8 +76,9 @@ def hopeless(url: str, allowed: AllowedHosts) -> str | None:
     return None
 
 
-_USERINFO: Final = re.compile(r"(?i)^((?:https?|ftps?|wss?):[/\\]*)[^/\\?#\s]*@")
-_PASSWORD: Final = re.compile(r"(?i)^([a-z][a-z0-9+.-]*://)[^/\\?#\s@]*:[^/\\?#\s]*@")
+_USERINFO: Final = re.compile(r"(?i)^((?:https?|ftps?|wss?):(?:[/\\]+(?=[^/?#]*@)|(?=[^/\\?#\s]*@)))[^/?#]*@")
+"""Spaces and backslashes are part of it for some readers (httpx, urllib). Without a slash before, it is prose."""
+_PASSWORD: Final = re.compile(r"(?i)^([a-z][a-z0-9+.-]*://)[^/?#@]*:[^/?#]*@")
 _REMOVED_BY_BROWSERS: Final = re.compile(r"[\t\r\n]")
 _STRIPPED_BY_BROWSERS: Final = "".join(map(chr, range(0x21)))
 NO_USERINFO: Final = (
@@ -90,7 +91,7 @@ def has_userinfo(text: str) -> bool:
     """Return whether a text is a URL with a user name (of the web or FTP), or with a password (of any scheme).
 
     As browsers read it (WHATWG URL): slashes may be missing or backslashes, and tabs and line breaks within are
-    passed over.
+    passed over. And as HTTP clients read it: only a slash, `?` or `#` ends it.
     """
     if "@" not in text:
         return False

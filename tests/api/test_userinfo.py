@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Final
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ledger.addresses import has_userinfo, without_userinfo
 from tests.api.conftest import Api
@@ -28,7 +33,13 @@ WITH: Final = [
     "\x01https://user:hunter2@example.org/",
     "ftp://user:hunter2@example.org/",
     "wss://user:hunter2@example.org/",
+    "https://user:hun ter hunter2@example.org/x",
+    "https://us er:hunter2@example.org/",
+    "https://user\\:hunter2@example.org/f",
+    "https://user:\\hunter2@example.org/f",
+    "https://user:\u00a0hunter2@example.org/",
     "mongodb://user:hunter2@example.org/db",
+    "mongodb://us er:\\hunter2@example.org/db",
     "postgres+asyncpg://user:hunter2@example.org/db",
 ]
 WITHOUT: Final = [
@@ -53,6 +64,27 @@ def test_userinfo_is_found_and_removed(url: str) -> None:
     plain = without_userinfo(url)
     assert "hunter2" not in plain
     assert not has_userinfo(plain)
+
+
+@given(
+    st.sampled_from(["http", "HTTPS", "ftp", "wss"]),
+    st.text(st.sampled_from("ab:@ \\\t/?#[]%.\u00a0\u3000\x1f\x7f\uff20"), max_size=12),
+)
+def test_userinfo_that_a_client_would_send_is_found(scheme: str, rest: str) -> None:
+    """Whatever httpx or urllib reads as a user name or password is found, and gone when it was removed."""
+    url = f"{scheme}://{rest}"
+    if _reads_userinfo(url):
+        assert has_userinfo(url)
+    assert not _reads_userinfo(without_userinfo(url))
+
+
+def _reads_userinfo(url: str) -> bool:
+    with suppress(httpx.InvalidURL, ValueError):
+        if httpx.URL(url).userinfo:
+            return True
+    with suppress(ValueError):
+        return "@" in urlsplit(url).netloc
+    return False
 
 
 @pytest.mark.parametrize("text", WITHOUT)
