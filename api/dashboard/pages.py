@@ -319,6 +319,7 @@ async def sign_in_page(request: Request) -> Response:
     return page(request, "sign_in.html.j2", wrong=False, onwards=_onwards(request.query_params.get("next", "")))
 
 
+@shown
 async def sign_in(request: Request) -> Response:
     """POST /monitoring/events/sign-in"""
     form = await _form(request)

@@ -64,7 +64,11 @@ class CookieSignIn:
 
 
 async def credential_holder(sign_in: SignIn, request: Request, credential: str) -> Principal | None:
-    """Return who signs in with this API key or token; None if it opens nothing."""
+    """Return who signs in with this API key or token; None if it opens nothing.
+
+    Raises:
+        ApiError: 503, it cannot be checked now.
+    """
     if not credential or len(credential) > _LONGEST_CREDENTIAL or not credential.isascii():
         return None
     if not credential.isprintable():
@@ -73,7 +77,9 @@ async def credential_holder(sign_in: SignIn, request: Request, credential: str) 
     headers.append((b"authorization", b"Bearer " + credential.encode()))
     try:
         principal = await sign_in(HTTPConnection({**request.scope, "headers": headers}))
-    except ApiError:
+    except ApiError as error:
+        if error.status != 401:
+            raise
         return None
     return None if principal.user_id is None else principal
 

@@ -445,6 +445,16 @@ async def test_while_keys_cannot_be_fetched_it_is_503_and_not_the_clients_fault(
         refused(await api.http.get(JOBS, headers=bearer("not a token")))
 
 
+async def test_sign_in_while_keys_cannot_be_fetched_is_no_wrong_credential(place: Place) -> None:
+    async with serving(Issuer()) as issuer, place.api("jwt", jwt={"jwks_url": issuer.url}) as api:
+        issuer.status = 500
+        page, ours = "/monitoring/events/sign-in", {"Origin": str(api.http.base_url).rstrip("/")}
+        answer = await api.http.post(page, data={"credential": token(PRIVATE, "RS256", "one")}, headers=ours)
+        assert (answer.status_code, answer.headers["Content-Type"]) == (503, "text/html; charset=utf-8")
+        answer = await api.http.post(page, data={"credential": "wrong"}, headers=ours)
+        assert answer.status_code == 401
+
+
 class Clock:
     def __init__(self) -> None:
         self.seconds = 1000.0
