@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
@@ -12,14 +13,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from cli.remote import content_of, foreign
+from cli.remote import content_of, foreign, pause_before_retry
 from cli.visible import SafeConsole, visible
 from ledger.errors import ConfigurationError, LedgerUnavailable
 
 _ENDED: Final = {"JobCompleted": "completed", "JobFailed": "failed", "JobCancelled": "cancelled"}
 _STYLES: Final = {"completed": "green", "failed": "red", "cancelled": "yellow"}
 _BARS_SHOWN: Final = 30
-_RECONNECTS: Final = 60
+_PATIENCE_SECONDS: Final = 60.0
+_AWAY: Final = (429, 502, 503, 504)
+"""What the API, or a proxy in front of it, answers while it cannot serve the stream."""
 
 
 def as_batch(content: Any) -> dict[str, Any]:
@@ -64,25 +67,31 @@ async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> Asy
     Raises:
         LedgerUnavailable: the API has been away for about a minute.
     """
-    failures = 0
+    lost_at: float | None = None
     while True:
+        pause = 1.0
         try:
             query = {"after": str(after), "batch_id": batch_id}
             async with client.stream("GET", "/api/ledger/stream", params=query, timeout=_stream_timeout()) as answer:
+                if answer.status_code in _AWAY:
+                    pause = pause_before_retry(answer)
+                    raise httpx.HTTPStatusError(
+                        f"it answers {answer.status_code}", request=answer.request, response=answer
+                    )
                 if answer.is_error:
                     await answer.aread()
                     content_of(answer)  # raises what it is
                 async for line in _lines(answer):
-                    failures = 0
+                    lost_at = None
                     if line.startswith(b"data:"):
                         event: dict[str, Any] = orjson.loads(line.removeprefix(b"data:"))
                         after = event["position"]
                         yield event
         except httpx.HTTPError as error:
-            failures += 1
-            if failures > _RECONNECTS:
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > _PATIENCE_SECONDS:
                 raise LedgerUnavailable(f"The connection to {client.base_url} is lost: {error}") from error
-        await asyncio.sleep(1)
+        await asyncio.sleep(pause)
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:

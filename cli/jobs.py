@@ -44,6 +44,7 @@ from ledger.errors import ConfigurationError
 app = typer.Typer(help="Jobs: how they stand, and what is done about them, over HTTP.", no_args_is_help=True)
 PATH: Final = "/api/events/jobs"
 _LOG_LINES: Final = 10
+_NOT_IN_LIST: Final = "too large for a list, see `jobs show`"
 JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Which jobs.")]
 
 
@@ -152,7 +153,7 @@ def _standing(job: Mapping[str, Any]) -> str:
             progress = job["progress"]
             return visible(f"{progress['percent']:.0f} % {progress['step']} {progress['message']}").strip()
         case "completed":
-            return f"{len(job['results']['files'])} files"
+            return _NOT_IN_LIST if _is_omitted(job, "results") else f"{len(job['results']['files'])} files"
         case "pending" if job["due_at"]:
             return f"not before {time_of(job['due_at'])}{_why(job)}"
         case "failed" | "pending":
@@ -161,7 +162,14 @@ def _standing(job: Mapping[str, Any]) -> str:
             return ""
 
 
+def _is_omitted(job: Mapping[str, Any], field: str) -> bool:
+    """Return whether a list left out a field because it is large: it is empty in the answer then."""
+    return field in job.get("omitted", ())
+
+
 def _why(job: Mapping[str, Any]) -> str:
+    if _is_omitted(job, "error"):
+        return f": {_NOT_IN_LIST}"
     error = job["error"]
     return f": {error['code']}: {visible(error['message'])}" if error else ""
 

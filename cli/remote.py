@@ -12,10 +12,12 @@ import orjson
 import typer
 
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable
+from workers.network import retry_after
 
 UrlOption = Annotated[str, typer.Option(envvar="JOBLEDGER_URL", help="Where the API is.")]
 HERE: Final = "http://127.0.0.1:5001"
 _PATIENCE_SECONDS: Final = 60
+_LONGEST_PAUSE_SECONDS: Final = 60
 
 
 class Refused(JobledgerError):
@@ -70,6 +72,11 @@ def content_of(answer: httpx.Response, *names: str) -> dict[str, Any]:
     if any(name not in content for name in names):
         raise foreign(answer)
     return content
+
+
+def pause_before_retry(answer: httpx.Response) -> float:
+    """Return after how many seconds to repeat a request, by the answer's `Retry-After`: at least 1, at most 60."""
+    return min(max(1, retry_after(answer.headers) or 0), _LONGEST_PAUSE_SECONDS)
 
 
 def foreign(answer: httpx.Response) -> Refused:

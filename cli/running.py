@@ -93,25 +93,44 @@ def _pause_or_raise(pause: float | None, error: ResourceUnavailable) -> float:
 
 
 async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wanted: frozenset[Role]) -> None:
-    from cli.supervision import keep_running
     from cli.wiring import Stop, stop_limit
 
     stop = Stop(stop_limit(settings, wanted))
     stop.listen()
-    async with AsyncExitStack() as stack:
-        running = await _started(stack, settings, uri, wanted, stop)
-        if running is not None:
-            if running.url is not None:
-                echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
-                echo(f"Dashboard: {running.url}/monitoring/events")
-            else:
-                echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
-            await keep_running(server, stop)
-            echo("Stopping: running jobs may end, the rest is given back …", err=True)
-    if server is not None:
-        stop.disarm()  # what remains is to stop the database server, which has a time limit of its own
+    try:
+        async with AsyncExitStack() as stack:
+            try:
+                await _run_until_stopped(stack, settings, uri, server, wanted, stop)
+            except BaseException as error:
+                stop.begin(error)  # the roles end within the limit, whatever made them end
+                raise
+    finally:
+        if server is not None:
+            stop.disarm()  # what remains is to stop the database server, which has a time limit of its own
     if stop.error is not None:
         raise typer.Exit(1)
+
+
+async def _run_until_stopped(
+    stack: AsyncExitStack,
+    settings: Settings,
+    uri: str,
+    server: EmbeddedServer | None,
+    wanted: frozenset[Role],
+    stop: Stop,
+) -> None:
+    from cli.supervision import keep_running
+
+    running = await _started(stack, settings, uri, wanted, stop)
+    if running is None:
+        return
+    if running.url is not None:
+        echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
+        echo(f"Dashboard: {running.url}/monitoring/events")
+    else:
+        echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
+    await keep_running(server, stop)
+    echo("Stopping: running jobs may end, the rest is given back …", err=True)
 
 
 async def _started(

@@ -427,19 +427,22 @@ class Stop:
     def _signalled(self) -> None:
         if self._event.is_set():
             os._exit(130)  # the data is safe whenever we die; only politeness is lost
-        self._set()
+        self.begin()
 
     def fail(self, error: BaseException) -> None:
         """Stop because something is broken."""
         if not self._event.is_set():
             _log.error("a role ended unexpectedly, stopping", exc_info=error)
-            self.error = error
-        self._set()
+        self.begin(error)
 
-    def _set(self) -> None:
-        if not self._event.is_set():
+    def begin(self, error: BaseException | None = None) -> None:
+        """Stop within the limit. Whoever passes an error reports it."""
+        if self._event.is_set():
+            return
+        self.error = error
+        self._event.set()  # first: without memory for a thread, the process stops without a limit
+        with suppress(RuntimeError):
             self._limit.start()
-        self._event.set()
 
     def _end(self, seconds: float) -> None:
         _log.warning(

@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from cli.log import AS_OF, then_of
-from cli.remote import Refused, api_at, content_of, given
+from cli.remote import Refused, api_at, content_of, given, pause_before_retry
 from cli.telling import lasted, moment
 from cli.visible import SafeConsole, echo, echo_json, visible
 from ledger.errors import ConfigurationError
@@ -23,7 +23,6 @@ from ledger.moments import moment_of
 FAILED: Final = 1
 _PAGE: Final = 500
 _TOO_FAST: Final = 429
-_LONGEST_PAUSE_SECONDS: Final = 60.0
 STYLES: Final = {
     "completed": "green",
     "failed": "red",
@@ -134,7 +133,7 @@ def act(
             answer = await client.post(f"{path}/{name}/{action}", json=body)
             if answer.status_code != _TOO_FAST:
                 return content_of(answer, *needed)
-            await asyncio.sleep(min(float(answer.headers.get("Retry-After", 1)), _LONGEST_PAUSE_SECONDS))
+            await asyncio.sleep(pause_before_retry(answer))
 
     async def ask_all() -> None:
         nonlocal refusals

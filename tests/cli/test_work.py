@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cli import jobs, log, remote, wiring, work
+from cli import follow, jobs, log, remote, wiring, work
 from ledger.errors import LedgerUnavailable
 from ledger.log import LARGEST_POSITION
 from ledger.server_note import until
@@ -207,7 +208,7 @@ def test_what_only_speaks_http_does_not_load_what_takes_a_second() -> None:
 
 
 @contextmanager
-def answering(*answers: tuple[int, dict[str, Any]]) -> Iterator[str]:
+def answering(*answers: tuple[int, dict[str, Any]], retry_after: str = "1") -> Iterator[str]:
     """A server that gives these answers, one after the other, the last of them again and again."""
     left = list(answers)
 
@@ -218,7 +219,7 @@ def answering(*answers: tuple[int, dict[str, Any]]) -> Iterator[str]:
             body = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", retry_after)
             self.end_headers()
             self.wfile.write(body)
 
@@ -245,6 +246,66 @@ def test_who_asks_too_often_is_patient_and_what_was_not_done_is_named(installati
     assert [answer["id"] for answer in json.loads(ended.out)] == ["job-1"]
     said = ["not done, or not known to be done: job-2 job-3", "jobledger: It is away."]
     assert ended.err.splitlines() == said
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("7", 7),
+        ("Wed, 21 Oct 2015 07:28:20 GMT", 20),
+        ("soon", 1),
+        ("nan", 1),
+        ("-5", 1),
+        ("0", 1),
+        ("", 1),
+        ("99999", 60),
+    ],
+)
+def test_any_retry_after_is_a_pause(said: str, seconds: int) -> None:
+    headers = {"Retry-After": said, "Date": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    assert remote.pause_before_retry(httpx.Response(429, headers=headers)) == seconds
+
+
+def test_command_repeats_a_request_whatever_retry_after_says() -> None:
+    with answering((429, BUSY), (200, DONE), retry_after="Wed, 21 Oct 2015 07:28:00 GMT") as url:
+        ended = CliRunner().invoke(jobs.app, ["restart", "job-1", "--url", url])
+    assert ended.exit_code == 0, ended
+
+
+def test_what_a_list_leaves_out_is_not_shown_as_empty() -> None:
+    job: dict[str, Any] = {"due_at": None, "error": None, "results": {"files": [], "assets": []}}
+    completed = {**job, "status": "completed", "omitted": ["results"]}
+    failed = {**job, "status": "failed", "omitted": ["error"]}
+    waiting = {**job, "status": "pending", "due_at": "2026-01-01T00:00:00Z", "omitted": ["error"]}
+    assert jobs._standing({**job, "status": "completed"}) == "0 files"
+    for it in (completed, failed, waiting):
+        assert "too large for a list" in jobs._standing(it)
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+async def test_follow_survives_an_api_that_is_away_for_a_moment(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "pause_before_retry", lambda _answer: 0.01)
+    event = {"position": 8, "type": "BatchFinished", "stream": "batch-1", "data": {}}
+    left = [status, status, 200]
+
+    def answer(_request: httpx.Request) -> httpx.Response:
+        if (now := left.pop(0)) != 200:
+            return httpx.Response(now, text="<h1>Bad Gateway</h1>")
+        return httpx.Response(200, content=b"data: " + json.dumps(event).encode() + b"\n\n")
+
+    async with httpx.AsyncClient(base_url="http://here", transport=httpx.MockTransport(answer)) as client:
+        async for found in follow.events(client, after=1, batch_id="batch-1"):
+            assert found == event
+            break
+
+
+async def test_follow_gives_up_on_an_api_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "pause_before_retry", lambda _answer: 0.01)
+    transport = httpx.MockTransport(lambda _request: httpx.Response(502))
+    async with httpx.AsyncClient(base_url="http://here", transport=transport) as client:
+        with pytest.raises(LedgerUnavailable, match="it answers 502"):
+            await anext(follow.events(client, after=1, batch_id="batch-1"))
 
 
 @pytest.mark.parametrize("content", [{"status": "ok"}, {"status": "success"}, {"jobs": [], "total": 0}], ids=str)
