@@ -1,9 +1,10 @@
 """workers: what a job process may see and do: its own job, and of the machine only what it takes to run code.
 
-Two things hold everywhere: a job process starts with a minimal environment, and is handed the settings of its own
-processor only. Where the kernel offers Landlock, it also cannot read the data of the embedded server, result files,
-settings and secrets, home directories or other jobs' files, writes only to its own directories, and cannot signal,
-trace or read processes outside. The network stays open, because processors fetch; sockets of this machine do not.
+Three things hold everywhere: a job process starts with a minimal environment, is handed the settings of its own
+processor only, and has no power over the machine, such as real-time priority, even if the worker runs as root. Where
+the kernel offers Landlock, it also cannot read the data of the embedded server, result files, settings and secrets,
+home directories or other jobs' files, writes only to its own directories, and cannot signal, trace or read processes
+outside. The network stays open, because processors fetch; sockets of this machine do not.
 
 Processors with `isolation = "inline"` run in the worker itself and are not confined: they are trusted code.
 """
@@ -129,9 +130,12 @@ def confine(
     allowed = list(_code_and_system((*confinement.protected, *others)))
     os.environ.update(HOME=str(scratch), TMPDIR=str(scratch))
     tempfile.tempdir = None  # looked up again, in TMPDIR
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Libraries ask for real-time priority (the AV1 encoder SVT does, as root), and then all other processes starve.
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_RTPRIO, resource.RLIMIT_NICE):
+        resource.setrlimit(kind, (0, 0))
     restrictions.set_no_new_privileges()
     if confinement.mode == "off":
+        restrictions.drop_capabilities(keep=restrictions.FILE_CAPABILITIES)
         return
     has_landlock = restrictions.landlock_version() >= 1
     if has_landlock and _mounts_allowed:

@@ -36,6 +36,8 @@ SIGNALS_VERSION: Final = 6
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
 _CAPABILITY_VERSION: Final = 0x20080522
+FILE_CAPABILITIES: Final = sum(1 << number for number in (0, 1, 3, 4, 6, 7))
+"""CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID and SETUID: what root does with files, and as another user."""
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 
@@ -99,13 +101,19 @@ def hide_from_same_user() -> None:
     _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
-def drop_capabilities() -> None:
+def drop_capabilities(*, keep: int = 0) -> None:
     """Give up what makes root more than an ordinary user: also for programs started later, with `no_new_privs`.
 
     A process with CAP_PERFMON reads the environment of others even where Landlock denies it.
+
+    Args:
+        keep: The set of capabilities to keep, as far as the process has them.
     """
-    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
-    _checked(_libc.capset(header, bytes(24)))
+    header, sets = struct.pack("=Ii", _CAPABILITY_VERSION, 0), ctypes.create_string_buffer(24)
+    _checked(_libc.capget(header, sets))
+    # Effective, permitted and inheritable ones, 32 at a time. The ambient set can hold inheritable ones only.
+    kept = struct.unpack("=6I", sets.raw)[1] & keep
+    _checked(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
 
 
 def die_with_parent(signal_number: int) -> None:

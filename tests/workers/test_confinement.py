@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -309,6 +313,107 @@ def test_job_process_changes_no_limits_and_priorities_of_others(installation: In
         attempts[f"may run {program}"] = f'import subprocess; subprocess.run("{program}", shell=True, check=True)'
     got = results_of(installation, pry(installation, attempts))
     assert [name for name, text in got.items() if name.startswith("may ") != text.startswith("GOT")] == [], got
+
+
+_REBOOT = {"x86_64": 169, "aarch64": 142}.get(os.uname().machine)
+POWERS = {
+    "FIFO": "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(99))",
+    "round robin": "os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))",
+    "FIFO for children": "os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))",
+    "FIFO by attributes": f"call({_NUMBERS.get('sched_setattr')}, 0, "
+    "struct.pack('=IIQiIQQQ', 48, 1, 0, 0, 1, 0, 0, 0), 0)",
+    "FIFO of a thread": "thread = ctypes.c_void_p(threading.get_ident()); "
+    "returned(libc.pthread_setschedparam(thread, 1, struct.pack('i', 1)))",
+    "deadline": f"call({_NUMBERS.get('sched_setattr')}, 0, "
+    "struct.pack('=IIQiIQQQ', 48, 6, 0, 0, 0, 10**7, 10**8, 10**8), 0)",
+    "FIFO of a program": "run('chrt', '-f', '1', 'true')",
+    "FIFO of a program that has bits of root": "run('setpriv', '--reset-env', 'chrt', '-f', '1', 'true')",
+    "better priority": "os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) - 1)",
+    "real-time limit": "limited(resource.RLIMIT_RTPRIO)",
+    "limit of descriptors": "limited(resource.RLIMIT_NOFILE)",
+    "killed last": "os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000')",
+    "clock": "time.clock_settime(time.CLOCK_REALTIME, time.time())",
+    "reboot": f"call({_REBOOT}, 0, 0, 0, 0)",  # EINVAL for root: these are not the magic numbers
+    "mount": "returned(-libc.mount(b'none', os.fsencode(scratch), b'tmpfs', 0, None) and ctypes.get_errno())",
+    "root directory": "os.chroot(scratch)",
+    "name of the machine": "socket.sethostname(socket.gethostname())",
+    "device": "os.mknod(scratch / 'device', 0o600 | stat.S_IFBLK, os.makedev(7, 0))",
+    "raw socket": "socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)",
+    "kernel log": "returned(-libc.klogctl(8, None, 99) and ctypes.get_errno())",  # EINVAL for root
+}
+"""What root may do to the machine. Where it is harmless, the call has other arguments that are wrong."""
+HARMLESS = {
+    "worse priority": "os.nice(1)",
+    "idle": "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))",
+    "program": "run('true')",
+    "file": "(scratch / 'file').write_text('x'); os.chmod(scratch / 'file', 0o600)",
+}
+OF_ROOT_UNCONFINED = {
+    "owner": "(scratch / 'other').touch(); os.chown(scratch / 'other', 1234, 1234)",
+    "file of another user": "(scratch / 'other').chmod(0); (scratch / 'other').read_bytes()",
+    "act as another user": "run('setpriv', '--reuid', '1234', '--clear-groups', 'true')",
+}
+
+
+def _after_confinement(mode: confinement.Mode, attempts: dict[str, str], directory: Path) -> dict[str, int]:
+    """Return the error number of each attempt in a process that is confined as jobs are, 0 if it had none."""
+    place = directory / "worker/attempt"
+    scratch, inbox = place / "scratch", place / "saved"
+    for path in (scratch, inbox):
+        path.mkdir(parents=True)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _be_confined(mode, attempts, scratch, inbox, writing)
+        except BaseException:  # noqa: BLE001 - nothing may return into pytest
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        found: dict[str, int] = json.loads(pipe.read())
+    os.waitpid(pid, 0)
+    return found
+
+
+def _be_confined(mode: confinement.Mode, attempts: dict[str, str], scratch: Path, inbox: Path, writing: int) -> None:
+    def returned(number: int) -> None:
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    def run(*command: str) -> None:
+        returned(errno.EPERM if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode else 0)
+
+    def limited(kind: int) -> None:
+        try:
+            resource.setrlimit(kind, (resource.getrlimit(kind)[1] + 1,) * 2)
+        except ValueError:
+            raise PermissionError(errno.EPERM, "limit") from None
+
+    with suppress(ValueError):  # as an administrator may set it for a unit
+        resource.setrlimit(resource.RLIMIT_RTPRIO, (99, 99))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+    confinement.confine(confinement.Confinement(mode=mode), scratch=scratch, inbox=inbox, readable=[], shared=[])
+    found = {}
+    place = {"scratch": scratch, "returned": returned, "run": run, "limited": limited}
+    exec(f"{_CALL}\nimport socket, stat, threading, time", place)
+    for name, code in attempts.items():
+        try:
+            exec(code, place)
+            found[name] = 0
+        except OSError as error:
+            found[name] = error.errno or -1
+    os.write(writing, json.dumps(found).encode())
+
+
+@pytest.mark.skipif(_REBOOT is None, reason="the numbers of system calls are not known")
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_job_process_has_no_power_over_the_machine(mode: confinement.Mode, tmp_path: Path) -> None:
+    denied = _after_confinement(mode, POWERS, tmp_path / "denied")
+    assert {name: number for name, number in denied.items() if number not in (errno.EPERM, errno.EACCES)} == {}
+    harmless = {**HARMLESS, **(OF_ROOT_UNCONFINED if mode == "off" and os.getuid() == 0 else {})}
+    assert set(_after_confinement(mode, harmless, tmp_path / "allowed").values()) == {0}
 
 
 @pytest.mark.skipif(not restrictions.can_make_read_only(), reason="this system lets no job have mounts of its own")
