@@ -140,7 +140,7 @@ def confine(
     has_landlock = restrictions.landlock_version() >= 1
     if has_landlock and _mounts_allowed:
         _protect_metadata([scratch.parent, *shared, *confinement.writable])
-    restrictions.drop_capabilities()
+    restrictions.drop_capabilities(keep=0 if has_landlock else restrictions.SETFCAP)  # bubblewrap needs it
     restrictions.hide_from_same_user()
     if has_landlock:  # else the worker has said so, or has refused to start
         _allow_only(confinement, allowed, [scratch, inbox, *shared], readable)

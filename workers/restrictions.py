@@ -36,8 +36,10 @@ SIGNALS_VERSION: Final = 6
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
 _CAPABILITY_VERSION: Final = 0x20080522
-FILE_CAPABILITIES: Final = sum(1 << number for number in (0, 1, 3, 4, 6, 7))
-"""CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID and SETUID: what root does with files, and as another user."""
+SETFCAP: Final = 1 << 31
+"""The capability without which root cannot have a user namespace with itself in it, as bubblewrap makes one."""
+FILE_CAPABILITIES: Final = sum(1 << number for number in (0, 1, 3, 4, 6, 7)) | SETFCAP
+"""CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID and SETFCAP: what root does with files and other users."""
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 

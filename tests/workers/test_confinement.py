@@ -22,7 +22,7 @@ from ledger.errors import ConfigurationError
 from ledger.server_note import until
 from tests.support.installation import Installation, client_of, descendants, one_line
 from tests.support.mongod import needs_local_mongod
-from workers import confinement, restrictions
+from workers import confinement, restrictions, sandbox
 
 pytestmark = needs_local_mongod
 needs_landlock = pytest.mark.skipif(
@@ -408,11 +408,17 @@ def _be_confined(mode: confinement.Mode, attempts: dict[str, str], scratch: Path
 
 
 @pytest.mark.skipif(_REBOOT is None, reason="the numbers of system calls are not known")
-@pytest.mark.parametrize("mode", ["off", "auto"])
-def test_job_process_has_no_power_over_the_machine(mode: confinement.Mode, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "landlock"), [("off", True), ("auto", True), ("auto", False)])
+def test_job_process_has_no_power_over_the_machine(
+    mode: confinement.Mode, landlock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not landlock:
+        monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
     denied = _after_confinement(mode, POWERS, tmp_path / "denied")
     assert {name: number for name, number in denied.items() if number not in (errno.EPERM, errno.EACCES)} == {}
     harmless = {**HARMLESS, **(OF_ROOT_UNCONFINED if mode == "off" and os.getuid() == 0 else {})}
+    if (mode == "off" or not landlock) and sandbox._try("bubblewrap").works:
+        harmless["bubblewrap"] = "from workers import sandbox; returned(not sandbox._try('bubblewrap').works)"
     assert set(_after_confinement(mode, harmless, tmp_path / "allowed").values()) == {0}
 
 
