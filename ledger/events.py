@@ -60,9 +60,9 @@ class AccessControl(_Value):
     """Who else may see or change a job or batch (konzept.md, "Benutzer-Autorisierung")."""
 
     visibility: Literal["private", "team", "public"] = "private"
-    read_access: list[str] = []
-    write_access: list[str] = []
-    admin_access: list[str] = []
+    read_access: list[str] = Field(default_factory=list)
+    write_access: list[str] = Field(default_factory=list)
+    admin_access: list[str] = Field(default_factory=list)
 
 
 Teams = Annotated[list[str], Field(exclude_if=operator.not_)]
@@ -74,7 +74,7 @@ class Webhook(_Value):
     names where those secrets lie."""
 
     url: str
-    header_names: list[str] = []
+    header_names: list[str] = Field(default_factory=list)
     headers_ref: str | None = None
     include_markdown: bool = False
     include_metadata: bool = False
@@ -86,7 +86,7 @@ class Failure(_Value):
 
     code: str
     message: str
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = Field(default_factory=dict)
 
 
 class LogLine(_Value):
@@ -116,15 +116,15 @@ class ResultMetadata(_Value):
     processed_at: Moment
     duration: Number
     tokens_used: int = 0
-    warnings: list[str] = []
+    warnings: list[str] = Field(default_factory=list)
 
 
 class JobResults(_Value):
     # Left out if there is none: a null in a payload costs the hash chain ten times the work.
     markdown_file: Annotated[str | None, Field(exclude_if=_is_none)] = None
     markdown_url: Annotated[str | None, Field(exclude_if=_is_none)] = None
-    assets: list[Asset] = []
-    files: list[ResultFile] = []
+    assets: list[Asset] = Field(default_factory=list)
+    files: list[ResultFile] = Field(default_factory=list)
     metadata: ResultMetadata
 
 
@@ -164,7 +164,7 @@ class JobSubmitted(Event):
     job_name: str | None = None
     user_id: str
     access_control: AccessControl = AccessControl()
-    teams: Teams = []
+    teams: Teams = Field(default_factory=list)
     webhook: Webhook | None = None
     priority: int = 1
     not_before: Moment | None = None
@@ -209,7 +209,7 @@ class StepCompleted(Event):
     output: Any
     duration_s: Number
     tokens_used: int = 0
-    warnings: list[str] = []
+    warnings: list[str] = Field(default_factory=list)
     reused_from: str | None = None
     shared_version: str | None = None
 
@@ -346,11 +346,11 @@ class BatchSubmitted(Event):
     batch_name: str | None = None
     total_jobs: int
     job_ids: list[str]
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
     webhook: Webhook | None = None
     user_id: str
     access_control: AccessControl = AccessControl()
-    teams: Teams = []
+    teams: Teams = Field(default_factory=list)
 
 
 class BatchPaused(Event):

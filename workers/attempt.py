@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ledger.chain import digest
 from ledger.errors import NoRegularFile
@@ -80,23 +80,23 @@ class FinishedStep(BaseModel):
 
     output: Any
     tokens_used: int = 0
-    warnings: list[str] = []
+    warnings: list[str] = Field(default_factory=list)
 
 
 Assignment.model_rebuild()
 
 
 async def run(
-    assignment: Assignment, processor: type[Processor], send: Send, stopping: threading.Event
+    assignment: Assignment, processor: type[Processor], send: Send, is_stopping: Callable[[], bool]
 ) -> Done | Failed:
     """Do the job and return its last message. Raises nothing, whatever the processor raises.
 
-    Once `stopping` is set the job tells its processor that it is to stop.
+    Once `is_stopping()` the job tells its processor that it is to stop.
     """
     begun = time.monotonic()
     job: _Job | None = None
     try:
-        job = _Job(assignment, processor.Parameters.model_validate(assignment.parameters), send, stopping)
+        job = _Job(assignment, processor.Parameters.model_validate(assignment.parameters), send, is_stopping)
         results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
         return job.done(results, time.monotonic() - begun)
     except BaseException as error:  # noqa: BLE001 - a processor is foreign code: what it raises fails the job, not us
@@ -254,7 +254,9 @@ _scope: ContextVar[_Scope | None] = ContextVar("step", default=None)
 class _Job:
     """What `processor.Job` promises."""
 
-    def __init__(self, assignment: Assignment, parameters: BaseModel, send: Send, stopping: threading.Event) -> None:
+    def __init__(
+        self, assignment: Assignment, parameters: BaseModel, send: Send, is_stopping: Callable[[], bool]
+    ) -> None:
         self.job_id = assignment.job_id
         self.attempt = assignment.attempt
         self._assignment = assignment
@@ -267,13 +269,13 @@ class _Job:
         self._warnings = _Warnings(_WARNING_BYTES)
         self._tokens = 0
         self._counting = threading.Lock()
-        self._stopping = stopping
+        self._is_stopping = is_stopping
         self._loop = asyncio.get_running_loop()
         self._closed = False
 
     @property
     def cancelled(self) -> bool:
-        return self._stopping.is_set()
+        return self._is_stopping()
 
     @property
     def scratch(self) -> Path:

@@ -86,7 +86,7 @@ def _create(directories: list[Path]) -> list[Path]:
 
 async def _work(link: _Link, assignment: Assignment, processor: type[Processor]) -> Done | Failed:
     link.start()
-    attempt = run(assignment, processor, link.send, link.stopping)
+    attempt = run(assignment, processor, link.send, link.stopping.is_set)
     working = Containment().start(attempt, f"run-{assignment.job_id}")
     await asyncio.wait({working})
     return working.result()

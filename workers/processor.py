@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 JSON = Any
 """What JSON can say: objects, lists, strings, numbers, booleans, null."""
@@ -53,8 +53,8 @@ class Results(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     markdown: SavedFile | None = None
-    assets: list[SavedFile] = []
-    metadata: dict[str, JSON] = {}
+    assets: list[SavedFile] = Field(default_factory=list)
+    metadata: dict[str, JSON] = Field(default_factory=dict)
     """Free facts about the result, shown in `results.metadata`."""
     tokens_used: int = 0
     """Beyond those that were told by `Job.spent`."""

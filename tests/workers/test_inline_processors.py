@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +65,7 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
     json.loads(json.dumps(parameters))
     bound = 0.2 + 3 * (time.thread_time() - begun)
     begun = time.thread_time()
-    ending = await run(assignment, find_processor(job_type), answer, threading.Event())
+    ending = await run(assignment, find_processor(job_type), answer, lambda: False)
     used = time.thread_time() - begun
 
     assert ending.kind == "done", ending
