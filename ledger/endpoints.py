@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from pymongo import ReturnDocument
@@ -20,6 +20,7 @@ from pymongo.errors import BulkWriteError
 
 from ledger.delivery import receiver_of
 from ledger.mongo import Database, Document, driver_errors
+from ledger.server_clock import clock_of
 from ledger.signing import new_secret
 
 COLLECTION: Final = "webhook_endpoints"
@@ -65,7 +66,7 @@ async def ensure(db: Database, endpoints: Collection[Endpoint]) -> None:
         return
     with driver_errors("reading the endpoints of webhooks"):
         found = {it["_id"] async for it in db[COLLECTION].find({"_id": {"$in": list(by_receiver)}}, {"_id": 1})}
-        missing = [_new(it) for receiver, it in by_receiver.items() if receiver not in found]
+        missing = [_new(it, _now(db)) for receiver, it in by_receiver.items() if receiver not in found]
         if not missing:
             return
         try:
@@ -76,7 +77,12 @@ async def ensure(db: Database, endpoints: Collection[Endpoint]) -> None:
                 raise
 
 
-def _new(endpoint: Endpoint) -> Document:
+def _now(db: Database) -> datetime:
+    """Return the server's time: other processes judge what is stored here."""
+    return clock_of(db.client).estimate()
+
+
+def _new(endpoint: Endpoint, now: datetime) -> Document:
     return {
         "_id": endpoint.receiver,
         "user_id": endpoint.user_id,
@@ -84,7 +90,7 @@ def _new(endpoint: Endpoint) -> Document:
         "secret": new_secret(),
         "old": [],
         "shown": False,
-        "created_at": datetime.now(UTC),
+        "created_at": now,
         "rotated_at": None,
     }
 
@@ -126,7 +132,7 @@ async def signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
         found = await _stored(db, endpoint)
     if found is None or found["secret"] is None:
         return []
-    now = datetime.now(UTC)
+    now = _now(db)
     return [found["secret"], *(it["secret"] for it in found["old"] if it["until"] > now)]
 
 
@@ -143,7 +149,7 @@ async def get(db: Database, receiver: str) -> Document | None:
     """
     with driver_errors("reading an endpoint of webhooks"):
         found = await db[COLLECTION].find_one({"_id": receiver}, _WITHOUT_SECRETS)
-    return None if found is None else _described(found)
+    return None if found is None else _described(found, _now(db))
 
 
 _WITHOUT_SECRETS: Final = {
@@ -165,11 +171,10 @@ async def page(db: Database, *, user_id: str | None, limit: int, after: str = ""
     wanted: Document = {"_id": {"$gt": after}} | ({} if user_id is None else {"user_id": user_id})
     with driver_errors("listing the endpoints of webhooks"):
         found = db[COLLECTION].find(wanted, _WITHOUT_SECRETS, sort=[("_id", 1)], limit=limit)
-        return [_described(it) async for it in found]
+        return [_described(it, _now(db)) async for it in found]
 
 
-def _described(found: Document) -> Document:
-    now = datetime.now(UTC)
+def _described(found: Document, now: datetime) -> Document:
     ends = [it["until"] for it in found["old"] if it["until"] > now]
     return {
         "receiver": found["_id"],
@@ -191,7 +196,7 @@ async def rotate(db: Database, receiver: str, grace: timedelta) -> ShownSecret |
     Raises:
         LedgerUnavailable: the database failed.
     """
-    now, secret = datetime.now(UTC), new_secret()
+    now, secret = _now(db), new_secret()
     replaced = {"$cond": [{"$eq": ["$secret", None]}, [], [{"secret": "$secret", "until": now + grace}]]}
     old: Any = {"$slice": [{"$concatArrays": [replaced, "$old"]}, MOST_OLD_SECRETS]} if grace else []
     changes: Sequence[Document] = [{"$set": {"secret": secret, "old": old, "shown": True, "rotated_at": now}}]

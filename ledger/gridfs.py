@@ -12,20 +12,19 @@ import hashlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Hashable
 from contextlib import aclosing, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from bson import ObjectId
-from gridfs import AsyncGridFSBucket, AsyncGridIn
-from gridfs.errors import FileExists
 from pymongo import ASCENDING
 from pymongo.errors import DuplicateKeyError
 
-from ledger.errors import FileDamaged, FileLost
+from ledger.errors import FileDamaged, FileLost, LedgerUnavailable
 from ledger.file_checks import FileChecks
 from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored, open_saved
 from ledger.mongo import Database, Document, driver_errors
+from ledger.server_clock import clock_of
 
 BUCKET: Final = "fs"
 COLLECTIONS: Final = (f"{BUCKET}.chunks", f"{BUCKET}.files")
@@ -33,8 +32,11 @@ _DIGEST: Final = "metadata.sha256"
 _REMOVED: Final = "metadata.removed"
 _TOKEN: Final = "metadata.removed_by"  # noqa: S105 - the name of a field
 _SAVED_AT: Final = "metadata.saved_at"
-_UPLOAD_BYTES: Final = 4 * 1024 * 1024
+_CHUNK_BYTES: Final = 255 * 1024
+"""As drivers have it: with its other fields, a chunk fits into a page of the database."""
+_CHUNKS_AT_ONCE: Final = 16
 _CHUNKS_AT_A_TIME: Final = 4
+_LISTED_AT_ONCE: Final = 1000
 _CHECKED_AGAIN_SECONDS: Final = 600
 
 
@@ -42,7 +44,8 @@ class GridFSStore:
     """Result files in the ledger's own database. What others keep in the same bucket is left alone."""
 
     def __init__(self, db: Database) -> None:
-        self._bucket = AsyncGridFSBucket(db, BUCKET)
+        self._client = db.client
+        self._clock = clock_of(db.client)
         self._files = db[BUCKET].files
         self._chunks = db[BUCKET].chunks
         self.checks = FileChecks()
@@ -87,10 +90,12 @@ class GridFSStore:
     async def remove_orphans(self) -> int:
         """Remove chunks without an entry, written between a week and a day ago by the time in their id.
 
-        The bounds keep the cost independent of the size of the store: both ends are looked up in an index.
+        Both that time and the present are of the server's clock, whoever wrote the chunks. The bounds keep the cost
+        independent of the size of the store: both ends are looked up in an index.
         """
         day = timedelta(seconds=ORPHAN_SECONDS)
-        now = datetime.now(UTC)
+        with driver_errors("reading the server's clock"):
+            now = await self._clock.now(self._client)
         written = {"$gt": ObjectId.from_datetime(now - 7 * day), "$lt": ObjectId.from_datetime(now - day)}
         pipeline: list[Document] = [
             {"$match": {"files_id": written, "n": 0}},
@@ -107,19 +112,54 @@ class GridFSStore:
 
     async def _upload(self, file: BinaryIO, sha256: str) -> None:
         with driver_errors("storing a file"):
-            upload = self._bucket.open_upload_stream(sha256, metadata={"sha256": sha256})
+            upload_id = _dated_id(await self._clock.now(self._client))
             try:
-                await _copy(file, upload, sha256)
-            except BaseException:
-                with suppress(Exception):  # what is left of it is harmless - and the first error is what matters
-                    await asyncio.shield(upload.abort())
-                raise
-            try:
-                await upload.close()
-            except FileExists:
-                await upload.abort()
+                await self._add_entry(upload_id, sha256, await self._write_chunks(upload_id, file, sha256))
+            except DuplicateKeyError:
+                await self._chunks.delete_many({"files_id": upload_id})
                 if not await self._is_stored(sha256):
                     raise
+            except BaseException:
+                with suppress(Exception):  # what is left of it is harmless - and the first error is what matters
+                    await asyncio.shield(self._chunks.delete_many({"files_id": upload_id}))
+                raise
+
+    async def _write_chunks(self, upload_id: ObjectId, file: BinaryIO, sha256: str) -> int:
+        """Write a file's content and return its size; it is hashed again, for it may have changed since it was saved.
+
+        Raises:
+            FileLost: its content is not what the digest says.
+        """
+        digest, size, written = hashlib.sha256(), 0, 0
+        while piece := await asyncio.to_thread(file.read, _CHUNK_BYTES * _CHUNKS_AT_ONCE):
+            await asyncio.to_thread(digest.update, piece)
+            chunks = [piece[begin : begin + _CHUNK_BYTES] for begin in range(0, len(piece), _CHUNK_BYTES)]
+            documents = [{"files_id": upload_id, "n": n, "data": data} for n, data in enumerate(chunks, written)]
+            await self._chunks.insert_many(documents)
+            size, written = size + len(piece), written + len(chunks)
+        if digest.hexdigest() != sha256:
+            raise FileLost(f"The file {sha256} has another content than its name says")
+        return size
+
+    async def _add_entry(self, upload_id: ObjectId, sha256: str, size: int) -> None:
+        """Make a file of what was written.
+
+        Raises:
+            LedgerUnavailable: chunks are missing: the upload took days, so they were taken for orphans.
+        """
+        there = await self._chunks.count_documents({"files_id": upload_id})
+        if there != -(-size // _CHUNK_BYTES):
+            raise LedgerUnavailable(f"Chunks of the file {sha256} were removed while it was stored.")
+        await self._files.insert_one(
+            {
+                "_id": upload_id,
+                "filename": sha256,
+                "metadata": {"sha256": sha256},
+                "chunkSize": _CHUNK_BYTES,
+                "length": size,
+                "uploadDate": await self._clock.now(self._client),
+            }
+        )
 
     async def _is_stored(self, sha256: str) -> bool:
         """Return whether the content is there for good, and renew its time: by that `set_aside` sees that it is needed.
@@ -188,10 +228,19 @@ class GridFSStore:
         Raises:
             LedgerUnavailable: the database failed.
         """
-        with driver_errors("listing the files"):
-            ours = {_DIGEST: {"$exists": True}}
-            async for entry in self._files.find(ours, {_DIGEST: 1, "length": 1}, sort=[(_DIGEST, ASCENDING)]):
-                yield Stored(str(entry["metadata"]["sha256"]), int(entry["length"]))
+        after = ""
+        while True:  # no cursor stays open while the caller reads whole files: the server would end it
+            query = {_DIGEST: {"$gt": after}}
+            with driver_errors("listing the files"):
+                page = self._files.find(
+                    query, {_DIGEST: 1, "length": 1}, sort=[(_DIGEST, ASCENDING)], limit=_LISTED_AT_ONCE
+                )
+                entries = await page.to_list()
+            for entry in entries:
+                after = str(entry["metadata"]["sha256"])
+                yield Stored(after, int(entry["length"]))
+            if len(entries) < _LISTED_AT_ONCE:
+                return
 
     async def _open(self, sha256: str) -> _OpenFile:
         with driver_errors("looking for a file"):
@@ -204,14 +253,9 @@ class GridFSStore:
             raise FileDamaged(f"The entry of the file {sha256} in GridFS was changed: {error}") from error
 
 
-async def _copy(file: BinaryIO, upload: AsyncGridIn, sha256: str) -> None:
-    """Write a file's content; it is looked at once more, for it may have been changed since it got its name."""
-    digest = hashlib.sha256()
-    while piece := await asyncio.to_thread(file.read, _UPLOAD_BYTES):
-        await asyncio.to_thread(digest.update, piece)
-        await upload.write(piece)
-    if digest.hexdigest() != sha256:
-        raise FileLost(f"The file {sha256} has another content than its name says")
+def _dated_id(moment: datetime) -> ObjectId:
+    """Return a new ID with a time of the server's clock in it, not of this machine's."""
+    return ObjectId(ObjectId.from_datetime(moment).binary[:4] + ObjectId().binary[4:])
 
 
 class _OpenFile:

@@ -69,8 +69,11 @@ class Connection:
         """
         with _readable_uri(self.uri):
             options = self._options()
-            options["event_listeners"] = [*options.get("event_listeners", ()), ServerClock()]
-            return AsyncMongoClient(self.uri, w="majority", journal=True, **options)
+            clock = ServerClock()
+            options["event_listeners"] = [*options.get("event_listeners", ()), clock]
+            client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, w="majority", journal=True, **options)
+        clock.ask(client)
+        return client
 
     def blocking_client(self) -> MongoClient[Document]:
         """Return a client for a thread of its own (heartbeats), which a busy event loop cannot starve."""

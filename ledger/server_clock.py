@@ -6,16 +6,19 @@ ahead of the server by at most `TOLERANCE_SECONDS`, and behind it by at most the
 
 The driver sends `hello` to each member every ten seconds anyway, and at once after a fail-over. So an idle process
 sends nothing for its clock. Only a heartbeat that contradicts the estimate in a way that a slow answer would also
-explain makes the next `now` ask the server: the primary may be another one, or its clock was set back.
+explain makes the process ask the server at once: the primary may be another one, or its clock was set back.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from pymongo import AsyncMongoClient
+from pymongo.errors import PyMongoError
 from pymongo.monitoring import (
     ServerHeartbeatFailedEvent,
     ServerHeartbeatListener,
@@ -44,6 +47,12 @@ class ServerClock(ServerHeartbeatListener):
         self._primary: Any = None
         self.is_uncertain = False
         """Whether the estimate may be wrong, so that the server has to be asked."""
+        self._client: AsyncMongoClient[Any] | None = None
+        self._measuring: asyncio.Task[None] | None = None
+
+    def ask(self, client: AsyncMongoClient[Any]) -> None:
+        """Set the client with which the server is asked when a heartbeat has made the estimate uncertain."""
+        self._client = client
 
     def estimate(self) -> datetime:
         """Return the server's time as far as it is known without asking. Before the first answer: this machine's."""
@@ -111,6 +120,13 @@ class ServerClock(ServerHeartbeatListener):
         if primary != self._primary:
             self.is_uncertain |= self._primary is not None
             self._primary = primary
+        if self.is_uncertain and self._client is not None and (self._measuring is None or self._measuring.done()):
+            self._measuring = asyncio.create_task(self._measure_in_background(self._client), name="measure-clock")
+
+    async def _measure_in_background(self, client: AsyncMongoClient[Any]) -> None:
+        """Ask the server for those who only call `estimate`. Without an answer, the next heartbeat asks again."""
+        with suppress(PyMongoError):
+            await self._measure(client)
 
 
 def clock_of(client: AsyncMongoClient[Any]) -> ServerClock:

@@ -10,11 +10,12 @@ from pymongo import ASCENDING
 
 from ledger.errors import FileDamaged, FileLost
 from ledger.files import FileStore, Stored
-from ledger.mongo import Document, driver_errors
+from ledger.mongo import driver_errors
 from projections.files import NAME
 from projections.views import Views
 
 _SHOWN: Final = 100
+_ROWS_AT_ONCE: Final = 1000
 
 
 class FileProblem(NamedTuple):
@@ -76,12 +77,24 @@ async def verify_files(
 
 
 async def _on_record(views: Views) -> AsyncIterator[tuple[str, str, int]]:
-    """Yield each digest on record once, with one of its paths and its size, in order."""
-    group = {"_id": "$sha256", "path": {"$min": "$path"}, "size": {"$min": "$size"}}
-    stages: list[Document] = [{"$group": group}, {"$sort": {"_id": ASCENDING}}]
-    with driver_errors("reading the files on record"):
-        async for row in await views[NAME].aggregate(stages, allowDiskUse=True):
-            yield str(row["path"]), str(row["_id"]), row["size"]
+    """Yield each digest on record once, with one of its paths and its size, in order.
+
+    Rows are read in pages, because a cursor that stays open while whole files are hashed is ended by the server.
+    """
+    after = ""
+    while True:
+        with driver_errors("reading the files on record"):
+            query = {"sha256": {"$gt": after}}
+            found = views[NAME].find(
+                query, {"sha256": 1, "path": 1, "size": 1}, sort=[("sha256", ASCENDING)], limit=_ROWS_AT_ONCE
+            )
+            rows = await found.to_list()
+        for row in rows:
+            if row["sha256"] != after:
+                after = row["sha256"]
+                yield str(row["path"]), str(after), row["size"]
+        if len(rows) < _ROWS_AT_ONCE:
+            return
 
 
 async def _verify_one(verdict: FilesVerdict, store: FileStore, path: str, sha256: str, size: int) -> None:

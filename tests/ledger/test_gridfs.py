@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 from bson import ObjectId
 from gridfs import AsyncGridFSBucket
-from gridfs.asynchronous.grid_file import AsyncGridIn
 
 from ledger.errors import FileLost, LedgerUnavailable
 from ledger.files import DirectoryStore, FileStore
@@ -113,14 +113,14 @@ async def test_the_later_of_two_writers_gives_up_what_it_has_written(
     first, second = tmp_path / "1", tmp_path / "2"
     sha256 = await saved(first)
     await saved(second)
-    real = AsyncGridIn.close
+    real = GridFSStore._add_entry
 
-    async def overtaken(self: AsyncGridIn) -> None:
-        monkeypatch.setattr(AsyncGridIn, "close", real)
+    async def overtaken(*given: Any) -> None:
+        monkeypatch.setattr(GridFSStore, "_add_entry", real)
         await store.take_over(second, sha256)
-        await real(self)
+        await real(*given)
 
-    monkeypatch.setattr(AsyncGridIn, "close", overtaken)
+    monkeypatch.setattr(GridFSStore, "_add_entry", overtaken)
     await store.take_over(first, sha256)
     assert await read(store, sha256) == CONTENT
     assert await db.fs.files.count_documents({}) == 1
@@ -136,12 +136,12 @@ async def test_what_a_dead_writer_has_left_is_no_file_and_in_nobodys_way(
 ) -> None:
     sha256 = await saved(inbox)
 
-    async def cut(self: AsyncGridIn) -> None:
-        await self._flush_buffer(force=True)  # all chunks, but no entry
+    async def cut(*_: Any) -> None:  # all chunks, but no entry
+        cutting.setattr(store, "_chunks", None)  # nor does a dead writer remove anything
         raise PowerCut
 
     with monkeypatch.context() as cutting:
-        cutting.setattr(AsyncGridIn, "close", cut)
+        cutting.setattr(GridFSStore, "_add_entry", cut)
         with pytest.raises(PowerCut):
             await store.take_over(inbox, sha256)
     assert await db.fs.chunks.count_documents({}) == 10
@@ -155,14 +155,13 @@ async def test_a_writer_that_is_stopped_leaves_nothing(
     store: GridFSStore, db: Database, inbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256 = await saved(inbox)
-    real = AsyncGridIn.write
+    real = GridFSStore._write_chunks
 
-    async def stopped(self: AsyncGridIn, data: Any) -> None:
-        await real(self, data)
-        await self._flush_buffer(force=True)
+    async def stopped(*given: Any) -> int:
+        await real(*given)
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(AsyncGridIn, "write", stopped)
+    monkeypatch.setattr(GridFSStore, "_write_chunks", stopped)
     with pytest.raises(asyncio.CancelledError):
         await store.take_over(inbox, sha256)
     assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
@@ -245,4 +244,43 @@ async def test_remove_orphans_removes_old_chunks_without_an_entry_only(
     left = set(await db["fs.chunks"].distinct("files_id"))
     assert old not in left
     assert {fresh, entry, "a foreign id"} < left
+    assert await read(store, sha256) == CONTENT
+
+
+@pytest.mark.parametrize("wrong_by", [timedelta(days=-3), timedelta(days=3)], ids=["behind", "ahead"])
+async def test_remove_orphans_does_not_depend_on_clocks_of_workers(
+    store: GridFSStore, db: Database, inbox: Path, monkeypatch: pytest.MonkeyPatch, wrong_by: timedelta
+) -> None:
+    """A worker whose clock is wrong by days uploads, and removes orphans, while others upload."""
+    sha256 = await saved(inbox)
+    right = time.time
+    monkeypatch.setattr("bson.objectid.time.time", lambda: right() + wrong_by.total_seconds())
+    real = GridFSStore._add_entry
+
+    async def meanwhile(*given: Any) -> None:
+        monkeypatch.setattr("bson.objectid.time.time", right)
+        assert await store.remove_orphans() == 0
+        await real(*given)
+
+    monkeypatch.setattr(GridFSStore, "_add_entry", meanwhile)
+    await store.take_over(inbox, sha256)
+    assert await read(store, sha256) == CONTENT
+
+
+async def test_upload_whose_chunks_were_removed_meanwhile_makes_no_file(
+    store: GridFSStore, db: Database, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = await saved(inbox)
+    real = GridFSStore._add_entry
+
+    async def removed(self: GridFSStore, upload_id: ObjectId, *given: Any) -> None:
+        await db.fs.chunks.delete_one({"files_id": upload_id, "n": 3})
+        await real(self, upload_id, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GridFSStore, "_add_entry", removed)
+        with pytest.raises(LedgerUnavailable):
+            await store.take_over(inbox, sha256)
+    assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
+    await store.take_over(inbox, sha256)
     assert await read(store, sha256) == CONTENT

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pymongo.errors import AutoReconnect
 
 from ledger import server_clock
 from ledger.log import EventLog
@@ -114,6 +115,46 @@ async def test_late_heartbeat_neither_sets_the_clock_back_nor_stays_unchecked(st
     assert (server.asked, clock.is_uncertain) == (1, False)
     clock.heard(server.time - TOLERANCE_SECONDS / 2, "a")
     assert not clock.is_uncertain
+
+
+@pytest.mark.parametrize("step", [-3600.0, -1.0])
+async def test_estimate_follows_a_clock_set_back_in_a_process_that_only_estimates(steady: Steady, step: float) -> None:
+    clock, server = ServerClock(), Server(steady, time=START)
+    clock.ask(server)  # type: ignore[arg-type]
+    clock.heard(server.time, "a")
+    server.ahead += step
+    clock.heard(server.time, "a")
+    await settled()
+    assert abs(wrong_by(clock, server)) < 0.01
+    assert (server.asked, clock.is_uncertain) == (1, False)
+    clock.heard(server.time, "a")
+    await settled()
+    assert server.asked == 1, "only a contradiction costs a question"
+
+
+async def test_measurement_without_an_answer_is_repeated_with_the_next_heartbeat(steady: Steady) -> None:
+    clock, server = ServerClock(), Server(steady, time=START)
+    clock.ask(server)  # type: ignore[arg-type]
+    clock.heard(server.time, "a")
+    answer, failures = server.command, [AutoReconnect("away"), AutoReconnect("away")]
+
+    async def failing(name: str) -> dict[str, Any]:
+        if failures:
+            raise failures.pop()
+        return await answer(name)
+
+    server.command = failing  # type: ignore[method-assign, assignment]
+    server.ahead -= 3600
+    for _ in range(3):
+        clock.heard(server.time, "a")
+        await settled()
+    assert abs(wrong_by(clock, server)) < 0.01
+
+
+async def settled() -> None:
+    """Let tasks run that need no I/O."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 async def test_of_slow_answers_the_best_counts_and_none_is_ahead(steady: Steady) -> None:

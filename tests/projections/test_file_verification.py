@@ -212,3 +212,31 @@ async def test_a_file_is_hashed_again_if_the_first_caller_was_cancelled(tmp_path
     first.cancel()
     async with asyncio.timeout(DEADLINE_SECONDS):
         await (await second).close()
+
+
+async def test_verify_files_keeps_no_cursor_open_while_files_are_hashed(
+    store: FileStore, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small pages that are read at once: their ends fall between files, and between rows of one file."""
+    monkeypatch.setattr("projections.file_verification._ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("ledger.gridfs._LISTED_AT_ONCE", 2)
+    digests = [await put(store, tmp_path, b"%d" % number) for number in range(5)]
+    rows = [
+        {"_id": f"{digest}{copy}", "path": f"p{digest}{copy}", "sha256": digest, "size": 1}
+        for digest in digests
+        for copy in range(3)
+    ]
+    await db.files.insert_many(rows)
+    await put(store, tmp_path, b"nobody's")
+    real, open_cursors = store.verify, set()
+
+    async def verify(sha256: str, size: int) -> None:
+        status = await db.client.admin.command("serverStatus")
+        open_cursors.add(status["metrics"]["cursor"]["open"]["total"] - before)
+        await real(sha256, size)
+
+    before = (await db.client.admin.command("serverStatus"))["metrics"]["cursor"]["open"]["total"]
+    monkeypatch.setattr(store, "verify", verify)
+    verdict = await verify_files(Views(db), store)
+    assert (verdict.files, verdict.missing, verdict.changed, verdict.orphans) == (5, 0, 0, 1)
+    assert open_cursors == {0}
