@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -26,6 +26,8 @@ from workers.conversion import to_text, type_name
 T = TypeVar("T")
 _log = structlog.get_logger()
 _current: ContextVar[Containment | None] = ContextVar("containment", default=None)
+_is_own: ContextVar[bool] = ContextVar("own", default=False)
+"""Whether code outside of containments is known to be the program's. See `_is_foreign`."""
 _kept: deque[Coroutine[Any, Any, Any]] = deque(maxlen=100)
 """Coroutines that refused to be closed. Python would try again when they are collected, and print a traceback."""
 _ROUNDS: Final = 3  # of the event loop, in which an abandoned task ends
@@ -147,10 +149,36 @@ class _Threads(ThreadPoolExecutor):
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return an event loop that is prepared for containments from its first task on."""
+    """Return an event loop that is prepared for containments from its first task on.
+
+    The calling context, and what is started in it, is known to be the program's own.
+    """
+    _is_own.set(True)
     loop = asyncio.new_event_loop()
     install(loop)
+    loop._knows_its_own = True  # type: ignore[attr-defined]  # see _is_foreign
+    finalize = loop._asyncgen_finalizer_hook  # type: ignore[attr-defined]  # private
+
+    def finalize_as_foreign(generator: Any) -> None:
+        """Close an asynchronous generator that was left to the garbage collector, wherever that has run."""
+        if _current.get() is None:
+            Context().run(finalize, generator)
+        else:
+            finalize(generator)
+
+    loop._asyncgen_finalizer_hook = finalize_as_foreign  # type: ignore[attr-defined]
     return loop
+
+
+def _is_foreign(loop: asyncio.AbstractEventLoop, context: Context | None = None) -> bool:
+    """Return whether the code that runs in a context, by default this one, belongs to a processor or may do so.
+
+    Threads that a processor has started, and what they hand to the event loop, have an empty context.
+    """
+    get = (copy_context() if context is None else context).get
+    if get(_current) is not None:
+        return True
+    return getattr(loop, "_knows_its_own", False) and not get(_is_own)
 
 
 def install(loop: asyncio.AbstractEventLoop) -> None:
@@ -182,18 +210,22 @@ def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
     """Log what a callback has raised: of foreign code one line, because it is no fault of this program."""
     handle, error = context.get("handle"), context.get("exception")
     of_a_job = isinstance(handle, asyncio.Handle) and handle._context.get(_current) is not None  # type: ignore[attr-defined]  # private
-    if of_a_job:
+    if of_a_job or isinstance(error, _StopRefused):
         _log.warning("a processor's callback failed", error=f"{type_name(error)}: {to_text(error, 200)}")
     else:
         loop.default_exception_handler(context)
+
+
+class _StopRefused(RuntimeError):
+    """Foreign code has tried to stop the event loop."""
 
 
 def _guard_stop(loop: asyncio.AbstractEventLoop) -> None:
     stop = loop.stop
 
     def guarded() -> None:
-        if _current.get() is not None:
-            raise RuntimeError("a processor must not stop the event loop")
+        if _is_foreign(loop):
+            raise _StopRefused("a processor must not stop the event loop")
         stop()
 
     loop.stop = guarded  # type: ignore[method-assign]  # of this loop alone
@@ -203,7 +235,7 @@ _run_in_event_loop = asyncio.events.Handle._run
 
 
 def _run(self: asyncio.Handle) -> None:
-    """Run a callback. Of foreign code, no exception leaves it.
+    """Run a callback. Of code that is not known to be the program's own, no exception leaves it.
 
     The original passes on `SystemExit` and `KeyboardInterrupt`, which ends the event loop and with it the process.
     There is no official way to decide otherwise: the event loop's exception handler is not asked about these two.
@@ -211,7 +243,7 @@ def _run(self: asyncio.Handle) -> None:
     try:
         _run_in_event_loop(self)
     except (SystemExit, KeyboardInterrupt) as error:
-        if self._context.get(_current) is None:  # type: ignore[attr-defined]  # a private attribute
+        if not _is_foreign(self._loop, self._context):  # type: ignore[attr-defined]  # private
             raise
         cause = f"{type_name(error)}: {to_text(error, 200)}"
         _log.warning("a processor's task or callback tried to end the process", error=cause)
@@ -220,8 +252,9 @@ def _run(self: asyncio.Handle) -> None:
 @contextmanager
 def outside() -> Iterator[None]:
     """Within the block, tasks that are created belong to no containment: the worker's own code runs here."""
-    token = _current.set(None)
+    current, own = _current.set(None), _is_own.set(True)
     try:
         yield
     finally:
-        _current.reset(token)
+        _current.reset(current)
+        _is_own.reset(own)

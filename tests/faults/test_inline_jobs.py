@@ -18,6 +18,15 @@ import asyncio, threading, time
 def block_thread():
     threading.Thread(target=time.sleep, args=(3600,)).start()
 
+async def leave():
+    raise SystemExit(3)
+
+async def numbers():
+    try:
+        yield 1
+    finally:
+        raise SystemExit(5)
+
 async def run(self, job):
     loop = asyncio.get_running_loop()
     match job.parameters.do:
@@ -28,6 +37,13 @@ async def run(self, job):
             loop.stop()
         case "stop the loop later":
             loop.call_soon(loop.stop)
+        case "exit in a coroutine of a thread":
+            threading.Thread(target=asyncio.run_coroutine_threadsafe, args=(leave(), loop)).start()
+        case "stop the loop in a thread":
+            threading.Thread(target=loop.call_soon_threadsafe, args=(loop.stop,)).start()
+        case "exit in a generator that is left":
+            async for _ in numbers():
+                break
         case "block threads":
             await asyncio.gather(*(asyncio.to_thread(time.sleep, 3600) for _ in range(100)))
         case "block a thread":
@@ -45,6 +61,9 @@ ENDS = {
     "cancel all tasks": ("failed", "PROCESSOR_FAULT"),
     "stop the loop": ("failed", "PROCESSOR_FAULT"),
     "stop the loop later": ("completed", None),
+    "exit in a coroutine of a thread": ("completed", None),
+    "stop the loop in a thread": ("completed", None),
+    "exit in a generator that is left": ("completed", None),
     "block threads": ("failed", "TIMEOUT"),
     "block a thread": ("completed", None),
 }

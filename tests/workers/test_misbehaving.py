@@ -317,7 +317,7 @@ TAKEN_LOOPS = {
     "cancel all tasks": "CancelledError",
     "cancel all tasks past containment": "CancelledError",
     "stop the loop": "must not stop the event loop",
-    "stop the loop past containment": "Event loop stopped",
+    "stop the loop past containment": "must not stop the event loop",
 }
 
 
