@@ -13,6 +13,7 @@ JobledgerError
 ├── VersionConflict             somebody else appended to the stream first; decide again
 ├── LogTruncated                the log ends before a position that was read from it
 ├── NoRegularFile               what is to be stored as a file is none
+├── FileTooLarge                what is to be stored is larger than a result file may be
 ├── FileLost                    a result file is not in the store, or cannot be read
 │   └── FileDamaged             its content is not what was stored
 ├── InvalidEvent                an event that cannot be stored or hashed as it is (NaN, too large, …)
@@ -101,6 +102,10 @@ class LogTruncated(JobledgerError):
 
 class NoRegularFile(JobledgerError):
     """What is to be stored as a file is a directory, a pipe, a socket or a device."""
+
+
+class FileTooLarge(JobledgerError):
+    """What is to be stored as a file is larger than `limits.FILE_BYTES`."""
 
 
 class FileLost(JobledgerError):

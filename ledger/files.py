@@ -20,10 +20,22 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from ledger.errors import FileDamaged, FileLost, NoRegularFile, ResourceUnavailable, StoreUnavailable, os_failure
+from ledger.errors import (
+    FileDamaged,
+    FileLost,
+    FileTooLarge,
+    NoRegularFile,
+    ResourceUnavailable,
+    StoreUnavailable,
+    os_failure,
+)
 from ledger.file_checks import FileChecks
+from ledger.inbox import NO_FILE, InboxFile
+from ledger.inbox import PIECE_BYTES as TURN_BYTES
+from ledger.limits import FILE_BYTES
+from ledger.piecewise import Work, at_once, in_turns
 from ledger.private_files import DIRECTORY_MODE, FILE_MODE, make_private_directory
 from ledger.store_marker import StoreMarker
 
@@ -34,16 +46,12 @@ ORPHAN_SECONDS = 86_400.0
 """Nobody writes one file for so long."""
 _TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}")
 """Names that `tempfile` chooses."""
-_HASHED_BYTES = 4 << 20
-"""How much of a file is hashed before another file has its turn."""
 # Not the event loop's own threads: jobs that run inline may occupy all of those.
-_threads = ThreadPoolExecutor(8, thread_name_prefix="store")
+store_threads = ThreadPoolExecutor(8, thread_name_prefix="store")
 _hashing_threads = ThreadPoolExecutor(2, thread_name_prefix="hash")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 """Should it be a pipe, O_NONBLOCK keeps us from waiting for a writer."""
-_NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
-"""Errors of `open` that say that there is no such file. All others are trouble of the machine."""
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO (named pipe)",
@@ -93,8 +101,11 @@ class FileStore(Protocol):
             OSError, StoreUnavailable: that failed.
         """
 
-    async def take_over(self, inbox: Path, sha256: str) -> None:
-        """Make durable what a job has put into its inbox. Only then an event may name it.
+    async def take_over(self, inbox: Path, sha256: str) -> int:
+        """Make durable what a job has put into its inbox, and return its size in bytes. Then an event may name it.
+
+        `inbox` lies in a directory that belongs to the job, as all in it does: see `ledger.inbox`. A digest alone is
+        no proof that the job knows the content, so the file in the inbox is read even if the store has it already.
 
         Raises:
             FileLost: there is no such file in the inbox, or it has another digest.
@@ -116,14 +127,6 @@ class FileStore(Protocol):
 
     async def verify(self, sha256: str, size: int) -> None:
         """Read a file and compare its size and content with those on record. Raises as `open`."""
-
-    async def size(self, sha256: str) -> int:
-        """Return the size of a file in bytes, without reading it.
-
-        Raises:
-            FileLost: there is no such file in this store.
-            LedgerUnavailable: the store cannot be reached.
-        """
 
     def stored(self) -> AsyncIterator[Stored]:
         """Yield all files in the store by ascending digest.
@@ -218,8 +221,8 @@ class DirectoryStore:
             file.flush()
             os.fsync(file.fileno())
 
-    async def take_over(self, inbox: Path, sha256: str) -> None:
-        """Copy a file from an inbox into the store and remove it there.
+    async def take_over(self, inbox: Path, sha256: str) -> int:
+        """Copy a file from an inbox into the store, remove it there, and return its size in bytes.
 
         It is copied even within one file system: the job that wrote it may still have it open, and could change the
         content after its digest was checked.
@@ -228,22 +231,24 @@ class DirectoryStore:
             FileLost: there is no such file in the inbox, or it has another digest.
             StoreUnavailable: the store cannot be written to.
         """
-        await asyncio.get_running_loop().run_in_executor(_threads, self._take_over, inbox, sha256)
+        return await in_turns(self._take_over(inbox, sha256), store_threads)
 
-    def _take_over(self, inbox: Path, sha256: str) -> None:
-        source, target = DirectoryStore(inbox).path(sha256), self.path(sha256)
-        with open_saved(source) as file:
+    def _take_over(self, inbox: Path, sha256: str) -> Work[int]:
+        target = self.path(sha256)
+        with InboxFile(DirectoryStore(inbox).path(sha256)) as source:
+            yield from source.verify()
             try:
                 self.require()
-                self._adopt(file, target)
+                yield from self._adopt(source, target)
                 self.require()  # the disk may have gone away meanwhile, and the file be on another one
             except OSError as error:
                 where = error.filename or self.root
                 raise StoreUnavailable(f"results.store: cannot write to {where}: {error.strerror}") from error
-        source.unlink(missing_ok=True)
+            source.remove()
+            return source.size
 
-    def _adopt(self, file: BinaryIO, target: Path) -> None:
-        if _holds(target, target.name, os.fstat(file.fileno()).st_size):
+    def _adopt(self, source: InboxFile, target: Path) -> Work[None]:
+        if (yield from _holds(target, target.name, source.size)):
             _sync_directory(target.parent)  # its writer may not have come so far yet
             return
         self._make_directory(target.parent)
@@ -251,7 +256,12 @@ class DirectoryStore:
             tempfile.NamedTemporaryFile(dir=self.root, delete=False) as copy,  # the root: see remove_orphans
             _removed_in_the_end(Path(copy.name)) as copied,
         ):
-            _copy_checked(file, copy, target.name)
+            for piece in source.pieces():  # its digest is checked again: the job may have changed it
+                copy.write(piece)
+                if source.size > TURN_BYTES:
+                    copy.flush()
+                    os.fdatasync(copy.fileno())  # now, so that no turn takes much longer than the others
+                    yield
             copy.flush()
             os.fsync(copy.fileno())
             copied.chmod(FILE_MODE)
@@ -290,17 +300,19 @@ class DirectoryStore:
 
         Raises:
             NoRegularFile: it is a directory, a pipe, a socket or a device.
+            FileTooLarge: it is larger than `FILE_BYTES`.
             OSError: it cannot be read, or the store cannot be written to.
         """
         path = Path(os.fspath(path))  # a class of its own might do anything
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _open_to_be_stored(path) as file:
+            _check_size(path, os.fstat(file.fileno()).st_size)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.seek(0, os.SEEK_END)
             if self._durable:
                 os.fsync(file.fileno())
             target = self.path(sha256)
-            if not _holds(target, sha256, size):
+            if not at_once(_holds(target, sha256, size)):
                 self._make_directory(target.parent)
                 _move(path, file, target)
                 if self._durable:
@@ -352,19 +364,6 @@ class DirectoryStore:
             await file.close()
             raise
         return file
-
-    async def size(self, sha256: str) -> int:
-        """Return the size of a file: see `FileStore.size`."""
-        return await asyncio.get_running_loop().run_in_executor(_threads, self._size, sha256)
-
-    def _size(self, sha256: str) -> int:
-        path = self.path(sha256)
-        try:
-            return path.lstat().st_size
-        except OSError as error:
-            with _reading(path):
-                self.require()
-            raise opening_failed(path, error) from error
 
     async def stored(self) -> AsyncIterator[Stored]:
         """Yield all files in the store by ascending digest; a directory at a time is in memory.
@@ -462,13 +461,13 @@ class _OpenFile:
     async def sha256(self, turns: asyncio.Semaphore) -> str:
         digest, loop = hashlib.sha256(), asyncio.get_running_loop()
         with _reading(self._path):
-            for position in range(0, self.size, _HASHED_BYTES):
+            for position in range(0, self.size, TURN_BYTES):
                 async with turns:
                     await loop.run_in_executor(_hashing_threads, self._hash, digest, position)
         return digest.hexdigest()
 
     def _hash(self, digest: hashlib._Hash, position: int) -> None:
-        digest.update(os.pread(self._descriptor, min(_HASHED_BYTES, self.size - position), position))
+        digest.update(os.pread(self._descriptor, min(TURN_BYTES, self.size - position), position))
 
     def _is_changed(self) -> bool:
         now = os.fstat(self._descriptor)
@@ -491,7 +490,7 @@ class _OpenFile:
             self._descriptor = -1
 
 
-def _holds(target: Path, sha256: str, size: int) -> bool:
+def _holds(target: Path, sha256: str, size: int) -> Work[bool]:
     """Return whether a file is in the store already. One whose content was changed there is replaced.
 
     Its time is renewed: by that, `set_aside` sees that somebody needs it now. If it is set aside meanwhile, either its
@@ -499,10 +498,17 @@ def _holds(target: Path, sha256: str, size: int) -> bool:
     """
     if target.is_symlink() or not target.is_file():
         return False
+    digest = hashlib.sha256()
     try:
         with target.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size or hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            if os.fstat(file.fileno()).st_size != size:
                 return False
+            while piece := file.read(TURN_BYTES):
+                digest.update(piece)
+                if size > TURN_BYTES:
+                    yield
+        if digest.hexdigest() != sha256:
+            return False
         with suppress(PermissionError):  # another user's file: only its owner may set it to the present time
             os.utime(target)
     except FileNotFoundError:
@@ -510,9 +516,14 @@ def _holds(target: Path, sha256: str, size: int) -> bool:
     return True
 
 
+def _check_size(path: Path, size: int) -> None:
+    if size > FILE_BYTES:
+        raise FileTooLarge(f"'{path}' has {size} bytes. At most {FILE_BYTES} are allowed")
+
+
 def opening_failed(path: Path, error: OSError) -> FileLost | StoreUnavailable:
     """Return what an error of `open` means: there is no such file, or this machine cannot open it now."""
-    kind = FileLost if error.errno in _NO_FILE else StoreUnavailable
+    kind = FileLost if error.errno in NO_FILE else StoreUnavailable
     return kind(f"{path} cannot be opened: {error.strerror}")
 
 
@@ -547,34 +558,6 @@ def _open_to_be_stored(path: Path) -> BufferedReader:
 
 def _format_of(found: os.stat_result) -> int:
     return stat.S_IFMT(found.st_mode)
-
-
-def open_saved(path: Path) -> BufferedReader:
-    """Open what should be a file in an inbox. A link or a pipe that a job has put there is followed nowhere.
-
-    Raises:
-        FileLost: it is no file.
-        StoreUnavailable: this machine cannot open it now.
-    """
-    try:
-        descriptor = os.open(path, _OPEN_FLAGS | os.O_NOFOLLOW)
-    except OSError as error:
-        raise opening_failed(path, error) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FileLost(f"{path} is no file")
-    return os.fdopen(descriptor, "rb")
-
-
-def _copy_checked(source: BinaryIO, target: IO[bytes], sha256: str) -> None:
-    """Copy a file; raise FileLost if it has another digest. One that grows meanwhile is read no further."""
-    digest, left = hashlib.sha256(), os.fstat(source.fileno()).st_size
-    while left > 0 and (piece := source.read(min(1 << 20, left))):
-        digest.update(piece)
-        target.write(piece)
-        left -= len(piece)
-    if digest.hexdigest() != sha256:
-        raise FileLost(f"The file {sha256} has another content than its name says")
 
 
 def _move(path: Path, file: BufferedReader, target: Path) -> None:

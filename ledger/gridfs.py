@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Hashable
 from contextlib import aclosing, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from bson import ObjectId
 from pymongo import ASCENDING
@@ -22,8 +22,10 @@ from pymongo.errors import DuplicateKeyError
 
 from ledger.errors import FileDamaged, FileLost, LedgerUnavailable
 from ledger.file_checks import FileChecks
-from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored, open_saved
+from ledger.files import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored, store_threads
+from ledger.inbox import InboxFile, open_verified
 from ledger.mongo import Database, Document, driver_errors
+from ledger.piecewise import in_turns
 from ledger.server_clock import clock_of
 
 BUCKET: Final = "fs"
@@ -73,19 +75,19 @@ class GridFSStore:
     def check(self) -> None:
         """Nothing on this machine is needed but the scratch directory."""
 
-    async def take_over(self, inbox: Path, sha256: str) -> None:
-        """Upload a file and remove it from the inbox.
+    async def take_over(self, inbox: Path, sha256: str) -> int:
+        """Upload a file, remove it from the inbox, and return its size in bytes.
 
         Raises:
             FileLost: there is no such file, or it has another digest.
             LedgerUnavailable: the database failed.
             StoreUnavailable: this machine cannot open the file now.
         """
-        path = DirectoryStore(inbox).path(sha256)
-        if not await self._is_stored(sha256):
-            with await asyncio.to_thread(open_saved, path) as file:
+        with await in_turns(open_verified(DirectoryStore(inbox).path(sha256)), store_threads) as file:
+            if not await self._is_stored(sha256):
                 await self._upload(file, sha256)
-        await asyncio.to_thread(path.unlink, missing_ok=True)
+            await asyncio.get_running_loop().run_in_executor(store_threads, file.remove)
+            return file.size
 
     async def remove_orphans(self) -> int:
         """Remove chunks without an entry, written between a week and a day ago by the time in their id.
@@ -110,11 +112,11 @@ class GridFSStore:
                 removed += 1
         return removed
 
-    async def _upload(self, file: BinaryIO, sha256: str) -> None:
+    async def _upload(self, file: InboxFile, sha256: str) -> None:
         with driver_errors("storing a file"):
             upload_id = _dated_id(await self._clock.now(self._client))
             try:
-                await self._add_entry(upload_id, sha256, await self._write_chunks(upload_id, file, sha256))
+                await self._add_entry(upload_id, sha256, await self._write_chunks(upload_id, file))
             except DuplicateKeyError:
                 await self._chunks.delete_many({"files_id": upload_id})
                 if not await self._is_stored(sha256):
@@ -124,22 +126,20 @@ class GridFSStore:
                     await asyncio.shield(self._chunks.delete_many({"files_id": upload_id}))
                 raise
 
-    async def _write_chunks(self, upload_id: ObjectId, file: BinaryIO, sha256: str) -> int:
-        """Write a file's content and return its size; it is hashed again, for it may have changed since it was saved.
+    async def _write_chunks(self, upload_id: ObjectId, file: InboxFile) -> int:
+        """Write a file's content and return its size; it is hashed again, for the job may have changed it.
 
         Raises:
             FileLost: its content is not what the digest says.
         """
-        digest, size, written = hashlib.sha256(), 0, 0
-        while piece := await asyncio.to_thread(file.read, _CHUNK_BYTES * _CHUNKS_AT_ONCE):
-            await asyncio.to_thread(digest.update, piece)
+        loop, written = asyncio.get_running_loop(), 0
+        pieces = file.pieces(_CHUNK_BYTES * _CHUNKS_AT_ONCE)
+        while (piece := await loop.run_in_executor(store_threads, next, pieces, None)) is not None:
             chunks = [piece[begin : begin + _CHUNK_BYTES] for begin in range(0, len(piece), _CHUNK_BYTES)]
             documents = [{"files_id": upload_id, "n": n, "data": data} for n, data in enumerate(chunks, written)]
             await self._chunks.insert_many(documents)
-            size, written = size + len(piece), written + len(chunks)
-        if digest.hexdigest() != sha256:
-            raise FileLost(f"The file {sha256} has another content than its name says")
-        return size
+            written += len(chunks)
+        return file.size
 
     async def _add_entry(self, upload_id: ObjectId, sha256: str, size: int) -> None:
         """Make a file of what was written.
@@ -170,14 +170,6 @@ class GridFSStore:
         with driver_errors("looking for a file"):
             found = await self._files.update_one({_DIGEST: sha256}, {"$currentDate": {_SAVED_AT: True}})
         return found.matched_count == 1
-
-    async def size(self, sha256: str) -> int:
-        """Return the size of a file: see `FileStore.size`."""
-        with driver_errors("looking for a file"):
-            entry = await self._files.find_one({_DIGEST: sha256}, {"length": 1})
-        if entry is None:
-            raise FileLost(f"{sha256} is not in the store")
-        return int(entry["length"])
 
     async def set_aside(self, sha256: str, token: str) -> datetime | None:
         """Take the digest out of a file's entry: see `FileStore.set_aside`."""

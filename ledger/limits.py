@@ -60,6 +60,8 @@ REASON_CHARACTERS: Final = 2000
 # Of one attempt.
 RESULTS_BYTES: Final = 2 * _MIB
 RESULT_FILES: Final = 2000
+FILE_BYTES: Final = 16 * 1024 * _MIB
+"""Of a file that a job saves, and of any other file that a job process writes."""
 STEPS: Final = 2000
 """Finished steps of a job that are kept for its next attempt."""
 STEP_OUTPUT_BYTES: Final = 64 * _MIB

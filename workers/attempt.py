@@ -24,7 +24,7 @@ from typing import Any, Final, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError
 
 from ledger.chain import digest
-from ledger.errors import NoRegularFile
+from ledger.errors import FileTooLarge, NoRegularFile
 from ledger.files import DirectoryStore, Stored
 from ledger.limits import STEP_WARNING_BYTES
 from workers.confinement import Confinement
@@ -373,6 +373,8 @@ class _Job:
         except NoRegularFile as error:
             message = f"save() content {to_text(error)}. Give the path of a regular file, or bytes."
             raise ProcessorError("INVALID_RESULT", message) from error
+        except FileTooLarge as error:
+            raise ProcessorError("INVALID_RESULT", f"save() content {to_text(error)}.") from error
         path = await self._say(Saved(stored.sha256, path))
         return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
 

@@ -23,6 +23,7 @@ from typing import Any, Final, NoReturn
 
 import orjson
 
+from ledger.limits import FILE_BYTES
 from workers.attempt import Assignment, failure_of, run
 from workers.confinement import confine, paths_in
 from workers.containment import Containment, new_event_loop
@@ -39,6 +40,7 @@ def main(connection: socket.socket, memory_limit_mb: int) -> None:
     """Do the one assignment that comes through the connection. Does not return, unless the worker is gone."""
     limit = memory_limit_mb * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))  # sparse ones cost nothing but to read
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # thousands of crashes must not fill the disk
     faulthandler.enable()  # a crash in a library written in C says where; the supervisor keeps the end of our output
     # A program that the processor forks must not speak for the job.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -52,6 +52,7 @@ _log = structlog.get_logger()
 STOP_SECONDS: Final = 1.0
 """How long an inline job that is to stop may take to do so itself."""
 _MAX_REQUESTS: Final = 100  # of a job process, that are handled at the same time
+_MAX_TAKEOVERS: Final = 2  # of one job's saved files at the same time
 _STORE_PAUSES: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries to write to the result store
 # Not the event loop's own threads: jobs that run inline may occupy all of those.
 _threads = ThreadPoolExecutor(4, thread_name_prefix="execution")
@@ -90,6 +91,10 @@ def check_processes() -> None:
         job_process.check_processes()
     except Exception as error:  # any error - the machine cannot run a process
         raise machine_trouble(error) or MachineTrouble(f"No process can be started: {error!r}") from error
+
+
+class SavedFileLost(ProcessorError):
+    """What a job has saved is not in its inbox. Only the job itself can have done that."""
 
 
 class Execution:
@@ -369,6 +374,8 @@ class Execution:
         answer: dict[str, Any] = {"id": received.id}
         try:
             answer["value"] = await self._take(received.message)
+        except SavedFileLost as error:  # with the clock paused for each, it might try for ever
+            raise ProcessFailed(Failed(error.code, error.message, details=error.details)) from error
         except ProcessorError as error:
             answer["error"] = {
                 "code": error.code,
@@ -457,20 +464,24 @@ class Execution:
         """Move a saved file into the result store. Events name it only after this has returned.
 
         A store that cannot be written to is waited for: the job's work is kept, and its time limit does not run on.
+
+        Raises:
+            SavedFileLost: the job has not put it there, or has changed or removed it.
         """
         assert self._limit is not None  # noqa: S101 - the work has begun
         assert self._assigned is not None  # noqa: S101 - the work has begun
         told, tries, begun = "", 0, asyncio.get_running_loop().time()
-        async with self._limit.waiting():
+        async with self._limit.waiting(), self._taking_over[hash(sha256) % len(self._taking_over)]:
             while True:
                 try:
-                    await self._settings.store.take_over(self._assigned.inbox, sha256)
-                    self._saved[sha256] = await self._settings.store.size(sha256)
+                    self._saved[sha256] = await self._settings.store.take_over(self._assigned.inbox, sha256)
                     break
                 except (FileLost, ValueError) as error:
+                    if sha256 in self._saved:  # it was saved twice at the same time, and both are moved
+                        break
                     _log.warning("a saved file cannot be used", job_id=self.job_id, error=str(error))
                     text = "A saved file was changed or removed before it was stored."
-                    raise ProcessorError("INVALID_RESULT", text, details={"sha256": to_text(sha256, 100)}) from error
+                    raise SavedFileLost("INVALID_RESULT", text, details={"sha256": to_text(sha256, 100)}) from error
                 except LedgerUnavailable as error:
                     if (reason := to_text(error, 500)) != told:
                         told = reason
@@ -483,6 +494,11 @@ class Execution:
         if told:
             waited = asyncio.get_running_loop().time() - begun
             self._note("info", f"The result store can be written to again, after {waited:.0f} seconds.")
+
+    @cached_property
+    def _taking_over(self) -> Sequence[asyncio.Lock]:
+        """Each file is moved under one of these, by its digest: few at a time, and one content once at a time."""
+        return [asyncio.Lock() for _ in range(_MAX_TAKEOVERS)]
 
     async def _reserve(self, path: str) -> str:
         """Return the path that a file of this job gets, and try again while the database is away.

@@ -134,6 +134,7 @@ class Job(Protocol):
             ProcessorError: INVALID_PATH, if `path` is absolute, has an empty part, `.` or `..`, has a part that begins
                 or ends with a space or ends with a dot, contains a control or format character, a backslash or a
                 percent-encoded character, ends in `/link`, or is longer than 1000 bytes or 200 bytes in a part.
+                INVALID_RESULT, if `content` is no regular file or larger than 16 GiB.
         """
 
 

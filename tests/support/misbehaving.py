@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import partial
@@ -27,8 +28,9 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from ledger.limits import FILE_BYTES
 from workers import child
-from workers.messages import HEADER
+from workers.messages import HEADER, Saved
 from workers.processor import Isolation, Job, ProcessorError, Results, SavedFile
 
 ACTIONS: dict[str, Callable[[Job], Awaitable[Any]]] = {}
@@ -686,6 +688,37 @@ async def save_many(job: Job) -> Results:
     note(job, os.getpid())
     await asyncio.gather(*(job.save(f"many/{number}.txt", b"text", "text/plain") for number in range(300)))
     return Results()
+
+
+@action
+async def save_the_same(job: Job) -> Results:
+    """Save the same content many times, at the same time and once more."""
+    paths = [f"same/{job.job_id}/{number}.txt" for number in range(20)]
+    saved = await asyncio.gather(*(job.save(path, b"blank", "text/plain") for path in paths))
+    again = await job.save(f"same/{job.job_id}/again.txt", b"blank", "text/plain")
+    return Results(assets=[*saved, again])
+
+
+@action
+async def save_too_large(job: Job) -> Results:
+    large = job.scratch / "large"
+    large.touch()
+    os.truncate(large, FILE_BYTES + 1)
+    return Results(markdown=await job.save("large.md", large, "text/markdown"))
+
+
+@action
+async def name_foreign_file(job: Job) -> Results:
+    """Claim to have saved a file of another job, of which only the digest is known, and go on whatever the answer."""
+    inbox = job._assignment.inbox  # type: ignore[attr-defined]
+    sha256, store = job.parameters.value["sha256"], job.parameters.value["store"]
+    inbox.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        (inbox / sha256[:2]).symlink_to(Path(store, sha256[:2]))
+    for _ in range(3):
+        with suppress(ProcessorError):
+            await job._send(Saved(sha256, "mine.md"))  # type: ignore[attr-defined]
+    return Results(markdown=SavedFile(path="mine.md", sha256=sha256, size=1, media_type="text/markdown"))
 
 
 @action

@@ -25,6 +25,7 @@ from ledger.changes import Changes
 from ledger.commands import ClaimJob, SubmitBatch, SubmitJob
 from ledger.events import BatchSubmitted, Event, JobClaimed, JobSubmitted, Meta, Recorded
 from ledger.files import DirectoryStore
+from ledger.gridfs import GridFSStore
 from ledger.handle import Command, handle, handle_new, new_batch_id, new_job_id
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document
@@ -57,6 +58,8 @@ class WorkerOptions:
     processors: Mapping[str, Mapping[str, Any]] | None = None
     scratch: Path | None = None
     confinement: Confinement = field(default_factory=Confinement)
+    gridfs: bool = False
+    """Whether result files are kept in the database."""
 
 
 STORE_ID = "5" * 32
@@ -227,6 +230,8 @@ async def process(
             here.projector = leader
             leader.listen(changes)
         if worker is not None:
+            if worker.gridfs:
+                await GridFSStore(db).prepare()
             here.worker = _worker(here, worker)
         sends = None
         if webhooks is not None:
@@ -263,7 +268,7 @@ def _worker(here: Process, options: WorkerOptions) -> Worker:
         here.changes,
         here.connection,
         settings=Settings(
-            here.store,
+            GridFSStore(here.db) if options.gridfs else here.store,
             options.processors or {},
             memory_limit_mb=options.memory_limit_mb,
             confinement=options.confinement,

@@ -66,10 +66,10 @@ async def test_no_event_names_a_file_before_it_is_in_the_database(
 ) -> None:
     real, at, release = GridFSStore.take_over, asyncio.Event(), asyncio.Event()
 
-    async def held(self: GridFSStore, inbox: Path, sha256: str) -> None:
+    async def held(self: GridFSStore, inbox: Path, sha256: str) -> int:
         at.set()
         await release.wait()
-        await real(self, inbox, sha256)
+        return await real(self, inbox, sha256)
 
     monkeypatch.setattr(GridFSStore, "take_over", held)
     job_id = await api.submit(site.job(), job_type="session")
@@ -88,10 +88,10 @@ async def test_while_the_database_is_away_a_file_waits_and_no_attempt_is_lost(
 ) -> None:
     real, failures = GridFSStore.take_over, [LedgerUnavailable("away"), LedgerUnavailable("still away")]
 
-    async def failing(self: GridFSStore, inbox: Path, sha256: str) -> None:
+    async def failing(self: GridFSStore, inbox: Path, sha256: str) -> int:
         if failures:
             raise failures.pop()
-        await real(self, inbox, sha256)
+        return await real(self, inbox, sha256)
 
     monkeypatch.setattr(GridFSStore, "take_over", failing)
     job = await api.ended(await api.submit())

@@ -137,7 +137,7 @@ async def test_inbox_file_that_cannot_be_opened_now_is_waited_for(
     real, failed = os.open, list[str]()
 
     def failing(path: Any, *arguments: Any, **named: Any) -> int:
-        if "/saved/" in str(path) and len(Path(path).name) == 64 and len(failed) < 3:
+        if len(str(path)) == 64 and len(failed) < 3:
             failed.append(str(path))
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
         return real(path, *arguments, **named)
@@ -154,11 +154,11 @@ async def test_every_error_of_the_store_is_waited_for(
 ) -> None:
     real, left = DirectoryStore._adopt, list(STORE_ERRORS)
 
-    def failing(self: DirectoryStore, file: Any, target: Path) -> None:
+    def failing(self: DirectoryStore, file: Any, target: Path) -> Any:
         if left:
             number = getattr(errno, left.pop())
             raise OSError(number, os.strerror(number), str(target))
-        real(self, file, target)
+        return real(self, file, target)
 
     monkeypatch.setattr(DirectoryStore, "_adopt", failing)
     monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.01,))
@@ -235,6 +235,47 @@ async def test_file_that_is_changed_after_it_was_saved_is_never_stored(connectio
             if job["status"] == "failed":
                 assert job["error"]["code"] in ("INVALID_RESULT", "PROCESSOR_FAULT")
         check_digests(store)
+
+
+@pytest.mark.parametrize("gridfs", [False, True])
+async def test_same_content_saved_many_times_at_once_is_stored(
+    connection: Connection, store: Path, gridfs: bool
+) -> None:
+    options = WorkerOptions(confinement=OFF, gridfs=gridfs)
+    async with process(connection, store, projector=True, worker=options) as here:
+        job_ids = [await here.submit({"do": "save the same"}, job_type=job_type, max_attempts=1) for job_type in TYPES]
+        await here.ended(*job_ids)
+        for job_id in job_ids:
+            job = await here.job(job_id)
+            assert (job["error"], len(job["results"]["files"])) == (None, 21)
+            assert {file["size"] for file in job["results"]["files"]} == {5}
+
+
+@pytest.mark.parametrize("gridfs", [False, True])
+async def test_job_that_names_a_foreign_file_fails_and_the_file_stays(
+    connection: Connection, store: Path, gridfs: bool
+) -> None:
+    options = WorkerOptions(confinement=OFF, gridfs=gridfs)
+    async with process(connection, store, projector=True, worker=options) as here:
+        assert here.worker is not None
+        other = await here.ended(await save(here))
+        [file] = other["results"]["files"]
+        parameters = {"do": "name foreign file", "value": {"sha256": file["sha256"], "store": str(store)}}
+        for job_type in TYPES:
+            job = await here.ended(await here.submit(parameters, job_type=job_type, max_attempts=1))
+            assert job["error"]["code"] == "INVALID_RESULT"
+        await here.worker._settings.store.verify(file["sha256"], file["size"])
+        assert here.worker.health.problem is None
+
+
+async def test_file_that_is_too_large_fails_its_job(connection: Connection, store: Path) -> None:
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        job_ids = [await here.submit({"do": "save too large"}, job_type=job_type, max_attempts=1) for job_type in TYPES]
+        await here.ended(*job_ids)
+        errors = [(await here.job(job_id))["error"] for job_id in job_ids]
+        assert [error["code"] for error in errors] == ["PROCESSOR_FAULT", "INVALID_RESULT"]
+        assert "File too large" in errors[0]["message"]
+        assert "are allowed" in errors[1]["message"]
 
 
 class Away(EventLog):

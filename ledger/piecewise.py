@@ -1,0 +1,50 @@
+"""ledger: run long blocking work in threads piece by piece, so that short work never waits for the end of long work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+Work = Generator[None, None, T]
+"""Blocking work that yields after each piece, and returns its result."""
+
+
+async def in_turns(work: Work[T], threads: ThreadPoolExecutor) -> T:
+    """Do the work piece by piece. After each piece its thread is free for others.
+
+    If the caller is cancelled, the work ends behind the current piece and is closed. The caller does not wait for that.
+    """
+    while True:
+        turn = threads.submit(_next_piece, work)
+        try:
+            result = await asyncio.wrap_future(turn)
+        except asyncio.CancelledError:
+            turn.add_done_callback(lambda _: _close(work, threads))
+            raise
+        if result is not None:
+            return result[0]
+
+
+def at_once(work: Work[T]) -> T:
+    """Do the work in this thread, without a break."""
+    while (result := _next_piece(work)) is None:
+        pass
+    return result[0]
+
+
+def _next_piece(work: Work[T]) -> tuple[T] | None:
+    """Do the next piece; return the result in a tuple if it was the last one."""
+    try:
+        next(work)
+    except StopIteration as end:
+        return (end.value,)
+    return None
+
+
+def _close(work: Work[T], threads: ThreadPoolExecutor) -> None:
+    with suppress(RuntimeError):  # this process ends
+        threads.submit(work.close)
