@@ -165,8 +165,6 @@ class Worker:
             _log.warning("no lease yet", error=str(error))
             await self._unless_stopped(asyncio.sleep(1))
             return
-        if self.health.problem is not None:  # perhaps reported after the facts were gathered
-            self._health_changed()
         self._claims.worker_id = self._watch.watcher = self.worker_id
         self._watch.lease = lease
         self._wake.set()
@@ -271,15 +269,18 @@ class Worker:
             self._publishing = asyncio.create_task(self._publish_health(), name="publish-health")
 
     async def _publish_health(self) -> None:
-        """Write into the heartbeat document whether this worker is healthy, until that is what it says."""
+        """Write into the heartbeat document whether this worker is healthy, until that is what it says.
+
+        Before there is a lease there is no document. It may then be created with facts that are out of date.
+        """
         published: Document | None = None
         while published != (facts := self.health.facts()):
-            try:
-                with driver_errors("recording a worker's health"):
-                    await self._db[leases.COLLECTION].update_one({"_id": self.worker_id}, {"$set": facts})
-                published = facts
-            except LedgerUnavailable:
-                await asyncio.sleep(1)
+            with suppress(LedgerUnavailable), driver_errors("recording a worker's health"):
+                found = await self._db[leases.COLLECTION].update_one({"_id": self.worker_id}, {"$set": facts})
+                if found.matched_count:
+                    published = facts
+                    continue
+            await asyncio.sleep(1)
 
     # Claiming -----------------------------------------------------------------------------------------------------
 

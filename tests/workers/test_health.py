@@ -4,13 +4,16 @@ import asyncio
 import errno
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ledger.commands import SubmitJob
 from ledger.handle import new_job_id
 from ledger.job import MAX_MACHINE_TROUBLES
+from ledger.lease import Lease, Seen
 from ledger.mongo import Connection
 from tests.support.running import WorkerOptions, asked, process, until
 from workers import health
@@ -121,6 +124,26 @@ async def test_worker_without_scratch_leaves_jobs_alone_until_it_is_there(
         assert (await here.ended(job_id))["status"] == "completed"
         assert await here.history(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
     assert list(place.rglob("*/*")) == []
+
+
+async def test_worker_that_recovers_before_its_lease_is_written_is_shown_as_healthy(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.02)
+    place, real = tmp_path / "mount" / "scratch", Lease.acquire
+
+    async def late(self: Lease, facts: Mapping[str, Any], *, seen: Seen | None = None) -> bool:
+        if "problem" in facts:
+            assert facts["problem"] is not None
+            place.parent.mkdir()
+            await asyncio.sleep(0.3)
+        return await real(self, facts, seen=seen)
+
+    monkeypatch.setattr(Lease, "acquire", late)
+    async with process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
+        async with asyncio.timeout(10):
+            while not await here.db.workers.find_one({"problem": None}):  # noqa: ASYNC110 - nobody tells us
+                await asyncio.sleep(0.05)
 
 
 async def test_job_that_meets_machine_trouble_again_and_again_ends(
