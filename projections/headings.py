@@ -188,11 +188,12 @@ async def page(
     async with raw.find(
         asked_for, projection, sort=order, limit=limit + 1, skip=skip, hint=index_for(wanted), batch_size=_BATCH
     ) as documents:
-        async for document in documents:
-            used += len(document.raw)
-            if len(found) == limit or (found and used > page_bytes):
-                return found, Place(found[-1]["created_at"], found[-1]["_id"])
-            found.append(bson.decode(document.raw, codec_options=_AWARE))
+        while batch := await documents.to_list(_BATCH):
+            for document in batch:
+                used += len(document.raw)
+                if len(found) == limit or (found and used > page_bytes):
+                    return found, Place(found[-1]["created_at"], found[-1]["_id"])
+                found.append(bson.decode(document.raw, codec_options=_AWARE))
     return found, None
 
 
