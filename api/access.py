@@ -93,8 +93,10 @@ class SignedIn:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if scope["path"] not in OPEN_TO_ALL and not scope["path"].startswith(_OPEN_FOLDER):
-                scope["principal"] = await self._sign_in(HTTPConnection(scope))
+                principal = scope["principal"] = await self._sign_in(HTTPConnection(scope))
                 scope["signed_in"] = self
+                if principal.user_id is not None and (accepted := scope.get("credentials_accepted")) is not None:
+                    accepted()  # now, and not with the answer: that may take a minute
         except ApiError as error:
             await self._refused(scope, error)(scope, receive, send)
         else:

@@ -326,9 +326,10 @@ class Buckets:
         self._levels[who] = (level - 1, now)
         return 0
 
-    def wait(self, who: str) -> float:
-        """Return in how many seconds there will be a token, 0 if there is one; take none."""
-        return max(0.0, (1 - self._level(who, self._clock())) / self._per_second)
+    def give_back(self, who: str) -> None:
+        """Give back a token that was taken."""
+        now = self._clock()
+        self._levels[who] = (min(float(self._burst), self._level(who, now) + 1), now)
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -343,6 +344,9 @@ class RefusedSignIns:
 
     An address beyond the limit gets 429 before its credentials are looked at, but for those that were accepted from it
     lately: a mistake in one program must not lock out its neighbours behind the same address.
+
+    The token is taken before the credentials are looked at, or parallel requests would pass the limit together. It is
+    given back unless they are wrong. Requests with the same credentials need one token while these are looked at.
     """
 
     def __init__(self, app: ASGIApp, edge: Edge) -> None:
@@ -352,6 +356,7 @@ class RefusedSignIns:
         self._trusted = edge.trusted_proxies
         self._salt = token_bytes(16)
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
+        self._looked_at: set[bytes] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sent = _credentials(scope)
@@ -359,23 +364,44 @@ class RefusedSignIns:
             return await self._app(scope, receive, send)
         address = owner_of(client_address(scope, self._trusted))
         digest = blake2b(address.encode() + b"\0" + sent, key=self._salt, digest_size=16).digest()
-        if digest not in self._accepted and (wait := self._buckets.wait(address)) > 0:
+        holds_token = digest not in self._accepted and digest not in self._looked_at
+        if holds_token and (wait := self._buckets.take(address)) > 0:
             message = "Too many wrong credentials came from your address (api.refused_sign_ins_per_minute)."
             refused = ApiError(429, "too_many_refused_sign_ins", message, retry_after_seconds=ceil(wait))
             return await error_response(refused)(scope, receive, send)
+        if holds_token and sent:  # a form has its credentials in the body: they may differ
+            self._looked_at.add(digest)
         buckets = self._buckets
+
+        def give_back() -> None:
+            nonlocal holds_token
+            if holds_token:
+                holds_token = False
+                self._looked_at.discard(digest)
+                buckets.give_back(address)
+
+        def accept() -> None:
+            give_back()
+            self._accept(digest)
+
+        def refuse() -> None:
+            nonlocal holds_token
+            self._accepted.pop(digest, None)
+            if not holds_token:
+                buckets.take(address)
+            holds_token = False
+            self._looked_at.discard(digest)
 
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                principal: Principal | None = scope.get("principal")
-                if message["status"] == 401:
-                    self._accepted.pop(digest, None)
-                    buckets.take(address)
-                elif principal is not None and principal.user_id is not None:
-                    self._accept(digest)
+                refuse() if message["status"] == 401 else give_back()
             await send(message)
 
-        return await self._app(scope, receive, send_counted)
+        scope["credentials_accepted"] = accept
+        try:
+            return await self._app(scope, receive, send_counted)
+        finally:
+            give_back()
 
     def _accept(self, digest: bytes) -> None:
         self._accepted[digest] = None

@@ -17,6 +17,7 @@ import pytest
 
 from api.addresses import client_address, owner_of
 from api.event_stream import Throttle
+from api.middleware import SIGN_IN, Edge, RefusedSignIns
 from cli.connections import ConnectionLimits, SheddingSocket
 from tests.api.conftest import Api, running_api
 from tests.support.principals import said
@@ -270,6 +271,75 @@ async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_wer
         assert (await api.get("/healthz", **{"X-Forwarded-For": "203.0.113.7"})).status_code == 200
         assert [await ask(f"other-{number}", f"2001:db8::{number}") for number in range(6)] == [401] * 5 + [429]
         assert await ask("other", "2001:db8:0:1::1") == 401
+
+
+async def _nothing(*_: Any) -> None:
+    """Receive or send nothing."""
+
+
+@pytest.mark.parametrize(
+    ("path", "checked"), [(JOBS, 10), (SIGN_IN, 10), (JOBS, 30), (SIGN_IN, 30)], ids=["few", "form", "many", "forms"]
+)
+async def test_credentials_that_are_looked_at_are_limited(path: str, checked: int) -> None:
+    """However many are sent before the first is refused, no more are looked at than may be wrong."""
+    looked_at = 0
+    refused = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal looked_at
+        looked_at += 1
+        await refused.wait()
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+
+    limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=10))
+    tasks = [asyncio.create_task(limited(scope_of(path, f"wrong-{n}"), _nothing, _nothing)) for n in range(checked)]
+    await asyncio.sleep(0.01)
+    refused.set()
+    await asyncio.gather(*tasks)
+    assert looked_at == 10
+
+
+@pytest.mark.parametrize("end", ["accepted", "answered", "failed"])
+async def test_credentials_that_are_not_wrong_cost_nothing(end: str) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if end == "failed":
+            raise ConnectionError
+        if end == "accepted":
+            scope["credentials_accepted"]()
+            await asyncio.sleep(0.05)  # such as `Prefer: wait`
+        else:
+            await send({"type": "http.response.start", "status": 503, "headers": []})
+
+    limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=1))
+    for number in range(5):
+        task = asyncio.create_task(limited(scope_of(JOBS, str(number)), _nothing, _nothing))
+        await asyncio.sleep(0)
+        assert limited._buckets is not None
+        assert limited._buckets.take("127.0.0.1") == 0
+        limited._buckets.give_back("127.0.0.1")
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_same_credentials_in_parallel_need_one_token() -> None:
+    passed = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal passed
+        await asyncio.sleep(0.01)
+        passed += 1
+        scope["credentials_accepted"]()
+
+    limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=1))
+    await asyncio.gather(*(limited(scope_of(JOBS, "right"), _nothing, _nothing) for _ in range(50)))
+    assert passed == 50
+    assert not limited._looked_at
+
+
+def scope_of(path: str, credential: str) -> dict[str, Any]:
+    """Return a request with a credential; that of a form is in its body."""
+    headers = [] if path == SIGN_IN else [(b"authorization", f"Bearer {credential}".encode())]
+    method = "POST" if path == SIGN_IN else "GET"
+    return {"type": "http", "method": method, "path": path, "headers": headers, "client": ("127.0.0.1", 1)}
 
 
 def test_clients_are_counted_by_ipv4_address_and_ipv6_network() -> None:
