@@ -1,7 +1,8 @@
 """api: validate the parameters of jobs. Models of plug-ins are applied in a process of their own.
 
 A validator of a plug-in may raise anything, run for ever (a regular expression holds the interpreter lock meanwhile),
-or end the process. In a process of its own it affects only the request that needs it. The models of the job types that
+or end the process. In a process of its own it affects only the request that needs it. Each job type has its own
+processes, so a slow validator holds up no other job type. The models of the job types that
 come with Jobledger are applied here, because a process costs about half a millisecond for each request.
 """
 
@@ -22,6 +23,7 @@ _OWN_MODELS: Final = "workers."
 _PROCESSES: Final = 2
 _SECONDS: Final = 3.0
 _SECONDS_PER_JOB: Final = 0.01
+_MOST_SECONDS: Final = 10.0
 _QUEUE_SECONDS: Final = 10.0
 
 
@@ -45,26 +47,35 @@ class ParametersValidator:
 
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
-        self._function = LimitedFunction(
-            "api.plugin_validation:answer_to", processes=_PROCESSES, queue_seconds=_QUEUE_SECONDS
-        )
+        self._functions: dict[str, LimitedFunction] = {}
 
     async def check(self, checks: Iterable[Check]) -> None:
-        """Apply models of plug-ins.
+        """Apply models of plug-ins, one job type after the other.
 
         Raises:
-            ApiError: 422, naming the first hundred wrong fields, or why there is no verdict; 503, when it takes too
-                long.
+            ApiError: 422, naming the first hundred wrong fields of a job, or why there is no verdict; 503, when it
+                takes too long.
         """
-        wanted = list(checks)
-        if wanted and (answer := await self._answer(wanted)) is not None:
-            raise ApiError(answer["status"], answer["code"], answer["message"], details=answer["details"])
+        by_type: dict[str, list[Check]] = {}
+        for it in checks:
+            by_type.setdefault(it.job_type, []).append(it)
+        for job_type, wanted in by_type.items():
+            if (answer := await self._answer(job_type, wanted)) is not None:
+                raise ApiError(answer["status"], answer["code"], answer["message"], details=answer["details"])
 
     async def close(self) -> None:
         """End the processes."""
-        await self._function.close()
+        for function in self._functions.values():
+            await function.close()
 
-    async def _answer(self, checks: list[Check]) -> Any:
+    def _function(self, job_type: str) -> LimitedFunction:
+        if job_type not in self._functions:
+            self._functions[job_type] = LimitedFunction(
+                "api.plugin_validation:answer_to", processes=_PROCESSES, queue_seconds=_QUEUE_SECONDS
+            )
+        return self._functions[job_type]
+
+    async def _answer(self, job_type: str, checks: list[Check]) -> Any:
         request = to_json(
             [
                 {
@@ -76,15 +87,15 @@ class ParametersValidator:
                 for it in checks
             ]
         )
+        seconds = min(self._seconds + _SECONDS_PER_JOB * len(checks), _MOST_SECONDS)
         try:
-            return await self._function.call(request, self._seconds + _SECONDS_PER_JOB * len(checks))
+            return await self._function(job_type).call(request, seconds)
         except TooBusy:
             raise _too_slow("Other requests are being validated. Try again later.") from None
         except CallTimeout as error:
-            names = ", ".join(sorted({it.job_type for it in checks}))
-            raise _too_slow(f"Validating parameters of job type {names} {error}.") from None
+            raise _too_slow(f"Validating parameters of job type {job_type} {error}.") from None
         except ProcessEnded as error:
-            return failed(path(checks[0].within), checks[0].job_type, str(error))
+            return failed(path(checks[0].within), job_type, str(error))
 
 
 def _too_slow(why: str) -> ApiError:
