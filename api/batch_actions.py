@@ -87,8 +87,7 @@ async def update(request: Request) -> Response:
     body, _ = await read_body(request, BatchUpdateBody)
     access = AccessControl(**body.access_control.model_dump())
     found = await _existing(request, Right.ADMIN)
-    limit = services(request).largest_body_bytes
-    refuse_multiplied("access_control", access, len(found.batch.asked.job_ids), limit)
+    refuse_multiplied(request, "access_control", access, len(found.batch.asked.job_ids))
     handled = await _for_batch(request, found, ChangeAccess(actor(request), access))
     outcome = await _for_jobs(request, found, ChangeAccess(actor(request), access), _EVERY, Right.ADMIN)
     return _answer(found.batch_id, handled.known, outcome)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from api import bulk
 from api.access import actor, for_user, may_see, teams_of, viewer_of, while_signed_in, who_asks
-from api.bodies import off_loop, read_body
+from api.bodies import MOST_VALUES, counted, note_size, off_loop, read_body
 from api.conditional import unless_known
 from api.disclosure import BATCH, shown
 from api.errors import ApiError, json_response, path
@@ -76,7 +76,6 @@ async def submit(request: Request) -> Response:
     known = services(request)
     body, content = await read_body(request, BatchBody)
     once = await off_loop(request, Once.of, request, content)
-    _refuse_defaults_multiplied(body, known.largest_body_bytes)
     batch_id = f"batch-{once.name()}" if once else new_batch_id()
     if (before := await _submitted_before(request, batch_id, once)) is not None:
         return before
@@ -119,8 +118,9 @@ async def jobs_in(
     """Return the events for a batch's jobs, and the secrets of their webhooks.
 
     Raises:
-        ApiError: 422, naming each wrong field of the first job that has any.
+        ApiError: 422, naming each wrong field of the first job that has any; 413, when its defaults are too large.
     """
+    _refuse_defaults_multiplied(request, body)
     jobs, kept = await off_loop(request, _jobs_in, request, body, batch_id, user_id)
     types = services(request).job_types
     checks = [
@@ -204,27 +204,33 @@ def _as_submitted(event: Recorded) -> Document:
     return batch
 
 
-def _refuse_defaults_multiplied(body: BatchBody, limit: int) -> None:
+def _refuse_defaults_multiplied(request: Request, body: BatchBody) -> None:
     """Refuse defaults that make gigabytes of events, because every job carries them.
 
     Raises:
         ApiError: 413.
     """
     inheriting = sum(1 for job in body.jobs if not (isinstance(job, dict) and "access_control" in job))
-    refuse_multiplied("parameters", body.parameters, len(body.jobs), limit)
-    refuse_multiplied("access_control", body.access_control, inheriting, limit)
+    refuse_multiplied(request, "parameters", body.parameters, len(body.jobs))
+    refuse_multiplied(request, "access_control", body.access_control, inheriting)
 
 
-def refuse_multiplied(field: str, value: Any, times: int, limit: int) -> None:
-    """Make sure that a field of a batch's body, which is written for each job, does not exceed the limit of bodies.
+def refuse_multiplied(request: Request, field: str, value: Any, times: int) -> None:
+    """Make sure that a field of a batch's body, which is written for each job, is no more than a body may be.
 
     Raises:
         ApiError: 413.
     """
-    size = len(to_json(value)) * times
+    text = bytearray(to_json(value))
+    size, limit = len(text) * times, services(request).largest_body_bytes
     if size > limit:
         message = f"The batch's `{field}` in each of its jobs: {size} bytes, more than {limit} (api.max_body_bytes)."
         raise ApiError(413, "too_large", message)
+    values = counted(text)[0] * times
+    if values > MOST_VALUES:
+        message = f"The batch's `{field}` in each of its jobs: about {values} values, more than {MOST_VALUES}."
+        raise ApiError(413, "too_many_values", message)
+    note_size(request, size, values)
 
 
 def _refuse_what_cannot_be_stored(jobs: Sequence[JobSubmitted]) -> None:

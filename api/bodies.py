@@ -72,7 +72,7 @@ async def read_body(request: Request, model: type[Model]) -> tuple[Model, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "unsupported_media_type", "Send JSON, with the header Content-Type: application/json.")
     body = await read_bytes(request, services(request).largest_body_bytes, " (api.max_body_bytes)")
-    request.scope["large_body"] = len(body) > _LARGE_BYTES or body.count(b",") > _MANY_VALUES
+    note_size(request, len(body), body.count(b","))
     return await off_loop(request, _parsed, request, model, body)
 
 
@@ -83,6 +83,12 @@ async def optional_body(request: Request, model: type[Model]) -> tuple[Model, An
         ApiError: as `read_body`.
     """
     return await read_body(request, model) if "content-type" in request.headers else (validated(model, {}), {})
+
+
+def note_size(request: Request, size: int, values: int) -> None:
+    """Note how much there is to do for a request: `off_loop` uses a thread where that is much."""
+    if size > _LARGE_BYTES or values > _MANY_VALUES:
+        request.scope["large_body"] = True
 
 
 async def off_loop(
@@ -96,8 +102,8 @@ async def off_loop(
 
 def _parsed(request: Request, model: type[Model], body: bytearray) -> tuple[Model, Any]:
     memory: Reservation = request.scope["memory"]
-    if request.scope["large_body"]:
-        values, containers = _counted(body)
+    if request.scope.get("large_body"):
+        values, containers = counted(body)
         if values > MOST_VALUES or containers > MOST_CONTAINERS:
             message = (
                 f"The body has about {values} values, {containers} of them objects or arrays; at most {MOST_VALUES} "
@@ -146,7 +152,7 @@ def _object(pairs: list[tuple[str, Any]]) -> None:
         raise ApiError(400, "malformed_json", message)
 
 
-def _counted(body: bytearray) -> tuple[int, int]:
+def counted(body: bytearray) -> tuple[int, int]:
     """Return at least how many values a JSON text has, and how many of them are objects or arrays, without parsing it.
 
     Each value but the first stands behind a comma or an opening bracket. Those within strings are counted only where

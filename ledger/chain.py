@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -25,37 +26,57 @@ _UTC = orjson.OPT_NAIVE_UTC
 _CHAINED = b'{"data":%b,"event_id":%b,"meta":%b,"prev":"%b","schema":%d,"stream":%b,"time":%b,"type":%b,"version":%d}'
 
 
-def canonical(value: Any) -> bytes:
+class LongText(Exception):
+    """A text would be longer than the caller has time for. `size` is about its length in bytes, 0 if not known."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+def canonical(value: Any, most: int = sys.maxsize) -> bytes:
     """Return the one JSON text of a value made of objects, lists, strings, numbers, booleans and null.
 
     Times become ISO 8601 in UTC with milliseconds, bytes become lower-case hex: JSON knows neither.
 
+    Args:
+        value: The value.
+        most: How many bytes of text the caller has time for. A text may take a second for 8 MB.
+
     Raises:
         InvalidEvent: NaN, infinity, an integer beyond ±(2^53 - 1), broken Unicode, or a type that JSON has no word for.
+        LongText: it takes longer, or may.
     """
     try:
         text = orjson.dumps(value, default=_word, option=_OPTIONS)
     except orjson.JSONEncodeError:
         text = b""  # the walk knows better what is wrong
+    if len(text) > most or (not text and most < sys.maxsize):
+        raise LongText(len(text))
     try:
         return text if text and not _is_delicate(text) else orjson.dumps(_plain(value, 0))
     except (orjson.JSONEncodeError, RecursionError, UnicodeEncodeError, TypeError) as error:
         raise InvalidEvent(f"this cannot be written as JSON: {error}") from error
 
 
-def plain_text(value: Any) -> bytes | None:
+def plain_text(value: Any, most: int = sys.maxsize) -> bytes | None:
     """Return the canonical JSON of a value in which all is of exactly the types of JSON, and no float is whole.
 
     None for others, and for some that need a closer look; then `canonical` has the text.
+
+    Raises:
+        LongText: as `canonical`.
     """
     try:
         text = orjson.dumps(value, option=_PLAIN_OPTIONS)
     except orjson.JSONEncodeError:
         return None
+    if len(text) > most:
+        raise LongText(len(text))
     return None if _is_delicate(text) else text
 
 
-def chained_text(document: Mapping[str, Any], data: bytes | None = None) -> bytes:
+def chained_text(document: Mapping[str, Any], data: bytes | None = None, most: int = sys.maxsize) -> bytes:
     """Return what an event's hash is the SHA-256 of: the canonical JSON of all its fields but `_id` and `hash`.
 
     Put together by hand, the names being in order: only `data` can hold what needs looking at.
@@ -63,13 +84,14 @@ def chained_text(document: Mapping[str, Any], data: bytes | None = None) -> byte
     Args:
         document: The event.
         data: What `plain_text` returns for its `data`, if the caller has it.
+        most: As in `canonical`.
 
     Raises:
-        InvalidEvent: as `canonical`.
+        InvalidEvent, LongText: as `canonical`.
     """
     try:
         return _CHAINED % (
-            data or canonical(document["data"]),
+            data or canonical(document["data"], most),
             orjson.dumps(document["event_id"]),
             orjson.dumps(document["meta"], option=_OPTIONS),
             document["prev"].hex().encode(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ import uuid_utils
 from bson.errors import BSONError
 
 from ledger import limits
-from ledger.chain import GENESIS, chained_text, plain_text
+from ledger.chain import GENESIS, LongText, chained_text, plain_text
 from ledger.errors import InvalidEvent
 from ledger.events import Event, Meta, PositionVoided, milliseconds
 from ledger.mongo import Document
@@ -44,16 +45,23 @@ class Append:
     time: datetime
 
 
-def documents_of(append: Append, into: list[Document]) -> int:
+def documents_of(append: Append, into: list[Document], most: int = sys.maxsize) -> int:
     """Add an append's documents, chained to the stream's head, to a list; their positions (`_id`) are still to come.
 
-    Returns their size in bytes of canonical JSON.
+    Args:
+        append: The events.
+        into: The list.
+        most: How many bytes the caller has time for, in each event.
+
+    Returns:
+        Their size in bytes of canonical JSON.
 
     Raises:
         InvalidEvent: an event cannot be hashed, is too large, or holds more than ledger/limits.py allows.
+        LongText: an event is larger than `most`, or may take as long; nothing was added.
     """
     at, meta = milliseconds(append.time), append.meta.payload()
-    version, previous, size = append.head.version, append.head.hash, 0
+    version, previous, size, begin = append.head.version, append.head.hash, 0, len(into)
     for event in append.events:
         version += 1
         document: Document = {
@@ -68,8 +76,13 @@ def documents_of(append: Append, into: list[Document]) -> int:
             "meta": meta,
             "prev": previous,
         }
-        data = plain_text(document["data"])
-        text = chained_text(document, data)
+        try:
+            data = plain_text(document["data"], most)
+            text = chained_text(document, data, most)
+        except LongText as long:
+            del into[begin:]
+            limits.check(event, long.size)  # now, and not after the second that the text may take
+            raise
         if data is None and (what := data_deviation(document)) is not None:
             raise InvalidEvent(f"a {document['type']} cannot be stored: {what}. Use a text, number, list or object")
         limits.check(event, len(text))

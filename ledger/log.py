@@ -21,6 +21,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
+from ledger.chain import LongText
 from ledger.envelope import Append, documents_of
 from ledger.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
 from ledger.events import Event, Recorded
@@ -38,7 +39,8 @@ StoredDocument = tuple[Document, bytes]
 LARGEST_POSITION = 2**63 - 1  # what the database can count to
 _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
-_ENCODED_AT_ONCE = 100
+_ENCODED_AT_ONCE_BYTES = 64 * 1024
+"""After that many bytes of an append, other tasks run. A larger event is encoded in a thread."""
 _LOOKS_AT_THE_END = 8
 _READERS: Sequence[tuple[str, Document, str]] = (
     ("checkpoints", {"_id": "views"}, "the views"),
@@ -125,10 +127,15 @@ class EventLog(Writer):
         documents: list[Document] = []
         events: list[Event] = []
         size = basis = 0
-        for index, append in enumerate(appends, 1):
-            if index % _ENCODED_AT_ONCE == 0:  # other requests are served meanwhile; nothing is reserved yet
+        pause_at = _ENCODED_AT_ONCE_BYTES
+        for append in appends:
+            if size > pause_at:  # other requests are served meanwhile; nothing is reserved yet
+                pause_at = size + _ENCODED_AT_ONCE_BYTES
                 await asyncio.sleep(0)
-            size += documents_of(append, documents)
+            try:
+                size += documents_of(append, documents, _ENCODED_AT_ONCE_BYTES)
+            except LongText:
+                size += await asyncio.to_thread(documents_of, append, documents)
             events += append.events
             if append.head.position > basis:
                 basis = append.head.position

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 from pymongo import MongoClient
 
-from api.bodies import MOST_CONTAINERS, MOST_VALUES, _counted, _refuse_repeated_names
+from api.bodies import MOST_CONTAINERS, MOST_VALUES, _refuse_repeated_names, counted
 from api.errors import ApiError
 from api.memory import MemoryBudget, Reservation
 from api.validation import validated
@@ -28,6 +28,7 @@ from tests.support.rarely import rarely
 from workers.processors.session.parameters import SessionParameters
 
 JOBS, BATCHES, REDELIVER = "/api/events/jobs", "/api/events/batches", "/api/monitoring/events/redeliver"
+CHECK = "/monitoring/events/check"
 MOST_CPU_SECONDS = 3.0
 MOST_MEMORY_MB = 400
 LONGEST_STALL_SECONDS = 3.0
@@ -123,6 +124,17 @@ BODIES: dict[str, tuple[str, int, Callable[[], Any]]] = {
             "access_control": {"read_access": LONG_NAMES},
         },
     ),
+    "defaults of 100,000 values for each of 83 jobs": (
+        BATCHES,
+        413,
+        lambda: {"jobs": [{"job_type": "echo", "parameters": {}}] * 83, "parameters": {"a": [1.0] * 100_000}},
+    ),
+    "a dry run of defaults for each of 10,000 jobs": (
+        CHECK,
+        413,
+        lambda: {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000, "parameters": {"a": [[]] * 100_000}},
+    ),
+    "700,000 whole numbers with a point": (JOBS, 422, lambda: echo(json.dumps({"a": [[1.0] * 3] * 240_000}))),
     "500,000 jobs": (BATCHES, 422, lambda: {"jobs": [1] * 500_000}),
     "a batch whose last job is very wrong": (
         BATCHES,
@@ -274,7 +286,7 @@ def test_validator_that_never_ends_holds_up_nobody_and_is_ended(role: Role, clie
 @pytest.mark.parametrize("text", [r"a\\", r"\"[{,", "[,{" * 400_000, '\\\\"' * 300_000])
 def test_counting_values_leaves_out_strings(text: str) -> None:
     body = json.dumps({"a": [text, 1, {"b": []}], text: text}).encode()
-    values, containers = _counted(bytearray(body))
+    values, containers = counted(bytearray(body))
     if values + containers > 20:  # few enough not to be looked at closely
         assert body.count(b",") + body.count(b"[") + body.count(b"{") < MOST_VALUES
         assert body.count(b"[") + body.count(b"{") < MOST_CONTAINERS

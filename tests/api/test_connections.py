@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from api.addresses import client_address, owner_of
 from api.event_stream import Throttle
@@ -273,8 +274,12 @@ async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_wer
         assert await ask("other", "2001:db8:0:1::1") == 401
 
 
-async def _nothing(*_: Any) -> None:
-    """Receive or send nothing."""
+async def _receive() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def _send(_message: Message) -> None:
+    """Send nothing."""
 
 
 @pytest.mark.parametrize(
@@ -292,7 +297,7 @@ async def test_credentials_that_are_looked_at_are_limited(path: str, checked: in
         await send({"type": "http.response.start", "status": 401, "headers": []})
 
     limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=10))
-    tasks = [asyncio.create_task(limited(scope_of(path, f"wrong-{n}"), _nothing, _nothing)) for n in range(checked)]
+    tasks = [asyncio.create_task(limited(scope_of(path, f"wrong-{n}"), _receive, _send)) for n in range(checked)]
     await asyncio.sleep(0.01)
     refused.set()
     await asyncio.gather(*tasks)
@@ -312,7 +317,7 @@ async def test_credentials_that_are_not_wrong_cost_nothing(end: str) -> None:
 
     limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=1))
     for number in range(5):
-        task = asyncio.create_task(limited(scope_of(JOBS, str(number)), _nothing, _nothing))
+        task = asyncio.create_task(limited(scope_of(JOBS, str(number)), _receive, _send))
         await asyncio.sleep(0)
         assert limited._buckets is not None
         assert limited._buckets.take("127.0.0.1") == 0
@@ -330,7 +335,7 @@ async def test_same_credentials_in_parallel_need_one_token() -> None:
         scope["credentials_accepted"]()
 
     limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=1))
-    await asyncio.gather(*(limited(scope_of(JOBS, "right"), _nothing, _nothing) for _ in range(50)))
+    await asyncio.gather(*(limited(scope_of(JOBS, "right"), _receive, _send) for _ in range(50)))
     assert passed == 50
     assert not limited._looked_at
 

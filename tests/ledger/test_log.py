@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import Enum
@@ -14,6 +15,7 @@ import pytest
 from bson import ObjectId
 from pymongo.errors import AutoReconnect
 
+from ledger import chain
 from ledger.commands import ChangeAccess, ClaimJob, SubmitBatch, SubmitJob
 from ledger.envelope import LARGEST_EVENT_BYTES, VOID_STREAM, Append, Head
 from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
@@ -337,8 +339,8 @@ async def test_too_much_waiting_is_refused_until_it_is_written(connection: Conne
 
 
 async def test_too_many_bytes_waiting_are_refused_like_too_many_events(connection: Connection) -> None:
-    large = a_job(parameters={"text": "x" * 100_000})
-    async with dawdler_on(connection, Limits(waiting_bytes=250_000, groups_on_their_way=1)) as log:
+    large = a_job(parameters={"text": "x" * 60_000})
+    async with dawdler_on(connection, Limits(waiting_bytes=150_000, groups_on_their_way=1)) as log:
         ahead = await log.held_up(append_of(a_job()))
         waiting = [asyncio.create_task(log.append(append_of(large))) for _ in range(3)]
         await asyncio.sleep(0)
@@ -348,6 +350,81 @@ async def test_too_many_bytes_waiting_are_refused_like_too_many_events(connectio
         await asyncio.gather(ahead, *waiting)
         await log.append(append_of(large))
         assert await log.head() == 5
+
+
+@pytest.mark.parametrize(
+    ("parameters", "on_loop"),
+    [
+        ({"a": "x"}, True),
+        ({"a": [1.0, None, "$"]}, True),
+        ({"a": "x" * 100_000}, False),
+        ({"a": [1.0] * 100_000}, False),
+        ({"a": [None] * 100_000}, False),
+        ({"a": "x" * 100_000 + "$"}, False),
+        ({"a": ["ä"] * 10_000 + ["\U00010000"] * 10_000}, False),
+    ],
+    ids=["small", "small and delicate", "text", "whole floats", "nulls", "dollar", "not ASCII"],
+)
+async def test_large_content_is_never_encoded_on_the_event_loop(
+    quiet: Ledger, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any], on_loop: bool
+) -> None:
+    threads: list[bool] = []
+
+    def walk(found: Any, depth: int) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return real(found, depth)
+
+    def look(text: bytes) -> bool:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return is_delicate(text)
+
+    real, is_delicate = chain._plain, chain._is_delicate
+    monkeypatch.setattr(chain, "_plain", walk)
+    monkeypatch.setattr(chain, "_is_delicate", look)
+    for job in (a_job(parameters=parameters), a_job(parameters=parameters, not_before=NOON)):
+        threads.clear()
+        await quiet.log.append(append_of(a_job()), append_of(job))
+        assert (False not in threads) is on_loop
+        assert threads.count(True) == 1 or on_loop  # that of the small one
+    check_log(await stored(quiet.db))
+
+
+async def test_content_that_is_too_large_is_refused_before_it_is_looked_at(
+    quiet: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "_plain", None)
+    monkeypatch.setattr(chain, "_is_delicate", None)
+    for content in ([[1.0] * 3] * 240_000, [None] * 1_000_000, ["$"] * 1_000_000):
+        with pytest.raises(InvalidEvent, match=r"parameters: \d+ bytes"):
+            await quiet.log.append(append_of(a_job(parameters={"a": content})))
+
+
+async def test_other_tasks_run_while_much_small_content_is_encoded(
+    quiet: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each 64 KiB or so, however many appends that are."""
+    rounds = 0
+
+    async def count() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    jobs = [append_of(a_job(parameters={"a": "x" * 30_000})) for _ in range(20)]
+    counting = asyncio.create_task(count())
+    seen = 0
+    real_write = quiet.log._write
+
+    async def write(*arguments: Any) -> None:
+        nonlocal seen
+        seen = rounds
+        await real_write(*arguments)
+
+    monkeypatch.setattr(quiet.log, "_write", write)
+    await quiet.log.append(*jobs)
+    counting.cancel()
+    assert 5 <= seen <= 20
 
 
 async def test_an_append_that_is_too_large_as_a_whole_is_refused_with_both_numbers(connection: Connection) -> None:
