@@ -329,7 +329,7 @@ def shown_event(event: Recorded, viewer: Viewer) -> Document:
         "type": event.type,
         "time": event.time,
         "schema": event.schema,
-        "data": _filtered(data, EVENTS.get(event.type, {}), viewer) if hidden else data,
+        "data": _filtered(event.fields, EVENTS.get(event.type, {}), viewer) if hidden else data,
         "meta": _filtered(meta, META, viewer) if hidden else meta,
         "hash": None if hidden else digest,
     }

@@ -56,7 +56,7 @@ def _time_of(event: Recorded) -> datetime:
 def _lines(event: Recorded) -> list[bytes]:
     attempt = None
     try:
-        attempt, lines = event.data.get("attempt"), lines_of(event)
+        attempt, lines = event.fields.get("attempt"), lines_of(event)
     except (UnreadableEvent, AttributeError):
         damaged = f"{event.type}, version {event.version} of the job's history, cannot be read."
         lines = [LogLine(timestamp=_time_of(event), level="error", message=damaged)]

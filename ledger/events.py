@@ -7,6 +7,7 @@ clock, no event loop.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -16,7 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
-from ledger.errors import NewerEvent, UnreadableEvent
+from ledger.chain import chained_text
+from ledger.errors import InvalidEvent, NewerEvent, UnreadableEvent
 
 _BELOW_A_MILLISECOND = [timedelta(microseconds=microseconds) for microseconds in range(1000)]
 
@@ -542,11 +544,16 @@ class Meta:
         )
 
 
+UNKNOWN_TIME = datetime(1970, 1, 1, tzinfo=UTC)
+"""The time of an event whose time is damaged."""
+
+
 class Recorded:
     """An event in the log: a document of `events`, with its payload read when somebody asks for it.
 
     Two are equal if they are the same event in the same place. Whoever only passes events on, or looks for some types,
-    need not know them all: the log may hold events of a later version of this program.
+    need not know them all: the log may hold events of a later version of this program. The properties can be read of a
+    damaged event, too. `event` then raises `UnreadableEvent`.
     """
 
     __slots__ = ("_document", "_event")
@@ -585,20 +592,27 @@ class Recorded:
 
     @property
     def schema(self) -> int:
-        """The version of the payload as it was written; `event` is brought up to date."""
-        return int(self._document["schema"])
+        """The version of the payload as it was written, 0 if that is damaged; `event` is brought up to date."""
+        schema = self._document.get("schema")
+        return schema if isinstance(schema, int) else 0
 
     @property
     def time(self) -> datetime:
-        """When the writer decided it."""
-        time: datetime = self._document["time"]
-        return time
+        """When the writer decided it; `UNKNOWN_TIME` if that is damaged."""
+        time = self._document.get("time")
+        return time if isinstance(time, datetime) else UNKNOWN_TIME
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The payload as it was written."""
-        data: Mapping[str, Any] = self._document["data"]
+        """The payload as it was written; of a damaged event, it may be anything."""
+        data: Mapping[str, Any] = self._document.get("data")  # type: ignore[assignment]
         return data
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The payload as it was written, empty if it is no object."""
+        data = self._document.get("data")
+        return data if isinstance(data, Mapping) else {}
 
     @property
     def meta(self) -> Meta:
@@ -607,7 +621,9 @@ class Recorded:
 
     @property
     def hash(self) -> bytes:
-        return bytes(self._document["hash"])
+        """The digest that the next event of the stream is chained to; empty if that is damaged."""
+        found = self._document.get("hash")
+        return bytes(found) if isinstance(found, bytes) else b""
 
     @property
     def event(self) -> Event:
@@ -623,10 +639,16 @@ class Recorded:
     def _read(self) -> Event:
         document = self._document
         name, schema = self.type, document.get("schema")
-        known = EVENT_TYPES.get(name)
+        if not isinstance(document.get("type"), str):
+            raise UnreadableEvent(f"{self._place()} is an event without a type")
+        if not isinstance(document.get("time"), datetime):
+            raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: it has no time")
         if not isinstance(schema, int) or schema < 1:
             raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: no schema is called {schema!r}")
+        known = EVENT_TYPES.get(name)
         if known is None or schema > known.schema_version:
+            if "hash" in document and not self._is_intact():
+                raise UnreadableEvent(f"{self._place()} is a {name} with schema {schema}, and its hash is wrong")
             raise NewerEvent(
                 f"{self._place()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
                 "a later one has written to this log. Upgrade this one."
@@ -638,6 +660,13 @@ class Recorded:
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # the last of them also from pydantic
             raise UnreadableEvent(f"{self._place()} is a {name} that cannot be read: {error}") from error
         return event
+
+    def _is_intact(self) -> bool:
+        """Return whether the hash is that of the content."""
+        try:
+            return hashlib.sha256(chained_text(self._document)).digest() == self.hash
+        except (AttributeError, InvalidEvent, LookupError, TypeError, ValueError):
+            return False
 
     def _place(self) -> str:
         return f"At position {self.position} of the log ({self.stream}, version {self.version})"

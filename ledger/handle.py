@@ -45,11 +45,18 @@ class Known:
     head: Head = Head()  # noqa: RUF009 - frozen
 
     def after(self, events: Iterable[Recorded]) -> Known:
-        """Return what is known when these events, the next of the same stream, are taken in."""
+        """Return what is known when these events, the next of the same stream, are taken in.
+
+        Raises:
+            UnreadableEvent: one of them is damaged or missing, or a later version of this program has written it.
+        """
         known = self
         for event in events:
+            version, digest = known.head.version + 1, event.hash
+            if event.version != version or not digest:
+                raise UnreadableEvent(f"Version {version} of {event.stream} is damaged or missing.")
             state = rules_of(event.stream).evolve(known.state, event.event)
-            known = Known(state, Head(event.version, event.position, event.hash))
+            known = Known(state, Head(version, event.position, digest))
         return known
 
 
@@ -209,4 +216,6 @@ async def load_all(log: EventLog, streams: Collection[str]) -> dict[str, Known |
             found[stream] = Known().after(events)
         except UnreadableEvent as error:
             found[stream] = error
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
+            found[stream] = UnreadableEvent(f"{stream} cannot be read: {error!r}")
     return found

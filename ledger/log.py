@@ -346,7 +346,7 @@ class EventLog(Writer):
         safe (the writer takes another number), so a writer's clock may be trusted here.
         """
         old = datetime.now(UTC) - timedelta(seconds=10 * self._limits.void_after_seconds)
-        evidence = [document["_id"] for document in takewhile(lambda document: document["time"] < old, documents)]
+        evidence = [it["_id"] for it in takewhile(lambda document: Recorded(document).time < old, documents)]
         if not evidence:
             await asyncio.sleep(self._limits.void_after_seconds)
             evidence = [document["_id"] for document in documents]

@@ -61,7 +61,7 @@ class Tail:
         position = document["_id"]
         if position <= self._high or position in self._early:
             return
-        sized = _Sized(Recorded(document), len(orjson.dumps(document["data"], default=str)))
+        sized = _Sized(Recorded(document), len(orjson.dumps(document.get("data"), default=str)))
         if position > self._high + 1:
             self._hold_back(position, sized)
             return

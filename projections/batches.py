@@ -82,7 +82,7 @@ def _followed(batch: Document, event: Recorded) -> Document | None:
         return None
     changes: Document = {}
     if event.type == BatchFinished.__name__:
-        status = event.data.get("status")
+        status = event.fields.get("status")
         ended = status if status in ("completed", "partial", "failed") else "partial"
         changes = {"status": ended, "completed_at": event.time, "gone_on": False}
     elif event.type == BatchReopened.__name__:
@@ -92,9 +92,9 @@ def _followed(batch: Document, event: Recorded) -> Document | None:
 
 def _skeleton(event: Recorded) -> Document:
     """Return a document for a batch whose first event cannot be read: what of it is readable, only for admins."""
-    found = event.data.get("job_ids")
+    found = event.fields.get("job_ids")
     job_ids = [it for it in found if isinstance(it, str)] if isinstance(found, list) else []
-    user_id = event.data.get("user_id")
+    user_id = event.fields.get("user_id")
     owner = shortened(user_id, 200) if isinstance(user_id, str) else ""
     return _submitted(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
 

@@ -29,9 +29,11 @@ from ledger.events import (
     BatchDeleted,
     BatchPaused,
     BatchResumed,
+    BatchSubmitted,
     DeliveryQueued,
     Event,
     JobProgressed,
+    JobSubmitted,
     Recorded,
 )
 from ledger.leadership import Deposed
@@ -57,6 +59,8 @@ FOLDED: Final = (jobs.NAME, batches.NAME, statistics.NAME, deliveries.NAME, rece
 """The views with documents that are folded on; all others follow from these."""
 _SWITCHES: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
 """What may change whether a batch's waiting jobs are in the queue."""
+_BEGINNINGS: Final = frozenset({JobSubmitted.__name__, BatchSubmitted.__name__, DeliveryQueued.__name__})
+"""What begins a stream, so that there is no document of it yet."""
 Write = InsertOne[Document] | ReplaceOne[Document] | UpdateOne | DeleteOne
 
 
@@ -77,7 +81,8 @@ class Chunk:
 
     `position` is that of the last event that was taken in; `waiting` are the jobs that waited when it began, of the
     batches that it pauses or resumes. `refused` are documents that cannot be stored whole, and why. Of these, and of
-    the rows of jobs, `left_out` are not stored at all. `isolated` is what has to be said in the program's log.
+    the rows of jobs, `left_out` are not stored at all. `unfoldable` are documents that could not even be isolated.
+    `isolated` is what has to be said in the program's log.
     """
 
     loaded: dict[str, dict[str, Document]]
@@ -87,6 +92,7 @@ class Chunk:
     position: int = 0
     refused: dict[Key, Document] = field(default_factory=dict)
     left_out: set[Key] = field(default_factory=set)
+    unfoldable: dict[Key, Document] = field(default_factory=dict)
     isolated: list[tuple[str, Document]] = field(default_factory=list)
 
     def fold(self, event: Recorded) -> None:
@@ -116,6 +122,15 @@ class Chunk:
         """Go on without an event that cannot be folded. A fold takes in all of an event or nothing of it."""
         problem = failures.of_event(event, error)
         self.isolated.append((event.stream, problem))
+        try:
+            self._show(kind, event, problem)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, it must not stop the other streams
+            self.unfoldable[_VIEW_OF[kind], event.stream] = problem
+
+    def _show(self, kind: str, event: Recorded, problem: Document) -> None:
+        """Say in a stream's document what the problem is, or else in the view of failures alone."""
         if kind == "job":
             before = self.get(jobs.NAME, event.stream)
             self._take_job(before, jobs.isolated(before, event, problem), event)
@@ -125,7 +140,7 @@ class Chunk:
         elif (delivery := self.get(deliveries.NAME, event.stream)) is not None:
             self._take_delivery(delivery, deliveries.isolated(delivery, event, problem))
         else:
-            self.refused[deliveries.NAME, event.stream] = problem
+            self.unfoldable[deliveries.NAME, event.stream] = problem
 
     def _fold_job(self, event: Recorded) -> None:
         before = self.get("jobs", event.stream)
@@ -285,7 +300,7 @@ class Chunk:
     def _failures(self, replaced: Collection[Key]) -> list[tuple[str, Write]]:
         """Return what changes in the view of what could not be projected: for nearly all chunks nothing."""
         found: list[tuple[str, Write]] = []
-        for (view, key), problem in self.refused.items():
+        for (view, key), problem in {**self.unfoldable, **self.refused}.items():
             row = failures.row(view, key, problem)
             found.append((row["_id"], ReplaceOne({"_id": row["_id"]}, row, upsert=True)))
         for view in _REDUCED:
@@ -302,6 +317,7 @@ class Chunk:
         return found
 
 
+_VIEW_OF: Final = {"job": jobs.NAME, "batch": batches.NAME, "delivery": deliveries.NAME}
 _FOLDS: Final[Mapping[str, Callable[[Chunk, Recorded], None]]] = {
     "job": Chunk._fold_job,
     "batch": Chunk._fold_batch,
@@ -456,7 +472,7 @@ class Folder:
                 chunk = await self.prepare(part)
                 await self.write(chunk, first=first if is_last else None)
             except ChunkTooLarge as error:
-                self._forget()
+                self.forget()
                 if len(part) == 1:
                     raise LedgerUnavailable(f"The event at position {part[0].position} is not written: {error}") from (
                         error
@@ -497,14 +513,11 @@ class Folder:
         """
         self._unwritten = chunk
         self._written.clear()
-        with driver_errors("folding events into the views"):
-            try:
-                await self._write(chunk, first, chunk.writes(replaced=self._reduced))
-            except (_Refused, PyMongoError, BSONError, ValueError, OverflowError) as error:
-                if not _is_refusal(error):
-                    raise
-                _log.warning("a chunk of events cannot be written as it is", position=chunk.position, error=str(error))
-                await self._write_carefully(chunk, first)
+        try:
+            with driver_errors("folding events into the views"):
+                await self._write_at_all(chunk, first)
+        finally:
+            self._written.set()  # also after a failure: `prepare` must not wait for ever
         for key, problem in chunk.isolated:
             _log.error("isolated: the views do not show what the log says", document=key, **problem)
         for view, documents in chunk.now.items():
@@ -513,7 +526,15 @@ class Folder:
         self._reduced |= chunk.refused.keys()
         self.position = chunk.position
         self._unwritten = None
-        self._written.set()
+
+    async def _write_at_all(self, chunk: Chunk, first: Callable[[AsyncClientSession], Awaitable[None]] | None) -> None:
+        try:
+            await self._write(chunk, first, chunk.writes(replaced=self._reduced))
+        except (_Refused, PyMongoError, BSONError, ValueError, OverflowError) as error:
+            if not _is_refusal(error):
+                raise
+            _log.warning("a chunk of events cannot be written as it is", position=chunk.position, error=str(error))
+            await self._write_carefully(chunk, first)
 
     async def _write_carefully(
         self, chunk: Chunk, first: Callable[[AsyncClientSession], Awaitable[None]] | None
@@ -561,7 +582,7 @@ class Folder:
 
         await transaction(self._db, write)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Forget what was folded and not written."""
         self._cache.clear()
         self._unwritten = None
@@ -569,7 +590,7 @@ class Folder:
 
     async def _load(self, events: Sequence[Recorded]) -> Chunk:
         """Return an empty chunk, with everything that folding the events may concern."""
-        firsts = [event for event in events if event.version == 1]
+        firsts = [event for event in events if event.version == 1 and event.type in _BEGINNINGS]
         begun = {event.stream for event in firsts}  # of these there is nothing yet
         streams = {event.stream for event in events} - begun
         loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")})}

@@ -16,7 +16,7 @@ from typing import Any, Final, assert_never
 import orjson
 
 from ledger.access import Principal
-from ledger.errors import InvalidEvent
+from ledger.errors import InvalidEvent, NewerEvent, UnreadableEvent
 from ledger.events import (
     ENDED,
     JOB_EVENTS,
@@ -83,7 +83,15 @@ def fold(job: Document | None, event: Recorded) -> Document | None:
     """Return the job's document as it is after one more event of its stream; None when it is deleted."""
     if job is not None and failures.ERROR in job and failures.REDUCED not in job:
         return _followed(job, event)
-    happened = event.event
+    try:
+        happened = event.event
+    except NewerEvent:
+        raise
+    except UnreadableEvent:
+        if job is None or event.type != JobProgressed.__name__:
+            raise
+        # The next progress replaces it, or it is passed over for that (`folding`): so it must not isolate the job.
+        happened = JobProgressed(attempt=job["attempt"], step="unknown", percent=0.0, message="Cannot be read")
     if isinstance(happened, JobSubmitted):
         return _submitted(happened, event)
     if job is None:
@@ -135,10 +143,9 @@ def _followed(job: Document, event: Recorded) -> Document | None:
 
 def _skeleton(event: Recorded) -> Document:
     """Return a document for a job whose first event cannot be read: what of it is readable, only for admins."""
-    data = event.data if isinstance(event.data, dict) else {}
 
     def text(name: str, default: str | None = "") -> Any:
-        value = data.get(name)
+        value = event.fields.get(name)
         return shortened(value, 200) if isinstance(value, str) else default
 
     asked = JobSubmitted(

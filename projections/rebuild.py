@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
@@ -18,7 +19,7 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 
-from ledger.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable, LogTruncated
+from ledger.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable, LogTruncated, NewerEvent
 from ledger.events import Recorded
 from ledger.leadership import Deposed, Leadership
 from ledger.log import EventLog, Subscription
@@ -55,8 +56,6 @@ class Rebuild:
         self._db = db
         self._log = log
         self._leadership = Leadership(connection, REBUILD, holder=holder, lease_seconds=lease_seconds)
-        self._most_events: int | None = None
-        """Of a chunk, once the usual number was too much for one transaction."""
 
     @property
     def leadership(self) -> Leadership:
@@ -218,35 +217,51 @@ class Rebuild:
         """
 
         def read(after: int) -> asyncio.Task[list[Recorded]]:
-            return asyncio.create_task(self._log.read(after=after, limit=chunk_events, bare=True), name="read-ahead")
+            return asyncio.create_task(self._log.read(after=after, limit=CHUNK_EVENTS, bare=True), name="read-ahead")
 
-        chunk_events = min(CHUNK_EVENTS, self._most_events or CHUNK_EVENTS)
         reading: asyncio.Task[list[Recorded]] | None = None
         writing: asyncio.Task[None] | None = None
         position = folder.position
         try:
-            while position + chunk_events <= upto:
+            while position + CHUNK_EVENTS <= upto:
                 chunk = await (reading or read(position))
                 if not chunk:
                     break
                 position = chunk[-1].position
                 reading = read(position)
-                prepared = await folder.prepare(chunk)
-                if writing is not None:
-                    await writing
-                    told(folder.position, upto)
+                try:
+                    prepared = await folder.prepare(chunk)
+                    if writing is not None:
+                        await writing
+                        told(folder.position, upto)
+                except (ChunkTooLarge, NewerEvent):
+                    await self._fold_rest(folder, writing, position)
+                    writing = None
+                    continue
                 writing = asyncio.create_task(folder.write(prepared), name="write-views")
                 await asyncio.sleep(0)
-            if writing is not None:
-                await writing
-        except ChunkTooLarge as error:
-            self._most_events = max(1, chunk_events // 2)
-            raise LedgerUnavailable(f"A chunk of {chunk_events} events is tried again in parts: {error}") from error
+            await self._fold_rest(folder, writing, position)
         finally:
             for task in (reading, writing):
                 if task is not None:
                     task.cancel()
             await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
+
+    async def _fold_rest(self, folder: Folder, writing: asyncio.Task[None] | None, upto: int) -> None:
+        """Fold what is missing up to a position: in parts, of events with their hashes, and nothing at the same time.
+
+        Raises:
+            NewerEvent: a later version of this program has written one of the events.
+        """
+        if writing is not None:
+            with suppress(ChunkTooLarge):
+                await writing
+        if folder.position < upto:
+            folder.forget()
+        while folder.position < upto:
+            await folder.fold(
+                await self._log.read(after=folder.position, limit=min(CHUNK_EVENTS, upto - folder.position))
+            )
 
     async def _fold(self, folder: Folder, events: Sequence[Recorded], switch: Switch | None) -> bool:
         """Fold a chunk and, in the same transaction, switch if the live views are not ahead; return if that was done.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from hashlib import sha256
 from typing import Any
 
 import pytest
 from pydantic import create_model
 
+from ledger.chain import chained_text
 from ledger.envelope import Append, Head
 from ledger.errors import ConfigurationError, UnreadableEvent
 from ledger.events import EVENT_TYPES, UPCASTS, Event, JobClaimed, JobSubmitted, PositionVoided, Recorded, Upcast
@@ -131,6 +133,11 @@ def document_of(data: Any, *, name: str = "RoomBooked", schema: Any = 1) -> dict
     }
 
 
+def intact(document: dict[str, Any]) -> dict[str, Any]:
+    """Return an event with the hash of its content."""
+    return {**document, "hash": sha256(chained_text(document)).digest()}
+
+
 def test_a_step_is_not_taken_for_a_payload_that_is_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
@@ -176,7 +183,7 @@ def unreadable(document: Mapping[str, Any]) -> str:
     assert isinstance(raised.value, ConfigurationError)
     assert (event.position, event.stream, event.version) == (7, "room-1", 2)
     assert (event.type, event.schema, event.data) == (document["type"], document["schema"], document["data"])
-    assert (event.event_id, event.time, event.hash) == (document["event_id"], NOON, b"\7" * 32)
+    assert (event.event_id, event.time, event.hash) == (document["event_id"], NOON, document["hash"])
     assert event.meta.actor == "user:alice"
     message = str(raised.value)
     assert message.startswith(f"At position 7 of the log (room-1, version 2) is a {document['type']} ")
@@ -184,18 +191,25 @@ def unreadable(document: Mapping[str, Any]) -> str:
 
 
 def test_a_type_that_nobody_knows_yet_is_said_to_be_from_a_later_version() -> None:
-    message = unreadable(document_of({"anything": 1}, name="RoomRepainted"))
+    message = unreadable(intact(document_of({"anything": 1}, name="RoomRepainted")))
     assert "with schema 1, which this version of Jobledger does not know" in message
     assert "Upgrade" in message
 
 
 def test_a_schema_that_nobody_knows_yet_is_said_to_be_from_a_later_version(monkeypatch: pytest.MonkeyPatch) -> None:
     known_as(monkeypatch, NOW)
-    message = unreadable(document_of({"place": {}}, schema=4))
+    message = unreadable(intact(document_of({"place": {}}, schema=4)))
     assert "with schema 4, which this version of Jobledger does not know" in message
     assert "Upgrade" in message
     for kind in EVERY_TYPE:
         unreadable(document_of({}, name=kind.__name__, schema=kind.schema_version + 1))
+
+
+@pytest.mark.parametrize(("name", "schema"), [("RoomRepainted", 1), ("JobClaimed", 257)])
+def test_an_event_whose_hash_is_wrong_is_damaged_and_not_of_a_later_version(name: str, schema: int) -> None:
+    document = document_of({"worker_id": "w1", "attempt": 1}, name=name, schema=schema)
+    assert "Upgrade" in unreadable(intact(document))
+    assert "its hash is wrong" in unreadable(document)
 
 
 DAMAGED: dict[str, Any] = {

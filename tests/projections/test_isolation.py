@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import bson
 import pytest
+from bson.datetime_ms import DatetimeMS
+from pymongo.errors import DuplicateKeyError
 from structlog.testing import capture_logs
 
 from ledger import envelope, limits
-from ledger.commands import ChangeAccess, ClaimJob, CompleteJob, FailAttempt, FinishStep, ReportProgress, UpdateJob
+from ledger.commands import (
+    Archive,
+    ChangeAccess,
+    ClaimJob,
+    CompleteJob,
+    FailAttempt,
+    FinishStep,
+    ReportProgress,
+    UpdateJob,
+)
 from ledger.envelope import Append, Head
+from ledger.errors import UnreadableEvent
 from ledger.events import (
     EVENT_TYPES,
     AccessControl,
@@ -25,14 +38,16 @@ from ledger.events import (
     ResultMetadata,
     Webhook,
 )
+from ledger.handle import Known, load_all
 from ledger.limits import DOCUMENT_BYTES
 from ledger.mongo import Connection, Document
 from projections import failures, folding, jobs, projector, rebuild
 from tests.projections.refold import stored
 from tests.projections.test_rebuild import compared, rebuilding
 from tests.support.rarely import SOAK
-from tests.support.running import Process, process
+from tests.support.running import Process, WorkerOptions, process
 
+MISSING = object()
 Spoil = Callable[[Process], Awaitable[str]]
 """Makes a stream that is hard to project, and returns its job."""
 HARMLESS_BYTES = DOCUMENT_BYTES - 1024 * 1024
@@ -175,6 +190,25 @@ async def delivery_without_a_port(here: Process) -> str:
     done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
     await here.do(job_id, CompleteJob("worker-1", 1, done))
     return job_id
+
+
+DAMAGED_TIMES = [MISSING, "yesterday", 5, DatetimeMS(2**60), None]
+DAMAGE: list[tuple[str, Any]] = [
+    *(("time", value) for value in DAMAGED_TIMES),
+    *((name, value) for name in ("data", "meta", "prev", "event_id") for value in (MISSING, 5, ["x"])),
+    *(("type", value) for value in (MISSING, 5, ["x"], "JobSubmittee")),
+    *(("schema", value) for value in (MISSING, "1", 0, 257, 1.5)),
+    *(("hash", value) for value in (MISSING, 5, "text", b"short")),
+    *(("version", value) for value in (MISSING, "text", 1000)),
+    *(("stream", value) for value in (MISSING, 5)),
+]
+"""A field of the envelope, and what stands there instead."""
+
+
+async def damage(here: Process, stream: str, version: int, name: str, value: Any) -> None:
+    change = {"$unset": {name: ""}} if value is MISSING else {"$set": {name: value}}
+    with suppress(DuplicateKeyError):  # two events of the same version have lost their streams
+        await here.db.events.update_one({"stream": stream, "version": version}, change)
 
 
 UNPROJECTABLE = [
@@ -365,3 +399,90 @@ def test_the_budget_of_a_document_is_what_its_parts_may_take() -> None:
     ]
     assert sum(parts) < HARMLESS_BYTES
     assert envelope.LARGEST_EVENT_BYTES > limits.PARAMETERS_BYTES
+
+
+async def test_damaged_envelopes_stop_neither_the_views_nor_workers(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each field, of a first and of a later event, of jobs, batches and deliveries."""
+    done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
+    async with process(connection, store) as here:
+        waiting = []
+        for name, value in DAMAGE:
+            batch_id, in_batch = await here.submit_batch({}, {}, webhook=Webhook(url="http://example.org/hook"))
+            for job_id in in_batch:
+                await here.do(job_id, ClaimJob("worker-1", datetime.now(UTC)), CompleteJob("worker-1", 1, done))
+            pending = await here.submit()
+            await here.do(pending, UpdateJob("user:a", priority=2))
+            await damage(here, pending, 2, name, value)
+            await damage(here, in_batch[0], 1, name, value)
+            await damage(here, in_batch[1], 3, name, value)
+            await damage(here, f"delivery-{in_batch[0]}-3", 1, name, value)
+            await here.do(batch_id, Archive("user:a"))
+            await damage(here, batch_id, 2, name, value)
+            waiting.append(pending)
+        healthy = await here.submit()
+        loaded = await load_all(here.log, [*waiting, healthy])
+        assert isinstance(loaded[healthy], Known)
+        assert all(isinstance(it, Known | UnreadableEvent) for it in loaded.values())
+    found = []
+    for chunk_events in (1000, 7):
+        monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
+        monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
+        async with process(connection, store, projector=True) as here:
+            await here.views_reach()
+            assert (await here.job(healthy))["status"] == "pending"
+            async with rebuilding(connection) as auditor:
+                await auditor.run()
+            await here.views_reach()
+            found.append(await _views(here))
+            assert await compared(connection) == []
+    assert found[0] == found[1]
+    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        await here.ended(healthy)
+        assert here.working is not None
+        assert not here.working.done()
+
+
+async def test_damaged_progress_has_the_same_effect_wherever_chunks_end(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progress that more progress follows is passed over unread."""
+    async with process(connection, store) as here:
+        for damaged in ([3], [4], [5], [3, 5], [4, 5], [3, 4, 5]):
+            for name, value in (("data", {"attempt": "x"}), ("time", "now"), ("schema", 257), ("version", 1000)):
+                job_id = await here.submit()
+                await here.claim(job_id)
+                for number in range(3):
+                    await here.do(job_id, ReportProgress("worker-1", 1, f"step {number}", 1.0, "fine"))
+                for version in damaged:
+                    await damage(here, job_id, version, name, value)
+    found = []
+    for chunk_events in (1000, 4, 1):
+        monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
+        async with process(connection, store, projector=True) as here:
+            async with rebuilding(connection) as auditor:
+                await auditor.run()
+            await here.views_reach()
+            found.append(await _views(here))
+            assert await failures.count(here.checkpoint.views) == 0
+    assert found[0] == found[1] == found[2]
+
+
+async def test_a_document_that_cannot_be_isolated_is_left_as_it_was(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(jobs, "isolated", broken)
+    async with process(connection, store) as here:
+        job_id = await here.submit({"a": 1})
+        await here.claim(job_id)
+        await damage(here, job_id, 2, "data", 5)
+        healthy = await here.submit()
+    async with process(connection, store, projector=True) as here:
+        await here.views_reach()
+        assert (await here.job(healthy))["status"] == "pending"
+        assert (await here.job(job_id))["parameters"] == {"a": 1}
+        assert [row["key"] for row in await failures.newest(here.checkpoint.views)] == [job_id]
