@@ -60,6 +60,7 @@ class Recorder:
         self._progress: ReportProgress | None = None
         self._lines: LogBuffer | None = None
         self._flusher: asyncio.Task[None] | None = None
+        self._flushes: set[asyncio.Task[None]] = set()
         self.abandoned = False
         """Set when another worker may have the job: nothing is tried again then."""
 
@@ -83,7 +84,7 @@ class Recorder:
 
     def _flush_soon(self) -> None:
         if self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.create_task(self._flush_later(), name=f"flush-{self._job_id}")
+            self._flusher = asyncio.create_task(self._flush_later(), name=f"flush-later-{self._job_id}")
 
     async def _flush_later(self) -> None:
         while True:
@@ -97,9 +98,15 @@ class Recorder:
                 return
 
     async def flush(self, *, final: bool = False) -> None:
-        """Write what has been gathered. `final`: nothing more will come."""
+        """Write what has been gathered, also if the caller is cancelled meanwhile. `final`: nothing more will come."""
         if self._lines is None and self._progress is None and not self._flushing.locked():
             return
+        flush = asyncio.create_task(self._flush(final=final), name=f"flush-{self._job_id}")
+        self._flushes.add(flush)
+        flush.add_done_callback(self._flushes.discard)
+        await asyncio.shield(flush)
+
+    async def _flush(self, *, final: bool) -> None:
         async with self._flushing:  # the attempt's last event has to wait until a flush on its way is through
             for lines in self._lines.take(final=final) if self._lines is not None else ():
                 await self._append_text(WriteLog(self._worker_id, self._attempt, lines))
@@ -115,9 +122,10 @@ class Recorder:
             _log.warning("text of a job cannot be stored", job_id=self._job_id, error=str(error))
 
     def close(self) -> None:
-        """Gather no more."""
-        if self._flusher is not None:
-            self._flusher.cancel()
+        """Gather no more, and write no more of what was gathered."""
+        for task in (self._flusher, *self._flushes):
+            if task is not None:
+                task.cancel()
 
     # Writing ------------------------------------------------------------------------------------------------------
 

@@ -789,6 +789,13 @@ taking_the_loop("stop the loop", lambda: asyncio.get_running_loop().stop())
 taking_the_loop("stop the loop past containment", lambda: past_containment(asyncio.get_running_loop().stop))
 
 
+@action
+async def log_and_finish_step(job: Job) -> Results:
+    for number in range(150):
+        await job.log("info", f"{number} ".ljust(9_000, "x"))
+    return await one_step(job)
+
+
 # Warnings and files -----------------------------------------------------------------------------------------------
 
 WARNINGS = {"text": "w" * 5000, "control characters": "\x01" * 5000, "emoji": "\U0001f600" * 5000, "short": "w"}

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob
+from ledger.commands import CancelJob, WriteLog
 from ledger.events import JobLogged, StepCompleted
+from ledger.handle import Handled, handle
+from ledger.log import EventLog
 from ledger.mongo import Connection
 from tests.support import misbehaving as does
 from tests.support.running import Process, WorkerOptions, process, until
 from tests.workers.misbehaving import installed
+from workers import recorder, time_limit
 from workers.confinement import Confinement
 from workers.conversion import to_text
 
@@ -241,6 +244,33 @@ async def test_much_logging_is_clipped_and_job_completes(job_type: str, connecti
             job = await here.job(job_ids[name])
             if job_type == "misbehaving":  # inline it is the memory of the tests
                 assert job["results"]["metadata"]["peak"] < 500
+
+
+@pytest.mark.parametrize("end", ["cancel", "timeout"])
+@pytest.mark.parametrize("job_type", TYPES)
+async def test_log_lines_are_kept_when_the_request_that_writes_them_is_cancelled(
+    job_type: str, end: str, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(log: EventLog, stream: str, command: Any, **options: Any) -> Handled:
+        if isinstance(command, WriteLog):
+            writing.set()
+            await asyncio.sleep(0.2)
+        return await handle(log, stream, command, **options)
+
+    writing = asyncio.Event()
+    monkeypatch.setattr(recorder, "handle", slow)
+    if end == "timeout":
+        monkeypatch.setattr(time_limit, "USUAL_SECONDS", 60.0)
+    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+        timeout_s = 0.5 if end == "timeout" else 60.0
+        job_id = await here.submit(
+            {"do": "log and finish step"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
+        )
+        await writing.wait()
+        if end == "cancel":
+            await here.do(job_id, CancelJob("user-1"))
+        await here.ended(job_id)
+        assert [line.split()[0] for line in await lines_of(here, job_id)] == [str(number) for number in range(150)]
 
 
 async def test_what_job_process_prints_is_in_its_log(connection: Connection, store: Path) -> None:
