@@ -86,7 +86,7 @@ async def ready(request: Request) -> Response:
         raise ApiError(503, "database_unavailable", message, retry_after_seconds=10) from error
     if known.stall_watch.stalled():
         position, head = known.checkpoint.position, known.stall_watch.head
-        reason = await why_stalled(known.db, position)
+        reason = await why_stalled(known.db, position, head)
         message = f"The views have stopped at position {position} of {head}. {reason}"
         raise ApiError(503, "views_stalled", message, details={"views": position, "head": head})
     answer = {"status": "success", "views": known.checkpoint.position}

@@ -22,13 +22,13 @@ from cli.wiring import database, file_store, find_store_marker
 from ledger import store_marker
 from ledger.disk import MIB, free_bytes, nearest_directory, write_problem
 from ledger.embedded import TRANSACTION_SECONDS, find_mongod
-from ledger.errors import ConfigurationError, JobledgerError, ResourceUnavailable, os_failure
+from ledger.errors import ConfigurationError, JobledgerError, LogTruncated, ResourceUnavailable, os_failure
 from ledger.files import DirectoryStore
 from ledger.gridfs import COLLECTIONS
-from ledger.log import EventLog
+from ledger.log import EventLog, Read
 from ledger.mongo import OPLOG_ADVICE, Database, driver_errors, oplog_window, transaction_limit_seconds
 from projections import failures, files, jobs
-from projections.health import why_stalled
+from projections.health import AHEAD, why_stalled
 from projections.views import Views
 from workers import cleanup, confinement, restrictions, sandbox
 from workers.health import MachineTrouble
@@ -292,18 +292,24 @@ async def _log_state(db: Database) -> Finding:
         waited += _LOOKS_AGAIN_SECONDS
         views = await _views_position(db)
     if views > await log.head():
-        advice = "Events at the end of the log were removed, or an older copy was restored: `jobledger log verify`."
-        return Finding("Log", good=False, found=f"{head} events, but the views have read {views}", advice=advice)
+        return Finding("Log", good=False, found=f"{head} events, but the views have read {views}", advice=AHEAD)
+    try:
+        await log.require(await _read_by_views(db), "the views")
+    except LogTruncated as truncated:
+        return Finding("Log", good=False, found=str(truncated).rstrip("."), advice="See `jobledger log verify`.")
     found = f"{head} events, views at {views}"
     if views < head and views == before:
         stands = f"{found}, and not moving for {waited:.0f} s"
-        return Finding("Log", good=False, found=stands, advice=await why_stalled(db, views))
+        return Finding("Log", good=False, found=stands, advice=await why_stalled(db, views, head))
     return Finding("Log", head - views < 10_000, found, "The views are far behind, but they get on. More will follow.")
 
 
 async def _views_position(db: Database) -> int:
-    found = await db.checkpoints.find_one({"_id": "views"})
-    return int(found["position"]) if found else 0
+    return (await _read_by_views(db)).position
+
+
+async def _read_by_views(db: Database) -> Read:
+    return Read.of(await db.checkpoints.find_one({"_id": "views"}) or {"position": 0})
 
 
 async def _projection_failures(db: Database) -> Finding:

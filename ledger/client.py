@@ -27,7 +27,7 @@ from pymongo import timeout
 from ledger.changes import Changes
 from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable
 from ledger.events import EVENT_TYPES, Event, Recorded
-from ledger.log import LARGEST_POSITION, EventLog, Subscription
+from ledger.log import LARGEST_POSITION, EventLog, Read, Subscription
 from ledger.mongo import MAJORITY, Connection, Database, check_server, driver_errors
 
 _log = structlog.get_logger()
@@ -94,10 +94,11 @@ class LedgerClient:
         async with self._connected() as opened:
             place = Place(opened.db, name) if name is not None else None
             if place is not None:
-                begin = await place.take(first=begin)
-                await opened.log.require(begin, f"the subscription {name!r}")
+                read = await place.take(first=begin)
+                await opened.log.require(read, f"the subscription {name!r}")
+                begin = read.position
             async with opened.log.subscription(after=begin) as subscription:
-                events = Events(subscription, wanted, place, opened.following)
+                events = Events(opened.log, subscription, wanted, place, opened.following)
                 finished = False
                 try:
                     yield events
@@ -143,7 +144,7 @@ class Place:
         self._name = name
         self._holder = uuid4().hex
 
-    async def take(self, *, first: int) -> int:
+    async def take(self, *, first: int) -> Read:
         """Make it ours, and return where to go on: at `first` if it is new."""
         with driver_errors(f"opening the subscription {self._name}"):
             place = await self._places.find_one_and_update(
@@ -152,19 +153,22 @@ class Place:
                 upsert=True,
                 return_document=True,
             )
-        return int(place["position"]) if place else first
+        return Read.of(place) if place else Read(first)
 
-    async def save(self, position: int) -> None:
+    async def save(self, done: Read) -> None:
         """Write down that everything up to a position is done.
 
         Raises:
             SubscriptionTaken: it is somebody else's by now.
         """
+        moved = {"$gt": [done.position, "$position"]}
+        changes = {
+            "position": {"$cond": [moved, done.position, "$position"]},
+            "hash": {"$cond": [moved, done.hash, "$hash"]},
+            "saved_at": "$$NOW",
+        }
         with driver_errors(f"saving the position of the subscription {self._name}"):
-            saved = await self._places.update_one(
-                {"_id": self._name, "holder": self._holder},
-                [{"$set": {"position": {"$max": ["$position", position]}, "saved_at": "$$NOW"}}],
-            )
+            saved = await self._places.update_one({"_id": self._name, "holder": self._holder}, [{"$set": changes}])
         if not saved.matched_count:
             raise SubscriptionTaken(f"The subscription {self._name!r} was taken over by another process.")
 
@@ -174,11 +178,13 @@ class Events:
 
     def __init__(
         self,
+        log: EventLog,
         subscription: Subscription,
         types: frozenset[str] | None,
         place: Place | None,
         following: asyncio.Task[None],
     ) -> None:
+        self._log = log
         self._subscription = subscription
         self._types = types
         self._place = place
@@ -222,7 +228,7 @@ class Events:
         async with self._saving:
             if self._place is not None and self._done > self._saved:
                 done = self._done
-                await self._place.save(done)
+                await self._place.save(Read(done, await self._log.hash_at(done)))
                 self._saved = done
 
     def _count_as_done(self) -> None:

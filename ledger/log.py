@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable,
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import bson
 import structlog
@@ -31,7 +31,7 @@ from ledger.server_clock import clock_of
 from ledger.tail import Tail
 from ledger.writer import Limits, Writer
 
-__all__ = ["LARGEST_POSITION", "EventLog", "Limits", "Subscription"]
+__all__ = ["LARGEST_POSITION", "EventLog", "Limits", "Read", "Subscription"]
 
 _log = structlog.get_logger()
 StoredDocument = tuple[Document, bytes]
@@ -51,6 +51,18 @@ _BARE = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
 
+class Read(NamedTuple):
+    """How far a reader has read: the position of the last event and its hash, if that is known."""
+
+    position: int
+    hash: bytes | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Read:
+        """Return what a document with the fields `position` and `hash` says."""
+        return cls(int(stored["position"]), stored.get("hash"))
+
+
 class EventLog(Writer):
     """The log of one database, as one process sees it. A listener of the process's change stream (`Changes`)."""
 
@@ -59,6 +71,8 @@ class EventLog(Writer):
         self.clock = clock_of(db.client)
         """Says when something is due."""
         self._tail = Tail(self._limits.tail_events, self._limits.tail_bytes)
+        self.may_lack_events = False
+        """Whether events may have been removed: one was deleted, or the change stream was opened again."""
         self.appends = Durations()
         """How long appends took that were written, from the call to the answer."""
         self._hole_timer: asyncio.TimerHandle | None = None
@@ -208,38 +222,53 @@ class EventLog(Writer):
         with driver_errors("looking for a position of the log"):
             return await local.find_one({"_id": {"$gte": position}}, {"_id": 1}) is not None
 
-    async def require(self, position: int, reader: str) -> None:
-        """Make sure that the log reaches a position that `reader` ("the views", for example) has read before.
+    async def require(self, read: Read, reader: str) -> None:
+        """Make sure that the log still has the event that `reader` ("the views", for example) has read last.
 
-        What was read is there for good, so a log that ends before has lost its end. Right after a fail-over a majority
-        read may lag for a moment: the log is looked at for several seconds before that is said.
+        What was read is there for good, so a log that ends before, or has another event there, has lost its end. Right
+        after a fail-over a majority read may lag for a moment: the log is looked at for several seconds before that is
+        said.
 
         Raises:
-            LogTruncated: The log ends before that position.
+            LogTruncated: The log ends before that position, or has another event or none there.
         """
-        head = 0
+        position, head = read.position, 0
         for look in range(_LOOKS_AT_THE_END):
             if look:
                 await asyncio.sleep(self._limits.void_after_seconds / 2)
             head = await self.head()
-            if head >= position:
+            if head >= position and await self._has(read):
                 return
+        if head >= position:
+            raise LogTruncated(
+                f"{reader[0].upper()}{reader[1:]} had reached position {position}, and the log has another event there "
+                "now: events were removed, or an older copy of the log was restored, and others were appended."
+            )
         raise LogTruncated(
             f"The log ends at position {head}, but {reader} had reached position {position}: events at the end were "
             "removed, or an older copy of the log was restored."
         )
 
-    async def read_positions(self) -> dict[str, int]:
+    async def _has(self, read: Read) -> bool:
+        return read.hash is None or read.position == 0 or await self.hash_at(read.position) == read.hash
+
+    async def hash_at(self, position: int) -> bytes | None:
+        """Return the hash of the event at a position, None if there is none."""
+        with driver_errors("reading the log"):
+            found = await self._events.find_one({"_id": position}, {"hash": 1})
+        return None if found is None else found.get("hash")
+
+    async def read_positions(self) -> dict[str, Read]:
         """Return how far known readers had read: the views and each named subscription, by name.
 
         Those that this user may not read are left out.
         """
-        found: dict[str, int] = {}
+        found: dict[str, Read] = {}
         for collection, query, name in _READERS:
             with suppress(LedgerUnavailable), driver_errors("reading how far the log was read"):
-                async for place in self._db[collection].find(query, {"position": 1}):
+                async for place in self._db[collection].find(query, {"position": 1, "hash": 1}):
                     if isinstance(place.get("position"), int):
-                        found[name.format(place["_id"])] = place["position"]
+                        found[name.format(place["_id"])] = Read.of(place)
         return found
 
     async def handed_out(self) -> int:
@@ -377,12 +406,15 @@ class EventLog(Writer):
             subscription.close()
 
     async def resync(self, session: AsyncClientSession) -> None:
+        self.may_lack_events = True
         self._tail.begin_at(await self._newest(session))
 
     def changed(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] == "insert" and isinstance(change["fullDocument"]["_id"], int):
             self._tail.add(change["fullDocument"])
             self._watch_for_holes()
+        elif change["operationType"] == "delete":
+            self.may_lack_events = True
 
     def _watch_for_holes(self) -> None:
         """Give what is missing its second from now on; all of it at once, however many holes there are."""

@@ -4,7 +4,8 @@ Looked at are: the positions (dense), each stream's versions (dense, in the orde
 its link to the one before, and the form in which it is stored (`ledger/stored_form.py`). Nothing is written: a hole
 that a reader would fill is reported as one.
 
-A log whose end was removed is found by its readers: the views and named subscriptions note how far they have read.
+A log whose end was removed is found by its readers: the views and named subscriptions note how far they have read, and
+the hash of the last event. So it is also found when others were appended afterwards.
 
 Not every falsification can be seen in the database alone. Who can write to it can make a whole stream anew, hashes
 and all, swap events of different streams, or take the end of the log away with the notes of its readers. Against that
@@ -27,7 +28,7 @@ from ledger.chain import GENESIS, chained_text, plain_text
 from ledger.envelope import VOID_STREAM, Head
 from ledger.errors import InvalidEvent, JobledgerError, LogTruncated
 from ledger.events import PositionVoided
-from ledger.log import EventLog, StoredDocument
+from ledger.log import EventLog, Read, StoredDocument
 from ledger.mongo import Document
 from ledger.stored_form import are_exact, deviation
 
@@ -126,15 +127,16 @@ async def verify(
     return Verdict(events, voided, position, digest, wrong, handed_out if handed_out > head else 0)
 
 
-async def _removed_end(log: EventLog, readers: Mapping[str, int]) -> Wrong | None:
-    """Look for evidence of events behind the end: readers that had got further."""
-    if not readers:
-        return None
-    reader, position = max(readers.items(), key=lambda it: it[1])
-    try:
-        await log.require(position, reader)
-    except LogTruncated as truncated:
-        return Wrong(await log.head() + 1, f"missing. {truncated}")
+async def _removed_end(log: EventLog, readers: Mapping[str, Read]) -> Wrong | None:
+    """Look for evidence of removed events: readers that had got further, or had read others than are there."""
+    for reader, read in sorted(readers.items(), key=lambda it: it[1].position, reverse=True):
+        try:
+            await log.require(read, reader)
+        except LogTruncated as truncated:
+            head = await log.head()
+            if head < read.position:
+                return Wrong(head + 1, f"missing. {truncated}")
+            return Wrong(read.position, f"replaced. {truncated}")
     return None
 
 

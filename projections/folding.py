@@ -37,7 +37,7 @@ from ledger.events import (
     Recorded,
 )
 from ledger.leadership import Deposed
-from ledger.log import EventLog
+from ledger.log import EventLog, Read
 from ledger.mongo import Database, Document, driver_errors, passes_with_time
 from ledger.transactions import transaction
 from projections import batches, deliveries, failures, files, jobs, queue, receivers, statistics, step_files, steps
@@ -79,10 +79,10 @@ Key = tuple[str, str]
 class Chunk:
     """Events being folded: the documents as they were loaded and as they are now, and what the counters gain. Pure.
 
-    `position` is that of the last event that was taken in; `waiting` are the jobs that waited when it began, of the
-    batches that it pauses or resumes. `refused` are documents that cannot be stored whole, and why. Of these, and of
-    the rows of jobs, `left_out` are not stored at all. `unfoldable` are documents that could not even be isolated.
-    `isolated` is what has to be said in the program's log.
+    `position` and `hash` are those of the last event that was taken in; `waiting` are the jobs that waited when it
+    began, of the batches that it pauses or resumes. `refused` are documents that cannot be stored whole, and why. Of
+    these, and of the rows of jobs, `left_out` are not stored at all. `unfoldable` are documents that could not even be
+    isolated. `isolated` is what has to be said in the program's log.
     """
 
     loaded: dict[str, dict[str, Document]]
@@ -90,6 +90,7 @@ class Chunk:
     now: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {view: {} for view in FOLDED})
     counted: Counter[tuple[str, str]] = field(default_factory=Counter)
     position: int = 0
+    hash: bytes | None = None
     refused: dict[Key, Document] = field(default_factory=dict)
     left_out: set[Key] = field(default_factory=set)
     unfoldable: dict[Key, Document] = field(default_factory=dict)
@@ -435,7 +436,7 @@ class Folder:
     has taken over.
     """
 
-    def __init__(self, db: Database, views: Views, *, checkpoint: str, fence: Mapping[str, Any], position: int) -> None:
+    def __init__(self, db: Database, views: Views, *, checkpoint: str, fence: Mapping[str, Any], read: Read) -> None:
         self._db = db
         self.views = views
         self._checkpoint = checkpoint
@@ -446,8 +447,13 @@ class Folder:
         self._reduced: set[Key] = set()
         """Documents that are stored reduced."""
         self._most_events = _MOST_EVENTS
-        self.position = position
+        self.position, self._hash = read
         """The last position that these views contain."""
+
+    @property
+    def read(self) -> Read:
+        """The last event that these views contain."""
+        return Read(self.position, self._hash)
 
     async def fold(
         self, events: Sequence[Recorded], *, first: Callable[[AsyncClientSession], Awaitable[None]] | None = None
@@ -493,6 +499,8 @@ class Folder:
             if self._unwritten is not None and any(event.type in _SWITCHES for event in events):
                 await self._written.wait()  # whose jobs wait, the database has to know
             chunk = await self._load(events)
+        digest = events[-1].document.get("hash")  # bare events have none
+        chunk.hash = digest if isinstance(digest, bytes) else None
         told = _worth_folding(events)
         if len(told) < len(events):
             chunk.counted[statistics.EVENTS, JobProgressed.__name__] += len(events) - len(told)
@@ -524,7 +532,7 @@ class Folder:
             if self._reduced or chunk.refused:
                 self._reduced -= {(view, key) for key in documents}
         self._reduced |= chunk.refused.keys()
-        self.position = chunk.position
+        self.position, self._hash = chunk.position, chunk.hash
         self._unwritten = None
 
     async def _write_at_all(self, chunk: Chunk, first: Callable[[AsyncClientSession], Awaitable[None]] | None) -> None:
@@ -559,7 +567,7 @@ class Folder:
         writes: Mapping[str, Sequence[tuple[str, Write]]],
     ) -> None:
         mine = {"_id": self._checkpoint, "position": self.position, **self._fence}
-        moved = {"$set": {"position": chunk.position}}
+        moved = {"$set": {"position": chunk.position, "hash": chunk.hash}}
         tries, begun = 0, time.monotonic()
 
         async def write(session: AsyncClientSession) -> None:

@@ -23,6 +23,10 @@ _NOTE: Final = "projector"
 _REASON_CHARACTERS: Final = 1000
 
 
+AHEAD: Final = "Events at the end of the log were removed, or an older copy was restored: `jobledger log verify`."
+"""Why views are ahead of the log."""
+
+
 async def note(db: Database, reason: str) -> None:
     """Put on record why the projector stands still.
 
@@ -36,8 +40,8 @@ async def note(db: Database, reason: str) -> None:
         await db.checkpoints.update_one({"_id": _NOTE}, {"$set": said}, upsert=True)
 
 
-async def why_stalled(db: Database, position: int) -> str:
-    """Return why the views do not get beyond a position, as far as that is known.
+async def why_stalled(db: Database, position: int, head: int) -> str:
+    """Return why the views do not get beyond a position although the log is at `head`, as far as that is known.
 
     Raises:
         LedgerUnavailable: the database failed.
@@ -46,6 +50,8 @@ async def why_stalled(db: Database, position: int) -> str:
         said = await db.checkpoints.find_one({"_id": _NOTE})
         if said is not None and said.get("position") == position:
             return str(said["reason"])
+        if position > head:
+            return AHEAD
         leads = await db.leaders.find_one({"_id": "projector", "released": False, "$nor": [RUN_OUT]}, {"_id": 1})
     if leads is None:
         return "No projector is running: start one (`jobledger projector`, or `jobledger up`)."
@@ -53,10 +59,11 @@ async def why_stalled(db: Database, position: int) -> str:
 
 
 class StallWatch:
-    """Notices that the views do not get on although the log does. A listener of the process's change stream.
+    """Notices that the views do not get on although the log does, or are ahead of it. A listener of the change stream.
 
     Nothing is polled: the log's events and the checkpoint's moves are heard. The time counts from the last move, or
-    from the event with which the log got ahead. So neither an idle ledger nor a busy one is taken for stalled.
+    from the event with which the log got ahead. So neither an idle ledger nor a busy one is taken for stalled. Views
+    are ahead of a log whose end was removed, or that was restored from an older copy.
     """
 
     collection: Final = EventLog.collection
@@ -70,7 +77,7 @@ class StallWatch:
         checkpoint.on_move(self._moved)
 
     def stalled(self, seconds: float = STALLED_SECONDS) -> bool:
-        """Return whether the views have been behind the log, and not moved, for so many seconds.
+        """Return whether the views have been at another position than the log, and not moved, for so many seconds.
 
         Views of another version are being rebuilt meanwhile: they are old, but this is no fault.
         """
@@ -92,12 +99,14 @@ class StallWatch:
             self._hear(position)
 
     def _hear(self, head: int) -> None:
-        self._head = max(head, self._head)
-        if self._since is None and self._head > self._checkpoint.position:
+        self._head = head
+        if head == self._checkpoint.position:
+            self._since = None
+        elif self._since is None:
             self._since = time.monotonic()
 
     def _moved(self) -> None:
         if self._checkpoint.position == self._position:
             return  # a new leader has taken over, and has done nothing yet
         self._position = self._checkpoint.position
-        self._since = time.monotonic() if self._head > self._position else None
+        self._since = time.monotonic() if self._head != self._position else None

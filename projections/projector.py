@@ -16,10 +16,10 @@ import structlog
 
 from ledger.changes import Changes
 from ledger.errors import CommandRefused, JobledgerError, LedgerBusy, LedgerUnavailable, LogTruncated, UnreadableEvent
-from ledger.events import Meta
+from ledger.events import Meta, Recorded
 from ledger.handle import handle
 from ledger.leadership import Deposed, Leadership
-from ledger.log import EventLog
+from ledger.log import EventLog, Read, Subscription
 from ledger.mongo import Connection, Database, Document, driver_errors
 from projections import batches, health
 from projections.checkpoint import VIEWS, Checkpoint
@@ -106,7 +106,8 @@ class Projector:
 
     async def _fold_for_ever(self) -> None:
         folder = await self._take_over()
-        await self._log.require(folder.position, "the views")
+        self._log.may_lack_events = False
+        await self._log.require(folder.read, "the views")
         _log.info("projector leads", position=folder.position, epoch=self._leadership.epoch)
         tidying = asyncio.create_task(self._tidy(), name="tidy")
         beside = asyncio.create_task(self._beside(), name="beside-projector")
@@ -115,10 +116,10 @@ class Projector:
                 due: dict[str, Document] = {}
                 head = await self._log.head()
                 while folder.position < head:
-                    await folder.fold(await events.chunk(CHUNK_EVENTS))
+                    await folder.fold(await self._next(events, folder))
                 await self._react(await batches.unsettled(folder.views))
                 while True:
-                    chunk = await events.chunk(CHUNK_EVENTS)
+                    chunk = await self._next(events, folder)
                     due |= {batch["_id"]: batch for batch in await folder.fold(chunk)}
                     # While there is more, what the views say need not be so any more.
                     if len(chunk) < CHUNK_EVENTS or await self._log.head() <= folder.position:
@@ -128,6 +129,18 @@ class Projector:
             for task in (tidying, beside):
                 task.cancel()
             await asyncio.gather(tidying, beside, return_exceptions=True)
+
+    async def _next(self, events: Subscription, folder: Folder) -> list[Recorded]:
+        """Return the next events.
+
+        Raises:
+            LogTruncated: Events that the views contain were removed meanwhile.
+        """
+        chunk = await events.chunk(CHUNK_EVENTS)
+        if self._log.may_lack_events:
+            self._log.may_lack_events = False
+            await self._log.require(folder.read, "the views")
+        return chunk
 
     async def _stand_still(self, error: UnreadableEvent | LogTruncated) -> None:
         """Leave the lead to a projector of a later version, if there is one, and say why this one does not go on.
@@ -158,7 +171,7 @@ class Projector:
             raise OtherVersion
         sides = found.get("sides")
         fence = {"epoch": epoch, "sides": sides}
-        return Folder(self._db, Views(self._db, sides), checkpoint=VIEWS, fence=fence, position=int(found["position"]))
+        return Folder(self._db, Views(self._db, sides), checkpoint=VIEWS, fence=fence, read=Read.of(found))
 
     async def _tidy(self) -> None:
         """Empty what was read before a rebuild, when nobody reads it any more; after the next one, again."""

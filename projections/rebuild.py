@@ -22,7 +22,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from ledger.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable, LogTruncated, NewerEvent
 from ledger.events import Recorded
 from ledger.leadership import Deposed, Leadership
-from ledger.log import EventLog, Subscription
+from ledger.log import EventLog, Read, Subscription
 from ledger.mongo import SNAPSHOT_TOO_OLD, Connection, Database, Document, code_behind, driver_errors
 from ledger.transactions import transaction
 from projections.checkpoint import VIEWS
@@ -84,9 +84,10 @@ class Rebuild:
             nonlocal reached
             if only_older and (await checkpoint(self._db)).get("version", 0) >= VERSION:
                 return
-            folder, beside = await self._begin()
+            lost = await self._position_without_events()
+            folder, beside = await self._begin(most=None if lost is None else 0)
             _log.info("views are made anew beside the live ones", after=folder.position)
-            switch = self._switch_of(beside, names, lost=await self._position_without_events())
+            switch = self._switch_of(beside, names, lost=lost)
             await self._fold_history(folder, await self._log.head(), told)
             with driver_errors("making the indexes of the views"):  # much faster than with every document
                 for view in ALL:
@@ -127,7 +128,7 @@ class Rebuild:
 
         async def lead() -> None:
             nonlocal reached
-            await self._refuse_ahead((await checkpoint(self._db))["position"])
+            await self._refuse_ahead(Read.of(await checkpoint(self._db)))
             folder, _ = await self._begin(most=(await checkpoint(self._db))["position"])
             await self._fold_history(folder, (await checkpoint(self._db))["position"], told)
             async with self._log.subscription(after=folder.position) as events:
@@ -160,9 +161,8 @@ class Rebuild:
                 begun = {"emptied": True, "version": VERSION, "sides": beside, "position": 0, "done_at": None}
                 await self._note({"$set": begun})
                 note = {**note, **begun}
-        position = int(note["position"])
         fence = {"epoch": self._leadership.epoch, "emptied": True}
-        return Folder(self._db, views, checkpoint=REBUILD, fence=fence, position=position), beside
+        return Folder(self._db, views, checkpoint=REBUILD, fence=fence, read=Read.of(note)), beside
 
     async def _take_over(self) -> Document:
         """Put our epoch on the note, which fences those before us, and return it; make it if there is none."""
@@ -288,13 +288,13 @@ class Rebuild:
             return await transaction(self._db, demand)
 
     async def _position_without_events(self) -> int | None:
-        """Return the position of the live views if the log ends before it, else None."""
-        position = int((await checkpoint(self._db))["position"])
+        """Return the position of the live views if the log does not have what they have read, else None."""
+        read = Read.of(await checkpoint(self._db))
         try:
-            await self._log.require(position, "the views")
+            await self._log.require(read, "the views")
         except LogTruncated as truncated:
             _log.warning("the views are made of the events that are left", error=str(truncated))
-            return position
+            return read.position
         return None
 
     def _switch_of(self, beside: Sides, names: Collection[str], lost: int | None = None) -> Switch:
@@ -315,8 +315,9 @@ class Rebuild:
             wanted: Document = {"_id": VIEWS, "position": {"$lte": position} if whole else position}
             if lost is not None:
                 wanted = {"_id": VIEWS, "position": {"$in": [lost, position]}}
+            read = {"position": position, "hash": await self._log.hash_at(position)}
             live = await self._db.checkpoints.find_one_and_update(
-                wanted, {"$set": {"position": position, "replaced_at": now}}, session=session
+                wanted, {"$set": {**read, "replaced_at": now}}, session=session
             )
             if live is None:
                 return False
@@ -347,14 +348,14 @@ class Rebuild:
                 ) from error
             raise
 
-    async def _refuse_ahead(self, position: int) -> None:
-        """Make sure that the log reaches the position of the live views.
+    async def _refuse_ahead(self, read: Read) -> None:
+        """Make sure that the log has what the live views have read.
 
         Raises:
-            NotComparable: It ends before.
+            NotComparable: It does not.
         """
         try:
-            await self._log.require(position, "the views")
+            await self._log.require(read, "the views")
         except LogTruncated as truncated:
             raise NotComparable(f"{truncated} `jobledger replay` makes the views of what is left.") from truncated
 
@@ -369,7 +370,7 @@ class Rebuild:
                 async with asyncio.timeout(_CHUNK_SECONDS):
                     return await events.chunk(min(CHUNK_EVENTS, most))
             except TimeoutError:
-                await self._refuse_ahead(events.position + most)
+                await self._refuse_ahead(Read(events.position + most))
 
     async def _compared(
         self, folder: Folder, events: Subscription, names: Collection[str], found: Callable[[Difference], None]

@@ -104,6 +104,23 @@ async def test_readyz_says_that_the_views_have_stopped_and_why(
     assert "upgrade" in (await api.get("/readyz")).json()["message"]
 
 
+async def test_readyz_says_that_the_views_are_ahead_of_the_log(
+    without_projector: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = without_projector
+    monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (0.3,))
+    await api.submit()
+    await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 9}})
+    await asyncio.sleep(0.6)
+    answer = await api.get("/readyz")
+    refused(answer, 503, "views_stalled")
+    assert answer.json()["details"] == {"views": 9, "head": 1}
+    assert "were removed" in answer.json()["message"]
+    await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})
+    await asyncio.sleep(0.6)
+    assert (await api.get("/readyz")).status_code == 200
+
+
 async def test_readyz_does_not_flap_while_the_views_get_on(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (1.0,))
     for _ in range(15):

@@ -286,6 +286,35 @@ async def everything_gone(ledger: Ledger) -> None:
     await ledger.db.events.delete_many({})
 
 
+async def views_replaced(ledger: Ledger) -> None:
+    read = {"position": 5, "hash": b"x" * 32, "epoch": 1, "version": VERSION, "sides": {}}
+    await ledger.db.checkpoints.replace_one({"_id": "views"}, read, upsert=True)
+
+
+async def subscription_replaced(ledger: Ledger) -> None:
+    await ledger.db.subscriptions.insert_one({"_id": "mine", "position": 4, "hash": b"x" * 32, "holder": "x"})
+    await ledger.db.subscriptions.insert_one({"_id": "ahead", "position": 5, "holder": "x"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "position", "reader"),
+    [(views_replaced, 5, "The views"), (subscription_replaced, 4, "The subscription 'mine'")],
+)
+def test_events_appended_after_the_end_was_removed_do_not_hide_that(
+    damage: Work, position: int, reader: str, audited: Audited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ledger.log._LOOKS_AT_THE_END", 2)
+    assert audited.verify("--no-views").exit_code == 0
+    audited.do(damage)
+    ended = audited.verify("--no-views")
+    assert ended.exit_code == 1
+    assert f"First wrong: position {position}: replaced. {reader} had reached position {position}" in ended.out
+    if damage is views_replaced:
+        assert "another event there" in audited.run("doctor").out
+        assert audited.run("replay").exit_code == 0
+        assert audited.verify().exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("damage", "first", "reader"),
     [(views_ahead, 6, "the views"), (subscription_ahead, 6, "the subscription 'mine'"), (everything_gone, 1, "views")],

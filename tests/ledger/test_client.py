@@ -137,6 +137,24 @@ async def test_a_subscription_beyond_the_end_of_the_log_is_refused(
             pass
 
 
+async def test_a_subscription_that_has_read_other_events_than_there_are_is_refused(
+    connection: Connection, client: LedgerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ledger.log._LOOKS_AT_THE_END", 2)
+    async with ledger_on(connection) as ledger:
+        for _ in range(3):
+            await ledger.submit()
+        async with client.subscription("mine") as events:
+            await some(events, 3)
+        await ledger.db.events.delete_many({"_id": {"$gte": 2}})
+        await ledger.db.counters.update_one({"_id": "events"}, {"$set": {"next": 1}})
+        for _ in range(3):
+            await ledger.submit()
+        with pytest.raises(LogTruncated, match="'mine' had reached position 3, and the log has another"):
+            async with client.subscription("mine"):
+                pass
+
+
 async def test_history_becomes_live_in_order_none_missing_or_double_while_others_write(
     connection: Connection, client: LedgerClient
 ) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,9 +22,9 @@ from ledger.envelope import Append
 from ledger.errors import LedgerBusy
 from ledger.events import BatchFinished, Recorded
 from ledger.leadership import Deposed
-from ledger.log import EventLog
+from ledger.log import EventLog, Read
 from ledger.mongo import Connection, Database, Document
-from projections import batches, files, folding, jobs, projector, queue, statistics, steps
+from projections import batches, files, folding, health, jobs, projector, queue, statistics, steps
 from projections.checkpoint import VIEWS
 from projections.folding import FOLDED, VERSION, Chunk, Folder
 from projections.projector import Projector
@@ -225,7 +225,7 @@ class Held(Projector):
     async def _take_over(self) -> Folder:
         found = await super()._take_over()
         self.folder = HeldFolder(
-            self._db, found.views, checkpoint=found._checkpoint, fence=found._fence, position=found.position
+            self._db, found.views, checkpoint=found._checkpoint, fence=found._fence, read=found.read
         )
         return self.folder
 
@@ -259,7 +259,7 @@ async def test_of_two_leaders_in_one_epoch_only_one_folds_a_position(connection:
         await here.views_reach(1)
         before = await stored(here.db)
         views = here.checkpoint.views
-        again = Folder(here.db, views, checkpoint=VIEWS, fence={"epoch": 1, "sides": views.sides}, position=0)
+        again = Folder(here.db, views, checkpoint=VIEWS, fence={"epoch": 1, "sides": views.sides}, read=Read(0))
         with pytest.raises(Deposed):
             await again.fold(await here.everything())
         assert await stored(here.db) == before
@@ -440,3 +440,51 @@ async def test_a_leader_whose_checkpoint_is_set_back_begins_anew(connection: Con
         await here.submit({"track": "B"})
         await here.views_reach(2)
         assert (await stored(here.db, zeros=False)) == refolded(await here.everything())
+
+
+# A log whose end was removed ------------------------------------------------------------------------------------------
+
+
+async def remove_end(here: Process) -> None:
+    await here.db.events.delete_many({"_id": {"$gte": 2}})
+
+
+async def restore_older_copy(here: Process) -> None:
+    await remove_end(here)
+    await here.db.counters.update_one({"_id": "events"}, {"$set": {"next": 1}})
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+@pytest.mark.parametrize("damage", [remove_end, restore_older_copy])
+async def test_projector_stands_still_when_events_it_has_read_were_removed_and_others_appended(
+    connection: Connection,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Process], Awaitable[None]],
+    running: bool,
+) -> None:
+    monkeypatch.setattr("ledger.log._LOOKS_AT_THE_END", 2)
+    async with process(connection, store, projector=True) as here:
+        for _ in range(3):
+            await here.submit()
+        await here.views_reach(3)
+        if running:
+            await damage(here)
+            await appended_until_noted(here)
+    if not running:
+        async with process(connection, store) as here:
+            await damage(here)
+            await here.submit()
+        async with process(connection, store, projector=True) as here:
+            await appended_until_noted(here)
+
+
+async def appended_until_noted(here: Process) -> None:
+    """Submit jobs until the projector says why it stands still."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while "reached position 3" not in await health.why_stalled(here.db, 3, 9):
+            await here.submit()
+            await asyncio.sleep(0.1)
+    checkpoint = await here.db.checkpoints.find_one({"_id": VIEWS})
+    assert checkpoint is not None
+    assert checkpoint["position"] == 3

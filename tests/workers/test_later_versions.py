@@ -57,7 +57,7 @@ async def test_views_stand_still_before_what_the_projector_cannot_read_and_are_n
         projector = Projector(here.db, here.log, connection, here.checkpoint, holder="this-version")
         projecting = asyncio.create_task(projector.run())
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while "At position 2 of the log" not in await health.why_stalled(here.db, 1):  # noqa: ASYNC110 - no signal
+            while "At position 2 of the log" not in await health.why_stalled(here.db, 1, 3):  # noqa: ASYNC110 - no signal
                 await asyncio.sleep(0.05)
         assert not projecting.done(), "it waits for a projector of a later version"
         projecting.cancel()
