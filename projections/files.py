@@ -12,7 +12,7 @@ from typing import Final
 from pymongo import ASCENDING, IndexModel
 
 from ledger.mongo import Document, driver_errors
-from projections import failures
+from projections import failures, jobs
 from projections.views import Views
 
 NAME: Final = "files"
@@ -22,6 +22,7 @@ INDEXES: Final = [
     IndexModel([("job_id", ASCENDING)]),
     IndexModel([("sha256", ASCENDING)]),
 ]
+_ACCESS: Final = {"_id": 0, "user_id": 1, "access_control": 1, "teams": 1}
 STEP_FILES: Final = "step_files"
 """The view of the files that finished steps name (projections/step_files.py)."""
 EVERY_FILE: Final = "*"
@@ -29,7 +30,7 @@ EVERY_FILE: Final = "*"
 
 
 def rows(job: Document) -> list[Document]:
-    """Return one row for each of the job's result files."""
+    """Return one row for each of the job's result files. Who may read them, its document says."""
     if job["results"] is None:
         return []
     return [
@@ -40,9 +41,6 @@ def rows(job: Document) -> list[Document]:
             "size": file["size"],
             "media_type": file["media_type"],
             "job_id": job["job_id"],
-            "user_id": job["user_id"],
-            "access_control": job["access_control"],
-            "teams": job["teams"],
             "modified_at": job["completed_at"],
             "position": job["position"],
         }
@@ -58,9 +56,13 @@ def results_behind(prefix: str, results: Document) -> Document:
 
 
 async def get(views: Views, path: str) -> Document | None:
-    """Return the file under a path, or None."""
+    """Return the file under a path with `user_id`, `access_control` and `teams` of its job, or None."""
     with driver_errors("looking for a file"):
-        return await views[NAME].find_one({"path": path}, sort=[("modified_at", ASCENDING), ("job_id", ASCENDING)])
+        row = await views[NAME].find_one({"path": path}, sort=[("modified_at", ASCENDING), ("job_id", ASCENDING)])
+        if row is None:
+            return None
+        access = await views[jobs.NAME].find_one({"_id": row["job_id"]}, _ACCESS)
+    return None if access is None else {**access, **row}
 
 
 async def has_other_owner(views: Views, path: str, job_id: str) -> bool:
@@ -100,10 +102,19 @@ async def any_on_record(views: Views) -> bool:
 
 
 async def of_jobs(views: Views, job_ids: Sequence[str]) -> AsyncIterator[Document]:
-    """Yield the files of jobs, a hundred jobs at a time; the same jobs in the same order make the same list."""
+    """Yield the files of jobs as `get` returns them; the same jobs in the same order make the same list.
+
+    The files of a hundred jobs at a time are in memory.
+    """
     for begin in range(0, len(job_ids), _JOBS_AT_A_TIME):
-        wanted = {"job_id": {"$in": list(job_ids[begin : begin + _JOBS_AT_A_TIME])}}
+        some = list(job_ids[begin : begin + _JOBS_AT_A_TIME])
         with driver_errors("looking for the files of jobs"):
-            found = await views[NAME].find(wanted, sort=[("job_id", ASCENDING), ("path", ASCENDING)]).to_list()
+            order = [("job_id", ASCENDING), ("path", ASCENDING)]
+            found = await views[NAME].find({"job_id": {"$in": some}}, sort=order).to_list()
+            access = {
+                job.pop("_id"): job
+                async for job in views[jobs.NAME].find({"_id": {"$in": some}}, {**_ACCESS, "_id": 1})
+            }
         for row in found:
-            yield row
+            if row["job_id"] in access:
+                yield {**access[row["job_id"]], **row}

@@ -21,7 +21,7 @@ import structlog
 from bson.errors import BSONError
 from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import BulkWriteError, PyMongoError
+from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from ledger.errors import LedgerUnavailable, NewerEvent, UnreadableEvent
 from ledger.events import (
@@ -44,7 +44,7 @@ from projections import batches, deliveries, failures, files, jobs, queue, recei
 from projections.views import Views
 
 _log = structlog.get_logger()
-VERSION: Final = 12
+VERSION: Final = 13
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are made anew."""
 CACHED_DOCUMENTS: Final = 20_000
 _SLOW_SECONDS: Final = 5.0
@@ -410,6 +410,10 @@ _OF_THE_SERVER: Final = frozenset({24, 46, 50, 112, 251, 262, 290, 14031})
 """Codes of errors that say nothing about a document: locks, time limits, write conflicts, a full disk."""
 
 
+_TOO_LARGE: Final = frozenset({257, 388})
+"""TransactionTooLarge, TransactionTooLargeForCache."""
+
+
 def _is_refusal(error: Exception) -> bool:
     """Return whether an error says that something in a chunk cannot be stored, however often it is tried."""
     if isinstance(error, _Refused):
@@ -588,7 +592,12 @@ class Folder:
                         raise _Refused(view, changes[found[0]["index"]][0], error) from error
                     raise
 
-        await transaction(self._db, write)
+        try:
+            await transaction(self._db, write)
+        except OperationFailure as error:
+            if error.code in _TOO_LARGE:
+                raise ChunkTooLarge(str(error)) from error
+            raise
 
     def forget(self) -> None:
         """Forget what was folded and not written."""

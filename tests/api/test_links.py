@@ -163,7 +163,7 @@ async def test_only_who_may_read_a_file_and_says_who_they_are_gets_a_link(guarde
     stranger = await guarded.post(f"{FILES}a.bin/link", {}, **{"x-user": "stranger"})
     unknown = await guarded.post(f"{FILES}b.bin/link", {})
     assert (stranger.status_code, unknown.status_code) == (404, 404)
-    await guarded.db.files.update_one({}, {"$set": {"access_control.visibility": "public"}})
+    await guarded.db.jobs.update_one({}, {"$set": {"access_control.visibility": "public"}})
     assert (await guarded.get(f"{FILES}a.bin", **{"x-user": "nobody"})).status_code == 200
     nobody = await guarded.post(f"{FILES}a.bin/link", {}, **{"x-user": "nobody"})
     assert (nobody.status_code, nobody.json()["code"]) == (401, "not_signed_in")

@@ -35,6 +35,7 @@ from ledger.events import (
     JobResults,
     Meta,
     Recorded,
+    ResultFile,
     ResultMetadata,
     Webhook,
 )
@@ -486,3 +487,24 @@ async def test_a_document_that_cannot_be_isolated_is_left_as_it_was(
         assert (await here.job(healthy))["status"] == "pending"
         assert (await here.job(job_id))["parameters"] == {"a": 1}
         assert [row["key"] for row in await failures.newest(here.checkpoint.views)] == [job_id]
+
+
+async def test_writes_of_one_event_are_bounded_by_the_document(connection: Connection, store: Path) -> None:
+    """No access list is copied into the rows of the files."""
+    files = [
+        ResultFile(path=f"{number:0190}.md", sha256="0" * 64, size=1, media_type="text/markdown")
+        for number in range(limits.RESULT_FILES)
+    ]
+    names = [f"{number:03}" + "\U0001f600" * 197 for number in range(limits.ACCESS_NAMES)]
+    async with process(connection, store) as here:
+        job_id = await here.submit(access_control=AccessControl(read_access=names))
+        await here.claim(job_id)
+        done = JobResults(files=files, metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
+        await here.do(job_id, CompleteJob("worker-1", 1, done))
+        events = await here.log.read_stream(job_id)
+    chunk = folding.Chunk({view: {} for view in folding.FOLDED})
+    for event in events:
+        chunk.fold(event)
+    rows = chunk.rows()["files"].values()
+    assert len(rows) == limits.RESULT_FILES
+    assert sum(len(bson.encode(row)) for row in rows if row) < 2 * limits.RESULTS_BYTES
