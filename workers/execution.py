@@ -52,6 +52,9 @@ _log = structlog.get_logger()
 STOP_SECONDS: Final = 1.0
 """How long an inline job that is to stop may take to do so itself."""
 _MAX_REQUESTS: Final = 100  # of a job process, that are handled at the same time
+_MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
+"""Of the requests of a job process that are handled at the same time. In memory they may take 25 times as much. One
+that is larger is handled alone."""
 _MAX_TAKEOVERS: Final = 2  # of one job's saved files at the same time
 _STORE_PAUSES: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries to write to the result store
 # Not the event loop's own threads: jobs that run inline may occupy all of those.
@@ -330,11 +333,11 @@ class Execution:
 
     async def _converse(self, process: JobProcess, assignment: Assignment) -> Done | Failed:
         """Give a job process its assignment and handle its messages, until the last one."""
-        requests: set[asyncio.Task[None]] = set()
+        requests: dict[asyncio.Task[None], int] = {}  # their sizes in bytes
         failing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def ended(request: asyncio.Task[None]) -> None:
-            requests.discard(request)
+            requests.pop(request)
             if not request.cancelled() and (error := request.exception()) is not None and not failing.done():
                 failing.set_exception(error)
 
@@ -352,21 +355,21 @@ class Execution:
             await asyncio.gather(hearing, *requests, return_exceptions=True)
 
     async def _hear(
-        self, process: JobProcess, assignment: Assignment, requests: set[asyncio.Task[None]], ended: Any
+        self, process: JobProcess, assignment: Assignment, requests: dict[asyncio.Task[None], int], ended: Any
     ) -> Done | Failed:
         await process.send(assignment.model_dump(mode="json"))
         async with aclosing(process.messages()) as messages:
-            async for received in messages:
+            async for received, size in messages:
                 message = received.message
                 if isinstance(message, Done | Failed):
                     return message
                 if not received.id:
                     await self._take(message)
                     continue
-                while len(requests) >= _MAX_REQUESTS and not process.watching.done():
+                while not _has_room(requests, size) and not process.watching.done():
                     await asyncio.wait({*requests, process.watching}, return_when=asyncio.FIRST_COMPLETED)
                 request = asyncio.create_task(self._answer(process, received))
-                requests.add(request)
+                requests[request] = size
                 request.add_done_callback(ended)
         raise AssertionError("messages() ends by an exception")
 
@@ -643,6 +646,13 @@ class Execution:
             self._settings.retry_base_seconds * 2 ** (self._job.counted - 1), self._settings.retry_longest_seconds
         )
         return timedelta(seconds=random.uniform(0.1, longest))  # noqa: S311 - spreads load, guards no secret
+
+
+def _has_room(requests: Mapping[asyncio.Task[None], int], size: int) -> bool:
+    """Return whether a request of this size may be handled beside others of the same job process."""
+    if not requests:
+        return True
+    return len(requests) < _MAX_REQUESTS and sum(requests.values()) + size <= _MAX_REQUEST_BYTES
 
 
 async def _in_thread(function: Callable[[], None]) -> None:

@@ -256,8 +256,8 @@ class JobProcess:
 
     # Hearing ------------------------------------------------------------------------------------------------------
 
-    async def messages(self) -> AsyncGenerator[FromJob, None]:
-        """Yield what the job process sends, until it is dead and everything has been read.
+    async def messages(self) -> AsyncGenerator[tuple[FromJob, int], None]:
+        """Yield what the job process sends, and how many bytes that had, until it is dead and everything has been read.
 
         Raises:
             ProcessFailed: it is dead, sent what is no message, or stopped in the middle of one.
@@ -269,7 +269,7 @@ class JobProcess:
             except InvalidMessage as error:
                 what = f"The job process sent a message that cannot be read: {error}"
                 raise ProcessFailed(Failed("INVALID_MESSAGE", what)) from error
-            yield message
+            yield message, len(text)
             await pace.keep(len(text))
         raise ProcessFailed(await self._why_it_ended())
 

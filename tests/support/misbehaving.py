@@ -790,6 +790,16 @@ taking_the_loop("stop the loop past containment", lambda: past_containment(async
 
 
 @action
+async def finish_large_steps(job: Job) -> Results:
+    async def output(size: int) -> str:
+        return "x" * size
+
+    sizes = [1_000_000] * 6 + [6_000_000] + [1] * 120
+    await asyncio.gather(*(job.step(f"{n}", {}, partial(output, size)) for n, size in enumerate(sizes)))
+    return Results()
+
+
+@action
 async def log_and_finish_step(job: Job) -> Results:
     for number in range(150):
         await job.log("info", f"{number} ".ljust(9_000, "x"))

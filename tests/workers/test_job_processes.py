@@ -19,9 +19,12 @@ from tests.support.installation import descendants
 from tests.support.job_processes import is_gone, own_job_processes, parent
 from tests.support.running import Process, WorkerOptions, process, real_process, until
 from tests.workers.misbehaving import installed
-from workers import job_process
+from workers import execution, job_process
 from workers.confinement import Confinement
+from workers.execution import Execution
 from workers.fork_server import _Server
+from workers.job_process import JobProcess
+from workers.messages import FromJob, encode
 
 __all__ = ["installed"]
 OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its version
@@ -54,6 +57,34 @@ async def started(file: Path) -> int:
 async def submit(here: Process, file: Path, do: str, **more: object) -> str:
     fields = {"max_attempts": 1, "timeout_s": more.pop("timeout_s", 60)}
     return await here.submit({"do": do, "file": str(file), **more}, job_type=TYPE, **fields)
+
+
+async def test_requests_that_wait_for_the_database_are_bounded_in_bytes(
+    here: Process, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(execution: Execution, process: JobProcess, received: FromJob) -> None:
+        sizes[received.id] = len(encode(received))
+        in_hand.append(list(sizes.values()))
+        try:
+            await database.wait()
+            await answer(execution, process, received)
+        finally:
+            del sizes[received.id]
+
+    answer = Execution._answer
+    sizes: dict[int, int] = {}
+    in_hand: list[list[int]] = []
+    database = asyncio.Event()
+    monkeypatch.setattr(Execution, "_answer", slow)
+    job_id = await submit(here, file, "finish large steps")
+    await until(lambda: bool(in_hand), "the first request is there", seconds=30)
+    await asyncio.sleep(0.5)
+    assert len(sizes) == 4
+    database.set()
+    assert (await here.ended(job_id, seconds=30))["error"] is None
+    assert all(sum(found) <= execution._MAX_REQUEST_BYTES or len(found) == 1 for found in in_hand)
+    assert max(map(sum, in_hand)) > 6_000_000, "a larger one is handled alone"
+    assert 50 < max(map(len, in_hand)) <= execution._MAX_REQUESTS, "small ones are handled together"
 
 
 async def others_go_on(here: Process) -> None:
