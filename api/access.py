@@ -102,8 +102,10 @@ class SignedIn:
         else:
             await self._app(scope, receive, send)
 
-    async def until_invalid(self, scope: Scope) -> None:
+    async def until_invalid(self, scope: Scope, *, renewable: bool) -> None:
         """Return once the credential of a request is revoked or has expired.
+
+        Without `renewable`, also at `valid_until`: a proxy has to say again who asks, in another request.
 
         The next announcement is taken before the credential is checked: one that comes after the check ends the wait.
         """
@@ -114,9 +116,11 @@ class SignedIn:
                 return
             seconds = _RECHECK_SECONDS
             if principal.valid_until is not None:
-                seconds = min(seconds, (principal.valid_until - datetime.now(UTC)).total_seconds())
-            if seconds <= 0:
-                return
+                left = (principal.valid_until - datetime.now(UTC)).total_seconds()
+                if left > 0:
+                    seconds = min(seconds, left)
+                elif not renewable:
+                    return
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await revoked.wait()
@@ -128,13 +132,17 @@ class SignedIn:
             return error.status != 401  # a check that is not possible now proves nothing
 
 
-async def until_signed_out(scope: Scope) -> None:
-    """Return once the caller's credential is revoked or has expired; never for what is open to all."""
+async def until_signed_out(scope: Scope, *, renewable: bool = False) -> None:
+    """Return once the caller's credential is revoked or has expired; never for what is open to all.
+
+    `renewable`: what the caller has open cannot be continued by another request, so a proxy's word is good for all of
+    it.
+    """
     signed_in_: SignedIn | None = scope.get("signed_in")
     if signed_in_ is None:
         await asyncio.Event().wait()
     else:
-        await signed_in_.until_invalid(scope)
+        await signed_in_.until_invalid(scope, renewable=renewable)
 
 
 @asynccontextmanager

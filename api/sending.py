@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import unicodedata
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -12,6 +13,7 @@ import structlog
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from api.access import until_signed_out
 from ledger.errors import FileLost, LedgerUnavailable
 
 _log = structlog.get_logger()
@@ -27,7 +29,8 @@ class Streamed(StreamingResponse):
     """Content that is made while it is sent, no faster than the client takes it.
 
     When the client goes away no more of it is made. When it cannot be made to its end, the connection is closed before
-    the end, so that the client knows. `close` is called in every case.
+    the end, so that the client knows. So it is when the client's credential is revoked or expires. `close` is called in
+    every case.
     """
 
     def __init__(
@@ -44,13 +47,27 @@ class Streamed(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await self._send_while_signed_in(scope, receive, send)
         except* (FileLost, LedgerUnavailable) as errors:
             # The answer has begun and an envelope is of no use; the server cuts off what was not brought to its end.
             _log.error("not sent to its end", path=scope["path"], error=str(errors.exceptions[0]))
         finally:
             await self._content.aclose()
             await self._close()
+
+    async def _send_while_signed_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(super().__call__(scope, receive, send), name="download")
+        signed_out = asyncio.create_task(until_signed_out(scope, renewable=True), name="download-signed-out")
+        try:
+            await asyncio.wait({sending, signed_out}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                return sending.result()
+            abort: Callable[[], None] = scope["state"]["abort"]
+            abort()  # an ordinary close would wait for the client to take what it was sent
+        finally:
+            sending.cancel()
+            signed_out.cancel()
+            await asyncio.gather(sending, signed_out, return_exceptions=True)
 
 
 def content_type(media_type: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,9 +12,15 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from starlette.requests import HTTPConnection
+from starlette.types import Message
 
 from api import keys, sign_in
+from api.access import Revocations, SignedIn
+from api.errors import ApiError
 from api.keys import ApiKey, KeyText
+from api.sending import Streamed
+from ledger.access import Principal
 from ledger.mongo import Database
 from tests.api.conftest import Api, running_api
 from tests.support.tokens import SECRET, token
@@ -143,3 +149,68 @@ async def test_streams_and_waits_end_with_their_credential_and_others_go_on(
         if unconcerned is not None:
             assert not unconcerned.done()
             unconcerned.cancel()
+
+
+@pytest.mark.parametrize(
+    ("case", "is_cut"),
+    [
+        ("revoked", True),
+        ("expired", True),
+        ("another one", False),
+        ("cannot be checked", False),
+        ("proxy that has to say it again", False),
+    ],
+)
+async def test_downloads_end_with_their_credential_and_no_others(case: str, is_cut: bool) -> None:
+    """A download cannot be continued by another request, so a proxy's word is good for all of it."""
+    now = datetime.now(UTC)
+    ends_soon = case in ("expired", "proxy that has to say it again")
+    principal = Principal("alice", valid_until=now + timedelta(seconds=0.2) if ends_soon else None)
+    revocations, is_closed, ended = Revocations(), asyncio.Event(), False
+
+    async def check(connection: HTTPConnection) -> Principal:
+        if case == "cannot be checked":
+            raise ApiError(503, "keys_unavailable", "")
+        if ended or (case == "expired" and datetime.now(UTC) >= now + timedelta(seconds=0.2)):
+            raise ApiError(401, "bad_credentials", "")
+        return principal
+
+    async def content() -> AsyncGenerator[bytes, None]:
+        yield b"first"
+        await is_closed.wait()  # as long as the client reads slowly
+
+    aborted = asyncio.Event()
+    scope = {
+        "type": "http",
+        "path": "/file",
+        "headers": [],
+        "asgi": {"spec_version": "2.3"},
+        "principal": principal,
+        "signed_in": SignedIn(Streamed(content(), 200, {}), check, revocations),
+        "state": {"abort": aborted.set},
+    }
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    sent: list[Message] = []
+    closed = asyncio.Event()
+
+    async def close() -> None:
+        closed.set()
+
+    download = asyncio.create_task(Streamed(content(), 200, {}, close=close)(scope, receive, send))
+    await asyncio.sleep(0.05)
+    ended = case == "revoked"
+    revocations.announce()
+    await asyncio.sleep(0.3)
+    assert aborted.is_set() is is_cut
+    assert download.done() is is_cut
+    is_closed.set()
+    await asyncio.wait_for(download, 5)
+    assert closed.is_set()
+    assert (sent[-1].get("more_body") is False) is not is_cut
