@@ -29,7 +29,7 @@ from api.models import (
     Single,
 )
 from api.parameters import Check
-from api.requests import Once, happened_by, noted, preferred_wait, readable_past
+from api.requests import Once, happened_by, noted, preferred_wait, prefers_wait, readable_past
 from api.services import query_of, refuse_without_space, services, views_reach_wanted_position, views_show
 from api.submission import (
     Secrets,
@@ -62,6 +62,7 @@ from ledger.events import (
     StepCompleted,
 )
 from ledger.handle import Command, handle_new, load, new_batch_id, new_job_id
+from ledger.log import EventLog
 from ledger.mongo import Document
 from projections import batches as view
 from projections import statistics
@@ -73,6 +74,34 @@ _ALONG_THE_WAY: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobL
 
 async def submit(request: Request) -> Response:
     """POST /api/events/batches"""
+    known = services(request)
+    submitted, position, shown_secrets = await _submit(request)
+    batch_id = submitted.stream
+    if prefers_wait(request):
+        del submitted  # it may be large, and the wait is long
+        await _wait_for_end(request, batch_id)
+        batch = await view.get(known.views, known.log, batch_id)
+        batch = batch or _as_submitted((await known.log.read_stream(batch_id, limit=1))[0])  # deleted meanwhile
+    else:
+        batch = _as_submitted(submitted)
+    return json_response(
+        {
+            "status": "success",
+            "batch_id": batch_id,
+            "job_ids": batch["job_ids"],
+            "batch": shown(batch, BATCH, viewer_of(request, batch)),
+            **webhook_secrets(shown_secrets),
+        },
+        202,
+        {
+            "Location": f"{known.links.prefix}/api/events/batches/{batch_id}",
+            "Ledger-Position": str(max(position, batch["position"])),
+        },
+    )
+
+
+async def _submit(request: Request) -> tuple[Recorded, int, Sequence[ShownSecret]]:
+    """Submit the batch of the body; return its first event, its last position, and secrets that were created for it."""
     known = services(request)
     body, content = await read_body(request, BatchBody)
     once = await off_loop(request, Once.of, request, content)
@@ -108,8 +137,7 @@ async def submit(request: Request) -> Response:
     except InvalidEvent:
         await off_loop(request, _refuse_what_cannot_be_stored, jobs)
         raise
-    shown_secrets = await take_unshown(known.db, endpoints)
-    return await _accepted(request, recorded[0], recorded[-1].position, shown_secrets)
+    return recorded[0], recorded[-1].position, await take_unshown(known.db, endpoints)
 
 
 async def jobs_in(
@@ -161,8 +189,10 @@ def _jobs_in(
     return jobs, kept
 
 
-async def _submitted_before(request: Request, batch_id: str, once: Once | None) -> Response | None:
-    """Return the answer to the same request made before, if it was.
+async def _submitted_before(
+    request: Request, batch_id: str, once: Once | None
+) -> tuple[Recorded, int, Sequence[ShownSecret]] | None:
+    """Return what `_submit` returned for the same request made before, if it was.
 
     Raises:
         ApiError: 422, when that one asked for something else.
@@ -172,30 +202,7 @@ async def _submitted_before(request: Request, batch_id: str, once: Once | None) 
         return None
     assert isinstance(submitted.event, BatchSubmitted)  # noqa: S101 - narrows the type; every batch begins with it
     # Its jobs were written with it, in the positions behind it.
-    return await _accepted(request, submitted, submitted.position + submitted.event.total_jobs)
-
-
-async def _accepted(
-    request: Request, submitted: Recorded, position: int, shown_secrets: Sequence[ShownSecret] = ()
-) -> Response:
-    known, batch = services(request), None
-    if await _waited_for_end(request, submitted.stream):
-        batch = await view.get(known.views, known.log, submitted.stream)
-    batch = batch or _as_submitted(submitted)
-    return json_response(
-        {
-            "status": "success",
-            "batch_id": submitted.stream,
-            "job_ids": batch["job_ids"],
-            "batch": shown(batch, BATCH, viewer_of(request, batch)),
-            **webhook_secrets(shown_secrets),
-        },
-        202,
-        {
-            "Location": f"{known.links.prefix}/api/events/batches/{submitted.stream}",
-            "Ledger-Position": str(max(position, batch["position"])),
-        },
-    )
+    return submitted, submitted.position + submitted.event.total_jobs, ()
 
 
 def _as_submitted(event: Recorded) -> Document:
@@ -272,10 +279,9 @@ async def single(request: Request) -> Response:
     """GET /api/events/batches/{batch_id}"""
     await views_reach_wanted_position(request)
     asked = query_of(request, Single)
+    if asked.as_of is None and prefers_wait(request) and (await existing(request))["status"] == "processing":
+        await _wait_for_end(request, request.path_params["batch_id"])
     batch = await existing(request)
-    is_awaited = asked.as_of is None and batch["status"] == "processing"
-    if is_awaited and await _waited_for_end(request, batch["batch_id"]):
-        batch = await existing(request)  # as it is at the end of the wait
     viewer = viewer_of(request, batch)  # by the access of today, also of the batch as it was
     if asked.as_of is not None:
         batch = await _as_of(request, batch["batch_id"], asked.as_of)
@@ -324,21 +330,24 @@ async def existing(request: Request) -> Document:
     return batch
 
 
-async def _waited_for_end(request: Request, batch_id: str) -> bool:
-    """Wait for the batch's end if the caller prefers that, as for a job's; return whether it was waited for."""
+async def _wait_for_end(request: Request, batch_id: str) -> None:
+    """Wait for the batch's end if the caller prefers that, as for a job's."""
     known = services(request)
-    with preferred_wait(request) as seconds:
+    with preferred_wait(request) as seconds, suppress(TimeoutError):
         if not seconds:
-            return False
-        with suppress(TimeoutError):
-            async with while_signed_in(request, seconds), known.endings.watching(batch_id) as ended:
-                while isinstance((now := await load(known.log, batch_id)).state, Batch):
-                    if now.state.status != "processing" or now.state.deleted:
-                        break
-                    await ended.wait()
-                    ended.clear()
-                await views_show(request, now.head.position)
-    return True
+            return
+        async with while_signed_in(request, seconds), known.endings.watching(batch_id) as ended:
+            while not (found := await _end_of(known.log, batch_id))[0]:
+                await ended.wait()
+                ended.clear()
+            await views_show(request, found[1])
+
+
+async def _end_of(log: EventLog, batch_id: str) -> tuple[bool, int]:
+    """Return whether a batch has ended or was deleted, and the position of its last event."""
+    now = await load(log, batch_id)
+    has_ended = not isinstance(now.state, Batch) or now.state.status != "processing" or now.state.deleted
+    return has_ended, now.head.position
 
 
 def not_found(batch_id: str) -> ApiError:

@@ -19,7 +19,17 @@ from api.errors import ApiError, json_response, json_text
 from api.middleware import held
 from api.models import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
 from api.parameters import Check
-from api.requests import Once, expecting, folded, happened_by, noted, preferred_wait, readable_past, story_until
+from api.requests import (
+    Once,
+    expecting,
+    folded,
+    happened_by,
+    noted,
+    preferred_wait,
+    prefers_wait,
+    readable_past,
+    story_until,
+)
 from api.services import Services, query_of, refuse_without_space, services, views_reach_wanted_position, views_show
 from api.submission import (
     check_parameters,
@@ -37,6 +47,7 @@ from ledger.errors import AlreadyExists, CommandRefused, WrongState
 from ledger.events import ENDED, AccessControl, Meta, Recorded
 from ledger.handle import Known, handle, load, new_job_id
 from ledger.job import Job
+from ledger.log import EventLog
 from ledger.mongo import Document
 from projections import batches, statistics
 from projections import jobs as view
@@ -48,6 +59,33 @@ _STOP_SECONDS: Final = 30.0
 
 async def submit(request: Request) -> Response:
     """POST /api/events/jobs"""
+    known = services(request)
+    submitted, shown_secrets = await _submit(request)
+    job_id, position = submitted.stream, submitted.position
+    if prefers_wait(request):
+        del submitted  # it may be large, and the wait is long
+        await _wait_for_end(request, job_id)
+        job = await view.get(known.views, known.log, job_id)
+        job = job or view.fold(None, (await known.log.read_stream(job_id, limit=1))[0])  # deleted meanwhile
+    else:
+        job = view.fold(None, submitted)
+    return json_response(
+        {
+            "status": "success",
+            "job_id": job_id,
+            "job": await _shown_job(request, job),
+            **webhook_secrets(shown_secrets),
+        },
+        202,
+        {
+            "Location": f"{known.links.prefix}/api/events/jobs/{job_id}",
+            "Ledger-Position": str(max(job["position"], position) if job else position),
+        },
+    )
+
+
+async def _submit(request: Request) -> tuple[Recorded, Sequence[ShownSecret]]:
+    """Submit the job of the body; return its first event, and secrets that were created for its webhook."""
     known = services(request)
     body, content = await read_body(request, JobBody)
     once = await off_loop(request, Once.of, request, content)
@@ -61,36 +99,19 @@ async def submit(request: Request) -> Response:
     )
     model = known.job_types[body.job_type]
     await check_parameters(request, [Check(body.job_type, model, body.parameters, ("parameters",))])
-    shown_secrets: list[ShownSecret] = []
     job_id = f"job-{once.name()}" if once else new_job_id()
-    submitted = await _submitted_before(known, job_id, once)
-    if submitted is None:
-        refuse_without_space(known)
-        await keep(known, secrets, endpoints=endpoints_of(asked))
-        meta = Meta(actor(request), request=noted(once))
-        try:
-            [submitted] = (await handle(known.log, job_id, SubmitJob(asked), meta=meta, known=Known())).events
-        except AlreadyExists:  # by a request with the same key, in this very moment
-            submitted = await _submitted_before(known, job_id, once)
-            if submitted is None:
-                raise
-        else:
-            shown_secrets = await take_unshown(known.db, endpoints_of(asked))
-    job = await view.get(known.views, known.log, job_id) if await waited_for_end(request, job_id) else None
-    job = job or view.fold(None, submitted)
-    return json_response(
-        {
-            "status": "success",
-            "job_id": job_id,
-            "job": await _shown_job(request, job),
-            **webhook_secrets(shown_secrets),
-        },
-        202,
-        {
-            "Location": f"{known.links.prefix}/api/events/jobs/{job_id}",
-            "Ledger-Position": str(_position(job, submitted)),
-        },
-    )
+    if (before := await _submitted_before(known, job_id, once)) is not None:
+        return before, ()
+    refuse_without_space(known)
+    await keep(known, secrets, endpoints=endpoints_of(asked))
+    meta = Meta(actor(request), request=noted(once))
+    try:
+        [submitted] = (await handle(known.log, job_id, SubmitJob(asked), meta=meta, known=Known())).events
+    except AlreadyExists:  # by a request with the same key, in this very moment
+        if (before := await _submitted_before(known, job_id, once)) is None:
+            raise
+        return before, ()
+    return submitted, await take_unshown(known.db, endpoints_of(asked))
 
 
 async def _submitted_before(known: Services, job_id: str, once: Once | None) -> Recorded | None:
@@ -100,10 +121,6 @@ async def _submitted_before(known: Services, job_id: str, once: Once | None) -> 
         ApiError: 422, when that one asked for something else.
     """
     return once.found_in(await known.log.read_stream(job_id, limit=1)) if once else None
-
-
-def _position(job: Document | None, submitted: Recorded) -> int:
-    return max(job["position"], submitted.position) if job else submitted.position
 
 
 async def listing(request: Request) -> Response:
@@ -157,9 +174,9 @@ async def single(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}"""
     await views_reach_wanted_position(request)
     asked = query_of(request, Single)
+    if asked.as_of is None and prefers_wait(request) and (await existing(request))["status"] not in ENDED:
+        await _wait_for_end(request, request.path_params["job_id"])
     job = await existing(request)
-    if asked.as_of is None and job["status"] not in ENDED and await waited_for_end(request, job["job_id"]):
-        job = await existing(request)  # as it is at the end of the wait
     viewer = viewer_of(request, job)  # by the access of today, also of the job as it was
     if asked.as_of is None:
         paused = await _paused(request, [job])
@@ -183,24 +200,26 @@ async def _as_of(request: Request, job_id: str, then: int | datetime) -> Documen
     return job
 
 
-async def waited_for_end(request: Request, job_id: str) -> bool:
-    """Wait for the job's end if the caller prefers that; return whether it was waited for.
+async def _wait_for_end(request: Request, job_id: str) -> None:
+    """Wait for the job's end if the caller prefers that.
 
     The views show the end then, unless the time is over: a read of the job, its files or a list agrees with them.
     """
     known = services(request)
-    with preferred_wait(request) as seconds:
+    with preferred_wait(request) as seconds, suppress(TimeoutError):
         if not seconds:
-            return False
-        with suppress(TimeoutError):
-            async with while_signed_in(request, seconds), known.endings.watching(job_id) as ended:
-                while (job := folded(view.fold, events := await known.log.read_stream(job_id))) is not None:
-                    if job["status"] in ENDED:
-                        break
-                    await ended.wait()
-                    ended.clear()
-                await views_show(request, events[-1].position if events else 0)
-    return True
+            return
+        async with while_signed_in(request, seconds), known.endings.watching(job_id) as ended:
+            while not (found := await _end_of(known.log, job_id))[0]:
+                await ended.wait()
+                ended.clear()
+            await views_show(request, found[1])
+
+
+async def _end_of(log: EventLog, job_id: str) -> tuple[bool, int]:
+    """Return whether a job has ended or was deleted, and the position of its last event."""
+    job = folded(view.fold, events := await log.read_stream(job_id))
+    return job is None or job["status"] in ENDED, events[-1].position if events else 0
 
 
 async def existing(request: Request) -> Document:

@@ -133,6 +133,7 @@ def expecting(request: Request, check: Callable[[Known], None]) -> Callable[[Kno
 def preferred_wait(request: Request) -> Iterator[float]:
     """Yield for how many seconds the caller prefers to wait for an end, 0 for not at all; count it as held meanwhile.
 
+    What was reserved for the body is given back: the caller keeps nothing of it during the wait.
     The response names the preference that was applied. Where too many requests are held, it is not (RFC 7240, 2).
     """
     seconds = _preferred_seconds(request)
@@ -142,7 +143,13 @@ def preferred_wait(request: Request) -> Iterator[float]:
     with held(request.scope) as allowed:
         if allowed:
             request.scope["preference_applied"] = f"wait={seconds}"
+            request.scope["memory"].release()
         yield seconds if allowed else 0
+
+
+def prefers_wait(request: Request) -> bool:
+    """Return whether the caller prefers to wait for an end."""
+    return "prefer" in request.headers and _preferred_seconds(request) > 0
 
 
 def _preferred_seconds(request: Request) -> int:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import time
+from pathlib import Path
 
-from tests.api.conftest import Api
+import pytest
+
+from api.memory import MemoryBudget
+from api.models import BatchBody, JobBody
+from ledger.events import BatchSubmitted, JobSubmitted
+from tests.api.conftest import Api, running_api
 
 
 async def test_a_submission_that_waits_is_answered_with_the_finished_job(api: Api) -> None:
@@ -116,3 +124,36 @@ async def test_every_read_of_the_views_says_their_position(api: Api) -> None:
         answer = await api.get(path)
         assert int(answer.headers["ledger-position"]) >= job["position"], path
         assert "preference-applied" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/api/events/jobs", "/api/events/batches"])
+async def test_nothing_of_a_body_is_kept_or_reserved_during_the_wait(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    budgets: list[MemoryBudget] = []
+
+    def budget(size: int) -> MemoryBudget:
+        budgets.append(MemoryBudget(size))
+        return budgets[-1]
+
+    def kept() -> int:
+        bodies = (JobBody, BatchBody, JobSubmitted, BatchSubmitted)
+        return sum(isinstance(it, bodies) and "marked" in it.parameters for it in gc.get_objects())
+
+    monkeypatch.setattr("cli.serving.MemoryBudget", budget)
+    parameters = {"marked": ["x" * 20] * 20_000}
+    job = {"job_type": "echo", "parameters": parameters}
+    body = json.dumps({"jobs": [{**job, "parameters": {}}], "parameters": parameters} if "batch" in path else job)
+    headers = {"Prefer": "wait=30", "Content-Type": "application/json"}
+    async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+        waiting = asyncio.create_task(api.http.post(path, content=body, headers=headers))
+        async with asyncio.timeout(10):
+            while await api.log.head() == 0:  # noqa: ASYNC110 - it is not told
+                await asyncio.sleep(0.02)
+            # The log itself keeps its newest events in memory, up to a limit.
+            while budgets[0].reserved or kept() > await api.log.head():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert not waiting.done()
+        [event] = await api.log.read(limit=1)
+        await api.post(f"{path}/{event.stream}/cancel", {})
+        assert (await waiting).status_code == 202
