@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
@@ -556,11 +556,13 @@ class Recorded:
     damaged event, too. `event` then raises `UnreadableEvent`.
     """
 
-    __slots__ = ("_document", "_event")
+    __slots__ = ("_document", "_event", "stream", "type")
 
     def __init__(self, document: Mapping[str, Any], event: Event | None = None) -> None:
         self._document = document
         self._event = event
+        self.stream: Final = str(document.get("stream"))
+        self.type: Final = str(document.get("type"))
 
     @property
     def document(self) -> Mapping[str, Any]:
@@ -577,18 +579,10 @@ class Recorded:
         return str(self._document.get("event_id"))
 
     @property
-    def stream(self) -> str:
-        return str(self._document.get("stream"))
-
-    @property
     def version(self) -> int:
         """Its number in `stream`, from 1."""
         version = self._document.get("version")
         return version if isinstance(version, int) else 0
-
-    @property
-    def type(self) -> str:
-        return str(self._document.get("type"))
 
     @property
     def schema(self) -> int:
