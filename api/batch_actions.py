@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from api import bulk
 from api.access import actor, requires
-from api.batches import not_found, refuse_multiplied
+from api.batches import list_index_bytes, not_found, refuse_list_index, refuse_multiplied
 from api.bodies import optional_body, read_body
 from api.errors import ApiError, json_response
 from api.models import BatchRestartBody, BatchUpdateBody, ReasonBody
@@ -87,7 +87,9 @@ async def update(request: Request) -> Response:
     body, _ = await read_body(request, BatchUpdateBody)
     access = AccessControl(**body.access_control.model_dump())
     found = await _existing(request, Right.ADMIN)
-    refuse_multiplied(request, "access_control", access, len(found.batch.asked.job_ids))
+    asked = found.batch.asked
+    refuse_multiplied(request, "access_control", access, len(asked.job_ids))
+    refuse_list_index(list_index_bytes(asked.user_id, access, asked.teams) * len(asked.job_ids))
     handled = await _for_batch(request, found, ChangeAccess(actor(request), access))
     outcome = await _for_jobs(request, found, ChangeAccess(actor(request), access), _EVERY, Right.ADMIN)
     return _answer(found.batch_id, handled.known, outcome)

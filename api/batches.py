@@ -65,7 +65,7 @@ from ledger.handle import Command, handle_new, load, new_batch_id, new_job_id
 from ledger.log import EventLog
 from ledger.mongo import Document
 from projections import batches as view
-from projections import statistics
+from projections import headings, statistics
 from projections.folding import FOLDED, Chunk
 
 _ALONG_THE_WAY: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
@@ -146,10 +146,12 @@ async def jobs_in(
     """Return the events for a batch's jobs, and the secrets of their webhooks.
 
     Raises:
-        ApiError: 422, naming each wrong field of the first job that has any; 413, when its defaults are too large.
+        ApiError: 422, naming each wrong field of the first job that has any; 413, when its defaults or lists of names
+            are too large.
     """
     _refuse_defaults_multiplied(request, body)
     jobs, kept = await off_loop(request, _jobs_in, request, body, batch_id, user_id)
+    await off_loop(request, _refuse_large_list_index, jobs)
     types = services(request).job_types
     checks = [
         Check(job.job_type, types[job.job_type], job.parameters, ("jobs", index, "parameters"))
@@ -220,6 +222,38 @@ def _refuse_defaults_multiplied(request: Request, body: BatchBody) -> None:
     inheriting = sum(1 for job in body.jobs if not (isinstance(job, dict) and "access_control" in job))
     refuse_multiplied(request, "parameters", body.parameters, len(body.jobs))
     refuse_multiplied(request, "access_control", body.access_control, inheriting)
+
+
+def _refuse_large_list_index(jobs: Sequence[JobSubmitted]) -> None:
+    """Refuse names that make gigabytes of list index, because each of them adds rows for each job.
+
+    Raises:
+        ApiError: 413.
+    """
+    size = 0
+    for job in jobs:
+        size += list_index_bytes(job.user_id, job.access_control, job.teams)
+        if size > limits.BATCH_LIST_INDEX_BYTES:  # not all of them need to be counted
+            refuse_list_index(size)
+
+
+def list_index_bytes(user_id: str, access: AccessControl, teams: Sequence[str]) -> int:
+    """Return the most that the list index of a job may take."""
+    return headings.most_bytes({"user_id": user_id, "access_control": access.model_dump(), "teams": teams})
+
+
+def refuse_list_index(size: int) -> None:
+    """Make sure that the list index of a batch's jobs together is not too large.
+
+    Raises:
+        ApiError: 413.
+    """
+    if size > limits.BATCH_LIST_INDEX_BYTES:
+        message = (
+            f"`access_control` and teams of the batch's jobs: the list index takes {size} bytes or more, and at most "
+            f"{limits.BATCH_LIST_INDEX_BYTES} are allowed. Use fewer names, groups, or smaller batches."
+        )
+        raise ApiError(413, "too_large", message)
 
 
 def refuse_multiplied(request: Request, field: str, value: Any, times: int) -> None:

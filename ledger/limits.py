@@ -89,6 +89,8 @@ LIST_INDEX_BYTES: Final = 1 * _MIB
 """Of each of the two kinds of rows, `headings` and `words`."""
 LIST_INDEX_ROWS: Final = 5000
 """Of each of the two kinds. MongoDB takes at most 100,000 index keys from one document."""
+BATCH_LIST_INDEX_BYTES: Final = 512 * _MIB
+"""Of both kinds together, for all jobs of a batch. The names that may see a job add rows for each word and field."""
 SEARCHED_CHARACTERS: Final = 4000
 """Of the texts of a document that are made searchable."""
 

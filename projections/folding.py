@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+import bson
 import structlog
 from bson.errors import BSONError
 from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
@@ -40,13 +41,29 @@ from ledger.leadership import Deposed
 from ledger.log import EventLog, Read
 from ledger.mongo import Database, Document, driver_errors, passes_with_time
 from ledger.transactions import transaction
-from projections import batches, deliveries, failures, files, jobs, queue, receivers, statistics, step_files, steps
+from projections import (
+    batches,
+    deliveries,
+    failures,
+    files,
+    headings,
+    jobs,
+    queue,
+    receivers,
+    statistics,
+    step_files,
+    steps,
+)
+from projections.document_cache import DocumentCache, Key
 from projections.views import Views
 
 _log = structlog.get_logger()
 VERSION: Final = 13
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are made anew."""
-CACHED_DOCUMENTS: Final = 20_000
+LOADED_BYTES: Final = 64 * 1024 * 1024
+"""Of the documents of one view that are loaded for one chunk, as BSON."""
+LISTED_BYTES: Final = 64 * 1024 * 1024
+"""Of the list index that a chunk makes or changes, in memory."""
 _SLOW_SECONDS: Final = 5.0
 """A chunk that takes longer is followed by smaller ones: the server ends a transaction after 10 to 60 seconds."""
 _MOST_EVENTS: Final = 8192
@@ -71,8 +88,6 @@ _REDUCED: Final[Mapping[str, Callable[[Document, Document], Document]]] = {
 }
 """How a document that cannot be stored whole is stored. Of other views it is left out."""
 _ROWS: Final = (queue.NAME, files.NAME, steps.NAME, step_files.NAME)
-Key = tuple[str, str]
-"""A view, and the key of a document in it."""
 
 
 @dataclass(slots=True)
@@ -95,6 +110,8 @@ class Chunk:
     left_out: set[Key] = field(default_factory=set)
     unfoldable: dict[Key, Document] = field(default_factory=dict)
     isolated: list[tuple[str, Document]] = field(default_factory=list)
+    listed: int = 0
+    """Bytes of the list index that has to be written."""
 
     def fold(self, event: Recorded) -> None:
         """Take in one event. A stream that cannot be folded is isolated.
@@ -147,6 +164,7 @@ class Chunk:
         before = self.get("jobs", event.stream)
         after = jobs.fold(before, event)
         if after is not before:
+            self._count_rows(before, after)
             self._take_job(before, after, event)
 
     def _take_job(self, before: Document | None, after: Document | None, event: Recorded) -> None:
@@ -172,7 +190,13 @@ class Chunk:
 
     def _fold_batch(self, event: Recorded) -> None:
         before = self.get("batches", event.stream)
-        self._set_batch(event.stream, before, batches.fold(before, event))
+        after = batches.fold(before, event)
+        self._count_rows(before, after)
+        self._set_batch(event.stream, before, after)
+
+    def _count_rows(self, before: Document | None, after: Document | None) -> None:
+        if after is not None and (before is None or after["headings"] is not before["headings"]):
+            self.listed += headings.memory_of_rows(after)
 
     def _fold_delivery(self, event: Recorded) -> None:
         before = self.get(deliveries.NAME, event.stream)
@@ -393,7 +417,7 @@ def _worth_folding(events: Sequence[Recorded]) -> list[Recorded]:
 
 
 class ChunkTooLarge(Exception):
-    """A chunk is too much for one transaction; nothing of it was written."""
+    """A chunk is too much for one transaction, or for memory; nothing of it was written."""
 
 
 class _Refused(Exception):
@@ -445,7 +469,7 @@ class Folder:
         self.views = views
         self._checkpoint = checkpoint
         self._fence = fence
-        self._cache: OrderedDict[tuple[str, str], Document] = OrderedDict()
+        self._cache = DocumentCache()
         self._unwritten: Chunk | None = None
         self._written = asyncio.Event()
         self._reduced: set[Key] = set()
@@ -498,7 +522,11 @@ class Folder:
         return list(changed.values())
 
     async def prepare(self, events: Sequence[Recorded]) -> Chunk:
-        """Fold the next events in memory, for `write`. The chunk before need not have been written yet."""
+        """Fold the next events in memory, for `write`. The chunk before need not have been written yet.
+
+        Raises:
+            ChunkTooLarge: several events concern more than may be in memory at once.
+        """
         with driver_errors("loading what events are folded into"):
             if self._unwritten is not None and any(event.type in _SWITCHES for event in events):
                 await self._written.wait()  # whose jobs wait, the database has to know
@@ -510,6 +538,8 @@ class Folder:
             chunk.counted[statistics.EVENTS, JobProgressed.__name__] += len(events) - len(told)
         for number, event in enumerate(told, 1):
             chunk.fold(event)
+            if chunk.listed > LISTED_BYTES and number < len(told):
+                raise ChunkTooLarge(f"its documents have {chunk.listed} bytes of list index")
             if number % _EVENTS_A_TURN == 0 and self._unwritten is not None:
                 await asyncio.sleep(0)  # the chunk before is on its way to the database meanwhile
         self._remember(chunk)
@@ -606,19 +636,24 @@ class Folder:
         self._written.set()
 
     async def _load(self, events: Sequence[Recorded]) -> Chunk:
-        """Return an empty chunk, with everything that folding the events may concern."""
+        """Return an empty chunk, with everything that folding the events may concern.
+
+        Raises:
+            ChunkTooLarge: several events concern more than may be in memory at once.
+        """
+        most = LOADED_BYTES if len(events) > 1 else None
         firsts = [event for event in events if event.version == 1 and event.type in _BEGINNINGS]
         begun = {event.stream for event in firsts}  # of these there is nothing yet
         streams = {event.stream for event in events} - begun
-        loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")})}
+        loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")}, most)}
         in_batches = {job["batch_id"] for job in loaded["jobs"].values()}
         in_batches |= {
             getattr(_readable(event), "batch_id", None) for event in firsts if event.stream.startswith("job-")
         }
         in_batches |= {name for name in streams if name.startswith("batch-")}
-        loaded["batches"] = await self._documents("batches", in_batches - begun - {None})
+        loaded["batches"] = await self._documents("batches", in_batches - begun - {None}, most)
         told = {name for name in streams if name.startswith("delivery-")}
-        loaded[deliveries.NAME] = await self._documents(deliveries.NAME, told)
+        loaded[deliveries.NAME] = await self._documents(deliveries.NAME, told, most)
         queued = [_readable(event) for event in events if event.type == DeliveryQueued.__name__]
         called = {receivers.key(event) for event in queued if isinstance(event, DeliveryQueued)}
         loaded[receivers.NAME] = await self._documents(receivers.NAME, called)
@@ -627,20 +662,34 @@ class Folder:
         concerned = [job_id for batch_id in sorted(switched) for job_id in loaded["batches"][batch_id]["job_ids"]]
         return Chunk(loaded, await jobs.waiting_among(self.views, concerned) if concerned else ())
 
-    async def _documents(self, view: str, keys: set[str]) -> dict[str, Document]:
-        """Return documents from what is being written, the cache, or the database."""
+    async def _documents(self, view: str, keys: set[str], most: int | None = None) -> dict[str, Document]:
+        """Return documents from what is being written, the cache, or the database: from that, `most` bytes at most.
+
+        Raises:
+            ChunkTooLarge: there are more.
+        """
         coming = self._unwritten.now[view] if self._unwritten is not None else {}
         found = {key: document for key in keys if (document := self._cache.get((view, key))) is not None}
         # Of what is written just now the database does not know yet. Large documents are not in the cache.
         found |= {key: document for key in coming.keys() & keys if (document := coming[key]) is not None}
         if missing := keys - found.keys() - coming.keys():
-            async for document in self.views[view].find({"_id": {"$in": sorted(missing)}}):
+            async for document in self._found(view, missing, most):
                 if failures.REDUCED in document:
                     self._reduced.add((view, document["_id"]))
                     if view == jobs.NAME:
                         document = await self._refolded(document["_id"])
                 found[document["_id"]] = document
         return found
+
+    async def _found(self, view: str, keys: Collection[str], most: int | None) -> AsyncIterator[Document]:
+        collection, size = self.views[view], 0
+        batches_of_bson: Any = collection.find_raw_batches({"_id": {"$in": sorted(keys)}})
+        async for batch in batches_of_bson:
+            size += len(batch)
+            if most is not None and size > most:
+                raise ChunkTooLarge(f"its documents in the view {view} take more than {most} bytes")
+            for document in bson.decode_all(batch, collection.codec_options):
+                yield document
 
     async def _refolded(self, job_id: str) -> Document:
         """Fold a job that is stored reduced from its events, as far as these views have got."""
@@ -656,8 +705,5 @@ class Folder:
     def _remember(self, chunk: Chunk) -> None:
         for view, documents in chunk.now.items():
             for key, document in documents.items():
-                self._cache.pop((view, key), None)
-                if document is not None and "large" not in document:
-                    self._cache[view, key] = document
-        while len(self._cache) > CACHED_DOCUMENTS:
-            self._cache.popitem(last=False)
+                self._cache.put((view, key), document if document is not None and "large" not in document else None)
+        self._cache.shrink()

@@ -35,6 +35,8 @@ _MOST_WORDS: Final = 40
 _FEWEST_WORDS: Final = 5
 _SURELY_FITS: Final = 200
 """Rows of which nobody needs to know the size: names have at most 200 characters, and values 80."""
+_USUAL_FACETS: Final = 8
+_USUAL_TEXT: Final = 16
 _WORD: Final = re.compile(r"\w+")
 
 
@@ -134,6 +136,24 @@ def _bytes(rows: Iterable[str]) -> int:
 def is_cut(rows: Sequence[str], scopes: Sequence[str], facets: Sequence[object]) -> bool:
     """Return whether `headings` has left out scopes: who looks from those does not find the document in lists."""
     return len(rows) < len(scopes) * len(facets)
+
+
+_FEW_ROWS: Final = 100
+_ROW_BYTES: Final = 64
+
+
+def memory_of_rows(document: Mapping[str, Any]) -> int:
+    """Return about how many bytes the list index of a document takes in memory. Only many rows are measured."""
+    rows, found = document.get("headings", ()), document.get("words", ())
+    count = len(rows) + len(found)
+    return count * _ROW_BYTES if count <= _FEW_ROWS else count * _ROW_BYTES + sum(map(len, rows)) + sum(map(len, found))
+
+
+def most_bytes(document: Mapping[str, Any]) -> int:
+    """Return the most that the list index of a job or batch may take: `user_id`, `access_control`, `teams` decide."""
+    found = scopes(document)
+    rows = _USUAL_FACETS + max(_FEWEST_WORDS, min(_MOST_WORDS, LIST_INDEX_ROWS // len(found)))
+    return min(2 * LIST_INDEX_BYTES, rows * sum(len(scope.encode()) + _USUAL_TEXT for scope in found))
 
 
 def words_of(text: str) -> list[str]:

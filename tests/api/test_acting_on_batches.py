@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ledger import limits
 from ledger.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, RestartJob
 from ledger.events import Failure, Meta
 from ledger.handle import handle
@@ -325,6 +326,23 @@ async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(idle_ap
     assert (broken.status_code, broken.json()["code"]) == (400, "malformed_json")
     assert (await idle_api.http.get(path)).status_code == 405
     assert await idle_api.log.head() == head
+
+
+async def test_access_lists_that_multiply_the_list_index_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body is far below its limit, and so are the events."""
+    monkeypatch.setattr(limits, "BATCH_LIST_INDEX_BYTES", 5_000_000)
+    access = {"read_access": [f"{index:03}" + "x" * 197 for index in range(200)]}
+    few, many = [{"job_type": "echo", "parameters": {}}] * 3, [{"job_type": "echo", "parameters": {}}] * 10
+    inherited = {"jobs": many, "access_control": access}
+    own = {"jobs": [{**job, "access_control": access} for job in many]}
+    for body in (inherited, own):
+        answer = await api.http.post(BATCHES, json=body)
+        assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text[:300]
+        assert "access_control" in answer.json()["message"]
+    assert (await api.http.post(BATCHES, json={"jobs": few, "access_control": access})).status_code == 202
+    batch = await api.submit_batch(*[{}] * 10)
+    answer = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": access})
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text[:300]
 
 
 async def test_update_whose_access_lists_multiply_is_refused_before_anything_is_written(api: Api) -> None:

@@ -1,0 +1,103 @@
+"""What the projector has in memory is bounded by bytes, however many documents it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger.commands import UpdateJob
+from ledger.events import AccessControl
+from ledger.mongo import Connection, Document
+from projections import document_cache, folding, headings, jobs, rebuild
+from projections.document_cache import CACHED_BYTES, DocumentCache, memory_of
+from tests.projections.test_rebuild import compared
+from tests.support.running import process
+
+NAMES = [f"{number:03}" + "x" * 197 for number in range(200)]
+GROWING: Mapping[str, Any] = {
+    "headings": NAMES * 7,
+    "words": NAMES * 7,
+    "parameters": {"text": "x" * 60_000},
+    "results": {"metadata": {"values": [[]] * 20_000}},
+    "logs": [{"message": "x" * 10_000}] * 100,
+    "steps": [{"step": "x" * 500, "warnings": ["x" * 500]}] * 1000,
+    "step_files": ["x" * 64] * 10_000,
+    "job_ids": ["job-" + "x" * 24] * 10_000,
+    "attempts": [{"response": "x" * 4096}] * 50,
+    "error": {"message": "x" * 60_000},
+}
+
+
+def small(**fields: Any) -> Document:
+    return {"parameters": {"track": "Main"}, "headings": ["1*"] * 10, "words": ["1*a"] * 10, "results": None, **fields}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_whatever_makes_a_document_large_is_counted(name: str) -> None:
+    cache = DocumentCache()
+    document = small(**{name: GROWING[name]})
+    assert memory_of(document) > 40_000 + memory_of(small())
+    number = 0
+    while cache.bytes + memory_of(document) <= CACHED_BYTES:
+        cache.put(("jobs", str(number := number + 1)), document)
+    cache.put(("jobs", "last"), document)
+    cache.shrink()
+    assert cache.bytes <= CACHED_BYTES
+    assert cache.get(("jobs", "1")) is None
+    assert cache.get(("jobs", "last")) is document
+
+
+def test_usual_documents_are_bounded_by_their_number() -> None:
+    cache = DocumentCache()
+    for number in range(document_cache.CACHED_DOCUMENTS + 1):
+        cache.put(("jobs", str(number)), small())
+    cache.shrink()
+    assert cache.get(("jobs", "0")) is None
+    assert cache.get(("jobs", "1")) is not None
+    cache.put(("jobs", "1"), None)
+    assert cache.get(("jobs", "1")) is None
+    cache.clear()
+    assert cache.bytes == 0
+
+
+def test_the_count_is_near_what_values_take_in_memory() -> None:
+    lists: list[Any] = [[] for _ in range(20_000)]
+    real = sys.getsizeof(lists) + sum(map(sys.getsizeof, lists))
+    assert real / 2 < memory_of(small(parameters={"a": lists})) < 2 * real
+
+
+async def test_chunks_that_concern_too_many_bytes_are_folded_in_parts(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded documents and new list index, live and in a rebuild."""
+    async with process(connection, store, projector=True) as here:
+        large = [await here.submit({"text": "x" * 70_000}) for _ in range(10)]
+        await here.views_reach()
+    monkeypatch.setattr(folding, "LOADED_BYTES", 200_000)
+    monkeypatch.setattr(folding, "LISTED_BYTES", 1_000_000)
+    loaded: list[int] = []
+    listed: list[int] = []
+    write = folding.Folder.write
+
+    async def noted(self: folding.Folder, chunk: folding.Chunk, **given: Any) -> None:
+        loaded.append(sum("large" in job for job in chunk.loaded[jobs.NAME].values()))
+        listed.append(sum(headings.memory_of_rows(job) for job in chunk.now[jobs.NAME].values() if job))
+        await write(self, chunk, **given)
+
+    monkeypatch.setattr(folding.Folder, "write", noted)
+    async with process(connection, store) as here:
+        for job_id in large:
+            await here.do(job_id, UpdateJob("user:a", priority=2))
+        many = [await here.submit(access_control=AccessControl(read_access=NAMES)) for _ in range(10)]
+    async with process(connection, store, projector=True) as here:
+        await here.views_reach()
+        assert [(await here.job(job_id))["priority"] for job_id in large] == [2] * 10
+        assert [(await here.job(job_id))["status"] for job_id in many] == ["pending"] * 10
+        assert 0 < max(loaded) <= 3
+        assert 0 < max(listed) < 2_500_000
+        monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 10)
+        assert await compared(connection) == []
