@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import datetime
 from operator import attrgetter
 from typing import Any, Final
@@ -62,7 +62,7 @@ from ledger.events import (
     StepCompleted,
 )
 from ledger.handle import Command, handle_new, load, new_batch_id, new_job_id
-from ledger.log import EventLog
+from ledger.log import EventLog, payload_with
 from ledger.mongo import Document
 from projections import batches as view
 from projections import headings, statistics
@@ -70,6 +70,27 @@ from projections.folding import FOLDED, Chunk
 
 _ALONG_THE_WAY: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
 """What a running job says concerns no batch."""
+_COSTS: Final = {
+    "metadata": {name: f"$data.results.metadata.{name}" for name in ("processed_at", "duration", "tokens_used")}
+}
+_OF_BATCH: Final = payload_with(
+    {
+        "parameters": {},
+        "access_control": {},
+        "teams": [],
+        "webhook": None,
+        "results": {"$cond": [{"$eq": [{"$type": "$data.results"}, "object"]}, _COSTS, "$data.results"]},
+        "error": {
+            "$cond": [
+                {"$eq": [{"$type": "$data.error"}, "object"]},
+                {"code": "$data.error.code", "message": ""},
+                "$data.error",
+            ]
+        },
+    }
+)
+"""Payloads of jobs' events with what their batch shows of them."""
+_FOLDED_A_TURN: Final = 100
 
 
 async def submit(request: Request) -> Response:
@@ -333,11 +354,15 @@ async def _as_of(request: Request, batch_id: str, then: int | datetime) -> Docum
         events = await log.read_stream(batch_id)
         job_ids = events[0].data["job_ids"]
         for begin in range(0, len(job_ids), bulk.AT_ONCE):
-            of_jobs = await log.read_streams(job_ids[begin : begin + bulk.AT_ONCE], without=_ALONG_THE_WAY)
-            events += itertools.chain.from_iterable(of_jobs.values())
+            some = job_ids[begin : begin + bulk.AT_ONCE]
+            async with aclosing(log.read_in_parts(some, without=_ALONG_THE_WAY, data=_OF_BATCH)) as parts:
+                async for of_jobs in parts:
+                    events += of_jobs
         chunk = Chunk({name: {} for name in FOLDED})
-        for event in sorted(filter(happened_by(then), events), key=attrgetter("position")):
+        for number, event in enumerate(sorted(filter(happened_by(then), events), key=attrgetter("position"))):
             chunk.fold(event)
+            if number % _FOLDED_A_TURN == 0:  # other requests are served meanwhile
+                await asyncio.sleep(0)
         batch = chunk.get("batches", batch_id)
     if batch is None:
         raise ApiError(404, "batch_not_found", f"There was no batch {batch_id} then.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -74,37 +75,75 @@ async def for_each(
     """
     outcome = Outcome()
     for begin in range(0, len(job_ids), AT_ONCE):
-        found = await log.read_streams(job_ids[begin : begin + AT_ONCE])
-        ended = await asyncio.gather(
-            *(
-                _one(outcome, log, job_id, events, command, meta, () if _is_done(once, events) else statuses, check)
-                for job_id, events in found.items()
-            ),
-            return_exceptions=True,  # so that nothing goes on behind the answer
-        )
-        for error in ended:
-            if error is not None:
-                raise error
+        async with aclosing(_read(log, job_ids[begin : begin + AT_ONCE])) as parts:
+            async for jobs in parts:
+                ended = await asyncio.gather(
+                    *(
+                        _one(outcome, log, job, command, meta, () if job.is_done(once) else statuses, check)
+                        for job in jobs
+                    ),
+                    return_exceptions=True,  # so that nothing goes on behind the answer
+                )
+                for error in ended:
+                    if error is not None:
+                        raise error
     return outcome
 
 
-def _is_done(once: Once | None, events: Sequence[Recorded]) -> bool:
-    return once is not None and once.found_in(events) is not None
+@dataclass(slots=True)
+class _Job:
+    """A job as its stream says, as far as it was read. `requests` are the events that requests with a key caused."""
+
+    job_id: str
+    known: Known = field(default_factory=Known)
+    requests: list[Recorded] = field(default_factory=list)
+    unreadable: UnreadableEvent | None = None
+
+    def take(self, event: Recorded) -> None:
+        """Take in the next event of the stream."""
+        if event.meta.request is not None:
+            self.requests.append(event)
+        if self.unreadable is None:
+            try:
+                self.known = self.known.after((event,))
+            except UnreadableEvent as error:
+                self.unreadable = error
+
+    def is_done(self, once: Once | None) -> bool:
+        """Return whether the same request has acted on the job before."""
+        return once is not None and once.found_in(self.requests) is not None
+
+
+async def _read(log: EventLog, job_ids: Collection[str]) -> AsyncGenerator[list[_Job], None]:
+    """Yield jobs whose streams were read to their ends: after each part, so that no more than that is in memory."""
+    job: _Job | None = None
+    async with aclosing(log.read_in_parts(job_ids)) as parts:
+        async for events in parts:
+            complete: list[_Job] = []
+            for event in events:
+                if job is None or job.job_id != event.stream:
+                    complete += [job] if job is not None else []
+                    job = _Job(event.stream)
+                job.take(event)
+            yield complete
+    if job is not None:
+        yield [job]
 
 
 async def _one(
     outcome: Outcome,
     log: EventLog,
-    job_id: str,
-    events: Sequence[Recorded],
+    read: _Job,
     command: JobCommand,
     meta: Meta,
     statuses: Collection[JobStatus],
     check: Callable[[Known], None],
 ) -> None:
     outcome.total += 1
+    job_id, known = read.job_id, read.known
     try:
-        known = Known().after(events)
+        if read.unreadable is not None:
+            raise read.unreadable
         job = known.state
         assert isinstance(job, Job)  # noqa: S101 - narrows the type; a batch and its jobs are written together
         if job.deleted:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from ledger.access import Principal, Right, right_to
 from ledger.delivery import source_of
 from ledger.errors import LedgerUnavailable, UnreadableEvent
 from ledger.events import EVENT_TYPES, BatchDeleted, BatchSubmitted, Event, JobDeleted, JobSubmitted, Recorded
-from ledger.log import EventLog
+from ledger.log import EventLog, payload_with
 from projections.checkpoint import Checkpoint
 
 _log = structlog.get_logger()
@@ -37,6 +38,8 @@ _HARMLESS: Final = frozenset(
     if "access_control" not in event.model_fields and name not in _TELLS_OF_DELETION
 )
 """The types that change nothing about access. What is not among them may, as one of a later version of this program."""
+_ACCESS_ONLY: Final = payload_with({"parameters": {}, "job_ids": []})
+"""Payloads without what may be large and says nothing about access."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,20 +185,21 @@ class Visibility:
             wanted = {it for it in map(_subject, streams) if it.startswith(_KINDS)} - self._known.keys()
             while wanted:
                 self._passed.clear()
-                found = await self._log.read_streams(wanted, without=_HARMLESS)
+                found = await self._read(wanted)
                 # What has changed meanwhile may be missing in what was read: again.
                 for stream in wanted - self._passed:
-                    self._keep(stream, _folded(found[stream]))
+                    self._keep(stream, found[stream])
                 wanted = (wanted & self._passed) - self._known.keys()
+
+    async def _read(self, streams: Collection[str]) -> dict[str, Access | None]:
+        found: dict[str, Access | None] = dict.fromkeys(streams)
+        async with aclosing(self._log.read_in_parts(streams, without=_HARMLESS, data=_ACCESS_ONLY)) as parts:
+            async for events in parts:
+                for event in events:
+                    found[event.stream] = _access_after(found[event.stream], event)
+        return found
 
 
 def _subject(stream: str) -> str:
     """Return whose access counts: a delivery is seen by who may see the job or batch that it tells of."""
     return source_of(stream) if stream.startswith("delivery-") else stream
-
-
-def _folded(events: Collection[Recorded]) -> Access | None:
-    access: Access | None = None
-    for event in events:
-        access = _access_after(access, event)
-    return access

@@ -210,12 +210,20 @@ async def is_deleted(log: EventLog, stream: str) -> bool:
 
 async def load_all(log: EventLog, streams: Collection[str]) -> dict[str, Known | UnreadableEvent]:
     """Return what the log says of many streams now, or why one of them cannot be read."""
-    found: dict[str, Known | UnreadableEvent] = {}
-    for stream, events in (await log.read_streams(streams)).items():
-        try:
-            found[stream] = Known().after(events)
-        except UnreadableEvent as error:
-            found[stream] = error
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
-            found[stream] = UnreadableEvent(f"{stream} cannot be read: {error!r}")
+    found: dict[str, Known | UnreadableEvent] = dict.fromkeys(streams, Known())
+    async with aclosing(log.read_in_parts(streams)) as parts:
+        async for events in parts:
+            for event in events:
+                known = found[event.stream]
+                if isinstance(known, Known):
+                    found[event.stream] = _after(known, event)
     return found
+
+
+def _after(known: Known, event: Recorded) -> Known | UnreadableEvent:
+    try:
+        return known.after((event,))
+    except UnreadableEvent as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
+        return UnreadableEvent(f"{event.stream} cannot be read: {error!r}")

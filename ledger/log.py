@@ -31,7 +31,7 @@ from ledger.server_clock import clock_of
 from ledger.tail import Tail
 from ledger.writer import Limits, Writer
 
-__all__ = ["LARGEST_POSITION", "EventLog", "Limits", "Read", "Subscription"]
+__all__ = ["LARGEST_POSITION", "EventLog", "Limits", "Read", "Subscription", "payload_with"]
 
 _log = structlog.get_logger()
 StoredDocument = tuple[Document, bytes]
@@ -48,6 +48,8 @@ _READERS: Sequence[tuple[str, Document, str]] = (
 )
 """Who keeps in the database how far it has read: collection, query, and what to call it."""
 _BARE = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
+_PLACE = dict.fromkeys(("stream", "version", "type", "schema", "time"), 1)
+_PART_EVENTS = 1000
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
 
@@ -195,18 +197,30 @@ class EventLog(Writer):
                 async for document in found:
                     yield Recorded(document)
 
-    async def read_streams(
-        self, streams: Collection[str], *, without: Collection[str] = ()
-    ) -> dict[str, list[Recorded]]:
-        """Return the events of many streams at once, each in order, but for those of types that are left out."""
-        found: dict[str, list[Recorded]] = {stream: [] for stream in streams}
-        with driver_errors(f"reading {len(found)} streams"):
-            query: Document = {"stream": {"$in": list(found)}}
-            if without:
-                query["type"] = {"$nin": sorted(without)}
-            for document in await self._events.find(query, sort=_VERSIONS).to_list():
-                found[document["stream"]].append(Recorded(document))
-        return found
+    async def read_in_parts(
+        self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+    ) -> AsyncGenerator[list[Recorded], None]:
+        """Yield the events of many streams in parts of at most 16 MB, which the server sends at once.
+
+        The streams follow each other, and the events of each are in order.
+
+        Args:
+            streams: The names of the streams.
+            without: Types of events that are left out.
+            data: What the server sends as payload (`payload_with`), without IDs, hashes and meta. Default: everything.
+
+        Raises:
+            LedgerUnavailable: the database failed.
+        """
+        query: Document = {"stream": {"$in": list(streams)}}
+        if without:
+            query["type"] = {"$nin": sorted(without)}
+        fields = None if data is None else {**_PLACE, "data": data}
+        with driver_errors(f"reading {len(streams)} streams"):
+            async with self._events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_PART_EVENTS) as found:
+                part: Any  # the driver's type hints say documents, it yields bytes
+                async for part in found:
+                    yield list(map(Recorded, bson.decode_all(part, TOLERANT)))
 
     async def head(self, session: AsyncClientSession | None = None) -> int:
         """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
@@ -512,6 +526,11 @@ class Subscription:
         if not self._buffer:
             self._buffer.extend(await self.chunk())
         return self._buffer.popleft()
+
+
+def payload_with(fields: Document) -> Document:
+    """Return an expression for payloads in which these fields are replaced. A damaged payload stays as it is."""
+    return {"$cond": [{"$eq": [{"$type": "$data"}, "object"]}, {"$mergeObjects": ["$data", fields]}, "$data"]}
 
 
 def _documents_in(batch: bytes) -> Iterator[StoredDocument]:

@@ -264,14 +264,14 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
     path, (one, two) = f"{BATCHES}/{batch['batch_id']}", batch["job_ids"]
     await act(idle_api, batch["batch_id"], "cancel")
     await idle_api.until_event(batch["batch_id"], "BatchFinished")
-    read_streams = idle_api.log.read_streams
+    read_in_parts = idle_api.log.read_in_parts
 
     async def overtaken(streams: Any) -> Any:
-        found = await read_streams(streams)
-        await do(idle_api, two, RestartJob("user:bob"), ClaimJob("w", datetime.now(UTC)))
-        return found
+        async for part in read_in_parts(streams):
+            await do(idle_api, two, RestartJob("user:bob"), ClaimJob("w", datetime.now(UTC)))
+            yield part
 
-    monkeypatch.setattr(idle_api.log, "read_streams", overtaken)
+    monkeypatch.setattr(idle_api.log, "read_in_parts", overtaken)
     answer = await idle_api.http.delete(path)
     assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
     details = answer.json()["details"]

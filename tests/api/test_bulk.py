@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import pytest
 from pydantic import create_model
@@ -16,7 +17,7 @@ from ledger.errors import InvalidEvent, LedgerBusy
 from ledger.events import Event, JobStatus, Meta, Recorded
 from ledger.handle import Command, Known, handle, load, new_job_id
 from ledger.log import EventLog, Limits
-from ledger.mongo import Connection
+from ledger.mongo import Connection, Document
 from tests.support.examples import a_job
 from tests.support.ledgers import META, Ledger, ledger_on
 
@@ -31,14 +32,14 @@ class Overtaken(EventLog):
 
     overtaking: tuple[str, Command] | None = None
 
-    async def read_streams(
-        self, streams: Collection[str], *, without: Collection[str] = ()
-    ) -> dict[str, list[Recorded]]:
-        found = await super().read_streams(streams)
-        if (overtaking := self.overtaking) is not None:
-            self.overtaking = None
-            await handle(self, *overtaking, meta=META)
-        return found
+    async def read_in_parts(
+        self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+    ) -> AsyncGenerator[list[Recorded], None]:
+        async for part in super().read_in_parts(streams, without=without, data=data):
+            if (overtaking := self.overtaking) is not None:
+                self.overtaking = None
+                await handle(self, *overtaking, meta=META)
+            yield part
 
 
 @pytest.fixture
@@ -134,3 +135,28 @@ async def test_a_log_that_is_too_busy_is_an_error_of_the_whole_and_it_can_be_don
         outcome = await cancel_each(ledger.log, job_ids)
         assert outcome.changed == 200 - head
         assert outcome.position == await ledger.log.head() == 200
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
+async def test_bulk_reads_part_after_part_and_acts_on_each_job_once(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Wherever the database ends a part: in a stream, or between two."""
+    job_ids = await submitted(ledger.log, 4)
+    for job_id in job_ids[:2]:
+        await handle(ledger.log, job_id, ClaimJob("w", datetime.now(UTC)), meta=META)
+    monkeypatch.setattr("ledger.log._PART_EVENTS", at_once)
+    heads: list[int] = []
+    read_in_parts = EventLog.read_in_parts
+
+    async def watched(*given: Any, **options: Any) -> AsyncGenerator[list[Recorded], None]:
+        async for part in read_in_parts(*given, **options):
+            heads.append(await ledger.log.head())
+            yield part
+
+    monkeypatch.setattr(EventLog, "read_in_parts", watched)
+    outcome = await cancel_each(ledger.log, job_ids)
+    assert (outcome.total, outcome.changed, outcome.refused) == (4, 4, [])
+    assert outcome.caused == {"JobCancelRequested": 2, "JobCancelled": 2}
+    if at_once < 4:
+        assert heads[-1] > heads[0], "the first jobs are acted on before the last are read"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from ledger.envelope import VOID_STREAM
 from ledger.events import EVENT_TYPES, AccessControl, Meta, Recorded
 from ledger.handle import Command, handle, new_job_id
 from ledger.log import EventLog
-from ledger.mongo import Connection
+from ledger.mongo import Connection, Document
 from projections.checkpoint import Checkpoint
 from tests.api.conftest import DEADLINE_SECONDS, Api
 from tests.support.ledgers import Ledger, ledger_on
@@ -257,15 +257,15 @@ class Interrupted(EventLog):
     meanwhile: Command | None = None
     visibility: Visibility
 
-    async def read_streams(
-        self, streams: Collection[str], *, without: Collection[str] = ()
-    ) -> dict[str, list[Recorded]]:
-        found = await super().read_streams(streams, without=without)
+    async def read_in_parts(
+        self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+    ) -> AsyncGenerator[list[Recorded], None]:
+        async for part in super().read_in_parts(streams, without=without, data=data):
+            yield part
         if (command := self.meanwhile) is not None:
             self.meanwhile = None
             recorded = (await handle(self, next(iter(streams)), command, meta=Meta("test"))).events
             await self.visibility.reached(recorded[-1].position)
-        return found
 
 
 @asynccontextmanager

@@ -127,8 +127,8 @@ async def do(ledger: Ledger, stream: str, *commands: Any) -> list[Event]:
 
 
 async def deliveries(ledger: Ledger, stream: str) -> list[DeliveryQueued]:
-    found = await ledger.log.read_streams([name_of(stream, version) for version in range(1, 12)])
-    return [it.event for events in found.values() for it in events if isinstance(it.event, DeliveryQueued)]
+    parts = ledger.log.read_in_parts([name_of(stream, version) for version in range(1, 12)])
+    return [it.event async for events in parts for it in events if isinstance(it.event, DeliveryQueued)]
 
 
 async def test_each_end_of_a_job_queues_one_delivery_of_its_own(ledger: Ledger) -> None:

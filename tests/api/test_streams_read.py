@@ -1,0 +1,86 @@
+"""What the API reads of many streams at once: only what the answer needs, whatever the streams hold."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection
+from datetime import UTC, datetime
+from typing import Any
+
+import bson
+import pytest
+
+from api.visibility import Visibility
+from ledger.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, FinishStep, WriteLog
+from ledger.events import Failure, JobResults, LogLine, Meta, ResultFile, ResultMetadata
+from ledger.handle import handle
+from ledger.log import EventLog
+from ledger.mongo import Document
+from projections.checkpoint import Checkpoint
+from tests.api.conftest import Api
+
+LARGE = "x" * 200_000
+FILES = [ResultFile(path=f"{n}", sha256="a" * 64, size=1, media_type="a/b") for n in range(1000)]
+NOON = datetime(2026, 2, 1, 12, tzinfo=UTC)
+
+
+async def talkative_batch(api: Api) -> tuple[str, list[str]]:
+    """Submit a batch of jobs that are large in every respect: one completes, one fails, one is cancelled, one waits."""
+    batch = await api.submit_batch(*({"text": LARGE} for _ in range(4)))
+    done, failed, cancelled, _ = batch["job_ids"]
+
+    async def do(job_id: str, *commands: Any) -> None:
+        for command in commands:
+            await handle(api.log, job_id, command, meta=Meta("worker:w"))
+
+    metadata = ResultMetadata(processed_at=NOON, duration=2.5, tokens_used=7, text=LARGE)
+    lines = tuple(LogLine(timestamp=NOON, level="info", message=LARGE) for _ in range(3))
+    for job_id in (done, failed):
+        step = FinishStep("w", 1, "s", "k", {"text": LARGE}, 0.1)
+        await do(job_id, ClaimJob("w", datetime.now(UTC)), WriteLog("w", 1, lines), step)
+    await do(done, CompleteJob("w", 1, JobResults(files=FILES, metadata=metadata)))
+    error = Failure(code="X", message=LARGE[:1000], details={"text": LARGE[:10_000]})
+    await do(failed, FailAttempt("w", 1, error, None))
+    await do(cancelled, CancelJob("user:a"))
+    return batch["batch_id"], batch["job_ids"]
+
+
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the parts that are read of several streams at once."""
+    sizes: list[int] = []
+    real = EventLog.read_in_parts
+
+    async def watched(
+        self: EventLog, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+    ) -> AsyncGenerator[Any, None]:
+        async for part in real(self, streams, without=without, data=data):
+            sizes.append(sum(len(bson.encode(event.document)) for event in part))
+            yield part
+
+    monkeypatch.setattr(EventLog, "read_in_parts", watched)
+    return sizes
+
+
+async def test_batch_as_of_reads_little_of_large_jobs_and_is_the_same(idle_api: Api, read_bytes: list[int]) -> None:
+    batch_id, _ = await talkative_batch(idle_api)
+    head = await idle_api.log.head()
+    now = (await idle_api.get(f"/api/events/batches/{batch_id}", head)).json()["batch"]
+    assert read_bytes == []
+    then = (await idle_api.get(f"/api/events/batches/{batch_id}?as_of={head}")).json()["batch"]
+    assert then == now
+    assert then["summary"] == {"duration": 2.5, "tokens_used": 7}
+    assert 0 < sum(read_bytes) < 10_000
+
+
+async def test_visibility_reads_little_of_large_jobs_and_finds_the_same_access(
+    idle_api: Api, read_bytes: list[int]
+) -> None:
+    batch_id, job_ids = await talkative_batch(idle_api)
+    visibility = Visibility(idle_api.log, Checkpoint(idle_api.db))
+    await visibility.learn([batch_id, *job_ids])
+    assert 0 < sum(read_bytes) < 10_000
+    found = [visibility._known[stream] for stream in (batch_id, *job_ids)]
+    for access in found:
+        assert access is not None
+        assert not access.unreadable
+        assert (access.owner, access.version) == ("local", 1)
