@@ -63,15 +63,19 @@ class Assignment(BaseModel):
     directory: Path
     """The attempt's own directory, which is there if the job has a process of its own."""
     confinement: Confinement = Confinement()
+    has_files: bool = Field(default=False, exclude=True)
+    """Whether the attempt may have files: its directories were asked for in this process."""
 
     @property
     def inbox(self) -> Path:
         """Where saved files go, by digest; the worker moves them into the result store."""
+        self.has_files = True
         return self.directory / "saved"
 
     @property
     def scratch(self) -> Path:
         """The directory that belongs to the processor."""
+        self.has_files = True
         return self.directory / "scratch"
 
 

@@ -37,7 +37,7 @@ from workers.confinement import Confinement
 from workers.confinement import check as check_confinement
 from workers.containment import Containment, outside
 from workers.conversion import to_text, validation_problems
-from workers.health import MachineTrouble, WorkerHealth, check_descriptors, check_memory, machine_trouble
+from workers.health import MachineTrouble, WorkerHealth, check_descriptors, check_memory, hung, machine_trouble
 from workers.job_process import JobProcess, NotStarted, ProcessFailed
 from workers.messages import Done, Failed, FromJob, Log, Message, Progress, Saved, Seek, Step
 from workers.path_reservations import PathReservations
@@ -59,6 +59,8 @@ _MAX_TAKEOVERS: Final = 2  # of one job's saved files at the same time
 _STORE_PAUSES: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries to write to the result store
 # Not the event loop's own threads: jobs that run inline may occupy all of those.
 _threads = ThreadPoolExecutor(4, thread_name_prefix="execution")
+_THREAD_SECONDS = 30.0
+"""How long a call in one of these threads may take before the disk is taken for one that does not answer."""
 _FILES_URL: Final = "/api/events/files/"
 Reason = Literal["cancel", "timeout", "release", "abandon"]
 
@@ -205,14 +207,14 @@ class Execution:
 
     async def _attempt_to_work(self) -> Done | Failed | MachineTrouble | None:
         """Do the work; return what it came to, or None if it was stopped. An exception would leave the job hanging."""
-        place: Path | None = None
         try:
             try:
                 place = self._scratch.for_attempt(self.job_id, self._attempt)
                 self._repairs = self._scratch.repairs
                 ending = await self._work(place)
             finally:
-                await _remove(place)
+                if self._assigned is not None and self._assigned.has_files:
+                    await _remove(self._assigned.directory)
             if isinstance(ending, Failed) and ending.errno is not None:
                 return await self._machine_trouble_behind(ending) or ending
         except Exception as error:  # noqa: BLE001 - under a living lease the job would hang for ever
@@ -320,8 +322,9 @@ class Execution:
             await _completed(asyncio.create_task(process.end()))
 
     async def _start_process(self, assignment: Assignment) -> JobProcess:
-        for directory in (assignment.directory, assignment.scratch, assignment.inbox):
-            directory.mkdir(mode=0o700)
+        create = partial(self._scratch.create, assignment.directory, assignment.scratch, assignment.inbox)
+        await _in_thread(create)
+        self._repairs = self._scratch.repairs
         return await JobProcess.start(
             self._settings.memory_limit_mb, self._print, self._settings.confinement.environment
         )
@@ -656,15 +659,23 @@ def _has_room(requests: Mapping[asyncio.Task[None], int], size: int) -> bool:
 
 
 async def _in_thread(function: Callable[[], None]) -> None:
-    await asyncio.get_running_loop().run_in_executor(_threads, function)
+    """Call a function in a thread.
+
+    Raises:
+        MachineTrouble: it does not return, because a disk does not answer.
+    """
+    try:
+        async with asyncio.timeout(_THREAD_SECONDS):
+            await asyncio.get_running_loop().run_in_executor(_threads, function)
+    except TimeoutError as error:
+        raise hung(_THREAD_SECONDS) from error
 
 
-async def _remove(place: Path | None) -> None:
-    if place is not None and os.path.exists(place):  # noqa: ASYNC240, PTH110 - a look costs less than a thread; few inline jobs have one
-        try:
-            await _in_thread(partial(remove_tree, place))
-        except Exception as error:  # noqa: BLE001 - what the work came to must not be lost for that
-            _log.warning("a directory of a job stays", path=str(place), error=repr(error))
+async def _remove(place: Path) -> None:
+    try:
+        await _in_thread(partial(remove_tree, place))
+    except Exception as error:  # noqa: BLE001 - what the work came to must not be lost for that
+        _log.warning("a directory of a job stays", path=str(place), error=repr(error))
 
 
 async def _done(task: asyncio.Task[Any]) -> None:

@@ -28,8 +28,9 @@ FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 60.0
 RELAPSE_SECONDS: Final = 120.0
 """Trouble so soon after a check has passed is trouble that the check does not see: the pause grows on."""
-_CHECK_SECONDS: Final = 30.0
+_CHECK_LIMIT_SECONDS = 30.0
 _QUICK_CHECK_SECONDS: Final = 1.0
+_QUICK_CHECK_LIMIT_SECONDS = 5.0
 MIN_DESCRIPTORS: Final = 32
 _MIN_MEMORY_BYTES: Final = 64 * 2**20
 
@@ -58,11 +59,13 @@ _OF_SCRATCH: Final = frozenset(
 """Errors that are trouble of the machine only if they concern the worker's own scratch directory."""
 
 
-_HUNG: Final = f"The check of this machine did not end within {_CHECK_SECONDS:.0f} s: {_DISK}"
-
-
 class MachineTrouble(Exception):
     """This machine cannot run jobs. The text says what is wrong and how to fix it."""
+
+
+def hung(seconds: float) -> MachineTrouble:
+    """Return what it means that a call which uses a disk has not returned within so many seconds."""
+    return MachineTrouble(f"A call that uses a disk did not end within {seconds:g} s: {_DISK}")
 
 
 def machine_trouble(error: BaseException, *, scratch: Path | None = None) -> MachineTrouble | None:
@@ -112,8 +115,9 @@ class WorkerHealth:
     """Whether this worker may claim jobs; it may not from a report until every check passes.
 
     Args:
-        quick_checks: called often on the event loop, at most once a second; must take microseconds.
-        checks: called in a thread after a report. Both raise what is wrong: MachineTrouble, or any other exception.
+        quick_checks: called before jobs are claimed, at most once a second; must take microseconds.
+        checks: called after a report. Both raise what is wrong: MachineTrouble, or any other exception. They are called
+            in a thread.
         on_change: called on the event loop when `facts` change.
     """
 
@@ -147,12 +151,15 @@ class WorkerHealth:
         self._on_change()
 
     def may_claim(self) -> bool:
-        """Return whether jobs may be claimed now. Runs the quick checks when the last ones are a second old."""
+        """Return whether jobs may be claimed, as far as is known now."""
+        return self.problem is None
+
+    async def check_quickly(self) -> None:
+        """Run the quick checks, if the last ones are a second old, and report what they find."""
         if self.problem is None and time.monotonic() - self._quick_check_at >= _QUICK_CHECK_SECONDS:
             self._quick_check_at = time.monotonic()
-            if (trouble := _first_trouble(self._quick_checks)) is not None:
+            if (trouble := await self.check(self._quick_checks, _QUICK_CHECK_LIMIT_SECONDS)) is not None:
                 self.report(trouble)
-        return self.problem is None
 
     def facts(self) -> dict[str, Any]:
         """Return what the worker's heartbeat document says of its health."""
@@ -186,10 +193,13 @@ class WorkerHealth:
         self._quick_check_at = float("-inf")
         self._on_change()
 
-    async def check(self, checks: Sequence[Callable[[], None]] | None = None) -> MachineTrouble | None:
+    async def check(
+        self, checks: Sequence[Callable[[], None]] | None = None, seconds: float | None = None
+    ) -> MachineTrouble | None:
         """Run checks, all by default, in a thread of their own: a disk that does not answer must block nothing else."""
+        seconds = _CHECK_LIMIT_SECONDS if seconds is None else seconds
         if self._checking is not None and self._checking.is_alive():  # start no second thread that hangs
-            return MachineTrouble(_HUNG)
+            return hung(seconds)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[MachineTrouble | None] = loop.create_future()
 
@@ -201,9 +211,9 @@ class WorkerHealth:
         self._checking = threading.Thread(target=run, name="health-check", daemon=True)
         try:
             self._checking.start()
-            return await asyncio.wait_for(answer, _CHECK_SECONDS)
+            return await asyncio.wait_for(answer, seconds)
         except TimeoutError:
-            return MachineTrouble(_HUNG)
+            return hung(seconds)
         except RuntimeError as error:
             self._checking = None
             return machine_trouble(error) or MachineTrouble(f"The machine cannot be checked: {error}")

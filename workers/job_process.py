@@ -75,6 +75,8 @@ class _ForkServer:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._killed: list[subprocess.Popen[bytes]] = []
+        """Fork servers that were killed and have not died yet: one that waits for a disk cannot."""
         self._requests: socket.socket | None = None
         self._ready = False
         self._preloads = True
@@ -92,6 +94,8 @@ class _ForkServer:
         Raises:
             OSError: the fork server cannot be started or asked.
         """
+        if self._killed:
+            self._reap()
         if self._process is None or self._process.poll() is not None:
             self._start(environment)
         assert self._requests is not None  # noqa: S101 - it has just been started
@@ -118,14 +122,18 @@ class _ForkServer:
         self.stop()
 
     def stop(self) -> None:
-        """End the fork server, if there is one."""
+        """End the fork server, if there is one. Does not wait for its death."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._killed.append(self._process)
         if self._requests is not None:
             self._requests.close()
         self._process = self._requests = None
         self._ready = False
+        self._reap()
+
+    def _reap(self) -> None:
+        self._killed = [process for process in self._killed if process.poll() is None]
 
     def _start(self, environment: Sequence[str]) -> None:
         self.stop()

@@ -35,7 +35,7 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Scratch:
-    """Scratch space of this process. All methods except `for_attempt` and `repair` block: call them from a thread."""
+    """Scratch space of this process. All methods except `for_attempt` block: call them from a thread."""
 
     def __init__(self, root: Path | None = None, *, min_free_mb: float = 0) -> None:
         """`root` is created if its parent exists; None: the system's temporary directory. `min_free_mb` in MiB."""
@@ -60,15 +60,21 @@ class Scratch:
         Raises:
             MachineTrouble: there is no scratch directory.
         """
-        if time.monotonic() - self._repaired_at >= _REPAIR_SECONDS:  # a job that comes in between is given back
-            self.repair()
         return self._required() / f"{job_id}-{attempt}-{secrets.token_hex(4)}"
 
-    def repair(self) -> None:
-        """Give our directories their mode back: a job may have changed it, if it has no mounts of its own.
+    def create(self, *directories: Path) -> None:
+        """Create directories of an attempt, one inside another.
 
-        Takes microseconds.
+        Raises:
+            OSError: that failed.
         """
+        if time.monotonic() - self._repaired_at >= _REPAIR_SECONDS:  # a job that comes in between is given back
+            self.repair()
+        for directory in directories:
+            directory.mkdir(mode=_MODE)
+
+    def repair(self) -> None:
+        """Give our directories their mode back: a job may have changed it, if it has no mounts of its own."""
         self._repaired_at = time.monotonic()
         if self._directory is None:
             return

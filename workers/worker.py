@@ -306,7 +306,10 @@ class Worker:
             await asyncio.wait([task for _, task in self._claiming.values()])
 
     async def _claim_what_there_is(self) -> None:
-        while not self._stopping.is_set() and self.health.may_claim() and (found := await self._claims.take()):
+        while not self._stopping.is_set():
+            await self.health.check_quickly()
+            if not self.health.may_claim() or not (found := await self._claims.take()):
+                return
             for job_id, known, job_type, _ in found:
                 task = asyncio.create_task(self._claim(job_id, known), name=f"claim-{job_id}")
                 self._claiming[job_id] = job_type, task

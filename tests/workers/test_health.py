@@ -2,24 +2,30 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ledger.commands import SubmitJob
+from ledger.commands import CancelJob, SubmitJob
+from ledger.events import JobClaimed, JobReleased
 from ledger.handle import new_job_id
 from ledger.job import MAX_MACHINE_TROUBLES
 from ledger.lease import Lease, Seen
 from ledger.mongo import Connection
 from tests.support.running import WorkerOptions, asked, process, until
-from workers import health
+from tests.workers.misbehaving import installed
+from workers import execution, health
+from workers.confinement import Confinement
 from workers.health import MachineTrouble, WorkerHealth, machine_trouble
 from workers.scratch import Scratch
 
+__all__ = ["installed"]
+pytestmark = pytest.mark.usefixtures("installed")
 SCRATCH = Path("/scratch/jobledger-0/worker-1")
 
 
@@ -173,7 +179,7 @@ async def test_job_that_meets_machine_trouble_again_and_again_ends(
 
 
 async def test_check_that_hangs_is_trouble_and_is_not_started_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "_CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(health, "_CHECK_LIMIT_SECONDS", 0.05)
     answered, started = threading.Event(), 0
 
     def hang() -> None:
@@ -188,6 +194,74 @@ async def test_check_that_hangs_is_trouble_and_is_not_started_twice(monkeypatch:
     answered.set()
     await until(lambda: not any(it.name == "health-check" for it in threading.enumerate()), "the thread has ended")
     assert await worker.check() is None
+
+
+async def test_files_of_attempts_are_never_touched_on_the_event_loop(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer would stop all jobs, the API and the lease with it."""
+    loop_thread, place, touched = threading.get_ident(), tmp_path / "scratch", list[str]()
+
+    def watched(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if threading.get_ident() == loop_thread and str(place) in str(path):
+                touched.append(f"{name} {path}")
+            return real(path, *arguments, **options)
+
+        return call
+
+    options = WorkerOptions(scratch=place, confinement=Confinement(mode="off"))
+    async with process(connection, store, projector=True, worker=options) as here:
+        await here.ended(await here.submit())
+        for name in ("stat", "lstat", "statvfs", "mkdir", "chmod", "open", "listdir", "rmdir", "unlink"):
+            monkeypatch.setattr(os, name, watched(name))
+        monkeypatch.setattr(health, "_QUICK_CHECK_SECONDS", 0.0)
+        for job_type in ("echo", "misbehaving"):
+            job = await here.ended(await here.submit({"do": "nothing"}, job_type=job_type), seconds=30)
+            assert job["status"] == "completed"
+        assert touched == []
+        monkeypatch.undo()
+
+
+async def test_disk_that_does_not_answer_holds_up_only_jobs_that_use_it(
+    connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(self: Scratch, *directories: Path) -> None:
+        waiting.set()
+        answers.wait(20)
+        create(self, *directories)
+
+    create, waiting, answers = Scratch.create, threading.Event(), threading.Event()
+    monkeypatch.setattr(Scratch, "create", wait)
+    monkeypatch.setattr(execution, "_THREAD_SECONDS", 1.0)
+    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.1)
+    options = WorkerOptions(scratch=tmp_path / "scratch", confinement=Confinement(mode="off"))
+    async with process(connection, store, projector=True, worker=options) as here:
+        cancelled, released = [await here.submit({"do": "nothing"}, job_type="misbehaving") for _ in range(2)]
+        await until(waiting.is_set, "its directory is being created")
+        await here.heard(JobClaimed, released)
+        assert (await here.ended(await here.submit()))["status"] == "completed"
+        await here.do(cancelled, CancelJob("user-1"))
+        assert (await here.ended(cancelled))["status"] == "cancelled"
+        await here.heard(JobReleased, released)
+        answers.set()
+        assert (await here.ended(released))["status"] == "completed"
+
+
+async def test_quick_check_that_hangs_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_QUICK_CHECK_LIMIT_SECONDS", 0.05)
+    answered = threading.Event()
+
+    def hang() -> None:
+        answered.wait()
+
+    worker = WorkerHealth(quick_checks=[hang])
+    await worker.check_quickly()
+    answered.set()
+    assert not worker.may_claim()
+    assert "did not end" in worker.facts()["problem"]
 
 
 async def test_sick_worker_of_three_costs_no_job_an_attempt_and_recovers(

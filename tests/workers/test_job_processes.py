@@ -87,6 +87,27 @@ async def test_requests_that_wait_for_the_database_are_bounded_in_bytes(
     assert 50 < max(map(len, in_hand)) <= execution._MAX_REQUESTS, "small ones are handled together"
 
 
+def test_fork_server_that_cannot_be_killed_is_not_waited_for() -> None:
+    class Hung:
+        died = False
+        kill = terminate = lambda self: None
+
+        def poll(self) -> int | None:
+            return 0 if self.died else None
+
+        def wait(self, timeout: float | None = None) -> int:
+            raise AssertionError("the event loop would wait")
+
+    server, hung = job_process._ForkServer(), Hung()
+    server._process = hung  # type: ignore[assignment]
+    server.replace(hung)
+    server.stop()
+    assert len(server._killed) == 1
+    hung.died = True
+    server._reap()
+    assert server._killed == []
+
+
 async def others_go_on(here: Process) -> None:
     """Jobs of both kinds are done. An inline job at once; a job process may have to wait for a new fork server."""
     process_job, inline = await here.submit({"do": "nothing"}, job_type=TYPE), await here.submit()

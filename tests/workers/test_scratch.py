@@ -173,7 +173,7 @@ def test_scratch_with_deep_directories_of_a_dead_worker_is_prepared(tmp_path: Pa
     assert list(base.iterdir()) == []
 
 
-@pytest.mark.parametrize("check", ["for_attempt", "check_quickly", "check"])
+@pytest.mark.parametrize("check", ["create", "check_quickly", "check"])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_scratch_whose_mode_was_changed_gets_it_back(tmp_path: Path, level: int, check: str) -> None:
     scratch = Scratch(tmp_path / "root")
@@ -184,7 +184,7 @@ def test_scratch_whose_mode_was_changed_gets_it_back(tmp_path: Path, level: int,
     try:
         path.chmod(0)
         with structlog.testing.capture_logs() as lines:
-            scratch.for_attempt("job-1", 1) if check == "for_attempt" else getattr(scratch, check)()
+            getattr(scratch, check)()
         assert path.stat().st_mode == mode
         assert [line["directory"] for line in lines] == [str(path)]
         assert scratch.repairs == 1
