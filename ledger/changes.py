@@ -147,7 +147,11 @@ class Changes:
             if change is None:
                 continue
             for listener in by_collection.get(change["ns"]["coll"], ()):
-                listener.changed(change)
+                try:
+                    listener.changed(change)
+                except (AttributeError, LookupError, TypeError, ValueError) as error:
+                    # A damaged document, written by another program, must not end all processes.
+                    _log.error("a change cannot be read", change=change["documentKey"], error=repr(error))
             turn += 1
             if turn % _CHANGES_PER_TURN == 0:
                 await asyncio.sleep(0)

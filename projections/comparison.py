@@ -12,10 +12,9 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 
-from ledger.mongo import Document
+from ledger.mongo import TOLERANT, Document
 
 _RAW: Final = CodecOptions(document_class=RawBSONDocument)
-_AWARE: Final = CodecOptions[Document](tz_aware=True)
 _AT_ONCE: Final = 1000
 
 
@@ -77,7 +76,7 @@ async def differences(
 
 
 def _decoded(document: RawBSONDocument) -> Document:
-    return bson.decode(document.raw, codec_options=_AWARE)
+    return bson.decode(document.raw, codec_options=TOLERANT)
 
 
 def _same(one: Any, other: Any) -> bool:

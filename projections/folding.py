@@ -39,7 +39,7 @@ from ledger.events import (
 )
 from ledger.leadership import Deposed
 from ledger.log import EventLog, Read
-from ledger.mongo import Database, Document, driver_errors, passes_with_time
+from ledger.mongo import TOLERANT, Database, Document, driver_errors, passes_with_time
 from ledger.transactions import transaction
 from projections import (
     batches,
@@ -688,7 +688,7 @@ class Folder:
             size += len(batch)
             if most is not None and size > most:
                 raise ChunkTooLarge(f"its documents in the view {view} take more than {most} bytes")
-            for document in bson.decode_all(batch, collection.codec_options):
+            for document in bson.decode_all(batch, TOLERANT):
                 yield document
 
     async def _refolded(self, job_id: str) -> Document:

@@ -23,7 +23,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from ledger.access import LONGEST_NAME, Principal, readers
 from ledger.limits import LIST_INDEX_BYTES, LIST_INDEX_ROWS, SEARCHED_CHARACTERS
-from ledger.mongo import Document
+from ledger.mongo import TOLERANT, Document
 
 Facet = tuple[str, str] | tuple[()]
 """A name and a value: `("track", "Main")`; empty for all."""
@@ -52,7 +52,6 @@ OMITTED: Final = "omitted"
 """Stands in a page for a field that is not sent, because it is large."""
 _BATCH: Final = 101
 _RAW: Final = CodecOptions(document_class=RawBSONDocument)
-_AWARE: Final = CodecOptions[Document](tz_aware=True)
 _NEWEST: Final = [("created_at", DESCENDING), ("_id", DESCENDING)]
 _LISTED: Final = [("headings", ASCENDING), *_NEWEST]
 _LISTED_BY_STATUS: Final = [("headings", ASCENDING), ("status", ASCENDING), *_NEWEST]
@@ -213,7 +212,7 @@ async def page(
                 used += len(document.raw)
                 if len(found) == limit or (found and used > page_bytes):
                     return found, Place(found[-1]["created_at"], found[-1]["_id"])
-                found.append(bson.decode(document.raw, codec_options=_AWARE))
+                found.append(bson.decode(document.raw, codec_options=TOLERANT))
     return found, None
 
 

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from pymongo.asynchronous.collection import AsyncCollection
 
-from ledger.mongo import Database, Document
+from ledger.mongo import TOLERANT, Database, Document
 
 Side = Literal["a", "b"]
 SIDES: Final[tuple[Side, Side]] = ("a", "b")
@@ -36,4 +36,5 @@ class Views:
         self.sides: Sides = sides or {}
 
     def __getitem__(self, view: str) -> AsyncCollection[Document]:
-        return self._db[collection_name(view, self.sides.get(view, "a"))]
+        name = collection_name(view, self.sides.get(view, "a"))
+        return self._db.get_collection(name, codec_options=TOLERANT)  # the payload of a damaged event may be shown

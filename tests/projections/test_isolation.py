@@ -11,10 +11,11 @@ from typing import Any
 import bson
 import pytest
 from bson.datetime_ms import DatetimeMS
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import DuplicateKeyError, OperationFailure
 from structlog.testing import capture_logs
 
 from ledger import envelope, limits
+from ledger.access import Principal
 from ledger.commands import (
     Archive,
     ChangeAccess,
@@ -42,6 +43,7 @@ from ledger.events import (
 from ledger.handle import Known, load_all
 from ledger.limits import DOCUMENT_BYTES
 from ledger.mongo import Connection, Document
+from ledger.transactions import transaction
 from projections import failures, folding, jobs, projector, rebuild
 from tests.projections.refold import stored
 from tests.projections.test_rebuild import compared, rebuilding
@@ -49,6 +51,7 @@ from tests.support.rarely import SOAK
 from tests.support.running import Process, WorkerOptions, process
 
 MISSING = object()
+ADMIN = Principal("admin", roles=frozenset({"admin"}))
 Spoil = Callable[[Process], Awaitable[str]]
 """Makes a stream that is hard to project, and returns its job."""
 HARMLESS_BYTES = DOCUMENT_BYTES - 1024 * 1024
@@ -508,3 +511,54 @@ async def test_writes_of_one_event_are_bounded_by_the_document(connection: Conne
     rows = chunk.rows()["files"].values()
     assert len(rows) == limits.RESULT_FILES
     assert sum(len(bson.encode(row)) for row in rows if row) < 2 * limits.RESULTS_BYTES
+
+
+async def test_a_date_beyond_the_calendar_in_a_payload_stops_nothing(connection: Connection, store: Path) -> None:
+    async with process(connection, store) as here:
+        job_id, healthy = await here.submit({"at": 1}), await here.submit()
+        await damage(here, job_id, 1, "data.parameters.at", DatetimeMS(2**60))
+    async with process(connection, store, projector=True) as here:
+        await here.views_reach()
+    async with process(connection, store) as here:
+        await here.do(healthy, ClaimJob("worker-1", datetime.now(UTC)))
+        await here.do(job_id, ClaimJob("worker-1", datetime.now(UTC)))
+    async with process(connection, store, projector=True) as here:  # has to load both
+        await here.views_reach()
+        found, _ = await jobs.page(here.checkpoint.views, jobs.Filter().query(ADMIN), limit=10)
+        assert [job["status"] for job in found] == ["processing", "processing"]
+        assert await compared(connection) == []
+
+
+async def test_a_transaction_that_is_too_large_for_the_server_is_written_in_parts(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    refused: list[Any] = []
+
+    async def limited(db: Any, write: Any) -> Any:
+        if not refused:
+            refused.append(write)
+            raise OperationFailure("TransactionTooLargeForCache", 388)
+        return await transaction(db, write)
+
+    monkeypatch.setattr(folding, "transaction", limited)
+    async with process(connection, store) as here:
+        job_ids = [await here.submit() for _ in range(4)]
+    async with process(connection, store, projector=True) as here:
+        await here.views_reach()
+        assert [(await here.job(job_id))["status"] for job_id in job_ids] == ["pending"] * 4
+    assert refused
+
+
+async def test_damaged_events_that_arrive_through_the_change_stream_stop_no_process(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        for position, kind in enumerate(
+            [None, 5, "JobClaimed", "JobSubmitted", "JobCancelRequested", "BatchPaused"], 1
+        ):
+            await here.db.events.insert_one({"_id": position, "version": position, "type": kind, "data": {}})
+        await here.db.counters.update_one({"_id": "events"}, {"$set": {"next": 6}}, upsert=True)
+        await here.ended(await here.submit())
+        assert here.working is not None
+        assert not here.working.done()
