@@ -166,7 +166,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
         else:
             finalize(generator)
 
-    loop._asyncgen_finalizer_hook = finalize_as_foreign  # type: ignore[attr-defined]
+    loop._asyncgen_finalizer_hook = finalize_as_foreign  # type: ignore[attr-defined]  # private
     return loop
 
 
