@@ -23,8 +23,8 @@ test: .venv/.ready ## the tests, two at a time; ARGS='tests/ledger -k claim' for
 bench: .venv/.ready ## what is claimed about speed, against the plain driver; ARGS='append --rounds 15'
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-soak: .venv/.ready ## the tests that look for rare things, for an hour or so; STORIES=5000 for longer
-	@JOBLEDGER_SOAK=1 $(BIN)/pytest $$(grep -lE '^@rarely|marks=rarely' -r tests --include=*.py)
+soak: .venv/.ready ## the tests of docs/fault-matrix.md and of rare things, in random order; STORIES=5000 for longer
+	@JOBLEDGER_SOAK=1 $(BIN)/pytest $$($(BIN)/python -m tests.support.soak) $(ARGS)
 	@JOBLEDGER_STORIES=$(STORIES) $(BIN)/pytest tests/ledger/test_log_machine.py --timeout 0 $(ARGS)
 	@$(BIN)/python -m benchmarks append read work serve --events 2000 --rounds 1
 	@for round in 1 2 3 4 5 6 7 8 9 10; do JOBLEDGER_SOAK=1 $(BIN)/pytest tests/faults $(ARGS) || exit 1; done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 from pymongo import MongoClient
 
+from tests.support import soak
 from tests.support.mongod import NoMongoDB, mongodb_for_tests
 
 MEMORY = Path("/dev/shm")
@@ -58,6 +59,27 @@ def _ordinary_priority() -> Iterator[None]:
     """Fail when a test has left real-time priority behind: all later tests would run against starved servers."""
     yield
     assert os.sched_getscheduler(0) == os.SCHED_OTHER, "a library has given this process real-time priority"
+
+
+if soak.SEED:  # what `make soak` adds: another order, other delays
+
+    @pytest.fixture(autouse=True)
+    def _delays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        soak.delay_database_calls(monkeypatch, f"{soak.SEED} {request.node.nodeid}")
+
+    def pytest_report_header() -> str:
+        return f"order and delays: JOBLEDGER_SEED={soak.SEED}"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        items[:] = soak.shuffled(items, soak.SEED)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.failed:
+            report.sections.append(("soak", f"JOBLEDGER_SOAK=1 JOBLEDGER_SEED={soak.SEED} repeats order and delays"))
+        return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,0 +1,71 @@
+"""tests: what `make soak` runs, in which order, and with which delays. `JOBLEDGER_SEED` repeats a run.
+
+python -m tests.support.soak    # print the files: those that docs/fault-matrix.md names, and those marked `rarely`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from pymongo.asynchronous.collection import AsyncCollection
+
+from tests.support.rarely import SOAK
+
+ROOT: Final = Path(__file__).parents[2]
+SEED: Final = os.environ.setdefault("JOBLEDGER_SEED", str(random.randrange(10**9))) if SOAK else ""
+"""Set in the environment, so that all processes of a run have the same."""
+DELAYED: Final = ("bulk_write", "delete_many", "find_one", "find_one_and_update", "insert_many", "update_one")
+_LONGEST_DELAY_SECONDS: Final = 0.01
+_DELAYED_SHARE: Final = 0.1
+_NAMED: Final = re.compile(r"`(tests/[\w/]+\.py)`")
+_MARKED: Final = re.compile(r"^@rarely|marks=rarely", re.MULTILINE)
+
+
+def files() -> list[str]:
+    """Return the test files that `make soak` runs."""
+    named = _NAMED.findall((ROOT / "docs/fault-matrix.md").read_text(encoding="utf-8"))
+    found = (ROOT / "tests").rglob("test_*.py")
+    marked = [str(it.relative_to(ROOT)) for it in found if _MARKED.search(it.read_text(encoding="utf-8"))]
+    return sorted({*named, *marked})
+
+
+def shuffled(items: Sequence[pytest.Item], seed: str) -> list[pytest.Item]:
+    """Return tests in random order. Those of one module stay together, because they share fixtures."""
+    dice = random.Random(seed)
+    modules: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    order = list(modules.values())
+    dice.shuffle(order)
+    for of_module in order:
+        dice.shuffle(of_module)
+    return [item for of_module in order for item in of_module]
+
+
+def delay_database_calls(patch: pytest.MonkeyPatch, seed: str) -> None:
+    """Delay a tenth of this process's database calls by some milliseconds, so that tasks interleave differently."""
+    dice = random.Random(seed)
+
+    def delayed(real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        async def call(*given: Any, **options: Any) -> Any:
+            if dice.random() < _DELAYED_SHARE:
+                await asyncio.sleep(dice.uniform(0, _LONGEST_DELAY_SECONDS))
+            return await real(*given, **options)
+
+        return call
+
+    for name in DELAYED:
+        patch.setattr(AsyncCollection, name, delayed(getattr(AsyncCollection, name)))
+
+
+if __name__ == "__main__":
+    print(*files())
