@@ -30,6 +30,7 @@ from ledger.files import FileStore
 from ledger.handle import Known
 from ledger.job import MAX_MACHINE_TROUBLES, Job
 from ledger.log import EventLog
+from ledger.piecewise import in_turns
 from ledger.saved_files import saved_files
 from workers import job_process
 from workers.attempt import Assignment, FinishedStep, run
@@ -44,7 +45,8 @@ from workers.path_reservations import PathReservations
 from workers.processor import ProcessorError, Results, SavedFile
 from workers.recorder import Fenced, Recorder, Refused
 from workers.registry import find_processor, processor_version
-from workers.scratch import Scratch, remove_tree
+from workers.removal import removal_threads, remove_tree
+from workers.scratch import Scratch
 from workers.shared_steps import SharedSteps
 from workers.time_limit import TimeLimit
 
@@ -189,7 +191,19 @@ class Execution:
     # Running ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run the job to its end and record that. Raises only UnreadableEvent."""
+        """Run the job to its end, record that, and remove its directory. Raises only UnreadableEvent.
+
+        The end is recorded first: a job may have left millions of files, and its result must not be lost meanwhile. Its
+        slot is not free before they are removed, so that they do not pile up.
+        """
+        try:
+            await self._run_and_record()
+        finally:
+            if self._assigned is not None and self._assigned.has_files:
+                # If this task is cancelled, the removal goes on, for as long as the worker runs.
+                await asyncio.shield(asyncio.ensure_future(self._remove_directory()))
+
+    async def _run_and_record(self) -> None:
         try:
             ending = await self._attempt_to_work()
             if self._stopped_for == "abandon":
@@ -208,14 +222,13 @@ class Execution:
     async def _attempt_to_work(self) -> Done | Failed | MachineTrouble | None:
         """Do the work; return what it came to, or None if it was stopped. An exception would leave the job hanging."""
         try:
-            try:
-                place = self._scratch.for_attempt(self.job_id, self._attempt)
-                self._repairs = self._scratch.repairs
-                ending = await self._work(place)
-            finally:
-                if self._assigned is not None and self._assigned.has_files:
-                    await _remove(self._assigned.directory)
+            place = self._scratch.for_attempt(self.job_id, self._attempt)
+            self._repairs = self._scratch.repairs
+            ending = await self._work(place)
             if isinstance(ending, Failed) and ending.errno is not None:
+                with suppress(TimeoutError):  # if the job has filled the disk, it has room again
+                    async with asyncio.timeout(_THREAD_SECONDS):
+                        await self._remove_directory()
                 return await self._machine_trouble_behind(ending) or ending
         except Exception as error:  # noqa: BLE001 - under a living lease the job would hang for ever
             return machine_trouble(error, scratch=self._scratch.directory) or self._fault(error)
@@ -226,6 +239,14 @@ class Execution:
         _log.error("fault while running a job", job_id=self.job_id, exc_info=error)
         text = f"The worker failed while running the job: {type(error).__name__}: {to_text(error, 1000)}"
         return Failed("WORKER_FAULT", text, transient=True)
+
+    async def _remove_directory(self) -> None:
+        if self._assigned is None or not self._assigned.has_files:
+            return
+        try:
+            await in_turns(remove_tree(self._assigned.directory), removal_threads)
+        except Exception as error:  # noqa: BLE001 - what the work came to must not be lost for that
+            _log.warning("a directory of a job stays", path=str(self._assigned.directory), error=repr(error))
 
     async def _work(self, place: Path) -> Done | Failed | MachineTrouble | None:
         processor = find_processor(self.job_type)
@@ -669,13 +690,6 @@ async def _in_thread(function: Callable[[], None]) -> None:
             await asyncio.get_running_loop().run_in_executor(_threads, function)
     except TimeoutError as error:
         raise hung(_THREAD_SECONDS) from error
-
-
-async def _remove(place: Path) -> None:
-    try:
-        await _in_thread(partial(remove_tree, place))
-    except Exception as error:  # noqa: BLE001 - what the work came to must not be lost for that
-        _log.warning("a directory of a job stays", path=str(place), error=repr(error))
 
 
 async def _done(task: asyncio.Task[Any]) -> None:

@@ -2,7 +2,7 @@
 
 Layout: `<root>/jobledger-<uid>/<host>-<pid>-<random>/<job>-<attempt>-<random>`. In the last one, `scratch` belongs to
 the processor, and `saved` holds the files that it saves. Each process holds a lock (flock) on its own directory. The
-kernel releases the lock when the process dies, however it dies, so a later start on the machine removes exactly the
+kernel releases the lock when the process dies, however it dies, so other workers of the machine remove exactly the
 directories that nobody holds. Names and ages decide nothing.
 """
 
@@ -17,13 +17,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from ledger.piecewise import Work
 from workers.health import MachineTrouble
+from workers.removal import remove_tree
 
 _log = structlog.get_logger()
 _DEAD: Final = "removing-"
@@ -31,6 +33,7 @@ _DEAD: Final = "removing-"
 _MODE: Final = 0o700
 _CHECK_BYTES: Final = 64 * 1024
 _REPAIR_SECONDS: Final = 0.1
+_CLOSE_SECONDS: Final = 2.0
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -93,7 +96,7 @@ class Scratch:
                     )
 
     def prepare(self) -> None:
-        """Create and lock the directory of this process, and remove those of dead processes. Safe to repeat.
+        """Create and lock the directory of this process. Safe to repeat.
 
         Raises:
             MachineTrouble: the directory cannot be created.
@@ -117,13 +120,24 @@ class Scratch:
         base = _base(self.root or Path(tempfile.gettempdir()))
         # Creating and locking are two system calls. Under the lock of `base` no cleaner sees what is between them.
         with _locked(base):
-            dead = list(_mark_dead(base))
             directory = base / self._name
             directory.mkdir(mode=0o700, exist_ok=True)
             self._lock = _try_lock(directory)
         self._directory = directory
+
+    def remove_dead(self) -> Work[None]:
+        """Remove the directories of dead processes. That may take long, so no check waits for it.
+
+        Raises:
+            OSError: they cannot be listed.
+        """
+        if self._directory is None:
+            return
+        base = self._directory.parent
+        with _locked(base):
+            dead = list(_mark_dead(base))
         for path in dead:
-            remove_tree(path)
+            yield from remove_tree(path)
         if dead:
             _log.info("removed scratch directories of dead workers", directory=str(base), count=len(dead))
 
@@ -171,77 +185,21 @@ class Scratch:
         return self._directory
 
     def close(self) -> None:
-        """Remove the directory of this process with all that is in it, and release the lock."""
+        """Remove the directory of this process, and release the lock.
+
+        What cannot be removed within a few seconds is left to the next worker on this machine.
+        """
         with self._changing:
             if self._directory is not None:
-                remove_tree(self._directory)
+                deadline = time.monotonic() + _CLOSE_SECONDS
+                with closing(remove_tree(self._directory)) as removing:
+                    for _ in removing:
+                        if time.monotonic() > deadline:
+                            break
                 self._directory = None
             if self._lock >= 0:
                 os.close(self._lock)
                 self._lock = -1
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory with all that is in it, as far as possible. Follows no links. Blocks.
-
-    Jobs choose what is in it, so unlike `shutil.rmtree` this removes directories of any depth, and those without
-    permissions. It holds two descriptors at most, and returns through `..`. If somebody has moved a directory
-    meanwhile, `..` is another one than before, and the removal ends.
-    """
-    with suppress(OSError):
-        _make_accessible(path)
-        directory = os.open(path, _DIRECTORY)
-        parents: list[tuple[str, list[str], tuple[int, int]]] = []
-        try:
-            pending = _unlink_files(directory)
-            while pending or parents:
-                if not pending:
-                    name, pending, identity = parents.pop()
-                    directory = _replace(directory, "..")
-                    if _identity(directory) != identity:
-                        return
-                    with suppress(OSError):
-                        os.rmdir(name, dir_fd=directory)
-                    continue
-                name = pending.pop()
-                with suppress(OSError):
-                    _make_accessible(name, directory)
-                    here = _identity(directory)
-                    directory = _replace(directory, name)
-                    parents.append((name, pending, here))
-                    pending = []  # of one that cannot be read
-                    pending = _unlink_files(directory)
-        finally:
-            os.close(directory)
-        path.rmdir()
-
-
-def _unlink_files(directory: int) -> list[str]:
-    """Remove what is no directory, and return the names of the rest."""
-    rest = []
-    for name in os.listdir(directory):
-        try:
-            os.unlink(name, dir_fd=directory)
-        except OSError:
-            rest.append(name)
-    return rest
-
-
-def _replace(directory: int, name: str) -> int:
-    """Open a directory relative to another one, and close that one."""
-    opened = os.open(name, _DIRECTORY, dir_fd=directory)
-    os.close(directory)
-    return opened
-
-
-def _identity(directory: int) -> tuple[int, int]:
-    found = os.fstat(directory)
-    return found.st_dev, found.st_ino
-
-
-def _make_accessible(path: str | Path, parent: int | None = None) -> None:
-    if stat.S_ISDIR(os.stat(path, dir_fd=parent, follow_symlinks=False).st_mode):
-        os.chmod(path, 0o700, dir_fd=parent)
 
 
 def _base(root: Path) -> Path:

@@ -29,6 +29,7 @@ from ledger.job import Job
 from ledger.lease import Lease
 from ledger.log import EventLog
 from ledger.mongo import Connection, Database, Document, driver_errors
+from ledger.piecewise import in_turns
 from projections.checkpoint import Checkpoint
 from workers import claims, leases
 from workers.claims import Claims
@@ -37,6 +38,7 @@ from workers.health import WorkerHealth, check_descriptors, check_memory
 from workers.leases import LeaseWatch
 from workers.path_reservations import PathReservations
 from workers.registry import processors
+from workers.removal import removal_threads
 from workers.scratch import Scratch
 from workers.shared_steps import SharedSteps
 
@@ -46,6 +48,7 @@ HEARD_EVENTS: Final = claims.HEARD | {"JobCancelRequested"}
 """The types of events that a worker has a use for."""
 _CANCELS_KEPT: Final = 1000
 _ORPHANS_PAUSE_SECONDS: Final = 6 * 3600.0
+_DEAD_SCRATCH_PAUSE_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 2.0
 """How long each last word at shutdown may take. What the database does not take by then is settled by the lease."""
 
@@ -118,13 +121,16 @@ class Worker:
         await self._check_before_the_first_claim()
         watching = asyncio.create_task(self._watch.run(), name="lease-watch")
         checking = asyncio.create_task(self.health.run(), name="health")
-        removing = asyncio.create_task(self._remove_orphans(), name="remove-orphans")
+        removing = [
+            asyncio.create_task(self._remove_orphans(), name="remove-orphans"),
+            asyncio.create_task(self._remove_dead_scratch(), name="remove-dead-scratch"),
+        ]
         try:
             while not self._stopping.is_set():
                 await self._work_under_a_lease(watching)
         finally:
             self._claims.close()
-            background = [task for task in (watching, checking, removing, self._publishing) if task is not None]
+            background = [task for task in (watching, checking, *removing, self._publishing) if task is not None]
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
@@ -141,6 +147,15 @@ class Worker:
                     _log.info("removed unfinished files from the result store", count=removed)
             except LedgerUnavailable as error:
                 _log.warning("unfinished files in the result store stay for now", error=str(error))
+
+    async def _remove_dead_scratch(self) -> None:
+        """Remove the scratch directories of killed workers, until cancelled."""
+        while True:
+            try:
+                await in_turns(self._scratch.remove_dead(), removal_threads)
+            except OSError as error:
+                _log.warning("scratch directories of dead workers stay for now", error=str(error))
+            await asyncio.sleep(_DEAD_SCRATCH_PAUSE_SECONDS)
 
     async def _check_before_the_first_claim(self) -> None:
         """The worker starts whatever is found, and claims nothing until it has passed."""

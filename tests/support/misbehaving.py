@@ -700,6 +700,12 @@ async def save_the_same(job: Job) -> Results:
 
 
 @action
+async def leave_a_file(job: Job) -> Results:
+    (job.scratch / "much").touch()
+    return Results()
+
+
+@action
 async def save_too_large(job: Job) -> Results:
     large = job.scratch / "large"
     large.touch()

@@ -5,14 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import structlog
 
+from ledger.piecewise import at_once
 from workers.health import MachineTrouble
-from workers.scratch import Scratch, remove_tree
+from workers.removal import ENTRIES_AT_ONCE, remove_tree
+from workers.scratch import Scratch
 
 HOLD = """
 import sys, time
@@ -42,13 +46,16 @@ def test_scratch_of_a_killed_process_is_removed_and_of_a_living_one_kept(tmp_pat
     killed.wait()
     scratch = Scratch(tmp_path)
     scratch.check()
+    at_once(scratch.remove_dead())
     assert not places[0].exists()
     assert (next(places[1].iterdir()) / "video").exists()
     assert sorted(places[1].parent.iterdir()) == sorted([places[1], scratch.directory or places[0]])
     living.kill()
     living.wait()
     scratch.close()
-    Scratch(tmp_path).prepare()
+    third = Scratch(tmp_path)
+    third.prepare()
+    at_once(third.remove_dead())
     assert not places[1].exists()
     for holder in holders:
         assert holder.stdout is not None
@@ -75,6 +82,7 @@ def test_scratch_follows_no_links_and_uses_no_foreign_directory(tmp_path: Path) 
     (dead / "inner").mkdir()
     second = Scratch(root)
     second.check()
+    at_once(second.remove_dead())
     assert second.directory is not None
     assert second.directory.parent == base, "the same place is found again"
     assert not dead.exists()
@@ -153,14 +161,14 @@ def test_remove_tree_removes_unreadable_directories_and_follows_no_links(tmp_pat
     (tree / "a" / "b").chmod(0)
     (tree / "a").chmod(0)
 
-    remove_tree(tree)
+    at_once(remove_tree(tree))
 
     assert list(tmp_path.iterdir()) == [outside]
     assert (outside / "file").read_text() == "kept"
     assert outside.stat().st_mode & 0o777 == 0o755
 
 
-def test_scratch_with_deep_directories_of_a_dead_worker_is_prepared(tmp_path: Path) -> None:
+def test_deep_directories_of_a_dead_worker_are_removed(tmp_path: Path) -> None:
     base = tmp_path / f"jobledger-{os.getuid()}"
     dead = base / "host-1-abcdef"
     dead.mkdir(parents=True, mode=0o700)
@@ -168,9 +176,82 @@ def test_scratch_with_deep_directories_of_a_dead_worker_is_prepared(tmp_path: Pa
     scratch = Scratch(tmp_path)
 
     scratch.prepare()
+    at_once(scratch.remove_dead())
     scratch.close()
 
     assert list(base.iterdir()) == []
+
+
+def wide(tree: Path) -> None:
+    for number in range(1000):
+        (tree / f"{number:0200}").touch()
+
+
+def wide_of_directories(tree: Path) -> None:
+    for number in range(1000):
+        (tree / f"{number:0200}").mkdir()
+
+
+def wide_at_each_level(tree: Path) -> None:
+    for level in range(10):
+        tree = tree / f"{level:0100}"
+        tree.mkdir()
+        for number in range(100):
+            (tree / f"{number:0200}").mkdir(mode=0)
+
+
+def deep(tree: Path) -> None:
+    nest(tree, 1000)
+
+
+@pytest.mark.parametrize("fill", [wide, wide_of_directories, wide_at_each_level, deep])
+def test_directory_of_any_shape_is_removed_in_turns_and_without_memory(
+    tmp_path: Path, fill: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.removal.ENTRIES_AT_ONCE", 100)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    fill(tree)
+    tracemalloc.start()
+    try:
+        turns = sum(1 for _ in remove_tree(tree))
+        memory = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert list(tmp_path.iterdir()) == []
+    assert turns >= 10
+    assert memory < 50_000
+
+
+def test_checks_do_not_wait_for_directories_of_dead_workers(tmp_path: Path) -> None:
+    dead = tmp_path / f"jobledger-{os.getuid()}" / "host-1-abcdef"
+    dead.mkdir(parents=True, mode=0o700)
+    wide(dead)
+    scratch = Scratch(tmp_path)
+    scratch.check()
+    assert len(list(dead.iterdir())) == 1000
+    removing = scratch.remove_dead()
+    next(removing)
+    removing.close()  # a worker that ends meanwhile
+    other = Scratch(tmp_path)
+    other.prepare()
+    at_once(other.remove_dead())
+    assert set(dead.parent.iterdir()) == {scratch.directory, other.directory}
+
+
+def test_end_of_a_worker_does_not_wait_for_its_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.scratch._CLOSE_SECONDS", 0)
+    scratch = Scratch(tmp_path)
+    scratch.prepare()
+    assert scratch.directory is not None
+    wide(scratch.directory)
+    left = scratch.directory
+    scratch.close()
+    assert len(list(left.iterdir())) >= 1000 - ENTRIES_AT_ONCE
+    after = Scratch(tmp_path)
+    after.prepare()
+    at_once(after.remove_dead())
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("check", ["create", "check_quickly", "check"])

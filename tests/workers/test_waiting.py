@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,11 @@ from ledger.events import JobLogged, JobReleased, Recorded
 from ledger.files import DirectoryStore
 from ledger.log import EventLog
 from ledger.mongo import Connection
+from ledger.piecewise import Work
 from tests.support.running import Process, WorkerOptions, process, until
 from tests.workers.misbehaving import installed
 from workers.confinement import Confinement
+from workers.removal import remove_tree
 from workers.shared_steps import SharedSteps
 from workers.time_limit import TimeLimit
 
@@ -276,6 +279,36 @@ async def test_file_that_is_too_large_fails_its_job(connection: Connection, stor
         assert [error["code"] for error in errors] == ["PROCESSOR_FAULT", "INVALID_RESULT"]
         assert "File too large" in errors[0]["message"]
         assert "are allowed" in errors[1]["message"]
+
+
+async def test_end_of_a_job_is_recorded_before_its_directory_is_removed(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much some jobs have left, the others' directories are removed meanwhile, and their slots are free."""
+    removing, release = list[Path](), threading.Event()
+
+    def slow(path: Path) -> Work[None]:
+        if (path / "scratch" / "much").exists():
+            removing.append(path)
+            while not release.wait(0.01):
+                yield
+        yield from remove_tree(path)
+
+    monkeypatch.setattr("workers.execution.remove_tree", slow)
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=6)) as here:
+        assert here.worker is not None
+        try:
+            much = [await here.submit({"do": "leave a file"}, job_type=job_type) for job_type in TYPES * 2]
+            assert [job["status"] for job in [await here.ended(job_id) for job_id in much]] == ["completed"] * 4
+            await until(lambda: len(removing) == 4, "the directories are being removed")
+            assert {path.name.rsplit("-", 2)[0] for path in removing} == set(much) == set(here.worker._running)
+            for _ in range(3):
+                assert (await here.ended(await save(here, "misbehaving")))["status"] == "completed"
+            await until(lambda: here.worker is not None and len(here.worker._running) == 4, "the other slots are free")
+        finally:
+            release.set()
+        await until(lambda: here.worker is not None and not here.worker._running, "the slots are free")
+        assert not any(path.exists() for path in removing)
 
 
 class Away(EventLog):
