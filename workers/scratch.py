@@ -203,12 +203,16 @@ class Scratch:
 
 
 def _base(root: Path) -> Path:
-    """Return this user's directory below `root`, and create it if needed.
+    """Return this user's directory below `root`, and create it if needed."""
+    return private_directory(root, f"jobledger-{os.getuid()}")
+
+
+def private_directory(root: Path, name: str) -> Path:
+    """Return the directory `name` of this user below `root`, and create it if needed.
 
     The system's temporary directory is open to all users, and another one may have created an object of this name. Only
     a directory of our own is used, never a link; next to a foreign object another name is chosen.
     """
-    name = f"jobledger-{os.getuid()}"
     with suppress(FileExistsError):
         (root / name).mkdir(mode=0o700)
     for path in (root / name, *sorted(root.glob(f"{name}-*"))):

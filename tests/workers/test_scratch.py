@@ -188,7 +188,7 @@ def wide(tree: Path) -> None:
 
 
 def wide_of_directories(tree: Path) -> None:
-    for number in range(1000):
+    for number in range(500):
         (tree / f"{number:0200}").mkdir()
 
 
@@ -196,19 +196,19 @@ def wide_at_each_level(tree: Path) -> None:
     for level in range(10):
         tree = tree / f"{level:0100}"
         tree.mkdir()
-        for number in range(100):
+        for number in range(50):
             (tree / f"{number:0200}").mkdir(mode=0)
 
 
 def deep(tree: Path) -> None:
-    nest(tree, 1000)
+    nest(tree, 500)
 
 
 @pytest.mark.parametrize("fill", [wide, wide_of_directories, wide_at_each_level, deep])
 def test_directory_of_any_shape_is_removed_in_turns_and_without_memory(
     tmp_path: Path, fill: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.removal.ENTRIES_AT_ONCE", 100)
+    monkeypatch.setattr("workers.removal.ENTRIES_AT_ONCE", 40)
     tree = tmp_path / "tree"
     tree.mkdir()
     fill(tree)

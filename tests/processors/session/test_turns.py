@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+import tempfile
 from asyncio.subprocess import PIPE
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
+
+import pytest
 
 from tests.processors.session.support import Site, html, settings
 from workers.processors.session.fetch import Fetcher
-from workers.processors.session.turns import turn
+from workers.processors.session.turns import turn, turns_directory
 
 DEADLINE_SECONDS = 10.0
 HOLDER = """
@@ -41,6 +47,83 @@ async def test_so_many_have_a_turn_at_a_host_and_all_get_one(tmp_path: Path) -> 
     async with asyncio.timeout(DEADLINE_SECONDS):
         await asyncio.gather(*(visit(f"{name}.example") for name in "ab" for _ in range(8)))
     assert most == {"a.example": 2, "b.example": 2}
+
+
+def names_in(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
+
+
+async def test_any_number_of_hosts_shares_one_file(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack, asyncio.timeout(DEADLINE_SECONDS):
+        for number in range(200):
+            await stack.enter_async_context(turn(f"{number}.example", 1, tmp_path))
+    assert names_in(tmp_path) == ["turns"]
+
+
+def nothing(_place: Path) -> None:
+    """Leave it out."""
+
+
+def foreign_directory(place: Path) -> None:
+    place.mkdir()
+    os.chown(place, 65534, -1)
+    place.chmod(0o777)
+
+
+def foreign_private_directory(place: Path) -> None:
+    foreign_directory(place)
+    place.chmod(0o700)
+
+
+def link_to_directory(place: Path) -> None:
+    place.symlink_to(place.parent / "strangers")
+
+
+def file(place: Path) -> None:
+    place.write_text("in the way")
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [nothing, foreign_directory, foreign_private_directory, link_to_directory, file],
+    ids=lambda it: it.__name__,
+)
+def test_turns_are_kept_in_a_directory_of_our_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: Callable[[Path], None]
+) -> None:
+    """Any user of the machine may create what they like in the system's temporary directory."""
+    if os.getuid() != 0 and "foreign" in planted.__name__:
+        pytest.skip("only root can give a directory to another user")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "strangers").mkdir(mode=0o777)
+    planted(tmp_path / f"jobledger-turns-{os.getuid()}")
+    found = {turns_directory.__wrapped__() for _ in range(2)}
+    assert len(found) == 1, "all workers of the machine find the same"
+    [directory] = found
+    assert (directory.parent, directory.is_symlink()) == (tmp_path, False)
+    assert (directory.stat().st_uid, directory.stat().st_mode & 0o777) == (os.getuid(), 0o700)
+    assert list((tmp_path / "strangers").iterdir()) == []
+
+
+def link_to_foreign_file(place: Path) -> None:
+    place.symlink_to(place.parent / "foreign")
+
+
+def directory(place: Path) -> None:
+    place.mkdir()
+
+
+def fifo(place: Path) -> None:
+    os.mkfifo(place)
+
+
+@pytest.mark.parametrize("planted", [link_to_foreign_file, directory, fifo])
+async def test_turn_is_had_whatever_another_job_has_put_in_the_place_of_the_file(
+    tmp_path: Path, planted: Callable[[Path], None]
+) -> None:
+    planted(tmp_path / "turns")
+    async with asyncio.timeout(DEADLINE_SECONDS), turn("a.example", 1, tmp_path):
+        assert not (tmp_path / "foreign").exists()
 
 
 async def test_a_process_that_is_killed_gives_its_turn_back(tmp_path: Path) -> None:
