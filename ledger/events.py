@@ -599,7 +599,7 @@ class Recorded:
     @property
     def data(self) -> Mapping[str, Any]:
         """The payload as it was written; of a damaged event, it may be anything."""
-        data: Mapping[str, Any] = self._document.get("data")  # type: ignore[assignment]
+        data: Mapping[str, Any] = self._document.get("data")  # type: ignore[assignment]  # see above
         return data
 
     @property

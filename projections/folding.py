@@ -329,11 +329,13 @@ class Chunk:
             row = failures.row(view, key, problem)
             found.append((row["_id"], ReplaceOne({"_id": row["_id"]}, row, upsert=True)))
         for view in _REDUCED:
+            loaded = self.loaded[view]
             for key, document in self.now[view].items():
-                if (view, key) in self.refused:
+                if self.refused and (view, key) in self.refused:
                     continue
+                before = loaded.get(key)
                 problem_now = document.get(failures.ERROR) if document is not None else None
-                was = (self.loaded[view].get(key) or {}).get(failures.ERROR)
+                was = before.get(failures.ERROR) if before is not None else None
                 if problem_now is not None and problem_now is not was:
                     row = failures.row(view, key, problem_now)
                     found.append((row["_id"], ReplaceOne({"_id": row["_id"]}, row, upsert=True)))

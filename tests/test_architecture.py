@@ -23,6 +23,7 @@ KNOW_THE_DRIVERS_ERRORS = {
     "ledger/gridfs.py": "a file that is stored again is found by its unique index",
     "ledger/lease.py": "heartbeats go on through interruptions, in a thread of their own",
     "ledger/log.py": "a hole that could not be filled is looked at again",
+    "ledger/server_clock.py": "a measurement that nobody waits for is made again after the next heartbeat",
     "ledger/writer.py": "appends are repeated until they are known to be written or lost",
     "projections/folding.py": "a document that MongoDB refuses is told from a failure of the server, and isolated",
 }

@@ -22,6 +22,7 @@ def act(deed):
         "loop": lambda: re.match(r"(a+)+$", "a" * 60 + "b"),
         "memory": lambda: bytearray(1 << 32),
         "raise": lambda: 1 / 0,
+        "real-time priority": lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
         "exit": lambda: os._exit(7),
         "large": lambda: "x" * 100_000_000,
         "not JSON": lambda: os.write(results(), (4).to_bytes(8, "big") + b"nope"),
@@ -59,6 +60,7 @@ async def call(function: LimitedFunction, deed: str, seconds: float = 60) -> Any
         ("loop", 0.2, CallTimeout),
         ("memory", 60, ProcessEnded),
         ("raise", 60, ProcessEnded),
+        ("real-time priority", 60, ProcessEnded),  # PermissionError
         ("exit", 60, ProcessEnded),
         ("large", 60, ProcessEnded),
         ("not JSON", 60, ProcessEnded),
