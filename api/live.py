@@ -35,6 +35,8 @@ LONGEST_SECONDS: Final = 900.0
 """After how long a client has to come back and say again who it is: its key may have been withdrawn meanwhile."""
 _PIECE_BYTES: Final = 64 * 1024
 _CHUNK_EVENTS: Final = 500
+_CHUNK_BYTES: Final = 1024 * 1024
+"""What a stream holds in memory while its client reads, or one event."""
 _VISIBILITY_PATIENCE_SECONDS: Final = 10.0
 
 
@@ -130,7 +132,8 @@ async def _blocks(known: Services, principal: Principal, wanted: Wanted, after: 
     yield b"retry: %d\nid: %d\n\n" % (random.randint(1000, 5000), after)  # noqa: S311 - spreads load, guards no secret
     told, told_at = after, clock()
     until = told_at + LONGEST_SECONDS
-    async with known.log.subscription(after=after) as events:
+    hidden = 0
+    async with known.log.subscription(after=after, chunk_bytes=_CHUNK_BYTES) as events:
         while clock() < until:
             chunk: list[Recorded] = []
             try:
@@ -157,10 +160,10 @@ async def _blocks(known: Services, principal: Principal, wanted: Wanted, after: 
             if chunk and not await _sees(visibility, principal, wanted.followed):
                 yield bytes(piece) + b": there is nothing more to be seen here\n\n"
                 return
-            if len(chunk) == _CHUNK_EVENTS and shown_events < len(
-                chunk
-            ):  # far behind, and sends little of what it reads
-                await known.streams.history.wait(len(chunk) - shown_events)
+            hidden += len(chunk) - shown_events
+            if events.is_behind and hidden >= _CHUNK_EVENTS:  # far behind, and sends little of what it reads
+                await known.streams.history.wait(hidden)
+                hidden = 0
             if piece:
                 told = events.position
             elif clock() - told_at < SILENCE_SECONDS:

@@ -40,6 +40,8 @@ _log = structlog.get_logger()
 READ_SECONDS: Final = 30.0
 READ_BYTES: Final = 10_000
 """Bytes that a client must take of an answer in each READ_SECONDS, while more than its buffers hold is waiting."""
+DRAIN_SECONDS: Final = 300.0
+"""Time for all that waits: a large answer, which is in memory, must be read faster."""
 
 
 class SheddingSocket(socket.socket):
@@ -109,6 +111,7 @@ class ConnectionLimits:
     body_bytes: int = BODY_BYTES
     read_seconds: float = READ_SECONDS
     read_bytes: int = READ_BYTES
+    drain_seconds: float = DRAIN_SECONDS
     open: Counter[str] = field(default_factory=Counter)
 
     def refusal(self, address: str) -> ApiError | None:
@@ -127,7 +130,10 @@ def protocol(limits: ConnectionLimits) -> type[H11Protocol]:
 
 
 class Connection(H11Protocol):
-    """Uvicorn's connection with limits. A stream cuts off a client that does not read by `scope["state"]["abort"]`."""
+    """Uvicorn's connection with limits.
+
+    `scope["state"]["abort"]` cuts off a client that does not read; `["drained"]` waits until an answer has been read.
+    """
 
     limits = ConnectionLimits()
     _timer: asyncio.TimerHandle | None = None
@@ -135,10 +141,11 @@ class Connection(H11Protocol):
     _received = 0
     _reading: asyncio.TimerHandle | None = None
     _unread = 0
+    _must_read = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
+        self.app_state = {**self.app_state, "abort": transport.abort, "drained": self.flow.drain}
         address = self.client[0] if self.client else ""
         self._address = owner_of(address)
         self.limits.open[self._address] += 1
@@ -160,6 +167,8 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Called when more of an answer waits than the buffers hold."""
         super().pause_writing()
+        waiting = self.transport.get_write_buffer_size()
+        self._must_read = max(self.limits.read_bytes, waiting * self.limits.read_seconds / self.limits.drain_seconds)
         self._watch_reader()
 
     def resume_writing(self) -> None:
@@ -229,7 +238,7 @@ class Connection(H11Protocol):
 
     def _check_reader(self) -> None:
         """Give up on a client that takes too little. Nothing is added to the buffer while it is watched."""
-        if self._unread - self.transport.get_write_buffer_size() >= self.limits.read_bytes:
+        if self._unread - self.transport.get_write_buffer_size() >= self._must_read:
             self._watch_reader()
         else:
             self.transport.abort()  # an ordinary close would wait for the client

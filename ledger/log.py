@@ -25,6 +25,7 @@ from ledger.chain import LongText
 from ledger.envelope import Append, documents_of
 from ledger.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
 from ledger.events import Event, Recorded
+from ledger.limits import json_bytes
 from ledger.measures import Durations
 from ledger.mongo import INDEX_CONFLICTS, LOCAL, TOLERANT, UNAUTHORIZED, Database, Document, brief, driver_errors
 from ledger.server_clock import clock_of
@@ -41,6 +42,7 @@ _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
 _ENCODED_AT_ONCE_BYTES = 64 * 1024
 """After that many bytes of an append, other tasks run. A larger event is encoded in a thread."""
+_FIRST_PAGE_EVENTS = 50
 _LOOKS_AT_THE_END = 8
 _READERS: Sequence[tuple[str, Document, str]] = (
     ("checkpoints", {"_id": "views"}, "the views"),
@@ -406,14 +408,17 @@ class EventLog(Writer):
 
     @asynccontextmanager
     async def subscription(
-        self, *, after: int, types: Collection[type[Event]] | None = None
+        self, *, after: int, types: Collection[type[Event]] | None = None, chunk_bytes: int | None = None
     ) -> AsyncIterator[Subscription]:
         """Subscribe to every event after a position, history first, then live, for ever. Once entered, none is missed.
 
         Needs this process's change stream to be running. A slow subscriber costs nothing: it holds a cursor, no queue.
+
+        With `chunk_bytes`, a chunk is no larger (as JSON, about; at least one event), and nothing is fetched ahead: for
+        many subscribers that may be slow.
         """
         _refuse_beyond(after)
-        subscription = Subscription(self, self._tail, after, types)
+        subscription = Subscription(self, self._tail, after, types, chunk_bytes)
         try:
             yield subscription
         finally:
@@ -466,14 +471,25 @@ class EventLog(Writer):
 class Subscription:
     """A place in the log that moves on: iterate for single events, or take what is there with `chunk`."""
 
-    def __init__(self, log: EventLog, tail: Tail, after: int, types: Collection[type[Event]] | None) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        tail: Tail,
+        after: int,
+        types: Collection[type[Event]] | None,
+        chunk_bytes: int | None = None,
+    ) -> None:
         self._log = log
         self._tail = tail
+        self._chunk_bytes = chunk_bytes
+        self._page_events = _FIRST_PAGE_EVENTS
         self._types = None if types is None else frozenset(wanted.__name__ for wanted in types)
         self._buffer: deque[Recorded] = deque()
         self._ahead: tuple[int, asyncio.Task[list[Recorded]]] | None = None
         self.position = after
         """The last position that was taken from the log, whether or not its type was wanted."""
+        self.is_behind = False
+        """Whether the last chunk was read from the collection: there may be more."""
 
     async def chunk(self, limit: int = 1000) -> list[Recorded]:
         """Wait for events and return those that are there, in order, at most `limit`.
@@ -482,22 +498,36 @@ class Subscription:
             LedgerUnavailable: the database failed while history was read; calling again continues where it was.
         """
         while True:
-            if self._tail.reaches(self.position):
+            self.is_behind = not self._tail.reaches(self.position)
+            if not self.is_behind:
                 events = self._tail.after(self.position, limit)
                 if not events:
                     await self._tail.growth()
                     continue
             else:
-                events = await self._history(limit)
+                events = await self._history(limit if self._chunk_bytes is None else min(limit, self._page_events))
                 if not events:  # the tail was reset while we read, or somebody took the end of the log away
                     await asyncio.sleep(0.05)
                     continue
-                if len(events) == limit:  # there is more
+                if len(events) == limit and self._chunk_bytes is None:  # there is more
                     await self._fetch_ahead(events[-1].position, limit)
+            if self._chunk_bytes is not None and len(events) > 1:
+                events = self._shortened(events, self._chunk_bytes)
             self.position = events[-1].position
             wanted = events if self._types is None else [event for event in events if event.type in self._types]
             if wanted:
                 return wanted
+
+    def _shortened(self, events: list[Recorded], most: int) -> list[Recorded]:
+        """Return the first events that are no larger together; read as many next time, or more."""
+        size = 0
+        for number, event in enumerate(events):
+            size += json_bytes(event.data)
+            if size > most and number:
+                self._page_events = number
+                return events[:number]
+        self._page_events = max(self._page_events, 2 * len(events))
+        return events
 
     async def _history(self, limit: int) -> list[Recorded]:
         """Return events from the collection: those that were fetched ahead, if there are any."""

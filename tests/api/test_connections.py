@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 from starlette.types import Message
+from uvicorn.protocols.http.flow_control import FlowControl
 
 from api.addresses import client_address, owner_of
 from api.event_stream import Throttle
+from api.memory import MemoryBudget
 from api.middleware import SIGN_IN, Edge, RefusedSignIns
-from cli.connections import ConnectionLimits, SheddingSocket
+from cli.connections import Connection, ConnectionLimits, SheddingSocket
 from tests.api.conftest import Api, running_api
 from tests.support.principals import said
 
@@ -197,6 +199,57 @@ async def test_answer_that_is_not_read_ends_the_connection_and_one_read_steadily
                 assert part
                 received += len(part)
                 await asyncio.sleep(0.05)
+
+
+async def test_large_answer_must_be_read_faster_than_a_small_one() -> None:
+    """The more is in memory, the more has to be read of it."""
+    limits = ConnectionLimits(read_seconds=0.2, read_bytes=1000, drain_seconds=1.0)
+    cut = []
+    for waiting, read, is_cut in [(7_000_000, 5_000, True), (7_000_000, 2_000_000, False), (4000, 1500, False)]:
+        transport = _Transport(waiting)
+        connection = object.__new__(Connection)
+        connection.limits, connection.loop = limits, asyncio.get_running_loop()
+        connection.transport = transport  # type: ignore[assignment]
+        connection.flow = FlowControl(transport)  # type: ignore[arg-type]
+        connection.pause_writing()
+        transport.waiting -= read
+        await asyncio.sleep(0.25)
+        connection._stop_watching_reader()
+        cut.append(transport.is_aborted is is_cut)
+    assert cut == [True] * 3
+
+
+class _Transport:
+    """A connection of which a number of bytes was not read yet."""
+
+    def __init__(self, waiting: int) -> None:
+        self.waiting = waiting
+        self.is_aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+async def test_answers_that_are_not_read_use_bounded_memory(
+    mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.serving.MemoryBudget", lambda _size: MemoryBudget(18_000_000))
+    async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+        large, small = await api.submit({"text": "x" * 7_000_000}), await api.submit()
+        assert (await api.get(f"{JOBS}/{large}")).status_code == 200
+        async with asking_for(api, f"{JOBS}/{large}", 4096) as one, asking_for(api, f"{JOBS}/{large}", 4096) as other:
+            assert [await one(12), await other(12)] == [b"HTTP/1.1 200"] * 2
+            answer = await api.get(f"{JOBS}/{large}")
+            assert (answer.status_code, answer.json()["code"]) == (503, "server_busy")
+            assert answer.headers["Retry-After"] == "2"
+            assert (await api.get(f"{JOBS}/{small}")).status_code == 200
+            await api.submit({"text": "x" * 7_000_000})  # its answer is as large, but says what was done
+        async with asyncio.timeout(10):
+            while (await api.get(f"{JOBS}/{large}")).status_code == 503:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
 
 # Too many ---------------------------------------------------------------------------------------------------------

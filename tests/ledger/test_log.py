@@ -855,6 +855,26 @@ async def test_large_events_are_kept_and_read_a_few_at_a_time(connection: Connec
         assert max(len(page) for page in pages) <= 16  # what the server puts in one answer, 16 MB
 
 
+@pytest.mark.parametrize("tail_bytes", [1, 100_000_000], ids=["of history", "of the tail"])
+async def test_chunks_of_bounded_size_miss_nothing_and_fetch_nothing_ahead(
+    connection: Connection, tail_bytes: int
+) -> None:
+    jobs = [a_job(parameters={"text": "x" * size}) for size in [10] * 60 + [100_000] * 30 + [10] * 5 + [3_000_000, 10]]
+    async with ledger_on(connection, Limits(tail_bytes=tail_bytes)) as ledger:
+        await ledger.log.append(*[append_of(it) for it in jobs])
+        await first(ledger.log, 1, after=len(jobs) - 1)
+        async with ledger.log.subscription(after=0, chunk_bytes=1_000_000) as slow:
+            found: list[int] = []
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while slow.position < len(jobs):
+                    chunk = await slow.chunk(500)
+                    sizes = [len(it.data["parameters"]["text"]) for it in chunk]
+                    assert sum(sizes) < 1_000_000 or len(sizes) == 1
+                    assert slow._ahead is None
+                    found += positions(chunk)
+        assert found == list(range(1, len(jobs) + 1))
+
+
 @pytest.mark.parametrize(
     "bound", [{"tail_events": 20}, {"tail_bytes": 20_000}], ids=["of so many events", "of so many bytes"]
 )
