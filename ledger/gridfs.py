@@ -116,15 +116,21 @@ class GridFSStore:
         with driver_errors("storing a file"):
             upload_id = _dated_id(await self._clock.now(self._client))
             try:
-                await self._add_entry(upload_id, sha256, await self._write_chunks(upload_id, file))
-            except DuplicateKeyError:
-                await self._chunks.delete_many({"files_id": upload_id})
-                if not await self._is_stored(sha256):
-                    raise
+                size = await self._write_chunks(upload_id, file)
+                await self._check_chunks(upload_id, sha256, size)
             except BaseException:
                 with suppress(Exception):  # what is left of it is harmless - and the first error is what matters
                     await asyncio.shield(self._chunks.delete_many({"files_id": upload_id}))
                 raise
+            # From here on the chunks stay whatever happens: an entry may be there although its insertion was cancelled,
+            # or has failed. Without one they are orphans.
+            try:
+                await self._add_entry(upload_id, sha256, size)
+            except DuplicateKeyError:
+                if await self._files.find_one({"_id": upload_id}, {"_id": 1}) is None:
+                    await self._chunks.delete_many({"files_id": upload_id})
+                    if not await self._is_stored(sha256):
+                        raise
 
     async def _write_chunks(self, upload_id: ObjectId, file: InboxFile) -> int:
         """Write a file's content and return its size; it is hashed again, for the job may have changed it.
@@ -141,15 +147,18 @@ class GridFSStore:
             written += len(chunks)
         return file.size
 
-    async def _add_entry(self, upload_id: ObjectId, sha256: str, size: int) -> None:
-        """Make a file of what was written.
+    async def _check_chunks(self, upload_id: ObjectId, sha256: str, size: int) -> None:
+        """Check that all chunks are still there.
 
         Raises:
-            LedgerUnavailable: chunks are missing: the upload took days, so they were taken for orphans.
+            LedgerUnavailable: some are missing: the upload took days, so they were taken for orphans.
         """
         there = await self._chunks.count_documents({"files_id": upload_id})
         if there != -(-size // _CHUNK_BYTES):
             raise LedgerUnavailable(f"Chunks of the file {sha256} were removed while it was stored.")
+
+    async def _add_entry(self, upload_id: ObjectId, sha256: str, size: int) -> None:
+        """Make a file of what was written."""
         await self._files.insert_one(
             {
                 "_id": upload_id,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from bson import ObjectId
 from gridfs import AsyncGridFSBucket
+from pymongo.errors import AutoReconnect
 
 from ledger.errors import FileLost, LedgerUnavailable
 from ledger.files import DirectoryStore, FileStore
@@ -267,18 +268,37 @@ async def test_remove_orphans_does_not_depend_on_clocks_of_workers(
     assert await read(store, sha256) == CONTENT
 
 
+@pytest.mark.parametrize("interruption", [AutoReconnect("no answer"), asyncio.CancelledError()])
+async def test_entry_whose_insertion_was_interrupted_keeps_its_content(
+    store: GridFSStore, inbox: Path, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
+) -> None:
+    sha256 = await saved(inbox)
+    real = GridFSStore._add_entry
+
+    async def interrupted(*given: Any) -> None:
+        await real(*given)
+        raise interruption
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GridFSStore, "_add_entry", interrupted)
+        with pytest.raises((LedgerUnavailable, asyncio.CancelledError)):
+            await store.take_over(inbox, sha256)
+    await store.take_over(inbox, sha256)
+    assert await read(store, sha256) == CONTENT
+
+
 async def test_upload_whose_chunks_were_removed_meanwhile_makes_no_file(
     store: GridFSStore, db: Database, inbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256 = await saved(inbox)
-    real = GridFSStore._add_entry
+    real = GridFSStore._check_chunks
 
     async def removed(self: GridFSStore, upload_id: ObjectId, *given: Any) -> None:
         await db.fs.chunks.delete_one({"files_id": upload_id, "n": 3})
         await real(self, upload_id, *given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(GridFSStore, "_add_entry", removed)
+        patched.setattr(GridFSStore, "_check_chunks", removed)
         with pytest.raises(LedgerUnavailable):
             await store.take_over(inbox, sha256)
     assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
