@@ -76,9 +76,8 @@ def hopeless(url: str, allowed: AllowedHosts) -> str | None:
     return None
 
 
-_USERINFO: Final = re.compile(r"(?i)^((?:https?|ftps?|wss?):(?:[/\\]+(?=[^/?#]*@)|(?=[^/\\?#\s]*@)))[^/?#]*@")
-"""Spaces and backslashes are part of it for some readers (httpx, urllib). Without a slash before, it is prose."""
-_PASSWORD: Final = re.compile(r"(?i)^([a-z][a-z0-9+.-]*://)[^/?#@]*:[^/?#]*@")
+_BEGIN: Final = re.compile(r"(?i)(?P<web>https?|ftps?|wss?):(?P<slashes>[/\\]*)|[a-z][a-z0-9+.-]*://")
+_HOST_AT_FIRST: Final = re.compile(r"[\w-]+(\.[\w.-]*)?(?P<port>:\d+)?[.,;:!)]*")
 _REMOVED_BY_BROWSERS: Final = re.compile(r"[\t\r\n]")
 _STRIPPED_BY_BROWSERS: Final = "".join(map(chr, range(0x21)))
 NO_USERINFO: Final = (
@@ -91,20 +90,47 @@ def has_userinfo(text: str) -> bool:
     """Return whether a text is a URL with a user name (of the web or FTP), or with a password (of any scheme).
 
     As browsers read it (WHATWG URL): slashes may be missing or backslashes, and tabs and line breaks within are
-    passed over. And as HTTP clients read it: only a slash, `?` or `#` ends it.
+    passed over. And as HTTP clients read it: only a slash, `?` or `#` ends it, so that it may contain spaces. A text
+    that begins with a URL without a path and goes on with an e-mail address is none: `https://a.example, mail b@c.d`.
     """
-    if "@" not in text:
-        return False
-    plain = _REMOVED_BY_BROWSERS.sub("", text.lstrip(_STRIPPED_BY_BROWSERS))
-    return _USERINFO.match(plain) is not None or _PASSWORD.match(plain) is not None
+    return "@" in text and _cut_at_userinfo(text) is not None
 
 
 def without_userinfo(url: str) -> str:
     """Return a URL without user name and password; any other text as it is."""
-    if not has_userinfo(url):
-        return url
-    plain = _REMOVED_BY_BROWSERS.sub("", url.lstrip(_STRIPPED_BY_BROWSERS))
-    return _PASSWORD.sub(r"\1", _USERINFO.sub(r"\1", plain))
+    cut = _cut_at_userinfo(url) if "@" in url else None
+    return url if cut is None else "".join(cut)
+
+
+def _cut_at_userinfo(text: str) -> tuple[str, str] | None:
+    """Return what is before and what is behind the user name and password, None if there are none."""
+    plain = _REMOVED_BY_BROWSERS.sub("", text.lstrip(_STRIPPED_BY_BROWSERS))
+    begin = _BEGIN.match(plain)
+    if begin is None:
+        return None
+    ends = [end for mark in "/?#" if (end := plain.find(mark, begin.end())) >= 0]
+    at = plain.rfind("@", begin.end(), min(ends, default=len(plain)))
+    if at < 0:
+        return None
+    userinfo = plain[begin.end() : at]
+    if begin["web"] is None:
+        found = ":" in userinfo.partition("@")[0]
+    elif not begin["slashes"]:
+        found = not any(character.isspace() or character == "\\" for character in userinfo)
+    else:
+        found = True
+    return (begin[0], plain[at + 1 :]) if found and not _is_prose(userinfo) else None
+
+
+def _is_prose(userinfo: str) -> bool:
+    """Return whether a text between `//` and `@` is rather a host and what somebody has written behind it."""
+    first, space, _ = userinfo.partition(" ")
+    if not space:
+        return False
+    host = _HOST_AT_FIRST.fullmatch(first)
+    if host is not None and (host["port"] or "." in first):
+        return True
+    return re.search(r":\S", userinfo) is None
 
 
 def _plain_name(host: str) -> str:
