@@ -288,7 +288,7 @@ def refuse_multiplied(request: Request, field: str, value: Any, times: int) -> N
     if size > limit:
         message = f"The batch's `{field}` in each of its jobs: {size} bytes, more than {limit} (api.max_body_bytes)."
         raise ApiError(413, "too_large", message)
-    values = counted(text)[0] * times
+    values = counted(text, times)[0] * times
     if values > MOST_VALUES:
         message = f"The batch's `{field}` in each of its jobs: about {values} values, more than {MOST_VALUES}."
         raise ApiError(413, "too_many_values", message)

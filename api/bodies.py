@@ -152,14 +152,15 @@ def _object(pairs: list[tuple[str, Any]]) -> None:
         raise ApiError(400, "malformed_json", message)
 
 
-def counted(body: bytearray) -> tuple[int, int]:
+def counted(body: bytearray, times: int = 1) -> tuple[int, int]:
     """Return at least how many values a JSON text has, and how many of them are objects or arrays, without parsing it.
 
     Each value but the first stands behind a comma or an opening bracket. Those within strings are counted only where
     there are few: if all of them exceed a bound, strings are left out, between every second pair of quotation marks.
+    The bound is that of a body in which the text stands `times` over.
     """
     values, containers = body.count(b",") + 1, body.count(b"[") + body.count(b"{")
-    if values + containers <= MOST_VALUES and containers <= MOST_CONTAINERS:
+    if (values + containers) * times <= MOST_VALUES and containers * times <= MOST_CONTAINERS:
         return values + containers, containers
     unescaped = bytes(body).replace(b"\\\\", b"").replace(b'\\"', b"")
     strings = unescaped.count(b'"') // 2

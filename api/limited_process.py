@@ -28,7 +28,8 @@ def main(name: str) -> None:
     """Call a function, named as `module:function`, until standard input ends."""
     # A call that never ends must not outlive the process that would end it.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    if not 0 <= resource.getrlimit(resource.RLIMIT_AS)[1] <= _MEMORY_BYTES:  # a lower one stays; -1 is none
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_RTPRIO, resource.RLIMIT_NICE):
         resource.setrlimit(kind, (0, 0))
     _drop_capabilities()

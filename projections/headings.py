@@ -207,12 +207,11 @@ async def page(
     async with raw.find(
         asked_for, projection, sort=order, limit=limit + 1, skip=skip, hint=index_for(wanted), batch_size=_BATCH
     ) as documents:
-        while batch := await documents.to_list(_BATCH):
-            for document in batch:
-                used += len(document.raw)
-                if len(found) == limit or (found and used > page_bytes):
-                    return found, Place(found[-1]["created_at"], found[-1]["_id"])
-                found.append(bson.decode(document.raw, codec_options=TOLERANT))
+        async for document in documents:  # `to_list` would hold several of the server's batches
+            used += len(document.raw)
+            if len(found) == limit or (found and used > page_bytes):
+                return found, Place(found[-1]["created_at"], found[-1]["_id"])
+            found.append(bson.decode(document.raw, codec_options=TOLERANT))
     return found, None
 
 

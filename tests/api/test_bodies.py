@@ -294,6 +294,12 @@ def test_counting_values_leaves_out_strings(text: str) -> None:
         assert (values, containers) == (8, 4)
 
 
+def test_counting_values_of_a_text_that_stands_often_leaves_out_strings() -> None:
+    body = bytearray(json.dumps({"prompt": "[,{" * 400}).encode())
+    assert counted(body)[0] > 1000
+    assert counted(body, 1000) == (2, 1)
+
+
 _JSON_NAMES = st.sampled_from(["a", "b", "é", '"', "\\", '\\"', "\\u0022", "\n", ""])
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**22), 10**22) | _JSON_NAMES,
