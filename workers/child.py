@@ -38,10 +38,9 @@ _WAITING: Final = 100  # messages (of many log lines each) that wait to be sent 
 
 def main(connection: socket.socket, memory_limit_mb: int) -> None:
     """Do the one assignment that comes through the connection. Does not return, unless the worker is gone."""
-    limit = memory_limit_mb * 1024 * 1024
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))  # sparse ones cost nothing but to read
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # thousands of crashes must not fill the disk
+    _set_limit(resource.RLIMIT_AS, memory_limit_mb * 1024 * 1024)
+    _set_limit(resource.RLIMIT_FSIZE, FILE_BYTES)  # sparse ones cost nothing but to read
+    _set_limit(resource.RLIMIT_CORE, 0)  # thousands of crashes must not fill the disk
     faulthandler.enable()  # a crash in a library written in C says where; the supervisor keeps the end of our output
     # A program that the processor forks must not speak for the job.
     os.register_at_fork(after_in_child=connection.close)
@@ -51,6 +50,13 @@ def main(connection: socket.socket, memory_limit_mb: int) -> None:
     link = _Link(connection)
     link.finish(_attempt(link, text))
     end()
+
+
+def _set_limit(kind: int, most: int) -> None:
+    """Set a limit of this process, or leave the lower one that it already has."""
+    highest = resource.getrlimit(kind)[1]
+    most = most if highest == resource.RLIM_INFINITY else min(most, highest)
+    resource.setrlimit(kind, (most, most))
 
 
 def _attempt(link: _Link, text: bytes) -> Done | Failed:

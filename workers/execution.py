@@ -61,6 +61,7 @@ _MAX_TAKEOVERS: Final = 2  # of one job's saved files at the same time
 _STORE_PAUSES: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries to write to the result store
 # Not the event loop's own threads: jobs that run inline may occupy all of those.
 _threads = ThreadPoolExecutor(4, thread_name_prefix="execution")
+_removals: set[asyncio.Task[None]] = set()  # of the directories of attempts
 _THREAD_SECONDS = 30.0
 """How long a call in one of these threads may take before the disk is taken for one that does not answer."""
 _FILES_URL: Final = "/api/events/files/"
@@ -123,7 +124,7 @@ class Execution:
         assert isinstance(known.state, Job)  # noqa: S101 - a job's stream has a job's state
         self.job_id = job_id
         self._job = known.state
-        self._attempt = known.state.attempt
+        self.attempt = known.state.attempt
         self._worker_id = worker_id
         self._settings = settings
         self._steps = steps
@@ -200,8 +201,12 @@ class Execution:
             await self._run_and_record()
         finally:
             if self._assigned is not None and self._assigned.has_files:
-                # If this task is cancelled, the removal goes on, for as long as the worker runs.
-                await asyncio.shield(asyncio.ensure_future(self._remove_directory()))
+                # If this task is cancelled, or the job is another worker's, the removal goes on without it.
+                removal = asyncio.create_task(self._remove_directory(), name=f"remove-{self.job_id}")
+                _removals.add(removal)
+                removal.add_done_callback(_removals.discard)
+                if self._stopped_for != "abandon":
+                    await asyncio.shield(removal)
 
     async def _run_and_record(self) -> None:
         try:
@@ -211,7 +216,7 @@ class Execution:
             self._recording = asyncio.current_task()
             await self._record_in_any_case(ending)
         except Fenced:
-            _log.warning("fenced: this attempt is over", job_id=self.job_id, attempt=self._attempt)
+            _log.warning("fenced: this attempt is over", job_id=self.job_id, attempt=self.attempt)
         except asyncio.CancelledError:
             if self._stopped_for != "abandon":
                 raise
@@ -222,7 +227,7 @@ class Execution:
     async def _attempt_to_work(self) -> Done | Failed | MachineTrouble | None:
         """Do the work; return what it came to, or None if it was stopped. An exception would leave the job hanging."""
         try:
-            place = self._scratch.for_attempt(self.job_id, self._attempt)
+            place = self._scratch.for_attempt(self.job_id, self.attempt)
             self._repairs = self._scratch.repairs
             ending = await self._work(place)
             if isinstance(ending, Failed) and ending.errno is not None:
@@ -287,7 +292,7 @@ class Execution:
     def _assignment(self, directory: Path) -> Assignment:
         return Assignment(
             job_id=self.job_id,
-            attempt=self._attempt,
+            attempt=self.attempt,
             job_type=self.job_type,
             parameters=self._job.asked.parameters,
             settings=dict(self._settings.processors.get(self.job_type, {})),
@@ -469,7 +474,7 @@ class Execution:
                 raise ProcessorError("INVALID_RESULT", text)
         command = FinishStep(
             self._worker_id,
-            self._attempt,
+            self.attempt,
             step.step,
             step.key,
             step.output,
@@ -572,9 +577,9 @@ class Execution:
             case MachineTrouble():
                 await self._give_back(ending)
             case None if self._stopped_for == "cancel":
-                await self._recorder.append_last(ConfirmCancel(self._worker_id, self._attempt))
+                await self._recorder.append_last(ConfirmCancel(self._worker_id, self.attempt))
             case None if self._stopped_for == "release":
-                await self._recorder.append_last(ReleaseJob(self._worker_id, self._attempt, "the worker shuts down"))
+                await self._recorder.append_last(ReleaseJob(self._worker_id, self.attempt, "the worker shuts down"))
             case None if self._stopped_for == "timeout":
                 message = f"The job took longer than its time limit of {self._job.asked.timeout_s:g} seconds."
                 await self._fail(Failed("TIMEOUT", message, transient=True))
@@ -594,7 +599,7 @@ class Execution:
         except ProcessorError as error:
             await self._fail(Failed(error.code, error.message, details=error.details))
             return
-        await self._recorder.append_last(CompleteJob(self._worker_id, self._attempt, job_results))
+        await self._recorder.append_last(CompleteJob(self._worker_id, self.attempt, job_results))
 
     async def _with_own_files(self, results: Results) -> Results:
         """Return results whose files and paths belong to this job, with the sizes that the files have.
@@ -649,7 +654,7 @@ class Execution:
         retry_at = await self._log.now() + self._retry_delay() if failed.transient else None
         details = {**failed.details, "retryable": failed.transient}
         failure = Failure(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
-        await self._recorder.append_last(FailAttempt(self._worker_id, self._attempt, failure, retry_at))
+        await self._recorder.append_last(FailAttempt(self._worker_id, self.attempt, failure, retry_at))
 
     async def _give_back(self, trouble: MachineTrouble) -> None:
         """Give the job back uncounted, because this machine cannot run it; unless it seems to be the cause."""
@@ -661,7 +666,7 @@ class Execution:
             await self._fail(Failed("MACHINE_TROUBLE", message, transient=True))
         else:
             reason = f"the worker's machine cannot run it: {trouble}"
-            release = ReleaseJob(self._worker_id, self._attempt, reason, machine_trouble=True)
+            release = ReleaseJob(self._worker_id, self.attempt, reason, machine_trouble=True)
             await self._recorder.append_last(release)
 
     def _retry_delay(self) -> timedelta:

@@ -211,12 +211,14 @@ class WorkerHealth:
         self._checking = threading.Thread(target=run, name="health-check", daemon=True)
         try:
             self._checking.start()
-            return await asyncio.wait_for(answer, seconds)
+            found = await asyncio.wait_for(answer, seconds)
         except TimeoutError:
             return hung(seconds)
         except RuntimeError as error:
             self._checking = None
             return machine_trouble(error) or MachineTrouble(f"The machine cannot be checked: {error}")
+        self._checking = None  # it has answered, though it may take a moment to end
+        return found
 
 
 def _set_result(answer: asyncio.Future[MachineTrouble | None], found: MachineTrouble | None) -> None:

@@ -80,7 +80,8 @@ class Worker:
         self._grace_seconds = shutdown_grace_seconds
         self._slots_of_type = dict(slots_of_type or {})
         self._job_types = frozenset(processors())
-        self._running: dict[str, tuple[Execution, asyncio.Task[None]]] = {}
+        self._running: dict[tuple[str, int], tuple[Execution, asyncio.Task[None]]] = {}
+        """By job and attempt: of an attempt that has ended, the files may still be removed while the next one runs."""
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._claiming: dict[str, tuple[str, asyncio.Task[None]]] = {}
@@ -268,12 +269,14 @@ class Worker:
         document = change["fullDocument"]
         if document["type"] != "JobCancelRequested":
             self._claims.heard(document)
-        elif (running := self._running.get(document["stream"])) is not None:
-            running[0].cancel()
-        else:  # perhaps its claim, which must have come before, is not yet on our own books
-            self._cancels[document["stream"]] = document["version"]
-            if len(self._cancels) > _CANCELS_KEPT:
-                self._cancels.popitem(last=False)
+            return
+        for (job_id, _), (execution, _) in list(self._running.items()):
+            if job_id == document["stream"]:
+                execution.cancel()
+        # Perhaps its claim, which must have come before, is not yet on our own books.
+        self._cancels[document["stream"]] = document["version"]
+        if len(self._cancels) > _CANCELS_KEPT:
+            self._cancels.popitem(last=False)
 
     # Health -------------------------------------------------------------------------------------------------------
 
@@ -341,7 +344,7 @@ class Worker:
     async def _catch_up_on_cancels(self) -> None:
         self._missed_cancels = False
         try:
-            for job_id, (execution, _) in list(self._running.items()):
+            for (job_id, _), (execution, _) in list(self._running.items()):
                 try:
                     known = await load(self._log, job_id)
                 except UnreadableEvent:  # its next word will find out, and then this process has to end
@@ -380,10 +383,11 @@ class Worker:
             paths=self._paths,
         )
         task = asyncio.create_task(execution.run(), name=f"job-{job_id}")
-        self._running[job_id] = (execution, task)
+        key = job_id, execution.attempt
+        self._running[key] = (execution, task)
         if self._cancels.pop(job_id, 0) > handled.known.head.version:
             execution.cancel()
-        task.add_done_callback(lambda ended: self._ended(job_id, ended))
+        task.add_done_callback(lambda ended: self._ended(key, ended))
 
     async def _append_claim(self, job_id: str, known: Known) -> Handled:
         """Append a claim, and do not rest before it is known whether it landed: one that nobody runs would hang."""
@@ -415,11 +419,11 @@ class Worker:
             ours = isinstance(job, Job) and job.status == "processing" and job.worker_id == self.worker_id
             return Handled([], known) if ours else None
 
-    def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
-        self._running.pop(job_id, None)
+    def _ended(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
+        self._running.pop(key, None)
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("fault while ending a job", job_id=job_id, error=repr(error))
+            _log.error("fault while ending a job", job_id=key[0], error=repr(error))
             if isinstance(error, UnreadableEvent):
                 self._end_for(error)
 

@@ -706,6 +706,15 @@ async def leave_a_file(job: Job) -> Results:
 
 
 @action
+async def fail_once_and_leave_a_file(job: Job) -> Results:
+    (job.scratch / "much").touch()
+    if job.attempt == 1:
+        raise ProcessorError("AGAIN", "again", transient=True)
+    await asyncio.sleep(3600)
+    return Results()
+
+
+@action
 async def save_too_large(job: Job) -> Results:
     large = job.scratch / "large"
     large.touch()

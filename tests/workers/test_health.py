@@ -196,6 +196,13 @@ async def test_check_that_hangs_is_trouble_and_is_not_started_twice(monkeypatch:
     assert await worker.check() is None
 
 
+async def test_check_right_after_another_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of the one before may still be about to end."""
+    worker = WorkerHealth([lambda: None])
+    for _ in range(300):
+        assert await worker.check() is None
+
+
 async def test_files_of_attempts_are_never_touched_on_the_event_loop(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import time
@@ -19,7 +20,7 @@ from tests.support.installation import descendants
 from tests.support.job_processes import is_gone, own_job_processes, parent
 from tests.support.running import Process, WorkerOptions, process, real_process, until
 from tests.workers.misbehaving import installed
-from workers import execution, job_process
+from workers import child, execution, job_process
 from workers.confinement import Confinement
 from workers.execution import Execution
 from workers.fork_server import _Server
@@ -31,6 +32,20 @@ OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its ve
 pytestmark = pytest.mark.usefixtures("installed")
 TYPE = "misbehaving"
 SOON_SECONDS = 2.5  # what is promised is about one second
+
+
+@pytest.mark.parametrize("highest", [1 << 20, 1 << 50])
+def test_limits_of_job_processes_never_exceed_those_that_the_system_sets(highest: int) -> None:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (highest, highest))
+            child._set_limit(resource.RLIMIT_FSIZE, 1 << 30)
+            code = int(resource.getrlimit(resource.RLIMIT_FSIZE) != (min(highest, 1 << 30),) * 2)
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @pytest.fixture

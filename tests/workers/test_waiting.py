@@ -18,7 +18,7 @@ import pytest
 from ledger.commands import CancelJob
 from ledger.envelope import Append
 from ledger.errors import LedgerUnavailable
-from ledger.events import JobLogged, JobReleased, Recorded
+from ledger.events import JobClaimed, JobLogged, JobReleased, Recorded
 from ledger.files import DirectoryStore
 from ledger.log import EventLog
 from ledger.mongo import Connection
@@ -301,7 +301,8 @@ async def test_end_of_a_job_is_recorded_before_its_directory_is_removed(
             much = [await here.submit({"do": "leave a file"}, job_type=job_type) for job_type in TYPES * 2]
             assert [job["status"] for job in [await here.ended(job_id) for job_id in much]] == ["completed"] * 4
             await until(lambda: len(removing) == 4, "the directories are being removed")
-            assert {path.name.rsplit("-", 2)[0] for path in removing} == set(much) == set(here.worker._running)
+            assert {path.name.rsplit("-", 2)[0] for path in removing} == set(much)
+            assert set(here.worker._running) == {(job_id, 1) for job_id in much}
             for _ in range(3):
                 assert (await here.ended(await save(here, "misbehaving")))["status"] == "completed"
             await until(lambda: here.worker is not None and len(here.worker._running) == 4, "the other slots are free")
@@ -309,6 +310,29 @@ async def test_end_of_a_job_is_recorded_before_its_directory_is_removed(
             release.set()
         await until(lambda: here.worker is not None and not here.worker._running, "the slots are free")
         assert not any(path.exists() for path in removing)
+
+
+async def test_attempt_that_begins_while_the_last_ones_directory_is_removed_is_known_to_its_worker(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removing, release = list[Path](), threading.Event()
+
+    def slow(path: Path) -> Work[None]:
+        removing.append(path)
+        while len(removing) == 1 and not release.wait(0.01):
+            yield
+        yield from remove_tree(path)
+
+    monkeypatch.setattr("workers.execution.remove_tree", slow)
+    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=2)) as here:
+        assert here.worker is not None
+        job_id = await here.submit({"do": "fail once and leave a file"}, job_type="misbehaving-inline")
+        await here.heard(JobClaimed, job_id, where=lambda event: event.attempt == 2)
+        await until(lambda: here.worker is not None and len(here.worker._running) == 2, "both attempts have a slot")
+        release.set()
+        await until(lambda: here.worker is not None and len(here.worker._running) == 1, "the first one is over")
+        await here.do(job_id, CancelJob("user:tests"))
+        assert (await here.ended(job_id))["status"] == "cancelled"
 
 
 class Away(EventLog):
