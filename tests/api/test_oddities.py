@@ -125,7 +125,8 @@ async def test_query_parameter_min_position_is_taken_by_every_route_that_reads_t
 async def test_sign_in_form_with_repeated_field_is_refused(idle_api: Api) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded", "Origin": str(idle_api.http.base_url).rstrip("/")}
     answer = await idle_api.http.post("/monitoring/events/sign-in", content="credential=a&credential=b", headers=form)
-    assert (answer.status_code, answer.json()["code"]) == (400, "malformed_form")
+    assert answer.status_code == 400
+    assert "send each field once" in answer.text
 
 
 async def test_compressed_body_is_refused_and_the_answer_says_what_is_accepted(idle_api: Api) -> None:

@@ -54,7 +54,7 @@ class Desk:
         self.url = installation.roles[0].url
         self.batch_id = self.says(0, "submit", "-", stdin=yaml.safe_dump(BATCH)).split(":")[0]
         assert until(lambda: [self.job(n)["status"] for n in range(3)] == ["completed", "processing", "failed"], 20)
-        assert until(lambda: self.job(3)["retries"] > 0, 20)
+        assert until(lambda: self.job(3)["retries"] > 0 and "of 120" in str(self.job(1)["progress"]), 20)
 
     def types(self, *arguments: str, stdin: str = "") -> Ended:
         return self.installation.run(*arguments, stdin=stdin, JOBLEDGER_URL=self.url)
@@ -73,7 +73,7 @@ class Desk:
 
     def job(self, number: int) -> dict[str, Any]:
         jobs = self.jobs()
-        return jobs[number] if len(jobs) == len(BATCH["jobs"]) else {"status": "", "retries": 0}
+        return jobs[number] if len(jobs) == len(BATCH["jobs"]) else {"status": "", "retries": 0, "progress": None}
 
 
 @pytest.fixture(scope="module")
