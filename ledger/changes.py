@@ -4,6 +4,9 @@ A listener names a collection and is told of every change to it. Whenever the st
 trouble (fail-over, history lost from the oplog, a dropped connection), each listener is asked to `resync` from its
 collection. So nothing depends on resume tokens: a stream that cannot be continued is simply opened anew.
 
+The stream is also opened again when an event of the log was deleted. Jobledger deletes none, and what listeners have
+derived from it is no longer true.
+
 Why nothing falls between: the stream is opened at a cluster time T read before, and `resync` reads with majority
 concern in a causally consistent session that has seen T. What was committed up to T the read sees; the rest streams.
 Much of what is read is heard as well: the changes at T, and those that came while the collection was read.
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
+from bson import Timestamp
 from pymongo.asynchronous.change_stream import AsyncChangeStream
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
@@ -28,6 +32,8 @@ from ledger.mongo import TOLERANT, Database, brief, passes_with_time
 
 _log = structlog.get_logger()
 _LONGEST_PAUSE_SECONDS = 2.0
+_PAUSE_AFTER_REMOVAL_SECONDS = 0.5
+"""Events are often deleted many at a time: the stream is not opened again for each."""
 _CHANGES_PER_TURN = 200  # then others on the event loop get a chance
 
 
@@ -100,9 +106,10 @@ class Changes:
         pause = 0.05
         while True:
             try:
-                async with self._stream() as stream:
+                async with self._stream() as (stream, opened_at):
                     pause = 0.05
-                    await self._deliver(stream)
+                    await self._deliver(stream, opened_at)
+                    pause = _PAUSE_AFTER_REMOVAL_SECONDS
             except PyMongoError as error:
                 if not passes_with_time(error):
                     raise DatabaseUnsuitable(f"MongoDB refuses to tell of changes: {brief(error)}") from error
@@ -115,16 +122,19 @@ class Changes:
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
     @asynccontextmanager
-    async def _stream(self) -> AsyncIterator[AsyncChangeStream[dict[str, Any]]]:
+    async def _stream(self) -> AsyncIterator[tuple[AsyncChangeStream[dict[str, Any]], Timestamp]]:
+        """Open the stream and resync all listeners. Yields the stream and the cluster time at which it begins."""
         async with self._db.client.start_session(causal_consistency=True) as session:
             await self._db.command("ping", session=session)
+            opened_at = session.operation_time
+            assert opened_at is not None  # noqa: S101 - every answer of a replica set has it
             async with await self._db.with_options(codec_options=TOLERANT).watch(
-                self._pipeline(), start_at_operation_time=session.operation_time, batch_size=1000
+                self._pipeline(), start_at_operation_time=opened_at, batch_size=1000
             ) as stream:
                 for listener in self._listeners:
                     await listener.resync(session)
                 self._open.set()
-                yield stream
+                yield stream, opened_at
 
     def _pipeline(self) -> Sequence[Mapping[str, Any]]:
         # Whole namespaces: the server compares them with those of its oplog; bare names it would turn into patterns.
@@ -136,7 +146,8 @@ class Changes:
         kinds = ["insert", "update", "replace", "delete"]
         return [{"$match": {"operationType": {"$in": kinds}, "$or": [events, others]}}]
 
-    async def _deliver(self, stream: AsyncChangeStream[dict[str, Any]]) -> None:
+    async def _deliver(self, stream: AsyncChangeStream[dict[str, Any]], opened_at: Timestamp) -> None:
+        """Pass changes on until the stream ends, or an event was deleted since it was opened."""
         by_collection: dict[str, list[Listener]] = {}
         for listener in self._listeners:
             by_collection.setdefault(listener.collection, []).append(listener)
@@ -152,6 +163,14 @@ class Changes:
                 except (AttributeError, LookupError, TypeError, ValueError) as error:
                     # A damaged document, written by another program, must not end all processes.
                     _log.error("a change cannot be read", change=change["documentKey"], error=repr(error))
+            if change["operationType"] == "delete" and _removes_event(change, opened_at):
+                _log.warning("an event was deleted, opening the change stream again", change=change["documentKey"])
+                return
             turn += 1
             if turn % _CHANGES_PER_TURN == 0:
                 await asyncio.sleep(0)
+
+
+def _removes_event(deletion: Mapping[str, Any], opened_at: Timestamp) -> bool:
+    """Return whether an event was deleted that a listener may have read. What is heard of `opened_at` came before."""
+    return bool(deletion["ns"]["coll"] == "events" and deletion["clusterTime"] > opened_at)

@@ -432,8 +432,9 @@ class EventLog(Writer):
         if change["operationType"] == "insert" and isinstance(change["fullDocument"]["_id"], int):
             self._tail.add(change["fullDocument"])
             self._watch_for_holes()
-        elif change["operationType"] == "delete":
+        elif change["operationType"] == "delete":  # `resync` follows
             self.may_lack_events = True
+            self._tail.forget()
 
     def _watch_for_holes(self) -> None:
         """Give what is missing its second from now on; all of it at once, however many holes there are."""
@@ -541,6 +542,11 @@ class Subscription:
         """Have the next page fetched while the caller is at work on this one."""
         self._ahead = after, asyncio.create_task(self._log.read(after=after, limit=limit), name="read-ahead")
         await asyncio.sleep(0)  # now the database has been asked
+
+    def go_back(self, position: int) -> None:
+        """Take the events after a position again."""
+        self.close()
+        self.position = position
 
     def close(self) -> None:
         """Forget what is being fetched ahead."""

@@ -49,13 +49,16 @@ class Tail:
 
     def begin_at(self, head: int) -> None:
         """Start anew behind `head`: everything up to it is in the collection."""
+        self.forget()
+        self._high = head
+        self._notify()
+
+    def forget(self) -> None:
+        """Drop all events, as the log may have others now. Subscribers read the collection."""
+        self._kept.clear()
+        self._bytes = 0
         self._early.clear()
         self._early_bytes = 0
-        if head != self._high:
-            self._kept.clear()
-            self._bytes = 0
-            self._high = head
-        self._notify()
 
     def add(self, document: Document) -> None:
         position = document["_id"]

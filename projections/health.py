@@ -95,7 +95,7 @@ class StallWatch:
 
     def changed(self, change: Mapping[str, Any]) -> None:
         position = change["documentKey"]["_id"]
-        if isinstance(position, int) and position > self._head:
+        if change["operationType"] == "insert" and isinstance(position, int) and position > self._head:
             self._hear(position)
 
     def _hear(self, head: int) -> None:

@@ -136,11 +136,13 @@ class Projector:
         Raises:
             LogTruncated: Events that the views contain were removed meanwhile.
         """
-        chunk = await events.chunk(CHUNK_EVENTS)
-        if self._log.may_lack_events:
+        while True:
+            chunk = await events.chunk(CHUNK_EVENTS)
+            if not self._log.may_lack_events:
+                return chunk
             self._log.may_lack_events = False
             await self._log.require(folder.read, "the views")
-        return chunk
+            events.go_back(folder.position)  # the chunk may have been read before its events were removed
 
     async def _stand_still(self, error: UnreadableEvent | LogTruncated) -> None:
         """Leave the lead to a projector of a later version, if there is one, and say why this one does not go on.

@@ -121,6 +121,28 @@ async def test_readyz_says_that_the_views_are_ahead_of_the_log(
     assert (await api.get("/readyz")).status_code == 200
 
 
+async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_are_rebuilt(
+    without_projector: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = without_projector
+    monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (0.3,))
+    for _ in range(3):
+        await api.submit()
+    await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 3}})
+    await asyncio.sleep(0.5)
+    assert (await api.get("/readyz")).status_code == 200
+    await api.db.events.delete_many({"_id": {"$gte": 2}})
+    async with asyncio.timeout(5):
+        while (answer := await api.get("/readyz")).status_code == 200:
+            pass
+    refused(answer, 503, "views_stalled")
+    assert answer.json()["details"] == {"views": 3, "head": 1}
+    assert "were removed" in answer.json()["message"]
+    await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})  # as `jobledger replay` does
+    await asyncio.sleep(0.5)
+    assert (await api.get("/readyz")).status_code == 200
+
+
 async def test_readyz_does_not_flap_while_the_views_get_on(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (1.0,))
     for _ in range(15):

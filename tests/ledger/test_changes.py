@@ -172,6 +172,21 @@ async def test_a_listener_that_cannot_read_now_is_asked_again(db: Database, erro
         await diary.until(lambda: diary.heard == [1])
 
 
+async def test_a_deleted_event_makes_all_listeners_read_again_once(
+    quiet: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ledger.changes._PAUSE_AFTER_REMOVAL_SECONDS", 0.01)
+    for _ in range(3):
+        await quiet.submit()
+    events, numbers = Diary(quiet.db, "events"), Diary(quiet.db)
+    async with listening(quiet.db, events, numbers):
+        await quiet.db.events.delete_one({"_id": 2})
+        await events.until(lambda: len(events.read) > 1)
+        await asyncio.sleep(0.2)  # the deletion may be heard again, and must not count again
+    assert events.read == [{1, 2, 3}, {1, 3}]
+    assert numbers.read == [set(), set()]
+
+
 async def fine(_session: AsyncClientSession) -> None: ...
 
 

@@ -898,6 +898,20 @@ async def test_while_a_hole_is_open_no_more_is_held_back_than_can_be_kept(
         check_log(await stored(ledger.db))
 
 
+@pytest.mark.parametrize("removed", [[3], [2, 3], [2], [1, 2, 3]], ids=str)
+async def test_subscription_does_not_yield_events_that_were_removed(ledger: Ledger, removed: list[int]) -> None:
+    for _ in range(3):
+        await ledger.submit()
+    await first(ledger.log, 3)
+    ledger.log.may_lack_events = False
+    await ledger.db.events.delete_many({"_id": {"$in": removed}})
+    await until(lambda: ledger.log.may_lack_events)
+    await ledger.submit()
+    found = await first(ledger.log, 4)
+    assert [(it.position, it.type) for it in found] == [(it["_id"], it["type"]) for it in await stored(ledger.db)]
+    assert [it.position for it in found if it.type == "PositionVoided"] == removed
+
+
 @pytest.mark.parametrize("place", [ObjectId(), "12", True], ids=lambda place: type(place).__name__)
 async def test_what_stands_in_the_collection_and_is_no_event_stops_nobody(connection: Connection, place: Any) -> None:
     """Somebody mistook the collection for another, say. `log verify` names it."""

@@ -488,3 +488,27 @@ async def appended_until_noted(here: Process) -> None:
     checkpoint = await here.db.checkpoints.find_one({"_id": VIEWS})
     assert checkpoint is not None
     assert checkpoint["position"] == 3
+
+
+class RemovedWhileRead(EventLog):
+    """A log whose end is removed after it was read, and before the reader has it."""
+
+    async def read(self, *, after: int = 0, limit: int | None = None, bare: bool = False) -> list[Recorded]:
+        page = await super().read(after=after, limit=limit, bare=bare)
+        if not after and len(page) == 3:
+            self.may_lack_events = False
+            await self._db.events.delete_many({"_id": {"$gte": 2}})
+            await until(lambda: self.may_lack_events, "the deletion was heard")
+        return page
+
+
+async def test_projector_does_not_fold_events_that_were_removed_while_it_read_them(
+    connection: Connection, store: Path
+) -> None:
+    async with process(connection, store) as here:
+        for _ in range(3):
+            await here.submit()
+    async with process(connection, store, projector=True, log_class=RemovedWhileRead) as here:
+        await until(lambda: here.changes.restarts > 0, "the change stream was opened again")
+        await here.submit()
+        await assert_views_equal_the_log(here)

@@ -462,3 +462,20 @@ async def test_large_jobs_are_folded_while_the_chunk_before_is_written(
             await auditor.run()
         assert await stored(here.db) == before
         assert (await here.job(in_batch[0]))["status"] == "completed"
+
+
+async def test_running_projector_does_not_fold_removed_events_after_a_rebuild(
+    connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ledger.log._LOOKS_AT_THE_END", 1)
+    monkeypatch.setattr(projector, "STANDS_STILL_SECONDS", 0.1)
+    async with process(connection, store, projector=True) as here:
+        for _ in range(3):
+            await here.submit()
+        await here.views_reach(3)
+        await here.db.events.delete_many({"_id": {"$gte": 2}})
+        async with rebuilding(connection) as auditor:
+            await auditor.run()
+        await until(lambda: here.checkpoint.position == 1, "the views were rebuilt")
+        await here.submit()
+        await assert_views_equal_the_log(here)
