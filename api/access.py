@@ -98,6 +98,7 @@ class SignedIn:
                 if principal.user_id is not None and (accepted := scope.get("credentials_accepted")) is not None:
                     accepted()  # now, and not with the answer: that may take a minute
         except ApiError as error:
+            scope["credentials_refused"] = error.status == 401  # the answer may be a redirect to the sign-in
             await self._refused(scope, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)

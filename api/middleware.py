@@ -346,7 +346,8 @@ class RefusedSignIns:
     lately: a mistake in one program must not lock out its neighbours behind the same address.
 
     The token is taken before the credentials are looked at, or parallel requests would pass the limit together. It is
-    given back unless they are wrong. Requests with the same credentials need one token while these are looked at.
+    given back unless they are wrong: the answer is 401, or `SignedIn` has set `credentials_refused` in the scope.
+    Requests with the same credentials need one token while these are looked at.
     """
 
     def __init__(self, app: ASGIApp, edge: Edge) -> None:
@@ -369,7 +370,7 @@ class RefusedSignIns:
             message = "Too many wrong credentials came from your address (api.refused_sign_ins_per_minute)."
             refused = ApiError(429, "too_many_refused_sign_ins", message, retry_after_seconds=ceil(wait))
             return await error_response(refused)(scope, receive, send)
-        if holds_token and sent:  # a form has its credentials in the body: they may differ
+        if holds_token and sent:  # those of a form are in its body: they may differ
             self._looked_at.add(digest)
         buckets = self._buckets
 
@@ -394,7 +395,8 @@ class RefusedSignIns:
 
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                refuse() if message["status"] == 401 else give_back()
+                is_refused = message["status"] == 401 or scope.get("credentials_refused", False)
+                refuse() if is_refused else give_back()
             await send(message)
 
         scope["credentials_accepted"] = accept
@@ -411,15 +413,19 @@ class RefusedSignIns:
 
 
 def _credentials(scope: Scope) -> bytes | None:
-    """Return what a request says to sign in, if anything. The form of the sign-in has it in its body."""
+    """Return the credentials in a request's headers, if there are any; for the form of the sign-in, b"".
+
+    The form's credential is in its body, and its headers do not count: they are the same at each guess, and a valid
+    session would let guesses pass.
+    """
+    if scope["method"] == "POST" and scope["path"] == SIGN_IN:
+        return b""
     sent = [
         value
         for name, value in scope["headers"]
         if name == b"authorization" or (name == b"cookie" and b"jobledger=" in value)
     ]
-    if sent:
-        return b"\0".join(sent)
-    return b"" if scope["method"] == "POST" and scope["path"] == SIGN_IN else None
+    return b"\0".join(sent) if sent else None
 
 
 class OpenRequests:
