@@ -160,8 +160,8 @@ async def _blocks(known: Services, principal: Principal, wanted: Wanted, after: 
             if chunk and not await _sees(visibility, principal, wanted.followed):
                 yield bytes(piece) + b": there is nothing more to be seen here\n\n"
                 return
-            hidden += len(chunk) - shown_events
-            if events.is_behind and hidden >= _CHUNK_EVENTS:  # far behind, and sends little of what it reads
+            hidden = hidden + len(chunk) - shown_events if events.is_behind else 0  # those of the tail cost no reads
+            if hidden >= _CHUNK_EVENTS:  # far behind, and sends little of what it reads
                 await known.streams.history.wait(hidden)
                 hidden = 0
             if piece:
