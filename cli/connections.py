@@ -11,11 +11,14 @@ import asyncio
 import errno
 import os
 import socket
+import sys
+import termios
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fcntl import ioctl
 from typing import Any, Final
 
 import h11
@@ -97,6 +100,15 @@ def _open_reserve() -> int:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return -1
+
+
+def _bytes_in_system(connection: socket.socket) -> int:
+    """Return how many bytes the other end has not acknowledged; 0 where the system does not say."""
+    try:
+        queued = ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))  # SIOCOUTQ: tcp(7)
+    except OSError:
+        return 0
+    return int.from_bytes(queued, sys.byteorder)
 
 
 @dataclass(slots=True)
@@ -233,15 +245,23 @@ class Connection(H11Protocol):
 
     def _watch_reader(self) -> None:
         self._stop_watching_reader()
-        self._unread = self.transport.get_write_buffer_size()
+        self._unread = self._unread_bytes()
         self._reading = self.loop.call_later(self.limits.read_seconds, self._check_reader)
 
     def _check_reader(self) -> None:
         """Give up on a client that takes too little. Nothing is added to the buffer while it is watched."""
-        if self._unread - self.transport.get_write_buffer_size() >= self._must_read:
+        if self._unread - self._unread_bytes() >= self._must_read:
             self._watch_reader()
         else:
             self.transport.abort()  # an ordinary close would wait for the client
+
+    def _unread_bytes(self) -> int:
+        """Return how much of the answers waits here and in the system.
+
+        Our own buffer alone shows no progress for a long time: the system takes more only after the client has read
+        about a third of what the system holds, which may be more than 1 MB.
+        """
+        return self.transport.get_write_buffer_size() + _bytes_in_system(self.transport.get_extra_info("socket"))
 
     def _stop_watching_reader(self) -> None:
         if self._reading is not None:

@@ -5,23 +5,31 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from ipaddress import ip_network
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.types import Message
 from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
 
 from api.addresses import client_address, owner_of
 from api.event_stream import Throttle
+from api.live import Wanted, _blocks
 from api.memory import MemoryBudget
 from api.middleware import SIGN_IN, Edge, RefusedSignIns
-from cli.connections import Connection, ConnectionLimits, SheddingSocket
+from cli.connections import Connection, ConnectionLimits, SheddingSocket, protocol
+from ledger.errors import LedgerUnavailable
 from tests.api.conftest import Api, running_api
 from tests.support.principals import said
 
@@ -201,6 +209,41 @@ async def test_answer_that_is_not_read_ends_the_connection_and_one_read_steadily
                 await asyncio.sleep(0.05)
 
 
+@asynccontextmanager
+async def downloading(limits: ConnectionLimits) -> AsyncIterator[tuple[Callable[[int], Awaitable[bytes]], ServerState]]:
+    """Serve an answer of pieces of 1 MB. Yield the function that reads of it, and the server's state."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(20):
+            await send({"type": "http.response.body", "body": b"x" * 1_000_000, "more_body": True})
+
+    config, loop, state = uvicorn.Config(app, log_config=None), asyncio.get_running_loop(), ServerState()
+    config.load()
+    async with await loop.create_server(lambda: protocol(limits)(config, state, {}), "127.0.0.1", 0) as server:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(0)
+            await loop.sock_connect(client, server.sockets[0].getsockname())
+            await loop.sock_sendall(client, f"GET / HTTP/1.1\r\n{HOST}\r\n".encode())
+            yield partial(loop.sock_recv, client), state
+        while state.connections:  # noqa: ASYNC110 - the server notices a moment later
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say what it holds")
+@pytest.mark.parametrize("reads", [True, False])
+async def test_download_at_20_kb_a_second_is_not_cut_and_one_that_is_not_read_is(reads: bool) -> None:
+    """The system takes more of an answer only after much of what it holds was read: that is no measure."""
+    limits = ConnectionLimits(read_seconds=0.5, read_bytes=500)
+    async with asyncio.timeout(10), downloading(limits) as (read, state):
+        for _ in range(28):
+            if reads:
+                assert await read(1000)
+            await asyncio.sleep(0.05)
+        assert bool(state.connections) is reads
+
+
 async def test_large_answer_must_be_read_faster_than_a_small_one() -> None:
     """The more is in memory, the more has to be read of it."""
     limits = ConnectionLimits(read_seconds=0.2, read_bytes=1000, drain_seconds=1.0)
@@ -215,6 +258,7 @@ async def test_large_answer_must_be_read_faster_than_a_small_one() -> None:
         transport.waiting -= read
         await asyncio.sleep(0.25)
         connection._stop_watching_reader()
+        transport.socket.close()
         cut.append(transport.is_aborted is is_cut)
     assert cut == [True] * 3
 
@@ -224,10 +268,14 @@ class _Transport:
 
     def __init__(self, waiting: int) -> None:
         self.waiting = waiting
+        self.socket = socket.socket()
         self.is_aborted = False
 
     def get_write_buffer_size(self) -> int:
         return self.waiting
+
+    def get_extra_info(self, _name: str) -> socket.socket:
+        return self.socket
 
     def abort(self) -> None:
         self.is_aborted = True
@@ -325,6 +373,33 @@ async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_wer
         assert (await api.get("/healthz", **{"X-Forwarded-For": "203.0.113.7"})).status_code == 200
         assert [await ask(f"other-{number}", f"2001:db8::{number}") for number in range(6)] == [401] * 5 + [429]
         assert await ask("other", "2001:db8:0:1::1") == 401
+
+
+PAGES = ("/monitoring/events", "/monitoring/events/jobs/job-1")
+
+
+async def test_wrong_credentials_are_limited_whatever_answers_them(run: Any) -> None:
+    """A page answers with the way to the sign-in, and the form has its credential in the body: each guess counts."""
+    settings = {"trusted_proxies": ["127.0.0.0/8"], "refused_sign_ins_per_minute": 5}
+    async with run(api=settings, auth={"mode": "keys"}) as api:
+        ours = {"Origin": str(api.http.base_url).rstrip("/")}
+
+        async def guess(path: str, kind: str, address: str, number: int) -> int:
+            headers = {"X-Forwarded-For": address}
+            if path == SIGN_IN:
+                cookie = {"Cookie": "jobledger=the-same"} if kind == "cookie" else {}
+                form = {"credential": f"wrong-{number}"}
+                return int((await api.http.post(path, data=form, headers=headers | ours | cookie)).status_code)
+            bearer, cookie = {"Authorization": f"Bearer {number}"}, {"Cookie": f"jobledger={number}"}
+            wrong = bearer if kind == "bearer" else cookie
+            return int((await api.get(path, **headers, **wrong)).status_code)
+
+        ways = product((JOBS, *PAGES, SIGN_IN), ("bearer", "cookie"), (True, False))
+        for host, (path, kind, is_parallel) in enumerate(ways, 1):
+            guesses = [guess(path, kind, f"203.0.113.{host}", number) for number in range(8)]
+            found = await asyncio.gather(*guesses) if is_parallel else [await it for it in guesses]
+            refused = 303 if path in PAGES else 401
+            assert Counter(found) == {refused: 5, 429: 3}, (path, kind, is_parallel)
 
 
 async def _receive() -> Message:
@@ -427,6 +502,38 @@ def test_client_behind_a_trusted_proxy_is_the_last_one_it_cannot_have_made_up(
     headers = [(b"x-forwarded-for", it.encode()) for it in forwarded]
     scope = {"type": "http", "client": (peer, 1), "headers": headers}
     assert client_address(scope, [ip_network("10.0.0.0/8")]) == found
+
+
+async def test_only_hidden_events_of_the_past_are_throttled() -> None:
+    """Hidden events come live, then the stream falls behind, is live again, and falls behind again."""
+    waited: list[int] = []
+    chunks = [(False, 600), (True, 10), (True, 490), (True, 499), (False, 600), (True, 499)]
+
+    class Events:
+        position, is_behind = 0, False
+
+        async def chunk(self, _limit: int) -> list[Any]:
+            if not chunks:
+                raise LedgerUnavailable("the end")
+            self.is_behind, number = chunks.pop(0)
+            return [SimpleNamespace(type="JobSubmitted")] * number
+
+    @asynccontextmanager
+    async def subscription(**_: Any) -> AsyncIterator[Events]:
+        yield Events()
+
+    async def wait(amount: int) -> None:
+        waited.append(amount)
+
+    known: Any = SimpleNamespace(
+        visibility=None,
+        log=SimpleNamespace(subscription=subscription),
+        streams=SimpleNamespace(history=SimpleNamespace(wait=wait)),
+    )
+    admin: Any = SimpleNamespace(sees_everything=True)
+    async for _ in _blocks(known, admin, Wanted(frozenset({"JobDeleted"})), 0):
+        pass
+    assert waited == [500]
 
 
 async def test_streams_share_the_rate_at_which_hidden_events_are_passed_over() -> None:
