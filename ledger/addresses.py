@@ -123,7 +123,7 @@ def _cut_at_userinfo(text: str) -> tuple[str, str] | None:
 
 
 def _is_prose(userinfo: str) -> bool:
-    """Return whether a text between `//` and `@` is rather a host and what somebody has written behind it."""
+    """Return whether a text between `//` and `@` is a host followed by prose, not a user name and password."""
     first, space, _ = userinfo.partition(" ")
     if not space:
         return False
