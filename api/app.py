@@ -12,7 +12,17 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from api import (
+from jobledger.api.auth.permissions import SignedIn
+from jobledger.api.auth.signed_links import LinkSignIn
+from jobledger.api.context import Services
+from jobledger.api.dashboard import pages as dashboard
+from jobledger.api.dashboard.login import CookieSignIn, cookie_name
+from jobledger.api.http.errors import ApiError, on_api_error, on_fault, on_http_exception, on_ledger_error
+from jobledger.api.http.memory_budget import MemoryLimited
+from jobledger.api.http.middleware import KnownHosts, Limited, Observed, RefusedSignIns, WithoutPrefix
+from jobledger.api.http.routing import DocumentedRoute
+from jobledger.api.openapi import document as openapi
+from jobledger.api.routes import (
     archives,
     batch_actions,
     batches,
@@ -21,30 +31,14 @@ from api import (
     history,
     jobs,
     live,
-    log_pages,
+    log,
     metrics,
     monitoring,
-    openapi,
-    sink,
+    webhook_echo,
     webhook_endpoints,
     webhooks,
 )
-from api.access import SignedIn
-from api.dashboard import pages as dashboard
-from api.dashboard.session import CookieSignIn, cookie_name
-from api.errors import (
-    ApiError,
-    on_api_error,
-    on_fault,
-    on_http_exception,
-    on_ledger_error,
-)
-from api.links import LinkSignIn
-from api.memory import MemoryLimited
-from api.middleware import KnownHosts, Limited, Observed, RefusedSignIns, WithoutPrefix
-from api.routing import DocumentedRoute
-from api.services import Services
-from ledger.errors import JobledgerError
+from jobledger.ledger.domain.errors import JobledgerError
 
 ROUTES = [
     DocumentedRoute("/", docs.index),
@@ -78,9 +72,9 @@ ROUTES = [
     DocumentedRoute("/api/events/batches/{batch_id}/unarchive", batch_actions.unarchive, methods=["POST"]),
     DocumentedRoute("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
     DocumentedRoute("/api/events/files/{path:path}", files.single),
-    DocumentedRoute("/api/ledger/events", log_pages.page),
+    DocumentedRoute("/api/ledger/events", log.page),
     DocumentedRoute("/api/ledger/stream", live.stream),
-    DocumentedRoute("/api/ledger/head", log_pages.head),
+    DocumentedRoute("/api/ledger/head", log.head),
     DocumentedRoute("/api/monitoring/events/stats", monitoring.stats),
     DocumentedRoute("/api/monitoring/events/webhooks", webhooks.listing),
     DocumentedRoute("/api/monitoring/events/redeliver", webhooks.redeliver_many, methods=["POST"]),
@@ -95,8 +89,8 @@ ROUTES = [
     DocumentedRoute(
         "/api/monitoring/events/webhook-endpoints/{receiver}/secret", webhook_endpoints.revoke, methods=["DELETE"]
     ),
-    DocumentedRoute("/api/events/test-webhook-callback", sink.receive, methods=["POST"]),
-    DocumentedRoute("/api/events/test-webhook-callback", sink.listing),
+    DocumentedRoute("/api/events/test-webhook-callback", webhook_echo.receive, methods=["POST"]),
+    DocumentedRoute("/api/events/test-webhook-callback", webhook_echo.listing),
     DocumentedRoute("/metrics", metrics.scrape),
     DocumentedRoute("/healthz", monitoring.alive),
     DocumentedRoute("/readyz", monitoring.ready),

@@ -22,9 +22,9 @@ from pymongo import MongoClient
 
 from benchmarks import appending, auditing, reading, serving, working
 from benchmarks.measure import Result, show
-from cli.wiring import spare_the_collector
-from ledger.embedded import EmbeddedServer
-from ledger.mongo import Connection
+from jobledger.cli.composition import spare_the_collector
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.embedded import EmbeddedServer
 
 PARTS = {
     "append": appending.run,

@@ -11,10 +11,10 @@ from multiprocessing.synchronize import Barrier
 
 from benchmarks.material import appends, documents
 from benchmarks.measure import Result, Stopwatch, delays, rates
-from cli.wiring import spare_the_collector
-from ledger.envelope import VOID_STREAM
-from ledger.log import EventLog
-from ledger.mongo import DURABLE, Connection, Database
+from jobledger.cli.composition import spare_the_collector
+from jobledger.ledger.mongo.connection import DURABLE, Connection, Database
+from jobledger.ledger.store.envelope import VOID_STREAM
+from jobledger.ledger.store.event_store import EventLog
 
 AT_ONCE = 1000
 PROCESSES = 8

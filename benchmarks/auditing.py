@@ -15,10 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.measure import Result, Stopwatch, rates
-from cli.audit import rebuilt, tidied
-from ledger import transfer
-from ledger.envelope import Append, Head, documents_of
-from ledger.events import (
+from jobledger.cli.view_maintenance import rebuilt, tidied
+from jobledger.ledger.domain.events import (
     BatchSubmitted,
     Event,
     JobClaimed,
@@ -33,10 +31,12 @@ from ledger.events import (
     ResultMetadata,
     StepCompleted,
 )
-from ledger.handle import new_batch_id, new_job_id
-from ledger.log import EventLog
-from ledger.mongo import Connection, Database, Document
-from ledger.verification import verify
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.store import transfer
+from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
+from jobledger.ledger.store.envelope import Append, Head, documents_of
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.verification import verify
 
 _TO_ONE_EVENT = 50
 """A log has to be long to be measured: with the default of 20,000 events a round it has a million."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from itertools import count
 
-from ledger.envelope import Append, Head, documents_of
-from ledger.events import JobProgressed, Meta
-from ledger.handle import new_job_id
-from ledger.mongo import Document
+from jobledger.ledger.domain.events import JobProgressed, Meta
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.envelope import Append, Head, documents_of
 
 _META = Meta("worker:bench-1", correlation_id="batch-674272d0c1a5e8b3f2a90b11")
 _numbers = count(1)

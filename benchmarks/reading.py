@@ -13,10 +13,10 @@ from pymongo import MongoClient
 from benchmarks.appending import prepare
 from benchmarks.material import appends, documents
 from benchmarks.measure import Result, Stopwatch, delays, rates
-from ledger.changes import Changes
-from ledger.events import Event, Recorded
-from ledger.log import EventLog, Limits
-from ledger.mongo import DURABLE, Connection, Database, Document
+from jobledger.ledger.domain.events import Event, Recorded
+from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
+from jobledger.ledger.store.change_stream import Changes
+from jobledger.ledger.store.event_store import EventLog, Limits
 
 _PIPELINE = [{"$match": {"ns.coll": "plain", "operationType": "insert"}}]
 _spawn = multiprocessing.get_context("spawn")

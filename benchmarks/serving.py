@@ -27,16 +27,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from benchmarks.measure import Result, percentile, rates
-from cli.settings import read_settings
-from cli.wiring import roles
-from ledger.commands import SubmitJob
-from ledger.events import JobCancelled, JobSubmitted, Meta, Recorded
-from ledger.handle import handle, new_job_id
-from ledger.log import EventLog
-from ledger.mongo import Connection, Database, Document
-from projections import jobs, statistics
-from projections.checkpoint import Checkpoint
-from projections.projector import Projector
+from jobledger.cli.composition import roles
+from jobledger.cli.settings import read_settings
+from jobledger.ledger.domain.commands import SubmitJob
+from jobledger.ledger.domain.events import JobCancelled, JobSubmitted, Meta, Recorded
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.store.command_handler import handle, new_job_id
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.projector import Projector
+from jobledger.projections.views import jobs, statistics
 
 FEW = 1000
 MANY_TO_ONE_EVENT = 50  # of the events of the other benchmarks: a million jobs

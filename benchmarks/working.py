@@ -23,17 +23,17 @@ from pydantic import BaseModel, ConfigDict
 from pymongo import MongoClient
 
 from benchmarks.measure import Result, delays, percentile
-from cli.settings import Settings, read_settings
-from cli.wiring import Role, roles
-from ledger.changes import Changes
-from ledger.commands import SubmitJob
-from ledger.events import JobCompleted, JobSubmitted, Meta
-from ledger.handle import Known, handle, handle_new, new_job_id
-from ledger.log import EventLog
-from ledger.mongo import DURABLE, Connection, Database, Document
-from projections.checkpoint import Checkpoint
-from workers.processor import Isolation, Job, Results
-from workers.registry import processors
+from jobledger.cli.composition import Role, roles
+from jobledger.cli.settings import Settings, read_settings
+from jobledger.ledger.domain.commands import SubmitJob
+from jobledger.ledger.domain.events import JobCompleted, JobSubmitted, Meta
+from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
+from jobledger.ledger.store.change_stream import Changes
+from jobledger.ledger.store.command_handler import Known, handle, handle_new, new_job_id
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.workers.processor import Isolation, Job, Results
+from jobledger.workers.registry import processors
 
 SHARE = 4  # of the events of the other benchmarks: 5,000 jobs
 WORKERS = 2

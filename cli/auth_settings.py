@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from api.jwks import SHORTEST_SECRET_BYTES
+from jobledger.api.auth.jwks import SHORTEST_SECRET_BYTES
 
 
 class Section(BaseModel):

@@ -20,17 +20,23 @@ import orjson
 import typer
 import yaml
 
-from cli import batches, jobs, log, replay, webhooks
-from cli.follow import as_batch, follow
-from cli.follow import submit as submit_batch
-from cli.remote import HERE, UrlOption, api_at
-from cli.running import ConfigOption, JsonOption, any_server, run_roles, settings_of
-from cli.visible import SafeConsole, echo, echo_json, echo_text, print_all_characters
-from ledger.errors import ConfigurationError, JobledgerError, LedgerUnavailable, NotFound, ResourceUnavailable
+from jobledger.cli.api_client import HERE, UrlOption, api_at
+from jobledger.cli.commands import batches, jobs, log, views, webhooks
+from jobledger.cli.commands.submit import as_batch, follow
+from jobledger.cli.commands.submit import submit as submit_batch
+from jobledger.cli.runtime import ConfigOption, JsonOption, any_server, run_roles, settings_of
+from jobledger.cli.terminal_text import SafeConsole, echo, echo_json, echo_text, print_all_characters
+from jobledger.ledger.domain.errors import (
+    ConfigurationError,
+    JobledgerError,
+    LedgerUnavailable,
+    NotFound,
+    ResourceUnavailable,
+)
 
 if TYPE_CHECKING:
-    from cli.doctor import Finding
-    from cli.settings import Settings
+    from jobledger.cli.commands.doctor import Finding
+    from jobledger.cli.settings import Settings
 
 FAILED, USAGE, UNREACHABLE, UNAVAILABLE = 1, 2, 3, 4
 app = typer.Typer(
@@ -41,7 +47,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(log.app, name="log")
-app.command()(replay.replay)
+app.command()(views.replay)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(batches.app, name="batches")
 app.add_typer(webhooks.app, name="webhooks")
@@ -96,8 +102,8 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running afterwards, until Ctrl-C.")] = False,
 ) -> None:
     """Show the whole way: a small conference is made, served, processed, and its Markdown comes out."""
-    from cli import demo as demo_command
-    from cli.wiring import database_server, set_up_logging
+    from jobledger.cli.commands import demo as demo_command
+    from jobledger.cli.composition import database_server, set_up_logging
 
     console = SafeConsole()
     with tempfile.TemporaryDirectory(prefix="jobledger-demo-", ignore_cleanup_errors=True) as directory:
@@ -125,8 +131,8 @@ def doctor(
     ] = False,
 ) -> None:
     """Check everything a ledger needs, and say what to do about what is wrong."""
-    from cli import doctor as doctor_command
-    from cli.rights import for_mongosh
+    from jobledger.cli.commands import doctor as doctor_command
+    from jobledger.cli.mongo_roles import for_mongosh
 
     settings = settings_of(config)
     if role:
@@ -162,7 +168,7 @@ def keys_create(
     as_json: JsonOption = False,
 ) -> None:
     """Make an API key. It is shown this once: only a digest of it is stored."""
-    from cli import keys
+    from jobledger.cli.commands import keys
 
     settings = settings_of(config)
     key, text = keys.new_key(user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in)
@@ -183,7 +189,7 @@ def keys_list(
     as_json: JsonOption = False,
 ) -> None:
     """Show all API keys: whose they are, and until when."""
-    from cli import keys
+    from jobledger.cli.commands import keys
 
     settings = settings_of(config)
     with any_server(settings) as uri:
@@ -201,7 +207,7 @@ def keys_revoke(
     as_json: JsonOption = False,
 ) -> None:
     """Revoke an API key: from now on it opens nothing."""
-    from cli import keys
+    from jobledger.cli.commands import keys
 
     settings = settings_of(config)
     with any_server(settings) as uri:
@@ -225,8 +231,8 @@ def keys_sign_out(
 
     The key itself stays valid; `keys revoke` ends both.
     """
-    from api.sessions import owner_of
-    from cli import keys
+    from jobledger.api.auth.browser_sessions import owner_of
+    from jobledger.cli.commands import keys
 
     if (key_id is None) == (user is None):
         raise ConfigurationError("Name the ID of a key, or a user with --user.")
@@ -245,7 +251,7 @@ def _json(content: Any) -> str:
 
 
 async def _collect(settings: Settings, uri: str) -> list[Finding]:
-    from cli.doctor import look_at_database
+    from jobledger.cli.commands.doctor import look_at_database
 
     return [finding async for finding in look_at_database(settings, uri)]
 
@@ -330,7 +336,7 @@ def run() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, RuntimeError, MemoryError) as error:
-        from workers.health import machine_trouble
+        from jobledger.workers.machine_health import machine_trouble
 
         if (trouble := machine_trouble(error)) is None:
             raise

@@ -24,11 +24,11 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough, network_text
-from ledger.errors import ConfigurationError, os_failure
-from ledger.mongo import Connection
-from workers.confinement import Mode
-from workers.registry import is_built_in, processors, unusable_types, withdraw
+from jobledger.cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough, network_text
+from jobledger.ledger.domain.errors import ConfigurationError, os_failure
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.workers.child.confinement import Mode
+from jobledger.workers.registry import is_built_in, processors, unusable_types, withdraw
 
 EMBEDDED = "embedded"
 _PREFIX = "JOBLEDGER_"

@@ -12,30 +12,30 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-ROOMS = ("ledger", "projections", "workers", "api", "cli")
-MODULES = sorted(path for room in ROOMS for path in (REPOSITORY / room).rglob("*.py"))
+PACKAGES = ("ledger", "projections", "workers", "api", "cli")
+MODULES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
 
 KNOW_THE_DRIVERS_ERRORS = {
-    "ledger/mongo.py": "the table from the driver's errors to ours",
-    "ledger/changes.py": "a change stream is opened again after any trouble",
-    "ledger/embedded.py": "starting a server means asking one that is not there yet",
-    "ledger/endpoints.py": "two processes may create the same endpoint or secret: the second insert is no error",
-    "ledger/gridfs.py": "a file that is stored again is found by its unique index",
-    "ledger/lease.py": "heartbeats go on through interruptions, in a thread of their own",
-    "ledger/log.py": "a hole that could not be filled is looked at again",
-    "ledger/server_clock.py": "a measurement that nobody waits for is made again after the next heartbeat",
-    "ledger/writer.py": "appends are repeated until they are known to be written or lost",
-    "projections/folding.py": "a document that MongoDB refuses is told from a failure of the server, and isolated",
+    "ledger/mongo/connection.py": "the table from the driver's errors to ours",
+    "ledger/store/change_stream.py": "a change stream is opened again after any trouble",
+    "ledger/mongo/embedded.py": "starting a server means asking one that is not there yet",
+    "ledger/store/endpoint_secrets.py": "two processes may create the same secret; a duplicate key is no error",
+    "ledger/files/gridfs.py": "a file that is stored again is found by its unique index",
+    "ledger/mongo/lease.py": "heartbeats go on through interruptions, in a thread of their own",
+    "ledger/store/event_store.py": "a hole that could not be filled is looked at again",
+    "ledger/mongo/server_clock.py": "a measurement that nobody waits for is made again after the next heartbeat",
+    "ledger/store/appender.py": "appends are repeated until they are known to be written or lost",
+    "projections/engine/writer.py": "a document that MongoDB rejects is isolated; a server failure is retried",
 }
 
 CONTAIN_FOREIGN_CODE = {
-    "workers/attempt.py": "whatever a processor raises fails its job, not the process that reports it",
-    "workers/containment.py": "a closed coroutine of a processor may raise anything; the worker goes on",
-    "workers/conversion.py": "a __str__ of a foreign class may raise anything; a text is needed",
-    "workers/child.py": "whatever a processor does to its process or its connection, the worker learns of it",
-    "workers/fork_server.py": "a module that raises when it is imported must not end the process for all job types",
+    "workers/child/attempt.py": "whatever a processor raises fails its job, not the process that reports it",
+    "workers/child/containment.py": "a closed coroutine of a processor may raise anything; the worker goes on",
+    "workers/result_conversion.py": "a __str__ of a foreign class may raise anything; a text is needed",
+    "workers/child/main.py": "whatever a processor does to its process or its connection, the worker learns of it",
+    "workers/child/fork_server.py": "a module that raises on import must not end the process for all job types",
     "workers/registry.py": "a plug-in that raises when it is loaded makes only its own job type unusable",
-    "workers/supervisor.py": "a forked job process ends here; nothing may return into the fork server's code",
+    "workers/child/supervisor.py": "a forked job process ends here; nothing may return into the fork server's code",
 }
 """Modules that may catch `BaseException` and not raise it again, with a reason on the same line."""
 
@@ -61,13 +61,10 @@ def test_imports_point_only_downwards() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__init__.py"], ids=name_of)
-def test_a_module_begins_with_the_name_of_its_room(path: Path) -> None:
+def test_module_has_a_docstring_that_says_what_it_does(path: Path) -> None:
     docstring = ast.get_docstring(parsed(path))
-    rooms = "session" if "processors/session" in name_of(path) else path.relative_to(REPOSITORY).parts[0]
-
-    assert docstring, "a module says in its first lines which room it is in and what may live there"
-    assert docstring.startswith(f"{rooms}: "), docstring.splitlines()[0]
-    assert len(docstring) > len(rooms) + 20
+    assert docstring, "add a docstring whose first sentence says what the module does"
+    assert len(docstring) > 20
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -126,11 +123,17 @@ def test_only_the_log_touches_the_events() -> None:
         or re.search(r"get_collection\(\s*\"events\"|\[\"events\"\]", path.read_text())
     }
     # The doctor looks at its head, and an import makes sure that there is none before it makes one.
-    assert found <= {"ledger/log.py", "ledger/writer.py", "ledger/transfer.py", "cli/doctor.py"}
+    assert found <= {
+        "ledger/store/event_store.py",
+        "ledger/store/appender.py",
+        "ledger/store/transfer.py",
+        "cli/commands/doctor.py",
+    }
 
 
 def test_nobody_changes_or_removes_an_event() -> None:
-    text = "".join((REPOSITORY / "ledger" / name).read_text(encoding="utf-8") for name in ("log.py", "writer.py"))
+    modules = ("event_store.py", "appender.py")
+    text = "".join((REPOSITORY / "ledger" / "store" / name).read_text(encoding="utf-8") for name in modules)
     assert re.findall(r"events\.(?:update|delete|replace|find_one_and|drop)\w*", text) == []
     assert re.findall(r"\b(?:UpdateOne|DeleteOne|ReplaceOne|UpdateMany|DeleteMany)\b", text) == []
 

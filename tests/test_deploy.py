@@ -14,8 +14,8 @@ import pytest
 import typer
 import yaml
 
-from cli import main
-from cli.settings import Settings, read_settings
+from jobledger.cli import main
+from jobledger.cli.settings import Settings, read_settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))

@@ -23,13 +23,14 @@ import typer
 import yaml
 from pymongo import MongoClient
 
-from cli import main
-from cli.settings import read_settings
-from ledger.commands import ClaimJob, CompleteJob
-from ledger.embedded import find_mongod
-from ledger.handle import handle
-from ledger.mongo import Connection, Document
-from ledger.server_note import until
+from jobledger.cli import main
+from jobledger.cli.settings import read_settings
+from jobledger.ledger.domain.commands import ClaimJob, CompleteJob
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.mongo.embedded import find_mongod
+from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.ledger.store.command_handler import handle
+from jobledger.workers.processors.session.markdown import compose_markdown
 from tests.processors.session.support import html, serving, session
 from tests.processors.session.test_markdown import material, page
 from tests.support import references
@@ -38,7 +39,6 @@ from tests.support.installation import COMMAND, Installation
 from tests.support.ledgers import META, Ledger, ledger_on
 from tests.support.mongod import needs_local_mongod
 from tests.support.replica_set import die_with, free_port
-from workers.processors.session.markdown import compose_markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -37,8 +37,8 @@ class Watch(monitoring.CommandListener):
 
 watch = Watch()
 monitoring.register(watch)
-from cli.settings import read_settings
-from cli.wiring import roles
+from jobledger.cli.settings import read_settings
+from jobledger.cli.composition import roles
 
 async def main(seconds, wanted):
     settings, _ = read_settings(Path("config.yaml"))

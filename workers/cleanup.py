@@ -23,10 +23,10 @@ from typing import Final
 
 import structlog
 
-from ledger.commands import AbandonDelivery
-from ledger.delivery import Delivery, name_of
-from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
-from ledger.events import (
+from jobledger.ledger.domain.commands import AbandonDelivery
+from jobledger.ledger.domain.delivery import Delivery, name_of
+from jobledger.ledger.domain.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.domain.events import (
     BatchDeleted,
     BatchFinished,
     BatchSubmitted,
@@ -39,13 +39,13 @@ from ledger.events import (
     Recorded,
     StepCompleted,
 )
-from ledger.files import FileStore
-from ledger.handle import handle, load
-from ledger.log import EventLog
-from ledger.mongo import Database, driver_errors
-from ledger.saved_files import is_digest, saved_files
-from projections import files, jobs
-from projections.checkpoint import Checkpoint
+from jobledger.ledger.domain.saved_files import is_digest, saved_files
+from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.mongo.connection import Database, driver_errors
+from jobledger.ledger.store.command_handler import handle, load
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.views import files, jobs
 
 _log = structlog.get_logger()
 CURSOR: Final = "cleanup"

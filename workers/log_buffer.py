@@ -12,9 +12,9 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Final
 
-from ledger.events import LogLine
-from ledger.limits import JOB_LOG_BYTES, LOG_LINE_BYTES
-from workers.messages import Line
+from jobledger.ledger.domain.events import LogLine
+from jobledger.ledger.domain.limits import JOB_LOG_BYTES, LOG_LINE_BYTES
+from jobledger.workers.child.messages import Line
 
 BURST_LINES: Final = 10_000
 LINES_PER_SECOND: Final = 200
@@ -30,7 +30,7 @@ EVENT_BYTES: Final = 512 * 1024
 class LogBuffer:
     """Log lines on their way to the event log. The rate is that of a token bucket.
 
-    `logged_bytes` is what earlier attempts of the job have logged (`ledger.job.Job.log_bytes`).
+    `logged_bytes` is what earlier attempts of the job have logged (`jobledger.ledger.domain.job.Job.log_bytes`).
     """
 
     def __init__(self, logged_bytes: int = 0) -> None:

@@ -11,13 +11,13 @@ from typing import Final
 
 from pymongo import ReturnDocument
 
-from ledger.events import JobDeleted
-from ledger.log import EventLog
-from ledger.mongo import Database, driver_errors
-from projections import files
-from projections.views import Views
-from workers.processor import ProcessorError
-from workers.result_paths import alternatives, normal_path
+from jobledger.ledger.domain.events import JobDeleted
+from jobledger.ledger.mongo.connection import Database, driver_errors
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine.slots import Views
+from jobledger.projections.views import files
+from jobledger.workers.processor import ProcessorError
+from jobledger.workers.result_paths import alternatives, normal_path
 
 COLLECTION: Final = "result_paths"
 

@@ -22,14 +22,14 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
-from workers.confinement import UNUSABLE_PROCESSORS, environment_for_jobs
-from workers.processor import Processor
+from jobledger.workers.child.confinement import UNUSABLE_PROCESSORS, environment_for_jobs
+from jobledger.workers.processor import Processor
 
 GROUP: Final = "jobledger.processors"
 LOAD_SECONDS: Final = 30.0
 """How long a processor may take to import. One that takes longer is taken for hung."""
 PRELOAD_SECONDS: Final = 120.0
-_BUILT_IN: Final = "workers."
+_BUILT_IN: Final = "jobledger.workers."
 _T = TypeVar("_T")
 
 
@@ -138,7 +138,7 @@ def check_plugins(environment: Iterable[str] = ()) -> None:
         if (processor.preload or hasattr(processor, "shared_directories")) and not is_built_in(name)
     ]
     while waiting:
-        command = [sys.executable, "-m", "workers.preload_check", *waiting]
+        command = [sys.executable, "-m", "jobledger.workers.child.preload_check", *waiting]
         variables = {**environment_for_jobs(environment), "PYTHONPATH": os.pathsep.join(it for it in sys.path if it)}
         with subprocess.Popen(  # noqa: S603 - our own command line
             command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=variables

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from typing import Final
 
-from workers.processor import ProcessorError
+from jobledger.workers.processor import ProcessorError
 
 MAX_BYTES: Final = 1000
 MAX_PART_BYTES: Final = 200

@@ -23,9 +23,9 @@ from typing import Final
 
 import structlog
 
-from ledger.piecewise import Work
-from workers.health import MachineTrouble
-from workers.removal import remove_tree
+from jobledger.ledger.system.cooperative_threads import Work
+from jobledger.workers.directory_removal import remove_tree
+from jobledger.workers.machine_health import MachineTrouble
 
 _log = structlog.get_logger()
 _DEAD: Final = "removing-"

@@ -20,31 +20,31 @@ from typing import Any, Final, TypeVar
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from ledger.changes import Changes, Reaction
-from ledger.commands import ClaimJob
-from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, NotDue, UnreadableEvent
-from ledger.events import Meta
-from ledger.handle import Handled, Known, handle, load
-from ledger.job import Job
-from ledger.lease import Lease
-from ledger.log import EventLog
-from ledger.mongo import Connection, Database, Document, driver_errors
-from ledger.piecewise import in_turns
-from projections.checkpoint import Checkpoint
-from workers import claims, leases
-from workers.claims import Claims
-from workers.execution import Execution, Settings, check_processes, prepare_children
-from workers.health import WorkerHealth, check_descriptors, check_memory
-from workers.leases import LeaseWatch
-from workers.path_reservations import PathReservations
-from workers.registry import processors
-from workers.removal import removal_threads
-from workers.scratch import Scratch
-from workers.shared_steps import SharedSteps
+from jobledger.ledger.domain.commands import ClaimJob
+from jobledger.ledger.domain.errors import CommandRefused, LedgerBusy, LedgerUnavailable, NotDue, UnreadableEvent
+from jobledger.ledger.domain.events import Meta
+from jobledger.ledger.domain.job import Job
+from jobledger.ledger.mongo.connection import Connection, Database, Document, driver_errors
+from jobledger.ledger.mongo.lease import Lease
+from jobledger.ledger.store.change_stream import Changes, Reaction
+from jobledger.ledger.store.command_handler import Handled, Known, handle, load
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.system.cooperative_threads import in_turns
+from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.workers import claimer, lease_reaper
+from jobledger.workers.claimer import Claims
+from jobledger.workers.directory_removal import removal_threads
+from jobledger.workers.executor import Execution, Settings, check_processes, prepare_children
+from jobledger.workers.lease_reaper import LeaseWatch
+from jobledger.workers.machine_health import WorkerHealth, check_descriptors, check_memory
+from jobledger.workers.path_reservations import PathReservations
+from jobledger.workers.registry import processors
+from jobledger.workers.scratch import Scratch
+from jobledger.workers.step_cache import SharedSteps
 
 _log = structlog.get_logger()
 _T = TypeVar("_T")
-HEARD_EVENTS: Final = claims.HEARD | {"JobCancelRequested"}
+HEARD_EVENTS: Final = claimer.HEARD | {"JobCancelRequested"}
 """The types of events that a worker has a use for."""
 _CANCELS_KEPT: Final = 1000
 _ORPHANS_PAUSE_SECONDS: Final = 6 * 3600.0
@@ -165,7 +165,7 @@ class Worker:
             self.health.report(trouble)
 
     async def _work_under_a_lease(self, watching: asyncio.Task[None]) -> None:
-        lease = Lease(self._connection, leases.COLLECTION, self.worker_id, seconds=self._lease_seconds)
+        lease = Lease(self._connection, lease_reaper.COLLECTION, self.worker_id, seconds=self._lease_seconds)
         facts = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -294,7 +294,7 @@ class Worker:
         published: Document | None = None
         while published != (facts := self.health.facts()):
             with suppress(LedgerUnavailable), driver_errors("recording a worker's health"):
-                found = await self._db[leases.COLLECTION].update_one({"_id": self.worker_id}, {"$set": facts})
+                found = await self._db[lease_reaper.COLLECTION].update_one({"_id": self.worker_id}, {"$set": facts})
                 if found.matched_count:
                     published = facts
                     continue

@@ -16,20 +16,21 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
-from api import batches, history, jobs, log_pages, monitoring, webhooks
-from api.access import signed_in, who_asks
-from api.bodies import read_body, read_bytes
-from api.dashboard import charts, session
-from api.dashboard.previews import LARGEST_MARKDOWN_BYTES
-from api.dashboard.rendering import PREFIX, is_monitor, page, static
-from api.dashboard.story import attempts_of
-from api.errors import ApiError, error_response, json_response
-from api.event_stream import EventStream
-from api.models import BatchBody
-from api.pulse import beats
-from api.services import services
-from ledger.access import Right, right_to
-from ledger.errors import FileLost, JobledgerError, StoreUnavailable
+from jobledger.api.auth.permissions import signed_in, who_asks
+from jobledger.api.context import services
+from jobledger.api.dashboard import charts, login
+from jobledger.api.dashboard.attempt_timeline import attempts_of
+from jobledger.api.dashboard.previews import LARGEST_MARKDOWN_BYTES
+from jobledger.api.dashboard.rendering import PREFIX, is_monitor, page, static
+from jobledger.api.dashboard.view_updates import beats
+from jobledger.api.http.bodies import read_body, read_bytes
+from jobledger.api.http.errors import ApiError, error_response, json_response
+from jobledger.api.http.sse import EventStream
+from jobledger.api.routes import batches, history, jobs, monitoring, webhooks
+from jobledger.api.routes import log as log_pages
+from jobledger.api.schemas.requests import BatchBody
+from jobledger.ledger.domain.access import Right, right_to
+from jobledger.ledger.domain.errors import FileLost, JobledgerError, StoreUnavailable
 
 _log = structlog.get_logger()
 _PAGE: Final = 50
@@ -325,13 +326,13 @@ async def sign_in(request: Request) -> Response:
     form = await _form(request)
     credential, onwards = form.get("credential", "").strip(), _onwards(form.get("next", ""))
     known = services(request)
-    principal = await session.credential_holder(known.sign_in, request, credential)
+    principal = await login.credential_holder(known.sign_in, request, credential)
     if principal is None:
         return page(request, "sign_in.html.j2", status=401, wrong=True, onwards=onwards)
     answer = RedirectResponse(f"../../{onwards}", 303)
     if known.sessions is None:  # the mode needs none
         return answer
-    return await session.begin(answer, request, known.sessions, principal, credential, https=known.edge.https)
+    return await login.begin(answer, request, known.sessions, principal, credential, https=known.edge.https)
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -353,7 +354,7 @@ async def _form(request: Request) -> dict[str, str]:
 async def sign_out(request: Request) -> Response:
     """POST /monitoring/events/sign-out"""
     known = services(request)
-    return await session.end(RedirectResponse("sign-in", 303), request, known.sessions, https=known.edge.https)
+    return await login.end(RedirectResponse("sign-in", 303), request, known.sessions, https=known.edge.https)
 
 
 def _onwards(wanted: str) -> str:

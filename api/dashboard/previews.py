@@ -10,7 +10,7 @@ from typing import Final
 from markupsafe import Markup
 from pydantic_core import to_json
 
-from api.limited_function import CallFailed, LimitedFunction, TooBusy
+from jobledger.api.processes.limited_function import CallFailed, LimitedFunction, TooBusy
 
 LARGEST_MARKDOWN_BYTES: Final = 256 * 1024
 """A talk of an hour with its transcript and a translation has about 100 KiB."""
@@ -28,7 +28,7 @@ class Previews:
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
         self._function = LimitedFunction(
-            "api.dashboard.markdown:render", processes=_PROCESSES, queue_seconds=_QUEUE_SECONDS
+            "jobledger.api.dashboard.markdown:render", processes=_PROCESSES, queue_seconds=_QUEUE_SECONDS
         )
         self._cached: OrderedDict[tuple[str, str], tuple[Markup | None, float]] = OrderedDict()
         """Results, and until when they hold."""

@@ -15,12 +15,12 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.access import who_asks
-from api.dashboard.page_budget import PageBudget
-from api.dashboard.session import uses_cookie
-from api.dashboard.words import preferred, said_by_scripts, words_in
-from ledger.access import Principal
-from ledger.events import EVENT_TYPES
+from jobledger.api.auth.permissions import who_asks
+from jobledger.api.dashboard.locales import preferred, said_by_scripts, words_in
+from jobledger.api.dashboard.login import uses_cookie
+from jobledger.api.dashboard.page_budget import PageBudget
+from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.domain.events import EVENT_TYPES
 
 PREFIX: Final = "/monitoring/events"
 _POLICY: Final = (
@@ -101,7 +101,7 @@ def static(name: str) -> Response | None:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("api.dashboard", "templates"),
+        loader=PackageLoader("jobledger.api.dashboard", "templates"),
         autoescape=True,
         finalize=_shown,
         undefined=ChainableUndefined,  # what an event of another type does not have, is empty

@@ -4,7 +4,7 @@
 and names the sessions to submit, `serving` puts the directory on a free port. Needs the extra `demo` (fpdf2).
 """
 
-from cli.demo_site.serving import serve
-from cli.demo_site.site import Session, make_site, sessions
+from jobledger.cli.demo_site.serving import serve
+from jobledger.cli.demo_site.site import Session, make_site, sessions
 
 __all__ = ["Session", "make_site", "serve", "sessions"]

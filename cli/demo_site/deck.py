@@ -8,7 +8,7 @@ from typing import assert_never
 
 from fpdf import FPDF
 
-from cli.demo_site.talks import CONFERENCE, PLACE, Chart, Code, Figure, Flow, Slide, Talk
+from jobledger.cli.demo_site.talks import CONFERENCE, PLACE, Chart, Code, Figure, Flow, Slide, Talk
 
 WIDTH, HEIGHT, MARGIN = 254.0, 142.875, 18.0  # mm: 16:9, as projectors like it
 INK, PAPER, QUIET = (32, 36, 42), (253, 252, 249), (120, 126, 134)

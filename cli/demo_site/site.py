@@ -8,10 +8,10 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cli.demo_site import talks
-from cli.demo_site.deck import write_deck
-from cli.demo_site.talks import Talk
-from cli.demo_site.video import write_video
+from jobledger.cli.demo_site import talks
+from jobledger.cli.demo_site.deck import write_deck
+from jobledger.cli.demo_site.talks import Talk
+from jobledger.cli.demo_site.video import write_video
 
 
 class Session(TypedDict):
@@ -104,7 +104,7 @@ def _page(template: str, **context: Talk) -> str:
 
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("cli.demo_site"),
+    loader=PackageLoader("jobledger.cli.demo_site"),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,

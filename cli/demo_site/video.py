@@ -16,7 +16,7 @@ import av
 from av.container import OutputContainer
 from PIL import Image, ImageDraw, ImageFont
 
-from cli.demo_site.talks import CONFERENCE, Talk, Video
+from jobledger.cli.demo_site.talks import CONFERENCE, Talk, Video
 
 WIDTH, HEIGHT = 640, 360
 PICTURES_PER_SECOND = 10

@@ -13,10 +13,10 @@ import httpx
 import orjson
 import pytest
 
-from cli.settings import read_settings
-from cli.wiring import ALL_ROLES, Role, roles
-from ledger.log import EventLog
-from ledger.mongo import Database
+from jobledger.cli.composition import ALL_ROLES, Role, roles
+from jobledger.cli.settings import read_settings
+from jobledger.ledger.mongo.connection import Database
+from jobledger.ledger.store.event_store import EventLog
 from tests.support.principals import HeaderSignIn, said
 
 DEADLINE_SECONDS = 30.0
@@ -137,7 +137,7 @@ async def running_api(
 @pytest.fixture
 def said_in_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have whoever asks be who the header `X-Test-Principal` says: ask for it before `api` or `idle_api`."""
-    monkeypatch.setattr("cli.serving.OpenSignIn", lambda _user_id: HeaderSignIn())
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderSignIn())
 
 
 @pytest.fixture
@@ -159,6 +159,6 @@ async def header_api(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
     """Without a worker; a header says who asks (tests/support/principals.py)."""
-    monkeypatch.setattr("cli.serving.OpenSignIn", lambda user_id: HeaderSignIn())
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderSignIn())
     async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running

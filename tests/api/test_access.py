@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from cli.wiring import ALL_ROLES
+from jobledger.cli.composition import ALL_ROLES
 from tests.api.conftest import Api, running_api
 from tests.support.principals import HeaderSignIn, said
 
@@ -103,7 +103,7 @@ CHANGING: Final = [
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, and a header that says who asks."""
-    monkeypatch.setattr("cli.serving.OpenSignIn", lambda user_id: HeaderSignIn())
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderSignIn())
     async for running in running_api(mongodb_uri, db_name, tmp_path, ALL_ROLES):
         yield running
 

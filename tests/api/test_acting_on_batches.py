@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ledger import limits
-from ledger.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, RestartJob
-from ledger.events import Failure, Meta
-from ledger.handle import handle
+from jobledger.ledger.domain import limits
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, RestartJob
+from jobledger.ledger.domain.events import Failure, Meta
+from jobledger.ledger.store.command_handler import handle
 from tests.api.conftest import Api
 from tests.support.examples import some_results
 from tests.support.rarely import rarely

@@ -1,4 +1,5 @@
-"""Real answers are what the models of api/answers.py, and so the OpenAPI document, say: no field more or less."""
+"""Real answers are what the models of api/schemas/responses.py, and so the OpenAPI document, say: no field more or
+less."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
-from api import answers
-from api.app import ROUTES
-from api.doors import DOORS
+from jobledger.api.app import ROUTES
+from jobledger.api.openapi.operations import DOORS
+from jobledger.api.schemas import responses
 from tests.api.conftest import Api
 
 JOBS, BATCHES = "/api/events/jobs", "/api/events/batches"
@@ -93,13 +94,13 @@ async def test_the_live_stream_sends_events_as_described(idle_api: Api) -> None:
     await idle_api.submit()
     [event] = await idle_api.take(1, after=0)
     event.pop("sse_id")
-    answers.ShownEvent.model_validate(event, extra="forbid")
+    responses.ShownEvent.model_validate(event, extra="forbid")
 
 
 @pytest.mark.parametrize("path", [f"{JOBS}/job-none", f"{JOBS}?limit=x", "/nowhere", f"{JOBS}/job-none/cancel"])
 async def test_failures(idle_api: Api, path: str) -> None:
     answer = await idle_api.get(path)
-    error = answers.Error.model_validate_json(answer.content, extra="forbid", strict=True)
+    error = responses.Error.model_validate_json(answer.content, extra="forbid", strict=True)
     for problem in error.details.get("errors", ()):
-        answers.Problem.model_validate(problem, extra="forbid")
+        responses.Problem.model_validate(problem, extra="forbid")
     assert re.fullmatch(r"[a-z_]+", error.code)

@@ -19,9 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.archives import _key, _Names, safe_path
-from ledger.envelope import Append, Head
-from ledger.events import (
+from jobledger.api.routes.archives import _key, _Names, safe_path
+from jobledger.ledger.domain.events import (
     AccessControl,
     BatchSubmitted,
     JobClaimed,
@@ -32,8 +31,9 @@ from ledger.events import (
     ResultFile,
     ResultMetadata,
 )
-from ledger.files import DirectoryStore
-from ledger.handle import new_batch_id, new_job_id
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
+from jobledger.ledger.store.envelope import Append, Head
 from tests.api.conftest import Api
 from tests.api.test_files import LARGE, memory, reads
 from tests.api.test_links import guarded  # noqa: F401  a fixture
@@ -193,7 +193,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(*_: object) -> None:
         return
 
-    monkeypatch.setattr("ledger.file_checks.FileChecks.check", check)
+    monkeypatch.setattr("jobledger.ledger.files.integrity.FileChecks.check", check)
 
 
 async def add_large_job(api: Api) -> tuple[str, Path]:

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 from pymongo import MongoClient
 
-from api.bodies import MOST_CONTAINERS, MOST_VALUES, _refuse_repeated_names, counted
-from api.errors import ApiError
-from api.memory import MemoryBudget, Reservation
-from api.validation import validated
+from jobledger.api.http.bodies import MOST_CONTAINERS, MOST_VALUES, _refuse_repeated_names, counted
+from jobledger.api.http.errors import ApiError
+from jobledger.api.http.memory_budget import MemoryBudget, Reservation
+from jobledger.api.http.validation import validated
+from jobledger.workers.processors.session.parameters import SessionParameters
 from tests.support.installation import Installation, Role
 from tests.support.rarely import rarely
-from workers.processors.session.parameters import SessionParameters
 
 JOBS, BATCHES, REDELIVER = "/api/events/jobs", "/api/events/batches", "/api/monitoring/events/redeliver"
 CHECK = "/monitoring/events/check"

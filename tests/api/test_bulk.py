@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from pydantic import create_model
 
-from api import bulk
-from ledger.commands import CancelJob, ClaimJob, Delete, SubmitJob
-from ledger.envelope import Append
-from ledger.errors import InvalidEvent, LedgerBusy
-from ledger.events import Event, JobStatus, Meta, Recorded
-from ledger.handle import Command, Known, handle, load, new_job_id
-from ledger.log import EventLog, Limits
-from ledger.mongo import Connection, Document
+from jobledger.api.routes import bulk_commands as bulk
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, SubmitJob
+from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy
+from jobledger.ledger.domain.events import Event, JobStatus, Meta, Recorded
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.command_handler import Command, Known, handle, load, new_job_id
+from jobledger.ledger.store.envelope import Append
+from jobledger.ledger.store.event_store import EventLog, Limits
 from tests.support.examples import a_job
 from tests.support.ledgers import META, Ledger, ledger_on
 
@@ -145,7 +145,7 @@ async def test_bulk_reads_part_after_part_and_acts_on_each_job_once(
     job_ids = await submitted(ledger.log, 4)
     for job_id in job_ids[:2]:
         await handle(ledger.log, job_id, ClaimJob("w", datetime.now(UTC)), meta=META)
-    monkeypatch.setattr("ledger.log._PART_EVENTS", at_once)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._PART_EVENTS", at_once)
     heads: list[int] = []
     read_in_parts = EventLog.read_in_parts
 

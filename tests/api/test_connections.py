@@ -23,13 +23,13 @@ from starlette.types import Message
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
-from api.addresses import client_address, owner_of
-from api.event_stream import Throttle
-from api.live import Wanted, _blocks
-from api.memory import MemoryBudget
-from api.middleware import SIGN_IN, Edge, RefusedSignIns
-from cli.connections import Connection, ConnectionLimits, SheddingSocket, protocol
-from ledger.errors import LedgerUnavailable
+from jobledger.api.http.client_address import client_address, owner_of
+from jobledger.api.http.memory_budget import MemoryBudget
+from jobledger.api.http.middleware import SIGN_IN, Edge, RefusedSignIns
+from jobledger.api.http.sse import Throttle
+from jobledger.api.routes.live import Wanted, _blocks
+from jobledger.cli.http_connections import Connection, ConnectionLimits, SheddingSocket, protocol
+from jobledger.ledger.domain.errors import LedgerUnavailable
 from tests.api.conftest import Api, running_api
 from tests.support.principals import said
 
@@ -124,7 +124,7 @@ async def impatient_api(
     limits = partial(
         ConnectionLimits, head_seconds=0.4, body_seconds=0.4, body_bytes=1000, read_seconds=0.4, read_bytes=1000
     )
-    monkeypatch.setattr("cli.serving.ConnectionLimits", limits)
+    monkeypatch.setattr("jobledger.cli.server.ConnectionLimits", limits)
     async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running
 
@@ -284,7 +284,7 @@ class _Transport:
 async def test_answers_that_are_not_read_use_bounded_memory(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.serving.MemoryBudget", lambda _size: MemoryBudget(18_000_000))
+    monkeypatch.setattr("jobledger.cli.server.MemoryBudget", lambda _size: MemoryBudget(18_000_000))
     async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         large, small = await api.submit({"text": "x" * 7_000_000}), await api.submit()
         assert (await api.get(f"{JOBS}/{large}")).status_code == 200

@@ -6,10 +6,10 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
-from ledger.envelope import Append, Head
-from ledger.events import JobArchived, Meta
-from ledger.handle import new_job_id
-from ledger.mongo import Document
+from jobledger.ledger.domain.events import JobArchived, Meta
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.envelope import Append, Head
 from tests.api.conftest import DEADLINE_SECONDS, Api
 from tests.support.examples import NOON
 from tests.support.tampered import FORM, TAMPERED

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ledger.embedded import EmbeddedServer
-from ledger.log import EventLog, Limits
+from jobledger.ledger.mongo.embedded import EmbeddedServer
+from jobledger.ledger.store.event_store import EventLog, Limits
 from tests.api.conftest import Api, running_api
 from tests.support.mongod import needs_local_mongod
 from tests.support.rarely import rarely
@@ -37,7 +37,9 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
 @pytest.fixture
 async def api(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, with less patience than usual: an append gives up after 4 seconds, not 30."""
-    monkeypatch.setattr("cli.wiring.EventLog", partial(EventLog, limits=Limits(append_deadline_seconds=4)))
+    monkeypatch.setattr(
+        "jobledger.cli.composition.EventLog", partial(EventLog, limits=Limits(append_deadline_seconds=4))
+    )
     mongodb = {"uri": server.uri, "db_name": "away", "connect_timeout_ms": PATIENCE_MS}
     async for running in running_api(server.uri, "away", tmp_path, mongodb=mongodb):
         yield running

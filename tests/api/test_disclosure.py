@@ -10,8 +10,7 @@ from typing import Any, Final, get_args
 
 import pytest
 
-from api import answers, webhook_answers
-from api.disclosure import (
+from jobledger.api.auth.disclosure import (
     ATTEMPT,
     BATCH,
     DELIVERY,
@@ -24,16 +23,11 @@ from api.disclosure import (
     pseudonym,
     shown,
 )
-from api.models import BatchList, DeliveryFilter, JobList, Page
-from ledger.access import Principal, Right
-from ledger.events import (
-    EVENT_TYPES,
-    JobLeaseExpired,
-    JobReleased,
-    Meta,
-    Recorded,
-)
-from projections.jobs import lines_of
+from jobledger.api.schemas import responses, webhook_responses
+from jobledger.api.schemas.requests import BatchList, DeliveryFilter, JobList, Page
+from jobledger.ledger.domain.access import Principal, Right
+from jobledger.ledger.domain.events import EVENT_TYPES, JobLeaseExpired, JobReleased, Meta, Recorded
+from jobledger.projections.views.jobs import lines_of
 from tests.api.conftest import Api, running_api
 from tests.support.principals import HeaderSignIn, said
 from tests.support.receiver import Receiver, receiver
@@ -60,11 +54,11 @@ def test_every_field_of_every_event_has_a_rule() -> None:
 @pytest.mark.parametrize(
     ("rules", "model", "extra"),
     [
-        (JOB, answers.ShownJob, {"paused"}),
-        (BATCH, answers.ShownBatch, set()),
-        (DELIVERY, webhook_answers.ShownDelivery, set()),
-        (ATTEMPT, webhook_answers.Attempt, set()),
-        (META, answers.EventMeta, {"request", "traceparent"}),
+        (JOB, responses.ShownJob, {"paused"}),
+        (BATCH, responses.ShownBatch, set()),
+        (DELIVERY, webhook_responses.ShownDelivery, set()),
+        (ATTEMPT, webhook_responses.Attempt, set()),
+        (META, responses.EventMeta, {"request", "traceparent"}),
     ],
 )
 def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: Any, extra: set[str]) -> None:
@@ -95,7 +89,7 @@ def test_pseudonym_is_stable_and_has_32_bits() -> None:
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    monkeypatch.setattr("cli.serving.OpenSignIn", lambda _user_id: HeaderSignIn())
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderSignIn())
     monkeypatch.setattr("socket.gethostname", lambda: HOST)
     hooks = {"allow_private": ["127.0.0.1"], "schedule_seconds": [0, 0.1], "jitter": 0}
     async for running in running_api(mongodb_uri, db_name, tmp_path, webhooks=hooks):
@@ -197,16 +191,16 @@ async def test_nothing_of_the_owners_is_shown_to_others_at_any_door(api: Api, cm
 async def test_own_names_and_what_happened_are_shown_to_readers(api: Api, cms: Receiver) -> None:
     what = await finished(api, cms)
     job = (await api.http.get(f"/api/events/jobs/{what['job']}", headers=VIEWERS["reader"])).json()["job"]
-    answers.ShownJob.model_validate(job, extra="forbid")
+    responses.ShownJob.model_validate(job, extra="forbid")
     assert job["access_control"]["read_access"] == ["reader"]
     assert job["access_control"]["write_access"] == []
     assert job["webhook"]["url"] == f"http://127.0.0.1:{cms.port}"
     assert job["worker_id"].startswith("worker-")
     found = await api.http.get(f"/api/monitoring/events/webhooks/{what['delivery']}", headers=VIEWERS["reader"])
-    delivery = webhook_answers.OneDelivery.model_validate_json(found.content, extra="forbid", strict=True).delivery
+    delivery = webhook_responses.OneDelivery.model_validate_json(found.content, extra="forbid", strict=True).delivery
     assert (delivery.status, delivery.attempts[0].status_code) == ("abandoned", 500)
     history = await api.http.get(f"/api/events/jobs/{what['job']}/history", headers=VIEWERS["reader"])
-    answers.History.model_validate_json(history.content, extra="forbid", strict=True)
+    responses.History.model_validate_json(history.content, extra="forbid", strict=True)
     assert "on purpose" in (await api.http.get(f"/api/events/jobs/{what['failed']}", headers=said())).text
 
 

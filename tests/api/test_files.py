@@ -15,11 +15,19 @@ from urllib.parse import quote, unquote
 import httpx
 import pytest
 
-from api.sending import content_disposition, content_type
-from ledger.envelope import Append, Head
-from ledger.events import JobClaimed, JobCompleted, JobResults, JobSubmitted, Meta, ResultFile, ResultMetadata
-from ledger.files import DirectoryStore
-from ledger.handle import new_job_id
+from jobledger.api.http.streaming import content_disposition, content_type
+from jobledger.ledger.domain.events import (
+    JobClaimed,
+    JobCompleted,
+    JobResults,
+    JobSubmitted,
+    Meta,
+    ResultFile,
+    ResultMetadata,
+)
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.envelope import Append, Head
 from tests.api.conftest import DEADLINE_SECONDS, Api
 from tests.support.running import until
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import ClaimJob, ExpireLease, FailAttempt, ReleaseJob, ReportProgress, WriteLog
-from ledger.events import Failure, LogLine, Meta
-from ledger.handle import Command, handle
+from jobledger.ledger.domain.commands import ClaimJob, ExpireLease, FailAttempt, ReleaseJob, ReportProgress, WriteLog
+from jobledger.ledger.domain.events import Failure, LogLine, Meta
+from jobledger.ledger.store.command_handler import Command, handle
 from tests.api.conftest import Api
 
 NOON = datetime(2026, 1, 5, 12, tzinfo=UTC)
@@ -55,7 +55,7 @@ async def test_the_history_of_a_job_comes_in_pages(idle_api: Api) -> None:
 
 
 async def test_a_page_of_large_events_ends_early(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.history._LARGEST_ANSWER_BYTES", 3000)
+    monkeypatch.setattr("jobledger.api.routes.history._LARGEST_ANSWER_BYTES", 3000)
     job_id = await idle_api.submit()
     await do(idle_api, job_id, ClaimJob("worker-1", NOON), *(said("x" * 2000) for _ in range(4)))
     found = await pages(idle_api, f"/api/events/jobs/{job_id}/history", "events", 100)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from api.limited_function import CallFailed, CallTimeout, LimitedFunction, ProcessEnded, TooBusy
+from jobledger.api.processes.limited_function import CallFailed, CallTimeout, LimitedFunction, ProcessEnded, TooBusy
 
 FUNCTION = """
 import os, re

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from ledger import limits
-from ledger.commands import SubmitJob
-from ledger.events import Meta
-from ledger.handle import handle, new_job_id
-from projections import health, jobs
+from jobledger.ledger.domain import limits
+from jobledger.ledger.domain.commands import SubmitJob
+from jobledger.ledger.domain.events import Meta
+from jobledger.ledger.store.command_handler import handle, new_job_id
+from jobledger.projections.engine import health
+from jobledger.projections.views import jobs
 from tests.api.conftest import Api, running_api
 from tests.api.test_refusals import refused
 from tests.support.running import asked

@@ -13,13 +13,13 @@ import httpx
 import pytest
 from starlette.requests import HTTPConnection
 
-from api.errors import ApiError
-from api.links import Links
-from cli import serving
-from cli.wiring import Role
-from ledger.access import Principal
-from projections import files as view
-from projections.views import Views
+from jobledger.api.auth.signed_links import Links
+from jobledger.api.http.errors import ApiError
+from jobledger.cli import server as serving
+from jobledger.cli.composition import Role
+from jobledger.ledger.domain.access import Principal
+from jobledger.projections.engine.slots import Views
+from jobledger.projections.views import files as view
 from tests.api.conftest import Api, running_api
 from tests.api.test_files import CONTENT, FILES, add_file
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ledger.access import Principal
-from ledger.mongo import Document
-from projections import headings, jobs
+from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.mongo.connection import Document
+from jobledger.projections.views import jobs, list_index
 from tests.api.conftest import Api
 from tests.support.principals import said
 
@@ -192,7 +192,7 @@ async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it
     idle_api: Api, principal: Principal
 ) -> None:
     await idle_api.db.jobs.insert_many([a_job(number) for number in range(3000)])
-    cursor = headings.Place(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
+    cursor = list_index.Place(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
     for wanted in [
         jobs.Filter(),
         jobs.Filter(status="failed"),
@@ -216,10 +216,10 @@ async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it
 
 
 async def assert_looks_at_little(
-    api: Api, query: Document, after: headings.Place | None, *, newest_first: bool
+    api: Api, query: Document, after: list_index.Place | None, *, newest_first: bool
 ) -> None:
-    asked, order = headings.asked(query, after, newest_first=newest_first)
-    hint = dict(headings.index_for(query))
+    asked, order = list_index.asked(query, after, newest_first=newest_first)
+    hint = dict(list_index.index_for(query))
     command = {"find": "jobs", "filter": asked, "sort": dict(order), "limit": 50, "hint": hint}
     told = await api.db.command({"explain": command, "verbosity": "executionStats"})
     stats = told["executionStats"]

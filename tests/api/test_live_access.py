@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from api.visibility import _HARMLESS, Visibility
-from ledger.access import Principal
-from ledger.commands import CancelJob, ChangeAccess, Delete, SubmitJob
-from ledger.envelope import VOID_STREAM
-from ledger.events import EVENT_TYPES, AccessControl, Meta, Recorded
-from ledger.handle import Command, handle, new_job_id
-from ledger.log import EventLog
-from ledger.mongo import Connection, Document
-from projections.checkpoint import Checkpoint
+from jobledger.api.auth.visibility import _HARMLESS, Visibility
+from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.domain.commands import CancelJob, ChangeAccess, Delete, SubmitJob
+from jobledger.ledger.domain.events import EVENT_TYPES, AccessControl, Meta, Recorded
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.command_handler import Command, handle, new_job_id
+from jobledger.ledger.store.envelope import VOID_STREAM
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine.checkpoint import Checkpoint
 from tests.api.conftest import DEADLINE_SECONDS, Api
 from tests.support.ledgers import Ledger, ledger_on
 from tests.support.running import asked
@@ -297,7 +297,7 @@ async def submitted(log: EventLog, **fields: Any) -> Recorded:
 async def test_a_change_that_comes_while_it_is_read_who_may_see_a_job_is_not_lost(
     mongodb_uri: str, db_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.visibility._KNOWN_STREAMS", 1)
+    monkeypatch.setattr("jobledger.api.auth.visibility._KNOWN_STREAMS", 1)
     async with (
         asyncio.timeout(DEADLINE_SECONDS),
         ledger_on(Connection(mongodb_uri, db_name), kind=Interrupted) as ledger,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob
-from ledger.events import Meta
-from ledger.handle import handle
+from jobledger.ledger.domain.commands import CancelJob
+from jobledger.ledger.domain.events import Meta
+from jobledger.ledger.store.command_handler import handle
 from tests.api.conftest import Api
 
 
@@ -48,8 +48,8 @@ async def test_an_event_in_a_page_is_the_same_as_in_the_stream(idle_api: Api) ->
 async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
     idle_api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.log_pages._MOST_LOOKED_AT", 10)
-    monkeypatch.setattr("api.log_pages._READ_AT_ONCE", 5)
+    monkeypatch.setattr("jobledger.api.routes.log._MOST_LOOKED_AT", 10)
+    monkeypatch.setattr("jobledger.api.routes.log._READ_AT_ONCE", 5)
     job_ids = [await idle_api.submit() for _ in range(24)]
     await handle(idle_api.log, job_ids[0], CancelJob("user:local"), meta=Meta("test"))
     found = [await page(idle_api, types="JobCancelled,JobFailed")]
@@ -60,7 +60,7 @@ async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
 
 
 async def test_a_page_of_very_large_events_ends_early(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.log_pages._LARGEST_ANSWER_BYTES", 10_000)
+    monkeypatch.setattr("jobledger.api.routes.log._LARGEST_ANSWER_BYTES", 10_000)
     for _ in range(4):
         await idle_api.submit({"text": "x" * 6000})
     content = await page(idle_api)

@@ -10,9 +10,9 @@ from pathlib import Path
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from ledger.commands import ClaimJob, ExpireLease, FailAttempt
-from ledger.events import Failure, Meta
-from ledger.handle import handle
+from jobledger.ledger.domain.commands import ClaimJob, ExpireLease, FailAttempt
+from jobledger.ledger.domain.events import Failure, Meta
+from jobledger.ledger.store.command_handler import handle
 from tests.api.conftest import Api
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

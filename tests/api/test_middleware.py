@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from structlog.testing import capture_logs
 
-from api.middleware import Buckets, Edge, Observed
+from jobledger.api.http.middleware import Buckets, Edge, Observed
 from tests.api.conftest import Api, running_api
 from tests.support.principals import said
 
@@ -70,7 +70,7 @@ async def test_a_fault_is_answered_with_all_headers_and_the_id_under_which_it_is
     async def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("what nobody should be told")
 
-    monkeypatch.setattr("projections.statistics.read", broken)
+    monkeypatch.setattr("jobledger.projections.views.statistics.read", broken)
     answer = await idle_api.get(STATS, **{"X-Request-ID": "mine-1"})
 
     assert answer.status_code == 500
@@ -190,7 +190,7 @@ def test_a_bucket_is_filled_again_as_time_passes_but_never_beyond_its_size() -> 
 
 
 def test_buckets_that_are_full_again_take_up_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.middleware._BUCKETS_KEPT", 10)
+    monkeypatch.setattr("jobledger.api.http.middleware._BUCKETS_KEPT", 10)
     now = 0.0
     buckets = Buckets(1, 1, clock=lambda: now)
     for number in range(10):

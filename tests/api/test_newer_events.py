@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from pydantic import create_model
 
-from ledger.envelope import Append, Head
-from ledger.events import Event, JobSubmitted, Meta
-from ledger.handle import new_job_id
-from ledger.log import EventLog
-from ledger.mongo import Document
+from jobledger.ledger.domain.events import Event, JobSubmitted, Meta
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.envelope import Append, Head
+from jobledger.ledger.store.event_store import EventLog
 from tests.api.conftest import Api, running_api
 from tests.support.ledgers import stored
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route
 
-from api import sink
-from api.app import ROUTES
-from api.dashboard import pages as dashboard
-from api.doors import DOORS
-from api.middleware import LIVE
-from cli.log import then_of
-from cli.work import when
-from ledger.errors import ConfigurationError
-from ledger.moments import moment_of
+from jobledger.api.app import ROUTES
+from jobledger.api.dashboard import pages as dashboard
+from jobledger.api.http.middleware import LIVE
+from jobledger.api.openapi.operations import DOORS
+from jobledger.api.routes import webhook_echo
+from jobledger.cli.commands.log import then_of
+from jobledger.cli.commands.resource_commands import when
+from jobledger.ledger.domain.errors import ConfigurationError
+from jobledger.ledger.domain.timestamps import moment_of
 from tests.api.conftest import Api, running_api
 
 JOBS = "/api/events/jobs"
@@ -96,7 +96,10 @@ async def test_query_parameter_unknown_is_refused_by_name_at_every_route_of_the_
     for route in ROUTES:
         for method in (route.methods or set()) - {"HEAD"}:
             answer = await idle_api.http.request(method, f"{address_of(route, **known)}?colour=red", json={})
-            if route.endpoint in (sink.receive, sink.listing):  # off; the address of a webhook may have any
+            if route.endpoint in (
+                webhook_echo.receive,
+                webhook_echo.listing,
+            ):  # off; the address of a webhook may have any
                 assert answer.status_code == 404
                 continue
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content"), (method, route.path)

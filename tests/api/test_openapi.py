@@ -13,12 +13,13 @@ from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 
-from api import models, openapi
-from api.app import ROUTES
-from api.doors import CODES, DOORS
-from api.errors import TABLE
+from jobledger.api.app import ROUTES
+from jobledger.api.http.errors import TABLE
+from jobledger.api.openapi import document as openapi
+from jobledger.api.openapi.operations import CODES, DOORS
+from jobledger.api.schemas import requests
+from jobledger.workers.registry import processors
 from tests.api.conftest import Api
-from workers.registry import processors
 
 API = Path(__file__).parents[2] / "api"
 DOCUMENT = openapi.document(ROUTES, {name: processor.Parameters for name, processor in processors().items()})
@@ -31,8 +32,8 @@ OPERATIONS = {
 
 def test_every_route_is_described() -> None:
     missing = [f"{route.methods} {route.path}" for route in ROUTES if route.endpoint not in DOORS]
-    assert not missing, f"these need an entry in api/doors.py: {missing}"
-    assert {route.endpoint for route in ROUTES} == set(DOORS), "api/doors.py describes what is no route"
+    assert not missing, f"these need an entry in api/openapi/operations.py: {missing}"
+    assert {route.endpoint for route in ROUTES} == set(DOORS), "api/openapi/operations.py describes what is no route"
 
 
 def codes_raised() -> Iterator[tuple[str, int]]:
@@ -79,8 +80,8 @@ def test_the_examples_fit_the_schemas(model: type[BaseModel]) -> None:
         ({"job_type": "echo", "parameters": {"seconds": -1}}, False),
         ({"job_type": "unheard of", "parameters": {}}, False),
         ({"parameters": {}}, False),
-        (openapi.EXAMPLES[models.JobBody]["parameters"], True),
-        ({"parameters": openapi.EXAMPLES[models.JobBody]["parameters"]}, True),
+        (openapi.EXAMPLES[requests.JobBody]["parameters"], True),
+        ({"parameters": openapi.EXAMPLES[requests.JobBody]["parameters"]}, True),
     ],
     ids=str,
 )
@@ -90,14 +91,14 @@ def test_the_schema_of_a_job_knows_what_the_parameters_of_each_type_are(body: An
 
 
 async def test_the_examples_are_accepted_as_they_stand(idle_api: Api) -> None:
-    submitted = await idle_api.post("/api/events/jobs", openapi.EXAMPLES[models.JobBody])
-    batched = await idle_api.post("/api/events/batches", openapi.EXAMPLES[models.BatchBody])
+    submitted = await idle_api.post("/api/events/jobs", openapi.EXAMPLES[requests.JobBody])
+    batched = await idle_api.post("/api/events/batches", openapi.EXAMPLES[requests.BatchBody])
     job, batch = submitted.headers["location"], batched.headers["location"]
-    updated = await idle_api.http.put(job, json=openapi.EXAMPLES[models.UpdateBody])
-    shared = await idle_api.http.put(batch, json=openapi.EXAMPLES[models.BatchUpdateBody])
-    cancelled = await idle_api.post(f"{job}/cancel", openapi.EXAMPLES[models.ReasonBody])
-    restarted = await idle_api.post(f"{job}/restart", openapi.EXAMPLES[models.RestartBody])
-    again = await idle_api.post(f"{batch}/restart", openapi.EXAMPLES[models.BatchRestartBody])
+    updated = await idle_api.http.put(job, json=openapi.EXAMPLES[requests.UpdateBody])
+    shared = await idle_api.http.put(batch, json=openapi.EXAMPLES[requests.BatchUpdateBody])
+    cancelled = await idle_api.post(f"{job}/cancel", openapi.EXAMPLES[requests.ReasonBody])
+    restarted = await idle_api.post(f"{job}/restart", openapi.EXAMPLES[requests.RestartBody])
+    again = await idle_api.post(f"{batch}/restart", openapi.EXAMPLES[requests.BatchRestartBody])
 
     answers = (submitted, batched, updated, shared, cancelled, restarted, again)
     assert [answer.status_code for answer in answers] == [202, 202, 200, 200, 200, 200, 200], [

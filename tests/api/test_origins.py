@@ -10,7 +10,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from api.middleware import KnownHosts, origin_of
+from jobledger.api.http.middleware import KnownHosts, origin_of
 
 NAMES: Final = ("localhost", "127.0.0.1", "[::1]", "ledger.example.org")
 FRIEND: Final = "https://cms.example.org"

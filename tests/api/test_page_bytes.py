@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from projections import jobs
-from projections.headings import PAGE_BYTES
+from jobledger.projections.views import jobs
+from jobledger.projections.views.list_index import PAGE_BYTES
 from tests.api.conftest import Api
 
 LARGEST_ANSWER = 3 * PAGE_BYTES

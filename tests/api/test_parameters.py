@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, field_validator
 
-from api import parameters
-from api.errors import ApiError
-from api.parameters import Check, ParametersValidator
+from jobledger.api.http.errors import ApiError
+from jobledger.api.submission import parameters
+from jobledger.api.submission.parameters import Check, ParametersValidator
 
 
 class Slow(BaseModel):

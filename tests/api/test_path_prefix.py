@@ -10,7 +10,7 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 
-from projections.files import results_behind
+from jobledger.projections.views.files import results_behind
 from tests.api.conftest import Api, running_api
 from tests.support.path_proxy import path_proxy
 from tests.support.receiver import receiver

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from api.app import ROUTES
+from jobledger.api.app import ROUTES
 from tests.api.conftest import Api
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"

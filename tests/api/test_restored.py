@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pymongo import MongoClient
 
-from api.app import ROUTES
-from cli.audit import rebuilt
-from ledger import transfer
-from ledger.mongo import Connection
+from jobledger.api.app import ROUTES
+from jobledger.cli.view_maintenance import rebuilt
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store import transfer
 from tests.api.conftest import Api, running_api
 from tests.support.receiver import receiver
 

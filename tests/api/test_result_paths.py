@@ -11,14 +11,14 @@ from zipfile import ZipFile
 import pytest
 from hypothesis import find, settings
 
-from ledger.commands import Delete, SubmitJob
-from ledger.events import JobSubmitted, Meta
-from ledger.handle import handle, new_job_id
+from jobledger.ledger.domain.commands import Delete, SubmitJob
+from jobledger.ledger.domain.events import JobSubmitted, Meta
+from jobledger.ledger.store.command_handler import handle, new_job_id
+from jobledger.workers.processor import Job, Results
 from tests.api.conftest import Api
 from tests.api.test_files import FILES, add_file
 from tests.workers.inline import install
 from tests.workers.test_result_paths import PATHS, VALID, accepted
-from workers.processor import Job, Results
 
 SAMPLES = 120
 

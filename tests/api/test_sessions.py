@@ -13,10 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from api import keys, sessions
-from api.keys import KeyText
-from cli.keys import new_key
-from ledger.mongo import Database
+from jobledger.api.auth import api_keys
+from jobledger.api.auth import browser_sessions as sessions
+from jobledger.api.auth.api_keys import KeyText
+from jobledger.cli.commands.keys import new_key
+from jobledger.ledger.mongo.connection import Database
 from tests.api.conftest import Api, running_api
 from tests.support.tokens import SECRET, token
 
@@ -42,7 +43,7 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
 
 async def key_for(db: Database, user: str = "alice", expires_in: str | None = None) -> KeyText:
     key, text = new_key(user=user, groups=["editors"], roles=[], name=None, expires_in=expires_in)
-    await keys.store(db, key)
+    await api_keys.store(db, key)
     return text
 
 
@@ -132,7 +133,7 @@ async def test_session_ends_with_its_key_and_by_command(run: Any) -> None:
         assert await sessions.end_all(api.db, sessions.owner_of(key_id=text.key_id)) == 2
         await until_refused(api, first)
         third = (await signed_in(api, text)).cookies["jobledger"]
-        await keys.revoke(api.db, text.key_id)
+        await api_keys.revoke(api.db, text.key_id)
         await until_refused(api, third)
         assert await status(api, other) == 200
 

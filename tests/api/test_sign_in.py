@@ -18,13 +18,13 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from api import keys
-from api.errors import ApiError
-from api.jwks import KeysAt, public_key
-from api.keys import ApiKey, KeyText
-from cli.keys import new_key
-from cli.wiring import Role
-from ledger.errors import ConfigurationError
+from jobledger.api.auth import api_keys as keys
+from jobledger.api.auth.api_keys import ApiKey, KeyText
+from jobledger.api.auth.jwks import KeysAt, public_key
+from jobledger.api.http.errors import ApiError
+from jobledger.cli.commands.keys import new_key
+from jobledger.cli.composition import Role
+from jobledger.ledger.domain.errors import ConfigurationError
 from tests.api.conftest import Api, running_api
 from tests.support.tokens import ELLIPTIC, OTHER, PRIVATE, SECRET, Issuer, jwk, pem, serving, token
 

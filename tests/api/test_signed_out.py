@@ -15,13 +15,14 @@ import pytest
 from starlette.requests import HTTPConnection
 from starlette.types import Message
 
-from api import keys, sign_in
-from api.access import Revocations, SignedIn
-from api.errors import ApiError
-from api.keys import ApiKey, KeyText
-from api.sending import Streamed
-from ledger.access import Principal
-from ledger.mongo import Database
+from jobledger.api.auth import api_keys
+from jobledger.api.auth import backends as sign_in
+from jobledger.api.auth.api_keys import ApiKey, KeyText
+from jobledger.api.auth.permissions import Revocations, SignedIn
+from jobledger.api.http.errors import ApiError
+from jobledger.api.http.streaming import Streamed
+from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.mongo.connection import Database
 from tests.api.conftest import Api, running_api
 from tests.support.tokens import SECRET, token
 
@@ -51,7 +52,7 @@ async def key_for(db: Database, lifetime: timedelta | None = None) -> KeyText:
     text, now = KeyText.new(), datetime.now(UTC)
     until = None if lifetime is None else now + lifetime
     key = ApiKey(key_id=text.key_id, sha256=text.digest, user_id="alice", created_at=now, expires_at=until)
-    await keys.store(db, key)
+    await api_keys.store(db, key)
     return text
 
 
@@ -78,7 +79,7 @@ async def credential(api: Api, case: str, patch: pytest.MonkeyPatch) -> tuple[di
             await asyncio.sleep(0.02)
 
     async def revoked() -> None:
-        await keys.revoke(api.db, text.key_id)
+        await api_keys.revoke(api.db, text.key_id)
 
     if not case.startswith("session"):
         return bearer, nothing if case == "key that expires" else revoked

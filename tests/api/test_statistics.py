@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob, ClaimJob, Delete, FailAttempt
-from ledger.events import Failure, Meta
-from ledger.handle import Command, handle
-from projections import statistics
-from projections.views import Views
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, FailAttempt
+from jobledger.ledger.domain.events import Failure, Meta
+from jobledger.ledger.store.command_handler import Command, handle
+from jobledger.projections.engine.slots import Views
+from jobledger.projections.views import statistics
 from tests.api.conftest import Api
 
 STATS = "/api/monitoring/events/stats"

@@ -9,13 +9,13 @@ from typing import Any
 import bson
 import pytest
 
-from api.visibility import Visibility
-from ledger.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, FinishStep, WriteLog
-from ledger.events import Failure, JobResults, LogLine, Meta, ResultFile, ResultMetadata
-from ledger.handle import handle
-from ledger.log import EventLog
-from ledger.mongo import Document
-from projections.checkpoint import Checkpoint
+from jobledger.api.auth.visibility import Visibility
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, FinishStep, WriteLog
+from jobledger.ledger.domain.events import Failure, JobResults, LogLine, Meta, ResultFile, ResultMetadata
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.command_handler import handle
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine.checkpoint import Checkpoint
 from tests.api.conftest import Api
 
 LARGE = "x" * 200_000

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ledger.addresses import has_userinfo, without_userinfo
+from jobledger.ledger.net.url_policy import has_userinfo, without_userinfo
 from tests.api.conftest import Api
 
 JOBS: Final = "/api/events/jobs"

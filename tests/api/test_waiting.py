@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from api.memory import MemoryBudget
-from api.models import BatchBody, JobBody
-from ledger.events import BatchSubmitted, JobSubmitted
+from jobledger.api.http.memory_budget import MemoryBudget
+from jobledger.api.schemas.requests import BatchBody, JobBody
+from jobledger.ledger.domain.events import BatchSubmitted, JobSubmitted
 from tests.api.conftest import Api, running_api
 
 
@@ -140,7 +140,7 @@ async def test_nothing_of_a_body_is_kept_or_reserved_during_the_wait(
         bodies = (JobBody, BatchBody, JobSubmitted, BatchSubmitted)
         return sum(isinstance(it, bodies) and "marked" in it.parameters for it in gc.get_objects())
 
-    monkeypatch.setattr("cli.serving.MemoryBudget", budget)
+    monkeypatch.setattr("jobledger.cli.server.MemoryBudget", budget)
     parameters = {"marked": ["x" * 20] * 20_000}
     job = {"job_type": "echo", "parameters": parameters}
     body = json.dumps({"jobs": [{**job, "parameters": {}}], "parameters": parameters} if "batch" in path else job)

@@ -11,8 +11,8 @@ from typing import Any, Final
 import pytest
 import standardwebhooks
 
-from ledger import endpoints
-from ledger.endpoints import Endpoint
+from jobledger.ledger.store import endpoint_secrets
+from jobledger.ledger.store.endpoint_secrets import Endpoint
 from tests.api.conftest import Api, running_api
 from tests.support.principals import HeaderSignIn
 from tests.support.receiver import Receiver, Request, receiver
@@ -29,7 +29,7 @@ async def cms() -> AsyncIterator[Receiver]:
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    monkeypatch.setattr("cli.serving.OpenSignIn", lambda _user_id: HeaderSignIn())
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderSignIn())
     async for running in running_api(mongodb_uri, db_name, tmp_path, webhooks=HOOKS):
         yield running.asked_by("ann", roles=["admin"])
 
@@ -67,7 +67,7 @@ async def test_secret_is_shown_by_the_first_submission_only_and_nowhere_else(api
         text = (await api.get(path, position)).text
         assert new["receiver"] in text or path == "/api/ledger/events?limit=1000" or path == "/api/events/jobs"
         assert new["secret"] not in text
-    assert new["secret"] not in repr(endpoints.ShownSecret(**new))
+    assert new["secret"] not in repr(endpoint_secrets.ShownSecret(**new))
 
 
 async def test_no_users_message_validates_at_a_receiver_of_another(api: Api, cms: Receiver) -> None:
@@ -116,7 +116,9 @@ async def test_repeated_request_does_not_show_the_secret_again(api: Api, cms: Re
 
 
 async def test_refused_submission_keeps_the_secret_for_the_next(api: Api, cms: Receiver) -> None:
-    await endpoints.ensure(api.db, [Endpoint("alice", cms.url())])  # as one that failed after this step leaves it
+    await endpoint_secrets.ensure(
+        api.db, [Endpoint("alice", cms.url())]
+    )  # as one that failed after this step leaves it
     [new] = await submitted(api.asked_by("alice"), cms.url())
     [request] = await cms.until(1)
     assert validates(new["secret"], request)
@@ -125,14 +127,14 @@ async def test_refused_submission_keeps_the_secret_for_the_next(api: Api, cms: R
 async def test_many_processes_create_one_secret_and_one_shows_it(api: Api) -> None:
     wanted = [Endpoint("alice", f"https://example.org/{number}") for number in range(5)]
 
-    async def use() -> list[endpoints.ShownSecret]:
-        await endpoints.ensure(api.db, wanted)
-        return await endpoints.take_unshown(api.db, wanted)
+    async def use() -> list[endpoint_secrets.ShownSecret]:
+        await endpoint_secrets.ensure(api.db, wanted)
+        return await endpoint_secrets.take_unshown(api.db, wanted)
 
     shown = [it for found in await asyncio.gather(*(use() for _ in range(10))) for it in found]
     assert len(shown) == len({it.receiver for it in shown}) == 5
     for endpoint in wanted:
-        [secret] = await endpoints.signing_secrets(api.db, endpoint)
+        [secret] = await endpoint_secrets.signing_secrets(api.db, endpoint)
         assert secret in {it.secret for it in shown}
 
 
@@ -156,10 +158,10 @@ async def test_old_secret_signs_beside_the_new_one_for_the_grace_period(api: Api
 
 async def test_rotations_at_the_same_moment_lose_no_secret_that_was_shown(api: Api) -> None:
     endpoint = Endpoint("alice", "https://example.org/")
-    await endpoints.ensure(api.db, [endpoint])
+    await endpoint_secrets.ensure(api.db, [endpoint])
     grace = timedelta(hours=1)
-    shown = await asyncio.gather(*(endpoints.rotate(api.db, endpoint.receiver, grace) for _ in range(3)))
-    assert {it.secret for it in shown if it} <= set(await endpoints.signing_secrets(api.db, endpoint))
+    shown = await asyncio.gather(*(endpoint_secrets.rotate(api.db, endpoint.receiver, grace) for _ in range(3)))
+    assert {it.secret for it in shown if it} <= set(await endpoint_secrets.signing_secrets(api.db, endpoint))
 
 
 async def test_revoked_secret_sends_nothing_until_it_is_rotated(api: Api, cms: Receiver) -> None:

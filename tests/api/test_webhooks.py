@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ledger.signing import new_secret
+from jobledger.ledger.net.webhook_signature import new_secret
 from tests.api.conftest import DEADLINE_SECONDS, Api, running_api
 from tests.support.principals import HeaderSignIn
 from tests.support.receiver import Receiver, receiver
@@ -30,7 +30,7 @@ async def cms() -> AsyncIterator[Receiver]:
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, webhooks to this machine, and a header that says who asks."""
-    monkeypatch.setattr("cli.serving.OpenSignIn", lambda _user_id: HeaderSignIn())
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderSignIn())
     async for running in running_api(mongodb_uri, db_name, tmp_path, webhooks=IMPATIENT):
         yield running.asked_by("ann", roles=["admin"])
 

@@ -17,13 +17,14 @@ import structlog
 import yaml
 from bson import ObjectId
 
-from cli import log, main
-from ledger.chain import GENESIS
-from ledger.commands import ClaimJob
-from ledger.handle import handle
-from ledger.log import Limits
-from ledger.mongo import Connection, Document
-from projections.folding import VERSION
+from jobledger.cli import main
+from jobledger.cli.commands import log
+from jobledger.ledger.domain.commands import ClaimJob
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.command_handler import handle
+from jobledger.ledger.store.event_store import Limits
+from jobledger.ledger.store.hash_chain import GENESIS
+from jobledger.projections.engine.writer import VERSION
 from tests.support.examples import NOON
 from tests.support.installation import Ended, Installation, is_gone, one_line
 from tests.support.ledgers import META, Ledger, ledger_on, lose_a_ticket, stored, whole
@@ -303,7 +304,7 @@ async def subscription_replaced(ledger: Ledger) -> None:
 def test_events_appended_after_the_end_was_removed_do_not_hide_that(
     damage: Work, position: int, reader: str, audited: Audited, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ledger.log._LOOKS_AT_THE_END", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 2)
     assert audited.verify("--no-views").exit_code == 0
     audited.do(damage)
     ended = audited.verify("--no-views")

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from cli import main
-from cli.wiring import ALL_ROLES, roles
-from ledger.errors import ResourceUnavailable
-from ledger.mongo import Connection
-from ledger.server_note import until
+from jobledger.cli import main
+from jobledger.cli.composition import ALL_ROLES, roles
+from jobledger.ledger.domain.errors import ResourceUnavailable
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.embedded_lock import until
 from tests.api.conftest import settings_for
 from tests.support.installation import Ended, Installation, client_of, descendants, is_gone, one_line
 from tests.support.mongod import needs_local_mongod
@@ -252,7 +252,9 @@ def test_commands_and_options_that_do_not_exist_are_wrong_usage(nothing: Install
 
 
 def test_commands_do_without_what_only_the_demo_needs(nothing: Installation) -> None:
-    without = "import sys; sys.modules['fpdf'] = None; from cli.main import run; sys.argv[0] = 'jobledger'; run()"
+    without = (
+        "import sys; sys.modules['fpdf'] = None; from jobledger.cli.main import run; sys.argv[0] = 'jobledger'; run()"
+    )
     for arguments, exit_code, word in [(["submit", "nowhere"], 2, "no such file"), (["demo"], 2, "jobledger[demo]")]:
         ended = subprocess.run(
             [sys.executable, "-c", without, *arguments],
@@ -381,7 +383,7 @@ def test_a_worker_beside_up_finds_the_embedded_server(nothing: Installation) -> 
 
 
 def test_options_of_every_command_are_explained() -> None:
-    from cli.main import app
+    from jobledger.cli.main import app
 
     for command in app.registered_commands:
         assert command.callback is not None

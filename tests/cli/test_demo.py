@@ -15,8 +15,8 @@ import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from cli.demo_site import make_site
-from cli.demo_site.talks import CONFERENCE, TALKS, Talk
+from jobledger.cli.demo_site import make_site
+from jobledger.cli.demo_site.talks import CONFERENCE, TALKS, Talk
 from tests.support.installation import Ended, Installation
 from tests.support.mongod import needs_local_mongod
 

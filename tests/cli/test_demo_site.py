@@ -12,8 +12,8 @@ import pypdfium2
 import pytest
 import trafilatura
 
-from cli.demo_site import make_site, serve, sessions
-from cli.demo_site.talks import TALKS, Talk
+from jobledger.cli.demo_site import make_site, serve, sessions
+from jobledger.cli.demo_site.talks import TALKS, Talk
 
 SESSION_FIELDS = [
     *("event", "session", "url", "filename", "track", "day", "starttime", "endtime", "speakers"),

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from pymongo import MongoClient
 
-from api.keys import KeyText
-from cli.keys import lifetime, new_key
-from ledger.errors import ConfigurationError
-from ledger.server_note import until
+from jobledger.api.auth.api_keys import KeyText
+from jobledger.cli.commands.keys import lifetime, new_key
+from jobledger.ledger.domain.errors import ConfigurationError
+from jobledger.ledger.mongo.embedded_lock import until
 from tests.support.installation import Ended, Installation, Role, client_of, one_line
 from tests.support.mongod import needs_local_mongod
 

@@ -18,12 +18,12 @@ import yaml
 from bson import ObjectId
 from pymongo import MongoClient
 
-from cli import main
-from ledger import transfer
-from ledger.commands import CancelJob, CompleteJob, FailAttempt, RestartJob
-from ledger.events import Failure
-from ledger.mongo import Connection
-from projections import rebuild
+from jobledger.cli import main
+from jobledger.ledger.domain.commands import CancelJob, CompleteJob, FailAttempt, RestartJob
+from jobledger.ledger.domain.events import Failure
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store import transfer
+from jobledger.projections.engine import rebuild
 from tests.projections.refold import assert_views_equal_the_log, results, stored
 from tests.projections.test_projector import a_history
 from tests.support.installation import Ended, Installation
@@ -338,7 +338,7 @@ def damage(path: Path, kind: str) -> None:
             found["meta"]["actor"] = "nobody"
             import hashlib
 
-            from ledger.chain import chained_text
+            from jobledger.ledger.store.hash_chain import chained_text
 
             found["hash"] = hashlib.sha256(chained_text(found)).digest()
             lines[10] = transfer.line_of(found) + b"\n"

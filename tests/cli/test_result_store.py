@@ -7,8 +7,8 @@ from pathlib import Path
 
 import httpx
 
-from ledger.server_note import until
-from ledger.store_marker import MARKER
+from jobledger.ledger.files.store_marker import MARKER
+from jobledger.ledger.mongo.embedded_lock import until
 from tests.support.installation import Installation, client_of
 from tests.support.mongod import needs_local_mongod
 

@@ -23,13 +23,11 @@ from pymongo.client_session import ClientSession
 from pymongo.database import Database as BlockingDatabase
 from pymongo.errors import DuplicateKeyError, OperationFailure
 
-from cli import audit
-from cli.doctor import Finding, look_at_database
-from cli.rights import for_mongosh
-from ledger.client import SUBSCRIPTIONS, ledger_client
-from ledger.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable
-from ledger.log import EventLog
-from ledger.mongo import (
+from jobledger.cli import view_maintenance
+from jobledger.cli.commands.doctor import Finding, look_at_database
+from jobledger.cli.mongo_roles import for_mongosh
+from jobledger.ledger.domain.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable
+from jobledger.ledger.mongo.connection import (
     UNAUTHORIZED,
     Connection,
     Database,
@@ -38,8 +36,10 @@ from ledger.mongo import (
     oplog_window,
     transaction_limit_seconds,
 )
-from ledger.server_note import until
-from ledger.verification import verify
+from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.verification import verify
+from jobledger.ledger.subscriber import SUBSCRIPTIONS, ledger_client
 from tests.api.conftest import Api, running_api, settings_for
 from tests.support.guarded import GuardedServer, guarded_server
 from tests.support.installation import Installation, client_of
@@ -213,8 +213,8 @@ async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and
 async def test_views_are_compared_and_made_anew_with_the_rights_of_the_service(api: Api, place: Place) -> None:
     await api.ended(await api.submit({"text": "x"}))
     for _ in range(2):
-        await audit.rebuilt(place.service, told=lambda position, upto: None)
-        found = await audit.compared(place.service, told=lambda position, upto: None)
+        await view_maintenance.rebuilt(place.service, told=lambda position, upto: None)
+        found = await view_maintenance.compared(place.service, told=lambda position, upto: None)
         assert (found.differences, found.position > 0) == (0, True)
     await api.ended(await api.submit({"text": "y"}))
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from pydantic import BaseModel, SecretStr
 
-from cli.settings import Settings, read_settings
-from ledger.errors import ConfigurationError
-from workers.registry import processors
+from jobledger.cli.settings import Settings, read_settings
+from jobledger.ledger.domain.errors import ConfigurationError
+from jobledger.workers.registry import processors
 
 REPOSITORY = Path(__file__).parents[2]
 UNUSED_KEYS = {("event_worker", "poll_interval_sec")}

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from cli.wiring import ALL_ROLES, roles
-from ledger.errors import ConfigurationError, ResourceUnavailable, os_failure
-from ledger.mongo import Connection
-from ledger.server_note import until
+from jobledger.cli.composition import ALL_ROLES, roles
+from jobledger.ledger.domain.errors import ConfigurationError, ResourceUnavailable, os_failure
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.embedded_lock import until
 from tests.api.conftest import settings_for
 from tests.support.installation import COMMAND, Installation, client_of
 from tests.support.mongod import needs_local_mongod
@@ -59,7 +59,7 @@ async def test_roles_with_a_store_that_cannot_be_written_now_start(
 
     settings = settings_for(mongodb_uri, db_name, tmp_path)
     failures: list[BaseException] = []
-    monkeypatch.setattr("ledger.files.tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr("jobledger.ledger.files.directory.tempfile.TemporaryFile", read_only)
     async with roles(settings, Connection(mongodb_uri, db_name), ALL_ROLES, failed=failures.append) as running:
         async with asyncio.timeout(10):
             while await running.db.workers.count_documents({"problem": {"$ne": None}}) == 0:  # noqa: ASYNC110 - rare

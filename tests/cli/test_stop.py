@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from cli import running, supervision, wiring
-from cli.settings import Settings
-from cli.wiring import Stop
-from ledger.errors import ConfigurationError, DatabaseUnsuitable
+from jobledger.cli import composition as wiring
+from jobledger.cli import embedded_supervisor as supervision
+from jobledger.cli import runtime as running
+from jobledger.cli.composition import Stop
+from jobledger.cli.settings import Settings
+from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable
 
 
 @pytest.mark.parametrize("where", ["start", "run", "stop"])

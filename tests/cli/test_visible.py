@@ -20,15 +20,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.text import Text
 
-import cli.visible
-from cli import audit
-from cli.audit import Compared
-from cli.doctor import Finding, as_table
-from cli.follow import _tell
-from cli.replay import _show, _show_changes
-from cli.settings import LoggingSettings
-from cli.telling import differences, line_of
-from cli.visible import (
+import jobledger.cli.terminal_text
+from jobledger.cli import view_maintenance
+from jobledger.cli.commands.doctor import Finding, as_table
+from jobledger.cli.commands.resource_commands import _print_table, print_facts
+from jobledger.cli.commands.submit import _tell
+from jobledger.cli.commands.views import _show, _show_changes
+from jobledger.cli.commands.webhooks import _endpoints_table, _table
+from jobledger.cli.composition import set_up_logging
+from jobledger.cli.formatting import differences, line_of
+from jobledger.cli.settings import LoggingSettings
+from jobledger.cli.terminal_text import (
     SafeConsole,
     SafeFormatter,
     SafeStream,
@@ -39,13 +41,11 @@ from cli.visible import (
     visible,
     visible_lines,
 )
-from cli.webhooks import _endpoints_table, _table
-from cli.wiring import set_up_logging
-from cli.work import _print_table, print_facts
-from ledger.events import Recorded
-from ledger.verification import Verdict, Wrong
-from projections.comparison import Difference
-from projections.file_verification import FileProblem, FilesVerdict
+from jobledger.cli.view_maintenance import Compared
+from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.store.verification import Verdict, Wrong
+from jobledger.projections.engine.comparison import Difference
+from jobledger.projections.engine.file_verification import FileProblem, FilesVerdict
 from tests.support.examples import NOON
 
 NASTY = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ufeff\u2028\u2029\r\n\t\ud800[red]x[/red][link=file:///]:skull:\x7f\x00"
@@ -164,11 +164,11 @@ def print_all(*renderables: Any) -> None:
 
 PRINTED: dict[str, Callable[[str], None]] = {
     "log verify: the log": lambda name: echo(
-        *audit.told(Verdict(1, 0, 1, None, Wrong(2, f"its data.{name} is a Code", name, 3)))
+        *view_maintenance.told(Verdict(1, 0, 1, None, Wrong(2, f"its data.{name} is a Code", name, 3)))
     ),
-    "log verify: views": lambda name: echo(*audit.told_of_views(differing(name))),
+    "log verify: views": lambda name: echo(*view_maintenance.told_of_views(differing(name))),
     "log verify: files": lambda name: echo(
-        *audit.told_of_files(FilesVerdict(1, 1, 0, 1, 2, [FileProblem(name, name, name)]))
+        *view_maintenance.told_of_files(FilesVerdict(1, 1, 0, 1, 2, [FileProblem(name, name, name)]))
     ),
     "log show": lambda name: print_all(line_of(event(name)), differences({"a": 1}, {"a": name, name: name})),
     "replay --as-of": lambda name: _show(SafeConsole(width=10_000), a_stand(name)),
@@ -236,7 +236,9 @@ def test_a_log_that_cannot_be_written_ends_nothing() -> None:
     stream.flush()
 
 
-@pytest.mark.parametrize("module", sorted(Path(cli.visible.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.glob("*.py")), ids=lambda path: path.name
+)
 def test_commands_print_by_these_functions_only(module: Path) -> None:
     source = module.read_text(encoding="utf-8")
     if module.name != "visible.py":
@@ -246,7 +248,9 @@ def test_commands_print_by_these_functions_only(module: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("module", sorted(Path(cli.visible.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.glob("*.py")), ids=lambda path: path.name
+)
 def test_no_text_with_a_line_break_is_printed_as_one_line(module: Path) -> None:
     """`echo` and `print` would show the line break as an escape sequence; `echo_text` is for texts of several lines."""
     calls = [it for it in ast.walk(ast.parse(module.read_text(encoding="utf-8"))) if isinstance(it, ast.Call)]

@@ -20,10 +20,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cli import follow, jobs, log, remote, wiring, work
-from ledger.errors import LedgerUnavailable
-from ledger.log import LARGEST_POSITION
-from ledger.server_note import until
+from jobledger.cli import api_client as remote
+from jobledger.cli import composition
+from jobledger.cli.commands import jobs, log
+from jobledger.cli.commands import resource_commands as work
+from jobledger.cli.commands import submit as follow
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.ledger.store.event_store import LARGEST_POSITION
 from tests.support.installation import Ended, Installation, one_line
 from tests.support.mongod import needs_local_mongod
 
@@ -202,7 +206,8 @@ def test_what_cannot_be_meant_is_one_line_before_anything_is_done(
 
 
 def test_what_only_speaks_http_does_not_load_what_takes_a_second() -> None:
-    program = "import sys, cli.main; print(sorted({'pydantic', 'pymongo', 'starlette', 'yt_dlp'} & sys.modules.keys()))"
+    heavy = {"pydantic", "pymongo", "starlette", "yt_dlp"}
+    program = f"import sys, jobledger.cli.main; print(sorted({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert log.LARGEST == LARGEST_POSITION, "for the same reason it is written twice"
 
@@ -379,7 +384,7 @@ def test_commands_print_every_time_with_its_offset_as_options_take_it(desk: Desk
 def test_log_lines_have_a_time_with_its_offset(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
-    stamped = wiring._time_stamper(kind)(None, "info", {})["timestamp"]
+    stamped = composition._time_stamper(kind)(None, "info", {})["timestamp"]
     monkeypatch.undo()
     time.tzset()
     pattern = r"\d\d:\d\d:\d\d\+0530" if kind == "console" else r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"

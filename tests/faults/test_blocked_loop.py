@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.server_note import until
+from jobledger.ledger.mongo.embedded_lock import until
 from tests.support.installation import Installation, client_of
 from tests.support.mongod import needs_local_mongod
 from tests.support.plugins import add_plugin

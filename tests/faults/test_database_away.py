@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ledger.events import JobClaimed, JobProgressed
-from ledger.mongo import Connection
+from jobledger.ledger.domain.events import JobClaimed, JobProgressed
+from jobledger.ledger.mongo.connection import Connection
 from tests.support.mongod import needs_local_mongod
 from tests.support.replica_set import ReplicaSet
 from tests.support.running import process, real_process

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from pymongo import MongoClient
 
-from ledger.embedded import EmbeddedServer
-from ledger.server_note import ServerNote, read_note, until
+from jobledger.ledger.mongo.embedded import EmbeddedServer
+from jobledger.ledger.mongo.embedded_lock import ServerNote, read_note, until
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -24,7 +24,7 @@ import itertools, sys
 from pathlib import Path
 from pymongo import MongoClient
 from pymongo.write_concern import WriteConcern
-from ledger.embedded import EmbeddedServer
+from jobledger.ledger.mongo.embedded import EmbeddedServer
 server = EmbeddedServer.start(Path(sys.argv[1]))
 client = MongoClient(server.uri, serverSelectionTimeoutMS=1000)
 numbers = client.test.get_collection("numbers", write_concern=WriteConcern("majority", j=True))

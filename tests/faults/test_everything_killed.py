@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ledger.server_note import until
+from jobledger.ledger.mongo.embedded_lock import until
 from tests.support.installation import Installation, Role, client_of, descendants, is_gone
 from tests.support.mongod import needs_local_mongod
 

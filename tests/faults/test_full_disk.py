@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ledger.disk import StorageWatch, space_problem, write_problem
-from ledger.server_note import read_note, until
+from jobledger.ledger.mongo.embedded_lock import read_note, until
+from jobledger.ledger.system.disk_space import StorageWatch, space_problem, write_problem
 from tests.support.installation import Installation, client_of
 from tests.support.mongod import needs_local_mongod
 from tests.support.rarely import rarely
@@ -152,7 +152,7 @@ async def test_work_is_accepted_again_only_with_more_than_the_reserve(
     watch = StorageWatch({"results": tmp_path}, 100)
     refused = []
     for free in (101, 99, 110, 126, 110):
-        monkeypatch.setattr("ledger.disk.free_bytes", lambda _directory, free=free: free)
+        monkeypatch.setattr("jobledger.ledger.system.disk_space.free_bytes", lambda _directory, free=free: free)
         await watch.look()
         refused.append(watch.problem is not None)
     assert refused == [False, True, True, False, False]

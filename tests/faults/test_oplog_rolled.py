@@ -14,13 +14,13 @@ import pytest
 from pymongo import MongoClient
 from structlog.testing import capture_logs
 
-from ledger.embedded import EmbeddedServer, find_mongod
-from ledger.envelope import VOID_STREAM, Append, Head
-from ledger.events import JobProgressed, Recorded
-from ledger.handle import new_job_id
-from ledger.log import Limits
-from ledger.mongo import Connection, Document
-from ledger.server_note import until as until_true
+from jobledger.ledger.domain.events import JobProgressed, Recorded
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
+from jobledger.ledger.mongo.embedded_lock import until as until_true
+from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.envelope import VOID_STREAM, Append, Head
+from jobledger.ledger.store.event_store import Limits
 from tests.support.examples import NOON
 from tests.support.ledgers import META, Ledger, check_log, ledger_on, lose_a_ticket, stored, until, whole
 from tests.support.moments import Tally, is_frozen, observed

@@ -23,14 +23,14 @@ from pathlib import Path
 import pytest
 import structlog
 
-from ledger.commands import ChangeAccess
-from ledger.envelope import Append, Head
-from ledger.errors import LedgerUnavailable
-from ledger.events import JobProgressed, Meta, Recorded
-from ledger.handle import handle, new_job_id
-from ledger.log import EventLog, Limits
-from ledger.mongo import Connection, Document
-from ledger.server_note import until as wait_until
+from jobledger.ledger.domain.commands import ChangeAccess
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.domain.events import JobProgressed, Meta, Recorded
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.mongo.embedded_lock import until as wait_until
+from jobledger.ledger.store.command_handler import handle, new_job_id
+from jobledger.ledger.store.envelope import Append, Head
+from jobledger.ledger.store.event_store import EventLog, Limits
 from tests.support.examples import ACCESS
 from tests.support.ledgers import META, Ledger, check_log, ledger_on, stored, until
 from tests.support.mongod import needs_local_mongod

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ledger.events import DeliverySucceeded, Webhook
-from ledger.mongo import Connection
+from jobledger.ledger.domain.events import DeliverySucceeded, Webhook
+from jobledger.ledger.mongo.connection import Connection
 from tests.support.dying import POINTS
 from tests.support.receiver import receiver
 from tests.support.running import IMPATIENT, WorkerOptions, process

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
 from tests.support.plugins import add_plugin
 from tests.support.rarely import rarely
 from tests.support.running import RealProcess, process, real_process, until

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.wiring import STOP_MARGIN_SECONDS
-from ledger.server_note import until
+from jobledger.cli.composition import STOP_MARGIN_SECONDS
+from jobledger.ledger.mongo.embedded_lock import until
 from tests.support.installation import Installation, client_of
 from tests.support.mongod import needs_local_mongod
 from tests.support.proxy import Proxy

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from cli import supervision
-from cli.supervision import keep_running
-from cli.wiring import Stop
-from ledger import disk
-from ledger.embedded import EmbeddedServer
-from ledger.errors import DatabaseUnsuitable
+from jobledger.cli import embedded_supervisor as supervision
+from jobledger.cli.composition import Stop
+from jobledger.cli.embedded_supervisor import keep_running
+from jobledger.ledger.domain.errors import DatabaseUnsuitable
+from jobledger.ledger.mongo.embedded import EmbeddedServer
+from jobledger.ledger.system import disk_space as disk
 from tests.support.mongod import needs_local_mongod
 from tests.support.running import until
 

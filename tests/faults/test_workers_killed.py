@@ -18,11 +18,11 @@ from threading import Thread
 
 import pytest
 
-from ledger.commands import CancelJob
-from ledger.embedded import EmbeddedServer
-from ledger.errors import CommandRefused, LedgerUnavailable
-from ledger.events import Recorded
-from ledger.mongo import Connection
+from jobledger.ledger.domain.commands import CancelJob
+from jobledger.ledger.domain.errors import CommandRefused, LedgerUnavailable
+from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.embedded import EmbeddedServer
 from tests.projections.refold import assert_views_equal_the_log
 from tests.support.history import check_history
 from tests.support.installation import descendants

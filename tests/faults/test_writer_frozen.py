@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from pymongo import MongoClient
 
-from ledger.envelope import VOID_STREAM, Append, Head
-from ledger.errors import VersionConflict
-from ledger.events import JobProgressed, Recorded
-from ledger.log import Limits
-from ledger.mongo import Connection, Document
+from jobledger.ledger.domain.errors import VersionConflict
+from jobledger.ledger.domain.events import JobProgressed, Recorded
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.envelope import VOID_STREAM, Append, Head
+from jobledger.ledger.store.event_store import Limits
 from tests.support.examples import NOON, a_job
 from tests.support.ledgers import META, Ledger, check_log, ledger_on, positions, stored, until, whole
 from tests.support.moments import Moment, Once, freeze_myself, is_frozen, observed

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from pymongo import MongoClient
 
-from ledger.envelope import VOID_STREAM
-from ledger.events import Recorded
-from ledger.log import Limits
-from ledger.mongo import Connection, Document
+from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.envelope import VOID_STREAM
+from jobledger.ledger.store.event_store import Limits
 from tests.support.ledgers import Ledger, check_log, first, ledger_on, lose_a_ticket, positions, stored, until, whole
 from tests.support.moments import Tally, observed
 from tests.support.rarely import SOAK

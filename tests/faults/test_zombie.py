@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ledger.events import JobClaimed, JobLeaseExpired, JobProgressed, WorkerFenced
-from ledger.mongo import Connection, Document
+from jobledger.ledger.domain.events import JobClaimed, JobLeaseExpired, JobProgressed, WorkerFenced
+from jobledger.ledger.mongo.connection import Connection, Document
 from tests.support.history import check_history
 from tests.support.job_processes import job_processes
 from tests.support.ledgers import stored

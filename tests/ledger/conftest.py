@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from ledger.log import Limits
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.event_store import Limits
 from tests.support.ledgers import Ledger, ledger_on
 
 QUICK = Limits(void_after_seconds=0.2)

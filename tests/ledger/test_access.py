@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ledger.access import Principal, Right, readers, right_to
+from jobledger.ledger.domain.access import Principal, Right, readers, right_to
 
 PRIVATE: dict[str, Any] = {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []}
 BOB = Principal("bob", frozenset({"team-b"}))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
-from ledger import batch
-from ledger.batch import final_status
-from ledger.commands import (
+from jobledger.ledger.domain import batch
+from jobledger.ledger.domain.batch import final_status
+from jobledger.ledger.domain.commands import (
     Archive,
     BatchCommand,
     ChangeAccess,
@@ -22,8 +22,8 @@ from ledger.commands import (
     SubmitBatch,
     Unarchive,
 )
-from ledger.errors import AlreadyExists, CommandRefused, NotFound, WrongState
-from ledger.events import (
+from jobledger.ledger.domain.errors import AlreadyExists, CommandRefused, NotFound, WrongState
+from jobledger.ledger.domain.events import (
     AccessControl,
     BatchAccessChanged,
     BatchArchived,

@@ -10,8 +10,8 @@ import pymongo.network_layer
 import pymongo.pool_shared
 import pytest
 
-from ledger import cancellation
-from ledger.mongo import Connection
+from jobledger.ledger.mongo import _pymongo_compat
+from jobledger.ledger.mongo.connection import Connection
 
 
 async def cancelled_when_it_has_just_ended(wait_for: object) -> bool:
@@ -27,7 +27,7 @@ async def cancelled_when_it_has_just_ended(wait_for: object) -> bool:
 
 
 async def test_who_waits_obeys_where_python_does_not() -> None:
-    assert await cancelled_when_it_has_just_ended(cancellation.wait_for)
+    assert await cancelled_when_it_has_just_ended(_pymongo_compat.wait_for)
     if sys.version_info < (3, 12):
         assert not await cancelled_when_it_has_just_ended(asyncio.wait_for), "then all of this is needed no more"
         for used in (
@@ -35,13 +35,13 @@ async def test_who_waits_obeys_where_python_does_not() -> None:
             pymongo.pool_shared.asyncio.wait_for,  # type: ignore[attr-defined]  # as above
             pymongo.lock.wait_for,  # type: ignore[attr-defined]  # as above
         ):
-            assert used is cancellation.wait_for
+            assert used is _pymongo_compat.wait_for
 
 
 async def test_what_takes_too_long_is_cancelled() -> None:
     awaited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     with pytest.raises(TimeoutError):
-        await cancellation.wait_for(awaited, 0.01)
+        await _pymongo_compat.wait_for(awaited, 0.01)
     assert awaited.cancelled()
 
 

@@ -17,11 +17,11 @@ from bson.int64 import Int64
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ledger.chain import DEEPEST, GENESIS, LARGEST_INTEGER, canonical, chained_text, digest
-from ledger.commands import ClaimJob
-from ledger.errors import InvalidEvent
-from ledger.events import JobSubmitted
-from ledger.handle import handle
+from jobledger.ledger.domain.commands import ClaimJob
+from jobledger.ledger.domain.errors import InvalidEvent
+from jobledger.ledger.domain.events import JobSubmitted
+from jobledger.ledger.store.command_handler import handle
+from jobledger.ledger.store.hash_chain import DEEPEST, GENESIS, LARGEST_INTEGER, canonical, chained_text, digest
 from tests.support.examples import EXAMPLES, NOON, a_job
 from tests.support.ledgers import META, Ledger, check_chain, check_log, stored
 from tests.support.strategies import FLOATS, JSON, WHOLE

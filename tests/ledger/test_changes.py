@@ -11,9 +11,9 @@ import pytest
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import AutoReconnect
 
-from ledger.changes import Changes, Reaction
-from ledger.errors import LedgerUnavailable
-from ledger.mongo import DURABLE, MAJORITY, Connection, Database
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.mongo.connection import DURABLE, MAJORITY, Connection, Database
+from jobledger.ledger.store.change_stream import Changes, Reaction
 from tests.support.ledgers import DEADLINE_SECONDS, Ledger, change_stream_operations, ledger_on
 from tests.support.proxy import Proxy
 
@@ -175,7 +175,7 @@ async def test_a_listener_that_cannot_read_now_is_asked_again(db: Database, erro
 async def test_a_deleted_event_makes_all_listeners_read_again_once(
     quiet: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ledger.changes._PAUSE_AFTER_REMOVAL_SECONDS", 0.01)
+    monkeypatch.setattr("jobledger.ledger.store.change_stream._PAUSE_AFTER_REMOVAL_SECONDS", 0.01)
     for _ in range(3):
         await quiet.submit()
     events, numbers = Diary(quiet.db, "events"), Diary(quiet.db)

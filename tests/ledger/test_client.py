@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from ledger.client import Events, LedgerClient, SubscriptionTaken, ledger_client
-from ledger.commands import ClaimJob
-from ledger.errors import ConfigurationError, LedgerUnavailable, LogTruncated
-from ledger.events import JobClaimed, Recorded
-from ledger.handle import handle
-from ledger.mongo import Connection, Database, Document
+from jobledger.ledger.domain.commands import ClaimJob
+from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable, LogTruncated
+from jobledger.ledger.domain.events import JobClaimed, Recorded
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.store.command_handler import handle
+from jobledger.ledger.subscriber import Events, LedgerClient, SubscriptionTaken, ledger_client
 from tests.ledger.conftest import QUICK
 from tests.ledger.test_log import append_of, kill_change_stream, progress
 from tests.support.examples import NOON
@@ -39,7 +39,7 @@ from tests.support.wire import Wire
 NOT_A_URI = "http://127.0.0.1"
 PROGRAM = """
 import asyncio, sys
-from ledger.client import ledger_client
+from jobledger.ledger.subscriber import ledger_client
 
 async def main(uri, db_name):
     async with ledger_client(uri, db_name=db_name).subscription("mine") as events:
@@ -140,7 +140,7 @@ async def test_a_subscription_beyond_the_end_of_the_log_is_refused(
 async def test_a_subscription_that_has_read_other_events_than_there_are_is_refused(
     connection: Connection, client: LedgerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ledger.log._LOOKS_AT_THE_END", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 2)
     async with ledger_on(connection) as ledger:
         for _ in range(3):
             await ledger.submit()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ledger import delivery
-from ledger.commands import (
+from jobledger.ledger.domain import delivery
+from jobledger.ledger.domain.commands import (
     AbandonDelivery,
     CancelJob,
     ClaimJob,
@@ -23,9 +23,9 @@ from ledger.commands import (
     SubmitBatch,
     SubmitJob,
 )
-from ledger.delivery import Delivery, name_of, receiver_of
-from ledger.errors import NotFound, WrongState
-from ledger.events import (
+from jobledger.ledger.domain.delivery import Delivery, name_of, receiver_of
+from jobledger.ledger.domain.errors import NotFound, WrongState
+from jobledger.ledger.domain.events import (
     BatchCounts,
     BatchSubmitted,
     BatchSummary,
@@ -39,7 +39,7 @@ from ledger.events import (
     Meta,
     Webhook,
 )
-from ledger.handle import handle, load, new_batch_id, new_job_id
+from jobledger.ledger.store.command_handler import handle, load, new_batch_id, new_job_id
 from tests.support.examples import NOON, a_job, some_results
 from tests.support.given import given_with
 from tests.support.ledgers import Ledger

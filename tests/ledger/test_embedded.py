@@ -25,10 +25,10 @@ from pymongo.errors import OperationFailure
 from pymongo.write_concern import WriteConcern
 from structlog.testing import capture_logs
 
-import ledger.embedded
-from ledger.embedded import EmbeddedServer, attach_or_start, find_mongod, running_server
-from ledger.errors import DatabaseUnsuitable
-from ledger.server_note import ServerNote, read_note, until, write_note
+from jobledger.ledger.domain.errors import DatabaseUnsuitable
+from jobledger.ledger.mongo import embedded
+from jobledger.ledger.mongo.embedded import EmbeddedServer, attach_or_start, find_mongod, running_server
+from jobledger.ledger.mongo.embedded_lock import ServerNote, read_note, until, write_note
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -285,7 +285,7 @@ async def test_died_answers_zero_after_a_clean_stop(tmp_path: Path) -> None:
 def test_a_mongod_that_does_not_shut_down_is_killed_and_that_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger.embedded, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(embedded, "STOP_SECONDS", 0.5)
     server = EmbeddedServer.start(tmp_path)
     os.kill(server.pid, signal.SIGSTOP)
     with capture_logs() as logged:
@@ -341,7 +341,7 @@ def test_attaching_to_an_idle_directory_starts_a_server_and_stops_it(tmp_path: P
 ATTACH = """
 import sys
 from pathlib import Path
-from ledger.embedded import attach_or_start
+from jobledger.ledger.mongo.embedded import attach_or_start
 with attach_or_start(Path(sys.argv[1])) as uri:
     print(uri, flush=True)
     sys.stdin.read()
@@ -445,7 +445,7 @@ def test_unusable_data_files_are_explained_in_plain_text_and_free_the_directory(
 def test_data_files_in_use_by_a_foreign_mongod_are_refused_after_a_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger.embedded, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(embedded, "STOP_SECONDS", 0.2)
     lock_file = tmp_path / "mongodb" / "mongod.lock"
     lock_file.parent.mkdir()
     lock_file.write_text("4711")
@@ -459,7 +459,7 @@ def test_a_server_that_is_not_ready_in_time_is_ended_and_shows_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mongod_on_path(tmp_path, monkeypatch, b'#!/bin/sh\necho still thinking\necho $$ > "$0.pid"\nexec sleep 60\n')
-    monkeypatch.setattr(ledger.embedded, "START_SECONDS", 1.0)
+    monkeypatch.setattr(embedded, "START_SECONDS", 1.0)
     with pytest.raises(DatabaseUnsuitable, match=r"not ready within 1 s\.(?s:.*)still thinking"):
         EmbeddedServer.start(tmp_path / "data")
     assert not Path(f"/proc/{(tmp_path / 'bin' / 'mongod.pid').read_text().strip()}").exists()

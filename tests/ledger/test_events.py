@@ -14,9 +14,9 @@ from bson.codec_options import CodecOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ledger.chain import GENESIS, chained_text
-from ledger.envelope import VOID_STREAM
-from ledger.events import EVENT_TYPES, Event, Meta, Recorded
+from jobledger.ledger.domain.events import EVENT_TYPES, Event, Meta, Recorded
+from jobledger.ledger.store.envelope import VOID_STREAM
+from jobledger.ledger.store.hash_chain import GENESIS, chained_text
 from tests.support import golden
 from tests.support.examples import EXAMPLES, NOON
 from tests.support.ledgers import check_chain

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ledger.errors import ConfigurationError, FileLost
-from ledger.files import ORPHAN_SECONDS, PIECE_BYTES, DirectoryStore
+from jobledger.ledger.domain.errors import ConfigurationError, FileLost
+from jobledger.ledger.files.directory import ORPHAN_SECONDS, PIECE_BYTES, DirectoryStore
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from bson import ObjectId
 from gridfs import AsyncGridFSBucket
 from pymongo.errors import AutoReconnect
 
-from ledger.errors import FileLost, LedgerUnavailable
-from ledger.files import DirectoryStore, FileStore
-from ledger.gridfs import GridFSStore
-from ledger.mongo import Connection, Database
+from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
+from jobledger.ledger.files.directory import DirectoryStore, FileStore
+from jobledger.ledger.files.gridfs import GridFSStore
+from jobledger.ledger.mongo.connection import Connection, Database
 
 CHUNK = 255 * 1024
 CONTENT = bytes(range(256)) * 10_000  # ten chunks, the last one not full

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from ledger.commands import (
+from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
     ChangeAccess,
@@ -20,12 +20,19 @@ from ledger.commands import (
     SubmitBatch,
     SubmitJob,
 )
-from ledger.envelope import Head
-from ledger.errors import AlreadyExists, InvalidEvent, NotFound, VersionConflict, WrongState
-from ledger.events import BatchSubmitted, JobCancelled, JobCancelRequested, JobClaimed, Meta, WorkerFenced
-from ledger.handle import Known, handle, handle_new, load, new_batch_id, new_job_id, rules_of
-from ledger.job import Job
-from ledger.log import EventLog
+from jobledger.ledger.domain.errors import AlreadyExists, InvalidEvent, NotFound, VersionConflict, WrongState
+from jobledger.ledger.domain.events import (
+    BatchSubmitted,
+    JobCancelled,
+    JobCancelRequested,
+    JobClaimed,
+    Meta,
+    WorkerFenced,
+)
+from jobledger.ledger.domain.job import Job
+from jobledger.ledger.store.command_handler import Known, handle, handle_new, load, new_batch_id, new_job_id, rules_of
+from jobledger.ledger.store.envelope import Head
+from jobledger.ledger.store.event_store import EventLog
 from tests.support.examples import ACCESS, NOON, a_job, some_results
 from tests.support.ledgers import META, Ledger, check_log, stored
 
@@ -187,7 +194,7 @@ async def test_nothing_begins_if_one_of_the_commands_is_refused_or_an_id_is_take
 async def test_new_ids_name_their_kind_of_stream_and_differ() -> None:
     ids = {new_job_id() for _ in range(100)} | {new_batch_id() for _ in range(100)}
     assert len(ids) == 200
-    assert {rules_of(name).__name__ for name in ids} == {"ledger.job", "ledger.batch"}  # type: ignore[attr-defined]  # modules
+    assert {rules_of(name).__name__ for name in ids} == {"jobledger.ledger.domain.job", "jobledger.ledger.domain.batch"}  # type: ignore[attr-defined]  # modules
 
 
 def test_a_stream_of_an_unknown_kind_has_no_rules() -> None:

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from ledger.errors import FileLost, FileTooLarge, StoreUnavailable
-from ledger.files import DirectoryStore, FileStore, store_threads
-from ledger.gridfs import GridFSStore
-from ledger.inbox import PIECE_BYTES, InboxFile
-from ledger.limits import FILE_BYTES
-from ledger.mongo import Connection
-from ledger.piecewise import Work, in_turns
+from jobledger.ledger.domain.errors import FileLost, FileTooLarge, StoreUnavailable
+from jobledger.ledger.domain.limits import FILE_BYTES
+from jobledger.ledger.files.directory import DirectoryStore, FileStore, store_threads
+from jobledger.ledger.files.gridfs import GridFSStore
+from jobledger.ledger.files.inbox import PIECE_BYTES, InboxFile
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.system.cooperative_threads import Work, in_turns
 
 FOREIGN = b"the result of another job"
 DIGEST = hashlib.sha256(FOREIGN).hexdigest()
@@ -184,9 +184,9 @@ async def test_job_that_names_a_foreign_file_gets_an_error_and_the_file_stays(
 WITHOUT_RIGHTS = """
 import asyncio, os, sys
 from pathlib import Path
-from ledger.errors import FileLost
-from ledger.files import DirectoryStore
-from workers.restrictions import drop_capabilities
+from jobledger.ledger.domain.errors import FileLost
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.workers.sandbox.restrictions import drop_capabilities
 
 drop_capabilities()  # so that modes count for root, too
 root = Path(sys.argv[1])

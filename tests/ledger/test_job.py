@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ledger import job, limits
-from ledger.commands import (
+from jobledger.ledger.domain import job, limits
+from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
     ChangeAccess,
@@ -34,8 +34,8 @@ from ledger.commands import (
     WorkerCommand,
     WriteLog,
 )
-from ledger.errors import AlreadyExists, CommandRefused, InvalidEvent, NotFound, WrongState
-from ledger.events import (
+from jobledger.ledger.domain.errors import AlreadyExists, CommandRefused, InvalidEvent, NotFound, WrongState
+from jobledger.ledger.domain.events import (
     ENDED,
     Event,
     Failure,
@@ -60,7 +60,7 @@ from ledger.events import (
     StepCompleted,
     WorkerFenced,
 )
-from ledger.job import Job
+from jobledger.ledger.domain.job import Job
 from tests.support.examples import ACCESS, NOON, a_job, some_results
 from tests.support.given import given_with
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from pymongo.collection import Collection
 
-from ledger.errors import LedgerUnavailable
-from ledger.lease import OVER, RUN_OUT, Lease, Seen
-from ledger.loop_progress import LoopProgress
-from ledger.mongo import Connection, Document
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.mongo.lease import OVER, RUN_OUT, Lease, Seen
+from jobledger.ledger.system.loop_progress import LoopProgress
 from tests.support.ledgers import DEADLINE_SECONDS
 from tests.support.proxy import Proxy
 

@@ -15,14 +15,22 @@ import pytest
 from bson import ObjectId
 from pymongo.errors import AutoReconnect
 
-from ledger import chain
-from ledger.commands import ChangeAccess, ClaimJob, SubmitBatch, SubmitJob
-from ledger.envelope import LARGEST_EVENT_BYTES, VOID_STREAM, Append, Head
-from ledger.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
-from ledger.events import BatchSubmitted, Event, JobClaimed, JobProgressed, JobSubmitted, PositionVoided, Recorded
-from ledger.handle import handle, handle_new, new_batch_id, new_job_id
-from ledger.log import EventLog, Limits
-from ledger.mongo import Connection, Database, Document
+from jobledger.ledger.domain.commands import ChangeAccess, ClaimJob, SubmitBatch, SubmitJob
+from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
+from jobledger.ledger.domain.events import (
+    BatchSubmitted,
+    Event,
+    JobClaimed,
+    JobProgressed,
+    JobSubmitted,
+    PositionVoided,
+    Recorded,
+)
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.store import hash_chain as chain
+from jobledger.ledger.store.command_handler import handle, handle_new, new_batch_id, new_job_id
+from jobledger.ledger.store.envelope import LARGEST_EVENT_BYTES, VOID_STREAM, Append, Head
+from jobledger.ledger.store.event_store import EventLog, Limits
 from tests.ledger.conftest import QUICK
 from tests.support.examples import ACCESS, NOON, a_job
 from tests.support.ledgers import (

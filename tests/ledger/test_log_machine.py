@@ -28,11 +28,11 @@ from hypothesis.stateful import (
 )
 from pymongo import MongoClient
 
-from ledger.envelope import VOID_STREAM, Append, Head
-from ledger.errors import LedgerUnavailable, VersionConflict
-from ledger.events import JobProgressed, Recorded
-from ledger.log import Limits, Subscription
-from ledger.mongo import Connection, Document
+from jobledger.ledger.domain.errors import LedgerUnavailable, VersionConflict
+from jobledger.ledger.domain.events import JobProgressed, Recorded
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store.envelope import VOID_STREAM, Append, Head
+from jobledger.ledger.store.event_store import Limits, Subscription
 from tests.support.examples import NOON
 from tests.support.ledgers import (
     META,

@@ -19,10 +19,8 @@ import pytest
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-from ledger.embedded import TRANSACTION_SECONDS, EmbeddedServer, find_mongod
-from ledger.errors import ConfigurationError, DatabaseUnsuitable, JobledgerError, LedgerUnavailable
-from ledger.log import EventLog
-from ledger.mongo import (
+from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, JobledgerError, LedgerUnavailable
+from jobledger.ledger.mongo.connection import (
     Connection,
     OplogWindow,
     brief,
@@ -31,7 +29,9 @@ from ledger.mongo import (
     oplog_window,
     transaction_limit_seconds,
 )
-from ledger.server_note import until
+from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS, EmbeddedServer, find_mongod
+from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.ledger.store.event_store import EventLog
 from tests.support.mongod import needs_local_mongod
 from tests.support.proxy import Proxy
 

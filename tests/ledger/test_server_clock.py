@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pymongo.errors import AutoReconnect
 
-from ledger import server_clock
-from ledger.log import EventLog
-from ledger.mongo import Connection
-from ledger.server_clock import LONGEST_SLEEP_SECONDS, TOLERANCE_SECONDS, ServerClock, clock_of
+from jobledger.ledger.mongo import server_clock
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.server_clock import LONGEST_SLEEP_SECONDS, TOLERANCE_SECONDS, ServerClock, clock_of
+from jobledger.ledger.store.event_store import EventLog
 
 START = 1_800_000_000.0
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ledger.errors import FileLost, ResourceUnavailable, StoreUnavailable
-from ledger.files import DirectoryStore
-from ledger.gridfs import GridFSStore
-from ledger.mongo import Connection, Database
-from ledger.store_marker import MARKER, StoreMarker, accept, find, record
+from jobledger.ledger.domain.errors import FileLost, ResourceUnavailable, StoreUnavailable
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.gridfs import GridFSStore
+from jobledger.ledger.files.store_marker import MARKER, StoreMarker, accept, find, record
+from jobledger.ledger.mongo.connection import Connection, Database
 
 OURS, OTHERS = StoreMarker("1" * 32), StoreMarker("2" * 32)
 CONTENT = b"# A talk\n"

@@ -11,12 +11,21 @@ from typing import Any
 import pytest
 from pydantic import create_model
 
-from ledger.chain import chained_text
-from ledger.envelope import Append, Head
-from ledger.errors import ConfigurationError, UnreadableEvent
-from ledger.events import EVENT_TYPES, UPCASTS, Event, JobClaimed, JobSubmitted, PositionVoided, Recorded, Upcast
-from ledger.handle import load, new_job_id
-from ledger.verification import verify
+from jobledger.ledger.domain.errors import ConfigurationError, UnreadableEvent
+from jobledger.ledger.domain.events import (
+    EVENT_TYPES,
+    UPCASTS,
+    Event,
+    JobClaimed,
+    JobSubmitted,
+    PositionVoided,
+    Recorded,
+    Upcast,
+)
+from jobledger.ledger.store.command_handler import load, new_job_id
+from jobledger.ledger.store.envelope import Append, Head
+from jobledger.ledger.store.hash_chain import chained_text
+from jobledger.ledger.store.verification import verify
 from tests.support import golden
 from tests.support.examples import NOON
 from tests.support.ledgers import DEADLINE_SECONDS, META, Ledger, check_log, first, stored, take, whole

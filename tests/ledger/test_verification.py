@@ -21,17 +21,17 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from ledger import verification
-from ledger.chain import GENESIS, canonical, chained_text
-from ledger.commands import ChangeAccess, ClaimJob, ReportProgress, SubmitBatch, SubmitJob
-from ledger.delivery import name_of
-from ledger.envelope import Append, Head, void_document
-from ledger.errors import InvalidEvent
-from ledger.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, BatchSubmitted
-from ledger.handle import handle, handle_new, new_batch_id, new_job_id
-from ledger.log import EventLog, Limits, StoredDocument
-from ledger.mongo import Connection, Document
-from ledger.verification import Verdict, Wrong, verify
+from jobledger.ledger.domain.commands import ChangeAccess, ClaimJob, ReportProgress, SubmitBatch, SubmitJob
+from jobledger.ledger.domain.delivery import name_of
+from jobledger.ledger.domain.errors import InvalidEvent
+from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, BatchSubmitted
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.store import verification
+from jobledger.ledger.store.command_handler import handle, handle_new, new_batch_id, new_job_id
+from jobledger.ledger.store.envelope import Append, Head, void_document
+from jobledger.ledger.store.event_store import EventLog, Limits, StoredDocument
+from jobledger.ledger.store.hash_chain import GENESIS, canonical, chained_text
+from jobledger.ledger.store.verification import Verdict, Wrong, verify
 from tests.support.examples import ACCESS, EXAMPLES, NOON, a_job
 from tests.support.ledgers import DEADLINE_SECONDS, META, Ledger, ledger_on, lose_a_ticket, stored, whole
 from tests.support.strategies import JSON, OBJECTS

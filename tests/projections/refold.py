@@ -7,8 +7,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ledger.chain import canonical
-from ledger.commands import (
+from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
     ChangeAccess,
@@ -28,8 +27,8 @@ from ledger.commands import (
     UpdateJob,
     WriteLog,
 )
-from ledger.errors import CommandRefused
-from ledger.events import (
+from jobledger.ledger.domain.errors import CommandRefused
+from jobledger.ledger.domain.events import (
     AccessControl,
     Failure,
     JobResults,
@@ -38,10 +37,12 @@ from ledger.events import (
     ResultFile,
     ResultMetadata,
 )
-from ledger.handle import Command
-from ledger.mongo import Database, Document
-from projections import batches, files, jobs, queue, statistics, steps, views
-from projections.rebuild import checkpoint
+from jobledger.ledger.mongo.connection import Database, Document
+from jobledger.ledger.store.command_handler import Command
+from jobledger.ledger.store.hash_chain import canonical
+from jobledger.projections.engine import slots as views
+from jobledger.projections.engine.rebuild import checkpoint
+from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
 from tests.support.running import Process
 
 Views = dict[str, list[str]]

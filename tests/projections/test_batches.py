@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.commands import (
+from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
     CompleteJob,
@@ -20,10 +20,11 @@ from ledger.commands import (
     RestartJob,
     ResumeBatch,
 )
-from ledger.events import BatchCounts, BatchFinished, BatchReopened, BatchSummary, Recorded
-from ledger.mongo import Connection, Document
-from projections import batches, projector
-from projections.projector import Projector
+from jobledger.ledger.domain.events import BatchCounts, BatchFinished, BatchReopened, BatchSummary, Recorded
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.projections.engine import projector
+from jobledger.projections.engine.projector import Projector
+from jobledger.projections.views import batches
 from tests.projections.refold import assert_views_equal_the_log, failure, results
 from tests.support.running import Process, process
 

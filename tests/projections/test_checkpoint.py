@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ledger.mongo import Connection
-from projections.checkpoint import VIEWS
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.projections.engine.checkpoint import VIEWS
 from tests.support.running import process, until
 
 

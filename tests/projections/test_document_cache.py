@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import UpdateJob
-from ledger.events import AccessControl
-from ledger.mongo import Connection, Document
-from projections import document_cache, folding, headings, jobs, rebuild
-from projections.document_cache import CACHED_BYTES, DocumentCache, memory_of
+from jobledger.ledger.domain.commands import UpdateJob
+from jobledger.ledger.domain.events import AccessControl
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.projections.engine import document_cache, rebuild
+from jobledger.projections.engine import writer as folding
+from jobledger.projections.engine.document_cache import CACHED_BYTES, DocumentCache, memory_of
+from jobledger.projections.views import jobs, list_index
 from tests.projections.test_rebuild import compared
 from tests.support.running import process
 
@@ -85,7 +87,7 @@ async def test_chunks_that_concern_too_many_bytes_are_folded_in_parts(
 
     async def noted(self: folding.Folder, chunk: folding.Chunk, **given: Any) -> None:
         loaded.append(sum("large" in job for job in chunk.loaded[jobs.NAME].values()))
-        listed.append(sum(headings.memory_of_rows(job) for job in chunk.now[jobs.NAME].values() if job))
+        listed.append(sum(list_index.memory_of_rows(job) for job in chunk.now[jobs.NAME].values() if job))
         await write(self, chunk, **given)
 
     monkeypatch.setattr(folding.Folder, "write", noted)

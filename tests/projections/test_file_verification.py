@@ -11,12 +11,12 @@ from uuid import uuid4
 
 import pytest
 
-from ledger.errors import FileDamaged, FileLost
-from ledger.files import DirectoryStore, FileStore
-from ledger.gridfs import GridFSStore
-from ledger.mongo import Connection, Database, Document
-from projections.file_verification import verify_files
-from projections.views import Views
+from jobledger.ledger.domain.errors import FileDamaged, FileLost
+from jobledger.ledger.files.directory import DirectoryStore, FileStore
+from jobledger.ledger.files.gridfs import GridFSStore
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.projections.engine.file_verification import verify_files
+from jobledger.projections.engine.slots import Views
 from tests.support.ledgers import DEADLINE_SECONDS
 
 Damage = Callable[[FileStore, Database, str], Awaitable[Any]]
@@ -108,7 +108,7 @@ async def test_a_file_is_read_for_its_check_only_once(tmp_path: Path, monkeypatc
     store = DirectoryStore(tmp_path)
     sha256 = (await asyncio.to_thread(store.put_bytes, CONTENT)).sha256
     await (await store.open(sha256, len(CONTENT))).close()
-    monkeypatch.setattr("ledger.files._OpenFile.sha256", None)
+    monkeypatch.setattr("jobledger.ledger.files.directory._OpenFile.sha256", None)
     for _ in range(3):
         await (await store.open(sha256, len(CONTENT))).close()
 
@@ -218,8 +218,8 @@ async def test_verify_files_keeps_no_cursor_open_while_files_are_hashed(
     store: FileStore, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small pages that are read at once: their ends fall between files, and between rows of one file."""
-    monkeypatch.setattr("projections.file_verification._ROWS_AT_ONCE", 2)
-    monkeypatch.setattr("ledger.gridfs._LISTED_AT_ONCE", 2)
+    monkeypatch.setattr("jobledger.projections.engine.file_verification._ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("jobledger.ledger.files.gridfs._LISTED_AT_ONCE", 2)
     digests = [await put(store, tmp_path, b"%d" % number) for number in range(5)]
     rows = [
         {"_id": f"{digest}{copy}", "path": f"p{digest}{copy}", "sha256": digest, "size": 1}

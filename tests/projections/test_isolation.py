@@ -14,9 +14,9 @@ from bson.datetime_ms import DatetimeMS
 from pymongo.errors import DuplicateKeyError, OperationFailure
 from structlog.testing import capture_logs
 
-from ledger import envelope, limits
-from ledger.access import Principal
-from ledger.commands import (
+from jobledger.ledger.domain import limits
+from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.domain.commands import (
     Archive,
     ChangeAccess,
     ClaimJob,
@@ -26,9 +26,8 @@ from ledger.commands import (
     ReportProgress,
     UpdateJob,
 )
-from ledger.envelope import Append, Head
-from ledger.errors import UnreadableEvent
-from ledger.events import (
+from jobledger.ledger.domain.errors import UnreadableEvent
+from jobledger.ledger.domain.events import (
     EVENT_TYPES,
     AccessControl,
     Failure,
@@ -40,11 +39,15 @@ from ledger.events import (
     ResultMetadata,
     Webhook,
 )
-from ledger.handle import Known, load_all
-from ledger.limits import DOCUMENT_BYTES
-from ledger.mongo import Connection, Document
-from ledger.transactions import transaction
-from projections import failures, folding, jobs, projector, rebuild
+from jobledger.ledger.domain.limits import DOCUMENT_BYTES
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.mongo.transactions import transaction
+from jobledger.ledger.store import envelope
+from jobledger.ledger.store.command_handler import Known, load_all
+from jobledger.ledger.store.envelope import Append, Head
+from jobledger.projections.engine import projector, rebuild
+from jobledger.projections.engine import writer as folding
+from jobledger.projections.views import failures, jobs
 from tests.projections.refold import stored
 from tests.projections.test_rebuild import compared, rebuilding
 from tests.support.rarely import SOAK

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import (
+from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
     ChangeAccess,
@@ -27,10 +27,10 @@ from ledger.commands import (
     UpdateJob,
     WriteLog,
 )
-from ledger.events import AccessControl, LogLine, Webhook, milliseconds
-from ledger.mongo import Connection, Document
-from projections import jobs
-from projections.headings import index_for
+from jobledger.ledger.domain.events import AccessControl, LogLine, Webhook, milliseconds
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.projections.views import jobs
+from jobledger.projections.views.list_index import index_for
 from tests.projections.refold import failure, results
 from tests.support.running import Process, process
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.commands import (
+from jobledger.ledger.domain.commands import (
     CancelJob,
     ClaimJob,
     Delete,
@@ -22,9 +22,10 @@ from ledger.commands import (
     ResumeBatch,
     UpdateJob,
 )
-from ledger.events import BatchCounts, BatchSummary, JobClaimed, JobCompleted
-from ledger.mongo import Connection, Database
-from projections import batches, files, jobs, projector, queue, statistics
+from jobledger.ledger.domain.events import BatchCounts, BatchSummary, JobClaimed, JobCompleted
+from jobledger.ledger.mongo.connection import Connection, Database
+from jobledger.projections.engine import projector
+from jobledger.projections.views import batches, files, jobs, queue, statistics
 from tests.projections.refold import Views, assert_views_equal_the_log, failure, stored
 from tests.support.rarely import rarely
 from tests.support.running import Process, WorkerOptions, process

@@ -16,18 +16,19 @@ from typing import Any
 import pytest
 from pymongo import InsertOne, ReplaceOne
 
-from ledger import transactions
-from ledger.commands import CancelJob, FinishStep, ReportProgress
-from ledger.envelope import Append
-from ledger.errors import LedgerBusy
-from ledger.events import BatchFinished, Recorded
-from ledger.leadership import Deposed
-from ledger.log import EventLog, Read
-from ledger.mongo import Connection, Database, Document
-from projections import batches, files, folding, health, jobs, projector, queue, statistics, steps
-from projections.checkpoint import VIEWS
-from projections.folding import FOLDED, VERSION, Chunk, Folder
-from projections.projector import Projector
+from jobledger.ledger.domain.commands import CancelJob, FinishStep, ReportProgress
+from jobledger.ledger.domain.errors import LedgerBusy
+from jobledger.ledger.domain.events import BatchFinished, Recorded
+from jobledger.ledger.mongo import transactions
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.mongo.leader_election import Deposed
+from jobledger.ledger.store.envelope import Append
+from jobledger.ledger.store.event_store import EventLog, Read
+from jobledger.projections.engine import health, projector, writer
+from jobledger.projections.engine.checkpoint import VIEWS
+from jobledger.projections.engine.projector import Projector
+from jobledger.projections.engine.writer import FOLDED, VERSION, Chunk, Folder
+from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
 from tests.projections.refold import assert_views_equal_the_log, live, refolded, stored, switch
 from tests.support.running import PATIENCE_SECONDS, Process, process, real_process, until
 from tests.support.wire import Wire
@@ -174,7 +175,7 @@ async def test_progress_that_is_replaced_within_a_chunk_is_counted_and_changes_n
         await here.do(one, FinishStep("worker-1", 1, "page", "key", {}, 1.0, 0, ()))
         await here.do(one, ReportProgress("worker-1", 1, "slides", 50, "half"))
         events = await here.everything()
-    told = folding._worth_folding(events)
+    told = writer._worth_folding(events)
     assert len(events) - len(told) == 4
     assert [event.position for event in told] == sorted(event.position for event in told)
     async with process(connection, store, projector=True) as here:
@@ -463,7 +464,7 @@ async def test_projector_stands_still_when_events_it_has_read_were_removed_and_o
     damage: Callable[[Process], Awaitable[None]],
     running: bool,
 ) -> None:
-    monkeypatch.setattr("ledger.log._LOOKS_AT_THE_END", 2)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 2)
     async with process(connection, store, projector=True) as here:
         for _ in range(3):
             await here.submit()

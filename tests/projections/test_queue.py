@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ledger.commands import CancelJob, ReleaseJob
-from ledger.events import milliseconds
-from ledger.mongo import Connection
-from projections import queue
+from jobledger.ledger.domain.commands import CancelJob, ReleaseJob
+from jobledger.ledger.domain.events import milliseconds
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.projections.views import queue
 from tests.support.running import Process, process
 
 NOW = milliseconds(datetime.now(UTC))

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from ledger.changes import Changes
-from ledger.commands import ClaimJob, CompleteJob, Delete
-from ledger.errors import DatabaseUnsuitable
-from ledger.events import BatchFinished, JobResults, ResultMetadata
-from ledger.leadership import Deposed
-from ledger.log import EventLog
-from ledger.mongo import Connection, Database
-from projections import projector, rebuild
-from projections.checkpoint import VIEWS
-from projections.comparison import Difference
-from projections.folding import VERSION, Chunk, Folder
-from projections.rebuild import NAMES, Rebuild, checkpoint
-from projections.views import SIDES, Side, Views, collection_name, opposite
+from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, Delete
+from jobledger.ledger.domain.errors import DatabaseUnsuitable
+from jobledger.ledger.domain.events import BatchFinished, JobResults, ResultMetadata
+from jobledger.ledger.mongo.connection import Connection, Database
+from jobledger.ledger.mongo.leader_election import Deposed
+from jobledger.ledger.store.change_stream import Changes
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine import projector, rebuild
+from jobledger.projections.engine.checkpoint import VIEWS
+from jobledger.projections.engine.comparison import Difference
+from jobledger.projections.engine.rebuild import NAMES, Rebuild, checkpoint
+from jobledger.projections.engine.slots import SIDES, Side, Views, collection_name, opposite
+from jobledger.projections.engine.writer import VERSION, Chunk, Folder
 from tests.projections.refold import assert_views_equal_the_log, stored
 from tests.projections.test_projector import a_history
 from tests.support.receiver import receiver
@@ -185,7 +185,7 @@ async def test_who_hears_of_deliveries_hears_of_them_on_either_side(connection: 
         process(connection, store, projector=True, webhooks=IMPATIENT) as here,
         rebuilding(connection) as auditor,
     ):
-        from ledger.events import Webhook
+        from jobledger.ledger.domain.events import Webhook
 
         for _ in SIDES:
             await auditor.run()
@@ -467,7 +467,7 @@ async def test_large_jobs_are_folded_while_the_chunk_before_is_written(
 async def test_running_projector_does_not_fold_removed_events_after_a_rebuild(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ledger.log._LOOKS_AT_THE_END", 1)
+    monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 1)
     monkeypatch.setattr(projector, "STANDS_STILL_SECONDS", 0.1)
     async with process(connection, store, projector=True) as here:
         for _ in range(3):

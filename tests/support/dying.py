@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ledger.envelope import Append
-from ledger.log import EventLog
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.envelope import Append
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.workers.webhooks.sender import Answer, Outgoing, Sender
 from tests.support.running import IMPATIENT, WorkerOptions, process
-from workers.webhooks.sending import Answer, Outgoing, Sender
 
 POINTS = (
     "before the end is written",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from ledger.events import (
+from jobledger.ledger.domain.events import (
     AccessControl,
     Asset,
     BatchAccessChanged,

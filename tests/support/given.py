@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ledger.errors import CommandRefused
-from ledger.events import Event
-from ledger.handle import Rules
+from jobledger.ledger.domain.errors import CommandRefused
+from jobledger.ledger.domain.events import Event
+from jobledger.ledger.store.command_handler import Rules
 
 
 @dataclass(frozen=True)

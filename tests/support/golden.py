@@ -15,12 +15,12 @@ from pathlib import Path
 
 from bson import json_util
 
-from ledger.delivery import name_of
-from ledger.embedded import EmbeddedServer
-from ledger.envelope import Append, Head
-from ledger.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
-from ledger.handle import new_batch_id, new_job_id
-from ledger.mongo import Connection, Document
+from jobledger.ledger.domain.delivery import name_of
+from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.mongo.embedded import EmbeddedServer
+from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
+from jobledger.ledger.store.envelope import Append, Head
 from tests.support.examples import EXAMPLES, NOON
 from tests.support.ledgers import META, ledger_on, lose_a_ticket, stored
 

@@ -21,9 +21,9 @@ from urllib.parse import quote_plus
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from ledger.embedded import PR_SET_PDEATHSIG, find_mongod
-from ledger.mongo import Document
-from ledger.server_note import until
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.mongo.embedded import PR_SET_PDEATHSIG, find_mongod
+from jobledger.ledger.mongo.embedded_lock import until
 
 PATIENCE_SECONDS: Final = 30.0
 _REFUSAL: Final = re.compile(r"not authorized on (\w+) to execute command \{ (\w+): \W*([\w.$]+)")

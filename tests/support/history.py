@@ -1,6 +1,6 @@
 """tests: reads a whole log afterwards and finds what workers must never have done, whoever was killed when.
 
-In words of its own: it shares no code with `ledger.job`, so it does not share its mistakes.
+In words of its own: it shares no code with `jobledger.ledger.domain.job`, so it does not share its mistakes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ledger.events import (
+from jobledger.ledger.domain.events import (
     JobAccessChanged,
     JobArchived,
     JobAttemptFailed,
@@ -30,7 +30,7 @@ from ledger.events import (
     StepCompleted,
     WorkerFenced,
 )
-from ledger.mongo import Document
+from jobledger.ledger.mongo.connection import Document
 from tests.support.ledgers import check_log
 
 SPOKEN = (JobProgressed, JobLogged, StepCompleted, JobCompleted, JobAttemptFailed, JobFailed, JobReleased)

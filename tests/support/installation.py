@@ -16,7 +16,7 @@ from typing import Any, Self
 import httpx
 import yaml
 
-from ledger.server_note import ServerNote, read_note, until
+from jobledger.ledger.mongo.embedded_lock import ServerNote, read_note, until
 from tests.support import zygote
 
 COMMAND = Path(sys.executable).parent / "jobledger"

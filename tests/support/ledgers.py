@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from ledger.chain import GENESIS, chained_text
-from ledger.changes import Changes
-from ledger.commands import SubmitJob
-from ledger.envelope import VOID_STREAM
-from ledger.events import JobSubmitted, Meta, Recorded
-from ledger.handle import Handled, Known, handle, new_job_id
-from ledger.log import EventLog, Limits, Subscription
-from ledger.mongo import Connection, Database, Document
+from jobledger.ledger.domain.commands import SubmitJob
+from jobledger.ledger.domain.events import JobSubmitted, Meta, Recorded
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.store.change_stream import Changes
+from jobledger.ledger.store.command_handler import Handled, Known, handle, new_job_id
+from jobledger.ledger.store.envelope import VOID_STREAM
+from jobledger.ledger.store.event_store import EventLog, Limits, Subscription
+from jobledger.ledger.store.hash_chain import GENESIS, chained_text
 from tests.support.examples import a_job
 
 DEADLINE_SECONDS = 15.0

@@ -28,10 +28,10 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from ledger.limits import FILE_BYTES
-from workers import child
-from workers.messages import HEADER, Saved
-from workers.processor import Isolation, Job, ProcessorError, Results, SavedFile
+from jobledger.ledger.domain.limits import FILE_BYTES
+from jobledger.workers.child import main as child
+from jobledger.workers.child.messages import HEADER, Saved
+from jobledger.workers.processor import Isolation, Job, ProcessorError, Results, SavedFile
 
 ACTIONS: dict[str, Callable[[Job], Awaitable[Any]]] = {}
 

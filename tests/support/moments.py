@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
 
 Moment = Literal[
     "before insert", "after insert", "before commitTransaction", "after commitTransaction", "after findAndModify"

@@ -12,9 +12,9 @@ import pytest
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from ledger.embedded import EmbeddedServer, find_mongod
-from ledger.errors import DatabaseUnsuitable
-from ledger.server_note import until
+from jobledger.ledger.domain.errors import DatabaseUnsuitable
+from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
+from jobledger.ledger.mongo.embedded_lock import until
 
 CONTAINER_IMAGE = "mongo:7"
 ANSWER_SECONDS = 60.0

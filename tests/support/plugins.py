@@ -7,7 +7,7 @@ from textwrap import dedent
 
 HEAD = """
 from pydantic import BaseModel
-from workers.processor import Results
+from jobledger.workers.processor import Results
 
 class Anything(BaseModel):
     model_config = {"extra": "allow"}

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from starlette.requests import HTTPConnection
 
-from ledger.access import Principal
+from jobledger.ledger.domain.access import Principal
 
 HEADER = "X-Test-Principal"
 

@@ -11,8 +11,8 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.cli import get_docs_for_click
 
-from cli import main
-from ledger.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
+from jobledger.cli import main
+from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -59,7 +59,7 @@ def _fields(event: type[Event]) -> str:
 def _type(field: FieldInfo) -> str:
     name = getattr(field.annotation, "__name__", None)
     text = str(field.annotation) if name is None or "[" in str(field.annotation) else name
-    for module in ("ledger.events.", "typing.", "datetime.", "collections.abc."):
+    for module in ("jobledger.ledger.domain.events.", "typing.", "datetime.", "collections.abc."):
         text = text.replace(module, "")
     text = re.sub(r"Annotated\[([^,]+), [^\]]*\]", r"\1", text)
     text = re.sub(r"Optional\[([^\]]+)\]", r"\1 | None", text)

@@ -23,9 +23,9 @@ import pymongo
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from ledger.embedded import PR_SET_PDEATHSIG, find_mongod
-from ledger.mongo import Document
-from ledger.server_note import until
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.mongo.embedded import PR_SET_PDEATHSIG, find_mongod
+from jobledger.ledger.mongo.embedded_lock import until
 
 NODES: Final = 3
 ELECTION_TIMEOUT_MS: Final = 1500

@@ -21,25 +21,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ledger.changes import Changes
-from ledger.commands import ClaimJob, SubmitBatch, SubmitJob
-from ledger.events import BatchSubmitted, Event, JobClaimed, JobSubmitted, Meta, Recorded
-from ledger.files import DirectoryStore
-from ledger.gridfs import GridFSStore
-from ledger.handle import Command, handle, handle_new, new_batch_id, new_job_id
-from ledger.log import EventLog
-from ledger.mongo import Connection, Database, Document
-from ledger.store_marker import StoreMarker
-from projections import batches, jobs
-from projections.checkpoint import Checkpoint
-from projections.projector import Projector
-from workers.confinement import Confinement
-from workers.containment import new_event_loop
-from workers.execution import Settings
-from workers.scratch import Scratch
-from workers.webhooks.deliverer import Deliverer
-from workers.webhooks.deliverer import Settings as Webhooks
-from workers.worker import HEARD_EVENTS, Worker
+from jobledger.ledger.domain.commands import ClaimJob, SubmitBatch, SubmitJob
+from jobledger.ledger.domain.events import BatchSubmitted, Event, JobClaimed, JobSubmitted, Meta, Recorded
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.gridfs import GridFSStore
+from jobledger.ledger.files.store_marker import StoreMarker
+from jobledger.ledger.mongo.connection import Connection, Database, Document
+from jobledger.ledger.store.change_stream import Changes
+from jobledger.ledger.store.command_handler import Command, handle, handle_new, new_batch_id, new_job_id
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.projector import Projector
+from jobledger.projections.views import batches, jobs
+from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.child.containment import new_event_loop
+from jobledger.workers.executor import Settings
+from jobledger.workers.scratch import Scratch
+from jobledger.workers.webhooks.deliverer import Deliverer
+from jobledger.workers.webhooks.deliverer import Settings as Webhooks
+from jobledger.workers.worker import HEARD_EVENTS, Worker
 
 PATIENCE_SECONDS = 20.0
 ENDS = ("JobCompleted", "JobFailed", "JobCancelled")

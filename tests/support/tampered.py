@@ -8,7 +8,7 @@ from typing import Any
 from bson import Binary, Code, DBRef, Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from bson.datetime_ms import DatetimeMS
 
-from ledger.events import JobSubmitted
+from jobledger.ledger.domain.events import JobSubmitted
 from tests.support.examples import NOON
 
 FORM = JobSubmitted(

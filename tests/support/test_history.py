@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ledger import job
-from ledger.commands import (
+from jobledger.ledger.domain import job
+from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
     ClaimJob,
@@ -31,9 +31,8 @@ from ledger.commands import (
     UpdateJob,
     WriteLog,
 )
-from ledger.envelope import Append, Head, documents_of, void_document
-from ledger.errors import CommandRefused
-from ledger.events import (
+from jobledger.ledger.domain.errors import CommandRefused
+from jobledger.ledger.domain.events import (
     Failure,
     JobAttemptFailed,
     JobCancelled,
@@ -54,8 +53,9 @@ from ledger.events import (
     StepCompleted,
     WorkerFenced,
 )
-from ledger.job import Job
-from ledger.mongo import Document
+from jobledger.ledger.domain.job import Job
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.envelope import Append, Head, documents_of, void_document
 from tests.support.examples import NOON, a_job, some_results
 from tests.support.history import check_history
 

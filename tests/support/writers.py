@@ -14,12 +14,12 @@ from pathlib import Path
 
 import structlog
 
-from ledger.commands import ChangeAccess, SubmitBatch, SubmitJob
-from ledger.errors import VersionConflict
-from ledger.events import BatchSubmitted, Recorded
-from ledger.handle import handle, handle_new, new_batch_id, new_job_id
-from ledger.log import EventLog, Limits
-from ledger.mongo import Connection
+from jobledger.ledger.domain.commands import ChangeAccess, SubmitBatch, SubmitJob
+from jobledger.ledger.domain.errors import VersionConflict
+from jobledger.ledger.domain.events import BatchSubmitted, Recorded
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.command_handler import handle, handle_new, new_batch_id, new_job_id
+from jobledger.ledger.store.event_store import EventLog, Limits
 from tests.support.examples import ACCESS, a_job
 from tests.support.ledgers import META, ledger_on
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from pymongo import monitoring
 
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
 from tests.support import running
 from tests.support.running import RealProcess, alive_in_session
 

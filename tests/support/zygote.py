@@ -20,8 +20,9 @@ from typing import Final
 
 _PROGRAM: Final = """
 import json, os, socket, sys, time
-import cli.main
-import cli.audit, cli.doctor, cli.keys, cli.rights, cli.running, cli.wiring  # what they load when they are called
+import jobledger.cli.main
+import jobledger.cli.view_maintenance, jobledger.cli.commands.doctor, jobledger.cli.commands.keys,
+jobledger.cli.mongo_roles, jobledger.cli.runtime, jobledger.cli.composition  # what they load when they are called
 
 server = socket.socket(fileno=int(sys.argv[1]))
 while True:
@@ -48,7 +49,7 @@ while True:
     sys.argv = ["jobledger", *asked["arguments"]]
     code = 1
     try:
-        cli.main.command()
+        jobledger.cli.main.command()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
 
 
 @pytest.fixture

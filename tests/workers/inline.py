@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from workers.processor import Isolation, Job, Processor, Results
-from workers.registry import processors
+from jobledger.workers.processor import Isolation, Job, Processor, Results
+from jobledger.workers.registry import processors
 
 
 class Anything(BaseModel):
@@ -33,7 +33,7 @@ def install(monkeypatch: pytest.MonkeyPatch, work: Callable[[Job], Awaitable[Res
             return await work(job)
 
     known: dict[str, type[Processor]] = {**processors(), **dict.fromkeys(job_types or ("test",), TestProcessor)}
-    monkeypatch.setattr("workers.registry.processors", lambda: known)
-    monkeypatch.setattr("workers.worker.processors", lambda: known)
-    for module in ("workers.execution", "workers.shared_steps"):
+    monkeypatch.setattr("jobledger.workers.registry.processors", lambda: known)
+    monkeypatch.setattr("jobledger.workers.worker.processors", lambda: known)
+    for module in ("jobledger.workers.executor", "jobledger.workers.step_cache"):
         monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 1")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from workers import job_process, registry
-from workers.registry import processor_version
+from jobledger.workers import registry
+from jobledger.workers.child import process
+from jobledger.workers.registry import processor_version
 
 _ENTRY_POINTS = """[jobledger.processors]
 misbehaving = tests.support.misbehaving:InProcess
@@ -35,4 +36,4 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _forget() -> None:
     registry._installed.cache_clear()
     processor_version.cache_clear()
-    job_process.stop_fork_server()
+    process.stop_fork_server()

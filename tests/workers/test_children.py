@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob
-from ledger.events import JobAttemptFailed, JobClaimed
-from ledger.mongo import Connection
+from jobledger.ledger.domain.commands import CancelJob
+from jobledger.ledger.domain.events import JobAttemptFailed, JobClaimed
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.workers.sandbox import runner
 from tests.processors.session.support import CONFERENCE_PAGE, Answer, html, serving
 from tests.support.job_processes import is_gone, own_job_processes
 from tests.support.running import Process, WorkerOptions, alive_in_session, process, real_process, until
-from workers import sandbox
 
 
 class SilentSite:
@@ -123,7 +123,7 @@ def processes_of(program: Path) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not sandbox.is_available(), reason="needs Landlock, or bubblewrap (apt install bubblewrap)")
+@pytest.mark.skipif(not runner.is_available(), reason="needs Landlock, or bubblewrap (apt install bubblewrap)")
 @pytest.mark.parametrize("end", ["cancelled", "killed"])
 async def test_programs_that_a_processor_has_started_end_with_its_child(
     end: str, connection: Connection, store: Path, tmp_path: Path

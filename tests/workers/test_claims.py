@@ -12,21 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ledger.commands import ClaimJob
-from ledger.envelope import VOID_STREAM
-from ledger.errors import LedgerUnavailable
-from ledger.events import JobClaimed, Meta
-from ledger.handle import handle, load_all
-from ledger.log import EventLog
-from ledger.mongo import Connection
-from projections import queue
-from projections.queue import Row
+from jobledger.ledger.domain.commands import ClaimJob
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.domain.events import JobClaimed, Meta
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.command_handler import handle, load_all
+from jobledger.ledger.store.envelope import VOID_STREAM
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.views import queue
+from jobledger.projections.views.queue import Row
+from jobledger.workers import claimer as claiming
+from jobledger.workers.claimer import Claims, Moment, before
+from jobledger.workers.processor import Job, Results
 from tests.support.ledgers import stored
 from tests.support.running import Process, WorkerOptions, process
 from tests.workers.inline import install
-from workers import claims as claiming
-from workers.claims import Claims, Moment, before
-from workers.processor import Job, Results
 
 names = st.text("abcdefgh0123456789-", min_size=1, max_size=12)
 
@@ -99,7 +99,7 @@ async def test_what_others_have_left_lying_is_tried_after_a_moment(
     claims: Claims, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("workers.claims.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claimer.time.monotonic", lambda: now)
     found = rows((OTHERS[0], 5), (OURS[0], 1))
     assert chosen(claims, found) == []
     now += 0.2
@@ -112,7 +112,7 @@ async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
     claims: Claims, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("workers.claims.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claimer.time.monotonic", lambda: now)
     found = rows((OTHERS[0], 1))
     for position in range(1, 10):
         for worker in before("w1", WORKERS, OTHERS[0]):
@@ -134,7 +134,7 @@ async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
 
 def test_a_moment_is_as_long_as_claims_take_lately(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("workers.claims.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claimer.time.monotonic", lambda: now)
     moment = Moment()
 
     def claimed(job_id: str, took: float, by: str = "w1") -> float:

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from cli.doctor import _removals
-from ledger.commands import ClaimJob, CompleteJob, Delete, FailAttempt, FinishStep, RestartJob
-from ledger.events import Failure, JobResults, ResultFile, ResultMetadata, Webhook
-from ledger.files import DirectoryStore, FileStore
-from ledger.gridfs import GridFSStore
-from ledger.mongo import Connection
-from projections import files, jobs, step_files
+from jobledger.cli.commands.doctor import _removals
+from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, Delete, FailAttempt, FinishStep, RestartJob
+from jobledger.ledger.domain.events import Failure, JobResults, ResultFile, ResultMetadata, Webhook
+from jobledger.ledger.files.directory import DirectoryStore, FileStore
+from jobledger.ledger.files.gridfs import GridFSStore
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.projections.views import files, jobs, step_files
+from jobledger.workers.cleanup import CURSOR, REMOVALS, SECRETS, Cleanup
 from tests.support.running import PATIENCE_SECONDS, Process, process
-from workers.cleanup import CURSOR, REMOVALS, SECRETS, Cleanup
 
 pytestmark = pytest.mark.usefixtures("connection")
 

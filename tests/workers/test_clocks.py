@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ledger.events import JobAttemptFailed, JobClaimed, JobCompleted
-from ledger.mongo import Connection
-from ledger.server_clock import ServerClock
+from jobledger.ledger.domain.events import JobAttemptFailed, JobClaimed, JobCompleted
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.server_clock import ServerClock
 from tests.support.faketime import WrongClock, needs_faketime
 from tests.support.rarely import rarely
 from tests.support.running import Process, WorkerOptions, process, real_process

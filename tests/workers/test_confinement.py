@@ -18,11 +18,12 @@ from urllib.parse import urlsplit
 import pytest
 import structlog
 
-from ledger.errors import ConfigurationError
-from ledger.server_note import until
+from jobledger.ledger.domain.errors import ConfigurationError
+from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.workers.child import confinement
+from jobledger.workers.sandbox import restrictions, runner
 from tests.support.installation import Installation, client_of, descendants, one_line
 from tests.support.mongod import needs_local_mongod
-from workers import confinement, restrictions, sandbox
 
 pytestmark = needs_local_mongod
 needs_landlock = pytest.mark.skipif(
@@ -34,7 +35,7 @@ PRYING = '''
 import asyncio, os, sys, traceback
 from pathlib import Path
 from pydantic import BaseModel
-from workers.processor import Results
+from jobledger.workers.processor import Results
 
 class Prying:
     job_type = "prying"
@@ -155,7 +156,7 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
                 "list other jobs": f"import os; got = os.listdir('{scratch.parents[1]}')",
                 "home directory": f"got = open('{home}').read()",
                 "write to /tmp": "open('/tmp/jobledger-canary', 'w')",
-                "write to code": "import workers.child; open(workers.child.__file__, 'a')",
+                "write to code": "from jobledger.workers.child import main; open(main.__file__, 'a')",
                 "local socket": "import socket; socket.socket(socket.AF_UNIX)",
                 "password hashes": "got = open('/etc/shadow').read()",
                 "symbolic link": f"import os; os.symlink('{here}/config.yaml', job.scratch / 'l'); "
@@ -417,8 +418,10 @@ def test_job_process_has_no_power_over_the_machine(
     denied = _after_confinement(mode, POWERS, tmp_path / "denied")
     assert {name: number for name, number in denied.items() if number not in (errno.EPERM, errno.EACCES)} == {}
     harmless = {**HARMLESS, **(OF_ROOT_UNCONFINED if mode == "off" and os.getuid() == 0 else {})}
-    if (mode == "off" or not landlock) and sandbox._try("bubblewrap").works:
-        harmless["bubblewrap"] = "from workers import sandbox; returned(not sandbox._try('bubblewrap').works)"
+    if (mode == "off" or not landlock) and runner._try("bubblewrap").works:
+        harmless["bubblewrap"] = (
+            "from jobledger.workers.sandbox import runner as sandbox; returned(not sandbox._try('bubblewrap').works)"
+        )
     assert set(_after_confinement(mode, harmless, tmp_path / "allowed").values()) == {0}
 
 

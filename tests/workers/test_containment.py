@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from workers.containment import Containment, new_event_loop
+from jobledger.workers.child.containment import Containment, new_event_loop
 
 HARM: dict[str, Callable[[asyncio.AbstractEventLoop], Any]] = {
     "SystemExit": lambda loop: exit_(SystemExit(3)),

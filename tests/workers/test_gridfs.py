@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cli.wiring import ALL_ROLES
-from ledger.errors import LedgerUnavailable
-from ledger.gridfs import GridFSStore
+from jobledger.cli.composition import ALL_ROLES
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.files.gridfs import GridFSStore
 from tests.api.conftest import Api, running_api
 from tests.support.slow_site import SlowSite, serving
 

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob, SubmitJob
-from ledger.events import JobClaimed, JobReleased
-from ledger.handle import new_job_id
-from ledger.job import MAX_MACHINE_TROUBLES
-from ledger.lease import Lease, Seen
-from ledger.mongo import Connection
+from jobledger.ledger.domain.commands import CancelJob, SubmitJob
+from jobledger.ledger.domain.events import JobClaimed, JobReleased
+from jobledger.ledger.domain.job import MAX_MACHINE_TROUBLES
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.lease import Lease, Seen
+from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.workers import executor as execution
+from jobledger.workers import machine_health as health
+from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.machine_health import MachineTrouble, WorkerHealth, machine_trouble
+from jobledger.workers.scratch import Scratch
 from tests.support.running import WorkerOptions, asked, process, until
 from tests.workers.misbehaving import installed
-from workers import execution, health
-from workers.confinement import Confinement
-from workers.health import MachineTrouble, WorkerHealth, machine_trouble
-from workers.scratch import Scratch
 
 __all__ = ["installed"]
 pytestmark = pytest.mark.usefixtures("installed")

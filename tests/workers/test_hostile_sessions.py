@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
 from tests.processors.session.support import CONFERENCE_PAGE, Answer, Site, html, pdf, redirect, serving
 from tests.processors.session.test_slides import pdf_with_image
 from tests.support.running import Process, WorkerOptions, process

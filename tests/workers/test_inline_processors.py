@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from api.bodies import MOST_CONTAINERS, MOST_VALUES
-from ledger.limits import PARAMETERS_BYTES
-from workers.attempt import Assignment, run
-from workers.messages import Message
-from workers.registry import find_processor, processors
+from jobledger.api.http.bodies import MOST_CONTAINERS, MOST_VALUES
+from jobledger.ledger.domain.limits import PARAMETERS_BYTES
+from jobledger.workers.child.attempt import Assignment, run
+from jobledger.workers.child.messages import Message
+from jobledger.workers.registry import find_processor, processors
 
 INLINE = [
     name for name, it in processors().items() if it.isolation == "inline" and it.__module__.startswith("workers.")

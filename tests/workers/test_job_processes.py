@@ -14,18 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from ledger.commands import CancelJob
-from ledger.mongo import Connection
+from jobledger.ledger.domain.commands import CancelJob
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.workers import executor as execution
+from jobledger.workers.child import main
+from jobledger.workers.child import process as job_process
+from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.child.fork_server import _Server
+from jobledger.workers.child.messages import FromJob, encode
+from jobledger.workers.child.process import JobProcess
+from jobledger.workers.executor import Execution
 from tests.support.installation import descendants
 from tests.support.job_processes import is_gone, own_job_processes, parent
 from tests.support.running import Process, WorkerOptions, process, real_process, until
 from tests.workers.misbehaving import installed
-from workers import child, execution, job_process
-from workers.confinement import Confinement
-from workers.execution import Execution
-from workers.fork_server import _Server
-from workers.job_process import JobProcess
-from workers.messages import FromJob, encode
 
 __all__ = ["installed"]
 OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its version
@@ -41,7 +43,7 @@ def test_limits_of_job_processes_never_exceed_those_that_the_system_sets(highest
         code = 1
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (highest, highest))
-            child._set_limit(resource.RLIMIT_FSIZE, 1 << 30)
+            main._set_limit(resource.RLIMIT_FSIZE, 1 << 30)
             code = int(resource.getrlimit(resource.RLIMIT_FSIZE) != (min(highest, 1 << 30),) * 2)
         finally:
             os._exit(code)

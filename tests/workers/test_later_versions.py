@@ -8,13 +8,13 @@ from pathlib import Path
 
 from pydantic import create_model
 
-from ledger.envelope import Append, Head
-from ledger.events import Event, JobCompleted, JobSubmitted, Meta
-from ledger.handle import new_job_id
-from ledger.log import EventLog
-from ledger.mongo import Connection
-from projections import health
-from projections.projector import Projector
+from jobledger.ledger.domain.events import Event, JobCompleted, JobSubmitted, Meta
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.command_handler import new_job_id
+from jobledger.ledger.store.envelope import Append, Head
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine import health
+from jobledger.projections.engine.projector import Projector
 from tests.support.running import PATIENCE_SECONDS, Process, WorkerOptions, asked, process, until
 
 UNKNOWN: type[Event] = create_model("JobRepainted", __base__=Event, colour=(str, ...))

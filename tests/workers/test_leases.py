@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import ClaimJob, CompleteJob, ExpireLease
-from ledger.events import JobClaimed, JobCompleted, JobLeaseExpired, JobProgressed, Meta, WorkerFenced
-from ledger.handle import handle
-from ledger.lease import OVER
-from ledger.mongo import Connection
-from projections import jobs
+from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, ExpireLease
+from jobledger.ledger.domain.events import JobClaimed, JobCompleted, JobLeaseExpired, JobProgressed, Meta, WorkerFenced
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.lease import OVER
+from jobledger.ledger.store.command_handler import handle
+from jobledger.projections.views import jobs
+from jobledger.workers import lease_reaper
+from jobledger.workers.lease_reaper import LeaseWatch
 from tests.projections.refold import results
 from tests.support.running import Process, WorkerOptions, process, real_process, until
-from workers import leases
-from workers.leases import LeaseWatch
 
 LEASE = 1.5
 PATIENT = WorkerOptions(lease_seconds=LEASE)
@@ -159,7 +159,7 @@ async def test_a_zombies_claim_while_it_is_being_reaped_is_reaped_too(
             if moment == "before the head is read":
                 monkeypatch.setattr(there.log, "head", slow_head)
             elif moment == "after the head was read":
-                monkeypatch.setattr("workers.leases.jobs.held_by", slow_held_by)
+                monkeypatch.setattr("jobledger.workers.lease_reaper.jobs.held_by", slow_held_by)
             else:
                 monkeypatch.setattr(watch, "_reap", slow_reap)
             async with asyncio.timeout(10):
@@ -175,7 +175,7 @@ async def test_a_zombies_claim_while_it_is_being_reaped_is_reaped_too(
 
 async def workers_are(here: Process, count: int) -> None:
     async with asyncio.timeout(5):
-        while await here.db[leases.COLLECTION].count_documents({}) != count:  # noqa: ASYNC110 - nobody tells us
+        while await here.db[lease_reaper.COLLECTION].count_documents({}) != count:  # noqa: ASYNC110 - nobody tells us
             await asyncio.sleep(0.05)
 
 

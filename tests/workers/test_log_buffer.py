@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ledger.limits import JOB_LOG_BYTES, LOG_LINE_BYTES
-from workers.log_buffer import ATTEMPT_BYTES, BURST_BYTES, LAST_LINES, LogBuffer
+from jobledger.ledger.domain.limits import JOB_LOG_BYTES, LOG_LINE_BYTES
+from jobledger.workers.log_buffer import ATTEMPT_BYTES, BURST_BYTES, LAST_LINES, LogBuffer
 
 WIDTH = 1000
 DAY = 24 * 3600
@@ -14,7 +14,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr("workers.log_buffer.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("jobledger.workers.log_buffer.time.monotonic", lambda: self.now)
 
 
 def logged(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob
-from ledger.events import JobLogged, JobProgressed
-from ledger.mongo import Connection
+from jobledger.ledger.domain.commands import CancelJob
+from jobledger.ledger.domain.events import JobLogged, JobProgressed
+from jobledger.ledger.mongo.connection import Connection
 from tests.processors.session.films import film, one_second
 from tests.processors.session.openai_server import KEY, OpenAi, openai
 from tests.processors.session.support import CONFERENCE_PAGE, Answer, Site, html, serving

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
 from tests.support.running import WorkerOptions, process
 from tests.support.slow_site import HEAD, SlowSite, serving
 

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers import child, messages
-from workers.attempt import failure_of
-from workers.conversion import MAX_BYTES, MAX_TEXT, to_json, to_text
-from workers.messages import (
+from jobledger.workers.child import main, messages
+from jobledger.workers.child.attempt import failure_of
+from jobledger.workers.child.messages import (
     HEADER,
     MAX_FRAME_BYTES,
     MAX_FRAME_VALUES,
@@ -26,7 +25,8 @@ from workers.messages import (
     decode_from_job,
     encode,
 )
-from workers.processor import ProcessorError
+from jobledger.workers.processor import ProcessorError
+from jobledger.workers.result_conversion import MAX_BYTES, MAX_TEXT, to_json, to_text
 
 
 @pytest.mark.parametrize("value", [b"[]", b"{}", b"0", b'""', b'[0,{"a":[]}]'])
@@ -62,7 +62,7 @@ def test_largest_texts_that_inline_jobs_may_use_are_accepted_of_a_job_process(te
     step = Step(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
     assert received(step) == step
     line = to_text(text * MAX_TEXT)
-    log = Log([(0.0, "info", line)] * child._LINES_AT_ONCE)
+    log = Log([(0.0, "info", line)] * main._LINES_AT_ONCE)
     assert received(log) == log
 
 

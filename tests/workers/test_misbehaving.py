@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob, WriteLog
-from ledger.events import JobLogged, StepCompleted
-from ledger.handle import Handled, handle
-from ledger.log import EventLog
-from ledger.mongo import Connection
+from jobledger.ledger.domain.commands import CancelJob, WriteLog
+from jobledger.ledger.domain.events import JobLogged, StepCompleted
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.command_handler import Handled, handle
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.workers import attempt_recorder as recorder
+from jobledger.workers import attempt_timeout as time_limit
+from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.result_conversion import to_text
 from tests.support import misbehaving as does
 from tests.support.running import Process, WorkerOptions, process, until
 from tests.workers.misbehaving import installed
-from workers import recorder, time_limit
-from workers.confinement import Confinement
-from workers.conversion import to_text
 
 __all__ = ["installed"]
 pytestmark = pytest.mark.usefixtures("installed")
@@ -291,7 +292,7 @@ async def test_what_job_process_prints_is_in_its_log(connection: Connection, sto
 async def test_fork_server_that_cannot_load_a_processor_serves_the_others(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workers import job_process
+    from jobledger.workers.child import process as job_process
 
     monkeypatch.setattr(job_process, "MODULES", ["no.such.module", "tests.support.preload_that_dies"])
     job_process.stop_fork_server()

@@ -56,7 +56,7 @@ SHARING = {
     "nowhere": "return [Path('/proc/nope/x')]",
 }
 LIST = """
-import json, workers.registry as registry
+import json, jobledger.workers.registry as registry
 registry.LOAD_SECONDS = 1
 print(json.dumps([sorted(registry.processors()), registry.unusable_types()]))
 """

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from api.archives import safe_path
-from ledger.commands import Delete, RestartJob
-from ledger.events import JobCompleted
-from ledger.mongo import Connection, Document
-from projections import files
+from jobledger.api.routes.archives import safe_path
+from jobledger.ledger.domain.commands import Delete, RestartJob
+from jobledger.ledger.domain.events import JobCompleted
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.projections.views import files
+from jobledger.workers.processor import Job, ProcessorError, Results
+from jobledger.workers.processors.session.result_names import layout
+from jobledger.workers.result_paths import MAX_PART_BYTES, alternatives, normal_path
 from tests.support.running import Process, WorkerOptions, process
 from tests.workers.inline import install
-from workers.processor import Job, ProcessorError, Results
-from workers.processors.session.names import layout
-from workers.result_paths import MAX_PART_BYTES, alternatives, normal_path
 
 INVALID = {
     "": "empty part",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from workers import restrictions, sandbox
-from workers.sandbox import Limits, Method, Program, SandboxUnavailable, Trial
+from jobledger.workers.sandbox import restrictions
+from jobledger.workers.sandbox import runner as sandbox
+from jobledger.workers.sandbox.runner import Limits, Method, Program, SandboxUnavailable, Trial
 
 WORKING = [
     pytest.param(
@@ -150,8 +151,8 @@ def test_method_that_confines_nothing_is_found_out(monkeypatch: pytest.MonkeyPat
 
 
 def test_doctor_names_the_sandbox_or_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cli.doctor import look_at_confinement
-    from cli.settings import Settings
+    from jobledger.cli.commands.doctor import look_at_confinement
+    from jobledger.cli.settings import Settings
 
     monkeypatch.setattr(sandbox, "tried", lambda: (Trial("landlock", works=False, reason="no"),))
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)

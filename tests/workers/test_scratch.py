@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import structlog
 
-from ledger.piecewise import at_once
-from workers.health import MachineTrouble
-from workers.removal import ENTRIES_AT_ONCE, remove_tree
-from workers.scratch import Scratch
+from jobledger.ledger.system.cooperative_threads import at_once
+from jobledger.workers.directory_removal import ENTRIES_AT_ONCE, remove_tree
+from jobledger.workers.machine_health import MachineTrouble
+from jobledger.workers.scratch import Scratch
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from workers.scratch import Scratch
+from jobledger.workers.scratch import Scratch
 scratch = Scratch(Path(sys.argv[1]))
 scratch.prepare()
 place = scratch.for_attempt("job-1", 1)
@@ -129,7 +129,7 @@ def test_scratch_prepared_by_many_threads_closes_no_descriptor_of_others(
     scratch.prepare()
     (tmp_path / "root").rename(tmp_path / "away")
     (tmp_path / "root").write_text("a file where the directory was")
-    monkeypatch.setattr("workers.scratch.os.close", slow)
+    monkeypatch.setattr("jobledger.workers.scratch.os.close", slow)
     with ThreadPoolExecutor(8) as threads:
         errors = [checking.exception() for checking in [threads.submit(scratch.check) for _ in range(8)]]
     assert [type(error) for error in errors] == [MachineTrouble] * 8
@@ -208,7 +208,7 @@ def deep(tree: Path) -> None:
 def test_directory_of_any_shape_is_removed_in_turns_and_without_memory(
     tmp_path: Path, fill: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.removal.ENTRIES_AT_ONCE", 40)
+    monkeypatch.setattr("jobledger.workers.directory_removal.ENTRIES_AT_ONCE", 40)
     tree = tmp_path / "tree"
     tree.mkdir()
     fill(tree)
@@ -240,7 +240,7 @@ def test_checks_do_not_wait_for_directories_of_dead_workers(tmp_path: Path) -> N
 
 
 def test_end_of_a_worker_does_not_wait_for_its_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.scratch._CLOSE_SECONDS", 0)
+    monkeypatch.setattr("jobledger.workers.scratch._CLOSE_SECONDS", 0)
     scratch = Scratch(tmp_path)
     scratch.prepare()
     assert scratch.directory is not None

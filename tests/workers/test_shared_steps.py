@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import Delete, RestartJob
-from ledger.events import AccessControl, JobCompleted, StepCompleted
-from ledger.mongo import Connection, Document
+from jobledger.ledger.domain.commands import Delete, RestartJob
+from jobledger.ledger.domain.events import AccessControl, JobCompleted, StepCompleted
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.workers.processor import Job, Results
 from tests.support.running import Process, WorkerOptions, process
 from tests.workers.inline import install
-from workers.processor import Job, Results
 
 done: Counter[str] = Counter()
 PUBLIC = AccessControl(visibility="public")
@@ -98,7 +98,7 @@ async def test_step_is_run_again_when_any_condition_is_missing(here: Process) ->
 
 async def test_step_of_another_processor_version_is_not_reused(here: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     await ask(here, "de")
-    for module in ("workers.execution", "workers.shared_steps"):
+    for module in ("jobledger.workers.executor", "jobledger.workers.step_cache"):
         monkeypatch.setattr(f"{module}.processor_version", lambda _: "tests 2")
     second = await ask(here, "fr")
     assert done == {"talk": 2}

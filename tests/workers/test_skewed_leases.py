@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ledger.commands import ClaimJob
-from ledger.events import JobLeaseExpired, JobProgressed, Meta
-from ledger.handle import handle
-from ledger.mongo import Connection, Database
+from jobledger.ledger.domain.commands import ClaimJob
+from jobledger.ledger.domain.events import JobLeaseExpired, JobProgressed, Meta
+from jobledger.ledger.mongo.connection import Connection, Database
+from jobledger.ledger.store.command_handler import handle
 from tests.support.running import WorkerOptions, process, real_process, until
 
 LEASE = 1.5

@@ -15,20 +15,20 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob
-from ledger.envelope import Append
-from ledger.errors import LedgerUnavailable
-from ledger.events import JobClaimed, JobLogged, JobReleased, Recorded
-from ledger.files import DirectoryStore
-from ledger.log import EventLog
-from ledger.mongo import Connection
-from ledger.piecewise import Work
+from jobledger.ledger.domain.commands import CancelJob
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.domain.events import JobClaimed, JobLogged, JobReleased, Recorded
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.store.envelope import Append
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.system.cooperative_threads import Work
+from jobledger.workers.attempt_timeout import TimeLimit
+from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.directory_removal import remove_tree
+from jobledger.workers.step_cache import SharedSteps
 from tests.support.running import Process, WorkerOptions, process, until
 from tests.workers.misbehaving import installed
-from workers.confinement import Confinement
-from workers.removal import remove_tree
-from workers.shared_steps import SharedSteps
-from workers.time_limit import TimeLimit
 
 __all__ = ["installed"]
 OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its version
@@ -66,7 +66,7 @@ def check_digests(store: Path) -> None:
 async def test_job_waits_for_store_that_has_gone(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.2,))
+    monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.2,))
     async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         away = tmp_path / "away"
         await here.ended(await here.submit({"do": "nothing"}, job_type="misbehaving"))  # the fork server is there
@@ -112,8 +112,8 @@ def move_back(store: Path, away: Path) -> None:
 async def test_worker_without_its_store_claims_nothing_and_leaves_the_jobs_to_others(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.1,))
-    monkeypatch.setattr("workers.health.FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.1,))
+    monkeypatch.setattr("jobledger.workers.machine_health.FIRST_PAUSE_SECONDS", 0.1)
     options = WorkerOptions(confinement=OFF, slots=4)
     async with process(connection, store, projector=True, worker=options) as here:
         assert here.worker is not None
@@ -136,7 +136,7 @@ async def test_worker_without_its_store_claims_nothing_and_leaves_the_jobs_to_ot
 async def test_inbox_file_that_cannot_be_opened_now_is_waited_for(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch, job_type: str
 ) -> None:
-    monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.1,))
+    monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.1,))
     real, failed = os.open, list[str]()
 
     def failing(path: Any, *arguments: Any, **named: Any) -> int:
@@ -164,7 +164,7 @@ async def test_every_error_of_the_store_is_waited_for(
         return real(self, file, target)
 
     monkeypatch.setattr(DirectoryStore, "_adopt", failing)
-    monkeypatch.setattr("workers.execution._STORE_PAUSES", (0.01,))
+    monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.01,))
     async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         job = await here.ended(await save(here, max_attempts=1))
         assert (job["status"], left) == ("completed", [])
@@ -294,7 +294,7 @@ async def test_end_of_a_job_is_recorded_before_its_directory_is_removed(
                 yield
         yield from remove_tree(path)
 
-    monkeypatch.setattr("workers.execution.remove_tree", slow)
+    monkeypatch.setattr("jobledger.workers.executor.remove_tree", slow)
     async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=6)) as here:
         assert here.worker is not None
         try:
@@ -323,7 +323,7 @@ async def test_attempt_that_begins_while_the_last_ones_directory_is_removed_is_k
             yield
         yield from remove_tree(path)
 
-    monkeypatch.setattr("workers.execution.remove_tree", slow)
+    monkeypatch.setattr("jobledger.workers.executor.remove_tree", slow)
     async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=2)) as here:
         assert here.worker is not None
         job_id = await here.submit({"do": "fail once and leave a file"}, job_type="misbehaving-inline")

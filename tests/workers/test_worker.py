@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from ledger.commands import CancelJob, ClaimJob, ReleaseJob, RestartJob
-from ledger.envelope import Append
-from ledger.errors import LedgerUnavailable
-from ledger.events import (
+from jobledger.ledger.domain.commands import CancelJob, ClaimJob, ReleaseJob, RestartJob
+from jobledger.ledger.domain.errors import LedgerUnavailable
+from jobledger.ledger.domain.events import (
     JobAttemptFailed,
     JobCancelRequested,
     JobClaimed,
@@ -23,13 +22,14 @@ from ledger.events import (
     JobReleased,
     Recorded,
 )
-from ledger.handle import Handled, handle
-from ledger.lease import OVER
-from ledger.log import EventLog
-from ledger.mongo import Connection
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.lease import OVER
+from jobledger.ledger.store.command_handler import Handled, handle
+from jobledger.ledger.store.envelope import Append
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.workers.processor import Job, ProcessorError, Results
 from tests.support.running import Process, WorkerOptions, process, until
 from tests.workers.inline import install
-from workers.processor import Job, ProcessorError, Results
 
 
 async def claims(here: Process, *job_ids: str) -> list[int]:
@@ -363,7 +363,7 @@ async def test_a_cancellation_that_overtakes_the_claim_is_obeyed(
             await told.wait()
         return handled
 
-    monkeypatch.setattr("workers.worker.handle", late)
+    monkeypatch.setattr("jobledger.workers.worker.handle", late)
     async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
         job_id = await here.submit({"seconds": 60})
         await heard.wait()

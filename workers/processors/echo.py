@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from workers.processor import Isolation, Job, ProcessorError, Results
+from jobledger.workers.processor import Isolation, Job, ProcessorError, Results
 
 
 class EchoParameters(BaseModel):

@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from ledger.delivery import Delivery
-from ledger.errors import FileLost, JobledgerError
-from ledger.files import FileStore
-from ledger.log import EventLog
-from ledger.mongo import Document
-from projections import batches, jobs
-from projections.files import results_behind
+from jobledger.ledger.domain.delivery import Delivery
+from jobledger.ledger.domain.errors import FileLost, JobledgerError
+from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.views import batches, jobs
+from jobledger.projections.views.files import results_behind
 
 SCHEMA_VERSION: Final = 1
 _LARGEST_MARKDOWN_BYTES: Final = 8 * 1024 * 1024

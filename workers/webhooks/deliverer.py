@@ -1,6 +1,7 @@
 """workers: sends the webhooks that are to be sent, and puts on record what came of it.
 
-A delivery is queued by the very transaction that records the end it tells of (ledger/handle.py), so none is forgotten.
+A delivery is queued by the very transaction that records the end it tells of (ledger/store/command_handler.py), so
+none is forgotten.
 One process leads and sends; it learns of deliveries by the change stream of their view, and timers tell it when one is
 due again. Why none is left out: at every start of the stream all pending ones are read. Why one may come twice: whoever
 dies between sending and recording leaves it pending, and it is sent again, under the same `webhook-id`.
@@ -20,24 +21,24 @@ from typing import Any, Final
 import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from ledger.changes import Changes, Reaction
-from ledger.commands import AbandonDelivery, DeliveryCommand, RecordAttempt
-from ledger.delivery import Delivery, receiver_of
-from ledger.endpoints import Endpoint, signing_secrets
-from ledger.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
-from ledger.events import Failure, Meta
-from ledger.files import FileStore
-from ledger.handle import Handled, Known, handle, is_deleted, load, outcome
-from ledger.leadership import Leadership
-from ledger.log import EventLog
-from ledger.mongo import Connection, Database, Document, driver_errors
-from ledger.signing import signed_headers
-from projections import deliveries
-from projections.checkpoint import Checkpoint
-from projections.views import SIDES, collection_name
-from workers.webhooks.body import NotComposable, compose
-from workers.webhooks.sending import Answer, Outgoing, Sender
-from workers.webhooks.waiting import Due, Limits, Waiting
+from jobledger.ledger.domain.commands import AbandonDelivery, DeliveryCommand, RecordAttempt
+from jobledger.ledger.domain.delivery import Delivery, receiver_of
+from jobledger.ledger.domain.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.domain.events import Failure, Meta
+from jobledger.ledger.files.directory import FileStore
+from jobledger.ledger.mongo.connection import Connection, Database, Document, driver_errors
+from jobledger.ledger.mongo.leader_election import Leadership
+from jobledger.ledger.net.webhook_signature import signed_headers
+from jobledger.ledger.store.change_stream import Changes, Reaction
+from jobledger.ledger.store.command_handler import Handled, Known, handle, is_deleted, load, outcome
+from jobledger.ledger.store.endpoint_secrets import Endpoint, signing_secrets
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.slots import SIDES, collection_name
+from jobledger.projections.views import deliveries
+from jobledger.workers.webhooks.body import NotComposable, compose
+from jobledger.workers.webhooks.schedule import Due, Limits, Waiting
+from jobledger.workers.webhooks.sender import Answer, Outgoing, Sender
 
 _log = structlog.get_logger()
 SECRETS: Final = "webhook_headers"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from playwright.async_api import BrowserContext, Page, expect
 
-from api.keys import KeyText, revoke
+from jobledger.api.auth.api_keys import KeyText, revoke
 from tests.api.conftest import Api, running_api
 from tests.api.dashboard.conftest import forgiven, needs_browser
 from tests.api.dashboard.test_live import at

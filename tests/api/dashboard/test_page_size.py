@@ -12,10 +12,10 @@ from jinja2 import Environment, nodes
 from markupsafe import Markup
 from starlette.requests import Request
 
-from api.dashboard import charts, rendering
-from api.dashboard.markdown import LARGEST_HTML_BYTES
-from api.dashboard.previews import LARGEST_MARKDOWN_BYTES, Previews
-from api.dashboard.story import attempts_of
+from jobledger.api.dashboard import charts, rendering
+from jobledger.api.dashboard.attempt_timeline import attempts_of
+from jobledger.api.dashboard.markdown import LARGEST_HTML_BYTES
+from jobledger.api.dashboard.previews import LARGEST_MARKDOWN_BYTES, Previews
 from tests.api.conftest import Api
 from tests.api.dashboard.test_live import at
 

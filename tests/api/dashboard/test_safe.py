@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import Browser, BrowserContext, Page, expect
 
-from api.keys import ApiKey, KeyText, store
+from jobledger.api.auth.api_keys import ApiKey, KeyText, store
 from tests.api.conftest import Api, running_api
 from tests.api.dashboard.conftest import forgiven, needs_browser
 from tests.api.dashboard.test_live import at, live

@@ -23,8 +23,8 @@ import hypothesis
 from fpdf import FPDF
 from fpdf.enums import AccessPermission
 
-from workers.processor import JSON, LogLevel, SavedFile
-from workers.processors.session import SessionParameters, SessionSettings
+from jobledger.workers.processor import JSON, LogLevel, SavedFile
+from jobledger.workers.processors.session import SessionParameters, SessionSettings
 
 LOCAL = ["127.0.0.1"]
 

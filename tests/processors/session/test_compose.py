@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from jobledger.workers.processor import Results
+from jobledger.workers.processors.session import SessionProcessor, SessionSettings
+from jobledger.workers.processors.session.compose import NotAccepted, pieces, read_summary, read_translation
 from tests.processors.session.openai_server import KEY, OpenAi, openai, said
 from tests.processors.session.support import RecordingJob, Site, html, session, settings, unhurried
-from workers.processor import Results
-from workers.processors.session import SessionProcessor, SessionSettings
-from workers.processors.session.compose import NotAccepted, pieces, read_summary, read_translation
 
 SUMMARY = {
     "subtitle": "Warum Logbücher",

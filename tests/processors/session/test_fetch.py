@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ledger.addresses import AllowedHosts
+from jobledger.ledger.net.url_policy import AllowedHosts
+from jobledger.workers.processor import ProcessorError
+from jobledger.workers.processors.session.fetch import Fetched, Fetcher, in_words
+from jobledger.workers.processors.session.html_markdown import markdown_of
+from jobledger.workers.processors.session.safe_markdown import as_target
+from jobledger.workers.safe_http import Resolve, ask_system_resolver
 from tests.processors.session.support import Answer, Site, html, redirect, settings, unhurried
-from workers.network import Resolve, ask_system_resolver
-from workers.processor import ProcessorError
-from workers.processors.session.fetch import Fetched, Fetcher, in_words
-from workers.processors.session.html_markdown import markdown_of
-from workers.processors.session.safe_markdown import as_target
 
 
 async def fetch(

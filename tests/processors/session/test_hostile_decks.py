@@ -16,6 +16,12 @@ import pypdfium2
 import pytest
 from PIL import Image
 
+from jobledger.workers.processors.session import deck_files
+from jobledger.workers.processors.session import office_conversion as office
+from jobledger.workers.processors.session.deck_files import SlideText, UnusableDeck, without_references, words
+from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.pipeline import run
+from jobledger.workers.sandbox import runner as sandbox
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
     Answer,
@@ -27,11 +33,6 @@ from tests.processors.session.support import (
     settings,
 )
 from tests.processors.session.test_office import _DECK, _PAGE, needs_office
-from workers import sandbox
-from workers.processors.session import deck_files, office
-from workers.processors.session.deck_files import SlideText, UnusableDeck, without_references, words
-from workers.processors.session.fetch import Fetcher
-from workers.processors.session.pipeline import run
 
 _RELS = '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">{}</Relationships>'
 _KIND = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"

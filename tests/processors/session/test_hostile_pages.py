@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from workers.processor import ProcessorError
-from workers.processors.session.page import MAX_CHARACTERS, read_page
+from jobledger.workers.processor import ProcessorError
+from jobledger.workers.processors.session.page import MAX_CHARACTERS, read_page
 
 MEBIBYTE = 1024 * 1024
 _BEGIN = "<html><body><h1>A talk</h1><p>These are some words about the talk.</p>"

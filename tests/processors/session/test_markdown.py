@@ -11,11 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tests.processors.session.support import session, unhurried
-from tests.processors.session.test_parameters import samples
-from workers.processor import SavedFile
-from workers.processors.session import SessionParameters
-from workers.processors.session.markdown import (
+from jobledger.workers.processor import SavedFile
+from jobledger.workers.processors.session import SessionParameters
+from jobledger.workers.processors.session.markdown import (
     Composed,
     Material,
     Recording,
@@ -24,9 +22,11 @@ from workers.processors.session.markdown import (
     compose_markdown,
     language_of,
 )
-from workers.processors.session.page import PageText
-from workers.processors.session.slides import Slide
-from workers.processors.session.transcript import Segment, clock
+from jobledger.workers.processors.session.page import PageText
+from jobledger.workers.processors.session.slides import Slide
+from jobledger.workers.processors.session.transcript import Segment, clock
+from tests.processors.session.support import session, unhurried
+from tests.processors.session.test_parameters import samples
 
 FIELDS = ["tags", "title", "subtitle", "intro", "speaker", "date", "place"]
 FIELDS += ["track", "topic", "url", "video_url", "language", "job_id"]

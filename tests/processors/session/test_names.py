@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from jobledger.workers.processors.session.result_names import Layout, layout, safe_part
 from tests.processors.session.support import unhurried
 from tests.processors.session.test_parameters import samples
-from workers.processors.session.names import Layout, layout, safe_part
 
 ANY_TEXT = st.text(alphabet=st.characters())
 AWKWARD = st.text(alphabet=st.sampled_from(list('./\\ :*?"<>|-\x00\n\u202e\u00a0aCON1ü\u0308💌')))

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.office_conversion import NotConverted, is_presentation, to_pdf
+from jobledger.workers.processors.session.pipeline import run
+from jobledger.workers.sandbox import runner
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
     Answer,
@@ -22,16 +26,12 @@ from tests.processors.session.support import (
     session,
     settings,
 )
-from workers import sandbox
-from workers.processors.session.fetch import Fetcher
-from workers.processors.session.office import NotConverted, is_presentation, to_pdf
-from workers.processors.session.pipeline import run
 
 needs_sandbox = pytest.mark.skipif(
-    not sandbox.is_available(), reason="no sandbox works here: needs Landlock, or bubblewrap (apt install bubblewrap)"
+    not runner.is_available(), reason="no sandbox works here: needs Landlock, or bubblewrap (apt install bubblewrap)"
 )
 needs_office = pytest.mark.skipif(
-    shutil.which("soffice") is None or not sandbox.is_available(),
+    shutil.which("soffice") is None or not runner.is_available(),
     reason="needs LibreOffice (apt install libreoffice-impress), and Landlock or bubblewrap",
 )
 

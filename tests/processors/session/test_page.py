@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from jobledger.workers.processor import ProcessorError
+from jobledger.workers.processors.session.page import MAX_CHARACTERS, PageText, read_page, refuse_other_types
+from jobledger.workers.processors.session.safe_markdown import as_target, as_text, harmless
 from tests.processors.session.support import CONFERENCE_PAGE, unhurried
-from workers.processor import ProcessorError
-from workers.processors.session.page import MAX_CHARACTERS, PageText, read_page, refuse_other_types
-from workers.processors.session.safe_markdown import as_target, as_text, harmless
 
 HTML = "text/html"
 URL = "https://conference.example/2025/talks/ledgers/"

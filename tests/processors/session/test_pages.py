@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from workers.processors.session.page import read_page
+from jobledger.workers.processors.session.page import read_page
 
 PAGES = Path(__file__).parent / "pages"
 URL = "https://conference.example/2025/talks/page.html"

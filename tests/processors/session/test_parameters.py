@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from jobledger.workers.processors.session import SessionParameters, SessionSettings
 from tests.processors.session.support import session
-from workers.processors.session import SessionParameters, SessionSettings
 
 SAMPLES = Path(__file__).resolve().parents[4] / "shared" / "data" / "fosdem-2025-sessions.json"
 

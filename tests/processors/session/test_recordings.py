@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.pipeline import run
+from jobledger.workers.processors.session.transcript import NoTranscript, extract_audio
 from tests.processors.session.films import KINDS, film, needs_speech, one_second, spoken
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
@@ -18,9 +21,6 @@ from tests.processors.session.support import (
     session,
     settings,
 )
-from workers.processors.session.fetch import Fetcher
-from workers.processors.session.pipeline import run
-from workers.processors.session.transcript import NoTranscript, extract_audio
 
 SAID = (
     "The database keeps every event. A worker may die at any moment, and nothing is lost. "

@@ -18,6 +18,8 @@ import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from jobledger.workers.processor import Processor, ProcessorError, Results
+from jobledger.workers.processors.session import SessionProcessor, SessionSettings
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
     Answer,
@@ -29,8 +31,6 @@ from tests.processors.session.support import (
     settings,
     video,
 )
-from workers.processor import Processor, ProcessorError, Results
-from workers.processors.session import SessionProcessor, SessionSettings
 
 PDF = {"Content-Type": "application/pdf"}
 WEBM = {"Content-Type": "video/webm"}
@@ -67,7 +67,7 @@ def test_it_is_a_processor() -> None:
 
 def test_importing_it_does_not_load_what_only_a_running_job_needs() -> None:
     heavy = {"trafilatura", "av", "pypdfium2", "PIL", "httpx", "jinja2"}
-    code = f"import sys, workers.processors.session; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, jobledger.workers.processors.session; print(sorted({heavy} & set(sys.modules)))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
 

@@ -15,10 +15,10 @@ import pytest
 from fpdf import FPDF
 from PIL import Image
 
+from jobledger.workers.processors.session import SessionSettings
+from jobledger.workers.processors.session.item_threads import in_thread
+from jobledger.workers.processors.session.slides import DrawnPage, Unreadable, draw, file_names, is_pdf, other_type
 from tests.processors.session.support import pdf
-from workers.processors.session import SessionSettings
-from workers.processors.session.slides import DrawnPage, Unreadable, draw, file_names, is_pdf, other_type
-from workers.processors.session.threads import in_thread
 
 
 def drawn(content: bytes, folder: Path, settings: SessionSettings | None = None) -> list[DrawnPage]:
@@ -162,8 +162,8 @@ def test_a_pdf_of_pictures_only_becomes_slides_without_text(tmp_path: Path) -> N
 _DRAW = """
 import resource, sys
 from pathlib import Path
-from workers.processors.session import SessionSettings
-from workers.processors.session.slides import draw
+from jobledger.workers.processors.session import SessionSettings
+from jobledger.workers.processors.session.slides import draw
 
 numbers, half = [], 0
 for page in draw(Path(sys.argv[1]), SessionSettings(slide_longest_side=320)):

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
+from jobledger.workers.processor import ProcessorError, Results
+from jobledger.workers.processors.session import SessionProcessor
+from jobledger.workers.processors.session.speech_api import TELL_EVERY_SECONDS, cuts
+from jobledger.workers.processors.session.transcript import SAMPLE_RATE
 from tests.processors.session.openai_server import KEY, OpenAi, openai
 from tests.processors.session.support import CONFERENCE_PAGE, Answer, RecordingJob, Site, html, session, settings, video
-from workers.processor import ProcessorError, Results
-from workers.processors.session import SessionProcessor
-from workers.processors.session.speech_api import TELL_EVERY_SECONDS, cuts
-from workers.processors.session.transcript import SAMPLE_RATE
 
 
 @pytest.fixture

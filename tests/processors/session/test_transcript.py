@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jobledger.workers.processors.session.transcript import Heard, NoTranscript, extract_audio
 from tests.processors.session.support import video
-from workers.processors.session.transcript import Heard, NoTranscript, extract_audio
 
 
 def extracted(folder: Path, *, max_seconds: float = 3_600) -> list[Heard]:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.host_limits import turn, turns_directory
 from tests.processors.session.support import Site, html, settings
-from workers.processors.session.fetch import Fetcher
-from workers.processors.session.turns import turn, turns_directory
 
 DEADLINE_SECONDS = 10.0
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from workers.processors.session.turns import turn
+from jobledger.workers.processors.session.host_limits import turn
 
 async def main():
     async with turn("a.example", 1, Path(sys.argv[1])):

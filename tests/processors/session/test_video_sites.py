@@ -11,6 +11,13 @@ from typing import Any
 
 import pytest
 
+from jobledger.workers.processors.session import video_sites
+from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.pipeline import run
+from jobledger.workers.processors.session.transcript import NoTranscript
+from jobledger.workers.processors.session.video_sites import is_on_a_video_site, media_address
+from jobledger.workers.sandbox import restrictions
+from jobledger.workers.sandbox import runner as sandbox
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
     Answer,
@@ -22,12 +29,6 @@ from tests.processors.session.support import (
     settings,
     video,
 )
-from workers import restrictions, sandbox
-from workers.processors.session import video_sites
-from workers.processors.session.fetch import Fetcher
-from workers.processors.session.pipeline import run
-from workers.processors.session.transcript import NoTranscript
-from workers.processors.session.video_sites import is_on_a_video_site, media_address
 
 
 def _has_namespaces() -> bool:

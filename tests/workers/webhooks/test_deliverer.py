@@ -13,16 +13,23 @@ from typing import Any
 import pytest
 import standardwebhooks
 
-from ledger.commands import CancelJob, RequeueDelivery, RestartJob, SubmitBatch, SubmitJob
-from ledger.delivery import name_of
-from ledger.events import BatchSubmitted, DeliveryAbandoned, DeliveryAttempted, DeliverySucceeded, Meta, Webhook
-from ledger.handle import handle_new, new_batch_id, new_job_id
-from ledger.mongo import Connection, Document
-from ledger.signing import new_secret
-from projections import deliveries
+from jobledger.ledger.domain.commands import CancelJob, RequeueDelivery, RestartJob, SubmitBatch, SubmitJob
+from jobledger.ledger.domain.delivery import name_of
+from jobledger.ledger.domain.events import (
+    BatchSubmitted,
+    DeliveryAbandoned,
+    DeliveryAttempted,
+    DeliverySucceeded,
+    Meta,
+    Webhook,
+)
+from jobledger.ledger.mongo.connection import Connection, Document
+from jobledger.ledger.net.webhook_signature import new_secret
+from jobledger.ledger.store.command_handler import handle_new, new_batch_id, new_job_id
+from jobledger.projections.views import deliveries
+from jobledger.workers.webhooks.schedule import Limits
 from tests.support.receiver import Receiver, receiver
 from tests.support.running import IMPATIENT, Process, WorkerOptions, asked, process
-from workers.webhooks.waiting import Limits
 
 OVER = (DeliverySucceeded, DeliveryAbandoned)
 

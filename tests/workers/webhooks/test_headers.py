@@ -9,10 +9,10 @@ from typing import Any, Final
 import pytest
 from pydantic import ValidationError
 
-from api.models import WebhookBody
-from ledger.webhook_headers import LARGEST_TOTAL, LONGEST_VALUE
+from jobledger.api.schemas.requests import WebhookBody
+from jobledger.ledger.domain.webhook_headers import LARGEST_TOTAL, LONGEST_VALUE
+from jobledger.workers.webhooks.sender import Outgoing, Sender
 from tests.support.receiver import receiver
-from workers.webhooks.sending import Outgoing, Sender
 
 REFUSED: Final[list[dict[str, str]]] = [
     {"X-Key": "ends in a space "},

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ledger.addresses import AllowedHosts, hopeless
-from workers.network import Resolve
-from workers.webhooks.sending import RESPONSE_BYTES, Answer, Outgoing, Sender
+from jobledger.ledger.net.url_policy import AllowedHosts, hopeless
+from jobledger.workers.safe_http import Resolve
+from jobledger.workers.webhooks.sender import RESPONSE_BYTES, Answer, Outgoing, Sender
 
 BODY = b'{"type": "job.completed"}'
 TIMEOUT = 0.5

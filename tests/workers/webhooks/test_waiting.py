@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.webhooks.waiting import Due, Limits, Waiting
+from jobledger.workers.webhooks.schedule import Due, Limits, Waiting
 
 START = datetime(2026, 2, 1, 12, tzinfo=UTC)
 FOREVER = START + timedelta(days=100)

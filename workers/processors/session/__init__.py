@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from pydantic import BaseModel
 
-from workers.processor import Isolation, Job, Results
-from workers.processors.session.parameters import SessionParameters
-from workers.processors.session.settings import SessionSettings
+from jobledger.workers.processor import Isolation, Job, Results
+from jobledger.workers.processors.session.parameters import SessionParameters
+from jobledger.workers.processors.session.settings import SessionSettings
 
 __all__ = ["SessionParameters", "SessionProcessor", "SessionSettings"]
 
@@ -24,7 +24,7 @@ class SessionProcessor:
 
     job_type: ClassVar[str] = "session"
     isolation: ClassVar[Isolation] = "process"
-    preload: ClassVar[Sequence[str]] = ("workers.processors.session.pipeline",)
+    preload: ClassVar[Sequence[str]] = ("jobledger.workers.processors.session.pipeline",)
     Parameters: ClassVar[type[BaseModel]] = SessionParameters
     Settings: ClassVar[type[BaseModel]] = SessionSettings
 
@@ -34,7 +34,7 @@ class SessionProcessor:
     @staticmethod
     def shared_directories() -> Sequence[Path]:
         """Return where jobs of all workers of this machine agree on how many fetch from one host."""
-        from workers.processors.session.turns import turns_directory
+        from jobledger.workers.processors.session.host_limits import turns_directory
 
         return (turns_directory(),)
 
@@ -44,7 +44,7 @@ class SessionProcessor:
         Raises:
             ProcessorError: the page cannot be had or read. Without video or slides the job ends well, with a warning.
         """
-        from workers.processors.session.fetch import Fetcher
-        from workers.processors.session.pipeline import run
+        from jobledger.workers.processors.session.fetch import Fetcher
+        from jobledger.workers.processors.session.pipeline import run
 
         return await run(job, self._settings, Fetcher(self._settings))

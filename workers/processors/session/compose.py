@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 from markdown_it import MarkdownIt
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from workers.processors.session.safe_markdown import harmless
+from jobledger.workers.processors.session.safe_markdown import harmless
 
 _COMMONMARK: Final = MarkdownIt("commonmark").enable("table")
 _MOST_TAGS: Final = 10

@@ -10,13 +10,13 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
-from workers.processor import JSON
-from workers.processors.session import compose
-from workers.processors.session.compose import NotAccepted, Summary, Translation
-from workers.processors.session.markdown import Composed, Recording, language_of, primary
-from workers.processors.session.openai_api import ApiFailed, OpenAiApi, key_in
-from workers.processors.session.page import PageText
-from workers.processors.session.steps import Work, digest_of
+from jobledger.workers.processor import JSON
+from jobledger.workers.processors.session import compose
+from jobledger.workers.processors.session.compose import NotAccepted, Summary, Translation
+from jobledger.workers.processors.session.markdown import Composed, Recording, language_of, primary
+from jobledger.workers.processors.session.openai_api import ApiFailed, OpenAiApi, key_in
+from jobledger.workers.processors.session.page import PageText
+from jobledger.workers.processors.session.step_context import Work, digest_of
 
 MATERIAL_CHARACTERS: Final = 30_000
 """So much of the page, and of what was said, is read for the summary."""

@@ -28,8 +28,11 @@ from typing import IO, Any
 import httpcore
 import httpx
 
-from ledger.addresses import AllowedHosts, without_userinfo
-from workers.network import (
+from jobledger.ledger.net.url_policy import AllowedHosts, without_userinfo
+from jobledger.workers.processor import ProcessorError
+from jobledger.workers.processors.session.host_limits import turn, turns_directory
+from jobledger.workers.processors.session.settings import SessionSettings
+from jobledger.workers.safe_http import (
     AddressRefused,
     CheckedNetwork,
     Resolve,
@@ -38,9 +41,6 @@ from workers.network import (
     retry_after,
     why_it_failed,
 )
-from workers.processor import ProcessorError
-from workers.processors.session.settings import SessionSettings
-from workers.processors.session.turns import turn, turns_directory
 
 OnProgress = Callable[[int, int | None], Awaitable[None]]
 """Hears how many bytes have come, and of how many if the server said so."""

@@ -13,9 +13,9 @@ from bs4 import BeautifulSoup
 from bs4.element import NavigableString, Tag
 from markdownify import MarkdownConverter
 
-from ledger.addresses import without_userinfo
-from workers.processors.session.own_part import BLOCKS, HEADINGS
-from workers.processors.session.safe_markdown import as_target, as_text_within
+from jobledger.ledger.net.url_policy import without_userinfo
+from jobledger.workers.processors.session.boilerplate import BLOCKS, HEADINGS
+from jobledger.workers.processors.session.safe_markdown import as_target, as_text_within
 
 _MAX_DEPTH: Final = 100
 """Deeper, elements lose their tags and leave their text: markdownify goes down by recursion."""

@@ -11,17 +11,17 @@ import jinja2
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from ledger.addresses import without_userinfo
-from workers.processor import ProcessorError, SavedFile
-from workers.processors.session.compose import Summary
-from workers.processors.session.deck_files import SlideText
-from workers.processors.session.labels import labels_in
-from workers.processors.session.names import Layout
-from workers.processors.session.page import PageText
-from workers.processors.session.parameters import SessionParameters
-from workers.processors.session.safe_markdown import as_target, as_text
-from workers.processors.session.slides import Slide, file_names
-from workers.processors.session.transcript import Segment, clock
+from jobledger.ledger.net.url_policy import without_userinfo
+from jobledger.workers.processor import ProcessorError, SavedFile
+from jobledger.workers.processors.session.compose import Summary
+from jobledger.workers.processors.session.deck_files import SlideText
+from jobledger.workers.processors.session.page import PageText
+from jobledger.workers.processors.session.parameters import SessionParameters
+from jobledger.workers.processors.session.result_names import Layout
+from jobledger.workers.processors.session.safe_markdown import as_target, as_text
+from jobledger.workers.processors.session.slides import Slide, file_names
+from jobledger.workers.processors.session.template_labels import labels_in
+from jobledger.workers.processors.session.transcript import Segment, clock
 
 MAX_ALT = 250
 AUDIO_NAME = "audio.wav"

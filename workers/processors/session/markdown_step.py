@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from workers.processor import JSON
-from workers.processors.session.markdown import Material, built_in_template, compose_markdown
-from workers.processors.session.steps import Work, digest_of
+from jobledger.workers.processor import JSON
+from jobledger.workers.processors.session.markdown import Material, built_in_template, compose_markdown
+from jobledger.workers.processors.session.step_context import Work, digest_of
 
 
 def read_template(work: Work) -> str:

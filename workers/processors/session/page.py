@@ -9,10 +9,10 @@ import lxml.etree  # type: ignore[import-untyped]  # it ships no types
 import lxml.html  # type: ignore[import-untyped]  # nor does this part of it
 from pydantic import BaseModel, ConfigDict
 
-from workers.processor import ProcessorError
-from workers.processors.session.html_markdown import markdown_of
-from workers.processors.session.own_part import keep_own_part, without_furniture
-from workers.processors.session.safe_markdown import harmless
+from jobledger.workers.processor import ProcessorError
+from jobledger.workers.processors.session.boilerplate import keep_own_part, without_furniture
+from jobledger.workers.processors.session.html_markdown import markdown_of
+from jobledger.workers.processors.session.safe_markdown import harmless
 
 MAX_CHARACTERS = 200_000
 MAX_ELEMENTS = 30_000

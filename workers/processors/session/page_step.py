@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from workers.processor import JSON, ProcessorError
-from workers.processors.session.page import PageText, read_page, refuse_other_types
-from workers.processors.session.steps import FETCH_SHARE, Work
+from jobledger.workers.processor import JSON, ProcessorError
+from jobledger.workers.processors.session.page import PageText, read_page, refuse_other_types
+from jobledger.workers.processors.session.step_context import FETCH_SHARE, Work
 
 
 def inputs(work: Work) -> dict[str, JSON]:

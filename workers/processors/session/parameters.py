@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic import model_validator as validates_model
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ledger.addresses import NO_USERINFO
+from jobledger.ledger.net.url_policy import NO_USERINFO
 
 MAX_TEXT = 2_000
 MAX_SPEAKERS = 500

@@ -7,15 +7,15 @@ from datetime import timedelta
 from functools import partial
 from typing import Final
 
-from workers.processor import JSON, Job, Results, SavedFile
-from workers.processors.session import compose_step, markdown_step, page_step, slides_step, transcript_step
-from workers.processors.session.fetch import Fetcher
-from workers.processors.session.markdown import Composed, Material, Recording, SlideShow
-from workers.processors.session.names import layout
-from workers.processors.session.page import PageText
-from workers.processors.session.parameters import SessionParameters
-from workers.processors.session.settings import SessionSettings
-from workers.processors.session.steps import Work
+from jobledger.workers.processor import JSON, Job, Results, SavedFile
+from jobledger.workers.processors.session import compose_step, markdown_step, page_step, slides_step, transcript_step
+from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.markdown import Composed, Material, Recording, SlideShow
+from jobledger.workers.processors.session.page import PageText
+from jobledger.workers.processors.session.parameters import SessionParameters
+from jobledger.workers.processors.session.result_names import layout
+from jobledger.workers.processors.session.settings import SessionSettings
+from jobledger.workers.processors.session.step_context import Work
 
 SHARE: Final = timedelta(days=1)
 """The steps that do not depend on the target language are shared for this long: pages and recordings change."""

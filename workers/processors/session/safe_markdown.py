@@ -10,7 +10,7 @@ import re
 
 from markdown_it import MarkdownIt
 
-from ledger.addresses import without_userinfo
+from jobledger.ledger.net.url_policy import without_userinfo
 
 _COMMONMARK = MarkdownIt("commonmark").enable("table")
 _SENTINEL = "\n\n## end of what came from outside\n"

@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 import pypdfium2
 from PIL import Image
 
-from workers.processor import SavedFile
-from workers.processors.session.settings import SessionSettings
+from jobledger.workers.processor import SavedFile
+from jobledger.workers.processors.session.settings import SessionSettings
 
 MAX_TEXT_PER_PAGE = 4_000
 

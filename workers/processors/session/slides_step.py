@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from workers import sandbox
-from workers.processor import JSON, ProcessorError
-from workers.processors.session.deck_files import HAVE_WORDS, SlideText, words
-from workers.processors.session.markdown import SlideShow
-from workers.processors.session.office import (
+from jobledger.workers.processor import JSON, ProcessorError
+from jobledger.workers.processors.session.deck_files import HAVE_WORDS, SlideText, words
+from jobledger.workers.processors.session.markdown import SlideShow
+from jobledger.workers.processors.session.office_conversion import (
     MEDIA_TYPES,
     NotConverted,
     can_be_presentation,
@@ -17,7 +16,7 @@ from workers.processors.session.office import (
     is_presentation,
     to_pdf,
 )
-from workers.processors.session.slides import (
+from jobledger.workers.processors.session.slides import (
     DrawnPage,
     Slide,
     Unreadable,
@@ -27,7 +26,8 @@ from workers.processors.session.slides import (
     other_type,
     suffix_of,
 )
-from workers.processors.session.steps import FETCH_SHARE, Cancelled, Work
+from jobledger.workers.processors.session.step_context import FETCH_SHARE, Cancelled, Work
+from jobledger.workers.sandbox import runner
 
 MAX_TEXT = 500_000
 LOOK_EVERY_SECONDS = 0.5
@@ -56,7 +56,7 @@ def _can_convert(work: Work) -> bool:
     if not is_installed(work.settings.libreoffice):
         return False
     url = work.session.attachments_url
-    return url is None or not can_be_presentation(suffix_of(url)) or sandbox.is_available()
+    return url is None or not can_be_presentation(suffix_of(url)) or runner.is_available()
 
 
 async def run(work: Work) -> JSON:

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from workers.processors.session.openai_api import ApiFailed, OpenAiApi
-from workers.processors.session.transcript import SAMPLE_RATE, Segment
+from jobledger.workers.processors.session.openai_api import ApiFailed, OpenAiApi
+from jobledger.workers.processors.session.transcript import SAMPLE_RATE, Segment
 
 TELL_EVERY_SECONDS: Final = 2.0
 _LOOK_BACK_SECONDS: Final = 10

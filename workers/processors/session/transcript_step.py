@@ -7,12 +7,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workers.processor import JSON, ProcessorError, SavedFile
-from workers.processors.session.markdown import AUDIO_NAME, Recording, primary
-from workers.processors.session.openai_api import ApiFailed, OpenAiApi, key_in
-from workers.processors.session.speech_api import transcribe
-from workers.processors.session.steps import FETCH_SHARE, Cancelled, Work
-from workers.processors.session.transcript import (
+from jobledger.workers.processor import JSON, ProcessorError, SavedFile
+from jobledger.workers.processors.session.markdown import AUDIO_NAME, Recording, primary
+from jobledger.workers.processors.session.openai_api import ApiFailed, OpenAiApi, key_in
+from jobledger.workers.processors.session.speech_api import transcribe
+from jobledger.workers.processors.session.step_context import FETCH_SHARE, Cancelled, Work
+from jobledger.workers.processors.session.transcript import (
     Heard,
     NoTranscript,
     Segment,
@@ -21,7 +21,7 @@ from workers.processors.session.transcript import (
     listen,
     refuse_web_pages,
 )
-from workers.processors.session.video_sites import is_on_a_video_site, media_address
+from jobledger.workers.processors.session.video_sites import is_on_a_video_site, media_address
 
 MAX_CHARACTERS = 1_000_000
 

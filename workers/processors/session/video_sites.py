@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from workers import sandbox
-from workers.processors.session import yt_dlp_helper
-from workers.processors.session.fetch import Fetcher
-from workers.processors.session.transcript import NoTranscript
-from workers.sandbox_launcher import PROXY_PORT
+from jobledger.workers.processors.session import yt_dlp_helper
+from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.transcript import NoTranscript
+from jobledger.workers.sandbox import runner
+from jobledger.workers.sandbox.launcher import PROXY_PORT
 
 _SOUND: Final = "bestaudio[protocol^=http]/best[protocol^=http]/worst[protocol^=http]"
 """One file over http(s): playlists of pieces (HLS, DASH) are not for us."""
@@ -68,11 +68,11 @@ async def media_address(url: str, *, seconds: float, scratch: Path, fetcher: Fet
     }
     await asyncio.to_thread(scratch.mkdir)
     asked = json.dumps({"path": str(package.parent), "url": url, "options": options})
-    program = sandbox.Program(sandbox.python(_HELPER, asked), scratch, readable=[package.parent])
+    program = runner.Program(runner.python(_HELPER, asked), scratch, readable=[package.parent])
     try:
-        ended = await sandbox.run(program, proxy=fetcher.serve_proxy, max_output=_MAX_ANSWER_BYTES)
+        ended = await runner.run(program, proxy=fetcher.serve_proxy, max_output=_MAX_ANSWER_BYTES)
         said: dict[str, Any] = orjson.loads(ended.output)
-    except sandbox.SandboxUnavailable as error:
+    except runner.SandboxUnavailable as error:
         raise NoTranscript(f"The recording is on a page of {site}; yt-dlp cannot be run safely: {error}") from error
     except orjson.JSONDecodeError as error:
         raise NoTranscript(

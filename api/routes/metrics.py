@@ -1,0 +1,189 @@
+"""api: the numbers for Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/).
+
+They are put together for each request, from counters that are there anyway: nothing is kept for them but how often this
+process has answered how. What is true of the whole ledger is the same from every process; `process_…`,
+`jobledger_live_streams` and `jobledger_http_responses_total` are this process's own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobledger.api.context import Services, services
+from jobledger.api.routes.monitoring import for_monitors, workers_alive
+from jobledger.ledger.store.change_stream import Changes
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.views import failures, queue, statistics
+from jobledger.projections.views import jobs as view
+
+Responses = Counter[int]
+"""How many answers of this process had which HTTP status."""
+
+
+_OUTCOMES: Final = {
+    "completed": "JobCompleted",
+    "failed": "JobFailed",
+    "retried": "JobAttemptFailed",
+    "cancelled": "JobCancelled",
+    "released": "JobReleased",
+    "lease_expired": "JobLeaseExpired",
+    "fenced": "WorkerFenced",
+}
+
+
+class CountedResponses:
+    """Middleware: counts the answers."""
+
+    def __init__(self, app: ASGIApp, counted: Responses) -> None:
+        self._app = app
+        self._counted = counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._counted[message["status"]] += 1
+            await send(message)
+
+        await self._app(scope, receive, counting)
+
+
+async def scrape(request: Request) -> Response:
+    """GET /metrics"""
+    for_monitors(request)
+    known = services(request)
+    registry = CollectorRegistry()
+    found = [*await _of_the_ledger(known), *_of_this_process(known, request.app.state.responses)]
+    registry.register(Collected(lambda: found))
+    ProcessCollector(registry=registry)
+    return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+class Collected(Collector):
+    """What was put together, or is when it is asked for."""
+
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the numbers as they are now."""
+        return self._collect()
+
+
+async def _of_the_ledger(known: Services) -> list[Metric]:
+    now = known.log.clock.estimate()
+    counted = await statistics.read(known.views, now)
+    events, took = await statistics.happened(known.views)
+    workers = await workers_alive(known.db, known.views)
+    head, views = await known.log.head(), known.checkpoint.position
+    classes, seconds = statistics.histogram(took)
+    oldest = await view.oldest_waiting(known.views)
+    unfolded = await known.log.read(after=views, limit=1) if views < head else []
+
+    jobs = GaugeMetricFamily("jobledger_jobs", "Jobs in the views, by status.", labels=["status"])
+    for status, number in counted["jobs"].items():
+        if status != "total":
+            jobs.add_metric([status], number)
+    happened = CounterMetricFamily("jobledger_events", "Events that have happened, by type.", labels=["type"])
+    for name, number in sorted(events.items()):
+        happened.add_metric([name], number)
+    webhooks = GaugeMetricFamily("jobledger_webhooks", "Webhooks, by status.", labels=["status"])
+    for status, number in counted["webhooks"].items():
+        if status != "total":
+            webhooks.add_metric([status], number)
+    durations = HistogramMetricFamily("jobledger_job_duration_seconds", "From the first claim to completion.")
+    durations.add_metric([], [(_bound(bound), number) for bound, number in classes], seconds)
+    attempts = CounterMetricFamily("jobledger_attempts", "Attempts that have ended, by how.", labels=["outcome"])
+    for outcome, name in _OUTCOMES.items():
+        attempts.add_metric([outcome], events.get(name, 0))
+    healthy = GaugeMetricFamily(
+        "jobledger_worker_healthy", "1 if a living worker claims jobs, 0 if its machine has trouble.", labels=["worker"]
+    )
+    for worker in workers:
+        healthy.add_metric([worker["worker_id"]], 0 if worker["problem"] else 1)
+    return [
+        attempts,
+        healthy,
+        jobs,
+        webhooks,
+        happened,
+        durations,
+        *(
+            GaugeMetricFamily(f"jobledger_{name}", about, number)
+            for name, about, number in (
+                ("batches", "Batches in the views.", counted["batches"]["total"]),
+                ("batches_active", "Batches that have not ended.", counted["batches"]["active"]),
+                (
+                    "queue_jobs",
+                    "Jobs that wait to be claimed, due or not.",
+                    await queue.depth(known.views),
+                ),
+                ("log_head_position", "The newest position in the log.", head),
+                ("views_position", "The position that the views have reached.", views),
+                ("views_lag_events", "How many positions the views are behind.", max(0, head - views)),
+                (
+                    "views_lag_seconds",
+                    "How old the oldest event is that the views do not contain yet.",
+                    max(0.0, (now - unfolded[0].time).total_seconds()) if unfolded else 0.0,
+                ),
+                (
+                    "projection_failures",
+                    "Documents of the views that do not show what the log says.",
+                    await failures.count(known.views),
+                ),
+                (
+                    "queue_oldest_seconds",
+                    "How long ago the oldest of the waiting jobs was submitted.",
+                    max(0.0, (now - oldest).total_seconds()) if oldest else 0.0,
+                ),
+                ("workers_alive", "Workers that hold a lease.", len(workers)),
+                ("worker_slots", "Jobs that they may run at a time.", sum(it["slots"] for it in workers)),
+                ("worker_slots_busy", "Jobs that they do run.", sum(it["busy"] for it in workers)),
+            )
+        ),
+    ]
+
+
+def _bound(seconds: float) -> str:
+    return "+Inf" if seconds == float("inf") else str(seconds)
+
+
+def _of_this_process(known: Services, responses: Responses) -> list[Metric]:
+    answered = CounterMetricFamily("jobledger_http_responses", "Answers of this process.", labels=["status"])
+    for status, number in sorted(responses.items()):
+        answered.add_metric([str(status)], number)
+    return [
+        answered,
+        GaugeMetricFamily("jobledger_live_streams", "Live streams that are open here.", len(known.streams)),
+        *of_any_process(known.log, known.changes),
+        _damaged_files(known),
+    ]
+
+
+def _damaged_files(known: Services) -> Metric:
+    damaged = CounterMetricFamily(
+        "jobledger_result_files_damaged", "Result files this process opened and found to be changed in the store."
+    )
+    damaged.add_metric([], known.store.checks.damaged)
+    return damaged
+
+
+def of_any_process(log: EventLog, changes: Changes) -> list[Metric]:
+    """Return what every process knows of itself, whatever its roles are."""
+    appends = HistogramMetricFamily("jobledger_append_duration_seconds", "How long appends of this process took.")
+    appends.add_metric(
+        [], [(_bound(bound), number) for bound, number in log.appends.at_most()], log.appends.total_seconds
+    )
+    restarts = CounterMetricFamily(
+        "jobledger_change_stream_restarts", "How often this process had to open its change stream again."
+    )
+    restarts.add_metric([], changes.restarts)
+    return [appends, restarts]

@@ -1,0 +1,78 @@
+"""api: endpoints of webhooks and their signing secrets. A secret is shown once: when it is created or rotated."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jobledger.api.auth.permissions import signed_in, who_asks
+from jobledger.api.context import query_of, services
+from jobledger.api.http.bodies import optional_body
+from jobledger.api.http.errors import ApiError, json_response
+from jobledger.ledger.store import endpoint_secrets
+
+_LONGEST_GRACE_SECONDS: Final = 30 * 86_400
+
+
+class EndpointList(BaseModel):
+    """Which endpoints: your own; for admins, those of all users. `after`: the last `receiver` of the page before."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=1000)
+    after: str = Field("", max_length=100)
+
+
+class RotateBody(BaseModel):
+    """How long the old secret signs beside the new one, in seconds. 0: it stops at once."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    grace_s: int = Field(86_400, strict=True, ge=0, le=_LONGEST_GRACE_SECONDS)
+
+
+async def listing(request: Request) -> Response:
+    """GET /api/monitoring/events/webhook-endpoints"""
+    asked, mine = query_of(request, EndpointList), signed_in(request)
+    user_id = None if who_asks(request).sees_everything else mine
+    found = await endpoint_secrets.page(services(request).db, user_id=user_id, limit=asked.limit, after=asked.after)
+    return json_response({"status": "success", "endpoints": found})
+
+
+async def rotate(request: Request) -> Response:
+    """POST /api/monitoring/events/webhook-endpoints/{receiver}/rotate-secret"""
+    body, _ = await optional_body(request, RotateBody)
+    receiver = await _own(request)
+    shown = await endpoint_secrets.rotate(services(request).db, receiver, timedelta(seconds=body.grace_s))
+    if shown is None:
+        raise _not_found(receiver)
+    return json_response({"status": "success", **shown.as_answer()}, headers={"Cache-Control": "no-store"})
+
+
+async def revoke(request: Request) -> Response:
+    """DELETE /api/monitoring/events/webhook-endpoints/{receiver}/secret"""
+    receiver = await _own(request)
+    if not await endpoint_secrets.revoke(services(request).db, receiver):
+        raise _not_found(receiver)
+    return json_response({"status": "success"})
+
+
+async def _own(request: Request) -> str:
+    """Return the receiver that the path names, if it is the caller's own or they are an admin.
+
+    Raises:
+        ApiError: 401, 404.
+    """
+    mine, receiver = signed_in(request), request.path_params["receiver"]
+    found = await endpoint_secrets.get(services(request).db, receiver)
+    if found is None or not (who_asks(request).sees_everything or found["user_id"] == mine):
+        raise _not_found(receiver)
+    return str(receiver)
+
+
+def _not_found(receiver: str) -> ApiError:
+    return ApiError(404, "endpoint_not_found", f"There is no webhook endpoint {receiver[:100]}.")

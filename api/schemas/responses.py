@@ -1,0 +1,484 @@
+"""api: what is answered, as models: for the OpenAPI document, and for the tests that hold real answers against them.
+
+The routes send the views' documents as they are, without going through these models, which would cost more than the
+rest of an answer. tests/api/test_answers.py makes sure that the two say the same.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from jobledger.ledger.domain.events import AccessControl, BatchStatus, Failure, JobResults, JobStatus, LogLine
+
+
+class Problem(BaseModel):
+    """One wrong field: where it stands, as `jobs[3].parameters.url`, and what would be right."""
+
+    path: str
+    message: str
+
+
+class Error(BaseModel):
+    """Every failure. `code` is for programs, `message` for people; `details.errors` names wrong fields."""
+
+    status: Literal["error"]
+    code: str
+    message: str
+    details: dict[str, Any]
+
+
+class Success(BaseModel):
+    """The envelope of every success."""
+
+    status: Literal["success"]
+
+
+# Jobs -------------------------------------------------------------------------------------------------------------
+
+
+class ShownWebhook(BaseModel):
+    """A webhook. The values of its headers are hidden; without admin access their names and the URL's path are, too."""
+
+    url: str
+    headers: dict[str, Literal["***"]]
+    include_markdown: bool
+    include_metadata: bool
+    signed: bool
+
+
+class Progress(BaseModel):
+    """How far a job is."""
+
+    step: str
+    percent: float = Field(ge=0, le=100)
+    message: str
+
+
+class Step(BaseModel):
+    """A finished part of the work. `key` is the digest of its inputs; `reused_from` the job it was taken from.
+
+    `shared_version` is the version of the processor whose other jobs may reuse the step, null if no other job may.
+    """
+
+    step: str
+    key: str
+    attempt: int
+    finished_at: datetime
+    duration_s: float
+    tokens_used: int
+    warnings: list[str]
+    reused_from: str | None
+    shared_version: str | None
+    version: int
+
+
+class ShownResults(JobResults):
+    """The results of a completed job."""
+
+    markdown_file: str | None
+    markdown_url: str | None
+
+
+class ProjectionError(BaseModel):
+    """Why a document does not show what the log says: which event could not be folded, or what could not be stored."""
+
+    position: int | None
+    version: int | None
+    type: str | None
+    message: str
+
+
+class Cut(BaseModel):
+    """What is there only when a document does not show everything."""
+
+    truncated: list[str] = Field([], description="Fields of which only a part is kept, because they are too large.")
+    omitted: list[str] = Field(
+        [], description="Large fields that are left out of lists, and are empty here: ask for the single one."
+    )
+    projection_error: ProjectionError | None = Field(
+        None, description="Why this does not show what the log says. The history does."
+    )
+
+
+class ShownJob(Cut):
+    """A job. Its ETag begins with `version`; `position` is that of the last event that is in it."""
+
+    job_id: str
+    job_type: str
+    job_name: str | None
+    status: JobStatus
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    parameters: dict[str, Any]
+    webhook: ShownWebhook | None
+    batch_id: str | None
+    progress: Progress
+    results: ShownResults | None
+    error: Failure | None = Field(description="Of the last attempt that failed.")
+    logs: list[LogLine] = Field(max_length=100, description="The newest; all of them: `…/logs`.")
+    worker_id: str | None = Field(description="A pseudonym without admin access.")
+    attempt: int
+    retries: int
+    max_attempts: int
+    timeout_s: float
+    priority: int
+    due_at: datetime | None = Field(description="A waiting job is not started before.")
+    user_id: str
+    access_control: AccessControl
+    teams: list[str] = Field(
+        description="The groups that the owner was in when it was submitted. Without admin access, as in the lists of "
+        "`access_control`, only the caller's own."
+    )
+    cancel_requested: bool
+    archived: bool
+    steps: list[Step]
+    version: int
+    position: int
+    paused: bool = Field(description="It waits because its batch is paused.")
+
+
+class OneJob(Success):
+    """A job."""
+
+    job: ShownJob
+
+
+class JobChanged(Success):
+    """A job as it is after what was done; null when it was deleted."""
+
+    job_id: str
+    job: ShownJob | None
+
+
+class NewSecret(BaseModel):
+    """What webhooks to an endpoint are signed with. It is shown this once."""
+
+    receiver: str
+    url: str
+    secret: str
+
+
+_NEW_SECRETS = "Secrets of endpoints that were used for the first time. They are not shown again."
+
+
+class JobAccepted(Success):
+    """A job that was submitted."""
+
+    job_id: str
+    job: ShownJob
+    webhook_secrets: list[NewSecret] = Field([], description=_NEW_SECRETS)
+    warnings: list[str] = []
+
+
+class Listed(Success):
+    total: int
+    total_is_lower_bound: bool = Field(default=False, description="There are at least so many.")
+    next: str | None = Field(None, description="The cursor of the next page; there is none on the last.")
+
+
+class Jobs(Listed):
+    """A page of jobs."""
+
+    jobs: list[ShownJob]
+
+
+# Batches ----------------------------------------------------------------------------------------------------------
+
+
+class Spent(BaseModel):
+    """What a batch's completed jobs took: seconds, and tokens of language models."""
+
+    duration: float
+    tokens_used: int
+
+
+class ShownBatch(Cut):
+    """A batch, and how many of its jobs are how far."""
+
+    batch_id: str
+    batch_name: str | None
+    status: BatchStatus
+    created_at: datetime
+    updated_at: datetime
+    completed_at: datetime | None
+    job_ids: list[str] = Field(description="In lists only the first hundred.")
+    total_jobs: int
+    pending_jobs: int
+    processing_jobs: int
+    completed_jobs: int
+    failed_jobs: int
+    cancelled_jobs: int
+    webhook: ShownWebhook | None
+    parameters: dict[str, Any]
+    summary: Spent
+    user_id: str
+    access_control: AccessControl
+    teams: list[str]
+    paused: bool
+    archived: bool
+    version: int
+    position: int
+
+
+class OneBatch(Success):
+    """A batch."""
+
+    batch: ShownBatch
+
+
+class Batches(Listed):
+    """A page of batches."""
+
+    batches: list[ShownBatch]
+
+
+class BatchAccepted(Success):
+    """A batch that was submitted, with all of its jobs."""
+
+    batch_id: str
+    job_ids: list[str]
+    batch: ShownBatch
+    webhook_secrets: list[NewSecret] = Field([], description=_NEW_SECRETS)
+    warnings: list[str] = []
+
+
+class BatchNow(BaseModel):
+    """What a batch's own events say of it. The counts of its jobs are in the views, at the `Ledger-Position`."""
+
+    batch_id: str
+    batch_name: str | None
+    status: BatchStatus
+    paused: bool
+    archived: bool
+    version: int
+    position: int
+
+
+class JobsCounted(BaseModel):
+    """What became of a batch's jobs."""
+
+    total: int
+    changed: int
+    unchanged: int
+    refused: int
+
+
+class RefusedJob(BaseModel):
+    """A job that was left as it is, and why."""
+
+    job_id: str
+    code: str
+    message: str
+
+
+class BatchSwitched(Success):
+    """A batch as it is after what was done; null when it was deleted."""
+
+    batch_id: str
+    batch: BatchNow | None
+
+
+class BatchChanged(BatchSwitched):
+    """The same, and what was done to its jobs; `refused` names the first hundred."""
+
+    jobs: JobsCounted
+    events: dict[str, int]
+    refused: list[RefusedJob]
+
+
+# The log ----------------------------------------------------------------------------------------------------------
+
+
+class EventMeta(BaseModel):
+    """Where an event comes from."""
+
+    actor: str
+    correlation_id: str = Field("", description="The batch it belongs to.")
+    causation_id: str = ""
+    traceparent: str = ""
+    request: str = Field("", description="Tells a request with an Idempotency-Key that is repeated from a new one.")
+
+
+class ShownEvent(BaseModel):
+    """An event of the log. `data` depends on its `type`."""
+
+    position: int
+    event_id: str
+    stream: str
+    version: int
+    type: str
+    time: datetime
+    schema_version: int = Field(alias="schema")
+    data: dict[str, Any]
+    meta: EventMeta
+    hash: str | None = Field(description="null without admin access: it covers what is hidden.")
+    unreadable: str | None = Field(None, description="Why an event that was changed in the database cannot be shown.")
+
+
+class History(Success):
+    """A page of one stream."""
+
+    events: list[ShownEvent]
+    next: int | None = Field(None, description="`after_version` of the next page; there is none on the last.")
+
+
+class ShownLine(LogLine):
+    """A log line. Several may come from one event, whose `version` they share."""
+
+    attempt: int | None
+    version: int
+
+
+class LogLines(Success):
+    """A page of log lines."""
+
+    logs: list[ShownLine]
+    next: int | None = Field(None, description="`after_version` of the next page; there is none on the last.")
+
+
+class Events(Success):
+    """A page of the log. `last_position` is how far was looked: `after` of the next page."""
+
+    events: list[ShownEvent]
+    last_position: int
+    head: int
+
+
+class ProjectorNow(BaseModel):
+    position: int
+    lag: int
+
+
+class LogHead(Success):
+    """The last position of the log, the first, and how far the views are."""
+
+    head: int
+    oldest: int
+    projector: ProjectorNow
+
+
+# The rest ---------------------------------------------------------------------------------------------------------
+
+
+class SignedLink(Success):
+    """A link that opens a file without sign-in."""
+
+    url: str
+    expires_at: datetime
+
+
+class JobCounts(BaseModel):
+    total: int
+    pending: int
+    processing: int
+    completed: int
+    failed: int
+    cancelled: int
+
+
+class BatchCounts(BaseModel):
+    total: int
+    active: int
+
+
+class WebhookCounts(BaseModel):
+    total: int
+    pending: int
+    delivered: int
+    abandoned: int
+
+
+class TrackCounts(BaseModel):
+    track: str = Field(alias="_id")
+    count: int
+    completed: int
+    failed: int
+
+
+class Throughput(BaseModel):
+    """How many jobs ended a minute, on average."""
+
+    last_minute: float
+    last_hour: float
+
+
+class Durations(BaseModel):
+    """How long completed jobs took; null while there are none."""
+
+    completed: int
+    average_seconds: float | None
+    p50_seconds: float | None
+    p90_seconds: float | None
+    p99_seconds: float | None
+
+
+class Minute(BaseModel):
+    """What ended in one minute, and how long completed jobs took on average."""
+
+    began: datetime
+    completed: int
+    failed: int
+    cancelled: int
+    average_seconds: float | None
+
+
+class WorkerNow(BaseModel):
+    """A worker, how many jobs it may run, and how many it does."""
+
+    worker_id: str
+    host: str
+    slots: int
+    busy: int
+    lease_until: datetime = Field(description="By the database server's clock; extended while it lives.")
+    problem: str | None = Field(description="Why it claims no jobs: its machine has trouble. null: it is healthy.")
+    unhealthy_since: datetime | None
+
+
+class LogNow(BaseModel):
+    head: int
+    views: int
+    lag: int
+
+
+class Stats(BaseModel):
+    """Counters, never counted."""
+
+    jobs: JobCounts
+    batches: BatchCounts
+    webhooks: WebhookCounts
+    tracks: list[TrackCounts] = Field(description="The first thousand by name.")
+    throughput: Throughput
+    durations: Durations
+    minutes: list[Minute] = Field(description="The last 60, the oldest first.")
+    workers: list[WorkerNow]
+    log: LogNow
+
+
+class Statistics(Success):
+    """How everything is."""
+
+    stats: Stats
+
+
+class Ready(Success):
+    """It can serve. `views` is the position that the views have reached."""
+
+    views: int
+
+
+class Index(Success):
+    """Where things are."""
+
+    service: Literal["jobledger"]
+    jobs: str
+    batches: str
+    statistics: str
+    log: str
+    openapi: str
+    docs: str
+    dashboard: str

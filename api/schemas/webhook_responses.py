@@ -1,0 +1,120 @@
+"""api: what is answered about webhooks, as models; as api/schemas/responses.py."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, Field
+
+from jobledger.api.schemas.responses import Cut, Listed, Success
+from jobledger.ledger.domain.delivery import DeliveryStatus
+from jobledger.ledger.domain.events import Ending, Failure
+
+
+class Attempt(BaseModel):
+    """One call of a receiver. `error` is null if it answered with 2xx; `response` is the beginning of its answer."""
+
+    attempt: int
+    at: datetime
+    status_code: int | None
+    error: Failure | None
+    response: str
+    duration_s: float
+    body_sha256: str | None
+    next_at: datetime | None
+
+
+class ShownDelivery(Cut):
+    """A webhook, sent or to be sent. `sequence` is its number for its `receiver`, 1, 2, 3 …; the id is `webhook-id`.
+
+    Without admin access to the job or batch, `url` is only its host, and what the receiver answered is hidden.
+    """
+
+    delivery_id: str
+    status: DeliveryStatus
+    type: Ending
+    job_id: str | None
+    batch_id: str | None
+    source_version: int
+    url: str
+    host: str
+    receiver: str | None = Field(description="null without admin access.")
+    sequence: int | None
+    user_id: str
+    created_at: datetime
+    updated_at: datetime
+    queued_at: datetime
+    next_at: datetime | None
+    delivered_at: datetime | None
+    reason: str | None
+    attempt: int
+    attempts: list[Attempt] = Field(description="The newest fifty.")
+    version: int
+    position: int
+
+
+class Deliveries(Listed):
+    """A page of webhooks."""
+
+    deliveries: list[ShownDelivery]
+
+
+class OneDelivery(Success):
+    """One webhook."""
+
+    delivery: ShownDelivery
+
+
+class Redelivered(Success):
+    """How many are to be sent again. `more`: there are others; ask again."""
+
+    redelivered: int
+    more: bool
+
+
+class ShownEndpoint(BaseModel):
+    """A URL to which webhooks of a user go. `old_secret_until`: so long an old secret signs beside the new one."""
+
+    receiver: str
+    url: str
+    user_id: str
+    created_at: datetime
+    rotated_at: datetime | None
+    old_secret_until: datetime | None
+    revoked: bool = Field(description="It has no secret, and nothing is sent, until its secret is rotated.")
+
+
+class Endpoints(Success):
+    """A page of endpoints."""
+
+    endpoints: list[ShownEndpoint]
+
+
+class Rotated(Success):
+    """The new secret of an endpoint. It is shown this once."""
+
+    receiver: str
+    url: str
+    secret: str
+
+
+class Received(BaseModel):
+    """What the sink was sent."""
+
+    id: str
+    at: datetime
+    user_id: str
+    headers: dict[str, str]
+    body: str
+
+
+class OneReceived(Success):
+    """The sink has kept it."""
+
+    received: Received
+
+
+class AllReceived(Success):
+    """What the sink was sent, the newest first."""
+
+    received: list[Received]

@@ -1,0 +1,372 @@
+"""cli: `jobledger doctor`. Looks at everything a ledger needs and says what to do about what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from jobledger.cli.composition import database, file_store, find_store_marker
+from jobledger.cli.formatting import moment
+from jobledger.cli.server_support import support_warning
+from jobledger.cli.settings import Settings
+from jobledger.cli.terminal_text import SafeTable
+from jobledger.ledger.domain.errors import (
+    ConfigurationError,
+    JobledgerError,
+    LogTruncated,
+    ResourceUnavailable,
+    os_failure,
+)
+from jobledger.ledger.files import store_marker
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.gridfs import COLLECTIONS
+from jobledger.ledger.mongo.connection import (
+    OPLOG_ADVICE,
+    Database,
+    driver_errors,
+    oplog_window,
+    transaction_limit_seconds,
+)
+from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS, find_mongod
+from jobledger.ledger.store.event_store import EventLog, Read
+from jobledger.ledger.system.disk_space import MIB, free_bytes, nearest_directory, write_problem
+from jobledger.projections.engine.health import AHEAD, why_stalled
+from jobledger.projections.engine.slots import Views
+from jobledger.projections.views import failures, files, jobs
+from jobledger.workers import cleanup
+from jobledger.workers.child import confinement
+from jobledger.workers.machine_health import MachineTrouble
+from jobledger.workers.registry import (
+    ProcessorUnusable,
+    check_plugins,
+    check_preload,
+    is_built_in,
+    processors,
+    unusable_types,
+    withdraw,
+)
+from jobledger.workers.sandbox import restrictions, runner
+from jobledger.workers.scratch import Scratch
+
+_CLOCKS_APART_SECONDS = 2.0
+_STALLED_AFTER_SECONDS = 12.0
+"""Longer than the views wait for a fail-over of the projector."""
+_LOOKS_AGAIN_SECONDS = 0.5
+_FAILURES_SHOWN = 5
+_CHANGING = frozenset(
+    {"update", "remove", "dropCollection", "dropDatabase", "renameCollectionSameDB", "anyAction"}
+    | {"createIndex", "collMod", "convertToCapped"}  # an index can let events expire, a capped collection forgets them
+    | {"grantRole", "createRole", "updateRole", "grantPrivilege"}  # by which one may allow oneself the rest
+)
+"""The server's actions by which events can be changed or removed."""
+_CODECS = {"av": "video and audio", "pypdfium2": "PDF slides", "PIL": "images", "trafilatura": "web pages"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. `advice` is what to do when it is not `good`."""
+
+    what: str
+    good: bool
+    found: str
+    advice: str = ""
+
+
+def as_table(findings: Iterable[Finding]) -> SafeTable:
+    """Return findings for people."""
+    table = SafeTable("", "", "", show_header=False)
+    for finding in findings:
+        sign = Text("ok", style="green") if finding.good else Text("no", style="red")
+        table.add_row(sign, finding.what, finding.found if finding.good else f"{finding.found}. {finding.advice}")
+    return table
+
+
+def look_at_machine(settings: Settings) -> Iterator[Finding]:
+    """Yield what can be seen without a database."""
+    yield Finding("Python", sys.version_info >= (3, 11), sys.version.split()[0], "Python 3.11 or newer is needed.")
+    if settings.mongodb.embedded:
+        yield _finding("MongoDB server", lambda: str(find_mongod()))
+        yield _space("Disk of the database", settings.mongodb.data_dir, settings)
+    if isinstance(store := settings.results.store, Path):
+        yield _space("Disk of the results", store, settings)
+    for module, purpose in _CODECS.items():
+        yield _finding(f"Library for {purpose}", partial(_version, module))
+    check_plugins()
+    for job_type in filter(is_built_in, list(processors())):
+        try:
+            check_preload(job_type)
+        except ProcessorUnusable as error:
+            withdraw(job_type, str(error))
+    yield from look_at_confinement(settings)
+    yield _finding("Job types", lambda: ", ".join(sorted(processors())))
+    for job_type, why in unusable_types().items():
+        yield Finding(f"Job type {job_type}", good=False, found="not usable", advice=why)
+    yield _finding("Scratch space", lambda: _scratch(settings))
+
+
+def look_at_confinement(settings: Settings) -> Iterator[Finding]:
+    """Yield whether job processes and helper programs can be confined on this machine.
+
+    Work goes on without, so only what the settings require is a fault.
+    """
+    mode, version = settings.event_worker.confine, restrictions.landlock_version()
+    if mode == "off":
+        yield Finding("Confinement of jobs", good=True, found="off (event_worker.confine)")
+    elif version:
+        limits = "" if version >= restrictions.SIGNALS_VERSION else "; signals are not restricted before Linux 6.12"
+        if not restrictions.can_make_read_only():
+            limits += "; modes and times of files are not protected, because jobs may not have mounts of their own"
+        yield Finding("Confinement of jobs", good=True, found=f"Landlock, version {version}{limits}")
+    else:
+        found = "none: this kernel offers no Landlock" + (f". {confinement.ADVICE}" if mode == "auto" else "")
+        yield Finding("Confinement of jobs", mode == "auto", found, confinement.ADVICE)
+    trials = runner.tried()
+    if trials[-1].works:
+        yield Finding("Sandbox for helper programs", good=True, found=trials[-1].method)
+    else:
+        reasons = "; ".join(f"{trial.method}: {trial.reason}" for trial in trials)
+        found = f"none ({reasons}): LibreOffice and yt-dlp are not run. {runner.ADVICE}"
+        yield Finding("Sandbox for helper programs", good=True, found=found)
+
+
+def _finding(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, good=True, found=look())
+    except (JobledgerError, MachineTrouble, ImportError, OSError) as error:
+        return Finding(what, good=False, found="not usable", advice=str(error))
+
+
+def _scratch(settings: Settings) -> str:
+    worker = settings.event_worker
+    scratch = Scratch(worker.scratch_dir, min_free_mb=worker.scratch_min_free_mb)
+    try:
+        scratch.check()
+        return str(scratch.directory.parent if scratch.directory is not None else "")
+    finally:
+        scratch.close()
+
+
+def _space(what: str, directory: Path, settings: Settings) -> Finding:
+    """How much space is left, and whether that is enough to accept new jobs."""
+    reserve = settings.results.reserve_mb
+    try:
+        free = free_bytes(nearest_directory(directory)) / MIB
+    except OSError as error:
+        return Finding(what, good=False, found="cannot be looked at", advice=str(error))
+    advice = f"New jobs are refused below {reserve} MiB (results.reserve_mb): free some space."
+    return Finding(what, free >= reserve, f"{free:,.0f} MiB free", advice)
+
+
+def _version(module: str) -> str:
+    loaded = importlib.import_module(module)
+    return str(getattr(loaded, "__version__", "installed"))
+
+
+async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Finding]:
+    """Yield what the database at `uri` shows."""
+    try:
+        async with database(settings.mongodb.connection(uri)) as db:
+            for look in _DATABASE_LOOKS:
+                with driver_errors("being looked at"):
+                    finding = await look(db)
+                yield finding
+            yield await _result_files(settings, db)
+    except JobledgerError as error:
+        yield Finding("MongoDB", good=False, found="not usable", advice=str(error))
+
+
+async def _result_files(settings: Settings, db: Database) -> Finding:
+    """Whether result files can be stored. Creates no directory: one that is missing may be on a lost disk."""
+    store = settings.results.store
+    try:
+        if isinstance(store, Path):
+            found = await _directory(store, db)
+        else:
+            await file_store(settings, db)
+            found = f"GridFS in {db.name} ({', '.join(COLLECTIONS)})"
+    except JobledgerError as error:
+        return Finding("Result files", good=False, found="not usable", advice=str(error))
+    return Finding("Result files", good=True, found=found)
+
+
+async def _directory(root: Path, db: Database) -> str:
+    marker = await find_store_marker(root, db)
+    if not marker.is_new:
+        await asyncio.to_thread(DirectoryStore(root, marker=marker).prepare)
+        return str(root)
+    if (problem := await asyncio.to_thread(lambda: write_problem(nearest_directory(root), 0))) is not None:
+        raise ResourceUnavailable(str(problem))
+    return f"{root}, which the first start prepares"
+
+
+async def accept_store(settings: Settings, uri: str) -> str:
+    """Make the directory in `results.store` the ledger's store as it is; return what was done, for people.
+
+    Raises:
+        ConfigurationError: the files are in GridFS, or the directory cannot be written to.
+        LedgerUnavailable: the database failed.
+    """
+    root = settings.results.store
+    if not isinstance(root, Path):
+        raise ConfigurationError("--accept-store is for a directory; results.store is 'gridfs'.")
+    async with database(settings.mongodb.connection(uri)) as db:
+        try:
+            store_id = await store_marker.accept(db, root)
+        except OSError as error:
+            raise os_failure(error, f"results.store: cannot write to {root}: {error.strerror}") from error
+    return f"{root} is the result store of this ledger now (ID {store_id})."
+
+
+async def _server(db: Database) -> Finding:
+    hello = await db.client.admin.command("hello", compression=["zlib"])
+    build = await db.client.admin.command("buildInfo")
+    members = len(hello.get("hosts", []))
+    found = f"{build['version']}, replica set {hello['setName']} with {members} member{'s' if members != 1 else ''}"
+    warning = support_warning(build["version"], datetime.now(UTC).date(), zlib="zlib" in hello.get("compression", ()))
+    return Finding("MongoDB", good=True, found=found if warning is None else f"{found}. Note: {warning}")
+
+
+async def _clock(db: Database) -> Finding:
+    asked = datetime.now(UTC)
+    # A command's answer does not follow the client's `tz_aware` by itself.
+    server = (await db.client.admin.command("hello", codec_options=db.codec_options))["localTime"]
+    apart = (server - asked).total_seconds()
+    return Finding(
+        "Clocks",
+        abs(apart) < _CLOCKS_APART_SECONDS,
+        f"the server's is {apart:+.2f} s from ours",
+        "Run a time service (chrony, systemd-timesyncd) on both: `not_before` is judged by the worker's clock.",
+    )
+
+
+async def _oplog(db: Database) -> Finding:
+    window = await oplog_window(db)
+    if window is None:
+        return Finding("Oplog", good=True, found="may not be looked at by this user")
+    found = f"{window.size_mb:.0f} MB, reaches back {window.hours:.1f} h" + ("" if window.full else " so far")
+    return Finding("Oplog", not window.short, found, OPLOG_ADVICE)
+
+
+async def _transactions(db: Database) -> Finding:
+    """How long a writer killed in a transaction holds readers up."""
+    seconds = await transaction_limit_seconds(db)
+    if seconds is None:
+        return Finding("Transactions", good=True, found="their time limit may not be looked at by this user")
+    found = f"end after {seconds} s at the latest"
+    if seconds > TRANSACTION_SECONDS:
+        better = f"{{setParameter: 1, transactionLifetimeLimitSeconds: {TRANSACTION_SECONDS}}}"
+        found += (
+            f"; so long may a writer that is killed hold readers up. Better, on each member: db.adminCommand({better})"
+        )
+    return Finding("Transactions", good=True, found=found)
+
+
+async def _rights(db: Database) -> Finding:
+    """Whether the server would let us change the log: it need not."""
+    status = await db.client.admin.command({"connectionStatus": 1, "showPrivileges": True})
+    sign_in = status["authInfo"]
+    if not sign_in["authenticatedUsers"]:
+        return Finding("Rights", good=True, found="no sign-in: whoever reaches the server may do anything")
+    powers = {
+        action
+        for privilege in sign_in["authenticatedUserPrivileges"]
+        if _covers(privilege["resource"], db.name)
+        for action in privilege["actions"]
+    }
+    if _CHANGING & powers:
+        found = "this user may change and remove events; `jobledger doctor --role` prints a role that may not"
+    else:
+        found = "this user may add events, and the server lets it change none"
+    return Finding("Rights", good=True, found=found)
+
+
+def _covers(resource: Mapping[str, Any], db_name: str) -> bool:
+    """Return whether a privilege's resource includes the collection `events`."""
+    if resource.get("anyResource"):
+        return True
+    return resource.get("db") in ("", db_name) and resource.get("collection") in ("", "events")
+
+
+async def _log_state(db: Database) -> Finding:
+    """Whether the views are at the head of the log, or get on at least."""
+    log = EventLog(db)
+    head, before = await log.head(), await _views_position(db)
+    views, waited = before, 0.0
+    while views < head and views == before and waited < _STALLED_AFTER_SECONDS:
+        await asyncio.sleep(_LOOKS_AGAIN_SECONDS)
+        waited += _LOOKS_AGAIN_SECONDS
+        views = await _views_position(db)
+    if views > await log.head():
+        return Finding("Log", good=False, found=f"{head} events, but the views have read {views}", advice=AHEAD)
+    try:
+        await log.require(await _read_by_views(db), "the views")
+    except LogTruncated as truncated:
+        return Finding("Log", good=False, found=str(truncated).rstrip("."), advice="See `jobledger log verify`.")
+    found = f"{head} events, views at {views}"
+    if views < head and views == before:
+        stands = f"{found}, and not moving for {waited:.0f} s"
+        return Finding("Log", good=False, found=stands, advice=await why_stalled(db, views, head))
+    return Finding("Log", head - views < 10_000, found, "The views are far behind, but they get on. More will follow.")
+
+
+async def _views_position(db: Database) -> int:
+    return (await _read_by_views(db)).position
+
+
+async def _read_by_views(db: Database) -> Read:
+    return Read.of(await db.checkpoints.find_one({"_id": "views"}) or {"position": 0})
+
+
+async def _projection_failures(db: Database) -> Finding:
+    """Whether all documents of the views show what the log says."""
+    found = await db.checkpoints.find_one({"_id": "views"}) or {}
+    rows = await failures.newest(Views(db, found.get("sides")), limit=_FAILURES_SHOWN + 1)
+    if not rows:
+        return Finding("Views", good=True, found="show what the log says")
+    named = "; ".join(
+        f"{row['key']} (event at position {row['position']}): {row['message']}" for row in rows[:_FAILURES_SHOWN]
+    )
+    more = " and more" if len(rows) > _FAILURES_SHOWN else ""
+    advice = "The log has everything. Upgrade or mend the program, then rebuild the views: `jobledger replay`."
+    return Finding("Views", good=False, found=f"do not show what the log says of {named}{more}", advice=advice)
+
+
+async def _removals(db: Database) -> Finding:
+    """Whether files of deleted jobs can be removed from the store."""
+    found = await db.checkpoints.find_one({"_id": "views"}) or {}
+    unknown = await files.jobs_with_unknown_files(Views(db, found.get("sides")), limit=_FAILURES_SHOWN)
+    skipped = (await db.checkpoints.find_one({"_id": cleanup.CURSOR}) or {}).get(cleanup.SKIPPED, [])
+    if unknown:
+        advice = (
+            f"Delete jobs whose steps name more than {jobs.STEP_FILES:,} files. For jobs that the views do not show as "
+            "the log has them, see above."
+        )
+        what = f"no file is removed, because the files of {', '.join(unknown)} are not all known"
+        return Finding("Cleanup", good=False, found=what, advice=advice)
+    if skipped:
+        what = f"files and secrets of deleted jobs are left: {', '.join(skipped[-_FAILURES_SHOWN:])}"
+        return Finding("Cleanup", good=False, found=what, advice="Their events are damaged: `jobledger log verify`.")
+    return Finding("Cleanup", good=True, found="files of deleted jobs are removed")
+
+
+async def _workers(db: Database) -> Finding:
+    """Whether living workers claim jobs, or have trouble with their machines."""
+    alive = await db.workers.find({"$expr": {"$gt": ["$lease_until", "$$NOW"]}}).to_list()
+    sick = [it for it in alive if it.get("problem")]
+    since = "; ".join(f"{it['_id']} since {moment(it['unhealthy_since'], 'seconds')}: {it['problem']}" for it in sick)
+    return Finding("Workers", not sick, f"{len(alive)} alive, {len(sick)} of them claim no jobs", since)
+
+
+_DATABASE_LOOKS = (
+    *(_server, _clock, _oplog, _transactions, _rights),
+    *(_log_state, _projection_failures, _removals, _workers),
+)

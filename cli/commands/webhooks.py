@@ -1,0 +1,259 @@
+"""cli: `jobledger webhooks …`: send them, look at them, send them again, try one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Final
+from urllib.parse import quote
+
+import orjson
+import typer
+from rich.text import Text
+
+from jobledger.cli.api_client import HERE, UrlOption, api_at, content_of, given
+from jobledger.cli.commands.resource_commands import time_of
+from jobledger.cli.runtime import ConfigOption, JsonOption, run_roles, settings_of
+from jobledger.cli.terminal_text import SafeConsole, SafeTable, echo, echo_json, echo_text
+from jobledger.ledger.domain.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from jobledger.workers.webhooks.sender import Answer, Outgoing
+
+app = typer.Typer(help="Webhooks: who was told what.", invoke_without_command=True)
+_PATH: Final = "/api/monitoring/events/webhooks"
+_ENDPOINTS: Final = "/api/monitoring/events/webhook-endpoints"
+_STYLES: Final = {"delivered": "green", "pending": "yellow", "abandoned": "red"}
+JobOption = Annotated[str | None, typer.Option("--job", help="Those that tell of this job.")]
+BatchOption = Annotated[str | None, typer.Option("--batch", help="Those of this batch and its jobs.")]
+HostOption = Annotated[str | None, typer.Option(help="Those to this host and port, such as example.org:443.")]
+
+
+@app.callback()
+def webhooks(context: typer.Context, config: ConfigOption = None) -> None:
+    """Webhooks: who was told what. Without a command: send them from here, and nothing else."""
+    if context.invoked_subcommand is None:
+        run_roles(config, frozenset({"webhooks"}))
+
+
+@app.command("list")
+def listing(
+    status: Annotated[str | None, typer.Option(help="pending, delivered or abandoned.")] = None,
+    job: JobOption = None,
+    batch: BatchOption = None,
+    host: HostOption = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many, the newest first.")] = 50,
+    url: UrlOption = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show webhooks that were sent or are to be sent, and what became of them."""
+    query = {"status": status, "job_id": job, "batch_id": batch, "host": host, "limit": limit}
+
+    async def ask() -> dict[str, Any]:
+        async with api_at(url) as client:
+            return content_of(await client.get(_PATH, params=given(query)), "deliveries", "total")
+
+    found = asyncio.run(ask())
+    if as_json:
+        echo_json(orjson.dumps(found["deliveries"]))
+    elif found["deliveries"]:
+        SafeConsole().print(_table(found["deliveries"]))
+        more = "more than " if found.get("total_is_lower_bound") else ""
+        echo(f"{len(found['deliveries'])} of {more}{found['total']}")
+    else:
+        echo("There are none.")
+
+
+@app.command()
+def redeliver(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Which ones.")] = None,
+    status: Annotated[str | None, typer.Option(help="Without ids: those with this status.")] = None,
+    job: JobOption = None,
+    batch: BatchOption = None,
+    host: HostOption = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None,
+    url: UrlOption = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Send webhooks again: those that are named, or, without ids, those that were given up and fit the options."""
+    filters = given({"status": status, "job_id": job, "batch_id": batch, "host": host})
+    if ids and filters:
+        raise ConfigurationError("Name ids, or say which ones by options; both at once can be misunderstood.")
+    if not ids and not filters:
+        raise ConfigurationError("Which ones? Name ids, or for example --status abandoned for all that were given up.")
+
+    async def ask() -> int:
+        why = given({"reason": reason})
+        async with api_at(url) as client:
+            if not ids:
+                answer = await client.post("/api/monitoring/events/redeliver", json=filters | why)
+                return int(content_of(answer, "redelivered")["redelivered"])
+            for delivery_id in ids:
+                content_of(await client.post(f"{_PATH}/{delivery_id}/redeliver", json=why))
+            return len(ids)
+
+    number = asyncio.run(ask())
+    if as_json:
+        echo_json(orjson.dumps({"redelivered": number}))
+    else:
+        echo(f"{number} to be sent again.")
+
+
+@app.command("test")
+def trial(
+    receiver: Annotated[str, typer.Argument(metavar="URL", help="Where to.")],
+    header: Annotated[
+        list[str] | None, typer.Option("--header", help="A header to send, such as 'X-Key: 1'. Repeatable.")
+    ] = None,
+    secret: Annotated[
+        str | None,
+        typer.Option(envvar="JOBLEDGER_WEBHOOK_SECRET", help="Signing secret. Prefer the environment variable."),
+    ] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a webhook on trial, from here, by the same rules as real ones, and show the answer. Nothing is recorded."""
+    from bson import ObjectId
+
+    from jobledger.ledger.domain.webhook_headers import header_problem
+    from jobledger.ledger.net.webhook_signature import signed_headers
+    from jobledger.workers.webhooks.sender import Outgoing
+
+    settings = settings_of(config).webhooks
+    headers = dict(_header(text) for text in header or ())
+    if (problem := header_problem(headers)) is not None:
+        raise ConfigurationError(f"--header {problem[0]}: {problem[1]}")
+    webhook_id = f"test-{ObjectId()}"
+    body = orjson.dumps({"schema_version": 1, "type": "test", "delivery_id": webhook_id, "sequence": 0})
+    try:
+        signed = signed_headers([] if secret is None else [secret], webhook_id, int(time.time()), body)
+    except ValueError as error:
+        raise ConfigurationError(f"--secret: {error}") from None
+    outgoing = Outgoing(receiver, {**headers, "Content-Type": "application/json", **signed}, body)
+    answer = asyncio.run(_send(outgoing, settings.allow_private, settings.timeout_seconds))
+    if as_json:
+        told = {"status_code": answer.status_code, "error": answer.error, "message": answer.message}
+        echo_json(orjson.dumps({**told, "response": answer.body, "duration_s": round(answer.duration_s, 3)}))
+    else:
+        what = f"{answer.status_code} " if answer.status_code is not None else ""
+        echo(f"{what}{answer.message or 'delivered'} ({answer.duration_s:.2f} s)")
+        if answer.body:
+            echo_text(answer.body)
+    raise typer.Exit(0 if answer.error is None else 1)
+
+
+@app.command("endpoints")
+def endpoints(url: UrlOption = HERE, as_json: JsonOption = False) -> None:
+    """List the endpoints that webhooks go to"""
+
+    async def ask() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        async with api_at(url) as client:
+            while True:
+                query = given({"limit": 1000, "after": found[-1]["receiver"] if found else None})
+                part = content_of(await client.get(_ENDPOINTS, params=query), "endpoints")["endpoints"]
+                found += part
+                if len(part) < 1000:
+                    return found
+
+    found = asyncio.run(ask())
+    if as_json:
+        echo_json(orjson.dumps(found))
+        return
+    if not found:
+        echo("No webhooks have been submitted.")
+        return
+    SafeConsole().print(_endpoints_table(found))
+
+
+def _endpoints_table(found: list[dict[str, Any]]) -> SafeTable:
+    table = SafeTable("receiver", "user", "url", "created", "rotated", "old secret until")
+    for it in found:
+        created, rotated, until = (
+            time_of(it[name]) if it[name] else "" for name in ("created_at", "rotated_at", "old_secret_until")
+        )
+        rotated = "revoked" if it["revoked"] else rotated
+        table.add_row(it["receiver"], it["user_id"], it["url"], created, rotated, until)
+    return table
+
+
+@app.command("rotate-secret")
+def rotate_secret(
+    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
+    grace: Annotated[int, typer.Option(min=0, help="Seconds for which the old secret signs, too.")] = 86_400,
+    url: UrlOption = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Give an endpoint a new signing secret and show it this once"""
+
+    async def ask() -> dict[str, Any]:
+        async with api_at(url) as client:
+            path = f"{_ENDPOINTS}/{quote(receiver, safe='')}/rotate-secret"
+            return content_of(await client.post(path, json={"grace_s": grace}), "secret")
+
+    rotated = asyncio.run(ask())
+    if as_json:
+        echo_json(orjson.dumps({"receiver": rotated["receiver"], "url": rotated["url"], "secret": rotated["secret"]}))
+    else:
+        echo(rotated["secret"])
+        echo(f"Keep it: it is not shown again. The old one signs for {grace} more seconds.", err=True)
+
+
+@app.command("revoke-secret")
+def revoke_secret(
+    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
+    url: UrlOption = HERE,
+) -> None:
+    """Revoke the signing secrets of an endpoint; nothing is sent to it until its secret is rotated"""
+
+    async def ask() -> None:
+        async with api_at(url) as client:
+            content_of(await client.delete(f"{_ENDPOINTS}/{quote(receiver, safe='')}/secret"))
+
+    asyncio.run(ask())
+    echo("Revoked. `jobledger webhooks rotate-secret` makes a new one.")
+
+
+@app.command("secret")
+def make_secret() -> None:
+    """Make a signing secret, for the `webhook.secrets` of a submission."""
+    from jobledger.ledger.net.webhook_signature import new_secret
+
+    echo(new_secret())
+
+
+async def _send(outgoing: Outgoing, allow_private: list[str], timeout_seconds: float) -> Answer:
+    from jobledger.workers.webhooks.sender import Sender
+
+    sender = Sender(allow_private=allow_private, timeout_seconds=timeout_seconds)
+    try:
+        return await sender.send(outgoing)
+    finally:
+        await sender.aclose()
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip():
+        raise ConfigurationError("--header: expected a name, a colon and a value, such as 'X-Key: 1'")
+    return name.strip(), value.strip()
+
+
+def _table(found: list[dict[str, Any]]) -> SafeTable:
+    table = SafeTable("id", "tells", "status", "attempts", "to", "what came of it")
+    for it in found:
+        last = it["attempts"][-1] if it["attempts"] else None
+        outcome = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
+        if it["status"] == "pending" and it["next_at"]:
+            outcome = f"{outcome}  next at {time_of(it['next_at'])}".strip()
+        style = _STYLES[it["status"]]
+        status = Text(it["status"], style=style)
+        table.add_row(
+            it["delivery_id"],
+            it["type"],
+            status,
+            str(it["attempt"]),
+            it["host"],
+            outcome,
+        )
+    return table

@@ -1,0 +1,458 @@
+"""cli: the composition root. Puts the rooms together and runs the roles of a process until somebody stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, TextIO, cast
+
+import structlog
+
+from jobledger.cli.embedded_supervisor import start_when_there_is_space
+from jobledger.cli.loop_watchdog import loop_watched
+from jobledger.cli.role_tasks import background, watcher
+from jobledger.cli.settings import LoggingSettings, MetricsSettings, Settings
+from jobledger.cli.terminal_text import SafeFormatter, SafeStream, escape_log_entry
+from jobledger.ledger.domain.errors import LedgerUnavailable, ResourceUnavailable, os_failure
+from jobledger.ledger.files import store_marker
+from jobledger.ledger.files.directory import DirectoryStore, FileStore
+from jobledger.ledger.files.gridfs import GridFSStore
+from jobledger.ledger.files.store_marker import StoreMarker
+from jobledger.ledger.mongo.connection import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
+from jobledger.ledger.mongo.embedded import EmbeddedServer, running_server
+from jobledger.ledger.store.change_stream import Changes
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.projections.engine import rebuild
+from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.engine.projector import Projector
+from jobledger.projections.engine.slots import Views
+from jobledger.projections.views.files import any_on_record
+from jobledger.workers import executor
+from jobledger.workers.child import confinement
+from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.cleanup import Cleanup
+from jobledger.workers.registry import check_plugins, unusable_types
+from jobledger.workers.scratch import Scratch
+from jobledger.workers.webhooks import deliverer
+from jobledger.workers.webhooks.deliverer import Deliverer
+from jobledger.workers.webhooks.schedule import Limits
+from jobledger.workers.worker import HEARD_EVENTS, Worker
+
+_log = structlog.get_logger()
+Role = Literal["api", "projector", "worker", "webhooks"]
+ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker", "webhooks"})
+_READS_THE_LOG: Final[frozenset[Role]] = frozenset({"api", "projector"})
+_USES_PROCESSORS: Final[frozenset[Role]] = frozenset({"api", "worker"})
+_MOST_FILES: Final = 65_536
+STOP_MARGIN_SECONDS: Final = 6.0
+"""How much longer than the grace of running jobs a stop may take: last words to the database, and open requests."""
+_CLOSE_SECONDS: Final = 1.0
+
+
+def set_up_logging(settings: LoggingSettings) -> None:
+    """Log to standard error, for people or for machines."""
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    safe: list[structlog.typing.Processor] = []  # JSON escapes by itself
+    if settings.format == "console":
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        safe = [escape_log_entry]
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,  # the request's id
+            structlog.processors.add_log_level,
+            _time_stamper(settings.format),
+            structlog.processors.format_exc_info,
+            *safe,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", SafeStream(sys.stderr))),
+    )
+    handler = logging.StreamHandler(SafeStream(sys.stderr))
+    handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def _time_stamper(kind: str) -> structlog.processors.TimeStamper:
+    """Return what adds the time: on the clocks here for people, in UTC for machines, always with the offset."""
+    if kind == "console":
+        return structlog.processors.TimeStamper(fmt="%H:%M:%S%z", utc=False)
+    return structlog.processors.TimeStamper(fmt="iso", utc=True)
+
+
+@contextmanager
+def database_server(settings: Settings, *, start: bool) -> Iterator[tuple[str, EmbeddedServer | None]]:
+    """Yield the URI of the database, starting the embedded server if that is ours to do.
+
+    Raises:
+        DatabaseUnsuitable, LedgerUnavailable: there is none; the message says what to do.
+    """
+    mongodb = settings.mongodb
+    if not mongodb.embedded:
+        yield mongodb.uri.get_secret_value(), None
+        return
+    if not start:
+        uri = running_server(mongodb.data_dir)
+        if uri is None:
+            raise LedgerUnavailable(
+                f"No embedded MongoDB server is running on {mongodb.data_dir}: start `jobledger up` first, "
+                "or set mongodb.uri to a replica set."
+            )
+        yield uri, None
+        return
+    with start_when_there_is_space(mongodb.data_dir, oplog_mb=mongodb.embedded_oplog_mb) as server:
+        yield server.uri, server
+
+
+def spare_the_collector() -> None:
+    """Tell the garbage collector that what is loaded by now stays, and that many short-lived objects are normal here.
+
+    By default it looks through young objects after every 700th and, each time they have grown by a quarter, through all
+    modules ever imported: a tenth to a fifth of what an append costs (docs/decisions/0014).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A process at work. `url` is where its API answers, None if it has none."""
+
+    db: Database
+    log: EventLog
+    url: str | None
+
+
+@asynccontextmanager
+async def database(connection: Connection) -> AsyncIterator[Database]:
+    """Yield the checked database.
+
+    Raises:
+        DatabaseUnsuitable, LedgerUnavailable: it cannot be used or reached.
+    """
+    client = connection.client()
+    try:
+        db = client[connection.db_name]
+        await check_server(db)
+        if (window := await oplog_window(db)) is not None and window.short:
+            _log.warning(f"the oplog reaches back {window.hours:.1f} hours only", advice=OPLOG_ADVICE)
+        yield db
+    finally:
+        await _at_most(client.close())
+
+
+async def file_store(settings: Settings, db: Database) -> FileStore:
+    """Return the store for result files; also a directory that cannot be written to now.
+
+    A role starts all the same: reading does not need it, and a worker claims nothing until it can write.
+
+    Raises:
+        ConfigurationError: the directory cannot be written to.
+        LedgerUnavailable: the database failed.
+    """
+    if isinstance(settings.results.store, Path):
+        return await _directory_store(settings.results.store, db)
+    grid = GridFSStore(db)
+    await grid.prepare()
+    return grid
+
+
+async def _directory_store(root: Path, db: Database) -> DirectoryStore:
+    """Return the store in a directory. It is created for a new ledger only: see `ledger/files/store_marker.py`."""
+    marker = await find_store_marker(root, db)
+    if marker.store_id:
+        marker = await store_marker.record(db, marker, created=False)
+    store = DirectoryStore(root, marker=marker)
+    try:
+        await asyncio.to_thread(store.prepare)
+    except ResourceUnavailable as error:
+        _log.warning("result files cannot be stored now: workers wait, everything else runs", problem=str(error))
+    else:
+        await store_marker.record(db, marker, created=True)
+    return store
+
+
+async def find_store_marker(root: Path, db: Database) -> StoreMarker:
+    """Return by which marker a directory is recognized as the result store. Writes nothing.
+
+    Raises:
+        ConfigurationError, ResourceUnavailable: the directory cannot be read.
+        LedgerUnavailable: the database failed.
+    """
+    live = await rebuild.checkpoint(db)
+    try:
+        return await store_marker.find(db, root, has_files=partial(any_on_record, Views(db, live.get("sides"))))
+    except OSError as error:
+        raise os_failure(error, f"results.store: cannot read {root}: {error.strerror}") from error
+
+
+async def _at_most(closing: Coroutine[None, None, None]) -> None:
+    """Close something; give up after a second, because a database that does not answer would hold it up."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(closing, _CLOSE_SECONDS)
+
+
+@asynccontextmanager
+async def roles(
+    settings: Settings, connection: Connection, wanted: frozenset[Role], *, failed: Callable[[BaseException], None]
+) -> AsyncIterator[Running]:
+    """Run roles inside the block and stop them in good order behind it.
+
+    `failed` is called when one of them ends although nobody stopped it.
+    """
+    # Only now: it takes long to load, and most commands run nothing.
+    from jobledger.api.auth import browser_sessions
+    from jobledger.api.routes import webhook_echo
+    from jobledger.cli.server import allow_many_connections, listen, services_for, serving
+
+    spare_the_collector()
+    if "worker" in wanted:
+        await asyncio.to_thread(check_plugins, settings.event_worker.child_environment)
+    if wanted & _USES_PROCESSORS:
+        for job_type, why in unusable_types().items():
+            _log.error("job type not available in this process", job_type=job_type, problem=why)
+    if "api" in wanted:
+        allow_many_connections()
+    async with AsyncExitStack() as stack:
+        stack.enter_context(loop_watched(settings.event_worker.lease_seconds))
+        listening = stack.enter_context(listen(settings.api.host, settings.api.port)) if "api" in wanted else None
+        db = await stack.enter_async_context(database(connection))
+        store = await file_store(settings, db)
+        log = EventLog(db)
+        checkpoint = Checkpoint(db)
+        changes = Changes(db, event_types=None if wanted & _READS_THE_LOG else HEARD_EVENTS)
+        changes.listen(checkpoint)
+        await log.prepare()
+        stack.push_async_callback(lambda: _at_most(log.aclose()))
+        holder = f"{socket.gethostname()}-{os.getpid()}"
+        cleanup = Cleanup(db, log, store, checkpoint, holder=holder)
+        projector = Projector(db, log, connection, checkpoint, holder=holder, beside=cleanup.run)
+        await projector.prepare()
+        if wanted & _READS_THE_LOG:
+            changes.listen(log)
+        if "projector" in wanted:
+            projector.listen(changes)
+        serves = services_for(settings, db, log, checkpoint, changes, store) if "api" in wanted else None
+        if serves is not None and serves.sessions is not None:
+            await browser_sessions.prepare(db)
+        if serves is not None and serves.webhooks.sink:
+            await webhook_echo.prepare(db)
+        worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
+        sends = None
+        if "webhooks" in wanted:
+            sends = _deliverer(settings, db, log, store, checkpoint, changes, connection)
+        if settings.metrics.port is not None and "api" not in wanted:
+            stack.enter_context(metrics_shown(settings.metrics, log, changes))
+        stream = await stack.enter_async_context(changes.running())
+        stream.add_done_callback(watcher(failed))
+        if "projector" in wanted:
+            await stack.enter_async_context(background(projector.run(), failed))
+        if worker is not None:
+            await stack.enter_async_context(_working(worker, failed))
+        if sends is not None:
+            await stack.enter_async_context(background(sends.run(), failed))
+        url = None
+        if listening is not None and serves is not None:
+            await stack.enter_async_context(background(serves.visibility.run(), failed))
+            await stack.enter_async_context(background(serves.storage.run(), failed))
+            url = await stack.enter_async_context(serving(listening, settings.api, serves, failed))
+        try:
+            yield Running(db, log, url)
+        finally:
+            if worker is not None:  # first, so that its grace time runs while the other roles stop
+                worker.stop()
+
+
+@contextmanager
+def metrics_shown(settings: MetricsSettings, log: EventLog, changes: Changes) -> Iterator[int]:
+    """Show the numbers of this process to Prometheus inside the block; yields the port.
+
+    Raises:
+        ResourceUnavailable: the port is taken.
+        ConfigurationError: it cannot be opened.
+    """
+    from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+
+    from jobledger.api.routes.metrics import Collected, of_any_process
+
+    registry = CollectorRegistry()
+    registry.register(Collected(lambda: of_any_process(log, changes)))
+    ProcessCollector(registry=registry)
+    try:
+        server, thread = start_http_server(settings.port or 0, settings.host, registry)
+    except OSError as error:
+        raise os_failure(
+            error,
+            f"metrics.port: cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another "
+            "number, or null for none.",
+        ) from error
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _worker(
+    settings: Settings,
+    db: Database,
+    log: EventLog,
+    checkpoint: Checkpoint,
+    changes: Changes,
+    connection: Connection,
+    store: FileStore,
+) -> Worker:
+    chosen = settings.event_worker
+    confinement.check(chosen.confine)
+    return Worker(
+        db,
+        log,
+        checkpoint,
+        changes,
+        connection,
+        settings=executor.Settings(
+            store,
+            settings.processors,
+            chosen.memory_limit_mb,
+            chosen.retry_base_seconds,
+            chosen.retry_longest_seconds,
+            Confinement(
+                mode=chosen.confine,
+                environment=tuple(chosen.child_environment),
+                protected=tuple(chosen.protected_paths),
+                readable=tuple(chosen.readable_paths),
+                writable=tuple(chosen.writable_paths),
+            ),
+        ),
+        slots=chosen.max_concurrent,
+        slots_of_type=chosen.max_concurrent_per_type,
+        lease_seconds=chosen.lease_seconds,
+        shutdown_grace_seconds=chosen.shutdown_grace_seconds,
+        scratch=Scratch(chosen.scratch_dir, min_free_mb=chosen.scratch_min_free_mb),
+    )
+
+
+def _deliverer(
+    settings: Settings,
+    db: Database,
+    log: EventLog,
+    store: FileStore,
+    checkpoint: Checkpoint,
+    changes: Changes,
+    connection: Connection,
+) -> Deliverer:
+    chosen = settings.webhooks
+    return Deliverer(
+        db,
+        log,
+        store,
+        checkpoint,
+        changes,
+        connection,
+        settings=deliverer.Settings(
+            schedule=chosen.schedule_seconds,
+            jitter=chosen.jitter,
+            timeout_seconds=chosen.timeout_seconds,
+            allow_private=chosen.allow_private,
+            limits=Limits(
+                chosen.max_concurrent,
+                chosen.max_concurrent_per_host,
+                chosen.silent_times,
+                timedelta(seconds=chosen.rest_seconds),
+            ),
+            base=(settings.api.public_url or "").rstrip("/"),
+        ),
+        holder=f"{socket.gethostname()}-{os.getpid()}",
+        lease_seconds=chosen.lease_seconds,
+    )
+
+
+@asynccontextmanager
+async def _working(worker: Worker, failed: Callable[[BaseException], None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(worker.run(), name="worker")
+    task.add_done_callback(watcher(failed))
+    try:
+        yield
+    finally:
+        worker.stop()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def stop_limit(settings: Settings, wanted: frozenset[Role]) -> float:
+    """Return within how many seconds of a signal the process ends, whatever the database does."""
+    grace = settings.event_worker.shutdown_grace_seconds if "worker" in wanted else 0.0
+    return grace + STOP_MARGIN_SECONDS
+
+
+class Stop:
+    """Set by Ctrl-C, SIGTERM, or a role that failed. A second Ctrl-C ends the process at once.
+
+    A process that has not ended `limit_seconds` later is ended: a call waits for a database that does not answer. The
+    data is safe whenever a process dies, and leases that were not given back expire.
+    """
+
+    def __init__(self, limit_seconds: float) -> None:
+        self._event = asyncio.Event()
+        self._limit = threading.Timer(limit_seconds, self._end, [limit_seconds])
+        self._limit.daemon = True
+        self.error: BaseException | None = None
+
+    def listen(self) -> None:
+        """Take over the signals of this process."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signalled)
+
+    @property
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def disarm(self) -> None:
+        """Let the process take as long as it needs to end."""
+        self._limit.cancel()
+
+    def _signalled(self) -> None:
+        if self._event.is_set():
+            os._exit(130)  # the data is safe whenever we die; only politeness is lost
+        self.begin()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop because something is broken."""
+        if not self._event.is_set():
+            _log.error("a role ended unexpectedly, stopping", exc_info=error)
+        self.begin(error)
+
+    def begin(self, error: BaseException | None = None) -> None:
+        """Stop within the limit. Whoever passes an error reports it."""
+        if self._event.is_set():
+            return
+        self.error = error
+        self._event.set()  # first: without memory for a thread, the process stops without a limit
+        with suppress(RuntimeError):
+            self._limit.start()
+
+    def _end(self, seconds: float) -> None:
+        _log.warning(
+            "not everything could be ended in time, ending now: does the database answer? "
+            "What was not given back is free when its lease expires",
+            seconds=seconds,
+        )
+        os._exit(0 if self.error is None else 1)
+
+    async def wait(self) -> None:
+        await self._event.wait()

@@ -1,0 +1,51 @@
+"""Jobledger: an event-sourced job ledger on MongoDB change streams.
+
+These names are the public interface for programs that use the package. They are loaded when they are first used, so
+`import jobledger` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from jobledger.ledger.domain.errors import JobledgerError
+    from jobledger.ledger.subscriber import ledger_client
+    from jobledger.workers.processor import Job, Processor, ProcessorError, Results, SavedFile
+
+__all__ = [
+    "Job",
+    "JobledgerError",
+    "Processor",
+    "ProcessorError",
+    "Results",
+    "SavedFile",
+    "__version__",
+    "ledger_client",
+]
+
+_MODULES: Final = {
+    "Job": "jobledger.workers.processor",
+    "JobledgerError": "jobledger.ledger.domain.errors",
+    "Processor": "jobledger.workers.processor",
+    "ProcessorError": "jobledger.workers.processor",
+    "Results": "jobledger.workers.processor",
+    "SavedFile": "jobledger.workers.processor",
+    "ledger_client": "jobledger.ledger.subscriber",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jobledger")
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'jobledger' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""Run the command line: `python -m jobledger`."""
+
+from jobledger.cli.main import command
+
+command()

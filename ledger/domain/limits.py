@@ -1,0 +1,301 @@
+"""ledger: limits on what an event may hold, and the budget of a view's document. Pure.
+
+MongoDB stores at most 16 MiB in one document, so nothing that ends up in a view's document may grow without bound.
+There are two kinds of numbers here:
+
+* Limits are checked when an event is appended (`check`), whoever appends it: API, worker, command or library.
+* Budgets are what the views keep of each field. The projector cuts what is larger. So events that were written before
+  there were limits, or by other programs, make documents that can be stored, too.
+
+A job's document is the largest. In MiB:
+
+    parameters 7.5 + results 2 + list index 2 + steps 1 + logs 1 + access 0.5 + error 0.125 + texts 0.25 = 14.4 < 16
+
+A batch's document holds one submission (at most 8, see `LARGEST_EVENT_BYTES`) and its list index: 8 + 2 = 10 < 16.
+A delivery's document holds 50 attempts (50 × 0.03), its webhook and its list index: less than 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import bson
+import orjson
+
+from jobledger.ledger.domain.errors import InvalidEvent
+from jobledger.ledger.domain.events import (
+    AccessControl,
+    BatchAccessChanged,
+    BatchSubmitted,
+    Event,
+    Failure,
+    JobAccessChanged,
+    JobCompleted,
+    JobSubmitted,
+    JobUpdated,
+    StepCompleted,
+)
+
+_KIB: Final = 1024
+_MIB: Final = 1024 * _KIB
+DOCUMENT_BYTES: Final = 16 * _MIB
+"""What MongoDB stores in one document."""
+
+# Of one submission.
+PARAMETERS_BYTES: Final = 15 * _MIB // 2
+ACCESS_NAMES: Final = 200
+"""Names in the three lists of an access control together. Each name adds rows to the list index."""
+TEAMS: Final = 200
+"""Groups of an owner that are recorded with a job or batch."""
+NAME_CHARACTERS: Final = 200
+BATCH_JOBS: Final = 10_000
+WEBHOOK_HEADERS: Final = 50
+WEBHOOK_HEADER_BYTES: Final = 16_000
+"""Names and values of all headers of a webhook together. Common servers read 16 KiB of headers, ours included."""
+TITLE_CHARACTERS: Final = 500
+URL_CHARACTERS: Final = 2000
+REASON_CHARACTERS: Final = 2000
+
+# Of one attempt.
+RESULTS_BYTES: Final = 2 * _MIB
+RESULT_FILES: Final = 2000
+FILE_BYTES: Final = 16 * 1024 * _MIB
+"""Of a file that a job saves, and of any other file that a job process writes."""
+STEPS: Final = 2000
+"""Finished steps of a job that are kept for its next attempt."""
+STEP_OUTPUT_BYTES: Final = 64 * _MIB
+"""Outputs of all finished steps of a job together, as JSON. Its worker and its job process hold them in memory."""
+CHANGED_PARAMETERS_BYTES: Final = 64 * _MIB
+"""Parameters of all changes of a job together, as JSON. Whoever decides on a job reads its whole stream."""
+JOB_LOG_BYTES: Final = 16 * _MIB
+"""Log lines of a job together, all attempts: their texts, and `LOG_LINE_BYTES` for each. Its worker leaves out more."""
+LOG_LINE_BYTES: Final = 64
+STEP_NAME_CHARACTERS: Final = 500
+STEP_WARNINGS: Final = 1000
+STEP_WARNING_BYTES: Final = 64 * _KIB
+
+# What is shortened instead of refused, because refusing an error or a line of progress would hide it.
+ERROR_MESSAGE_CHARACTERS: Final = 10_000
+ERROR_DETAILS_BYTES: Final = 64 * _KIB
+PROGRESS_STEP_CHARACTERS: Final = 500
+PROGRESS_MESSAGE_CHARACTERS: Final = 2000
+RESPONSE_CHARACTERS: Final = 4096
+
+# Budgets of the views' documents.
+LOGS_BYTES: Final = 1 * _MIB
+STEPS_BYTES: Final = 1 * _MIB
+LIST_INDEX_BYTES: Final = 1 * _MIB
+"""Of each of the two kinds of rows, `headings` and `words`."""
+LIST_INDEX_ROWS: Final = 5000
+"""Of each of the two kinds. MongoDB takes at most 100,000 index keys from one document."""
+BATCH_LIST_INDEX_BYTES: Final = 512 * _MIB
+"""Of both kinds together, for all jobs of a batch. The names that may see a job add rows for each word and field."""
+SEARCHED_CHARACTERS: Final = 4000
+"""Of the texts of a document that are made searchable."""
+
+_BSON_FACTOR: Final = 9
+"""BSON takes up to that many times the bytes of JSON: 17 for `0,` in a long list."""
+
+
+def check(event: Event, text_bytes: int) -> None:
+    """Refuse an event that holds more than the limits allow.
+
+    Args:
+        event: What is to be appended.
+        text_bytes: The size of its canonical JSON, which tells cheaply that most events are far below all limits.
+
+    Raises:
+        InvalidEvent: The message names the field, the limit and what was found.
+    """
+    if (checks := _CHECKS.get(type(event))) is not None:
+        checks(event, text_bytes)
+    if text_bytes > REASON_CHARACTERS:
+        _check_text("reason", getattr(event, "reason", None), REASON_CHARACTERS)
+
+
+def check_steps(found: int) -> None:
+    """Refuse one more finished step of a job that has too many already.
+
+    Raises:
+        InvalidEvent: The message names the limit.
+    """
+    _check_count("steps", found, STEPS, "finished steps of one job")
+
+
+def check_step_outputs(found: int) -> None:
+    """Refuse one more finished step of a job whose outputs are too large together.
+
+    Raises:
+        InvalidEvent: The message names the limit.
+    """
+    if found > STEP_OUTPUT_BYTES:
+        raise InvalidEvent(
+            f"steps: the outputs of all finished steps together take {found} bytes: at most {STEP_OUTPUT_BYTES} are "
+            "allowed. Save large content as files"
+        )
+
+
+def check_changed_parameters(found: int) -> None:
+    """Refuse one more change of a job's parameters if all changes are too large together.
+
+    Raises:
+        InvalidEvent: The message names the limit.
+    """
+    if found > CHANGED_PARAMETERS_BYTES:
+        raise InvalidEvent(
+            f"parameters: all changes of this job together take {found} bytes: at most {CHANGED_PARAMETERS_BYTES} are "
+            "allowed. Submit a new job"
+        )
+
+
+def _check_submission(asked: JobSubmitted | BatchSubmitted, text_bytes: int) -> None:
+    _check_access(asked.access_control)
+    if asked.teams:
+        _check_count("teams", len(asked.teams), TEAMS, "groups")
+    if asked.webhook is not None:
+        _check_text("webhook.url", asked.webhook.url, URL_CHARACTERS)
+        _check_count("webhook.headers", len(asked.webhook.header_names), WEBHOOK_HEADERS, "headers")
+    _check_text("user_id", asked.user_id, NAME_CHARACTERS)
+    _check_parameters(asked, text_bytes)
+
+
+def _check_job(asked: JobSubmitted, text_bytes: int) -> None:
+    _check_submission(asked, text_bytes)
+    if text_bytes > NAME_CHARACTERS:
+        _check_text("job_name", asked.job_name, TITLE_CHARACTERS)
+        _check_text("job_type", asked.job_type, NAME_CHARACTERS)
+
+
+def _check_batch(asked: BatchSubmitted, text_bytes: int) -> None:
+    _check_submission(asked, text_bytes)
+    _check_text("batch_name", asked.batch_name, TITLE_CHARACTERS)
+    _check_count("jobs", len(asked.job_ids), BATCH_JOBS, "jobs")
+
+
+def _check_parameters(event: JobSubmitted | BatchSubmitted | JobUpdated, text_bytes: int) -> None:
+    if text_bytes * _BSON_FACTOR > PARAMETERS_BYTES:
+        _check_bytes("parameters", event.parameters, PARAMETERS_BYTES)
+
+
+def _check_change_of_access(event: JobAccessChanged | BatchAccessChanged, _text_bytes: int) -> None:
+    _check_access(event.access_control)
+
+
+def _check_step(event: StepCompleted, text_bytes: int) -> None:
+    if text_bytes > STEP_NAME_CHARACTERS:
+        _check_text("step", event.step, STEP_NAME_CHARACTERS)
+        _check_count("warnings", len(event.warnings), STEP_WARNINGS, "warnings")
+        _check_bytes("warnings", event.warnings, STEP_WARNING_BYTES)
+
+
+def _check_results(event: JobCompleted, text_bytes: int) -> None:
+    if text_bytes > RESULT_FILES:
+        _check_count("results.files", len(event.results.files), RESULT_FILES, "files")
+        _check_count("results.assets", len(event.results.assets), RESULT_FILES, "assets")
+    if text_bytes * _BSON_FACTOR > RESULTS_BYTES:
+        _check_bytes("results", event.results.model_dump(), RESULTS_BYTES)
+
+
+_CHECKS: Final[Mapping[type[Event], Callable[[Any, int], None]]] = {
+    JobSubmitted: _check_job,
+    BatchSubmitted: _check_batch,
+    JobUpdated: _check_parameters,
+    JobAccessChanged: _check_change_of_access,
+    BatchAccessChanged: _check_change_of_access,
+    StepCompleted: _check_step,
+    JobCompleted: _check_results,
+}
+
+
+def _check_access(access: AccessControl) -> None:
+    if not (access.read_access or access.write_access or access.admin_access):
+        return
+    together = 0
+    for place in ("read_access", "write_access", "admin_access"):
+        names: list[str] = getattr(access, place)
+        together += len(names)
+        _check_count(f"access_control.{place}", len(names), ACCESS_NAMES, "names")
+        for number, name in enumerate(names):
+            _check_text(f"access_control.{place}[{number}]", name, NAME_CHARACTERS)
+    _check_count("access_control", together, ACCESS_NAMES, "names in all lists together")
+
+
+def _check_count(where: str, found: int, limit: int, what: str) -> None:
+    if found > limit:
+        raise InvalidEvent(f"{where}: {found} {what} are too many: at most {limit} are allowed")
+
+
+def _check_text(where: str, text: str | None, limit: int) -> None:
+    if text is not None and len(text) > limit:
+        raise InvalidEvent(f"{where}: {len(text)} characters are too long: at most {limit} are allowed")
+
+
+def _check_bytes(where: str, value: Any, limit: int) -> None:
+    if value is not None and (found := bson_bytes(value)) > limit:
+        raise InvalidEvent(f"{where}: {found} bytes (as BSON) are too large: at most {limit} are allowed")
+
+
+# Sizes and shortening ---------------------------------------------------------------------------------------------
+
+
+def bson_bytes(value: Any) -> int:
+    """Return how many bytes a value takes in a document, without its name.
+
+    Raises:
+        InvalidEvent: BSON cannot hold it.
+    """
+    try:
+        return len(bson.encode({"": value})) - len(bson.encode({"": None}))
+    except (bson.errors.BSONError, ValueError, OverflowError, TypeError) as error:
+        raise InvalidEvent(f"the database cannot store this: {error}") from error
+
+
+def json_bytes(value: Any) -> int:
+    """Return about how many bytes a value takes as JSON. Cheap; BSON takes at most nine times as much."""
+    return len(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
+
+
+def fits(value: Any, limit: int, *, text_bytes: int | None = None) -> bool:
+    """Return whether a value takes at most `limit` bytes in a document. Cheap for what is far below.
+
+    `text_bytes` is what `json_bytes` said of it, if that is known.
+    """
+    text_bytes = json_bytes(value) if text_bytes is None else text_bytes
+    return text_bytes * _BSON_FACTOR <= limit or bson_bytes(value) <= limit
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text cut to `limit` characters, with a mark if anything was cut."""
+    return text if len(text) <= limit else f"{text[: limit - 2]} …"
+
+
+def shortened_failure(failure: Failure) -> Failure:
+    """Return a failure whose message and details fit; details that are too large are replaced by their size."""
+    details = failure.details
+    if not fits(details, ERROR_DETAILS_BYTES):
+        kept = {name: details[name] for name in ("retryable",) if isinstance(details.get(name), bool)}
+        details = {**kept, "truncated": True, "bytes": bson_bytes(failure.details)}
+    message = shortened(failure.message, ERROR_MESSAGE_CHARACTERS)
+    code = shortened(failure.code, NAME_CHARACTERS)
+    if (code, message) == (failure.code, failure.message) and details is failure.details:
+        return failure
+    return Failure(code=code, message=message, details=details)
+
+
+def newest_within(items: Sequence[Mapping[str, Any]], budget: int) -> int:
+    """Return how many of the last items fit into a budget of bytes. Counts their texts, and 100 bytes for each item."""
+    used = 0
+    for number, item in enumerate(reversed(items)):
+        used += 100 + sum(_text_bytes(value) for value in item.values())
+        if used > budget:
+            return number
+    return len(items)
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="replace"))
+    if isinstance(value, list):
+        return sum(20 + _text_bytes(item) for item in value)
+    return 0

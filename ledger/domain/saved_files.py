@@ -1,0 +1,36 @@
+"""ledger: which files the output of a step names. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from jobledger.ledger.domain.events import ResultFile
+
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def is_digest(text: str) -> bool:
+    """Return whether a text is a SHA-256 digest as files are named by it."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def saved_files(output: Any) -> Iterator[ResultFile]:
+    """Yield the files that the output of a step names: each object that has all fields of a result file.
+
+    Other digests, such as those of a lock file, are data.
+    """
+    pending = [output]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if "sha256" in value and value.keys() >= ResultFile.model_fields.keys():
+                with suppress(ValidationError):  # it is something else, that looks like one
+                    yield ResultFile.model_validate(value)
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)

@@ -1,0 +1,307 @@
+"""ledger: result files in MongoDB (GridFS), for installations whose machines share no disk.
+
+A file's chunks are written under an id of the writer's own; last, and at once, its entry in `fs.files`, which names its
+SHA-256 and of which a unique index allows one. So a file is whole or not there, the second of two writers gives up what
+it has written, and of a writer that died chunks are left that nobody reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable
+from contextlib import aclosing, suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from bson import ObjectId
+from pymongo import ASCENDING
+from pymongo.errors import DuplicateKeyError
+
+from jobledger.ledger.domain.errors import FileDamaged, FileLost, LedgerUnavailable
+from jobledger.ledger.files.directory import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored, store_threads
+from jobledger.ledger.files.inbox import InboxFile, open_verified
+from jobledger.ledger.files.integrity import FileChecks
+from jobledger.ledger.mongo.connection import Database, Document, driver_errors
+from jobledger.ledger.mongo.server_clock import clock_of
+from jobledger.ledger.system.cooperative_threads import in_turns
+
+BUCKET: Final = "fs"
+COLLECTIONS: Final = (f"{BUCKET}.chunks", f"{BUCKET}.files")
+_DIGEST: Final = "metadata.sha256"
+_REMOVED: Final = "metadata.removed"
+_TOKEN: Final = "metadata.removed_by"  # noqa: S105 - the name of a field
+_SAVED_AT: Final = "metadata.saved_at"
+_CHUNK_BYTES: Final = 255 * 1024
+"""As drivers have it: with its other fields, a chunk fits into a page of the database."""
+_CHUNKS_AT_ONCE: Final = 16
+_CHUNKS_AT_A_TIME: Final = 4
+_LISTED_AT_ONCE: Final = 1000
+_CHECKED_AGAIN_SECONDS: Final = 600
+
+
+class GridFSStore:
+    """Result files in the ledger's own database. What others keep in the same bucket is left alone."""
+
+    def __init__(self, db: Database) -> None:
+        self._client = db.client
+        self._clock = clock_of(db.client)
+        self._files = db[BUCKET].files
+        self._chunks = db[BUCKET].chunks
+        self.checks = FileChecks()
+
+    async def prepare(self) -> None:
+        """Create the indexes, and see whether files may be written and removed.
+
+        Raises:
+            LedgerUnavailable: the database cannot be reached, or does not let us.
+        """
+        with driver_errors("preparing results.store: gridfs (the rights it needs: jobledger doctor --role)"):
+            await self._files.create_index([("filename", ASCENDING), ("uploadDate", ASCENDING)])
+            await self._chunks.create_index([("files_id", ASCENDING), ("n", ASCENDING)], unique=True)
+            # Only our own files have this field: others may use the bucket as they like.
+            ours = {_DIGEST: {"$exists": True}}
+            await self._files.create_index(
+                [(_DIGEST, ASCENDING)], name="one_of_each_content", unique=True, partialFilterExpression=ours
+            )
+            set_aside = {_REMOVED: {"$exists": True}}
+            await self._files.create_index([(_REMOVED, ASCENDING)], partialFilterExpression=set_aside)
+            trial = ObjectId()
+            await self._chunks.insert_one({"files_id": trial, "n": 0, "data": b""})
+            await self._chunks.delete_many({"files_id": trial})
+
+    def check(self) -> None:
+        """Nothing on this machine is needed but the scratch directory."""
+
+    async def take_over(self, inbox: Path, sha256: str) -> int:
+        """Upload a file, remove it from the inbox, and return its size in bytes.
+
+        Raises:
+            FileLost: there is no such file, or it has another digest.
+            LedgerUnavailable: the database failed.
+            StoreUnavailable: this machine cannot open the file now.
+        """
+        with await in_turns(open_verified(DirectoryStore(inbox).path(sha256)), store_threads) as file:
+            if not await self._is_stored(sha256):
+                await self._upload(file, sha256)
+            await asyncio.get_running_loop().run_in_executor(store_threads, file.remove)
+            return file.size
+
+    async def remove_orphans(self) -> int:
+        """Remove chunks without an entry, written between a week and a day ago by the time in their id.
+
+        Both that time and the present are of the server's clock, whoever wrote the chunks. The bounds keep the cost
+        independent of the size of the store: both ends are looked up in an index.
+        """
+        day = timedelta(seconds=ORPHAN_SECONDS)
+        with driver_errors("reading the server's clock"):
+            now = await self._clock.now(self._client)
+        written = {"$gt": ObjectId.from_datetime(now - 7 * day), "$lt": ObjectId.from_datetime(now - day)}
+        pipeline: list[Document] = [
+            {"$match": {"files_id": written, "n": 0}},
+            {"$lookup": {"from": self._files.name, "localField": "files_id", "foreignField": "_id", "as": "entry"}},
+            {"$match": {"entry": []}},
+            {"$project": {"files_id": 1}},
+        ]
+        removed = 0
+        with driver_errors("removing what uploads have left"):
+            async for chunk in await self._chunks.aggregate(pipeline):
+                await self._chunks.delete_many({"files_id": chunk["files_id"]})
+                removed += 1
+        return removed
+
+    async def _upload(self, file: InboxFile, sha256: str) -> None:
+        with driver_errors("storing a file"):
+            upload_id = _dated_id(await self._clock.now(self._client))
+            try:
+                size = await self._write_chunks(upload_id, file)
+                await self._check_chunks(upload_id, sha256, size)
+            except BaseException:
+                with suppress(Exception):  # what is left of it is harmless - and the first error is what matters
+                    await asyncio.shield(self._chunks.delete_many({"files_id": upload_id}))
+                raise
+            # From here on the chunks stay whatever happens: an entry may be there although its insertion was cancelled,
+            # or has failed. Without one they are orphans.
+            try:
+                await self._add_entry(upload_id, sha256, size)
+            except DuplicateKeyError:
+                if await self._files.find_one({"_id": upload_id}, {"_id": 1}) is None:
+                    await self._chunks.delete_many({"files_id": upload_id})
+                    if not await self._is_stored(sha256):
+                        raise
+
+    async def _write_chunks(self, upload_id: ObjectId, file: InboxFile) -> int:
+        """Write a file's content and return its size; it is hashed again, for the job may have changed it.
+
+        Raises:
+            FileLost: its content is not what the digest says.
+        """
+        loop, written = asyncio.get_running_loop(), 0
+        pieces = file.pieces(_CHUNK_BYTES * _CHUNKS_AT_ONCE)
+        while (piece := await loop.run_in_executor(store_threads, next, pieces, None)) is not None:
+            chunks = [piece[begin : begin + _CHUNK_BYTES] for begin in range(0, len(piece), _CHUNK_BYTES)]
+            documents = [{"files_id": upload_id, "n": n, "data": data} for n, data in enumerate(chunks, written)]
+            await self._chunks.insert_many(documents)
+            written += len(chunks)
+        return file.size
+
+    async def _check_chunks(self, upload_id: ObjectId, sha256: str, size: int) -> None:
+        """Check that all chunks are still there.
+
+        Raises:
+            LedgerUnavailable: some are missing: the upload took days, so they were taken for orphans.
+        """
+        there = await self._chunks.count_documents({"files_id": upload_id})
+        if there != -(-size // _CHUNK_BYTES):
+            raise LedgerUnavailable(f"Chunks of the file {sha256} were removed while it was stored.")
+
+    async def _add_entry(self, upload_id: ObjectId, sha256: str, size: int) -> None:
+        """Make a file of what was written."""
+        await self._files.insert_one(
+            {
+                "_id": upload_id,
+                "filename": sha256,
+                "metadata": {"sha256": sha256},
+                "chunkSize": _CHUNK_BYTES,
+                "length": size,
+                "uploadDate": await self._clock.now(self._client),
+            }
+        )
+
+    async def _is_stored(self, sha256: str) -> bool:
+        """Return whether the content is there for good, and renew its time: by that `set_aside` sees that it is needed.
+
+        The update is acknowledged when a majority has all that happened before it. A mere look might see what another
+        writer has just written, and what a fail-over then takes back.
+        """
+        with driver_errors("looking for a file"):
+            found = await self._files.update_one({_DIGEST: sha256}, {"$currentDate": {_SAVED_AT: True}})
+        return found.matched_count == 1
+
+    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+        """Take the digest out of a file's entry: see `FileStore.set_aside`."""
+        change = {"$set": {_REMOVED: sha256, _TOKEN: token}, "$unset": {_DIGEST: ""}}
+        with driver_errors("setting a file aside"):
+            for wanted in ({_DIGEST: sha256}, {_REMOVED: sha256}):
+                entry = await self._files.find_one_and_update(wanted, change)
+                if entry is not None:
+                    saved_at: datetime = entry["metadata"].get("saved_at", entry["uploadDate"])
+                    return saved_at
+        return None
+
+    async def put_back(self, sha256: str, token: str) -> None:
+        """Put the digest back. Should its content have been saved again, this copy is removed."""
+        change = {"$set": {_DIGEST: sha256}, "$unset": {_REMOVED: "", _TOKEN: ""}}
+        with driver_errors("putting a file back"):
+            try:
+                await self._files.update_one({_REMOVED: sha256, _TOKEN: token}, change)
+            except DuplicateKeyError:
+                await self.remove(sha256, token)
+
+    async def remove(self, sha256: str, token: str) -> None:
+        """Remove a file that was set aside: its chunks first, so that none are left that nobody finds."""
+        with driver_errors("removing a file"):
+            async for entry in self._files.find({_REMOVED: sha256, _TOKEN: token}, {"_id": 1}):
+                await self._chunks.delete_many({"files_id": entry["_id"]})
+                await self._files.delete_one({"_id": entry["_id"]})
+
+    async def open(self, sha256: str, size: int) -> OpenFile:
+        """Open a file for reading. `size` is the one on record.
+
+        Raises:
+            FileLost: there is no such file.
+            FileDamaged: it has another content than it was stored with.
+            LedgerUnavailable: the database failed.
+        """
+        file = await self._open(sha256)
+        await self.checks.check(file, sha256, size)
+        return file
+
+    async def verify(self, sha256: str, size: int) -> None:
+        """Read a file and compare its size and content with those on record. Raises as `open`."""
+        await FileChecks().check(await self._open(sha256), sha256, size)
+
+    async def stored(self) -> AsyncIterator[Stored]:
+        """Yield all files in the store by ascending digest.
+
+        Raises:
+            LedgerUnavailable: the database failed.
+        """
+        after = ""
+        while True:  # no cursor stays open while the caller reads whole files: the server would end it
+            query = {_DIGEST: {"$gt": after}}
+            with driver_errors("listing the files"):
+                page = self._files.find(
+                    query, {_DIGEST: 1, "length": 1}, sort=[(_DIGEST, ASCENDING)], limit=_LISTED_AT_ONCE
+                )
+                entries = await page.to_list()
+            for entry in entries:
+                after = str(entry["metadata"]["sha256"])
+                yield Stored(after, int(entry["length"]))
+            if len(entries) < _LISTED_AT_ONCE:
+                return
+
+    async def _open(self, sha256: str) -> _OpenFile:
+        with driver_errors("looking for a file"):
+            entry = await self._files.find_one({_DIGEST: sha256})
+        if entry is None:
+            raise FileLost(f"GridFS has no file with the digest {sha256}")
+        try:
+            return _OpenFile(self._chunks, entry)
+        except (LookupError, TypeError, ValueError) as error:
+            raise FileDamaged(f"The entry of the file {sha256} in GridFS was changed: {error}") from error
+
+
+def _dated_id(moment: datetime) -> ObjectId:
+    """Return a new ID with a time of the server's clock in it, not of this machine's."""
+    return ObjectId(ObjectId.from_datetime(moment).binary[:4] + ObjectId().binary[4:])
+
+
+class _OpenFile:
+    """A file in GridFS, read in chunks: the driver's own reader fetches 16 MB at a time, wanted or not."""
+
+    def __init__(self, chunks: Any, entry: Document) -> None:
+        self._uploaded = entry.get("uploadDate")
+        self._chunks = chunks
+        self._id = entry["_id"]
+        self._size = int(entry["length"])
+        self._chunk_size = int(entry["chunkSize"])
+        if self._chunk_size < 1:
+            raise ValueError(f"its chunks have {self._chunk_size} bytes")
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def identity(self) -> Hashable:
+        """The database does not say when a chunk was changed: a file is read again every ten minutes at most."""
+        return str(self._id), self._size, self._uploaded, int(time.monotonic() // _CHECKED_AGAIN_SECONDS)
+
+    async def sha256(self, turns: asyncio.Semaphore) -> str:
+        digest = hashlib.sha256()
+        async with aclosing(self.read(0, self._size)) as pieces:
+            while True:
+                async with turns:
+                    if (piece := await anext(pieces, None)) is None:
+                        return digest.hexdigest()
+                    await asyncio.to_thread(digest.update, piece)
+
+    async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
+        while start < end:
+            first = start // self._chunk_size
+            last = min((end - 1) // self._chunk_size, first + _CHUNKS_AT_A_TIME - 1)
+            with driver_errors("reading a file"):
+                wanted = {"files_id": self._id, "n": {"$gte": first, "$lte": last}}
+                found = await self._chunks.find(wanted, sort=[("n", ASCENDING)]).to_list()
+            data = b"".join(chunk["data"] for chunk in found)
+            begin = first * self._chunk_size
+            if len(data) != min((last + 1) * self._chunk_size, self._size) - begin:
+                raise FileLost(f"In GridFS chunks {first} to {last} of the file {self._id} are not all there")
+            yield data[start - begin : end - begin]
+            start = begin + len(data)
+
+    async def close(self) -> None:
+        """Nothing is held between two reads."""

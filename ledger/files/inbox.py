@@ -1,0 +1,133 @@
+"""ledger: a file in the inbox of an attempt, as the worker takes it over.
+
+The attempt's directory belongs to the job, which may do anything to it at any time. So names are followed one by one
+below it, never through links, and what is not a readable regular file with the expected content is lost by the job's
+own fault.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from jobledger.ledger.domain.errors import FileLost, StoreUnavailable
+from jobledger.ledger.domain.limits import FILE_BYTES
+from jobledger.ledger.system.cooperative_threads import Work
+
+PIECE_BYTES: Final = 4 << 20
+"""How much of a file is read before another file has its turn."""
+NO_FILE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+"""Errors of `open` that say that there is no such file."""
+_FAULT_OF_THE_JOB: Final = NO_FILE | {errno.EACCES, errno.EPERM, errno.ENODEV, errno.EAGAIN}
+"""Errors that a job can cause below its directory: also by modes, devices and leases (EAGAIN). Others are transient."""
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class InboxFile:
+    """An open file of an inbox, and the directory that it was found in. Its methods block, except `close`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `<directory of the attempt>/<inbox>/<two digits>/<digest>`.
+
+        Raises:
+            FileLost: there is no regular file that this process may read, or it is too large.
+            StoreUnavailable: this machine cannot open it now.
+        """
+        self._path = path
+        self._directory = self._descriptor = -1
+        try:
+            self._open()
+            self.size = os.fstat(self._descriptor).st_size
+            if self.size > FILE_BYTES:
+                raise FileLost(f"{path} has {self.size} bytes, and at most {FILE_BYTES} are allowed")
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        path = self._path
+        try:
+            self._directory = os.open(path.parents[2], _DIRECTORY)
+        except OSError as error:
+            raise _opening_failed(path, error, NO_FILE) from error
+        try:
+            for name in (path.parents[1].name, path.parent.name):
+                inner = os.open(name, _DIRECTORY, dir_fd=self._directory)
+                os.close(self._directory)
+                self._directory = inner
+            # Before it is opened: opening a device may already do something.
+            self._require_regular(os.stat(path.name, dir_fd=self._directory, follow_symlinks=False))
+            self._descriptor = os.open(path.name, _FILE, dir_fd=self._directory)
+        except OSError as error:
+            raise _opening_failed(path, error, _FAULT_OF_THE_JOB) from error
+        self._require_regular(os.fstat(self._descriptor))
+
+    def _require_regular(self, found: os.stat_result) -> None:
+        if not stat.S_ISREG(found.st_mode):
+            raise FileLost(f"{self._path} is no file")
+
+    def __enter__(self) -> InboxFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()  # opened in a thread for a caller that was cancelled meanwhile
+
+    def close(self) -> None:
+        """Close it. Harmless if it is closed."""
+        for descriptor in (self._directory, self._descriptor):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._directory = self._descriptor = -1
+
+    def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+        """Yield the content. A file that grows meanwhile is read no further than its size was.
+
+        Raises:
+            FileLost: in the end, if the content has another digest than the name says.
+        """
+        digest = hashlib.sha256()
+        for start in range(0, self.size, piece_bytes):
+            piece = os.pread(self._descriptor, min(piece_bytes, self.size - start), start)
+            if not piece:
+                break
+            digest.update(piece)
+            yield piece
+        if digest.hexdigest() != self._path.name:
+            raise FileLost(f"The file {self._path.name} has another content than its name says")
+
+    def verify(self) -> Work[None]:
+        """Read the content and compare its digest with the name.
+
+        Raises:
+            FileLost: it is another one.
+        """
+        for _ in self.pieces():
+            if self.size > PIECE_BYTES:
+                yield
+
+    def remove(self) -> None:
+        """Remove the file, if the job lets us. Its directory is removed in any case when the attempt has ended."""
+        with suppress(OSError):
+            os.unlink(self._path.name, dir_fd=self._directory)
+
+
+def open_verified(path: Path) -> Work[InboxFile]:
+    """Open a file of an inbox, and compare its content with its name. Raises as `InboxFile` and `verify`."""
+    file = InboxFile(path)
+    yield from file.verify()
+    return file
+
+
+def _opening_failed(path: Path, error: OSError, lost: frozenset[int]) -> FileLost | StoreUnavailable:
+    kind = FileLost if error.errno in lost else StoreUnavailable
+    return kind(f"{path} cannot be opened: {error.strerror}")

@@ -1,0 +1,242 @@
+"""ledger: connecting to MongoDB, the checks at start, and the one place that knows the driver's exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.errors import InvalidBSON
+from pymongo import AsyncMongoClient, MongoClient, WriteConcern
+from pymongo.asynchronous.database import AsyncDatabase
+from pymongo.errors import (
+    ConfigurationError as DriverConfigurationError,
+)
+from pymongo.errors import (
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WTimeoutError,
+)
+from pymongo.read_concern import ReadConcern
+
+from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.mongo._pymongo_compat import mend_the_driver
+from jobledger.ledger.mongo.server_clock import ServerClock
+
+mend_the_driver()
+Document = dict[str, Any]
+Database = AsyncDatabase[Document]
+
+TOLERANT: CodecOptions[Document] = CodecOptions(
+    tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
+)
+"""Decodes what was damaged, too, so that one such event does not keep others from being read."""
+
+OLDEST_SERVER = (5, 0)  # field names with dots and dollars, and $$NOW in updates, as the ledger uses them
+DURABLE = WriteConcern(w="majority", j=True)
+MAJORITY = ReadConcern("majority")
+LOCAL = ReadConcern("local")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How to reach the database. Times in milliseconds, as in config.yaml."""
+
+    uri: str
+    db_name: str
+    max_pool_size: int = 50
+    connect_timeout_ms: int = 5000
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "maxPoolSize": self.max_pool_size,
+            "connectTimeoutMS": self.connect_timeout_ms,
+            "serverSelectionTimeoutMS": self.connect_timeout_ms,
+            "tz_aware": True,
+            "readPreference": "primary",  # whatever the URI says: decisions need what is true now
+            "appname": "jobledger",
+        }
+
+    def client(self) -> AsyncMongoClient[Document]:
+        """Return a client for the event loop. Every write is journaled by a majority before it is acknowledged.
+
+        Raises:
+            ConfigurationError: the URI is not one.
+        """
+        with _readable_uri(self.uri):
+            options = self._options()
+            clock = ServerClock()
+            options["event_listeners"] = [*options.get("event_listeners", ()), clock]
+            client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, w="majority", journal=True, **options)
+        clock.ask(client)
+        return client
+
+    def blocking_client(self) -> MongoClient[Document]:
+        """Return a client for a thread of its own (heartbeats), which a busy event loop cannot starve."""
+        with _readable_uri(self.uri):
+            return MongoClient(self.uri, w="majority", journal=True, **self._options())
+
+
+@contextmanager
+def _readable_uri(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (InvalidURI, DriverConfigurationError, ValueError) as error:
+        # The driver quotes what it takes for a host or a name, and that may be a piece of the password.
+        why = "what is wrong is not shown, for it may hold the password" if "@" in uri else str(error)
+        raise ConfigurationError(
+            f"mongodb.uri is not usable: {why}. Expected something like "
+            "mongodb://user:password@host1,host2/?replicaSet=rs0 (with :, / and @ in user and password written as "
+            "%3A, %2F and %40), or the word embedded."
+        ) from error
+
+
+@contextmanager
+def driver_errors(doing: str) -> Iterator[None]:
+    """Turn what the driver raises into the ledger's errors; `doing` completes the sentence "… failed while …"."""
+    try:
+        yield
+    except PyMongoError as error:
+        raise LedgerUnavailable(f"The database failed while {doing}: {brief(error)}") from error
+    except InvalidBSON as error:
+        raise UnreadableEvent(
+            f"A document is damaged: {doing} failed. `jobledger log verify` finds it. {error}"
+        ) from error
+
+
+def code_behind(error: BaseException) -> int | None:
+    """Return the server's code of what `driver_errors` has turned into one of ours, if the server refused something."""
+    return error.__cause__.code if isinstance(error.__cause__, OperationFailure) else None
+
+
+def brief(error: PyMongoError) -> str:
+    """Return the first, human part of a driver error; the rest is a description of the topology."""
+    text = str(error).split(", Timeout:")[0].split(", full error")[0].split(" to execute command")[0]
+    # What the driver says when it gives up a connection whose server has stopped answering its heartbeat.
+    return "the server does not answer" if text == "operation cancelled" else text
+
+
+UNAUTHORIZED = 13  # the server's error codes
+SNAPSHOT_TOO_OLD = 239
+INDEX_CONFLICTS = frozenset({85, 86})  # IndexOptionsConflict, IndexKeySpecsConflict
+_PASSING = frozenset({6, 7, 64, 89, 91, 112, 133, 189, 202, 246, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031})
+"""Codes for a network failure, a shutdown, an election, an exceeded time limit, or a full disk."""
+_FOR_GOOD = frozenset({UNAUTHORIZED, 18, 121})  # also AuthenticationFailed, DocumentValidationFailure
+
+
+def passes_with_time(error: PyMongoError) -> bool:
+    """Return whether trying again may help: after a fail-over, say, or a broken connection; but not without rights."""
+    return not (isinstance(error, OperationFailure) and error.code in _FOR_GOOD)
+
+
+async def check_server(db: Database, *, writing: bool = True) -> None:
+    """Make sure that the server can carry a ledger, and takes a write unless we only read.
+
+    Raises:
+        LedgerUnavailable: it cannot be reached.
+        DatabaseUnsuitable: it is standalone, too old, or refuses us; the message says what to do.
+    """
+    try:
+        hello = await db.client.admin.command("hello")
+        version = (await db.client.admin.command("buildInfo"))["version"]
+        if hello.get("msg") == "isdbgrid":
+            raise DatabaseUnsuitable(_SHARDED)
+        if hello.get("isreplicaset"):
+            raise LedgerUnavailable(
+                "This MongoDB's replica set is not initiated yet: run rs.initiate() once in mongosh."
+            )
+        if not hello.get("setName"):
+            raise DatabaseUnsuitable(_STANDALONE)
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+            raise DatabaseUnsuitable(
+                f"MongoDB {version} is too old: the ledger needs {OLDEST_SERVER[0]}.{OLDEST_SERVER[1]} or newer."
+            )
+        if writing:
+            checked = db.get_collection("checkpoints", write_concern=WriteConcern(w="majority", j=True, wtimeout=5000))
+            await checked.update_one({"_id": "write-check"}, {"$set": {"ok": True}}, upsert=True)
+    except ServerSelectionTimeoutError as error:
+        raise LedgerUnavailable(
+            f"No MongoDB answers at the address in mongodb.uri: {brief(error)}. Is it running?"
+        ) from error
+    except WTimeoutError as error:
+        raise LedgerUnavailable(
+            f"No majority of MongoDB's members confirms a write: {brief(error)}. Are enough of them running?"
+        ) from error
+    except OperationFailure as error:
+        if error.code in _PASSING:
+            raise LedgerUnavailable(f"MongoDB cannot be used now: {brief(error)}") from error
+        raise DatabaseUnsuitable(f"MongoDB refuses what the ledger needs: {brief(error)}") from error
+    except PyMongoError as error:
+        raise LedgerUnavailable(f"The database failed while it was being checked: {brief(error)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class OplogWindow:
+    """How far the oplog reaches back. While it is not `full` yet, that says nothing."""
+
+    size_mb: float
+    hours: float
+    full: bool
+
+    @property
+    def short(self) -> bool:
+        """Whether a member that is restarted or copied may find it rolled over."""
+        return self.full and self.hours < 1
+
+
+OPLOG_ADVICE = (
+    "The ledger loses nothing by it (readers go back to the collection), but a member that is down for longer has to "
+    "be copied anew: make it larger with replSetResizeOplog."
+)
+
+
+async def oplog_window(db: Database) -> OplogWindow | None:
+    """Look at the oplog; None if this user may not.
+
+    Raises:
+        LedgerUnavailable: the database cannot be reached.
+    """
+    local = db.client["local"]
+    with driver_errors("showing its oplog"):
+        try:
+            first = await local["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", 1)])
+            last = await local["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", -1)])
+            stats = await local.command("collStats", "oplog.rs")
+        except OperationFailure as error:
+            if error.code == UNAUTHORIZED:
+                return None
+            raise
+    hours = (last["ts"].time - first["ts"].time) / 3600 if first and last else 0.0
+    most = stats.get("maxSize", 0)
+    return OplogWindow(most / 2**20, hours, full=stats.get("size", 0) > 0.9 * most)
+
+
+async def transaction_limit_seconds(db: Database) -> int | None:
+    """Return after how long the server ends a transaction that was left open; None if this user may not know.
+
+    Raises:
+        LedgerUnavailable: the database cannot be reached.
+    """
+    with driver_errors("telling its parameters"):
+        try:
+            answer = await db.client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
+        except OperationFailure as error:
+            if error.code == UNAUTHORIZED:
+                return None
+            raise
+    return int(answer["transactionLifetimeLimitSeconds"])
+
+
+_SHARDED = (
+    "This is the router (mongos) of a sharded cluster, and the ledger has not been tried on one: its log is one "
+    "collection on one replica set. Let mongodb.uri name the members of a replica set."
+)
+_STANDALONE = (
+    "This MongoDB is a standalone server, and the ledger needs a replica set (one node is enough): change streams and "
+    "transactions do not exist without one. Start mongod with --replSet rs0 (or `replication: {replSetName: rs0}` in "
+    "mongod.conf), then run `rs.initiate()` once in mongosh. Or set mongodb.uri to `embedded`."
+)

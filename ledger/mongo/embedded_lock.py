@@ -1,0 +1,133 @@
+"""ledger: what the files beside an embedded server say: who owns it, where it listens, what it logged. Only files."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from jobledger.ledger.domain.errors import ServerInUse
+from jobledger.ledger.system.private_files import open_private
+
+# Somebody who asks `is_owned` holds a shared lock for a moment; an owner-to-be waits this long before giving up.
+GRACE_SECONDS = 0.5
+
+
+class ServerNote(BaseModel):
+    """`server.json`: the address of the running embedded server with its secret, for other commands of this user."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    pid: int
+    owner_pid: int
+
+
+class OwnerLock:
+    """The right to run a server on a data directory. The kernel takes it back when the process ends, however it ends.
+
+    It is an flock: a child forked without exec inherits it, so start helpers by spawn or exec.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        """Take the lock, or raise ServerInUse naming the process that has it; OSError if it cannot be opened."""
+        path = data_dir / "lock"
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        if not until(lambda: try_lock(self._fd, fcntl.LOCK_EX), GRACE_SECONDS):
+            os.close(self._fd)
+            raise ServerInUse(
+                f"{data_dir} is used by another jobledger (process {path.read_text().strip() or 'unknown'}). "
+                "Stop that one first, or set mongodb.data_dir to another directory."
+            )
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def is_owned(data_dir: Path) -> bool:
+    """Does a living process hold the directory?"""
+    try:
+        fd = os.open(data_dir / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not try_lock(fd, fcntl.LOCK_SH)
+    finally:
+        os.close(fd)
+
+
+def write_note(data_dir: Path, note: ServerNote) -> None:
+    """Write the note so that a reader sees all of it or none."""
+    fresh = data_dir / "server.json.new"
+    with open_private(fresh, "w") as file:
+        file.write(note.model_dump_json() + "\n")
+    fresh.replace(data_dir / "server.json")
+
+
+def read_note(data_dir: Path) -> ServerNote | None:
+    """The note as it stands, true or stale; None without a readable one."""
+    try:
+        return ServerNote.model_validate_json((data_dir / "server.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def remove_note(data_dir: Path) -> None:
+    """Remove the note of a server that ends. Where that is impossible it stays: no process answers by its ID."""
+    with suppress(OSError):
+        (data_dir / "server.json").unlink()
+
+
+def number_in(path: Path) -> int | None:
+    """The number a file holds (a port, a pid), if it does."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def log_tail(path: Path, start: int, lines: int = 8) -> str:
+    """What mongod logged last, from byte `start` on: its errors, else its last words, as text for a person."""
+    with path.open("rb") as file:
+        file.seek(start)
+        entries = [_readable(line) for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = list(dict.fromkeys(text for severity, text in entries if severity in "EF"))
+    return "\n".join(f"    {text}" for text in (errors or [text for _, text in entries])[-lines:])
+
+
+def _readable(line: str) -> tuple[str, str]:
+    """A line of mongod's JSON log as (severity, text); what is not JSON comes from the loader or a crash: an error."""
+    try:
+        entry = json.loads(line)
+        attributes = {k: v.get("msg", v) if isinstance(v, dict) else v for k, v in entry.get("attr", {}).items()}
+        details = ", ".join(f"{key}: {value}" for key, value in attributes.items())
+        return entry["s"], " ".join(f"{entry['msg']} {details}".split())[:400]
+    except (ValueError, KeyError, AttributeError):
+        return "E", line
+
+
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for `condition`, at most so many seconds; say whether it came true."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return met
+
+
+def try_lock(fd: int, kind: int) -> bool:
+    """Take an flock of a kind (fcntl.LOCK_EX, LOCK_SH) if nobody is in the way; never waits."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,125 @@
+"""ledger: one process does what only one should do; the others that could stand by and take over in time.
+
+A leader's heartbeats, which extend its lease, come by the change stream. Who stands by takes over when there was none
+for the time of the lease by its own steady clock, whatever the server's clock says, or at once when the leader lets go.
+What a leader writes is fenced by `epoch`, which grows with every new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from jobledger.ledger.domain.errors import LedgerBusy, LedgerUnavailable
+from jobledger.ledger.mongo.connection import Connection
+from jobledger.ledger.mongo.lease import Lease, Seen
+
+_log = structlog.get_logger()
+_LONGEST_PAUSE_SECONDS: Final = 5.0
+
+
+class Deposed(Exception):
+    """Somebody else leads by now."""
+
+
+class Leadership:
+    """The lead in one matter. A listener of the process's change stream."""
+
+    collection = "leaders"
+
+    def __init__(self, connection: Connection, matter: str, *, holder: str, lease_seconds: float) -> None:
+        self._matter = matter
+        self._holder = holder
+        self._lease_seconds = lease_seconds
+        self._lease = Lease(connection, self.collection, matter, seconds=lease_seconds)
+        self._seen = Seen()
+        """Of the leader, while another process leads."""
+        self._heard = asyncio.Event()
+        self._vacant = asyncio.Event()
+
+    @property
+    def epoch(self) -> int:
+        """The fencing token of this leader."""
+        return self._lease.epoch
+
+    async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
+        """Stand by, lead, stand by …, until cancelled. `lead` is cancelled with the lease; it may raise Deposed."""
+        while True:
+            await self.once(lead)
+
+    async def once(self, lead: Callable[[], Awaitable[None]]) -> None:
+        """Stand by, lead, stand by …, until `lead` has come to its end. What it raises ends this, too, but Deposed."""
+        pause, told = 0.1, False
+        while True:
+            try:
+                self._vacant.clear()  # before we ask: the leader may let go while the refusal is on its way to us
+                if await self._lease.acquire({"holder": self._holder}, seen=self._seen):
+                    self._seen = Seen()
+                    begun, told = time.monotonic(), False
+                    try:
+                        if await self._lead(lead):
+                            return
+                    finally:
+                        await self._lease.release()
+                        if time.monotonic() - begun > self._lease_seconds:
+                            pause = 0.1  # it went well for a while: what comes now is a new trouble
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                else:
+                    self._seen.note(self._lease.refused_by.get("beat"), self._lease.refused_by.get("seconds"))
+                    if not told:
+                        _log.info("another process does it, standing by", matter=self._matter)
+                        told = True
+                    await self._wait_for_vacancy()
+            except (LedgerUnavailable, LedgerBusy) as error:
+                _log.warning("leading is interrupted, going on", matter=self._matter, error=str(error))
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def resync(self, session: AsyncClientSession) -> None:
+        self._heard.set()
+
+    def changed(self, change: Mapping[str, Any]) -> None:
+        if change["documentKey"]["_id"] != self._matter:
+            return
+        fields = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
+        if "beat" in fields:
+            self._seen.note(fields["beat"])
+        self._heard.set()
+        if fields.get("released"):
+            self._vacant.set()
+
+    async def _wait_for_vacancy(self) -> None:
+        """Wait until the leader misses a heartbeat or lets go of its lease."""
+        while not self._vacant.is_set():
+            self._heard.clear()
+            try:
+                missing = self._lease_seconds / 3 + 1
+                left = self._lease_seconds - self._seen.quiet_seconds
+                async with asyncio.timeout(min(missing, left) if left > 0 else missing):
+                    await self._heard.wait()
+            except TimeoutError:
+                return
+
+    async def _lead(self, lead: Callable[[], Awaitable[None]]) -> bool:
+        """Return whether it has come to its end, and was not ended by the loss of the lead."""
+        leading = asyncio.ensure_future(lead())
+        lost = asyncio.create_task(self._lease.lost())
+        try:
+            await asyncio.wait({leading, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if leading.done():
+                leading.result()
+                return True
+            _log.warning("lease lost, standing by", matter=self._matter)
+        except Deposed:
+            _log.warning("replaced by another leader, standing by", matter=self._matter)
+        finally:
+            for task in (leading, lost):
+                task.cancel()
+            await asyncio.gather(leading, lost, return_exceptions=True)
+        return False

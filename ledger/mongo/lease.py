@@ -1,0 +1,277 @@
+"""ledger: leases. Their time is measured on steady clocks, which no fail-over and no correction of a clock moves.
+
+Each extension changes `beat`. A lease has expired for a process that has seen no new beat for the time of the lease, by
+its own steady clock. Such a lease may be taken: by its next holder, or, if nobody else can hold it, by who declares it
+over. Both demand the beat that was seen, so whoever extended it meanwhile keeps it. Both raise its epoch, and its
+holder can extend it no more. Until that happens it can: so an outage of the database, in which nobody can extend
+anything, costs nobody a lease. Leases are extended from a thread of their own, with a client of its own, so a busy
+event loop cannot starve them. But a loop that makes no progress for the time of a lease does not deserve one: it is no
+longer extended, and others take over what the process holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from pymongo import ReturnDocument, timeout
+from pymongo.collection import Collection
+from pymongo.errors import PyMongoError
+
+from jobledger.ledger.mongo.connection import Connection, Document, brief, driver_errors
+from jobledger.ledger.system.loop_progress import LoopProgress
+
+_log = structlog.get_logger()
+
+
+def _until(seconds: float) -> Document:
+    return {"$add": ["$$NOW", int(seconds * 1000)]}
+
+
+RUN_OUT: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
+"""Matches lease documents whose time is over, by the server's clock."""
+OVER: Document = {"$inc": {"epoch": 1}}
+"""Declares a lease over, if its beat is still the one that was seen: its holder's next extension finds a new epoch."""
+_NEXT_BEAT: Document = {"$add": [{"$ifNull": ["$beat", 0]}, 1]}
+_AGAIN_SECONDS = 0.5
+_RELEASE_SECONDS = 1.0
+"""How long releasing may take. A lease that the database was not told of in this time expires."""
+_LOOKS = 3
+"""A lease is extended, and its holder's loop looked at, three times in its time. See
+`jobledger.ledger.system.loop_progress`."""
+_TICKS = 12
+GAP = 0.6
+"""Who has not extended a lease for that share of its time has missed a beat. A lease runs out after an outage of at
+least two thirds of its time, since it is extended at each third: so whoever else beats has missed one then, too."""
+
+
+class Seen:
+    """What a process has seen of a lease that another one holds, on its own steady clock."""
+
+    def __init__(self) -> None:
+        self.beat: int | None = None
+        self.alive = False
+        """Whether it was extended while we looked on."""
+        self._since = time.monotonic()
+        self._seconds = 0.0
+
+    def note(self, beat: int | None, seconds: float | None = None) -> None:
+        """Take in the beat that the lease has now, and its time in seconds."""
+        if beat != self.beat:
+            self.alive = self.beat is not None
+            self.beat, self._since = beat, time.monotonic()
+        if seconds is not None:
+            self._seconds = seconds
+
+    @property
+    def quiet_seconds(self) -> float:
+        """Return for how long there was no other beat."""
+        return time.monotonic() - self._since
+
+    def expired(self, seconds: float = 0.0) -> bool:
+        """Return whether there was no other beat for the time of the lease, and for `seconds`."""
+        return self.beat is not None and self.quiet_seconds >= max(self._seconds, seconds)
+
+
+class Lease:
+    """A document `{_id, epoch, beat, lease_until, seconds, released, …}` kept alive by this process, its one holder.
+
+    `epoch` grows with every new holder: it is the fencing token of what the holder writes. `beat` grows with every
+    extension and every holder. `lease_until` is by the server's clock.
+    """
+
+    def __init__(self, connection: Connection, collection: str, lease_id: str, *, seconds: float) -> None:
+        self._connection = connection
+        self._collection = collection
+        self._id = lease_id
+        self._seconds = seconds
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._progress: LoopProgress | None = None
+        self._lost: asyncio.Event = asyncio.Event()
+        self.epoch = 0
+        self.refused_by: Document = {}
+        """The document of the lease, when `acquire` has last returned False."""
+        self._beats = (0.0, -math.inf)
+        """On the steady clock: since when no beat has been missed, and when the last one was sent."""
+
+    async def acquire(self, facts: Mapping[str, Any], *, seen: Seen | None = None) -> bool:
+        """Take the lease if nobody holds it; from then on it is extended until `release`. False if somebody holds it.
+
+        Args:
+            facts: More fields of the document.
+            seen: What this process has seen of the lease so far.
+
+        Raises:
+            LedgerUnavailable: the database cannot be reached.
+        """
+        self._lost = lost = asyncio.Event()
+        self._stop = stop = threading.Event()
+        loop = asyncio.get_running_loop()
+        progress = LoopProgress(min(self._seconds / _TICKS, 1.0))
+        acquired: asyncio.Future[int | None] = loop.create_future()
+        # The thread keeps its own events: after a cancelled `acquire` the next one makes new ones while it still runs.
+        thread = threading.Thread(
+            target=self._keep,
+            args=(loop, acquired, dict(facts), seen or Seen(), stop, lost, progress),
+            name=f"lease-{self._id}",
+            daemon=True,
+        )
+        thread.start()
+        epoch = None
+        try:
+            with driver_errors("taking a lease"):
+                epoch = await acquired
+        except asyncio.CancelledError:
+            stop.set()  # else the thread would go on holding what nobody uses
+            raise
+        finally:
+            if epoch is None:
+                progress.stop()
+        if epoch is None:
+            return False
+        self._thread, self._progress, self.epoch = thread, progress, epoch
+        return True
+
+    async def lost(self) -> None:
+        """Return when the lease is lost: it ran out, and was taken or declared over."""
+        await self._lost.wait()
+
+    @property
+    def steady_seconds(self) -> float:
+        """Return for how long the lease has been extended without a missing beat; 0 while one is missing."""
+        since, last = self._beats
+        now = time.monotonic()
+        return now - since if now - last <= GAP * self._seconds else 0.0
+
+    @property
+    def held(self) -> bool:
+        return self._thread is not None and not self._lost.is_set()
+
+    async def release(self) -> None:
+        """Stop extending and let go at once, so that others need not wait."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        if self._progress is not None:
+            self._progress.stop()
+        await asyncio.to_thread(self._thread.join, _RELEASE_SECONDS)
+        self._thread = None
+
+    def _keep(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        acquired: asyncio.Future[int | None],
+        facts: Document,
+        seen: Seen,
+        stop: threading.Event,
+        lost: asyncio.Event,
+        progress: LoopProgress,
+    ) -> None:
+        try:
+            with self._connection.blocking_client() as client:
+                leases = client[self._connection.db_name][self._collection]
+                begun = time.monotonic()
+                epoch = self._take(leases, facts, seen)
+                self._beats = (begun, begun)
+                _tell(loop, _resolve, acquired, epoch)
+                if epoch is None or self._beat(leases, epoch, begun + self._seconds, stop, progress):
+                    return
+        except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it, or would wait for ever
+            _tell(loop, _resolve, acquired, error)
+        _tell(loop, lost.set)
+
+    def _take(self, leases: Collection[Document], facts: Document, seen: Seen) -> int | None:
+        """Take the lease in one step if it is free; return its epoch, None if somebody holds it.
+
+        The server's clock counts only for a holder that was never seen to extend its lease: so a process that has just
+        been started need not wait for one that died long ago. It may be wrong then, after a fail-over; the lease moves
+        to another holder for nothing, and the epoch fences the old one.
+        """
+        token = secrets.token_hex(8)
+        mine: Document = {
+            **{name: {"$literal": value} for name, value in facts.items()},
+            "epoch": {"$add": [{"$ifNull": ["$epoch", 0]}, 1]},
+            "seconds": self._seconds,
+            "released": False,
+            "token": token,
+            "beat": _NEXT_BEAT,
+            "lease_until": _until(self._seconds),
+        }
+        free: list[Any] = [{"$eq": [{"$ifNull": ["$epoch", 0]}, 0]}, {"$eq": ["$released", True]}]
+        if not seen.alive:
+            free.append({"$lte": ["$lease_until", "$$NOW"]})
+        if seen.expired(self._seconds):
+            free.append({"$eq": ["$beat", seen.beat]})
+        taken = {"$replaceWith": {"$cond": [{"$or": free}, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
+        with timeout(max(self._seconds, self._connection.connect_timeout_ms / 1000)):
+            document = leases.find_one_and_update(
+                {"_id": self._id}, [taken], upsert=True, return_document=ReturnDocument.AFTER
+            )
+        if document and document["token"] == token:
+            return int(document["epoch"])
+        self.refused_by = document or {}
+        return None
+
+    def _beat(
+        self,
+        leases: Collection[Document],
+        epoch: int,
+        good_until: float,
+        stop: threading.Event,
+        progress: LoopProgress,
+    ) -> bool:
+        """Extend the lease until told to stop, and give it back then. False if it was lost before.
+
+        No call lasts longer than the lease: over a silent network it would not return for minutes.
+        """
+        mine = {"_id": self._id, "epoch": epoch}
+        extend = {"beat": _NEXT_BEAT, "lease_until": _until(self._seconds)}
+        pause, away = self._seconds / 3, False
+        while not stop.wait(pause):
+            if (missed := progress.look()) >= _LOOKS:
+                if missed == _LOOKS:
+                    _log.error("the event loop is blocked: lease no longer extended", lease=self._id)
+                continue
+            begun = time.monotonic()
+            try:
+                with timeout(max(good_until - begun, self._seconds / 3)):
+                    extended = leases.update_one(mine, [{"$set": extend}])
+                if not extended.matched_count:
+                    return False
+                good_until, pause, away = begun + self._seconds, self._seconds / 3, False
+                since, last = self._beats
+                self._beats = (since if begun - last <= GAP * self._seconds else begun, begun)
+            except PyMongoError as error:
+                if not away:  # once: it may last
+                    _log.warning("lease not extended, trying on", lease=self._id, error=brief(error))
+                pause, away = min(_AGAIN_SECONDS, self._seconds / 3), True
+        try:
+            with timeout(max(good_until - time.monotonic(), 0.1)):
+                leases.update_one(
+                    {"_id": self._id, "epoch": epoch},
+                    [{"$set": {"beat": _NEXT_BEAT, "lease_until": "$$NOW", "released": True}}],
+                )
+        except PyMongoError as error:
+            _log.warning("lease not given back, it will run out", lease=self._id, error=brief(error))
+        return True
+
+
+def _resolve(future: asyncio.Future[int | None], answer: int | Exception | None) -> None:
+    if future.done():
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: Any, *args: Any) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call, *args)

@@ -1,0 +1,219 @@
+"""ledger: signing secrets of webhook endpoints. An endpoint is a URL of one user (`receiver_of` in
+ledger/domain/delivery.py).
+
+Each endpoint has a secret of its own, so what is sent for one user never validates at a receiver of another, also if
+both name the same URL. A secret is stored in the collection `webhook_endpoints` and nowhere else: in no event, log line
+or answer but the one that shows it.
+
+A secret is created when the endpoint is first used, and shown by the submission that marks it as shown. Both are
+single atomic writes: of several processes one creates it and one shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from pymongo import ReturnDocument
+from pymongo.errors import BulkWriteError
+
+from jobledger.ledger.domain.delivery import receiver_of
+from jobledger.ledger.mongo.connection import Database, Document, driver_errors
+from jobledger.ledger.mongo.server_clock import clock_of
+from jobledger.ledger.net.webhook_signature import new_secret
+
+COLLECTION: Final = "webhook_endpoints"
+MOST_OLD_SECRETS: Final = 3
+_DUPLICATE_KEY: Final = 11000
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A URL to which webhooks of a user go."""
+
+    user_id: str
+    url: str
+
+    @property
+    def receiver(self) -> str:
+        return receiver_of(self.user_id, self.url)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownSecret:
+    """A secret in the only answer that shows it."""
+
+    receiver: str
+    url: str
+    secret: str
+
+    def as_answer(self) -> dict[str, str]:
+        return {"receiver": self.receiver, "url": self.url, "secret": self.secret}
+
+    def __repr__(self) -> str:
+        return f"ShownSecret({self.receiver}, …)"
+
+
+async def ensure(db: Database, endpoints: Collection[Endpoint]) -> None:
+    """Create the secrets of endpoints that have none yet.
+
+    Raises:
+        LedgerUnavailable: the database failed.
+    """
+    by_receiver = {it.receiver: it for it in endpoints}
+    if not by_receiver:
+        return
+    with driver_errors("reading the endpoints of webhooks"):
+        found = {it["_id"] async for it in db[COLLECTION].find({"_id": {"$in": list(by_receiver)}}, {"_id": 1})}
+        missing = [_new(it, _now(db)) for receiver, it in by_receiver.items() if receiver not in found]
+        if not missing:
+            return
+        try:
+            await db[COLLECTION].insert_many(missing, ordered=False)
+        except BulkWriteError as error:
+            # Another process has created some of them in this moment: theirs count.
+            if any(it["code"] != _DUPLICATE_KEY for it in error.details["writeErrors"]):
+                raise
+
+
+def _now(db: Database) -> datetime:
+    """Return the server's time: other processes judge what is stored here."""
+    return clock_of(db.client).estimate()
+
+
+def _new(endpoint: Endpoint, now: datetime) -> Document:
+    return {
+        "_id": endpoint.receiver,
+        "user_id": endpoint.user_id,
+        "url": endpoint.url,
+        "secret": new_secret(),
+        "old": [],
+        "shown": False,
+        "created_at": now,
+        "rotated_at": None,
+    }
+
+
+async def take_unshown(db: Database, endpoints: Collection[Endpoint]) -> list[ShownSecret]:
+    """Return the secrets of these endpoints that were never shown, and mark them as shown.
+
+    The mark is set by the same write that reads the secret, so two processes never show one twice.
+
+    Raises:
+        LedgerUnavailable: the database failed.
+    """
+    receivers = {it.receiver for it in endpoints}
+    if not receivers:
+        return []
+    shown = []
+    with driver_errors("reading the secrets of webhooks"):
+        wanted = {"_id": {"$in": list(receivers)}, "shown": False}
+        for receiver in [it["_id"] async for it in db[COLLECTION].find(wanted, {"_id": 1})]:
+            found = await db[COLLECTION].find_one_and_update(
+                {"_id": receiver, "shown": False, "secret": {"$ne": None}}, {"$set": {"shown": True}}
+            )
+            if found is not None:
+                shown.append(ShownSecret(receiver, found["url"], found["secret"]))
+    return shown
+
+
+async def signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
+    """Return what to sign a message with: the secret of its endpoint, and old ones in their grace period.
+
+    An empty list means that the secret was revoked.
+
+    Raises:
+        LedgerUnavailable: the database failed.
+    """
+    found = await _stored(db, endpoint)
+    if found is None:  # such as after an import of the log into another database
+        await ensure(db, [endpoint])
+        found = await _stored(db, endpoint)
+    if found is None or found["secret"] is None:
+        return []
+    now = _now(db)
+    return [found["secret"], *(it["secret"] for it in found["old"] if it["until"] > now)]
+
+
+async def _stored(db: Database, endpoint: Endpoint) -> Document | None:
+    with driver_errors("reading the secrets of a webhook"):
+        return await db[COLLECTION].find_one({"_id": endpoint.receiver})
+
+
+async def get(db: Database, receiver: str) -> Document | None:
+    """Return an endpoint without its secrets; None if there is none.
+
+    Raises:
+        LedgerUnavailable: the database failed.
+    """
+    with driver_errors("reading an endpoint of webhooks"):
+        found = await db[COLLECTION].find_one({"_id": receiver}, _WITHOUT_SECRETS)
+    return None if found is None else _described(found, _now(db))
+
+
+_WITHOUT_SECRETS: Final = {
+    "user_id": 1,
+    "url": 1,
+    "created_at": 1,
+    "rotated_at": 1,
+    "old.until": 1,
+    "revoked": {"$eq": ["$secret", None]},
+}
+
+
+async def page(db: Database, *, user_id: str | None, limit: int, after: str = "") -> list[Document]:
+    """Return endpoints without their secrets, by ID: those of a user, or of all users.
+
+    Raises:
+        LedgerUnavailable: the database failed.
+    """
+    wanted: Document = {"_id": {"$gt": after}} | ({} if user_id is None else {"user_id": user_id})
+    with driver_errors("listing the endpoints of webhooks"):
+        found = db[COLLECTION].find(wanted, _WITHOUT_SECRETS, sort=[("_id", 1)], limit=limit)
+        return [_described(it, _now(db)) async for it in found]
+
+
+def _described(found: Document, now: datetime) -> Document:
+    ends = [it["until"] for it in found["old"] if it["until"] > now]
+    return {
+        "receiver": found["_id"],
+        "url": found["url"],
+        "user_id": found["user_id"],
+        "created_at": found["created_at"],
+        "rotated_at": found["rotated_at"],
+        "old_secret_until": max(ends, default=None),
+        "revoked": found["revoked"],
+    }
+
+
+async def rotate(db: Database, receiver: str, grace: timedelta) -> ShownSecret | None:
+    """Give an endpoint a new secret and return it; None if there is no such endpoint.
+
+    The old one signs beside it for the grace period. All is one write: of two rotations at the same moment the later
+    one finds the earlier one's secret and keeps it as an old one.
+
+    Raises:
+        LedgerUnavailable: the database failed.
+    """
+    now, secret = _now(db), new_secret()
+    replaced = {"$cond": [{"$eq": ["$secret", None]}, [], [{"secret": "$secret", "until": now + grace}]]}
+    old: Any = {"$slice": [{"$concatArrays": [replaced, "$old"]}, MOST_OLD_SECRETS]} if grace else []
+    changes: Sequence[Document] = [{"$set": {"secret": secret, "old": old, "shown": True, "rotated_at": now}}]
+    with driver_errors("rotating the secret of a webhook"):
+        found = await db[COLLECTION].find_one_and_update(
+            {"_id": receiver}, changes, return_document=ReturnDocument.AFTER
+        )
+    return None if found is None else ShownSecret(receiver, found["url"], secret)
+
+
+async def revoke(db: Database, receiver: str) -> bool:
+    """Remove the secrets of an endpoint; return whether there is such an endpoint. Nothing is sent until `rotate`.
+
+    Raises:
+        LedgerUnavailable: the database failed.
+    """
+    with driver_errors("revoking the secret of a webhook"):
+        changed = await db[COLLECTION].update_one({"_id": receiver}, {"$set": {"secret": None, "old": []}})
+    return changed.matched_count == 1

@@ -1,0 +1,601 @@
+"""ledger: the log. Append, read, subscribe: the only door to the `events` collection.
+
+How positions come about, and what fills a hole: ledger/store/appender.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from itertools import islice, takewhile
+from typing import Any, NamedTuple
+
+import bson
+import structlog
+from pymongo import ASCENDING, DESCENDING
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+
+from jobledger.ledger.domain.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
+from jobledger.ledger.domain.events import Event, Recorded
+from jobledger.ledger.domain.limits import json_bytes
+from jobledger.ledger.mongo.connection import (
+    INDEX_CONFLICTS,
+    LOCAL,
+    TOLERANT,
+    UNAUTHORIZED,
+    Database,
+    Document,
+    brief,
+    driver_errors,
+)
+from jobledger.ledger.mongo.server_clock import clock_of
+from jobledger.ledger.store.appender import Limits, Writer
+from jobledger.ledger.store.envelope import Append, documents_of
+from jobledger.ledger.store.hash_chain import LongText
+from jobledger.ledger.store.histogram import Durations
+from jobledger.ledger.store.live_tail import Tail
+
+__all__ = ["LARGEST_POSITION", "EventLog", "Limits", "Read", "Subscription", "payload_with"]
+
+_log = structlog.get_logger()
+StoredDocument = tuple[Document, bytes]
+"""A document of the log and the BSON from which it was decoded."""
+LARGEST_POSITION = 2**63 - 1  # what the database can count to
+_MOST_AT_ONCE = 10_000
+"""Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
+_ENCODED_AT_ONCE_BYTES = 64 * 1024
+"""After that many bytes of an append, other tasks run. A larger event is encoded in a thread."""
+_FIRST_PAGE_EVENTS = 50
+_LOOKS_AT_THE_END = 8
+_READERS: Sequence[tuple[str, Document, str]] = (
+    ("checkpoints", {"_id": "views"}, "the views"),
+    ("subscriptions", {}, "the subscription {0!r}"),
+)
+"""Who keeps in the database how far it has read: collection, query, and what to call it."""
+_BARE = {"event_id": 0, "meta": 0, "prev": 0, "hash": 0}
+_PLACE = dict.fromkeys(("stream", "version", "type", "schema", "time"), 1)
+_PART_EVENTS = 1000
+_VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
+
+
+class Read(NamedTuple):
+    """How far a reader has read: the position of the last event and its hash, if that is known."""
+
+    position: int
+    hash: bytes | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Read:
+        """Return what a document with the fields `position` and `hash` says."""
+        return cls(int(stored["position"]), stored.get("hash"))
+
+
+class EventLog(Writer):
+    """The log of one database, as one process sees it. A listener of the process's change stream (`Changes`)."""
+
+    def __init__(self, db: Database, limits: Limits | None = None) -> None:
+        super().__init__(db, limits or Limits())
+        self.clock = clock_of(db.client)
+        """Says when something is due."""
+        self._tail = Tail(self._limits.tail_events, self._limits.tail_bytes)
+        self.may_lack_events = False
+        """Whether events may have been removed: one was deleted, or the change stream was opened again."""
+        self.appends = Durations()
+        """How long appends took that were written, from the call to the answer."""
+        self._hole_timer: asyncio.TimerHandle | None = None
+        self._hole_tasks: set[asyncio.Task[None]] = set()
+
+    async def prepare(self) -> None:
+        """Make sure of the index that makes versions unique: create it, or find it where we may not.
+
+        Raises:
+            DatabaseUnsuitable: it is not there and cannot be created; the message says why and what to do.
+            LedgerUnavailable: the database cannot be reached.
+        """
+        with driver_errors("preparing the log"):
+            try:
+                await self._events.create_index(_VERSIONS, unique=True)
+            except DuplicateKeyError as error:
+                raise DatabaseUnsuitable(f"Two events stand at the same version of a stream: {brief(error)}") from error
+            except OperationFailure as error:
+                if error.code not in {*INDEX_CONFLICTS, UNAUTHORIZED}:
+                    raise
+                if await self.versions_are_unique():  # under another name, or made by an administrator
+                    return
+                if error.code in INDEX_CONFLICTS:
+                    raise DatabaseUnsuitable(
+                        "The index of `events` on (stream, version) is not unique: drop it, and it is made anew."
+                    ) from error
+                create = f"db.getSiblingDB({self._db.name!r}).events.createIndex"
+                raise DatabaseUnsuitable(
+                    "The unique index of `events` on (stream, version) is missing, and this user may not create "
+                    f"it. An administrator can, in mongosh: {create}({{stream: 1, version: 1}}, {{unique: true}})"
+                ) from error
+
+    async def now(self) -> datetime:
+        """Return the database server's time; the last estimate of it if the server does not answer."""
+        try:
+            return await self.clock.now(self._db.client)
+        except PyMongoError as error:
+            _log.warning("the server's clock could not be read", error=brief(error))
+            return self.clock.estimate()
+
+    async def aclose(self) -> None:
+        """Stop what runs in the background; appends still waiting are finished first."""
+        await self._written()
+        for task in tuple(self._hole_tasks):  # whoever ends leaves the set
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        if self._hole_timer is not None:  # last, for the tasks set it
+            self._hole_timer.cancel()
+
+    # Append -------------------------------------------------------------------------------------------------------
+
+    async def append(self, *appends: Append) -> list[Recorded]:
+        """Write events to the ends of their streams, all or none, and return them in the order given.
+
+        What it returns is journaled by a majority: it is there for good.
+
+        Raises:
+            VersionConflict: a stream is not at the version it was thought to be; nothing was written.
+            InvalidEvent: an event cannot be stored.
+            LedgerBusy: too much is waiting already.
+            LedgerUnavailable: the database did not answer in time; whether anything was written is not known.
+        """
+        if len(appends) > 1:
+            _refuse_overlap(appends)
+        documents: list[Document] = []
+        events: list[Event] = []
+        size = basis = 0
+        pause_at = _ENCODED_AT_ONCE_BYTES
+        for append in appends:
+            if size > pause_at:  # other requests are served meanwhile; nothing is reserved yet
+                pause_at = size + _ENCODED_AT_ONCE_BYTES
+                await asyncio.sleep(0)
+            try:
+                size += documents_of(append, documents, _ENCODED_AT_ONCE_BYTES)
+            except LongText:
+                size += await asyncio.to_thread(documents_of, append, documents)
+            events += append.events
+            if append.head.position > basis:
+                basis = append.head.position
+        if not documents:
+            return []
+        begun = time.monotonic()
+        await self._write(documents, size, basis)
+        self.appends.add(time.monotonic() - begun)
+        return list(map(Recorded, documents, events))
+
+    # Read ---------------------------------------------------------------------------------------------------------
+
+    async def read_stream(
+        self,
+        stream: str,
+        *,
+        after_version: int = 0,
+        limit: int = 0,
+        types: Collection[type[Event]] | None = None,
+        one_batch: bool = False,
+    ) -> list[Recorded]:
+        """Return the events of one job, batch or delivery, in order; at most `limit` of them, 0 for all.
+
+        With `one_batch`, there are fewer than `limit` if they are large: the server puts at most 16 MB in a batch.
+        """
+        with driver_errors(f"reading {stream}"):
+            query: Document = {"stream": stream, "version": {"$gt": after_version}}
+            if types is not None:
+                query["type"] = {"$in": sorted(wanted.__name__ for wanted in types)}
+            sized = {"limit": -limit, "batch_size": limit} if one_batch and limit else {"limit": limit}
+            found = self._events.find(query, sort=[("version", ASCENDING)], **sized)
+            return [Recorded(document) async for document in found]
+
+    async def iterate_stream(self, stream: str, *, after_version: int = 0) -> AsyncGenerator[Recorded, None]:
+        """Yield the events of one stream in order. At most 16 MB of them are in memory, which the server sends at once.
+
+        Raises:
+            LedgerUnavailable: the database failed.
+        """
+        with driver_errors(f"reading {stream}"):
+            query: Document = {"stream": stream, "version": {"$gt": after_version}}
+            async with self._events.find(query, sort=[("version", ASCENDING)]) as found:
+                async for document in found:
+                    yield Recorded(document)
+
+    async def read_in_parts(
+        self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+    ) -> AsyncGenerator[list[Recorded], None]:
+        """Yield the events of many streams in parts of at most 16 MB, which the server sends at once.
+
+        The streams follow each other, and the events of each are in order.
+
+        Args:
+            streams: The names of the streams.
+            without: Types of events that are left out.
+            data: What the server sends as payload (`payload_with`), without IDs, hashes and meta. Default: everything.
+
+        Raises:
+            LedgerUnavailable: the database failed.
+        """
+        query: Document = {"stream": {"$in": list(streams)}}
+        if without:
+            query["type"] = {"$nin": sorted(without)}
+        fields = None if data is None else {**_PLACE, "data": data}
+        with driver_errors(f"reading {len(streams)} streams"):
+            async with self._events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_PART_EVENTS) as found:
+                part: Any  # the driver's type hints say documents, it yields bytes
+                async for part in found:
+                    yield list(map(Recorded, bson.decode_all(part, TOLERANT)))
+
+    async def head(self, session: AsyncClientSession | None = None) -> int:
+        """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
+        with driver_errors("reading the head of the log"):
+            return await self._newest(session)
+
+    async def may_reach(self, position: int) -> bool:
+        """Return whether the log has a position, or a later one, also if a majority may not have it yet.
+
+        A majority read may lag for a moment after a fail-over. A local read at the primary has all that was durable.
+        """
+        local = self._events.with_options(read_concern=LOCAL)
+        with driver_errors("looking for a position of the log"):
+            return await local.find_one({"_id": {"$gte": position}}, {"_id": 1}) is not None
+
+    async def require(self, read: Read, reader: str) -> None:
+        """Make sure that the log still has the event that `reader` ("the views", for example) has read last.
+
+        What was read is there for good, so a log that ends before, or has another event there, has lost its end. Right
+        after a fail-over a majority read may lag for a moment: the log is looked at for several seconds before that is
+        said.
+
+        Raises:
+            LogTruncated: The log ends before that position, or has another event or none there.
+        """
+        position, head = read.position, 0
+        for look in range(_LOOKS_AT_THE_END):
+            if look:
+                await asyncio.sleep(self._limits.void_after_seconds / 2)
+            head = await self.head()
+            if head >= position and await self._has(read):
+                return
+        if head >= position:
+            raise LogTruncated(
+                f"{reader[0].upper()}{reader[1:]} had reached position {position}, and the log has another event there "
+                "now: events were removed, or an older copy of the log was restored, and others were appended."
+            )
+        raise LogTruncated(
+            f"The log ends at position {head}, but {reader} had reached position {position}: events at the end were "
+            "removed, or an older copy of the log was restored."
+        )
+
+    async def _has(self, read: Read) -> bool:
+        return read.hash is None or read.position == 0 or await self.hash_at(read.position) == read.hash
+
+    async def hash_at(self, position: int) -> bytes | None:
+        """Return the hash of the event at a position, None if there is none."""
+        with driver_errors("reading the log"):
+            found = await self._events.find_one({"_id": position}, {"hash": 1})
+        return None if found is None else found.get("hash")
+
+    async def read_positions(self) -> dict[str, Read]:
+        """Return how far known readers had read: the views and each named subscription, by name.
+
+        Those that this user may not read are left out.
+        """
+        found: dict[str, Read] = {}
+        for collection, query, name in _READERS:
+            with suppress(LedgerUnavailable), driver_errors("reading how far the log was read"):
+                async for place in self._db[collection].find(query, {"position": 1, "hash": 1}):
+                    if isinstance(place.get("position"), int):
+                        found[name.format(place["_id"])] = Read.of(place)
+        return found
+
+    async def handed_out(self) -> int:
+        """Return the largest position that was handed out to a writer; 0 if that is not known."""
+        with suppress(LedgerUnavailable), driver_errors("reading the counter of positions"):
+            counter = await self._db.counters.find_one({"_id": "events"})
+            if counter is not None and isinstance(counter.get("next"), int):
+                return int(counter["next"])
+        return 0
+
+    async def oldest(self) -> int:
+        """Return the smallest position in the log, 0 when it is empty."""
+        with driver_errors("reading the beginning of the log"):
+            first = await self._events.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", ASCENDING)])
+            return first["_id"] if first else 0
+
+    async def version_at(self, stream: str, position: int) -> int:
+        """Return the version that a stream had at a position, 0 if it had not begun; looks at what came later."""
+        with driver_errors(f"looking for a place in {stream}"):
+            query = {"stream": stream, "_id": {"$lte": position}}
+            last = await self._events.find_one(query, {"version": 1}, sort=[("version", DESCENDING)], hint=_VERSIONS)
+            return last["version"] if last else 0
+
+    async def read(self, *, after: int = 0, limit: int | None = None, bare: bool = False) -> list[Recorded]:
+        """Return up to `limit` events after a position, in order and with none missing.
+
+        `bare` ones come without their ids, hashes and meta, which is enough to be folded. Empty means that nothing
+        later is there. A hole is waited for, then voided (see the head of this file).
+        """
+        _refuse_beyond(after)
+        with driver_errors("reading the log"):
+            while True:
+                fields = _BARE if bare else None
+                documents = await self._page(after, limit or self._limits.page_events, fields=fields)
+                dense = [
+                    document for position, document in enumerate(documents, after + 1) if document["_id"] == position
+                ]
+                if dense or not documents:
+                    return [Recorded(document) for document in dense]
+                await self._wait_out_holes(after, documents)
+
+    async def _page(
+        self,
+        after: int,
+        limit: int,
+        events: AsyncCollection[Document] | None = None,
+        fields: Mapping[str, int] | None = None,
+    ) -> list[Document]:
+        """Return the next documents as they are stored; fewer than `limit` if they are large.
+
+        A negative limit asks for one batch, and the server puts at most 16 MB in one.
+        """
+        query = {"_id": {"$gt": after}}
+        events = self._events if events is None else events  # a collection has no truth value
+        cursor = events.find(query, fields, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit)
+        return await cursor.to_list()
+
+    # What only verification asks for: documents as they are stored, whatever was done to them.
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a writer may take from its number to its event before readers void the number."""
+        return self._limits.void_after_seconds
+
+    async def stored(self, *, after: int, limit: int) -> list[StoredDocument]:
+        """Return documents behind a position as they are stored, holes and all, and damage that can be decoded."""
+        with driver_errors("reading the log"):
+            found = self._events.find_raw_batches(
+                {"_id": {"$gt": after}}, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit
+            )
+            batches: list[Any] = await found.to_list()  # the driver's type hints say documents, it yields bytes
+            return [stored for batch in batches for stored in _documents_in(batch)]
+
+    async def ends(self, wanted: Mapping[str, int]) -> dict[str, Document]:
+        """Return position, version and hash of the event at one version of each stream, where there is one."""
+        found: dict[str, Document] = {}
+        pairs = [{"stream": stream, "version": version} for stream, version in wanted.items()]
+        with driver_errors("reading the log"):
+            for begin in range(0, len(pairs), 200):
+                cursor = self._events.find({"$or": pairs[begin : begin + 200]}, {"stream": 1, "version": 1, "hash": 1})
+                found |= {document["stream"]: document async for document in cursor}
+        return found
+
+    async def stray(self) -> Document | None:
+        """Return a document whose `_id` cannot be a position, if there is one."""
+        with driver_errors("reading the log"):
+            return await self._events.find_one(
+                {"$or": [{"_id": {"$lt": 1}}, {"_id": {"$not": {"$type": ["int", "long"]}}}]}, {"_id": 1}
+            )
+
+    async def versions_are_unique(self) -> bool:
+        """Return whether the index is there that makes (stream, version) unique."""
+        with driver_errors("reading the indexes of the log"):
+            indexes = await self._events.index_information()
+        return any(
+            index["key"] == _VERSIONS and index.get("unique") and "partialFilterExpression" not in index
+            for index in indexes.values()
+        )
+
+    async def _wait_out_holes(self, after: int, documents: Sequence[Document]) -> None:
+        """Give slow writers their second, unless what stands behind the hole is old; then void what is still missing.
+
+        All holes of the page at once, or a hundred killed writers would be waited for in turn. Voiding early is always
+        safe (the writer takes another number), so a writer's clock may be trusted here.
+        """
+        old = datetime.now(UTC) - timedelta(seconds=10 * self._limits.void_after_seconds)
+        evidence = [it["_id"] for it in takewhile(lambda document: Recorded(document).time < old, documents)]
+        if not evidence:
+            await asyncio.sleep(self._limits.void_after_seconds)
+            evidence = [document["_id"] for document in documents]
+        there = set(evidence)
+        holes = (position for position in range(after + 1, evidence[-1]) if position not in there)
+        missing = list(islice(holes, _MOST_AT_ONCE))
+        present = {document["_id"] async for document in self._find(missing)}
+        await self._void(position for position in missing if position not in present)
+
+    def _find(self, positions: Sequence[int]) -> AsyncIterator[Document]:
+        return self._events.find({"_id": {"$in": list(positions)}}).__aiter__()
+
+    # Subscribe ----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def subscription(
+        self, *, after: int, types: Collection[type[Event]] | None = None, chunk_bytes: int | None = None
+    ) -> AsyncIterator[Subscription]:
+        """Subscribe to every event after a position, history first, then live, for ever. Once entered, none is missed.
+
+        Needs this process's change stream to be running. A slow subscriber costs nothing: it holds a cursor, no queue.
+
+        With `chunk_bytes`, a chunk is no larger (as JSON, about; at least one event), and nothing is fetched ahead: for
+        many subscribers that may be slow.
+        """
+        _refuse_beyond(after)
+        subscription = Subscription(self, self._tail, after, types, chunk_bytes)
+        try:
+            yield subscription
+        finally:
+            subscription.close()
+
+    async def resync(self, session: AsyncClientSession) -> None:
+        self.may_lack_events = True
+        self._tail.begin_at(await self._newest(session))
+
+    def changed(self, change: Mapping[str, Any]) -> None:
+        if change["operationType"] == "insert" and isinstance(change["fullDocument"]["_id"], int):
+            self._tail.add(change["fullDocument"])
+            self._watch_for_holes()
+        elif change["operationType"] == "delete":  # `resync` follows
+            self.may_lack_events = True
+            self._tail.forget()
+
+    def _watch_for_holes(self) -> None:
+        """Give what is missing its second from now on; all of it at once, however many holes there are."""
+        if self._hole_timer is None and (newest := self._tail.newest_early) is not None:
+            self._hole_timer = asyncio.get_running_loop().call_later(
+                self._limits.void_after_seconds, self._fill_holes, newest
+            )
+
+    def _fill_holes(self, evidence: int) -> None:
+        """Fill what is still missing below an event that has been here for long enough."""
+        missing = self._tail.missing_below(evidence, _MOST_AT_ONCE)
+        if not missing:
+            self._hole_timer = None
+            self._watch_for_holes()
+            return
+        task = asyncio.create_task(self._fill(missing), name="fill-hole")
+        self._hole_tasks.add(task)
+        task.add_done_callback(self._hole_tasks.discard)
+
+    async def _fill(self, missing: Sequence[int]) -> None:
+        """Look for what the stream did not bring, void the rest. What is voided comes back through the stream."""
+        try:
+            present = [document async for document in self._find(missing)]
+            seen = {document["_id"] for document in present}
+            await self._void(position for position in missing if position not in seen)
+            for document in present:
+                self._tail.add(document)
+        except PyMongoError as error:
+            _log.warning("could not fill a hole yet", missing=missing[:10], error=brief(error))
+        finally:
+            self._hole_timer = None
+            self._watch_for_holes()
+
+
+class Subscription:
+    """A place in the log that moves on: iterate for single events, or take what is there with `chunk`."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        tail: Tail,
+        after: int,
+        types: Collection[type[Event]] | None,
+        chunk_bytes: int | None = None,
+    ) -> None:
+        self._log = log
+        self._tail = tail
+        self._chunk_bytes = chunk_bytes
+        self._page_events = _FIRST_PAGE_EVENTS
+        self._types = None if types is None else frozenset(wanted.__name__ for wanted in types)
+        self._buffer: deque[Recorded] = deque()
+        self._ahead: tuple[int, asyncio.Task[list[Recorded]]] | None = None
+        self.position = after
+        """The last position that was taken from the log, whether or not its type was wanted."""
+        self.is_behind = False
+        """Whether the last chunk was read from the collection: there may be more."""
+
+    async def chunk(self, limit: int = 1000) -> list[Recorded]:
+        """Wait for events and return those that are there, in order, at most `limit`.
+
+        Raises:
+            LedgerUnavailable: the database failed while history was read; calling again continues where it was.
+        """
+        while True:
+            self.is_behind = not self._tail.reaches(self.position)
+            if not self.is_behind:
+                events = self._tail.after(self.position, limit)
+                if not events:
+                    await self._tail.growth()
+                    continue
+            else:
+                events = await self._history(limit if self._chunk_bytes is None else min(limit, self._page_events))
+                if not events:  # the tail was reset while we read, or somebody took the end of the log away
+                    await asyncio.sleep(0.05)
+                    continue
+                if len(events) == limit and self._chunk_bytes is None:  # there is more
+                    await self._fetch_ahead(events[-1].position, limit)
+            if self._chunk_bytes is not None and len(events) > 1:
+                events = self._shortened(events, self._chunk_bytes)
+            self.position = events[-1].position
+            wanted = events if self._types is None else [event for event in events if event.type in self._types]
+            if wanted:
+                return wanted
+
+    def _shortened(self, events: list[Recorded], most: int) -> list[Recorded]:
+        """Return the first events that are no larger together; read as many next time, or more."""
+        size = 0
+        for number, event in enumerate(events):
+            size += json_bytes(event.data)
+            if size > most and number:
+                self._page_events = number
+                return events[:number]
+        self._page_events = max(self._page_events, 2 * len(events))
+        return events
+
+    async def _history(self, limit: int) -> list[Recorded]:
+        """Return events from the collection: those that were fetched ahead, if there are any."""
+        if self._ahead is not None and self._ahead[0] == self.position:
+            (_, ahead), self._ahead = self._ahead, None
+            return (await ahead)[:limit]
+        self.close()
+        return await self._log.read(after=self.position, limit=limit)
+
+    async def _fetch_ahead(self, after: int, limit: int) -> None:
+        """Have the next page fetched while the caller is at work on this one."""
+        self._ahead = after, asyncio.create_task(self._log.read(after=after, limit=limit), name="read-ahead")
+        await asyncio.sleep(0)  # now the database has been asked
+
+    def go_back(self, position: int) -> None:
+        """Take the events after a position again."""
+        self.close()
+        self.position = position
+
+    def close(self) -> None:
+        """Forget what is being fetched ahead."""
+        if self._ahead is not None:
+            (_, ahead), self._ahead = self._ahead, None
+            if not ahead.cancel() and not ahead.cancelled():
+                ahead.exception()  # has been seen, and concerns nobody any more
+
+    def __aiter__(self) -> Subscription:
+        return self
+
+    async def __anext__(self) -> Recorded:
+        if not self._buffer:
+            self._buffer.extend(await self.chunk())
+        return self._buffer.popleft()
+
+
+def payload_with(fields: Document) -> Document:
+    """Return an expression for payloads in which these fields are replaced. A damaged payload stays as it is."""
+    return {"$cond": [{"$eq": [{"$type": "$data"}, "object"]}, {"$mergeObjects": ["$data", fields]}, "$data"]}
+
+
+def _documents_in(batch: bytes) -> Iterator[StoredDocument]:
+    begin = 0
+    for document in bson.decode_all(batch, TOLERANT):
+        end = begin + int.from_bytes(batch[begin : begin + 4], "little")
+        yield document, batch[begin:end]
+        begin = end
+
+
+def _refuse_beyond(after: int) -> None:
+    """Before the first position there are no holes to be filled, nor behind the last that can be."""
+    if not 0 <= after <= LARGEST_POSITION:
+        raise ValueError(f"{after} is no position, nor 0 for the beginning of the log")
+
+
+def _refuse_overlap(appends: Iterable[Append]) -> None:
+    """Only one append can be at the end of a stream: written, two would be in each other's way for ever."""
+    ends: dict[str, int] = {}
+    for append in appends:
+        if append.stream in ends:
+            raise VersionConflict(append.stream, append.head.version, ends[append.stream])
+        ends[append.stream] = append.head.version + len(append.events)

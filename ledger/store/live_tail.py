@@ -1,0 +1,106 @@
+"""ledger: the newest events of the log, in order, held once for all subscribers of a process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from itertools import islice
+from typing import NamedTuple
+
+import orjson
+
+from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.mongo.connection import Document
+
+
+class _Sized(NamedTuple):
+    event: Recorded
+    size: int
+
+
+class Tail:
+    """The newest events of the log in dense order, as the change stream brings them; older ones are in the collection.
+
+    Kept are as many as fit in `most_events` and `most_bytes` (of JSON, about), and at least one. Events that arrive
+    ahead of their turn are held back, up to the same bounds: beyond them the tail begins anew behind the last of them,
+    and who has to wait for what is missing waits for it at the collection.
+    """
+
+    def __init__(self, most_events: int, most_bytes: int) -> None:
+        self._most_events = most_events
+        self._most_bytes = most_bytes
+        self._kept: deque[_Sized] = deque()
+        self._bytes = 0
+        self._early: dict[int, _Sized] = {}
+        self._early_bytes = 0
+        self._high = 0
+        self._grown = asyncio.Event()
+        self._awaited = False
+
+    @property
+    def newest_early(self) -> int | None:
+        """The last position that came although an earlier one is awaited; None when all is in order."""
+        return max(self._early) if self._early else None
+
+    def missing_below(self, evidence: int, most: int) -> list[int]:
+        """The first positions that are awaited although `evidence`, a later one, is here."""
+        awaited = (position for position in range(self._high + 1, evidence) if position not in self._early)
+        return list(islice(awaited, most))
+
+    def begin_at(self, head: int) -> None:
+        """Start anew behind `head`: everything up to it is in the collection."""
+        self.forget()
+        self._high = head
+        self._notify()
+
+    def forget(self) -> None:
+        """Drop all events, as the log may have others now. Subscribers read the collection."""
+        self._kept.clear()
+        self._bytes = 0
+        self._early.clear()
+        self._early_bytes = 0
+
+    def add(self, document: Document) -> None:
+        position = document["_id"]
+        if position <= self._high or position in self._early:
+            return
+        sized = _Sized(Recorded(document), len(orjson.dumps(document.get("data"), default=str)))
+        if position > self._high + 1:
+            self._hold_back(position, sized)
+            return
+        self._keep(sized)
+        while self._early and (following := self._early.pop(self._high + 1, None)) is not None:
+            self._early_bytes -= following.size
+            self._keep(following)
+        self._notify()
+
+    def _hold_back(self, position: int, sized: _Sized) -> None:
+        self._early[position] = sized
+        self._early_bytes += sized.size
+        if len(self._early) > self._most_events or self._early_bytes > self._most_bytes:
+            self.begin_at(max(self._early))
+
+    def _keep(self, sized: _Sized) -> None:
+        self._high += 1
+        self._kept.append(sized)
+        self._bytes += sized.size
+        while len(self._kept) > self._most_events or (self._bytes > self._most_bytes and len(self._kept) > 1):
+            self._bytes -= self._kept.popleft().size
+
+    def reaches(self, position: int) -> bool:
+        """True if the event after `position` is kept, or will be the next to come."""
+        return position >= self._high - len(self._kept)
+
+    def after(self, position: int, limit: int) -> list[Recorded]:
+        first = position - (self._high - len(self._kept))
+        return [self._kept[index].event for index in range(first, min(first + limit, len(self._kept)))]
+
+    async def growth(self) -> None:
+        self._awaited = True
+        await self._grown.wait()
+
+    def _notify(self) -> None:
+        if self._awaited:  # most events come while nobody waits: the subscribers are still at the ones before
+            self._awaited = False
+            self._grown.set()
+            self._grown = asyncio.Event()

@@ -1,0 +1,231 @@
+"""ledger: whether a stored event has exactly the form in which the program writes events. Pure.
+
+A hash covers the canonical JSON of an event. JSON knows fewer types than BSON: the text "dead", the bytes de ad and
+JavaScript code `dead` have the same JSON, and so have 1 and 1.0. So this module compares the BSON types of all fields,
+too: with the envelope, with the models of the events, and in values of any JSON type with the types that JSON has.
+
+Two things are not compared, because they mean the same in JSON and the program writes either: 1 and 1.0 in a value of
+any JSON type, and the order of the names in an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+import bson
+from bson.code import Code
+from bson.errors import BSONError
+from bson.int64 import Int64
+from pydantic import BaseModel
+
+from jobledger.ledger.domain.events import EVENT_TYPES
+
+FIELDS: Final[Mapping[str, type]] = {
+    "_id": int,
+    "event_id": str,
+    "stream": str,
+    "version": int,
+    "type": str,
+    "schema": int,
+    "time": datetime,
+    "data": dict,
+    "meta": dict,
+    "prev": bytes,
+    "hash": bytes,
+}
+"""The fields of the envelope in the order in which they are written."""
+_NAMES: Final = tuple(FIELDS)
+_KINDS: Final = tuple(FIELDS.values())
+_WHOLE: Final = "whole float"
+_TYPES: Final[Mapping[str, type]] = {"str": str, "bool": bool, "int": int, "NoneType": type(None), "datetime": datetime}
+"""Of which every value is of the kind. `float` is not among them: whole numbers are a kind of their own."""
+
+
+def are_exact(page: Iterable[tuple[Mapping[str, Any], bytes]]) -> bool:
+    """Return whether all documents encode to the bytes from which they were decoded. Faster for all than for each."""
+    page = list(page)
+    encoded = _encoded({"": [document for document, _ in page]})
+    elements = b"".join(b"\x03%d\0%b" % (number, raw) for number, (_, raw) in enumerate(page))
+    return encoded is not None and encoded[10:-2] == elements  # without the lengths and ends of the list around them
+
+
+def deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes | None) -> str | None:
+    """Return the first field of a stored event that is not in the form in which the program writes it, and how.
+
+    Args:
+        document: The event as it was decoded.
+        raw: The bytes from which it was decoded. They show what decoding hides, for example a name that is there twice.
+            None if `are_exact` has compared them.
+        data: What `jobledger.ledger.store.hash_chain.plain_text` returns for its `data`: if it is plain, the hash
+        says all about it.
+    """
+    what = envelope_deviation(document)
+    if what is None and data is None:
+        what = data_deviation(document)
+    if what is None and not set(map(type, document["meta"].values())) <= {str}:
+        what = _misfit_in("meta", document["meta"], _JSON)
+    if what is None and raw is not None and _encoded(document) != raw:
+        what = f"its {_place(document, raw)} is stored in a form that is never written"
+    return what
+
+
+def envelope_deviation(document: Mapping[str, Any]) -> str | None:
+    """Return which field of an envelope is missing, of another type, unknown or out of order."""
+    if tuple(document) == _NAMES and tuple(map(type, document.values())) == _KINDS:
+        return None
+    if more := document.keys() - FIELDS.keys():
+        return f"has fields that no event has: {', '.join(sorted(more))}"
+    for name, kind in FIELDS.items():
+        if name not in document:
+            return f"lacks the field {name}"
+        value = document[name]
+        if type(value) is not kind and not (kind is int and _kind(value) == "int"):
+            return f"its {name} is a {type(value).__name__}"
+    return None if tuple(document) == _NAMES else "its fields are in another order than they are written in"
+
+
+def data_deviation(document: Mapping[str, Any]) -> str | None:
+    """Return which value in an event's `data` has a type that the program does not write there."""
+    return _misfit_in("data", document["data"], _form_of(document["type"], document["schema"]))
+
+
+def _misfit_in(name: str, value: Any, form: _Form) -> str | None:
+    """Return which value in a field has a type that the program does not write there."""
+    found = _misfit(value, form, name)
+    return None if found is None else f"its {found[0]} is a {found[1]}"
+
+
+@dataclass(slots=True)
+class _Form:
+    """What a value may be: one of `kinds`, an object with these `fields` (or others: `rest`), a list of `item`."""
+
+    kinds: frozenset[str] = frozenset()
+    fields: Mapping[Any, _Form] | None = None
+    rest: _Form | None = None
+    item: _Form | None = None
+    types: frozenset[type] = field(init=False)
+    """Values of exactly these types have the form: most values need no closer look."""
+
+    def __post_init__(self) -> None:
+        floats = {float} if {"float", _WHOLE} <= self.kinds else set()
+        self.types = frozenset(floats | {_TYPES[kind] for kind in self.kinds if kind in _TYPES})
+
+    def __or__(self, other: _Form) -> _Form:
+        return _Form(
+            self.kinds | other.kinds,
+            other.fields if self.fields is None else self.fields,
+            self.rest or other.rest,
+            self.item or other.item,
+        )
+
+
+def _any_of(*kinds: str) -> _Form:
+    form = _Form(frozenset(kinds), fields={})
+    form.rest = form.item = form
+    return form
+
+
+_JSON: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType")
+_LENIENT: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType", "datetime")
+"""Of fields and events of later versions, whose models are not known here."""
+_LEAVES: Final[Mapping[Any, _Form]] = {
+    str: _Form(frozenset({"str"})),
+    bool: _Form(frozenset({"bool"})),
+    int: _Form(frozenset({"int"})),
+    float: _Form(
+        frozenset({"int", "float"})
+    ),  # whole numbers are written as such: see `jobledger.ledger.domain.events.Number`
+    datetime: _Form(frozenset({"datetime"})),
+    type(None): _Form(frozenset({"NoneType"})),
+    Any: _JSON,
+}
+
+
+@cache
+def _form_of(event_type: str, schema: int) -> _Form:
+    event = EVENT_TYPES.get(event_type)
+    return _LENIENT if event is None or schema != event.schema_version else _form_of_model(event)
+
+
+def _form_of_model(model: type[BaseModel]) -> _Form:
+    fields = {name: _form_of_annotation(info.annotation) for name, info in model.model_fields.items()}
+    return _Form(fields=fields, rest=_JSON if model.model_config.get("extra") == "allow" else _LENIENT)
+
+
+def _form_of_annotation(annotation: Any) -> _Form:
+    if annotation in _LEAVES:
+        return _LEAVES[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _form_of_model(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _form_of_annotation(arguments[0])
+    if origin is Literal:
+        return _LEAVES[str]
+    if origin is list:
+        return _Form(item=_form_of_annotation(arguments[0]))
+    if origin is dict:
+        return _Form(fields={}, rest=_form_of_annotation(arguments[1]))
+    if origin in (Union, UnionType):
+        form = _Form()
+        for argument in arguments:
+            form |= _form_of_annotation(argument)
+        return form
+    raise TypeError(f"an event has a field of the type {annotation}, of which the stored form is not known")
+
+
+def _misfit(value: Any, form: _Form, path: str) -> tuple[str, str] | None:
+    """Return the place and the type of the first value that does not have its form."""
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, dict) and form.fields is not None:
+        items, fields, rest = value.items(), form.fields, form.rest
+    elif isinstance(value, list | tuple) and form.item is not None:
+        items, fields, rest = enumerate(value), {}, form.item
+    else:
+        return None if _kind(value) in form.kinds else (path, type(value).__name__)
+    for name, it in items:
+        inner = fields.get(name, rest)
+        if inner is None or type(it) in inner.types:
+            continue
+        if (found := _misfit(it, inner, f"{path}.{name}")) is not None:
+            return found
+    return None
+
+
+def _kind(value: Any) -> str:
+    """Return the name of a value's type as the program writes it; types of JSON may be subclasses when it does."""
+    if isinstance(value, bool) or value is None:
+        return type(value).__name__
+    if isinstance(value, str) and not isinstance(value, Code):
+        return "str"
+    if isinstance(value, int) and not (isinstance(value, Int64) and -(2**31) <= value < 2**31):
+        return "int"
+    if isinstance(value, float):
+        return _WHOLE if value.is_integer() and abs(value) < 2**53 else "float"
+    return "datetime" if isinstance(value, datetime) else type(value).__name__
+
+
+def _place(value: Any, raw: bytes, path: str = "") -> str:
+    """Return the path of the innermost value whose encoding is not in `raw`."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for name, inner in items:
+        element = _encoded({str(name): inner})
+        if element is None or element[4:-1] not in raw:
+            return _place(inner, raw, f"{path}.{name}" if path else str(name))
+    return path or "document"
+
+
+def _encoded(document: Mapping[str, Any]) -> bytes | None:
+    try:
+        return bson.encode(document)
+    except (BSONError, ValueError, OverflowError):
+        return None

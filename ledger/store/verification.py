@@ -1,0 +1,252 @@
+"""ledger: does the log still say what was written? A check from event to event, in bounded memory.
+
+Looked at are: the positions (dense), each stream's versions (dense, in the order of positions), each event's hash and
+its link to the one before, and the form in which it is stored (`ledger/store/stored_form.py`). Nothing is written: a
+hole
+that a reader would fill is reported as one.
+
+A log whose end was removed is found by its readers: the views and named subscriptions note how far they have read, and
+the hash of the last event. So it is also found when others were appended afterwards.
+
+Not every falsification can be seen in the database alone. Who can write to it can make a whole stream anew, hashes
+and all, swap events of different streams, or take the end of the log away with the notes of its readers. Against that
+helps a digest of the whole log up to a position, noted elsewhere: each check of the whole log yields one, and `noted`
+holds a later one against it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, LogTruncated
+from jobledger.ledger.domain.events import PositionVoided
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.envelope import VOID_STREAM, Head
+from jobledger.ledger.store.event_store import EventLog, Read, StoredDocument
+from jobledger.ledger.store.hash_chain import GENESIS, chained_text, plain_text
+from jobledger.ledger.store.stored_form import are_exact, deviation
+
+_REMEMBERED_STREAMS = 50_000
+_LOOKS_AT_A_HOLE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """The first thing that is wrong: at which position, and what. Stream and version are None where there is none."""
+
+    position: int
+    what: str
+    stream: str | None = None
+    version: int | None = None
+
+    def __str__(self) -> str:
+        stream = [] if self.stream is None else [self.stream]
+        version = [] if self.version is None else [f"version {self.version}"]
+        where = f" ({', '.join(stream + version)})" if stream or version else ""
+        return f"position {self.position}{where}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How many events were looked at, how many of them void, how far that went, and what is wrong, if anything.
+
+    `position` is that of the last event that was found right. `digest` stands for all events up to there and their
+    order, if the check began at the beginning: noted elsewhere, it proves later that they are the same.
+    """
+
+    events: int
+    voided: int
+    position: int
+    digest: bytes | None
+    wrong: Wrong | None
+    handed_out: int = 0
+    """The largest position handed out to a writer, if the log ends before it: writers died, or its end was removed."""
+
+
+async def verify(
+    log: EventLog,
+    *,
+    after: int = 0,
+    upto: int | None = None,
+    noted: tuple[int, bytes] | None = None,
+    looked_at: Callable[[int, int], None] = lambda position, upto: None,
+) -> Verdict:
+    """Check the events behind `after` up to `upto`, or to what is the end now. Stops at the first that is wrong.
+
+    `noted` is position and digest of an earlier check. `looked_at` is told after each page how far the check has come,
+    and how far it will go.
+
+    Raises:
+        ValueError: `noted` needs all events from the first to that position, and the range leaves some out.
+        LedgerUnavailable: the database failed.
+    """
+    if noted is not None and (after > 0 or (upto is not None and upto < noted[0])):
+        raise ValueError(f"what was noted stands for all events up to position {noted[0]}: they have to be looked at")
+    if (wrong := await _beyond_positions(log, after)) is not None:
+        return Verdict(0, 0, after, None, wrong)
+    check = _Check(log)
+    readers = await log.read_positions()  # before the head, which only grows: a reader is never ahead of it
+    handed_out = await log.handed_out()
+    head = await log.head()
+    end = head if upto is None else min(upto, head)
+    position, events, voided = after, 0, 0
+    digest = None if after else GENESIS
+    async with aclosing(_pages(log, after, end)) as pages:
+        async for page in pages:
+            if isinstance(page, Wrong):
+                return Verdict(events, voided, position, digest, page)
+            await check.prepare(page)
+            exact = are_exact(page)
+            for document, raw in page:
+                if (wrong := check.event(document, None if exact else raw)) is not None:
+                    return Verdict(events, voided, position, digest, wrong)
+                position, events = document["_id"], events + 1
+                voided += document["stream"] == VOID_STREAM
+                if digest is not None:
+                    digest = hashlib.sha256(digest + document["hash"]).digest()
+                    if noted is not None and position == noted[0] and digest != noted[1]:
+                        wrong = Wrong(
+                            position, "what stands up to here is not what was noted; each event fits the others"
+                        )
+                        return Verdict(events, voided, position, digest, wrong)
+            looked_at(position, end)
+    if noted is not None and position < noted[0]:
+        wrong = Wrong(
+            noted[0], f"missing: the log ends at position {position}, and was noted to have reached {noted[0]}"
+        )
+        return Verdict(events, voided, position, digest, wrong)
+    if upto is not None and upto <= head:
+        return Verdict(events, voided, position, digest, None)
+    wrong = await _removed_end(log, readers)
+    return Verdict(events, voided, position, digest, wrong, handed_out if handed_out > head else 0)
+
+
+async def _removed_end(log: EventLog, readers: Mapping[str, Read]) -> Wrong | None:
+    """Look for evidence of removed events: readers that had got further, or had read others than are there."""
+    for reader, read in sorted(readers.items(), key=lambda it: it[1].position, reverse=True):
+        try:
+            await log.require(read, reader)
+        except LogTruncated as truncated:
+            head = await log.head()
+            if head < read.position:
+                return Wrong(head + 1, f"missing. {truncated}")
+            return Wrong(read.position, f"replaced. {truncated}")
+    return None
+
+
+async def _beyond_positions(log: EventLog, after: int) -> Wrong | None:
+    """Look for what a walk from position to position does not meet."""
+    if (stray := await log.stray()) is not None:
+        return Wrong(after, f"there is an event at {stray['_id']!r}, which is no position")
+    if not await log.versions_are_unique() and await log.head():  # before the first event, nobody has made the index
+        return Wrong(after, "the unique index on (stream, version) is missing: versions may stand there twice")
+    return None
+
+
+async def _pages(log: EventLog, after: int, end: int) -> AsyncGenerator[Sequence[StoredDocument] | Wrong, None]:
+    """Yield dense pages. A hole that does not close is what is wrong: a writer may be slow, but not for ever.
+
+    The next page is fetched while the caller checks this one.
+    """
+    looks, fetching = 0, asyncio.ensure_future(log.stored(after=after, limit=1000))
+    try:
+        while after < end:
+            page = await fetching
+            places = range(after + 1, end + 1)
+            dense = [it for it, _ in takewhile(lambda it: it[0][0]["_id"] == it[1], zip(page, places, strict=False))]
+            if dense:
+                after, looks = dense[-1][0]["_id"], 0
+            elif looks == _LOOKS_AT_A_HOLE:
+                yield Wrong(
+                    after + 1,
+                    "missing. It was removed; or its writer died, and no reader has been there since to fill the place "
+                    "(then it is right once a projector or subscriber has run)",
+                )
+                return
+            else:
+                looks += 1
+                await asyncio.sleep(log.patience_seconds / 2)
+            if after < end:
+                fetching = asyncio.ensure_future(log.stored(after=after, limit=1000))
+                await asyncio.sleep(0)  # now the database has been asked
+            if dense:
+                yield dense
+    finally:
+        await _abandon(fetching)
+
+
+async def _abandon(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError, JobledgerError):
+        await task
+
+
+class _Check:
+    """What has to be remembered: the ends of the streams met last. Others are looked up when they go on."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+        self._heads: OrderedDict[str, Head] = OrderedDict()
+
+    async def prepare(self, page: Sequence[StoredDocument]) -> None:
+        """Forget what is too much, and look up the ends of streams that go on in this page and are not remembered."""
+        while len(self._heads) > _REMEMBERED_STREAMS:
+            self._heads.popitem(last=False)
+        wanted: dict[str, int] = {}
+        for document, _ in page:
+            stream, version = document.get("stream"), document.get("version")
+            if not isinstance(stream, str) or not isinstance(version, int):
+                continue  # as `event` will find out
+            if version > 1 and stream != VOID_STREAM and stream not in self._heads:
+                wanted.setdefault(stream, version - 1)
+        for stream, there in (await self._log.ends(wanted)).items():
+            # Only what stands before: an end that comes later in the log is no end yet.
+            if there["_id"] < page[0][0]["_id"]:
+                self._heads[stream] = Head(there["version"], there["_id"], there.get("hash", b""))
+
+    def event(self, document: Document, raw: bytes | None) -> Wrong | None:
+        """Return what is wrong with the next event, and remember it as the end of its stream."""
+        data = plain_text(document.get("data"))
+        if (what := deviation(document, raw, data)) is not None:
+            return _wrong(document, what)
+        try:
+            right = hashlib.sha256(chained_text(document, data)).digest() == document["hash"]
+        except InvalidEvent as error:
+            return _wrong(document, f"cannot be hashed: {error}")
+        if not right:
+            return _wrong(document, "its hash is not that of its content: one of the two was changed")
+        if (what := self._unchained(document)) is not None:
+            return _wrong(document, what)
+        return None
+
+    def _unchained(self, document: Document) -> str | None:
+        stream, version, previous = document["stream"], document["version"], document["prev"]
+        if stream == VOID_STREAM or document["type"] == PositionVoided.__name__:
+            void: tuple[Any, ...] = (VOID_STREAM, document["_id"], PositionVoided.__name__, {}, GENESIS)
+            is_one = (stream, version, document["type"], document["data"], previous) == void
+            return None if is_one else "is neither an event nor a voided position"
+        before = self._heads.pop(stream, Head())
+        self._heads[stream] = Head(version, document["_id"], document["hash"])
+        if version != before.version + 1:
+            there = f"version {before.version}" if before.version else "nothing"
+            return f"in its stream, {there} stands before it: version {version - 1} is missing, or in the wrong place"
+        if previous != before.hash:
+            return "is not linked to the event before it in its stream: one of the two was made anew"
+        return None
+
+
+def _wrong(document: Mapping[str, Any], what: str) -> Wrong:
+    stream, version = document.get("stream"), document.get("version")
+    return Wrong(
+        int(document["_id"]),
+        what,
+        stream if isinstance(stream, str) else None,
+        version if isinstance(version, int) and not isinstance(version, bool) else None,
+    )

@@ -1,0 +1,353 @@
+"""projections: the view `batches`, the concept's batch document (konzept.md, "Event-Batch Collection"), complete.
+
+Counts are kept from the changes of its jobs' documents; the status is what the batch's own events say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from typing import Final, assert_never
+
+from pymongo import ASCENDING, IndexModel
+
+from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.domain.commands import BatchCommand, FinishBatch, ReopenBatch
+from jobledger.ledger.domain.events import (
+    BATCH_EVENTS,
+    ENDED,
+    BatchAccessChanged,
+    BatchArchived,
+    BatchCounts,
+    BatchDeleted,
+    BatchEvent,
+    BatchFinished,
+    BatchPaused,
+    BatchReopened,
+    BatchResumed,
+    BatchSubmitted,
+    BatchSummary,
+    BatchUnarchived,
+    Recorded,
+)
+from jobledger.ledger.domain.limits import shortened
+from jobledger.ledger.mongo.connection import Document, driver_errors
+from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.hash_chain import LARGEST_INTEGER
+from jobledger.projections.engine.slots import Views
+from jobledger.projections.views import failures, list_index
+from jobledger.projections.views.jobs import LARGEST_IN_LISTS, mark, shown_webhook
+from jobledger.projections.views.list_index import Facet, Place
+
+NAME: Final = "batches"
+JOB_IDS_IN_LISTS: Final = 100
+COUNTED_UP_TO: Final = 10_000
+_MOST: Final = LARGEST_INTEGER
+INDEXES: Final = [
+    *list_index.INDEXES,
+    IndexModel([("status", ASCENDING)], partialFilterExpression={"status": "processing"}),
+]
+
+
+def fold(batch: Document | None, event: Recorded) -> Document | None:
+    """Return the batch's document as it is after one more event of its own stream; None when it is deleted."""
+    if batch is not None and failures.ERROR in batch and failures.REDUCED not in batch:
+        return _followed(batch, event)
+    happened = event.event
+    if isinstance(happened, BatchSubmitted):
+        return _submitted(happened, event)
+    if batch is None:
+        return None
+    assert isinstance(happened, BATCH_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
+    changes = _changes(happened, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
+    if changes is None:
+        return None
+    after = {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+    if isinstance(happened, BatchFinished):
+        after["gone_on"] = _counts(batch) != happened.counts
+    if "access_control" in changes:
+        _list(after)
+    return after
+
+
+def isolated(batch: Document | None, event: Recorded, problem: Document) -> Document | None:
+    """Return the document of a batch one of whose events cannot be folded: as it was, with the reason."""
+    before = batch if batch is not None else _skeleton(event)
+    return _followed({**before, failures.ERROR: problem}, event)
+
+
+def _followed(batch: Document, event: Recorded) -> Document | None:
+    """Return an isolated batch's document after one more event of its own; of that, only the type counts."""
+    if event.type == BatchDeleted.__name__:
+        return None
+    changes: Document = {}
+    if event.type == BatchFinished.__name__:
+        status = event.fields.get("status")
+        ended = status if status in ("completed", "partial", "failed") else "partial"
+        changes = {"status": ended, "completed_at": event.time, "gone_on": False}
+    elif event.type == BatchReopened.__name__:
+        changes = {"status": "processing", "completed_at": None, "gone_on": False}
+    return {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+def _skeleton(event: Recorded) -> Document:
+    """Return a document for a batch whose first event cannot be read: what of it is readable, only for admins."""
+    found = event.fields.get("job_ids")
+    job_ids = [it for it in found if isinstance(it, str)] if isinstance(found, list) else []
+    user_id = event.fields.get("user_id")
+    owner = shortened(user_id, 200) if isinstance(user_id, str) else ""
+    return _submitted(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
+
+
+def reduced(batch: Document, problem: Document) -> Document:
+    """Return a document that can be stored, of one that cannot: without what may be large."""
+    document: Document = {
+        **batch,
+        "batch_name": None,
+        "job_ids": [],
+        "parameters": {},
+        "webhook": None,
+        "summary": {"duration": 0.0, "tokens_used": 0},
+        "access_control": {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []},
+        "teams": [],
+        "truncated": ["job_ids", "parameters"],
+        failures.REDUCED: True,
+        failures.ERROR: problem,
+    }
+    _list(document)
+    return document
+
+
+def _list(batch: Document) -> None:
+    """Say under which headings the batch is listed, and under which words it is found."""
+    scopes, facets = list_index.scopes(batch), [list_index.ALL, ("user", batch["user_id"])]
+    batch["headings"] = list_index.headings(scopes, facets)
+    mark(batch, "headings", truncated=list_index.is_cut(batch["headings"], scopes, facets))
+    batch["words"] = list_index.words(scopes, [batch["batch_id"], batch["batch_name"]])
+
+
+def _submitted(asked: BatchSubmitted, event: Recorded) -> Document:
+    batch: Document = {
+        "_id": event.stream,
+        "batch_id": event.stream,
+        "batch_name": asked.batch_name,
+        "status": "processing",
+        "created_at": event.time,
+        "updated_at": event.time,
+        "completed_at": None,
+        "job_ids": asked.job_ids,
+        "total_jobs": asked.total_jobs,
+        "pending_jobs": 0,
+        "processing_jobs": 0,
+        "completed_jobs": 0,
+        "failed_jobs": 0,
+        "cancelled_jobs": 0,
+        "webhook": shown_webhook(asked.webhook),
+        "parameters": asked.parameters,
+        "summary": {"duration": 0.0, "tokens_used": 0},
+        "user_id": asked.user_id,
+        "access_control": asked.access_control.model_dump(),
+        "teams": asked.teams,
+        "paused": False,
+        "archived": False,
+        "gone_on": False,  # since its recorded end, a job has; that has to be recorded, whether or not it ended again
+        "version": event.version,
+        "position": event.position,
+    }
+    _list(batch)
+    return batch
+
+
+def _changes(happened: BatchEvent, event: Recorded) -> Document | None:
+    match happened:
+        case BatchSubmitted():
+            return {}
+        case BatchPaused():
+            return {"paused": True}
+        case BatchResumed():
+            return {"paused": False}
+        case BatchFinished():
+            return {"status": happened.status, "completed_at": event.time}
+        case BatchReopened():
+            return {"status": "processing", "completed_at": None, "gone_on": False}
+        case BatchAccessChanged():
+            return {"access_control": happened.access_control.model_dump()}
+        case BatchArchived():
+            return {"archived": True}
+        case BatchUnarchived():
+            return {"archived": False}
+        case BatchDeleted():
+            return None
+        case _:
+            assert_never(happened)
+
+
+def fold_job(batch: Document, before: Document | None, after: Document | None, event: Recorded) -> Document:
+    """Return the batch's document as it is after one of its jobs has changed."""
+    was, now = before and before["status"], after and after["status"]
+    changed = dict(batch)
+    if was != now:
+        if was:
+            changed[f"{was}_jobs"] -= 1
+        if now:
+            changed[f"{now}_jobs"] += 1
+    if after is None and before is not None:
+        changed["job_ids"] = _without(batch["job_ids"], before["job_id"])
+        changed["total_jobs"] -= 1
+    if batch["status"] != "processing" and was in ENDED and now is not None and now not in ENDED:
+        changed["gone_on"] = True
+    if now == "completed" and was != "completed" and after is not None and after["results"] is not None:
+        changed["summary"] = _with_cost(batch["summary"], after)
+    return {**changed, "updated_at": event.time, "position": event.position}
+
+
+def _with_cost(summary: Document, job: Document) -> Document:
+    """Return what the batch's jobs cost when one more is completed; at most what the log and the database can hold."""
+    spent = job["results"]["metadata"]
+    duration, tokens = summary["duration"] + spent["duration"], summary["tokens_used"] + spent["tokens_used"]
+    return {
+        "duration": round(max(-_MOST, min(_MOST, duration)), 3),
+        "tokens_used": max(-_MOST, min(_MOST, tokens)),
+    }
+
+
+def _without(job_ids: list[str], job_id: str) -> list[str]:
+    """All jobs of a batch are often deleted in their order; then this is a copy, and no ten thousand comparisons."""
+    remaining = job_ids.copy()
+    with suppress(ValueError):
+        remaining.remove(job_id)
+    return remaining
+
+
+def reaction(batch: Document) -> BatchCommand | None:
+    """Return what has to be recorded about a batch, seeing its counts: that it has ended, or goes on again.
+
+    The projector asks this of all `unsettled` batches when a new leader has caught up with the log, and from then on
+    of every batch it has changed. So whoever crashes when, a batch whose jobs have all ended is finished, and one whose
+    job was restarted is open again, however long the job was at it.
+    """
+    counts = _counts(batch)
+    ended = counts.completed + counts.failed + counts.cancelled
+    if batch["status"] == "processing" and ended == batch["total_jobs"]:
+        return FinishBatch(counts, BatchSummary(**batch["summary"]))
+    if batch["status"] != "processing" and (batch["gone_on"] or ended < batch["total_jobs"]):
+        return ReopenBatch()  # which changes it: if all its jobs have ended again, it is finished next
+    return None
+
+
+def _counts(batch: Document) -> BatchCounts:
+    return BatchCounts(
+        completed=batch["completed_jobs"], failed=batch["failed_jobs"], cancelled=batch["cancelled_jobs"]
+    )
+
+
+# Questions --------------------------------------------------------------------------------------------------------
+
+
+async def get(views: Views, log: EventLog, batch_id: str) -> Document | None:
+    """Return a batch's document, or None. One that the projector has not reached yet is folded from the log."""
+    with driver_errors(f"reading {batch_id}"):
+        batch = await views[NAME].find_one({"_id": batch_id})
+    if batch is None:
+        for event in await log.read_stream(batch_id):
+            batch = fold(batch, event)
+        batch = as_submitted(batch)
+    return batch
+
+
+def as_submitted(batch: Document | None) -> Document | None:
+    """Return a batch that was folded without its jobs as it is at its beginning: all of them wait."""
+    return {**batch, "pending_jobs": batch["total_jobs"]} if batch else None
+
+
+def query(
+    principal: Principal,
+    *,
+    status: str | None = None,
+    user_id: str | None = None,
+    archived: bool | None = None,
+    q: str | None = None,
+) -> Document:
+    """Return the database query for those of the batches asked for that somebody may see; None means any."""
+    facet: Facet = list_index.ALL if user_id is None else ("user", user_id)
+    rest = {"status": status, "archived": archived}
+    wanted = list_index.query(principal, facet, q or "")
+    return wanted | {name: value for name, value in rest.items() if value is not None}
+
+
+_IN_LISTS: Final[Document] = {
+    **dict.fromkeys(
+        (
+            *("_id", "batch_id", "batch_name", "status", "created_at", "updated_at", "completed_at", "total_jobs"),
+            *("pending_jobs", "processing_jobs", "completed_jobs", "failed_jobs", "cancelled_jobs", "webhook"),
+            *("summary", "user_id", "access_control", "teams", "paused", "archived", "version", "position"),
+            *("truncated", failures.ERROR),
+        ),
+        1,
+    ),
+    "job_ids": {"$slice": ["$job_ids", JOB_IDS_IN_LISTS]},
+    "parameters": list_index.unless_large("parameters", largest=LARGEST_IN_LISTS),
+}
+"""What lists show of a batch: all that is shown of one, but of its jobs the first, and no large parameters."""
+
+
+async def page(
+    views: Views,
+    wanted: Document,
+    *,
+    limit: int,
+    skip: int = 0,
+    after: Place | None = None,
+    newest_first: bool = True,
+) -> tuple[list[Document], Place | None]:
+    """Return a page of batches in the order of creation, and where the next one begins.
+
+    Each with the first of its `job_ids` only: a page of large batches would be many megabytes.
+    """
+    with driver_errors("listing batches"):
+        found, following = await list_index.page(
+            views[NAME],
+            wanted,
+            limit=limit,
+            skip=skip,
+            after=after,
+            newest_first=newest_first,
+            projection=_IN_LISTS,
+        )
+    for batch in found:
+        if batch["parameters"] == list_index.OMITTED:
+            batch |= {"parameters": {}, "omitted": ["parameters"]}
+    return found, following
+
+
+async def count(views: Views, wanted: Document) -> int:
+    """Count batches, but never more than `COUNTED_UP_TO`."""
+    with driver_errors("counting batches"):
+        return await list_index.count(views[NAME], wanted, most=COUNTED_UP_TO)
+
+
+async def jobs_counted(views: Views, batch_id: str, *, status: str | None) -> int:
+    """Return how many jobs a batch has, with this status, if one is named."""
+    field = "total_jobs" if status is None else f"{status}_jobs"
+    with driver_errors("reading the counts of a batch"):
+        found = await views[NAME].find_one({"_id": batch_id}, {field: 1})
+    return int((found or {}).get(field, 0))
+
+
+async def paused_among(views: Views, batch_ids: Collection[str]) -> set[str]:
+    """Return which of these batches are paused, as far as the view has got."""
+    with driver_errors("looking for paused batches"):
+        query = {"_id": {"$in": sorted(batch_ids)}, "paused": True}
+        return {batch["_id"] async for batch in views[NAME].find(query, {"_id": 1})}
+
+
+async def unsettled(views: Views) -> Sequence[Document]:
+    """Return the batches that are not finished, or have gone on since they were, for `reaction`."""
+    unfinished = [
+        {"status": "processing"},
+        {"gone_on": True},
+        {"pending_jobs": {"$gt": 0}},
+        {"processing_jobs": {"$gt": 0}},
+    ]
+    with driver_errors("looking for unfinished batches"):
+        return await views[NAME].find({"$or": unfinished}, {"job_ids": 0, "parameters": 0}).to_list()

@@ -1,0 +1,224 @@
+"""projections: the view `deliveries`: each webhook that was, or is to be, sent, with every attempt.
+
+`status` is pending, delivered or abandoned; `next_at` is when a pending one is due; `queued_at` is when its schedule
+began. `sequence` is its number for its receiver (receivers.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
+from typing import Any, Final, assert_never
+from urllib.parse import urlsplit
+
+from pymongo import ASCENDING, IndexModel
+
+from jobledger.ledger.domain.access import Principal
+from jobledger.ledger.domain.events import (
+    DELIVERY_EVENTS,
+    DeliveryAbandoned,
+    DeliveryAttempted,
+    DeliveryEvent,
+    DeliveryQueued,
+    DeliveryRequeued,
+    DeliverySucceeded,
+    Recorded,
+)
+from jobledger.ledger.domain.limits import REASON_CHARACTERS, RESPONSE_CHARACTERS, shortened
+from jobledger.ledger.mongo.connection import Document, driver_errors
+from jobledger.projections.engine.slots import Views
+from jobledger.projections.views import endpoints, failures, list_index
+from jobledger.projections.views.jobs import fitting_error
+from jobledger.projections.views.list_index import Place
+
+NAME: Final = "deliveries"
+ATTEMPTS_SHOWN: Final = 50  # the newest; all of them are in the stream
+COUNTED_UP_TO: Final = 10_000
+PENDING: Final = {"status": "pending"}
+INDEXES: Final = [
+    *list_index.INDEXES[:2],
+    IndexModel([("next_at", ASCENDING)], partialFilterExpression=PENDING),
+]
+
+
+def fold(delivery: Document | None, event: Recorded) -> Document:
+    """Return the delivery's document as it is after one more event of its stream. Its number is for the projector."""
+    if delivery is not None and failures.ERROR in delivery:
+        return _followed(delivery, event)
+    happened = event.event
+    if isinstance(happened, DeliveryQueued):
+        return _queued(happened, event)
+    assert delivery is not None  # noqa: S101 - streams begin with their first event
+    assert isinstance(happened, DELIVERY_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
+    changes = _changes(delivery, happened, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
+    return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+def _queued(asked: DeliveryQueued, event: Recorded) -> Document:
+    receiver = endpoints.key(asked)
+    source, batch_id = asked.source, asked.batch_id
+    facets = [("receiver", receiver), ("source", source), ("host", host_of(asked.webhook.url))]
+    if batch_id is not None:
+        facets.append(("batch", batch_id))
+    return {
+        "_id": event.stream,
+        "delivery_id": event.stream,
+        "status": "pending",
+        "type": asked.tells,
+        "job_id": source if source.startswith("job-") else None,
+        "batch_id": batch_id,
+        "source_version": asked.source_version,
+        "url": asked.webhook.url,
+        "host": host_of(asked.webhook.url),
+        "receiver": receiver,
+        "sequence": None,
+        "user_id": asked.user_id,
+        "created_at": event.time,
+        "updated_at": event.time,
+        "queued_at": event.time,
+        "next_at": event.time,
+        "delivered_at": None,
+        "reason": None,
+        "attempt": 0,
+        "counted": 0,
+        "attempts": [],
+        "version": event.version,
+        "position": event.position,
+        "headings": list_index.headings(list_index.owned_by(asked.user_id), [list_index.ALL, *facets]),
+    }
+
+
+_STATUS_AFTER: Final = {
+    DeliverySucceeded.__name__: "delivered",
+    DeliveryAbandoned.__name__: "abandoned",
+    DeliveryRequeued.__name__: "pending",
+}
+
+
+def isolated(delivery: Document, event: Recorded, problem: Document) -> Document:
+    """Return the document of a delivery one of whose events cannot be folded: as it was, with the reason."""
+    return _followed({**delivery, failures.ERROR: problem}, event)
+
+
+def _followed(delivery: Document, event: Recorded) -> Document:
+    """Return an isolated delivery's document after one more event; of that, only the type counts."""
+    status = _STATUS_AFTER.get(event.type, delivery["status"])
+    changes = {"status": status, "next_at": event.time if status == "pending" else None}
+    return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
+
+
+def reduced(delivery: Document, problem: Document) -> Document:
+    """Return a document that can be stored, of one that cannot: without what may be large."""
+    listed = list_index.headings(list_index.owned_by(""), [list_index.ALL])
+    texts = {name: shortened(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
+    blank = {"attempts": [], "reason": None, "headings": listed}
+    return {**delivery, **texts, **blank, failures.REDUCED: True, failures.ERROR: problem}
+
+
+def host_of(url: str) -> str:
+    """Return the host and port of an address: what fails together."""
+    parts = urlsplit(url)
+    return f"{parts.hostname or ''}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme, 0)}"
+
+
+def _changes(delivery: Document, happened: DeliveryEvent, event: Recorded) -> Document:
+    match happened:
+        case DeliveryQueued():
+            return {}
+        case DeliveryAttempted():
+            shown = {"at": event.time, "error": None, **happened.model_dump()}
+            shown["response"] = shortened(happened.response, RESPONSE_CHARACTERS)
+            if happened.error is not None:
+                shown["error"] = fitting_error(happened.error)
+            pending = delivery["status"] == "pending"
+            return {
+                "attempt": happened.attempt,
+                "counted": delivery["counted"] + 1,
+                "attempts": [*delivery["attempts"], shown][-ATTEMPTS_SHOWN:],
+                "next_at": happened.next_at if pending else delivery["next_at"],
+            }
+        case DeliverySucceeded():
+            return {"status": "delivered", "next_at": None, "delivered_at": event.time, "reason": None}
+        case DeliveryAbandoned():
+            return {"status": "abandoned", "next_at": None, "reason": shortened(happened.reason, REASON_CHARACTERS)}
+        case DeliveryRequeued():
+            now = event.time
+            return {"status": "pending", "counted": 0, "queued_at": now, "next_at": now, "reason": None}
+        case _:
+            assert_never(happened)
+
+
+# Questions --------------------------------------------------------------------------------------------------------
+
+
+async def get(views: Views, delivery_id: str) -> Document | None:
+    """Return a delivery's document, None if there is no such delivery, or the views have not reached it."""
+    with driver_errors("reading a delivery"):
+        return await views[NAME].find_one({"_id": delivery_id})
+
+
+async def pending(views: Views, among: Sequence[str] | None = None) -> AsyncIterator[Document]:
+    """Yield what a sender needs to know of every delivery that is still to be made; of these ids only, if given."""
+    facts = dict.fromkeys(("next_at", "queued_at", "host", "version", "sequence"), 1)
+    wanted = PENDING if among is None else {"_id": {"$in": list(among)}, **PENDING}
+    with driver_errors("looking for webhooks to be sent"):
+        async for delivery in views[NAME].find(wanted, facts):
+            yield delivery
+
+
+def query(
+    principal: Principal,
+    *,
+    source: str | None = None,
+    batch_id: str | None = None,
+    receiver: str | None = None,
+    host: str | None = None,
+    status: str | None = None,
+    tells: str | None = None,
+    after_sequence: int | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+) -> Document:
+    """Return the database query for those of the deliveries asked for that somebody may see; None means any."""
+    asked = [("source", source), ("receiver", receiver), ("batch", batch_id), ("host", host)]
+    given = [(name, value) for name, value in asked if value is not None]
+    wanted: dict[str, Any] = list_index.query(principal, given[0] if given else list_index.ALL)
+    fields = {"batch": "batch_id", "receiver": "receiver", "host": "host"}
+    wanted |= {fields[name]: value for name, value in given[1:]}
+    wanted |= {name: value for name, value in (("status", status), ("type", tells)) if value is not None}
+    if after_sequence is not None:
+        wanted["sequence"] = {"$gt": after_sequence}
+    if created_after or created_before:
+        bounds = {"$gt": created_after, "$lt": created_before}
+        wanted["created_at"] = {name: value for name, value in bounds.items() if value is not None}
+    return wanted
+
+
+async def page(
+    views: Views,
+    wanted: Document,
+    *,
+    limit: int,
+    skip: int = 0,
+    after: Place | None = None,
+    newest_first: bool = True,
+    page_bytes: int = list_index.PAGE_BYTES,
+) -> tuple[list[Document], Place | None]:
+    """Return a page of deliveries in the order in which they were queued, and where the next one begins."""
+    with driver_errors("listing deliveries"):
+        return await list_index.page(
+            views[NAME],
+            wanted,
+            limit=limit,
+            skip=skip,
+            after=after,
+            newest_first=newest_first,
+            projection={"headings": 0},
+            page_bytes=page_bytes,
+        )
+
+
+async def count(views: Views, wanted: Document) -> int:
+    """Count deliveries, but never more than `COUNTED_UP_TO`."""
+    with driver_errors("counting deliveries"):
+        return await list_index.count(views[NAME], wanted, most=COUNTED_UP_TO)

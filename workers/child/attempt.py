@@ -1,0 +1,432 @@
+"""workers: one attempt at a job, as its processor sees it. Runs in a job process, or inline in the worker.
+
+Everything the processor reports becomes a message (`messages.py`) for `execution.py`, which alone writes to the log.
+Methods of the job may be called at the same time from any number of tasks, and from the event loops of other threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import operator
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar, get_args
+
+from pydantic import BaseModel, Field, ValidationError
+
+from jobledger.ledger.domain.errors import FileTooLarge, NoRegularFile
+from jobledger.ledger.domain.limits import STEP_WARNING_BYTES
+from jobledger.ledger.files.directory import DirectoryStore, Stored
+from jobledger.ledger.store.hash_chain import digest
+from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.child.messages import Done, Failed, Log, Message, Progress, Saved, Seek, Step
+from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
+from jobledger.workers.result_conversion import (
+    InvalidResult,
+    safe_str,
+    to_json,
+    to_text,
+    type_name,
+    validation_problems,
+)
+from jobledger.workers.result_paths import normal_path
+
+T = TypeVar("T")
+Send = Callable[[Message], Awaitable[Any]]
+"""Sends a message to the worker and returns the answer, if the message has one. Raises ProcessorError if refused."""
+MAX_WARNINGS: Final = 200
+_WARNING_BYTES: Final = 512 * 1024  # of the whole job
+_LEVELS: Final = frozenset(get_args(LogLevel))
+_SYSTEM_ERRORS: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+)
+_DETAIL_CHARACTERS: Final = 100_000  # of one detail of an error
+_DETAILS_CHARACTERS: Final = 1_000_000  # of all
+_MAX_ERRORS: Final = 10  # of an exception group, that are named
+# Not the event loop's own threads: a processor may occupy all of those.
+_file_threads = ThreadPoolExecutor(8, thread_name_prefix="save")
+
+
+class Assignment(BaseModel):
+    """What a processor needs to begin. `steps` maps the digest of a finished step's inputs to what it yielded."""
+
+    job_id: str
+    attempt: int
+    job_type: str
+    parameters: dict[str, Any]
+    settings: dict[str, Any]
+    steps: dict[str, FinishedStep]
+    seek: bool = False
+    """Whether finished steps of other jobs may be asked for."""
+    directory: Path
+    """The attempt's own directory, which is there if the job has a process of its own."""
+    confinement: Confinement = Confinement()
+    has_files: bool = Field(default=False, exclude=True)
+    """Whether the attempt may have files: its directories were asked for in this process."""
+
+    @property
+    def inbox(self) -> Path:
+        """Where saved files go, by digest; the worker moves them into the result store."""
+        self.has_files = True
+        return self.directory / "saved"
+
+    @property
+    def scratch(self) -> Path:
+        """The directory that belongs to the processor."""
+        self.has_files = True
+        return self.directory / "scratch"
+
+
+class FinishedStep(BaseModel):
+    """What a finished step yielded."""
+
+    output: Any
+    tokens_used: int = 0
+    warnings: list[str] = Field(default_factory=list)
+
+
+Assignment.model_rebuild()
+
+
+async def run(
+    assignment: Assignment, processor: type[Processor], send: Send, is_stopping: Callable[[], bool]
+) -> Done | Failed:
+    """Do the job and return its last message. Raises nothing, whatever the processor raises.
+
+    Once `is_stopping()` the job tells its processor that it is to stop.
+    """
+    begun = time.monotonic()
+    job: _Job | None = None
+    try:
+        job = _Job(assignment, processor.Parameters.model_validate(assignment.parameters), send, is_stopping)
+        results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
+        return job.done(results, time.monotonic() - begun)
+    except BaseException as error:  # noqa: BLE001 - a processor is foreign code: what it raises fails the job, not us
+        return failure_of(error, scratch=assignment.directory.parent)
+    finally:
+        if job is not None:
+            job.close()
+
+
+# What an exception says -------------------------------------------------------------------------------------------
+
+
+def failure_of(error: BaseException, *, scratch: Path | None = None) -> Failed:
+    """Return how an exception ends an attempt. Of an exception group, the error that says most decides.
+
+    `scratch` is the worker's scratch directory: any error of a file below it may be trouble of the machine.
+    Nothing that a foreign exception class does, such as a `__str__` that raises, gets out of here.
+    """
+    leaves = list(_leaves(error, 0))
+    told = [leaf for leaf in leaves if isinstance(leaf, ProcessorError)]
+    memory = [leaf for leaf in leaves if isinstance(leaf, MemoryError)]
+    faults = [leaf for leaf in leaves if not isinstance(leaf, ProcessorError | MemoryError | asyncio.CancelledError)]
+    more: dict[str, JSON] = {}
+    if len(leaves) > 1:
+        more["errors"] = [f"{type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
+    number = _system_error(error, leaves, scratch)
+    if memory:
+        message = "The job needed more memory than event_worker.memory_limit_mb allows."
+        return Failed("OUT_OF_MEMORY", message, details=more)
+    if told and not faults:
+        lasting = [leaf for leaf in told if not _attribute(leaf, "transient", bool)]
+        return _told((lasting or told)[0], more, number)
+    first = (faults or leaves)[0]
+    if isinstance(first, ValidationError) and first.title in ("Results", "SavedFile"):
+        root = "results" if first.title == "Results" else "saved file"
+        return Failed("INVALID_RESULT", to_text(f"The results are invalid: {validation_problems(first, root)}"))
+    details: dict[str, JSON] = {"exception": type_name(first), "at": _place(first), **more}
+    message = f"The processor failed unexpectedly: {type_name(first)}: {to_text(first)}"
+    return Failed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
+
+
+def _leaves(error: BaseException, depth: int) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup) and depth < 20:
+        for inner in BaseExceptionGroup.exceptions.__get__(error):  # whatever a subclass has in its place
+            yield from _leaves(inner, depth + 1)
+    else:
+        yield error
+
+
+def _told(error: ProcessorError, more: dict[str, JSON], number: int | None) -> Failed:
+    details = _attribute(error, "details", dict)
+    return Failed(
+        to_text(_attribute(error, "code", str) or "PROCESSOR_ERROR", 100),
+        to_text(_attribute(error, "message", str) or error),
+        transient=_attribute(error, "transient", bool),
+        details={**_details(details), **more},
+        errno=number,
+    )
+
+
+def _attribute(error: object, name: str, kind: type[T]) -> T:
+    """Return an attribute of a foreign exception as it should be, or an empty value."""
+    try:
+        value = getattr(error, name)
+        if isinstance(value, kind):
+            return value
+        return kind() if value is None else kind(value)  # type: ignore[call-arg]  # str, bool and dict take one
+    except BaseException:  # noqa: BLE001 - a class of its own may have no such attribute, or one that raises
+        return kind()
+
+
+def _details(details: Mapping[Any, Any]) -> dict[str, JSON]:
+    """Convert an error's details one by one: one that cannot be stored must not hide the error itself."""
+    converted: dict[str, JSON] = {}
+    left = _DETAILS_CHARACTERS
+    for key, value in list(details.items())[:100]:
+        try:
+            one = to_json({key: value}, "details")
+            if (size := len(str(value))) > min(_DETAIL_CHARACTERS, left):
+                raise InvalidResult("details", "it is too large", "Shorten it.")
+            left -= size
+            converted.update(one)
+        except BaseException as problem:  # noqa: BLE001 - foreign values may raise anything
+            converted[to_text(key, 100).lstrip("$").replace("\0", "")] = f"<not stored: {to_text(problem, 500)}>"
+    return converted
+
+
+def _place(error: BaseException) -> str:
+    """Return where an exception was raised: that helps whoever fixes it, and is no secret to the job's owner."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "unknown"
+
+
+def _system_error(error: BaseException, leaves: list[BaseException], scratch: Path | None) -> int | None:
+    """Return the number of a system error behind an exception that may be the machine's fault."""
+    for leaf in [error, *leaves]:
+        current: BaseException | None = leaf
+        for _ in range(20):
+            if current is None:
+                break
+            if isinstance(current, OSError):
+                number = _attribute(current, "errno", int)
+                if number in _SYSTEM_ERRORS or (number and _is_below(current, scratch)):
+                    return number
+            current = current.__cause__ or current.__context__
+    return None
+
+
+def _is_below(error: OSError, directory: Path | None) -> bool:
+    return directory is not None and Path(_attribute(error, "filename", str)).is_relative_to(directory)
+
+
+# The job ----------------------------------------------------------------------------------------------------------
+
+
+class _Warnings:
+    """Warnings as far as they fit into an event, and how many do not."""
+
+    _OF_EACH: Final = 16  # bytes that BSON adds
+    _OF_THE_LAST: Final = 100
+
+    def __init__(self, max_bytes: int) -> None:
+        self._kept: list[str] = []
+        self._bytes_left = max_bytes - self._OF_THE_LAST
+        self._left_out = 0
+
+    def add(self, warning: str) -> None:
+        size = len(warning.encode()) + self._OF_EACH
+        if len(self._kept) < MAX_WARNINGS and size <= self._bytes_left:
+            self._kept.append(warning)
+            self._bytes_left -= size
+        else:
+            self._left_out += 1
+
+    def told(self) -> list[str]:
+        """Return the warnings; the last one says how many were left out."""
+        return [*self._kept, *([f"{self._left_out} more warnings were left out."] if self._left_out else [])]
+
+
+@dataclass(slots=True)
+class _Scope:
+    """What is said and spent while a step runs, also in the tasks and threads that it starts."""
+
+    step: str
+    parent: _Scope | None
+    warnings: _Warnings = field(default_factory=lambda: _Warnings(STEP_WARNING_BYTES))
+    tokens: int = 0
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("step", default=None)
+
+
+class _Job:
+    """What `processor.Job` promises."""
+
+    def __init__(
+        self, assignment: Assignment, parameters: BaseModel, send: Send, is_stopping: Callable[[], bool]
+    ) -> None:
+        self.job_id = assignment.job_id
+        self.attempt = assignment.attempt
+        self._assignment = assignment
+        self.parameters = parameters
+        self._finished = assignment.steps
+        self._seek = assignment.seek
+        self._send = send
+        self._step = "starting"
+        self._percent = 0.0
+        self._warnings = _Warnings(_WARNING_BYTES)
+        self._tokens = 0
+        self._counting = threading.Lock()
+        self._is_stopping = is_stopping
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+
+    @property
+    def cancelled(self) -> bool:
+        return self._is_stopping()
+
+    @property
+    def scratch(self) -> Path:
+        scratch = self._assignment.scratch
+        for directory in (scratch.parent, scratch):  # and not those above, which are the worker's
+            directory.mkdir(mode=0o700, exist_ok=True)
+        return scratch
+
+    async def step(
+        self,
+        name: str,
+        inputs: Mapping[str, JSON],
+        function: Callable[[], Awaitable[JSON]],
+        *,
+        share: timedelta | None = None,
+    ) -> JSON:
+        whole, name = safe_str(name), to_text(name, 200)
+        self._step = name
+        # Of the whole name: the one for people is cut, so two steps may have the same.
+        named = name if whole == name else ascii(whole)
+        key = digest({"step": named, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
+        if (known := self._finished.get(key)) is not None:
+            for warning in known.warnings:
+                self._note(warning)
+            self.spent(known.tokens_used)
+            await self.log("info", f"Step {name} was finished by an earlier attempt and is not repeated.")
+            return known.output
+        begun, scope = time.monotonic(), _Scope(name, _scope.get())
+        found = None
+        if share is not None and self._seek:
+            found = await self._say(Seek(key, share.total_seconds()))
+        if found is not None:
+            await self.log("info", f"Step {name} was finished by {found['job_id']} and is not repeated.")
+            output = found["output"]
+        else:
+            with _entered(scope):
+                output = to_json(await function(), f'step "{name}" output')
+        await self._say(
+            Step(
+                step=name,
+                key=key,
+                output=output,
+                duration_s=round(time.monotonic() - begun, 3),
+                tokens_used=scope.tokens,
+                warnings=scope.warnings.told(),
+                reused_from=found and found["job_id"],
+                share=share is not None,
+            )
+        )
+        return output
+
+    async def progress(self, percent: float, message: str) -> None:
+        scope = _scope.get()
+        await self._say(Progress(scope.step if scope else self._step, self._valid(percent), to_text(message, 1000)))
+
+    def _valid(self, percent: float) -> float:
+        try:
+            clipped = min(max(float(percent), 0.0), 100.0)
+        except (TypeError, ValueError, OverflowError):
+            return self._percent
+        if clipped == clipped:  # it is not NaN
+            self._percent = round(clipped, 1)
+        return self._percent
+
+    async def log(self, level: LogLevel, message: str) -> None:
+        await self._say(Log([(time.time(), level if level in _LEVELS else "info", to_text(message))]))
+
+    async def warn(self, message: str) -> None:
+        text = to_text(message, 2000)
+        self._note(text)
+        await self.log("warning", text)
+
+    def _note(self, warning: str) -> None:
+        scope = _scope.get()
+        with self._counting:
+            self._warnings.add(warning)
+            while scope is not None:
+                scope.warnings.add(warning)
+                scope = scope.parent
+
+    def spent(self, tokens: int) -> None:
+        tokens = operator.index(tokens)  # raises TypeError for what is no whole number
+        scope = _scope.get()
+        with self._counting:
+            self._tokens += tokens
+            while scope is not None:
+                scope.tokens += tokens
+                scope = scope.parent
+
+    async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
+        path, media_type = normal_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")
+        put = _putting(DirectoryStore(self._assignment.inbox, durable=False), content)
+        try:
+            stored = await asyncio.get_running_loop().run_in_executor(_file_threads, put)
+        except NoRegularFile as error:
+            message = f"save() content {to_text(error)}. Give the path of a regular file, or bytes."
+            raise ProcessorError("INVALID_RESULT", message) from error
+        except FileTooLarge as error:
+            raise ProcessorError("INVALID_RESULT", f"save() content {to_text(error)}.") from error
+        path = await self._say(Saved(stored.sha256, path))
+        return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
+
+    def done(self, results: object, seconds: float) -> Done:
+        if not isinstance(results, Results):
+            problem = f"the processor returned a {type_name(results)}"
+            raise InvalidResult("The result", problem, "Return workers.processor.Results.")
+        values = {name: getattr(results, name) for name in Results.model_fields}
+        values["tokens_used"] += self._tokens
+        data = {name: to_json(value, f"results.{name}") for name, value in values.items()}
+        return Done(data, self._warnings.told(), round(seconds, 3))
+
+    def close(self) -> None:
+        """Accept nothing more: tasks that the processor has left behind must not speak for an attempt that is over."""
+        self._closed = True
+
+    async def _say(self, message: Message) -> Any:
+        if self._closed:
+            raise RuntimeError("the attempt has ended: a job accepts nothing after run() has returned")
+        if asyncio.get_running_loop() is self._loop:
+            return await self._send(message)
+        # From another thread's event loop. What the job sends with belongs to its own.
+        sending: Coroutine[Any, Any, Any] = self._awaited(message)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sending, self._loop))
+
+    async def _awaited(self, message: Message) -> Any:
+        return await self._send(message)
+
+
+def _putting(inbox: DirectoryStore, content: object) -> Callable[[], Stored]:
+    if isinstance(content, Path):
+        return partial(inbox.put_file, content)
+    if isinstance(content, bytes | bytearray | memoryview):
+        return partial(inbox.put_bytes, bytes(content))
+    raise TypeError(f"save() takes bytes or a Path as content, not a {type_name(content)}")
+
+
+@contextmanager
+def _entered(scope: _Scope) -> Iterator[None]:
+    token = _scope.set(scope)
+    try:
+        yield
+    finally:
+        _scope.reset(token)

@@ -1,0 +1,253 @@
+"""workers: the job process, in which a processor runs, so that a crash, a leak or a hang is contained.
+
+Forked from its supervisor (`supervisor.py`), which has the processors loaded, so it starts in milliseconds. It reads
+its assignment from a socket, and sends messages (`messages.py`) through it. One thread writes to the socket and one
+reads from it, so a processor that blocks the event loop stops neither in the middle of a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import itertools
+import os
+import resource
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import orjson
+
+from jobledger.ledger.domain.limits import FILE_BYTES
+from jobledger.workers.child.attempt import Assignment, failure_of, run
+from jobledger.workers.child.confinement import confine, paths_in
+from jobledger.workers.child.containment import Containment, new_event_loop
+from jobledger.workers.child.messages import HEADER, Done, Failed, FromJob, Line, Log, Message, Progress, encode
+from jobledger.workers.processor import Processor, ProcessorError
+from jobledger.workers.registry import find_processor, shared_directories
+from jobledger.workers.result_conversion import to_text
+
+_LINES_AT_ONCE: Final = 500
+_WAITING: Final = 100  # messages (of many log lines each) that wait to be sent before the job has to wait
+
+
+def main(connection: socket.socket, memory_limit_mb: int) -> None:
+    """Do the one assignment that comes through the connection. Does not return, unless the worker is gone."""
+    _set_limit(resource.RLIMIT_AS, memory_limit_mb * 1024 * 1024)
+    _set_limit(resource.RLIMIT_FSIZE, FILE_BYTES)  # sparse ones cost nothing but to read
+    _set_limit(resource.RLIMIT_CORE, 0)  # thousands of crashes must not fill the disk
+    faulthandler.enable()  # a crash in a library written in C says where; the supervisor keeps the end of our output
+    # A program that the processor forks must not speak for the job.
+    os.register_at_fork(after_in_child=connection.close)
+    text = _receive(connection)
+    if text is None:  # the worker has died before it could send the assignment
+        return
+    link = _Link(connection)
+    link.finish(_attempt(link, text))
+    end()
+
+
+def _set_limit(kind: int, most: int) -> None:
+    """Set a limit of this process, or leave the lower one that it already has."""
+    highest = resource.getrlimit(kind)[1]
+    most = most if highest == resource.RLIM_INFINITY else min(most, highest)
+    resource.setrlimit(kind, (most, most))
+
+
+def _attempt(link: _Link, text: bytes) -> Done | Failed:
+    """Make the attempt, and return how it ended, whatever the processor does to this process."""
+    try:
+        assignment = Assignment.model_validate_json(text)
+        processor = find_processor(assignment.job_type)
+        readable = [*paths_in(processor.Settings.model_validate(assignment.settings))]
+        shared = _create(shared_directories(processor))
+    except BaseException as error:  # noqa: BLE001 - the settings and the method are foreign code
+        return failure_of(error)
+    try:  # before any other code of the processor runs, and before there are threads
+        confine(
+            assignment.confinement,
+            scratch=assignment.scratch,
+            inbox=assignment.inbox,
+            readable=readable,
+            shared=shared,
+        )
+    except Exception as error:  # noqa: BLE001 - any error: the job must not run
+        text_of_error = f"The job process could not be confined: {to_text(error, 500)}"
+        return Failed("WORKER_FAULT", text_of_error, transient=True, errno=getattr(error, "errno", None))
+    try:
+        asyncio.set_event_loop(loop := new_event_loop())
+        return loop.run_until_complete(_work(link, assignment, processor))
+    except BaseException as error:  # noqa: BLE001 - the processor has stopped the event loop, or cancelled this task
+        return failure_of(error, scratch=assignment.directory.parent)
+
+
+def _create(directories: list[Path]) -> list[Path]:
+    for directory in directories:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directories
+
+
+async def _work(link: _Link, assignment: Assignment, processor: type[Processor]) -> Done | Failed:
+    link.start()
+    attempt = run(assignment, processor, link.send, link.stopping.is_set)
+    working = Containment().start(attempt, f"run-{assignment.job_id}")
+    await asyncio.wait({working})
+    return working.result()
+
+
+class _Link:
+    """The connection to the worker, for the job's event loop."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.stopping = threading.Event()
+        self._connection = connection
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._ids = itertools.count(1)
+        self._waiting: deque[bytes | list[Line] | Progress] = deque()
+        self._changed = threading.Condition()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._finished = False
+        self._writer = threading.Thread(target=self._write, name="link-write", daemon=True)
+
+    def start(self) -> None:
+        """Take messages and answers from now on. Called on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._writer.start()
+        threading.Thread(target=self._read, name="link-read", daemon=True).start()
+
+    async def send(self, message: Message) -> Any:
+        """Send a message; return the answer, if it has one."""
+        await self._room.wait()
+        if isinstance(message, Log | Progress):
+            self._put(message)
+            return None
+        number, answer = next(self._ids), asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            self._put(encode(FromJob(number, message)))
+            return await answer
+        finally:
+            self._answers.pop(number, None)
+
+    def finish(self, message: Message) -> None:
+        """Send the last message, and return when all are sent. The event loop may have ended."""
+        self._put(encode(FromJob(0, message)))
+        with self._changed:
+            self._finished = True
+            self._changed.notify()
+        if self._loop is None:  # it was not started
+            self._write()
+        else:
+            self._writer.join()
+
+    def _put(self, what: bytes | Log | Progress) -> None:
+        with self._changed:
+            last = self._waiting[-1] if self._waiting else None
+            if isinstance(what, Log):
+                if isinstance(last, list) and len(last) < _LINES_AT_ONCE:
+                    last.extend(what.lines)
+                else:
+                    self._waiting.append(list(what.lines))
+            elif isinstance(what, Progress) and isinstance(last, Progress):
+                self._waiting[-1] = what
+            else:
+                self._waiting.append(what)
+            if len(self._waiting) > _WAITING:
+                self._room.clear()
+            self._changed.notify()
+
+    def _write(self) -> None:
+        """Send what waits. The only thread that writes to the connection, so no two messages are mixed."""
+        try:
+            while (what := self._next()) is not None:
+                if isinstance(what, list):
+                    what = encode(FromJob(0, Log(what)))
+                elif isinstance(what, Progress):
+                    what = encode(FromJob(0, what))
+                self._connection.sendall(what)
+        except OSError:
+            os._exit(1)  # the worker is gone, and the supervisor ends what is left
+        except BaseException as error:  # noqa: BLE001 - see _die
+            _die(error)
+
+    def _next(self) -> bytes | list[Line] | Progress | None:
+        with self._changed:
+            while not self._waiting:
+                if self._finished:
+                    return None
+                self._changed.wait()
+            what = self._waiting.popleft()
+            if not self._room.is_set() and len(self._waiting) <= _WAITING // 2:
+                self._call_soon(self._room.set)
+            return what
+
+    def _read(self) -> None:
+        """Take the worker's answers, and its word that the job is to stop."""
+        try:
+            while (text := _receive(self._connection)) is not None:
+                content = orjson.loads(text)
+                if "stop" in content:
+                    self.stopping.set()
+                else:
+                    self._call_soon(self._take, content)
+        except BaseException as error:  # noqa: BLE001 - see _die
+            _die(error)
+        os._exit(1)  # the worker is gone
+
+    def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the processor has closed the event loop: nothing waits for this
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _take(self, content: dict[str, Any]) -> None:
+        answer = self._answers.get(content["id"])
+        if answer is None or answer.done():  # the task that asked was cancelled
+            return
+        if "error" in content:
+            answer.set_exception(ProcessorError(**content["error"]))
+        else:
+            answer.set_result(content["value"])
+
+
+def _die(error: BaseException) -> NoReturn:
+    """End the process: a thread of its connection has failed, for want of memory perhaps, and the job would hang."""
+    with suppress(BaseException):
+        os.write(2, f"The connection to the worker failed: {type(error).__name__}: {error}\n".encode(errors="replace"))
+    os._exit(1)
+
+
+def _receive(connection: socket.socket) -> bytes | None:
+    """Return the content of the next frame; None when the worker is gone. Blocks."""
+    header = _receive_exactly(connection, HEADER.size)
+    return _receive_exactly(connection, HEADER.unpack(header)[0]) if header is not None else None
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
+    received = bytearray(size)
+    view, filled = memoryview(received), 0
+    while filled < size:
+        try:
+            count = connection.recv_into(view[filled:])
+        except OSError:
+            return None
+        if not count:
+            return None
+        filled += count
+    return bytes(received)
+
+
+def end() -> None:
+    """End the process without waiting for threads or finalizers that the processor has left behind."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # noqa: BLE001, S112 - a processor may have replaced or closed it
+            continue
+    os._exit(0)

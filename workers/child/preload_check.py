@@ -1,0 +1,16 @@
+"""workers: `python -m jobledger.workers.child.preload_check JOB_TYPE…` imports what processors preload, and reports
+each on a line."""
+
+import sys
+
+from jobledger.workers.registry import ProcessorUnusable, check_preload
+
+if __name__ == "__main__":
+    for _job_type in sys.argv[1:]:
+        try:
+            check_preload(_job_type)
+            print(f"{_job_type}\t", flush=True)
+        except ProcessorUnusable as _error:
+            print(f"{_job_type}\t{_error}", flush=True)
+        except KeyError:
+            print(f"{_job_type}\tit cannot be loaded by another process", flush=True)

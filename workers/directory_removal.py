@@ -1,0 +1,94 @@
+"""workers: remove directories that jobs have filled. Jobs choose how many entries there are, how deep, and which modes.
+
+Work is done in turns (`jobledger.ledger.system.cooperative_threads`), so that a small directory never waits for the
+end of a large one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from jobledger.ledger.system.cooperative_threads import Work
+
+removal_threads = ThreadPoolExecutor(2, thread_name_prefix="removal")
+ENTRIES_AT_ONCE: Final = 500
+"""How many entries are removed before another directory has its turn."""
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def remove_tree(path: Path) -> Work[None]:
+    """Remove a directory with all that is in it, as far as possible. Follows no links.
+
+    Directories inside move up to the first level, where they are emptied in the same way. So a tree of any depth and
+    width takes a few descriptors and no memory for its names.
+    """
+    with suppress(OSError):
+        _make_accessible(path)
+        top = os.open(path, _DIRECTORY)
+        try:
+            progress, entries = True, 0
+            while progress:  # directories have moved up behind what was read, perhaps
+                progress = False
+                for removed in _remove_entries(top):
+                    progress = progress or removed
+                    entries += 1
+                    if entries % ENTRIES_AT_ONCE == 0:
+                        yield
+        finally:
+            os.close(top)
+        path.rmdir()
+
+
+def _remove_entries(top: int) -> Iterator[bool]:
+    """Remove what is in a directory; yield for each entry, also of the directories in it, whether that succeeded."""
+    with os.scandir(top) as entries:
+        for entry in entries:
+            if _unlink(entry.name, top):
+                yield True
+            else:
+                yield from _remove_directory(entry.name, top)
+
+
+def _remove_directory(name: str, top: int) -> Iterator[bool]:
+    removed = False
+    with suppress(OSError):
+        _make_accessible(name, top)
+        directory = os.open(name, _DIRECTORY, dir_fd=top)
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    yield _unlink(entry.name, directory) or _move_up(entry.name, directory, top)
+        finally:
+            os.close(directory)
+        os.rmdir(name, dir_fd=top)
+        removed = True
+    yield removed
+
+
+def _unlink(name: str, directory: int) -> bool:
+    try:
+        os.unlink(name, dir_fd=directory)
+    except OSError:  # it is a directory, as a rule
+        return False
+    return True
+
+
+def _move_up(name: str, directory: int, top: int) -> bool:
+    try:
+        _make_accessible(name, directory)  # to be moved it must be writable
+        os.rename(name, secrets.token_hex(8), src_dir_fd=directory, dst_dir_fd=top)
+    except OSError:
+        return False
+    return True
+
+
+def _make_accessible(path: str | Path, parent: int | None = None) -> None:
+    if stat.S_ISDIR(os.stat(path, dir_fd=parent, follow_symlinks=False).st_mode):
+        os.chmod(path, 0o700, dir_fd=parent)
