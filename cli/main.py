@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 FAILED, USAGE, UNREACHABLE, UNAVAILABLE = 1, 2, 3, 4
 app = typer.Typer(
     name="jobledger",
-    help="An event-sourced job ledger: sessions go in, Markdown and images come out, nothing is lost or unexplained.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -53,6 +52,24 @@ app.add_typer(batches.app, name="batches")
 app.add_typer(webhooks.app, name="webhooks")
 keys_app = typer.Typer(help="API keys, for auth.mode `keys`; directly on the database.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        echo(version("jobledger"))
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+]
+
+
+@app.callback()
+def main(_version: VersionOption = False) -> None:
+    """An event-sourced job ledger: sessions go in, Markdown and images come out, nothing is lost or unexplained."""
 
 
 @app.command()

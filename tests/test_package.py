@@ -1,0 +1,102 @@
+"""The built wheel, installed into an empty environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, directory: Path, data_dir: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command outside the repository and without its settings."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JOBLEDGER_", "PYTHON"))}
+    if data_dir is not None:
+        env["JOBLEDGER_MONGODB__DATA_DIR"] = str(data_dir)
+    return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=110, check=False)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a virtual environment with this wheel and the dependencies of the one that runs the tests.
+
+    The environment's own site-packages directory has the wheel only.
+    """
+    base = tmp_path_factory.mktemp("package")
+    built = run(
+        *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
+        *("--disable-pip-version-check", "--wheel-dir", base / "wheel", REPOSITORY),
+        directory=base,
+    )
+    assert built.returncode == 0, built.stderr
+    [wheel] = (base / "wheel").glob("*.whl")
+    created = run(sys.executable, "-m", "venv", "--without-pip", base / "venv", directory=base)
+    assert created.returncode == 0, created.stderr
+    installed = run(
+        *(sys.executable, "-m", "pip", "--python", base / "venv" / "bin" / "python", "install", "--quiet"),
+        *("--disable-pip-version-check", "--no-deps", "--root-user-action=ignore", wheel),
+        directory=base,
+    )
+    assert installed.returncode == 0, installed.stderr
+    return base / "venv"
+
+
+def site_packages(environment: Path) -> Path:
+    [directory] = environment.glob("lib/python*/site-packages")
+    return directory
+
+
+def add_dependencies(environment: Path) -> None:
+    """Make the packages of the environment that runs the tests importable, but not its editable install."""
+    dependencies = site_packages(Path(sys.prefix))
+    code = f"import sys; sys.path.append({str(dependencies)!r})"
+    (site_packages(environment) / "dependencies.pth").write_text(code + "\n")
+
+
+def test_wheel_adds_exactly_one_top_level_name(environment: Path) -> None:
+    names = {
+        path.name for path in site_packages(environment).iterdir() if not path.name.endswith((".pth", ".dist-info"))
+    }
+    assert names == {"jobledger"}
+
+
+def test_installed_package_is_complete_and_typed(environment: Path) -> None:
+    package = site_packages(environment) / "jobledger"
+    sources = {
+        path.relative_to(REPOSITORY).as_posix()
+        for folder in ("ledger", "projections", "workers", "api", "cli")
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    installed = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert sources - installed == set()
+    assert (package / "py.typed").is_file()
+
+
+def test_installed_command_runs_without_the_repository(environment: Path, tmp_path: Path) -> None:
+    add_dependencies(environment)
+    where = run(environment / "bin" / "python", "-c", "import jobledger; print(jobledger.__file__)", directory=tmp_path)
+    assert Path(where.stdout.strip()).is_relative_to(environment), where.stderr
+
+    printed = run(environment / "bin" / "jobledger", "--version", directory=tmp_path)
+    assert (printed.returncode, printed.stdout) == (0, version("jobledger") + "\n"), printed.stderr
+
+    doctor = run(environment / "bin" / "jobledger", "doctor", directory=tmp_path, data_dir=tmp_path / "data")
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert "replica set rs0" in doctor.stdout
+
+
+def test_public_names_are_importable(environment: Path, tmp_path: Path) -> None:
+    add_dependencies(environment)
+    code = (
+        "import json, jobledger; print(json.dumps({name: str(getattr(jobledger, name)) for name in jobledger.__all__}))"
+    )
+    shown = run(environment / "bin" / "python", "-c", code, directory=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert {"Processor", "ProcessorError", "Results", "__version__"} <= json.loads(shown.stdout).keys()
