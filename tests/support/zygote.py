@@ -21,8 +21,9 @@ from typing import Final
 _PROGRAM: Final = """
 import json, os, socket, sys, time
 import jobledger.cli.main
-import jobledger.cli.view_maintenance, jobledger.cli.commands.doctor, jobledger.cli.commands.keys,
-jobledger.cli.mongo_roles, jobledger.cli.runtime, jobledger.cli.composition  # what they load when they are called
+# What commands import when they run:
+import jobledger.cli.commands.doctor, jobledger.cli.commands.keys
+import jobledger.cli.composition, jobledger.cli.mongo_roles, jobledger.cli.runtime, jobledger.cli.view_maintenance
 
 server = socket.socket(fileno=int(sys.argv[1]))
 while True:
