@@ -12,14 +12,20 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from jobledger.api.auth.permissions import SignedIn
-from jobledger.api.auth.signed_links import LinkSignIn
-from jobledger.api.context import Services
+from jobledger.api.auth.permissions import AuthenticationMiddleware
+from jobledger.api.auth.signed_links import SignedLinkBackend
+from jobledger.api.context import ApiContext
 from jobledger.api.dashboard import pages as dashboard
-from jobledger.api.dashboard.login import CookieSignIn, cookie_name
-from jobledger.api.http.errors import ApiError, on_api_error, on_fault, on_http_exception, on_ledger_error
-from jobledger.api.http.memory_budget import MemoryLimited
-from jobledger.api.http.middleware import KnownHosts, Limited, Observed, RefusedSignIns, WithoutPrefix
+from jobledger.api.dashboard.login import SessionCookieBackend, cookie_name
+from jobledger.api.http.errors import ApiError, on_api_error, on_http_exception, on_ledger_error, on_unexpected_error
+from jobledger.api.http.memory_budget import MemoryLimitMiddleware
+from jobledger.api.http.middleware import (
+    AuthFailureLimitMiddleware,
+    HostOriginMiddleware,
+    PathPrefixMiddleware,
+    RateLimitMiddleware,
+    RequestContextMiddleware,
+)
 from jobledger.api.http.routing import DocumentedRoute
 from jobledger.api.openapi import document as openapi
 from jobledger.api.routes import (
@@ -41,59 +47,63 @@ from jobledger.api.routes import (
 from jobledger.ledger.domain.errors import JobledgerError
 
 ROUTES = [
-    DocumentedRoute("/", docs.index),
-    DocumentedRoute("/api/openapi.json", docs.document),
-    DocumentedRoute("/api/docs", docs.page),
-    DocumentedRoute("/api/events/jobs", jobs.submit, methods=["POST"]),
-    DocumentedRoute("/api/events/jobs", jobs.listing),
-    DocumentedRoute("/api/events/jobs/{job_id}", jobs.single),
-    DocumentedRoute("/api/events/jobs/{job_id}", jobs.update, methods=["PUT"]),
-    DocumentedRoute("/api/events/jobs/{job_id}", jobs.delete, methods=["DELETE"]),
-    DocumentedRoute("/api/events/jobs/{job_id}/history", history.of_job),
-    DocumentedRoute("/api/events/jobs/{job_id}/logs", history.log_lines),
-    DocumentedRoute("/api/events/jobs/{job_id}/download-archive", archives.of_job),
-    DocumentedRoute("/api/events/jobs/{job_id}/cancel", jobs.cancel, methods=["POST"]),
-    DocumentedRoute("/api/events/jobs/{job_id}/restart", jobs.restart, methods=["POST"]),
-    DocumentedRoute("/api/events/jobs/{job_id}/archive", jobs.archive, methods=["POST"]),
-    DocumentedRoute("/api/events/jobs/{job_id}/unarchive", jobs.unarchive, methods=["POST"]),
-    DocumentedRoute("/api/events/batches", batches.submit, methods=["POST"]),
-    DocumentedRoute("/api/events/batches", batches.listing),
-    DocumentedRoute("/api/events/batches/{batch_id}", batches.single),
-    DocumentedRoute("/api/events/batches/{batch_id}", batch_actions.update, methods=["PUT"]),
-    DocumentedRoute("/api/events/batches/{batch_id}", batch_actions.delete, methods=["DELETE"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/jobs", batches.jobs_of),
-    DocumentedRoute("/api/events/batches/{batch_id}/history", history.of_batch),
-    DocumentedRoute("/api/events/batches/{batch_id}/download-archive", archives.of_batch),
-    DocumentedRoute("/api/events/batches/{batch_id}/pause", batch_actions.pause, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/resume", batch_actions.resume, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/cancel", batch_actions.cancel, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/restart", batch_actions.restart, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/archive", batch_actions.archive, methods=["POST"]),
-    DocumentedRoute("/api/events/batches/{batch_id}/unarchive", batch_actions.unarchive, methods=["POST"]),
-    DocumentedRoute("/api/events/files/{path:path}/link", files.link, methods=["POST"]),
-    DocumentedRoute("/api/events/files/{path:path}", files.single),
-    DocumentedRoute("/api/ledger/events", log.page),
-    DocumentedRoute("/api/ledger/stream", live.stream),
-    DocumentedRoute("/api/ledger/head", log.head),
-    DocumentedRoute("/api/monitoring/events/stats", monitoring.stats),
-    DocumentedRoute("/api/monitoring/events/webhooks", webhooks.listing),
-    DocumentedRoute("/api/monitoring/events/redeliver", webhooks.redeliver_many, methods=["POST"]),
-    DocumentedRoute("/api/monitoring/events/webhooks/{delivery_id}", webhooks.single),
-    DocumentedRoute("/api/monitoring/events/webhooks/{delivery_id}/redeliver", webhooks.redeliver, methods=["POST"]),
-    DocumentedRoute("/api/monitoring/events/webhook-endpoints", webhook_endpoints.listing),
+    DocumentedRoute("/", docs.get_index),
+    DocumentedRoute("/api/openapi.json", docs.get_openapi_document),
+    DocumentedRoute("/api/docs", docs.get_docs_page),
+    DocumentedRoute("/api/events/jobs", jobs.submit_job, methods=["POST"]),
+    DocumentedRoute("/api/events/jobs", jobs.list_jobs),
+    DocumentedRoute("/api/events/jobs/{job_id}", jobs.get_job),
+    DocumentedRoute("/api/events/jobs/{job_id}", jobs.update_job, methods=["PUT"]),
+    DocumentedRoute("/api/events/jobs/{job_id}", jobs.delete_job, methods=["DELETE"]),
+    DocumentedRoute("/api/events/jobs/{job_id}/history", history.get_job_history),
+    DocumentedRoute("/api/events/jobs/{job_id}/logs", history.get_job_logs),
+    DocumentedRoute("/api/events/jobs/{job_id}/download-archive", archives.download_job_archive),
+    DocumentedRoute("/api/events/jobs/{job_id}/cancel", jobs.cancel_job, methods=["POST"]),
+    DocumentedRoute("/api/events/jobs/{job_id}/restart", jobs.restart_job, methods=["POST"]),
+    DocumentedRoute("/api/events/jobs/{job_id}/archive", jobs.archive_job, methods=["POST"]),
+    DocumentedRoute("/api/events/jobs/{job_id}/unarchive", jobs.unarchive_job, methods=["POST"]),
+    DocumentedRoute("/api/events/batches", batches.submit_batch, methods=["POST"]),
+    DocumentedRoute("/api/events/batches", batches.list_batches),
+    DocumentedRoute("/api/events/batches/{batch_id}", batches.get_batch),
+    DocumentedRoute("/api/events/batches/{batch_id}", batch_actions.update_batch, methods=["PUT"]),
+    DocumentedRoute("/api/events/batches/{batch_id}", batch_actions.delete_batch, methods=["DELETE"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/jobs", batches.list_batch_jobs),
+    DocumentedRoute("/api/events/batches/{batch_id}/history", history.get_batch_history),
+    DocumentedRoute("/api/events/batches/{batch_id}/download-archive", archives.download_batch_archive),
+    DocumentedRoute("/api/events/batches/{batch_id}/pause", batch_actions.pause_batch, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/resume", batch_actions.resume_batch, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/cancel", batch_actions.cancel_batch, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/restart", batch_actions.restart_batch, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/archive", batch_actions.archive_batch, methods=["POST"]),
+    DocumentedRoute("/api/events/batches/{batch_id}/unarchive", batch_actions.unarchive_batch, methods=["POST"]),
+    DocumentedRoute("/api/events/files/{path:path}/link", files.create_signed_link, methods=["POST"]),
+    DocumentedRoute("/api/events/files/{path:path}", files.get_file),
+    DocumentedRoute("/api/ledger/events", log.list_events),
+    DocumentedRoute("/api/ledger/stream", live.stream_events),
+    DocumentedRoute("/api/ledger/head", log.get_log_head),
+    DocumentedRoute("/api/monitoring/events/stats", monitoring.get_statistics),
+    DocumentedRoute("/api/monitoring/events/webhooks", webhooks.list_deliveries),
+    DocumentedRoute("/api/monitoring/events/redeliver", webhooks.redeliver_webhooks, methods=["POST"]),
+    DocumentedRoute("/api/monitoring/events/webhooks/{delivery_id}", webhooks.get_delivery),
+    DocumentedRoute(
+        "/api/monitoring/events/webhooks/{delivery_id}/redeliver", webhooks.redeliver_webhook, methods=["POST"]
+    ),
+    DocumentedRoute("/api/monitoring/events/webhook-endpoints", webhook_endpoints.list_webhook_endpoints),
     DocumentedRoute(
         "/api/monitoring/events/webhook-endpoints/{receiver}/rotate-secret",
-        webhook_endpoints.rotate,
+        webhook_endpoints.rotate_endpoint_secret,
         methods=["POST"],
     ),
     DocumentedRoute(
-        "/api/monitoring/events/webhook-endpoints/{receiver}/secret", webhook_endpoints.revoke, methods=["DELETE"]
+        "/api/monitoring/events/webhook-endpoints/{receiver}/secret",
+        webhook_endpoints.revoke_endpoint_secret,
+        methods=["DELETE"],
     ),
-    DocumentedRoute("/api/events/test-webhook-callback", webhook_echo.receive, methods=["POST"]),
-    DocumentedRoute("/api/events/test-webhook-callback", webhook_echo.listing),
-    DocumentedRoute("/metrics", metrics.scrape),
-    DocumentedRoute("/healthz", monitoring.alive),
-    DocumentedRoute("/readyz", monitoring.ready),
+    DocumentedRoute("/api/events/test-webhook-callback", webhook_echo.receive_webhook_echo, methods=["POST"]),
+    DocumentedRoute("/api/events/test-webhook-callback", webhook_echo.list_webhook_echoes),
+    DocumentedRoute("/metrics", metrics.get_metrics),
+    DocumentedRoute("/healthz", monitoring.check_liveness),
+    DocumentedRoute("/readyz", monitoring.check_readiness),
 ]
 """The interface, as the OpenAPI document has it; the dashboard comes on top."""
 
@@ -141,40 +151,49 @@ def _for_pages_of(origins: Sequence[str]) -> list[Middleware]:
     ]
 
 
-def create_app(services: Services) -> ASGIApp:
+def create_app(services: ApiContext) -> ASGIApp:
     """Return the application, working with what the composition root hands in."""
-    responses: metrics.Responses = Counter()
+    responses: metrics.ResponseCounts = Counter()
     app = Starlette(
         routes=[*ROUTES, *dashboard.ROUTES],
         middleware=[
             Middleware(
-                KnownHosts,
-                names=services.allowed_hosts,
+                HostOriginMiddleware,
+                allowed_hosts=services.allowed_hosts,
                 public_origin=services.public_origin,
-                origins=services.edge.cors_origins,
-                cookie=cookie_name(https=services.edge.https),
+                cors_origins=services.http_options.cors_origins,
+                session_cookie_name=cookie_name(https=services.http_options.is_https),
             ),
-            *_for_pages_of(services.edge.cors_origins),
-            Middleware(RefusedSignIns, edge=services.edge),
+            *_for_pages_of(services.http_options.cors_origins),
+            Middleware(AuthFailureLimitMiddleware, options=services.http_options),
             Middleware(
-                SignedIn,
-                sign_in=LinkSignIn(CookieSignIn(services.sign_in, services.sessions, https=services.edge.https)),
-                revocations=services.revocations,
-                refused=dashboard.refused,
+                AuthenticationMiddleware,
+                auth_backend=SignedLinkBackend(
+                    SessionCookieBackend(
+                        services.auth_backend, services.browser_sessions, https=services.http_options.is_https
+                    )
+                ),
+                revocation_notifier=services.revocation_notifier,
+                on_error=dashboard.auth_error_response,
             ),
-            Middleware(Limited, edge=services.edge),
-            Middleware(MemoryLimited, budget=services.memory),
+            Middleware(RateLimitMiddleware, options=services.http_options),
+            Middleware(MemoryLimitMiddleware, budget=services.memory_budget),
         ],
         exception_handlers={
             ApiError: on_api_error,
             JobledgerError: on_ledger_error,
             HTTPException: on_http_exception,
-            Exception: on_fault,
+            Exception: on_unexpected_error,
         },
     )
     app.state.services = services
-    app.state.docs = docs.Docs(lambda: openapi.document(ROUTES, services.job_types, services.links.base))
+    app.state.docs = docs.Docs(
+        lambda: openapi.build_document(ROUTES, services.job_types, services.signed_links.base_url)
+    )
     app.state.responses = responses
     app.router.redirect_slashes = False  # it would redirect to the address behind the proxy: see on_http_exception
     # Around everything: also what Starlette itself answers to a fault has its headers, and is counted.
-    return metrics.CountedResponses(Observed(WithoutPrefix(app, services.links.prefix), services.edge), responses)
+    return metrics.ResponseCounterMiddleware(
+        RequestContextMiddleware(PathPrefixMiddleware(app, services.signed_links.path_prefix), services.http_options),
+        responses,
+    )

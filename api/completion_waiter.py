@@ -19,12 +19,12 @@ from jobledger.ledger.domain.events import (
     JobFailed,
 )
 
-_ENDS: Final = frozenset(
+_TERMINAL_EVENT_TYPES: Final = frozenset(
     kind.__name__ for kind in (JobCompleted, JobFailed, JobCancelled, JobDeleted, BatchFinished, BatchDeleted)
 )
 
 
-class Endings:
+class CompletionWaiter:
     """Wakes those who wait for a stream's end. A listener of the process's change stream."""
 
     collection = "events"
@@ -33,7 +33,7 @@ class Endings:
         self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
     @asynccontextmanager
-    async def watching(self, stream: str) -> AsyncIterator[asyncio.Event]:
+    async def watch(self, stream: str) -> AsyncIterator[asyncio.Event]:
         """Yield what is set when the stream may have ended since.
 
         Why no end is missed: look at the log after entering. What happened before, the log says; of what happens
@@ -53,9 +53,9 @@ class Endings:
             for ended in waiting:
                 ended.set()
 
-    def changed(self, change: Mapping[str, Any]) -> None:
+    def on_change(self, change: Mapping[str, Any]) -> None:
         if self._waiting and change["operationType"] == "insert":
             document = change["fullDocument"]
-            if document["stream"] in self._waiting and document["type"] in _ENDS:
+            if document["stream"] in self._waiting and document["type"] in _TERMINAL_EVENT_TYPES:
                 for ended in self._waiting[document["stream"]]:
                     ended.set()

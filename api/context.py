@@ -10,71 +10,71 @@ from typing import Final
 from pydantic import BaseModel
 from starlette.requests import Request
 
-from jobledger.api.auth.browser_sessions import Sessions
-from jobledger.api.auth.permissions import Revocations, SignIn
-from jobledger.api.auth.signed_links import Links
+from jobledger.api.auth.browser_sessions import BrowserSessions
+from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier
+from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.visibility import Visibility
-from jobledger.api.completion_waiter import Endings
-from jobledger.api.dashboard.previews import Previews
+from jobledger.api.completion_waiter import CompletionWaiter
+from jobledger.api.dashboard.previews import MarkdownPreviewer
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.api.http.middleware import Edge, held
-from jobledger.api.http.sse import Streams
-from jobledger.api.http.validation import Model, validated
-from jobledger.api.submission.parameters import ParametersValidator
+from jobledger.api.http.middleware import HttpOptions, track_waiting_request
+from jobledger.api.http.sse import LiveStreams
+from jobledger.api.http.validation import Model, validate_content
+from jobledger.api.submission.parameters import ParameterValidator
 from jobledger.ledger.files.directory import FileStore
 from jobledger.ledger.mongo.connection import Database
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.event_store import EventLog
-from jobledger.ledger.system.disk_space import StorageWatch
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.system.disk_space import DiskSpaceMonitor
 from jobledger.projections.engine.checkpoint import Checkpoint
-from jobledger.projections.engine.health import StallWatch
+from jobledger.projections.engine.health import StallDetector
 from jobledger.projections.engine.slots import Views
 
-LARGEST_PAGE: Final = 1000
-_USUAL_LAG_SECONDS: Final = 1.0
+MAX_PAGE_SIZE: Final = 1000
+_SHORT_WAIT_SECONDS: Final = 1.0
 """For how long a request waits for the views without being counted as held."""
-_VIEW_PATIENCE_SECONDS: Final = 9.0
+_VIEW_WAIT_SECONDS: Final = 9.0
 
 
 @dataclass(frozen=True, slots=True)
-class Webhooks:
+class WebhookOptions:
     """What the API has to do with webhooks. `sink`: it takes some itself, for trial; `allow_private`: as in config."""
 
-    sink: bool = False
-    allow_private: tuple[str, ...] = ()
+    echo_enabled: bool = False
+    allowed_private_hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Services:
+class ApiContext:
     """The rooms below, as the API sees them. `job_types` maps a job type to the model of its parameters,
     `unusable_types` one whose processor is installed but cannot be used to the reason."""
 
     db: Database
-    log: EventLog
+    event_store: EventStore
     checkpoint: Checkpoint
-    changes: Changes
-    store: FileStore
+    change_stream: ChangeStream
+    file_store: FileStore
     job_types: Mapping[str, type[BaseModel]]
-    parameters: ParametersValidator
-    previews: Previews
-    memory: MemoryBudget
-    unusable_types: Mapping[str, str]
-    largest_body_bytes: int
+    parameter_validator: ParameterValidator
+    previews: MarkdownPreviewer
+    memory_budget: MemoryBudget
+    unavailable_job_types: Mapping[str, str]
+    max_body_bytes: int
     allowed_hosts: tuple[str, ...]
-    sign_in: SignIn
-    sessions: Sessions | None
-    revocations: Revocations
+    auth_backend: AuthBackend
+    browser_sessions: BrowserSessions | None
+    revocation_notifier: RevocationNotifier
     public_origin: str | None
-    groups_of: Callable[[str], Collection[str]]
-    endings: Endings
-    edge: Edge
+    get_groups: Callable[[str], Collection[str]]
+    completion_waiter: CompletionWaiter
+    http_options: HttpOptions
     visibility: Visibility
-    stall_watch: StallWatch
-    streams: Streams
-    links: Links
-    webhooks: Webhooks = Webhooks()
-    storage: StorageWatch = field(default_factory=lambda: StorageWatch({}, 0))
+    stall_detector: StallDetector
+    live_streams: LiveStreams
+    signed_links: SignedLinks
+    webhook_options: WebhookOptions = WebhookOptions()
+    disk_monitor: DiskSpaceMonitor = field(default_factory=lambda: DiskSpaceMonitor({}, 0))
 
     @property
     def views(self) -> Views:
@@ -82,38 +82,38 @@ class Services:
         return self.checkpoint.views
 
 
-def services(request: Request) -> Services:
+def get_api_context(request: Request) -> ApiContext:
     """Return what was handed to the application."""
-    found: Services = request.app.state.services
+    found: ApiContext = request.app.state.services
     return found
 
 
-def query_of(request: Request, model: type[Model]) -> Model:
+def parse_query(request: Request, model: type[Model]) -> Model:
     """Return the query parameters as a model.
 
     Raises:
         ApiError: 422, naming each wrong parameter.
     """
-    return validated(model, dict(request.query_params))
+    return validate_content(model, dict(request.query_params))
 
 
-def refuse_without_space(known: Services) -> None:
+def check_disk_space(ctx: ApiContext) -> None:
     """Make sure that the disks have space for new work.
 
     Raises:
         ApiError: 507, a disk is nearly full.
     """
-    if known.storage.problem is not None:
-        raise ApiError(507, "insufficient_storage", known.storage.problem, retry_after_seconds=60)
+    if ctx.disk_monitor.problem is not None:
+        raise ApiError(507, "insufficient_storage", ctx.disk_monitor.problem, retry_after_seconds=60)
 
 
-async def views_reach_wanted_position(request: Request) -> None:
+async def wait_for_requested_position(request: Request) -> None:
     """Wait for the views if the request names a `Ledger-Position` (or `min_position`) that it wants to see.
 
     Raises:
         ApiError: 400 when it is no number, 422 when the log ends before, 503 when the views are too far behind.
     """
-    checkpoint = services(request).checkpoint
+    checkpoint = get_api_context(request).checkpoint
     wanted = request.headers.get("ledger-position", request.query_params.get("min_position"))
     if wanted is not None:
         if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 18:
@@ -130,33 +130,33 @@ async def _views_reach(request: Request, position: int) -> bool:
     Raises:
         ApiError: 422, when the log ends before.
     """
-    known = services(request)
+    known = get_api_context(request)
     if known.checkpoint.position >= position:
         return True
-    if not await known.log.may_reach(position):
+    if not await known.event_store.may_have_reached(position):
         message = f"Ledger-Position: the log ends before position {position}. Send one that was answered."
         raise ApiError(422, "invalid_content", message)
-    if await _reached(known.checkpoint, position, _USUAL_LAG_SECONDS):
+    if await _reached(known.checkpoint, position, _SHORT_WAIT_SECONDS):
         return True
-    with held(request.scope) as allowed:
-        return allowed and await _reached(known.checkpoint, position, _VIEW_PATIENCE_SECONDS)
+    with track_waiting_request(request.scope) as allowed:
+        return allowed and await _reached(known.checkpoint, position, _VIEW_WAIT_SECONDS)
 
 
 async def _reached(checkpoint: Checkpoint, position: int, seconds: float) -> bool:
     try:
         async with asyncio.timeout(seconds):
-            await checkpoint.reached(position)
+            await checkpoint.wait_for_position(position)
     except TimeoutError:
         return False
     return True
 
 
-async def views_show(request: Request, position: int) -> None:
+async def wait_for_views(request: Request, position: int) -> None:
     """Wait until the views have reached a position, as long as the caller waits.
 
     Raises:
         TimeoutError: the caller's time is over.
     """
-    checkpoint = services(request).checkpoint
-    await checkpoint.reached(position)
+    checkpoint = get_api_context(request).checkpoint
+    await checkpoint.wait_for_position(position)
     request.scope["ledger_position"] = checkpoint.position

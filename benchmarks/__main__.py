@@ -21,12 +21,12 @@ import structlog
 from pymongo import MongoClient
 
 from benchmarks import appending, auditing, reading, serving, working
-from benchmarks.measure import Result, show
-from jobledger.cli.composition import spare_the_collector
+from benchmarks.measure import Result, print_results
+from jobledger.cli.composition import tune_garbage_collector
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 
-PARTS = {
+BENCHMARKS = {
     "append": appending.run,
     "read": reading.run,
     "work": working.run,
@@ -40,28 +40,28 @@ DATABASE = f"jobledger-bench-{os.getpid()}"
 def main() -> int:
     """Measure, print the table, and say with the exit code whether all aims were reached (with --strict)."""
     options = argparse.ArgumentParser(prog="python -m benchmarks", description="Jobledger against the plain driver.")
-    options.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} (all)")
+    options.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(BENCHMARKS)} (all)")
     options.add_argument("--events", type=int, default=20_000, help="a round")
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--strict", action="store_true", help="fail if an aim was missed")
     asked = options.parse_args()
-    if unknown := set(asked.parts) - PARTS.keys():
-        options.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if unknown := set(asked.parts) - BENCHMARKS.keys():
+        options.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     with _server() as uri:
         results = asyncio.run(
-            _measure(Connection(uri, DATABASE), asked.parts or list(PARTS), asked.events, asked.rounds)
+            _measure(Connection(uri, DATABASE), asked.parts or list(BENCHMARKS), asked.events, asked.rounds)
         )
-    show(results)
-    return 1 if asked.strict and not all(result.reached for result in results) else 0
+    print_results(results)
+    return 1 if asked.strict and not all(result.is_met for result in results) else 0
 
 
 async def _measure(connection: Connection, parts: list[str], events: int, rounds: int) -> list[Result]:
-    spare_the_collector()
+    tune_garbage_collector()
     results: list[Result] = []
     for name in parts:
         sys.stderr.write(f"measuring: {name}\n")
-        results += await PARTS[name](connection, events=events, rounds=rounds)
+        results += await BENCHMARKS[name](connection, events=events, rounds=rounds)
     return results
 
 

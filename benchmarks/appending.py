@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 
-from benchmarks.material import appends, documents
-from benchmarks.measure import Result, Stopwatch, delays, rates
-from jobledger.cli.composition import spare_the_collector
+from benchmarks.material import make_appends, make_documents
+from benchmarks.measure import Result, Stopwatch, compare_latencies, compare_rates
+from jobledger.cli.composition import tune_garbage_collector
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database
 from jobledger.ledger.store.envelope import VOID_STREAM
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.event_store import EventStore
 
-AT_ONCE = 1000
+CONCURRENCY = 1000
 PROCESSES = 8
 
 
@@ -24,39 +24,39 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
     """Measure appends: of many callers, of whole lists, of one caller, and from several processes."""
     async with connection.client() as client:
         db = client[connection.db_name]
-        log = EventLog(db)
-        await prepare(db, log)
+        log = EventStore(db)
+        await prepare_collections(db, log)
         results = [
-            await rates(
-                f"append: {AT_ONCE:,} callers, one event each; plain insert_many of {AT_ONCE:,}",
+            await compare_rates(
+                f"append: {CONCURRENCY:,} callers, one event each; plain insert_many of {CONCURRENCY:,}",
                 lambda: _plain(db, events),
-                lambda: _callers(log, events, AT_ONCE),
+                lambda: _callers(log, events, CONCURRENCY),
                 rounds=rounds,
-                at_least=0.7,
+                min_ratio=0.7,
             ),
-            await rates(
-                f"append: 3 callers, lists of {AT_ONCE:,}, all or nothing; plain transactions, 3 at once",
+            await compare_rates(
+                f"append: 3 callers, lists of {CONCURRENCY:,}, all or nothing; plain transactions, 3 at once",
                 lambda: _transactions(db, events, at_once=3),
                 lambda: _lists(log, events, at_once=3),
                 rounds=rounds,
-                at_least=0.5,
+                min_ratio=0.5,
             ),
             await _latency(db, log, rounds * 40),
         ]
-        together = await rates(
-            f"append: {PROCESSES} processes, {AT_ONCE // 4} callers each; plain insert_many of {AT_ONCE // 4}",
+        together = await compare_rates(
+            f"append: {PROCESSES} processes, {CONCURRENCY // 4} callers each; plain insert_many of {CONCURRENCY // 4}",
             lambda: _processes(connection, "plain", events),
             lambda: _processes(connection, "ours", events),
             rounds=max(2, rounds // 2),
-            at_least=0.6,
+            min_ratio=0.6,
         )
         voided = await db.events.count_documents({"stream": VOID_STREAM})
-        share = f"{voided} of {await log.head():,} positions were voided"
+        share = f"{voided} of {await log.head_position():,} positions were voided"
         await log.aclose()
     return [*results, replace(together, notes=(share,))]
 
 
-async def prepare(db: Database, log: EventLog) -> None:
+async def prepare_collections(db: Database, log: EventStore) -> None:
     """Give the plain collection the index that `events` has."""
     await log.prepare()
     await db.plain.create_index([("stream", 1), ("version", 1)], unique=True)
@@ -64,16 +64,16 @@ async def prepare(db: Database, log: EventLog) -> None:
 
 async def _plain(db: Database, events: int) -> float:
     plain = db.get_collection("plain", write_concern=DURABLE)
-    made = documents(events)
+    made = make_documents(events)
     with Stopwatch() as watch:
-        for begin in range(0, events, AT_ONCE):
-            await plain.insert_many(made[begin : begin + AT_ONCE], ordered=False)
+        for begin in range(0, events, CONCURRENCY):
+            await plain.insert_many(made[begin : begin + CONCURRENCY], ordered=False)
     return watch.rate(events)
 
 
 async def _transactions(db: Database, events: int, *, at_once: int) -> float:
-    made = documents(events)
-    begins = iter(range(0, events, AT_ONCE))
+    made = make_documents(events)
+    begins = iter(range(0, events, CONCURRENCY))
 
     async def caller() -> None:
         for begin in begins:
@@ -81,15 +81,15 @@ async def _transactions(db: Database, events: int, *, at_once: int) -> float:
                 db.client.start_session() as session,
                 await session.start_transaction(write_concern=DURABLE),
             ):
-                await db.plain.insert_many(made[begin : begin + AT_ONCE], ordered=False, session=session)
+                await db.plain.insert_many(made[begin : begin + CONCURRENCY], ordered=False, session=session)
 
     with Stopwatch() as watch:
         await asyncio.gather(*(caller() for _ in range(at_once)))
     return watch.rate(events)
 
 
-async def _callers(log: EventLog, events: int, callers: int) -> float:
-    todo = iter(appends(events))
+async def _callers(log: EventStore, events: int, callers: int) -> float:
+    todo = iter(make_appends(events))
 
     async def caller() -> None:
         for append in todo:
@@ -100,30 +100,30 @@ async def _callers(log: EventLog, events: int, callers: int) -> float:
     return watch.rate(events)
 
 
-async def _lists(log: EventLog, events: int, *, at_once: int) -> float:
-    made = appends(events)
-    begins = iter(range(0, events, AT_ONCE))
+async def _lists(log: EventStore, events: int, *, at_once: int) -> float:
+    made = make_appends(events)
+    begins = iter(range(0, events, CONCURRENCY))
 
     async def caller() -> None:
         for begin in begins:
-            await log.append(*made[begin : begin + AT_ONCE])
+            await log.append(*made[begin : begin + CONCURRENCY])
 
     with Stopwatch() as watch:
         await asyncio.gather(*(caller() for _ in range(at_once)))
     return watch.rate(events)
 
 
-async def _latency(db: Database, log: EventLog, number: int) -> Result:
+async def _latency(db: Database, log: EventStore, number: int) -> Result:
     plain = db.get_collection("plain", write_concern=DURABLE)
     theirs, ours = [], []
-    for document, append in zip(documents(number), appends(number), strict=True):
+    for document, append in zip(make_documents(number), make_appends(number), strict=True):
         begin = time.perf_counter()
         await plain.insert_one(document)
         middle = time.perf_counter()
         await log.append(append)
         theirs.append(middle - begin)
         ours.append(time.perf_counter() - middle)
-    return delays("append: one event, nobody else; plain insert_one", theirs, ours, at_most=2.5)
+    return compare_latencies("append: one event, nobody else; plain insert_one", theirs, ours, max_ratio=2.5)
 
 
 # Several processes ------------------------------------------------------------------------------------------------
@@ -159,14 +159,14 @@ def _write(task: tuple[Connection, str, int, int]) -> tuple[float, float]:
 
 
 async def _write_here(connection: Connection, what: str, events: int, number: int) -> tuple[float, float]:
-    group = AT_ONCE // 4
+    group = CONCURRENCY // 4
     async with connection.client() as client:
         db = client[connection.db_name]
         await client.admin.command("ping")
         if what == "ours":
-            log = EventLog(db)
-            spare_the_collector()
-            todo = iter(appends(events))
+            log = EventStore(db)
+            tune_garbage_collector()
+            todo = iter(make_appends(events))
 
             async def caller() -> None:
                 for append in todo:
@@ -177,8 +177,8 @@ async def _write_here(connection: Connection, what: str, events: int, number: in
             await asyncio.gather(*(caller() for _ in range(group)))
         else:
             plain = db.get_collection("plain", write_concern=DURABLE)
-            made = documents(events, first=time.time_ns() // 1000 + number * 10**14)
-            spare_the_collector()
+            made = make_documents(events, first=time.time_ns() // 1000 + number * 10**14)
+            tune_garbage_collector()
             _begin.wait()
             start = time.time()
             for at in range(0, events, group):

@@ -14,19 +14,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.measure import Result, Stopwatch, rates
-from jobledger.cli.view_maintenance import rebuilt, tidied
+from benchmarks.measure import Result, Stopwatch, compare_rates
+from jobledger.cli.view_maintenance import clear_shadow_views, rebuild_views
 from jobledger.ledger.domain.events import (
     BatchSubmitted,
     Event,
+    EventMetadata,
     JobClaimed,
     JobCompleted,
     JobLogged,
     JobProgressed,
     JobResults,
     JobSubmitted,
-    LogLine,
-    Meta,
+    LogEntry,
     ResultFile,
     ResultMetadata,
     StepCompleted,
@@ -34,49 +34,51 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store import transfer
 from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
-from jobledger.ledger.store.envelope import Append, Head, documents_of
-from jobledger.ledger.store.event_store import EventLog
-from jobledger.ledger.store.verification import verify
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.verification import verify_log
 
-_TO_ONE_EVENT = 50
+_EVENTS_PER_REQUESTED_EVENT = 50
 """A log has to be long to be measured: with the default of 20,000 events a round it has a million."""
-_AT_A_TIME, _IN_A_BATCH = 20, 100
-_BEGAN = datetime(2026, 11, 20, 9, tzinfo=UTC)
+_INTERLEAVED_JOBS, _JOBS_PER_BATCH = 20, 100
+_START_TIME = datetime(2026, 11, 20, 9, tzinfo=UTC)
 
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Measure verifying, exporting and folding a log of `events` times fifty events."""
-    number = events * _TO_ONE_EVENT
+    number = events * _EVENTS_PER_REQUESTED_EVENT
     rounds = max(1, rounds // 3)
     async with connection.client() as client:
         await client.drop_database(connection.db_name)
         db = client[connection.db_name]
-        log = EventLog(db)
+        log = EventStore(db)
         await log.prepare()
         await _fill(db, number)
         plain = _rate(number, lambda: _cursor(db))
         return [
-            await rates(
+            await compare_rates(
                 "log verify: hashes, links, versions, positions",
                 plain,
                 _rate(number, lambda: _verified(log)),
                 rounds=rounds,
-                at_least=0.15,
+                min_ratio=0.15,
             ),
-            await rates("log export", plain, _rate(number, lambda: _exported(log)), rounds=rounds, at_least=0.3),
-            await rates(
+            await compare_rates(
+                "log export", plain, _rate(number, lambda: _exported(log)), rounds=rounds, min_ratio=0.3
+            ),
+            await compare_rates(
                 "log export, compressed",
                 plain,
                 _rate(number, lambda: _exported(log, "log.ndjson.zst")),
                 rounds=rounds,
-                at_least=0.3,
+                min_ratio=0.3,
             ),
-            await rates(
+            await compare_rates(
                 "replay: all views made anew, and switched",
                 plain,
                 _folded(connection, number),
                 rounds=rounds,
-                at_least=0.25,
+                min_ratio=0.25,
                 notes=(
                     f"{number:,} events; the most memory this process has had: "
                     f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB",
@@ -100,22 +102,22 @@ async def _cursor(db: Database) -> None:
         seen += 1
 
 
-async def _verified(log: EventLog) -> None:
-    verdict = await verify(log)
-    if verdict.wrong is not None:
-        raise ValueError(f"the benchmark's log is wrong: {verdict.wrong}")
+async def _verified(log: EventStore) -> None:
+    verdict = await verify_log(log)
+    if verdict.problem is not None:
+        raise ValueError(f"the benchmark's log is wrong: {verdict.problem}")
 
 
-async def _exported(log: EventLog, name: str = "log.ndjson") -> None:
+async def _exported(log: EventStore, name: str = "log.ndjson") -> None:
     with TemporaryDirectory() as directory:
-        await transfer.export(log, Path(directory) / name)
+        await transfer.export_log(log, Path(directory) / name)
 
 
 def _folded(connection: Connection, number: int) -> Callable[[], Awaitable[float]]:
     async def measured() -> float:
         with Stopwatch() as watch:
-            await rebuilt(connection, told=lambda position, upto: None)
-        await tidied(connection)  # as a projector does after a while: not part of it
+            await rebuild_views(connection, on_progress=lambda position, upto: None)
+        await clear_shadow_views(connection)  # as a projector does after a while: not part of it
         return watch.rate(number)
 
     return measured
@@ -141,16 +143,20 @@ async def _fill(db: Database, number: int) -> None:
 
 def _documents() -> Iterator[Document]:
     """Yield events without end: batch after batch, twenty of its jobs at a time, event by event in turns."""
-    time = _BEGAN
+    time = _START_TIME
     while True:
-        batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(_IN_A_BATCH)]
-        meta = Meta("user:bench", correlation_id=batch_id)
+        batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(_JOBS_PER_BATCH)]
+        meta = EventMetadata("user:bench", correlation_id=batch_id)
         batch = BatchSubmitted(
-            batch_name="Tag 1", total_jobs=_IN_A_BATCH, job_ids=job_ids, user_id="bench", parameters={"event": "Conf"}
+            batch_name="Tag 1",
+            total_jobs=_JOBS_PER_BATCH,
+            job_ids=job_ids,
+            user_id="bench",
+            parameters={"event": "Conf"},
         )
         yield from _documents_of(batch_id, [batch], meta, time)
-        for begin in range(0, _IN_A_BATCH, _AT_A_TIME):
-            stories = [_story(job_id, batch_id, time) for job_id in job_ids[begin : begin + _AT_A_TIME]]
+        for begin in range(0, _JOBS_PER_BATCH, _INTERLEAVED_JOBS):
+            stories = [_job_events(job_id, batch_id, time) for job_id in job_ids[begin : begin + _INTERLEAVED_JOBS]]
             made = [
                 _documents_of(job_id, story, meta, time)
                 for job_id, story in zip(job_ids[begin:], stories, strict=False)
@@ -160,13 +166,13 @@ def _documents() -> Iterator[Document]:
             time += timedelta(minutes=7)
 
 
-def _documents_of(stream: str, events: list[Event], meta: Meta, time: datetime) -> list[Document]:
+def _documents_of(stream: str, events: list[Event], meta: EventMetadata, time: datetime) -> list[Document]:
     made: list[Document] = []
-    documents_of(Append(stream, Head(), events, meta, time), made)
+    build_documents(StreamAppend(stream, StreamHead(), events, meta, time), made)
     return made
 
 
-def _story(job_id: str, batch_id: str, time: datetime) -> list[Event]:
+def _job_events(job_id: str, batch_id: str, time: datetime) -> list[Event]:
     words = "Wie aus einem Vortrag ein Text wird, den man lesen mag"
     parameters = {
         "session": f"{words} {job_id[-4:]}",
@@ -206,7 +212,7 @@ def _story(job_id: str, batch_id: str, time: datetime) -> list[Event]:
         finished("page", 2.5),
         *progressed(30, "slides"),
         finished("slides", 61.0),
-        JobLogged(attempt=1, entries=[LogLine(timestamp=time, level="info", message="9 slides, 44 minutes of sound")]),
+        JobLogged(attempt=1, entries=[LogEntry(timestamp=time, level="info", message="9 slides, 44 minutes of sound")]),
         *progressed(80, "transcript"),
         finished("transcript", 310.0),
         JobCompleted(attempt=1, results=results),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-Measured = Callable[[], Awaitable[float]]
+RateFunction = Callable[[], Awaitable[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,52 +24,58 @@ class Result:
     `ratio` is ours to the plain driver's, None where the plain driver has nothing of the kind.
     """
 
-    claim: str
-    plain: str
-    ours: str
+    name: str
+    baseline: str
+    jobledger: str
     ratio: float | None
     spread: tuple[float, float] | None
-    aim: str
-    reached: bool
+    target: str
+    is_met: bool
     notes: Sequence[str] = field(default=())
 
 
-async def rates(
-    claim: str, plain: Measured, ours: Measured, *, rounds: int, at_least: float, notes: Sequence[str] = ()
+async def compare_rates(
+    name: str,
+    baseline: RateFunction,
+    jobledger: RateFunction,
+    *,
+    rounds: int,
+    min_ratio: float,
+    notes: Sequence[str] = (),
 ) -> Result:
     """Compare two rates (a second), where more is better. One round more is run first, and forgotten."""
-    pairs = await _in_turns(plain, ours, rounds)
+    pairs = await _in_turns(baseline, jobledger, rounds)
     ratios = sorted(mine / theirs for theirs, mine in pairs)
     ratio = statistics.median(ratios)
     return Result(
-        claim,
+        name,
         f"{statistics.median(theirs for theirs, _ in pairs):,.0f}/s",
         f"{statistics.median(mine for _, mine in pairs):,.0f}/s",
         ratio,
         (ratios[0], ratios[-1]),
-        f"≥ {at_least}",
-        ratio >= at_least,
+        f"≥ {min_ratio}",
+        ratio >= min_ratio,
         notes,
     )
 
 
-def delays(claim: str, plain: Sequence[float], ours: Sequence[float], *, at_most: float) -> Result:
+def compare_latencies(name: str, baseline: Sequence[float], jobledger: Sequence[float], *, max_ratio: float) -> Result:
     """Compare two sets of delays in seconds, taken in turns, where less is better, by their medians."""
-    ratio = statistics.median(ours) / statistics.median(plain)
-    tail = percentile(ours, 99) / percentile(plain, 99)
+    ratio = statistics.median(jobledger) / statistics.median(baseline)
+    tail = percentile(jobledger, 99) / percentile(baseline, 99)
     return Result(
-        claim,
-        _milliseconds(plain),
-        _milliseconds(ours),
+        name,
+        _milliseconds(baseline),
+        _milliseconds(jobledger),
         ratio,
         (ratio, tail),
-        f"≤ {at_most}",
-        ratio <= at_most,
-        (f"the second number of the spread is the ratio of the 99th percentiles ({len(ours)} each)",),
+        f"≤ {max_ratio}",
+        ratio <= max_ratio,
+        (f"the second number of the spread is the ratio of the 99th percentiles ({len(jobledger)} each)",),
     )
 
 
-async def _in_turns(plain: Measured, ours: Measured, rounds: int) -> list[tuple[float, float]]:
+async def _in_turns(plain: RateFunction, ours: RateFunction, rounds: int) -> list[tuple[float, float]]:
     await plain()
     await ours()
     pairs = []
@@ -106,16 +112,16 @@ class Stopwatch:
         return count / self.seconds
 
 
-def show(results: Sequence[Result]) -> None:
+def print_results(results: Sequence[Result]) -> None:
     """Print the table."""
     table = Table("claim", "plain driver", "Jobledger", "ratio", "spread", "aim", "")
     for it in results:
         ratio = "" if it.ratio is None else f"{it.ratio:.2f}"
         spread = "" if it.spread is None else f"{it.spread[0]:.2f} – {it.spread[1]:.2f}"
-        verdict = "reached" if it.reached else "[bold]missed[/bold]"
-        table.add_row(it.claim, it.plain, it.ours, ratio, spread, it.aim, verdict)
+        verdict = "reached" if it.is_met else "[bold]missed[/bold]"
+        table.add_row(it.name, it.baseline, it.jobledger, ratio, spread, it.target, verdict)
     console = Console(width=160)
     console.print(table)
     for it in results:
         for note in it.notes:
-            console.print(f"{it.claim}: {note}")
+            console.print(f"{it.name}: {note}")

@@ -10,13 +10,13 @@ from multiprocessing import synchronize
 
 from pymongo import MongoClient
 
-from benchmarks.appending import prepare
-from benchmarks.material import appends, documents
-from benchmarks.measure import Result, Stopwatch, delays, rates
-from jobledger.ledger.domain.events import Event, Recorded
+from benchmarks.appending import prepare_collections
+from benchmarks.material import make_appends, make_documents
+from benchmarks.measure import Result, Stopwatch, compare_latencies, compare_rates
+from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.event_store import EventLog, Limits
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
 
 _PIPELINE = [{"$match": {"ns.coll": "plain", "operationType": "insert"}}]
 _spawn = multiprocessing.get_context("spawn")
@@ -26,26 +26,26 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
     """Measure subscriptions, reading of history, and the delay between an append and its subscriber."""
     async with connection.client() as client:
         db = client[connection.db_name]
-        log = EventLog(db)
-        await prepare(db, log)
-        live = await rates(
+        log = EventStore(db)
+        await prepare_collections(db, log)
+        live = await compare_rates(
             "subscribe: events as another process writes them; plain change-stream loop",
             lambda: _plain_stream(connection, db, events),
             lambda: _subscription(connection, db, log, events),
             rounds=rounds,
-            at_least=0.7,
+            min_ratio=0.7,
         )
         await db.plain.delete_many({})
         await db.plain.insert_many([document async for document in db.events.find()])
-        forgetful, changes = EventLog(db, Limits(tail_events=1)), Changes(db)
-        changes.listen(forgetful)
+        forgetful, changes = EventStore(db, EventStoreLimits(max_tail_events=1)), ChangeStream(db)
+        changes.add_listener(forgetful)
         async with changes.running():
-            history = await rates(
+            history = await compare_rates(
                 "history: read from the beginning; plain cursor, sorted",
                 lambda: _cursor(db),
                 lambda: _history(forgetful),
                 rounds=rounds,
-                at_least=0.6,
+                min_ratio=0.6,
             )
         delay = await _delay(db, log, rounds * 40)
         await log.aclose()
@@ -67,17 +67,17 @@ async def _plain_stream(connection: Connection, db: Database, events: int) -> fl
     return watch.rate(events)
 
 
-async def _subscription(connection: Connection, db: Database, log: EventLog, events: int) -> float:
-    head = await log.head()
-    changes = Changes(db)
-    changes.listen(log)
+async def _subscription(connection: Connection, db: Database, log: EventStore, events: int) -> float:
+    head = await log.head_position()
+    changes = ChangeStream(db)
+    changes.add_listener(log)
     with await _writer(connection, "events", head + 1, events) as go:
-        async with changes.running(), log.subscription(after=head) as subscription:
+        async with changes.running(), log.subscribe(after=head) as subscription:
             with Stopwatch() as watch:
                 go()
                 seen = 0
                 while seen < events:
-                    seen += _payloads_read(await subscription.chunk())
+                    seen += _payloads_read(await subscription.next_chunk())
     await db.counters.update_one({"_id": "events"}, {"$max": {"next": head + events}}, upsert=True)
     return watch.rate(events)
 
@@ -111,7 +111,7 @@ async def _writer(connection: Connection, collection: str, first: int, number: i
 def _write(
     connection: Connection, collection: str, first: int, number: int, ready: synchronize.Event, go: synchronize.Event
 ) -> None:
-    made = documents(number, first=first)
+    made = make_documents(number, first=first)
     with MongoClient[Document](connection.uri) as client:
         target = client[connection.db_name].get_collection(collection, write_concern=DURABLE)
         client.admin.command("ping")
@@ -132,17 +132,17 @@ async def _cursor(db: Database) -> float:
     return watch.rate(seen)
 
 
-async def _history(log: EventLog) -> float:
-    head = await log.head()
+async def _history(log: EventStore) -> float:
+    head = await log.head_position()
     with Stopwatch() as watch:
         seen = 0
-        async with log.subscription(after=0) as subscription:
+        async with log.subscribe(after=0) as subscription:
             while subscription.position < head:
-                seen += _payloads_read(await subscription.chunk())
+                seen += _payloads_read(await subscription.next_chunk())
     return watch.rate(seen)
 
 
-def _payloads_read(events: Sequence[Recorded]) -> int:
+def _payloads_read(events: Sequence[RecordedEvent]) -> int:
     """Count events whose payload is what it should be: that takes reading and validating it."""
     return sum(isinstance(recorded.event, Event) for recorded in events)
 
@@ -150,19 +150,21 @@ def _payloads_read(events: Sequence[Recorded]) -> int:
 # Delay ------------------------------------------------------------------------------------------------------------
 
 
-async def _delay(db: Database, log: EventLog, number: int) -> Result:
+async def _delay(db: Database, log: EventStore, number: int) -> Result:
     """From the call of append to the subscriber having the event, against insert_one and a plain change stream."""
     theirs, ours = [], []
     plain = db.get_collection("plain", write_concern=DURABLE)
-    changes = Changes(db)
-    changes.listen(log)
+    changes = ChangeStream(db)
+    changes.add_listener(log)
     async with (
         await db.watch(_PIPELINE) as stream,
         changes.running(),
-        log.subscription(after=await log.head()) as subscription,
+        log.subscribe(after=await log.head_position()) as subscription,
     ):
         await stream.try_next()
-        for document, append in zip(documents(number, first=time.time_ns() // 1000), appends(number), strict=True):
+        for document, append in zip(
+            make_documents(number, first=time.time_ns() // 1000), make_appends(number), strict=True
+        ):
             begin = time.perf_counter()
             inserting = asyncio.create_task(plain.insert_one(document))
             while await stream.try_next() is None:
@@ -171,9 +173,9 @@ async def _delay(db: Database, log: EventLog, number: int) -> Result:
             await inserting
             begin = time.perf_counter()
             appending = asyncio.create_task(log.append(append))
-            await subscription.chunk()
+            await subscription.next_chunk()
             ours.append(time.perf_counter() - begin)
             await appending
-    return delays(
-        "delay: append until a subscriber has it; plain insert_one and change stream", theirs, ours, at_most=3.0
+    return compare_latencies(
+        "delay: append until a subscriber has it; plain insert_one and change stream", theirs, ours, max_ratio=3.0
     )

@@ -26,22 +26,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from benchmarks.measure import Result, percentile, rates
-from jobledger.cli.composition import roles
+from benchmarks.measure import Result, compare_rates, percentile
+from jobledger.cli.composition import start_roles
 from jobledger.cli.settings import read_settings
 from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.domain.events import JobCancelled, JobSubmitted, Meta, Recorded
+from jobledger.ledger.domain.events import EventMetadata, JobCancelled, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store.command_handler import handle, new_job_id
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.command_handler import handle_command, new_job_id
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import jobs, statistics
 
-FEW = 1000
-MANY_TO_ONE_EVENT = 50  # of the events of the other benchmarks: a million jobs
+FEW_JOBS = 1000
+JOBS_PER_REQUESTED_EVENT = 50  # of the events of the other benchmarks: a million jobs
 CONNECTIONS = 8
-AT_MOST = 3.0
+MAX_RATIO = 3.0
 _spawn = multiprocessing.get_context("spawn")
 _PARAMETERS = {
     "event": "FOSDEM 2026",
@@ -59,40 +59,40 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
         await client.drop_database(connection.db_name)
         db = client[connection.db_name]
         job_id = await _one_job(db, connection)
-        async with _server(_bare, connection) as bare, _server(_ours, connection) as ours:
+        async with _server(_serve_baseline, connection) as bare, _server(_serve_jobledger, connection) as ours:
             requests = max(200, events // 10)
             return [
-                await rates(
+                await compare_rates(
                     "GET of one job; a bare Starlette route with one find_one",
                     lambda: _rate(bare, f"/{job_id}", requests),
                     lambda: _rate(ours, f"/api/events/jobs/{job_id}", requests),
                     rounds=rounds,
-                    at_least=0.6,
+                    min_ratio=0.6,
                 )
             ]
 
 
 async def run_at_scale(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Measure lists, statistics and single reads with a thousand jobs, and with very many."""
-    many = events * MANY_TO_ONE_EVENT
+    many = events * JOBS_PER_REQUESTED_EVENT
     measured: list[dict[str, list[float]]] = []
     async with connection.client() as client:
-        for number in (FEW, many):
+        for number in (FEW_JOBS, many):
             await client.drop_database(connection.db_name)
             db = client[connection.db_name]
-            await Projector(db, EventLog(db), connection, Checkpoint(db), holder="bench").prepare()
+            await Projector(db, EventStore(db), connection, Checkpoint(db), holder="bench").prepare()
             some = await _fill(db, number)
-            async with _server(_ours, connection) as ours:
-                measured.append(await _asked(ours, some, max(20, rounds * 30)))
+            async with _server(_serve_jobledger, connection) as ours:
+                measured.append(await _measure_requests(ours, some, max(20, rounds * 30)))
     return [
         Result(
-            f"{what}: {many:,} jobs; {FEW:,} jobs",
+            f"{what}: {many:,} jobs; {FEW_JOBS:,} jobs",
             _delays(few),
             _delays(lots),
             percentile(lots, 99) / percentile(few, 99),
             (numbers.median(lots) / numbers.median(few), percentile(lots, 99) / percentile(few, 99)),
-            f"≤ {AT_MOST}",
-            percentile(lots, 99) <= AT_MOST * percentile(few, 99),
+            f"≤ {MAX_RATIO}",
+            percentile(lots, 99) <= MAX_RATIO * percentile(few, 99),
         )
         for (what, few), lots in zip(measured[0].items(), measured[1].values(), strict=True)
     ]
@@ -107,12 +107,12 @@ def _delays(seconds: Sequence[float]) -> str:
 
 async def _one_job(db: Database, connection: Connection) -> str:
     """Submit a job through the log, and write its view as the projector would."""
-    log = EventLog(db)
+    log = EventStore(db)
     await log.prepare()
     await Projector(db, log, connection, Checkpoint(db), holder="bench").prepare()
     job_id = new_job_id()
     asked = JobSubmitted(job_type="session", parameters={**_PARAMETERS, "track": "Main"}, user_id="bench")
-    [submitted] = (await handle(log, job_id, SubmitJob(asked), meta=Meta("user:bench"))).events
+    [submitted] = (await handle_command(log, job_id, SubmitJob(asked), meta=EventMetadata("user:bench"))).events
     document = jobs.fold(None, submitted)
     assert document is not None  # noqa: S101 - narrows the type
     await db.jobs.insert_one(document)
@@ -130,7 +130,7 @@ async def _fill(db: Database, number: int) -> list[Document]:
             _job(dice, begun + timedelta(seconds=index), index) for index in range(begin, min(begin + 1000, number))
         ]
         for job in page:
-            counted.update(statistics.of_job(job))
+            counted.update(statistics.counters_for_job(job))
         kept.append(dice.choice(page))
         await db.jobs.insert_many(page, ordered=False)
     by_counter: dict[str, Counter[str]] = {}
@@ -159,8 +159,8 @@ def _job(dice: random.Random, moment: datetime, index: int) -> Document:
 
 def _recorded(
     event: JobSubmitted | JobCancelled, stream: str, version: int, moment: datetime, position: int
-) -> Recorded:
-    return Recorded(
+) -> RecordedEvent:
+    return RecordedEvent(
         {"_id": position, "stream": stream, "version": version, "type": type(event).__name__, "time": moment}, event
     )
 
@@ -168,7 +168,7 @@ def _recorded(
 # Asking -----------------------------------------------------------------------------------------------------------
 
 
-async def _asked(port: int, some: Sequence[Document], times: int) -> dict[str, list[float]]:
+async def _measure_requests(port: int, some: Sequence[Document], times: int) -> dict[str, list[float]]:
     """Return how long each kind of question took, one at a time, mixed."""
     dice = random.Random(2)  # noqa: S311 - chance, no secret
     delays: dict[str, list[float]] = {}
@@ -234,7 +234,7 @@ async def _server(target: Any, connection: Connection) -> AsyncIterator[int]:
         await asyncio.to_thread(process.join)
 
 
-def _ours(connection: Connection, said: multiprocessing.connection.Connection) -> None:
+def _serve_jobledger(connection: Connection, said: multiprocessing.connection.Connection) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
     async def serve() -> None:
@@ -247,14 +247,16 @@ def _ours(connection: Connection, said: multiprocessing.connection.Connection) -
                 "results": {"store": store},
             }
             settings, _ = read_settings(None, chosen, defaults_only=True)
-            async with roles(settings, connection, frozenset({"api"}), failed=lambda error: stop.set()) as running:
+            async with start_roles(
+                settings, connection, frozenset({"api"}), on_failure=lambda error: stop.set()
+            ) as running:
                 said.send(int((running.url or "").rpartition(":")[2]))
                 await stop.wait()
 
     asyncio.run(serve())
 
 
-def _bare(connection: Connection, said: multiprocessing.connection.Connection) -> None:
+def _serve_baseline(connection: Connection, said: multiprocessing.connection.Connection) -> None:
     async def serve() -> None:
         async with connection.client() as client:
             db = client[connection.db_name]

@@ -22,58 +22,58 @@ import structlog
 from pydantic import BaseModel, ConfigDict
 from pymongo import MongoClient
 
-from benchmarks.measure import Result, delays, percentile
-from jobledger.cli.composition import Role, roles
+from benchmarks.measure import Result, compare_latencies, percentile
+from jobledger.cli.composition import Role, start_roles
 from jobledger.cli.settings import Settings, read_settings
 from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.domain.events import JobCompleted, JobSubmitted, Meta
+from jobledger.ledger.domain.events import EventMetadata, JobCompleted, JobSubmitted
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.command_handler import Known, handle, handle_new, new_job_id
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.command_handler import StreamState, create_streams, handle_command, new_job_id
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
-from jobledger.workers.processor import Isolation, Job, Results
-from jobledger.workers.registry import processors
+from jobledger.workers.processor import Isolation, JobContext, Results
+from jobledger.workers.registry import load_processors
 
-SHARE = 4  # of the events of the other benchmarks: 5,000 jobs
-WORKERS = 2
-CROWD = 8
-SLOTS = 200  # of all workers together
-PLAIN_AT_ONCE = 10  # jobs at a time in each process of the plain queue: with more they are in each other's way
-_BREATH_SECONDS = 0.02  # between two jobs: the last one's end has to be through
-_META = Meta("user:bench")
+EVENTS_PER_JOB = 4  # of the events of the other benchmarks: 5,000 jobs
+FEW_WORKERS = 2
+MANY_WORKERS = 8
+TOTAL_SLOTS = 200  # of all workers together
+BASELINE_CONCURRENCY = 10  # jobs at a time in each process of the plain queue: with more they are in each other's way
+_PAUSE_SECONDS = 0.02  # between two jobs: the last one's end has to be through
+_META = EventMetadata("user:bench")
 _spawn = multiprocessing.get_context("spawn")
 
 
-class _Anything(BaseModel):
+class _AnyParameters(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class Clock:
+class StartTimeProcessor:
     """A job type that notes when it was started, and does nothing."""
 
     job_type: ClassVar[str] = "clock"
     isolation: ClassVar[Isolation] = "inline"
     preload: ClassVar[Sequence[str]] = ()
-    Parameters: ClassVar[type[BaseModel]] = _Anything
-    Settings: ClassVar[type[BaseModel]] = _Anything
+    Parameters: ClassVar[type[BaseModel]] = _AnyParameters
+    Settings: ClassVar[type[BaseModel]] = _AnyParameters
 
     def __init__(self, settings: Any) -> None:
         pass
 
-    async def run(self, job: Job) -> Results:
+    async def run(self, job: JobContext) -> Results:
         return Results(metadata={"started": time.time()})
 
 
 async def run(connection: Connection, *, events: int, rounds: int) -> list[Result]:
     """Measure a single job on idle workers, and the way through a backlog with two and with many workers."""
-    jobs = events // SHARE
+    jobs = events // EVENTS_PER_JOB
     with tempfile.TemporaryDirectory() as store:
         pickup = await _pickup(connection, Path(store), rounds * 40)
         drained = [
-            await _drain(connection, Path(store), jobs, workers=WORKERS, files=False, at_least=2000),
-            await _drain(connection, Path(store), jobs, workers=WORKERS, files=True),
-            await _drain(connection, Path(store), jobs, workers=CROWD, files=False),
+            await _drain(connection, Path(store), jobs, workers=FEW_WORKERS, files=False, at_least=2000),
+            await _drain(connection, Path(store), jobs, workers=FEW_WORKERS, files=True),
+            await _drain(connection, Path(store), jobs, workers=MANY_WORKERS, files=False),
         ]
     return [*pickup, *drained]
 
@@ -93,21 +93,21 @@ def _settings(connection: Connection, store: Path, slots: int) -> Settings:
 
 def _role(connection: Connection, store: Path, role: Role, slots: int) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    processors()["clock"] = Clock
+    load_processors()["clock"] = StartTimeProcessor
     asyncio.run(_until_terminated(_settings(connection, store, slots), connection, role))
 
 
 async def _until_terminated(settings: Settings, connection: Connection, role: Role) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with roles(settings, connection, frozenset({role}), failed=lambda error: stop.set()):
+    async with start_roles(settings, connection, frozenset({role}), on_failure=lambda error: stop.set()):
         await stop.wait()
 
 
 @asynccontextmanager
 async def _processes(connection: Connection, store: Path, **wanted: int) -> AsyncIterator[Sequence[BaseProcess]]:
     started = [
-        _spawn.Process(target=_role, args=(connection, store, role, SLOTS // number))
+        _spawn.Process(target=_role, args=(connection, store, role, TOTAL_SLOTS // number))
         for role, number in wanted.items()
         for _ in range(number)
     ]
@@ -125,15 +125,15 @@ async def _processes(connection: Connection, store: Path, **wanted: int) -> Asyn
 @asynccontextmanager
 async def _database(
     connection: Connection, *, live: bool = False
-) -> AsyncIterator[tuple[Database, EventLog, Checkpoint]]:
+) -> AsyncIterator[tuple[Database, EventStore, Checkpoint]]:
     """Yield an empty database; who is not `live` hears only how far the views are, and costs as good as nothing."""
     async with connection.client() as client:
         await client.drop_database(connection.db_name)
         db = client[connection.db_name]
-        log, changes, checkpoint = EventLog(db), Changes(db), Checkpoint(db)
+        log, changes, checkpoint = EventStore(db), ChangeStream(db), Checkpoint(db)
         if live:
-            changes.listen(log)
-        changes.listen(checkpoint)
+            changes.add_listener(log)
+        changes.add_listener(checkpoint)
         await log.prepare()
         async with changes.running():
             yield db, log, checkpoint
@@ -155,8 +155,8 @@ async def _pickup(connection: Connection, store: Path, number: int) -> list[Resu
     plain, ours = [], []
     async with (
         _database(connection, live=True) as (db, log, _checkpoint),
-        _processes(connection, store, projector=1, worker=WORKERS) as processes,
-        log.subscription(after=0, types=[JobCompleted]) as ends,
+        _processes(connection, store, projector=1, worker=FEW_WORKERS) as processes,
+        log.subscribe(after=0, types=[JobCompleted]) as ends,
         _plain_worker(connection) as claimed,
     ):
         orders = db.get_collection("orders", write_concern=DURABLE)
@@ -164,21 +164,21 @@ async def _pickup(connection: Connection, store: Path, number: int) -> list[Resu
             begun = time.time()
             await orders.insert_one({"order": n})
             plain.append(await asyncio.to_thread(claimed.recv) - begun)
-            await asyncio.sleep(_BREATH_SECONDS)
+            await asyncio.sleep(_PAUSE_SECONDS)
             begun = time.time()
-            await handle(log, new_job_id(), SubmitJob(_job("clock")), meta=_META, known=Known())
-            [done] = await ends.chunk()
+            await handle_command(log, new_job_id(), SubmitJob(_job("clock")), meta=_META, stream_state=StreamState())
+            [done] = await ends.next_chunk()
             ours.append(done.data["results"]["metadata"]["started"] - begun)
-            await asyncio.sleep(_BREATH_SECONDS)
+            await asyncio.sleep(_PAUSE_SECONDS)
         cpu = await _cpu_percent(processes, 10)
-    measured = delays("", plain[20:], ours[20:], at_most=1)
+    measured = compare_latencies("", plain[20:], ours[20:], max_ratio=1)
     p50, p99 = percentile(ours[20:], 50) * 1000, percentile(ours[20:], 99) * 1000
     return [
         replace(
             measured,
-            claim="pickup: a job submitted until its processor runs, idle workers; plain insert, change stream, insert",
-            aim="p50 ≤ 8 ms, p99 ≤ 30 ms",
-            reached=p50 <= 8 and p99 <= 30,
+            name="pickup: a job submitted until its processor runs, idle workers; plain insert, change stream, insert",
+            target="p50 ≤ 8 ms, p99 ≤ 30 ms",
+            is_met=p50 <= 8 and p99 <= 30,
             notes=(),
         ),
         Result(
@@ -197,7 +197,7 @@ async def _pickup(connection: Connection, store: Path, number: int) -> list[Resu
 async def _plain_worker(connection: Connection) -> AsyncIterator[multiprocessing.connection.Connection]:
     """Yield where a process that does a worker's part with the plain driver says when it has claimed something."""
     ours, theirs = _spawn.Pipe(duplex=False)
-    process = _spawn.Process(target=_claim_plainly, args=(connection, theirs), daemon=True)
+    process = _spawn.Process(target=_claim_baseline, args=(connection, theirs), daemon=True)
     process.start()
     await asyncio.to_thread(ours.recv)  # it listens
     try:
@@ -207,7 +207,7 @@ async def _plain_worker(connection: Connection) -> AsyncIterator[multiprocessing
         await asyncio.to_thread(process.join)
 
 
-def _claim_plainly(connection: Connection, said: multiprocessing.connection.Connection) -> None:
+def _claim_baseline(connection: Connection, said: multiprocessing.connection.Connection) -> None:
     with MongoClient[Document](connection.uri) as client:
         db = client[connection.db_name]
         claims = db.get_collection("claims", write_concern=DURABLE)
@@ -232,7 +232,9 @@ def _cpu_seconds(process: BaseProcess) -> float:
     return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _drain_plainly(connection: Connection, jobs: int, workers: int, at_once: int = PLAIN_AT_ONCE) -> float:
+async def _drain_baseline(
+    connection: Connection, jobs: int, workers: int, at_once: int = BASELINE_CONCURRENCY
+) -> float:
     """The usual queue in MongoDB: one document a job, taken by findAndModify, ended by an update. Jobs a second.
 
     As durable as ours, by as many processes. There is no log, no history, no lease and no view.
@@ -245,7 +247,9 @@ async def _drain_plainly(connection: Connection, jobs: int, workers: int, at_onc
         content = {"job_type": "echo", "parameters": {"file": False}, "user_id": "bench", "created_at": created}
         await queue.insert_many([{"status": "pending", "priority": 1, **content} for _ in range(jobs)])
         start = _spawn.Event()
-        processes = [_spawn.Process(target=_work_plainly, args=(connection, start, at_once)) for _ in range(workers)]
+        processes = [
+            _spawn.Process(target=_run_baseline_worker, args=(connection, start, at_once)) for _ in range(workers)
+        ]
         for process in processes:
             process.start()
         await asyncio.sleep(3 + workers)  # until all of them stand there
@@ -258,7 +262,7 @@ async def _drain_plainly(connection: Connection, jobs: int, workers: int, at_onc
     return jobs / seconds
 
 
-def _work_plainly(connection: Connection, start: Any, at_once: int) -> None:
+def _run_baseline_worker(connection: Connection, start: Any, at_once: int) -> None:
     async def worker() -> None:
         async with connection.client() as client:
             queue = client[connection.db_name].get_collection("queue", write_concern=DURABLE)
@@ -285,21 +289,21 @@ async def _drain(
 
     Beside it, where nothing is written into files, the same by the plain driver.
     """
-    plain = None if files else await _drain_plainly(connection, jobs, workers)
+    plain = None if files else await _drain_baseline(connection, jobs, workers)
     async with _database(connection) as (db, log, checkpoint):
         async with _processes(connection, store, projector=1, worker=workers):
             due = datetime.now(UTC) + timedelta(seconds=6 + 2 * workers)  # when all of them are there and wait
             for begin in range(0, jobs, 1000):
                 asked = [SubmitJob(_job("echo", due, file=files)) for _ in range(min(1000, jobs - begin))]
-                await handle_new(log, [(new_job_id(), command) for command in asked], meta=_META)
-            head = await log.head()
-            await checkpoint.reached(head)
+                await create_streams(log, [(new_job_id(), command) for command in asked], meta=_META)
+            head = await log.head_position()
+            await checkpoint.wait_for_position(head)
             assert datetime.now(UTC) < due, "the machine is too slow for this benchmark"  # noqa: S101 - checks itself
-            await checkpoint.reached(head + 2 * jobs)
+            await checkpoint.wait_for_position(head + 2 * jobs)
             position = head + 2 * jobs
             while await db.jobs.count_documents({"status": "completed"}) < jobs:  # void positions count as well
-                position = max(position + 1, await log.head())
-                await checkpoint.reached(position)
+                position = max(position + 1, await log.head_position())
+                await checkpoint.wait_for_position(position)
             rate = jobs / (datetime.now(UTC) - due).total_seconds()
         claims = await db.events.count_documents({"type": "JobClaimed"})
         voided = await db.events.count_documents({"type": "PositionVoided"})

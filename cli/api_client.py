@@ -12,20 +12,20 @@ import orjson
 import typer
 
 from jobledger.ledger.domain.errors import ConfigurationError, JobledgerError, LedgerUnavailable
-from jobledger.workers.safe_http import retry_after
+from jobledger.workers.safe_http import parse_retry_after
 
 UrlOption = Annotated[str, typer.Option(envvar="JOBLEDGER_URL", help="Where the API is.")]
-HERE: Final = "http://127.0.0.1:5001"
+DEFAULT_URL: Final = "http://127.0.0.1:5001"
 _PATIENCE_SECONDS: Final = 60
 _LONGEST_PAUSE_SECONDS: Final = 60
 
 
-class Refused(JobledgerError):
+class RequestRejected(JobledgerError):
     """The API said no; the message is its answer."""
 
 
 @asynccontextmanager
-async def api_at(url: str) -> AsyncIterator[httpx.AsyncClient]:
+async def open_client(url: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the API at an address, as who JOBLEDGER_KEY says.
 
     Raises:
@@ -49,7 +49,7 @@ async def api_at(url: str) -> AsyncIterator[httpx.AsyncClient]:
             ) from error
 
 
-def content_of(answer: httpx.Response, *names: str) -> dict[str, Any]:
+def parse_response(answer: httpx.Response, *names: str) -> dict[str, Any]:
     """Return what the API answers; `names` have to be in it.
 
     Raises:
@@ -60,28 +60,28 @@ def content_of(answer: httpx.Response, *names: str) -> dict[str, Any]:
     try:
         content = orjson.loads(answer.content)
     except orjson.JSONDecodeError:
-        raise foreign(answer) from None
+        raise unexpected_response(answer) from None
     if not isinstance(content, dict) or content.get("status") != ("error" if answer.is_error else "success"):
-        raise foreign(answer)
+        raise unexpected_response(answer)
     if answer.status_code == 503:
         raise LedgerUnavailable(content.get("message", f"{_shown(answer.url)} is not available now"))
     if answer.status_code == 401:
         raise ConfigurationError(_not_signed_in(answer))
     if answer.is_error:
-        raise Refused(content.get("message", f"HTTP status {answer.status_code}"))
+        raise RequestRejected(content.get("message", f"HTTP status {answer.status_code}"))
     if any(name not in content for name in names):
-        raise foreign(answer)
+        raise unexpected_response(answer)
     return content
 
 
-def pause_before_retry(answer: httpx.Response) -> float:
+def retry_delay(answer: httpx.Response) -> float:
     """Return after how many seconds to repeat a request, by the answer's `Retry-After`: at least 1, at most 60."""
-    return min(max(1, retry_after(answer.headers) or 0), _LONGEST_PAUSE_SECONDS)
+    return min(max(1, parse_retry_after(answer.headers) or 0), _LONGEST_PAUSE_SECONDS)
 
 
-def foreign(answer: httpx.Response) -> Refused:
+def unexpected_response(answer: httpx.Response) -> RequestRejected:
     """Return what to say of an answer that no jobledger gives."""
-    return Refused(f"{_shown(answer.url)} answered {answer.status_code}, and not as a jobledger does")
+    return RequestRejected(f"{_shown(answer.url)} answered {answer.status_code}, and not as a jobledger does")
 
 
 def _shown(url: httpx.URL) -> httpx.URL:
@@ -89,7 +89,7 @@ def _shown(url: httpx.URL) -> httpx.URL:
     return url.copy_with(userinfo=b"")
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
+def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that were given."""
     return {name: value for name, value in options.items() if value is not None}
 

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from jobledger.api.auth.jwks import SHORTEST_SECRET_BYTES
+from jobledger.api.auth.jwks import MIN_SECRET_BYTES
 
 
-class Section(BaseModel):
+class SettingsSection(BaseModel):
     """A section of config.yaml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,7 +40,7 @@ def _keys_address(url: str) -> str:
     return url
 
 
-def network_text(text: str) -> str:
+def validate_network(text: str) -> str:
     """Return the text of an address or a network.
 
     Raises:
@@ -61,21 +61,21 @@ def _header_name(text: str) -> str:
     return text
 
 
-def long_enough(secret: SecretStr) -> SecretStr:
+def validate_secret_length(secret: SecretStr) -> SecretStr:
     """Return a secret for tokens, if it cannot be guessed.
 
     Raises:
         ValueError: it is too short.
     """
-    if len(secret.get_secret_value().encode()) < SHORTEST_SECRET_BYTES:
+    if len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
         raise ValueError(
-            f"a secret for tokens has at least {SHORTEST_SECRET_BYTES} bytes, such as `openssl rand -base64 48` makes"
+            f"a secret for tokens has at least {MIN_SECRET_BYTES} bytes, such as `openssl rand -base64 48` makes"
         )
     return secret
 
 
-class JwtSettings(Section):
-    secret: Annotated[SecretStr, AfterValidator(long_enough)] | None = None
+class JwtSettings(SettingsSection):
+    secret: Annotated[SecretStr, AfterValidator(validate_secret_length)] | None = None
     secret_file: Path | None = None
     public_key_file: Path | None = None
     jwks_url: Annotated[str, AfterValidator(_keys_address)] | None = None
@@ -87,16 +87,16 @@ class JwtSettings(Section):
     roles_claim: str = Field("roles", min_length=1)
 
 
-class ProxySettings(Section):
-    trusted: list[Annotated[str, AfterValidator(network_text)]] = []
+class ProxySettings(SettingsSection):
+    trusted: list[Annotated[str, AfterValidator(validate_network)]] = []
     user_header: Annotated[str, AfterValidator(_header_name)] = "X-Forwarded-User"
     groups_header: Annotated[str, AfterValidator(_header_name)] | None = None
     roles_header: Annotated[str, AfterValidator(_header_name)] | None = None
 
 
-class AuthSettings(Section):
+class AuthSettings(SettingsSection):
     mode: Literal["open", "keys", "jwt", "proxy"] = "open"
-    anonymous_public: bool = False
+    anonymous_read: bool = False
     admins: list[str] = []
     monitors: list[str] = []
     jwt: JwtSettings = JwtSettings()

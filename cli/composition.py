@@ -20,35 +20,35 @@ from typing import Final, Literal, TextIO, cast
 
 import structlog
 
-from jobledger.cli.embedded_supervisor import start_when_there_is_space
-from jobledger.cli.loop_watchdog import loop_watched
-from jobledger.cli.role_tasks import background, watcher
+from jobledger.cli.embedded_supervisor import start_when_space_available
+from jobledger.cli.loop_watchdog import watch_event_loop
+from jobledger.cli.role_tasks import failure_callback, run_in_background
 from jobledger.cli.settings import LoggingSettings, MetricsSettings, Settings
 from jobledger.cli.terminal_text import SafeFormatter, SafeStream, escape_log_entry
-from jobledger.ledger.domain.errors import LedgerUnavailable, ResourceUnavailable, os_failure
+from jobledger.ledger.domain.errors import LedgerUnavailable, ResourceUnavailable, classify_os_error
 from jobledger.ledger.files import store_marker
 from jobledger.ledger.files.directory import DirectoryStore, FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.files.store_marker import StoreMarker
-from jobledger.ledger.mongo.connection import OPLOG_ADVICE, Connection, Database, check_server, oplog_window
-from jobledger.ledger.mongo.embedded import EmbeddedServer, running_server
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.mongo.connection import OPLOG_ADVICE, Connection, Database, check_server, read_oplog_window
+from jobledger.ledger.mongo.embedded import EmbeddedServer, find_running_server
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine import rebuild
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.engine.slots import Views
-from jobledger.projections.views.files import any_on_record
+from jobledger.projections.views.files import has_any_file
 from jobledger.workers import executor
 from jobledger.workers.child import confinement
-from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.cleanup import Cleanup
-from jobledger.workers.registry import check_plugins, unusable_types
-from jobledger.workers.scratch import Scratch
+from jobledger.workers.registry import check_plugins, unusable_job_types
+from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks import deliverer
 from jobledger.workers.webhooks.deliverer import Deliverer
-from jobledger.workers.webhooks.schedule import Limits
-from jobledger.workers.worker import HEARD_EVENTS, Worker
+from jobledger.workers.webhooks.schedule import DeliveryLimits
+from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 
 _log = structlog.get_logger()
 Role = Literal["api", "projector", "worker", "webhooks"]
@@ -56,12 +56,12 @@ ALL_ROLES: Final[frozenset[Role]] = frozenset({"api", "projector", "worker", "we
 _READS_THE_LOG: Final[frozenset[Role]] = frozenset({"api", "projector"})
 _USES_PROCESSORS: Final[frozenset[Role]] = frozenset({"api", "worker"})
 _MOST_FILES: Final = 65_536
-STOP_MARGIN_SECONDS: Final = 6.0
+SHUTDOWN_MARGIN_SECONDS: Final = 6.0
 """How much longer than the grace of running jobs a stop may take: last words to the database, and open requests."""
 _CLOSE_SECONDS: Final = 1.0
 
 
-def set_up_logging(settings: LoggingSettings) -> None:
+def configure_logging(settings: LoggingSettings) -> None:
     """Log to standard error, for people or for machines."""
     level = logging.getLevelNamesMapping()[settings.level.upper()]
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
@@ -94,18 +94,18 @@ def _time_stamper(kind: str) -> structlog.processors.TimeStamper:
 
 
 @contextmanager
-def database_server(settings: Settings, *, start: bool) -> Iterator[tuple[str, EmbeddedServer | None]]:
+def open_database_server(settings: Settings, *, start: bool) -> Iterator[tuple[str, EmbeddedServer | None]]:
     """Yield the URI of the database, starting the embedded server if that is ours to do.
 
     Raises:
         DatabaseUnsuitable, LedgerUnavailable: there is none; the message says what to do.
     """
     mongodb = settings.mongodb
-    if not mongodb.embedded:
+    if not mongodb.is_embedded:
         yield mongodb.uri.get_secret_value(), None
         return
     if not start:
-        uri = running_server(mongodb.data_dir)
+        uri = find_running_server(mongodb.data_dir)
         if uri is None:
             raise LedgerUnavailable(
                 f"No embedded MongoDB server is running on {mongodb.data_dir}: start `jobledger up` first, "
@@ -113,11 +113,11 @@ def database_server(settings: Settings, *, start: bool) -> Iterator[tuple[str, E
             )
         yield uri, None
         return
-    with start_when_there_is_space(mongodb.data_dir, oplog_mb=mongodb.embedded_oplog_mb) as server:
+    with start_when_space_available(mongodb.data_dir, oplog_mb=mongodb.embedded_oplog_mb) as server:
         yield server.uri, server
 
 
-def spare_the_collector() -> None:
+def tune_garbage_collector() -> None:
     """Tell the garbage collector that what is loaded by now stays, and that many short-lived objects are normal here.
 
     By default it looks through young objects after every 700th and, each time they have grown by a quarter, through all
@@ -129,16 +129,16 @@ def spare_the_collector() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningProcess:
     """A process at work. `url` is where its API answers, None if it has none."""
 
     db: Database
-    log: EventLog
+    log: EventStore
     url: str | None
 
 
 @asynccontextmanager
-async def database(connection: Connection) -> AsyncIterator[Database]:
+async def open_database(connection: Connection) -> AsyncIterator[Database]:
     """Yield the checked database.
 
     Raises:
@@ -148,14 +148,14 @@ async def database(connection: Connection) -> AsyncIterator[Database]:
     try:
         db = client[connection.db_name]
         await check_server(db)
-        if (window := await oplog_window(db)) is not None and window.short:
+        if (window := await read_oplog_window(db)) is not None and window.is_too_short:
             _log.warning(f"the oplog reaches back {window.hours:.1f} hours only", advice=OPLOG_ADVICE)
         yield db
     finally:
         await _at_most(client.close())
 
 
-async def file_store(settings: Settings, db: Database) -> FileStore:
+async def open_file_store(settings: Settings, db: Database) -> FileStore:
     """Return the store for result files; also a directory that cannot be written to now.
 
     A role starts all the same: reading does not need it, and a worker claims nothing until it can write.
@@ -175,14 +175,14 @@ async def _directory_store(root: Path, db: Database) -> DirectoryStore:
     """Return the store in a directory. It is created for a new ledger only: see `ledger/files/store_marker.py`."""
     marker = await find_store_marker(root, db)
     if marker.store_id:
-        marker = await store_marker.record(db, marker, created=False)
+        marker = await store_marker.record_marker(db, marker, created=False)
     store = DirectoryStore(root, marker=marker)
     try:
         await asyncio.to_thread(store.prepare)
     except ResourceUnavailable as error:
         _log.warning("result files cannot be stored now: workers wait, everything else runs", problem=str(error))
     else:
-        await store_marker.record(db, marker, created=True)
+        await store_marker.record_marker(db, marker, created=True)
     return store
 
 
@@ -193,11 +193,11 @@ async def find_store_marker(root: Path, db: Database) -> StoreMarker:
         ConfigurationError, ResourceUnavailable: the directory cannot be read.
         LedgerUnavailable: the database failed.
     """
-    live = await rebuild.checkpoint(db)
+    live = await rebuild.load_checkpoint(db)
     try:
-        return await store_marker.find(db, root, has_files=partial(any_on_record, Views(db, live.get("sides"))))
+        return await store_marker.find_marker(db, root, has_files=partial(has_any_file, Views(db, live.get("sides"))))
     except OSError as error:
-        raise os_failure(error, f"results.store: cannot read {root}: {error.strerror}") from error
+        raise classify_os_error(error, f"results.store: cannot read {root}: {error.strerror}") from error
 
 
 async def _at_most(closing: Coroutine[None, None, None]) -> None:
@@ -207,9 +207,13 @@ async def _at_most(closing: Coroutine[None, None, None]) -> None:
 
 
 @asynccontextmanager
-async def roles(
-    settings: Settings, connection: Connection, wanted: frozenset[Role], *, failed: Callable[[BaseException], None]
-) -> AsyncIterator[Running]:
+async def start_roles(
+    settings: Settings,
+    connection: Connection,
+    selected: frozenset[Role],
+    *,
+    on_failure: Callable[[BaseException], None],
+) -> AsyncIterator[RunningProcess]:
     """Run roles inside the block and stop them in good order behind it.
 
     `failed` is called when one of them ends although nobody stopped it.
@@ -217,68 +221,70 @@ async def roles(
     # Only now: it takes long to load, and most commands run nothing.
     from jobledger.api.auth import browser_sessions
     from jobledger.api.routes import webhook_echo
-    from jobledger.cli.server import allow_many_connections, listen, services_for, serving
+    from jobledger.cli.server import build_context, open_listener, raise_open_file_limit, serve_api
 
-    spare_the_collector()
-    if "worker" in wanted:
-        await asyncio.to_thread(check_plugins, settings.event_worker.child_environment)
-    if wanted & _USES_PROCESSORS:
-        for job_type, why in unusable_types().items():
+    tune_garbage_collector()
+    if "worker" in selected:
+        await asyncio.to_thread(check_plugins, settings.event_worker.pass_environment)
+    if selected & _USES_PROCESSORS:
+        for job_type, why in unusable_job_types().items():
             _log.error("job type not available in this process", job_type=job_type, problem=why)
-    if "api" in wanted:
-        allow_many_connections()
+    if "api" in selected:
+        raise_open_file_limit()
     async with AsyncExitStack() as stack:
-        stack.enter_context(loop_watched(settings.event_worker.lease_seconds))
-        listening = stack.enter_context(listen(settings.api.host, settings.api.port)) if "api" in wanted else None
-        db = await stack.enter_async_context(database(connection))
-        store = await file_store(settings, db)
-        log = EventLog(db)
+        stack.enter_context(watch_event_loop(settings.event_worker.lease_seconds))
+        listening = (
+            stack.enter_context(open_listener(settings.api.host, settings.api.port)) if "api" in selected else None
+        )
+        db = await stack.enter_async_context(open_database(connection))
+        store = await open_file_store(settings, db)
+        log = EventStore(db)
         checkpoint = Checkpoint(db)
-        changes = Changes(db, event_types=None if wanted & _READS_THE_LOG else HEARD_EVENTS)
-        changes.listen(checkpoint)
+        changes = ChangeStream(db, event_types=None if selected & _READS_THE_LOG else SUBSCRIBED_EVENT_TYPES)
+        changes.add_listener(checkpoint)
         await log.prepare()
         stack.push_async_callback(lambda: _at_most(log.aclose()))
         holder = f"{socket.gethostname()}-{os.getpid()}"
         cleanup = Cleanup(db, log, store, checkpoint, holder=holder)
-        projector = Projector(db, log, connection, checkpoint, holder=holder, beside=cleanup.run)
+        projector = Projector(db, log, connection, checkpoint, holder=holder, leader_task=cleanup.run)
         await projector.prepare()
-        if wanted & _READS_THE_LOG:
-            changes.listen(log)
-        if "projector" in wanted:
-            projector.listen(changes)
-        serves = services_for(settings, db, log, checkpoint, changes, store) if "api" in wanted else None
-        if serves is not None and serves.sessions is not None:
-            await browser_sessions.prepare(db)
-        if serves is not None and serves.webhooks.sink:
-            await webhook_echo.prepare(db)
-        worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in wanted else None
+        if selected & _READS_THE_LOG:
+            changes.add_listener(log)
+        if "projector" in selected:
+            projector.register_listeners(changes)
+        serves = build_context(settings, db, log, checkpoint, changes, store) if "api" in selected else None
+        if serves is not None and serves.browser_sessions is not None:
+            await browser_sessions.create_indexes(db)
+        if serves is not None and serves.webhook_options.echo_enabled:
+            await webhook_echo.create_indexes(db)
+        worker = _worker(settings, db, log, checkpoint, changes, connection, store) if "worker" in selected else None
         sends = None
-        if "webhooks" in wanted:
+        if "webhooks" in selected:
             sends = _deliverer(settings, db, log, store, checkpoint, changes, connection)
-        if settings.metrics.port is not None and "api" not in wanted:
-            stack.enter_context(metrics_shown(settings.metrics, log, changes))
+        if settings.metrics.port is not None and "api" not in selected:
+            stack.enter_context(serve_metrics(settings.metrics, log, changes))
         stream = await stack.enter_async_context(changes.running())
-        stream.add_done_callback(watcher(failed))
-        if "projector" in wanted:
-            await stack.enter_async_context(background(projector.run(), failed))
+        stream.add_done_callback(failure_callback(on_failure))
+        if "projector" in selected:
+            await stack.enter_async_context(run_in_background(projector.run(), on_failure))
         if worker is not None:
-            await stack.enter_async_context(_working(worker, failed))
+            await stack.enter_async_context(_working(worker, on_failure))
         if sends is not None:
-            await stack.enter_async_context(background(sends.run(), failed))
+            await stack.enter_async_context(run_in_background(sends.run(), on_failure))
         url = None
         if listening is not None and serves is not None:
-            await stack.enter_async_context(background(serves.visibility.run(), failed))
-            await stack.enter_async_context(background(serves.storage.run(), failed))
-            url = await stack.enter_async_context(serving(listening, settings.api, serves, failed))
+            await stack.enter_async_context(run_in_background(serves.visibility.run(), on_failure))
+            await stack.enter_async_context(run_in_background(serves.disk_monitor.run(), on_failure))
+            url = await stack.enter_async_context(serve_api(listening, settings.api, serves, on_failure))
         try:
-            yield Running(db, log, url)
+            yield RunningProcess(db, log, url)
         finally:
             if worker is not None:  # first, so that its grace time runs while the other roles stop
                 worker.stop()
 
 
 @contextmanager
-def metrics_shown(settings: MetricsSettings, log: EventLog, changes: Changes) -> Iterator[int]:
+def serve_metrics(settings: MetricsSettings, log: EventStore, changes: ChangeStream) -> Iterator[int]:
     """Show the numbers of this process to Prometheus inside the block; yields the port.
 
     Raises:
@@ -287,15 +293,15 @@ def metrics_shown(settings: MetricsSettings, log: EventLog, changes: Changes) ->
     """
     from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
-    from jobledger.api.routes.metrics import Collected, of_any_process
+    from jobledger.api.routes.metrics import CallbackCollector, collect_process_metrics
 
     registry = CollectorRegistry()
-    registry.register(Collected(lambda: of_any_process(log, changes)))
+    registry.register(CallbackCollector(lambda: collect_process_metrics(log, changes)))
     ProcessCollector(registry=registry)
     try:
         server, thread = start_http_server(settings.port or 0, settings.host, registry)
     except OSError as error:
-        raise os_failure(
+        raise classify_os_error(
             error,
             f"metrics.port: cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another "
             "number, or null for none.",
@@ -311,49 +317,49 @@ def metrics_shown(settings: MetricsSettings, log: EventLog, changes: Changes) ->
 def _worker(
     settings: Settings,
     db: Database,
-    log: EventLog,
+    log: EventStore,
     checkpoint: Checkpoint,
-    changes: Changes,
+    changes: ChangeStream,
     connection: Connection,
     store: FileStore,
 ) -> Worker:
     chosen = settings.event_worker
-    confinement.check(chosen.confine)
+    confinement.check_confinement(chosen.confinement)
     return Worker(
         db,
         log,
         checkpoint,
         changes,
         connection,
-        settings=executor.Settings(
+        settings=executor.ExecutorSettings(
             store,
             settings.processors,
             chosen.memory_limit_mb,
             chosen.retry_base_seconds,
-            chosen.retry_longest_seconds,
-            Confinement(
-                mode=chosen.confine,
-                environment=tuple(chosen.child_environment),
-                protected=tuple(chosen.protected_paths),
-                readable=tuple(chosen.readable_paths),
-                writable=tuple(chosen.writable_paths),
+            chosen.retry_max_seconds,
+            ConfinementSettings(
+                mode=chosen.confinement,
+                environment_variables=tuple(chosen.pass_environment),
+                protected_paths=tuple(chosen.protected_paths),
+                readable_paths=tuple(chosen.readable_paths),
+                writable_paths=tuple(chosen.writable_paths),
             ),
         ),
         slots=chosen.max_concurrent,
-        slots_of_type=chosen.max_concurrent_per_type,
+        slots_per_type=chosen.max_concurrent_per_type,
         lease_seconds=chosen.lease_seconds,
         shutdown_grace_seconds=chosen.shutdown_grace_seconds,
-        scratch=Scratch(chosen.scratch_dir, min_free_mb=chosen.scratch_min_free_mb),
+        scratch=ScratchDirectory(chosen.scratch_dir, min_free_mb=chosen.scratch_min_free_mb),
     )
 
 
 def _deliverer(
     settings: Settings,
     db: Database,
-    log: EventLog,
+    log: EventStore,
     store: FileStore,
     checkpoint: Checkpoint,
-    changes: Changes,
+    changes: ChangeStream,
     connection: Connection,
 ) -> Deliverer:
     chosen = settings.webhooks
@@ -364,18 +370,18 @@ def _deliverer(
         checkpoint,
         changes,
         connection,
-        settings=deliverer.Settings(
-            schedule=chosen.schedule_seconds,
+        settings=deliverer.DeliverySettings(
+            retry_delays=chosen.schedule_seconds,
             jitter=chosen.jitter,
             timeout_seconds=chosen.timeout_seconds,
-            allow_private=chosen.allow_private,
-            limits=Limits(
+            allow_private=chosen.allowed_private_hosts,
+            limits=DeliveryLimits(
                 chosen.max_concurrent,
                 chosen.max_concurrent_per_host,
-                chosen.silent_times,
-                timedelta(seconds=chosen.rest_seconds),
+                chosen.host_failure_threshold,
+                timedelta(seconds=chosen.host_cooldown_seconds),
             ),
-            base=(settings.api.public_url or "").rstrip("/"),
+            base_url=(settings.api.public_url or "").rstrip("/"),
         ),
         holder=f"{socket.gethostname()}-{os.getpid()}",
         lease_seconds=chosen.lease_seconds,
@@ -385,7 +391,7 @@ def _deliverer(
 @asynccontextmanager
 async def _working(worker: Worker, failed: Callable[[BaseException], None]) -> AsyncIterator[None]:
     task = asyncio.create_task(worker.run(), name="worker")
-    task.add_done_callback(watcher(failed))
+    task.add_done_callback(failure_callback(failed))
     try:
         yield
     finally:
@@ -393,51 +399,51 @@ async def _working(worker: Worker, failed: Callable[[BaseException], None]) -> A
         await asyncio.gather(task, return_exceptions=True)
 
 
-def stop_limit(settings: Settings, wanted: frozenset[Role]) -> float:
+def shutdown_timeout(settings: Settings, wanted: frozenset[Role]) -> float:
     """Return within how many seconds of a signal the process ends, whatever the database does."""
     grace = settings.event_worker.shutdown_grace_seconds if "worker" in wanted else 0.0
-    return grace + STOP_MARGIN_SECONDS
+    return grace + SHUTDOWN_MARGIN_SECONDS
 
 
-class Stop:
+class Shutdown:
     """Set by Ctrl-C, SIGTERM, or a role that failed. A second Ctrl-C ends the process at once.
 
     A process that has not ended `limit_seconds` later is ended: a call waits for a database that does not answer. The
     data is safe whenever a process dies, and leases that were not given back expire.
     """
 
-    def __init__(self, limit_seconds: float) -> None:
+    def __init__(self, timeout_seconds: float) -> None:
         self._event = asyncio.Event()
-        self._limit = threading.Timer(limit_seconds, self._end, [limit_seconds])
+        self._limit = threading.Timer(timeout_seconds, self._end, [timeout_seconds])
         self._limit.daemon = True
         self.error: BaseException | None = None
 
-    def listen(self) -> None:
+    def install_signal_handlers(self) -> None:
         """Take over the signals of this process."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signalled)
 
     @property
-    def is_set(self) -> bool:
+    def is_requested(self) -> bool:
         return self._event.is_set()
 
-    def disarm(self) -> None:
+    def cancel_timeout(self) -> None:
         """Let the process take as long as it needs to end."""
         self._limit.cancel()
 
     def _signalled(self) -> None:
         if self._event.is_set():
             os._exit(130)  # the data is safe whenever we die; only politeness is lost
-        self.begin()
+        self.request()
 
-    def fail(self, error: BaseException) -> None:
+    def request_after_failure(self, error: BaseException) -> None:
         """Stop because something is broken."""
         if not self._event.is_set():
             _log.error("a role ended unexpectedly, stopping", exc_info=error)
-        self.begin(error)
+        self.request(error)
 
-    def begin(self, error: BaseException | None = None) -> None:
+    def request(self, error: BaseException | None = None) -> None:
         """Stop within the limit. Whoever passes an error reports it."""
         if self._event.is_set():
             return

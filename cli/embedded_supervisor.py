@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, ResourceUnavailable
-from jobledger.ledger.mongo.embedded import RESTART_BYTES, EmbeddedServer
-from jobledger.ledger.system.disk_space import nearest_directory, space_problem
+from jobledger.ledger.mongo.embedded import MIN_FREE_BYTES, EmbeddedServer
+from jobledger.ledger.system.disk_space import find_space_problem, nearest_existing_directory
 
 if TYPE_CHECKING:
-    from jobledger.cli.composition import Stop
+    from jobledger.cli.composition import Shutdown
 
-LOOK_EVERY_SECONDS: Final = 2.0
+DISK_CHECK_SECONDS: Final = 2.0
 """How often a disk that could not be used is tried again."""
 _LONGEST_PAUSE_SECONDS: Final = 60.0
 _HEALTHY_SECONDS: Final = 120.0
@@ -25,7 +25,7 @@ _SAY_AGAIN_SECONDS: Final = 600.0
 _log = structlog.get_logger()
 
 
-def start_when_there_is_space(data_dir: Path, *, oplog_mb: int | None) -> EmbeddedServer:
+def start_when_space_available(data_dir: Path, *, oplog_mb: int | None) -> EmbeddedServer:
     """Start the embedded server; while its disk is full, say so and wait for space.
 
     Raises:
@@ -34,21 +34,21 @@ def start_when_there_is_space(data_dir: Path, *, oplog_mb: int | None) -> Embedd
     told = False
     while True:
         try:
-            problem = space_problem(nearest_directory(data_dir), RESTART_BYTES)
-            if problem is None or not problem.lacks_space:
+            problem = find_space_problem(nearest_existing_directory(data_dir), MIN_FREE_BYTES)
+            if problem is None or not problem.is_out_of_space:
                 return EmbeddedServer.start(data_dir, oplog_mb=oplog_mb)
         except (DatabaseUnsuitable, ResourceUnavailable):
             # It may have filled the disk itself: a start needs more than a restart.
-            problem = space_problem(nearest_directory(data_dir), RESTART_BYTES)
-            if problem is None or not problem.lacks_space:
+            problem = find_space_problem(nearest_existing_directory(data_dir), MIN_FREE_BYTES)
+            if problem is None or not problem.is_out_of_space:
                 raise
         if not told:
             _log.error("the embedded MongoDB server cannot start and waits for space", disk=str(problem))
             told = True
-        time.sleep(LOOK_EVERY_SECONDS)
+        time.sleep(DISK_CHECK_SECONDS)
 
 
-async def keep_running(server: EmbeddedServer | None, stop: Stop) -> None:
+async def supervise_until_shutdown(server: EmbeddedServer | None, stop: Shutdown) -> None:
     """Wait until stopped; meanwhile start the embedded server again whenever it ends.
 
     Raises:
@@ -72,7 +72,7 @@ async def _supervise(server: EmbeddedServer) -> None:
     failures = 0
     while True:
         begun = time.monotonic()
-        await server.died()
+        await server.wait_exited()
         ended = time.monotonic()
         if ended - begun > _HEALTHY_SECONDS:
             failures = 0
@@ -91,19 +91,19 @@ async def _bring_back(server: EmbeddedServer, failures: int) -> int:
     """
     told: tuple[bool, float] | None = None
     while True:
-        outage = await asyncio.to_thread(server.outage)
+        outage = await asyncio.to_thread(server.diagnose_exit)
         if outage.is_permanent:
             raise DatabaseUnsuitable(
                 f"The embedded MongoDB server cannot run on {server.data_dir} any more: {outage.reason}"
             )
-        if told is None or told[0] != outage.waits or time.monotonic() - told[1] > _SAY_AGAIN_SECONDS:
-            told = outage.waits, time.monotonic()
-            if outage.waits:
+        if told is None or told[0] != outage.waits_for_disk or time.monotonic() - told[1] > _SAY_AGAIN_SECONDS:
+            told = outage.waits_for_disk, time.monotonic()
+            if outage.waits_for_disk:
                 _log.error("the embedded MongoDB server has ended and waits for its disk", disk=outage.reason)
             else:
                 _log.error("the embedded MongoDB server has ended and is started again", reason=outage.reason)
-        if outage.waits:
-            await asyncio.sleep(LOOK_EVERY_SECONDS)
+        if outage.waits_for_disk:
+            await asyncio.sleep(DISK_CHECK_SECONDS)
             continue
         if failures:
             await asyncio.sleep(min(2.0 ** (failures - 1), _LONGEST_PAUSE_SECONDS))

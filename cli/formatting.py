@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
-from jobledger.cli.terminal_text import visible
+from jobledger.cli.terminal_text import escape_line
 
 if TYPE_CHECKING:
-    from jobledger.ledger.domain.events import Recorded
+    from jobledger.ledger.domain.events import RecordedEvent
 
 _LONGEST: Final = 80
 _BAD: Final = frozenset({"JobFailed", "JobAttemptFailed", "JobLeaseExpired", "WorkerFenced", "DeliveryAbandoned"})
@@ -22,7 +22,7 @@ _LEFT_OUT: Final = frozenset(
 )
 
 
-def moment(time: datetime, precision: str = "milliseconds") -> str:
+def format_timestamp(time: datetime, precision: str = "milliseconds") -> str:
     """Return a time as it is on the clocks here, with its offset from UTC, as options take it.
 
     Args:
@@ -34,7 +34,7 @@ def moment(time: datetime, precision: str = "milliseconds") -> str:
     return time.isoformat(" ", precision)
 
 
-def lasted(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return how long something took: `0.8 s`, `42 s`, `7 min 5 s`, `2 h 3 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
@@ -44,29 +44,29 @@ def lasted(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def line_of(event: Recorded, *, with_stream: bool = True) -> Text:
+def format_event(event: RecordedEvent, *, with_stream: bool = True) -> Text:
     """Return an event as a line: where it is, when it was, what happened, and by whom."""
-    kind, when = event.type, moment(event.time) if isinstance(event.document.get("time"), datetime) else "?"
+    kind, when = event.type, format_timestamp(event.time) if isinstance(event.document.get("time"), datetime) else "?"
     style = "red" if kind in _BAD else "green" if kind in _GOOD else "bold"
     parts = [(f"{event.position:>8} ", "dim"), (f"{when} ", "dim")]
     if with_stream:
-        parts.append((visible(f"{event.stream} "), "cyan"))
+        parts.append((escape_line(f"{event.stream} "), "cyan"))
     parts += [
-        (visible(f"{kind} "), style),
-        (visible(_said_or_why_not(event)), ""),
-        (visible(f"  ({event.meta.actor})"), "dim"),
+        (escape_line(f"{kind} "), style),
+        (escape_line(_said_or_why_not(event)), ""),
+        (escape_line(f"  ({event.meta.actor})"), "dim"),
     ]
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
-def _said_or_why_not(event: Recorded) -> str:
+def _said_or_why_not(event: RecordedEvent) -> str:
     try:
-        return said(event)
+        return describe_event(event)
     except (AttributeError, IndexError, LookupError, TypeError, ValueError):
         return "cannot be read: `jobledger log verify` says more"
 
 
-def said(event: Recorded) -> str:
+def describe_event(event: RecordedEvent) -> str:
     """Return what an event says, in a few words."""
     data = event.data
     match event.type:
@@ -89,7 +89,9 @@ def said(event: Recorded) -> str:
         case "JobCompleted":
             return f"{len(data['results']['files'])} files"
         case "JobAttemptFailed" | "JobFailed":
-            again = f"; again at {moment(data['retry_at'])}" if isinstance(data.get("retry_at"), datetime) else ""
+            again = (
+                f"; again at {format_timestamp(data['retry_at'])}" if isinstance(data.get("retry_at"), datetime) else ""
+            )
             return f"{data['error']['code']}: {data['error']['message']}{again}"
         case _:
             return ", ".join(f"{name} {_short(value)}" for name, value in data.items() if name not in _LEFT_OUT)
@@ -97,21 +99,21 @@ def said(event: Recorded) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, datetime):
-        return moment(value)
+        return format_timestamp(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name} {_short(item)}" for name, item in value.items()) + "}"
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+def format_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
     """Return in a line what an event has made of a document: `status pending → processing, worker_id w1`."""
     if after is None:
         return "removed"
     told = []
     for name, value in after.items():
         old = (before or {}).get(name)
-        if name in _UNTOLD or value == old or (before is None and value in (None, [], {}, False, 0)):
+        if name in _OMITTED_FIELDS or value == old or (before is None and value in (None, [], {}, False, 0)):
             continue
         if isinstance(value, dict | list):
             short = _short(value)
@@ -120,10 +122,12 @@ def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any] | Non
             told.append(f"{name} {_short(value)}")
         else:
             told.append(f"{name} {_short(old)} → {_short(value)}")
-    return visible(", ".join(told))
+    return escape_line(", ".join(told))
 
 
-_UNTOLD: Final = frozenset({"_id", "version", "position", "updated_at", "headings", "words", "created_at", "gone_on"})
+_OMITTED_FIELDS: Final = frozenset(
+    {"_id", "version", "position", "updated_at", "headings", "words", "created_at", "gone_on"}
+)
 
 
 def _size(value: dict[str, Any] | list[Any]) -> str:

@@ -25,13 +25,13 @@ import h11
 import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jobledger.api.http.client_address import Network, is_in, owner_of
+from jobledger.api.http.client_address import Network, get_rate_limit_key, is_in_networks
 from jobledger.api.http.errors import ApiError, error_response
 
-HEAD_SECONDS: Final = 10.0
+HEADER_TIMEOUT_SECONDS: Final = 10.0
 """Time for the head of a request, from its first byte; for the first request, from the connection."""
-BODY_SECONDS: Final = 10.0
-BODY_BYTES: Final = 10_000
+BODY_INTERVAL_SECONDS: Final = 10.0
+BODY_MIN_BYTES: Final = 10_000
 """Bytes that must arrive of a body in each BODY_SECONDS."""
 
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -40,10 +40,10 @@ _LOG_AGAIN_SECONDS: Final = 10.0
 _SHED_PAUSE_SECONDS: Final = 0.05
 _log = structlog.get_logger()
 
-READ_SECONDS: Final = 30.0
-READ_BYTES: Final = 10_000
+READ_INTERVAL_SECONDS: Final = 30.0
+READ_MIN_BYTES: Final = 10_000
 """Bytes that a client must take of an answer in each READ_SECONDS, while more than its buffers hold is waiting."""
-DRAIN_SECONDS: Final = 300.0
+DRAIN_TIMEOUT_SECONDS: Final = 300.0
 """Time for all that waits: a large answer, which is in memory, must be read faster."""
 
 
@@ -115,33 +115,35 @@ def _bytes_in_system(connection: socket.socket) -> int:
 class ConnectionLimits:
     """How many connections there may be, and how slow. `trusted` proxies hold the connections of many clients."""
 
-    most: int = 5000
-    most_per_address: int = 2000
-    trusted: Collection[Network] = ()
-    head_seconds: float = HEAD_SECONDS
-    body_seconds: float = BODY_SECONDS
-    body_bytes: int = BODY_BYTES
-    read_seconds: float = READ_SECONDS
-    read_bytes: int = READ_BYTES
-    drain_seconds: float = DRAIN_SECONDS
-    open: Counter[str] = field(default_factory=Counter)
+    max_connections: int = 5000
+    max_connections_per_address: int = 2000
+    trusted_proxies: Collection[Network] = ()
+    header_timeout_seconds: float = HEADER_TIMEOUT_SECONDS
+    body_interval_seconds: float = BODY_INTERVAL_SECONDS
+    body_min_bytes: int = BODY_MIN_BYTES
+    read_interval_seconds: float = READ_INTERVAL_SECONDS
+    read_min_bytes: int = READ_MIN_BYTES
+    drain_timeout_seconds: float = DRAIN_TIMEOUT_SECONDS
+    open_connections: Counter[str] = field(default_factory=Counter)
 
-    def refusal(self, address: str) -> ApiError | None:
+    def rejection(self, address: str) -> ApiError | None:
         """Return why one more connection is refused, if it is."""
-        if self.open.total() > self.most:
+        if self.open_connections.total() > self.max_connections:
             return ApiError(503, "too_many_connections", "The server has too many connections.", retry_after_seconds=5)
-        if self.open[owner_of(address)] > self.most_per_address and not is_in(address, self.trusted):
+        if self.open_connections[get_rate_limit_key(address)] > self.max_connections_per_address and not is_in_networks(
+            address, self.trusted_proxies
+        ):
             message = "Your address has too many connections open (api.max_connections_per_address)."
             return ApiError(503, "too_many_connections", message, retry_after_seconds=5)
         return None
 
 
-def protocol(limits: ConnectionLimits) -> type[H11Protocol]:
+def protocol_class(limits: ConnectionLimits) -> type[H11Protocol]:
     """Return uvicorn's protocol with these limits."""
-    return type("LimitedConnection", (Connection,), {"limits": limits})
+    return type("LimitedConnection", (HttpConnection,), {"limits": limits})
 
 
-class Connection(H11Protocol):
+class HttpConnection(H11Protocol):
     """Uvicorn's connection with limits.
 
     `scope["state"]["abort"]` cuts off a client that does not read; `["drained"]` waits until an answer has been read.
@@ -159,18 +161,18 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.app_state = {**self.app_state, "abort": transport.abort, "drained": self.flow.drain}
         address = self.client[0] if self.client else ""
-        self._address = owner_of(address)
-        self.limits.open[self._address] += 1
-        if (refused := self.limits.refusal(address)) is not None:
+        self._address = get_rate_limit_key(address)
+        self.limits.open_connections[self._address] += 1
+        if (refused := self.limits.rejection(address)) is not None:
             self._answer(refused)
         else:
-            self._expect(self.limits.head_seconds, self._head_is_late)
+            self._expect(self.limits.header_timeout_seconds, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._address is not None:
-            self.limits.open[self._address] -= 1
-            if not self.limits.open[self._address]:
-                del self.limits.open[self._address]
+            self.limits.open_connections[self._address] -= 1
+            if not self.limits.open_connections[self._address]:
+                del self.limits.open_connections[self._address]
             self._address = None
         self._expect(None)
         self._stop_watching_reader()
@@ -180,7 +182,9 @@ class Connection(H11Protocol):
         """Called when more of an answer waits than the buffers hold."""
         super().pause_writing()
         waiting = self.transport.get_write_buffer_size()
-        self._must_read = max(self.limits.read_bytes, waiting * self.limits.read_seconds / self.limits.drain_seconds)
+        self._must_read = max(
+            self.limits.read_min_bytes, waiting * self.limits.read_interval_seconds / self.limits.drain_timeout_seconds
+        )
         self._watch_reader()
 
     def resume_writing(self) -> None:
@@ -200,7 +204,7 @@ class Connection(H11Protocol):
             self._watch_body()
         elif self._is_between_requests():
             if began and self._timer is None:
-                self._expect(self.limits.head_seconds, self._head_is_late)
+                self._expect(self.limits.header_timeout_seconds, self._head_is_late)
         elif not self.cycle.more_body:
             self._expect(None)
 
@@ -220,22 +224,25 @@ class Connection(H11Protocol):
     def _head_is_late(self) -> None:
         self._timer = None
         if self._is_between_requests() and not self.transport.is_closing():
-            message = f"The head of the request did not arrive within {self.limits.head_seconds:g} seconds."
+            message = f"The head of the request did not arrive within {self.limits.header_timeout_seconds:g} seconds."
             self._answer(ApiError(408, "request_timeout", message))
 
     def _watch_body(self) -> None:
         self._received = 0
-        self._expect(self.limits.body_seconds, self._check_body)
+        self._expect(self.limits.body_interval_seconds, self._check_body)
 
     def _check_body(self) -> None:
         """Give up on a body of which too little has arrived, unless the application reads no faster."""
         self._timer = None
         if self.transport.is_closing() or not self.cycle.more_body:
             return
-        if self._received >= self.limits.body_bytes or self.flow.read_paused:
+        if self._received >= self.limits.body_min_bytes or self.flow.read_paused:
             self._watch_body()
             return
-        message = f"Less than {self.limits.body_bytes} bytes of the body arrived in {self.limits.body_seconds:g} s."
+        message = (
+            f"Less than {self.limits.body_min_bytes} bytes of the body arrived in "
+            f"{self.limits.body_interval_seconds:g} s."
+        )
         if self.cycle.response_started:
             self.transport.abort()
         else:
@@ -246,7 +253,7 @@ class Connection(H11Protocol):
     def _watch_reader(self) -> None:
         self._stop_watching_reader()
         self._unread = self._unread_bytes()
-        self._reading = self.loop.call_later(self.limits.read_seconds, self._check_reader)
+        self._reading = self.loop.call_later(self.limits.read_interval_seconds, self._check_reader)
 
     def _check_reader(self) -> None:
         """Give up on a client that takes too little. Nothing is added to the buffer while it is watched."""

@@ -17,7 +17,7 @@ import structlog
 from jobledger.ledger.system.loop_progress import LoopProgress
 
 _log = structlog.get_logger()
-BLOCKED_EXIT_CODE: Final = 4
+EXIT_LOOP_BLOCKED: Final = 4
 _LOOKS: Final = 3
 """Looks in the time of a lease, as often as the lease is extended."""
 _LEASES: Final = 5
@@ -25,7 +25,7 @@ _LEASES: Final = 5
 
 
 @contextmanager
-def loop_watched(lease_seconds: float) -> Iterator[None]:
+def watch_event_loop(lease_seconds: float) -> Iterator[None]:
     """Log the stack of an event loop that is blocked for `lease_seconds`; end the process after five times as long."""
     progress = LoopProgress(min(lease_seconds / 12, 1.0))
     done = threading.Event()
@@ -40,13 +40,13 @@ def loop_watched(lease_seconds: float) -> Iterator[None]:
 
 def _watch(progress: LoopProgress, lease_seconds: float, done: threading.Event) -> None:
     while not done.wait(lease_seconds / _LOOKS):
-        missed = progress.look()
+        missed = progress.count_missed()
         if missed == _LOOKS:
             _log.error(
                 "the event loop is blocked: jobs that block belong into a process (isolation = 'process')",
                 seconds=lease_seconds,
-                stack=progress.stack(),
+                stack=progress.format_stack(),
             )
         elif missed >= _LEASES * _LOOKS:
-            _log.critical("the event loop is still blocked, ending the process", stack=progress.stack())
-            os._exit(BLOCKED_EXIT_CODE)
+            _log.critical("the event loop is still blocked, ending the process", stack=progress.format_stack())
+            os._exit(EXIT_LOOP_BLOCKED)

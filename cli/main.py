@@ -20,12 +20,12 @@ import orjson
 import typer
 import yaml
 
-from jobledger.cli.api_client import HERE, UrlOption, api_at
+from jobledger.cli.api_client import DEFAULT_URL, UrlOption, open_client
 from jobledger.cli.commands import batches, jobs, log, views, webhooks
-from jobledger.cli.commands.submit import as_batch, follow
-from jobledger.cli.commands.submit import submit as submit_batch
-from jobledger.cli.runtime import ConfigOption, JsonOption, any_server, run_roles, settings_of
-from jobledger.cli.terminal_text import SafeConsole, echo, echo_json, echo_text, print_all_characters
+from jobledger.cli.commands.submit import follow_batch, parse_batch
+from jobledger.cli.commands.submit import submit_batch as submit_batch
+from jobledger.cli.runtime import ConfigOption, JsonOption, load_settings, open_any_database_server, run_roles
+from jobledger.cli.terminal_text import SafeConsole, configure_output_encoding, echo, echo_json, echo_text
 from jobledger.ledger.domain.errors import (
     ConfigurationError,
     JobledgerError,
@@ -35,10 +35,10 @@ from jobledger.ledger.domain.errors import (
 )
 
 if TYPE_CHECKING:
-    from jobledger.cli.commands.doctor import Finding
+    from jobledger.cli.commands.doctor import CheckResult
     from jobledger.cli.settings import Settings
 
-FAILED, USAGE, UNREACHABLE, UNAVAILABLE = 1, 2, 3, 4
+EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_UNAVAILABLE = 1, 2, 3, 4
 app = typer.Typer(
     name="jobledger",
     no_args_is_help=True,
@@ -46,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(log.app, name="log")
-app.command()(views.replay)
+app.command()(views.rebuild)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(batches.app, name="batches")
 app.add_typer(webhooks.app, name="webhooks")
@@ -68,7 +68,7 @@ VersionOption = Annotated[
 
 
 @app.callback()
-def main(_version: VersionOption = False) -> None:
+def options(_version: VersionOption = False) -> None:
     """An event-sourced job ledger: sessions go in, Markdown and images come out, nothing is lost or unexplained."""
 
 
@@ -105,10 +105,10 @@ def submit(
         bool, typer.Option("--wait", help="Follow until the batch has ended; exit with 1 if a job failed.")
     ] = False,
     job_type: Annotated[str | None, typer.Option(help="Submit every job as this type.")] = None,
-    url: UrlOption = HERE,
+    url: UrlOption = DEFAULT_URL,
 ) -> None:
     """Submit sessions to a running jobledger, all or none. Its key, if it asks for one, is taken from JOBLEDGER_KEY."""
-    batch = as_batch(_read(file))
+    batch = parse_batch(_read(file))
     if job_type is not None:
         batch["jobs"] = [_with_type(job, job_type) for job in batch["jobs"]]
     raise typer.Exit(asyncio.run(_submit(url, batch, wait=wait)))
@@ -120,17 +120,19 @@ def demo(
 ) -> None:
     """Show the whole way: a small conference is made, served, processed, and its Markdown comes out."""
     from jobledger.cli.commands import demo as demo_command
-    from jobledger.cli.composition import database_server, set_up_logging
+    from jobledger.cli.composition import configure_logging, open_database_server
 
     console = SafeConsole()
     with tempfile.TemporaryDirectory(prefix="jobledger-demo-", ignore_cleanup_errors=True) as directory:
-        settings = demo_command.demo_settings(Path(directory))
-        set_up_logging(settings.logging)
-        with database_server(settings, start=True) as (uri, _):
+        settings = demo_command.make_demo_settings(Path(directory))
+        configure_logging(settings.logging)
+        with open_database_server(settings, start=True) as (uri, _):
             good = asyncio.run(
-                demo_command.run(settings, settings.mongodb.connection(uri), Path(directory), console, keep=keep)
+                demo_command.run_demo(
+                    settings, settings.mongodb.make_connection(uri), Path(directory), console, keep_running=keep
+                )
             )
-    raise typer.Exit(0 if good else FAILED)
+    raise typer.Exit(0 if good else EXIT_FAILED)
 
 
 @app.command()
@@ -149,24 +151,24 @@ def doctor(
 ) -> None:
     """Check everything a ledger needs, and say what to do about what is wrong."""
     from jobledger.cli.commands import doctor as doctor_command
-    from jobledger.cli.mongo_roles import for_mongosh
+    from jobledger.cli.mongo_roles import mongosh_script
 
-    settings = settings_of(config)
+    settings = load_settings(config)
     if role:
-        echo(*for_mongosh(settings.mongodb.db_name).splitlines())
+        echo(*mongosh_script(settings.mongodb.db_name).splitlines())
         return
     if accept_store:
-        with any_server(settings) as uri:
-            echo(asyncio.run(doctor_command.accept_store(settings, uri)))
+        with open_any_database_server(settings) as uri:
+            echo(asyncio.run(doctor_command.accept_result_store(settings, uri)))
         return
-    findings = list(doctor_command.look_at_machine(settings))
+    findings = list(doctor_command.check_machine(settings))
     try:
-        with any_server(settings) as uri:
+        with open_any_database_server(settings) as uri:
             findings += asyncio.run(_collect(settings, uri))
     except JobledgerError as error:
-        findings.append(doctor_command.Finding("MongoDB", good=False, found="not usable", advice=str(error)))
-    SafeConsole().print(doctor_command.as_table(findings))
-    raise typer.Exit(0 if all(finding.good for finding in findings) else FAILED)
+        findings.append(doctor_command.CheckResult("MongoDB", is_ok=False, detail="not usable", advice=str(error)))
+    SafeConsole().print(doctor_command.results_table(findings))
+    raise typer.Exit(0 if all(finding.is_ok for finding in findings) else EXIT_FAILED)
 
 
 @keys_app.command("create")
@@ -187,14 +189,14 @@ def keys_create(
     """Make an API key. It is shown this once: only a digest of it is stored."""
     from jobledger.cli.commands import keys
 
-    settings = settings_of(config)
+    settings = load_settings(config)
     key, text = keys.new_key(user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in)
-    with any_server(settings) as uri:
-        asyncio.run(keys.create(settings.mongodb.connection(uri), key))
+    with open_any_database_server(settings) as uri:
+        asyncio.run(keys.store_key(settings.mongodb.make_connection(uri), key))
     if settings.auth.mode != "keys":
         echo(f"note: auth.mode is `{settings.auth.mode}`; keys are asked for with `keys`", err=True)
     if as_json:
-        echo_json(_json({**keys.as_json(key), "key": str(text)}))
+        echo_json(_json({**keys.key_to_json(key), "key": str(text)}))
     else:
         echo(str(text))
     echo(f"Keep it: it is not shown again. `jobledger keys revoke {key.key_id}` ends it.", err=True)
@@ -208,13 +210,13 @@ def keys_list(
     """Show all API keys: whose they are, and until when."""
     from jobledger.cli.commands import keys
 
-    settings = settings_of(config)
-    with any_server(settings) as uri:
-        found, sessions = asyncio.run(keys.listed(settings.mongodb.connection(uri)))
+    settings = load_settings(config)
+    with open_any_database_server(settings) as uri:
+        found, sessions = asyncio.run(keys.list_keys(settings.mongodb.make_connection(uri)))
     if as_json:
-        echo_json(_json([{**keys.as_json(key), "sessions": sessions[key.key_id]} for key in found]))
+        echo_json(_json([{**keys.key_to_json(key), "sessions": sessions[key.key_id]} for key in found]))
     else:
-        SafeConsole().print(keys.as_table(found, sessions) if found else "There are no API keys.")
+        SafeConsole().print(keys.keys_table(found, sessions) if found else "There are no API keys.")
 
 
 @keys_app.command("revoke")
@@ -226,19 +228,19 @@ def keys_revoke(
     """Revoke an API key: from now on it opens nothing."""
     from jobledger.cli.commands import keys
 
-    settings = settings_of(config)
-    with any_server(settings) as uri:
-        found = asyncio.run(keys.revoke(settings.mongodb.connection(uri), keys.id_of(key_id)))
+    settings = load_settings(config)
+    with open_any_database_server(settings) as uri:
+        found = asyncio.run(keys.revoke_key(settings.mongodb.make_connection(uri), keys.parse_key_id(key_id)))
     if not found:  # what was given is not repeated: it may be most of a key
         raise NotFound("There is no API key with this id; `jobledger keys list` shows which there are.")
     if as_json:
-        echo_json(_json({"revoked": keys.id_of(key_id)}))
+        echo_json(_json({"revoked": keys.parse_key_id(key_id)}))
     else:
-        echo(f"{keys.id_of(key_id)} is revoked.")
+        echo(f"{keys.parse_key_id(key_id)} is revoked.")
 
 
 @keys_app.command("sign-out")
-def keys_sign_out(
+def end_key_sessions(
     key_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="ID of the key.")] = None,
     user: Annotated[str | None, typer.Option("--user", help="User, for auth.mode `jwt`.")] = None,
     config: ConfigOption = None,
@@ -248,15 +250,19 @@ def keys_sign_out(
 
     The key itself stays valid; `keys revoke` ends both.
     """
-    from jobledger.api.auth.browser_sessions import owner_of
+    from jobledger.api.auth.browser_sessions import get_session_owner
     from jobledger.cli.commands import keys
 
     if (key_id is None) == (user is None):
         raise ConfigurationError("Name the ID of a key, or a user with --user.")
-    owner = owner_of(key_id=keys.id_of(key_id)) if key_id is not None else owner_of(user_id=user or "")
-    settings = settings_of(config)
-    with any_server(settings) as uri:
-        number = asyncio.run(keys.sign_out(settings.mongodb.connection(uri), owner))
+    owner = (
+        get_session_owner(key_id=keys.parse_key_id(key_id))
+        if key_id is not None
+        else get_session_owner(user_id=user or "")
+    )
+    settings = load_settings(config)
+    with open_any_database_server(settings) as uri:
+        number = asyncio.run(keys.end_sessions(settings.mongodb.make_connection(uri), owner))
     if as_json:
         echo_json(_json({"ended": number}))
     else:
@@ -267,15 +273,15 @@ def _json(content: Any) -> str:
     return orjson.dumps(content, option=orjson.OPT_UTC_Z).decode()
 
 
-async def _collect(settings: Settings, uri: str) -> list[Finding]:
-    from jobledger.cli.commands.doctor import look_at_database
+async def _collect(settings: Settings, uri: str) -> list[CheckResult]:
+    from jobledger.cli.commands.doctor import check_database
 
-    return [finding async for finding in look_at_database(settings, uri)]
+    return [finding async for finding in check_database(settings, uri)]
 
 
 async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
     console = SafeConsole()
-    async with api_at(url) as client:
+    async with open_client(url) as client:
         submitted, before = await submit_batch(client, batch)
         console.print(f"{submitted['batch_id']}: {len(submitted['job_ids'])} jobs accepted", highlight=False)
         for new in submitted.get("webhook_secrets", ()):
@@ -283,8 +289,8 @@ async def _submit(url: str, batch: dict[str, Any], *, wait: bool) -> int:
         if not wait:
             return 0
         names = dict(zip(submitted["job_ids"], map(_name, batch["jobs"]), strict=True))
-        ended = await follow(client, submitted, names, after=before, console=console)
-    return 0 if all(status == "completed" for status in ended.values()) else FAILED
+        ended = await follow_batch(client, submitted, names, after=before, console=console)
+    return 0 if all(status == "completed" for status in ended.values()) else EXIT_FAILED
 
 
 def _name(job: Any) -> str:
@@ -318,7 +324,7 @@ def _parsed(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def command() -> None:
+def main() -> None:
     """The entry point: run the command that the arguments name, and end the process."""
     try:
         run()
@@ -338,26 +344,26 @@ def _end_without_threads(code: object) -> None:
 
 def run() -> None:
     """Run a command: errors of ours become one sentence and an exit code, never a traceback."""
-    print_all_characters()
+    configure_output_encoding()
     os.umask(0o077)  # files that a command or its children create are for this user alone
     try:
         app()
     except ResourceUnavailable as error:
-        _give_up(error, UNAVAILABLE)
+        _give_up(error, EXIT_UNAVAILABLE)
     except ConfigurationError as error:
-        _give_up(error, USAGE)
+        _give_up(error, EXIT_USAGE)
     except LedgerUnavailable as error:
-        _give_up(error, UNREACHABLE)
+        _give_up(error, EXIT_UNREACHABLE)
     except JobledgerError as error:
-        _give_up(error, FAILED)
+        _give_up(error, EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, RuntimeError, MemoryError) as error:
-        from jobledger.workers.machine_health import machine_trouble
+        from jobledger.workers.machine_health import find_machine_failure
 
-        if (trouble := machine_trouble(error)) is None:
+        if (trouble := find_machine_failure(error)) is None:
             raise
-        _give_up(trouble, UNAVAILABLE)
+        _give_up(trouble, EXIT_UNAVAILABLE)
 
 
 def _give_up(error: Exception, code: int) -> None:
@@ -366,4 +372,4 @@ def _give_up(error: Exception, code: int) -> None:
 
 
 if __name__ == "__main__":
-    command()
+    main()

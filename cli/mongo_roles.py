@@ -17,9 +17,9 @@ from jobledger.ledger.files.gridfs import COLLECTIONS as GRIDFS
 from jobledger.ledger.files.store_marker import COLLECTION as RESULT_STORE
 from jobledger.ledger.store.endpoint_secrets import COLLECTION as ENDPOINTS
 from jobledger.ledger.subscriber import SUBSCRIPTIONS
-from jobledger.projections.engine.rebuild import NAMES
-from jobledger.projections.engine.slots import SIDES, collection_name
-from jobledger.workers.cleanup import REMOVALS
+from jobledger.projections.engine.rebuild import VIEW_NAMES
+from jobledger.projections.engine.slots import SLOTS, collection_name
+from jobledger.workers.cleanup import FILE_REMOVALS
 from jobledger.workers.path_reservations import COLLECTION as RESULT_PATHS
 
 _MUTABLE: Final = (
@@ -37,13 +37,13 @@ _MUTABLE: Final = (
     "webhook_headers",
     SINK,
     "workers",
-    REMOVALS,
-    *(collection_name(name, side) for name in NAMES for side in SIDES),
+    FILE_REMOVALS,
+    *(collection_name(name, side) for name in VIEW_NAMES for side in SLOTS),
 )
 _VIEW_ACTIONS: Final = ["find", "insert", "update", "remove", "createCollection", "createIndex", "listIndexes"]
 
 
-def roles_of(db_name: str) -> list[dict[str, Any]]:
+def create_role_commands(db_name: str) -> list[dict[str, Any]]:
     """Return the commands that create the two roles, to be run by an administrator on the database `db_name`."""
     whole = _privilege(db_name, "", ["find", "changeStream"])
     log = _privilege(db_name, "events", ["find", "insert", "listIndexes"])
@@ -65,10 +65,11 @@ def _privilege(db_name: str, collection: str, actions: list[str]) -> dict[str, A
     return {"resource": {"db": db_name, "collection": collection}, "actions": actions}
 
 
-def for_mongosh(db_name: str) -> str:
+def mongosh_script(db_name: str) -> str:
     """Return what an administrator pastes into mongosh: the index of the log, the roles, and a user to be finished."""
     commands = "\n".join(
-        f"ledger.runCommand({orjson.dumps(role, option=orjson.OPT_INDENT_2).decode()})" for role in roles_of(db_name)
+        f"ledger.runCommand({orjson.dumps(role, option=orjson.OPT_INDENT_2).decode()})"
+        for role in create_role_commands(db_name)
     )
     return (
         f'ledger = db.getSiblingDB("{db_name}")\n'

@@ -7,21 +7,23 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 
-def watcher(failed: Callable[[BaseException], None]) -> Callable[[asyncio.Task[None]], None]:
+def failure_callback(on_failure: Callable[[BaseException], None]) -> Callable[[asyncio.Task[None]], None]:
     """Return what to call at the end of a task, so that `failed` is told if it was a failure."""
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            failed(error)
+            on_failure(error)
 
     return ended
 
 
 @asynccontextmanager
-async def background(work: Coroutine[None, None, None], failed: Callable[[BaseException], None]) -> AsyncIterator[None]:
+async def run_in_background(
+    work: Coroutine[None, None, None], on_failure: Callable[[BaseException], None]
+) -> AsyncIterator[None]:
     """Run something inside the block; `failed` is told if it fails. Behind the block it is cancelled."""
     task = asyncio.create_task(work)
-    task.add_done_callback(watcher(failed))
+    task.add_done_callback(failure_callback(on_failure))
     try:
         yield
     finally:

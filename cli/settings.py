@@ -24,18 +24,25 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from jobledger.cli.auth_settings import AuthSettings, JwtSettings, Section, is_loopback, long_enough, network_text
-from jobledger.ledger.domain.errors import ConfigurationError, os_failure
+from jobledger.cli.auth_settings import (
+    AuthSettings,
+    JwtSettings,
+    SettingsSection,
+    is_loopback,
+    validate_network,
+    validate_secret_length,
+)
+from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.workers.child.confinement import Mode
-from jobledger.workers.registry import is_built_in, processors, unusable_types, withdraw
+from jobledger.workers.child.confinement import ConfinementMode
+from jobledger.workers.registry import disable_job_type, is_built_in, load_processors, unusable_job_types
 
 EMBEDDED = "embedded"
 _PREFIX = "JOBLEDGER_"
-UNUSED = {("event_worker", "poll_interval_sec"): "nothing polls any more: workers are woken by the change stream"}
+IGNORED_KEYS = {("event_worker", "poll_interval_sec"): "nothing polls any more: workers are woken by the change stream"}
 
 
-class MongodbSettings(Section):
+class MongodbSettings(SettingsSection):
     uri: SecretStr = SecretStr(EMBEDDED)
     uri_file: Path | None = None
     db_name: str = Field("event_processing", pattern=r"^[A-Za-z0-9_-]{1,60}$")
@@ -45,22 +52,22 @@ class MongodbSettings(Section):
     embedded_oplog_mb: int = Field(1024, ge=50, le=1_000_000)
 
     @property
-    def embedded(self) -> bool:
+    def is_embedded(self) -> bool:
         return self.uri_file is None and self.uri.get_secret_value() == EMBEDDED
 
-    def connection(self, uri: str) -> Connection:
+    def make_connection(self, uri: str) -> Connection:
         """Return how to reach the database at `uri`."""
         return Connection(uri, self.db_name, self.max_pool_size, self.connect_timeout_ms)
 
 
 def _known_types(limits: dict[str, int]) -> dict[str, int]:
     for name in limits:
-        if name not in processors() and name not in unusable_types():
-            raise ValueError(f"there is no job type {name!r}; installed are: {', '.join(sorted(processors()))}")
+        if name not in load_processors() and name not in unusable_job_types():
+            raise ValueError(f"there is no job type {name!r}; installed are: {', '.join(sorted(load_processors()))}")
     return limits
 
 
-class WorkerSettings(Section):
+class WorkerSettings(SettingsSection):
     max_concurrent: int = Field(5, ge=1, le=1000)
     max_concurrent_per_type: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_known_types)] = Field({})
     lease_seconds: float = Field(10, ge=1, le=3600)
@@ -69,9 +76,9 @@ class WorkerSettings(Section):
     scratch_dir: Path | None = None
     scratch_min_free_mb: float = Field(100, ge=0, le=1_000_000_000)
     retry_base_seconds: float = Field(5, gt=0, le=3600)
-    retry_longest_seconds: float = Field(600, gt=0, le=86_400)
-    confine: Mode = "auto"
-    child_environment: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field([])
+    retry_max_seconds: float = Field(600, gt=0, le=86_400)
+    confinement: ConfinementMode = "auto"
+    pass_environment: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = Field([])
     readable_paths: list[Path] = Field([])
     writable_paths: list[Path] = Field([])
     protected_paths: list[Path] = Field([])
@@ -91,7 +98,7 @@ def _unambiguous_prefix(url: str | None) -> str | None:
 _OWN_PATHS: Final = frozenset({"api", "monitoring", "metrics", "healthz", "readyz"})
 
 
-class ApiSettings(Section):
+class ApiSettings(SettingsSection):
     host: str = "127.0.0.1"
     port: int = Field(5001, ge=0, le=65_535)
     public_url: Annotated[str | None, AfterValidator(_unambiguous_prefix)] = Field(
@@ -105,8 +112,8 @@ class ApiSettings(Section):
     max_streams: int = Field(2000, ge=0, le=1_000_000)
     max_connections: int = Field(5000, ge=1, le=1_000_000)
     max_connections_per_address: int = Field(2000, ge=1, le=1_000_000)
-    refused_sign_ins_per_minute: int = Field(30, ge=0, le=1_000_000)
-    trusted_proxies: list[Annotated[str, AfterValidator(network_text)]] = Field([])
+    auth_failures_per_minute: int = Field(30, ge=0, le=1_000_000)
+    trusted_proxies: list[Annotated[str, AfterValidator(validate_network)]] = Field([])
     cors_origins: list[Annotated[str, Field(pattern=r"^https?://[^/?#*@\s]+$")]] = Field([])
 
 
@@ -116,7 +123,7 @@ def _host_or_network(text: str) -> str:
     return text
 
 
-class WebhookSettings(Section):
+class WebhookSettings(SettingsSection):
     schedule_seconds: list[Annotated[float, Field(ge=0, le=7 * 86_400)]] = Field(
         [0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400], min_length=1, max_length=50
     )
@@ -124,10 +131,10 @@ class WebhookSettings(Section):
     timeout_seconds: float = Field(10, ge=0.1, le=120)
     max_concurrent: int = Field(20, ge=1, le=1000)
     max_concurrent_per_host: int = Field(4, ge=1, le=1000)
-    silent_times: int = Field(10, ge=1, le=1000)
-    rest_seconds: float = Field(30, ge=0.1, le=600)
-    allow_private: list[Annotated[str, AfterValidator(_host_or_network)]] = Field([])
-    sink: bool = False
+    host_failure_threshold: int = Field(10, ge=1, le=1000)
+    host_cooldown_seconds: float = Field(30, ge=0.1, le=600)
+    allowed_private_hosts: list[Annotated[str, AfterValidator(_host_or_network)]] = Field([])
+    echo_enabled: bool = False
     lease_seconds: float = Field(10, ge=1, le=3600)
 
 
@@ -140,30 +147,30 @@ def _known_store(store: Any) -> Any:
     return store
 
 
-class ResultsSettings(Section):
+class ResultsSettings(SettingsSection):
     store: Annotated[Literal["gridfs"] | Path, BeforeValidator(_known_store)] = Path("data/results")
-    reserve_mb: int = Field(256, ge=0, le=1_000_000)
+    min_free_mb: int = Field(256, ge=0, le=1_000_000)
 
 
-class LoggingSettings(Section):
+class LoggingSettings(SettingsSection):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["console", "json"] = "console"
-    access: bool = False
+    access_log: bool = False
 
 
-class MetricsSettings(Section):
+class MetricsSettings(SettingsSection):
     host: str = "127.0.0.1"
     port: int | None = Field(None, ge=0, le=65_535)
 
 
 def _known_processors(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name, section in sections.items():
-        if name in unusable_types() or (name in processors() and not is_built_in(name)):
+        if name in unusable_job_types() or (name in load_processors() and not is_built_in(name)):
             continue  # a wrong section of a plug-in must cost its job type only: see `_check_plugins`
-        if name not in processors():
-            raise ValueError(f"there is no processor {name!r}; installed are: {', '.join(sorted(processors()))}")
+        if name not in load_processors():
+            raise ValueError(f"there is no processor {name!r}; installed are: {', '.join(sorted(load_processors()))}")
         try:
-            processors()[name].Settings.model_validate(section)
+            load_processors()[name].Settings.model_validate(section)
         except ValidationError as error:
             raise ValidationError.from_exception_data(name, [_within(name, line) for line in error.errors()]) from None
     return sections
@@ -171,7 +178,7 @@ def _known_processors(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str
 
 def _check_plugins(sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Take processors that are not ours out of use if their section does not fit, or is missing and needed."""
-    for name, processor in list(processors().items()):
+    for name, processor in list(load_processors().items()):
         if is_built_in(name):
             continue
         try:
@@ -179,9 +186,9 @@ def _check_plugins(sections: Mapping[str, Mapping[str, Any]]) -> None:
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in ("processors", name, *problem["loc"]))
-            withdraw(name, f"its settings in config.yaml are wrong: {key}: {problem['msg']}")
+            disable_job_type(name, f"its settings in config.yaml are wrong: {key}: {problem['msg']}")
         except Exception as error:  # noqa: BLE001 - foreign code
-            withdraw(name, f"its `Settings` failed to read processors.{name}: {error!r}")
+            disable_job_type(name, f"its `Settings` failed to read processors.{name}: {error!r}")
 
 
 def _within(section: str, line: Any) -> InitErrorDetails:
@@ -196,7 +203,7 @@ def _filled(sections: Any) -> Any:
         return sections
     filled = {name: {} if section is None else section for name, section in sections.items()}
     return {
-        name: _with_lists(section, processors()[name].Settings) if name in processors() else section
+        name: _with_lists(section, load_processors()[name].Settings) if name in load_processors() else section
         for name, section in filled.items()
     }
 
@@ -281,7 +288,7 @@ def read_settings(
         raise ConfigurationError(_explain(error, file)) from error
     return _placed(settings, file.absolute()), [
         f"{section}.{key} is not used: {why}"
-        for (section, key), why in UNUSED.items()
+        for (section, key), why in IGNORED_KEYS.items()
         if key in (content.get(section) or {})
     ]
 
@@ -305,7 +312,7 @@ def _read_text(file: Path, key: str = "") -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise os_failure(error, f"{key}{file} cannot be read: {error}") from error
+        raise classify_os_error(error, f"{key}{file} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{key}{file} cannot be read: {error}") from error
 
@@ -369,8 +376,8 @@ def _known_keys(location: Sequence[str]) -> Iterable[str]:
     model: Any = Settings if not section else Settings.model_fields[section].annotation
     if section == "processors":
         if not below:
-            return processors()
-        model = processors()[below.pop(0)].Settings
+            return load_processors()
+        model = load_processors()[below.pop(0)].Settings
     for name in below:
         model = model.model_fields[name].annotation
     return getattr(model, "model_fields", ())
@@ -393,9 +400,9 @@ def _placed(settings: Settings, config: Path) -> Settings:
     auth = settings.auth.model_copy(update={"jwt": _placed_jwt(settings.auth.jwt, directory)})
     _check_plugins(settings.processors)
     sections = {
-        name: _placed_paths(section, processors()[name].Settings.model_validate(section), directory)
+        name: _placed_paths(section, load_processors()[name].Settings.model_validate(section), directory)
         for name, section in settings.processors.items()
-        if name in processors()
+        if name in load_processors()
     }
     placed = {
         "mongodb": mongodb,
@@ -443,7 +450,7 @@ def _placed_jwt(jwt: JwtSettings, directory: Path) -> JwtSettings:
         file = directory / jwt.secret_file
         text = _read_text(file, "auth.jwt.secret_file: ").strip()
         try:
-            placed["secret"] = long_enough(SecretStr(text))
+            placed["secret"] = validate_secret_length(SecretStr(text))
         except ValueError as error:
             raise ConfigurationError(f"auth.jwt.secret_file: {file}: {error}") from error
     return jwt.model_copy(update=placed)

@@ -30,12 +30,12 @@ _IN_TEXT: Final = re.compile(f"(?!\n)[{_DANGEROUS}]")
 _SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-def visible(text: str) -> str:
+def escape_line(text: str) -> str:
     """Return a text in one line, with all characters that do something shown as escape sequences."""
     return _IN_LINE.sub(_escaped, text)
 
 
-def visible_lines(text: str) -> str:
+def escape_text(text: str) -> str:
     """Return a text of several lines likewise; only the line breaks stay as they are."""
     return _IN_TEXT.sub(_escaped, text)
 
@@ -50,12 +50,12 @@ def _escaped(found: re.Match[str]) -> str:
 
 def echo(*lines: str, err: bool = False) -> None:
     """Print lines. Whatever data they contain, each stays one line."""
-    typer.echo("\n".join(map(visible, lines)), err=err)
+    typer.echo("\n".join(map(escape_line, lines)), err=err)
 
 
 def echo_text(text: str, *, err: bool = False) -> None:
     """Print a text whose line breaks are wanted. Lines after the first are indented, so none looks like our own."""
-    typer.echo(visible_lines(text).replace("\n", "\n  "), err=err)
+    typer.echo(escape_text(text).replace("\n", "\n  "), err=err)
 
 
 def echo_json(content: bytes | str) -> None:
@@ -94,8 +94,8 @@ class SafeTable(Table):
 
 def _in_one_line(value: Any) -> Any:
     if isinstance(value, str):
-        return visible(value)
-    if isinstance(value, Text) and (shown := visible(value.plain)) != value.plain:
+        return escape_line(value)
+    if isinstance(value, Text) and (shown := escape_line(value.plain)) != value.plain:
         return Text(shown, style=value.style)
     return value
 
@@ -113,7 +113,7 @@ class _Escaped:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for segment in console.render(self._renderable, options):
-            yield segment if segment.control else Segment(visible_lines(segment.text), segment.style)
+            yield segment if segment.control else Segment(escape_text(segment.text), segment.style)
 
 
 class SafeStream(io.TextIOBase):
@@ -145,9 +145,9 @@ def escape_log_entry(_logger: Any, _method: str, entry: MutableMapping[str, Any]
     """Make an entry of the log safe for the console: one line, but for the traceback of an exception."""
     for key, value in entry.items():
         if isinstance(value, str):
-            entry[key] = visible_lines(value) if key == "exception" else visible(value)
+            entry[key] = escape_text(value) if key == "exception" else escape_line(value)
         elif not isinstance(value, int | float | bool | None):
-            entry[key] = visible(repr(value))
+            entry[key] = escape_line(repr(value))
     return entry
 
 
@@ -157,10 +157,10 @@ class SafeFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record; a traceback keeps its lines."""
         text = super().format(record)
-        return visible_lines(text) if record.exc_info else visible(text)
+        return escape_text(text) if record.exc_info else escape_line(text)
 
 
-def print_all_characters(streams: Iterable[IO[str] | None] = (sys.stdout, sys.stderr)) -> None:
+def configure_output_encoding(streams: Iterable[IO[str] | None] = (sys.stdout, sys.stderr)) -> None:
     """Have characters that the encoding of an output lacks printed as escape sequences, not as a traceback."""
     for stream in streams:
         if stream is not None and hasattr(stream, "reconfigure"):

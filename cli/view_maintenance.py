@@ -11,28 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobledger.cli.composition import find_store_marker, spare_the_collector
+from jobledger.cli.composition import find_store_marker, tune_garbage_collector
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.event_store import LARGEST_POSITION, EventLog
-from jobledger.ledger.store.verification import Verdict, verify
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.event_store import MAX_POSITION, EventStore
+from jobledger.ledger.store.verification import VerificationResult, verify_log
 
 if TYPE_CHECKING:
     from jobledger.cli.settings import Settings
     from jobledger.ledger.files.directory import FileStore
     from jobledger.projections.engine.comparison import Difference
-    from jobledger.projections.engine.file_verification import FilesVerdict
+    from jobledger.projections.engine.file_verification import FileVerificationResult
     from jobledger.projections.engine.rebuild import Rebuild
 
-Told = Callable[[int, int], None]
-MOST_DIFFERENCES = 100
+ProgressCallback = Callable[[int, int], None]
+MAX_SHOWN_DIFFERENCES = 100
 """How many differences are kept to be shown; all are counted."""
 
 
-def noted_of(text: str) -> tuple[int, bytes]:
+def parse_digest(text: str) -> tuple[int, bytes]:
     """Read `POSITION:DIGEST` as `log verify` prints it.
 
     Raises:
@@ -43,7 +43,7 @@ def noted_of(text: str) -> tuple[int, bytes]:
         noted = int(position), bytes.fromhex(digest)
     except ValueError:
         noted = 0, b""
-    if not 1 <= noted[0] <= LARGEST_POSITION or len(noted[1]) != 32:
+    if not 1 <= noted[0] <= MAX_POSITION or len(noted[1]) != 32:
         raise ConfigurationError(
             f"{text!r} is no note of an earlier verification: expected POSITION:DIGEST as `log verify` prints it, "
             "a number and 64 hexadecimal digits."
@@ -51,58 +51,67 @@ def noted_of(text: str) -> tuple[int, bytes]:
     return noted
 
 
-async def verified(
-    connection: Connection, *, after: int, upto: int | None, noted: tuple[int, bytes] | None, told: Told
-) -> Verdict:
+async def verify_database_log(
+    connection: Connection,
+    *,
+    after: int,
+    up_to: int | None,
+    expected_digest: tuple[int, bytes] | None,
+    on_progress: ProgressCallback,
+) -> VerificationResult:
     """Check the log; `told` is told how many events were looked at, and of how many.
 
     Raises:
         LedgerUnavailable: the database failed, or does not answer.
     """
-    spare_the_collector()
+    tune_garbage_collector()
     async with connection.client() as client:
-        log = EventLog(client[connection.db_name])
-        return await verify(
+        log = EventStore(client[connection.db_name])
+        return await verify_log(
             log,
             after=after,
-            upto=upto,
-            noted=noted,
-            looked_at=lambda position, end: told(position - after, end - after),
+            up_to=up_to,
+            expected_digest=expected_digest,
+            on_progress=lambda position, end: on_progress(position - after, end - after),
         )
 
 
 @dataclass(slots=True)
-class Compared:
+class ViewComparison:
     """What came of holding the views against the log: at which position, and what differs, the first of it shown."""
 
     position: int = 0
     counts: Counter[str] = field(default_factory=Counter)
-    shown: list[Difference] = field(default_factory=list)
+    first_differences: list[Difference] = field(default_factory=list)
 
     @property
-    def differences(self) -> int:
+    def difference_count(self) -> int:
         return self.counts.total()
 
     def add(self, difference: Difference) -> None:
         self.counts[difference.view] += 1
-        if len(self.shown) < MOST_DIFFERENCES:
-            self.shown.append(difference)
+        if len(self.first_differences) < MAX_SHOWN_DIFFERENCES:
+            self.first_differences.append(difference)
 
 
-async def compared(connection: Connection, names: Collection[str] | None = None, *, told: Told) -> Compared:
+async def compare_views(
+    connection: Connection, names: Collection[str] | None = None, *, on_progress: ProgressCallback
+) -> ViewComparison:
     """Fold the log anew and compare the views with that.
 
     Raises:
         NotComparable: they cannot be compared now; the message says why.
         LedgerUnavailable: the database failed.
     """
-    found = Compared()
+    found = ViewComparison()
     async with _rebuilding(connection) as rebuild:
-        found.position = await rebuild.compare(_views(names), told=told, found=found.add)
+        found.position = await rebuild.compare(_views(names), on_progress=on_progress, on_difference=found.add)
     return found
 
 
-async def files_verified(settings: Settings, connection: Connection, *, told: Told) -> FilesVerdict:
+async def verify_result_files(
+    settings: Settings, connection: Connection, *, on_progress: ProgressCallback
+) -> FileVerificationResult:
     """Compare the files in `results.store` with the digests on record.
 
     Raises:
@@ -110,7 +119,7 @@ async def files_verified(settings: Settings, connection: Connection, *, told: To
         LedgerUnavailable: the database failed.
     """
     from jobledger.projections.engine.file_verification import verify_files
-    from jobledger.projections.engine.rebuild import checkpoint
+    from jobledger.projections.engine.rebuild import load_checkpoint
     from jobledger.projections.engine.slots import Views
 
     async with connection.client() as client:
@@ -118,27 +127,27 @@ async def files_verified(settings: Settings, connection: Connection, *, told: To
         store: FileStore = GridFSStore(db)
         if isinstance(root := settings.results.store, Path):
             store = DirectoryStore(root, marker=await find_store_marker(root, db))
-        return await verify_files(Views(db, (await checkpoint(db)).get("sides")), store, told=told)
+        return await verify_files(Views(db, (await load_checkpoint(db)).get("sides")), store, on_progress=on_progress)
 
 
 def _files(number: int) -> str:
     return "1 result file" if number == 1 else f"{number:,} result files"
 
 
-def told_of_files(found: FilesVerdict) -> list[str]:
+def format_file_verification(found: FileVerificationResult) -> list[str]:
     """Return what came of comparing the files, in lines for people."""
     rest = f"{found.orphans} files in the store ({found.orphan_bytes:,} bytes) belong to no result."
-    if found.is_right:
+    if found.is_ok:
         lines = [f"{_files(found.files)} checked: the content is what was stored."]
     else:
         lines = [f"{_files(found.files)} checked: {found.missing} missing, {found.changed} changed."]
-        lines += [f"  {problem.path}: {problem.what}" for problem in found.problems]
+        lines += [f"  {problem.path}: {problem.message}" for problem in found.problems]
         if (more := found.missing + found.changed - len(found.problems)) > 0:
             lines.append(f"  … and {more} more")
     return [*lines, *([rest] if found.orphans else [])]
 
 
-def files_as_json(found: FilesVerdict) -> dict[str, object]:
+def file_verification_to_json(found: FileVerificationResult) -> dict[str, object]:
     """Return what came of comparing the files, for programs."""
     return {
         "files": found.files,
@@ -150,17 +159,19 @@ def files_as_json(found: FilesVerdict) -> dict[str, object]:
     }
 
 
-async def compared_if_any(connection: Connection, *, told: Told) -> Compared | None:
+async def compare_views_if_built(connection: Connection, *, on_progress: ProgressCallback) -> ViewComparison | None:
     """Compare all views as `compared` does; None, and nothing is touched, where no projector has made any."""
     async with connection.client() as client:
-        from jobledger.projections.engine.rebuild import checkpoint
+        from jobledger.projections.engine.rebuild import load_checkpoint
 
-        if not (await checkpoint(client[connection.db_name]))["position"]:
+        if not (await load_checkpoint(client[connection.db_name]))["position"]:
             return None
-    return await compared(connection, told=told)
+    return await compare_views(connection, on_progress=on_progress)
 
 
-async def rebuilt(connection: Connection, names: Collection[str] | None = None, *, told: Told) -> int:
+async def rebuild_views(
+    connection: Connection, names: Collection[str] | None = None, *, on_progress: ProgressCallback
+) -> int:
     """Make the views anew and put them in the place of the live ones; return at which position.
 
     Raises:
@@ -168,26 +179,26 @@ async def rebuilt(connection: Connection, names: Collection[str] | None = None, 
         LedgerUnavailable: the database failed.
     """
     async with _rebuilding(connection) as rebuild:
-        return await rebuild.run(_views(names), told=told)
+        return await rebuild.run(_views(names), on_progress=on_progress)
 
 
-async def tidied(connection: Connection) -> None:
+async def clear_shadow_views(connection: Connection) -> None:
     """Empty what a rebuild has left behind, as a projector does some time later.
 
     Raises:
         LedgerUnavailable: the database failed.
     """
     async with _rebuilding(connection) as rebuild:
-        await rebuild.tidy()
+        await rebuild.clear_shadow()
 
 
 def _views(names: Collection[str] | None) -> Collection[str]:
-    from jobledger.projections.engine.rebuild import NAMES
+    from jobledger.projections.engine.rebuild import VIEW_NAMES
 
     for name in names or ():
-        if name not in NAMES:
-            raise ConfigurationError(f"--view {name}: there is no such view; there are {', '.join(NAMES)}")
-    return names or NAMES
+        if name not in VIEW_NAMES:
+            raise ConfigurationError(f"--view {name}: there is no such view; there are {', '.join(VIEW_NAMES)}")
+    return names or VIEW_NAMES
 
 
 @asynccontextmanager
@@ -196,15 +207,15 @@ async def _rebuilding(connection: Connection) -> AsyncIterator[Rebuild]:
     from jobledger.projections.engine.projector import Projector
     from jobledger.projections.engine.rebuild import Rebuild
 
-    spare_the_collector()
+    tune_garbage_collector()
     async with connection.client() as client:
         db = client[connection.db_name]
-        log, changes, holder = EventLog(db), Changes(db), f"{socket.gethostname()}-{os.getpid()}"
+        log, changes, holder = EventStore(db), ChangeStream(db), f"{socket.gethostname()}-{os.getpid()}"
         rebuild = Rebuild(db, log, connection, holder=holder)
         await log.prepare()
         await Projector(db, log, connection, Checkpoint(db), holder=holder).prepare()
-        changes.listen(log)
-        changes.listen(rebuild.leadership)
+        changes.add_listener(log)
+        changes.add_listener(rebuild.leader_election)
         async with changes.running():
             try:
                 yield rebuild
@@ -212,65 +223,73 @@ async def _rebuilding(connection: Connection) -> AsyncIterator[Rebuild]:
                 await log.aclose()
 
 
-def told(verdict: Verdict) -> list[str]:
+def format_verification(verdict: VerificationResult) -> list[str]:
     """Return what came out, in lines for people."""
-    if verdict.wrong is not None:
-        wrong = f"The log is not what was written. First wrong: {verdict.wrong}."
+    if verdict.problem is not None:
+        wrong = f"The log is not what was written. First wrong: {verdict.problem}."
         return [wrong, f"{verdict.events} events before it are."]
-    if not verdict.events and not verdict.handed_out:
+    if not verdict.events and not verdict.last_reserved_position:
         return ["There are no events to verify."]
     lines = [
         f"{verdict.events} events up to position {verdict.position} are what was written "
         f"({verdict.voided} of them void positions)."
     ]
-    if verdict.handed_out:
+    if verdict.last_reserved_position:
         lines.append(
-            f"note: positions up to {verdict.handed_out} were handed out to writers, and the log ends at "
+            f"note: positions up to {verdict.last_reserved_position} were handed out to writers, and the log ends at "
             f"{verdict.position}. Either these writers died, or events at the end were removed."
         )
-    note = note_of(verdict)
+    note = format_digest(verdict)
     return lines if note is None else [*lines, f"To prove later that they still are, note: {note}"]
 
 
-def note_of(verdict: Verdict) -> str | None:
+def format_digest(verdict: VerificationResult) -> str | None:
     """Return what to keep elsewhere, for `--noted` of a later verification, if all was right from the beginning."""
-    if verdict.digest is None or verdict.wrong is not None or not verdict.events:
+    if verdict.digest is None or verdict.problem is not None or not verdict.events:
         return None
     return f"{verdict.position}:{verdict.digest.hex()}"
 
 
-def told_of_views(found: Compared) -> list[str]:
+def format_comparison(found: ViewComparison) -> list[str]:
     """Return what came of comparing the views, in lines for people."""
-    if not found.differences:
+    if not found.difference_count:
         return [f"The views say what the log says up to position {found.position}."]
     counts = ", ".join(f"{number} in {view}" for view, number in found.counts.items())
-    lines = [f"The views do not say what the log says: {found.differences} documents differ ({counts})."]
-    lines += [f"  {difference}" for difference in found.shown]
-    if found.differences > len(found.shown):
-        lines.append(f"  … and {found.differences - len(found.shown)} more")
+    lines = [f"The views do not say what the log says: {found.difference_count} documents differ ({counts})."]
+    lines += [f"  {difference}" for difference in found.first_differences]
+    if found.difference_count > len(found.first_differences):
+        lines.append(f"  … and {found.difference_count - len(found.first_differences)} more")
     return [*lines, "`jobledger replay` makes the views anew from the log."]
 
 
-def views_as_json(found: Compared) -> dict[str, object]:
+def comparison_to_json(found: ViewComparison) -> dict[str, object]:
     """Return what came of comparing the views, for programs: the first differences whole, all of them counted."""
     shown = [
-        {"view": it.view, "key": it.key, "fields": it.fields, "live": it.live is not None, "log": it.fresh is not None}
-        for it in found.shown
+        {
+            "view": it.view,
+            "key": it.key,
+            "fields": it.fields,
+            "live": it.actual is not None,
+            "log": it.expected is not None,
+        }
+        for it in found.first_differences
     ]
-    return {"position": found.position, "differences": found.differences, "by_view": found.counts, "shown": shown}
+    return {"position": found.position, "differences": found.difference_count, "by_view": found.counts, "shown": shown}
 
 
-def as_json(verdict: Verdict, views: Compared | None = None, files: FilesVerdict | None = None) -> dict[str, object]:
+def verification_to_json(
+    verdict: VerificationResult, views: ViewComparison | None = None, files: FileVerificationResult | None = None
+) -> dict[str, object]:
     """Return what came out, for programs."""
-    wrong = verdict.wrong
+    wrong = verdict.problem
     return {
         "events": verdict.events,
         "voided": verdict.voided,
         "position": verdict.position,
-        "noted": note_of(verdict),
-        "handed_out": verdict.handed_out or None,
+        "noted": format_digest(verdict),
+        "handed_out": verdict.last_reserved_position or None,
         "wrong": wrong
-        and {"position": wrong.position, "stream": wrong.stream, "version": wrong.version, "what": wrong.what},
-        "views": None if views is None else views_as_json(views),
-        "files": None if files is None else files_as_json(files),
+        and {"position": wrong.position, "stream": wrong.stream, "version": wrong.version, "what": wrong.description},
+        "views": None if views is None else comparison_to_json(views),
+        "files": None if files is None else file_verification_to_json(files),
     }

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from jobledger.ledger.domain.errors import JobledgerError
     from jobledger.ledger.subscriber import ledger_client
-    from jobledger.workers.processor import Job, Processor, ProcessorError, Results, SavedFile
+    from jobledger.workers.processor import JobContext, Processor, ProcessorError, Results, SavedFile
 
 __all__ = [
-    "Job",
+    "JobContext",
     "JobledgerError",
     "Processor",
     "ProcessorError",

@@ -1,5 +1,5 @@
 """Run the command line: `python -m jobledger`."""
 
-from jobledger.cli.main import command
+from jobledger.cli.main import main
 
-command()
+main()

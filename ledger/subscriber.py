@@ -25,10 +25,10 @@ import structlog
 from pymongo import timeout
 
 from jobledger.ledger.domain.errors import ConfigurationError, JobledgerError, LedgerUnavailable
-from jobledger.ledger.domain.events import EVENT_TYPES, Event, Recorded
-from jobledger.ledger.mongo.connection import MAJORITY, Connection, Database, check_server, driver_errors
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.event_store import LARGEST_POSITION, EventLog, Read, Subscription
+from jobledger.ledger.domain.events import EVENT_TYPES, Event, RecordedEvent
+from jobledger.ledger.mongo.connection import MAJORITY, Connection, Database, check_server, translate_errors
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.event_store import MAX_POSITION, EventStore, ReadPosition, Subscription
 
 _log = structlog.get_logger()
 SUBSCRIPTIONS = "subscriptions"
@@ -38,7 +38,7 @@ _LAST_SAVE_SECONDS = 5.0
 _DB_NAME = re.compile("[A-Za-z0-9_-]{1,63}")
 
 
-class SubscriptionTaken(JobledgerError):
+class SubscriptionTakenOver(JobledgerError):
     """Another process has begun to use the subscription of this name; only the newest may go on."""
 
 
@@ -56,7 +56,7 @@ def ledger_client(uri: str, *, db_name: str = "event_processing", connect_timeou
 @dataclass(frozen=True, slots=True)
 class _Opened:
     db: Database
-    log: EventLog
+    log: EventStore
     following: asyncio.Task[None]
 
 
@@ -71,13 +71,13 @@ class LedgerClient:
         self._opened: _Opened | None = None
 
     @asynccontextmanager
-    async def subscription(
+    async def subscribe(
         self,
         name: str | None = None,
         *,
         after: int | None = None,
         types: Collection[type[Event] | str] | None = None,
-    ) -> AsyncIterator[Events]:
+    ) -> AsyncIterator[SubscriptionEvents]:
         """Subscribe to every event behind a position, in order, none missing: history first, then live, for ever.
 
         Without `name` it begins after `after` (0, the beginning of the log). With a name it goes on where the
@@ -92,13 +92,13 @@ class LedgerClient:
         wanted, begin = _types_of(types), _position_of(after)
         _check_name(name)
         async with self._connected() as opened:
-            place = Place(opened.db, name) if name is not None else None
+            place = SubscriptionCursor(opened.db, name) if name is not None else None
             if place is not None:
-                read = await place.take(first=begin)
-                await opened.log.require(read, f"the subscription {name!r}")
+                read = await place.acquire(initial_position=begin)
+                await opened.log.check_not_truncated(read, f"the subscription {name!r}")
                 begin = read.position
-            async with opened.log.subscription(after=begin) as subscription:
-                events = Events(opened.log, subscription, wanted, place, opened.following)
+            async with opened.log.subscribe(after=begin) as subscription:
+                events = SubscriptionEvents(opened.log, subscription, wanted, place, opened.following)
                 finished = False
                 try:
                     yield events
@@ -128,15 +128,15 @@ class LedgerClient:
 async def _open(connection: Connection) -> AsyncIterator[_Opened]:
     async with connection.client() as client:
         db = client[connection.db_name]
-        await check_server(db, writing=False)
-        log, changes = EventLog(db), Changes(db)
-        changes.listen(log)
+        await check_server(db, needs_write=False)
+        log, changes = EventStore(db), ChangeStream(db)
+        changes.add_listener(log)
         async with changes.running() as following:
             yield _Opened(db, log, following)
             await log.aclose()
 
 
-class Place:
+class SubscriptionCursor:
     """How far a named subscription is, in the database. The newest holder owns it; others find out when they save."""
 
     def __init__(self, db: Database, name: str) -> None:
@@ -144,18 +144,18 @@ class Place:
         self._name = name
         self._holder = uuid4().hex
 
-    async def take(self, *, first: int) -> Read:
+    async def acquire(self, *, initial_position: int) -> ReadPosition:
         """Make it ours, and return where to go on: at `first` if it is new."""
-        with driver_errors(f"opening the subscription {self._name}"):
+        with translate_errors(f"opening the subscription {self._name}"):
             place = await self._places.find_one_and_update(
                 {"_id": self._name},
-                [{"$set": {"holder": self._holder, "position": {"$ifNull": ["$position", first]}}}],
+                [{"$set": {"holder": self._holder, "position": {"$ifNull": ["$position", initial_position]}}}],
                 upsert=True,
                 return_document=True,
             )
-        return Read.of(place) if place else Read(first)
+        return ReadPosition.from_document(place) if place else ReadPosition(initial_position)
 
-    async def save(self, done: Read) -> None:
+    async def save(self, done: ReadPosition) -> None:
         """Write down that everything up to a position is done.
 
         Raises:
@@ -167,21 +167,21 @@ class Place:
             "hash": {"$cond": [moved, done.hash, "$hash"]},
             "saved_at": "$$NOW",
         }
-        with driver_errors(f"saving the position of the subscription {self._name}"):
+        with translate_errors(f"saving the position of the subscription {self._name}"):
             saved = await self._places.update_one({"_id": self._name, "holder": self._holder}, [{"$set": changes}])
         if not saved.matched_count:
-            raise SubscriptionTaken(f"The subscription {self._name!r} was taken over by another process.")
+            raise SubscriptionTakenOver(f"The subscription {self._name!r} was taken over by another process.")
 
 
-class Events:
+class SubscriptionEvents:
     """The events of a subscription: iterate. Leaving the block counts the last one as done, unless by an error."""
 
     def __init__(
         self,
-        log: EventLog,
+        log: EventStore,
         subscription: Subscription,
         types: frozenset[str] | None,
-        place: Place | None,
+        place: SubscriptionCursor | None,
         following: asyncio.Task[None],
     ) -> None:
         self._log = log
@@ -189,8 +189,8 @@ class Events:
         self._types = types
         self._place = place
         self._following = following
-        self._reading: asyncio.Task[list[Recorded]] | None = None
-        self._waiting: deque[Recorded] = deque()
+        self._reading: asyncio.Task[list[RecordedEvent]] | None = None
+        self._waiting: deque[RecordedEvent] = deque()
         self._received = self._done = self._saved = subscription.position
         self._saving = asyncio.Lock()
         self._saver: asyncio.Task[None] | None = None
@@ -204,7 +204,7 @@ class Events:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Recorded:
+    async def __anext__(self) -> RecordedEvent:
         """Return the next event; the one before is done. Whoever gives up waiting may come back and misses nothing.
 
         Raises:
@@ -228,7 +228,7 @@ class Events:
         async with self._saving:
             if self._place is not None and self._done > self._saved:
                 done = self._done
-                await self._place.save(Read(done, await self._log.hash_at(done)))
+                await self._place.save(ReadPosition(done, await self._log.hash_at(done)))
                 self._saved = done
 
     def _count_as_done(self) -> None:
@@ -250,7 +250,7 @@ class Events:
     async def _receive(self) -> None:
         """Wait for events, or for what ends the subscription. The reading goes on when the caller gives up."""
         if self._reading is None:
-            self._reading = asyncio.create_task(self._subscription.chunk(), name="read-subscription")
+            self._reading = asyncio.create_task(self._subscription.next_chunk(), name="read-subscription")
         watched = {self._reading, self._following} | ({self._saver} if self._saver is not None else set())
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         for task in (self._following, self._saver):
@@ -279,7 +279,7 @@ class Events:
         try:
             with timeout(_LAST_SAVE_SECONDS):
                 await self.save()
-        except (LedgerUnavailable, SubscriptionTaken) as error:
+        except (LedgerUnavailable, SubscriptionTakenOver) as error:
             _log.warning("the position of a subscription is not saved", error=str(error))
 
 
@@ -308,6 +308,6 @@ def _check_name(name: Any) -> None:
 def _position_of(after: Any) -> int:
     if after is None:
         return 0
-    if not isinstance(after, int) or isinstance(after, bool) or not 0 <= after <= LARGEST_POSITION:
+    if not isinstance(after, int) or isinstance(after, bool) or not 0 <= after <= MAX_POSITION:
         raise ValueError(f"after is a position, from 0 for the beginning of the log, not {after!r}")
     return after

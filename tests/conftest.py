@@ -15,14 +15,14 @@ import pytest
 from pymongo import MongoClient
 
 from tests.support import soak
-from tests.support.mongod import NoMongoDB, mongodb_for_tests
+from tests.support.mongod import MongoDBUnavailable, provide_mongodb
 
-MEMORY = Path("/dev/shm")
+TMPFS = Path("/dev/shm")
 """Where the data of the common server lies if it can: tests that kill a server have one of their own, on a disk."""
 IN_CI = os.environ.get("CI", "").lower() == "true"
 # A skip for one of these reasons means that the machine lacks something; in CI that is a hole in the net.
-MISSING = ("not installed", "not found", "missing", "could not import")
-OPTIONAL = "optional lane:"
+MISSING_TOOL_PHRASES = ("not installed", "not found", "missing", "could not import")
+OPTIONAL_PHRASE = "optional lane:"
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +31,10 @@ def mongodb_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         with ExitStack() as stack:
             directory = tmp_path_factory.mktemp("mongod")
-            if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * 2**30:
-                directory = Path(stack.enter_context(TemporaryDirectory(prefix="jobledger-mongod-", dir=MEMORY)))
-            yield stack.enter_context(mongodb_for_tests(directory))
-    except NoMongoDB as error:
+            if TMPFS.is_dir() and shutil.disk_usage(TMPFS).free > 4 * 2**30:
+                directory = Path(stack.enter_context(TemporaryDirectory(prefix="jobledger-mongod-", dir=TMPFS)))
+            yield stack.enter_context(provide_mongodb(directory))
+    except MongoDBUnavailable as error:
         if IN_CI:
             pytest.fail(f"CI runs every test, and this machine has no MongoDB: {error}", pytrace=False)
         pytest.skip(f"no MongoDB on this machine: {error}")
@@ -55,7 +55,7 @@ def db_name(mongodb_client: MongoClient[dict[str, Any]]) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _ordinary_priority() -> Iterator[None]:
+def _check_scheduler_priority() -> Iterator[None]:
     """Fail when a test has left real-time priority behind: all later tests would run against starved servers."""
     yield
     assert os.sched_getscheduler(0) == os.SCHED_OTHER, "a library has given this process real-time priority"
@@ -72,7 +72,7 @@ if soak.SEED:  # what `make soak` adds: another order, other delays
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-        items[:] = soak.shuffled(items, soak.SEED)
+        items[:] = soak.shuffle_tests(items, soak.SEED)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -102,5 +102,5 @@ def _skipped_for_want_of_a_tool(config: pytest.Config) -> list[str]:
     return [
         f"{test}: {reason}"
         for test, reason in reasons
-        if OPTIONAL not in reason and any(word in reason.lower() for word in MISSING)
+        if OPTIONAL_PHRASE not in reason and any(word in reason.lower() for word in MISSING_TOOL_PHRASES)
     ]

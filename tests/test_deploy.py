@@ -86,7 +86,7 @@ def test_the_settings_that_go_with_the_units_keep_files_where_these_may_write(tm
 def test_a_unit_is_started_again_over_anything_but_a_wrong_setting() -> None:
     for unit in UNITS:
         text = unit.read_text(encoding="utf-8")
-        assert f"\nRestartPreventExitStatus={main.USAGE}\n" in text
+        assert f"\nRestartPreventExitStatus={main.EXIT_USAGE}\n" in text
         assert "\nStartLimitIntervalSec=0\n" in text
 
 

@@ -28,17 +28,17 @@ from jobledger.cli.settings import read_settings
 from jobledger.ledger.domain.commands import ClaimJob, CompleteJob
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import find_mongod
-from jobledger.ledger.mongo.embedded_lock import until
-from jobledger.ledger.store.command_handler import handle
-from jobledger.workers.processors.session.markdown import compose_markdown
-from tests.processors.session.support import html, serving, session
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.store.command_handler import handle_command
+from jobledger.workers.processors.session.markdown import render_document
+from tests.processors.session.support import html, make_parameters, serve_site
 from tests.processors.session.test_markdown import material, page
 from tests.support import references
 from tests.support.examples import NOON, RESULTS
 from tests.support.installation import COMMAND, Installation
-from tests.support.ledgers import META, Ledger, ledger_on
+from tests.support.ledgers import EVENT_METADATA, Ledger, open_ledger
 from tests.support.mongod import needs_local_mongod
-from tests.support.replica_set import die_with, free_port
+from tests.support.replica_set import exit_with_parent, free_port
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -75,11 +75,13 @@ async def next_of(lines: Queue[str]) -> str:
 
 
 async def finish_a_job(ledger: Ledger) -> str:
-    submitted = await ledger.submit()
+    submitted = await ledger.submit_job()
     stream = submitted.events[0].stream
-    claimed = await handle(ledger.log, stream, ClaimJob("worker-1", NOON), meta=META, known=submitted.known)
+    claimed = await handle_command(
+        ledger.event_store, stream, ClaimJob("worker-1", NOON), meta=EVENT_METADATA, stream_state=submitted.stream_state
+    )
     completed = CompleteJob("worker-1", 1, RESULTS)
-    await handle(ledger.log, stream, completed, meta=META, known=claimed.known)
+    await handle_command(ledger.event_store, stream, completed, meta=EVENT_METADATA, stream_state=claimed.stream_state)
     return stream
 
 
@@ -89,7 +91,7 @@ async def test_the_program_that_follows_the_log_does_so_and_goes_on_where_it_was
     connection = Connection(mongodb_uri, db_name)
     [text] = blocks(DOCS / "how-to" / "follow-the-log.md", "python")
     text = text.replace("ledger_client(uri)", f"ledger_client(uri, db_name={connection.db_name!r})")
-    async with ledger_on(connection, live=False) as ledger:
+    async with open_ledger(connection, with_change_stream=False) as ledger:
         first = await finish_a_job(ledger)
         with program(text, tmp_path / "follow.py", connection.uri) as lines:
             assert first in await next_of(lines)
@@ -117,7 +119,7 @@ def reader(mongodb_uri: str, db_name: str, directory: Path, settings: dict[str, 
 
 def typed(installation: Installation, *texts: str) -> str:
     """Have a shell carry out what a document shows; what answers at 5001 there, answers at another port here."""
-    url = installation.roles[-1].url if installation.roles else "http://127.0.0.1:1"
+    url = installation.commands[-1].url if installation.commands else "http://127.0.0.1:1"
     ended = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(texts).replace("http://127.0.0.1:5001", url)],
         cwd=installation.directory,
@@ -135,7 +137,7 @@ def typed(installation: Installation, *texts: str) -> str:
 def test_an_api_key_is_made_used_and_revoked_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     with reader(mongodb_uri, db_name, tmp_path, KEYS) as installation:
         for role in ("projector", "worker", "api"):
-            installation.start(role).ready()
+            installation.start(role).wait_until_ready()
         # The API hears of keys by the change stream: at once, but perhaps not before the very next request.
         heard, gone = f"until {ASK} > /dev/null; do :; done", f"while {ASK}; do :; done"
         said = typed(installation, MAKE_KEY, heard, USE_KEY, END_SESSIONS, REVOKE_KEY, gone)
@@ -153,7 +155,7 @@ def test_a_token_is_issued_and_accepted_as_the_how_to_says(mongodb_uri: str, db_
     (tmp_path / "issue.py").write_text(issue)
     with reader(mongodb_uri, db_name, tmp_path, SHARED_SECRET) as installation:
         typed(installation, MAKE_SECRET)
-        installation.start("api").ready()
+        installation.start("api").wait_until_ready()
         said = typed(installation, f"JOBLEDGER_KEY=$({sys.executable} issue.py)", ASK)
     assert '"total":0' in said
 
@@ -161,7 +163,7 @@ def test_a_token_is_issued_and_accepted_as_the_how_to_says(mongodb_uri: str, db_
 @needs_curl
 def test_a_proxys_word_is_taken_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     with reader(mongodb_uri, db_name, tmp_path, PROXY) as installation:
-        installation.start("api").ready()
+        installation.start("api").wait_until_ready()
         assert '"total":0' in typed(installation, USE_PROXY)
     [nginx] = blocks(SIGN_IN, "nginx")
     for header in ("user_header", "groups_header"):
@@ -184,10 +186,10 @@ def test_work_is_looked_at_stopped_and_gone_on_with_as_the_how_to_says(
     batch = {"jobs": [failing, failing, {**failing, "not_before": "2099-01-01T00:00:00Z"}]}
     with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
-            installation.start(role).ready()
-        url = installation.roles[-1].url
+            installation.start(role).wait_until_ready()
+        url = installation.commands[-1].url
         batch_id = installation.run("submit", "-", stdin=json.dumps(batch), JOBLEDGER_URL=url).out.split(":")[0]
-        assert until(lambda: "2 failed" in typed(installation, f"jobledger batches show {batch_id}"), 20)
+        assert wait_until(lambda: "2 failed" in typed(installation, f"jobledger batches show {batch_id}"), 20)
         [waiting] = typed(installation, "jobledger jobs list --status pending --ids").split()
         ids = f"BATCH={batch_id} JOB={waiting}"
         said = typed(installation, ids, looking, showing)
@@ -199,7 +201,9 @@ def test_work_is_looked_at_stopped_and_gone_on_with_as_the_how_to_says(
         assert f"{waiting} is cancelled\n" in said
         assert f"{waiting} is pending\n" in said
         assert re.search(rf"{batch_id}: [23] of 3 jobs changed\n", said), "the third may have failed again by now"
-        assert until(lambda: typed(installation, "jobledger jobs list --status failed --ids").count("job-") == 3, 20)
+        assert wait_until(
+            lambda: typed(installation, "jobledger jobs list --status failed --ids").count("job-") == 3, 20
+        )
         said = typed(installation, many.replace("FETCH_FAILED", "ECHO_FAILED"))
         assert len(re.findall(r"job-\w+ is pending", said)) == 3
 
@@ -217,8 +221,8 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
     settings["webhooks"] |= {"allow_private": ["127.0.0.1"], "sink": True, "schedule_seconds": [0]}
     with reader(mongodb_uri, db_name, tmp_path, settings) as installation:
         for role in ("projector", "worker", "webhooks", "api"):
-            installation.start(role).ready()
-        sink = f"{installation.roles[-1].url}/api/events/test-webhook-callback"
+            installation.start(role).wait_until_ready()
+        sink = f"{installation.commands[-1].url}/api/events/test-webhook-callback"
         answer = json.loads(typed(installation, submit.replace("https://cms.example.org/hooks/jobledger", sink)))
         assert json.loads(created).keys() <= answer.keys()
         [endpoint] = answer["webhook_secrets"]
@@ -230,7 +234,7 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
             delivered[:] = json.loads(shown)
             return bool(delivered)
 
-        until(told, 30)
+        wait_until(told, 30)
         [delivery] = delivered
         received = json.loads(typed(installation, f"curl -s {sink}"))["received"][0]
         body = json.loads(received["body"])
@@ -283,15 +287,15 @@ def test_a_job_type_of_ones_own_is_made_as_the_how_to_says(mongodb_uri: str, db_
         check=True,
         capture_output=True,
     )
-    with serving() as site, reader(mongodb_uri, db_name, home, {}) as installation:
+    with serve_site() as site, reader(mongodb_uri, db_name, home, {}) as installation:
         site.put("/", html("<p>Four words and more</p>"))
         path = {"PYTHONPATH": str(tmp_path / "installed")}
         for role in ("projector", "worker", "api"):
-            installation.start(role, **path).ready()
+            installation.start(role, **path).wait_until_ready()
         said = typed(installation, submit.replace("http://127.0.0.1:8000/", site.url("/")))
         assert "completed" in said
         wrong = installation.run(
-            *("submit", "-", "--job-type", "wordcount"), stdin='{"uri": 1}', JOBLEDGER_URL=installation.roles[-1].url
+            *("submit", "-", "--job-type", "wordcount"), stdin='{"uri": 1}', JOBLEDGER_URL=installation.commands[-1].url
         )
         assert wrong.exit_code != 0
         assert "url" in wrong.err
@@ -315,10 +319,10 @@ def test_a_template_has_everything_that_the_how_to_names() -> None:
     named = re.findall(r"^\| `([a-z_]+)` \|", SESSIONS.read_text(encoding="utf-8"), re.MULTILINE)
     names = [name for name in named if name not in ("compose", "markdown")]  # those are steps
     assert {"front_matter", "session", "labels", "warnings"} <= set(names)
-    rendered = compose_markdown(
-        session=session(),
+    rendered = render_document(
+        session=make_parameters(),
         job_id="job-1",
-        material=material(session(), page(), None, None),
+        content=material(make_parameters(), page(), None, None),
         warnings=["Alas"],
         template="".join(f"{{{{ {name} }}}}" for name in names),
     )
@@ -334,9 +338,9 @@ def test_the_log_is_followed_told_proved_and_replayed_as_the_how_to_says(
     follow, show, verify, verify_files, replay, back = blocks(DOCS / "how-to" / "audit.md", "sh")
     with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
-            installation.start(role).ready()
+            installation.start(role).wait_until_ready()
         sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
-        url = installation.roles[-1].url
+        url = installation.commands[-1].url
         assert installation.run("submit", "-", "--wait", "--url", url, stdin=sessions).exit_code == 0
         listed = json.loads(typed(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
         job = f"JOB={listed['jobs'][0]['job_id']}"
@@ -357,8 +361,8 @@ def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, d
     whole, increment, restore, *_ = blocks(DOCS / "how-to" / "backup.md", "sh")
     with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "worker", "api"):
-            installation.start(role).ready()
-        url = installation.roles[-1].url
+            installation.start(role).wait_until_ready()
+        url = installation.commands[-1].url
         sessions = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}] * 3)
         made = {"to": 0}
         for part in (whole, increment):
@@ -377,12 +381,12 @@ def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, d
 def test_a_copied_directory_is_a_complete_installation_as_the_how_to_says(tmp_path: Path) -> None:
     copy = blocks(DOCS / "how-to" / "backup.md", "sh")[-1]
     with Installation(tmp_path) as installation:
-        up = installation.up()
+        up = installation.start_up_command()
         job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
         assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
         assert up.stop().exit_code == 0
         typed(installation, copy)
-        again = installation.start("up", JOBLEDGER_MONGODB__DATA_DIR="backup-of-data").ready()
+        again = installation.start("up", JOBLEDGER_MONGODB__DATA_DIR="backup-of-data").wait_until_ready()
         listed = json.loads(typed(installation, "curl -s $JOBLEDGER_URL/api/events/jobs"))
         assert [job["status"] for job in listed["jobs"]] == ["completed"]
         assert again.stop().exit_code == 0
@@ -395,7 +399,7 @@ def test_a_session_is_submitted_as_the_readme_shows(mongodb_uri: str, db_name: s
     assert (demo, tests, up) == ("make demo\n", "make test\n", ".venv/bin/jobledger up\n")
     with reader(mongodb_uri, db_name, tmp_path, {}) as installation:
         for role in ("projector", "api"):
-            installation.start(role).ready()
+            installation.start(role).wait_until_ready()
         answer = json.loads(typed(installation, submit.replace("curl ", "curl -s ", 1)))
         job = json.loads(typed(installation, f"curl -s $JOBLEDGER_URL/api/events/jobs/{answer['job_id']}"))["job"]
     assert job["parameters"]["session"] == "Welcome"
@@ -474,14 +478,14 @@ def test_three_servers_become_a_replica_set_whose_rights_are_given_as_the_how_to
             command = [str(find_mongod()), "--config", str(tmp_path / "mongod.conf"), "--dbpath", str(data)]
             command += ["--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket", "--oplogSize", "256"]
             output = (tmp_path / f"db{number}.log").open("wb")
-            servers.append(subprocess.Popen(command, stdout=output, preexec_fn=lambda: die_with(parent)))
+            servers.append(subprocess.Popen(command, stdout=output, preexec_fn=lambda: exit_with_parent(parent)))
             output.close()
             initiate = initiate.replace(f"db{number}.example.org:27017", f"127.0.0.1:{port}")
         assert "example.org" not in initiate
         with MongoClient[Document](f"127.0.0.1:{ports[0]}", directConnection=True) as first:
             first.admin.command("ping")  # it answers
             mongosh(ports[0], initiate)
-            assert until(lambda: first.admin.command("hello").get("isWritablePrimary", False), 30)
+            assert wait_until(lambda: first.admin.command("hello").get("isWritablePrimary", False), 30)
             uri = f"mongodb://127.0.0.1:{ports[0]}/?replicaSet=rs0"
             config = tmp_path / "config.yaml"
             config.write_text(f"mongodb: {{uri: '{uri}'}}\nresults: {{store: {tmp_path / 'results'}}}\n")
@@ -527,9 +531,9 @@ def test_prometheus_takes_the_settings_and_the_alert_rules_of_the_how_to(tmp_pat
     assert said().returncode != 0
 
 
-@pytest.mark.parametrize("document", references.MADE, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", references.GENERATED_FILES, ids=lambda path: path.name)
 def test_the_reference_is_what_the_program_says(document: Path) -> None:
-    assert document.read_text(encoding="utf-8") == references.MADE[document](), "make reference"
+    assert document.read_text(encoding="utf-8") == references.GENERATED_FILES[document](), "make reference"
 
 
 @needs_curl
@@ -539,7 +543,7 @@ def test_the_tutorial_is_what_happens(tmp_path: Path) -> None:
     parts = blocks(DOCS / "tutorial.md", "sh")
     with Installation(tmp_path, api={"port": 0}) as installation, socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    installation.configure(api={"port": port})
+    installation.write_config(api={"port": port})
     text = "\n".join(parts).replace("127.0.0.1:5001", f"127.0.0.1:{port}")
     env = {
         **installation.env,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.installation import Installation
-from tests.support.rarely import rarely
+from tests.support.rarely import soak_only
 
 WATCHED_SECONDS = 6
 LEASE_SECONDS = 3.0
@@ -75,7 +75,7 @@ asyncio.run(main(float(sys.argv[1]), sys.argv[2].split(",")))
 """
 
 
-@pytest.mark.parametrize("roles", ["api,projector,worker", pytest.param("worker", marks=rarely)])
+@pytest.mark.parametrize("roles", ["api,projector,worker", pytest.param("worker", marks=soak_only)])
 def test_an_idle_process_sends_nothing_but_heartbeats(
     mongodb_uri: str, db_name: str, tmp_path: Path, roles: str
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -29,9 +30,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The environment's own site-packages directory has the wheel only.
     """
     base = tmp_path_factory.mktemp("package")
+    source = base / "source"  # a build leaves files behind, and would take those of an earlier one
+    for name in ("jobledger", "ledger", "projections", "workers", "api", "cli"):
+        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
     built = run(
         *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
-        *("--disable-pip-version-check", "--wheel-dir", base / "wheel", REPOSITORY),
+        *("--disable-pip-version-check", "--wheel-dir", base / "wheel", source),
         directory=base,
     )
     assert built.returncode == 0, built.stderr

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def test_soak_runs_the_files_that_the_fault_matrix_names() -> None:
     matrix = (ROOT / "docs/fault-matrix.md").read_text(encoding="utf-8")
     rows = [line for line in matrix.splitlines() if line.startswith("| ") and "tests/" in line]
-    found = set(soak.files())
+    found = set(soak.list_soak_files())
     assert len(rows) > 80
     for row in rows:
         assert any(f"`{path}`" in row for path in found), row
@@ -30,7 +30,7 @@ def test_soak_runs_the_files_that_the_fault_matrix_names() -> None:
 
 def test_shuffled_order_depends_on_the_seed_alone_and_keeps_modules_together() -> None:
     items: list[Any] = [SimpleNamespace(nodeid=f"tests/{module}.py::{n}") for module in "abc" for n in range(5)]
-    orders = [[it.nodeid for it in soak.shuffled(items, seed)] for seed in ("1", "1", "2")]
+    orders = [[it.nodeid for it in soak.shuffle_tests(items, seed)] for seed in ("1", "1", "2")]
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
         assert sorted(order) == sorted(it.nodeid for it in items)
@@ -54,10 +54,10 @@ async def test_delayed_calls_are_passed_on_and_their_delays_depend_on_the_seed(
     found = []
     for _ in range(2):
         with monkeypatch.context() as patch:
-            for name in soak.DELAYED:
+            for name in soak.DELAYED_METHODS:
                 patch.setattr(AsyncCollection, name, called)
             soak.delay_database_calls(patch, "7")
-            for name in soak.DELAYED * 20:
+            for name in soak.DELAYED_METHODS * 20:
                 assert await getattr(AsyncCollection, name)(1, two=2) == ((1,), {"two": 2})
         found.append(delays.copy())
         delays.clear()

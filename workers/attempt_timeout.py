@@ -7,23 +7,23 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-USUAL_SECONDS: Final = 1.0
+PAUSE_AFTER_SECONDS: Final = 1.0
 """How long a request to the database or the store may take before the clock stops. It goes on when the answer is there.
 
 Shorter requests count as work, so a processor that does nothing but send requests comes to its time limit, too.
 """
 
 
-class TimeLimit:
+class AttemptTimeout:
     """A clock that can be paused, and calls `expired` once when the time is used up. Use it within one event loop."""
 
-    def __init__(self, seconds: float, expired: Callable[[], None]) -> None:
+    def __init__(self, seconds: float, on_expired: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._left = seconds
-        self._expired = expired
+        self._expired = on_expired
         self._pauses = 0
         self._resumed_at = self._loop.time()
-        self._timer: asyncio.TimerHandle | None = self._loop.call_later(seconds, expired)
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(seconds, on_expired)
 
     def stop(self) -> None:
         """Stop for good: the work is done."""
@@ -33,7 +33,7 @@ class TimeLimit:
         self._pauses += 1
 
     @asynccontextmanager
-    async def waiting(self) -> AsyncIterator[None]:
+    async def pause_while_waiting(self) -> AsyncIterator[None]:
         """Within the block the worker waits for the database or the store. If that takes long, the clock is paused."""
         paused = False
 
@@ -42,7 +42,7 @@ class TimeLimit:
             paused = True
             self._pause()
 
-        timer = self._loop.call_later(USUAL_SECONDS, pause)
+        timer = self._loop.call_later(PAUSE_AFTER_SECONDS, pause)
         try:
             yield
         finally:

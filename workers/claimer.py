@@ -23,81 +23,81 @@ from typing import Any, Final, NamedTuple, TypeVar
 from zlib import crc32
 
 from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.store.command_handler import Known, load_all
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.command_handler import StreamState, load_stream_states
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.views import queue
 
-CLAIMABLE: Final = frozenset(
+CLAIMABLE_EVENT_TYPES: Final = frozenset(
     {"JobSubmitted", "JobAttemptFailed", "JobLeaseExpired", "JobReleased", "JobRestarted", "JobUpdated"}
     | {"BatchResumed", "BatchDeleted"}
 )
 """The types of events after which a job may be claimable that was not before."""
-HEARD: Final = CLAIMABLE | {"JobClaimed", "BatchPaused"}
+CLAIMER_EVENT_TYPES: Final = CLAIMABLE_EVENT_TYPES | {"JobClaimed", "BatchPaused"}
 _RANK_SECONDS: Final = 0.01
-_LONGEST_RANK_SECONDS: Final = 0.25
+_MAX_RANK_SECONDS: Final = 0.25
 """How long a moment is: longer than a claim takes to be heard of, which each worker sees for itself, within bounds."""
-_RANKS: Final = 5  # who comes later does not wait longer
-_PATIENCE_SECONDS: Final = 0.25
+_MAX_RANKS: Final = 5  # who comes later does not wait longer
+_DEFER_SECONDS: Final = 0.25
 """So long a job in the queue is left to those who come first, and longer while any of them is claiming."""
 _CLAIMING_SECONDS: Final = 1.0
 """Who has claimed something within this time may have a hundred jobs at hand and not yet have come to this one: on a
 busy machine a third of a second passes between a worker's claims, and each of those taken from it is a lost race."""
-_CORRECTED_SECONDS: Final = 0.1
+_CLOCK_RETRY_SECONDS: Final = 0.1
 _ROWS: Final = 500
-_MOST_ROWS: Final = 2000
+_MAX_ROWS: Final = 2000
 """How many rows are read at once, for each worker; their streams are loaded when they are taken. Few large looks: each
 passes over the rows that were deleted lately, which the database keeps for a while where the oldest jobs stand."""
-_GOOD_FOR_SECONDS: Final = 2.0
-_GOOD_WITH_NEWS_SECONDS: Final = 0.1
+_ROWS_TTL_SECONDS: Final = 2.0
+_CHANGED_ROWS_TTL_SECONDS: Final = 0.1
 """After so long the rows of a look are forgotten; sooner if something has come since, which may be more urgent; and at
 once if a worker has come or gone, for that changes the ranks."""
 
 
-def before(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
+def list_higher_ranked(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
     """Return the workers that come before this one for a job, in any order. Every worker finds the same ranks."""
     seed = crc32(job_id.encode())
     mine = crc32(worker_id.encode(), seed)
     return [other for other in workers if crc32(other.encode(), seed) > mine]
 
 
-class Moment:
+class ClaimDelay:
     """How long to leave a fresh job to those who come before us: half as long again as their claims took lately."""
 
     def __init__(self) -> None:
         self.seconds = _RANK_SECONDS
         self._since: dict[str, tuple[float, str]] = {}
 
-    def begins(self, job_id: str, first: str) -> None:
+    def start_timing(self, job_id: str, first: str) -> None:
         """We have heard of a job, and leave it to `first`."""
         if len(self._since) >= _ROWS:  # never claimed, or by others
             self._since.clear()
         self._since[job_id] = time.monotonic(), first
 
-    def ends(self, job_id: str, worker_id: str) -> None:
+    def record_claim(self, job_id: str, worker_id: str) -> None:
         """The job was claimed: if by whom it was left to, that took as long as claims take now."""
         since, first = self._since.pop(job_id, (0.0, ""))
         if worker_id == first:
             took = 1.5 * (time.monotonic() - since)
             # Longer ones count at once, and are forgotten slowly: a claim too many costs more than a moment.
-            self.seconds = min(max(took, 0.95 * self.seconds, _RANK_SECONDS), _LONGEST_RANK_SECONDS)
+            self.seconds = min(max(took, 0.95 * self.seconds, _RANK_SECONDS), _MAX_RANK_SECONDS)
 
 
-class Waiting(NamedTuple):
+class ClaimCandidate(NamedTuple):
     """A job that waits, as far as it is known."""
 
     job_id: str
-    known: Known
+    stream_state: StreamState
     job_type: str
     batch_id: str | None
 
 
-_Job = TypeVar("_Job", Waiting, queue.Row)
+_Job = TypeVar("_Job", ClaimCandidate, queue.QueueEntry)
 
 
-class Claims:
+class ClaimQueue:
     """What one worker knows of jobs that wait.
 
     `slots` is how many jobs may be run, `room` how many more of a type now; `alive` are the workers, `claiming` the
@@ -106,48 +106,48 @@ class Claims:
 
     def __init__(
         self,
-        log: EventLog,
+        log: EventStore,
         checkpoint: Checkpoint,
         *,
         job_types: Collection[str],
         slots: int,
-        alive: Callable[[], Collection[str]],
-        room: Callable[[str], int],
-        claiming: Callable[[], Collection[str]],
+        eligible_workers: Callable[[], Collection[str]],
+        free_slots: Callable[[str], int],
+        pending_claims: Callable[[], Collection[str]],
         wake: Callable[[], None],
     ) -> None:
         self._log = log
         self._checkpoint = checkpoint
         self._job_types = job_types
         self._slots = slots
-        self._alive = alive
-        self._room = room
-        self._claiming = claiming
+        self._alive = eligible_workers
+        self._room = free_slots
+        self._claiming = pending_claims
         self._wake = wake
         self.worker_id = ""
-        self._fresh: dict[str, Waiting] = {}
-        self._in_turn: dict[str, asyncio.TimerHandle] = {}
-        self._moment = Moment()
-        self._rows: deque[queue.Row] = deque()
-        self._known: dict[str, Known | UnreadableEvent] = {}
-        self._rows_until = 0.0
-        self._rows_among: frozenset[str] = frozenset()
-        self._more = True
-        self._news = 0
-        self._heard = 0
-        self._looked = 0
-        self._taken: dict[str, int] = {}
-        self._left: set[str] = set()
+        self._fresh: dict[str, ClaimCandidate] = {}
+        self._delayed: dict[str, asyncio.TimerHandle] = {}
+        self._claim_delay = ClaimDelay()
+        self._rows: deque[queue.QueueEntry] = deque()
+        self._loaded_states: dict[str, StreamState | UnreadableEvent] = {}
+        self._rows_expire_at = 0.0
+        self._rows_workers: frozenset[str] = frozenset()
+        self._may_have_more = True
+        self._change_count = 0
+        self._relevant_position = 0
+        self._queried_position = 0
+        self._claimed_positions: dict[str, int] = {}
+        self._skipped: set[str] = set()
         self._paused: dict[str, int] = {}
-        self._passed: dict[str, float] = {}
+        self._deferred_since: dict[str, float] = {}
         self._claimed_at: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._corrected: asyncio.TimerHandle | None = None
-        checkpoint.on_move(self._views_moved)
+        self._clock_retry_timer: asyncio.TimerHandle | None = None
+        checkpoint.add_listener(self._on_views_advanced)
 
     def close(self) -> None:
         """Set no more timers."""
-        for timer in (self._timer, self._corrected, *self._in_turn.values()):
+        for timer in (self._timer, self._clock_retry_timer, *self._delayed.values()):
             if timer is not None:
                 timer.cancel()
 
@@ -155,100 +155,102 @@ class Claims:
 
     def resync(self, head: int) -> None:
         """Something up to `head` may have been missed: look at the queue now, and when the views have got there."""
-        self._left.clear()
+        self._skipped.clear()
         self._rows.clear()
-        self._heard = max(self._heard, head)
-        self._look_again()
+        self._relevant_position = max(self._relevant_position, head)
+        self._request_query()
 
-    def heard(self, document: Mapping[str, Any]) -> None:
+    def handle_event(self, document: Mapping[str, Any]) -> None:
         """An event was written."""
         stream, kind = document["stream"], document["type"]
         if kind == "JobClaimed":
             self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
-            self._moment.ends(stream, document["data"]["worker_id"])
-            self.taken(stream, document["_id"])
+            self._claim_delay.record_claim(stream, document["data"]["worker_id"])
+            self.mark_claimed(stream, document["_id"])
         elif kind == "BatchPaused":  # rows of its jobs may be at hand, and in the queue until the views have got here
             self._paused[stream] = document["_id"]
-            self._heard = max(self._heard, document["_id"])
-        elif kind in CLAIMABLE:
-            self._left.discard(stream)
-            self._taken.pop(stream, None)
+            self._relevant_position = max(self._relevant_position, document["_id"])
+        elif kind in CLAIMABLE_EVENT_TYPES:
+            self._skipped.discard(stream)
+            self._claimed_positions.pop(stream, None)
             self._paused.pop(stream, None)
             if kind != "JobSubmitted" or not self._try_fresh(document):
-                self._heard = max(self._heard, document["_id"])
+                self._relevant_position = max(self._relevant_position, document["_id"])
 
-    def taken(self, job_id: str, position: int) -> None:
+    def mark_claimed(self, job_id: str, position: int) -> None:
         """The job is somebody's since `position`; its row is in the way until the views have got there."""
         self._fresh.pop(job_id, None)
-        if (timer := self._in_turn.pop(job_id, None)) is not None:
+        if (timer := self._delayed.pop(job_id, None)) is not None:
             timer.cancel()
-        self._taken.pop(job_id, None)  # so that the dictionary stays in the order of positions
+        self._claimed_positions.pop(job_id, None)  # so that the dictionary stays in the order of positions
         if position > self._checkpoint.position:
-            self._taken[job_id] = position
+            self._claimed_positions[job_id] = position
 
-    async def refused(self, job_id: str) -> None:
+    async def handle_rejection(self, job_id: str) -> None:
         """The rules say that it cannot be claimed now. The views will say so too, or are wrong, and we leave it."""
-        head = await self._log.head()
+        head = await self._log.head_position()
         if head > self._checkpoint.position:
-            self.taken(job_id, head)
+            self.mark_claimed(job_id, head)
         else:
-            self.leave(job_id)
+            self.skip(job_id)
 
-    def not_due(self) -> None:
+    def handle_not_due(self) -> None:
         """A job was claimed too early: our clock was corrected since we looked. We look again.
 
         This has a timer of its own, because a look that is on its way may replace the other one.
         """
-        if self._corrected is not None:
-            self._corrected.cancel()
-        self._corrected = asyncio.get_running_loop().call_later(_CORRECTED_SECONDS, self._look_again)
+        if self._clock_retry_timer is not None:
+            self._clock_retry_timer.cancel()
+        self._clock_retry_timer = asyncio.get_running_loop().call_later(_CLOCK_RETRY_SECONDS, self._request_query)
 
-    def leave(self, job_id: str) -> None:
+    def skip(self, job_id: str) -> None:
         """Try no more to claim this job before something is heard of it."""
-        self._left.add(job_id)
+        self._skipped.add(job_id)
 
     def _try_fresh(self, document: Mapping[str, Any]) -> bool:
         """Keep a fresh job if a slot is free and nothing waits before it; else its row in `queue` stands for it."""
         job_id, job_type = document["stream"], document["data"]["job_type"]
         if job_type not in self._job_types:
             return True  # nothing to us, now or later
-        kept = len(self._fresh) + len(self._in_turn)
-        if "not_before" in document["data"] or self._more or kept >= self._room(job_type):
+        kept = len(self._fresh) + len(self._delayed)
+        if "not_before" in document["data"] or self._may_have_more or kept >= self._room(job_type):
             return False
         try:
-            known = Known().after([Recorded(document)])
-            waiting = Waiting(job_id, known, job_type, document["data"].get("batch_id"))
+            known = StreamState().apply([RecordedEvent(document)])
+            waiting = ClaimCandidate(job_id, known, job_type, document["data"].get("batch_id"))
         except UnreadableEvent:  # left to workers of the version that has written it
             return False
-        others = before(self.worker_id, self._alive(), job_id)
+        others = list_higher_ranked(self.worker_id, self._alive(), job_id)
         if not others:
-            self._our_turn(waiting, document["_id"])
+            self._add_fresh(waiting, document["_id"])
         else:
-            self._moment.begins(job_id, next(other for other in others if not before(other, others, job_id)))
-            loop, pause = asyncio.get_running_loop(), min(len(others), _RANKS) * self._moment.seconds
-            self._in_turn[job_id] = loop.call_later(pause, self._our_turn, waiting, document["_id"])
+            self._claim_delay.start_timing(
+                job_id, next(other for other in others if not list_higher_ranked(other, others, job_id))
+            )
+            loop, pause = asyncio.get_running_loop(), min(len(others), _MAX_RANKS) * self._claim_delay.seconds
+            self._delayed[job_id] = loop.call_later(pause, self._add_fresh, waiting, document["_id"])
         return True
 
-    def _our_turn(self, waiting: Waiting, position: int) -> None:
-        self._in_turn.pop(waiting.job_id, None)
-        if self._more:  # others wait before it by now: its row stands for it
-            self._heard = max(self._heard, position)
+    def _add_fresh(self, waiting: ClaimCandidate, position: int) -> None:
+        self._delayed.pop(waiting.job_id, None)
+        if self._may_have_more:  # others wait before it by now: its row stands for it
+            self._relevant_position = max(self._relevant_position, position)
         else:
             self._fresh[waiting.job_id] = waiting
         self._wake()
 
-    def _views_moved(self) -> None:
+    def _on_views_advanced(self) -> None:
         position = self._checkpoint.position
-        while self._taken and (oldest := next(iter(self._taken.items())))[1] <= position:
-            del self._taken[oldest[0]]
+        while self._claimed_positions and (oldest := next(iter(self._claimed_positions.items())))[1] <= position:
+            del self._claimed_positions[oldest[0]]
         self._paused = {batch_id: at for batch_id, at in self._paused.items() if at > position}
-        if self._heard > self._looked:
-            self._rows_until = min(self._rows_until, time.monotonic() + _GOOD_WITH_NEWS_SECONDS)
-            self._look_again()
+        if self._relevant_position > self._queried_position:
+            self._rows_expire_at = min(self._rows_expire_at, time.monotonic() + _CHANGED_ROWS_TTL_SECONDS)
+            self._request_query()
 
     # Taking -------------------------------------------------------------------------------------------------------
 
-    async def take(self) -> list[Waiting]:
+    async def take_candidates(self) -> list[ClaimCandidate]:
         """Return jobs to claim now, as many as there is room for; none if there is nothing to try.
 
         Raises:
@@ -260,28 +262,28 @@ class Claims:
         if self._fresh:
             fresh = deque(self._fresh.values())
             self._fresh.clear()
-            taken = self._within(room, fresh)
+            taken = self._take_fitting(room, fresh)
             for left in fresh:  # their rows stand for them, now or when the views have got there
-                self._heard = max(self._heard, left.known.head.position)
-                self._look_again()
+                self._relevant_position = max(self._relevant_position, left.stream_state.head.position)
+                self._request_query()
             return taken
-        if not self._rows or time.monotonic() > self._rows_until or self._rows_among != frozenset(self._alive()):
-            if not self._more:
+        if not self._rows or time.monotonic() > self._rows_expire_at or self._rows_workers != frozenset(self._alive()):
+            if not self._may_have_more:
                 return []
-            await self._look(room)
-        while rows := self._within(dict(room), self._rows):
+            await self._query_queue(room)
+        while rows := self._take_fitting(dict(room), self._rows):
             if waiting := await self._load(rows):
                 return waiting
         return []
 
-    def _within(self, room: dict[str, int], waiting: deque[_Job]) -> list[_Job]:
+    def _take_fitting(self, room: dict[str, int], waiting: deque[_Job]) -> list[_Job]:
         """Take from the jobs that wait what there is room for; what there is none for stays."""
         most = max(room.values())
         taken: list[_Job] = []
         stay: list[_Job] = []
         while waiting and len(taken) < most:
             job = waiting.popleft()
-            if self._is_not_for_us(job):
+            if self._is_excluded(job):
                 continue
             if room.get(job.job_type, 0) > 0:
                 room[job.job_type] -= 1
@@ -291,94 +293,97 @@ class Claims:
         waiting.extendleft(reversed(stay))
         return taken
 
-    def _is_not_for_us(self, job: Waiting | queue.Row) -> bool:
+    def _is_excluded(self, job: ClaimCandidate | queue.QueueEntry) -> bool:
         job_id = job.job_id
         return (
-            job_id in self._taken or job_id in self._left or job_id in self._claiming() or job.batch_id in self._paused
+            job_id in self._claimed_positions
+            or job_id in self._skipped
+            or job_id in self._claiming()
+            or job.batch_id in self._paused
         )
 
-    async def _load(self, rows: Sequence[queue.Row]) -> list[Waiting]:
+    async def _load(self, rows: Sequence[queue.QueueEntry]) -> list[ClaimCandidate]:
         """Return what is known of the jobs of these rows, without those that were taken meanwhile."""
-        wanted = [row.job_id for row in rows if row.job_id not in self._known]
+        wanted = [row.job_id for row in rows if row.job_id not in self._loaded_states]
         if wanted:  # and some of those that will be next
-            wanted += [row.job_id for row in islice(self._rows, self._slots) if row.job_id not in self._known]
+            wanted += [row.job_id for row in islice(self._rows, self._slots) if row.job_id not in self._loaded_states]
             try:
-                self._known |= await load_all(self._log, wanted)
+                self._loaded_states |= await load_stream_states(self._log, wanted)
             except LedgerUnavailable:
                 self._rows.extendleft(reversed(rows))
                 raise
-        waiting: list[Waiting] = []
+        waiting: list[ClaimCandidate] = []
         for row in rows:
-            known = self._known.pop(row.job_id)
-            if not isinstance(known, Known) or not isinstance(known.state, Job):
-                self.leave(row.job_id)
-            elif not self._is_not_for_us(row):
-                waiting.append(Waiting(row.job_id, known, row.job_type, row.batch_id))
+            known = self._loaded_states.pop(row.job_id)
+            if not isinstance(known, StreamState) or not isinstance(known.state, Job):
+                self.skip(row.job_id)
+            elif not self._is_excluded(row):
+                waiting.append(ClaimCandidate(row.job_id, known, row.job_type, row.batch_id))
         return waiting
 
-    async def _look(self, room: Mapping[str, int]) -> None:
+    async def _query_queue(self, room: Mapping[str, int]) -> None:
         """Read rows of the queue, and choose those that we may try now."""
         self._rows.clear()
-        self._known.clear()
-        looked, news = self._checkpoint.position, self._news
-        workers = self._rows_among = frozenset(self._alive())
-        limit = min(_ROWS * max(1, len(workers)), _MOST_ROWS)
-        now = await self._log.now()
+        self._loaded_states.clear()
+        looked, news = self._checkpoint.position, self._change_count
+        workers = self._rows_workers = frozenset(self._alive())
+        limit = min(_ROWS * max(1, len(workers)), _MAX_ROWS)
+        now = await self._log.server_time()
         # All that may stand in the way of others: of jobs that run, the views may still say that they wait.
-        without = [*self._taken, *self._left, *self._claiming()]
+        without = [*self._claimed_positions, *self._skipped, *self._claiming()]
         views = self._checkpoint.views
-        rows = await queue.candidates(views, job_types=room.keys(), without=without, now=now, limit=limit)
-        self._looked = max(self._looked, looked)
-        self._rows.extend(self._chosen(rows, workers))
+        rows = await queue.find_candidates(views, job_types=room.keys(), excluded_job_ids=without, now=now, limit=limit)
+        self._queried_position = max(self._queried_position, looked)
+        self._rows.extend(self._filter_by_rank(rows, workers))
         if not rows:
-            self._wake_at(await queue.next_due(views, now=now))
+            self._wake_at(await queue.get_next_due_at(views, now=now))
             # Of types that there is no room for there may be more; and what came while we looked we have not seen.
-            self._more = len(room) < len(self._job_types) or self._news != news
+            self._may_have_more = len(room) < len(self._job_types) or self._change_count != news
         elif not self._rows:
-            self._wake_in(_PATIENCE_SECONDS)
-        self._rows_until = time.monotonic() + _GOOD_FOR_SECONDS
+            self._wake_in(_DEFER_SECONDS)
+        self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
 
-    def _chosen(self, rows: Sequence[queue.Row], workers: Collection[str]) -> list[queue.Row]:
+    def _filter_by_rank(self, rows: Sequence[queue.QueueEntry], workers: Collection[str]) -> list[queue.QueueEntry]:
         """Leave rows to workers that come before us while these are claiming; then everything less urgent, too."""
-        now, passed = time.monotonic(), self._passed
-        self._passed = {}
+        now, passed = time.monotonic(), self._deferred_since
+        self._deferred_since = {}
         self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
         claiming = [worker for worker, at in self._claimed_at.items() if now - at < _CLAIMING_SECONDS]
-        chosen: list[queue.Row] = []
+        chosen: list[queue.QueueEntry] = []
         waits: int | None = None
         for row in rows:
             if waits is not None and row.priority < waits:
                 break
-            first = before(self.worker_id, workers, row.job_id)
+            first = list_higher_ranked(self.worker_id, workers, row.job_id)
             since = passed.get(row.job_id, now)
-            if not first or (now - since >= _PATIENCE_SECONDS and not any(worker in claiming for worker in first)):
+            if not first or (now - since >= _DEFER_SECONDS and not any(worker in claiming for worker in first)):
                 chosen.append(row)
             else:
-                self._passed[row.job_id] = since
+                self._deferred_since[row.job_id] = since
                 waits = row.priority
         return chosen
 
-    def _look_again(self) -> None:
-        self._news += 1
-        self._more = True
+    def _request_query(self) -> None:
+        self._change_count += 1
+        self._may_have_more = True
         self._wake()
 
     def _wake_at(self, due: datetime | None) -> None:
         """Look again when the server's clock says so. It is asked again and again: a timer may be wrong by then."""
         if due is not None:
-            self._set_timer(self._log.clock.nap_until(due), self._when_due, due)
+            self._set_timer(self._log.clock.sleep_seconds_until(due), self._when_due, due)
         elif self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _when_due(self, due: datetime) -> None:
         if self._log.clock.is_uncertain or self._log.clock.seconds_until(due) == 0:
-            self._look_again()
+            self._request_query()
         else:
             self._wake_at(due)
 
     def _wake_in(self, seconds: float) -> None:
-        self._set_timer(seconds, self._look_again)
+        self._set_timer(seconds, self._request_query)
 
     def _set_timer(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         if self._timer is not None:

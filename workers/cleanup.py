@@ -24,26 +24,26 @@ from typing import Final
 import structlog
 
 from jobledger.ledger.domain.commands import AbandonDelivery
-from jobledger.ledger.domain.delivery import Delivery, name_of
-from jobledger.ledger.domain.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.domain.delivery import Delivery, delivery_id_for
+from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
 from jobledger.ledger.domain.events import (
     BatchDeleted,
     BatchFinished,
     BatchSubmitted,
+    EventMetadata,
     JobCancelled,
     JobCompleted,
     JobDeleted,
     JobFailed,
     JobSubmitted,
-    Meta,
-    Recorded,
+    RecordedEvent,
     StepCompleted,
 )
-from jobledger.ledger.domain.saved_files import is_digest, saved_files
+from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
 from jobledger.ledger.files.directory import FileStore
-from jobledger.ledger.mongo.connection import Database, driver_errors
-from jobledger.ledger.store.command_handler import handle, load
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.mongo.connection import Database, translate_errors
+from jobledger.ledger.store.command_handler import handle_command, load_stream_state
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.views import files, jobs
 
@@ -52,8 +52,8 @@ CURSOR: Final = "cleanup"
 """The document of `checkpoints` that says how far the log was read."""
 SKIPPED: Final = "skipped"
 """Its field with the deleted jobs and batches that cannot be cleaned up, the newest of them."""
-REMOVALS: Final = "file_removals"
-SECRETS: Final = "webhook_headers"
+FILE_REMOVALS: Final = "file_removals"
+WEBHOOK_SECRETS: Final = "webhook_headers"
 GRACE_SECONDS: Final = 15.0
 """Longer than the lease of a worker."""
 RETRY_SECONDS: Final = 60.0
@@ -79,8 +79,8 @@ class Cleanup:
     def __init__(
         self,
         db: Database,
-        log: EventLog,
-        store: FileStore,
+        log: EventStore,
+        file_store: FileStore,
         checkpoint: Checkpoint,
         *,
         holder: str,
@@ -88,11 +88,11 @@ class Cleanup:
     ) -> None:
         self._db = db
         self._log = log
-        self._store = store
+        self._store = file_store
         self._checkpoint = checkpoint
         self._grace = timedelta(seconds=grace_seconds)
-        self._meta = Meta(f"cleanup:{holder}")
-        self._noted = asyncio.Event()
+        self._meta = EventMetadata(f"cleanup:{holder}")
+        self._removal_added = asyncio.Event()
 
     async def run(self) -> None:
         """Clean up until cancelled. After a failure it goes on where the cursor is."""
@@ -122,36 +122,36 @@ class Cleanup:
     # Following the log --------------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        with driver_errors("reading how far deletions were cleaned up"):
+        with translate_errors("reading how far deletions were cleaned up"):
             found = await self._db.checkpoints.find_one({"_id": CURSOR}) or {}
         saved = int(found.get("position", 0))
-        async with self._log.subscription(after=saved, types=(JobDeleted, BatchDeleted)) as events:
+        async with self._log.subscribe(after=saved, types=(JobDeleted, BatchDeleted)) as events:
             while True:
-                found_now: list[Recorded] = []
+                found_now: list[RecordedEvent] = []
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_SAVE_CURSOR_SECONDS):
-                        found_now = await events.chunk()
+                        found_now = await events.next_chunk()
                 for event in found_now:
-                    await self._deleted_or_skipped(event.stream)
+                    await self._clean_up_or_skip(event.stream)
                 if events.position > saved:
                     saved = events.position
-                    with driver_errors("noting how far deletions were cleaned up"):
+                    with translate_errors("noting how far deletions were cleaned up"):
                         position = {"$set": {"position": saved}}
                         await self._db.checkpoints.update_one({"_id": CURSOR}, position, upsert=True)
 
-    async def _deleted_or_skipped(self, stream: str) -> None:
+    async def _clean_up_or_skip(self, stream: str) -> None:
         """Clean up behind one job or batch. One that cannot be read is noted, and does not stop the others."""
         try:
-            await self._deleted(stream)
+            await self._clean_up_stream(stream)
         except (LedgerUnavailable, LedgerBusy):
             raise
         except Exception:  # noqa: BLE001 - whatever is stored there, the next stream is cleaned up
             _log.exception("a deleted job or batch is not cleaned up: its files and secrets stay", stream=stream)
             noted = {"$push": {SKIPPED: {"$each": [stream], "$slice": -_SKIPPED_KEPT}}}
-            with driver_errors("noting what was not cleaned up"):
+            with translate_errors("noting what was not cleaned up"):
                 await self._db.checkpoints.update_one({"_id": CURSOR}, noted, upsert=True)
 
-    async def _deleted(self, stream: str) -> None:
+    async def _clean_up_stream(self, stream: str) -> None:
         """Clean up behind one job or batch. Harmless when it is done again."""
         ends: list[int] = []
         references: set[str] = set()
@@ -164,110 +164,110 @@ class Cleanup:
                 digests |= _digests_in(event)
         await self._abandon_deliveries(stream, ends)
         due_at = self._log.clock.estimate() + self._grace
-        with driver_errors(f"cleaning up behind {stream}"):
+        with translate_errors(f"cleaning up behind {stream}"):
             if references:
-                await self._db[SECRETS].delete_many({"_id": {"$in": list(references)}})
+                await self._db[WEBHOOK_SECRETS].delete_many({"_id": {"$in": list(references)}})
             for digest in sorted(digests):
                 due = {"$set": {"due_at": due_at}}
-                await self._db[REMOVALS].update_one({"_id": digest}, due, upsert=True)
+                await self._db[FILE_REMOVALS].update_one({"_id": digest}, due, upsert=True)
         if digests:
-            self._noted.set()
+            self._removal_added.set()
 
     async def _abandon_deliveries(self, stream: str, versions: Collection[int]) -> None:
         for version in versions:
-            delivery_id = name_of(stream, version)
+            delivery_id = delivery_id_for(stream, version)
             try:
-                known = await load(self._log, delivery_id)
+                known = await load_stream_state(self._log, delivery_id)
                 if isinstance(known.state, Delivery) and known.state.status == "pending":
                     command = AbandonDelivery(f"{stream} was deleted.")
-                    await handle(self._log, delivery_id, command, meta=self._meta, known=known)
-            except (CommandRefused, UnreadableEvent) as error:
+                    await handle_command(self._log, delivery_id, command, meta=self._meta, stream_state=known)
+            except (CommandRejected, UnreadableEvent) as error:
                 _log.info("a webhook of a deleted job is left as it is", delivery_id=delivery_id, reason=str(error))
 
     # Removing files -----------------------------------------------------------------------------------------------
 
     async def _remove_files(self) -> None:
         while True:
-            self._noted.clear()
-            with driver_errors("looking for files to be removed"):
-                row = await self._db[REMOVALS].find_one({}, sort=[("due_at", 1)])
+            self._removal_added.clear()
+            with translate_errors("looking for files to be removed"):
+                row = await self._db[FILE_REMOVALS].find_one({}, sort=[("due_at", 1)])
             wait = None if row is None else (row["due_at"] - self._log.clock.estimate()).total_seconds()
             if row is not None and wait is not None and wait <= 0:
                 await self._remove(row["_id"])
                 continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await self._noted.wait()
+                    await self._removal_added.wait()
 
     async def _remove(self, digest: str) -> None:
         """Remove a file that no job needs; try again later if that is not certain yet."""
         try:
-            again_after = await self._removed(digest)
+            again_after = await self._remove_or_put_back(digest)
         except (LedgerUnavailable, LedgerBusy):
             raise
         except Exception as error:  # noqa: BLE001 - one file must not keep the others from being removed
             _log.warning("a file cannot be removed yet", sha256=digest, error=repr(error))
             again_after = RETRY_SECONDS
-        with driver_errors("noting what has become of a file"):
+        with translate_errors("noting what has become of a file"):
             if again_after is None:
-                await self._db[REMOVALS].delete_one({"_id": digest})
+                await self._db[FILE_REMOVALS].delete_one({"_id": digest})
             else:
                 due_at = self._log.clock.estimate() + timedelta(seconds=again_after)
-                await self._db[REMOVALS].update_one({"_id": digest}, {"$set": {"due_at": due_at}})
+                await self._db[FILE_REMOVALS].update_one({"_id": digest}, {"$set": {"due_at": due_at}})
 
-    async def _removed(self, digest: str) -> float | None:
+    async def _remove_or_put_back(self, digest: str) -> float | None:
         """Remove a file, or put it back; return after how many seconds to try again, None if nothing is left to do."""
         if not await self._views_reach_head():
             return RETRY_SECONDS
         needed = await self._is_needed(digest)
         token = secrets.token_hex(8)
         # Also one that is needed: a process that was killed may have left it set aside. It is put back at once.
-        saved_at = await self._store.set_aside(digest, token)
+        saved_at = await self._store.begin_removal(digest, token)
         if saved_at is None:
             return None
         remove, again_after = False, None
         try:
             if not needed:
-                remove, again_after = await self._decide(digest, saved_at)
+                remove, again_after = await self._decide_removal(digest, saved_at)
         finally:
             # Also when this process is stopped. If it is killed, the file is found again by its note.
-            finish = self._store.remove(digest, token) if remove else self._store.put_back(digest, token)
+            finish = self._store.finish_removal(digest, token) if remove else self._store.cancel_removal(digest, token)
             await asyncio.shield(finish)
         return again_after
 
-    async def _decide(self, digest: str, saved_at: datetime) -> tuple[bool, float | None]:
+    async def _decide_removal(self, digest: str, saved_at: datetime) -> tuple[bool, float | None]:
         """Return whether a file that was set aside is to be removed, and after how many seconds to ask again."""
         if not await self._views_reach_head():
             return False, RETRY_SECONDS
-        oldest = await jobs.oldest_running(self._checkpoint.views)
+        oldest = await jobs.oldest_running_started_at(self._checkpoint.views)
         if await self._is_needed(digest):  # asked after what runs: what has ended meanwhile is in the views
             return False, None
-        if await files.jobs_with_unknown_files(self._checkpoint.views, limit=1):
+        if await files.find_jobs_with_unknown_files(self._checkpoint.views, limit=1):
             return False, _UNKNOWN_SECONDS
         if oldest is not None and saved_at >= oldest - _CLOCKS_APART:
             return False, RETRY_SECONDS
         return True, None
 
     async def _views_reach_head(self) -> bool:
-        head = await self._log.head()
+        head = await self._log.head_position()
         with suppress(TimeoutError):
             async with asyncio.timeout(_VIEWS_SECONDS):
-                await self._checkpoint.reached(head)
+                await self._checkpoint.wait_for_position(head)
         return self._checkpoint.position >= head
 
     async def _is_needed(self, digest: str) -> bool:
-        return await files.is_needed(self._checkpoint.views, digest)
+        return await files.is_referenced(self._checkpoint.views, digest)
 
 
-def _secrets_of(event: Recorded) -> set[str]:
+def _secrets_of(event: RecordedEvent) -> set[str]:
     """Return where the secrets of a job's or batch's webhook are."""
-    webhook = event.fields.get("webhook") if event.type in _BEGINNINGS else None
+    webhook = event.payload.get("webhook") if event.type in _BEGINNINGS else None
     reference = webhook.get("headers_ref") if isinstance(webhook, dict) else None
     return {reference} if isinstance(reference, str) else set()
 
 
-def _digests_in(event: Recorded) -> set[str]:
+def _digests_in(event: RecordedEvent) -> set[str]:
     """Return the digests of the files that results or the output of a step name."""
     if event.type not in _WITH_FILES:
         return set()
-    return {file.sha256 for file in saved_files(event.data) if is_digest(file.sha256)}
+    return {file.sha256 for file in find_saved_files(event.data) if is_sha256(file.sha256)}

@@ -15,15 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from jobledger.ledger.system.cooperative_threads import Work
+from jobledger.ledger.system.cooperative_threads import CooperativeWork
 
-removal_threads = ThreadPoolExecutor(2, thread_name_prefix="removal")
-ENTRIES_AT_ONCE: Final = 500
+removal_executor = ThreadPoolExecutor(2, thread_name_prefix="removal")
+ENTRIES_PER_TURN: Final = 500
 """How many entries are removed before another directory has its turn."""
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def remove_tree(path: Path) -> Work[None]:
+def remove_tree(path: Path) -> CooperativeWork[None]:
     """Remove a directory with all that is in it, as far as possible. Follows no links.
 
     Directories inside move up to the first level, where they are emptied in the same way. So a tree of any depth and
@@ -39,7 +39,7 @@ def remove_tree(path: Path) -> Work[None]:
                 for removed in _remove_entries(top):
                     progress = progress or removed
                     entries += 1
-                    if entries % ENTRIES_AT_ONCE == 0:
+                    if entries % ENTRIES_PER_TURN == 0:
                         yield
         finally:
             os.close(top)

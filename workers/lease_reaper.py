@@ -29,54 +29,54 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import ExpireLease
-from jobledger.ledger.domain.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.events import Meta
-from jobledger.ledger.mongo.connection import Database, driver_errors
-from jobledger.ledger.mongo.lease import OVER, Lease, Seen
-from jobledger.ledger.store.change_stream import Changes, Reaction
-from jobledger.ledger.store.command_handler import handle
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.domain.events import EventMetadata
+from jobledger.ledger.mongo.connection import Database, translate_errors
+from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, Lease, LeaseObservation
+from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
+from jobledger.ledger.store.command_handler import handle_command
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.views import jobs
 
 _log = structlog.get_logger()
 COLLECTION: Final = "workers"
-_POLITENESS_SECONDS: Final = 0.3  # up to so long a watcher waits, so that not all of them act at once
+_JITTER_SECONDS: Final = 0.3  # up to so long a watcher waits, so that not all of them act at once
 _UNKNOWN_SECONDS: Final = 1.0
-_STEADY: Final = (
+_STEADY_FRACTION: Final = (
     0.5  # of a lease: so long a watcher must have beaten without a gap; a lease is extended thrice as often
 )
 _LEFT_MS: Final = {"$subtract": ["$lease_until", "$$NOW"]}
 _READ: Final = {"left_ms": _LEFT_MS, "seconds": 1, "released": 1, "beat": 1}
-_STRANGERS: Final = ""  # in place of a worker's id: all that are named by running jobs and hold no lease
+_UNKNOWN_WORKERS: Final = ""  # in place of a worker's id: all that are named by running jobs and hold no lease
 
 
-class LeaseWatch:
+class LeaseReaper:
     """Notices workers that gave no sign of life, and frees their jobs."""
 
-    def __init__(self, db: Database, log: EventLog, checkpoint: Checkpoint, changes: Changes) -> None:
+    def __init__(self, db: Database, log: EventStore, checkpoint: Checkpoint, changes: ChangeStream) -> None:
         self._db = db
         self._log = log
         self._checkpoint = checkpoint
-        self.watcher = ""
+        self.worker_id = ""
         """The worker on whose behalf we watch, while it has a lease."""
         self.lease: Lease | None = None
         """The lease of that worker."""
-        self._seen: dict[str, Seen] = {}
+        self._observed: dict[str, LeaseObservation] = {}
         self._seconds: dict[str, float] = {}
         self._unhealthy: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._due: asyncio.Queue[str] = asyncio.Queue()
-        changes.listen(Reaction(COLLECTION, self._heartbeat, self._resync))
-        changes.listen(Reaction("events", self._claimed, _nothing))
+        self._check_queue: asyncio.Queue[str] = asyncio.Queue()
+        changes.add_listener(CallbackListener(COLLECTION, self._on_heartbeat, self._resync))
+        changes.add_listener(CallbackListener("events", self._on_event, _ignore_resync))
 
     @property
-    def alive(self) -> Collection[str]:
+    def live_workers(self) -> Collection[str]:
         """The ids of the workers that give signs of life, as far as we have heard."""
         return self._seconds.keys()
 
     @property
-    def able(self) -> Collection[str]:
+    def healthy_workers(self) -> Collection[str]:
         """The ids of the workers that are alive and healthy: those that may claim a job."""
         return self._seconds.keys() - self._unhealthy if self._unhealthy else self._seconds.keys()
 
@@ -84,13 +84,13 @@ class LeaseWatch:
         """Check leases whose time should be over, one after the other, until cancelled."""
         try:
             while True:
-                worker_id = await self._due.get()
+                worker_id = await self._check_queue.get()
                 self._timers.pop(worker_id, None)  # from here on, a claim that is heard sets a new one
                 try:
                     await self._check(worker_id)
                 except (LedgerUnavailable, LedgerBusy) as error:
                     _log.warning("lease could not be checked yet", worker_id=worker_id, error=str(error))
-                    self._look_in(worker_id, 1.0)
+                    self._schedule_check(worker_id, 1.0)
         finally:
             for timer in self._timers.values():
                 timer.cancel()
@@ -104,106 +104,108 @@ class LeaseWatch:
         self._unhealthy.clear()
         async for worker in alive:
             self._seconds[worker["_id"]] = worker["seconds"]
-            self._heard_health(worker["_id"], worker)
-            self._look_in(worker["_id"], 0.0 if worker["released"] else self._left(worker))
-        self._look_in(_STRANGERS, 0.0)
+            self._update_health(worker["_id"], worker)
+            self._schedule_check(worker["_id"], 0.0 if worker["released"] else self._remaining_seconds(worker))
+        self._schedule_check(_UNKNOWN_WORKERS, 0.0)
 
-    def _heartbeat(self, change: Mapping[str, Any]) -> None:
+    def _on_heartbeat(self, change: Mapping[str, Any]) -> None:
         worker_id = change["documentKey"]["_id"]
         if change["operationType"] == "delete":
             # The timer stays: a claim later than what its reaper has seen may have been heard before this.
             self._seconds.pop(worker_id, None)
             self._unhealthy.discard(worker_id)
-            self._seen.pop(worker_id, None)
+            self._observed.pop(worker_id, None)
             return
         changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
-        self._heard_health(worker_id, changed)
+        self._update_health(worker_id, changed)
         if "beat" not in changed and "fullDocument" not in change:  # declared over: who did may die, our timer stays
             return
         self._seconds[worker_id] = changed.get("seconds", self._seconds.get(worker_id, 10.0))
-        self._seen.setdefault(worker_id, Seen()).note(changed.get("beat"))
-        self._look_in(worker_id, 0.0 if changed.get("released") else self._seconds[worker_id])
+        self._observed.setdefault(worker_id, LeaseObservation()).record(changed.get("beat"))
+        self._schedule_check(worker_id, 0.0 if changed.get("released") else self._seconds[worker_id])
 
-    def _heard_health(self, worker_id: str, fields: Mapping[str, Any]) -> None:
+    def _update_health(self, worker_id: str, fields: Mapping[str, Any]) -> None:
         if fields.get("problem"):
             self._unhealthy.add(worker_id)
         elif "problem" in fields:
             self._unhealthy.discard(worker_id)
 
-    def _claimed(self, change: Mapping[str, Any]) -> None:
+    def _on_event(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] == "insert" and change["fullDocument"]["type"] == "JobClaimed":
-            self._heard_of(change["fullDocument"]["data"]["worker_id"])
+            self._check_if_unknown(change["fullDocument"]["data"]["worker_id"])
 
-    def _heard_of(self, worker_id: str) -> None:
+    def _check_if_unknown(self, worker_id: str) -> None:
         """Have a look at a worker that runs a job, unless we know that it is alive."""
         if worker_id not in self._seconds and worker_id not in self._timers:
-            self._look_in(worker_id, _UNKNOWN_SECONDS)
+            self._schedule_check(worker_id, _UNKNOWN_SECONDS)
 
-    def _look_in(self, worker_id: str, seconds: float) -> None:
+    def _schedule_check(self, worker_id: str, seconds: float) -> None:
         """Passing time makes no change event: set a timer for when the lease should be over."""
         if (timer := self._timers.pop(worker_id, None)) is not None:
             timer.cancel()
-        pause = max(0.0, seconds) + random.uniform(0.05, _POLITENESS_SECONDS)  # noqa: S311 - spreads load
+        pause = max(0.0, seconds) + random.uniform(0.05, _JITTER_SECONDS)  # noqa: S311 - spreads load
         loop = asyncio.get_running_loop()
-        self._timers[worker_id] = loop.call_later(pause, self._due.put_nowait, worker_id)
+        self._timers[worker_id] = loop.call_later(pause, self._check_queue.put_nowait, worker_id)
 
-    def _left(self, worker: Mapping[str, Any]) -> float:
+    def _remaining_seconds(self, worker: Mapping[str, Any]) -> float:
         """Take in the document of a lease; return in how many seconds the lease has expired, 0 or less if it has."""
-        seen = self._seen.setdefault(worker["_id"], Seen())
-        seen.note(worker.get("beat"))
-        left = worker["seconds"] - seen.quiet_seconds
-        if seen.alive:
+        seen = self._observed.setdefault(worker["_id"], LeaseObservation())
+        seen.record(worker.get("beat"))
+        left = worker["seconds"] - seen.seconds_since_heartbeat
+        if seen.was_extended:
             return float(left)
-        by_the_server = max(worker["left_ms"] / 1000, _STEADY * worker["seconds"] - seen.quiet_seconds)
+        by_the_server = max(
+            worker["left_ms"] / 1000, _STEADY_FRACTION * worker["seconds"] - seen.seconds_since_heartbeat
+        )
         return float(min(left, by_the_server))
 
     # Acting -------------------------------------------------------------------------------------------------------
 
     async def _check(self, worker_id: str) -> None:
-        if worker_id == _STRANGERS:
-            await self._checkpoint.reached(await self._log.head())
-            for stranger in await jobs.running_by_worker(self._checkpoint.views):
-                self._heard_of(stranger)
+        if worker_id == _UNKNOWN_WORKERS:
+            await self._checkpoint.wait_for_position(await self._log.head_position())
+            for stranger in await jobs.count_running_by_worker(self._checkpoint.views):
+                self._check_if_unknown(stranger)
             return
-        with driver_errors("checking a lease"):
+        with translate_errors("checking a lease"):
             worker = await self._db[COLLECTION].find_one({"_id": worker_id}, _READ)
         if worker is not None and not worker["released"]:
-            if (left := self._left(worker)) > 0:
-                self._look_in(worker_id, left)
+            if (left := self._remaining_seconds(worker)) > 0:
+                self._schedule_check(worker_id, left)
                 return
-            steady = self.lease.steady_seconds if self.lease is not None else 0.0
-            if (missing := _STEADY * worker["seconds"] - steady) > 0:
-                self._look_in(worker_id, missing if steady > 0 else _UNKNOWN_SECONDS)
+            steady = self.lease.uninterrupted_seconds if self.lease is not None else 0.0
+            if (missing := _STEADY_FRACTION * worker["seconds"] - steady) > 0:
+                self._schedule_check(worker_id, missing if steady > 0 else _UNKNOWN_SECONDS)
                 return
-            with driver_errors("declaring a lease over"):
+            with translate_errors("declaring a lease over"):
                 # Only with the beat that we have seen all the time: whoever has extended it meanwhile keeps it.
                 same = {"_id": worker_id, "beat": worker.get("beat")}
-                over = await self._db[COLLECTION].update_one(same, OVER)
+                over = await self._db[COLLECTION].update_one(same, EXPIRE_LEASE_UPDATE)
             if not over.matched_count:  # it was extended just now, or another watcher is done with it
-                self._look_in(worker_id, _UNKNOWN_SECONDS)
+                self._schedule_check(worker_id, _UNKNOWN_SECONDS)
                 return
         self._seconds.pop(worker_id, None)  # before the head is read: what is claimed after that is heard of
         await self._reap(worker_id, worker, quietly=worker is None or worker["released"])
 
     async def _reap(self, worker_id: str, worker: Mapping[str, Any] | None, *, quietly: bool) -> None:
-        await self._checkpoint.reached(await self._log.head())
-        held = await jobs.held_by(self._checkpoint.views, worker_id)
+        await self._checkpoint.wait_for_position(await self._log.head_position())
+        held = await jobs.find_jobs_of_worker(self._checkpoint.views, worker_id)
         if held or not quietly:
             _log.warning("worker gave no sign of life", worker_id=worker_id, jobs=len(held))
-        left, meta = False, Meta(f"worker:{self.watcher}")
+        left, meta = False, EventMetadata(f"worker:{self.worker_id}")
         for job in held:
             try:
-                await handle(self._log, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=meta)
-            except CommandRefused as refused:
+                await handle_command(self._log, job["_id"], ExpireLease(worker_id, job["attempt"]), meta=meta)
+            except CommandRejected as refused:
                 _log.info("job left as it is", job_id=job["_id"], reason=str(refused))
             except UnreadableEvent as error:
                 _log.error("job left to a later version", job_id=job["_id"], error=str(error))
                 left = True
         if left or worker is None:
             return  # with its lease, by which workers of that version will find it
-        with driver_errors("removing a lease that has run out"):
+        with translate_errors("removing a lease that has run out"):
             await self._db[COLLECTION].delete_one({"_id": worker_id, "beat": worker.get("beat")})
 
 
-async def _nothing(_session: AsyncClientSession) -> None:
+async def _ignore_resync(_session: AsyncClientSession) -> None:
     """Claims missed while the stream was closed are found among the jobs of unknown workers."""

@@ -21,11 +21,11 @@ from typing import Any, Final
 
 import structlog
 
-from jobledger.ledger.domain.errors import StoreUnavailable
+from jobledger.ledger.domain.errors import FileStoreUnavailable
 
 _log = structlog.get_logger()
-FIRST_PAUSE_SECONDS: Final = 1.0
-LONGEST_PAUSE_SECONDS: Final = 60.0
+MIN_BACKOFF_SECONDS: Final = 1.0
+MAX_BACKOFF_SECONDS: Final = 60.0
 RELAPSE_SECONDS: Final = 120.0
 """Trouble so soon after a check has passed is trouble that the check does not see: the pause grows on."""
 _CHECK_LIMIT_SECONDS = 30.0
@@ -53,22 +53,22 @@ _ADVICE: Final = {
     errno.ENODEV: _DISK,
 }
 """What a job cannot be blamed for, wherever in the worker it is raised."""
-_OF_SCRATCH: Final = frozenset(
+_SCRATCH_ERRORS: Final = frozenset(
     {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 )
 """Errors that are trouble of the machine only if they concern the worker's own scratch directory."""
 
 
-class MachineTrouble(Exception):
+class MachineFailure(Exception):
     """This machine cannot run jobs. The text says what is wrong and how to fix it."""
 
 
-def hung(seconds: float) -> MachineTrouble:
+def disk_timeout_failure(seconds: float) -> MachineFailure:
     """Return what it means that a call which uses a disk has not returned within so many seconds."""
-    return MachineTrouble(f"A call that uses a disk did not end within {seconds:g} s: {_DISK}")
+    return MachineFailure(f"A call that uses a disk did not end within {seconds:g} s: {_DISK}")
 
 
-def machine_trouble(error: BaseException, *, scratch: Path | None = None) -> MachineTrouble | None:
+def find_machine_failure(error: BaseException, *, scratch_dir: Path | None = None) -> MachineFailure | None:
     """Return the trouble of this machine that an error shows, or None if the error has another cause.
 
     Args:
@@ -77,10 +77,10 @@ def machine_trouble(error: BaseException, *, scratch: Path | None = None) -> Mac
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, MachineTrouble):
+        if isinstance(cause, MachineFailure):
             return cause
-        if (text := _explanation(cause, scratch)) is not None:
-            trouble = MachineTrouble(text)
+        if (text := _explanation(cause, scratch_dir)) is not None:
+            trouble = MachineFailure(text)
             trouble.__cause__ = error
             return trouble
         cause = cause.__cause__
@@ -88,7 +88,7 @@ def machine_trouble(error: BaseException, *, scratch: Path | None = None) -> Mac
 
 
 def _explanation(error: BaseException, scratch: Path | None) -> str | None:
-    if isinstance(error, StoreUnavailable):
+    if isinstance(error, FileStoreUnavailable):
         return str(error)
     if isinstance(error, MemoryError):
         return f"Out of memory: {_MEMORY}"
@@ -97,13 +97,13 @@ def _explanation(error: BaseException, scratch: Path | None) -> str | None:
     if not isinstance(error, OSError) or error.errno is None:
         return None
     if error.errno in _ADVICE:
-        return f"{_shown(error)}: {_ADVICE[error.errno]}"
-    if error.errno in _OF_SCRATCH and scratch is not None and _is_below(error, scratch):
-        return f"{_shown(error)}: {_DISK}"
+        return f"{_format_os_error(error)}: {_ADVICE[error.errno]}"
+    if error.errno in _SCRATCH_ERRORS and scratch is not None and _is_below(error, scratch):
+        return f"{_format_os_error(error)}: {_DISK}"
     return None
 
 
-def _shown(error: OSError) -> str:
+def _format_os_error(error: OSError) -> str:
     return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
 
 
@@ -133,35 +133,35 @@ class WorkerHealth:
         self._on_change = on_change
         self._reported = asyncio.Event()
         self._checking: threading.Thread | None = None
-        self._pause = FIRST_PAUSE_SECONDS
+        self._pause = MIN_BACKOFF_SECONDS
         self._recovered_at = float("-inf")
         self._quick_check_at = float("-inf")
-        self.problem: MachineTrouble | None = None
+        self.problem: MachineFailure | None = None
         self.unhealthy_since: datetime | None = None
 
-    def report(self, trouble: MachineTrouble) -> None:
+    def report(self, failure: MachineFailure) -> None:
         """Stop claiming: this machine has trouble. Call on the event loop."""
         if self.problem is not None:
             return
         relapsed = time.monotonic() - self._recovered_at < RELAPSE_SECONDS
-        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS) if relapsed else FIRST_PAUSE_SECONDS
-        self.problem, self.unhealthy_since = trouble, datetime.now(UTC)
-        _log.error("this machine has trouble: the worker claims no jobs until it passes", problem=str(trouble))
+        self._pause = min(2 * self._pause, MAX_BACKOFF_SECONDS) if relapsed else MIN_BACKOFF_SECONDS
+        self.problem, self.unhealthy_since = failure, datetime.now(UTC)
+        _log.error("this machine has trouble: the worker claims no jobs until it passes", problem=str(failure))
         self._reported.set()
         self._on_change()
 
-    def may_claim(self) -> bool:
+    def can_claim(self) -> bool:
         """Return whether jobs may be claimed, as far as is known now."""
         return self.problem is None
 
-    async def check_quickly(self) -> None:
+    async def run_quick_checks(self) -> None:
         """Run the quick checks, if the last ones are a second old, and report what they find."""
         if self.problem is None and time.monotonic() - self._quick_check_at >= _QUICK_CHECK_SECONDS:
             self._quick_check_at = time.monotonic()
-            if (trouble := await self.check(self._quick_checks, _QUICK_CHECK_LIMIT_SECONDS)) is not None:
+            if (trouble := await self.run_checks(self._quick_checks, _QUICK_CHECK_LIMIT_SECONDS)) is not None:
                 self.report(trouble)
 
-    def facts(self) -> dict[str, Any]:
+    def document_fields(self) -> dict[str, Any]:
         """Return what the worker's heartbeat document says of its health."""
         problem = str(self.problem) if self.problem is not None else None
         return {"problem": problem, "unhealthy_since": self.unhealthy_since}
@@ -173,14 +173,14 @@ class WorkerHealth:
             self._reported.clear()
             while self.problem is not None:
                 await asyncio.sleep(self._pause * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
-                trouble = await self.check()
+                trouble = await self.run_checks()
                 if trouble is None:
                     self._recover()
                 else:
                     self._replace_problem(trouble)
-                    self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+                    self._pause = min(2 * self._pause, MAX_BACKOFF_SECONDS)
 
-    def _replace_problem(self, trouble: MachineTrouble) -> None:
+    def _replace_problem(self, trouble: MachineFailure) -> None:
         if str(trouble) != str(self.problem):
             _log.error("this machine still has trouble", problem=str(trouble))
             self.problem = trouble
@@ -193,18 +193,18 @@ class WorkerHealth:
         self._quick_check_at = float("-inf")
         self._on_change()
 
-    async def check(
+    async def run_checks(
         self, checks: Sequence[Callable[[], None]] | None = None, seconds: float | None = None
-    ) -> MachineTrouble | None:
+    ) -> MachineFailure | None:
         """Run checks, all by default, in a thread of their own: a disk that does not answer must block nothing else."""
         seconds = _CHECK_LIMIT_SECONDS if seconds is None else seconds
         if self._checking is not None and self._checking.is_alive():  # start no second thread that hangs
-            return hung(seconds)
+            return disk_timeout_failure(seconds)
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[MachineTrouble | None] = loop.create_future()
+        answer: asyncio.Future[MachineFailure | None] = loop.create_future()
 
         def run() -> None:
-            found = _first_trouble(self._checks if checks is None else checks)
+            found = _run_until_failure(self._checks if checks is None else checks)
             with suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(_set_result, answer, found)
 
@@ -213,25 +213,25 @@ class WorkerHealth:
             self._checking.start()
             found = await asyncio.wait_for(answer, seconds)
         except TimeoutError:
-            return hung(seconds)
+            return disk_timeout_failure(seconds)
         except RuntimeError as error:
             self._checking = None
-            return machine_trouble(error) or MachineTrouble(f"The machine cannot be checked: {error}")
+            return find_machine_failure(error) or MachineFailure(f"The machine cannot be checked: {error}")
         self._checking = None  # it has answered, though it may take a moment to end
         return found
 
 
-def _set_result(answer: asyncio.Future[MachineTrouble | None], found: MachineTrouble | None) -> None:
+def _set_result(answer: asyncio.Future[MachineFailure | None], found: MachineFailure | None) -> None:
     if not answer.done():  # the time for it may be over
         answer.set_result(found)
 
 
-def _first_trouble(checks: Sequence[Callable[[], None]]) -> MachineTrouble | None:
+def _run_until_failure(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:
     for check in checks:
         try:
             check()
         except Exception as error:  # noqa: BLE001 - whatever a check raises says that the machine is not fit
-            return machine_trouble(error) or MachineTrouble(f"{type(error).__name__}: {error}")
+            return find_machine_failure(error) or MachineFailure(f"{type(error).__name__}: {error}")
     return None
 
 
@@ -246,7 +246,7 @@ def check_descriptors() -> None:
     lowest_free = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
     os.close(lowest_free)
     if limit != resource.RLIM_INFINITY and limit - lowest_free < MIN_DESCRIPTORS:
-        raise MachineTrouble(f"Fewer than {MIN_DESCRIPTORS} of {limit} file descriptors are free: {_DESCRIPTORS}")
+        raise MachineFailure(f"Fewer than {MIN_DESCRIPTORS} of {limit} file descriptors are free: {_DESCRIPTORS}")
 
 
 def check_memory() -> None:
@@ -261,4 +261,4 @@ def check_memory() -> None:
         with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - it is no file to be kept
             line = next(line for line in file if line.startswith("MemAvailable:"))
         if (available := int(line.split()[1]) * 1024) < _MIN_MEMORY_BYTES:
-            raise MachineTrouble(f"Only {available / 2**20:.0f} MiB of memory are available: {_MEMORY}")
+            raise MachineFailure(f"Only {available / 2**20:.0f} MiB of memory are available: {_MEMORY}")

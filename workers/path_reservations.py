@@ -12,12 +12,12 @@ from typing import Final
 from pymongo import ReturnDocument
 
 from jobledger.ledger.domain.events import JobDeleted
-from jobledger.ledger.mongo.connection import Database, driver_errors
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.mongo.connection import Database, translate_errors
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import files
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.result_paths import alternatives, normal_path
+from jobledger.workers.result_paths import generate_candidates, normalize_path
 
 COLLECTION: Final = "result_paths"
 
@@ -25,7 +25,7 @@ COLLECTION: Final = "result_paths"
 class PathReservations:
     """Reserves result paths. A reservation is a document `{_id: path, job_id}`."""
 
-    def __init__(self, db: Database, log: EventLog, views: Views) -> None:
+    def __init__(self, db: Database, log: EventStore, views: Views) -> None:
         self._db = db
         self._log = log
         self._views = views
@@ -37,18 +37,18 @@ class PathReservations:
             ProcessorError: INVALID_PATH; PATH_TAKEN, if other jobs have all paths that this one could get.
             LedgerUnavailable: the database failed.
         """
-        path = normal_path(path)
-        for candidate in alternatives(path, job_id):
-            if await self._try(candidate, job_id):
+        path = normalize_path(path)
+        for candidate in generate_candidates(path, job_id):
+            if await self._try_reserve(candidate, job_id):
                 return candidate
         raise ProcessorError("PATH_TAKEN", f"Other jobs have the result path '{path}' and all paths derived from it.")
 
-    async def _try(self, path: str, job_id: str) -> bool:
+    async def _try_reserve(self, path: str, job_id: str) -> bool:
         """Return whether the path is the job's from now on.
 
         Two jobs cannot both get it: `_id` is unique, and the update that replaces a deleted owner names that owner.
         """
-        with driver_errors("reserving a result path"):
+        with translate_errors("reserving a result path"):
             if await files.has_other_owner(self._views, path, job_id):  # also of a log that was imported
                 return False
             while True:

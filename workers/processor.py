@@ -60,7 +60,7 @@ class Results(BaseModel):
     """Beyond those that were told by `Job.spent`."""
 
 
-class Job(Protocol):
+class JobContext(Protocol):
     """One attempt at a job, as its processor sees it."""
 
     @property
@@ -75,20 +75,20 @@ class Job(Protocol):
         """The processor's own `Parameters` model, validated."""
 
     @property
-    def scratch(self) -> Path:
+    def scratch_dir(self) -> Path:
         """An empty directory of this attempt's own, removed afterwards."""
 
     @property
-    def cancelled(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Somebody asked for the job to be cancelled: stop at the next convenient point."""
 
-    async def step(
+    async def run_step(
         self,
         name: str,
         inputs: Mapping[str, JSON],
         function: Callable[[], Awaitable[JSON]],
         *,
-        share: timedelta | None = None,
+        share_max_age: timedelta | None = None,
     ) -> JSON:
         """Run `function` as the checkpointed step `name` and return its JSON output.
 
@@ -106,7 +106,7 @@ class Job(Protocol):
                 job needs, such as a mail.
         """
 
-    async def progress(self, percent: float, message: str) -> None:
+    async def report_progress(self, percent: float, message: str) -> None:
         """Tell how far the whole job is: `percent` 0 to 100, and a short sentence for people."""
 
     async def log(self, level: LogLevel, message: str) -> None:
@@ -115,7 +115,7 @@ class Job(Protocol):
     async def warn(self, message: str) -> None:
         """Note that something could not be done and the result is poorer for it; ends up in `metadata.warnings`."""
 
-    def spent(self, tokens: int) -> None:
+    def add_tokens(self, tokens: int) -> None:
         """Note tokens of language models that were used: they are told of the step, and summed up for the job."""
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
@@ -153,7 +153,7 @@ class Processor(Protocol):
 
     def __init__(self, settings: Any) -> None: ...
 
-    async def run(self, job: Job) -> Results:
+    async def run(self, job: JobContext) -> Results:
         """Do the work.
 
         Raises:

@@ -22,10 +22,10 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
-from jobledger.workers.child.confinement import UNUSABLE_PROCESSORS, environment_for_jobs
+from jobledger.workers.child.confinement import UNUSABLE_PROCESSORS, build_job_environment
 from jobledger.workers.processor import Processor
 
-GROUP: Final = "jobledger.processors"
+ENTRY_POINT_GROUP: Final = "jobledger.processors"
 LOAD_SECONDS: Final = 30.0
 """How long a processor may take to import. One that takes longer is taken for hung."""
 PRELOAD_SECONDS: Final = 120.0
@@ -50,36 +50,36 @@ def _installed() -> tuple[dict[str, type[Processor]], dict[str, str]]:
             usable[job_type] = _load(job_type, candidates)
         except ProcessorUnusable as error:
             unusable[job_type] = str(error)
-    _tell_children(unusable)
+    _export_unusable(unusable)
     return usable, unusable
 
 
-def processors() -> dict[str, type[Processor]]:
+def load_processors() -> dict[str, type[Processor]]:
     """Return every processor that can be used, by its job type."""
     return _installed()[0]
 
 
-def unusable_types() -> dict[str, str]:
+def unusable_job_types() -> dict[str, str]:
     """Return the job types whose processor is installed but cannot be used, each with what is wrong."""
     return _installed()[1]
 
 
-def withdraw(job_type: str, reason: str) -> None:
+def disable_job_type(job_type: str, reason: str) -> None:
     """Take a job type out of use in this process."""
     usable, unusable = _installed()
     if usable.pop(job_type, None) is not None:
         unusable[job_type] = reason
-        _tell_children(unusable)
+        _export_unusable(unusable)
 
 
-def _tell_children(unusable: Iterable[str]) -> None:
+def _export_unusable(unusable: Iterable[str]) -> None:
     if names := ",".join(unusable):
         os.environ[UNUSABLE_PROCESSORS] = names
 
 
 def is_built_in(job_type: str) -> bool:
     """Return whether a processor is part of this program."""
-    processor = processors().get(job_type)
+    processor = load_processors().get(job_type)
     return processor is not None and processor.__module__.startswith(_BUILT_IN)
 
 
@@ -90,13 +90,13 @@ def processor_version(job_type: str) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
 
 
-def find_processor(job_type: str) -> type[Processor]:
+def get_processor(job_type: str) -> type[Processor]:
     """Return the processor for a job type.
 
     Raises:
         LookupError: there is none, or it cannot be used.
     """
-    return processors()[job_type]
+    return load_processors()[job_type]
 
 
 def shared_directories(processor: type[Processor]) -> list[Path]:
@@ -119,9 +119,9 @@ def check_preload(job_type: str) -> None:
     Raises:
         ProcessorUnusable: one of them cannot be imported, or `shared_directories` fails.
     """
-    _guarded(partial(shared_directories, processors()[job_type]), "shared_directories()", "called")
-    for module in processors()[job_type].preload:
-        _guarded(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
+    _call_foreign_code(partial(shared_directories, load_processors()[job_type]), "shared_directories()", "called")
+    for module in load_processors()[job_type].preload:
+        _call_foreign_code(partial(import_module, module), f"its module {module!r} (preload)", seconds=PRELOAD_SECONDS)
 
 
 def check_plugins(environment: Iterable[str] = ()) -> None:
@@ -134,12 +134,12 @@ def check_plugins(environment: Iterable[str] = ()) -> None:
     """
     waiting = [
         name
-        for name, processor in processors().items()
+        for name, processor in load_processors().items()
         if (processor.preload or hasattr(processor, "shared_directories")) and not is_built_in(name)
     ]
     while waiting:
         command = [sys.executable, "-m", "jobledger.workers.child.preload_check", *waiting]
-        variables = {**environment_for_jobs(environment), "PYTHONPATH": os.pathsep.join(it for it in sys.path if it)}
+        variables = {**build_job_environment(environment), "PYTHONPATH": os.pathsep.join(it for it in sys.path if it)}
         with subprocess.Popen(  # noqa: S603 - our own command line
             command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=variables
         ) as process:
@@ -151,15 +151,17 @@ def check_plugins(environment: Iterable[str] = ()) -> None:
                 if separator and name in waiting:  # not what a plug-in prints
                     waiting.remove(name)
                     if problem:
-                        withdraw(name, problem)
+                        disable_job_type(name, problem)
             watchdog.cancel()
         if waiting:  # it ended without a word about the next one
-            withdraw(waiting.pop(0), f"its modules (preload) end the process that imports them ({process.returncode})")
+            disable_job_type(
+                waiting.pop(0), f"its modules (preload) end the process that imports them ({process.returncode})"
+            )
 
 
 def _entries() -> dict[str, list[EntryPoint]]:
     found: dict[str, list[EntryPoint]] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda it: (it.name, it.value)):
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda it: (it.name, it.value)):
         others = found.setdefault(entry.name, [])
         if entry.value not in [other.value for other in others]:
             others.append(entry)
@@ -168,8 +170,8 @@ def _entries() -> dict[str, list[EntryPoint]]:
 
 def _load(job_type: str, candidates: list[EntryPoint]) -> type[Processor]:
     entry = _choose(job_type, candidates)
-    processor = _guarded(entry.load, f"{entry.value}{_origin(entry)}")
-    if (lack := _guarded(lambda: _lack(processor, job_type), entry.value)) is not None:
+    processor = _call_foreign_code(entry.load, f"{entry.value}{_origin(entry)}")
+    if (lack := _call_foreign_code(lambda: _find_interface_problem(processor, job_type), entry.value)) is not None:
         raise ProcessorUnusable(f"{entry.value}{_origin(entry)} is not a processor: {lack}")
     return processor  # type: ignore[no-any-return]  # as has just been checked
 
@@ -189,7 +191,9 @@ def _origin(entry: EntryPoint) -> str:
     return f" of {entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
 
 
-def _guarded(work: Callable[[], _T], what: str, verb: str = "imported", *, seconds: float | None = None) -> _T:
+def _call_foreign_code(
+    work: Callable[[], _T], what: str, verb: str = "imported", *, seconds: float | None = None
+) -> _T:
     """Return the result of foreign code that runs at import, or before an attempt, whatever it does.
 
     It runs in a thread, because code that hangs can be abandoned there. An endless loop in it is interrupted.
@@ -229,7 +233,7 @@ def _text(error: BaseException) -> str:
         return "(its text cannot be shown)"
 
 
-def _lack(processor: Any, job_type: str) -> str | None:
+def _find_interface_problem(processor: Any, job_type: str) -> str | None:
     """Return what a class lacks to be a processor; None if it lacks nothing."""
     if not isinstance(processor, type):
         return f"expected a class, found {type(processor).__name__}"
@@ -251,10 +255,10 @@ def _lack(processor: Any, job_type: str) -> str | None:
         inspect.signature(run).bind(None, None)
     except TypeError:
         return "expected `__init__(self, settings)` and `async def run(self, job)`"
-    return _preload_lack(processor)
+    return _find_preload_problem(processor)
 
 
-def _preload_lack(processor: Any) -> str | None:
+def _find_preload_problem(processor: Any) -> str | None:
     preload = getattr(processor, "preload", None)
     if isinstance(preload, str) or not isinstance(preload, list | tuple):
         return "`preload` must be a tuple of module names; () for none"

@@ -22,28 +22,28 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from jobledger.ledger.store.hash_chain import LARGEST_INTEGER
+from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 from jobledger.workers.processor import JSON, ProcessorError
 
 MAX_DEPTH: Final = 95  # the event log takes 100 levels, some of which the event itself needs
-MAX_BYTES: Final = 7 * 1024 * 1024  # of one value; an event may have 8 MiB
-MAX_TEXT: Final = 10_000  # characters of a text for people
+MAX_VALUE_BYTES: Final = 7 * 1024 * 1024  # of one value; an event may have 8 MiB
+MAX_TEXT_LENGTH: Final = 10_000  # characters of a text for people
 _VALUE_BYTES: Final = 6  # what a number, a boolean or a key is counted as, besides its text
 _CONTAINER_BYTES: Final = 16  # bounds also how long the conversion takes
 
 
-Place = tuple[Any, str | int]
+ValuePath = tuple[Any, str | int]
 """Where a value is: the place of what contains it, and its key or index there. As text only for an error message."""
 
 
 class InvalidResult(ProcessorError):
     """A value that a processor returned cannot be stored. The message names the place, the problem and the fix."""
 
-    def __init__(self, place: str, problem: str, fix: str) -> None:
-        super().__init__("INVALID_RESULT", f"{place} cannot be stored: {problem}. {fix}", details={"place": place})
+    def __init__(self, path: str, problem: str, fix: str) -> None:
+        super().__init__("INVALID_RESULT", f"{path} cannot be stored: {problem}. {fix}", details={"place": path})
 
 
-def to_json(value: Any, place: str) -> JSON:
+def to_json(value: Any, path: str) -> JSON:
     """Return a value as JSON: objects, lists, strings, numbers, booleans and null.
 
     Mappings with string keys, pydantic models and dataclasses become objects; lists and tuples become lists;
@@ -61,10 +61,10 @@ def to_json(value: Any, place: str) -> JSON:
         return None
     if not value and type(value) in (dict, list):  # most results: a look instead of a conversion
         return type(value)()
-    return _Conversion().convert(value, (None, place), 0)
+    return _Conversion().convert(value, (None, path), 0)
 
 
-def to_text(value: object, limit: int = MAX_TEXT) -> str:
+def to_text(value: object, limit: int = MAX_TEXT_LENGTH) -> str:
     """Return a text for people as it can be stored: at most `limit` characters, and without broken Unicode."""
     if type(value) is not str:
         value = safe_str(value)
@@ -88,7 +88,7 @@ def type_name(value: object) -> str:
     return str(type.__dict__["__name__"].__get__(type(value)))
 
 
-def validation_problems(error: ValidationError, root: str) -> str:
+def format_validation_error(error: ValidationError, root: str) -> str:
     """Return what pydantic found wrong with a model, each with its place below `root`."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     lines = [f"{'.'.join([root, *map(str, it['loc'])])}: {it['msg']}" for it in found[:5]]
@@ -102,7 +102,7 @@ class _Conversion:
         self._bytes = 0
         self._inside: set[int] = set()
 
-    def convert(self, value: Any, place: Place, depth: int) -> JSON:
+    def convert(self, value: Any, place: ValuePath, depth: int) -> JSON:
         kind = type(value)
         if value is None or kind is bool:
             self._count(_VALUE_BYTES, place)
@@ -128,7 +128,7 @@ class _Conversion:
                 "Return plain JSON values.",
             ) from error
 
-    def _container(self, value: Any, place: Place, depth: int) -> JSON:
+    def _container(self, value: Any, place: ValuePath, depth: int) -> JSON:
         if id(value) in self._inside:
             raise _invalid(place, "it contains itself", "Return a value without cycles.")
         self._inside.add(id(value))
@@ -140,14 +140,14 @@ class _Conversion:
         finally:
             self._inside.discard(id(value))
 
-    def _object(self, items: Iterable[tuple[Any, Any]], place: Place, depth: int) -> JSON:
+    def _object(self, items: Iterable[tuple[Any, Any]], place: ValuePath, depth: int) -> JSON:
         converted: dict[str, JSON] = {}
         for key, value in items:
             name = self._key(key, place)
             converted[name] = self.convert(value, (place, name), depth + 1)
         return converted
 
-    def _key(self, key: Any, place: Place) -> str:
+    def _key(self, key: Any, place: ValuePath) -> str:
         if not isinstance(key, str):
             problem = f"it has the key {to_text(_safe_repr(key), 100)} of type {type_name(key)}"
             raise _invalid(place, problem, "Use strings as keys.")
@@ -158,7 +158,7 @@ class _Conversion:
             )
         return name
 
-    def _other(self, value: Any, place: Place, depth: int) -> JSON:
+    def _other(self, value: Any, place: ValuePath, depth: int) -> JSON:
         """Convert what is neither plain JSON nor a tuple."""
         if isinstance(value, Enum):
             return self.convert(value.value, place, depth + 1)
@@ -182,7 +182,7 @@ class _Conversion:
             return self._number(float(value), place)
         raise _invalid(place, f"JSON has no {type_name(value)}", _fix(value))
 
-    def _object_of(self, value: Any, fields: dict[str, Any], place: Place, depth: int) -> JSON:
+    def _object_of(self, value: Any, fields: dict[str, Any], place: ValuePath, depth: int) -> JSON:
         if id(value) in self._inside:
             raise _invalid(place, "it contains itself", "Return a value without cycles.")
         self._inside.add(id(value))
@@ -191,7 +191,7 @@ class _Conversion:
         finally:
             self._inside.discard(id(value))
 
-    def _text(self, value: str, place: Place) -> str:
+    def _text(self, value: str, place: ValuePath) -> str:
         self._count(len(value) + _VALUE_BYTES, place)
         if value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
             return value  # nothing is escaped
@@ -206,21 +206,21 @@ class _Conversion:
             ) from None
         return value
 
-    def _integer(self, value: int, place: Place) -> int:
+    def _integer(self, value: int, place: ValuePath) -> int:
         self._count(_VALUE_BYTES, place)
-        if not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+        if not -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
             raise _invalid(place, "the integer is outside ±(2^53 - 1)", "Return it as a string.")
         return value
 
-    def _number(self, value: float, place: Place) -> float:
+    def _number(self, value: float, place: ValuePath) -> float:
         self._count(_VALUE_BYTES, place)
         if not math.isfinite(value):
             raise _invalid(place, f"{value} is no JSON number", "Return None or leave it out.")
         return value
 
-    def _measure(self, model: BaseModel, place: Place) -> None:
+    def _measure(self, model: BaseModel, place: ValuePath) -> None:
         """Refuse a model that is too large before pydantic writes it out: it would copy what is shared inside."""
-        left, waiting = MAX_BYTES // _CONTAINER_BYTES, list[Any]([model])
+        left, waiting = MAX_VALUE_BYTES // _CONTAINER_BYTES, list[Any]([model])
         while waiting:
             value = waiting.pop()
             if isinstance(value, BaseModel):
@@ -231,22 +231,22 @@ class _Conversion:
                 waiting += value
             left -= 1
             if left < len(waiting):
-                self._count(MAX_BYTES + 1, place)
+                self._count(MAX_VALUE_BYTES + 1, place)
 
-    def _count(self, size: int, place: Place) -> None:
+    def _count(self, size: int, place: ValuePath) -> None:
         """Stop as soon as the value is too large, so that an endless one ends, too."""
         self._bytes += size
-        if self._bytes > MAX_BYTES:
+        if self._bytes > MAX_VALUE_BYTES:
             while place[0] is not None:
                 place = place[0]
             raise _invalid(
                 place,
-                f"it is larger than {MAX_BYTES // 2**20} MiB, or contains itself",
+                f"it is larger than {MAX_VALUE_BYTES // 2**20} MiB, or contains itself",
                 "Save large content as a file with job.save().",
             )
 
 
-def _invalid(place: Place, problem: str, fix: str) -> InvalidResult:
+def _invalid(place: ValuePath, problem: str, fix: str) -> InvalidResult:
     """Return the error for a place, written as `results.metadata.when` or `step "x" output[3].y`."""
     within: list[str] = []
     while place[0] is not None:

@@ -14,7 +14,7 @@ from typing import Final
 
 from jobledger.workers.processor import ProcessorError
 
-MAX_BYTES: Final = 1000
+MAX_PATH_BYTES: Final = 1000
 MAX_PART_BYTES: Final = 200
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories of control, format (such as reading direction), surrogate and line separator characters."""
@@ -25,7 +25,7 @@ _RESERVED: Final = "link"
 _MARK_LENGTHS: Final = (8, 64)
 
 
-def normal_path(path: str) -> str:
+def normalize_path(path: str) -> str:
     """Return `path` in Unicode normal form C.
 
     Raises:
@@ -50,8 +50,8 @@ def _broken_rule(path: str) -> str | None:
         return "it contains a backslash; parts are separated by '/'"
     if _PERCENT_CODE.search(path):
         return "it contains a percent-encoded character; write the character itself"
-    if len(path.encode()) > MAX_BYTES:
-        return f"it is longer than {MAX_BYTES} bytes of UTF-8"
+    if len(path.encode()) > MAX_PATH_BYTES:
+        return f"it is longer than {MAX_PATH_BYTES} bytes of UTF-8"
     if path.startswith("/"):
         return "it is absolute"
     parts = path.split("/")
@@ -69,7 +69,7 @@ def _broken_rule(path: str) -> str | None:
     return None
 
 
-def alternatives(path: str, job_id: str) -> Iterator[str]:
+def generate_candidates(path: str, job_id: str) -> Iterator[str]:
     """Yield a valid path, and then distinct ones with a mark before the extension."""
     yield path
     folder, slash, name = path.rpartition("/")
@@ -79,7 +79,7 @@ def alternatives(path: str, job_id: str) -> Iterator[str]:
     mark = sha256(f"{job_id}/{path}".encode()).hexdigest()  # of the path, too: its name may be cut
     for length in _MARK_LENGTHS:
         ending = f"-{mark[:length]}{dot}{extension}"
-        room = min(MAX_PART_BYTES, MAX_BYTES - len((folder + slash).encode())) - len(ending.encode())
+        room = min(MAX_PART_BYTES, MAX_PATH_BYTES - len((folder + slash).encode())) - len(ending.encode())
         if room > 0:
             yield f"{folder}{slash}{_cut(stem, room)}{ending}"
 

@@ -15,11 +15,11 @@ import httpx
 
 from jobledger.ledger.net.url_policy import AllowedHosts
 
-Resolve = Callable[[str, int], Awaitable[list[str]]]
+Resolver = Callable[[str, int], Awaitable[list[str]]]
 """Answers the IP addresses of a host, best first; raises `OSError` when there are none."""
 
 
-class AddressRefused(Exception):
+class AddressRejected(Exception):
     """A host is not where one may call. Its text is a half sentence: `host (address) is a private address`."""
 
     def __init__(self, host: str, address: str, reason: str) -> None:
@@ -28,18 +28,18 @@ class AddressRefused(Exception):
         self.host, self.address, self.reason = host, address, reason
 
 
-async def ask_system_resolver(host: str, port: int) -> list[str]:
+async def resolve_host(host: str, port: int) -> list[str]:
     """Return the addresses of a host, each once, in the order in which they should be tried; OSError if it has none."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-class CheckedNetwork(httpcore.AsyncNetworkBackend):
+class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
     """Connects to exactly the address that was checked; TLS still verifies the name."""
 
-    def __init__(self, allowed: AllowedHosts, resolve: Resolve) -> None:
+    def __init__(self, allowed: AllowedHosts, resolver: Resolver) -> None:
         self._allowed = allowed
-        self._resolve = resolve
+        self._resolve = resolver
         self._network = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -66,18 +66,18 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         raise failure or httpcore.ConnectError("no address")
 
     def _permitted(self, host: str, addresses: list[str]) -> list[str]:
-        refusals = {address: self._allowed.refusal(host, address) for address in addresses}
+        refusals = {address: self._allowed.address_rejection_reason(host, address) for address in addresses}
         permitted = [address for address, refusal in refusals.items() if refusal is None]
         if refusals and not permitted:
             address, refusal = next(iter(refusals.items()))
-            raise AddressRefused(host, address, refusal or "")
+            raise AddressRejected(host, address, refusal or "")
         return permitted
 
 
-class Transport(httpx.AsyncBaseTransport):
+class CheckedTransport(httpx.AsyncBaseTransport):
     """httpx over our own network: its own transport cannot be given one."""
 
-    def __init__(self, network: CheckedNetwork) -> None:
+    def __init__(self, network: CheckedNetworkBackend) -> None:
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpx.create_ssl_context(), network_backend=network, max_keepalive_connections=0
         )
@@ -109,7 +109,7 @@ class _Stream(httpx.AsyncByteStream):
         await self._answer.aclose()
 
 
-def retry_after(headers: httpx.Headers) -> int | None:
+def parse_retry_after(headers: httpx.Headers) -> int | None:
     """RFC 9110, 10.2.3: seconds, or a date, which the server's own clock turns into seconds."""
     said = headers.get("retry-after", "").strip()
     if said.isascii() and said.isdigit():
@@ -121,7 +121,7 @@ def retry_after(headers: httpx.Headers) -> int | None:
     return max(0, round(wait.total_seconds()))
 
 
-def why_it_failed(error: BaseException) -> tuple[str, str, bool]:
+def describe_connection_error(error: BaseException) -> tuple[str, str, bool]:
     """A word for programs, a sentence for people, and whether it may pass."""
     for cause in _causes(error):
         match cause:

@@ -23,9 +23,9 @@ from typing import Final
 
 import structlog
 
-from jobledger.ledger.system.cooperative_threads import Work
+from jobledger.ledger.system.cooperative_threads import CooperativeWork
 from jobledger.workers.directory_removal import remove_tree
-from jobledger.workers.machine_health import MachineTrouble
+from jobledger.workers.machine_health import MachineFailure
 
 _log = structlog.get_logger()
 _DEAD: Final = "removing-"
@@ -37,7 +37,7 @@ _CLOSE_SECONDS: Final = 2.0
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
-class Scratch:
+class ScratchDirectory:
     """Scratch space of this process. All methods except `for_attempt` block: call them from a thread."""
 
     def __init__(self, root: Path | None = None, *, min_free_mb: float = 0) -> None:
@@ -49,15 +49,15 @@ class Scratch:
         self._lock = -1
         self._repaired_at = float("-inf")
         self._changing = threading.RLock()  # checks run in several threads
-        self.repairs = 0
+        self.repair_count = 0
         """How often a directory of ours had lost its mode and got it back."""
 
     @property
-    def directory(self) -> Path | None:
+    def path(self) -> Path | None:
         """The directory of this process; None if it could not be created yet."""
         return self._directory
 
-    def for_attempt(self, job_id: str, attempt: int) -> Path:
+    def new_attempt_path(self, job_id: str, attempt: int) -> Path:
         """Return a path for an attempt. The caller creates it (mode 0700) if needed, and removes it afterwards.
 
         Raises:
@@ -65,18 +65,18 @@ class Scratch:
         """
         return self._required() / f"{job_id}-{attempt}-{secrets.token_hex(4)}"
 
-    def create(self, *directories: Path) -> None:
+    def create_directories(self, *directories: Path) -> None:
         """Create directories of an attempt, one inside another.
 
         Raises:
             OSError: that failed.
         """
         if time.monotonic() - self._repaired_at >= _REPAIR_SECONDS:  # a job that comes in between is given back
-            self.repair()
+            self.repair_modes()
         for directory in directories:
             directory.mkdir(mode=_MODE)
 
-    def repair(self) -> None:
+    def repair_modes(self) -> None:
         """Give our directories their mode back: a job may have changed it, if it has no mounts of its own."""
         self._repaired_at = time.monotonic()
         if self._directory is None:
@@ -88,7 +88,7 @@ class Scratch:
                 is_damaged = mode != _MODE if is_private else not mode & stat.S_IXUSR
                 if is_damaged and _is_ours(path):
                     path.chmod(_MODE if is_private else mode | _MODE)
-                    self.repairs += 1
+                    self.repair_count += 1
                     _log.warning(
                         "a scratch directory had lost its mode and got it back; a job may have changed it",
                         directory=str(path),
@@ -109,7 +109,7 @@ class Scratch:
                 self._create()
             except OSError as error:  # also of `gettempdir`, if none of the usual directories is writable
                 place = self.root or os.environ.get("TMPDIR", "the system's temporary directory")
-                raise MachineTrouble(
+                raise MachineFailure(
                     f"No scratch directory can be created in {place}: {error.strerror}. Make it writable, or set "
                     "event_worker.scratch_dir to another directory"
                 ) from error
@@ -125,7 +125,7 @@ class Scratch:
             self._lock = _try_lock(directory)
         self._directory = directory
 
-    def remove_dead(self) -> Work[None]:
+    def remove_stale(self) -> CooperativeWork[None]:
         """Remove the directories of dead processes. That may take long, so no check waits for it.
 
         Raises:
@@ -135,7 +135,7 @@ class Scratch:
             return
         base = self._directory.parent
         with _locked(base):
-            dead = list(_mark_dead(base))
+            dead = list(_mark_stale(base))
         for path in dead:
             yield from remove_tree(path)
         if dead:
@@ -161,19 +161,19 @@ class Scratch:
             MachineTrouble: it is not, or has not.
         """
         directory = self._required()
-        self.repair()
+        self.repair_modes()
         try:
             found = os.statvfs(directory)
         except OSError as error:
-            raise MachineTrouble(f"Scratch directory {directory} cannot be read: {error.strerror}") from error
+            raise MachineFailure(f"Scratch directory {directory} cannot be read: {error.strerror}") from error
         if found.f_flag & os.ST_RDONLY:
-            raise MachineTrouble(
+            raise MachineFailure(
                 f"Scratch directory {directory} is on a read-only file system. Make it writable, or set "
                 "event_worker.scratch_dir to another directory"
             )
         free = found.f_bavail * found.f_frsize
         if free < self._min_free_bytes:
-            raise MachineTrouble(
+            raise MachineFailure(
                 f"Scratch directory {directory} has {free / 2**20:.0f} MiB free, and "
                 f"event_worker.scratch_min_free_mb requires {self._min_free_bytes / 2**20:.0f} MiB. Free some space, "
                 "or set event_worker.scratch_dir to another directory"
@@ -181,7 +181,7 @@ class Scratch:
 
     def _required(self) -> Path:
         if self._directory is None:
-            raise MachineTrouble("The scratch directory could not be created yet")
+            raise MachineFailure("The scratch directory could not be created yet")
         return self._directory
 
     def close(self) -> None:
@@ -204,10 +204,10 @@ class Scratch:
 
 def _base(root: Path) -> Path:
     """Return this user's directory below `root`, and create it if needed."""
-    return private_directory(root, f"jobledger-{os.getuid()}")
+    return ensure_private_directory(root, f"jobledger-{os.getuid()}")
 
 
-def private_directory(root: Path, name: str) -> Path:
+def ensure_private_directory(root: Path, name: str) -> Path:
     """Return the directory `name` of this user below `root`, and create it if needed.
 
     The system's temporary directory is open to all users, and another one may have created an object of this name. Only
@@ -230,7 +230,7 @@ def _is_ours(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
-def _mark_dead(base: Path) -> Iterator[Path]:
+def _mark_stale(base: Path) -> Iterator[Path]:
     """Rename the directories whose process is dead, and yield their new paths. Call with the lock of `base`."""
     for path in list(base.iterdir()):
         if not _is_ours(path):

@@ -6,20 +6,20 @@ from datetime import timedelta
 
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import JobSubmitted, StepCompleted
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import steps
 from jobledger.workers.registry import processor_version
 
 
-class SharedSteps:
+class StepCache:
     """Finds steps that a job may reuse: shared on request, by jobs of the same owner, job type and version."""
 
-    def __init__(self, views: Views, log: EventLog) -> None:
+    def __init__(self, views: Views, log: EventStore) -> None:
         self._views = views
         self._log = log
 
-    async def find(
+    async def find_shared_step(
         self, key: str, job_id: str, job: JobSubmitted, *, max_age: timedelta
     ) -> tuple[str, StepCompleted] | None:
         """Return the newest shared step with the digest `key` of its inputs, and the ID of the job that finished it.
@@ -33,8 +33,8 @@ class SharedSteps:
             user_id=job.user_id,
             job_type=job.job_type,
             version=processor_version(job.job_type),
-            since=await self._log.now() - max_age,
-            other_than=job_id,
+            since=await self._log.server_time() - max_age,
+            excluded_job_id=job_id,
         )
         if row is None:
             return None

@@ -21,30 +21,30 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import ClaimJob
-from jobledger.ledger.domain.errors import CommandRefused, LedgerBusy, LedgerUnavailable, NotDue, UnreadableEvent
-from jobledger.ledger.domain.events import Meta
+from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, NotDue, UnreadableEvent
+from jobledger.ledger.domain.events import EventMetadata
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.mongo.connection import Connection, Database, Document, driver_errors
+from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
 from jobledger.ledger.mongo.lease import Lease
-from jobledger.ledger.store.change_stream import Changes, Reaction
-from jobledger.ledger.store.command_handler import Handled, Known, handle, load
-from jobledger.ledger.store.event_store import EventLog
-from jobledger.ledger.system.cooperative_threads import in_turns
+from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
+from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command, load_stream_state
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.system.cooperative_threads import run_cooperatively
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.workers import claimer, lease_reaper
-from jobledger.workers.claimer import Claims
-from jobledger.workers.directory_removal import removal_threads
-from jobledger.workers.executor import Execution, Settings, check_processes, prepare_children
-from jobledger.workers.lease_reaper import LeaseWatch
+from jobledger.workers.claimer import ClaimQueue
+from jobledger.workers.directory_removal import removal_executor
+from jobledger.workers.executor import ExecutorSettings, JobExecutor, check_job_processes, check_process_start
+from jobledger.workers.lease_reaper import LeaseReaper
 from jobledger.workers.machine_health import WorkerHealth, check_descriptors, check_memory
 from jobledger.workers.path_reservations import PathReservations
-from jobledger.workers.registry import processors
-from jobledger.workers.scratch import Scratch
-from jobledger.workers.step_cache import SharedSteps
+from jobledger.workers.registry import load_processors
+from jobledger.workers.scratch import ScratchDirectory
+from jobledger.workers.step_cache import StepCache
 
 _log = structlog.get_logger()
 _T = TypeVar("_T")
-HEARD_EVENTS: Final = claimer.HEARD | {"JobCancelRequested"}
+SUBSCRIBED_EVENT_TYPES: Final = claimer.CLAIMER_EVENT_TYPES | {"JobCancelRequested"}
 """The types of events that a worker has a use for."""
 _CANCELS_KEPT: Final = 1000
 _ORPHANS_PAUSE_SECONDS: Final = 6 * 3600.0
@@ -59,57 +59,63 @@ class Worker:
     def __init__(
         self,
         db: Database,
-        log: EventLog,
+        event_store: EventStore,
         checkpoint: Checkpoint,
-        changes: Changes,
+        change_stream: ChangeStream,
         connection: Connection,
         *,
-        settings: Settings,
+        settings: ExecutorSettings,
         slots: int = 5,
-        slots_of_type: Mapping[str, int] | None = None,
+        slots_per_type: Mapping[str, int] | None = None,
         lease_seconds: float = 10.0,
         shutdown_grace_seconds: float = 30.0,
-        scratch: Scratch | None = None,
+        scratch: ScratchDirectory | None = None,
     ) -> None:
         self._db = db
-        self._log = log
+        self._log = event_store
         self._connection = connection
         self._settings = settings
         self._slots = slots
         self._lease_seconds = lease_seconds
         self._grace_seconds = shutdown_grace_seconds
-        self._slots_of_type = dict(slots_of_type or {})
-        self._job_types = frozenset(processors())
-        self._running: dict[tuple[str, int], tuple[Execution, asyncio.Task[None]]] = {}
+        self._slots_of_type = dict(slots_per_type or {})
+        self._job_types = frozenset(load_processors())
+        self._running: dict[tuple[str, int], tuple[JobExecutor, asyncio.Task[None]]] = {}
         """By job and attempt: of an attempt that has ended, the files may still be removed while the next one runs."""
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._claiming: dict[str, tuple[str, asyncio.Task[None]]] = {}
-        self._cancels: OrderedDict[str, int] = OrderedDict()
-        self._missed_cancels = False  # there may be some: the change stream was interrupted
+        self._cancel_versions: OrderedDict[str, int] = OrderedDict()
+        self._may_have_missed_cancels = False  # there may be some: the change stream was interrupted
         self._unreadable: UnreadableEvent | None = None
         self.worker_id = _new_worker_id()
-        self._watch = LeaseWatch(db, log, checkpoint, changes)
-        self._scratch = scratch or Scratch()
+        self._lease_reaper = LeaseReaper(db, event_store, checkpoint, change_stream)
+        self._scratch = scratch or ScratchDirectory()
         self.health = WorkerHealth(
-            [check_descriptors, self._scratch.check, settings.store.check, check_memory, check_processes],
+            [
+                check_descriptors,
+                self._scratch.check,
+                settings.file_store.check_writable,
+                check_memory,
+                check_process_start,
+            ],
             quick_checks=[check_descriptors, self._scratch.check_quickly],
             on_change=self._health_changed,
         )
         self._publishing: asyncio.Task[None] | None = None
-        self._shared_steps = SharedSteps(checkpoint.views, log)
-        self._paths = PathReservations(db, log, checkpoint.views)
-        self._claims = Claims(
-            log,
+        self._step_cache = StepCache(checkpoint.views, event_store)
+        self._paths = PathReservations(db, event_store, checkpoint.views)
+        self._claim_queue = ClaimQueue(
+            event_store,
             checkpoint,
             job_types=self._job_types,
             slots=slots,
-            alive=lambda: self._watch.able,
+            eligible_workers=lambda: self._lease_reaper.healthy_workers,
             wake=self._wake.set,
-            room=self._room,
-            claiming=self._claiming.keys,
+            free_slots=self._free_slots,
+            pending_claims=self._claiming.keys,
         )
-        changes.listen(Reaction("events", self._heard_event, self._resync))
+        change_stream.add_listener(CallbackListener("events", self._on_event, self._resync))
 
     def stop(self) -> None:
         """Claim nothing more, let running jobs end within the grace time, give the rest back. `run` then returns."""
@@ -118,19 +124,19 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop` is called. A lost lease costs the running jobs; work goes on under a new one."""
-        prepare_children(self._settings)
-        await self._check_before_the_first_claim()
-        watching = asyncio.create_task(self._watch.run(), name="lease-watch")
+        check_job_processes(self._settings)
+        await self._run_startup_checks()
+        watching = asyncio.create_task(self._lease_reaper.run(), name="lease-watch")
         checking = asyncio.create_task(self.health.run(), name="health")
         removing = [
             asyncio.create_task(self._remove_orphans(), name="remove-orphans"),
-            asyncio.create_task(self._remove_dead_scratch(), name="remove-dead-scratch"),
+            asyncio.create_task(self._remove_stale_scratch(), name="remove-dead-scratch"),
         ]
         try:
             while not self._stopping.is_set():
-                await self._work_under_a_lease(watching)
+                await self._run_with_lease(watching)
         finally:
-            self._claims.close()
+            self._claim_queue.close()
             background = [task for task in (watching, checking, *removing, self._publishing) if task is not None]
             for task in background:
                 task.cancel()
@@ -144,27 +150,27 @@ class Worker:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
             pause = _ORPHANS_PAUSE_SECONDS
             try:
-                if removed := await self._settings.store.remove_orphans():
+                if removed := await self._settings.file_store.remove_orphans():
                     _log.info("removed unfinished files from the result store", count=removed)
             except LedgerUnavailable as error:
                 _log.warning("unfinished files in the result store stay for now", error=str(error))
 
-    async def _remove_dead_scratch(self) -> None:
+    async def _remove_stale_scratch(self) -> None:
         """Remove the scratch directories of killed workers, until cancelled."""
         while True:
             try:
-                await in_turns(self._scratch.remove_dead(), removal_threads)
+                await run_cooperatively(self._scratch.remove_stale(), removal_executor)
             except OSError as error:
                 _log.warning("scratch directories of dead workers stay for now", error=str(error))
             await asyncio.sleep(_DEAD_SCRATCH_PAUSE_SECONDS)
 
-    async def _check_before_the_first_claim(self) -> None:
+    async def _run_startup_checks(self) -> None:
         """The worker starts whatever is found, and claims nothing until it has passed."""
-        checks = [self._scratch.prepare, self._scratch.check, self._settings.store.check]
-        if (trouble := await self.health.check(checks)) is not None:
+        checks = [self._scratch.prepare, self._scratch.check, self._settings.file_store.check_writable]
+        if (trouble := await self.health.run_checks(checks)) is not None:
             self.health.report(trouble)
 
-    async def _work_under_a_lease(self, watching: asyncio.Task[None]) -> None:
+    async def _run_with_lease(self, watching: asyncio.Task[None]) -> None:
         lease = Lease(self._connection, lease_reaper.COLLECTION, self.worker_id, seconds=self._lease_seconds)
         facts = {
             "host": socket.gethostname(),
@@ -172,20 +178,20 @@ class Worker:
             "slots": self._slots,
             "job_types": sorted(self._job_types),
             "started_at": datetime.now(UTC),
-            **self.health.facts(),
+            **self.health.document_fields(),
         }
         try:
-            if not await self._unless_stopped(lease.acquire(facts)):
+            if not await self._run_unless_stopped(lease.acquire(facts)):
                 return
         except LedgerUnavailable as error:
             _log.warning("no lease yet", error=str(error))
-            await self._unless_stopped(asyncio.sleep(1))
+            await self._run_unless_stopped(asyncio.sleep(1))
             return
-        self._claims.worker_id = self._watch.watcher = self.worker_id
-        self._watch.lease = lease
+        self._claim_queue.worker_id = self._lease_reaper.worker_id = self.worker_id
+        self._lease_reaper.lease = lease
         self._wake.set()
         claiming = asyncio.create_task(self._claim_until_stopped(), name="claim")
-        lost = asyncio.create_task(lease.lost())
+        lost = asyncio.create_task(lease.wait_lost())
         stopping: asyncio.Task[Any] = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({claiming, lost, watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -196,9 +202,9 @@ class Worker:
                     task.result()
             claiming.cancel()
             await asyncio.gather(claiming, return_exceptions=True)
-            if lease.held:
+            if lease.is_held:
                 await self._finish_within_grace(lost)
-            if not lease.held:
+            if not lease.is_held:
                 _log.error(
                     "lease lost: every running job is given up", worker_id=self.worker_id, jobs=len(self._running)
                 )
@@ -209,10 +215,10 @@ class Worker:
             await asyncio.gather(claiming, *on_their_way, return_exceptions=True)
             await self._abandon_all()
             await lease.release()
-            self._watch.watcher, self._watch.lease = "", None
+            self._lease_reaper.worker_id, self._lease_reaper.lease = "", None
             self.worker_id = _new_worker_id()
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, _T]) -> _T | None:
+    async def _run_unless_stopped(self, work: Coroutine[Any, Any, _T]) -> _T | None:
         """Return the result of `work`; None, and cancel it, if the worker is stopped meanwhile."""
         task = asyncio.ensure_future(work)
         stopping = asyncio.create_task(self._stopping.wait())
@@ -249,7 +255,7 @@ class Worker:
 
     # Waking up ----------------------------------------------------------------------------------------------------
 
-    def _room(self, job_type: str) -> int:
+    def _free_slots(self, job_type: str) -> int:
         """Return how many more jobs of a type may be run now."""
         free = self._slots - len(self._running) - len(self._claiming)
         if (most := self._slots_of_type.get(job_type)) is None:
@@ -260,23 +266,23 @@ class Worker:
 
     async def _resync(self, session: AsyncClientSession) -> None:
         """Changes may have been missed: look at the queue, and whether a running job is to be cancelled."""
-        self._missed_cancels = True
-        self._claims.resync(await self._log.head(session))
+        self._may_have_missed_cancels = True
+        self._claim_queue.resync(await self._log.head_position(session))
 
-    def _heard_event(self, change: Mapping[str, Any]) -> None:
+    def _on_event(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] != "insert":
             return
         document = change["fullDocument"]
         if document["type"] != "JobCancelRequested":
-            self._claims.heard(document)
+            self._claim_queue.handle_event(document)
             return
         for (job_id, _), (execution, _) in list(self._running.items()):
             if job_id == document["stream"]:
                 execution.cancel()
         # Perhaps its claim, which must have come before, is not yet on our own books.
-        self._cancels[document["stream"]] = document["version"]
-        if len(self._cancels) > _CANCELS_KEPT:
-            self._cancels.popitem(last=False)
+        self._cancel_versions[document["stream"]] = document["version"]
+        if len(self._cancel_versions) > _CANCELS_KEPT:
+            self._cancel_versions.popitem(last=False)
 
     # Health -------------------------------------------------------------------------------------------------------
 
@@ -292,8 +298,8 @@ class Worker:
         Before there is a lease there is no document. It may then be created with facts that are out of date.
         """
         published: Document | None = None
-        while published != (facts := self.health.facts()):
-            with suppress(LedgerUnavailable), driver_errors("recording a worker's health"):
+        while published != (facts := self.health.document_fields()):
+            with suppress(LedgerUnavailable), translate_errors("recording a worker's health"):
                 found = await self._db[lease_reaper.COLLECTION].update_one({"_id": self.worker_id}, {"$set": facts})
                 if found.matched_count:
                     published = facts
@@ -313,9 +319,9 @@ class Worker:
             if self._unreadable is not None:
                 raise self._unreadable
             try:
-                if self._missed_cancels:
-                    await self._catch_up_on_cancels()
-                await self._claim_what_there_is()
+                if self._may_have_missed_cancels:
+                    await self._load_missed_cancels()
+                await self._claim_available()
             except LedgerUnavailable as error:
                 _log.warning("claiming interrupted", error=str(error))
                 await asyncio.sleep(1)
@@ -323,111 +329,113 @@ class Worker:
         if self._claiming:
             await asyncio.wait([task for _, task in self._claiming.values()])
 
-    async def _claim_what_there_is(self) -> None:
+    async def _claim_available(self) -> None:
         while not self._stopping.is_set():
-            await self.health.check_quickly()
-            if not self.health.may_claim() or not (found := await self._claims.take()):
+            await self.health.run_quick_checks()
+            if not self.health.can_claim() or not (found := await self._claim_queue.take_candidates()):
                 return
             for job_id, known, job_type, _ in found:
                 task = asyncio.create_task(self._claim(job_id, known), name=f"claim-{job_id}")
                 self._claiming[job_id] = job_type, task
-                task.add_done_callback(partial(self._claimed, job_id))
+                task.add_done_callback(partial(self._on_claim_done, job_id))
 
-    def _claimed(self, job_id: str, task: asyncio.Task[None]) -> None:
+    def _on_claim_done(self, job_id: str, task: asyncio.Task[None]) -> None:
         self._claiming.pop(job_id, None)
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("fault while claiming a job", job_id=job_id, error=repr(error))
             if isinstance(error, UnreadableEvent):
-                self._end_for(error)
+                self._stop_with_error(error)
 
-    async def _catch_up_on_cancels(self) -> None:
-        self._missed_cancels = False
+    async def _load_missed_cancels(self) -> None:
+        self._may_have_missed_cancels = False
         try:
             for (job_id, _), (execution, _) in list(self._running.items()):
                 try:
-                    known = await load(self._log, job_id)
+                    known = await load_stream_state(self._log, job_id)
                 except UnreadableEvent:  # its next word will find out, and then this process has to end
                     continue
-                if isinstance(known.state, Job) and known.state.cancel is not None:
+                if isinstance(known.state, Job) and known.state.cancel_request is not None:
                     execution.cancel()
         except LedgerUnavailable:
-            self._missed_cancels = True
+            self._may_have_missed_cancels = True
             raise
 
-    async def _claim(self, job_id: str, known: Known) -> None:
+    async def _claim(self, job_id: str, known: StreamState) -> None:
         """Claim a job by appending, and start it if we won."""
         try:
             handled = await self._append_claim(job_id, known)
         except NotDue:
-            self._claims.not_due()
+            self._claim_queue.handle_not_due()
             return
-        except CommandRefused:
+        except CommandRejected:
             with suppress(LedgerUnavailable):  # then it is tried once more
-                await self._claims.refused(job_id)
+                await self._claim_queue.handle_rejection(job_id)
             return
         except UnreadableEvent as error:
             _log.error("job left to workers of a later version", job_id=job_id, error=str(error))
-            self._claims.leave(job_id)
+            self._claim_queue.skip(job_id)
             return
-        self._claims.taken(job_id, handled.known.head.position)
-        execution = Execution(
+        self._claim_queue.mark_claimed(job_id, handled.stream_state.head.position)
+        execution = JobExecutor(
             self._log,
-            handled.known,
+            handled.stream_state,
             job_id=job_id,
             worker_id=self.worker_id,
             settings=self._settings,
-            steps=self._shared_steps,
+            step_cache=self._step_cache,
             scratch=self._scratch,
             health=self.health,
-            paths=self._paths,
+            path_reservations=self._paths,
         )
         task = asyncio.create_task(execution.run(), name=f"job-{job_id}")
         key = job_id, execution.attempt
         self._running[key] = (execution, task)
-        if self._cancels.pop(job_id, 0) > handled.known.head.version:
+        if self._cancel_versions.pop(job_id, 0) > handled.stream_state.head.version:
             execution.cancel()
-        task.add_done_callback(lambda ended: self._ended(key, ended))
+        task.add_done_callback(lambda ended: self._on_job_done(key, ended))
 
-    async def _append_claim(self, job_id: str, known: Known) -> Handled:
+    async def _append_claim(self, job_id: str, known: StreamState) -> CommandResult:
         """Append a claim, and do not rest before it is known whether it landed: one that nobody runs would hang."""
         command = ClaimJob(self.worker_id, self._log.clock.estimate())
         while True:
             try:
-                return await handle(self._log, job_id, command, meta=Meta(f"worker:{self.worker_id}"), known=known)
+                return await handle_command(
+                    self._log, job_id, command, meta=EventMetadata(f"worker:{self.worker_id}"), stream_state=known
+                )
             except LedgerBusy as error:
                 _log.warning("claim put off", job_id=job_id, error=str(error))
                 await asyncio.sleep(1)
             except LedgerUnavailable as error:
                 _log.warning("claim in doubt", job_id=job_id, error=str(error))
-                if (landed := await self._landed(job_id)) is not None:
+                if (landed := await self._find_landed_claim(job_id)) is not None:
                     return landed
 
-    async def _landed(self, job_id: str) -> Handled | None:
+    async def _find_landed_claim(self, job_id: str) -> CommandResult | None:
         """Return the stream if the job is ours: we do not run it yet, and no worker's id is used twice."""
         while True:
             await asyncio.sleep(1)
             try:
-                known = await load(self._log, job_id)
+                known = await load_stream_state(self._log, job_id)
             except LedgerUnavailable as error:
                 _log.warning("claim still in doubt", job_id=job_id, error=str(error))
                 continue
             except UnreadableEvent as error:
-                self._end_for(error)
+                self._stop_with_error(error)
                 raise
             job = known.state
             ours = isinstance(job, Job) and job.status == "processing" and job.worker_id == self.worker_id
-            return Handled([], known) if ours else None
+            return CommandResult([], known) if ours else None
 
-    def _ended(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
+    def _on_job_done(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
         self._running.pop(key, None)
         self._wake.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("fault while ending a job", job_id=key[0], error=repr(error))
             if isinstance(error, UnreadableEvent):
-                self._end_for(error)
+                self._stop_with_error(error)
 
-    def _end_for(self, error: UnreadableEvent) -> None:
+    def _stop_with_error(self, error: UnreadableEvent) -> None:
         """End: of a job that may be ours we can say nothing any more, and under our living lease nobody else may."""
         self._unreadable = error
         self._wake.set()

@@ -15,10 +15,10 @@ import jwt
 import structlog
 from starlette.requests import HTTPConnection
 
-from jobledger.api.auth.api_keys import ApiKey, KeyRing, KeyText
+from jobledger.api.auth.api_keys import ApiKey, ApiKeyCache, ApiKeyToken
 from jobledger.api.auth.jwks import KeySource
 from jobledger.api.http.errors import ApiError
-from jobledger.ledger.domain.access import Principal, group_named, user_named
+from jobledger.ledger.domain.access import Principal, parse_group_name, parse_user_name
 
 _log = structlog.get_logger()
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -28,30 +28,32 @@ _PROXY_TRUST: Final = timedelta(seconds=70)
 longest `Prefer: wait`, which would otherwise end as unauthorized."""
 
 
-class _Wrong(Exception):
+class _InvalidCredentials(Exception):
     """These credentials prove nothing; the message is for our log, and never holds them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Grants:
+class RoleGrants:
     """Users and groups (with their prefix) that have a role, whatever their credentials say of it."""
 
     admins: frozenset[str] = frozenset()
     monitors: frozenset[str] = frozenset()
 
-    def principal(self, user_id: str, groups: Iterable[str], roles: Iterable[str]) -> Principal:
+    def build_principal(self, user_id: str, groups: Iterable[str], roles: Iterable[str]) -> Principal:
         """Return who that is. Blank groups and roles that mean nothing here are passed over.
 
         Raises:
             ValueError: a name that cannot be one.
         """
-        known = Principal(user_named(user_id), frozenset(group_named(group) for group in groups if group.strip()))
+        known = Principal(
+            parse_user_name(user_id), frozenset(parse_group_name(group) for group in groups if group.strip())
+        )
         granted = {"admin": self.admins, "monitor": self.monitors}
-        held = {role for role, names in granted.items() if not names.isdisjoint(known.names)}
+        held = {role for role, names in granted.items() if not names.isdisjoint(known.identities)}
         return Principal(known.user_id, known.groups, frozenset(held | (_ROLES & set(roles))))
 
 
-def _nobody(connection: HTTPConnection, *, anonymous_public: bool, how: str) -> Principal:
+def _anonymous_or_401(connection: HTTPConnection, *, anonymous_public: bool, how: str) -> Principal:
     """Return who comes without credentials: somebody who may read what is public, if that is allowed.
 
     Raises:
@@ -78,45 +80,45 @@ def _bearer(connection: HTTPConnection) -> str | None:
         return None
     scheme, _, token = sent[0].partition(" ")
     if len(sent) > 1 or scheme.lower() != "bearer":
-        raise _Wrong("expected one header Authorization: Bearer")
+        raise _InvalidCredentials("expected one header Authorization: Bearer")
     return token.strip()
 
 
-class KeySignIn:
+class ApiKeyBackend:
     """By an API key that `jobledger keys create` has made. `now` is the time of day."""
 
-    def __init__(self, ring: KeyRing, *, now: Callable[[], datetime], anonymous_public: bool) -> None:
-        self._ring = ring
+    def __init__(self, keys: ApiKeyCache, *, now: Callable[[], datetime], anonymous_read: bool) -> None:
+        self._ring = keys
         self._now = now
-        self._anonymous_public = anonymous_public
+        self._anonymous_public = anonymous_read
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         try:
             sent = _bearer(connection)
             if sent is not None:
                 return self._holder(sent)
-        except _Wrong as wrong:
+        except _InvalidCredentials as wrong:
             raise _refusal(wrong) from None
         how = "send an API key in the header Authorization: Bearer"
-        return _nobody(connection, anonymous_public=self._anonymous_public, how=how)
+        return _anonymous_or_401(connection, anonymous_public=self._anonymous_public, how=how)
 
     def _holder(self, sent: str) -> Principal:
-        text = KeyText.read(sent)
+        text = ApiKeyToken.parse(sent)
         if text is None:
-            raise _Wrong("it does not look like an API key")
-        key = self._ring.opened_by(text, self._now())
+            raise _InvalidCredentials("it does not look like an API key")
+        key = self._ring.authenticate(text, self._now())
         if key is None:
-            raise _Wrong(f"API key {text.key_id} is unknown, revoked, expired, or its secret is wrong")
+            raise _InvalidCredentials(f"API key {text.key_id} is unknown, revoked, expired, or its secret is wrong")
         return _holder(key)
 
-    def holder_of(self, key_id: str) -> Principal | None:
+    def get_key_holder(self, key_id: str) -> Principal | None:
         """Return the holder of a key by the key's ID; None if it is revoked or has expired."""
-        key = self._ring.valid(key_id, self._now())
+        key = self._ring.get_valid(key_id, self._now())
         return None if key is None else _holder(key)
 
-    def groups_of(self, user_id: str) -> frozenset[str]:
+    def get_groups(self, user_id: str) -> frozenset[str]:
         """Return the groups that a user is in, by their keys."""
-        return self._ring.groups_of(user_id, self._now())
+        return self._ring.get_groups(user_id, self._now())
 
 
 def _holder(key: ApiKey) -> Principal:
@@ -124,7 +126,7 @@ def _holder(key: ApiKey) -> Principal:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRules:
+class JwtOptions:
     """What a token must say, and where it says who somebody is. A claim within others: `realm_access.roles`."""
 
     issuer: str | None
@@ -135,29 +137,29 @@ class TokenRules:
     roles_claim: str
 
 
-class JwtSignIn:
+class JwtBackend:
     """By a JSON Web Token (RFC 7519) that somebody else has issued."""
 
-    def __init__(self, keys: KeySource, rules: TokenRules, grants: Grants, *, anonymous_public: bool) -> None:
+    def __init__(self, keys: KeySource, options: JwtOptions, grants: RoleGrants, *, anonymous_read: bool) -> None:
         self._keys = keys
-        self._rules = rules
+        self._rules = options
         self._grants = grants
-        self._anonymous_public = anonymous_public
+        self._anonymous_public = anonymous_read
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         try:
             sent = _bearer(connection)
             if sent is not None:
                 return self._subject(await self._claims(sent))
-        except (_Wrong, jwt.PyJWTError, ValueError) as wrong:
+        except (_InvalidCredentials, jwt.PyJWTError, ValueError) as wrong:
             raise _refusal(wrong) from None
         how = "send a token in the header Authorization: Bearer"
-        return _nobody(connection, anonymous_public=self._anonymous_public, how=how)
+        return _anonymous_or_401(connection, anonymous_public=self._anonymous_public, how=how)
 
     async def _claims(self, token: str) -> Mapping[str, Any]:
-        key = await self._keys.key(jwt.get_unverified_header(token).get("kid"))
+        key = await self._keys.get_key(jwt.get_unverified_header(token).get("kid"))
         if key is None:
-            raise _Wrong("nobody knows the key that the token was signed with")
+            raise _InvalidCredentials("nobody knows the key that the token was signed with")
         claims: dict[str, Any] = jwt.decode(
             token,
             key.key,
@@ -173,8 +175,10 @@ class JwtSignIn:
         rules = self._rules
         user_id = _claim(claims, rules.user_claim)
         if not isinstance(user_id, str):
-            raise _Wrong(f"the claim {rules.user_claim} is missing, or no text")
-        known = self._grants.principal(user_id, _names(claims, rules.groups_claim), _names(claims, rules.roles_claim))
+            raise _InvalidCredentials(f"the claim {rules.user_claim} is missing, or no text")
+        known = self._grants.build_principal(
+            user_id, _names(claims, rules.groups_claim), _names(claims, rules.roles_claim)
+        )
         try:
             until = datetime.fromtimestamp(float(claims["exp"]) + rules.leeway_seconds, UTC)
         except (OverflowError, ValueError, OSError):
@@ -198,7 +202,7 @@ def _names(claims: Mapping[str, Any], name: str) -> list[str]:
         return []
     names = [found] if isinstance(found, str) else found
     if not isinstance(names, list) or not all(isinstance(it, str) for it in names):
-        raise _Wrong(f"the claim {name} is no list of names")
+        raise _InvalidCredentials(f"the claim {name} is no list of names")
     return names
 
 
@@ -211,32 +215,34 @@ class ProxyHeaders:
     roles: str | None
 
 
-class ProxySignIn:
+class ProxyBackend:
     """By the word of a proxy that has signed somebody in. Only what comes from a trusted address is believed."""
 
     def __init__(
-        self, trusted: Collection[Network], headers: ProxyHeaders, grants: Grants, *, anonymous_public: bool
+        self, trusted: Collection[Network], headers: ProxyHeaders, grants: RoleGrants, *, anonymous_read: bool
     ) -> None:
         self._trusted = tuple(trusted)
         self._headers = headers
         self._grants = grants
-        self._anonymous_public = anonymous_public
+        self._anonymous_public = anonymous_read
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         try:
             if not self._trusts(connection):
-                raise _Wrong("the connection comes from no address in auth.proxy.trusted")
+                raise _InvalidCredentials("the connection comes from no address in auth.proxy.trusted")
             user_id = _header(connection, self._headers.user)
             groups = _header(connection, self._headers.groups) or ""
             roles = _header(connection, self._headers.roles) or ""
             if user_id is not None:
-                known = self._grants.principal(
+                known = self._grants.build_principal(
                     user_id, map(str.strip, groups.split(",")), map(str.strip, roles.split(","))
                 )
                 return replace(known, valid_until=datetime.now(UTC) + _PROXY_TRUST)
-        except (_Wrong, ValueError) as wrong:
+        except (_InvalidCredentials, ValueError) as wrong:
             raise _refusal(wrong) from None
-        return _nobody(connection, anonymous_public=self._anonymous_public, how="sign in where you came through")
+        return _anonymous_or_401(
+            connection, anonymous_public=self._anonymous_public, how="sign in where you came through"
+        )
 
     def _trusts(self, connection: HTTPConnection) -> bool:
         if connection.client is None:
@@ -255,5 +261,5 @@ def _header(connection: HTTPConnection, name: str | None) -> str | None:
     """
     sent = [] if name is None else connection.headers.getlist(name)
     if len(sent) > 1:
-        raise _Wrong(f"the header {name} is there more than once")
+        raise _InvalidCredentials(f"the header {name} is there more than once")
     return sent[0].encode("latin-1").decode() if sent else None

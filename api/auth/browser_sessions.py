@@ -22,19 +22,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from jobledger.api.auth.permissions import Revocations
+from jobledger.api.auth.permissions import RevocationNotifier
 from jobledger.ledger.domain.access import Principal
-from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, driver_errors
+from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, translate_errors
 
 _log = structlog.get_logger()
 COLLECTION: Final = "sessions"
-LIFETIME: Final = timedelta(hours=12)
-MOST_PER_OWNER: Final = 20
+SESSION_LIFETIME: Final = timedelta(hours=12)
+MAX_SESSIONS_PER_OWNER: Final = 20
 """Sessions of one API key, or of one user with tokens. A new one ends the oldest."""
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
 
 
-class Session(BaseModel):
+class BrowserSession(BaseModel):
     """A session as it is stored. `policy` identifies the sign-in settings that it was begun under."""
 
     model_config = ConfigDict(frozen=True, populate_by_name=True)
@@ -50,13 +50,13 @@ class Session(BaseModel):
     expires_at: datetime
 
 
-async def prepare(db: Database) -> None:
+async def create_indexes(db: Database) -> None:
     """Create the indexes. The server removes expired sessions.
 
     Raises:
         LedgerUnavailable: the database failed, or does not answer.
     """
-    with driver_errors("preparing the sessions"):
+    with translate_errors("preparing the sessions"):
         await db[COLLECTION].create_indexes(
             [
                 IndexModel([("expires_at", ASCENDING)], expireAfterSeconds=0),
@@ -65,28 +65,28 @@ async def prepare(db: Database) -> None:
         )
 
 
-def owner_of(*, key_id: str | None = None, user_id: str = "") -> str:
+def get_session_owner(*, key_id: str | None = None, user_id: str = "") -> str:
     """Return whose sessions are counted and ended together: those of one key, or of one user with tokens."""
     return f"user:{user_id}" if key_id is None else f"key:{key_id}"
 
 
-async def end_all(db: Database, owner: str) -> int:
+async def end_sessions(db: Database, owner: str) -> int:
     """End all sessions of an owner; return how many there were.
 
     Raises:
         LedgerUnavailable: the database failed, or does not answer.
     """
-    with driver_errors("ending sessions"):
+    with translate_errors("ending sessions"):
         return (await db[COLLECTION].delete_many({"owner": owner})).deleted_count
 
 
-async def counted(db: Database) -> dict[str, int]:
+async def count_sessions(db: Database) -> dict[str, int]:
     """Return the number of sessions that have not expired, by owner.
 
     Raises:
         LedgerUnavailable: the database failed, or does not answer.
     """
-    with driver_errors("counting sessions"):
+    with translate_errors("counting sessions"):
         stages: list[Document] = [
             {"$match": {"expires_at": {"$gt": datetime.now(UTC)}}},
             {"$group": {"_id": "$owner", "number": {"$sum": 1}}},
@@ -94,7 +94,7 @@ async def counted(db: Database) -> dict[str, int]:
         return {it["_id"]: it["number"] async for it in await db[COLLECTION].aggregate(stages)}
 
 
-class Sessions:
+class BrowserSessions:
     """The sessions that a serving process accepts. A listener of the process's change stream.
 
     Args:
@@ -107,21 +107,21 @@ class Sessions:
     def __init__(
         self,
         db: Database,
-        revocations: Revocations,
+        revocation_notifier: RevocationNotifier,
         *,
         policy: str,
-        holder_of: Callable[[str], Principal | None] | None = None,
+        get_key_holder: Callable[[str], Principal | None] | None = None,
     ) -> None:
         self._db = db
         self._stored = db.get_collection(COLLECTION, read_concern=MAJORITY)
-        self._revocations = revocations
+        self._revocations = revocation_notifier
         self._policy = policy
-        self._holder_of = holder_of
-        self._known: dict[str, Session] = {}
+        self._holder_of = get_key_holder
+        self._known: dict[str, BrowserSession] = {}
         self._ended: set[str] = set()
         """Ended by this process. Their insertion may still be reported after that, and must not revive them."""
 
-    async def begin(self, principal: Principal, key_id: str | None) -> str:
+    async def create(self, principal: Principal, key_id: str | None) -> str:
         """Store a new session and return its ID, which nobody else knows.
 
         Raises:
@@ -130,27 +130,27 @@ class Sessions:
         session_id, now = secrets.token_urlsafe(32), datetime.now(UTC)
         user_id = principal.user_id or ""
         key_id = key_id if self._holder_of is not None else None
-        session = Session(
+        session = BrowserSession(
             digest=_digest(session_id),
-            owner=owner_of(key_id=key_id, user_id=user_id),
+            owner=get_session_owner(key_id=key_id, user_id=user_id),
             key_id=key_id,
             user_id=user_id,
             groups=sorted(principal.groups),
             roles=sorted(principal.roles),
             policy=self._policy,
             created_at=now,
-            expires_at=min(now + LIFETIME, principal.valid_until or now + LIFETIME),
+            expires_at=min(now + SESSION_LIFETIME, principal.valid_until or now + SESSION_LIFETIME),
         )
-        with driver_errors("beginning a session"):
+        with translate_errors("beginning a session"):
             await self._db[COLLECTION].insert_one(session.model_dump(by_alias=True))
             # Two sign-ins at once may both delete the same ones; neither leaves more than the limit behind.
             newest = self._stored.find({"owner": session.owner}, {"_id": 1}, sort=[("created_at", -1)])
-            surplus = [it["_id"] async for it in newest.skip(MOST_PER_OWNER)]
+            surplus = [it["_id"] async for it in newest.skip(MAX_SESSIONS_PER_OWNER)]
             if surplus:
                 await self._db[COLLECTION].delete_many({"_id": {"$in": surplus}})
         return session_id
 
-    async def principal(self, session_id: str) -> Principal | None:
+    async def load_principal(self, session_id: str) -> Principal | None:
         """Return who a session belongs to; None if it does not exist, has expired, or its key has.
 
         Raises:
@@ -163,7 +163,7 @@ class Sessions:
             return None
         session = self._known.get(digest)
         if session is None:
-            with driver_errors("reading a session"):
+            with translate_errors("reading a session"):
                 session = _readable(await self._stored.find_one({"_id": digest}))
         if session is None or session.policy != self._policy or session.expires_at <= datetime.now(UTC):
             return None
@@ -184,21 +184,21 @@ class Sessions:
         digest = _digest(session_id)
         if self._known.pop(digest, None) is not None:
             self._ended.add(digest)
-        with driver_errors("ending a session"):
+        with translate_errors("ending a session"):
             removed = await self._db[COLLECTION].delete_one({"_id": digest})
         if removed.deleted_count:
             self._ended.add(digest)
-        self._revocations.announce()
+        self._revocations.notify()
 
     async def resync(self, session: AsyncClientSession) -> None:
-        with driver_errors("reading the sessions"):
+        with translate_errors("reading the sessions"):
             found = [_readable(it) async for it in self._stored.find(session=session)]
         known = {it.digest: it for it in found if it is not None}
         self._ended &= known.keys()
         self._known = {digest: it for digest, it in known.items() if digest not in self._ended}
-        self._revocations.announce()
+        self._revocations.notify()
 
-    def changed(self, change: Mapping[str, Any]) -> None:
+    def on_change(self, change: Mapping[str, Any]) -> None:
         digest = change["documentKey"]["_id"]
         if change["operationType"] == "insert" and (found := _readable(change["fullDocument"])) is not None:
             if digest not in self._ended:
@@ -207,16 +207,16 @@ class Sessions:
         # Sessions are inserted and deleted. One that was changed by hand is not trusted.
         self._known.pop(digest, None)
         self._ended.discard(digest)
-        self._revocations.announce()
+        self._revocations.notify()
 
 
 def _digest(session_id: str) -> str:
     return sha256(session_id.encode()).hexdigest()
 
 
-def _readable(document: Document | None) -> Session | None:
+def _readable(document: Document | None) -> BrowserSession | None:
     try:
-        return None if document is None else Session.model_validate(document)
+        return None if document is None else BrowserSession.model_validate(document)
     except ValidationError:
         _log.warning("a document in sessions is not a session and is ignored")
         return None

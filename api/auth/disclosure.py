@@ -19,8 +19,8 @@ from hashlib import blake2b
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from jobledger.ledger.domain.access import Principal, Right
-from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.domain.access import AccessLevel, Principal
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Document
 
 
@@ -29,28 +29,28 @@ class Viewer:
     """Somebody who looks at a job, batch or delivery, and their right to it."""
 
     principal: Principal
-    right: Right
+    right: AccessLevel
 
     @property
-    def sees_all(self) -> bool:
+    def has_full_access(self) -> bool:
         """Return whether everything but secrets is shown."""
-        return self.right >= Right.ADMIN
+        return self.right >= AccessLevel.ADMIN
 
 
-Rule = Callable[[Any, Viewer], Any]
+FieldRule = Callable[[Any, Viewer], Any]
 """Returns what is shown of a field's value to a viewer without admin access."""
 
 
-def _shown(value: Any, _viewer: Viewer) -> Any:
+def _keep(value: Any, _viewer: Viewer) -> Any:
     return value
 
 
-def _hidden(_value: Any, _viewer: Viewer) -> None:
+def _hide(_value: Any, _viewer: Viewer) -> None:
     return None
 
 
-def _own(names: Any, viewer: Viewer) -> list[str]:
-    mine = viewer.principal.names
+def _keep_own_names(names: Any, viewer: Viewer) -> list[str]:
+    mine = viewer.principal.identities
     return [name for name in names or () if name in mine]
 
 
@@ -58,7 +58,10 @@ def _own_lists(access: Mapping[str, Any] | None, viewer: Viewer) -> Document | N
     if access is None:
         return None
     lists = ("read_access", "write_access", "admin_access")
-    return {"visibility": access.get("visibility"), **{name: _own(access.get(name), viewer) for name in lists}}
+    return {
+        "visibility": access.get("visibility"),
+        **{name: _keep_own_names(access.get(name), viewer) for name in lists},
+    }
 
 
 def _host_of(url: Any, _viewer: Viewer) -> str:
@@ -95,10 +98,10 @@ def _call_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Document | 
 
 
 def _attempts(attempts: Any, viewer: Viewer) -> list[Document]:
-    return [_filtered(attempt, ATTEMPT, viewer) for attempt in attempts]
+    return [_filtered(attempt, ATTEMPT_RULES, viewer) for attempt in attempts]
 
 
-def pseudonym(worker_id: Any, _viewer: Viewer | None = None) -> str | None:
+def pseudonymize_worker(worker_id: Any, _viewer: Viewer | None = None) -> str | None:
     """Return a stable name of a worker that does not reveal its host.
 
     A worker's ID holds its host name and about 40 bits that nobody knows. Of 32 bits of digest, every guess of a
@@ -113,7 +116,7 @@ def _actor(actor: Any, viewer: Viewer) -> str:
     """Return who did something: a worker by its pseudonym, others than the viewer only by their kind."""
     kind, _, name = str(actor).partition(":")
     if kind == "worker":
-        return f"worker:{pseudonym(name)}"
+        return f"worker:{pseudonymize_worker(name)}"
     if kind == "user" and name == viewer.principal.user_id:
         return str(actor)
     return kind
@@ -124,180 +127,180 @@ def _projection_error(error: Mapping[str, Any] | None, _viewer: Viewer) -> Docum
     return None if error is None else {**error, "message": "This does not show everything that has happened."}
 
 
-_CUT: Final[Mapping[str, Rule]] = {
-    "truncated": _shown,
-    "omitted": _shown,
+_CUT: Final[Mapping[str, FieldRule]] = {
+    "truncated": _keep,
+    "omitted": _keep,
     "projection_error": _projection_error,
 }
-JOB: Final[Mapping[str, Rule]] = {
-    "job_id": _shown,
-    "job_type": _shown,
-    "job_name": _shown,
-    "status": _shown,
-    "created_at": _shown,
-    "updated_at": _shown,
-    "started_at": _shown,
-    "completed_at": _shown,
-    "parameters": _shown,
+JOB_RULES: Final[Mapping[str, FieldRule]] = {
+    "job_id": _keep,
+    "job_type": _keep,
+    "job_name": _keep,
+    "status": _keep,
+    "created_at": _keep,
+    "updated_at": _keep,
+    "started_at": _keep,
+    "completed_at": _keep,
+    "parameters": _keep,
     "webhook": _webhook,
-    "batch_id": _shown,
-    "progress": _shown,
-    "results": _shown,
+    "batch_id": _keep,
+    "progress": _keep,
+    "results": _keep,
     "error": _error,
-    "logs": _shown,
-    "worker_id": pseudonym,
-    "attempt": _shown,
-    "retries": _shown,
-    "max_attempts": _shown,
-    "timeout_s": _shown,
-    "priority": _shown,
-    "due_at": _shown,
-    "user_id": _shown,
+    "logs": _keep,
+    "worker_id": pseudonymize_worker,
+    "attempt": _keep,
+    "retries": _keep,
+    "max_attempts": _keep,
+    "timeout_s": _keep,
+    "priority": _keep,
+    "due_at": _keep,
+    "user_id": _keep,
     "access_control": _own_lists,
-    "teams": _own,
-    "cancel_requested": _shown,
-    "archived": _shown,
-    "steps": _shown,
-    "version": _shown,
-    "position": _shown,
+    "teams": _keep_own_names,
+    "cancel_requested": _keep,
+    "archived": _keep,
+    "steps": _keep,
+    "version": _keep,
+    "position": _keep,
     **_CUT,
 }
-BATCH: Final[Mapping[str, Rule]] = {
-    "batch_id": _shown,
-    "batch_name": _shown,
-    "status": _shown,
-    "created_at": _shown,
-    "updated_at": _shown,
-    "completed_at": _shown,
-    "job_ids": _shown,
-    "total_jobs": _shown,
-    "pending_jobs": _shown,
-    "processing_jobs": _shown,
-    "completed_jobs": _shown,
-    "failed_jobs": _shown,
-    "cancelled_jobs": _shown,
+BATCH_RULES: Final[Mapping[str, FieldRule]] = {
+    "batch_id": _keep,
+    "batch_name": _keep,
+    "status": _keep,
+    "created_at": _keep,
+    "updated_at": _keep,
+    "completed_at": _keep,
+    "job_ids": _keep,
+    "total_jobs": _keep,
+    "pending_jobs": _keep,
+    "processing_jobs": _keep,
+    "completed_jobs": _keep,
+    "failed_jobs": _keep,
+    "cancelled_jobs": _keep,
     "webhook": _webhook,
-    "parameters": _shown,
-    "summary": _shown,
-    "user_id": _shown,
+    "parameters": _keep,
+    "summary": _keep,
+    "user_id": _keep,
     "access_control": _own_lists,
-    "teams": _own,
-    "paused": _shown,
-    "archived": _shown,
-    "version": _shown,
-    "position": _shown,
+    "teams": _keep_own_names,
+    "paused": _keep,
+    "archived": _keep,
+    "version": _keep,
+    "position": _keep,
     **_CUT,
 }
-DELIVERY: Final[Mapping[str, Rule]] = {
-    "delivery_id": _shown,
-    "status": _shown,
-    "type": _shown,
-    "job_id": _shown,
-    "batch_id": _shown,
-    "source_version": _shown,
+DELIVERY_RULES: Final[Mapping[str, FieldRule]] = {
+    "delivery_id": _keep,
+    "status": _keep,
+    "type": _keep,
+    "job_id": _keep,
+    "batch_id": _keep,
+    "source_version": _keep,
     "url": _host_of,
-    "host": _shown,
-    "receiver": _hidden,  # a digest of the URL, against which guesses of its token could be tried
-    "sequence": _hidden,
-    "user_id": _shown,
-    "created_at": _shown,
-    "updated_at": _shown,
-    "queued_at": _shown,
-    "next_at": _shown,
-    "delivered_at": _shown,
-    "reason": _hidden,
-    "attempt": _shown,
+    "host": _keep,
+    "receiver": _hide,  # a digest of the URL, against which guesses of its token could be tried
+    "sequence": _hide,
+    "user_id": _keep,
+    "created_at": _keep,
+    "updated_at": _keep,
+    "queued_at": _keep,
+    "next_at": _keep,
+    "delivered_at": _keep,
+    "reason": _hide,
+    "attempt": _keep,
     "attempts": _attempts,
-    "version": _shown,
-    "position": _shown,
+    "version": _keep,
+    "position": _keep,
     **_CUT,
 }
 
 
-def _nothing(_value: Any, _viewer: Viewer) -> str:
+def _blank(_value: Any, _viewer: Viewer) -> str:
     return ""
 
 
-ATTEMPT: Final[Mapping[str, Rule]] = {
-    "attempt": _shown,
-    "at": _shown,
-    "status_code": _shown,
+ATTEMPT_RULES: Final[Mapping[str, FieldRule]] = {
+    "attempt": _keep,
+    "at": _keep,
+    "status_code": _keep,
     "error": _call_error,
-    "response": _nothing,
-    "duration_s": _shown,
-    "body_sha256": _hidden,
-    "next_at": _shown,
+    "response": _blank,
+    "duration_s": _keep,
+    "body_sha256": _hide,
+    "next_at": _keep,
 }
-META: Final[Mapping[str, Rule]] = {
+METADATA_RULES: Final[Mapping[str, FieldRule]] = {
     "actor": _actor,
-    "correlation_id": _shown,
-    "causation_id": _shown,
+    "correlation_id": _keep,
+    "causation_id": _keep,
 }
 """`request` and `traceparent` are not named: digests of requests, and of other systems."""
 
-_SUBMISSION: Final[Mapping[str, Rule]] = {
-    "user_id": _shown,
+_SUBMISSION: Final[Mapping[str, FieldRule]] = {
+    "user_id": _keep,
     "access_control": _own_lists,
-    "teams": _own,
+    "teams": _keep_own_names,
     "webhook": _webhook,
-    "parameters": _shown,
+    "parameters": _keep,
 }
-_OF_WORKER: Final[Mapping[str, Rule]] = {"worker_id": pseudonym, "attempt": _shown}
-_BY: Final[Mapping[str, Rule]] = {"by": _actor, "reason": _shown}
-_ACCESS: Final[Mapping[str, Rule]] = {"by": _actor, "access_control": _own_lists}
-EVENTS: Final[Mapping[str, Mapping[str, Rule]]] = {
+_OF_WORKER: Final[Mapping[str, FieldRule]] = {"worker_id": pseudonymize_worker, "attempt": _keep}
+_BY: Final[Mapping[str, FieldRule]] = {"by": _actor, "reason": _keep}
+_ACCESS: Final[Mapping[str, FieldRule]] = {"by": _actor, "access_control": _own_lists}
+EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "JobSubmitted": {
         **_SUBMISSION,
-        **dict.fromkeys(("job_type", "batch_id", "job_name", "priority", "not_before", "max_attempts"), _shown),
-        **dict.fromkeys(("timeout_s", "template"), _shown),
+        **dict.fromkeys(("job_type", "batch_id", "job_name", "priority", "not_before", "max_attempts"), _keep),
+        **dict.fromkeys(("timeout_s", "template"), _keep),
     },
     "JobClaimed": _OF_WORKER,
-    "JobProgressed": dict.fromkeys(("attempt", "step", "percent", "message"), _shown),
-    "JobLogged": dict.fromkeys(("attempt", "entries"), _shown),
+    "JobProgressed": dict.fromkeys(("attempt", "step", "percent", "message"), _keep),
+    "JobLogged": dict.fromkeys(("attempt", "entries"), _keep),
     "StepCompleted": dict.fromkeys(
         ("attempt", "step", "key", "output", "duration_s", "tokens_used", "warnings", "reused_from", "shared_version"),
-        _shown,
+        _keep,
     ),
-    "JobCompleted": dict.fromkeys(("attempt", "results"), _shown),
-    "JobAttemptFailed": {"attempt": _shown, "error": _error, "retry_at": _shown},
-    "JobFailed": {"attempt": _shown, "error": _error},
+    "JobCompleted": dict.fromkeys(("attempt", "results"), _keep),
+    "JobAttemptFailed": {"attempt": _keep, "error": _error, "retry_at": _keep},
+    "JobFailed": {"attempt": _keep, "error": _error},
     "JobLeaseExpired": _OF_WORKER,
-    "JobReleased": {**_OF_WORKER, "reason": _nothing, "machine_trouble": _shown},
+    "JobReleased": {**_OF_WORKER, "reason": _blank, "machine_trouble": _keep},
     "JobCancelRequested": _BY,
     "JobCancelled": _BY,
-    "JobRestarted": {**_BY, "reuse_steps": _shown},
-    "JobUpdated": {"by": _actor, **dict.fromkeys(("parameters", "priority", "not_before"), _shown)},
+    "JobRestarted": {**_BY, "reuse_steps": _keep},
+    "JobUpdated": {"by": _actor, **dict.fromkeys(("parameters", "priority", "not_before"), _keep)},
     "JobAccessChanged": _ACCESS,
     "JobArchived": _BY,
     "JobUnarchived": _BY,
     "JobDeleted": _BY,
-    "WorkerFenced": {**_OF_WORKER, "refused": _shown},
-    "BatchSubmitted": {**_SUBMISSION, **dict.fromkeys(("batch_name", "total_jobs", "job_ids"), _shown)},
+    "WorkerFenced": {**_OF_WORKER, "refused": _keep},
+    "BatchSubmitted": {**_SUBMISSION, **dict.fromkeys(("batch_name", "total_jobs", "job_ids"), _keep)},
     "BatchPaused": _BY,
     "BatchResumed": _BY,
-    "BatchFinished": dict.fromkeys(("status", "counts", "summary"), _shown),
+    "BatchFinished": dict.fromkeys(("status", "counts", "summary"), _keep),
     "BatchReopened": {},
     "BatchAccessChanged": _ACCESS,
     "BatchArchived": _BY,
     "BatchUnarchived": _BY,
     "BatchDeleted": _BY,
     "DeliveryQueued": {
-        **dict.fromkeys(("source", "source_version", "tells", "user_id", "batch_id"), _shown),
+        **dict.fromkeys(("source", "source_version", "tells", "user_id", "batch_id"), _keep),
         "webhook": _webhook,
     },
-    "DeliveryAttempted": {name: rule for name, rule in ATTEMPT.items() if name != "at"},
-    "DeliverySucceeded": {"attempt": _shown},
-    "DeliveryAbandoned": {"reason": _nothing},
+    "DeliveryAttempted": {name: rule for name, rule in ATTEMPT_RULES.items() if name != "at"},
+    "DeliverySucceeded": {"attempt": _keep},
+    "DeliveryAbandoned": {"reason": _blank},
     "DeliveryRequeued": _BY,
     "PositionVoided": {},
 }
 
 
-def _filtered(document: Mapping[str, Any], rules: Mapping[str, Rule], viewer: Viewer) -> Document:
+def _filtered(document: Mapping[str, Any], rules: Mapping[str, FieldRule], viewer: Viewer) -> Document:
     return {name: rules[name](value, viewer) for name, value in document.items() if name in rules}
 
 
-FIELD_OF_FILTER: Final[Mapping[str, str]] = {
+FILTER_FIELDS: Final[Mapping[str, str]] = {
     "after_sequence": "sequence",
     **dict.fromkeys(("created_after", "created_before", "cursor", "sort"), "created_at"),
     **dict.fromkeys(("track", "event", "day", "language"), "parameters"),
@@ -305,22 +308,22 @@ FIELD_OF_FILTER: Final[Mapping[str, str]] = {
 """Which field a filter compares, where it has another name."""
 
 
-def hidden_filters(names: Iterable[str], rules: Mapping[str, Rule]) -> list[str]:
+def find_hidden_filters(names: Iterable[str], rules: Mapping[str, FieldRule]) -> list[str]:
     """Return the filters that compare a field which is not shown without admin access: their matches would tell it."""
-    return [name for name in names if rules.get(FIELD_OF_FILTER.get(name, name), _shown) is not _shown]
+    return [name for name in names if rules.get(FILTER_FIELDS.get(name, name), _keep) is not _keep]
 
 
-def shown(document: Document, rules: Mapping[str, Rule], viewer: Viewer) -> Document:
+def redact_document(document: Document, rules: Mapping[str, FieldRule], viewer: Viewer) -> Document:
     """Return a document of a view as the viewer sees it; `rules` is JOB, BATCH or DELIVERY."""
-    if viewer.sees_all:
+    if viewer.has_full_access:
         return {name: value for name, value in document.items() if name in rules}
     return _filtered(document, rules, viewer)
 
 
-def shown_event(event: Recorded, viewer: Viewer) -> Document:
+def redact_event(event: RecordedEvent, viewer: Viewer) -> Document:
     """Return an event as the viewer sees it. Its hash covers what is hidden, so it is hidden, too."""
-    data, meta, digest = event.data, event.meta.payload(), event.hash.hex()
-    hidden = not viewer.sees_all
+    data, meta, digest = event.data, event.meta.to_document(), event.hash.hex()
+    hidden = not viewer.has_full_access
     return {
         "position": event.position,
         "event_id": event.event_id,
@@ -329,7 +332,7 @@ def shown_event(event: Recorded, viewer: Viewer) -> Document:
         "type": event.type,
         "time": event.time,
         "schema": event.schema,
-        "data": _filtered(event.fields, EVENTS.get(event.type, {}), viewer) if hidden else data,
-        "meta": _filtered(meta, META, viewer) if hidden else meta,
+        "data": _filtered(event.payload, EVENT_RULES.get(event.type, {}), viewer) if hidden else data,
+        "meta": _filtered(meta, METADATA_RULES, viewer) if hidden else meta,
         "hash": None if hidden else digest,
     }

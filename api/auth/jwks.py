@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jobledger.api.http.errors import ApiError
 
 _log = structlog.get_logger()
-SHORTEST_SECRET_BYTES: Final = 32
+MIN_SECRET_BYTES: Final = 32
 """RFC 7518, 3.2: a secret for HS256 is at least as long as what SHA-256 yields."""
 _SHORTEST_RSA_BITS: Final = 2048
 _FETCH_SECONDS: Final = 5.0
@@ -41,7 +41,7 @@ class VerifyingKey:
 class KeySource(Protocol):
     """Knows the keys by which tokens are verified."""
 
-    async def key(self, kid: str | None) -> VerifyingKey | None:
+    async def get_key(self, kid: str | None) -> VerifyingKey | None:
         """Return the key with this id; None if there is none.
 
         Raises:
@@ -49,22 +49,22 @@ class KeySource(Protocol):
         """
 
 
-class OneKey:
+class StaticKeySource:
     """A key that is known from the start. Whatever id a token gives it, there is no other."""
 
     def __init__(self, key: VerifyingKey) -> None:
         self._key = key
 
-    async def key(self, kid: str | None) -> VerifyingKey:
+    async def get_key(self, kid: str | None) -> VerifyingKey:
         return self._key
 
 
-def shared_secret(secret: str) -> VerifyingKey:
+def create_hs256_key(secret: str) -> VerifyingKey:
     """Return the key for HS256."""
     return VerifyingKey(secret.encode(), "HS256")
 
 
-def public_key(pem: bytes) -> VerifyingKey:
+def load_public_key(pem: bytes) -> VerifyingKey:
     """Return the key in a PEM file, for RS256 or ES256, whichever it is made for.
 
     Raises:
@@ -81,7 +81,7 @@ def public_key(pem: bytes) -> VerifyingKey:
     raise ValueError(f"expected an RSA key of {_SHORTEST_RSA_BITS} bits or more, or an elliptic one on the curve P-256")
 
 
-class KeysAt:
+class JwksKeySource:
     """The keys at a URL (a JWK Set, RFC 7517), fetched when one is needed and kept.
 
     Keys that were fetched stay good while the URL does not answer. `clock` counts seconds.
@@ -94,7 +94,7 @@ class KeysAt:
         self._fetching: asyncio.Task[None] | None = None
         self._asked_at = self._fetched_at = float("-inf")
 
-    async def key(self, kid: str | None) -> VerifyingKey | None:
+    async def get_key(self, kid: str | None) -> VerifyingKey | None:
         found = self._known(kid)
         if found is None:
             if (fetching := self._fetch_again()) is not None:

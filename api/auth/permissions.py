@@ -16,21 +16,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jobledger.api.auth.disclosure import Viewer
 from jobledger.api.http.errors import ApiError, error_response
-from jobledger.ledger.domain.access import Principal, Right, right_to, user_named
+from jobledger.ledger.domain.access import AccessLevel, Principal, get_access_level, parse_user_name
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import Known
+from jobledger.ledger.store.command_handler import StreamState
 
 _SIGN_IN_PAGES = ("/monitoring/events/sign-in", "/monitoring/events/sign-out")
-OPEN_TO_ALL = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs", *_SIGN_IN_PAGES})
+PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/api/openapi.json", "/api/docs", *_SIGN_IN_PAGES})
 """Addresses that say nothing about anybody's jobs."""
-_OPEN_FOLDER = "/monitoring/events/static/"
+_PUBLIC_PREFIX = "/monitoring/events/static/"
 _RECHECK_SECONDS: Final = 30.0
 """How often a credential in use is checked again although nothing was reported, such as a clock that was set."""
 
 
-class SignIn(Protocol):
+class AuthBackend(Protocol):
     """Finds out who asks."""
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
@@ -41,7 +41,7 @@ class SignIn(Protocol):
         """
 
 
-class OpenSignIn:
+class SingleUserBackend:
     """One person on one machine: whoever reaches us is that person, and may do everything."""
 
     def __init__(self, user_id: str) -> None:
@@ -51,18 +51,18 @@ class OpenSignIn:
         return self._principal
 
 
-class Revocations:
+class RevocationNotifier:
     """Announces that credentials were revoked, or may have been."""
 
     def __init__(self) -> None:
         self._next = asyncio.Event()
 
     @property
-    def next(self) -> asyncio.Event:
+    def next_event(self) -> asyncio.Event:
         """The event that the next announcement sets."""
         return self._next
 
-    def announce(self) -> None:
+    def notify(self) -> None:
         """Have everything that is still open check its credential."""
         self._next.set()
         self._next = asyncio.Event()
@@ -72,7 +72,7 @@ def _as_error(scope: Scope, error: ApiError) -> ASGIApp:
     return error_response(error)
 
 
-class SignedIn:
+class AuthenticationMiddleware:
     """Middleware: no request gets to a route before it is known who asks.
 
     `refused` makes the answer for who cannot be let in: for a program an error, for a person at a page the sign-in.
@@ -81,18 +81,18 @@ class SignedIn:
     def __init__(
         self,
         app: ASGIApp,
-        sign_in: SignIn,
-        revocations: Revocations,
-        refused: Callable[[Scope, ApiError], ASGIApp] = _as_error,
+        auth_backend: AuthBackend,
+        revocation_notifier: RevocationNotifier,
+        on_error: Callable[[Scope, ApiError], ASGIApp] = _as_error,
     ) -> None:
         self._app = app
-        self._sign_in = sign_in
-        self._revocations = revocations
-        self._refused = refused
+        self._sign_in = auth_backend
+        self._revocations = revocation_notifier
+        self._refused = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["path"] not in OPEN_TO_ALL and not scope["path"].startswith(_OPEN_FOLDER):
+            if scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith(_PUBLIC_PREFIX):
                 principal = scope["principal"] = await self._sign_in(HTTPConnection(scope))
                 scope["signed_in"] = self
                 if principal.user_id is not None and (accepted := scope.get("credentials_accepted")) is not None:
@@ -103,7 +103,7 @@ class SignedIn:
         else:
             await self._app(scope, receive, send)
 
-    async def until_invalid(self, scope: Scope, *, renewable: bool) -> None:
+    async def wait_until_invalid(self, scope: Scope, *, allow_renewal: bool) -> None:
         """Return once the credential of a request is revoked or has expired.
 
         Without `renewable`, also at `valid_until`: a proxy has to say again who asks, in another request.
@@ -112,7 +112,7 @@ class SignedIn:
         """
         principal: Principal = scope["principal"]
         while True:
-            revoked = self._revocations.next
+            revoked = self._revocations.next_event
             if not await self._is_valid(scope, principal):
                 return
             seconds = _RECHECK_SECONDS
@@ -120,7 +120,7 @@ class SignedIn:
                 left = (principal.valid_until - datetime.now(UTC)).total_seconds()
                 if left > 0:
                     seconds = min(seconds, left)
-                elif not renewable:
+                elif not allow_renewal:
                     return
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -133,21 +133,21 @@ class SignedIn:
             return error.status != 401  # a check that is not possible now proves nothing
 
 
-async def until_signed_out(scope: Scope, *, renewable: bool = False) -> None:
+async def wait_until_signed_out(scope: Scope, *, allow_renewal: bool = False) -> None:
     """Return once the caller's credential is revoked or has expired; never for what is open to all.
 
     `renewable`: what the caller has open cannot be continued by another request, so a proxy's word is good for all of
     it.
     """
-    signed_in_: SignedIn | None = scope.get("signed_in")
+    signed_in_: AuthenticationMiddleware | None = scope.get("signed_in")
     if signed_in_ is None:
         await asyncio.Event().wait()
     else:
-        await signed_in_.until_invalid(scope, renewable=renewable)
+        await signed_in_.wait_until_invalid(scope, allow_renewal=allow_renewal)
 
 
 @asynccontextmanager
-async def while_signed_in(request: HTTPConnection, seconds: float) -> AsyncIterator[None]:
+async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -> AsyncIterator[None]:
     """Give the block this many seconds, as asyncio.timeout does, and end it with the caller's credential.
 
     Raises:
@@ -158,7 +158,7 @@ async def while_signed_in(request: HTTPConnection, seconds: float) -> AsyncItera
 
     async def watch(limit: asyncio.Timeout) -> None:
         nonlocal invalid
-        await until_signed_out(request.scope)
+        await wait_until_signed_out(request.scope)
         invalid = True  # in one step with what follows: the block cannot have ended in between
         limit.reschedule(asyncio.get_running_loop().time())
 
@@ -175,99 +175,101 @@ async def while_signed_in(request: HTTPConnection, seconds: float) -> AsyncItera
         raise
 
 
-def who_asks(request: Request) -> Principal:
+def get_principal(request: Request) -> Principal:
     """Return who asks; perhaps somebody who has not said who they are, if that is allowed at all."""
     found: Principal = request.scope["principal"]
     return found
 
 
-def signed_in(request: Request) -> str:
+def require_user_id(request: Request) -> str:
     """Return the id of the user who asks.
 
     Raises:
         ApiError: 401, when they have not said who they are.
     """
-    user_id = who_asks(request).user_id
+    user_id = get_principal(request).user_id
     if user_id is None:
         raise ApiError(401, "not_signed_in", "Say who you are: this needs more than what everybody may see.")
     return user_id
 
 
-def actor(request: Request) -> str:
+def get_actor(request: Request) -> str:
     """Return who asks, as events name it.
 
     Raises:
         ApiError: 401.
     """
-    return f"user:{signed_in(request)}"
+    return f"user:{require_user_id(request)}"
 
 
-def for_user(request: Request, asked: str | None) -> str:
+def resolve_owner(request: Request, requested_user_id: str | None) -> str:
     """Return whose a new job or batch is: the caller's own, or, for an admin, that of whom the body names.
 
     Raises:
         ApiError: 401, 403, or 422 when nobody can be called that.
     """
-    mine = signed_in(request)
-    if asked is not None and asked != mine and not who_asks(request).sees_everything:
+    mine = require_user_id(request)
+    if requested_user_id is not None and requested_user_id != mine and not get_principal(request).is_admin:
         raise ApiError(403, "forbidden", "`user_id` can only be your own: to submit for others is for admins.")
     try:
-        return user_named(asked or mine)
+        return parse_user_name(requested_user_id or mine)
     except ValueError as error:
         raise ApiError(422, "invalid_content", f"user_id: {error}") from error
 
 
-def teams_of(request: Request, user_id: str, groups_of: Callable[[str], Collection[str]]) -> Collection[str]:
+def resolve_teams(request: Request, user_id: str, get_groups: Callable[[str], Collection[str]]) -> Collection[str]:
     """Return the groups of the user that something is submitted for, as far as they are known.
 
     An admin who submits for somebody else gives it none of their own: its team may read it.
     """
-    principal = who_asks(request)
-    return principal.groups if user_id == principal.user_id else groups_of(user_id)
+    principal = get_principal(request)
+    return principal.groups if user_id == principal.user_id else get_groups(user_id)
 
 
-def may_see(request: Request, document: Document) -> bool:
+def can_read(request: Request, document: Document) -> bool:
     """Return whether who asks may see what a view's document belongs to: `user_id`, `access_control`, `teams`."""
-    return _right(who_asks(request), document) >= Right.READ
+    return _right(get_principal(request), document) >= AccessLevel.READ
 
 
-def viewer_of(request: Request, document: Document) -> Viewer:
+def viewer_for(request: Request, document: Document) -> Viewer:
     """Return who asks, with their right to what a view's document belongs to."""
-    principal = who_asks(request)
+    principal = get_principal(request)
     return Viewer(principal, _right(principal, document))
 
 
-def _right(principal: Principal, document: Document) -> Right:
-    return right_to(principal, owner=document["user_id"], access=document["access_control"], teams=document["teams"])
+def _right(principal: Principal, document: Document) -> AccessLevel:
+    return get_access_level(
+        principal, owner=document["user_id"], access=document["access_control"], teams=document["teams"]
+    )
 
 
-def right_to_state(principal: Principal, state: Job | Batch) -> Right:
+def get_state_right(principal: Principal, state: Job | Batch) -> AccessLevel:
     """Return what a principal may do with a job or batch, as the log has it."""
-    asked = state.asked
+    asked = state.spec
     access = asked.access_control.model_dump()
-    return right_to(principal, owner=asked.user_id, access=access, teams=asked.teams)
+    return get_access_level(principal, owner=asked.user_id, access=access, teams=asked.teams)
 
 
-def requires(request: Request, right: Right, *, missing: ApiError) -> Callable[[Known], None]:
+def require_right(request: Request, right: AccessLevel, *, not_found_error: ApiError) -> Callable[[StreamState], None]:
     """Return the check of a command: the job or batch is there, and who asks has this right to it.
 
     The check raises `missing` when they may not even see it, and 403 (401, if they have not said who they are) when
     they may.
     """
-    principal = who_asks(request)
+    principal = get_principal(request)
 
-    def check(known: Known) -> None:
-        state = known.state
+    def check(stream_state: StreamState) -> None:
+        state = stream_state.state
         if not isinstance(state, Job | Batch) or state.deleted:
-            raise missing
-        has = right_to_state(principal, state)
-        if has < Right.READ:
-            raise missing
+            raise not_found_error
+        has = get_state_right(principal, state)
+        if has < AccessLevel.READ:
+            raise not_found_error
         if has < right:
-            signed_in(request)
+            require_user_id(request)
             raise ApiError(403, "forbidden", f"You may see this, but not do that: it needs the right {_NAMES[right]}.")
 
     return check
 
 
-_NAMES = {Right.READ: "read_access", Right.WRITE: "write_access", Right.ADMIN: "admin_access"}
+_NAMES = {AccessLevel.READ: "read_access", AccessLevel.WRITE: "write_access", AccessLevel.ADMIN: "admin_access"}

@@ -16,18 +16,18 @@ from urllib.parse import quote, urlsplit
 from pymongo import ReturnDocument
 from starlette.requests import HTTPConnection
 
-from jobledger.api.auth.permissions import SignIn
+from jobledger.api.auth.permissions import AuthBackend
 from jobledger.api.http.errors import ApiError
 from jobledger.ledger.domain.access import Principal
-from jobledger.ledger.mongo.connection import Database, Document, driver_errors
+from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 
 FILES_URL: Final = "/api/events/files/"
-LONGEST_SECONDS: Final = 30 * 86_400
+MAX_LIFETIME_SECONDS: Final = 30 * 86_400
 COLLECTION: Final = "secrets"
 _KEY_BYTES: Final = 32
 
 
-class Links:
+class SignedLinks:
     """Makes links and checks them, with a key that all processes share: it is made once, and kept in the database.
 
     Whoever removes the key (`secrets`, `_id: links`) and starts the API anew has made all links void.
@@ -36,16 +36,16 @@ class Links:
     def __init__(self, db: Database, public_url: str | None) -> None:
         self._db = db
         self._public_url = (public_url or "").rstrip("/")
-        self.prefix = urlsplit(self._public_url).path
+        self.path_prefix = urlsplit(self._public_url).path
         """The path under which a proxy offers the API: empty, or such as `/tools/jobs`."""
         self._key: bytes | None = None
 
     @property
-    def base(self) -> str:
+    def base_url(self) -> str:
         """The address of the API as an OpenAPI document names it."""
         return self._public_url or "/"
 
-    async def to(self, file: Document, until: datetime) -> str:
+    async def create(self, file: Document, expires_at: datetime) -> str:
         """Return a link to a row of the view `files`, good `until` then (in whole seconds).
 
         It is a whole address if `api.public_url` is set, else one on this server.
@@ -53,12 +53,12 @@ class Links:
         Raises:
             LedgerUnavailable: the database failed.
         """
-        expires = str(int(until.timestamp()))
+        expires = str(int(expires_at.timestamp()))
         signature = await self._signature(file, expires)
         path = FILES_URL + quote(file["path"], safe="/&,+;=@!$~")
         return f"{self._public_url}{path}?expires={expires}&signature={signature}"
 
-    async def check(self, file: Document | None, *, expires: str, signature: str, now: datetime) -> None:
+    async def verify(self, file: Document | None, *, expires: str, signature: str, now: datetime) -> None:
         """Make sure that a link opens this file; None if nothing is under its path.
 
         Raises:
@@ -81,7 +81,7 @@ class Links:
 
     async def _shared_key(self) -> bytes:
         if self._key is None:
-            with driver_errors("reading the key of signed links"):
+            with translate_errors("reading the key of signed links"):
                 kept = await self._db[COLLECTION].find_one_and_update(
                     {"_id": "links"},
                     {"$setOnInsert": {"key": secrets.token_bytes(_KEY_BYTES)}},
@@ -97,17 +97,17 @@ def _altered() -> ApiError:
     return ApiError(403, "link_invalid", "This link has been altered, or what it led to is no longer there.")
 
 
-def is_link(connection: HTTPConnection) -> bool:
+def is_signed_link_request(connection: HTTPConnection) -> bool:
     """Return whether a request comes by a signed link: whether it is a good one is for the route to check."""
     reads = connection.scope["method"] in ("GET", "HEAD") and connection.scope["path"].startswith(FILES_URL)
     return reads and "signature" in connection.query_params
 
 
-class LinkSignIn:
+class SignedLinkBackend:
     """Nobody has to say who they are when they come by a signed link; all others do."""
 
-    def __init__(self, sign_in: SignIn) -> None:
-        self._sign_in = sign_in
+    def __init__(self, auth_backend: AuthBackend) -> None:
+        self._sign_in = auth_backend
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
-        return Principal(None) if is_link(connection) else await self._sign_in(connection)
+        return Principal(None) if is_signed_link_request(connection) else await self._sign_in(connection)

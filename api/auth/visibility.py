@@ -20,8 +20,8 @@ from typing import Any, Final
 import structlog
 
 from jobledger.api.auth.disclosure import Viewer
-from jobledger.ledger.domain.access import Principal, Right, right_to
-from jobledger.ledger.domain.delivery import source_of
+from jobledger.ledger.domain.access import AccessLevel, Principal, get_access_level
+from jobledger.ledger.domain.delivery import parse_source
 from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
 from jobledger.ledger.domain.events import (
     EVENT_TYPES,
@@ -30,9 +30,9 @@ from jobledger.ledger.domain.events import (
     Event,
     JobDeleted,
     JobSubmitted,
-    Recorded,
+    RecordedEvent,
 )
-from jobledger.ledger.store.event_store import EventLog, payload_with
+from jobledger.ledger.store.event_store import EventStore, override_payload_fields
 from jobledger.projections.engine.checkpoint import Checkpoint
 
 _log = structlog.get_logger()
@@ -46,12 +46,12 @@ _HARMLESS: Final = frozenset(
     if "access_control" not in event.model_fields and name not in _TELLS_OF_DELETION
 )
 """The types that change nothing about access. What is not among them may, as one of a later version of this program."""
-_ACCESS_ONLY: Final = payload_with({"parameters": {}, "job_ids": []})
+_ACCESS_ONLY: Final = override_payload_fields({"parameters": {}, "job_ids": []})
 """Payloads without what may be large and says nothing about access."""
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class StreamAccess:
     """Who may see a job or batch, as of a version of its stream. `unreadable`: only a later program knows."""
 
     version: int
@@ -61,18 +61,18 @@ class Access:
     deleted: bool = False
     unreadable: bool = False
 
-    def right_of(self, principal: Principal) -> Right:
+    def get_right(self, principal: Principal) -> AccessLevel:
         """Return somebody's right to it, or the one they had before it was deleted."""
         if self.unreadable:
-            return Right.NONE
-        return right_to(principal, owner=self.owner, access=self.access_control, teams=self.teams)
+            return AccessLevel.NONE
+        return get_access_level(principal, owner=self.owner, access=self.access_control, teams=self.teams)
 
     def allows(self, principal: Principal) -> bool:
         """Return whether somebody may read it, or might before it was deleted."""
-        return self.right_of(principal) >= Right.READ
+        return self.get_right(principal) >= AccessLevel.READ
 
 
-def _access_after(access: Access | None, event: Recorded) -> Access | None:
+def _access_after(access: StreamAccess | None, event: RecordedEvent) -> StreamAccess | None:
     """Return who may see a job or batch after one more of its events; None if it has not begun."""
     version = event.version
     if event.type in _HARMLESS or (access is not None and version <= access.version):
@@ -80,9 +80,9 @@ def _access_after(access: Access | None, event: Recorded) -> Access | None:
     try:
         happened: Event = event.event
     except UnreadableEvent:
-        return Access(version, unreadable=True)
+        return StreamAccess(version, unreadable=True)
     if isinstance(happened, JobSubmitted | BatchSubmitted):
-        return Access(version, happened.user_id, happened.access_control.model_dump(), tuple(happened.teams))
+        return StreamAccess(version, happened.user_id, happened.access_control.model_dump(), tuple(happened.teams))
     if access is None or access.unreadable:
         return access
     if isinstance(happened, _DELETED):
@@ -94,10 +94,10 @@ def _access_after(access: Access | None, event: Recorded) -> Access | None:
 class Visibility:
     """Knows who may see the jobs and batches that are asked about, the latest of them; one for each process."""
 
-    def __init__(self, log: EventLog, checkpoint: Checkpoint) -> None:
+    def __init__(self, log: EventStore, checkpoint: Checkpoint) -> None:
         self._log = log
         self._checkpoint = checkpoint
-        self._known: OrderedDict[str, Access | None] = OrderedDict()
+        self._known: OrderedDict[str, StreamAccess | None] = OrderedDict()
         self._position = -1
         self._moved = asyncio.Event()
         self._reading = asyncio.Lock()
@@ -115,10 +115,10 @@ class Visibility:
 
     async def _follow(self) -> None:
         after = self._position if self._position >= 0 else self._checkpoint.position
-        async with self._log.subscription(after=after) as events:
+        async with self._log.subscribe(after=after) as events:
             self._reach(after)
             while True:
-                for event in await events.chunk():
+                for event in await events.next_chunk():
                     self._pass(event)
                 self._reach(events.position)
 
@@ -127,7 +127,7 @@ class Visibility:
         self._moved.set()
         self._moved = asyncio.Event()
 
-    def _pass(self, event: Recorded) -> None:
+    def _pass(self, event: RecordedEvent) -> None:
         if event.type in _HARMLESS or not event.stream.startswith(_KINDS):
             return
         if self._reading.locked():
@@ -135,18 +135,18 @@ class Visibility:
         if event.version == 1 or event.stream in self._known:
             self._keep(event.stream, _access_after(self._known.get(event.stream), event))
 
-    def _keep(self, stream: str, access: Access | None) -> None:
+    def _keep(self, stream: str, access: StreamAccess | None) -> None:
         self._known[stream] = access
         self._known.move_to_end(stream)
         while len(self._known) > _KNOWN_STREAMS:
             self._known.popitem(last=False)
 
-    async def reached(self, position: int) -> None:
+    async def wait_for_position(self, position: int) -> None:
         """Return once every change of access up to a position is known."""
         while self._position < position:
             await self._moved.wait()
 
-    async def viewer(self, principal: Principal, event: Recorded) -> Viewer | None:
+    async def get_viewer(self, principal: Principal, event: RecordedEvent) -> Viewer | None:
         """Return somebody with their right to an event: that is, now, to the job or batch that it belongs to.
 
         None if they may not see it.
@@ -156,38 +156,38 @@ class Visibility:
         Raises:
             LedgerUnavailable: the log cannot be asked.
         """
-        if principal.sees_everything:
-            return Viewer(principal, Right.ADMIN)
-        access = await self.of(event.stream, at=event.position)
+        if principal.is_admin:
+            return Viewer(principal, AccessLevel.ADMIN)
+        access = await self.get_access(event.stream, at=event.position)
         if access is None or (access.deleted and event.type not in _TELLS_OF_DELETION):
             return None
-        right = access.right_of(principal)
-        return Viewer(principal, right) if right >= Right.READ else None
+        right = access.get_right(principal)
+        return Viewer(principal, right) if right >= AccessLevel.READ else None
 
-    async def may_follow(self, principal: Principal, stream: str) -> bool:
+    async def can_follow(self, principal: Principal, stream: str) -> bool:
         """Return whether somebody may see a job or batch now. Who sees everything may follow the log of any stream.
 
         Raises:
             LedgerUnavailable: the log cannot be asked.
         """
-        if principal.sees_everything:
+        if principal.is_admin:
             return True
-        access = await self.of(stream)
+        access = await self.get_access(stream)
         return access is not None and not access.deleted and access.allows(principal)
 
-    async def of(self, stream: str, *, at: int = 0) -> Access | None:
+    async def get_access(self, stream: str, *, at: int = 0) -> StreamAccess | None:
         """Return who may see a stream, with every change up to position `at`; None for everything that nobody owns."""
         if self._position < at:
-            await self.reached(at)
+            await self.wait_for_position(at)
         stream = _subject(stream)
         if not stream.startswith(_KINDS):
             return None
         while stream not in self._known:
-            await self.learn([stream])
+            await self.load_access([stream])
         self._known.move_to_end(stream)
         return self._known[stream]
 
-    async def learn(self, streams: Iterable[str]) -> None:
+    async def load_access(self, streams: Iterable[str]) -> None:
         """Read in one go who may see these streams, as far as that is not known."""
         async with self._reading:  # one at a time: the others then find what this one has read
             wanted = {it for it in map(_subject, streams) if it.startswith(_KINDS)} - self._known.keys()
@@ -199,9 +199,11 @@ class Visibility:
                     self._keep(stream, found[stream])
                 wanted = (wanted & self._passed) - self._known.keys()
 
-    async def _read(self, streams: Collection[str]) -> dict[str, Access | None]:
-        found: dict[str, Access | None] = dict.fromkeys(streams)
-        async with aclosing(self._log.read_in_parts(streams, without=_HARMLESS, data=_ACCESS_ONLY)) as parts:
+    async def _read(self, streams: Collection[str]) -> dict[str, StreamAccess | None]:
+        found: dict[str, StreamAccess | None] = dict.fromkeys(streams)
+        async with aclosing(
+            self._log.iterate_stream_batches(streams, exclude_types=_HARMLESS, data_expression=_ACCESS_ONLY)
+        ) as parts:
             async for events in parts:
                 for event in events:
                     found[event.stream] = _access_after(found[event.stream], event)
@@ -210,4 +212,4 @@ class Visibility:
 
 def _subject(stream: str) -> str:
     """Return whose access counts: a delivery is seen by who may see the job or batch that it tells of."""
-    return source_of(stream) if stream.startswith("delivery-") else stream
+    return parse_source(stream) if stream.startswith("delivery-") else stream

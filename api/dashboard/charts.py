@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-HEIGHT: Final = 100
-STEP: Final = 10
+CHART_HEIGHT: Final = 100
+BAR_SPACING: Final = 10
 """From one bar to the next, in the drawing's own units."""
 
 
@@ -18,10 +18,10 @@ class Bar:
     x: float
     y: float
     height: float
-    kind: str
+    css_class: str
 
 
-def stacked(values: Sequence[Sequence[tuple[str, float]]]) -> tuple[list[Bar], float]:
+def stack_bars(values: Sequence[Sequence[tuple[str, float]]]) -> tuple[list[Bar], float]:
     """Return bars, each of parts that stand on each other, as high as the highest allows, and how much that is."""
     most = max((sum(amount for _, amount in parts) for parts in values), default=0)
     bars: list[Bar] = []
@@ -30,7 +30,7 @@ def stacked(values: Sequence[Sequence[tuple[str, float]]]) -> tuple[list[Bar], f
         for kind, amount in parts:
             if amount <= 0:
                 continue
-            height = amount / most * HEIGHT
-            bars.append(Bar(place * STEP, round(HEIGHT - below - height, 2), round(height, 2), kind))
+            height = amount / most * CHART_HEIGHT
+            bars.append(Bar(place * BAR_SPACING, round(CHART_HEIGHT - below - height, 2), round(height, 2), kind))
             below += height
     return bars, most

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-LANGUAGES: Final = ("en", "de")
-_WORDS: Final[dict[str, tuple[str, str]]] = {
+SUPPORTED_LANGUAGES: Final = ("en", "de")
+_MESSAGES: Final[dict[str, tuple[str, str]]] = {
     "overview": ("Overview", "Übersicht"),
     "jobs": ("Jobs", "Jobs"),
     "job": ("Job", "Job"),
@@ -172,34 +172,37 @@ _WORDS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
-def words_in(language: str) -> Callable[..., str]:
+def translator_for(language: str) -> Callable[..., str]:
     """Return the function that says a thing in a language; what it is told fills the gaps."""
-    number = LANGUAGES.index(language)
+    number = SUPPORTED_LANGUAGES.index(language)
 
-    def say(key: str, *gaps: object) -> str:
-        return _WORDS[key][number].format(*gaps)
+    def translate(key: str, *args: object) -> str:
+        return _MESSAGES[key][number].format(*args)
 
-    return say
+    return translate
 
 
-def said_by_scripts(language: str) -> dict[str, str]:
+def script_messages(language: str) -> dict[str, str]:
     """Return the words, with their gaps, that scripts say."""
     keys = (
         *("live", "reconnecting", "confirm", "confirm_many", "done", "done_many", "away"),
         *("checked", "not_json", "new_secrets"),
     )
-    number = LANGUAGES.index(language)
-    return {key: _WORDS[key][number] for key in keys}
+    number = SUPPORTED_LANGUAGES.index(language)
+    return {key: _MESSAGES[key][number] for key in keys}
 
 
-def preferred(header: str) -> str:
+def negotiate_language(accept_language: str) -> str:
     """Return the language that an `Accept-Language` prefers among ours (RFC 9110, 12.5.4)."""
     wanted: list[tuple[float, int, str]] = []
-    for place, part in enumerate(header.split(",")[:20]):
+    for place, part in enumerate(accept_language.split(",")[:20]):
         name, _, weight = part.strip().partition(";q=")
         try:
             quality = float(weight or 1)
         except ValueError:
             continue
         wanted.append((-quality, place, name.strip().partition("-")[0].lower()))
-    return next((name for quality, _, name in sorted(wanted) if name in LANGUAGES and quality < 0), LANGUAGES[0])
+    return next(
+        (name for quality, _, name in sorted(wanted) if name in SUPPORTED_LANGUAGES and quality < 0),
+        SUPPORTED_LANGUAGES[0],
+    )

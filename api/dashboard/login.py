@@ -18,32 +18,32 @@ from typing import Final
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
-from jobledger.api.auth.api_keys import KeyText
-from jobledger.api.auth.browser_sessions import Sessions
-from jobledger.api.auth.permissions import SignIn
+from jobledger.api.auth.api_keys import ApiKeyToken
+from jobledger.api.auth.browser_sessions import BrowserSessions
+from jobledger.api.auth.permissions import AuthBackend
 from jobledger.api.http.errors import ApiError
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.errors import LedgerUnavailable
 
-COOKIE: Final = "jobledger"
-SECURE_COOKIE: Final = "__Host-jobledger"
-_LONGEST_CREDENTIAL: Final = 16_384
+COOKIE_NAME: Final = "jobledger"
+SECURE_COOKIE_NAME: Final = "__Host-jobledger"
+_MAX_CREDENTIAL_CHARACTERS: Final = 16_384
 
 
 def cookie_name(*, https: bool) -> str:
     """Return the name of the session cookie."""
-    return SECURE_COOKIE if https else COOKIE
+    return SECURE_COOKIE_NAME if https else COOKIE_NAME
 
 
-class CookieSignIn:
+class SessionCookieBackend:
     """Signs in by the session that the cookie names, where there is no `Authorization` header.
 
     `sessions` is None in modes without sessions. A page of another origin (`api.cors_origins`) has to send a
     credential of its own: the cookie is for our own pages.
     """
 
-    def __init__(self, sign_in: SignIn, sessions: Sessions | None, *, https: bool) -> None:
-        self._sign_in = sign_in
+    def __init__(self, auth_backend: AuthBackend, sessions: BrowserSessions | None, *, https: bool) -> None:
+        self._sign_in = auth_backend
         self._sessions = sessions
         self._cookie = cookie_name(https=https)
 
@@ -53,7 +53,7 @@ class CookieSignIn:
         if self._sessions is None or not session_id or foreign or "authorization" in connection.headers:
             return await self._sign_in(connection)
         try:
-            principal = await self._sessions.principal(session_id)
+            principal = await self._sessions.load_principal(session_id)
         except LedgerUnavailable as error:
             message = "The session cannot be checked: the database does not answer. Try again in a moment."
             raise ApiError(503, "database_unavailable", message, retry_after_seconds=2) from error
@@ -63,20 +63,20 @@ class CookieSignIn:
         return principal
 
 
-async def credential_holder(sign_in: SignIn, request: Request, credential: str) -> Principal | None:
+async def authenticate_credential(auth_backend: AuthBackend, request: Request, credential: str) -> Principal | None:
     """Return who signs in with this API key or token; None if it opens nothing.
 
     Raises:
         ApiError: 503, it cannot be checked now.
     """
-    if not credential or len(credential) > _LONGEST_CREDENTIAL or not credential.isascii():
+    if not credential or len(credential) > _MAX_CREDENTIAL_CHARACTERS or not credential.isascii():
         return None
     if not credential.isprintable():
         return None
     headers = [it for it in request.scope["headers"] if it[0] not in (b"cookie", b"authorization")]
     headers.append((b"authorization", b"Bearer " + credential.encode()))
     try:
-        principal = await sign_in(HTTPConnection({**request.scope, "headers": headers}))
+        principal = await auth_backend(HTTPConnection({**request.scope, "headers": headers}))
     except ApiError as error:
         if error.status != 401:
             raise
@@ -84,23 +84,31 @@ async def credential_holder(sign_in: SignIn, request: Request, credential: str) 
     return None if principal.user_id is None else principal
 
 
-async def begin(
-    answer: Response, request: Request, sessions: Sessions, principal: Principal, credential: str, *, https: bool
+async def start_browser_session(
+    response: Response,
+    request: Request,
+    sessions: BrowserSessions,
+    principal: Principal,
+    credential: str,
+    *,
+    https: bool,
 ) -> Response:
     """Begin a session and have the browser hold its ID until it is closed. One that it held before ends.
 
     Raises:
         LedgerUnavailable: the database failed, or does not answer.
     """
-    await end(answer, request, sessions, https=https)
-    key = KeyText.read(credential)
-    session_id = await sessions.begin(principal, None if key is None else key.key_id)
-    del answer.headers["set-cookie"]
-    answer.set_cookie(cookie_name(https=https), session_id, path="/", httponly=True, samesite="strict", secure=https)
-    return answer
+    await end_browser_session(response, request, sessions, https=https)
+    key = ApiKeyToken.parse(credential)
+    session_id = await sessions.create(principal, None if key is None else key.key_id)
+    del response.headers["set-cookie"]
+    response.set_cookie(cookie_name(https=https), session_id, path="/", httponly=True, samesite="strict", secure=https)
+    return response
 
 
-async def end(answer: Response, request: Request, sessions: Sessions | None, *, https: bool) -> Response:
+async def end_browser_session(
+    response: Response, request: Request, sessions: BrowserSessions | None, *, https: bool
+) -> Response:
     """End the session that the browser holds, if there is one, and have the browser forget it.
 
     Raises:
@@ -109,10 +117,10 @@ async def end(answer: Response, request: Request, sessions: Sessions | None, *, 
     name = cookie_name(https=https)
     if sessions is not None and (session_id := request.cookies.get(name)):
         await sessions.end(session_id)
-    answer.delete_cookie(name, path="/", httponly=True, samesite="strict", secure=https)
-    return answer
+    response.delete_cookie(name, path="/", httponly=True, samesite="strict", secure=https)
+    return response
 
 
-def uses_cookie(request: Request) -> bool:
+def uses_session_cookie(request: Request) -> bool:
     """Return whether the request was signed in by its cookie."""
     return request.scope.get("session_cookie", False) is True

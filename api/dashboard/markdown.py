@@ -6,7 +6,7 @@ from typing import Final
 
 from markdown_it import MarkdownIt
 
-LARGEST_HTML_BYTES: Final = 512 * 1024
+MAX_HTML_BYTES: Final = 512 * 1024
 
 
 def render(argument: tuple[str, str]) -> str | None:
@@ -16,10 +16,10 @@ def render(argument: tuple[str, str]) -> str | None:
         argument: The Markdown, and the address of the folder with the files beside it.
     """
     html = _html(*argument)
-    return html if len(html.encode()) <= LARGEST_HTML_BYTES else None
+    return html if len(html.encode()) <= MAX_HTML_BYTES else None
 
 
-def _html(markdown: str, files_at: str) -> str:
+def _html(markdown: str, files_url: str) -> str:
     body = markdown
     if markdown.startswith("---\n") and (end := markdown.find("\n---\n", 4)) > 0:
         body = markdown[end + 5 :]
@@ -30,7 +30,7 @@ def _html(markdown: str, files_at: str) -> str:
         for piece in token.children or []:
             if piece.type == "image":
                 source = str(piece.attrs["src"])
-                piece.attrs["src"] = source if "://" in source or source.startswith("/") else files_at + source
+                piece.attrs["src"] = source if "://" in source or source.startswith("/") else files_url + source
                 piece.attrs["loading"] = "lazy"
             elif piece.type == "link_open":
                 piece.attrs["rel"] = "noopener noreferrer nofollow"

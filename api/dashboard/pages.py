@@ -16,26 +16,26 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
-from jobledger.api.auth.permissions import signed_in, who_asks
-from jobledger.api.context import services
+from jobledger.api.auth.permissions import get_principal, require_user_id
+from jobledger.api.context import get_api_context
 from jobledger.api.dashboard import charts, login
-from jobledger.api.dashboard.attempt_timeline import attempts_of
-from jobledger.api.dashboard.previews import LARGEST_MARKDOWN_BYTES
-from jobledger.api.dashboard.rendering import PREFIX, is_monitor, page, static
-from jobledger.api.dashboard.view_updates import beats
-from jobledger.api.http.bodies import read_body, read_bytes
+from jobledger.api.dashboard.attempt_timeline import build_attempt_timeline
+from jobledger.api.dashboard.previews import MAX_MARKDOWN_BYTES
+from jobledger.api.dashboard.rendering import DASHBOARD_PATH, has_monitor_access, render_page, static_file_response
+from jobledger.api.dashboard.view_updates import watch_views
+from jobledger.api.http.bodies import read_body_bytes, read_json_body
 from jobledger.api.http.errors import ApiError, error_response, json_response
-from jobledger.api.http.sse import EventStream
+from jobledger.api.http.sse import EventStreamResponse
 from jobledger.api.routes import batches, history, jobs, monitoring, webhooks
 from jobledger.api.routes import log as log_pages
 from jobledger.api.schemas.requests import BatchBody
-from jobledger.ledger.domain.access import Right, right_to
-from jobledger.ledger.domain.errors import FileLost, JobledgerError, StoreUnavailable
+from jobledger.ledger.domain.access import AccessLevel, get_access_level
+from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable, JobledgerError
 
 _log = structlog.get_logger()
-_PAGE: Final = 50
-_EVENTS_SHOWN: Final = 1000
-_LARGEST_FORM_BYTES: Final = 20_000
+_PAGE_SIZE: Final = 50
+_MAX_EVENTS: Final = 1000
+_MAX_FORM_BYTES: Final = 20_000
 _JOB_FILTERS: Final = (
     "status",
     "q",
@@ -49,11 +49,14 @@ _JOB_FILTERS: Final = (
     "archived",
 )
 _BATCH_FILTERS: Final = ("status", "q", "user_id", "archived")
-Handler = Callable[[Request], Awaitable[Response]]
+RouteHandler = Callable[[Request], Awaitable[Response]]
 
 
-async def ask(
-    request: Request, route: Handler, query: Mapping[str, Any] | None = None, path: Mapping[str, str] | None = None
+async def call_route(
+    request: Request,
+    handler: RouteHandler,
+    query: Mapping[str, Any] | None = None,
+    path_params: Mapping[str, str] | None = None,
 ) -> Any:
     """Return what a route of the interface answers to whoever looks.
 
@@ -66,13 +69,13 @@ async def ask(
         # What a browser says of the page (If-None-Match, Prefer) is not said of what the page asks for.
         "headers": [header for header in request.scope["headers"] if header[0] == b"ledger-position"],
         "query_string": urlencode(known).encode(),
-        "path_params": dict(path or {}),
+        "path_params": dict(path_params or {}),
     }
-    answer = await route(Request(scope, request.receive))
+    answer = await handler(Request(scope, request.receive))
     return orjson.loads(answer.body)
 
 
-def shown(handler: Handler) -> Handler:
+def render_errors(handler: RouteHandler) -> RouteHandler:
     """What goes wrong is a page, too; who has not signed in is asked to."""
 
     @wraps(handler)
@@ -81,54 +84,58 @@ def shown(handler: Handler) -> Handler:
             return await handler(request)
         except ApiError as error:
             if error.status == 401:
-                return to_sign_in(request)
-            return page(request, "problem.html.j2", status=error.status, message=error.message)
+                return redirect_to_sign_in(request)
+            return render_page(request, "problem.html.j2", status=error.status, message=error.message)
         except JobledgerError as error:
             _log.warning("a page could not be shown", why=str(error))
-            return page(request, "problem.html.j2", status=503, message=str(error))
+            return render_page(request, "problem.html.j2", status=503, message=str(error))
 
     return guarded
 
 
-def refused(scope: Scope, error: ApiError) -> ASGIApp:
+def auth_error_response(scope: Scope, error: ApiError) -> ASGIApp:
     """Return the answer for who cannot be let in: at a page the way to the sign-in, elsewhere the error."""
-    looks = (scope["method"] in ("GET", "HEAD") and scope["path"] in _PAGES) or scope["path"].startswith(_PAGE_FOLDERS)
-    return to_sign_in(Request(scope)) if looks else error_response(error)
+    looks = (scope["method"] in ("GET", "HEAD") and scope["path"] in _PAGE_PATHS) or scope["path"].startswith(
+        _PAGE_PATH_PREFIXES
+    )
+    return redirect_to_sign_in(Request(scope)) if looks else error_response(error)
 
 
-def to_sign_in(request: Request) -> Response:
+def redirect_to_sign_in(request: Request) -> Response:
     """Return the way to the sign-in, and from there back."""
     up = "../" * (request.url.path.count("/") - 1) or "./"
     wanted = request.url.path.removeprefix("/") + (f"?{request.url.query}" if request.url.query else "")
-    return RedirectResponse(f"{up}{PREFIX[1:]}/sign-in?next={quote(wanted, safe='')}", 303)
+    return RedirectResponse(f"{up}{DASHBOARD_PATH[1:]}/sign-in?next={quote(wanted, safe='')}", 303)
 
 
 # Pages --------------------------------------------------------------------------------------------------------------
 
 
-@shown
-async def overview(request: Request) -> Response:
+@render_errors
+async def show_overview(request: Request) -> Response:
     """GET /monitoring/events"""
-    if not is_monitor(request):
-        signed_in(request)
-        return page(request, "forbidden.html.j2")
-    stats = (await ask(request, monitoring.stats))["stats"]
-    active = (await ask(request, batches.listing, {"status": "processing", "limit": 10}))["batches"]
-    running = (await ask(request, jobs.listing, {"status": "processing", "limit": 100}))["jobs"]
-    oldest = (await ask(request, jobs.listing, {"status": "pending", "limit": 1, "sort": "created_at"}))["jobs"]
+    if not has_monitor_access(request):
+        require_user_id(request)
+        return render_page(request, "forbidden.html.j2")
+    stats = (await call_route(request, monitoring.get_statistics))["stats"]
+    active = (await call_route(request, batches.list_batches, {"status": "processing", "limit": 10}))["batches"]
+    running = (await call_route(request, jobs.list_jobs, {"status": "processing", "limit": 100}))["jobs"]
+    oldest = (await call_route(request, jobs.list_jobs, {"status": "pending", "limit": 1, "sort": "created_at"}))[
+        "jobs"
+    ]
     by_worker: dict[str, list[Any]] = {}
     for job in running:
         by_worker.setdefault(job["worker_id"], []).append(job)
     minutes = stats["minutes"]
-    ended = charts.stacked([[(kind, it[kind]) for kind in ("completed", "failed", "cancelled")] for it in minutes])
-    took = charts.stacked([[("took", it["average_seconds"] or 0)] for it in minutes])
-    return page(
+    ended = charts.stack_bars([[(kind, it[kind]) for kind in ("completed", "failed", "cancelled")] for it in minutes])
+    took = charts.stack_bars([[("took", it["average_seconds"] or 0)] for it in minutes])
+    return render_page(
         request,
         "overview.html.j2",
         live="pulse",
         position=stats["log"]["views"],
         stats=stats,
-        active=[{**batch, "eta": _minutes_left(batch)} for batch in active],
+        active=[{**batch, "eta": _eta_minutes(batch)} for batch in active],
         by_worker=by_worker,
         oldest=oldest[0] if oldest else None,
         ended=ended,
@@ -136,7 +143,7 @@ async def overview(request: Request) -> Response:
     )
 
 
-def _minutes_left(batch: Mapping[str, Any]) -> int | None:
+def _eta_minutes(batch: Mapping[str, Any]) -> int | None:
     """Return about how many minutes a batch will take, if it goes on as it did until now."""
     done = batch["completed_jobs"] + batch["failed_jobs"] + batch["cancelled_jobs"]
     left: int = batch["total_jobs"] - done
@@ -147,43 +154,43 @@ def _minutes_left(batch: Mapping[str, Any]) -> int | None:
     return round(minutes)
 
 
-@shown
-async def job_list(request: Request) -> Response:
+@render_errors
+async def show_jobs(request: Request) -> Response:
     """GET /monitoring/events/jobs"""
-    return await _list(request, "jobs.html.j2", jobs.listing, _JOB_FILTERS)
+    return await _show_list(request, "jobs.html.j2", jobs.list_jobs, _JOB_FILTERS)
 
 
-@shown
-async def batch_list(request: Request) -> Response:
+@render_errors
+async def show_batches(request: Request) -> Response:
     """GET /monitoring/events/batches"""
-    return await _list(request, "batches.html.j2", batches.listing, _BATCH_FILTERS)
+    return await _show_list(request, "batches.html.j2", batches.list_batches, _BATCH_FILTERS)
 
 
-async def _list(request: Request, template: str, route: Handler, filters: Sequence[str]) -> Response:
+async def _show_list(request: Request, template: str, handler: RouteHandler, filters: Sequence[str]) -> Response:
     asked = {name: request.query_params.get(name, "") for name in (*filters, "cursor", "sort")}
-    position = services(request).checkpoint.position
-    found = await ask(request, route, {**asked, "limit": _PAGE})
-    following = _following(request, found)
-    return page(request, template, live="jobs", position=position, asked=asked, found=found, following=following)
+    position = get_api_context(request).checkpoint.position
+    found = await call_route(request, handler, {**asked, "limit": _PAGE_SIZE})
+    following = _next_page_query(request, found)
+    return render_page(request, template, live="jobs", position=position, asked=asked, found=found, following=following)
 
 
-def _following(request: Request, found: Mapping[str, Any]) -> Markup | None:
+def _next_page_query(request: Request, found: Mapping[str, Any]) -> Markup | None:
     if "next" not in found:
         return None
     kept = {name: value for name, value in request.query_params.items() if value and name != "cursor"}
     return escape(urlencode({**kept, "cursor": found["next"]}))  # a link must not be cut
 
 
-@shown
-async def job(request: Request) -> Response:
+@render_errors
+async def show_job(request: Request) -> Response:
     """GET /monitoring/events/jobs/{job_id}"""
     path = {"job_id": request.path_params["job_id"]}
-    position = services(request).checkpoint.position
-    it = (await ask(request, jobs.single, path=path))["job"]
-    told = await ask(request, history.of_job, {"limit": _EVENTS_SHOWN}, path)
+    position = get_api_context(request).checkpoint.position
+    it = (await call_route(request, jobs.get_job, path_params=path))["job"]
+    told = await call_route(request, history.get_job_history, {"limit": _MAX_EVENTS}, path)
     events = told.get("events", [])
-    sent = (await ask(request, webhooks.listing, {"job_id": it["job_id"], "limit": 20}))["deliveries"]
-    return page(
+    sent = (await call_route(request, webhooks.list_deliveries, {"job_id": it["job_id"], "limit": 20}))["deliveries"]
+    return render_page(
         request,
         "job.html.j2",
         live="job",
@@ -192,29 +199,31 @@ async def job(request: Request) -> Response:
         job=it,
         events=events,
         cut="next" in told,
-        attempts=_attempts(events),
+        attempts=_attempt_timeline(events),
         deliveries=sent,
-        text=await _preview(request, it),
-        may=_rights(request, it),
+        text=await _render_preview(request, it),
+        may=_permissions(request, it),
         gallery=[asset for asset in (it["results"] or {}).get("assets", ()) if asset["path"].endswith("-thumb.jpg")],
     )
 
 
-def _attempts(events: list[dict[str, Any]]) -> Any:
+def _attempt_timeline(events: list[dict[str, Any]]) -> Any:
     """Return the attempts that events tell of; none, if an event is damaged."""
     try:
-        return attempts_of(events, datetime.now(UTC))
+        return build_attempt_timeline(events, datetime.now(UTC))
     except (LookupError, TypeError, ValueError):
         return []
 
 
-def _rights(request: Request, it: Mapping[str, Any]) -> dict[str, bool]:
+def _permissions(request: Request, it: Mapping[str, Any]) -> dict[str, bool]:
     """Return what who asks may do with a job or batch."""
-    right = right_to(who_asks(request), owner=it["user_id"], access=it["access_control"], teams=it["teams"])
-    return {"write": right >= Right.WRITE, "admin": right >= Right.ADMIN}
+    right = get_access_level(
+        get_principal(request), owner=it["user_id"], access=it["access_control"], teams=it["teams"]
+    )
+    return {"write": right >= AccessLevel.WRITE, "admin": right >= AccessLevel.ADMIN}
 
 
-async def _preview(request: Request, it: Mapping[str, Any]) -> str | None:
+async def _render_preview(request: Request, it: Mapping[str, Any]) -> str | None:
     """Return the result as HTML; its beginning as text, if it is too large for that or takes too long; None without."""
     results = it["results"] or {}
     path = (results.get("markdown_file") or "").removeprefix("/events/")
@@ -222,71 +231,73 @@ async def _preview(request: Request, it: Mapping[str, Any]) -> str | None:
     if found is None:
         return None
     try:
-        content = await _read(request, found, LARGEST_MARKDOWN_BYTES + 1)
-    except (FileLost, StoreUnavailable):
+        content = await _read_prefix(request, found, MAX_MARKDOWN_BYTES + 1)
+    except (FileLost, FileStoreUnavailable):
         return None  # the page of the file itself says what is wrong with it
     text = content.decode("utf-8", "replace")
-    if len(content) > LARGEST_MARKDOWN_BYTES:
+    if len(content) > MAX_MARKDOWN_BYTES:
         return text
     up = "../" * (request.url.path.count("/") - 1)
     folder = quote(path.rpartition("/")[0], safe="/&,+;=@!$~")
     files_at = f"{up}api/events/files/{folder}/"
-    return await services(request).previews.render(found["sha256"], text, files_at=files_at) or text
+    return await get_api_context(request).previews.render(found["sha256"], text, files_url=files_at) or text
 
 
-async def _read(request: Request, found: Mapping[str, Any], limit: int) -> bytes:
+async def _read_prefix(request: Request, found: Mapping[str, Any], limit: int) -> bytes:
     """Return the first `limit` bytes of a result file.
 
     Raises:
         FileLost: it is not there, or not as it was.
         StoreUnavailable: the store is away.
     """
-    file = await services(request).store.open(found["sha256"], found["size"])
+    file = await get_api_context(request).file_store.open(found["sha256"], found["size"])
     try:
         return b"".join([part async for part in file.read(0, min(file.size, limit))])
     finally:
         await file.close()
 
 
-@shown
-async def batch(request: Request) -> Response:
+@render_errors
+async def show_batch(request: Request) -> Response:
     """GET /monitoring/events/batches/{batch_id}"""
     path = {"batch_id": request.path_params["batch_id"]}
-    position = services(request).checkpoint.position
-    it = (await ask(request, batches.single, path=path))["batch"]
+    position = get_api_context(request).checkpoint.position
+    it = (await call_route(request, batches.get_batch, path_params=path))["batch"]
     status, cursor = request.query_params.get("status", ""), request.query_params.get("cursor", "")
-    found = await ask(request, batches.jobs_of, {"status": status, "cursor": cursor, "limit": _PAGE}, path)
-    told = await ask(request, history.of_batch, {"limit": 100}, path)
-    return page(
+    found = await call_route(
+        request, batches.list_batch_jobs, {"status": status, "cursor": cursor, "limit": _PAGE_SIZE}, path
+    )
+    told = await call_route(request, history.get_batch_history, {"limit": 100}, path)
+    return render_page(
         request,
         "batch.html.j2",
         live="batch",
         full=f"api/events/batches/{it['batch_id']}",
         position=position,
-        batch={**it, "eta": _minutes_left(it)},
+        batch={**it, "eta": _eta_minutes(it)},
         asked={"status": status},
         found=found,
-        following=_following(request, found),
+        following=_next_page_query(request, found),
         events=told.get("events", []),
-        may=_rights(request, it),
+        may=_permissions(request, it),
     )
 
 
-@shown
-async def submit(request: Request) -> Response:
+@render_errors
+async def show_submit_form(request: Request) -> Response:
     """GET /monitoring/events/submit"""
-    signed_in(request)
-    return page(request, "submit.html.j2", job_types=sorted(services(request).job_types))
+    require_user_id(request)
+    return render_page(request, "submit.html.j2", job_types=sorted(get_api_context(request).job_types))
 
 
-@shown
-async def log(request: Request) -> Response:
+@render_errors
+async def show_log(request: Request) -> Response:
     """GET /monitoring/events/log"""
     asked = {name: request.query_params.get(name, "") for name in ("types", "stream")}
-    head = await services(request).log.head()
+    head = await get_api_context(request).event_store.head_position()
     # The newest that there are: a page of the log is read forwards, so it begins a page before its end.
-    found = await ask(request, log_pages.page, {**asked, "after": max(0, head - 200), "limit": 200})
-    return page(
+    found = await call_route(request, log_pages.list_events, {**asked, "after": max(0, head - 200), "limit": 200})
+    return render_page(
         request,
         "log.html.j2",
         live="log",
@@ -300,48 +311,52 @@ async def log(request: Request) -> Response:
 # What pages need ----------------------------------------------------------------------------------------------------
 
 
-async def check(request: Request) -> Response:
+async def validate_batch(request: Request) -> Response:
     """POST /monitoring/events/check: say what is wrong with a batch, and submit nothing."""
-    signed_in(request)
-    body, _ = await read_body(request, BatchBody)
-    await batches.jobs_in(request, body, "batch-", "user")
+    require_user_id(request)
+    body, _ = await read_json_body(request, BatchBody)
+    await batches.build_batch_jobs(request, body, "batch-", "user")
     return json_response({"status": "success", "jobs": len(body.jobs)})
 
 
-async def pulse(request: Request) -> EventStream:
+async def stream_view_updates(request: Request) -> EventStreamResponse:
     """GET /monitoring/events/pulse: that the views have moved, at most once a second."""
-    signed_in(request)
-    known = services(request)
-    return EventStream(beats(known.checkpoint), known.streams)
+    require_user_id(request)
+    known = get_api_context(request)
+    return EventStreamResponse(watch_views(known.checkpoint), known.live_streams)
 
 
-async def sign_in_page(request: Request) -> Response:
+async def show_sign_in(request: Request) -> Response:
     """GET /monitoring/events/sign-in"""
-    return page(request, "sign_in.html.j2", wrong=False, onwards=_onwards(request.query_params.get("next", "")))
+    return render_page(
+        request, "sign_in.html.j2", wrong=False, onwards=_safe_next_path(request.query_params.get("next", ""))
+    )
 
 
-@shown
+@render_errors
 async def sign_in(request: Request) -> Response:
     """POST /monitoring/events/sign-in"""
-    form = await _form(request)
-    credential, onwards = form.get("credential", "").strip(), _onwards(form.get("next", ""))
-    known = services(request)
-    principal = await login.credential_holder(known.sign_in, request, credential)
+    form = await _read_form(request)
+    credential, onwards = form.get("credential", "").strip(), _safe_next_path(form.get("next", ""))
+    known = get_api_context(request)
+    principal = await login.authenticate_credential(known.auth_backend, request, credential)
     if principal is None:
-        return page(request, "sign_in.html.j2", status=401, wrong=True, onwards=onwards)
+        return render_page(request, "sign_in.html.j2", status=401, wrong=True, onwards=onwards)
     answer = RedirectResponse(f"../../{onwards}", 303)
-    if known.sessions is None:  # the mode needs none
+    if known.browser_sessions is None:  # the mode needs none
         return answer
-    return await login.begin(answer, request, known.sessions, principal, credential, https=known.edge.https)
+    return await login.start_browser_session(
+        answer, request, known.browser_sessions, principal, credential, https=known.http_options.is_https
+    )
 
 
-async def _form(request: Request) -> dict[str, str]:
+async def _read_form(request: Request) -> dict[str, str]:
     """Return the fields of a form.
 
     Raises:
         ApiError: 413, when it is larger than any credential; 400, when it is no form.
     """
-    body = await read_bytes(request, _LARGEST_FORM_BYTES)
+    body = await read_body_bytes(request, _MAX_FORM_BYTES)
     try:
         fields = parse_qsl(body.decode("ascii", "replace"), max_num_fields=10)
     except ValueError as error:
@@ -353,37 +368,45 @@ async def _form(request: Request) -> dict[str, str]:
 
 async def sign_out(request: Request) -> Response:
     """POST /monitoring/events/sign-out"""
-    known = services(request)
-    return await login.end(RedirectResponse("sign-in", 303), request, known.sessions, https=known.edge.https)
+    known = get_api_context(request)
+    return await login.end_browser_session(
+        RedirectResponse("sign-in", 303), request, known.browser_sessions, https=known.http_options.is_https
+    )
 
 
-def _onwards(wanted: str) -> str:
+def _safe_next_path(next_path: str) -> str:
     """Return where to go after the sign-in: a page of ours, whatever somebody put into the address."""
-    return wanted if wanted.startswith(f"{PREFIX[1:]}") and "//" not in wanted and "\\" not in wanted else PREFIX[1:]
+    return (
+        next_path
+        if next_path.startswith(f"{DASHBOARD_PATH[1:]}") and "//" not in next_path and "\\" not in next_path
+        else DASHBOARD_PATH[1:]
+    )
 
 
-async def script_or_style(request: Request) -> Response:
+async def get_static_file(request: Request) -> Response:
     """GET /monitoring/events/static/{version}/{name}"""
-    found = static(request.path_params["name"])
+    found = static_file_response(request.path_params["name"])
     if found is None:
         raise ApiError(404, "not_found", "There is no such file.")
     return found
 
 
-_PAGES: Final = frozenset({PREFIX, *(f"{PREFIX}/{name}" for name in ("jobs", "batches", "submit", "log"))})
-_PAGE_FOLDERS: Final = (f"{PREFIX}/jobs/", f"{PREFIX}/batches/")
+_PAGE_PATHS: Final = frozenset(
+    {DASHBOARD_PATH, *(f"{DASHBOARD_PATH}/{name}" for name in ("jobs", "batches", "submit", "log"))}
+)
+_PAGE_PATH_PREFIXES: Final = (f"{DASHBOARD_PATH}/jobs/", f"{DASHBOARD_PATH}/batches/")
 ROUTES: Final = [
-    Route(PREFIX, overview),
-    Route(f"{PREFIX}/jobs", job_list),
-    Route(f"{PREFIX}/jobs/{{job_id}}", job),
-    Route(f"{PREFIX}/batches", batch_list),
-    Route(f"{PREFIX}/batches/{{batch_id}}", batch),
-    Route(f"{PREFIX}/submit", submit),
-    Route(f"{PREFIX}/log", log),
-    Route(f"{PREFIX}/check", check, methods=["POST"]),
-    Route(f"{PREFIX}/pulse", pulse),
-    Route(f"{PREFIX}/sign-in", sign_in_page),
-    Route(f"{PREFIX}/sign-in", sign_in, methods=["POST"]),
-    Route(f"{PREFIX}/sign-out", sign_out, methods=["POST"]),
-    Route(f"{PREFIX}/static/{{version}}/{{name}}", script_or_style),
+    Route(DASHBOARD_PATH, show_overview),
+    Route(f"{DASHBOARD_PATH}/jobs", show_jobs),
+    Route(f"{DASHBOARD_PATH}/jobs/{{job_id}}", show_job),
+    Route(f"{DASHBOARD_PATH}/batches", show_batches),
+    Route(f"{DASHBOARD_PATH}/batches/{{batch_id}}", show_batch),
+    Route(f"{DASHBOARD_PATH}/submit", show_submit_form),
+    Route(f"{DASHBOARD_PATH}/log", show_log),
+    Route(f"{DASHBOARD_PATH}/check", validate_batch, methods=["POST"]),
+    Route(f"{DASHBOARD_PATH}/pulse", stream_view_updates),
+    Route(f"{DASHBOARD_PATH}/sign-in", show_sign_in),
+    Route(f"{DASHBOARD_PATH}/sign-in", sign_in, methods=["POST"]),
+    Route(f"{DASHBOARD_PATH}/sign-out", sign_out, methods=["POST"]),
+    Route(f"{DASHBOARD_PATH}/static/{{version}}/{{name}}", get_static_file),
 ]

@@ -10,30 +10,30 @@ from typing import Final
 from markupsafe import Markup
 from pydantic_core import to_json
 
-from jobledger.api.processes.limited_function import CallFailed, LimitedFunction, TooBusy
+from jobledger.api.processes.limited_function import CallFailed, LimitedFunction, ProcessPoolBusy
 
-LARGEST_MARKDOWN_BYTES: Final = 256 * 1024
+MAX_MARKDOWN_BYTES: Final = 256 * 1024
 """A talk of an hour with its transcript and a translation has about 100 KiB."""
-_PROCESSES: Final = 2
-_QUEUE_SECONDS: Final = 1.0
-_SECONDS: Final = 2.0
-_CACHED: Final = 32
+_MAX_PROCESSES: Final = 2
+_QUEUE_TIMEOUT_SECONDS: Final = 1.0
+_TIMEOUT_SECONDS: Final = 2.0
+_CACHE_SIZE: Final = 32
 _RETRY_SECONDS: Final = 60.0
 """After a failed call. It may have failed because the machine was busy."""
 
 
-class Previews:
+class MarkdownPreviewer:
     """Renders Markdown in limited processes, and keeps the last results. None stands for text without a preview."""
 
-    def __init__(self, seconds: float = _SECONDS) -> None:
-        self._seconds = seconds
+    def __init__(self, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
+        self._seconds = timeout_seconds
         self._function = LimitedFunction(
-            "jobledger.api.dashboard.markdown:render", processes=_PROCESSES, queue_seconds=_QUEUE_SECONDS
+            "jobledger.api.dashboard.markdown:render", processes=_MAX_PROCESSES, queue_seconds=_QUEUE_TIMEOUT_SECONDS
         )
         self._cached: OrderedDict[tuple[str, str], tuple[Markup | None, float]] = OrderedDict()
         """Results, and until when they hold."""
 
-    async def render(self, sha256: str, markdown: str, *, files_at: str) -> Markup | None:
+    async def render(self, sha256: str, markdown: str, *, files_url: str) -> Markup | None:
         """Return Markdown as HTML, or None if that takes too long, is too large, or cannot be done now.
 
         Args:
@@ -41,18 +41,18 @@ class Previews:
             markdown: The Markdown.
             files_at: Address of the folder with the files beside it.
         """
-        key, now = (sha256, files_at), asyncio.get_running_loop().time()
+        key, now = (sha256, files_url), asyncio.get_running_loop().time()
         found, until = self._cached.get(key, (None, now))
         if until <= now:
             try:
-                found, until = await self._call(markdown, files_at), math.inf
-            except TooBusy:
+                found, until = await self._call(markdown, files_url), math.inf
+            except ProcessPoolBusy:
                 return None
             except CallFailed:
                 found, until = None, now + _RETRY_SECONDS
         self._cached[key] = found, until
         self._cached.move_to_end(key)
-        if len(self._cached) > _CACHED:
+        if len(self._cached) > _CACHE_SIZE:
             self._cached.popitem(last=False)
         return found
 

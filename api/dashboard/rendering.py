@@ -15,37 +15,41 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import who_asks
-from jobledger.api.dashboard.locales import preferred, said_by_scripts, words_in
-from jobledger.api.dashboard.login import uses_cookie
-from jobledger.api.dashboard.page_budget import PageBudget
+from jobledger.api.auth.permissions import get_principal
+from jobledger.api.dashboard.locales import negotiate_language, script_messages, translator_for
+from jobledger.api.dashboard.login import uses_session_cookie
+from jobledger.api.dashboard.page_budget import HtmlBudget
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.events import EVENT_TYPES
 
-PREFIX: Final = "/monitoring/events"
-_POLICY: Final = (
+DASHBOARD_PATH: Final = "/monitoring/events"
+_CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'"
 )
-_LARGEST_INDENTED_BYTES: Final = 16 * 1024
-_LABEL_CHARACTERS: Final = 200
-_budget: ContextVar[PageBudget] = ContextVar("budget")
+_MAX_INDENTED_BYTES: Final = 16 * 1024
+_MAX_LABEL_CHARACTERS: Final = 200
+_budget: ContextVar[HtmlBudget] = ContextVar("budget")
 """The budget of the page that is being rendered. Imported macros do not see the variables of a page."""
-_TYPES: Final = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+_MEDIA_TYPES: Final = {
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
 
 
-def page(request: Request, template: str, *, status: int = 200, **content: Any) -> Response:
+def render_page(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
     """Return a page of the dashboard."""
-    language = preferred(request.headers.get("accept-language", ""))
+    language = negotiate_language(request.headers.get("accept-language", ""))
     principal: Principal | None = request.scope.get("principal")
-    budget = PageBudget()
+    budget = HtmlBudget()
     _budget.set(budget)
     text = (
         _environment()
         .get_template(template)
         .render(
-            t=words_in(language),
-            said=said_by_scripts(language),
+            t=translator_for(language),
+            said=script_messages(language),
             language=language,
             root="../" * (request.url.path.count("/") - 1) or "./",
             path=request.url.path,
@@ -53,13 +57,13 @@ def page(request: Request, template: str, *, status: int = 200, **content: Any) 
             query=dict(request.query_params),
             me=principal,
             event_types=sorted(EVENT_TYPES),
-            version=version(),
-            signed_by_cookie=uses_cookie(request),
-            **{"position": None, "live": None, **content},
+            version=static_files_digest(),
+            signed_by_cookie=uses_session_cookie(request),
+            **{"position": None, "live": None, **context},
         )
     )
     headers = {
-        "Content-Security-Policy": _POLICY,
+        "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
         "Cache-Control": "private, no-store",
         "Content-Language": language,
         "Referrer-Policy": "same-origin",  # without one, a browser does not say where a form was sent from
@@ -68,33 +72,35 @@ def page(request: Request, template: str, *, status: int = 200, **content: Any) 
     return Response(text, status, headers, "text/html")
 
 
-def is_monitor(request: Request) -> bool:
+def has_monitor_access(request: Request) -> bool:
     """Whether who asks may see how everything is."""
-    return bool(who_asks(request).roles & {"admin", "monitor"})
+    return bool(get_principal(request).roles & {"admin", "monitor"})
 
 
 @cache
-def statics() -> Mapping[str, bytes]:
+def load_static_files() -> Mapping[str, bytes]:
     """Return the scripts and styles by their names."""
     folder = files(__package__).joinpath("static")
-    return {file.name: file.read_bytes() for file in folder.iterdir() if PurePosixPath(file.name).suffix in _TYPES}
+    return {
+        file.name: file.read_bytes() for file in folder.iterdir() if PurePosixPath(file.name).suffix in _MEDIA_TYPES
+    }
 
 
 @cache
-def version() -> str:
+def static_files_digest() -> str:
     """Return what changes when a script or style does: a part of their addresses."""
     digest = sha256()
-    for name, content in sorted(statics().items()):
+    for name, content in sorted(load_static_files().items()):
         digest.update(name.encode() + content)
     return digest.hexdigest()[:12]
 
 
-def static(name: str) -> Response | None:
+def static_file_response(name: str) -> Response | None:
     """Return a script or style. Its address changes with it, so a browser need not ask again."""
-    content = statics().get(name)
+    content = load_static_files().get(name)
     if content is None:
         return None
-    kind = _TYPES[PurePosixPath(name).suffix]
+    kind = _MEDIA_TYPES[PurePosixPath(name).suffix]
     return Response(content, headers={"Cache-Control": "public, max-age=31536000, immutable"}, media_type=kind)
 
 
@@ -103,56 +109,56 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("jobledger.api.dashboard", "templates"),
         autoescape=True,
-        finalize=_shown,
+        finalize=_finalize,
         undefined=ChainableUndefined,  # what an event of another type does not have, is empty
         trim_blocks=True,
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., Any]] = {
-        "bytes": in_words,
-        "label": label,
-        "pretty": pretty,
-        "rows": _rows,
-        "seconds": seconds_in_words,
+        "bytes": format_bytes,
+        "label": job_label,
+        "pretty": format_json,
+        "rows": _limit_rows,
+        "seconds": format_duration,
     }
     environment.filters |= filters
-    environment.globals |= {"prefix": PREFIX.removeprefix("/")}
+    environment.globals |= {"prefix": DASHBOARD_PATH.removeprefix("/")}
     return environment
 
 
-def _shown(value: Any) -> Any:
+def _finalize(value: Any) -> Any:
     budget = _budget.get(None)  # there is none while a template is compiled
-    return value if budget is None else budget.shown(value)
+    return value if budget is None else budget.render_value(value)
 
 
-def _rows(items: Iterable[Any]) -> Iterator[Any]:
-    return _budget.get().rows(items)
+def _limit_rows(items: Iterable[Any]) -> Iterator[Any]:
+    return _budget.get().limit_rows(items)
 
 
-def pretty(value: Any) -> str:
+def format_json(value: Any) -> str:
     """Return a value as JSON for people: indented, unless it is large. Indents can be a hundred times the content."""
     text = orjson.dumps(value)
-    if len(text) <= _LARGEST_INDENTED_BYTES:
+    if len(text) <= _MAX_INDENTED_BYTES:
         text = orjson.dumps(value, option=orjson.OPT_INDENT_2)
     return text.decode()
 
 
-def label(job: Mapping[str, Any]) -> str:
+def job_label(job: Mapping[str, Any]) -> str:
     """Return what a job is called: its name, its session or its ID."""
     session = job["parameters"].get("session")
     name = job["job_name"] or (session if isinstance(session, str) else "") or job["job_id"]
-    return str(name)[:_LABEL_CHARACTERS]
+    return str(name)[:_MAX_LABEL_CHARACTERS]
 
 
-def in_words(size: int) -> str:
+def format_bytes(size_bytes: int) -> str:
     """A number of bytes for people: `1.5 MB`."""
     for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes} B"
 
 
-def seconds_in_words(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """A duration for people: `0.42 s`, `75 s`, `12:30 min`, `3:05:00 h`."""
     if seconds is None:
         return ""

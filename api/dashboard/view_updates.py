@@ -8,21 +8,21 @@ from typing import Final
 
 from jobledger.projections.engine.checkpoint import Checkpoint
 
-MOST_OFTEN_SECONDS: Final = 1.0
-SILENCE_SECONDS: Final = 5.0
-LONGEST_SECONDS: Final = 900.0
+MIN_INTERVAL_SECONDS: Final = 1.0
+IDLE_INTERVAL_SECONDS: Final = 5.0
+MAX_STREAM_SECONDS: Final = 900.0
 
 
-async def beats(checkpoint: Checkpoint) -> AsyncGenerator[bytes, None]:
+async def watch_views(checkpoint: Checkpoint) -> AsyncGenerator[bytes, None]:
     """Yield a server-sent event when the views have moved, and after some silence another: leases run out silently."""
     clock = asyncio.get_running_loop().time
-    until = clock() + LONGEST_SECONDS
+    until = clock() + MAX_STREAM_SECONDS
     while clock() < until:
         position = checkpoint.position
         yield b"id: %d\nevent: moved\ndata: %d\n\n" % (position, position)
-        await asyncio.sleep(MOST_OFTEN_SECONDS)
+        await asyncio.sleep(MIN_INTERVAL_SECONDS)
         try:
-            async with asyncio.timeout(SILENCE_SECONDS):
-                await checkpoint.reached(position + 1)
+            async with asyncio.timeout(IDLE_INTERVAL_SECONDS):
+                await checkpoint.wait_for_position(position + 1)
         except TimeoutError:
             continue

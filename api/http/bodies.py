@@ -19,14 +19,14 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
-from jobledger.api.context import services
+from jobledger.api.context import get_api_context
 from jobledger.api.http.errors import ApiError
-from jobledger.api.http.memory_budget import Reservation
-from jobledger.api.http.validation import validated
+from jobledger.api.http.memory_budget import MemoryReservation
+from jobledger.api.http.validation import validate_content
 
-MOST_VALUES: Final = 1_000_000
+MAX_VALUES: Final = 1_000_000
 """Values in a body: a batch of 10,000 sessions has about 200,000."""
-MOST_CONTAINERS: Final = 250_000
+MAX_CONTAINERS: Final = 250_000
 """Objects and arrays in a body: a batch of 10,000 sessions has about 40,000. They take most of the parser's time."""
 _LARGE_BYTES: Final = 64 * 1024
 _MANY_VALUES: Final = 2_000
@@ -39,7 +39,7 @@ Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
-async def read_bytes(request: Request, limit: int, setting: str = "") -> bytearray:
+async def read_body_bytes(request: Request, limit: int, setting: str = "") -> bytearray:
     """Return the request's body as it is.
 
     Raises:
@@ -49,7 +49,7 @@ async def read_bytes(request: Request, limit: int, setting: str = "") -> bytearr
     if encoding not in ("", "identity"):
         message = f"Content-Encoding {encoding[:40]!r} is not supported: send the body without compression."
         raise ApiError(415, "unsupported_content_encoding", message, headers={"Accept-Encoding": "identity"})
-    memory: Reservation = request.scope["memory"]
+    memory: MemoryReservation = request.scope["memory"]
     body = bytearray()
     try:
         async for part in request.stream():
@@ -62,7 +62,7 @@ async def read_bytes(request: Request, limit: int, setting: str = "") -> bytearr
     return body
 
 
-async def read_body(request: Request, model: type[Model]) -> tuple[Model, Any]:
+async def read_json_body(request: Request, model: type[Model]) -> tuple[Model, Any]:
     """Return the request's JSON body as a model, and as it was parsed.
 
     Raises:
@@ -71,27 +71,29 @@ async def read_body(request: Request, model: type[Model]) -> tuple[Model, Any]:
     # Also what keeps other sites' pages from posting here: a browser sends this type across origins only when asked.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "unsupported_media_type", "Send JSON, with the header Content-Type: application/json.")
-    body = await read_bytes(request, services(request).largest_body_bytes, " (api.max_body_bytes)")
-    note_size(request, len(body), body.count(b","))
-    return await off_loop(request, _parsed, request, model, body)
+    body = await read_body_bytes(request, get_api_context(request).max_body_bytes, " (api.max_body_bytes)")
+    mark_large_body(request, len(body), body.count(b","))
+    return await run_off_loop(request, _parsed, request, model, body)
 
 
-async def optional_body(request: Request, model: type[Model]) -> tuple[Model, Any]:
+async def read_optional_json_body(request: Request, model: type[Model]) -> tuple[Model, Any]:
     """Return the request's JSON body as `read_body`. Without a content type there is none, which is the same as `{}`.
 
     Raises:
         ApiError: as `read_body`.
     """
-    return await read_body(request, model) if "content-type" in request.headers else (validated(model, {}), {})
+    return (
+        await read_json_body(request, model) if "content-type" in request.headers else (validate_content(model, {}), {})
+    )
 
 
-def note_size(request: Request, size: int, values: int) -> None:
+def mark_large_body(request: Request, size: int, values: int) -> None:
     """Note how much there is to do for a request: `off_loop` uses a thread where that is much."""
     if size > _LARGE_BYTES or values > _MANY_VALUES:
         request.scope["large_body"] = True
 
 
-async def off_loop(
+async def run_off_loop(
     request: Request, function: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs
 ) -> Result:
     """Call a function that takes long when the request's body is large: then in a thread."""
@@ -101,13 +103,13 @@ async def off_loop(
 
 
 def _parsed(request: Request, model: type[Model], body: bytearray) -> tuple[Model, Any]:
-    memory: Reservation = request.scope["memory"]
+    memory: MemoryReservation = request.scope["memory"]
     if request.scope.get("large_body"):
-        values, containers = counted(body)
-        if values > MOST_VALUES or containers > MOST_CONTAINERS:
+        values, containers = estimate_value_count(body)
+        if values > MAX_VALUES or containers > MAX_CONTAINERS:
             message = (
-                f"The body has about {values} values, {containers} of them objects or arrays; at most {MOST_VALUES} "
-                f"and {MOST_CONTAINERS} are read. Send several smaller requests."
+                f"The body has about {values} values, {containers} of them objects or arrays; at most {MAX_VALUES} "
+                f"and {MAX_CONTAINERS} are read. Send several smaller requests."
             )
             raise ApiError(413, "too_many_values", message)
         memory.add(values * _BYTES_PER_VALUE + containers * _BYTES_PER_CONTAINER)
@@ -117,10 +119,10 @@ def _parsed(request: Request, model: type[Model], body: bytearray) -> tuple[Mode
         message = f"The body is not JSON, or nested more than 100 levels deep: {error}"
         raise ApiError(400, "malformed_json", message) from error
     _refuse_repeated_names(body, content, memory)
-    return validated(model, content), content
+    return validate_content(model, content), content
 
 
-def _refuse_repeated_names(body: bytearray, content: Any, memory: Reservation) -> None:
+def _refuse_repeated_names(body: bytearray, content: Any, memory: MemoryReservation) -> None:
     """Refuse a name that an object has twice: of two values, two readers could take different ones (RFC 8259, 4).
 
     The parser keeps the last value, so quotation marks are missing when the content is written as JSON again. Only
@@ -152,7 +154,7 @@ def _object(pairs: list[tuple[str, Any]]) -> None:
         raise ApiError(400, "malformed_json", message)
 
 
-def counted(body: bytearray, times: int = 1) -> tuple[int, int]:
+def estimate_value_count(body: bytearray, repetitions: int = 1) -> tuple[int, int]:
     """Return at least how many values a JSON text has, and how many of them are objects or arrays, without parsing it.
 
     Each value but the first stands behind a comma or an opening bracket. Those within strings are counted only where
@@ -160,11 +162,11 @@ def counted(body: bytearray, times: int = 1) -> tuple[int, int]:
     The bound is that of a body in which the text stands `times` over.
     """
     values, containers = body.count(b",") + 1, body.count(b"[") + body.count(b"{")
-    if (values + containers) * times <= MOST_VALUES and containers * times <= MOST_CONTAINERS:
+    if (values + containers) * repetitions <= MAX_VALUES and containers * repetitions <= MAX_CONTAINERS:
         return values + containers, containers
     unescaped = bytes(body).replace(b"\\\\", b"").replace(b'\\"', b"")
     strings = unescaped.count(b'"') // 2
-    if strings > 2 * MOST_VALUES:  # a name and a text for each value
+    if strings > 2 * MAX_VALUES:  # a name and a text for each value
         return strings // 2, containers
     values, containers = 1, 0
     for outside in unescaped.split(b'"')[::2]:

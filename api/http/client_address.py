@@ -21,7 +21,7 @@ def _read(address: str) -> IPv4Address | IPv6Address | None:
     return getattr(found, "ipv4_mapped", None) or found  # how IPv4 looks to a listener on IPv6
 
 
-def is_in(address: str, networks: Collection[Network]) -> bool:
+def is_in_networks(address: str, networks: Collection[Network]) -> bool:
     """Return whether an address belongs to one of the networks."""
     if not networks or (found := _read(address)) is None:
         return False
@@ -36,18 +36,18 @@ def client_address(scope: Scope, trusted: Collection[Network]) -> str:
     """
     client = scope.get("client")
     address = str(client[0]) if client else ""
-    if not is_in(address, trusted):
+    if not is_in_networks(address, trusted):
         return address
     for said in reversed(",".join(Headers(scope=scope).getlist("x-forwarded-for")).split(",")):
         if _read(said) is None:
             break
         address = said.strip()
-        if not is_in(address, trusted):
+        if not is_in_networks(address, trusted):
             break
     return address
 
 
-def owner_of(address: str) -> str:
+def get_rate_limit_key(address: str) -> str:
     """Return what an address is counted by: an IPv6 address by its /64 network, which one client has whole.
 
     With a new address for each request, a client would otherwise never reach a limit.

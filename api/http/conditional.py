@@ -15,10 +15,10 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.http.errors import ApiError, json_response, json_text
+from jobledger.api.http.errors import ApiError, encode_json, json_response
 from jobledger.ledger.mongo.connection import Document
 
-MOST_RANGES: Final = 50
+MAX_RANGES: Final = 50
 _TAG: Final = re.compile(r'(W/)?("[^"]*")')
 _RANGE: Final = re.compile(r"(\d{0,18})-(\d{0,18})", re.ASCII)
 
@@ -27,16 +27,16 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class Validators:
     """What is there now: `etag` a strong one, in its quotes; `modified` a moment in UTC."""
 
     etag: str
-    modified: datetime
+    modified_at: datetime
 
     @property
     def last_modified(self) -> str:
         """As the header has it: whole seconds."""
-        return format_datetime(self.modified.astimezone(UTC), usegmt=True)
+        return format_datetime(self.modified_at.astimezone(UTC), usegmt=True)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -44,28 +44,28 @@ class Version:
         return {"ETag": self.etag, "Last-Modified": self.last_modified}
 
 
-def etag_of(document: Document, text: bytes) -> str:
+def compute_etag(document: Document, text: bytes) -> str:
     """Return the tag of a job or batch as it is shown: its version, which If-Match compares, and a digest of all."""
     return f'"{document["version"]}-{blake2b(text, digest_size=8).hexdigest()}"'
 
 
-def unless_known(request: Request, name: str, document: Document) -> Response:
+def build_conditional_response(request: Request, name: str, document: Document) -> Response:
     """Return a job or batch as it is shown, or 304 if the client says that it has exactly this."""
-    text = json_text(document)
-    etag = etag_of(document, text)
+    text = encode_json(document)
+    etag = compute_etag(document, text)
     headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
     if _names(request.headers.get("if-none-match", ""), etag, weakly=True):
         return Response(status_code=304, headers=headers)
     return json_response({"status": "success", name: orjson.Fragment(text)}, headers=headers)
 
 
-def is_known(headers: Headers, version: Version) -> bool:
+def is_not_modified(headers: Headers, version: Validators) -> bool:
     """Return whether the client says that it has this version: then 304 is the answer.
 
     Raises:
         ApiError: 412, when the client wants a certain version and this is another.
     """
-    second = version.modified.replace(microsecond=0)
+    second = version.modified_at.replace(microsecond=0)
     if (wanted := headers.get("if-match")) is not None:
         if not _names(wanted, version.etag, weakly=False):
             raise _failed("If-Match", version)
@@ -77,7 +77,7 @@ def is_known(headers: Headers, version: Version) -> bool:
     return since is not None and second <= since
 
 
-def _failed(header: str, version: Version) -> ApiError:
+def _failed(header: str, version: Validators) -> ApiError:
     message = f"What is there now is not what {header} asks for."
     return ApiError(412, "precondition_failed", message, details={"etag": version.etag})
 
@@ -97,7 +97,7 @@ def _moment(text: str | None) -> datetime | None:
     return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment
 
 
-def ranges(headers: Headers, version: Version, size: int) -> Sequence[Range]:
+def parse_ranges(headers: Headers, version: Validators, size: int) -> Sequence[Range]:
     """Return which parts of a file of `size` bytes are asked for, in order and not overlapping; none means the whole.
 
     Raises:
@@ -111,8 +111,8 @@ def ranges(headers: Headers, version: Version, size: int) -> Sequence[Range]:
             return []  # in other units than we know: the whole is always right
         raise _refused("A range looks like bytes=0-499, or bytes=-500 for the end", size)
     specs = [spec.strip() for spec in listed.split(",") if spec.strip()]
-    if len(specs) > MOST_RANGES:
-        raise _refused(f"At most {MOST_RANGES} ranges can be asked for at once", size)
+    if len(specs) > MAX_RANGES:
+        raise _refused(f"At most {MAX_RANGES} ranges can be asked for at once", size)
     found = sorted(part for spec in specs if (part := _range(spec, size)) is not None)
     if not found:
         raise _refused("The file has no such range", size)
@@ -125,7 +125,7 @@ def ranges(headers: Headers, version: Version, size: int) -> Sequence[Range]:
     return merged
 
 
-def _still_the_same(wanted: str | None, version: Version) -> bool:
+def _still_the_same(wanted: str | None, version: Validators) -> bool:
     return wanted is None or wanted.strip() in (version.etag, version.last_modified)
 
 

@@ -14,15 +14,15 @@ from starlette.routing import Match
 
 from jobledger.ledger.domain.errors import (
     AlreadyExists,
+    FileStoreUnavailable,
     InvalidEvent,
+    InvalidState,
     JobledgerError,
     LedgerBusy,
     LedgerUnavailable,
     NotFound,
-    StoreUnavailable,
     UnreadableEvent,
     VersionConflict,
-    WrongState,
 )
 
 _log = structlog.get_logger()
@@ -53,14 +53,14 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
 
-TABLE: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
+ERROR_RESPONSES: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
     (NotFound, 404, "not_found", None),
     (AlreadyExists, 409, "already_exists", None),
-    (WrongState, 409, "wrong_state", None),
+    (InvalidState, 409, "wrong_state", None),
     (VersionConflict, 409, "version_conflict", None),
     (InvalidEvent, 422, "invalid_content", None),
     (LedgerBusy, 429, "busy", 1),
-    (StoreUnavailable, 503, "store_unavailable", 10),
+    (FileStoreUnavailable, 503, "store_unavailable", 10),
     (LedgerUnavailable, 503, "database_unavailable", 2),
     (UnreadableEvent, 500, "unreadable_event", None),
 )
@@ -74,10 +74,10 @@ def _unreadable(value: Any) -> str:
 
 def json_response(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return JSON; times in UTC with a Z."""
-    return Response(json_text(content), status, dict(headers or {}), "application/json")
+    return Response(encode_json(content), status, dict(headers or {}), "application/json")
 
 
-def json_text(content: Mapping[str, Any]) -> bytes:
+def encode_json(content: Mapping[str, Any]) -> bytes:
     """Return content as JSON; times in UTC with a Z."""
     return orjson.dumps(content, default=_unreadable, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
 
@@ -93,8 +93,8 @@ def error_response(error: ApiError) -> Response:
     return json_response(content, error.status, headers)
 
 
-def invalid(
-    found: Sequence[Mapping[str, Any]], within: tuple[str | int, ...] = (), *, perhaps_more: bool = False
+def build_validation_error(
+    errors: Sequence[Mapping[str, Any]], within: tuple[str | int, ...] = (), *, may_be_incomplete: bool = False
 ) -> ApiError:
     """Return the answer to content that does not fit its model, naming each field by its path.
 
@@ -104,17 +104,20 @@ def invalid(
         perhaps_more: whether there may be errors beside those found.
     """
     problems = [
-        {"path": path((*within, *problem["loc"])), "message": _clipped(_sentence(problem["msg"]), _LONGEST_MESSAGE)}
-        for problem in found[:_PROBLEMS_NAMED]
+        {
+            "path": format_location((*within, *problem["loc"])),
+            "message": _clipped(_sentence(problem["msg"]), _LONGEST_MESSAGE),
+        }
+        for problem in errors[:_PROBLEMS_NAMED]
     ]
     first = problems[0]
-    number = f"at least {len(found) - 1}" if perhaps_more else str(len(found) - 1)
-    more = f" (and {number} more)" if len(found) > 1 else ""
+    number = f"at least {len(errors) - 1}" if may_be_incomplete else str(len(errors) - 1)
+    more = f" (and {number} more)" if len(errors) > 1 else ""
     where = f"{first['path']}: " if first["path"] else ""
     return ApiError(422, "invalid_content", f"{where}{first['message']}{more}", details={"errors": problems})
 
 
-def path(location: Sequence[str | int]) -> str:
+def format_location(location: Sequence[str | int]) -> str:
     """Return where something stands in a body, as `jobs[3].parameters.url`."""
     text = ""
     for part in location:
@@ -139,13 +142,13 @@ async def on_api_error(_request: Request, error: Exception) -> Response:
 
 async def on_ledger_error(_request: Request, error: Exception) -> Response:
     """What the rooms below raise, by the table."""
-    if isinstance(error, StoreUnavailable):
+    if isinstance(error, FileStoreUnavailable):
         _log.warning("the result store is away", error=str(error))  # it names directories, which are not for clients
-        error = StoreUnavailable("This server cannot use its result store now. The files stay; try again later.")
+        error = FileStoreUnavailable("This server cannot use its result store now. The files stay; try again later.")
     elif isinstance(error, LedgerUnavailable):
         _log.warning("the database is away", error=str(error))  # it may name hosts, which are not for clients
         error = LedgerUnavailable("The database does not answer. What is on record stays; try again in a moment.")
-    for kind, status, code, retry_after in TABLE:
+    for kind, status, code, retry_after in ERROR_RESPONSES:
         if isinstance(error, kind):
             message = _clipped(str(error), _LONGEST_MESSAGE)
             return error_response(ApiError(status, code, message, retry_after_seconds=retry_after))
@@ -189,7 +192,7 @@ def _without_slash(request: Request) -> Response | None:
     return Response(status_code=307, headers={"Location": f"../{last}{query}"})
 
 
-async def on_fault(_request: Request, error: Exception) -> Response:
+async def on_unexpected_error(_request: Request, error: Exception) -> Response:
     """A fault of ours: the details are for the log, not for the client."""
     _log.error("fault while answering", exc_info=error)
     known = structlog.contextvars.get_contextvars()

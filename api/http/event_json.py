@@ -7,33 +7,33 @@ from typing import Any, Final
 
 import orjson
 
-from jobledger.api.auth.disclosure import Viewer, shown_event
-from jobledger.ledger.domain.events import Recorded
-from jobledger.ledger.store.stored_form import FIELDS, data_deviation
+from jobledger.api.auth.disclosure import Viewer, redact_event
+from jobledger.ledger.domain.events import RecordedEvent
+from jobledger.ledger.store.stored_form import ENVELOPE_FIELDS, find_data_deviation
 
 _OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def event_json(event: Recorded, viewer: Viewer) -> bytes:
+def encode_event(event: RecordedEvent, viewer: Viewer) -> bytes:
     """Return an event as the viewer sees it, or what can be said of it and why it cannot be shown."""
     if (broken := _broken_field(event)) is not None:
         return _stub(event, f"its {broken} is missing or damaged")
     try:
-        return orjson.dumps(shown_event(event, viewer), option=_OPTIONS)
+        return orjson.dumps(redact_event(event, viewer), option=_OPTIONS)
     except (TypeError, ValueError, LookupError, AttributeError):
-        return _stub(event, data_deviation(event.document) or "its content is damaged")
+        return _stub(event, find_data_deviation(event.document) or "its content is damaged")
 
 
-def _broken_field(event: Recorded) -> str | None:
+def _broken_field(event: RecordedEvent) -> str | None:
     document = event.document
-    for name, kind in FIELDS.items():
+    for name, kind in ENVELOPE_FIELDS.items():
         if not isinstance(document.get(name), kind):
             return name
     return None
 
 
-def _stub(event: Recorded, why: str) -> bytes:
+def _stub(event: RecordedEvent, why: str) -> bytes:
     def of(name: str, kind: type, otherwise: Any) -> Any:
         value = event.document.get(name)
         return value if isinstance(value, kind) else otherwise

@@ -22,13 +22,13 @@ class MemoryBudget:
         self.limit = limit
         self.reserved = 0
 
-    def reserve(self, size: int, *, may_refuse: bool = True) -> None:
+    def reserve(self, size: int, *, enforce_limit: bool = True) -> None:
         """Reserve memory.
 
         Raises:
             ApiError: 503, when the requests in progress leave less.
         """
-        if may_refuse and self.reserved + size > self.limit:
+        if enforce_limit and self.reserved + size > self.limit:
             message = "The server processes as many large requests as its memory allows. Send the request again later."
             raise ApiError(503, "server_busy", message, retry_after_seconds=2)
         self.reserved += size
@@ -38,20 +38,20 @@ class MemoryBudget:
         self.reserved -= size
 
 
-class Reservation:
+class MemoryReservation:
     """What one request has reserved of the budget."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
         self.size = 0
 
-    def add(self, size: int, *, may_refuse: bool = True) -> None:
+    def add(self, size: int, *, enforce_limit: bool = True) -> None:
         """Reserve more.
 
         Raises:
             ApiError: 503, as `MemoryBudget.reserve`.
         """
-        self._budget.reserve(size, may_refuse=may_refuse)
+        self._budget.reserve(size, enforce_limit=enforce_limit)
         self.size += size
 
     def release(self) -> None:
@@ -60,7 +60,7 @@ class Reservation:
         self.size = 0
 
 
-class MemoryLimited:
+class MemoryLimitMiddleware:
     """Middleware: releases the memory that a request has reserved when its response has been sent.
 
     A large answer that is sent in one piece is in memory until its client has read it. All of them together may use as
@@ -74,8 +74,8 @@ class MemoryLimited:
         self._answers = MemoryBudget(budget.limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reservation = scope["memory"] = Reservation(self._budget)
-        answer = Reservation(self._answers)
+        reservation = scope["memory"] = MemoryReservation(self._budget)
+        answer = MemoryReservation(self._answers)
         begin: Message | None = None
 
         async def send_reserved(message: Message) -> None:
@@ -87,7 +87,7 @@ class MemoryLimited:
                 begun, begin = begin, None
                 if not message.get("more_body", False):
                     try:
-                        answer.add(len(message.get("body", b"")), may_refuse=scope["method"] in ("GET", "HEAD"))
+                        answer.add(len(message.get("body", b"")), enforce_limit=scope["method"] in ("GET", "HEAD"))
                     except ApiError as error:
                         await error_response(error)(scope, receive, send)
                         return

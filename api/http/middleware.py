@@ -23,20 +23,20 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobledger.api.http.client_address import Network, client_address, owner_of
-from jobledger.api.http.errors import ApiError, error_response, invalid
+from jobledger.api.http.client_address import Network, client_address, get_rate_limit_key
+from jobledger.api.http.errors import ApiError, build_validation_error, error_response
 from jobledger.ledger.domain.access import Principal
 
 _log = structlog.get_logger("api.access")
-LIVE: Final = frozenset({"/api/ledger/stream", "/monitoring/events/pulse"})
+STREAM_PATHS: Final = frozenset({"/api/ledger/stream", "/monitoring/events/pulse"})
 """Addresses whose answers go on until the client leaves."""
-SIGN_IN: Final = "/monitoring/events/sign-in"
-LONGEST_ADDRESS: Final = 16_384
-LARGEST_HEADERS_BYTES: Final = 32_768
-MOST_HEADERS: Final = 100
+SIGN_IN_PATH: Final = "/monitoring/events/sign-in"
+MAX_URI_LENGTH: Final = 16_384
+MAX_HEADER_BYTES: Final = 32_768
+MAX_HEADERS: Final = 100
 _BUCKETS_KEPT: Final = 10_000
 _ACCEPTED_KEPT: Final = 10_000
-_ONCE: Final = (
+_SINGLE_VALUE_HEADERS: Final = (
     b"content-encoding",
     b"content-type",
     b"host",
@@ -55,7 +55,7 @@ _TRACE: Final = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
+class HttpOptions:
     """How the API meets the world. Rates are requests a second of one user (or address), 0 for no limit."""
 
     cors_origins: tuple[str, ...] = ()
@@ -63,28 +63,28 @@ class Edge:
     burst: int = 50
     max_streams_per_user: int = 0
     max_streams: int = 0
-    refused_sign_ins_per_minute: int = 0
+    auth_failures_per_minute: int = 0
     trusted_proxies: tuple[Network, ...] = ()
-    https: bool = False
+    is_https: bool = False
     access_log: bool = False
 
 
-class Observed:
+class RequestContextMiddleware:
     """Gives each request an id and each answer the headers that every answer has; writes the access log.
 
     It wraps the whole application, Starlette's own answer to a fault included.
     """
 
-    def __init__(self, app: ASGIApp, edge: Edge) -> None:
+    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
         self._app = app
-        self._logs = edge.access_log
+        self._logs = options.access_log
         self._headers = {
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",  # a signed link is not told to whom it links to
             "Cross-Origin-Resource-Policy": "same-origin",
             "Content-Security-Policy": "default-src 'none'",
         }
-        if edge.https:
+        if options.is_https:
             self._headers["Strict-Transport-Security"] = "max-age=31536000"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -166,19 +166,17 @@ def _malformed(scope: Scope) -> ApiError | None:
         # A proxy that believes the length takes a part of the body for the next request (RFC 9112, 6.3).
         message = "Send Content-Length or Transfer-Encoding, not both."
         return ApiError(400, "ambiguous_length", message, headers={"Connection": "close"})
-    if len(set(names)) < len(names) and (repeated := [name for name in _ONCE if names.count(name) > 1]):
+    if len(set(names)) < len(names) and (repeated := [name for name in _SINGLE_VALUE_HEADERS if names.count(name) > 1]):
         message = f"The header {repeated[0].decode().title()} is there {names.count(repeated[0])} times; send it once."
         return ApiError(400, "repeated_header", message)
     address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
-    if address > LONGEST_ADDRESS:
-        message = f"The address has {address} characters; at most {LONGEST_ADDRESS} are read."
+    if address > MAX_URI_LENGTH:
+        message = f"The address has {address} characters; at most {MAX_URI_LENGTH} are read."
         return ApiError(414, "address_too_long", message)
     headers = scope["headers"]
     size = sum(len(name) + len(value) for name, value in headers)
-    if len(headers) > MOST_HEADERS or size > LARGEST_HEADERS_BYTES:
-        message = (
-            f"{len(headers)} headers of {size} bytes; at most {MOST_HEADERS} of {LARGEST_HEADERS_BYTES} bytes are read."
-        )
+    if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        message = f"{len(headers)} headers of {size} bytes; at most {MAX_HEADERS} of {MAX_HEADER_BYTES} bytes are read."
         return ApiError(431, "headers_too_large", message)
     return _repeated_parameters(scope["query_string"])
 
@@ -191,10 +189,12 @@ def _repeated_parameters(query: bytes) -> ApiError | None:
     repeated = [name for name, number in counted.items() if number > 1]
     if not repeated:
         return None
-    return invalid([{"loc": (name,), "msg": "is there more than once: give one value"} for name in repeated])
+    return build_validation_error(
+        [{"loc": (name,), "msg": "is there more than once: give one value"} for name in repeated]
+    )
 
 
-class WithoutPrefix:
+class PathPrefixMiddleware:
     """Removes the path of `api.public_url` from the address of requests that a proxy has passed on with it."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
@@ -209,7 +209,7 @@ class WithoutPrefix:
         await self._app(scope, receive, send)
 
 
-class KnownHosts:
+class HostOriginMiddleware:
     """Refuses requests under unknown host names (DNS rebinding) and changes by pages of other origins (CSRF).
 
     An origin is scheme, host and port together: a page on another port or scheme of our own host is another site to
@@ -226,17 +226,17 @@ class KnownHosts:
     def __init__(
         self,
         app: ASGIApp,
-        names: Collection[str],
+        allowed_hosts: Collection[str],
         *,
         public_origin: str | None = None,
-        origins: Collection[str] = (),
-        cookie: str = "",
+        cors_origins: Collection[str] = (),
+        session_cookie_name: str = "",
     ) -> None:
         self._app = app
-        self._names = frozenset(name.strip("[]").lower() for name in names)
-        self._public_origin = None if public_origin is None else origin_of(public_origin)
-        self._origins = frozenset(origins) | frozenset(filter(None, map(origin_of, origins)))
-        self._cookie = f"{cookie}="
+        self._names = frozenset(name.strip("[]").lower() for name in allowed_hosts)
+        self._public_origin = None if public_origin is None else parse_origin(public_origin)
+        self._origins = frozenset(cors_origins) | frozenset(filter(None, map(parse_origin, cors_origins)))
+        self._cookie = f"{session_cookie_name}="
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -253,16 +253,16 @@ class KnownHosts:
 
     def _refused(self, scope: Scope, headers: Headers, host: str) -> str | None:
         """Return why a request may not change anything here; None if it may, or only reads."""
-        ours = self._public_origin or origin_of(f"http://{host}")
+        ours = self._public_origin or parse_origin(f"http://{host}")
         sent = headers.getlist("origin")
-        scope["foreign_origin"] = any(origin_of(it) != ours for it in sent)
+        scope["foreign_origin"] = any(parse_origin(it) != ours for it in sent)
         if scope["method"] in ("GET", "HEAD"):
             return None
         signs_in = scope["path"] in _SIGN_IN_PATHS
         accepted = {ours} if signs_in else {ours, *self._origins}
         if sent:
             # Without a port that is a number, neither has an origin: that does not make them the same.
-            foreign = [it for it in sent if (origin := origin_of(it)) is None or origin not in accepted]
+            foreign = [it for it in sent if (origin := parse_origin(it)) is None or origin not in accepted]
             if len(sent) == 1 and not foreign:
                 return None
             return (
@@ -284,7 +284,7 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
 @lru_cache(256)  # the same few at each request
-def origin_of(url: str) -> str | None:
+def parse_origin(url: str) -> str | None:
     """Return the origin of a URL (RFC 6454), with its port; None if it has none, such as `null`."""
     try:
         parts = urlsplit(url)
@@ -305,7 +305,7 @@ def _host_name(host: str) -> str | None:
         return None
 
 
-class Buckets:
+class TokenBuckets:
     """A token bucket for each who asks: `per_second` requests in the long run, `burst` at once. For one process."""
 
     def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -314,19 +314,19 @@ class Buckets:
         self._clock = clock
         self._levels: dict[str, tuple[float, float]] = {}
 
-    def take(self, who: str) -> float:
+    def take(self, client_key: str) -> float:
         """Take a token; return 0, or, if there is none, in how many seconds there will be one."""
         now = self._clock()
-        level = self._level(who, now)
+        level = self._level(client_key, now)
         if level < 1:
             return (1 - level) / self._per_second
         if len(self._levels) >= _BUCKETS_KEPT:
             # A full bucket is as good as none.
             self._levels = {key: kept for key, kept in self._levels.items() if self._level(key, now) < self._burst}
-        self._levels[who] = (level - 1, now)
+        self._levels[client_key] = (level - 1, now)
         return 0
 
-    def give_back(self, who: str) -> None:
+    def refund(self, who: str) -> None:
         """Give back a token that was taken."""
         now = self._clock()
         self._levels[who] = (min(float(self._burst), self._level(who, now) + 1), now)
@@ -339,7 +339,7 @@ class Buckets:
         return min(float(self._burst), level + (now - since) * self._per_second)
 
 
-class RefusedSignIns:
+class AuthFailureLimitMiddleware:
     """Middleware: limits how often an address may send wrong credentials.
 
     An address beyond the limit gets 429 before its credentials are looked at, but for those that were accepted from it
@@ -350,11 +350,11 @@ class RefusedSignIns:
     Requests with the same credentials need one token while these are looked at.
     """
 
-    def __init__(self, app: ASGIApp, edge: Edge) -> None:
-        per_minute = edge.refused_sign_ins_per_minute
+    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
+        per_minute = options.auth_failures_per_minute
         self._app = app
-        self._buckets = Buckets(per_minute / 60, per_minute) if per_minute else None
-        self._trusted = edge.trusted_proxies
+        self._buckets = TokenBuckets(per_minute / 60, per_minute) if per_minute else None
+        self._trusted = options.trusted_proxies
         self._salt = token_bytes(16)
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
         self._looked_at: set[bytes] = set()
@@ -363,7 +363,7 @@ class RefusedSignIns:
         sent = _credentials(scope)
         if self._buckets is None or sent is None:
             return await self._app(scope, receive, send)
-        address = owner_of(client_address(scope, self._trusted))
+        address = get_rate_limit_key(client_address(scope, self._trusted))
         digest = blake2b(address.encode() + b"\0" + sent, key=self._salt, digest_size=16).digest()
         holds_token = digest not in self._accepted and digest not in self._looked_at
         if holds_token and (wait := self._buckets.take(address)) > 0:
@@ -379,7 +379,7 @@ class RefusedSignIns:
             if holds_token:
                 holds_token = False
                 self._looked_at.discard(digest)
-                buckets.give_back(address)
+                buckets.refund(address)
 
         def accept() -> None:
             give_back()
@@ -418,7 +418,7 @@ def _credentials(scope: Scope) -> bytes | None:
     The form's credential is in its body, and its headers do not count: they are the same at each guess, and a valid
     session would let guesses pass.
     """
-    if scope["method"] == "POST" and scope["path"] == SIGN_IN:
+    if scope["method"] == "POST" and scope["path"] == SIGN_IN_PATH:
         return b""
     sent = [
         value
@@ -428,15 +428,15 @@ def _credentials(scope: Scope) -> bytes | None:
     return b"\0".join(sent) if sent else None
 
 
-class OpenRequests:
+class OpenRequestLimiter:
     """How many requests of each user (or address) are open for long in this process."""
 
-    def __init__(self, edge: Edge) -> None:
-        self._most_of_one = edge.max_streams_per_user
-        self._most = edge.max_streams
+    def __init__(self, options: HttpOptions) -> None:
+        self._most_of_one = options.max_streams_per_user
+        self._most = options.max_streams
         self._open: Counter[str] = Counter()
 
-    def refusal(self, who: str) -> ApiError | None:
+    def get_rejection(self, who: str) -> ApiError | None:
         """Return why one more may not be opened; None if it may."""
         if 0 < self._most_of_one <= self._open[who]:
             message = f"You have {self._open[who]} live streams open, the most allowed (api.max_streams_per_user)."
@@ -447,7 +447,7 @@ class OpenRequests:
         return None
 
     @contextmanager
-    def counted(self, who: str) -> Iterator[None]:
+    def track(self, who: str) -> Iterator[None]:
         """Count one more while the block runs."""
         self._open[who] += 1
         try:
@@ -458,17 +458,17 @@ class OpenRequests:
                 del self._open[who]
 
     @contextmanager
-    def counted_if_allowed(self, who: str) -> Iterator[bool]:
+    def track_if_allowed(self, who: str) -> Iterator[bool]:
         """Count one more while the block runs, if it may be opened; yield whether."""
-        if self.refusal(who) is not None:
+        if self.get_rejection(who) is not None:
             yield False
             return
-        with self.counted(who):
+        with self.track(who):
             yield True
 
 
 @contextmanager
-def held(scope: Scope) -> Iterator[bool]:
+def track_waiting_request(scope: Scope) -> Iterator[bool]:
     """Count a request that waits for something while the block runs. Yield whether it may wait.
 
     As many may wait as may have live streams: they are counted apart, so that open streams keep nobody from reading
@@ -478,15 +478,17 @@ def held(scope: Scope) -> Iterator[bool]:
         yield allowed
 
 
-class Limited:
+class RateLimitMiddleware:
     """Refuses who asks too often, or has too many live streams open. What is open to all is not counted."""
 
-    def __init__(self, app: ASGIApp, edge: Edge) -> None:
+    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
         self._app = app
-        self._buckets = Buckets(edge.requests_per_second, edge.burst) if edge.requests_per_second else None
-        self._trusted = edge.trusted_proxies
-        self._streams = OpenRequests(edge)
-        self._held = OpenRequests(edge)
+        self._buckets = (
+            TokenBuckets(options.requests_per_second, options.burst) if options.requests_per_second else None
+        )
+        self._trusted = options.trusted_proxies
+        self._streams = OpenRequestLimiter(options)
+        self._held = OpenRequestLimiter(options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         who = _who(scope, self._trusted)
@@ -500,12 +502,12 @@ class Limited:
                 retry_after_seconds=ceil(wait),
             )
             return await error_response(refused)(scope, receive, send)
-        scope["held"] = partial(self._held.counted_if_allowed, who)
-        if scope["path"] not in LIVE:
+        scope["held"] = partial(self._held.track_if_allowed, who)
+        if scope["path"] not in STREAM_PATHS:
             return await self._app(scope, receive, send)
-        if (too_many := self._streams.refusal(who)) is not None:
+        if (too_many := self._streams.get_rejection(who)) is not None:
             return await error_response(too_many)(scope, receive, send)
-        with self._streams.counted(who):
+        with self._streams.track(who):
             return await self._app(scope, receive, send)
 
 
@@ -516,4 +518,4 @@ def _who(scope: Scope, trusted: Collection[Network]) -> str | None:
         return None
     if principal.user_id is not None:
         return f"user:{principal.user_id}"
-    return f"address:{owner_of(client_address(scope, trusted))}"
+    return f"address:{get_rate_limit_key(client_address(scope, trusted))}"

@@ -18,29 +18,29 @@ from typing import Any, Final
 import orjson
 from starlette.requests import Request
 
-from jobledger.api.auth.permissions import signed_in
+from jobledger.api.auth.permissions import require_user_id
 from jobledger.api.http.errors import ApiError
-from jobledger.api.http.middleware import held
+from jobledger.api.http.middleware import track_waiting_request
 from jobledger.ledger.domain.errors import UnreadableEvent
-from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import Known
+from jobledger.ledger.store.command_handler import StreamState
 from jobledger.projections.views import failures
 
-LONGEST_WAIT_SECONDS: Final = 60
+MAX_WAIT_SECONDS: Final = 60
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
 _ETAG: Final = re.compile(r'(?:W/)?"(\d+)(?:-[0-9a-f]+)*"')
 
 
 @dataclass(frozen=True, slots=True)
-class Once:
+class IdempotencyKey:
     """A request with an Idempotency-Key: `key` tells it from others, `body` tells what it asked for."""
 
-    key: str
-    body: str
+    key_digest: str
+    body_digest: str
 
     @classmethod
-    def of(cls, request: Request, content: Any) -> Once | None:
+    def from_request(cls, request: Request, content: Any) -> IdempotencyKey | None:
         """Return what the header says; None if there is none. The same key of another user is another one.
 
         Raises:
@@ -52,28 +52,30 @@ class Once:
         if not _KEY.fullmatch(given):
             message = "An Idempotency-Key has 1 to 200 visible ASCII characters; a UUID is a good one."
             raise ApiError(400, "malformed_idempotency_key", message)
-        asked_for = (signed_in(request), request.method, request.url.path, given)
+        asked_for = (require_user_id(request), request.method, request.url.path, given)
         return cls(_digest(*asked_for), _digest(_text(content)))
 
-    def name(self, number: int = 0) -> str:
+    def derive_id(self, number: int = 0) -> str:
         """Return the 24 hexadecimal digits after which the `number`th thing that is submitted is named."""
-        return _digest(self.key, str(number))[:24]
+        return _digest(self.key_digest, str(number))[:24]
 
     @property
-    def noted(self) -> str:
+    def request_marker(self) -> str:
         """How an event says that this request caused it."""
-        return f"{self.key} {self.body}"
+        return f"{self.key_digest} {self.body_digest}"
 
-    def found_in(self, events: Iterable[Recorded]) -> Recorded | None:
+    def find_in(self, events: Iterable[RecordedEvent]) -> RecordedEvent | None:
         """Return the last of the events that an earlier request with this key has caused.
 
         Raises:
             ApiError: 422, when that one asked for something else.
         """
-        mine = [event for event in events if (event.meta.request or "").partition(" ")[0] == self.key]
+        mine = [
+            event for event in events if (event.meta.request_fingerprint or "").partition(" ")[0] == self.key_digest
+        ]
         if not mine:
             return None
-        if mine[-1].meta.request != self.noted:
+        if mine[-1].meta.request_fingerprint != self.request_marker:
             message = "This Idempotency-Key came with another body before: use a new key for a new request."
             raise ApiError(422, "idempotency_key_reused", message)
         return mine[-1]
@@ -91,22 +93,22 @@ def _digest(*parts: str) -> str:
     return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def noted(once: Once | None) -> str | None:
+def get_request_marker(once: IdempotencyKey | None) -> str | None:
     """Return what an event says of the request that caused it."""
-    return None if once is None else once.noted
+    return None if once is None else once.request_marker
 
 
 # Versions ---------------------------------------------------------------------------------------------------------
 
 
-def etag_matches(header: str, version: int) -> bool:
+def etag_matches_version(header: str, version: int) -> bool:
     """Return whether one of the tags of a header names this version."""
     if header.strip() == "*":
         return True
     return any(found[1] == str(version) for tag in header.split(",") if (found := _ETAG.fullmatch(tag.strip())))
 
 
-def expecting(request: Request, check: Callable[[Known], None]) -> Callable[[Known], None]:
+def require_if_match(request: Request, check: Callable[[StreamState], None]) -> Callable[[StreamState], None]:
     """Return a check that also refuses every version but the one that `If-Match` names.
 
     The check raises 412 then: somebody else has changed it since the caller looked.
@@ -115,9 +117,9 @@ def expecting(request: Request, check: Callable[[Known], None]) -> Callable[[Kno
         return check
     wanted = ",".join(request.headers.getlist("if-match"))
 
-    def check_both(known: Known) -> None:
+    def check_both(known: StreamState) -> None:
         check(known)
-        if not etag_matches(wanted, known.head.version):
+        if not etag_matches_version(wanted, known.head.version):
             message = (
                 f"It is at version {known.head.version} by now, not at the one that If-Match names: read it again."
             )
@@ -140,7 +142,7 @@ def preferred_wait(request: Request) -> Iterator[float]:
     if not seconds:
         yield 0
         return
-    with held(request.scope) as allowed:
+    with track_waiting_request(request.scope) as allowed:
         if allowed:
             request.scope["preference_applied"] = f"wait={seconds}"
             request.scope["memory"].release()
@@ -158,24 +160,24 @@ def _preferred_seconds(request: Request) -> int:
         name, _, value = preference.partition("=")
         seconds = value.strip().strip('"')
         if name.strip().lower() == "wait" and seconds.isascii() and seconds.isdecimal() and len(seconds) < 9:
-            return min(int(seconds), LONGEST_WAIT_SECONDS)
+            return min(int(seconds), MAX_WAIT_SECONDS)
     return 0
 
 
-def happened_by(then: int | datetime) -> Callable[[Recorded], bool]:
+def as_of_filter(as_of: int | datetime) -> Callable[[RecordedEvent], bool]:
     """Return what tells the events up to a position of the log or a moment from later ones."""
-    if isinstance(then, int):
-        return lambda event: event.position <= then
-    return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= then
+    if isinstance(as_of, int):
+        return lambda event: event.position <= as_of
+    return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= as_of
 
 
-def story_until(events: Sequence[Recorded], last: Recorded) -> list[Recorded]:
+def events_up_to(events: Sequence[RecordedEvent], last: RecordedEvent) -> list[RecordedEvent]:
     """Return the events of a stream up to one of them."""
     return [event for event in events if event.version <= last.version]
 
 
 @contextmanager
-def readable_past(stream: str) -> Iterator[None]:
+def translate_damaged_events(stream: str) -> Iterator[None]:
     """Answer 409 if a job or batch as it was cannot be read, because an event was changed in the database."""
     try:
         yield
@@ -186,7 +188,9 @@ def readable_past(stream: str) -> Iterator[None]:
         raise ApiError(409, "event_damaged", message) from error
 
 
-def folded(fold: Callable[[Document | None, Recorded], Document | None], events: Iterable[Recorded]) -> Document | None:
+def fold_events(
+    fold: Callable[[Document | None, RecordedEvent], Document | None], events: Iterable[RecordedEvent]
+) -> Document | None:
     """Return the document that events make; up to one that cannot be read, which `projection_error` names then.
 
     Raises:
@@ -199,5 +203,5 @@ def folded(fold: Callable[[Document | None, Recorded], Document | None], events:
         except UnreadableEvent as error:
             if document is None:
                 raise
-            return {**document, failures.ERROR: failures.of_event(event, error)}
+            return {**document, failures.ERROR_FIELD: failures.event_problem(event, error)}
     return document

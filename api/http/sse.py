@@ -9,13 +9,13 @@ from typing import Final
 
 from starlette.types import Message, Receive, Scope, Send
 
-from jobledger.api.auth.permissions import until_signed_out
+from jobledger.api.auth.permissions import wait_until_signed_out
 
-PATIENCE_SECONDS: Final = 10.0
+SEND_TIMEOUT_SECONDS: Final = 10.0
 """How long a client may take none of what it is sent."""
 HIDDEN_EVENTS_PER_SECOND: Final = 20_000
 """Events of the past that all streams together may pass over because their clients may not see or did not want them."""
-LONGEST_PAUSE_SECONDS: Final = 10.0
+MAX_PAUSE_SECONDS: Final = 10.0
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -35,14 +35,14 @@ class Throttle:
         """Wait until what was done before, and this, is within the rate."""
         now = asyncio.get_running_loop().time()
         self._free_at = max(self._free_at, now) + amount / self._per_second
-        await asyncio.sleep(min(self._free_at - now, LONGEST_PAUSE_SECONDS))
+        await asyncio.sleep(min(self._free_at - now, MAX_PAUSE_SECONDS))
 
 
-class Streams:
+class LiveStreams:
     """The streams of this process that are open."""
 
     def __init__(self) -> None:
-        self.history = Throttle(HIDDEN_EVENTS_PER_SECOND)
+        self.history_throttle = Throttle(HIDDEN_EVENTS_PER_SECOND)
         self._open: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -63,17 +63,17 @@ class Streams:
             writing.cancel()
 
 
-class _NotReading(Exception):
+class _ClientNotReading(Exception):
     """The client takes nothing of what it is sent."""
 
 
-class EventStream:
+class EventStreamResponse:
     """An answer that does not end. A client that goes away ends it, and one that does not read is cut.
 
     It also ends when the client's credential is revoked or expires.
     """
 
-    def __init__(self, blocks: AsyncGenerator[bytes, None], streams: Streams) -> None:
+    def __init__(self, blocks: AsyncGenerator[bytes, None], streams: LiveStreams) -> None:
         self._blocks = blocks
         self._streams = streams
 
@@ -86,10 +86,10 @@ class EventStream:
         writing = asyncio.create_task(self._write(send), name="live")
         self._streams.add(writing)
         gone = asyncio.create_task(_gone(receive), name="live-gone")
-        signed_out = asyncio.create_task(until_signed_out(scope), name="live-signed-out")
+        signed_out = asyncio.create_task(wait_until_signed_out(scope), name="live-signed-out")
         try:
             await asyncio.wait({writing, gone, signed_out}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done() and not writing.cancelled() and isinstance(writing.exception(), _NotReading):
+            if writing.done() and not writing.cancelled() and isinstance(writing.exception(), _ClientNotReading):
                 # An ordinary close would wait for the client to take what it does not read.
                 abort: Callable[[], None] = scope["state"]["abort"]
                 abort()
@@ -108,10 +108,10 @@ class EventStream:
         async with aclosing(self._blocks) as blocks:
             async for block in blocks:
                 try:
-                    async with asyncio.timeout(PATIENCE_SECONDS):
+                    async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
                         await send({"type": "http.response.body", "body": block, "more_body": True})
                 except TimeoutError:
-                    raise _NotReading from None
+                    raise _ClientNotReading from None
 
 
 async def _gone(receive: Receive) -> None:

@@ -13,7 +13,7 @@ import structlog
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from jobledger.api.auth.permissions import until_signed_out
+from jobledger.api.auth.permissions import wait_until_signed_out
 from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
 
 _log = structlog.get_logger()
@@ -25,7 +25,7 @@ async def _nothing() -> None:
     """Nothing has to be given back."""
 
 
-class Streamed(StreamingResponse):
+class CloseableStreamingResponse(StreamingResponse):
     """Content that is made while it is sent, no faster than the client takes it.
 
     When the client goes away no more of it is made. When it cannot be made to its end, the connection is closed before
@@ -39,11 +39,11 @@ class Streamed(StreamingResponse):
         status: int,
         headers: Mapping[str, str],
         *,
-        close: Callable[[], Awaitable[None]] = _nothing,
+        on_close: Callable[[], Awaitable[None]] = _nothing,
     ) -> None:
         super().__init__(content, status, headers)
         self._content = content
-        self._close = close
+        self._close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -57,7 +57,7 @@ class Streamed(StreamingResponse):
 
     async def _send_while_signed_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(super().__call__(scope, receive, send), name="download")
-        signed_out = asyncio.create_task(until_signed_out(scope, renewable=True), name="download-signed-out")
+        signed_out = asyncio.create_task(wait_until_signed_out(scope, allow_renewal=True), name="download-signed-out")
         try:
             await asyncio.wait({sending, signed_out}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():

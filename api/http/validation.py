@@ -9,14 +9,14 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from jobledger.api.http.errors import invalid
+from jobledger.api.http.errors import build_validation_error
 
 _SHOWN_ENTRIES: Final = 100
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validated(model: type[Model], content: Any, *, within: tuple[str | int, ...] = ()) -> Model:
+def validate_content(model: type[Model], content: Any, *, within: tuple[str | int, ...] = ()) -> Model:
     """Return the content as a model. Of content with many errors, only the first are looked for.
 
     Raises:
@@ -28,7 +28,9 @@ def validated(model: type[Model], content: Any, *, within: tuple[str | int, ...]
             _refuse_first_errors(model, few, content, within)
         return model.model_validate(content)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False, include_input=False), within) from error
+        raise build_validation_error(
+            error.errors(include_url=False, include_context=False, include_input=False), within
+        ) from error
 
 
 def _shortened(content: Any) -> Any:
@@ -57,7 +59,7 @@ def _refuse_first_errors(model: type[BaseModel], few: Any, content: Any, within:
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         if certain := [it for it in found if _is_same(few, content, it["loc"])]:
-            raise invalid(certain, within, perhaps_more=True) from error
+            raise build_validation_error(certain, within, may_be_incomplete=True) from error
 
 
 def _is_same(few: Any, content: Any, location: Sequence[str | int]) -> bool:

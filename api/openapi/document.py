@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
-from jobledger.api.auth.permissions import OPEN_TO_ALL
-from jobledger.api.http.preconditions import LONGEST_WAIT_SECONDS
-from jobledger.api.openapi.operations import CODES, DOORS, Door
+from jobledger.api.auth.permissions import PUBLIC_PATHS
+from jobledger.api.http.preconditions import MAX_WAIT_SECONDS
+from jobledger.api.openapi.operations import ERROR_CODES, OPERATIONS, Operation
 from jobledger.api.schemas import requests as models
-from jobledger.api.schemas.responses import Error
+from jobledger.api.schemas.responses import ErrorResponse
 
 Json = dict[str, Any]
 _REFS: Final = "#/components/schemas/{model}"
@@ -39,7 +39,7 @@ _REQUEST_HEADERS: Final[Mapping[str, tuple[Json, str]]] = {
     ),
     "Prefer": (
         {"type": "string", "examples": ["wait=30"]},
-        f"`wait=SECONDS`: answer when it has ended, or after so many seconds, at most {LONGEST_WAIT_SECONDS}.",
+        f"`wait=SECONDS`: answer when it has ended, or after so many seconds, at most {MAX_WAIT_SECONDS}.",
     ),
     "Last-Event-ID": (_POSITION, "The position of the last event that you have: the stream goes on behind it."),
     "Range": ({"type": "string", "examples": ["bytes=0-499"]}, "Only these parts of the file."),
@@ -118,16 +118,16 @@ EXAMPLES: Final[Mapping[type[BaseModel], Json]] = {
         "jobs": [{"parameters": {"session": "Welcome", "url": _SESSION["url"], "filename": "Welcome.md"}}],
         "access_control": {"visibility": "team", "write_access": ["team-editors"]},
     },
-    models.UpdateBody: {"priority": 100, "not_before": "2026-02-01T09:30:00Z"},
+    models.JobUpdateBody: {"priority": 100, "not_before": "2026-02-01T09:30:00Z"},
     models.BatchUpdateBody: {"access_control": {"visibility": "public"}},
     models.ReasonBody: {"reason": "the talk was given up"},
-    models.RestartBody: {"reason": "the recording has come", "reuse_steps": False},
+    models.JobRestartBody: {"reason": "the recording has come", "reuse_steps": False},
     models.BatchRestartBody: {"only": "failed"},
 }
 """Bodies that are accepted as they stand."""
 
 
-def document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]], base: str = "/") -> Json:
+def build_document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]], base_url: str = "/") -> Json:
     """Return the document. Routes that api/openapi/operations.py does not describe are left out, and a test fails.
 
     Args:
@@ -135,7 +135,7 @@ def document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]], 
         job_types: the models of parameters by job type.
         base: the address of the API.
     """
-    described = [(route, DOORS[route.endpoint]) for route in routes if route.endpoint in DOORS]
+    described = [(route, OPERATIONS[route.endpoint]) for route in routes if route.endpoint in OPERATIONS]
     names, schemas = _schemas([door for _, door in described], job_types)
     paths: dict[str, Json] = {}
     for route, door in described:
@@ -150,7 +150,7 @@ def document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]], 
             "description": _DESCRIPTION,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "servers": [{"url": base}],
+        "servers": [{"url": base_url}],
         "security": [{"bearer": []}, {}],
         "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
         "paths": paths,
@@ -175,11 +175,11 @@ Mode = Literal["validation", "serialization"]
 Names = Mapping[tuple[Any, Mode], Json]
 
 
-def _schemas(doors: Iterable[Door], job_types: Mapping[str, type[BaseModel]]) -> tuple[Names, Json]:
+def _schemas(doors: Iterable[Operation], job_types: Mapping[str, type[BaseModel]]) -> tuple[Names, Json]:
     """Return a reference for each model, and the schemas that are referred to."""
-    taken = [model for door in doors for model in (door.body, door.parameters) if model is not None]
-    given: list[type[BaseModel]] = [Error]
-    given += [door.answer for door in doors if not isinstance(door.answer, str)]
+    taken = [model for door in doors for model in (door.body, door.query_model) if model is not None]
+    given: list[type[BaseModel]] = [ErrorResponse]
+    given += [door.response for door in doors if not isinstance(door.response, str)]
     wanted: list[tuple[type[BaseModel], Mode]] = [(model, "validation") for model in (*taken, *job_types.values())]
     wanted += [(model, "serialization") for model in given]
     names, definitions = models_json_schema(list(dict.fromkeys(wanted)), ref_template=_REFS)
@@ -217,7 +217,7 @@ def _of_type(plain: Json, name: str, parameters: Json) -> Json:
 # Operations -------------------------------------------------------------------------------------------------------
 
 
-def _operation(route: Route, door: Door, method: str, path: str, names: Names, schemas: Json) -> Json:
+def _operation(route: Route, door: Operation, method: str, path: str, names: Names, schemas: Json) -> Json:
     module = route.endpoint.__module__.rpartition(".")[2]
     operation: Json = {
         "operationId": f"{module}_{route.name}",
@@ -229,12 +229,12 @@ def _operation(route: Route, door: Door, method: str, path: str, names: Names, s
         content: Json = {"schema": names[door.body, "validation"]}
         if door.body in EXAMPLES:
             content["example"] = EXAMPLES[door.body]
-        operation["requestBody"] = {"required": not door.optional_body, "content": {"application/json": content}}
+        operation["requestBody"] = {"required": not door.is_body_optional, "content": {"application/json": content}}
     operation["responses"] = {
         **_successes(door, method, names),
         **_failures(_codes(route, door, method, path)),
     }
-    if path in OPEN_TO_ALL:
+    if path in PUBLIC_PATHS:
         operation["security"] = []
     return operation
 
@@ -246,15 +246,15 @@ def _tag(path: str) -> str:
     return next((name for name in ("ledger", "monitoring") if path.startswith(f"/api/{name}/")), "service")
 
 
-def _parameters(route: Route, door: Door, method: str, names: Names, schemas: Json) -> list[Json]:
+def _parameters(route: Route, door: Operation, method: str, names: Names, schemas: Json) -> list[Json]:
     found: list[Json] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in route.param_convertors
     ]
-    model = schemas[names[door.parameters, "validation"]["$ref"].rpartition("/")[2]]
+    model = schemas[names[door.query_model, "validation"]["$ref"].rpartition("/")[2]]
     found += [_in_query(name, schema, model) for name, schema in model["properties"].items()]
-    headers = list(door.takes)
-    headers += ["Ledger-Position"] if door.views else []
+    headers = list(door.request_headers)
+    headers += ["Ledger-Position"] if door.reads_views else []
     headers += ["If-Match"] if method != "GET" and _has_version(route) else []
     headers += ["Idempotency-Key"] if method == "POST" else []
     for name in headers:
@@ -279,25 +279,28 @@ def _has_version(route: Route) -> bool:
     return not {"job_id", "batch_id"}.isdisjoint(route.param_convertors)
 
 
-def _successes(door: Door, method: str, names: Names) -> dict[str, Json]:
-    headers = [*door.gives, *(["Ledger-Position"] if door.views or (method != "GET" and door.records) else [])]
-    headers += ["Preference-Applied"] if "Prefer" in door.takes else []
-    if isinstance(door.answer, str):
-        content: Json = {door.answer: {"schema": {} if door.answer != "application/json" else {"type": "object"}}}
+def _successes(door: Operation, method: str, names: Names) -> dict[str, Json]:
+    headers = [
+        *door.response_headers,
+        *(["Ledger-Position"] if door.reads_views or (method != "GET" and door.appends_events) else []),
+    ]
+    headers += ["Preference-Applied"] if "Prefer" in door.request_headers else []
+    if isinstance(door.response, str):
+        content: Json = {door.response: {"schema": {} if door.response != "application/json" else {"type": "object"}}}
     else:
-        content = {"application/json": {"schema": names[door.answer, "serialization"]}}
-    about = "It is sent." if isinstance(door.answer, str) else (door.answer.__doc__ or "").partition("\n\n")[0]
+        content = {"application/json": {"schema": names[door.response, "serialization"]}}
+    about = "It is sent." if isinstance(door.response, str) else (door.response.__doc__ or "").partition("\n\n")[0]
     found = {str(door.status): {"description": about, "headers": _headers(*headers), "content": content}}
-    if 206 in door.statuses:
+    if 206 in door.extra_statuses:
         found["206"] = {"description": "The parts asked for.", "headers": _headers(*headers), "content": content}
-    if 304 in door.statuses:
+    if 304 in door.extra_statuses:
         found["304"] = {"description": "It is as you have it.", "headers": _headers(*headers)}
     return found
 
 
-def _codes(route: Route, door: Door, method: str, path: str) -> list[str]:
-    codes = [*_EVERYWHERE, *door.errors]
-    if path not in OPEN_TO_ALL:
+def _codes(route: Route, door: Operation, method: str, path: str) -> list[str]:
+    codes = [*_EVERYWHERE, *door.error_codes]
+    if path not in PUBLIC_PATHS:
         codes += _SIGNED_IN
     if path == "/readyz":
         codes += ["database_unavailable", "views_stalled"]
@@ -305,7 +308,7 @@ def _codes(route: Route, door: Door, method: str, path: str) -> list[str]:
         codes += ["not_found", *(_IN_PATH[name] for name in route.param_convertors)]
     if method != "GET":
         codes += ["forbidden", "foreign_origin"]
-    if method != "GET" and door.records:
+    if method != "GET" and door.appends_events:
         codes += _CHANGE
     if method == "POST":
         codes += _POST
@@ -313,14 +316,15 @@ def _codes(route: Route, door: Door, method: str, path: str) -> list[str]:
         codes += _OF_ONE
     if door.body is not None:
         codes += _BODY
-    if door.views:
+    if door.reads_views:
         codes += ["malformed_position", "views_behind"]
-    return sorted(dict.fromkeys(codes), key=lambda code: (CODES[code][0], code))
+    return sorted(dict.fromkeys(codes), key=lambda code: (ERROR_CODES[code][0], code))
 
 
 def _failures(codes: Sequence[str]) -> dict[str, Json]:
     return {
-        str(status): _failure(status, list(found)) for status, found in groupby(codes, key=lambda code: CODES[code][0])
+        str(status): _failure(status, list(found))
+        for status, found in groupby(codes, key=lambda code: ERROR_CODES[code][0])
     }
 
 
@@ -328,9 +332,14 @@ def _failure(status: int, codes: Sequence[str]) -> Json:
     retry = ["Retry-After"] if status in (429, 503, 507) else []
     asked = ["WWW-Authenticate"] if status == 401 else []
     schema = {"allOf": [{"$ref": _REFS.format(model="Error")}, {"properties": {"code": {"enum": list(codes)}}}]}
-    example = {"status": "error", "code": codes[0], "message": f"{CODES[codes[0]][1].capitalize()}.", "details": {}}
+    example = {
+        "status": "error",
+        "code": codes[0],
+        "message": f"{ERROR_CODES[codes[0]][1].capitalize()}.",
+        "details": {},
+    }
     return {
-        "description": "\n".join(f"- `{code}`: {CODES[code][1]}" for code in codes),
+        "description": "\n".join(f"- `{code}`: {ERROR_CODES[code][1]}" for code in codes),
         "headers": _headers(*retry, *asked),
         "content": {"application/json": {"schema": schema, "example": example}},
     }

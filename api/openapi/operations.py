@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.http.sse import EventStream
+from jobledger.api.http.sse import EventStreamResponse
 from jobledger.api.routes import (
     archives,
     batch_actions,
@@ -37,11 +37,11 @@ from jobledger.api.schemas import requests as models
 from jobledger.api.schemas import responses as answers
 from jobledger.api.schemas import webhook_responses
 
-Endpoint = Callable[[Request], Awaitable[Response | EventStream]]
+RouteHandler = Callable[[Request], Awaitable[Response | EventStreamResponse]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Door:
+class Operation:
     """A route. `answer` is a model, or a media type where it is not JSON; `optional_body`: none means `{}`.
 
     `views`: it reads the views, so it can wait for a `Ledger-Position`. `records`: if it is no GET, it causes events
@@ -50,25 +50,25 @@ class Door:
     """
 
     summary: str
-    answer: type[BaseModel] | str
+    response: type[BaseModel] | str
     status: int = 200
     query: type[BaseModel] | None = None
     body: type[BaseModel] | None = None
-    optional_body: bool = False
-    views: bool = False
-    records: bool = True
-    statuses: tuple[int, ...] = ()
-    errors: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
-    gives: tuple[str, ...] = ()
+    is_body_optional: bool = False
+    reads_views: bool = False
+    appends_events: bool = True
+    extra_statuses: tuple[int, ...] = ()
+    error_codes: tuple[str, ...] = ()
+    request_headers: tuple[str, ...] = ()
+    response_headers: tuple[str, ...] = ()
 
     @property
-    def parameters(self) -> type[BaseModel]:
+    def query_model(self) -> type[BaseModel]:
         """The model of the query parameters, also of a route that does not read them itself."""
-        return self.query or (models.ViewQuery if self.views else models.NoQuery)
+        return self.query or (models.MinPositionQuery if self.reads_views else models.NoQuery)
 
 
-CODES: Final[Mapping[str, tuple[int, str]]] = {
+ERROR_CODES: Final[Mapping[str, tuple[int, str]]] = {
     "address_too_long": (414, "the address is longer than 16,384 characters"),
     "ambiguous_length": (400, "Content-Length together with Transfer-Encoding"),
     "already_exists": (409, "there is one with this id already"),
@@ -137,104 +137,129 @@ CODES: Final[Mapping[str, tuple[int, str]]] = {
 """Every code of a failure, its HTTP status, and what it means."""
 
 
-def _job_action(summary: str, body: type[BaseModel] = models.ReasonBody) -> Door:
-    return Door(summary=summary, answer=answers.JobChanged, body=body, optional_body=True, gives=("ETag",))
+def _job_action(summary: str, body: type[BaseModel] = models.ReasonBody) -> Operation:
+    return Operation(
+        summary=summary,
+        response=answers.JobActionResponse,
+        body=body,
+        is_body_optional=True,
+        response_headers=("ETag",),
+    )
 
 
 def _batch_action(
-    summary: str, answer: type[BaseModel] = answers.BatchChanged, body: type[BaseModel] = models.ReasonBody
-) -> Door:
-    return Door(summary=summary, answer=answer, body=body, optional_body=True)
+    summary: str, answer: type[BaseModel] = answers.BulkActionResponse, body: type[BaseModel] = models.ReasonBody
+) -> Operation:
+    return Operation(summary=summary, response=answer, body=body, is_body_optional=True)
 
 
-DOORS: Final[Mapping[Endpoint, Door]] = {
-    jobs.submit: Door(
+OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
+    jobs.submit_job: Operation(
         summary="Submit a job",
-        answer=answers.JobAccepted,
+        response=answers.JobAcceptedResponse,
         status=202,
         body=models.JobBody,
-        errors=("unknown_job_type", "job_type_unusable", "validation_timeout", "insufficient_storage"),
-        takes=("Prefer",),
-        gives=("Location",),
+        error_codes=("unknown_job_type", "job_type_unusable", "validation_timeout", "insufficient_storage"),
+        request_headers=("Prefer",),
+        response_headers=("Location",),
     ),
-    jobs.listing: Door(summary="List jobs", answer=answers.Jobs, query=models.JobList, views=True),
-    jobs.single: Door(
+    jobs.list_jobs: Operation(
+        summary="List jobs", response=answers.JobListResponse, query=models.JobListQuery, reads_views=True
+    ),
+    jobs.get_job: Operation(
         summary="Read a job",
-        answer=answers.OneJob,
-        query=models.Single,
-        views=True,
-        statuses=(304,),
-        takes=("If-None-Match", "Prefer"),
-        gives=("ETag",),
+        response=answers.JobResponse,
+        query=models.AsOfQuery,
+        reads_views=True,
+        extra_statuses=(304,),
+        request_headers=("If-None-Match", "Prefer"),
+        response_headers=("ETag",),
     ),
-    jobs.update: Door(
+    jobs.update_job: Operation(
         summary="Change a waiting job, or who may see or change it",
-        answer=answers.JobChanged,
-        body=models.UpdateBody,
-        errors=("validation_timeout",),
-        gives=("ETag",),
+        response=answers.JobActionResponse,
+        body=models.JobUpdateBody,
+        error_codes=("validation_timeout",),
+        response_headers=("ETag",),
     ),
-    jobs.delete: Door(
-        summary="Cancel a job if it is running, then remove it", answer=answers.JobChanged, errors=("still_running",)
+    jobs.delete_job: Operation(
+        summary="Cancel a job if it is running, then remove it",
+        response=answers.JobActionResponse,
+        error_codes=("still_running",),
     ),
-    jobs.cancel: _job_action("Cancel a job"),
-    jobs.restart: _job_action("Do an ended job again", models.RestartBody),
-    jobs.archive: _job_action("Put a job out of sight of everyday lists"),
-    jobs.unarchive: _job_action("Put a job back into everyday lists"),
-    history.of_job: Door(summary="All that happened to a job", answer=answers.History, query=models.HistoryQuery),
-    history.log_lines: Door(summary="All log lines of a job", answer=answers.LogLines, query=models.HistoryQuery),
-    archives.of_job: Door(
+    jobs.cancel_job: _job_action("Cancel a job"),
+    jobs.restart_job: _job_action("Do an ended job again", models.JobRestartBody),
+    jobs.archive_job: _job_action("Put a job out of sight of everyday lists"),
+    jobs.unarchive_job: _job_action("Put a job back into everyday lists"),
+    history.get_job_history: Operation(
+        summary="All that happened to a job", response=answers.HistoryResponse, query=models.HistoryQuery
+    ),
+    history.get_job_logs: Operation(
+        summary="All log lines of a job", response=answers.LogLinesResponse, query=models.HistoryQuery
+    ),
+    archives.download_job_archive: Operation(
         summary="A job's result files as a ZIP",
-        answer="application/zip",
-        views=True,
-        errors=("no_results", "file_missing", "file_damaged", "store_unavailable"),
+        response="application/zip",
+        reads_views=True,
+        error_codes=("no_results", "file_missing", "file_damaged", "store_unavailable"),
     ),
-    batches.submit: Door(
+    batches.submit_batch: Operation(
         summary="Submit jobs that belong together, all or none",
-        answer=answers.BatchAccepted,
+        response=answers.BatchAcceptedResponse,
         status=202,
         body=models.BatchBody,
-        errors=("unknown_job_type", "job_type_unusable", "validation_timeout", "insufficient_storage"),
-        takes=("Prefer",),
-        gives=("Location",),
+        error_codes=("unknown_job_type", "job_type_unusable", "validation_timeout", "insufficient_storage"),
+        request_headers=("Prefer",),
+        response_headers=("Location",),
     ),
-    batches.listing: Door(summary="List batches", answer=answers.Batches, query=models.BatchList, views=True),
-    batches.single: Door(
+    batches.list_batches: Operation(
+        summary="List batches", response=answers.BatchListResponse, query=models.BatchListQuery, reads_views=True
+    ),
+    batches.get_batch: Operation(
         summary="Read a batch",
-        answer=answers.OneBatch,
-        query=models.Single,
-        views=True,
-        statuses=(304,),
-        takes=("If-None-Match", "Prefer"),
-        gives=("ETag",),
+        response=answers.BatchResponse,
+        query=models.AsOfQuery,
+        reads_views=True,
+        extra_statuses=(304,),
+        request_headers=("If-None-Match", "Prefer"),
+        response_headers=("ETag",),
     ),
-    batch_actions.update: Door(
+    batch_actions.update_batch: Operation(
         summary="Say who may see or change a batch and its jobs",
-        answer=answers.BatchChanged,
+        response=answers.BulkActionResponse,
         body=models.BatchUpdateBody,
     ),
-    batch_actions.delete: Door(summary="Remove a batch that has ended, and its jobs", answer=answers.BatchChanged),
-    batches.jobs_of: Door(summary="List the jobs of a batch", answer=answers.Jobs, query=models.JobList, views=True),
-    batch_actions.pause: _batch_action("Start no more of a batch's jobs", answers.BatchSwitched),
-    batch_actions.resume: _batch_action("Start a batch's jobs again", answers.BatchSwitched),
-    batch_actions.cancel: _batch_action("Cancel a batch's jobs that have not ended"),
-    batch_actions.restart: _batch_action("Do ended jobs of a batch again", body=models.BatchRestartBody),
-    batch_actions.archive: _batch_action("Put a batch and its jobs out of sight of everyday lists"),
-    batch_actions.unarchive: _batch_action("Put a batch and its jobs back into everyday lists"),
-    history.of_batch: Door(summary="A batch's own events", answer=answers.History, query=models.HistoryQuery),
-    archives.of_batch: Door(
-        summary="The result files of a batch's jobs as a ZIP",
-        answer="application/zip",
-        views=True,
-        errors=("no_results", "file_missing", "file_damaged", "store_unavailable"),
+    batch_actions.delete_batch: Operation(
+        summary="Remove a batch that has ended, and its jobs", response=answers.BulkActionResponse
     ),
-    files.single: Door(
+    batches.list_batch_jobs: Operation(
+        summary="List the jobs of a batch",
+        response=answers.JobListResponse,
+        query=models.JobListQuery,
+        reads_views=True,
+    ),
+    batch_actions.pause_batch: _batch_action("Start no more of a batch's jobs", answers.BatchActionResponse),
+    batch_actions.resume_batch: _batch_action("Start a batch's jobs again", answers.BatchActionResponse),
+    batch_actions.cancel_batch: _batch_action("Cancel a batch's jobs that have not ended"),
+    batch_actions.restart_batch: _batch_action("Do ended jobs of a batch again", body=models.BatchRestartBody),
+    batch_actions.archive_batch: _batch_action("Put a batch and its jobs out of sight of everyday lists"),
+    batch_actions.unarchive_batch: _batch_action("Put a batch and its jobs back into everyday lists"),
+    history.get_batch_history: Operation(
+        summary="A batch's own events", response=answers.HistoryResponse, query=models.HistoryQuery
+    ),
+    archives.download_batch_archive: Operation(
+        summary="The result files of a batch's jobs as a ZIP",
+        response="application/zip",
+        reads_views=True,
+        error_codes=("no_results", "file_missing", "file_damaged", "store_unavailable"),
+    ),
+    files.get_file: Operation(
         summary="A result file",
-        answer="*/*",
+        response="*/*",
         query=files.FileQuery,
-        views=True,
-        statuses=(206, 304),
-        errors=(
+        reads_views=True,
+        extra_statuses=(206, 304),
+        error_codes=(
             "precondition_failed",
             "range_not_satisfiable",
             "link_expired",
@@ -243,27 +268,27 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
             "store_unavailable",
             "file_damaged",
         ),
-        takes=("If-Match", "If-None-Match", "Range"),
-        gives=("ETag",),
+        request_headers=("If-Match", "If-None-Match", "Range"),
+        response_headers=("ETag",),
     ),
-    files.link: Door(
+    files.create_signed_link: Operation(
         summary="A link that opens a result file without sign-in",
-        answer=answers.SignedLink,
+        response=answers.SignedLinkResponse,
         body=files.LinkBody,
-        optional_body=True,
-        records=False,
+        is_body_optional=True,
+        appends_events=False,
     ),
-    log.page: Door(
+    log.list_events: Operation(
         summary="A page of the log",
-        answer=answers.Events,
-        query=models.EventsQuery,
-        errors=("unknown_event_type", "job_not_found", "batch_not_found", "stream_not_found", "behind"),
+        response=answers.EventListResponse,
+        query=models.EventListQuery,
+        error_codes=("unknown_event_type", "job_not_found", "batch_not_found", "stream_not_found", "behind"),
     ),
-    live.stream: Door(
+    live.stream_events: Operation(
         summary="The log, live, as Server-Sent Events: `id:` is the position, `event:` the type, `data:` an event",
-        answer="text/event-stream",
+        response="text/event-stream",
         query=models.StreamQuery,
-        errors=(
+        error_codes=(
             "unknown_event_type",
             "job_not_found",
             "batch_not_found",
@@ -271,81 +296,91 @@ DOORS: Final[Mapping[Endpoint, Door]] = {
             "too_many_streams",
             "too_many_streams_open",
         ),
-        takes=("Last-Event-ID",),
+        request_headers=("Last-Event-ID",),
     ),
-    log.head: Door(summary="How far the log goes, and the views", answer=answers.LogHead),
-    monitoring.stats: Door(
+    log.get_log_head: Operation(summary="How far the log goes, and the views", response=answers.LogHeadResponse),
+    monitoring.get_statistics: Operation(
         summary="Counters of jobs, batches and tracks; workers; how far the views are behind",
-        answer=answers.Statistics,
-        views=True,
-        errors=("forbidden",),
+        response=answers.StatisticsResponse,
+        reads_views=True,
+        error_codes=("forbidden",),
     ),
-    webhooks.listing: Door(
+    webhooks.list_deliveries: Operation(
         summary="List webhooks, sent or to be sent, with every attempt",
-        answer=webhook_responses.Deliveries,
-        query=models.DeliveryList,
-        views=True,
-        errors=("job_not_found",),
+        response=webhook_responses.DeliveryListResponse,
+        query=models.DeliveryListQuery,
+        reads_views=True,
+        error_codes=("job_not_found",),
     ),
-    webhooks.single: Door(summary="Read a webhook", answer=webhook_responses.OneDelivery, views=True),
-    webhooks.redeliver: Door(
+    webhooks.get_delivery: Operation(
+        summary="Read a webhook", response=webhook_responses.DeliveryResponse, reads_views=True
+    ),
+    webhooks.redeliver_webhook: Operation(
         summary="Send a webhook again",
-        answer=webhook_responses.OneDelivery,
+        response=webhook_responses.DeliveryResponse,
         status=202,
         body=models.ReasonBody,
-        optional_body=True,
-        errors=("forbidden", "deleted"),
+        is_body_optional=True,
+        error_codes=("forbidden", "deleted"),
     ),
-    webhooks.redeliver_many: Door(
+    webhooks.redeliver_webhooks: Operation(
         summary="Send webhooks again: those that were given up, or what the body names",
-        answer=webhook_responses.Redelivered,
+        response=webhook_responses.RedeliveryResponse,
         status=202,
         body=models.RedeliverBody,
-        views=True,
-        errors=("job_not_found", "forbidden"),
+        reads_views=True,
+        error_codes=("job_not_found", "forbidden"),
     ),
-    webhook_endpoints.listing: Door(
+    webhook_endpoints.list_webhook_endpoints: Operation(
         summary="List the endpoints that webhooks go to",
-        answer=webhook_responses.Endpoints,
-        query=webhook_endpoints.EndpointList,
+        response=webhook_responses.EndpointListResponse,
+        query=webhook_endpoints.EndpointListQuery,
     ),
-    webhook_endpoints.rotate: Door(
+    webhook_endpoints.rotate_endpoint_secret: Operation(
         summary="Give an endpoint a new signing secret, shown this once",
-        answer=webhook_responses.Rotated,
-        body=webhook_endpoints.RotateBody,
-        optional_body=True,
-        records=False,
+        response=webhook_responses.RotatedSecretResponse,
+        body=webhook_endpoints.RotateSecretBody,
+        is_body_optional=True,
+        appends_events=False,
     ),
-    webhook_endpoints.revoke: Door(
+    webhook_endpoints.revoke_endpoint_secret: Operation(
         summary="Revoke the signing secrets of an endpoint",
-        answer=answers.Success,
-        records=False,
+        response=answers.SuccessResponse,
+        appends_events=False,
     ),
-    webhook_echo.receive: Door(
+    webhook_echo.receive_webhook_echo: Operation(
         summary="A receiver of webhooks for trying them out, if `webhooks.sink` is on",
-        answer=webhook_responses.OneReceived,
+        response=webhook_responses.WebhookEchoResponse,
         query=models.AnyQuery,
-        records=False,
-        errors=("not_found", "too_large", "incomplete_body", "unsupported_content_encoding", "server_busy"),
+        appends_events=False,
+        error_codes=("not_found", "too_large", "incomplete_body", "unsupported_content_encoding", "server_busy"),
     ),
-    webhook_echo.listing: Door(
+    webhook_echo.list_webhook_echoes: Operation(
         summary="What that receiver was sent",
-        answer=webhook_responses.AllReceived,
-        query=webhook_echo.SinkQuery,
-        errors=("not_found",),
+        response=webhook_responses.WebhookEchoListResponse,
+        query=webhook_echo.WebhookEchoQuery,
+        error_codes=("not_found",),
     ),
-    docs.index: Door(summary="Where things are", answer=answers.Index),
-    docs.document: Door(
-        summary="This document", answer="application/json", statuses=(304,), takes=("If-None-Match",), gives=("ETag",)
+    docs.get_index: Operation(summary="Where things are", response=answers.IndexResponse),
+    docs.get_openapi_document: Operation(
+        summary="This document",
+        response="application/json",
+        extra_statuses=(304,),
+        request_headers=("If-None-Match",),
+        response_headers=("ETag",),
     ),
-    docs.page: Door(
-        summary="This document, to read", answer="text/html", statuses=(304,), takes=("If-None-Match",), gives=("ETag",)
+    docs.get_docs_page: Operation(
+        summary="This document, to read",
+        response="text/html",
+        extra_statuses=(304,),
+        request_headers=("If-None-Match",),
+        response_headers=("ETag",),
     ),
-    metrics.scrape: Door(
+    metrics.get_metrics: Operation(
         summary="The numbers for Prometheus",
-        answer="text/plain",
-        errors=("forbidden",),
+        response="text/plain",
+        error_codes=("forbidden",),
     ),
-    monitoring.alive: Door(summary="Whether it is alive", answer=answers.Success),
-    monitoring.ready: Door(summary="Whether it can serve", answer=answers.Ready),
+    monitoring.check_liveness: Operation(summary="Whether it is alive", response=answers.SuccessResponse),
+    monitoring.check_readiness: Operation(summary="Whether it can serve", response=answers.ReadinessResponse),
 }

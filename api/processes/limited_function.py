@@ -16,7 +16,7 @@ from typing import Any, Final
 import structlog
 from pydantic_core import from_json
 
-from jobledger.api.processes.limited_process import frame
+from jobledger.api.processes.limited_process import encode_frame
 
 _log = structlog.get_logger()
 _START_SECONDS: Final = 30.0
@@ -30,7 +30,7 @@ class CallFailed(Exception):
     """The call has no result. The message says why."""
 
 
-class TooBusy(CallFailed):
+class ProcessPoolBusy(CallFailed):
     """Other calls occupied all processes for the time that a call waits, or no process could be started."""
 
 
@@ -61,7 +61,7 @@ class LimitedFunction:
             async with asyncio.timeout(self._queue_seconds):
                 await self._free.acquire()
         except TimeoutError:
-            raise TooBusy(f"Other calls of {self._name} occupy all processes.") from None
+            raise ProcessPoolBusy(f"Other calls of {self._name} occupy all processes.") from None
         try:
             return await self._call(argument, seconds)
         finally:
@@ -107,14 +107,14 @@ class LimitedFunction:
         except BaseException as error:
             await _end(process)
             if isinstance(error, TimeoutError | OSError | EOFError | ValueError):
-                raise TooBusy(f"The process for {self._name} did not start.") from error
+                raise ProcessPoolBusy(f"The process for {self._name} did not start.") from error
             raise
         return process
 
 
 async def _send(process: Process, argument: bytes) -> None:
     assert process.stdin is not None  # noqa: S101 - narrows the type
-    process.stdin.write(frame(argument))
+    process.stdin.write(encode_frame(argument))
     await process.stdin.drain()
 
 

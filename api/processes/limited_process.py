@@ -40,10 +40,10 @@ def main(name: str) -> None:
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
-        results.write(frame(b"null"))  # ready
+        results.write(encode_frame(b"null"))  # ready
         results.flush()
         while (argument := read_frame(arguments)) is not None:
-            results.write(frame(to_json(function(from_json(argument)))))
+            results.write(encode_frame(to_json(function(from_json(argument)))))
             results.flush()
 
 
@@ -56,7 +56,7 @@ def _drop_capabilities() -> None:
         raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
 
 
-def frame(content: bytes) -> bytes:
+def encode_frame(content: bytes) -> bytes:
     """Return content as it is sent."""
     return len(content).to_bytes(8, "big") + content
 

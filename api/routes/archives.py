@@ -13,12 +13,12 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import may_see
-from jobledger.api.context import Services, services, views_reach_wanted_position
+from jobledger.api.auth.permissions import can_read
+from jobledger.api.context import ApiContext, get_api_context, wait_for_requested_position
 from jobledger.api.http.errors import ApiError
-from jobledger.api.http.streaming import Streamed, content_disposition
-from jobledger.api.routes.files import SAFETY, opened
-from jobledger.api.routes.jobs import existing
+from jobledger.api.http.streaming import CloseableStreamingResponse, content_disposition
+from jobledger.api.routes.files import UNTRUSTED_CONTENT_HEADERS, open_result_file
+from jobledger.api.routes.jobs import load_job_or_404
 from jobledger.ledger.files.directory import FileStore
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import batches
@@ -31,11 +31,11 @@ _DEVICE: Final = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re
 _LONGEST_PART_BYTES: Final = 200
 
 
-async def of_job(request: Request) -> Response:
+async def download_job_archive(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}/download-archive"""
-    await views_reach_wanted_position(request)
-    job = await existing(request)
-    rows = [row async for row in view.of_jobs(services(request).views, [job["job_id"]])]
+    await wait_for_requested_position(request)
+    job = await load_job_or_404(request)
+    rows = [row async for row in view.iter_job_files(get_api_context(request).views, [job["job_id"]])]
     if not rows:
         message = f"Job {job['job_id']} is {job['status']} and has no result files."
         raise ApiError(409, "no_results", message)
@@ -48,12 +48,12 @@ async def of_job(request: Request) -> Response:
     return await _archive(request, job["job_id"], rows[0], entries())
 
 
-async def of_batch(request: Request) -> Response:
+async def download_batch_archive(request: Request) -> Response:
     """GET /api/events/batches/{batch_id}/download-archive: of all its jobs that have results and may be seen."""
-    await views_reach_wanted_position(request)
-    known, batch_id = services(request), request.path_params["batch_id"]
-    batch = await batches.get(known.views, known.log, batch_id) if batch_id.startswith("batch-") else None
-    if batch is None or not may_see(request, batch):
+    await wait_for_requested_position(request)
+    known, batch_id = get_api_context(request), request.path_params["batch_id"]
+    batch = await batches.get(known.views, known.event_store, batch_id) if batch_id.startswith("batch-") else None
+    if batch is None or not can_read(request, batch):
         raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
     first = await anext(_visible(request, known, batch["job_ids"]), None)
     if first is None:
@@ -66,9 +66,9 @@ async def of_batch(request: Request) -> Response:
     return await _archive(request, batch_id, first, entries())
 
 
-async def _visible(request: Request, known: Services, job_ids: Sequence[str]) -> AsyncIterator[Document]:
-    async for row in view.of_jobs(known.views, job_ids):
-        if may_see(request, row):
+async def _visible(request: Request, known: ApiContext, job_ids: Sequence[str]) -> AsyncIterator[Document]:
+    async for row in view.iter_job_files(known.views, job_ids):
+        if can_read(request, row):
             yield row
 
 
@@ -76,18 +76,20 @@ async def _archive(
     request: Request, name: str, first: Document, entries: AsyncIterator[tuple[str, Document]]
 ) -> Response:
     headers = {
-        **SAFETY,
+        **UNTRUSTED_CONTENT_HEADERS,
         "Content-Type": "application/zip",
         "Content-Disposition": content_disposition(f"{name}.zip", attachment=True),
     }
-    known = services(request)
-    await (await opened(request, first)).close()  # a store that is not the right one is told while it still can be
+    known = get_api_context(request)
+    await (
+        await open_result_file(request, first)
+    ).close()  # a store that is not the right one is told while it still can be
     if request.method == "HEAD":
         return Response(headers=headers)
-    return Streamed(zipped(known.store, entries), 200, headers)
+    return CloseableStreamingResponse(generate_zip(known.file_store, entries), 200, headers)
 
 
-async def zipped(store: FileStore, entries: AsyncIterator[tuple[str, Document]]) -> AsyncGenerator[bytes, None]:
+async def generate_zip(store: FileStore, entries: AsyncIterator[tuple[str, Document]]) -> AsyncGenerator[bytes, None]:
     """Yield a ZIP file of rows of the view `files`, each under a name; the same rows make the same bytes.
 
     Raises:
@@ -99,7 +101,7 @@ async def zipped(store: FileStore, entries: AsyncIterator[tuple[str, Document]])
         async for path, row in entries:
             file = await store.open(row["sha256"], row["size"])
             try:
-                with archive.open(_entry(names.add(safe_path(path)), row, file.size), "w") as entry:
+                with archive.open(_entry(names.add(sanitize_path(path)), row, file.size), "w") as entry:
                     async for piece in file.read(0, file.size):
                         entry.write(piece)
                         yield outlet.take()
@@ -140,7 +142,7 @@ class _Outlet:
         return written
 
 
-def safe_path(path: str) -> str:
+def sanitize_path(path: str) -> str:
     """Return a path that can be unpacked anywhere: relative, without steps upwards, of names that every system takes.
 
     Job types choose the paths of their results; those of sessions are like that, and stay as they are.

@@ -9,61 +9,61 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final
 
-from jobledger.api.http.errors import TABLE, ApiError
-from jobledger.api.http.preconditions import Once
+from jobledger.api.http.errors import ERROR_RESPONSES, ApiError
+from jobledger.api.http.preconditions import IdempotencyKey
 from jobledger.ledger.domain import job as rules
 from jobledger.ledger.domain.commands import JobCommand
-from jobledger.ledger.domain.errors import CommandRefused, JobledgerError, NotFound, UnreadableEvent, VersionConflict
-from jobledger.ledger.domain.events import JobStatus, Meta, Recorded
+from jobledger.ledger.domain.errors import CommandRejected, JobledgerError, NotFound, UnreadableEvent, VersionConflict
+from jobledger.ledger.domain.events import EventMetadata, JobStatus, RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import Known, handle
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.command_handler import StreamState, handle_command
+from jobledger.ledger.store.event_store import EventStore
 
-AT_ONCE: Final = 200
-REFUSALS_TOLD: Final = 100
+JOBS_PER_CHUNK: Final = 200
+MAX_REJECTIONS_LISTED: Final = 100
 
 
 @dataclass(slots=True)
-class Outcome:
+class BulkResult:
     """What became of one command for many jobs. `position` is that of the last event any of them has."""
 
     total: int = 0
     changed: int = 0
-    caused: Counter[str] = field(default_factory=Counter)
-    refused: list[Document] = field(default_factory=list)
+    event_counts: Counter[str] = field(default_factory=Counter)
+    rejections: list[Document] = field(default_factory=list)
     position: int = 0
 
-    def shown(self) -> Document:
+    def to_response(self) -> Document:
         """Return it as clients see it: everything counted, and the first refusals told."""
-        unchanged = self.total - self.changed - len(self.refused)
+        unchanged = self.total - self.changed - len(self.rejections)
         return {
             "jobs": {
                 "total": self.total,
                 "changed": self.changed,
                 "unchanged": unchanged,
-                "refused": len(self.refused),
+                "refused": len(self.rejections),
             },
-            "events": dict(self.caused),
-            "refused": self.refused[:REFUSALS_TOLD],
+            "events": dict(self.event_counts),
+            "refused": self.rejections[:MAX_REJECTIONS_LISTED],
         }
 
-    def refuse(self, job_id: str, error: JobledgerError) -> None:
+    def add_rejection(self, job_id: str, error: JobledgerError) -> None:
         """Note that a job was left as it is, and why."""
-        code = next(code for kind, _, code, _ in TABLE if isinstance(error, kind))
-        self.refused.append({"job_id": job_id, "code": code, "message": str(error)})
+        code = next(code for kind, _, code, _ in ERROR_RESPONSES if isinstance(error, kind))
+        self.rejections.append({"job_id": job_id, "code": code, "message": str(error)})
 
 
-async def for_each(
-    log: EventLog,
+async def apply_to_jobs(
+    event_store: EventStore,
     job_ids: Sequence[str],
     command: JobCommand,
     *,
-    meta: Meta,
+    meta: EventMetadata,
     statuses: Collection[JobStatus],
-    check: Callable[[Known], None] = lambda known: None,
-    once: Once | None = None,
-) -> Outcome:
+    check: Callable[[StreamState], None] = lambda known: None,
+    idempotency_key: IdempotencyKey | None = None,
+) -> BulkResult:
     """Apply `command` to the jobs that have one of the `statuses`; deleted ones are passed over.
 
     A job that the rules or `check` refuse, perhaps because it has changed meanwhile, is noted and does not keep the
@@ -73,13 +73,21 @@ async def for_each(
     Raises:
         InvalidEvent, LedgerBusy, LedgerUnavailable: as `handle`. Some jobs may have been changed then.
     """
-    outcome = Outcome()
-    for begin in range(0, len(job_ids), AT_ONCE):
-        async with aclosing(_read(log, job_ids[begin : begin + AT_ONCE])) as parts:
+    outcome = BulkResult()
+    for begin in range(0, len(job_ids), JOBS_PER_CHUNK):
+        async with aclosing(_read(event_store, job_ids[begin : begin + JOBS_PER_CHUNK])) as parts:
             async for jobs in parts:
                 ended = await asyncio.gather(
                     *(
-                        _one(outcome, log, job, command, meta, () if job.is_done(once) else statuses, check)
+                        _one(
+                            outcome,
+                            event_store,
+                            job,
+                            command,
+                            meta,
+                            () if job.is_done(idempotency_key) else statuses,
+                            check,
+                        )
                         for job in jobs
                     ),
                     return_exceptions=True,  # so that nothing goes on behind the answer
@@ -95,29 +103,29 @@ class _Job:
     """A job as its stream says, as far as it was read. `requests` are the events that requests with a key caused."""
 
     job_id: str
-    known: Known = field(default_factory=Known)
-    requests: list[Recorded] = field(default_factory=list)
+    known: StreamState = field(default_factory=StreamState)
+    requests: list[RecordedEvent] = field(default_factory=list)
     unreadable: UnreadableEvent | None = None
 
-    def take(self, event: Recorded) -> None:
+    def take(self, event: RecordedEvent) -> None:
         """Take in the next event of the stream."""
-        if event.meta.request is not None:
+        if event.meta.request_fingerprint is not None:
             self.requests.append(event)
         if self.unreadable is None:
             try:
-                self.known = self.known.after((event,))
+                self.known = self.known.apply((event,))
             except UnreadableEvent as error:
                 self.unreadable = error
 
-    def is_done(self, once: Once | None) -> bool:
+    def is_done(self, once: IdempotencyKey | None) -> bool:
         """Return whether the same request has acted on the job before."""
-        return once is not None and once.found_in(self.requests) is not None
+        return once is not None and once.find_in(self.requests) is not None
 
 
-async def _read(log: EventLog, job_ids: Collection[str]) -> AsyncGenerator[list[_Job], None]:
+async def _read(log: EventStore, job_ids: Collection[str]) -> AsyncGenerator[list[_Job], None]:
     """Yield jobs whose streams were read to their ends: after each part, so that no more than that is in memory."""
     job: _Job | None = None
-    async with aclosing(log.read_in_parts(job_ids)) as parts:
+    async with aclosing(log.iterate_stream_batches(job_ids)) as parts:
         async for events in parts:
             complete: list[_Job] = []
             for event in events:
@@ -131,13 +139,13 @@ async def _read(log: EventLog, job_ids: Collection[str]) -> AsyncGenerator[list[
 
 
 async def _one(
-    outcome: Outcome,
-    log: EventLog,
+    outcome: BulkResult,
+    log: EventStore,
     read: _Job,
     command: JobCommand,
-    meta: Meta,
+    meta: EventMetadata,
     statuses: Collection[JobStatus],
-    check: Callable[[Known], None],
+    check: Callable[[StreamState], None],
 ) -> None:
     outcome.total += 1
     job_id, known = read.job_id, read.known
@@ -150,10 +158,10 @@ async def _one(
             raise NotFound("the job was deleted")
         check(known)
         if job.status in statuses and rules.decide(command, job):
-            handled = await handle(log, job_id, command, meta=meta, known=known, check=check)
-            known = handled.known
+            handled = await handle_command(log, job_id, command, meta=meta, stream_state=known, check=check)
+            known = handled.stream_state
             outcome.changed += bool(handled.events)
-            outcome.caused.update(event.type for event in handled.events)
+            outcome.event_counts.update(event.type for event in handled.events)
         outcome.position = max(outcome.position, known.head.position)
     except NotFound:  # deleted meanwhile
         outcome.total -= 1
@@ -161,6 +169,6 @@ async def _one(
         if error.status == 404:
             outcome.total -= 1
         else:
-            outcome.refused.append({"job_id": job_id, "code": error.code, "message": error.message})
-    except (CommandRefused, UnreadableEvent, VersionConflict) as error:
-        outcome.refuse(job_id, error)
+            outcome.rejections.append({"job_id": job_id, "code": error.code, "message": error.message})
+    except (CommandRejected, UnreadableEvent, VersionConflict) as error:
+        outcome.add_rejection(job_id, error)

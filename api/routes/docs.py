@@ -16,7 +16,7 @@ from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.context import services
+from jobledger.api.context import get_api_context
 from jobledger.api.http.errors import json_response
 
 _METHODS: Final = ("get", "post", "put", "delete")
@@ -60,9 +60,9 @@ class _Content:
         return Response(self._body, headers=self._headers, media_type=self._media_type)
 
 
-async def index(request: Request) -> Response:
+async def get_index(request: Request) -> Response:
     """GET /"""
-    prefix = services(request).links.prefix
+    prefix = get_api_context(request).signed_links.path_prefix
     return json_response(
         {
             "status": "success",
@@ -78,13 +78,13 @@ async def index(request: Request) -> Response:
     )
 
 
-async def document(request: Request) -> Response:
+async def get_openapi_document(request: Request) -> Response:
     """GET /api/openapi.json"""
     made: Docs = request.app.state.docs
     return (await asyncio.to_thread(lambda: made.json)).answer(request)
 
 
-async def page(request: Request) -> Response:
+async def get_docs_page(request: Request) -> Response:
     """GET /api/docs"""
     made: Docs = request.app.state.docs
     return (await asyncio.to_thread(lambda: made.page)).answer(request)
@@ -107,7 +107,7 @@ def _page_of(document: Mapping[str, Any]) -> str:
         "markdown": lambda text: Markup(marked.render(text)),  # noqa: S704 - HTML in the text is escaped
         "inline": lambda text: Markup(marked.renderInline(text)),  # noqa: S704 - as above
         "pretty": lambda content: orjson.dumps(content, option=orjson.OPT_INDENT_2).decode(),
-        "kind": kind,
+        "kind": describe_type,
     }
     return environment.get_template("docs.html.j2").render(document=document, groups=_groups(document))
 
@@ -122,7 +122,7 @@ def _groups(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def kind(schema: Mapping[str, Any]) -> str:
+def describe_type(schema: Mapping[str, Any]) -> str:
     """Return in a few words what fits a schema; components by their names."""
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
@@ -132,12 +132,12 @@ def kind(schema: Mapping[str, Any]) -> str:
         return " | ".join(f'"{value}"' for value in schema["enum"])
     for several in ("anyOf", "oneOf"):
         if several in schema:
-            return " | ".join(kind(one) for one in schema[several])
+            return " | ".join(describe_type(one) for one in schema[several])
     named = str(schema.get("type", "any"))
     if named == "array":
-        return f"[{kind(schema.get('items', {}))}]"
+        return f"[{describe_type(schema.get('items', {}))}]"
     if named == "object" and isinstance(schema.get("additionalProperties"), dict):
-        return f"{{name: {kind(schema['additionalProperties'])}}}"
+        return f"{{name: {describe_type(schema['additionalProperties'])}}}"
     return f"{named}{_bounds(schema)}"
 
 

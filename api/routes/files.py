@@ -13,20 +13,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import may_see, signed_in
-from jobledger.api.auth.signed_links import FILES_URL, LONGEST_SECONDS, is_link
-from jobledger.api.context import query_of, services, views_reach_wanted_position
-from jobledger.api.http.bodies import optional_body
-from jobledger.api.http.conditional import Range, Version, is_known, ranges
+from jobledger.api.auth.permissions import can_read, require_user_id
+from jobledger.api.auth.signed_links import FILES_URL, MAX_LIFETIME_SECONDS, is_signed_link_request
+from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
+from jobledger.api.http.bodies import read_optional_json_body
+from jobledger.api.http.conditional import Range, Validators, is_not_modified, parse_ranges
 from jobledger.api.http.errors import ApiError, error_response, json_response
-from jobledger.api.http.streaming import Streamed, content_disposition, content_type
+from jobledger.api.http.streaming import CloseableStreamingResponse, content_disposition, content_type
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
 from jobledger.ledger.files.directory import OpenFile
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import files as view
 
 _log = structlog.get_logger()
-SAFETY: Final = {
+UNTRUSTED_CONTENT_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     # A result may be HTML or SVG from anywhere.
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; media-src 'self'; "
@@ -53,20 +53,20 @@ class LinkBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    expires_in_s: int = Field(3600, ge=1, le=LONGEST_SECONDS)
+    expires_in_s: int = Field(3600, ge=1, le=MAX_LIFETIME_SECONDS)
 
 
-async def single(request: Request) -> Response:
+async def get_file(request: Request) -> Response:
     """GET /api/events/files/{path}
 
     A path is only ever looked up in the view; it never touches a file system.
     """
-    asked = query_of(request, FileQuery)
-    await views_reach_wanted_position(request)
-    row = await _by_link(request, asked) if is_link(request) else await _readable(request)
-    version = Version(f'"{row["sha256"]}"', row["modified_at"])
-    headers = {**SAFETY, **version.headers}
-    if is_known(request.headers, version):
+    asked = parse_query(request, FileQuery)
+    await wait_for_requested_position(request)
+    row = await _by_link(request, asked) if is_signed_link_request(request) else await _readable(request)
+    version = Validators(f'"{row["sha256"]}"', row["modified_at"])
+    headers = {**UNTRUSTED_CONTENT_HEADERS, **version.headers}
+    if is_not_modified(request.headers, version):
         return Response(status_code=304, headers=headers)
     name = row["path"].rpartition("/")[2]
     headers |= {
@@ -74,7 +74,7 @@ async def single(request: Request) -> Response:
         "Content-Type": content_type(row["media_type"]),
         "Content-Disposition": content_disposition(name, attachment=asked.download),
     }
-    file = await opened(request, row)
+    file = await open_result_file(request, row)
     try:
         return await _answer(request, file, version, headers)
     except BaseException:
@@ -82,13 +82,15 @@ async def single(request: Request) -> Response:
         raise
 
 
-async def link(request: Request) -> Response:
+async def create_signed_link(request: Request) -> Response:
     """POST /api/events/files/{path}/link"""
-    body, _ = await optional_body(request, LinkBody)
+    body, _ = await read_optional_json_body(request, LinkBody)
     row = await _readable(request)
-    signed_in(request)  # a link outlives the right by which it was asked for, so somebody has to have asked
-    until = (await services(request).log.now()).replace(microsecond=0) + timedelta(seconds=body.expires_in_s)
-    url = await services(request).links.to(row, until)
+    require_user_id(request)  # a link outlives the right by which it was asked for, so somebody has to have asked
+    until = (await get_api_context(request).event_store.server_time()).replace(microsecond=0) + timedelta(
+        seconds=body.expires_in_s
+    )
+    url = await get_api_context(request).signed_links.create(row, until)
     return json_response({"status": "success", "url": url, "expires_at": until})
 
 
@@ -100,27 +102,29 @@ def _path(request: Request) -> str:
 
 async def _readable(request: Request) -> Document:
     path = _path(request)
-    row = await view.get(services(request).views, path)
-    if row is None or not may_see(request, row):
+    row = await view.get(get_api_context(request).views, path)
+    if row is None or not can_read(request, row):
         raise ApiError(404, "file_not_found", f"There is no result file {path[:200]}.")
     return row
 
 
 async def _by_link(request: Request, asked: FileQuery) -> Document:
-    known = services(request)
+    known = get_api_context(request)
     row = await view.get(known.views, _path(request))
-    await known.links.check(row, expires=asked.expires, signature=asked.signature, now=known.log.clock.estimate())
+    await known.signed_links.verify(
+        row, expires=asked.expires, signature=asked.signature, now=known.event_store.clock.estimate()
+    )
     assert row is not None  # noqa: S101 - narrows the type; no link opens what is not there
     return row
 
 
-async def opened(request: Request, row: Document) -> OpenFile:
+async def open_result_file(request: Request, row: Document) -> OpenFile:
     """Open the content that a row of the view names. Hashing a large file ends when the client goes away.
 
     Raises:
         ApiError: 500, when it is not in the store, or was changed there; 400, when the client went away.
     """
-    store = services(request).store
+    store = get_api_context(request).file_store
     try:
         return await _unless_gone(request, store.open(row["sha256"], row["size"]))
     except FileDamaged as error:
@@ -159,13 +163,13 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _answer(request: Request, file: OpenFile, version: Version, headers: dict[str, str]) -> Response:
+async def _answer(request: Request, file: OpenFile, version: Validators, headers: dict[str, str]) -> Response:
     """Return the file, or the parts of it that are asked for; whatever is returned closes it."""
     if request.method == "HEAD":  # ranges are for GET
         await file.close()
         return Response(headers={**headers, "Content-Length": str(file.size)})
     try:
-        wanted = ranges(request.headers, version, file.size)
+        wanted = parse_ranges(request.headers, version, file.size)
     except ApiError as refusal:
         await file.close()
         answer = error_response(refusal)
@@ -177,7 +181,7 @@ async def _answer(request: Request, file: OpenFile, version: Version, headers: d
     headers["Content-Length"] = str(end - start)
     if wanted:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
-    return Streamed(file.read(start, end), 206 if wanted else 200, headers, close=file.close)
+    return CloseableStreamingResponse(file.read(start, end), 206 if wanted else 200, headers, on_close=file.close)
 
 
 def _several(file: OpenFile, wanted: Sequence[Range], headers: dict[str, str]) -> Response:
@@ -200,4 +204,4 @@ def _several(file: OpenFile, wanted: Sequence[Range], headers: dict[str, str]) -
     length = sum(end - start for start, end in wanted) + sum(map(len, heads)) + len(last)
     headers["Content-Type"] = f"multipart/byteranges; boundary={boundary}"
     headers["Content-Length"] = str(length)
-    return Streamed(parts(), 206, headers, close=file.close)
+    return CloseableStreamingResponse(parts(), 206, headers, on_close=file.close)

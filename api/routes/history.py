@@ -10,56 +10,56 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import may_see, viewer_of
-from jobledger.api.context import query_of, services
+from jobledger.api.auth.permissions import can_read, viewer_for
+from jobledger.api.context import get_api_context, parse_query
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.event_json import EPOCH, event_json
-from jobledger.api.routes.jobs import existing
+from jobledger.api.http.event_json import EPOCH, encode_event
+from jobledger.api.routes.jobs import load_job_or_404
 from jobledger.api.schemas.requests import HistoryQuery
 from jobledger.ledger.domain.errors import UnreadableEvent
-from jobledger.ledger.domain.events import Event, LogLine, Recorded
+from jobledger.ledger.domain.events import Event, LogEntry, RecordedEvent
 from jobledger.projections.views import batches
-from jobledger.projections.views.jobs import SAYS_SOMETHING, lines_of
+from jobledger.projections.views.jobs import LOG_EVENT_TYPES, log_lines_of_event
 
 _READ_AT_ONCE: Final = 100
 _LARGEST_ANSWER_BYTES: Final = 4 * 1024 * 1024
 
 
-async def of_job(request: Request) -> Response:
+async def get_job_history(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}/history"""
-    job = await existing(request)
-    viewer = viewer_of(request, job)
-    return await _page(request, job["job_id"], "events", lambda event: [event_json(event, viewer)])
+    job = await load_job_or_404(request)
+    viewer = viewer_for(request, job)
+    return await _page(request, job["job_id"], "events", lambda event: [encode_event(event, viewer)])
 
 
-async def of_batch(request: Request) -> Response:
+async def get_batch_history(request: Request) -> Response:
     """GET /api/events/batches/{batch_id}/history"""
-    known, batch_id = services(request), request.path_params["batch_id"]
-    batch = await batches.get(known.views, known.log, batch_id) if batch_id.startswith("batch-") else None
-    if batch is None or not may_see(request, batch):
+    known, batch_id = get_api_context(request), request.path_params["batch_id"]
+    batch = await batches.get(known.views, known.event_store, batch_id) if batch_id.startswith("batch-") else None
+    if batch is None or not can_read(request, batch):
         raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
-    viewer = viewer_of(request, batch)
-    return await _page(request, batch_id, "events", lambda event: [event_json(event, viewer)])
+    viewer = viewer_for(request, batch)
+    return await _page(request, batch_id, "events", lambda event: [encode_event(event, viewer)])
 
 
-async def log_lines(request: Request) -> Response:
+async def get_job_logs(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}/logs"""
-    job = await existing(request)
-    return await _page(request, job["job_id"], "logs", _lines, types=SAYS_SOMETHING)
+    job = await load_job_or_404(request)
+    return await _page(request, job["job_id"], "logs", _lines, types=LOG_EVENT_TYPES)
 
 
-def _time_of(event: Recorded) -> datetime:
+def _time_of(event: RecordedEvent) -> datetime:
     time = event.document.get("time")
     return time if isinstance(time, datetime) else EPOCH
 
 
-def _lines(event: Recorded) -> list[bytes]:
+def _lines(event: RecordedEvent) -> list[bytes]:
     attempt = None
     try:
-        attempt, lines = event.fields.get("attempt"), lines_of(event)
+        attempt, lines = event.payload.get("attempt"), log_lines_of_event(event)
     except (UnreadableEvent, AttributeError):
         damaged = f"{event.type}, version {event.version} of the job's history, cannot be read."
-        lines = [LogLine(timestamp=_time_of(event), level="error", message=damaged)]
+        lines = [LogEntry(timestamp=_time_of(event), level="error", message=damaged)]
     attempt = attempt if isinstance(attempt, int) else None
     return [
         orjson.dumps({**line.model_dump(), "attempt": attempt, "version": event.version}, option=orjson.OPT_UTC_Z)
@@ -71,7 +71,7 @@ async def _page(
     request: Request,
     stream: str,
     name: str,
-    items_of: Callable[[Recorded], list[bytes]],
+    items_of: Callable[[RecordedEvent], list[bytes]],
     *,
     types: Collection[type[Event]] | None = None,
 ) -> Response:
@@ -79,12 +79,12 @@ async def _page(
 
     What one event yields stays together: a page ends behind the event with which it is full.
     """
-    log, asked = services(request).log, query_of(request, HistoryQuery)
+    log, asked = get_api_context(request).event_store, parse_query(request, HistoryQuery)
     found: list[orjson.Fragment] = []
     size, version = 0, asked.after_version
     content: dict[str, Any] = {"status": "success", name: found}
     while events := await log.read_stream(
-        stream, after_version=version, limit=_READ_AT_ONCE, types=types, one_batch=True
+        stream, after_version=version, limit=_READ_AT_ONCE, types=types, single_batch=True
     ):
         for event in events:
             if len(found) >= asked.limit or size >= _LARGEST_ANSWER_BYTES:

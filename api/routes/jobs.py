@@ -11,52 +11,60 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.disclosure import JOB, Viewer, shown
+from jobledger.api.auth.disclosure import JOB_RULES, Viewer, redact_document
 from jobledger.api.auth.permissions import (
-    actor,
-    for_user,
-    may_see,
-    requires,
-    teams_of,
-    viewer_of,
-    while_signed_in,
-    who_asks,
+    can_read,
+    get_actor,
+    get_principal,
+    require_right,
+    resolve_owner,
+    resolve_teams,
+    timeout_while_authenticated,
+    viewer_for,
 )
 from jobledger.api.context import (
-    Services,
-    query_of,
-    refuse_without_space,
-    services,
-    views_reach_wanted_position,
-    views_show,
+    ApiContext,
+    check_disk_space,
+    get_api_context,
+    parse_query,
+    wait_for_requested_position,
+    wait_for_views,
 )
-from jobledger.api.http.bodies import off_loop, optional_body, read_body
-from jobledger.api.http.conditional import etag_of, unless_known
-from jobledger.api.http.errors import ApiError, json_response, json_text
-from jobledger.api.http.middleware import held
+from jobledger.api.http.bodies import read_json_body, read_optional_json_body, run_off_loop
+from jobledger.api.http.conditional import build_conditional_response, compute_etag
+from jobledger.api.http.errors import ApiError, encode_json, json_response
+from jobledger.api.http.middleware import track_waiting_request
 from jobledger.api.http.preconditions import (
-    Once,
-    expecting,
-    folded,
-    happened_by,
-    noted,
+    IdempotencyKey,
+    as_of_filter,
+    events_up_to,
+    fold_events,
+    get_request_marker,
     preferred_wait,
     prefers_wait,
-    readable_past,
-    story_until,
+    require_if_match,
+    translate_damaged_events,
 )
-from jobledger.api.schemas.requests import JobBody, JobList, Page, ReasonBody, RestartBody, Single, UpdateBody
+from jobledger.api.schemas.requests import (
+    AsOfQuery,
+    JobBody,
+    JobListQuery,
+    JobRestartBody,
+    JobUpdateBody,
+    PageQuery,
+    ReasonBody,
+)
 from jobledger.api.submission.build import (
+    build_job_submitted,
+    check_no_userinfo,
     check_parameters,
-    endpoints_of,
-    keep,
-    refuse_userinfo,
-    split_webhook,
-    submission,
-    webhook_secrets,
+    collect_signing_endpoints,
+    extract_webhook_secrets,
+    format_new_secrets,
+    store_webhook_secrets,
 )
-from jobledger.api.submission.parameters import Check
-from jobledger.ledger.domain.access import Right
+from jobledger.api.submission.parameters import ParameterCheck
+from jobledger.ledger.domain.access import AccessLevel
 from jobledger.ledger.domain.commands import (
     Archive,
     CancelJob,
@@ -67,31 +75,31 @@ from jobledger.ledger.domain.commands import (
     Unarchive,
     UpdateJob,
 )
-from jobledger.ledger.domain.errors import AlreadyExists, CommandRefused, WrongState
-from jobledger.ledger.domain.events import ENDED, AccessControl, Meta, Recorded
+from jobledger.ledger.domain.errors import AlreadyExists, CommandRejected, InvalidState
+from jobledger.ledger.domain.events import TERMINAL_STATUSES, AccessControl, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import Known, handle, load, new_job_id
-from jobledger.ledger.store.endpoint_secrets import ShownSecret, take_unshown
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.command_handler import StreamState, handle_command, load_stream_state, new_job_id
+from jobledger.ledger.store.endpoint_secrets import RevealedSecret, reveal_new_secrets
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import batches, statistics
 from jobledger.projections.views import jobs as view
-from jobledger.projections.views.files import results_behind
-from jobledger.projections.views.list_index import Place
+from jobledger.projections.views.files import prefix_result_urls
+from jobledger.projections.views.list_index import PageCursor
 
-_STOP_SECONDS: Final = 30.0
+_STOP_TIMEOUT_SECONDS: Final = 30.0
 
 
-async def submit(request: Request) -> Response:
+async def submit_job(request: Request) -> Response:
     """POST /api/events/jobs"""
-    known = services(request)
+    known = get_api_context(request)
     submitted, shown_secrets = await _submit(request)
     job_id, position = submitted.stream, submitted.position
     if prefers_wait(request):
         del submitted  # it may be large, and the wait is long
         await _wait_for_end(request, job_id)
-        job = await view.get(known.views, known.log, job_id)
-        job = job or view.fold(None, (await known.log.read_stream(job_id, limit=1))[0])  # deleted meanwhile
+        job = await view.get(known.views, known.event_store, job_id)
+        job = job or view.fold(None, (await known.event_store.read_stream(job_id, limit=1))[0])  # deleted meanwhile
     else:
         job = view.fold(None, submitted)
     return json_response(
@@ -99,83 +107,85 @@ async def submit(request: Request) -> Response:
             "status": "success",
             "job_id": job_id,
             "job": await _shown_job(request, job),
-            **webhook_secrets(shown_secrets),
+            **format_new_secrets(shown_secrets),
         },
         202,
         {
-            "Location": f"{known.links.prefix}/api/events/jobs/{job_id}",
+            "Location": f"{known.signed_links.path_prefix}/api/events/jobs/{job_id}",
             "Ledger-Position": str(max(job["position"], position) if job else position),
         },
     )
 
 
-async def _submit(request: Request) -> tuple[Recorded, Sequence[ShownSecret]]:
+async def _submit(request: Request) -> tuple[RecordedEvent, Sequence[RevealedSecret]]:
     """Submit the job of the body; return its first event, and secrets that were created for its webhook."""
-    known = services(request)
-    body, content = await read_body(request, JobBody)
-    once = await off_loop(request, Once.of, request, content)
-    webhook, secrets = split_webhook(body.webhook, known)
-    asked = submission(
+    known = get_api_context(request)
+    body, content = await read_json_body(request, JobBody)
+    once = await run_off_loop(request, IdempotencyKey.from_request, request, content)
+    webhook, secrets = extract_webhook_secrets(body.webhook, known)
+    asked = build_job_submitted(
         body,
         known,
-        user_id=(user_id := for_user(request, body.user_id)),
-        teams=teams_of(request, user_id, known.groups_of),
+        user_id=(user_id := resolve_owner(request, body.user_id)),
+        teams=resolve_teams(request, user_id, known.get_groups),
         webhook=webhook,
     )
     model = known.job_types[body.job_type]
-    await check_parameters(request, [Check(body.job_type, model, body.parameters, ("parameters",))])
-    job_id = f"job-{once.name()}" if once else new_job_id()
+    await check_parameters(request, [ParameterCheck(body.job_type, model, body.parameters, ("parameters",))])
+    job_id = f"job-{once.derive_id()}" if once else new_job_id()
     if (before := await _submitted_before(known, job_id, once)) is not None:
         return before, ()
-    refuse_without_space(known)
-    await keep(known, secrets, endpoints=endpoints_of(asked))
-    meta = Meta(actor(request), request=noted(once))
+    check_disk_space(known)
+    await store_webhook_secrets(known, secrets, endpoints=collect_signing_endpoints(asked))
+    meta = EventMetadata(get_actor(request), request_fingerprint=get_request_marker(once))
     try:
-        [submitted] = (await handle(known.log, job_id, SubmitJob(asked), meta=meta, known=Known())).events
+        [submitted] = (
+            await handle_command(known.event_store, job_id, SubmitJob(asked), meta=meta, stream_state=StreamState())
+        ).events
     except AlreadyExists:  # by a request with the same key, in this very moment
         if (before := await _submitted_before(known, job_id, once)) is None:
             raise
         return before, ()
-    return submitted, await take_unshown(known.db, endpoints_of(asked))
+    return submitted, await reveal_new_secrets(known.db, collect_signing_endpoints(asked))
 
 
-async def _submitted_before(known: Services, job_id: str, once: Once | None) -> Recorded | None:
+async def _submitted_before(known: ApiContext, job_id: str, once: IdempotencyKey | None) -> RecordedEvent | None:
     """Return the event of the same request made before, if it was.
 
     Raises:
         ApiError: 422, when that one asked for something else.
     """
-    return once.found_in(await known.log.read_stream(job_id, limit=1)) if once else None
+    return once.find_in(await known.event_store.read_stream(job_id, limit=1)) if once else None
 
 
-async def listing(request: Request) -> Response:
+async def list_jobs(request: Request) -> Response:
     """GET /api/events/jobs"""
-    return await listed(request, query_of(request, JobList))
+    return await build_job_list_response(request, parse_query(request, JobListQuery))
 
 
-async def listed(request: Request, asked: JobList) -> Response:
+async def build_job_list_response(request: Request, query: JobListQuery) -> Response:
     """Return the page of jobs that is asked for."""
-    await views_reach_wanted_position(request)
-    known = services(request)
-    wanted = view.Filter(**asked.model_dump(exclude={*Page.model_fields, "include"}))
-    query = wanted.query(who_asks(request))
-    found, following = await view.page(
+    await wait_for_requested_position(request)
+    known = get_api_context(request)
+    wanted = view.JobFilter(**query.model_dump(exclude={*PageQuery.model_fields, "include"}))
+    selection = wanted.build_query(get_principal(request))
+    found, following = await view.find_page(
         known.views,
-        query,
-        limit=asked.limit,
-        skip=asked.skip,
-        after=asked.cursor,
-        newest_first=asked.newest_first,
-        included=asked.include or (),
+        selection,
+        limit=query.limit,
+        skip=query.skip,
+        after=query.cursor,
+        newest_first=query.newest_first,
+        include=query.include or (),
     )
-    total, bounded = await _total(request, wanted, query)
+    total, bounded = await _total(request, wanted, selection)
     content: dict[str, Any] = {"status": "success", "total": total, "jobs": await _shown_jobs(request, found)}
     if bounded:
         content["total_is_lower_bound"] = True
-    return json_response(content | going_on(following))
+    return json_response(content | encode_next_cursor(following))
 
 
-def going_on(following: Place | None) -> dict[str, str]:
+def encode_next_cursor(following: PageCursor | None) -> dict[str, str]:
     """Return the cursor of the next page, if there is one."""
     if following is None:
         return {}
@@ -183,32 +193,36 @@ def going_on(following: Place | None) -> dict[str, str]:
     return {"next": urlsafe_b64encode(text.encode()).decode()}
 
 
-async def _total(request: Request, wanted: view.Filter, query: Document) -> tuple[int, bool]:
+async def _total(request: Request, wanted: view.JobFilter, query: Document) -> tuple[int, bool]:
     """Return how many jobs there are and whether there may be more: from counters where they know it."""
-    views = services(request).views
-    if who_asks(request).sees_everything:
-        if wanted == view.Filter(status=wanted.status, track=wanted.track):
-            return await statistics.jobs_counted(views, status=wanted.status, track=wanted.track), False
-        if wanted.batch_id is not None and wanted == view.Filter(status=wanted.status, batch_id=wanted.batch_id):
-            return await batches.jobs_counted(views, wanted.batch_id, status=wanted.status), False
+    views = get_api_context(request).views
+    if get_principal(request).is_admin:
+        if wanted == view.JobFilter(status=wanted.status, track=wanted.track):
+            return await statistics.count_jobs(views, status=wanted.status, track=wanted.track), False
+        if wanted.batch_id is not None and wanted == view.JobFilter(status=wanted.status, batch_id=wanted.batch_id):
+            return await batches.count_jobs(views, wanted.batch_id, status=wanted.status), False
     total = await view.count(views, query)
-    return total, total >= view.COUNTED_UP_TO
+    return total, total >= view.MAX_COUNT
 
 
-async def single(request: Request) -> Response:
+async def get_job(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}"""
-    await views_reach_wanted_position(request)
-    asked = query_of(request, Single)
-    if asked.as_of is None and prefers_wait(request) and (await existing(request))["status"] not in ENDED:
+    await wait_for_requested_position(request)
+    asked = parse_query(request, AsOfQuery)
+    if (
+        asked.as_of is None
+        and prefers_wait(request)
+        and (await load_job_or_404(request))["status"] not in TERMINAL_STATUSES
+    ):
         await _wait_for_end(request, request.path_params["job_id"])
-    job = await existing(request)
-    viewer = viewer_of(request, job)  # by the access of today, also of the job as it was
+    job = await load_job_or_404(request)
+    viewer = viewer_for(request, job)  # by the access of today, also of the job as it was
     if asked.as_of is None:
         paused = await _paused(request, [job])
     else:
         job = await _as_of(request, job["job_id"], asked.as_of)
         paused = await _paused_then(request, job, asked.as_of)
-    return unless_known(request, "job", _as_shown(request, job, viewer, paused))
+    return build_conditional_response(request, "job", _as_shown(request, job, viewer, paused))
 
 
 async def _as_of(request: Request, job_id: str, then: int | datetime) -> Document:
@@ -217,9 +231,9 @@ async def _as_of(request: Request, job_id: str, then: int | datetime) -> Documen
     Raises:
         ApiError: 404, when it was not there then; 409, when it cannot be read.
     """
-    events = await services(request).log.read_stream(job_id)
-    with readable_past(job_id):
-        job = folded(view.fold, filter(happened_by(then), events))
+    events = await get_api_context(request).event_store.read_stream(job_id)
+    with translate_damaged_events(job_id):
+        job = fold_events(view.fold, filter(as_of_filter(then), events))
     if job is None:
         raise ApiError(404, "job_not_found", f"There was no job {job_id} then.")
     return job
@@ -230,109 +244,118 @@ async def _wait_for_end(request: Request, job_id: str) -> None:
 
     The views show the end then, unless the time is over: a read of the job, its files or a list agrees with them.
     """
-    known = services(request)
+    known = get_api_context(request)
     with preferred_wait(request) as seconds, suppress(TimeoutError):
         if not seconds:
             return
-        async with while_signed_in(request, seconds), known.endings.watching(job_id) as ended:
-            while not (found := await _end_of(known.log, job_id))[0]:
+        async with timeout_while_authenticated(request, seconds), known.completion_waiter.watch(job_id) as ended:
+            while not (found := await _end_of(known.event_store, job_id))[0]:
                 await ended.wait()
                 ended.clear()
-            await views_show(request, found[1])
+            await wait_for_views(request, found[1])
 
 
-async def _end_of(log: EventLog, job_id: str) -> tuple[bool, int]:
+async def _end_of(log: EventStore, job_id: str) -> tuple[bool, int]:
     """Return whether a job has ended or was deleted, and the position of its last event."""
-    job = folded(view.fold, events := await log.read_stream(job_id))
-    return job is None or job["status"] in ENDED, events[-1].position if events else 0
+    job = fold_events(view.fold, events := await log.read_stream(job_id))
+    return job is None or job["status"] in TERMINAL_STATUSES, events[-1].position if events else 0
 
 
-async def existing(request: Request) -> Document:
+async def load_job_or_404(request: Request) -> Document:
     """Return the job that the path names.
 
     Raises:
         ApiError: 404.
     """
-    known, job_id = services(request), request.path_params["job_id"]
-    job = await view.get(known.views, known.log, job_id) if job_id.startswith("job-") else None
-    if job is None or not may_see(request, job):
-        raise not_found(job_id)
+    known, job_id = get_api_context(request), request.path_params["job_id"]
+    job = await view.get(known.views, known.event_store, job_id) if job_id.startswith("job-") else None
+    if job is None or not can_read(request, job):
+        raise job_not_found_error(job_id)
     return job
 
 
-def not_found(job_id: str) -> ApiError:
+def job_not_found_error(job_id: str) -> ApiError:
     """Return the answer to who asks for a job that is not there, or that they may not see."""
     return ApiError(404, "job_not_found", f"There is no job {job_id}.")
 
 
-async def update(request: Request) -> Response:
+async def update_job(request: Request) -> Response:
     """PUT /api/events/jobs/{job_id}"""
-    body, content = await read_body(request, UpdateBody)
+    body, content = await read_json_body(request, JobUpdateBody)
     if body.parameters is not None:
-        job_type = (await existing(request))["job_type"]
-        if (model := services(request).job_types.get(job_type)) is not None:
-            await check_parameters(request, [Check(job_type, model, body.parameters, ("parameters",))])
+        job_type = (await load_job_or_404(request))["job_type"]
+        if (model := get_api_context(request).job_types.get(job_type)) is not None:
+            await check_parameters(request, [ParameterCheck(job_type, model, body.parameters, ("parameters",))])
         else:
-            await off_loop(request, refuse_userinfo, body.parameters, ("parameters",))
+            await run_off_loop(request, check_no_userinfo, body.parameters, ("parameters",))
     access = AccessControl(**body.access_control.model_dump()) if body.access_control else None
-    command = UpdateJob(actor(request), body.parameters, body.priority, body.not_before, access)
-    return await _act(request, content, command, Right.WRITE if access is None else Right.ADMIN)
+    command = UpdateJob(get_actor(request), body.parameters, body.priority, body.not_before, access)
+    return await _act(request, content, command, AccessLevel.WRITE if access is None else AccessLevel.ADMIN)
 
 
-async def cancel(request: Request) -> Response:
+async def cancel_job(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/cancel"""
-    body, content = await optional_body(request, ReasonBody)
-    return await _act(request, content, CancelJob(actor(request), body.reason))
+    body, content = await read_optional_json_body(request, ReasonBody)
+    return await _act(request, content, CancelJob(get_actor(request), body.reason))
 
 
-async def restart(request: Request) -> Response:
+async def restart_job(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/restart"""
-    body, content = await optional_body(request, RestartBody)
-    return await _act(request, content, RestartJob(actor(request), body.reason, body.reuse_steps))
+    body, content = await read_optional_json_body(request, JobRestartBody)
+    return await _act(request, content, RestartJob(get_actor(request), body.reason, body.reuse_steps))
 
 
-async def archive(request: Request) -> Response:
+async def archive_job(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/archive"""
-    body, content = await optional_body(request, ReasonBody)
-    return await _act(request, content, Archive(actor(request), body.reason))
+    body, content = await read_optional_json_body(request, ReasonBody)
+    return await _act(request, content, Archive(get_actor(request), body.reason))
 
 
-async def unarchive(request: Request) -> Response:
+async def unarchive_job(request: Request) -> Response:
     """POST /api/events/jobs/{job_id}/unarchive"""
-    body, content = await optional_body(request, ReasonBody)
-    return await _act(request, content, Unarchive(actor(request), body.reason))
+    body, content = await read_optional_json_body(request, ReasonBody)
+    return await _act(request, content, Unarchive(get_actor(request), body.reason))
 
 
-async def delete(request: Request) -> Response:
+async def delete_job(request: Request) -> Response:
     """DELETE /api/events/jobs/{job_id}
 
     One that is running is cancelled first; it is removed once its worker has let go of it, or has been given up.
     """
     job_id = request.path_params["job_id"]
-    check = expecting(request, requires(request, Right.ADMIN, missing=not_found(job_id)))
+    check = require_if_match(
+        request, require_right(request, AccessLevel.ADMIN, not_found_error=job_not_found_error(job_id))
+    )
     await _stop(request, job_id, check)
-    return await _act(request, None, Delete(actor(request)), Right.ADMIN, expected_seen=True)
+    return await _act(request, None, Delete(get_actor(request)), AccessLevel.ADMIN, expected_seen=True)
 
 
-async def _stop(request: Request, job_id: str, check: Callable[[Known], None]) -> None:
+async def _stop(request: Request, job_id: str, check: Callable[[StreamState], None]) -> None:
     """Cancel a job if it is running, and wait until it has stopped: seconds, or a lease if its worker has died.
 
     Raises:
         ApiError: what `check` says; 503, when it has not stopped within half a minute: the cancellation stands.
     """
-    log = services(request).log
-    known = Known().after(await log.read_stream(job_id) if job_id.startswith("job-") else [])
+    log = get_api_context(request).event_store
+    known = StreamState().apply(await log.read_stream(job_id) if job_id.startswith("job-") else [])
     check(known)
     if not isinstance(known.state, Job) or known.state.status != "processing":
         return
-    with suppress(WrongState):  # it has ended meanwhile
-        command = CancelJob(actor(request), "to be deleted")
-        await handle(log, job_id, command, meta=Meta(actor(request)), known=known, check=check)
+    with suppress(InvalidState):  # it has ended meanwhile
+        command = CancelJob(get_actor(request), "to be deleted")
+        await handle_command(
+            log, job_id, command, meta=EventMetadata(get_actor(request)), stream_state=known, check=check
+        )
     try:
-        with held(request.scope) as allowed:
-            seconds = _STOP_SECONDS if allowed else 0
-            async with while_signed_in(request, seconds), services(request).endings.watching(job_id) as ended:
-                while isinstance(now := (await load(log, job_id)).state, Job) and now.status == "processing":
+        with track_waiting_request(request.scope) as allowed:
+            seconds = _STOP_TIMEOUT_SECONDS if allowed else 0
+            async with (
+                timeout_while_authenticated(request, seconds),
+                get_api_context(request).completion_waiter.watch(job_id) as ended,
+            ):
+                while (
+                    isinstance(now := (await load_stream_state(log, job_id)).state, Job) and now.status == "processing"
+                ):
                     await ended.wait()
                     ended.clear()
     except TimeoutError:
@@ -344,58 +367,62 @@ async def _act(
     request: Request,
     content: Any,
     command: JobCommand,
-    right: Right = Right.WRITE,
+    right: AccessLevel = AccessLevel.WRITE,
     *,
     expected_seen: bool = False,
 ) -> Response:
     """Have a command decided, and answer with the job as it is then. `expected_seen`: If-Match was looked at before."""
-    known, job_id = services(request), request.path_params["job_id"]
-    once = await off_loop(request, Once.of, request, content)
-    events = await known.log.read_stream(job_id) if job_id.startswith("job-") else []
+    known, job_id = get_api_context(request), request.path_params["job_id"]
+    once = await run_off_loop(request, IdempotencyKey.from_request, request, content)
+    events = await known.event_store.read_stream(job_id) if job_id.startswith("job-") else []
     if not events:
-        raise not_found(job_id)
-    allowed = requires(request, right, missing=not_found(job_id))
-    if (done := once.found_in(events) if once else None) is not None:
-        allowed(Known().after(events))
+        raise job_not_found_error(job_id)
+    allowed = require_right(request, right, not_found_error=job_not_found_error(job_id))
+    if (done := once.find_in(events) if once else None) is not None:
+        allowed(StreamState().apply(events))
     else:
-        check = allowed if expected_seen else expecting(request, allowed)
+        check = allowed if expected_seen else require_if_match(request, allowed)
         done, events = await _done(request, events, command, check, once)
-    job = await _shown_job(request, folded(view.fold, story_until(events, done)))
+    job = await _shown_job(request, fold_events(view.fold, events_up_to(events, done)))
     answer = {"status": "success", "job_id": job_id, "job": job}
     headers = {"Ledger-Position": str(done.position)}
     if job is not None:
-        headers["ETag"] = etag_of(job, json_text(job))
+        headers["ETag"] = compute_etag(job, encode_json(job))
     return json_response(answer, headers=headers)
 
 
 async def _done(
     request: Request,
-    events: list[Recorded],
+    events: list[RecordedEvent],
     command: JobCommand,
-    check: Callable[[Known], None],
-    once: Once | None,
-) -> tuple[Recorded, list[Recorded]]:
+    check: Callable[[StreamState], None],
+    once: IdempotencyKey | None,
+) -> tuple[RecordedEvent, list[RecordedEvent]]:
     """Have a command decided; return the last event of the stream that it is answered with, and the stream."""
-    log, job_id = services(request).log, request.path_params["job_id"]
-    meta = Meta(actor(request), request=noted(once))
+    log, job_id = get_api_context(request).event_store, request.path_params["job_id"]
+    meta = EventMetadata(get_actor(request), request_fingerprint=get_request_marker(once))
     try:
-        handled = await handle(log, job_id, command, meta=meta, known=Known().after(events), check=check)
-    except (CommandRefused, ApiError):
+        handled = await handle_command(
+            log, job_id, command, meta=meta, stream_state=StreamState().apply(events), check=check
+        )
+    except (CommandRejected, ApiError):
         again = await log.read_stream(job_id) if once else []
-        done = once.found_in(again) if once else None
+        done = once.find_in(again) if once else None
         if done is None:
             raise
         return done, again  # the same request was quicker by another way
     events = [*events, *handled.events]
-    if events[-1].version != handled.known.head.version or len(events) != events[-1].version:  # others wrote, too
+    if (
+        events[-1].version != handled.stream_state.head.version or len(events) != events[-1].version
+    ):  # others wrote, too
         events = await log.read_stream(job_id)
-    return next(event for event in events if event.version == handled.known.head.version), events
+    return next(event for event in events if event.version == handled.stream_state.head.version), events
 
 
 async def _shown_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:
     """Return jobs as the caller sees them."""
     paused = await _paused(request, jobs)
-    return [_as_shown(request, job, viewer_of(request, job), paused) for job in jobs]
+    return [_as_shown(request, job, viewer_for(request, job), paused) for job in jobs]
 
 
 async def _shown_job(request: Request, job: Document | None) -> Document | None:
@@ -405,16 +432,16 @@ async def _shown_job(request: Request, job: Document | None) -> Document | None:
 
 def _as_shown(request: Request, job: Document, viewer: Viewer, paused: Collection[str]) -> Document:
     """Return a job as `viewer` sees it. It is `paused` while it waits because its batch is one of those paused."""
-    document = shown(job, JOB, viewer)
+    document = redact_document(job, JOB_RULES, viewer)
     if results := document.get("results"):
-        document["results"] = results_behind(services(request).links.prefix, results)
+        document["results"] = prefix_result_urls(get_api_context(request).signed_links.path_prefix, results)
     return {**document, "paused": job["status"] == "pending" and job["batch_id"] in paused}
 
 
 async def _paused(request: Request, jobs: Sequence[Document]) -> set[str]:
     """Return the batches of waiting jobs that are paused."""
     waiting = {job["batch_id"] for job in jobs if job["status"] == "pending"} - {None}
-    return await batches.paused_among(services(request).views, waiting) if waiting else set()
+    return await batches.find_paused(get_api_context(request).views, waiting) if waiting else set()
 
 
 async def _paused_then(request: Request, job: Document, then: int | datetime) -> set[str]:
@@ -422,6 +449,6 @@ async def _paused_then(request: Request, job: Document, then: int | datetime) ->
     batch_id = job["batch_id"]
     if job["status"] != "pending" or batch_id is None:
         return set()
-    events = await services(request).log.read_stream(batch_id)
-    batch = folded(batches.fold, filter(happened_by(then), events))
+    events = await get_api_context(request).event_store.read_stream(batch_id)
+    batch = fold_events(batches.fold, filter(as_of_filter(then), events))
     return {batch_id} if batch is not None and batch["paused"] else set()

@@ -18,14 +18,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobledger.api.context import Services, services
-from jobledger.api.routes.monitoring import for_monitors, workers_alive
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.api.context import ApiContext, get_api_context
+from jobledger.api.routes.monitoring import list_live_workers, require_monitor_role
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import failures, queue, statistics
 from jobledger.projections.views import jobs as view
 
-Responses = Counter[int]
+ResponseCounts = Counter[int]
 """How many answers of this process had which HTTP status."""
 
 
@@ -40,12 +40,12 @@ _OUTCOMES: Final = {
 }
 
 
-class CountedResponses:
+class ResponseCounterMiddleware:
     """Middleware: counts the answers."""
 
-    def __init__(self, app: ASGIApp, counted: Responses) -> None:
+    def __init__(self, app: ASGIApp, counts: ResponseCounts) -> None:
         self._app = app
-        self._counted = counted
+        self._counted = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counting(message: Message) -> None:
@@ -56,18 +56,18 @@ class CountedResponses:
         await self._app(scope, receive, counting)
 
 
-async def scrape(request: Request) -> Response:
+async def get_metrics(request: Request) -> Response:
     """GET /metrics"""
-    for_monitors(request)
-    known = services(request)
+    require_monitor_role(request)
+    known = get_api_context(request)
     registry = CollectorRegistry()
     found = [*await _of_the_ledger(known), *_of_this_process(known, request.app.state.responses)]
-    registry.register(Collected(lambda: found))
+    registry.register(CallbackCollector(lambda: found))
     ProcessCollector(registry=registry)
     return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-class Collected(Collector):
+class CallbackCollector(Collector):
     """What was put together, or is when it is asked for."""
 
     def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
@@ -78,15 +78,15 @@ class Collected(Collector):
         return self._collect()
 
 
-async def _of_the_ledger(known: Services) -> list[Metric]:
-    now = known.log.clock.estimate()
-    counted = await statistics.read(known.views, now)
-    events, took = await statistics.happened(known.views)
-    workers = await workers_alive(known.db, known.views)
-    head, views = await known.log.head(), known.checkpoint.position
-    classes, seconds = statistics.histogram(took)
-    oldest = await view.oldest_waiting(known.views)
-    unfolded = await known.log.read(after=views, limit=1) if views < head else []
+async def _of_the_ledger(known: ApiContext) -> list[Metric]:
+    now = known.event_store.clock.estimate()
+    counted = await statistics.load_statistics(known.views, now)
+    events, took = await statistics.load_event_and_duration_counts(known.views)
+    workers = await list_live_workers(known.db, known.views)
+    head, views = await known.event_store.head_position(), known.checkpoint.position
+    classes, seconds = statistics.duration_histogram(took)
+    oldest = await view.oldest_pending_created_at(known.views)
+    unfolded = await known.event_store.read(after=views, limit=1) if views < head else []
 
     jobs = GaugeMetricFamily("jobledger_jobs", "Jobs in the views, by status.", labels=["status"])
     for status, number in counted["jobs"].items():
@@ -124,7 +124,7 @@ async def _of_the_ledger(known: Services) -> list[Metric]:
                 (
                     "queue_jobs",
                     "Jobs that wait to be claimed, due or not.",
-                    await queue.depth(known.views),
+                    await queue.estimate_depth(known.views),
                 ),
                 ("log_head_position", "The newest position in the log.", head),
                 ("views_position", "The position that the views have reached.", views),
@@ -156,34 +156,36 @@ def _bound(seconds: float) -> str:
     return "+Inf" if seconds == float("inf") else str(seconds)
 
 
-def _of_this_process(known: Services, responses: Responses) -> list[Metric]:
+def _of_this_process(known: ApiContext, responses: ResponseCounts) -> list[Metric]:
     answered = CounterMetricFamily("jobledger_http_responses", "Answers of this process.", labels=["status"])
     for status, number in sorted(responses.items()):
         answered.add_metric([str(status)], number)
     return [
         answered,
-        GaugeMetricFamily("jobledger_live_streams", "Live streams that are open here.", len(known.streams)),
-        *of_any_process(known.log, known.changes),
+        GaugeMetricFamily("jobledger_live_streams", "Live streams that are open here.", len(known.live_streams)),
+        *collect_process_metrics(known.event_store, known.change_stream),
         _damaged_files(known),
     ]
 
 
-def _damaged_files(known: Services) -> Metric:
+def _damaged_files(known: ApiContext) -> Metric:
     damaged = CounterMetricFamily(
         "jobledger_result_files_damaged", "Result files this process opened and found to be changed in the store."
     )
-    damaged.add_metric([], known.store.checks.damaged)
+    damaged.add_metric([], known.file_store.integrity.damaged_count)
     return damaged
 
 
-def of_any_process(log: EventLog, changes: Changes) -> list[Metric]:
+def collect_process_metrics(log: EventStore, changes: ChangeStream) -> list[Metric]:
     """Return what every process knows of itself, whatever its roles are."""
     appends = HistogramMetricFamily("jobledger_append_duration_seconds", "How long appends of this process took.")
     appends.add_metric(
-        [], [(_bound(bound), number) for bound, number in log.appends.at_most()], log.appends.total_seconds
+        [],
+        [(_bound(bound), number) for bound, number in log.append_durations.cumulative_counts()],
+        log.append_durations.total_seconds,
     )
     restarts = CounterMetricFamily(
         "jobledger_change_stream_restarts", "How often this process had to open its change stream again."
     )
-    restarts.add_metric([], changes.restarts)
+    restarts.add_metric([], changes.restart_count)
     return [appends, restarts]

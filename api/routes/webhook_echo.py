@@ -11,20 +11,20 @@ from pymongo import ASCENDING, IndexModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import signed_in, who_asks
-from jobledger.api.context import query_of, services
-from jobledger.api.http.bodies import read_bytes
+from jobledger.api.auth.permissions import get_principal, require_user_id
+from jobledger.api.context import get_api_context, parse_query
+from jobledger.api.http.bodies import read_body_bytes
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.ledger.mongo.connection import Database, Document, driver_errors
+from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 
 COLLECTION: Final = "webhook_sink"
-KEPT: Final = timedelta(days=1)
-LARGEST_BODY_BYTES: Final = 1024 * 1024
+RETENTION: Final = timedelta(days=1)
+MAX_BODY_BYTES: Final = 1024 * 1024
 _MOST_SHOWN: Final = 100
 _SECRET_HEADERS: Final = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
-class SinkQuery(BaseModel):
+class WebhookEchoQuery(BaseModel):
     """How much of what was received is shown, the newest first."""
 
     model_config = ConfigDict(extra="forbid")
@@ -32,17 +32,17 @@ class SinkQuery(BaseModel):
     limit: int = Field(20, ge=1, le=_MOST_SHOWN)
 
 
-async def prepare(db: Database) -> None:
+async def create_indexes(db: Database) -> None:
     """Have what was received removed after a day."""
-    with driver_errors("preparing the sink for webhooks"):
-        seconds = int(KEPT.total_seconds())
+    with translate_errors("preparing the sink for webhooks"):
+        seconds = int(RETENTION.total_seconds())
         await db[COLLECTION].create_indexes([IndexModel([("at", ASCENDING)], expireAfterSeconds=seconds)])
 
 
-async def receive(request: Request) -> Response:
+async def receive_webhook_echo(request: Request) -> Response:
     """POST /api/events/test-webhook-callback"""
     _has_to_be_on(request)
-    user_id = signed_in(request)
+    user_id = require_user_id(request)
     received = {
         "_id": str(ObjectId()),
         "at": datetime.now(UTC),
@@ -50,20 +50,20 @@ async def receive(request: Request) -> Response:
         "headers": {
             name: "***" if name in _SECRET_HEADERS else value for name, value in sorted(request.headers.items())
         },
-        "body": (await read_bytes(request, LARGEST_BODY_BYTES)).decode(errors="replace"),
+        "body": (await read_body_bytes(request, MAX_BODY_BYTES)).decode(errors="replace"),
     }
-    with driver_errors("keeping a webhook that was received"):
-        await services(request).db[COLLECTION].insert_one(received)
+    with translate_errors("keeping a webhook that was received"):
+        await get_api_context(request).db[COLLECTION].insert_one(received)
     return json_response({"status": "success", "received": _shown(received)})
 
 
-async def listing(request: Request) -> Response:
+async def list_webhook_echoes(request: Request) -> Response:
     """GET /api/events/test-webhook-callback"""
     _has_to_be_on(request)
-    asked, principal = query_of(request, SinkQuery), who_asks(request)
-    mine: Document = {} if principal.sees_everything else {"user_id": signed_in(request)}
-    with driver_errors("reading the webhooks that were received"):
-        found = services(request).db[COLLECTION].find(mine, sort=[("at", -1)], limit=asked.limit)
+    asked, principal = parse_query(request, WebhookEchoQuery), get_principal(request)
+    mine: Document = {} if principal.is_admin else {"user_id": require_user_id(request)}
+    with translate_errors("reading the webhooks that were received"):
+        found = get_api_context(request).db[COLLECTION].find(mine, sort=[("at", -1)], limit=asked.limit)
         return json_response({"status": "success", "received": [_shown(it) async for it in found]})
 
 
@@ -72,5 +72,5 @@ def _shown(received: Document) -> dict[str, Any]:
 
 
 def _has_to_be_on(request: Request) -> None:
-    if not services(request).webhooks.sink:
+    if not get_api_context(request).webhook_options.echo_enabled:
         raise ApiError(404, "not_found", "The sink is off; `webhooks.sink: true` in config.yaml turns it on.")

@@ -9,16 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.permissions import signed_in, who_asks
-from jobledger.api.context import query_of, services
-from jobledger.api.http.bodies import optional_body
+from jobledger.api.auth.permissions import get_principal, require_user_id
+from jobledger.api.context import get_api_context, parse_query
+from jobledger.api.http.bodies import read_optional_json_body
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.ledger.store import endpoint_secrets
 
 _LONGEST_GRACE_SECONDS: Final = 30 * 86_400
 
 
-class EndpointList(BaseModel):
+class EndpointListQuery(BaseModel):
     """Which endpoints: your own; for admins, those of all users. `after`: the last `receiver` of the page before."""
 
     model_config = ConfigDict(extra="forbid")
@@ -27,7 +27,7 @@ class EndpointList(BaseModel):
     after: str = Field("", max_length=100)
 
 
-class RotateBody(BaseModel):
+class RotateSecretBody(BaseModel):
     """How long the old secret signs beside the new one, in seconds. 0: it stops at once."""
 
     model_config = ConfigDict(extra="forbid")
@@ -35,28 +35,30 @@ class RotateBody(BaseModel):
     grace_s: int = Field(86_400, strict=True, ge=0, le=_LONGEST_GRACE_SECONDS)
 
 
-async def listing(request: Request) -> Response:
+async def list_webhook_endpoints(request: Request) -> Response:
     """GET /api/monitoring/events/webhook-endpoints"""
-    asked, mine = query_of(request, EndpointList), signed_in(request)
-    user_id = None if who_asks(request).sees_everything else mine
-    found = await endpoint_secrets.page(services(request).db, user_id=user_id, limit=asked.limit, after=asked.after)
+    asked, mine = parse_query(request, EndpointListQuery), require_user_id(request)
+    user_id = None if get_principal(request).is_admin else mine
+    found = await endpoint_secrets.list_endpoints(
+        get_api_context(request).db, user_id=user_id, limit=asked.limit, after=asked.after
+    )
     return json_response({"status": "success", "endpoints": found})
 
 
-async def rotate(request: Request) -> Response:
+async def rotate_endpoint_secret(request: Request) -> Response:
     """POST /api/monitoring/events/webhook-endpoints/{receiver}/rotate-secret"""
-    body, _ = await optional_body(request, RotateBody)
+    body, _ = await read_optional_json_body(request, RotateSecretBody)
     receiver = await _own(request)
-    shown = await endpoint_secrets.rotate(services(request).db, receiver, timedelta(seconds=body.grace_s))
+    shown = await endpoint_secrets.rotate_secret(get_api_context(request).db, receiver, timedelta(seconds=body.grace_s))
     if shown is None:
         raise _not_found(receiver)
-    return json_response({"status": "success", **shown.as_answer()}, headers={"Cache-Control": "no-store"})
+    return json_response({"status": "success", **shown.to_response()}, headers={"Cache-Control": "no-store"})
 
 
-async def revoke(request: Request) -> Response:
+async def revoke_endpoint_secret(request: Request) -> Response:
     """DELETE /api/monitoring/events/webhook-endpoints/{receiver}/secret"""
     receiver = await _own(request)
-    if not await endpoint_secrets.revoke(services(request).db, receiver):
+    if not await endpoint_secrets.revoke_secrets(get_api_context(request).db, receiver):
         raise _not_found(receiver)
     return json_response({"status": "success"})
 
@@ -67,9 +69,9 @@ async def _own(request: Request) -> str:
     Raises:
         ApiError: 401, 404.
     """
-    mine, receiver = signed_in(request), request.path_params["receiver"]
-    found = await endpoint_secrets.get(services(request).db, receiver)
-    if found is None or not (who_asks(request).sees_everything or found["user_id"] == mine):
+    mine, receiver = require_user_id(request), request.path_params["receiver"]
+    found = await endpoint_secrets.get_endpoint(get_api_context(request).db, receiver)
+    if found is None or not (get_principal(request).is_admin or found["user_id"] == mine):
         raise _not_found(receiver)
     return str(receiver)
 

@@ -11,17 +11,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jobledger.ledger.domain.events import AccessControl, BatchStatus, Failure, JobResults, JobStatus, LogLine
+from jobledger.ledger.domain.events import AccessControl, BatchStatus, Failure, JobResults, JobStatus, LogEntry
 
 
-class Problem(BaseModel):
+class FieldError(BaseModel):
     """One wrong field: where it stands, as `jobs[3].parameters.url`, and what would be right."""
 
     path: str
     message: str
 
 
-class Error(BaseModel):
+class ErrorResponse(BaseModel):
     """Every failure. `code` is for programs, `message` for people; `details.errors` names wrong fields."""
 
     status: Literal["error"]
@@ -30,7 +30,7 @@ class Error(BaseModel):
     details: dict[str, Any]
 
 
-class Success(BaseModel):
+class SuccessResponse(BaseModel):
     """The envelope of every success."""
 
     status: Literal["success"]
@@ -39,7 +39,7 @@ class Success(BaseModel):
 # Jobs -------------------------------------------------------------------------------------------------------------
 
 
-class ShownWebhook(BaseModel):
+class WebhookResource(BaseModel):
     """A webhook. The values of its headers are hidden; without admin access their names and the URL's path are, too."""
 
     url: str
@@ -75,7 +75,7 @@ class Step(BaseModel):
     version: int
 
 
-class ShownResults(JobResults):
+class ResultsResource(JobResults):
     """The results of a completed job."""
 
     markdown_file: str | None
@@ -91,7 +91,7 @@ class ProjectionError(BaseModel):
     message: str
 
 
-class Cut(BaseModel):
+class PartialDocument(BaseModel):
     """What is there only when a document does not show everything."""
 
     truncated: list[str] = Field([], description="Fields of which only a part is kept, because they are too large.")
@@ -103,7 +103,7 @@ class Cut(BaseModel):
     )
 
 
-class ShownJob(Cut):
+class JobResource(PartialDocument):
     """A job. Its ETag begins with `version`; `position` is that of the last event that is in it."""
 
     job_id: str
@@ -115,12 +115,12 @@ class ShownJob(Cut):
     started_at: datetime | None
     completed_at: datetime | None
     parameters: dict[str, Any]
-    webhook: ShownWebhook | None
+    webhook: WebhookResource | None
     batch_id: str | None
     progress: Progress
-    results: ShownResults | None
+    results: ResultsResource | None
     error: Failure | None = Field(description="Of the last attempt that failed.")
-    logs: list[LogLine] = Field(max_length=100, description="The newest; all of them: `…/logs`.")
+    logs: list[LogEntry] = Field(max_length=100, description="The newest; all of them: `…/logs`.")
     worker_id: str | None = Field(description="A pseudonym without admin access.")
     attempt: int
     retries: int
@@ -142,20 +142,20 @@ class ShownJob(Cut):
     paused: bool = Field(description="It waits because its batch is paused.")
 
 
-class OneJob(Success):
+class JobResponse(SuccessResponse):
     """A job."""
 
-    job: ShownJob
+    job: JobResource
 
 
-class JobChanged(Success):
+class JobActionResponse(SuccessResponse):
     """A job as it is after what was done; null when it was deleted."""
 
     job_id: str
-    job: ShownJob | None
+    job: JobResource | None
 
 
-class NewSecret(BaseModel):
+class NewWebhookSecret(BaseModel):
     """What webhooks to an endpoint are signed with. It is shown this once."""
 
     receiver: str
@@ -163,41 +163,41 @@ class NewSecret(BaseModel):
     secret: str
 
 
-_NEW_SECRETS = "Secrets of endpoints that were used for the first time. They are not shown again."
+_NEW_SECRETS_DESCRIPTION = "Secrets of endpoints that were used for the first time. They are not shown again."
 
 
-class JobAccepted(Success):
+class JobAcceptedResponse(SuccessResponse):
     """A job that was submitted."""
 
     job_id: str
-    job: ShownJob
-    webhook_secrets: list[NewSecret] = Field([], description=_NEW_SECRETS)
+    job: JobResource
+    webhook_secrets: list[NewWebhookSecret] = Field([], description=_NEW_SECRETS_DESCRIPTION)
     warnings: list[str] = []
 
 
-class Listed(Success):
+class ListResponse(SuccessResponse):
     total: int
     total_is_lower_bound: bool = Field(default=False, description="There are at least so many.")
     next: str | None = Field(None, description="The cursor of the next page; there is none on the last.")
 
 
-class Jobs(Listed):
+class JobListResponse(ListResponse):
     """A page of jobs."""
 
-    jobs: list[ShownJob]
+    jobs: list[JobResource]
 
 
 # Batches ----------------------------------------------------------------------------------------------------------
 
 
-class Spent(BaseModel):
+class BatchSummaryResource(BaseModel):
     """What a batch's completed jobs took: seconds, and tokens of language models."""
 
     duration: float
     tokens_used: int
 
 
-class ShownBatch(Cut):
+class BatchResource(PartialDocument):
     """A batch, and how many of its jobs are how far."""
 
     batch_id: str
@@ -213,9 +213,9 @@ class ShownBatch(Cut):
     completed_jobs: int
     failed_jobs: int
     cancelled_jobs: int
-    webhook: ShownWebhook | None
+    webhook: WebhookResource | None
     parameters: dict[str, Any]
-    summary: Spent
+    summary: BatchSummaryResource
     user_id: str
     access_control: AccessControl
     teams: list[str]
@@ -225,29 +225,29 @@ class ShownBatch(Cut):
     position: int
 
 
-class OneBatch(Success):
+class BatchResponse(SuccessResponse):
     """A batch."""
 
-    batch: ShownBatch
+    batch: BatchResource
 
 
-class Batches(Listed):
+class BatchListResponse(ListResponse):
     """A page of batches."""
 
-    batches: list[ShownBatch]
+    batches: list[BatchResource]
 
 
-class BatchAccepted(Success):
+class BatchAcceptedResponse(SuccessResponse):
     """A batch that was submitted, with all of its jobs."""
 
     batch_id: str
     job_ids: list[str]
-    batch: ShownBatch
-    webhook_secrets: list[NewSecret] = Field([], description=_NEW_SECRETS)
+    batch: BatchResource
+    webhook_secrets: list[NewWebhookSecret] = Field([], description=_NEW_SECRETS_DESCRIPTION)
     warnings: list[str] = []
 
 
-class BatchNow(BaseModel):
+class BatchStateResource(BaseModel):
     """What a batch's own events say of it. The counts of its jobs are in the views, at the `Ledger-Position`."""
 
     batch_id: str
@@ -259,7 +259,7 @@ class BatchNow(BaseModel):
     position: int
 
 
-class JobsCounted(BaseModel):
+class BulkJobCounts(BaseModel):
     """What became of a batch's jobs."""
 
     total: int
@@ -268,7 +268,7 @@ class JobsCounted(BaseModel):
     refused: int
 
 
-class RefusedJob(BaseModel):
+class RejectedJob(BaseModel):
     """A job that was left as it is, and why."""
 
     job_id: str
@@ -276,25 +276,25 @@ class RefusedJob(BaseModel):
     message: str
 
 
-class BatchSwitched(Success):
+class BatchActionResponse(SuccessResponse):
     """A batch as it is after what was done; null when it was deleted."""
 
     batch_id: str
-    batch: BatchNow | None
+    batch: BatchStateResource | None
 
 
-class BatchChanged(BatchSwitched):
+class BulkActionResponse(BatchActionResponse):
     """The same, and what was done to its jobs; `refused` names the first hundred."""
 
-    jobs: JobsCounted
+    jobs: BulkJobCounts
     events: dict[str, int]
-    refused: list[RefusedJob]
+    refused: list[RejectedJob]
 
 
 # The log ----------------------------------------------------------------------------------------------------------
 
 
-class EventMeta(BaseModel):
+class EventMetadataResource(BaseModel):
     """Where an event comes from."""
 
     actor: str
@@ -304,7 +304,7 @@ class EventMeta(BaseModel):
     request: str = Field("", description="Tells a request with an Idempotency-Key that is repeated from a new one.")
 
 
-class ShownEvent(BaseModel):
+class EventResource(BaseModel):
     """An event of the log. `data` depends on its `type`."""
 
     position: int
@@ -315,57 +315,57 @@ class ShownEvent(BaseModel):
     time: datetime
     schema_version: int = Field(alias="schema")
     data: dict[str, Any]
-    meta: EventMeta
+    meta: EventMetadataResource
     hash: str | None = Field(description="null without admin access: it covers what is hidden.")
     unreadable: str | None = Field(None, description="Why an event that was changed in the database cannot be shown.")
 
 
-class History(Success):
+class HistoryResponse(SuccessResponse):
     """A page of one stream."""
 
-    events: list[ShownEvent]
+    events: list[EventResource]
     next: int | None = Field(None, description="`after_version` of the next page; there is none on the last.")
 
 
-class ShownLine(LogLine):
+class LogLineResource(LogEntry):
     """A log line. Several may come from one event, whose `version` they share."""
 
     attempt: int | None
     version: int
 
 
-class LogLines(Success):
+class LogLinesResponse(SuccessResponse):
     """A page of log lines."""
 
-    logs: list[ShownLine]
+    logs: list[LogLineResource]
     next: int | None = Field(None, description="`after_version` of the next page; there is none on the last.")
 
 
-class Events(Success):
+class EventListResponse(SuccessResponse):
     """A page of the log. `last_position` is how far was looked: `after` of the next page."""
 
-    events: list[ShownEvent]
+    events: list[EventResource]
     last_position: int
     head: int
 
 
-class ProjectorNow(BaseModel):
+class ProjectorStatus(BaseModel):
     position: int
     lag: int
 
 
-class LogHead(Success):
+class LogHeadResponse(SuccessResponse):
     """The last position of the log, the first, and how far the views are."""
 
     head: int
     oldest: int
-    projector: ProjectorNow
+    projector: ProjectorStatus
 
 
 # The rest ---------------------------------------------------------------------------------------------------------
 
 
-class SignedLink(Success):
+class SignedLinkResponse(SuccessResponse):
     """A link that opens a file without sign-in."""
 
     url: str
@@ -417,7 +417,7 @@ class Durations(BaseModel):
     p99_seconds: float | None
 
 
-class Minute(BaseModel):
+class MinuteStatistics(BaseModel):
     """What ended in one minute, and how long completed jobs took on average."""
 
     began: datetime
@@ -427,7 +427,7 @@ class Minute(BaseModel):
     average_seconds: float | None
 
 
-class WorkerNow(BaseModel):
+class WorkerStatus(BaseModel):
     """A worker, how many jobs it may run, and how many it does."""
 
     worker_id: str
@@ -439,13 +439,13 @@ class WorkerNow(BaseModel):
     unhealthy_since: datetime | None
 
 
-class LogNow(BaseModel):
+class LogStatus(BaseModel):
     head: int
     views: int
     lag: int
 
 
-class Stats(BaseModel):
+class StatisticsContent(BaseModel):
     """Counters, never counted."""
 
     jobs: JobCounts
@@ -454,24 +454,24 @@ class Stats(BaseModel):
     tracks: list[TrackCounts] = Field(description="The first thousand by name.")
     throughput: Throughput
     durations: Durations
-    minutes: list[Minute] = Field(description="The last 60, the oldest first.")
-    workers: list[WorkerNow]
-    log: LogNow
+    minutes: list[MinuteStatistics] = Field(description="The last 60, the oldest first.")
+    workers: list[WorkerStatus]
+    log: LogStatus
 
 
-class Statistics(Success):
+class StatisticsResponse(SuccessResponse):
     """How everything is."""
 
-    stats: Stats
+    stats: StatisticsContent
 
 
-class Ready(Success):
+class ReadinessResponse(SuccessResponse):
     """It can serve. `views` is the position that the views have reached."""
 
     views: int
 
 
-class Index(Success):
+class IndexResponse(SuccessResponse):
     """Where things are."""
 
     service: Literal["jobledger"]

@@ -6,12 +6,12 @@ from datetime import datetime
 
 from pydantic import BaseModel, Field
 
-from jobledger.api.schemas.responses import Cut, Listed, Success
+from jobledger.api.schemas.responses import ListResponse, PartialDocument, SuccessResponse
 from jobledger.ledger.domain.delivery import DeliveryStatus
-from jobledger.ledger.domain.events import Ending, Failure
+from jobledger.ledger.domain.events import Failure, WebhookEventType
 
 
-class Attempt(BaseModel):
+class DeliveryAttempt(BaseModel):
     """One call of a receiver. `error` is null if it answered with 2xx; `response` is the beginning of its answer."""
 
     attempt: int
@@ -24,7 +24,7 @@ class Attempt(BaseModel):
     next_at: datetime | None
 
 
-class ShownDelivery(Cut):
+class DeliveryResource(PartialDocument):
     """A webhook, sent or to be sent. `sequence` is its number for its `receiver`, 1, 2, 3 …; the id is `webhook-id`.
 
     Without admin access to the job or batch, `url` is only its host, and what the receiver answered is hidden.
@@ -32,7 +32,7 @@ class ShownDelivery(Cut):
 
     delivery_id: str
     status: DeliveryStatus
-    type: Ending
+    type: WebhookEventType
     job_id: str | None
     batch_id: str | None
     source_version: int
@@ -48,31 +48,31 @@ class ShownDelivery(Cut):
     delivered_at: datetime | None
     reason: str | None
     attempt: int
-    attempts: list[Attempt] = Field(description="The newest fifty.")
+    attempts: list[DeliveryAttempt] = Field(description="The newest fifty.")
     version: int
     position: int
 
 
-class Deliveries(Listed):
+class DeliveryListResponse(ListResponse):
     """A page of webhooks."""
 
-    deliveries: list[ShownDelivery]
+    deliveries: list[DeliveryResource]
 
 
-class OneDelivery(Success):
+class DeliveryResponse(SuccessResponse):
     """One webhook."""
 
-    delivery: ShownDelivery
+    delivery: DeliveryResource
 
 
-class Redelivered(Success):
+class RedeliveryResponse(SuccessResponse):
     """How many are to be sent again. `more`: there are others; ask again."""
 
     redelivered: int
     more: bool
 
 
-class ShownEndpoint(BaseModel):
+class EndpointResource(BaseModel):
     """A URL to which webhooks of a user go. `old_secret_until`: so long an old secret signs beside the new one."""
 
     receiver: str
@@ -84,13 +84,13 @@ class ShownEndpoint(BaseModel):
     revoked: bool = Field(description="It has no secret, and nothing is sent, until its secret is rotated.")
 
 
-class Endpoints(Success):
+class EndpointListResponse(SuccessResponse):
     """A page of endpoints."""
 
-    endpoints: list[ShownEndpoint]
+    endpoints: list[EndpointResource]
 
 
-class Rotated(Success):
+class RotatedSecretResponse(SuccessResponse):
     """The new secret of an endpoint. It is shown this once."""
 
     receiver: str
@@ -98,7 +98,7 @@ class Rotated(Success):
     secret: str
 
 
-class Received(BaseModel):
+class EchoedWebhook(BaseModel):
     """What the sink was sent."""
 
     id: str
@@ -108,13 +108,13 @@ class Received(BaseModel):
     body: str
 
 
-class OneReceived(Success):
+class WebhookEchoResponse(SuccessResponse):
     """The sink has kept it."""
 
-    received: Received
+    received: EchoedWebhook
 
 
-class AllReceived(Success):
+class WebhookEchoListResponse(SuccessResponse):
     """What the sink was sent, the newest first."""
 
-    received: list[Received]
+    received: list[EchoedWebhook]

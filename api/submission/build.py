@@ -10,30 +10,30 @@ from typing import Any, Final
 from bson import ObjectId
 from starlette.requests import Request
 
-from jobledger.api.context import Services, services
-from jobledger.api.http.bodies import off_loop
-from jobledger.api.http.errors import ApiError, path
-from jobledger.api.http.validation import validated
+from jobledger.api.context import ApiContext, get_api_context
+from jobledger.api.http.bodies import run_off_loop
+from jobledger.api.http.errors import ApiError, format_location
+from jobledger.api.http.validation import validate_content
 from jobledger.api.schemas.requests import JobBody, WebhookBody
-from jobledger.api.submission.parameters import Check
+from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain.events import AccessControl, BatchSubmitted, JobSubmitted, Webhook
-from jobledger.ledger.mongo.connection import driver_errors
-from jobledger.ledger.net.url_policy import NO_USERINFO, AllowedHosts, has_userinfo, hopeless
-from jobledger.ledger.store.endpoint_secrets import Endpoint, ShownSecret, ensure
+from jobledger.ledger.mongo.connection import translate_errors
+from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, AllowedHosts, has_userinfo, rejection_reason
+from jobledger.ledger.store.endpoint_secrets import Endpoint, RevealedSecret, ensure_secrets
 
 
 @dataclass(frozen=True, slots=True)
-class Secrets:
+class WebhookSecrets:
     """What of a webhook is kept out of the log, in a collection of its own: values of headers, and signing secrets."""
 
-    reference: str
+    secrets_ref: str
     headers: dict[str, str]
     signing: list[str]
 
 
-def submission(
+def build_job_submitted(
     body: JobBody,
-    known: Services,
+    ctx: ApiContext,
     *,
     user_id: str,
     teams: Collection[str],
@@ -48,14 +48,14 @@ def submission(
     Raises:
         ApiError: 422, when the job type is unknown; 503, when its processor is installed but cannot be used.
     """
-    if (why := known.unusable_types.get(body.job_type)) is not None:
-        place = path((*within, "job_type"))
+    if (why := ctx.unavailable_job_types.get(body.job_type)) is not None:
+        place = format_location((*within, "job_type"))
         message = f"{place}: job type {body.job_type!r} cannot be used on this server now: {why}"
         raise ApiError(503, "job_type_unusable", message)
-    if body.job_type not in known.job_types:
-        names = ", ".join(sorted(known.job_types))
+    if body.job_type not in ctx.job_types:
+        names = ", ".join(sorted(ctx.job_types))
         problem = {
-            "path": path((*within, "job_type")),
+            "path": format_location((*within, "job_type")),
             "message": f"unknown job type {body.job_type!r}; there are: {names}",
         }
         message = f"{problem['path']}: {problem['message']}"
@@ -76,19 +76,19 @@ def submission(
     )
 
 
-async def check_parameters(request: Request, checks: Sequence[Check]) -> None:
+async def check_parameters(request: Request, checks: Sequence[ParameterCheck]) -> None:
     """Make sure that parameters fit their job types.
 
     Raises:
         ApiError: 422, naming each wrong field of the first job that has any; 503, when a plug-in's validator takes too
             long.
     """
-    await off_loop(request, _refuse_userinfo_in, checks)
-    await off_loop(request, _check_trusted, [it for it in checks if it.is_trusted])
-    await services(request).parameters.check(it for it in checks if not it.is_trusted)
+    await run_off_loop(request, _refuse_userinfo_in, checks)
+    await run_off_loop(request, _check_trusted, [it for it in checks if it.is_trusted])
+    await get_api_context(request).parameter_validator.check(it for it in checks if not it.is_trusted)
 
 
-def refuse_userinfo(parameters: Mapping[str, Any], within: tuple[str | int, ...]) -> None:
+def check_no_userinfo(parameters: Mapping[str, Any], within: tuple[str | int, ...]) -> None:
     """Refuse URLs with a user name or password, wherever they are: parameters are published with the results.
 
     Any text that is such a URL is refused, because plug-ins also take URLs as plain text.
@@ -97,17 +97,17 @@ def refuse_userinfo(parameters: Mapping[str, Any], within: tuple[str | int, ...]
         ApiError: 422.
     """
     problems = [
-        {"path": path(place), "message": NO_USERINFO}
+        {"path": format_location(place), "message": USERINFO_MESSAGE}
         for place in islice(_places_with_userinfo(parameters, within), _PROBLEMS_NAMED)
     ]
     if problems:
-        message = f"{problems[0]['path']}: {NO_USERINFO}"
+        message = f"{problems[0]['path']}: {USERINFO_MESSAGE}"
         raise ApiError(422, "invalid_content", message, details={"errors": problems})
 
 
-def _refuse_userinfo_in(checks: Sequence[Check]) -> None:
+def _refuse_userinfo_in(checks: Sequence[ParameterCheck]) -> None:
     for it in checks:
-        refuse_userinfo(it.parameters, it.within)
+        check_no_userinfo(it.parameters, it.within)
 
 
 def _places_with_userinfo(value: Any, place: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
@@ -127,14 +127,14 @@ _NESTED: Final = (str, dict, list)
 _PROBLEMS_NAMED: Final = 100
 
 
-def _check_trusted(checks: Sequence[Check]) -> None:
+def _check_trusted(checks: Sequence[ParameterCheck]) -> None:
     for it in checks:
-        validated(it.model, it.parameters, within=it.within)
+        validate_content(it.model, it.parameters, within=it.within)
 
 
-def split_webhook(
-    body: WebhookBody | None, known: Services, within: tuple[str | int, ...] = ()
-) -> tuple[Webhook | None, Secrets | None]:
+def extract_webhook_secrets(
+    body: WebhookBody | None, ctx: ApiContext, within: tuple[str | int, ...] = ()
+) -> tuple[Webhook | None, WebhookSecrets | None]:
     """Return the webhook as it may stand in the log, and what must not; `within` is where the body stands.
 
     Raises:
@@ -142,16 +142,16 @@ def split_webhook(
     """
     if body is None:
         return None, None
-    if (why := hopeless(body.url, AllowedHosts(known.webhooks.allow_private))) is not None:
-        place = path((*within, "webhook", "url"))
+    if (why := rejection_reason(body.url, AllowedHosts(ctx.webhook_options.allowed_private_hosts))) is not None:
+        place = format_location((*within, "webhook", "url"))
         problem = {"path": place, "message": why}
         raise ApiError(422, "invalid_content", f"{place}: {why}", details={"errors": [problem]})
     secret = body.headers or body.secrets
-    secrets = Secrets(f"headers-{ObjectId()}", body.headers, body.secrets) if secret else None
+    secrets = WebhookSecrets(f"headers-{ObjectId()}", body.headers, body.secrets) if secret else None
     webhook = Webhook(
         url=body.url,
         header_names=sorted(body.headers),
-        headers_ref=secrets.reference if secrets else None,
+        headers_ref=secrets.secrets_ref if secrets else None,
         include_markdown=body.include_markdown,
         include_metadata=body.include_metadata,
         signed=bool(body.secrets),
@@ -159,24 +159,26 @@ def split_webhook(
     return webhook, secrets
 
 
-def endpoints_of(*submitted: JobSubmitted | BatchSubmitted) -> set[Endpoint]:
+def collect_signing_endpoints(*submitted: JobSubmitted | BatchSubmitted) -> set[Endpoint]:
     """Return the endpoints whose own secrets sign: those of webhooks that bring none."""
     return {
         Endpoint(it.user_id, it.webhook.url) for it in submitted if it.webhook is not None and not it.webhook.signed
     }
 
 
-def webhook_secrets(shown: Collection[ShownSecret]) -> dict[str, list[dict[str, str]]]:
+def format_new_secrets(shown: Collection[RevealedSecret]) -> dict[str, list[dict[str, str]]]:
     """Return the part of an answer that shows new secrets; nothing if there are none."""
-    return {"webhook_secrets": [it.as_answer() for it in shown]} if shown else {}
+    return {"webhook_secrets": [it.to_response() for it in shown]} if shown else {}
 
 
-async def keep(known: Services, *secrets: Secrets | None, endpoints: Collection[Endpoint] = ()) -> None:
+async def store_webhook_secrets(
+    ctx: ApiContext, *secrets: WebhookSecrets | None, endpoints: Collection[Endpoint] = ()
+) -> None:
     """Store secrets of webhooks before the event that refers to them: never the other way round."""
-    await ensure(known.db, endpoints)
+    await ensure_secrets(ctx.db, endpoints)
     documents = [
-        {"_id": it.reference, "headers": it.headers, "secrets": it.signing} for it in secrets if it is not None
+        {"_id": it.secrets_ref, "headers": it.headers, "secrets": it.signing} for it in secrets if it is not None
     ]
     if documents:
-        with driver_errors("storing the secrets of webhooks"):
-            await known.db.webhook_headers.insert_many(documents)
+        with translate_errors("storing the secrets of webhooks"):
+            await ctx.db.webhook_headers.insert_many(documents)

@@ -15,9 +15,9 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from jobledger.api.http.errors import ApiError, path
-from jobledger.api.processes.limited_function import CallTimeout, LimitedFunction, ProcessEnded, TooBusy
-from jobledger.api.submission.plugin_validation import failed
+from jobledger.api.http.errors import ApiError, format_location
+from jobledger.api.processes.limited_function import CallTimeout, LimitedFunction, ProcessEnded, ProcessPoolBusy
+from jobledger.api.submission.plugin_validation import build_validator_error
 
 _OWN_MODELS: Final = "jobledger.workers."
 _PROCESSES: Final = 2
@@ -28,7 +28,7 @@ _QUEUE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class ParameterCheck:
     """Parameters to validate, and where they stand in the body."""
 
     job_type: str
@@ -42,21 +42,21 @@ class Check:
         return self.model.__module__.startswith(_OWN_MODELS)
 
 
-class ParametersValidator:
+class ParameterValidator:
     """Applies models of plug-ins in limited processes."""
 
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
         self._functions: dict[str, LimitedFunction] = {}
 
-    async def check(self, checks: Iterable[Check]) -> None:
+    async def check(self, checks: Iterable[ParameterCheck]) -> None:
         """Apply models of plug-ins, one job type after the other.
 
         Raises:
             ApiError: 422, naming the first hundred wrong fields of a job, or why there is no verdict; 503, when it
                 takes too long.
         """
-        by_type: dict[str, list[Check]] = {}
+        by_type: dict[str, list[ParameterCheck]] = {}
         for it in checks:
             by_type.setdefault(it.job_type, []).append(it)
         for job_type, wanted in by_type.items():
@@ -77,7 +77,7 @@ class ParametersValidator:
             )
         return self._functions[job_type]
 
-    async def _answer(self, job_type: str, checks: list[Check]) -> Any:
+    async def _answer(self, job_type: str, checks: list[ParameterCheck]) -> Any:
         request = to_json(
             [
                 {
@@ -92,12 +92,12 @@ class ParametersValidator:
         seconds = min(self._seconds + _SECONDS_PER_JOB * len(checks), _MOST_SECONDS)
         try:
             return await self._function(job_type).call(request, seconds)
-        except TooBusy:
+        except ProcessPoolBusy:
             raise _too_slow("Other requests are being validated. Try again later.") from None
         except CallTimeout as error:
             raise _too_slow(f"Validating parameters of job type {job_type} {error}.") from None
         except ProcessEnded as error:
-            return failed(path(checks[0].within), job_type, str(error))
+            return build_validator_error(format_location(checks[0].within), job_type, str(error))
 
 
 def _too_slow(why: str) -> ApiError:

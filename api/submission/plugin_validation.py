@@ -9,27 +9,29 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from jobledger.api.http.errors import ApiError, path
-from jobledger.api.http.validation import validated
+from jobledger.api.http.errors import ApiError, format_location
+from jobledger.api.http.validation import validate_content
 
 _RAISED: Final = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
 """What a validator may raise. Anything else ends the process, which is an answer, too."""
 
 
-def answer_to(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def validate_parameters(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the first error, as the arguments of `ApiError`, or None."""
     for check in checks:
         where = tuple(check["within"])
         try:
-            validated(_model(check["model"]), check["parameters"], within=where)
+            validate_content(_model(check["model"]), check["parameters"], within=where)
         except ApiError as error:
             return {"status": error.status, "code": error.code, "message": error.message, "details": error.details}
         except _RAISED as error:
-            return failed(path(where), check["job_type"], f"raised {type(error).__name__}: {_text_of(error)}")
+            return build_validator_error(
+                format_location(where), check["job_type"], f"raised {type(error).__name__}: {_text_of(error)}"
+            )
     return None
 
 
-def failed(where: str, job_type: str, why: str) -> dict[str, Any]:
+def build_validator_error(where: str, job_type: str, why: str) -> dict[str, Any]:
     """Return the error for a validator that gives no verdict."""
     message = f"could not be validated: the validator of job type {job_type!r} {why}"
     return {

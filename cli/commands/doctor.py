@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.text import Text
 
-from jobledger.cli.composition import database, file_store, find_store_marker
-from jobledger.cli.formatting import moment
+from jobledger.cli.composition import find_store_marker, open_database, open_file_store
+from jobledger.cli.formatting import format_timestamp
 from jobledger.cli.server_support import support_warning
 from jobledger.cli.settings import Settings
 from jobledger.cli.terminal_text import SafeTable
@@ -24,7 +24,7 @@ from jobledger.ledger.domain.errors import (
     JobledgerError,
     LogTruncated,
     ResourceUnavailable,
-    os_failure,
+    classify_os_error,
 )
 from jobledger.ledger.files import store_marker
 from jobledger.ledger.files.directory import DirectoryStore
@@ -32,30 +32,30 @@ from jobledger.ledger.files.gridfs import COLLECTIONS
 from jobledger.ledger.mongo.connection import (
     OPLOG_ADVICE,
     Database,
-    driver_errors,
-    oplog_window,
-    transaction_limit_seconds,
+    read_oplog_window,
+    read_transaction_limit_seconds,
+    translate_errors,
 )
 from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS, find_mongod
-from jobledger.ledger.store.event_store import EventLog, Read
-from jobledger.ledger.system.disk_space import MIB, free_bytes, nearest_directory, write_problem
-from jobledger.projections.engine.health import AHEAD, why_stalled
+from jobledger.ledger.store.event_store import EventStore, ReadPosition
+from jobledger.ledger.system.disk_space import MIB, find_write_problem, free_bytes, nearest_existing_directory
+from jobledger.projections.engine.health import VIEWS_AHEAD_REASON, stall_reason
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import failures, files, jobs
 from jobledger.workers import cleanup
 from jobledger.workers.child import confinement
-from jobledger.workers.machine_health import MachineTrouble
+from jobledger.workers.machine_health import MachineFailure
 from jobledger.workers.registry import (
     ProcessorUnusable,
     check_plugins,
     check_preload,
+    disable_job_type,
     is_built_in,
-    processors,
-    unusable_types,
-    withdraw,
+    load_processors,
+    unusable_job_types,
 )
 from jobledger.workers.sandbox import restrictions, runner
-from jobledger.workers.scratch import Scratch
+from jobledger.workers.scratch import ScratchDirectory
 
 _CLOCKS_APART_SECONDS = 2.0
 _STALLED_AFTER_SECONDS = 12.0
@@ -72,28 +72,28 @@ _CODECS = {"av": "video and audio", "pypdfium2": "PDF slides", "PIL": "images", 
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One thing that was looked at. `advice` is what to do when it is not `good`."""
 
-    what: str
-    good: bool
-    found: str
+    name: str
+    is_ok: bool
+    detail: str
     advice: str = ""
 
 
-def as_table(findings: Iterable[Finding]) -> SafeTable:
+def results_table(findings: Iterable[CheckResult]) -> SafeTable:
     """Return findings for people."""
     table = SafeTable("", "", "", show_header=False)
     for finding in findings:
-        sign = Text("ok", style="green") if finding.good else Text("no", style="red")
-        table.add_row(sign, finding.what, finding.found if finding.good else f"{finding.found}. {finding.advice}")
+        sign = Text("ok", style="green") if finding.is_ok else Text("no", style="red")
+        table.add_row(sign, finding.name, finding.detail if finding.is_ok else f"{finding.detail}. {finding.advice}")
     return table
 
 
-def look_at_machine(settings: Settings) -> Iterator[Finding]:
+def check_machine(settings: Settings) -> Iterator[CheckResult]:
     """Yield what can be seen without a database."""
-    yield Finding("Python", sys.version_info >= (3, 11), sys.version.split()[0], "Python 3.11 or newer is needed.")
-    if settings.mongodb.embedded:
+    yield CheckResult("Python", sys.version_info >= (3, 11), sys.version.split()[0], "Python 3.11 or newer is needed.")
+    if settings.mongodb.is_embedded:
         yield _finding("MongoDB server", lambda: str(find_mongod()))
         yield _space("Disk of the database", settings.mongodb.data_dir, settings)
     if isinstance(store := settings.results.store, Path):
@@ -101,69 +101,71 @@ def look_at_machine(settings: Settings) -> Iterator[Finding]:
     for module, purpose in _CODECS.items():
         yield _finding(f"Library for {purpose}", partial(_version, module))
     check_plugins()
-    for job_type in filter(is_built_in, list(processors())):
+    for job_type in filter(is_built_in, list(load_processors())):
         try:
             check_preload(job_type)
         except ProcessorUnusable as error:
-            withdraw(job_type, str(error))
-    yield from look_at_confinement(settings)
-    yield _finding("Job types", lambda: ", ".join(sorted(processors())))
-    for job_type, why in unusable_types().items():
-        yield Finding(f"Job type {job_type}", good=False, found="not usable", advice=why)
+            disable_job_type(job_type, str(error))
+    yield from check_confinement(settings)
+    yield _finding("Job types", lambda: ", ".join(sorted(load_processors())))
+    for job_type, why in unusable_job_types().items():
+        yield CheckResult(f"Job type {job_type}", is_ok=False, detail="not usable", advice=why)
     yield _finding("Scratch space", lambda: _scratch(settings))
 
 
-def look_at_confinement(settings: Settings) -> Iterator[Finding]:
+def check_confinement(settings: Settings) -> Iterator[CheckResult]:
     """Yield whether job processes and helper programs can be confined on this machine.
 
     Work goes on without, so only what the settings require is a fault.
     """
-    mode, version = settings.event_worker.confine, restrictions.landlock_version()
+    mode, version = settings.event_worker.confinement, restrictions.landlock_version()
     if mode == "off":
-        yield Finding("Confinement of jobs", good=True, found="off (event_worker.confine)")
+        yield CheckResult("Confinement of jobs", is_ok=True, detail="off (event_worker.confine)")
     elif version:
-        limits = "" if version >= restrictions.SIGNALS_VERSION else "; signals are not restricted before Linux 6.12"
+        limits = (
+            "" if version >= restrictions.LANDLOCK_SIGNALS_VERSION else "; signals are not restricted before Linux 6.12"
+        )
         if not restrictions.can_make_read_only():
             limits += "; modes and times of files are not protected, because jobs may not have mounts of their own"
-        yield Finding("Confinement of jobs", good=True, found=f"Landlock, version {version}{limits}")
+        yield CheckResult("Confinement of jobs", is_ok=True, detail=f"Landlock, version {version}{limits}")
     else:
-        found = "none: this kernel offers no Landlock" + (f". {confinement.ADVICE}" if mode == "auto" else "")
-        yield Finding("Confinement of jobs", mode == "auto", found, confinement.ADVICE)
-    trials = runner.tried()
-    if trials[-1].works:
-        yield Finding("Sandbox for helper programs", good=True, found=trials[-1].method)
+        found = "none: this kernel offers no Landlock" + (f". {confinement.LANDLOCK_ADVICE}" if mode == "auto" else "")
+        yield CheckResult("Confinement of jobs", mode == "auto", found, confinement.LANDLOCK_ADVICE)
+    trials = runner.probe_methods()
+    if trials[-1].is_working:
+        yield CheckResult("Sandbox for helper programs", is_ok=True, detail=trials[-1].method)
     else:
         reasons = "; ".join(f"{trial.method}: {trial.reason}" for trial in trials)
-        found = f"none ({reasons}): LibreOffice and yt-dlp are not run. {runner.ADVICE}"
-        yield Finding("Sandbox for helper programs", good=True, found=found)
+        found = f"none ({reasons}): LibreOffice and yt-dlp are not run. {runner.SANDBOX_ADVICE}"
+        yield CheckResult("Sandbox for helper programs", is_ok=True, detail=found)
 
 
-def _finding(what: str, look: Callable[[], str]) -> Finding:
+def _finding(what: str, look: Callable[[], str]) -> CheckResult:
     try:
-        return Finding(what, good=True, found=look())
-    except (JobledgerError, MachineTrouble, ImportError, OSError) as error:
-        return Finding(what, good=False, found="not usable", advice=str(error))
+        return CheckResult(what, is_ok=True, detail=look())
+    except (JobledgerError, MachineFailure, ImportError, OSError) as error:
+        return CheckResult(what, is_ok=False, detail="not usable", advice=str(error))
 
 
 def _scratch(settings: Settings) -> str:
     worker = settings.event_worker
-    scratch = Scratch(worker.scratch_dir, min_free_mb=worker.scratch_min_free_mb)
+    scratch = ScratchDirectory(worker.scratch_dir, min_free_mb=worker.scratch_min_free_mb)
     try:
         scratch.check()
-        return str(scratch.directory.parent if scratch.directory is not None else "")
+        return str(scratch.path.parent if scratch.path is not None else "")
     finally:
         scratch.close()
 
 
-def _space(what: str, directory: Path, settings: Settings) -> Finding:
+def _space(what: str, directory: Path, settings: Settings) -> CheckResult:
     """How much space is left, and whether that is enough to accept new jobs."""
-    reserve = settings.results.reserve_mb
+    reserve = settings.results.min_free_mb
     try:
-        free = free_bytes(nearest_directory(directory)) / MIB
+        free = free_bytes(nearest_existing_directory(directory)) / MIB
     except OSError as error:
-        return Finding(what, good=False, found="cannot be looked at", advice=str(error))
+        return CheckResult(what, is_ok=False, detail="cannot be looked at", advice=str(error))
     advice = f"New jobs are refused below {reserve} MiB (results.reserve_mb): free some space."
-    return Finding(what, free >= reserve, f"{free:,.0f} MiB free", advice)
+    return CheckResult(what, free >= reserve, f"{free:,.0f} MiB free", advice)
 
 
 def _version(module: str) -> str:
@@ -171,31 +173,31 @@ def _version(module: str) -> str:
     return str(getattr(loaded, "__version__", "installed"))
 
 
-async def look_at_database(settings: Settings, uri: str) -> AsyncIterator[Finding]:
+async def check_database(settings: Settings, uri: str) -> AsyncIterator[CheckResult]:
     """Yield what the database at `uri` shows."""
     try:
-        async with database(settings.mongodb.connection(uri)) as db:
-            for look in _DATABASE_LOOKS:
-                with driver_errors("being looked at"):
+        async with open_database(settings.mongodb.make_connection(uri)) as db:
+            for look in _DATABASE_CHECKS:
+                with translate_errors("being looked at"):
                     finding = await look(db)
                 yield finding
             yield await _result_files(settings, db)
     except JobledgerError as error:
-        yield Finding("MongoDB", good=False, found="not usable", advice=str(error))
+        yield CheckResult("MongoDB", is_ok=False, detail="not usable", advice=str(error))
 
 
-async def _result_files(settings: Settings, db: Database) -> Finding:
+async def _result_files(settings: Settings, db: Database) -> CheckResult:
     """Whether result files can be stored. Creates no directory: one that is missing may be on a lost disk."""
     store = settings.results.store
     try:
         if isinstance(store, Path):
             found = await _directory(store, db)
         else:
-            await file_store(settings, db)
+            await open_file_store(settings, db)
             found = f"GridFS in {db.name} ({', '.join(COLLECTIONS)})"
     except JobledgerError as error:
-        return Finding("Result files", good=False, found="not usable", advice=str(error))
-    return Finding("Result files", good=True, found=found)
+        return CheckResult("Result files", is_ok=False, detail="not usable", advice=str(error))
+    return CheckResult("Result files", is_ok=True, detail=found)
 
 
 async def _directory(root: Path, db: Database) -> str:
@@ -203,12 +205,14 @@ async def _directory(root: Path, db: Database) -> str:
     if not marker.is_new:
         await asyncio.to_thread(DirectoryStore(root, marker=marker).prepare)
         return str(root)
-    if (problem := await asyncio.to_thread(lambda: write_problem(nearest_directory(root), 0))) is not None:
+    if (
+        problem := await asyncio.to_thread(lambda: find_write_problem(nearest_existing_directory(root), 0))
+    ) is not None:
         raise ResourceUnavailable(str(problem))
     return f"{root}, which the first start prepares"
 
 
-async def accept_store(settings: Settings, uri: str) -> str:
+async def accept_result_store(settings: Settings, uri: str) -> str:
     """Make the directory in `results.store` the ledger's store as it is; return what was done, for people.
 
     Raises:
@@ -218,29 +222,29 @@ async def accept_store(settings: Settings, uri: str) -> str:
     root = settings.results.store
     if not isinstance(root, Path):
         raise ConfigurationError("--accept-store is for a directory; results.store is 'gridfs'.")
-    async with database(settings.mongodb.connection(uri)) as db:
+    async with open_database(settings.mongodb.make_connection(uri)) as db:
         try:
-            store_id = await store_marker.accept(db, root)
+            store_id = await store_marker.accept_directory(db, root)
         except OSError as error:
-            raise os_failure(error, f"results.store: cannot write to {root}: {error.strerror}") from error
+            raise classify_os_error(error, f"results.store: cannot write to {root}: {error.strerror}") from error
     return f"{root} is the result store of this ledger now (ID {store_id})."
 
 
-async def _server(db: Database) -> Finding:
+async def _server(db: Database) -> CheckResult:
     hello = await db.client.admin.command("hello", compression=["zlib"])
     build = await db.client.admin.command("buildInfo")
     members = len(hello.get("hosts", []))
     found = f"{build['version']}, replica set {hello['setName']} with {members} member{'s' if members != 1 else ''}"
     warning = support_warning(build["version"], datetime.now(UTC).date(), zlib="zlib" in hello.get("compression", ()))
-    return Finding("MongoDB", good=True, found=found if warning is None else f"{found}. Note: {warning}")
+    return CheckResult("MongoDB", is_ok=True, detail=found if warning is None else f"{found}. Note: {warning}")
 
 
-async def _clock(db: Database) -> Finding:
+async def _clock(db: Database) -> CheckResult:
     asked = datetime.now(UTC)
     # A command's answer does not follow the client's `tz_aware` by itself.
     server = (await db.client.admin.command("hello", codec_options=db.codec_options))["localTime"]
     apart = (server - asked).total_seconds()
-    return Finding(
+    return CheckResult(
         "Clocks",
         abs(apart) < _CLOCKS_APART_SECONDS,
         f"the server's is {apart:+.2f} s from ours",
@@ -248,34 +252,34 @@ async def _clock(db: Database) -> Finding:
     )
 
 
-async def _oplog(db: Database) -> Finding:
-    window = await oplog_window(db)
+async def _oplog(db: Database) -> CheckResult:
+    window = await read_oplog_window(db)
     if window is None:
-        return Finding("Oplog", good=True, found="may not be looked at by this user")
-    found = f"{window.size_mb:.0f} MB, reaches back {window.hours:.1f} h" + ("" if window.full else " so far")
-    return Finding("Oplog", not window.short, found, OPLOG_ADVICE)
+        return CheckResult("Oplog", is_ok=True, detail="may not be looked at by this user")
+    found = f"{window.size_mb:.0f} MB, reaches back {window.hours:.1f} h" + ("" if window.is_full else " so far")
+    return CheckResult("Oplog", not window.is_too_short, found, OPLOG_ADVICE)
 
 
-async def _transactions(db: Database) -> Finding:
+async def _transactions(db: Database) -> CheckResult:
     """How long a writer killed in a transaction holds readers up."""
-    seconds = await transaction_limit_seconds(db)
+    seconds = await read_transaction_limit_seconds(db)
     if seconds is None:
-        return Finding("Transactions", good=True, found="their time limit may not be looked at by this user")
+        return CheckResult("Transactions", is_ok=True, detail="their time limit may not be looked at by this user")
     found = f"end after {seconds} s at the latest"
     if seconds > TRANSACTION_SECONDS:
         better = f"{{setParameter: 1, transactionLifetimeLimitSeconds: {TRANSACTION_SECONDS}}}"
         found += (
             f"; so long may a writer that is killed hold readers up. Better, on each member: db.adminCommand({better})"
         )
-    return Finding("Transactions", good=True, found=found)
+    return CheckResult("Transactions", is_ok=True, detail=found)
 
 
-async def _rights(db: Database) -> Finding:
+async def _rights(db: Database) -> CheckResult:
     """Whether the server would let us change the log: it need not."""
     status = await db.client.admin.command({"connectionStatus": 1, "showPrivileges": True})
     sign_in = status["authInfo"]
     if not sign_in["authenticatedUsers"]:
-        return Finding("Rights", good=True, found="no sign-in: whoever reaches the server may do anything")
+        return CheckResult("Rights", is_ok=True, detail="no sign-in: whoever reaches the server may do anything")
     powers = {
         action
         for privilege in sign_in["authenticatedUserPrivileges"]
@@ -286,7 +290,7 @@ async def _rights(db: Database) -> Finding:
         found = "this user may change and remove events; `jobledger doctor --role` prints a role that may not"
     else:
         found = "this user may add events, and the server lets it change none"
-    return Finding("Rights", good=True, found=found)
+    return CheckResult("Rights", is_ok=True, detail=found)
 
 
 def _covers(resource: Mapping[str, Any], db_name: str) -> bool:
@@ -296,77 +300,86 @@ def _covers(resource: Mapping[str, Any], db_name: str) -> bool:
     return resource.get("db") in ("", db_name) and resource.get("collection") in ("", "events")
 
 
-async def _log_state(db: Database) -> Finding:
+async def _log_state(db: Database) -> CheckResult:
     """Whether the views are at the head of the log, or get on at least."""
-    log = EventLog(db)
-    head, before = await log.head(), await _views_position(db)
+    log = EventStore(db)
+    head, before = await log.head_position(), await _views_position(db)
     views, waited = before, 0.0
     while views < head and views == before and waited < _STALLED_AFTER_SECONDS:
         await asyncio.sleep(_LOOKS_AGAIN_SECONDS)
         waited += _LOOKS_AGAIN_SECONDS
         views = await _views_position(db)
-    if views > await log.head():
-        return Finding("Log", good=False, found=f"{head} events, but the views have read {views}", advice=AHEAD)
+    if views > await log.head_position():
+        return CheckResult(
+            "Log", is_ok=False, detail=f"{head} events, but the views have read {views}", advice=VIEWS_AHEAD_REASON
+        )
     try:
-        await log.require(await _read_by_views(db), "the views")
+        await log.check_not_truncated(await _read_by_views(db), "the views")
     except LogTruncated as truncated:
-        return Finding("Log", good=False, found=str(truncated).rstrip("."), advice="See `jobledger log verify`.")
+        return CheckResult("Log", is_ok=False, detail=str(truncated).rstrip("."), advice="See `jobledger log verify`.")
     found = f"{head} events, views at {views}"
     if views < head and views == before:
         stands = f"{found}, and not moving for {waited:.0f} s"
-        return Finding("Log", good=False, found=stands, advice=await why_stalled(db, views, head))
-    return Finding("Log", head - views < 10_000, found, "The views are far behind, but they get on. More will follow.")
+        return CheckResult("Log", is_ok=False, detail=stands, advice=await stall_reason(db, views, head))
+    return CheckResult(
+        "Log", head - views < 10_000, found, "The views are far behind, but they get on. More will follow."
+    )
 
 
 async def _views_position(db: Database) -> int:
     return (await _read_by_views(db)).position
 
 
-async def _read_by_views(db: Database) -> Read:
-    return Read.of(await db.checkpoints.find_one({"_id": "views"}) or {"position": 0})
+async def _read_by_views(db: Database) -> ReadPosition:
+    return ReadPosition.from_document(await db.checkpoints.find_one({"_id": "views"}) or {"position": 0})
 
 
-async def _projection_failures(db: Database) -> Finding:
+async def _projection_failures(db: Database) -> CheckResult:
     """Whether all documents of the views show what the log says."""
     found = await db.checkpoints.find_one({"_id": "views"}) or {}
-    rows = await failures.newest(Views(db, found.get("sides")), limit=_FAILURES_SHOWN + 1)
+    rows = await failures.list_problems(Views(db, found.get("sides")), limit=_FAILURES_SHOWN + 1)
     if not rows:
-        return Finding("Views", good=True, found="show what the log says")
+        return CheckResult("Views", is_ok=True, detail="show what the log says")
     named = "; ".join(
         f"{row['key']} (event at position {row['position']}): {row['message']}" for row in rows[:_FAILURES_SHOWN]
     )
     more = " and more" if len(rows) > _FAILURES_SHOWN else ""
     advice = "The log has everything. Upgrade or mend the program, then rebuild the views: `jobledger replay`."
-    return Finding("Views", good=False, found=f"do not show what the log says of {named}{more}", advice=advice)
+    return CheckResult("Views", is_ok=False, detail=f"do not show what the log says of {named}{more}", advice=advice)
 
 
-async def _removals(db: Database) -> Finding:
+async def _removals(db: Database) -> CheckResult:
     """Whether files of deleted jobs can be removed from the store."""
     found = await db.checkpoints.find_one({"_id": "views"}) or {}
-    unknown = await files.jobs_with_unknown_files(Views(db, found.get("sides")), limit=_FAILURES_SHOWN)
+    unknown = await files.find_jobs_with_unknown_files(Views(db, found.get("sides")), limit=_FAILURES_SHOWN)
     skipped = (await db.checkpoints.find_one({"_id": cleanup.CURSOR}) or {}).get(cleanup.SKIPPED, [])
     if unknown:
         advice = (
-            f"Delete jobs whose steps name more than {jobs.STEP_FILES:,} files. For jobs that the views do not show as "
+            f"Delete jobs whose steps name more than {jobs.MAX_STEP_FILES:,} files. For jobs that the "
+            f"views do not show as "
             "the log has them, see above."
         )
         what = f"no file is removed, because the files of {', '.join(unknown)} are not all known"
-        return Finding("Cleanup", good=False, found=what, advice=advice)
+        return CheckResult("Cleanup", is_ok=False, detail=what, advice=advice)
     if skipped:
         what = f"files and secrets of deleted jobs are left: {', '.join(skipped[-_FAILURES_SHOWN:])}"
-        return Finding("Cleanup", good=False, found=what, advice="Their events are damaged: `jobledger log verify`.")
-    return Finding("Cleanup", good=True, found="files of deleted jobs are removed")
+        return CheckResult(
+            "Cleanup", is_ok=False, detail=what, advice="Their events are damaged: `jobledger log verify`."
+        )
+    return CheckResult("Cleanup", is_ok=True, detail="files of deleted jobs are removed")
 
 
-async def _workers(db: Database) -> Finding:
+async def _workers(db: Database) -> CheckResult:
     """Whether living workers claim jobs, or have trouble with their machines."""
     alive = await db.workers.find({"$expr": {"$gt": ["$lease_until", "$$NOW"]}}).to_list()
     sick = [it for it in alive if it.get("problem")]
-    since = "; ".join(f"{it['_id']} since {moment(it['unhealthy_since'], 'seconds')}: {it['problem']}" for it in sick)
-    return Finding("Workers", not sick, f"{len(alive)} alive, {len(sick)} of them claim no jobs", since)
+    since = "; ".join(
+        f"{it['_id']} since {format_timestamp(it['unhealthy_since'], 'seconds')}: {it['problem']}" for it in sick
+    )
+    return CheckResult("Workers", not sick, f"{len(alive)} alive, {len(sick)} of them claim no jobs", since)
 
 
-_DATABASE_LOOKS = (
+_DATABASE_CHECKS = (
     *(_server, _clock, _oplog, _transactions, _rights),
     *(_log_state, _projection_failures, _removals, _workers),
 )

@@ -10,19 +10,19 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from jobledger.api.auth import api_keys, browser_sessions
-from jobledger.api.auth.api_keys import ApiKey, KeyText
-from jobledger.cli.composition import database
-from jobledger.cli.formatting import moment
+from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
+from jobledger.cli.composition import open_database
+from jobledger.cli.formatting import format_timestamp
 from jobledger.cli.terminal_text import SafeTable
 from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.ledger.domain.events import milliseconds
+from jobledger.ledger.domain.events import truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Connection
 
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _LONGEST: Final = timedelta(days=36_500)
 
 
-def lifetime(text: str) -> timedelta:
+def parse_lifetime(text: str) -> timedelta:
     """Read how long a key is good for: `30m`, `12h`, `90d`, `8w`.
 
     Raises:
@@ -39,13 +39,13 @@ def lifetime(text: str) -> timedelta:
 
 def new_key(
     *, user: str, groups: Iterable[str], roles: Iterable[str], name: str | None, expires_in: str | None
-) -> tuple[ApiKey, KeyText]:
+) -> tuple[ApiKey, ApiKeyToken]:
     """Return a new key, not stored yet, and what its holder has to send.
 
     Raises:
         ConfigurationError: there can be no such key.
     """
-    text, now = KeyText.new(), milliseconds(datetime.now(UTC))
+    text, now = ApiKeyToken.generate(), truncate_to_milliseconds(datetime.now(UTC))
     try:
         key = ApiKey.model_validate(
             {
@@ -56,7 +56,7 @@ def new_key(
                 "groups": list(dict.fromkeys(groups)),
                 "roles": list(dict.fromkeys(roles)),
                 "created_at": now,
-                "expires_at": None if expires_in is None else now + lifetime(expires_in),
+                "expires_at": None if expires_in is None else now + parse_lifetime(expires_in),
             }
         )
     except ValidationError as error:
@@ -69,61 +69,61 @@ def new_key(
 _OPTIONS: Final = {"user_id": "--user", "groups": "--group", "roles": "--role", "name": "--name"}
 
 
-async def create(connection: Connection, key: ApiKey) -> None:
+async def store_key(connection: Connection, key: ApiKey) -> None:
     """Put a key on record: from now on it opens.
 
     Raises:
         LedgerUnavailable, DatabaseUnsuitable: there is no database for it.
     """
-    async with database(connection) as db:
-        await api_keys.store(db, key)
+    async with open_database(connection) as db:
+        await api_keys.store_key(db, key)
 
 
-async def listed(connection: Connection) -> tuple[list[ApiKey], dict[str, int]]:
+async def list_keys(connection: Connection) -> tuple[list[ApiKey], dict[str, int]]:
     """Return all keys, and the number of dashboard sessions by the key's ID.
 
     Raises:
         LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
     """
-    async with database(connection) as db:
-        keys, numbers = await api_keys.stored(db), await browser_sessions.counted(db)
-        return keys, {key.key_id: numbers.get(browser_sessions.owner_of(key_id=key.key_id), 0) for key in keys}
+    async with open_database(connection) as db:
+        keys, numbers = await api_keys.list_keys(db), await browser_sessions.count_sessions(db)
+        return keys, {key.key_id: numbers.get(browser_sessions.get_session_owner(key_id=key.key_id), 0) for key in keys}
 
 
-async def revoke(connection: Connection, key_id: str) -> bool:
+async def revoke_key(connection: Connection, key_id: str) -> bool:
     """Remove a key and its sessions; return whether there was one.
 
     Raises:
         LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
     """
-    async with database(connection) as db:
-        found = await api_keys.revoke(db, key_id)
-        await browser_sessions.end_all(db, browser_sessions.owner_of(key_id=key_id))
+    async with open_database(connection) as db:
+        found = await api_keys.revoke_key(db, key_id)
+        await browser_sessions.end_sessions(db, browser_sessions.get_session_owner(key_id=key_id))
         return found
 
 
-async def sign_out(connection: Connection, owner: str) -> int:
+async def end_sessions(connection: Connection, owner: str) -> int:
     """End all dashboard sessions of a key or of a user with tokens; return how many there were.
 
     Raises:
         LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
     """
-    async with database(connection) as db:
-        return await browser_sessions.end_all(db, owner)
+    async with open_database(connection) as db:
+        return await browser_sessions.end_sessions(db, owner)
 
 
-def id_of(text: str) -> str:
+def parse_key_id(text: str) -> str:
     """Return the id of a key that is named by it, or, because that is what one has at hand, by the whole key."""
-    whole = KeyText.read(text)
+    whole = ApiKeyToken.parse(text)
     return text if whole is None else whole.key_id
 
 
-def as_json(key: ApiKey) -> dict[str, Any]:
+def key_to_json(key: ApiKey) -> dict[str, Any]:
     """Return a key for programs, without what proves it."""
     return {"id": key.key_id, **key.model_dump(exclude={"key_id", "sha256"})}
 
 
-def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> SafeTable:
+def keys_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> SafeTable:
     """Return keys for people."""
     now = datetime.now(UTC)
     table = SafeTable("id", "user", "groups", "roles", "name", "created", "expires", "sessions")
@@ -134,7 +134,7 @@ def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> SafeTabl
             ", ".join(key.groups),
             ", ".join(key.roles),
             key.name or "",
-            moment(key.created_at, "minutes"),
+            format_timestamp(key.created_at, "minutes"),
             _expiry(key, now),
             str(sessions_of[key.key_id]),
         )
@@ -144,5 +144,5 @@ def as_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> SafeTabl
 def _expiry(key: ApiKey, now: datetime) -> str:
     if key.expires_at is None:
         return "never"
-    expiry = moment(key.expires_at, "minutes")
+    expiry = format_timestamp(key.expires_at, "minutes")
     return expiry if key.is_valid(now) else f"expired {expiry}"

@@ -15,7 +15,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from jobledger.cli.runtime import ConfigOption, JsonOption, any_server, settings_of
+from jobledger.cli.runtime import ConfigOption, JsonOption, load_settings, open_any_database_server
 from jobledger.cli.terminal_text import SafeConsole, echo, echo_json
 from jobledger.ledger.domain.errors import (
     ConfigurationError,
@@ -24,42 +24,44 @@ from jobledger.ledger.domain.errors import (
     NotFound,
     UnreadableEvent,
 )
-from jobledger.ledger.domain.timestamps import EXAMPLE, moment_of
+from jobledger.ledger.domain.timestamps import EXAMPLE_TIMESTAMP, parse_timestamp
 
 if TYPE_CHECKING:
     from jobledger.ledger.mongo.connection import Connection
     from jobledger.ledger.store import transfer
 
 app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
-FAILED = 1
-LARGEST = 2**63 - 1  # `jobledger.ledger.store.event_store.LARGEST_POSITION`, without loading the driver
+EXIT_FAILED = 1
+LARGEST_POSITION = 2**63 - 1  # `jobledger.ledger.store.event_store.LARGEST_POSITION`, without loading the driver
 _LINE_EVERY_SECONDS = 5.0
-FromOption = Annotated[int, typer.Option("--from", min=1, max=LARGEST, help="Begin at this position.")]
+FromOption = Annotated[int, typer.Option("--from", min=1, max=LARGEST_POSITION, help="Begin at this position.")]
 ToOption = Annotated[
     int | None,
-    typer.Option("--to", min=1, max=LARGEST, help="End at this position. Without it: at the end."),
+    typer.Option("--to", min=1, max=LARGEST_POSITION, help="End at this position. Without it: at the end."),
 ]
-AS_OF = "A position of the log, or a time, such as 2026-02-01T09:30:00Z."
+AS_OF_HELP = "A position of the log, or a time, such as 2026-02-01T09:30:00Z."
 
 
-def then_of(text: str, option: str) -> int | datetime:
+def parse_as_of(text: str, option: str) -> int | datetime:
     """Read a position of the log, or a time with its offset from UTC.
 
     Raises:
         ConfigurationError: it is neither.
     """
-    if text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= LARGEST:
+    if text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= LARGEST_POSITION:
         return int(text)
     if "-" not in text:
-        raise ConfigurationError(f"{option} {text}: expected a position of the log, or a time such as {EXAMPLE}")
+        raise ConfigurationError(
+            f"{option} {text}: expected a position of the log, or a time such as {EXAMPLE_TIMESTAMP}"
+        )
     try:
-        return moment_of(text)
+        return parse_timestamp(text)
     except ValueError as error:
         raise ConfigurationError(f"{option} {text}: {error}") from None
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on a terminal, and a line now and then where there is none; yields what is told how far it has got."""
     console = SafeConsole(stderr=True)
     if not console.is_terminal:
@@ -84,7 +86,7 @@ def verify(
     config: ConfigOption = None,
     after: FromOption = 1,
     upto: ToOption = None,
-    noted: Annotated[
+    expected_digest: Annotated[
         str | None, typer.Option(help="POSITION:DIGEST, as an earlier verification printed it: it must still be so.")
     ] = None,
     views: Annotated[
@@ -100,44 +102,51 @@ def verify(
     Exits with 1 and names the first event that is wrong, or the documents or files that are.
     """
     from jobledger.cli import view_maintenance
-    from jobledger.ledger.mongo.connection import UNAUTHORIZED, code_behind
+    from jobledger.ledger.mongo.connection import UNAUTHORIZED, server_error_code
 
-    settings = settings_of(config)
-    earlier = view_maintenance.noted_of(noted) if noted is not None else None
+    settings = load_settings(config)
+    earlier = view_maintenance.parse_digest(expected_digest) if expected_digest is not None else None
     if earlier is not None and (after > 1 or (upto is not None and upto < earlier[0])):
         raise ConfigurationError(
             f"--noted stands for all events up to position {earlier[0]}: leave out --from, and a --to before it."
         )
-    with any_server(settings) as uri:
-        connection = settings.mongodb.connection(uri)
-        with progress("verifying") as told:
+    with open_any_database_server(settings) as uri:
+        connection = settings.mongodb.make_connection(uri)
+        with progress_bar("verifying") as told:
             verdict = asyncio.run(
-                view_maintenance.verified(connection, after=after - 1, upto=upto, noted=earlier, told=told)
+                view_maintenance.verify_database_log(
+                    connection, after=after - 1, up_to=upto, expected_digest=earlier, on_progress=told
+                )
             )
         compared = None
-        if views and verdict.wrong is None and after == 1 and upto is None and verdict.events:
+        if views and verdict.problem is None and after == 1 and upto is None and verdict.events:
             try:
-                with progress("folding") as told:
-                    compared = asyncio.run(view_maintenance.compared_if_any(connection, told=told))
+                with progress_bar("folding") as told:
+                    compared = asyncio.run(view_maintenance.compare_views_if_built(connection, on_progress=told))
             except JobledgerError as error:
-                if code_behind(error) != UNAUTHORIZED and code_behind(error.__cause__ or error) != UNAUTHORIZED:
+                if (
+                    server_error_code(error) != UNAUTHORIZED
+                    and server_error_code(error.__cause__ or error) != UNAUTHORIZED
+                ):
                     raise
                 echo("note: the views are not compared: for that, this user would have to write some", err=True)
         found = None
         if files:
-            with progress("reading files") as told:
-                found = asyncio.run(view_maintenance.files_verified(settings, connection, told=told))
+            with progress_bar("reading files") as told:
+                found = asyncio.run(view_maintenance.verify_result_files(settings, connection, on_progress=told))
     if as_json:
-        echo_json(orjson.dumps(view_maintenance.as_json(verdict, compared, found), option=orjson.OPT_UTC_Z))
+        echo_json(
+            orjson.dumps(view_maintenance.verification_to_json(verdict, compared, found), option=orjson.OPT_UTC_Z)
+        )
     else:
-        echo(*view_maintenance.told(verdict))
+        echo(*view_maintenance.format_verification(verdict))
         if compared is not None:
-            echo(*view_maintenance.told_of_views(compared))
+            echo(*view_maintenance.format_comparison(compared))
         if found is not None:
-            echo(*view_maintenance.told_of_files(found))
-    right = verdict.wrong is None and (compared is None or not compared.differences)
-    right = right and (found is None or found.is_right)
-    raise typer.Exit(0 if right else FAILED)
+            echo(*view_maintenance.format_file_verification(found))
+    right = verdict.problem is None and (compared is None or not compared.difference_count)
+    right = right and (found is None or found.is_ok)
+    raise typer.Exit(0 if right else EXIT_FAILED)
 
 
 @app.command()
@@ -153,17 +162,17 @@ def export(
     Secrets are not in the log and so not in the file; result files are not, either: docs/how-to/backup.md.
     """
     from jobledger.ledger.store import transfer
-    from jobledger.ledger.store.event_store import EventLog
+    from jobledger.ledger.store.event_store import EventStore
 
-    settings = settings_of(config)
+    settings = load_settings(config)
 
-    async def run(connection: Connection, told: Callable[[int, int], None]) -> transfer.Summary:
+    async def run(connection: Connection, told: Callable[[int, int], None]) -> transfer.ExportSummary:
         async with connection.client() as client:
-            log = EventLog(client[connection.db_name])
-            return await transfer.export(log, file, after=after - 1, upto=upto, told=told)
+            log = EventStore(client[connection.db_name])
+            return await transfer.export_log(log, file, after=after - 1, up_to=upto, on_progress=told)
 
-    with any_server(settings) as uri, progress("exporting") as told:
-        made = asyncio.run(run(settings.mongodb.connection(uri), told))
+    with open_any_database_server(settings) as uri, progress_bar("exporting") as told:
+        made = asyncio.run(run(settings.mongodb.make_connection(uri), told))
     _tell_summary(f"{file}: {made.events} events, positions {made.first} to {made.last}.", made, as_json=as_json)
 
 
@@ -180,18 +189,18 @@ def import_(
     from jobledger.cli import view_maintenance
     from jobledger.ledger.store import transfer
 
-    settings = settings_of(config)
+    settings = load_settings(config)
 
-    async def run(connection: Connection, told: Callable[[int, int], None]) -> transfer.Summary:
+    async def run(connection: Connection, told: Callable[[int, int], None]) -> transfer.ExportSummary:
         async with connection.client() as client:
-            return await transfer.import_(client[connection.db_name], files, told=told)
+            return await transfer.import_log(client[connection.db_name], files, told=told)
 
-    with any_server(settings) as uri:
-        connection = settings.mongodb.connection(uri)
-        with progress("importing") as told:
+    with open_any_database_server(settings) as uri:
+        connection = settings.mongodb.make_connection(uri)
+        with progress_bar("importing") as told:
             made = asyncio.run(run(connection, told))
-        with progress("making the views") as told:
-            asyncio.run(view_maintenance.rebuilt(connection, told=told))
+        with progress_bar("making the views") as told:
+            asyncio.run(view_maintenance.rebuild_views(connection, on_progress=told))
     text = f"The log of {settings.mongodb.db_name} has {made.events} events now, checked, and its views are made."
     _tell_summary(text, made, as_json=as_json)
 
@@ -218,16 +227,16 @@ def tail(
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="Begin so many events back.")] = 10,
     after: Annotated[
-        int | None, typer.Option("--after", min=0, max=LARGEST, help="Begin behind this position.")
+        int | None, typer.Option("--after", min=0, max=LARGEST_POSITION, help="Begin behind this position.")
     ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on for ever, until Ctrl-C.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each event.")] = False,
 ) -> None:
     """Follow the log as it grows. Goes on by itself when the database, or everything, was restarted."""
-    settings = settings_of(config)
+    settings = load_settings(config)
     _known_types(kind or ())
-    with any_server(settings) as uri:
-        connection = settings.mongodb.connection(uri)
+    with open_any_database_server(settings) as uri:
+        connection = settings.mongodb.make_connection(uri)
         asyncio.run(_tail(connection, set(stream or ()), set(kind or ()), lines, after, follow=follow, as_json=as_json))
 
 
@@ -250,15 +259,15 @@ async def _tail(
     follow: bool,
     as_json: bool,
 ) -> None:
-    from jobledger.cli.formatting import line_of
-    from jobledger.ledger.store.event_store import EventLog
-    from jobledger.ledger.store.transfer import line_or_stub_of as json_of
+    from jobledger.cli.formatting import format_event
+    from jobledger.ledger.store.event_store import EventStore
+    from jobledger.ledger.store.transfer import encode_event_or_stub as json_of
     from jobledger.ledger.subscriber import LedgerClient
 
     console = SafeConsole(soft_wrap=True)
     async with connection.client() as client:
-        log = EventLog(client[connection.db_name])
-        head = await log.head()
+        log = EventStore(client[connection.db_name])
+        head = await log.head_position()
         begin = max(0, head - lines) if after is None else after
 
         def tell(event: Any) -> None:
@@ -267,7 +276,7 @@ async def _tail(
                 if as_json:
                     echo_json(json_of(event.document))
                 else:
-                    console.print(line_of(event))
+                    console.print(format_event(event))
 
         if not follow:
             while begin < head and (page := await log.read(after=begin)):
@@ -279,7 +288,7 @@ async def _tail(
     following = LedgerClient(connection)
     while True:
         try:
-            async with following.subscription(after=begin) as events:
+            async with following.subscribe(after=begin) as events:
                 async for event in events:
                     tell(event)
                     begin = event.position
@@ -289,27 +298,27 @@ async def _tail(
 
 
 @app.command()
-def show(
+def history(
     stream: Annotated[str, typer.Argument(help="The id of a job, batch or delivery.")],
     config: ConfigOption = None,
-    as_of: Annotated[str | None, typer.Option("--as-of", help=f"As far as it had come then. {AS_OF}")] = None,
+    as_of: Annotated[str | None, typer.Option("--as-of", help=f"As far as it had come then. {AS_OF_HELP}")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell one story: what happened to a job, batch or delivery, who did it, and what each event made of it."""
-    settings = settings_of(config)
-    then = None if as_of is None else then_of(as_of, "--as-of")
-    with any_server(settings) as uri:
-        asyncio.run(_show(settings.mongodb.connection(uri), stream, then, as_json=as_json))
+    settings = load_settings(config)
+    then = None if as_of is None else parse_as_of(as_of, "--as-of")
+    with open_any_database_server(settings) as uri:
+        asyncio.run(_show(settings.mongodb.make_connection(uri), stream, then, as_json=as_json))
 
 
 async def _show(connection: Connection, stream: str, then: int | datetime | None, *, as_json: bool) -> None:
-    from jobledger.cli.formatting import differences, line_of
-    from jobledger.ledger.store.event_store import EventLog
-    from jobledger.ledger.store.transfer import line_or_stub_of as json_of
+    from jobledger.cli.formatting import format_changes, format_event
+    from jobledger.ledger.store.event_store import EventStore
+    from jobledger.ledger.store.transfer import encode_event_or_stub as json_of
     from jobledger.projections.views import batches, deliveries, jobs
 
     async with connection.client() as client:
-        log = EventLog(client[connection.db_name])
+        log = EventStore(client[connection.db_name])
         events = await log.read_stream(stream)
     if not events:
         raise NotFound(f"There is no {stream} in the log: expected the id of a job, a batch or a delivery.")
@@ -321,11 +330,15 @@ async def _show(connection: Connection, stream: str, then: int | datetime | None
     for event in events:
         after = _folded(fold, document, event) if fold is not None else None
         if as_json:
-            state = None if after is None else {name: value for name, value in after.items() if name not in _INNER}
+            state = (
+                None
+                if after is None
+                else {name: value for name, value in after.items() if name not in _INTERNAL_FIELDS}
+            )
             echo_json(orjson.dumps({"event": orjson.Fragment(json_of(event.document)), "after": state}, default=str))
         else:
-            console.print(line_of(event, with_stream=False))
-            if changes := differences(document, after):
+            console.print(format_event(event, with_stream=False))
+            if changes := format_changes(document, after):
                 console.print(Text(f"{'':>9}{changes}", style="dim"), no_wrap=True, overflow="ellipsis")
         document = after
     if not events:
@@ -347,4 +360,4 @@ def _folded(fold: Any, document: Any, event: Any) -> Any:
         return document
 
 
-_INNER = frozenset({"headings", "words", "gone_on"})
+_INTERNAL_FIELDS = frozenset({"headings", "words", "gone_on"})

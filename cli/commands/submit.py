@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from jobledger.cli.api_client import content_of, foreign, pause_before_retry
-from jobledger.cli.terminal_text import SafeConsole, visible
+from jobledger.cli.api_client import parse_response, retry_delay, unexpected_response
+from jobledger.cli.terminal_text import SafeConsole, escape_line
 from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable
 
 _ENDED: Final = {"JobCompleted": "completed", "JobFailed": "failed", "JobCancelled": "cancelled"}
@@ -25,7 +25,7 @@ _AWAY: Final = (429, 502, 503, 504)
 """What the API, or a proxy in front of it, answers while it cannot serve the stream."""
 
 
-def as_batch(content: Any) -> dict[str, Any]:
+def parse_batch(content: Any) -> dict[str, Any]:
     """Return a batch body for what a user may write into a file: a session, a job, a list of them, or a batch.
 
     Raises:
@@ -41,7 +41,7 @@ def as_batch(content: Any) -> dict[str, Any]:
     raise ConfigurationError(f"expected a session, a list of sessions, or a batch; found {type(content).__name__}")
 
 
-async def submit(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+async def submit_batch(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """Submit a batch and return the answer and the position behind which its story begins.
 
     Raises:
@@ -54,14 +54,14 @@ async def submit(client: httpx.AsyncClient, batch: Mapping[str, Any]) -> tuple[d
     except TypeError as error:  # YAML knows more than JSON: names that are numbers, bytes, sets, endless integers
         raise ConfigurationError(f"what is to be submitted cannot be written as JSON: {error}") from error
     answer = await client.post("/api/events/batches", content=body, headers={"Content-Type": "application/json"})
-    content = content_of(answer, "batch_id", "job_ids", "batch")
+    content = parse_response(answer, "batch_id", "job_ids", "batch")
     if "Ledger-Position" not in answer.headers:
-        raise foreign(answer)
+        raise unexpected_response(answer)
     # The jobs' own events were written with the batch; nothing of the story is before them.
     return content, int(answer.headers["Ledger-Position"]) - content["batch"]["total_jobs"] - 1
 
 
-async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> AsyncIterator[dict[str, Any]]:
+async def stream_events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> AsyncIterator[dict[str, Any]]:
     """Yield the events of a batch and its jobs as they happen, across interruptions.
 
     Raises:
@@ -74,13 +74,13 @@ async def events(client: httpx.AsyncClient, *, after: int, batch_id: str) -> Asy
             query = {"after": str(after), "batch_id": batch_id}
             async with client.stream("GET", "/api/ledger/stream", params=query, timeout=_stream_timeout()) as answer:
                 if answer.status_code in _AWAY:
-                    pause = pause_before_retry(answer)
+                    pause = retry_delay(answer)
                     raise httpx.HTTPStatusError(
                         f"it answers {answer.status_code}", request=answer.request, response=answer
                     )
                 if answer.is_error:
                     await answer.aread()
-                    content_of(answer)  # raises what it is
+                    parse_response(answer)  # raises what it is
                 async for line in _lines(answer):
                     lost_at = None
                     if line.startswith(b"data:"):
@@ -107,7 +107,7 @@ def _stream_timeout() -> httpx.Timeout:
     return httpx.Timeout(10, read=45)  # the server sends a sign of life every 15 seconds
 
 
-async def follow(
+async def follow_batch(
     client: httpx.AsyncClient,
     submitted: Mapping[str, Any],
     names: Mapping[str, str],
@@ -132,7 +132,7 @@ async def follow(
     ) as progress:
         whole = progress.add_task(f"[bold]{total} jobs", total=total, message="")
         bars: dict[str, TaskID] = {}
-        async for event in events(client, after=after, batch_id=batch_id):
+        async for event in stream_events(client, after=after, batch_id=batch_id):
             job_id, data, kind = event["stream"], event["data"], event["type"]
             if kind == "BatchFinished":
                 return ended
@@ -157,7 +157,7 @@ async def follow(
 def _tell(console: SafeConsole, name: str, kind: str, data: Mapping[str, Any]) -> None:
     status = _ENDED[kind]
     why = f": {data['error']['message']}" if kind == "JobFailed" else ""
-    console.print(Text.assemble((f"{status:>9}", _STYLES[status]), f" {visible(name + why)}"), soft_wrap=True)
+    console.print(Text.assemble((f"{status:>9}", _STYLES[status]), f" {escape_line(name + why)}"), soft_wrap=True)
 
 
 def _tally(ended: Mapping[str, str]) -> str:
@@ -166,5 +166,5 @@ def _tally(ended: Mapping[str, str]) -> str:
 
 
 def _short(text: str, length: int = 40) -> str:
-    text = visible(text)
+    text = escape_line(text)
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -11,9 +11,9 @@ import orjson
 import typer
 from rich.text import Text
 
-from jobledger.cli.commands.log import AS_OF, progress, then_of
-from jobledger.cli.formatting import moment
-from jobledger.cli.runtime import ConfigOption, JsonOption, any_server, settings_of
+from jobledger.cli.commands.log import AS_OF_HELP, parse_as_of, progress_bar
+from jobledger.cli.formatting import format_timestamp
+from jobledger.cli.runtime import ConfigOption, JsonOption, load_settings, open_any_database_server
 from jobledger.cli.terminal_text import SafeConsole, SafeTable, echo, echo_json
 from jobledger.ledger.domain.errors import ConfigurationError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SHOWN: Final = 50
 
 
-def replay(
+def rebuild(
     config: ConfigOption = None,
     view: Annotated[
         list[str] | None, typer.Option("--view", help="Only this view, such as jobs or statistics. Repeatable.")
@@ -31,7 +31,7 @@ def replay(
     check: Annotated[
         bool, typer.Option("--check", help="Replace nothing: only tell what differs, and exit with 1 if anything does.")
     ] = False,
-    as_of: Annotated[str | None, typer.Option("--as-of", help=f"Tell how everything stood then. {AS_OF}")] = None,
+    as_of: Annotated[str | None, typer.Option("--as-of", help=f"Tell how everything stood then. {AS_OF_HELP}")] = None,
     until: Annotated[
         str | None, typer.Option("--until", help="With --as-of: and what had changed by then. As --as-of.")
     ] = None,
@@ -48,22 +48,22 @@ def replay(
         raise ConfigurationError("--until says by when, and --as-of since when: both are needed")
     if as_of is not None and (check or view):
         raise ConfigurationError("--as-of looks back and makes no views: it goes with neither --check nor --view")
-    settings = settings_of(config)
-    with any_server(settings) as uri:
-        connection = settings.mongodb.connection(uri)
+    settings = load_settings(config)
+    with open_any_database_server(settings) as uri:
+        connection = settings.mongodb.make_connection(uri)
         if as_of is not None:
-            _look_back(connection, as_of, until, as_json=as_json)
+            _print_state(connection, as_of, until, as_json=as_json)
         elif check:
-            with progress("folding") as told:
-                found = asyncio.run(view_maintenance.compared(connection, view, told=told))
+            with progress_bar("folding") as told:
+                found = asyncio.run(view_maintenance.compare_views(connection, view, on_progress=told))
             if as_json:
-                echo_json(orjson.dumps(view_maintenance.views_as_json(found)))
+                echo_json(orjson.dumps(view_maintenance.comparison_to_json(found)))
             else:
-                echo(*view_maintenance.told_of_views(found))
-            raise typer.Exit(1 if found.differences else 0)
+                echo(*view_maintenance.format_comparison(found))
+            raise typer.Exit(1 if found.difference_count else 0)
         else:
-            with progress("folding") as told:
-                position = asyncio.run(view_maintenance.rebuilt(connection, view, told=told))
+            with progress_bar("folding") as told:
+                position = asyncio.run(view_maintenance.rebuild_views(connection, view, on_progress=told))
             names = ", ".join(view) if view else "all views"
             if as_json:
                 echo_json(orjson.dumps({"position": position, "views": view}))
@@ -71,12 +71,12 @@ def replay(
                 echo(f"Made anew, and in their place: {names}, up to position {position}.")
 
 
-def _look_back(connection: Connection, as_of: str, until: str | None, *, as_json: bool) -> None:
-    then = then_of(as_of, "--as-of")
-    later = None if until is None else then_of(until, "--until")
+def _print_state(connection: Connection, as_of: str, until: str | None, *, as_json: bool) -> None:
+    then = parse_as_of(as_of, "--as-of")
+    later = None if until is None else parse_as_of(until, "--until")
     if isinstance(then, int) == isinstance(later, int) and later is not None and later < then:  # type: ignore[operator]  # alike
         raise ConfigurationError("--until is before --as-of: exchange them")
-    with progress("reading") as told:
+    with progress_bar("reading") as told:
         first, second, changed = asyncio.run(_read(connection, then, later, told))
     if as_json:
         echo_json(orjson.dumps({"then": first, "until": second, "changed": changed}, option=orjson.OPT_UTC_Z))
@@ -91,25 +91,27 @@ def _look_back(connection: Connection, as_of: str, until: str | None, *, as_json
 async def _read(
     connection: Connection, then: int | datetime, later: int | datetime | None, told: Callable[[int, int], None]
 ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, list[str | None]]]:
-    from jobledger.ledger.store.event_store import EventLog
-    from jobledger.projections.engine.as_of import look_back
+    from jobledger.ledger.store.event_store import EventStore
+    from jobledger.projections.engine.as_of import load_state_as_of
 
     async with connection.client() as client:
-        return await look_back(EventLog(client[connection.db_name]), then, until=later, told=told)
+        return await load_state_as_of(EventStore(client[connection.db_name]), then, until=later, on_progress=told)
 
 
 def _show(console: SafeConsole, stood: dict[str, Any]) -> None:
     if not stood["position"]:
         console.print("Nothing had happened yet.")
         return
-    console.print(Text.assemble((f"Position {stood['position']}", "bold"), f", {moment(stood['time'])}"))
+    console.print(Text.assemble((f"Position {stood['position']}", "bold"), f", {format_timestamp(stood['time'])}"))
     console.print(", ".join(f"{number} {status}" for status, number in stood["jobs"].items()), highlight=False)
     if stood["oldest_waiting"] is not None:
-        console.print(f"The oldest that waited was submitted at {moment(stood['oldest_waiting'])}.", highlight=False)
+        console.print(
+            f"The oldest that waited was submitted at {format_timestamp(stood['oldest_waiting'])}.", highlight=False
+        )
     running = SafeTable("worker", "job", "type", "attempt", "since", title="At work", title_justify="left")
     for it in stood["running"][:_SHOWN]:
         name = it["job_id"] if not it["job_name"] else f"{it['job_id']} {it['job_name']}"
-        running.add_row(it["worker_id"], name, it["job_type"], str(it["attempt"]), moment(it["since"]))
+        running.add_row(it["worker_id"], name, it["job_type"], str(it["attempt"]), format_timestamp(it["since"]))
     if stood["running"]:
         console.print(running, highlight=False)
     active = [it for it in stood["batches"] if it["status"] == "processing"]
@@ -125,7 +127,9 @@ def _show(console: SafeConsole, stood: dict[str, Any]) -> None:
 def _show_changes(
     console: SafeConsole, first: dict[str, Any], second: dict[str, Any], changed: dict[str, list[str | None]]
 ) -> None:
-    console.print(Text.assemble((f"Until position {second['position']}", "bold"), f", {moment(second['time'])}"))
+    console.print(
+        Text.assemble((f"Until position {second['position']}", "bold"), f", {format_timestamp(second['time'])}")
+    )
     told = [
         f"{status} {first['jobs'][status]} → {number}"
         for status, number in second["jobs"].items()

@@ -11,14 +11,14 @@ import orjson
 import typer
 from rich.text import Text
 
-from jobledger.cli.api_client import HERE, UrlOption, api_at, content_of, given
-from jobledger.cli.commands.resource_commands import time_of
-from jobledger.cli.runtime import ConfigOption, JsonOption, run_roles, settings_of
+from jobledger.cli.api_client import DEFAULT_URL, UrlOption, open_client, parse_response, without_none
+from jobledger.cli.commands.resource_commands import format_iso_timestamp
+from jobledger.cli.runtime import ConfigOption, JsonOption, load_settings, run_roles
 from jobledger.cli.terminal_text import SafeConsole, SafeTable, echo, echo_json, echo_text
 from jobledger.ledger.domain.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from jobledger.workers.webhooks.sender import Answer, Outgoing
+    from jobledger.workers.webhooks.sender import WebhookRequest, WebhookResponse
 
 app = typer.Typer(help="Webhooks: who was told what.", invoke_without_command=True)
 _PATH: Final = "/api/monitoring/events/webhooks"
@@ -30,28 +30,28 @@ HostOption = Annotated[str | None, typer.Option(help="Those to this host and por
 
 
 @app.callback()
-def webhooks(context: typer.Context, config: ConfigOption = None) -> None:
+def webhook_sender(context: typer.Context, config: ConfigOption = None) -> None:
     """Webhooks: who was told what. Without a command: send them from here, and nothing else."""
     if context.invoked_subcommand is None:
         run_roles(config, frozenset({"webhooks"}))
 
 
 @app.command("list")
-def listing(
+def list_deliveries(
     status: Annotated[str | None, typer.Option(help="pending, delivered or abandoned.")] = None,
     job: JobOption = None,
     batch: BatchOption = None,
     host: HostOption = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many, the newest first.")] = 50,
-    url: UrlOption = HERE,
+    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Show webhooks that were sent or are to be sent, and what became of them."""
     query = {"status": status, "job_id": job, "batch_id": batch, "host": host, "limit": limit}
 
     async def ask() -> dict[str, Any]:
-        async with api_at(url) as client:
-            return content_of(await client.get(_PATH, params=given(query)), "deliveries", "total")
+        async with open_client(url) as client:
+            return parse_response(await client.get(_PATH, params=without_none(query)), "deliveries", "total")
 
     found = asyncio.run(ask())
     if as_json:
@@ -72,24 +72,24 @@ def redeliver(
     batch: BatchOption = None,
     host: HostOption = None,
     reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None,
-    url: UrlOption = HERE,
+    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Send webhooks again: those that are named, or, without ids, those that were given up and fit the options."""
-    filters = given({"status": status, "job_id": job, "batch_id": batch, "host": host})
+    filters = without_none({"status": status, "job_id": job, "batch_id": batch, "host": host})
     if ids and filters:
         raise ConfigurationError("Name ids, or say which ones by options; both at once can be misunderstood.")
     if not ids and not filters:
         raise ConfigurationError("Which ones? Name ids, or for example --status abandoned for all that were given up.")
 
     async def ask() -> int:
-        why = given({"reason": reason})
-        async with api_at(url) as client:
+        why = without_none({"reason": reason})
+        async with open_client(url) as client:
             if not ids:
                 answer = await client.post("/api/monitoring/events/redeliver", json=filters | why)
-                return int(content_of(answer, "redelivered")["redelivered"])
+                return int(parse_response(answer, "redelivered")["redelivered"])
             for delivery_id in ids:
-                content_of(await client.post(f"{_PATH}/{delivery_id}/redeliver", json=why))
+                parse_response(await client.post(f"{_PATH}/{delivery_id}/redeliver", json=why))
             return len(ids)
 
     number = asyncio.run(ask())
@@ -100,8 +100,8 @@ def redeliver(
 
 
 @app.command("test")
-def trial(
-    receiver: Annotated[str, typer.Argument(metavar="URL", help="Where to.")],
+def send_test(
+    endpoint_url: Annotated[str, typer.Argument(metavar="URL", help="Where to.")],
     header: Annotated[
         list[str] | None, typer.Option("--header", help="A header to send, such as 'X-Key: 1'. Repeatable.")
     ] = None,
@@ -115,43 +115,43 @@ def trial(
     """Send a webhook on trial, from here, by the same rules as real ones, and show the answer. Nothing is recorded."""
     from bson import ObjectId
 
-    from jobledger.ledger.domain.webhook_headers import header_problem
-    from jobledger.ledger.net.webhook_signature import signed_headers
-    from jobledger.workers.webhooks.sender import Outgoing
+    from jobledger.ledger.domain.webhook_headers import find_header_problem
+    from jobledger.ledger.net.webhook_signature import build_signature_headers
+    from jobledger.workers.webhooks.sender import WebhookRequest
 
-    settings = settings_of(config).webhooks
+    settings = load_settings(config).webhooks
     headers = dict(_header(text) for text in header or ())
-    if (problem := header_problem(headers)) is not None:
+    if (problem := find_header_problem(headers)) is not None:
         raise ConfigurationError(f"--header {problem[0]}: {problem[1]}")
     webhook_id = f"test-{ObjectId()}"
     body = orjson.dumps({"schema_version": 1, "type": "test", "delivery_id": webhook_id, "sequence": 0})
     try:
-        signed = signed_headers([] if secret is None else [secret], webhook_id, int(time.time()), body)
+        signed = build_signature_headers([] if secret is None else [secret], webhook_id, int(time.time()), body)
     except ValueError as error:
         raise ConfigurationError(f"--secret: {error}") from None
-    outgoing = Outgoing(receiver, {**headers, "Content-Type": "application/json", **signed}, body)
-    answer = asyncio.run(_send(outgoing, settings.allow_private, settings.timeout_seconds))
+    outgoing = WebhookRequest(endpoint_url, {**headers, "Content-Type": "application/json", **signed}, body)
+    answer = asyncio.run(_send(outgoing, settings.allowed_private_hosts, settings.timeout_seconds))
     if as_json:
-        told = {"status_code": answer.status_code, "error": answer.error, "message": answer.message}
+        told = {"status_code": answer.status_code, "error": answer.error_code, "message": answer.message}
         echo_json(orjson.dumps({**told, "response": answer.body, "duration_s": round(answer.duration_s, 3)}))
     else:
         what = f"{answer.status_code} " if answer.status_code is not None else ""
         echo(f"{what}{answer.message or 'delivered'} ({answer.duration_s:.2f} s)")
         if answer.body:
             echo_text(answer.body)
-    raise typer.Exit(0 if answer.error is None else 1)
+    raise typer.Exit(0 if answer.error_code is None else 1)
 
 
 @app.command("endpoints")
-def endpoints(url: UrlOption = HERE, as_json: JsonOption = False) -> None:
+def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
     """List the endpoints that webhooks go to"""
 
     async def ask() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        async with api_at(url) as client:
+        async with open_client(url) as client:
             while True:
-                query = given({"limit": 1000, "after": found[-1]["receiver"] if found else None})
-                part = content_of(await client.get(_ENDPOINTS, params=query), "endpoints")["endpoints"]
+                query = without_none({"limit": 1000, "after": found[-1]["receiver"] if found else None})
+                part = parse_response(await client.get(_ENDPOINTS, params=query), "endpoints")["endpoints"]
                 found += part
                 if len(part) < 1000:
                     return found
@@ -170,7 +170,8 @@ def _endpoints_table(found: list[dict[str, Any]]) -> SafeTable:
     table = SafeTable("receiver", "user", "url", "created", "rotated", "old secret until")
     for it in found:
         created, rotated, until = (
-            time_of(it[name]) if it[name] else "" for name in ("created_at", "rotated_at", "old_secret_until")
+            format_iso_timestamp(it[name]) if it[name] else ""
+            for name in ("created_at", "rotated_at", "old_secret_until")
         )
         rotated = "revoked" if it["revoked"] else rotated
         table.add_row(it["receiver"], it["user_id"], it["url"], created, rotated, until)
@@ -179,17 +180,17 @@ def _endpoints_table(found: list[dict[str, Any]]) -> SafeTable:
 
 @app.command("rotate-secret")
 def rotate_secret(
-    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
+    endpoint_id: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
     grace: Annotated[int, typer.Option(min=0, help="Seconds for which the old secret signs, too.")] = 86_400,
-    url: UrlOption = HERE,
+    url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """Give an endpoint a new signing secret and show it this once"""
 
     async def ask() -> dict[str, Any]:
-        async with api_at(url) as client:
-            path = f"{_ENDPOINTS}/{quote(receiver, safe='')}/rotate-secret"
-            return content_of(await client.post(path, json={"grace_s": grace}), "secret")
+        async with open_client(url) as client:
+            path = f"{_ENDPOINTS}/{quote(endpoint_id, safe='')}/rotate-secret"
+            return parse_response(await client.post(path, json={"grace_s": grace}), "secret")
 
     rotated = asyncio.run(ask())
     if as_json:
@@ -201,28 +202,28 @@ def rotate_secret(
 
 @app.command("revoke-secret")
 def revoke_secret(
-    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
-    url: UrlOption = HERE,
+    endpoint_id: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
+    url: UrlOption = DEFAULT_URL,
 ) -> None:
     """Revoke the signing secrets of an endpoint; nothing is sent to it until its secret is rotated"""
 
     async def ask() -> None:
-        async with api_at(url) as client:
-            content_of(await client.delete(f"{_ENDPOINTS}/{quote(receiver, safe='')}/secret"))
+        async with open_client(url) as client:
+            parse_response(await client.delete(f"{_ENDPOINTS}/{quote(endpoint_id, safe='')}/secret"))
 
     asyncio.run(ask())
     echo("Revoked. `jobledger webhooks rotate-secret` makes a new one.")
 
 
 @app.command("secret")
-def make_secret() -> None:
+def generate_secret() -> None:
     """Make a signing secret, for the `webhook.secrets` of a submission."""
-    from jobledger.ledger.net.webhook_signature import new_secret
+    from jobledger.ledger.net.webhook_signature import generate_secret
 
-    echo(new_secret())
+    echo(generate_secret())
 
 
-async def _send(outgoing: Outgoing, allow_private: list[str], timeout_seconds: float) -> Answer:
+async def _send(outgoing: WebhookRequest, allow_private: list[str], timeout_seconds: float) -> WebhookResponse:
     from jobledger.workers.webhooks.sender import Sender
 
     sender = Sender(allow_private=allow_private, timeout_seconds=timeout_seconds)
@@ -245,7 +246,7 @@ def _table(found: list[dict[str, Any]]) -> SafeTable:
         last = it["attempts"][-1] if it["attempts"] else None
         outcome = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
         if it["status"] == "pending" and it["next_at"]:
-            outcome = f"{outcome}  next at {time_of(it['next_at'])}".strip()
+            outcome = f"{outcome}  next at {format_iso_timestamp(it['next_at'])}".strip()
         style = _STYLES[it["status"]]
         status = Text(it["status"], style=style)
         table.add_row(

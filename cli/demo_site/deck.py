@@ -8,10 +8,10 @@ from typing import assert_never
 
 from fpdf import FPDF
 
-from jobledger.cli.demo_site.talks import CONFERENCE, PLACE, Chart, Code, Figure, Flow, Slide, Talk
+from jobledger.cli.demo_site.talks import CONFERENCE, VENUE, Chart, Code, Figure, Flow, Slide, Talk
 
 WIDTH, HEIGHT, MARGIN = 254.0, 142.875, 18.0  # mm: 16:9, as projectors like it
-INK, PAPER, QUIET = (32, 36, 42), (253, 252, 249), (120, 126, 134)
+INK, PAPER, MUTED = (32, 36, 42), (253, 252, 249), (120, 126, 134)
 
 
 class Deck(FPDF):
@@ -33,7 +33,7 @@ class Deck(FPDF):
         self.set_xy(x, y)
         self.multi_cell(width or WIDTH - x - MARGIN, size * 0.48, text, align="L", new_x="LMARGIN", new_y="NEXT")
 
-    def background(self, colour: tuple[int, int, int]) -> None:
+    def fill_background(self, colour: tuple[int, int, int]) -> None:
         self.set_fill_color(*colour)
         self.rect(0, 0, WIDTH, HEIGHT, style="F")
 
@@ -49,7 +49,7 @@ def write_deck(talk: Talk, path: Path) -> None:
 
 def _cover(deck: Deck, talk: Talk) -> None:
     deck.add_page()
-    deck.background(talk.colour)
+    deck.fill_background(talk.colour)
     deck.set_fill_color(255, 255, 255)
     with deck.local_context(fill_opacity=0.08):
         for step in range(7):  # columns of a ledger, behind the title
@@ -59,12 +59,12 @@ def _cover(deck: Deck, talk: Talk) -> None:
     deck.write_at(MARGIN, deck.get_y() + 5, talk.subtitle, size=16, width=190)
     names = " · ".join(speaker.name for speaker in talk.speakers)
     deck.write_at(MARGIN, 114, names, size=14, bold=True)
-    deck.write_at(MARGIN, 122, f"{CONFERENCE}, {PLACE}", size=11)
+    deck.write_at(MARGIN, 122, f"{CONFERENCE}, {VENUE}", size=11)
 
 
 def _page(deck: Deck, slide: Slide) -> None:
     deck.add_page()
-    deck.background(PAPER)
+    deck.fill_background(PAPER)
     deck.set_fill_color(*deck.talk.colour)
     deck.rect(0, 0, 5, HEIGHT, style="F")
     deck.set_text_color(*deck.talk.colour)
@@ -75,9 +75,9 @@ def _page(deck: Deck, slide: Slide) -> None:
         _point(deck, point, size=15 if slide.figure else 22)
     if slide.figure is not None:
         _figure(deck, slide.figure, top=deck.get_y() + 6)
-    deck.set_text_color(*QUIET)
+    deck.set_text_color(*MUTED)
     deck.write_at(MARGIN, HEIGHT - 11, CONFERENCE, size=9)
-    deck.write_at(WIDTH - MARGIN - 12, HEIGHT - 11, f"{deck.page_no()} / {deck.talk.pages}", size=9, width=30)
+    deck.write_at(WIDTH - MARGIN - 12, HEIGHT - 11, f"{deck.page_no()} / {deck.talk.page_count}", size=9, width=30)
 
 
 def _point(deck: Deck, point: str, *, size: float) -> None:
@@ -110,7 +110,7 @@ def _chart(deck: Deck, chart: Chart, top: float) -> None:
         deck.set_fill_color(*deck.talk.colour)
         deck.rect(left, y, length, pitch * 0.62, style="F")
         deck.write_at(left + length + 2, y + 1.5, f"{value:g}{chart.unit}", size=13, bold=True, width=30)
-    deck.set_draw_color(*QUIET)
+    deck.set_draw_color(*MUTED)
     deck.line(left, top - 3, left, top + len(chart.bars) * pitch)
 
 
@@ -128,7 +128,7 @@ def _flow(deck: Deck, flow: Flow, top: float) -> None:
         deck.cell(width, height, box, align="C")
         if number:
             _arrow(deck, x - gap + 1.5, x - 1.5, y + height / 2)
-    deck.set_text_color(*QUIET)
+    deck.set_text_color(*MUTED)
     deck.write_at(MARGIN, y + height + 8, flow.caption, size=13)
 
 

@@ -14,7 +14,7 @@ from jobledger.cli.demo_site.talks import Talk
 from jobledger.cli.demo_site.video import write_video
 
 
-class Session(TypedDict):
+class SessionFields(TypedDict):
     """The 13 fields of a session, as `POST /api/events/jobs` takes them."""
 
     event: str
@@ -32,7 +32,7 @@ class Session(TypedDict):
     target_language: str
 
 
-def make_site(directory: Path) -> list[Path]:
+def write_site(directory: Path) -> list[Path]:
     """Write the whole site below `directory` and return its files, relative to it.
 
     Takes about two seconds, most of it for the films.
@@ -44,7 +44,7 @@ def make_site(directory: Path) -> list[Path]:
     return [Path(name) for name in pages] + _downloads(directory)
 
 
-def sessions(base_url: str) -> list[Session]:
+def list_sessions(base_url: str) -> list[SessionFields]:
     """The conference's sessions when its site is served at `base_url`; English ones ask for German, and the reverse."""
     root = base_url.rstrip("/")
     return [
@@ -96,7 +96,7 @@ def _deck(talk: Talk) -> str:
 
 
 def _film(talk: Talk) -> str:
-    return f"media/{talk.slug}.{talk.video.media}" if talk.video else ""
+    return f"media/{talk.slug}.{talk.video.container}" if talk.video else ""
 
 
 def _page(template: str, **context: Talk) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 CONFERENCE = "Ledger Days 2026"
-PLACE = "Alte Seilerei, Lübeck"
+VENUE = "Alte Seilerei, Lübeck"
 DATES = {"Saturday": "17 October 2026", "Sunday": "18 October 2026"}
 
 
@@ -57,8 +57,8 @@ class Video:
     The only font at hand knows ASCII and little else, so captions keep to that.
     """
 
-    media: Literal["webm", "mp4"]
-    picture: Literal["ledger", "contrast"]
+    container: Literal["webm", "mp4"]
+    animation: Literal["ledger", "contrast"]
     caption: tuple[str, ...]
     melody: tuple[tuple[float, float], ...]
     seconds: int = 6
@@ -84,7 +84,7 @@ class Talk:
     video: Video | None = None
 
     @property
-    def pages(self) -> int:
+    def page_count(self) -> int:
         """Pages of the deck, its cover included; 0 when there is no deck."""
         return len(self.slides) + 1 if self.slides else 0
 
@@ -240,8 +240,8 @@ read in ten years.</li>
         ),
     ),
     video=Video(
-        media="webm",
-        picture="ledger",
+        container="webm",
+        animation="ledger",
         caption=('"Event Sourcing" without Tears', "Maren Okafor and a very long ledger"),
         melody=((C4, 1), (E4, 1), (G4, 1), (A4, 1), (G4, 2), (E4, 1), (D4, 1), (C4, 2), (REST, 1), (G4, 1), (C5, 2)),
     ),
@@ -520,8 +520,8 @@ background and put in the reason why the picture is there.</p>
 hreflang="de">Bücher, Bänder, Bytes</a> (in German) explains an hour earlier in the same room.</p>
 """,
     video=Video(
-        media="mp4",
-        picture="contrast",
+        container="mp4",
+        animation="contrast",
         caption=("Slides Nobody Has to See", "Priya Raman on words that carry a talk"),
         melody=((A4, 2), (G4, 1), (E4, 1), (D4, 2), (E4, 1), (G4, 1), (A4, 1), (C5, 1), (D5, 1), (E5, 1), (C5, 2)),
     ),

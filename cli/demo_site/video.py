@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from jobledger.cli.demo_site.talks import CONFERENCE, Talk, Video
 
 WIDTH, HEIGHT = 640, 360
-PICTURES_PER_SECOND = 10
-SAMPLES_PER_SECOND = 24_000  # one of the few rates that Opus knows
+FRAMES_PER_SECOND = 10
+SAMPLE_RATE = 24_000  # one of the few rates that Opus knows
 BEAT_SECONDS = 0.4
 
 VideoCodec = Literal["libvpx-vp9", "libx264"]
@@ -36,40 +36,40 @@ CODECS: dict[Literal["webm", "mp4"], Codecs] = {
 
 def write_video(talk: Talk, video: Video, path: Path) -> None:
     """Encode `video` to `path`, as WebM (VP9, Opus) or MP4 (H.264, AAC)."""
-    with av.open(str(path), "w", format=video.media, options={"fflags": "+bitexact"}) as film:
+    with av.open(str(path), "w", format=video.container, options={"fflags": "+bitexact"}) as film:
         film.metadata["title"] = talk.title
         _encode(film, talk, video)
 
 
 def _encode(film: OutputContainer, talk: Talk, video: Video) -> None:
-    video_codec, options, audio_codec = CODECS[video.media]
-    picture = film.add_stream(video_codec, rate=PICTURES_PER_SECOND, options=options)
+    video_codec, options, audio_codec = CODECS[video.container]
+    picture = film.add_stream(video_codec, rate=FRAMES_PER_SECOND, options=options)
     picture.width, picture.height, picture.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-    sound = film.add_stream(audio_codec, rate=SAMPLES_PER_SECOND)
+    sound = film.add_stream(audio_codec, rate=SAMPLE_RATE)
     sound.bit_rate = 48_000
     sound.layout = "mono"
     samples = _play(video)
     for second in range(video.seconds):  # second by second, so that the file is interleaved and can be streamed
-        for number in range(second * PICTURES_PER_SECOND, (second + 1) * PICTURES_PER_SECOND):
-            progress = number / (video.seconds * PICTURES_PER_SECOND)
+        for number in range(second * FRAMES_PER_SECOND, (second + 1) * FRAMES_PER_SECOND):
+            progress = number / (video.seconds * FRAMES_PER_SECOND)
             film.mux(picture.encode(_video_frame(_draw(talk, video, progress), number)))
-        film.mux(sound.encode(_audio_frame(samples, second * SAMPLES_PER_SECOND)))
+        film.mux(sound.encode(_audio_frame(samples, second * SAMPLE_RATE)))
     film.mux(picture.encode(None))
     film.mux(sound.encode(None))
 
 
 def _video_frame(picture: Image.Image, number: int) -> av.VideoFrame:
     frame: av.VideoFrame = av.VideoFrame.from_image(picture)  # type: ignore[no-untyped-call]  # its stub is bare
-    frame.pts, frame.time_base = number, Fraction(1, PICTURES_PER_SECOND)
+    frame.pts, frame.time_base = number, Fraction(1, FRAMES_PER_SECOND)
     return frame
 
 
 def _audio_frame(samples: array[int], start: int) -> av.AudioFrame:
     """One second of `samples`, from `start`."""
-    frame = av.AudioFrame(format="s16", layout="mono", samples=SAMPLES_PER_SECOND)
-    frame.planes[0].update(samples[start : start + SAMPLES_PER_SECOND].tobytes())
-    frame.sample_rate = SAMPLES_PER_SECOND
-    frame.pts, frame.time_base = start, Fraction(1, SAMPLES_PER_SECOND)
+    frame = av.AudioFrame(format="s16", layout="mono", samples=SAMPLE_RATE)
+    frame.planes[0].update(samples[start : start + SAMPLE_RATE].tobytes())
+    frame.sample_rate = SAMPLE_RATE
+    frame.pts, frame.time_base = start, Fraction(1, SAMPLE_RATE)
     return frame
 
 
@@ -78,16 +78,16 @@ def _play(video: Video) -> array[int]:
     samples = array("h")
     for frequency, beats in video.melody:
         samples.extend(_tone(frequency, beats * BEAT_SECONDS))
-    length = video.seconds * SAMPLES_PER_SECOND
+    length = video.seconds * SAMPLE_RATE
     samples.extend([0] * (length - len(samples)))
     return samples[:length]
 
 
 def _tone(frequency: float, seconds: float) -> array[int]:
     """A plucked note: two partials that fade away, with a soft start so that it does not click."""
-    step = 2 * math.pi * frequency / SAMPLES_PER_SECOND
+    step = 2 * math.pi * frequency / SAMPLE_RATE
     loudness = 9_000 if frequency else 0
-    fade = 3.0 / SAMPLES_PER_SECOND
+    fade = 3.0 / SAMPLE_RATE
     return array(
         "h",
         (
@@ -97,7 +97,7 @@ def _tone(frequency: float, seconds: float) -> array[int]:
                 * math.exp(-at * fade)
                 * (math.sin(step * at) + 0.3 * math.sin(2 * step * at))
             )
-            for at in range(round(seconds * SAMPLES_PER_SECOND))
+            for at in range(round(seconds * SAMPLE_RATE))
         ),
     )
 
@@ -114,7 +114,7 @@ def _draw(talk: Talk, video: Video, progress: float) -> Image.Image:
     headline, byline = video.caption
     draw.text((36, 34), headline, font=_font(32), fill="white")
     draw.text((36, 80), byline, font=_font(18), fill="white")
-    match video.picture:
+    match video.animation:
         case "ledger":
             _draw_ledger(draw, talk, progress)
         case "contrast":

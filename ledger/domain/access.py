@@ -15,10 +15,10 @@ GROUP_PREFIX: Final = "team-"
 """How the names of groups begin, and those of users do not: both stand in the same lists."""
 
 
-LONGEST_NAME: Final = 200
+MAX_PRINCIPAL_NAME_CHARACTERS: Final = 200
 
 
-class Right(IntEnum):
+class AccessLevel(IntEnum):
     """What somebody may do; each includes the ones before it."""
 
     NONE = 0
@@ -44,16 +44,16 @@ class Principal:
     valid_until: datetime | None = field(default=None, compare=False)
 
     @property
-    def sees_everything(self) -> bool:
+    def is_admin(self) -> bool:
         return "admin" in self.roles
 
     @property
-    def names(self) -> frozenset[str]:
+    def identities(self) -> frozenset[str]:
         """Under which names it may stand in a list."""
         return self.groups if self.user_id is None else self.groups | {self.user_id}
 
 
-def user_named(text: str) -> str:
+def parse_user_name(text: str) -> str:
     """Return the name of a user, if it can be one.
 
     Raises:
@@ -64,7 +64,7 @@ def user_named(text: str) -> str:
     return _nameable(text)
 
 
-def group_named(text: str) -> str:
+def parse_group_name(text: str) -> str:
     """Return the name of a group, which begins with `team-` if it did not before.
 
     Raises:
@@ -77,29 +77,31 @@ def group_named(text: str) -> str:
 def _nameable(text: str) -> str:
     if not text.strip() or text != text.strip():
         raise ValueError("a name must not be empty, nor begin or end with a blank")
-    if len(text) > LONGEST_NAME:
-        raise ValueError(f"a name must not be longer than {LONGEST_NAME} characters")
+    if len(text) > MAX_PRINCIPAL_NAME_CHARACTERS:
+        raise ValueError(f"a name must not be longer than {MAX_PRINCIPAL_NAME_CHARACTERS} characters")
     if not text.isprintable():
         raise ValueError("a name must not have characters that cannot be printed")
     return text
 
 
-def right_to(principal: Principal, *, owner: str, access: Mapping[str, Any], teams: Collection[str] = ()) -> Right:
+def get_access_level(
+    principal: Principal, *, owner: str, access: Mapping[str, Any], teams: Collection[str] = ()
+) -> AccessLevel:
     """Return what the principal may do with what belongs to `owner` under this access control (as the views hold it).
 
     `teams` are the groups that the owner was in when it was submitted: with visibility `team` they may see it.
     """
-    names = principal.names
-    if principal.sees_everything or owner == principal.user_id or not names.isdisjoint(access["admin_access"]):
-        return Right.ADMIN
+    names = principal.identities
+    if principal.is_admin or owner == principal.user_id or not names.isdisjoint(access["admin_access"]):
+        return AccessLevel.ADMIN
     if not names.isdisjoint(access["write_access"]):
-        return Right.WRITE
-    if not names.isdisjoint(readers(owner, access, teams)) or access["visibility"] == "public":
-        return Right.READ
-    return Right.NONE
+        return AccessLevel.WRITE
+    if not names.isdisjoint(list_readers(owner, access, teams)) or access["visibility"] == "public":
+        return AccessLevel.READ
+    return AccessLevel.NONE
 
 
-def readers(owner: str, access: Mapping[str, Any], teams: Iterable[str] = ()) -> list[str]:
+def list_readers(owner: str, access: Mapping[str, Any], teams: Iterable[str] = ()) -> list[str]:
     """Return the names of the users and groups that may see it, in a fixed order; beside them all, if it is public."""
     named = [owner, *access["read_access"], *access["write_access"], *access["admin_access"]]
     if access["visibility"] == "team":

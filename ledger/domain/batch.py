@@ -17,7 +17,7 @@ from jobledger.ledger.domain.commands import (
     SubmitBatch,
     Unarchive,
 )
-from jobledger.ledger.domain.errors import AlreadyExists, NotFound, WrongState
+from jobledger.ledger.domain.errors import AlreadyExists, InvalidState, NotFound
 from jobledger.ledger.domain.events import (
     BatchAccessChanged,
     BatchArchived,
@@ -38,7 +38,7 @@ from jobledger.ledger.domain.events import (
 class Batch:
     """What the rules need to know of a batch."""
 
-    asked: BatchSubmitted
+    spec: BatchSubmitted
     status: BatchStatus = "processing"
     paused: bool = False
     archived: bool = False
@@ -74,7 +74,7 @@ def decide(command: BatchCommand, batch: Batch | None) -> list[BatchEvent]:
             return [BatchUnarchived(by=command.by, reason=command.reason)] if batch.archived else []
         case Delete():
             if batch.status == "processing":
-                raise WrongState("the batch is still processing: cancel it first")
+                raise InvalidState("the batch is still processing: cancel it first")
             return [BatchDeleted(by=command.by, reason=command.reason)]
         case _:
             assert_never(command)
@@ -97,7 +97,7 @@ def final_status(counts: BatchCounts) -> Literal["completed", "partial", "failed
 def evolve(batch: Batch | None, event: BatchEvent) -> Batch:
     """Return the batch as it is after the event. The log is trusted: nothing is refused here."""
     if isinstance(event, BatchSubmitted):
-        return Batch(asked=event)
+        return Batch(spec=event)
     if batch is None:
         raise NotFound(f"{type(event).__name__} in a stream that does not begin with BatchSubmitted")
     match event:
@@ -110,7 +110,7 @@ def evolve(batch: Batch | None, event: BatchEvent) -> Batch:
         case BatchReopened():
             return replace(batch, status="processing")
         case BatchAccessChanged():
-            return replace(batch, asked=batch.asked.model_copy(update={"access_control": event.access_control}))
+            return replace(batch, spec=batch.spec.model_copy(update={"access_control": event.access_control}))
         case BatchArchived():
             return replace(batch, archived=True)
         case BatchUnarchived():

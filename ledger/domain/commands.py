@@ -18,7 +18,7 @@ from jobledger.ledger.domain.events import (
     Failure,
     JobResults,
     JobSubmitted,
-    LogLine,
+    LogEntry,
 )
 
 
@@ -47,14 +47,14 @@ class ReportProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class WriteLog:
+class AddLogEntries:
     worker_id: str
     attempt: int
-    entries: tuple[LogLine, ...]
+    entries: tuple[LogEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class FinishStep:
+class CompleteStep:
     """Remember that a step is done; `key` is the digest of its inputs, `duration_s` in seconds."""
 
     worker_id: str
@@ -66,7 +66,7 @@ class FinishStep:
     tokens_used: int = 0
     warnings: tuple[str, ...] = ()
     reused_from: str | None = None
-    shared_version: str | None = None
+    cache_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class ReleaseJob:
     worker_id: str
     attempt: int
     reason: str
-    machine_trouble: bool = False
+    is_machine_failure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ class RequeueDelivery:
     reason: str | None = None
 
 
-WorkerCommand = ReportProgress | WriteLog | FinishStep | CompleteJob | FailAttempt | ReleaseJob | ConfirmCancel
+WorkerCommand = ReportProgress | AddLogEntries | CompleteStep | CompleteJob | FailAttempt | ReleaseJob | ConfirmCancel
 JobCommand = (
     SubmitJob
     | ClaimJob

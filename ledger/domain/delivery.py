@@ -10,7 +10,7 @@ from typing import Final, Literal, assert_never
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.commands import AbandonDelivery, DeliveryCommand, RecordAttempt, RequeueDelivery
-from jobledger.ledger.domain.errors import NotFound, WrongState
+from jobledger.ledger.domain.errors import InvalidState, NotFound
 from jobledger.ledger.domain.events import (
     BatchFinished,
     DeliveryAbandoned,
@@ -19,22 +19,22 @@ from jobledger.ledger.domain.events import (
     DeliveryQueued,
     DeliveryRequeued,
     DeliverySucceeded,
-    Ending,
     Event,
     JobCancelled,
     JobCompleted,
     JobFailed,
+    WebhookEventType,
 )
 from jobledger.ledger.domain.job import Job
 
 DeliveryStatus = Literal["pending", "delivered", "abandoned"]
 _PREFIX: Final = "delivery-"
-_ENDS: Final[dict[type[Event], Ending]] = {
+_ENDS: Final[dict[type[Event], WebhookEventType]] = {
     JobCompleted: "job.completed",
     JobFailed: "job.failed",
     JobCancelled: "job.cancelled",
 }
-_BATCH_ENDS: Final[dict[str, Ending]] = {
+_BATCH_ENDS: Final[dict[str, WebhookEventType]] = {
     "completed": "batch.completed",
     "partial": "batch.partial",
     "failed": "batch.failed",
@@ -48,44 +48,44 @@ class Delivery:
     `attempt` numbers the calls of the receiver, `counted` those since it was queued last; `due` is when to call again.
     """
 
-    asked: DeliveryQueued
+    spec: DeliveryQueued
     status: DeliveryStatus = "pending"
     attempt: int = 0
-    counted: int = 0
-    due: datetime | None = None
+    counted_attempts: int = 0
+    due_at: datetime | None = None
 
 
-def name_of(source: str, version: int) -> str:
+def delivery_id_for(source: str, version: int) -> str:
     """Return the id of the delivery that tells of the end of a job or batch with the event of this version."""
     return f"{_PREFIX}{source}-{version}"
 
 
-def source_of(delivery_id: str) -> str:
+def parse_source(delivery_id: str) -> str:
     """Return the job or batch that a delivery tells of."""
     return delivery_id.removeprefix(_PREFIX).rpartition("-")[0]
 
 
-def receiver_of(user_id: str, url: str) -> str:
+def endpoint_id_for(user_id: str, url: str) -> str:
     """Return the id of a receiver: an address, and the user who has deliveries sent there."""
     return blake2b(f"{len(user_id)}{user_id}{url}".encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
-def of_end(stream: str, source: Job | Batch, event: Event, version: int) -> DeliveryQueued | None:
+def delivery_for_event(stream: str, source: Job | Batch, event: Event, version: int) -> DeliveryQueued | None:
     """Return what is to be told of an event of a job or batch, None if it is no end or nobody has asked for that."""
     if isinstance(event, BatchFinished):
-        tells: Ending | None = _BATCH_ENDS[event.status]
+        tells: WebhookEventType | None = _BATCH_ENDS[event.status]
     else:
         tells = _ENDS.get(type(event))
-    webhook = source.asked.webhook
+    webhook = source.spec.webhook
     if tells is None or webhook is None:
         return None
     return DeliveryQueued(
         source=stream,
         source_version=version,
         tells=tells,
-        user_id=source.asked.user_id,
+        user_id=source.spec.user_id,
         webhook=webhook,
-        batch_id=source.asked.batch_id if isinstance(source, Job) else stream,
+        batch_id=source.spec.batch_id if isinstance(source, Job) else stream,
     )
 
 
@@ -102,8 +102,8 @@ def decide(command: DeliveryCommand, delivery: Delivery | None) -> list[Delivery
             return _attempted(command, delivery)
         case AbandonDelivery():
             if delivery.status != "pending":
-                raise WrongState(f"the delivery is {delivery.status} already")
-            return [DeliveryAbandoned(reason=limits.shortened(command.reason, limits.REASON_CHARACTERS))]
+                raise InvalidState(f"the delivery is {delivery.status} already")
+            return [DeliveryAbandoned(reason=limits.truncate_text(command.reason, limits.MAX_REASON_CHARACTERS))]
         case RequeueDelivery():
             return [DeliveryRequeued(by=command.by, reason=command.reason)]
         case _:
@@ -116,12 +116,12 @@ def _attempted(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent
     What came of it later than an end changes nothing but the record.
     """
     pending = delivery.status == "pending"
-    error = None if command.error is None else limits.shortened_failure(command.error)
+    error = None if command.error is None else limits.truncate_failure(command.error)
     attempted = DeliveryAttempted(
         attempt=delivery.attempt + 1,
         status_code=command.status_code,
         error=error,
-        response=limits.shortened(command.response, limits.RESPONSE_CHARACTERS),
+        response=limits.truncate_text(command.response, limits.MAX_RESPONSE_CHARACTERS),
         duration_s=command.duration_s,
         body_sha256=command.body_sha256,
         next_at=command.retry_at if pending and error is not None else None,
@@ -131,24 +131,24 @@ def _attempted(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent
         return [attempted] if ended else [attempted, DeliverySucceeded(attempt=attempted.attempt)]
     if not pending or command.retry_at is not None:
         return [attempted]
-    return [attempted, DeliveryAbandoned(reason=limits.shortened(error.message, limits.REASON_CHARACTERS))]
+    return [attempted, DeliveryAbandoned(reason=limits.truncate_text(error.message, limits.MAX_REASON_CHARACTERS))]
 
 
 def evolve(delivery: Delivery | None, event: DeliveryEvent) -> Delivery:
     """Return the delivery as it is after the event. The log is trusted: nothing is refused here."""
     if isinstance(event, DeliveryQueued):
-        return Delivery(asked=event)
+        return Delivery(spec=event)
     if delivery is None:
         raise NotFound(f"{type(event).__name__} in a stream that does not begin with DeliveryQueued")
     match event:
         case DeliveryAttempted():
-            due = event.next_at if delivery.status == "pending" else delivery.due
-            return replace(delivery, attempt=event.attempt, counted=delivery.counted + 1, due=due)
+            due = event.next_at if delivery.status == "pending" else delivery.due_at
+            return replace(delivery, attempt=event.attempt, counted_attempts=delivery.counted_attempts + 1, due_at=due)
         case DeliverySucceeded():
-            return replace(delivery, status="delivered", due=None)
+            return replace(delivery, status="delivered", due_at=None)
         case DeliveryAbandoned():
-            return replace(delivery, status="abandoned", due=None)
+            return replace(delivery, status="abandoned", due_at=None)
         case DeliveryRequeued():
-            return replace(delivery, status="pending", counted=0, due=None)
+            return replace(delivery, status="pending", counted_attempts=0, due_at=None)
         case _:
             assert_never(event)

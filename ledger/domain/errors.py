@@ -57,7 +57,7 @@ _TRANSIENT: Final = frozenset(
 )
 
 
-def os_failure(error: OSError, message: str) -> ResourceUnavailable | ConfigurationError:
+def classify_os_error(error: OSError, message: str) -> ResourceUnavailable | ConfigurationError:
     """Return the error for a failed system call, by whether it may pass without a change of settings.
 
     A full, read-only or broken disk, a lost mount, a taken port or an exhausted limit may pass. A missing file, missing
@@ -70,7 +70,7 @@ class UnreadableEvent(ConfigurationError):
     """An event that this version of the program does not know, or whose payload is damaged."""
 
 
-class NewerEvent(UnreadableEvent):
+class UnsupportedEvent(UnreadableEvent):
     """An event of a later version of this program: upgrading helps."""
 
 
@@ -78,7 +78,7 @@ class LedgerUnavailable(JobledgerError):
     """The database cannot be reached or did not answer in time. What was asked for may or may not have happened."""
 
 
-class StoreUnavailable(LedgerUnavailable):
+class FileStoreUnavailable(LedgerUnavailable):
     """This machine cannot use the directory of the result files now. The message is for the log: it names places."""
 
 
@@ -100,7 +100,7 @@ class LogTruncated(JobledgerError):
     """The log ends before a position that a reader has read. Waiting for the missing events would never end."""
 
 
-class NoRegularFile(JobledgerError):
+class NotARegularFile(JobledgerError):
     """What is to be stored as a file is a directory, a pipe, a socket or a device."""
 
 
@@ -120,29 +120,29 @@ class InvalidEvent(JobledgerError):
     """The event cannot be stored or hashed: not JSON, a number outside ±(2^53 - 1), NaN, broken Unicode, too large."""
 
 
-class CommandRefused(JobledgerError):
+class CommandRejected(JobledgerError):
     """The rules say no; nothing was written. `code` is the word that programs compare."""
 
     code = "refused"
 
 
-class NotFound(CommandRefused):
+class NotFound(CommandRejected):
     """No such job or batch."""
 
     code = "not_found"
 
 
-class AlreadyExists(CommandRefused):
+class AlreadyExists(CommandRejected):
     """The id is taken."""
 
     code = "already_exists"
 
 
-class WrongState(CommandRefused):
+class InvalidState(CommandRejected):
     """The job or batch is not in a state that allows this."""
 
     code = "wrong_state"
 
 
-class NotDue(WrongState):
+class NotDue(InvalidState):
     """The job is to be started later."""

@@ -17,13 +17,13 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
-from jobledger.ledger.domain.errors import InvalidEvent, NewerEvent, UnreadableEvent
-from jobledger.ledger.store.hash_chain import chained_text
+from jobledger.ledger.domain.errors import InvalidEvent, UnreadableEvent, UnsupportedEvent
+from jobledger.ledger.store.hash_chain import hash_input
 
 _BELOW_A_MILLISECOND = [timedelta(microseconds=microseconds) for microseconds in range(1000)]
 
 
-def milliseconds(moment: datetime) -> datetime:
+def truncate_to_milliseconds(moment: datetime) -> datetime:
     """Return the moment in UTC, cut to the milliseconds that BSON keeps, so that hashes survive the database.
 
     Raises:
@@ -46,12 +46,12 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-Moment = Annotated[datetime, AfterValidator(milliseconds)]
-Number = Annotated[float, PlainSerializer(_whole)]
+UtcDatetime = Annotated[datetime, AfterValidator(truncate_to_milliseconds)]
+CompactFloat = Annotated[float, PlainSerializer(_whole)]
 JobStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
 BatchStatus = Literal["processing", "completed", "partial", "failed"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-ENDED: frozenset[JobStatus] = frozenset({"completed", "failed", "cancelled"})
+TERMINAL_STATUSES: frozenset[JobStatus] = frozenset({"completed", "failed", "cancelled"})
 
 
 class _Value(BaseModel):
@@ -91,8 +91,8 @@ class Failure(_Value):
     details: dict[str, Any] = Field(default_factory=dict)
 
 
-class LogLine(_Value):
-    timestamp: Moment
+class LogEntry(_Value):
+    timestamp: UtcDatetime
     level: LogLevel
     message: str
 
@@ -115,8 +115,8 @@ class Asset(_Value):
 class ResultMetadata(_Value):
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    processed_at: Moment
-    duration: Number
+    processed_at: UtcDatetime
+    duration: CompactFloat
     tokens_used: int = 0
     warnings: list[str] = Field(default_factory=list)
 
@@ -136,7 +136,7 @@ class Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     schema_version: ClassVar[int] = 1
 
-    def payload(self) -> dict[str, Any]:
+    def to_payload(self) -> dict[str, Any]:
         """Return the fields as the database stores them: optional fields that were not given are left out."""
         absent = {name for name in _optional(type(self)) if getattr(self, name) is None}
         payload: dict[str, Any] = self.__pydantic_serializer__.to_python(self, exclude=absent or None)
@@ -169,9 +169,9 @@ class JobSubmitted(Event):
     teams: Teams = Field(default_factory=list)
     webhook: Webhook | None = None
     priority: int = 1
-    not_before: Moment | None = None
+    not_before: UtcDatetime | None = None
     max_attempts: int = 3
-    timeout_s: Number = 3600.0
+    timeout_s: CompactFloat = 3600.0
     template: str | None = None
 
 
@@ -187,7 +187,7 @@ class JobProgressed(Event):
 
     attempt: int
     step: str
-    percent: Number
+    percent: CompactFloat
     message: str
 
 
@@ -195,7 +195,7 @@ class JobLogged(Event):
     """The attempt had something to say: one or more log lines, in order."""
 
     attempt: int
-    entries: list[LogLine]
+    entries: list[LogEntry]
 
 
 class StepCompleted(Event):
@@ -209,7 +209,7 @@ class StepCompleted(Event):
     step: str
     key: str
     output: Any
-    duration_s: Number
+    duration_s: CompactFloat
     tokens_used: int = 0
     warnings: list[str] = Field(default_factory=list)
     reused_from: str | None = None
@@ -228,7 +228,7 @@ class JobAttemptFailed(Event):
 
     attempt: int
     error: Failure
-    retry_at: Moment
+    retry_at: UtcDatetime
 
 
 class JobFailed(Event):
@@ -285,7 +285,7 @@ class JobUpdated(Event):
     by: str
     parameters: dict[str, Any] | None = None
     priority: int | None = None
-    not_before: Moment | None = None
+    not_before: UtcDatetime | None = None
 
 
 class JobAccessChanged(Event):
@@ -338,7 +338,7 @@ class BatchCounts(_Value):
 class BatchSummary(_Value):
     """What a batch took: seconds of processing (summed over its jobs) and language-model tokens."""
 
-    duration: Number = 0.0
+    duration: CompactFloat = 0.0
     tokens_used: int = 0
 
 
@@ -411,7 +411,9 @@ class BatchDeleted(Event):
 
 # The delivery stream ----------------------------------------------------------------------------------------------
 
-Ending = Literal["job.completed", "job.failed", "job.cancelled", "batch.completed", "batch.partial", "batch.failed"]
+WebhookEventType = Literal[
+    "job.completed", "job.failed", "job.cancelled", "batch.completed", "batch.partial", "batch.failed"
+]
 
 
 class DeliveryQueued(Event):
@@ -419,7 +421,7 @@ class DeliveryQueued(Event):
 
     source: str
     source_version: int
-    tells: Ending
+    tells: WebhookEventType
     user_id: str
     webhook: Webhook
     batch_id: str | None = None
@@ -435,9 +437,9 @@ class DeliveryAttempted(Event):
     status_code: int | None = None
     error: Failure | None = None
     response: str = ""
-    duration_s: Number
+    duration_s: CompactFloat
     body_sha256: str | None = None
-    next_at: Moment | None = None
+    next_at: UtcDatetime | None = None
 
 
 class DeliverySucceeded(Event):
@@ -508,7 +510,7 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Meta:
+class EventMetadata:
     """Where an event comes from.
 
     `actor`: who did it (`user:…`, `worker:…`, `system`); `correlation_id`: the batch or request it belongs to;
@@ -520,9 +522,9 @@ class Meta:
     correlation_id: str | None = None
     causation_id: str | None = None
     traceparent: str | None = None
-    request: str | None = None
+    request_fingerprint: str | None = None
 
-    def payload(self) -> dict[str, str]:
+    def to_document(self) -> dict[str, str]:
         """Return what is known, as the database stores it."""
         payload = {"actor": self.actor}
         if self.correlation_id is not None:
@@ -531,12 +533,12 @@ class Meta:
             payload["causation_id"] = self.causation_id
         if self.traceparent is not None:
             payload["traceparent"] = self.traceparent
-        if self.request is not None:
-            payload["request"] = self.request
+        if self.request_fingerprint is not None:
+            payload["request"] = self.request_fingerprint
         return payload
 
     @classmethod
-    def of(cls, stored: Mapping[str, str]) -> Meta:
+    def from_stored(cls, stored: Mapping[str, str]) -> EventMetadata:
         """Return what `payload` wrote; names from later versions are passed over."""
         get = stored.get
         return cls(
@@ -548,7 +550,7 @@ UNKNOWN_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """The time of an event whose time is damaged."""
 
 
-class Recorded:
+class RecordedEvent:
     """An event in the log: a document of `events`, with its payload read when somebody asks for it.
 
     Two are equal if they are the same event in the same place. Whoever only passes events on, or looks for some types,
@@ -603,15 +605,15 @@ class Recorded:
         return data
 
     @property
-    def fields(self) -> Mapping[str, Any]:
+    def payload(self) -> Mapping[str, Any]:
         """The payload as it was written, empty if it is no object."""
         data = self._document.get("data")
         return data if isinstance(data, Mapping) else {}
 
     @property
-    def meta(self) -> Meta:
+    def meta(self) -> EventMetadata:
         meta = self._document.get("meta")
-        return Meta.of(meta if isinstance(meta, Mapping) else {})
+        return EventMetadata.from_stored(meta if isinstance(meta, Mapping) else {})
 
     @property
     def hash(self) -> bytes:
@@ -643,7 +645,7 @@ class Recorded:
         if known is None or schema > known.schema_version:
             if "hash" in document and not self._is_intact():
                 raise UnreadableEvent(f"{self._place()} is a {name} with schema {schema}, and its hash is wrong")
-            raise NewerEvent(
+            raise UnsupportedEvent(
                 f"{self._place()} is a {name} with schema {schema}, which this version of Jobledger does not know: "
                 "a later one has written to this log. Upgrade this one."
             )
@@ -658,7 +660,7 @@ class Recorded:
     def _is_intact(self) -> bool:
         """Return whether the hash is that of the content."""
         try:
-            return hashlib.sha256(chained_text(self._document)).digest() == self.hash
+            return hashlib.sha256(hash_input(self._document)).digest() == self.hash
         except (AttributeError, InvalidEvent, LookupError, TypeError, ValueError):
             return False
 
@@ -666,7 +668,7 @@ class Recorded:
         return f"At position {self.position} of the log ({self.stream}, version {self.version})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recorded) and self._key() == other._key() and self.event == other.event
+        return isinstance(other, RecordedEvent) and self._key() == other._key() and self.event == other.event
 
     def __hash__(self) -> int:
         return hash(self.event_id)
@@ -678,8 +680,8 @@ class Recorded:
         return self.position, self.event_id, self.stream, self.version, self.time, self.meta, self.hash
 
 
-Upcast = Callable[[dict[str, Any]], dict[str, Any]]
-UPCASTS: Mapping[str, Sequence[Upcast]] = {}
+Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
+UPCASTERS: Mapping[str, Sequence[Upcaster]] = {}
 """How older payloads are brought up to date when they are read: by type, from schema 1 to 2, from 2 to 3, and so on.
 
 A field that is added with a default needs nothing here. Where a meaning changes, `schema_version` goes up by one and
@@ -690,6 +692,6 @@ the step is entered here; old payloads stay in the log as they were written, and
 def upcast(name: str, schema: int, data: Any) -> Any:
     """Return a payload as the newest version of its type has it."""
     changed = deepcopy(data)  # a step may change what lies within, and the stored payload stays as it is
-    for step in UPCASTS.get(name, ())[schema - 1 :]:
+    for step in UPCASTERS.get(name, ())[schema - 1 :]:
         changed = step(changed)
     return changed

@@ -9,16 +9,17 @@ from typing import Any, Final, assert_never
 
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.commands import (
+    AddLogEntries,
     Archive,
     CancelJob,
     ChangeAccess,
     ClaimJob,
     CompleteJob,
+    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
     FailAttempt,
-    FinishStep,
     JobCommand,
     ReleaseJob,
     ReportProgress,
@@ -27,11 +28,10 @@ from jobledger.ledger.domain.commands import (
     Unarchive,
     UpdateJob,
     WorkerCommand,
-    WriteLog,
 )
-from jobledger.ledger.domain.errors import AlreadyExists, NotDue, NotFound, WrongState
+from jobledger.ledger.domain.errors import AlreadyExists, InvalidState, NotDue, NotFound
 from jobledger.ledger.domain.events import (
-    ENDED,
+    TERMINAL_STATUSES,
     Failure,
     JobAccessChanged,
     JobArchived,
@@ -69,24 +69,24 @@ class Job:
     log.
     """
 
-    asked: JobSubmitted
+    spec: JobSubmitted
     status: JobStatus = "pending"
     attempt: int = 0
-    counted: int = 0
+    counted_attempts: int = 0
     worker_id: str | None = None
-    due: datetime | None = None
-    cancel: JobCancelRequested | None = None
+    due_at: datetime | None = None
+    cancel_request: JobCancelRequested | None = None
     archived: bool = False
     deleted: bool = False
     steps: Mapping[str, StepCompleted] = field(default_factory=dict)
-    anew: bool = False
-    machine_troubles: int = 0
+    is_full_restart: bool = False
+    consecutive_machine_failures: int = 0
     log_bytes: int = 0
-    step_bytes: int = 0
-    changed_bytes: int = 0
+    step_output_bytes: int = 0
+    changed_parameters_bytes: int = 0
 
 
-MAX_MACHINE_TROUBLES: Final = 5
+MAX_CONSECUTIVE_MACHINE_FAILURES: Final = 5
 """A job given back this often in a row for machine trouble is taken for its cause: the next time counts as an attempt.
 
 Why 5: a sick worker reports at its first such job and claims nothing until its check passes, so a healthy job meets
@@ -116,8 +116,8 @@ def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
             return _expire(command, job)
         case (
             ReportProgress()
-            | WriteLog()
-            | FinishStep()
+            | AddLogEntries()
+            | CompleteStep()
             | CompleteJob()
             | FailAttempt()
             | ReleaseJob()
@@ -127,7 +127,7 @@ def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
         case CancelJob():
             return _cancel(command, job)
         case RestartJob():
-            _require(job.status in ENDED, job, "restarted", "only a job that has ended can be")
+            _require(job.status in TERMINAL_STATUSES, job, "restarted", "only a job that has ended can be")
             return [JobRestarted(by=command.by, reason=command.reason, reuse_steps=command.reuse_steps)]
         case UpdateJob():
             return _update(command, job)
@@ -148,13 +148,13 @@ def decide(command: JobCommand, job: Job | None) -> list[JobEvent]:
 
 def _require(allowed: bool, job: Job, done: str, why: str) -> None:
     if not allowed:
-        raise WrongState(f"the job is {job.status} and cannot be {done}: {why}")
+        raise InvalidState(f"the job is {job.status} and cannot be {done}: {why}")
 
 
 def _claim(command: ClaimJob, job: Job) -> list[JobEvent]:
     _require(job.status == "pending", job, "claimed", "only a waiting job can be")
-    if job.due is not None and command.now < job.due:
-        raise NotDue(f"the job is not to be started before {job.due.isoformat()}")
+    if job.due_at is not None and command.now < job.due_at:
+        raise NotDue(f"the job is not to be started before {job.due_at.isoformat()}")
     return [JobClaimed(worker_id=command.worker_id, attempt=job.attempt + 1)]
 
 
@@ -163,13 +163,13 @@ def _expire(command: ExpireLease, job: Job) -> list[JobEvent]:
     if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
         return []
     expired = JobLeaseExpired(worker_id=command.worker_id, attempt=command.attempt)
-    if job.cancel is not None:
-        return [expired, JobCancelled(by=job.cancel.by, reason=job.cancel.reason)]
-    if job.counted >= job.asked.max_attempts:
+    if job.cancel_request is not None:
+        return [expired, JobCancelled(by=job.cancel_request.by, reason=job.cancel_request.reason)]
+    if job.counted_attempts >= job.spec.max_attempts:
         error = Failure(
             code="WORKER_LOST",
             message=f"The worker stopped giving signs of life in attempt {job.attempt}, and all "
-            f"{job.asked.max_attempts} attempts are used up.",
+            f"{job.spec.max_attempts} attempts are used up.",
             details={"worker_id": command.worker_id},
         )
         return [expired, JobFailed(attempt=job.attempt, error=error)]
@@ -193,13 +193,13 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
         case ReportProgress():
             return JobProgressed(
                 attempt=command.attempt,
-                step=limits.shortened(command.step, limits.PROGRESS_STEP_CHARACTERS),
+                step=limits.truncate_text(command.step, limits.MAX_PROGRESS_STEP_CHARACTERS),
                 percent=command.percent,
-                message=limits.shortened(command.message, limits.PROGRESS_MESSAGE_CHARACTERS),
+                message=limits.truncate_text(command.message, limits.MAX_PROGRESS_MESSAGE_CHARACTERS),
             )
-        case WriteLog():
+        case AddLogEntries():
             return JobLogged(attempt=command.attempt, entries=list(command.entries))
-        case FinishStep():
+        case CompleteStep():
             return StepCompleted(
                 attempt=command.attempt,
                 step=command.step,
@@ -209,35 +209,35 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
                 tokens_used=command.tokens_used,
                 warnings=list(command.warnings),
                 reused_from=command.reused_from,
-                shared_version=command.shared_version,
+                shared_version=command.cache_version,
             )
         case CompleteJob():
             return JobCompleted(attempt=command.attempt, results=command.results)
         case FailAttempt():
             return _failed(command, job)
         case ReleaseJob():
-            if job.cancel is not None:  # else the next worker would start what nobody wants
-                return JobCancelled(by=job.cancel.by, reason=job.cancel.reason)
+            if job.cancel_request is not None:  # else the next worker would start what nobody wants
+                return JobCancelled(by=job.cancel_request.by, reason=job.cancel_request.reason)
             return JobReleased(
                 worker_id=command.worker_id,
                 attempt=command.attempt,
                 reason=command.reason,
-                machine_trouble=command.machine_trouble,
+                machine_trouble=command.is_machine_failure,
             )
         case ConfirmCancel():
             return JobCancelled(
-                by=job.cancel.by if job.cancel else f"worker:{command.worker_id}",
-                reason=job.cancel.reason if job.cancel else None,
+                by=job.cancel_request.by if job.cancel_request else f"worker:{command.worker_id}",
+                reason=job.cancel_request.reason if job.cancel_request else None,
             )
         case _:
             assert_never(command)
 
 
 def _failed(command: FailAttempt, job: Job) -> JobEvent:
-    if job.cancel is not None:
-        return JobCancelled(by=job.cancel.by, reason=job.cancel.reason)
-    error = limits.shortened_failure(command.error)
-    if command.retry_at is None or job.counted >= job.asked.max_attempts:
+    if job.cancel_request is not None:
+        return JobCancelled(by=job.cancel_request.by, reason=job.cancel_request.reason)
+    error = limits.truncate_failure(command.error)
+    if command.retry_at is None or job.counted_attempts >= job.spec.max_attempts:
         return JobFailed(attempt=command.attempt, error=error)
     return JobAttemptFailed(attempt=command.attempt, error=error, retry_at=command.retry_at)
 
@@ -246,7 +246,7 @@ def _cancel(command: CancelJob, job: Job) -> list[JobEvent]:
     if job.status == "pending":
         return [JobCancelled(by=command.by, reason=command.reason)]
     _require(job.status == "processing", job, "cancelled", "it has ended already")
-    return [] if job.cancel else [JobCancelRequested(by=command.by, reason=command.reason)]
+    return [] if job.cancel_request else [JobCancelRequested(by=command.by, reason=command.reason)]
 
 
 def _update(command: UpdateJob, job: Job) -> list[JobEvent]:
@@ -270,7 +270,7 @@ def _update(command: UpdateJob, job: Job) -> list[JobEvent]:
 def evolve(job: Job | None, event: JobEvent) -> Job:
     """Return the job as it is after the event. The log is trusted: nothing is refused here."""
     if isinstance(event, JobSubmitted):
-        return Job(asked=event, due=event.not_before)
+        return Job(spec=event, due_at=event.not_before)
     if job is None:
         raise NotFound(f"{type(event).__name__} in a stream that does not begin with JobSubmitted")
     match event:
@@ -279,20 +279,20 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
                 job,
                 status="processing",
                 attempt=event.attempt,
-                counted=job.counted + 1,
+                counted_attempts=job.counted_attempts + 1,
                 worker_id=event.worker_id,
-                due=None,
+                due_at=None,
             )
         case JobProgressed() | WorkerFenced():
             return job
         case JobLogged():
             return replace(job, log_bytes=job.log_bytes + _log_bytes(event))
         case StepCompleted():
-            return replace(job, steps={**job.steps, event.key: event}, step_bytes=_step_bytes(job, event))
+            return replace(job, steps={**job.steps, event.key: event}, step_output_bytes=_step_bytes(job, event))
         case JobCompleted():
             return _ended(job, "completed")
         case JobAttemptFailed():
-            return replace(job, status="pending", worker_id=None, due=event.retry_at, machine_troubles=0)
+            return replace(job, status="pending", worker_id=None, due_at=event.retry_at, consecutive_machine_failures=0)
         case JobFailed():
             return _ended(job, "failed")
         case JobLeaseExpired():
@@ -302,11 +302,11 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
                 job,
                 status="pending",
                 worker_id=None,
-                counted=job.counted - 1,
-                machine_troubles=job.machine_troubles + event.machine_trouble,
+                counted_attempts=job.counted_attempts - 1,
+                consecutive_machine_failures=job.consecutive_machine_failures + event.machine_trouble,
             )
         case JobCancelRequested():
-            return replace(job, cancel=event)
+            return replace(job, cancel_request=event)
         case JobCancelled():
             return _ended(job, "cancelled")
         case JobRestarted():
@@ -314,18 +314,18 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
             return replace(
                 job,
                 status="pending",
-                counted=0,
-                due=None,
-                cancel=None,
+                counted_attempts=0,
+                due_at=None,
+                cancel_request=None,
                 steps=kept,
-                step_bytes=job.step_bytes if event.reuse_steps else 0,
-                anew=not event.reuse_steps,
-                machine_troubles=0,
+                step_output_bytes=job.step_output_bytes if event.reuse_steps else 0,
+                is_full_restart=not event.reuse_steps,
+                consecutive_machine_failures=0,
             )
         case JobUpdated():
             return _with_changes(job, event)
         case JobAccessChanged():
-            return replace(job, asked=job.asked.model_copy(update={"access_control": event.access_control}))
+            return replace(job, spec=job.spec.model_copy(update={"access_control": event.access_control}))
         case JobArchived():
             return replace(job, archived=True)
         case JobUnarchived():
@@ -337,11 +337,11 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
 
 
 def _log_bytes(event: JobLogged) -> int:
-    return sum(len(line.message) + limits.LOG_LINE_BYTES for line in event.entries)
+    return sum(len(line.message) + limits.LOG_ENTRY_OVERHEAD_BYTES for line in event.entries)
 
 
 def _ended(job: Job, status: JobStatus) -> Job:
-    return replace(job, status=status, worker_id=None, due=None, cancel=None)
+    return replace(job, status=status, worker_id=None, due_at=None, cancel_request=None)
 
 
 def _with_changes(job: Job, event: JobUpdated) -> Job:
@@ -350,9 +350,9 @@ def _with_changes(job: Job, event: JobUpdated) -> Job:
     }
     return replace(
         job,
-        asked=job.asked.model_copy(update=changes),
-        due=changes.get("not_before", job.due),
-        changed_bytes=_changed_bytes(job, event.parameters),
+        spec=job.spec.model_copy(update=changes),
+        due_at=changes.get("not_before", job.due_at),
+        changed_parameters_bytes=_changed_bytes(job, event.parameters),
     )
 
 
@@ -360,11 +360,11 @@ def _step_bytes(job: Job, step: StepCompleted) -> int:
     """Return how large the outputs of a job's steps are when one more is finished, or finished again."""
     known = job.steps.get(step.key)
     replaced = _bytes(known.output) if known is not None else 0
-    return job.step_bytes - replaced + _bytes(step.output)
+    return job.step_output_bytes - replaced + _bytes(step.output)
 
 
 def _changed_bytes(job: Job, parameters: Mapping[str, Any] | None) -> int:
-    return job.changed_bytes + (_bytes(parameters) if parameters is not None else 0)
+    return job.changed_parameters_bytes + (_bytes(parameters) if parameters is not None else 0)
 
 
 def _bytes(value: Any) -> int:

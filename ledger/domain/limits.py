@@ -39,66 +39,66 @@ from jobledger.ledger.domain.events import (
 
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
-DOCUMENT_BYTES: Final = 16 * _MIB
+MAX_DOCUMENT_BYTES: Final = 16 * _MIB
 """What MongoDB stores in one document."""
 
 # Of one submission.
-PARAMETERS_BYTES: Final = 15 * _MIB // 2
-ACCESS_NAMES: Final = 200
+MAX_PARAMETERS_BYTES: Final = 15 * _MIB // 2
+MAX_ACCESS_NAMES: Final = 200
 """Names in the three lists of an access control together. Each name adds rows to the list index."""
-TEAMS: Final = 200
+MAX_TEAMS: Final = 200
 """Groups of an owner that are recorded with a job or batch."""
-NAME_CHARACTERS: Final = 200
-BATCH_JOBS: Final = 10_000
-WEBHOOK_HEADERS: Final = 50
-WEBHOOK_HEADER_BYTES: Final = 16_000
+MAX_NAME_CHARACTERS: Final = 200
+MAX_BATCH_JOBS: Final = 10_000
+MAX_WEBHOOK_HEADERS: Final = 50
+MAX_WEBHOOK_HEADER_BYTES: Final = 16_000
 """Names and values of all headers of a webhook together. Common servers read 16 KiB of headers, ours included."""
-TITLE_CHARACTERS: Final = 500
-URL_CHARACTERS: Final = 2000
-REASON_CHARACTERS: Final = 2000
+MAX_TITLE_CHARACTERS: Final = 500
+MAX_URL_CHARACTERS: Final = 2000
+MAX_REASON_CHARACTERS: Final = 2000
 
 # Of one attempt.
-RESULTS_BYTES: Final = 2 * _MIB
-RESULT_FILES: Final = 2000
-FILE_BYTES: Final = 16 * 1024 * _MIB
+MAX_RESULTS_BYTES: Final = 2 * _MIB
+MAX_RESULT_FILES: Final = 2000
+MAX_FILE_BYTES: Final = 16 * 1024 * _MIB
 """Of a file that a job saves, and of any other file that a job process writes."""
-STEPS: Final = 2000
+MAX_STEPS: Final = 2000
 """Finished steps of a job that are kept for its next attempt."""
-STEP_OUTPUT_BYTES: Final = 64 * _MIB
+MAX_STEP_OUTPUT_BYTES: Final = 64 * _MIB
 """Outputs of all finished steps of a job together, as JSON. Its worker and its job process hold them in memory."""
-CHANGED_PARAMETERS_BYTES: Final = 64 * _MIB
+MAX_CHANGED_PARAMETERS_BYTES: Final = 64 * _MIB
 """Parameters of all changes of a job together, as JSON. Whoever decides on a job reads its whole stream."""
-JOB_LOG_BYTES: Final = 16 * _MIB
+MAX_JOB_LOG_BYTES: Final = 16 * _MIB
 """Log lines of a job together, all attempts: their texts, and `LOG_LINE_BYTES` for each. Its worker leaves out more."""
-LOG_LINE_BYTES: Final = 64
-STEP_NAME_CHARACTERS: Final = 500
-STEP_WARNINGS: Final = 1000
-STEP_WARNING_BYTES: Final = 64 * _KIB
+LOG_ENTRY_OVERHEAD_BYTES: Final = 64
+MAX_STEP_NAME_CHARACTERS: Final = 500
+MAX_STEP_WARNINGS: Final = 1000
+MAX_STEP_WARNING_BYTES: Final = 64 * _KIB
 
 # What is shortened instead of refused, because refusing an error or a line of progress would hide it.
-ERROR_MESSAGE_CHARACTERS: Final = 10_000
-ERROR_DETAILS_BYTES: Final = 64 * _KIB
-PROGRESS_STEP_CHARACTERS: Final = 500
-PROGRESS_MESSAGE_CHARACTERS: Final = 2000
-RESPONSE_CHARACTERS: Final = 4096
+MAX_ERROR_MESSAGE_CHARACTERS: Final = 10_000
+MAX_ERROR_DETAILS_BYTES: Final = 64 * _KIB
+MAX_PROGRESS_STEP_CHARACTERS: Final = 500
+MAX_PROGRESS_MESSAGE_CHARACTERS: Final = 2000
+MAX_RESPONSE_CHARACTERS: Final = 4096
 
 # Budgets of the views' documents.
-LOGS_BYTES: Final = 1 * _MIB
-STEPS_BYTES: Final = 1 * _MIB
-LIST_INDEX_BYTES: Final = 1 * _MIB
+MAX_VIEW_LOGS_BYTES: Final = 1 * _MIB
+MAX_VIEW_STEPS_BYTES: Final = 1 * _MIB
+MAX_LIST_INDEX_BYTES: Final = 1 * _MIB
 """Of each of the two kinds of rows, `headings` and `words`."""
-LIST_INDEX_ROWS: Final = 5000
+MAX_LIST_INDEX_ROWS: Final = 5000
 """Of each of the two kinds. MongoDB takes at most 100,000 index keys from one document."""
-BATCH_LIST_INDEX_BYTES: Final = 512 * _MIB
+MAX_BATCH_LIST_INDEX_BYTES: Final = 512 * _MIB
 """Of both kinds together, for all jobs of a batch. The names that may see a job add rows for each word and field."""
-SEARCHED_CHARACTERS: Final = 4000
+MAX_SEARCHED_CHARACTERS: Final = 4000
 """Of the texts of a document that are made searchable."""
 
 _BSON_FACTOR: Final = 9
 """BSON takes up to that many times the bytes of JSON: 17 for `0,` in a long list."""
 
 
-def check(event: Event, text_bytes: int) -> None:
+def check_event(event: Event, text_bytes: int) -> None:
     """Refuse an event that holds more than the limits allow.
 
     Args:
@@ -110,8 +110,8 @@ def check(event: Event, text_bytes: int) -> None:
     """
     if (checks := _CHECKS.get(type(event))) is not None:
         checks(event, text_bytes)
-    if text_bytes > REASON_CHARACTERS:
-        _check_text("reason", getattr(event, "reason", None), REASON_CHARACTERS)
+    if text_bytes > MAX_REASON_CHARACTERS:
+        _check_text("reason", getattr(event, "reason", None), MAX_REASON_CHARACTERS)
 
 
 def check_steps(found: int) -> None:
@@ -120,7 +120,7 @@ def check_steps(found: int) -> None:
     Raises:
         InvalidEvent: The message names the limit.
     """
-    _check_count("steps", found, STEPS, "finished steps of one job")
+    _check_count("steps", found, MAX_STEPS, "finished steps of one job")
 
 
 def check_step_outputs(found: int) -> None:
@@ -129,9 +129,10 @@ def check_step_outputs(found: int) -> None:
     Raises:
         InvalidEvent: The message names the limit.
     """
-    if found > STEP_OUTPUT_BYTES:
+    if found > MAX_STEP_OUTPUT_BYTES:
         raise InvalidEvent(
-            f"steps: the outputs of all finished steps together take {found} bytes: at most {STEP_OUTPUT_BYTES} are "
+            f"steps: the outputs of all finished steps together take {found} bytes: at most "
+            f"{MAX_STEP_OUTPUT_BYTES} are "
             "allowed. Save large content as files"
         )
 
@@ -142,9 +143,10 @@ def check_changed_parameters(found: int) -> None:
     Raises:
         InvalidEvent: The message names the limit.
     """
-    if found > CHANGED_PARAMETERS_BYTES:
+    if found > MAX_CHANGED_PARAMETERS_BYTES:
         raise InvalidEvent(
-            f"parameters: all changes of this job together take {found} bytes: at most {CHANGED_PARAMETERS_BYTES} are "
+            f"parameters: all changes of this job together take {found} bytes: at most "
+            f"{MAX_CHANGED_PARAMETERS_BYTES} are "
             "allowed. Submit a new job"
         )
 
@@ -152,30 +154,30 @@ def check_changed_parameters(found: int) -> None:
 def _check_submission(asked: JobSubmitted | BatchSubmitted, text_bytes: int) -> None:
     _check_access(asked.access_control)
     if asked.teams:
-        _check_count("teams", len(asked.teams), TEAMS, "groups")
+        _check_count("teams", len(asked.teams), MAX_TEAMS, "groups")
     if asked.webhook is not None:
-        _check_text("webhook.url", asked.webhook.url, URL_CHARACTERS)
-        _check_count("webhook.headers", len(asked.webhook.header_names), WEBHOOK_HEADERS, "headers")
-    _check_text("user_id", asked.user_id, NAME_CHARACTERS)
+        _check_text("webhook.url", asked.webhook.url, MAX_URL_CHARACTERS)
+        _check_count("webhook.headers", len(asked.webhook.header_names), MAX_WEBHOOK_HEADERS, "headers")
+    _check_text("user_id", asked.user_id, MAX_NAME_CHARACTERS)
     _check_parameters(asked, text_bytes)
 
 
 def _check_job(asked: JobSubmitted, text_bytes: int) -> None:
     _check_submission(asked, text_bytes)
-    if text_bytes > NAME_CHARACTERS:
-        _check_text("job_name", asked.job_name, TITLE_CHARACTERS)
-        _check_text("job_type", asked.job_type, NAME_CHARACTERS)
+    if text_bytes > MAX_NAME_CHARACTERS:
+        _check_text("job_name", asked.job_name, MAX_TITLE_CHARACTERS)
+        _check_text("job_type", asked.job_type, MAX_NAME_CHARACTERS)
 
 
 def _check_batch(asked: BatchSubmitted, text_bytes: int) -> None:
     _check_submission(asked, text_bytes)
-    _check_text("batch_name", asked.batch_name, TITLE_CHARACTERS)
-    _check_count("jobs", len(asked.job_ids), BATCH_JOBS, "jobs")
+    _check_text("batch_name", asked.batch_name, MAX_TITLE_CHARACTERS)
+    _check_count("jobs", len(asked.job_ids), MAX_BATCH_JOBS, "jobs")
 
 
 def _check_parameters(event: JobSubmitted | BatchSubmitted | JobUpdated, text_bytes: int) -> None:
-    if text_bytes * _BSON_FACTOR > PARAMETERS_BYTES:
-        _check_bytes("parameters", event.parameters, PARAMETERS_BYTES)
+    if text_bytes * _BSON_FACTOR > MAX_PARAMETERS_BYTES:
+        _check_bytes("parameters", event.parameters, MAX_PARAMETERS_BYTES)
 
 
 def _check_change_of_access(event: JobAccessChanged | BatchAccessChanged, _text_bytes: int) -> None:
@@ -183,18 +185,18 @@ def _check_change_of_access(event: JobAccessChanged | BatchAccessChanged, _text_
 
 
 def _check_step(event: StepCompleted, text_bytes: int) -> None:
-    if text_bytes > STEP_NAME_CHARACTERS:
-        _check_text("step", event.step, STEP_NAME_CHARACTERS)
-        _check_count("warnings", len(event.warnings), STEP_WARNINGS, "warnings")
-        _check_bytes("warnings", event.warnings, STEP_WARNING_BYTES)
+    if text_bytes > MAX_STEP_NAME_CHARACTERS:
+        _check_text("step", event.step, MAX_STEP_NAME_CHARACTERS)
+        _check_count("warnings", len(event.warnings), MAX_STEP_WARNINGS, "warnings")
+        _check_bytes("warnings", event.warnings, MAX_STEP_WARNING_BYTES)
 
 
 def _check_results(event: JobCompleted, text_bytes: int) -> None:
-    if text_bytes > RESULT_FILES:
-        _check_count("results.files", len(event.results.files), RESULT_FILES, "files")
-        _check_count("results.assets", len(event.results.assets), RESULT_FILES, "assets")
-    if text_bytes * _BSON_FACTOR > RESULTS_BYTES:
-        _check_bytes("results", event.results.model_dump(), RESULTS_BYTES)
+    if text_bytes > MAX_RESULT_FILES:
+        _check_count("results.files", len(event.results.files), MAX_RESULT_FILES, "files")
+        _check_count("results.assets", len(event.results.assets), MAX_RESULT_FILES, "assets")
+    if text_bytes * _BSON_FACTOR > MAX_RESULTS_BYTES:
+        _check_bytes("results", event.results.model_dump(), MAX_RESULTS_BYTES)
 
 
 _CHECKS: Final[Mapping[type[Event], Callable[[Any, int], None]]] = {
@@ -215,10 +217,10 @@ def _check_access(access: AccessControl) -> None:
     for place in ("read_access", "write_access", "admin_access"):
         names: list[str] = getattr(access, place)
         together += len(names)
-        _check_count(f"access_control.{place}", len(names), ACCESS_NAMES, "names")
+        _check_count(f"access_control.{place}", len(names), MAX_ACCESS_NAMES, "names")
         for number, name in enumerate(names):
-            _check_text(f"access_control.{place}[{number}]", name, NAME_CHARACTERS)
-    _check_count("access_control", together, ACCESS_NAMES, "names in all lists together")
+            _check_text(f"access_control.{place}[{number}]", name, MAX_NAME_CHARACTERS)
+    _check_count("access_control", together, MAX_ACCESS_NAMES, "names in all lists together")
 
 
 def _check_count(where: str, found: int, limit: int, what: str) -> None:
@@ -256,7 +258,7 @@ def json_bytes(value: Any) -> int:
     return len(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
 
 
-def fits(value: Any, limit: int, *, text_bytes: int | None = None) -> bool:
+def fits_in_document(value: Any, limit: int, *, text_bytes: int | None = None) -> bool:
     """Return whether a value takes at most `limit` bytes in a document. Cheap for what is far below.
 
     `text_bytes` is what `json_bytes` said of it, if that is known.
@@ -265,25 +267,25 @@ def fits(value: Any, limit: int, *, text_bytes: int | None = None) -> bool:
     return text_bytes * _BSON_FACTOR <= limit or bson_bytes(value) <= limit
 
 
-def shortened(text: str, limit: int) -> str:
+def truncate_text(text: str, limit: int) -> str:
     """Return a text cut to `limit` characters, with a mark if anything was cut."""
     return text if len(text) <= limit else f"{text[: limit - 2]} …"
 
 
-def shortened_failure(failure: Failure) -> Failure:
+def truncate_failure(failure: Failure) -> Failure:
     """Return a failure whose message and details fit; details that are too large are replaced by their size."""
     details = failure.details
-    if not fits(details, ERROR_DETAILS_BYTES):
+    if not fits_in_document(details, MAX_ERROR_DETAILS_BYTES):
         kept = {name: details[name] for name in ("retryable",) if isinstance(details.get(name), bool)}
         details = {**kept, "truncated": True, "bytes": bson_bytes(failure.details)}
-    message = shortened(failure.message, ERROR_MESSAGE_CHARACTERS)
-    code = shortened(failure.code, NAME_CHARACTERS)
+    message = truncate_text(failure.message, MAX_ERROR_MESSAGE_CHARACTERS)
+    code = truncate_text(failure.code, MAX_NAME_CHARACTERS)
     if (code, message) == (failure.code, failure.message) and details is failure.details:
         return failure
     return Failure(code=code, message=message, details=details)
 
 
-def newest_within(items: Sequence[Mapping[str, Any]], budget: int) -> int:
+def count_newest_within(items: Sequence[Mapping[str, Any]], budget: int) -> int:
     """Return how many of the last items fit into a budget of bytes. Counts their texts, and 100 bytes for each item."""
     used = 0
     for number, item in enumerate(reversed(items)):

@@ -14,12 +14,12 @@ from jobledger.ledger.domain.events import ResultFile
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
-def is_digest(text: str) -> bool:
+def is_sha256(text: str) -> bool:
     """Return whether a text is a SHA-256 digest as files are named by it."""
     return _DIGEST.fullmatch(text) is not None
 
 
-def saved_files(output: Any) -> Iterator[ResultFile]:
+def find_saved_files(output: Any) -> Iterator[ResultFile]:
     """Yield the files that the output of a step names: each object that has all fields of a result file.
 
     Other digests, such as those of a lock file, are data.

@@ -6,11 +6,11 @@ import re
 from datetime import UTC, datetime
 from typing import Final
 
-EXAMPLE: Final = "2026-02-01T09:30:00Z"
+EXAMPLE_TIMESTAMP: Final = "2026-02-01T09:30:00Z"
 _LOST_PLUS: Final = re.compile(r"(.*\d) (\d\d:?\d\d)")
 
 
-def moment_of(text: str) -> datetime:
+def parse_timestamp(text: str) -> datetime:
     """Return a moment written in ISO 8601 with its offset from UTC, in UTC.
 
     A time without an offset is refused: the server and the command line would take it for different moments.
@@ -25,7 +25,7 @@ def moment_of(text: str) -> datetime:
     except ValueError:
         if lost := _LOST_PLUS.fullmatch(text):
             raise ValueError(f"write the + of an offset as %2B in an address: {lost[1]}%2B{lost[2]}") from None
-        raise ValueError(f"expected a time such as {EXAMPLE}, with its offset") from None
+        raise ValueError(f"expected a time such as {EXAMPLE_TIMESTAMP}, with its offset") from None
     if moment.tzinfo is None:
         written = moment.isoformat()
         raise ValueError(

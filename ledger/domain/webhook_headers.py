@@ -10,10 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from jobledger.ledger.domain.limits import WEBHOOK_HEADER_BYTES
+from jobledger.ledger.domain.limits import MAX_WEBHOOK_HEADER_BYTES
 
-LONGEST_VALUE: Final = 8000
-LARGEST_TOTAL: Final = WEBHOOK_HEADER_BYTES
+MAX_HEADER_VALUE_CHARACTERS: Final = 8000
 _NAME: Final = re.compile(r"[A-Za-z0-9!#%&'*+.^_`|~-][A-Za-z0-9!#$%&'*+.^_`|~-]{0,99}")
 _VALUE: Final = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 _NAME_EXPECTED: Final = "expected a name of 1 to 100 letters, digits and !#%&'*+.^_`|~- (RFC 9110, 5.6.2)"
@@ -25,7 +24,7 @@ _OF_SIGNATURE: Final = "webhook-"
 _OF_PROXIES: Final = "proxy-"
 
 
-def unsendable(headers: Mapping[str, str]) -> tuple[str, str] | None:
+def find_unsendable_header(headers: Mapping[str, str]) -> tuple[str, str] | None:
     """Return the name of the first header that HTTP cannot transmit as it is, and why, whoever has set it."""
     for name, value in headers.items():
         problem = None if _NAME.fullmatch(name) else _NAME_EXPECTED
@@ -34,7 +33,7 @@ def unsendable(headers: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def header_problem(headers: Mapping[str, str]) -> tuple[str, str] | None:
+def find_header_problem(headers: Mapping[str, str]) -> tuple[str, str] | None:
     """Return the name of the first header that cannot be sent as given, and why; None if all can."""
     seen: set[str] = set()
     for name, value in headers.items():
@@ -46,8 +45,10 @@ def header_problem(headers: Mapping[str, str]) -> tuple[str, str] | None:
             return name, problem
         seen.add(lower)
     total = sum(len(name) + len(value) for name, value in headers.items())
-    if total > LARGEST_TOTAL:
-        return next(iter(headers)), f"all headers together have {total} bytes; at most {LARGEST_TOTAL} are sent"
+    if total > MAX_WEBHOOK_HEADER_BYTES:
+        return next(
+            iter(headers)
+        ), f"all headers together have {total} bytes; at most {MAX_WEBHOOK_HEADER_BYTES} are sent"
     return None
 
 
@@ -64,8 +65,8 @@ def _problem_of_name(name: str, lower: str) -> str | None:
 
 
 def _problem_of_value(value: str) -> str | None:
-    if len(value) > LONGEST_VALUE:
-        return f"its value has {len(value)} characters; at most {LONGEST_VALUE} are sent"
+    if len(value) > MAX_HEADER_VALUE_CHARACTERS:
+        return f"its value has {len(value)} characters; at most {MAX_HEADER_VALUE_CHARACTERS} are sent"
     if not _VALUE.fullmatch(value):
         return "its value must have printable Latin-1 characters only, without line breaks"
     if value != value.strip(" \t"):

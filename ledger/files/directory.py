@@ -25,29 +25,29 @@ from typing import NamedTuple, Protocol
 from jobledger.ledger.domain.errors import (
     FileDamaged,
     FileLost,
+    FileStoreUnavailable,
     FileTooLarge,
-    NoRegularFile,
+    NotARegularFile,
     ResourceUnavailable,
-    StoreUnavailable,
-    os_failure,
+    classify_os_error,
 )
-from jobledger.ledger.domain.limits import FILE_BYTES
-from jobledger.ledger.files.inbox import NO_FILE, InboxFile
-from jobledger.ledger.files.inbox import PIECE_BYTES as TURN_BYTES
-from jobledger.ledger.files.integrity import FileChecks
+from jobledger.ledger.domain.limits import MAX_FILE_BYTES
+from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES as TURN_BYTES
+from jobledger.ledger.files.inbox import MISSING_FILE_ERRNOS, InboxFile
+from jobledger.ledger.files.integrity import IntegrityChecker
 from jobledger.ledger.files.store_marker import StoreMarker
-from jobledger.ledger.system.cooperative_threads import Work, at_once, in_turns
+from jobledger.ledger.system.cooperative_threads import CooperativeWork, run_cooperatively, run_to_completion
 from jobledger.ledger.system.private_files import DIRECTORY_MODE, FILE_MODE, make_private_directory
 
-PIECE_BYTES = 256 * 1024
+READ_CHUNK_BYTES = 256 * 1024
 """How much of a file is in memory at a time while it is read."""
 _CHECK_BYTES = 64 * 1024
-ORPHAN_SECONDS = 86_400.0
+ORPHAN_AGE_SECONDS = 86_400.0
 """Nobody writes one file for so long."""
 _TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}")
 """Names that `tempfile` chooses."""
 # Not the event loop's own threads: jobs that run inline may occupy all of those.
-store_threads = ThreadPoolExecutor(8, thread_name_prefix="store")
+file_store_executor = ThreadPoolExecutor(8, thread_name_prefix="store")
 _hashing_threads = ThreadPoolExecutor(2, thread_name_prefix="hash")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -61,7 +61,7 @@ _KINDS = {
 }
 
 
-class Stored(NamedTuple):
+class StoredFile(NamedTuple):
     """A file in the store; `size` in bytes."""
 
     sha256: str
@@ -94,14 +94,14 @@ class FileStore(Protocol):
     their attempt, as into a `DirectoryStore` that need not be durable, and the worker moves them into the store.
     """
 
-    def check(self) -> None:
+    def check_writable(self) -> None:
         """Write and remove something the way `take_over` does. Blocks.
 
         Raises:
             OSError, StoreUnavailable: that failed.
         """
 
-    async def take_over(self, inbox: Path, sha256: str) -> int:
+    async def ingest(self, inbox: Path, sha256: str) -> int:
         """Make durable what a job has put into its inbox, and return its size in bytes. Then an event may name it.
 
         `inbox` lies in a directory that belongs to the job, as all in it does: see `jobledger.ledger.files.inbox`. A
@@ -114,7 +114,7 @@ class FileStore(Protocol):
         """
 
     @property
-    def checks(self) -> FileChecks:
+    def integrity(self) -> IntegrityChecker:
         """What this process knows about the content of its files."""
 
     async def open(self, sha256: str, size: int) -> OpenFile:
@@ -129,7 +129,7 @@ class FileStore(Protocol):
     async def verify(self, sha256: str, size: int) -> None:
         """Read a file and compare its size and content with those on record. Raises as `open`."""
 
-    def stored(self) -> AsyncIterator[Stored]:
+    def list_files(self) -> AsyncIterator[StoredFile]:
         """Yield all files in the store by ascending digest.
 
         Raises:
@@ -143,17 +143,17 @@ class FileStore(Protocol):
             LedgerUnavailable: the store cannot be reached.
         """
 
-    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+    async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
         """Take a file's name away, so that whoever saves its content writes it again. `token` is the caller's own.
 
         Returns when the content was saved last, by the store's clock; None if there is no such file. A file that
         another caller has set aside, and that has no name, is this caller's then.
         """
 
-    async def put_back(self, sha256: str, token: str) -> None:
+    async def cancel_removal(self, sha256: str, token: str) -> None:
         """Give a file that was set aside its name again."""
 
-    async def remove(self, sha256: str, token: str) -> None:
+    async def finish_removal(self, sha256: str, token: str) -> None:
         """Remove a file that was set aside, for good. Harmless if another caller has it by now."""
 
 
@@ -173,7 +173,7 @@ class DirectoryStore:
             marker: by which the directory is recognized. None: any directory will do, as for an inbox.
         """
         self.root = root
-        self.checks = FileChecks()
+        self.integrity = IntegrityChecker()
         self._durable = durable
         self._marker = marker
 
@@ -189,18 +189,18 @@ class DirectoryStore:
             make_private_directory(self.root)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
-        except StoreUnavailable as error:
+        except FileStoreUnavailable as error:
             raise ResourceUnavailable(str(error)) from error
         except OSError as error:
-            raise os_failure(error, f"results.store: cannot write to {self.root}: {error.strerror}") from error
+            raise classify_os_error(error, f"results.store: cannot write to {self.root}: {error.strerror}") from error
 
     def _create_if_new(self) -> None:
         if self._marker is not None and self._marker.is_new:
             self._marker.write(self.root)
             self._marker = StoreMarker(self._marker.store_id)
-        self.require()
+        self.check_marker()
 
-    def require(self) -> None:
+    def check_marker(self) -> None:
         """Check that the directory is the store: see `StoreMarker`. Takes microseconds. Blocks.
 
         Raises:
@@ -208,9 +208,9 @@ class DirectoryStore:
             OSError: it cannot be read.
         """
         if self._marker is not None:
-            self._marker.require(self.root)
+            self._marker.check_directory(self.root)
 
-    def check(self) -> None:
+    def check_writable(self) -> None:
         """Write and remove a file.
 
         Raises:
@@ -222,7 +222,7 @@ class DirectoryStore:
             file.flush()
             os.fsync(file.fileno())
 
-    async def take_over(self, inbox: Path, sha256: str) -> int:
+    async def ingest(self, inbox: Path, sha256: str) -> int:
         """Copy a file from an inbox into the store, remove it there, and return its size in bytes.
 
         It is copied even within one file system: the job that wrote it may still have it open, and could change the
@@ -232,32 +232,32 @@ class DirectoryStore:
             FileLost: there is no such file in the inbox, or it has another digest.
             StoreUnavailable: the store cannot be written to.
         """
-        return await in_turns(self._take_over(inbox, sha256), store_threads)
+        return await run_cooperatively(self._take_over(inbox, sha256), file_store_executor)
 
-    def _take_over(self, inbox: Path, sha256: str) -> Work[int]:
+    def _take_over(self, inbox: Path, sha256: str) -> CooperativeWork[int]:
         target = self.path(sha256)
         with InboxFile(DirectoryStore(inbox).path(sha256)) as source:
             yield from source.verify()
             try:
-                self.require()
+                self.check_marker()
                 yield from self._adopt(source, target)
-                self.require()  # the disk may have gone away meanwhile, and the file be on another one
+                self.check_marker()  # the disk may have gone away meanwhile, and the file be on another one
             except OSError as error:
                 where = error.filename or self.root
-                raise StoreUnavailable(f"results.store: cannot write to {where}: {error.strerror}") from error
+                raise FileStoreUnavailable(f"results.store: cannot write to {where}: {error.strerror}") from error
             source.remove()
             return source.size
 
-    def _adopt(self, source: InboxFile, target: Path) -> Work[None]:
+    def _adopt(self, source: InboxFile, target: Path) -> CooperativeWork[None]:
         if (yield from _holds(target, target.name, source.size)):
             _sync_directory(target.parent)  # its writer may not have come so far yet
             return
         self._make_directory(target.parent)
         with (
             tempfile.NamedTemporaryFile(dir=self.root, delete=False) as copy,  # the root: see remove_orphans
-            _removed_in_the_end(Path(copy.name)) as copied,
+            _remove_on_exit(Path(copy.name)) as copied,
         ):
-            for piece in source.pieces():  # its digest is checked again: the job may have changed it
+            for piece in source.iterate_chunks():  # its digest is checked again: the job may have changed it
                 copy.write(piece)
                 if source.size > TURN_BYTES:
                     copy.flush()
@@ -280,23 +280,23 @@ class DirectoryStore:
                 if not _TEMPORARY.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                     continue
                 with suppress(OSError):  # another worker was faster
-                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > ORPHAN_SECONDS:
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > ORPHAN_AGE_SECONDS:
                         os.unlink(entry.path)  # noqa: PTH108 - scandir's own paths
                         removed += 1
         return removed
 
-    def put_bytes(self, content: bytes) -> Stored:
+    def put_bytes(self, content: bytes) -> StoredFile:
         """Store bytes."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (
             tempfile.NamedTemporaryFile(dir=self.root, delete=False) as file,
-            _removed_in_the_end(Path(file.name)) as path,
+            _remove_on_exit(Path(file.name)) as path,
         ):
             file.write(content)
             file.flush()
             return self.put_file(path)
 
-    def put_file(self, path: Path) -> Stored:
+    def put_file(self, path: Path) -> StoredFile:
         """Take a file over: it is moved into the store, or copied when it lies on another file system.
 
         Raises:
@@ -313,14 +313,14 @@ class DirectoryStore:
             if self._durable:
                 os.fsync(file.fileno())
             target = self.path(sha256)
-            if not at_once(_holds(target, sha256, size)):
+            if not run_to_completion(_holds(target, sha256, size)):
                 self._make_directory(target.parent)
                 _move(path, file, target)
                 if self._durable:
                     _sync_directory(target.parent)
         if path.resolve() != target.resolve():
             path.unlink(missing_ok=True)
-        return Stored(sha256, size)
+        return StoredFile(sha256, size)
 
     def _make_directory(self, directory: Path) -> None:
         if not directory.exists():
@@ -344,7 +344,7 @@ class DirectoryStore:
             FileDamaged: it has another content than it was stored with.
             StoreUnavailable: the store cannot be read.
         """
-        return await self._checked(await asyncio.to_thread(self._open, sha256), sha256, size, self.checks)
+        return await self._checked(await asyncio.to_thread(self._open, sha256), sha256, size, self.integrity)
 
     async def verify(self, sha256: str, size: int) -> None:
         """Read a file and compare its size and content with those on record.
@@ -355,10 +355,10 @@ class DirectoryStore:
             StoreUnavailable: the store cannot be read.
         """
         file = await asyncio.to_thread(self._open, sha256)
-        await (await self._checked(file, sha256, size, FileChecks())).close()
+        await (await self._checked(file, sha256, size, IntegrityChecker())).close()
 
     @staticmethod
-    async def _checked(file: _OpenFile, sha256: str, size: int, checks: FileChecks) -> _OpenFile:
+    async def _checked(file: _OpenFile, sha256: str, size: int, checks: IntegrityChecker) -> _OpenFile:
         try:
             await checks.check(file, sha256, size)
         except BaseException:
@@ -366,35 +366,35 @@ class DirectoryStore:
             raise
         return file
 
-    async def stored(self) -> AsyncIterator[Stored]:
+    async def list_files(self) -> AsyncIterator[StoredFile]:
         """Yield all files in the store by ascending digest; a directory at a time is in memory.
 
         Raises:
             StoreUnavailable: the directory is not the store.
         """
-        await asyncio.to_thread(self.require)
+        await asyncio.to_thread(self.check_marker)
         for number in range(256):
             for found in await asyncio.to_thread(self._stored_in, self.root / f"{number:02x}"):
                 yield found
 
     @staticmethod
-    def _stored_in(directory: Path) -> list[Stored]:
+    def _stored_in(directory: Path) -> list[StoredFile]:
         try:
             with os.scandir(directory) as entries:
                 return sorted(
-                    Stored(entry.name, entry.stat(follow_symlinks=False).st_size)
+                    StoredFile(entry.name, entry.stat(follow_symlinks=False).st_size)
                     for entry in entries
                     if _SHA256.fullmatch(entry.name)
                 )
         except FileNotFoundError:
             return []
 
-    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+    async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
         """Rename a file: see `FileStore.set_aside`."""
-        return await asyncio.to_thread(self._set_aside, sha256, token)
+        return await asyncio.to_thread(self._set_aside, sha256, removal_id)
 
     def _set_aside(self, sha256: str, token: str) -> datetime | None:
-        self.require()
+        self.check_marker()
         target, aside = self.path(sha256), self._aside(sha256, token)
         for path in (target, *target.parent.glob(f"{sha256}.removed-*")):
             with suppress(FileNotFoundError):
@@ -402,21 +402,21 @@ class DirectoryStore:
                 return datetime.fromtimestamp(aside.stat().st_mtime, UTC)
         return None
 
-    async def put_back(self, sha256: str, token: str) -> None:
+    async def cancel_removal(self, sha256: str, token: str) -> None:
         """Rename a file back. Should its content have been saved again, either is as good as the other."""
         await asyncio.to_thread(self._put_back, sha256, token)
 
     def _put_back(self, sha256: str, token: str) -> None:
-        self.require()
+        self.check_marker()
         with suppress(FileNotFoundError):
             self._aside(sha256, token).replace(self.path(sha256))
 
-    async def remove(self, sha256: str, token: str) -> None:
+    async def finish_removal(self, sha256: str, token: str) -> None:
         """Remove a file that was set aside."""
         await asyncio.to_thread(self._remove, sha256, token)
 
     def _remove(self, sha256: str, token: str) -> None:
-        self.require()
+        self.check_marker()
         self._aside(sha256, token).unlink(missing_ok=True)
 
     def _aside(self, sha256: str, token: str) -> Path:
@@ -432,8 +432,8 @@ class DirectoryStore:
                 os.close(directory)
         except OSError as error:
             with _reading(path):
-                self.require()
-            raise opening_failed(path, error) from error
+                self.check_marker()
+            raise classify_open_error(path, error) from error
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
@@ -477,7 +477,7 @@ class _OpenFile:
     async def read(self, start: int, end: int) -> AsyncGenerator[bytes, None]:
         while start < end:
             with _reading(self._path):
-                piece = await asyncio.to_thread(os.pread, self._descriptor, min(PIECE_BYTES, end - start), start)
+                piece = await asyncio.to_thread(os.pread, self._descriptor, min(READ_CHUNK_BYTES, end - start), start)
             if not piece:
                 raise FileLost(f"{self._path} has become shorter while it was read")
             start += len(piece)
@@ -491,7 +491,7 @@ class _OpenFile:
             self._descriptor = -1
 
 
-def _holds(target: Path, sha256: str, size: int) -> Work[bool]:
+def _holds(target: Path, sha256: str, size: int) -> CooperativeWork[bool]:
     """Return whether a file is in the store already. One whose content was changed there is replaced.
 
     Its time is renewed: by that, `set_aside` sees that somebody needs it now. If it is set aside meanwhile, either its
@@ -518,13 +518,13 @@ def _holds(target: Path, sha256: str, size: int) -> Work[bool]:
 
 
 def _check_size(path: Path, size: int) -> None:
-    if size > FILE_BYTES:
-        raise FileTooLarge(f"'{path}' has {size} bytes. At most {FILE_BYTES} are allowed")
+    if size > MAX_FILE_BYTES:
+        raise FileTooLarge(f"'{path}' has {size} bytes. At most {MAX_FILE_BYTES} are allowed")
 
 
-def opening_failed(path: Path, error: OSError) -> FileLost | StoreUnavailable:
+def classify_open_error(path: Path, error: OSError) -> FileLost | FileStoreUnavailable:
     """Return what an error of `open` means: there is no such file, or this machine cannot open it now."""
-    kind = FileLost if error.errno in NO_FILE else StoreUnavailable
+    kind = FileLost if error.errno in MISSING_FILE_ERRNOS else FileStoreUnavailable
     return kind(f"{path} cannot be opened: {error.strerror}")
 
 
@@ -534,7 +534,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = FileLost if error.errno == errno.EIO else StoreUnavailable
+        kind = FileLost if error.errno == errno.EIO else FileStoreUnavailable
         raise kind(f"{path} cannot be read: {error.strerror}") from error
 
 
@@ -550,10 +550,10 @@ def _open_to_be_stored(path: Path) -> BufferedReader:
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise NoRegularFile(f"'{path}' is {_KINDS.get(_format_of(path.stat()), 'a device')}") from error
+        raise NotARegularFile(f"'{path}' is {_KINDS.get(_format_of(path.stat()), 'a device')}") from error
     if (kind := _format_of(os.fstat(descriptor))) != stat.S_IFREG:
         os.close(descriptor)
-        raise NoRegularFile(f"'{path}' is {_KINDS.get(kind, 'no regular file')}")
+        raise NotARegularFile(f"'{path}' is {_KINDS.get(kind, 'no regular file')}")
     return os.fdopen(descriptor, "rb")
 
 
@@ -574,7 +574,7 @@ def _move(path: Path, file: BufferedReader, target: Path) -> None:
             return
     with (
         tempfile.NamedTemporaryFile(dir=target.parent.parent, delete=False) as copy,  # the root: see remove_orphans
-        _removed_in_the_end(Path(copy.name)) as copied,
+        _remove_on_exit(Path(copy.name)) as copied,
     ):
         file.seek(0)
         shutil.copyfileobj(file, copy, 1 << 20)
@@ -585,7 +585,7 @@ def _move(path: Path, file: BufferedReader, target: Path) -> None:
 
 
 @contextmanager
-def _removed_in_the_end(path: Path) -> Iterator[Path]:
+def _remove_on_exit(path: Path) -> Iterator[Path]:
     """Leave nothing behind under a temporary name, whatever fails."""
     try:
         yield path

@@ -21,12 +21,18 @@ from pymongo import ASCENDING
 from pymongo.errors import DuplicateKeyError
 
 from jobledger.ledger.domain.errors import FileDamaged, FileLost, LedgerUnavailable
-from jobledger.ledger.files.directory import ORPHAN_SECONDS, DirectoryStore, OpenFile, Stored, store_threads
+from jobledger.ledger.files.directory import (
+    ORPHAN_AGE_SECONDS,
+    DirectoryStore,
+    OpenFile,
+    StoredFile,
+    file_store_executor,
+)
 from jobledger.ledger.files.inbox import InboxFile, open_verified
-from jobledger.ledger.files.integrity import FileChecks
-from jobledger.ledger.mongo.connection import Database, Document, driver_errors
-from jobledger.ledger.mongo.server_clock import clock_of
-from jobledger.ledger.system.cooperative_threads import in_turns
+from jobledger.ledger.files.integrity import IntegrityChecker
+from jobledger.ledger.mongo.connection import Database, Document, translate_errors
+from jobledger.ledger.mongo.server_clock import get_server_clock
+from jobledger.ledger.system.cooperative_threads import run_cooperatively
 
 BUCKET: Final = "fs"
 COLLECTIONS: Final = (f"{BUCKET}.chunks", f"{BUCKET}.files")
@@ -47,10 +53,10 @@ class GridFSStore:
 
     def __init__(self, db: Database) -> None:
         self._client = db.client
-        self._clock = clock_of(db.client)
+        self._clock = get_server_clock(db.client)
         self._files = db[BUCKET].files
         self._chunks = db[BUCKET].chunks
-        self.checks = FileChecks()
+        self.integrity = IntegrityChecker()
 
     async def prepare(self) -> None:
         """Create the indexes, and see whether files may be written and removed.
@@ -58,7 +64,7 @@ class GridFSStore:
         Raises:
             LedgerUnavailable: the database cannot be reached, or does not let us.
         """
-        with driver_errors("preparing results.store: gridfs (the rights it needs: jobledger doctor --role)"):
+        with translate_errors("preparing results.store: gridfs (the rights it needs: jobledger doctor --role)"):
             await self._files.create_index([("filename", ASCENDING), ("uploadDate", ASCENDING)])
             await self._chunks.create_index([("files_id", ASCENDING), ("n", ASCENDING)], unique=True)
             # Only our own files have this field: others may use the bucket as they like.
@@ -72,10 +78,10 @@ class GridFSStore:
             await self._chunks.insert_one({"files_id": trial, "n": 0, "data": b""})
             await self._chunks.delete_many({"files_id": trial})
 
-    def check(self) -> None:
+    def check_writable(self) -> None:
         """Nothing on this machine is needed but the scratch directory."""
 
-    async def take_over(self, inbox: Path, sha256: str) -> int:
+    async def ingest(self, inbox: Path, sha256: str) -> int:
         """Upload a file, remove it from the inbox, and return its size in bytes.
 
         Raises:
@@ -83,10 +89,10 @@ class GridFSStore:
             LedgerUnavailable: the database failed.
             StoreUnavailable: this machine cannot open the file now.
         """
-        with await in_turns(open_verified(DirectoryStore(inbox).path(sha256)), store_threads) as file:
+        with await run_cooperatively(open_verified(DirectoryStore(inbox).path(sha256)), file_store_executor) as file:
             if not await self._is_stored(sha256):
                 await self._upload(file, sha256)
-            await asyncio.get_running_loop().run_in_executor(store_threads, file.remove)
+            await asyncio.get_running_loop().run_in_executor(file_store_executor, file.remove)
             return file.size
 
     async def remove_orphans(self) -> int:
@@ -95,8 +101,8 @@ class GridFSStore:
         Both that time and the present are of the server's clock, whoever wrote the chunks. The bounds keep the cost
         independent of the size of the store: both ends are looked up in an index.
         """
-        day = timedelta(seconds=ORPHAN_SECONDS)
-        with driver_errors("reading the server's clock"):
+        day = timedelta(seconds=ORPHAN_AGE_SECONDS)
+        with translate_errors("reading the server's clock"):
             now = await self._clock.now(self._client)
         written = {"$gt": ObjectId.from_datetime(now - 7 * day), "$lt": ObjectId.from_datetime(now - day)}
         pipeline: list[Document] = [
@@ -106,14 +112,14 @@ class GridFSStore:
             {"$project": {"files_id": 1}},
         ]
         removed = 0
-        with driver_errors("removing what uploads have left"):
+        with translate_errors("removing what uploads have left"):
             async for chunk in await self._chunks.aggregate(pipeline):
                 await self._chunks.delete_many({"files_id": chunk["files_id"]})
                 removed += 1
         return removed
 
     async def _upload(self, file: InboxFile, sha256: str) -> None:
-        with driver_errors("storing a file"):
+        with translate_errors("storing a file"):
             upload_id = _dated_id(await self._clock.now(self._client))
             try:
                 size = await self._write_chunks(upload_id, file)
@@ -139,8 +145,8 @@ class GridFSStore:
             FileLost: its content is not what the digest says.
         """
         loop, written = asyncio.get_running_loop(), 0
-        pieces = file.pieces(_CHUNK_BYTES * _CHUNKS_AT_ONCE)
-        while (piece := await loop.run_in_executor(store_threads, next, pieces, None)) is not None:
+        pieces = file.iterate_chunks(_CHUNK_BYTES * _CHUNKS_AT_ONCE)
+        while (piece := await loop.run_in_executor(file_store_executor, next, pieces, None)) is not None:
             chunks = [piece[begin : begin + _CHUNK_BYTES] for begin in range(0, len(piece), _CHUNK_BYTES)]
             documents = [{"files_id": upload_id, "n": n, "data": data} for n, data in enumerate(chunks, written)]
             await self._chunks.insert_many(documents)
@@ -176,14 +182,14 @@ class GridFSStore:
         The update is acknowledged when a majority has all that happened before it. A mere look might see what another
         writer has just written, and what a fail-over then takes back.
         """
-        with driver_errors("looking for a file"):
+        with translate_errors("looking for a file"):
             found = await self._files.update_one({_DIGEST: sha256}, {"$currentDate": {_SAVED_AT: True}})
         return found.matched_count == 1
 
-    async def set_aside(self, sha256: str, token: str) -> datetime | None:
+    async def begin_removal(self, sha256: str, removal_id: str) -> datetime | None:
         """Take the digest out of a file's entry: see `FileStore.set_aside`."""
-        change = {"$set": {_REMOVED: sha256, _TOKEN: token}, "$unset": {_DIGEST: ""}}
-        with driver_errors("setting a file aside"):
+        change = {"$set": {_REMOVED: sha256, _TOKEN: removal_id}, "$unset": {_DIGEST: ""}}
+        with translate_errors("setting a file aside"):
             for wanted in ({_DIGEST: sha256}, {_REMOVED: sha256}):
                 entry = await self._files.find_one_and_update(wanted, change)
                 if entry is not None:
@@ -191,18 +197,18 @@ class GridFSStore:
                     return saved_at
         return None
 
-    async def put_back(self, sha256: str, token: str) -> None:
+    async def cancel_removal(self, sha256: str, token: str) -> None:
         """Put the digest back. Should its content have been saved again, this copy is removed."""
         change = {"$set": {_DIGEST: sha256}, "$unset": {_REMOVED: "", _TOKEN: ""}}
-        with driver_errors("putting a file back"):
+        with translate_errors("putting a file back"):
             try:
                 await self._files.update_one({_REMOVED: sha256, _TOKEN: token}, change)
             except DuplicateKeyError:
-                await self.remove(sha256, token)
+                await self.finish_removal(sha256, token)
 
-    async def remove(self, sha256: str, token: str) -> None:
+    async def finish_removal(self, sha256: str, token: str) -> None:
         """Remove a file that was set aside: its chunks first, so that none are left that nobody finds."""
-        with driver_errors("removing a file"):
+        with translate_errors("removing a file"):
             async for entry in self._files.find({_REMOVED: sha256, _TOKEN: token}, {"_id": 1}):
                 await self._chunks.delete_many({"files_id": entry["_id"]})
                 await self._files.delete_one({"_id": entry["_id"]})
@@ -216,14 +222,14 @@ class GridFSStore:
             LedgerUnavailable: the database failed.
         """
         file = await self._open(sha256)
-        await self.checks.check(file, sha256, size)
+        await self.integrity.check(file, sha256, size)
         return file
 
     async def verify(self, sha256: str, size: int) -> None:
         """Read a file and compare its size and content with those on record. Raises as `open`."""
-        await FileChecks().check(await self._open(sha256), sha256, size)
+        await IntegrityChecker().check(await self._open(sha256), sha256, size)
 
-    async def stored(self) -> AsyncIterator[Stored]:
+    async def list_files(self) -> AsyncIterator[StoredFile]:
         """Yield all files in the store by ascending digest.
 
         Raises:
@@ -232,19 +238,19 @@ class GridFSStore:
         after = ""
         while True:  # no cursor stays open while the caller reads whole files: the server would end it
             query = {_DIGEST: {"$gt": after}}
-            with driver_errors("listing the files"):
+            with translate_errors("listing the files"):
                 page = self._files.find(
                     query, {_DIGEST: 1, "length": 1}, sort=[(_DIGEST, ASCENDING)], limit=_LISTED_AT_ONCE
                 )
                 entries = await page.to_list()
             for entry in entries:
                 after = str(entry["metadata"]["sha256"])
-                yield Stored(after, int(entry["length"]))
+                yield StoredFile(after, int(entry["length"]))
             if len(entries) < _LISTED_AT_ONCE:
                 return
 
     async def _open(self, sha256: str) -> _OpenFile:
-        with driver_errors("looking for a file"):
+        with translate_errors("looking for a file"):
             entry = await self._files.find_one({_DIGEST: sha256})
         if entry is None:
             raise FileLost(f"GridFS has no file with the digest {sha256}")
@@ -293,7 +299,7 @@ class _OpenFile:
         while start < end:
             first = start // self._chunk_size
             last = min((end - 1) // self._chunk_size, first + _CHUNKS_AT_A_TIME - 1)
-            with driver_errors("reading a file"):
+            with translate_errors("reading a file"):
                 wanted = {"files_id": self._id, "n": {"$gte": first, "$lte": last}}
                 found = await self._chunks.find(wanted, sort=[("n", ASCENDING)]).to_list()
             data = b"".join(chunk["data"] for chunk in found)

@@ -16,15 +16,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from jobledger.ledger.domain.errors import FileLost, StoreUnavailable
-from jobledger.ledger.domain.limits import FILE_BYTES
-from jobledger.ledger.system.cooperative_threads import Work
+from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable
+from jobledger.ledger.domain.limits import MAX_FILE_BYTES
+from jobledger.ledger.system.cooperative_threads import CooperativeWork
 
-PIECE_BYTES: Final = 4 << 20
+HASH_CHUNK_BYTES: Final = 4 << 20
 """How much of a file is read before another file has its turn."""
-NO_FILE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+MISSING_FILE_ERRNOS: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 """Errors of `open` that say that there is no such file."""
-_FAULT_OF_THE_JOB: Final = NO_FILE | {errno.EACCES, errno.EPERM, errno.ENODEV, errno.EAGAIN}
+_FAULT_OF_THE_JOB: Final = MISSING_FILE_ERRNOS | {errno.EACCES, errno.EPERM, errno.ENODEV, errno.EAGAIN}
 """Errors that a job can cause below its directory: also by modes, devices and leases (EAGAIN). Others are transient."""
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -45,8 +45,8 @@ class InboxFile:
         try:
             self._open()
             self.size = os.fstat(self._descriptor).st_size
-            if self.size > FILE_BYTES:
-                raise FileLost(f"{path} has {self.size} bytes, and at most {FILE_BYTES} are allowed")
+            if self.size > MAX_FILE_BYTES:
+                raise FileLost(f"{path} has {self.size} bytes, and at most {MAX_FILE_BYTES} are allowed")
         except BaseException:
             self.close()
             raise
@@ -56,7 +56,7 @@ class InboxFile:
         try:
             self._directory = os.open(path.parents[2], _DIRECTORY)
         except OSError as error:
-            raise _opening_failed(path, error, NO_FILE) from error
+            raise _opening_failed(path, error, MISSING_FILE_ERRNOS) from error
         try:
             for name in (path.parents[1].name, path.parent.name):
                 inner = os.open(name, _DIRECTORY, dir_fd=self._directory)
@@ -89,15 +89,15 @@ class InboxFile:
                 os.close(descriptor)
         self._directory = self._descriptor = -1
 
-    def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    def iterate_chunks(self, chunk_bytes: int = HASH_CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the content. A file that grows meanwhile is read no further than its size was.
 
         Raises:
             FileLost: in the end, if the content has another digest than the name says.
         """
         digest = hashlib.sha256()
-        for start in range(0, self.size, piece_bytes):
-            piece = os.pread(self._descriptor, min(piece_bytes, self.size - start), start)
+        for start in range(0, self.size, chunk_bytes):
+            piece = os.pread(self._descriptor, min(chunk_bytes, self.size - start), start)
             if not piece:
                 break
             digest.update(piece)
@@ -105,14 +105,14 @@ class InboxFile:
         if digest.hexdigest() != self._path.name:
             raise FileLost(f"The file {self._path.name} has another content than its name says")
 
-    def verify(self) -> Work[None]:
+    def verify(self) -> CooperativeWork[None]:
         """Read the content and compare its digest with the name.
 
         Raises:
             FileLost: it is another one.
         """
-        for _ in self.pieces():
-            if self.size > PIECE_BYTES:
+        for _ in self.iterate_chunks():
+            if self.size > HASH_CHUNK_BYTES:
                 yield
 
     def remove(self) -> None:
@@ -121,13 +121,13 @@ class InboxFile:
             os.unlink(self._path.name, dir_fd=self._directory)
 
 
-def open_verified(path: Path) -> Work[InboxFile]:
+def open_verified(path: Path) -> CooperativeWork[InboxFile]:
     """Open a file of an inbox, and compare its content with its name. Raises as `InboxFile` and `verify`."""
     file = InboxFile(path)
     yield from file.verify()
     return file
 
 
-def _opening_failed(path: Path, error: OSError, lost: frozenset[int]) -> FileLost | StoreUnavailable:
-    kind = FileLost if error.errno in lost else StoreUnavailable
+def _opening_failed(path: Path, error: OSError, lost: frozenset[int]) -> FileLost | FileStoreUnavailable:
+    kind = FileLost if error.errno in lost else FileStoreUnavailable
     return kind(f"{path} cannot be opened: {error.strerror}")

@@ -15,7 +15,7 @@ _AT_A_TIME: Final = 2
 """Pieces of files that are hashed at the same time: more would only wait for the disk, and take threads from others."""
 
 
-class Checkable(Protocol):
+class VerifiableFile(Protocol):
     """An open file of a store. `identity` changes whenever the content may have changed."""
 
     @property
@@ -26,11 +26,11 @@ class Checkable(Protocol):
     def identity(self) -> Hashable:
         """Of the content, as far as that can be told without reading it."""
 
-    async def sha256(self, turns: asyncio.Semaphore) -> str:
+    async def sha256(self, semaphore: asyncio.Semaphore) -> str:
         """Read the whole content and return its digest. Takes a turn for each piece of at most a few MB."""
 
 
-class FileChecks:
+class IntegrityChecker:
     """Checks files when they are opened for the first time, and again when their identity has changed.
 
     All files that are being hashed take turns, piece by piece, so a small file never waits for the end of a large one.
@@ -41,10 +41,10 @@ class FileChecks:
         self._checked: OrderedDict[str, Hashable] = OrderedDict()
         self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self.damaged = 0
+        self.damaged_count = 0
         """Opened files that had another content than their name says, since this process began."""
 
-    async def check(self, file: Checkable, sha256: str, size: int) -> None:
+    async def check(self, file: VerifiableFile, sha256: str, size: int) -> None:
         """Make sure that a file has the size and the content that it was stored with.
 
         Raises:
@@ -53,7 +53,7 @@ class FileChecks:
             LedgerUnavailable: the store cannot be reached.
         """
         if file.size != size:
-            self.damaged += 1
+            self.damaged_count += 1
             raise FileDamaged(f"The file {sha256} was changed: it has {file.size} bytes, and {size} on record")
         identity = file.identity
         if self._checked.get(sha256) == identity:
@@ -63,7 +63,7 @@ class FileChecks:
                 return
             found = await file.sha256(self._turns)
             if found != sha256:
-                self.damaged += 1
+                self.damaged_count += 1
                 raise FileDamaged(f"The file {sha256} was changed: its content has the digest {found}")
             self._checked[sha256] = identity
         while len(self._checked) > _REMEMBERED:

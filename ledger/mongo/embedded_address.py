@@ -30,7 +30,7 @@ _SOCKET_PATH: Final = re.compile(r"[A-Za-z0-9_./+=@-]{1,107}")
 _KEY: Final = re.compile(r"[A-Za-z0-9+/]{64,1024}")
 
 
-def uri_for(socket_path: Path, key: str) -> str:
+def build_uri(socket_path: Path, key: str) -> str:
     """Return the URI of the server; it contains the secret."""
     return (
         f"mongodb://__system:{quote(key, safe='')}@{quote(str(socket_path), safe='')}/"
@@ -64,7 +64,7 @@ def load_key(data_dir: Path) -> str:
     return key
 
 
-def choose_socket(data_dir: Path) -> Path:
+def choose_socket_path(data_dir: Path) -> Path:
     """Return the path for the server's socket, in a directory that only this user may enter.
 
     Raises:
@@ -108,7 +108,7 @@ def _takes_sockets(directory: Path) -> bool:
     return False
 
 
-def listens(socket_path: Path) -> bool:
+def is_listening(socket_path: Path) -> bool:
     """Return whether a process accepts connections at the socket."""
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(socket_path)) == 0

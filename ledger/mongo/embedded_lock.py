@@ -16,10 +16,10 @@ from jobledger.ledger.domain.errors import ServerInUse
 from jobledger.ledger.system.private_files import open_private
 
 # Somebody who asks `is_owned` holds a shared lock for a moment; an owner-to-be waits this long before giving up.
-GRACE_SECONDS = 0.5
+LOCK_TIMEOUT_SECONDS = 0.5
 
 
-class ServerNote(BaseModel):
+class ServerInfo(BaseModel):
     """`server.json`: the address of the running embedded server with its secret, for other commands of this user."""
 
     model_config = ConfigDict(frozen=True)
@@ -39,7 +39,7 @@ class OwnerLock:
         """Take the lock, or raise ServerInUse naming the process that has it; OSError if it cannot be opened."""
         path = data_dir / "lock"
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        if not until(lambda: try_lock(self._fd, fcntl.LOCK_EX), GRACE_SECONDS):
+        if not wait_until(lambda: try_lock(self._fd, fcntl.LOCK_EX), LOCK_TIMEOUT_SECONDS):
             os.close(self._fd)
             raise ServerInUse(
                 f"{data_dir} is used by another jobledger (process {path.read_text().strip() or 'unknown'}). "
@@ -66,7 +66,7 @@ def is_owned(data_dir: Path) -> bool:
         os.close(fd)
 
 
-def write_note(data_dir: Path, note: ServerNote) -> None:
+def write_server_info(data_dir: Path, note: ServerInfo) -> None:
     """Write the note so that a reader sees all of it or none."""
     fresh = data_dir / "server.json.new"
     with open_private(fresh, "w") as file:
@@ -74,21 +74,21 @@ def write_note(data_dir: Path, note: ServerNote) -> None:
     fresh.replace(data_dir / "server.json")
 
 
-def read_note(data_dir: Path) -> ServerNote | None:
+def read_server_info(data_dir: Path) -> ServerInfo | None:
     """The note as it stands, true or stale; None without a readable one."""
     try:
-        return ServerNote.model_validate_json((data_dir / "server.json").read_bytes())
+        return ServerInfo.model_validate_json((data_dir / "server.json").read_bytes())
     except (OSError, ValidationError):
         return None
 
 
-def remove_note(data_dir: Path) -> None:
+def remove_server_info(data_dir: Path) -> None:
     """Remove the note of a server that ends. Where that is impossible it stays: no process answers by its ID."""
     with suppress(OSError):
         (data_dir / "server.json").unlink()
 
 
-def number_in(path: Path) -> int | None:
+def read_int(path: Path) -> int | None:
     """The number a file holds (a port, a pid), if it does."""
     try:
         return int(path.read_text())
@@ -96,7 +96,7 @@ def number_in(path: Path) -> int | None:
         return None
 
 
-def log_tail(path: Path, start: int, lines: int = 8) -> str:
+def read_log_tail(path: Path, start: int, lines: int = 8) -> str:
     """What mongod logged last, from byte `start` on: its errors, else its last words, as text for a person."""
     with path.open("rb") as file:
         file.seek(start)
@@ -116,7 +116,7 @@ def _readable(line: str) -> tuple[str, str]:
         return "E", line
 
 
-def until(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     """Wait for `condition`, at most so many seconds; say whether it came true."""
     deadline = time.monotonic() + seconds
     while not (met := condition()) and time.monotonic() < deadline:

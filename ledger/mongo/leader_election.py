@@ -17,49 +17,49 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.errors import LedgerBusy, LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.lease import Lease, Seen
+from jobledger.ledger.mongo.lease import Lease, LeaseObservation
 
 _log = structlog.get_logger()
 _LONGEST_PAUSE_SECONDS: Final = 5.0
 
 
-class Deposed(Exception):
+class LeadershipLost(Exception):
     """Somebody else leads by now."""
 
 
-class Leadership:
+class LeaderElection:
     """The lead in one matter. A listener of the process's change stream."""
 
     collection = "leaders"
 
-    def __init__(self, connection: Connection, matter: str, *, holder: str, lease_seconds: float) -> None:
-        self._matter = matter
+    def __init__(self, connection: Connection, name: str, *, holder: str, lease_seconds: float) -> None:
+        self._matter = name
         self._holder = holder
         self._lease_seconds = lease_seconds
-        self._lease = Lease(connection, self.collection, matter, seconds=lease_seconds)
-        self._seen = Seen()
+        self._lease = Lease(connection, self.collection, name, seconds=lease_seconds)
+        self._seen = LeaseObservation()
         """Of the leader, while another process leads."""
         self._heard = asyncio.Event()
         self._vacant = asyncio.Event()
 
     @property
-    def epoch(self) -> int:
+    def fencing_token(self) -> int:
         """The fencing token of this leader."""
-        return self._lease.epoch
+        return self._lease.fencing_token
 
     async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
         """Stand by, lead, stand by …, until cancelled. `lead` is cancelled with the lease; it may raise Deposed."""
         while True:
-            await self.once(lead)
+            await self.run_once(lead)
 
-    async def once(self, lead: Callable[[], Awaitable[None]]) -> None:
+    async def run_once(self, lead: Callable[[], Awaitable[None]]) -> None:
         """Stand by, lead, stand by …, until `lead` has come to its end. What it raises ends this, too, but Deposed."""
         pause, told = 0.1, False
         while True:
             try:
                 self._vacant.clear()  # before we ask: the leader may let go while the refusal is on its way to us
-                if await self._lease.acquire({"holder": self._holder}, seen=self._seen):
-                    self._seen = Seen()
+                if await self._lease.acquire({"holder": self._holder}, observation=self._seen):
+                    self._seen = LeaseObservation()
                     begun, told = time.monotonic(), False
                     try:
                         if await self._lead(lead):
@@ -71,7 +71,7 @@ class Leadership:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 else:
-                    self._seen.note(self._lease.refused_by.get("beat"), self._lease.refused_by.get("seconds"))
+                    self._seen.record(self._lease.current_lease.get("beat"), self._lease.current_lease.get("seconds"))
                     if not told:
                         _log.info("another process does it, standing by", matter=self._matter)
                         told = True
@@ -84,12 +84,12 @@ class Leadership:
     async def resync(self, session: AsyncClientSession) -> None:
         self._heard.set()
 
-    def changed(self, change: Mapping[str, Any]) -> None:
+    def on_change(self, change: Mapping[str, Any]) -> None:
         if change["documentKey"]["_id"] != self._matter:
             return
         fields = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
         if "beat" in fields:
-            self._seen.note(fields["beat"])
+            self._seen.record(fields["beat"])
         self._heard.set()
         if fields.get("released"):
             self._vacant.set()
@@ -100,7 +100,7 @@ class Leadership:
             self._heard.clear()
             try:
                 missing = self._lease_seconds / 3 + 1
-                left = self._lease_seconds - self._seen.quiet_seconds
+                left = self._lease_seconds - self._seen.seconds_since_heartbeat
                 async with asyncio.timeout(min(missing, left) if left > 0 else missing):
                     await self._heard.wait()
             except TimeoutError:
@@ -109,14 +109,14 @@ class Leadership:
     async def _lead(self, lead: Callable[[], Awaitable[None]]) -> bool:
         """Return whether it has come to its end, and was not ended by the loss of the lead."""
         leading = asyncio.ensure_future(lead())
-        lost = asyncio.create_task(self._lease.lost())
+        lost = asyncio.create_task(self._lease.wait_lost())
         try:
             await asyncio.wait({leading, lost}, return_when=asyncio.FIRST_COMPLETED)
             if leading.done():
                 leading.result()
                 return True
             _log.warning("lease lost, standing by", matter=self._matter)
-        except Deposed:
+        except LeadershipLost:
             _log.warning("replaced by another leader, standing by", matter=self._matter)
         finally:
             for task in (leading, lost):

@@ -24,7 +24,7 @@ from pymongo import ReturnDocument, timeout
 from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
-from jobledger.ledger.mongo.connection import Connection, Document, brief, driver_errors
+from jobledger.ledger.mongo.connection import Connection, Document, summarize_error, translate_errors
 from jobledger.ledger.system.loop_progress import LoopProgress
 
 _log = structlog.get_logger()
@@ -34,9 +34,9 @@ def _until(seconds: float) -> Document:
     return {"$add": ["$$NOW", int(seconds * 1000)]}
 
 
-RUN_OUT: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
+EXPIRED_LEASE_FILTER: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
 """Matches lease documents whose time is over, by the server's clock."""
-OVER: Document = {"$inc": {"epoch": 1}}
+EXPIRE_LEASE_UPDATE: Document = {"$inc": {"epoch": 1}}
 """Declares a lease over, if its beat is still the one that was seen: its holder's next extension finds a new epoch."""
 _NEXT_BEAT: Document = {"$add": [{"$ifNull": ["$beat", 0]}, 1]}
 _AGAIN_SECONDS = 0.5
@@ -46,37 +46,37 @@ _LOOKS = 3
 """A lease is extended, and its holder's loop looked at, three times in its time. See
 `jobledger.ledger.system.loop_progress`."""
 _TICKS = 12
-GAP = 0.6
+MISSED_HEARTBEAT_SHARE = 0.6
 """Who has not extended a lease for that share of its time has missed a beat. A lease runs out after an outage of at
 least two thirds of its time, since it is extended at each third: so whoever else beats has missed one then, too."""
 
 
-class Seen:
+class LeaseObservation:
     """What a process has seen of a lease that another one holds, on its own steady clock."""
 
     def __init__(self) -> None:
-        self.beat: int | None = None
-        self.alive = False
+        self.heartbeat: int | None = None
+        self.was_extended = False
         """Whether it was extended while we looked on."""
         self._since = time.monotonic()
         self._seconds = 0.0
 
-    def note(self, beat: int | None, seconds: float | None = None) -> None:
+    def record(self, beat: int | None, seconds: float | None = None) -> None:
         """Take in the beat that the lease has now, and its time in seconds."""
-        if beat != self.beat:
-            self.alive = self.beat is not None
-            self.beat, self._since = beat, time.monotonic()
+        if beat != self.heartbeat:
+            self.was_extended = self.heartbeat is not None
+            self.heartbeat, self._since = beat, time.monotonic()
         if seconds is not None:
             self._seconds = seconds
 
     @property
-    def quiet_seconds(self) -> float:
+    def seconds_since_heartbeat(self) -> float:
         """Return for how long there was no other beat."""
         return time.monotonic() - self._since
 
-    def expired(self, seconds: float = 0.0) -> bool:
+    def is_expired(self, seconds: float = 0.0) -> bool:
         """Return whether there was no other beat for the time of the lease, and for `seconds`."""
-        return self.beat is not None and self.quiet_seconds >= max(self._seconds, seconds)
+        return self.heartbeat is not None and self.seconds_since_heartbeat >= max(self._seconds, seconds)
 
 
 class Lease:
@@ -95,13 +95,13 @@ class Lease:
         self._thread: threading.Thread | None = None
         self._progress: LoopProgress | None = None
         self._lost: asyncio.Event = asyncio.Event()
-        self.epoch = 0
-        self.refused_by: Document = {}
+        self.fencing_token = 0
+        self.current_lease: Document = {}
         """The document of the lease, when `acquire` has last returned False."""
         self._beats = (0.0, -math.inf)
         """On the steady clock: since when no beat has been missed, and when the last one was sent."""
 
-    async def acquire(self, facts: Mapping[str, Any], *, seen: Seen | None = None) -> bool:
+    async def acquire(self, attributes: Mapping[str, Any], *, observation: LeaseObservation | None = None) -> bool:
         """Take the lease if nobody holds it; from then on it is extended until `release`. False if somebody holds it.
 
         Args:
@@ -119,14 +119,14 @@ class Lease:
         # The thread keeps its own events: after a cancelled `acquire` the next one makes new ones while it still runs.
         thread = threading.Thread(
             target=self._keep,
-            args=(loop, acquired, dict(facts), seen or Seen(), stop, lost, progress),
+            args=(loop, acquired, dict(attributes), observation or LeaseObservation(), stop, lost, progress),
             name=f"lease-{self._id}",
             daemon=True,
         )
         thread.start()
         epoch = None
         try:
-            with driver_errors("taking a lease"):
+            with translate_errors("taking a lease"):
                 epoch = await acquired
         except asyncio.CancelledError:
             stop.set()  # else the thread would go on holding what nobody uses
@@ -136,22 +136,22 @@ class Lease:
                 progress.stop()
         if epoch is None:
             return False
-        self._thread, self._progress, self.epoch = thread, progress, epoch
+        self._thread, self._progress, self.fencing_token = thread, progress, epoch
         return True
 
-    async def lost(self) -> None:
+    async def wait_lost(self) -> None:
         """Return when the lease is lost: it ran out, and was taken or declared over."""
         await self._lost.wait()
 
     @property
-    def steady_seconds(self) -> float:
+    def uninterrupted_seconds(self) -> float:
         """Return for how long the lease has been extended without a missing beat; 0 while one is missing."""
         since, last = self._beats
         now = time.monotonic()
-        return now - since if now - last <= GAP * self._seconds else 0.0
+        return now - since if now - last <= MISSED_HEARTBEAT_SHARE * self._seconds else 0.0
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         return self._thread is not None and not self._lost.is_set()
 
     async def release(self) -> None:
@@ -169,7 +169,7 @@ class Lease:
         loop: asyncio.AbstractEventLoop,
         acquired: asyncio.Future[int | None],
         facts: Document,
-        seen: Seen,
+        seen: LeaseObservation,
         stop: threading.Event,
         lost: asyncio.Event,
         progress: LoopProgress,
@@ -187,7 +187,7 @@ class Lease:
             _tell(loop, _resolve, acquired, error)
         _tell(loop, lost.set)
 
-    def _take(self, leases: Collection[Document], facts: Document, seen: Seen) -> int | None:
+    def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
         """Take the lease in one step if it is free; return its epoch, None if somebody holds it.
 
         The server's clock counts only for a holder that was never seen to extend its lease: so a process that has just
@@ -205,10 +205,10 @@ class Lease:
             "lease_until": _until(self._seconds),
         }
         free: list[Any] = [{"$eq": [{"$ifNull": ["$epoch", 0]}, 0]}, {"$eq": ["$released", True]}]
-        if not seen.alive:
+        if not seen.was_extended:
             free.append({"$lte": ["$lease_until", "$$NOW"]})
-        if seen.expired(self._seconds):
-            free.append({"$eq": ["$beat", seen.beat]})
+        if seen.is_expired(self._seconds):
+            free.append({"$eq": ["$beat", seen.heartbeat]})
         taken = {"$replaceWith": {"$cond": [{"$or": free}, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
         with timeout(max(self._seconds, self._connection.connect_timeout_ms / 1000)):
             document = leases.find_one_and_update(
@@ -216,7 +216,7 @@ class Lease:
             )
         if document and document["token"] == token:
             return int(document["epoch"])
-        self.refused_by = document or {}
+        self.current_lease = document or {}
         return None
 
     def _beat(
@@ -235,7 +235,7 @@ class Lease:
         extend = {"beat": _NEXT_BEAT, "lease_until": _until(self._seconds)}
         pause, away = self._seconds / 3, False
         while not stop.wait(pause):
-            if (missed := progress.look()) >= _LOOKS:
+            if (missed := progress.count_missed()) >= _LOOKS:
                 if missed == _LOOKS:
                     _log.error("the event loop is blocked: lease no longer extended", lease=self._id)
                 continue
@@ -247,10 +247,10 @@ class Lease:
                     return False
                 good_until, pause, away = begun + self._seconds, self._seconds / 3, False
                 since, last = self._beats
-                self._beats = (since if begun - last <= GAP * self._seconds else begun, begun)
+                self._beats = (since if begun - last <= MISSED_HEARTBEAT_SHARE * self._seconds else begun, begun)
             except PyMongoError as error:
                 if not away:  # once: it may last
-                    _log.warning("lease not extended, trying on", lease=self._id, error=brief(error))
+                    _log.warning("lease not extended, trying on", lease=self._id, error=summarize_error(error))
                 pause, away = min(_AGAIN_SECONDS, self._seconds / 3), True
         try:
             with timeout(max(good_until - time.monotonic(), 0.1)):
@@ -259,7 +259,7 @@ class Lease:
                     [{"$set": {"beat": _NEXT_BEAT, "lease_until": "$$NOW", "released": True}}],
                 )
         except PyMongoError as error:
-            _log.warning("lease not given back, it will run out", lease=self._id, error=brief(error))
+            _log.warning("lease not given back, it will run out", lease=self._id, error=summarize_error(error))
         return True
 
 

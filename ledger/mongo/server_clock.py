@@ -28,7 +28,7 @@ from pymongo.monitoring import (
 
 TOLERANCE_SECONDS: Final = 0.1
 """A heartbeat may be this far behind the estimate: its answer was slow, or this process was busy."""
-LONGEST_SLEEP_SECONDS: Final = 5.0
+MAX_SLEEP_SECONDS: Final = 5.0
 """Of a timer until a moment of the server's clock. The timers of an event loop do not count a suspension."""
 _STEADY_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _TRIES: Final = 3
@@ -50,7 +50,7 @@ class ServerClock(ServerHeartbeatListener):
         self._client: AsyncMongoClient[Any] | None = None
         self._measuring: asyncio.Task[None] | None = None
 
-    def ask(self, client: AsyncMongoClient[Any]) -> None:
+    def attach_client(self, client: AsyncMongoClient[Any]) -> None:
         """Set the client with which the server is asked when a heartbeat has made the estimate uncertain."""
         self._client = client
 
@@ -64,9 +64,9 @@ class ServerClock(ServerHeartbeatListener):
         """Return the seconds until a moment of the server's clock, 0 if it has come."""
         return max(0.0, (moment - self.estimate()).total_seconds())
 
-    def nap_until(self, moment: datetime) -> float:
+    def sleep_seconds_until(self, moment: datetime) -> float:
         """Return how long to sleep before `seconds_until` has to be asked again."""
-        return min(self.seconds_until(moment), LONGEST_SLEEP_SECONDS)
+        return min(self.seconds_until(moment), MAX_SLEEP_SECONDS)
 
     async def now(self, client: AsyncMongoClient[Any]) -> datetime:
         """Return the server's time. Asks the server if the estimate is uncertain.
@@ -101,12 +101,12 @@ class ServerClock(ServerHeartbeatListener):
         document = event.reply.document
         if document.get("isWritablePrimary") or document.get("ismaster"):  # `ismaster`: of a connection's first answer
             said = document["localTime"].replace(tzinfo=UTC).timestamp()
-            self.heard(said, event.connection_id)
+            self.observe(said, event.connection_id)
 
     def failed(self, event: ServerHeartbeatFailedEvent) -> None:
         """The next primary that answers may have another clock; its heartbeat says so."""
 
-    def heard(self, said: float, primary: Any) -> None:
+    def observe(self, said: float, primary: Any) -> None:
         """Take in the server's time in seconds since 1970, as a primary sent it a moment ago.
 
         The server's clock is at least there now. So an estimate that is behind is wrong and is replaced. One that is
@@ -129,6 +129,6 @@ class ServerClock(ServerHeartbeatListener):
             await self._measure(client)
 
 
-def clock_of(client: AsyncMongoClient[Any]) -> ServerClock:
+def get_server_clock(client: AsyncMongoClient[Any]) -> ServerClock:
     """Return the clock that listens to the heartbeats of a client (`Connection.client`)."""
     return next(it for it in client.options.event_listeners if isinstance(it, ServerClock))

@@ -17,12 +17,12 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from jobledger.ledger.mongo.connection import DURABLE, Database
 
 T = TypeVar("T")
-END_SECONDS: Final = 5.0
+CANCEL_TIMEOUT_SECONDS: Final = 5.0
 """For so long, and once more for its undoing, who is cancelled waits for the end. It takes milliseconds, unless the
 server does not answer."""
 
 
-async def transaction(db: Database, write: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
+async def run_transaction(db: Database, write: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
     """Do what `write` does with its session all together or not at all, durably; again after a conflict.
 
     Who is cancelled meanwhile learns of it when the transaction has ended, one way or the other.
@@ -36,11 +36,13 @@ async def transaction(db: Database, write: Callable[[AsyncClientSession], Awaita
     except asyncio.CancelledError:
         writing.add_done_callback(_heard)
         try:
-            await asyncio.wait({writing}, timeout=END_SECONDS)
+            await asyncio.wait({writing}, timeout=CANCEL_TIMEOUT_SECONDS)
         finally:
             if not writing.done():
                 writing.cancel()
-                await asyncio.wait({writing}, timeout=END_SECONDS)  # to abort it, the server has to answer, too
+                await asyncio.wait(
+                    {writing}, timeout=CANCEL_TIMEOUT_SECONDS
+                )  # to abort it, the server has to answer, too
         raise
 
 

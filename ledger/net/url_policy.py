@@ -20,7 +20,7 @@ _IPV4_COMPATIBLE = ip_network("::/96")  # RFC 4291, deprecated
 
 
 _LOWEST_FREE_PORT = 1024
-ONLY_PUBLIC = "only public addresses are called, and those that `webhooks.allow_private` names"
+PUBLIC_ONLY_MESSAGE = "only public addresses are called, and those that `webhooks.allow_private` names"
 
 
 class AllowedHosts:
@@ -35,14 +35,14 @@ class AllowedHosts:
             except ValueError:
                 self._names.add(_plain_name(entry))
 
-    def refusal(self, host: str, address: str) -> str | None:
+    def address_rejection_reason(self, host: str, address: str) -> str | None:
         """Why `host` must not be called at `address`; None when it may."""
         real = _unwrapped(ip_address(address.partition("%")[0]))
         if _plain_name(host) in self._names or any(real in network for network in self._networks):
             return None
         return _why_not_public(real)
 
-    def names(self, host: str) -> bool:
+    def contains_host(self, host: str) -> bool:
         """Return whether the operator has named this host, or the network it is an address of."""
         if _plain_name(host) in self._names:
             return True
@@ -52,7 +52,7 @@ class AllowedHosts:
         return False
 
 
-def hopeless(url: str, allowed: AllowedHosts) -> str | None:
+def rejection_reason(url: str, allowed: AllowedHosts) -> str | None:
     """Return why a webhook to an address can never be delivered, as far as the address itself tells; None if it may.
 
     Ports are those of the web and those that no system service has: nobody's mail server is to be talked to.
@@ -66,13 +66,13 @@ def hopeless(url: str, allowed: AllowedHosts) -> str | None:
         return "expected an address that begins with http:// or https:// and names a host"
     if parts.username is not None or parts.password is not None:
         return "no user or password in the address, which everyone sees: send an Authorization header instead"
-    if allowed.names(host):
+    if allowed.contains_host(host):
         return None
     if port is not None and port not in (80, 443) and port < _LOWEST_FREE_PORT:
         return f"port {port} is not used for webhooks: only 80, 443 and those from {_LOWEST_FREE_PORT} on are"
     with suppress(ValueError):
-        if (refusal := allowed.refusal(host, str(ip_address(host.partition("%")[0])))) is not None:
-            return f"{host} is {refusal}; {ONLY_PUBLIC}"
+        if (refusal := allowed.address_rejection_reason(host, str(ip_address(host.partition("%")[0])))) is not None:
+            return f"{host} is {refusal}; {PUBLIC_ONLY_MESSAGE}"
     return None
 
 
@@ -80,7 +80,7 @@ _BEGIN: Final = re.compile(r"(?i)(?P<web>https?|ftps?|wss?):(?P<slashes>[/\\]*)|
 _HOST_AT_FIRST: Final = re.compile(r"[\w-]+(\.[\w.-]*)?(?P<port>:\d+)?[.,;:!)]*")
 _REMOVED_BY_BROWSERS: Final = re.compile(r"[\t\r\n]")
 _STRIPPED_BY_BROWSERS: Final = "".join(map(chr, range(0x21)))
-NO_USERINFO: Final = (
+USERINFO_MESSAGE: Final = (
     "no user or password in a URL, which is published: put the file where it can be read without them, or at a URL "
     "that expires"
 )
@@ -96,7 +96,7 @@ def has_userinfo(text: str) -> bool:
     return "@" in text and _cut_at_userinfo(text) is not None
 
 
-def without_userinfo(url: str) -> str:
+def strip_userinfo(url: str) -> str:
     """Return a URL without user name and password; any other text as it is."""
     cut = _cut_at_userinfo(url) if "@" in url else None
     return url if cut is None else "".join(cut)

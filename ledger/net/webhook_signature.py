@@ -19,12 +19,12 @@ _SHORTEST_BYTES: Final = 24
 _LONGEST_BYTES: Final = 64
 
 
-def new_secret() -> str:
+def generate_secret() -> str:
     """Return a secret that nobody can guess."""
     return _PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
-def key_of(secret: str) -> bytes:
+def decode_secret(secret: str) -> bytes:
     """Return the key that a secret stands for.
 
     Raises:
@@ -45,7 +45,7 @@ def key_of(secret: str) -> bytes:
     return key
 
 
-def signed_headers(keys: Sequence[str], webhook_id: str, timestamp: int, body: bytes) -> dict[str, str]:
+def build_signature_headers(keys: Sequence[str], webhook_id: str, timestamp: int, body: bytes) -> dict[str, str]:
     """Return the headers that tell a webhook's id and time (in seconds since 1970), and who has sent it, if `keys` can.
 
     Raises:
@@ -54,6 +54,6 @@ def signed_headers(keys: Sequence[str], webhook_id: str, timestamp: int, body: b
     headers = {"webhook-id": webhook_id, "webhook-timestamp": str(timestamp)}
     if keys:
         content = f"{webhook_id}.{timestamp}.".encode() + body
-        digests = [hmac.new(key_of(secret), content, hashlib.sha256).digest() for secret in keys]
+        digests = [hmac.new(decode_secret(secret), content, hashlib.sha256).digest() for secret in keys]
         headers["webhook-signature"] = " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
     return headers

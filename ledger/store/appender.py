@@ -24,8 +24,16 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import OperationFailure, PyMongoError, WriteConcernError
 
 from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy, LedgerUnavailable, VersionConflict
-from jobledger.ledger.mongo.connection import DURABLE, MAJORITY, TOLERANT, Database, Document, brief, passes_with_time
-from jobledger.ledger.store.envelope import encoded, void_document
+from jobledger.ledger.mongo.connection import (
+    DURABLE,
+    LENIENT_CODEC,
+    MAJORITY,
+    Database,
+    Document,
+    is_transient,
+    summarize_error,
+)
+from jobledger.ledger.store.envelope import build_void_document, encode_bson
 
 _log = structlog.get_logger()
 
@@ -42,45 +50,45 @@ _BSON_FACTOR = 9
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EventStoreLimits:
     """The log's patience and appetite. A group is what goes to the database in one write."""
 
-    void_after_seconds: float = 1.0
-    append_deadline_seconds: float = 30.0
-    group_events: int = 300
-    groups_on_their_way: int = 3
-    waiting_events: int = 50_000
-    waiting_bytes: int = 64 * 1024 * 1024
-    append_bytes: int = 32 * 1024 * 1024
-    tail_events: int = 10_000
-    tail_bytes: int = 64 * 1024 * 1024
+    gap_timeout_seconds: float = 1.0
+    append_timeout_seconds: float = 30.0
+    max_events_per_write: int = 300
+    max_concurrent_writes: int = 3
+    max_pending_events: int = 50_000
+    max_pending_bytes: int = 64 * 1024 * 1024
+    max_append_bytes: int = 32 * 1024 * 1024
+    max_tail_events: int = 10_000
+    max_tail_bytes: int = 64 * 1024 * 1024
     page_events: int = 1000
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class PendingAppend:
     """Documents that belong together, waiting to be written, and who waits for them. `size` in bytes of JSON."""
 
     documents: list[Document]
     size: int
-    basis: int
+    based_on_position: int
     """The largest position that the decision was based on: the new positions must be larger."""
     deadline: float
     done: asyncio.Future[None]
 
 
-class Writer:
+class Appender:
     """Writes documents under new positions, in groups; what is there when `write` returns is there for good."""
 
     collection = "events"
 
-    def __init__(self, db: Database, limits: Limits) -> None:
+    def __init__(self, db: Database, limits: EventStoreLimits) -> None:
         self._db = db
         self._events = db.get_collection(
-            self.collection, codec_options=TOLERANT, write_concern=DURABLE, read_concern=MAJORITY
+            self.collection, codec_options=LENIENT_CODEC, write_concern=DURABLE, read_concern=MAJORITY
         )
         self._limits = limits
-        self._queue: deque[Waiting] = deque()
+        self._queue: deque[PendingAppend] = deque()
         self._queued_events = 0
         self._queued_bytes = 0
         self._gathering = False
@@ -99,18 +107,21 @@ class Writer:
 
         Raises: as `EventLog.append`, at once or by the future.
         """
-        if self._queued_events >= self._limits.waiting_events or self._queued_bytes >= self._limits.waiting_bytes:
+        if (
+            self._queued_events >= self._limits.max_pending_events
+            or self._queued_bytes >= self._limits.max_pending_bytes
+        ):
             raise LedgerBusy(
                 f"{self._queued_events} events ({self._queued_bytes} bytes) are waiting to be written already; "
                 "try again in a moment"
             )
-        if size > self._limits.append_bytes:
+        if size > self._limits.max_append_bytes:
             raise InvalidEvent(
                 f"{len(documents)} events of {size} bytes are too much to be written together: "
-                f"{self._limits.append_bytes} bytes can be"
+                f"{self._limits.max_append_bytes} bytes can be"
             )
-        deadline = time.monotonic() + self._limits.append_deadline_seconds
-        waiting = Waiting(documents, size, basis, deadline, asyncio.get_running_loop().create_future())
+        deadline = time.monotonic() + self._limits.append_timeout_seconds
+        waiting = PendingAppend(documents, size, basis, deadline, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._queued_events += len(documents)
         self._queued_bytes += size
@@ -123,7 +134,7 @@ class Writer:
 
         The group is made up when its task runs, so that all who append in this turn of the loop travel in it.
         """
-        if self._queue and not self._gathering and len(self._writing) < self._limits.groups_on_their_way:
+        if self._queue and not self._gathering and len(self._writing) < self._limits.max_concurrent_writes:
             self._gathering = True
             task = asyncio.create_task(self._write_next(), name="log-writer")
             self._writing.add(task)
@@ -143,10 +154,12 @@ class Writer:
         try:
             await self._write_group(group)
         except LedgerUnavailable as error:
-            _settle(group, error)
+            _resolve_appends(group, error)
         except BaseException:
             # Those behind it, too: nobody would write them before the next append comes, perhaps never.
-            _settle([*group, *self._queue], LedgerUnavailable("The writer of the log was stopped before it was done."))
+            _resolve_appends(
+                [*group, *self._queue], LedgerUnavailable("The writer of the log was stopped before it was done.")
+            )
             self._queue.clear()
             self._queued_events = self._queued_bytes = 0
             raise
@@ -156,15 +169,15 @@ class Writer:
         late = LedgerUnavailable("The database did not take the events in time: others were waiting before them.")
         now = time.monotonic()
         while self._queue and self._queue[0].deadline < now:
-            _settle([self._take()], late)
+            _resolve_appends([self._take()], late)
 
-    def _take(self) -> Waiting:
+    def _take(self) -> PendingAppend:
         waiting = self._queue.popleft()
         self._queued_events -= len(waiting.documents)
         self._queued_bytes -= waiting.size
         return waiting
 
-    def _gather(self) -> list[Waiting]:
+    def _gather(self) -> list[PendingAppend]:
         """Take single events from the queue, as many as fit in one group, or one caller's several events."""
         if not self._queue:
             return []
@@ -174,14 +187,14 @@ class Writer:
             while (
                 self._queue
                 and len(self._queue[0].documents) == 1
-                and len(group) < self._limits.group_events
+                and len(group) < self._limits.max_events_per_write
                 and size + self._queue[0].size <= _MESSAGE_BYTES // _BSON_FACTOR
             ):
                 group.append(self._take())
                 size += group[-1].size
         return group
 
-    async def _write_group(self, group: Sequence[Waiting]) -> None:
+    async def _write_group(self, group: Sequence[PendingAppend]) -> None:
         """Write single events in one unordered insert, or one caller's several events in one transaction.
 
         Whatever the database answers, the same documents may be inserted again: those that are there already are
@@ -200,16 +213,18 @@ class Writer:
                 todo = await self._sort_out(refused) if refused else []
                 numbered = False
             except PyMongoError as error:
-                if not passes_with_time(error):
-                    raise LedgerUnavailable(f"The database refuses the events: {brief(error)}") from error
+                if not is_transient(error):
+                    raise LedgerUnavailable(f"The database refuses the events: {summarize_error(error)}") from error
                 if time.monotonic() > deadline:
-                    raise LedgerUnavailable(f"The database did not take the events in time: {brief(error)}") from error
+                    raise LedgerUnavailable(
+                        f"The database did not take the events in time: {summarize_error(error)}"
+                    ) from error
                 if pause > 0.1:  # a write conflict or two are nothing to speak of
-                    _log.warning("append delayed by the database", error=brief(error))
+                    _log.warning("append delayed by the database", error=summarize_error(error))
                 await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads load, guards no secret
                 pause = min(2 * pause, 0.2)
 
-    async def _insert(self, todo: Sequence[Waiting]) -> list[Waiting]:
+    async def _insert(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
         """Insert, settle what succeeded, and return what was refused for a duplicate key."""
         try:
             if len(todo[0].documents) > 1:
@@ -221,12 +236,12 @@ class Writer:
         except (BSONError, ValueError, OverflowError):  # the driver cannot write one of them in BSON
             return await self._insert_storable(todo)
         if not refused:
-            _settle(todo)
+            _resolve_appends(todo)
             return []
-        _settle(waiting for index, waiting in enumerate(todo) if index not in refused)
+        _resolve_appends(waiting for index, waiting in enumerate(todo) if index not in refused)
         return [waiting for index, waiting in enumerate(todo) if index in refused]
 
-    async def _insert_storable(self, todo: Sequence[Waiting]) -> list[Waiting]:
+    async def _insert_storable(self, todo: Sequence[PendingAppend]) -> list[PendingAppend]:
         """Refuse what can be written in JSON, but not in BSON (a UUID), and insert the rest."""
         storable = [waiting for waiting in todo if _refusal(waiting) is None]
         if len(storable) == len(todo):
@@ -234,10 +249,10 @@ class Writer:
         for waiting in todo:
             if (refusal := _refusal(waiting)) is not None:
                 await self._void([document["_id"] for document in waiting.documents])
-                _settle([waiting], refusal)
+                _resolve_appends([waiting], refusal)
         return await self._insert(storable) if storable else []
 
-    async def _insert_together(self, waiting: Waiting) -> bool:
+    async def _insert_together(self, waiting: PendingAppend) -> bool:
         """Insert all or none; return whether a duplicate key was in the way."""
         async with self._db.client.start_session() as session:
             await session.start_transaction(write_concern=DURABLE)
@@ -269,14 +284,14 @@ class Writer:
             raise WriteConcernError(unsure["errmsg"], unsure["code"], unsure)
         return {failure["index"] for failure in failures}
 
-    async def _number(self, todo: Sequence[Waiting]) -> None:
+    async def _number(self, todo: Sequence[PendingAppend]) -> None:
         """Give the documents the next positions.
 
         A number must be larger than every position the decision was based on. Only a fail-over can make the counter
         fall behind (the increment need not have reached a majority); then it is raised to the head of the log.
         """
         documents = [document for waiting in todo for document in waiting.documents]
-        basis = max(waiting.basis for waiting in todo)
+        basis = max(waiting.based_on_position for waiting in todo)
         while (first := await self._take_tickets(len(documents))) <= basis:
             await self._void(range(first, first + len(documents)))
             await self._raise_counter()
@@ -308,16 +323,16 @@ class Writer:
         newest = await self._events.find_one(numbers, {"_id": 1}, sort=[("_id", DESCENDING)], session=session)
         return int(newest["_id"]) if newest else 0
 
-    async def _sort_out(self, refused: Sequence[Waiting]) -> list[Waiting]:
+    async def _sort_out(self, refused: Sequence[PendingAppend]) -> list[PendingAppend]:
         """After a duplicate key: settle what had succeeded or lost its race; return what needs a new number.
 
         The (stream, version) of each refused document tells: our event is there, so an earlier try of ours succeeded;
         another is there, so the race is lost; none is there, so it was the number that had been taken.
         """
         there = await self._standing([document for waiting in refused for document in waiting.documents])
-        again: list[Waiting] = []
-        ours: list[Waiting] = []
-        lost: list[tuple[Waiting, Document]] = []
+        again: list[PendingAppend] = []
+        ours: list[PendingAppend] = []
+        lost: list[tuple[PendingAppend, Document]] = []
         unused: list[int] = []
         for waiting in refused:
             numbers = {document["_id"] for document in waiting.documents}
@@ -336,13 +351,13 @@ class Writer:
             unused += numbers
         if unused:
             await self._void(unused)
-        _settle(ours)
+        _resolve_appends(ours)
         if lost:
             newest = await self._versions({first["stream"] for _, first in lost})
             for waiting, first in lost:
                 stream = first["stream"]
                 expected = min(it["version"] for it in waiting.documents if it["stream"] == stream) - 1
-                _settle([waiting], VersionConflict(stream, expected, newest.get(stream, 0)))
+                _resolve_appends([waiting], VersionConflict(stream, expected, newest.get(stream, 0)))
         if again:
             await self._raise_counter()
         return again
@@ -369,12 +384,12 @@ class Writer:
 
     async def _void(self, positions: Iterable[int]) -> None:
         """Fill positions that nobody will use. Where somebody did after all, that is just as well."""
-        documents = [void_document(position) for position in positions]
-        for begin in range(0, len(documents), self._limits.group_events):
-            await self._insert_documents(documents[begin : begin + self._limits.group_events])
+        documents = [build_void_document(position) for position in positions]
+        for begin in range(0, len(documents), self._limits.max_events_per_write):
+            await self._insert_documents(documents[begin : begin + self._limits.max_events_per_write])
 
 
-def _messages(waiting: Waiting) -> Iterator[list[Document]]:
+def _messages(waiting: PendingAppend) -> Iterator[list[Document]]:
     """Cut documents into commands that the server takes. Only a very large append needs more than one."""
     if waiting.size <= _MESSAGE_BYTES // _BSON_FACTOR:
         yield waiting.documents
@@ -382,7 +397,7 @@ def _messages(waiting: Waiting) -> Iterator[list[Document]]:
     part: list[Document] = []
     size = 0
     for document in waiting.documents:
-        length = len(encoded(document))
+        length = len(encode_bson(document))
         if part and size + length > _MESSAGE_BYTES:
             yield part
             part, size = [], 0
@@ -391,16 +406,16 @@ def _messages(waiting: Waiting) -> Iterator[list[Document]]:
     yield part
 
 
-def _refusal(waiting: Waiting) -> InvalidEvent | None:
+def _refusal(waiting: PendingAppend) -> InvalidEvent | None:
     try:
         for document in waiting.documents:
-            encoded(document)
+            encode_bson(document)
     except InvalidEvent as refusal:
         return refusal
     return None
 
 
-def _settle(group: Iterable[Waiting], error: Exception | None = None) -> None:
+def _resolve_appends(group: Iterable[PendingAppend], error: Exception | None = None) -> None:
     for waiting in group:
         if waiting.done.done():
             continue

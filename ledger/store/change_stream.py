@@ -28,7 +28,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import PyMongoError
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, LedgerUnavailable
-from jobledger.ledger.mongo.connection import TOLERANT, Database, brief, passes_with_time
+from jobledger.ledger.mongo.connection import LENIENT_CODEC, Database, is_transient, summarize_error
 
 _log = structlog.get_logger()
 _LONGEST_PAUSE_SECONDS = 2.0
@@ -37,7 +37,7 @@ _PAUSE_AFTER_REMOVAL_SECONDS = 0.5
 _CHANGES_PER_TURN = 200  # then others on the event loop get a chance
 
 
-class Listener(Protocol):
+class ChangeListener(Protocol):
     """Somebody who reacts to changes of one collection."""
 
     @property
@@ -48,20 +48,20 @@ class Listener(Protocol):
         """The stream is open (again): take in what the collection says now, reading with `session`."""
 
     @property
-    def changed(self) -> Callable[[Mapping[str, Any]], None]:
+    def on_change(self) -> Callable[[Mapping[str, Any]], None]:
         """A document was inserted, updated, replaced or deleted (a change stream event). Must not block."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reaction:
+class CallbackListener:
     """A listener made of two functions."""
 
     collection: str
-    changed: Callable[[Mapping[str, Any]], None]
+    on_change: Callable[[Mapping[str, Any]], None]
     resync: Callable[[AsyncClientSession], Awaitable[None]]
 
 
-class Changes:
+class ChangeStream:
     """The change stream of this process, shared by all its listeners.
 
     `event_types` narrows what is heard of the `events` collection: a process that only works has no use for progress.
@@ -70,12 +70,12 @@ class Changes:
     def __init__(self, db: Database, *, event_types: Collection[str] | None = None) -> None:
         self._db = db
         self._event_types = event_types
-        self._listeners: list[Listener] = []
+        self._listeners: list[ChangeListener] = []
         self._open = asyncio.Event()
-        self.restarts = 0
+        self.restart_count = 0
         """How often the stream had to be opened again."""
 
-    def listen(self, listener: Listener) -> None:
+    def add_listener(self, listener: ChangeListener) -> None:
         """Add a listener; only before `running`."""
         self._listeners.append(listener)
 
@@ -111,12 +111,12 @@ class Changes:
                     await self._deliver(stream, opened_at)
                     pause = _PAUSE_AFTER_REMOVAL_SECONDS
             except PyMongoError as error:
-                if not passes_with_time(error):
-                    raise DatabaseUnsuitable(f"MongoDB refuses to tell of changes: {brief(error)}") from error
-                _log.warning("change stream interrupted, opening it again", error=brief(error))
+                if not is_transient(error):
+                    raise DatabaseUnsuitable(f"MongoDB refuses to tell of changes: {summarize_error(error)}") from error
+                _log.warning("change stream interrupted, opening it again", error=summarize_error(error))
             except LedgerUnavailable as error:  # from a listener's own reading
                 _log.warning("change stream interrupted, opening it again", error=str(error))
-            self.restarts += 1
+            self.restart_count += 1
             # Full jitter, so that a hundred processes do not come back in the same instant after a fail-over.
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - spreads load, guards no secret
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
@@ -128,7 +128,7 @@ class Changes:
             await self._db.command("ping", session=session)
             opened_at = session.operation_time
             assert opened_at is not None  # noqa: S101 - every answer of a replica set has it
-            async with await self._db.with_options(codec_options=TOLERANT).watch(
+            async with await self._db.with_options(codec_options=LENIENT_CODEC).watch(
                 self._pipeline(), start_at_operation_time=opened_at, batch_size=1000
             ) as stream:
                 for listener in self._listeners:
@@ -148,7 +148,7 @@ class Changes:
 
     async def _deliver(self, stream: AsyncChangeStream[dict[str, Any]], opened_at: Timestamp) -> None:
         """Pass changes on until the stream ends, or an event was deleted since it was opened."""
-        by_collection: dict[str, list[Listener]] = {}
+        by_collection: dict[str, list[ChangeListener]] = {}
         for listener in self._listeners:
             by_collection.setdefault(listener.collection, []).append(listener)
         turn = 0
@@ -159,7 +159,7 @@ class Changes:
                 continue
             for listener in by_collection.get(change["ns"]["coll"], ()):
                 try:
-                    listener.changed(change)
+                    listener.on_change(change)
                 except (AttributeError, LookupError, TypeError, ValueError) as error:
                     # A damaged document, written by another program, must not end all processes.
                     _log.error("a change cannot be read", change=change["documentKey"], error=repr(error))

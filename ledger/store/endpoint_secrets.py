@@ -19,13 +19,13 @@ from typing import Any, Final
 from pymongo import ReturnDocument
 from pymongo.errors import BulkWriteError
 
-from jobledger.ledger.domain.delivery import receiver_of
-from jobledger.ledger.mongo.connection import Database, Document, driver_errors
-from jobledger.ledger.mongo.server_clock import clock_of
-from jobledger.ledger.net.webhook_signature import new_secret
+from jobledger.ledger.domain.delivery import endpoint_id_for
+from jobledger.ledger.mongo.connection import Database, Document, translate_errors
+from jobledger.ledger.mongo.server_clock import get_server_clock
+from jobledger.ledger.net.webhook_signature import generate_secret
 
 COLLECTION: Final = "webhook_endpoints"
-MOST_OLD_SECRETS: Final = 3
+MAX_PREVIOUS_SECRETS: Final = 3
 _DUPLICATE_KEY: Final = 11000
 
 
@@ -37,35 +37,35 @@ class Endpoint:
     url: str
 
     @property
-    def receiver(self) -> str:
-        return receiver_of(self.user_id, self.url)
+    def endpoint_id(self) -> str:
+        return endpoint_id_for(self.user_id, self.url)
 
 
 @dataclass(frozen=True, slots=True)
-class ShownSecret:
+class RevealedSecret:
     """A secret in the only answer that shows it."""
 
-    receiver: str
+    endpoint_id: str
     url: str
     secret: str
 
-    def as_answer(self) -> dict[str, str]:
-        return {"receiver": self.receiver, "url": self.url, "secret": self.secret}
+    def to_response(self) -> dict[str, str]:
+        return {"receiver": self.endpoint_id, "url": self.url, "secret": self.secret}
 
     def __repr__(self) -> str:
-        return f"ShownSecret({self.receiver}, …)"
+        return f"ShownSecret({self.endpoint_id}, …)"
 
 
-async def ensure(db: Database, endpoints: Collection[Endpoint]) -> None:
+async def ensure_secrets(db: Database, endpoints: Collection[Endpoint]) -> None:
     """Create the secrets of endpoints that have none yet.
 
     Raises:
         LedgerUnavailable: the database failed.
     """
-    by_receiver = {it.receiver: it for it in endpoints}
+    by_receiver = {it.endpoint_id: it for it in endpoints}
     if not by_receiver:
         return
-    with driver_errors("reading the endpoints of webhooks"):
+    with translate_errors("reading the endpoints of webhooks"):
         found = {it["_id"] async for it in db[COLLECTION].find({"_id": {"$in": list(by_receiver)}}, {"_id": 1})}
         missing = [_new(it, _now(db)) for receiver, it in by_receiver.items() if receiver not in found]
         if not missing:
@@ -80,15 +80,15 @@ async def ensure(db: Database, endpoints: Collection[Endpoint]) -> None:
 
 def _now(db: Database) -> datetime:
     """Return the server's time: other processes judge what is stored here."""
-    return clock_of(db.client).estimate()
+    return get_server_clock(db.client).estimate()
 
 
 def _new(endpoint: Endpoint, now: datetime) -> Document:
     return {
-        "_id": endpoint.receiver,
+        "_id": endpoint.endpoint_id,
         "user_id": endpoint.user_id,
         "url": endpoint.url,
-        "secret": new_secret(),
+        "secret": generate_secret(),
         "old": [],
         "shown": False,
         "created_at": now,
@@ -96,7 +96,7 @@ def _new(endpoint: Endpoint, now: datetime) -> Document:
     }
 
 
-async def take_unshown(db: Database, endpoints: Collection[Endpoint]) -> list[ShownSecret]:
+async def reveal_new_secrets(db: Database, endpoints: Collection[Endpoint]) -> list[RevealedSecret]:
     """Return the secrets of these endpoints that were never shown, and mark them as shown.
 
     The mark is set by the same write that reads the secret, so two processes never show one twice.
@@ -104,22 +104,22 @@ async def take_unshown(db: Database, endpoints: Collection[Endpoint]) -> list[Sh
     Raises:
         LedgerUnavailable: the database failed.
     """
-    receivers = {it.receiver for it in endpoints}
+    receivers = {it.endpoint_id for it in endpoints}
     if not receivers:
         return []
     shown = []
-    with driver_errors("reading the secrets of webhooks"):
+    with translate_errors("reading the secrets of webhooks"):
         wanted = {"_id": {"$in": list(receivers)}, "shown": False}
         for receiver in [it["_id"] async for it in db[COLLECTION].find(wanted, {"_id": 1})]:
             found = await db[COLLECTION].find_one_and_update(
                 {"_id": receiver, "shown": False, "secret": {"$ne": None}}, {"$set": {"shown": True}}
             )
             if found is not None:
-                shown.append(ShownSecret(receiver, found["url"], found["secret"]))
+                shown.append(RevealedSecret(receiver, found["url"], found["secret"]))
     return shown
 
 
-async def signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
+async def load_signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
     """Return what to sign a message with: the secret of its endpoint, and old ones in their grace period.
 
     An empty list means that the secret was revoked.
@@ -129,7 +129,7 @@ async def signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
     """
     found = await _stored(db, endpoint)
     if found is None:  # such as after an import of the log into another database
-        await ensure(db, [endpoint])
+        await ensure_secrets(db, [endpoint])
         found = await _stored(db, endpoint)
     if found is None or found["secret"] is None:
         return []
@@ -138,17 +138,17 @@ async def signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
 
 
 async def _stored(db: Database, endpoint: Endpoint) -> Document | None:
-    with driver_errors("reading the secrets of a webhook"):
-        return await db[COLLECTION].find_one({"_id": endpoint.receiver})
+    with translate_errors("reading the secrets of a webhook"):
+        return await db[COLLECTION].find_one({"_id": endpoint.endpoint_id})
 
 
-async def get(db: Database, receiver: str) -> Document | None:
+async def get_endpoint(db: Database, receiver: str) -> Document | None:
     """Return an endpoint without its secrets; None if there is none.
 
     Raises:
         LedgerUnavailable: the database failed.
     """
-    with driver_errors("reading an endpoint of webhooks"):
+    with translate_errors("reading an endpoint of webhooks"):
         found = await db[COLLECTION].find_one({"_id": receiver}, _WITHOUT_SECRETS)
     return None if found is None else _described(found, _now(db))
 
@@ -163,14 +163,14 @@ _WITHOUT_SECRETS: Final = {
 }
 
 
-async def page(db: Database, *, user_id: str | None, limit: int, after: str = "") -> list[Document]:
+async def list_endpoints(db: Database, *, user_id: str | None, limit: int, after: str = "") -> list[Document]:
     """Return endpoints without their secrets, by ID: those of a user, or of all users.
 
     Raises:
         LedgerUnavailable: the database failed.
     """
     wanted: Document = {"_id": {"$gt": after}} | ({} if user_id is None else {"user_id": user_id})
-    with driver_errors("listing the endpoints of webhooks"):
+    with translate_errors("listing the endpoints of webhooks"):
         found = db[COLLECTION].find(wanted, _WITHOUT_SECRETS, sort=[("_id", 1)], limit=limit)
         return [_described(it, _now(db)) async for it in found]
 
@@ -188,7 +188,7 @@ def _described(found: Document, now: datetime) -> Document:
     }
 
 
-async def rotate(db: Database, receiver: str, grace: timedelta) -> ShownSecret | None:
+async def rotate_secret(db: Database, receiver: str, grace: timedelta) -> RevealedSecret | None:
     """Give an endpoint a new secret and return it; None if there is no such endpoint.
 
     The old one signs beside it for the grace period. All is one write: of two rotations at the same moment the later
@@ -197,23 +197,23 @@ async def rotate(db: Database, receiver: str, grace: timedelta) -> ShownSecret |
     Raises:
         LedgerUnavailable: the database failed.
     """
-    now, secret = _now(db), new_secret()
+    now, secret = _now(db), generate_secret()
     replaced = {"$cond": [{"$eq": ["$secret", None]}, [], [{"secret": "$secret", "until": now + grace}]]}
-    old: Any = {"$slice": [{"$concatArrays": [replaced, "$old"]}, MOST_OLD_SECRETS]} if grace else []
+    old: Any = {"$slice": [{"$concatArrays": [replaced, "$old"]}, MAX_PREVIOUS_SECRETS]} if grace else []
     changes: Sequence[Document] = [{"$set": {"secret": secret, "old": old, "shown": True, "rotated_at": now}}]
-    with driver_errors("rotating the secret of a webhook"):
+    with translate_errors("rotating the secret of a webhook"):
         found = await db[COLLECTION].find_one_and_update(
             {"_id": receiver}, changes, return_document=ReturnDocument.AFTER
         )
-    return None if found is None else ShownSecret(receiver, found["url"], secret)
+    return None if found is None else RevealedSecret(receiver, found["url"], secret)
 
 
-async def revoke(db: Database, receiver: str) -> bool:
+async def revoke_secrets(db: Database, receiver: str) -> bool:
     """Remove the secrets of an endpoint; return whether there is such an endpoint. Nothing is sent until `rotate`.
 
     Raises:
         LedgerUnavailable: the database failed.
     """
-    with driver_errors("revoking the secret of a webhook"):
+    with translate_errors("revoking the secret of a webhook"):
         changed = await db[COLLECTION].update_one({"_id": receiver}, {"$set": {"secret": None, "old": []}})
     return changed.matched_count == 1

@@ -15,37 +15,37 @@ from bson.errors import BSONError
 
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.errors import InvalidEvent
-from jobledger.ledger.domain.events import Event, Meta, PositionVoided, milliseconds
+from jobledger.ledger.domain.events import Event, EventMetadata, PositionVoided, truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.hash_chain import GENESIS, LongText, chained_text, plain_text
-from jobledger.ledger.store.stored_form import data_deviation
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, TextTooLong, hash_input, try_canonical_json
+from jobledger.ledger.store.stored_form import find_data_deviation
 
 VOID_STREAM: Final = "void"
-LARGEST_EVENT_BYTES: Final = 8 * 1024 * 1024
+MAX_EVENT_BYTES: Final = 8 * 1024 * 1024
 """Half of what the database takes in one document; a change stream wraps each event in another."""
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class StreamHead:
     """How far a stream is known: its last event's version, position and hash."""
 
     version: int = 0
     position: int = 0
-    hash: bytes = GENESIS
+    hash: bytes = GENESIS_HASH
 
 
 @dataclass(frozen=True, slots=True)
-class Append:
+class StreamAppend:
     """Events to go to the end of a stream that is still at `head`. `time` is when they were decided."""
 
     stream: str
-    head: Head
+    head: StreamHead
     events: Sequence[Event]
-    meta: Meta
+    meta: EventMetadata
     time: datetime
 
 
-def documents_of(append: Append, into: list[Document], most: int = sys.maxsize) -> int:
+def build_documents(append: StreamAppend, documents: list[Document], max_bytes: int = sys.maxsize) -> int:
     """Add an append's documents, chained to the stream's head, to a list; their positions (`_id`) are still to come.
 
     Args:
@@ -60,8 +60,8 @@ def documents_of(append: Append, into: list[Document], most: int = sys.maxsize) 
         InvalidEvent: an event cannot be hashed, is too large, or holds more than ledger/domain/limits.py allows.
         LongText: an event is larger than `most`, or may take as long; nothing was added.
     """
-    at, meta = milliseconds(append.time), append.meta.payload()
-    version, previous, size, begin = append.head.version, append.head.hash, 0, len(into)
+    at, meta = truncate_to_milliseconds(append.time), append.meta.to_document()
+    version, previous, size, begin = append.head.version, append.head.hash, 0, len(documents)
     for event in append.events:
         version += 1
         document: Document = {
@@ -72,35 +72,35 @@ def documents_of(append: Append, into: list[Document], most: int = sys.maxsize) 
             "type": type(event).__name__,
             "schema": event.schema_version,
             "time": at,
-            "data": event.payload(),
+            "data": event.to_payload(),
             "meta": meta,
             "prev": previous,
         }
         try:
-            data = plain_text(document["data"], most)
-            text = chained_text(document, data, most)
-        except LongText as long:
-            del into[begin:]
-            limits.check(event, long.size)  # now, and not after the second that the text may take
+            data = try_canonical_json(document["data"], max_bytes)
+            text = hash_input(document, data, max_bytes)
+        except TextTooLong as long:
+            del documents[begin:]
+            limits.check_event(event, long.size)  # now, and not after the second that the text may take
             raise
-        if data is None and (what := data_deviation(document)) is not None:
+        if data is None and (what := find_data_deviation(document)) is not None:
             raise InvalidEvent(f"a {document['type']} cannot be stored: {what}. Use a text, number, list or object")
-        limits.check(event, len(text))
+        limits.check_event(event, len(text))
         document["hash"] = previous = hashlib.sha256(text).digest()
-        if len(text) > LARGEST_EVENT_BYTES // 10:  # BSON may take nine times as much
+        if len(text) > MAX_EVENT_BYTES // 10:  # BSON may take nine times as much
             _refuse_too_large(document)
         size += len(text)
-        into.append(document)
+        documents.append(document)
     return size
 
 
 def _refuse_too_large(document: Document) -> None:
-    size = len(encoded(document))
-    if size > LARGEST_EVENT_BYTES:
-        raise InvalidEvent(f"a {document['type']} of {size} bytes is too large: {LARGEST_EVENT_BYTES} can be stored")
+    size = len(encode_bson(document))
+    if size > MAX_EVENT_BYTES:
+        raise InvalidEvent(f"a {document['type']} of {size} bytes is too large: {MAX_EVENT_BYTES} can be stored")
 
 
-def encoded(document: Document) -> bytes:
+def encode_bson(document: Document) -> bytes:
     """Return a document in BSON, as the database takes it.
 
     Raises:
@@ -112,11 +112,11 @@ def encoded(document: Document) -> bytes:
         raise InvalidEvent(f"the database has no form for this {document['type']}: {error}") from error
 
 
-def void_document(position: int) -> Document:
+def build_void_document(position: int) -> Document:
     """A voided position is a stream of its own kind: its version is its position, and it begins no chain."""
     documents: list[Document] = []
-    at = Head(version=position - 1)
-    documents_of(Append(VOID_STREAM, at, [PositionVoided()], Meta(), datetime.now(UTC)), documents)
+    at = StreamHead(version=position - 1)
+    build_documents(StreamAppend(VOID_STREAM, at, [PositionVoided()], EventMetadata(), datetime.now(UTC)), documents)
     [document] = documents
     document["_id"] = position
     return document

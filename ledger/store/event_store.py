@@ -22,31 +22,31 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, LedgerUnavailable, LogTruncated, VersionConflict
-from jobledger.ledger.domain.events import Event, Recorded
+from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.domain.limits import json_bytes
 from jobledger.ledger.mongo.connection import (
     INDEX_CONFLICTS,
+    LENIENT_CODEC,
     LOCAL,
-    TOLERANT,
     UNAUTHORIZED,
     Database,
     Document,
-    brief,
-    driver_errors,
+    summarize_error,
+    translate_errors,
 )
-from jobledger.ledger.mongo.server_clock import clock_of
-from jobledger.ledger.store.appender import Limits, Writer
-from jobledger.ledger.store.envelope import Append, documents_of
-from jobledger.ledger.store.hash_chain import LongText
-from jobledger.ledger.store.histogram import Durations
-from jobledger.ledger.store.live_tail import Tail
+from jobledger.ledger.mongo.server_clock import get_server_clock
+from jobledger.ledger.store.appender import Appender, EventStoreLimits
+from jobledger.ledger.store.envelope import StreamAppend, build_documents
+from jobledger.ledger.store.hash_chain import TextTooLong
+from jobledger.ledger.store.histogram import DurationHistogram
+from jobledger.ledger.store.live_tail import LiveTail
 
-__all__ = ["LARGEST_POSITION", "EventLog", "Limits", "Read", "Subscription", "payload_with"]
+__all__ = ["MAX_POSITION", "EventStore", "EventStoreLimits", "ReadPosition", "Subscription", "override_payload_fields"]
 
 _log = structlog.get_logger()
 StoredDocument = tuple[Document, bytes]
 """A document of the log and the BSON from which it was decoded."""
-LARGEST_POSITION = 2**63 - 1  # what the database can count to
+MAX_POSITION = 2**63 - 1  # what the database can count to
 _MOST_AT_ONCE = 10_000
 """Missing positions that are voided in one go. More than a few come only of a counter that somebody has changed."""
 _ENCODED_AT_ONCE_BYTES = 64 * 1024
@@ -64,29 +64,29 @@ _PART_EVENTS = 1000
 _VERSIONS = [("stream", ASCENDING), ("version", ASCENDING)]
 
 
-class Read(NamedTuple):
+class ReadPosition(NamedTuple):
     """How far a reader has read: the position of the last event and its hash, if that is known."""
 
     position: int
     hash: bytes | None = None
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Read:
+    def from_document(cls, stored: Mapping[str, Any]) -> ReadPosition:
         """Return what a document with the fields `position` and `hash` says."""
         return cls(int(stored["position"]), stored.get("hash"))
 
 
-class EventLog(Writer):
+class EventStore(Appender):
     """The log of one database, as one process sees it. A listener of the process's change stream (`Changes`)."""
 
-    def __init__(self, db: Database, limits: Limits | None = None) -> None:
-        super().__init__(db, limits or Limits())
-        self.clock = clock_of(db.client)
+    def __init__(self, db: Database, limits: EventStoreLimits | None = None) -> None:
+        super().__init__(db, limits or EventStoreLimits())
+        self.clock = get_server_clock(db.client)
         """Says when something is due."""
-        self._tail = Tail(self._limits.tail_events, self._limits.tail_bytes)
-        self.may_lack_events = False
+        self._tail = LiveTail(self._limits.max_tail_events, self._limits.max_tail_bytes)
+        self.may_have_lost_events = False
         """Whether events may have been removed: one was deleted, or the change stream was opened again."""
-        self.appends = Durations()
+        self.append_durations = DurationHistogram()
         """How long appends took that were written, from the call to the answer."""
         self._hole_timer: asyncio.TimerHandle | None = None
         self._hole_tasks: set[asyncio.Task[None]] = set()
@@ -98,15 +98,17 @@ class EventLog(Writer):
             DatabaseUnsuitable: it is not there and cannot be created; the message says why and what to do.
             LedgerUnavailable: the database cannot be reached.
         """
-        with driver_errors("preparing the log"):
+        with translate_errors("preparing the log"):
             try:
                 await self._events.create_index(_VERSIONS, unique=True)
             except DuplicateKeyError as error:
-                raise DatabaseUnsuitable(f"Two events stand at the same version of a stream: {brief(error)}") from error
+                raise DatabaseUnsuitable(
+                    f"Two events stand at the same version of a stream: {summarize_error(error)}"
+                ) from error
             except OperationFailure as error:
                 if error.code not in {*INDEX_CONFLICTS, UNAUTHORIZED}:
                     raise
-                if await self.versions_are_unique():  # under another name, or made by an administrator
+                if await self.has_unique_version_index():  # under another name, or made by an administrator
                     return
                 if error.code in INDEX_CONFLICTS:
                     raise DatabaseUnsuitable(
@@ -118,12 +120,12 @@ class EventLog(Writer):
                     f"it. An administrator can, in mongosh: {create}({{stream: 1, version: 1}}, {{unique: true}})"
                 ) from error
 
-    async def now(self) -> datetime:
+    async def server_time(self) -> datetime:
         """Return the database server's time; the last estimate of it if the server does not answer."""
         try:
             return await self.clock.now(self._db.client)
         except PyMongoError as error:
-            _log.warning("the server's clock could not be read", error=brief(error))
+            _log.warning("the server's clock could not be read", error=summarize_error(error))
             return self.clock.estimate()
 
     async def aclose(self) -> None:
@@ -138,7 +140,7 @@ class EventLog(Writer):
 
     # Append -------------------------------------------------------------------------------------------------------
 
-    async def append(self, *appends: Append) -> list[Recorded]:
+    async def append(self, *appends: StreamAppend) -> list[RecordedEvent]:
         """Write events to the ends of their streams, all or none, and return them in the order given.
 
         What it returns is journaled by a majority: it is there for good.
@@ -160,9 +162,9 @@ class EventLog(Writer):
                 pause_at = size + _ENCODED_AT_ONCE_BYTES
                 await asyncio.sleep(0)
             try:
-                size += documents_of(append, documents, _ENCODED_AT_ONCE_BYTES)
-            except LongText:
-                size += await asyncio.to_thread(documents_of, append, documents)
+                size += build_documents(append, documents, _ENCODED_AT_ONCE_BYTES)
+            except TextTooLong:
+                size += await asyncio.to_thread(build_documents, append, documents)
             events += append.events
             if append.head.position > basis:
                 basis = append.head.position
@@ -170,8 +172,8 @@ class EventLog(Writer):
             return []
         begun = time.monotonic()
         await self._write(documents, size, basis)
-        self.appends.add(time.monotonic() - begun)
-        return list(map(Recorded, documents, events))
+        self.append_durations.observe(time.monotonic() - begun)
+        return list(map(RecordedEvent, documents, events))
 
     # Read ---------------------------------------------------------------------------------------------------------
 
@@ -182,35 +184,35 @@ class EventLog(Writer):
         after_version: int = 0,
         limit: int = 0,
         types: Collection[type[Event]] | None = None,
-        one_batch: bool = False,
-    ) -> list[Recorded]:
+        single_batch: bool = False,
+    ) -> list[RecordedEvent]:
         """Return the events of one job, batch or delivery, in order; at most `limit` of them, 0 for all.
 
         With `one_batch`, there are fewer than `limit` if they are large: the server puts at most 16 MB in a batch.
         """
-        with driver_errors(f"reading {stream}"):
+        with translate_errors(f"reading {stream}"):
             query: Document = {"stream": stream, "version": {"$gt": after_version}}
             if types is not None:
                 query["type"] = {"$in": sorted(wanted.__name__ for wanted in types)}
-            sized = {"limit": -limit, "batch_size": limit} if one_batch and limit else {"limit": limit}
+            sized = {"limit": -limit, "batch_size": limit} if single_batch and limit else {"limit": limit}
             found = self._events.find(query, sort=[("version", ASCENDING)], **sized)
-            return [Recorded(document) async for document in found]
+            return [RecordedEvent(document) async for document in found]
 
-    async def iterate_stream(self, stream: str, *, after_version: int = 0) -> AsyncGenerator[Recorded, None]:
+    async def iterate_stream(self, stream: str, *, after_version: int = 0) -> AsyncGenerator[RecordedEvent, None]:
         """Yield the events of one stream in order. At most 16 MB of them are in memory, which the server sends at once.
 
         Raises:
             LedgerUnavailable: the database failed.
         """
-        with driver_errors(f"reading {stream}"):
+        with translate_errors(f"reading {stream}"):
             query: Document = {"stream": stream, "version": {"$gt": after_version}}
             async with self._events.find(query, sort=[("version", ASCENDING)]) as found:
                 async for document in found:
-                    yield Recorded(document)
+                    yield RecordedEvent(document)
 
-    async def read_in_parts(
-        self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
-    ) -> AsyncGenerator[list[Recorded], None]:
+    async def iterate_stream_batches(
+        self, streams: Collection[str], *, exclude_types: Collection[str] = (), data_expression: Document | None = None
+    ) -> AsyncGenerator[list[RecordedEvent], None]:
         """Yield the events of many streams in parts of at most 16 MB, which the server sends at once.
 
         The streams follow each other, and the events of each are in order.
@@ -224,30 +226,30 @@ class EventLog(Writer):
             LedgerUnavailable: the database failed.
         """
         query: Document = {"stream": {"$in": list(streams)}}
-        if without:
-            query["type"] = {"$nin": sorted(without)}
-        fields = None if data is None else {**_PLACE, "data": data}
-        with driver_errors(f"reading {len(streams)} streams"):
+        if exclude_types:
+            query["type"] = {"$nin": sorted(exclude_types)}
+        fields = None if data_expression is None else {**_PLACE, "data": data_expression}
+        with translate_errors(f"reading {len(streams)} streams"):
             async with self._events.find_raw_batches(query, fields, sort=_VERSIONS, batch_size=_PART_EVENTS) as found:
                 part: Any  # the driver's type hints say documents, it yields bytes
                 async for part in found:
-                    yield list(map(Recorded, bson.decode_all(part, TOLERANT)))
+                    yield list(map(RecordedEvent, bson.decode_all(part, LENIENT_CODEC)))
 
-    async def head(self, session: AsyncClientSession | None = None) -> int:
+    async def head_position(self, session: AsyncClientSession | None = None) -> int:
         """Return the largest position in the log, 0 when it is empty; with `session`, as it has seen it."""
-        with driver_errors("reading the head of the log"):
+        with translate_errors("reading the head of the log"):
             return await self._newest(session)
 
-    async def may_reach(self, position: int) -> bool:
+    async def may_have_reached(self, position: int) -> bool:
         """Return whether the log has a position, or a later one, also if a majority may not have it yet.
 
         A majority read may lag for a moment after a fail-over. A local read at the primary has all that was durable.
         """
         local = self._events.with_options(read_concern=LOCAL)
-        with driver_errors("looking for a position of the log"):
+        with translate_errors("looking for a position of the log"):
             return await local.find_one({"_id": {"$gte": position}}, {"_id": 1}) is not None
 
-    async def require(self, read: Read, reader: str) -> None:
+    async def check_not_truncated(self, last_read: ReadPosition, reader: str) -> None:
         """Make sure that the log still has the event that `reader` ("the views", for example) has read last.
 
         What was read is there for good, so a log that ends before, or has another event there, has lost its end. Right
@@ -257,12 +259,12 @@ class EventLog(Writer):
         Raises:
             LogTruncated: The log ends before that position, or has another event or none there.
         """
-        position, head = read.position, 0
+        position, head = last_read.position, 0
         for look in range(_LOOKS_AT_THE_END):
             if look:
-                await asyncio.sleep(self._limits.void_after_seconds / 2)
-            head = await self.head()
-            if head >= position and await self._has(read):
+                await asyncio.sleep(self._limits.gap_timeout_seconds / 2)
+            head = await self.head_position()
+            if head >= position and await self._has(last_read):
                 return
         if head >= position:
             raise LogTruncated(
@@ -274,66 +276,68 @@ class EventLog(Writer):
             "removed, or an older copy of the log was restored."
         )
 
-    async def _has(self, read: Read) -> bool:
+    async def _has(self, read: ReadPosition) -> bool:
         return read.hash is None or read.position == 0 or await self.hash_at(read.position) == read.hash
 
     async def hash_at(self, position: int) -> bytes | None:
         """Return the hash of the event at a position, None if there is none."""
-        with driver_errors("reading the log"):
+        with translate_errors("reading the log"):
             found = await self._events.find_one({"_id": position}, {"hash": 1})
         return None if found is None else found.get("hash")
 
-    async def read_positions(self) -> dict[str, Read]:
+    async def list_reader_positions(self) -> dict[str, ReadPosition]:
         """Return how far known readers had read: the views and each named subscription, by name.
 
         Those that this user may not read are left out.
         """
-        found: dict[str, Read] = {}
+        found: dict[str, ReadPosition] = {}
         for collection, query, name in _READERS:
-            with suppress(LedgerUnavailable), driver_errors("reading how far the log was read"):
+            with suppress(LedgerUnavailable), translate_errors("reading how far the log was read"):
                 async for place in self._db[collection].find(query, {"position": 1, "hash": 1}):
                     if isinstance(place.get("position"), int):
-                        found[name.format(place["_id"])] = Read.of(place)
+                        found[name.format(place["_id"])] = ReadPosition.from_document(place)
         return found
 
-    async def handed_out(self) -> int:
+    async def last_reserved_position(self) -> int:
         """Return the largest position that was handed out to a writer; 0 if that is not known."""
-        with suppress(LedgerUnavailable), driver_errors("reading the counter of positions"):
+        with suppress(LedgerUnavailable), translate_errors("reading the counter of positions"):
             counter = await self._db.counters.find_one({"_id": "events"})
             if counter is not None and isinstance(counter.get("next"), int):
                 return int(counter["next"])
         return 0
 
-    async def oldest(self) -> int:
+    async def oldest_position(self) -> int:
         """Return the smallest position in the log, 0 when it is empty."""
-        with driver_errors("reading the beginning of the log"):
+        with translate_errors("reading the beginning of the log"):
             first = await self._events.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", ASCENDING)])
             return first["_id"] if first else 0
 
     async def version_at(self, stream: str, position: int) -> int:
         """Return the version that a stream had at a position, 0 if it had not begun; looks at what came later."""
-        with driver_errors(f"looking for a place in {stream}"):
+        with translate_errors(f"looking for a place in {stream}"):
             query = {"stream": stream, "_id": {"$lte": position}}
             last = await self._events.find_one(query, {"version": 1}, sort=[("version", DESCENDING)], hint=_VERSIONS)
             return last["version"] if last else 0
 
-    async def read(self, *, after: int = 0, limit: int | None = None, bare: bool = False) -> list[Recorded]:
+    async def read(
+        self, *, after: int = 0, limit: int | None = None, without_metadata: bool = False
+    ) -> list[RecordedEvent]:
         """Return up to `limit` events after a position, in order and with none missing.
 
         `bare` ones come without their ids, hashes and meta, which is enough to be folded. Empty means that nothing
         later is there. A hole is waited for, then voided (see the head of this file).
         """
         _refuse_beyond(after)
-        with driver_errors("reading the log"):
+        with translate_errors("reading the log"):
             while True:
-                fields = _BARE if bare else None
+                fields = _BARE if without_metadata else None
                 documents = await self._page(after, limit or self._limits.page_events, fields=fields)
                 dense = [
                     document for position, document in enumerate(documents, after + 1) if document["_id"] == position
                 ]
                 if dense or not documents:
-                    return [Recorded(document) for document in dense]
-                await self._wait_out_holes(after, documents)
+                    return [RecordedEvent(document) for document in dense]
+                await self._wait_for_gaps(after, documents)
 
     async def _page(
         self,
@@ -354,55 +358,55 @@ class EventLog(Writer):
     # What only verification asks for: documents as they are stored, whatever was done to them.
 
     @property
-    def patience_seconds(self) -> float:
+    def gap_timeout_seconds(self) -> float:
         """How long a writer may take from its number to its event before readers void the number."""
-        return self._limits.void_after_seconds
+        return self._limits.gap_timeout_seconds
 
-    async def stored(self, *, after: int, limit: int) -> list[StoredDocument]:
+    async def read_documents(self, *, after: int, limit: int) -> list[StoredDocument]:
         """Return documents behind a position as they are stored, holes and all, and damage that can be decoded."""
-        with driver_errors("reading the log"):
+        with translate_errors("reading the log"):
             found = self._events.find_raw_batches(
                 {"_id": {"$gt": after}}, sort=[("_id", ASCENDING)], limit=-limit, batch_size=limit
             )
             batches: list[Any] = await found.to_list()  # the driver's type hints say documents, it yields bytes
             return [stored for batch in batches for stored in _documents_in(batch)]
 
-    async def ends(self, wanted: Mapping[str, int]) -> dict[str, Document]:
+    async def find_events_at(self, wanted: Mapping[str, int]) -> dict[str, Document]:
         """Return position, version and hash of the event at one version of each stream, where there is one."""
         found: dict[str, Document] = {}
         pairs = [{"stream": stream, "version": version} for stream, version in wanted.items()]
-        with driver_errors("reading the log"):
+        with translate_errors("reading the log"):
             for begin in range(0, len(pairs), 200):
                 cursor = self._events.find({"$or": pairs[begin : begin + 200]}, {"stream": 1, "version": 1, "hash": 1})
                 found |= {document["stream"]: document async for document in cursor}
         return found
 
-    async def stray(self) -> Document | None:
+    async def find_invalid_position(self) -> Document | None:
         """Return a document whose `_id` cannot be a position, if there is one."""
-        with driver_errors("reading the log"):
+        with translate_errors("reading the log"):
             return await self._events.find_one(
                 {"$or": [{"_id": {"$lt": 1}}, {"_id": {"$not": {"$type": ["int", "long"]}}}]}, {"_id": 1}
             )
 
-    async def versions_are_unique(self) -> bool:
+    async def has_unique_version_index(self) -> bool:
         """Return whether the index is there that makes (stream, version) unique."""
-        with driver_errors("reading the indexes of the log"):
+        with translate_errors("reading the indexes of the log"):
             indexes = await self._events.index_information()
         return any(
             index["key"] == _VERSIONS and index.get("unique") and "partialFilterExpression" not in index
             for index in indexes.values()
         )
 
-    async def _wait_out_holes(self, after: int, documents: Sequence[Document]) -> None:
+    async def _wait_for_gaps(self, after: int, documents: Sequence[Document]) -> None:
         """Give slow writers their second, unless what stands behind the hole is old; then void what is still missing.
 
         All holes of the page at once, or a hundred killed writers would be waited for in turn. Voiding early is always
         safe (the writer takes another number), so a writer's clock may be trusted here.
         """
-        old = datetime.now(UTC) - timedelta(seconds=10 * self._limits.void_after_seconds)
-        evidence = [it["_id"] for it in takewhile(lambda document: Recorded(document).time < old, documents)]
+        old = datetime.now(UTC) - timedelta(seconds=10 * self._limits.gap_timeout_seconds)
+        evidence = [it["_id"] for it in takewhile(lambda document: RecordedEvent(document).time < old, documents)]
         if not evidence:
-            await asyncio.sleep(self._limits.void_after_seconds)
+            await asyncio.sleep(self._limits.gap_timeout_seconds)
             evidence = [document["_id"] for document in documents]
         there = set(evidence)
         holes = (position for position in range(after + 1, evidence[-1]) if position not in there)
@@ -416,7 +420,7 @@ class EventLog(Writer):
     # Subscribe ----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def subscription(
+    async def subscribe(
         self, *, after: int, types: Collection[type[Event]] | None = None, chunk_bytes: int | None = None
     ) -> AsyncIterator[Subscription]:
         """Subscribe to every event after a position, history first, then live, for ever. Once entered, none is missed.
@@ -434,22 +438,22 @@ class EventLog(Writer):
             subscription.close()
 
     async def resync(self, session: AsyncClientSession) -> None:
-        self.may_lack_events = True
-        self._tail.begin_at(await self._newest(session))
+        self.may_have_lost_events = True
+        self._tail.reset_to(await self._newest(session))
 
-    def changed(self, change: Mapping[str, Any]) -> None:
+    def on_change(self, change: Mapping[str, Any]) -> None:
         if change["operationType"] == "insert" and isinstance(change["fullDocument"]["_id"], int):
             self._tail.add(change["fullDocument"])
             self._watch_for_holes()
         elif change["operationType"] == "delete":  # `resync` follows
-            self.may_lack_events = True
-            self._tail.forget()
+            self.may_have_lost_events = True
+            self._tail.clear()
 
     def _watch_for_holes(self) -> None:
         """Give what is missing its second from now on; all of it at once, however many holes there are."""
-        if self._hole_timer is None and (newest := self._tail.newest_early) is not None:
+        if self._hole_timer is None and (newest := self._tail.newest_out_of_order) is not None:
             self._hole_timer = asyncio.get_running_loop().call_later(
-                self._limits.void_after_seconds, self._fill_holes, newest
+                self._limits.gap_timeout_seconds, self._fill_holes, newest
             )
 
     def _fill_holes(self, evidence: int) -> None:
@@ -472,7 +476,7 @@ class EventLog(Writer):
             for document in present:
                 self._tail.add(document)
         except PyMongoError as error:
-            _log.warning("could not fill a hole yet", missing=missing[:10], error=brief(error))
+            _log.warning("could not fill a hole yet", missing=missing[:10], error=summarize_error(error))
         finally:
             self._hole_timer = None
             self._watch_for_holes()
@@ -483,36 +487,36 @@ class Subscription:
 
     def __init__(
         self,
-        log: EventLog,
-        tail: Tail,
+        log: EventStore,
+        tail: LiveTail,
         after: int,
         types: Collection[type[Event]] | None,
-        chunk_bytes: int | None = None,
+        max_chunk_bytes: int | None = None,
     ) -> None:
         self._log = log
         self._tail = tail
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = max_chunk_bytes
         self._page_events = _FIRST_PAGE_EVENTS
         self._types = None if types is None else frozenset(wanted.__name__ for wanted in types)
-        self._buffer: deque[Recorded] = deque()
-        self._ahead: tuple[int, asyncio.Task[list[Recorded]]] | None = None
+        self._buffer: deque[RecordedEvent] = deque()
+        self._ahead: tuple[int, asyncio.Task[list[RecordedEvent]]] | None = None
         self.position = after
         """The last position that was taken from the log, whether or not its type was wanted."""
-        self.is_behind = False
+        self.is_catching_up = False
         """Whether the last chunk was read from the collection: there may be more."""
 
-    async def chunk(self, limit: int = 1000) -> list[Recorded]:
+    async def next_chunk(self, limit: int = 1000) -> list[RecordedEvent]:
         """Wait for events and return those that are there, in order, at most `limit`.
 
         Raises:
             LedgerUnavailable: the database failed while history was read; calling again continues where it was.
         """
         while True:
-            self.is_behind = not self._tail.reaches(self.position)
-            if not self.is_behind:
-                events = self._tail.after(self.position, limit)
+            self.is_catching_up = not self._tail.covers(self.position)
+            if not self.is_catching_up:
+                events = self._tail.read_after(self.position, limit)
                 if not events:
-                    await self._tail.growth()
+                    await self._tail.wait_for_growth()
                     continue
             else:
                 events = await self._history(limit if self._chunk_bytes is None else min(limit, self._page_events))
@@ -528,7 +532,7 @@ class Subscription:
             if wanted:
                 return wanted
 
-    def _shortened(self, events: list[Recorded], most: int) -> list[Recorded]:
+    def _shortened(self, events: list[RecordedEvent], most: int) -> list[RecordedEvent]:
         """Return the first events that are no larger together; read as many next time, or more."""
         size = 0
         for number, event in enumerate(events):
@@ -539,7 +543,7 @@ class Subscription:
         self._page_events = max(self._page_events, 2 * len(events))
         return events
 
-    async def _history(self, limit: int) -> list[Recorded]:
+    async def _history(self, limit: int) -> list[RecordedEvent]:
         """Return events from the collection: those that were fetched ahead, if there are any."""
         if self._ahead is not None and self._ahead[0] == self.position:
             (_, ahead), self._ahead = self._ahead, None
@@ -552,7 +556,7 @@ class Subscription:
         self._ahead = after, asyncio.create_task(self._log.read(after=after, limit=limit), name="read-ahead")
         await asyncio.sleep(0)  # now the database has been asked
 
-    def go_back(self, position: int) -> None:
+    def rewind(self, position: int) -> None:
         """Take the events after a position again."""
         self.close()
         self.position = position
@@ -567,20 +571,20 @@ class Subscription:
     def __aiter__(self) -> Subscription:
         return self
 
-    async def __anext__(self) -> Recorded:
+    async def __anext__(self) -> RecordedEvent:
         if not self._buffer:
-            self._buffer.extend(await self.chunk())
+            self._buffer.extend(await self.next_chunk())
         return self._buffer.popleft()
 
 
-def payload_with(fields: Document) -> Document:
+def override_payload_fields(fields: Document) -> Document:
     """Return an expression for payloads in which these fields are replaced. A damaged payload stays as it is."""
     return {"$cond": [{"$eq": [{"$type": "$data"}, "object"]}, {"$mergeObjects": ["$data", fields]}, "$data"]}
 
 
 def _documents_in(batch: bytes) -> Iterator[StoredDocument]:
     begin = 0
-    for document in bson.decode_all(batch, TOLERANT):
+    for document in bson.decode_all(batch, LENIENT_CODEC):
         end = begin + int.from_bytes(batch[begin : begin + 4], "little")
         yield document, batch[begin:end]
         begin = end
@@ -588,11 +592,11 @@ def _documents_in(batch: bytes) -> Iterator[StoredDocument]:
 
 def _refuse_beyond(after: int) -> None:
     """Before the first position there are no holes to be filled, nor behind the last that can be."""
-    if not 0 <= after <= LARGEST_POSITION:
+    if not 0 <= after <= MAX_POSITION:
         raise ValueError(f"{after} is no position, nor 0 for the beginning of the log")
 
 
-def _refuse_overlap(appends: Iterable[Append]) -> None:
+def _refuse_overlap(appends: Iterable[StreamAppend]) -> None:
     """Only one append can be at the end of a stream: written, two would be in each other's way for ever."""
     ends: dict[str, int] = {}
     for append in appends:

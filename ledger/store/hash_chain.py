@@ -14,10 +14,10 @@ import orjson
 
 from jobledger.ledger.domain.errors import InvalidEvent
 
-GENESIS = bytes(32)
+GENESIS_HASH = bytes(32)
 """`prev` of a stream's first event."""
-LARGEST_INTEGER = 2**53 - 1  # beyond it, JSON readers disagree (RFC 8785, section 3.2.2.3, by way of I-JSON)
-DEEPEST = 100  # the database takes about 200
+MAX_SAFE_INTEGER = 2**53 - 1  # beyond it, JSON readers disagree (RFC 8785, section 3.2.2.3, by way of I-JSON)
+MAX_DEPTH = 100  # the database takes about 200
 _ODD_NUMBER = re.compile(r"[:,\[]-?[0-9]+(?:\.0(?![0-9])|(?:\.[0-9]+)?[eE]|(?<=[0-9]{16}))")
 _OPTIONS = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
 _PLAIN_OPTIONS = _OPTIONS | orjson.OPT_PASSTHROUGH_SUBCLASS
@@ -26,7 +26,7 @@ _UTC = orjson.OPT_NAIVE_UTC
 _CHAINED = b'{"data":%b,"event_id":%b,"meta":%b,"prev":"%b","schema":%d,"stream":%b,"time":%b,"type":%b,"version":%d}'
 
 
-class LongText(Exception):
+class TextTooLong(Exception):
     """A text would be longer than the caller has time for. `size` is about its length in bytes, 0 if not known."""
 
     def __init__(self, size: int) -> None:
@@ -34,7 +34,7 @@ class LongText(Exception):
         self.size = size
 
 
-def canonical(value: Any, most: int = sys.maxsize) -> bytes:
+def canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes:
     """Return the one JSON text of a value made of objects, lists, strings, numbers, booleans and null.
 
     Times become ISO 8601 in UTC with milliseconds, bytes become lower-case hex: JSON knows neither.
@@ -48,18 +48,18 @@ def canonical(value: Any, most: int = sys.maxsize) -> bytes:
         LongText: it takes longer, or may.
     """
     try:
-        text = orjson.dumps(value, default=_word, option=_OPTIONS)
+        text = orjson.dumps(value, default=_encode_scalar, option=_OPTIONS)
     except orjson.JSONEncodeError:
         text = b""  # the walk knows better what is wrong
-    if len(text) > most or (not text and most < sys.maxsize):
-        raise LongText(len(text))
+    if len(text) > max_bytes or (not text and max_bytes < sys.maxsize):
+        raise TextTooLong(len(text))
     try:
-        return text if text and not _is_delicate(text) else orjson.dumps(_plain(value, 0))
+        return text if text and not _needs_slow_path(text) else orjson.dumps(_plain(value, 0))
     except (orjson.JSONEncodeError, RecursionError, UnicodeEncodeError, TypeError) as error:
         raise InvalidEvent(f"this cannot be written as JSON: {error}") from error
 
 
-def plain_text(value: Any, most: int = sys.maxsize) -> bytes | None:
+def try_canonical_json(value: Any, max_bytes: int = sys.maxsize) -> bytes | None:
     """Return the canonical JSON of a value in which all is of exactly the types of JSON, and no float is whole.
 
     None for others, and for some that need a closer look; then `canonical` has the text.
@@ -71,12 +71,12 @@ def plain_text(value: Any, most: int = sys.maxsize) -> bytes | None:
         text = orjson.dumps(value, option=_PLAIN_OPTIONS)
     except orjson.JSONEncodeError:
         return None
-    if len(text) > most:
-        raise LongText(len(text))
-    return None if _is_delicate(text) else text
+    if len(text) > max_bytes:
+        raise TextTooLong(len(text))
+    return None if _needs_slow_path(text) else text
 
 
-def chained_text(document: Mapping[str, Any], data: bytes | None = None, most: int = sys.maxsize) -> bytes:
+def hash_input(document: Mapping[str, Any], data: bytes | None = None, max_bytes: int = sys.maxsize) -> bytes:
     """Return what an event's hash is the SHA-256 of: the canonical JSON of all its fields but `_id` and `hash`.
 
     Put together by hand, the names being in order: only `data` can hold what needs looking at.
@@ -91,7 +91,7 @@ def chained_text(document: Mapping[str, Any], data: bytes | None = None, most: i
     """
     try:
         return _CHAINED % (
-            data or canonical(document["data"], most),
+            data or canonical_json(document["data"], max_bytes),
             orjson.dumps(document["event_id"]),
             orjson.dumps(document["meta"], option=_OPTIONS),
             document["prev"].hex().encode(),
@@ -105,12 +105,12 @@ def chained_text(document: Mapping[str, Any], data: bytes | None = None, most: i
         raise InvalidEvent(f"this cannot be written as JSON: {error}") from error
 
 
-def digest(value: Any) -> str:
+def canonical_digest(value: Any) -> str:
     """Return the SHA-256 of a value's canonical JSON as hex: the same for equal values, on every machine."""
-    return hashlib.sha256(canonical(value)).hexdigest()
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def _is_delicate(text: bytes) -> bool:
+def _needs_slow_path(text: bytes) -> bool:
     """Return whether orjson's text may differ from the canonical one, or says what cannot be stored.
 
     Rare, and the looking is cheap: the text of most events is canonical as it is, and made ten times as fast. It is
@@ -123,7 +123,7 @@ def _is_delicate(text: bytes) -> bool:
         or "$" in seen  # perhaps in a name, which the database would take for an operator
         or "\\u0000" in seen
         or "null" in seen  # perhaps NaN or infinity, which orjson writes so
-        or (len(seen) > 2 * DEEPEST and seen.count("{") + seen.count("[") > DEEPEST)  # perhaps nested that deep
+        or (len(seen) > 2 * MAX_DEPTH and seen.count("{") + seen.count("[") > MAX_DEPTH)  # perhaps nested that deep
         or (not seen.isascii() and _BEYOND_16_BITS.search(seen) is not None)  # sorts differently in UTF-16
     )
 
@@ -132,8 +132,8 @@ def _plain(value: Any, depth: int) -> Any:
     kind = type(value)
     if kind is str or kind is bool or value is None:
         return value
-    if depth > DEEPEST:
-        raise InvalidEvent(f"this is nested more than {DEEPEST} levels deep")
+    if depth > MAX_DEPTH:
+        raise InvalidEvent(f"this is nested more than {MAX_DEPTH} levels deep")
     if kind is dict:
         joined = "".join(value)
         if "$" in joined or "\0" in joined:
@@ -142,25 +142,25 @@ def _plain(value: Any, depth: int) -> Any:
         names = sorted(value) if joined.isascii() else sorted(value, key=_utf16)
         return {name: _plain(value[name], depth + 1) for name in names}
     if isinstance(value, int):  # also BSON's Int64
-        if -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+        if -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
             return int(value)
         raise InvalidEvent(f"the integer {value} is beyond ±(2^53 - 1); send it as a string")
     if kind is list or kind is tuple:
         return [_plain(item, depth + 1) for item in value]
     if kind is float:
         return orjson.Fragment(_number(value))
-    return _word(value)
+    return _encode_scalar(value)
 
 
 def _moment(value: datetime) -> bytes:
     """Return the text of `_word`, in quotes, by the shortest way."""
     text = orjson.dumps(value, option=_UTC)
     if not text.endswith(b'+00:00"'):
-        return orjson.dumps(_word(value))
+        return orjson.dumps(_encode_scalar(value))
     return text[:24] + b'Z"' if len(text) > 30 else text[:20] + b'.000Z"'
 
 
-def _word(value: Any) -> str:
+def _encode_scalar(value: Any) -> str:
     """Return what stands in JSON for a value that JSON does not know."""
     if isinstance(value, datetime):
         moment = value.astimezone(UTC) if value.utcoffset() else value  # without an offset it is UTC, as in BSON

@@ -5,25 +5,25 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Final
 
-BOUNDS_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BUCKET_BOUNDS_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-class Durations:
+class DurationHistogram:
     """Counts durations in classes; `total_seconds` is all of them together."""
 
     def __init__(self) -> None:
-        self._counts = [0] * (len(BOUNDS_SECONDS) + 1)
+        self._counts = [0] * (len(BUCKET_BOUNDS_SECONDS) + 1)
         self.total_seconds = 0.0
 
-    def add(self, seconds: float) -> None:
+    def observe(self, seconds: float) -> None:
         """Count one more."""
-        self._counts[bisect_left(BOUNDS_SECONDS, seconds)] += 1
+        self._counts[bisect_left(BUCKET_BOUNDS_SECONDS, seconds)] += 1
         self.total_seconds += seconds
 
-    def at_most(self) -> list[tuple[float, int]]:
+    def cumulative_counts(self) -> list[tuple[float, int]]:
         """Return how many took at most so many seconds, for each bound and for infinity."""
         found, sum_ = [], 0
-        for bound, count in zip((*BOUNDS_SECONDS, float("inf")), self._counts, strict=True):
+        for bound, count in zip((*BUCKET_BOUNDS_SECONDS, float("inf")), self._counts, strict=True):
             sum_ += count
             found.append((bound, sum_))
         return found

@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 import orjson
 
-from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Document
 
 
 class _Sized(NamedTuple):
-    event: Recorded
+    event: RecordedEvent
     size: int
 
 
-class Tail:
+class LiveTail:
     """The newest events of the log in dense order, as the change stream brings them; older ones are in the collection.
 
     Kept are as many as fit in `most_events` and `most_bytes` (of JSON, about), and at least one. Events that arrive
@@ -26,9 +26,9 @@ class Tail:
     and who has to wait for what is missing waits for it at the collection.
     """
 
-    def __init__(self, most_events: int, most_bytes: int) -> None:
-        self._most_events = most_events
-        self._most_bytes = most_bytes
+    def __init__(self, max_events: int, max_bytes: int) -> None:
+        self._most_events = max_events
+        self._most_bytes = max_bytes
         self._kept: deque[_Sized] = deque()
         self._bytes = 0
         self._early: dict[int, _Sized] = {}
@@ -38,7 +38,7 @@ class Tail:
         self._awaited = False
 
     @property
-    def newest_early(self) -> int | None:
+    def newest_out_of_order(self) -> int | None:
         """The last position that came although an earlier one is awaited; None when all is in order."""
         return max(self._early) if self._early else None
 
@@ -47,13 +47,13 @@ class Tail:
         awaited = (position for position in range(self._high + 1, evidence) if position not in self._early)
         return list(islice(awaited, most))
 
-    def begin_at(self, head: int) -> None:
+    def reset_to(self, head: int) -> None:
         """Start anew behind `head`: everything up to it is in the collection."""
-        self.forget()
+        self.clear()
         self._high = head
         self._notify()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop all events, as the log may have others now. Subscribers read the collection."""
         self._kept.clear()
         self._bytes = 0
@@ -64,7 +64,7 @@ class Tail:
         position = document["_id"]
         if position <= self._high or position in self._early:
             return
-        sized = _Sized(Recorded(document), len(orjson.dumps(document.get("data"), default=str)))
+        sized = _Sized(RecordedEvent(document), len(orjson.dumps(document.get("data"), default=str)))
         if position > self._high + 1:
             self._hold_back(position, sized)
             return
@@ -78,7 +78,7 @@ class Tail:
         self._early[position] = sized
         self._early_bytes += sized.size
         if len(self._early) > self._most_events or self._early_bytes > self._most_bytes:
-            self.begin_at(max(self._early))
+            self.reset_to(max(self._early))
 
     def _keep(self, sized: _Sized) -> None:
         self._high += 1
@@ -87,15 +87,15 @@ class Tail:
         while len(self._kept) > self._most_events or (self._bytes > self._most_bytes and len(self._kept) > 1):
             self._bytes -= self._kept.popleft().size
 
-    def reaches(self, position: int) -> bool:
+    def covers(self, position: int) -> bool:
         """True if the event after `position` is kept, or will be the next to come."""
         return position >= self._high - len(self._kept)
 
-    def after(self, position: int, limit: int) -> list[Recorded]:
+    def read_after(self, position: int, limit: int) -> list[RecordedEvent]:
         first = position - (self._high - len(self._kept))
         return [self._kept[index].event for index in range(first, min(first + limit, len(self._kept)))]
 
-    async def growth(self) -> None:
+    async def wait_for_growth(self) -> None:
         self._awaited = True
         await self._grown.wait()
 

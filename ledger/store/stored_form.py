@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from jobledger.ledger.domain.events import EVENT_TYPES
 
-FIELDS: Final[Mapping[str, type]] = {
+ENVELOPE_FIELDS: Final[Mapping[str, type]] = {
     "_id": int,
     "event_id": str,
     "stream": str,
@@ -39,14 +39,14 @@ FIELDS: Final[Mapping[str, type]] = {
     "hash": bytes,
 }
 """The fields of the envelope in the order in which they are written."""
-_NAMES: Final = tuple(FIELDS)
-_KINDS: Final = tuple(FIELDS.values())
+_NAMES: Final = tuple(ENVELOPE_FIELDS)
+_KINDS: Final = tuple(ENVELOPE_FIELDS.values())
 _WHOLE: Final = "whole float"
 _TYPES: Final[Mapping[str, type]] = {"str": str, "bool": bool, "int": int, "NoneType": type(None), "datetime": datetime}
 """Of which every value is of the kind. `float` is not among them: whole numbers are a kind of their own."""
 
 
-def are_exact(page: Iterable[tuple[Mapping[str, Any], bytes]]) -> bool:
+def are_canonical(page: Iterable[tuple[Mapping[str, Any], bytes]]) -> bool:
     """Return whether all documents encode to the bytes from which they were decoded. Faster for all than for each."""
     page = list(page)
     encoded = _encoded({"": [document for document, _ in page]})
@@ -54,7 +54,7 @@ def are_exact(page: Iterable[tuple[Mapping[str, Any], bytes]]) -> bool:
     return encoded is not None and encoded[10:-2] == elements  # without the lengths and ends of the list around them
 
 
-def deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes | None) -> str | None:
+def find_deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes | None) -> str | None:
     """Return the first field of a stored event that is not in the form in which the program writes it, and how.
 
     Args:
@@ -64,9 +64,9 @@ def deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes | None
         data: What `jobledger.ledger.store.hash_chain.plain_text` returns for its `data`: if it is plain, the hash
         says all about it.
     """
-    what = envelope_deviation(document)
+    what = find_envelope_deviation(document)
     if what is None and data is None:
-        what = data_deviation(document)
+        what = find_data_deviation(document)
     if what is None and not set(map(type, document["meta"].values())) <= {str}:
         what = _misfit_in("meta", document["meta"], _JSON)
     if what is None and raw is not None and _encoded(document) != raw:
@@ -74,13 +74,13 @@ def deviation(document: Mapping[str, Any], raw: bytes | None, data: bytes | None
     return what
 
 
-def envelope_deviation(document: Mapping[str, Any]) -> str | None:
+def find_envelope_deviation(document: Mapping[str, Any]) -> str | None:
     """Return which field of an envelope is missing, of another type, unknown or out of order."""
     if tuple(document) == _NAMES and tuple(map(type, document.values())) == _KINDS:
         return None
-    if more := document.keys() - FIELDS.keys():
+    if more := document.keys() - ENVELOPE_FIELDS.keys():
         return f"has fields that no event has: {', '.join(sorted(more))}"
-    for name, kind in FIELDS.items():
+    for name, kind in ENVELOPE_FIELDS.items():
         if name not in document:
             return f"lacks the field {name}"
         value = document[name]
@@ -89,25 +89,25 @@ def envelope_deviation(document: Mapping[str, Any]) -> str | None:
     return None if tuple(document) == _NAMES else "its fields are in another order than they are written in"
 
 
-def data_deviation(document: Mapping[str, Any]) -> str | None:
+def find_data_deviation(document: Mapping[str, Any]) -> str | None:
     """Return which value in an event's `data` has a type that the program does not write there."""
     return _misfit_in("data", document["data"], _form_of(document["type"], document["schema"]))
 
 
-def _misfit_in(name: str, value: Any, form: _Form) -> str | None:
+def _misfit_in(name: str, value: Any, form: _Format) -> str | None:
     """Return which value in a field has a type that the program does not write there."""
     found = _misfit(value, form, name)
     return None if found is None else f"its {found[0]} is a {found[1]}"
 
 
 @dataclass(slots=True)
-class _Form:
+class _Format:
     """What a value may be: one of `kinds`, an object with these `fields` (or others: `rest`), a list of `item`."""
 
     kinds: frozenset[str] = frozenset()
-    fields: Mapping[Any, _Form] | None = None
-    rest: _Form | None = None
-    item: _Form | None = None
+    fields: Mapping[Any, _Format] | None = None
+    rest: _Format | None = None
+    item: _Format | None = None
     types: frozenset[type] = field(init=False)
     """Values of exactly these types have the form: most values need no closer look."""
 
@@ -115,8 +115,8 @@ class _Form:
         floats = {float} if {"float", _WHOLE} <= self.kinds else set()
         self.types = frozenset(floats | {_TYPES[kind] for kind in self.kinds if kind in _TYPES})
 
-    def __or__(self, other: _Form) -> _Form:
-        return _Form(
+    def __or__(self, other: _Format) -> _Format:
+        return _Format(
             self.kinds | other.kinds,
             other.fields if self.fields is None else self.fields,
             self.rest or other.rest,
@@ -124,8 +124,8 @@ class _Form:
         )
 
 
-def _any_of(*kinds: str) -> _Form:
-    form = _Form(frozenset(kinds), fields={})
+def _any_of(*kinds: str) -> _Format:
+    form = _Format(frozenset(kinds), fields={})
     form.rest = form.item = form
     return form
 
@@ -133,31 +133,31 @@ def _any_of(*kinds: str) -> _Form:
 _JSON: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType")
 _LENIENT: Final = _any_of("str", "bool", "int", "float", _WHOLE, "NoneType", "datetime")
 """Of fields and events of later versions, whose models are not known here."""
-_LEAVES: Final[Mapping[Any, _Form]] = {
-    str: _Form(frozenset({"str"})),
-    bool: _Form(frozenset({"bool"})),
-    int: _Form(frozenset({"int"})),
-    float: _Form(
+_LEAVES: Final[Mapping[Any, _Format]] = {
+    str: _Format(frozenset({"str"})),
+    bool: _Format(frozenset({"bool"})),
+    int: _Format(frozenset({"int"})),
+    float: _Format(
         frozenset({"int", "float"})
     ),  # whole numbers are written as such: see `jobledger.ledger.domain.events.Number`
-    datetime: _Form(frozenset({"datetime"})),
-    type(None): _Form(frozenset({"NoneType"})),
+    datetime: _Format(frozenset({"datetime"})),
+    type(None): _Format(frozenset({"NoneType"})),
     Any: _JSON,
 }
 
 
 @cache
-def _form_of(event_type: str, schema: int) -> _Form:
+def _form_of(event_type: str, schema: int) -> _Format:
     event = EVENT_TYPES.get(event_type)
     return _LENIENT if event is None or schema != event.schema_version else _form_of_model(event)
 
 
-def _form_of_model(model: type[BaseModel]) -> _Form:
+def _form_of_model(model: type[BaseModel]) -> _Format:
     fields = {name: _form_of_annotation(info.annotation) for name, info in model.model_fields.items()}
-    return _Form(fields=fields, rest=_JSON if model.model_config.get("extra") == "allow" else _LENIENT)
+    return _Format(fields=fields, rest=_JSON if model.model_config.get("extra") == "allow" else _LENIENT)
 
 
-def _form_of_annotation(annotation: Any) -> _Form:
+def _form_of_annotation(annotation: Any) -> _Format:
     if annotation in _LEAVES:
         return _LEAVES[annotation]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -168,18 +168,18 @@ def _form_of_annotation(annotation: Any) -> _Form:
     if origin is Literal:
         return _LEAVES[str]
     if origin is list:
-        return _Form(item=_form_of_annotation(arguments[0]))
+        return _Format(item=_form_of_annotation(arguments[0]))
     if origin is dict:
-        return _Form(fields={}, rest=_form_of_annotation(arguments[1]))
+        return _Format(fields={}, rest=_form_of_annotation(arguments[1]))
     if origin in (Union, UnionType):
-        form = _Form()
+        form = _Format()
         for argument in arguments:
             form |= _form_of_annotation(argument)
         return form
     raise TypeError(f"an event has a field of the type {annotation}, of which the stored form is not known")
 
 
-def _misfit(value: Any, form: _Form, path: str) -> tuple[str, str] | None:
+def _misfit(value: Any, form: _Format, path: str) -> tuple[str, str] | None:
     """Return the place and the type of the first value that does not have its form."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, dict) and form.fields is not None:

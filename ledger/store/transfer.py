@@ -20,12 +20,12 @@ import orjson
 import zstandard
 
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable, JobledgerError, LedgerUnavailable
-from jobledger.ledger.mongo.connection import UNAUTHORIZED, Database, Document, code_behind, driver_errors
-from jobledger.ledger.mongo.lease import RUN_OUT
-from jobledger.ledger.store.event_store import EventLog
-from jobledger.ledger.store.hash_chain import GENESIS
-from jobledger.ledger.store.stored_form import deviation, envelope_deviation
-from jobledger.ledger.store.verification import verify
+from jobledger.ledger.mongo.connection import UNAUTHORIZED, Database, Document, server_error_code, translate_errors
+from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.hash_chain import GENESIS_HASH
+from jobledger.ledger.store.stored_form import find_deviation, find_envelope_deviation
+from jobledger.ledger.store.verification import verify_log
 
 FORMAT: Final = 1
 PAGE_EVENTS: Final = 2000
@@ -36,18 +36,18 @@ _FIELDS: Final = frozenset(
 _LEVEL: Final = 3
 _LAST: Final = b'{"end":'
 """How the last line begins."""
-STAGED: Final = "events.import"
+STAGING_COLLECTION: Final = "events.import"
 """The collection that becomes the log when everything is in it and right."""
-Told = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Is told at which position we are, and which is the last."""
 
 
-class DamagedFile(JobledgerError):
+class InvalidExportFile(JobledgerError):
     """A file is not, or not any more, what an export has written; the message says where, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class ExportSummary:
     """What a file holds: the events from `first` to `last`, and a digest of them.
 
     `whole` is the digest of all events up to `last`, if the files before this one hold the others.
@@ -56,7 +56,7 @@ class Summary:
     first: int
     last: int
     digest: bytes
-    whole: bytes = b""
+    log_digest: bytes = b""
 
     @property
     def events(self) -> int:
@@ -66,7 +66,7 @@ class Summary:
 # Lines ----------------------------------------------------------------------------------------------------------------
 
 
-def line_of(document: Mapping[str, Any]) -> bytes:
+def encode_event(document: Mapping[str, Any]) -> bytes:
     """Return the line for an event as it is stored. Times within its data are written as `{"$date": …}`.
 
     No name in an event begins with `$`, so nothing else can look like that.
@@ -77,17 +77,17 @@ def line_of(document: Mapping[str, Any]) -> bytes:
     return orjson.dumps(plain, default=_marked, option=_OPTIONS)
 
 
-def line_or_stub_of(document: Mapping[str, Any]) -> bytes:
+def encode_event_or_stub(document: Mapping[str, Any]) -> bytes:
     """Return the line for an event, or, of one that was damaged in the database, what can be said of it."""
     try:
-        return line_of(document)
+        return encode_event(document)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         stub = {"position": document["_id"], "stream": document.get("stream"), "type": document.get("type")}
         why = f"This event was changed in the database: {error!r}. `jobledger log verify` says more."
         return orjson.dumps({**stub, "unreadable": why}, default=str)
 
 
-def document_of(line: bytes) -> Document:
+def decode_event(line: bytes) -> Document:
     """Return the event of a line as it is to be stored.
 
     Raises:
@@ -131,14 +131,14 @@ def _unmarked(value: Any) -> Any:
 # Export ---------------------------------------------------------------------------------------------------------------
 
 
-async def export(
-    log: EventLog,
+async def export_log(
+    log: EventStore,
     path: Path,
     *,
     after: int = 0,
-    upto: int | None = None,
-    told: Told = lambda position, upto: None,
-) -> Summary:
+    up_to: int | None = None,
+    on_progress: ProgressCallback = lambda position, upto: None,
+) -> ExportSummary:
     """Write the events behind `after` up to `upto`, or what is the end now, to a file; return what it holds.
 
     Until it is complete it is called `….part`; what was interrupted is continued. Names that end in `.zst` are
@@ -151,43 +151,49 @@ async def export(
     """
     if path.exists():  # noqa: ASYNC240 - files are written here all the time, and nothing else goes on
         raise ConfigurationError(f"{path} is there already: choose another name, or remove it")
-    head = await log.head()
+    head = await log.head_position()
     part = path.with_name(f"{path.name}.part")
     begun = _begun(part, after) if part.exists() else None
-    end = begun.last if begun is not None else min(upto or head, head)
-    if begun is not None and upto is not None and upto != end:
+    end = begun.last if begun is not None else min(up_to or head, head)
+    if begun is not None and up_to is not None and up_to != end:
         raise ConfigurationError(f"{part} was begun for the events up to {end}: continue with that, or remove it")
     if end <= after:
         raise ConfigurationError(f"there are no events behind position {after}: the log ends at {head}")
-    position, digest, size = (begun.position, begun.digest, begun.size) if begun is not None else (after, GENESIS, 0)
+    position, digest, size = (
+        (begun.position, begun.digest, begun.size) if begun is not None else (after, GENESIS_HASH, 0)
+    )
     with _writing(part, size) as write:
         if begun is None:
             about = {"jobledger": "export", "format": FORMAT, "from": after + 1, "to": end, "made_at": _moment(_now())}
             write([orjson.dumps(about)])
         while position < end:
-            page = await log.stored(after=position, limit=min(PAGE_EVENTS, end - position))
+            page = await log.read_documents(after=position, limit=min(PAGE_EVENTS, end - position))
             for expected, (document, _) in enumerate(page, position + 1):
                 if document["_id"] != expected:
-                    raise DamagedFile(f"The log has a hole at position {expected}: `jobledger log verify` says more.")
-                if (what := envelope_deviation(document)) is not None:
-                    raise DamagedFile(f"The event at position {expected} {what}: `jobledger log verify` says more.")
+                    raise InvalidExportFile(
+                        f"The log has a hole at position {expected}: `jobledger log verify` says more."
+                    )
+                if (what := find_envelope_deviation(document)) is not None:
+                    raise InvalidExportFile(
+                        f"The event at position {expected} {what}: `jobledger log verify` says more."
+                    )
                 digest = hashlib.sha256(digest + document["hash"]).digest()
             if not page:
-                raise DamagedFile(f"The log ends at position {position}, and reached {end} before.")
+                raise InvalidExportFile(f"The log ends at position {position}, and reached {end} before.")
             write([_exported(document, raw) for document, raw in page])
             position += len(page)
-            told(position, end)
+            on_progress(position, end)
         write([orjson.dumps({"end": True, "events": end - after, "digest": digest.hex()})])
     part.replace(path)
-    return Summary(after + 1, end, digest, digest if after == 0 else b"")
+    return ExportSummary(after + 1, end, digest, digest if after == 0 else b"")
 
 
 def _exported(document: Document, raw: bytes) -> bytes:
     try:
-        return line_of(document)
+        return encode_event(document)
     except (TypeError, ValueError) as error:
-        what = deviation(document, raw, None) or f"cannot be written: {error}"
-        raise DamagedFile(
+        what = find_deviation(document, raw, None) or f"cannot be written: {error}"
+        raise InvalidExportFile(
             f"The event at position {document['_id']} {what}: `jobledger log verify` says more."
         ) from error
 
@@ -205,7 +211,7 @@ class _Begun:
 def _begun(part: Path, after: int) -> _Begun | None:
     """Look at what is there of an interrupted export; None if nothing of it is any use."""
     about: dict[str, Any] | None = None
-    position, digest, good = after, GENESIS, 0
+    position, digest, good = after, GENESIS_HASH, 0
     for lines, size in _frames(part):
         for line in lines:
             if about is None:
@@ -222,7 +228,7 @@ def _begun(part: Path, after: int) -> _Begun | None:
                     digest = hashlib.sha256(digest + bytes.fromhex(found["hash"])).digest()
                     position = found["position"]
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DamagedFile(f"{part} is damaged: remove it, and the export begins anew") from error
+                    raise InvalidExportFile(f"{part} is damaged: remove it, and the export begins anew") from error
         good = size
     return None if about is None else _Begun(about["to"], position, digest, good)
 
@@ -249,13 +255,15 @@ def _writing(part: Path, size: int) -> Iterator[Callable[[Iterable[bytes]], None
 # Import ---------------------------------------------------------------------------------------------------------------
 
 
-class StagedLog(EventLog):
+class StagedEventStore(EventStore):
     """What is to become the log, to be checked like one."""
 
-    collection = STAGED
+    collection = STAGING_COLLECTION
 
 
-async def import_(db: Database, paths: Sequence[Path], *, told: Told = lambda position, upto: None) -> Summary:
+async def import_log(
+    db: Database, paths: Sequence[Path], *, told: ProgressCallback = lambda position, upto: None
+) -> ExportSummary:
     """Make the events in these files, which follow each other, the log of a database that has none.
 
     `told` is told of each event twice: when it is written, and when it is checked. What was interrupted is continued.
@@ -269,41 +277,41 @@ async def import_(db: Database, paths: Sequence[Path], *, told: Told = lambda po
     files = _in_order(paths)
     last = files[-1][1]
     await _refuse_unless_empty(db)
-    staged = StagedLog(db)
-    with driver_errors("writing the imported events"):
-        position = await staged.head()
+    staged = StagedEventStore(db)
+    with translate_errors("writing the imported events"):
+        position = await staged.head_position()
         if position > last.last:
-            await db.drop_collection(STAGED)
+            await db.drop_collection(STAGING_COLLECTION)
             position = 0
         for path, summary in files:
             if position >= summary.last:
                 continue
-            for page in documents_in(path, after=position):
-                await db[STAGED].insert_many(page)  # in order: whoever goes on finds where by the last one
+            for page in iterate_documents(path, after=position):
+                await db[STAGING_COLLECTION].insert_many(page)  # in order: whoever goes on finds where by the last one
                 position = page[-1]["_id"]
                 told(position, 2 * last.last)
     try:
-        with driver_errors("checking the imported events"):
+        with translate_errors("checking the imported events"):
             await staged.prepare()
-        verdict = await verify(
-            staged, noted=(last.last, last.whole), looked_at=lambda at, end: told(end + at, end + end)
+        verdict = await verify_log(
+            staged, expected_digest=(last.last, last.log_digest), on_progress=lambda at, end: told(end + at, end + end)
         )
-        wrong = None if verdict.wrong is None else str(verdict.wrong)
+        wrong = None if verdict.problem is None else str(verdict.problem)
     except DatabaseUnsuitable as error:
         wrong = str(error)
     if wrong is not None:
-        await db.drop_collection(STAGED)
-        raise DamagedFile(f"What was exported is not in these files: {wrong}. Nothing was imported.")
+        await db.drop_collection(STAGING_COLLECTION)
+        raise InvalidExportFile(f"What was exported is not in these files: {wrong}. Nothing was imported.")
     await _make_it_the_log(db, last.last)
-    return Summary(1, last.last, last.whole, last.whole)
+    return ExportSummary(1, last.last, last.log_digest, last.log_digest)
 
 
-def _in_order(paths: Sequence[Path]) -> list[tuple[Path, Summary]]:
+def _in_order(paths: Sequence[Path]) -> list[tuple[Path, ExportSummary]]:
     """Look at all files; return them in the order of their events."""
-    found: list[tuple[Path, Summary]] = []
+    found: list[tuple[Path, ExportSummary]] = []
     for path in sorted(paths, key=lambda path: first_position(path)):
         expected = found[-1][1].last + 1 if found else 1
-        summary = look_at(path, before=found[-1][1].whole if found else GENESIS)
+        summary = check_export_file(path, before=found[-1][1].log_digest if found else GENESIS_HASH)
         if summary.first != expected:
             raise ConfigurationError(
                 f"{path} begins with position {summary.first}, and position {expected} is needed: an import takes all "
@@ -314,7 +322,7 @@ def _in_order(paths: Sequence[Path]) -> list[tuple[Path, Summary]]:
 
 
 async def _refuse_unless_empty(db: Database) -> None:
-    with driver_errors("looking whether the database is empty"):
+    with translate_errors("looking whether the database is empty"):
         if await db.events.find_one({}, {"_id": 1}) is not None:
             raise ConfigurationError(
                 f"the database {db.name} has a log already: an import needs one without (mongodb.db_name names it)"
@@ -323,7 +331,7 @@ async def _refuse_unless_empty(db: Database) -> None:
         if views is not None:
             raise ConfigurationError(f"the database {db.name} has views of another log: an import needs an empty one")
         for collection in ("leaders", "workers"):
-            alive = await db[collection].find_one({"released": False, "$nor": [RUN_OUT]})
+            alive = await db[collection].find_one({"released": False, "$nor": [EXPIRED_LEASE_FILTER]})
             if alive is not None:
                 raise ConfigurationError(
                     f"a process is at work in the database {db.name} ({alive['_id']}): stop everything before an import"
@@ -334,18 +342,18 @@ async def _make_it_the_log(db: Database, last: int) -> None:
     """Put what was imported in the place of the empty log, without losing what somebody may write at this moment."""
     aside = "events.before-import"
     try:
-        with driver_errors("making the imported events the log"):
+        with translate_errors("making the imported events the log"):
             await db.counters.update_one({"_id": "events"}, {"$max": {"next": last}}, upsert=True)
             if "events" in await db.list_collection_names():
                 await db.events.rename(aside, dropTarget=True)
-            await db[STAGED].rename("events")
+            await db[STAGING_COLLECTION].rename("events")
             if await db[aside].find_one({}) is None:
                 await db.drop_collection(aside)
                 return
-            await db.events.rename(STAGED)
+            await db.events.rename(STAGING_COLLECTION)
             await db[aside].rename("events")
     except LedgerUnavailable as error:
-        if code_behind(error) == UNAUTHORIZED:
+        if server_error_code(error) == UNAUTHORIZED:
             raise DatabaseUnsuitable(
                 "This user may not make the imported events the log: an import is for an administrator of the database "
                 "(the role `dbOwner` is enough)."
@@ -359,7 +367,9 @@ async def _make_it_the_log(db: Database, last: int) -> None:
 # Reading a file -------------------------------------------------------------------------------------------------------
 
 
-def look_at(path: Path, *, before: bytes = GENESIS, told: Callable[[int], None] = lambda size: None) -> Summary:
+def check_export_file(
+    path: Path, *, before: bytes = GENESIS_HASH, told: Callable[[int], None] = lambda size: None
+) -> ExportSummary:
     """Read a whole file and make sure that it is complete; return what it holds. `told` is told the bytes read.
 
     `before` is the digest of all events before the first in the file.
@@ -369,7 +379,7 @@ def look_at(path: Path, *, before: bytes = GENESIS, told: Callable[[int], None] 
         ConfigurationError: it cannot be read.
     """
     about: dict[str, Any] | None = None
-    position, digest, number = 0, GENESIS, 0
+    position, digest, number = 0, GENESIS_HASH, 0
     ended = False
     for lines, size in _frames(path, whole=True):
         for line in lines:
@@ -393,11 +403,11 @@ def look_at(path: Path, *, before: bytes = GENESIS, told: Callable[[int], None] 
                 position, digest = position + 1, hashlib.sha256(digest + hash_).digest()
                 before = hashlib.sha256(before + hash_).digest()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DamagedFile(f"{path}, line {number} is not what an export writes: {_why(error)}") from error
+                raise InvalidExportFile(f"{path}, line {number} is not what an export writes: {_why(error)}") from error
         told(size)
     if about is None or not ended:
-        raise DamagedFile(f"{path} is not complete: it was cut off after line {number}. Nothing was imported.")
-    return Summary(about["from"], position, digest, before)
+        raise InvalidExportFile(f"{path} is not complete: it was cut off after line {number}. Nothing was imported.")
+    return ExportSummary(about["from"], position, digest, before)
 
 
 def first_position(path: Path) -> int:
@@ -409,10 +419,10 @@ def first_position(path: Path) -> int:
     for lines, _ in _frames(path):
         for line in lines:
             return int(_about(path, line)["from"])
-    raise DamagedFile(f"{path} is no export of a ledger: it has no first line.")
+    raise InvalidExportFile(f"{path} is no export of a ledger: it has no first line.")
 
 
-def documents_in(path: Path, *, after: int) -> Iterator[list[Document]]:
+def iterate_documents(path: Path, *, after: int) -> Iterator[list[Document]]:
     """Yield the events of a file that was looked at, behind a position, some at a time.
 
     Raises:
@@ -426,9 +436,9 @@ def documents_in(path: Path, *, after: int) -> Iterator[list[Document]]:
             if number == 1 or line.startswith(_LAST):
                 continue
             try:
-                document = document_of(line)
+                document = decode_event(line)
             except (ValueError, TypeError) as error:
-                raise DamagedFile(f"{path}, line {number} is not what an export writes: {_why(error)}") from error
+                raise InvalidExportFile(f"{path}, line {number} is not what an export writes: {_why(error)}") from error
             if document["_id"] > after:
                 page.append(document)
         if page:
@@ -441,12 +451,12 @@ def _about(path: Path, line: bytes) -> dict[str, Any]:
         if found["jobledger"] == "export" and found["format"] == FORMAT and found["from"] <= found["to"]:
             return dict(found)
         if found["jobledger"] == "export" and found["format"] != FORMAT:
-            raise DamagedFile(
+            raise InvalidExportFile(
                 f"{path} was exported in format {found['format']}, and this program knows format {FORMAT}."
             )
     except (ValueError, KeyError, TypeError):
         pass
-    raise DamagedFile(f"{path} is no export of a ledger: its first line does not say so.")
+    raise InvalidExportFile(f"{path} is no export of a ledger: its first line does not say so.")
 
 
 def _frames(path: Path, *, whole: bool = False) -> Iterator[tuple[list[bytes], int]]:
@@ -475,7 +485,7 @@ def _plain_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[tuple
         size += sum(map(len, lines)) + len(lines)
         yield lines, size
     if rest and whole:
-        raise DamagedFile(f"{path} is not complete: it was cut off within a line. Nothing was imported.")
+        raise InvalidExportFile(f"{path} is not complete: it was cut off within a line. Nothing was imported.")
 
 
 def _compressed_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[tuple[list[bytes], int]]:
@@ -496,10 +506,12 @@ def _compressed_frames(path: Path, file: IO[bytes], *, whole: bool) -> Iterator[
             unpack, used, within = decompressor.decompressobj(), 0, b""
             block = block or file.read(_BLOCK)
         if used and whole:
-            raise DamagedFile(f"{path} is not complete: it was cut off. Nothing was imported.")
+            raise InvalidExportFile(f"{path} is not complete: it was cut off. Nothing was imported.")
     except zstandard.ZstdError as error:
         if whole or not size:
-            raise DamagedFile(f"{path} cannot be decompressed: it is damaged, or not compressed at all.") from error
+            raise InvalidExportFile(
+                f"{path} cannot be decompressed: it is damaged, or not compressed at all."
+            ) from error
 
 
 def _compressed(path: Path) -> bool:

@@ -28,21 +28,21 @@ from typing import Any
 from jobledger.ledger.domain.errors import InvalidEvent, JobledgerError, LogTruncated
 from jobledger.ledger.domain.events import PositionVoided
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.envelope import VOID_STREAM, Head
-from jobledger.ledger.store.event_store import EventLog, Read, StoredDocument
-from jobledger.ledger.store.hash_chain import GENESIS, chained_text, plain_text
-from jobledger.ledger.store.stored_form import are_exact, deviation
+from jobledger.ledger.store.envelope import VOID_STREAM, StreamHead
+from jobledger.ledger.store.event_store import EventStore, ReadPosition, StoredDocument
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input, try_canonical_json
+from jobledger.ledger.store.stored_form import are_canonical, find_deviation
 
 _REMEMBERED_STREAMS = 50_000
 _LOOKS_AT_A_HOLE = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Wrong:
+class IntegrityProblem:
     """The first thing that is wrong: at which position, and what. Stream and version are None where there is none."""
 
     position: int
-    what: str
+    description: str
     stream: str | None = None
     version: int | None = None
 
@@ -50,11 +50,11 @@ class Wrong:
         stream = [] if self.stream is None else [self.stream]
         version = [] if self.version is None else [f"version {self.version}"]
         where = f" ({', '.join(stream + version)})" if stream or version else ""
-        return f"position {self.position}{where}: {self.what}"
+        return f"position {self.position}{where}: {self.description}"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VerificationResult:
     """How many events were looked at, how many of them void, how far that went, and what is wrong, if anything.
 
     `position` is that of the last event that was found right. `digest` stands for all events up to there and their
@@ -65,19 +65,19 @@ class Verdict:
     voided: int
     position: int
     digest: bytes | None
-    wrong: Wrong | None
-    handed_out: int = 0
+    problem: IntegrityProblem | None
+    last_reserved_position: int = 0
     """The largest position handed out to a writer, if the log ends before it: writers died, or its end was removed."""
 
 
-async def verify(
-    log: EventLog,
+async def verify_log(
+    log: EventStore,
     *,
     after: int = 0,
-    upto: int | None = None,
-    noted: tuple[int, bytes] | None = None,
-    looked_at: Callable[[int, int], None] = lambda position, upto: None,
-) -> Verdict:
+    up_to: int | None = None,
+    expected_digest: tuple[int, bytes] | None = None,
+    on_progress: Callable[[int, int], None] = lambda position, upto: None,
+) -> VerificationResult:
     """Check the events behind `after` up to `upto`, or to what is the end now. Stops at the first that is wrong.
 
     `noted` is position and digest of an earlier check. `looked_at` is told after each page how far the check has come,
@@ -87,75 +87,84 @@ async def verify(
         ValueError: `noted` needs all events from the first to that position, and the range leaves some out.
         LedgerUnavailable: the database failed.
     """
-    if noted is not None and (after > 0 or (upto is not None and upto < noted[0])):
-        raise ValueError(f"what was noted stands for all events up to position {noted[0]}: they have to be looked at")
+    if expected_digest is not None and (after > 0 or (up_to is not None and up_to < expected_digest[0])):
+        raise ValueError(
+            f"what was noted stands for all events up to position {expected_digest[0]}: they have to be looked at"
+        )
     if (wrong := await _beyond_positions(log, after)) is not None:
-        return Verdict(0, 0, after, None, wrong)
+        return VerificationResult(0, 0, after, None, wrong)
     check = _Check(log)
-    readers = await log.read_positions()  # before the head, which only grows: a reader is never ahead of it
-    handed_out = await log.handed_out()
-    head = await log.head()
-    end = head if upto is None else min(upto, head)
+    readers = await log.list_reader_positions()  # before the head, which only grows: a reader is never ahead of it
+    handed_out = await log.last_reserved_position()
+    head = await log.head_position()
+    end = head if up_to is None else min(up_to, head)
     position, events, voided = after, 0, 0
-    digest = None if after else GENESIS
+    digest = None if after else GENESIS_HASH
     async with aclosing(_pages(log, after, end)) as pages:
         async for page in pages:
-            if isinstance(page, Wrong):
-                return Verdict(events, voided, position, digest, page)
+            if isinstance(page, IntegrityProblem):
+                return VerificationResult(events, voided, position, digest, page)
             await check.prepare(page)
-            exact = are_exact(page)
+            exact = are_canonical(page)
             for document, raw in page:
                 if (wrong := check.event(document, None if exact else raw)) is not None:
-                    return Verdict(events, voided, position, digest, wrong)
+                    return VerificationResult(events, voided, position, digest, wrong)
                 position, events = document["_id"], events + 1
                 voided += document["stream"] == VOID_STREAM
                 if digest is not None:
                     digest = hashlib.sha256(digest + document["hash"]).digest()
-                    if noted is not None and position == noted[0] and digest != noted[1]:
-                        wrong = Wrong(
+                    if expected_digest is not None and position == expected_digest[0] and digest != expected_digest[1]:
+                        wrong = IntegrityProblem(
                             position, "what stands up to here is not what was noted; each event fits the others"
                         )
-                        return Verdict(events, voided, position, digest, wrong)
-            looked_at(position, end)
-    if noted is not None and position < noted[0]:
-        wrong = Wrong(
-            noted[0], f"missing: the log ends at position {position}, and was noted to have reached {noted[0]}"
+                        return VerificationResult(events, voided, position, digest, wrong)
+            on_progress(position, end)
+    if expected_digest is not None and position < expected_digest[0]:
+        wrong = IntegrityProblem(
+            expected_digest[0],
+            f"missing: the log ends at position {position}, and was noted to have reached {expected_digest[0]}",
         )
-        return Verdict(events, voided, position, digest, wrong)
-    if upto is not None and upto <= head:
-        return Verdict(events, voided, position, digest, None)
+        return VerificationResult(events, voided, position, digest, wrong)
+    if up_to is not None and up_to <= head:
+        return VerificationResult(events, voided, position, digest, None)
     wrong = await _removed_end(log, readers)
-    return Verdict(events, voided, position, digest, wrong, handed_out if handed_out > head else 0)
+    return VerificationResult(events, voided, position, digest, wrong, handed_out if handed_out > head else 0)
 
 
-async def _removed_end(log: EventLog, readers: Mapping[str, Read]) -> Wrong | None:
+async def _removed_end(log: EventStore, readers: Mapping[str, ReadPosition]) -> IntegrityProblem | None:
     """Look for evidence of removed events: readers that had got further, or had read others than are there."""
     for reader, read in sorted(readers.items(), key=lambda it: it[1].position, reverse=True):
         try:
-            await log.require(read, reader)
+            await log.check_not_truncated(read, reader)
         except LogTruncated as truncated:
-            head = await log.head()
+            head = await log.head_position()
             if head < read.position:
-                return Wrong(head + 1, f"missing. {truncated}")
-            return Wrong(read.position, f"replaced. {truncated}")
+                return IntegrityProblem(head + 1, f"missing. {truncated}")
+            return IntegrityProblem(read.position, f"replaced. {truncated}")
     return None
 
 
-async def _beyond_positions(log: EventLog, after: int) -> Wrong | None:
+async def _beyond_positions(log: EventStore, after: int) -> IntegrityProblem | None:
     """Look for what a walk from position to position does not meet."""
-    if (stray := await log.stray()) is not None:
-        return Wrong(after, f"there is an event at {stray['_id']!r}, which is no position")
-    if not await log.versions_are_unique() and await log.head():  # before the first event, nobody has made the index
-        return Wrong(after, "the unique index on (stream, version) is missing: versions may stand there twice")
+    if (stray := await log.find_invalid_position()) is not None:
+        return IntegrityProblem(after, f"there is an event at {stray['_id']!r}, which is no position")
+    if (
+        not await log.has_unique_version_index() and await log.head_position()
+    ):  # before the first event, nobody has made the index
+        return IntegrityProblem(
+            after, "the unique index on (stream, version) is missing: versions may stand there twice"
+        )
     return None
 
 
-async def _pages(log: EventLog, after: int, end: int) -> AsyncGenerator[Sequence[StoredDocument] | Wrong, None]:
+async def _pages(
+    log: EventStore, after: int, end: int
+) -> AsyncGenerator[Sequence[StoredDocument] | IntegrityProblem, None]:
     """Yield dense pages. A hole that does not close is what is wrong: a writer may be slow, but not for ever.
 
     The next page is fetched while the caller checks this one.
     """
-    looks, fetching = 0, asyncio.ensure_future(log.stored(after=after, limit=1000))
+    looks, fetching = 0, asyncio.ensure_future(log.read_documents(after=after, limit=1000))
     try:
         while after < end:
             page = await fetching
@@ -164,7 +173,7 @@ async def _pages(log: EventLog, after: int, end: int) -> AsyncGenerator[Sequence
             if dense:
                 after, looks = dense[-1][0]["_id"], 0
             elif looks == _LOOKS_AT_A_HOLE:
-                yield Wrong(
+                yield IntegrityProblem(
                     after + 1,
                     "missing. It was removed; or its writer died, and no reader has been there since to fill the place "
                     "(then it is right once a projector or subscriber has run)",
@@ -172,9 +181,9 @@ async def _pages(log: EventLog, after: int, end: int) -> AsyncGenerator[Sequence
                 return
             else:
                 looks += 1
-                await asyncio.sleep(log.patience_seconds / 2)
+                await asyncio.sleep(log.gap_timeout_seconds / 2)
             if after < end:
-                fetching = asyncio.ensure_future(log.stored(after=after, limit=1000))
+                fetching = asyncio.ensure_future(log.read_documents(after=after, limit=1000))
                 await asyncio.sleep(0)  # now the database has been asked
             if dense:
                 yield dense
@@ -191,9 +200,9 @@ async def _abandon(task: asyncio.Future[Any]) -> None:
 class _Check:
     """What has to be remembered: the ends of the streams met last. Others are looked up when they go on."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventStore) -> None:
         self._log = log
-        self._heads: OrderedDict[str, Head] = OrderedDict()
+        self._heads: OrderedDict[str, StreamHead] = OrderedDict()
 
     async def prepare(self, page: Sequence[StoredDocument]) -> None:
         """Forget what is too much, and look up the ends of streams that go on in this page and are not remembered."""
@@ -206,18 +215,18 @@ class _Check:
                 continue  # as `event` will find out
             if version > 1 and stream != VOID_STREAM and stream not in self._heads:
                 wanted.setdefault(stream, version - 1)
-        for stream, there in (await self._log.ends(wanted)).items():
+        for stream, there in (await self._log.find_events_at(wanted)).items():
             # Only what stands before: an end that comes later in the log is no end yet.
             if there["_id"] < page[0][0]["_id"]:
-                self._heads[stream] = Head(there["version"], there["_id"], there.get("hash", b""))
+                self._heads[stream] = StreamHead(there["version"], there["_id"], there.get("hash", b""))
 
-    def event(self, document: Document, raw: bytes | None) -> Wrong | None:
+    def event(self, document: Document, raw: bytes | None) -> IntegrityProblem | None:
         """Return what is wrong with the next event, and remember it as the end of its stream."""
-        data = plain_text(document.get("data"))
-        if (what := deviation(document, raw, data)) is not None:
+        data = try_canonical_json(document.get("data"))
+        if (what := find_deviation(document, raw, data)) is not None:
             return _wrong(document, what)
         try:
-            right = hashlib.sha256(chained_text(document, data)).digest() == document["hash"]
+            right = hashlib.sha256(hash_input(document, data)).digest() == document["hash"]
         except InvalidEvent as error:
             return _wrong(document, f"cannot be hashed: {error}")
         if not right:
@@ -229,11 +238,11 @@ class _Check:
     def _unchained(self, document: Document) -> str | None:
         stream, version, previous = document["stream"], document["version"], document["prev"]
         if stream == VOID_STREAM or document["type"] == PositionVoided.__name__:
-            void: tuple[Any, ...] = (VOID_STREAM, document["_id"], PositionVoided.__name__, {}, GENESIS)
+            void: tuple[Any, ...] = (VOID_STREAM, document["_id"], PositionVoided.__name__, {}, GENESIS_HASH)
             is_one = (stream, version, document["type"], document["data"], previous) == void
             return None if is_one else "is neither an event nor a voided position"
-        before = self._heads.pop(stream, Head())
-        self._heads[stream] = Head(version, document["_id"], document["hash"])
+        before = self._heads.pop(stream, StreamHead())
+        self._heads[stream] = StreamHead(version, document["_id"], document["hash"])
         if version != before.version + 1:
             there = f"version {before.version}" if before.version else "nothing"
             return f"in its stream, {there} stands before it: version {version - 1} is missing, or in the wrong place"
@@ -242,9 +251,9 @@ class _Check:
         return None
 
 
-def _wrong(document: Mapping[str, Any], what: str) -> Wrong:
+def _wrong(document: Mapping[str, Any], what: str) -> IntegrityProblem:
     stream, version = document.get("stream"), document.get("version")
-    return Wrong(
+    return IntegrityProblem(
         int(document["_id"]),
         what,
         stream if isinstance(stream, str) else None,

@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
-Work = Generator[None, None, T]
+CooperativeWork = Generator[None, None, T]
 """Blocking work that yields after each piece, and returns its result."""
 
 
-async def in_turns(work: Work[T], threads: ThreadPoolExecutor) -> T:
+async def run_cooperatively(work: CooperativeWork[T], threads: ThreadPoolExecutor) -> T:
     """Do the work piece by piece. After each piece its thread is free for others.
 
     If the caller is cancelled, the work ends behind the current piece and is closed. The caller does not wait for that.
@@ -29,14 +29,14 @@ async def in_turns(work: Work[T], threads: ThreadPoolExecutor) -> T:
             return result[0]
 
 
-def at_once(work: Work[T]) -> T:
+def run_to_completion(work: CooperativeWork[T]) -> T:
     """Do the work in this thread, without a break."""
     while (result := _next_piece(work)) is None:
         pass
     return result[0]
 
 
-def _next_piece(work: Work[T]) -> tuple[T] | None:
+def _next_piece(work: CooperativeWork[T]) -> tuple[T] | None:
     """Do the next piece; return the result in a tuple if it was the last one."""
     try:
         next(work)
@@ -45,6 +45,6 @@ def _next_piece(work: Work[T]) -> tuple[T] | None:
     return None
 
 
-def _close(work: Work[T], threads: ThreadPoolExecutor) -> None:
+def _close(work: CooperativeWork[T], threads: ThreadPoolExecutor) -> None:
     with suppress(RuntimeError):  # this process ends
         threads.submit(work.close)

@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 
 MIB: Final = 2**20
-LOOK_EVERY_SECONDS: Final = 2.0
+CHECK_INTERVAL_SECONDS: Final = 2.0
 _RESUME_FACTOR: Final = 1.25
 """Work is accepted again only with this much more than the reserve: a disk at its edge would alternate otherwise."""
 _REASONS: Final = {
@@ -38,7 +38,7 @@ class DiskProblem:
 
     directory: Path
     reason: str
-    lacks_space: bool
+    is_out_of_space: bool
 
     def __str__(self) -> str:
         return f"{self.directory}: {self.reason}"
@@ -56,7 +56,7 @@ def free_bytes(directory: Path) -> int:
     return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
 
 
-def nearest_directory(path: Path) -> Path:
+def nearest_existing_directory(path: Path) -> Path:
     """Return the directory, or the nearest one above it that exists: it will be on the same disk."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
@@ -64,7 +64,7 @@ def nearest_directory(path: Path) -> Path:
     return path
 
 
-def space_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
+def find_space_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
     """Return the problem if less than `needed_bytes` are free in a directory."""
     try:
         free = free_bytes(directory)
@@ -73,12 +73,12 @@ def space_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
     if free >= needed_bytes:
         return None
     reason = f"no space is left: {free / MIB:.0f} MiB are free, {needed_bytes / MIB:.0f} MiB are needed"
-    return DiskProblem(directory, reason, lacks_space=True)
+    return DiskProblem(directory, reason, is_out_of_space=True)
 
 
-def write_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
+def find_write_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
     """Return why a directory cannot be written, after trying it, or None if it can."""
-    if (problem := space_problem(directory, needed_bytes)) is not None:
+    if (problem := find_space_problem(directory, needed_bytes)) is not None:
         return problem
     try:
         with tempfile.TemporaryFile(dir=directory) as trial:
@@ -93,10 +93,10 @@ def write_problem(directory: Path, needed_bytes: int) -> DiskProblem | None:
 def _problem(directory: Path, error: OSError) -> DiskProblem:
     number = error.errno or 0
     reason = _REASONS.get(number, os.strerror(number))
-    return DiskProblem(directory, reason, lacks_space=number in (errno.ENOSPC, errno.EDQUOT))
+    return DiskProblem(directory, reason, is_out_of_space=number in (errno.ENOSPC, errno.EDQUOT))
 
 
-class StorageWatch:
+class DiskSpaceMonitor:
     """Watches the disks that a process's work fills. While one is nearly full, new work should be refused."""
 
     def __init__(self, directories: Mapping[str, Path], reserve_bytes: int) -> None:
@@ -109,10 +109,10 @@ class StorageWatch:
     async def run(self) -> None:
         """Look at the disks until cancelled. In a thread: a network share that hangs must not stop the event loop."""
         while self._reserve and self._directories:
-            await self.look()
-            await asyncio.sleep(LOOK_EVERY_SECONDS)
+            await self.check()
+            await asyncio.sleep(CHECK_INTERVAL_SECONDS)
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Look at the disks once, and log when something has changed."""
         problems = await asyncio.to_thread(self._problems)
         if bool(problems) == (self.problem is not None):
@@ -127,5 +127,5 @@ class StorageWatch:
 
     def _problems(self) -> list[tuple[str, DiskProblem]]:
         needed = int(self._reserve * (_RESUME_FACTOR if self.problem is not None else 1))
-        found = [(name, space_problem(directory, needed)) for name, directory in self._directories.items()]
-        return [(name, problem) for name, problem in found if problem is not None and problem.lacks_space]
+        found = [(name, find_space_problem(directory, needed)) for name, directory in self._directories.items()]
+        return [(name, problem) for name, problem in found if problem is not None and problem.is_out_of_space]

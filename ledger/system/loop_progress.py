@@ -32,13 +32,13 @@ class LoopProgress:
         self._ticks += 1
         self._timer = self._loop.call_later(self._seconds, self._tick)
 
-    def look(self) -> int:
+    def count_missed(self) -> int:
         """Return how many looks in a row, this one included, have found no tick since the look before."""
         self._missed = self._missed + 1 if self._ticks == self._seen else 0
         self._seen = self._ticks
         return self._missed
 
-    def stack(self) -> str:
+    def format_stack(self) -> str:
         """Return what the loop's thread is doing: the name of its task, and its stack."""
         task = asyncio.current_task(self._loop)
         frame = sys._current_frames().get(self._thread_id)

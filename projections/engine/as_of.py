@@ -15,75 +15,75 @@ from typing import Any, Final
 from jobledger.ledger.domain import batch as batch_rules
 from jobledger.ledger.domain import job as job_rules
 from jobledger.ledger.domain.events import (
-    ENDED,
+    TERMINAL_STATUSES,
     BatchSubmitted,
     JobArchived,
     JobClaimed,
     JobLogged,
     JobProgressed,
     JobUnarchived,
-    Recorded,
+    RecordedEvent,
     StepCompleted,
 )
 from jobledger.ledger.domain.job import Job
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.event_store import EventStore
 
-_ALONG_THE_WAY: Final = frozenset(
+_IGNORED_EVENTS: Final = frozenset(
     event.__name__ for event in (JobProgressed, JobLogged, StepCompleted, JobArchived, JobUnarchived)
 )
-Then = int | datetime
+PointInTime = int | datetime
 """A position of the log, or a moment."""
 
 
 @dataclass(slots=True)
-class BatchThen:
+class BatchState:
     """How a batch stood."""
 
-    asked: BatchSubmitted
+    submission: BatchSubmitted
     status: str = "processing"
     paused: bool = False
-    jobs: Counter[str] = field(default_factory=Counter)
+    job_counts: Counter[str] = field(default_factory=Counter)
 
-    def told(self, batch_id: str) -> dict[str, Any]:
+    def to_dict(self, batch_id: str) -> dict[str, Any]:
         """Return it for programs."""
         return {
             "batch_id": batch_id,
-            "batch_name": self.asked.batch_name,
+            "batch_name": self.submission.batch_name,
             "status": self.status,
             "paused": self.paused,
-            "total": self.asked.total_jobs,
-            "jobs": +self.jobs,
+            "total": self.submission.total_jobs,
+            "jobs": +self.job_counts,
         }
 
 
 @dataclass(slots=True)
-class Open:
+class OpenJob:
     """A job that had not ended: what the rules know of it, when it was submitted, and since when it is as it is."""
 
     job: Job
-    submitted: datetime
-    since: datetime
+    submitted_at: datetime
+    status_since: datetime
 
 
-class Lookback:
+class HistoricalState:
     """Takes in the log, event by event, and says how everything stands then."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventStore) -> None:
         self._log = log
         self.position = 0
         self.time: datetime | None = None
-        self.open: dict[str, Open] = {}
-        self.jobs: Counter[str] = Counter()
-        self.batches: dict[str, BatchThen] = {}
-        self.changed: dict[str, list[str | None]] = {}
+        self.open_jobs: dict[str, OpenJob] = {}
+        self.job_counts: Counter[str] = Counter()
+        self.batches: dict[str, BatchState] = {}
+        self.status_changes: dict[str, list[str | None]] = {}
         """Status before and now of the jobs that got another since `watch_changes`; None is: not there."""
         self._watching = False
 
-    def watch_changes(self) -> None:
+    def track_changes(self) -> None:
         """From now on, keep which jobs change their status."""
         self._watching = True
 
-    async def take(self, event: Recorded) -> None:
+    async def apply(self, event: RecordedEvent) -> None:
         """Take in the next event.
 
         Raises:
@@ -94,46 +94,46 @@ class Lookback:
         kind = event.stream.partition("-")[0]
         if kind == "batch":
             self._batch(event)
-        elif kind == "job" and event.type not in _ALONG_THE_WAY:
+        elif kind == "job" and event.type not in _IGNORED_EVENTS:
             await self._job(event)
 
-    def _batch(self, event: Recorded) -> None:
+    def _batch(self, event: RecordedEvent) -> None:
         happened: Any = event.event
         if isinstance(happened, BatchSubmitted):
-            self.batches[event.stream] = BatchThen(happened)
+            self.batches[event.stream] = BatchState(happened)
             return
         known = self.batches.get(event.stream)
         if known is None:
             return
-        rules = batch_rules.Batch(known.asked, known.status, known.paused)  # type: ignore[arg-type]  # as it was read
+        rules = batch_rules.Batch(known.submission, known.status, known.paused)  # type: ignore[arg-type]  # as it was read
         after = batch_rules.evolve(rules, happened)
         known.status, known.paused = after.status, after.paused
         if after.deleted:
             del self.batches[event.stream]
 
-    async def _job(self, event: Recorded) -> None:
+    async def _job(self, event: RecordedEvent) -> None:
         happened: Any = event.event
-        known = self.open.get(event.stream)
-        before = known.job if known is not None else await self._ended_before(event)
+        known = self.open_jobs.get(event.stream)
+        before = known.job if known is not None else await self._load_finished_job(event)
         after = job_rules.evolve(before, happened)
         was, status = _status(before), _status(after)
         if was == status and not isinstance(happened, JobClaimed):
             if known is not None:
                 known.job = after
             return
-        batch = self.batches.get(after.asked.batch_id or "")
-        for counter in (self.jobs, batch.jobs if batch is not None else Counter[str]()):
+        batch = self.batches.get(after.spec.batch_id or "")
+        for counter in (self.job_counts, batch.job_counts if batch is not None else Counter[str]()):
             counter.subtract([was] if was else [])
             counter.update([status] if status else [])
-        if status is None or status in ENDED:
-            self.open.pop(event.stream, None)
+        if status is None or status in TERMINAL_STATUSES:
+            self.open_jobs.pop(event.stream, None)
         else:
-            submitted = known.submitted if known is not None else event.time
-            self.open[event.stream] = Open(after, submitted, event.time)
+            submitted = known.submitted_at if known is not None else event.time
+            self.open_jobs[event.stream] = OpenJob(after, submitted, event.time)
         if self._watching and was != status:
-            self.changed.setdefault(event.stream, [was, None])[1] = status
+            self.status_changes.setdefault(event.stream, [was, None])[1] = status
 
-    async def _ended_before(self, event: Recorded) -> Job | None:
+    async def _load_finished_job(self, event: RecordedEvent) -> Job | None:
         """Return what the rules know of a job that is not open: read from its stream."""
         job: Job | None = None
         if event.version > 1:
@@ -143,28 +143,30 @@ class Lookback:
                 job = job_rules.evolve(job, earlier.event)  # type: ignore[arg-type]  # streams hold events of one kind
         return job
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return how everything stands, for programs."""
-        waiting = [it for it in self.open.values() if it.job.status == "pending"]
-        running = {job_id: it for job_id, it in self.open.items() if it.job.status == "processing"}
+        waiting = [it for it in self.open_jobs.values() if it.job.status == "pending"]
+        running = {job_id: it for job_id, it in self.open_jobs.items() if it.job.status == "processing"}
         return {
             "position": self.position,
             "time": self.time,
-            "jobs": {name: self.jobs[name] for name in ("pending", "processing", "completed", "failed", "cancelled")},
-            "oldest_waiting": min((it.submitted for it in waiting), default=None),
+            "jobs": {
+                name: self.job_counts[name] for name in ("pending", "processing", "completed", "failed", "cancelled")
+            },
+            "oldest_waiting": min((it.submitted_at for it in waiting), default=None),
             "running": [
                 {
                     "job_id": job_id,
-                    "job_type": it.job.asked.job_type,
-                    "job_name": it.job.asked.job_name,
-                    "batch_id": it.job.asked.batch_id,
+                    "job_type": it.job.spec.job_type,
+                    "job_name": it.job.spec.job_name,
+                    "batch_id": it.job.spec.batch_id,
                     "worker_id": it.job.worker_id,
                     "attempt": it.job.attempt,
-                    "since": it.since,
+                    "since": it.status_since,
                 }
-                for job_id, it in sorted(running.items(), key=lambda item: item[1].since)
+                for job_id, it in sorted(running.items(), key=lambda item: item[1].status_since)
             ],
-            "batches": [batch.told(batch_id) for batch_id, batch in self.batches.items()],
+            "batches": [batch.to_dict(batch_id) for batch_id, batch in self.batches.items()],
         }
 
 
@@ -172,12 +174,12 @@ def _status(job: Job | None) -> str | None:
     return None if job is None or job.deleted else job.status
 
 
-async def look_back(
-    log: EventLog,
-    then: Then,
+async def load_state_as_of(
+    log: EventStore,
+    as_of: PointInTime,
     *,
-    until: Then | None = None,
-    told: Callable[[int, int], None] = lambda position, upto: None,
+    until: PointInTime | None = None,
+    on_progress: Callable[[int, int], None] = lambda position, upto: None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, list[str | None]]]:
     """Return how everything stood at one instant and, if asked for, at a later one, and which jobs changed between.
 
@@ -186,27 +188,27 @@ async def look_back(
     Raises:
         LedgerUnavailable, UnreadableEvent: as `Lookback.take`.
     """
-    seen = Lookback(log)
-    head = await log.head()
-    async for event in _events(log, then, after=0):
-        await seen.take(event)
+    seen = HistoricalState(log)
+    head = await log.head_position()
+    async for event in _events(log, as_of, after=0):
+        await seen.apply(event)
         if event.position % 1000 == 0:
-            told(event.position, head)
-    first = seen.told()
+            on_progress(event.position, head)
+    first = seen.to_dict()
     if until is None:
         return first, None, {}
-    seen.watch_changes()
+    seen.track_changes()
     async for event in _events(log, until, after=seen.position):
-        await seen.take(event)
+        await seen.apply(event)
         if event.position % 1000 == 0:
-            told(event.position, head)
-    changed = {job_id: change for job_id, change in seen.changed.items() if change[0] != change[1]}
-    return first, seen.told(), changed
+            on_progress(event.position, head)
+    changed = {job_id: change for job_id, change in seen.status_changes.items() if change[0] != change[1]}
+    return first, seen.to_dict(), changed
 
 
-async def _events(log: EventLog, then: Then, *, after: int) -> AsyncIterator[Recorded]:
+async def _events(log: EventStore, then: PointInTime, *, after: int) -> AsyncIterator[RecordedEvent]:
     """Yield the events up to a position, or before the first that is later than a moment by its writer's clock."""
-    while page := await log.read(after=after, limit=5000, bare=True):
+    while page := await log.read(after=after, limit=5000, without_metadata=True):
         for event in page:
             if (event.position if isinstance(then, int) else event.time) > then:  # type: ignore[operator]  # alike
                 return

@@ -9,9 +9,9 @@ from typing import Any, Final
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.mongo.connection import MAJORITY, Database
-from jobledger.projections.engine.slots import Sides, Views
+from jobledger.projections.engine.slots import Views, ViewSlots
 
-VIEWS: Final = "views"
+VIEWS_CHECKPOINT_ID: Final = "views"
 
 
 class Checkpoint:
@@ -24,54 +24,54 @@ class Checkpoint:
 
     def __init__(self, db: Database) -> None:
         self._checkpoints = db.get_collection("checkpoints", read_concern=MAJORITY)
-        self._moved = asyncio.Event()
-        self._watchers: list[Callable[[], None]] = []
+        self._changed = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
         self.position = 0
         self.version: int | None = None
         self.views = Views(db)
 
-    def on_move(self, watcher: Callable[[], None]) -> None:
+    def add_listener(self, listener: Callable[[], None]) -> None:
         """Have `watcher` called whenever the views have got further. It must not block."""
-        self._watchers.append(watcher)
+        self._listeners.append(listener)
 
-    async def reached(self, position: int) -> None:
+    async def wait_for_position(self, position: int) -> None:
         """Return once the views contain every event up to `position`. Give up with `asyncio.timeout`."""
         while self.position < position:
-            await self._moved.wait()
+            await self._changed.wait()
 
-    async def version_known(self) -> int:
+    async def wait_for_version(self) -> int:
         """Return which version of this program's folds made the live views, 0 if that was long ago."""
         while self.version is None:
-            await self._moved.wait()
+            await self._changed.wait()
         return self.version
 
-    async def version_other_than(self, version: int) -> None:
+    async def wait_for_version_change(self, version: int) -> None:
         """Return once the live views are of another version."""
         while self.version in (None, version):
-            await self._moved.wait()
+            await self._changed.wait()
 
-    async def sides_other_than(self, sides: Sides) -> None:
+    async def wait_for_slot_change(self, sides: ViewSlots) -> None:
         """Return once others are live: somebody has made views anew."""
-        while self.views.sides == sides:
-            await self._moved.wait()
+        while self.views.slots == sides:
+            await self._changed.wait()
 
     async def resync(self, session: AsyncClientSession) -> None:
-        document = await self._checkpoints.find_one({"_id": VIEWS}, session=session)
-        self._take({"position": 0, "version": 0, **(document or {})})
+        document = await self._checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}, session=session)
+        self._update({"position": 0, "version": 0, **(document or {})})
 
-    def changed(self, change: Mapping[str, Any]) -> None:
-        if change["documentKey"]["_id"] != VIEWS:
+    def on_change(self, change: Mapping[str, Any]) -> None:
+        if change["documentKey"]["_id"] != VIEWS_CHECKPOINT_ID:
             return
         document = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
-        self._take(document)
+        self._update(document)
 
-    def _take(self, document: Mapping[str, Any]) -> None:
+    def _update(self, document: Mapping[str, Any]) -> None:
         if "sides" in document:
-            self.views.sides = document["sides"]
+            self.views.slots = document["sides"]
         if "version" in document:
             self.version = document["version"]
         self.position = document.get("position", self.position)
-        self._moved.set()
-        self._moved = asyncio.Event()
-        for watcher in self._watchers:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        for watcher in self._listeners:
             watcher()

@@ -12,7 +12,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 
-from jobledger.ledger.mongo.connection import TOLERANT, Document
+from jobledger.ledger.mongo.connection import LENIENT_CODEC, Document
 
 _RAW: Final = CodecOptions(document_class=RawBSONDocument)
 _AT_ONCE: Final = 1000
@@ -24,13 +24,13 @@ class Difference:
 
     view: str
     key: str
-    live: Document | None
-    fresh: Document | None
+    actual: Document | None
+    expected: Document | None
 
     @property
     def fields(self) -> list[str]:
         """The names of the fields in which they differ."""
-        live, fresh = self.live or {}, self.fresh or {}
+        live, fresh = self.actual or {}, self.expected or {}
         return sorted(
             name
             for name in live.keys() | fresh.keys()
@@ -38,24 +38,26 @@ class Difference:
         )
 
     def __str__(self) -> str:
-        if self.live is None:
+        if self.actual is None:
             return f"{self.view}: {self.key} is missing"
-        if self.fresh is None:
+        if self.expected is None:
             return f"{self.view}: {self.key} should not be there"
-        told = [f"{name} is {_short(self.live, name)} and should be {_short(self.fresh, name)}" for name in self.fields]
+        told = [
+            f"{name} is {_short(self.actual, name)} and should be {_short(self.expected, name)}" for name in self.fields
+        ]
         return f"{self.view}: {self.key}: {'; '.join(told)}"
 
 
-async def differences(
-    view: str, live: AsyncCollection[Document], fresh: AsyncCollection[Document], session: AsyncClientSession
+async def find_differences(
+    view: str, actual: AsyncCollection[Document], expected: AsyncCollection[Document], session: AsyncClientSession
 ) -> AsyncIterator[Difference]:
     """Yield what differs, in the order of the keys, in bounded memory. `live` is read with `session`, `fresh` as it is.
 
     Raises:
         PyMongoError: the database failed.
     """
-    ours = live.with_options(codec_options=_RAW).find({}, sort=[("_id", 1)], batch_size=_AT_ONCE, session=session)
-    theirs = fresh.with_options(codec_options=_RAW).find({}, sort=[("_id", 1)], batch_size=_AT_ONCE)
+    ours = actual.with_options(codec_options=_RAW).find({}, sort=[("_id", 1)], batch_size=_AT_ONCE, session=session)
+    theirs = expected.with_options(codec_options=_RAW).find({}, sort=[("_id", 1)], batch_size=_AT_ONCE)
     async with ours, theirs:
         one, other = await anext(ours, None), await anext(theirs, None)
         while one is not None or other is not None:
@@ -76,7 +78,7 @@ async def differences(
 
 
 def _decoded(document: RawBSONDocument) -> Document:
-    return bson.decode(document.raw, codec_options=TOLERANT)
+    return bson.decode(document.raw, codec_options=LENIENT_CODEC)
 
 
 def _same(one: Any, other: Any) -> bool:

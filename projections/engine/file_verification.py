@@ -9,8 +9,8 @@ from typing import Final, NamedTuple
 from pymongo import ASCENDING
 
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
-from jobledger.ledger.files.directory import FileStore, Stored
-from jobledger.ledger.mongo.connection import driver_errors
+from jobledger.ledger.files.directory import FileStore, StoredFile
+from jobledger.ledger.mongo.connection import translate_errors
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views.files import NAME
 
@@ -23,11 +23,11 @@ class FileProblem(NamedTuple):
 
     path: str
     sha256: str
-    what: str
+    message: str
 
 
 @dataclass(slots=True)
-class FilesVerdict:
+class FileVerificationResult:
     """Number of files on record and those with problems; the first hundred of these are in `problems`.
 
     `orphans` are files in the store that no result names: of jobs that were deleted, are running, or never ended.
@@ -41,14 +41,14 @@ class FilesVerdict:
     problems: list[FileProblem] = field(default_factory=list)
 
     @property
-    def is_right(self) -> bool:
+    def is_ok(self) -> bool:
         """Whether every file on record is there as it was stored."""
         return not self.missing and not self.changed
 
 
 async def verify_files(
-    views: Views, store: FileStore, *, told: Callable[[int, int], None] = lambda done, whole: None
-) -> FilesVerdict:
+    views: Views, store: FileStore, *, on_progress: Callable[[int, int], None] = lambda done, whole: None
+) -> FileVerificationResult:
     """Read every file that the view `files` names and compare its content with the digest on record.
 
     Both sides come sorted by digest and are merged, so that neither has to be in memory.
@@ -56,10 +56,10 @@ async def verify_files(
     Raises:
         LedgerUnavailable: The database failed.
     """
-    verdict = FilesVerdict()
-    with driver_errors("counting the files"):
+    verdict = FileVerificationResult()
+    with translate_errors("counting the files"):
         whole = await views[NAME].estimated_document_count()
-    stored = store.stored()
+    stored = store.list_files()
     present = await anext(stored, None)
     async for path, sha256, size in _on_record(views):
         while present is not None and present.sha256 < sha256:
@@ -69,7 +69,7 @@ async def verify_files(
         await _verify_one(verdict, store, path, sha256, size)
         if present is not None and present.sha256 == sha256:
             present = await anext(stored, None)
-        told(verdict.files, max(whole, verdict.files))
+        on_progress(verdict.files, max(whole, verdict.files))
     while present is not None:
         _count_orphan(verdict, present)
         present = await anext(stored, None)
@@ -83,7 +83,7 @@ async def _on_record(views: Views) -> AsyncIterator[tuple[str, str, int]]:
     """
     after = ""
     while True:
-        with driver_errors("reading the files on record"):
+        with translate_errors("reading the files on record"):
             query = {"sha256": {"$gt": after}}
             found = views[NAME].find(
                 query, {"sha256": 1, "path": 1, "size": 1}, sort=[("sha256", ASCENDING)], limit=_ROWS_AT_ONCE
@@ -97,7 +97,7 @@ async def _on_record(views: Views) -> AsyncIterator[tuple[str, str, int]]:
             return
 
 
-async def _verify_one(verdict: FilesVerdict, store: FileStore, path: str, sha256: str, size: int) -> None:
+async def _verify_one(verdict: FileVerificationResult, store: FileStore, path: str, sha256: str, size: int) -> None:
     try:
         await store.verify(sha256, size)
     except FileDamaged as error:
@@ -112,6 +112,6 @@ async def _verify_one(verdict: FilesVerdict, store: FileStore, path: str, sha256
         verdict.problems.append(FileProblem(path, sha256, what))
 
 
-def _count_orphan(verdict: FilesVerdict, stored: Stored) -> None:
+def _count_orphan(verdict: FileVerificationResult, stored: StoredFile) -> None:
     verdict.orphans += 1
     verdict.orphan_bytes += stored.size

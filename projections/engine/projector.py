@@ -16,39 +16,39 @@ from typing import Any, Final
 import structlog
 
 from jobledger.ledger.domain.errors import (
-    CommandRefused,
+    CommandRejected,
     JobledgerError,
     LedgerBusy,
     LedgerUnavailable,
     LogTruncated,
     UnreadableEvent,
 )
-from jobledger.ledger.domain.events import Meta, Recorded
-from jobledger.ledger.mongo.connection import Connection, Database, Document, driver_errors
-from jobledger.ledger.mongo.leader_election import Deposed, Leadership
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.command_handler import handle
-from jobledger.ledger.store.event_store import EventLog, Read, Subscription
+from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
+from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
+from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLost
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.command_handler import handle_command
+from jobledger.ledger.store.event_store import EventStore, ReadPosition, Subscription
 from jobledger.projections.engine import health
-from jobledger.projections.engine.checkpoint import VIEWS, Checkpoint
-from jobledger.projections.engine.rebuild import REBUILD, Rebuild
+from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint
+from jobledger.projections.engine.rebuild import REBUILD_CHECKPOINT_ID, Rebuild
 from jobledger.projections.engine.slots import Views
-from jobledger.projections.engine.writer import ALL, VERSION, Folder
+from jobledger.projections.engine.writer import ALL_VIEWS, PROJECTION_VERSION, ProjectionWriter
 from jobledger.projections.views import batches
 
 _log = structlog.get_logger()
 CHUNK_EVENTS: Final = 1000
-STANDS_STILL_SECONDS: Final = 10.0
+STALL_RETRY_SECONDS: Final = 10.0
 """For so long a projector that cannot read an event leaves the lead to others, before it looks again."""
-READERS_PATIENCE_SECONDS: Final = 60.0
+SHADOW_RETENTION_SECONDS: Final = 60.0
 """For so long what was read before a rebuild is left alone: a request may still be at it."""
 
 
-class OtherVersion(Exception):
+class ViewVersionMismatch(Exception):
     """The live views were made by another version of this program."""
 
 
-async def _nothing() -> None:
+async def _no_leader_task() -> None:
     """Do nothing beside the projector."""
 
 
@@ -58,102 +58,104 @@ class Projector:
     def __init__(
         self,
         db: Database,
-        log: EventLog,
+        log: EventStore,
         connection: Connection,
         checkpoint: Checkpoint,
         *,
         holder: str,
         lease_seconds: float = 10.0,
-        beside: Callable[[], Coroutine[Any, Any, None]] = _nothing,
+        leader_task: Callable[[], Coroutine[Any, Any, None]] = _no_leader_task,
     ) -> None:
-        self._beside = beside
+        self._leader_task = leader_task
         """Runs while this process leads: what only one process should do, and needs no lease of its own."""
         self._db = db
         self._log = log
         self._checkpoint = checkpoint
-        self._leadership = Leadership(connection, "projector", holder=holder, lease_seconds=lease_seconds)
+        self._leadership = LeaderElection(connection, "projector", holder=holder, lease_seconds=lease_seconds)
         self._rebuild = Rebuild(db, log, connection, holder=holder, lease_seconds=lease_seconds)
 
-    def listen(self, changes: Changes) -> None:
+    def register_listeners(self, change_stream: ChangeStream) -> None:
         """Hear of what concerns the projector. Call before the change stream runs, if `run` is to be called."""
-        changes.listen(self._leadership)
-        changes.listen(self._rebuild.leadership)
+        change_stream.add_listener(self._leadership)
+        change_stream.add_listener(self._rebuild.leader_election)
 
     async def prepare(self) -> None:
         """Create the live views' indexes and the checkpoint. Harmless when they exist."""
-        with driver_errors("preparing the views"):
-            made: Document = {"position": 0, "epoch": 0, "version": VERSION, "sides": {}}
-            await self._db.checkpoints.update_one({"_id": VIEWS}, {"$setOnInsert": made}, upsert=True)
-            found = await self._db.checkpoints.find_one({"_id": VIEWS})
+        with translate_errors("preparing the views"):
+            made: Document = {"position": 0, "epoch": 0, "version": PROJECTION_VERSION, "sides": {}}
+            await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$setOnInsert": made}, upsert=True)
+            found = await self._db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})
             views = Views(self._db, (found or made).get("sides"))
-            for view in ALL:
+            for view in ALL_VIEWS:
                 if view.INDEXES:
                     await views[view.NAME].create_indexes(list(view.INDEXES))
 
     async def run(self) -> None:
         """Stand by, lead, stand by …, until cancelled. Views of an older version are made anew behind the live ones."""
         while True:
-            version = await self._checkpoint.version_known()
-            if version > VERSION:
+            version = await self._checkpoint.wait_for_version()
+            if version > PROJECTION_VERSION:
                 _log.error(
                     "the views are of a newer version of this program: this one leaves them alone until they are not",
                     views=version,
-                    ours=VERSION,
+                    ours=PROJECTION_VERSION,
                 )
-                await self._checkpoint.version_other_than(version)
-            elif version < VERSION:
-                _log.warning("the views are of an older version: they are made anew", views=version, ours=VERSION)
-                await self._rebuild.run(only_older=True)
-                await self._checkpoint.version_other_than(version)
+                await self._checkpoint.wait_for_version_change(version)
+            elif version < PROJECTION_VERSION:
+                _log.warning(
+                    "the views are of an older version: they are made anew", views=version, ours=PROJECTION_VERSION
+                )
+                await self._rebuild.run(only_if_outdated=True)
+                await self._checkpoint.wait_for_version_change(version)
             else:
                 try:
-                    await self._leadership.run(self._fold_for_ever)
-                except OtherVersion:
-                    await self._checkpoint.version_other_than(version)
+                    await self._leadership.run(self._run_as_leader)
+                except ViewVersionMismatch:
+                    await self._checkpoint.wait_for_version_change(version)
                 except (UnreadableEvent, LogTruncated) as error:
-                    await self._stand_still(error)
+                    await self._wait_after_stall(error)
 
-    async def _fold_for_ever(self) -> None:
+    async def _run_as_leader(self) -> None:
         folder = await self._take_over()
-        self._log.may_lack_events = False
-        await self._log.require(folder.read, "the views")
-        _log.info("projector leads", position=folder.position, epoch=self._leadership.epoch)
-        tidying = asyncio.create_task(self._tidy(), name="tidy")
-        beside = asyncio.create_task(self._beside(), name="beside-projector")
+        self._log.may_have_lost_events = False
+        await self._log.check_not_truncated(folder.last_applied, "the views")
+        _log.info("projector leads", position=folder.position, epoch=self._leadership.fencing_token)
+        tidying = asyncio.create_task(self._clear_shadow_after_switch(), name="tidy")
+        beside = asyncio.create_task(self._leader_task(), name="beside-projector")
         try:
-            async with self._log.subscription(after=folder.position) as events:
+            async with self._log.subscribe(after=folder.position) as events:
                 due: dict[str, Document] = {}
-                head = await self._log.head()
+                head = await self._log.head_position()
                 while folder.position < head:
-                    await folder.fold(await self._next(events, folder))
-                await self._react(await batches.unsettled(folder.views))
+                    await folder.apply(await self._read_chunk(events, folder))
+                await self._append_follow_ups(await batches.find_unsettled(folder.views))
                 while True:
-                    chunk = await self._next(events, folder)
-                    due |= {batch["_id"]: batch for batch in await folder.fold(chunk)}
+                    chunk = await self._read_chunk(events, folder)
+                    due |= {batch["_id"]: batch for batch in await folder.apply(chunk)}
                     # While there is more, what the views say need not be so any more.
-                    if len(chunk) < CHUNK_EVENTS or await self._log.head() <= folder.position:
-                        await self._react(due.values())
+                    if len(chunk) < CHUNK_EVENTS or await self._log.head_position() <= folder.position:
+                        await self._append_follow_ups(due.values())
                         due.clear()
         finally:
             for task in (tidying, beside):
                 task.cancel()
             await asyncio.gather(tidying, beside, return_exceptions=True)
 
-    async def _next(self, events: Subscription, folder: Folder) -> list[Recorded]:
+    async def _read_chunk(self, events: Subscription, folder: ProjectionWriter) -> list[RecordedEvent]:
         """Return the next events.
 
         Raises:
             LogTruncated: Events that the views contain were removed meanwhile.
         """
         while True:
-            chunk = await events.chunk(CHUNK_EVENTS)
-            if not self._log.may_lack_events:
+            chunk = await events.next_chunk(CHUNK_EVENTS)
+            if not self._log.may_have_lost_events:
                 return chunk
-            self._log.may_lack_events = False
-            await self._log.require(folder.read, "the views")
-            events.go_back(folder.position)  # the chunk may have been read before its events were removed
+            self._log.may_have_lost_events = False
+            await self._log.check_not_truncated(folder.last_applied, "the views")
+            events.rewind(folder.position)  # the chunk may have been read before its events were removed
 
-    async def _stand_still(self, error: UnreadableEvent | LogTruncated) -> None:
+    async def _wait_after_stall(self, error: UnreadableEvent | LogTruncated) -> None:
         """Leave the lead to a projector of a later version, if there is one, and say why this one does not go on.
 
         An event of a later version must not be guessed at, nor be isolated: the next version folds it. Views that are
@@ -161,55 +163,61 @@ class Projector:
         """
         _log.error("the projector stands still", reason=str(error))
         with suppress(LedgerUnavailable):
-            await health.note(self._db, str(error))
-        await asyncio.sleep(STANDS_STILL_SECONDS)
+            await health.record_stall(self._db, str(error))
+        await asyncio.sleep(STALL_RETRY_SECONDS)
 
-    async def _take_over(self) -> Folder:
+    async def _take_over(self) -> ProjectionWriter:
         """Put this leader's epoch on the checkpoint, which fences its predecessors, and return who folds from there.
 
         Raises:
             Deposed: somebody else leads by now.
             OtherVersion: these views are not ours to fold.
         """
-        epoch = self._leadership.epoch
-        with driver_errors("taking over the views"):
+        epoch = self._leadership.fencing_token
+        with translate_errors("taking over the views"):
             found = await self._db.checkpoints.find_one_and_update(
-                {"_id": VIEWS, "epoch": {"$lt": epoch}}, {"$set": {"epoch": epoch}}
+                {"_id": VIEWS_CHECKPOINT_ID, "epoch": {"$lt": epoch}}, {"$set": {"epoch": epoch}}
             )
         if found is None:
-            raise Deposed
-        if found.get("version") != VERSION:
-            raise OtherVersion
+            raise LeadershipLost
+        if found.get("version") != PROJECTION_VERSION:
+            raise ViewVersionMismatch
         sides = found.get("sides")
         fence = {"epoch": epoch, "sides": sides}
-        return Folder(self._db, Views(self._db, sides), checkpoint=VIEWS, fence=fence, read=Read.of(found))
+        return ProjectionWriter(
+            self._db,
+            Views(self._db, sides),
+            checkpoint=VIEWS_CHECKPOINT_ID,
+            fence=fence,
+            read=ReadPosition.from_document(found),
+        )
 
-    async def _tidy(self) -> None:
+    async def _clear_shadow_after_switch(self) -> None:
         """Empty what was read before a rebuild, when nobody reads it any more; after the next one, again."""
         while True:
-            sides = self._checkpoint.views.sides
+            sides = self._checkpoint.views.slots
             try:
-                with driver_errors("looking for what a rebuild has left"):
-                    note = await self._db.checkpoints.find_one({"_id": REBUILD}) or {}
+                with translate_errors("looking for what a rebuild has left"):
+                    note = await self._db.checkpoints.find_one({"_id": REBUILD_CHECKPOINT_ID}) or {}
                 if (done_at := note.get("done_at")) is not None:
                     waited = (self._log.clock.estimate() - done_at).total_seconds()
-                    await asyncio.sleep(max(0.0, READERS_PATIENCE_SECONDS - waited))
-                    await self._rebuild.tidy(done_at)
+                    await asyncio.sleep(max(0.0, SHADOW_RETENTION_SECONDS - waited))
+                    await self._rebuild.clear_shadow(done_at)
             except LedgerUnavailable as error:
                 _log.warning("what a rebuild has left stays for now", error=str(error))
-                await asyncio.sleep(READERS_PATIENCE_SECONDS)
+                await asyncio.sleep(SHADOW_RETENTION_SECONDS)
                 continue
-            await self._checkpoint.sides_other_than(sides)
+            await self._checkpoint.wait_for_slot_change(sides)
 
-    async def _react(self, changed: Iterable[Document]) -> None:
+    async def _append_follow_ups(self, changed: Iterable[Document]) -> None:
         """Record what the counts say about batches: that one has ended, or goes on again."""
         for batch in changed:
             batch_id = batch["batch_id"]
             try:
-                if (command := batches.reaction(batch)) is None:
+                if (command := batches.follow_up_command(batch)) is None:
                     continue
-                await handle(self._log, batch_id, command, meta=Meta("system", batch_id))
-            except CommandRefused as refused:
+                await handle_command(self._log, batch_id, command, meta=EventMetadata("system", batch_id))
+            except CommandRejected as refused:
                 _log.info("batch left as it is", batch_id=batch_id, reason=str(refused))
             except (LedgerUnavailable, LedgerBusy):
                 raise

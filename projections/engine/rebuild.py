@@ -24,36 +24,36 @@ from jobledger.ledger.domain.errors import (
     JobledgerError,
     LedgerUnavailable,
     LogTruncated,
-    NewerEvent,
+    UnsupportedEvent,
 )
-from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import (
     SNAPSHOT_TOO_OLD,
     Connection,
     Database,
     Document,
-    code_behind,
-    driver_errors,
+    server_error_code,
+    translate_errors,
 )
-from jobledger.ledger.mongo.leader_election import Deposed, Leadership
-from jobledger.ledger.mongo.transactions import transaction
-from jobledger.ledger.store.event_store import EventLog, Read, Subscription
-from jobledger.projections.engine.checkpoint import VIEWS
-from jobledger.projections.engine.comparison import Difference, differences
-from jobledger.projections.engine.slots import Sides, Views, opposite
-from jobledger.projections.engine.writer import ALL, VERSION, ChunkTooLarge, Folder
+from jobledger.ledger.mongo.leader_election import LeaderElection, LeadershipLost
+from jobledger.ledger.mongo.transactions import run_transaction
+from jobledger.ledger.store.event_store import EventStore, ReadPosition, Subscription
+from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
+from jobledger.projections.engine.comparison import Difference, find_differences
+from jobledger.projections.engine.slots import Views, ViewSlots, other_slot
+from jobledger.projections.engine.writer import ALL_VIEWS, PROJECTION_VERSION, ChunkTooLarge, ProjectionWriter
 
 _log = structlog.get_logger()
-REBUILD: Final = "rebuild"
+REBUILD_CHECKPOINT_ID: Final = "rebuild"
 """The note about the rebuild that is under way, or about what is left of the last: a document of `checkpoints`."""
-NAMES: Final = tuple(view.NAME for view in ALL)
+VIEW_NAMES: Final = tuple(view.NAME for view in ALL_VIEWS)
 CHUNK_EVENTS: Final = 5000
-_DELETED_AT_ONCE: Final = 5000
+_DELETE_CHUNK_SIZE: Final = 5000
 _CHUNK_SECONDS: Final = 30.0
 """Events that are there arrive sooner; after so long it is asked whether they are there."""
-Told = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Is told how far the new views have got, and how far they have to go: two positions."""
-Switch = Callable[[AsyncClientSession, int], Awaitable[bool]]
+SwitchFunction = Callable[[AsyncClientSession, int], Awaitable[bool]]
 
 
 class NotComparable(JobledgerError):
@@ -64,23 +64,23 @@ class Rebuild:
     """Makes views anew, one process at a time; what was interrupted is continued by the next."""
 
     def __init__(
-        self, db: Database, log: EventLog, connection: Connection, *, holder: str, lease_seconds: float = 10.0
+        self, db: Database, log: EventStore, connection: Connection, *, holder: str, lease_seconds: float = 10.0
     ) -> None:
         self._db = db
         self._log = log
-        self._leadership = Leadership(connection, REBUILD, holder=holder, lease_seconds=lease_seconds)
+        self._leadership = LeaderElection(connection, REBUILD_CHECKPOINT_ID, holder=holder, lease_seconds=lease_seconds)
 
     @property
-    def leadership(self) -> Leadership:
+    def leader_election(self) -> LeaderElection:
         """Who rebuilds: has to hear of changes."""
         return self._leadership
 
     async def run(
         self,
-        names: Collection[str] = NAMES,
+        names: Collection[str] = VIEW_NAMES,
         *,
-        told: Told = lambda position, upto: None,
-        only_older: bool = False,
+        on_progress: ProgressCallback = lambda position, upto: None,
+        only_if_outdated: bool = False,
     ) -> int:
         """Make the views anew and put those that are named in the place of the live ones; return at which position.
 
@@ -95,40 +95,40 @@ class Rebuild:
 
         async def lead() -> None:
             nonlocal reached
-            if only_older and (await checkpoint(self._db)).get("version", 0) >= VERSION:
+            if only_if_outdated and (await load_checkpoint(self._db)).get("version", 0) >= PROJECTION_VERSION:
                 return
-            lost = await self._position_without_events()
+            lost = await self._position_ahead_of_log()
             folder, beside = await self._begin(most=None if lost is None else 0)
             _log.info("views are made anew beside the live ones", after=folder.position)
-            switch = self._switch_of(beside, names, lost=lost)
-            await self._fold_history(folder, await self._log.head(), told)
-            with driver_errors("making the indexes of the views"):  # much faster than with every document
-                for view in ALL:
+            switch = self._switch_function(beside, names, lost=lost)
+            await self._apply_history(folder, await self._log.head_position(), on_progress)
+            with translate_errors("making the indexes of the views"):  # much faster than with every document
+                for view in ALL_VIEWS:
                     if view.INDEXES:
                         await folder.views[view.NAME].create_indexes(list(view.INDEXES))
-            async with self._log.subscription(after=folder.position) as events:
+            async with self._log.subscribe(after=folder.position) as events:
                 switched = False
                 while not switched:
-                    head = await self._log.head()
-                    told(folder.position, head)
+                    head = await self._log.head_position()
+                    on_progress(folder.position, head)
                     if folder.position == head:
-                        switched = await self._switch_at_rest(head, switch)
+                        switched = await self._switch_when_idle(head, switch)
                     else:
-                        chunk = await events.chunk(CHUNK_EVENTS)
-                        switched = await self._fold(folder, chunk, switch if chunk[-1].position >= head else None)
+                        chunk = await events.next_chunk(CHUNK_EVENTS)
+                        switched = await self._apply(folder, chunk, switch if chunk[-1].position >= head else None)
             reached = folder.position
-            told(reached, reached)
+            on_progress(reached, reached)
             _log.info("views are replaced", position=reached, views=sorted(names))
 
-        await self._leadership.once(lead)
+        await self._leadership.run_once(lead)
         return reached
 
     async def compare(
         self,
-        names: Collection[str] = NAMES,
+        names: Collection[str] = VIEW_NAMES,
         *,
-        told: Told = lambda position, upto: None,
-        found: Callable[[Difference], None],
+        on_progress: ProgressCallback = lambda position, upto: None,
+        on_difference: Callable[[Difference], None],
     ) -> int:
         """Make the views anew and hold the live ones against them; `found` is told every difference.
 
@@ -141,98 +141,113 @@ class Rebuild:
 
         async def lead() -> None:
             nonlocal reached
-            await self._refuse_ahead(Read.of(await checkpoint(self._db)))
-            folder, _ = await self._begin(most=(await checkpoint(self._db))["position"])
-            await self._fold_history(folder, (await checkpoint(self._db))["position"], told)
-            async with self._log.subscription(after=folder.position) as events:
-                reached = await self._compare_at_an_instant(folder, events, names, found)
-            with driver_errors("removing what was made"):
-                await self._remove()
+            await self._require_events(ReadPosition.from_document(await load_checkpoint(self._db)))
+            folder, _ = await self._begin(most=(await load_checkpoint(self._db))["position"])
+            await self._apply_history(folder, (await load_checkpoint(self._db))["position"], on_progress)
+            async with self._log.subscribe(after=folder.position) as events:
+                reached = await self._compare_or_explain(folder, events, names, on_difference)
+            with translate_errors("removing what was made"):
+                await self._reset_shadow()
 
-        await self._leadership.once(lead)
+        await self._leadership.run_once(lead)
         return reached
 
-    async def tidy(self, done_at: datetime | None = None) -> None:
+    async def clear_shadow(self, done_at: datetime | None = None) -> None:
         """Empty what the last rebuild has left behind; with `done_at`, if it is the one that was done then."""
-        await self._leadership.once(partial(self._tidy, done_at))
+        await self._leadership.run_once(partial(self._clear_shadow, done_at))
 
     # Beginning and ending -----------------------------------------------------------------------------------------
 
-    async def _begin(self, *, most: int | None = None) -> tuple[Folder, Sides]:
+    async def _begin(self, *, most: int | None = None) -> tuple[ProjectionWriter, ViewSlots]:
         """Continue what was interrupted, unless it is beyond `most`, or begin; return who folds, and into which sides.
 
         Raises:
             Deposed: somebody else rebuilds by now.
         """
-        with driver_errors("beginning to make the views anew"):
+        with translate_errors("beginning to make the views anew"):
             note = await self._take_over()
-            beside = _opposites(await checkpoint(self._db))
+            beside = _shadow_slots(await load_checkpoint(self._db))
             views = Views(self._db, beside)
-            goes_on = note.get("emptied") and note.get("version") == VERSION and note.get("sides") == beside
+            goes_on = note.get("emptied") and note.get("version") == PROJECTION_VERSION and note.get("sides") == beside
             if not goes_on or note.get("done_at") or (most is not None and note["position"] > most):
-                await self._empty(views)
-                begun = {"emptied": True, "version": VERSION, "sides": beside, "position": 0, "done_at": None}
-                await self._note({"$set": begun})
+                await self._delete_documents(views)
+                begun = {
+                    "emptied": True,
+                    "version": PROJECTION_VERSION,
+                    "sides": beside,
+                    "position": 0,
+                    "done_at": None,
+                }
+                await self._update_checkpoint({"$set": begun})
                 note = {**note, **begun}
-        fence = {"epoch": self._leadership.epoch, "emptied": True}
-        return Folder(self._db, views, checkpoint=REBUILD, fence=fence, read=Read.of(note)), beside
+        fence = {"epoch": self._leadership.fencing_token, "emptied": True}
+        return ProjectionWriter(
+            self._db, views, checkpoint=REBUILD_CHECKPOINT_ID, fence=fence, read=ReadPosition.from_document(note)
+        ), beside
 
     async def _take_over(self) -> Document:
         """Put our epoch on the note, which fences those before us, and return it; make it if there is none."""
-        await self._db.checkpoints.update_one({"_id": REBUILD}, {"$setOnInsert": {"epoch": 0}}, upsert=True)
+        await self._db.checkpoints.update_one(
+            {"_id": REBUILD_CHECKPOINT_ID}, {"$setOnInsert": {"epoch": 0}}, upsert=True
+        )
         note = await self._db.checkpoints.find_one_and_update(
-            {"_id": REBUILD, "epoch": {"$lt": self._leadership.epoch}}, {"$set": {"epoch": self._leadership.epoch}}
+            {"_id": REBUILD_CHECKPOINT_ID, "epoch": {"$lt": self._leadership.fencing_token}},
+            {"$set": {"epoch": self._leadership.fencing_token}},
         )
         if note is None:
-            raise Deposed
+            raise LeadershipLost
         return note
 
-    async def _note(self, change: Document, session: AsyncClientSession | None = None, **wanted: Any) -> None:
+    async def _update_checkpoint(
+        self, change: Document, session: AsyncClientSession | None = None, **wanted: Any
+    ) -> None:
         """Change our note.
 
         Raises:
             Deposed: it is not ours any more.
         """
-        ours = {"_id": REBUILD, "epoch": self._leadership.epoch, **wanted}
+        ours = {"_id": REBUILD_CHECKPOINT_ID, "epoch": self._leadership.fencing_token, **wanted}
         if not (await self._db.checkpoints.update_one(ours, change, session=session)).matched_count:
-            raise Deposed
+            raise LeadershipLost
 
-    async def _empty(self, views: Views) -> None:
+    async def _delete_documents(self, views: Views) -> None:
         """Delete everything from views that are not live. Not by dropping them: that cannot be fenced."""
-        await self._note({"$set": {"emptied": False}})
-        for name in NAMES:
-            while some := await views[name].find({}, {"_id": 1}, sort=[("_id", 1)], limit=_DELETED_AT_ONCE).to_list():
-                await transaction(self._db, partial(self._delete, views[name], some))
+        await self._update_checkpoint({"$set": {"emptied": False}})
+        for name in VIEW_NAMES:
+            while some := await views[name].find({}, {"_id": 1}, sort=[("_id", 1)], limit=_DELETE_CHUNK_SIZE).to_list():
+                await run_transaction(self._db, partial(self._delete, views[name], some))
 
     async def _delete(
         self, view: AsyncCollection[Document], documents: Sequence[Document], session: AsyncClientSession
     ) -> None:
-        await self._note({"$inc": {"deleted": len(documents)}}, session)
+        await self._update_checkpoint({"$inc": {"deleted": len(documents)}}, session)
         await view.delete_many({"_id": {"$lte": documents[-1]["_id"]}}, session=session)
 
-    async def _tidy(self, wanted: datetime | None) -> None:
-        with driver_errors("removing what a rebuild has left"):
+    async def _clear_shadow(self, wanted: datetime | None) -> None:
+        with translate_errors("removing what a rebuild has left"):
             done_at = (await self._take_over()).get("done_at")
             if done_at is not None and wanted in (None, done_at):
-                await self._remove()
+                await self._reset_shadow()
 
-    async def _remove(self) -> None:
-        beside = _opposites(await checkpoint(self._db))
-        await self._empty(Views(self._db, beside))
-        await self._note({"$set": {"emptied": True, "sides": beside, "position": 0, "done_at": None}})
+    async def _reset_shadow(self) -> None:
+        beside = _shadow_slots(await load_checkpoint(self._db))
+        await self._delete_documents(Views(self._db, beside))
+        await self._update_checkpoint({"$set": {"emptied": True, "sides": beside, "position": 0, "done_at": None}})
 
     # Switching ----------------------------------------------------------------------------------------------------
 
-    async def _fold_history(self, folder: Folder, upto: int, told: Told) -> None:
+    async def _apply_history(self, folder: ProjectionWriter, upto: int, told: ProgressCallback) -> None:
         """Fold events up to less than a chunk before a position, never beyond it.
 
         Each chunk is folded while the one before is being written and the one behind it is being read.
         """
 
-        def read(after: int) -> asyncio.Task[list[Recorded]]:
-            return asyncio.create_task(self._log.read(after=after, limit=CHUNK_EVENTS, bare=True), name="read-ahead")
+        def read(after: int) -> asyncio.Task[list[RecordedEvent]]:
+            return asyncio.create_task(
+                self._log.read(after=after, limit=CHUNK_EVENTS, without_metadata=True), name="read-ahead"
+            )
 
-        reading: asyncio.Task[list[Recorded]] | None = None
+        reading: asyncio.Task[list[RecordedEvent]] | None = None
         writing: asyncio.Task[None] | None = None
         position = folder.position
         try:
@@ -247,20 +262,20 @@ class Rebuild:
                     if writing is not None:
                         await writing
                         told(folder.position, upto)
-                except (ChunkTooLarge, NewerEvent):
-                    await self._fold_rest(folder, writing, position)
+                except (ChunkTooLarge, UnsupportedEvent):
+                    await self._apply_rest(folder, writing, position)
                     writing = None
                     continue
                 writing = asyncio.create_task(folder.write(prepared), name="write-views")
                 await asyncio.sleep(0)
-            await self._fold_rest(folder, writing, position)
+            await self._apply_rest(folder, writing, position)
         finally:
             for task in (reading, writing):
                 if task is not None:
                     task.cancel()
             await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
 
-    async def _fold_rest(self, folder: Folder, writing: asyncio.Task[None] | None, upto: int) -> None:
+    async def _apply_rest(self, folder: ProjectionWriter, writing: asyncio.Task[None] | None, upto: int) -> None:
         """Fold what is missing up to a position: in parts, of events with their hashes, and nothing at the same time.
 
         Raises:
@@ -270,13 +285,15 @@ class Rebuild:
             with suppress(ChunkTooLarge):
                 await writing
         if folder.position < upto:
-            folder.forget()
+            folder.discard_unwritten()
         while folder.position < upto:
-            await folder.fold(
+            await folder.apply(
                 await self._log.read(after=folder.position, limit=min(CHUNK_EVENTS, upto - folder.position))
             )
 
-    async def _fold(self, folder: Folder, events: Sequence[Recorded], switch: Switch | None) -> bool:
+    async def _apply(
+        self, folder: ProjectionWriter, events: Sequence[RecordedEvent], switch: SwitchFunction | None
+    ) -> bool:
         """Fold a chunk and, in the same transaction, switch if the live views are not ahead; return if that was done.
 
         In the same: while we tried behind it, the live views would always have got further.
@@ -287,30 +304,30 @@ class Rebuild:
             nonlocal switched
             switched = switch is not None and await switch(session, events[-1].position)
 
-        await folder.fold(events, first=first)
+        await folder.apply(events, before_write=first)
         return switched
 
-    async def _switch_at_rest(self, position: int, switch: Switch) -> bool:
+    async def _switch_when_idle(self, position: int, switch: SwitchFunction) -> bool:
         """Switch, if the live views are not ahead, when there is nothing to be folded."""
 
         async def demand(session: AsyncClientSession) -> bool:
-            await self._note({"$set": {"position": position}}, session, position=position)
+            await self._update_checkpoint({"$set": {"position": position}}, session, position=position)
             return await switch(session, position)
 
-        with driver_errors("putting the new views in their place"):
-            return await transaction(self._db, demand)
+        with translate_errors("putting the new views in their place"):
+            return await run_transaction(self._db, demand)
 
-    async def _position_without_events(self) -> int | None:
+    async def _position_ahead_of_log(self) -> int | None:
         """Return the position of the live views if the log does not have what they have read, else None."""
-        read = Read.of(await checkpoint(self._db))
+        read = ReadPosition.from_document(await load_checkpoint(self._db))
         try:
-            await self._log.require(read, "the views")
+            await self._log.check_not_truncated(read, "the views")
         except LogTruncated as truncated:
             _log.warning("the views are made of the events that are left", error=str(truncated))
             return read.position
         return None
 
-    def _switch_of(self, beside: Sides, names: Collection[str], lost: int | None = None) -> Switch:
+    def _switch_function(self, beside: ViewSlots, names: Collection[str], lost: int | None = None) -> SwitchFunction:
         """Return what puts the new views in the place of the live ones, in a transaction that demands our note.
 
         `lost` is the position of live views ahead of the log. They cannot be caught up with: all are replaced.
@@ -318,61 +335,65 @@ class Rebuild:
         Raises:
             DatabaseUnsuitable: only some are to be replaced, and the live ones are ahead of the log.
         """
-        whole = set(names) == set(NAMES)
+        whole = set(names) == set(VIEW_NAMES)
         if lost is not None and not whole:
             raise DatabaseUnsuitable("The views are ahead of the log: all of them have to be made anew together.")
 
         async def switch(session: AsyncClientSession, position: int) -> bool:
             # First of all a write: a projector that folds meanwhile waits for us then, and not we for it.
             now = self._log.clock.estimate()
-            wanted: Document = {"_id": VIEWS, "position": {"$lte": position} if whole else position}
+            wanted: Document = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$lte": position} if whole else position}
             if lost is not None:
-                wanted = {"_id": VIEWS, "position": {"$in": [lost, position]}}
+                wanted = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$in": [lost, position]}}
             read = {"position": position, "hash": await self._log.hash_at(position)}
             live = await self._db.checkpoints.find_one_and_update(
                 wanted, {"$set": {**read, "replaced_at": now}}, session=session
             )
             if live is None:
                 return False
-            if not whole and live.get("version") != VERSION:
+            if not whole and live.get("version") != PROJECTION_VERSION:
                 raise DatabaseUnsuitable("The views are of another version: all of them have to be made anew together.")
             sides = {**live.get("sides", {}), **{name: beside[name] for name in names}}
-            new = {"sides": sides, "version": VERSION}
-            await self._db.checkpoints.update_one({"_id": VIEWS}, {"$set": new}, session=session)
-            await self._note({"$set": {"done_at": now}}, session)
+            new = {"sides": sides, "version": PROJECTION_VERSION}
+            await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": new}, session=session)
+            await self._update_checkpoint({"$set": {"done_at": now}}, session)
             return True
 
         return switch
 
     # Comparing ----------------------------------------------------------------------------------------------------
 
-    async def _compare_at_an_instant(
-        self, folder: Folder, events: Subscription, names: Collection[str], found: Callable[[Difference], None]
+    async def _compare_or_explain(
+        self,
+        folder: ProjectionWriter,
+        events: Subscription,
+        names: Collection[str],
+        found: Callable[[Difference], None],
     ) -> int:
         """Compare with what the live views were at one instant, which the database remembers for some minutes."""
         try:
-            with driver_errors("comparing the views"):
-                return await self._compared(folder, events, names, found)
+            with translate_errors("comparing the views"):
+                return await self._compare_in_snapshot(folder, events, names, found)
         except LedgerUnavailable as error:
-            if code_behind(error) == SNAPSHOT_TOO_OLD:
+            if server_error_code(error) == SNAPSHOT_TOO_OLD:
                 raise NotComparable(
                     "Comparing took longer than the database remembers how the views were. An administrator can make "
                     "it remember more: db.adminCommand({setParameter: 1, minSnapshotHistoryWindowInSeconds: 3600})"
                 ) from error
             raise
 
-    async def _refuse_ahead(self, read: Read) -> None:
+    async def _require_events(self, read: ReadPosition) -> None:
         """Make sure that the log has what the live views have read.
 
         Raises:
             NotComparable: It does not.
         """
         try:
-            await self._log.require(read, "the views")
+            await self._log.check_not_truncated(read, "the views")
         except LogTruncated as truncated:
             raise NotComparable(f"{truncated} `jobledger replay` makes the views of what is left.") from truncated
 
-    async def _next(self, events: Subscription, most: int) -> Sequence[Recorded]:
+    async def _next(self, events: Subscription, most: int) -> Sequence[RecordedEvent]:
         """Return the next events of the log, of which the live views have read `most` more at least.
 
         Raises:
@@ -381,39 +402,43 @@ class Rebuild:
         while True:
             try:
                 async with asyncio.timeout(_CHUNK_SECONDS):
-                    return await events.chunk(min(CHUNK_EVENTS, most))
+                    return await events.next_chunk(min(CHUNK_EVENTS, most))
             except TimeoutError:
-                await self._refuse_ahead(Read(events.position + most))
+                await self._require_events(ReadPosition(events.position + most))
 
-    async def _compared(
-        self, folder: Folder, events: Subscription, names: Collection[str], found: Callable[[Difference], None]
+    async def _compare_in_snapshot(
+        self,
+        folder: ProjectionWriter,
+        events: Subscription,
+        names: Collection[str],
+        found: Callable[[Difference], None],
     ) -> int:
         async with self._db.client.start_session(snapshot=True) as session:
-            live = await checkpoint(self._db, session)
-            if live.get("version") != VERSION:
+            live = await load_checkpoint(self._db, session)
+            if live.get("version") != PROJECTION_VERSION:
                 raise NotComparable(
                     "The views were made by another version of this program: they differ. `jobledger replay` "
                     "makes them anew."
                 )
             while folder.position < live["position"]:
-                await folder.fold(await self._next(events, live["position"] - folder.position))
+                await folder.apply(await self._next(events, live["position"] - folder.position))
             fresh, old = folder.views, Views(self._db, live.get("sides"))
             for name in names:
-                async for difference in differences(name, old[name], fresh[name], session):
+                async for difference in find_differences(name, old[name], fresh[name], session):
                     found(difference)
         return int(live["position"])
 
 
-async def checkpoint(db: Database, session: AsyncClientSession | None = None) -> Document:
+async def load_checkpoint(db: Database, session: AsyncClientSession | None = None) -> Document:
     """Return what the checkpoint says of the live views: `position`, `sides`, `version`.
 
     Raises:
         LedgerUnavailable: the database failed.
     """
-    with driver_errors("reading how far the views have got"):
-        found = await db.checkpoints.find_one({"_id": VIEWS}, session=session)
-    return found or {"position": 0, "version": VERSION}
+    with translate_errors("reading how far the views have got"):
+        found = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}, session=session)
+    return found or {"position": 0, "version": PROJECTION_VERSION}
 
 
-def _opposites(live: Document) -> Sides:
-    return {name: opposite(live.get("sides", {}).get(name, "a")) for name in NAMES}
+def _shadow_slots(live: Document) -> ViewSlots:
+    return {name: other_slot(live.get("sides", {}).get(name, "a")) for name in VIEW_NAMES}

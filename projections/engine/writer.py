@@ -25,7 +25,7 @@ from pymongo import DeleteOne, InsertOne, ReplaceOne, UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
-from jobledger.ledger.domain.errors import LedgerUnavailable, NewerEvent, UnreadableEvent
+from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent, UnsupportedEvent
 from jobledger.ledger.domain.events import (
     EVENT_TYPES,
     BatchDeleted,
@@ -36,13 +36,13 @@ from jobledger.ledger.domain.events import (
     Event,
     JobProgressed,
     JobSubmitted,
-    Recorded,
+    RecordedEvent,
 )
-from jobledger.ledger.mongo.connection import TOLERANT, Database, Document, driver_errors, passes_with_time
-from jobledger.ledger.mongo.leader_election import Deposed
-from jobledger.ledger.mongo.transactions import transaction
-from jobledger.ledger.store.event_store import EventLog, Read
-from jobledger.projections.engine.document_cache import DocumentCache, Key
+from jobledger.ledger.mongo.connection import LENIENT_CODEC, Database, Document, is_transient, translate_errors
+from jobledger.ledger.mongo.leader_election import LeadershipLost
+from jobledger.ledger.mongo.transactions import run_transaction
+from jobledger.ledger.store.event_store import EventStore, ReadPosition
+from jobledger.projections.engine.document_cache import DocumentCache, DocumentKey
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import (
     batches,
@@ -59,36 +59,36 @@ from jobledger.projections.views import (
 from jobledger.projections.views import endpoints as receivers
 
 _log = structlog.get_logger()
-VERSION: Final = 13
+PROJECTION_VERSION: Final = 13
 """Of all folds together. Whoever changes what a fold makes raises it; views of another version are made anew."""
-LOADED_BYTES: Final = 64 * 1024 * 1024
+MAX_LOADED_BYTES: Final = 64 * 1024 * 1024
 """Of the documents of one view that are loaded for one chunk, as BSON."""
-LISTED_BYTES: Final = 64 * 1024 * 1024
+MAX_LIST_INDEX_BYTES: Final = 64 * 1024 * 1024
 """Of the list index that a chunk makes or changes, in memory."""
 _SLOW_SECONDS: Final = 5.0
 """A chunk that takes longer is followed by smaller ones: the server ends a transaction after 10 to 60 seconds."""
-_MOST_EVENTS: Final = 8192
-_REFUSED_AT_MOST: Final = 1000
+_MAX_CHUNK_EVENTS: Final = 8192
+_MAX_REJECTED_WRITES: Final = 1000
 """Writes that the server refuses in one chunk, before it is taken for trouble of the server."""
-_EVENTS_A_TURN: Final = 4  # the database waits for us at each turn of the loop: measured, 50 are a fifth slower
-ALL: Final = (jobs, batches, queue, files, statistics, steps, step_files, deliveries, receivers, failures)
+_EVENTS_PER_YIELD: Final = 4  # the database waits for us at each turn of the loop: measured, 50 are a fifth slower
+ALL_VIEWS: Final = (jobs, batches, queue, files, statistics, steps, step_files, deliveries, receivers, failures)
 """The views."""
-FOLDED: Final = (jobs.NAME, batches.NAME, statistics.NAME, deliveries.NAME, receivers.NAME)
+FOLDED_VIEWS: Final = (jobs.NAME, batches.NAME, statistics.NAME, deliveries.NAME, receivers.NAME)
 """The views with documents that are folded on; all others follow from these."""
-_SWITCHES: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
+_QUEUE_CHANGING_EVENTS: Final = frozenset({BatchPaused.__name__, BatchResumed.__name__, BatchDeleted.__name__})
 """What may change whether a batch's waiting jobs are in the queue."""
-_BEGINNINGS: Final = frozenset({JobSubmitted.__name__, BatchSubmitted.__name__, DeliveryQueued.__name__})
+_FIRST_EVENTS: Final = frozenset({JobSubmitted.__name__, BatchSubmitted.__name__, DeliveryQueued.__name__})
 """What begins a stream, so that there is no document of it yet."""
 Write = InsertOne[Document] | ReplaceOne[Document] | UpdateOne | DeleteOne
 
 
 _REDUCED: Final[Mapping[str, Callable[[Document, Document], Document]]] = {
-    jobs.NAME: jobs.reduced,
-    batches.NAME: batches.reduced,
-    deliveries.NAME: deliveries.reduced,
+    jobs.NAME: jobs.reduce_to_storable,
+    batches.NAME: batches.reduce_to_storable,
+    deliveries.NAME: deliveries.reduce_to_storable,
 }
 """How a document that cannot be stored whole is stored. Of other views it is left out."""
-_ROWS: Final = (queue.NAME, files.NAME, steps.NAME, step_files.NAME)
+_ROW_VIEWS: Final = (queue.NAME, files.NAME, steps.NAME, step_files.NAME)
 
 
 @dataclass(slots=True)
@@ -102,128 +102,128 @@ class Chunk:
     """
 
     loaded: dict[str, dict[str, Document]]
-    waiting: Sequence[Document] = ()
-    now: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {view: {} for view in FOLDED})
-    counted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    pending_jobs: Sequence[Document] = ()
+    current: dict[str, dict[str, Document | None]] = field(default_factory=lambda: {view: {} for view in FOLDED_VIEWS})
+    counter_increments: Counter[tuple[str, str]] = field(default_factory=Counter)
     position: int = 0
     hash: bytes | None = None
-    refused: dict[Key, Document] = field(default_factory=dict)
-    left_out: set[Key] = field(default_factory=set)
-    unfoldable: dict[Key, Document] = field(default_factory=dict)
+    unstorable: dict[DocumentKey, Document] = field(default_factory=dict)
+    skipped: set[DocumentKey] = field(default_factory=set)
+    unfoldable: dict[DocumentKey, Document] = field(default_factory=dict)
     isolated: list[tuple[str, Document]] = field(default_factory=list)
-    listed: int = 0
+    list_index_bytes: int = 0
     """Bytes of the list index that has to be written."""
 
-    def fold(self, event: Recorded) -> None:
+    def apply(self, event: RecordedEvent) -> None:
         """Take in one event. A stream that cannot be folded is isolated.
 
         Raises:
             NewerEvent: a later version of this program has written the event.
         """
         self.position = event.position
-        self.counted[statistics.EVENTS, event.type if event.type in EVENT_TYPES else statistics.UNKNOWN] += 1
+        self.counter_increments[statistics.EVENTS, event.type if event.type in EVENT_TYPES else statistics.UNKNOWN] += 1
         kind = event.stream.partition("-")[0]
         fold = _FOLDS.get(kind)
         if fold is None:
             return
         try:
             fold(self, event)
-        except (NewerEvent, MemoryError):
+        except (UnsupportedEvent, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other streams
             self._isolate(kind, event, error)
 
     def get(self, view: str, key: str) -> Document | None:
         """Return a document as it is now."""
-        return self.now[view][key] if key in self.now[view] else self.loaded[view].get(key)
+        return self.current[view][key] if key in self.current[view] else self.loaded[view].get(key)
 
-    def _isolate(self, kind: str, event: Recorded, error: Exception) -> None:
+    def _isolate(self, kind: str, event: RecordedEvent, error: Exception) -> None:
         """Go on without an event that cannot be folded. A fold takes in all of an event or nothing of it."""
-        problem = failures.of_event(event, error)
+        problem = failures.event_problem(event, error)
         self.isolated.append((event.stream, problem))
         try:
-            self._show(kind, event, problem)
+            self._record_problem(kind, event, problem)
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 - whatever it is, it must not stop the other streams
             self.unfoldable[_VIEW_OF[kind], event.stream] = problem
 
-    def _show(self, kind: str, event: Recorded, problem: Document) -> None:
+    def _record_problem(self, kind: str, event: RecordedEvent, problem: Document) -> None:
         """Say in a stream's document what the problem is, or else in the view of failures alone."""
         if kind == "job":
             before = self.get(jobs.NAME, event.stream)
-            self._take_job(before, jobs.isolated(before, event, problem), event)
+            self._set_job(before, jobs.isolate(before, event, problem), event)
         elif kind == "batch":
             known = self.get(batches.NAME, event.stream)
-            self._set_batch(event.stream, known, batches.isolated(known, event, problem))
+            self._set_batch(event.stream, known, batches.isolate(known, event, problem))
         elif (delivery := self.get(deliveries.NAME, event.stream)) is not None:
-            self._take_delivery(delivery, deliveries.isolated(delivery, event, problem))
+            self._set_delivery(delivery, deliveries.isolate(delivery, event, problem))
         else:
             self.unfoldable[deliveries.NAME, event.stream] = problem
 
-    def _fold_job(self, event: Recorded) -> None:
+    def _fold_job(self, event: RecordedEvent) -> None:
         before = self.get("jobs", event.stream)
         after = jobs.fold(before, event)
         if after is not before:
-            self._count_rows(before, after)
-            self._take_job(before, after, event)
+            self._add_list_index_bytes(before, after)
+            self._set_job(before, after, event)
 
-    def _take_job(self, before: Document | None, after: Document | None, event: Recorded) -> None:
+    def _set_job(self, before: Document | None, after: Document | None, event: RecordedEvent) -> None:
         """Take in what has become of a job. What may fail comes first: all of it is taken in, or nothing."""
         if before and after and before["status"] == after["status"] == "processing":
-            self.now["jobs"][event.stream] = after
+            self.current["jobs"][event.stream] = after
             return  # progress and log lines: nothing but the job's own document changes
-        then, now = statistics.of_job(before), statistics.of_job(after)
+        then, now = statistics.counters_for_job(before), statistics.counters_for_job(after)
         spent = recent = None
-        if after is not None and statistics.ended(before, after):
-            spent = statistics.of_end(after)
-            recent = statistics.recent_after(self.get(statistics.NAME, statistics.RECENT), after)
+        if after is not None and statistics.has_just_finished(before, after):
+            spent = statistics.counters_for_completion(after)
+            recent = statistics.count_finished_job(self.get(statistics.NAME, statistics.FINISHED_BY_MINUTE), after)
         batch_id = (after or before or {}).get("batch_id")
         batch = self.get("batches", batch_id) if batch_id else None
-        batch_after = batches.fold_job(batch, before, after, event) if batch is not None else None
-        self.now["jobs"][event.stream] = after
-        _add(self.counted, then, now)
+        batch_after = batches.apply_job_change(batch, before, after, event) if batch is not None else None
+        self.current["jobs"][event.stream] = after
+        _add(self.counter_increments, then, now)
         if spent is not None:
-            self.counted.update(spent)
-            self.now[statistics.NAME][statistics.RECENT] = recent
+            self.counter_increments.update(spent)
+            self.current[statistics.NAME][statistics.FINISHED_BY_MINUTE] = recent
         if batch is not None:
             self._set_batch(batch["batch_id"], batch, batch_after)
 
-    def _fold_batch(self, event: Recorded) -> None:
+    def _fold_batch(self, event: RecordedEvent) -> None:
         before = self.get("batches", event.stream)
         after = batches.fold(before, event)
-        self._count_rows(before, after)
+        self._add_list_index_bytes(before, after)
         self._set_batch(event.stream, before, after)
 
-    def _count_rows(self, before: Document | None, after: Document | None) -> None:
+    def _add_list_index_bytes(self, before: Document | None, after: Document | None) -> None:
         if after is not None and (before is None or after["headings"] is not before["headings"]):
-            self.listed += list_index.memory_of_rows(after)
+            self.list_index_bytes += list_index.estimate_list_index_memory(after)
 
-    def _fold_delivery(self, event: Recorded) -> None:
+    def _fold_delivery(self, event: RecordedEvent) -> None:
         before = self.get(deliveries.NAME, event.stream)
         after = deliveries.fold(before, event)
         if before is None:  # its number is how many its receiver has had before, in the order of the log
-            receiver = receivers.with_one_more(self.get(receivers.NAME, after["receiver"]), after)
-            self.now[receivers.NAME][receiver["_id"]] = receiver
+            receiver = receivers.add_delivery(self.get(receivers.NAME, after["receiver"]), after)
+            self.current[receivers.NAME][receiver["_id"]] = receiver
             after["sequence"] = receiver["deliveries"]
-        self._take_delivery(before, after)
+        self._set_delivery(before, after)
 
-    def _take_delivery(self, before: Document | None, after: Document) -> None:
-        self.now[deliveries.NAME][after["_id"]] = after
-        _add(self.counted, statistics.of_delivery(before), statistics.of_delivery(after))
+    def _set_delivery(self, before: Document | None, after: Document) -> None:
+        self.current[deliveries.NAME][after["_id"]] = after
+        _add(self.counter_increments, statistics.counters_for_delivery(before), statistics.counters_for_delivery(after))
 
     def _set_batch(self, batch_id: str, before: Document | None, after: Document | None) -> None:
-        self.now["batches"][batch_id] = after
-        _add(self.counted, statistics.of_batch(before), statistics.of_batch(after))
+        self.current["batches"][batch_id] = after
+        _add(self.counter_increments, statistics.counters_for_batch(before), statistics.counters_for_batch(after))
 
-    def rows(self) -> dict[str, dict[str, Document | None]]:
+    def changed_rows(self) -> dict[str, dict[str, Document | None]]:
         """Return the rows that are new or different now, and None for those that are gone, by view."""
         queued: dict[str, Document | None] = {}
         served: dict[str, Document | None] = {}
         shared: dict[str, Document | None] = {}
         named: dict[str, Document | None] = {}
         batch_then, batch_now = self.loaded["batches"].get, partial(self.get, "batches")
-        for job_id, after in self.now["jobs"].items():
+        for job_id, after in self.current["jobs"].items():
             before = self.loaded["jobs"].get(job_id)
             _change(queued, _queued(before, batch_then), _queued(after, batch_now))
             try:
@@ -231,53 +231,55 @@ class Chunk:
                 _change(shared, steps.rows(before) if before else [], steps.rows(after) if after else [])
                 _change(named, step_files.rows(before) if before else [], step_files.rows(after) if after else [])
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other jobs
-                if (jobs.NAME, job_id) not in self.refused:
-                    self.refuse(jobs.NAME, job_id, f"Its files and steps cannot be listed: {error!r}")
-        for job in self.waiting:  # unchanged themselves, and not loaded whole
-            if job["_id"] not in self.now["jobs"]:
+                if (jobs.NAME, job_id) not in self.unstorable:
+                    self.mark_unstorable(jobs.NAME, job_id, f"Its files and steps cannot be listed: {error!r}")
+        for job in self.pending_jobs:  # unchanged themselves, and not loaded whole
+            if job["_id"] not in self.current["jobs"]:
                 _change(queued, _queued(job, batch_then), _queued(job, batch_now))
         return {queue.NAME: queued, files.NAME: served, steps.NAME: shared, step_files.NAME: named}
 
     def _were_queued(self) -> set[str]:
         """Return the jobs here that had a row in the queue before: its rows are those of one job each."""
         batch_then = self.loaded["batches"].get
-        jobs_then = (*self.loaded["jobs"].values(), *self.waiting)
+        jobs_then = (*self.loaded["jobs"].values(), *self.pending_jobs)
         return {job["_id"] for job in jobs_then if _queued(job, batch_then)}
 
-    def refuse(self, view: str, key: str, message: str) -> None:
+    def mark_unstorable(self, view: str, key: str, message: str) -> None:
         """Store a document only reduced, because it cannot be stored whole. A row of a job is left out instead.
 
         A document that cannot be stored reduced either is left out, too.
         """
-        if view in _ROWS:
-            row = self.rows()[view].get(key) or {}
-            self.left_out.add((view, key))
+        if view in _ROW_VIEWS:
+            row = self.changed_rows()[view].get(key) or {}
+            self.skipped.add((view, key))
             view, key = jobs.NAME, row.get("job_id", key)
-        elif (view, key) in self.refused:
-            self.left_out.add((view, key))
-        if (view, key) not in self.refused:
-            problem = failures.of_document(self.now.get(view, {}).get(key) or {}, message)
-            self.refused[view, key] = problem
+        elif (view, key) in self.unstorable:
+            self.skipped.add((view, key))
+        if (view, key) not in self.unstorable:
+            problem = failures.document_problem(self.current.get(view, {}).get(key) or {}, message)
+            self.unstorable[view, key] = problem
             self.isolated.append((key, problem))
 
-    def refuse_what_cannot_be_stored(self) -> None:
+    def mark_unstorable_documents(self) -> None:
         """Find the documents and rows that the database cannot take, each for itself."""
-        for view, documents in {**self.now, **self.rows()}.items():
+        for view, documents in {**self.current, **self.changed_rows()}.items():
             for key, document in documents.items():
-                if document is not None and (why := failures.why_not_storable(document)) is not None:
-                    self.refuse(view, key, why)
+                if document is not None and (why := failures.unstorable_reason(document)) is not None:
+                    self.mark_unstorable(view, key, why)
 
-    def writes(self, *, replaced: Collection[Key] = (), upserts: bool = False) -> dict[str, list[tuple[str, Write]]]:
+    def build_writes(
+        self, *, replaced: Collection[DocumentKey] = (), upserts: bool = False
+    ) -> dict[str, list[tuple[str, Write]]]:
         """Return what has to be written to which view, each with its key.
 
         Args:
             replaced: Documents that are not stored as they were loaded: they are written whole.
             upserts: Insert nothing, replace: for views that somebody else has written to.
         """
-        rows = self.rows()  # first: it may refuse a job
+        rows = self.changed_rows()  # first: it may refuse a job
         writes: dict[str, list[tuple[str, Write]]] = {}
-        as_usual = not (self.refused or replaced or upserts)
-        for view, documents in self.now.items():
+        as_usual = not (self.unstorable or replaced or upserts)
+        for view, documents in self.current.items():
             loaded = self.loaded[view]
             writes[view] = [
                 (key, write)
@@ -285,7 +287,7 @@ class Chunk:
                 if (
                     write := _write(key, loaded.get(key), document)
                     if as_usual
-                    else self._unusual_write(view, key, document, replaced, upserts=upserts)
+                    else self._build_full_write(view, key, document, replaced, upserts=upserts)
                 )
                 is not None
             ]
@@ -295,7 +297,7 @@ class Chunk:
             # beside it that were deleted within the last minutes. Ten thousand rows took it 17 s, and inserts 0.2.
             writes[view] = [
                 (key, DeleteOne({"_id": key}))
-                if row is None or (view, key) in self.left_out
+                if row is None or (view, key) in self.skipped
                 else (key, InsertOne(row))
                 if view == queue.NAME and key not in were_queued and not upserts
                 else (key, ReplaceOne({"_id": key}, row, upsert=True))
@@ -303,42 +305,42 @@ class Chunk:
             ]
         increments: dict[str, dict[str, int]] = {}
         # Zeros, too: which fields a counter has must not depend on where chunks end.
-        for (counter, name), amount in self.counted.items():
+        for (counter, name), amount in self.counter_increments.items():
             increments.setdefault(counter, {})[name] = amount
         for key, by in increments.items():
             writes[statistics.NAME].append((key, UpdateOne({"_id": key}, {"$inc": by}, upsert=True)))
-        writes[failures.NAME] = self._failures(replaced)
+        writes[failures.NAME] = self._projection_error_writes(replaced)
         return {view: changes for view, changes in writes.items() if changes}
 
-    def _unusual_write(
-        self, view: str, key: str, document: Document | None, replaced: Collection[Key], *, upserts: bool
+    def _build_full_write(
+        self, view: str, key: str, document: Document | None, replaced: Collection[DocumentKey], *, upserts: bool
     ) -> Write | None:
-        problem = self.refused.get((view, key))
+        problem = self.unstorable.get((view, key))
         if document is not None and problem is not None:
             reduce = _REDUCED.get(view)
-            if reduce is None or (view, key) in self.left_out:
+            if reduce is None or (view, key) in self.skipped:
                 return DeleteOne({"_id": key})
             return ReplaceOne({"_id": key}, reduce(document, problem), upsert=True)
         if (view, key) in replaced or (upserts and document is not None):
             return DeleteOne({"_id": key}) if document is None else ReplaceOne({"_id": key}, document, upsert=True)
         return _write(key, self.loaded[view].get(key), document)
 
-    def _failures(self, replaced: Collection[Key]) -> list[tuple[str, Write]]:
+    def _projection_error_writes(self, replaced: Collection[DocumentKey]) -> list[tuple[str, Write]]:
         """Return what changes in the view of what could not be projected: for nearly all chunks nothing."""
         found: list[tuple[str, Write]] = []
-        for (view, key), problem in {**self.unfoldable, **self.refused}.items():
-            row = failures.row(view, key, problem)
+        for (view, key), problem in {**self.unfoldable, **self.unstorable}.items():
+            row = failures.build_row(view, key, problem)
             found.append((row["_id"], ReplaceOne({"_id": row["_id"]}, row, upsert=True)))
         for view in _REDUCED:
             loaded = self.loaded[view]
-            for key, document in self.now[view].items():
-                if self.refused and (view, key) in self.refused:
+            for key, document in self.current[view].items():
+                if self.unstorable and (view, key) in self.unstorable:
                     continue
                 before = loaded.get(key)
-                problem_now = document.get(failures.ERROR) if document is not None else None
-                was = before.get(failures.ERROR) if before is not None else None
+                problem_now = document.get(failures.ERROR_FIELD) if document is not None else None
+                was = before.get(failures.ERROR_FIELD) if before is not None else None
                 if problem_now is not None and problem_now is not was:
-                    row = failures.row(view, key, problem_now)
+                    row = failures.build_row(view, key, problem_now)
                     found.append((row["_id"], ReplaceOne({"_id": row["_id"]}, row, upsert=True)))
                 elif problem_now is None and (was is not None or (view, key) in replaced):
                     found.append((f"{view}/{key}", DeleteOne({"_id": f"{view}/{key}"})))
@@ -346,14 +348,14 @@ class Chunk:
 
 
 _VIEW_OF: Final = {"job": jobs.NAME, "batch": batches.NAME, "delivery": deliveries.NAME}
-_FOLDS: Final[Mapping[str, Callable[[Chunk, Recorded], None]]] = {
+_FOLDS: Final[Mapping[str, Callable[[Chunk, RecordedEvent], None]]] = {
     "job": Chunk._fold_job,
     "batch": Chunk._fold_batch,
     "delivery": Chunk._fold_delivery,
 }
 
 
-def _add(counted: Counter[tuple[str, str]], before: statistics.Contribution, after: statistics.Contribution) -> None:
+def _add(counted: Counter[tuple[str, str]], before: statistics.CounterFields, after: statistics.CounterFields) -> None:
     if before != after:
         for key in after:
             counted[key] += 1
@@ -389,7 +391,7 @@ def _write(key: str, old: Document | None, new: Document | None) -> Write | None
     return UpdateOne({"_id": key}, change) if change else None
 
 
-def _readable(event: Recorded) -> Event | None:
+def _readable(event: RecordedEvent) -> Event | None:
     """Return what happened, None if the event is damaged.
 
     Raises:
@@ -397,18 +399,18 @@ def _readable(event: Recorded) -> Event | None:
     """
     try:
         return event.event
-    except NewerEvent:
+    except UnsupportedEvent:
         raise
     except UnreadableEvent:
         return None
 
 
-def _worth_folding(events: Sequence[Recorded]) -> list[Recorded]:
+def _drop_superseded_progress(events: Sequence[RecordedEvent]) -> list[RecordedEvent]:
     """Return the events without a job's progress that its next event here, progress again, replaces as a whole.
 
     Most events of a long job are such, and what each of them says is overwritten by the next (`jobs.fold`).
     """
-    worth: list[Recorded] = []
+    worth: list[RecordedEvent] = []
     next_of: dict[str, str] = {}
     for event in reversed(events):
         stream, kind = event.stream, event.type
@@ -423,7 +425,7 @@ class ChunkTooLarge(Exception):
     """A chunk is too much for one transaction, or for memory; nothing of it was written."""
 
 
-class _Refused(Exception):
+class _WriteRejected(Exception):
     """The server refuses one document; nothing of its chunk was written."""
 
     def __init__(self, view: str, key: str, error: BulkWriteError) -> None:
@@ -433,41 +435,43 @@ class _Refused(Exception):
         self.error = error
 
 
-_OF_THE_SERVER: Final = frozenset({24, 46, 50, 112, 251, 262, 290, 14031})
+_SERVER_ERROR_CODES: Final = frozenset({24, 46, 50, 112, 251, 262, 290, 14031})
 """Codes of errors that say nothing about a document: locks, time limits, write conflicts, a full disk."""
 
 
-_TOO_LARGE: Final = frozenset({257, 388})
+_TOO_LARGE_CODES: Final = frozenset({257, 388})
 """TransactionTooLarge, TransactionTooLargeForCache."""
 
 
-def _is_refusal(error: Exception) -> bool:
+def _is_write_rejection(error: Exception) -> bool:
     """Return whether an error says that something in a chunk cannot be stored, however often it is tried."""
-    if isinstance(error, _Refused):
+    if isinstance(error, _WriteRejected):
         return True
     if not isinstance(error, PyMongoError):
         return True  # the driver cannot write it in BSON
-    if error.has_error_label("TransientTransactionError") or not passes_with_time(error):
+    if error.has_error_label("TransientTransactionError") or not is_transient(error):
         return False
     if isinstance(error, BulkWriteError):
         found = error.details.get("writeErrors", [])
-        return bool(found) and found[0].get("code") not in _OF_THE_SERVER
+        return bool(found) and found[0].get("code") not in _SERVER_ERROR_CODES
     return False
 
 
-def _said_by(error: BulkWriteError) -> str:
+def _server_message(error: BulkWriteError) -> str:
     """Return what the server says, without what differs from time to time."""
     return str(error.details["writeErrors"][0].get("errmsg", "it does not say why"))
 
 
-class Folder:
+class ProjectionWriter:
     """Folds chunks of events into one set of views. Right as long as nobody else writes them, which the fence sees to.
 
     `checkpoint` is the document that says how far these views have got, and `fence` what it must hold, or somebody else
     has taken over.
     """
 
-    def __init__(self, db: Database, views: Views, *, checkpoint: str, fence: Mapping[str, Any], read: Read) -> None:
+    def __init__(
+        self, db: Database, views: Views, *, checkpoint: str, fence: Mapping[str, Any], read: ReadPosition
+    ) -> None:
         self._db = db
         self.views = views
         self._checkpoint = checkpoint
@@ -475,19 +479,22 @@ class Folder:
         self._cache = DocumentCache()
         self._unwritten: Chunk | None = None
         self._written = asyncio.Event()
-        self._reduced: set[Key] = set()
+        self._reduced: set[DocumentKey] = set()
         """Documents that are stored reduced."""
-        self._most_events = _MOST_EVENTS
+        self._max_chunk_events = _MAX_CHUNK_EVENTS
         self.position, self._hash = read
         """The last position that these views contain."""
 
     @property
-    def read(self) -> Read:
+    def last_applied(self) -> ReadPosition:
         """The last event that these views contain."""
-        return Read(self.position, self._hash)
+        return ReadPosition(self.position, self._hash)
 
-    async def fold(
-        self, events: Sequence[Recorded], *, first: Callable[[AsyncClientSession], Awaitable[None]] | None = None
+    async def apply(
+        self,
+        events: Sequence[RecordedEvent],
+        *,
+        before_write: Callable[[AsyncClientSession], Awaitable[None]] | None = None,
     ) -> list[Document]:
         """Fold the next events into the views; return the batches that were changed.
 
@@ -502,54 +509,54 @@ class Folder:
         changed: dict[str, Document] = {}
         begin = 0
         while begin < len(events):
-            part = events[begin : begin + self._most_events]
+            part = events[begin : begin + self._max_chunk_events]
             is_last = begin + len(part) == len(events)
             begun = time.monotonic()
             try:
                 chunk = await self.prepare(part)
-                await self.write(chunk, first=first if is_last else None)
+                await self.write(chunk, before_write=before_write if is_last else None)
             except ChunkTooLarge as error:
-                self.forget()
+                self.discard_unwritten()
                 if len(part) == 1:
                     raise LedgerUnavailable(f"The event at position {part[0].position} is not written: {error}") from (
                         error
                     )
-                self._most_events = len(part) // 2
+                self._max_chunk_events = len(part) // 2
                 continue
             begin += len(part)
             if time.monotonic() - begun > _SLOW_SECONDS:
-                self._most_events = max(1, len(part) // 2)
-            elif self._most_events < _MOST_EVENTS:
-                self._most_events *= 2
-            changed |= {batch["_id"]: batch for batch in chunk.now["batches"].values() if batch is not None}
+                self._max_chunk_events = max(1, len(part) // 2)
+            elif self._max_chunk_events < _MAX_CHUNK_EVENTS:
+                self._max_chunk_events *= 2
+            changed |= {batch["_id"]: batch for batch in chunk.current["batches"].values() if batch is not None}
         return list(changed.values())
 
-    async def prepare(self, events: Sequence[Recorded]) -> Chunk:
+    async def prepare(self, events: Sequence[RecordedEvent]) -> Chunk:
         """Fold the next events in memory, for `write`. The chunk before need not have been written yet.
 
         Raises:
             ChunkTooLarge: several events concern more than may be in memory at once.
         """
-        with driver_errors("loading what events are folded into"):
-            if self._unwritten is not None and any(event.type in _SWITCHES for event in events):
+        with translate_errors("loading what events are folded into"):
+            if self._unwritten is not None and any(event.type in _QUEUE_CHANGING_EVENTS for event in events):
                 await self._written.wait()  # whose jobs wait, the database has to know
-            chunk = await self._load(events)
+            chunk = await self._load_chunk(events)
         digest = events[-1].document.get("hash")  # bare events have none
         chunk.hash = digest if isinstance(digest, bytes) else None
-        told = _worth_folding(events)
+        told = _drop_superseded_progress(events)
         if len(told) < len(events):
-            chunk.counted[statistics.EVENTS, JobProgressed.__name__] += len(events) - len(told)
+            chunk.counter_increments[statistics.EVENTS, JobProgressed.__name__] += len(events) - len(told)
         for number, event in enumerate(told, 1):
-            chunk.fold(event)
-            if chunk.listed > LISTED_BYTES and number < len(told):
-                raise ChunkTooLarge(f"its documents have {chunk.listed} bytes of list index")
-            if number % _EVENTS_A_TURN == 0 and self._unwritten is not None:
+            chunk.apply(event)
+            if chunk.list_index_bytes > MAX_LIST_INDEX_BYTES and number < len(told):
+                raise ChunkTooLarge(f"its documents have {chunk.list_index_bytes} bytes of list index")
+            if number % _EVENTS_PER_YIELD == 0 and self._unwritten is not None:
                 await asyncio.sleep(0)  # the chunk before is on its way to the database meanwhile
-        self._remember(chunk)
+        self._cache_documents(chunk)
         return chunk
 
     async def write(
-        self, chunk: Chunk, *, first: Callable[[AsyncClientSession], Awaitable[None]] | None = None
+        self, chunk: Chunk, *, before_write: Callable[[AsyncClientSession], Awaitable[None]] | None = None
     ) -> None:
         """Write a prepared chunk; they have to be written one after the other, in their order.
 
@@ -559,43 +566,45 @@ class Folder:
         self._unwritten = chunk
         self._written.clear()
         try:
-            with driver_errors("folding events into the views"):
-                await self._write_at_all(chunk, first)
+            with translate_errors("folding events into the views"):
+                await self._write_or_isolate(chunk, before_write)
         finally:
             self._written.set()  # also after a failure: `prepare` must not wait for ever
         for key, problem in chunk.isolated:
             _log.error("isolated: the views do not show what the log says", document=key, **problem)
-        for view, documents in chunk.now.items():
-            if self._reduced or chunk.refused:
+        for view, documents in chunk.current.items():
+            if self._reduced or chunk.unstorable:
                 self._reduced -= {(view, key) for key in documents}
-        self._reduced |= chunk.refused.keys()
+        self._reduced |= chunk.unstorable.keys()
         self.position, self._hash = chunk.position, chunk.hash
         self._unwritten = None
 
-    async def _write_at_all(self, chunk: Chunk, first: Callable[[AsyncClientSession], Awaitable[None]] | None) -> None:
+    async def _write_or_isolate(
+        self, chunk: Chunk, first: Callable[[AsyncClientSession], Awaitable[None]] | None
+    ) -> None:
         try:
-            await self._write(chunk, first, chunk.writes(replaced=self._reduced))
-        except (_Refused, PyMongoError, BSONError, ValueError, OverflowError) as error:
-            if not _is_refusal(error):
+            await self._write(chunk, first, chunk.build_writes(replaced=self._reduced))
+        except (_WriteRejected, PyMongoError, BSONError, ValueError, OverflowError) as error:
+            if not _is_write_rejection(error):
                 raise
             _log.warning("a chunk of events cannot be written as it is", position=chunk.position, error=str(error))
-            await self._write_carefully(chunk, first)
+            await self._write_without_unstorable(chunk, first)
 
-    async def _write_carefully(
+    async def _write_without_unstorable(
         self, chunk: Chunk, first: Callable[[AsyncClientSession], Awaitable[None]] | None
     ) -> None:
         """Write a chunk of which something was refused: without what cannot be stored."""
-        chunk.refuse_what_cannot_be_stored()
-        for _ in range(_REFUSED_AT_MOST):
-            writes = chunk.writes(replaced=self._reduced, upserts=True)
+        chunk.mark_unstorable_documents()
+        for _ in range(_MAX_REJECTED_WRITES):
+            writes = chunk.build_writes(replaced=self._reduced, upserts=True)
             try:
                 return await self._write(chunk, first, writes)
-            except _Refused as refused:
+            except _WriteRejected as refused:
                 view, key = refused.view, refused.key
-                if (view, key) in chunk.left_out or view in (failures.NAME, statistics.NAME):
+                if (view, key) in chunk.skipped or view in (failures.NAME, statistics.NAME):
                     raise refused.error from None
-                chunk.refuse(view, key, f"The database refuses the document: {_said_by(refused.error)}")
-        raise LedgerUnavailable(f"The database refuses more than {_REFUSED_AT_MOST} writes of one chunk")
+                chunk.mark_unstorable(view, key, f"The database refuses the document: {_server_message(refused.error)}")
+        raise LedgerUnavailable(f"The database refuses more than {_MAX_REJECTED_WRITES} writes of one chunk")
 
     async def _write(
         self,
@@ -615,37 +624,37 @@ class Folder:
             if first is not None:
                 await first(session)
             if not (await self._db.checkpoints.update_one(mine, moved, session=session)).matched_count:
-                raise Deposed
+                raise LeadershipLost
             for view, changes in writes.items():
                 try:
                     await self.views[view].bulk_write([change for _, change in changes], ordered=False, session=session)
                 except BulkWriteError as error:
                     found = error.details.get("writeErrors", [])
-                    if found and _is_refusal(error):
-                        raise _Refused(view, changes[found[0]["index"]][0], error) from error
+                    if found and _is_write_rejection(error):
+                        raise _WriteRejected(view, changes[found[0]["index"]][0], error) from error
                     raise
 
         try:
-            await transaction(self._db, write)
+            await run_transaction(self._db, write)
         except OperationFailure as error:
-            if error.code in _TOO_LARGE:
+            if error.code in _TOO_LARGE_CODES:
                 raise ChunkTooLarge(str(error)) from error
             raise
 
-    def forget(self) -> None:
+    def discard_unwritten(self) -> None:
         """Forget what was folded and not written."""
         self._cache.clear()
         self._unwritten = None
         self._written.set()
 
-    async def _load(self, events: Sequence[Recorded]) -> Chunk:
+    async def _load_chunk(self, events: Sequence[RecordedEvent]) -> Chunk:
         """Return an empty chunk, with everything that folding the events may concern.
 
         Raises:
             ChunkTooLarge: several events concern more than may be in memory at once.
         """
-        most = LOADED_BYTES if len(events) > 1 else None
-        firsts = [event for event in events if event.version == 1 and event.type in _BEGINNINGS]
+        most = MAX_LOADED_BYTES if len(events) > 1 else None
+        firsts = [event for event in events if event.version == 1 and event.type in _FIRST_EVENTS]
         begun = {event.stream for event in firsts}  # of these there is nothing yet
         streams = {event.stream for event in events} - begun
         loaded = {"jobs": await self._documents("jobs", {name for name in streams if name.startswith("job-")}, most)}
@@ -658,12 +667,12 @@ class Folder:
         told = {name for name in streams if name.startswith("delivery-")}
         loaded[deliveries.NAME] = await self._documents(deliveries.NAME, told, most)
         queued = [_readable(event) for event in events if event.type == DeliveryQueued.__name__]
-        called = {receivers.key(event) for event in queued if isinstance(event, DeliveryQueued)}
+        called = {receivers.endpoint_id(event) for event in queued if isinstance(event, DeliveryQueued)}
         loaded[receivers.NAME] = await self._documents(receivers.NAME, called)
-        loaded[statistics.NAME] = await self._documents(statistics.NAME, {statistics.RECENT})
-        switched = {event.stream for event in events if event.type in _SWITCHES} & loaded["batches"].keys()
+        loaded[statistics.NAME] = await self._documents(statistics.NAME, {statistics.FINISHED_BY_MINUTE})
+        switched = {event.stream for event in events if event.type in _QUEUE_CHANGING_EVENTS} & loaded["batches"].keys()
         concerned = [job_id for batch_id in sorted(switched) for job_id in loaded["batches"][batch_id]["job_ids"]]
-        return Chunk(loaded, await jobs.waiting_among(self.views, concerned) if concerned else ())
+        return Chunk(loaded, await jobs.find_pending_jobs(self.views, concerned) if concerned else ())
 
     async def _documents(self, view: str, keys: set[str], most: int | None = None) -> dict[str, Document]:
         """Return documents from what is being written, the cache, or the database: from that, `most` bytes at most.
@@ -671,42 +680,42 @@ class Folder:
         Raises:
             ChunkTooLarge: there are more.
         """
-        coming = self._unwritten.now[view] if self._unwritten is not None else {}
+        coming = self._unwritten.current[view] if self._unwritten is not None else {}
         found = {key: document for key in keys if (document := self._cache.get((view, key))) is not None}
         # Of what is written just now the database does not know yet. Large documents are not in the cache.
         found |= {key: document for key in coming.keys() & keys if (document := coming[key]) is not None}
         if missing := keys - found.keys() - coming.keys():
-            async for document in self._found(view, missing, most):
-                if failures.REDUCED in document:
+            async for document in self._read_documents(view, missing, most):
+                if failures.REDUCED_FIELD in document:
                     self._reduced.add((view, document["_id"]))
                     if view == jobs.NAME:
-                        document = await self._refolded(document["_id"])
+                        document = await self._refold_job(document["_id"])
                 found[document["_id"]] = document
         return found
 
-    async def _found(self, view: str, keys: Collection[str], most: int | None) -> AsyncIterator[Document]:
+    async def _read_documents(self, view: str, keys: Collection[str], most: int | None) -> AsyncIterator[Document]:
         collection, size = self.views[view], 0
         batches_of_bson: Any = collection.find_raw_batches({"_id": {"$in": sorted(keys)}})
         async for batch in batches_of_bson:
             size += len(batch)
             if most is not None and size > most:
                 raise ChunkTooLarge(f"its documents in the view {view} take more than {most} bytes")
-            for document in bson.decode_all(batch, TOLERANT):
+            for document in bson.decode_all(batch, LENIENT_CODEC):
                 yield document
 
-    async def _refolded(self, job_id: str) -> Document:
+    async def _refold_job(self, job_id: str) -> Document:
         """Fold a job that is stored reduced from its events, as far as these views have got."""
         upto = self._unwritten.position if self._unwritten is not None else self.position
-        chunk = Chunk({view: {} for view in FOLDED})
-        for event in await EventLog(self._db).read_stream(job_id):
+        chunk = Chunk({view: {} for view in FOLDED_VIEWS})
+        for event in await EventStore(self._db).read_stream(job_id):
             if event.position <= upto:
-                chunk.fold(event)
+                chunk.apply(event)
         job = chunk.get(jobs.NAME, job_id)
         assert job is not None  # noqa: S101 - it is in the view, so it is not deleted
         return job
 
-    def _remember(self, chunk: Chunk) -> None:
-        for view, documents in chunk.now.items():
+    def _cache_documents(self, chunk: Chunk) -> None:
+        for view, documents in chunk.current.items():
             for key, document in documents.items():
                 self._cache.put((view, key), document if document is not None and "large" not in document else None)
-        self._cache.shrink()
+        self._cache.evict()

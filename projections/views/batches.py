@@ -15,7 +15,7 @@ from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.commands import BatchCommand, FinishBatch, ReopenBatch
 from jobledger.ledger.domain.events import (
     BATCH_EVENTS,
-    ENDED,
+    TERMINAL_STATUSES,
     BatchAccessChanged,
     BatchArchived,
     BatchCounts,
@@ -28,30 +28,30 @@ from jobledger.ledger.domain.events import (
     BatchSubmitted,
     BatchSummary,
     BatchUnarchived,
-    Recorded,
+    RecordedEvent,
 )
-from jobledger.ledger.domain.limits import shortened
-from jobledger.ledger.mongo.connection import Document, driver_errors
-from jobledger.ledger.store.event_store import EventLog
-from jobledger.ledger.store.hash_chain import LARGEST_INTEGER
+from jobledger.ledger.domain.limits import truncate_text
+from jobledger.ledger.mongo.connection import Document, translate_errors
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import failures, list_index
-from jobledger.projections.views.jobs import LARGEST_IN_LISTS, mark, shown_webhook
-from jobledger.projections.views.list_index import Facet, Place
+from jobledger.projections.views.jobs import MAX_LISTED_FIELD_BYTES, mark_truncated, redact_webhook
+from jobledger.projections.views.list_index import Facet, PageCursor
 
 NAME: Final = "batches"
-JOB_IDS_IN_LISTS: Final = 100
-COUNTED_UP_TO: Final = 10_000
-_MOST: Final = LARGEST_INTEGER
+MAX_LISTED_JOB_IDS: Final = 100
+MAX_COUNT: Final = 10_000
+_MOST: Final = MAX_SAFE_INTEGER
 INDEXES: Final = [
     *list_index.INDEXES,
     IndexModel([("status", ASCENDING)], partialFilterExpression={"status": "processing"}),
 ]
 
 
-def fold(batch: Document | None, event: Recorded) -> Document | None:
+def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
     """Return the batch's document as it is after one more event of its own stream; None when it is deleted."""
-    if batch is not None and failures.ERROR in batch and failures.REDUCED not in batch:
+    if batch is not None and failures.ERROR_FIELD in batch and failures.REDUCED_FIELD not in batch:
         return _followed(batch, event)
     happened = event.event
     if isinstance(happened, BatchSubmitted):
@@ -70,19 +70,19 @@ def fold(batch: Document | None, event: Recorded) -> Document | None:
     return after
 
 
-def isolated(batch: Document | None, event: Recorded, problem: Document) -> Document | None:
+def isolate(batch: Document | None, event: RecordedEvent, problem: Document) -> Document | None:
     """Return the document of a batch one of whose events cannot be folded: as it was, with the reason."""
     before = batch if batch is not None else _skeleton(event)
-    return _followed({**before, failures.ERROR: problem}, event)
+    return _followed({**before, failures.ERROR_FIELD: problem}, event)
 
 
-def _followed(batch: Document, event: Recorded) -> Document | None:
+def _followed(batch: Document, event: RecordedEvent) -> Document | None:
     """Return an isolated batch's document after one more event of its own; of that, only the type counts."""
     if event.type == BatchDeleted.__name__:
         return None
     changes: Document = {}
     if event.type == BatchFinished.__name__:
-        status = event.fields.get("status")
+        status = event.payload.get("status")
         ended = status if status in ("completed", "partial", "failed") else "partial"
         changes = {"status": ended, "completed_at": event.time, "gone_on": False}
     elif event.type == BatchReopened.__name__:
@@ -90,16 +90,16 @@ def _followed(batch: Document, event: Recorded) -> Document | None:
     return {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
-def _skeleton(event: Recorded) -> Document:
+def _skeleton(event: RecordedEvent) -> Document:
     """Return a document for a batch whose first event cannot be read: what of it is readable, only for admins."""
-    found = event.fields.get("job_ids")
+    found = event.payload.get("job_ids")
     job_ids = [it for it in found if isinstance(it, str)] if isinstance(found, list) else []
-    user_id = event.fields.get("user_id")
-    owner = shortened(user_id, 200) if isinstance(user_id, str) else ""
+    user_id = event.payload.get("user_id")
+    owner = truncate_text(user_id, 200) if isinstance(user_id, str) else ""
     return _submitted(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
 
 
-def reduced(batch: Document, problem: Document) -> Document:
+def reduce_to_storable(batch: Document, problem: Document) -> Document:
     """Return a document that can be stored, of one that cannot: without what may be large."""
     document: Document = {
         **batch,
@@ -111,8 +111,8 @@ def reduced(batch: Document, problem: Document) -> Document:
         "access_control": {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []},
         "teams": [],
         "truncated": ["job_ids", "parameters"],
-        failures.REDUCED: True,
-        failures.ERROR: problem,
+        failures.REDUCED_FIELD: True,
+        failures.ERROR_FIELD: problem,
     }
     _list(document)
     return document
@@ -120,13 +120,13 @@ def reduced(batch: Document, problem: Document) -> Document:
 
 def _list(batch: Document) -> None:
     """Say under which headings the batch is listed, and under which words it is found."""
-    scopes, facets = list_index.scopes(batch), [list_index.ALL, ("user", batch["user_id"])]
-    batch["headings"] = list_index.headings(scopes, facets)
-    mark(batch, "headings", truncated=list_index.is_cut(batch["headings"], scopes, facets))
-    batch["words"] = list_index.words(scopes, [batch["batch_id"], batch["batch_name"]])
+    scopes, facets = list_index.scopes_for_document(batch), [list_index.NO_FACET, ("user", batch["user_id"])]
+    batch["headings"] = list_index.build_list_keys(scopes, facets)
+    mark_truncated(batch, "headings", truncated=list_index.is_truncated(batch["headings"], scopes, facets))
+    batch["words"] = list_index.build_search_keys(scopes, [batch["batch_id"], batch["batch_name"]])
 
 
-def _submitted(asked: BatchSubmitted, event: Recorded) -> Document:
+def _submitted(asked: BatchSubmitted, event: RecordedEvent) -> Document:
     batch: Document = {
         "_id": event.stream,
         "batch_id": event.stream,
@@ -142,7 +142,7 @@ def _submitted(asked: BatchSubmitted, event: Recorded) -> Document:
         "completed_jobs": 0,
         "failed_jobs": 0,
         "cancelled_jobs": 0,
-        "webhook": shown_webhook(asked.webhook),
+        "webhook": redact_webhook(asked.webhook),
         "parameters": asked.parameters,
         "summary": {"duration": 0.0, "tokens_used": 0},
         "user_id": asked.user_id,
@@ -158,7 +158,7 @@ def _submitted(asked: BatchSubmitted, event: Recorded) -> Document:
     return batch
 
 
-def _changes(happened: BatchEvent, event: Recorded) -> Document | None:
+def _changes(happened: BatchEvent, event: RecordedEvent) -> Document | None:
     match happened:
         case BatchSubmitted():
             return {}
@@ -182,7 +182,9 @@ def _changes(happened: BatchEvent, event: Recorded) -> Document | None:
             assert_never(happened)
 
 
-def fold_job(batch: Document, before: Document | None, after: Document | None, event: Recorded) -> Document:
+def apply_job_change(
+    batch: Document, before: Document | None, after: Document | None, event: RecordedEvent
+) -> Document:
     """Return the batch's document as it is after one of its jobs has changed."""
     was, now = before and before["status"], after and after["status"]
     changed = dict(batch)
@@ -194,7 +196,12 @@ def fold_job(batch: Document, before: Document | None, after: Document | None, e
     if after is None and before is not None:
         changed["job_ids"] = _without(batch["job_ids"], before["job_id"])
         changed["total_jobs"] -= 1
-    if batch["status"] != "processing" and was in ENDED and now is not None and now not in ENDED:
+    if (
+        batch["status"] != "processing"
+        and was in TERMINAL_STATUSES
+        and now is not None
+        and now not in TERMINAL_STATUSES
+    ):
         changed["gone_on"] = True
     if now == "completed" and was != "completed" and after is not None and after["results"] is not None:
         changed["summary"] = _with_cost(batch["summary"], after)
@@ -219,7 +226,7 @@ def _without(job_ids: list[str], job_id: str) -> list[str]:
     return remaining
 
 
-def reaction(batch: Document) -> BatchCommand | None:
+def follow_up_command(batch: Document) -> BatchCommand | None:
     """Return what has to be recorded about a batch, seeing its counts: that it has ended, or goes on again.
 
     The projector asks this of all `unsettled` batches when a new leader has caught up with the log, and from then on
@@ -244,23 +251,23 @@ def _counts(batch: Document) -> BatchCounts:
 # Questions --------------------------------------------------------------------------------------------------------
 
 
-async def get(views: Views, log: EventLog, batch_id: str) -> Document | None:
+async def get(views: Views, log: EventStore, batch_id: str) -> Document | None:
     """Return a batch's document, or None. One that the projector has not reached yet is folded from the log."""
-    with driver_errors(f"reading {batch_id}"):
+    with translate_errors(f"reading {batch_id}"):
         batch = await views[NAME].find_one({"_id": batch_id})
     if batch is None:
         for event in await log.read_stream(batch_id):
             batch = fold(batch, event)
-        batch = as_submitted(batch)
+        batch = with_submitted_counts(batch)
     return batch
 
 
-def as_submitted(batch: Document | None) -> Document | None:
+def with_submitted_counts(batch: Document | None) -> Document | None:
     """Return a batch that was folded without its jobs as it is at its beginning: all of them wait."""
     return {**batch, "pending_jobs": batch["total_jobs"]} if batch else None
 
 
-def query(
+def build_query(
     principal: Principal,
     *,
     status: str | None = None,
@@ -269,9 +276,9 @@ def query(
     q: str | None = None,
 ) -> Document:
     """Return the database query for those of the batches asked for that somebody may see; None means any."""
-    facet: Facet = list_index.ALL if user_id is None else ("user", user_id)
+    facet: Facet = list_index.NO_FACET if user_id is None else ("user", user_id)
     rest = {"status": status, "archived": archived}
-    wanted = list_index.query(principal, facet, q or "")
+    wanted = list_index.build_query(principal, facet, q or "")
     return wanted | {name: value for name, value in rest.items() if value is not None}
 
 
@@ -281,31 +288,31 @@ _IN_LISTS: Final[Document] = {
             *("_id", "batch_id", "batch_name", "status", "created_at", "updated_at", "completed_at", "total_jobs"),
             *("pending_jobs", "processing_jobs", "completed_jobs", "failed_jobs", "cancelled_jobs", "webhook"),
             *("summary", "user_id", "access_control", "teams", "paused", "archived", "version", "position"),
-            *("truncated", failures.ERROR),
+            *("truncated", failures.ERROR_FIELD),
         ),
         1,
     ),
-    "job_ids": {"$slice": ["$job_ids", JOB_IDS_IN_LISTS]},
-    "parameters": list_index.unless_large("parameters", largest=LARGEST_IN_LISTS),
+    "job_ids": {"$slice": ["$job_ids", MAX_LISTED_JOB_IDS]},
+    "parameters": list_index.omit_if_large("parameters", max_bytes=MAX_LISTED_FIELD_BYTES),
 }
 """What lists show of a batch: all that is shown of one, but of its jobs the first, and no large parameters."""
 
 
-async def page(
+async def find_page(
     views: Views,
     wanted: Document,
     *,
     limit: int,
     skip: int = 0,
-    after: Place | None = None,
+    after: PageCursor | None = None,
     newest_first: bool = True,
-) -> tuple[list[Document], Place | None]:
+) -> tuple[list[Document], PageCursor | None]:
     """Return a page of batches in the order of creation, and where the next one begins.
 
     Each with the first of its `job_ids` only: a page of large batches would be many megabytes.
     """
-    with driver_errors("listing batches"):
-        found, following = await list_index.page(
+    with translate_errors("listing batches"):
+        found, following = await list_index.find_page(
             views[NAME],
             wanted,
             limit=limit,
@@ -322,26 +329,26 @@ async def page(
 
 async def count(views: Views, wanted: Document) -> int:
     """Count batches, but never more than `COUNTED_UP_TO`."""
-    with driver_errors("counting batches"):
-        return await list_index.count(views[NAME], wanted, most=COUNTED_UP_TO)
+    with translate_errors("counting batches"):
+        return await list_index.count(views[NAME], wanted, limit=MAX_COUNT)
 
 
-async def jobs_counted(views: Views, batch_id: str, *, status: str | None) -> int:
+async def count_jobs(views: Views, batch_id: str, *, status: str | None) -> int:
     """Return how many jobs a batch has, with this status, if one is named."""
     field = "total_jobs" if status is None else f"{status}_jobs"
-    with driver_errors("reading the counts of a batch"):
+    with translate_errors("reading the counts of a batch"):
         found = await views[NAME].find_one({"_id": batch_id}, {field: 1})
     return int((found or {}).get(field, 0))
 
 
-async def paused_among(views: Views, batch_ids: Collection[str]) -> set[str]:
+async def find_paused(views: Views, batch_ids: Collection[str]) -> set[str]:
     """Return which of these batches are paused, as far as the view has got."""
-    with driver_errors("looking for paused batches"):
+    with translate_errors("looking for paused batches"):
         query = {"_id": {"$in": sorted(batch_ids)}, "paused": True}
         return {batch["_id"] async for batch in views[NAME].find(query, {"_id": 1})}
 
 
-async def unsettled(views: Views) -> Sequence[Document]:
+async def find_unsettled(views: Views) -> Sequence[Document]:
     """Return the batches that are not finished, or have gone on since they were, for `reaction`."""
     unfinished = [
         {"status": "processing"},
@@ -349,5 +356,5 @@ async def unsettled(views: Views) -> Sequence[Document]:
         {"pending_jobs": {"$gt": 0}},
         {"processing_jobs": {"$gt": 0}},
     ]
-    with driver_errors("looking for unfinished batches"):
+    with translate_errors("looking for unfinished batches"):
         return await views[NAME].find({"$or": unfinished}, {"job_ids": 0, "parameters": 0}).to_list()

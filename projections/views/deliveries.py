@@ -22,28 +22,28 @@ from jobledger.ledger.domain.events import (
     DeliveryQueued,
     DeliveryRequeued,
     DeliverySucceeded,
-    Recorded,
+    RecordedEvent,
 )
-from jobledger.ledger.domain.limits import REASON_CHARACTERS, RESPONSE_CHARACTERS, shortened
-from jobledger.ledger.mongo.connection import Document, driver_errors
+from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_CHARACTERS, truncate_text
+from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import endpoints, failures, list_index
-from jobledger.projections.views.jobs import fitting_error
-from jobledger.projections.views.list_index import Place
+from jobledger.projections.views.jobs import shorten_error
+from jobledger.projections.views.list_index import PageCursor
 
 NAME: Final = "deliveries"
-ATTEMPTS_SHOWN: Final = 50  # the newest; all of them are in the stream
-COUNTED_UP_TO: Final = 10_000
-PENDING: Final = {"status": "pending"}
+MAX_ATTEMPTS_SHOWN: Final = 50  # the newest; all of them are in the stream
+MAX_COUNT: Final = 10_000
+PENDING_QUERY: Final = {"status": "pending"}
 INDEXES: Final = [
     *list_index.INDEXES[:2],
-    IndexModel([("next_at", ASCENDING)], partialFilterExpression=PENDING),
+    IndexModel([("next_at", ASCENDING)], partialFilterExpression=PENDING_QUERY),
 ]
 
 
-def fold(delivery: Document | None, event: Recorded) -> Document:
+def fold(delivery: Document | None, event: RecordedEvent) -> Document:
     """Return the delivery's document as it is after one more event of its stream. Its number is for the projector."""
-    if delivery is not None and failures.ERROR in delivery:
+    if delivery is not None and failures.ERROR_FIELD in delivery:
         return _followed(delivery, event)
     happened = event.event
     if isinstance(happened, DeliveryQueued):
@@ -54,10 +54,10 @@ def fold(delivery: Document | None, event: Recorded) -> Document:
     return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
-def _queued(asked: DeliveryQueued, event: Recorded) -> Document:
-    receiver = endpoints.key(asked)
+def _queued(asked: DeliveryQueued, event: RecordedEvent) -> Document:
+    receiver = endpoints.endpoint_id(asked)
     source, batch_id = asked.source, asked.batch_id
-    facets = [("receiver", receiver), ("source", source), ("host", host_of(asked.webhook.url))]
+    facets = [("receiver", receiver), ("source", source), ("host", host_and_port(asked.webhook.url))]
     if batch_id is not None:
         facets.append(("batch", batch_id))
     return {
@@ -69,7 +69,7 @@ def _queued(asked: DeliveryQueued, event: Recorded) -> Document:
         "batch_id": batch_id,
         "source_version": asked.source_version,
         "url": asked.webhook.url,
-        "host": host_of(asked.webhook.url),
+        "host": host_and_port(asked.webhook.url),
         "receiver": receiver,
         "sequence": None,
         "user_id": asked.user_id,
@@ -84,7 +84,9 @@ def _queued(asked: DeliveryQueued, event: Recorded) -> Document:
         "attempts": [],
         "version": event.version,
         "position": event.position,
-        "headings": list_index.headings(list_index.owned_by(asked.user_id), [list_index.ALL, *facets]),
+        "headings": list_index.build_list_keys(
+            list_index.scopes_for_owner(asked.user_id), [list_index.NO_FACET, *facets]
+        ),
     }
 
 
@@ -95,52 +97,56 @@ _STATUS_AFTER: Final = {
 }
 
 
-def isolated(delivery: Document, event: Recorded, problem: Document) -> Document:
+def isolate(delivery: Document, event: RecordedEvent, problem: Document) -> Document:
     """Return the document of a delivery one of whose events cannot be folded: as it was, with the reason."""
-    return _followed({**delivery, failures.ERROR: problem}, event)
+    return _followed({**delivery, failures.ERROR_FIELD: problem}, event)
 
 
-def _followed(delivery: Document, event: Recorded) -> Document:
+def _followed(delivery: Document, event: RecordedEvent) -> Document:
     """Return an isolated delivery's document after one more event; of that, only the type counts."""
     status = _STATUS_AFTER.get(event.type, delivery["status"])
     changes = {"status": status, "next_at": event.time if status == "pending" else None}
     return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
-def reduced(delivery: Document, problem: Document) -> Document:
+def reduce_to_storable(delivery: Document, problem: Document) -> Document:
     """Return a document that can be stored, of one that cannot: without what may be large."""
-    listed = list_index.headings(list_index.owned_by(""), [list_index.ALL])
-    texts = {name: shortened(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
+    listed = list_index.build_list_keys(list_index.scopes_for_owner(""), [list_index.NO_FACET])
+    texts = {name: truncate_text(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
     blank = {"attempts": [], "reason": None, "headings": listed}
-    return {**delivery, **texts, **blank, failures.REDUCED: True, failures.ERROR: problem}
+    return {**delivery, **texts, **blank, failures.REDUCED_FIELD: True, failures.ERROR_FIELD: problem}
 
 
-def host_of(url: str) -> str:
+def host_and_port(url: str) -> str:
     """Return the host and port of an address: what fails together."""
     parts = urlsplit(url)
     return f"{parts.hostname or ''}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme, 0)}"
 
 
-def _changes(delivery: Document, happened: DeliveryEvent, event: Recorded) -> Document:
+def _changes(delivery: Document, happened: DeliveryEvent, event: RecordedEvent) -> Document:
     match happened:
         case DeliveryQueued():
             return {}
         case DeliveryAttempted():
             shown = {"at": event.time, "error": None, **happened.model_dump()}
-            shown["response"] = shortened(happened.response, RESPONSE_CHARACTERS)
+            shown["response"] = truncate_text(happened.response, MAX_RESPONSE_CHARACTERS)
             if happened.error is not None:
-                shown["error"] = fitting_error(happened.error)
+                shown["error"] = shorten_error(happened.error)
             pending = delivery["status"] == "pending"
             return {
                 "attempt": happened.attempt,
                 "counted": delivery["counted"] + 1,
-                "attempts": [*delivery["attempts"], shown][-ATTEMPTS_SHOWN:],
+                "attempts": [*delivery["attempts"], shown][-MAX_ATTEMPTS_SHOWN:],
                 "next_at": happened.next_at if pending else delivery["next_at"],
             }
         case DeliverySucceeded():
             return {"status": "delivered", "next_at": None, "delivered_at": event.time, "reason": None}
         case DeliveryAbandoned():
-            return {"status": "abandoned", "next_at": None, "reason": shortened(happened.reason, REASON_CHARACTERS)}
+            return {
+                "status": "abandoned",
+                "next_at": None,
+                "reason": truncate_text(happened.reason, MAX_REASON_CHARACTERS),
+            }
         case DeliveryRequeued():
             now = event.time
             return {"status": "pending", "counted": 0, "queued_at": now, "next_at": now, "reason": None}
@@ -153,39 +159,39 @@ def _changes(delivery: Document, happened: DeliveryEvent, event: Recorded) -> Do
 
 async def get(views: Views, delivery_id: str) -> Document | None:
     """Return a delivery's document, None if there is no such delivery, or the views have not reached it."""
-    with driver_errors("reading a delivery"):
+    with translate_errors("reading a delivery"):
         return await views[NAME].find_one({"_id": delivery_id})
 
 
-async def pending(views: Views, among: Sequence[str] | None = None) -> AsyncIterator[Document]:
+async def iter_pending(views: Views, delivery_ids: Sequence[str] | None = None) -> AsyncIterator[Document]:
     """Yield what a sender needs to know of every delivery that is still to be made; of these ids only, if given."""
     facts = dict.fromkeys(("next_at", "queued_at", "host", "version", "sequence"), 1)
-    wanted = PENDING if among is None else {"_id": {"$in": list(among)}, **PENDING}
-    with driver_errors("looking for webhooks to be sent"):
+    wanted = PENDING_QUERY if delivery_ids is None else {"_id": {"$in": list(delivery_ids)}, **PENDING_QUERY}
+    with translate_errors("looking for webhooks to be sent"):
         async for delivery in views[NAME].find(wanted, facts):
             yield delivery
 
 
-def query(
+def build_query(
     principal: Principal,
     *,
     source: str | None = None,
     batch_id: str | None = None,
-    receiver: str | None = None,
+    endpoint_id: str | None = None,
     host: str | None = None,
     status: str | None = None,
-    tells: str | None = None,
+    event_type: str | None = None,
     after_sequence: int | None = None,
     created_after: datetime | None = None,
     created_before: datetime | None = None,
 ) -> Document:
     """Return the database query for those of the deliveries asked for that somebody may see; None means any."""
-    asked = [("source", source), ("receiver", receiver), ("batch", batch_id), ("host", host)]
+    asked = [("source", source), ("receiver", endpoint_id), ("batch", batch_id), ("host", host)]
     given = [(name, value) for name, value in asked if value is not None]
-    wanted: dict[str, Any] = list_index.query(principal, given[0] if given else list_index.ALL)
+    wanted: dict[str, Any] = list_index.build_query(principal, given[0] if given else list_index.NO_FACET)
     fields = {"batch": "batch_id", "receiver": "receiver", "host": "host"}
     wanted |= {fields[name]: value for name, value in given[1:]}
-    wanted |= {name: value for name, value in (("status", status), ("type", tells)) if value is not None}
+    wanted |= {name: value for name, value in (("status", status), ("type", event_type)) if value is not None}
     if after_sequence is not None:
         wanted["sequence"] = {"$gt": after_sequence}
     if created_after or created_before:
@@ -194,19 +200,19 @@ def query(
     return wanted
 
 
-async def page(
+async def find_page(
     views: Views,
     wanted: Document,
     *,
     limit: int,
     skip: int = 0,
-    after: Place | None = None,
+    after: PageCursor | None = None,
     newest_first: bool = True,
-    page_bytes: int = list_index.PAGE_BYTES,
-) -> tuple[list[Document], Place | None]:
+    max_bytes: int = list_index.MAX_PAGE_BYTES,
+) -> tuple[list[Document], PageCursor | None]:
     """Return a page of deliveries in the order in which they were queued, and where the next one begins."""
-    with driver_errors("listing deliveries"):
-        return await list_index.page(
+    with translate_errors("listing deliveries"):
+        return await list_index.find_page(
             views[NAME],
             wanted,
             limit=limit,
@@ -214,11 +220,11 @@ async def page(
             after=after,
             newest_first=newest_first,
             projection={"headings": 0},
-            page_bytes=page_bytes,
+            max_bytes=max_bytes,
         )
 
 
 async def count(views: Views, wanted: Document) -> int:
     """Count deliveries, but never more than `COUNTED_UP_TO`."""
-    with driver_errors("counting deliveries"):
-        return await list_index.count(views[NAME], wanted, most=COUNTED_UP_TO)
+    with translate_errors("counting deliveries"):
+        return await list_index.count(views[NAME], wanted, limit=MAX_COUNT)

@@ -10,7 +10,7 @@ from typing import Final
 
 from pymongo import IndexModel
 
-from jobledger.ledger.domain.delivery import receiver_of
+from jobledger.ledger.domain.delivery import endpoint_id_for
 from jobledger.ledger.domain.events import DeliveryQueued
 from jobledger.ledger.mongo.connection import Document
 
@@ -18,12 +18,12 @@ NAME: Final = "receivers"
 INDEXES: Final[list[IndexModel]] = []
 
 
-def key(queued: DeliveryQueued) -> str:
+def endpoint_id(queued: DeliveryQueued) -> str:
     """Return whose delivery it is."""
-    return receiver_of(queued.user_id, queued.webhook.url)
+    return endpoint_id_for(queued.user_id, queued.webhook.url)
 
 
-def with_one_more(receiver: Document | None, delivery: Document) -> Document:
+def add_delivery(receiver: Document | None, delivery: Document) -> Document:
     """Return a receiver's document as it is after one more delivery."""
     if receiver is None:
         facts = {"_id": delivery["receiver"], "url": delivery["url"], "user_id": delivery["user_id"]}

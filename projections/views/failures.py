@@ -20,66 +20,66 @@ import bson
 from bson.errors import BSONError
 from pymongo import IndexModel
 
-from jobledger.ledger.domain.events import Recorded
-from jobledger.ledger.domain.limits import DOCUMENT_BYTES, shortened
-from jobledger.ledger.mongo.connection import Document, driver_errors
+from jobledger.ledger.domain.events import RecordedEvent
+from jobledger.ledger.domain.limits import MAX_DOCUMENT_BYTES, truncate_text
+from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.engine.slots import Views
 
 NAME: Final = "failures"
 INDEXES: Final[list[IndexModel]] = []
-ERROR: Final = "projection_error"
+ERROR_FIELD: Final = "projection_error"
 """The field of a document that does not show what the log says."""
-REDUCED: Final = "reduced"
+REDUCED_FIELD: Final = "reduced"
 """The field of a document that could not be stored whole."""
 _MESSAGE_CHARACTERS: Final = 1000
-SHOWN: Final = 100
+MAX_LISTED: Final = 100
 
 
-def of_event(event: Recorded, error: Exception) -> Document:
+def event_problem(event: RecordedEvent, error: Exception) -> Document:
     """Return what to say of an event that cannot be folded."""
     first = next(iter(str(error).splitlines()), "")
-    message = shortened(f"{event.type} cannot be folded: {type(error).__name__}: {first}", _MESSAGE_CHARACTERS)
+    message = truncate_text(f"{event.type} cannot be folded: {type(error).__name__}: {first}", _MESSAGE_CHARACTERS)
     return {"position": event.position, "version": event.version, "type": event.type, "message": message}
 
 
-def of_document(document: Document, message: str) -> Document:
+def document_problem(document: Document, message: str) -> Document:
     """Return what to say of a document that cannot be stored."""
     return {
         "position": document.get("position"),
         "version": document.get("version"),
         "type": None,
-        "message": shortened(message, _MESSAGE_CHARACTERS),
+        "message": truncate_text(message, _MESSAGE_CHARACTERS),
     }
 
 
-def why_not_storable(document: Document) -> str | None:
+def unstorable_reason(document: Document) -> str | None:
     """Return why the database cannot store a document, None if it can."""
     try:
         size = len(bson.encode(document))
     except (BSONError, ValueError, OverflowError, TypeError, RecursionError) as error:
         return f"The document cannot be stored: {error}"
-    if size > DOCUMENT_BYTES:
-        return f"The document takes {size} bytes: the database stores at most {DOCUMENT_BYTES}."
+    if size > MAX_DOCUMENT_BYTES:
+        return f"The document takes {size} bytes: the database stores at most {MAX_DOCUMENT_BYTES}."
     return None
 
 
-def row(view: str, key: str, problem: Document) -> Document:
+def build_row(view: str, key: str, problem: Document) -> Document:
     """Return the row of a document that does not show what the log says."""
     return {"_id": f"{view}/{key}", "view": view, "key": key, **problem}
 
 
-def of_view(view: str) -> Document:
+def rows_query(view: str) -> Document:
     """Return the query for the rows of one view."""
     return {"_id": {"$gte": f"{view}/", "$lt": f"{view}0"}}  # "0" follows "/"
 
 
 async def count(views: Views) -> int:
     """Return how many documents do not show what the log says, as the server knows without counting."""
-    with driver_errors("counting what could not be projected"):
+    with translate_errors("counting what could not be projected"):
         return await views[NAME].estimated_document_count()
 
 
-async def newest(views: Views, *, limit: int = SHOWN) -> list[Document]:
+async def list_problems(views: Views, *, limit: int = MAX_LISTED) -> list[Document]:
     """Return what could not be projected, by key, at most `limit` rows."""
-    with driver_errors("reading what could not be projected"):
+    with translate_errors("reading what could not be projected"):
         return await views[NAME].find({}, sort=[("_id", 1)], limit=limit).to_list()

@@ -11,21 +11,21 @@ from typing import Final
 
 from pymongo import ASCENDING, IndexModel
 
-from jobledger.ledger.mongo.connection import Document, driver_errors
+from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import failures, jobs
 
 NAME: Final = "files"
-_JOBS_AT_A_TIME: Final = 100
+_JOBS_PER_QUERY: Final = 100
 INDEXES: Final = [
     IndexModel([("path", ASCENDING), ("modified_at", ASCENDING), ("job_id", ASCENDING)]),
     IndexModel([("job_id", ASCENDING)]),
     IndexModel([("sha256", ASCENDING)]),
 ]
 _ACCESS: Final = {"_id": 0, "user_id": 1, "access_control": 1, "teams": 1}
-STEP_FILES: Final = "step_files"
+STEP_FILES_VIEW: Final = "step_files"
 """The view of the files that finished steps name (projections/views/step_files.py)."""
-EVERY_FILE: Final = "*"
+UNTRACKED_FILES: Final = "*"
 """Stands for more files than are kept track of."""
 
 
@@ -48,7 +48,7 @@ def rows(job: Document) -> list[Document]:
     ]
 
 
-def results_behind(prefix: str, results: Document) -> Document:
+def prefix_result_urls(prefix: str, results: Document) -> Document:
     """Return a job's results with the addresses of its files as they are behind a proxy with a path."""
     assets = [{**asset, "url": f"{prefix}{asset['url']}"} for asset in results["assets"]]
     url = results["markdown_url"] and f"{prefix}{results['markdown_url']}"
@@ -57,7 +57,7 @@ def results_behind(prefix: str, results: Document) -> Document:
 
 async def get(views: Views, path: str) -> Document | None:
     """Return the file under a path with `user_id`, `access_control` and `teams` of its job, or None."""
-    with driver_errors("looking for a file"):
+    with translate_errors("looking for a file"):
         row = await views[NAME].find_one({"path": path}, sort=[("modified_at", ASCENDING), ("job_id", ASCENDING)])
         if row is None:
             return None
@@ -67,48 +67,48 @@ async def get(views: Views, path: str) -> Document | None:
 
 async def has_other_owner(views: Views, path: str, job_id: str) -> bool:
     """Return whether another job has a file under a path."""
-    with driver_errors("looking for a file"):
+    with translate_errors("looking for a file"):
         return await views[NAME].find_one({"path": path, "job_id": {"$ne": job_id}}, {"_id": 1}) is not None
 
 
-async def is_needed(views: Views, sha256: str) -> bool:
+async def is_referenced(views: Views, sha256: str) -> bool:
     """Return whether a job has a file with this content, as a result or in what its finished steps have yielded.
 
     What the jobs of `jobs_with_unknown_files` have is not counted.
     """
-    with driver_errors("looking for who needs a file"):
-        found = [await views[name].find_one({"sha256": sha256}, {"_id": 1}) for name in (NAME, STEP_FILES)]
+    with translate_errors("looking for who needs a file"):
+        found = [await views[name].find_one({"sha256": sha256}, {"_id": 1}) for name in (NAME, STEP_FILES_VIEW)]
     return any(it is not None for it in found)
 
 
-async def jobs_with_unknown_files(views: Views, *, limit: int) -> list[str]:
+async def find_jobs_with_unknown_files(views: Views, *, limit: int) -> list[str]:
     """Return jobs that may have more files than the views name, at most `limit` of them.
 
     These are jobs whose steps name too many files, and jobs that cannot be projected as the log has them.
     """
-    with driver_errors("looking for jobs whose files are not known"):
-        many = views[STEP_FILES].find({"sha256": EVERY_FILE}, {"job_id": 1}, limit=limit)
+    with translate_errors("looking for jobs whose files are not known"):
+        many = views[STEP_FILES_VIEW].find({"sha256": UNTRACKED_FILES}, {"job_id": 1}, limit=limit)
         found = [row["job_id"] async for row in many]
-        isolated = views[failures.NAME].find(failures.of_view("jobs"), {"key": 1}, limit=limit)
+        isolated = views[failures.NAME].find(failures.rows_query("jobs"), {"key": 1}, limit=limit)
         found += [row["key"] async for row in isolated]
     return found[:limit]
 
 
-async def any_on_record(views: Views) -> bool:
+async def has_any_file(views: Views) -> bool:
     """Return whether there is a file that a job has as a result, or that a finished step names."""
-    with driver_errors("looking for files on record"):
-        found = [await views[name].find_one({}, {"_id": 1}) for name in (NAME, STEP_FILES)]
+    with translate_errors("looking for files on record"):
+        found = [await views[name].find_one({}, {"_id": 1}) for name in (NAME, STEP_FILES_VIEW)]
     return any(it is not None for it in found)
 
 
-async def of_jobs(views: Views, job_ids: Sequence[str]) -> AsyncIterator[Document]:
+async def iter_job_files(views: Views, job_ids: Sequence[str]) -> AsyncIterator[Document]:
     """Yield the files of jobs as `get` returns them; the same jobs in the same order make the same list.
 
     The files of a hundred jobs at a time are in memory.
     """
-    for begin in range(0, len(job_ids), _JOBS_AT_A_TIME):
-        some = list(job_ids[begin : begin + _JOBS_AT_A_TIME])
-        with driver_errors("looking for the files of jobs"):
+    for begin in range(0, len(job_ids), _JOBS_PER_QUERY):
+        some = list(job_ids[begin : begin + _JOBS_PER_QUERY])
+        with translate_errors("looking for the files of jobs"):
             order = [("job_id", ASCENDING), ("path", ASCENDING)]
             found = await views[NAME].find({"job_id": {"$in": some}}, sort=order).to_list()
             access = {

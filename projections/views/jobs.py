@@ -16,10 +16,10 @@ from typing import Any, Final, assert_never
 import orjson
 
 from jobledger.ledger.domain.access import Principal
-from jobledger.ledger.domain.errors import InvalidEvent, NewerEvent, UnreadableEvent
+from jobledger.ledger.domain.errors import InvalidEvent, UnreadableEvent, UnsupportedEvent
 from jobledger.ledger.domain.events import (
-    ENDED,
     JOB_EVENTS,
+    TERMINAL_STATUSES,
     Event,
     Failure,
     JobAccessChanged,
@@ -40,38 +40,38 @@ from jobledger.ledger.domain.events import (
     JobSubmitted,
     JobUnarchived,
     JobUpdated,
-    LogLine,
-    Recorded,
+    LogEntry,
+    RecordedEvent,
     StepCompleted,
     Webhook,
     WorkerFenced,
 )
 from jobledger.ledger.domain.limits import (
-    LOGS_BYTES,
-    PARAMETERS_BYTES,
-    PROGRESS_MESSAGE_CHARACTERS,
-    PROGRESS_STEP_CHARACTERS,
-    RESULTS_BYTES,
-    STEPS_BYTES,
-    fits,
+    MAX_PARAMETERS_BYTES,
+    MAX_PROGRESS_MESSAGE_CHARACTERS,
+    MAX_PROGRESS_STEP_CHARACTERS,
+    MAX_RESULTS_BYTES,
+    MAX_VIEW_LOGS_BYTES,
+    MAX_VIEW_STEPS_BYTES,
+    count_newest_within,
+    fits_in_document,
     json_bytes,
-    newest_within,
-    shortened,
-    shortened_failure,
+    truncate_failure,
+    truncate_text,
 )
-from jobledger.ledger.domain.saved_files import is_digest, saved_files
-from jobledger.ledger.mongo.connection import Document, driver_errors
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
+from jobledger.ledger.mongo.connection import Document, translate_errors
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import failures, list_index
-from jobledger.projections.views.list_index import Facet, Place
+from jobledger.projections.views.list_index import Facet, PageCursor
 
 NAME: Final = "jobs"
-STEP_FILES: Final = 10_000
+MAX_STEP_FILES: Final = 10_000
 """Files that finished steps of a job name. With more, no file of any job is removed from the store: see `doctor`."""
-LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
-LOG_CHARACTERS: Final = 10_000  # of each: a hundred lines have to fit into a document, which holds 16 MB
-COUNTED_UP_TO: Final = 10_000
+MAX_LOG_LINES: Final = 100  # the job carries the newest; all of them are in its history
+MAX_LOG_LINE_CHARACTERS: Final = 10_000  # of each: a hundred lines have to fit into a document, which holds 16 MB
+MAX_COUNT: Final = 10_000
 INDEXES: Final = list_index.INDEXES
 _SESSION_FACETS: Final = (("track", "track"), ("event", "event"), ("day", "day"), ("language", "target_language"))
 _SEARCHED: Final = ("session", "event", "track", "filename")
@@ -79,13 +79,13 @@ _LISTED_BY: Final = frozenset({"error", "parameters", "access_control"})
 _SIZED: Final = frozenset({"parameters", "results", "logs", "steps"})
 
 
-def fold(job: Document | None, event: Recorded) -> Document | None:
+def fold(job: Document | None, event: RecordedEvent) -> Document | None:
     """Return the job's document as it is after one more event of its stream; None when it is deleted."""
-    if job is not None and failures.ERROR in job and failures.REDUCED not in job:
-        return _followed(job, event)
+    if job is not None and failures.ERROR_FIELD in job and failures.REDUCED_FIELD not in job:
+        return _apply_event_type(job, event)
     try:
         happened = event.event
-    except NewerEvent:
+    except UnsupportedEvent:
         raise
     except UnreadableEvent:
         if job is None or event.type != JobProgressed.__name__:
@@ -102,9 +102,9 @@ def fold(job: Document | None, event: Recorded) -> Document | None:
         return None
     after = {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
     if not _SIZED.isdisjoint(changes):
-        _fit(after, changes)
+        _apply_budgets(after, changes)
     if not _LISTED_BY.isdisjoint(changes) and any(after[name] is not job[name] for name in _LISTED_BY):
-        _list(after)
+        _set_list_index(after)
     return after
 
 
@@ -120,19 +120,19 @@ _STATUS_AFTER: Final = {
 }
 
 
-def isolated(job: Document | None, event: Recorded, problem: Document) -> Document | None:
+def isolate(job: Document | None, event: RecordedEvent, problem: Document) -> Document | None:
     """Return the document of a job one of whose events cannot be folded: as it was, with the reason."""
-    before = job if job is not None else _skeleton(event)
-    return _followed({**before, failures.ERROR: problem}, event)
+    before = job if job is not None else _placeholder_document(event)
+    return _apply_event_type({**before, failures.ERROR_FIELD: problem}, event)
 
 
-def _followed(job: Document, event: Recorded) -> Document | None:
+def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
     """Return an isolated job's document after one more event: of the event, only its type counts, which can be read."""
     if event.type == JobDeleted.__name__:
         return None
     status = _STATUS_AFTER.get(event.type, job["status"])
     changes: Document = {"status": status}
-    if status in ENDED and job["status"] not in ENDED:
+    if status in TERMINAL_STATUSES and job["status"] not in TERMINAL_STATUSES:
         changes["completed_at"] = event.time
     if status == "processing":
         changes |= {"started_at": job["started_at"] or event.time, "due_at": None}
@@ -141,12 +141,12 @@ def _followed(job: Document, event: Recorded) -> Document | None:
     return {**job, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
-def _skeleton(event: Recorded) -> Document:
+def _placeholder_document(event: RecordedEvent) -> Document:
     """Return a document for a job whose first event cannot be read: what of it is readable, only for admins."""
 
     def text(name: str, default: str | None = "") -> Any:
-        value = event.fields.get(name)
-        return shortened(value, 200) if isinstance(value, str) else default
+        value = event.payload.get(name)
+        return truncate_text(value, 200) if isinstance(value, str) else default
 
     asked = JobSubmitted(
         job_type=text("job_type"),
@@ -158,20 +158,20 @@ def _skeleton(event: Recorded) -> Document:
     return _submitted(asked, event)
 
 
-def reduced(job: Document, problem: Document) -> Document:
+def reduce_to_storable(job: Document, problem: Document) -> Document:
     """Return a document that can be stored, of one that cannot: without what may be large."""
     small = {name: value if name in _ALWAYS_SMALL or _is_small(value) else None for name, value in job.items()}
-    access = job["access_control"] if fits(job["access_control"], _ACCESS_BYTES) else _NOBODY
+    access = job["access_control"] if fits_in_document(job["access_control"], _ACCESS_BYTES) else _PRIVATE_ACCESS
     document: Document = {
         **small,
         **_BLANK,
         "access_control": access,
-        "teams": job["teams"] if fits(job["teams"], _ACCESS_BYTES) else [],
+        "teams": job["teams"] if fits_in_document(job["teams"], _ACCESS_BYTES) else [],
         "truncated": sorted(name for name in _BLANK if job[name] and name not in ("headings", "words")),
-        failures.REDUCED: True,
-        failures.ERROR: problem,
+        failures.REDUCED_FIELD: True,
+        failures.ERROR_FIELD: problem,
     }
-    _list(document)
+    _set_list_index(document)
     return document
 
 
@@ -187,34 +187,34 @@ _BLANK: Final[Document] = {
     "words": [],
 }
 _ALWAYS_SMALL: Final = frozenset({"_id", "job_id", "status", "version", "position"})
-_NOBODY: Final = {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []}
+_PRIVATE_ACCESS: Final = {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []}
 _ACCESS_BYTES: Final = 512 * 1024
 _SMALL_BYTES: Final = 4096
 
 
 def _is_small(value: Any) -> bool:
     try:
-        return fits(value, _SMALL_BYTES) and failures.why_not_storable({"": value}) is None
+        return fits_in_document(value, _SMALL_BYTES) and failures.unstorable_reason({"": value}) is None
     except (InvalidEvent, TypeError, ValueError):
         return False
 
 
-def _list(job: Document) -> None:
+def _set_list_index(job: Document) -> None:
     """Say under which headings the job is listed, and under which words it is found."""
-    scopes, facets, given = list_index.scopes(job), _facets(job), job["parameters"]
-    job["headings"] = list_index.headings(scopes, facets)
+    scopes, facets, given = list_index.scopes_for_document(job), _facets(job), job["parameters"]
+    job["headings"] = list_index.build_list_keys(scopes, facets)
     texts = [job["job_id"], job["job_name"], *(given.get(name) for name in _SEARCHED)]
     speakers = given.get("speakers")
-    job["words"] = list_index.words(scopes, texts + (speakers if isinstance(speakers, list) else []))
-    mark(job, "headings", truncated=list_index.is_cut(job["headings"], scopes, facets))
+    job["words"] = list_index.build_search_keys(scopes, texts + (speakers if isinstance(speakers, list) else []))
+    mark_truncated(job, "headings", truncated=list_index.is_truncated(job["headings"], scopes, facets))
 
 
-def mark(job: Document, name: str, *, truncated: bool) -> None:
+def mark_truncated(job: Document, name: str, *, truncated: bool) -> None:
     """Say in `truncated` whether the document shows only a part of a field."""
-    _note(job, "truncated", name, holds=truncated)
+    _set_field_flag(job, "truncated", name, holds=truncated)
 
 
-def _note(job: Document, kind: str, name: str, *, holds: bool) -> None:
+def _set_field_flag(job: Document, kind: str, name: str, *, holds: bool) -> None:
     """Add a field's name to a list in the document, or remove it. An empty list is not there."""
     noted = job.get(kind, ())
     if holds == (name in noted):
@@ -226,10 +226,10 @@ def _note(job: Document, kind: str, name: str, *, holds: bool) -> None:
 
 
 _LARGE_BYTES: Final = 64 * 1024
-_BUDGETS: Final = {"parameters": PARAMETERS_BYTES, "results": RESULTS_BYTES}
+_BUDGETS: Final = {"parameters": MAX_PARAMETERS_BYTES, "results": MAX_RESULTS_BYTES}
 
 
-def _fit(job: Document, changes: Document) -> None:
+def _apply_budgets(job: Document, changes: Document) -> None:
     """Cut what has just changed and is larger than its budget; say so in `truncated`.
 
     Each field has a budget of its own, so a document fits whatever the other fields are, and no document has to be
@@ -240,35 +240,37 @@ def _fit(job: Document, changes: Document) -> None:
             size = json_bytes(job[name])
             if size <= _LARGE_BYTES and "large" not in job and "truncated" not in job:
                 continue  # as most are: nothing to cut and nothing to note
-            cut = not fits(job[name], budget, text_bytes=size)
-            _note(job, "large", name, holds=size > _LARGE_BYTES)
+            cut = not fits_in_document(job[name], budget, text_bytes=size)
+            _set_field_flag(job, "large", name, holds=size > _LARGE_BYTES)
             if cut:
                 if name == "results":  # they still belong to the job: the store keeps them
                     job |= _with_step_files(job, (file["sha256"] for file in job[name]["files"]))
                 job[name] = {} if name == "parameters" else _essential_results(job[name])
-            mark(job, name, truncated=cut)
-    if (logs := changes.get("logs")) and (kept := newest_within(logs, LOGS_BYTES)) < len(logs):
+            mark_truncated(job, name, truncated=cut)
+    if (logs := changes.get("logs")) and (kept := count_newest_within(logs, MAX_VIEW_LOGS_BYTES)) < len(logs):
         job["logs"] = logs[len(logs) - kept :]
     if "steps" in changes:
         steps = changes["steps"]
-        kept = newest_within(steps, STEPS_BYTES)
+        kept = count_newest_within(steps, MAX_VIEW_STEPS_BYTES)
         if kept < len(steps):
             job["steps"] = steps[len(steps) - kept :]
         # What was cut once is missing for as long as the others stay.
-        mark(job, "steps", truncated=kept < len(steps) or (bool(steps) and "steps" in job.get("truncated", ())))
+        mark_truncated(
+            job, "steps", truncated=kept < len(steps) or (bool(steps) and "steps" in job.get("truncated", ()))
+        )
 
 
 def _essential_results(results: Document) -> Document:
     """Return results without what is large: their files and their metadata, but for what they cost."""
     spent = results["metadata"]
     metadata = {name: spent[name] for name in ("processed_at", "duration", "tokens_used")} | {"warnings": []}
-    urls = {name: results[name] and shortened(results[name], 1000) for name in ("markdown_file", "markdown_url")}
+    urls = {name: results[name] and truncate_text(results[name], 1000) for name in ("markdown_file", "markdown_url")}
     return {**results, **urls, "assets": [], "files": [], "metadata": metadata}
 
 
-def fitting_error(failure: Failure) -> Document:
+def shorten_error(failure: Failure) -> Document:
     """Return a failure as a document shows it: cut to its budget."""
-    return shortened_failure(failure).model_dump()
+    return truncate_failure(failure).model_dump()
 
 
 def _facets(job: Document) -> list[Facet]:
@@ -280,10 +282,10 @@ def _facets(job: Document) -> list[Facet]:
         ("error", error["code"] if error else None),
         *((facet, given.get(name)) for facet, name in _SESSION_FACETS),
     ]
-    return [list_index.ALL, *((name, value) for name, value in values if isinstance(value, str))]
+    return [list_index.NO_FACET, *((name, value) for name, value in values if isinstance(value, str))]
 
 
-def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
+def _submitted(asked: JobSubmitted, event: RecordedEvent) -> Document:
     job: Document = {
         "_id": event.stream,
         "job_id": event.stream,
@@ -295,7 +297,7 @@ def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
         "started_at": None,
         "completed_at": None,
         "parameters": asked.parameters,
-        "webhook": shown_webhook(asked.webhook),
+        "webhook": redact_webhook(asked.webhook),
         "batch_id": asked.batch_id,
         "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for a worker"},
         "results": None,
@@ -318,8 +320,8 @@ def _submitted(asked: JobSubmitted, event: Recorded) -> Document:
         "version": event.version,
         "position": event.position,
     }
-    _fit(job, {"parameters": asked.parameters})
-    _list(job)
+    _apply_budgets(job, {"parameters": asked.parameters})
+    _set_list_index(job)
     return job
 
 
@@ -327,12 +329,12 @@ _FIELDS: Final = (
     *("_id", "job_id", "job_type", "job_name", "status", "created_at", "updated_at", "started_at", "completed_at"),
     *("parameters", "webhook", "batch_id", "progress", "results", "error", "logs", "worker_id", "attempt", "retries"),
     *("max_attempts", "timeout_s", "priority", "due_at", "user_id", "access_control", "teams", "cancel_requested"),
-    *("archived", "steps", "version", "position", "truncated", failures.ERROR),
+    *("archived", "steps", "version", "position", "truncated", failures.ERROR_FIELD),
 )
 """What lists show of a job: all that is shown of one."""
 
 
-def shown_webhook(webhook: Webhook | None) -> Document | None:
+def redact_webhook(webhook: Webhook | None) -> Document | None:
     """Return a webhook as everyone may see it: header names, but not their values, which are secrets."""
     if webhook is None:
         return None
@@ -345,7 +347,7 @@ def shown_webhook(webhook: Webhook | None) -> Document | None:
     }
 
 
-def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | None:
+def _changes(job: Document, happened: JobEvent, event: RecordedEvent) -> Document | None:
     match happened:
         case JobClaimed():
             return {
@@ -359,15 +361,15 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
         case JobProgressed():
             return {
                 "progress": {
-                    "step": shortened(happened.step, PROGRESS_STEP_CHARACTERS),
+                    "step": truncate_text(happened.step, MAX_PROGRESS_STEP_CHARACTERS),
                     "percent": happened.percent,
-                    "message": shortened(happened.message, PROGRESS_MESSAGE_CHARACTERS),
+                    "message": truncate_text(happened.message, MAX_PROGRESS_MESSAGE_CHARACTERS),
                 }
             }
         case JobLogged():
             return _logged(job, event)
         case StepCompleted():
-            return {"steps": [*job.get("steps", ()), _finished(happened, event)], **_step_files(job, happened)}
+            return {"steps": [*job.get("steps", ()), _step_summary(happened, event)], **_step_files(job, happened)}
         case WorkerFenced() | JobSubmitted():
             return {}
         case JobCompleted():
@@ -385,7 +387,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
                 "worker_id": None,
                 "retries": job["retries"] + 1,
                 "due_at": happened.retry_at,
-                "error": fitting_error(happened.error),
+                "error": shorten_error(happened.error),
                 "progress": {"step": "waiting", "percent": 0.0, "message": "Waiting for the next attempt"},
                 **_logged(job, event),
             }
@@ -393,7 +395,7 @@ def _changes(job: Document, happened: JobEvent, event: Recorded) -> Document | N
             return {
                 "status": "failed",
                 "completed_at": event.time,
-                "error": fitting_error(happened.error),
+                "error": shorten_error(happened.error),
                 "progress": {**job["progress"], "message": "Failed"},
                 **_logged(job, event),
             }
@@ -462,20 +464,20 @@ def _step_files(job: Document, step: StepCompleted) -> Document:
     text = orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS)
     if b'"sha256"' not in text:
         return {}
-    return _with_step_files(job, (file.sha256 for file in saved_files(step.output)))
+    return _with_step_files(job, (file.sha256 for file in find_saved_files(step.output)))
 
 
 def _with_step_files(job: Document, digests: Iterable[str]) -> Document:
     known = dict.fromkeys(job.get("step_files", ()))
     before = len(known)
-    for digest in filter(is_digest, digests):
+    for digest in filter(is_sha256, digests):
         known[digest] = None
-        if len(known) > STEP_FILES:
+        if len(known) > MAX_STEP_FILES:
             break
     return {"step_files": list(known)} if len(known) > before else {}
 
 
-def _finished(step: StepCompleted, event: Recorded) -> Document:
+def _step_summary(step: StepCompleted, event: RecordedEvent) -> Document:
     """What a step took. What it yielded may be large and is for the next attempt: it stays in the log."""
     return {
         "step": step.step,
@@ -491,7 +493,7 @@ def _finished(step: StepCompleted, event: Recorded) -> Document:
     }
 
 
-SAYS_SOMETHING: Final[tuple[type[Event], ...]] = (
+LOG_EVENT_TYPES: Final[tuple[type[Event], ...]] = (
     JobLogged,
     JobAttemptFailed,
     JobFailed,
@@ -501,7 +503,7 @@ SAYS_SOMETHING: Final[tuple[type[Event], ...]] = (
 """The events that have lines for the job's log."""
 
 
-def lines_of(event: Recorded) -> list[LogLine]:
+def log_lines_of_event(event: RecordedEvent) -> list[LogEntry]:
     """Return what an event has to say to who reads the job's log.
 
     Raises:
@@ -527,17 +529,19 @@ def lines_of(event: Recorded) -> list[LogLine]:
             return []
 
 
-def _line(event: Recorded, message: str, level: Any = "warning") -> LogLine:
-    return LogLine(timestamp=event.time, level=level, message=message)
+def _line(event: RecordedEvent, message: str, level: Any = "warning") -> LogEntry:
+    return LogEntry(timestamp=event.time, level=level, message=message)
 
 
-def _logged(job: Document, event: Recorded) -> Document:
-    lines = lines_of(event)
-    return {"logs": [*job["logs"], *(_shown_line(line) for line in lines[-LOG_LINES:])][-LOG_LINES:]}
+def _logged(job: Document, event: RecordedEvent) -> Document:
+    lines = log_lines_of_event(event)
+    return {"logs": [*job["logs"], *(_shown_line(line) for line in lines[-MAX_LOG_LINES:])][-MAX_LOG_LINES:]}
 
 
-def _shown_line(line: LogLine) -> Document:
-    cut = line.message if len(line.message) <= LOG_CHARACTERS else f"{line.message[:LOG_CHARACTERS]} …"
+def _shown_line(line: LogEntry) -> Document:
+    cut = (
+        line.message if len(line.message) <= MAX_LOG_LINE_CHARACTERS else f"{line.message[:MAX_LOG_LINE_CHARACTERS]} …"
+    )
     return {**line.model_dump(), "message": cut}
 
 
@@ -545,7 +549,7 @@ def _shown_line(line: LogLine) -> Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class JobFilter:
     """Which jobs are asked for; None means any. `q`: all of these words are in name, id, session, event or speakers."""
 
     status: str | None = None
@@ -562,10 +566,10 @@ class Filter:
     created_before: datetime | None = None
     q: str | None = None
 
-    def query(self, principal: Principal) -> Document:
+    def build_query(self, principal: Principal) -> Document:
         """Return the database query for those of these jobs that somebody may see."""
         facet, rest = self._narrowest()
-        query = {**list_index.query(principal, facet, self.q or ""), **rest}
+        query = {**list_index.build_query(principal, facet, self.q or ""), **rest}
         if self.status is not None:
             query["status"] = self.status
         if self.archived is not None:
@@ -588,16 +592,16 @@ class Filter:
             ("type", "job_type", self.job_type),
         ]
         given = [(name, field, value) for name, field, value in asked if value is not None]
-        facet: Facet = (given[0][0], given[0][2]) if given else list_index.ALL
+        facet: Facet = (given[0][0], given[0][2]) if given else list_index.NO_FACET
         return facet, {field: value for _, field, value in given[1:]}
 
 
-async def get(views: Views, log: EventLog, job_id: str) -> Document | None:
+async def get(views: Views, log: EventStore, job_id: str) -> Document | None:
     """Return a job's document, or None if there is no such job.
 
     A job that the projector has not reached yet is folded from the log, so who has just submitted it finds it.
     """
-    with driver_errors(f"reading {job_id}"):
+    with translate_errors(f"reading {job_id}"):
         job = await views[NAME].find_one({"_id": job_id})
     if job is None:
         for event in await log.read_stream(job_id):
@@ -605,9 +609,9 @@ async def get(views: Views, log: EventLog, job_id: str) -> Document | None:
     return job
 
 
-LARGE_FIELDS: Final = ("parameters", "results", "error", "logs", "steps")
+OMITTABLE_FIELDS: Final = ("parameters", "results", "error", "logs", "steps")
 """What lists leave out where it is large, unless it is asked for."""
-LARGEST_IN_LISTS: Final = 16 * 1024
+MAX_LISTED_FIELD_BYTES: Final = 16 * 1024
 _ESSENTIAL_RESULTS: Final = {
     "markdown_file": "$results.markdown_file",
     "markdown_url": "$results.markdown_url",
@@ -622,17 +626,17 @@ _ESSENTIAL_RESULTS: Final = {
 _BLANK_IN_LISTS: Final[Document] = {"parameters": {}, "error": None, "logs": [], "steps": []}
 
 
-def _in_lists(included: Collection[str]) -> Document:
+def _list_projection(included: Collection[str]) -> Document:
     """Return what the database sends of each job: everything of the small ones."""
     fields: Document = dict.fromkeys(_FIELDS, 1)
-    for name in LARGE_FIELDS:
+    for name in OMITTABLE_FIELDS:
         if name not in included:
             instead = _ESSENTIAL_RESULTS if name == "results" else list_index.OMITTED
-            fields[name] = list_index.unless_large(name, largest=LARGEST_IN_LISTS, instead=instead)
+            fields[name] = list_index.omit_if_large(name, max_bytes=MAX_LISTED_FIELD_BYTES, replacement=instead)
     return fields
 
 
-def _listed(job: Document) -> Document:
+def _mark_omitted(job: Document) -> Document:
     """Return a job as lists have it: in `omitted` are the fields that are left out, and empty."""
     omitted = [name for name, blank in _BLANK_IN_LISTS.items() if job[name] == list_index.OMITTED]
     for name in omitted:
@@ -644,77 +648,79 @@ def _listed(job: Document) -> Document:
     return job
 
 
-async def page(
+async def find_page(
     views: Views,
     wanted: Document,
     *,
     limit: int,
     skip: int = 0,
-    after: Place | None = None,
+    after: PageCursor | None = None,
     newest_first: bool = True,
-    included: Collection[str] = (),
-) -> tuple[list[Document], Place | None]:
+    include: Collection[str] = (),
+) -> tuple[list[Document], PageCursor | None]:
     """Return a page of jobs in the order of creation, and where the next one begins.
 
     Of the `LARGE_FIELDS` those that are large are left out, unless they are `included`.
     """
-    with driver_errors("listing jobs"):
-        found, following = await list_index.page(
+    with translate_errors("listing jobs"):
+        found, following = await list_index.find_page(
             views[NAME],
             wanted,
             limit=limit,
             skip=skip,
             after=after,
             newest_first=newest_first,
-            projection=_in_lists(included),
+            projection=_list_projection(include),
         )
-    return [_listed(job) for job in found], following
+    return [_mark_omitted(job) for job in found], following
 
 
 async def count(views: Views, wanted: Document) -> int:
     """Count jobs, but never more than `COUNTED_UP_TO`: a count over everything would read everything."""
-    with driver_errors("counting jobs"):
-        return await list_index.count(views[NAME], wanted, most=COUNTED_UP_TO)
+    with translate_errors("counting jobs"):
+        return await list_index.count(views[NAME], wanted, limit=MAX_COUNT)
 
 
-async def waiting_among(views: Views, job_ids: Sequence[str]) -> list[Document]:
+async def find_pending_jobs(views: Views, job_ids: Sequence[str]) -> list[Document]:
     """Return the jobs that wait, without what is large and says nothing about their places in the queue."""
-    with driver_errors("looking for waiting jobs"):
+    with translate_errors("looking for waiting jobs"):
         left_out = dict.fromkeys(("parameters", "logs", "steps", "error", "headings", "words"), 0)
         return await views[NAME].find({"_id": {"$in": list(job_ids)}, "status": "pending"}, left_out).to_list()
 
 
-async def oldest_waiting(views: Views) -> datetime | None:
+async def oldest_pending_created_at(views: Views) -> datetime | None:
     """Return when the oldest of the waiting jobs was submitted, None if none waits, as far as the view has got."""
-    with driver_errors("looking for the oldest waiting job"):
-        wanted = {"headings": list_index.everything(list_index.ALL), "status": "pending"}
-        found, _ = await list_index.page(views[NAME], wanted, limit=1, newest_first=False, projection={"created_at": 1})
+    with translate_errors("looking for the oldest waiting job"):
+        wanted = {"headings": list_index.unrestricted_list_key(list_index.NO_FACET), "status": "pending"}
+        found, _ = await list_index.find_page(
+            views[NAME], wanted, limit=1, newest_first=False, projection={"created_at": 1}
+        )
     return found[0]["created_at"] if found else None
 
 
 # Who runs what is found among the jobs that run, which are few: an index of workers would be one more to keep at every
 # write of a job, an eighth of what that costs (docs/decisions/0018).
-_RUNNING: Final[Document] = {"headings": list_index.everything(list_index.ALL), "status": "processing"}
+_RUNNING: Final[Document] = {"headings": list_index.unrestricted_list_key(list_index.NO_FACET), "status": "processing"}
 
 
-async def held_by(views: Views, worker_id: str) -> Sequence[Document]:
+async def find_jobs_of_worker(views: Views, worker_id: str) -> Sequence[Document]:
     """Return the jobs that a worker is running, as far as the view has got."""
     running = {**_RUNNING, "worker_id": worker_id}
-    with driver_errors("looking for a worker's jobs"):
+    with translate_errors("looking for a worker's jobs"):
         return await views[NAME].find(running, {"attempt": 1}, hint=list_index.index_for(running)).to_list()
 
 
-async def oldest_running(views: Views) -> datetime | None:
+async def oldest_running_started_at(views: Views) -> datetime | None:
     """Return when the first of the jobs that run was started, None if none runs, as far as the view has got."""
-    with driver_errors("looking for the oldest running job"):
+    with translate_errors("looking for the oldest running job"):
         index = list_index.index_for(_RUNNING)
         started = [it["started_at"] async for it in views[NAME].find(_RUNNING, {"started_at": 1}, hint=index)]
     return min((at for at in started if at is not None), default=None)
 
 
-async def running_by_worker(views: Views) -> dict[str, int]:
+async def count_running_by_worker(views: Views) -> dict[str, int]:
     """Return how many jobs each worker is running, as far as the view has got; only of those that run any."""
     counting: list[Document] = [{"$match": _RUNNING}, {"$group": {"_id": "$worker_id", "jobs": {"$sum": 1}}}]
-    with driver_errors("counting the jobs of workers"):
+    with translate_errors("counting the jobs of workers"):
         counted = await views[NAME].aggregate(counting, hint=dict(list_index.index_for(_RUNNING)))
         return {row["_id"]: row["jobs"] async for row in counted}

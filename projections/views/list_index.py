@@ -21,18 +21,18 @@ from bson.raw_bson import RawBSONDocument
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.asynchronous.collection import AsyncCollection
 
-from jobledger.ledger.domain.access import LONGEST_NAME, Principal, readers
-from jobledger.ledger.domain.limits import LIST_INDEX_BYTES, LIST_INDEX_ROWS, SEARCHED_CHARACTERS
-from jobledger.ledger.mongo.connection import TOLERANT, Document
+from jobledger.ledger.domain.access import MAX_PRINCIPAL_NAME_CHARACTERS, Principal, list_readers
+from jobledger.ledger.domain.limits import MAX_LIST_INDEX_BYTES, MAX_LIST_INDEX_ROWS, MAX_SEARCHED_CHARACTERS
+from jobledger.ledger.mongo.connection import LENIENT_CODEC, Document
 
 Facet = tuple[str, str] | tuple[()]
 """A name and a value: `("track", "Main")`; empty for all."""
-ALL: Final[Facet] = ()
-_EVERYTHING: Final = "*"
-_PUBLIC: Final = "+"
-_LONGEST_VALUE: Final = 80
-_MOST_WORDS: Final = 40
-_FEWEST_WORDS: Final = 5
+NO_FACET: Final[Facet] = ()
+_UNRESTRICTED_SCOPE: Final = "*"
+_PUBLIC_SCOPE: Final = "+"
+_MAX_VALUE_CHARACTERS: Final = 80
+_MAX_WORDS: Final = 40
+_MIN_WORDS: Final = 5
 _SURELY_FITS: Final = 200
 """Rows of which nobody needs to know the size: names have at most 200 characters, and values 80."""
 _USUAL_FACETS: Final = 8
@@ -40,65 +40,69 @@ _USUAL_TEXT: Final = 16
 _WORD: Final = re.compile(r"\w+")
 
 
-class Place(NamedTuple):
+class PageCursor(NamedTuple):
     """Where a page ended: the time of creation and the key of the last document on it."""
 
     created_at: datetime
     key: str
 
 
-PAGE_BYTES: Final = 4 * 1024 * 1024
+MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
 OMITTED: Final = "omitted"
 """Stands in a page for a field that is not sent, because it is large."""
 _BATCH: Final = 101
 _RAW: Final = CodecOptions(document_class=RawBSONDocument)
 _NEWEST: Final = [("created_at", DESCENDING), ("_id", DESCENDING)]
-_LISTED: Final = [("headings", ASCENDING), *_NEWEST]
-_LISTED_BY_STATUS: Final = [("headings", ASCENDING), ("status", ASCENDING), *_NEWEST]
-_FOUND: Final = [("words", ASCENDING), *_NEWEST]
-INDEXES: Final = [IndexModel(keys) for keys in (_LISTED, _LISTED_BY_STATUS, _FOUND)]
+_BY_LIST_KEY: Final = [("headings", ASCENDING), *_NEWEST]
+_BY_LIST_KEY_AND_STATUS: Final = [("headings", ASCENDING), ("status", ASCENDING), *_NEWEST]
+_BY_SEARCH_KEY: Final = [("words", ASCENDING), *_NEWEST]
+INDEXES: Final = [IndexModel(keys) for keys in (_BY_LIST_KEY, _BY_LIST_KEY_AND_STATUS, _BY_SEARCH_KEY)]
 
 
 def index_for(wanted: Document) -> list[tuple[str, int]]:
     """Return which of the indexes answers a query in its order. The database, left to itself, may read and sort."""
     if "words" in wanted or "$and" in wanted:
-        return _FOUND
-    return _LISTED_BY_STATUS if "status" in wanted else _LISTED
+        return _BY_SEARCH_KEY
+    return _BY_LIST_KEY_AND_STATUS if "status" in wanted else _BY_LIST_KEY
 
 
-def scopes(document: Mapping[str, Any]) -> list[str]:
+def scopes_for_document(document: Mapping[str, Any]) -> list[str]:
     """Return from which points of view a document can be seen: `user_id`, `access_control` and `teams` decide."""
     access = document["access_control"]
     # Nobody can be called by a longer name, so nobody would look from there.
-    named = [name for name in readers(document["user_id"], access, document["teams"]) if len(name) <= LONGEST_NAME]
-    public = [_PUBLIC] if access["visibility"] == "public" else []
-    return [_EVERYTHING, *public, *(f"={name}" for name in named)]
+    named = [
+        name
+        for name in list_readers(document["user_id"], access, document["teams"])
+        if len(name) <= MAX_PRINCIPAL_NAME_CHARACTERS
+    ]
+    public = [_PUBLIC_SCOPE] if access["visibility"] == "public" else []
+    return [_UNRESTRICTED_SCOPE, *public, *(f"={name}" for name in named)]
 
 
-def owned_by(user_id: str) -> list[str]:
+def scopes_for_owner(user_id: str) -> list[str]:
     """Return from which points of view one sees what is its owner's alone."""
-    return [_EVERYTHING, f"={user_id}"]
+    return [_UNRESTRICTED_SCOPE, f"={user_id}"]
 
 
-def scopes_of(principal: Principal) -> list[str]:
+def scopes_for_principal(principal: Principal) -> list[str]:
     """Return the scopes that somebody looks from."""
-    if principal.sees_everything:
-        return [_EVERYTHING]
-    return [_PUBLIC, *sorted(f"={name}" for name in principal.names)]
+    if principal.is_admin:
+        return [_UNRESTRICTED_SCOPE]
+    return [_PUBLIC_SCOPE, *sorted(f"={name}" for name in principal.identities)]
 
 
-def headings(scopes: Sequence[str], facets: Sequence[Facet]) -> list[str]:
+def build_list_keys(scopes: Sequence[str], facets: Sequence[Facet]) -> list[str]:
     """Return each facet in each scope. With very many scopes, the last of them are left out: see `is_cut`."""
-    return _rows(scopes, [_text(facet) for facet in facets])
+    return _rows(scopes, [_facet_key(facet) for facet in facets])
 
 
-def words(scopes: Sequence[str], texts: Iterable[object]) -> list[str]:
+def build_search_keys(scopes: Sequence[str], texts: Iterable[object]) -> list[str]:
     """Return the words under which a document is found, in each scope; the first of them, if there are many.
 
     The more scopes, the fewer words: each word is a row of the index in each scope.
     """
-    most = max(_FEWEST_WORDS, min(_MOST_WORDS, LIST_INDEX_ROWS // len(scopes)))
-    return _rows(scopes, words_of(_searched(texts))[:most])
+    most = max(_MIN_WORDS, min(_MAX_WORDS, MAX_LIST_INDEX_ROWS // len(scopes)))
+    return _rows(scopes, split_words(_searched(texts))[:most])
 
 
 def _searched(texts: Iterable[object]) -> str:
@@ -106,18 +110,18 @@ def _searched(texts: Iterable[object]) -> str:
     found, characters = [], 0
     for text in texts:
         if isinstance(text, str):
-            found.append(text[: SEARCHED_CHARACTERS - characters])
+            found.append(text[: MAX_SEARCHED_CHARACTERS - characters])
             characters += len(found[-1]) + 1
-            if characters >= SEARCHED_CHARACTERS:
+            if characters >= MAX_SEARCHED_CHARACTERS:
                 break
     return " ".join(found)
 
 
 def _rows(scopes: Sequence[str], texts: Sequence[str]) -> list[str]:
     """Return each text in each scope, for as many of the scopes as fit into the budget of a document."""
-    rows = [_within(scope, text) for scope in scopes[: _scopes_within(scopes, texts)] for text in texts]
-    if len(rows) > _SURELY_FITS and (used := _bytes(rows)) > LIST_INDEX_BYTES:
-        while rows and used > LIST_INDEX_BYTES:
+    rows = [_list_key(scope, text) for scope in scopes[: _scopes_within(scopes, texts)] for text in texts]
+    if len(rows) > _SURELY_FITS and (used := _bytes(rows)) > MAX_LIST_INDEX_BYTES:
+        while rows and used > MAX_LIST_INDEX_BYTES:
             last = rows[-len(texts) :]
             used -= _bytes(last)
             del rows[-len(texts) :]
@@ -125,14 +129,14 @@ def _rows(scopes: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 
 def _scopes_within(scopes: Sequence[str], texts: Sequence[str]) -> int:
-    return min(len(scopes), LIST_INDEX_ROWS // max(1, len(texts)))
+    return min(len(scopes), MAX_LIST_INDEX_ROWS // max(1, len(texts)))
 
 
 def _bytes(rows: Iterable[str]) -> int:
     return sum(len(row.encode()) + 12 for row in rows)
 
 
-def is_cut(rows: Sequence[str], scopes: Sequence[str], facets: Sequence[object]) -> bool:
+def is_truncated(rows: Sequence[str], scopes: Sequence[str], facets: Sequence[object]) -> bool:
     """Return whether `headings` has left out scopes: who looks from those does not find the document in lists."""
     return len(rows) < len(scopes) * len(facets)
 
@@ -141,37 +145,39 @@ _FEW_ROWS: Final = 100
 _ROW_BYTES: Final = 64
 
 
-def memory_of_rows(document: Mapping[str, Any]) -> int:
+def estimate_list_index_memory(document: Mapping[str, Any]) -> int:
     """Return about how many bytes the list index of a document takes in memory. Only many rows are measured."""
     rows, found = document.get("headings", ()), document.get("words", ())
     count = len(rows) + len(found)
     return count * _ROW_BYTES if count <= _FEW_ROWS else count * _ROW_BYTES + sum(map(len, rows)) + sum(map(len, found))
 
 
-def most_bytes(document: Mapping[str, Any]) -> int:
+def max_list_index_bytes(document: Mapping[str, Any]) -> int:
     """Return the most that the list index of a job or batch may take: `user_id`, `access_control`, `teams` decide."""
-    found = scopes(document)
-    rows = _USUAL_FACETS + max(_FEWEST_WORDS, min(_MOST_WORDS, LIST_INDEX_ROWS // len(found)))
-    return min(2 * LIST_INDEX_BYTES, rows * sum(len(scope.encode()) + _USUAL_TEXT for scope in found))
+    found = scopes_for_document(document)
+    rows = _USUAL_FACETS + max(_MIN_WORDS, min(_MAX_WORDS, MAX_LIST_INDEX_ROWS // len(found)))
+    return min(2 * MAX_LIST_INDEX_BYTES, rows * sum(len(scope.encode()) + _USUAL_TEXT for scope in found))
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Return the different words of a text, as they are compared."""
-    return list(dict.fromkeys(word[:_LONGEST_VALUE] for word in _WORD.findall(text.casefold())))
+    return list(dict.fromkeys(word[:_MAX_VALUE_CHARACTERS] for word in _WORD.findall(text.casefold())))
 
 
-def query(principal: Principal, facet: Facet = ALL, search: str = "") -> Document:
+def build_query(principal: Principal, facet: Facet = NO_FACET, search: str = "") -> Document:
     """Return the database query for what a principal may see under a facet, with all the words of `search` in it."""
-    seen_from = scopes_of(principal)
-    under = {"$in": headings(seen_from, [facet])}
-    wanted = words_of(search)
+    seen_from = scopes_for_principal(principal)
+    under = {"$in": build_list_keys(seen_from, [facet])}
+    wanted = split_words(search)
     if not wanted:
         return {"headings": under}
-    found = [{"words": {"$in": [_within(scope, word) for scope in seen_from]}} for word in wanted]
+    found = [{"words": {"$in": [_list_key(scope, word) for scope in seen_from]}} for word in wanted]
     return {"$and": [*found, {"headings": under}]} if facet else {"$and": found}
 
 
-def asked(wanted: Document, after: Place | None, *, newest_first: bool) -> tuple[Document, list[tuple[str, int]]]:
+def build_page_query(
+    wanted: Document, after: PageCursor | None, *, newest_first: bool
+) -> tuple[Document, list[tuple[str, int]]]:
     """Return the database query for what is behind a place, and its order."""
     direction = DESCENDING if newest_first else ASCENDING
     order = [("created_at", direction), ("_id", direction)]
@@ -184,23 +190,23 @@ def asked(wanted: Document, after: Place | None, *, newest_first: bool) -> tuple
     return {"$and": [wanted, bounds, {"$or": strict}]}, order
 
 
-async def page(
+async def find_page(
     collection: AsyncCollection[Document],
     wanted: Document,
     *,
     limit: int,
     skip: int = 0,
-    after: Place | None = None,
+    after: PageCursor | None = None,
     newest_first: bool = True,
     projection: Mapping[str, Any] | None = None,
-    page_bytes: int = PAGE_BYTES,
-) -> tuple[list[Document], Place | None]:
+    max_bytes: int = MAX_PAGE_BYTES,
+) -> tuple[list[Document], PageCursor | None]:
     """Return a page in the order of creation, and where the next one begins, None if this was the last.
 
     A page ends at `limit` documents, or before the document with which it would have more than `page_bytes` of BSON.
     It has at least one document. In memory are, beside the page, one batch of the server's: at most 16 MB.
     """
-    asked_for, order = asked(wanted, after, newest_first=newest_first)
+    asked_for, order = build_page_query(wanted, after, newest_first=newest_first)
     found: list[Document] = []
     used = 0
     raw = collection.with_options(codec_options=_RAW)
@@ -209,31 +215,31 @@ async def page(
     ) as documents:
         async for document in documents:  # `to_list` would hold several of the server's batches
             used += len(document.raw)
-            if len(found) == limit or (found and used > page_bytes):
-                return found, Place(found[-1]["created_at"], found[-1]["_id"])
-            found.append(bson.decode(document.raw, codec_options=TOLERANT))
+            if len(found) == limit or (found and used > max_bytes):
+                return found, PageCursor(found[-1]["created_at"], found[-1]["_id"])
+            found.append(bson.decode(document.raw, codec_options=LENIENT_CODEC))
     return found, None
 
 
-def unless_large(field: str, *, largest: int, instead: Any = OMITTED) -> Document:
+def omit_if_large(field: str, *, max_bytes: int, replacement: Any = OMITTED) -> Document:
     """Return the projection of a field that the database sends only if it takes at most `largest` bytes."""
-    return {"$cond": [{"$gt": [{"$bsonSize": {"it": f"${field}"}}, largest]}, instead, f"${field}"]}
+    return {"$cond": [{"$gt": [{"$bsonSize": {"it": f"${field}"}}, max_bytes]}, replacement, f"${field}"]}
 
 
-async def count(collection: AsyncCollection[Document], wanted: Document, *, most: int) -> int:
+async def count(collection: AsyncCollection[Document], wanted: Document, *, limit: int) -> int:
     """Count documents, but never more than `most`: a count over everything would read everything."""
-    return await collection.count_documents(wanted, limit=most, hint=index_for(wanted))
+    return await collection.count_documents(wanted, limit=limit, hint=index_for(wanted))
 
 
-def everything(facet: Facet) -> str:
+def unrestricted_list_key(facet: Facet) -> str:
     """Return the heading of a facet for who sees everything."""
-    return _within(_EVERYTHING, _text(facet))
+    return _list_key(_UNRESTRICTED_SCOPE, _facet_key(facet))
 
 
-def _text(facet: Facet) -> str:
+def _facet_key(facet: Facet) -> str:
     text = ""
     for part in facet:
-        short = part if len(part) <= _LONGEST_VALUE else _digest(part)
+        short = part if len(part) <= _MAX_VALUE_CHARACTERS else _digest(part)
         text += "/" + (short.replace("/", "//") if "/" in short else short)
     return text
 
@@ -242,6 +248,6 @@ def _digest(value: str) -> str:
     return blake2b(value.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def _within(scope: str, text: str) -> str:
+def _list_key(scope: str, text: str) -> str:
     """The length before the scope keeps two that begin alike apart, whatever is in their names."""
     return f"{len(scope)}{scope}{text}"

@@ -12,9 +12,9 @@ from pymongo import ASCENDING, IndexModel
 
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import files
-from jobledger.projections.views.jobs import STEP_FILES
+from jobledger.projections.views.jobs import MAX_STEP_FILES
 
-NAME: Final = files.STEP_FILES
+NAME: Final = files.STEP_FILES_VIEW
 INDEXES: Final = [IndexModel([("sha256", ASCENDING)])]
 
 
@@ -23,5 +23,5 @@ def rows(job: Document) -> list[Document]:
     digests = job.get("step_files", ())
     if not digests:
         return []
-    kept = [*digests[:STEP_FILES], files.EVERY_FILE] if len(digests) > STEP_FILES else digests
+    kept = [*digests[:MAX_STEP_FILES], files.UNTRACKED_FILES] if len(digests) > MAX_STEP_FILES else digests
     return [{"_id": f"{job['job_id']}:{sha256}", "sha256": sha256, "job_id": job["job_id"]} for sha256 in kept]

@@ -11,7 +11,7 @@ from typing import Final
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
-from jobledger.ledger.mongo.connection import Document, driver_errors
+from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.engine.slots import Views
 
 NAME: Final = "steps"
@@ -40,7 +40,7 @@ def rows(job: Document) -> list[Document]:
 
 
 async def find_shared(
-    views: Views, key: str, *, user_id: str, job_type: str, version: str, since: datetime, other_than: str
+    views: Views, key: str, *, user_id: str, job_type: str, version: str, since: datetime, excluded_job_id: str
 ) -> Document | None:
     """Return the newest step of another job with this owner, job type, processor version and digest of its inputs."""
     wanted = {
@@ -49,7 +49,7 @@ async def find_shared(
         "job_type": job_type,
         "processor_version": version,
         "finished_at": {"$gte": since},
-        "job_id": {"$ne": other_than},
+        "job_id": {"$ne": excluded_job_id},
     }
-    with driver_errors("looking for a shared step"):
+    with translate_errors("looking for a shared step"):
         return await views[NAME].find_one(wanted, sort=[("finished_at", DESCENDING)])

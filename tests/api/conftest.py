@@ -13,14 +13,14 @@ import httpx
 import orjson
 import pytest
 
-from jobledger.cli.composition import ALL_ROLES, Role, roles
+from jobledger.cli.composition import ALL_ROLES, Role, start_roles
 from jobledger.cli.settings import read_settings
 from jobledger.ledger.mongo.connection import Database
-from jobledger.ledger.store.event_store import EventLog
-from tests.support.principals import HeaderSignIn, said
+from jobledger.ledger.store.event_store import EventStore
+from tests.support.principals import HeaderAuthBackend, principal_header
 
 DEADLINE_SECONDS = 30.0
-ENDS = ("JobCompleted", "JobFailed", "JobCancelled")
+TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Api:
 
     http: httpx.AsyncClient
     db: Database
-    log: EventLog
+    event_store: EventStore
     store: Path
-    who: dict[str, str] = field(default_factory=dict)
+    principal_headers: dict[str, str] = field(default_factory=dict)
 
-    def asked_by(self, user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> Api:
+    def as_user(self, user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> Api:
         """Return the same, asked by somebody: needs the fixture `said_in_header`."""
-        return replace(self, who=said(user_id, groups, roles))
+        return replace(self, principal_headers=principal_header(user_id, groups, roles))
 
     async def post(self, path: str, content: Any = None, **headers: str) -> httpx.Response:
-        headers |= self.who
+        headers |= self.principal_headers
         return (
             await self.http.post(path, json=content, headers=headers)
             if content is not None
@@ -59,19 +59,19 @@ class Api:
         content: dict[str, Any] = answer.json()
         return content
 
-    async def until_event(self, stream: str, *types: str) -> dict[str, Any]:
+    async def wait_for_event(self, stream: str, *types: str) -> dict[str, Any]:
         """Wait for an event of a job or batch, and for the views to have it; return it."""
         key = "batch_id" if stream.startswith("batch-") else "job_id"
-        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(self.events(after=0, **{key: stream})) as events:
+        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(self.stream_events(after=0, **{key: stream})) as events:
             async for event in events:
                 if event["type"] in types and event["stream"] == stream:
                     await self.get("/api/monitoring/events/stats", event["position"])
                     return event
         raise AssertionError("the stream has ended")
 
-    async def ended(self, job_id: str) -> dict[str, Any]:
+    async def wait_until_finished(self, job_id: str) -> dict[str, Any]:
         """Wait for the end of a job and return it."""
-        event = await self.until_event(job_id, *ENDS)
+        event = await self.wait_for_event(job_id, *TERMINAL_EVENT_TYPES)
         answer = await self.get(f"/api/events/jobs/{job_id}", event["position"])
         job: dict[str, Any] = answer.json()["job"]
         return job
@@ -80,12 +80,12 @@ class Api:
         """Read, with the views at least at `position`."""
         if position is not None:
             headers["Ledger-Position"] = str(position)
-        return await self.http.get(path, headers=headers | self.who)
+        return await self.http.get(path, headers=headers | self.principal_headers)
 
-    async def events(self, **query: Any) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream_events(self, **query: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of the live stream; each has its `id:` in `sse_id`."""
         headers = {"Last-Event-ID": str(query.pop("last_event_id"))} if "last_event_id" in query else {}
-        headers |= self.who
+        headers |= self.principal_headers
         async with self.http.stream("GET", "/api/ledger/stream", params=query, headers=headers) as answer:
             assert answer.status_code == 200, await answer.aread()
             sse_id = None
@@ -95,10 +95,10 @@ class Api:
                 if line.startswith("data:"):
                     yield {**orjson.loads(line.removeprefix("data:")), "sse_id": sse_id}
 
-    async def take(self, number: int, **query: Any) -> list[dict[str, Any]]:
+    async def take_events(self, number: int, **query: Any) -> list[dict[str, Any]]:
         """Return the first so many events of the live stream."""
         taken: list[dict[str, Any]] = []
-        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(self.events(**query)) as events:
+        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(self.stream_events(**query)) as events:
             async for event in events:
                 taken.append(event)
                 if len(taken) == number:
@@ -106,7 +106,7 @@ class Api:
         return taken
 
 
-def settings_for(uri: str, db_name: str, directory: Path, **sections: dict[str, Any]) -> Any:
+def make_settings(uri: str, db_name: str, directory: Path, **sections: dict[str, Any]) -> Any:
     """Return settings for a test's own database and directory."""
     own: dict[str, dict[str, Any]] = {
         "mongodb": {"uri": uri, "db_name": db_name},
@@ -120,14 +120,14 @@ def settings_for(uri: str, db_name: str, directory: Path, **sections: dict[str, 
     return settings
 
 
-async def running_api(
+async def run_api(
     uri: str, db_name: str, directory: Path, wanted: frozenset[Role] = ALL_ROLES, **sections: dict[str, Any]
 ) -> AsyncIterator[Api]:
     """Run roles and yield the API; whatever role ends by itself fails the test."""
-    settings = settings_for(uri, db_name, directory, **sections)
+    settings = make_settings(uri, db_name, directory, **sections)
     failures: list[BaseException] = []
     async with (
-        roles(settings, settings.mongodb.connection(uri), wanted, failed=failures.append) as running,
+        start_roles(settings, settings.mongodb.connection(uri), wanted, on_failure=failures.append) as running,
         httpx.AsyncClient(base_url=running.url or "", timeout=DEADLINE_SECONDS, trust_env=False) as client,
     ):
         yield Api(client, running.db, running.log, directory / "results")
@@ -135,30 +135,30 @@ async def running_api(
 
 
 @pytest.fixture
-def said_in_header(monkeypatch: pytest.MonkeyPatch) -> None:
+def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have whoever asks be who the header `X-Test-Principal` says: ask for it before `api` or `idle_api`."""
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderSignIn())
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderAuthBackend())
 
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """All roles."""
-    async for running in running_api(mongodb_uri, db_name, tmp_path):
+    async for running in run_api(mongodb_uri, db_name, tmp_path):
         yield running
 
 
 @pytest.fixture
-async def idle_api(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
+async def api_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """Without a worker: a job that was submitted waits for ever."""
-    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running
 
 
 @pytest.fixture
-async def header_api(
+async def header_auth_api(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
     """Without a worker; a header says who asks (tests/support/principals.py)."""
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderSignIn())
-    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderAuthBackend())
+    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running

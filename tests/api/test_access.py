@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from jobledger.cli.composition import ALL_ROLES
-from tests.api.conftest import Api, running_api
-from tests.support.principals import HeaderSignIn, said
+from tests.api.conftest import Api, run_api
+from tests.support.principals import HeaderAuthBackend, principal_header
 
 NONE, READ, WRITE, ADMIN = range(4)
 ACCESS: Final[dict[str, Any]] = {
@@ -21,7 +21,7 @@ ACCESS: Final[dict[str, Any]] = {
     "write_access": ["writer", "team-writers"],
     "admin_access": ["keeper", "team-keepers"],
 }
-OWNER: Final = said("owner", ["team-o"])
+OWNER: Final = principal_header("owner", ["team-o"])
 HOOK: Final = {"url": "https://hooks.invalid/secretname"}
 
 
@@ -37,19 +37,19 @@ class Who(NamedTuple):
 
 PEOPLE: Final = [
     Who("owner", OWNER, ADMIN, ADMIN, ADMIN),
-    Who("admin", said("ann", roles=["admin"]), ADMIN, ADMIN, ADMIN),
-    Who("named keeper", said("keeper"), ADMIN, ADMIN, ADMIN),
-    Who("keeper by team", said("k", ["team-keepers"]), ADMIN, ADMIN, ADMIN),
-    Who("named writer", said("writer"), WRITE, WRITE, WRITE),
-    Who("writer by team", said("w", ["team-writers"]), WRITE, WRITE, WRITE),
-    Who("named reader", said("reader"), READ, READ, READ),
-    Who("reader by team", said("r", ["team-readers"]), READ, READ, READ),
-    Who("in a team with the owner", said("t", ["team-o", "team-x"]), NONE, READ, READ),
-    Who("in another team", said("x", ["team-x"]), NONE, NONE, READ),
-    Who("stranger", said("zoe"), NONE, NONE, READ),
-    Who("monitor", said("mona", roles=["monitor"]), NONE, NONE, READ),
-    Who("named like a scope", said("*"), NONE, NONE, READ),
-    Who("nobody", said(), NONE, NONE, READ),
+    Who("admin", principal_header("ann", roles=["admin"]), ADMIN, ADMIN, ADMIN),
+    Who("named keeper", principal_header("keeper"), ADMIN, ADMIN, ADMIN),
+    Who("keeper by team", principal_header("k", ["team-keepers"]), ADMIN, ADMIN, ADMIN),
+    Who("named writer", principal_header("writer"), WRITE, WRITE, WRITE),
+    Who("writer by team", principal_header("w", ["team-writers"]), WRITE, WRITE, WRITE),
+    Who("named reader", principal_header("reader"), READ, READ, READ),
+    Who("reader by team", principal_header("r", ["team-readers"]), READ, READ, READ),
+    Who("in a team with the owner", principal_header("t", ["team-o", "team-x"]), NONE, READ, READ),
+    Who("in another team", principal_header("x", ["team-x"]), NONE, NONE, READ),
+    Who("stranger", principal_header("zoe"), NONE, NONE, READ),
+    Who("monitor", principal_header("mona", roles=["monitor"]), NONE, NONE, READ),
+    Who("named like a scope", principal_header("*"), NONE, NONE, READ),
+    Who("nobody", principal_header(), NONE, NONE, READ),
 ]
 VISIBILITIES: Final = ("private", "team", "public")
 
@@ -103,8 +103,8 @@ CHANGING: Final = [
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, and a header that says who asks."""
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderSignIn())
-    async for running in running_api(mongodb_uri, db_name, tmp_path, ALL_ROLES):
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderAuthBackend())
+    async for running in run_api(mongodb_uri, db_name, tmp_path, ALL_ROLES):
         yield running
 
 
@@ -125,8 +125,8 @@ async def thing(api: Api, visibility: str) -> Thing:
         "jobs": [{"job_type": "echo", "job_name": "secretname", "parameters": {"text": "x"}, "webhook": HOOK}],
     }
     answer = (await api.post("/api/events/batches", content, **OWNER)).json()
-    job = await api.ended(answer["job_ids"][0])
-    await api.until_event(answer["batch_id"], "BatchFinished")
+    job = await api.wait_until_finished(answer["job_ids"][0])
+    await api.wait_for_event(answer["batch_id"], "BatchFinished")
     delivery = f"delivery-{job['job_id']}-{job['version']}"
     return Thing(answer["batch_id"], job["job_id"], job["results"]["files"][0]["path"], delivery)
 
@@ -192,7 +192,7 @@ def what_was(who: Who) -> Thing:
 @pytest.mark.timeout(300)
 async def test_lists_totals_and_searches_show_each_what_they_may_see(api: Api) -> None:
     things = {visibility: await thing(api, visibility) for visibility in VISIBILITIES}
-    position = str(await api.log.head())
+    position = str(await api.event_store.head_position())
     for who in PEOPLE:
         headers = {**who.headers, "Ledger-Position": position}
         jobs = {things[visibility].job for visibility in VISIBILITIES if getattr(who, visibility) >= READ}
@@ -224,11 +224,11 @@ async def test_the_log_shows_each_only_the_events_of_what_they_may_see(api: Api)
 @pytest.mark.parametrize(
     ("who", "status"),
     [
-        (said("ann", roles=["admin"]), 200),
-        (said("mona", roles=["monitor"]), 200),
-        (said("zoe"), 403),
-        (said("zoe", ["team-x"]), 403),
-        (said(), 401),
+        (principal_header("ann", roles=["admin"]), 200),
+        (principal_header("mona", roles=["monitor"]), 200),
+        (principal_header("zoe"), 403),
+        (principal_header("zoe", ["team-x"]), 403),
+        (principal_header(), 401),
     ],
 )
 async def test_statistics_of_everything_are_for_monitors_and_admins(
@@ -245,7 +245,12 @@ async def test_one_submits_for_oneself_and_an_admin_for_others(header_api: Api) 
         ("batches", {"jobs": [job], "user_id": "bob"}),
         ("batches", {"jobs": [{**job, "user_id": "bob"}]}),
     ):
-        for who, status in ((said("zoe"), 403), (said(), 401), (said("ann", roles=["admin"]), 202), (said("bob"), 202)):
+        for who, status in (
+            (principal_header("zoe"), 403),
+            (principal_header(), 401),
+            (principal_header("ann", roles=["admin"]), 202),
+            (principal_header("bob"), 202),
+        ):
             assert (await header_api.post(f"/api/events/{path}", content, **who)).status_code == status
 
 
@@ -253,11 +258,11 @@ async def test_a_batch_leads_nobody_to_jobs_that_they_may_not_see(header_api: Ap
     hidden = {"job_type": "echo", "parameters": {}, "access_control": {"visibility": "private"}}
     content = {"access_control": {"write_access": ["writer"]}, "jobs": [hidden, {"job_type": "echo", "parameters": {}}]}
     batch = (await header_api.post("/api/events/batches", content, **OWNER)).json()
-    await header_api.get("/api/events/jobs", await header_api.log.head())
+    await header_api.get("/api/events/jobs", await header_api.event_store.head_position())
 
-    listed = await header_api.get(f"/api/events/batches/{batch['batch_id']}/jobs", **said("writer"))
-    cancelled = await header_api.post(f"/api/events/batches/{batch['batch_id']}/cancel", **said("writer"))
+    listed = await header_api.get(f"/api/events/batches/{batch['batch_id']}/jobs", **principal_header("writer"))
+    cancelled = await header_api.post(f"/api/events/batches/{batch['batch_id']}/cancel", **principal_header("writer"))
 
     assert [job["job_id"] for job in listed.json()["jobs"]] == batch["job_ids"][1:]
     assert cancelled.json()["jobs"] == {"total": 1, "changed": 1, "unchanged": 0, "refused": 0}
-    assert [event.type for event in await header_api.log.read_stream(batch["job_ids"][0])] == ["JobSubmitted"]
+    assert [event.type for event in await header_api.event_store.read_stream(batch["job_ids"][0])] == ["JobSubmitted"]

@@ -10,11 +10,11 @@ import pytest
 
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, RestartJob
-from jobledger.ledger.domain.events import Failure, Meta
-from jobledger.ledger.store.command_handler import handle
+from jobledger.ledger.domain.events import EventMetadata, Failure
+from jobledger.ledger.store.command_handler import handle_command
 from tests.api.conftest import Api
-from tests.support.examples import some_results
-from tests.support.rarely import rarely
+from tests.support.examples import make_results
+from tests.support.rarely import soak_only
 
 ACTIONS = ("pause", "resume", "cancel", "restart", "archive", "unarchive")
 BATCHES = "/api/events/batches"
@@ -35,7 +35,7 @@ async def act(api: Api, batch_id: str, action: str, body: Any = None) -> tuple[d
 
 async def do(api: Api, job_id: str, *commands: Any) -> None:
     for command in commands:
-        await handle(api.log, job_id, command, meta=Meta("worker:w"))
+        await handle_command(api.event_store, job_id, command, meta=EventMetadata("worker:w"))
 
 
 async def in_every_state(api: Api) -> tuple[str, list[str]]:
@@ -45,7 +45,7 @@ async def in_every_state(api: Api) -> tuple[str, list[str]]:
     claim = ClaimJob("w", datetime.now(UTC))
     _, running, completed, failed, cancelled = job_ids
     await do(api, running, claim)
-    await do(api, completed, claim, CompleteJob("w", 1, some_results()))
+    await do(api, completed, claim, CompleteJob("w", 1, make_results()))
     await do(api, failed, claim, FailAttempt("w", 1, Failure(code="X", message="x"), None))
     await do(api, cancelled, CancelJob("user:ada"))
     return batch_id, job_ids
@@ -85,10 +85,10 @@ async def test_a_paused_batch_and_its_waiting_jobs_say_so_until_it_is_resumed(id
     jobs = await seen(idle_api, batch_id, position)
     assert content["batch"]["paused"] is jobs[batch_id]["paused"] is jobs[waiting]["paused"] is False
     assert await idle_api.db.queue.count_documents({}) == 2
-    paused, resumed = (await idle_api.log.read_stream(batch_id))[-2:]
+    paused, resumed = (await idle_api.event_store.read_stream(batch_id))[-2:]
     assert (paused.type, paused.data) == ("BatchPaused", {"by": "user:local", "reason": "the site is down"})
     assert (resumed.type, resumed.data) == ("BatchResumed", {"by": "user:local"})
-    assert paused.meta == resumed.meta == Meta("user:local", batch_id)
+    assert paused.meta == resumed.meta == EventMetadata("user:local", batch_id)
 
 
 async def test_pausing_twice_and_resuming_what_is_not_paused_is_no_event(idle_api: Api) -> None:
@@ -97,7 +97,7 @@ async def test_pausing_twice_and_resuming_what_is_not_paused_is_no_event(idle_ap
     _, once = await act(idle_api, batch_id, "pause")
     _, twice = await act(idle_api, batch_id, "pause")
     assert (nothing, once, twice) == (1, 3, 3)
-    assert await idle_api.log.head() == 3
+    assert await idle_api.event_store.head_position() == 3
 
 
 async def test_a_batch_that_was_just_submitted_can_be_paused_before_the_views_know_it(idle_api: Api) -> None:
@@ -129,9 +129,9 @@ async def test_cancelling_a_batch_cancels_what_has_not_ended(idle_api: Api) -> N
     assert await statuses(idle_api, batch_id, job_ids, position) == expected
     assert (await seen(idle_api, batch_id, position))[job_ids[1]]["cancel_requested"] is True
     for job_id in job_ids[:2]:
-        event = (await idle_api.log.read_stream(job_id))[-1]
+        event = (await idle_api.event_store.read_stream(job_id))[-1]
         assert event.data == {"by": "user:local", "reason": "wrong conference"}
-        assert event.meta == Meta("user:local", batch_id)
+        assert event.meta == EventMetadata("user:local", batch_id)
 
     again, same = await act(idle_api, batch_id, "cancel")
     assert again["jobs"] == counted(5)
@@ -140,10 +140,10 @@ async def test_cancelling_a_batch_cancels_what_has_not_ended(idle_api: Api) -> N
 
 async def test_a_cancelled_batch_ends_and_its_running_jobs_are_stopped(api: Api) -> None:
     batch = await api.submit_batch(*[{"seconds": 3600}] * 12)
-    await api.until_event(batch["job_ids"][0], "JobClaimed")
+    await api.wait_for_event(batch["job_ids"][0], "JobClaimed")
     content, _ = await act(api, batch["batch_id"], "cancel")
     assert content["jobs"] == counted(12, changed=12)
-    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     assert finished["data"]["counts"] == {"completed": 0, "failed": 0, "cancelled": 12}
 
 
@@ -180,24 +180,24 @@ async def test_a_restart_says_why_and_whether_steps_are_kept(idle_api: Api) -> N
     await act(idle_api, batch_id, "restart", {"only": "all"})
 
     for job_id, data in [(job_ids[3], {"reason": "new template", "reuse_steps": False}), (job_ids[2], {})]:
-        event = (await idle_api.log.read_stream(job_id))[-1]
-        assert (event.type, event.meta) == ("JobRestarted", Meta("user:local", batch_id))
+        event = (await idle_api.event_store.read_stream(job_id))[-1]
+        assert (event.type, event.meta) == ("JobRestarted", EventMetadata("user:local", batch_id))
         assert event.data == {"by": "user:local", "reuse_steps": True, **data}
 
 
 async def test_a_batch_whose_failed_jobs_are_restarted_goes_on_and_ends_again(api: Api) -> None:
     batch = await api.submit_batch({}, {"fail": "no luck"}, {"fail": "no luck either"})
-    first = await api.until_event(batch["batch_id"], "BatchFinished")
+    first = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     content, _ = await act(api, batch["batch_id"], "restart")
     assert content["jobs"] == counted(3, changed=2)
-    await api.until_event(batch["batch_id"], "BatchReopened")
+    await api.wait_for_event(batch["batch_id"], "BatchReopened")
     types = [event["type"] async for event in _of_batch(api, batch["batch_id"], after=first["position"])]
     assert types.count("JobRestarted") == types.count("JobClaimed") == types.count("JobFailed") == 2
 
 
 async def _of_batch(api: Api, batch_id: str, *, after: int) -> Any:
     """The story of a batch by its own stream, up to its end."""
-    async for event in api.events(after=after, batch_id=batch_id):
+    async for event in api.stream_events(after=after, batch_id=batch_id):
         yield event
         if event["type"] == "BatchFinished":
             return
@@ -215,7 +215,10 @@ async def test_a_batch_is_archived_and_brought_back_with_all_its_jobs(idle_api: 
         assert content["events"] == {event: 5}
         shown = await seen(idle_api, batch_id, position)
         assert [shown[name]["archived"] for name in (batch_id, *job_ids)] == [archived] * 6
-        assert (await idle_api.log.read_stream(batch_id))[-1].data == {"by": "user:local", "reason": "tidying up"}
+        assert (await idle_api.event_store.read_stream(batch_id))[-1].data == {
+            "by": "user:local",
+            "reason": "tidying up",
+        }
 
         again, same = await act(idle_api, batch_id, action)
         assert (again["jobs"], again["events"], same) == (counted(5), {}, position)
@@ -233,7 +236,7 @@ async def test_what_is_left_to_archive_is_archived_though_the_batch_is_already(i
 async def test_a_deleted_batch_is_gone_with_its_jobs_and_their_files(api: Api) -> None:
     batch = await api.submit_batch({"text": "a"}, {"text": "b"})
     path, job_id = f"{BATCHES}/{batch['batch_id']}", batch["job_ids"][0]
-    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     job = (await api.get(f"/api/events/jobs/{job_id}", finished["position"])).json()["job"]
     assert (await api.get(job["results"]["markdown_url"])).status_code == 200
 
@@ -250,11 +253,11 @@ async def test_a_deleted_batch_is_gone_with_its_jobs_and_their_files(api: Api) -
 
 async def test_a_batch_at_work_is_not_deleted_and_neither_is_any_of_its_jobs(idle_api: Api) -> None:
     batch_id, _ = await in_every_state(idle_api)
-    head = await idle_api.log.head()
+    head = await idle_api.event_store.head_position()
     answer = await idle_api.http.delete(f"{BATCHES}/{batch_id}")
     assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
     assert "cancel it first" in answer.json()["message"]
-    assert await idle_api.log.head() == head
+    assert await idle_api.event_store.head_position() == head
 
 
 async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
@@ -263,21 +266,21 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
     batch = await idle_api.submit_batch({}, {})
     path, (one, two) = f"{BATCHES}/{batch['batch_id']}", batch["job_ids"]
     await act(idle_api, batch["batch_id"], "cancel")
-    await idle_api.until_event(batch["batch_id"], "BatchFinished")
-    read_in_parts = idle_api.log.read_in_parts
+    await idle_api.wait_for_event(batch["batch_id"], "BatchFinished")
+    read_in_parts = idle_api.event_store.iterate_stream_batches
 
     async def overtaken(streams: Any) -> Any:
         async for part in read_in_parts(streams):
             await do(idle_api, two, RestartJob("user:bob"), ClaimJob("w", datetime.now(UTC)))
             yield part
 
-    monkeypatch.setattr(idle_api.log, "read_in_parts", overtaken)
+    monkeypatch.setattr(idle_api.event_store, "read_in_parts", overtaken)
     answer = await idle_api.http.delete(path)
     assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
     details = answer.json()["details"]
     assert details["jobs"] == counted(2, changed=1, refused=1)
     assert [(it["job_id"], it["code"]) for it in details["refused"]] == [(two, "wrong_state")]
-    head = await idle_api.log.head()
+    head = await idle_api.event_store.head_position()
     assert (await idle_api.get(path, head)).json()["batch"]["job_ids"] == [two]
     assert (await idle_api.get(f"/api/events/jobs/{one}")).status_code == 404
 
@@ -285,7 +288,7 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
 # Many, and wrong ------------------------------------------------------------------------------------------------------
 
 
-@rarely
+@soak_only
 async def test_ten_thousand_jobs_are_acted_on_within_seconds(idle_api: Api) -> None:
     answer = await idle_api.post(BATCHES, {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000})
     batch_id = answer.json()["batch_id"]
@@ -303,13 +306,13 @@ async def test_nothing_can_be_done_with_a_batch_that_does_not_exist(idle_api: Ap
     answers = [await idle_api.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
     answers.append(await idle_api.http.delete(f"{BATCHES}/{batch_id}"))
     assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(404, "batch_not_found")}
-    assert await idle_api.log.head() == 0
+    assert await idle_api.event_store.head_position() == 0
 
 
 @pytest.mark.parametrize("action", ACTIONS)
 async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(idle_api: Api, action: str) -> None:
     batch_id, _ = await in_every_state(idle_api)
-    head, path = await idle_api.log.head(), f"{BATCHES}/{batch_id}/{action}"
+    head, path = await idle_api.event_store.head_position(), f"{BATCHES}/{batch_id}/{action}"
     wrong: list[tuple[Any, str]] = [
         ({"resaon": "x"}, "resaon"),
         ({"reason": 3}, "reason"),
@@ -325,7 +328,7 @@ async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(idle_ap
     broken = await idle_api.http.post(path, content=b"{", headers={"Content-Type": "application/json"})
     assert (broken.status_code, broken.json()["code"]) == (400, "malformed_json")
     assert (await idle_api.http.get(path)).status_code == 405
-    assert await idle_api.log.head() == head
+    assert await idle_api.event_store.head_position() == head
 
 
 async def test_access_lists_that_multiply_the_list_index_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,4 +354,4 @@ async def test_update_whose_access_lists_multiply_is_refused_before_anything_is_
     answer = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": {"read_access": names}})
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text[:300]
     assert "access_control" in answer.json()["message"]
-    assert not [it for it in await api.log.read_stream(batch["batch_id"]) if it.type == "BatchAccessChanged"]
+    assert not [it for it in await api.event_store.read_stream(batch["batch_id"]) if it.type == "BatchAccessChanged"]

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from jobledger.api.app import ROUTES
-from jobledger.api.openapi.operations import DOORS
+from jobledger.api.openapi.operations import OPERATIONS
 from jobledger.api.schemas import responses
 from tests.api.conftest import Api
 
@@ -23,15 +23,15 @@ def fits(answer: httpx.Response) -> Any:
     """Hold an answer against the model that its route is described with; no unknown field passes."""
     method, path = answer.request.method, answer.request.url.path
     door = next(
-        DOORS[route.endpoint]
+        OPERATIONS[route.endpoint]
         for route in ROUTES
         if method in (route.methods or ()) and route.path_regex.match(path) is not None
     )
     assert answer.status_code == door.status, answer.text
-    assert isinstance(door.answer, type)
-    assert issubclass(door.answer, BaseModel)
-    door.answer.model_validate_json(answer.content, extra="forbid", strict=True)
-    for header in door.gives:
+    assert isinstance(door.response, type)
+    assert issubclass(door.response, BaseModel)
+    door.response.model_validate_json(answer.content, extra="forbid", strict=True)
+    for header in door.response_headers:
         assert header in answer.headers
     return answer.json()
 
@@ -39,17 +39,17 @@ def fits(answer: httpx.Response) -> Any:
 async def test_jobs_and_their_stories(api: Api) -> None:
     submitted = fits(await api.post(JOBS, {"job_type": "echo", "parameters": {"track": "A"}, "webhook": HOOK}))
     job_id = submitted["job_id"]
-    await api.ended(job_id)
+    await api.wait_until_finished(job_id)
     assert fits(await api.get(f"{JOBS}/{job_id}"))["job"]["status"] == "completed"
     failed = await api.submit({"fail": "on purpose"}, max_attempts=1)
-    await api.ended(failed)
+    await api.wait_until_finished(failed)
     assert fits(await api.get(f"{JOBS}/{failed}"))["job"]["error"]["code"] == "ECHO_FAILED"
     assert fits(await api.get(f"{JOBS}?limit=1"))["next"]
     for path in (f"{JOBS}/{job_id}/history", f"{JOBS}/{job_id}/history?limit=1", f"{JOBS}/{failed}/logs"):
         assert fits(await api.get(path))
     for action in ("archive", "unarchive", "restart", "cancel"):
         assert fits(await api.post(f"{JOBS}/{failed}/{action}"))["job"]
-    await api.until_event(failed, "JobCancelled", "JobFailed")
+    await api.wait_for_event(failed, "JobCancelled", "JobFailed")
     fits(await api.http.put(f"{JOBS}/{failed}", json={"access_control": {"visibility": "public"}}))
     assert fits(await api.http.delete(f"{JOBS}/{failed}"))["job"] is None
 
@@ -58,7 +58,7 @@ async def test_batches_and_their_stories(api: Api) -> None:
     jobs = [{"job_type": "echo", "parameters": given} for given in ({}, {"fail": "on purpose"})]
     submitted = fits(await api.post(BATCHES, {"jobs": jobs, "batch_name": "two", "webhook": HOOK}))
     batch_id = submitted["batch_id"]
-    finished = await api.until_event(batch_id, "BatchFinished")
+    finished = await api.wait_for_event(batch_id, "BatchFinished")
     assert fits(await api.get(f"{BATCHES}/{batch_id}", finished["position"]))["batch"]["status"] == "partial"
     for path in (BATCHES, f"{BATCHES}/{batch_id}/jobs", f"{BATCHES}/{batch_id}/history"):
         assert fits(await api.get(path, finished["position"]))
@@ -66,18 +66,18 @@ async def test_batches_and_their_stories(api: Api) -> None:
         assert fits(await api.post(f"{BATCHES}/{batch_id}/{action}"))["batch"]
     fits(await api.http.put(f"{BATCHES}/{batch_id}", json={"access_control": {"visibility": "team"}}))
     fits(await api.post(f"{BATCHES}/{batch_id}/cancel"))
-    await api.until_event(batch_id, "BatchFinished")
+    await api.wait_for_event(batch_id, "BatchFinished")
 
 
 async def test_deleted_batches(idle_api: Api) -> None:
     batch_id = (await idle_api.submit_batch({}))["batch_id"]
     fits(await idle_api.post(f"{BATCHES}/{batch_id}/cancel"))
-    await idle_api.until_event(batch_id, "BatchFinished")
+    await idle_api.wait_for_event(batch_id, "BatchFinished")
     assert fits(await idle_api.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
 
 
 async def test_files_the_log_statistics_and_health(api: Api) -> None:
-    job = await api.ended(await api.submit({"track": "A"}))
+    job = await api.wait_until_finished(await api.submit({"track": "A"}))
     fits(await api.post(f"/api/events/files/{job['results']['files'][0]['path']}/link"))
     for path in (
         "/api/ledger/events?limit=3",
@@ -92,15 +92,15 @@ async def test_files_the_log_statistics_and_health(api: Api) -> None:
 
 async def test_the_live_stream_sends_events_as_described(idle_api: Api) -> None:
     await idle_api.submit()
-    [event] = await idle_api.take(1, after=0)
+    [event] = await idle_api.take_events(1, after=0)
     event.pop("sse_id")
-    responses.ShownEvent.model_validate(event, extra="forbid")
+    responses.EventResource.model_validate(event, extra="forbid")
 
 
 @pytest.mark.parametrize("path", [f"{JOBS}/job-none", f"{JOBS}?limit=x", "/nowhere", f"{JOBS}/job-none/cancel"])
 async def test_failures(idle_api: Api, path: str) -> None:
     answer = await idle_api.get(path)
-    error = responses.Error.model_validate_json(answer.content, extra="forbid", strict=True)
+    error = responses.ErrorResponse.model_validate_json(answer.content, extra="forbid", strict=True)
     for problem in error.details.get("errors", ()):
-        responses.Problem.model_validate(problem, extra="forbid")
+        responses.FieldError.model_validate(problem, extra="forbid")
     assert re.fullmatch(r"[a-z_]+", error.code)

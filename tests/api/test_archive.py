@@ -19,25 +19,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.api.routes.archives import _key, _Names, safe_path
+from jobledger.api.routes.archives import _key, _Names, sanitize_path
 from jobledger.ledger.domain.events import (
     AccessControl,
     BatchSubmitted,
+    EventMetadata,
     JobClaimed,
     JobCompleted,
     JobResults,
     JobSubmitted,
-    Meta,
     ResultFile,
     ResultMetadata,
 )
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
-from jobledger.ledger.store.envelope import Append, Head
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import Api
 from tests.api.test_files import LARGE, memory, reads
 from tests.api.test_links import guarded  # noqa: F401  a fixture
-from tests.support.running import until
+from tests.support.running import poll_until
 
 TYPES = {".md": "text/markdown", ".jpg": "image/jpeg"}
 TALK = {
@@ -71,7 +71,7 @@ async def add_job(
         *([JobClaimed(worker_id="w", attempt=1), JobCompleted(attempt=1, results=results)] if done else []),
     ]
     job_id = new_job_id()
-    recorded = await api.log.append(Append(job_id, Head(), happened, Meta(), now))
+    recorded = await api.event_store.append(StreamAppend(job_id, StreamHead(), happened, EventMetadata(), now))
     await api.get("/healthz", recorded[-1].position)
     await api.get("/api/events/jobs", recorded[-1].position)
     return job_id
@@ -79,7 +79,9 @@ async def add_job(
 
 async def add_batch(api: Api, batch_id: str, job_ids: Sequence[str]) -> None:
     batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=list(job_ids), user_id="local")
-    recorded = await api.log.append(Append(batch_id, Head(), [batch], Meta(), datetime.now(UTC)))
+    recorded = await api.event_store.append(
+        StreamAppend(batch_id, StreamHead(), [batch], EventMetadata(), datetime.now(UTC))
+    )
     await api.get("/api/events/jobs", recorded[-1].position)
 
 
@@ -111,7 +113,7 @@ async def test_files_beside_the_markdowns_directory_keep_their_place_towards_it(
 
 
 async def test_the_archive_of_a_real_job_can_be_unpacked(api: Api, tmp_path: Path) -> None:
-    job = await api.ended(await api.submit({"text": "ä"}))
+    job = await api.wait_until_finished(await api.submit({"text": "ä"}))
     answer = await api.get(f"/api/events/jobs/{job['job_id']}/download-archive")
     (tmp_path / "a.zip").write_bytes(answer.content)
     unpack = [sys.executable, "-m", "zipfile", "-e", "a.zip", "."]
@@ -231,7 +233,7 @@ async def test_when_the_client_goes_away_no_more_of_the_archive_is_made(idle_api
         async for _ in answer.aiter_raw():
             break
         assert reads(stored)
-    await until(lambda: not reads(stored), "the file is closed", seconds=5)
+    await poll_until(lambda: not reads(stored), "the file is closed", seconds=5)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -278,17 +280,17 @@ async def test_names_that_become_alike_are_kept_apart(idle_api: Api) -> None:
     ],
 )
 def test_a_path_in_an_archive_can_be_unpacked_anywhere(path: str, safe: str) -> None:
-    assert safe_path(path) == safe
+    assert sanitize_path(path) == safe
 
 
 @given(st.text(max_size=300))
 def test_no_path_leads_out_of_where_it_is_unpacked(path: str) -> None:
-    safe = safe_path(path.encode(errors="replace").decode())
+    safe = sanitize_path(path.encode(errors="replace").decode())
     parts = safe.split("/")
     assert not {"", ".", ".."} & set(parts)
     assert not re.search(r'[<>:"|?*\\\x00-\x1f]', safe)
     assert all(len(part.encode()) <= 201 and not part.endswith((".", " ")) for part in parts)
-    assert safe_path(safe) == safe
+    assert sanitize_path(safe) == safe
 
 
 PARTS = st.sampled_from(["x", "X", "y", "x-2", "x-2-2", "x.md", "x-2.md", "\u00e9", "e\u0301", "\u00c9", "ss"])
@@ -298,7 +300,7 @@ PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=4).map("/".join), max_size
 @given(PATHS)
 def test_archive_names_of_any_paths_are_never_in_each_others_way(paths: list[str]) -> None:
     names = _Names()
-    found = [names.add(safe_path(path)) for path in paths]
+    found = [names.add(sanitize_path(path)) for path in paths]
     files = [_key(name) for name in found]
     directories = {_key(str(parent)) for name in found for parent in PurePosixPath(name).parents}
     assert len(set(files)) == len(files), found

@@ -43,7 +43,7 @@ async def test_a_batch_answers_at_once_under_its_location(idle_api: Api) -> None
 
 async def test_a_batch_that_has_ended_has_counted_its_jobs(api: Api) -> None:
     batch = await api.submit_batch({}, {"fail": "on purpose"}, {})
-    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     found = (await api.get(f"/api/events/batches/{batch['batch_id']}", finished["position"])).json()["batch"]
 
     assert found["status"] == "partial"
@@ -54,7 +54,7 @@ async def test_a_batch_that_has_ended_has_counted_its_jobs(api: Api) -> None:
 
 async def test_batches_are_listed_by_status_and_owner_newest_first(api: Api) -> None:
     done = await api.submit_batch({})
-    finished = await api.until_event(done["batch_id"], "BatchFinished")
+    finished = await api.wait_for_event(done["batch_id"], "BatchFinished")
     busy = await api.submit_batch({"seconds": 3600}, user_id="ada")
     position = max(finished["position"], busy["batch"]["position"])
 
@@ -97,7 +97,7 @@ async def test_one_invalid_job_refuses_the_whole_batch_and_is_named_by_its_index
     assert answer.status_code == 422
     assert path in [problem["path"] for problem in content["details"]["errors"]], content
     assert content["message"].startswith("jobs[2]")
-    assert await idle_api.log.head() == 0
+    assert await idle_api.event_store.head_position() == 0
 
 
 @pytest.mark.parametrize("jobs", [[], {}, "x", None, 3], ids=str)
@@ -112,7 +112,7 @@ async def test_ten_thousand_jobs_are_one_batch_and_one_more_is_refused(idle_api:
     refused = await idle_api.post("/api/events/batches", {"jobs": [GOOD] * 10_001})
     assert refused.status_code == 422
     assert "10000" in refused.json()["message"]
-    assert await idle_api.log.head() == 0
+    assert await idle_api.event_store.head_position() == 0
 
     began = time.monotonic()
     answer = await idle_api.post("/api/events/batches", {"jobs": [GOOD] * 10_000})

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 from pymongo import MongoClient
 
-from jobledger.api.http.bodies import MOST_CONTAINERS, MOST_VALUES, _refuse_repeated_names, counted
+from jobledger.api.http.bodies import MAX_CONTAINERS, MAX_VALUES, _refuse_repeated_names, estimate_value_count
 from jobledger.api.http.errors import ApiError
-from jobledger.api.http.memory_budget import MemoryBudget, Reservation
-from jobledger.api.http.validation import validated
+from jobledger.api.http.memory_budget import MemoryBudget, MemoryReservation
+from jobledger.api.http.validation import validate_content
 from jobledger.workers.processors.session.parameters import SessionParameters
-from tests.support.installation import Installation, Role
-from tests.support.rarely import rarely
+from tests.support.installation import Installation, RunningCommand
+from tests.support.rarely import soak_only
 
 JOBS, BATCHES, REDELIVER = "/api/events/jobs", "/api/events/batches", "/api/monitoring/events/redeliver"
 CHECK = "/monitoring/events/check"
@@ -147,7 +147,7 @@ BODIES: dict[str, tuple[str, int, Callable[[], Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Role]:
+def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCommand]:
     """An API process with a plug-in whose validator does what it is told."""
     name, plugins = f"test_{uuid4().hex[:16]}", tmp_path_factory.mktemp("plugins")
     (plugins / "oddtype.py").write_text(PLUGIN)
@@ -157,29 +157,29 @@ def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with Installation(
         tmp_path_factory.mktemp("bodies"), mongodb={"uri": mongodb_uri, "db_name": name}, logging={"level": "error"}
     ) as installation:
-        yield installation.start("api", PYTHONPATH=str(plugins), JOBLEDGER_SECRET="").ready()
+        yield installation.start("api", PYTHONPATH=str(plugins), JOBLEDGER_SECRET="").wait_until_ready()
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client.drop_database(name)
 
 
 @pytest.fixture
-def client(role: Role) -> Iterator[httpx.Client]:
+def client(role: RunningCommand) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=role.url, timeout=60, trust_env=False) as client:
         yield client
 
 
-def memory_mb(role: Role, name: str) -> int:
+def memory_mb(role: RunningCommand, name: str) -> int:
     lines = Path(f"/proc/{role.process.pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) // 1024
 
 
-def cpu_seconds(role: Role) -> float:
+def cpu_seconds(role: RunningCommand) -> float:
     fields = Path(f"/proc/{role.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
 
 
 @contextmanager
-def longest_stall(role: Role) -> Iterator[list[float]]:
+def longest_stall(role: RunningCommand) -> Iterator[list[float]]:
     """Ask for /healthz all the time; yield the seconds that the answers took."""
     seconds, stop = [0.0], False
 
@@ -213,8 +213,8 @@ HUGE = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(it, marks=rarely) if it in HUGE else it for it in BODIES])
-def test_body_costs_bounded_time_and_memory(role: Role, client: httpx.Client, name: str) -> None:
+@pytest.mark.parametrize("name", [pytest.param(it, marks=soak_only) if it in HUGE else it for it in BODIES])
+def test_body_costs_bounded_time_and_memory(role: RunningCommand, client: httpx.Client, name: str) -> None:
     path, status, make = BODIES[name]
     made = make()
     body = made if isinstance(made, bytes) else json.dumps(made).encode()
@@ -231,7 +231,9 @@ def test_body_costs_bounded_time_and_memory(role: Role, client: httpx.Client, na
     assert max(stalls) < LONGEST_STALL_SECONDS
 
 
-def test_batch_of_ten_thousand_sessions_is_accepted_and_holds_up_nobody(role: Role, client: httpx.Client) -> None:
+def test_batch_of_ten_thousand_sessions_is_accepted_and_holds_up_nobody(
+    role: RunningCommand, client: httpx.Client
+) -> None:
     fields = {"speakers": ["Ada Lovelace", "Grace Hopper"], "day": "Sunday", "extra": {"room": "H.1302, first floor"}}
     jobs = [session(**fields, starttime="09:30", endtime="10:00") for _ in range(10_000)]
     with longest_stall(role) as stalls:
@@ -269,7 +271,7 @@ def test_validator_of_a_plugin_affects_only_its_request(
     assert client.post(JOBS, json={"job_type": "odd", "parameters": {"do": "fine"}}).status_code == 202
 
 
-def test_validator_that_never_ends_holds_up_nobody_and_is_ended(role: Role, client: httpx.Client) -> None:
+def test_validator_that_never_ends_holds_up_nobody_and_is_ended(role: RunningCommand, client: httpx.Client) -> None:
     endless = {"job_type": "odd", "parameters": {"do": "regex"}}
     with longest_stall(role) as stalls:
         answer = client.post(BATCHES, json={"jobs": [endless, endless]})
@@ -286,18 +288,18 @@ def test_validator_that_never_ends_holds_up_nobody_and_is_ended(role: Role, clie
 @pytest.mark.parametrize("text", [r"a\\", r"\"[{,", "[,{" * 400_000, '\\\\"' * 300_000])
 def test_counting_values_leaves_out_strings(text: str) -> None:
     body = json.dumps({"a": [text, 1, {"b": []}], text: text}).encode()
-    values, containers = counted(bytearray(body))
+    values, containers = estimate_value_count(bytearray(body))
     if values + containers > 20:  # few enough not to be looked at closely
-        assert body.count(b",") + body.count(b"[") + body.count(b"{") < MOST_VALUES
-        assert body.count(b"[") + body.count(b"{") < MOST_CONTAINERS
+        assert body.count(b",") + body.count(b"[") + body.count(b"{") < MAX_VALUES
+        assert body.count(b"[") + body.count(b"{") < MAX_CONTAINERS
     else:
         assert (values, containers) == (8, 4)
 
 
 def test_counting_values_of_a_text_that_stands_often_leaves_out_strings() -> None:
     body = bytearray(json.dumps({"prompt": "[,{" * 400}).encode())
-    assert counted(body)[0] > 1000
-    assert counted(body, 1000) == (2, 1)
+    assert estimate_value_count(body)[0] > 1000
+    assert estimate_value_count(body, 1000) == (2, 1)
 
 
 _JSON_NAMES = st.sampled_from(["a", "b", "é", '"', "\\", '\\"', "\\u0022", "\n", ""])
@@ -331,13 +333,13 @@ def test_names_repeated_in_any_object_are_refused_and_no_others(value: object, s
     with ExitStack() as stack:
         if repeats(value):
             stack.enter_context(pytest.raises(ApiError, match=r"An object has the name .+ [23] times"))
-        _refuse_repeated_names(body, from_json(body), Reservation(MemoryBudget(10_000)))
+        _refuse_repeated_names(body, from_json(body), MemoryReservation(MemoryBudget(10_000)))
 
 
 def test_errors_of_a_beginning_are_told_only_if_they_are_errors_of_the_whole() -> None:
     fields = {f"a{index}": 1 for index in range(150)} | session()["parameters"]
     with pytest.raises(ApiError) as refused:
-        validated(SessionParameters, fields)
+        validate_content(SessionParameters, fields)
     named = {it["path"] for it in refused.value.details["errors"]}
     assert len(named) > 90
     assert named <= {f"a{index}" for index in range(100)}  # and not the fields behind those, as missing
@@ -346,7 +348,7 @@ def test_errors_of_a_beginning_are_told_only_if_they_are_errors_of_the_whole() -
 def test_memory_is_reserved_and_given_back() -> None:
     budget = MemoryBudget(100)
     with ExitStack() as stack:
-        one, other = Reservation(budget), Reservation(budget)
+        one, other = MemoryReservation(budget), MemoryReservation(budget)
         stack.callback(one.release)
         one.add(60)
         with pytest.raises(ApiError) as refused:

@@ -13,79 +13,85 @@ from pydantic import create_model
 from jobledger.api.routes import bulk_commands as bulk
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, SubmitJob
 from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy
-from jobledger.ledger.domain.events import Event, JobStatus, Meta, Recorded
+from jobledger.ledger.domain.events import Event, EventMetadata, JobStatus, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.store.command_handler import Command, Known, handle, load, new_job_id
-from jobledger.ledger.store.envelope import Append
-from jobledger.ledger.store.event_store import EventLog, Limits
-from tests.support.examples import a_job
-from tests.support.ledgers import META, Ledger, ledger_on
+from jobledger.ledger.store.command_handler import Command, StreamState, handle_command, load_stream_state, new_job_id
+from jobledger.ledger.store.envelope import StreamAppend
+from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from tests.support.examples import make_job_submitted
+from tests.support.ledgers import EVENT_METADATA, Ledger, open_ledger
 
-OF_BATCH = Meta("user:ada", "batch-1")
+OF_BATCH = EventMetadata("user:ada", "batch-1")
 CANCEL = CancelJob("user:ada")
 UNENDED: Collection[JobStatus] = ("pending", "processing")
-cancel_each = partial(bulk.for_each, command=CANCEL, meta=OF_BATCH, statuses=UNENDED)
+cancel_each = partial(bulk.apply_to_jobs, command=CANCEL, meta=OF_BATCH, statuses=UNENDED)
 
 
-class Overtaken(EventLog):
+class Overtaken(EventStore):
     """Somebody does something to a job just when many have been read."""
 
     overtaking: tuple[str, Command] | None = None
 
     async def read_in_parts(
         self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
-    ) -> AsyncGenerator[list[Recorded], None]:
-        async for part in super().read_in_parts(streams, without=without, data=data):
+    ) -> AsyncGenerator[list[RecordedEvent], None]:
+        async for part in super().iterate_stream_batches(streams, exclude_types=without, data_expression=data):
             if (overtaking := self.overtaking) is not None:
                 self.overtaking = None
-                await handle(self, *overtaking, meta=META)
+                await handle_command(self, *overtaking, meta=EVENT_METADATA)
             yield part
 
 
 @pytest.fixture
 async def ledger(mongodb_uri: str, db_name: str) -> AsyncIterator[Ledger]:
-    async with ledger_on(Connection(mongodb_uri, db_name), live=False, kind=Overtaken) as ledger:
+    async with open_ledger(Connection(mongodb_uri, db_name), with_change_stream=False, store_class=Overtaken) as ledger:
         yield ledger
 
 
 def overtake(ledger: Ledger, job_id: str, command: Command) -> None:
-    assert isinstance(ledger.log, Overtaken)
-    ledger.log.overtaking = (job_id, command)
+    assert isinstance(ledger.event_store, Overtaken)
+    ledger.event_store.overtaking = (job_id, command)
 
 
-async def submitted(log: EventLog, count: int) -> list[str]:
+async def submitted(log: EventStore, count: int) -> list[str]:
     job_ids = [new_job_id() for _ in range(count)]
     for job_id in job_ids:
-        await handle(log, job_id, SubmitJob(a_job(batch_id="batch-1")), meta=META, known=Known())
+        await handle_command(
+            log,
+            job_id,
+            SubmitJob(make_job_submitted(batch_id="batch-1")),
+            meta=EVENT_METADATA,
+            stream_state=StreamState(),
+        )
     return job_ids
 
 
 async def test_a_job_that_has_ended_meanwhile_is_named_and_the_others_are_changed(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.log, 4)
+    job_ids = await submitted(ledger.event_store, 4)
     overtake(ledger, job_ids[1], CancelJob("user:bob"))
-    outcome = await cancel_each(ledger.log, job_ids)
-    shown = outcome.shown()
+    outcome = await cancel_each(ledger.event_store, job_ids)
+    shown = outcome.to_response()
     assert shown["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "refused": 1}
     [refused] = shown["refused"]
     assert (refused["job_id"], refused["code"]) == (job_ids[1], "wrong_state")
     assert "it has ended already" in refused["message"]
-    assert outcome.position == await ledger.log.head()
+    assert outcome.position == await ledger.event_store.head_position()
 
 
 async def test_a_job_that_was_started_meanwhile_is_decided_on_anew(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.log, 2)
+    job_ids = await submitted(ledger.event_store, 2)
     overtake(ledger, job_ids[0], ClaimJob("w", datetime.now(UTC)))
-    outcome = await cancel_each(ledger.log, job_ids)
-    assert outcome.caused == {"JobCancelRequested": 1, "JobCancelled": 1}
-    assert outcome.refused == []
+    outcome = await cancel_each(ledger.event_store, job_ids)
+    assert outcome.event_counts == {"JobCancelRequested": 1, "JobCancelled": 1}
+    assert outcome.rejections == []
 
 
 async def test_a_job_that_was_deleted_before_or_meanwhile_is_passed_over(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.log, 3)
-    await handle(ledger.log, job_ids[0], Delete("user:bob"), meta=META)
+    job_ids = await submitted(ledger.event_store, 3)
+    await handle_command(ledger.event_store, job_ids[0], Delete("user:bob"), meta=EVENT_METADATA)
     overtake(ledger, job_ids[1], Delete("user:bob"))
-    outcome = await cancel_each(ledger.log, job_ids)
-    assert (outcome.total, outcome.changed, outcome.refused) == (1, 1, [])
+    outcome = await cancel_each(ledger.event_store, job_ids)
+    assert (outcome.total, outcome.changed, outcome.rejections) == (1, 1, [])
 
 
 async def test_of_many_refusals_the_first_are_told_and_all_are_counted(
@@ -93,48 +99,52 @@ async def test_of_many_refusals_the_first_are_told_and_all_are_counted(
 ) -> None:
     monkeypatch.setattr(bulk, "REFUSALS_TOLD", 2)
     monkeypatch.setattr(bulk, "AT_ONCE", 2)
-    job_ids = await submitted(ledger.log, 5)
+    job_ids = await submitted(ledger.event_store, 5)
     for job_id in job_ids:
-        await handle(ledger.log, job_id, ClaimJob("w", datetime.now(UTC)), meta=META)
+        await handle_command(ledger.event_store, job_id, ClaimJob("w", datetime.now(UTC)), meta=EVENT_METADATA)
     delete = Delete("user:ada")
-    outcome = await bulk.for_each(ledger.log, job_ids, delete, meta=OF_BATCH, statuses=UNENDED)
-    shown = outcome.shown()
+    outcome = await bulk.apply_to_jobs(ledger.event_store, job_ids, delete, meta=OF_BATCH, statuses=UNENDED)
+    shown = outcome.to_response()
     assert shown["jobs"] == {"total": 5, "changed": 0, "unchanged": 0, "refused": 5}
     assert [refused["job_id"] for refused in shown["refused"]] == job_ids[:2]
 
 
 async def test_a_job_that_a_later_version_has_changed_is_left_to_that_version(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.log, 2)
+    job_ids = await submitted(ledger.event_store, 2)
     repainted: type[Event] = create_model("JobRepainted", __base__=Event)
-    head = (await load(ledger.log, job_ids[0])).head
-    await ledger.log.append(Append(job_ids[0], head, [repainted()], META, datetime.now(UTC)))
-    outcome = await cancel_each(ledger.log, job_ids)
+    head = (await load_stream_state(ledger.event_store, job_ids[0])).head
+    await ledger.event_store.append(StreamAppend(job_ids[0], head, [repainted()], EVENT_METADATA, datetime.now(UTC)))
+    outcome = await cancel_each(ledger.event_store, job_ids)
     assert (outcome.total, outcome.changed) == (2, 1)
-    assert [(refused["job_id"], refused["code"]) for refused in outcome.refused] == [(job_ids[0], "unreadable_event")]
+    assert [(refused["job_id"], refused["code"]) for refused in outcome.rejections] == [
+        (job_ids[0], "unreadable_event")
+    ]
 
 
 async def test_what_cannot_be_stored_for_any_job_is_an_error_of_the_whole(ledger: Ledger) -> None:
-    job_ids = await submitted(ledger.log, 3)
-    head = await ledger.log.head()
+    job_ids = await submitted(ledger.event_store, 3)
+    head = await ledger.event_store.head_position()
     with pytest.raises(InvalidEvent):
-        await bulk.for_each(ledger.log, job_ids, CancelJob("user:ada", "\ud800"), meta=OF_BATCH, statuses=UNENDED)
-    assert await ledger.log.head() == head
+        await bulk.apply_to_jobs(
+            ledger.event_store, job_ids, CancelJob("user:ada", "\ud800"), meta=OF_BATCH, statuses=UNENDED
+        )
+    assert await ledger.event_store.head_position() == head
 
 
 async def test_a_log_that_is_too_busy_is_an_error_of_the_whole_and_it_can_be_done_again(
     mongodb_uri: str, db_name: str
 ) -> None:
-    limits = Limits(waiting_events=10)
-    async with ledger_on(Connection(mongodb_uri, db_name), limits, live=False) as ledger:
-        job_ids = await submitted(ledger.log, 100)
+    limits = EventStoreLimits(max_pending_events=10)
+    async with open_ledger(Connection(mongodb_uri, db_name), limits, with_change_stream=False) as ledger:
+        job_ids = await submitted(ledger.event_store, 100)
         with pytest.raises(LedgerBusy):
-            await cancel_each(ledger.log, job_ids)
-        head = await ledger.log.head()
+            await cancel_each(ledger.event_store, job_ids)
+        head = await ledger.event_store.head_position()
         assert 100 < head < 200
-    async with ledger_on(Connection(mongodb_uri, db_name), live=False) as ledger:
-        outcome = await cancel_each(ledger.log, job_ids)
+    async with open_ledger(Connection(mongodb_uri, db_name), with_change_stream=False) as ledger:
+        outcome = await cancel_each(ledger.event_store, job_ids)
         assert outcome.changed == 200 - head
-        assert outcome.position == await ledger.log.head() == 200
+        assert outcome.position == await ledger.event_store.head_position() == 200
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
@@ -142,21 +152,21 @@ async def test_bulk_reads_part_after_part_and_acts_on_each_job_once(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """Wherever the database ends a part: in a stream, or between two."""
-    job_ids = await submitted(ledger.log, 4)
+    job_ids = await submitted(ledger.event_store, 4)
     for job_id in job_ids[:2]:
-        await handle(ledger.log, job_id, ClaimJob("w", datetime.now(UTC)), meta=META)
+        await handle_command(ledger.event_store, job_id, ClaimJob("w", datetime.now(UTC)), meta=EVENT_METADATA)
     monkeypatch.setattr("jobledger.ledger.store.event_store._PART_EVENTS", at_once)
     heads: list[int] = []
-    read_in_parts = EventLog.read_in_parts
+    read_in_parts = EventStore.iterate_stream_batches
 
-    async def watched(*given: Any, **options: Any) -> AsyncGenerator[list[Recorded], None]:
+    async def watched(*given: Any, **options: Any) -> AsyncGenerator[list[RecordedEvent], None]:
         async for part in read_in_parts(*given, **options):
-            heads.append(await ledger.log.head())
+            heads.append(await ledger.event_store.head_position())
             yield part
 
-    monkeypatch.setattr(EventLog, "read_in_parts", watched)
-    outcome = await cancel_each(ledger.log, job_ids)
-    assert (outcome.total, outcome.changed, outcome.refused) == (4, 4, [])
-    assert outcome.caused == {"JobCancelRequested": 2, "JobCancelled": 2}
+    monkeypatch.setattr(EventStore, "read_in_parts", watched)
+    outcome = await cancel_each(ledger.event_store, job_ids)
+    assert (outcome.total, outcome.changed, outcome.rejections) == (4, 4, [])
+    assert outcome.event_counts == {"JobCancelRequested": 2, "JobCancelled": 2}
     if at_once < 4:
         assert heads[-1] > heads[0], "the first jobs are acted on before the last are read"

@@ -29,12 +29,12 @@ async def test_a_waiting_job_is_changed_and_what_is_not_named_stays(idle_api: Ap
 
 async def test_access_and_priority_are_changed_together_or_not_at_all(api: Api) -> None:
     job_id = await api.submit()
-    ended = await api.ended(job_id)
+    ended = await api.wait_until_finished(job_id)
     public = {"visibility": "public"}
 
     refused = await put(api, f"jobs/{job_id}", {"priority": 9, "access_control": public})
     assert (refused.status_code, refused.json()["code"]) == (409, "wrong_state")
-    assert (await api.log.read_stream(job_id))[-1].version == ended["version"]
+    assert (await api.event_store.read_stream(job_id))[-1].version == ended["version"]
 
     allowed = await put(api, f"jobs/{job_id}", {"access_control": public})
     assert allowed.json()["job"]["access_control"]["visibility"] == "public"
@@ -97,11 +97,11 @@ async def test_who_looked_at_an_older_version_changes_nothing(idle_api: Api) -> 
 
 async def test_a_running_job_of_another_version_is_neither_cancelled_nor_deleted(api: Api) -> None:
     job_id = await api.submit({"seconds": 3600})
-    await api.until_event(job_id, "JobClaimed")
+    await api.wait_for_event(job_id, "JobClaimed")
 
     refused = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": '"1"'})
     assert (refused.status_code, refused.json()["code"]) == (412, "version_changed")
-    assert "JobCancelRequested" not in [event.type for event in await api.log.read_stream(job_id)]
+    assert "JobCancelRequested" not in [event.type for event in await api.event_store.read_stream(job_id)]
 
     deleted = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": "*"})
     assert deleted.status_code == 200, deleted.text
@@ -133,8 +133,8 @@ async def test_who_may_see_a_batch_is_changed_for_its_jobs_too(idle_api: Api) ->
 
 async def test_a_job_is_shown_as_it_was(api: Api) -> None:
     job_id = await api.submit({"text": "x"})
-    ended = await api.ended(job_id)
-    events = await api.log.read_stream(job_id)
+    ended = await api.wait_until_finished(job_id)
+    events = await api.event_store.read_stream(job_id)
     claimed = next(event for event in events if event.type == "JobClaimed")
 
     async def status(as_of: object) -> str:
@@ -158,7 +158,7 @@ async def test_a_job_is_shown_as_it_was(api: Api) -> None:
 async def test_a_batch_is_shown_as_it_was_with_the_counts_of_then(api: Api) -> None:
     batch = await api.submit_batch({}, {"fail": "permanent"}, {"seconds": 0.2})
     path = f"/api/events/batches/{batch['batch_id']}"
-    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+    finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     position = finished["position"]
     now = (await api.get(path, position)).json()["batch"]
     await api.post(f"{path}/restart", {"only": "all"})

@@ -23,15 +23,15 @@ from starlette.types import Message
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
-from jobledger.api.http.client_address import client_address, owner_of
+from jobledger.api.http.client_address import client_address, get_rate_limit_key
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.api.http.middleware import SIGN_IN, Edge, RefusedSignIns
+from jobledger.api.http.middleware import SIGN_IN_PATH, AuthFailureLimitMiddleware, HttpOptions
 from jobledger.api.http.sse import Throttle
-from jobledger.api.routes.live import Wanted, _blocks
-from jobledger.cli.http_connections import Connection, ConnectionLimits, SheddingSocket, protocol
+from jobledger.api.routes.live import EventFilter, _blocks
+from jobledger.cli.http_connections import ConnectionLimits, HttpConnection, SheddingSocket, protocol_class
 from jobledger.ledger.domain.errors import LedgerUnavailable
-from tests.api.conftest import Api, running_api
-from tests.support.principals import said
+from tests.api.conftest import Api, run_api
+from tests.support.principals import principal_header
 
 JOBS, STREAM = "/api/events/jobs", "/api/ledger/stream"
 HOST = "Host: 127.0.0.1\r\n"
@@ -122,10 +122,15 @@ async def impatient_api(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
     limits = partial(
-        ConnectionLimits, head_seconds=0.4, body_seconds=0.4, body_bytes=1000, read_seconds=0.4, read_bytes=1000
+        ConnectionLimits,
+        header_timeout_seconds=0.4,
+        body_interval_seconds=0.4,
+        body_min_bytes=1000,
+        read_interval_seconds=0.4,
+        read_min_bytes=1000,
     )
     monkeypatch.setattr("jobledger.cli.server.ConnectionLimits", limits)
-    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running
 
 
@@ -220,7 +225,7 @@ async def downloading(limits: ConnectionLimits) -> AsyncIterator[tuple[Callable[
 
     config, loop, state = uvicorn.Config(app, log_config=None), asyncio.get_running_loop(), ServerState()
     config.load()
-    async with await loop.create_server(lambda: protocol(limits)(config, state, {}), "127.0.0.1", 0) as server:
+    async with await loop.create_server(lambda: protocol_class(limits)(config, state, {}), "127.0.0.1", 0) as server:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.settimeout(0)
@@ -235,7 +240,7 @@ async def downloading(limits: ConnectionLimits) -> AsyncIterator[tuple[Callable[
 @pytest.mark.parametrize("reads", [True, False])
 async def test_download_at_20_kb_a_second_is_not_cut_and_one_that_is_not_read_is(reads: bool) -> None:
     """The system takes more of an answer only after much of what it holds was read: that is no measure."""
-    limits = ConnectionLimits(read_seconds=0.5, read_bytes=500)
+    limits = ConnectionLimits(read_interval_seconds=0.5, read_min_bytes=500)
     async with asyncio.timeout(10), downloading(limits) as (read, state):
         for _ in range(28):
             if reads:
@@ -246,11 +251,11 @@ async def test_download_at_20_kb_a_second_is_not_cut_and_one_that_is_not_read_is
 
 async def test_large_answer_must_be_read_faster_than_a_small_one() -> None:
     """The more is in memory, the more has to be read of it."""
-    limits = ConnectionLimits(read_seconds=0.2, read_bytes=1000, drain_seconds=1.0)
+    limits = ConnectionLimits(read_interval_seconds=0.2, read_min_bytes=1000, drain_timeout_seconds=1.0)
     cut = []
     for waiting, read, is_cut in [(7_000_000, 5_000, True), (7_000_000, 2_000_000, False), (4000, 1500, False)]:
         transport = _Transport(waiting)
-        connection = object.__new__(Connection)
+        connection = object.__new__(HttpConnection)
         connection.limits, connection.loop = limits, asyncio.get_running_loop()
         connection.transport = transport  # type: ignore[assignment]
         connection.flow = FlowControl(transport)  # type: ignore[arg-type]
@@ -285,7 +290,7 @@ async def test_answers_that_are_not_read_use_bounded_memory(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.cli.server.MemoryBudget", lambda _size: MemoryBudget(18_000_000))
-    async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+    async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         large, small = await api.submit({"text": "x" * 7_000_000}), await api.submit()
         assert (await api.get(f"{JOBS}/{large}")).status_code == 200
         async with asking_for(api, f"{JOBS}/{large}", 4096) as one, asking_for(api, f"{JOBS}/{large}", 4096) as other:
@@ -308,7 +313,7 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
     @asynccontextmanager
     async def running(**sections: dict[str, Any]) -> AsyncIterator[Api]:
         roles: Any = frozenset({"api", "projector"})
-        async for api in running_api(mongodb_uri, db_name, tmp_path, roles, **sections):
+        async for api in run_api(mongodb_uri, db_name, tmp_path, roles, **sections):
             yield api
 
     return running
@@ -336,10 +341,10 @@ async def test_connections_beyond_the_limit_get_503_until_others_are_closed(run:
 
 async def test_live_streams_of_all_users_together_are_limited(said_in_header: None, run: Any) -> None:
     async with run(api={"max_streams": 2}) as api:
-        opened = [api.http.stream("GET", STREAM, headers=said(user)) for user in ("alice", "bob")]
+        opened = [api.http.stream("GET", STREAM, headers=principal_header(user)) for user in ("alice", "bob")]
         for stream in opened:
             assert (await stream.__aenter__()).status_code == 200
-        refused = await api.get(STREAM, **said("carol"))
+        refused = await api.get(STREAM, **principal_header("carol"))
         for stream in opened:
             await stream.__aexit__(None, None, None)
     assert (refused.status_code, refused.json()["code"]) == (503, "too_many_streams_open")
@@ -386,7 +391,7 @@ async def test_wrong_credentials_are_limited_whatever_answers_them(run: Any) -> 
 
         async def guess(path: str, kind: str, address: str, number: int) -> int:
             headers = {"X-Forwarded-For": address}
-            if path == SIGN_IN:
+            if path == SIGN_IN_PATH:
                 cookie = {"Cookie": "jobledger=the-same"} if kind == "cookie" else {}
                 form = {"credential": f"wrong-{number}"}
                 return int((await api.http.post(path, data=form, headers=headers | ours | cookie)).status_code)
@@ -394,7 +399,7 @@ async def test_wrong_credentials_are_limited_whatever_answers_them(run: Any) -> 
             wrong = bearer if kind == "bearer" else cookie
             return int((await api.get(path, **headers, **wrong)).status_code)
 
-        ways = product((JOBS, *PAGES, SIGN_IN), ("bearer", "cookie"), (True, False))
+        ways = product((JOBS, *PAGES, SIGN_IN_PATH), ("bearer", "cookie"), (True, False))
         for host, (path, kind, is_parallel) in enumerate(ways, 1):
             guesses = [guess(path, kind, f"203.0.113.{host}", number) for number in range(8)]
             found = await asyncio.gather(*guesses) if is_parallel else [await it for it in guesses]
@@ -411,7 +416,9 @@ async def _send(_message: Message) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "checked"), [(JOBS, 10), (SIGN_IN, 10), (JOBS, 30), (SIGN_IN, 30)], ids=["few", "form", "many", "forms"]
+    ("path", "checked"),
+    [(JOBS, 10), (SIGN_IN_PATH, 10), (JOBS, 30), (SIGN_IN_PATH, 30)],
+    ids=["few", "form", "many", "forms"],
 )
 async def test_credentials_that_are_looked_at_are_limited(path: str, checked: int) -> None:
     """However many are sent before the first is refused, no more are looked at than may be wrong."""
@@ -424,7 +431,7 @@ async def test_credentials_that_are_looked_at_are_limited(path: str, checked: in
         await refused.wait()
         await send({"type": "http.response.start", "status": 401, "headers": []})
 
-    limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=10))
+    limited = AuthFailureLimitMiddleware(app, HttpOptions(auth_failures_per_minute=10))
     tasks = [asyncio.create_task(limited(scope_of(path, f"wrong-{n}"), _receive, _send)) for n in range(checked)]
     await asyncio.sleep(0.01)
     refused.set()
@@ -443,13 +450,13 @@ async def test_credentials_that_are_not_wrong_cost_nothing(end: str) -> None:
         else:
             await send({"type": "http.response.start", "status": 503, "headers": []})
 
-    limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=1))
+    limited = AuthFailureLimitMiddleware(app, HttpOptions(auth_failures_per_minute=1))
     for number in range(5):
         task = asyncio.create_task(limited(scope_of(JOBS, str(number)), _receive, _send))
         await asyncio.sleep(0)
         assert limited._buckets is not None
         assert limited._buckets.take("127.0.0.1") == 0
-        limited._buckets.give_back("127.0.0.1")
+        limited._buckets.refund("127.0.0.1")
         await asyncio.gather(task, return_exceptions=True)
 
 
@@ -462,7 +469,7 @@ async def test_same_credentials_in_parallel_need_one_token() -> None:
         passed += 1
         scope["credentials_accepted"]()
 
-    limited = RefusedSignIns(app, Edge(refused_sign_ins_per_minute=1))
+    limited = AuthFailureLimitMiddleware(app, HttpOptions(auth_failures_per_minute=1))
     await asyncio.gather(*(limited(scope_of(JOBS, "right"), _receive, _send) for _ in range(50)))
     assert passed == 50
     assert not limited._looked_at
@@ -470,16 +477,20 @@ async def test_same_credentials_in_parallel_need_one_token() -> None:
 
 def scope_of(path: str, credential: str) -> dict[str, Any]:
     """Return a request with a credential; that of a form is in its body."""
-    headers = [] if path == SIGN_IN else [(b"authorization", f"Bearer {credential}".encode())]
-    method = "POST" if path == SIGN_IN else "GET"
+    headers = [] if path == SIGN_IN_PATH else [(b"authorization", f"Bearer {credential}".encode())]
+    method = "POST" if path == SIGN_IN_PATH else "GET"
     return {"type": "http", "method": method, "path": path, "headers": headers, "client": ("127.0.0.1", 1)}
 
 
 def test_clients_are_counted_by_ipv4_address_and_ipv6_network() -> None:
-    assert owner_of("203.0.113.7") == owner_of("::ffff:203.0.113.7") == "203.0.113.7"
-    assert owner_of("2001:db8::1") == owner_of("2001:db8::ffff:1") != owner_of("2001:db8:0:1::1")
-    assert owner_of("fe80::1%eth0") == "fe80::/64"
-    assert (owner_of(""), owner_of("testclient")) == ("", "testclient")
+    assert get_rate_limit_key("203.0.113.7") == get_rate_limit_key("::ffff:203.0.113.7") == "203.0.113.7"
+    assert (
+        get_rate_limit_key("2001:db8::1")
+        == get_rate_limit_key("2001:db8::ffff:1")
+        != get_rate_limit_key("2001:db8:0:1::1")
+    )
+    assert get_rate_limit_key("fe80::1%eth0") == "fe80::/64"
+    assert (get_rate_limit_key(""), get_rate_limit_key("testclient")) == ("", "testclient")
 
 
 @pytest.mark.parametrize(
@@ -531,7 +542,7 @@ async def test_only_hidden_events_of_the_past_are_throttled() -> None:
         streams=SimpleNamespace(history=SimpleNamespace(wait=wait)),
     )
     admin: Any = SimpleNamespace(sees_everything=True)
-    async for _ in _blocks(known, admin, Wanted(frozenset({"JobDeleted"})), 0):
+    async for _ in _blocks(known, admin, EventFilter(frozenset({"JobDeleted"})), 0):
         pass
     assert waited == [500]
 

@@ -6,17 +6,19 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
-from jobledger.ledger.domain.events import JobArchived, Meta
+from jobledger.ledger.domain.events import EventMetadata, JobArchived
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import new_job_id
-from jobledger.ledger.store.envelope import Append, Head
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import DEADLINE_SECONDS, Api
 from tests.support.examples import NOON
-from tests.support.tampered import FORM, TAMPERED
+from tests.support.tampered import ORIGINAL_EVENT, TAMPERED_FIELDS
 
 
 async def submitted(api: Api, *more: Any) -> list[Document]:
-    events = await api.log.append(Append(new_job_id(), Head(), [FORM, *more], Meta("user:local"), NOON))
+    events = await api.event_store.append(
+        StreamAppend(new_job_id(), StreamHead(), [ORIGINAL_EVENT, *more], EventMetadata("user:local"), NOON)
+    )
     await api.get("/api/monitoring/events/stats", events[-1].position)
     return [dict(event.document) for event in events]
 
@@ -27,7 +29,7 @@ async def test_a_damaged_event_keeps_no_other_from_its_readers(idle_api: Api) ->
     [last] = await submitted(idle_api)
     positions = [it["_id"] for it in (first, damaged, archived, last)]
     job = damaged["stream"]
-    for place, value, _ in TAMPERED.values():
+    for place, value, _ in TAMPERED_FIELDS.values():
         if place in ("stream", "version"):  # then it is found in no stream, or at another version
             continue
         await idle_api.db.events.update_one({"_id": damaged["_id"]}, {"$set": {place: value}})
@@ -49,7 +51,7 @@ async def test_a_damaged_event_keeps_no_other_from_its_readers(idle_api: Api) ->
         for then in (archived["_id"], "2030-01-01T00:00:00Z"):
             answer = await idle_api.get(f"/api/events/jobs/{job}?as_of={then}")
             assert answer.status_code in (200, 404, 409), (place, value, answer.text)
-        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(idle_api.events(after=0)) as events:
+        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(idle_api.stream_events(after=0)) as events:
             assert [(await anext(events))["position"] for _ in positions] == positions
         await idle_api.db.events.replace_one({"_id": damaged["_id"]}, damaged)
 

@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from jobledger.ledger.store.event_store import EventLog, Limits
-from tests.api.conftest import Api, running_api
+from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from tests.api.conftest import Api, run_api
 from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import rarely
+from tests.support.rarely import soak_only
 
 pytestmark = needs_local_mongod
 
@@ -38,10 +38,10 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
 async def api(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, with less patience than usual: an append gives up after 4 seconds, not 30."""
     monkeypatch.setattr(
-        "jobledger.cli.composition.EventLog", partial(EventLog, limits=Limits(append_deadline_seconds=4))
+        "jobledger.cli.composition.EventLog", partial(EventStore, limits=EventStoreLimits(append_timeout_seconds=4))
     )
     mongodb = {"uri": server.uri, "db_name": "away", "connect_timeout_ms": PATIENCE_MS}
-    async for running in running_api(server.uri, "away", tmp_path, mongodb=mongodb):
+    async for running in run_api(server.uri, "away", tmp_path, mongodb=mongodb):
         yield running
 
 
@@ -58,7 +58,7 @@ async def refused_in_time(api: Api, method: str, path: str, seconds: float = ANS
 
 
 async def is_behind(api: Api) -> bool:
-    async with api.http.stream("GET", "/api/ledger/stream", headers=api.who) as answer:
+    async with api.http.stream("GET", "/api/ledger/stream", headers=api.principal_headers) as answer:
         return answer.status_code == 503
 
 
@@ -77,16 +77,16 @@ async def accepted_again(api: Api) -> None:
     ):  # who may see what is known from the change stream, which is opened again a little later
         assert time.monotonic() < deadline, "the API does not find the change stream again"
         await asyncio.sleep(0.1)
-    job = await api.ended(job_id)
+    job = await api.wait_until_finished(job_id)
     assert job["status"] == "completed"
     assert (await api.get("/readyz")).status_code == 200
 
 
 async def test_a_killed_database_is_a_503_and_its_return_is_enough(api: Api, server: EmbeddedServer) -> None:
     before = await api.submit()
-    await api.ended(before)
+    await api.wait_until_finished(before)
     os.kill(server.pid, signal.SIGKILL)
-    await server.died()
+    await server.wait_exited()
 
     for path in ("/api/events/jobs", f"/api/events/jobs/{before}", "/api/events/files/x", "/readyz"):
         await refused_in_time(api, "GET", path, 10)
@@ -109,10 +109,10 @@ async def test_readyz_when_the_database_stops_answering_is_a_503_within_seconds(
         os.kill(server.pid, signal.SIGCONT)
 
 
-@rarely
+@soak_only
 async def test_a_database_that_stands_still_is_a_503_in_bounded_time(api: Api, server: EmbeddedServer) -> None:
     before = await api.submit()
-    await api.ended(before)
+    await api.wait_until_finished(before)
     os.kill(server.pid, signal.SIGSTOP)
     try:
         for path in ("/api/events/jobs", f"/api/events/jobs/{before}", "/readyz"):

@@ -11,59 +11,59 @@ from typing import Any, Final, get_args
 import pytest
 
 from jobledger.api.auth.disclosure import (
-    ATTEMPT,
-    BATCH,
-    DELIVERY,
-    EVENTS,
-    FIELD_OF_FILTER,
-    JOB,
-    META,
+    ATTEMPT_RULES,
+    BATCH_RULES,
+    DELIVERY_RULES,
+    EVENT_RULES,
+    FILTER_FIELDS,
+    JOB_RULES,
+    METADATA_RULES,
     Viewer,
-    hidden_filters,
-    pseudonym,
-    shown,
+    find_hidden_filters,
+    pseudonymize_worker,
+    redact_document,
 )
 from jobledger.api.schemas import responses, webhook_responses
-from jobledger.api.schemas.requests import BatchList, DeliveryFilter, JobList, Page
-from jobledger.ledger.domain.access import Principal, Right
-from jobledger.ledger.domain.events import EVENT_TYPES, JobLeaseExpired, JobReleased, Meta, Recorded
-from jobledger.projections.views.jobs import lines_of
-from tests.api.conftest import Api, running_api
-from tests.support.principals import HeaderSignIn, said
-from tests.support.receiver import Receiver, receiver
+from jobledger.api.schemas.requests import BatchListQuery, DeliveryFilter, JobListQuery, PageQuery
+from jobledger.ledger.domain.access import AccessLevel, Principal
+from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent
+from jobledger.projections.views.jobs import log_lines_of_event
+from tests.api.conftest import Api, run_api
+from tests.support.principals import HeaderAuthBackend, principal_header
+from tests.support.receiver import WebhookEndpoint, run_webhook_endpoint
 
-OWNER: Final = said("owner", ["team-hidden-team"])
+OWNER: Final = principal_header("owner", ["team-hidden-team"])
 HOST: Final = "hidden-host"
 MARKS: Final = ("hidden-path", "hidden-query", "hidden-header", "hidden-answer", "hidden-user", "hidden-team", HOST)
-STRANGER: Final = Viewer(Principal("zoe"), Right.READ)
+STRANGER: Final = Viewer(Principal("zoe"), AccessLevel.READ)
 VIEWERS: Final = {
-    "reader": said("reader"),
-    "writer": said("writer"),
-    "stranger": said("zoe"),
-    "monitor": said("mona", roles=["monitor"]),
-    "anonymous": said(),
+    "reader": principal_header("reader"),
+    "writer": principal_header("writer"),
+    "stranger": principal_header("zoe"),
+    "monitor": principal_header("mona", roles=["monitor"]),
+    "anonymous": principal_header(),
 }
 
 
 def test_every_field_of_every_event_has_a_rule() -> None:
-    assert EVENTS.keys() == EVENT_TYPES.keys()
+    assert EVENT_RULES.keys() == EVENT_TYPES.keys()
     for name, event in EVENT_TYPES.items():
-        assert EVENTS[name].keys() == event.model_fields.keys(), name
+        assert EVENT_RULES[name].keys() == event.model_fields.keys(), name
 
 
 @pytest.mark.parametrize(
     ("rules", "model", "extra"),
     [
-        (JOB, responses.ShownJob, {"paused"}),
-        (BATCH, responses.ShownBatch, set()),
-        (DELIVERY, webhook_responses.ShownDelivery, set()),
-        (ATTEMPT, webhook_responses.Attempt, set()),
-        (META, responses.EventMeta, {"request", "traceparent"}),
+        (JOB_RULES, responses.JobResource, {"paused"}),
+        (BATCH_RULES, responses.BatchResource, set()),
+        (DELIVERY_RULES, webhook_responses.DeliveryResource, set()),
+        (ATTEMPT_RULES, webhook_responses.DeliveryAttempt, set()),
+        (METADATA_RULES, responses.EventMetadataResource, {"request", "traceparent"}),
     ],
 )
 def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: Any, extra: set[str]) -> None:
     assert model.model_fields.keys() == rules.keys() | extra
-    assert set(Meta.__dataclass_fields__) == META.keys() | {"request", "traceparent"}
+    assert set(EventMetadata.__dataclass_fields__) == METADATA_RULES.keys() | {"request", "traceparent"}
 
 
 @pytest.mark.parametrize(
@@ -76,29 +76,29 @@ def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: An
 )
 def test_log_lines_name_no_worker(event: Any) -> None:
     document = {"type": type(event).__name__, "time": datetime.now(UTC)}
-    [line] = lines_of(Recorded(document, event))
+    [line] = log_lines_of_event(RecordedEvent(document, event))
     assert HOST not in line.message
 
 
 def test_pseudonym_is_stable_and_has_32_bits() -> None:
-    first, second = pseudonym("host-1-abcdef"), pseudonym("host-2-abcdef")
-    assert first == pseudonym("host-1-abcdef") != second
+    first, second = pseudonymize_worker("host-1-abcdef"), pseudonymize_worker("host-2-abcdef")
+    assert first == pseudonymize_worker("host-1-abcdef") != second
     assert first is not None
     assert len(first) == len("worker-") + 8
 
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderSignIn())
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderAuthBackend())
     monkeypatch.setattr("socket.gethostname", lambda: HOST)
     hooks = {"allow_private": ["127.0.0.1"], "schedule_seconds": [0, 0.1], "jitter": 0}
-    async for running in running_api(mongodb_uri, db_name, tmp_path, webhooks=hooks):
+    async for running in run_api(mongodb_uri, db_name, tmp_path, webhooks=hooks):
         yield running
 
 
 @pytest.fixture
-async def cms() -> AsyncIterator[Receiver]:
-    async with receiver() as found:
+async def cms() -> AsyncIterator[WebhookEndpoint]:
+    async with run_webhook_endpoint() as found:
         yield found
 
 
@@ -110,9 +110,9 @@ ACCESS: Final = {
 }
 
 
-async def finished(api: Api, cms: Receiver) -> dict[str, str]:
+async def finished(api: Api, cms: WebhookEndpoint) -> dict[str, str]:
     """A finished batch of two jobs, one of which failed, each with a webhook that was told in vain."""
-    cms.answers("/hidden-path?token=hidden-query", 500)
+    cms.script_responses("/hidden-path?token=hidden-query", 500)
     cms.body = b"hidden-answer"
     hook = {"url": cms.url("/hidden-path?token=hidden-query"), "headers": {"X-hidden-header": "1"}}
     content = {
@@ -124,13 +124,13 @@ async def finished(api: Api, cms: Receiver) -> dict[str, str]:
         ],
     }
     batch = (await api.post("/api/events/batches", content, **OWNER)).json()
-    found = api.asked_by("ann", roles=["admin"])
-    jobs = [await found.ended(job_id) for job_id in batch["job_ids"]]
-    ended = await found.until_event(batch["batch_id"], "BatchFinished")
+    found = api.as_user("ann", roles=["admin"])
+    jobs = [await found.wait_until_finished(job_id) for job_id in batch["job_ids"]]
+    ended = await found.wait_for_event(batch["batch_id"], "BatchFinished")
     async with asyncio.timeout(30):
         while await found.db.events.count_documents({"type": "DeliveryAbandoned"}) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-    head = await found.log.head()
+    head = await found.event_store.head_position()
     await found.get("/api/events/jobs", head)
     assert ended
     return {
@@ -169,7 +169,7 @@ DOORS: Final = (
 )
 
 
-async def test_nothing_of_the_owners_is_shown_to_others_at_any_door(api: Api, cms: Receiver) -> None:
+async def test_nothing_of_the_owners_is_shown_to_others_at_any_door(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     wrong: list[str] = []
     for name, headers in VIEWERS.items():
@@ -188,32 +188,34 @@ async def test_nothing_of_the_owners_is_shown_to_others_at_any_door(api: Api, cm
     assert wrong == []
 
 
-async def test_own_names_and_what_happened_are_shown_to_readers(api: Api, cms: Receiver) -> None:
+async def test_own_names_and_what_happened_are_shown_to_readers(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     job = (await api.http.get(f"/api/events/jobs/{what['job']}", headers=VIEWERS["reader"])).json()["job"]
-    responses.ShownJob.model_validate(job, extra="forbid")
+    responses.JobResource.model_validate(job, extra="forbid")
     assert job["access_control"]["read_access"] == ["reader"]
     assert job["access_control"]["write_access"] == []
     assert job["webhook"]["url"] == f"http://127.0.0.1:{cms.port}"
     assert job["worker_id"].startswith("worker-")
     found = await api.http.get(f"/api/monitoring/events/webhooks/{what['delivery']}", headers=VIEWERS["reader"])
-    delivery = webhook_responses.OneDelivery.model_validate_json(found.content, extra="forbid", strict=True).delivery
+    delivery = webhook_responses.DeliveryResponse.model_validate_json(
+        found.content, extra="forbid", strict=True
+    ).delivery
     assert (delivery.status, delivery.attempts[0].status_code) == ("abandoned", 500)
     history = await api.http.get(f"/api/events/jobs/{what['job']}/history", headers=VIEWERS["reader"])
-    responses.History.model_validate_json(history.content, extra="forbid", strict=True)
-    assert "on purpose" in (await api.http.get(f"/api/events/jobs/{what['failed']}", headers=said())).text
+    responses.HistoryResponse.model_validate_json(history.content, extra="forbid", strict=True)
+    assert "on purpose" in (await api.http.get(f"/api/events/jobs/{what['failed']}", headers=principal_header())).text
 
 
-async def test_owner_keeper_and_admin_are_shown_everything(api: Api, cms: Receiver) -> None:
+async def test_owner_keeper_and_admin_are_shown_everything(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
-    for headers in (OWNER, said("keeper"), said("ann", roles=["admin"])):
+    for headers in (OWNER, principal_header("keeper"), principal_header("ann", roles=["admin"])):
         text = ""
         for door in DOORS:
             text += (await api.http.get(door.format(**what), headers=headers)).text
         assert [mark for mark in MARKS if mark not in text] == []
 
 
-async def test_validators_differ_between_roles_and_writers_can_still_use_theirs(api: Api, cms: Receiver) -> None:
+async def test_validators_differ_between_roles_and_writers_can_still_use_theirs(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     for path in (f"/api/events/jobs/{what['job']}", f"/api/events/batches/{what['batch']}"):
         tags = {}
@@ -233,13 +235,13 @@ async def test_validators_differ_between_roles_and_writers_can_still_use_theirs(
     assert changed.status_code == 200, changed.text
 
 
-async def test_job_as_it_was_is_shown_by_the_access_of_today(api: Api, cms: Receiver) -> None:
+async def test_job_as_it_was_is_shown_by_the_access_of_today(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     path = f"/api/events/jobs/{what['job']}"
     demoted = {"access_control": {"visibility": "public", "admin_access": []}}
     changed = await api.http.put(path, json=demoted, headers=OWNER)
     assert changed.status_code == 200
-    headers = {**said("keeper"), "Ledger-Position": changed.headers["ledger-position"]}
+    headers = {**principal_header("keeper"), "Ledger-Position": changed.headers["ledger-position"]}
     answer = await api.http.get(f"{path}?as_of={what['head']}", headers=headers)
     assert answer.status_code == 200
     assert "hidden" not in answer.text
@@ -249,24 +251,26 @@ SHOWN_IN_PART: Final = {"error_code"}  # the code of an error is shown to all
 
 
 def test_every_filter_of_every_list_is_shown_or_refused() -> None:
-    for rules, model in ((JOB, JobList), (BATCH, BatchList), (DELIVERY, DeliveryFilter)):
-        filters = model.model_fields.keys() - Page.model_fields.keys() - {"q", "include"} - SHOWN_IN_PART
-        fields = {name: FIELD_OF_FILTER.get(name, name) for name in filters}
+    for rules, model in ((JOB_RULES, JobListQuery), (BATCH_RULES, BatchListQuery), (DELIVERY_RULES, DeliveryFilter)):
+        filters = model.model_fields.keys() - PageQuery.model_fields.keys() - {"q", "include"} - SHOWN_IN_PART
+        fields = {name: FILTER_FIELDS.get(name, name) for name in filters}
         assert set(fields.values()) <= rules.keys(), model
         sample = {"a": "b"}
-        hidden = {name for name, field in fields.items() if shown({field: sample}, rules, STRANGER)[field] != sample}
-        assert hidden == set(hidden_filters(filters, rules)), model
-    assert get_args(Page.model_fields["sort"].annotation) == ("-created_at", "created_at")
+        hidden = {
+            name for name, field in fields.items() if redact_document({field: sample}, rules, STRANGER)[field] != sample
+        }
+        assert hidden == set(find_hidden_filters(filters, rules)), model
+    assert get_args(PageQuery.model_fields["sort"].annotation) == ("-created_at", "created_at")
 
 
 @pytest.mark.parametrize("viewer", ["reader", "writer", "stranger"])
-async def test_filter_by_what_the_viewer_is_not_shown_is_refused(api: Api, cms: Receiver, viewer: str) -> None:
+async def test_filter_by_what_the_viewer_is_not_shown_is_refused(api: Api, cms: WebhookEndpoint, viewer: str) -> None:
     what = await finished(api, cms)
     path, bulk = "/api/monitoring/events/webhooks", "/api/monitoring/events/redeliver"
     everything = (await api.http.get(f"{path}?job_id={what['job']}", headers=OWNER)).json()["deliveries"][0]
     mine = (await api.http.get(f"{path}?job_id={what['job']}", headers=VIEWERS[viewer])).json()["deliveries"][0]
     for name in DeliveryFilter.model_fields.keys() - {"job_id"}:
-        field = FIELD_OF_FILTER.get(name, name)
+        field = FILTER_FIELDS.get(name, name)
         value = everything[field] if field != "sequence" else 0
         asked = {"job_id": what["job"], name: value}
         expected = 200 if field == "created_at" or mine[field] == everything[field] else 403
@@ -278,7 +282,7 @@ async def test_filter_by_what_the_viewer_is_not_shown_is_refused(api: Api, cms: 
             assert answer.status_code == (202 if expected == 200 else 403), (name, answer.text)
 
 
-async def test_reader_cannot_try_guesses_of_the_address(api: Api, cms: Receiver) -> None:
+async def test_reader_cannot_try_guesses_of_the_address(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     path = f"/api/monitoring/events/webhooks?job_id={what['job']}"
     known = (await api.http.get(path, headers=OWNER)).json()["deliveries"][0]["receiver"]

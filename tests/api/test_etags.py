@@ -6,19 +6,23 @@ from collections import defaultdict
 from typing import Any
 
 from tests.api.conftest import Api
-from tests.support.principals import said
+from tests.support.principals import principal_header
 
-VIEWERS = {"owner": said("owner"), "writer": said("writer"), "reader": said("reader")}
+VIEWERS = {
+    "owner": principal_header("owner"),
+    "writer": principal_header("writer"),
+    "reader": principal_header("reader"),
+}
 ACCESS = {"visibility": "public", "read_access": ["reader"], "write_access": ["writer"]}
 
 
 async def test_etag_of_different_bodies_of_one_address_differs(header_api: Api) -> None:
-    owner = header_api.asked_by("owner")
+    owner = header_api.as_user("owner")
     batch = await owner.submit_batch({}, {}, access_control=ACCESS)
     batch_id, job_id = batch["batch_id"], batch["job_ids"][0]
     job_url, batch_url = f"/api/events/jobs/{job_id}", f"/api/events/batches/{batch_id}"
     bodies: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    position = str(await header_api.log.head())
+    position = str(await header_api.event_store.head_position())
     for method, path, content in (
         ("GET", job_url, None),
         ("POST", f"{batch_url}/pause", None),
@@ -49,7 +53,7 @@ async def test_etag_of_different_bodies_of_one_address_differs(header_api: Api) 
 async def test_job_as_it_was_is_paused_if_its_batch_was(idle_api: Api) -> None:
     batch = await idle_api.submit_batch({})
     url = f"/api/events/jobs/{batch['job_ids'][0]}"
-    seen = [(await idle_api.log.head(), False)]
+    seen = [(await idle_api.event_store.head_position(), False)]
     for action, paused in (("pause", True), ("resume", False), ("pause", True)):
         answer = await idle_api.post(f"/api/events/batches/{batch['batch_id']}/{action}")
         seen.append((int(answer.headers["ledger-position"]), paused))

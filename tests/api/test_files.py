@@ -17,19 +17,19 @@ import pytest
 
 from jobledger.api.http.streaming import content_disposition, content_type
 from jobledger.ledger.domain.events import (
+    EventMetadata,
     JobClaimed,
     JobCompleted,
     JobResults,
     JobSubmitted,
-    Meta,
     ResultFile,
     ResultMetadata,
 )
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.store.command_handler import new_job_id
-from jobledger.ledger.store.envelope import Append, Head
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import DEADLINE_SECONDS, Api
-from tests.support.running import until
+from tests.support.running import poll_until
 
 FILES = "/api/events/files/"
 CONTENT = bytes(range(256)) * 40
@@ -49,7 +49,7 @@ async def add_file(
     results = JobResults(files=[file], metadata=ResultMetadata(processed_at=now, duration=1.0))
     job = JobSubmitted(job_type="echo", parameters={}, user_id="local")
     happened = [job, JobClaimed(worker_id="w", attempt=1), JobCompleted(attempt=1, results=results)]
-    recorded = await api.log.append(Append(new_job_id(), Head(), happened, Meta(), now))
+    recorded = await api.event_store.append(StreamAppend(new_job_id(), StreamHead(), happened, EventMetadata(), now))
     await api.get("/api/monitoring/events/stats", recorded[-1].position)
     return stored.sha256
 
@@ -83,7 +83,7 @@ async def test_a_file_is_served_as_what_it_is_and_can_never_run_a_script(
 
 
 async def test_the_result_of_an_echo_job_has_a_media_type_that_browsers_read_as_text(api: Api) -> None:
-    job = await api.ended(await api.submit({"text": "ä"}))
+    job = await api.wait_until_finished(await api.submit({"text": "ä"}))
     answer = await api.get(job["results"]["markdown_url"])
 
     assert answer.headers["content-type"] == "text/markdown; charset=utf-8"
@@ -270,7 +270,7 @@ async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(idle
 
 
 async def test_files_of_a_deleted_job_are_no_longer_served(api: Api) -> None:
-    job = await api.ended(await api.submit())
+    job = await api.wait_until_finished(await api.submit())
     url = job["results"]["markdown_url"]
     assert (await api.get(url)).status_code == 200
     deleted = await api.http.delete(f"/api/events/jobs/{job['job_id']}")
@@ -478,7 +478,7 @@ async def test_when_the_client_goes_away_the_file_is_no_longer_read(idle_api: Ap
         async for _ in answer.aiter_raw():
             break
         assert reads(stored)
-    await until(lambda: not reads(stored), "the file is closed", seconds=5)
+    await poll_until(lambda: not reads(stored), "the file is closed", seconds=5)
 
 
 @pytest.mark.parametrize("asked", [{}, {"Range": "bytes=0-1"}, {"Range": "bytes=0-1,5-6"}, {"Range": "bytes=5-2"}])
@@ -486,7 +486,7 @@ async def test_no_answer_leaves_a_file_open(idle_api: Api, asked: dict[str, str]
     digest = await add_file(idle_api, "a.bin")
     for method in ("GET", "HEAD"):
         await idle_api.http.request(method, f"{FILES}a.bin", headers=asked)
-    await until(lambda: not reads(DirectoryStore(idle_api.store).path(digest)), "the file is closed", seconds=5)
+    await poll_until(lambda: not reads(DirectoryStore(idle_api.store).path(digest)), "the file is closed", seconds=5)
 
 
 async def test_a_file_that_becomes_shorter_while_it_is_sent_ends_in_a_broken_connection(idle_api: Api) -> None:
@@ -560,4 +560,4 @@ async def test_hashing_of_a_large_file_ends_when_the_client_goes_away(idle_api: 
     os.truncate(DirectoryStore(idle_api.store).path(digest), 2**40)
     with pytest.raises(httpx.ReadTimeout):
         await idle_api.http.get(f"{FILES}{path}", timeout=0.3)
-    await until(lambda: not any(it.get_name() == "open-file" for it in asyncio.all_tasks()), "hashing has ended")
+    await poll_until(lambda: not any(it.get_name() == "open-file" for it in asyncio.all_tasks()), "hashing has ended")

@@ -20,7 +20,7 @@ from pymongo import MongoClient
 from schemathesis import Case, checks
 
 from tests.api.test_openapi import DOCUMENT
-from tests.support.installation import Installation, Role
+from tests.support.installation import Installation, RunningCommand
 
 MANY = int(os.environ.get("JOBLEDGER_FUZZ", "0"))
 CHECKS = [
@@ -47,7 +47,7 @@ LIVE = "/api/ledger/stream"
 
 
 @pytest.fixture(scope="module")
-def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Role]:
+def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCommand]:
     """Everything, running; at the end no fault is in the log."""
     name = f"test_{uuid4().hex[:16]}"
     with Installation(
@@ -56,7 +56,7 @@ def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         api={"port": 0},
         event_worker={"shutdown_grace_seconds": 0},
     ) as installation:
-        role = installation.up()
+        role = installation.start_up_command()
         yield role
         ended = role.stop()
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
@@ -67,7 +67,7 @@ def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def http(role: Role) -> Iterator[httpx.Client]:
+def http(role: RunningCommand) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=role.url, timeout=20, trust_env=False) as client:
         yield client
 
@@ -82,7 +82,7 @@ def session() -> Iterator[requests.Session]:
 @schema.exclude(path=LIVE).parametrize()
 @EXAMPLES
 def test_every_request_is_answered_as_the_document_says(
-    case: Case[Any], role: Role, http: httpx.Client, session: requests.Session
+    case: Case[Any], role: RunningCommand, http: httpx.Client, session: requests.Session
 ) -> None:
     leads_somewhere(case, http)
     waits_for_nothing(case)
@@ -99,7 +99,7 @@ def test_every_request_is_answered_as_the_document_says(
 @schema.include(path=LIVE).parametrize()
 @EXAMPLES
 def test_a_live_stream_begins_or_is_refused_as_the_document_says(
-    case: Case[Any], role: Role, session: requests.Session
+    case: Case[Any], role: RunningCommand, session: requests.Session
 ) -> None:
     asked = case.as_transport_kwargs(base_url=role.url)
     with session.request(**asked, stream=True, timeout=30) as answer:

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.conftest import Api, running_api
-from tests.support.principals import said
+from tests.api.conftest import Api, run_api
+from tests.support.principals import principal_header
 
 JOBS = "/api/events/jobs"
 LIMITS = {"max_streams_per_user": 2, "max_streams": 3}
@@ -19,7 +19,7 @@ LIMITS = {"max_streams_per_user": 2, "max_streams": 3}
 @pytest.fixture
 async def stalled(said_in_header: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """Without a projector: the views reach nothing, and no job ends."""
-    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api"}), api=LIMITS):
+    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"}), api=LIMITS):
         yield running
 
 
@@ -27,7 +27,7 @@ async def stalled(said_in_header: None, mongodb_uri: str, db_name: str, tmp_path
 async def idle(said_in_header: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """Without a worker: no job ends unless it is cancelled."""
     roles = frozenset({"api", "projector"})
-    async for running in running_api(mongodb_uri, db_name, tmp_path, roles, api=LIMITS):  # type: ignore[arg-type]  # as above
+    async for running in run_api(mongodb_uri, db_name, tmp_path, roles, api=LIMITS):  # type: ignore[arg-type]  # as above
         yield running
 
 
@@ -57,11 +57,11 @@ async def test_requests_that_wait_for_the_views_are_limited(
     monkeypatch.setattr("jobledger.api.context._VIEW_PATIENCE_SECONDS", 60)
     monkeypatch.setattr("jobledger.api.context._USUAL_LAG_SECONDS", 0.01)
     await stalled.submit()
-    alices = [asyncio.create_task(stalled.get(path, 1, **said("alice"))) for _ in range(6)]
+    alices = [asyncio.create_task(stalled.get(path, 1, **principal_header("alice"))) for _ in range(6)]
     assert [answer.status_code for answer in await answered(alices, 4)] == [503] * 4
-    bobs = [asyncio.create_task(stalled.get(path, 1, **said("bob"))) for _ in range(2)]
+    bobs = [asyncio.create_task(stalled.get(path, 1, **principal_header("bob"))) for _ in range(2)]
     assert [answer.status_code for answer in await answered(bobs, 1)] == [503]
-    assert (await stalled.get(JOBS, 1, **said())).status_code == 503
+    assert (await stalled.get(JOBS, 1, **principal_header())).status_code == 503
     waiting = [task for task in (*alices, *bobs) if not task.done()]
     assert len(waiting) == 3
     for task in waiting:
@@ -70,7 +70,7 @@ async def test_requests_that_wait_for_the_views_are_limited(
 
 
 async def test_preference_to_wait_is_not_applied_where_too_many_wait(idle: Api) -> None:
-    owner = idle.asked_by("alice")
+    owner = idle.as_user("alice")
     batch = await owner.submit_batch({})
     [job_id] = batch["job_ids"]
     paths = (f"{JOBS}/{job_id}", f"/api/events/batches/{batch['batch_id']}")

@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.commands import ClaimJob, ExpireLease, FailAttempt, ReleaseJob, ReportProgress, WriteLog
-from jobledger.ledger.domain.events import Failure, LogLine, Meta
-from jobledger.ledger.store.command_handler import Command, handle
+from jobledger.ledger.domain.commands import (
+    AddLogEntries,
+    ClaimJob,
+    ExpireLease,
+    FailAttempt,
+    ReleaseJob,
+    ReportProgress,
+)
+from jobledger.ledger.domain.events import EventMetadata, Failure, LogEntry
+from jobledger.ledger.store.command_handler import Command, handle_command
 from tests.api.conftest import Api
 
 NOON = datetime(2026, 1, 5, 12, tzinfo=UTC)
@@ -18,13 +25,15 @@ NOON = datetime(2026, 1, 5, 12, tzinfo=UTC)
 async def do(api: Api, stream: str, *commands: Command) -> int:
     position = 0
     for command in commands:
-        position = (await handle(api.log, stream, command, meta=Meta("test"))).events[-1].position
+        position = (
+            (await handle_command(api.event_store, stream, command, meta=EventMetadata("test"))).events[-1].position
+        )
     return position
 
 
-def said(*messages: str, attempt: int = 1) -> WriteLog:
-    lines = tuple(LogLine(timestamp=NOON, level="info", message=message) for message in messages)
-    return WriteLog("worker-1", attempt, lines)
+def said(*messages: str, attempt: int = 1) -> AddLogEntries:
+    lines = tuple(LogEntry(timestamp=NOON, level="info", message=message) for message in messages)
+    return AddLogEntries("worker-1", attempt, lines)
 
 
 async def pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[str, Any]]]:
@@ -32,7 +41,7 @@ async def pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[st
     found: list[list[dict[str, Any]]] = []
     query: dict[str, int] | None = {"limit": limit}
     while query is not None:
-        answer = await api.http.get(path, params=query, headers=api.who)
+        answer = await api.http.get(path, params=query, headers=api.principal_headers)
         assert answer.status_code == 200, answer.text
         content = answer.json()
         found.append(content[name])
@@ -64,7 +73,7 @@ async def test_a_page_of_large_events_ends_early(idle_api: Api, monkeypatch: pyt
 
 async def test_the_history_of_a_batch_is_that_of_its_own_stream(api: Api) -> None:
     batch = await api.submit_batch({}, {})
-    await api.until_event(batch["batch_id"], "BatchFinished")
+    await api.wait_for_event(batch["batch_id"], "BatchFinished")
     path = f"/api/events/batches/{batch['batch_id']}/history"
     found = await pages(api, path, "events", 1)
     assert [[event["type"] for event in page] for page in found] == [["BatchSubmitted"], ["BatchFinished"]]
@@ -119,7 +128,7 @@ async def test_the_log_of_a_job_says_what_became_of_its_attempts_as_the_job_itse
 @pytest.mark.parametrize("path", ["jobs/{}/history", "jobs/{}/logs", "batches/{}/history"])
 @pytest.mark.usefixtures("said_in_header")
 async def test_history_and_logs_are_for_those_who_may_read_the_job(idle_api: Api, path: str) -> None:
-    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
     batch = await alice.submit_batch({})
     there = batch["batch_id"] if path.startswith("batches") else batch["job_ids"][0]
     missing = there[:-4] + "0000"

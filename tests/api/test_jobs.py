@@ -65,7 +65,7 @@ async def test_a_bare_session_is_a_job_of_type_session(idle_api: Api) -> None:
 
 
 async def test_an_echo_job_is_done_and_says_where_its_file_is(api: Api) -> None:
-    job = await api.ended(await api.submit({"text": "héllo"}))
+    job = await api.wait_until_finished(await api.submit({"text": "héllo"}))
 
     assert job["status"] == "completed"
     assert job["progress"]["percent"] == 100
@@ -75,7 +75,7 @@ async def test_an_echo_job_is_done_and_says_where_its_file_is(api: Api) -> None:
 
 
 async def test_a_job_that_fails_says_why(api: Api) -> None:
-    job = await api.ended(await api.submit({"fail": "no luck <b>today</b>"}))
+    job = await api.wait_until_finished(await api.submit({"fail": "no luck <b>today</b>"}))
 
     assert job["status"] == "failed"
     assert job["error"]["code"] == "ECHO_FAILED"
@@ -130,7 +130,7 @@ async def test_pages_of_a_list_are_disjoint_and_complete(idle_api: Api) -> None:
 
 async def test_the_history_is_every_event_in_order(api: Api) -> None:
     job_id = await api.submit({"seconds": 0.01})
-    await api.ended(job_id)
+    await api.wait_until_finished(job_id)
     history = (await api.get(f"/api/events/jobs/{job_id}/history")).json()["events"]
 
     assert [event["version"] for event in history] == list(range(1, len(history) + 1))
@@ -174,9 +174,9 @@ async def test_archiving_twice_is_no_second_event(idle_api: Api) -> None:
 
 async def test_a_running_job_is_stopped_by_a_cancellation(api: Api) -> None:
     job_id = await api.submit({"seconds": 3600})
-    await api.until_event(job_id, "JobClaimed")
+    await api.wait_for_event(job_id, "JobClaimed")
     answer = await api.post(f"/api/events/jobs/{job_id}/cancel", {"reason": "too slow"})
-    job = await api.ended(job_id)
+    job = await api.wait_until_finished(job_id)
 
     assert answer.status_code == 200
     assert job["status"] == "cancelled"
@@ -184,28 +184,28 @@ async def test_a_running_job_is_stopped_by_a_cancellation(api: Api) -> None:
 
 async def test_what_the_state_does_not_allow_is_a_conflict_and_changes_nothing(api: Api) -> None:
     ended = await api.submit()
-    await api.ended(ended)
+    await api.wait_until_finished(ended)
     running = await api.submit({"seconds": 3600})
-    await api.until_event(running, "JobClaimed")
-    head = await api.log.head()
+    await api.wait_for_event(running, "JobClaimed")
+    head = await api.event_store.head_position()
 
     for path in (f"{ended}/cancel", f"{running}/restart"):
         answer = await api.post(f"/api/events/jobs/{path}")
         assert answer.status_code == 409, f"{path}: {answer.text}"
         assert answer.json()["code"] == "wrong_state"
         assert answer.json()["message"].startswith("the job is ")
-    assert [event.type for event in await api.log.read(after=head) if event.type != "JobProgressed"] == []
+    assert [event.type for event in await api.event_store.read(after=head) if event.type != "JobProgressed"] == []
 
 
 async def test_a_running_job_is_cancelled_before_it_is_deleted(api: Api) -> None:
     running = await api.submit({"seconds": 3600})
-    await api.until_event(running, "JobClaimed")
+    await api.wait_for_event(running, "JobClaimed")
 
     deleted = await api.http.delete(f"/api/events/jobs/{running}")
 
     gone = await api.get(f"/api/events/jobs/{running}", deleted.headers["ledger-position"])
     assert (deleted.status_code, gone.status_code) == (200, 404)
-    events = [event.type for event in await api.log.read_stream(running) if event.type != "JobProgressed"]
+    events = [event.type for event in await api.event_store.read_stream(running) if event.type != "JobProgressed"]
     assert events == ["JobSubmitted", "JobClaimed", "JobCancelRequested", "JobCancelled", "JobDeleted"]
 
 
@@ -244,7 +244,7 @@ async def test_header_values_of_webhooks_are_never_told_and_never_logged(idle_ap
         (await idle_api.get(f"/api/events/jobs/{job_id}/history")).text,
         (await idle_api.get("/api/events/batches")).text,
         (await idle_api.get(f"/api/events/batches/{batch_id}")).text,
-        str(await idle_api.take(3, after=0)),
+        str(await idle_api.take_events(3, after=0)),
         str([document async for document in idle_api.db.events.find()]),
         str([document async for document in idle_api.db.jobs.find()]),
         str([document async for document in idle_api.db.batches.find()]),
@@ -287,8 +287,8 @@ async def test_statistics_are_what_counting_says(api: Api) -> None:
     job_ids += [await api.submit({"track": "A", "fail": "on purpose"})]
     batch = await api.submit_batch({"track": "B"}, {})
     for job_id in job_ids:
-        await api.ended(job_id)
-    finished = await api.until_event(batch["batch_id"], "BatchFinished")
+        await api.wait_until_finished(job_id)
+    finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     stats = (await api.get("/api/monitoring/events/stats", finished["position"])).json()["stats"]
 
     assert stats["jobs"] == {

@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from jobledger.api.processes.limited_function import CallFailed, CallTimeout, LimitedFunction, ProcessEnded, TooBusy
+from jobledger.api.processes.limited_function import (
+    CallFailed,
+    CallTimeout,
+    LimitedFunction,
+    ProcessEnded,
+    ProcessPoolBusy,
+)
 
 FUNCTION = """
 import os, re
@@ -89,11 +95,11 @@ async def test_call_without_a_free_process_raises() -> None:
     function = LimitedFunction("json:dumps", processes=1, queue_seconds=0)
     outcomes = await asyncio.gather(*(call(function, "echo") for _ in range(3)), return_exceptions=True)
     assert outcomes[0] == '"echo"'
-    assert [type(it) for it in outcomes[1:]] == [TooBusy, TooBusy]
+    assert [type(it) for it in outcomes[1:]] == [ProcessPoolBusy, ProcessPoolBusy]
     await function.close()
 
 
 async def test_function_that_cannot_be_imported_raises() -> None:
     function = LimitedFunction("no_such_module:function", processes=1, queue_seconds=1)
-    with pytest.raises(TooBusy, match="did not start"):
+    with pytest.raises(ProcessPoolBusy, match="did not start"):
         await call(function, "echo")

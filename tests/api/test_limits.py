@@ -11,18 +11,18 @@ import pytest
 
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.domain.events import Meta
-from jobledger.ledger.store.command_handler import handle, new_job_id
+from jobledger.ledger.domain.events import EventMetadata
+from jobledger.ledger.store.command_handler import handle_command, new_job_id
 from jobledger.projections.engine import health
 from jobledger.projections.views import jobs
-from tests.api.conftest import Api, running_api
+from tests.api.conftest import Api, run_api
 from tests.api.test_refusals import refused
-from tests.support.running import asked
+from tests.support.running import make_echo_job
 
 NAMES = [f"reader-{number}" for number in range(8000)]
 HEADERS = {f"X-Header-{number}": "x" * 7000 for number in range(20)}
 WEBHOOK = {"url": "http://example.org/", "headers": HEADERS}
-LARGE = {"text": "x" * (limits.PARAMETERS_BYTES + 1)}
+LARGE = {"text": "x" * (limits.MAX_PARAMETERS_BYTES + 1)}
 TOO_LARGE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "one list of names": ({"access_control": {"read_access": NAMES}}, ("read_access", "200", "8000")),
     "three lists together": (
@@ -30,9 +30,9 @@ TOO_LARGE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("access_control", "200", "300"),
     ),
     "one name": ({"access_control": {"write_access": ["x" * 201]}}, ("write_access", "200")),
-    "headers": ({"webhook": WEBHOOK}, ("webhook.headers", str(limits.WEBHOOK_HEADER_BYTES), "140")),
-    "parameters": ({"parameters": LARGE}, ("parameters", str(limits.PARAMETERS_BYTES))),
-    "numbers": ({"parameters": {"a": [0] * 900_000}}, ("parameters", str(limits.PARAMETERS_BYTES))),
+    "headers": ({"webhook": WEBHOOK}, ("webhook.headers", str(limits.MAX_WEBHOOK_HEADER_BYTES), "140")),
+    "parameters": ({"parameters": LARGE}, ("parameters", str(limits.MAX_PARAMETERS_BYTES))),
+    "numbers": ({"parameters": {"a": [0] * 900_000}}, ("parameters", str(limits.MAX_PARAMETERS_BYTES))),
     "name": ({"job_name": "x" * 501}, ("job_name", "500")),
     "owner": ({"user_id": "x" * 201}, ("user_id", "200")),
 }
@@ -50,7 +50,7 @@ async def test_job_that_is_too_large_is_refused_alone_and_in_a_batch(idle_api: A
         assert answer.status_code == 422, answer.text[:500]
         for word in said:
             assert word in answer.json()["message"], answer.json()["message"]
-    assert await idle_api.log.head() == 0
+    assert await idle_api.event_store.head_position() == 0
 
 
 async def test_changes_are_limited_as_submissions_are(idle_api: Api) -> None:
@@ -62,28 +62,28 @@ async def test_changes_are_limited_as_submissions_are(idle_api: Api) -> None:
         (f"/api/events/jobs/{job_id}", {"parameters": LARGE}),
         (f"/api/events/batches/{batch['batch_id']}", access),
     ):
-        head = await idle_api.log.head()
+        head = await idle_api.event_store.head_position()
         answer = await idle_api.http.put(path, json=content)
         refused(answer, 422, "invalid_content")
         assert "at most" in answer.text
-        assert await idle_api.log.head() == head
+        assert await idle_api.event_store.head_position() == head
     jobs_of = {"jobs": [JOB] * 2}
     for content in ({"access_control": access["access_control"]}, {"parameters": LARGE}):
         refused(await idle_api.post("/api/events/batches", jobs_of | content), 422, "invalid_content")
 
 
 async def test_groups_of_who_asks_are_limited(header_api: Api) -> None:
-    many = header_api.asked_by("anna", [f"team-{number}" for number in range(300)])
+    many = header_api.as_user("anna", [f"team-{number}" for number in range(300)])
     answer = await many.post("/api/events/jobs", JOB)
     refused(answer, 422, "invalid_content")
     assert "teams: 300 groups" in answer.json()["message"]
-    some = header_api.asked_by("anna", [f"team-{number}" for number in range(100)])
+    some = header_api.as_user("anna", [f"team-{number}" for number in range(100)])
     assert (await some.post("/api/events/jobs", JOB)).status_code == 202
 
 
 @pytest.fixture
 async def without_projector(mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
-    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
+    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
         yield running
 
 
@@ -91,7 +91,7 @@ async def test_readyz_says_that_the_views_have_stopped_and_why(
     without_projector: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = without_projector
-    monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (0.3,))
+    monkeypatch.setattr(health.StallDetector.is_stalled, "__defaults__", (0.3,))
     assert (await api.get("/readyz")).status_code == 200
     await asyncio.sleep(0.5)
     assert (await api.get("/readyz")).status_code == 200, "nothing is behind"
@@ -101,7 +101,7 @@ async def test_readyz_says_that_the_views_have_stopped_and_why(
     refused(answer, 503, "views_stalled")
     assert answer.json()["details"] == {"views": 0, "head": 1}
     assert "No projector is running" in answer.json()["message"]
-    await health.note(api.db, "At position 1 of the log is a JobRepainted: upgrade.")
+    await health.record_stall(api.db, "At position 1 of the log is a JobRepainted: upgrade.")
     assert "upgrade" in (await api.get("/readyz")).json()["message"]
 
 
@@ -109,7 +109,7 @@ async def test_readyz_says_that_the_views_are_ahead_of_the_log(
     without_projector: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = without_projector
-    monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (0.3,))
+    monkeypatch.setattr(health.StallDetector.is_stalled, "__defaults__", (0.3,))
     await api.submit()
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 9}})
     await asyncio.sleep(0.6)
@@ -126,7 +126,7 @@ async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_a
     without_projector: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = without_projector
-    monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (0.3,))
+    monkeypatch.setattr(health.StallDetector.is_stalled, "__defaults__", (0.3,))
     for _ in range(3):
         await api.submit()
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 3}})
@@ -145,7 +145,7 @@ async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_a
 
 
 async def test_readyz_does_not_flap_while_the_views_get_on(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health.StallWatch.stalled, "__defaults__", (1.0,))
+    monkeypatch.setattr(health.StallDetector.is_stalled, "__defaults__", (1.0,))
     for _ in range(15):
         await asyncio.gather(*(idle_api.submit() for _ in range(5)))
         await asyncio.sleep(0.1)
@@ -165,8 +165,10 @@ async def test_a_job_that_cannot_be_projected_is_shown_with_the_reason(
     with monkeypatch.context() as faults:
         faults.setattr(jobs, "fold", faulty)
         job_id = new_job_id()
-        await handle(idle_api.log, job_id, SubmitJob(asked(job_name="BROKEN")), meta=Meta("test"))
-        position = await idle_api.log.head()
+        await handle_command(
+            idle_api.event_store, job_id, SubmitJob(make_echo_job(job_name="BROKEN")), meta=EventMetadata("test")
+        )
+        position = await idle_api.event_store.head_position()
         shown = (await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
     assert shown["projection_error"]["position"] == position
     assert "a fault" in shown["projection_error"]["message"]

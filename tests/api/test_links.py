@@ -13,14 +13,14 @@ import httpx
 import pytest
 from starlette.requests import HTTPConnection
 
-from jobledger.api.auth.signed_links import Links
+from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.http.errors import ApiError
 from jobledger.cli import server as serving
 from jobledger.cli.composition import Role
 from jobledger.ledger.domain.access import Principal
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import files as view
-from tests.api.conftest import Api, running_api
+from tests.api.conftest import Api, run_api
 from tests.api.test_files import CONTENT, FILES, add_file
 
 
@@ -43,7 +43,7 @@ async def guarded(
 ) -> AsyncIterator[Api]:
     """An API that wants to know who asks. The client is `local`, whose files all are."""
     monkeypatch.setattr(serving, "OpenSignIn", OnlyWithKey)
-    async for running in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+    async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         running.http.headers["x-user"] = "local"
         yield running
 
@@ -96,7 +96,7 @@ async def test_an_expired_link_says_so(guarded: Api) -> None:
     await add_file(guarded, "a.bin")
     row = await view.get(Views(guarded.db), "a.bin")
     assert row is not None
-    url = await Links(guarded.db, None).to(row, datetime.now(UTC) - timedelta(seconds=1))
+    url = await SignedLinks(guarded.db, None).create(row, datetime.now(UTC) - timedelta(seconds=1))
     answer = await opened(guarded, url)
     assert (answer.status_code, answer.json()["code"]) == (403, "link_expired")
 
@@ -174,7 +174,7 @@ async def test_all_processes_share_one_key_and_keep_it(
 ) -> None:
     await add_file(guarded, "a.bin")
     url = await link_to(guarded, "a.bin")
-    async for other in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
+    async for other in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
         assert (await opened(other, url)).content == CONTENT
         other.http.headers["x-user"] = "local"
         assert (await opened(guarded, await link_to(other, "a.bin"))).content == CONTENT
@@ -185,7 +185,7 @@ async def test_without_its_key_every_link_is_void(guarded: Api, mongodb_uri: str
     await add_file(guarded, "a.bin")
     url = await link_to(guarded, "a.bin")
     await guarded.db.secrets.delete_many({})
-    async for other in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
+    async for other in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"})):
         assert (await opened(other, url)).status_code == 403
 
 
@@ -194,9 +194,7 @@ async def test_a_link_begins_with_the_address_that_others_know(mongodb_uri: str,
         port = listening.getsockname()[1]
     address = f"http://localhost:{port}"
     roles = frozenset[Role]({"api", "projector"})
-    async for api in running_api(
-        mongodb_uri, db_name, tmp_path, roles, api={"port": port, "public_url": f"{address}/"}
-    ):
+    async for api in run_api(mongodb_uri, db_name, tmp_path, roles, api={"port": port, "public_url": f"{address}/"}):
         await add_file(api, "c/a.bin")
         url = await link_to(api, "c/a.bin")
         assert url.startswith(f"{address}{FILES}c/a.bin?expires=")

@@ -11,7 +11,7 @@ from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import jobs, list_index
 from tests.api.conftest import Api
-from tests.support.principals import said
+from tests.support.principals import principal_header
 
 ADMIN = Principal("ann", roles=frozenset({"admin"}))
 ALICE = Principal("alice", frozenset({"team-a"}))
@@ -43,12 +43,12 @@ async def some_jobs(api: Api) -> str:
                     "speakers": ["Ada Lovelace", "Bob"] if number == 7 else None,
                 },
             },
-            **said("alice" if number < 20 else "bob"),
+            **principal_header("alice" if number < 20 else "bob"),
         )
-    found = (await listed(api, await api.log.head()))["jobs"]
+    found = (await listed(api, await api.event_store.head_position()))["jobs"]
     for job in found[:5]:
         await api.post(f"/api/events/jobs/{job['job_id']}/cancel")
-    return str(await api.log.head())
+    return str(await api.event_store.head_position())
 
 
 async def test_each_filter_finds_what_it_names_and_counts_it(header_api: Api) -> None:
@@ -83,7 +83,7 @@ async def test_each_filter_finds_what_it_names_and_counts_it(header_api: Api) ->
 
 async def test_failed_jobs_are_found_by_their_error(api: Api) -> None:
     job_id = await api.submit({"fail": "permanent"})
-    ended = await api.ended(job_id)
+    ended = await api.wait_until_finished(job_id)
     await api.submit()
     assert ended["status"] == "failed"
     found = await listed(api, ended["position"], error_code=ended["error"]["code"])
@@ -122,7 +122,7 @@ async def test_a_page_that_makes_no_sense_is_refused(idle_api: Api, query: dict[
 async def test_the_jobs_of_a_batch_are_paged_with_their_counts(idle_api: Api) -> None:
     batch = await idle_api.submit_batch(*({"number": number} for number in range(12)))
     await idle_api.submit()
-    position = await idle_api.log.head()
+    position = await idle_api.event_store.head_position()
     path = f"/api/events/batches/{batch['batch_id']}/jobs"
     first = (await idle_api.get(f"{path}?limit=10&sort=created_at", position)).json()
     rest = (await idle_api.get(f"{path}?limit=10&sort=created_at&cursor={first['next']}")).json()
@@ -136,8 +136,8 @@ async def test_the_jobs_of_a_batch_are_paged_with_their_counts(idle_api: Api) ->
 async def test_batches_are_found_by_status_user_and_name(header_api: Api) -> None:
     for user, name in (("alice", "FOSDEM main track"), ("bob", "FOSDEM other"), ("alice", "PyCon")):
         content = {"batch_name": name, "jobs": [{"job_type": "echo", "parameters": {}}]}
-        await header_api.post("/api/events/batches", content, **said(user))
-    position = await header_api.log.head()
+        await header_api.post("/api/events/batches", content, **principal_header(user))
+    position = await header_api.event_store.head_position()
 
     async def names(**query: Any) -> list[str]:
         headers = {"Ledger-Position": str(position)}
@@ -183,7 +183,7 @@ def a_job(number: int) -> Document:
         "archived": False,
         "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number),
     }
-    jobs._list(job)
+    jobs._set_list_index(job)
     return job
 
 
@@ -192,33 +192,33 @@ async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it
     idle_api: Api, principal: Principal
 ) -> None:
     await idle_api.db.jobs.insert_many([a_job(number) for number in range(3000)])
-    cursor = list_index.Place(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
+    cursor = list_index.PageCursor(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
     for wanted in [
-        jobs.Filter(),
-        jobs.Filter(status="failed"),
-        jobs.Filter(batch_id="batch-7"),
-        jobs.Filter(batch_id="batch-7", status="completed"),
-        jobs.Filter(user_id="alice"),
-        jobs.Filter(track="Track 3"),
-        jobs.Filter(track="Track 3", status="pending"),
-        jobs.Filter(event="Event 1", status="failed"),
-        jobs.Filter(day="Day 2"),
-        jobs.Filter(language="l4"),
-        jobs.Filter(error_code="E3"),
-        jobs.Filter(job_type="echo"),
-        jobs.Filter(created_after=datetime(2026, 1, 1, 0, 30, tzinfo=UTC)),
-        jobs.Filter(q="talk"),
-        jobs.Filter(archived=False),
+        jobs.JobFilter(),
+        jobs.JobFilter(status="failed"),
+        jobs.JobFilter(batch_id="batch-7"),
+        jobs.JobFilter(batch_id="batch-7", status="completed"),
+        jobs.JobFilter(user_id="alice"),
+        jobs.JobFilter(track="Track 3"),
+        jobs.JobFilter(track="Track 3", status="pending"),
+        jobs.JobFilter(event="Event 1", status="failed"),
+        jobs.JobFilter(day="Day 2"),
+        jobs.JobFilter(language="l4"),
+        jobs.JobFilter(error_code="E3"),
+        jobs.JobFilter(job_type="echo"),
+        jobs.JobFilter(created_after=datetime(2026, 1, 1, 0, 30, tzinfo=UTC)),
+        jobs.JobFilter(q="talk"),
+        jobs.JobFilter(archived=False),
     ]:
         for after in (None, cursor):
             for newest_first in (True, False):
-                await assert_looks_at_little(idle_api, wanted.query(principal), after, newest_first=newest_first)
+                await assert_looks_at_little(idle_api, wanted.build_query(principal), after, newest_first=newest_first)
 
 
 async def assert_looks_at_little(
-    api: Api, query: Document, after: list_index.Place | None, *, newest_first: bool
+    api: Api, query: Document, after: list_index.PageCursor | None, *, newest_first: bool
 ) -> None:
-    asked, order = list_index.asked(query, after, newest_first=newest_first)
+    asked, order = list_index.build_page_query(query, after, newest_first=newest_first)
     hint = dict(list_index.index_for(query))
     command = {"find": "jobs", "filter": asked, "sort": dict(order), "limit": 50, "hint": hint}
     told = await api.db.command({"explain": command, "verbosity": "executionStats"})

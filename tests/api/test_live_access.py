@@ -12,15 +12,15 @@ import pytest
 from jobledger.api.auth.visibility import _HARMLESS, Visibility
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.commands import CancelJob, ChangeAccess, Delete, SubmitJob
-from jobledger.ledger.domain.events import EVENT_TYPES, AccessControl, Meta, Recorded
+from jobledger.ledger.domain.events import EVENT_TYPES, AccessControl, EventMetadata, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.store.command_handler import Command, handle, new_job_id
+from jobledger.ledger.store.command_handler import Command, handle_command, new_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from tests.api.conftest import DEADLINE_SECONDS, Api
-from tests.support.ledgers import Ledger, ledger_on
-from tests.support.running import asked
+from tests.support.ledgers import Ledger, open_ledger
+from tests.support.running import make_echo_job
 
 pytestmark = pytest.mark.usefixtures("said_in_header")
 PRIVATE = AccessControl()
@@ -38,7 +38,7 @@ class Watcher:
         self.ended = False
 
     async def watch(self) -> None:
-        async with aclosing(self._api.events(**self._query)) as events:
+        async with aclosing(self._api.stream_events(**self._query)) as events:
             async for event in events:
                 self.seen.append(event)
                 self._more.set()
@@ -75,8 +75,8 @@ async def watching(api: Api, **query: Any) -> AsyncIterator[Watcher]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def do(api: Api, stream: str, command: Command) -> Recorded:
-    return (await handle(api.log, stream, command, meta=Meta("user:alice"))).events[-1]
+async def do(api: Api, stream: str, command: Command) -> RecordedEvent:
+    return (await handle_command(api.event_store, stream, command, meta=EventMetadata("user:alice"))).events[-1]
 
 
 async def page(api: Api, **query: Any) -> list[tuple[str, str]]:
@@ -84,7 +84,9 @@ async def page(api: Api, **query: Any) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     after, head = 0, 1
     while after < head:
-        answer = await api.http.get("/api/ledger/events", params={"after": after, **query}, headers=api.who)
+        answer = await api.http.get(
+            "/api/ledger/events", params={"after": after, **query}, headers=api.principal_headers
+        )
         assert answer.status_code == 200, answer.text
         content = answer.json()
         found += [(event["stream"], event["type"]) for event in content["events"]]
@@ -97,7 +99,7 @@ async def page(api: Api, **query: Any) -> list[tuple[str, str]]:
 
 
 async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_others(idle_api: Api) -> None:
-    alice = idle_api.asked_by("alice", ["team-a"])
+    alice = idle_api.as_user("alice", ["team-a"])
     jobs = {
         name: await alice.submit(access_control=access)
         for name, access in {
@@ -112,11 +114,11 @@ async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_ot
     people: dict[str, tuple[Api, Collection[str]]] = {
         "the owner": (alice, jobs.keys()),
         "an admin": (idle_api, jobs.keys()),
-        "named": (idle_api.asked_by("bob"), {"public", "bob"}),
-        "in a named group": (idle_api.asked_by("bea", ["team-b"]), {"public", "group"}),
-        "in the owner's team": (idle_api.asked_by("ann", ["team-a"]), {"public", "team"}),
-        "for statistics": (idle_api.asked_by("mona", roles=["monitor"]), {"public"}),
-        "without a name": (idle_api.asked_by(), {"public"}),
+        "named": (idle_api.as_user("bob"), {"public", "bob"}),
+        "in a named group": (idle_api.as_user("bea", ["team-b"]), {"public", "group"}),
+        "in the owner's team": (idle_api.as_user("ann", ["team-a"]), {"public", "team"}),
+        "for statistics": (idle_api.as_user("mona", roles=["monitor"]), {"public"}),
+        "without a name": (idle_api.as_user(), {"public"}),
     }
     for who, (asking, visible) in people.items():
         expected = {jobs[name] for name in visible} | {marker}
@@ -131,7 +133,7 @@ async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_ot
 
 
 async def test_what_one_may_not_read_and_what_is_not_there_look_alike(idle_api: Api) -> None:
-    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
     job_id = await alice.submit()
     batch_id = (await alice.submit_batch({}))["batch_id"]
     for path, there, missing in (
@@ -151,7 +153,7 @@ async def test_what_one_may_not_read_and_what_is_not_there_look_alike(idle_api: 
 
 
 async def test_a_batch_does_not_tell_of_its_jobs_to_whom_may_not_read_them(idle_api: Api) -> None:
-    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
     jobs = [
         {"job_type": "echo", "parameters": {}, "access_control": {}},
         {"job_type": "echo", "parameters": {}, "access_control": FOR_BOB},
@@ -167,9 +169,9 @@ async def test_a_batch_does_not_tell_of_its_jobs_to_whom_may_not_read_them(idle_
 
 
 async def test_events_that_belong_to_no_job_are_for_who_sees_everything(idle_api: Api) -> None:
-    await idle_api.log._take_tickets(1)  # by a writer that then died: its number is voided
+    await idle_api.event_store._take_tickets(1)  # by a writer that then died: its number is voided
     marker = await idle_api.submit(access_control={"visibility": "public"})
-    bob = idle_api.asked_by("bob")
+    bob = idle_api.as_user("bob")
     async with watching(idle_api, types="PositionVoided,JobSubmitted") as admin, watching(bob) as watcher:
         await admin.until(VOID_STREAM, "PositionVoided")
         await watcher.until(marker, "JobSubmitted")
@@ -184,7 +186,7 @@ async def test_events_that_belong_to_no_job_are_for_who_sees_everything(idle_api
 
 @pytest.mark.parametrize("lost", [ChangeAccess("user:alice", PRIVATE), Delete("user:alice")])
 async def test_a_stream_of_one_job_ends_at_the_event_that_takes_access_away(idle_api: Api, lost: Command) -> None:
-    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
     job_id = await alice.submit(access_control=FOR_BOB)
     async with watching(bob, job_id=job_id) as watcher:
         await watcher.until(job_id, "JobSubmitted")
@@ -198,13 +200,13 @@ async def test_a_stream_of_one_job_ends_at_the_event_that_takes_access_away(idle
 
 
 async def test_a_stream_of_a_batch_ends_when_the_batch_is_deleted(idle_api: Api) -> None:
-    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
     batch = await alice.submit_batch({}, access_control=FOR_BOB)
     batch_id, [job_id] = batch["batch_id"], batch["job_ids"]
     async with watching(bob, batch_id=batch_id) as watcher, watching(idle_api, batch_id=batch_id) as admin:
         await do(idle_api, job_id, CancelJob("user:alice"))
         await watcher.until(batch_id, "BatchFinished")
-        answer = await idle_api.http.delete(f"/api/events/batches/{batch_id}", headers=alice.who)
+        answer = await idle_api.http.delete(f"/api/events/batches/{batch_id}", headers=alice.principal_headers)
         assert answer.status_code == 200, answer.text
         await watcher.until_the_end()
         assert watcher.kinds()[-2:] == [(job_id, "JobDeleted"), (batch_id, "BatchDeleted")]
@@ -213,7 +215,7 @@ async def test_a_stream_of_a_batch_ends_when_the_batch_is_deleted(idle_api: Api)
 
 
 async def test_a_general_stream_goes_on_without_the_events_of_a_job_that_was_taken_away(idle_api: Api) -> None:
-    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
     job_id, other = [await alice.submit(access_control=FOR_BOB) for _ in range(2)]
     async with watching(bob) as watcher:
         await watcher.until(other, "JobSubmitted")
@@ -227,7 +229,7 @@ async def test_a_general_stream_goes_on_without_the_events_of_a_job_that_was_tak
 
 
 async def test_what_is_not_shared_any_more_is_not_told_from_history_either(idle_api: Api) -> None:
-    alice, bob = idle_api.asked_by("alice"), idle_api.asked_by("bob")
+    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
     taken, deleted, marker = [await alice.submit(access_control=FOR_BOB) for _ in range(3)]
     assert len(await page(bob)) == 3  # so that who may see them is known here
     commands: list[tuple[str, Command]] = [
@@ -251,7 +253,7 @@ async def test_what_is_not_shared_any_more_is_not_told_from_history_either(idle_
 # Why none is overlooked -------------------------------------------------------------------------------------------
 
 
-class Interrupted(EventLog):
+class Interrupted(EventStore):
     """Something happens to a job just when it has been read who may see it, and is heard before that is noted."""
 
     meanwhile: Command | None = None
@@ -259,18 +261,18 @@ class Interrupted(EventLog):
 
     async def read_in_parts(
         self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
-    ) -> AsyncGenerator[list[Recorded], None]:
-        async for part in super().read_in_parts(streams, without=without, data=data):
+    ) -> AsyncGenerator[list[RecordedEvent], None]:
+        async for part in super().iterate_stream_batches(streams, exclude_types=without, data_expression=data):
             yield part
         if (command := self.meanwhile) is not None:
             self.meanwhile = None
-            recorded = (await handle(self, next(iter(streams)), command, meta=Meta("test"))).events
-            await self.visibility.reached(recorded[-1].position)
+            recorded = (await handle_command(self, next(iter(streams)), command, meta=EventMetadata("test"))).events
+            await self.visibility.wait_for_position(recorded[-1].position)
 
 
 @asynccontextmanager
 async def visibility_of(ledger: Ledger) -> AsyncIterator[Visibility]:
-    visibility = Visibility(ledger.log, Checkpoint(ledger.db))
+    visibility = Visibility(ledger.event_store, Checkpoint(ledger.db))
     task = asyncio.create_task(visibility.run())
     try:
         yield visibility
@@ -283,14 +285,14 @@ async def visibility_of(ledger: Ledger) -> AsyncIterator[Visibility]:
 async def following(uri: str, db_name: str) -> AsyncIterator[tuple[Ledger, Visibility]]:
     async with (
         asyncio.timeout(DEADLINE_SECONDS),
-        ledger_on(Connection(uri, db_name)) as ledger,
+        open_ledger(Connection(uri, db_name)) as ledger,
         visibility_of(ledger) as visibility,
     ):
         yield ledger, visibility
 
 
-async def submitted(log: EventLog, **fields: Any) -> Recorded:
-    recorded = await handle(log, new_job_id(), SubmitJob(asked(**fields)), meta=Meta("test"))
+async def submitted(log: EventStore, **fields: Any) -> RecordedEvent:
+    recorded = await handle_command(log, new_job_id(), SubmitJob(make_echo_job(**fields)), meta=EventMetadata("test"))
     return recorded.events[0]
 
 
@@ -300,36 +302,38 @@ async def test_a_change_that_comes_while_it_is_read_who_may_see_a_job_is_not_los
     monkeypatch.setattr("jobledger.api.auth.visibility._KNOWN_STREAMS", 1)
     async with (
         asyncio.timeout(DEADLINE_SECONDS),
-        ledger_on(Connection(mongodb_uri, db_name), kind=Interrupted) as ledger,
+        open_ledger(Connection(mongodb_uri, db_name), store_class=Interrupted) as ledger,
     ):
-        log = ledger.log
+        log = ledger.event_store
         assert isinstance(log, Interrupted)
         async with visibility_of(ledger) as visibility:
             log.visibility = visibility
             event = await submitted(log, access_control=AccessControl(**FOR_BOB))
-            await visibility.reached((await submitted(log)).position)  # and the first is known no more
+            await visibility.wait_for_position((await submitted(log)).position)  # and the first is known no more
             log.meanwhile = ChangeAccess("user:alice", PRIVATE)
-            assert not await visibility.viewer(Principal("bob"), event)
+            assert not await visibility.get_viewer(Principal("bob"), event)
 
 
 async def test_what_is_heard_late_does_not_undo_what_was_read_from_the_log(mongodb_uri: str, db_name: str) -> None:
     async with following(mongodb_uri, db_name) as (ledger, visibility):
-        event = await submitted(ledger.log)
+        event = await submitted(ledger.event_store)
         for access in (AccessControl(visibility="public"), PRIVATE):
-            await handle(ledger.log, event.stream, ChangeAccess("user:alice", access), meta=Meta("test"))
-        await visibility.reached(event.position + 2)
-        _, public, _ = await ledger.log.read_stream(event.stream)
+            await handle_command(
+                ledger.event_store, event.stream, ChangeAccess("user:alice", access), meta=EventMetadata("test")
+            )
+        await visibility.wait_for_position(event.position + 2)
+        _, public, _ = await ledger.event_store.read_stream(event.stream)
         visibility._known.clear()
-        assert not await visibility.viewer(Principal("bob"), event)
+        assert not await visibility.get_viewer(Principal("bob"), event)
         visibility._pass(public)
-        assert not await visibility.viewer(Principal("bob"), event)
+        assert not await visibility.get_viewer(Principal("bob"), event)
 
 
 async def test_an_event_is_not_judged_before_all_that_came_before_it_is_known(mongodb_uri: str, db_name: str) -> None:
-    async with asyncio.timeout(DEADLINE_SECONDS), ledger_on(Connection(mongodb_uri, db_name)) as ledger:
-        visibility = Visibility(ledger.log, Checkpoint(ledger.db))
-        event = await submitted(ledger.log, access_control=AccessControl(visibility="public"))
-        judged = asyncio.create_task(visibility.viewer(Principal("bob"), event))
+    async with asyncio.timeout(DEADLINE_SECONDS), open_ledger(Connection(mongodb_uri, db_name)) as ledger:
+        visibility = Visibility(ledger.event_store, Checkpoint(ledger.db))
+        event = await submitted(ledger.event_store, access_control=AccessControl(visibility="public"))
+        judged = asyncio.create_task(visibility.get_viewer(Principal("bob"), event))
         await asyncio.wait({judged}, timeout=0.2)
         assert not judged.done()
         passing = asyncio.create_task(visibility.run())
@@ -341,16 +345,16 @@ async def test_what_a_later_version_may_have_said_about_access_hides_a_job_from_
     mongodb_uri: str, db_name: str
 ) -> None:
     async with following(mongodb_uri, db_name) as (ledger, visibility):
-        event = await submitted(ledger.log, access_control=AccessControl(visibility="public"))
-        assert await visibility.viewer(Principal("bob"), event)
-        [(stored, _)] = await ledger.log.stored(after=0, limit=1)
+        event = await submitted(ledger.event_store, access_control=AccessControl(visibility="public"))
+        assert await visibility.get_viewer(Principal("bob"), event)
+        [(stored, _)] = await ledger.event_store.read_documents(after=0, limit=1)
         later = {**stored, "_id": 2, "version": 2, "type": "JobHidden", "event_id": "later"}
         await ledger.db.events.insert_one(later)
-        await visibility.reached(2)
-        assert not await visibility.viewer(Principal("bob"), event)
+        await visibility.wait_for_position(2)
+        assert not await visibility.get_viewer(Principal("bob"), event)
         visibility._known.clear()
-        assert not await visibility.viewer(Principal("bob"), event)
-        assert await visibility.viewer(Principal("root", roles=frozenset({"admin"})), event)
+        assert not await visibility.get_viewer(Principal("bob"), event)
+        assert await visibility.get_viewer(Principal("root", roles=frozenset({"admin"})), event)
 
 
 def test_every_event_that_can_change_access_is_known_as_one() -> None:

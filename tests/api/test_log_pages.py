@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import CancelJob
-from jobledger.ledger.domain.events import Meta
-from jobledger.ledger.store.command_handler import handle
+from jobledger.ledger.domain.events import EventMetadata
+from jobledger.ledger.store.command_handler import handle_command
 from tests.api.conftest import Api
 
 
 async def page(api: Api, **query: Any) -> dict[str, Any]:
-    answer = await api.http.get("/api/ledger/events", params=query, headers=api.who)
+    answer = await api.http.get("/api/ledger/events", params=query, headers=api.principal_headers)
     assert answer.status_code == 200, answer.text
     content: dict[str, Any] = answer.json()
     assert content["status"] == "success"
@@ -40,7 +40,7 @@ async def test_pages_follow_each_other_without_gap_or_double(idle_api: Api) -> N
 
 async def test_an_event_in_a_page_is_the_same_as_in_the_stream(idle_api: Api) -> None:
     await idle_api.submit({"text": "ä"})
-    [live] = await idle_api.take(1, after=0)
+    [live] = await idle_api.take_events(1, after=0)
     del live["sse_id"]
     assert (await page(idle_api))["events"] == [live]
 
@@ -51,7 +51,7 @@ async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
     monkeypatch.setattr("jobledger.api.routes.log._MOST_LOOKED_AT", 10)
     monkeypatch.setattr("jobledger.api.routes.log._READ_AT_ONCE", 5)
     job_ids = [await idle_api.submit() for _ in range(24)]
-    await handle(idle_api.log, job_ids[0], CancelJob("user:local"), meta=Meta("test"))
+    await handle_command(idle_api.event_store, job_ids[0], CancelJob("user:local"), meta=EventMetadata("test"))
     found = [await page(idle_api, types="JobCancelled,JobFailed")]
     while found[-1]["last_position"] < found[-1]["head"]:
         found.append(await page(idle_api, types="JobCancelled,JobFailed", after=found[-1]["last_position"]))
@@ -70,7 +70,7 @@ async def test_a_page_of_very_large_events_ends_early(idle_api: Api, monkeypatch
 async def test_the_events_of_one_stream_come_in_pages_too(idle_api: Api) -> None:
     job_id, other = await idle_api.submit(), await idle_api.submit()
     for stream in (other, job_id):
-        await handle(idle_api.log, stream, CancelJob("user:local"), meta=Meta("test"))
+        await handle_command(idle_api.event_store, stream, CancelJob("user:local"), meta=EventMetadata("test"))
     first = await page(idle_api, stream=job_id, limit=1)
     assert (positions(first), first["last_position"], first["head"]) == ([1], 1, 4)
     assert positions(await page(idle_api, stream=job_id, after=1)) == [4]
@@ -86,7 +86,7 @@ async def test_the_events_of_one_stream_are_found_by_their_index(idle_api: Api) 
     job_id = await idle_api.submit()
     for _ in range(50):
         await idle_api.submit()
-    await handle(idle_api.log, job_id, CancelJob("user:local"), meta=Meta("test"))
+    await handle_command(idle_api.event_store, job_id, CancelJob("user:local"), meta=EventMetadata("test"))
     await idle_api.db.command("profile", 2)
     try:
         content = await page(idle_api, stream=job_id, after=1)
@@ -138,6 +138,6 @@ async def test_the_head_says_how_far_the_log_and_the_views_are(idle_api: Api) ->
 
 @pytest.mark.usefixtures("said_in_header")
 async def test_how_far_the_log_goes_is_told_to_anybody_who_is_signed_in(idle_api: Api) -> None:
-    assert (await idle_api.asked_by("bob").get("/api/ledger/head")).status_code == 200
-    answer = await idle_api.asked_by().get("/api/ledger/head")
+    assert (await idle_api.as_user("bob").get("/api/ledger/head")).status_code == 200
+    answer = await idle_api.as_user().get("/api/ledger/head")
     assert (answer.status_code, answer.json()["code"]) == (401, "not_signed_in")

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from tests.api.conftest import DEADLINE_SECONDS, Api, running_api
+from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
 from tests.support.mongod import needs_local_mongod
 
 CLIENTS = 1000
@@ -166,7 +166,7 @@ async def test_a_client_that_reads_slowly_but_does_read_gets_everything(
 
 
 async def test_when_the_server_stops_its_streams_end_at_once(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    running = running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}))
+    running = run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}))
     api = await anext(running)
     async with asyncio.timeout(DEADLINE_SECONDS), AsyncExitStack() as stack:
         readers = []
@@ -185,12 +185,12 @@ async def test_when_the_server_stops_its_streams_end_at_once(mongodb_uri: str, d
 async def test_over_an_outage_of_the_database_a_client_misses_nothing(tmp_path: Path) -> None:
     with EmbeddedServer.start(tmp_path / "server", oplog_mb=990) as server:
         mongodb = {"uri": server.uri, "db_name": "away", "connect_timeout_ms": 1000}
-        async for api in running_api(server.uri, "away", tmp_path, mongodb=mongodb):
+        async for api in run_api(server.uri, "away", tmp_path, mongodb=mongodb):
             seen: list[int] = []
             watching = asyncio.create_task(_follow(api, seen))
-            await api.ended(await api.submit())
+            await api.wait_until_finished(await api.submit())
             os.kill(server.pid, signal.SIGKILL)
-            await server.died()
+            await server.wait_exited()
             await asyncio.sleep(2)
             assert not watching.done()
             await server.restart()
@@ -201,11 +201,11 @@ async def test_over_an_outage_of_the_database_a_client_misses_nothing(tmp_path: 
                 job_id = answer.json()["job_id"]
                 while (await api.get(f"/api/ledger/events?stream={job_id}")).status_code == 503:  # noqa: ASYNC110 - it catches up
                     await asyncio.sleep(0.1)  # the process does not know yet who may see the job
-                ended = await api.until_event(job_id, "JobCompleted")
+                ended = await api.wait_for_event(job_id, "JobCompleted")
                 while not seen or seen[-1] < ended["position"]:  # noqa: ASYNC110 - for what no event tells
                     await asyncio.sleep(0.05)
             watching.cancel()
-            everything = await api.log.read(after=0)
+            everything = await api.event_store.read(after=0)
             assert seen == [event.position for event in everything if event.type != "PositionVoided"][: len(seen)]
 
 
@@ -213,6 +213,6 @@ async def _follow(api: Api, seen: list[int]) -> None:
     """Read the stream as a browser does: come back after an interruption, with the last id."""
     while True:
         with suppress(httpx.HTTPError, AssertionError):
-            async for event in api.events(last_event_id=seen[-1] if seen else 0):
+            async for event in api.stream_events(last_event_id=seen[-1] if seen else 0):
                 seen.append(event["position"])
         await asyncio.sleep(0.1)

@@ -11,8 +11,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobledger.ledger.domain.commands import ClaimJob, ExpireLease, FailAttempt
-from jobledger.ledger.domain.events import Failure, Meta
-from jobledger.ledger.store.command_handler import handle
+from jobledger.ledger.domain.events import EventMetadata, Failure
+from jobledger.ledger.store.command_handler import handle_command
 from tests.api.conftest import Api
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -37,9 +37,9 @@ async def numbers(api: Api) -> Numbers:
 
 async def test_prometheus_can_read_what_has_happened(api: Api) -> None:
     batch = await api.submit_batch({}, {})
-    ended = await api.until_event(batch["batch_id"], "BatchFinished")
+    ended = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     waiting = await api.submit(not_before="2099-01-01T00:00:00Z")
-    event = await api.until_event(waiting, "JobSubmitted")
+    event = await api.wait_for_event(waiting, "JobSubmitted")
     await api.get("/api/events/jobs/job-unknown")
     found = await numbers(api)
     assert event["position"] > ended["position"]
@@ -75,7 +75,11 @@ async def test_failed_attempts_and_leases_that_ran_out_are_counted(idle_api: Api
         ClaimJob("worker-2", later),
         ExpireLease("worker-2", 2),
     ):
-        position = (await handle(idle_api.log, job_id, command, meta=Meta("test"))).events[-1].position
+        position = (
+            (await handle_command(idle_api.event_store, job_id, command, meta=EventMetadata("test")))
+            .events[-1]
+            .position
+        )
     await idle_api.get("/api/events/jobs", position)
     found = await numbers(idle_api)
     assert found["jobledger_events_total", "JobAttemptFailed"] == 1
@@ -93,9 +97,9 @@ async def test_attempts_are_told_by_how_they_ended_and_what_waits_by_its_age(idl
     job_id = await idle_api.submit()
     claim = ClaimJob("worker-1", datetime.now(UTC))
     for command in (claim, FailAttempt("worker-1", 1, Failure(code="BROKEN", message="x"), datetime.now(UTC))):
-        await handle(idle_api.log, job_id, command, meta=Meta("test"))
+        await handle_command(idle_api.event_store, job_id, command, meta=EventMetadata("test"))
     await idle_api.submit()
-    event = await idle_api.until_event(job_id, "JobAttemptFailed")
+    event = await idle_api.wait_for_event(job_id, "JobAttemptFailed")
     await idle_api.get(f"/api/events/jobs/{job_id}", event["position"])
     found = await numbers(idle_api)
     assert found["jobledger_attempts_total", "retried"] == 1
@@ -118,7 +122,7 @@ async def test_appends_are_told_by_how_long_they_took(api: Api) -> None:
 
 async def test_dashboard_and_alerts_ask_for_numbers_that_there_are(api: Api) -> None:
     batch = await api.submit_batch({})
-    await api.until_event(batch["batch_id"], "BatchFinished")
+    await api.wait_for_event(batch["batch_id"], "BatchFinished")
     shown = {line.split("{")[0].split(" ")[0] for line in (await api.get("/metrics")).text.splitlines()}
     dashboard = json.loads((DEPLOY / "grafana" / "jobledger.json").read_text(encoding="utf-8"))
     alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text(encoding="utf-8"))

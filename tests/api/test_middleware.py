@@ -15,9 +15,9 @@ import pytest
 from starlette.responses import PlainTextResponse
 from structlog.testing import capture_logs
 
-from jobledger.api.http.middleware import Buckets, Edge, Observed
-from tests.api.conftest import Api, running_api
-from tests.support.principals import said
+from jobledger.api.http.middleware import HttpOptions, RequestContextMiddleware, TokenBuckets
+from tests.api.conftest import Api, run_api
+from tests.support.principals import principal_header
 
 JOBS, STREAM, STATS = "/api/events/jobs", "/api/ledger/stream", "/api/monitoring/events/stats"
 FRIEND = "https://conference.example.org"
@@ -35,7 +35,7 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
     @asynccontextmanager
     async def running(**sections: dict[str, Any]) -> AsyncIterator[Api]:
         wanted = frozenset({"api", "projector"})
-        async for api in running_api(mongodb_uri, db_name, tmp_path, wanted, **sections):  # type: ignore[arg-type]  # a literal set is a set of str
+        async for api in run_api(mongodb_uri, db_name, tmp_path, wanted, **sections):  # type: ignore[arg-type]  # a literal set is a set of str
             yield api
 
     return running
@@ -85,7 +85,7 @@ async def test_browsers_are_told_to_stay_with_https_where_others_reach_us_by_it(
         await PlainTextResponse("hello")(scope, receive, send)
 
     for https, told in ((True, "max-age=31536000"), (False, None)):
-        transport = httpx.ASGITransport(Observed(app, Edge(https=https)))
+        transport = httpx.ASGITransport(RequestContextMiddleware(app, HttpOptions(is_https=https)))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             assert (await client.get("/")).headers.get("strict-transport-security") == told
 
@@ -168,9 +168,9 @@ async def test_who_asks_too_often_is_told_when_to_come_back_and_others_are_not_k
     said_in_header: None, run: Any
 ) -> None:
     async with run(api={"requests_per_second": 0.1, "burst": 3}) as api:
-        mine = [await api.get(JOBS, **said("alice")) for _ in range(4)]
-        others = await api.get(JOBS, **said("bob"))
-        health = [await api.get("/healthz", **said("alice")) for _ in range(5)]
+        mine = [await api.get(JOBS, **principal_header("alice")) for _ in range(4)]
+        others = await api.get(JOBS, **principal_header("bob"))
+        health = [await api.get("/healthz", **principal_header("alice")) for _ in range(5)]
 
     assert [answer.status_code for answer in mine] == [200, 200, 200, 429]
     assert mine[3].json()["code"] == "too_many_requests"
@@ -181,7 +181,7 @@ async def test_who_asks_too_often_is_told_when_to_come_back_and_others_are_not_k
 
 def test_a_bucket_is_filled_again_as_time_passes_but_never_beyond_its_size() -> None:
     now = 0.0
-    buckets = Buckets(2, 3, clock=lambda: now)
+    buckets = TokenBuckets(2, 3, clock=lambda: now)
     assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
     now = 0.5
     assert [buckets.take("a") for _ in range(2)] == [0, 0.5]
@@ -192,7 +192,7 @@ def test_a_bucket_is_filled_again_as_time_passes_but_never_beyond_its_size() -> 
 def test_buckets_that_are_full_again_take_up_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.api.http.middleware._BUCKETS_KEPT", 10)
     now = 0.0
-    buckets = Buckets(1, 1, clock=lambda: now)
+    buckets = TokenBuckets(1, 1, clock=lambda: now)
     for number in range(10):
         buckets.take(f"a{number}")
     now = 10
@@ -202,17 +202,17 @@ def test_buckets_that_are_full_again_take_up_no_memory(monkeypatch: pytest.Monke
 
 async def test_so_many_live_streams_of_one_user_and_no_more_until_one_is_closed(said_in_header: None, run: Any) -> None:
     async with run(api={"max_streams_per_user": 2}) as api:
-        opened = [api.http.stream("GET", STREAM, headers=said("alice")) for _ in range(2)]
+        opened = [api.http.stream("GET", STREAM, headers=principal_header("alice")) for _ in range(2)]
         for stream in opened:
             assert (await stream.__aenter__()).status_code == 200
-        refused = await api.get(STREAM, **said("alice"))
-        async with api.http.stream("GET", STREAM, headers=said("bob")) as others:
+        refused = await api.get(STREAM, **principal_header("alice"))
+        async with api.http.stream("GET", STREAM, headers=principal_header("bob")) as others:
             assert others.status_code == 200
-        assert (await api.get(JOBS, **said("alice"))).status_code == 200
+        assert (await api.get(JOBS, **principal_header("alice"))).status_code == 200
         await opened.pop().__aexit__(None, None, None)
         async with asyncio.timeout(10):
             while True:  # the server notices a moment later
-                async with api.http.stream("GET", STREAM, headers=said("alice")) as again:
+                async with api.http.stream("GET", STREAM, headers=principal_header("alice")) as again:
                     if again.status_code == 200:
                         break
         await opened.pop().__aexit__(None, None, None)

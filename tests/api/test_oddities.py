@@ -12,14 +12,14 @@ from starlette.routing import Route
 
 from jobledger.api.app import ROUTES
 from jobledger.api.dashboard import pages as dashboard
-from jobledger.api.http.middleware import LIVE
-from jobledger.api.openapi.operations import DOORS
+from jobledger.api.http.middleware import STREAM_PATHS
+from jobledger.api.openapi.operations import OPERATIONS
 from jobledger.api.routes import webhook_echo
-from jobledger.cli.commands.log import then_of
-from jobledger.cli.commands.resource_commands import when
+from jobledger.cli.commands.log import parse_as_of
+from jobledger.cli.commands.resource_commands import parse_time_option
 from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.ledger.domain.timestamps import moment_of
-from tests.api.conftest import Api, running_api
+from jobledger.ledger.domain.timestamps import parse_timestamp
+from tests.api.conftest import Api, run_api
 
 JOBS = "/api/events/jobs"
 FRIEND = "https://conference.example.org"
@@ -44,7 +44,7 @@ async def test_time_without_offset_is_refused_everywhere_and_the_error_shows_it_
             assert answer.status_code == 422, (text, answer.url)
             assert "has no offset" in answer.json()["message"]
             assert "Z, or the local time with its offset" in answer.json()["message"]
-        for option in (lambda it: then_of(it, "--as-of"), lambda it: when(it, "--after")):
+        for option in (lambda it: parse_as_of(it, "--as-of"), lambda it: parse_time_option(it, "--after")):
             with pytest.raises(ConfigurationError, match=r"has no offset from UTC: write 2026-02-01T0\S+Z"):
                 option(text)
 
@@ -54,7 +54,7 @@ async def test_time_with_any_offset_is_taken(idle_api: Api) -> None:
         answer = await idle_api.post(JOBS, {"job_type": "echo", "parameters": {}, "not_before": text})
         assert answer.json()["job"]["due_at"] == "2026-02-01T09:30:00Z"
         assert (await idle_api.http.get(JOBS, params={"created_after": text})).status_code == 200
-        assert then_of(text, "--as-of") == moment_of("2026-02-01T09:30Z")
+        assert parse_as_of(text, "--as-of") == parse_timestamp("2026-02-01T09:30Z")
     lost = await idle_api.get(f"{JOBS}?created_after=2026-02-01T10:30+01:00")
     assert "2026-02-01T10:30%2B01:00" in lost.json()["message"]
 
@@ -62,7 +62,7 @@ async def test_time_with_any_offset_is_taken(idle_api: Api) -> None:
 @pytest.mark.parametrize("text", ["", "x", "20260201", "1770000000", "0001-01-01T00:00+23:59", "2026-13-01T00:00Z"])
 def test_what_is_no_time_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match=r"such as 2026-02-01T09:30:00Z|years 1 to 9999"):
-        moment_of(text)
+        parse_timestamp(text)
 
 
 EVERY_ROUTE = [*ROUTES, *dashboard.ROUTES]
@@ -97,19 +97,19 @@ async def test_query_parameter_unknown_is_refused_by_name_at_every_route_of_the_
         for method in (route.methods or set()) - {"HEAD"}:
             answer = await idle_api.http.request(method, f"{address_of(route, **known)}?colour=red", json={})
             if route.endpoint in (
-                webhook_echo.receive,
-                webhook_echo.listing,
+                webhook_echo.receive_webhook_echo,
+                webhook_echo.list_webhook_echoes,
             ):  # off; the address of a webhook may have any
                 assert answer.status_code == 404
                 continue
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content"), (method, route.path)
-            if DOORS[route.endpoint].body is None:
+            if OPERATIONS[route.endpoint].body is None:
                 assert [it["path"] for it in answer.json()["details"]["errors"]] == ["colour"]
 
 
 async def test_query_parameter_unknown_is_ignored_by_pages_of_the_dashboard(idle_api: Api) -> None:
     for route in dashboard.ROUTES:
-        if route.path not in LIVE and "GET" in (route.methods or ()):
+        if route.path not in STREAM_PATHS and "GET" in (route.methods or ()):
             answer = await idle_api.get(f"{address_of(route)}?colour=red")
             assert answer.status_code in (200, 404), route.path
 
@@ -118,7 +118,7 @@ async def test_query_parameter_min_position_is_taken_by_every_route_that_reads_t
     batch = await idle_api.submit_batch({})
     known = {"batch_id": batch["batch_id"], "job_id": batch["job_ids"][0]}
     for route in ROUTES:
-        if DOORS[route.endpoint].views:
+        if OPERATIONS[route.endpoint].reads_views:
             method = "GET" if "GET" in (route.methods or ()) else "POST"
             address = f"{address_of(route, **known)}?min_position=far"
             answer = await idle_api.http.request(method, address, json=known if method == "POST" else None)
@@ -145,7 +145,7 @@ async def test_compressed_body_is_refused_and_the_answer_says_what_is_accepted(i
 
 async def test_empty_last_event_id_is_none(idle_api: Api) -> None:
     await idle_api.submit()
-    for query, first in (("", await idle_api.log.head()), ("?after=0", 0)):
+    for query, first in (("", await idle_api.event_store.head_position()), ("?after=0", 0)):
         async with (
             asyncio.timeout(10),
             idle_api.http.stream("GET", f"/api/ledger/stream{query}", headers={"Last-Event-ID": ""}) as answer,
@@ -168,7 +168,7 @@ async def test_empty_last_event_id_is_none(idle_api: Api) -> None:
 )
 async def test_preflight_allows_what_clients_send(mongodb_uri: str, db_name: str, tmp_path: Path, names: str) -> None:
     roles = frozenset({"api", "projector"})
-    async for api in running_api(mongodb_uri, db_name, tmp_path, roles, api={"cors_origins": [FRIEND]}):  # type: ignore[arg-type]  # a literal set is a set of str
+    async for api in run_api(mongodb_uri, db_name, tmp_path, roles, api={"cors_origins": [FRIEND]}):  # type: ignore[arg-type]  # a literal set is a set of str
         asks = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": names}
         answer = await api.http.options("/api/ledger/stream", headers={"Origin": FRIEND, **asks})
         assert answer.status_code == 200, answer.text

@@ -14,16 +14,16 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 
 from jobledger.api.app import ROUTES
-from jobledger.api.http.errors import TABLE
+from jobledger.api.http.errors import ERROR_RESPONSES
 from jobledger.api.openapi import document as openapi
-from jobledger.api.openapi.operations import CODES, DOORS
+from jobledger.api.openapi.operations import ERROR_CODES, OPERATIONS
 from jobledger.api.schemas import requests
-from jobledger.workers.registry import processors
+from jobledger.workers.registry import load_processors
 from tests.api.conftest import Api
 
 API = Path(__file__).parents[2] / "api"
-DOCUMENT = openapi.document(ROUTES, {name: processor.Parameters for name, processor in processors().items()})
-OPERATIONS = {
+DOCUMENT = openapi.build_document(ROUTES, {name: processor.Parameters for name, processor in load_processors().items()})
+DOCUMENTED = {
     f"{method.upper()} {path}": operation
     for path, item in DOCUMENT["paths"].items()
     for method, operation in item.items()
@@ -31,9 +31,11 @@ OPERATIONS = {
 
 
 def test_every_route_is_described() -> None:
-    missing = [f"{route.methods} {route.path}" for route in ROUTES if route.endpoint not in DOORS]
+    missing = [f"{route.methods} {route.path}" for route in ROUTES if route.endpoint not in OPERATIONS]
     assert not missing, f"these need an entry in api/openapi/operations.py: {missing}"
-    assert {route.endpoint for route in ROUTES} == set(DOORS), "api/openapi/operations.py describes what is no route"
+    assert {route.endpoint for route in ROUTES} == set(OPERATIONS), (
+        "api/openapi/operations.py describes what is no route"
+    )
 
 
 def codes_raised() -> Iterator[tuple[str, int]]:
@@ -47,18 +49,18 @@ def codes_raised() -> Iterator[tuple[str, int]]:
 
 
 def test_every_code_that_can_be_answered_is_in_the_catalogue_with_its_status_and_in_some_answer() -> None:
-    raised = {*codes_raised(), *((code, status) for _, status, code, _ in TABLE)}
+    raised = {*codes_raised(), *((code, status) for _, status, code, _ in ERROR_RESPONSES)}
     assert raised
-    assert {(code, status) for code, status in raised if CODES.get(code, (None,))[0] != status} == set()
+    assert {(code, status) for code, status in raised if ERROR_CODES.get(code, (None,))[0] != status} == set()
     described = {
         code
-        for operation in OPERATIONS.values()
+        for operation in DOCUMENTED.values()
         for response in operation["responses"].values()
         for code in re.findall(r"^- `(\w+)`", response["description"], re.MULTILINE)
     }
     of_no_operation = {"method_not_allowed", "refused"}
-    assert described == set(CODES) - of_no_operation
-    assert set(CODES) - of_no_operation - {"not_found", "range_not_satisfiable"} <= {code for code, _ in raised}
+    assert described == set(ERROR_CODES) - of_no_operation
+    assert set(ERROR_CODES) - of_no_operation - {"not_found", "range_not_satisfiable"} <= {code for code, _ in raised}
 
 
 def test_the_document_is_valid_openapi_3_1() -> None:
@@ -94,10 +96,10 @@ async def test_the_examples_are_accepted_as_they_stand(idle_api: Api) -> None:
     submitted = await idle_api.post("/api/events/jobs", openapi.EXAMPLES[requests.JobBody])
     batched = await idle_api.post("/api/events/batches", openapi.EXAMPLES[requests.BatchBody])
     job, batch = submitted.headers["location"], batched.headers["location"]
-    updated = await idle_api.http.put(job, json=openapi.EXAMPLES[requests.UpdateBody])
+    updated = await idle_api.http.put(job, json=openapi.EXAMPLES[requests.JobUpdateBody])
     shared = await idle_api.http.put(batch, json=openapi.EXAMPLES[requests.BatchUpdateBody])
     cancelled = await idle_api.post(f"{job}/cancel", openapi.EXAMPLES[requests.ReasonBody])
-    restarted = await idle_api.post(f"{job}/restart", openapi.EXAMPLES[requests.RestartBody])
+    restarted = await idle_api.post(f"{job}/restart", openapi.EXAMPLES[requests.JobRestartBody])
     again = await idle_api.post(f"{batch}/restart", openapi.EXAMPLES[requests.BatchRestartBody])
 
     answers = (submitted, batched, updated, shared, cancelled, restarted, again)
@@ -107,7 +109,7 @@ async def test_the_examples_are_accepted_as_they_stand(idle_api: Api) -> None:
 
 
 def test_what_goes_without_saying_is_said() -> None:
-    submit = OPERATIONS["POST /api/events/jobs"]
+    submit = DOCUMENTED["POST /api/events/jobs"]
     assert {"400", "401", "403", "409", "413", "415", "422", "429", "500", "503"} <= submit["responses"].keys()
     assert submit["responses"]["202"]["headers"].keys() == {
         "X-Request-ID",
@@ -117,16 +119,16 @@ def test_what_goes_without_saying_is_said() -> None:
     }
     assert {parameter["name"] for parameter in submit["parameters"]} == {"Prefer", "Idempotency-Key"}
     assert submit["requestBody"]["required"]
-    assert not OPERATIONS["POST /api/events/jobs/{job_id}/cancel"]["requestBody"]["required"]
+    assert not DOCUMENTED["POST /api/events/jobs/{job_id}/cancel"]["requestBody"]["required"]
     assert "Retry-After" in submit["responses"]["503"]["headers"]
-    changed = OPERATIONS["PUT /api/events/jobs/{job_id}"]
+    changed = DOCUMENTED["PUT /api/events/jobs/{job_id}"]
     assert "If-Match" in {parameter["name"] for parameter in changed["parameters"]}
     assert "version_changed" in changed["responses"]["412"]["description"]
-    listed = {parameter["name"]: parameter for parameter in OPERATIONS["GET /api/events/jobs"]["parameters"]}
+    listed = {parameter["name"]: parameter for parameter in DOCUMENTED["GET /api/events/jobs"]["parameters"]}
     assert listed["limit"]["schema"] == {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}
     assert listed["cursor"]["schema"] == {"type": "string"}
     assert "null" not in str(listed)
-    assert OPERATIONS["GET /healthz"]["security"] == []
+    assert DOCUMENTED["GET /healthz"]["security"] == []
 
 
 async def test_the_document_and_the_page_are_served_and_not_again_to_who_has_them(idle_api: Api) -> None:
@@ -143,7 +145,7 @@ async def test_the_page_shows_everything_and_loads_nothing(idle_api: Api) -> Non
     answer = await idle_api.get("/api/docs")
     text = answer.text
 
-    for operation in OPERATIONS.values():
+    for operation in DOCUMENTED.values():
         assert f'id="{operation["operationId"]}"' in text
     for name in DOCUMENT["components"]["schemas"]:
         assert f'id="{name}"' in text

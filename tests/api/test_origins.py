@@ -10,7 +10,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from jobledger.api.http.middleware import KnownHosts, origin_of
+from jobledger.api.http.middleware import HostOriginMiddleware, parse_origin
 
 NAMES: Final = ("localhost", "127.0.0.1", "[::1]", "ledger.example.org")
 FRIEND: Final = "https://cms.example.org"
@@ -23,7 +23,9 @@ async def status_of(
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await PlainTextResponse("hello")(scope, receive, send)
 
-    hosts = KnownHosts(app, NAMES, public_origin=public, origins=[FRIEND], cookie="jobledger")
+    hosts = HostOriginMiddleware(
+        app, NAMES, public_origin=public, cors_origins=[FRIEND], session_cookie_name="jobledger"
+    )
     transport = httpx.ASGITransport(hosts)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:5001") as client:
         return (await client.request(method, path, headers=dict(headers))).status_code
@@ -102,7 +104,7 @@ async def test_two_origins_are_refused() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await PlainTextResponse("hello")(scope, receive, send)
 
-    transport = httpx.ASGITransport(KnownHosts(app, NAMES))
+    transport = httpx.ASGITransport(HostOriginMiddleware(app, NAMES))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:5001") as client:
         ours = ("Origin", "http://localhost:5001")
         answer = await client.post("/", headers=[ours, ("Origin", "http://evil.example")])
@@ -111,6 +113,6 @@ async def test_two_origins_are_refused() -> None:
 
 
 def test_origin_of_url_has_scheme_host_and_port() -> None:
-    assert origin_of("https://Ledger.example.org/tools") == "https://ledger.example.org:443"
-    assert origin_of("http://[::1]:5001") == "http://[::1]:5001"
-    assert origin_of("null") is None
+    assert parse_origin("https://Ledger.example.org/tools") == "https://ledger.example.org:443"
+    assert parse_origin("http://[::1]:5001") == "http://[::1]:5001"
+    assert parse_origin("null") is None

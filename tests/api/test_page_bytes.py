@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from jobledger.projections.views import jobs
-from jobledger.projections.views.list_index import PAGE_BYTES
+from jobledger.projections.views.list_index import MAX_PAGE_BYTES
 from tests.api.conftest import Api
 
-LARGEST_ANSWER = 3 * PAGE_BYTES
+LARGEST_ANSWER = 3 * MAX_PAGE_BYTES
 """One item more than fits is not sent; one that is larger than a page alone is."""
 
 
@@ -20,7 +20,7 @@ async def pages(api: Api, path: str, name: str, **query: Any) -> list[list[dict[
     found: list[list[dict[str, Any]]] = []
     cursor: dict[str, Any] = {}
     while True:
-        answer = await api.http.get(path, params={**query, **cursor}, headers=api.who)
+        answer = await api.http.get(path, params={**query, **cursor}, headers=api.principal_headers)
         assert answer.status_code == 200, answer.text[:300]
         assert len(answer.content) < LARGEST_ANSWER
         content = answer.json()
@@ -34,7 +34,7 @@ async def pages(api: Api, path: str, name: str, **query: Any) -> list[list[dict[
 async def test_large_fields_are_left_out_of_lists_and_there_in_the_job(idle_api: Api) -> None:
     ids = [await idle_api.submit({"text": "x" * 3_000_000, "track": "Main"}) for _ in range(4)]
     small = await idle_api.submit({"track": "Main"})
-    head = await idle_api.log.head()
+    head = await idle_api.event_store.head_position()
     [listed] = await pages(idle_api, "/api/events/jobs", "jobs", min_position=head)
     assert [job["job_id"] for job in listed] == [small, *reversed(ids)]
     for job in listed[1:]:
@@ -50,7 +50,7 @@ async def test_large_fields_are_left_out_of_lists_and_there_in_the_job(idle_api:
 
 async def test_every_field_that_can_be_large_is_left_out(idle_api: Api) -> None:
     job_id = await idle_api.submit()
-    await idle_api.get("/api/events/jobs", await idle_api.log.head())
+    await idle_api.get("/api/events/jobs", await idle_api.event_store.head_position())
     large = {
         "parameters": {"text": "x" * 20_000},
         "error": {"code": "X", "message": "m" * 20_000, "details": {}},
@@ -66,10 +66,10 @@ async def test_every_field_that_can_be_large_is_left_out(idle_api: Api) -> None:
     }
     await idle_api.db.jobs.update_one({"_id": job_id}, {"$set": large})
     [[job]] = await pages(idle_api, "/api/events/jobs", "jobs")
-    assert sorted(job["omitted"]) == sorted(jobs.LARGE_FIELDS)
+    assert sorted(job["omitted"]) == sorted(jobs.OMITTABLE_FIELDS)
     assert job["results"]["markdown_url"] == "/api/events/files/a.md"
     assert job["results"]["metadata"] == {"processed_at": None, "duration": 1.5, "tokens_used": 3, "warnings": []}
-    [[job]] = await pages(idle_api, "/api/events/jobs", "jobs", include=",".join(jobs.LARGE_FIELDS))
+    [[job]] = await pages(idle_api, "/api/events/jobs", "jobs", include=",".join(jobs.OMITTABLE_FIELDS))
     assert "omitted" not in job
     assert {name: job[name] for name in large} == large
     answer = await idle_api.get("/api/events/jobs?include=everything")
@@ -80,7 +80,7 @@ async def test_lists_of_many_medium_items_end_by_bytes(idle_api: Api) -> None:
     given = {"text": "x" * 14_000}
     batch = await idle_api.submit_batch(*[given] * 400, parameters={"more": "y" * 100})
     large = await idle_api.submit_batch({}, {}, parameters={"text": "x" * 2_000_000})
-    head = await idle_api.log.head()
+    head = await idle_api.event_store.head_position()
     every = [job["job_id"] for job in (await idle_api.get("/api/events/jobs?limit=1", head)).json()["jobs"]]
     assert every
     path = f"/api/events/batches/{batch['batch_id']}/jobs"
@@ -117,7 +117,7 @@ async def test_pages_of_events_end_by_bytes(idle_api: Api, path: str) -> None:
 
 async def test_pages_of_the_dashboard_show_large_jobs(idle_api: Api) -> None:
     ids = [await idle_api.submit({"text": "x" * 3_000_000}, job_name="Large") for _ in range(3)]
-    await idle_api.get("/api/events/jobs", await idle_api.log.head())
+    await idle_api.get("/api/events/jobs", await idle_api.event_store.head_position())
     pages_of = ("/monitoring/events/jobs", "/monitoring/events", f"/monitoring/events/jobs/{ids[0]}")
     for answer in await asyncio.gather(*(idle_api.get(path) for path in pages_of)):
         assert answer.status_code == 200

@@ -12,7 +12,7 @@ from pydantic import BaseModel, field_validator
 
 from jobledger.api.http.errors import ApiError
 from jobledger.api.submission import parameters
-from jobledger.api.submission.parameters import Check, ParametersValidator
+from jobledger.api.submission.parameters import ParameterCheck, ParameterValidator
 
 
 class Slow(BaseModel):
@@ -33,21 +33,21 @@ class Quick(BaseModel):
     text: str
 
 
-def check(job_type: str, model: type[BaseModel], content: dict[str, Any]) -> Check:
-    return Check(job_type, model, content, ("parameters",))
+def check(job_type: str, model: type[BaseModel], content: dict[str, Any]) -> ParameterCheck:
+    return ParameterCheck(job_type, model, content, ("parameters",))
 
 
 SLOW, QUICK = check("slow", Slow, {"text": ""}), check("quick", Quick, {"text": ""})
 
 
 @pytest.fixture
-async def validator() -> AsyncIterator[ParametersValidator]:
-    made = ParametersValidator(seconds=60)
+async def validator() -> AsyncIterator[ParameterValidator]:
+    made = ParameterValidator(seconds=60)
     yield made
     await made.close()
 
 
-async def test_slow_validators_hold_up_no_other_job_type(validator: ParametersValidator) -> None:
+async def test_slow_validators_hold_up_no_other_job_type(validator: ParameterValidator) -> None:
     slow = [asyncio.create_task(validator.check([SLOW])) for _ in range(4)]
     await asyncio.sleep(0.1)
     try:
@@ -63,7 +63,7 @@ async def test_slow_validators_hold_up_no_other_job_type(validator: ParametersVa
 
 
 async def test_no_batch_is_validated_for_longer_than_the_limit(
-    validator: ParametersValidator, monkeypatch: pytest.MonkeyPatch
+    validator: ParameterValidator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parameters, "_MOST_SECONDS", 0.1)
     with pytest.raises(ApiError, match="job type slow took longer") as raised:

@@ -10,10 +10,10 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 
-from jobledger.projections.views.files import results_behind
-from tests.api.conftest import Api, running_api
-from tests.support.path_proxy import path_proxy
-from tests.support.receiver import receiver
+from jobledger.projections.views.files import prefix_result_urls
+from tests.api.conftest import Api, run_api
+from tests.support.path_proxy import run_path_proxy
+from tests.support.receiver import run_webhook_endpoint
 
 PREFIX = "/tools/jobs"
 ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}
@@ -24,10 +24,10 @@ async def test_addresses_in_answers_lead_through_the_proxy(
     mongodb_uri: str, db_name: str, tmp_path: Path, strips: bool
 ) -> None:
     port: list[int] = []
-    async with path_proxy(port, PREFIX, strips=strips) as proxied:
+    async with run_path_proxy(port, PREFIX, strip_prefix=strips) as proxied:
         base = f"http://127.0.0.1:{proxied}{PREFIX}"
         settings = {"public_url": f"{base}/", "port": free_port(port)}
-        async for api in running_api(
+        async for api in run_api(
             mongodb_uri, db_name, tmp_path, api=settings, webhooks={"allow_private": ["127.0.0.1"]}
         ):
             async with httpx.AsyncClient(timeout=30, trust_env=False, headers={"Connection": "close"}) as client:
@@ -86,12 +86,12 @@ async def _follow_addresses(client: httpx.AsyncClient, base: str) -> None:
 
 
 async def _follow_addresses_of_webhooks(client: httpx.AsyncClient, base: str) -> None:
-    async with receiver() as cms:
+    async with run_webhook_endpoint() as cms:
         job = {**ECHO, "webhook": {"url": cms.url()}}
         batch = {"jobs": [job], "webhook": {"url": cms.url("/batch")}}
         assert (await client.post(f"{base}/api/events/batches", json=batch)).status_code == 202
-        await cms.until(2)
-        bodies = [request.body.decode() for request in cms.received]
+        await cms.wait_for_requests(2)
+        bodies = [request.body.decode() for request in cms.requests]
     found = [
         urljoin(base, address) for body in bodies for address in re.findall(r'"((?:http:/)?/[^"]*/api/[^"]+)"', body)
     ]
@@ -103,13 +103,13 @@ async def _follow_addresses_of_webhooks(client: httpx.AsyncClient, base: str) ->
 
 def test_results_behind_proxy_have_its_path_in_every_address() -> None:
     results = {"markdown_url": "/api/a.md", "assets": [{"path": "b", "url": "/api/b"}], "files": []}
-    assert results_behind("/p", results) == {
+    assert prefix_result_urls("/p", results) == {
         "markdown_url": "/p/api/a.md",
         "assets": [{"path": "b", "url": "/p/api/b"}],
         "files": [],
     }
-    assert results_behind("", results) == results
-    assert results_behind("/p", {**results, "markdown_url": None})["markdown_url"] is None
+    assert prefix_result_urls("", results) == results
+    assert prefix_result_urls("/p", {**results, "markdown_url": None})["markdown_url"] is None
 
 
 async def test_redirects_stay_relative_without_a_public_url(idle_api: Api) -> None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from pymongo import MongoClient
 
-from tests.support.installation import Installation, Role
+from tests.support.installation import Installation, RunningCommand
 
 JSON = {"Content-Type": "application/json"}
 JOBS, BATCHES = "/api/events/jobs", "/api/events/batches"
@@ -21,7 +21,7 @@ LARGEST_BODY = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Role]:
+def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCommand]:
     """One installation for all tests here, which is fair because none of them may change anything.
 
     At the end nothing has been written, and no fault is in the log.
@@ -32,7 +32,7 @@ def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         mongodb={"uri": mongodb_uri, "db_name": name},
         api={"port": 0, "max_body_bytes": LARGEST_BODY},
     ) as installation:
-        role = installation.start("api").ready()
+        role = installation.start("api").wait_until_ready()
         yield role
         ended = role.stop()
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
@@ -45,7 +45,7 @@ def role(mongodb_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def client(role: Role) -> Iterator[httpx.Client]:
+def client(role: RunningCommand) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=role.url, timeout=20, trust_env=False) as client:
         yield client
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.api.conftest import Api
-from tests.support.principals import said
+from tests.support.principals import principal_header
 
 JOB = {"job_type": "echo", "parameters": {"text": "once"}}
 KEY = {"Idempotency-Key": "6a0c2a5e-once"}
@@ -19,7 +19,7 @@ async def test_the_same_submission_makes_one_job_and_is_answered_alike(idle_api:
     assert (first.status_code, again.status_code) == (202, 202)
     assert again.json() == first.json()
     assert again.headers["ledger-position"] == first.headers["ledger-position"]
-    assert await idle_api.log.head() == 1
+    assert await idle_api.event_store.head_position() == 1
 
 
 async def test_twenty_at_the_same_time_make_one_job(idle_api: Api) -> None:
@@ -27,7 +27,7 @@ async def test_twenty_at_the_same_time_make_one_job(idle_api: Api) -> None:
 
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.json()["job_id"] for answer in answers}) == 1
-    assert [event.type for event in await idle_api.log.read()].count("JobSubmitted") == 1
+    assert [event.type for event in await idle_api.event_store.read()].count("JobSubmitted") == 1
 
 
 async def test_twenty_batches_at_the_same_time_are_one_batch(idle_api: Api) -> None:
@@ -41,7 +41,7 @@ async def test_twenty_batches_at_the_same_time_are_one_batch(idle_api: Api) -> N
     position = answers[0].headers["ledger-position"]
     jobs = (await idle_api.get(f"/api/events/batches/{first['batch_id']}/jobs", position)).json()
     assert (jobs["total"], {job["job_id"] for job in jobs["jobs"]}) == (3, set(first["job_ids"]))
-    assert [event.type for event in await idle_api.log.read()].count("JobSubmitted") == 3
+    assert [event.type for event in await idle_api.event_store.read()].count("JobSubmitted") == 3
 
 
 @pytest.mark.parametrize("path", ["jobs", "batches"])
@@ -62,17 +62,17 @@ async def test_the_order_of_names_in_the_body_makes_no_other_request(idle_api: A
 
 async def test_a_restart_that_is_repeated_restarts_once(api: Api) -> None:
     job_id = await api.submit()
-    await api.ended(job_id)
+    await api.wait_until_finished(job_id)
 
     first = await api.post(f"/api/events/jobs/{job_id}/restart", {"reason": "again"}, **KEY)
-    await api.until_event(job_id, "JobRestarted")
-    await api.ended(job_id)
+    await api.wait_for_event(job_id, "JobRestarted")
+    await api.wait_until_finished(job_id)
     again = await api.post(f"/api/events/jobs/{job_id}/restart", {"reason": "again"}, **KEY)
 
     assert first.status_code == again.status_code == 200
     assert again.json() == first.json()
     assert again.json()["job"]["status"] == "pending", "the answer is the first one, whatever has happened since"
-    restarts = [event for event in await api.log.read_stream(job_id) if event.type == "JobRestarted"]
+    restarts = [event for event in await api.event_store.read_stream(job_id) if event.type == "JobRestarted"]
     assert len(restarts) == 1
     other = await api.post(f"/api/events/jobs/{job_id}/restart", {"reason": "other"}, **KEY)
     assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
@@ -85,7 +85,7 @@ async def test_restarts_at_the_same_time_with_one_key_all_succeed(idle_api: Api)
     answers = await asyncio.gather(*(idle_api.post(f"/api/events/jobs/{job_id}/restart", **KEY) for _ in range(10)))
 
     assert {answer.status_code for answer in answers} == {200}
-    assert [event.type for event in await idle_api.log.read_stream(job_id)].count("JobRestarted") == 1
+    assert [event.type for event in await idle_api.event_store.read_stream(job_id)].count("JobRestarted") == 1
 
 
 async def test_a_batch_restart_that_is_repeated_restarts_no_job_twice(idle_api: Api) -> None:
@@ -124,8 +124,8 @@ async def test_a_batch_cancel_or_archive_that_is_repeated_touches_no_job_again(i
 
 
 async def test_another_user_with_the_same_key_is_another_request(header_api: Api) -> None:
-    mine = await header_api.post("/api/events/jobs", JOB, **KEY, **said("alice"))
-    theirs = await header_api.post("/api/events/jobs", JOB, **KEY, **said("bob"))
+    mine = await header_api.post("/api/events/jobs", JOB, **KEY, **principal_header("alice"))
+    theirs = await header_api.post("/api/events/jobs", JOB, **KEY, **principal_header("bob"))
     assert mine.json()["job_id"] != theirs.json()["job_id"]
     assert theirs.json()["job"]["user_id"] == "bob"
 

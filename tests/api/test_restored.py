@@ -10,11 +10,11 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.api.app import ROUTES
-from jobledger.cli.view_maintenance import rebuilt
+from jobledger.cli.view_maintenance import rebuild_views
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store import transfer
-from tests.api.conftest import Api, running_api
-from tests.support.receiver import receiver
+from tests.api.conftest import Api, run_api
+from tests.support.receiver import run_webhook_endpoint
 
 NOT_FROM_THE_LOG = {
     "/metrics",
@@ -57,13 +57,13 @@ async def test_every_route_answers_as_before(
     known: dict[str, str] = {}
     before, after = dict[str, tuple[int, bytes]](), dict[str, tuple[int, bytes]]()
     counted: list[dict[str, Any]] = []
-    async with receiver() as cms:
-        async for api in running_api(mongodb_uri, db_name, tmp_path, webhooks={"allow_private": ["127.0.0.1"]}):
+    async with run_webhook_endpoint() as cms:
+        async for api in run_api(mongodb_uri, db_name, tmp_path, webhooks={"allow_private": ["127.0.0.1"]}):
             batch = await api.submit_batch({"text": "one", "track": "A"}, {"fail": "always"})
             single = await api.submit({"text": "Grüße"}, webhook={"url": cms.url()})
-            await api.until_event(batch["batch_id"], "BatchFinished")
-            [told] = await cms.until(1)
-            last = await api.until_event(told.webhook_id, "DeliverySucceeded")
+            await api.wait_for_event(batch["batch_id"], "BatchFinished")
+            [told] = await cms.wait_for_requests(1)
+            last = await api.wait_for_event(told.webhook_id, "DeliverySucceeded")
             job = (await api.get(f"/api/events/jobs/{single}", last["position"])).json()["job"]
             known = {
                 "job_id": single,
@@ -73,11 +73,11 @@ async def test_every_route_answers_as_before(
             }
             before = await answers(api, known)
             counted.append((await api.get("/api/monitoring/events/stats")).json()["stats"])
-            await transfer.export(api.log, tmp_path / "log.ndjson.zst")
+            await transfer.export_log(api.event_store, tmp_path / "log.ndjson.zst")
     async with restored.client() as client:
-        await transfer.import_(client[restored.db_name], [tmp_path / "log.ndjson.zst"])
-    await rebuilt(restored, told=lambda position, upto: None)
-    async for api in running_api(mongodb_uri, restored.db_name, tmp_path, frozenset({"api", "projector"})):
+        await transfer.import_log(client[restored.db_name], [tmp_path / "log.ndjson.zst"])
+    await rebuild_views(restored, on_progress=lambda position, upto: None)
+    async for api in run_api(mongodb_uri, restored.db_name, tmp_path, frozenset({"api", "projector"})):
         after = await answers(api, known)
         counted.append((await api.get("/api/monitoring/events/stats")).json()["stats"])
     assert len(before) > 15

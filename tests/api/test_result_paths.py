@@ -12,25 +12,25 @@ import pytest
 from hypothesis import find, settings
 
 from jobledger.ledger.domain.commands import Delete, SubmitJob
-from jobledger.ledger.domain.events import JobSubmitted, Meta
-from jobledger.ledger.store.command_handler import handle, new_job_id
-from jobledger.workers.processor import Job, Results
+from jobledger.ledger.domain.events import EventMetadata, JobSubmitted
+from jobledger.ledger.store.command_handler import handle_command, new_job_id
+from jobledger.workers.processor import JobContext, Results
 from tests.api.conftest import Api
 from tests.api.test_files import FILES, add_file
-from tests.workers.inline import install
+from tests.workers.inline import install_processor
 from tests.workers.test_result_paths import PATHS, VALID, accepted
 
 SAMPLES = 120
 
 
-async def save_all(job: Job) -> Results:
+async def save_all(job: JobContext) -> Results:
     saved = [await job.save(path, path.encode(), "text/plain") for path in job.parameters.model_dump()["paths"]]
     return Results(assets=saved)
 
 
 @pytest.fixture
 def job_type(monkeypatch: pytest.MonkeyPatch) -> str:
-    install(monkeypatch, save_all)
+    install_processor(monkeypatch, save_all)
     return "test"
 
 
@@ -50,8 +50,8 @@ def some_accepted_paths() -> list[str]:
 async def test_accepted_paths_are_fetched_under_their_urls_and_are_in_the_archive(job_type: str, api: Api) -> None:
     paths = await asyncio.to_thread(some_accepted_paths)
     job_id, job = new_job_id(), JobSubmitted(job_type=job_type, user_id="local", parameters={"paths": paths})
-    await handle(api.log, job_id, SubmitJob(job), meta=Meta("test"))
-    results = (await api.ended(job_id))["results"]
+    await handle_command(api.event_store, job_id, SubmitJob(job), meta=EventMetadata("test"))
+    results = (await api.wait_until_finished(job_id))["results"]
     assert [file["path"] for file in results["files"]] == paths
 
     fetched = await asyncio.gather(*(api.http.get(asset["url"]) for asset in results["assets"]))
@@ -81,6 +81,8 @@ async def test_jobs_of_an_older_log_with_one_path_keep_their_files(idle_api: Api
         archive = await idle_api.http.get(f"/api/events/jobs/{row['job_id']}/download-archive")
         with ZipFile(io.BytesIO(archive.content)) as unpacked:
             assert [unpacked.read(name) for name in unpacked.namelist()] == [content]
-        recorded = (await handle(idle_api.log, row["job_id"], Delete("local"), meta=Meta("test"))).events
+        recorded = (
+            await handle_command(idle_api.event_store, row["job_id"], Delete("local"), meta=EventMetadata("test"))
+        ).events
         await idle_api.get("/api/monitoring/events/stats", recorded[-1].position)
     assert (await idle_api.http.get(FILES + "same/a.md")).status_code == 404

@@ -15,11 +15,11 @@ import pytest
 
 from jobledger.api.auth import api_keys
 from jobledger.api.auth import browser_sessions as sessions
-from jobledger.api.auth.api_keys import KeyText
+from jobledger.api.auth.api_keys import ApiKeyToken
 from jobledger.cli.commands.keys import new_key
 from jobledger.ledger.mongo.connection import Database
-from tests.api.conftest import Api, running_api
-from tests.support.tokens import SECRET, token
+from tests.api.conftest import Api, run_api
+from tests.support.tokens import SECRET, make_token
 
 SIGN_IN, SIGN_OUT, JOBS = "/monitoring/events/sign-in", "/monitoring/events/sign-out", "/api/events/jobs"
 SOON_SECONDS = 5.0
@@ -35,15 +35,15 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
         auth: dict[str, Any] = {"mode": mode, **sections.pop("auth", {})}
         if mode == "jwt":
             auth["jwt"] = {"secret_file": str(tmp_path / "secret"), "leeway_seconds": 0, **auth.get("jwt", {})}
-        async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api"}), auth=auth, **sections):
+        async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"}), auth=auth, **sections):
             yield api
 
     return running
 
 
-async def key_for(db: Database, user: str = "alice", expires_in: str | None = None) -> KeyText:
+async def key_for(db: Database, user: str = "alice", expires_in: str | None = None) -> ApiKeyToken:
     key, text = new_key(user=user, groups=["editors"], roles=[], name=None, expires_in=expires_in)
-    await api_keys.store(db, key)
+    await api_keys.store_key(db, key)
     return text
 
 
@@ -75,7 +75,7 @@ async def until_refused(api: Api, cookie: str) -> None:
 @pytest.mark.parametrize("mode", ["keys", "jwt"])
 async def test_cookie_is_a_random_id_that_acts_as_its_user_until_sign_out(run: Any, mode: str) -> None:
     async with run(mode) as api:
-        credential = str(await key_for(api.db)) if mode == "keys" else token(groups=["editors"])
+        credential = str(await key_for(api.db)) if mode == "keys" else make_token(groups=["editors"])
         answer = await signed_in(api, credential)
         cookie = answer.cookies["jobledger"]
         [stored] = await api.db.sessions.find().to_list()
@@ -129,25 +129,25 @@ async def test_session_ends_with_its_key_and_by_command(run: Any) -> None:
         first, second = [(await signed_in(api, text)).cookies["jobledger"] for _ in range(2)]
         other = (await signed_in(api, await key_for(api.db, "bob"))).cookies["jobledger"]
         assert [await status(api, it) for it in (first, second, other)] == [200, 200, 200]
-        assert (await sessions.counted(api.db))[sessions.owner_of(key_id=text.key_id)] == 2
-        assert await sessions.end_all(api.db, sessions.owner_of(key_id=text.key_id)) == 2
+        assert (await sessions.count_sessions(api.db))[sessions.get_session_owner(key_id=text.key_id)] == 2
+        assert await sessions.end_sessions(api.db, sessions.get_session_owner(key_id=text.key_id)) == 2
         await until_refused(api, first)
         third = (await signed_in(api, text)).cookies["jobledger"]
-        await api_keys.revoke(api.db, text.key_id)
+        await api_keys.revoke_key(api.db, text.key_id)
         await until_refused(api, third)
         assert await status(api, other) == 200
 
 
 async def test_session_ends_when_its_token_expires_and_not_later(run: Any) -> None:
     async with run("jwt") as api:
-        answer = await signed_in(api, token(exp=int(time.time()) + 3))
+        answer = await signed_in(api, make_token(exp=int(time.time()) + 3))
         assert await status(api, answer.cookies["jobledger"]) == 200
         await until_refused(api, answer.cookies["jobledger"])
 
 
 async def test_session_of_other_settings_opens_nothing(run: Any) -> None:
     async with run("jwt") as api:
-        cookie = (await signed_in(api, token())).cookies["jobledger"]
+        cookie = (await signed_in(api, make_token())).cookies["jobledger"]
         assert await status(api, cookie) == 200
     async with run("jwt", auth={"admins": ["bob"]}) as api:
         assert await status(api, cookie) == 401

@@ -19,14 +19,24 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from jobledger.api.auth import api_keys as keys
-from jobledger.api.auth.api_keys import ApiKey, KeyText
-from jobledger.api.auth.jwks import KeysAt, public_key
+from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
+from jobledger.api.auth.jwks import JwksKeySource, load_public_key
 from jobledger.api.http.errors import ApiError
 from jobledger.cli.commands.keys import new_key
 from jobledger.cli.composition import Role
 from jobledger.ledger.domain.errors import ConfigurationError
-from tests.api.conftest import Api, running_api
-from tests.support.tokens import ELLIPTIC, OTHER, PRIVATE, SECRET, Issuer, jwk, pem, serving, token
+from tests.api.conftest import Api, run_api
+from tests.support.tokens import (
+    EC_KEY,
+    OTHER_RSA_KEY,
+    RSA_KEY,
+    SECRET,
+    JwksServer,
+    make_token,
+    public_key_jwk,
+    public_key_pem,
+    serve_jwks,
+)
 
 JOBS, STATS = "/api/events/jobs", "/api/monitoring/events/stats"
 ECHO: dict[str, Any] = {"job_type": "echo", "parameters": {}}
@@ -42,7 +52,7 @@ class Place:
 
     @asynccontextmanager
     async def api(self, mode: str, **auth: Any) -> AsyncIterator[Api]:
-        running = running_api(*self._where, API_ONLY, auth={"mode": mode, **auth})
+        running = run_api(*self._where, API_ONLY, auth={"mode": mode, **auth})
         async for api in running:
             yield api
 
@@ -97,19 +107,19 @@ def refused(answer: httpx.Response, code: str = "bad_credentials") -> str:
     return str(content["message"])
 
 
-async def made(api: Api, **more: Any) -> KeyText:
+async def made(api: Api, **more: Any) -> ApiKeyToken:
     """Make a key for alice and return what she has to send, once it opens."""
     key, text = new_key(**{"user": "alice", "groups": (), "roles": (), "name": None, "expires_in": None, **more})
     await stored(api, key, text)
     return text
 
 
-async def stored(api: Api, key: ApiKey, text: KeyText) -> None:
-    await keys.store(api.db, key)
+async def stored(api: Api, key: ApiKey, text: ApiKeyToken) -> None:
+    await keys.store_key(api.db, key)
     await until_answer(api, text, 200)
 
 
-async def until_answer(api: Api, text: KeyText, status: int) -> None:
+async def until_answer(api: Api, text: ApiKeyToken, status: int) -> None:
     async with asyncio.timeout(5):
         # The change stream tells the API, and nobody but the API can tell us that it has heard of it.
         while (await api.http.get(JOBS, headers=bearer(text))).status_code != status:
@@ -143,7 +153,7 @@ async def test_a_key_works_in_a_process_that_starts_after_it_was_made(place: Pla
 async def test_a_revoked_key_stops_working_at_once_and_others_go_on(place: Place) -> None:
     async with place.api("keys") as api:
         text, other = await made(api), await made(api)
-        assert await keys.revoke(api.db, text.key_id)
+        assert await keys.revoke_key(api.db, text.key_id)
         await until_answer(api, text, 401)
         refused(await api.http.get(JOBS, headers=bearer(text)))
         assert (await api.http.get(JOBS, headers=bearer(other))).status_code == 200
@@ -174,13 +184,13 @@ async def test_whatever_is_wrong_with_a_key_the_answer_is_the_same(place: Place)
     async with place.api("keys") as api:
         good = await made(api)
         key, expired = new_key(user="alice", groups=(), roles=("admin",), name=None, expires_in=None)
-        await keys.store(api.db, key.model_copy(update={"expires_at": datetime.now(UTC) - timedelta(seconds=1)}))
+        await keys.store_key(api.db, key.model_copy(update={"expires_at": datetime.now(UTC) - timedelta(seconds=1)}))
         later = await made(api)  # by when the API has heard of it, it has heard of the one before
         wrong = {
             "expired": expired,
-            "unknown": KeyText.new(),
-            "another's secret": KeyText(good.key_id, later.secret),
-            "nearly the secret": KeyText(good.key_id, good.secret[:-1] + ("A" if good.secret[-1] != "A" else "B")),
+            "unknown": ApiKeyToken.generate(),
+            "another's secret": ApiKeyToken(good.key_id, later.secret),
+            "nearly the secret": ApiKeyToken(good.key_id, good.secret[:-1] + ("A" if good.secret[-1] != "A" else "B")),
             "shortened": str(good)[:-1],
             "lengthened": f"{good}x",
             "without a secret": f"jl_{good.key_id}_",
@@ -226,7 +236,7 @@ async def test_the_database_holds_no_secret(place: Place) -> None:
     ids=str,
 )
 async def test_a_document_that_is_no_key_opens_nothing_and_stops_nobody(place: Place, document: dict[str, Any]) -> None:
-    text = KeyText.new()
+    text = ApiKeyToken.generate()
     whole = {"_id": text.key_id, "sha256": text.digest, "user_id": "alice", "created_at": datetime.now(UTC)}
     async with place.api("keys") as api:
         await api.db.api_keys.insert_one({**whole, **document} if document else {"_id": text.key_id})
@@ -249,22 +259,22 @@ async def test_a_key_that_somebody_changes_by_hand_opens_nothing(place: Place) -
 
 async def test_a_token_says_who_it_is_and_in_which_groups_and_roles(place: Place) -> None:
     async with place.api("jwt", **place.jwt()) as api:
-        alice = bearer(token(groups=["ops", "team-web", " "], roles=["author", "offline_access"]))
+        alice = bearer(make_token(groups=["ops", "team-web", " "], roles=["author", "offline_access"]))
         assert await who(api, alice) == ("alice", ["team-ops", "team-web"])
         assert not await is_admin(api, alice)
         assert not await is_monitor(api, alice)
-        assert await is_admin(api, bearer(token(roles=["admin"])))
-        assert await is_monitor(api, bearer(token(roles="monitor")))
-        assert await who(api, bearer(token(groups="ops"))) == ("alice", ["team-ops"])
+        assert await is_admin(api, bearer(make_token(roles=["admin"])))
+        assert await is_monitor(api, bearer(make_token(roles="monitor")))
+        assert await who(api, bearer(make_token(groups="ops"))) == ("alice", ["team-ops"])
 
 
 async def test_who_has_a_role_can_be_said_in_the_settings_by_user_and_by_group(place: Place) -> None:
     async with place.api("jwt", **place.jwt(), admins=["ann", "team-ops"], monitors=["mona"]) as api:
-        assert await is_admin(api, bearer(token(sub="ann")))
-        assert await is_admin(api, bearer(token(groups=["ops"])))
-        assert not await is_admin(api, bearer(token(sub="mona", groups=["ann"])))
-        assert await is_monitor(api, bearer(token(sub="mona")))
-        assert not await is_monitor(api, bearer(token()))
+        assert await is_admin(api, bearer(make_token(sub="ann")))
+        assert await is_admin(api, bearer(make_token(groups=["ops"])))
+        assert not await is_admin(api, bearer(make_token(sub="mona", groups=["ann"])))
+        assert await is_monitor(api, bearer(make_token(sub="mona")))
+        assert not await is_monitor(api, bearer(make_token()))
 
 
 async def test_the_claims_can_have_other_names_and_lie_within_others(place: Place) -> None:
@@ -275,10 +285,12 @@ async def test_the_claims_can_have_other_names_and_lie_within_others(place: Plac
             "https://example.org/groups": ["x"],
             "realm_access": {"roles": ["admin"]},
         }
-        assert await who(api, bearer(token(**said))) == ("a@example.org", ["team-x"])
-        assert await is_admin(api, bearer(token(**said)))
-        assert not await is_admin(api, bearer(token(email="b@example.org", realm_access=["admin"], roles=["admin"])))
-        refused(await api.http.get(JOBS, headers=bearer(token())))
+        assert await who(api, bearer(make_token(**said))) == ("a@example.org", ["team-x"])
+        assert await is_admin(api, bearer(make_token(**said)))
+        assert not await is_admin(
+            api, bearer(make_token(email="b@example.org", realm_access=["admin"], roles=["admin"]))
+        )
+        refused(await api.http.get(JOBS, headers=bearer(make_token())))
 
 
 def by_hand(header: Any, claims: Any, secret: bytes | None = SECRET.encode()) -> str:
@@ -302,14 +314,14 @@ HS256 = {"alg": "HS256", "typ": "JWT"}
 
 async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(place: Place) -> None:
     now = time.time()
-    good = token(iss="us", aud="jobledger")
+    good = make_token(iss="us", aud="jobledger")
     head, body, signature = good.split(".")
     right = {"iss": "us", "aud": "jobledger"}
     alice = {"sub": "alice", "exp": now + 60, **right}
     deep = b"[" * 5000 + b"]" * 5000
     wrong = {
-        "another secret": token("another secret, of at least 32 bytes", **right),
-        "another body": f"{head}.{token(sub='ann', **right).split('.')[1]}.{signature}",
+        "another secret": make_token("another secret, of at least 32 bytes", **right),
+        "another body": f"{head}.{make_token(sub='ann', **right).split('.')[1]}.{signature}",
         "no signature": f"{head}.{body}.",
         "two parts": f"{head}.{body}",
         "alg none": by_hand({"alg": "none"}, alice, None),
@@ -317,28 +329,28 @@ async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(place: Plac
         "alg none, signed": by_hand({"alg": "none"}, alice),
         "alg missing": by_hand({}, alice),
         "alg a list": by_hand({"alg": ["HS256"]}, alice),
-        "HS512": token(SECRET * 2, "HS512", **right),
-        "RS256": token(PRIVATE, "RS256", **right),
-        "expired": token(exp=int(now) - 31, **right),
-        "without exp": token(exp=None, **right),
+        "HS512": make_token(SECRET * 2, "HS512", **right),
+        "RS256": make_token(RSA_KEY, "RS256", **right),
+        "expired": make_token(exp=int(now) - 31, **right),
+        "without exp": make_token(exp=None, **right),
         "exp null": by_hand(HS256, {**alice, "exp": None}),
-        "exp words": token(exp="tomorrow", **right),
-        "exp infinite": token(exp=float("inf"), **right),
-        "not yet": token(nbf=int(now) + 60, **right),
-        "another issuer": token(iss="them", aud="jobledger"),
-        "no issuer": token(aud="jobledger"),
-        "another audience": token(iss="us", aud=["billing"]),
-        "no audience": token(iss="us"),
-        "no subject": token(sub=None, **right),
-        "empty subject": token(sub="", **right),
-        "blank subject": token(sub=" ", **right),
-        "long subject": token(sub="x" * 201, **right),
-        "subject that is a group": token(sub="team-ops", **right),
-        "subject with a line break": token(sub="alice\nbob", **right),
+        "exp words": make_token(exp="tomorrow", **right),
+        "exp infinite": make_token(exp=float("inf"), **right),
+        "not yet": make_token(nbf=int(now) + 60, **right),
+        "another issuer": make_token(iss="them", aud="jobledger"),
+        "no issuer": make_token(aud="jobledger"),
+        "another audience": make_token(iss="us", aud=["billing"]),
+        "no audience": make_token(iss="us"),
+        "no subject": make_token(sub=None, **right),
+        "empty subject": make_token(sub="", **right),
+        "blank subject": make_token(sub=" ", **right),
+        "long subject": make_token(sub="x" * 201, **right),
+        "subject that is a group": make_token(sub="team-ops", **right),
+        "subject with a line break": make_token(sub="alice\nbob", **right),
         "subject in a list": by_hand(HS256, {**alice, "sub": ["alice"]}),
-        "groups in an object": token(groups={"ops": True}, **right),
-        "groups of numbers": token(groups=[1], **right),
-        "group too long": token(groups=["x" * 200], **right),
+        "groups in an object": make_token(groups={"ops": True}, **right),
+        "groups of numbers": make_token(groups=[1], **right),
+        "group too long": make_token(groups=["x" * 200], **right),
         "key id that is none": by_hand({**HS256, "kid": {"$ne": 1}}, alice),
         "critical extension": by_hand({**HS256, "crit": ["x"], "x": 1}, alice),
         "deep claims": by_hand(HS256, deep),
@@ -347,13 +359,13 @@ async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(place: Plac
         "claims that are no text": by_hand(HS256, b"\xff"),
         "words": "not.a.token",
         "nothing": "",
-        "an API key": KeyText.new(),
+        "an API key": ApiKeyToken.generate(),
     }
     async with place.api("jwt", **place.jwt(issuer="us", audience="jobledger")) as api:
         assert await who(api, bearer(good)) == ("alice", [])
         assert await who(api, bearer(by_hand(HS256, alice))) == ("alice", []), "what is made by hand can be right"
-        assert await who(api, bearer(token(exp=int(now) - 15, **right))) == ("alice", []), "within the leeway"
-        assert await who(api, bearer(token(iss="us", aud=["billing", "jobledger"]))) == ("alice", [])
+        assert await who(api, bearer(make_token(exp=int(now) - 15, **right))) == ("alice", []), "within the leeway"
+        assert await who(api, bearer(make_token(iss="us", aud=["billing", "jobledger"]))) == ("alice", [])
         answers = {what: await api.http.get(JOBS, headers=bearer(sent)) for what, sent in wrong.items()}
         assert {what: answer.status_code for what, answer in answers.items() if answer.status_code != 401} == {}
         assert len({refused(answer) for answer in answers.values()}) == 1
@@ -362,28 +374,28 @@ async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(place: Plac
 
 async def test_a_token_for_somebody_elses_service_is_refused_when_no_audience_is_set(place: Place) -> None:
     async with place.api("jwt", **place.jwt()) as api:
-        refused(await api.http.get(JOBS, headers=bearer(token(aud="billing"))))
+        refused(await api.http.get(JOBS, headers=bearer(make_token(aud="billing"))))
 
 
-@pytest.mark.parametrize(("private", "algorithm"), [(PRIVATE, "RS256"), (ELLIPTIC, "ES256")], ids=["RS256", "ES256"])
+@pytest.mark.parametrize(("private", "algorithm"), [(RSA_KEY, "RS256"), (EC_KEY, "ES256")], ids=["RS256", "ES256"])
 async def test_a_public_key_verifies_tokens_and_is_no_secret(place: Place, private: Any, algorithm: str) -> None:
-    path = place.file("key.pem", pem(private))
+    path = place.file("key.pem", public_key_pem(private))
     async with place.api("jwt", jwt={"public_key_file": path}) as api:
-        assert await who(api, bearer(token(private, algorithm))) == ("alice", [])
+        assert await who(api, bearer(make_token(private, algorithm))) == ("alice", [])
         for wrong in (
-            token(OTHER, "RS256"),
-            token(PRIVATE, "RS512"),
-            token(PRIVATE, "PS256"),
-            token(ec.generate_private_key(ec.SECP256R1()), "ES256"),
-            signed_by_hmac(pem(private)),
-            signed_by_hmac(pem(private).strip()),
+            make_token(OTHER_RSA_KEY, "RS256"),
+            make_token(RSA_KEY, "RS512"),
+            make_token(RSA_KEY, "PS256"),
+            make_token(ec.generate_private_key(ec.SECP256R1()), "ES256"),
+            signed_by_hmac(public_key_pem(private)),
+            signed_by_hmac(public_key_pem(private).strip()),
             by_hand({"alg": "none"}, {"sub": "alice", "exp": time.time() + 60}, None),
         ):
             refused(await api.http.get(JOBS, headers=bearer(wrong)))
 
 
 def short_rsa() -> bytes:
-    return pem(rsa.generate_private_key(public_exponent=65537, key_size=1024))
+    return public_key_pem(rsa.generate_private_key(public_exponent=65537, key_size=1024))
 
 
 @pytest.mark.parametrize(
@@ -392,7 +404,7 @@ def short_rsa() -> bytes:
         (b"", "PEM form"),
         (SECRET.encode(), "PEM form"),
         (short_rsa(), "2048 bits"),
-        (pem(ec.generate_private_key(ec.SECP384R1())), "P-256"),
+        (public_key_pem(ec.generate_private_key(ec.SECP384R1())), "P-256"),
         (None, "cannot be read"),
     ],
     ids=["empty", "a secret", "short", "another curve", "missing"],
@@ -408,48 +420,48 @@ async def test_a_public_key_that_cannot_be_used_ends_the_start(place: Place, con
 
 def test_a_private_key_is_not_taken_for_a_public_one() -> None:
     with pytest.raises(ValueError, match="public key"):
-        public_key(b"-----BEGIN PRIVATE KEY-----\nMIGEAgEAMBAGByqGSM49\n-----END PRIVATE KEY-----\n")
+        load_public_key(b"-----BEGIN PRIVATE KEY-----\nMIGEAgEAMBAGByqGSM49\n-----END PRIVATE KEY-----\n")
 
 
 async def test_keys_at_an_address_are_fetched_once_and_again_for_a_new_one(place: Place) -> None:
     async with (
-        serving(Issuer(jwk(PRIVATE, "one"), jwk(ELLIPTIC, "two"))) as issuer,
+        serve_jwks(JwksServer(public_key_jwk(RSA_KEY, "one"), public_key_jwk(EC_KEY, "two"))) as issuer,
         place.api("jwt", jwt={"jwks_url": issuer.url}) as api,
     ):
-        assert issuer.asked == 0
+        assert issuer.request_count == 0
         answers = await asyncio.gather(
-            *(api.http.get(JOBS, headers=bearer(token(PRIVATE, "RS256", "one"))) for _ in range(10))
+            *(api.http.get(JOBS, headers=bearer(make_token(RSA_KEY, "RS256", "one"))) for _ in range(10))
         )
         assert {answer.status_code for answer in answers} == {200}
-        assert await who(api, bearer(token(ELLIPTIC, "ES256", "two"))) == ("alice", [])
-        assert issuer.asked == 1
+        assert await who(api, bearer(make_token(EC_KEY, "ES256", "two"))) == ("alice", [])
+        assert issuer.request_count == 1
         for wrong in (
-            token(OTHER, "RS256", "one"),
-            token(PRIVATE, "RS256", "two"),
-            token(PRIVATE, "RS256", "three"),
-            token(PRIVATE, "RS256"),
-            signed_by_hmac(pem(PRIVATE)),
+            make_token(OTHER_RSA_KEY, "RS256", "one"),
+            make_token(RSA_KEY, "RS256", "two"),
+            make_token(RSA_KEY, "RS256", "three"),
+            make_token(RSA_KEY, "RS256"),
+            signed_by_hmac(public_key_pem(RSA_KEY)),
         ):
             refused(await api.http.get(JOBS, headers=bearer(wrong)))
-        assert issuer.asked == 1, "a minute has not passed since it was asked"
+        assert issuer.request_count == 1, "a minute has not passed since it was asked"
 
 
 async def test_while_keys_cannot_be_fetched_it_is_503_and_not_the_clients_fault(place: Place) -> None:
-    async with serving(Issuer()) as issuer, place.api("jwt", jwt={"jwks_url": issuer.url}) as api:
+    async with serve_jwks(JwksServer()) as issuer, place.api("jwt", jwt={"jwks_url": issuer.url}) as api:
         issuer.status = 500
         for _ in range(3):
-            answer = await api.http.get(JOBS, headers=bearer(token(PRIVATE, "RS256", "one")))
+            answer = await api.http.get(JOBS, headers=bearer(make_token(RSA_KEY, "RS256", "one")))
             assert (answer.status_code, answer.json()["code"]) == (503, "keys_unavailable")
             assert answer.headers["Retry-After"] == "5"
-        assert issuer.asked == 1, "nor is the issuer stormed"
+        assert issuer.request_count == 1, "nor is the issuer stormed"
         refused(await api.http.get(JOBS, headers=bearer("not a token")))
 
 
 async def test_sign_in_while_keys_cannot_be_fetched_is_no_wrong_credential(place: Place) -> None:
-    async with serving(Issuer()) as issuer, place.api("jwt", jwt={"jwks_url": issuer.url}) as api:
+    async with serve_jwks(JwksServer()) as issuer, place.api("jwt", jwt={"jwks_url": issuer.url}) as api:
         issuer.status = 500
         page, ours = "/monitoring/events/sign-in", {"Origin": str(api.http.base_url).rstrip("/")}
-        answer = await api.http.post(page, data={"credential": token(PRIVATE, "RS256", "one")}, headers=ours)
+        answer = await api.http.post(page, data={"credential": make_token(RSA_KEY, "RS256", "one")}, headers=ours)
         assert (answer.status_code, answer.headers["Content-Type"]) == (503, "text/html; charset=utf-8")
         answer = await api.http.post(page, data={"credential": "wrong"}, headers=ours)
         assert answer.status_code == 401
@@ -465,76 +477,76 @@ class Clock:
 
 async def test_unknown_keys_are_looked_for_once_a_minute_whatever_is_named() -> None:
     clock = Clock()
-    async with serving(Issuer(jwk(PRIVATE, "one"))) as issuer:
-        source = KeysAt(issuer.url, clock)
+    async with serve_jwks(JwksServer(public_key_jwk(RSA_KEY, "one"))) as issuer:
+        source = JwksKeySource(issuer.url, clock)
         for kid in ("a", "b", "c"):
-            assert await source.key(kid) is None
-        assert issuer.asked == 1
-        issuer.publish(jwk(PRIVATE, "one"), jwk(OTHER, "new"))
+            assert await source.get_key(kid) is None
+        assert issuer.request_count == 1
+        issuer.set_keys(public_key_jwk(RSA_KEY, "one"), public_key_jwk(OTHER_RSA_KEY, "new"))
         clock.seconds += 59
-        assert await source.key("new") is None
+        assert await source.get_key("new") is None
         clock.seconds += 2
-        assert await source.key("new") is not None
-        assert issuer.asked == 2
+        assert await source.get_key("new") is not None
+        assert issuer.request_count == 2
 
 
 async def test_keys_stay_good_while_their_address_is_away_and_unknown_ones_are_503() -> None:
     clock = Clock()
-    async with serving(Issuer(jwk(PRIVATE, "one"))) as issuer:
-        source = KeysAt(issuer.url, clock)
-        assert await source.key("one") is not None
+    async with serve_jwks(JwksServer(public_key_jwk(RSA_KEY, "one"))) as issuer:
+        source = JwksKeySource(issuer.url, clock)
+        assert await source.get_key("one") is not None
         issuer.status = 502
         clock.seconds += 4000
-        assert await source.key("one") is not None
+        assert await source.get_key("one") is not None
         with pytest.raises(ApiError) as raised:
-            await source.key("two")
+            await source.get_key("two")
         assert raised.value.status == 503
-        assert await source.key("one") is not None
-        assert issuer.asked == 2
+        assert await source.get_key("one") is not None
+        assert issuer.request_count == 2
 
 
 async def test_a_key_that_was_withdrawn_is_forgotten_within_an_hour() -> None:
     clock = Clock()
-    async with serving(Issuer(jwk(PRIVATE, "one"), jwk(OTHER, "two"))) as issuer:
-        source = KeysAt(issuer.url, clock)
-        assert await source.key("one") is not None
-        issuer.publish(jwk(OTHER, "two"))
+    async with serve_jwks(JwksServer(public_key_jwk(RSA_KEY, "one"), public_key_jwk(OTHER_RSA_KEY, "two"))) as issuer:
+        source = JwksKeySource(issuer.url, clock)
+        assert await source.get_key("one") is not None
+        issuer.set_keys(public_key_jwk(OTHER_RSA_KEY, "two"))
         clock.seconds += 3601
         async with asyncio.timeout(5):
-            await source.key("one")  # which is why they are fetched again
-            await source.key("three")  # waits for them
-            assert await source.key("one") is None
-        assert await source.key("two") is not None
+            await source.get_key("one")  # which is why they are fetched again
+            await source.get_key("three")  # waits for them
+            assert await source.get_key("one") is None
+        assert await source.get_key("two") is not None
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{}", b'{"keys": {}}', b'{"keys": []}', b'{"keys": [1, {}]}', b"\xff", b"x" * 1_100_000]
 )
 async def test_an_answer_without_keys_is_as_none(body: bytes) -> None:
-    async with serving(Issuer()) as issuer:
+    async with serve_jwks(JwksServer()) as issuer:
         issuer.body = body
         with pytest.raises(ApiError) as raised:
-            await KeysAt(issuer.url).key("one")
+            await JwksKeySource(issuer.url).get_key("one")
     assert raised.value.status == 503
 
 
 async def test_what_is_no_key_for_signatures_is_passed_over_in_a_set() -> None:
     secret = {"kty": "oct", "kid": "secret", "k": base64.urlsafe_b64encode(SECRET.encode()).decode(), "alg": "HS256"}
-    async with serving(
-        Issuer(
+    async with serve_jwks(
+        JwksServer(
             secret,
             {"kty": "RSA", "kid": "broken"},
             {"kty": "RSA", "kid": "broken too", "n": 1, "e": []},
-            jwk(PRIVATE, "for encryption", use="enc"),
-            jwk(PRIVATE, "another algorithm", alg="RS512"),
-            jwk(rsa.generate_private_key(public_exponent=65537, key_size=1024), "short"),
-            jwk(PRIVATE, None, use="sig"),
+            public_key_jwk(RSA_KEY, "for encryption", use="enc"),
+            public_key_jwk(RSA_KEY, "another algorithm", alg="RS512"),
+            public_key_jwk(rsa.generate_private_key(public_exponent=65537, key_size=1024), "short"),
+            public_key_jwk(RSA_KEY, None, use="sig"),
         )
     ) as issuer:
-        source = KeysAt(issuer.url)
+        source = JwksKeySource(issuer.url)
         for kid in ("secret", "broken", "broken too", "for encryption", "another algorithm", "short"):
-            assert await source.key(kid) is None, kid
-        only = await source.key(None)
+            assert await source.get_key(kid) is None, kid
+        only = await source.get_key(None)
     assert only is not None
     assert only.algorithm == "RS256"
 
@@ -606,7 +618,7 @@ async def test_who_sends_no_credentials_sees_what_is_public_if_that_is_allowed_a
     mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
     auth = {"mode": "keys", "anonymous_public": True}
-    async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth=auth):
+    async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth=auth):
         alice = bearer(await made(api))
         answers = {
             visibility: await api.http.post(
@@ -628,7 +640,7 @@ async def test_who_sends_no_credentials_sees_what_is_public_if_that_is_allowed_a
         refused(await api.http.post(f"{JOBS}/{ids['public']}/cancel"), "not_signed_in")
         refused(await api.http.delete(f"{JOBS}/{ids['public']}"), "not_signed_in")
         refused(await api.http.get(STATS), "not_signed_in")
-        refused(await api.get(f"{JOBS}/{ids['public']}", None, **bearer(KeyText.new())))
+        refused(await api.get(f"{JOBS}/{ids['public']}", None, **bearer(ApiKeyToken.generate())))
         refused(await api.get(f"{JOBS}/{ids['public']}", None, Authorization=""))
 
 

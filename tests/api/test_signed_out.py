@@ -17,14 +17,14 @@ from starlette.types import Message
 
 from jobledger.api.auth import api_keys
 from jobledger.api.auth import backends as sign_in
-from jobledger.api.auth.api_keys import ApiKey, KeyText
-from jobledger.api.auth.permissions import Revocations, SignedIn
+from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
+from jobledger.api.auth.permissions import AuthenticationMiddleware, RevocationNotifier
 from jobledger.api.http.errors import ApiError
-from jobledger.api.http.streaming import Streamed
+from jobledger.api.http.streaming import CloseableStreamingResponse
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Database
-from tests.api.conftest import Api, running_api
-from tests.support.tokens import SECRET, token
+from tests.api.conftest import Api, run_api
+from tests.support.tokens import SECRET, make_token
 
 STREAM, PULSE, JOBS = "/api/ledger/stream", "/monitoring/events/pulse", "/api/events/jobs"
 SIGN_IN, SIGN_OUT = "/monitoring/events/sign-in", "/monitoring/events/sign-out"
@@ -42,17 +42,17 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
         auth: dict[str, Any] = {"mode": mode, **({"jwt": jwt} if mode == "jwt" else {})}
         if mode == "proxy":
             auth["proxy"] = {"trusted": ["127.0.0.1"], "user_header": "X-User", "groups_header": None}
-        async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth=auth):
+        async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth=auth):
             yield api
 
     return running
 
 
-async def key_for(db: Database, lifetime: timedelta | None = None) -> KeyText:
-    text, now = KeyText.new(), datetime.now(UTC)
+async def key_for(db: Database, lifetime: timedelta | None = None) -> ApiKeyToken:
+    text, now = ApiKeyToken.generate(), datetime.now(UTC)
     until = None if lifetime is None else now + lifetime
     key = ApiKey(key_id=text.key_id, sha256=text.digest, user_id="alice", created_at=now, expires_at=until)
-    await api_keys.store(db, key)
+    await api_keys.store_key(db, key)
     return text
 
 
@@ -67,9 +67,9 @@ async def credential(api: Api, case: str, patch: pytest.MonkeyPatch) -> tuple[di
         patch.setattr(sign_in, "_PROXY_TRUST", timedelta(seconds=2))
         return {"X-User": "alice"}, nothing
     if case == "token that expires":
-        return {"Authorization": f"Bearer {token(exp=int(time.time()) + 3)}"}, nothing
+        return {"Authorization": f"Bearer {make_token(exp=int(time.time()) + 3)}"}, nothing
     if case == "session of a token that expires":
-        answer = await api.http.post(SIGN_IN, data={"credential": token(exp=int(time.time()) + 3)}, headers=ours)
+        answer = await api.http.post(SIGN_IN, data={"credential": make_token(exp=int(time.time()) + 3)}, headers=ours)
         api.http.cookies.clear()
         return {"Cookie": f"jobledger={answer.cookies['jobledger']}"}, nothing
     text = await key_for(api.db, timedelta(seconds=3) if case == "key that expires" else None)
@@ -79,7 +79,7 @@ async def credential(api: Api, case: str, patch: pytest.MonkeyPatch) -> tuple[di
             await asyncio.sleep(0.02)
 
     async def revoked() -> None:
-        await api_keys.revoke(api.db, text.key_id)
+        await api_keys.revoke_key(api.db, text.key_id)
 
     if not case.startswith("session"):
         return bearer, nothing if case == "key that expires" else revoked
@@ -167,7 +167,7 @@ async def test_downloads_end_with_their_credential_and_no_others(case: str, is_c
     now = datetime.now(UTC)
     ends_soon = case in ("expired", "proxy that has to say it again")
     principal = Principal("alice", valid_until=now + timedelta(seconds=0.2) if ends_soon else None)
-    revocations, is_closed, ended = Revocations(), asyncio.Event(), False
+    revocations, is_closed, ended = RevocationNotifier(), asyncio.Event(), False
 
     async def check(connection: HTTPConnection) -> Principal:
         if case == "cannot be checked":
@@ -187,7 +187,7 @@ async def test_downloads_end_with_their_credential_and_no_others(case: str, is_c
         "headers": [],
         "asgi": {"spec_version": "2.3"},
         "principal": principal,
-        "signed_in": SignedIn(Streamed(content(), 200, {}), check, revocations),
+        "signed_in": AuthenticationMiddleware(CloseableStreamingResponse(content(), 200, {}), check, revocations),
         "state": {"abort": aborted.set},
     }
 
@@ -204,10 +204,10 @@ async def test_downloads_end_with_their_credential_and_no_others(case: str, is_c
     async def close() -> None:
         closed.set()
 
-    download = asyncio.create_task(Streamed(content(), 200, {}, close=close)(scope, receive, send))
+    download = asyncio.create_task(CloseableStreamingResponse(content(), 200, {}, on_close=close)(scope, receive, send))
     await asyncio.sleep(0.05)
     ended = case == "revoked"
-    revocations.announce()
+    revocations.notify()
     await asyncio.sleep(0.3)
     assert aborted.is_set() is is_cut
     assert download.done() is is_cut

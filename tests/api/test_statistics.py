@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, FailAttempt
-from jobledger.ledger.domain.events import Failure, Meta
-from jobledger.ledger.store.command_handler import Command, handle
+from jobledger.ledger.domain.events import EventMetadata, Failure
+from jobledger.ledger.store.command_handler import Command, handle_command
 from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import statistics
 from tests.api.conftest import Api
@@ -22,7 +22,9 @@ NOON = datetime(2026, 1, 5, 12, tzinfo=UTC)
 async def do(api: Api, stream: str, *commands: Command) -> int:
     position = 0
     for command in commands:
-        position = (await handle(api.log, stream, command, meta=Meta("test"))).events[-1].position
+        position = (
+            (await handle_command(api.event_store, stream, command, meta=EventMetadata("test"))).events[-1].position
+        )
     return position
 
 
@@ -35,7 +37,7 @@ async def stats(api: Api, position: int) -> dict[str, Any]:
 
 async def test_statistics_have_the_shape_of_the_concept_and_more(api: Api) -> None:
     batch = await api.submit_batch({"track": "A"}, {"track": "A"}, {"track": "B"})
-    ended = await api.until_event(batch["batch_id"], "BatchFinished")
+    ended = await api.wait_for_event(batch["batch_id"], "BatchFinished")
     cancelled = await api.submit({"track": "B"}, not_before="2099-01-01T00:00:00Z")
     found = await stats(api, await do(api, cancelled, CancelJob("user:local")))
     assert found["jobs"] == {"total": 4, "pending": 0, "processing": 0, "completed": 3, "failed": 0, "cancelled": 1}
@@ -93,7 +95,7 @@ async def test_what_is_deleted_leaves_the_counts_of_jobs_but_not_what_has_happen
     assert set(found["jobs"].values()) == {0}
     assert found["tracks"] == []
     assert found["throughput"]["last_hour"] == round(1 / 60, 2)
-    events, _ = await statistics.happened(Views(idle_api.db))
+    events, _ = await statistics.load_event_and_duration_counts(Views(idle_api.db))
     assert events == {"JobSubmitted": 1, "JobClaimed": 1, "JobFailed": 1, "JobDeleted": 1}
 
 
@@ -123,7 +125,7 @@ async def test_statistics_of_everything_are_for_monitors_and_admins(idle_api: Ap
         ("", [], 401),
     ]
     for user_id, roles, status in asking:
-        answer = await idle_api.asked_by(user_id, roles=roles).get(path)
+        answer = await idle_api.as_user(user_id, roles=roles).get(path)
         assert answer.status_code == status, (user_id, roles)
 
 
@@ -138,15 +140,15 @@ def completed(seconds: float, *, at: datetime = NOON) -> dict[str, Any]:
 def test_percentiles_are_as_exact_as_the_classes_are_narrow() -> None:
     counted: Counter[tuple[str, str]] = Counter()
     for number in range(1, 101):
-        counted.update(statistics.of_end(completed(number)))
+        counted.update(statistics.counters_for_completion(completed(number)))
     fields = {name: amount for (_, name), amount in counted.items()}
-    found = statistics.durations(fields)
+    found = statistics.summarize_durations(fields)
     assert found["completed"] == 100
     assert found["average_seconds"] == 50.5
     assert found["p50_seconds"] == pytest.approx(50, abs=2)
     assert found["p90_seconds"] == pytest.approx(90, abs=20)
     assert found["p99_seconds"] == pytest.approx(99, abs=20)
-    classes, seconds = statistics.histogram(fields)
+    classes, seconds = statistics.duration_histogram(fields)
     assert seconds == 5050
     assert dict(classes)[10.0] == 10
     assert classes[-1] == (float("inf"), 100)
@@ -154,26 +156,26 @@ def test_percentiles_are_as_exact_as_the_classes_are_narrow() -> None:
 
 def test_a_duration_longer_than_every_class_and_one_against_the_clock_are_counted_too() -> None:
     for seconds, p50 in ((10**6, 14_400.0), (-5, 0.025)):
-        counted = statistics.of_end(completed(seconds))
+        counted = statistics.counters_for_completion(completed(seconds))
         fields = {name: amount for (_, name), amount in counted.items()}
-        assert statistics.durations(fields)["p50_seconds"] == p50
-        assert statistics.histogram(fields)[0][-1] == (float("inf"), 1)
+        assert statistics.summarize_durations(fields)["p50_seconds"] == p50
+        assert statistics.duration_histogram(fields)[0][-1] == (float("inf"), 1)
 
 
 def test_only_so_many_minutes_are_kept_and_the_oldest_goes_first() -> None:
     recent = None
     for minute in range(500):
-        recent = statistics.recent_after(recent, completed(1, at=NOON + timedelta(minutes=minute)))
+        recent = statistics.count_finished_job(recent, completed(1, at=NOON + timedelta(minutes=minute)))
     assert recent is not None
-    assert len(recent["minutes"]) == statistics.MINUTES_KEPT
-    assert min(map(int, recent["minutes"])) == int(NOON.timestamp() // 60) + 500 - statistics.MINUTES_KEPT
-    late = statistics.recent_after(recent, completed(1, at=NOON))
+    assert len(recent["minutes"]) == statistics.MAX_MINUTES_STORED
+    assert min(map(int, recent["minutes"])) == int(NOON.timestamp() // 60) + 500 - statistics.MAX_MINUTES_STORED
+    late = statistics.count_finished_job(recent, completed(1, at=NOON))
     assert late == recent
 
 
 def test_throughput_counts_the_minute_that_began_earlier_by_its_share() -> None:
     at = int(NOON.timestamp() // 60)
     minutes = {str(at): {"completed": 2, "failed": 1}, str(at - 1): {"completed": 8}, str(at - 60): {"cancelled": 60}}
-    found = statistics.throughput(minutes, NOON + timedelta(seconds=15))
+    found = statistics.compute_throughput(minutes, NOON + timedelta(seconds=15))
     assert found == {"last_minute": 3 + 0.75 * 8, "last_hour": round((11 + 0.75 * 60) / 60, 2)}
-    assert statistics.throughput(minutes, NOON + timedelta(minutes=1)) == {"last_minute": 3, "last_hour": 0.18}
+    assert statistics.compute_throughput(minutes, NOON + timedelta(minutes=1)) == {"last_minute": 3, "last_hour": 0.18}

@@ -17,7 +17,7 @@ from tests.api.conftest import DEADLINE_SECONDS, Api
 async def test_the_stream_tells_history_first_and_then_what_happens_live(idle_api: Api) -> None:
     before = [await idle_api.submit({"number": number}) for number in range(3)]
     seen = []
-    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(idle_api.events(after=0)) as events:
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(idle_api.stream_events(after=0)) as events:
         async for event in events:
             seen.append(event)
             if len(seen) == 3:
@@ -55,7 +55,7 @@ async def test_a_client_that_keeps_losing_its_connection_sees_every_event_once(a
         while not last:
             wanted = chance.randint(1, 12)
             # `after` is what the page was opened with; a browser sends it again, and Last-Event-ID is what counts.
-            async with aclosing(api.events(last_event_id=positions[-1], after=3)) as events:
+            async with aclosing(api.stream_events(last_event_id=positions[-1], after=3)) as events:
                 async for event in events:
                     positions.append(event["position"])
                     last = event["data"].get("parameters") == {"last": True}
@@ -70,16 +70,16 @@ async def test_a_client_that_keeps_losing_its_connection_sees_every_event_once(a
 
 async def _submit_some(api: Api, number: int) -> None:
     for _ in range(number):
-        await api.ended(await api.submit())
+        await api.wait_until_finished(await api.submit())
     await api.submit({"last": True})
 
 
 async def test_a_stream_can_be_narrowed_to_types_a_job_or_a_batch(api: Api) -> None:
     alone = await api.submit()
     batch = await api.submit_batch({}, {})
-    await api.ended(alone)
-    finished = await api.until_event(batch["batch_id"], "BatchFinished")
-    everything = await api.log.read(after=0)
+    await api.wait_until_finished(alone)
+    finished = await api.wait_for_event(batch["batch_id"], "BatchFinished")
+    everything = await api.event_store.read(after=0)
 
     def expected(*, types: set[str] | None = None, streams: set[str] | None = None) -> list[int]:
         return [
@@ -89,7 +89,7 @@ async def test_a_stream_can_be_narrowed_to_types_a_job_or_a_batch(api: Api) -> N
         ]
 
     async def seen(number: int, **query: object) -> list[int]:
-        return [event["position"] for event in await api.take(number, after=0, **query)]
+        return [event["position"] for event in await api.take_events(number, after=0, **query)]
 
     of_types = expected(types={"JobSubmitted", "JobCompleted"})
     assert await seen(len(of_types), types="JobSubmitted,JobCompleted") == of_types
@@ -108,7 +108,8 @@ async def test_clients_that_go_away_leave_nothing_behind(idle_api: Api) -> None:
     async def come_and_go(clients: int) -> None:
         async with asyncio.timeout(DEADLINE_SECONDS):
             assert (
-                await asyncio.gather(*(_number_of(idle_api.take(1, after=0)) for _ in range(clients))) == [1] * clients
+                await asyncio.gather(*(_number_of(idle_api.take_events(1, after=0)) for _ in range(clients)))
+                == [1] * clients
             )
 
     await come_and_go(1)
@@ -134,7 +135,7 @@ def _tasks() -> Counter[str]:
 
 
 async def test_many_clients_at_once_see_the_same(idle_api: Api) -> None:
-    watching = [asyncio.create_task(idle_api.take(30, after=0)) for _ in range(20)]
+    watching = [asyncio.create_task(idle_api.take_events(30, after=0)) for _ in range(20)]
     for number in range(30):
         await idle_api.submit({"number": number})
     seen = await asyncio.gather(*watching)
@@ -180,7 +181,7 @@ async def test_a_client_knows_where_to_resume_before_it_has_seen_any_event(idle_
     assert retry.startswith("retry: ")
     assert where == "id: 1"
     missed = await idle_api.submit()
-    [event] = await idle_api.take(1, last_event_id=1)
+    [event] = await idle_api.take_events(1, last_event_id=1)
     assert event["stream"] == missed
 
 
@@ -220,7 +221,7 @@ async def test_a_client_has_to_say_again_now_and_then_who_it_is_and_misses_nothi
     monkeypatch.setattr("jobledger.api.routes.live.LONGEST_SECONDS", 0.5)
     await idle_api.submit()
     async with asyncio.timeout(DEADLINE_SECONDS):
-        seen = [event["position"] async for event in idle_api.events(after=0)]  # ends, and in good order
+        seen = [event["position"] async for event in idle_api.stream_events(after=0)]  # ends, and in good order
         await idle_api.submit()
-        seen += [event["position"] async for event in idle_api.events(last_event_id=seen[-1])]
+        seen += [event["position"] async for event in idle_api.stream_events(last_event_id=seen[-1])]
     assert seen == [1, 2]

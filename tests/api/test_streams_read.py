@@ -10,11 +10,11 @@ import bson
 import pytest
 
 from jobledger.api.auth.visibility import Visibility
-from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, FailAttempt, FinishStep, WriteLog
-from jobledger.ledger.domain.events import Failure, JobResults, LogLine, Meta, ResultFile, ResultMetadata
+from jobledger.ledger.domain.commands import AddLogEntries, CancelJob, ClaimJob, CompleteJob, CompleteStep, FailAttempt
+from jobledger.ledger.domain.events import EventMetadata, Failure, JobResults, LogEntry, ResultFile, ResultMetadata
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import handle
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.command_handler import handle_command
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from tests.api.conftest import Api
 
@@ -30,13 +30,13 @@ async def talkative_batch(api: Api) -> tuple[str, list[str]]:
 
     async def do(job_id: str, *commands: Any) -> None:
         for command in commands:
-            await handle(api.log, job_id, command, meta=Meta("worker:w"))
+            await handle_command(api.event_store, job_id, command, meta=EventMetadata("worker:w"))
 
     metadata = ResultMetadata(processed_at=NOON, duration=2.5, tokens_used=7, text=LARGE)
-    lines = tuple(LogLine(timestamp=NOON, level="info", message=LARGE) for _ in range(3))
+    lines = tuple(LogEntry(timestamp=NOON, level="info", message=LARGE) for _ in range(3))
     for job_id in (done, failed):
-        step = FinishStep("w", 1, "s", "k", {"text": LARGE}, 0.1)
-        await do(job_id, ClaimJob("w", datetime.now(UTC)), WriteLog("w", 1, lines), step)
+        step = CompleteStep("w", 1, "s", "k", {"text": LARGE}, 0.1)
+        await do(job_id, ClaimJob("w", datetime.now(UTC)), AddLogEntries("w", 1, lines), step)
     await do(done, CompleteJob("w", 1, JobResults(files=FILES, metadata=metadata)))
     error = Failure(code="X", message=LARGE[:1000], details={"text": LARGE[:10_000]})
     await do(failed, FailAttempt("w", 1, error, None))
@@ -48,22 +48,22 @@ async def talkative_batch(api: Api) -> tuple[str, list[str]]:
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the parts that are read of several streams at once."""
     sizes: list[int] = []
-    real = EventLog.read_in_parts
+    real = EventStore.iterate_stream_batches
 
     async def watched(
-        self: EventLog, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+        self: EventStore, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
     ) -> AsyncGenerator[Any, None]:
-        async for part in real(self, streams, without=without, data=data):
+        async for part in real(self, streams, exclude_types=without, data_expression=data):
             sizes.append(sum(len(bson.encode(event.document)) for event in part))
             yield part
 
-    monkeypatch.setattr(EventLog, "read_in_parts", watched)
+    monkeypatch.setattr(EventStore, "read_in_parts", watched)
     return sizes
 
 
 async def test_batch_as_of_reads_little_of_large_jobs_and_is_the_same(idle_api: Api, read_bytes: list[int]) -> None:
     batch_id, _ = await talkative_batch(idle_api)
-    head = await idle_api.log.head()
+    head = await idle_api.event_store.head_position()
     now = (await idle_api.get(f"/api/events/batches/{batch_id}", head)).json()["batch"]
     assert read_bytes == []
     then = (await idle_api.get(f"/api/events/batches/{batch_id}?as_of={head}")).json()["batch"]
@@ -76,8 +76,8 @@ async def test_visibility_reads_little_of_large_jobs_and_finds_the_same_access(
     idle_api: Api, read_bytes: list[int]
 ) -> None:
     batch_id, job_ids = await talkative_batch(idle_api)
-    visibility = Visibility(idle_api.log, Checkpoint(idle_api.db))
-    await visibility.learn([batch_id, *job_ids])
+    visibility = Visibility(idle_api.event_store, Checkpoint(idle_api.db))
+    await visibility.load_access([batch_id, *job_ids])
     assert 0 < sum(read_bytes) < 10_000
     found = [visibility._known[stream] for stream in (batch_id, *job_ids)]
     for access in found:

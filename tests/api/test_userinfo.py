@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.ledger.net.url_policy import has_userinfo, without_userinfo
+from jobledger.ledger.net.url_policy import has_userinfo, strip_userinfo
 from tests.api.conftest import Api
 
 JOBS: Final = "/api/events/jobs"
@@ -66,7 +66,7 @@ WITHOUT: Final = [
 @pytest.mark.parametrize("url", WITH)
 def test_userinfo_is_found_and_removed(url: str) -> None:
     assert has_userinfo(url)
-    plain = without_userinfo(url)
+    plain = strip_userinfo(url)
     assert "hunter2" not in plain
     assert not has_userinfo(plain)
 
@@ -83,7 +83,7 @@ def test_userinfo_that_a_client_would_send_is_found(scheme: str, rest: str) -> N
     url = f"{scheme}://{rest}"
     if _reads_userinfo(url):
         assert has_userinfo(url)
-    assert not _reads_userinfo(without_userinfo(url))
+    assert not _reads_userinfo(strip_userinfo(url))
 
 
 @pytest.mark.parametrize("begin", ["http:", "http://", "x://", ""])
@@ -93,7 +93,7 @@ def test_long_text_takes_no_longer_than_its_length_deserves(begin: str, middle: 
     text = begin + middle * 200_000 + end
     began = time.thread_time()
     has_userinfo(text)
-    without_userinfo(text)
+    strip_userinfo(text)
     assert time.thread_time() - began < 0.5
 
 
@@ -109,7 +109,7 @@ def _reads_userinfo(url: str) -> bool:
 @pytest.mark.parametrize("text", WITHOUT)
 def test_other_text_stays_as_it_is(text: str) -> None:
     assert not has_userinfo(text)
-    assert without_userinfo(text) == text
+    assert strip_userinfo(text) == text
 
 
 def session(**more: Any) -> dict[str, Any]:
@@ -140,7 +140,7 @@ async def test_submission_and_update_refuse_it_at_every_place(idle_api: Api) -> 
             assert "hunter2" not in answer.text
         answer = await idle_api.http.put(f"{JOBS}/{waiting}", json={"parameters": {"url": url}})
         assert answer.status_code == 422
-    assert (await idle_api.get(JOBS, await idle_api.log.head())).json()["total"] == 1
+    assert (await idle_api.get(JOBS, await idle_api.event_store.head_position())).json()["total"] == 1
 
 
 async def test_refusal_names_the_place_and_what_to_do(idle_api: Api) -> None:

@@ -13,7 +13,7 @@ import pytest
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.schemas.requests import BatchBody, JobBody
 from jobledger.ledger.domain.events import BatchSubmitted, JobSubmitted
-from tests.api.conftest import Api, running_api
+from tests.api.conftest import Api, run_api
 
 
 async def test_a_submission_that_waits_is_answered_with_the_finished_job(api: Api) -> None:
@@ -109,7 +109,7 @@ async def test_waiting_in_vain_shows_the_state_at_the_end_of_the_wait(api: Api) 
 async def test_every_read_of_the_views_says_their_position(api: Api) -> None:
     batch = await api.submit_batch({})
     job_id = batch["job_ids"][0]
-    job = await api.ended(job_id)
+    job = await api.wait_until_finished(job_id)
     for path in (
         "/api/events/jobs",
         f"/api/events/jobs/{job_id}",
@@ -145,15 +145,15 @@ async def test_nothing_of_a_body_is_kept_or_reserved_during_the_wait(
     job = {"job_type": "echo", "parameters": parameters}
     body = json.dumps({"jobs": [{**job, "parameters": {}}], "parameters": parameters} if "batch" in path else job)
     headers = {"Prefer": "wait=30", "Content-Type": "application/json"}
-    async for api in running_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
+    async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         waiting = asyncio.create_task(api.http.post(path, content=body, headers=headers))
         async with asyncio.timeout(10):
-            while await api.log.head() == 0:  # noqa: ASYNC110 - it is not told
+            while await api.event_store.head_position() == 0:  # noqa: ASYNC110 - it is not told
                 await asyncio.sleep(0.02)
             # The log itself keeps its newest events in memory, up to a limit.
-            while budgets[0].reserved or kept() > await api.log.head():  # noqa: ASYNC110
+            while budgets[0].reserved or kept() > await api.event_store.head_position():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert not waiting.done()
-        [event] = await api.log.read(limit=1)
+        [event] = await api.event_store.read(limit=1)
         await api.post(f"{path}/{event.stream}/cancel", {})
         assert (await waiting).status_code == 202

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.net.webhook_signature import new_secret
-from tests.api.conftest import DEADLINE_SECONDS, Api, running_api
-from tests.support.principals import HeaderSignIn
-from tests.support.receiver import Receiver, receiver
+from jobledger.ledger.net.webhook_signature import generate_secret
+from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
+from tests.support.principals import HeaderAuthBackend
+from tests.support.receiver import WebhookEndpoint, run_webhook_endpoint
 
 HOOKS = "/api/monitoring/events/webhooks"
 AGAIN = "/api/monitoring/events/redeliver"
@@ -22,23 +22,23 @@ IMPATIENT: dict[str, Any] = {"allow_private": ["127.0.0.1"], "schedule_seconds":
 
 
 @pytest.fixture
-async def cms() -> AsyncIterator[Receiver]:
-    async with receiver() as found:
+async def cms() -> AsyncIterator[WebhookEndpoint]:
+    async with run_webhook_endpoint() as found:
         yield found
 
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, webhooks to this machine, and a header that says who asks."""
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderSignIn())
-    async for running in running_api(mongodb_uri, db_name, tmp_path, webhooks=IMPATIENT):
-        yield running.asked_by("ann", roles=["admin"])
+    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderAuthBackend())
+    async for running in run_api(mongodb_uri, db_name, tmp_path, webhooks=IMPATIENT):
+        yield running.as_user("ann", roles=["admin"])
 
 
 async def over(api: Api, number: int = 1) -> list[dict[str, Any]]:
     """Wait until so many deliveries have ended; return all, the newest first."""
     ended = position = 0
-    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(api.events(after=0)) as events:
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(api.stream_events(after=0)) as events:
         async for event in events:
             ended += event["type"] in ("DeliverySucceeded", "DeliveryAbandoned")
             position = event["position"]
@@ -48,10 +48,10 @@ async def over(api: Api, number: int = 1) -> list[dict[str, Any]]:
     return found
 
 
-async def test_a_webhook_is_delivered_listed_and_shown(api: Api, cms: Receiver) -> None:
+async def test_a_webhook_is_delivered_listed_and_shown(api: Api, cms: WebhookEndpoint) -> None:
     job_id = await api.submit({"text": "x"}, webhook={"url": cms.url(), "headers": {"X-Key": "s3cret"}})
     [delivery] = await over(api)
-    [request] = cms.received
+    [request] = cms.requests
     assert request.headers["x-key"] == "s3cret"
     assert (delivery["delivery_id"], delivery["job_id"], delivery["type"]) == (
         request.webhook_id,
@@ -69,8 +69,8 @@ async def test_a_webhook_is_delivered_listed_and_shown(api: Api, cms: Receiver) 
     assert counted == {"total": 1, "pending": 0, "delivered": 1, "abandoned": 0}
 
 
-async def test_lists_are_filtered_and_a_receiver_finds_what_it_has_missed(api: Api, cms: Receiver) -> None:
-    cms.answers("/bad", 410)
+async def test_lists_are_filtered_and_a_receiver_finds_what_it_has_missed(api: Api, cms: WebhookEndpoint) -> None:
+    cms.script_responses("/bad", 410)
     good = [await api.submit({"n": n}, webhook={"url": cms.url("/good")}) for n in range(3)]
     bad = await api.submit({"n": 9}, webhook={"url": cms.url("/bad")})
     await over(api, 4)
@@ -87,7 +87,7 @@ async def test_lists_are_filtered_and_a_receiver_finds_what_it_has_missed(api: A
     assert await found(f"job_id={good[1]}") == [good[1]]
     assert len(await found(f"host=127.0.0.1:{cms.port}")) == 4
     assert await found("host=elsewhere:443") == await found("type=batch.failed") == []
-    told = cms.at("/good")[0].content
+    told = cms.requests_to("/good")[0].json_body
     missed = await found(f"receiver={told['receiver']}&after_sequence=1&sort=created_at")
     assert len(missed) == 2
     assert set(missed) < set(good)
@@ -98,8 +98,8 @@ async def test_lists_are_filtered_and_a_receiver_finds_what_it_has_missed(api: A
     assert "next" not in second
 
 
-async def test_one_is_sent_again_with_the_same_id_and_once_for_one_key(api: Api, cms: Receiver) -> None:
-    cms.answers("/hook", 410, 200)
+async def test_one_is_sent_again_with_the_same_id_and_once_for_one_key(api: Api, cms: WebhookEndpoint) -> None:
+    cms.script_responses("/hook", 410, 200)
     await api.submit({}, webhook={"url": cms.url()})
     [delivery] = await over(api)
     path = f"{HOOKS}/{delivery['delivery_id']}/redeliver"
@@ -110,12 +110,12 @@ async def test_one_is_sent_again_with_the_same_id_and_once_for_one_key(api: Api,
     assert (done["status"], done["attempt"]) == ("delivered", 2)
     repeated = await api.post(path, {"reason": "it is back"}, **{"Idempotency-Key": "k1"})
     assert repeated.headers["Ledger-Position"] == again.headers["Ledger-Position"]
-    assert len({it.webhook_id for it in cms.received}) == 1
-    assert len(cms.received) == 2
+    assert len({it.webhook_id for it in cms.requests}) == 1
+    assert len(cms.requests) == 2
 
 
-async def test_all_that_were_given_up_are_sent_again(api: Api, cms: Receiver) -> None:
-    cms.answers("/down", 410, 410, 410, 200)
+async def test_all_that_were_given_up_are_sent_again(api: Api, cms: WebhookEndpoint) -> None:
+    cms.script_responses("/down", 410, 410, 410, 200)
     for number in range(3):
         await api.submit({"n": number}, webhook={"url": cms.url("/down")})
     await api.submit({}, webhook={"url": cms.url("/up")})
@@ -124,27 +124,27 @@ async def test_all_that_were_given_up_are_sent_again(api: Api, cms: Receiver) ->
     assert (answer.status_code, answer.json()["redelivered"]) == (202, 3)
     found = await over(api, 7)
     assert {it["status"] for it in found} == {"delivered"}
-    assert (len(cms.at("/down")), len(cms.at("/up"))) == (6, 1)
+    assert (len(cms.requests_to("/down")), len(cms.requests_to("/up"))) == (6, 1)
 
 
-async def test_owners_see_theirs_and_others_nothing(api: Api, cms: Receiver) -> None:
+async def test_owners_see_theirs_and_others_nothing(api: Api, cms: WebhookEndpoint) -> None:
     for user in ("bob", "eve"):
-        await api.asked_by(user).submit({}, webhook={"url": cms.url(f"/{user}")})
+        await api.as_user(user).submit({}, webhook={"url": cms.url(f"/{user}")})
     assert len(await over(api, 2)) == 2
     for user in ("bob", "eve"):
-        found = (await api.asked_by(user).get(HOOKS)).json()
+        found = (await api.as_user(user).get(HOOKS)).json()
         assert (found["total"], [it["user_id"] for it in found["deliveries"]]) == (1, [user])
-    mine = (await api.asked_by("bob").get(HOOKS)).json()["deliveries"][0]["delivery_id"]
-    eve = api.asked_by("eve")
+    mine = (await api.as_user("bob").get(HOOKS)).json()["deliveries"][0]["delivery_id"]
+    eve = api.as_user("eve")
     assert (await eve.get(f"{HOOKS}/{mine}")).status_code == 404
     assert (await eve.post(f"{HOOKS}/{mine}/redeliver")).status_code == 404
     assert (await eve.post(AGAIN, {"status": "delivered"})).json()["redelivered"] == 1
-    assert {it.path for it in await cms.until(3)} == {"/bob", "/eve"}
-    assert len(cms.at("/bob")) == 1
+    assert {it.path for it in await cms.wait_for_requests(3)} == {"/bob", "/eve"}
+    assert len(cms.requests_to("/bob")) == 1
 
 
 async def test_the_sink_keeps_what_it_is_sent_without_secrets(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
-    async for api in running_api(mongodb_uri, db_name, tmp_path, webhooks=IMPATIENT):
+    async for api in run_api(mongodb_uri, db_name, tmp_path, webhooks=IMPATIENT):
         url = f"{str(api.http.base_url).rstrip('/')}{SINK}"
         await api.submit({"extra": 7}, webhook={"url": url, "headers": {"Authorization": "Bearer s3cret"}})
         [delivery] = await over(api)
@@ -173,7 +173,7 @@ async def test_the_sink_is_off_unless_it_is_wanted(idle_api: Api) -> None:
         ({"url": "http://[::1]/x"}, "public"),
         ({"url": "https://example.org:22/x"}, "port"),
         ({"url": "https://example.org/", "secrets": ["short"]}, "whsec_"),
-        ({"url": "https://example.org/", "secrets": [new_secret(), new_secret(), new_secret()]}, "2"),
+        ({"url": "https://example.org/", "secrets": [generate_secret(), generate_secret(), generate_secret()]}, "2"),
         ({"url": "https://example.org/", "headers": {"A": "x\r\ny"}}, "pattern"),
     ],
 )
@@ -199,7 +199,7 @@ async def test_what_does_not_exist_is_not_found(idle_api: Api) -> None:
 
 
 async def test_redelivery_of_a_deleted_jobs_webhook_is_refused_and_its_secrets_are_removed(
-    api: Api, cms: Receiver
+    api: Api, cms: WebhookEndpoint
 ) -> None:
     job_id = await api.submit(webhook={"url": cms.url(), "headers": {"Authorization": "secret"}})
     [delivery] = await over(api)
@@ -212,4 +212,4 @@ async def test_redelivery_of_a_deleted_jobs_webhook_is_refused_and_its_secrets_a
     async with asyncio.timeout(20):
         while await api.db.webhook_headers.count_documents({}):  # noqa: ASYNC110 - nothing signals it
             await asyncio.sleep(0.05)
-    assert len(cms.received) == 1
+    assert len(cms.requests) == 1

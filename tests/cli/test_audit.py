@@ -21,15 +21,22 @@ from jobledger.cli import main
 from jobledger.cli.commands import log
 from jobledger.ledger.domain.commands import ClaimJob
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.store.command_handler import handle
-from jobledger.ledger.store.event_store import Limits
-from jobledger.ledger.store.hash_chain import GENESIS
-from jobledger.projections.engine.writer import VERSION
+from jobledger.ledger.store.command_handler import handle_command
+from jobledger.ledger.store.event_store import EventStoreLimits
+from jobledger.ledger.store.hash_chain import GENESIS_HASH
+from jobledger.projections.engine.writer import PROJECTION_VERSION
 from tests.support.examples import NOON
-from tests.support.installation import Ended, Installation, is_gone, one_line
-from tests.support.ledgers import META, Ledger, ledger_on, lose_a_ticket, stored, whole
+from tests.support.installation import CommandOutcome, Installation, assert_one_line_error, has_exited
+from tests.support.ledgers import (
+    EVENT_METADATA,
+    Ledger,
+    create_position_gap,
+    load_event_documents,
+    open_ledger,
+    read_all_events,
+)
 from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import rarely
+from tests.support.rarely import soak_only
 
 NOTHING = bytes(32).hex()
 EVENTS = 5
@@ -38,12 +45,18 @@ Work = Callable[[Ledger], Coroutine[Any, Any, Any]]
 
 async def write(ledger: Ledger) -> None:
     """Two jobs, the first of them claimed (2, 5), and between them a position whose writer has died (3)."""
-    submitted = await ledger.submit()
-    await handle(ledger.log, submitted.events[0].stream, ClaimJob("w1", NOON), meta=META, known=submitted.known)
-    await lose_a_ticket(ledger.db)
-    await ledger.submit()
-    await ledger.submit()
-    assert len(await whole(ledger.log)) == EVENTS
+    submitted = await ledger.submit_job()
+    await handle_command(
+        ledger.event_store,
+        submitted.events[0].stream,
+        ClaimJob("w1", NOON),
+        meta=EVENT_METADATA,
+        stream_state=submitted.stream_state,
+    )
+    await create_position_gap(ledger.db)
+    await ledger.submit_job()
+    await ledger.submit_job()
+    assert len(await read_all_events(ledger.event_store)) == EVENTS
 
 
 class Audited:
@@ -56,16 +69,16 @@ class Audited:
         self._capfd = capfd
         self._monkeypatch = monkeypatch
 
-    def verify(self, *arguments: str) -> Ended:
+    def verify(self, *arguments: str) -> CommandOutcome:
         return self.run("log", "verify", *arguments)
 
-    def run(self, *arguments: str) -> Ended:
+    def run(self, *arguments: str) -> CommandOutcome:
         self._monkeypatch.setattr(sys, "argv", ["jobledger", *arguments])
         self._capfd.readouterr()
         with pytest.raises(SystemExit) as exited:
             main.run()
         said = self._capfd.readouterr()
-        return Ended(int(exited.value.code or 0), said.out, said.err)
+        return CommandOutcome(int(exited.value.code or 0), said.out, said.err)
 
     def json(self, exit_code: int, *arguments: str) -> Any:
         ended = self.verify("--json", *arguments)
@@ -74,7 +87,9 @@ class Audited:
 
     def do(self, work: Work) -> None:
         async def with_a_ledger() -> None:
-            async with ledger_on(self._connection, Limits(void_after_seconds=0.02), live=False) as ledger:
+            async with open_ledger(
+                self._connection, EventStoreLimits(gap_timeout_seconds=0.02), with_change_stream=False
+            ) as ledger:
                 await work(ledger)
 
         asyncio.run(with_a_ledger())
@@ -90,7 +105,7 @@ class Audited:
         found: list[Document] = []
 
         async def look(ledger: Ledger) -> None:
-            found.extend(await stored(ledger.db))
+            found.extend(await load_event_documents(ledger.db))
 
         self.do(look)
         return found
@@ -118,7 +133,7 @@ def audited(empty: Audited) -> Audited:
     return empty
 
 
-def note_in(ended: Ended) -> str:
+def note_in(ended: CommandOutcome) -> str:
     """What `log verify` says is to be noted."""
     found = re.search(r"\b\d+:[0-9a-f]{64}$", ended.out, re.MULTILINE)
     assert found, ended
@@ -129,10 +144,10 @@ def note_in(ended: Ended) -> str:
 
 
 def test_a_right_log_is_said_to_be_right_and_what_to_note_of_it(audited: Audited) -> None:
-    digest = GENESIS
+    digest = GENESIS_HASH
     for document in audited.documents():
         digest = sha256(digest + document["hash"]).digest()
-    assert audited.verify() == Ended(
+    assert audited.verify() == CommandOutcome(
         0,
         "5 events up to position 5 are what was written (1 of them void positions).\n"
         f"To prove later that they still are, note: 5:{digest.hex()}\n",
@@ -183,7 +198,7 @@ def test_a_range_is_verified_alone(audited: Audited) -> None:
     "arguments", [("--from", "6"), ("--from", "4", "--to", "3"), ("--from", str(2**63 - 1))], ids=str
 )
 def test_where_nothing_is_nothing_is_wrong(audited: Audited, arguments: tuple[str, ...]) -> None:
-    assert audited.verify(*arguments) == Ended(0, "There are no events to verify.\n", "")
+    assert audited.verify(*arguments) == CommandOutcome(0, "There are no events to verify.\n", "")
     told = audited.json(0, *arguments)
     assert (told["events"], told["noted"], told["wrong"]) == (0, None, None)
 
@@ -193,13 +208,13 @@ def test_an_empty_log_is_right(empty: Audited) -> None:
         """To open it makes the index."""
 
     empty.do(nothing)
-    assert empty.verify() == Ended(0, "There are no events to verify.\n", "")
+    assert empty.verify() == CommandOutcome(0, "There are no events to verify.\n", "")
     nothing_else = {"noted": None, "handed_out": None, "wrong": None, "views": None, "files": None}
     assert empty.json(0) == {"events": 0, "voided": 0, "position": 0, **nothing_else}
 
 
 def test_a_log_that_nobody_has_opened_yet_is_right(empty: Audited) -> None:
-    assert empty.verify() == Ended(0, "There are no events to verify.\n", "")
+    assert empty.verify() == CommandOutcome(0, "There are no events to verify.\n", "")
 
 
 # A wrong one ------------------------------------------------------------------------------------------------------
@@ -209,7 +224,7 @@ def test_the_first_wrong_event_is_named_and_the_exit_code_is_1(audited: Audited)
     stream = audited.documents()[1]["stream"]
     audited.change(2, **{"data.worker_id": "mallory [/red]"})
     audited.change(4, time=NOON)
-    assert audited.verify() == Ended(
+    assert audited.verify() == CommandOutcome(
         1,
         f"The log is not what was written. First wrong: position 2 ({stream}, version 2): "
         "its hash is not that of its content: one of the two was changed.\n1 events before it are.\n",
@@ -254,7 +269,7 @@ def test_programs_are_told_of_a_version_that_is_none(audited: Audited, version: 
 
 def test_what_was_noted_proves_later_that_nothing_was_taken_away(audited: Audited) -> None:
     note = note_in(audited.verify())
-    audited.do(Ledger.submit)
+    audited.do(Ledger.submit_job)
     assert audited.verify("--noted", note).exit_code == 0
     assert audited.verify("--noted", note.upper()).exit_code == 0
 
@@ -271,7 +286,7 @@ def test_what_was_noted_proves_later_that_nothing_was_taken_away(audited: Audite
 
 # A log whose end is missing -----------------------------------------------------------------------------------------
 
-VIEWS_AT_9: Document = {"position": 9, "epoch": 1, "version": VERSION, "sides": {}}
+VIEWS_AT_9: Document = {"position": 9, "epoch": 1, "version": PROJECTION_VERSION, "sides": {}}
 
 
 async def views_ahead(ledger: Ledger) -> None:
@@ -288,7 +303,7 @@ async def everything_gone(ledger: Ledger) -> None:
 
 
 async def views_replaced(ledger: Ledger) -> None:
-    read = {"position": 5, "hash": b"x" * 32, "epoch": 1, "version": VERSION, "sides": {}}
+    read = {"position": 5, "hash": b"x" * 32, "epoch": 1, "version": PROJECTION_VERSION, "sides": {}}
     await ledger.db.checkpoints.replace_one({"_id": "views"}, read, upsert=True)
 
 
@@ -337,7 +352,7 @@ def test_a_log_without_its_end_is_found_by_what_was_read_of_it(
 
 
 def test_positions_that_were_handed_out_and_never_written_are_noted(audited: Audited) -> None:
-    audited.do(lambda ledger: lose_a_ticket(ledger.db))
+    audited.do(lambda ledger: create_position_gap(ledger.db))
     ended = audited.verify()
     assert ended.exit_code == 0
     assert "note: positions up to 6 were handed out to writers, and the log ends at 5." in ended.out
@@ -376,7 +391,9 @@ def test_a_note_stands_for_all_events_and_so_does_not_go_with_a_range_that_leave
     note = note_in(audited.verify("--to", "3"))
     assert audited.verify("--noted", note, "--to", "3").exit_code == 0
     for arguments in (("--from", "2"), ("--to", "2")):
-        one_line(audited.verify("--noted", note, *arguments), 2, "--noted stands for all events up to position 3")
+        assert_one_line_error(
+            audited.verify("--noted", note, *arguments), 2, "--noted stands for all events up to position 3"
+        )
 
 
 NO_NOTES = [
@@ -402,7 +419,9 @@ NO_NOTES = [
 
 @pytest.mark.parametrize("text", NO_NOTES, ids=lambda text: repr(text[:12]))
 def test_a_text_that_is_no_note_is_one_line_and_exit_code_2(audited: Audited, text: str) -> None:
-    one_line(audited.verify("--noted", text), 2, "is no note of an earlier verification", "POSITION:DIGEST")
+    assert_one_line_error(
+        audited.verify("--noted", text), 2, "is no note of an earlier verification", "POSITION:DIGEST"
+    )
 
 
 @pytest.mark.parametrize("option", ["--from", "--to"])
@@ -425,38 +444,38 @@ def test_a_database_that_does_not_answer_is_one_line_and_exit_code_3(empty: Audi
     away(tmp_path)
     for arguments in ((), ("--json",), ("--noted", f"5:{NOTHING}")):
         ended = empty.verify(*arguments)
-        one_line(ended, 3, "127.0.0.1:1")
+        assert_one_line_error(ended, 3, "127.0.0.1:1")
         assert "s3cret" not in ended.err
 
 
 def test_what_is_wrong_usage_is_said_before_the_database_is_asked(empty: Audited, tmp_path: Path) -> None:
     away(tmp_path)
-    one_line(empty.verify("--noted", "5"), 2, "is no note")
+    assert_one_line_error(empty.verify("--noted", "5"), 2, "is no note")
 
 
 def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(empty: Audited, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("mongodb:\n  url: x\n", encoding="utf-8")
-    one_line(empty.verify(), 2, "config.yaml: mongodb.url")
-    one_line(empty.verify("--config", "nowhere.yaml"), 2, "nowhere.yaml: there is no such file")
+    assert_one_line_error(empty.verify(), 2, "config.yaml: mongodb.url")
+    assert_one_line_error(empty.verify("--config", "nowhere.yaml"), 2, "nowhere.yaml: there is no such file")
 
 
-@rarely
+@soak_only
 @needs_local_mongod
 def test_an_embedded_server_that_does_not_run_is_started_meanwhile(tmp_path: Path) -> None:
     with Installation(tmp_path) as installation:
-        up = installation.up()
+        up = installation.start_up_command()
         job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
         assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
         running = installation.run("log", "verify")
         assert running.exit_code == 0, running
-        assert not is_gone(installation.note().pid), "it was stopped by who did not start it"
+        assert not has_exited(installation.read_embedded_lock().pid), "it was stopped by who did not start it"
         assert up.stop().exit_code == 0
 
         alone = installation.run("log", "verify", "--noted", note_in(running))
         assert (alone.exit_code, alone.err) == (0, ""), alone
         assert "are what was written" in alone.out
         assert not (tmp_path / "data" / "server.json").exists(), "the server was left running"
-        one_line(installation.run("log", "verify", "--noted", "5"), 2, "is no note")
+        assert_one_line_error(installation.run("log", "verify", "--noted", "5"), 2, "is no note")
         assert installation.run("log", "verify", "--noted", f"1:{NOTHING}").exit_code == 1
 
 

@@ -19,17 +19,24 @@ from typing import Any
 import pytest
 
 from jobledger.cli import main
-from jobledger.cli.composition import ALL_ROLES, roles
+from jobledger.cli.composition import ALL_ROLES, start_roles
 from jobledger.ledger.domain.errors import ResourceUnavailable
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.embedded_lock import until
-from tests.api.conftest import settings_for
-from tests.support.installation import Ended, Installation, client_of, descendants, is_gone, one_line
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.api.conftest import make_settings
+from tests.support.installation import (
+    CommandOutcome,
+    Installation,
+    assert_one_line_error,
+    has_exited,
+    http_client,
+    list_descendants,
+)
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
 
-Here = Callable[..., Ended]
+Here = Callable[..., CommandOutcome]
 ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}
 NOBODY = "http://127.0.0.1:1"
 
@@ -38,13 +45,13 @@ NOBODY = "http://127.0.0.1:1"
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """One that is up, for commands that talk to it."""
     with Installation(tmp_path_factory.mktemp("up")) as installation:
-        installation.up()
+        installation.start_up_command()
         yield installation
 
 
 @pytest.fixture
 def url(installation: Installation) -> str:
-    return installation.roles[0].url
+    return installation.commands[0].url
 
 
 @pytest.fixture
@@ -54,7 +61,7 @@ def nothing(tmp_path: Path) -> Iterator[Installation]:
         yield installation
 
 
-def said(ended: Ended, exit_code: int, *words: str) -> str:
+def said(ended: CommandOutcome, exit_code: int, *words: str) -> str:
     """Check the exit code, that no traceback was shown, and that a failure is explained in one line."""
     text = ended.out + ended.err
     assert ended.exit_code == exit_code, text
@@ -68,7 +75,7 @@ def said(ended: Ended, exit_code: int, *words: str) -> str:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Here:
     """Run a command in the test's process, which saves a second each; a traceback would come out as an exception."""
 
-    def run_here(*arguments: str, stdin: str | bytes = b"") -> Ended:
+    def run_here(*arguments: str, stdin: str | bytes = b"") -> CommandOutcome:
         given = stdin.encode() if isinstance(stdin, str) else stdin
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["jobledger", *arguments])
@@ -77,7 +84,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         with pytest.raises(SystemExit) as exited:
             main.run()
         said = capfd.readouterr()
-        return Ended(int(exited.value.code or 0), said.out, said.err)
+        return CommandOutcome(int(exited.value.code or 0), said.out, said.err)
 
     return run_here
 
@@ -153,36 +160,36 @@ def test_what_cannot_be_submitted_is_explained_in_one_line(
     here: Here, monkeypatch: pytest.MonkeyPatch, arguments: list[str], stdin: str | bytes, words: list[str]
 ) -> None:
     monkeypatch.setenv("JOBLEDGER_URL", NOBODY)
-    one_line(here(*arguments, stdin=stdin), 2, *words)
+    assert_one_line_error(here(*arguments, stdin=stdin), 2, *words)
 
 
 def test_the_exit_codes_of_a_real_process_are_the_same(nothing: Installation) -> None:
-    one_line(nothing.run("submit", "nowhere.json"), 2, "nowhere.json: there is no such file")
-    one_line(nothing.run("submit", "-", stdin="{["), 2, "- is neither JSON nor YAML")
-    one_line(nothing.run("submit", "-", "--url", NOBODY, stdin="{}"), 3, NOBODY, "jobledger up")
+    assert_one_line_error(nothing.run("submit", "nowhere.json"), 2, "nowhere.json: there is no such file")
+    assert_one_line_error(nothing.run("submit", "-", stdin="{["), 2, "- is neither JSON nor YAML")
+    assert_one_line_error(nothing.run("submit", "-", "--url", NOBODY, stdin="{}"), 3, NOBODY, "jobledger up")
 
 
 def test_what_the_api_refuses_is_said_in_its_words(installation: Installation, url: str) -> None:
     refused = installation.run("submit", "-", "--url", url, stdin=json.dumps([ECHO, {"event": "E"}]))
-    one_line(refused, 1, "jobs[1].parameters")
+    assert_one_line_error(refused, 1, "jobs[1].parameters")
 
 
 def test_an_address_where_nobody_answers_is_unreachable(here: Here) -> None:
     for url in (NOBODY, "http://no-such-host.invalid:5001"):
-        one_line(here("submit", "-", "--url", url, stdin="{}"), 3, url, "jobledger up")
+        assert_one_line_error(here("submit", "-", "--url", url, stdin="{}"), 3, url, "jobledger up")
 
 
 @pytest.mark.parametrize("answer", ["<html>", "[]", "{}", '{"status": "success"}', "null", '"x"'])
 @pytest.mark.parametrize("status", [200, 302, 404, 500])
 def test_a_server_that_is_no_jobledger_is_told_from_one(here: Here, answer: str, status: int) -> None:
     with foreign_server(status, answer) as url:
-        one_line(here("submit", "-", "--url", url, stdin="{}"), 1)
+        assert_one_line_error(here("submit", "-", "--url", url, stdin="{}"), 1)
 
 
 def test_a_jobledger_without_its_database_is_unreachable(here: Here) -> None:
     away = json.dumps({"status": "error", "code": "database_unavailable", "message": "It is away.", "details": {}})
     with foreign_server(503, away) as url:
-        one_line(here("submit", "-", "--url", url, stdin="{}"), 3, "It is away.")
+        assert_one_line_error(here("submit", "-", "--url", url, stdin="{}"), 3, "It is away.")
 
 
 @contextmanager
@@ -210,7 +217,7 @@ def foreign_server(status: int, body: str) -> Iterator[str]:
 def test_the_doctor_finds_a_running_installation_well(installation: Installation) -> None:
     text = said(installation.run("doctor"), 0, "MongoDB", "replica set rs0 with 1 member", "Clocks", "Oplog", "Log")
     assert "no " not in [line[:3] for line in text.splitlines()]
-    assert not is_gone(installation.note().pid), "the doctor has stopped what it did not start"
+    assert not has_exited(installation.read_embedded_lock().pid), "the doctor has stopped what it did not start"
 
 
 def test_the_doctor_starts_the_server_for_itself_where_nothing_runs(nothing: Installation) -> None:
@@ -220,25 +227,25 @@ def test_the_doctor_starts_the_server_for_itself_where_nothing_runs(nothing: Ins
 
 
 def test_the_doctor_says_what_to_do_about_a_database_that_is_not_there(nothing: Installation) -> None:
-    nothing.configure(mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/", "connect_timeout_ms": 200})
+    nothing.write_config(mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/", "connect_timeout_ms": 200})
     text = said(nothing.run("doctor"), 1, "no", "Is it running?")
     assert "s3cret" not in text
 
 
 def test_the_doctor_shows_brackets_as_they_are(nothing: Installation) -> None:
-    nothing.configure(results={"store": "odd[red]dir[/x]"})
+    nothing.write_config(results={"store": "odd[red]dir[/x]"})
     said(nothing.run("doctor"), 0, "odd[red]dir[/x]")
 
 
 @pytest.mark.parametrize("command", ["up", "api", "projector", "worker", "doctor"])
 def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(here: Here, tmp_path: Path, command: str) -> None:
     (tmp_path / "config.yaml").write_text("api:\n  prot: 1\n")
-    one_line(here(command), 2, "config.yaml: api.prot", "known here: host, port")
-    one_line(here(command, "--config", "nowhere.yaml"), 2, "nowhere.yaml: there is no such file")
+    assert_one_line_error(here(command), 2, "config.yaml: api.prot", "known here: host, port")
+    assert_one_line_error(here(command, "--config", "nowhere.yaml"), 2, "nowhere.yaml: there is no such file")
 
 
 def test_an_old_key_is_reported_and_harms_nothing(nothing: Installation) -> None:
-    nothing.configure(event_worker={"poll_interval_sec": 5})
+    nothing.write_config(event_worker={"poll_interval_sec": 5})
     ended = nothing.run("doctor")
     said(ended, 0)
     assert "note: event_worker.poll_interval_sec is not used" in ended.err
@@ -265,7 +272,7 @@ def test_commands_do_without_what_only_the_demo_needs(nothing: Installation) -> 
             timeout=60,
             check=False,
         )
-        one_line(Ended(ended.returncode, ended.stdout, ended.stderr), exit_code, word)
+        assert_one_line_error(CommandOutcome(ended.returncode, ended.stdout, ended.stderr), exit_code, word)
 
 
 # The roles --------------------------------------------------------------------------------------------------------
@@ -275,34 +282,34 @@ def test_commands_do_without_what_only_the_demo_needs(nothing: Installation) -> 
 def test_a_signal_stops_everything_cleanly_and_the_next_start_has_all_the_data(
     nothing: Installation, number: signal.Signals
 ) -> None:
-    up = nothing.up()
+    up = nothing.start_up_command()
     submitted = nothing.run("submit", "-", "--wait", "--url", up.url, stdin=json.dumps([ECHO]))
     said(submitted, 0)
-    with client_of(up) as client:
+    with http_client(up) as client:
         before = client.get("/api/events/jobs").json()
-    processes = descendants(up.process.pid)
-    mongod = nothing.note().pid
+    processes = list_descendants(up.process.pid)
+    mongod = nothing.read_embedded_lock().pid
     assert mongod in processes
 
     said(up.stop(number), 0, "Stopping")
-    assert until(lambda: all(is_gone(pid) for pid in processes), 5), "a process was left behind"
+    assert wait_until(lambda: all(has_exited(pid) for pid in processes), 5), "a process was left behind"
     assert not (nothing.directory / "data" / "server.json").exists()
 
-    with client_of(nothing.up()) as client:
+    with http_client(nothing.start_up_command()) as client:
         assert client.get("/api/events/jobs").json() == before
 
 
 def test_an_open_stream_and_a_running_job_do_not_hold_up_the_end(nothing: Installation) -> None:
-    nothing.configure(event_worker={"shutdown_grace_seconds": 1})
-    up = nothing.up()
-    with client_of(up) as client, client.stream("GET", "/api/ledger/stream?after=0") as stream:
+    nothing.write_config(event_worker={"shutdown_grace_seconds": 1})
+    up = nothing.start_up_command()
+    with http_client(up) as client, client.stream("GET", "/api/ledger/stream?after=0") as stream:
         client.post("/api/events/jobs", json={"job_type": "echo", "parameters": {"seconds": 3600}})
         assert any(line == "event: JobClaimed" for line in stream.iter_lines())
         began = time.monotonic()
         said(up.stop(), 0)
         assert time.monotonic() - began < 15
 
-    with client_of(nothing.up()) as client:
+    with http_client(nothing.start_up_command()) as client:
         [job] = client.get("/api/events/jobs").json()["jobs"]
         history = client.get(f"/api/events/jobs/{job['job_id']}/history").json()["events"]
     assert "JobReleased" in [event["type"] for event in history]
@@ -313,8 +320,8 @@ def test_a_second_up_on_the_same_directory_is_refused_and_the_first_goes_on(inst
 
     assert second.exit_code == 4
     assert second.err.splitlines()[-1].startswith("jobledger: ")
-    assert f"is used by another jobledger (process {installation.roles[0].process.pid})" in second.err
-    with client_of(installation.roles[0]) as client:
+    assert f"is used by another jobledger (process {installation.commands[0].process.pid})" in second.err
+    with http_client(installation.commands[0]) as client:
         assert client.get("/readyz").status_code == 200
 
 
@@ -330,10 +337,10 @@ def test_a_taken_port_is_one_line(nothing: Installation) -> None:
 async def test_a_taken_port_is_noticed_before_anything_is_done(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     """No worker may take a job in a process that cannot run."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = settings_for(mongodb_uri, db_name, tmp_path, api={"port": taken.getsockname()[1]})
+        settings = make_settings(mongodb_uri, db_name, tmp_path, api={"port": taken.getsockname()[1]})
         connection = Connection(mongodb_uri, db_name)
         with pytest.raises(ResourceUnavailable, match="cannot listen"):
-            async with roles(settings, connection, ALL_ROLES, failed=lambda _: None):
+            async with start_roles(settings, connection, ALL_ROLES, on_failure=lambda _: None):
                 pass
     async with connection.client() as client:
         assert await client[db_name].list_collection_names() == []
@@ -341,13 +348,15 @@ async def test_a_taken_port_is_noticed_before_anything_is_done(mongodb_uri: str,
 
 @pytest.mark.parametrize("command", ["worker", "api", "projector"])
 def test_a_role_alone_without_a_running_server_is_unreachable(nothing: Installation, command: str) -> None:
-    one_line(nothing.run(command), 3, "jobledger up", str(nothing.directory / "data"))
+    assert_one_line_error(nothing.run(command), 3, "jobledger up", str(nothing.directory / "data"))
 
 
 def test_a_role_whose_database_does_not_answer_is_unreachable(nothing: Installation) -> None:
-    nothing.configure(mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/?replicaSet=rs0", "connect_timeout_ms": 300})
+    nothing.write_config(
+        mongodb={"uri": "mongodb://user:s3cret@127.0.0.1:1/?replicaSet=rs0", "connect_timeout_ms": 300}
+    )
     ended = nothing.run("worker")
-    one_line(ended, 3, "Is it running?")
+    assert_one_line_error(ended, 3, "Is it running?")
     assert "s3cret" not in ended.err
 
 
@@ -355,11 +364,11 @@ def test_roles_in_processes_of_their_own_work_together(tmp_path: Path, mongodb_u
     with Installation(tmp_path, mongodb={"uri": mongodb_uri, "db_name": db_name}) as installation:
         # In an order in which nobody finds what it needs at first.
         roles = [installation.start(name) for name in ("worker", "worker", "projector", "projector", "api")]
-        api = [role.ready() for role in roles][-1]
+        api = [role.wait_until_ready() for role in roles][-1]
         ended = installation.run("submit", "-", "--wait", "--url", api.url, stdin=json.dumps([ECHO] * 20))
         said(ended, 0)
         assert ended.out.count("completed") == 20
-        with client_of(api) as client:
+        with http_client(api) as client:
             stats = client.get("/api/monitoring/events/stats").json()["stats"]
         assert stats["jobs"]["completed"] == 20
         assert len(stats["workers"]) == 2
@@ -367,14 +376,14 @@ def test_roles_in_processes_of_their_own_work_together(tmp_path: Path, mongodb_u
         said(installation.run("submit", "-", "--wait", "--url", api.url, stdin=json.dumps([ECHO])), 0)
         for role in roles[:2] + roles[3:]:
             said(role.stop(), 0)
-            assert until(lambda role=role: not descendants(role.process.pid), 5)  # type: ignore[misc]  # bound now
+            assert wait_until(lambda role=role: not list_descendants(role.process.pid), 5)  # type: ignore[misc]  # bound now
 
 
 def test_a_worker_beside_up_finds_the_embedded_server(nothing: Installation) -> None:
-    up = nothing.up()
-    worker = nothing.start("worker").ready()
-    with client_of(up) as client:
-        assert until(lambda: len(client.get("/api/monitoring/events/stats").json()["stats"]["workers"]) == 2, 10)
+    up = nothing.start_up_command()
+    worker = nothing.start("worker").wait_until_ready()
+    with http_client(up) as client:
+        assert wait_until(lambda: len(client.get("/api/monitoring/events/stats").json()["stats"]["workers"]) == 2, 10)
     said(worker.stop(), 0)
     said(up.stop(), 0)
 

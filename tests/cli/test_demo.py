@@ -15,9 +15,9 @@ import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from jobledger.cli.demo_site import make_site
+from jobledger.cli.demo_site import write_site
 from jobledger.cli.demo_site.talks import CONFERENCE, TALKS, Talk
-from tests.support.installation import Ended, Installation
+from tests.support.installation import CommandOutcome, Installation
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(300)]
@@ -26,7 +26,7 @@ pytestmark = [needs_local_mongod, pytest.mark.timeout(300)]
 def test_the_demo_shows_what_was_said_and_can_be_repeated(tmp_path: Path) -> None:
     """One test, because running it takes a while: what is shown is checked after the first run, the rest after both."""
     site = tmp_path / "site"
-    make_site(site)
+    write_site(site)
     with Installation(tmp_path / "demo") as installation:
         ended = installation.run("demo", seconds=120)
         tells_where_everything_is(ended, installation.directory / "demo-data")
@@ -41,7 +41,7 @@ def test_the_demo_shows_what_was_said_and_can_be_repeated(tmp_path: Path) -> Non
         assert {path.name for path in installation.directory.iterdir()} == {"config.yaml", "demo-data"}
 
 
-def tells_where_everything_is(ended: Ended, copies: Path) -> None:
+def tells_where_everything_is(ended: CommandOutcome, copies: Path) -> None:
     assert ended.exit_code == 0, ended.out + ended.err
     assert "\\n" not in ended.out
     assert "Traceback" not in ended.err, ended.err
@@ -103,7 +103,7 @@ def shows_every_page_of_the_slides(page: Path, talk: Talk, site: Path) -> None:
             pages = len(document)
     shown = images_in(page.read_text(encoding="utf-8"))
 
-    assert pages == talk.pages
+    assert pages == talk.page_count
     assert len(shown) == len(set(shown)) == pages
     for name in shown:
         with Image.open(page.parent / name) as image:

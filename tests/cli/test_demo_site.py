@@ -12,7 +12,7 @@ import pypdfium2
 import pytest
 import trafilatura
 
-from jobledger.cli.demo_site import make_site, serve, sessions
+from jobledger.cli.demo_site import list_sessions, serve_directory, write_site
 from jobledger.cli.demo_site.talks import TALKS, Talk
 
 SESSION_FIELDS = [
@@ -30,7 +30,7 @@ def by_slug(talk: Talk) -> str:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("site")
-    make_site(directory)
+    write_site(directory)
     return directory
 
 
@@ -41,19 +41,19 @@ def text_of(deck: Path) -> list[str]:
 
 
 def test_making_the_site_names_every_file_it_wrote(tmp_path: Path) -> None:
-    made = make_site(tmp_path)
+    made = write_site(tmp_path)
 
     assert sorted(made) == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_a_site_made_twice_has_the_same_pages_and_decks(site: Path, tmp_path: Path) -> None:
-    for name in make_site(tmp_path):
+    for name in write_site(tmp_path):
         if name.suffix != ".webm" and name.suffix != ".mp4":
             assert (tmp_path / name).read_bytes() == (site / name).read_bytes(), name
 
 
 def test_sessions_have_the_thirteen_fields_and_differ_in_what_they_offer() -> None:
-    listed = sessions("http://127.0.0.1:1/")
+    listed = list_sessions("http://127.0.0.1:1/")
 
     assert [list(session) for session in listed] == [SESSION_FIELDS] * 4
     assert len({session["filename"] for session in listed}) == 4
@@ -86,8 +86,8 @@ def test_a_talk_page_has_a_main_content_that_can_be_told_from_its_frame(site: Pa
 def test_a_deck_has_the_declared_pages_with_real_text(site: Path, talk: Talk) -> None:
     pages = text_of(site / "files" / f"{talk.slug}.pdf")
 
-    assert len(pages) == talk.pages
-    assert 4 <= talk.pages <= 7
+    assert len(pages) == talk.page_count
+    assert 4 <= talk.page_count <= 7
     assert talk.speakers[0].name in pages[0]
     for slide, page in zip(talk.slides, pages[1:], strict=True):
         assert slide.title in page
@@ -96,13 +96,13 @@ def test_a_deck_has_the_declared_pages_with_real_text(site: Path, talk: Talk) ->
 @pytest.mark.parametrize("talk", WITH_VIDEO, ids=by_slug)
 def test_a_recording_moves_and_sounds(site: Path, talk: Talk) -> None:
     assert talk.video is not None
-    with av.open(str(site / "media" / f"{talk.slug}.{talk.video.media}")) as film:
+    with av.open(str(site / "media" / f"{talk.slug}.{talk.video.container}")) as film:
         assert film.duration is not None
         assert film.duration / av.time_base == pytest.approx(talk.video.seconds, abs=0.2)
         pictures = [bytes(frame.planes[0]) for frame in film.decode(video=0)]
     assert len(set(pictures)) > len(pictures) / 2
 
-    assert loudest_sample(site / "media" / f"{talk.slug}.{talk.video.media}") > 2_000
+    assert loudest_sample(site / "media" / f"{talk.slug}.{talk.video.container}") > 2_000
 
 
 def loudest_sample(path: Path) -> int:
@@ -114,8 +114,8 @@ def loudest_sample(path: Path) -> int:
 
 
 async def test_everything_a_session_names_is_served_with_its_media_type(site: Path) -> None:
-    async with serve(site) as base, httpx.AsyncClient() as client:
-        for session in sessions(base):
+    async with serve_directory(site) as base, httpx.AsyncClient() as client:
+        for session in list_sessions(base):
             page = await client.get(session["url"])
             assert page.status_code == 200
             assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -129,8 +129,8 @@ async def test_everything_a_session_names_is_served_with_its_media_type(site: Pa
 
 
 async def test_every_link_on_every_page_leads_somewhere(site: Path) -> None:
-    async with serve(site) as base, httpx.AsyncClient(follow_redirects=True) as client:
-        for address in [f"{base}/", *(session["url"] for session in sessions(base))]:
+    async with serve_directory(site) as base, httpx.AsyncClient(follow_redirects=True) as client:
+        for address in [f"{base}/", *(session["url"] for session in list_sessions(base))]:
             for link in links(await client.get(address)):
                 assert (await client.head(link)).status_code == 200, f"{link} on {address}"
 
@@ -143,8 +143,8 @@ def links(page: httpx.Response) -> set[httpx.URL]:
 
 
 async def test_a_range_of_a_recording_is_answered_with_just_that_range(site: Path) -> None:
-    async with serve(site) as base, httpx.AsyncClient() as client:
-        address = next(session["video_url"] for session in sessions(base) if session["video_url"])
+    async with serve_directory(site) as base, httpx.AsyncClient() as client:
+        address = next(session["video_url"] for session in list_sessions(base) if session["video_url"])
         whole = (await client.get(address)).content
         part = await client.get(address, headers={"Range": "bytes=100-199"})
 
@@ -155,7 +155,7 @@ async def test_a_range_of_a_recording_is_answered_with_just_that_range(site: Pat
 
 async def test_serving_leaves_the_signals_to_the_program_and_frees_the_port(site: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    async with serve(site) as base:
+    async with serve_directory(site) as base:
         assert signal.getsignal(signal.SIGINT) is before
 
     async with httpx.AsyncClient() as client:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from pymongo import MongoClient
 
-from jobledger.api.auth.api_keys import KeyText
-from jobledger.cli.commands.keys import lifetime, new_key
+from jobledger.api.auth.api_keys import ApiKeyToken
+from jobledger.cli.commands.keys import new_key, parse_lifetime
 from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.ledger.mongo.embedded_lock import until
-from tests.support.installation import Ended, Installation, Role, client_of, one_line
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.support.installation import CommandOutcome, Installation, RunningCommand, assert_one_line_error, http_client
 from tests.support.mongod import needs_local_mongod
 
 JOBS = "/api/events/jobs"
@@ -30,13 +30,13 @@ def installation(mongodb_uri: str, db_name: str, tmp_path: Path) -> Iterator[Ins
         yield installation
 
 
-def done(ended: Ended) -> str:
+def done(ended: CommandOutcome) -> str:
     assert ended.exit_code == 0, ended.out + ended.err
     return ended.out
 
 
-def status(role: Role, key: str) -> int:
-    with client_of(role) as client:
+def status(role: RunningCommand, key: str) -> int:
+    with http_client(role) as client:
         return client.get(JOBS, headers={"Authorization": f"Bearer {key}"}).status_code
 
 
@@ -44,7 +44,7 @@ def test_a_key_is_made_shown_once_used_and_revoked(installation: Installation) -
     created = installation.run("keys", "create", "--user", "alice", "--group", "ops", "--name", "her [bold]laptop")
     key = done(created).removesuffix("\n")
     assert re.fullmatch(r"jl_[0-9a-f]{16}_[\w-]{43}", key)
-    text = KeyText.read(key)
+    text = ApiKeyToken.parse(key)
     assert text
     assert text.secret not in created.err, "what is told beside it may be logged"
     assert f"jobledger keys revoke {text.key_id}" in created.err
@@ -54,13 +54,13 @@ def test_a_key_is_made_shown_once_used_and_revoked(installation: Installation) -
         assert word in done(listed)
     assert text.secret not in listed.out + listed.err
 
-    up = installation.start("api").ready()
+    up = installation.start("api").wait_until_ready()
     assert status(up, key) == 200
     assert text.key_id in done(installation.run("keys", "revoke", text.key_id))
-    assert until(lambda: status(up, key) == 401, 5)
+    assert wait_until(lambda: status(up, key) == 401, 5)
     assert done(installation.run("keys", "list")) == "There are no API keys.\n"
-    one_line(installation.run("keys", "revoke", text.key_id), 1, "`jobledger keys list`")
-    assert text.secret not in up.out + up.err
+    assert_one_line_error(installation.run("keys", "revoke", text.key_id), 1, "`jobledger keys list`")
+    assert text.secret not in up.stdout + up.stderr
 
 
 def test_programs_get_json(installation: Installation) -> None:
@@ -70,7 +70,7 @@ def test_programs_get_json(installation: Installation) -> None:
         done(installation.run("keys", "create", "--user", "bob", *roles, "--expires-in", "90d", "--json"))
     )
     key = created.pop("key")
-    assert KeyText.read(key)
+    assert ApiKeyToken.parse(key)
     assert created.keys() == {"id", "name", "user_id", "groups", "roles", "created_at", "expires_at"}
     assert (created["user_id"], created["groups"], created["roles"]) == ("bob", [], ["monitor", "admin"])
     expires_at = datetime.fromisoformat(created["expires_at"])
@@ -84,9 +84,9 @@ def test_programs_get_json(installation: Installation) -> None:
 
 
 def test_what_is_no_id_is_not_repeated_for_it_may_be_most_of_a_key(installation: Installation) -> None:
-    nearly = str(KeyText.new())[:-1]
+    nearly = str(ApiKeyToken.generate())[:-1]
     refused = installation.run("keys", "revoke", nearly)
-    one_line(refused, 1)
+    assert_one_line_error(refused, 1)
     assert nearly[20:] not in refused.out + refused.err
 
 
@@ -132,18 +132,18 @@ def test_a_key_that_cannot_be_is_explained_before_anything_is_stored(arguments: 
     ],
 )
 def test_how_long_a_key_lasts_is_a_number_and_a_unit(text: str, lasting: timedelta) -> None:
-    assert lifetime(text) == lasting
+    assert parse_lifetime(text) == lasting
 
 
 def test_wrong_usage_and_no_database_have_their_exit_codes(installation: Installation) -> None:
-    one_line(installation.run("keys", "create", "--user", "team-x"), 2, "--user")
+    assert_one_line_error(installation.run("keys", "create", "--user", "team-x"), 2, "--user")
     for arguments in (["create", "--user", "a", "--role", "root"], ["revoke"]):
         wrong = installation.run("keys", *arguments)
         assert wrong.exit_code == 2
         assert "Traceback" not in wrong.err
-    installation.configure(mongodb={"uri": "mongodb://127.0.0.1:1/", "connect_timeout_ms": 200})
+    installation.write_config(mongodb={"uri": "mongodb://127.0.0.1:1/", "connect_timeout_ms": 200})
     for arguments in (["create", "--user", "a"], ["list"]):
-        one_line(installation.run("keys", *arguments), 3, "MongoDB")
+        assert_one_line_error(installation.run("keys", *arguments), 3, "MongoDB")
 
 
 def test_an_expired_key_is_listed_as_such(installation: Installation, mongodb_uri: str, db_name: str) -> None:
@@ -158,30 +158,32 @@ def test_an_expired_key_is_listed_as_such(installation: Installation, mongodb_ur
 def test_with_the_embedded_server_keys_can_be_made_before_anything_runs_and_while_it_does(tmp_path: Path) -> None:
     with Installation(tmp_path, auth={"mode": "keys"}) as installation:
         before = done(installation.run("keys", "create", "--user", "alice")).strip()
-        up = installation.up()
+        up = installation.start_up_command()
         while_up = done(installation.run("keys", "create", "--user", "bob")).strip()
         submitted = installation.run("submit", "-", "--wait", "--url", up.url, stdin=ECHO, JOBLEDGER_KEY=before)
         assert "completed" in done(submitted)
-        assert before not in submitted.out + submitted.err + up.out + up.err
-        assert until(lambda: status(up, while_up) == 200, 5)
+        assert before not in submitted.out + submitted.err + up.stdout + up.stderr
+        assert wait_until(lambda: status(up, while_up) == 200, 5)
 
 
 def test_a_key_for_a_place_that_asks_for_none_is_made_with_a_note(
     installation: Installation, mongodb_uri: str, db_name: str
 ) -> None:
-    installation.configure(mongodb={"uri": mongodb_uri, "db_name": db_name})
+    installation.write_config(mongodb={"uri": mongodb_uri, "db_name": db_name})
     created = installation.run("keys", "create", "--user", "alice")
-    assert KeyText.read(done(created).strip())
+    assert ApiKeyToken.parse(done(created).strip())
     assert "note: auth.mode is `open`" in created.err
 
 
 def test_submitting_without_a_key_or_with_a_wrong_one_says_what_to_do(installation: Installation) -> None:
-    up = installation.start("api").ready()
+    up = installation.start("api").wait_until_ready()
     submit = ("submit", "-", "--url", up.url)
-    one_line(installation.run(*submit, stdin=ECHO), 2, "asks who you are", "JOBLEDGER_KEY", "`jobledger keys create`")
-    one_line(installation.run(*submit, stdin=ECHO, JOBLEDGER_KEY="  "), 2, "asks who you are")
-    wrong = str(KeyText.new())
+    assert_one_line_error(
+        installation.run(*submit, stdin=ECHO), 2, "asks who you are", "JOBLEDGER_KEY", "`jobledger keys create`"
+    )
+    assert_one_line_error(installation.run(*submit, stdin=ECHO, JOBLEDGER_KEY="  "), 2, "asks who you are")
+    wrong = str(ApiKeyToken.generate())
     for key in (wrong, f"{wrong}\n", "s3cret key", "s3cr€t", "s3cret\x00"[:-1] + "\x07"):
         refused = installation.run(*submit, stdin=ECHO, JOBLEDGER_KEY=key)
-        one_line(refused, 2, "JOBLEDGER_KEY")
+        assert_one_line_error(refused, 2, "JOBLEDGER_KEY")
         assert key.strip() not in refused.out + refused.err

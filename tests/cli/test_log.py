@@ -24,13 +24,13 @@ from jobledger.ledger.domain.events import Failure
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store import transfer
 from jobledger.projections.engine import rebuild
-from tests.projections.refold import assert_views_equal_the_log, results, stored
+from tests.projections.refold import assert_views_match_log, load_views, make_results
 from tests.projections.test_projector import a_history
-from tests.support.installation import Ended, Installation
+from tests.support.installation import CommandOutcome, Installation
 from tests.support.mongod import needs_local_mongod
-from tests.support.running import Process, process
+from tests.support.running import RunningRoles, run_roles_in_process
 
-Work = Callable[[Process], Coroutine[Any, Any, Any]]
+Work = Callable[[RunningRoles], Coroutine[Any, Any, Any]]
 
 
 class Machine:
@@ -49,7 +49,7 @@ class Machine:
         self._capfd = capfd
         self._monkeypatch = monkeypatch
 
-    def run(self, *arguments: str, database: str | None = None) -> Ended:
+    def run(self, *arguments: str, database: str | None = None) -> CommandOutcome:
         self._monkeypatch.setenv("JOBLEDGER_MONGODB__DB_NAME", database or self.connection.db_name)
         self._monkeypatch.setenv("COLUMNS", "250")
         self._monkeypatch.setattr(sys, "argv", ["jobledger", *arguments])
@@ -58,7 +58,7 @@ class Machine:
             main.run()
         said = self._capfd.readouterr()
         assert "Traceback" not in said.err
-        return Ended(int(exited.value.code or 0), said.out, said.err)
+        return CommandOutcome(int(exited.value.code or 0), said.out, said.err)
 
     def json(self, *arguments: str, exit_code: int = 0, database: str | None = None) -> Any:
         ended = self.run(*arguments, "--json", database=database)
@@ -69,9 +69,9 @@ class Machine:
         connection = Connection(self.connection.uri, database or self.connection.db_name)
 
         async def done() -> Any:
-            async with process(connection, self.directory / "results", projector=True) as here:
+            async with run_roles_in_process(connection, self.directory / "results", projector=True) as here:
                 found = await work(here)
-                await here.views_reach()
+                await here.wait_for_views()
                 return found
 
         return asyncio.run(done())
@@ -96,15 +96,17 @@ def other_database(mongodb_uri: str, db_name: str) -> Iterator[str]:
         client.drop_database(name)
 
 
-async def a_story(here: Process) -> str:
+async def a_story(here: RunningRoles) -> str:
     """A job that fails, is restarted and completed; another that waits. Returns the id of the first."""
     job_id = await here.submit({"text": "Grüße"}, job_name="Die Rede")
     attempt = await here.claim(job_id, "worker-7")
     again = datetime.now(UTC) + timedelta(minutes=5)
-    await here.do(job_id, FailAttempt("worker-7", attempt, Failure(code="BROKEN", message="it broke"), again))
-    await here.do(job_id, CancelJob("ada", "no longer wanted"), RestartJob("ada"))
+    await here.handle_commands(
+        job_id, FailAttempt("worker-7", attempt, Failure(code="BROKEN", message="it broke"), again)
+    )
+    await here.handle_commands(job_id, CancelJob("ada", "no longer wanted"), RestartJob("ada"))
     attempt = await here.claim(job_id, "worker-8")
-    await here.do(job_id, CompleteJob("worker-8", attempt, results(job_id)))
+    await here.handle_commands(job_id, CompleteJob("worker-8", attempt, make_results(job_id)))
     await here.submit()
     return job_id
 
@@ -182,40 +184,40 @@ def test_the_end_of_the_log_is_told_filtered(machine: Machine) -> None:
 def test_whoever_follows_the_log_hears_of_everything_over_a_restart_of_everything(tmp_path: Path) -> None:
     installation = Installation(tmp_path)
     job = json.dumps([{"job_type": "echo", "parameters": {"text": "hello"}}])
-    up = installation.up().ready()
+    up = installation.start_up_command().wait_until_ready()
     following = installation.start("log", "tail", "--after", "0", "--json")
     try:
         for completed in (1, 2):
             assert installation.run("submit", "-", "--wait", "--url", up.url, stdin=job).exit_code == 0
             deadline = time.monotonic() + 20
-            while following.out.count('"JobCompleted"') < completed:
-                assert time.monotonic() < deadline, following.err
+            while following.stdout.count('"JobCompleted"') < completed:
+                assert time.monotonic() < deadline, following.stderr
                 time.sleep(0.05)
             assert up.stop().exit_code == 0
             if completed == 1:
-                up = installation.up().ready()
+                up = installation.start_up_command().wait_until_ready()
     finally:
         following.kill_group()
-        installation.kill_everything()
-    positions = [json.loads(line)["position"] for line in following.out.splitlines()]
+        installation.kill_all_processes()
+    positions = [json.loads(line)["position"] for line in following.stdout.splitlines()]
     assert positions == list(range(1, len(positions) + 1))
 
 
 # Export and import ----------------------------------------------------------------------------------------------------
 
 
-async def much(here: Process) -> None:
+async def much(here: RunningRoles) -> None:
     await a_history(here, random.Random(40), steps=60)
     await a_story(here)
-    await assert_views_equal_the_log(here)
+    await assert_views_match_log(here)
 
 
-async def views(here: Process) -> Any:
-    await here.views_reach()
-    return await stored(here.db)
+async def views(here: RunningRoles) -> Any:
+    await here.wait_for_views()
+    return await load_views(here.db)
 
 
-async def events(here: Process) -> Any:
+async def events(here: RunningRoles) -> Any:
     return [document async for document in here.db.events.find().sort("_id", 1)]
 
 
@@ -261,7 +263,7 @@ def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeyp
     assert machine.run("log", "export", f"whole-{name}").exit_code == 0
     whole = Path(f"whole-{name}").read_bytes()
     written: list[int] = []
-    line_of = transfer.line_of
+    line_of = transfer.encode_event
 
     class Cut(Exception):
         pass
@@ -334,14 +336,14 @@ def damage(path: Path, kind: str) -> None:
         case "a word changed":
             text = text.replace(b"Die Rede", b"Die Rehe")
         case "its hash made anew":
-            found = transfer.document_of(lines[10])
+            found = transfer.decode_event(lines[10])
             found["meta"]["actor"] = "nobody"
             import hashlib
 
-            from jobledger.ledger.store.hash_chain import chained_text
+            from jobledger.ledger.store.hash_chain import hash_input
 
-            found["hash"] = hashlib.sha256(chained_text(found)).digest()
-            lines[10] = transfer.line_of(found) + b"\n"
+            found["hash"] = hashlib.sha256(hash_input(found)).digest()
+            lines[10] = transfer.encode_event(found) + b"\n"
             text = b"".join(lines)
         case "something behind":
             text += lines[10]
@@ -412,7 +414,7 @@ def test_an_import_that_was_interrupted_is_continued(
         pass
 
     taken: list[int] = []
-    document_of = transfer.document_of
+    document_of = transfer.decode_event
 
     def cut(line: bytes) -> Any:
         found = document_of(line)
@@ -427,7 +429,7 @@ def test_an_import_that_was_interrupted_is_continued(
             machine.run("log", "import", "log.zst", database=other_database)
         with MongoClient[dict[str, Any]](machine.connection.uri) as client:
             assert client[other_database].events.find_one() is None
-            assert client[other_database][transfer.STAGED].count_documents({}) == 100
+            assert client[other_database][transfer.STAGING_COLLECTION].count_documents({}) == 100
         assert machine.run("log", "import", "log.zst", database=other_database).exit_code == 0
     assert machine.do(events, database=other_database) == log
 
@@ -439,7 +441,7 @@ def test_an_import_needs_a_database_that_is_empty_and_at_rest(machine: Machine, 
     assert ended.exit_code == 2
     assert "has a log already" in ended.err
 
-    async def try_it(here: Process) -> Ended:
+    async def try_it(here: RunningRoles) -> CommandOutcome:
         assert here.projector is not None
         while await here.db.leaders.find_one({"_id": "projector", "released": False}) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -489,14 +491,14 @@ def test_views_that_somebody_has_edited_are_found_and_made_anew(machine: Machine
 
 
 def test_how_everything_stood_at_an_earlier_time(machine: Machine) -> None:
-    async def a_day(here: Process) -> tuple[str, str, str]:
+    async def a_day(here: RunningRoles) -> tuple[str, str, str]:
         one = await here.submit(job_name="first")
         batch_id, [two, three] = await here.submit_batch({}, {})
         await here.claim(two, "worker-7")
-        head = await here.log.head()
+        head = await here.event_store.head_position()
         assert head == 5
-        await here.do(two, CompleteJob("worker-7", 1, results(two)))
-        await here.do(one, CancelJob("ada"))
+        await here.handle_commands(two, CompleteJob("worker-7", 1, make_results(two)))
+        await here.handle_commands(one, CancelJob("ada"))
         await here.claim(three, "worker-8")
         return one, two, batch_id
 
@@ -525,7 +527,7 @@ def test_how_everything_stood_at_an_earlier_time(machine: Machine) -> None:
 
 
 def test_looking_back_finds_what_the_views_say_whatever_has_happened(machine: Machine) -> None:
-    async def much_and_counted(here: Process) -> dict[str, Any]:
+    async def much_and_counted(here: RunningRoles) -> dict[str, Any]:
         await much(here)
         jobs = {it["_id"]: it["status"] async for it in here.db.jobs.find()}
         batches = {it["_id"]: (it["status"], it["paused"]) async for it in here.db.batches.find()}

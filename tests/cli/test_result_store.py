@@ -7,9 +7,9 @@ from pathlib import Path
 
 import httpx
 
-from jobledger.ledger.files.store_marker import MARKER
-from jobledger.ledger.mongo.embedded_lock import until
-from tests.support.installation import Installation, client_of
+from jobledger.ledger.files.store_marker import MARKER_FILE_NAME
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.support.installation import Installation, http_client
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -31,42 +31,42 @@ def test_result_store_that_is_missing_is_reported_and_never_created_again(tmp_pa
         assert before.exit_code == 0, before
         assert not store.exists()
 
-        role = here.up()
-        with client_of(role) as client:
+        role = here.start_up_command()
+        with http_client(role) as client:
             first = submitted(client)
-            assert until(lambda: status(client, first) == "completed", 20)
+            assert wait_until(lambda: status(client, first) == "completed", 20)
             store.rename(store.with_suffix(".x"))
             missing = here.run("doctor")
             assert missing.exit_code == 1
             assert "result store" in missing.out
             assert "is missing" in missing.out
             waiting = [submitted(client) for _ in range(7)]
-            assert until(lambda: "claims no jobs" in role.err, 20)
-            assert until(lambda: "1 of them claim no jobs" in here.run("doctor").out, 20)
+            assert wait_until(lambda: "claims no jobs" in role.stderr, 20)
+            assert wait_until(lambda: "1 of them claim no jobs" in here.run("doctor").out, 20)
             assert not store.exists()
             assert "completed" not in {status(client, job_id) for job_id in waiting}
         role.stop()
 
-        role = here.up()
-        with client_of(role) as client:
+        role = here.start_up_command()
+        with http_client(role) as client:
             assert not store.exists()
-            assert "is missing" in role.err
+            assert "is missing" in role.stderr
             store.with_suffix(".x").rename(store)
-            assert until(lambda: {status(client, job_id) for job_id in waiting} == {"completed"}, 40), role.err
+            assert wait_until(lambda: {status(client, job_id) for job_id in waiting} == {"completed"}, 40), role.stderr
 
             shutil.rmtree(store)
             accepted = here.run("doctor", "--accept-store")
             assert accepted.exit_code == 0, accepted
-            assert (store / MARKER).exists()
+            assert (store / MARKER_FILE_NAME).exists()
             later = submitted(client)
-            assert until(lambda: status(client, later) == "completed", 40), role.err
+            assert wait_until(lambda: status(client, later) == "completed", 40), role.stderr
         assert here.run("doctor").exit_code == 0
         assert role.stop().exit_code == 0
 
     copy = Installation(tmp_path / "copy")
     shutil.copytree(here.directory / "data", copy.directory / "data")
     with copy:
-        role = copy.up()
-        with client_of(role) as client:
+        role = copy.start_up_command()
+        with http_client(role) as client:
             again = submitted(client)
-            assert until(lambda: status(client, again) == "completed", 20), role.err
+            assert wait_until(lambda: status(client, again) == "completed", 20), role.stderr

@@ -24,8 +24,8 @@ from pymongo.database import Database as BlockingDatabase
 from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from jobledger.cli import view_maintenance
-from jobledger.cli.commands.doctor import Finding, look_at_database
-from jobledger.cli.mongo_roles import for_mongosh
+from jobledger.cli.commands.doctor import CheckResult, check_database
+from jobledger.cli.mongo_roles import mongosh_script
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable
 from jobledger.ledger.mongo.connection import (
     UNAUTHORIZED,
@@ -33,19 +33,19 @@ from jobledger.ledger.mongo.connection import (
     Database,
     Document,
     check_server,
-    oplog_window,
-    transaction_limit_seconds,
+    read_oplog_window,
+    read_transaction_limit_seconds,
 )
-from jobledger.ledger.mongo.embedded_lock import until
-from jobledger.ledger.store.event_store import EventLog
-from jobledger.ledger.store.verification import verify
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.store.verification import verify_log
 from jobledger.ledger.subscriber import SUBSCRIPTIONS, ledger_client
-from tests.api.conftest import Api, running_api, settings_for
-from tests.support.guarded import GuardedServer, guarded_server
-from tests.support.installation import Installation, client_of
-from tests.support.ledgers import DEADLINE_SECONDS, ledger_on, lose_a_ticket
+from tests.api.conftest import Api, make_settings, run_api
+from tests.support.guarded import AuthenticatedServer, start_authenticated_server
+from tests.support.installation import Installation, http_client
+from tests.support.ledgers import DEADLINE_SECONDS, create_position_gap, open_ledger
 from tests.support.mongod import needs_local_mongod
-from tests.support.running import process
+from tests.support.running import run_roles_in_process
 
 pytestmark = needs_local_mongod
 
@@ -100,7 +100,7 @@ def calls_in(text: str) -> Iterator[Call]:
         yield Call(db_name or named[name], collection, method, yaml.safe_load(f"[{arguments}]"))
 
 
-def uri_in(text: str, server: GuardedServer) -> str:
+def uri_in(text: str, server: AuthenticatedServer) -> str:
     """The value of `mongodb.uri` that the text recommends."""
     found = re.search(r"mongodb\.uri: (\S+)", text)
     assert found, text
@@ -108,13 +108,13 @@ def uri_in(text: str, server: GuardedServer) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedServer]:
-    with guarded_server(tmp_path_factory.mktemp("guarded")) as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AuthenticatedServer]:
+    with start_authenticated_server(tmp_path_factory.mktemp("guarded")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def administrator(server: GuardedServer) -> Iterator[MongoClient[Document]]:
+def administrator(server: AuthenticatedServer) -> Iterator[MongoClient[Document]]:
     with MongoClient[Document](server.uri, w="majority", journal=True) as client:
         yield client
 
@@ -129,7 +129,7 @@ def db_name() -> str:
 class Place:
     """A database that an administrator has prepared as the text says, and who may use it."""
 
-    server: GuardedServer
+    server: AuthenticatedServer
     administrator: MongoClient[Document]
     service: Connection
 
@@ -146,7 +146,7 @@ class Place:
         """Make a user, if it is not there yet."""
         if not self.db.command({"usersInfo": name})["users"]:
             self.db.command({"createUser": name, "pwd": PASSWORD, "roles": list(roles)})
-        return Connection(self.server.uri_of(name, PASSWORD, self.db.name), self.db.name)
+        return Connection(self.server.uri_for(name, PASSWORD, self.db.name), self.db.name)
 
     @asynccontextmanager
     async def for_the_administrator(self) -> AsyncIterator[Database]:
@@ -155,8 +155,8 @@ class Place:
 
 
 @pytest.fixture
-def place(server: GuardedServer, administrator: MongoClient[Document], db_name: str) -> Place:
-    text = for_mongosh(db_name)
+def place(server: AuthenticatedServer, administrator: MongoClient[Document], db_name: str) -> Place:
+    text = mongosh_script(db_name)
     for call in calls_in(text):
         call.run(administrator)
     return Place(server, administrator, Connection(uri_in(text, server), db_name))
@@ -165,14 +165,14 @@ def place(server: GuardedServer, administrator: MongoClient[Document], db_name: 
 def test_the_command_prints_the_text_for_the_database_in_the_settings_and_asks_no_server(tmp_path: Path) -> None:
     with Installation(tmp_path, mongodb={"uri": "mongodb://127.0.0.1:1/", "db_name": "talks"}) as installation:
         ended = installation.run("doctor", "--role")
-    assert (ended.exit_code, ended.out, ended.err) == (0, for_mongosh("talks") + "\n", "")
+    assert (ended.exit_code, ended.out, ended.err) == (0, mongosh_script("talks") + "\n", "")
     assert {call.db_name for call in calls_in(ended.out.rstrip())} == {"talks"}
 
 
 async def test_an_administrator_can_run_the_text_as_it_is_printed_and_the_uri_in_it_works(
-    server: GuardedServer, administrator: MongoClient[Document], db_name: str
+    server: AuthenticatedServer, administrator: MongoClient[Document], db_name: str
 ) -> None:
-    text = for_mongosh(db_name)
+    text = mongosh_script(db_name)
     for call in calls_in(text):
         call.run(administrator)
     async with Connection(uri_in(text, server), db_name).client() as client:
@@ -185,21 +185,21 @@ async def test_an_administrator_can_run_the_text_as_it_is_printed_and_the_uri_in
 @pytest.fixture
 async def api(place: Place, tmp_path: Path) -> AsyncIterator[Api]:
     """All roles of the service. A test fails if the server, by its own log, refused them anything."""
-    async for running in running_api(place.service.uri, place.db.name, tmp_path):
+    async for running in run_api(place.service.uri, place.db.name, tmp_path):
         yield running
     # A ledger makes sure of its index at each start, and finds that it may not, and need not.
-    assert place.server.refusals(place.db.name) == {("createIndexes", "events")}
+    assert place.server.authorization_failures(place.db.name) == {("createIndexes", "events")}
 
 
 async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and_files(api: Api, place: Place) -> None:
     webhook = {"url": "https://example.org/", "headers": {"Authorization": "Bearer x"}}
-    job = await api.ended(await api.submit({"text": "héllo"}, webhook=webhook))
+    job = await api.wait_until_finished(await api.submit({"text": "héllo"}, webhook=webhook))
     assert job["status"] == "completed"
     assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
     assert place.db.webhook_headers.count_documents({}) == 1
 
     batch_id = (await api.submit_batch({"number": 1}, {"number": 2}, {"fail": "no"}))["batch_id"]
-    await api.until_event(batch_id, "BatchFinished")
+    await api.wait_for_event(batch_id, "BatchFinished")
     batch = (await api.get(f"/api/events/batches/{batch_id}")).json()["batch"]
     assert (batch["completed_jobs"], batch["failed_jobs"]) == (2, 1)
 
@@ -207,22 +207,22 @@ async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and
     assert (await api.get("/api/events/batches")).json()["total"] == 1
     assert (await api.get(f"/api/events/jobs/{job['job_id']}/history")).json()["events"][0]["type"] == "JobSubmitted"
     assert (await api.get("/readyz")).status_code == 200
-    assert (await verify(api.log)).wrong is None
+    assert (await verify_log(api.event_store)).problem is None
 
 
 async def test_views_are_compared_and_made_anew_with_the_rights_of_the_service(api: Api, place: Place) -> None:
-    await api.ended(await api.submit({"text": "x"}))
+    await api.wait_until_finished(await api.submit({"text": "x"}))
     for _ in range(2):
-        await view_maintenance.rebuilt(place.service, told=lambda position, upto: None)
-        found = await view_maintenance.compared(place.service, told=lambda position, upto: None)
-        assert (found.differences, found.position > 0) == (0, True)
-    await api.ended(await api.submit({"text": "y"}))
+        await view_maintenance.rebuild_views(place.service, on_progress=lambda position, upto: None)
+        found = await view_maintenance.compare_views(place.service, on_progress=lambda position, upto: None)
+        assert (found.difference_count, found.position > 0) == (0, True)
+    await api.wait_until_finished(await api.submit({"text": "y"}))
 
 
 async def test_who_may_only_read_can_verify_the_log_and_is_told_what_was_left_out(place: Place, tmp_path: Path) -> None:
-    async with process(place.service, tmp_path / "results", projector=True) as here:
+    async with run_roles_in_process(place.service, tmp_path / "results", projector=True) as here:
         await here.submit()
-        await here.views_reach()
+        await here.wait_for_views()
     reader = place.user("auditor", "read")
     with Installation(tmp_path / "auditor", mongodb={"uri": reader.uri, "db_name": reader.db_name}) as installation:
         ended = await asyncio.to_thread(installation.run, "log", "verify")
@@ -232,25 +232,25 @@ async def test_who_may_only_read_can_verify_the_log_and_is_told_what_was_left_ou
 
 
 async def test_the_service_keeps_files_in_the_database_and_signs_links(place: Place, tmp_path: Path) -> None:
-    async for api in running_api(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"}):
-        job = await api.ended(await api.submit({"text": "héllo"}))
+    async for api in run_api(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"}):
+        job = await api.wait_until_finished(await api.submit({"text": "héllo"}))
         assert job["status"] == "completed"
         assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
         link = (await api.post(f"{job['results']['markdown_url']}/link")).json()["url"]
         assert (await api.get(link)).status_code == 200
-    assert place.server.refusals(place.db.name) == {("createIndexes", "events")}
-    settings = settings_for(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
-    found = [finding async for finding in look_at_database(settings, place.service.uri)]
-    [files] = [finding for finding in found if finding.what == "Result files"]
-    assert (files.good, files.found) == (True, f"GridFS in {place.db.name} (fs.chunks, fs.files)")
+    assert place.server.authorization_failures(place.db.name) == {("createIndexes", "events")}
+    settings = make_settings(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
+    found = [finding async for finding in check_database(settings, place.service.uri)]
+    [files] = [finding for finding in found if finding.name == "Result files"]
+    assert (files.is_ok, files.detail) == (True, f"GridFS in {place.db.name} (fs.chunks, fs.files)")
 
 
 async def test_the_doctor_says_when_files_may_not_be_put_into_the_database(place: Place, tmp_path: Path) -> None:
     place.db.command({"revokePrivilegesFromRole": SERVICE, "privileges": [_on_chunks(place)]})
-    settings = settings_for(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
-    found = [finding async for finding in look_at_database(settings, place.service.uri)]
-    [files] = [finding for finding in found if finding.what == "Result files"]
-    assert not files.good
+    settings = make_settings(place.service.uri, place.db.name, tmp_path, results={"store": "gridfs"})
+    found = [finding async for finding in check_database(settings, place.service.uri)]
+    [files] = [finding for finding in found if finding.name == "Result files"]
+    assert not files.is_ok
     assert "jobledger doctor --role" in files.advice
 
 
@@ -261,13 +261,13 @@ def _on_chunks(place: Place) -> Document:
 
 
 async def test_the_service_tries_again_cancels_restarts_archives_and_deletes(api: Api) -> None:
-    retried = await api.ended(await api.submit({"fail": "no", "transient": True}, max_attempts=2))
+    retried = await api.wait_until_finished(await api.submit({"fail": "no", "transient": True}, max_attempts=2))
     assert (retried["status"], retried["attempt"]) == ("failed", 2)
 
     job_id = await api.submit({"seconds": 3600})
-    await api.until_event(job_id, "JobClaimed")
+    await api.wait_for_event(job_id, "JobClaimed")
     assert (await api.post(f"/api/events/jobs/{job_id}/cancel")).status_code == 200
-    await api.until_event(job_id, "JobCancelled")
+    await api.wait_for_event(job_id, "JobCancelled")
     for action in ("archive", "unarchive", "restart", "cancel"):
         answer = await api.post(f"/api/events/jobs/{job_id}/{action}")
         assert answer.status_code == 200, answer.text
@@ -279,8 +279,8 @@ async def test_the_service_cleans_up_after_processes_that_died(api: Api, place: 
     async with place.for_the_administrator() as db, await db.workers.watch(deletions) as gone:
         now = (await db.client.admin.command("hello", codec_options=db.codec_options))["localTime"]
         await db.workers.insert_one({"_id": "dead", "seconds": 1, "lease_until": now, "released": False})
-        lost = await lose_a_ticket(db)
-        assert (await api.ended(await api.submit()))["status"] == "completed"
+        lost = await create_position_gap(db)
+        assert (await api.wait_until_finished(await api.submit()))["status"] == "completed"
         voided = await db.events.find_one({"_id": lost})
         assert voided is not None
         assert voided["type"] == "PositionVoided"
@@ -291,48 +291,54 @@ async def test_the_service_cleans_up_after_processes_that_died(api: Api, place: 
 async def test_the_service_makes_lists_and_revokes_api_keys_and_hears_of_it(place: Place, tmp_path: Path) -> None:
     mongodb = {"uri": place.service.uri, "db_name": place.db.name}
     with Installation(tmp_path, mongodb=mongodb, auth={"mode": "keys"}) as installation:
-        up = installation.start("api").ready()
+        up = installation.start("api").wait_until_ready()
         created = installation.run("keys", "create", "--user", "alice", "--json")
         assert created.exit_code == 0, created.err
         key = orjson.loads(created.out)
         headers = {"Authorization": f"Bearer {key['key']}"}
-        with client_of(up) as client:
-            assert until(lambda: client.get("/api/events/jobs", headers=headers).status_code == 200, DEADLINE_SECONDS)
+        with http_client(up) as client:
+            assert wait_until(
+                lambda: client.get("/api/events/jobs", headers=headers).status_code == 200, DEADLINE_SECONDS
+            )
             assert key["id"] in installation.run("keys", "list").out
             assert installation.run("keys", "revoke", key["id"]).exit_code == 0
-            assert until(lambda: client.get("/api/events/jobs", headers=headers).status_code == 401, DEADLINE_SECONDS)
+            assert wait_until(
+                lambda: client.get("/api/events/jobs", headers=headers).status_code == 401, DEADLINE_SECONDS
+            )
 
 
 async def test_a_subscriber_follows_the_log_fills_holes_and_keeps_its_place(place: Place) -> None:
     client = ledger_client(place.subscriber.uri, db_name=place.db.name)
-    async with place.for_the_administrator() as db, ledger_on(place.service, live=False) as ledger:
-        await ledger.submit()
-        await lose_a_ticket(db)
-        await ledger.submit()
-        async with asyncio.timeout(DEADLINE_SECONDS), client.subscription("cms-import") as events:
+    async with place.for_the_administrator() as db, open_ledger(place.service, with_change_stream=False) as ledger:
+        await ledger.submit_job()
+        await create_position_gap(db)
+        await ledger.submit_job()
+        async with asyncio.timeout(DEADLINE_SECONDS), client.subscribe("cms-import") as events:
             history = [(await anext(events)).type for _ in range(3)]
-            await ledger.submit()
+            await ledger.submit_job()
             live = await anext(events)
         assert history == ["JobSubmitted", "PositionVoided", "JobSubmitted"]
         assert live.position == 4
 
-        await ledger.submit()
-        async with asyncio.timeout(DEADLINE_SECONDS), client.subscription("cms-import") as events:
+        await ledger.submit_job()
+        async with asyncio.timeout(DEADLINE_SECONDS), client.subscribe("cms-import") as events:
             assert (await anext(events)).position == 5
         kept = await db[SUBSCRIPTIONS].find_one({"_id": "cms-import"})
     assert kept is not None
     assert kept["position"] == 5
-    assert place.server.refusals(place.db.name) == {("createIndexes", "events")}, "that was the writer of this test"
+    assert place.server.authorization_failures(place.db.name) == {("createIndexes", "events")}, (
+        "that was the writer of this test"
+    )
 
 
 async def test_the_built_in_role_read_is_enough_to_follow_without_a_name_and_not_for_a_name(place: Place) -> None:
     client = ledger_client(place.user("reader", "read").uri, db_name=place.db.name)
-    async with ledger_on(place.service, live=False) as ledger, asyncio.timeout(DEADLINE_SECONDS):
-        await ledger.submit()
-        async with client.subscription() as events:
+    async with open_ledger(place.service, with_change_stream=False) as ledger, asyncio.timeout(DEADLINE_SECONDS):
+        await ledger.submit_job()
+        async with client.subscribe() as events:
             assert (await anext(events)).position == 1
         with pytest.raises(LedgerUnavailable, match="opening the subscription cms-import: not authorized"):
-            async with client.subscription("cms-import"):
+            async with client.subscribe("cms-import"):
                 pass
 
 
@@ -341,7 +347,7 @@ async def test_a_subscription_that_may_not_hear_of_changes_is_refused(place: Pla
     place.db.command({"createRole": "deaf", "privileges": [only_reads], "roles": []})
     client = ledger_client(place.user("deaf", "deaf").uri, db_name=place.db.name)
     with pytest.raises(JobledgerError, match="not authorized"):
-        async with asyncio.timeout(2), client.subscription():
+        async with asyncio.timeout(2), client.subscribe():
             pass
 
 
@@ -483,9 +489,9 @@ class Written:
 @pytest.fixture
 def written(place: Place) -> Written:
     async def write() -> None:
-        async with ledger_on(place.service, live=False) as ledger:
+        async with open_ledger(place.service, with_change_stream=False) as ledger:
             for _ in range(3):
-                await ledger.submit()
+                await ledger.submit_job()
 
     asyncio.run(write())
     place.db.jobs.insert_many([{"_id": 1, "stream": "job-1"}, {"_id": 4, "stream": "job-2"}])
@@ -579,10 +585,10 @@ def test_the_doctor_says_that_the_service_s_user_can_change_no_event_and_an_admi
         assert "no " not in [line[:3] for line in ended.out.splitlines()]
 
 
-async def finding(place: Place, connection: Connection, directory: Path, what: str) -> Finding:
-    settings = settings_for(connection.uri, place.db.name, directory)
-    found = [it async for it in look_at_database(settings, connection.uri)]
-    [wanted] = [it for it in found if it.what == what]
+async def finding(place: Place, connection: Connection, directory: Path, what: str) -> CheckResult:
+    settings = make_settings(connection.uri, place.db.name, directory)
+    found = [it async for it in check_database(settings, connection.uri)]
+    [wanted] = [it for it in found if it.name == what]
     return wanted
 
 
@@ -611,23 +617,23 @@ async def test_the_doctor_sees_every_power_to_change_events(
     with connection.blocking_client() as client:
         change(client[place.db.name])  # it is a power to do so
 
-    assert "may change and remove events" in rights.found
+    assert "may change and remove events" in rights.detail
 
 
 async def test_what_this_user_may_not_look_at_is_no_error(place: Place) -> None:
     async with place.subscriber.client() as client:
         db = client[place.db.name]
-        assert await oplog_window(db) is None
-        assert await transaction_limit_seconds(db) is None
+        assert await read_oplog_window(db) is None
+        assert await read_transaction_limit_seconds(db) is None
     async with place.for_the_administrator() as db:
-        assert await oplog_window(db) is not None
-        assert await transaction_limit_seconds(db) == 60, "what MongoDB does unless told otherwise"
+        assert await read_oplog_window(db) is not None
+        assert await read_transaction_limit_seconds(db) == 60, "what MongoDB does unless told otherwise"
 
 
 async def test_without_its_index_a_log_is_refused_with_the_command_that_makes_it(place: Place) -> None:
     place.db.events.drop_index("stream_1_version_1")
     async with place.service.client() as client:
-        log = EventLog(client[place.db.name])
+        log = EventStore(client[place.db.name])
         with pytest.raises(DatabaseUnsuitable, match="this user may not create it") as missing:
             await log.prepare()
         command = str(missing.value).partition("in mongosh: ")[2]
@@ -643,15 +649,15 @@ async def test_an_index_that_guards_nothing_does_not_count(place: Place, options
     place.db.events.create_index([("stream", 1), ("version", 1)], **options)
     async with place.service.client() as client:
         with pytest.raises(DatabaseUnsuitable, match="createIndex"):
-            await EventLog(client[place.db.name]).prepare()
+            await EventStore(client[place.db.name]).prepare()
 
 
 async def head(db: Database) -> None:
-    await EventLog(db).head()
+    await EventStore(db).head_position()
 
 
 async def prepare(db: Database) -> None:
-    await EventLog(db).prepare()
+    await EventStore(db).prepare()
 
 
 async def test_no_error_shows_the_password(place: Place) -> None:

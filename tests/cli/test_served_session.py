@@ -12,7 +12,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from tests.processors.session.support import Answer, html, pdf, serving, video
+from tests.processors.session.support import SiteResponse, html, make_pdf, make_video, serve_site
 from tests.support.installation import Installation
 
 TITLE = 'Fünf "Ränder" & <b>ein</b> Rand: [eckig](x) 🦆 — 100 %?'
@@ -36,7 +36,7 @@ def test_every_image_and_link_of_a_served_document_is_alive(mongodb_uri: str, db
     mongodb = {"uri": mongodb_uri, "db_name": db_name}
     sessions = {"session": {"allow_private": ["127.0.0.1"]}}
     with (
-        serving() as site,
+        serve_site() as site,
         Installation(tmp_path, mongodb=mongodb, processors=sessions) as installation,
         httpx.Client() as client,
     ):
@@ -51,13 +51,13 @@ def test_every_image_and_link_of_a_served_document_is_alive(mongodb_uri: str, db
         asked = {
             **{"event": "Rand/Konferenz: 2025", "session": TITLE, "track": "A|B*C", "filename": "Fünf Ränder?.md"},
             "url": site.put("/talks/rand.html", html(PAGE.format(title="Rand"))),
-            "video_url": site.put("/film (1).webm".replace(" ", "%20"), Answer(video(1))),
-            "attachments_url": site.put("/folien_[1].pdf", Answer(pdf(3))),
+            "video_url": site.put("/film (1).webm".replace(" ", "%20"), SiteResponse(make_video(1))),
+            "attachments_url": site.put("/folien_[1].pdf", SiteResponse(make_pdf(3))),
             **{"source_language": "de", "target_language": "de"},
         }
         for role in ("projector", "worker", "api"):
-            installation.start(role).ready()
-        url = installation.roles[-1].url
+            installation.start(role).wait_until_ready()
+        url = installation.commands[-1].url
         ended = installation.run("submit", "-", "--wait", stdin=json.dumps(asked), JOBLEDGER_URL=url)
         assert ended.exit_code == 0, ended.out + ended.err
         [job] = client.get(f"{url}/api/events/jobs").json()["jobs"]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, SecretStr
 
 from jobledger.cli.settings import Settings, read_settings
 from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.workers.registry import processors
+from jobledger.workers.registry import load_processors
 
 REPOSITORY = Path(__file__).parents[2]
 UNUSED_KEYS = {("event_worker", "poll_interval_sec")}
@@ -65,7 +65,7 @@ def leaves(content: Mapping[str, Any], *above: str) -> dict[tuple[str, ...], Any
 def test_the_config_yaml_of_the_repository_says_the_defaults_key_by_key() -> None:
     written = leaves(yaml.safe_load((REPOSITORY / "config.yaml").read_text(encoding="utf-8")))
     defaults = plain(Settings())
-    defaults["processors"] = {name: plain(processor.Settings()) for name, processor in processors().items()}
+    defaults["processors"] = {name: plain(processor.Settings()) for name, processor in load_processors().items()}
     wanted = {path: value for path, value in leaves(defaults).items() if path not in UNUSED_KEYS}
 
     assert written.keys() == wanted.keys()
@@ -85,7 +85,7 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: 
     settings, notices = read_settings(None)
 
     assert notices == []
-    assert settings.mongodb.embedded
+    assert settings.mongodb.is_embedded
     assert settings.mongodb.data_dir == tmp_path / "data"
     assert settings.results.store == tmp_path / "data" / "results"
 
@@ -212,7 +212,7 @@ def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path, monkeypat
 
     assert settings.api.port == 8080
     assert settings.api.max_body_bytes == 2048
-    session = processors()["session"].Settings.model_validate(settings.processors["session"])
+    session = load_processors()["session"].Settings.model_validate(settings.processors["session"])
     assert session.model_dump()["max_pages"] == 7
     assert session.model_dump()["keep_audio"] is True
     assert session.model_dump()["transcription"]["backend"] == "pocketsphinx"
@@ -271,7 +271,7 @@ def test_an_address_with_a_password_can_lie_in_a_file_of_its_own(tmp_path: Path)
     settings, _ = read(tmp_path, "mongodb:\n  uri_file: uri\n")
 
     assert settings.mongodb.uri.get_secret_value() == "mongodb://user:s3cret@host/"
-    assert not settings.mongodb.embedded
+    assert not settings.mongodb.is_embedded
     for shown in (repr(settings), str(settings), repr(settings.mongodb), settings.model_dump_json()):
         assert "s3cret" not in shown
 
@@ -314,7 +314,7 @@ def test_a_password_in_the_wrong_place_is_not_repeated_in_the_complaint(tmp_path
 def test_an_address_that_cannot_be_used_is_refused_without_showing_its_password(tmp_path: Path, uri: str) -> None:
     settings, _ = read(tmp_path, yaml.safe_dump({"mongodb": {"uri": uri}}))
     with pytest.raises(ConfigurationError) as raised:
-        settings.mongodb.connection(uri).client()
+        settings.mongodb.make_connection(uri).client()
     message = str(raised.value)
 
     assert message.startswith("mongodb.uri is not usable")
@@ -422,7 +422,7 @@ def test_lists_in_the_environment_are_json(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOW_PRIVATE", '["10.0.0.2"]')
     settings, _ = read(tmp_path, "processors: {session: {max_pages: 3}}")
-    session = processors()["session"].Settings.model_validate(settings.processors["session"]).model_dump()
+    session = load_processors()["session"].Settings.model_validate(settings.processors["session"]).model_dump()
     assert (session["allow_private"], session["max_pages"]) == (["10.0.0.2"], 3)
     for text in ("10.0.0.2", '["10.0.0.2"'):
         monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOW_PRIVATE", text)

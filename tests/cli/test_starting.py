@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from jobledger.cli.composition import ALL_ROLES, roles
-from jobledger.ledger.domain.errors import ConfigurationError, ResourceUnavailable, os_failure
+from jobledger.cli.composition import ALL_ROLES, start_roles
+from jobledger.ledger.domain.errors import ConfigurationError, ResourceUnavailable, classify_os_error
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.embedded_lock import until
-from tests.api.conftest import settings_for
-from tests.support.installation import COMMAND, Installation, client_of
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.api.conftest import make_settings
+from tests.support.installation import COMMAND, Installation, http_client
 from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import rarely
+from tests.support.rarely import soak_only
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ from tests.support.rarely import rarely
     ids=lambda value: errno.errorcode[value] if isinstance(value, int) else "",
 )
 def test_os_failure_tells_what_may_pass_from_wrong_settings(number: int, expected: type[Exception]) -> None:
-    assert type(os_failure(OSError(number, os.strerror(number)), "it failed")) is expected
+    assert type(classify_os_error(OSError(number, os.strerror(number)), "it failed")) is expected
 
 
 def _has_namespaces() -> bool:
@@ -57,17 +57,19 @@ async def test_roles_with_a_store_that_cannot_be_written_now_start(
     def read_only(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    settings = settings_for(mongodb_uri, db_name, tmp_path)
+    settings = make_settings(mongodb_uri, db_name, tmp_path)
     failures: list[BaseException] = []
     monkeypatch.setattr("jobledger.ledger.files.directory.tempfile.TemporaryFile", read_only)
-    async with roles(settings, Connection(mongodb_uri, db_name), ALL_ROLES, failed=failures.append) as running:
+    async with start_roles(
+        settings, Connection(mongodb_uri, db_name), ALL_ROLES, on_failure=failures.append
+    ) as running:
         async with asyncio.timeout(10):
             while await running.db.workers.count_documents({"problem": {"$ne": None}}) == 0:  # noqa: ASYNC110 - rare
                 await asyncio.sleep(0.05)
         assert failures == []
 
 
-@rarely
+@soak_only
 @needs_local_mongod
 @pytest.mark.skipif(not _has_namespaces(), reason="needs user namespaces and unshare: apt-get install util-linux")
 @pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"], ids=["read-only", "full"])
@@ -81,19 +83,19 @@ def test_role_with_a_store_that_cannot_be_written_starts_and_waits(
         mongodb={"uri": mongodb_uri, "db_name": db_name},
         results={"store": str(store)},
     ) as here:
-        api = here.start("api").ready()
+        api = here.start("api").wait_until_ready()
         command = here.directory / "worker"
         command.write_text(f"mount -t tmpfs {mount} none {store} && exec {COMMAND} worker\n")
-        worker = here.start_command(["unshare", "-rm", "sh", str(command)], "sick-worker").ready()
-        with client_of(api) as client:
+        worker = here.start_command(["unshare", "-rm", "sh", str(command)], "sick-worker").wait_until_ready()
+        with http_client(api) as client:
 
             def problem() -> str | None:
                 workers = client.get("/api/monitoring/events/stats").json()["stats"]["workers"]
                 return workers[0]["problem"] if workers else None
 
-            assert until(lambda: bool(problem()), 20), worker.err
+            assert wait_until(lambda: bool(problem()), 20), worker.stderr
             assert 'jobledger_worker_healthy{worker="' in client.get("/metrics").text
-        doctor = here.start("doctor").ended()
+        doctor = here.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
         assert "1 alive, 1 of them claim no jobs" in doctor.out
         assert worker.process.poll() is None

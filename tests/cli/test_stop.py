@@ -13,7 +13,7 @@ import pytest
 from jobledger.cli import composition as wiring
 from jobledger.cli import embedded_supervisor as supervision
 from jobledger.cli import runtime as running
-from jobledger.cli.composition import Stop
+from jobledger.cli.composition import Shutdown
 from jobledger.cli.settings import Settings
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable
 
@@ -31,7 +31,7 @@ async def test_roles_that_do_not_end_are_limited_whatever_made_them_end(
             raise ConfigurationError("cannot start")
         return SimpleNamespace(url=None)
 
-    async def run(_server: object, stop: Stop) -> None:
+    async def run(_server: object, stop: Shutdown) -> None:
         if where == "run":
             raise DatabaseUnsuitable("cannot run again")
         stop._signalled()
@@ -39,7 +39,7 @@ async def test_roles_that_do_not_end_are_limited_whatever_made_them_end(
     monkeypatch.setattr(running, "_started", start)
     monkeypatch.setattr(supervision, "keep_running", run)
     monkeypatch.setattr(wiring, "stop_limit", lambda *_: 0.05)
-    monkeypatch.setattr(Stop, "_end", lambda *_: loop.call_soon_threadsafe(limited.set))
+    monkeypatch.setattr(Shutdown, "_end", lambda *_: loop.call_soon_threadsafe(limited.set))
     serving = running._serve(Settings(), "", None, frozenset({"worker"}))
     if where == "stop":
         await serving
@@ -49,12 +49,12 @@ async def test_roles_that_do_not_end_are_limited_whatever_made_them_end(
     assert limited.is_set()
 
 
-@pytest.mark.parametrize("end", [Stop._signalled, lambda stop: stop.fail(RuntimeError()), Stop.begin])
+@pytest.mark.parametrize("end", [Shutdown._signalled, lambda stop: stop.fail(RuntimeError()), Shutdown.request])
 async def test_stop_needs_no_thread(monkeypatch: pytest.MonkeyPatch, end: Any) -> None:
     def no_thread(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
-    stop = Stop(60)
+    stop = Shutdown(60)
     end(stop)
-    assert stop.is_set
+    assert stop.is_requested

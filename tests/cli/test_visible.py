@@ -22,13 +22,13 @@ from rich.text import Text
 
 import jobledger.cli.terminal_text
 from jobledger.cli import view_maintenance
-from jobledger.cli.commands.doctor import Finding, as_table
-from jobledger.cli.commands.resource_commands import _print_table, print_facts
+from jobledger.cli.commands.doctor import CheckResult, results_table
+from jobledger.cli.commands.resource_commands import _print_table, print_details
 from jobledger.cli.commands.submit import _tell
 from jobledger.cli.commands.views import _show, _show_changes
 from jobledger.cli.commands.webhooks import _endpoints_table, _table
-from jobledger.cli.composition import set_up_logging
-from jobledger.cli.formatting import differences, line_of
+from jobledger.cli.composition import configure_logging
+from jobledger.cli.formatting import format_changes, format_event
 from jobledger.cli.settings import LoggingSettings
 from jobledger.cli.terminal_text import (
     SafeConsole,
@@ -38,14 +38,14 @@ from jobledger.cli.terminal_text import (
     echo,
     echo_json,
     echo_text,
-    visible,
-    visible_lines,
+    escape_line,
+    escape_text,
 )
-from jobledger.cli.view_maintenance import Compared
-from jobledger.ledger.domain.events import Recorded
-from jobledger.ledger.store.verification import Verdict, Wrong
+from jobledger.cli.view_maintenance import ViewComparison
+from jobledger.ledger.domain.events import RecordedEvent
+from jobledger.ledger.store.verification import IntegrityProblem, VerificationResult
 from jobledger.projections.engine.comparison import Difference
-from jobledger.projections.engine.file_verification import FileProblem, FilesVerdict
+from jobledger.projections.engine.file_verification import FileProblem, FileVerificationResult
 from tests.support.examples import NOON
 
 NASTY = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ufeff\u2028\u2029\r\n\t\ud800[red]x[/red][link=file:///]:skull:\x7f\x00"
@@ -54,19 +54,19 @@ NASTY = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ufeff\u2028\u20
 @pytest.mark.parametrize("category", ["Cc", "Cf", "Cs", "Zl", "Zp"])
 def test_visible_escapes_every_character_of_a_dangerous_category(category: str) -> None:
     found = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == category]
-    assert [character for character in found if visible(character) == character] == []
+    assert [character for character in found if escape_line(character) == character] == []
 
 
 @given(st.text())
 def test_visible_is_one_printable_line_and_keeps_ordinary_text(text: str) -> None:
-    shown = visible(text)
+    shown = escape_line(text)
     assert not any(unicodedata.category(it) in ("Cc", "Cf", "Cs", "Zl", "Zp") for it in shown)
     if text.isprintable() and not set(text) & set("\u115f\u1160\u3164\uffa0"):
         assert shown == text
 
 
 def is_safe(printed: str) -> bool:
-    return visible_lines(printed) == printed
+    return escape_text(printed) == printed
 
 
 @given(st.text() | st.just(NASTY))
@@ -134,9 +134,9 @@ def endpoint(name: str) -> dict[str, Any]:
     return {**dict.fromkeys(fields, name), "revoked": False}
 
 
-def event(name: str) -> Recorded:
+def event(name: str) -> RecordedEvent:
     data = {"worker_id": name, "attempt": 1}
-    return Recorded(
+    return RecordedEvent(
         {
             "_id": 1,
             "stream": name,
@@ -149,8 +149,8 @@ def event(name: str) -> Recorded:
     )
 
 
-def differing(name: str) -> Compared:
-    found = Compared(9)
+def differing(name: str) -> ViewComparison:
+    found = ViewComparison(9)
     for live, fresh in (({"a": name, name: 1}, {"a": 2}), (None, {}), ({}, None)):
         found.add(Difference("jobs", name, live, fresh))
     return found
@@ -164,23 +164,27 @@ def print_all(*renderables: Any) -> None:
 
 PRINTED: dict[str, Callable[[str], None]] = {
     "log verify: the log": lambda name: echo(
-        *view_maintenance.told(Verdict(1, 0, 1, None, Wrong(2, f"its data.{name} is a Code", name, 3)))
+        *view_maintenance.format_verification(
+            VerificationResult(1, 0, 1, None, IntegrityProblem(2, f"its data.{name} is a Code", name, 3))
+        )
     ),
-    "log verify: views": lambda name: echo(*view_maintenance.told_of_views(differing(name))),
+    "log verify: views": lambda name: echo(*view_maintenance.format_comparison(differing(name))),
     "log verify: files": lambda name: echo(
-        *view_maintenance.told_of_files(FilesVerdict(1, 1, 0, 1, 2, [FileProblem(name, name, name)]))
+        *view_maintenance.format_file_verification(
+            FileVerificationResult(1, 1, 0, 1, 2, [FileProblem(name, name, name)])
+        )
     ),
-    "log show": lambda name: print_all(line_of(event(name)), differences({"a": 1}, {"a": name, name: name})),
+    "log show": lambda name: print_all(format_event(event(name)), format_changes({"a": 1}, {"a": name, name: name})),
     "replay --as-of": lambda name: _show(SafeConsole(width=10_000), a_stand(name)),
     "replay --until": lambda name: _show_changes(
         SafeConsole(width=10_000), {"jobs": {name: 0}}, a_stand(name), {name: [name, name]}
     ),
-    "doctor": lambda name: print_all(as_table([Finding(name, good=False, found=name, advice=name)])),
+    "doctor": lambda name: print_all(results_table([CheckResult(name, is_ok=False, detail=name, advice=name)])),
     "webhooks": lambda name: print_all(_table([delivery(name)])),
     "webhooks endpoints": lambda name: print_all(_endpoints_table([endpoint(name)])),
     "submit": lambda name: _tell(SafeConsole(width=10_000), name, "JobFailed", {"error": {"message": name}}),
     "jobs": lambda name: _print_table([["id", "name"], [name, name]]),
-    "jobs show": lambda name: print_facts(name, Text(name), iter([(name, name)])),
+    "jobs show": lambda name: print_details(name, Text(name), iter([(name, name)])),
 }
 
 
@@ -206,7 +210,7 @@ def test_an_entry_of_the_log_is_one_line(format_: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stderr", stream)
     before = structlog.get_config()
     try:
-        set_up_logging(LoggingSettings(format=format_))
+        configure_logging(LoggingSettings(format=format_))
         structlog.get_logger().warning(f"event {NASTY}", job=NASTY, jobs=[NASTY], at=datetime.now(UTC))
     finally:
         structlog.configure(**before)
@@ -217,7 +221,7 @@ def test_an_entry_of_the_log_is_one_line(format_: Any, monkeypatch: pytest.Monke
 
 def test_a_record_of_another_library_is_one_line() -> None:
     record = logging.LogRecord("x", logging.WARNING, "", 1, "%s", (NASTY,), None)
-    assert visible(written := SafeFormatter("%(message)s").format(record)) == written
+    assert escape_line(written := SafeFormatter("%(message)s").format(record)) == written
 
 
 class Broken(io.StringIO):

@@ -26,9 +26,9 @@ from jobledger.cli.commands import jobs, log
 from jobledger.cli.commands import resource_commands as work
 from jobledger.cli.commands import submit as follow
 from jobledger.ledger.domain.errors import LedgerUnavailable
-from jobledger.ledger.mongo.embedded_lock import until
-from jobledger.ledger.store.event_store import LARGEST_POSITION
-from tests.support.installation import Ended, Installation, one_line
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.store.event_store import MAX_POSITION
+from tests.support.installation import CommandOutcome, Installation, assert_one_line_error
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -55,12 +55,14 @@ class Desk:
 
     def __init__(self, installation: Installation) -> None:
         self.installation = installation
-        self.url = installation.roles[0].url
+        self.url = installation.commands[0].url
         self.batch_id = self.says(0, "submit", "-", stdin=yaml.safe_dump(BATCH)).split(":")[0]
-        assert until(lambda: [self.job(n)["status"] for n in range(3)] == ["completed", "processing", "failed"], 20)
-        assert until(lambda: self.job(3)["retries"] > 0 and "of 120" in str(self.job(1)["progress"]), 20)
+        assert wait_until(
+            lambda: [self.job(n)["status"] for n in range(3)] == ["completed", "processing", "failed"], 20
+        )
+        assert wait_until(lambda: self.job(3)["retries"] > 0 and "of 120" in str(self.job(1)["progress"]), 20)
 
-    def types(self, *arguments: str, stdin: str = "") -> Ended:
+    def types(self, *arguments: str, stdin: str = "") -> CommandOutcome:
         return self.installation.run(*arguments, stdin=stdin, JOBLEDGER_URL=self.url)
 
     def says(self, exit_code: int, *arguments: str, stdin: str = "") -> str:
@@ -83,7 +85,7 @@ class Desk:
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     with Installation(tmp_path_factory.mktemp("up")) as installation:
-        installation.up()
+        installation.start_up_command()
         yield installation
 
 
@@ -162,10 +164,10 @@ def test_jobs_are_cancelled_and_restarted_and_what_is_refused_is_told_and_keeps_
     assert ended.exit_code == 1
     assert ended.err == f"{opening}: the job is completed and cannot be cancelled: it has ended already\n"
     assert ended.out == f"{keynote} is processing, to be cancelled\n"
-    assert until(lambda: desk.job(1)["status"] == "cancelled", 10)
+    assert wait_until(lambda: desk.job(1)["status"] == "cancelled", 10)
     assert "reason wrong [recording]" in desk.says(0, "log", "show", keynote)
     assert desk.says(0, "jobs", "restart", broken, broken, "--from-scratch") == f"{broken} is pending\n"
-    assert until(lambda: desk.job(2)["attempt"] == 2, 10)
+    assert wait_until(lambda: desk.job(2)["attempt"] == 2, 10)
     [restarted, refused] = json.loads(desk.says(1, "jobs", "restart", keynote, "job-0", "--json"))
     assert (restarted["id"], restarted["job"]["status"]) == (keynote, "pending")
     assert refused == {"id": "job-0", "error": "There is no job job-0."}
@@ -173,13 +175,13 @@ def test_jobs_are_cancelled_and_restarted_and_what_is_refused_is_told_and_keeps_
 
 def test_batches_are_paused_resumed_cancelled_and_restarted(desk: Desk) -> None:
     assert desk.says(0, "batches", "pause", desk.batch_id) == f"{desk.batch_id} is processing, paused\n"
-    assert until(lambda: "pending, paused" in desk.says(0, "jobs", "list", "--batch", desk.batch_id), 10)
+    assert wait_until(lambda: "pending, paused" in desk.says(0, "jobs", "list", "--batch", desk.batch_id), 10)
     again = desk.types("batches", "pause", desk.batch_id, "batch-0")
     assert again.exit_code == 1
     assert "batch-0: There is no batch batch-0.\n" in again.err
     assert desk.says(0, "batches", "resume", desk.batch_id) == f"{desk.batch_id} is processing\n"
     assert desk.says(0, "batches", "cancel", desk.batch_id) == f"{desk.batch_id}: 2 of 4 jobs changed\n"
-    assert until(lambda: desk.told("batches", "show", desk.batch_id)["status"] == "partial", 10)
+    assert wait_until(lambda: desk.told("batches", "show", desk.batch_id)["status"] == "partial", 10)
     assert f"{desk.batch_id}  partial " in desk.says(0, "batches", "list")
     [answer] = desk.told("batches", "restart", desk.batch_id, "--only", "cancelled")
     assert answer["jobs"] == {"total": 4, "changed": 2, "unchanged": 2, "refused": 0}
@@ -202,14 +204,14 @@ def test_batches_are_paused_resumed_cancelled_and_restarted(desk: Desk) -> None:
 def test_what_cannot_be_meant_is_one_line_before_anything_is_done(
     installation: Installation, arguments: list[str], words: list[str]
 ) -> None:
-    one_line(installation.run(*arguments, JOBLEDGER_URL="http://127.0.0.1:1"), 2, *words)
+    assert_one_line_error(installation.run(*arguments, JOBLEDGER_URL="http://127.0.0.1:1"), 2, *words)
 
 
 def test_what_only_speaks_http_does_not_load_what_takes_a_second() -> None:
     heavy = {"pydantic", "pymongo", "starlette", "yt_dlp"}
     program = f"import sys, jobledger.cli.main; print(sorted({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
-    assert log.LARGEST == LARGEST_POSITION, "for the same reason it is written twice"
+    assert log.LARGEST_POSITION == MAX_POSITION, "for the same reason it is written twice"
 
 
 @contextmanager
@@ -268,7 +270,7 @@ def test_who_asks_too_often_is_patient_and_what_was_not_done_is_named(installati
 )
 def test_any_retry_after_is_a_pause(said: str, seconds: int) -> None:
     headers = {"Retry-After": said, "Date": "Wed, 21 Oct 2015 07:28:00 GMT"}
-    assert remote.pause_before_retry(httpx.Response(429, headers=headers)) == seconds
+    assert remote.retry_delay(httpx.Response(429, headers=headers)) == seconds
 
 
 def test_command_repeats_a_request_whatever_retry_after_says() -> None:
@@ -282,9 +284,9 @@ def test_what_a_list_leaves_out_is_not_shown_as_empty() -> None:
     completed = {**job, "status": "completed", "omitted": ["results"]}
     failed = {**job, "status": "failed", "omitted": ["error"]}
     waiting = {**job, "status": "pending", "due_at": "2026-01-01T00:00:00Z", "omitted": ["error"]}
-    assert jobs._standing({**job, "status": "completed"}) == "0 files"
+    assert jobs._status_detail({**job, "status": "completed"}) == "0 files"
     for it in (completed, failed, waiting):
-        assert "too large for a list" in jobs._standing(it)
+        assert "too large for a list" in jobs._status_detail(it)
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
@@ -299,7 +301,7 @@ async def test_follow_survives_an_api_that_is_away_for_a_moment(status: int, mon
         return httpx.Response(200, content=b"data: " + json.dumps(event).encode() + b"\n\n")
 
     async with httpx.AsyncClient(base_url="http://here", transport=httpx.MockTransport(answer)) as client:
-        async for found in follow.events(client, after=1, batch_id="batch-1"):
+        async for found in follow.stream_events(client, after=1, batch_id="batch-1"):
             assert found == event
             break
 
@@ -310,7 +312,7 @@ async def test_follow_gives_up_on_an_api_that_stays_away(monkeypatch: pytest.Mon
     transport = httpx.MockTransport(lambda _request: httpx.Response(502))
     async with httpx.AsyncClient(base_url="http://here", transport=transport) as client:
         with pytest.raises(LedgerUnavailable, match="it answers 502"):
-            await anext(follow.events(client, after=1, batch_id="batch-1"))
+            await anext(follow.stream_events(client, after=1, batch_id="batch-1"))
 
 
 @pytest.mark.parametrize("content", [{"status": "ok"}, {"status": "success"}, {"jobs": [], "total": 0}], ids=str)
@@ -340,7 +342,7 @@ def test_who_does_not_answer_may_have_done_it(monkeypatch: pytest.MonkeyPatch) -
 def test_a_time_at_the_end_of_the_calendar_is_a_time(desk: Desk) -> None:
     job = {"job_type": "echo", "job_name": "never", "not_before": "9999-12-31T23:59:59Z", "parameters": {}}
     desk.says(0, "submit", "-", stdin=json.dumps(job))
-    assert until(lambda: "not before 9999-12-31 23:59:59" in desk.says(0, "jobs", "list", "--search", "never"), 10)
+    assert wait_until(lambda: "not before 9999-12-31 23:59:59" in desk.says(0, "jobs", "list", "--search", "never"), 10)
     listed = desk.installation.run(*("jobs", "list", "--search", "never"), JOBLEDGER_URL=desk.url, TZ="Europe/Berlin")
     assert "not before 9999-12-31 23:59:59" in listed.out
 
@@ -353,7 +355,7 @@ def test_commands_print_every_time_with_its_offset_as_options_take_it(desk: Desk
     hook = {"url": "http://receiver.invalid/hook"}
     body = {"jobs": [{"job_type": "echo", "parameters": {}, "webhook": hook}], "webhook": hook}
     told = desk.says(0, "submit", "-", stdin=json.dumps(body)).split(":")[0]
-    assert until(lambda: any(it["next_at"] for it in desk.told("webhooks", "list")), 20)
+    assert wait_until(lambda: any(it["next_at"] for it in desk.told("webhooks", "list")), 20)
     desk.says(0, "keys", "create", "--user", "alice", "--expires-in", "1h")
     for command in (
         ("jobs", "list"),
@@ -376,8 +378,8 @@ def test_commands_print_every_time_with_its_offset_as_options_take_it(desk: Desk
         for shown in found:
             assert shown["offset"].startswith("+05:30"), (command, ended.out)
             text = shown[0][: -len(shown["offset"])] + "+05:30"
-            assert log.then_of(text, "--as-of") == datetime.fromisoformat(text)
-            assert work.when(text, "--after")
+            assert log.parse_as_of(text, "--as-of") == datetime.fromisoformat(text)
+            assert work.parse_time_option(text, "--after")
 
 
 @pytest.mark.parametrize("kind", ["console", "json"])
@@ -401,9 +403,13 @@ def test_what_a_list_leaves_out_is_told_to_programs_beside_it(desk: Desk) -> Non
 
 
 def test_what_the_api_says_is_said_in_its_words(installation: Installation) -> None:
-    url = installation.roles[0].url
-    one_line(installation.run("jobs", "list", "--status", "done", JOBLEDGER_URL=url), 1, "'pending', 'processing'")
-    one_line(installation.run("jobs", "show", "job-0", JOBLEDGER_URL=url), 1, "There is no job job-0.")
-    one_line(installation.run("batches", "show", "batch-0", JOBLEDGER_URL=url), 1, "There is no batch batch-0.")
+    url = installation.commands[0].url
+    assert_one_line_error(
+        installation.run("jobs", "list", "--status", "done", JOBLEDGER_URL=url), 1, "'pending', 'processing'"
+    )
+    assert_one_line_error(installation.run("jobs", "show", "job-0", JOBLEDGER_URL=url), 1, "There is no job job-0.")
+    assert_one_line_error(
+        installation.run("batches", "show", "batch-0", JOBLEDGER_URL=url), 1, "There is no batch batch-0."
+    )
     nobody = installation.run("jobs", "list", JOBLEDGER_URL="http://127.0.0.1:1")
-    one_line(nobody, 3, "No jobledger answers at http://127.0.0.1:1", "jobledger up")
+    assert_one_line_error(nobody, 3, "No jobledger answers at http://127.0.0.1:1", "jobledger up")

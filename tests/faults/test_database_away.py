@@ -13,7 +13,7 @@ from jobledger.ledger.domain.events import JobClaimed, JobProgressed
 from jobledger.ledger.mongo.connection import Connection
 from tests.support.mongod import needs_local_mongod
 from tests.support.replica_set import ReplicaSet
-from tests.support.running import process, real_process
+from tests.support.running import run_roles_in_process, run_roles_subprocess
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
 
@@ -34,29 +34,29 @@ async def test_an_outage_of_several_leases_costs_no_attempt_and_a_death_in_it_is
     connection, store = Connection(replica_set.uri, "test"), tmp_path / "store"
     store.mkdir()
     with (
-        real_process(connection, store, "worker", "projector", lease_seconds=LEASE) as first,
-        real_process(connection, store, "worker", lease_seconds=LEASE) as second,
-        real_process(connection, store, "worker", lease_seconds=LEASE) as third,
+        run_roles_subprocess(connection, store, "worker", "projector", lease_seconds=LEASE) as first,
+        run_roles_subprocess(connection, store, "worker", lease_seconds=LEASE) as second,
+        run_roles_subprocess(connection, store, "worker", lease_seconds=LEASE) as third,
     ):
         for real in (first, second, third):
-            await real.started()
-        async with process(connection, store) as here:
+            await real.wait_until_started()
+        async with run_roles_in_process(connection, store) as here:
             job_ids = [await here.submit({"seconds": 12}) for _ in range(JOBS)]
             for job_id in job_ids:
-                await here.heard(JobProgressed, job_id)
-            claims = [await here.heard(JobClaimed, job_id) for job_id in job_ids]
+                await here.wait_for_event(JobProgressed, job_id)
+            claims = [await here.wait_for_event(JobClaimed, job_id) for job_id in job_ids]
             holders = [claim.data["worker_id"] for claim in claims]
             mortal = next(it for it in (second, third) if any(f"-{it.pid}-" in holder for holder in holders))
             for node in replica_set.nodes:
-                replica_set.kill(node) if away == "killed" else replica_set.freeze(node)
-            mortal.send(signal.SIGKILL)
+                replica_set.kill(node) if away == "killed" else replica_set.suspend(node)
+            mortal.send_signal(signal.SIGKILL)
             await asyncio.sleep(3 * LEASE)
             for node in replica_set.nodes:
-                replica_set.start_again(node) if away == "killed" else replica_set.thaw(node)
-            await asyncio.to_thread(replica_set.wait_until_whole)
-            await here.ended(*job_ids, seconds=60)
-            jobs = [await here.job(job_id) for job_id in job_ids]
-            histories = [await here.history(job_id) for job_id in job_ids]
+                replica_set.restart_node(node) if away == "killed" else replica_set.resume(node)
+            await asyncio.to_thread(replica_set.wait_until_in_sync)
+            await here.wait_until_finished(*job_ids, seconds=60)
+            jobs = [await here.load_job(job_id) for job_id in job_ids]
+            histories = [await here.read_event_types(job_id) for job_id in job_ids]
     assert any(f"-{mortal.pid}-" not in holder for holder in holders), "others have had jobs, too"
     for job, history, holder in zip(jobs, histories, holders, strict=True):
         assert job["status"] == "completed"

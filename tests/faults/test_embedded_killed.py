@@ -14,7 +14,7 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from jobledger.ledger.mongo.embedded_lock import ServerNote, read_note, until
+from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -51,8 +51,8 @@ class Writer:
     def the_rest(self) -> list[int]:
         return [int(line) for line in self.said]
 
-    def note(self) -> ServerNote:
-        note = read_note(self.data_dir)
+    def note(self) -> ServerInfo:
+        note = read_server_info(self.data_dir)
         assert note is not None
         return note
 
@@ -85,7 +85,7 @@ def test_when_the_owner_is_killed_mongod_shuts_down_cleanly_by_itself(writer: Wr
     writer.process.kill()
     acknowledged += writer.the_rest()
 
-    assert until(lambda: is_gone(mongod), 15), "mongod outlived its owner"
+    assert wait_until(lambda: is_gone(mongod), 15), "mongod outlived its owner"
     assert (writer.data_dir / "mongodb" / "mongod.lock").read_bytes() == b"", "mongod did not shut down cleanly"
     with EmbeddedServer.start(writer.data_dir) as server:
         assert set(acknowledged) <= numbers_in(server.uri)
@@ -96,7 +96,7 @@ def test_a_start_right_after_the_owner_was_killed_waits_for_the_old_mongod(write
     note = writer.note()
     writer.process.kill()
     with EmbeddedServer.start(writer.data_dir) as server:
-        assert until(lambda: is_gone(note.pid), 5)
+        assert wait_until(lambda: is_gone(note.pid), 5)
         assert server.uri == note.uri
         assert set(acknowledged + writer.the_rest()) <= numbers_in(server.uri)
 

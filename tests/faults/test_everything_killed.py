@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from jobledger.ledger.mongo.embedded_lock import until
-from tests.support.installation import Installation, Role, client_of, descendants, is_gone
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.support.installation import Installation, RunningCommand, has_exited, http_client, list_descendants
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
@@ -25,37 +25,37 @@ def completed(client: httpx.Client) -> int:
     return number
 
 
-def kill_in_the_middle(installation: Installation, up: Role, least: int) -> None:
+def kill_in_the_middle(installation: Installation, up: RunningCommand, least: int) -> None:
     """Kill everything as soon as at least so many jobs are done."""
-    processes = descendants(up.process.pid) | {up.process.pid}
-    with client_of(up) as client:
-        assert until(lambda: completed(client) >= least, 60)
+    processes = list_descendants(up.process.pid) | {up.process.pid}
+    with http_client(up) as client:
+        assert wait_until(lambda: completed(client) >= least, 60)
         assert completed(client) < JOBS, "too late: nothing is left to be interrupted"
-    installation.kill_everything()
-    assert until(lambda: all(is_gone(pid) for pid in processes), 10), "a process has survived its owner"
+    installation.kill_all_processes()
+    assert wait_until(lambda: all(has_exited(pid) for pid in processes), 10), "a process has survived its owner"
 
 
 def test_killed_twice_in_the_middle_every_job_is_still_there_and_done_once(tmp_path: Path) -> None:
     settings = {"max_concurrent": 5, "lease_seconds": 3, "retry_base_seconds": 0.5}
     with Installation(tmp_path, event_worker=settings) as installation:
-        up = installation.up()
+        up = installation.start_up_command()
         jobs = [{"job_type": "echo", "parameters": {"seconds": 0.5, "number": number}} for number in range(JOBS)]
-        with client_of(up) as client:
+        with http_client(up) as client:
             batch = client.post(
                 "/api/events/batches", content=json.dumps({"jobs": jobs}), headers={"Content-Type": "application/json"}
             ).json()
 
         kill_in_the_middle(installation, up, 8)
-        up = installation.up()
+        up = installation.start_up_command()
         kill_in_the_middle(installation, up, 25)
-        up = installation.up()
+        up = installation.start_up_command()
 
-        with client_of(up) as client:
+        with http_client(up) as client:
             finished = wait_for_the_batch(client, batch["batch_id"])
             histories = {job_id: history(client, job_id) for job_id in batch["job_ids"]}
             listed = client.get("/api/events/jobs?limit=1000", headers={"Ledger-Position": str(finished)}).json()
             stats = client.get("/api/monitoring/events/stats").json()["stats"]
-        said = installation.roles[-1].err
+        said = installation.commands[-1].stderr
 
     assert [job["job_id"] for job in listed["jobs"]] == sorted(batch["job_ids"], reverse=True)
     assert {job["status"] for job in listed["jobs"]} == {"completed"}

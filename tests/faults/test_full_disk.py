@@ -12,11 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jobledger.ledger.mongo.embedded_lock import read_note, until
-from jobledger.ledger.system.disk_space import StorageWatch, space_problem, write_problem
-from tests.support.installation import Installation, client_of
+from jobledger.ledger.mongo.embedded_lock import read_server_info, wait_until
+from jobledger.ledger.system.disk_space import DiskSpaceMonitor, find_space_problem, find_write_problem
+from tests.support.installation import Installation, http_client
 from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import rarely
+from tests.support.rarely import soak_only
 
 DISK_MIB = 640
 JOB = {"job_type": "echo", "parameters": {}}
@@ -44,7 +44,7 @@ def fill(directory: Path, leave_mib: int = 0) -> Path:
     """Take the space of a disk, but for so much."""
     path = directory / "filler"
     with path.open("ab", buffering=0) as file, suppress(OSError):
-        while space_problem(directory, (leave_mib + 1) * 2**20) is None:
+        while find_space_problem(directory, (leave_mib + 1) * 2**20) is None:
             file.write(bytes(2**20))
         while leave_mib == 0:
             file.write(bytes(4096))
@@ -54,8 +54,8 @@ def fill(directory: Path, leave_mib: int = 0) -> Path:
 def test_a_full_disk_is_reported_and_waited_for(tmp_path: Path, disk: Path) -> None:
     mongodb = {"data_dir": str(disk / "data"), "embedded_oplog_mb": 50}
     with Installation(tmp_path / "here", mongodb=mongodb, results={"reserve_mb": 60}) as installation:
-        role = installation.up()
-        with client_of(role) as client:
+        role = installation.start_up_command()
+        with http_client(role) as client:
             done = client.post("/api/events/jobs", json=JOB).raise_for_status().json()["job_id"]
 
             filler = fill(disk, leave_mib=40)
@@ -66,21 +66,21 @@ def test_a_full_disk_is_reported_and_waited_for(tmp_path: Path, disk: Path) -> N
             assert "nearly full" in client.get("/readyz").json()["warning"]
 
             fill(disk)
-            note = read_note(disk / "data")
+            note = read_server_info(disk / "data")
             assert note is not None
             os.kill(note.pid, signal.SIGKILL)  # what mongod does itself when it cannot write
-            assert until(lambda: "waits for its disk" in role.err, 20)
-            assert "no space is left" in role.err
+            assert wait_until(lambda: "waits for its disk" in role.stderr, 20)
+            assert "no space is left" in role.stderr
             assert client.get("/healthz").status_code == 200
             unready = until_status(client, "GET", 503, "/readyz")
             assert "nearly full" in unready.json()["message"]
 
             filler.unlink()
-            assert until(lambda: "server is back" in role.err, 30)
+            assert wait_until(lambda: "server is back" in role.stderr, 30)
             until_status(client, "POST", 202)
             assert client.get(f"/api/events/jobs/{done}").status_code == 200
-        assert role.err.count("waits for its disk") == 1
-        assert "Traceback" not in role.err
+        assert role.stderr.count("waits for its disk") == 1
+        assert "Traceback" not in role.stderr
         assert role.stop().exit_code == 0
 
 
@@ -91,7 +91,7 @@ def until_status(client: httpx.Client, method: str, status: int, path: str = "/a
         found[:] = [client.request(method, path, json=JOB if method == "POST" else None)]
         return found[0].status_code == status
 
-    assert until(answered, 20), found[0].text
+    assert wait_until(answered, 20), found[0].text
     return found[0]
 
 
@@ -99,23 +99,23 @@ def test_up_on_a_full_disk_waits_and_ctrl_c_ends_it_at_once(tmp_path: Path, disk
     filler = fill(disk)
     with Installation(tmp_path / "here", mongodb={"data_dir": str(disk / "data")}) as installation:
         role = installation.start("up")
-        assert until(lambda: "waits for space" in role.err, 60)
+        assert wait_until(lambda: "waits for space" in role.stderr, 60)
         role.process.send_signal(signal.SIGINT)
         assert role.process.wait(20) == 130
         waiting = installation.start("up")
-        assert until(lambda: "waits for space" in waiting.err, 60)
+        assert wait_until(lambda: "waits for space" in waiting.stderr, 60)
         filler.unlink()
-        waiting.ready().stop()
+        waiting.wait_until_ready().stop()
 
 
 @needs_local_mongod
 @pytest.mark.timeout(240)
-@rarely  # mongod takes half a minute to notice that it has filled the disk
+@soak_only  # mongod takes half a minute to notice that it has filled the disk
 def test_mongod_that_fills_the_disk_itself_comes_back(tmp_path: Path, disk: Path) -> None:
     mongodb = {"data_dir": str(disk / "data"), "embedded_oplog_mb": 50}
     with Installation(tmp_path / "here", mongodb=mongodb, results={"reserve_mb": 0}) as installation:
-        role = installation.up()
-        with client_of(role) as client:
+        role = installation.start_up_command()
+        with http_client(role) as client:
             filler = fill(disk, leave_mib=30)
             status = 202
             for _ in range(100):
@@ -124,24 +124,24 @@ def test_mongod_that_fills_the_disk_itself_comes_back(tmp_path: Path, disk: Path
                 if status != 202:
                     break
             assert status == 503
-            assert until(lambda: "waits for its disk" in role.err, 60)
+            assert wait_until(lambda: "waits for its disk" in role.stderr, 60)
             filler.unlink()
-            assert until(lambda: "server is back" in role.err, 60)
+            assert wait_until(lambda: "server is back" in role.stderr, 60)
             until_status(client, "POST", 202)
         assert role.stop().exit_code == 0
 
 
 def test_a_disk_that_is_read_only_is_named(disk: Path) -> None:
-    assert write_problem(disk, 0) is None
+    assert find_write_problem(disk, 0) is None
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    found = write_problem(disk, 0)
+    found = find_write_problem(disk, 0)
     assert found is not None
-    assert not found.lacks_space
+    assert not found.is_out_of_space
     assert "read-only" in str(found)
 
 
 def test_a_directory_that_is_away_is_named(tmp_path: Path) -> None:
-    found = write_problem(tmp_path / "gone", 0)
+    found = find_write_problem(tmp_path / "gone", 0)
     assert found is not None
     assert "does not exist" in str(found)
 
@@ -149,10 +149,10 @@ def test_a_directory_that_is_away_is_named(tmp_path: Path) -> None:
 async def test_work_is_accepted_again_only_with_more_than_the_reserve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = StorageWatch({"results": tmp_path}, 100)
+    watch = DiskSpaceMonitor({"results": tmp_path}, 100)
     refused = []
     for free in (101, 99, 110, 126, 110):
         monkeypatch.setattr("jobledger.ledger.system.disk_space.free_bytes", lambda _directory, free=free: free)
-        await watch.look()
+        await watch.check()
         refused.append(watch.problem is not None)
     assert refused == [False, True, True, False, False]

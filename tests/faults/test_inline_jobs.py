@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.installation import Installation, client_of
+from tests.support.installation import Installation, http_client
 from tests.support.mongod import needs_local_mongod
-from tests.support.plugins import add_plugin
+from tests.support.plugins import install_plugin
 
 ACTIONS = """
 import asyncio, threading, time
@@ -73,11 +73,11 @@ ENDS = {
 def test_inline_job_that_attacks_the_event_loop_affects_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_plugin(tmp_path / "plugins", "hostile", ACTIONS)
+    install_plugin(tmp_path / "plugins", "hostile", ACTIONS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))
     with Installation(tmp_path / "here", event_worker={"shutdown_grace_seconds": 1}) as here:
-        up = here.up()
-        with client_of(up) as client:
+        up = here.start_up_command()
+        with http_client(up) as client:
             for do, (status, code) in ENDS.items():
                 for _ in range(2):
                     asked = {"job_type": "hostile", "parameters": {"do": do}, "max_attempts": 1, "timeout_s": 1}

@@ -14,23 +14,32 @@ import pytest
 from pymongo import MongoClient
 from structlog.testing import capture_logs
 
-from jobledger.ledger.domain.events import JobProgressed, Recorded
+from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
-from jobledger.ledger.mongo.embedded_lock import until as until_true
+from jobledger.ledger.mongo.embedded_lock import wait_until as until_true
 from jobledger.ledger.store.command_handler import new_job_id
-from jobledger.ledger.store.envelope import VOID_STREAM, Append, Head
-from jobledger.ledger.store.event_store import Limits
+from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
+from jobledger.ledger.store.event_store import EventStoreLimits
 from tests.support.examples import NOON
-from tests.support.ledgers import META, Ledger, check_log, ledger_on, lose_a_ticket, stored, until, whole
-from tests.support.moments import Tally, is_frozen, observed
+from tests.support.ledgers import (
+    EVENT_METADATA,
+    Ledger,
+    check_log,
+    create_position_gap,
+    load_event_documents,
+    open_ledger,
+    poll_until,
+    read_all_events,
+)
+from tests.support.moments import CommandCounter, is_suspended, monitor_connection
 from tests.support.mongod import needs_local_mongod
-from tests.support.proxy import Proxy
+from tests.support.proxy import TcpProxy
 
 pytestmark = needs_local_mongod
 
 OPLOG_MB = 1
-QUICK = Limits(void_after_seconds=0.2)
+QUICK = EventStoreLimits(gap_timeout_seconds=0.2)
 PATIENCE_SECONDS = 40.0
 HISTORY_LOST = {286, 136}  # ChangeStreamHistoryLost; CappedPositionLost, where the cursor was still open
 REOPENED = "change stream interrupted, opening it again"
@@ -64,16 +73,18 @@ def connection(uri: str, request: pytest.FixtureRequest) -> Connection:
 
 @pytest.fixture
 async def writer(connection: Connection) -> AsyncIterator[Ledger]:
-    async with ledger_on(connection, QUICK, live=False) as ledger:
+    async with open_ledger(connection, QUICK, with_change_stream=False) as ledger:
         yield ledger
 
 
 async def write(writer: Ledger) -> int:
     """Single events, several together, and a number that gets lost; return the last position."""
-    await asyncio.gather(*(writer.submit() for _ in range(20)))
-    await lose_a_ticket(writer.db)
+    await asyncio.gather(*(writer.submit_job() for _ in range(20)))
+    await create_position_gap(writer.db)
     events = [JobProgressed(attempt=1, step="page", percent=number, message="") for number in range(30)]
-    return (await writer.log.append(Append(new_job_id(), Head(), events, META, NOON)))[-1].position
+    return (await writer.event_store.append(StreamAppend(new_job_id(), StreamHead(), events, EVENT_METADATA, NOON)))[
+        -1
+    ].position
 
 
 def roll_over(uri: str) -> None:
@@ -92,7 +103,7 @@ def roll_over(uri: str) -> None:
 
 
 async def check(writer: Ledger, delivered: list[tuple[int, str]]) -> None:
-    documents = await stored(writer.db)
+    documents = await load_event_documents(writer.db)
     check_log(documents)
     assert delivered == [(document["_id"], document["event_id"]) for document in documents]
     assert sum(document["stream"] == VOID_STREAM for document in documents) >= 3
@@ -122,11 +133,11 @@ class Subscriber:
         return {int(code) for code in self._errors.read_text().split()}
 
     async def reaches(self, position: int) -> None:
-        await until(lambda: self.delivered()[-1:] >= [(position, "")], PATIENCE_SECONDS)
+        await poll_until(lambda: self.delivered()[-1:] >= [(position, "")], PATIENCE_SECONDS)
 
     async def freeze(self) -> None:
         os.kill(self.pid, signal.SIGSTOP)
-        await until(lambda: is_frozen(self.pid))
+        await poll_until(lambda: is_suspended(self.pid))
 
     def thaw(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
@@ -141,11 +152,11 @@ def _subscribe(connection: Connection, after: int, events: Path, errors: Path) -
 
 
 async def _note(connection: Connection, after: int, delivered: Path, errors: Path) -> None:
-    tally = Tally()
+    tally = CommandCounter()
     with delivered.open("a", buffering=1) as notes, errors.open("a", buffering=1) as codes:
         async with (
-            ledger_on(observed(connection, tally), QUICK) as ledger,
-            ledger.log.subscription(after=after) as events,
+            open_ledger(monitor_connection(connection, tally), QUICK) as ledger,
+            ledger.event_store.subscribe(after=after) as events,
         ):
             async for event in events:
                 if tally.failed_by_code:
@@ -204,42 +215,42 @@ async def test_a_subscriber_that_did_not_run_while_the_oplog_rolled_over_goes_on
 async def test_a_stream_whose_place_in_the_oplog_is_gone_is_opened_anew_and_every_subscriber_goes_on(
     connection: Connection, writer: Ledger
 ) -> None:
-    tally = Tally()
-    with Proxy(connection.uri) as proxy, capture_logs() as warnings:
-        cut_off = observed(Connection(proxy.uri, connection.db_name), tally)
+    tally = CommandCounter()
+    with TcpProxy(connection.uri) as proxy, capture_logs() as warnings:
+        cut_off = monitor_connection(Connection(proxy.uri, connection.db_name), tally)
         async with (
-            ledger_on(cut_off, QUICK) as reader,
+            open_ledger(cut_off, QUICK) as reader,
             subscribed(reader) as early,
         ):
             first = await write(writer)
-            await until(lambda: len(early) == first, PATIENCE_SECONDS)
-            proxy.freeze()
+            await poll_until(lambda: len(early) == first, PATIENCE_SECONDS)
+            proxy.suspend()
             await write(writer)
             await asyncio.to_thread(roll_over, connection.uri)
             last = await write(writer)
             await asyncio.to_thread(roll_over, connection.uri)
             assert len(early) == first
             assert REOPENED not in [warning["event"] for warning in warnings]
-            proxy.cut()  # so the driver has to resume, with a token from before
-            proxy.thaw()
-            await until(lambda: len(early) >= last, PATIENCE_SECONDS)
+            proxy.close_connections()  # so the driver has to resume, with a token from before
+            proxy.resume()
+            await poll_until(lambda: len(early) >= last, PATIENCE_SECONDS)
             async with subscribed(reader, after=first) as late:
                 last = await write(writer)
-                await until(lambda: len(early) >= last and len(late) >= last - first, PATIENCE_SECONDS)
+                await poll_until(lambda: len(early) >= last and len(late) >= last - first, PATIENCE_SECONDS)
         assert tally.failed_by_code[286], "the server still had what was missed"
         assert REOPENED in [warning["event"] for warning in warnings]
     assert late == early[first:]
     await check(writer, [(event.position, event.event_id) for event in early])
-    assert await whole(writer.log) == early
+    assert await read_all_events(writer.event_store) == early
 
 
 @asynccontextmanager
-async def subscribed(ledger: Ledger, *, after: int = 0) -> AsyncIterator[list[Recorded]]:
+async def subscribed(ledger: Ledger, *, after: int = 0) -> AsyncIterator[list[RecordedEvent]]:
     """What a subscription delivers from now on."""
-    delivered: list[Recorded] = []
+    delivered: list[RecordedEvent] = []
 
     async def take() -> None:
-        async with ledger.log.subscription(after=after) as events:
+        async with ledger.event_store.subscribe(after=after) as events:
             async for event in events:
                 delivered.append(event)
 

@@ -25,16 +25,16 @@ import structlog
 
 from jobledger.ledger.domain.commands import ChangeAccess
 from jobledger.ledger.domain.errors import LedgerUnavailable
-from jobledger.ledger.domain.events import JobProgressed, Meta, Recorded
+from jobledger.ledger.domain.events import EventMetadata, JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.mongo.embedded_lock import until as wait_until
-from jobledger.ledger.store.command_handler import handle, new_job_id
-from jobledger.ledger.store.envelope import Append, Head
-from jobledger.ledger.store.event_store import EventLog, Limits
+from jobledger.ledger.mongo.embedded_lock import wait_until as wait_until
+from jobledger.ledger.store.command_handler import handle_command, new_job_id
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
+from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
 from tests.support.examples import ACCESS
-from tests.support.ledgers import META, Ledger, check_log, ledger_on, stored, until
+from tests.support.ledgers import EVENT_METADATA, Ledger, check_log, load_event_documents, open_ledger, poll_until
 from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import rarely
+from tests.support.rarely import soak_only
 from tests.support.replica_set import Node, ReplicaSet
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
@@ -43,7 +43,7 @@ DB_NAME = "test"
 WRITERS = 3
 CHAINS = 4  # streams of its own that each writer writes at a time
 PROGRESS = 50  # events: more than a writer can have had on their way when the fault came
-PATIENCE = Limits(void_after_seconds=0.3)
+PATIENCE = EventStoreLimits(gap_timeout_seconds=0.3)
 TOGETHER = 5
 DEADLINE_SECONDS = 40.0
 NOTHING_UNDONE = "the old primary had nothing to undo: the fault was too weak to show anything"
@@ -52,7 +52,7 @@ NOTHING_UNDONE = "the old primary had nothing to undo: the fault was too weak to
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.test_replica_set"])
 
-Note = Callable[[Sequence[Recorded]], None]
+Note = Callable[[Sequence[RecordedEvent]], None]
 
 
 @pytest.fixture
@@ -97,50 +97,53 @@ async def _write(connection: Connection, shared: Sequence[str], file: int) -> No
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
 
-    def note(events: Sequence[Recorded]) -> None:
+    def note(events: Sequence[RecordedEvent]) -> None:
         os.write(file, "".join(f"{line_of(event)}\n" for event in events).encode())
 
-    async def again_and_again(write: Callable[[EventLog, Note], Awaitable[None]]) -> None:
+    async def again_and_again(write: Callable[[EventStore, Note], Awaitable[None]]) -> None:
         while not stopped.is_set():
             with suppress(LedgerUnavailable):  # nobody knows whether it was written: begin something else
-                await write(ledger.log, note)
+                await write(ledger.event_store, note)
 
-    async with ledger_on(connection, live=False) as ledger, asyncio.TaskGroup() as writing:
+    async with open_ledger(connection, with_change_stream=False) as ledger, asyncio.TaskGroup() as writing:
         for write in [_chain] * CHAINS + [_together] + [partial(_contended, stream) for stream in shared]:
             writing.create_task(again_and_again(write))
 
 
-def line_of(event: Recorded) -> str:
+def line_of(event: RecordedEvent) -> str:
     return f"{event.event_id} {event.position} {event.stream} {event.version}"
 
 
-def _progress(stream: str, head: Head, events: int, meta: Meta = META) -> Append:
+def _progress(stream: str, head: StreamHead, events: int, meta: EventMetadata = EVENT_METADATA) -> StreamAppend:
     progress = JobProgressed(attempt=1, step="talk", percent=50, message="half of it")
-    return Append(stream, head, [progress] * events, meta, datetime.now(UTC))
+    return StreamAppend(stream, head, [progress] * events, meta, datetime.now(UTC))
 
 
-async def _chain(log: EventLog, note: Note) -> None:
+async def _chain(log: EventStore, note: Note) -> None:
     """A stream that nobody else writes: a version conflict would mean that the log has confused something."""
-    stream, head = new_job_id(), Head()
+    stream, head = new_job_id(), StreamHead()
     for together in (1, 1, 1, 3, 1, 1):
         events = await log.append(_progress(stream, head, together))
         note(events)
-        head = Head(events[-1].version, events[-1].position, events[-1].hash)
+        head = StreamHead(events[-1].version, events[-1].position, events[-1].hash)
 
 
-async def _together(log: EventLog, note: Note) -> None:
+async def _together(log: EventStore, note: Note) -> None:
     """Several streams at once: all of it will be there, or nothing."""
     streams = [new_job_id() for _ in range(TOGETHER)]
     note(
         await log.append(
-            *(_progress(stream, Head(), 1, replace(META, correlation_id=streams[0])) for stream in streams)
+            *(
+                _progress(stream, StreamHead(), 1, replace(EVENT_METADATA, correlation_id=streams[0]))
+                for stream in streams
+            )
         )
     )
 
 
-async def _contended(stream: str, log: EventLog, note: Note) -> None:
+async def _contended(stream: str, log: EventStore, note: Note) -> None:
     """A stream that every writer writes."""
-    note((await handle(log, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=META)).events)
+    note((await handle_command(log, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=EVENT_METADATA)).events)
     await asyncio.sleep(random.uniform(0, 0.2))  # else one of them might lose as many races as `handle` runs
 
 
@@ -159,16 +162,16 @@ class Load:
     writers: list[Writer] = field(default_factory=list)
     """The last of them are at work."""
     readers: list[asyncio.Task[None]] = field(default_factory=list)
-    followed: list[Recorded] = field(default_factory=list)
-    paged: list[Recorded] = field(default_factory=list)
+    followed: list[RecordedEvent] = field(default_factory=list)
+    paged: list[RecordedEvent] = field(default_factory=list)
     pages: int = 0
 
     async def follow(self) -> None:
         """Take in everything by a subscription, history first, then live."""
-        async with self.ledger.log.subscription(after=0) as events:
+        async with self.ledger.event_store.subscribe(after=0) as events:
             while True:
                 try:
-                    self.followed += await events.chunk()
+                    self.followed += await events.next_chunk()
                 except LedgerUnavailable:
                     await asyncio.sleep(0.05)
 
@@ -176,7 +179,7 @@ class Load:
         """Take in everything by looking into the collection, again and again."""
         while True:
             with suppress(LedgerUnavailable):
-                self.paged += await self.ledger.log.read(after=len(self.paged))
+                self.paged += await self.ledger.event_store.read(after=len(self.paged))
                 self.pages += 1
             await asyncio.sleep(0.02)
 
@@ -190,7 +193,7 @@ class Load:
         """Wait until every writer has been acknowledged, and both readers have seen, events that are new."""
         before = self._counts()
         try:
-            await until(
+            await poll_until(
                 lambda: all(now >= then + PROGRESS for now, then in zip(self._counts(), before, strict=True)),
                 DEADLINE_SECONDS,
             )
@@ -208,13 +211,13 @@ class Load:
         """Stop writing, read everything, and see whether each promise was kept."""
         for writer in self.writers[-WRITERS:]:
             await asyncio.to_thread(writer.stop)
-        await asyncio.to_thread(self.replica_set.wait_until_whole)
-        head = await self.ledger.log.head()
+        await asyncio.to_thread(self.replica_set.wait_until_in_sync)
+        head = await self.ledger.event_store.head_position()
         try:
-            await until(lambda: min(len(self.followed), len(self.paged)) >= head, DEADLINE_SECONDS)
+            await poll_until(lambda: min(len(self.followed), len(self.paged)) >= head, DEADLINE_SECONDS)
         except TimeoutError:
             pytest.fail(f"of {head} events {len(self.followed)} were followed, {len(self.paged)} paged")
-        documents = await stored(self.ledger.db)
+        documents = await load_event_documents(self.ledger.db)
         check_acknowledged([line for writer in self.writers for line in writer.acknowledged()], documents)
         check_log(documents)
         check_together(documents)
@@ -226,12 +229,12 @@ class Load:
 async def load_on(replica_set: ReplicaSet, directory: Path) -> AsyncIterator[Load]:
     """Start writers, then readers who find some history, and go on when all of them are at work."""
     connection = Connection(replica_set.uri, DB_NAME)
-    async with ledger_on(connection, PATIENCE) as ledger:
-        shared = [(await ledger.submit()).events[0].stream for _ in range(2)]
+    async with open_ledger(connection, PATIENCE) as ledger:
+        shared = [(await ledger.submit_job()).events[0].stream for _ in range(2)]
         load = Load(replica_set, connection, ledger, shared, directory)
         load.write()
         try:
-            await until(lambda: all(writer.acknowledged() for writer in load.writers), DEADLINE_SECONDS)
+            await poll_until(lambda: all(writer.acknowledged() for writer in load.writers), DEADLINE_SECONDS)
             load.readers += [asyncio.create_task(load.follow()), asyncio.create_task(load.page())]
             await load.goes_on()
             yield load
@@ -255,7 +258,7 @@ def check_acknowledged(lines: Sequence[str], documents: Sequence[Document]) -> N
     assert set(lines) - there == set(), "acknowledged, but not there"
 
 
-def check_seen(seen: Sequence[Recorded], documents: Sequence[Document]) -> None:
+def check_seen(seen: Sequence[RecordedEvent], documents: Sequence[Document]) -> None:
     """A reader got the log as it is: nothing missing, nothing twice, nothing that was undone later."""
     for event, document in zip(seen, documents, strict=False):
         assert (event.position, event.event_id) == (document["_id"], document["event_id"])
@@ -276,7 +279,7 @@ def check_together(documents: Sequence[Document]) -> None:
 
 def undone(node: Node) -> list[Document]:
     """The events that a node had to undo."""
-    return [document for document in node.rolled_back() if "event_id" in document]
+    return [document for document in node.read_rolled_back_documents() if "event_id" in document]
 
 
 # The faults, and the moments when they come: called in a thread, while the load goes on -------------------------------
@@ -292,12 +295,12 @@ def whenever(load: Load) -> Iterator[Node]:
 def ahead(load: Load) -> Iterator[Node]:
     """When the primary holds events that no other node will get from it. Their writers will write them again."""
     primary = load.replica_set.wait_for_primary()
-    others = load.replica_set.others(primary)
+    others = load.replica_set.other_nodes(primary)
 
     def events(node: Node) -> int:
         return node.client[DB_NAME].events.count_documents({})
 
-    with load.replica_set.left_behind(primary):
+    with load.replica_set.replication_stopped(primary):
         assert wait_until(lambda: events(primary) > max(map(events, others)), DEADLINE_SECONDS)
         yield primary
 
@@ -320,22 +323,22 @@ def kill_the_primary(load: Load, moment: Moment) -> Node:
     """Kill the primary; return it when another has been elected."""
     with moment(load) as primary:
         load.replica_set.kill(primary)
-    load.replica_set.wait_for_primary(other_than=primary)
+    load.replica_set.wait_for_primary(excluding=primary)
     return primary
 
 
 def depose_the_primary(load: Load, moment: Moment) -> Node:
     """Have the primary step down; return it when another has been elected."""
     with moment(load) as primary:
-        load.replica_set.step_down(primary, by_force=moment is not whenever)
+        load.replica_set.step_down(primary, force=moment is not whenever)
     return primary
 
 
 def cut_off_the_primary(load: Load, moment: Moment) -> Node:
     """Freeze the primary, which goes on believing that it is one; return it when another has been elected."""
     with moment(load) as primary:
-        load.replica_set.freeze(primary)
-    load.replica_set.wait_for_primary(other_than=primary)
+        load.replica_set.suspend(primary)
+    load.replica_set.wait_for_primary(excluding=primary)
     return primary
 
 
@@ -349,15 +352,15 @@ async def test_a_primary_killed_again_and_again_takes_nothing_along_that_was_ack
             if moment is ahead_and_alone:
                 load.write()
             await load.goes_on()
-            replica_set.start_again(killed)
-            await asyncio.to_thread(replica_set.wait_until_whole)
+            replica_set.restart_node(killed)
+            await asyncio.to_thread(replica_set.wait_until_in_sync)
             await load.goes_on()
             victims.append(killed)
         await load.check()
         assert all(map(undone, victims[1:])), NOTHING_UNDONE
 
 
-@rarely
+@soak_only
 async def test_a_primary_that_steps_down_again_and_again_takes_nothing_along_that_was_acknowledged_or_delivered(
     replica_set: ReplicaSet, tmp_path: Path
 ) -> None:
@@ -366,7 +369,7 @@ async def test_a_primary_that_steps_down_again_and_again_takes_nothing_along_tha
         for moment in (whenever, ahead, whenever, ahead):
             deposed = await asyncio.to_thread(depose_the_primary, load, moment)
             await load.goes_on()
-            await asyncio.to_thread(replica_set.wait_until_whole)
+            await asyncio.to_thread(replica_set.wait_until_in_sync)
             victims.append(deposed)
         await load.goes_on()
         await load.check()
@@ -379,17 +382,17 @@ async def test_a_primary_cut_off_for_a_while_takes_nothing_along_that_was_acknow
     async with load_on(replica_set, tmp_path) as load:
         # At first it comes back so soon that the drivers still wait for its answers to what they sent before.
         cut_off = await asyncio.to_thread(cut_off_the_primary, load, whenever)
-        async with ledger_on(load.connection, live=False) as newcomer:
-            await newcomer.submit()
-        replica_set.thaw(cut_off)
+        async with open_ledger(load.connection, with_change_stream=False) as newcomer:
+            await newcomer.submit_job()
+        replica_set.resume(cut_off)
         await load.goes_on()
-        await asyncio.to_thread(replica_set.wait_until_whole)
+        await asyncio.to_thread(replica_set.wait_until_in_sync)
 
         # Then only after they have turned to the new one.
         cut_off = await asyncio.to_thread(cut_off_the_primary, load, ahead)
         await load.goes_on()
-        replica_set.thaw(cut_off)
-        await asyncio.to_thread(replica_set.wait_until_whole)
+        replica_set.resume(cut_off)
+        await asyncio.to_thread(replica_set.wait_until_in_sync)
         await load.goes_on()
         await load.check()
         assert undone(cut_off), NOTHING_UNDONE

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from tests.support.plugins import add_plugin
-from tests.support.rarely import rarely
-from tests.support.running import RealProcess, process, real_process, until
+from tests.support.plugins import install_plugin
+from tests.support.rarely import soak_only
+from tests.support.running import RolesSubprocess, poll_until, run_roles_in_process, run_roles_subprocess
 
 pytestmark = pytest.mark.timeout(180)
 JOBS = 60
@@ -34,7 +34,7 @@ def store(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def scratch_lost(_worker: RealProcess, scratch: Path) -> Iterator[None]:
+def scratch_lost(_worker: RolesSubprocess, scratch: Path) -> Iterator[None]:
     """Put a file where the scratch directory was, as a mount that went wrong does."""
     scratch.rename(scratch.with_suffix(".away"))
     scratch.write_text("")
@@ -44,7 +44,7 @@ def scratch_lost(_worker: RealProcess, scratch: Path) -> Iterator[None]:
 
 
 @contextmanager
-def descriptors_exhausted(worker: RealProcess, _scratch: Path) -> Iterator[None]:
+def descriptors_exhausted(worker: RolesSubprocess, _scratch: Path) -> Iterator[None]:
     before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
     used = max(int(name) for name in os.listdir(f"/proc/{worker.pid}/fd"))  # noqa: PTH208 - names are wanted
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (used + 3, before[1]))
@@ -52,38 +52,38 @@ def descriptors_exhausted(worker: RealProcess, _scratch: Path) -> Iterator[None]
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
 
 
-@rarely
+@soak_only
 @pytest.mark.parametrize("sickness", [scratch_lost, descriptors_exhausted])
 async def test_sick_worker_costs_no_job_an_attempt_and_recovers(
     connection: Connection,
     store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    sickness: Callable[[RealProcess, Path], AbstractContextManager[None]],
+    sickness: Callable[[RolesSubprocess, Path], AbstractContextManager[None]],
 ) -> None:
-    add_plugin(tmp_path / "plugins", "apart", "Good.isolation = 'process'")
+    install_plugin(tmp_path / "plugins", "apart", "Good.isolation = 'process'")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "plugins"), str(Path.cwd())]))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     with (
-        real_process(connection, store, "worker", "projector") as first,
-        real_process(connection, store, "worker") as second,
+        run_roles_subprocess(connection, store, "worker", "projector") as first,
+        run_roles_subprocess(connection, store, "worker") as second,
     ):
         monkeypatch.setenv("TMPDIR", str(scratch))
-        with real_process(connection, store, "worker") as sick:
+        with run_roles_subprocess(connection, store, "worker") as sick:
             monkeypatch.delenv("TMPDIR")
             for real in (first, second, sick):
-                await real.started()
-            async with process(connection, store) as here:
-                await until(lambda: bool(list(scratch.glob("*/*"))), "its scratch directory is there")
+                await real.wait_until_started()
+            async with run_roles_in_process(connection, store) as here:
+                await poll_until(lambda: bool(list(scratch.glob("*/*"))), "its scratch directory is there")
                 with sickness(sick, scratch):
                     _, job_ids = await here.submit_batch(*({} for _ in range(JOBS)), job_type="apart")
-                    await here.ended(*job_ids, seconds=40)
+                    await here.wait_until_finished(*job_ids, seconds=40)
                     for job_id in job_ids:
-                        history = await here.history(job_id)
+                        history = await here.read_event_types(job_id)
                         assert history[-1] == "JobCompleted", history
                         assert history.count("JobClaimed") == 1 + history.count("JobReleased"), history
-                        assert (await here.job(job_id))["retries"] == 0
+                        assert (await here.load_job(job_id))["retries"] == 0
                     workers = await here.db.workers.find().to_list()
                     [problem] = [it["problem"] for it in workers if it["problem"]]
                     assert problem
@@ -91,4 +91,4 @@ async def test_sick_worker_costs_no_job_an_attempt_and_recovers(
                     while await here.db.workers.count_documents({"problem": None}) < 3:  # noqa: ASYNC110 - rare
                         await asyncio.sleep(0.1)
                 job_ids = [await here.submit(job_type="apart") for _ in range(12)]
-                await here.ended(*job_ids)
+                await here.wait_until_finished(*job_ids)

@@ -12,12 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jobledger.cli.composition import STOP_MARGIN_SECONDS
-from jobledger.ledger.mongo.embedded_lock import until
-from tests.support.installation import Installation, client_of
+from jobledger.cli.composition import SHUTDOWN_MARGIN_SECONDS
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from tests.support.installation import Installation, http_client
 from tests.support.mongod import needs_local_mongod
-from tests.support.proxy import Proxy
-from tests.support.rarely import rarely
+from tests.support.proxy import TcpProxy
+from tests.support.rarely import soak_only
 from tests.support.replica_set import ReplicaSet
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(240)]
@@ -26,20 +26,20 @@ SLACK_SECONDS = 3.0
 ALL_ROLES = ("api", "worker", "projector", "webhooks")
 
 
-@rarely
+@soak_only
 @pytest.mark.parametrize("away", ["frozen", "killed"])
 def test_stop_while_all_members_are_away_ends_every_role_in_time(tmp_path: Path, away: str) -> None:
     with ReplicaSet(tmp_path / "replica-set") as replica_set, stopped_roles(tmp_path, replica_set.uri, ALL_ROLES):
         for node in replica_set.nodes:
-            replica_set.freeze(node) if away == "frozen" else replica_set.kill(node)
+            replica_set.suspend(node) if away == "frozen" else replica_set.kill(node)
 
 
-@pytest.mark.parametrize("roles", [("api", "worker", "projector"), pytest.param(ALL_ROLES, marks=rarely)])
+@pytest.mark.parametrize("roles", [("api", "worker", "projector"), pytest.param(ALL_ROLES, marks=soak_only)])
 def test_stop_while_the_network_is_silent_ends_every_role_in_time(
     mongodb_uri: str, tmp_path: Path, roles: Sequence[str]
 ) -> None:
-    with Proxy(mongodb_uri) as proxy, stopped_roles(tmp_path, proxy.uri, roles):
-        proxy.freeze()
+    with TcpProxy(mongodb_uri) as proxy, stopped_roles(tmp_path, proxy.uri, roles):
+        proxy.suspend()
 
 
 @contextmanager
@@ -52,21 +52,21 @@ def stopped_roles(tmp_path: Path, uri: str, names: Sequence[str]) -> Iterator[No
     ) as here:
         roles = [here.start(role) for role in names]
         for role in roles:
-            role.ready()
-        with client_of(roles[0]) as client:
+            role.wait_until_ready()
+        with http_client(roles[0]) as client:
             body = {"job_type": "echo", "parameters": {"seconds": 120}}
             job = client.post("/api/events/jobs", json=body).raise_for_status().json()
-            assert until(lambda: _is_processing(client, job["job_id"]), 60)
+            assert wait_until(lambda: _is_processing(client, job["job_id"]), 60)
         yield
         time.sleep(1)
         begun = time.monotonic()
         for role in roles:
             role.process.send_signal(signal.SIGTERM)
         for role in roles:
-            ended = role.ended()
+            ended = role.wait_for_exit()
             assert ended.exit_code == 0, ended
             assert "Traceback" not in ended.err, ended.err
-        assert time.monotonic() - begun < GRACE_SECONDS + STOP_MARGIN_SECONDS + SLACK_SECONDS
+        assert time.monotonic() - begun < GRACE_SECONDS + SHUTDOWN_MARGIN_SECONDS + SLACK_SECONDS
 
 
 def _is_processing(client: httpx.Client, job_id: str) -> bool:

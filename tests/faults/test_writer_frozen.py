@@ -16,16 +16,25 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.ledger.domain.errors import VersionConflict
-from jobledger.ledger.domain.events import JobProgressed, Recorded
+from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.store.envelope import VOID_STREAM, Append, Head
-from jobledger.ledger.store.event_store import Limits
-from tests.support.examples import NOON, a_job
-from tests.support.ledgers import META, Ledger, check_log, ledger_on, positions, stored, until, whole
-from tests.support.moments import Moment, Once, freeze_myself, is_frozen, observed
+from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
+from jobledger.ledger.store.event_store import EventStoreLimits
+from tests.support.examples import NOON, make_job_submitted
+from tests.support.ledgers import (
+    EVENT_METADATA,
+    Ledger,
+    check_log,
+    event_positions,
+    load_event_documents,
+    open_ledger,
+    poll_until,
+    read_all_events,
+)
+from tests.support.moments import HookPoint, OneTimeHook, is_suspended, monitor_connection, suspend_own_process
 
 VOID_AFTER_SECONDS = 0.3
-IMPATIENT = Limits(void_after_seconds=VOID_AFTER_SECONDS)
+IMPATIENT = EventStoreLimits(gap_timeout_seconds=VOID_AFTER_SECONDS)
 TRANSACTION_SECONDS = 2
 NOISE_SECONDS = 5.0  # a loaded machine, not a promise
 PATIENCE_SECONDS = 30.0
@@ -66,11 +75,11 @@ class Frozen:
         return self.process.pid
 
     async def until_frozen(self) -> None:
-        await until(lambda: not self.process.is_alive() or is_frozen(self.pid), PATIENCE_SECONDS)
+        await poll_until(lambda: not self.process.is_alive() or is_suspended(self.pid), PATIENCE_SECONDS)
         assert self.process.is_alive(), "the process has ended, and was to be frozen at a moment that did not come"
 
     def thaw(self) -> None:
-        assert is_frozen(self.pid), "it should have slept until now"
+        assert is_suspended(self.pid), "it should have slept until now"
         os.kill(self.pid, signal.SIGCONT)
 
     async def answer(self) -> Any:
@@ -89,29 +98,31 @@ def _run(work: Any, sender: Pipe, *arguments: Any) -> None:
     sender.send(asyncio.run(work(*arguments)))
 
 
-async def _append(connection: Connection, moment: Moment, appends: Sequence[Append]) -> list[list[Place]] | str:
+async def _append(
+    connection: Connection, moment: HookPoint, appends: Sequence[StreamAppend]
+) -> list[list[Place]] | str:
     """Append each on its own, all at once, and tell where they are; or which conflict there was."""
-    sleepy = observed(connection, Once(moment, freeze_myself))
-    async with ledger_on(sleepy, IMPATIENT, live=False) as ledger:
+    sleepy = monitor_connection(connection, OneTimeHook(moment, suspend_own_process))
+    async with open_ledger(sleepy, IMPATIENT, with_change_stream=False) as ledger:
         try:
-            recorded = await asyncio.gather(*(ledger.log.append(append) for append in appends))
+            recorded = await asyncio.gather(*(ledger.event_store.append(append) for append in appends))
         except VersionConflict as conflict:
             return f"found {conflict.found}"
     return [places(events) for events in recorded]
 
 
-async def _read(connection: Connection, moment: Moment) -> list[Place]:
-    sleepy = observed(connection, Once(moment, freeze_myself))
-    async with ledger_on(sleepy, IMPATIENT, live=False) as ledger:
-        return places(await whole(ledger.log))
+async def _read(connection: Connection, moment: HookPoint) -> list[Place]:
+    sleepy = monitor_connection(connection, OneTimeHook(moment, suspend_own_process))
+    async with open_ledger(sleepy, IMPATIENT, with_change_stream=False) as ledger:
+        return places(await read_all_events(ledger.event_store))
 
 
-def places(events: Sequence[Recorded]) -> list[Place]:
+def places(events: Sequence[RecordedEvent]) -> list[Place]:
     return [(event.position, event.event_id, event.stream) for event in events]
 
 
 @asynccontextmanager
-async def frozen_writer(connection: Connection, moment: Moment, *appends: Append) -> AsyncIterator[Frozen]:
+async def frozen_writer(connection: Connection, moment: HookPoint, *appends: StreamAppend) -> AsyncIterator[Frozen]:
     writer = Frozen(_append, connection, moment, appends)
     try:
         await writer.until_frozen()
@@ -120,9 +131,9 @@ async def frozen_writer(connection: Connection, moment: Moment, *appends: Append
         writer.end()
 
 
-def late(count: int, stream: str = LATE) -> Append:
+def late(count: int, stream: str = LATE) -> StreamAppend:
     events = [JobProgressed(attempt=1, step="page", percent=number, message="") for number in range(count)]
-    return Append(stream, Head(), events, META, NOON)
+    return StreamAppend(stream, StreamHead(), events, EVENT_METADATA, NOON)
 
 
 # The readers ------------------------------------------------------------------------------------------------------
@@ -132,10 +143,10 @@ class Follower:
     """A live subscriber that keeps what it was given."""
 
     def __init__(self) -> None:
-        self.seen: list[Recorded] = []
+        self.seen: list[RecordedEvent] = []
 
     async def reaches(self, position: int, seconds: float) -> None:
-        await until(lambda: bool(self.seen) and self.seen[-1].position >= position, seconds)
+        await poll_until(lambda: bool(self.seen) and self.seen[-1].position >= position, seconds)
 
 
 @asynccontextmanager
@@ -143,7 +154,7 @@ async def following(ledger: Ledger) -> AsyncIterator[Follower]:
     follower = Follower()
 
     async def follow() -> None:
-        async with ledger.log.subscription(after=0) as events:
+        async with ledger.event_store.subscribe(after=0) as events:
             async for event in events:
                 follower.seen.append(event)
 
@@ -158,10 +169,10 @@ async def following(ledger: Ledger) -> AsyncIterator[Follower]:
 
 async def check(ledger: Ledger, follower: Follower) -> None:
     """The log keeps its promises, and everybody sees the same."""
-    documents = await stored(ledger.db)
+    documents = await load_event_documents(ledger.db)
     check_log(documents)
     await follower.reaches(len(documents), PATIENCE_SECONDS)
-    log = await whole(ledger.log)
+    log = await read_all_events(ledger.event_store)
     assert [event.event_id for event in log] == [document["event_id"] for document in documents]
     assert places(follower.seen) == places(log)
 
@@ -180,19 +191,19 @@ async def check(ledger: Ledger, follower: Follower) -> None:
     ids=["single event, with its number", "single event", "group of single events", "transaction"],
 )
 async def test_a_writer_frozen_between_its_number_and_its_insert_lands_behind_the_voids_and_once(
-    connection: Connection, moment: Moment, appends: Sequence[Append]
+    connection: Connection, moment: HookPoint, appends: Sequence[StreamAppend]
 ) -> None:
     total = sum(len(append.events) for append in appends)
     async with (
-        ledger_on(connection, IMPATIENT) as ledger,
+        open_ledger(connection, IMPATIENT) as ledger,
         following(ledger) as follower,
         frozen_writer(connection, moment, *appends) as writer,
     ):
         begun = monotonic()
-        behind = (await ledger.submit()).events[0]
+        behind = (await ledger.submit_job()).events[0]
         await follower.reaches(behind.position, VOID_AFTER_SECONDS + NOISE_SECONDS)
         assert monotonic() - begun > VOID_AFTER_SECONDS, "a slow writer has some time before its number is voided"
-        before = await whole(ledger.log)
+        before = await read_all_events(ledger.event_store)
         assert [event.stream for event in before] == [VOID_STREAM] * total + [behind.stream]
 
         writer.thaw()
@@ -201,8 +212,8 @@ async def test_a_writer_frozen_between_its_number_and_its_insert_lands_behind_th
         assert sorted(position for position, _, _ in landed) == list(range(total + 2, 2 * total + 2))
         for append, told in zip(appends, answer, strict=True):
             assert [position for position, _, _ in told] == list(range(told[0][0], told[0][0] + len(append.events)))
-            assert places(await ledger.log.read_stream(append.stream)) == told
-        assert places(await whole(ledger.log)) == places(before) + sorted(landed)
+            assert places(await ledger.event_store.read_stream(append.stream)) == told
+        assert places(await read_all_events(ledger.event_store)) == places(before) + sorted(landed)
         await check(ledger, follower)
 
 
@@ -210,22 +221,22 @@ async def test_a_writer_frozen_inside_its_transaction_holds_readers_up_until_the
     connection: Connection,
 ) -> None:
     async with (
-        ledger_on(connection, IMPATIENT) as ledger,
+        open_ledger(connection, IMPATIENT) as ledger,
         following(ledger) as follower,
         frozen_writer(connection, "before commitTransaction", late(3)) as writer,
     ):
-        behind = (await ledger.submit()).events[0]
+        behind = (await ledger.submit_job()).events[0]
         assert behind.position == 4
         # The server looks for transactions that are too old every half of what it grants them.
         await follower.reaches(4, 1.5 * TRANSACTION_SECONDS + 1 + VOID_AFTER_SECONDS + NOISE_SECONDS)
-        before = await whole(ledger.log)
+        before = await read_all_events(ledger.event_store)
         assert [event.stream for event in before] == [VOID_STREAM] * 3 + [behind.stream]
-        assert await ledger.log.read_stream(LATE) == []
+        assert await ledger.event_store.read_stream(LATE) == []
 
         writer.thaw()
         [landed] = await writer.answer()
         assert [position for position, _, _ in landed] == [5, 6, 7]
-        assert places(await whole(ledger.log)) == places(before) + landed
+        assert places(await read_all_events(ledger.event_store)) == places(before) + landed
         await check(ledger, follower)
 
 
@@ -235,20 +246,20 @@ async def test_a_writer_frozen_inside_its_transaction_holds_readers_up_until_the
     ids=["single event", "transaction"],
 )
 async def test_a_writer_frozen_before_it_hears_of_its_success_holds_nobody_up(
-    connection: Connection, moment: Moment, count: int
+    connection: Connection, moment: HookPoint, count: int
 ) -> None:
     async with (
-        ledger_on(connection, IMPATIENT) as ledger,
+        open_ledger(connection, IMPATIENT) as ledger,
         following(ledger) as follower,
         frozen_writer(connection, moment, late(count)) as writer,
     ):
-        await ledger.submit()
+        await ledger.submit_job()
         await follower.reaches(count + 1, NOISE_SECONDS)
         assert all(event.stream != VOID_STREAM for event in follower.seen)
         writer.thaw()
         [landed] = await writer.answer()
         assert [position for position, _, _ in landed] == list(range(1, count + 1))
-        assert places(await ledger.log.read_stream(LATE)) == landed
+        assert places(await ledger.event_store.read_stream(LATE)) == landed
         await check(ledger, follower)
 
 
@@ -257,29 +268,31 @@ async def test_a_writer_whose_stream_went_on_while_it_was_frozen_learns_that_it_
     connection: Connection, count: int
 ) -> None:
     async with (
-        ledger_on(connection, IMPATIENT) as ledger,
+        open_ledger(connection, IMPATIENT) as ledger,
         following(ledger) as follower,
         frozen_writer(connection, "before insert", late(count)) as writer,
     ):
-        [winner] = await ledger.log.append(Append(LATE, Head(), [a_job()], META, NOON))
+        [winner] = await ledger.event_store.append(
+            StreamAppend(LATE, StreamHead(), [make_job_submitted()], EVENT_METADATA, NOON)
+        )
         await follower.reaches(winner.position, VOID_AFTER_SECONDS + NOISE_SECONDS)
         writer.thaw()
         assert await writer.answer() == "found 1"
-        assert await ledger.log.read_stream(LATE) == [winner]
+        assert await ledger.event_store.read_stream(LATE) == [winner]
         await check(ledger, follower)
 
 
 async def test_a_reader_frozen_just_before_it_voids_finds_the_late_event_instead(connection: Connection) -> None:
     async with (
-        ledger_on(connection, Limits(void_after_seconds=10 * PATIENCE_SECONDS)) as ledger,
+        open_ledger(connection, EventStoreLimits(gap_timeout_seconds=10 * PATIENCE_SECONDS)) as ledger,
         following(ledger) as follower,
         frozen_writer(connection, "before insert", late(1)) as writer,
     ):
-        behind = (await ledger.submit()).events[0]
+        behind = (await ledger.submit_job()).events[0]
         reader = Frozen(_read, connection, "before insert")
         try:
             await reader.until_frozen()
-            assert positions(follower.seen) == []
+            assert event_positions(follower.seen) == []
             writer.thaw()
             [[landed]] = await writer.answer()
             assert landed[0] == 1

@@ -14,23 +14,33 @@ from pathlib import Path
 import pytest
 from pymongo import MongoClient
 
-from jobledger.ledger.domain.events import Recorded
+from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.envelope import VOID_STREAM
-from jobledger.ledger.store.event_store import Limits
-from tests.support.ledgers import Ledger, check_log, first, ledger_on, lose_a_ticket, positions, stored, until, whole
-from tests.support.moments import Tally, observed
-from tests.support.rarely import SOAK
+from jobledger.ledger.store.event_store import EventStoreLimits
+from tests.support.ledgers import (
+    Ledger,
+    check_log,
+    create_position_gap,
+    event_positions,
+    load_event_documents,
+    open_ledger,
+    poll_until,
+    read_all_events,
+    read_first_events,
+)
+from tests.support.moments import CommandCounter, monitor_connection
+from tests.support.rarely import IS_SOAK_RUN
 from tests.support.writers import start_writer
 
 WRITERS = 8
-EVENTS = 6_000 if SOAK else 3_000
-KILLS = 2 * WRITERS if SOAK else WRITERS
-PATIENCE = Limits(void_after_seconds=0.3)
+EVENTS = 6_000 if IS_SOAK_RUN else 3_000
+KILLS = 2 * WRITERS if IS_SOAK_RUN else WRITERS
+PATIENCE = EventStoreLimits(gap_timeout_seconds=0.3)
 TRANSACTION_SECONDS = 1
 # For the server to end a killed writer's transaction (it looks once a second), for the void, and for a loaded machine:
 # whether one writer was killed or a hundred.
-LONGEST_DELAY_SECONDS = 1.5 * TRANSACTION_SECONDS + 1 + PATIENCE.void_after_seconds + 7
+LONGEST_DELAY_SECONDS = 1.5 * TRANSACTION_SECONDS + 1 + PATIENCE.gap_timeout_seconds + 7
 
 
 @pytest.fixture
@@ -64,13 +74,13 @@ class Follower:
     """A live subscriber: keeps what it is given, and how old each event was by then."""
 
     def __init__(self) -> None:
-        self.seen: list[Recorded] = []
+        self.seen: list[RecordedEvent] = []
         self.delays: list[float] = []
 
     async def follow(self, ledger: Ledger) -> None:
-        async with ledger.log.subscription(after=0) as events:
+        async with ledger.event_store.subscribe(after=0) as events:
             while True:
-                chunk = await events.chunk()
+                chunk = await events.next_chunk()
                 now = datetime.now(UTC)
                 self.seen += chunk
                 self.delays += [(now - event.time).total_seconds() for event in chunk]
@@ -82,8 +92,8 @@ async def kill_again_and_again(connection: Connection, shared: list[str], direct
     writers = [Writer(connection, shared, next(notes)) for _ in range(WRITERS)]
     at_work = 0
     try:
-        while at_work < KILLS or await ledger.log.head() < EVENTS:
-            await until(lambda: any(writer.is_at_work() for writer in writers), 30)
+        while at_work < KILLS or await ledger.event_store.head_position() < EVENTS:
+            await poll_until(lambda: any(writer.is_at_work() for writer in writers), 30)
             await asyncio.sleep(random.uniform(0, 0.3))
             index = random.randrange(WRITERS)
             at_work += writers[index].is_at_work()
@@ -107,26 +117,26 @@ def acknowledged(directory: Path) -> dict[str, int]:
 async def test_writers_killed_at_any_moment_lose_nothing_and_leave_no_hole(
     connection: Connection, tmp_path: Path
 ) -> None:
-    of_reader = Tally()
+    of_reader = CommandCounter()
     async with (
-        ledger_on(connection, live=False) as ledger,
-        ledger_on(observed(connection, of_reader), PATIENCE) as reader,
+        open_ledger(connection, with_change_stream=False) as ledger,
+        open_ledger(monitor_connection(connection, of_reader), PATIENCE) as reader,
     ):
-        shared = [(await ledger.submit()).events[0].stream for _ in range(2)]
+        shared = [(await ledger.submit_job()).events[0].stream for _ in range(2)]
         follower = Follower()
         following = asyncio.create_task(follower.follow(reader))
         at_work = await kill_again_and_again(connection, shared, tmp_path, ledger)
-        last = (await ledger.submit()).events[0]
-        await until(lambda: bool(follower.seen) and follower.seen[-1].position >= last.position, 30)
+        last = (await ledger.submit_job()).events[0]
+        await poll_until(lambda: bool(follower.seen) and follower.seen[-1].position >= last.position, 30)
         following.cancel()
         with suppress(asyncio.CancelledError):
             await following
 
-        documents, seen = await stored(ledger.db), follower.seen
+        documents, seen = await load_event_documents(ledger.db), follower.seen
         check_log(documents)
-        assert positions(seen) == [document["_id"] for document in documents]
+        assert event_positions(seen) == [document["_id"] for document in documents]
         assert [event.event_id for event in seen] == [document["event_id"] for document in documents]
-        assert await whole(ledger.log) == seen
+        assert await read_all_events(ledger.event_store) == seen
         assert max(follower.delays) < LONGEST_DELAY_SECONDS
 
         there = {document["event_id"]: document["_id"] for document in documents}
@@ -147,13 +157,17 @@ async def test_writers_killed_at_any_moment_lose_nothing_and_leave_no_hole(
 async def test_readers_wait_for_a_hundred_killed_writers_no_longer_than_for_one(
     connection: Connection, live: bool
 ) -> None:
-    holes, patient = 20, Limits(void_after_seconds=0.5)
-    async with ledger_on(connection, patient, live=live) as ledger:
+    holes, patient = 20, EventStoreLimits(gap_timeout_seconds=0.5)
+    async with open_ledger(connection, patient, with_change_stream=live) as ledger:
         for _ in range(holes):
-            await lose_a_ticket(ledger.db)
-            await ledger.submit()
-        async with asyncio.timeout(holes * patient.void_after_seconds / 2):
-            events = await first(ledger.log, 2 * holes) if live else await whole(ledger.log)
+            await create_position_gap(ledger.db)
+            await ledger.submit_job()
+        async with asyncio.timeout(holes * patient.gap_timeout_seconds / 2):
+            events = (
+                await read_first_events(ledger.event_store, 2 * holes)
+                if live
+                else await read_all_events(ledger.event_store)
+            )
         assert [event.stream == VOID_STREAM for event in events] == [True, False] * holes
 
 

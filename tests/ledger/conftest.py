@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.event_store import Limits
-from tests.support.ledgers import Ledger, ledger_on
+from jobledger.ledger.store.event_store import EventStoreLimits
+from tests.support.ledgers import Ledger, open_ledger
 
-QUICK = Limits(void_after_seconds=0.2)
+FAST_GAP_LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def connection(mongodb_uri: str, db_name: str) -> Connection:
 @pytest.fixture
 async def ledger(connection: Connection) -> AsyncIterator[Ledger]:
     """A log with a running change stream, and little patience with lost numbers."""
-    async with ledger_on(connection, QUICK) as ledger:
+    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger:
         yield ledger
 
 
 @pytest.fixture
-async def quiet(connection: Connection) -> AsyncIterator[Ledger]:
+async def unstreamed_ledger(connection: Connection) -> AsyncIterator[Ledger]:
     """A log without a change stream: whoever reads it does so from the collection."""
-    async with ledger_on(connection, QUICK, live=False) as ledger:
+    async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False) as ledger:
         yield ledger

@@ -22,7 +22,7 @@ from jobledger.ledger.domain.commands import (
     SubmitBatch,
     Unarchive,
 )
-from jobledger.ledger.domain.errors import AlreadyExists, CommandRefused, NotFound, WrongState
+from jobledger.ledger.domain.errors import AlreadyExists, CommandRejected, InvalidState, NotFound
 from jobledger.ledger.domain.events import (
     AccessControl,
     BatchAccessChanged,
@@ -39,9 +39,9 @@ from jobledger.ledger.domain.events import (
     BatchUnarchived,
     Event,
 )
-from tests.support.given import given_with
+from tests.support.given import given_for
 
-given = given_with(batch)
+given = given_for(batch)
 COUNTS = BatchCounts(completed=2)
 SUMMARY = BatchSummary(duration=3.5, tokens_used=7)
 
@@ -82,14 +82,14 @@ def test_what_is_asked_for_is_submitted() -> None:
 
 
 def test_an_id_is_taken_only_once_even_after_the_batch_was_deleted() -> None:
-    given(asked).when(SubmitBatch(asked)).refused(AlreadyExists)
-    given(asked, finished, deleted).when(SubmitBatch(asked)).refused(AlreadyExists)
+    given(asked).when(SubmitBatch(asked)).then_rejected(AlreadyExists)
+    given(asked, finished, deleted).when(SubmitBatch(asked)).then_rejected(AlreadyExists)
 
 
 @pytest.mark.parametrize("command", EVERY_COMMAND, ids=by_name)
 def test_nothing_can_be_done_with_a_batch_that_does_not_exist_or_is_deleted(command: BatchCommand) -> None:
-    given().when(command).refused(NotFound)
-    given(asked, finished, deleted).when(command).refused(NotFound)
+    given().when(command).then_rejected(NotFound)
+    given(asked, finished, deleted).when(command).then_rejected(NotFound)
 
 
 def test_a_stream_that_does_not_begin_with_a_submission_cannot_be_folded() -> None:
@@ -107,10 +107,10 @@ def test_who_may_see_a_batch_can_be_changed_at_any_time(history: list[Event]) ->
 @in_each(ALIVE)
 def test_a_batch_is_paused_once_and_resumed_once(history: list[Event]) -> None:
     given(*history).when(PauseBatch("bob", "too early")).then(paused)
-    given(*history, paused).when(PauseBatch("bob")).then_nothing()
+    given(*history, paused).when(PauseBatch("bob")).then_no_events()
     given(*history, paused).when(ResumeBatch("bob", "now")).then(resumed)
-    given(*history).when(ResumeBatch("bob")).then_nothing()
-    given(*history, paused, resumed).when(ResumeBatch("bob")).then_nothing()
+    given(*history).when(ResumeBatch("bob")).then_no_events()
+    given(*history, paused, resumed).when(ResumeBatch("bob")).then_no_events()
 
 
 def test_a_batch_that_ends_or_goes_on_is_as_paused_as_before() -> None:
@@ -123,14 +123,14 @@ def test_a_batch_that_ends_or_goes_on_is_as_paused_as_before() -> None:
 @pytest.mark.parametrize("history", [[asked], [asked, paused], [asked, finished, reopened]])
 def test_a_batch_is_finished_by_whoever_says_so_first(history: list[Event]) -> None:
     given(*history).when(FinishBatch(COUNTS, SUMMARY)).then(finished)
-    given(*history, finished).when(FinishBatch(COUNTS, SUMMARY)).then_nothing()
-    given(*history, finished).when(FinishBatch(BatchCounts(failed=2), SUMMARY)).then_nothing()
+    given(*history, finished).when(FinishBatch(COUNTS, SUMMARY)).then_no_events()
+    given(*history, finished).when(FinishBatch(BatchCounts(failed=2), SUMMARY)).then_no_events()
 
 
 def test_only_a_finished_batch_is_reopened_and_once() -> None:
-    given(asked).when(ReopenBatch()).then_nothing()
+    given(asked).when(ReopenBatch()).then_no_events()
     given(asked, finished).when(ReopenBatch()).then(reopened)
-    given(asked, finished, reopened).when(ReopenBatch()).then_nothing()
+    given(asked, finished, reopened).when(ReopenBatch()).then_no_events()
 
 
 @pytest.mark.parametrize(
@@ -155,15 +155,15 @@ def test_the_end_of_a_batch_is_named_by_how_its_jobs_ended(counts: BatchCounts, 
 @in_each(ALIVE)
 def test_archiving_is_done_once_and_undone_once(history: list[Event]) -> None:
     given(*history).when(Archive("bob", "old")).then(archived)
-    given(*history, archived).when(Archive("bob")).then_nothing()
+    given(*history, archived).when(Archive("bob")).then_no_events()
     given(*history, archived).when(Unarchive("bob")).then(BatchUnarchived(by="bob"))
-    given(*history).when(Unarchive("bob")).then_nothing()
-    given(*history, archived, BatchUnarchived(by="bob")).when(Unarchive("bob")).then_nothing()
+    given(*history).when(Unarchive("bob")).then_no_events()
+    given(*history, archived, BatchUnarchived(by="bob")).when(Unarchive("bob")).then_no_events()
 
 
 @pytest.mark.parametrize("history", [[asked], [asked, paused], [asked, finished, reopened]])
 def test_a_batch_at_work_cannot_be_deleted(history: list[Event]) -> None:
-    given(*history).when(Delete("bob")).refused(WrongState, "cancel it first")
+    given(*history).when(Delete("bob")).then_rejected(InvalidState, "cancel it first")
 
 
 def test_a_finished_batch_can_be_deleted() -> None:
@@ -177,7 +177,7 @@ def test_whatever_is_asked_of_it_a_batch_ends_once_before_it_goes_on(commands: l
     for command in commands:
         try:
             decided = batch.decide(command, state)
-        except CommandRefused:
+        except CommandRejected:
             continue
         assert not any(isinstance(event, BatchDeleted) for event in history), "something happened to a deleted batch"
         for event in decided:

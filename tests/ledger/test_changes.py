@@ -13,9 +13,9 @@ from pymongo.errors import AutoReconnect
 
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import DURABLE, MAJORITY, Connection, Database
-from jobledger.ledger.store.change_stream import Changes, Reaction
-from tests.support.ledgers import DEADLINE_SECONDS, Ledger, change_stream_operations, ledger_on
-from tests.support.proxy import Proxy
+from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
+from tests.support.ledgers import DEADLINE_SECONDS, Ledger, change_stream_operations, open_ledger
+from tests.support.proxy import TcpProxy
 
 Change = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ class Diary:
         self.read.append({document["_id"] async for document in self._numbers.find({}, session=session)})
         self._more.set()
 
-    def changed(self, change: Change) -> None:
+    def on_change(self, change: Change) -> None:
         self.heard.append(change["documentKey"]["_id"])
         self._more.set()
 
@@ -59,9 +59,9 @@ async def db(connection: Connection) -> AsyncIterator[Database]:
 
 @asynccontextmanager
 async def listening(db: Database, *diaries: Diary) -> AsyncIterator[asyncio.Task[None]]:
-    changes = Changes(db)
+    changes = ChangeStream(db)
     for diary in diaries:
-        changes.listen(diary)
+        changes.add_listener(diary)
     async with changes.running() as task:
         yield task
 
@@ -143,13 +143,13 @@ async def test_a_stream_that_was_ended_is_opened_again_and_everybody_reads_anew(
 
 
 async def test_a_broken_connection_loses_no_change(mongodb_uri: str, db_name: str, db: Database) -> None:
-    with Proxy(mongodb_uri) as proxy:
+    with TcpProxy(mongodb_uri) as proxy:
         async with Connection(proxy.uri, db_name).client() as client:
             diary = Diary(client[db_name])
             async with listening(client[db_name], diary):
                 for number in range(30):
                     if number % 10 == 5:
-                        proxy.cut()
+                        proxy.close_connections()
                     await db.numbers.insert_one({"_id": number})
                 await diary.until_it_knows(*range(30))
 
@@ -163,9 +163,9 @@ async def test_a_listener_that_cannot_read_now_is_asked_again(db: Database, erro
             raise failures.pop()
 
     diary = Diary(db)
-    changes = Changes(db)
-    changes.listen(Reaction("letters", lambda _change: None, resync))
-    changes.listen(diary)
+    changes = ChangeStream(db)
+    changes.add_listener(CallbackListener("letters", lambda _change: None, resync))
+    changes.add_listener(diary)
     async with asyncio.timeout(DEADLINE_SECONDS), changes.running():
         assert not failures
         await db.numbers.insert_one({"_id": 1})
@@ -177,7 +177,7 @@ async def test_a_deleted_event_makes_all_listeners_read_again_once(
 ) -> None:
     monkeypatch.setattr("jobledger.ledger.store.change_stream._PAUSE_AFTER_REMOVAL_SECONDS", 0.01)
     for _ in range(3):
-        await quiet.submit()
+        await quiet.submit_job()
     events, numbers = Diary(quiet.db, "events"), Diary(quiet.db)
     async with listening(quiet.db, events, numbers):
         await quiet.db.events.delete_one({"_id": 2})
@@ -195,8 +195,8 @@ async def broken(_session: AsyncClientSession) -> None:
 
 
 async def test_a_fault_at_start_is_raised_to_whoever_starts(db: Database) -> None:
-    changes = Changes(db)
-    changes.listen(Reaction("numbers", lambda _change: None, broken))
+    changes = ChangeStream(db)
+    changes.add_listener(CallbackListener("numbers", lambda _change: None, broken))
     with pytest.raises(ZeroDivisionError):
         async with asyncio.timeout(DEADLINE_SECONDS), changes.running():
             pytest.fail("entered although nobody listens")
@@ -206,8 +206,8 @@ async def test_a_fault_in_a_listener_ends_the_task_and_is_not_hidden(db: Databas
     def trip(_change: Change) -> None:
         raise ZeroDivisionError
 
-    changes = Changes(db)
-    changes.listen(Reaction("numbers", trip, fine))
+    changes = ChangeStream(db)
+    changes.add_listener(CallbackListener("numbers", trip, fine))
     with pytest.raises(ZeroDivisionError):  # noqa: PT012 - it is raised again when the block is left
         async with changes.running() as task:
             await db.numbers.insert_one({"_id": 1})
@@ -216,7 +216,7 @@ async def test_a_fault_in_a_listener_ends_the_task_and_is_not_hidden(db: Databas
 
 
 async def test_leaving_while_changes_stream_in_is_quick_and_closes_the_stream(connection: Connection) -> None:
-    async with ledger_on(connection, live=False) as ledger:
+    async with open_ledger(connection, with_change_stream=False) as ledger:
         diary = Diary(ledger.db)
         async with listening(ledger.db, diary):
             await ledger.db.numbers.insert_many([{"_id": number} for number in range(3000)])
@@ -233,13 +233,13 @@ async def test_being_cancelled_before_the_stream_is_open_leaves_no_task_behind(d
         begun.set()
         await asyncio.Event().wait()
 
-    async def run(reaction: Reaction) -> None:
-        changes = Changes(db)
-        changes.listen(reaction)
+    async def run(reaction: CallbackListener) -> None:
+        changes = ChangeStream(db)
+        changes.add_listener(reaction)
         async with changes.running():
             pytest.fail("entered before everybody has read")
 
-    running = asyncio.create_task(run(Reaction("numbers", lambda _change: None, never)))
+    running = asyncio.create_task(run(CallbackListener("numbers", lambda _change: None, never)))
     await asyncio.wait_for(begun.wait(), DEADLINE_SECONDS)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -249,11 +249,11 @@ async def test_being_cancelled_before_the_stream_is_open_leaves_no_task_behind(d
 
 async def test_a_process_may_hear_of_some_types_of_events_only(quiet: Ledger) -> None:
     diary, numbers = Diary(quiet.db, "events"), Diary(quiet.db)
-    changes = Changes(quiet.db, event_types=["JobClaimed"])
-    changes.listen(diary)
-    changes.listen(numbers)
+    changes = ChangeStream(quiet.db, event_types=["JobClaimed"])
+    changes.add_listener(diary)
+    changes.add_listener(numbers)
     async with changes.running():
-        await quiet.submit()
+        await quiet.submit_job()
         await quiet.db.events.insert_one({"_id": 7, "type": "JobClaimed", "stream": "job-7", "version": 1})
         await quiet.db.numbers.insert_one({"_id": 1})
         await numbers.until(lambda: numbers.heard == [1])

@@ -23,8 +23,8 @@ from jobledger.ledger.domain.commands import (
     SubmitBatch,
     SubmitJob,
 )
-from jobledger.ledger.domain.delivery import Delivery, name_of, receiver_of
-from jobledger.ledger.domain.errors import NotFound, WrongState
+from jobledger.ledger.domain.delivery import Delivery, delivery_id_for, endpoint_id_for
+from jobledger.ledger.domain.errors import InvalidState, NotFound
 from jobledger.ledger.domain.events import (
     BatchCounts,
     BatchSubmitted,
@@ -35,16 +35,16 @@ from jobledger.ledger.domain.events import (
     DeliveryRequeued,
     DeliverySucceeded,
     Event,
+    EventMetadata,
     Failure,
-    Meta,
     Webhook,
 )
-from jobledger.ledger.store.command_handler import handle, load, new_batch_id, new_job_id
-from tests.support.examples import NOON, a_job, some_results
-from tests.support.given import given_with
+from jobledger.ledger.store.command_handler import handle_command, load_stream_state, new_batch_id, new_job_id
+from tests.support.examples import NOON, make_job_submitted, make_results
+from tests.support.given import given_for
 from tests.support.ledgers import Ledger
 
-given = given_with(delivery)
+given = given_for(delivery)
 HOOK = Webhook(url="https://cms.example/hook?token=1")
 DOWN = Failure(code="HTTP_ERROR", message="The receiver answered 500.")
 LATER = NOON + timedelta(minutes=5)
@@ -105,35 +105,45 @@ def test_asked_for_again_its_schedule_begins_anew_but_attempts_are_numbered_on()
     for event in events:
         state = delivery.evolve(state, event)
     assert state is not None
-    assert (state.status, state.attempt, state.counted, state.due) == ("pending", 1, 0, None)
+    assert (state.status, state.attempt, state.counted_attempts, state.due_at) == ("pending", 1, 0, None)
 
 
 def test_only_what_is_pending_is_given_up() -> None:
     given(queued, failed).when(AbandonDelivery("gone")).then(abandoned)
-    given(queued, failed, abandoned).when(AbandonDelivery("gone")).refused(WrongState)
-    given().when(AbandonDelivery("gone")).refused(NotFound)
+    given(queued, failed, abandoned).when(AbandonDelivery("gone")).then_rejected(InvalidState)
+    given().when(AbandonDelivery("gone")).then_rejected(NotFound)
 
 
 def test_receivers_differ_by_user_and_by_address() -> None:
-    assert receiver_of("alice", "https://a") == receiver_of("alice", "https://a")
-    assert len({receiver_of(*it) for it in (("alice", "xx"), ("alicex", "x"), ("bob", "xx"), ("alice", "xy"))}) == 4
+    assert endpoint_id_for("alice", "https://a") == endpoint_id_for("alice", "https://a")
+    assert len({endpoint_id_for(*it) for it in (("alice", "xx"), ("alicex", "x"), ("bob", "xx"), ("alice", "xy"))}) == 4
 
 
 # Ends -------------------------------------------------------------------------------------------------------------
 
 
 async def do(ledger: Ledger, stream: str, *commands: Any) -> list[Event]:
-    return [it.event for command in commands for it in (await handle(ledger.log, stream, command, meta=Meta())).events]
+    return [
+        it.event
+        for command in commands
+        for it in (await handle_command(ledger.event_store, stream, command, meta=EventMetadata())).events
+    ]
 
 
 async def deliveries(ledger: Ledger, stream: str) -> list[DeliveryQueued]:
-    parts = ledger.log.read_in_parts([name_of(stream, version) for version in range(1, 12)])
+    parts = ledger.event_store.iterate_stream_batches([delivery_id_for(stream, version) for version in range(1, 12)])
     return [it.event async for events in parts for it in events if isinstance(it.event, DeliveryQueued)]
 
 
 async def test_each_end_of_a_job_queues_one_delivery_of_its_own(ledger: Ledger) -> None:
     job_id = new_job_id()
-    await do(ledger, job_id, SubmitJob(a_job(webhook=HOOK)), ClaimJob("w", NOON), CompleteJob("w", 1, some_results()))
+    await do(
+        ledger,
+        job_id,
+        SubmitJob(make_job_submitted(webhook=HOOK)),
+        ClaimJob("w", NOON),
+        CompleteJob("w", 1, make_results()),
+    )
     await do(ledger, job_id, RestartJob("bob"), ClaimJob("w", NOON), FailAttempt("w", 2, DOWN, None))
     await do(ledger, job_id, RestartJob("bob"), CancelJob("bob"))
     told = await deliveries(ledger, job_id)
@@ -147,18 +157,26 @@ async def test_each_end_of_a_job_queues_one_delivery_of_its_own(ledger: Ledger) 
 
 async def test_the_end_and_its_delivery_are_written_together(ledger: Ledger) -> None:
     job_id = new_job_id()
-    await do(ledger, job_id, SubmitJob(a_job(webhook=HOOK)), ClaimJob("w", NOON))
-    handled = await handle(ledger.log, job_id, CompleteJob("w", 1, some_results()), meta=Meta())
+    await do(ledger, job_id, SubmitJob(make_job_submitted(webhook=HOOK)), ClaimJob("w", NOON))
+    handled = await handle_command(
+        ledger.event_store, job_id, CompleteJob("w", 1, make_results()), meta=EventMetadata()
+    )
     [end] = handled.events
-    assert handled.known.head.version == 3
-    [queued_] = await ledger.log.read_stream(name_of(job_id, 3))
+    assert handled.stream_state.head.version == 3
+    [queued_] = await ledger.event_store.read_stream(delivery_id_for(job_id, 3))
     assert queued_.position == end.position + 1
 
 
 async def test_an_attempt_that_is_repeated_and_a_job_without_a_webhook_tell_nobody(ledger: Ledger) -> None:
     with_hook, without = new_job_id(), new_job_id()
-    await do(ledger, with_hook, SubmitJob(a_job(webhook=HOOK)), ClaimJob("w", NOON), FailAttempt("w", 1, DOWN, LATER))
-    await do(ledger, without, SubmitJob(a_job()), CancelJob("bob"))
+    await do(
+        ledger,
+        with_hook,
+        SubmitJob(make_job_submitted(webhook=HOOK)),
+        ClaimJob("w", NOON),
+        FailAttempt("w", 1, DOWN, LATER),
+    )
+    await do(ledger, without, SubmitJob(make_job_submitted()), CancelJob("bob"))
     assert await deliveries(ledger, with_hook) == await deliveries(ledger, without) == []
 
 
@@ -181,10 +199,15 @@ async def test_each_end_of_a_batch_queues_one(ledger: Ledger, counts: BatchCount
 
 async def test_of_many_that_end_a_job_at_once_one_does_and_one_is_told(ledger: Ledger) -> None:
     job_id = new_job_id()
-    await do(ledger, job_id, SubmitJob(a_job(webhook=HOOK)))
-    known = await load(ledger.log, job_id)
+    await do(ledger, job_id, SubmitJob(make_job_submitted(webhook=HOOK)))
+    known = await load_stream_state(ledger.event_store, job_id)
     await asyncio.gather(
-        *(handle(ledger.log, job_id, CancelJob(f"user-{number}"), meta=Meta(), known=known) for number in range(8)),
+        *(
+            handle_command(
+                ledger.event_store, job_id, CancelJob(f"user-{number}"), meta=EventMetadata(), stream_state=known
+            )
+            for number in range(8)
+        ),
         return_exceptions=True,
     )
     assert [it.tells for it in await deliveries(ledger, job_id)] == ["job.cancelled"]

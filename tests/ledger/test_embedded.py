@@ -27,8 +27,8 @@ from structlog.testing import capture_logs
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo import embedded
-from jobledger.ledger.mongo.embedded import EmbeddedServer, attach_or_start, find_mongod, running_server
-from jobledger.ledger.mongo.embedded_lock import ServerNote, read_note, until, write_note
+from jobledger.ledger.mongo.embedded import EmbeddedServer, attach_or_start, find_mongod, find_running_server
+from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until, write_server_info
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -66,7 +66,7 @@ def mongod_on_path(directory: Path, monkeypatch: pytest.MonkeyPatch, content: by
 def test_it_is_a_replica_set_that_commits_transactions_at_once(server: EmbeddedServer) -> None:
     write_in_a_transaction(server.uri, 1)
     assert numbers_in(server.uri) == [1]
-    assert server.alive
+    assert server.is_alive
 
 
 def test_it_listens_at_a_private_socket_only(server: EmbeddedServer) -> None:
@@ -181,7 +181,7 @@ def test_data_of_a_server_without_sign_in_is_protected_at_the_next_start(tmp_pat
     try:
         with MongoClient[Document](address, directConnection=True) as client:
             client.admin.command("replSetInitiate", {"_id": "rs0", "members": [{"_id": 0, "host": address}]})
-            assert until(lambda: client.admin.command("hello")["isWritablePrimary"], 20)
+            assert wait_until(lambda: client.admin.command("hello")["isWritablePrimary"], 20)
             client.test.numbers.insert_one({"_id": 1})
     finally:
         process.terminate()
@@ -198,7 +198,7 @@ def test_a_path_no_socket_can_have_gets_a_private_directory(name: str, tmp_path:
     with EmbeddedServer.start(tmp_path / name) as server:
         (listening,) = sockets_of(server.pid)
         assert stat.S_IMODE(Path(listening).parent.stat().st_mode) == 0o700
-        assert running_server(tmp_path / name) == server.uri
+        assert find_running_server(tmp_path / name) == server.uri
         write_in_a_transaction(server.uri, 1)
     shutil.rmtree(Path(listening).parent)
 
@@ -262,23 +262,23 @@ def test_a_long_log_is_put_aside_at_start(tmp_path: Path) -> None:
 async def test_died_tells_when_mongod_is_killed_and_restart_brings_back_address_and_data(tmp_path: Path) -> None:
     with EmbeddedServer.start(tmp_path) as server:
         write_in_a_transaction(server.uri, 1)
-        uri, death = server.uri, asyncio.create_task(server.died())
+        uri, death = server.uri, asyncio.create_task(server.wait_exited())
         os.kill(server.pid, signal.SIGKILL)
         assert await asyncio.wait_for(death, 10) == -signal.SIGKILL
-        assert not server.alive
-        assert running_server(tmp_path) is None
+        assert not server.is_alive
+        assert find_running_server(tmp_path) is None
         await server.restart()
-        assert server.uri == uri == running_server(tmp_path)
+        assert server.uri == uri == find_running_server(tmp_path)
         assert numbers_in(uri) == [1]
 
 
 async def test_died_answers_zero_after_a_clean_stop(tmp_path: Path) -> None:
     server = EmbeddedServer.start(tmp_path)
-    death = asyncio.create_task(server.died())
+    death = asyncio.create_task(server.wait_exited())
     await asyncio.sleep(0)
     server.stop()
     assert await asyncio.wait_for(death, 10) == 0
-    assert await server.died() == 0
+    assert await server.wait_exited() == 0
     server.stop()
 
 
@@ -291,26 +291,26 @@ def test_a_mongod_that_does_not_shut_down_is_killed_and_that_is_logged(
     with capture_logs() as logged:
         server.stop()
     assert [entry["log_level"] for entry in logged] == ["warning"]
-    assert not server.alive
+    assert not server.is_alive
 
 
 def test_a_second_start_is_refused_and_names_the_first(server: EmbeddedServer) -> None:
     with pytest.raises(DatabaseUnsuitable, match=rf"another jobledger \(process {os.getpid()}\).*mongodb\.data_dir"):
         EmbeddedServer.start(server.data_dir)
-    assert server.alive
+    assert server.is_alive
 
 
 def test_a_running_server_is_found_by_its_note_until_it_stops(tmp_path: Path) -> None:
-    assert running_server(tmp_path) is None
+    assert find_running_server(tmp_path) is None
     with EmbeddedServer.start(tmp_path) as server:
-        assert running_server(tmp_path) == server.uri
-    assert running_server(tmp_path) is None
+        assert find_running_server(tmp_path) == server.uri
+    assert find_running_server(tmp_path) is None
     assert not (tmp_path / "server.json").exists()
 
 
 def test_a_note_that_nobody_owns_is_stale_although_a_server_answers(server: EmbeddedServer, tmp_path: Path) -> None:
-    write_note(tmp_path, ServerNote(uri=server.uri, pid=server.pid, owner_pid=os.getpid()))
-    assert running_server(tmp_path) is None
+    write_server_info(tmp_path, ServerInfo(uri=server.uri, pid=server.pid, owner_pid=os.getpid()))
+    assert find_running_server(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -319,22 +319,22 @@ def test_a_note_that_nobody_owns_is_stale_although_a_server_answers(server: Embe
 def test_a_note_that_does_not_fit_the_server_is_stale(note: str, tmp_path: Path) -> None:
     with EmbeddedServer.start(tmp_path) as server:
         (tmp_path / "server.json").write_text(note.replace("%s", server.uri))
-        assert running_server(tmp_path) is None
+        assert find_running_server(tmp_path) is None
 
 
 def test_attaching_uses_the_running_server_and_leaves_it_running(server: EmbeddedServer) -> None:
     with attach_or_start(server.data_dir) as uri:
         assert uri == server.uri
-    assert server.alive
-    assert running_server(server.data_dir) == server.uri
+    assert server.is_alive
+    assert find_running_server(server.data_dir) == server.uri
 
 
 def test_attaching_to_an_idle_directory_starts_a_server_and_stops_it(tmp_path: Path) -> None:
     with attach_or_start(tmp_path) as uri:
         write_in_a_transaction(uri, 1)
-        note = read_note(tmp_path)
+        note = read_server_info(tmp_path)
         assert note is not None
-    assert running_server(tmp_path) is None
+    assert find_running_server(tmp_path) is None
     assert not Path(f"/proc/{note.pid}").exists()
 
 
@@ -353,7 +353,7 @@ def test_two_processes_that_attach_at_the_same_moment_share_one_server(tmp_path:
     both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         uris = [process.stdout.readline().strip() for process in both if process.stdout]
-        assert uris[0] == uris[1] == running_server(tmp_path)
+        assert uris[0] == uris[1] == find_running_server(tmp_path)
     finally:
         for process in both:
             process.communicate(timeout=60)

@@ -14,13 +14,13 @@ from bson.codec_options import CodecOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobledger.ledger.domain.events import EVENT_TYPES, Event, Meta, Recorded
+from jobledger.ledger.domain.events import EVENT_TYPES, Event, EventMetadata, RecordedEvent
 from jobledger.ledger.store.envelope import VOID_STREAM
-from jobledger.ledger.store.hash_chain import GENESIS, chained_text
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
 from tests.support import golden
-from tests.support.examples import EXAMPLES, NOON
+from tests.support.examples import EVENT_EXAMPLES, NOON
 from tests.support.ledgers import check_chain
-from tests.support.strategies import of_event
+from tests.support.strategies import event_instances
 
 AS_THE_DRIVER_READS = CodecOptions[dict[str, Any]](tz_aware=True, tzinfo=UTC)
 EVERY_TYPE = sorted(EVENT_TYPES.values(), key=lambda event: event.__name__)
@@ -39,39 +39,39 @@ def document_of(event: Event) -> dict[str, Any]:
         "type": type(event).__name__,
         "schema": event.schema_version,
         "time": NOON,
-        "data": event.payload(),
-        "meta": Meta("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01").payload(),
-        "prev": GENESIS,
+        "data": event.to_payload(),
+        "meta": EventMetadata("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01").to_document(),
+        "prev": GENESIS_HASH,
     }
-    return {**document, "hash": sha256(chained_text(document)).digest()}
+    return {**document, "hash": sha256(hash_input(document)).digest()}
 
 
 def through_the_database(document: dict[str, Any]) -> dict[str, Any]:
     return bson.decode(bson.encode(document), AS_THE_DRIVER_READS)
 
 
-@pytest.mark.parametrize("event", EXAMPLES, ids=by_name)
+@pytest.mark.parametrize("event", EVENT_EXAMPLES, ids=by_name)
 def test_every_event_and_its_hash_survive_the_database(event: Event) -> None:
     there = through_the_database(document_of(event))
     check_chain([there])
-    assert Recorded(there).event == event
-    assert Recorded(there).meta == Meta("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01")
+    assert RecordedEvent(there).event == event
+    assert RecordedEvent(there).meta == EventMetadata("user:alice", "batch-1", "01a209d5", "00-4bf9-00f0-01")
 
 
 @pytest.mark.parametrize("kind", EVERY_TYPE, ids=by_name)
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_whatever_is_in_an_event_it_and_its_hash_survive_the_database(kind: type[Event], data: st.DataObject) -> None:
-    event = data.draw(of_event(kind))
+    event = data.draw(event_instances(kind))
     there = through_the_database(document_of(event))
     check_chain([there])
-    assert Recorded(there).event == event
-    assert Recorded(there).event.payload() == event.payload()
+    assert RecordedEvent(there).event == event
+    assert RecordedEvent(there).event.to_payload() == event.payload()
 
 
 def test_optional_fields_that_were_not_given_are_not_stored() -> None:
-    assert EVENT_TYPES["JobCancelled"](by="alice").payload() == {"by": "alice"}
-    assert EVENT_TYPES["JobUpdated"].model_validate({"by": "alice", "parameters": {}}).payload() == {
+    assert EVENT_TYPES["JobCancelled"](by="alice").to_payload() == {"by": "alice"}
+    assert EVENT_TYPES["JobUpdated"].model_validate({"by": "alice", "parameters": {}}).to_payload() == {
         "by": "alice",
         "parameters": {},
     }
@@ -79,37 +79,37 @@ def test_optional_fields_that_were_not_given_are_not_stored() -> None:
 
 def test_what_a_required_field_holds_is_stored_even_if_it_is_nothing() -> None:
     step = {"attempt": 1, "step": "page", "key": "k", "output": None, "duration_s": 0.0}
-    assert EVENT_TYPES["StepCompleted"].model_validate(step).payload()["output"] is None
+    assert EVENT_TYPES["StepCompleted"].model_validate(step).to_payload()["output"] is None
 
 
 def test_an_event_cannot_be_changed_once_it_is_made() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        EXAMPLES[1].attempt = 2  # type: ignore[attr-defined]  # that is the point
+        EVENT_EXAMPLES[1].attempt = 2  # type: ignore[attr-defined]  # that is the point
 
 
 def test_there_is_an_example_of_every_event() -> None:
-    assert {type(example) for example in EXAMPLES} == set(EVENT_TYPES.values())
+    assert {type(example) for example in EVENT_EXAMPLES} == set(EVENT_TYPES.values())
 
 
 # Golden histories -------------------------------------------------------------------------------------------------
 
-GOLDEN = golden.histories()
+GOLDEN = golden.load_golden_events()
 
 
 @pytest.mark.parametrize("kind", EVERY_TYPE, ids=by_name)
 def test_every_event_has_a_golden_history(kind: type[Event]) -> None:
-    assert golden.file_of(kind).exists(), "record it: python -m tests.support.golden"
+    assert golden.golden_path(kind).exists(), "record it: python -m tests.support.golden"
 
 
 @pytest.mark.parametrize("document", GOLDEN, ids=lambda document: f"{document['type']}.{document['schema']}")
 def test_what_was_stored_once_can_still_be_read(document: dict[str, Any]) -> None:
-    event = Recorded(document)
+    event = RecordedEvent(document)
     assert event.type == document["type"]
     assert (event.position, event.version, event.stream) == (document["_id"], document["version"], document["stream"])
     assert event.hash == document["hash"]
-    assert event.meta.payload() == document["meta"]
+    assert event.meta.to_document() == document["meta"]
     if document["schema"] == event.event.schema_version:
-        assert_contains(event.event.payload(), document["data"])
+        assert_contains(event.event.to_payload(), document["data"])
 
 
 def assert_contains(now: Any, then: Any) -> None:
@@ -140,11 +140,13 @@ def test_the_chains_of_golden_histories_still_verify() -> None:
 
 
 async def test_recording_is_done_once_and_never_over_an_earlier_record(mongodb_uri: str, tmp_path: Path) -> None:
-    await golden.record(mongodb_uri, EXAMPLES[:2], tmp_path)
+    await golden.record_golden_events(mongodb_uri, EVENT_EXAMPLES[:2], tmp_path)
     before = contents(tmp_path)
     assert sorted(before) == ["JobClaimed.1.json", "JobSubmitted.1.json"]
     with pytest.raises(FileExistsError):
-        golden.write(GOLDEN[0] | {"time": datetime.now(UTC)}, golden.file_of(type(EXAMPLES[0]), tmp_path))
+        golden.write_golden_event(
+            GOLDEN[0] | {"time": datetime.now(UTC)}, golden.golden_path(type(EVENT_EXAMPLES[0]), tmp_path)
+        )
     assert contents(tmp_path) == before
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobledger.ledger.domain.errors import ConfigurationError, FileLost
-from jobledger.ledger.files.directory import ORPHAN_SECONDS, PIECE_BYTES, DirectoryStore
+from jobledger.ledger.files.directory import ORPHAN_AGE_SECONDS, READ_CHUNK_BYTES, DirectoryStore
 
 
 @pytest.fixture
@@ -240,12 +240,12 @@ def test_a_link_in_the_place_of_a_file_is_replaced_by_the_file(store: DirectoryS
 
 
 async def test_a_part_of_a_file_is_read_piece_by_piece(store: DirectoryStore) -> None:
-    content = os.urandom(3 * PIECE_BYTES + 5)
+    content = os.urandom(3 * READ_CHUNK_BYTES + 5)
     file = await store.open(*store.put_bytes(content))
     pieces = [piece async for piece in file.read(7, file.size - 1)]
     await file.close()
     assert b"".join(pieces) == content[7:-1]
-    assert max(map(len, pieces)) == PIECE_BYTES
+    assert max(map(len, pieces)) == READ_CHUNK_BYTES
 
 
 async def test_what_is_not_in_the_store_cannot_be_opened(store: DirectoryStore) -> None:
@@ -264,7 +264,7 @@ async def test_remove_orphans_removes_old_temporary_files_only(store: DirectoryS
     directory.mkdir()
     link = store.root / "tmplink_000"
     link.symlink_to(store.path(kept.sha256))
-    long_ago = time.time() - ORPHAN_SECONDS - 60
+    long_ago = time.time() - ORPHAN_AGE_SECONDS - 60
     for path in (old, foreign, directory, store.path(kept.sha256)):
         os.utime(path, (long_ago, long_ago))
     assert await store.remove_orphans() == 1

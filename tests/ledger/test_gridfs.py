@@ -67,7 +67,7 @@ async def test_what_is_taken_over_is_found_under_its_digest_and_gone_from_the_in
     store: GridFSStore, inbox: Path, size: int
 ) -> None:
     sha256 = await saved(inbox, CONTENT[:size])
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
 
     assert await read(store, sha256, size=size) == CONTENT[:size]
     assert (await store.open(sha256, size)).size == size
@@ -88,7 +88,7 @@ async def test_what_is_taken_over_is_found_under_its_digest_and_gone_from_the_in
 )
 async def test_a_part_is_just_that_part(store: GridFSStore, inbox: Path, start: int, end: int) -> None:
     sha256 = await saved(inbox)
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
     assert await read(store, sha256, start, end) == CONTENT[start:end]
 
 
@@ -97,13 +97,13 @@ async def test_the_same_content_is_stored_once_also_by_many_writers_at_once(
 ) -> None:
     inboxes = [tmp_path / f"inbox-{number}" for number in range(6)]
     [sha256] = {await saved(inbox) for inbox in inboxes}
-    await asyncio.gather(*(store.take_over(inbox, sha256) for inbox in inboxes))
+    await asyncio.gather(*(store.ingest(inbox, sha256) for inbox in inboxes))
 
     assert await read(store, sha256) == CONTENT
     assert await db.fs.files.count_documents({}) == 1
     assert await db.fs.chunks.count_documents({}) == 10
     await saved(inboxes[0])
-    await store.take_over(inboxes[0], sha256)
+    await store.ingest(inboxes[0], sha256)
     assert await db.fs.chunks.count_documents({}) == 10
 
 
@@ -118,11 +118,11 @@ async def test_the_later_of_two_writers_gives_up_what_it_has_written(
 
     async def overtaken(*given: Any) -> None:
         monkeypatch.setattr(GridFSStore, "_add_entry", real)
-        await store.take_over(second, sha256)
+        await store.ingest(second, sha256)
         await real(*given)
 
     monkeypatch.setattr(GridFSStore, "_add_entry", overtaken)
-    await store.take_over(first, sha256)
+    await store.ingest(first, sha256)
     assert await read(store, sha256) == CONTENT
     assert await db.fs.files.count_documents({}) == 1
     assert await db.fs.chunks.count_documents({}) == 10
@@ -144,11 +144,11 @@ async def test_what_a_dead_writer_has_left_is_no_file_and_in_nobodys_way(
     with monkeypatch.context() as cutting:
         cutting.setattr(GridFSStore, "_add_entry", cut)
         with pytest.raises(PowerCut):
-            await store.take_over(inbox, sha256)
+            await store.ingest(inbox, sha256)
     assert await db.fs.chunks.count_documents({}) == 10
     with pytest.raises(FileLost):
         await store.open(sha256, len(CONTENT))
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
     assert await read(store, sha256) == CONTENT
 
 
@@ -164,7 +164,7 @@ async def test_a_writer_that_is_stopped_leaves_nothing(
 
     monkeypatch.setattr(GridFSStore, "_write_chunks", stopped)
     with pytest.raises(asyncio.CancelledError):
-        await store.take_over(inbox, sha256)
+        await store.ingest(inbox, sha256)
     assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
 
 
@@ -172,7 +172,7 @@ async def test_content_that_is_not_what_its_name_says_is_refused(store: GridFSSt
     sha256 = await saved(inbox)
     DirectoryStore(inbox).path(sha256).write_bytes(b"something else")
     with pytest.raises(FileLost, match="another content"):
-        await store.take_over(inbox, sha256)
+        await store.ingest(inbox, sha256)
     assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
 
 
@@ -182,19 +182,19 @@ async def test_a_link_in_the_inbox_leads_nowhere(store: GridFSStore, inbox: Path
     path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path / "secret")
     with pytest.raises(FileLost):
-        await store.take_over(inbox, path.name)
+        await store.ingest(inbox, path.name)
 
 
 @pytest.mark.parametrize("name", ["", "abc", "../" * 21 + "x", "A" * 64])
 async def test_only_a_digest_is_taken_from_the_inbox(store: GridFSStore, inbox: Path, name: str) -> None:
     with pytest.raises(ValueError, match="not a SHA-256"):
-        await store.take_over(inbox, name)
+        await store.ingest(inbox, name)
 
 
 @pytest.mark.parametrize("damage", ["a chunk is missing", "a chunk is cut off"])
 async def test_damage_is_an_error_and_never_content(store: GridFSStore, db: Database, inbox: Path, damage: str) -> None:
     sha256 = await saved(inbox)
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
     if damage == "a chunk is missing":
         await db.fs.chunks.delete_one({"n": 3})
     else:
@@ -208,14 +208,14 @@ async def test_files_of_others_in_the_same_bucket_are_left_alone(store: GridFSSt
     foreign, sha256 = AsyncGridFSBucket(db), await saved(inbox)
     for _ in range(2):
         await foreign.upload_from_stream(sha256, b"theirs")
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
     assert await read(store, sha256) == CONTENT
     assert await db.fs.files.count_documents({"filename": sha256}) == 3
 
 
 async def test_a_file_is_found_by_an_index(store: GridFSStore, db: Database, inbox: Path) -> None:
     sha256 = await saved(inbox)
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
     plan = await db.fs.files.find({"metadata.sha256": sha256}).explain()
     assert plan["executionStats"]["totalDocsExamined"] == plan["executionStats"]["totalKeysExamined"] == 1
 
@@ -234,7 +234,7 @@ async def test_remove_orphans_removes_old_chunks_without_an_entry_only(
     store: GridFSStore, db: Database, inbox: Path
 ) -> None:
     sha256 = await saved(inbox)
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
     day = timedelta(days=1)
     old, fresh = (ObjectId.from_datetime(datetime.now(UTC) - ago) for ago in (2 * day, day / 2))
     entry = ObjectId.from_datetime(datetime.now(UTC) - 3 * day)
@@ -264,7 +264,7 @@ async def test_remove_orphans_does_not_depend_on_clocks_of_workers(
         await real(*given)
 
     monkeypatch.setattr(GridFSStore, "_add_entry", meanwhile)
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
     assert await read(store, sha256) == CONTENT
 
 
@@ -282,8 +282,8 @@ async def test_entry_whose_insertion_was_interrupted_keeps_its_content(
     with monkeypatch.context() as patched:
         patched.setattr(GridFSStore, "_add_entry", interrupted)
         with pytest.raises((LedgerUnavailable, asyncio.CancelledError)):
-            await store.take_over(inbox, sha256)
-    await store.take_over(inbox, sha256)
+            await store.ingest(inbox, sha256)
+    await store.ingest(inbox, sha256)
     assert await read(store, sha256) == CONTENT
 
 
@@ -300,7 +300,7 @@ async def test_upload_whose_chunks_were_removed_meanwhile_makes_no_file(
     with monkeypatch.context() as patched:
         patched.setattr(GridFSStore, "_check_chunks", removed)
         with pytest.raises(LedgerUnavailable):
-            await store.take_over(inbox, sha256)
+            await store.ingest(inbox, sha256)
     assert await db.fs.files.count_documents({}) == await db.fs.chunks.count_documents({}) == 0
-    await store.take_over(inbox, sha256)
+    await store.ingest(inbox, sha256)
     assert await read(store, sha256) == CONTENT

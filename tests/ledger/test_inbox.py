@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from jobledger.ledger.domain.errors import FileLost, FileTooLarge, StoreUnavailable
-from jobledger.ledger.domain.limits import FILE_BYTES
-from jobledger.ledger.files.directory import DirectoryStore, FileStore, store_threads
+from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable, FileTooLarge
+from jobledger.ledger.domain.limits import MAX_FILE_BYTES
+from jobledger.ledger.files.directory import DirectoryStore, FileStore, file_store_executor
 from jobledger.ledger.files.gridfs import GridFSStore
-from jobledger.ledger.files.inbox import PIECE_BYTES, InboxFile
+from jobledger.ledger.files.inbox import HASH_CHUNK_BYTES, InboxFile
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.system.cooperative_threads import Work, in_turns
+from jobledger.ledger.system.cooperative_threads import CooperativeWork, run_cooperatively
 
 FOREIGN = b"the result of another job"
 DIGEST = hashlib.sha256(FOREIGN).hexdigest()
@@ -40,14 +40,14 @@ async def store(
     if request.param == "directory":
         directory = DirectoryStore(tmp_path / "results")
         directory.prepare()
-        await directory.take_over(own, DIGEST)
+        await directory.ingest(own, DIGEST)
         yield directory
         return
     connection = Connection(mongodb_uri, db_name)
     async with connection.client() as client:
         gridfs = GridFSStore(client[connection.db_name])
         await gridfs.prepare()
-        await gridfs.take_over(own, DIGEST)
+        await gridfs.ingest(own, DIGEST)
         yield gridfs
 
 
@@ -149,7 +149,7 @@ def longer(saved: Path) -> None:
 
 def sparse(saved: Path) -> None:
     other_content(saved)
-    os.truncate(saved, FILE_BYTES + 1)
+    os.truncate(saved, MAX_FILE_BYTES + 1)
 
 
 def leased(saved: Path) -> None:
@@ -177,7 +177,7 @@ async def test_job_that_names_a_foreign_file_gets_an_error_and_the_file_stays(
         pytest.skip(f"this file system cannot do that: {error}")
     async with asyncio.timeout(10):
         with pytest.raises(FileLost):
-            await store.take_over(saved.parents[1], DIGEST)
+            await store.ingest(saved.parents[1], DIGEST)
         await store.verify(DIGEST, len(FOREIGN))
 
 
@@ -231,14 +231,14 @@ async def test_inbox_of_a_scratch_directory_that_cannot_be_searched_is_waited_fo
         return real(path, *arguments, **named)  # type: ignore[arg-type]  # passed on
 
     monkeypatch.setattr(os, "open", failing)
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(FileStoreUnavailable):
         InboxFile(saved)
 
 
 async def test_file_larger_than_allowed_is_not_saved(tmp_path: Path) -> None:
     large = tmp_path / "large"
     large.touch()
-    os.truncate(large, FILE_BYTES + 1)
+    os.truncate(large, MAX_FILE_BYTES + 1)
     with pytest.raises(FileTooLarge, match="At most"):
         DirectoryStore(tmp_path / "saved").put_file(large)
 
@@ -256,20 +256,22 @@ async def test_large_files_occupy_no_thread_of_the_store_for_long(
         path = DirectoryStore(inbox).path(hashlib.sha256(str(number).encode()).hexdigest())
         path.parent.mkdir(parents=True)
         path.touch()
-        os.truncate(path, FILE_BYTES)
-        large.append(asyncio.create_task(store.take_over(inbox, path.name)))
+        os.truncate(path, MAX_FILE_BYTES)
+        large.append(asyncio.create_task(store.ingest(inbox, path.name)))
     await asyncio.sleep(0.1)
     small = DirectoryStore(saved.parents[1]).put_bytes(b"small")
     async with asyncio.timeout(5):
-        assert await store.take_over(saved.parents[1], small.sha256) == small.size
+        assert await store.ingest(saved.parents[1], small.sha256) == small.size
         for task in large:
             task.cancel()
         await asyncio.gather(*large, return_exceptions=True)
         assert all(task.cancelled() for task in large)
-        await asyncio.gather(*(in_turns(one_piece(), store_threads) for _ in range(8)))  # all are free again
+        await asyncio.gather(
+            *(run_cooperatively(one_piece(), file_store_executor) for _ in range(8))
+        )  # all are free again
 
 
-def one_piece() -> Work[None]:
+def one_piece() -> CooperativeWork[None]:
     threading.Event().wait(0.01)
     yield from ()
 
@@ -278,7 +280,7 @@ async def test_work_of_a_cancelled_caller_is_closed(tmp_path: Path) -> None:
     begun, closed = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
-    def work() -> Work[None]:
+    def work() -> CooperativeWork[None]:
         try:
             while True:
                 loop.call_soon_threadsafe(begun.set)
@@ -287,7 +289,7 @@ async def test_work_of_a_cancelled_caller_is_closed(tmp_path: Path) -> None:
             closed.set()
 
     with ThreadPoolExecutor(1) as threads:
-        task = asyncio.create_task(in_turns(work(), threads))
+        task = asyncio.create_task(run_cooperatively(work(), threads))
         await begun.wait()
         task.cancel()
         await asyncio.wait({task})
@@ -295,10 +297,10 @@ async def test_work_of_a_cancelled_caller_is_closed(tmp_path: Path) -> None:
 
 
 async def test_large_file_is_stored_whole(store: FileStore, saved: Path) -> None:
-    content = os.urandom(2 * PIECE_BYTES + 5)
+    content = os.urandom(2 * HASH_CHUNK_BYTES + 5)
     own = DirectoryStore(saved.parents[1]).put_bytes(content)
     for _ in range(2):  # new, and there already
-        assert await store.take_over(saved.parents[1], own.sha256) == len(content)
+        assert await store.ingest(saved.parents[1], own.sha256) == len(content)
         await store.verify(own.sha256, len(content))
         assert not DirectoryStore(saved.parents[1]).path(own.sha256).exists()
         await asyncio.to_thread(DirectoryStore(saved.parents[1]).put_bytes, content)

@@ -14,16 +14,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jobledger.ledger.domain import job, limits
 from jobledger.ledger.domain.commands import (
+    AddLogEntries,
     Archive,
     CancelJob,
     ChangeAccess,
     ClaimJob,
     CompleteJob,
+    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
     FailAttempt,
-    FinishStep,
     JobCommand,
     ReleaseJob,
     ReportProgress,
@@ -32,11 +33,10 @@ from jobledger.ledger.domain.commands import (
     Unarchive,
     UpdateJob,
     WorkerCommand,
-    WriteLog,
 )
-from jobledger.ledger.domain.errors import AlreadyExists, CommandRefused, InvalidEvent, NotFound, WrongState
+from jobledger.ledger.domain.errors import AlreadyExists, CommandRejected, InvalidEvent, InvalidState, NotFound
 from jobledger.ledger.domain.events import (
-    ENDED,
+    TERMINAL_STATUSES,
     Event,
     Failure,
     JobAccessChanged,
@@ -56,24 +56,24 @@ from jobledger.ledger.domain.events import (
     JobRestarted,
     JobUnarchived,
     JobUpdated,
-    LogLine,
+    LogEntry,
     StepCompleted,
     WorkerFenced,
 )
 from jobledger.ledger.domain.job import Job
-from tests.support.examples import ACCESS, NOON, a_job, some_results
-from tests.support.given import given_with
+from tests.support.examples import ACCESS, NOON, make_job_submitted, make_results
+from tests.support.given import given_for
 
-given = given_with(job)
+given = given_for(job)
 LATER = NOON + timedelta(minutes=1)
 OUTAGE = Failure(code="OUTAGE", message="no answer")
 
-asked = a_job(max_attempts=2)
+asked = make_job_submitted(max_attempts=2)
 claimed = JobClaimed(worker_id="w1", attempt=1)
 claimed_again = JobClaimed(worker_id="w2", attempt=2)
 step = StepCompleted(attempt=1, step="page", key="k1", output=[1], duration_s=0.5)
 retried = JobAttemptFailed(attempt=1, error=OUTAGE, retry_at=LATER)
-completed = JobCompleted(attempt=1, results=some_results())
+completed = JobCompleted(attempt=1, results=make_results())
 failed = JobFailed(attempt=1, error=OUTAGE)
 expired = JobLeaseExpired(worker_id="w1", attempt=1)
 released = JobReleased(worker_id="w1", attempt=1, reason="shutdown")
@@ -110,15 +110,15 @@ def in_each(histories: dict[str, list[Event]]) -> pytest.MarkDecorator:
 
 def reports(worker_id: str = "w1", attempt: int = 1) -> list[tuple[WorkerCommand, JobEvent]]:
     """Everything a worker can say, and what it causes in a job with attempts left that nobody wants cancelled."""
-    line = LogLine(timestamp=NOON, level="info", message="hello")
-    results = some_results()
-    finish = FinishStep(worker_id, attempt, "page", "k1", [1], 0.5, 3, ("slow",))
+    line = LogEntry(timestamp=NOON, level="info", message="hello")
+    results = make_results()
+    finish = CompleteStep(worker_id, attempt, "page", "k1", [1], 0.5, 3, ("slow",))
     return [
         (
             ReportProgress(worker_id, attempt, "page", 10.0, "reading"),
             JobProgressed(attempt=attempt, step="page", percent=10.0, message="reading"),
         ),
-        (WriteLog(worker_id, attempt, (line,)), JobLogged(attempt=attempt, entries=[line])),
+        (AddLogEntries(worker_id, attempt, (line,)), JobLogged(attempt=attempt, entries=[line])),
         (
             finish,
             StepCompleted(
@@ -170,15 +170,15 @@ def test_what_is_asked_for_is_submitted() -> None:
 
 
 def test_an_id_is_taken_only_once_even_after_the_job_was_deleted() -> None:
-    given(asked).when(SubmitJob(asked)).refused(AlreadyExists)
-    given(asked, deleted).when(SubmitJob(asked)).refused(AlreadyExists)
+    given(asked).when(SubmitJob(asked)).then_rejected(AlreadyExists)
+    given(asked, deleted).when(SubmitJob(asked)).then_rejected(AlreadyExists)
 
 
 @pytest.mark.parametrize("command", EVERY_COMMAND, ids=by_name)
 def test_nothing_can_be_done_with_a_job_that_does_not_exist_or_is_deleted(command: JobCommand) -> None:
-    given().when(command).refused(NotFound)
-    given(asked, deleted).when(command).refused(NotFound)
-    given(asked, claimed, completed, deleted).when(command).refused(NotFound)
+    given().when(command).then_rejected(NotFound)
+    given(asked, deleted).when(command).then_rejected(NotFound)
+    given(asked, claimed, completed, deleted).when(command).then_rejected(NotFound)
 
 
 def test_a_stream_that_does_not_begin_with_a_submission_cannot_be_folded() -> None:
@@ -200,23 +200,25 @@ def test_every_later_claim_begins_the_next_attempt(history: list[Event]) -> None
 
 @in_each(RUNNING | OVER)
 def test_only_a_waiting_job_can_be_claimed(history: list[Event]) -> None:
-    given(*history).when(ClaimJob("w2", LATER)).refused(WrongState, "claimed")
+    given(*history).when(ClaimJob("w2", LATER)).then_rejected(InvalidState, "claimed")
 
 
 def test_a_job_with_a_start_time_cannot_be_claimed_before_it() -> None:
-    planned = a_job(not_before=LATER)
-    given(planned).when(ClaimJob("w1", LATER - timedelta(milliseconds=1))).refused(WrongState, LATER.isoformat()[:19])
+    planned = make_job_submitted(not_before=LATER)
+    given(planned).when(ClaimJob("w1", LATER - timedelta(milliseconds=1))).then_rejected(
+        InvalidState, LATER.isoformat()[:19]
+    )
     given(planned).when(ClaimJob("w1", LATER)).then(claimed)
 
 
 def test_a_failed_attempt_is_not_repeated_before_its_retry_time() -> None:
-    given(asked, claimed, retried).when(ClaimJob("w2", NOON)).refused(WrongState)
+    given(asked, claimed, retried).when(ClaimJob("w2", NOON)).then_rejected(InvalidState)
     given(asked, claimed, retried).when(ClaimJob("w2", LATER)).then(claimed_again)
 
 
 @pytest.mark.parametrize("end", [released, expired], ids=by_name)
 def test_a_job_that_lost_its_worker_can_be_claimed_at_once_whatever_its_start_time_was(end: Event) -> None:
-    given(a_job(not_before=NOON), claimed, end).when(ClaimJob("w2", NOON)).then(claimed_again)
+    given(make_job_submitted(not_before=NOON), claimed, end).when(ClaimJob("w2", NOON)).then(claimed_again)
 
 
 # What a worker says -----------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def test_the_right_attempt_in_the_mouth_of_another_worker_is_fenced(command: Wor
 
 def test_the_same_worker_is_fenced_for_its_own_earlier_attempt() -> None:
     history = [asked, claimed, released, JobClaimed(worker_id="w1", attempt=2)]
-    given(*history).when(CompleteJob("w1", 1, some_results())).then(fenced)
+    given(*history).when(CompleteJob("w1", 1, make_results())).then(fenced)
 
 
 def test_being_fenced_changes_nothing() -> None:
@@ -306,12 +308,12 @@ def test_an_expired_lease_in_the_last_attempt_fails_the_job() -> None:
     ],
 )
 def test_an_expired_lease_is_noticed_once(history: list[Event]) -> None:
-    given(*history).when(ExpireLease("w1", 1)).then_nothing()
+    given(*history).when(ExpireLease("w1", 1)).then_no_events()
 
 
 def test_an_expired_lease_of_another_worker_is_of_no_concern() -> None:
-    given(asked, claimed).when(ExpireLease("w2", 1)).then_nothing()
-    given(asked, claimed).when(ExpireLease("w1", 2)).then_nothing()
+    given(asked, claimed).when(ExpireLease("w2", 1)).then_no_events()
+    given(asked, claimed).when(ExpireLease("w1", 2)).then_no_events()
 
 
 # Cancelling -------------------------------------------------------------------------------------------------------
@@ -324,12 +326,12 @@ def test_a_waiting_job_is_cancelled_at_once(history: list[Event]) -> None:
 
 def test_a_running_job_is_asked_to_stop_once() -> None:
     given(asked, claimed).when(CancelJob("alice", "wrong talk")).then(cancel_requested)
-    given(asked, claimed, cancel_requested).when(CancelJob("bob")).then_nothing()
+    given(asked, claimed, cancel_requested).when(CancelJob("bob")).then_no_events()
 
 
 @in_each(OVER)
 def test_an_ended_job_cannot_be_cancelled(history: list[Event]) -> None:
-    given(*history).when(CancelJob("alice")).refused(WrongState, "cancelled")
+    given(*history).when(CancelJob("alice")).then_rejected(InvalidState, "cancelled")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +377,7 @@ def test_an_ended_job_can_be_restarted_with_all_its_attempts(history: list[Event
 
 @in_each(WAITING | RUNNING)
 def test_a_job_that_has_not_ended_cannot_be_restarted(history: list[Event]) -> None:
-    given(*history).when(RestartJob("bob")).refused(WrongState, "restarted")
+    given(*history).when(RestartJob("bob")).then_rejected(InvalidState, "restarted")
 
 
 def test_a_restart_does_not_use_an_attempt_number_again() -> None:
@@ -400,11 +402,11 @@ def test_a_waiting_job_can_be_changed(history: list[Event]) -> None:
 
 @in_each(RUNNING | OVER)
 def test_only_a_waiting_job_can_be_changed(history: list[Event]) -> None:
-    given(*history).when(UpdateJob("bob", priority=9)).refused(WrongState, "changed")
+    given(*history).when(UpdateJob("bob", priority=9)).then_rejected(InvalidState, "changed")
 
 
 def test_what_is_not_named_stays_as_it_is() -> None:
-    planned = a_job(priority=3, not_before=LATER)
+    planned = make_job_submitted(priority=3, not_before=LATER)
     state = given(planned, JobUpdated(by="bob", parameters={})).state
     assert state.asked == planned.model_copy(update={"parameters": {}})
     assert state.due == LATER
@@ -413,9 +415,9 @@ def test_what_is_not_named_stays_as_it_is() -> None:
 
 def test_a_new_start_time_counts_for_the_next_claim() -> None:
     moved = JobUpdated(by="bob", not_before=LATER)
-    given(asked, moved).when(ClaimJob("w1", NOON)).refused(WrongState)
+    given(asked, moved).when(ClaimJob("w1", NOON)).then_rejected(InvalidState)
     earlier = JobUpdated(by="bob", not_before=NOON)
-    given(a_job(not_before=LATER), earlier).when(ClaimJob("w1", NOON)).then(claimed)
+    given(make_job_submitted(not_before=LATER), earlier).when(ClaimJob("w1", NOON)).then(claimed)
 
 
 @in_each(ALIVE)
@@ -428,10 +430,10 @@ def test_access_can_be_changed_at_any_time(history: list[Event]) -> None:
 def test_archiving_is_done_once_and_undone_once(history: list[Event]) -> None:
     archived = JobArchived(by="bob", reason="old")
     given(*history).when(Archive("bob", "old")).then(archived)
-    given(*history, archived).when(Archive("bob")).then_nothing()
+    given(*history, archived).when(Archive("bob")).then_no_events()
     given(*history, archived).when(Unarchive("bob")).then(JobUnarchived(by="bob"))
-    given(*history).when(Unarchive("bob")).then_nothing()
-    given(*history, archived, JobUnarchived(by="bob")).when(Unarchive("bob")).then_nothing()
+    given(*history).when(Unarchive("bob")).then_no_events()
+    given(*history, archived, JobUnarchived(by="bob")).when(Unarchive("bob")).then_no_events()
 
 
 @in_each(WAITING | OVER)
@@ -441,7 +443,7 @@ def test_a_job_that_is_not_running_can_be_deleted(history: list[Event]) -> None:
 
 @in_each(RUNNING)
 def test_a_running_job_has_to_be_cancelled_before_it_is_deleted(history: list[Event]) -> None:
-    given(*history).when(Delete("bob")).refused(WrongState, "cancel it first")
+    given(*history).when(Delete("bob")).then_rejected(InvalidState, "cancel it first")
 
 
 # Laws -------------------------------------------------------------------------------------------------------------
@@ -475,7 +477,7 @@ class JobLaws(RuleBasedStateMachine):
     @initialize(max_attempts=st.integers(1, 3), planned=st.booleans())
     def submit(self, max_attempts: int, planned: bool) -> None:
         self.max_attempts = max_attempts
-        self.apply(SubmitJob(a_job(max_attempts=max_attempts, not_before=LATER if planned else None)))
+        self.apply(SubmitJob(make_job_submitted(max_attempts=max_attempts, not_before=LATER if planned else None)))
 
     @rule(worker_id=WORKERS)
     def claim(self, worker_id: str) -> None:
@@ -537,7 +539,7 @@ class JobLaws(RuleBasedStateMachine):
     def apply(self, command: JobCommand) -> Iterable[JobEvent]:
         try:
             events = job.decide(command, self.state)
-        except CommandRefused:
+        except CommandRejected:
             return []
         assert not self.gone, "something happened to a deleted job"
         for event in events:
@@ -576,13 +578,13 @@ class JobLaws(RuleBasedStateMachine):
     def the_state_agrees_with_the_laws(self) -> None:
         if self.state is None:
             return
-        assert (self.state.status in ENDED) == self.over
+        assert (self.state.status in TERMINAL_STATUSES) == self.over
         assert (self.state.status == "processing") == (self.running is not None)
         assert self.state.worker_id == (self.running.worker_id if self.running else None)
-        assert 0 <= self.state.counted <= self.max_attempts
-        assert self.state.counted <= self.state.attempt == len(self.grants)
+        assert 0 <= self.state.counted_attempts <= self.max_attempts
+        assert self.state.counted_attempts <= self.state.attempt == len(self.grants)
         if self.state.status == "pending":
-            assert self.state.counted < self.max_attempts, "a job waits although its attempts are used up"
+            assert self.state.counted_attempts < self.max_attempts, "a job waits although its attempts are used up"
 
     def teardown(self) -> None:
         state = None
@@ -597,13 +599,13 @@ TestJobLaws.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 def test_a_moment_is_kept_in_utc_and_in_milliseconds() -> None:
     local = datetime.fromisoformat("2025-02-01T14:00:00.123456+02:00")
-    assert a_job(not_before=local).not_before == datetime(2025, 2, 1, 12, 0, 0, 123000, tzinfo=UTC)
+    assert make_job_submitted(not_before=local).not_before == datetime(2025, 2, 1, 12, 0, 0, 123000, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("moment", ["9999-12-31T23:59:59-05:00", "0001-01-01T00:00:00+05:00"])
 def test_a_moment_beyond_the_calendar_is_an_invalid_value_and_not_a_fault(moment: str) -> None:
     with pytest.raises(ValueError, match="not_before"):
-        a_job(not_before=moment)
+        make_job_submitted(not_before=moment)
 
 
 def after(state: Job | None, events: Iterable[Event]) -> Job:
@@ -614,18 +616,18 @@ def after(state: Job | None, events: Iterable[Event]) -> Job:
 
 
 def test_outputs_of_steps_are_limited_together() -> None:
-    text = "x" * (limits.STEP_OUTPUT_BYTES // 10)
+    text = "x" * (limits.MAX_STEP_OUTPUT_BYTES // 10)
     state = after(None, RUNNING["first attempt"])
     for key in [*"123456789", "9"]:  # one that is finished again counts once
-        state = after(state, job.decide(FinishStep("w1", 1, "page", key, text, 0.5), state))
+        state = after(state, job.decide(CompleteStep("w1", 1, "page", key, text, 0.5), state))
     with pytest.raises(InvalidEvent, match="outputs of all finished steps together"):
-        job.decide(FinishStep("w1", 1, "page", "10", text + text, 0.5), state)
-    assert job.decide(FinishStep("w1", 1, "page", "10", "small", 0.5), state)
-    assert job.decide(FinishStep("w1", 1, "page", "10", 2**70, 0.5), state), "refused by the append, which says why"
+        job.decide(CompleteStep("w1", 1, "page", "10", text + text, 0.5), state)
+    assert job.decide(CompleteStep("w1", 1, "page", "10", "small", 0.5), state)
+    assert job.decide(CompleteStep("w1", 1, "page", "10", 2**70, 0.5), state), "refused by the append, which says why"
 
 
 def test_changes_of_parameters_are_limited_together() -> None:
-    change = UpdateJob("alice", {"text": "x" * (limits.CHANGED_PARAMETERS_BYTES // 10)})
+    change = UpdateJob("alice", {"text": "x" * (limits.MAX_CHANGED_PARAMETERS_BYTES // 10)})
     state = after(None, WAITING["submitted"])
     for _ in range(9):
         state = after(state, job.decide(change, state))

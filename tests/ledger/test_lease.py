@@ -13,10 +13,10 @@ from pymongo.collection import Collection
 
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.mongo.lease import OVER, RUN_OUT, Lease, Seen
+from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, EXPIRED_LEASE_FILTER, Lease, LeaseObservation
 from jobledger.ledger.system.loop_progress import LoopProgress
 from tests.support.ledgers import DEADLINE_SECONDS
-from tests.support.proxy import Proxy
+from tests.support.proxy import TcpProxy
 
 SECONDS = 0.9
 
@@ -48,12 +48,12 @@ def run_out(leases: Collection[Document]) -> None:
 
 
 def declare_over(leases: Collection[Document]) -> bool:
-    return leases.update_one({"_id": "the-lease", **RUN_OUT}, OVER).matched_count == 1
+    return leases.update_one({"_id": "the-lease", **EXPIRED_LEASE_FILTER}, EXPIRE_LEASE_UPDATE).matched_count == 1
 
 
 async def beats_again(leases: Collection[Document]) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while by_the_server(leases, RUN_OUT):  # noqa: ASYNC110 - nobody tells us
+        while by_the_server(leases, EXPIRED_LEASE_FILTER):  # noqa: ASYNC110 - nobody tells us
             await asyncio.sleep(0.02)
 
 
@@ -72,16 +72,16 @@ async def acquired_at_last(lease: Lease) -> bool:
 async def test_one_at_a_time_holds_a_lease(connection: Connection, lease: Lease) -> None:
     others = [lease_of(connection) for _ in range(5)]
     assert await acquired(lease, host="a")
-    assert lease.held
+    assert lease.is_held
     assert not any(await asyncio.gather(*(acquired(other, host="b") for other in others)))
-    assert not any(other.held for other in others)
+    assert not any(other.is_held for other in others)
 
 
 async def test_of_many_that_want_it_at_once_one_gets_it(connection: Connection) -> None:
     wanting = [lease_of(connection) for _ in range(8)]
     got = await asyncio.gather(*(acquired(lease) for lease in wanting))
     assert sum(got) == 1
-    assert [lease.held for lease in wanting] == got
+    assert [lease.is_held for lease in wanting] == got
     await asyncio.gather(*(lease.release() for lease in wanting))
 
 
@@ -98,14 +98,14 @@ async def test_it_is_kept_alive_far_longer_than_its_time(lease: Lease, leases: C
     assert await acquired(lease)
     first = leases.find_one({"_id": "the-lease"})
     assert first is not None
-    lost = asyncio.create_task(lease.lost())
+    lost = asyncio.create_task(lease.wait_lost())
     done, _ = await asyncio.wait({lost}, timeout=2 * SECONDS)
     assert not done
-    assert lease.held
+    assert lease.is_held
     later = leases.find_one({"_id": "the-lease"})
     assert later is not None
     assert later["lease_until"] > first["lease_until"]
-    assert not by_the_server(leases, RUN_OUT)
+    assert not by_the_server(leases, EXPIRED_LEASE_FILTER)
     lost.cancel()
 
 
@@ -114,13 +114,13 @@ async def test_releasing_frees_it_at_once_and_the_next_holder_has_a_higher_epoch
 ) -> None:
     for epoch in range(1, 4):
         assert await acquired(lease)
-        assert lease.epoch == epoch
+        assert lease.fencing_token == epoch
         await lease.release()
-        assert not lease.held
-        assert by_the_server(leases, {**RUN_OUT, "released": True, "epoch": epoch})
+        assert not lease.is_held
+        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "released": True, "epoch": epoch})
     long = lease_of(connection, 60)
     assert await acquired(long)
-    assert long.epoch == 4
+    assert long.fencing_token == 4
     await asyncio.wait_for(long.release(), 5)
     assert await acquired(lease)
 
@@ -131,7 +131,7 @@ async def test_releasing_twice_or_what_was_never_held_is_harmless(connection: Co
     other = lease_of(connection)
     assert not await acquired(other)
     await other.release()
-    assert lease.held
+    assert lease.is_held
     await lease.release()
     await lease.release()
 
@@ -141,11 +141,11 @@ async def test_one_that_ran_out_goes_on_as_long_as_nobody_has_taken_it(
 ) -> None:
     assert await acquired(lease)
     await asyncio.sleep(SECONDS)
-    assert lease.steady_seconds > 0.9 * SECONDS, "no beat has been missed"
+    assert lease.uninterrupted_seconds > 0.9 * SECONDS, "no beat has been missed"
     run_out(leases)
     await beats_again(leases)
     assert by_the_server(leases, {"epoch": 1})
-    assert lease.held
+    assert lease.is_held
     assert not declare_over(leases), "it has not run out"
 
 
@@ -155,15 +155,15 @@ async def test_one_that_was_declared_over_cannot_be_extended_and_its_holder_noti
     assert await acquired(lease)
     run_out(leases)
     assert declare_over(leases)
-    await asyncio.wait_for(lease.lost(), DEADLINE_SECONDS)
-    assert not lease.held
-    assert by_the_server(leases, {**RUN_OUT, "epoch": 2, "released": False})
+    await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
+    assert not lease.is_held
+    assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "epoch": 2, "released": False})
     other = lease_of(connection)
     assert await acquired(other)
-    assert other.epoch == 3
+    assert other.fencing_token == 3
     await lease.release()
     assert by_the_server(leases, {"epoch": 3, "released": False})
-    assert other.held
+    assert other.is_held
     await other.release()
 
 
@@ -174,10 +174,10 @@ async def test_what_another_has_taken_over_is_lost_and_not_given_back_by_the_for
     run_out(leases)
     other = lease_of(connection)
     assert await acquired(other)
-    await asyncio.wait_for(lease.lost(), DEADLINE_SECONDS)
-    assert (lease.held, other.held) == (False, True)
+    await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
+    assert (lease.is_held, other.is_held) == (False, True)
     await lease.release()
-    assert not by_the_server(leases, RUN_OUT)
+    assert not by_the_server(leases, EXPIRED_LEASE_FILTER)
     await other.release()
 
 
@@ -185,17 +185,17 @@ async def test_a_lost_lease_can_be_acquired_again(lease: Lease, leases: Collecti
     assert await acquired(lease)
     run_out(leases)
     assert declare_over(leases)
-    await asyncio.wait_for(lease.lost(), DEADLINE_SECONDS)
+    await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     await lease.release()
     assert await acquired(lease)
-    assert (lease.held, lease.epoch) == (True, 3)
+    assert (lease.is_held, lease.fencing_token) == (True, 3)
 
 
 async def test_one_that_was_deleted_is_lost_too(lease: Lease, leases: Collection[Document]) -> None:
     assert await acquired(lease)
     leases.delete_one({"_id": "the-lease"})
-    await asyncio.wait_for(lease.lost(), DEADLINE_SECONDS)
-    assert not lease.held
+    await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
+    assert not lease.is_held
 
 
 async def test_an_event_loop_frozen_for_a_moment_does_not_lose_the_lease(
@@ -203,9 +203,9 @@ async def test_an_event_loop_frozen_for_a_moment_does_not_lose_the_lease(
 ) -> None:
     assert await acquired(lease)
     time.sleep(SECONDS)  # noqa: ASYNC251 - to freeze the event loop is the point
-    assert not by_the_server(leases, RUN_OUT)
+    assert not by_the_server(leases, EXPIRED_LEASE_FILTER)
     await asyncio.sleep(0)
-    assert lease.held
+    assert lease.is_held
 
 
 async def test_a_dead_holder_s_lease_is_free_after_its_time_and_not_before(
@@ -222,43 +222,43 @@ async def test_a_dead_holder_s_lease_is_free_after_its_time_and_not_before(
     assert not await acquired(heir)
     assert await acquired_at_last(heir)
     assert time.monotonic() - begun > SECONDS - 0.05
-    assert heir.epoch == 2
+    assert heir.fencing_token == 2
     await heir.release()
 
 
 async def test_a_holder_whose_network_is_silent_goes_on_when_it_is_back_unless_it_was_declared_over(
     mongodb_uri: str, db_name: str, leases: Collection[Document]
 ) -> None:
-    with Proxy(mongodb_uri) as proxy:
+    with TcpProxy(mongodb_uri) as proxy:
         lease = lease_of(Connection(proxy.uri, db_name))
         assert await acquired(lease)
-        proxy.freeze()
+        proxy.suspend()
         await asyncio.sleep(2 * SECONDS)
-        assert by_the_server(leases, {**RUN_OUT, "epoch": 1})
-        assert lease.held
-        assert lease.steady_seconds == 0
-        proxy.thaw()
+        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "epoch": 1})
+        assert lease.is_held
+        assert lease.uninterrupted_seconds == 0
+        proxy.resume()
         await beats_again(leases)
-        assert lease.held
-        assert lease.steady_seconds < SECONDS
+        assert lease.is_held
+        assert lease.uninterrupted_seconds < SECONDS
 
-        proxy.freeze()
+        proxy.suspend()
         await asyncio.sleep(2 * SECONDS)
         assert declare_over(leases)
-        proxy.thaw()
-        await asyncio.wait_for(lease.lost(), DEADLINE_SECONDS)
+        proxy.resume()
+        await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
         await lease.release()
-        assert by_the_server(leases, {**RUN_OUT, "epoch": 2, "released": False})
+        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "epoch": 2, "released": False})
 
 
 @pytest.mark.parametrize("silent_for", [0.0, 2 * SECONDS], ids=["running", "run out"])
 async def test_letting_go_over_a_silent_network_does_not_take_for_ever(
     mongodb_uri: str, db_name: str, silent_for: float
 ) -> None:
-    with Proxy(mongodb_uri) as proxy:
+    with TcpProxy(mongodb_uri) as proxy:
         lease = lease_of(Connection(proxy.uri, db_name))
         assert await acquired(lease)
-        proxy.freeze()
+        proxy.suspend()
         await asyncio.sleep(silent_for)
         begun = time.monotonic()
         await asyncio.wait_for(lease.release(), DEADLINE_SECONDS)
@@ -266,24 +266,24 @@ async def test_letting_go_over_a_silent_network_does_not_take_for_ever(
 
 
 async def test_a_holder_whose_network_broke_for_a_moment_goes_on(mongodb_uri: str, db_name: str) -> None:
-    with Proxy(mongodb_uri) as proxy:
+    with TcpProxy(mongodb_uri) as proxy:
         lease = lease_of(Connection(proxy.uri, db_name))
         assert await acquired(lease)
         for _ in range(3):
             await asyncio.sleep(SECONDS / 2)
-            proxy.cut()
+            proxy.close_connections()
         await asyncio.sleep(SECONDS)
-        assert lease.held
+        assert lease.is_held
         await lease.release()
 
 
 async def test_without_a_database_acquiring_fails_within_the_timeout(mongodb_uri: str, db_name: str) -> None:
-    with Proxy(mongodb_uri) as proxy:
+    with TcpProxy(mongodb_uri) as proxy:
         pass
     lease = lease_of(Connection(proxy.uri, db_name, connect_timeout_ms=300))
     with pytest.raises(LedgerUnavailable):
         await acquired(lease)
-    assert not lease.held
+    assert not lease.is_held
 
 
 async def test_a_fault_while_acquiring_is_raised_and_not_waited_for(connection: Connection) -> None:
@@ -301,7 +301,7 @@ async def test_whoever_is_cancelled_while_acquiring_holds_nothing_afterwards(
     class Slow(Lease):
         taken, go_on = threading.Event(), threading.Event()
 
-        def _take(self, leases: Collection[Document], facts: Document, seen: Seen) -> int | None:
+        def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
             epoch = super()._take(leases, facts, seen)
             self.taken.set()
             self.go_on.wait(DEADLINE_SECONDS)
@@ -318,9 +318,9 @@ async def test_whoever_is_cancelled_while_acquiring_holds_nothing_afterwards(
     lease.go_on.set()
     if not await asyncio.wait_for(again, DEADLINE_SECONDS):
         assert await acquired_at_last(lease)
-    assert lease.held
+    assert lease.is_held
     await lease.release()
-    assert by_the_server(leases, RUN_OUT)
+    assert by_the_server(leases, EXPIRED_LEASE_FILTER)
 
 
 async def test_lease_of_a_blocked_loop_expires_and_is_extended_when_the_loop_goes_on(
@@ -329,19 +329,19 @@ async def test_lease_of_a_blocked_loop_expires_and_is_extended_when_the_loop_goe
     assert await acquired(lease)
     await asyncio.sleep(0.1)
     time.sleep(2.5 * SECONDS)  # noqa: ASYNC251 - the fault
-    assert by_the_server(leases, RUN_OUT)
-    assert lease.held, "until somebody takes it"
+    assert by_the_server(leases, EXPIRED_LEASE_FILTER)
+    assert lease.is_held, "until somebody takes it"
     await beats_again(leases)
 
 
 async def test_loop_progress_counts_looks_and_not_seconds() -> None:
     progress = LoopProgress(0.01)
     await asyncio.sleep(0.03)
-    assert progress.look() == 0
+    assert progress.count_missed() == 0
     time.sleep(1)  # noqa: ASYNC251 - as long as a suspended machine sleeps
-    assert progress.look() == 1
-    assert progress.look() == 2
-    assert "test_loop_progress" in progress.stack()
+    assert progress.count_missed() == 1
+    assert progress.count_missed() == 2
+    assert "test_loop_progress" in progress.format_stack()
     await asyncio.sleep(0.03)
-    assert progress.look() == 0
+    assert progress.count_missed() == 0
     progress.stop()

@@ -24,49 +24,49 @@ from jobledger.ledger.domain.events import (
     JobProgressed,
     JobSubmitted,
     PositionVoided,
-    Recorded,
+    RecordedEvent,
 )
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.ledger.store import hash_chain as chain
-from jobledger.ledger.store.command_handler import handle, handle_new, new_batch_id, new_job_id
-from jobledger.ledger.store.envelope import LARGEST_EVENT_BYTES, VOID_STREAM, Append, Head
-from jobledger.ledger.store.event_store import EventLog, Limits
-from tests.ledger.conftest import QUICK
-from tests.support.examples import ACCESS, NOON, a_job
+from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
+from jobledger.ledger.store.envelope import MAX_EVENT_BYTES, VOID_STREAM, StreamAppend, StreamHead
+from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from tests.ledger.conftest import FAST_GAP_LIMITS
+from tests.support.examples import ACCESS, NOON, make_job_submitted
 from tests.support.ledgers import (
     DEADLINE_SECONDS,
-    META,
+    EVENT_METADATA,
     Ledger,
     change_stream_operations,
     check_log,
-    first,
-    ledger_on,
-    lose_a_ticket,
-    positions,
-    stored,
-    take,
-    until,
-    whole,
+    create_position_gap,
+    event_positions,
+    load_event_documents,
+    open_ledger,
+    poll_until,
+    read_all_events,
+    read_first_events,
+    take_events,
 )
-from tests.support.proxy import Proxy
+from tests.support.proxy import TcpProxy
 
 
-def append_of(*events: Event, stream: str | None = None, head: Head | None = None) -> Append:
-    return Append(stream or new_job_id(), head or Head(), events, META, NOON)
+def append_of(*events: Event, stream: str | None = None, head: StreamHead | None = None) -> StreamAppend:
+    return StreamAppend(stream or new_job_id(), head or StreamHead(), events, EVENT_METADATA, NOON)
 
 
-def head_of(event: Recorded) -> Head:
-    return Head(event.version, event.position, event.hash)
+def head_of(event: RecordedEvent) -> StreamHead:
+    return StreamHead(event.version, event.position, event.hash)
 
 
 def progress(percent: float = 0.0) -> JobProgressed:
     return JobProgressed(attempt=1, step="page", percent=percent, message="")
 
 
-class Dawdler(EventLog):
+class Dawdler(EventStore):
     """A log whose writer can be held up between taking its numbers and inserting."""
 
-    def __init__(self, db: Database, limits: Limits) -> None:
+    def __init__(self, db: Database, limits: EventStoreLimits) -> None:
         super().__init__(db, limits)
         self.go_on = asyncio.Event()
         self.go_on.set()
@@ -81,7 +81,7 @@ class Dawdler(EventLog):
         await self.go_on.wait()
         return await super()._insert(todo)
 
-    async def held_up(self, *appends: Append) -> asyncio.Task[list[Recorded]]:
+    async def held_up(self, *appends: StreamAppend) -> asyncio.Task[list[RecordedEvent]]:
         """Begin to append and stop there; `go_on` lets it continue."""
         self.go_on.clear()
         self.numbered.clear()
@@ -92,16 +92,16 @@ class Dawdler(EventLog):
 
 
 @asynccontextmanager
-async def dawdler_on(connection: Connection, limits: Limits = QUICK) -> AsyncIterator[Dawdler]:
-    async with ledger_on(connection, limits, live=False, kind=Dawdler) as ledger:
-        assert isinstance(ledger.log, Dawdler)
+async def dawdler_on(connection: Connection, limits: EventStoreLimits = FAST_GAP_LIMITS) -> AsyncIterator[Dawdler]:
+    async with open_ledger(connection, limits, with_change_stream=False, store_class=Dawdler) as ledger:
+        assert isinstance(ledger.event_store, Dawdler)
         try:
-            yield ledger.log
+            yield ledger.event_store
         finally:
-            ledger.log.go_on.set()
+            ledger.event_store.go_on.set()
 
 
-class Forgetful(EventLog):
+class Forgetful(EventStore):
     """A log whose network breaks after the server has done what it was asked to: the first `losses` times."""
 
     losses = 1
@@ -121,55 +121,64 @@ class Forgetful(EventLog):
 
 
 async def test_positions_count_through_the_log_and_versions_through_each_stream(quiet: Ledger) -> None:
-    one = await quiet.submit()
-    two = await quiet.submit()
-    claimed = await handle(quiet.log, one.events[0].stream, ClaimJob("w1", NOON), meta=META, known=one.known)
+    one = await quiet.submit_job()
+    two = await quiet.submit_job()
+    claimed = await handle_command(
+        quiet.event_store,
+        one.events[0].stream,
+        ClaimJob("w1", NOON),
+        meta=EVENT_METADATA,
+        stream_state=one.stream_state,
+    )
     events = [*one.events, *two.events, *claimed.events]
     assert [(event.position, event.version) for event in events] == [(1, 1), (2, 1), (3, 2)]
-    assert await quiet.log.read() == events
-    check_log(await stored(quiet.db))
+    assert await quiet.event_store.read() == events
+    check_log(await load_event_documents(quiet.db))
 
 
 async def test_log_may_reach_its_positions_and_none_beyond(quiet: Ledger) -> None:
-    assert not await quiet.log.may_reach(1)
-    await quiet.log.append(append_of(a_job(), progress(), stream="job-1"))
+    assert not await quiet.event_store.may_have_reached(1)
+    await quiet.event_store.append(append_of(make_job_submitted(), progress(), stream="job-1"))
     await quiet.db.events.insert_one({"_id": "z", "stream": "none", "version": 1})
-    assert [await quiet.log.may_reach(position) for position in range(4)] == [True, True, True, False]
+    assert [await quiet.event_store.may_have_reached(position) for position in range(4)] == [True, True, True, False]
 
 
 async def test_what_append_returns_is_what_is_stored(quiet: Ledger) -> None:
-    recorded = await quiet.log.append(append_of(a_job(), progress(0.5), stream="job-1"))
-    assert recorded == await quiet.log.read_stream("job-1")
+    recorded = await quiet.event_store.append(append_of(make_job_submitted(), progress(0.5), stream="job-1"))
+    assert recorded == await quiet.event_store.read_stream("job-1")
     assert [event.time for event in recorded] == [NOON, NOON]
-    assert [event.meta for event in recorded] == [META, META]
+    assert [event.meta for event in recorded] == [EVENT_METADATA, EVENT_METADATA]
     assert len({event.event_id for event in recorded}) == 2
 
 
 async def test_appending_nothing_takes_no_number(quiet: Ledger) -> None:
-    assert await quiet.log.append() == []
-    assert await quiet.log.append(append_of()) == []
+    assert await quiet.event_store.append() == []
+    assert await quiet.event_store.append(append_of()) == []
     assert await quiet.db.counters.find_one({"_id": "events"}) is None
 
 
 async def test_a_conflict_tells_which_version_was_found(quiet: Ledger) -> None:
-    await quiet.log.append(append_of(a_job(), progress(), progress(), stream="job-1"))
+    await quiet.event_store.append(append_of(make_job_submitted(), progress(), progress(), stream="job-1"))
     with pytest.raises(VersionConflict) as lost:
-        await quiet.log.append(append_of(progress(), stream="job-1", head=Head(version=1)))
+        await quiet.event_store.append(append_of(progress(), stream="job-1", head=StreamHead(version=1)))
     assert (lost.value.stream, lost.value.expected, lost.value.found) == ("job-1", 1, 3)
     with pytest.raises(VersionConflict) as lost:
-        await quiet.log.append(append_of(progress(), progress(), stream="job-1", head=Head(version=2)))
+        await quiet.event_store.append(append_of(progress(), progress(), stream="job-1", head=StreamHead(version=2)))
     assert (lost.value.stream, lost.value.expected, lost.value.found) == ("job-1", 2, 3)
 
 
 async def test_of_many_writers_for_a_version_one_wins_and_the_others_learn_which(connection: Connection) -> None:
-    async with ledger_on(connection, QUICK, live=False) as one, ledger_on(connection, QUICK, live=False) as two:
-        [submitted] = await one.log.append(append_of(a_job(), stream="job-1"))
+    async with (
+        open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False) as one,
+        open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False) as two,
+    ):
+        [submitted] = await one.event_store.append(append_of(make_job_submitted(), stream="job-1"))
         head = head_of(submitted)
         for _ in range(5):
             attempts = [
                 log.append(append_of(progress(writer), stream="job-1", head=head))
                 for writer in range(10)
-                for log in (one.log, two.log)
+                for log in (one.event_store, two.event_store)
             ]
             answers = await asyncio.gather(*attempts, return_exceptions=True)
             winners = [answer for answer in answers if isinstance(answer, list)]
@@ -177,27 +186,30 @@ async def test_of_many_writers_for_a_version_one_wins_and_the_others_learn_which
             assert (len(winners), len(losers)) == (1, 19)
             assert {loser.found for loser in losers} == {head.version + 1}
             head = head_of(winners[0][0])
-        await whole(one.log)
-        check_log(await stored(one.db))
+        await read_all_events(one.event_store)
+        check_log(await load_event_documents(one.db))
 
 
 async def test_a_hundred_lost_races_are_sorted_out_together(connection: Connection) -> None:
-    class Counting(EventLog):
+    class Counting(EventStore):
         voidings: ClassVar[list[list[int]]] = []
 
         async def _void(self, positions: Iterable[int]) -> None:
             self.voidings.append(sorted(positions))
             await super()._void(self.voidings[-1])
 
-    async with ledger_on(connection, QUICK, live=False, kind=Counting) as ledger:
+    async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False, store_class=Counting) as ledger:
         streams = [f"job-{number}" for number in range(100)]
         for version in range(2):
-            await ledger.log.append(
-                *(append_of(a_job(), stream=stream, head=Head(version=version)) for stream in streams)
+            await ledger.event_store.append(
+                *(
+                    append_of(make_job_submitted(), stream=stream, head=StreamHead(version=version))
+                    for stream in streams
+                )
             )
         fresh = await asyncio.gather(
-            *(ledger.log.append(append_of(a_job(), stream=stream)) for stream in streams),
-            ledger.log.append(append_of(a_job(), stream="job-new")),
+            *(ledger.event_store.append(append_of(make_job_submitted(), stream=stream)) for stream in streams),
+            ledger.event_store.append(append_of(make_job_submitted(), stream="job-new")),
             return_exceptions=True,
         )
         conflicts = [answer for answer in fresh if isinstance(answer, VersionConflict)]
@@ -205,62 +217,71 @@ async def test_a_hundred_lost_races_are_sorted_out_together(connection: Connecti
         assert isinstance(fresh[-1], list)
         assert len(Counting.voidings) == 1
         assert len(Counting.voidings[0]) == 100
-        await whole(ledger.log)
+        await read_all_events(ledger.event_store)
 
 
 async def test_racing_commands_for_one_stream_all_get_their_own_version(connection: Connection) -> None:
-    async with ledger_on(connection, QUICK) as one, ledger_on(connection, QUICK, live=False) as two:
-        job_id = (await one.submit()).events[0].stream
+    async with (
+        open_ledger(connection, FAST_GAP_LIMITS) as one,
+        open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False) as two,
+    ):
+        job_id = (await one.submit_job()).events[0].stream
         commands = [
-            handle(ledger.log, job_id, ChangeAccess(f"user-{number}", ACCESS), meta=META)
+            handle_command(ledger.event_store, job_id, ChangeAccess(f"user-{number}", ACCESS), meta=EVENT_METADATA)
             for number in range(8)
             for ledger in (one, two)
         ]
         handled = await asyncio.gather(*commands)
         assert sorted(answer.events[0].version for answer in handled) == list(range(2, 18))
-        assert {answer.known.head.version for answer in handled} == set(range(2, 18))
-        check_log(await stored(one.db))
+        assert {answer.stream_state.head.version for answer in handled} == set(range(2, 18))
+        check_log(await load_event_documents(one.db))
 
 
 async def test_events_of_several_streams_are_written_all_or_none(quiet: Ledger) -> None:
-    taken = (await quiet.submit()).events[0].stream
+    taken = (await quiet.submit_job()).events[0].stream
     batch_id, job_id = new_batch_id(), new_job_id()
     batch = SubmitBatch(BatchSubmitted(total_jobs=2, job_ids=[job_id, taken], user_id="alice"))
     with pytest.raises(VersionConflict, match=taken):
-        await handle_new(
-            quiet.log, [(batch_id, batch), (job_id, SubmitJob(a_job())), (taken, SubmitJob(a_job()))], meta=META
+        await create_streams(
+            quiet.event_store,
+            [(batch_id, batch), (job_id, SubmitJob(make_job_submitted())), (taken, SubmitJob(make_job_submitted()))],
+            meta=EVENT_METADATA,
         )
-    assert await quiet.log.read_stream(batch_id) == await quiet.log.read_stream(job_id) == []
-    recorded = await handle_new(quiet.log, [(batch_id, batch), (job_id, SubmitJob(a_job()))], meta=META)
+    assert await quiet.event_store.read_stream(batch_id) == await quiet.event_store.read_stream(job_id) == []
+    recorded = await create_streams(
+        quiet.event_store, [(batch_id, batch), (job_id, SubmitJob(make_job_submitted()))], meta=EVENT_METADATA
+    )
     assert [event.stream for event in recorded] == [batch_id, job_id]
     assert recorded[1].position == recorded[0].position + 1
-    check_log(await stored(quiet.db))
+    check_log(await load_event_documents(quiet.db))
 
 
 async def test_numbers_that_a_lost_race_leaves_over_are_voided_at_once_by_the_writer(quiet: Ledger) -> None:
-    await quiet.log.append(append_of(a_job(), stream="job-1"))
+    await quiet.event_store.append(append_of(make_job_submitted(), stream="job-1"))
     with pytest.raises(VersionConflict):
-        await quiet.log.append(append_of(a_job(), stream="job-1"))
+        await quiet.event_store.append(append_of(make_job_submitted(), stream="job-1"))
     with pytest.raises(VersionConflict):
-        await quiet.log.append(append_of(a_job(), stream="job-2"), append_of(a_job(), stream="job-1"))
-    voids = [document for document in await stored(quiet.db) if document["stream"] == VOID_STREAM]
+        await quiet.event_store.append(
+            append_of(make_job_submitted(), stream="job-2"), append_of(make_job_submitted(), stream="job-1")
+        )
+    voids = [document for document in await load_event_documents(quiet.db) if document["stream"] == VOID_STREAM]
     assert [(void["_id"], void["version"], void["type"]) for void in voids] == [
         (position, position, "PositionVoided") for position in (2, 3, 4)
     ]
 
 
 async def test_of_two_appends_to_one_stream_in_one_call_the_second_is_too_late(quiet: Ledger) -> None:
-    twice = append_of(a_job(), stream="job-1"), append_of(a_job(), stream="job-1")
+    twice = append_of(make_job_submitted(), stream="job-1"), append_of(make_job_submitted(), stream="job-1")
     with pytest.raises(VersionConflict, match="job-1 is at version 1, not 0"):
         async with asyncio.timeout(5):
-            await quiet.log.append(*twice)
-    assert await quiet.log.head() == 0
+            await quiet.event_store.append(*twice)
+    assert await quiet.event_store.head_position() == 0
 
 
 async def test_many_single_events_travel_together(connection: Connection) -> None:
     async with dawdler_on(connection) as log:
-        ahead = await log.held_up(append_of(a_job()))
-        gathering = [asyncio.create_task(log.append(append_of(a_job()))) for _ in range(50)]
+        ahead = await log.held_up(append_of(make_job_submitted()))
+        gathering = [asyncio.create_task(log.append(append_of(make_job_submitted()))) for _ in range(50)]
         await asyncio.sleep(0)
         log.go_on.set()
         recorded = await asyncio.gather(ahead, *gathering)
@@ -281,35 +302,35 @@ BAD: dict[str, Any] = {
     "huge integer": 2**64,
     "UUID": UUID(int=1),
     "enum": Colour.RED,
-    "too large": "x" * (LARGEST_EVENT_BYTES + 1),
+    "too large": "x" * (MAX_EVENT_BYTES + 1),
     "too large for the database only": [0] * 1_500_000,
 }
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
 async def test_an_event_that_cannot_be_stored_does_not_hurt_those_it_would_travel_with(quiet: Ledger, bad: Any) -> None:
-    good = [quiet.log.append(append_of(a_job())) for _ in range(3)]
+    good = [quiet.event_store.append(append_of(make_job_submitted())) for _ in range(3)]
     answers = await asyncio.wait_for(
         asyncio.gather(
             *good,
-            quiet.log.append(append_of(a_job(parameters={"bad": bad}))),
-            quiet.log.append(append_of(a_job(), a_job(parameters={"bad": bad}))),
-            quiet.log.append(append_of(a_job())),
+            quiet.event_store.append(append_of(make_job_submitted(parameters={"bad": bad}))),
+            quiet.event_store.append(append_of(make_job_submitted(), make_job_submitted(parameters={"bad": bad}))),
+            quiet.event_store.append(append_of(make_job_submitted())),
             return_exceptions=True,
         ),
         DEADLINE_SECONDS,
     )
     assert [type(answer) for answer in answers] == [list, list, list, InvalidEvent, InvalidEvent, list]
-    await quiet.log.append(append_of(a_job()))
-    assert len([event for event in await quiet.log.read() if event.stream != VOID_STREAM]) == 5
-    check_log(await stored(quiet.db))
+    await quiet.event_store.append(append_of(make_job_submitted()))
+    assert len([event for event in await quiet.event_store.read() if event.stream != VOID_STREAM]) == 5
+    check_log(await load_event_documents(quiet.db))
 
 
 async def test_a_caller_that_is_cancelled_does_not_take_its_group_along(connection: Connection) -> None:
     async with dawdler_on(connection) as log:
-        ahead = await log.held_up(append_of(a_job(), stream="job-1"))
-        impatient = asyncio.create_task(log.append(append_of(a_job(), stream="job-2")))
-        patient = asyncio.create_task(log.append(append_of(a_job(), stream="job-3")))
+        ahead = await log.held_up(append_of(make_job_submitted(), stream="job-1"))
+        impatient = asyncio.create_task(log.append(append_of(make_job_submitted(), stream="job-2")))
+        patient = asyncio.create_task(log.append(append_of(make_job_submitted(), stream="job-3")))
         await asyncio.sleep(0)
         ahead.cancel()
         impatient.cancel()
@@ -323,8 +344,8 @@ async def test_a_caller_that_is_cancelled_does_not_take_its_group_along(connecti
 
 async def test_closing_finishes_the_appends_that_wait(connection: Connection) -> None:
     async with dawdler_on(connection) as log:
-        ahead = await log.held_up(append_of(a_job()))
-        waiting = asyncio.create_task(log.append(append_of(a_job())))
+        ahead = await log.held_up(append_of(make_job_submitted()))
+        waiting = asyncio.create_task(log.append(append_of(make_job_submitted())))
         await asyncio.sleep(0)
         closing = asyncio.create_task(log.aclose())
         log.go_on.set()
@@ -334,30 +355,30 @@ async def test_closing_finishes_the_appends_that_wait(connection: Connection) ->
 
 
 async def test_too_much_waiting_is_refused_until_it_is_written(connection: Connection) -> None:
-    async with dawdler_on(connection, Limits(waiting_events=3)) as log:
-        ahead = await log.held_up(append_of(a_job()))
-        waiting = [asyncio.create_task(log.append(append_of(a_job()))) for _ in range(3)]
+    async with dawdler_on(connection, EventStoreLimits(max_pending_events=3)) as log:
+        ahead = await log.held_up(append_of(make_job_submitted()))
+        waiting = [asyncio.create_task(log.append(append_of(make_job_submitted()))) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(LedgerBusy):
-            await log.append(append_of(a_job()))
+            await log.append(append_of(make_job_submitted()))
         log.go_on.set()
         await asyncio.gather(ahead, *waiting)
-        await log.append(append_of(a_job()))
-        assert await log.head() == 5
+        await log.append(append_of(make_job_submitted()))
+        assert await log.head_position() == 5
 
 
 async def test_too_many_bytes_waiting_are_refused_like_too_many_events(connection: Connection) -> None:
-    large = a_job(parameters={"text": "x" * 60_000})
-    async with dawdler_on(connection, Limits(waiting_bytes=150_000, groups_on_their_way=1)) as log:
-        ahead = await log.held_up(append_of(a_job()))
+    large = make_job_submitted(parameters={"text": "x" * 60_000})
+    async with dawdler_on(connection, EventStoreLimits(max_pending_bytes=150_000, max_concurrent_writes=1)) as log:
+        ahead = await log.held_up(append_of(make_job_submitted()))
         waiting = [asyncio.create_task(log.append(append_of(large))) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(LedgerBusy, match="bytes"):
-            await log.append(append_of(a_job()))
+            await log.append(append_of(make_job_submitted()))
         log.go_on.set()
         await asyncio.gather(ahead, *waiting)
         await log.append(append_of(large))
-        assert await log.head() == 5
+        assert await log.head_position() == 5
 
 
 @pytest.mark.parametrize(
@@ -386,15 +407,15 @@ async def test_large_content_is_never_encoded_on_the_event_loop(
         threads.append(threading.current_thread() is threading.main_thread())
         return is_delicate(text)
 
-    real, is_delicate = chain._plain, chain._is_delicate
+    real, is_delicate = chain._plain, chain._needs_slow_path
     monkeypatch.setattr(chain, "_plain", walk)
     monkeypatch.setattr(chain, "_is_delicate", look)
-    for job in (a_job(parameters=parameters), a_job(parameters=parameters, not_before=NOON)):
+    for job in (make_job_submitted(parameters=parameters), make_job_submitted(parameters=parameters, not_before=NOON)):
         threads.clear()
-        await quiet.log.append(append_of(a_job()), append_of(job))
+        await quiet.event_store.append(append_of(make_job_submitted()), append_of(job))
         assert (False not in threads) is on_loop
         assert threads.count(True) == 1 or on_loop  # that of the small one
-    check_log(await stored(quiet.db))
+    check_log(await load_event_documents(quiet.db))
 
 
 async def test_content_that_is_too_large_is_refused_before_it_is_looked_at(
@@ -404,7 +425,7 @@ async def test_content_that_is_too_large_is_refused_before_it_is_looked_at(
     monkeypatch.setattr(chain, "_is_delicate", None)
     for content in ([[1.0] * 3] * 240_000, [None] * 1_000_000, ["$"] * 1_000_000):
         with pytest.raises(InvalidEvent, match=r"parameters: \d+ bytes"):
-            await quiet.log.append(append_of(a_job(parameters={"a": content})))
+            await quiet.event_store.append(append_of(make_job_submitted(parameters={"a": content})))
 
 
 async def test_other_tasks_run_while_much_small_content_is_encoded(
@@ -419,228 +440,238 @@ async def test_other_tasks_run_while_much_small_content_is_encoded(
             rounds += 1
             await asyncio.sleep(0)
 
-    jobs = [append_of(a_job(parameters={"a": "x" * 30_000})) for _ in range(20)]
+    jobs = [append_of(make_job_submitted(parameters={"a": "x" * 30_000})) for _ in range(20)]
     counting = asyncio.create_task(count())
     seen = 0
-    real_write = quiet.log._write
+    real_write = quiet.event_store._write
 
     async def write(*arguments: Any) -> None:
         nonlocal seen
         seen = rounds
         await real_write(*arguments)
 
-    monkeypatch.setattr(quiet.log, "_write", write)
-    await quiet.log.append(*jobs)
+    monkeypatch.setattr(quiet.event_store, "_write", write)
+    await quiet.event_store.append(*jobs)
     counting.cancel()
     assert 5 <= seen <= 20
 
 
 async def test_an_append_that_is_too_large_as_a_whole_is_refused_with_both_numbers(connection: Connection) -> None:
-    large = a_job(parameters={"text": "x" * 40_000})
-    async with ledger_on(connection, Limits(append_bytes=100_000), live=False) as ledger:
+    large = make_job_submitted(parameters={"text": "x" * 40_000})
+    async with open_ledger(connection, EventStoreLimits(max_append_bytes=100_000), with_change_stream=False) as ledger:
         with pytest.raises(InvalidEvent, match=r"3 events of 12\d{4} bytes .* 100000 bytes can be"):
-            await ledger.log.append(*[append_of(large) for _ in range(3)])
-        assert len(await ledger.log.append(*[append_of(large) for _ in range(2)])) == 2
+            await ledger.event_store.append(*[append_of(large) for _ in range(3)])
+        assert len(await ledger.event_store.append(*[append_of(large) for _ in range(2)])) == 2
 
 
 async def test_an_append_larger_than_a_message_to_the_server_is_still_all_or_nothing(quiet: Ledger) -> None:
     """Its documents take four times as many bytes in BSON as in JSON: 52 MB, and a message holds 16."""
-    numbers = a_job(parameters={"numbers": list(range(10, 90)) * 1000})
-    taken = await quiet.log.append(append_of(a_job(), stream="job-taken"))
+    numbers = make_job_submitted(parameters={"numbers": list(range(10, 90)) * 1000})
+    taken = await quiet.event_store.append(append_of(make_job_submitted(), stream="job-taken"))
     many = [append_of(numbers) for _ in range(60)]
     with pytest.raises(VersionConflict):
-        await quiet.log.append(*many, append_of(a_job(), stream="job-taken"))
-    assert [event.stream for event in await quiet.log.read() if event.stream != VOID_STREAM] == ["job-taken"]
-    recorded = await quiet.log.append(*many)
-    assert positions(recorded) == list(range(recorded[0].position, recorded[0].position + 60))
+        await quiet.event_store.append(*many, append_of(make_job_submitted(), stream="job-taken"))
+    assert [event.stream for event in await quiet.event_store.read() if event.stream != VOID_STREAM] == ["job-taken"]
+    recorded = await quiet.event_store.append(*many)
+    assert event_positions(recorded) == list(range(recorded[0].position, recorded[0].position + 60))
     assert recorded[0].position > taken[0].position
-    check_log(await stored(quiet.db))
+    check_log(await load_event_documents(quiet.db))
 
 
 async def test_groups_gather_and_take_their_numbers_while_others_are_on_their_way(connection: Connection) -> None:
-    async with dawdler_on(connection, Limits(groups_on_their_way=3, group_events=10)) as log:
+    async with dawdler_on(connection, EventStoreLimits(max_concurrent_writes=3, max_events_per_write=10)) as log:
         log.go_on.clear()
-        appending = [asyncio.create_task(log.append(append_of(a_job(), stream=f"job-{n}"))) for n in range(50)]
-        await until(lambda: log.held == [10, 10, 10])
+        appending = [
+            asyncio.create_task(log.append(append_of(make_job_submitted(), stream=f"job-{n}"))) for n in range(50)
+        ]
+        await poll_until(lambda: log.held == [10, 10, 10])
         log.go_on.set()
         recorded = await asyncio.gather(*appending)
         assert sorted(event.position for [event] in recorded) == list(range(1, 51))
         assert log.held == [10] * 5
-        check_log(await stored(log.db))
+        check_log(await load_event_documents(log.db))
 
 
 async def test_what_waiting_does_not_mend_fails_at_once(connection: Connection) -> None:
     """A validator that some administrator put on the collection stands for every lasting refusal."""
-    async with ledger_on(connection, live=False) as ledger:
-        await ledger.submit()
+    async with open_ledger(connection, with_change_stream=False) as ledger:
+        await ledger.submit_job()
         await ledger.db.command({"collMod": "events", "validator": {"type": "Nothing"}})
         async with asyncio.timeout(3):
             with pytest.raises(LedgerUnavailable, match="refuses the events: Document failed validation"):
-                await ledger.submit()
+                await ledger.submit_job()
         await ledger.db.command({"collMod": "events", "validator": {}})
-        await ledger.submit()
-        events = await whole(ledger.log)
+        await ledger.submit_job()
+        events = await read_all_events(ledger.event_store)
         assert [event.type for event in events] == ["JobSubmitted", "PositionVoided", "JobSubmitted"]
 
 
 async def test_without_a_database_an_append_gives_up_at_its_deadline(mongodb_uri: str, db_name: str) -> None:
-    with Proxy(mongodb_uri) as proxy:
+    with TcpProxy(mongodb_uri) as proxy:
         connection = Connection(proxy.uri, db_name, connect_timeout_ms=300)
-        async with ledger_on(connection, Limits(append_deadline_seconds=0.5), live=False) as ledger:
-            await ledger.submit()
+        async with open_ledger(
+            connection, EventStoreLimits(append_timeout_seconds=0.5), with_change_stream=False
+        ) as ledger:
+            await ledger.submit_job()
             proxy.close()
             with pytest.raises(LedgerUnavailable, match="in time"):
-                await asyncio.wait_for(ledger.submit(), DEADLINE_SECONDS)
-            for reading in (ledger.log.head(), ledger.log.read(), ledger.log.read_stream("job-1")):
+                await asyncio.wait_for(ledger.submit_job(), DEADLINE_SECONDS)
+            for reading in (
+                ledger.event_store.head_position(),
+                ledger.event_store.read(),
+                ledger.event_store.read_stream("job-1"),
+            ):
                 with pytest.raises(LedgerUnavailable):
                     await reading
 
 
 async def test_those_behind_in_the_queue_do_not_wait_for_the_database_in_turn(mongodb_uri: str, db_name: str) -> None:
-    with Proxy(mongodb_uri) as proxy:
+    with TcpProxy(mongodb_uri) as proxy:
         connection = Connection(proxy.uri, db_name, connect_timeout_ms=300)
-        limits = Limits(append_deadline_seconds=1, group_events=1, groups_on_their_way=2)
-        async with ledger_on(connection, limits, live=False) as ledger:
-            await ledger.submit()
+        limits = EventStoreLimits(append_timeout_seconds=1, max_events_per_write=1, max_concurrent_writes=2)
+        async with open_ledger(connection, limits, with_change_stream=False) as ledger:
+            await ledger.submit_job()
             proxy.close()
             async with asyncio.timeout(4):
-                answers = await asyncio.gather(*(ledger.submit() for _ in range(40)), return_exceptions=True)
+                answers = await asyncio.gather(*(ledger.submit_job() for _ in range(40)), return_exceptions=True)
             assert {type(answer) for answer in answers} == {LedgerUnavailable}
 
 
 async def test_a_connection_that_breaks_delays_an_append_and_does_not_repeat_it(mongodb_uri: str, db_name: str) -> None:
-    with Proxy(mongodb_uri) as proxy:
-        async with ledger_on(Connection(proxy.uri, db_name), live=False) as ledger:
+    with TcpProxy(mongodb_uri) as proxy:
+        async with open_ledger(Connection(proxy.uri, db_name), with_change_stream=False) as ledger:
             for _ in range(5):
-                appending = asyncio.gather(*(ledger.submit() for _ in range(20)))
+                appending = asyncio.gather(*(ledger.submit_job() for _ in range(20)))
                 await asyncio.sleep(0.001)
-                proxy.cut()
+                proxy.close_connections()
                 await asyncio.wait_for(appending, DEADLINE_SECONDS)
-            events = await whole(ledger.log)
+            events = await read_all_events(ledger.event_store)
             assert len([event for event in events if event.stream != VOID_STREAM]) == 100
-            check_log(await stored(ledger.db))
+            check_log(await load_event_documents(ledger.db))
 
 
 # Numbers: lost, late, left behind ---------------------------------------------------------------------------------
 
 
 async def test_a_lost_number_is_voided_by_whoever_reads(quiet: Ledger) -> None:
-    await quiet.submit()
-    lost = await lose_a_ticket(quiet.db, 3)
-    await quiet.submit()
-    assert await quiet.log.read(limit=10) != []
-    events = await quiet.log.read(after=1)
-    assert positions(events) == [2, 3, 4, 5]
+    await quiet.submit_job()
+    lost = await create_position_gap(quiet.db, 3)
+    await quiet.submit_job()
+    assert await quiet.event_store.read(limit=10) != []
+    events = await quiet.event_store.read(after=1)
+    assert event_positions(events) == [2, 3, 4, 5]
     assert [type(event.event) for event in events[:3]] == [PositionVoided] * 3
     assert lost == 2
-    check_log(await stored(quiet.db))
+    check_log(await load_event_documents(quiet.db))
 
 
 async def test_a_lost_number_at_the_end_holds_nobody_up_and_is_no_event(quiet: Ledger) -> None:
-    await quiet.submit()
-    await lose_a_ticket(quiet.db)
-    assert positions(await quiet.log.read()) == [1]
-    assert await quiet.log.read(after=1) == []
-    assert await quiet.log.head() == 1
+    await quiet.submit_job()
+    await create_position_gap(quiet.db)
+    assert event_positions(await quiet.event_store.read()) == [1]
+    assert await quiet.event_store.read(after=1) == []
+    assert await quiet.event_store.head_position() == 1
 
 
 async def test_all_subscribers_of_all_processes_see_the_same_where_numbers_were_lost(connection: Connection) -> None:
     async with AsyncExitStack() as stack:
-        ledgers = [await stack.enter_async_context(ledger_on(connection, QUICK)) for _ in range(3)]
+        ledgers = [await stack.enter_async_context(open_ledger(connection, FAST_GAP_LIMITS)) for _ in range(3)]
         reading = [
-            asyncio.create_task(first(ledger.log, 30 - after, after=after)) for ledger in ledgers for after in (0, 0, 7)
+            asyncio.create_task(read_first_events(ledger.event_store, 30 - after, after=after))
+            for ledger in ledgers
+            for after in (0, 0, 7)
         ]
         for number in range(10):
-            await lose_a_ticket(ledgers[0].db, number % 3)
-            await ledgers[number % 3].submit()
-        await ledgers[0].log.append(append_of(*[progress()] * 30))
+            await create_position_gap(ledgers[0].db, number % 3)
+            await ledgers[number % 3].submit_job()
+        await ledgers[0].event_store.append(append_of(*[progress()] * 30))
         seen = await asyncio.gather(*reading)
         everything = next(events for events in seen if len(events) == 30)
         assert all(events == everything[-len(events) :] for events in seen)
-        assert positions(everything) == list(range(1, 31))
+        assert event_positions(everything) == list(range(1, 31))
         assert sum(event.stream == VOID_STREAM for event in everything) == 9
-        check_log(await stored(ledgers[0].db))
+        check_log(await load_event_documents(ledgers[0].db))
 
 
 @pytest.mark.parametrize("together", [1, 3], ids=["single event", "transaction"])
 async def test_a_writer_that_was_too_slow_lands_behind_the_void_and_once(connection: Connection, together: int) -> None:
-    async with ledger_on(connection, QUICK) as ledger, dawdler_on(connection) as slow:
+    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger, dawdler_on(connection) as slow:
         late = await slow.held_up(append_of(*[progress()] * together, stream="job-late"))
-        behind = await ledger.submit()
+        behind = await ledger.submit_job()
         assert behind.events[0].position == together + 1
-        before = await first(ledger.log, together + 1)
+        before = await read_first_events(ledger.event_store, together + 1)
         assert [event.stream for event in before] == [VOID_STREAM] * together + [behind.events[0].stream]
         slow.go_on.set()
         recorded = await asyncio.wait_for(late, DEADLINE_SECONDS)
-        assert positions(recorded) == [together + 1 + number for number in range(1, together + 1)]
-        assert await ledger.log.read_stream("job-late") == recorded
-        assert await first(ledger.log, 2 * together + 1) == before + recorded
-        check_log(await stored(ledger.db))
+        assert event_positions(recorded) == [together + 1 + number for number in range(1, together + 1)]
+        assert await ledger.event_store.read_stream("job-late") == recorded
+        assert await read_first_events(ledger.event_store, 2 * together + 1) == before + recorded
+        check_log(await load_event_documents(ledger.db))
 
 
 async def test_a_writer_whose_number_was_voided_may_find_its_race_lost(connection: Connection) -> None:
-    async with ledger_on(connection, QUICK) as ledger, dawdler_on(connection) as slow:
+    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger, dawdler_on(connection) as slow:
         late = await slow.held_up(append_of(progress(), stream="job-1"))
-        await ledger.log.append(append_of(a_job(), stream="job-1"))
-        await first(ledger.log, 2)
+        await ledger.event_store.append(append_of(make_job_submitted(), stream="job-1"))
+        await read_first_events(ledger.event_store, 2)
         slow.go_on.set()
         with pytest.raises(VersionConflict) as lost:
             await asyncio.wait_for(late, DEADLINE_SECONDS)
         assert lost.value.found == 1
-        check_log(await stored(ledger.db))
+        check_log(await load_event_documents(ledger.db))
 
 
 async def test_a_writer_that_is_a_little_slow_keeps_its_number(connection: Connection) -> None:
-    patient = Limits(void_after_seconds=DEADLINE_SECONDS)
-    async with ledger_on(connection, patient) as ledger, dawdler_on(connection, patient) as slow:
-        async with ledger.log.subscription(after=0) as events:
-            late = await slow.held_up(append_of(a_job(), stream="job-late"))
-            behind = await ledger.submit()
+    patient = EventStoreLimits(gap_timeout_seconds=DEADLINE_SECONDS)
+    async with open_ledger(connection, patient) as ledger, dawdler_on(connection, patient) as slow:
+        async with ledger.event_store.subscribe(after=0) as events:
+            late = await slow.held_up(append_of(make_job_submitted(), stream="job-late"))
+            behind = await ledger.submit_job()
             slow.go_on.set()
-            assert [event.stream for event in await take(events, 2)] == ["job-late", behind.events[0].stream]
+            assert [event.stream for event in await take_events(events, 2)] == ["job-late", behind.events[0].stream]
         assert (await late)[0].position == 1
 
 
 async def test_an_earlier_hole_that_closed_does_not_shorten_the_time_of_a_later_one(connection: Connection) -> None:
-    patient = Limits(void_after_seconds=0.6)
+    patient = EventStoreLimits(gap_timeout_seconds=0.6)
     async with (
-        ledger_on(connection, patient) as ledger,
+        open_ledger(connection, patient) as ledger,
         dawdler_on(connection) as slow,
-        ledger.log.subscription(after=0) as events,
+        ledger.event_store.subscribe(after=0) as events,
     ):
-        late = await slow.held_up(append_of(a_job()))
-        await ledger.submit()
+        late = await slow.held_up(append_of(make_job_submitted()))
+        await ledger.submit_job()
         await asyncio.sleep(0.4)
         slow.go_on.set()
-        await take(events, 2)
+        await take_events(events, 2)
         await late
-        late = await slow.held_up(append_of(a_job(), stream="job-late"))
-        await ledger.submit()
+        late = await slow.held_up(append_of(make_job_submitted(), stream="job-late"))
+        await ledger.submit_job()
         await asyncio.sleep(0.4)
         slow.go_on.set()
-        assert (await take(events, 1))[0].stream == "job-late"
+        assert (await take_events(events, 1))[0].stream == "job-late"
         await late
 
 
 @pytest.mark.parametrize("together", [1, 3], ids=["single event", "transaction"])
 async def test_a_repeated_insert_recognises_its_own_success(connection: Connection, together: int) -> None:
-    async with ledger_on(connection, QUICK, live=False, kind=Forgetful) as ledger:
-        recorded = await ledger.log.append(append_of(*[progress()] * together, stream="job-1"))
-        assert positions(recorded) == list(range(1, together + 1))
-        assert await ledger.log.read() == recorded
-        check_log(await stored(ledger.db))
+    async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False, store_class=Forgetful) as ledger:
+        recorded = await ledger.event_store.append(append_of(*[progress()] * together, stream="job-1"))
+        assert event_positions(recorded) == list(range(1, together + 1))
+        assert await ledger.event_store.read() == recorded
+        check_log(await load_event_documents(ledger.db))
 
 
 async def test_a_group_that_was_written_in_part_is_completed(connection: Connection) -> None:
-    async with ledger_on(connection, QUICK, live=False, kind=Forgetful) as ledger:
-        assert isinstance(ledger.log, Forgetful)
-        ledger.log.lost_after = 2
-        answers = await asyncio.gather(*(ledger.log.append(append_of(a_job())) for _ in range(5)))
+    async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False, store_class=Forgetful) as ledger:
+        assert isinstance(ledger.event_store, Forgetful)
+        ledger.event_store.lost_after = 2
+        answers = await asyncio.gather(*(ledger.event_store.append(append_of(make_job_submitted())) for _ in range(5)))
         assert sorted(event.position for events in answers for event in events) == [1, 2, 3, 4, 5]
-        assert await ledger.log.read() == sorted(
+        assert await ledger.event_store.read() == sorted(
             (event for events in answers for event in events), key=lambda event: event.position
         )
-        check_log(await stored(ledger.db))
+        check_log(await load_event_documents(ledger.db))
 
 
 async def test_a_success_that_nobody_heard_of_is_recognised_under_its_old_number(connection: Connection) -> None:
@@ -654,95 +685,95 @@ async def test_a_success_that_nobody_heard_of_is_recognised_under_its_old_number
                 await self._number(todo)
                 raise
 
-    async with ledger_on(connection, QUICK, live=False, kind=Renumbering) as ledger:
-        [recorded] = await ledger.log.append(append_of(a_job()))
+    async with open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False, store_class=Renumbering) as ledger:
+        [recorded] = await ledger.event_store.append(append_of(make_job_submitted()))
         assert recorded.position == 1
-        assert [event.stream for event in await ledger.log.read()] == [recorded.stream, VOID_STREAM]
-        check_log(await stored(ledger.db))
+        assert [event.stream for event in await ledger.event_store.read()] == [recorded.stream, VOID_STREAM]
+        check_log(await load_event_documents(ledger.db))
 
 
 @pytest.mark.parametrize("left_at", [None, 0, 3, 9], ids=["gone", "at 0", "in the middle", "one behind"])
 async def test_a_counter_that_fell_behind_gives_nobody_a_position_before_what_it_decided_on(
     quiet: Ledger, left_at: int | None
 ) -> None:
-    heads = [head_of((await quiet.submit()).events[0]) for _ in range(10)]
-    streams = [event.stream for event in await quiet.log.read()]
+    heads = [head_of((await quiet.submit_job()).events[0]) for _ in range(10)]
+    streams = [event.stream for event in await quiet.event_store.read()]
     await quiet.db.counters.delete_one({"_id": "events"})
     if left_at is not None:
         await quiet.db.counters.insert_one({"_id": "events", "next": left_at})
-    [later] = await quiet.log.append(append_of(progress(), stream=streams[9], head=heads[9]))
+    [later] = await quiet.event_store.append(append_of(progress(), stream=streams[9], head=heads[9]))
     assert later.position > 10
-    [fresh] = await quiet.log.append(append_of(a_job()))
+    [fresh] = await quiet.event_store.append(append_of(make_job_submitted()))
     assert fresh.position == later.position + 1
-    two = await quiet.log.append(append_of(progress(), progress(), stream=streams[4], head=heads[4]))
-    assert positions(two) == [fresh.position + 1, fresh.position + 2]
-    check_log(await stored(quiet.db))
+    two = await quiet.event_store.append(append_of(progress(), progress(), stream=streams[4], head=heads[4]))
+    assert event_positions(two) == [fresh.position + 1, fresh.position + 2]
+    check_log(await load_event_documents(quiet.db))
 
 
 @pytest.mark.parametrize("together", [1, 2], ids=["single event", "transaction"])
 async def test_a_number_that_is_still_free_is_not_used_for_what_was_decided_on_a_later_event(
     quiet: Ledger, together: int
 ) -> None:
-    await quiet.submit()
-    await lose_a_ticket(quiet.db, 3)
-    [before] = await quiet.log.append(append_of(a_job(), stream="job-1"))
+    await quiet.submit_job()
+    await create_position_gap(quiet.db, 3)
+    [before] = await quiet.event_store.append(append_of(make_job_submitted(), stream="job-1"))
     assert before.position == 5
     await quiet.db.counters.update_one({"_id": "events"}, {"$set": {"next": 1}})
-    after = await quiet.log.append(append_of(*[progress()] * together, stream="job-1", head=head_of(before)))
-    assert positions(after) == [5 + number for number in range(1, together + 1)]
-    await whole(quiet.log)
-    check_log(await stored(quiet.db))
+    after = await quiet.event_store.append(append_of(*[progress()] * together, stream="job-1", head=head_of(before)))
+    assert event_positions(after) == [5 + number for number in range(1, together + 1)]
+    await read_all_events(quiet.event_store)
+    check_log(await load_event_documents(quiet.db))
 
 
 async def test_a_counter_that_is_far_behind_is_set_right_and_not_counted_up(quiet: Ledger) -> None:
-    await quiet.log.append(append_of(*[progress()] * 3000))
+    await quiet.event_store.append(append_of(*[progress()] * 3000))
     await quiet.db.counters.delete_one({"_id": "events"})
     async with asyncio.timeout(2):
-        [recorded] = await quiet.log.append(append_of(a_job()))
+        [recorded] = await quiet.event_store.append(append_of(make_job_submitted()))
     assert recorded.position == 3001
 
 
 @pytest.mark.parametrize("together", [1, 3], ids=["single event", "transaction"])
 async def test_with_the_counter_behind_a_new_stream_finds_a_free_position_too(quiet: Ledger, together: int) -> None:
     for _ in range(10):
-        await quiet.submit()
+        await quiet.submit_job()
     await quiet.db.counters.update_one({"_id": "events"}, {"$set": {"next": 4}})
-    recorded = await quiet.log.append(append_of(*[progress()] * together))
+    recorded = await quiet.event_store.append(append_of(*[progress()] * together))
     assert recorded[0].position > 10
-    await quiet.log.read()
-    check_log(await stored(quiet.db))
+    await quiet.event_store.read()
+    check_log(await load_event_documents(quiet.db))
 
 
 # Read -------------------------------------------------------------------------------------------------------------
 
 
 async def test_history_is_read_in_pages(connection: Connection) -> None:
-    async with ledger_on(connection, Limits(page_events=4), live=False) as ledger:
-        recorded = await ledger.log.append(append_of(*[progress()] * 10, stream="job-1"))
-        assert positions(await ledger.log.read()) == [1, 2, 3, 4]
-        assert positions(await ledger.log.read(after=8)) == [9, 10]
-        assert positions(await ledger.log.read(after=2, limit=6)) == [3, 4, 5, 6, 7, 8]
-        assert await ledger.log.read(after=10) == await ledger.log.read(after=4711) == []
-        assert await ledger.log.read_stream("job-1", after_version=7) == recorded[7:]
-        assert await ledger.log.read_stream("job-2") == []
+    async with open_ledger(connection, EventStoreLimits(page_events=4), with_change_stream=False) as ledger:
+        recorded = await ledger.event_store.append(append_of(*[progress()] * 10, stream="job-1"))
+        assert event_positions(await ledger.event_store.read()) == [1, 2, 3, 4]
+        assert event_positions(await ledger.event_store.read(after=8)) == [9, 10]
+        assert event_positions(await ledger.event_store.read(after=2, limit=6)) == [3, 4, 5, 6, 7, 8]
+        assert await ledger.event_store.read(after=10) == await ledger.event_store.read(after=4711) == []
+        assert await ledger.event_store.read_stream("job-1", after_version=7) == recorded[7:]
+        assert await ledger.event_store.read_stream("job-2") == []
 
 
 async def test_a_hole_before_an_old_event_is_voided_at_once(connection: Connection) -> None:
-    async with ledger_on(connection, Limits(void_after_seconds=60), live=False) as ledger:
-        await lose_a_ticket(ledger.db)
-        await ledger.log.append(append_of(a_job()))  # of last year, by its time
+    async with open_ledger(connection, EventStoreLimits(gap_timeout_seconds=60), with_change_stream=False) as ledger:
+        await create_position_gap(ledger.db)
+        await ledger.event_store.append(append_of(make_job_submitted()))  # of last year, by its time
         async with asyncio.timeout(5):
-            assert positions(await ledger.log.read()) == [1, 2]
+            assert event_positions(await ledger.event_store.read()) == [1, 2]
 
 
 async def test_a_hole_before_a_fresh_event_is_left_to_its_writer_for_a_while(connection: Connection) -> None:
     async with (
-        ledger_on(connection, Limits(void_after_seconds=0.5), live=False) as ledger,
+        open_ledger(connection, EventStoreLimits(gap_timeout_seconds=0.5), with_change_stream=False) as ledger,
         dawdler_on(connection) as slow,
     ):
-        late = await slow.held_up(append_of(a_job(), stream="job-late"))
-        behind = await ledger.submit()
-        reading = asyncio.create_task(ledger.log.read())
+        late = await slow.held_up(append_of(make_job_submitted(), stream="job-late"))
+        behind = await ledger.submit_job()
+        reading = asyncio.create_task(ledger.event_store.read())
         await asyncio.sleep(0.05)
         slow.go_on.set()
         assert [event.stream for event in await reading] == ["job-late", behind.events[0].stream]
@@ -755,32 +786,36 @@ async def test_what_happened_while_the_stream_was_closed_is_read_and_nothing_is_
     """The log as a listener of a change stream that brings position 4, is closed, and is opened again at 6."""
     async with quiet.db.client.start_session() as session:
         for _ in range(3):
-            await quiet.submit()
-        await quiet.log.resync(session)
+            await quiet.submit_job()
+        await quiet.event_store.resync(session)
         for _ in range(3):
-            await quiet.submit()
-        four, five, six = (await stored(quiet.db))[3:]
-        hear(quiet.log, four)
-        assert positions(await first(quiet.log, 1, after=3)) == [4]
-        await quiet.log.resync(session)
+            await quiet.submit_job()
+        four, five, six = (await load_event_documents(quiet.db))[3:]
+        hear(quiet.event_store, four)
+        assert event_positions(await read_first_events(quiet.event_store, 1, after=3)) == [4]
+        await quiet.event_store.resync(session)
         for document in (five, six):  # the stream begins with changes that were read already
-            hear(quiet.log, document)
+            hear(quiet.event_store, document)
         for after in range(6):
-            assert positions(await first(quiet.log, 6 - after, after=after)) == list(range(after + 1, 7))
-        await quiet.submit()
-        hear(quiet.log, (await stored(quiet.db))[6])
+            assert event_positions(await read_first_events(quiet.event_store, 6 - after, after=after)) == list(
+                range(after + 1, 7)
+            )
+        await quiet.submit_job()
+        hear(quiet.event_store, (await load_event_documents(quiet.db))[6])
         for after in range(7):
-            assert positions(await first(quiet.log, 7 - after, after=after)) == list(range(after + 1, 8))
-        lost = await lose_a_ticket(quiet.db)
-        await quiet.submit()
-        hear(quiet.log, (await stored(quiet.db))[7])
+            assert event_positions(await read_first_events(quiet.event_store, 7 - after, after=after)) == list(
+                range(after + 1, 8)
+            )
+        lost = await create_position_gap(quiet.db)
+        await quiet.submit_job()
+        hear(quiet.event_store, (await load_event_documents(quiet.db))[7])
         async with asyncio.timeout(DEADLINE_SECONDS):
-            while not await stored(quiet.db, {"_id": lost, "stream": VOID_STREAM}):  # noqa: ASYNC110 - no stream here
+            while not await load_event_documents(quiet.db, {"_id": lost, "stream": VOID_STREAM}):  # noqa: ASYNC110 - no stream here
                 await asyncio.sleep(0.02)
 
 
-def hear(log: EventLog, document: Document) -> None:
-    log.changed({"operationType": "insert", "fullDocument": document})
+def hear(log: EventStore, document: Document) -> None:
+    log.on_change({"operationType": "insert", "fullDocument": document})
 
 
 # Subscribe --------------------------------------------------------------------------------------------------------
@@ -788,77 +823,83 @@ def hear(log: EventLog, document: Document) -> None:
 
 async def test_history_becomes_live_without_a_gap_or_a_double_while_others_write(connection: Connection) -> None:
     async with AsyncExitStack() as stack:
-        reader = await stack.enter_async_context(ledger_on(connection, QUICK))
-        writers = [await stack.enter_async_context(ledger_on(connection, QUICK, live=False)) for _ in range(3)]
+        reader = await stack.enter_async_context(open_ledger(connection, FAST_GAP_LIMITS))
+        writers = [
+            await stack.enter_async_context(open_ledger(connection, FAST_GAP_LIMITS, with_change_stream=False))
+            for _ in range(3)
+        ]
 
         async def write(ledger: Ledger) -> None:
             for number in range(40):
                 if number % 5:
-                    await ledger.submit()
+                    await ledger.submit_job()
                 else:
-                    await ledger.log.append(append_of(*[progress()] * 3))
+                    await ledger.event_store.append(append_of(*[progress()] * 3))
 
         writing = [asyncio.create_task(write(ledger)) for ledger in writers]
         total = 3 * (32 + 8 * 3)
         reading = []
         for after in (0, 1, 10, 50, 100):
-            async with reader.log.subscription(after=0) as events:
-                await take(events, max(after, 1))
-            reading.append(asyncio.create_task(first(reader.log, total - after, after=after)))
+            async with reader.event_store.subscribe(after=0) as events:
+                await take_events(events, max(after, 1))
+            reading.append(asyncio.create_task(read_first_events(reader.event_store, total - after, after=after)))
         await asyncio.gather(*writing)
         seen = await asyncio.gather(*reading)
-        assert positions(seen[0]) == list(range(1, total + 1))
-        assert [positions(events) for events in seen] == [
+        assert event_positions(seen[0]) == list(range(1, total + 1))
+        assert [event_positions(events) for events in seen] == [
             list(range(after + 1, total + 1)) for after in (0, 1, 10, 50, 100)
         ]
-        assert seen[0] == await reader.log.read(limit=total)
+        assert seen[0] == await reader.event_store.read(limit=total)
 
 
 async def test_a_subscriber_hears_of_an_event_without_asking(ledger: Ledger) -> None:
-    async with ledger.log.subscription(after=0) as events:
-        waiting = asyncio.create_task(take(events, 1))
-        submitted = await ledger.submit()
+    async with ledger.event_store.subscribe(after=0) as events:
+        waiting = asyncio.create_task(take_events(events, 1))
+        submitted = await ledger.submit_job()
         assert await waiting == submitted.events
         assert events.position == 1
 
 
 async def test_a_subscriber_may_wait_for_a_position_that_is_far_ahead(ledger: Ledger) -> None:
-    async with ledger.log.subscription(after=3) as events:
-        waiting = asyncio.create_task(take(events, 1))
+    async with ledger.event_store.subscribe(after=3) as events:
+        waiting = asyncio.create_task(take_events(events, 1))
         for _ in range(4):
-            await ledger.submit()
-        assert positions(await waiting) == [4]
+            await ledger.submit_job()
+        assert event_positions(await waiting) == [4]
 
 
 async def test_a_slow_subscriber_falls_back_to_the_collection_and_misses_nothing(connection: Connection) -> None:
     async with (
-        ledger_on(connection, Limits(tail_events=10, page_events=7)) as ledger,
-        ledger.log.subscription(after=0) as slow,
-        ledger.log.subscription(after=0) as fast,
+        open_ledger(connection, EventStoreLimits(max_tail_events=10, page_events=7)) as ledger,
+        ledger.event_store.subscribe(after=0) as slow,
+        ledger.event_store.subscribe(after=0) as fast,
     ):
-        await ledger.submit()
-        assert positions(await take(slow, 1)) == [1]
+        await ledger.submit_job()
+        assert event_positions(await take_events(slow, 1)) == [1]
         for _ in range(4):
-            await ledger.log.append(append_of(*[progress()] * 15))
-        await take(fast, 61)
-        chunk = await slow.chunk(5)
-        assert positions(chunk) == [2, 3, 4, 5, 6]
-        assert positions(await take(slow, 55)) == list(range(7, 62))
-        later = asyncio.gather(take(slow, 1), take(fast, 1))
-        await ledger.submit()
-        assert [positions(events) for events in await later] == [[62], [62]]
+            await ledger.event_store.append(append_of(*[progress()] * 15))
+        await take_events(fast, 61)
+        chunk = await slow.next_chunk(5)
+        assert event_positions(chunk) == [2, 3, 4, 5, 6]
+        assert event_positions(await take_events(slow, 55)) == list(range(7, 62))
+        later = asyncio.gather(take_events(slow, 1), take_events(fast, 1))
+        await ledger.submit_job()
+        assert [event_positions(events) for events in await later] == [[62], [62]]
 
 
 async def test_large_events_are_kept_and_read_a_few_at_a_time(connection: Connection) -> None:
-    large = a_job(parameters={"text": "x" * 1_000_000})
-    async with ledger_on(connection, Limits(tail_bytes=5_000_000)) as ledger, ledger.log.subscription(after=0) as slow:
+    large = make_job_submitted(parameters={"text": "x" * 1_000_000})
+    async with (
+        open_ledger(connection, EventStoreLimits(max_tail_bytes=5_000_000)) as ledger,
+        ledger.event_store.subscribe(after=0) as slow,
+    ):
         for _ in range(40):
-            await ledger.log.append(append_of(large))
-        await first(ledger.log, 1, after=39)  # the change stream has brought them all
+            await ledger.event_store.append(append_of(large))
+        await read_first_events(ledger.event_store, 1, after=39)  # the change stream has brought them all
         pages = []
         async with asyncio.timeout(DEADLINE_SECONDS):
             while slow.position < 40:
-                pages.append(positions(await slow.chunk()))
+                pages.append(event_positions(await slow.next_chunk()))
         assert [position for page in pages for position in page] == list(range(1, 41))
         assert max(len(page) for page in pages) <= 16  # what the server puts in one answer, 16 MB
 
@@ -867,19 +908,22 @@ async def test_large_events_are_kept_and_read_a_few_at_a_time(connection: Connec
 async def test_chunks_of_bounded_size_miss_nothing_and_fetch_nothing_ahead(
     connection: Connection, tail_bytes: int
 ) -> None:
-    jobs = [a_job(parameters={"text": "x" * size}) for size in [10] * 60 + [100_000] * 30 + [10] * 5 + [3_000_000, 10]]
-    async with ledger_on(connection, Limits(tail_bytes=tail_bytes)) as ledger:
-        await ledger.log.append(*[append_of(it) for it in jobs])
-        await first(ledger.log, 1, after=len(jobs) - 1)
-        async with ledger.log.subscription(after=0, chunk_bytes=1_000_000) as slow:
+    jobs = [
+        make_job_submitted(parameters={"text": "x" * size})
+        for size in [10] * 60 + [100_000] * 30 + [10] * 5 + [3_000_000, 10]
+    ]
+    async with open_ledger(connection, EventStoreLimits(max_tail_bytes=tail_bytes)) as ledger:
+        await ledger.event_store.append(*[append_of(it) for it in jobs])
+        await read_first_events(ledger.event_store, 1, after=len(jobs) - 1)
+        async with ledger.event_store.subscribe(after=0, chunk_bytes=1_000_000) as slow:
             found: list[int] = []
             async with asyncio.timeout(DEADLINE_SECONDS):
                 while slow.position < len(jobs):
-                    chunk = await slow.chunk(500)
+                    chunk = await slow.next_chunk(500)
                     sizes = [len(it.data["parameters"]["text"]) for it in chunk]
                     assert sum(sizes) < 1_000_000 or len(sizes) == 1
                     assert slow._ahead is None
-                    found += positions(chunk)
+                    found += event_positions(chunk)
         assert found == list(range(1, len(jobs) + 1))
 
 
@@ -890,95 +934,99 @@ async def test_while_a_hole_is_open_no_more_is_held_back_than_can_be_kept(
     connection: Connection, bound: dict[str, int]
 ) -> None:
     """A writer that died inside its transaction may keep a hole open for a minute, and thousands write meanwhile."""
-    job = a_job(parameters={"text": "x" * 1000})
-    patient = Limits(void_after_seconds=0.5, **bound)
-    async with ledger_on(connection, patient) as ledger, ledger.log.subscription(after=0) as events:
-        await ledger.submit(job)
-        assert positions(await take(events, 1)) == [1]
-        taking = asyncio.create_task(take(events, 101))
-        assert await lose_a_ticket(ledger.db) == 2
-        tail, most = ledger.log._tail, 0
+    job = make_job_submitted(parameters={"text": "x" * 1000})
+    patient = EventStoreLimits(gap_timeout_seconds=0.5, **bound)
+    async with open_ledger(connection, patient) as ledger, ledger.event_store.subscribe(after=0) as events:
+        await ledger.submit_job(job)
+        assert event_positions(await take_events(events, 1)) == [1]
+        taking = asyncio.create_task(take_events(events, 101))
+        assert await create_position_gap(ledger.db) == 2
+        tail, most = ledger.event_store._tail, 0
         for _ in range(100):
-            await ledger.submit(job)
+            await ledger.submit_job(job)
             most = max(most, len(tail._early))
         assert 0 < most <= 20
-        assert positions(await taking) == list(range(2, 103))
-        check_log(await stored(ledger.db))
+        assert event_positions(await taking) == list(range(2, 103))
+        check_log(await load_event_documents(ledger.db))
 
 
 @pytest.mark.parametrize("removed", [[3], [2, 3], [2], [1, 2, 3]], ids=str)
 async def test_subscription_does_not_yield_events_that_were_removed(ledger: Ledger, removed: list[int]) -> None:
     for _ in range(3):
-        await ledger.submit()
-    await first(ledger.log, 3)
-    ledger.log.may_lack_events = False
+        await ledger.submit_job()
+    await read_first_events(ledger.event_store, 3)
+    ledger.event_store.may_have_lost_events = False
     await ledger.db.events.delete_many({"_id": {"$in": removed}})
-    await until(lambda: ledger.log.may_lack_events)
-    await ledger.submit()
-    found = await first(ledger.log, 4)
-    assert [(it.position, it.type) for it in found] == [(it["_id"], it["type"]) for it in await stored(ledger.db)]
+    await poll_until(lambda: ledger.event_store.may_have_lost_events)
+    await ledger.submit_job()
+    found = await read_first_events(ledger.event_store, 4)
+    assert [(it.position, it.type) for it in found] == [
+        (it["_id"], it["type"]) for it in await load_event_documents(ledger.db)
+    ]
     assert [it.position for it in found if it.type == "PositionVoided"] == removed
 
 
 @pytest.mark.parametrize("place", [ObjectId(), "12", True], ids=lambda place: type(place).__name__)
 async def test_what_stands_in_the_collection_and_is_no_event_stops_nobody(connection: Connection, place: Any) -> None:
     """Somebody mistook the collection for another, say. `log verify` names it."""
-    async with ledger_on(connection, QUICK) as ledger, ledger.log.subscription(after=0) as events:
-        await ledger.submit()
+    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger, ledger.event_store.subscribe(after=0) as events:
+        await ledger.submit_job()
         await ledger.db.events.insert_one({"_id": place, "note": "hello", "stream": "x"})
-        await ledger.submit()
-        assert positions(await take(events, 2)) == [1, 2]
-    async with ledger_on(connection, QUICK) as ledger:
-        await ledger.submit()
-        assert await ledger.log.head() == 3
-        assert positions(await first(ledger.log, 2)) == [1, 2]
+        await ledger.submit_job()
+        assert event_positions(await take_events(events, 2)) == [1, 2]
+    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger:
+        await ledger.submit_job()
+        assert await ledger.event_store.head_position() == 3
+        assert event_positions(await read_first_events(ledger.event_store, 2)) == [1, 2]
 
 
 async def test_a_chunk_holds_at_most_what_was_asked_for(ledger: Ledger) -> None:
-    await ledger.log.append(append_of(*[progress()] * 25))
-    async with ledger.log.subscription(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
+    await ledger.event_store.append(append_of(*[progress()] * 25))
+    async with ledger.event_store.subscribe(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
         sizes = []
         while events.position < 25:
-            sizes.append(len(await events.chunk(10)))
+            sizes.append(len(await events.next_chunk(10)))
     assert max(sizes) <= 10
     assert sum(sizes) == 25
 
 
 async def test_only_the_wanted_types_are_delivered_and_the_position_goes_on(ledger: Ledger) -> None:
-    async with ledger.log.subscription(after=0, types=[JobClaimed]) as events:
-        waiting = asyncio.create_task(events.chunk())
+    async with ledger.event_store.subscribe(after=0, types=[JobClaimed]) as events:
+        waiting = asyncio.create_task(events.next_chunk())
         for _ in range(3):
-            await ledger.submit()
-        submitted = await ledger.submit()
+            await ledger.submit_job()
+        submitted = await ledger.submit_job()
         job_id = submitted.events[0].stream
-        claimed = await handle(ledger.log, job_id, ClaimJob("w1", NOON), meta=META, known=submitted.known)
+        claimed = await handle_command(
+            ledger.event_store, job_id, ClaimJob("w1", NOON), meta=EVENT_METADATA, stream_state=submitted.stream_state
+        )
         assert await asyncio.wait_for(waiting, DEADLINE_SECONDS) == claimed.events
         assert events.position == 5
-    async with ledger.log.subscription(after=0, types=[JobSubmitted]) as history:
-        assert positions(await take(history, 4)) == [1, 2, 3, 4]
+    async with ledger.event_store.subscribe(after=0, types=[JobSubmitted]) as history:
+        assert event_positions(await take_events(history, 4)) == [1, 2, 3, 4]
 
 
 async def test_a_subscriber_that_is_cancelled_leaves_the_others_and_itself_in_order(ledger: Ledger) -> None:
-    async with ledger.log.subscription(after=0) as events, ledger.log.subscription(after=0) as others:
+    async with ledger.event_store.subscribe(after=0) as events, ledger.event_store.subscribe(after=0) as others:
         for _ in range(3):
-            waiting = asyncio.create_task(events.chunk())
+            waiting = asyncio.create_task(events.next_chunk())
             await asyncio.sleep(0)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            submitted = await ledger.submit()
-            assert await take(others, 1) == await take(events, 1) == submitted.events
+            submitted = await ledger.submit_job()
+            assert await take_events(others, 1) == await take_events(events, 1) == submitted.events
 
 
 async def test_whoever_is_cancelled_after_the_next_page_was_asked_for_has_not_moved_on(connection: Connection) -> None:
-    async with ledger_on(connection, Limits(tail_events=1)) as ledger:
-        await ledger.log.append(append_of(*[progress()] * 60))
-        await first(ledger.log, 1, after=59)
-        async with ledger.log.subscription(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
-            seen: list[Recorded] = []
+    async with open_ledger(connection, EventStoreLimits(max_tail_events=1)) as ledger:
+        await ledger.event_store.append(append_of(*[progress()] * 60))
+        await read_first_events(ledger.event_store, 1, after=59)
+        async with ledger.event_store.subscribe(after=0) as events, asyncio.timeout(DEADLINE_SECONDS):
+            seen: list[RecordedEvent] = []
             cancelled = 0
             while len(seen) < 60:
-                taking = asyncio.create_task(events.chunk(4))
+                taking = asyncio.create_task(events.next_chunk(4))
                 while not taking.done() and (events._ahead is None or events._ahead[0] == events.position):  # noqa: ASYNC110 - it lasts one turn of the loop
                     await asyncio.sleep(0)
                 taking.cancel()
@@ -986,42 +1034,45 @@ async def test_whoever_is_cancelled_after_the_next_page_was_asked_for_has_not_mo
                     seen += await taking
                 cancelled += taking.cancelled()
                 if len(seen) < 60:
-                    seen += await events.chunk(4)
-        assert positions(seen) == list(range(1, 61))
+                    seen += await events.next_chunk(4)
+        assert event_positions(seen) == list(range(1, 61))
         assert cancelled > 0
 
 
 async def test_cancelling_in_the_middle_of_history_loses_nothing(connection: Connection) -> None:
     pauses = cycle([0, 0.0005, 0.001, 0.002, 0.005, 0.1])
-    seen: list[Recorded] = []
+    seen: list[RecordedEvent] = []
     cancelled = 0
-    async with ledger_on(connection, Limits(tail_events=10)) as ledger, asyncio.timeout(DEADLINE_SECONDS):
-        await ledger.log.append(append_of(*[progress()] * 500))
-        await first(ledger.log, 500)
-        async with ledger.log.subscription(after=0) as events:
+    async with (
+        open_ledger(connection, EventStoreLimits(max_tail_events=10)) as ledger,
+        asyncio.timeout(DEADLINE_SECONDS),
+    ):
+        await ledger.event_store.append(append_of(*[progress()] * 500))
+        await read_first_events(ledger.event_store, 500)
+        async with ledger.event_store.subscribe(after=0) as events:
             while events.position < 500:
-                reading = asyncio.create_task(events.chunk(15))
+                reading = asyncio.create_task(events.next_chunk(15))
                 await asyncio.wait({reading}, timeout=next(pauses))
                 reading.cancel()
                 await asyncio.wait({reading})
                 cancelled += reading.cancelled()
                 if not reading.cancelled():
                     seen += reading.result()
-    assert positions(seen) == list(range(1, 501))
+    assert event_positions(seen) == list(range(1, 501))
     assert cancelled
 
 
 @pytest.mark.parametrize("how", ["killCursors", "killOp"])
 async def test_a_change_stream_that_is_killed_is_opened_again_and_nothing_is_lost(ledger: Ledger, how: str) -> None:
-    async with ledger.log.subscription(after=0) as events:
+    async with ledger.event_store.subscribe(after=0) as events:
         for round_ in range(3):
-            await ledger.submit()
-            await take(events, 1)
+            await ledger.submit_job()
+            await take_events(events, 1)
             await kill_change_stream(ledger.db, how)
-            lost = await lose_a_ticket(ledger.db)
-            submitted = await asyncio.gather(*(ledger.submit() for _ in range(5)))
+            lost = await create_position_gap(ledger.db)
+            submitted = await asyncio.gather(*(ledger.submit_job() for _ in range(5)))
             expected = {lost} | {answer.events[0].position for answer in submitted}
-            assert set(positions(await take(events, 6))) == expected
+            assert set(event_positions(await take_events(events, 6))) == expected
             assert events.position == (round_ + 1) * 7
 
 
@@ -1041,34 +1092,34 @@ async def kill_change_stream(db: Database, how: str) -> None:
 
 async def test_a_broken_connection_costs_a_subscriber_nothing_but_time(mongodb_uri: str, db_name: str) -> None:
     direct = Connection(mongodb_uri, db_name)
-    with Proxy(mongodb_uri) as proxy:
+    with TcpProxy(mongodb_uri) as proxy:
         async with (
-            ledger_on(direct, QUICK, live=False) as writer,
-            ledger_on(Connection(proxy.uri, db_name), QUICK) as reader,
-            reader.log.subscription(after=0) as events,
+            open_ledger(direct, FAST_GAP_LIMITS, with_change_stream=False) as writer,
+            open_ledger(Connection(proxy.uri, db_name), FAST_GAP_LIMITS) as reader,
+            reader.event_store.subscribe(after=0) as events,
         ):
             for _ in range(3):
-                await writer.submit()
-                await take(events, 1)
-                proxy.cut()
-                await lose_a_ticket(writer.db)
-                await writer.submit()
-                assert [event.type for event in await take(events, 2)] == ["PositionVoided", "JobSubmitted"]
+                await writer.submit_job()
+                await take_events(events, 1)
+                proxy.close_connections()
+                await create_position_gap(writer.db)
+                await writer.submit_job()
+                assert [event.type for event in await take_events(events, 2)] == ["PositionVoided", "JobSubmitted"]
 
 
 async def test_closing_while_a_hole_is_being_filled_leaves_nothing_behind(connection: Connection) -> None:
-    class Stuck(EventLog):
+    class Stuck(EventStore):
         filling = asyncio.Event()
 
         async def _void(self, positions: Any) -> None:
             self.filling.set()
             await asyncio.Event().wait()
 
-    async with ledger_on(connection, Limits(void_after_seconds=0.05), kind=Stuck) as ledger:
-        await lose_a_ticket(ledger.db)
-        await ledger.submit()
+    async with open_ledger(connection, EventStoreLimits(gap_timeout_seconds=0.05), store_class=Stuck) as ledger:
+        await create_position_gap(ledger.db)
+        await ledger.submit_job()
         await asyncio.wait_for(Stuck.filling.wait(), DEADLINE_SECONDS)
-        await ledger.log.aclose()
+        await ledger.event_store.aclose()
         names = {task.get_name() for task in asyncio.all_tasks()}
         assert "fill-hole" not in names
         await asyncio.sleep(0.15)
@@ -1090,12 +1141,15 @@ async def short_transactions(connection: Connection) -> AsyncIterator[None]:
 async def test_a_transaction_left_open_by_a_killed_writer_holds_readers_up_only_until_the_server_ends_it(
     connection: Connection,
 ) -> None:
-    async with ledger_on(connection, QUICK) as ledger, connection.client() as dead:
-        lost = await lose_a_ticket(ledger.db)
+    async with open_ledger(connection, FAST_GAP_LIMITS) as ledger, connection.client() as dead:
+        lost = await create_position_gap(ledger.db)
         session = dead.start_session()
         await session.start_transaction()
         document = {"_id": lost, "stream": "job-dead", "version": 1}
         await dead[connection.db_name].events.insert_one(document, session=session)
-        await ledger.submit()
-        assert [event.type for event in await first(ledger.log, 2)] == ["PositionVoided", "JobSubmitted"]
-        check_log(await stored(ledger.db))
+        await ledger.submit_job()
+        assert [event.type for event in await read_first_events(ledger.event_store, 2)] == [
+            "PositionVoided",
+            "JobSubmitted",
+        ]
+        check_log(await load_event_documents(ledger.db))

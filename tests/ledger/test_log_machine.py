@@ -29,28 +29,30 @@ from hypothesis.stateful import (
 from pymongo import MongoClient
 
 from jobledger.ledger.domain.errors import LedgerUnavailable, VersionConflict
-from jobledger.ledger.domain.events import JobProgressed, Recorded
+from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.store.envelope import VOID_STREAM, Append, Head
-from jobledger.ledger.store.event_store import Limits, Subscription
+from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
+from jobledger.ledger.store.event_store import EventStoreLimits, Subscription
 from tests.support.examples import NOON
 from tests.support.ledgers import (
-    META,
+    EVENT_METADATA,
     Ledger,
     change_stream_operations,
     check_log,
-    ledger_on,
-    lose_a_ticket,
-    stored,
-    whole,
+    create_position_gap,
+    load_event_documents,
+    open_ledger,
+    read_all_events,
 )
-from tests.support.wire import Wire
+from tests.support.wire import MessageProxy
 
 STORIES = int(os.environ.get("JOBLEDGER_STORIES", "12"))
 STEPS = 30
 PATIENCE_SECONDS = 15.0
-LIVE = Limits(void_after_seconds=0.05, page_events=7, tail_events=10)
-DYING = Limits(append_deadline_seconds=0.0)  # gives up after the first failure: nothing is done after a crash either
+LIVE = EventStoreLimits(gap_timeout_seconds=0.05, page_events=7, max_tail_events=10)
+DYING = EventStoreLimits(
+    append_timeout_seconds=0.0
+)  # gives up after the first failure: nothing is done after a crash either
 MOST_PROCESSES = 3
 
 DEATHS = (
@@ -75,13 +77,13 @@ class Subscriber:
 
     def __init__(self, subscription: Subscription, at_a_time: int) -> None:
         self.begun = subscription.position
-        self.delivered: list[Recorded] = []
+        self.delivered: list[RecordedEvent] = []
         self.following = asyncio.create_task(self._follow(subscription, at_a_time))
 
     async def _follow(self, subscription: Subscription, at_a_time: int) -> None:
         while True:
             with suppress(LedgerUnavailable):  # its connection was broken while it read history
-                self.delivered += await subscription.chunk(at_a_time)
+                self.delivered += await subscription.next_chunk(at_a_time)
             await asyncio.sleep(0)
 
     async def reaches(self, position: int) -> None:
@@ -99,12 +101,12 @@ class Process:
     """What one process has of the log, and whoever subscribes in it."""
 
     ledger: Ledger
-    wire: Wire
+    wire: MessageProxy
     stack: AsyncExitStack
     subscribers: list[Subscriber] = field(default_factory=list)
 
     async def subscribe(self, *, after: int, at_a_time: int) -> Subscriber:
-        subscription = await self.stack.enter_async_context(self.ledger.log.subscription(after=after))
+        subscription = await self.stack.enter_async_context(self.ledger.event_store.subscribe(after=after))
         subscriber = Subscriber(subscription, at_a_time)
         self.stack.push_async_callback(subscriber.end)
         self.subscribers.append(subscriber)
@@ -115,8 +117,8 @@ class Process:
 class Held:
     """An append whose message is held on the wire."""
 
-    appends: Sequence[Append]
-    task: asyncio.Task[list[Recorded]]
+    appends: Sequence[StreamAppend]
+    task: asyncio.Task[list[RecordedEvent]]
 
 
 class Story(RuleBasedStateMachine):
@@ -144,11 +146,11 @@ class Story(RuleBasedStateMachine):
 
         return self.runner.run(in_time())
 
-    async def begin(self, *, limits: Limits = LIVE, live: bool = True) -> Process:
+    async def begin(self, *, limits: EventStoreLimits = LIVE, live: bool = True) -> Process:
         stack = AsyncExitStack()
-        wire = stack.enter_context(Wire(self.connection.uri))
+        wire = stack.enter_context(MessageProxy(self.connection.uri))
         ledger = await stack.enter_async_context(
-            ledger_on(Connection(wire.uri, self.connection.db_name), limits, live=live)
+            open_ledger(Connection(wire.uri, self.connection.db_name), limits, with_change_stream=live)
         )
         return Process(ledger, wire, stack)
 
@@ -168,16 +170,16 @@ class Story(RuleBasedStateMachine):
         words = [f"word {next(self.numbers)}" for _ in range(length)]
         return [JobProgressed(attempt=1, step="page", percent=0, message=word) for word in words]
 
-    async def append_to(self, stream: str, length: int) -> Append:
-        there = await self.processes[0].ledger.log.read_stream(stream)
-        head = Head(there[-1].version, there[-1].position, there[-1].hash) if there else Head()
+    async def append_to(self, stream: str, length: int) -> StreamAppend:
+        there = await self.processes[0].ledger.event_store.read_stream(stream)
+        head = StreamHead(there[-1].version, there[-1].position, there[-1].hash) if there else StreamHead()
         assert head.version == len(self.streams.get(stream, []))
-        return Append(stream, head, self.events(length), META, NOON)
+        return StreamAppend(stream, head, self.events(length), EVENT_METADATA, NOON)
 
-    def is_there(self, append: Append) -> None:
+    def is_there(self, append: StreamAppend) -> None:
         self.streams.setdefault(append.stream, []).extend(words_of(append))
 
-    def is_acknowledged(self, appends: Sequence[Append], recorded: Sequence[Recorded]) -> None:
+    def is_acknowledged(self, appends: Sequence[StreamAppend], recorded: Sequence[RecordedEvent]) -> None:
         told = [(event.stream, event.data["message"]) for event in recorded]
         assert told == [(append.stream, word) for append in appends for word in words_of(append)]
         first = recorded[0].position
@@ -209,7 +211,7 @@ class Story(RuleBasedStateMachine):
     def append(self, process: int, stream: int, length: int) -> None:
         async def happen() -> None:
             append = await self.append_to(self.stream(stream), length)
-            self.is_acknowledged([append], await self.process(process).ledger.log.append(append))
+            self.is_acknowledged([append], await self.process(process).ledger.event_store.append(append))
 
         self.happens(happen())
 
@@ -217,16 +219,19 @@ class Story(RuleBasedStateMachine):
     def append_to_several_streams(self, process: int, streams: list[int]) -> None:
         async def happen() -> None:
             appends = [await self.append_to(stream, 1) for stream in {self.stream(stream) for stream in streams}]
-            self.is_acknowledged(appends, await self.process(process).ledger.log.append(*appends))
+            self.is_acknowledged(appends, await self.process(process).ledger.event_store.append(*appends))
 
         self.happens(happen())
 
     @rule(processes=st.lists(which, min_size=2, max_size=12))
     def append_side_by_side(self, processes: list[int]) -> None:
         async def happen() -> None:
-            appends = [Append(f"job-{next(self.numbers)}", Head(), self.events(1), META, NOON) for _ in processes]
+            appends = [
+                StreamAppend(f"job-{next(self.numbers)}", StreamHead(), self.events(1), EVENT_METADATA, NOON)
+                for _ in processes
+            ]
             appending = (
-                self.process(process).ledger.log.append(append)
+                self.process(process).ledger.event_store.append(append)
                 for process, append in zip(processes, appends, strict=True)
             )
             for append, recorded in zip(appends, await asyncio.gather(*appending), strict=True):
@@ -238,11 +243,13 @@ class Story(RuleBasedStateMachine):
     @rule(process=which, stream=which, behind=few, length=few, together=st.booleans())
     def append_on_old_knowledge(self, process: int, stream: int, behind: int, length: int, together: bool) -> None:
         name = sorted(self.streams)[stream % len(self.streams)]
-        old = Head(version=max(0, len(self.streams[name]) - behind))
-        appends = [Append(name, old, self.events(length), META, NOON)]
+        old = StreamHead(version=max(0, len(self.streams[name]) - behind))
+        appends = [StreamAppend(name, old, self.events(length), EVENT_METADATA, NOON)]
         if together:
-            appends.insert(0, Append(f"job-{next(self.numbers)}", Head(), self.events(1), META, NOON))
-        log = self.process(process).ledger.log
+            appends.insert(
+                0, StreamAppend(f"job-{next(self.numbers)}", StreamHead(), self.events(1), EVENT_METADATA, NOON)
+            )
+        log = self.process(process).ledger.event_store
         self.happens(self.loses(name, log.append(*appends), expected=old.version))
 
     @rule(stream=which, processes=st.lists(which, min_size=2, max_size=5), length=few)
@@ -250,11 +257,11 @@ class Story(RuleBasedStateMachine):
         async def happen() -> None:
             first = await self.append_to(self.stream(stream), length)
             appends = [first] + [
-                Append(first.stream, first.head, self.events(length), META, NOON) for _ in processes[1:]
+                StreamAppend(first.stream, first.head, self.events(length), EVENT_METADATA, NOON) for _ in processes[1:]
             ]
             answers = await asyncio.gather(
                 *(
-                    self.process(process).ledger.log.append(append)
+                    self.process(process).ledger.event_store.append(append)
                     for process, append in zip(processes, appends, strict=True)
                 ),
                 return_exceptions=True,
@@ -270,7 +277,7 @@ class Story(RuleBasedStateMachine):
 
     @rule(length=few)
     def die_with_a_number(self, length: int) -> None:
-        self.happens(lose_a_ticket(self.processes[0].ledger.db, length))
+        self.happens(create_position_gap(self.processes[0].ledger.db, length))
 
     @rule(
         stream=which,
@@ -282,12 +289,14 @@ class Story(RuleBasedStateMachine):
 
         async def happen() -> None:
             append = await self.append_to(self.stream(stream), length)
-            loses = self.dying.wire.lose_request if when == "before" else self.dying.wire.lose_answer
+            loses = self.dying.wire.drop_request if when == "before" else self.dying.wire.drop_response
             loses(command)
             with pytest.raises(LedgerUnavailable):
-                await self.dying.ledger.log.append(append)
+                await self.dying.ledger.event_store.append(append)
             loses(command, 0)
-            there = await self.processes[0].ledger.log.read_stream(append.stream, after_version=append.head.version)
+            there = await self.processes[0].ledger.event_store.read_stream(
+                append.stream, after_version=append.head.version
+            )
             if there:  # not for sure: the server may have refused its number
                 assert death in SUCCEEDED
                 assert [event.data["message"] for event in there] == words_of(append)
@@ -309,9 +318,9 @@ class Story(RuleBasedStateMachine):
         async def happen() -> None:
             append = await self.append_to(self.stream(stream), length)
             wire = self.process(process).wire
-            (wire.lose_request if losing == "request" else wire.lose_answer)(command, times)
-            recorded = await self.process(process).ledger.log.append(append)
-            (wire.lose_request if losing == "request" else wire.lose_answer)(command, 0)
+            (wire.drop_request if losing == "request" else wire.drop_response)(command, times)
+            recorded = await self.process(process).ledger.event_store.append(append)
+            (wire.drop_request if losing == "request" else wire.drop_response)(command, 0)
             self.is_acknowledged([append], recorded)
 
         self.happens(happen())
@@ -326,8 +335,8 @@ class Story(RuleBasedStateMachine):
             # The transaction holds its stream: whoever wants to append there has to wait for the server to end it.
             name = f"job-{next(self.numbers)}" if new or command != "insert" else self.stream(stream)
             append = await self.append_to(name, length)
-            self.slow.wire.hold(command)
-            self.held = Held([append], asyncio.create_task(self.slow.ledger.log.append(append)))
+            self.slow.wire.hold_request(command)
+            self.held = Held([append], asyncio.create_task(self.slow.ledger.event_store.append(append)))
             assert await asyncio.to_thread(self.slow.wire.held.wait, PATIENCE_SECONDS)
 
         self.happens(happen())
@@ -340,7 +349,7 @@ class Story(RuleBasedStateMachine):
         self.held = None
 
         async def happen() -> None:
-            self.slow.wire.release()
+            self.slow.wire.release_request()
             [append] = held.appends
             if len(self.streams.get(append.stream, [])) > append.head.version:
                 await self.loses(append.stream, held.task, expected=append.head.version)
@@ -366,8 +375,8 @@ class Story(RuleBasedStateMachine):
         """Numbers get lost, a stream goes on behind them, and after a fail-over they are handed out again."""
 
         async def happen() -> None:
-            log, counters = self.process(process).ledger.log, self.processes[0].ledger.db.counters
-            free = await lose_a_ticket(self.processes[0].ledger.db, lost)
+            log, counters = self.process(process).ledger.event_store, self.processes[0].ledger.db.counters
+            free = await create_position_gap(self.processes[0].ledger.db, lost)
             append = await self.append_to(self.stream(stream), 1)
             self.is_acknowledged([append], await log.append(append))
             await counters.update_one({"_id": "events"}, {"$set": {"next": free - 1}})
@@ -378,7 +387,7 @@ class Story(RuleBasedStateMachine):
 
     @rule(process=which)
     def the_connection_breaks(self, process: int) -> None:
-        self.process(process).wire.cut()
+        self.process(process).wire.close_connections()
 
     @rule(process=which)
     def the_change_stream_is_killed(self, process: int) -> None:
@@ -404,7 +413,7 @@ class Story(RuleBasedStateMachine):
     @rule(process=which)
     def somebody_reads_everything(self, process: int) -> None:
         async def happen() -> None:
-            everything = await whole(self.process(process).ledger.log)
+            everything = await read_all_events(self.process(process).ledger.event_store)
             assert [event.position for event in everything] == list(range(1, len(everything) + 1))
 
         self.happens(happen())
@@ -412,7 +421,7 @@ class Story(RuleBasedStateMachine):
     @rule(process=which, after=which, at_a_time=st.integers(1, 10))
     def somebody_subscribes(self, process: int, after: int, at_a_time: int) -> None:
         async def happen() -> None:
-            begin = after % (await self.processes[0].ledger.log.head() + 1)
+            begin = after % (await self.processes[0].ledger.event_store.head_position() + 1)
             self.everybody.append(await self.process(process).subscribe(after=begin, at_a_time=at_a_time))
 
         self.happens(happen())
@@ -420,7 +429,7 @@ class Story(RuleBasedStateMachine):
     @rule()
     def time_passes(self) -> None:
         async def happen() -> None:
-            await self.all_reach(await self.processes[0].ledger.log.head())
+            await self.all_reach(await self.processes[0].ledger.event_store.head_position())
 
         self.happens(happen())
 
@@ -433,7 +442,7 @@ class Story(RuleBasedStateMachine):
     @invariant()
     def what_is_acknowledged_is_there_and_every_stream_is_what_it_must_be(self) -> None:
         if self.processes:
-            self.check(self.happens(stored(self.processes[0].ledger.db)))
+            self.check(self.happens(load_event_documents(self.processes[0].ledger.db)))
 
     def check(self, documents: Sequence[Document]) -> None:
         streams: dict[str, list[str]] = {}
@@ -460,11 +469,11 @@ class Story(RuleBasedStateMachine):
 
         async def happen() -> None:
             [append] = [await self.append_to("job-last", 1)]
-            self.is_acknowledged([append], await self.processes[0].ledger.log.append(append))
+            self.is_acknowledged([append], await self.processes[0].ledger.event_store.append(append))
             # Subscribers first: nobody who reads may fill holes for them.
             await self.all_reach(self.acknowledged[words_of(append)[0]])
-            log = await whole(self.processes[0].ledger.log)
-            documents = await stored(self.processes[0].ledger.db)
+            log = await read_all_events(self.processes[0].ledger.event_store)
+            documents = await load_event_documents(self.processes[0].ledger.db)
             check_log(documents)
             self.check(documents)
             assert [event.event_id for event in log] == [document["event_id"] for document in documents]
@@ -482,7 +491,7 @@ class Story(RuleBasedStateMachine):
                 await client.drop_database(self.connection.db_name)
 
 
-def words_of(append: Append) -> list[str]:
+def words_of(append: StreamAppend) -> list[str]:
     return [event.message for event in append.events if isinstance(event, JobProgressed)]
 
 

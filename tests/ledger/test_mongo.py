@@ -23,17 +23,17 @@ from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitabl
 from jobledger.ledger.mongo.connection import (
     Connection,
     OplogWindow,
-    brief,
     check_server,
-    driver_errors,
-    oplog_window,
-    transaction_limit_seconds,
+    read_oplog_window,
+    read_transaction_limit_seconds,
+    summarize_error,
+    translate_errors,
 )
 from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS, EmbeddedServer, find_mongod
-from jobledger.ledger.mongo.embedded_lock import until
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.mongo.embedded_lock import wait_until
+from jobledger.ledger.store.event_store import EventStore
 from tests.support.mongod import needs_local_mongod
-from tests.support.proxy import Proxy
+from tests.support.proxy import TcpProxy
 
 
 def unused_port() -> int:
@@ -50,7 +50,7 @@ def standalone(tmp_path: Path) -> Iterator[str]:
     command = [str(find_mongod()), "--dbpath", str(tmp_path), "--port", str(port), "--bind_ip", "127.0.0.1"]
     with subprocess.Popen([*command, "--nounixsocket"], stdout=subprocess.DEVNULL) as process:
         try:
-            assert until(lambda: answers(uri), 30)
+            assert wait_until(lambda: answers(uri), 30)
             yield uri
         finally:
             process.kill()
@@ -91,8 +91,8 @@ async def test_nobody_listening_is_told_within_the_timeout_and_without_the_drive
 async def test_a_server_that_takes_connections_but_does_not_answer_is_told_within_the_timeout(
     mongodb_uri: str,
 ) -> None:
-    with Proxy(mongodb_uri) as proxy:
-        proxy.freeze()
+    with TcpProxy(mongodb_uri) as proxy:
+        proxy.suspend()
         begun = time.monotonic()
         with pytest.raises(LedgerUnavailable, match=r"mongodb\.uri"):
             await check(Connection(proxy.uri, "test", connect_timeout_ms=400))
@@ -137,23 +137,23 @@ async def test_credentials_that_the_server_does_not_take_are_refused_with_its_re
 def test_a_driver_error_becomes_ours_and_says_what_was_being_done() -> None:
     with (
         pytest.raises(LedgerUnavailable, match="failed while counting sheep: no") as caught,
-        driver_errors("counting sheep"),
+        translate_errors("counting sheep"),
     ):
         raise OperationFailure("no, full error: {'ok': 0}")
     assert isinstance(caught.value.__cause__, OperationFailure)
-    with pytest.raises(ZeroDivisionError), driver_errors("dividing"):
+    with pytest.raises(ZeroDivisionError), translate_errors("dividing"):
         raise ZeroDivisionError
 
 
 def test_of_a_driver_error_only_the_part_for_people_is_shown() -> None:
     text = "a:1: connection refused, Timeout: 0.4s, Topology Description: <TopologyDescription id: 1>"
-    assert brief(PyMongoError(text)) == "a:1: connection refused"
+    assert summarize_error(PyMongoError(text)) == "a:1: connection refused"
 
 
 # Servers that are too old, or too few ------------------------------------------------------------------------------
 
 
-class Aged(Proxy):
+class Aged(TcpProxy):
     """A wire on which the server's answers say that it is of another major version, of one digit."""
 
     def __init__(self, uri: str, major: int) -> None:
@@ -203,7 +203,7 @@ def refusal_without_majority(tmp_path_factory: pytest.TempPathFactory) -> Refusa
 
     async def refusal(connection: Connection) -> Refusal:
         async with connection.client() as client:
-            await check_server(client[connection.db_name], writing=False)
+            await check_server(client[connection.db_name], needs_write=False)
         begun = time.monotonic()
         with pytest.raises(JobledgerError) as refused:
             await check(connection)
@@ -246,22 +246,22 @@ async def test_a_set_without_a_primary_is_unavailable_and_told_within_the_timeou
 async def test_an_oplog_is_called_short_once_it_is_full_and_not_before(tmp_path: Path) -> None:
     with EmbeddedServer.start(tmp_path, oplog_mb=1) as server:
         async with Connection(server.uri, "test").client() as client:
-            fresh = await oplog_window(client["test"])
+            fresh = await read_oplog_window(client["test"])
             await client["test"].talks.insert_many([{"text": "." * 10_000} for _ in range(120)])
-            used = await oplog_window(client["test"])
-            seconds = await transaction_limit_seconds(client["test"])
+            used = await read_oplog_window(client["test"])
+            seconds = await read_transaction_limit_seconds(client["test"])
     assert fresh is not None
-    assert (fresh.size_mb, fresh.full, fresh.short) == (1, False, False)
+    assert (fresh.size_mb, fresh.is_full, fresh.is_too_short) == (1, False, False)
     assert used is not None
-    assert (used.size_mb, used.full, used.short) == (1, True, True)
+    assert (used.size_mb, used.is_full, used.is_too_short) == (1, True, True)
     assert 0 <= fresh.hours <= used.hours < 0.1
     assert seconds == TRANSACTION_SECONDS
 
 
 def test_an_oplog_of_an_hour_is_long_enough() -> None:
-    assert OplogWindow(1, hours=0.9, full=True).short
-    assert not OplogWindow(1, hours=1, full=True).short
-    assert not OplogWindow(1, hours=0.9, full=False).short
+    assert OplogWindow(1, hours=0.9, is_full=True).is_too_short
+    assert not OplogWindow(1, hours=1, is_full=True).is_too_short
+    assert not OplogWindow(1, hours=0.9, is_full=False).is_too_short
 
 
 # The index of the log -----------------------------------------------------------------------------------------------
@@ -274,31 +274,31 @@ async def test_an_index_that_lets_versions_repeat_is_refused_and_once_dropped_ma
     async with connection.client() as client:
         db = client[connection.db_name]
         name = await db.events.create_index(VERSIONS)
-        log = EventLog(db)
+        log = EventStore(db)
         with pytest.raises(DatabaseUnsuitable, match="is not unique: drop it"):
             await log.prepare()
-        assert not await log.versions_are_unique()
+        assert not await log.has_unique_version_index()
 
         await db.events.drop_index(name)
         await log.prepare()
-        assert await log.versions_are_unique()
+        assert await log.has_unique_version_index()
 
 
 async def test_beside_an_index_of_somebody_else_the_unique_one_is_made(connection: Connection) -> None:
     async with connection.client() as client:
         db = client[connection.db_name]
         await db.events.create_index(VERSIONS, name="of_somebody_else")
-        log = EventLog(db)
+        log = EventStore(db)
         await log.prepare()
-        assert await log.versions_are_unique()
+        assert await log.has_unique_version_index()
 
 
 async def test_a_unique_index_under_another_name_is_as_good(connection: Connection) -> None:
     async with connection.client() as client:
         db = client[connection.db_name]
         await db.events.create_index(VERSIONS, unique=True, name="of_somebody_else")
-        log = EventLog(db)
-        assert await log.versions_are_unique()
+        log = EventStore(db)
+        assert await log.has_unique_version_index()
         await log.prepare()
 
 
@@ -307,4 +307,4 @@ async def test_a_log_in_which_a_version_stands_twice_is_refused_with_the_version
         db = client[connection.db_name]
         await db.events.insert_many([{"_id": number, "stream": "job-1", "version": 7} for number in (1, 2)])
         with pytest.raises(DatabaseUnsuitable, match=r"Two events .* version of a stream.*job-1.*version: 7"):
-            await EventLog(db).prepare()
+            await EventStore(db).prepare()

@@ -12,8 +12,8 @@ from pymongo.errors import AutoReconnect
 
 from jobledger.ledger.mongo import server_clock
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.server_clock import LONGEST_SLEEP_SECONDS, TOLERANCE_SECONDS, ServerClock, clock_of
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.mongo.server_clock import MAX_SLEEP_SECONDS, TOLERANCE_SECONDS, ServerClock, get_server_clock
+from jobledger.ledger.store.event_store import EventStore
 
 START = 1_800_000_000.0
 
@@ -59,7 +59,7 @@ def wrong_by(clock: ServerClock, server: Server) -> float:
 
 async def test_estimate_follows_the_server_without_asking(steady: Steady) -> None:
     clock, server = ServerClock(), Server(steady, time=START)
-    clock.heard(server.time, "a")
+    clock.observe(server.time, "a")
     for _ in range(10):
         steady.seconds += 1000
         assert abs(wrong_by(clock, server)) < 1e-3
@@ -69,7 +69,7 @@ async def test_estimate_follows_the_server_without_asking(steady: Steady) -> Non
 
 async def test_estimate_does_not_follow_this_machines_clock(steady: Steady, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, server = ServerClock(), Server(steady, time=START)
-    clock.heard(server.time, "a")
+    clock.observe(server.time, "a")
 
     class Wrong(datetime):
         @classmethod
@@ -83,9 +83,9 @@ async def test_estimate_does_not_follow_this_machines_clock(steady: Steady, monk
 @pytest.mark.parametrize("step", [3600.0, -3600.0, 1.0, -1.0])
 async def test_step_of_the_servers_clock_is_taken_over_with_its_next_heartbeat(steady: Steady, step: float) -> None:
     clock, server = ServerClock(), Server(steady, time=START)
-    clock.heard(server.time, "a")
+    clock.observe(server.time, "a")
     server.ahead += step
-    clock.heard(server.time, "a")
+    clock.observe(server.time, "a")
     await clock.now(server)  # type: ignore[arg-type]
     assert abs(wrong_by(clock, server)) < 0.01
     assert server.asked == (1 if step < 0 else 0), "only a clock that seems to be behind has to be asked"
@@ -95,9 +95,9 @@ async def test_step_of_the_servers_clock_is_taken_over_with_its_next_heartbeat(s
 @pytest.mark.parametrize("ahead", [120.0, -120.0, 0.05])
 async def test_another_primary_is_asked(steady: Steady, ahead: float) -> None:
     clock, server = ServerClock(), Server(steady, time=START)
-    clock.heard(server.time, "a")
+    clock.observe(server.time, "a")
     other = Server(steady, time=START + ahead)
-    clock.heard(other.time, "b")
+    clock.observe(other.time, "b")
     assert clock.is_uncertain
     await clock.now(other)  # type: ignore[arg-type]
     assert abs(wrong_by(clock, other)) < 0.01
@@ -106,36 +106,36 @@ async def test_another_primary_is_asked(steady: Steady, ahead: float) -> None:
 
 async def test_late_heartbeat_neither_sets_the_clock_back_nor_stays_unchecked(steady: Steady) -> None:
     clock, server = ServerClock(), Server(steady, time=START)
-    clock.heard(server.time, "a")
+    clock.observe(server.time, "a")
     said = server.time
     steady.seconds += 5  # this process was busy
-    clock.heard(said, "a")
+    clock.observe(said, "a")
     assert abs(wrong_by(clock, server)) < 1e-3
     await clock.now(server)  # type: ignore[arg-type]
     assert (server.asked, clock.is_uncertain) == (1, False)
-    clock.heard(server.time - TOLERANCE_SECONDS / 2, "a")
+    clock.observe(server.time - TOLERANCE_SECONDS / 2, "a")
     assert not clock.is_uncertain
 
 
 @pytest.mark.parametrize("step", [-3600.0, -1.0])
 async def test_estimate_follows_a_clock_set_back_in_a_process_that_only_estimates(steady: Steady, step: float) -> None:
     clock, server = ServerClock(), Server(steady, time=START)
-    clock.ask(server)  # type: ignore[arg-type]
-    clock.heard(server.time, "a")
+    clock.attach_client(server)  # type: ignore[arg-type]
+    clock.observe(server.time, "a")
     server.ahead += step
-    clock.heard(server.time, "a")
+    clock.observe(server.time, "a")
     await settled()
     assert abs(wrong_by(clock, server)) < 0.01
     assert (server.asked, clock.is_uncertain) == (1, False)
-    clock.heard(server.time, "a")
+    clock.observe(server.time, "a")
     await settled()
     assert server.asked == 1, "only a contradiction costs a question"
 
 
 async def test_measurement_without_an_answer_is_repeated_with_the_next_heartbeat(steady: Steady) -> None:
     clock, server = ServerClock(), Server(steady, time=START)
-    clock.ask(server)  # type: ignore[arg-type]
-    clock.heard(server.time, "a")
+    clock.attach_client(server)  # type: ignore[arg-type]
+    clock.observe(server.time, "a")
     answer, failures = server.command, [AutoReconnect("away"), AutoReconnect("away")]
 
     async def failing(name: str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ async def test_measurement_without_an_answer_is_repeated_with_the_next_heartbeat
     server.command = failing  # type: ignore[method-assign, assignment]
     server.ahead -= 3600
     for _ in range(3):
-        clock.heard(server.time, "a")
+        clock.observe(server.time, "a")
         await settled()
     assert abs(wrong_by(clock, server)) < 0.01
 
@@ -166,32 +166,32 @@ async def test_of_slow_answers_the_best_counts_and_none_is_ahead(steady: Steady)
 
 def test_timer_naps_are_short_and_never_negative(steady: Steady) -> None:
     clock = ServerClock()
-    clock.heard(START, "a")
+    clock.observe(START, "a")
     due = clock.estimate()
-    assert clock.nap_until(due + timedelta(days=1)) == LONGEST_SLEEP_SECONDS
-    assert clock.nap_until(due + timedelta(seconds=2)) == pytest.approx(2)
-    assert clock.nap_until(due - timedelta(days=1)) == clock.seconds_until(due - timedelta(days=1)) == 0
+    assert clock.sleep_seconds_until(due + timedelta(days=1)) == MAX_SLEEP_SECONDS
+    assert clock.sleep_seconds_until(due + timedelta(seconds=2)) == pytest.approx(2)
+    assert clock.sleep_seconds_until(due - timedelta(days=1)) == clock.seconds_until(due - timedelta(days=1)) == 0
 
 
 @pytest.fixture
-async def log(connection: Connection) -> AsyncIterator[EventLog]:
+async def log(connection: Connection) -> AsyncIterator[EventStore]:
     client = connection.client()
-    yield EventLog(client[connection.db_name])
+    yield EventStore(client[connection.db_name])
     await client.close()
 
 
-async def test_clock_of_a_real_server_is_known_with_the_first_answer(log: EventLog) -> None:
-    await log.head()
+async def test_clock_of_a_real_server_is_known_with_the_first_answer(log: EventStore) -> None:
+    await log.head_position()
     told = await log._db.client.admin.command("hello")
     assert abs((log.clock.estimate() - told["localTime"].replace(tzinfo=UTC)).total_seconds()) < 1
-    assert clock_of(log._db.client) is log.clock
+    assert get_server_clock(log._db.client) is log.clock
     assert not log.clock.is_uncertain
 
 
-async def test_unreachable_server_leaves_the_last_estimate(log: EventLog) -> None:
-    await log.head()
+async def test_unreachable_server_leaves_the_last_estimate(log: EventStore) -> None:
+    await log.head_position()
     log.clock.is_uncertain = True
     await log._db.client.close()
     before = log.clock.estimate()
-    assert timedelta(0) <= await log.now() - before < timedelta(seconds=5)
+    assert timedelta(0) <= await log.server_time() - before < timedelta(seconds=5)
     await asyncio.sleep(0)

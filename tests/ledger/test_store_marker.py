@@ -11,10 +11,16 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.errors import FileLost, ResourceUnavailable, StoreUnavailable
+from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable, ResourceUnavailable
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import GridFSStore
-from jobledger.ledger.files.store_marker import MARKER, StoreMarker, accept, find, record
+from jobledger.ledger.files.store_marker import (
+    MARKER_FILE_NAME,
+    StoreMarker,
+    accept_directory,
+    find_marker,
+    record_marker,
+)
 from jobledger.ledger.mongo.connection import Connection, Database
 
 OURS, OTHERS = StoreMarker("1" * 32), StoreMarker("2" * 32)
@@ -42,12 +48,12 @@ async def has_none() -> bool:
 
 async def start(db: Database, root: Path, files: Callable[[], Awaitable[bool]] = has_none) -> DirectoryStore:
     """What a role does with its store when it starts."""
-    marker = await find(db, root, has_files=files)
+    marker = await find_marker(db, root, has_files=files)
     if marker.store_id:
-        marker = await record(db, marker, created=False)
+        marker = await record_marker(db, marker, created=False)
     store = DirectoryStore(root, marker=marker)
     store.prepare()
-    await record(db, marker, created=True)
+    await record_marker(db, marker, created=True)
     return store
 
 
@@ -91,7 +97,7 @@ def store_of_another_ledger(root: Path) -> None:
 
 def damaged_marker(root: Path) -> None:
     root.mkdir(parents=True)
-    (root / MARKER).write_bytes(b"\xff\0 not an ID")
+    (root / MARKER_FILE_NAME).write_bytes(b"\xff\0 not an ID")
 
 
 PLACES = [
@@ -107,7 +113,7 @@ PLACES = [
 
 
 async def all_of(store: DirectoryStore) -> list[Any]:
-    return [it async for it in store.stored()]
+    return [it async for it in store.list_files()]
 
 
 async def in_thread(function: Callable[[], Any]) -> None:
@@ -116,14 +122,14 @@ async def in_thread(function: Callable[[], Any]) -> None:
 
 OPERATIONS: dict[str, Callable[[DirectoryStore, Path, str], Awaitable[Any]]] = {
     "prepare": lambda store, _inbox, _digest: in_thread(store.prepare),
-    "check": lambda store, _inbox, _digest: in_thread(store.check),
-    "take_over": lambda store, inbox, digest: store.take_over(inbox, digest),
+    "check": lambda store, _inbox, _digest: in_thread(store.check_writable),
+    "take_over": lambda store, inbox, digest: store.ingest(inbox, digest),
     "open": lambda store, _inbox, _digest: store.open("0" * 64, 1),
     "verify": lambda store, _inbox, _digest: store.verify("0" * 64, 1),
     "stored": lambda store, _inbox, _digest: all_of(store),
-    "set_aside": lambda store, _inbox, digest: store.set_aside(digest, "token"),
-    "put_back": lambda store, _inbox, digest: store.put_back(digest, "token"),
-    "remove": lambda store, _inbox, digest: store.remove(digest, "token"),
+    "set_aside": lambda store, _inbox, digest: store.begin_removal(digest, "token"),
+    "put_back": lambda store, _inbox, digest: store.cancel_removal(digest, "token"),
+    "remove": lambda store, _inbox, digest: store.finish_removal(digest, "token"),
 }
 
 
@@ -153,7 +159,7 @@ async def test_store_operation_on_another_directory_raises_and_changes_nothing(
     digest = put(tmp_path / "inbox")
     place(root)
     before = tree(tmp_path)
-    with pytest.raises((StoreUnavailable, ResourceUnavailable), match=r"^results\.store: .*--accept-store"):
+    with pytest.raises((FileStoreUnavailable, ResourceUnavailable), match=r"^results\.store: .*--accept-store"):
         await OPERATIONS[operation](DirectoryStore(root, marker=OURS), tmp_path / "inbox", digest)
     assert tree(tmp_path) == before
 
@@ -165,10 +171,10 @@ async def test_store_that_comes_back_is_used_again(root: Path, tmp_path: Path, p
     digest = put(tmp_path / "inbox")
     store = DirectoryStore(root, marker=OURS)
     place(root)
-    with pytest.raises(StoreUnavailable):
-        await store.take_over(tmp_path / "inbox", digest)
+    with pytest.raises(FileStoreUnavailable):
+        await store.ingest(tmp_path / "inbox", digest)
     put_back(away, root)
-    await store.take_over(tmp_path / "inbox", digest)
+    await store.ingest(tmp_path / "inbox", digest)
     assert store.path(digest).read_bytes() == CONTENT
 
 
@@ -185,8 +191,8 @@ async def test_disk_that_goes_away_while_a_file_is_stored_is_noticed(
         return real(self, *arguments)
 
     monkeypatch.setattr(DirectoryStore, "_adopt", interrupted)
-    with pytest.raises(StoreUnavailable, match="is not the result store"):
-        await DirectoryStore(root, marker=OURS).take_over(tmp_path / "inbox", digest)
+    with pytest.raises(FileStoreUnavailable, match="is not the result store"):
+        await DirectoryStore(root, marker=OURS).ingest(tmp_path / "inbox", digest)
     assert DirectoryStore(tmp_path / "inbox").path(digest).exists(), "the file is stored when the disk is back"
 
 
@@ -195,13 +201,13 @@ async def test_disk_that_goes_away_while_a_file_is_stored_is_noticed(
 
 async def test_first_start_creates_a_store_and_later_ones_use_it(db: Database, root: Path) -> None:
     first = await start(db, root)
-    written = (root / MARKER).read_text()
+    written = (root / MARKER_FILE_NAME).read_text()
     digest = put(root)
     for _ in range(2):
         store = await start(db, root, has_files)
         await store.verify(digest, len(CONTENT))
-    assert (root / MARKER).read_text() == written
-    first.check()
+    assert (root / MARKER_FILE_NAME).read_text() == written
+    first.check_writable()
 
 
 @pytest.mark.parametrize("files", [has_files, has_none])
@@ -223,8 +229,8 @@ async def test_many_first_starts_at_once_agree_on_one_store(connection: Connecti
             return await start(client[connection.db_name], root)
 
     for store in await asyncio.gather(*(one() for _ in range(8))):
-        store.check()
-    assert list(tree(root)) == [str(root / MARKER)]
+        store.check_writable()
+    assert list(tree(root)) == [str(root / MARKER_FILE_NAME)]
 
 
 async def test_second_machine_with_a_directory_of_its_own_is_refused(db: Database, root: Path, tmp_path: Path) -> None:
@@ -239,22 +245,22 @@ async def test_first_start_on_a_full_disk_creates_the_store_when_there_is_space(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    marker = await record(db, await find(db, root, has_files=has_none), created=False)
+    marker = await record_marker(db, await find_marker(db, root, has_files=has_none), created=False)
     store = DirectoryStore(root, marker=marker)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(ResourceUnavailable, match="No space"):
             store.prepare()
     await start(db, root)  # another process
-    store.check()
-    StoreMarker(marker.store_id).require(root)
+    store.check_writable()
+    StoreMarker(marker.store_id).check_directory(root)
 
 
 async def test_store_of_before_markers_is_adopted(db: Database, root: Path) -> None:
     digest = put(root)
     store = await start(db, root, has_files)
     await store.verify(digest, len(CONTENT))
-    assert (root / MARKER).exists()
+    assert (root / MARKER_FILE_NAME).exists()
 
 
 async def test_ledger_with_files_and_no_store_waits_until_it_is_restored(
@@ -267,13 +273,13 @@ async def test_ledger_with_files_and_no_store_waits_until_it_is_restored(
     with pytest.raises(ResourceUnavailable, match="it has no file 'store-id'"):
         await start(db, root, has_files)
     put(root)
-    (await start(db, root, has_files)).check()
+    (await start(db, root, has_files)).check_writable()
 
 
 async def test_restored_ledger_takes_the_store_that_is_copied_with_it(db: Database, root: Path) -> None:
     OTHERS.write(root)
     await start(db, root, has_files)
-    assert (await find(db, root, has_files=has_files)).store_id == OTHERS.store_id
+    assert (await find_marker(db, root, has_files=has_files)).store_id == OTHERS.store_id
 
 
 @pytest.mark.parametrize("place", [it for it in PLACES if it not in (file_in_its_place, broken_link)])
@@ -282,9 +288,9 @@ async def test_accepted_directory_is_the_store(
 ) -> None:
     await start(db, root)
     replace(root, tmp_path / "away", place)
-    store_id = await accept(db, root)
-    (await start(db, root, has_files)).check()
-    assert (await find(db, root, has_files=has_files)).store_id == store_id
+    store_id = await accept_directory(db, root)
+    (await start(db, root, has_files)).check_writable()
+    assert (await find_marker(db, root, has_files=has_files)).store_id == store_id
 
 
 # Errors of `open` -------------------------------------------------------------------------------------------------
@@ -321,8 +327,8 @@ async def test_open_error_is_a_lost_file_only_if_there_is_no_such_file_for_the_s
             if operation in ("open", "verify"):
                 await getattr(store, operation)(digest, len(CONTENT))
             else:
-                await store.take_over(inbox, digest)
-        except (FileLost, StoreUnavailable) as error:
+                await store.ingest(inbox, digest)
+        except (FileLost, FileStoreUnavailable) as error:
             found[number] = type(error)
     lost = NO_FILE if operation in ("open", "verify") else NO_FILE | BY_THE_JOB
-    assert found == {number: FileLost if number in lost else StoreUnavailable for number in ERRORS}
+    assert found == {number: FileLost if number in lost else FileStoreUnavailable for number in ERRORS}

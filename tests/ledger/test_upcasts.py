@@ -14,24 +14,33 @@ from pydantic import create_model
 from jobledger.ledger.domain.errors import ConfigurationError, UnreadableEvent
 from jobledger.ledger.domain.events import (
     EVENT_TYPES,
-    UPCASTS,
+    UPCASTERS,
     Event,
     JobClaimed,
     JobSubmitted,
     PositionVoided,
-    Recorded,
-    Upcast,
+    RecordedEvent,
+    Upcaster,
 )
-from jobledger.ledger.store.command_handler import load, new_job_id
-from jobledger.ledger.store.envelope import Append, Head
-from jobledger.ledger.store.hash_chain import chained_text
-from jobledger.ledger.store.verification import verify
+from jobledger.ledger.store.command_handler import load_stream_state, new_job_id
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
+from jobledger.ledger.store.hash_chain import hash_input
+from jobledger.ledger.store.verification import verify_log
 from tests.support import golden
 from tests.support.examples import NOON
-from tests.support.ledgers import DEADLINE_SECONDS, META, Ledger, check_log, first, stored, take, whole
+from tests.support.ledgers import (
+    DEADLINE_SECONDS,
+    EVENT_METADATA,
+    Ledger,
+    check_log,
+    load_event_documents,
+    read_all_events,
+    read_first_events,
+    take_events,
+)
 
 EVERY_TYPE = sorted(EVENT_TYPES.values(), key=lambda event: event.__name__)
-GOLDEN = {(document["type"], document["schema"]) for document in golden.histories()}
+GOLDEN = {(document["type"], document["schema"]) for document in golden.load_golden_events()}
 
 
 def by_name(kind: type[Event]) -> str:
@@ -43,7 +52,7 @@ def by_name(kind: type[Event]) -> str:
 
 @pytest.mark.parametrize("kind", EVERY_TYPE, ids=by_name)
 def test_there_is_a_step_from_every_older_schema_to_the_next(kind: type[Event]) -> None:
-    steps = UPCASTS.get(kind.__name__, ())
+    steps = UPCASTERS.get(kind.__name__, ())
     assert kind.schema_version == 1 + len(steps), (
         f"{kind.__name__} is at schema {kind.schema_version}, and UPCASTS has {len(steps)} steps for it"
     )
@@ -57,7 +66,7 @@ def test_there_is_a_golden_history_of_every_schema_there_ever_was(kind: type[Eve
 
 def test_steps_are_only_for_types_that_exist_and_so_are_golden_histories() -> None:
     """A type that was given a new name would leave its steps behind, and its events unreadable."""
-    assert UPCASTS.keys() <= EVENT_TYPES.keys()
+    assert UPCASTERS.keys() <= EVENT_TYPES.keys()
     assert {name for name, _ in GOLDEN} == EVENT_TYPES.keys()
     assert all(schema <= EVENT_TYPES[name].schema_version for name, schema in GOLDEN)
 
@@ -86,17 +95,17 @@ def _put_together(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-STEPS: Sequence[Upcast] = (_taken_apart, _put_together)
+STEPS: Sequence[Upcaster] = (_taken_apart, _put_together)
 
 
-def known_as(monkeypatch: pytest.MonkeyPatch, kind: type[Event], steps: Sequence[Upcast] = STEPS) -> None:
+def known_as(monkeypatch: pytest.MonkeyPatch, kind: type[Event], steps: Sequence[Upcaster] = STEPS) -> None:
     """Have this version of the program know RoomBooked so."""
     monkeypatch.setitem(EVENT_TYPES, "RoomBooked", kind)
-    monkeypatch.setitem(UPCASTS, "RoomBooked", steps)
+    monkeypatch.setitem(UPCASTERS, "RoomBooked", steps)
 
 
-async def append(ledger: Ledger, *events: Event, stream: str = "room-1", head: Head | None = None) -> None:
-    await ledger.log.append(Append(stream, head or Head(), events, META, NOON))
+async def append(ledger: Ledger, *events: Event, stream: str = "room-1", head: StreamHead | None = None) -> None:
+    await ledger.event_store.append(StreamAppend(stream, head or StreamHead(), events, EVENT_METADATA, NOON))
 
 
 async def test_older_payloads_are_brought_up_to_date_step_by_step_and_stay_as_they_were_written(
@@ -108,11 +117,11 @@ async def test_older_payloads_are_brought_up_to_date_step_by_step_and_stay_as_th
         NOW.model_validate({"place": {"building": "AW", "number": 1}, "seats": 5}),
     ]
     await append(quiet, *written)
-    before = await stored(quiet.db)
+    before = await load_event_documents(quiet.db)
     assert [document["schema"] for document in before] == [1, 2, 3]
     known_as(monkeypatch, NOW)
 
-    events = await quiet.log.read()
+    events = await quiet.event_store.read()
 
     assert [event.event for event in events] == [
         NOW.model_validate({"place": {"building": "K", "number": 3}}),
@@ -120,10 +129,10 @@ async def test_older_payloads_are_brought_up_to_date_step_by_step_and_stay_as_th
         written[2],
     ]
     assert [event.schema for event in events] == [1, 2, 3]
-    assert [event.data for event in events] == [event.payload() for event in written]
-    assert await stored(quiet.db) == before
+    assert [event.data for event in events] == [event.to_payload() for event in written]
+    assert await load_event_documents(quiet.db) == before
     check_log(before)
-    assert (await verify(quiet.log)).wrong is None
+    assert (await verify_log(quiet.event_store)).problem is None
 
 
 def document_of(data: Any, *, name: str = "RoomBooked", schema: Any = 1) -> dict[str, Any]:
@@ -144,13 +153,13 @@ def document_of(data: Any, *, name: str = "RoomBooked", schema: Any = 1) -> dict
 
 def intact(document: dict[str, Any]) -> dict[str, Any]:
     """Return an event with the hash of its content."""
-    return {**document, "hash": sha256(chained_text(document)).digest()}
+    return {**document, "hash": sha256(hash_input(document)).digest()}
 
 
 def test_a_step_is_not_taken_for_a_payload_that_is_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
-    def step(number: int) -> Upcast:
+    def step(number: int) -> Upcaster:
         def noted(data: dict[str, Any]) -> dict[str, Any]:
             taken.append(number)
             return data
@@ -160,7 +169,7 @@ def test_a_step_is_not_taken_for_a_payload_that_is_beyond_it(monkeypatch: pytest
     known_as(monkeypatch, room_booked(4), [step(1), step(2), step(3)])
     for schema, expected in [(1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (4, [])]:
         taken.clear()
-        event = Recorded(document_of({}, schema=schema))
+        event = RecordedEvent(document_of({}, schema=schema))
         assert (event.event, event.event) == (event.event, event.event)
         assert taken == expected
 
@@ -173,8 +182,8 @@ def test_a_step_that_changes_what_lies_within_leaves_the_payload_as_it_was(monke
     known_as(monkeypatch, room_booked(2, place=(dict[str, Any], ...)), [moved])
     document = document_of({"place": {"building": "H"}})
     original = deepcopy(document)
-    event = Recorded(document)
-    assert event.event.payload() == {"place": {"building": "K"}}
+    event = RecordedEvent(document)
+    assert event.event.to_payload() == {"place": {"building": "K"}}
     assert event.data == original["data"]
     assert document == original
 
@@ -184,7 +193,7 @@ def test_a_step_that_changes_what_lies_within_leaves_the_payload_as_it_was(monke
 
 def unreadable(document: Mapping[str, Any]) -> str:
     """Check that there is no reading the payload, but all else; return what is said of it."""
-    event = Recorded(document)
+    event = RecordedEvent(document)
     with pytest.raises(UnreadableEvent) as raised:
         _ = event.event
     with pytest.raises(UnreadableEvent):
@@ -239,7 +248,7 @@ def test_a_damaged_payload_cannot_be_read_and_is_still_there(data: Any) -> None:
 
 @pytest.mark.parametrize("data", [{"worker_id": "w1"}, None], ids=str)
 def test_what_cannot_be_read_can_still_be_shown_in_a_message(data: Any) -> None:
-    shown = repr(Recorded(document_of(data, name="JobClaimed")))
+    shown = repr(RecordedEvent(document_of(data, name="JobClaimed")))
     assert "JobClaimed" in shown
     assert repr(data) in shown
 
@@ -261,7 +270,7 @@ def test_an_old_payload_with_nothing_where_a_step_expects_text_cannot_be_read(mo
 def test_a_schema_that_never_was_cannot_be_read(monkeypatch: pytest.MonkeyPatch, schema: Any) -> None:
     known_as(monkeypatch, NOW)
     with pytest.raises(UnreadableEvent):
-        _ = Recorded(document_of({"building": "H", "number": 1302}, schema=schema)).event
+        _ = RecordedEvent(document_of({"building": "H", "number": 1302}, schema=schema)).event
 
 
 # Who only passes them on ------------------------------------------------------------------------------------------
@@ -274,15 +283,15 @@ DAMAGED_CLAIM: type[Event] = create_model("JobClaimed", __base__=Event, attempt=
 
 async def a_log_from_the_future(ledger: Ledger) -> None:
     """A job, what this version cannot read (in its stream and in others), and another job."""
-    submitted = await ledger.submit()
+    submitted = await ledger.submit_job()
     [event] = submitted.events
-    head = submitted.known.head
+    head = submitted.stream_state.head
     later = [UNKNOWN.model_validate({"colour": "red"}), DAMAGED_CLAIM.model_validate({"attempt": "often"})]
     await append(ledger, *later, stream=event.stream, head=head)
     newer = NEWER.model_validate({"job_type": "echo", "parameters": {}, "user_id": "alice"})
     await append(ledger, newer, stream=new_job_id())
     await append(ledger, UNKNOWN.model_validate({"colour": "blue"}), stream="painting-1")
-    await ledger.submit()
+    await ledger.submit_job()
 
 
 TYPES = ["JobSubmitted", "JobRepainted", "JobClaimed", "JobSubmitted", "JobRepainted", "JobSubmitted"]
@@ -290,14 +299,14 @@ TYPES = ["JobSubmitted", "JobRepainted", "JobClaimed", "JobSubmitted", "JobRepai
 
 async def test_the_log_is_read_past_what_cannot_be_read_and_shows_it_as_it_was_stored(quiet: Ledger) -> None:
     await a_log_from_the_future(quiet)
-    documents = await stored(quiet.db)
-    events = await whole(quiet.log)
+    documents = await load_event_documents(quiet.db)
+    events = await read_all_events(quiet.event_store)
     assert [event.type for event in events] == TYPES
     assert [event.data for event in events] == [document["data"] for document in documents]
     assert [event.hash for event in events] == [document["hash"] for document in documents]
     assert events[1].data == {"colour": "red"}
     assert events[3].schema == 2
-    assert [event.type for event in await quiet.log.read_stream(events[0].stream)] == TYPES[:3]
+    assert [event.type for event in await quiet.event_store.read_stream(events[0].stream)] == TYPES[:3]
     for position in (2, 3, 4, 5):
         with pytest.raises(UnreadableEvent, match=f"At position {position} of the log"):
             _ = events[position - 1].event
@@ -305,12 +314,12 @@ async def test_the_log_is_read_past_what_cannot_be_read_and_shows_it_as_it_was_s
 
 async def test_a_log_with_what_cannot_be_read_is_still_what_was_written(quiet: Ledger) -> None:
     await a_log_from_the_future(quiet)
-    verdict = await verify(quiet.log)
-    assert (verdict.wrong, verdict.events) == (None, len(TYPES))
+    verdict = await verify_log(quiet.event_store)
+    assert (verdict.problem, verdict.events) == (None, len(TYPES))
     await quiet.db.events.update_one({"_id": 2}, {"$set": {"data.colour": "green"}})
-    verdict = await verify(quiet.log)
-    assert verdict.wrong is not None
-    assert verdict.wrong.position == 2
+    verdict = await verify_log(quiet.event_store)
+    assert verdict.problem is not None
+    assert verdict.problem.position == 2
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["from history", "as they happen"])
@@ -318,21 +327,21 @@ async def test_a_subscriber_passes_over_what_it_has_no_use_for(ledger: Ledger, *
     if not live:
         await a_log_from_the_future(ledger)
     async with (
-        ledger.log.subscription(after=0) as everything,
-        ledger.log.subscription(after=4, types=[JobSubmitted, PositionVoided]) as wanted,
+        ledger.event_store.subscribe(after=0) as everything,
+        ledger.event_store.subscribe(after=4, types=[JobSubmitted, PositionVoided]) as wanted,
     ):
         if live:
             await a_log_from_the_future(ledger)
-        [event] = await take(wanted, 1)
+        [event] = await take_events(wanted, 1)
         assert (event.position, event.type) == (6, "JobSubmitted")
         assert isinstance(event.event, JobSubmitted)
-        assert [event.type for event in await take(everything, len(TYPES))] == TYPES
+        assert [event.type for event in await take_events(everything, len(TYPES))] == TYPES
     async with asyncio.timeout(DEADLINE_SECONDS):
-        assert [event.type for event in await first(ledger.log, len(TYPES))] == TYPES
+        assert [event.type for event in await read_first_events(ledger.event_store, len(TYPES))] == TYPES
 
 
 async def test_a_decision_is_never_based_on_what_cannot_be_read(quiet: Ledger) -> None:
     await a_log_from_the_future(quiet)
-    for stream in {event.stream for event in (await whole(quiet.log))[:4]}:
+    for stream in {event.stream for event in (await read_all_events(quiet.event_store))[:4]}:
         with pytest.raises(UnreadableEvent):
-            await load(quiet.log, stream)
+            await load_stream_state(quiet.event_store, stream)

@@ -8,16 +8,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from jobledger.ledger.domain.commands import (
+    AddLogEntries,
     Archive,
     CancelJob,
     ChangeAccess,
     ClaimJob,
     CompleteJob,
+    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
     FailAttempt,
-    FinishStep,
     PauseBatch,
     ReleaseJob,
     ReportProgress,
@@ -25,31 +26,30 @@ from jobledger.ledger.domain.commands import (
     ResumeBatch,
     Unarchive,
     UpdateJob,
-    WriteLog,
 )
-from jobledger.ledger.domain.errors import CommandRefused
+from jobledger.ledger.domain.errors import CommandRejected
 from jobledger.ledger.domain.events import (
     AccessControl,
     Failure,
     JobResults,
-    LogLine,
-    Recorded,
+    LogEntry,
+    RecordedEvent,
     ResultFile,
     ResultMetadata,
 )
 from jobledger.ledger.mongo.connection import Database, Document
 from jobledger.ledger.store.command_handler import Command
-from jobledger.ledger.store.hash_chain import canonical
+from jobledger.ledger.store.hash_chain import canonical_json
 from jobledger.projections.engine import slots as views
-from jobledger.projections.engine.rebuild import checkpoint
+from jobledger.projections.engine.rebuild import load_checkpoint
 from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
-from tests.support.running import Process
+from tests.support.running import RunningRoles
 
 Views = dict[str, list[str]]
 """The documents of each view in canonical form, sorted."""
 
 
-def refolded(events: list[Recorded]) -> Views:
+def fold_views(events: list[RecordedEvent]) -> Views:
     """Fold a whole log, event by event, and derive every view from where that ends."""
     job: dict[str, Document | None] = {}
     batch: dict[str, Document | None] = {}
@@ -61,22 +61,22 @@ def refolded(events: list[Recorded]) -> Views:
             case "job":
                 before = job.get(event.stream)
                 after = job[event.stream] = jobs.fold(before, event)
-                if after and statistics.ended(before, after):
-                    counted.update(statistics.of_end(after))
-                    recent = statistics.recent_after(recent, after)
+                if after and statistics.has_just_finished(before, after):
+                    counted.update(statistics.counters_for_completion(after))
+                    recent = statistics.count_finished_job(recent, after)
                 batch_id = (after or before or {}).get("batch_id")
                 # What a running job says along the way does not concern its batch.
                 running = before and after and before["status"] == after["status"] == "processing"
                 known = batch.get(batch_id) if batch_id else None
                 if after is not before and not running and batch_id and known is not None:
-                    batch[batch_id] = batches.fold_job(known, before, after, event)
+                    batch[batch_id] = batches.apply_job_change(known, before, after, event)
             case "batch":
                 batch[event.stream] = batches.fold(batch.get(event.stream), event)
     live = [document for document in job.values() if document]
     for document in live:
-        counted.update(statistics.of_job(document))
+        counted.update(statistics.counters_for_job(document))
     for document in filter(None, batch.values()):
-        counted.update(statistics.of_batch(document))
+        counted.update(statistics.counters_for_batch(document))
     return _canonical(
         {
             "jobs": live,
@@ -96,9 +96,9 @@ def _counters(counted: Counter[tuple[str, str]]) -> list[Document]:
     return list(counters.values())
 
 
-async def stored(db: Database, *, zeros: bool = True) -> Views:
+async def load_views(db: Database, *, zeros: bool = True) -> Views:
     """Return what the views say now; without `zeros`, a counter that has gone back to zero is as one that never was."""
-    live = views.Views(db, (await checkpoint(db)).get("sides"))
+    live = views.Views(db, (await load_checkpoint(db)).get("sides"))
     found = {
         view.NAME: [document async for document in live[view.NAME].find()]
         for view in (jobs, batches, queue, files, statistics, steps)
@@ -117,18 +117,18 @@ def _nonzero(counters: list[Document]) -> list[Document]:
 
 
 def _canonical(views: dict[str, list[Document]]) -> Views:
-    return {view: sorted(canonical(document).decode() for document in found) for view, found in views.items()}
+    return {view: sorted(canonical_json(document).decode() for document in found) for view, found in views.items()}
 
 
-async def assert_views_equal_the_log(here: Process) -> None:
+async def assert_views_match_log(here: RunningRoles) -> None:
     """Wait for the views, then compare them with a fresh fold of the whole log."""
     while True:
-        head = await here.log.head()
-        await here.views_reach(head)
-        events, found = await here.everything(), await stored(here.db, zeros=False)
-        if head == len(events) == await here.log.head():
+        head = await here.event_store.head_position()
+        await here.wait_for_views(head)
+        events, found = await here.read_all_events(), await load_views(here.db, zeros=False)
+        if head == len(events) == await here.event_store.head_position():
             break  # else the projector has recorded something about a batch meanwhile
-    wanted = refolded(events)
+    wanted = fold_views(events)
     for view, documents in wanted.items():
         assert found[view] == documents, f"the view `{view}` is not what the log says"
 
@@ -136,7 +136,7 @@ async def assert_views_equal_the_log(here: Process) -> None:
 # Histories --------------------------------------------------------------------------------------------------------
 
 
-def results(job_id: str, *, tokens: int = 10) -> JobResults:
+def make_results(job_id: str, *, tokens: int = 10) -> JobResults:
     return JobResults(
         markdown_file=f"/events/{job_id}/a.md",
         markdown_url=f"/api/events/files/{job_id}/a.md",
@@ -145,29 +145,31 @@ def results(job_id: str, *, tokens: int = 10) -> JobResults:
     )
 
 
-def failure(message: str = "it broke") -> Failure:
+def make_failure(message: str = "it broke") -> Failure:
     return Failure(code="BROKEN", message=message, details={"retryable": True})
 
 
-async def live(here: Process, job_ids: list[str], dice: random.Random, *, steps: int) -> None:
+async def run_random_job_commands(here: RunningRoles, job_ids: list[str], dice: random.Random, *, steps: int) -> None:
     """Let the jobs live through `steps` things that happen to them, most of them sensible."""
     attempts: dict[str, int] = dict.fromkeys(job_ids, 1)
     for _ in range(steps):
         job_id = dice.choice(job_ids)
         try:
-            events = await here.do(job_id, _something(job_id, attempts[job_id], dice))
-        except CommandRefused:
+            events = await here.handle_commands(job_id, _something(job_id, attempts[job_id], dice))
+        except CommandRejected:
             continue
         for event in events:
             if event.type == "JobClaimed":
                 attempts[job_id] = event.event.model_dump()["attempt"]
 
 
-async def switch(here: Process, batch_ids: list[str], dice: random.Random, *, steps: int) -> None:
+async def run_random_batch_commands(
+    here: RunningRoles, batch_ids: list[str], dice: random.Random, *, steps: int
+) -> None:
     """Pause and resume the batches, put them out of sight and back, while their jobs live."""
     things: list[Command] = [PauseBatch("user-1"), ResumeBatch("user-1"), Archive("user-1"), Unarchive("user-1")]
     for _ in range(steps):
-        await here.do(dice.choice(batch_ids), dice.choices(things, [4, 4, 1, 1])[0])
+        await here.handle_commands(dice.choice(batch_ids), dice.choices(things, [4, 4, 1, 1])[0])
 
 
 def _something(job_id: str, attempt: int, dice: random.Random) -> Command:
@@ -175,11 +177,11 @@ def _something(job_id: str, attempt: int, dice: random.Random) -> Command:
     things: list[tuple[int, Any]] = [
         (30, ClaimJob(worker, now + timedelta(hours=1))),
         (10, ReportProgress(worker, attempt, "page", dice.random() * 100, "on it")),
-        (8, WriteLog(worker, attempt, (LogLine(timestamp=now, level="info", message=f"line {dice.random()}"),))),
-        (4, FinishStep(worker, attempt, "page", "key", {"a": 1}, 0.5, 3, ("warned",))),
-        (12, CompleteJob(worker, attempt, results(job_id, tokens=dice.randrange(100)))),
-        (6, FailAttempt(worker, attempt, failure(), now + timedelta(minutes=5))),
-        (4, FailAttempt(worker, attempt, failure(), None)),
+        (8, AddLogEntries(worker, attempt, (LogEntry(timestamp=now, level="info", message=f"line {dice.random()}"),))),
+        (4, CompleteStep(worker, attempt, "page", "key", {"a": 1}, 0.5, 3, ("warned",))),
+        (12, CompleteJob(worker, attempt, make_results(job_id, tokens=dice.randrange(100)))),
+        (6, FailAttempt(worker, attempt, make_failure(), now + timedelta(minutes=5))),
+        (4, FailAttempt(worker, attempt, make_failure(), None)),
         (4, ReleaseJob(worker, attempt, "shutdown")),
         (4, ExpireLease(worker, attempt)),
         (4, CancelJob("user-1", "no longer wanted")),

@@ -14,10 +14,10 @@ from jobledger.ledger.domain.events import AccessControl
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.projections.engine import document_cache, rebuild
 from jobledger.projections.engine import writer as folding
-from jobledger.projections.engine.document_cache import CACHED_BYTES, DocumentCache, memory_of
+from jobledger.projections.engine.document_cache import MAX_CACHED_BYTES, DocumentCache, estimate_memory
 from jobledger.projections.views import jobs, list_index
 from tests.projections.test_rebuild import compared
-from tests.support.running import process
+from tests.support.running import run_roles_in_process
 
 NAMES = [f"{number:03}" + "x" * 197 for number in range(200)]
 GROWING: Mapping[str, Any] = {
@@ -42,22 +42,22 @@ def small(**fields: Any) -> Document:
 def test_whatever_makes_a_document_large_is_counted(name: str) -> None:
     cache = DocumentCache()
     document = small(**{name: GROWING[name]})
-    assert memory_of(document) > 40_000 + memory_of(small())
+    assert estimate_memory(document) > 40_000 + estimate_memory(small())
     number = 0
-    while cache.bytes + memory_of(document) <= CACHED_BYTES:
+    while cache.bytes + estimate_memory(document) <= MAX_CACHED_BYTES:
         cache.put(("jobs", str(number := number + 1)), document)
     cache.put(("jobs", "last"), document)
-    cache.shrink()
-    assert cache.bytes <= CACHED_BYTES
+    cache.evict()
+    assert cache.bytes <= MAX_CACHED_BYTES
     assert cache.get(("jobs", "1")) is None
     assert cache.get(("jobs", "last")) is document
 
 
 def test_usual_documents_are_bounded_by_their_number() -> None:
     cache = DocumentCache()
-    for number in range(document_cache.CACHED_DOCUMENTS + 1):
+    for number in range(document_cache.MAX_CACHED_DOCUMENTS + 1):
         cache.put(("jobs", str(number)), small())
-    cache.shrink()
+    cache.evict()
     assert cache.get(("jobs", "0")) is None
     assert cache.get(("jobs", "1")) is not None
     cache.put(("jobs", "1"), None)
@@ -69,36 +69,38 @@ def test_usual_documents_are_bounded_by_their_number() -> None:
 def test_the_count_is_near_what_values_take_in_memory() -> None:
     lists: list[Any] = [[] for _ in range(20_000)]
     real = sys.getsizeof(lists) + sum(map(sys.getsizeof, lists))
-    assert real / 2 < memory_of(small(parameters={"a": lists})) < 2 * real
+    assert real / 2 < estimate_memory(small(parameters={"a": lists})) < 2 * real
 
 
 async def test_chunks_that_concern_too_many_bytes_are_folded_in_parts(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded documents and new list index, live and in a rebuild."""
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         large = [await here.submit({"text": "x" * 70_000}) for _ in range(10)]
-        await here.views_reach()
+        await here.wait_for_views()
     monkeypatch.setattr(folding, "LOADED_BYTES", 200_000)
     monkeypatch.setattr(folding, "LISTED_BYTES", 1_000_000)
     loaded: list[int] = []
     listed: list[int] = []
-    write = folding.Folder.write
+    write = folding.ProjectionWriter.write
 
-    async def noted(self: folding.Folder, chunk: folding.Chunk, **given: Any) -> None:
+    async def noted(self: folding.ProjectionWriter, chunk: folding.Chunk, **given: Any) -> None:
         loaded.append(sum("large" in job for job in chunk.loaded[jobs.NAME].values()))
-        listed.append(sum(list_index.memory_of_rows(job) for job in chunk.now[jobs.NAME].values() if job))
+        listed.append(
+            sum(list_index.estimate_list_index_memory(job) for job in chunk.current[jobs.NAME].values() if job)
+        )
         await write(self, chunk, **given)
 
-    monkeypatch.setattr(folding.Folder, "write", noted)
-    async with process(connection, store) as here:
+    monkeypatch.setattr(folding.ProjectionWriter, "write", noted)
+    async with run_roles_in_process(connection, store) as here:
         for job_id in large:
-            await here.do(job_id, UpdateJob("user:a", priority=2))
+            await here.handle_commands(job_id, UpdateJob("user:a", priority=2))
         many = [await here.submit(access_control=AccessControl(read_access=NAMES)) for _ in range(10)]
-    async with process(connection, store, projector=True) as here:
-        await here.views_reach()
-        assert [(await here.job(job_id))["priority"] for job_id in large] == [2] * 10
-        assert [(await here.job(job_id))["status"] for job_id in many] == ["pending"] * 10
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        await here.wait_for_views()
+        assert [(await here.load_job(job_id))["priority"] for job_id in large] == [2] * 10
+        assert [(await here.load_job(job_id))["status"] for job_id in many] == ["pending"] * 10
         assert 0 < max(loaded) <= 3
         assert 0 < max(listed) < 2_500_000
         monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 10)

@@ -44,7 +44,7 @@ async def put(store: FileStore, tmp_path: Path, content: bytes) -> str:
     inbox = tmp_path / f"inbox-{uuid4()}"
     directory = DirectoryStore(inbox)
     sha256 = (await asyncio.to_thread(directory.put_bytes, content)).sha256
-    await store.take_over(directory.root, sha256)
+    await store.ingest(directory.root, sha256)
     return sha256
 
 
@@ -86,7 +86,7 @@ async def test_open_of_a_changed_file_raises(damage: str, store: FileStore, db: 
         await store.open(sha256, len(CONTENT))
     if isinstance(store, DirectoryStore) or damage not in ("shorter", "empty", "longer"):
         assert isinstance(lost.value, FileDamaged)  # of GridFS, a file that is not whole cannot be read
-    assert not isinstance(store, DirectoryStore) or store.checks.damaged == 1
+    assert not isinstance(store, DirectoryStore) or store.integrity.damaged_count == 1
 
 
 async def test_a_file_changed_after_it_was_opened_once_is_not_opened_again(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ async def test_verify_files_reports_changed_missing_and_orphaned_files(
     assert (verdict.files, verdict.missing, verdict.changed, verdict.orphans) == (3, 1, 1, 1)
     assert verdict.orphan_bytes == len(b"orphan") * 1000
     assert {(problem.path, problem.sha256) for problem in verdict.problems} == {("c", changed), ("m", missing)}
-    assert not verdict.is_right
+    assert not verdict.is_ok
     assert orphan not in {problem.sha256 for problem in verdict.problems}
 
 
@@ -188,7 +188,7 @@ class Endless:
 async def test_a_small_file_is_opened_while_large_ones_are_hashed(store: FileStore, tmp_path: Path) -> None:
     sha256 = await put(store, tmp_path, CONTENT)
     large = [Endless(str(number)) for number in range(10)]
-    hashing = [asyncio.create_task(store.checks.check(file, file.identity, 1)) for file in large]
+    hashing = [asyncio.create_task(store.integrity.check(file, file.identity, 1)) for file in large]
     async with asyncio.timeout(DEADLINE_SECONDS):
         for file in large:
             await file.began.wait()
@@ -205,7 +205,7 @@ async def test_a_file_is_hashed_again_if_the_first_caller_was_cancelled(tmp_path
     store = DirectoryStore(tmp_path)
     stored = await asyncio.to_thread(store.put_bytes, CONTENT)
     endless = Endless("x")
-    first = asyncio.create_task(store.checks.check(endless, stored.sha256, 1))
+    first = asyncio.create_task(store.integrity.check(endless, stored.sha256, 1))
     await endless.began.wait()
     second = asyncio.create_task(store.open(*stored))
     await asyncio.sleep(0)

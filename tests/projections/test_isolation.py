@@ -21,8 +21,8 @@ from jobledger.ledger.domain.commands import (
     ChangeAccess,
     ClaimJob,
     CompleteJob,
+    CompleteStep,
     FailAttempt,
-    FinishStep,
     ReportProgress,
     UpdateJob,
 )
@@ -30,34 +30,34 @@ from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import (
     EVENT_TYPES,
     AccessControl,
+    EventMetadata,
     Failure,
     JobClaimed,
     JobResults,
-    Meta,
-    Recorded,
+    RecordedEvent,
     ResultFile,
     ResultMetadata,
     Webhook,
 )
-from jobledger.ledger.domain.limits import DOCUMENT_BYTES
+from jobledger.ledger.domain.limits import MAX_DOCUMENT_BYTES
 from jobledger.ledger.mongo.connection import Connection, Document
-from jobledger.ledger.mongo.transactions import transaction
+from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store import envelope
-from jobledger.ledger.store.command_handler import Known, load_all
-from jobledger.ledger.store.envelope import Append, Head
+from jobledger.ledger.store.command_handler import StreamState, load_stream_states
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.projections.engine import projector, rebuild
 from jobledger.projections.engine import writer as folding
 from jobledger.projections.views import failures, jobs
-from tests.projections.refold import stored
+from tests.projections.refold import load_views
 from tests.projections.test_rebuild import compared, rebuilding
-from tests.support.rarely import SOAK
-from tests.support.running import Process, WorkerOptions, process
+from tests.support.rarely import IS_SOAK_RUN
+from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process
 
 MISSING = object()
 ADMIN = Principal("admin", roles=frozenset({"admin"}))
-Spoil = Callable[[Process], Awaitable[str]]
+Spoil = Callable[[RunningRoles], Awaitable[str]]
 """Makes a stream that is hard to project, and returns its job."""
-HARMLESS_BYTES = DOCUMENT_BYTES - 1024 * 1024
+HARMLESS_BYTES = MAX_DOCUMENT_BYTES - 1024 * 1024
 
 
 @pytest.fixture
@@ -72,55 +72,57 @@ def without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 LONG_NAME = " ".join(f"word{number}" for number in range(40))
 
 
-async def many_readers(here: Process) -> str:
+async def many_readers(here: RunningRoles) -> str:
     names = [f"reader-{number}" for number in range(8000)]
     return await here.submit(job_name=LONG_NAME, access_control=AccessControl(read_access=names))
 
 
-async def many_readers_later(here: Process) -> str:
+async def many_readers_later(here: RunningRoles) -> str:
     job_id = await here.submit(job_name=LONG_NAME)
     names = [f"reader-{number}@{'x' * 150}" for number in range(8000)]
-    await here.do(job_id, ChangeAccess("user:a", AccessControl(read_access=names)))
+    await here.handle_commands(job_id, ChangeAccess("user:a", AccessControl(read_access=names)))
     return job_id
 
 
-async def many_teams(here: Process) -> str:
+async def many_teams(here: RunningRoles) -> str:
     teams = [f"team-{number}" for number in range(8000)]
     return await here.submit(job_name=LONG_NAME, teams=teams, access_control=AccessControl(visibility="team"))
 
 
-async def large_parameters_and_results(here: Process) -> str:
+async def large_parameters_and_results(here: RunningRoles) -> str:
     job_id = await here.submit({"text": "x" * 7_500_000})
     await here.claim(job_id)
     metadata = ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, text="x" * 8_000_000)
-    await here.do(job_id, CompleteJob("worker-1", 1, JobResults(metadata=metadata)))
+    await here.handle_commands(job_id, CompleteJob("worker-1", 1, JobResults(metadata=metadata)))
     return job_id
 
 
-async def numbers_that_grow_in_bson(here: Process) -> str:
+async def numbers_that_grow_in_bson(here: RunningRoles) -> str:
     job_id = await here.submit({"numbers": [0] * 450_000})
-    await here.do(job_id, UpdateJob("user:a", {"numbers": [0] * 450_000, "speakers": ["a b c"] * 100_000}))
+    await here.handle_commands(job_id, UpdateJob("user:a", {"numbers": [0] * 450_000, "speakers": ["a b c"] * 100_000}))
     return job_id
 
 
-async def many_steps(here: Process) -> str:
+async def many_steps(here: RunningRoles) -> str:
     job_id = await here.submit()
     await here.claim(job_id)
     for number in range(40):
-        await here.do(job_id, FinishStep("worker-1", 1, "s", f"k{number}", None, 0.1, 0, ("w" * 500_000,)))
+        await here.handle_commands(
+            job_id, CompleteStep("worker-1", 1, "s", f"k{number}", None, 0.1, 0, ("w" * 500_000,))
+        )
     return job_id
 
 
-async def large_error_and_progress(here: Process) -> str:
+async def large_error_and_progress(here: RunningRoles) -> str:
     job_id = await here.submit({"text": "x" * 7_000_000})
     await here.claim(job_id)
     huge = Failure(code="X" * 500_000, message="m" * 3_000_000, details={"text": "d" * 3_000_000})
-    await here.do(job_id, ReportProgress("worker-1", 1, "p" * 3_000_000, 1.0, "m" * 3_000_000))
-    await here.do(job_id, FailAttempt("worker-1", 1, huge, datetime.now(UTC)))
+    await here.handle_commands(job_id, ReportProgress("worker-1", 1, "p" * 3_000_000, 1.0, "m" * 3_000_000))
+    await here.handle_commands(job_id, FailAttempt("worker-1", 1, huge, datetime.now(UTC)))
     return job_id
 
 
-async def an_endless_track(here: Process) -> str:
+async def an_endless_track(here: RunningRoles) -> str:
     return await here.submit({"track": "t" * 7_000_000, "session": "s " * 100_000, "event": "e" * 500_000})
 
 
@@ -138,64 +140,64 @@ LARGE = [
 
 @pytest.mark.usefixtures("without_limits")
 async def test_every_document_fits_whatever_the_log_holds(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         spoiled = {spoil.__name__: await spoil(here) for spoil in LARGE}
         healthy = await here.submit({"track": "Main"})
-        await here.views_reach(seconds=60)
-        assert (await here.job(healthy))["status"] == "pending"
+        await here.wait_for_views(seconds=60)
+        assert (await here.load_job(healthy))["status"] == "pending"
         for name, job_id in spoiled.items():
-            job = await here.job(job_id)
+            job = await here.load_job(job_id)
             assert len(bson.encode(job)) < HARMLESS_BYTES, name
-            assert failures.ERROR not in job, name
-        readers = await here.job(spoiled["many_readers"])
+            assert failures.ERROR_FIELD not in job, name
+        readers = await here.load_job(spoiled["many_readers"])
         assert readers["truncated"] == ["headings"]
-        assert len(readers["headings"]) + len(readers["words"]) <= 2 * limits.LIST_INDEX_ROWS
-        full = await here.job(spoiled["large_parameters_and_results"])
+        assert len(readers["headings"]) + len(readers["words"]) <= 2 * limits.MAX_LIST_INDEX_ROWS
+        full = await here.load_job(spoiled["large_parameters_and_results"])
         assert (full["status"], full["truncated"]) == ("completed", ["results"])
         assert full["results"]["metadata"]["duration"] == 1.0
-        assert (await here.job(spoiled["many_steps"]))["truncated"] == ["steps"]
+        assert (await here.load_job(spoiled["many_steps"]))["truncated"] == ["steps"]
         assert await failures.count(here.checkpoint.views) == 0
 
 
 # Streams that cannot be projected -------------------------------------------------------------------------------------
 
 
-async def damaged_event(here: Process) -> str:
+async def damaged_event(here: RunningRoles) -> str:
     """A known event with another payload, as an import or a disk may make it."""
     job_id = await here.submit()
     await here.claim(job_id)
-    await here.do(job_id, ReportProgress("worker-1", 1, "step", 1.0, "fine"))
+    await here.handle_commands(job_id, ReportProgress("worker-1", 1, "step", 1.0, "fine"))
     await here.db.events.update_one({"stream": job_id, "version": 2}, {"$set": {"data": {"attempt": "x"}}})
     return job_id
 
 
-async def damaged_submission(here: Process) -> str:
+async def damaged_submission(here: RunningRoles) -> str:
     job_id = await here.submit()
     await here.db.events.update_one({"stream": job_id, "version": 1}, {"$set": {"data": {"parameters": 5}}})
     return job_id
 
 
-async def fault_in_the_fold(here: Process) -> str:
+async def fault_in_the_fold(here: RunningRoles) -> str:
     return await here.submit(job_name="FAULT IN THE FOLD")
 
 
-async def number_without_a_form(here: Process) -> str:
+async def number_without_a_form(here: RunningRoles) -> str:
     return await here.submit(job_name="A NUMBER THAT BSON CANNOT HOLD")
 
 
-async def larger_than_a_document(here: Process) -> str:
+async def larger_than_a_document(here: RunningRoles) -> str:
     return await here.submit(job_name="LARGER THAN A DOCUMENT")
 
 
-async def refused_by_the_server(here: Process) -> str:
+async def refused_by_the_server(here: RunningRoles) -> str:
     return await here.submit(job_name="REFUSED BY THE SERVER")
 
 
-async def delivery_without_a_port(here: Process) -> str:
+async def delivery_without_a_port(here: RunningRoles) -> str:
     job_id = await here.submit(webhook=Webhook(url="http://example.org:99999/hook"))
     await here.claim(job_id)
     done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
-    await here.do(job_id, CompleteJob("worker-1", 1, done))
+    await here.handle_commands(job_id, CompleteJob("worker-1", 1, done))
     return job_id
 
 
@@ -212,7 +214,7 @@ DAMAGE: list[tuple[str, Any]] = [
 """A field of the envelope, and what stands there instead."""
 
 
-async def damage(here: Process, stream: str, version: int, name: str, value: Any) -> None:
+async def damage(here: RunningRoles, stream: str, version: int, name: str, value: Any) -> None:
     change = {"$unset": {name: ""}} if value is MISSING else {"$set": {name: value}}
     with suppress(DuplicateKeyError):  # two events of the same version have lost their streams
         await here.db.events.update_one({"stream": stream, "version": version}, change)
@@ -230,7 +232,7 @@ UNPROJECTABLE = [
 _fold = jobs.fold
 
 
-def faulty(job: Document | None, event: Recorded) -> Document | None:
+def faulty(job: Document | None, event: RecordedEvent) -> Document | None:
     """The fold of a program with faults, one for each of some jobs."""
     after = _fold(job, event)
     match after and after["job_name"]:
@@ -239,7 +241,7 @@ def faulty(job: Document | None, event: Recorded) -> Document | None:
         case "A NUMBER THAT BSON CANNOT HOLD":
             return {**(after or {}), "priority": 2**70}
         case "LARGER THAN A DOCUMENT":
-            return {**(after or {}), "progress": {"message": "x" * DOCUMENT_BYTES}}
+            return {**(after or {}), "progress": {"message": "x" * MAX_DOCUMENT_BYTES}}
         case "REFUSED BY THE SERVER":
             return {**(after or {}), "created_at": [1]}  # the server indexes no two lists together
         case _:
@@ -258,20 +260,20 @@ def with_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def test_a_stream_that_cannot_be_projected_is_isolated_and_said(
     connection: Connection, store: Path, spoil: Spoil
 ) -> None:
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         batch_id, [one, other] = await here.submit_batch({}, {})
         job_id = await spoil(here)
         for healthy in (one, other):
             await here.claim(healthy)
             done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
-            await here.do(healthy, CompleteJob("worker-1", 1, done))
-        head = await here.log.head()
+            await here.handle_commands(healthy, CompleteJob("worker-1", 1, done))
+        head = await here.event_store.head_position()
     with capture_logs() as said:
-        async with process(connection, store, projector=True) as here:
-            await here.heard(EVENT_TYPES["BatchFinished"], batch_id)
-            await here.views_reach()
-            assert (await here.batch(batch_id))["completed_jobs"] == 2
-            [failure] = await failures.newest(here.checkpoint.views)
+        async with run_roles_in_process(connection, store, projector=True) as here:
+            await here.wait_for_event(EVENT_TYPES["BatchFinished"], batch_id)
+            await here.wait_for_views()
+            assert (await here.load_batch(batch_id))["completed_jobs"] == 2
+            [failure] = await failures.list_problems(here.checkpoint.views)
             assert job_id in failure["key"]
             assert failure["position"] <= head
             assert failure["message"]
@@ -282,88 +284,88 @@ async def test_a_stream_that_cannot_be_projected_is_isolated_and_said(
 async def test_stubs_are_the_same_wherever_chunks_end_and_rebuild_agrees(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         ids = [await spoil(here) for spoil in UNPROJECTABLE]
         _, in_batch = await here.submit_batch({}, {}, job_name="LARGER THAN A DOCUMENT")
         for job_id in [*ids, *in_batch]:
             for version in range(3):
                 await _append_raw(here, job_id, version)
     found = []
-    for chunk_events in (1000, 3, 1) if SOAK else (1000, 3):
+    for chunk_events in (1000, 3, 1) if IS_SOAK_RUN else (1000, 3):
         monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
         monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
-        async with process(connection, store, projector=True) as here:
+        async with run_roles_in_process(connection, store, projector=True) as here:
             async with rebuilding(connection) as auditor:
                 await auditor.run()
-            await here.views_reach()
+            await here.wait_for_views()
             found.append(await _views(here))
             assert await compared(connection) == []
     assert all(it == found[0] for it in found[1:])
 
 
-async def _append_raw(here: Process, job_id: str, number: int) -> None:
+async def _append_raw(here: RunningRoles, job_id: str, number: int) -> None:
     """Append an event to a stream whose state need not be readable."""
-    last = (await here.log.read_stream(job_id))[-1]
-    head = Head(last.version, last.position, last.hash)
+    last = (await here.event_store.read_stream(job_id))[-1]
+    head = StreamHead(last.version, last.position, last.hash)
     event = JobClaimed(worker_id="worker-2", attempt=number + 2)
-    await here.log.append(Append(job_id, head, [event], Meta("test"), datetime.now(UTC)))
+    await here.event_store.append(StreamAppend(job_id, head, [event], EventMetadata("test"), datetime.now(UTC)))
 
 
-async def _views(here: Process) -> Any:
-    rows = sorted(await failures.newest(here.checkpoint.views), key=lambda row: str(row["_id"]))
-    return [*(await stored(here.db, zeros=False)).items(), rows]
+async def _views(here: RunningRoles) -> Any:
+    rows = sorted(await failures.list_problems(here.checkpoint.views), key=lambda row: str(row["_id"]))
+    return [*(await load_views(here.db, zeros=False)).items(), rows]
 
 
 async def test_a_rebuild_by_the_mended_program_heals(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         with monkeypatch.context() as faults:
             faults.setattr(jobs, "fold", faulty)
             broken = await fault_in_the_fold(here)
             large = await larger_than_a_document(here)
-            await here.views_reach()
-            assert (await here.job(broken))["status"] == (await here.job(large))["status"] == "pending"
-            assert (await here.job(large))["truncated"] == ["progress"]
-            await here.do(large, ClaimJob("worker-1", datetime.now(UTC)))
-            await here.views_reach()
-            assert (await here.job(large))["status"] == "processing"
+            await here.wait_for_views()
+            assert (await here.load_job(broken))["status"] == (await here.load_job(large))["status"] == "pending"
+            assert (await here.load_job(large))["truncated"] == ["progress"]
+            await here.handle_commands(large, ClaimJob("worker-1", datetime.now(UTC)))
+            await here.wait_for_views()
+            assert (await here.load_job(large))["status"] == "processing"
             assert await failures.count(here.checkpoint.views) == 2
         async with rebuilding(connection) as auditor:
             await auditor.run()
-        await here.views_reach()
+        await here.wait_for_views()
         assert await failures.count(here.checkpoint.views) == 0
         for job_id in (broken, large):
-            assert failures.ERROR not in await here.job(job_id)
+            assert failures.ERROR_FIELD not in await here.load_job(job_id)
 
 
 async def test_a_document_that_can_be_stored_again_is_stored_whole(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         with monkeypatch.context() as faults:
             faults.setattr(jobs, "fold", faulty)
             job_id = await here.submit({"a": 1}, job_name="A NUMBER THAT BSON CANNOT HOLD")
-            await here.views_reach()
-            assert (await here.job(job_id))["parameters"] == {}
-    async with process(connection, store, projector=True) as here:
-        await here.do(job_id, UpdateJob("user:a", priority=7))
-        await here.views_reach()
-        job = await here.job(job_id)
-        assert (job["priority"], job["parameters"], failures.ERROR in job) == (7, {"a": 1}, False)
+            await here.wait_for_views()
+            assert (await here.load_job(job_id))["parameters"] == {}
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        await here.handle_commands(job_id, UpdateJob("user:a", priority=7))
+        await here.wait_for_views()
+        job = await here.load_job(job_id)
+        assert (job["priority"], job["parameters"], failures.ERROR_FIELD in job) == (7, {"a": 1}, False)
         assert await failures.count(here.checkpoint.views) == 0
 
 
 async def test_rows_that_somebody_else_has_inserted_do_not_stop_the_projector(
     connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         job_id = await here.submit()
         await here.db.queue.insert_one({"_id": job_id})
         await here.db.jobs.insert_one({"_id": job_id})
-    async with process(connection, store, projector=True) as here:
-        await here.views_reach()
-        assert (await here.job(job_id))["status"] == "pending"
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        await here.wait_for_views()
+        assert (await here.load_job(job_id))["status"] == "pending"
         assert await failures.count(here.checkpoint.views) == 0
 
 
@@ -372,20 +374,20 @@ async def test_a_chunk_that_takes_too_long_is_written_in_parts(
 ) -> None:
     """The server ends a transaction after a while: a chunk must not be tried for ever as it is."""
     written: list[int] = []
-    write = folding.Folder._write
+    write = folding.ProjectionWriter._write
 
-    async def limited(self: folding.Folder, chunk: folding.Chunk, first: Any, writes: Any) -> None:
-        if len(chunk.now["jobs"]) > 3:
+    async def limited(self: folding.ProjectionWriter, chunk: folding.Chunk, first: Any, writes: Any) -> None:
+        if len(chunk.current["jobs"]) > 3:
             raise folding.ChunkTooLarge("as if")
-        written.append(len(chunk.now["jobs"]))
+        written.append(len(chunk.current["jobs"]))
         await write(self, chunk, first, writes)
 
-    monkeypatch.setattr(folding.Folder, "_write", limited)
-    async with process(connection, store) as here:
+    monkeypatch.setattr(folding.ProjectionWriter, "_write", limited)
+    async with run_roles_in_process(connection, store) as here:
         job_ids = [await here.submit() for _ in range(20)]
-    async with process(connection, store, projector=True) as here:
-        await here.views_reach()
-        assert [(await here.job(job_id))["status"] for job_id in job_ids] == ["pending"] * 20
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        await here.wait_for_views()
+        assert [(await here.load_job(job_id))["status"] for job_id in job_ids] == ["pending"] * 20
         assert sum(written) == 20
         async with rebuilding(connection) as auditor:
             await auditor.run()
@@ -393,19 +395,19 @@ async def test_a_chunk_that_takes_too_long_is_written_in_parts(
 
 def test_the_budget_of_a_document_is_what_its_parts_may_take() -> None:
     parts = [
-        limits.PARAMETERS_BYTES,
-        limits.RESULTS_BYTES,
-        limits.STEPS_BYTES,
-        limits.LOGS_BYTES,
-        2 * limits.LIST_INDEX_BYTES,
-        limits.ERROR_DETAILS_BYTES,
-        4 * limits.ERROR_MESSAGE_CHARACTERS,
-        4 * (limits.PROGRESS_STEP_CHARACTERS + limits.PROGRESS_MESSAGE_CHARACTERS),
-        4 * limits.NAME_CHARACTERS * (limits.ACCESS_NAMES + limits.TEAMS + 3),
-        4 * (limits.URL_CHARACTERS + limits.TITLE_CHARACTERS) + 100 * limits.WEBHOOK_HEADERS,
+        limits.MAX_PARAMETERS_BYTES,
+        limits.MAX_RESULTS_BYTES,
+        limits.MAX_VIEW_STEPS_BYTES,
+        limits.MAX_VIEW_LOGS_BYTES,
+        2 * limits.MAX_LIST_INDEX_BYTES,
+        limits.MAX_ERROR_DETAILS_BYTES,
+        4 * limits.MAX_ERROR_MESSAGE_CHARACTERS,
+        4 * (limits.MAX_PROGRESS_STEP_CHARACTERS + limits.MAX_PROGRESS_MESSAGE_CHARACTERS),
+        4 * limits.MAX_NAME_CHARACTERS * (limits.MAX_ACCESS_NAMES + limits.MAX_TEAMS + 3),
+        4 * (limits.MAX_URL_CHARACTERS + limits.MAX_TITLE_CHARACTERS) + 100 * limits.MAX_WEBHOOK_HEADERS,
     ]
     assert sum(parts) < HARMLESS_BYTES
-    assert envelope.LARGEST_EVENT_BYTES > limits.PARAMETERS_BYTES
+    assert envelope.MAX_EVENT_BYTES > limits.MAX_PARAMETERS_BYTES
 
 
 async def test_damaged_envelopes_stop_neither_the_views_nor_workers(
@@ -413,64 +415,66 @@ async def test_damaged_envelopes_stop_neither_the_views_nor_workers(
 ) -> None:
     """Each field, of a first and of a later event, of jobs, batches and deliveries."""
     done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         waiting = []
         for name, value in DAMAGE:
             batch_id, in_batch = await here.submit_batch({}, {}, webhook=Webhook(url="http://example.org/hook"))
             for job_id in in_batch:
-                await here.do(job_id, ClaimJob("worker-1", datetime.now(UTC)), CompleteJob("worker-1", 1, done))
+                await here.handle_commands(
+                    job_id, ClaimJob("worker-1", datetime.now(UTC)), CompleteJob("worker-1", 1, done)
+                )
             pending = await here.submit()
-            await here.do(pending, UpdateJob("user:a", priority=2))
+            await here.handle_commands(pending, UpdateJob("user:a", priority=2))
             await damage(here, pending, 2, name, value)
             await damage(here, in_batch[0], 1, name, value)
             await damage(here, in_batch[1], 3, name, value)
             await damage(here, f"delivery-{in_batch[0]}-3", 1, name, value)
-            await here.do(batch_id, Archive("user:a"))
+            await here.handle_commands(batch_id, Archive("user:a"))
             await damage(here, batch_id, 2, name, value)
             waiting.append(pending)
         healthy = await here.submit()
-        loaded = await load_all(here.log, [*waiting, healthy])
-        assert isinstance(loaded[healthy], Known)
-        assert all(isinstance(it, Known | UnreadableEvent) for it in loaded.values())
+        loaded = await load_stream_states(here.event_store, [*waiting, healthy])
+        assert isinstance(loaded[healthy], StreamState)
+        assert all(isinstance(it, StreamState | UnreadableEvent) for it in loaded.values())
     found = []
     for chunk_events in (1000, 7):
         monkeypatch.setattr(projector, "CHUNK_EVENTS", chunk_events)
         monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
-        async with process(connection, store, projector=True) as here:
-            await here.views_reach()
-            assert (await here.job(healthy))["status"] == "pending"
+        async with run_roles_in_process(connection, store, projector=True) as here:
+            await here.wait_for_views()
+            assert (await here.load_job(healthy))["status"] == "pending"
             async with rebuilding(connection) as auditor:
                 await auditor.run()
-            await here.views_reach()
+            await here.wait_for_views()
             found.append(await _views(here))
             assert await compared(connection) == []
     assert found[0] == found[1]
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        await here.ended(healthy)
-        assert here.working is not None
-        assert not here.working.done()
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        await here.wait_until_finished(healthy)
+        assert here.worker_task is not None
+        assert not here.worker_task.done()
 
 
 async def test_damaged_progress_has_the_same_effect_wherever_chunks_end(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Progress that more progress follows is passed over unread."""
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         for damaged in ([3], [4], [5], [3, 5], [4, 5], [3, 4, 5]):
             for name, value in (("data", {"attempt": "x"}), ("time", "now"), ("schema", 257), ("version", 1000)):
                 job_id = await here.submit()
                 await here.claim(job_id)
                 for number in range(3):
-                    await here.do(job_id, ReportProgress("worker-1", 1, f"step {number}", 1.0, "fine"))
+                    await here.handle_commands(job_id, ReportProgress("worker-1", 1, f"step {number}", 1.0, "fine"))
                 for version in damaged:
                     await damage(here, job_id, version, name, value)
     found = []
     for chunk_events in (1000, 4, 1):
         monkeypatch.setattr(rebuild, "CHUNK_EVENTS", chunk_events)
-        async with process(connection, store, projector=True) as here:
+        async with run_roles_in_process(connection, store, projector=True) as here:
             async with rebuilding(connection) as auditor:
                 await auditor.run()
-            await here.views_reach()
+            await here.wait_for_views()
             found.append(await _views(here))
             assert await failures.count(here.checkpoint.views) == 0
     assert found[0] == found[1] == found[2]
@@ -483,51 +487,51 @@ async def test_a_document_that_cannot_be_isolated_is_left_as_it_was(
         raise ZeroDivisionError("a fault")
 
     monkeypatch.setattr(jobs, "isolated", broken)
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         job_id = await here.submit({"a": 1})
         await here.claim(job_id)
         await damage(here, job_id, 2, "data", 5)
         healthy = await here.submit()
-    async with process(connection, store, projector=True) as here:
-        await here.views_reach()
-        assert (await here.job(healthy))["status"] == "pending"
-        assert (await here.job(job_id))["parameters"] == {"a": 1}
-        assert [row["key"] for row in await failures.newest(here.checkpoint.views)] == [job_id]
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        await here.wait_for_views()
+        assert (await here.load_job(healthy))["status"] == "pending"
+        assert (await here.load_job(job_id))["parameters"] == {"a": 1}
+        assert [row["key"] for row in await failures.list_problems(here.checkpoint.views)] == [job_id]
 
 
 async def test_writes_of_one_event_are_bounded_by_the_document(connection: Connection, store: Path) -> None:
     """No access list is copied into the rows of the files."""
     files = [
         ResultFile(path=f"{number:0190}.md", sha256="0" * 64, size=1, media_type="text/markdown")
-        for number in range(limits.RESULT_FILES)
+        for number in range(limits.MAX_RESULT_FILES)
     ]
-    names = [f"{number:03}" + "\U0001f600" * 197 for number in range(limits.ACCESS_NAMES)]
-    async with process(connection, store) as here:
+    names = [f"{number:03}" + "\U0001f600" * 197 for number in range(limits.MAX_ACCESS_NAMES)]
+    async with run_roles_in_process(connection, store) as here:
         job_id = await here.submit(access_control=AccessControl(read_access=names))
         await here.claim(job_id)
         done = JobResults(files=files, metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0))
-        await here.do(job_id, CompleteJob("worker-1", 1, done))
-        events = await here.log.read_stream(job_id)
-    chunk = folding.Chunk({view: {} for view in folding.FOLDED})
+        await here.handle_commands(job_id, CompleteJob("worker-1", 1, done))
+        events = await here.event_store.read_stream(job_id)
+    chunk = folding.Chunk({view: {} for view in folding.FOLDED_VIEWS})
     for event in events:
-        chunk.fold(event)
-    rows = chunk.rows()["files"].values()
-    assert len(rows) == limits.RESULT_FILES
-    assert sum(len(bson.encode(row)) for row in rows if row) < 2 * limits.RESULTS_BYTES
+        chunk.apply(event)
+    rows = chunk.changed_rows()["files"].values()
+    assert len(rows) == limits.MAX_RESULT_FILES
+    assert sum(len(bson.encode(row)) for row in rows if row) < 2 * limits.MAX_RESULTS_BYTES
 
 
 async def test_a_date_beyond_the_calendar_in_a_payload_stops_nothing(connection: Connection, store: Path) -> None:
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         job_id, healthy = await here.submit({"at": 1}), await here.submit()
         await damage(here, job_id, 1, "data.parameters.at", DatetimeMS(2**60))
-    async with process(connection, store, projector=True) as here:
-        await here.views_reach()
-    async with process(connection, store) as here:
-        await here.do(healthy, ClaimJob("worker-1", datetime.now(UTC)))
-        await here.do(job_id, ClaimJob("worker-1", datetime.now(UTC)))
-    async with process(connection, store, projector=True) as here:  # has to load both
-        await here.views_reach()
-        found, _ = await jobs.page(here.checkpoint.views, jobs.Filter().query(ADMIN), limit=10)
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        await here.wait_for_views()
+    async with run_roles_in_process(connection, store) as here:
+        await here.handle_commands(healthy, ClaimJob("worker-1", datetime.now(UTC)))
+        await here.handle_commands(job_id, ClaimJob("worker-1", datetime.now(UTC)))
+    async with run_roles_in_process(connection, store, projector=True) as here:  # has to load both
+        await here.wait_for_views()
+        found, _ = await jobs.find_page(here.checkpoint.views, jobs.JobFilter().build_query(ADMIN), limit=10)
         assert [job["status"] for job in found] == ["processing", "processing"]
         assert await compared(connection) == []
 
@@ -542,26 +546,26 @@ async def test_a_transaction_that_is_too_large_for_the_server_is_written_in_part
         if not refused:
             refused.append(write)
             raise OperationFailure("TransactionTooLargeForCache", 388)
-        return await transaction(db, write)
+        return await run_transaction(db, write)
 
     monkeypatch.setattr(folding, "transaction", limited)
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         job_ids = [await here.submit() for _ in range(4)]
-    async with process(connection, store, projector=True) as here:
-        await here.views_reach()
-        assert [(await here.job(job_id))["status"] for job_id in job_ids] == ["pending"] * 4
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        await here.wait_for_views()
+        assert [(await here.load_job(job_id))["status"] for job_id in job_ids] == ["pending"] * 4
     assert refused
 
 
 async def test_damaged_events_that_arrive_through_the_change_stream_stop_no_process(
     connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
         for position, kind in enumerate(
             [None, 5, "JobClaimed", "JobSubmitted", "JobCancelRequested", "BatchPaused"], 1
         ):
             await here.db.events.insert_one({"_id": position, "version": position, "type": kind, "data": {}})
         await here.db.counters.update_one({"_id": "events"}, {"$set": {"next": 6}}, upsert=True)
-        await here.ended(await here.submit())
-        assert here.working is not None
-        assert not here.working.done()
+        await here.wait_until_finished(await here.submit())
+        assert here.worker_task is not None
+        assert not here.worker_task.done()

@@ -10,32 +10,32 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.domain.commands import (
+    AddLogEntries,
     Archive,
     CancelJob,
     ChangeAccess,
     ClaimJob,
     CompleteJob,
+    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
     FailAttempt,
-    FinishStep,
     ReleaseJob,
     ReportProgress,
     RestartJob,
     Unarchive,
     UpdateJob,
-    WriteLog,
 )
-from jobledger.ledger.domain.events import AccessControl, LogLine, Webhook, milliseconds
+from jobledger.ledger.domain.events import AccessControl, LogEntry, Webhook, truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.projections.views import jobs
 from jobledger.projections.views.list_index import index_for
-from tests.projections.refold import failure, results
-from tests.support.running import Process, process
+from tests.projections.refold import make_failure, make_results
+from tests.support.running import RunningRoles, run_roles_in_process
 
 WORKER = "worker-1"
-LATER = milliseconds(datetime.now(UTC) + timedelta(hours=1))
+LATER = truncate_to_milliseconds(datetime.now(UTC) + timedelta(hours=1))
 # konzept.md, "Event-Job Collection": each field and what it holds when it holds something.
 CONCEPT: dict[str, type] = {
     "job_id": str,
@@ -60,16 +60,16 @@ CONCEPT: dict[str, type] = {
 
 
 @pytest.fixture
-async def here(connection: Connection, store: Path) -> AsyncIterator[Process]:
-    async with process(connection, store, projector=True) as running:
+async def here(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
+    async with run_roles_in_process(connection, store, projector=True) as running:
         yield running
 
 
-async def after(here: Process, job_id: str, *commands: Any) -> Document:
+async def after(here: RunningRoles, job_id: str, *commands: Any) -> Document:
     """The job's document once the commands have had their effect, checked for what is true of every document."""
-    recorded = await here.do(job_id, *commands)
+    recorded = await here.handle_commands(job_id, *commands)
     assert recorded, "nothing happened"
-    await here.views_reach(recorded[-1].position)
+    await here.wait_for_views(recorded[-1].position)
     job = await here.db.jobs.find_one({"_id": job_id})
     assert job is not None
     assert (job["position"], job["version"]) == (recorded[-1].position, recorded[-1].version)
@@ -79,21 +79,21 @@ async def after(here: Process, job_id: str, *commands: Any) -> Document:
     return job
 
 
-async def claimed(here: Process, **fields: Any) -> str:
+async def claimed(here: RunningRoles, **fields: Any) -> str:
     job_id = await here.submit(**fields)
     await here.claim(job_id)
     return job_id
 
 
-async def test_a_submitted_job_has_every_field_of_the_concept(here: Process) -> None:
+async def test_a_submitted_job_has_every_field_of_the_concept(here: RunningRoles) -> None:
     access = AccessControl(visibility="team", read_access=["user-456"], write_access=["user-1"], admin_access=["a"])
     webhook = Webhook(url="https://example.com/hook", header_names=["Authorization"], include_markdown=True)
     parameters = {"event": "FOSDEM", "track": "Databases", "speakers": ["A", "B"], "a.b": 1, "deep": {"list": [None]}}
     job_id = await here.submit(
         parameters, priority=7, webhook=webhook, access_control=access, batch_id="batch-1", not_before=LATER
     )
-    await here.views_reach()
-    job = await here.job(job_id)
+    await here.wait_for_views()
+    job = await here.load_job(job_id)
 
     assert job["_id"] == job["job_id"] == job_id
     assert set(CONCEPT) <= set(job)
@@ -117,7 +117,7 @@ async def test_a_submitted_job_has_every_field_of_the_concept(here: Process) -> 
     assert (job["version"], job["position"], job["queued_position"]) == (1, 1, 1)
 
 
-async def test_a_claimed_job_names_its_worker_and_when_it_was_begun(here: Process) -> None:
+async def test_a_claimed_job_names_its_worker_and_when_it_was_begun(here: RunningRoles) -> None:
     job_id = await here.submit()
     await here.claim(job_id)
     job = await after(here, job_id, ReportProgress(WORKER, 1, "downloading_video", 60.5, "Video wird verarbeitet"))
@@ -126,31 +126,33 @@ async def test_a_claimed_job_names_its_worker_and_when_it_was_begun(here: Proces
     assert job["progress"] == {"step": "downloading_video", "percent": 60.5, "message": "Video wird verarbeitet"}
 
 
-async def test_a_job_carries_the_newest_hundred_log_lines(here: Process) -> None:
+async def test_a_job_carries_the_newest_hundred_log_lines(here: RunningRoles) -> None:
     job_id = await claimed(here)
-    now = milliseconds(datetime.now(UTC))
-    lines = [LogLine(timestamp=now, level="info", message=f"line {number}") for number in range(250)]
-    await here.do(job_id, WriteLog(WORKER, 1, tuple(lines[:30])), WriteLog(WORKER, 1, tuple(lines[30:130])))
-    job = await after(here, job_id, WriteLog(WORKER, 1, tuple(lines[130:])))
+    now = truncate_to_milliseconds(datetime.now(UTC))
+    lines = [LogEntry(timestamp=now, level="info", message=f"line {number}") for number in range(250)]
+    await here.handle_commands(
+        job_id, AddLogEntries(WORKER, 1, tuple(lines[:30])), AddLogEntries(WORKER, 1, tuple(lines[30:130]))
+    )
+    job = await after(here, job_id, AddLogEntries(WORKER, 1, tuple(lines[130:])))
     assert [line["message"] for line in job["logs"]] == [f"line {number}" for number in range(150, 250)]
     assert job["logs"][-1] == {"timestamp": now, "level": "info", "message": "line 249"}
 
 
-async def test_talkative_jobs_do_not_outgrow_the_largest_document(here: Process) -> None:
+async def test_talkative_jobs_do_not_outgrow_the_largest_document(here: RunningRoles) -> None:
     job_id = await claimed(here)
     now = datetime.now(UTC)
     for letter in "abc":
-        line = LogLine(timestamp=now, level="debug", message=letter * 7_000_000)
-        await here.do(job_id, WriteLog(WORKER, 1, (line,)))
+        line = LogEntry(timestamp=now, level="debug", message=letter * 7_000_000)
+        await here.handle_commands(job_id, AddLogEntries(WORKER, 1, (line,)))
     job = await after(here, job_id, ReportProgress(WORKER, 1, "page", 1.0, "after the flood"))
     assert [line["message"][0] for line in job["logs"]] == ["a", "b", "c"]
 
 
-async def test_of_a_finished_step_it_is_shown_what_it_took_and_not_what_it_yielded(here: Process) -> None:
+async def test_of_a_finished_step_it_is_shown_what_it_took_and_not_what_it_yielded(here: RunningRoles) -> None:
     job_id = await claimed(here)
-    await here.views_reach()
-    before = await here.job(job_id)
-    job = await after(here, job_id, FinishStep(WORKER, 1, "page", "key", {"big": "output"}, 1.0))
+    await here.wait_for_views()
+    before = await here.load_job(job_id)
+    job = await after(here, job_id, CompleteStep(WORKER, 1, "page", "key", {"big": "output"}, 1.0))
     changed = {name for name in job if job[name] != before[name]}
     assert changed <= {"steps", "updated_at", "version", "position"}
     assert job["version"] == before["version"] + 1
@@ -159,9 +161,9 @@ async def test_of_a_finished_step_it_is_shown_what_it_took_and_not_what_it_yield
     assert "output" not in step
 
 
-async def test_a_completed_job_has_its_results(here: Process) -> None:
+async def test_a_completed_job_has_its_results(here: RunningRoles) -> None:
     job_id = await claimed(here)
-    yielded = results(job_id, tokens=1500)
+    yielded = make_results(job_id, tokens=1500)
     job = await after(here, job_id, CompleteJob(WORKER, 1, yielded))
     assert job["status"] == "completed"
     assert job["completed_at"] == job["updated_at"] >= job["started_at"]
@@ -177,18 +179,18 @@ async def test_a_completed_job_has_its_results(here: Process) -> None:
     assert (row["modified_at"], row["position"]) == (job["completed_at"], job["position"])
 
 
-async def test_a_failed_job_says_why(here: Process) -> None:
+async def test_a_failed_job_says_why(here: RunningRoles) -> None:
     job_id = await claimed(here)
-    job = await after(here, job_id, FailAttempt(WORKER, 1, failure("no page"), None))
+    job = await after(here, job_id, FailAttempt(WORKER, 1, make_failure("no page"), None))
     assert (job["status"], job["retries"]) == ("failed", 0)
     assert job["error"] == {"code": "BROKEN", "message": "no page", "details": {"retryable": True}}
     assert job["completed_at"] == job["updated_at"]
     assert (job["logs"][-1]["level"], job["logs"][-1]["message"]) == ("error", "Failed: no page")
 
 
-async def test_a_job_that_is_to_be_tried_again_waits_for_its_time(here: Process) -> None:
+async def test_a_job_that_is_to_be_tried_again_waits_for_its_time(here: RunningRoles) -> None:
     job_id = await claimed(here)
-    job = await after(here, job_id, FailAttempt(WORKER, 1, failure("a 503"), LATER))
+    job = await after(here, job_id, FailAttempt(WORKER, 1, make_failure("a 503"), LATER))
     assert (job["status"], job["retries"], job["worker_id"], job["due_at"]) == ("pending", 1, None, LATER)
     assert job["error"]["message"] == "a 503"
     assert job["completed_at"] is None
@@ -197,7 +199,7 @@ async def test_a_job_that_is_to_be_tried_again_waits_for_its_time(here: Process)
     assert (row["due_at"], row["queued_position"]) == (LATER, job["queued_position"])
 
 
-async def test_a_lost_worker_costs_a_retry_and_a_shutdown_does_not(here: Process) -> None:
+async def test_a_lost_worker_costs_a_retry_and_a_shutdown_does_not(here: RunningRoles) -> None:
     job_id = await claimed(here)
     job = await after(here, job_id, ReleaseJob(WORKER, 1, "the worker shuts down"))
     assert (job["status"], job["retries"], job["worker_id"], job["due_at"]) == ("pending", 0, None, None)
@@ -208,7 +210,7 @@ async def test_a_lost_worker_costs_a_retry_and_a_shutdown_does_not(here: Process
     assert not any(WORKER in line["message"] for line in job["logs"])  # readers of the job see them
 
 
-async def test_a_running_job_is_cancelled_in_two_steps(here: Process) -> None:
+async def test_a_running_job_is_cancelled_in_two_steps(here: RunningRoles) -> None:
     job_id = await claimed(here)
     job = await after(here, job_id, CancelJob("user-1", "no need"))
     assert (job["status"], job["cancel_requested"]) == ("processing", True)
@@ -217,12 +219,14 @@ async def test_a_running_job_is_cancelled_in_two_steps(here: Process) -> None:
     assert job["completed_at"] == job["updated_at"]
 
 
-async def test_a_restarted_job_begins_anew_and_queues_at_the_end(here: Process) -> None:
+async def test_a_restarted_job_begins_anew_and_queues_at_the_end(here: RunningRoles) -> None:
     job_id = await claimed(here)
     now = datetime.now(UTC)
-    await here.do(job_id, FailAttempt(WORKER, 1, failure(), LATER), UpdateJob("user-1", not_before=now))
+    await here.handle_commands(
+        job_id, FailAttempt(WORKER, 1, make_failure(), LATER), UpdateJob("user-1", not_before=now)
+    )
     await here.claim(job_id)
-    await after(here, job_id, CompleteJob(WORKER, 2, results(job_id)))
+    await after(here, job_id, CompleteJob(WORKER, 2, make_results(job_id)))
     job = await after(here, job_id, RestartJob("user-1"))
     fresh = ("started_at", "completed_at", "results", "error", "worker_id", "due_at")
     assert [job[name] for name in fresh] == [None] * len(fresh)
@@ -232,7 +236,7 @@ async def test_a_restarted_job_begins_anew_and_queues_at_the_end(here: Process) 
     assert await here.claim(job_id) == 3
 
 
-async def test_a_waiting_job_can_be_changed(here: Process) -> None:
+async def test_a_waiting_job_can_be_changed(here: RunningRoles) -> None:
     job_id = await here.submit({"track": "A"}, priority=1)
     job = await after(here, job_id, UpdateJob("user-1", {"track": "B"}, 9, LATER))
     assert (job["parameters"], job["priority"], job["due_at"]) == ({"track": "B"}, 9, LATER)
@@ -243,7 +247,7 @@ async def test_a_waiting_job_can_be_changed(here: Process) -> None:
     assert (row["priority"], row["due_at"], row["position"]) == (0, LATER, job["position"])
 
 
-async def test_access_and_archive_are_shown(here: Process) -> None:
+async def test_access_and_archive_are_shown(here: RunningRoles) -> None:
     job_id = await here.submit()
     access = AccessControl(visibility="public", read_access=["team-marketing"])
     job = await after(here, job_id, ChangeAccess("user-1", access), Archive("user-1"))
@@ -252,27 +256,27 @@ async def test_access_and_archive_are_shown(here: Process) -> None:
     assert job["archived"] is False
 
 
-async def test_a_deleted_job_is_in_no_view_and_stays_so_whatever_a_zombie_says(here: Process) -> None:
+async def test_a_deleted_job_is_in_no_view_and_stays_so_whatever_a_zombie_says(here: RunningRoles) -> None:
     job_id = await claimed(here, parameters={"track": "A"})
-    await here.do(job_id, CompleteJob(WORKER, 1, results(job_id)), Delete("user-1", "by mistake"))
-    await here.views_reach()
+    await here.handle_commands(job_id, CompleteJob(WORKER, 1, make_results(job_id)), Delete("user-1", "by mistake"))
+    await here.wait_for_views()
     for view in ("jobs", "queue", "files"):
         assert await here.db[view].count_documents({}) == 0, view
-    assert await jobs.get(here.checkpoint.views, here.log, job_id) is None
-    assert await jobs.held_by(here.checkpoint.views, WORKER) == []
+    assert await jobs.get(here.checkpoint.views, here.event_store, job_id) is None
+    assert await jobs.find_jobs_of_worker(here.checkpoint.views, WORKER) == []
 
 
-async def test_who_runs_what_is_found_among_the_jobs_that_run(here: Process) -> None:
+async def test_who_runs_what_is_found_among_the_jobs_that_run(here: RunningRoles) -> None:
     for _ in range(3):
         await here.submit()
     mine, other = await claimed(here), await here.submit()
-    await here.do(other, ClaimJob("elsewhere", datetime.now(UTC)))
+    await here.handle_commands(other, ClaimJob("elsewhere", datetime.now(UTC)))
     ended = await claimed(here)
-    await here.do(ended, CompleteJob(WORKER, 1, results(ended)))
-    await here.views_reach()
+    await here.handle_commands(ended, CompleteJob(WORKER, 1, make_results(ended)))
+    await here.wait_for_views()
     views = here.checkpoint.views
-    assert await jobs.running_by_worker(views) == {WORKER: 1, "elsewhere": 1}
-    assert [(job["_id"], job["attempt"]) for job in await jobs.held_by(views, WORKER)] == [(mine, 1)]
+    assert await jobs.count_running_by_worker(views) == {WORKER: 1, "elsewhere": 1}
+    assert [(job["_id"], job["attempt"]) for job in await jobs.find_jobs_of_worker(views, WORKER)] == [(mine, 1)]
     looked: list[int] = []
     for asked in (
         {"find": "jobs", "filter": {**jobs._RUNNING, "worker_id": WORKER}},
@@ -287,8 +291,8 @@ async def test_who_runs_what_is_found_among_the_jobs_that_run(here: Process) -> 
 async def test_a_job_that_the_views_have_not_reached_is_folded_from_the_log(
     connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store) as here:
+    async with run_roles_in_process(connection, store) as here:
         job_id = await claimed(here)
-        job = await here.job(job_id)
+        job = await here.load_job(job_id)
         assert (job["status"], job["version"]) == ("processing", 2)
         assert await here.db.jobs.count_documents({}) == 0

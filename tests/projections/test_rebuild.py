@@ -17,19 +17,19 @@ from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, Delete
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.domain.events import BatchFinished, JobResults, ResultMetadata
 from jobledger.ledger.mongo.connection import Connection, Database
-from jobledger.ledger.mongo.leader_election import Deposed
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.mongo.leader_election import LeadershipLost
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine import projector, rebuild
-from jobledger.projections.engine.checkpoint import VIEWS
+from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
 from jobledger.projections.engine.comparison import Difference
-from jobledger.projections.engine.rebuild import NAMES, Rebuild, checkpoint
-from jobledger.projections.engine.slots import SIDES, Side, Views, collection_name, opposite
-from jobledger.projections.engine.writer import VERSION, Chunk, Folder
-from tests.projections.refold import assert_views_equal_the_log, stored
+from jobledger.projections.engine.rebuild import VIEW_NAMES, Rebuild, load_checkpoint
+from jobledger.projections.engine.slots import SLOTS, Slot, Views, collection_name, other_slot
+from jobledger.projections.engine.writer import PROJECTION_VERSION, Chunk, ProjectionWriter
+from tests.projections.refold import assert_views_match_log, load_views
 from tests.projections.test_projector import a_history
-from tests.support.receiver import receiver
-from tests.support.running import IMPATIENT, WorkerOptions, process, until
+from tests.support.receiver import run_webhook_endpoint
+from tests.support.running import FAST_WEBHOOKS, WorkerOptions, poll_until, run_roles_in_process
 from tests.workers.webhooks.test_deliverer import end_a_job, over
 
 
@@ -40,36 +40,36 @@ async def rebuilding(
     """What another process needs to make views anew."""
     async with connection.client() as client:
         db = client[connection.db_name]
-        log, changes = EventLog(db), Changes(db)
+        log, changes = EventStore(db), ChangeStream(db)
         found = Rebuild(db, log, connection, holder=holder, lease_seconds=seconds)
-        changes.listen(log)
-        changes.listen(found.leadership)
+        changes.add_listener(log)
+        changes.add_listener(found.leader_election)
         async with changes.running(), asyncio.timeout(60):
             yield found
 
 
-async def sides(db: Database) -> dict[str, Side]:
-    live = (await checkpoint(db)).get("sides", {})
-    return {name: live.get(name, "a") for name in NAMES}
+async def sides(db: Database) -> dict[str, Slot]:
+    live = (await load_checkpoint(db)).get("sides", {})
+    return {name: live.get(name, "a") for name in VIEW_NAMES}
 
 
 async def left_over(db: Database) -> int:
     """How many documents lie where nobody reads."""
     live = await sides(db)
-    counts = [await db[collection_name(name, opposite(live[name]))].count_documents({}) for name in NAMES]
+    counts = [await db[collection_name(name, other_slot(live[name]))].count_documents({}) for name in VIEW_NAMES]
     return sum(counts)
 
 
-async def compared(connection: Connection, names: Collection[str] = NAMES) -> list[Difference]:
+async def compared(connection: Connection, names: Collection[str] = VIEW_NAMES) -> list[Difference]:
     found: list[Difference] = []
     async with rebuilding(connection) as auditor:
-        await auditor.compare(names, found=found.append)
+        await auditor.compare(names, on_difference=found.append)
     return found
 
 
 async def spoil(db: Database) -> None:
     """What somebody does who should not."""
-    live = Views(db, (await checkpoint(db)).get("sides"))
+    live = Views(db, (await load_checkpoint(db)).get("sides"))
     await live["jobs"].update_one({"status": "pending"}, {"$set": {"status": "completed"}})
     await live["jobs"].insert_one({"_id": "job-of-nobody", "status": "failed"})
     await live["queue"].delete_one({})
@@ -84,36 +84,36 @@ async def test_views_made_anew_are_what_they_were_and_are_read_from_the_other_si
 ) -> None:
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 50)
     told: list[tuple[int, int]] = []
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await a_history(here, random.Random(20), steps=60)
-        await assert_views_equal_the_log(here)
-        before, head = await stored(here.db), await here.log.head()
-        for side in reversed(SIDES):
+        await assert_views_match_log(here)
+        before, head = await load_views(here.db), await here.event_store.head_position()
+        for side in reversed(SLOTS):
             async with rebuilding(connection) as auditor:
-                assert await auditor.run(told=lambda position, upto: told.append((position, upto))) == head
+                assert await auditor.run(on_progress=lambda position, upto: told.append((position, upto))) == head
             assert set((await sides(here.db)).values()) == {side}
-            assert await stored(here.db) == before
-            assert head == await here.log.head() == here.checkpoint.position
+            assert await load_views(here.db) == before
+            assert head == await here.event_store.head_position() == here.checkpoint.position
         assert told == sorted(told[: len(told) // 2]) + sorted(told[len(told) // 2 :])
         assert told[0] == (50, head)
         assert told[-1] == (head, head)
         job_id = await here.submit()  # and life goes on
-        await here.views_reach()
-        assert (await here.job(job_id))["status"] == "pending"
-        await assert_views_equal_the_log(here)
+        await here.wait_for_views()
+        assert (await here.load_job(job_id))["status"] == "pending"
+        await assert_views_match_log(here)
 
 
 async def test_what_was_spoiled_is_right_again(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await a_history(here, random.Random(21), steps=30)
         await here.submit()
-        await assert_views_equal_the_log(here)
-        before = await stored(here.db)
+        await assert_views_match_log(here)
+        before = await load_views(here.db)
         await spoil(here.db)
-        assert await stored(here.db) != before
+        assert await load_views(here.db) != before
         async with rebuilding(connection) as auditor:
             await auditor.run()
-        assert await stored(here.db) == before
+        assert await load_views(here.db) == before
 
 
 async def test_while_jobs_are_submitted_and_done(
@@ -121,7 +121,7 @@ async def test_while_jobs_are_submitted_and_done(
 ) -> None:
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 20)
     monkeypatch.setattr(projector, "READERS_PATIENCE_SECONDS", 0.2)
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
         submitted: list[str] = []
 
         async def submit() -> None:
@@ -136,62 +136,64 @@ async def test_while_jobs_are_submitted_and_done(
                 await auditor.run()
         submitting.cancel()
         await asyncio.gather(submitting, return_exceptions=True)
-        await here.ended(*submitted, seconds=60)
-        await assert_views_equal_the_log(here)
+        await here.wait_until_finished(*submitted, seconds=60)
+        await assert_views_match_log(here)
         assert len(submitted) > 100
         assert await compared(connection) == []
 
 
 async def test_only_one_view_is_replaced(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await a_history(here, random.Random(22), steps=20)
-        await assert_views_equal_the_log(here)
-        right = await stored(here.db)
+        await assert_views_match_log(here)
+        right = await load_views(here.db)
         await spoil(here.db)
-        wrong = await stored(here.db)
+        wrong = await load_views(here.db)
         async with rebuilding(connection) as auditor:
             await auditor.run(["statistics"])
-        assert await sides(here.db) == {name: "b" if name == "statistics" else "a" for name in NAMES}
-        assert await stored(here.db) == {**wrong, "statistics": right["statistics"]}
+        assert await sides(here.db) == {name: "b" if name == "statistics" else "a" for name in VIEW_NAMES}
+        assert await load_views(here.db) == {**wrong, "statistics": right["statistics"]}
         async with rebuilding(connection) as auditor:
             await auditor.run()
-        assert await sides(here.db) == {name: "a" if name == "statistics" else "b" for name in NAMES}
-        assert await stored(here.db) == right
+        assert await sides(here.db) == {name: "a" if name == "statistics" else "b" for name in VIEW_NAMES}
+        assert await load_views(here.db) == right
 
 
 async def test_one_view_of_another_version_is_not_replaced_alone(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await here.submit()
-        await here.views_reach()
+        await here.wait_for_views()
     async with connection.client() as client:
-        await client[connection.db_name].checkpoints.update_one({"_id": VIEWS}, {"$set": {"version": VERSION + 1}})
+        await client[connection.db_name].checkpoints.update_one(
+            {"_id": VIEWS_CHECKPOINT_ID}, {"$set": {"version": PROJECTION_VERSION + 1}}
+        )
     async with rebuilding(connection) as auditor:
         with pytest.raises(DatabaseUnsuitable, match="all of them"):
             await auditor.run(["statistics"])
 
 
 async def test_an_empty_log_makes_empty_views(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
+    async with run_roles_in_process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
         assert await auditor.run() == 0
         assert await compared(connection) == []
         await here.submit()
-        await here.views_reach()
-        await assert_views_equal_the_log(here)
+        await here.wait_for_views()
+        await assert_views_match_log(here)
 
 
 async def test_who_hears_of_deliveries_hears_of_them_on_either_side(connection: Connection, store: Path) -> None:
     async with (
-        receiver() as cms,
-        process(connection, store, projector=True, webhooks=IMPATIENT) as here,
+        run_webhook_endpoint() as cms,
+        run_roles_in_process(connection, store, projector=True, webhooks=FAST_WEBHOOKS) as here,
         rebuilding(connection) as auditor,
     ):
         from jobledger.ledger.domain.events import Webhook
 
-        for _ in SIDES:
+        for _ in SLOTS:
             await auditor.run()
             done = await over(here, await end_a_job(here, Webhook(url=cms.url())))
             assert done["status"] == "delivered"
-        assert len({request.webhook_id for request in cms.received}) == len(cms.received) == 2
+        assert len({request.webhook_id for request in cms.requests}) == len(cms.requests) == 2
 
 
 # Interrupted ----------------------------------------------------------------------------------------------------------
@@ -206,54 +208,60 @@ async def test_what_was_interrupted_is_continued_where_it_was(
 ) -> None:
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 40)
     written: list[int] = []
-    write = Folder.write
+    write = ProjectionWriter.write
 
-    async def counted(self: Folder, chunk: Chunk, **given: Any) -> None:
+    async def counted(self: ProjectionWriter, chunk: Chunk, **given: Any) -> None:
         if len(written) == 3:
             raise Interrupted
         written.append(chunk.position)
         await write(self, chunk, **given)
 
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await a_history(here, random.Random(23), steps=100)
-        await assert_views_equal_the_log(here)
-        before, head = await stored(here.db), await here.log.head()
+        await assert_views_match_log(here)
+        before, head = await load_views(here.db), await here.event_store.head_position()
         with monkeypatch.context() as patched:
-            patched.setattr(Folder, "write", counted)
+            patched.setattr(ProjectionWriter, "write", counted)
             with pytest.raises(Interrupted):
                 async with rebuilding(connection) as auditor:
                     await auditor.run()
         assert written == [40, 80, 120]
-        assert await stored(here.db) == before
+        assert await load_views(here.db) == before
         began: list[int] = []
         async with rebuilding(connection) as auditor:
-            await auditor.run(told=lambda position, upto: began.append(position))
+            await auditor.run(on_progress=lambda position, upto: began.append(position))
         assert began[0] == 160 < head
-        assert await stored(here.db) == before
+        assert await load_views(here.db) == before
 
 
 async def test_what_another_version_has_begun_is_begun_again(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await a_history(here, random.Random(24), steps=20)
-        await assert_views_equal_the_log(here)
-        before = await stored(here.db)
-        for name in NAMES:
+        await assert_views_match_log(here)
+        before = await load_views(here.db)
+        for name in VIEW_NAMES:
             await here.db[collection_name(name, "b")].insert_one({"_id": "left"})
-        note = {"sides": dict.fromkeys(NAMES, "b"), "emptied": True, "version": VERSION - 1, "position": 5, "epoch": 0}
-        await here.db.checkpoints.insert_one({"_id": rebuild.REBUILD, **note})
+        note = {
+            "sides": dict.fromkeys(VIEW_NAMES, "b"),
+            "emptied": True,
+            "version": PROJECTION_VERSION - 1,
+            "position": 5,
+            "epoch": 0,
+        }
+        await here.db.checkpoints.insert_one({"_id": rebuild.REBUILD_CHECKPOINT_ID, **note})
         async with rebuilding(connection) as auditor:
             await auditor.run()
-        assert await stored(here.db) == before
+        assert await load_views(here.db) == before
 
 
 async def test_who_was_replaced_while_making_views_anew_writes_nothing(connection: Connection, store: Path) -> None:
     """A process that stood still for longer than its lease: another has begun on the same side, and is done."""
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await a_history(here, random.Random(25), steps=20)
-        await assert_views_equal_the_log(here)
-        before = await stored(here.db)
+        await assert_views_match_log(here)
+        before = await load_views(here.db)
         async with rebuilding(connection, holder="slow") as slow, rebuilding(connection, holder="quick") as quick:
             reached, go_on = asyncio.Event(), asyncio.Event()
 
@@ -262,22 +270,24 @@ async def test_who_was_replaced_while_making_views_anew_writes_nothing(connectio
                 reached.set()
                 await go_on.wait()
                 for attempt in (
-                    folder.fold(await here.everything()),
-                    slow._empty(folder.views),
-                    slow._switch_at_rest(0, slow._switch_of(beside, NAMES)),
+                    folder.apply(await here.read_all_events()),
+                    slow._delete_documents(folder.views),
+                    slow._switch_when_idle(0, slow._switch_function(beside, VIEW_NAMES)),
                 ):
-                    with pytest.raises(Deposed):
+                    with pytest.raises(LeadershipLost):
                         await attempt
 
-            standing = asyncio.create_task(slow.leadership.once(stand_still))
+            standing = asyncio.create_task(slow.leader_election.run_once(stand_still))
             await reached.wait()
-            await here.db.leaders.update_one({"_id": rebuild.REBUILD}, [{"$set": {"lease_until": "$$NOW"}}])
-            slow.leadership._lease._lost = asyncio.Event()  # it does not notice
+            await here.db.leaders.update_one(
+                {"_id": rebuild.REBUILD_CHECKPOINT_ID}, [{"$set": {"lease_until": "$$NOW"}}]
+            )
+            slow.leader_election._lease._lost = asyncio.Event()  # it does not notice
             await quick.run()
-            assert await stored(here.db) == before
+            assert await load_views(here.db) == before
             go_on.set()
             await asyncio.wait({standing}, timeout=5)
-            assert await stored(here.db) == before
+            assert await load_views(here.db) == before
             standing.cancel()
             await asyncio.gather(standing, return_exceptions=True)
 
@@ -285,7 +295,7 @@ async def test_who_was_replaced_while_making_views_anew_writes_nothing(connectio
 async def test_of_two_at_once_the_second_says_that_it_waits_and_then_does_it_once_more(
     connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await here.submit()
         async with rebuilding(connection, holder="one") as one, rebuilding(connection, holder="two") as two:
             reached, go_on = asyncio.Event(), asyncio.Event()
@@ -294,33 +304,33 @@ async def test_of_two_at_once_the_second_says_that_it_waits_and_then_does_it_onc
                 reached.set()
                 await go_on.wait()
 
-            standing = asyncio.create_task(one.leadership.once(stand_still))
+            standing = asyncio.create_task(one.leader_election.run_once(stand_still))
             await reached.wait()
             with capture_logs() as said:
                 running = asyncio.create_task(two.run())
-                await until(lambda: bool(said), "it says so")
+                await poll_until(lambda: bool(said), "it says so")
                 assert not running.done()
                 assert said[0] == {
                     "event": "another process does it, standing by",
-                    "matter": rebuild.REBUILD,
+                    "matter": rebuild.REBUILD_CHECKPOINT_ID,
                     "log_level": "info",
                 }
                 go_on.set()
                 await standing
                 await asyncio.wait_for(running, 10)
-        await assert_views_equal_the_log(here)
+        await assert_views_match_log(here)
 
 
 async def test_a_leader_whose_views_were_replaced_begins_again_on_the_new_ones(
     connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
+    async with run_roles_in_process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
         await here.submit({"track": "A"})
-        await here.views_reach()
+        await here.wait_for_views()
         await auditor.run()
         await here.submit({"track": "B"})  # only now does the leader notice
-        await here.views_reach()
-        await assert_views_equal_the_log(here)
+        await here.wait_for_views()
+        await assert_views_match_log(here)
         assert await here.db.jobs.count_documents({}) <= 1
         assert await here.db["jobs.b"].count_documents({}) == 2
 
@@ -329,16 +339,16 @@ async def test_what_was_read_before_is_emptied_when_nobody_reads_it_any_more(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projector, "READERS_PATIENCE_SECONDS", 0.5)
-    async with process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
+    async with run_roles_in_process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
         await a_history(here, random.Random(26), steps=20)
-        await assert_views_equal_the_log(here)
+        await assert_views_match_log(here)
         await auditor.run()
-        await auditor.tidy(datetime.now(UTC) - timedelta(hours=1))
+        await auditor.clear_shadow(datetime.now(UTC) - timedelta(hours=1))
         assert await left_over(here.db) > 0, "that is of another rebuild, which readers may still be at"
         async with asyncio.timeout(20):
             while await left_over(here.db):  # noqa: ASYNC110 - nobody tells us
                 await asyncio.sleep(0.05)
-        await assert_views_equal_the_log(here)
+        await assert_views_match_log(here)
 
 
 # Versions -------------------------------------------------------------------------------------------------------------
@@ -347,10 +357,10 @@ async def test_what_was_read_before_is_emptied_when_nobody_reads_it_any_more(
 async def test_views_of_an_older_version_can_be_read_until_the_new_ones_are_there(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await a_history(here, random.Random(27), steps=20)
-        await assert_views_equal_the_log(here)
-    fold, may_switch = Rebuild._fold, asyncio.Event()
+        await assert_views_match_log(here)
+    fold, may_switch = Rebuild._apply, asyncio.Event()
 
     async def later(self: Rebuild, *given: Any) -> bool:
         await may_switch.wait()
@@ -358,58 +368,60 @@ async def test_views_of_an_older_version_can_be_read_until_the_new_ones_are_ther
 
     monkeypatch.setattr(Rebuild, "_fold", later)
     async with connection.client() as client:
-        await client[connection.db_name].checkpoints.update_one({"_id": VIEWS}, {"$set": {"version": VERSION - 1}})
-        before = await stored(client[connection.db_name])
+        await client[connection.db_name].checkpoints.update_one(
+            {"_id": VIEWS_CHECKPOINT_ID}, {"$set": {"version": PROJECTION_VERSION - 1}}
+        )
+        before = await load_views(client[connection.db_name])
     async with (
-        process(connection, store, projector=True) as here,
-        process(connection, store, projector=True) as standby,
+        run_roles_in_process(connection, store, projector=True) as here,
+        run_roles_in_process(connection, store, projector=True) as standby,
     ):
-        await until(lambda: here.checkpoint.version == VERSION - 1, "it is known")
+        await poll_until(lambda: here.checkpoint.version == PROJECTION_VERSION - 1, "it is known")
         job_id = await here.submit()
         await asyncio.sleep(0.5)
-        assert await stored(here.db) == before
+        assert await load_views(here.db) == before
         may_switch.set()
-        await here.views_reach()
-        await standby.views_reach()
-        assert (await standby.job(job_id))["status"] == "pending"
-        assert here.checkpoint.version == VERSION
-        await assert_views_equal_the_log(here)
+        await here.wait_for_views()
+        await standby.wait_for_views()
+        assert (await standby.load_job(job_id))["status"] == "pending"
+        assert here.checkpoint.version == PROJECTION_VERSION
+        await assert_views_match_log(here)
 
 
 async def test_views_of_a_newer_version_are_left_alone(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await here.submit()
-        await here.views_reach()
-        head = await here.log.head()
-        newer = {"version": VERSION + 1, "sides": dict.fromkeys(NAMES, "a")}
-        await here.db.checkpoints.update_one({"_id": VIEWS}, {"$set": newer})
-        await until(lambda: here.checkpoint.version == VERSION + 1, "it is known")
+        await here.wait_for_views()
+        head = await here.event_store.head_position()
+        newer = {"version": PROJECTION_VERSION + 1, "sides": dict.fromkeys(VIEW_NAMES, "a")}
+        await here.db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": newer})
+        await poll_until(lambda: here.checkpoint.version == PROJECTION_VERSION + 1, "it is known")
         await here.submit()
         await asyncio.sleep(0.5)
         assert here.checkpoint.position == head
         async with rebuilding(connection) as auditor:  # as `jobledger replay` of this version does
             await auditor.run()
         await here.submit()
-        await here.views_reach()
-        await assert_views_equal_the_log(here)
+        await here.wait_for_views()
+        await assert_views_match_log(here)
 
 
 # Comparing ------------------------------------------------------------------------------------------------------------
 
 
 async def test_right_views_differ_in_nothing_and_nothing_is_left(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
         await a_history(here, random.Random(28), steps=40)
-        await assert_views_equal_the_log(here)
+        await assert_views_match_log(here)
         assert await compared(connection) == []
         assert set((await sides(here.db)).values()) == {"a"}
         assert await left_over(here.db) == 0
 
 
 async def test_every_kind_of_difference_is_found_and_told(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         job_ids = [await here.submit({"track": "A"}) for _ in range(3)]
-        await here.views_reach()
+        await here.wait_for_views()
         await here.db.jobs.update_one({"_id": job_ids[0]}, {"$set": {"status": "failed", "extra": 1}})
         await here.db.jobs.update_one({"_id": job_ids[1]}, {"$set": {"version": 1.0}})
         await here.db.queue.delete_one({"_id": job_ids[2]})
@@ -426,7 +438,7 @@ async def test_every_kind_of_difference_is_found_and_told(connection: Connection
 
 
 async def test_comparing_while_jobs_are_done_finds_nothing(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
 
         async def submit() -> None:
             while True:
@@ -447,21 +459,23 @@ async def test_large_jobs_are_folded_while_the_chunk_before_is_written(
     """Large documents are not cached: what is being written has to be found all the same, whatever happens next."""
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 1)
     large = {"text": "x" * 70_000}
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         batch_id, in_batch = await here.submit_batch(large, large)
         alone = [await here.submit(large) for _ in range(3)]
         done = JobResults(metadata=ResultMetadata(processed_at=datetime.now(UTC), duration=1.0, text="x" * 70_000))
         for job_id in [*in_batch, *alone[1:]]:
-            await here.do(job_id, ClaimJob("worker-1", datetime.now(UTC)), CompleteJob("worker-1", 1, done))
-        await here.do(alone[2], Delete("user-1"))
-        await here.heard(BatchFinished, batch_id)
-        await here.views_reach()
-        before = await stored(here.db)
+            await here.handle_commands(
+                job_id, ClaimJob("worker-1", datetime.now(UTC)), CompleteJob("worker-1", 1, done)
+            )
+        await here.handle_commands(alone[2], Delete("user-1"))
+        await here.wait_for_event(BatchFinished, batch_id)
+        await here.wait_for_views()
+        before = await load_views(here.db)
         assert await compared(connection) == []
         async with rebuilding(connection) as auditor:
             await auditor.run()
-        assert await stored(here.db) == before
-        assert (await here.job(in_batch[0]))["status"] == "completed"
+        assert await load_views(here.db) == before
+        assert (await here.load_job(in_batch[0]))["status"] == "completed"
 
 
 async def test_running_projector_does_not_fold_removed_events_after_a_rebuild(
@@ -469,13 +483,13 @@ async def test_running_projector_does_not_fold_removed_events_after_a_rebuild(
 ) -> None:
     monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 1)
     monkeypatch.setattr(projector, "STANDS_STILL_SECONDS", 0.1)
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         for _ in range(3):
             await here.submit()
-        await here.views_reach(3)
+        await here.wait_for_views(3)
         await here.db.events.delete_many({"_id": {"$gte": 2}})
         async with rebuilding(connection) as auditor:
             await auditor.run()
-        await until(lambda: here.checkpoint.position == 1, "the views were rebuilt")
+        await poll_until(lambda: here.checkpoint.position == 1, "the views were rebuilt")
         await here.submit()
-        await assert_views_equal_the_log(here)
+        await assert_views_match_log(here)

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 _URI: Final = re.compile(r"mongodb://(?P<login>[^@/]+@)?(?P<host>[^/,?]+)/?(?P<rest>.*)")
 
 
-def connect(uri: str) -> socket.socket:
+def open_connection(uri: str) -> socket.socket:
     """Open a connection to the server, as a driver would."""
     host = _parts(uri)["host"]
     if host.endswith(".sock"):
@@ -21,7 +21,7 @@ def connect(uri: str) -> socket.socket:
     return socket.create_connection((name, int(port)))
 
 
-def through(uri: str, port: int) -> str:
+def proxied_uri(uri: str, port: int) -> str:
     """Return the URI that leads to the same server by a port on this machine, with the same credentials."""
     parts = _parts(uri)
     options = "directConnection=true" + ("&authSource=local" if "authSource=local" in parts["rest"] else "")

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.envelope import Append
-from jobledger.ledger.store.event_store import EventLog
-from jobledger.workers.webhooks.sender import Answer, Outgoing, Sender
-from tests.support.running import IMPATIENT, WorkerOptions, process
+from jobledger.ledger.store.envelope import StreamAppend
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookResponse
+from tests.support.running import FAST_WEBHOOKS, WorkerOptions, run_roles_in_process
 
-POINTS = (
+CRASH_POINTS = (
     "before the end is written",
     "after the end is written",
     "before it is sent",
@@ -37,11 +37,11 @@ def _pass(point: str, wanted: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(wanted: str) -> None:
+def install_crash_point(wanted: str) -> None:
     """Put the point where it belongs."""
-    append, send = EventLog.append, Sender.send
+    append, send = EventStore.append, Sender.send
 
-    async def dying_append(self: EventLog, *appends: Append) -> Any:
+    async def dying_append(self: EventStore, *appends: StreamAppend) -> Any:
         kinds = {type(event).__name__ for it in appends for event in it.events}
         what = "the end is written" if "JobCompleted" in kinds else "it is recorded"
         concerned = bool(kinds & {"JobCompleted", "DeliveryAttempted"})
@@ -52,22 +52,22 @@ def arm(wanted: str) -> None:
             _pass(f"after {what}", wanted)
         return recorded
 
-    async def dying_send(self: Sender, outgoing: Outgoing) -> Answer:
+    async def dying_send(self: Sender, outgoing: WebhookRequest) -> WebhookResponse:
         _pass("before it is sent", wanted)
         answer = await send(self, outgoing)
         _pass("after it is sent", wanted)
         return answer
 
-    EventLog.append = dying_append  # type: ignore[method-assign]
+    EventStore.append = dying_append  # type: ignore[method-assign]
     Sender.send = dying_send  # type: ignore[method-assign]
 
 
 async def main(uri: str, db_name: str, store: str) -> None:
-    async with process(
+    async with run_roles_in_process(
         Connection(uri, db_name),
         Path(store),
         worker=WorkerOptions(lease_seconds=1.5),
-        webhooks=IMPATIENT,
+        webhooks=FAST_WEBHOOKS,
         webhooks_lease_seconds=1.5,
     ):
         print("running", flush=True)
@@ -76,5 +76,5 @@ async def main(uri: str, db_name: str, store: str) -> None:
 
 if __name__ == "__main__":
     _left = int(sys.argv[5])
-    arm(sys.argv[4])
+    install_crash_point(sys.argv[4])
     asyncio.run(main(*sys.argv[1:4]))

@@ -44,7 +44,7 @@ from jobledger.ledger.domain.events import (
     JobSubmitted,
     JobUnarchived,
     JobUpdated,
-    LogLine,
+    LogEntry,
     PositionVoided,
     ResultFile,
     ResultMetadata,
@@ -55,7 +55,7 @@ from jobledger.ledger.domain.events import (
 
 NOON = datetime(2025, 2, 1, 12, 0, 0, 123000, tzinfo=UTC)
 ACCESS = AccessControl(visibility="team", read_access=["bob"], write_access=["carol"], admin_access=["dave"])
-HOOK = Webhook(
+WEBHOOK = Webhook(
     url="https://example.org/hook",
     header_names=["Authorization"],
     headers_ref="hook-1",
@@ -74,7 +74,7 @@ RESULTS = JobResults(
     ),
 )
 
-EXAMPLES: tuple[Event, ...] = (
+EVENT_EXAMPLES: tuple[Event, ...] = (
     JobSubmitted(
         job_type="session",
         parameters={"event": "FOSDEM 2025", "session": "Ökologisch, öffentlich & offen", "x": 0.1, "deep": [{"n": 1}]},
@@ -82,7 +82,7 @@ EXAMPLES: tuple[Event, ...] = (
         job_name="talk 1",
         user_id="alice",
         access_control=ACCESS,
-        webhook=HOOK,
+        webhook=WEBHOOK,
         priority=5,
         not_before=NOON,
         max_attempts=4,
@@ -91,7 +91,7 @@ EXAMPLES: tuple[Event, ...] = (
     ),
     JobClaimed(worker_id="worker-1", attempt=1),
     JobProgressed(attempt=1, step="page", percent=12.5, message="Seite gelesen"),
-    JobLogged(attempt=1, entries=[LogLine(timestamp=NOON, level="info", message="hello\nworld")]),
+    JobLogged(attempt=1, entries=[LogEntry(timestamp=NOON, level="info", message="hello\nworld")]),
     StepCompleted(
         attempt=1,
         step="page",
@@ -120,7 +120,7 @@ EXAMPLES: tuple[Event, ...] = (
         total_jobs=2,
         job_ids=["job-1", "job-2"],
         parameters={"event": "FOSDEM"},
-        webhook=HOOK,
+        webhook=WEBHOOK,
         user_id="alice",
         access_control=ACCESS,
     ),
@@ -141,7 +141,7 @@ EXAMPLES: tuple[Event, ...] = (
         source_version=5,
         tells="job.completed",
         user_id="alice",
-        webhook=HOOK,
+        webhook=WEBHOOK,
         batch_id="batch-679f3d0c8f1b2a0001000000",
     ),
     DeliveryAttempted(
@@ -160,10 +160,10 @@ EXAMPLES: tuple[Event, ...] = (
 )
 
 
-def a_job(**changes: Any) -> JobSubmitted:
+def make_job_submitted(**changes: Any) -> JobSubmitted:
     """A small, valid job."""
     return JobSubmitted(**{"job_type": "echo", "parameters": {"text": "hello"}, "user_id": "alice", **changes})
 
 
-def some_results() -> JobResults:
+def make_results() -> JobResults:
     return JobResults(metadata=ResultMetadata(processed_at=NOON, duration=1.5))

@@ -11,12 +11,12 @@ _LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 needs_faketime = pytest.mark.skipif(_LIBRARY is None, reason="needs libfaketime: apt install faketime")
 
 
-class WrongClock:
+class SkewedClock:
     """The wall clock of processes with the environment `env`. Steady clocks stay right, as after a step of NTP."""
 
     def __init__(self, directory: Path, seconds: int) -> None:
         self._file = directory / "clock"
-        self.set(seconds)
+        self.set_offset(seconds)
         self.env = {
             "LD_PRELOAD": str(_LIBRARY),
             "FAKETIME_TIMESTAMP_FILE": str(self._file),
@@ -25,7 +25,7 @@ class WrongClock:
             "DONT_FAKE_MONOTONIC": "1",
         }
 
-    def set(self, seconds: int) -> None:
+    def set_offset(self, seconds: int) -> None:
         """Let the clock be this many seconds ahead from now on."""
         new = self._file.with_suffix(".new")
         new.write_text(f"{seconds:+d}\n")

@@ -8,55 +8,55 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.errors import CommandRefused
+from jobledger.ledger.domain.errors import CommandRejected
 from jobledger.ledger.domain.events import Event
-from jobledger.ledger.store.command_handler import Rules
+from jobledger.ledger.store.command_handler import Decider
 
 
 @dataclass(frozen=True)
 class When:
     """A command that meets a history."""
 
-    rules: Rules
+    decider: Decider
     state: Any
     command: Any
 
     def then(self, *events: Event) -> None:
         """It causes exactly these events, which the rules can then fold."""
-        decided = list(self.rules.decide(self.command, self.state))
+        decided = list(self.decider.decide(self.command, self.state))
         assert decided == list(events)
         state = self.state
         for event in decided:
-            state = self.rules.evolve(state, event)
+            state = self.decider.evolve(state, event)
 
-    def then_nothing(self) -> None:
+    def then_no_events(self) -> None:
         """It is accepted, and there is nothing to do."""
-        assert list(self.rules.decide(self.command, self.state)) == []
+        assert list(self.decider.decide(self.command, self.state)) == []
 
-    def refused(self, error: type[CommandRefused], match: str | None = None) -> None:
+    def then_rejected(self, error: type[CommandRejected], match: str | None = None) -> None:
         """The rules say no."""
         with pytest.raises(error, match=match):
-            self.rules.decide(self.command, self.state)
+            self.decider.decide(self.command, self.state)
 
 
 @dataclass(frozen=True)
 class Given:
     """A history, and what it amounts to."""
 
-    rules: Rules
+    rules: Decider
     state: Any
 
     def when(self, command: Any) -> When:
         return When(self.rules, self.state, command)
 
 
-def given_with(rules: Rules) -> Callable[..., Given]:
+def given_for(decider: Decider) -> Callable[..., Given]:
     """Return the function `given(*events)` for one kind of stream."""
 
     def given(*events: Event) -> Given:
         state = None
         for event in events:
-            state = rules.evolve(state, event)
-        return Given(rules, state)
+            state = decider.evolve(state, event)
+        return Given(decider, state)
 
     return given

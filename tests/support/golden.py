@@ -15,57 +15,59 @@ from pathlib import Path
 
 from bson import json_util
 
-from jobledger.ledger.domain.delivery import name_of
+from jobledger.ledger.domain.delivery import delivery_id_for
 from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS, Event, PositionVoided
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
-from jobledger.ledger.store.envelope import Append, Head
-from tests.support.examples import EXAMPLES, NOON
-from tests.support.ledgers import META, ledger_on, lose_a_ticket, stored
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead
+from tests.support.examples import EVENT_EXAMPLES, NOON
+from tests.support.ledgers import EVENT_METADATA, create_position_gap, load_event_documents, open_ledger
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN_DIRECTORY = Path(__file__).parents[1] / "golden"
 
 
-def file_of(event: type[Event], directory: Path = GOLDEN) -> Path:
+def golden_path(event: type[Event], directory: Path = GOLDEN_DIRECTORY) -> Path:
     return directory / f"{event.__name__}.{event.schema_version}.json"
 
 
-def histories(directory: Path = GOLDEN) -> list[Document]:
+def load_golden_events(directory: Path = GOLDEN_DIRECTORY) -> list[Document]:
     as_the_driver_reads = json_util.JSONOptions(tz_aware=True, tzinfo=UTC)
     texts = [path.read_text(encoding="utf-8") for path in sorted(directory.glob("*.json"))]
     return [json_util.loads(text, json_options=as_the_driver_reads) for text in texts]
 
 
-def write(document: Document, path: Path) -> None:
+def write_golden_event(document: Document, path: Path) -> None:
     """Keep a stored event for ever. Raises FileExistsError rather than overwrite one."""
     text = json_util.dumps(document, json_options=json_util.CANONICAL_JSON_OPTIONS, indent=2, ensure_ascii=False)
     with path.open("x", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
-async def record(uri: str, examples: Sequence[Event], directory: Path = GOLDEN) -> None:
+async def record_golden_events(uri: str, examples: Sequence[Event], directory: Path = GOLDEN_DIRECTORY) -> None:
     """Append the examples to a log, and keep what the database holds then."""
-    async with ledger_on(Connection(uri, "golden"), live=False) as ledger:
+    async with open_ledger(Connection(uri, "golden"), with_change_stream=False) as ledger:
         for stream, members in (
             (new_job_id(), JOB_EVENTS),
             (new_batch_id(), BATCH_EVENTS),
-            (name_of("job-1", 5), DELIVERY_EVENTS),
+            (delivery_id_for("job-1", 5), DELIVERY_EVENTS),
         ):
             if events := [example for example in examples if type(example) in members]:
-                await ledger.log.append(Append(stream, Head(), events, META, NOON))
+                await ledger.event_store.append(StreamAppend(stream, StreamHead(), events, EVENT_METADATA, NOON))
         if any(isinstance(example, PositionVoided) for example in examples):
-            await lose_a_ticket(ledger.db)
-            after = await ledger.log.head()
-            await ledger.log.append(Append("job-behind-the-hole", Head(), EXAMPLES[:1], META, NOON))
-            await ledger.log.read(after=after)
-        wanted = {type(example).__name__: file_of(type(example), directory) for example in examples}
-        for document in await stored(ledger.db, {"stream": {"$ne": "job-behind-the-hole"}}):
-            write(document, wanted[document["type"]])
+            await create_position_gap(ledger.db)
+            after = await ledger.event_store.head_position()
+            await ledger.event_store.append(
+                StreamAppend("job-behind-the-hole", StreamHead(), EVENT_EXAMPLES[:1], EVENT_METADATA, NOON)
+            )
+            await ledger.event_store.read(after=after)
+        wanted = {type(example).__name__: golden_path(type(example), directory) for example in examples}
+        for document in await load_event_documents(ledger.db, {"stream": {"$ne": "job-behind-the-hole"}}):
+            write_golden_event(document, wanted[document["type"]])
 
 
 if __name__ == "__main__":
-    new = [example for example in EXAMPLES if not file_of(type(example)).exists()]
+    new = [example for example in EVENT_EXAMPLES if not golden_path(type(example)).exists()]
     with tempfile.TemporaryDirectory() as data, EmbeddedServer.start(Path(data)) as server:
-        asyncio.run(record(server.uri, new))
+        asyncio.run(record_golden_events(server.uri, new))
     sys.stdout.write(f"recorded: {', '.join(type(example).__name__ for example in new) or 'nothing was missing'}\n")

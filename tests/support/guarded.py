@@ -23,16 +23,16 @@ from pymongo.errors import PyMongoError
 
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import PR_SET_PDEATHSIG, find_mongod
-from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.ledger.mongo.embedded_lock import wait_until
 
-PATIENCE_SECONDS: Final = 30.0
+WAIT_TIMEOUT_SECONDS: Final = 30.0
 _REFUSAL: Final = re.compile(r"not authorized on (\w+) to execute command \{ (\w+): \W*([\w.$]+)")
 _ADMINISTRATOR: Final = "administrator"
 _libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
-class GuardedServer:
+class AuthenticatedServer:
     """Where it listens, and the password of its administrator, who may do everything."""
 
     address: str
@@ -42,20 +42,20 @@ class GuardedServer:
     @property
     def uri(self) -> str:
         """The administrator's."""
-        return self.uri_of(_ADMINISTRATOR, self.password, "admin")
+        return self.uri_for(_ADMINISTRATOR, self.password, "admin")
 
-    def uri_of(self, user: str, password: str, auth_source: str) -> str:
+    def uri_for(self, user: str, password: str, auth_source: str) -> str:
         signed_in = f"{quote_plus(user)}:{quote_plus(password)}"
         return f"mongodb://{signed_in}@{self.address}/?replicaSet=rs0&directConnection=true&authSource={auth_source}"
 
-    def refusals(self, db_name: str) -> set[tuple[str, str]]:
+    def authorization_failures(self, db_name: str) -> set[tuple[str, str]]:
         """What the server has refused for want of rights, by its own log: commands and the collections they named."""
         found = _REFUSAL.findall(self.log.read_text(errors="replace"))
         return {(command, collection) for db, command, collection in found if db == db_name}
 
 
 @contextmanager
-def guarded_server(directory: Path) -> Iterator[GuardedServer]:
+def start_authenticated_server(directory: Path) -> Iterator[AuthenticatedServer]:
     """Start it on a directory of its own. In the main thread: the kernel ends it with the thread that started it."""
     data, log = directory / "data", directory / "mongod.log"
     data.mkdir(parents=True)
@@ -68,10 +68,10 @@ def guarded_server(directory: Path) -> Iterator[GuardedServer]:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=lambda: _die_with(parent)
         )
-    server = GuardedServer(f"127.0.0.1:{port}", secrets.token_hex(8), log)
+    server = AuthenticatedServer(f"127.0.0.1:{port}", secrets.token_hex(8), log)
     try:
-        if not until(lambda: process.poll() is not None or _is_primary(server.address), PATIENCE_SECONDS):
-            raise AssertionError(f"no primary within {PATIENCE_SECONDS:.0f} s; its log is {log}")
+        if not wait_until(lambda: process.poll() is not None or _is_primary(server.address), WAIT_TIMEOUT_SECONDS):
+            raise AssertionError(f"no primary within {WAIT_TIMEOUT_SECONDS:.0f} s; its log is {log}")
         assert process.returncode is None, f"it has ended by itself; its log is {log}"
         _make_administrator(server)
         yield server
@@ -102,7 +102,7 @@ def _is_primary(address: str) -> bool:
             return False
 
 
-def _make_administrator(server: GuardedServer) -> None:
+def _make_administrator(server: AuthenticatedServer) -> None:
     """The first user, and the last that can be made without signing in."""
     with _nobody(server.address) as client:
         client.admin.command("createUser", _ADMINISTRATOR, pwd=server.password, roles=["root"])

@@ -26,20 +26,20 @@ from jobledger.ledger.domain.events import (
     JobSubmitted,
     JobUnarchived,
     JobUpdated,
-    Recorded,
+    RecordedEvent,
     StepCompleted,
     WorkerFenced,
 )
 from jobledger.ledger.mongo.connection import Document
 from tests.support.ledgers import check_log
 
-SPOKEN = (JobProgressed, JobLogged, StepCompleted, JobCompleted, JobAttemptFailed, JobFailed, JobReleased)
+WORKER_EVENTS = (JobProgressed, JobLogged, StepCompleted, JobCompleted, JobAttemptFailed, JobFailed, JobReleased)
 """What only the worker of the live attempt may say; but a lease that expires in the last attempt fails the job, too."""
-ENDS = (JobCompleted, JobFailed, JobCancelled)
-AT_ANY_TIME = (WorkerFenced, JobAccessChanged, JobArchived, JobUnarchived)
+TERMINAL_EVENTS = (JobCompleted, JobFailed, JobCancelled)
+ALWAYS_ALLOWED_EVENTS = (WorkerFenced, JobAccessChanged, JobArchived, JobUnarchived)
 
 
-def check_history(documents: Iterable[Document], *, all_ended: bool = False) -> None:
+def check_history(documents: Iterable[Document], *, all_finished: bool = False) -> None:
     """Hold a complete log, the documents of `events` in order, against the promises about jobs and attempts.
 
     Raises:
@@ -47,19 +47,19 @@ def check_history(documents: Iterable[Document], *, all_ended: bool = False) -> 
     """
     documents = list(documents)
     check_log(documents)
-    stories: dict[str, _Story] = {}
-    for event in map(Recorded, documents):
+    stories: dict[str, _JobHistory] = {}
+    for event in map(RecordedEvent, documents):
         if event.stream.startswith("job-"):
-            stories.setdefault(event.stream, _Story()).go_on(event)
-    for story in stories.values() if all_ended else ():
+            stories.setdefault(event.stream, _JobHistory()).go_on(event)
+    for story in stories.values() if all_finished else ():
         story.require(story.over, story.events[-1], "is the last event, and the job has not ended")
 
 
 @dataclass(slots=True)
-class _Story:
+class _JobHistory:
     """What has become of one job so far."""
 
-    events: list[Recorded] = field(default_factory=list)
+    events: list[RecordedEvent] = field(default_factory=list)
     max_attempts: int = 0
     counted: int = 0
     workers: list[str] = field(default_factory=list)
@@ -70,20 +70,22 @@ class _Story:
     steps: dict[str, int] = field(default_factory=dict)
     """By their keys, the finished steps that need not be done again, and the attempts that have finished them."""
 
-    def require(self, holds: bool, event: Recorded, wrong: str) -> None:
+    def require(self, holds: bool, event: RecordedEvent, wrong: str) -> None:
         assert holds, f"{event.stream}, position {event.position}: {event.type} {wrong}"
 
-    def go_on(self, event: Recorded) -> None:
+    def go_on(self, event: RecordedEvent) -> None:
         happened = event.event
         self.require(isinstance(happened, JobSubmitted) == (not self.events), event, "must be the first event, once")
         if self.over:
             self.require(
-                isinstance(happened, (*AT_ANY_TIME, JobRestarted, JobDeleted)), event, "after the job has ended"
+                isinstance(happened, (*ALWAYS_ALLOWED_EVENTS, JobRestarted, JobDeleted)),
+                event,
+                "after the job has ended",
             )
         self.require(
             not self.events or not isinstance(self.events[-1].event, JobDeleted), event, "after the job was deleted"
         )
-        if isinstance(happened, SPOKEN) and not self._fails_with_its_lease(event):
+        if isinstance(happened, WORKER_EVENTS) and not self._fails_with_its_lease(event):
             self._hear(event, happened.attempt)
         match happened:
             case JobSubmitted():
@@ -119,7 +121,7 @@ class _Story:
                 self.require(self.live > 0, event, "while no attempt is live")
         self.events.append(event)
 
-    def _fails_with_its_lease(self, event: Recorded) -> bool:
+    def _fails_with_its_lease(self, event: RecordedEvent) -> bool:
         """Return whether the job's lease has expired for the last time: both is said in one transaction."""
         before = self.events[-1]
         return (
@@ -130,23 +132,23 @@ class _Story:
             and self.counted == self.max_attempts
         )
 
-    def _hear(self, event: Recorded, attempt: int) -> None:
+    def _hear(self, event: RecordedEvent, attempt: int) -> None:
         self._is_live(event, attempt)
         self._is_speaker(event)
 
-    def _is_speaker(self, event: Recorded) -> None:
+    def _is_speaker(self, event: RecordedEvent) -> None:
         role, _, name = event.meta.actor.partition(":")
         if role == "worker":  # tests may speak in a worker's name
             self._is_worker(event, name)
 
-    def _is_live(self, event: Recorded, attempt: int) -> None:
+    def _is_live(self, event: RecordedEvent, attempt: int) -> None:
         now = f"{self.live} is live" if self.live else "none is live"
         self.require(attempt == self.live, event, f"of attempt {attempt} while {now}")
 
-    def _is_worker(self, event: Recorded, name: str) -> None:
+    def _is_worker(self, event: RecordedEvent, name: str) -> None:
         self.require(name == self.workers[-1], event, f"of {name}, but the attempt is that of {self.workers[-1]}")
 
-    def _claim(self, event: Recorded, claimed: JobClaimed) -> None:
+    def _claim(self, event: RecordedEvent, claimed: JobClaimed) -> None:
         self.require(not self.live, event, f"of attempt {claimed.attempt} while {self.live} is live")
         before = len(self.workers)
         self.require(claimed.attempt == before + 1, event, f"of attempt {claimed.attempt} follows attempt {before}")
@@ -156,7 +158,7 @@ class _Story:
             self.counted <= self.max_attempts, event, f"makes {self.counted} attempts, {self.max_attempts} are allowed"
         )
 
-    def _finish_step(self, event: Recorded, step: StepCompleted) -> None:
+    def _finish_step(self, event: RecordedEvent, step: StepCompleted) -> None:
         earlier = self.steps.setdefault(step.key, step.attempt)
         self.require(
             earlier == step.attempt,
@@ -164,7 +166,7 @@ class _Story:
             f"of {step.step!r} in attempt {step.attempt}, but attempt {earlier} had finished it",
         )
 
-    def _fence(self, event: Recorded, fenced: WorkerFenced) -> None:
+    def _fence(self, event: RecordedEvent, fenced: WorkerFenced) -> None:
         claimed = self.workers[fenced.attempt - 1 : fenced.attempt] if fenced.attempt > 0 else []
         self.require(
             claimed == [fenced.worker_id], event, f"of {fenced.worker_id}, which never had attempt {fenced.attempt}"

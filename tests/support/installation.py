@@ -16,17 +16,17 @@ from typing import Any, Self
 import httpx
 import yaml
 
-from jobledger.ledger.mongo.embedded_lock import ServerNote, read_note, until
+from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until
 from tests.support import zygote
 
 COMMAND = Path(sys.executable).parent / "jobledger"
-START_SECONDS = 40.0
-END_SECONDS = 40.0
+START_TIMEOUT_SECONDS = 40.0
+EXIT_TIMEOUT_SECONDS = 40.0
 _ANSWERS = re.compile(r"^Jobledger answers at (\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandOutcome:
     """A command that has ended, and what it said."""
 
     exit_code: int
@@ -34,7 +34,7 @@ class Ended:
     err: str
 
 
-class Role:
+class RunningCommand:
     """A running `jobledger` command. Its output goes to files: it can never stand still for want of a reader."""
 
     def __init__(self, directory: Path, name: str, command: Sequence[str | Path], env: Mapping[str, str]) -> None:
@@ -52,37 +52,39 @@ class Role:
             )
 
     @property
-    def out(self) -> str:
+    def stdout(self) -> str:
         return self._out.read_text(encoding="utf-8")
 
     @property
-    def err(self) -> str:
+    def stderr(self) -> str:
         return self._err.read_text(encoding="utf-8")
 
-    def ready(self, sign: str = "Ctrl-C stops it") -> Self:
+    def wait_until_ready(self, ready_text: str = "Ctrl-C stops it") -> Self:
         """Wait until it says that it works; fail with what it said instead."""
-        until(lambda: sign in self.out or self.process.poll() is not None, START_SECONDS)
-        assert sign in self.out, f"it did not start (exit code {self.process.poll()}):\n{self.out}{self.err}"
+        wait_until(lambda: ready_text in self.stdout or self.process.poll() is not None, START_TIMEOUT_SECONDS)
+        assert ready_text in self.stdout, (
+            f"it did not start (exit code {self.process.poll()}):\n{self.stdout}{self.stderr}"
+        )
         return self
 
     @property
     def url(self) -> str:
-        found = _ANSWERS.search(self.out)
-        assert found, f"it has not said where it answers:\n{self.out}{self.err}"
+        found = _ANSWERS.search(self.stdout)
+        assert found, f"it has not said where it answers:\n{self.stdout}{self.stderr}"
         return found[1]
 
-    def ended(self, seconds: float = END_SECONDS) -> Ended:
+    def wait_for_exit(self, seconds: float = EXIT_TIMEOUT_SECONDS) -> CommandOutcome:
         """Wait for the end."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"it is still running after {seconds} s:\n{self.out}{self.err}") from None
-        return Ended(self.process.returncode, self.out, self.err)
+            raise AssertionError(f"it is still running after {seconds} s:\n{self.stdout}{self.stderr}") from None
+        return CommandOutcome(self.process.returncode, self.stdout, self.stderr)
 
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> Ended:
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> CommandOutcome:
         """Ask it to stop and wait until it has."""
         self.process.send_signal(number)
-        return self.ended()
+        return self.wait_for_exit()
 
     def kill_group(self) -> None:
         with suppress(ProcessLookupError):
@@ -95,11 +97,11 @@ class Installation:
 
     def __init__(self, directory: Path, **sections: Mapping[str, Any]) -> None:
         self.directory = directory
-        self.roles: list[Role] = []
+        self.commands: list[RunningCommand] = []
         directory.mkdir(parents=True, exist_ok=True)
-        self.configure(**sections)
+        self.write_config(**sections)
 
-    def configure(self, **sections: Mapping[str, Any]) -> None:
+    def write_config(self, **sections: Mapping[str, Any]) -> None:
         """Write config.yaml: everything on free ports, and what is given on top."""
         own: dict[str, dict[str, Any]] = {"api": {"port": 0}}
         content = {name: {**own.get(name, {}), **sections.get(name, {})} for name in own.keys() | sections.keys()}
@@ -111,55 +113,55 @@ class Installation:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("JOBLEDGER_")}
         return {**inherited, "COLUMNS": "200", "NO_COLOR": "1"}
 
-    def start(self, *arguments: str, **env: str) -> Role:
+    def start(self, *arguments: str, **env: str) -> RunningCommand:
         """Start a command and do not wait for anything."""
         return self.start_command([COMMAND, *arguments], arguments[0], **env)
 
-    def start_command(self, command: Sequence[str | Path], name: str, **env: str) -> Role:
+    def start_command(self, command: Sequence[str | Path], name: str, **env: str) -> RunningCommand:
         """Start a command line of another program, one that executes jobledger for example."""
-        role = Role(self.directory, f"{name}-{len(self.roles)}", command, {**self.env, **env})
-        self.roles.append(role)
+        role = RunningCommand(self.directory, f"{name}-{len(self.commands)}", command, {**self.env, **env})
+        self.commands.append(role)
         return role
 
-    def up(self) -> Role:
-        return self.start("up").ready()
+    def start_up_command(self) -> RunningCommand:
+        return self.start("up").wait_until_ready()
 
-    def run(self, *arguments: str, stdin: str | bytes = b"", seconds: float = 60, **env: str) -> Ended:
+    def run(self, *arguments: str, stdin: str | bytes = b"", seconds: float = 60, **env: str) -> CommandOutcome:
         """Run a command to its end, in a process forked from one that has it loaded (tests/support/zygote.py)."""
-        code, out, err = zygote.run(
+        code, out, err = zygote.run_command(
             arguments,
             directory=self.directory,
             env={**self.env, **env},
             stdin=stdin.encode() if isinstance(stdin, str) else stdin,
             seconds=seconds,
         )
-        return Ended(code, out.decode(), err.decode())
+        return CommandOutcome(code, out.decode(), err.decode())
 
-    def note(self) -> ServerNote:
+    def read_embedded_lock(self) -> ServerInfo:
         """Where the embedded server is."""
-        note = read_note(self.directory / "data")
+        note = read_server_info(self.directory / "data")
         assert note is not None, "no embedded server is noted"
         return note
 
-    def kill_everything(self) -> None:
+    def kill_all_processes(self) -> None:
         """SIGKILL for every process at once: commands, their children, the embedded server."""
-        note = read_note(self.directory / "data")
-        for role in self.roles:
+        note = read_server_info(self.directory / "data")
+        for role in self.commands:
             with suppress(ProcessLookupError):
                 os.killpg(role.process.pid, signal.SIGKILL)
         if note is not None:
             with suppress(ProcessLookupError):
                 os.kill(note.pid, signal.SIGKILL)
-        for role in self.roles:
+        for role in self.commands:
             role.process.wait()
-        assert note is None or until(lambda: is_gone(note.pid), 10)
-        self.roles.clear()
+        assert note is None or wait_until(lambda: has_exited(note.pid), 10)
+        self.commands.clear()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for role in reversed(self.roles):  # those that were started first own what the later ones need
+        for role in reversed(self.commands):  # those that were started first own what the later ones need
             if role.process.poll() is None:
                 role.process.terminate()
                 try:
@@ -168,23 +170,23 @@ class Installation:
                     role.kill_group()
 
 
-def one_line(ended: Ended, exit_code: int, *words: str) -> None:
+def assert_one_line_error(outcome: CommandOutcome, exit_code: int, *expected_texts: str) -> None:
     """Check that a command has failed as it should: with this code, and one line that says why, with these words."""
-    assert (ended.exit_code, ended.out) == (exit_code, ""), ended
-    assert ended.err.startswith("jobledger: "), ended.err
-    assert ended.err.count("\n") == 1, ended.err
-    for word in words:
-        assert word in ended.err
+    assert (outcome.exit_code, outcome.out) == (exit_code, ""), outcome
+    assert outcome.err.startswith("jobledger: "), outcome.err
+    assert outcome.err.count("\n") == 1, outcome.err
+    for word in expected_texts:
+        assert word in outcome.err
 
 
 @contextmanager
-def client_of(role: Role) -> Iterator[httpx.Client]:
+def http_client(role: RunningCommand) -> Iterator[httpx.Client]:
     """Yield an HTTP client for a role that answers."""
     with httpx.Client(base_url=role.url, timeout=30, trust_env=False) as client:
         yield client
 
 
-def is_gone(pid: int) -> bool:
+def has_exited(pid: int) -> bool:
     """Ended; a zombie counts, since in a container nobody may be there to reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -192,7 +194,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def descendants(pid: int) -> set[int]:
+def list_descendants(pid: int) -> set[int]:
     """Return every living process that stems from `pid`."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):

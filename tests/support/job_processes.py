@@ -6,33 +6,33 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from tests.support.installation import descendants
-from tests.support.running import RealProcess
+from tests.support.installation import list_descendants
+from tests.support.running import RolesSubprocess
 
 
-def job_processes(worker: RealProcess) -> list[int]:
+def list_job_processes(worker: RolesSubprocess) -> list[int]:
     """Return the processes in which a worker's jobs run."""
-    return jobs_below(worker.pid)
+    return list_job_processes_of(worker.pid)
 
 
-def jobs_below(worker: int) -> list[int]:
+def list_job_processes_of(worker: int) -> list[int]:
     """Return the job processes of the worker with this process id."""
-    return [pid for pid in descendants(worker) if _ancestor(pid, 3) == worker]
+    return [pid for pid in list_descendants(worker) if _ancestor(pid, 3) == worker]
 
 
-def own_job_processes() -> list[int]:
+def list_own_job_processes() -> list[int]:
     """Return the job processes of the worker that runs in the test's own process."""
-    return jobs_below(os.getpid())
+    return list_job_processes_of(os.getpid())
 
 
-def parent(pid: int) -> int:
+def parent_pid(pid: int) -> int:
     """Return the parent's process id, or 0 if there is no such process."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
 
 
-def is_gone(pid: int) -> bool:
+def has_exited(pid: int) -> bool:
     """Return whether a process is dead, or only waits to be reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -42,5 +42,5 @@ def is_gone(pid: int) -> bool:
 
 def _ancestor(pid: int, steps: int) -> int:
     for _ in range(steps):
-        pid = parent(pid)
+        pid = parent_pid(pid)
     return pid

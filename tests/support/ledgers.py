@@ -11,17 +11,17 @@ from hashlib import sha256
 from typing import Any
 
 from jobledger.ledger.domain.commands import SubmitJob
-from jobledger.ledger.domain.events import JobSubmitted, Meta, Recorded
+from jobledger.ledger.domain.events import EventMetadata, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.command_handler import Handled, Known, handle, new_job_id
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command, new_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM
-from jobledger.ledger.store.event_store import EventLog, Limits, Subscription
-from jobledger.ledger.store.hash_chain import GENESIS, chained_text
-from tests.support.examples import a_job
+from jobledger.ledger.store.event_store import EventStore, EventStoreLimits, Subscription
+from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
+from tests.support.examples import make_job_submitted
 
 DEADLINE_SECONDS = 15.0
-META = Meta("user:alice")
+EVENT_METADATA = EventMetadata("user:alice")
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,34 @@ class Ledger:
     """What one process has of a ledger."""
 
     db: Database
-    log: EventLog
-    changes: Changes
+    event_store: EventStore
+    changes: ChangeStream
 
-    async def submit(self, job: JobSubmitted | None = None) -> Handled:
-        return await handle(self.log, new_job_id(), SubmitJob(job or a_job()), meta=META, known=Known())
+    async def submit_job(self, job: JobSubmitted | None = None) -> CommandResult:
+        return await handle_command(
+            self.event_store,
+            new_job_id(),
+            SubmitJob(job or make_job_submitted()),
+            meta=EVENT_METADATA,
+            stream_state=StreamState(),
+        )
 
 
 @asynccontextmanager
-async def ledger_on(
+async def open_ledger(
     connection: Connection,
-    limits: Limits | None = None,
+    limits: EventStoreLimits | None = None,
     *,
-    live: bool = True,
-    kind: Callable[[Database, Limits], EventLog] = EventLog,
+    with_change_stream: bool = True,
+    store_class: Callable[[Database, EventStoreLimits], EventStore] = EventStore,
 ) -> AsyncIterator[Ledger]:
     """A log with a client of its own and, if `live`, a running change stream."""
     async with connection.client() as client:
         db = client[connection.db_name]
-        log, changes = kind(db, limits or Limits()), Changes(db)
-        changes.listen(log)
+        log, changes = store_class(db, limits or EventStoreLimits()), ChangeStream(db)
+        changes.add_listener(log)
         await log.prepare()
-        if live:
+        if with_change_stream:
             async with changes.running():
                 yield Ledger(db, log, changes)
         else:
@@ -58,29 +64,29 @@ async def ledger_on(
         await log.aclose()
 
 
-async def take(subscription: Subscription, count: int, seconds: float = DEADLINE_SECONDS) -> list[Recorded]:
+async def take_events(subscription: Subscription, count: int, seconds: float = DEADLINE_SECONDS) -> list[RecordedEvent]:
     """The next `count` events."""
-    taken: list[Recorded] = []
+    taken: list[RecordedEvent] = []
     async with asyncio.timeout(seconds):
         while len(taken) < count:
             taken.append(await anext(subscription))
     return taken
 
 
-async def first(log: EventLog, count: int, *, after: int = 0) -> list[Recorded]:
+async def read_first_events(log: EventStore, count: int, *, after: int = 0) -> list[RecordedEvent]:
     """The first `count` events after a position, by a subscription."""
-    async with log.subscription(after=after) as events:
-        return await take(events, count)
+    async with log.subscribe(after=after) as events:
+        return await take_events(events, count)
 
 
-async def until(condition: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
+async def poll_until(condition: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
     """For conditions that nothing tells us of: look again and again, with a deadline."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - for what no event tells
             await asyncio.sleep(0.005)
 
 
-async def lose_a_ticket(db: Database, count: int = 1) -> int:
+async def create_position_gap(db: Database, count: int = 1) -> int:
     """Take numbers and die: return the first of them."""
     counter = await db.counters.find_one_and_update(
         {"_id": "events"}, {"$inc": {"next": count}}, upsert=True, return_document=True
@@ -89,15 +95,15 @@ async def lose_a_ticket(db: Database, count: int = 1) -> int:
     return int(counter["next"]) - count + 1
 
 
-async def whole(log: EventLog) -> list[Recorded]:
+async def read_all_events(log: EventStore) -> list[RecordedEvent]:
     """Read the log to its end, filling whatever holes there are."""
-    events: list[Recorded] = []
+    events: list[RecordedEvent] = []
     while page := await log.read(after=len(events)):
         events += page
     return events
 
 
-async def stored(db: Database, query: Document | None = None) -> list[Document]:
+async def load_event_documents(db: Database, query: Document | None = None) -> list[Document]:
     return await db.events.find(query or {}, sort=[("_id", 1)]).to_list()
 
 
@@ -117,14 +123,14 @@ def check_log(documents: Iterable[Document]) -> None:
 
 
 def check_chain(documents: Iterable[Document]) -> None:
-    previous = GENESIS
+    previous = GENESIS_HASH
     for document in documents:
         assert document["prev"] == previous, document["_id"]
-        assert document["hash"] == sha256(chained_text(document)).digest(), document["_id"]
+        assert document["hash"] == sha256(hash_input(document)).digest(), document["_id"]
         previous = document["hash"]
 
 
-def positions(events: Iterable[Recorded]) -> list[int]:
+def event_positions(events: Iterable[RecordedEvent]) -> list[int]:
     return [event.position for event in events]
 
 

@@ -28,15 +28,15 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from jobledger.ledger.domain.limits import FILE_BYTES
+from jobledger.ledger.domain.limits import MAX_FILE_BYTES
 from jobledger.workers.child import main as child
-from jobledger.workers.child.messages import HEADER, Saved
-from jobledger.workers.processor import Isolation, Job, ProcessorError, Results, SavedFile
+from jobledger.workers.child.messages import FRAME_HEADER, FileSaved
+from jobledger.workers.processor import Isolation, JobContext, ProcessorError, Results, SavedFile
 
-ACTIONS: dict[str, Callable[[Job], Awaitable[Any]]] = {}
+ACTIONS: dict[str, Callable[[JobContext], Awaitable[Any]]] = {}
 
 
-def action(function: Callable[[Job], Awaitable[Any]]) -> Callable[[Job], Awaitable[Any]]:
+def action(function: Callable[[JobContext], Awaitable[Any]]) -> Callable[[JobContext], Awaitable[Any]]:
     ACTIONS[function.__name__.strip("_").replace("_", " ")] = function
     return function
 
@@ -44,7 +44,7 @@ def action(function: Callable[[Job], Awaitable[Any]]) -> Callable[[Job], Awaitab
 class Parameters(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    do: str = "nothing"
+    action: str = "nothing"
     file: Path | None = None
 
 
@@ -52,7 +52,7 @@ class Anything(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class InProcess:
+class MisbehavingProcessor:
     job_type: ClassVar[str] = "misbehaving"
     isolation: ClassVar[Isolation] = "process"
     preload: ClassVar[Sequence[str]] = ()
@@ -62,17 +62,17 @@ class InProcess:
     def __init__(self, settings: Any) -> None:
         pass
 
-    async def run(self, job: Job) -> Results:
+    async def run(self, job: JobContext) -> Results:
         result: Results = await ACTIONS[job.parameters.do](job)
         return result
 
 
-class Inline(InProcess):
+class InlineMisbehavingProcessor(MisbehavingProcessor):
     job_type: ClassVar[str] = "misbehaving-inline"
     isolation: ClassVar[Isolation] = "inline"
 
 
-def note(job: Job, text: object) -> None:
+def write_marker_file(job: JobContext, text: object) -> None:
     """Write the file that the job's parameters name, at once as a whole."""
     new = job.parameters.file.with_suffix(".new")
     new.write_text(str(text))
@@ -82,24 +82,24 @@ def note(job: Job, text: object) -> None:
 # Raising ----------------------------------------------------------------------------------------------------------
 
 
-class OfItsOwn(BaseException):
+class CustomBaseException(BaseException):
     pass
 
 
-class Speechless(Exception):
+class UnprintableError(Exception):
     def __str__(self) -> str:
         raise SystemExit(1)
 
     __repr__ = __str__
 
 
-class WithoutAttributes(ProcessorError):
+class UninitializedError(ProcessorError):
     def __init__(self) -> None:
         pass
 
 
-def raising(name: str, error: Callable[[], BaseException]) -> None:
-    async def run(job: Job) -> Results:
+def add_raising_action(name: str, error: Callable[[], BaseException]) -> None:
+    async def run(job: JobContext) -> Results:
         raise error()
 
     ACTIONS[name] = run
@@ -111,32 +111,36 @@ def odd_error(**attributes: Any) -> ProcessorError:
     return error
 
 
-raising("raise SystemExit", lambda: SystemExit(3))
-raising("raise KeyboardInterrupt", KeyboardInterrupt)
-raising("raise GeneratorExit", GeneratorExit)
-raising("raise CancelledError", asyncio.CancelledError)
-raising("raise BaseException", lambda: OfItsOwn("own"))
-raising("raise StopIteration", StopIteration)
-raising("raise StopAsyncIteration", StopAsyncIteration)
-raising("raise MemoryError", MemoryError)
-raising("raise speechless", Speechless)
-raising("raise surrogate", lambda: ValueError("half \ud800 of a pair"))
-raising("raise long", lambda: ValueError("x" * 20_000_000))
-raising("raise without attributes", WithoutAttributes)
-raising("raise odd code", lambda: odd_error(code=None, message=b"bytes"))
-raising("raise odd details", lambda: odd_error(details={"when": {1}, "fine": 1, 2: 3, "nan": float("nan")}))
-raising("raise large details", lambda: odd_error(details={"large": "x" * 20_000_000, "fine": 1}))
-raising("raise no details", lambda: odd_error(details=7))
-raising(
+add_raising_action("raise SystemExit", lambda: SystemExit(3))
+add_raising_action("raise KeyboardInterrupt", KeyboardInterrupt)
+add_raising_action("raise GeneratorExit", GeneratorExit)
+add_raising_action("raise CancelledError", asyncio.CancelledError)
+add_raising_action("raise BaseException", lambda: CustomBaseException("own"))
+add_raising_action("raise StopIteration", StopIteration)
+add_raising_action("raise StopAsyncIteration", StopAsyncIteration)
+add_raising_action("raise MemoryError", MemoryError)
+add_raising_action("raise speechless", UnprintableError)
+add_raising_action("raise surrogate", lambda: ValueError("half \ud800 of a pair"))
+add_raising_action("raise long", lambda: ValueError("x" * 20_000_000))
+add_raising_action("raise without attributes", UninitializedError)
+add_raising_action("raise odd code", lambda: odd_error(code=None, message=b"bytes"))
+add_raising_action("raise odd details", lambda: odd_error(details={"when": {1}, "fine": 1, 2: 3, "nan": float("nan")}))
+add_raising_action("raise large details", lambda: odd_error(details={"large": "x" * 20_000_000, "fine": 1}))
+add_raising_action("raise no details", lambda: odd_error(details=7))
+add_raising_action(
     "raise group",
     lambda: ExceptionGroup("several", [ProcessorError("LATER", "later", transient=True), ProcessorError("NO", "no")]),
 )
-raising("raise group of one", lambda: ExceptionGroup("one", [ExceptionGroup("inner", [ProcessorError("NO", "no")])]))
-raising("raise mixed group", lambda: BaseExceptionGroup("mixed", [ProcessorError("NO", "no"), SystemExit(1)]))
+add_raising_action(
+    "raise group of one", lambda: ExceptionGroup("one", [ExceptionGroup("inner", [ProcessorError("NO", "no")])])
+)
+add_raising_action(
+    "raise mixed group", lambda: BaseExceptionGroup("mixed", [ProcessorError("NO", "no"), SystemExit(1)])
+)
 
 
 @action
-async def cancel_itself(job: Job) -> Results:
+async def cancel_itself(job: JobContext) -> Results:
     task = asyncio.current_task()
     assert task is not None
     task.cancel()
@@ -145,7 +149,7 @@ async def cancel_itself(job: Job) -> Results:
 
 
 @action
-async def await_cancelled(job: Job) -> Results:
+async def await_cancelled(job: JobContext) -> Results:
     future = asyncio.get_running_loop().create_future()
     future.cancel()
     await future
@@ -153,16 +157,16 @@ async def await_cancelled(job: Job) -> Results:
 
 
 @action
-async def exit_in_step(job: Job) -> Results:
+async def exit_in_step(job: JobContext) -> Results:
     async def step() -> None:
         sys.exit(2)
 
-    await job.step("page", {}, step)
+    await job.run_step("page", {}, step)
     return Results()
 
 
 @action
-async def exit_in_task(job: Job) -> Results:
+async def exit_in_task(job: JobContext) -> Results:
     async def task() -> None:
         sys.exit(2)
 
@@ -173,7 +177,7 @@ async def exit_in_task(job: Job) -> Results:
 
 
 @action
-async def exit_in_task_group(job: Job) -> Results:
+async def exit_in_task_group(job: JobContext) -> Results:
     async def task() -> None:
         sys.exit(2)
 
@@ -183,7 +187,7 @@ async def exit_in_task_group(job: Job) -> Results:
 
 
 @action
-async def exit_in_callback(job: Job) -> Results:
+async def exit_in_callback(job: JobContext) -> Results:
     loop = asyncio.get_running_loop()
     loop.call_soon(sys.exit, 2)
     loop.call_later(0.01, sys.exit, 2)
@@ -194,7 +198,7 @@ async def exit_in_callback(job: Job) -> Results:
 
 
 @action
-async def exit_in_thread(job: Job) -> Results:
+async def exit_in_thread(job: JobContext) -> Results:
     thread = threading.Thread(target=sys.exit)
     thread.start()
     thread.join()
@@ -202,7 +206,7 @@ async def exit_in_thread(job: Job) -> Results:
 
 
 @action
-async def leave_tasks(job: Job) -> Results:
+async def leave_tasks(job: JobContext) -> Results:
     async def stubborn() -> None:
         while True:
             try:
@@ -226,7 +230,7 @@ async def leave_tasks(job: Job) -> Results:
 
 
 @action
-async def ignore_cancellation(job: Job) -> Results:
+async def ignore_cancellation(job: JobContext) -> Results:
     await job.log("info", "begun")
     while True:
         try:
@@ -253,7 +257,7 @@ class Node(BaseModel):
     inner: list[Node] = []
 
 
-def circle() -> list[Any]:
+def circular_list() -> list[Any]:
     inside: list[Any] = []
     inside.append(inside)
     return inside
@@ -272,14 +276,14 @@ def circular_model() -> Node:
     return node
 
 
-def doubling() -> list[Any]:
+def exponential_list() -> list[Any]:
     value: list[Any] = []
     for _ in range(60):
         value = [value, value]
     return value
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], str | None]] = {
+REJECTED_VALUES: dict[str, tuple[Callable[[], Any], str | None]] = {
     "nan": (lambda: {"y": [0, float("nan")]}, ".y[1]"),
     "infinity": (lambda: float("-inf"), ""),
     "surrogate": (lambda: {"text": "half \ud800"}, ".text"),
@@ -291,10 +295,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str | None]] = {
     "integer key": (lambda: {"a": {1: 2}}, ".a"),
     "dollar key": (lambda: {"$a": 1}, ""),
     "NUL key": (lambda: {"a\0": 1}, ""),
-    "circle": (circle, "[0]"),
+    "circle": (circular_list, "[0]"),
     "circular model": (circular_model, None),
     "depth": (lambda: nested(150), "[0]"),
-    "doubling": (doubling, None),
+    "doubling": (exponential_list, None),
     "large": (lambda: "x" * 9_000_000, None),
     "control characters": (lambda: "\x01" * 2_000_000, None),
     "quotes": (lambda: '"' * 4_000_000, None),
@@ -305,9 +309,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str | None]] = {
     "class": (lambda: Node, ""),
     "generator": (lambda: (i for i in range(3)), ""),
     "function": (lambda: len, ""),
-    "exception": (lambda: Speechless(), ""),
+    "exception": (lambda: UnprintableError(), ""),
 }
-ACCEPTED: dict[str, tuple[Any, Any]] = {
+ACCEPTED_VALUES: dict[str, tuple[Any, Any]] = {
     "tuple": ((1, (2, "x")), [1, [2, "x"]]),
     "datetime": (datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "2026-01-02T03:04:05+00:00"),
     "date": (date(2026, 1, 2), "2026-01-02"),
@@ -323,64 +327,64 @@ ACCEPTED: dict[str, tuple[Any, Any]] = {
 
 
 @action
-async def return_value(job: Job) -> Results:
+async def return_value(job: JobContext) -> Results:
     results = Results()
-    results.metadata["value"] = REFUSED[job.parameters.value][0]()
+    results.metadata["value"] = REJECTED_VALUES[job.parameters.value][0]()
     return results
 
 
 @action
-async def step_output(job: Job) -> Results:
+async def step_output(job: JobContext) -> Results:
     async def step() -> Any:
-        return REFUSED[job.parameters.value][0]()
+        return REJECTED_VALUES[job.parameters.value][0]()
 
-    await job.step("page", {}, step)
+    await job.run_step("page", {}, step)
     return Results()
 
 
 @action
-async def step_input(job: Job) -> Results:
+async def step_input(job: JobContext) -> Results:
     async def step() -> Any:
         return None
 
-    await job.step("page", {"value": REFUSED[job.parameters.value][0]()}, step)
+    await job.run_step("page", {"value": REJECTED_VALUES[job.parameters.value][0]()}, step)
     return Results()
 
 
 @action
-async def accepted(job: Job) -> Results:
+async def accepted(job: JobContext) -> Results:
     found = {}
-    for name, (value, _) in ACCEPTED.items():
+    for name, (value, _) in ACCEPTED_VALUES.items():
 
         async def step(value: Any = value) -> Any:
             return value
 
-        found[name] = await job.step(name, {"value": value}, step)
-    return Results(metadata={"steps": found, "values": {name: value for name, (value, _) in ACCEPTED.items()}})
+        found[name] = await job.run_step(name, {"value": value}, step)
+    return Results(metadata={"steps": found, "values": {name: value for name, (value, _) in ACCEPTED_VALUES.items()}})
 
 
-def returning(name: str, value: Callable[[], Any]) -> None:
-    async def run(job: Job) -> Any:
+def add_returning_action(name: str, value: Callable[[], Any]) -> None:
+    async def run(job: JobContext) -> Any:
         return value()
 
     ACTIONS[name] = run
 
 
-returning("return None", lambda: None)
-returning("return dict", lambda: {"markdown": "x"})
-returning("return class", lambda: Results)
-returning("return wrong fields", lambda: Results().model_copy(update={"markdown": 7, "assets": [{}]}))
-returning("return invalid", lambda: Results(**{"metadata": {1: 2}}))
-returning("return many tokens", lambda: Results(tokens_used=2**60))
-returning("nothing", Results)
+add_returning_action("return None", lambda: None)
+add_returning_action("return dict", lambda: {"markdown": "x"})
+add_returning_action("return class", lambda: Results)
+add_returning_action("return wrong fields", lambda: Results().model_copy(update={"markdown": 7, "assets": [{}]}))
+add_returning_action("return invalid", lambda: Results(**{"metadata": {1: 2}}))
+add_returning_action("return many tokens", lambda: Results(tokens_used=2**60))
+add_returning_action("nothing", Results)
 
 
 @action
-async def odd_texts(job: Job) -> Results:
-    for text in ("half \ud800", "x" * 9_000_000, 7, None, Speechless(), b"bytes"):
+async def odd_texts(job: JobContext) -> Results:
+    for text in ("half \ud800", "x" * 9_000_000, 7, None, UnprintableError(), b"bytes"):
         await job.log("info", text)  # type: ignore[arg-type]
-        await job.progress(float("nan"), text)  # type: ignore[arg-type]
-        await job.progress("much", text)  # type: ignore[arg-type]
+        await job.report_progress(float("nan"), text)  # type: ignore[arg-type]
+        await job.report_progress("much", text)  # type: ignore[arg-type]
         await job.warn(text)  # type: ignore[arg-type]
     await job.log("loud", "an unknown level")  # type: ignore[arg-type]
     return Results()
@@ -394,7 +398,7 @@ def in_another_loop(coroutine: Coroutine[Any, Any, None]) -> None:
 
 
 @action
-async def everything_at_once(job: Job) -> Results:
+async def everything_at_once(job: JobContext) -> Results:
     """Call every method hundreds of times at the same time, from tasks, from threads and from their event loops."""
     wrong: list[str] = []
 
@@ -402,13 +406,13 @@ async def everything_at_once(job: Job) -> Results:
         async def output() -> dict[str, Any]:
             await asyncio.sleep(number % 7 / 1000)
             await job.warn(f"warning {number}") if number % 10 == 0 else None
-            job.spent(1)
+            job.add_tokens(1)
             saved = await job.save(f"files/{job.job_id}/{number}", f"file {number}".encode(), "text/plain")
             return {"number": number, "file": saved.model_dump(), "filler": "x" * (number * 37 % 5000)}
 
         await job.log("info", f"line {number} " + "y" * (number % 300))
-        await job.progress(number % 100, f"progress {number}")
-        step = await job.step(f"step {number}", {"number": number}, output, share=timedelta(days=1))
+        await job.report_progress(number % 100, f"progress {number}")
+        step = await job.run_step(f"step {number}", {"number": number}, output, share_max_age=timedelta(days=1))
         if step["number"] != number or step["file"]["path"] != f"files/{job.job_id}/{number}":
             wrong.append(f"{number} got {step}")
 
@@ -422,14 +426,14 @@ async def everything_at_once(job: Job) -> Results:
 
 
 @action
-async def log_long_line(job: Job) -> Results:
+async def log_long_line(job: JobContext) -> Results:
     await job.log("info", "x" * 9_000_000)
     await job.log("info", "after")
     return Results()
 
 
 @action
-async def log_much(job: Job) -> Results:
+async def log_many_lines(job: JobContext) -> Results:
     for number in range(job.parameters.lines):
         await job.log("info", f"{number} " + "x" * job.parameters.width)
     return Results(metadata={"peak": peak_megabytes()})
@@ -441,7 +445,7 @@ def peak_megabytes() -> int:
 
 
 @action
-async def print_much(job: Job) -> Results:
+async def print_many_lines(job: JobContext) -> Results:
     print("the first line")
     line = "x" * 99
     for _ in range(job.parameters.lines):
@@ -454,29 +458,29 @@ async def print_much(job: Job) -> Results:
 
 
 @action
-async def exit_at_once(job: Job) -> Results:
+async def exit_at_once(job: JobContext) -> Results:
     os._exit(job.parameters.code)
 
 
 @action
-async def crash(job: Job) -> Results:
+async def crash(job: JobContext) -> Results:
     print("some last words", flush=True)
     ctypes.string_at(0)
     return Results()
 
 
 @action
-async def sleep(job: Job) -> Results:
-    note(job, os.getpid())
+async def sleep(job: JobContext) -> Results:
+    write_marker_file(job, os.getpid())
     await asyncio.sleep(3600)
     return Results()
 
 
 @action
-async def hold_everything(job: Job) -> Results:
+async def block_with_gil(job: JobContext) -> Results:
     """Sleep in C, with the GIL held and signals blocked: nothing of Python runs meanwhile."""
     signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.valid_signals()))
-    note(job, os.getpid())
+    write_marker_file(job, os.getpid())
     ctypes.PyDLL(None).sleep(3600)
     return Results()
 
@@ -493,7 +497,7 @@ time.sleep(3600)
 """
 
 
-def start_helpers(job: Job) -> list[subprocess.Popen[bytes]]:
+def start_background_programs(job: JobContext) -> list[subprocess.Popen[bytes]]:
     """Start programs that do not want to end with the job; one of them holds all that the job process has open."""
     daemon = [sys.executable, "-S", "-c", DAEMON, f"{job.parameters.file}-daemon"]
     held = [number for number in range(3, 64) if is_open(number)]
@@ -517,17 +521,17 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-async def until_there(path: Path) -> None:
+async def wait_for_file(path: Path) -> None:
     while not path.exists():  # noqa: ASYNC110, ASYNC240
         await asyncio.sleep(0.01)
 
 
 @action
-async def start_programs(job: Job) -> Results:
+async def start_programs(job: JobContext) -> Results:
     """Start programs, and end as the parameters say."""
-    start_helpers(job)
-    await until_there(Path(f"{job.parameters.file}-daemon"))
-    note(job, os.getpid())
+    start_background_programs(job)
+    await wait_for_file(Path(f"{job.parameters.file}-daemon"))
+    write_marker_file(job, os.getpid())
     match job.parameters.end:
         case "return":
             return Results()
@@ -562,8 +566,8 @@ def connection_to_worker() -> socket.socket:
     raise AssertionError("no socket to the worker was found")
 
 
-def sending(name: str, content: Callable[[], bytes], *, then_sleep: bool = True) -> None:
-    async def run(job: Job) -> Results:
+def add_sending_action(name: str, content: Callable[[], bytes], *, then_sleep: bool = True) -> None:
+    async def run(job: JobContext) -> Results:
         connection_to_worker().sendall(content())
         if then_sleep:
             time.sleep(3600)  # noqa: ASYNC251 - nothing else may be sent
@@ -572,15 +576,15 @@ def sending(name: str, content: Callable[[], bytes], *, then_sleep: bool = True)
     ACTIONS[name] = run
 
 
-sending("send half a message", lambda: HEADER.pack(1000) + b'{"id": 1, "mess')
-sending("send half a header", lambda: b"\0\0")
-sending("send garbage", lambda: HEADER.pack(7) + b"garbage")
-sending("send the wrong kind", lambda: HEADER.pack(34) + b'{"id":1,"message":{"kind":"fancy"}}'[:34])
-sending("send too much", lambda: HEADER.pack(2**32 - 1))
+add_sending_action("send half a message", lambda: FRAME_HEADER.pack(1000) + b'{"id": 1, "mess')
+add_sending_action("send half a header", lambda: b"\0\0")
+add_sending_action("send garbage", lambda: FRAME_HEADER.pack(7) + b"garbage")
+add_sending_action("send the wrong kind", lambda: FRAME_HEADER.pack(34) + b'{"id":1,"message":{"kind":"fancy"}}'[:34])
+add_sending_action("send too much", lambda: FRAME_HEADER.pack(2**32 - 1))
 
 
 @action
-async def fail_while_writing(job: Job) -> Results:
+async def fail_while_writing(job: JobContext) -> Results:
     """As for want of memory, in the thread that sends messages."""
     vars(child)["encode"] = no_memory
     await job.log("info", "cannot be sent")
@@ -589,13 +593,13 @@ async def fail_while_writing(job: Job) -> Results:
 
 
 @action
-async def fail_while_reading(job: Job) -> Results:
+async def fail_while_reading(job: JobContext) -> Results:
     async def step() -> str:
         return "done"
 
     vars(child)["_receive"] = no_memory
     for number in range(2):
-        await job.step(f"step {number}", {}, step)
+        await job.run_step(f"step {number}", {}, step)
     await asyncio.sleep(3600)
     return Results()
 
@@ -605,36 +609,36 @@ def no_memory(*_: Any) -> Any:
 
 
 @action
-async def flood_the_worker(job: Job) -> Results:
+async def flood_the_worker(job: JobContext) -> Results:
     connection = connection_to_worker()
     text = b'{"id":0,"message":{"kind":"log","lines":[[0,"info","flood"]]}}'
-    frames = (HEADER.pack(len(text)) + text) * 1000
-    note(job, os.getpid())
+    frames = (FRAME_HEADER.pack(len(text)) + text) * 1000
+    write_marker_file(job, os.getpid())
     while True:
         connection.sendall(frames)
 
 
 @action
-async def stop_in_the_middle(job: Job) -> Results:
-    connection_to_worker().sendall(HEADER.pack(1000) + b"{")
-    note(job, os.getpid())
+async def stop_mid_message(job: JobContext) -> Results:
+    connection_to_worker().sendall(FRAME_HEADER.pack(1000) + b"{")
+    write_marker_file(job, os.getpid())
     os.kill(os.getpid(), signal.SIGSTOP)
     return Results()
 
 
 @action
-async def close_everything(job: Job) -> Results:
+async def close_everything(job: JobContext) -> Results:
     os.closerange(3, 1024)
     return Results()
 
 
 @action
-async def save(job: Job) -> Results:
+async def save(job: JobContext) -> Results:
     saved = await job.save(f"misbehaving/{job.job_id}.md", b"# text\n", "text/markdown")
     return Results(markdown=saved)
 
 
-class PathOfItsOwn(type(Path())):  # type: ignore[misc]  # PosixPath, where a class of its own is to be based on it
+class CustomPath(type(Path())):  # type: ignore[misc]  # PosixPath, where a class of its own is to be based on it
     """A path whose methods do what they like."""
 
     def open(self, *_: Any, **__: Any) -> Any:
@@ -662,36 +666,36 @@ def _irregular(kind: str, path: Path) -> Path:
             path.symlink_to(path.with_suffix(".txt"))
         case "path of its own":
             path.write_bytes(b"# text\n")
-            return PathOfItsOwn(path)
+            return CustomPath(path)
     return path
 
 
 @action
-async def save_what_is_no_file(job: Job) -> Results:
+async def save_irregular_file(job: JobContext) -> Results:
     kind = job.parameters.kind
-    path = _irregular(kind, job.scratch / "it")
+    path = _irregular(kind, job.scratch_dir / "it")
     return Results(markdown=await job.save(f"misbehaving/{job.job_id}.md", path, "text/markdown"))
 
 
 @action
-async def share_a_step(job: Job) -> Results:
+async def share_a_step(job: JobContext) -> Results:
     async def step() -> str:
         return "done"
 
-    await job.step("shared", {}, step, share=timedelta(days=1))
+    await job.run_step("shared", {}, step, share_max_age=timedelta(days=1))
     return Results()
 
 
 @action
-async def save_many(job: Job) -> Results:
+async def save_many(job: JobContext) -> Results:
     """Have more requests waiting than the worker answers at once."""
-    note(job, os.getpid())
+    write_marker_file(job, os.getpid())
     await asyncio.gather(*(job.save(f"many/{number}.txt", b"text", "text/plain") for number in range(300)))
     return Results()
 
 
 @action
-async def save_the_same(job: Job) -> Results:
+async def save_the_same(job: JobContext) -> Results:
     """Save the same content many times, at the same time and once more."""
     paths = [f"same/{job.job_id}/{number}.txt" for number in range(20)]
     saved = await asyncio.gather(*(job.save(path, b"blank", "text/plain") for path in paths))
@@ -700,14 +704,14 @@ async def save_the_same(job: Job) -> Results:
 
 
 @action
-async def leave_a_file(job: Job) -> Results:
-    (job.scratch / "much").touch()
+async def leave_a_file(job: JobContext) -> Results:
+    (job.scratch_dir / "much").touch()
     return Results()
 
 
 @action
-async def fail_once_and_leave_a_file(job: Job) -> Results:
-    (job.scratch / "much").touch()
+async def fail_once_and_leave_a_file(job: JobContext) -> Results:
+    (job.scratch_dir / "much").touch()
     if job.attempt == 1:
         raise ProcessorError("AGAIN", "again", transient=True)
     await asyncio.sleep(3600)
@@ -715,15 +719,15 @@ async def fail_once_and_leave_a_file(job: Job) -> Results:
 
 
 @action
-async def save_too_large(job: Job) -> Results:
-    large = job.scratch / "large"
+async def save_too_large(job: JobContext) -> Results:
+    large = job.scratch_dir / "large"
     large.touch()
-    os.truncate(large, FILE_BYTES + 1)
+    os.truncate(large, MAX_FILE_BYTES + 1)
     return Results(markdown=await job.save("large.md", large, "text/markdown"))
 
 
 @action
-async def name_foreign_file(job: Job) -> Results:
+async def claim_foreign_file(job: JobContext) -> Results:
     """Claim to have saved a file of another job, of which only the digest is known, and go on whatever the answer."""
     inbox = job._assignment.inbox  # type: ignore[attr-defined]
     sha256, store = job.parameters.value["sha256"], job.parameters.value["store"]
@@ -732,12 +736,12 @@ async def name_foreign_file(job: Job) -> Results:
         (inbox / sha256[:2]).symlink_to(Path(store, sha256[:2]))
     for _ in range(3):
         with suppress(ProcessorError):
-            await job._send(Saved(sha256, "mine.md"))  # type: ignore[attr-defined]
+            await job._send(FileSaved(sha256, "mine.md"))  # type: ignore[attr-defined]
     return Results(markdown=SavedFile(path="mine.md", sha256=sha256, size=1, media_type="text/markdown"))
 
 
 @action
-async def save_and_change(job: Job) -> Results:
+async def modify_saved_file(job: JobContext) -> Results:
     """Change a saved file before the worker has taken it over."""
     content = os.urandom(1000)
     inbox = job._assignment.inbox  # type: ignore[attr-defined]
@@ -765,27 +769,27 @@ async def save_and_change(job: Job) -> Results:
 
 
 @action
-async def fill_the_disk(job: Job) -> Results:
-    (job.scratch / "file").write_bytes(b"x")
-    raise OSError(28, "No space left on device", str(job.scratch / "file"))
+async def fill_the_disk(job: JobContext) -> Results:
+    (job.scratch_dir / "file").write_bytes(b"x")
+    raise OSError(28, "No space left on device", str(job.scratch_dir / "file"))
 
 
 @action
-async def one_step(job: Job) -> Results:
+async def one_step(job: JobContext) -> Results:
     async def output() -> int:
         return 1
 
-    await job.step("page", {}, output)
+    await job.run_step("page", {}, output)
     return Results()
 
 
-def past_containment(function: Callable[..., Any], *arguments: Any) -> None:
+def call_outside_containment(function: Callable[..., Any], *arguments: Any) -> None:
     """Call something as code that is not known to be the processor's."""
     contextvars.Context().run(function, *arguments)
 
 
-def taking_the_loop(name: str, function: Callable[[], Any]) -> None:
-    async def run(job: Job) -> Results:
+def add_event_loop_action(name: str, function: Callable[[], Any]) -> None:
+    async def run(job: JobContext) -> Results:
         function()
         await asyncio.sleep(3600)
         return Results()
@@ -798,24 +802,26 @@ def cancel_all() -> None:
         task.cancel()
 
 
-taking_the_loop("cancel all tasks", cancel_all)
-taking_the_loop("cancel all tasks past containment", lambda: past_containment(cancel_all))
-taking_the_loop("stop the loop", lambda: asyncio.get_running_loop().stop())
-taking_the_loop("stop the loop past containment", lambda: past_containment(asyncio.get_running_loop().stop))
+add_event_loop_action("cancel all tasks", cancel_all)
+add_event_loop_action("cancel all tasks past containment", lambda: call_outside_containment(cancel_all))
+add_event_loop_action("stop the loop", lambda: asyncio.get_running_loop().stop())
+add_event_loop_action(
+    "stop the loop past containment", lambda: call_outside_containment(asyncio.get_running_loop().stop)
+)
 
 
 @action
-async def finish_large_steps(job: Job) -> Results:
+async def finish_large_steps(job: JobContext) -> Results:
     async def output(size: int) -> str:
         return "x" * size
 
     sizes = [1_000_000] * 6 + [6_000_000] + [1] * 120
-    await asyncio.gather(*(job.step(f"{n}", {}, partial(output, size)) for n, size in enumerate(sizes)))
+    await asyncio.gather(*(job.run_step(f"{n}", {}, partial(output, size)) for n, size in enumerate(sizes)))
     return Results()
 
 
 @action
-async def log_and_finish_step(job: Job) -> Results:
+async def log_and_finish_step(job: JobContext) -> Results:
     for number in range(150):
         await job.log("info", f"{number} ".ljust(9_000, "x"))
     await one_step(job)
@@ -828,7 +834,7 @@ WARNINGS = {"text": "w" * 5000, "control characters": "\x01" * 5000, "emoji": "\
 
 
 @action
-async def warn_much(job: Job) -> Results:
+async def warn_many_times(job: JobContext) -> Results:
     text = WARNINGS[job.parameters.value]
 
     async def inner() -> None:
@@ -837,30 +843,30 @@ async def warn_much(job: Job) -> Results:
 
     async def outer() -> None:
         await job.warn(text)
-        await job.step("inner", {}, inner)
+        await job.run_step("inner", {}, inner)
 
-    await job.step("outer", {}, outer)
+    await job.run_step("outer", {}, outer)
     await job.warn(text)
     return Results()
 
 
-def forged(job: Job, digest: str = "a" * 64) -> SavedFile:
+def forged(job: JobContext, digest: str = "a" * 64) -> SavedFile:
     return SavedFile(path=f"misbehaving/{job.job_id}.md", sha256=digest, size=5, media_type="text/markdown")
 
 
 @action
-async def forge_digest(job: Job) -> Results:
+async def forge_digest(job: JobContext) -> Results:
     return Results(markdown=forged(job, job.parameters.value or "a" * 64))
 
 
 @action
-async def forge_asset(job: Job) -> Results:
+async def forge_asset(job: JobContext) -> Results:
     saved = await job.save(f"misbehaving/{job.job_id}", b"text", "text/plain")
     return Results(markdown=saved, assets=[forged(job)])
 
 
 @action
-async def forge_step(job: Job) -> Results:
+async def forge_step(job: JobContext) -> Results:
     """Have a finished step name a file of another job, for the next attempt."""
 
     saved = await job.save(f"misbehaving/{job.job_id}", b"text", "text/plain")
@@ -869,18 +875,18 @@ async def forge_step(job: Job) -> Results:
         file = forged(job) if job.parameters.value == "digest" else saved.model_copy(update={"size": 5})
         return {"files": [{"image": file.model_dump()}]}
 
-    await job.step("page", {}, step)
+    await job.run_step("page", {}, step)
     return Results()
 
 
 @action
-async def forge_size(job: Job) -> Results:
+async def forge_size(job: JobContext) -> Results:
     saved = await job.save(f"misbehaving/{job.job_id}.md", b"0123456789", "text/markdown")
     return Results(markdown=saved.model_copy(update={"size": job.parameters.code}))
 
 
 @action
-async def save_in_step(job: Job) -> Results:
+async def save_in_step(job: JobContext) -> Results:
     """Name a file in the results that an earlier attempt, or another job, has saved in a step."""
 
     async def step() -> Any:
@@ -888,7 +894,7 @@ async def save_in_step(job: Job) -> Results:
         return {"files": [saved.model_dump()]}
 
     share = timedelta(days=1) if job.parameters.value == "share" else None
-    output = await job.step("page", {}, step, share=share)
+    output = await job.run_step("page", {}, step, share_max_age=share)
     if job.parameters.value == "retry" and job.attempt == 1:
         raise ProcessorError("AGAIN", "again", transient=True)
     return Results(markdown=SavedFile.model_validate(output["files"][0]))
@@ -898,8 +904,8 @@ async def save_in_step(job: Job) -> Results:
 
 
 @action
-async def nest_directories(job: Job) -> Results:
-    path = os.open(job.scratch, os.O_RDONLY)
+async def nest_directories(job: JobContext) -> Results:
+    path = os.open(job.scratch_dir, os.O_RDONLY)
     for _ in range(1500):
         os.mkdir("d", dir_fd=path)
         path, parent = os.open("d", os.O_RDONLY, dir_fd=path), path
@@ -910,13 +916,13 @@ async def nest_directories(job: Job) -> Results:
 
 
 @action
-async def lock_scratch(job: Job) -> Results:
+async def lock_scratch(job: JobContext) -> Results:
     """Take the mode from the directory of all jobs, once, and fail as another job would then."""
     marker = Path(job.parameters.file)
     if not marker.exists():  # noqa: ASYNC240
         marker.touch()  # noqa: ASYNC240
-        job.scratch.parents[1].chmod(0)
-        raise PermissionError(13, "Permission denied", str(job.scratch))
+        job.scratch_dir.parents[1].chmod(0)
+        raise PermissionError(13, "Permission denied", str(job.scratch_dir))
     return Results()
 
 
@@ -924,11 +930,11 @@ STEP_NAMES = ("s" * 300 + "a", "s" * 300 + "b", "\ud800", "?", "\ud801")
 
 
 @action
-async def name_steps_alike(job: Job) -> Results:
+async def use_similar_step_names(job: JobContext) -> Results:
     async def work(name: str) -> str:
         return ascii(name)
 
-    found = [await job.step(name, {}, partial(work, name)) for name in STEP_NAMES]
+    found = [await job.run_step(name, {}, partial(work, name)) for name in STEP_NAMES]
     if job.attempt == 1:
         raise ProcessorError("AGAIN", "again", transient=True)
     return Results(metadata={"found": found})

@@ -18,13 +18,13 @@ from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStart
 
 from jobledger.ledger.mongo.connection import Connection
 
-Moment = Literal[
+HookPoint = Literal[
     "before insert", "after insert", "before commitTransaction", "after commitTransaction", "after findAndModify"
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Observed(Connection):
+class MonitoredConnection(Connection):
     """A connection whose commands are announced to listeners."""
 
     listeners: tuple[CommandListener, ...] = ()
@@ -33,16 +33,16 @@ class Observed(Connection):
         return {**Connection._options(self), "event_listeners": list(self.listeners)}
 
 
-def observed(connection: Connection, *listeners: CommandListener) -> Observed:
-    return Observed(connection.uri, connection.db_name, connection.max_pool_size, listeners=listeners)
+def monitor_connection(connection: Connection, *listeners: CommandListener) -> MonitoredConnection:
+    return MonitoredConnection(connection.uri, connection.db_name, connection.max_pool_size, listeners=listeners)
 
 
-class Once(CommandListener):
+class OneTimeHook(CommandListener):
     """Does something the first time that a moment comes."""
 
-    def __init__(self, moment: Moment, act: Callable[[], None]) -> None:
-        self._awaited: str | None = moment
-        self._act = act
+    def __init__(self, hook_point: HookPoint, action: Callable[[], None]) -> None:
+        self._awaited: str | None = hook_point
+        self._act = action
 
     def _comes(self, moment: str) -> None:
         if moment == self._awaited:
@@ -59,7 +59,7 @@ class Once(CommandListener):
         """Is not what is waited for."""
 
 
-class Tally(CommandListener):
+class CommandCounter(CommandListener):
     """Counts what was asked for, by name, and what the server answered it with, by error code."""
 
     def __init__(self) -> None:
@@ -76,9 +76,9 @@ class Tally(CommandListener):
         self.failed_by_code[event.failure.get("code", 0)] += 1
 
 
-def freeze_myself() -> None:
+def suspend_own_process() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def is_frozen(pid: int) -> bool:
+def is_suspended(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

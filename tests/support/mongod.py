@@ -14,18 +14,18 @@ from pymongo.errors import PyMongoError
 
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer, find_mongod
-from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.ledger.mongo.embedded_lock import wait_until
 
 CONTAINER_IMAGE = "mongo:7"
-ANSWER_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 60.0
 
 
-class NoMongoDB(Exception):
+class MongoDBUnavailable(Exception):
     """None of the three places has a server; the message says why, for each."""
 
 
 @contextmanager
-def mongodb_for_tests(directory: Path) -> Iterator[str]:
+def provide_mongodb(directory: Path) -> Iterator[str]:
     """The URI of a replica set the tests may fill and drop at will; data of a local mongod goes to `directory`."""
     if given := os.environ.get("JOBLEDGER_TEST_MONGODB_URI"):
         yield given
@@ -49,11 +49,11 @@ def _container(no_local_server: str) -> Iterator[str]:
         container = DockerContainer(CONTAINER_IMAGE, command="mongod --replSet rs0 --bind_ip_all")
         container.with_exposed_ports(27017).start()
     except DockerException as error:
-        raise NoMongoDB(f"{no_local_server} Nor is there a container: {str(error).splitlines()[0]}") from error
+        raise MongoDBUnavailable(f"{no_local_server} Nor is there a container: {str(error).splitlines()[0]}") from error
     try:
         address = f"{container.get_container_host_ip()}:{container.get_exposed_port(27017)}"
-        if not until(lambda: _initiated(address), ANSWER_SECONDS):
-            raise NoMongoDB(f"the {CONTAINER_IMAGE} container at {address} did not become a primary")
+        if not wait_until(lambda: _initiated(address), START_TIMEOUT_SECONDS):
+            raise MongoDBUnavailable(f"the {CONTAINER_IMAGE} container at {address} did not become a primary")
         yield f"mongodb://{address}/?replicaSet=rs0&directConnection=true"
     finally:
         container.stop()  # not `with container`: entering it would start a second one

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 
 
 @asynccontextmanager
-async def path_proxy(port: int | list[int], prefix: str, *, strips: bool = True) -> AsyncIterator[int]:
+async def run_path_proxy(port: int | list[int], prefix: str, *, strip_prefix: bool = True) -> AsyncIterator[int]:
     """Forward requests below `prefix`, and answer 404 to all others. One request a connection. Yield the port.
 
     Args:
@@ -27,7 +27,7 @@ async def path_proxy(port: int | list[int], prefix: str, *, strips: bool = True)
             else:
                 there, back = await asyncio.open_connection("127.0.0.1", port if isinstance(port, int) else port[0])
                 kept = [it for it in rest.split(b"\r\n") if not it.lower().startswith(b"connection:") and it]
-                passed_on = target.removeprefix(start) if strips else target
+                passed_on = target.removeprefix(start) if strip_prefix else target
                 head = [b" ".join((method, passed_on, version)), *kept, b"Connection: close"]
                 back.write(b"\r\n".join(head) + b"\r\n\r\n")
                 sending = asyncio.create_task(pump(reader, back))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import dedent
 
-HEAD = """
+MODULE_TEMPLATE = """
 from pydantic import BaseModel
 from jobledger.workers.processor import Results
 
@@ -28,11 +28,13 @@ class Good:
 """A whole processor `Good`, to be changed by what follows it in a module."""
 
 
-def add_plugin(directory: Path, job_type: str, code: str = "", *, attribute: str = "Good", head: str = HEAD) -> None:
+def install_plugin(
+    directory: Path, job_type: str, code: str = "", *, attribute: str = "Good", template: str = MODULE_TEMPLATE
+) -> None:
     """Install a processor into `directory`, which is to be in PYTHONPATH."""
     module = f"plugin_{job_type.replace('-', '_')}"
     directory.mkdir(exist_ok=True)
-    (directory / f"{module}.py").write_text(head.replace("JOB_TYPE", job_type) + dedent(code), encoding="utf-8")
+    (directory / f"{module}.py").write_text(template.replace("JOB_TYPE", job_type) + dedent(code), encoding="utf-8")
     info = directory / f"{module}-1.0.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from jobledger.ledger.domain.access import Principal
 HEADER = "X-Test-Principal"
 
 
-class HeaderSignIn:
+class HeaderAuthBackend:
     """Believes the header `X-Test-Principal: user;group,group;role,role`.
 
     An empty one is somebody who has not said who they are; without one it is the admin `local`, as in the open mode.
@@ -29,6 +29,6 @@ def _names(listed: str) -> frozenset[str]:
     return frozenset(name for name in listed.split(",") if name)
 
 
-def said(user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> dict[str, str]:
+def principal_header(user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> dict[str, str]:
     """Return the header that says who asks."""
     return {HEADER: f"{user_id};{','.join(sorted(groups))};{','.join(sorted(roles))}" if user_id or groups else ""}

@@ -7,10 +7,10 @@ import threading
 from contextlib import suppress
 from typing import Self
 
-from tests.support.address import connect, through
+from tests.support.address import open_connection, proxied_uri
 
 
-class Proxy:
+class TcpProxy:
     """Forwards TCP connections to a MongoDB. `freeze` stops the bytes and keeps the connections; `cut` closes them."""
 
     def __init__(self, uri: str) -> None:
@@ -19,7 +19,7 @@ class Proxy:
         self._flowing.set()
         self._sockets: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", 0))
-        self.uri = through(uri, self._server.getsockname()[1])
+        self.uri = proxied_uri(uri, self._server.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -27,22 +27,22 @@ class Proxy:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        self.thaw()
+        self.resume()
 
     def close(self) -> None:
         """Cut everything, and let nobody in again."""
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)  # a blocked accept would keep the port open
         self._server.close()
-        self.cut()
+        self.close_connections()
 
-    def freeze(self) -> None:
+    def suspend(self) -> None:
         self._flowing.clear()
 
-    def thaw(self) -> None:
+    def resume(self) -> None:
         self._flowing.set()
 
-    def cut(self) -> None:
+    def close_connections(self) -> None:
         sockets, self._sockets = self._sockets, []
         for wire in sockets:
             with suppress(OSError):
@@ -55,7 +55,7 @@ class Proxy:
                 client, _ = self._server.accept()
             except OSError:
                 return
-            server = connect(self._target)
+            server = open_connection(self._target)
             self._sockets += [client, server]
             threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client), daemon=True).start()

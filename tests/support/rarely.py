@@ -7,5 +7,5 @@ from typing import Final
 
 import pytest
 
-SOAK: Final = bool(os.environ.get("JOBLEDGER_SOAK"))
-rarely: Final = pytest.mark.skipif(not SOAK, reason="takes long for what it finds: make soak")
+IS_SOAK_RUN: Final = bool(os.environ.get("JOBLEDGER_SOAK"))
+soak_only: Final = pytest.mark.skipif(not IS_SOAK_RUN, reason="takes long for what it finds: make soak")

@@ -16,22 +16,22 @@ from typing import Any, Literal
 
 import orjson
 
-Answer = int | tuple[int, dict[str, str]] | Literal["hang", "reset"]
+ScriptedResponse = int | tuple[int, dict[str, str]] | Literal["hang", "reset"]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ReceivedRequest:
     """What came, and how it was answered."""
 
     path: str
     headers: dict[str, str]
     body: bytes
     status: int | str
-    at: float
+    received_at: float
     raw_headers: dict[str, str] = field(default_factory=dict)
 
     @property
-    def content(self) -> dict[str, Any]:
+    def json_body(self) -> dict[str, Any]:
         found: dict[str, Any] = orjson.loads(self.body)
         return found
 
@@ -41,52 +41,54 @@ class Request:
 
 
 @dataclass(slots=True)
-class Receiver:
+class WebhookEndpoint:
     """Listens on a port of 127.0.0.1; answers 200 unless told otherwise."""
 
     port: int = 0
     body: bytes = b"ok"
-    received: list[Request] = field(default_factory=list)
-    scripts: dict[str, list[Answer]] = field(default_factory=dict)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    requests: list[ReceivedRequest] = field(default_factory=list)
+    scripted_responses: dict[str, list[ScriptedResponse]] = field(default_factory=dict)
+    request_received: asyncio.Event = field(default_factory=asyncio.Event)
     server: asyncio.Server | None = None
 
     def url(self, path: str = "/hook") -> str:
         return f"http://127.0.0.1:{self.port}{path}"
 
-    def answers(self, path: str, *script: Answer) -> None:
-        self.scripts[path] = list(script)
+    def script_responses(self, path: str, *script: ScriptedResponse) -> None:
+        self.scripted_responses[path] = list(script)
 
-    def at(self, path: str) -> list[Request]:
-        return [it for it in self.received if it.path == path]
+    def requests_to(self, path: str) -> list[ReceivedRequest]:
+        return [it for it in self.requests if it.path == path]
 
-    async def until(self, number: int, path: str | None = None, *, seconds: float = 20.0) -> list[Request]:
+    async def wait_for_requests(
+        self, number: int, path: str | None = None, *, seconds: float = 20.0
+    ) -> list[ReceivedRequest]:
         """Wait for so many requests; return all there are."""
         try:
             async with asyncio.timeout(seconds):
                 while len(self._those(path)) < number:
-                    self.news.clear()
-                    await self.news.wait()
+                    self.request_received.clear()
+                    await self.request_received.wait()
         except TimeoutError:
             came = len(self._those(path))
             raise AssertionError(f"{came} of {number} requests came within {seconds} s") from None
         return self._those(path)
 
-    def _those(self, path: str | None) -> list[Request]:
-        return self.received if path is None else self.at(path)
+    def _those(self, path: str | None) -> list[ReceivedRequest]:
+        return self.requests if path is None else self.requests_to(path)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
             raw = {name.lower(): value.removeprefix(" ") for name, _, value in (it.partition(":") for it in head[1:-2])}
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             path = head[0].split(" ")[1]
-            script = self.scripts.get(path, [200])
+            script = self.scripted_responses.get(path, [200])
             answer = script.pop(0) if len(script) > 1 else script[0]
             status = answer[0] if isinstance(answer, tuple) else answer
-            self.received.append(Request(path, headers, body, status, asyncio.get_running_loop().time(), raw))
-            self.news.set()
+            self.requests.append(ReceivedRequest(path, headers, body, status, asyncio.get_running_loop().time(), raw))
+            self.request_received.set()
             if answer == "hang":
                 await reader.read()  # until the other side has had enough
             elif answer == "reset":
@@ -100,11 +102,11 @@ class Receiver:
                 await writer.drain()
         writer.close()
 
-    async def listen(self) -> None:
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.port)
+    async def start(self) -> None:
+        self.server = await asyncio.start_server(self.handle_connection, "127.0.0.1", self.port)
         self.port = self.server.sockets[0].getsockname()[1]
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Go away; `listen` comes back at the same port."""
         if self.server is not None:
             self.server.close()
@@ -112,11 +114,11 @@ class Receiver:
 
 
 @asynccontextmanager
-async def receiver() -> AsyncIterator[Receiver]:
+async def run_webhook_endpoint() -> AsyncIterator[WebhookEndpoint]:
     """Run a receiver inside the block."""
-    found = Receiver()
-    await found.listen()
+    found = WebhookEndpoint()
+    await found.start()
     try:
         yield found
     finally:
-        await found.close()
+        await found.stop()

@@ -17,7 +17,7 @@ from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EV
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def commands() -> str:
+def render_commands() -> str:
     """All commands with their options, from the command line's own definitions."""
     command: Any = typer.main.get_command(main.app)
     context = typer.Context(command, info_name="jobledger")
@@ -29,7 +29,7 @@ def commands() -> str:
     return "\n".join(line.rstrip() for line in f"{text.strip()}\n\n{codes}\n".splitlines()) + "\n"
 
 
-def events() -> str:
+def render_events() -> str:
     """All events with their fields, from their models."""
     parts = [
         "# Reference: the events",
@@ -73,9 +73,9 @@ def _default(field: FieldInfo) -> str:
     return f"`{value!r}`" if isinstance(value, str | int | float | bool | list | dict | None) else "as the model has it"
 
 
-MADE = {DOCS / "commands.md": commands, DOCS / "events.md": events}
+GENERATED_FILES = {DOCS / "commands.md": render_commands, DOCS / "events.md": render_events}
 
 if __name__ == "__main__":
-    for path, make in MADE.items():
+    for path, make in GENERATED_FILES.items():
         path.write_text(make(), encoding="utf-8")
         sys.stdout.write(f"{path}\n")

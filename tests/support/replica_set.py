@@ -25,13 +25,13 @@ from pymongo.errors import PyMongoError
 
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.mongo.embedded import PR_SET_PDEATHSIG, find_mongod
-from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.ledger.mongo.embedded_lock import wait_until
 
 NODES: Final = 3
 ELECTION_TIMEOUT_MS: Final = 1500
-ANSWER_MS: Final = 2000
-PATIENCE_SECONDS: Final = 30.0
-OUT_OF_OFFICE_SECONDS: Final = 20
+RESPONSE_TIMEOUT_MS: Final = 2000
+WAIT_TIMEOUT_SECONDS: Final = 30.0
+STEP_DOWN_SECONDS: Final = 20
 """How long a primary that has stepped down does not stand for election, unless another is elected before."""
 
 SERVER_PARAMETERS: Final = (
@@ -48,7 +48,7 @@ class Node:
 
     def __init__(self, directory: Path, port: int) -> None:
         self.address = f"127.0.0.1:{port}"
-        self.frozen = False
+        self.is_suspended = False
         self._port = port
         self._data = directory / "data"
         self._data.mkdir(parents=True)
@@ -57,9 +57,9 @@ class Node:
         self.client: MongoClient[Document] = MongoClient(
             self.address,
             directConnection=True,
-            serverSelectionTimeoutMS=ANSWER_MS,
-            connectTimeoutMS=ANSWER_MS,
-            socketTimeoutMS=ANSWER_MS,
+            serverSelectionTimeoutMS=RESPONSE_TIMEOUT_MS,
+            connectTimeoutMS=RESPONSE_TIMEOUT_MS,
+            socketTimeoutMS=RESPONSE_TIMEOUT_MS,
             retryWrites=False,
             w=1,
         )
@@ -81,7 +81,7 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                preexec_fn=lambda: die_with(parent),
+                preexec_fn=lambda: exit_with_parent(parent),
             )
 
     def kill(self) -> None:
@@ -89,20 +89,20 @@ class Node:
             self._process.kill()
             self._process.wait()
         self._process = None
-        self.frozen = False
+        self.is_suspended = False
 
     def remove(self) -> None:
         """Leave nothing but the log."""
         self.kill()
         shutil.rmtree(self._data)
 
-    def send(self, signum: signal.Signals) -> None:
+    def send_signal(self, signum: signal.Signals) -> None:
         assert self._process is not None, f"{self} does not run"
         self._process.send_signal(signum)
 
     def hello(self) -> Mapping[str, Any]:
         """What the node says of itself; nothing if it does not answer."""
-        if self._process is None or self.frozen:
+        if self._process is None or self.is_suspended:
             return {}
         assert self._process.poll() is None, f"{self} has ended by itself: {self._last_words()}"
         try:
@@ -110,7 +110,7 @@ class Node:
         except PyMongoError:
             return {}
 
-    def follows(self, primary: Node) -> bool:
+    def is_in_sync_with(self, primary: Node) -> bool:
         """True if it is a secondary that has something this primary wrote: so it has rolled back what it had to."""
         try:
             mine = self.client.admin.command("replSetGetStatus")
@@ -119,7 +119,7 @@ class Node:
             return False
         return bool(mine["myState"] == SECONDARY and mine["optimes"]["appliedOpTime"]["t"] == term)
 
-    def rolled_back(self) -> list[Document]:
+    def read_rolled_back_documents(self) -> list[Document]:
         """The documents that this node had written, and took back to follow another primary."""
         documents: list[Document] = []
         for path in self._data.glob("rollback/*/removed.*.bson"):
@@ -165,25 +165,25 @@ class ReplicaSet:
         said = [(hello["electionId"], node) for node in self.nodes if _is_primary(hello := node.hello())]
         return max(said, key=lambda it: it[0])[1] if said else None
 
-    def others(self, node: Node) -> list[Node]:
+    def other_nodes(self, node: Node) -> list[Node]:
         return [other for other in self.nodes if other is not node]
 
-    def wait_for_primary(self, other_than: Node | None = None) -> Node:
+    def wait_for_primary(self, excluding: Node | None = None) -> Node:
         found: list[Node] = []
 
         def elected() -> bool:
-            found[:] = [node] if (node := self.primary()) is not None and node is not other_than else []
+            found[:] = [node] if (node := self.primary()) is not None and node is not excluding else []
             return bool(found)
 
-        _wait(elected, f"a primary other than {other_than}")
+        _wait(elected, f"a primary other than {excluding}")
         return found[0]
 
-    def wait_until_whole(self) -> Node:
+    def wait_until_in_sync(self) -> Node:
         """Wait until a primary is followed by all others; return it."""
 
         def whole() -> bool:
             primary = self.primary()
-            return primary is not None and all(node.follows(primary) for node in self.others(primary))
+            return primary is not None and all(node.is_in_sync_with(primary) for node in self.other_nodes(primary))
 
         _wait(whole, "a primary that all others follow")
         return self.wait_for_primary()
@@ -194,25 +194,25 @@ class ReplicaSet:
         """SIGKILL: what is not in the journal is gone."""
         node.kill()
 
-    def start_again(self, node: Node) -> None:
+    def restart_node(self, node: Node) -> None:
         """Start a killed node on its data. In the main thread; does not wait."""
         node.start()
 
-    def freeze(self, node: Node) -> None:
+    def suspend(self, node: Node) -> None:
         """SIGSTOP: to the others it is cut off, while itself it knows nothing of that."""
-        node.send(signal.SIGSTOP)
-        node.frozen = True
+        node.send_signal(signal.SIGSTOP)
+        node.is_suspended = True
 
-    def thaw(self, node: Node) -> None:
-        node.send(signal.SIGCONT)
-        node.frozen = False
+    def resume(self, node: Node) -> None:
+        node.send_signal(signal.SIGCONT)
+        node.is_suspended = False
 
-    def step_down(self, primary: Node, *, by_force: bool = False) -> Node:
+    def step_down(self, primary: Node, *, force: bool = False) -> Node:
         """Have a primary give up, by force even if no other node has its newest writes; return the next one."""
         command = {
-            "replSetStepDown": OUT_OF_OFFICE_SECONDS,
-            "secondaryCatchUpPeriodSecs": 0 if by_force else 5,
-            "force": by_force,
+            "replSetStepDown": STEP_DOWN_SECONDS,
+            "secondaryCatchUpPeriodSecs": 0 if force else 5,
+            "force": force,
         }
 
         def gave_up() -> bool:
@@ -221,15 +221,15 @@ class ReplicaSet:
             return self.primary() is not primary
 
         _wait(gave_up, f"{primary} to step down")
-        successor = self.wait_for_primary(other_than=primary)
+        successor = self.wait_for_primary(excluding=primary)
         with suppress(PyMongoError):  # it may be busy undoing its writes, and stands for election a little later then
             primary.client.admin.command({"replSetFreeze": 0})
         return successor
 
     @contextmanager
-    def left_behind(self, primary: Node) -> Iterator[None]:
+    def replication_stopped(self, primary: Node) -> Iterator[None]:
         """Whatever the primary writes in the block no other node gets. None minds, for heartbeats go on."""
-        others = self.others(primary)
+        others = self.other_nodes(primary)
         try:
             for node in others:
                 node.client.admin.command({"configureFailPoint": "stopReplProducer", "mode": "alwaysOn"})
@@ -251,9 +251,9 @@ class ReplicaSet:
                 "catchUpTimeoutMillis": 0,
             },
         }
-        with pymongo.timeout(PATIENCE_SECONDS):
+        with pymongo.timeout(WAIT_TIMEOUT_SECONDS):
             self.nodes[0].client.admin.command("replSetInitiate", config)
-        self.wait_until_whole()
+        self.wait_until_in_sync()
 
 
 def _is_primary(hello: Mapping[str, Any]) -> bool:
@@ -261,10 +261,10 @@ def _is_primary(hello: Mapping[str, Any]) -> bool:
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:
-    assert until(condition, PATIENCE_SECONDS), f"waited {PATIENCE_SECONDS:.0f} s in vain for {what}"
+    assert wait_until(condition, WAIT_TIMEOUT_SECONDS), f"waited {WAIT_TIMEOUT_SECONDS:.0f} s in vain for {what}"
 
 
-def die_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """Between fork and exec: have the kernel kill us with our parent, even if we are frozen then."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -22,27 +22,27 @@ from pathlib import Path
 from typing import Any
 
 from jobledger.ledger.domain.commands import ClaimJob, SubmitBatch, SubmitJob
-from jobledger.ledger.domain.events import BatchSubmitted, Event, JobClaimed, JobSubmitted, Meta, Recorded
+from jobledger.ledger.domain.events import BatchSubmitted, Event, EventMetadata, JobClaimed, JobSubmitted, RecordedEvent
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.files.store_marker import StoreMarker
 from jobledger.ledger.mongo.connection import Connection, Database, Document
-from jobledger.ledger.store.change_stream import Changes
-from jobledger.ledger.store.command_handler import Command, handle, handle_new, new_batch_id, new_job_id
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.change_stream import ChangeStream
+from jobledger.ledger.store.command_handler import Command, create_streams, handle_command, new_batch_id, new_job_id
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches, jobs
-from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.containment import new_event_loop
-from jobledger.workers.executor import Settings
-from jobledger.workers.scratch import Scratch
+from jobledger.workers.executor import ExecutorSettings
+from jobledger.workers.scratch import ScratchDirectory
 from jobledger.workers.webhooks.deliverer import Deliverer
-from jobledger.workers.webhooks.deliverer import Settings as Webhooks
-from jobledger.workers.worker import HEARD_EVENTS, Worker
+from jobledger.workers.webhooks.deliverer import DeliverySettings as Webhooks
+from jobledger.workers.worker import SUBSCRIBED_EVENT_TYPES, Worker
 
-PATIENCE_SECONDS = 20.0
-ENDS = ("JobCompleted", "JobFailed", "JobCancelled")
+WAIT_TIMEOUT_SECONDS = 20.0
+TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,38 +57,38 @@ class WorkerOptions:
     memory_limit_mb: int = 4096
     processors: Mapping[str, Mapping[str, Any]] | None = None
     scratch: Path | None = None
-    confinement: Confinement = field(default_factory=Confinement)
+    confinement: ConfinementSettings = field(default_factory=ConfinementSettings)
     gridfs: bool = False
     """Whether result files are kept in the database."""
 
 
 STORE_ID = "5" * 32
-IMPATIENT = Webhooks(schedule=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allow_private=["127.0.0.1"])
+FAST_WEBHOOKS = Webhooks(retry_delays=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allow_private=["127.0.0.1"])
 """Webhooks of a test: to this machine, and again very soon."""
 
 
 @dataclass(slots=True)
-class Process:
+class RunningRoles:
     """What one process has: a client, a log, a change stream, and the roles it runs."""
 
     connection: Connection
     db: Database
-    log: EventLog
+    event_store: EventStore
     checkpoint: Checkpoint
-    changes: Changes
+    changes: ChangeStream
     store: DirectoryStore
     projector: Projector | None = None
     worker: Worker | None = None
-    projecting: asyncio.Task[None] | None = None
-    working: asyncio.Task[None] | None = None
-    sending: asyncio.Task[None] | None = None
+    projector_task: asyncio.Task[None] | None = None
+    worker_task: asyncio.Task[None] | None = None
+    webhooks_task: asyncio.Task[None] | None = None
 
     # Asking for things --------------------------------------------------------------------------------------------
 
     async def submit(self, parameters: Mapping[str, Any] | None = None, **fields: Any) -> str:
         """Submit an `echo` job, or what `fields` say; return its id."""
         job_id = new_job_id()
-        await self.do(job_id, SubmitJob(asked(parameters, **fields)))
+        await self.handle_commands(job_id, SubmitJob(make_echo_job(parameters, **fields)))
         return job_id
 
     async def submit_batch(self, *parameters: Mapping[str, Any], **fields: Any) -> tuple[str, list[str]]:
@@ -97,101 +97,103 @@ class Process:
         batch = BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="user-1")
         commands: list[tuple[str, Command]] = [(batch_id, SubmitBatch(batch))]
         for job_id, given in zip(job_ids, parameters, strict=True):
-            commands.append((job_id, SubmitJob(asked(given, batch_id=batch_id, **fields))))
-        await handle_new(self.log, commands, meta=Meta("test"))
+            commands.append((job_id, SubmitJob(make_echo_job(given, batch_id=batch_id, **fields))))
+        await create_streams(self.event_store, commands, meta=EventMetadata("test"))
         return batch_id, job_ids
 
-    async def do(self, stream: str, *commands: Command) -> list[Recorded]:
+    async def handle_commands(self, stream: str, *commands: Command) -> list[RecordedEvent]:
         """Have commands decided, one after the other; return all the events they caused."""
         recorded = []
         for command in commands:
-            recorded += (await handle(self.log, stream, command, meta=Meta("test"))).events
+            recorded += (await handle_command(self.event_store, stream, command, meta=EventMetadata("test"))).events
         return recorded
 
     async def claim(self, job_id: str, worker_id: str = "worker-1") -> int:
         """Claim a job in the name of a worker; return the number of the attempt."""
-        recorded = await self.do(job_id, ClaimJob(worker_id, datetime.now(UTC)))
+        recorded = await self.handle_commands(job_id, ClaimJob(worker_id, datetime.now(UTC)))
         claimed = recorded[-1].event
         assert isinstance(claimed, JobClaimed)
         return claimed.attempt
 
     # Waiting and looking ------------------------------------------------------------------------------------------
 
-    async def heard(
+    async def wait_for_event(
         self,
         types: type[Event] | tuple[type[Event], ...],
         stream: str | None = None,
         *,
         after: int = 0,
-        where: Callable[[Any], bool] = lambda event: True,
-        seconds: float = PATIENCE_SECONDS,
-    ) -> Recorded:
+        predicate: Callable[[Any], bool] = lambda event: True,
+        seconds: float = WAIT_TIMEOUT_SECONDS,
+    ) -> RecordedEvent:
         """Return the first event of these types after a position, waiting for it if it has not happened yet."""
         wanted = types if isinstance(types, tuple) else (types,)
-        async with asyncio.timeout(seconds), self.log.subscription(after=after, types=wanted) as events:
+        async with asyncio.timeout(seconds), self.event_store.subscribe(after=after, types=wanted) as events:
             async for event in events:
-                if stream in (None, event.stream) and where(event.event):
+                if stream in (None, event.stream) and predicate(event.event):
                     return event
         raise AssertionError("a subscription never ends")
 
-    async def ended(self, *job_ids: str, seconds: float = PATIENCE_SECONDS) -> Document:
+    async def wait_until_finished(self, *job_ids: str, seconds: float = WAIT_TIMEOUT_SECONDS) -> Document:
         """Wait until the jobs have ended and the views say so; return the document of the first."""
         waiting, position = set(job_ids), 0
         try:
-            async with asyncio.timeout(seconds), self.log.subscription(after=0) as events:
+            async with asyncio.timeout(seconds), self.event_store.subscribe(after=0) as events:
                 async for event in events:
                     position = event.position
-                    if event.type in ENDS:
+                    if event.type in TERMINAL_EVENT_TYPES:
                         waiting.discard(event.stream)
                     if not waiting:
                         break
         except TimeoutError:
-            histories = [await self.story(job_id) for job_id in sorted(waiting)[:5]]
+            histories = [await self.describe_history(job_id) for job_id in sorted(waiting)[:5]]
             raise AssertionError(f"{len(waiting)} jobs have not ended within {seconds} s: {histories}") from None
-        await self.views_reach(position)
-        return await self.job(job_ids[0])
+        await self.wait_for_views(position)
+        return await self.load_job(job_ids[0])
 
-    async def views_reach(self, position: int | None = None, *, seconds: float = PATIENCE_SECONDS) -> None:
+    async def wait_for_views(self, position: int | None = None, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
         """Wait until the views have reached a position, or what is now the head of the log."""
         async with asyncio.timeout(seconds):
-            await self.checkpoint.reached(await self.log.head() if position is None else position)
+            await self.checkpoint.wait_for_position(
+                await self.event_store.head_position() if position is None else position
+            )
 
-    async def job(self, job_id: str) -> Document:
-        job = await jobs.get(self.checkpoint.views, self.log, job_id)
+    async def load_job(self, job_id: str) -> Document:
+        job = await jobs.get(self.checkpoint.views, self.event_store, job_id)
         assert job is not None, f"{job_id} is in no view"
         return job
 
-    async def batch(self, batch_id: str) -> Document:
-        batch = await batches.get(self.checkpoint.views, self.log, batch_id)
+    async def load_batch(self, batch_id: str) -> Document:
+        batch = await batches.get(self.checkpoint.views, self.event_store, batch_id)
         assert batch is not None, f"{batch_id} is in no view"
         return batch
 
-    async def history(self, stream: str) -> list[str]:
+    async def read_event_types(self, stream: str) -> list[str]:
         """Return the names of a stream's events, in order."""
-        return [event.type for event in await self.log.read_stream(stream)]
+        return [event.type for event in await self.event_store.read_stream(stream)]
 
-    async def story(self, stream: str) -> list[str]:
+    async def describe_history(self, stream: str) -> list[str]:
         """Return a stream's events for a failing test: their times, names and errors."""
         return [
             f"{event.time:%M:%S.%f} {event.type} {event.data.get('error') or event.data.get('reason') or ''}"
-            for event in await self.log.read_stream(stream)
+            for event in await self.event_store.read_stream(stream)
         ]
 
-    async def everything(self) -> list[Recorded]:
+    async def read_all_events(self) -> list[RecordedEvent]:
         """Return the whole log."""
-        events: list[Recorded] = []
-        while page := await self.log.read(after=len(events)):
+        events: list[RecordedEvent] = []
+        while page := await self.event_store.read(after=len(events)):
             events += page
         return events
 
 
-def asked(parameters: Mapping[str, Any] | None = None, **fields: Any) -> JobSubmitted:
+def make_echo_job(parameters: Mapping[str, Any] | None = None, **fields: Any) -> JobSubmitted:
     """Return what is asked for in a test that has no wishes of its own."""
     return JobSubmitted(**{"job_type": "echo", "user_id": "user-1", "parameters": dict(parameters or {}), **fields})
 
 
 @asynccontextmanager
-async def process(
+async def run_roles_in_process(
     connection: Connection,
     store: Path,
     *,
@@ -200,10 +202,10 @@ async def process(
     webhooks: Webhooks | None = None,
     projector_lease_seconds: float = 10.0,
     webhooks_lease_seconds: float = 10.0,
-    deaf: bool = False,
-    log_class: type[EventLog] = EventLog,
+    worker_events_only: bool = False,
+    store_class: type[EventStore] = EventStore,
     projector_class: type[Projector] = Projector,
-) -> AsyncIterator[Process]:
+) -> AsyncIterator[RunningRoles]:
     """Run roles inside the block and stop them in good order behind it. A role that fails, fails the test.
 
     `deaf`: hear only what a process hears that does nothing but work.
@@ -212,10 +214,10 @@ async def process(
         client = connection.client()
         stack.push_async_callback(client.close)
         db = client[connection.db_name]
-        log, checkpoint = log_class(db), Checkpoint(db)
-        changes = Changes(db, event_types=HEARD_EVENTS if deaf else None)
+        log, checkpoint = store_class(db), Checkpoint(db)
+        changes = ChangeStream(db, event_types=SUBSCRIBED_EVENT_TYPES if worker_events_only else None)
         results = DirectoryStore(store, marker=StoreMarker(STORE_ID, is_new=True))
-        here = Process(connection, db, log, checkpoint, changes, results)
+        here = RunningRoles(connection, db, log, checkpoint, changes, results)
         here.store.prepare()
         await log.prepare()
         stack.push_async_callback(log.aclose)
@@ -223,12 +225,12 @@ async def process(
             db, log, connection, checkpoint, holder=f"test-{os.getpid()}", lease_seconds=projector_lease_seconds
         )
         await leader.prepare()
-        changes.listen(checkpoint)
-        if not deaf:
-            changes.listen(log)
+        changes.add_listener(checkpoint)
+        if not worker_events_only:
+            changes.add_listener(log)
         if projector:
             here.projector = leader
-            leader.listen(changes)
+            leader.register_listeners(changes)
         if worker is not None:
             if worker.gridfs:
                 await GridFSStore(db).prepare()
@@ -249,25 +251,25 @@ async def process(
             )
         await stack.enter_async_context(changes.running())
         if projector:
-            here.projecting = asyncio.create_task(leader.run(), name="projector")
-            stack.push_async_callback(_stop, here.projecting)
+            here.projector_task = asyncio.create_task(leader.run(), name="projector")
+            stack.push_async_callback(_stop, here.projector_task)
         if sends is not None:
-            here.sending = asyncio.create_task(sends.run(), name="webhooks")
-            stack.push_async_callback(_stop, here.sending)
+            here.webhooks_task = asyncio.create_task(sends.run(), name="webhooks")
+            stack.push_async_callback(_stop, here.webhooks_task)
         if here.worker is not None:
-            here.working = asyncio.create_task(here.worker.run(), name="worker")
-            stack.push_async_callback(_stop_worker, here.worker, here.working)
+            here.worker_task = asyncio.create_task(here.worker.run(), name="worker")
+            stack.push_async_callback(_stop_worker, here.worker, here.worker_task)
         yield here
 
 
-def _worker(here: Process, options: WorkerOptions) -> Worker:
+def _worker(here: RunningRoles, options: WorkerOptions) -> Worker:
     return Worker(
         here.db,
-        here.log,
+        here.event_store,
         here.checkpoint,
         here.changes,
         here.connection,
-        settings=Settings(
+        settings=ExecutorSettings(
             GridFSStore(here.db) if options.gridfs else here.store,
             options.processors or {},
             memory_limit_mb=options.memory_limit_mb,
@@ -275,10 +277,10 @@ def _worker(here: Process, options: WorkerOptions) -> Worker:
             retry_base_seconds=options.retry_base_seconds,
         ),
         slots=options.slots,
-        slots_of_type=options.slots_of_type,
+        slots_per_type=options.slots_of_type,
         lease_seconds=options.lease_seconds,
         shutdown_grace_seconds=options.shutdown_grace_seconds,
-        scratch=Scratch(options.scratch),
+        scratch=ScratchDirectory(options.scratch),
     )
 
 
@@ -291,7 +293,7 @@ async def _stop(task: asyncio.Task[None]) -> None:
 async def _stop_worker(worker: Worker, task: asyncio.Task[None]) -> None:
     worker.stop()
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             await task
     except asyncio.CancelledError:
         if not task.cancelled():  # a test may have killed it
@@ -301,7 +303,7 @@ async def _stop_worker(worker: Worker, task: asyncio.Task[None]) -> None:
 # Real processes ---------------------------------------------------------------------------------------------------
 
 
-class RealProcess:
+class RolesSubprocess:
     """Roles in a process of their own, leader of a process group, so that nothing of it is left behind."""
 
     def __init__(
@@ -321,37 +323,37 @@ class RealProcess:
     def pid(self) -> int:
         return self.process.pid
 
-    async def started(self) -> None:
+    async def wait_until_started(self) -> None:
         """Wait until the roles run."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             said = await asyncio.to_thread(self.process.stdout.readline)
         assert said == "running\n", "the process has died at start"
 
-    def send(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    async def gone(self, seconds: float = PATIENCE_SECONDS) -> int:
+    async def wait_for_exit(self, seconds: float = WAIT_TIMEOUT_SECONDS) -> int:
         """Wait until it has ended; return its exit code."""
         return await asyncio.to_thread(self.process.wait, seconds)
 
 
 @contextmanager
-def real_process(connection: Connection, store: Path, *roles: str, **options: Any) -> Iterator[RealProcess]:
+def run_roles_subprocess(connection: Connection, store: Path, *roles: str, **options: Any) -> Iterator[RolesSubprocess]:
     """Run `projector` and `worker` roles as a real process; it and its descendants are killed behind the block."""
-    real = RealProcess(connection, store, *roles, **options)
+    real = RolesSubprocess(connection, store, *roles, **options)
     try:
         yield real
     finally:
         real.process.kill()
         real.process.wait()
-        for pid in alive_in_session(real.pid):
+        for pid in list_live_processes_in_session(real.pid):
             os.kill(pid, signal.SIGKILL)
         assert real.process.stdout is not None
         real.process.stdout.close()
 
 
-def alive_in_session(leader: int) -> list[int]:
+def list_live_processes_in_session(leader: int) -> list[int]:
     """Return the processes of a session that are alive; zombies, which wait for whoever reaps them, are not."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -364,14 +366,14 @@ def alive_in_session(leader: int) -> list[int]:
     return found
 
 
-async def until(condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE_SECONDS) -> None:
+async def poll_until(condition: Callable[[], bool], description: str, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
     """Wait for what sends no signal: the end of another process, a line in a list."""
     try:
         async with asyncio.timeout(seconds):
             while not condition():  # noqa: ASYNC110 - nobody tells us
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        raise AssertionError(f"not within {seconds} s: {what}") from None
+        raise AssertionError(f"not within {seconds} s: {description}") from None
 
 
 async def _main(uri: str, db_name: str, store: str, roles: str, *given: str) -> None:
@@ -381,19 +383,19 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *given: str) -> 
         lease_seconds=options.get("lease_seconds", 10.0),
         shutdown_grace_seconds=options.get("shutdown_grace_seconds", 10.0),
         processors={"session": {"allow_private": ["127.0.0.1"]}},
-        confinement=Confinement(mode="auto" if options.get("confine", 1) else "off"),
+        confinement=ConfinementSettings(mode="auto" if options.get("confine", 1) else "off"),
     )
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with process(
+    async with run_roles_in_process(
         Connection(uri, db_name),
         Path(store),
         projector="projector" in roles,
         worker=worker if "worker" in roles else None,
-        webhooks=IMPATIENT if "webhooks" in roles else None,
+        webhooks=FAST_WEBHOOKS if "webhooks" in roles else None,
         webhooks_lease_seconds=options.get("lease_seconds", 10.0),
         projector_lease_seconds=options.get("lease_seconds", 10.0),
-        deaf=not {"projector"} & set(roles.split(",")),
+        worker_events_only=not {"projector"} & set(roles.split(",")),
     ):
         print("running", flush=True)
         await stop.wait()

@@ -17,11 +17,11 @@ class SlowSite:
     def __init__(self, pause: Callable[[str], Awaitable[None]]) -> None:
         self._pause = pause
         self._answering: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-        self.asked = asyncio.Queue[str]()
+        self.requested_paths = asyncio.Queue[str]()
         """The paths, in the order they came: whoever asks is a child at work."""
         self.port = 0
 
-    def job(self, path: str = "/talk") -> dict[str, Any]:
+    def job_parameters(self, path: str = "/talk") -> dict[str, Any]:
         return {
             "event": "A conference",
             "session": "A talk",
@@ -30,7 +30,7 @@ class SlowSite:
             "track": "A track",
         }
 
-    def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Begin to answer a question."""
         task = asyncio.create_task(self._answer(reader, writer))
         self._answering[task] = writer
@@ -45,7 +45,7 @@ class SlowSite:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):  # who asked was killed
             path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
-            self.asked.put_nowait(path)
+            self.requested_paths.put_nowait(path)
             pause, gone = asyncio.ensure_future(self._pause(path)), asyncio.ensure_future(reader.read())
             await asyncio.wait({pause, gone}, return_when=asyncio.FIRST_COMPLETED)
             answering = pause.done()
@@ -53,19 +53,19 @@ class SlowSite:
                 waiting.cancel()
             await asyncio.gather(pause, gone, return_exceptions=True)
             if answering:
-                await self.say(path, writer)
+                await self.write_response(path, writer)
         writer.close()
 
-    async def say(self, path: str, writer: asyncio.StreamWriter) -> None:
+    async def write_response(self, path: str, writer: asyncio.StreamWriter) -> None:
         """Write the answer."""
         writer.write(HEAD + PAGE)
         await writer.drain()
 
 
 @asynccontextmanager
-async def serving(site: SlowSite) -> AsyncIterator[SlowSite]:
+async def serve_site(site: SlowSite) -> AsyncIterator[SlowSite]:
     """Serve a site inside the block."""
-    server = await asyncio.start_server(site.answer, "127.0.0.1", 0)
+    server = await asyncio.start_server(site.handle_connection, "127.0.0.1", 0)
     site.port = server.sockets[0].getsockname()[1]
     try:
         yield site

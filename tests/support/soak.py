@@ -17,19 +17,19 @@ from typing import Any, Final
 import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
-from tests.support.rarely import SOAK
+from tests.support.rarely import IS_SOAK_RUN
 
 ROOT: Final = Path(__file__).parents[2]
-SEED: Final = os.environ.setdefault("JOBLEDGER_SEED", str(random.randrange(10**9))) if SOAK else ""
+SEED: Final = os.environ.setdefault("JOBLEDGER_SEED", str(random.randrange(10**9))) if IS_SOAK_RUN else ""
 """Set in the environment, so that all processes of a run have the same."""
-DELAYED: Final = ("bulk_write", "delete_many", "find_one", "find_one_and_update", "insert_many", "update_one")
+DELAYED_METHODS: Final = ("bulk_write", "delete_many", "find_one", "find_one_and_update", "insert_many", "update_one")
 _LONGEST_DELAY_SECONDS: Final = 0.01
 _DELAYED_SHARE: Final = 0.1
 _NAMED: Final = re.compile(r"`(tests/[\w/]+\.py)`")
 _MARKED: Final = re.compile(r"^@rarely|marks=rarely", re.MULTILINE)
 
 
-def files() -> list[str]:
+def list_soak_files() -> list[str]:
     """Return the test files that `make soak` runs."""
     named = _NAMED.findall((ROOT / "docs/fault-matrix.md").read_text(encoding="utf-8"))
     found = (ROOT / "tests").rglob("test_*.py")
@@ -37,7 +37,7 @@ def files() -> list[str]:
     return sorted({*named, *marked})
 
 
-def shuffled(items: Sequence[pytest.Item], seed: str) -> list[pytest.Item]:
+def shuffle_tests(items: Sequence[pytest.Item], seed: str) -> list[pytest.Item]:
     """Return tests in random order. Those of one module stay together, because they share fixtures."""
     dice = random.Random(seed)
     modules: dict[str, list[pytest.Item]] = {}
@@ -63,9 +63,9 @@ def delay_database_calls(patch: pytest.MonkeyPatch, seed: str) -> None:
 
         return call
 
-    for name in DELAYED:
+    for name in DELAYED_METHODS:
         patch.setattr(AsyncCollection, name, delayed(getattr(AsyncCollection, name)))
 
 
 if __name__ == "__main__":
-    print(*files())
+    print(*list_soak_files())

@@ -10,55 +10,55 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from jobledger.ledger.domain.events import Event
-from jobledger.ledger.store.hash_chain import LARGEST_INTEGER
+from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # lone surrogates are no Unicode text
 NAMES = TEXT.filter(lambda name: not name.startswith("$") and "\0" not in name)
-WHOLE = st.integers(-LARGEST_INTEGER, LARGEST_INTEGER)
+INTEGERS = st.integers(-MAX_SAFE_INTEGER, MAX_SAFE_INTEGER)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 JSON: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | WHOLE | FLOATS | TEXT,
+    st.none() | st.booleans() | INTEGERS | FLOATS | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
     max_leaves=10,
 )
 OBJECTS = st.dictionaries(NAMES, JSON, max_size=4)
-MOMENTS = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis wants it naive
+TIMESTAMPS = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis wants it naive
 
 
-def of_model(model: type[BaseModel]) -> st.SearchStrategy[Any]:
+def model_instances(model: type[BaseModel]) -> st.SearchStrategy[Any]:
     """Instances of a model; fields with a default are sometimes left out."""
-    needed = {name: of_type(info.annotation) for name, info in model.model_fields.items() if info.is_required()}
-    optional = {name: of_type(info.annotation) for name, info in model.model_fields.items() if not info.is_required()}
+    needed = {name: values_of(info.annotation) for name, info in model.model_fields.items() if info.is_required()}
+    optional = {name: values_of(info.annotation) for name, info in model.model_fields.items() if not info.is_required()}
     return st.fixed_dictionaries(needed, optional=optional).map(model.model_validate)
 
 
-def of_event(event: type[Event]) -> st.SearchStrategy[Any]:
-    return of_model(event)
+def event_instances(event: type[Event]) -> st.SearchStrategy[Any]:
+    return model_instances(event)
 
 
-def of_type(kind: Any) -> st.SearchStrategy[Any]:
+def values_of(kind: Any) -> st.SearchStrategy[Any]:
     simple: dict[Any, st.SearchStrategy[Any]] = {
         str: TEXT,
-        int: WHOLE,
+        int: INTEGERS,
         float: FLOATS,
         bool: st.booleans(),
-        datetime: MOMENTS,
+        datetime: TIMESTAMPS,
         Any: JSON,
         types.NoneType: st.none(),
     }
     if kind in simple:
         return simple[kind]
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return of_model(kind)
+        return model_instances(kind)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return of_type(arguments[0])
+        return values_of(arguments[0])
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin is list:
-        return st.lists(of_type(arguments[0]), max_size=3)
+        return st.lists(values_of(arguments[0]), max_size=3)
     if origin is dict:
-        return st.dictionaries(NAMES, of_type(arguments[1]), max_size=3)
+        return st.dictionaries(NAMES, values_of(arguments[1]), max_size=3)
     if origin in (Union, types.UnionType):
-        return st.one_of([of_type(argument) for argument in arguments])
+        return st.one_of([values_of(argument) for argument in arguments])
     raise TypeError(f"no strategy for {kind!r} yet: add one")

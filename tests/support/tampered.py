@@ -11,7 +11,7 @@ from bson.datetime_ms import DatetimeMS
 from jobledger.ledger.domain.events import JobSubmitted
 from tests.support.examples import NOON
 
-FORM = JobSubmitted(
+ORIGINAL_EVENT = JobSubmitted(
     job_type="echo",
     parameters={
         "text": "deadbeef",
@@ -24,8 +24,8 @@ FORM = JobSubmitted(
     user_id="alice",
     not_before=NOON,
 )
-MOMENT = datetime(2025, 2, 1, 12, 0, 0, 123000, tzinfo=UTC)
-TAMPERED: dict[str, tuple[str, Any, str]] = {
+TIMESTAMP = datetime(2025, 2, 1, 12, 0, 0, 123000, tzinfo=UTC)
+TAMPERED_FIELDS: dict[str, tuple[str, Any, str]] = {
     "text to bytes of the same JSON": ("data.parameters.text", b"\xde\xad\xbe\xef", "data.parameters.text is a bytes"),
     "text to bytes of another subtype": (
         "data.parameters.text",
@@ -37,7 +37,7 @@ TAMPERED: dict[str, tuple[str, Any, str]] = {
     "text to code with a scope": ("data.parameters.text", Code("deadbeef", {}), "data.parameters.text is a Code"),
     "text to a regular expression": ("data.parameters.text", Regex("deadbeef"), "data.parameters.text is a Regex"),
     "text to an ObjectId": ("data.parameters.text", ObjectId("de" * 12), "data.parameters.text is a ObjectId"),
-    "text to a time": ("data.parameters.at", MOMENT, "data.parameters.at is a datetime"),
+    "text to a time": ("data.parameters.at", TIMESTAMP, "data.parameters.at is a datetime"),
     "text to a time beyond the calendar": (
         "data.parameters.at",
         DatetimeMS(2**60),
@@ -62,7 +62,7 @@ TAMPERED: dict[str, tuple[str, Any, str]] = {
     "a field's time to its text": ("data.not_before", "2025-02-01T12:00:00.123Z", "hash"),
     "who did it to code": ("meta.actor", Code("user:alice"), "meta.actor is a Code"),
     "who did it to bytes": ("meta.actor", b"\xab", "meta.actor is a bytes"),
-    "who did it to a time": ("meta.actor", MOMENT, "meta.actor is a datetime"),
+    "who did it to a time": ("meta.actor", TIMESTAMP, "meta.actor is a datetime"),
     **{
         f"{name} of the envelope to {type(value).__name__}": (name, value, f"its {name} is a {type(value).__name__}")
         for name in ("event_id", "stream", "type", "version", "schema", "time", "data", "meta", "prev", "hash")

@@ -14,25 +14,26 @@ from hypothesis import strategies as st
 
 from jobledger.ledger.domain import job
 from jobledger.ledger.domain.commands import (
+    AddLogEntries,
     Archive,
     CancelJob,
     ClaimJob,
     CompleteJob,
+    CompleteStep,
     ConfirmCancel,
     Delete,
     ExpireLease,
     FailAttempt,
-    FinishStep,
     JobCommand,
     ReleaseJob,
     ReportProgress,
     RestartJob,
     SubmitJob,
     UpdateJob,
-    WriteLog,
 )
-from jobledger.ledger.domain.errors import CommandRefused
+from jobledger.ledger.domain.errors import CommandRejected
 from jobledger.ledger.domain.events import (
+    EventMetadata,
     Failure,
     JobAttemptFailed,
     JobCancelled,
@@ -48,19 +49,18 @@ from jobledger.ledger.domain.events import (
     JobReleased,
     JobRestarted,
     JobUpdated,
-    LogLine,
-    Meta,
+    LogEntry,
     StepCompleted,
     WorkerFenced,
 )
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.envelope import Append, Head, documents_of, void_document
-from tests.support.examples import NOON, a_job, some_results
+from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents, build_void_document
+from tests.support.examples import NOON, make_job_submitted, make_results
 from tests.support.history import check_history
 
 OUTAGE = Failure(code="OUTAGE", message="no answer")
-LINE = LogLine(timestamp=NOON, level="info", message="hello")
+LINE = LogEntry(timestamp=NOON, level="info", message="hello")
 
 
 class Log:
@@ -68,24 +68,26 @@ class Log:
 
     def __init__(self) -> None:
         self.documents: list[Document] = []
-        self._heads: dict[str, Head] = {}
+        self._heads: dict[str, StreamHead] = {}
 
     def append(self, job_id: str, events: Sequence[JobEvent], actor: str = "test") -> None:
         if not events:
             return
         new: list[Document] = []
-        documents_of(Append(job_id, self._heads.get(job_id, Head()), events, Meta(actor), NOON), new)
+        build_documents(
+            StreamAppend(job_id, self._heads.get(job_id, StreamHead()), events, EventMetadata(actor), NOON), new
+        )
         for document in new:
             document["_id"] = len(self.documents) + 1
             self.documents.append(document)
         last = self.documents[-1]
-        self._heads[job_id] = Head(last["version"], last["_id"], last["hash"])
+        self._heads[job_id] = StreamHead(last["version"], last["_id"], last["hash"])
 
 
 # Small histories ------------------------------------------------------------------------------------------------------
 
-asked = a_job(max_attempts=2)
-completed, cancelled = JobCompleted(attempt=1, results=some_results()), JobCancelled(by="alice")
+asked = make_job_submitted(max_attempts=2)
+completed, cancelled = JobCompleted(attempt=1, results=make_results()), JobCancelled(by="alice")
 restarted, anew = JobRestarted(by="bob"), JobRestarted(by="bob", reuse_steps=False)
 
 
@@ -216,7 +218,7 @@ def test_a_worker_that_speaks_with_the_number_of_another_is_found(word: JobEvent
 
 def test_a_job_that_fails_with_its_last_lease_fails_in_the_same_transaction() -> None:
     log = Log()
-    log.append("job-1", [a_job(max_attempts=1), claimed(), expired()])
+    log.append("job-1", [make_job_submitted(max_attempts=1), claimed(), expired()])
     log.append("job-2", [asked])
     log.append("job-1", [failed()])
     with pytest.raises(AssertionError, match="job-1, position 5: JobFailed of attempt 1 while none is live"):
@@ -233,7 +235,7 @@ def test_a_job_that_has_not_ended_is_found_if_all_of_them_should_have(last: Hist
     log.append("job-3", [asked, JobDeleted(by="bob")])
     check_history(log.documents)
     with pytest.raises(AssertionError, match=f"job-2, position {3 + len(last)}: .* has not ended"):
-        check_history(log.documents, all_ended=True)
+        check_history(log.documents, all_finished=True)
 
 
 def test_a_hole_a_lost_version_and_a_changed_event_are_found() -> None:
@@ -253,9 +255,9 @@ def test_a_hole_a_lost_version_and_a_changed_event_are_found() -> None:
 
 def test_voids_and_other_streams_are_no_concern() -> None:
     log = told([asked])
-    log.append(void_document(2))
+    log.append(build_void_document(2))
     batch: list[Document] = []
-    documents_of(Append("batch-1", Head(), [progressed()], Meta(), NOON), batch)
+    build_documents(StreamAppend("batch-1", StreamHead(), [progressed()], EventMetadata(), NOON), batch)
     check_history([*log, {**batch[0], "_id": 3}])
 
 
@@ -289,7 +291,7 @@ class Scene:
         """Let something happen, if there is somebody to do it."""
         state = self.jobs.get(job_id)
         if state is None:
-            self.do(job_id, "user:alice", SubmitJob(a_job(max_attempts=2 + int(job_id[-1]))))
+            self.do(job_id, "user:alice", SubmitJob(make_job_submitted(max_attempts=2 + int(job_id[-1]))))
         elif action == "claim":
             worker_id = WORKERS[choice]
             if self.do(job_id, f"worker:{worker_id}", ClaimJob(worker_id, NOON)):
@@ -317,7 +319,7 @@ class Scene:
         state = self.jobs.get(job_id)
         try:
             events = self.decide(command, state)
-        except CommandRefused:
+        except CommandRejected:
             return []
         for event in events:
             state = self.evolve(state, event)
@@ -330,9 +332,9 @@ class Scene:
 def report(action: str, worker_id: str, attempt: int, key: str) -> JobCommand:
     commands: dict[str, JobCommand] = {
         "progress": ReportProgress(worker_id, attempt, "page", 50, ""),
-        "log": WriteLog(worker_id, attempt, (LINE,)),
-        "step": FinishStep(worker_id, attempt, "page", key, 1, 1.0),
-        "complete": CompleteJob(worker_id, attempt, some_results()),
+        "log": AddLogEntries(worker_id, attempt, (LINE,)),
+        "step": CompleteStep(worker_id, attempt, "page", key, 1, 1.0),
+        "complete": CompleteJob(worker_id, attempt, make_results()),
         "fail": FailAttempt(worker_id, attempt, OUTAGE, NOON),
         "fail for good": FailAttempt(worker_id, attempt, OUTAGE, None),
         "release": ReleaseJob(worker_id, attempt, "shutdown"),
@@ -380,7 +382,7 @@ def test_whatever_the_rules_let_happen_is_a_history_that_keeps_the_promises(
 
 def no_fence(command: JobCommand, state: Job | None) -> list[JobEvent]:
     """Whoever speaks is believed."""
-    if state is not None and isinstance(command, (ReportProgress, FinishStep, CompleteJob, ReleaseJob)):
+    if state is not None and isinstance(command, (ReportProgress, CompleteStep, CompleteJob, ReleaseJob)):
         state = replace(state, status="processing", worker_id=command.worker_id, attempt=command.attempt)
     return job.decide(command, state)
 
@@ -403,7 +405,7 @@ def fences_the_living(command: JobCommand, state: Job | None) -> list[JobEvent]:
 def uncounted(state: Job | None, event: JobEvent) -> Job:
     """A lost lease costs no attempt."""
     after = job.evolve(state, event)
-    return replace(after, counted=after.counted - 1) if isinstance(event, JobLeaseExpired) else after
+    return replace(after, counted_attempts=after.counted_attempts - 1) if isinstance(event, JobLeaseExpired) else after
 
 
 def forgetful(state: Job | None, event: JobEvent) -> Job:

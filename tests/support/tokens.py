@@ -14,45 +14,45 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 SECRET = "a secret of the issuer's and ours: 32 bytes and more"
-PRIVATE = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-ELLIPTIC = ec.generate_private_key(ec.SECP256R1())
+RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+OTHER_RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+EC_KEY = ec.generate_private_key(ec.SECP256R1())
 
 
-def token(key: Any = SECRET, algorithm: str = "HS256", kid: str | None = None, **claims: Any) -> str:
+def make_token(key: Any = SECRET, algorithm: str = "HS256", kid: str | None = None, **claims: Any) -> str:
     """Return a token for alice that is good for a minute, unless claims say otherwise; a claim of None is left out."""
     said = {"sub": "alice", "exp": int(time.time()) + 60, **claims}
     headers = {} if kid is None else {"kid": kid}
     return jwt.encode({name: it for name, it in said.items() if it is not None}, key, algorithm, headers)
 
 
-def pem(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+def public_key_pem(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
     """Return the public half."""
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-def jwk(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, kid: str | None, **more: Any) -> dict[str, Any]:
+def public_key_jwk(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, kid: str | None, **more: Any) -> dict[str, Any]:
     """Return the public half as a JSON Web Key."""
     algorithm: Any = jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
     named = {} if kid is None else {"kid": kid}
     return {**algorithm.to_jwk(key.public_key(), as_dict=True), **named, **more}
 
 
-class Issuer:
+class JwksServer:
     """Serves a JWK Set. `status` and `body` are what it answers; `asked` counts."""
 
     def __init__(self, *keys: dict[str, Any]) -> None:
         self.status = 200
-        self.asked = 0
+        self.request_count = 0
         self.url = ""
-        self.publish(*keys)
+        self.set_keys(*keys)
 
-    def publish(self, *keys: dict[str, Any]) -> None:
+    def set_keys(self, *keys: dict[str, Any]) -> None:
         self.body = json.dumps({"keys": keys}).encode()
 
-    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        self.asked += 1
+        self.request_count += 1
         head = f"HTTP/1.1 {self.status} X\r\nContent-Length: {len(self.body)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + self.body)
         await writer.drain()
@@ -60,9 +60,9 @@ class Issuer:
 
 
 @asynccontextmanager
-async def serving(issuer: Issuer) -> AsyncIterator[Issuer]:
+async def serve_jwks(issuer: JwksServer) -> AsyncIterator[JwksServer]:
     """Serve the keys inside the block."""
-    server = await asyncio.start_server(issuer.answer, "127.0.0.1", 0)
+    server = await asyncio.start_server(issuer.handle_connection, "127.0.0.1", 0)
     issuer.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/keys"
     try:
         yield issuer

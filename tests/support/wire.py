@@ -17,7 +17,7 @@ from typing import Self
 
 import bson
 
-from tests.support.address import connect, through
+from tests.support.address import open_connection, proxied_uri
 
 _HEADER = struct.Struct("<iiii")  # length, request id, id of the request that is answered, operation
 _OP_MSG = 2013
@@ -25,7 +25,7 @@ _BODY = 21  # behind the header, flags and the kind of the first section
 _INTERRUPTED = {"ok": 0.0, "code": 11601, "codeName": "Interrupted", "errmsg": "lost on the wire"}
 
 
-class Wire:
+class MessageProxy:
     """Forwards connections to a MongoDB, message by message. May be told to lose, or to hold, the next of a kind."""
 
     def __init__(self, uri: str) -> None:
@@ -37,10 +37,10 @@ class Wire:
         self._go_on = threading.Event()
         self.held = threading.Event()
         """Set while a message is held."""
-        self.lost = 0
+        self.dropped_count = 0
         self._sockets: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", 0))
-        self.uri = through(uri, self._server.getsockname()[1])
+        self.uri = proxied_uri(uri, self._server.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -51,9 +51,9 @@ class Wire:
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        self.cut()
+        self.close_connections()
 
-    def cut(self) -> None:
+    def close_connections(self) -> None:
         """Break all connections; new ones may be made."""
         with self._lock:
             sockets, self._sockets = self._sockets, []
@@ -62,23 +62,23 @@ class Wire:
                 wire.shutdown(socket.SHUT_RDWR)
             wire.close()
 
-    def lose_request(self, command: str, times: int = 1) -> None:
+    def drop_request(self, command: str, times: int = 1) -> None:
         """The next of these commands never reaches the server, and whoever sent it hears of a failure."""
         with self._lock:
             self._losing_requests[command] = times
 
-    def lose_answer(self, command: str, times: int = 1) -> None:
+    def drop_response(self, command: str, times: int = 1) -> None:
         """The next of these commands is carried out, and whoever sent it hears of a failure."""
         with self._lock:
             self._losing_answers[command] = times
 
-    def hold(self, command: str) -> None:
+    def hold_request(self, command: str) -> None:
         """Keep the next of these commands back until `release`."""
         self.held.clear()
         self._go_on.clear()
         self._holding = command
 
-    def release(self) -> None:
+    def release_request(self) -> None:
         self.held.clear()
         self._go_on.set()
 
@@ -86,7 +86,7 @@ class Wire:
         while True:
             try:
                 client, _ = self._server.accept()
-                server = connect(self._target)
+                server = open_connection(self._target)
             except OSError:
                 return
             with self._lock:
@@ -124,7 +124,7 @@ class Wire:
             if not losing.get(command):
                 return False
             losing[command] -= 1
-            self.lost += 1
+            self.dropped_count += 1
             return True
 
 

@@ -16,18 +16,18 @@ import structlog
 
 from jobledger.ledger.domain.commands import ChangeAccess, SubmitBatch, SubmitJob
 from jobledger.ledger.domain.errors import VersionConflict
-from jobledger.ledger.domain.events import BatchSubmitted, Recorded
+from jobledger.ledger.domain.events import BatchSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.command_handler import handle, handle_new, new_batch_id, new_job_id
-from jobledger.ledger.store.event_store import EventLog, Limits
-from tests.support.examples import ACCESS, a_job
-from tests.support.ledgers import META, ledger_on
+from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
+from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
+from tests.support.examples import ACCESS, make_job_submitted
+from tests.support.ledgers import EVENT_METADATA, open_ledger
 
 # Forked from a process that has everything imported, so that a writer writes within milliseconds of its start.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.writers"])
-SINGLES = 12  # tasks that append one event after the other: what comes together goes together
-MOST_JOBS = 20
+SINGLE_APPEND_TASKS = 12  # tasks that append one event after the other: what comes together goes together
+MAX_BATCH_JOBS = 20
 
 
 def start_writer(connection: Connection, shared: Sequence[str], acknowledged: Path) -> BaseProcess:
@@ -44,39 +44,46 @@ def _main(connection: Connection, shared: Sequence[str], acknowledged: Path) -> 
 
 
 async def _write(connection: Connection, shared: Sequence[str], notes: int) -> None:
-    async with ledger_on(connection, Limits(), live=False) as ledger, asyncio.TaskGroup() as writing:
-        for _ in range(SINGLES):
-            writing.create_task(_singles(ledger.log, notes))
-        writing.create_task(_batches(ledger.log, notes))
+    async with (
+        open_ledger(connection, EventStoreLimits(), with_change_stream=False) as ledger,
+        asyncio.TaskGroup() as writing,
+    ):
+        for _ in range(SINGLE_APPEND_TASKS):
+            writing.create_task(_singles(ledger.event_store, notes))
+        writing.create_task(_batches(ledger.event_store, notes))
         for stream in shared:
-            writing.create_task(_contended(ledger.log, stream, notes))
+            writing.create_task(_contended(ledger.event_store, stream, notes))
 
 
-def _note(notes: int, events: Sequence[Recorded]) -> None:
+def _note(notes: int, events: Sequence[RecordedEvent]) -> None:
     """One write call: it is in the kernel's hands, and complete, whoever is killed next."""
     os.write(notes, "".join(f"{event.event_id} {event.position}\n" for event in events).encode())
 
 
-async def _singles(log: EventLog, notes: int) -> None:
+async def _singles(log: EventStore, notes: int) -> None:
     while True:
         job_id = new_job_id()
-        submitted = await handle(log, job_id, SubmitJob(a_job()), meta=META)
+        submitted = await handle_command(log, job_id, SubmitJob(make_job_submitted()), meta=EVENT_METADATA)
         _note(notes, submitted.events)
-        changed = await handle(log, job_id, ChangeAccess("alice", ACCESS), meta=META, known=submitted.known)
+        changed = await handle_command(
+            log, job_id, ChangeAccess("alice", ACCESS), meta=EVENT_METADATA, stream_state=submitted.stream_state
+        )
         _note(notes, changed.events)
 
 
-async def _batches(log: EventLog, notes: int) -> None:
+async def _batches(log: EventStore, notes: int) -> None:
     while True:
-        batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(random.randint(1, MOST_JOBS))]
+        batch_id, job_ids = new_batch_id(), [new_job_id() for _ in range(random.randint(1, MAX_BATCH_JOBS))]
         batch = SubmitBatch(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id="alice"))
-        jobs = [(job_id, SubmitJob(a_job(batch_id=batch_id))) for job_id in job_ids]
-        _note(notes, await handle_new(log, [(batch_id, batch), *jobs], meta=META))
+        jobs = [(job_id, SubmitJob(make_job_submitted(batch_id=batch_id))) for job_id in job_ids]
+        _note(notes, await create_streams(log, [(batch_id, batch), *jobs], meta=EVENT_METADATA))
 
 
-async def _contended(log: EventLog, stream: str, notes: int) -> None:
+async def _contended(log: EventStore, stream: str, notes: int) -> None:
     while True:
         with suppress(VersionConflict):  # with so many writers of one stream some lose every race
-            handled = await handle(log, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=META)
+            handled = await handle_command(
+                log, stream, ChangeAccess(f"user:{os.getpid()}", ACCESS), meta=EVENT_METADATA
+            )
             _note(notes, handled.events)
         await asyncio.sleep(random.uniform(0, 0.02))

@@ -22,12 +22,12 @@ from pymongo import monitoring
 
 from jobledger.ledger.mongo.connection import Connection
 from tests.support import running
-from tests.support.running import RealProcess, alive_in_session
+from tests.support.running import RolesSubprocess, list_live_processes_in_session
 
-PATIENCE_SECONDS = 10.0
+WAIT_TIMEOUT_SECONDS = 10.0
 
 
-class LateHeartbeat(monitoring.CommandListener):
+class DelayedHeartbeat(monitoring.CommandListener):
     """Holds the first heartbeat after the lease has run out until `WorkerFenced` is in the log."""
 
     def __init__(self, lease_seconds: float) -> None:
@@ -42,7 +42,7 @@ class LateHeartbeat(monitoring.CommandListener):
                 self._refusal = event.request_id
         elif event.command_name == "update" and event.command["update"] == "workers":
             if time.monotonic() - self._beat_at > self._lease_seconds:
-                self._refused.wait(PATIENCE_SECONDS)
+                self._refused.wait(WAIT_TIMEOUT_SECONDS)
             self._beat_at = time.monotonic()
 
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
@@ -53,7 +53,7 @@ class LateHeartbeat(monitoring.CommandListener):
         """Is tried again."""
 
 
-class Zombie(RealProcess):
+class ZombieWorkerProcess(RolesSubprocess):
     """A `RealProcess` with a late heartbeat."""
 
     def __init__(self, connection: Connection, store: Path, **options: Any) -> None:
@@ -68,15 +68,17 @@ class Zombie(RealProcess):
 
 
 @contextmanager
-def real_zombie(connection: Connection, store: Path, *, lease_seconds: float, **options: Any) -> Iterator[RealProcess]:
+def run_zombie_worker(
+    connection: Connection, store: Path, *, lease_seconds: float, **options: Any
+) -> Iterator[RolesSubprocess]:
     """Run a worker as `real_process` does. Nothing is odd about it unless it is frozen."""
-    real = Zombie(connection, store, lease_seconds=lease_seconds, **options)
+    real = ZombieWorkerProcess(connection, store, lease_seconds=lease_seconds, **options)
     try:
         yield real
     finally:
         real.process.kill()
         real.process.wait()
-        for pid in alive_in_session(real.pid):
+        for pid in list_live_processes_in_session(real.pid):
             os.kill(pid, signal.SIGKILL)
         assert real.process.stdout is not None
         real.process.stdout.close()
@@ -84,5 +86,5 @@ def real_zombie(connection: Connection, store: Path, *, lease_seconds: float, **
 
 if __name__ == "__main__":
     (_lease_seconds,) = (float(item.partition("=")[2]) for item in sys.argv if item.startswith("lease_seconds="))
-    monitoring.register(LateHeartbeat(_lease_seconds))
+    monitoring.register(DelayedHeartbeat(_lease_seconds))
     asyncio.run(running._main(*sys.argv[1:]))

@@ -79,7 +79,7 @@ def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     return ours, process
 
 
-def run(
+def run_command(
     arguments: Sequence[str], *, directory: Path, env: Mapping[str, str], stdin: bytes, seconds: float
 ) -> tuple[int, bytes, bytes]:
     """Run `jobledger` with these arguments to its end; return its exit code and what it said.

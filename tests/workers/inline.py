@@ -8,15 +8,17 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from jobledger.workers.processor import Isolation, Job, Processor, Results
-from jobledger.workers.registry import processors
+from jobledger.workers.processor import Isolation, JobContext, Processor, Results
+from jobledger.workers.registry import load_processors
 
 
 class Anything(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def install(monkeypatch: pytest.MonkeyPatch, work: Callable[[Job], Awaitable[Results]], *job_types: str) -> None:
+def install_processor(
+    monkeypatch: pytest.MonkeyPatch, run_job: Callable[[JobContext], Awaitable[Results]], *job_types: str
+) -> None:
     """Add the job type `test`, or `job_types`; `work` is the processor's `run`."""
 
     class TestProcessor:
@@ -29,10 +31,10 @@ def install(monkeypatch: pytest.MonkeyPatch, work: Callable[[Job], Awaitable[Res
         def __init__(self, settings: Any) -> None:
             pass
 
-        async def run(self, job: Job) -> Results:
-            return await work(job)
+        async def run(self, job: JobContext) -> Results:
+            return await run_job(job)
 
-    known: dict[str, type[Processor]] = {**processors(), **dict.fromkeys(job_types or ("test",), TestProcessor)}
+    known: dict[str, type[Processor]] = {**load_processors(), **dict.fromkeys(job_types or ("test",), TestProcessor)}
     monkeypatch.setattr("jobledger.workers.registry.processors", lambda: known)
     monkeypatch.setattr("jobledger.workers.worker.processors", lambda: known)
     for module in ("jobledger.workers.executor", "jobledger.workers.step_cache"):

@@ -18,7 +18,7 @@ misbehaving-inline = tests.support.misbehaving:Inline
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def misbehaving_processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The job types `misbehaving` and `misbehaving-inline`, here and in job processes; yields their site directory."""
     site = tmp_path_factory.mktemp("site")
     package = site / "misbehaving-1.0.dist-info"

@@ -16,9 +16,16 @@ from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.domain.events import JobAttemptFailed, JobClaimed
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.workers.sandbox import runner
-from tests.processors.session.support import CONFERENCE_PAGE, Answer, html, serving
-from tests.support.job_processes import is_gone, own_job_processes
-from tests.support.running import Process, WorkerOptions, alive_in_session, process, real_process, until
+from tests.processors.session.support import CONFERENCE_PAGE, SiteResponse, html, serve_site
+from tests.support.job_processes import has_exited, list_own_job_processes
+from tests.support.running import (
+    RunningRoles,
+    WorkerOptions,
+    list_live_processes_in_session,
+    poll_until,
+    run_roles_in_process,
+    run_roles_subprocess,
+)
 
 
 class SilentSite:
@@ -54,11 +61,11 @@ async def site() -> AsyncIterator[SilentSite]:
 
 
 @pytest.fixture
-async def here(connection: Connection, store: Path) -> AsyncIterator[Process]:
+async def here(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
     options = WorkerOptions(
         slots=2, shutdown_grace_seconds=0.2, processors={"session": {"allow_private": ["127.0.0.1"]}}
     )
-    async with process(connection, store, projector=True, worker=options) as running:
+    async with run_roles_in_process(connection, store, projector=True, worker=options) as running:
         yield running
 
 
@@ -66,51 +73,51 @@ async def at_work(site: SilentSite) -> int:
     """Wait until a child is in the middle of its work; return its pid."""
     async with asyncio.timeout(30):  # the first child waits for the server process
         await site.asked.get()
-    (child,) = own_job_processes()
+    (child,) = list_own_job_processes()
     return child
 
 
-async def test_what_a_child_says_reaches_the_log(here: Process, site: SilentSite) -> None:
+async def test_what_a_child_says_reaches_the_log(here: RunningRoles, site: SilentSite) -> None:
     unreachable = {**site.job(), "url": "http://127.0.0.1:1/talk"}
     job_id = await here.submit(unreachable, job_type="session", max_attempts=2)
-    job = await here.ended(job_id, seconds=40)
+    job = await here.wait_until_finished(job_id, seconds=40)
     assert (job["status"], job["attempt"], job["retries"]) == ("failed", 2, 1)
     assert job["error"]["code"] not in ("PROCESS_DIED", "PROCESS_KILLED", "PROCESSOR_FAULT", "WORKER_FAULT")
     assert job["error"]["details"]["retryable"] is True
-    await until(lambda: not own_job_processes(), "the children have ended")
+    await poll_until(lambda: not list_own_job_processes(), "the children have ended")
 
 
-async def test_a_killed_child_fails_its_attempt_which_is_repeated(here: Process, site: SilentSite) -> None:
+async def test_a_killed_child_fails_its_attempt_which_is_repeated(here: RunningRoles, site: SilentSite) -> None:
     job_id = await here.submit(site.job(), job_type="session")
     pid = await at_work(site)
     os.kill(pid, signal.SIGKILL)
-    failed = await here.heard(JobAttemptFailed, job_id, seconds=10)
+    failed = await here.wait_for_event(JobAttemptFailed, job_id, seconds=10)
     assert isinstance(failed.event, JobAttemptFailed)
     assert failed.event.error.code == "PROCESS_KILLED"
     assert "SIGKILL" in failed.event.error.message
     assert failed.event.error.details == {"signal": "SIGKILL", "retryable": True}
     assert await at_work(site) != pid
-    assert (await here.heard(JobClaimed, job_id, after=failed.position)).event.model_dump()["attempt"] == 2
-    await here.do(job_id, CancelJob("user-1"))
-    await here.ended(job_id)
+    assert (await here.wait_for_event(JobClaimed, job_id, after=failed.position)).event.model_dump()["attempt"] == 2
+    await here.handle_commands(job_id, CancelJob("user-1"))
+    await here.wait_until_finished(job_id)
 
 
-async def test_a_child_that_takes_too_long_is_killed(here: Process, site: SilentSite) -> None:
+async def test_a_child_that_takes_too_long_is_killed(here: RunningRoles, site: SilentSite) -> None:
     job_id = await here.submit(site.job(), job_type="session", timeout_s=3, max_attempts=1)
     pid = await at_work(site)
-    job = await here.ended(job_id, seconds=6)
+    job = await here.wait_until_finished(job_id, seconds=6)
     assert (job["status"], job["error"]["code"]) == ("failed", "TIMEOUT")
     assert "3 seconds" in job["error"]["message"]
-    await until(lambda: is_gone(pid), "the child is gone", seconds=2)
+    await poll_until(lambda: has_exited(pid), "the child is gone", seconds=2)
 
 
-async def test_cancelling_a_job_kills_its_child_within_two_seconds(here: Process, site: SilentSite) -> None:
+async def test_cancelling_a_job_kills_its_child_within_two_seconds(here: RunningRoles, site: SilentSite) -> None:
     job_id = await here.submit(site.job(), job_type="session")
     pid = await at_work(site)
-    await here.do(job_id, CancelJob("user-1", "no need"))
-    await until(lambda: is_gone(pid), "the child is gone", seconds=2)
-    assert (await here.ended(job_id))["status"] == "cancelled"
-    assert own_job_processes() == []
+    await here.handle_commands(job_id, CancelJob("user-1", "no need"))
+    await poll_until(lambda: has_exited(pid), "the child is gone", seconds=2)
+    assert (await here.wait_until_finished(job_id))["status"] == "cancelled"
+    assert list_own_job_processes() == []
 
 
 def processes_of(program: Path) -> list[int]:
@@ -118,7 +125,7 @@ def processes_of(program: Path) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            if str(program).encode() in path.read_bytes() and not is_gone(int(path.parent.name)):
+            if str(program).encode() in path.read_bytes() and not has_exited(int(path.parent.name)):
                 found.append(int(path.parent.name))
     return found
 
@@ -133,42 +140,44 @@ async def test_programs_that_a_processor_has_started_end_with_its_child(
     program.chmod(0o755)
     settings = {"allow_private": ["127.0.0.1"], "libreoffice": str(program)}
     options = WorkerOptions(processors={"session": settings})
-    with serving() as conference:
-        async with process(connection, store, projector=True, worker=options) as here:
+    with serve_site() as conference:
+        async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
             asked = {
                 **SilentSite().job(),
                 "url": conference.put("/talk", html(CONFERENCE_PAGE)),
-                "attachments_url": conference.put("/deck.ppt", Answer(b"\xd0\xcf\x11\xe0")),
+                "attachments_url": conference.put("/deck.ppt", SiteResponse(b"\xd0\xcf\x11\xe0")),
             }
             job_id = await here.submit(asked, job_type="session", max_attempts=1)
-            await until(lambda: len(processes_of(program)) >= 2, "the program runs in its sandbox", seconds=30)
-            (child,) = own_job_processes()
+            await poll_until(lambda: len(processes_of(program)) >= 2, "the program runs in its sandbox", seconds=30)
+            (child,) = list_own_job_processes()
             if end == "cancelled":
-                await here.do(job_id, CancelJob("user-1"))
+                await here.handle_commands(job_id, CancelJob("user-1"))
             else:
                 os.kill(child, signal.SIGKILL)
-            await until(lambda: processes_of(program) == [], "the program is gone", seconds=2)
-            assert (await here.ended(job_id))["status"] == {"cancelled": "cancelled", "killed": "failed"}[end]
+            await poll_until(lambda: processes_of(program) == [], "the program is gone", seconds=2)
+            assert (await here.wait_until_finished(job_id))["status"] == {"cancelled": "cancelled", "killed": "failed"}[
+                end
+            ]
 
 
-async def test_a_frozen_child_is_killed_all_the_same(here: Process, site: SilentSite) -> None:
+async def test_a_frozen_child_is_killed_all_the_same(here: RunningRoles, site: SilentSite) -> None:
     job_id = await here.submit(site.job(), job_type="session")
     pid = await at_work(site)
     os.kill(pid, signal.SIGSTOP)
-    await here.do(job_id, CancelJob("user-1"))
-    await until(lambda: is_gone(pid), "the child is gone", seconds=2)
-    assert (await here.ended(job_id))["status"] == "cancelled"
+    await here.handle_commands(job_id, CancelJob("user-1"))
+    await poll_until(lambda: has_exited(pid), "the child is gone", seconds=2)
+    assert (await here.wait_until_finished(job_id))["status"] == "cancelled"
 
 
 async def test_a_job_cancelled_while_its_child_is_being_started_leaves_no_child(
-    here: Process, site: SilentSite
+    here: RunningRoles, site: SilentSite
 ) -> None:
     job_ids = [await here.submit(site.job(), job_type="session") for _ in range(2)]
     for job_id in job_ids:
-        await here.heard(JobClaimed, job_id)
-        await here.do(job_id, CancelJob("user-1"))
-    await here.ended(*job_ids)
-    await until(lambda: not own_job_processes(), "the children have ended")
+        await here.wait_for_event(JobClaimed, job_id)
+        await here.handle_commands(job_id, CancelJob("user-1"))
+    await here.wait_until_finished(*job_ids)
+    await poll_until(lambda: not list_own_job_processes(), "the children have ended")
 
 
 @pytest.mark.parametrize("whom", ["the worker", "the whole group"])
@@ -176,34 +185,34 @@ async def test_a_worker_that_is_told_to_stop_gives_its_job_back_and_leaves_no_pr
     connection: Connection, store: Path, site: SilentSite, whom: str
 ) -> None:
     """A service manager tells every process of a service to stop, not only the first."""
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         job_id = await here.submit(site.job(), job_type="session", max_attempts=1)
-        with real_process(connection, store, "worker", shutdown_grace_seconds=1) as worker:
-            await worker.started()
+        with run_roles_subprocess(connection, store, "worker", shutdown_grace_seconds=1) as worker:
+            await worker.wait_until_started()
             async with asyncio.timeout(30):
                 await site.asked.get()
-            assert len(alive_in_session(worker.pid)) >= 3, "a worker, a server process, a child"
+            assert len(list_live_processes_in_session(worker.pid)) >= 3, "a worker, a server process, a child"
             if whom == "the worker":
-                worker.send(signal.SIGTERM)
+                worker.send_signal(signal.SIGTERM)
             else:
-                for pid in alive_in_session(worker.pid):
+                for pid in list_live_processes_in_session(worker.pid):
                     os.kill(pid, signal.SIGTERM)
-            assert await worker.gone() == 0
-            await until(lambda: alive_in_session(worker.pid) == [], "nothing is left", seconds=5)
-        history = [event for event in await here.history(job_id) if event != "JobProgressed"]
+            assert await worker.wait_for_exit() == 0
+            await poll_until(lambda: list_live_processes_in_session(worker.pid) == [], "nothing is left", seconds=5)
+        history = [event for event in await here.read_event_types(job_id) if event != "JobProgressed"]
         assert history == ["JobSubmitted", "JobClaimed", "JobReleased"]
 
 
 async def test_a_killed_worker_takes_its_children_with_it(
     connection: Connection, store: Path, site: SilentSite
 ) -> None:
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         job_id = await here.submit(site.job(), job_type="session", max_attempts=1)
-        with real_process(connection, store, "worker", lease_seconds=2) as worker:
-            await worker.started()
+        with run_roles_subprocess(connection, store, "worker", lease_seconds=2) as worker:
+            await worker.wait_until_started()
             async with asyncio.timeout(30):
                 await site.asked.get()
-            worker.send(signal.SIGKILL)
-            await until(lambda: alive_in_session(worker.pid) == [], "nothing is left", seconds=5)
-        history = [event for event in await here.history(job_id) if event != "JobProgressed"]
+            worker.send_signal(signal.SIGKILL)
+            await poll_until(lambda: list_live_processes_in_session(worker.pid) == [], "nothing is left", seconds=5)
+        history = [event for event in await here.read_event_types(job_id) if event != "JobProgressed"]
         assert history == ["JobSubmitted", "JobClaimed"]

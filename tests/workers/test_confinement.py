@@ -19,10 +19,10 @@ import pytest
 import structlog
 
 from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.ledger.mongo.embedded_lock import until
+from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.workers.child import confinement
 from jobledger.workers.sandbox import restrictions, runner
-from tests.support.installation import Installation, client_of, descendants, one_line
+from tests.support.installation import Installation, assert_one_line_error, http_client, list_descendants
 from tests.support.mongod import needs_local_mongod
 
 pytestmark = needs_local_mongod
@@ -86,7 +86,7 @@ def installation(plug_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "event_worker": {"child_environment": ["MODEL_HOME"], "protected_paths": ["webhooks"]},
     }
     with Installation(directory) as running:
-        running.configure(**sections)
+        running.write_config(**sections)
         results = directory / "data/results"
         results.mkdir(parents=True)
         (results / "canary").write_text("canary")
@@ -96,28 +96,28 @@ def installation(plug_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             JOBLEDGER_WEBHOOKS__ALLOW_PRIVATE='["canary.example"]',
             CLOUD_TOKEN="canary",
             MODEL_HOME="/models",
-        ).ready()
+        ).wait_until_ready()
         yield running
 
 
 def pry(installation: Installation, attempts: dict[str, str], *, wait: float = 0) -> str:
     """Submit a job that makes these attempts; return its id."""
     body = {"job_type": "prying", "parameters": {"attempts": attempts, "wait": wait}}
-    with client_of(installation.roles[0]) as client:
+    with http_client(installation.commands[0]) as client:
         answer = client.post("/api/events/jobs", json=body)
         assert answer.status_code < 300, answer.text
         return str(answer.json()["job_id"])
 
 
 def read_job(installation: Installation, job_id: str) -> dict[str, Any]:
-    with client_of(installation.roles[0]) as client:
+    with http_client(installation.commands[0]) as client:
         job: dict[str, Any] = client.get(f"/api/events/jobs/{job_id}").json()["job"]
         return job
 
 
 def results_of(installation: Installation, job_id: str) -> dict[str, str]:
     """Wait for the end of a job; return what each of its attempts got."""
-    assert until(lambda: read_job(installation, job_id)["status"] in ("completed", "failed"), 40)
+    assert wait_until(lambda: read_job(installation, job_id)["status"] in ("completed", "failed"), 40)
     job = read_job(installation, job_id)
     assert job["status"] == "completed", job
     return dict(job["results"]["metadata"]["got"])
@@ -126,14 +126,14 @@ def results_of(installation: Installation, job_id: str) -> dict[str, str]:
 @needs_landlock
 def test_job_process_reaches_nothing_but_its_own_job(installation: Installation) -> None:
     here = installation.directory
-    worker = installation.roles[0].process.pid
+    worker = installation.commands[0].process.pid
     neighbour = pry(installation, {}, wait=20)
-    assert until(lambda: bool(scratch_of(installation, neighbour)), 20), read_job(installation, neighbour)
+    assert wait_until(lambda: bool(scratch_of(installation, neighbour)), 20), read_job(installation, neighbour)
     (scratch,) = scratch_of(installation, neighbour)
-    port = urlsplit(installation.roles[0].url).port
+    port = urlsplit(installation.commands[0].url).port
     home = Path.home() / ".jobledger-canary"
     home.write_text("canary")
-    pids = sorted(descendants(worker) | {worker})
+    pids = sorted(list_descendants(worker) | {worker})
     try:
         job_id = pry(
             installation,
@@ -190,7 +190,7 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
         got = results_of(installation, job_id)
     finally:
         home.unlink()
-        with client_of(installation.roles[0]) as client:
+        with http_client(installation.commands[0]) as client:
             client.post(f"/api/events/jobs/{neighbour}/cancel")
     variables = got.pop("all environment variables"), got.pop("environment of own process")
     assert not any("canary" in text for text in variables), variables
@@ -257,7 +257,7 @@ def call(*arguments):
     if libc.syscall(*arguments) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 """
-_NUMBERS = restrictions._NUMBERS.get(os.uname().machine, {}) | restrictions._SAME_NUMBER
+_NUMBERS = restrictions._SYSCALL_NUMBERS.get(os.uname().machine, {}) | restrictions._COMMON_SYSCALL_NUMBERS
 OF_A_PROCESS = {
     "limits": "resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 1024))",
     "reading limits": "resource.prlimit(pid, resource.RLIMIT_NOFILE)",
@@ -285,12 +285,14 @@ OF_THE_USER = {
 
 
 @needs_landlock
-@pytest.mark.skipif(not restrictions.can_refuse(), reason="the numbers of system calls are not known")
-@pytest.mark.skipif(restrictions.landlock_version() < restrictions.SIGNALS_VERSION, reason="signals need Linux 6.12")
+@pytest.mark.skipif(not restrictions.is_seccomp_supported(), reason="the numbers of system calls are not known")
+@pytest.mark.skipif(
+    restrictions.landlock_version() < restrictions.LANDLOCK_SIGNALS_VERSION, reason="signals need Linux 6.12"
+)
 def test_job_process_changes_no_limits_and_priorities_of_others(installation: Installation) -> None:
-    worker = installation.roles[0].process.pid
+    worker = installation.commands[0].process.pid
     # Its supervisor and the fork server are among them: of a job before, or found as the job's own ancestors.
-    pids = [f"{pid}" for pid in sorted(descendants(worker) | {worker})]
+    pids = [f"{pid}" for pid in sorted(list_descendants(worker) | {worker})]
     pids += ["os.getppid()", "int(open(f'/proc/{os.getppid()}/stat').read().rpartition(')')[2].split()[1])"]
     attempts = {
         f"{name} of {pid}": f"{_CALL}\npid = {pid}\n{code}" for pid in pids for name, code in OF_A_PROCESS.items()
@@ -356,7 +358,7 @@ OF_ROOT_UNCONFINED = {
 }
 
 
-def _after_confinement(mode: confinement.Mode, attempts: dict[str, str], directory: Path) -> dict[str, int]:
+def _after_confinement(mode: confinement.ConfinementMode, attempts: dict[str, str], directory: Path) -> dict[str, int]:
     """Return the error number of each attempt in a process that is confined as jobs are, 0 if it had none."""
     place = directory / "worker/attempt"
     scratch, inbox = place / "scratch", place / "saved"
@@ -378,7 +380,9 @@ def _after_confinement(mode: confinement.Mode, attempts: dict[str, str], directo
     return found
 
 
-def _be_confined(mode: confinement.Mode, attempts: dict[str, str], scratch: Path, inbox: Path, writing: int) -> None:
+def _be_confined(
+    mode: confinement.ConfinementMode, attempts: dict[str, str], scratch: Path, inbox: Path, writing: int
+) -> None:
     def returned(number: int) -> None:
         if number:
             raise OSError(number, os.strerror(number))
@@ -395,7 +399,13 @@ def _be_confined(mode: confinement.Mode, attempts: dict[str, str], scratch: Path
     with suppress(ValueError):  # as an administrator may set it for a unit
         resource.setrlimit(resource.RLIMIT_RTPRIO, (99, 99))
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
-    confinement.confine(confinement.Confinement(mode=mode), scratch=scratch, inbox=inbox, readable=[], shared=[])
+    confinement.confine(
+        confinement.ConfinementSettings(mode=mode),
+        scratch_dir=scratch,
+        inbox_dir=inbox,
+        readable_paths=[],
+        shared_dirs=[],
+    )
     found = {}
     place = {"scratch": scratch, "returned": returned, "run": run, "limited": limited}
     exec(f"{_CALL}\nimport socket, stat, threading, time", place)
@@ -411,14 +421,14 @@ def _be_confined(mode: confinement.Mode, attempts: dict[str, str], scratch: Path
 @pytest.mark.skipif(_REBOOT is None, reason="the numbers of system calls are not known")
 @pytest.mark.parametrize(("mode", "landlock"), [("off", True), ("auto", True), ("auto", False)])
 def test_job_process_has_no_power_over_the_machine(
-    mode: confinement.Mode, landlock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: confinement.ConfinementMode, landlock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not landlock:
         monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
     denied = _after_confinement(mode, POWERS, tmp_path / "denied")
     assert {name: number for name, number in denied.items() if number not in (errno.EPERM, errno.EACCES)} == {}
     harmless = {**HARMLESS, **(OF_ROOT_UNCONFINED if mode == "off" and os.getuid() == 0 else {})}
-    if (mode == "off" or not landlock) and runner._try("bubblewrap").works:
+    if (mode == "off" or not landlock) and runner._probe_method("bubblewrap").is_working:
         harmless["bubblewrap"] = (
             "from jobledger.workers.sandbox import runner as sandbox; returned(not sandbox._try('bubblewrap').works)"
         )
@@ -458,11 +468,11 @@ def test_worker_without_landlock_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
     monkeypatch.setattr(restrictions, "hide_from_same_user", lambda: None)
     with structlog.testing.capture_logs() as lines:
-        confinement.check("auto")
+        confinement.check_confinement("auto")
     assert ["not confined" in line["event"] for line in lines] == [True]
     with pytest.raises(ConfigurationError, match="`required`, but this kernel"):
-        confinement.check("required")
-    confinement.check("off")
+        confinement.check_confinement("required")
+    confinement.check_confinement("off")
 
 
 def test_programs_started_with_a_minimal_environment_get_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,7 +489,7 @@ def test_programs_started_with_a_minimal_environment_get_nothing_else(monkeypatc
 
 def scratch_of(installation: Installation, job_id: str) -> list[Path]:
     """Where a running job has its files: it says so in its log."""
-    with client_of(installation.roles[0]) as client:
+    with http_client(installation.commands[0]) as client:
         lines = client.get(f"/api/events/jobs/{job_id}/logs").json()
     texts = [line["message"] for line in lines.get("logs", lines.get("items", []))]
     return [Path(text) for text in texts if text.startswith("/")]
@@ -492,7 +502,7 @@ def server_file(directory: Path) -> Path:
 @pytest.mark.skipif(restrictions.landlock_version() > 0, reason="job processes can be confined on this machine")
 def test_worker_does_not_start_without_the_confinement_required(tmp_path: Path) -> None:
     with Installation(tmp_path, event_worker={"confine": "required"}) as here:
-        one_line(here.start("up").ended(), 2, "event_worker.confine", "Landlock")
+        assert_one_line_error(here.start("up").wait_for_exit(), 2, "event_worker.confine", "Landlock")
 
 
 def test_packages_of_editable_installs_are_readable_wherever_they_are(
@@ -503,5 +513,5 @@ def test_packages_of_editable_installs_are_readable_wherever_they_are(
     package = ModuleType("installed")
     package.__path__ = [str(tmp_path / "installed")]
     monkeypatch.setitem(sys.modules, "installed", package)
-    assert (str(tmp_path / "installed"), restrictions.READ) in set(confinement._code_and_system([]))
-    assert str(tmp_path) not in {path for path, _ in confinement._code_and_system([])}
+    assert (str(tmp_path / "installed"), restrictions.READ_RIGHTS) in set(confinement._iterate_default_rules([]))
+    assert str(tmp_path) not in {path for path, _ in confinement._iterate_default_rules([])}

@@ -105,7 +105,7 @@ def test_event_loop_goes_on_whatever_a_processor_hands_to_it(way: str, harm: str
         await asyncio.wait({containment.start(job(), "job")})
         gc.collect()
         await asyncio.sleep(0.01)
-        await containment.end(1)
+        await containment.stop(1)
         await asyncio.sleep(0.01)
         return "goes on"
 

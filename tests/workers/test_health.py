@@ -13,19 +13,19 @@ import pytest
 
 from jobledger.ledger.domain.commands import CancelJob, SubmitJob
 from jobledger.ledger.domain.events import JobClaimed, JobReleased
-from jobledger.ledger.domain.job import MAX_MACHINE_TROUBLES
+from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.mongo.lease import Lease, Seen
+from jobledger.ledger.mongo.lease import Lease, LeaseObservation
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.workers import executor as execution
 from jobledger.workers import machine_health as health
-from jobledger.workers.child.confinement import Confinement
-from jobledger.workers.machine_health import MachineTrouble, WorkerHealth, machine_trouble
-from jobledger.workers.scratch import Scratch
-from tests.support.running import WorkerOptions, asked, process, until
-from tests.workers.misbehaving import installed
+from jobledger.workers.child.confinement import ConfinementSettings
+from jobledger.workers.machine_health import MachineFailure, WorkerHealth, find_machine_failure
+from jobledger.workers.scratch import ScratchDirectory
+from tests.support.running import WorkerOptions, make_echo_job, poll_until, run_roles_in_process
+from tests.workers.misbehaving import misbehaving_processors
 
-__all__ = ["installed"]
+__all__ = ["misbehaving_processors"]
 pytestmark = pytest.mark.usefixtures("installed")
 SCRATCH = Path("/scratch/jobledger-0/worker-1")
 
@@ -47,15 +47,15 @@ SCRATCH = Path("/scratch/jobledger-0/worker-1")
         NotADirectoryError(errno.ENOTDIR, "Not a directory", str(SCRATCH)),
         RuntimeError("can't start new thread"),
         MemoryError(),
-        MachineTrouble("The disk is gone"),
+        MachineFailure("The disk is gone"),
     ],
     ids=repr,
 )
 def test_machine_trouble_of_the_machine_is_recognized(error: Exception) -> None:
-    assert machine_trouble(error, scratch=SCRATCH) is not None
+    assert find_machine_failure(error, scratch_dir=SCRATCH) is not None
     wrapped = RuntimeError("while starting the job")
     wrapped.__cause__ = error
-    assert machine_trouble(wrapped, scratch=SCRATCH) is not None
+    assert find_machine_failure(wrapped, scratch_dir=SCRATCH) is not None
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_machine_trouble_of_the_machine_is_recognized(error: Exception) -> None:
     ids=repr,
 )
 def test_machine_trouble_of_the_job_is_not_the_machine(error: Exception) -> None:
-    assert machine_trouble(error, scratch=SCRATCH) is None
+    assert find_machine_failure(error, scratch_dir=SCRATCH) is None
 
 
 async def test_health_after_report_allows_claims_only_when_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,15 +87,15 @@ async def test_health_after_report_allows_claims_only_when_check_passes(monkeypa
 
     worker = WorkerHealth([check])
     running = asyncio.create_task(worker.run())
-    assert worker.may_claim()
-    worker.report(MachineTrouble("No space left on device"))
-    assert not worker.may_claim()
-    await until(lambda: checked > 2, "checks are repeated")
-    assert not worker.may_claim()
-    assert "scratch_dir" in worker.facts()["problem"]
+    assert worker.can_claim()
+    worker.report(MachineFailure("No space left on device"))
+    assert not worker.can_claim()
+    await poll_until(lambda: checked > 2, "checks are repeated")
+    assert not worker.can_claim()
+    assert "scratch_dir" in worker.document_fields()["problem"]
     sick = False
-    await until(worker.may_claim, "recovered")
-    assert worker.facts() == {"problem": None, "unhealthy_since": None}
+    await poll_until(worker.can_claim, "recovered")
+    assert worker.document_fields() == {"problem": None, "unhealthy_since": None}
     running.cancel()
 
 
@@ -107,8 +107,8 @@ async def test_health_relapse_soon_after_recovery_lengthens_the_pause(monkeypatc
     took = []
     for _ in range(4):
         begun = loop.time()
-        worker.report(MachineTrouble("trouble that no check sees"))
-        await until(worker.may_claim, "recovered")
+        worker.report(MachineFailure("trouble that no check sees"))
+        await poll_until(worker.can_claim, "recovered")
         took.append(loop.time() - begun)
     running.cancel()
     assert took[3] > 3 * took[0]
@@ -119,17 +119,17 @@ async def test_worker_without_scratch_leaves_jobs_alone_until_it_is_there(
 ) -> None:
     monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.1)
     place = tmp_path / "mount" / "scratch"
-    async with process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
-        await until(lambda: here.worker is not None and not here.worker.health.may_claim(), "noticed")
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
+        await poll_until(lambda: here.worker is not None and not here.worker.health.can_claim(), "noticed")
         job_id = await here.submit()
         async with asyncio.timeout(20):
             while not await here.db.workers.find_one({"problem": {"$regex": "scratch_dir"}}):  # noqa: ASYNC110 - nobody tells us
                 await asyncio.sleep(0.05)
         await asyncio.sleep(0.5)
-        assert await here.history(job_id) == ["JobSubmitted"]
+        assert await here.read_event_types(job_id) == ["JobSubmitted"]
         place.parent.mkdir()
-        assert (await here.ended(job_id))["status"] == "completed"
-        assert await here.history(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
+        assert (await here.wait_until_finished(job_id))["status"] == "completed"
+        assert await here.read_event_types(job_id) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
     assert list(place.rglob("*/*")) == []
 
 
@@ -139,15 +139,15 @@ async def test_worker_that_recovers_before_its_lease_is_written_is_shown_as_heal
     monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.02)
     place, real = tmp_path / "mount" / "scratch", Lease.acquire
 
-    async def late(self: Lease, facts: Mapping[str, Any], *, seen: Seen | None = None) -> bool:
+    async def late(self: Lease, facts: Mapping[str, Any], *, seen: LeaseObservation | None = None) -> bool:
         if "problem" in facts:
             assert facts["problem"] is not None
             place.parent.mkdir()
             await asyncio.sleep(0.3)
-        return await real(self, facts, seen=seen)
+        return await real(self, facts, observation=seen)
 
     monkeypatch.setattr(Lease, "acquire", late)
-    async with process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
         async with asyncio.timeout(10):
             while not await here.db.workers.find_one({"problem": None}):  # noqa: ASYNC110 - nobody tells us
                 await asyncio.sleep(0.05)
@@ -158,25 +158,25 @@ async def test_job_that_meets_machine_trouble_again_and_again_ends(
 ) -> None:
     monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(health, "RELAPSE_SECONDS", 0.0)
-    real = Scratch.for_attempt
+    real = ScratchDirectory.new_attempt_path
 
-    def no_room(self: Scratch, job_id: str, attempt: int) -> Path:
+    def no_room(self: ScratchDirectory, job_id: str, attempt: int) -> Path:
         if job_id == bad:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, job_id, attempt)
 
-    monkeypatch.setattr(Scratch, "for_attempt", no_room)
+    monkeypatch.setattr(ScratchDirectory, "for_attempt", no_room)
     bad = new_job_id()
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
-        await here.do(bad, SubmitJob(asked({}, max_attempts=2)))
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
+        await here.handle_commands(bad, SubmitJob(make_echo_job({}, max_attempts=2)))
         others = [await here.submit() for _ in range(20)]
-        job = await here.ended(bad, *others)
+        job = await here.wait_until_finished(bad, *others)
         assert (job["status"], job["error"]["code"]) == ("failed", "MACHINE_TROUBLE")
-        history = await here.history(bad)
-        assert history.count("JobReleased") == MAX_MACHINE_TROUBLES * 2
+        history = await here.read_event_types(bad)
+        assert history.count("JobReleased") == MAX_CONSECUTIVE_MACHINE_FAILURES * 2
         assert history.count("JobAttemptFailed") == 1
         for other in others:
-            assert await here.history(other) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
+            assert await here.read_event_types(other) == ["JobSubmitted", "JobClaimed", "JobCompleted"]
 
 
 async def test_check_that_hangs_is_trouble_and_is_not_started_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,18 +190,18 @@ async def test_check_that_hangs_is_trouble_and_is_not_started_twice(monkeypatch:
 
     worker = WorkerHealth([hang])
     for _ in range(3):
-        assert "did not end" in str(await worker.check())
+        assert "did not end" in str(await worker.run_checks())
     assert started == 1
     answered.set()
-    await until(lambda: not any(it.name == "health-check" for it in threading.enumerate()), "the thread has ended")
-    assert await worker.check() is None
+    await poll_until(lambda: not any(it.name == "health-check" for it in threading.enumerate()), "the thread has ended")
+    assert await worker.run_checks() is None
 
 
 async def test_check_right_after_another_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread of the one before may still be about to end."""
     worker = WorkerHealth([lambda: None])
     for _ in range(300):
-        assert await worker.check() is None
+        assert await worker.run_checks() is None
 
 
 async def test_files_of_attempts_are_never_touched_on_the_event_loop(
@@ -220,14 +220,14 @@ async def test_files_of_attempts_are_never_touched_on_the_event_loop(
 
         return call
 
-    options = WorkerOptions(scratch=place, confinement=Confinement(mode="off"))
-    async with process(connection, store, projector=True, worker=options) as here:
-        await here.ended(await here.submit())
+    options = WorkerOptions(scratch=place, confinement=ConfinementSettings(mode="off"))
+    async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
+        await here.wait_until_finished(await here.submit())
         for name in ("stat", "lstat", "statvfs", "mkdir", "chmod", "open", "listdir", "rmdir", "unlink"):
             monkeypatch.setattr(os, name, watched(name))
         monkeypatch.setattr(health, "_QUICK_CHECK_SECONDS", 0.0)
         for job_type in ("echo", "misbehaving"):
-            job = await here.ended(await here.submit({"do": "nothing"}, job_type=job_type), seconds=30)
+            job = await here.wait_until_finished(await here.submit({"do": "nothing"}, job_type=job_type), seconds=30)
             assert job["status"] == "completed"
         assert touched == []
         monkeypatch.undo()
@@ -236,26 +236,26 @@ async def test_files_of_attempts_are_never_touched_on_the_event_loop(
 async def test_disk_that_does_not_answer_holds_up_only_jobs_that_use_it(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wait(self: Scratch, *directories: Path) -> None:
+    def wait(self: ScratchDirectory, *directories: Path) -> None:
         waiting.set()
         answers.wait(20)
         create(self, *directories)
 
-    create, waiting, answers = Scratch.create, threading.Event(), threading.Event()
-    monkeypatch.setattr(Scratch, "create", wait)
+    create, waiting, answers = ScratchDirectory.create_directories, threading.Event(), threading.Event()
+    monkeypatch.setattr(ScratchDirectory, "create", wait)
     monkeypatch.setattr(execution, "_THREAD_SECONDS", 1.0)
     monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.1)
-    options = WorkerOptions(scratch=tmp_path / "scratch", confinement=Confinement(mode="off"))
-    async with process(connection, store, projector=True, worker=options) as here:
+    options = WorkerOptions(scratch=tmp_path / "scratch", confinement=ConfinementSettings(mode="off"))
+    async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
         cancelled, released = [await here.submit({"do": "nothing"}, job_type="misbehaving") for _ in range(2)]
-        await until(waiting.is_set, "its directory is being created")
-        await here.heard(JobClaimed, released)
-        assert (await here.ended(await here.submit()))["status"] == "completed"
-        await here.do(cancelled, CancelJob("user-1"))
-        assert (await here.ended(cancelled))["status"] == "cancelled"
-        await here.heard(JobReleased, released)
+        await poll_until(waiting.is_set, "its directory is being created")
+        await here.wait_for_event(JobClaimed, released)
+        assert (await here.wait_until_finished(await here.submit()))["status"] == "completed"
+        await here.handle_commands(cancelled, CancelJob("user-1"))
+        assert (await here.wait_until_finished(cancelled))["status"] == "cancelled"
+        await here.wait_for_event(JobReleased, released)
         answers.set()
-        assert (await here.ended(released))["status"] == "completed"
+        assert (await here.wait_until_finished(released))["status"] == "completed"
 
 
 async def test_quick_check_that_hangs_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,10 +266,10 @@ async def test_quick_check_that_hangs_is_trouble(monkeypatch: pytest.MonkeyPatch
         answered.wait()
 
     worker = WorkerHealth(quick_checks=[hang])
-    await worker.check_quickly()
+    await worker.run_quick_checks()
     answered.set()
-    assert not worker.may_claim()
-    assert "did not end" in worker.facts()["problem"]
+    assert not worker.can_claim()
+    assert "did not end" in worker.document_fields()["problem"]
 
 
 async def test_sick_worker_of_three_costs_no_job_an_attempt_and_recovers(
@@ -279,25 +279,25 @@ async def test_sick_worker_of_three_costs_no_job_an_attempt_and_recovers(
     places = [tmp_path / f"scratch-{number}" for number in range(3)]
     options = [WorkerOptions(scratch=place, shutdown_grace_seconds=0.5) for place in places]
     async with (
-        process(connection, store, projector=True, worker=options[0]) as here,
-        process(connection, store, worker=options[1]),
-        process(connection, store, worker=options[2]) as sick,
+        run_roles_in_process(connection, store, projector=True, worker=options[0]) as here,
+        run_roles_in_process(connection, store, worker=options[1]),
+        run_roles_in_process(connection, store, worker=options[2]) as sick,
     ):
         assert sick.worker is not None
-        await until(lambda: len(list(tmp_path.glob("scratch-*/*/*"))) == 3, "all have started")
-        assert sick.worker.health.may_claim(), "its next quick check is a second away"
+        await poll_until(lambda: len(list(tmp_path.glob("scratch-*/*/*"))) == 3, "all have started")
+        assert sick.worker.health.can_claim(), "its next quick check is a second away"
         places[2].rename(tmp_path / "away")
         places[2].write_text("a file where the directory was")
         begun = time.monotonic()
         _, job_ids = await here.submit_batch(*({"seconds": 0.01} for _ in range(60)))
-        await here.ended(*job_ids)
+        await here.wait_until_finished(*job_ids)
         assert time.monotonic() - begun < 10
         for job_id in job_ids:
-            history = await here.history(job_id)
+            history = await here.read_event_types(job_id)
             assert history[-1] == "JobCompleted"
             assert history.count("JobClaimed") == 1 + history.count("JobReleased")
             assert "JobAttemptFailed" not in history
-        await until(lambda: not sick.worker.health.may_claim(), "it knows")  # type: ignore[union-attr]
+        await poll_until(lambda: not sick.worker.health.can_claim(), "it knows")  # type: ignore[union-attr]
         places[2].unlink()
         (tmp_path / "away").rename(places[2])
-        await until(sick.worker.health.may_claim, "it has recovered")
+        await poll_until(sick.worker.health.can_claim, "it has recovered")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from tests.processors.session.support import CONFERENCE_PAGE, Answer, Site, html, pdf, redirect, serving
+from tests.processors.session.support import CONFERENCE_PAGE, Site, SiteResponse, html, make_pdf, redirect, serve_site
 from tests.processors.session.test_slides import pdf_with_image
-from tests.support.running import Process, WorkerOptions, process
+from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process
 
 HTML = {"Content-Type": "text/html; charset=utf-8"}
 MEBIBYTE = 1024 * 1024
@@ -21,16 +21,16 @@ MEBIBYTE = 1024 * 1024
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with serving() as running:
+    with serve_site() as running:
         running.put("/talk", html(CONFERENCE_PAGE))
         yield running
 
 
 @pytest.fixture
-async def here(connection: Connection, store: Path) -> AsyncIterator[Process]:
+async def here(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
     limits = {"allow_private": ["127.0.0.1"], "slides_timeout_seconds": 4, "page_timeout_seconds": 30}
     options = WorkerOptions(slots=2, memory_limit_mb=2048, processors={"session": limits})
-    async with process(connection, store, projector=True, worker=options) as running:
+    async with run_roles_in_process(connection, store, projector=True, worker=options) as running:
         yield running
 
 
@@ -71,37 +71,39 @@ def pdf_that_draws_for_ever(levels: int = 12) -> bytes:
 
 
 @pytest.mark.timeout(120)
-async def test_hostile_pages_fail_clearly_and_the_worker_lives_on(here: Process, site: Site) -> None:
+async def test_hostile_pages_fail_clearly_and_the_worker_lives_on(here: RunningRoles, site: Site) -> None:
     bomb = zeros_packed(400)
     assert len(bomb) < MEBIBYTE
     expected = {
         site.put("/inside", redirect("http://169.254.169.254/latest/meta-data/")): "ADDRESS_REFUSED",
         site.put("/circle", redirect("/circle")): "TOO_MANY_REDIRECTS",
-        site.put("/bomb", Answer(bomb, headers={**HTML, "Content-Encoding": "gzip"})): "TOO_LARGE",
-        site.put("/announced", Answer(b"<html>", headers=HTML, announced=10**15)): "TOO_LARGE",
-        site.put("/nested", Answer(gzip.compress(b"<b>" * 10_000_000), headers={**HTML, "Content-Encoding": "gzip"})): (
-            "TOO_LARGE"
-        ),
-        site.put("/zeros", Answer(bytes(MEBIBYTE), headers=HTML)): "EMPTY_PAGE",
-        site.put("/film", Answer(b"\x1a\x45\xdf\xa3", headers={"Content-Type": "video/webm"})): "NOT_HTML",
+        site.put("/bomb", SiteResponse(bomb, headers={**HTML, "Content-Encoding": "gzip"})): "TOO_LARGE",
+        site.put("/announced", SiteResponse(b"<html>", headers=HTML, content_length=10**15)): "TOO_LARGE",
+        site.put(
+            "/nested", SiteResponse(gzip.compress(b"<b>" * 10_000_000), headers={**HTML, "Content-Encoding": "gzip"})
+        ): ("TOO_LARGE"),
+        site.put("/zeros", SiteResponse(bytes(MEBIBYTE), headers=HTML)): "EMPTY_PAGE",
+        site.put("/film", SiteResponse(b"\x1a\x45\xdf\xa3", headers={"Content-Type": "video/webm"})): "NOT_HTML",
         "http://[::ffff:10.0.0.1]/": "ADDRESS_REFUSED",
     }
     submitted = {url: await here.submit(asked(url=url), job_type="session", max_attempts=1) for url in expected}
     for url, job_id in submitted.items():
-        job = await here.ended(job_id, seconds=60)
+        job = await here.wait_until_finished(job_id, seconds=60)
         assert (job["status"], job["error"]["code"]) == ("failed", expected[url]), url
         assert "Traceback" not in job["error"]["message"]
     await an_honest_session_is_done(here, site)
 
 
 @pytest.mark.timeout(120)
-async def test_hostile_attachments_are_warnings_and_the_worker_lives_on(here: Process, site: Site) -> None:
+async def test_hostile_attachments_are_warnings_and_the_worker_lives_on(here: RunningRoles, site: Site) -> None:
     giant = "holds an image of 20000 × 5000 pixels, more than allowed"
     expected = {
-        site.put("/for-ever.pdf", Answer(pdf_that_draws_for_ever())): "could not be worked through within 4 seconds",
-        site.put("/giant.pdf", Answer(pdf_with_image(20_000, 5_000))): giant,
-        site.put("/cut.pdf", Answer(pdf(30)[:3000])): "the PDF is damaged",
-        site.put("/locked.pdf", Answer(pdf(2, password="secret"))): "protected by a password",
+        site.put(
+            "/for-ever.pdf", SiteResponse(pdf_that_draws_for_ever())
+        ): "could not be worked through within 4 seconds",
+        site.put("/giant.pdf", SiteResponse(pdf_with_image(20_000, 5_000))): giant,
+        site.put("/cut.pdf", SiteResponse(make_pdf(30)[:3000])): "the PDF is damaged",
+        site.put("/locked.pdf", SiteResponse(make_pdf(2, password="secret"))): "protected by a password",
         site.put("/inside.pdf", redirect("http://127.0.0.2:1/")): "127.0.0.2",
     }
     submitted = {
@@ -109,15 +111,15 @@ async def test_hostile_attachments_are_warnings_and_the_worker_lives_on(here: Pr
         for url in expected
     }
     for url, job_id in submitted.items():
-        job = await here.ended(job_id, seconds=60)
+        job = await here.wait_until_finished(job_id, seconds=60)
         assert job["status"] == "completed", (url, job["error"])
         assert any(expected[url] in warning for warning in job["results"]["metadata"]["warnings"]), url
     await an_honest_session_is_done(here, site)
 
 
-async def an_honest_session_is_done(here: Process, site: Site) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(2)))
+async def an_honest_session_is_done(here: RunningRoles, site: Site) -> None:
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(2)))
     job_id = await here.submit(asked(url=site.url("/talk"), attachments_url=slides), job_type="session")
-    job = await here.ended(job_id, seconds=30)
+    job = await here.wait_until_finished(job_id, seconds=30)
     assert (job["status"], job["attempt"]) == ("completed", 1)
     assert job["results"]["metadata"]["slides"] == 2

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from jobledger.api.http.bodies import MOST_CONTAINERS, MOST_VALUES
-from jobledger.ledger.domain.limits import PARAMETERS_BYTES
-from jobledger.workers.child.attempt import Assignment, run
+from jobledger.api.http.bodies import MAX_CONTAINERS, MAX_VALUES
+from jobledger.ledger.domain.limits import MAX_PARAMETERS_BYTES
+from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.messages import Message
-from jobledger.workers.registry import find_processor, processors
+from jobledger.workers.registry import get_processor, load_processors
 
 INLINE = [
-    name for name, it in processors().items() if it.isolation == "inline" and it.__module__.startswith("workers.")
+    name for name, it in load_processors().items() if it.isolation == "inline" and it.__module__.startswith("workers.")
 ]
-VALUES, CONTAINERS = MOST_VALUES - 10, MOST_CONTAINERS - 10
+VALUES, CONTAINERS = MAX_VALUES - 10, MAX_CONTAINERS - 10
 
 
 def nested(levels: int) -> list[Any]:
@@ -38,9 +38,9 @@ LARGEST: dict[str, Callable[[], Any]] = {
     "objects": lambda: [{"b": 1}] * CONTAINERS,
     "names": lambda: {f"n{index}": 1 for index in range(VALUES // 2)},
     "deep": lambda: [nested(90)] * (CONTAINERS // 91),
-    "one text": lambda: "<" * (PARAMETERS_BYTES - 1000),
-    "one text of line breaks": lambda: "\n" * (PARAMETERS_BYTES // 2 - 1000),
-    "one text beyond 16 bits": lambda: "\U0001f986" * (PARAMETERS_BYTES // 4 - 1000),
+    "one text": lambda: "<" * (MAX_PARAMETERS_BYTES - 1000),
+    "one text of line breaks": lambda: "\n" * (MAX_PARAMETERS_BYTES // 2 - 1000),
+    "one text beyond 16 bits": lambda: "\U0001f986" * (MAX_PARAMETERS_BYTES // 4 - 1000),
 }
 
 
@@ -56,8 +56,8 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
         job_type=job_type,
         parameters=parameters,
         settings={},
-        steps={},
-        directory=tmp_path / "attempt",
+        finished_steps={},
+        attempt_dir=tmp_path / "attempt",
     )
 
     # CPU time of this thread, in which the loop runs: other load on the machine does not count.
@@ -65,7 +65,7 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
     json.loads(json.dumps(parameters))
     bound = 0.2 + 3 * (time.thread_time() - begun)
     begun = time.thread_time()
-    ending = await run(assignment, find_processor(job_type), answer, lambda: False)
+    ending = await run_attempt(assignment, get_processor(job_type), answer, lambda: False)
     used = time.thread_time() - begun
 
     assert ending.kind == "done", ending

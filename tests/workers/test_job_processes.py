@@ -19,18 +19,18 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.workers import executor as execution
 from jobledger.workers.child import main
 from jobledger.workers.child import process as job_process
-from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.fork_server import _Server
-from jobledger.workers.child.messages import FromJob, encode
+from jobledger.workers.child.messages import MessageEnvelope, encode_frame
 from jobledger.workers.child.process import JobProcess
-from jobledger.workers.executor import Execution
-from tests.support.installation import descendants
-from tests.support.job_processes import is_gone, own_job_processes, parent
-from tests.support.running import Process, WorkerOptions, process, real_process, until
-from tests.workers.misbehaving import installed
+from jobledger.workers.executor import JobExecutor
+from tests.support.installation import list_descendants
+from tests.support.job_processes import has_exited, list_own_job_processes, parent_pid
+from tests.support.running import RunningRoles, WorkerOptions, poll_until, run_roles_in_process, run_roles_subprocess
+from tests.workers.misbehaving import misbehaving_processors
 
-__all__ = ["installed"]
-OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its version
+__all__ = ["misbehaving_processors"]
+OFF = ConfinementSettings(mode="off")  # what the kernel refuses a job depends on its version
 pytestmark = pytest.mark.usefixtures("installed")
 TYPE = "misbehaving"
 SOON_SECONDS = 2.5  # what is promised is about one second
@@ -51,10 +51,12 @@ def test_limits_of_job_processes_never_exceed_those_that_the_system_sets(highest
 
 
 @pytest.fixture
-async def here(connection: Connection, store: Path) -> AsyncIterator[Process]:
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=10)) as running:
+async def here(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
+    async with run_roles_in_process(
+        connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=10)
+    ) as running:
         yield running
-    assert own_job_processes() == []
+    assert list_own_job_processes() == []
 
 
 @pytest.fixture
@@ -67,38 +69,38 @@ def number_in(file: str | Path) -> int:
 
 
 async def started(file: Path) -> int:
-    await until(file.exists, "the job is at work", seconds=30)
+    await poll_until(file.exists, "the job is at work", seconds=30)
     return number_in(file)
 
 
-async def submit(here: Process, file: Path, do: str, **more: object) -> str:
+async def submit(here: RunningRoles, file: Path, do: str, **more: object) -> str:
     fields = {"max_attempts": 1, "timeout_s": more.pop("timeout_s", 60)}
     return await here.submit({"do": do, "file": str(file), **more}, job_type=TYPE, **fields)
 
 
 async def test_requests_that_wait_for_the_database_are_bounded_in_bytes(
-    here: Process, file: Path, monkeypatch: pytest.MonkeyPatch
+    here: RunningRoles, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def slow(execution: Execution, process: JobProcess, received: FromJob) -> None:
-        sizes[received.id] = len(encode(received))
+    async def slow(execution: JobExecutor, process: JobProcess, received: MessageEnvelope) -> None:
+        sizes[received.request_id] = len(encode_frame(received))
         in_hand.append(list(sizes.values()))
         try:
             await database.wait()
             await answer(execution, process, received)
         finally:
-            del sizes[received.id]
+            del sizes[received.request_id]
 
-    answer = Execution._answer
+    answer = JobExecutor._handle_request
     sizes: dict[int, int] = {}
     in_hand: list[list[int]] = []
     database = asyncio.Event()
-    monkeypatch.setattr(Execution, "_answer", slow)
+    monkeypatch.setattr(JobExecutor, "_answer", slow)
     job_id = await submit(here, file, "finish large steps")
-    await until(lambda: bool(in_hand), "the first request is there", seconds=30)
+    await poll_until(lambda: bool(in_hand), "the first request is there", seconds=30)
     await asyncio.sleep(0.5)
     assert len(sizes) == 4
     database.set()
-    assert (await here.ended(job_id, seconds=30))["error"] is None
+    assert (await here.wait_until_finished(job_id, seconds=30))["error"] is None
     assert all(sum(found) <= execution._MAX_REQUEST_BYTES or len(found) == 1 for found in in_hand)
     assert max(map(sum, in_hand)) > 6_000_000, "a larger one is handled alone"
     assert 50 < max(map(len, in_hand)) <= execution._MAX_REQUESTS, "small ones are handled together"
@@ -125,11 +127,11 @@ def test_fork_server_that_cannot_be_killed_is_not_waited_for() -> None:
     assert server._killed == []
 
 
-async def others_go_on(here: Process) -> None:
+async def others_go_on(here: RunningRoles) -> None:
     """Jobs of both kinds are done. An inline job at once; a job process may have to wait for a new fork server."""
     process_job, inline = await here.submit({"do": "nothing"}, job_type=TYPE), await here.submit()
-    await here.ended(inline, seconds=10)
-    await here.ended(process_job, seconds=40)
+    await here.wait_until_finished(inline, seconds=10)
+    await here.wait_until_finished(process_job, seconds=40)
 
 
 # Programs that the job has started --------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ ENDS = {
 }
 
 
-async def test_programs_end_with_their_job(here: Process, tmp_path: Path) -> None:
+async def test_programs_end_with_their_job(here: RunningRoles, tmp_path: Path) -> None:
     """One is a daemon in a session of its own, one is stopped, one holds everything that the job has open."""
 
     async def one(end: str) -> None:
@@ -160,14 +162,16 @@ async def test_programs_end_with_their_job(here: Process, tmp_path: Path) -> Non
         if end == "kill":
             os.kill(pid, signal.SIGKILL)
         elif end == "cancel":
-            await here.do(job_id, CancelJob("user-1"))
+            await here.handle_commands(job_id, CancelJob("user-1"))
         began = time.monotonic()
-        job = await here.ended(job_id, seconds=20)
+        job = await here.wait_until_finished(job_id, seconds=20)
         took = time.monotonic() - began
         assert (job["status"], (job["error"] or {}).get("code")) == ENDS[end], (end, job["error"])
         if end not in ("stop the supervisor", "timeout"):
             assert took < SOON_SECONDS, f"{end}: noticed after {took} s"
-        await until(lambda: all(is_gone(it) for it in [pid, *helpers]), f"{end}: all are gone", seconds=SOON_SECONDS)
+        await poll_until(
+            lambda: all(has_exited(it) for it in [pid, *helpers]), f"{end}: all are gone", seconds=SOON_SECONDS
+        )
 
     await asyncio.gather(*map(one, ["return", "exit", "kill", "cancel", "timeout", "kill the group"]))
     for end in ("kill the supervisor", "stop the supervisor", "kill the fork server"):
@@ -178,16 +182,16 @@ async def test_programs_end_with_their_job(here: Process, tmp_path: Path) -> Non
 @pytest.mark.parametrize("do", ["start programs", "hold everything", "sleep"])
 async def test_nothing_outlives_a_killed_worker(connection: Connection, store: Path, file: Path, do: str) -> None:
     """Not even a job that is in the middle of a long call of a C library, which nothing of Python interrupts."""
-    async with process(connection, store, projector=True) as here:
+    async with run_roles_in_process(connection, store, projector=True) as here:
         await here.submit({"do": do, "file": str(file), "end": "wait"}, job_type=TYPE, max_attempts=1)
-        with real_process(connection, store, "worker", lease_seconds=3, confine=0) as worker:
-            await worker.started()
+        with run_roles_subprocess(connection, store, "worker", lease_seconds=3, confine=0) as worker:
+            await worker.wait_until_started()
             pid = await started(file)
-            family = descendants(worker.pid)
+            family = list_descendants(worker.pid)
             assert pid in family
-            worker.send(signal.SIGKILL)
-            await worker.gone()
-            await until(lambda: all(map(is_gone, family)), "all are gone", seconds=SOON_SECONDS)
+            worker.send_signal(signal.SIGKILL)
+            await worker.wait_for_exit()
+            await poll_until(lambda: all(map(has_exited, family)), "all are gone", seconds=SOON_SECONDS)
 
 
 # A job process that does not speak properly -----------------------------------------------------------------------
@@ -208,16 +212,16 @@ SPEECHLESS = {
 
 
 async def test_job_process_that_sends_no_messages_fails_alone(
-    here: Process, file: Path, monkeypatch: pytest.MonkeyPatch
+    here: RunningRoles, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_process, "STALL_SECONDS", 1.0)
     job_ids = {do: await submit(here, file, do, code=0) for do in SPEECHLESS}
     await others_go_on(here)
-    await here.ended(*job_ids.values(), seconds=15)
-    found = {do: (await here.job(job_id))["error"]["code"] for do, job_id in job_ids.items()}
+    await here.wait_until_finished(*job_ids.values(), seconds=15)
+    found = {do: (await here.load_job(job_id))["error"]["code"] for do, job_id in job_ids.items()}
     assert found == SPEECHLESS
     for do in ("fail while writing", "fail while reading"):
-        assert "MemoryError: there is none" in (await here.job(job_ids[do]))["error"]["details"]["output"]
+        assert "MemoryError: there is none" in (await here.load_job(job_ids[do]))["error"]["details"]["output"]
 
 
 @pytest.mark.parametrize("end", ["cancel", "timeout", "shutdown"])
@@ -226,8 +230,8 @@ async def test_job_process_is_ended_whatever_it_does(
 ) -> None:
     kinds = ["sleep", "hold everything", "flood the worker", "stop in the middle"]
     options = WorkerOptions(confinement=OFF, slots=6, shutdown_grace_seconds=0.2)
-    async with process(connection, store, projector=True) as here:
-        async with process(connection, store, worker=options, deaf=True):
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
             limit = 3 if end == "timeout" else 60
             job_ids = {do: await submit(here, tmp_path / do, do, timeout_s=limit) for do in kinds}
             pids = {do: await started(tmp_path / do) for do in kinds}
@@ -235,55 +239,59 @@ async def test_job_process_is_ended_whatever_it_does(
             await others_go_on(here)
             if end == "cancel":
                 for job_id in job_ids.values():
-                    await here.do(job_id, CancelJob("user-1"))
+                    await here.handle_commands(job_id, CancelJob("user-1"))
             if end != "shutdown":
-                await here.ended(*job_ids.values(), seconds=12)
+                await here.wait_until_finished(*job_ids.values(), seconds=12)
                 for do, job_id in job_ids.items():
-                    job = await here.job(job_id)
+                    job = await here.load_job(job_id)
                     assert job["status"] == ("cancelled" if end == "cancel" else "failed"), do
                     assert end == "cancel" or job["error"]["code"] == "TIMEOUT"
             began = time.monotonic()
         assert time.monotonic() - began < 8, "shutdown took too long"
-        assert all(map(is_gone, pids.values()))
+        assert all(map(has_exited, pids.values()))
         if end == "shutdown":
-            assert [(await here.history(job_id))[-1] for job_id in job_ids.values()] == ["JobReleased"] * len(kinds)
+            assert [(await here.read_event_types(job_id))[-1] for job_id in job_ids.values()] == ["JobReleased"] * len(
+                kinds
+            )
 
 
-async def test_fork_server_that_hangs_is_replaced(here: Process, monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+async def test_fork_server_that_hangs_is_replaced(
+    here: RunningRoles, monkeypatch: pytest.MonkeyPatch, file: Path
+) -> None:
     job_id = await submit(here, file, "sleep")
     pid = await started(file)
-    server = parent(parent(pid))
+    server = parent_pid(parent_pid(pid))
     monkeypatch.setattr(job_process, "START_SECONDS", 1.0)
     os.kill(server, signal.SIGSTOP)
     await others_go_on(here)
-    await until(lambda: is_gone(server), "it is replaced", seconds=5)
-    assert not is_gone(pid), "jobs that it has started go on"
-    await here.do(job_id, CancelJob("user-1"))
-    assert (await here.ended(job_id))["status"] == "cancelled"
-    assert is_gone(pid)
+    await poll_until(lambda: has_exited(server), "it is replaced", seconds=5)
+    assert not has_exited(pid), "jobs that it has started go on"
+    await here.handle_commands(job_id, CancelJob("user-1"))
+    assert (await here.wait_until_finished(job_id))["status"] == "cancelled"
+    assert has_exited(pid)
 
 
 async def test_start_of_job_process_that_hangs_does_not_hold_up_shutdown(
     connection: Connection, store: Path, file: Path
 ) -> None:
     options = WorkerOptions(confinement=OFF, slots=2, shutdown_grace_seconds=0.2)
-    async with process(connection, store, projector=True) as here:
-        async with process(connection, store, worker=options, deaf=True):
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
             await others_go_on(here)
-            server = next(pid for pid in descendants(os.getpid()) if is_fork_server(pid))
+            server = next(pid for pid in list_descendants(os.getpid()) if is_fork_server(pid))
             os.kill(server, signal.SIGSTOP)
             job_id = await submit(here, file, "sleep")
             await asyncio.sleep(0.5)
             began = time.monotonic()
         assert time.monotonic() - began < 5
-        assert (await here.history(job_id))[-1] == "JobReleased"
+        assert (await here.read_event_types(job_id))[-1] == "JobReleased"
         with suppress(ProcessLookupError):
             os.kill(server, signal.SIGKILL)
 
 
 def is_fork_server(pid: int) -> bool:
     with suppress(OSError):
-        return parent(pid) == os.getpid() and b"fork_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return parent_pid(pid) == os.getpid() and b"fork_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobledger.ledger.domain.limits import JOB_LOG_BYTES, LOG_LINE_BYTES
-from jobledger.workers.log_buffer import ATTEMPT_BYTES, BURST_BYTES, LAST_LINES, LogBuffer
+from jobledger.ledger.domain.limits import LOG_ENTRY_OVERHEAD_BYTES, MAX_JOB_LOG_BYTES
+from jobledger.workers.log_buffer import BURST_BYTES, FLOOD_TAIL_LINES, MIN_ATTEMPT_BYTES, LogBuffer
 
 WIDTH = 1000
 DAY = 24 * 3600
@@ -30,27 +30,35 @@ def logged(buffer: LogBuffer, clock: Clock, *, lines: int, seconds: float) -> li
 
 
 def size(lines: list[str]) -> int:
-    return sum(len(line) + LOG_LINE_BYTES for line in lines)
+    return sum(len(line) + LOG_ENTRY_OVERHEAD_BYTES for line in lines)
 
 
 def test_log_of_a_day_is_bounded_and_ends_with_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     lines = logged(LogBuffer(), clock, lines=100_000, seconds=DAY)
-    assert JOB_LOG_BYTES - BURST_BYTES < size(lines) < JOB_LOG_BYTES + 2 * LAST_LINES * (WIDTH + LOG_LINE_BYTES)
+    assert (
+        MAX_JOB_LOG_BYTES - BURST_BYTES
+        < size(lines)
+        < MAX_JOB_LOG_BYTES + 2 * FLOOD_TAIL_LINES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
+    )
     told = [line for line in lines if "were left out here" in line]
     assert len(told) == 1
     assert "16.0 MiB in all" in told[0]
-    assert [int(line.split()[0]) for line in lines[-LAST_LINES:]] == list(range(100_000 - LAST_LINES, 100_000))
+    assert [int(line.split()[0]) for line in lines[-FLOOD_TAIL_LINES:]] == list(
+        range(100_000 - FLOOD_TAIL_LINES, 100_000)
+    )
 
 
 def test_log_of_many_attempts_is_bounded_and_each_may_say_something(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, total = Clock(monkeypatch), 0
     for _ in range(8):
         lines = logged(LogBuffer(total), clock, lines=10_000, seconds=DAY)
-        assert size(lines) >= ATTEMPT_BYTES / 2
+        assert size(lines) >= MIN_ATTEMPT_BYTES / 2
         assert lines[-1].startswith("9999 ")
         total += size(lines)
-    assert total < JOB_LOG_BYTES + 8 * (ATTEMPT_BYTES + 2 * LAST_LINES * (WIDTH + LOG_LINE_BYTES))
+    assert total < MAX_JOB_LOG_BYTES + 8 * (
+        MIN_ATTEMPT_BYTES + 2 * FLOOD_TAIL_LINES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
+    )
 
 
 def test_usual_log_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:

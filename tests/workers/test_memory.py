@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from tests.support.running import WorkerOptions, process
-from tests.support.slow_site import HEAD, SlowSite, serving
+from tests.support.running import WorkerOptions, run_roles_in_process
+from tests.support.slow_site import HEAD, SlowSite, serve_site
 
 LIMIT_MB = 700  # a child with the session processor loaded takes about half of it, most of that never touched
 OPTIONS = WorkerOptions(
@@ -40,12 +40,16 @@ CANNOT_BE_READ, CANNOT_BE_RECEIVED = 200, 2 * LIMIT_MB
 async def test_a_job_that_needs_too_much_memory_fails_and_the_worker_goes_on(
     connection: Connection, store: Path, megabytes: int
 ) -> None:
-    async with serving(GreatSite(no_pause)) as site, process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with (
+        serve_site(GreatSite(no_pause)) as site,
+        run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here,
+    ):
         small, large, behind = [
-            await here.submit(site.job(f"/{size}"), job_type="session", max_attempts=2) for size in (1, megabytes, 1)
+            await here.submit(site.job_parameters(f"/{size}"), job_type="session", max_attempts=2)
+            for size in (1, megabytes, 1)
         ]
-        await here.ended(small, large, behind)
-        assert [(await here.job(job_id))["status"] for job_id in (small, large, behind)] == [
+        await here.wait_until_finished(small, large, behind)
+        assert [(await here.load_job(job_id))["status"] for job_id in (small, large, behind)] == [
             "completed",
             "failed",
             "completed",
@@ -53,6 +57,6 @@ async def test_a_job_that_needs_too_much_memory_fails_and_the_worker_goes_on(
         # Received piece by piece, it may run out of memory anywhere, even where asyncio takes that for a broken
         # connection: then the job is said to have failed for another reason.
         if megabytes == CANNOT_BE_READ:
-            failed = (await here.job(large))["error"]["code"]
+            failed = (await here.load_job(large))["error"]["code"]
             assert failed in ("OUT_OF_MEMORY", "PROCESS_KILLED", "PROCESS_DIED")
-        assert (await here.ended(await here.submit()))["status"] == "completed"
+        assert (await here.wait_until_finished(await here.submit()))["status"] == "completed"

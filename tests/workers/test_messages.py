@@ -12,21 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.workers.child import main, messages
-from jobledger.workers.child.attempt import failure_of
+from jobledger.workers.child.attempt import failure_from_exception
 from jobledger.workers.child.messages import (
-    HEADER,
+    FRAME_HEADER,
     MAX_FRAME_BYTES,
     MAX_FRAME_VALUES,
-    FromJob,
     InvalidMessage,
-    Log,
+    LogEntries,
     Message,
-    Step,
-    decode_from_job,
-    encode,
+    MessageEnvelope,
+    StepFinished,
+    decode_message,
+    encode_frame,
 )
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.result_conversion import MAX_BYTES, MAX_TEXT, to_json, to_text
+from jobledger.workers.result_conversion import MAX_TEXT_LENGTH, MAX_VALUE_BYTES, to_json, to_text
 
 
 @pytest.mark.parametrize("value", [b"[]", b"{}", b"0", b'""', b'[0,{"a":[]}]'])
@@ -37,18 +37,18 @@ def test_decode_frame_with_too_many_values_is_refused_at_once(value: bytes) -> N
     )
     begin = time.process_time()
     with pytest.raises(InvalidMessage, match=f"{MAX_FRAME_VALUES:,} values"):
-        decode_from_job(step + output + b"}}")
+        decode_message(step + output + b"}}")
     assert time.process_time() - begin < 1
 
 
 def test_decode_frame_with_large_text_is_accepted() -> None:
     message = {"kind": "log", "lines": [[0.0, "info", "a text " * 100_000]]}
-    assert decode_from_job(orjson.dumps({"id": 0, "message": message})).id == 0
+    assert decode_message(orjson.dumps({"id": 0, "message": message})).request_id == 0
 
 
 def received(message: Message) -> Message:
     """Return what the worker gets if a job process sends the message."""
-    return decode_from_job(encode(FromJob(1, message))[HEADER.size :]).message
+    return decode_message(encode_frame(MessageEnvelope(1, message))[FRAME_HEADER.size :]).message
 
 
 # All that means something in JSON, alone and together, and what is left of it by a careless count.
@@ -58,23 +58,23 @@ TEXTS = [*string.punctuation, "1,", '",', "\\,", '\\",[{', "[{", "\n,", "\x01", 
 @pytest.mark.parametrize("text", TEXTS)
 def test_largest_texts_that_inline_jobs_may_use_are_accepted_of_a_job_process(text: str) -> None:
     escaped = len(orjson.dumps(text)) - 2
-    output: Any = to_json(text * ((MAX_BYTES - 100) // max(escaped, len(text.encode()))), "output")
-    step = Step(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
+    output: Any = to_json(text * ((MAX_VALUE_BYTES - 100) // max(escaped, len(text.encode()))), "output")
+    step = StepFinished(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
     assert received(step) == step
-    line = to_text(text * MAX_TEXT)
-    log = Log([(0.0, "info", line)] * main._LINES_AT_ONCE)
+    line = to_text(text * MAX_TEXT_LENGTH)
+    log = LogEntries([(0.0, "info", line)] * main._MAX_ENTRIES_PER_MESSAGE)
     assert received(log) == log
 
 
 def test_largest_values_that_inline_jobs_may_use_are_accepted_of_a_job_process() -> None:
-    output = to_json([1] * (MAX_BYTES // 6 - 10), "output")
-    step = Step(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
+    output = to_json([1] * (MAX_VALUE_BYTES // 6 - 10), "output")
+    step = StepFinished(step="s", key="k", output=output, duration_s=1.0, tokens_used=0, warnings=[])
     assert received(step) == step
 
 
 def test_largest_details_of_errors_are_accepted_of_a_job_process() -> None:
     details = {f"{number}": [0] * 33_000 for number in range(100)}
-    failed = failure_of(ProcessorError("ODD", "an odd error", details=details))
+    failed = failure_from_exception(ProcessorError("ODD", "an odd error", details=details))
     assert failed.details["0"] == details["0"]
     assert "too large" in str(failed.details["99"])
     assert received(failed) == failed

@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 
-from jobledger.ledger.domain.commands import CancelJob, WriteLog
+from jobledger.ledger.domain.commands import AddLogEntries, CancelJob
 from jobledger.ledger.domain.events import JobLogged, StepCompleted
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.command_handler import Handled, handle
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.command_handler import CommandResult, handle_command
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers import attempt_recorder as recorder
 from jobledger.workers import attempt_timeout as time_limit
-from jobledger.workers.child.confinement import Confinement
+from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.result_conversion import to_text
 from tests.support import misbehaving as does
-from tests.support.running import Process, WorkerOptions, process, until
-from tests.workers.misbehaving import installed
+from tests.support.running import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.workers.misbehaving import misbehaving_processors
 
-__all__ = ["installed"]
+__all__ = ["misbehaving_processors"]
 pytestmark = pytest.mark.usefixtures("installed")
 TYPES = ["misbehaving", "misbehaving-inline"]
-OPTIONS = WorkerOptions(slots=8, confinement=Confinement(mode="off"))
+OPTIONS = WorkerOptions(slots=8, confinement=ConfinementSettings(mode="off"))
 COMPLETED = ("completed", None, "")
 FAULT = "PROCESSOR_FAULT"
 
@@ -70,10 +70,10 @@ ENDINGS: dict[str, tuple[str, str | None, str]] = {
 
 @pytest.mark.parametrize("job_type", TYPES)
 async def test_attempt_ends_whatever_processor_raises(job_type: str, connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {do: await here.submit({"do": do}, job_type=job_type) for do in ENDINGS}
-        await here.ended(*job_ids.values(), seconds=60)
-        found = {do: await here.job(job_id) for do, job_id in job_ids.items()}
+        await here.wait_until_finished(*job_ids.values(), seconds=60)
+        found = {do: await here.load_job(job_id) for do, job_id in job_ids.items()}
         assert {do: (job["status"], (job["error"] or {}).get("code")) for do, job in found.items()} == {
             do: (status, code) for do, (status, code, _) in ENDINGS.items()
         }
@@ -95,31 +95,33 @@ async def test_attempt_ends_whatever_processor_raises(job_type: str, connection:
         ]
         assert not [task for task in asyncio.all_tasks() if "ignore_canc" in repr(task) or "stubborn" in repr(task)]
         assert "spoke after its end" not in str(found["leave tasks"]["logs"])
-        assert (await here.ended(await here.submit()))["status"] == "completed"
+        assert (await here.wait_until_finished(await here.submit()))["status"] == "completed"
 
 
 @pytest.mark.parametrize("job_type", TYPES)
 async def test_job_that_ignores_cancellation_ends_when_stopped(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    options = WorkerOptions(slots=2, confinement=Confinement(mode="off"), shutdown_grace_seconds=0.1)
-    async with process(connection, store, projector=True) as here:
+    options = WorkerOptions(slots=2, confinement=ConfinementSettings(mode="off"), shutdown_grace_seconds=0.1)
+    async with run_roles_in_process(connection, store, projector=True) as here:
 
         async def submitted(timeout_s: float = 60) -> str:
             job_id = await here.submit(
                 {"do": "ignore cancellation"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
             )
-            await here.heard(JobLogged, job_id)
+            await here.wait_for_event(JobLogged, job_id)
             return job_id
 
-        async with process(connection, store, worker=options, deaf=True):
+        async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
             slow, cancelled = await submitted(2.5), await submitted()
-            await here.do(cancelled, CancelJob("user-1"))
-            assert (await here.ended(cancelled, seconds=8))["status"] == "cancelled"
-            assert (await here.ended(slow, seconds=8))["error"]["code"] == "TIMEOUT"
-            assert (await here.ended(await here.submit()))["status"] == "completed", "the slots are free again"
+            await here.handle_commands(cancelled, CancelJob("user-1"))
+            assert (await here.wait_until_finished(cancelled, seconds=8))["status"] == "cancelled"
+            assert (await here.wait_until_finished(slow, seconds=8))["error"]["code"] == "TIMEOUT"
+            assert (await here.wait_until_finished(await here.submit()))["status"] == "completed", (
+                "the slots are free again"
+            )
             released = await submitted()
-        assert (await here.history(released))[-1] == "JobReleased"
+        assert (await here.read_event_types(released))[-1] == "JobReleased"
 
 
 PLACES = {
@@ -133,24 +135,24 @@ PLACES = {
 async def test_value_that_cannot_be_stored_fails_with_its_place(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {
             (do, value): await here.submit({"do": do, "value": value}, job_type=job_type)
-            for value in does.REFUSED
+            for value in does.REJECTED_VALUES
             for do in PLACES
         }
         accepted = await here.submit({"do": "accepted"}, job_type=job_type)
-        await here.ended(*job_ids.values(), accepted, seconds=100)
+        await here.wait_until_finished(*job_ids.values(), accepted, seconds=100)
         for (do, value), job_id in job_ids.items():
-            job = await here.job(job_id)
+            job = await here.load_job(job_id)
             assert (job["status"], job["attempt"]) == ("failed", 1), (do, value)
             assert job["error"]["code"] == "INVALID_RESULT", (do, value, job["error"])
-            place = does.REFUSED[value][1]
+            place = does.REJECTED_VALUES[value][1]
             place = PLACES[do] + place if place is not None else PLACES[do].removesuffix(".value")
             assert job["error"]["message"].startswith(place), (do, value, job["error"])
             assert "cannot be stored: " in job["error"]["message"]
-        job = await here.job(accepted)
-        expected = {name: stored for name, (_, stored) in does.ACCEPTED.items()}
+        job = await here.load_job(accepted)
+        expected = {name: stored for name, (_, stored) in does.ACCEPTED_VALUES.items()}
         assert job["error"] is None
         assert job["results"]["metadata"]["values"] == expected
         assert job["results"]["metadata"]["steps"] == expected
@@ -158,14 +160,14 @@ async def test_value_that_cannot_be_stored_fails_with_its_place(
 
 @pytest.mark.parametrize("job_type", TYPES)
 async def test_concurrent_calls_are_never_mixed(job_type: str, connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_id = await here.submit({"do": "everything at once"}, job_type=job_type)
-        job = await here.ended(job_id, seconds=60)
+        job = await here.wait_until_finished(job_id, seconds=60)
         assert (job["status"], job["error"]) == ("completed", None)
         assert job["results"]["metadata"]["wrong"] == []
         assert job["results"]["metadata"]["tokens_used"] == 180
         assert len(job["results"]["metadata"]["warnings"]) == 18
-        events = [event.event for event in await here.log.read_stream(job_id)]
+        events = [event.event for event in await here.event_store.read_stream(job_id)]
         steps = {event.step: event for event in events if isinstance(event, StepCompleted)}
         assert len(steps) == 180
         for name, step in steps.items():
@@ -182,15 +184,17 @@ async def test_concurrent_calls_are_never_mixed(job_type: str, connection: Conne
 # Logging --------------------------------------------------------------------------------------------------------------
 
 
-async def lines_of(here: Process, job_id: str) -> list[str]:
-    events = [event.event for event in await here.log.read_stream(job_id)]
+async def lines_of(here: RunningRoles, job_id: str) -> list[str]:
+    events = [event.event for event in await here.event_store.read_stream(job_id)]
     return [line.message for event in events if isinstance(event, JobLogged) for line in event.entries]
 
 
 @pytest.mark.parametrize("job_type", TYPES)
 async def test_steps_with_similar_names_are_not_mixed(job_type: str, connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
-        job = await here.ended(await here.submit({"do": "name steps alike"}, job_type=job_type, max_attempts=2))
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+        job = await here.wait_until_finished(
+            await here.submit({"do": "name steps alike"}, job_type=job_type, max_attempts=2)
+        )
         assert job["attempt"] == 2
         assert job["results"]["metadata"]["found"] == [ascii(name) for name in does.STEP_NAMES]
 
@@ -199,8 +203,10 @@ async def test_steps_with_similar_names_are_not_mixed(job_type: str, connection:
 async def test_deeply_nested_scratch_is_removed_and_job_completes(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
-        job = await here.ended(await here.submit({"do": "nest directories"}, job_type=job_type, max_attempts=1))
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+        job = await here.wait_until_finished(
+            await here.submit({"do": "nest directories"}, job_type=job_type, max_attempts=1)
+        )
         assert (job["status"], job["error"]) == ("completed", None)
 
 
@@ -208,11 +214,11 @@ async def test_deeply_nested_scratch_is_removed_and_job_completes(
 async def test_job_that_meets_a_locked_scratch_directory_is_given_back(
     job_type: str, connection: Connection, store: Path, tmp_path: Path
 ) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_id = await here.submit({"do": "lock scratch", "file": str(tmp_path / "marker")}, job_type=job_type)
-        job = await here.ended(job_id)
+        job = await here.wait_until_finished(job_id)
         assert (job["status"], job["attempt"]) == ("completed", 2)
-        assert [it for it in await here.history(job_id) if it != "JobLogged"] == [
+        assert [it for it in await here.read_event_types(job_id) if it != "JobLogged"] == [
             *("JobSubmitted", "JobClaimed", "JobReleased", "JobClaimed", "JobCompleted")
         ]
         assert job["retries"] == 0
@@ -225,11 +231,11 @@ async def test_much_logging_is_clipped_and_job_completes(job_type: str, connecti
         "many lines": {"do": "log much", "lines": 200_000, "width": 10},
         "wide lines": {"do": "log much", "lines": 10_000, "width": 9_000},
     }
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {name: await here.submit(asked, job_type=job_type) for name, asked in given.items()}
-        await here.ended(*job_ids.values(), seconds=60)
+        await here.wait_until_finished(*job_ids.values(), seconds=60)
         for name, job_id in job_ids.items():
-            job = await here.job(job_id)
+            job = await here.load_job(job_id)
             assert (job["status"], job["error"]) == ("completed", None), name
         long, after = await lines_of(here, job_ids["one long line"])
         assert long.endswith("more characters were cut)")
@@ -242,7 +248,7 @@ async def test_much_logging_is_clipped_and_job_completes(job_type: str, connecti
             numbers = [int(line.split()[0]) for line in lines if "were left out" not in line]
             assert numbers == sorted(numbers)
             assert numbers[-1] == given[name]["lines"] - 1, "the last line is always there"
-            job = await here.job(job_ids[name])
+            job = await here.load_job(job_ids[name])
             if job_type == "misbehaving":  # inline it is the memory of the tests
                 assert job["results"]["metadata"]["peak"] < 500
 
@@ -252,38 +258,40 @@ async def test_much_logging_is_clipped_and_job_completes(job_type: str, connecti
 async def test_log_lines_are_kept_when_the_request_that_writes_them_is_cancelled(
     job_type: str, end: str, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def slow(log: EventLog, stream: str, command: Any, **options: Any) -> Handled:
-        if isinstance(command, WriteLog):
+    async def slow(log: EventStore, stream: str, command: Any, **options: Any) -> CommandResult:
+        if isinstance(command, AddLogEntries):
             writing.set()
             await asyncio.sleep(0.2)
-        return await handle(log, stream, command, **options)
+        return await handle_command(log, stream, command, **options)
 
     writing = asyncio.Event()
     monkeypatch.setattr(recorder, "handle", slow)
     if end == "timeout":
         monkeypatch.setattr(time_limit, "USUAL_SECONDS", 60.0)
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         timeout_s = 0.5 if end == "timeout" else 60.0
         job_id = await here.submit(
             {"do": "log and finish step"}, job_type=job_type, timeout_s=timeout_s, max_attempts=1
         )
         await writing.wait()
         if end == "cancel":
-            await here.do(job_id, CancelJob("user-1"))
-        await here.ended(job_id)
+            await here.handle_commands(job_id, CancelJob("user-1"))
+        await here.wait_until_finished(job_id)
         assert [line.split()[0] for line in await lines_of(here, job_id)] == [str(number) for number in range(150)]
 
 
 async def test_what_job_process_prints_is_in_its_log(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_id = await here.submit({"do": "print much", "lines": 300_000}, job_type="misbehaving")
-        job = await here.ended(job_id, seconds=60)
+        job = await here.wait_until_finished(job_id, seconds=60)
         assert (job["status"], job["error"]) == ("completed", None)
         lines = await lines_of(here, job_id)
         assert lines[0] == "the first line"
         assert sum(map(len, lines)) < 100_000
         assert [line for line in lines if "more bytes of output were left out" in line]
-        crashed = await here.ended(await here.submit({"do": "crash"}, job_type="misbehaving", max_attempts=1))
+        crashed = await here.wait_until_finished(
+            await here.submit({"do": "crash"}, job_type="misbehaving", max_attempts=1)
+        )
         assert (crashed["error"]["code"], crashed["error"]["details"]["signal"]) == ("PROCESS_KILLED", "SIGSEGV")
         assert "some last words" in crashed["error"]["details"]["output"]
         assert "Segmentation fault" in crashed["error"]["details"]["output"]
@@ -296,19 +304,19 @@ async def test_fork_server_that_cannot_load_a_processor_serves_the_others(
 
     monkeypatch.setattr(job_process, "MODULES", ["no.such.module", "tests.support.preload_that_dies"])
     job_process.stop_fork_server()
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
-        job = await here.ended(await here.submit({"do": "nothing"}, job_type="misbehaving"))
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+        job = await here.wait_until_finished(await here.submit({"do": "nothing"}, job_type="misbehaving"))
         assert job["status"] == "completed"
     job_process.stop_fork_server()
 
 
 async def test_tasks_of_jobs_do_not_stay(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
-        await here.ended(await here.submit())
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
+        await here.wait_until_finished(await here.submit())
         before = len(asyncio.all_tasks())
         for _ in range(3):
-            await here.ended(await here.submit({"do": "leave tasks"}, job_type="misbehaving-inline"))
-        await until(lambda: len(asyncio.all_tasks()) <= before, "no task is left", seconds=3)
+            await here.wait_until_finished(await here.submit({"do": "leave tasks"}, job_type="misbehaving-inline"))
+        await poll_until(lambda: len(asyncio.all_tasks()) <= before, "no task is left", seconds=3)
 
 
 IRREGULAR = {
@@ -321,7 +329,7 @@ IRREGULAR = {
 
 
 async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         for job_type in TYPES:
             # More than there are threads that save: none is held up by the others.
             kinds = [*IRREGULAR] * 3
@@ -329,14 +337,14 @@ async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connec
                 await here.submit({"do": "save what is no file", "kind": kind}, job_type=job_type, max_attempts=1)
                 for kind in kinds
             ]
-            await here.ended(*job_ids)
+            await here.wait_until_finished(*job_ids)
             for kind, job_id in zip(kinds, job_ids, strict=True):
-                error = (await here.job(job_id))["error"]
+                error = (await here.load_job(job_id))["error"]
                 assert error["code"] == "INVALID_RESULT", error
                 assert f"{IRREGULAR[kind]}. Give the path of a regular file, or bytes." in error["message"]
                 assert ("/dev/zero" if kind == "device" else "/it'") in error["message"]
             for kind in ("link to a file", "path of its own"):
-                job = await here.ended(
+                job = await here.wait_until_finished(
                     await here.submit({"do": "save what is no file", "kind": kind}, job_type=job_type)
                 )
                 assert job["status"] == "completed", job["error"]
@@ -355,11 +363,11 @@ TAKEN_LOOPS = {
 async def test_processor_that_takes_the_event_loop_of_its_process_fails_once(
     connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {do: await here.submit({"do": do}, job_type="misbehaving", max_attempts=3) for do in TAKEN_LOOPS}
-        await here.ended(*job_ids.values())
+        await here.wait_until_finished(*job_ids.values())
         for do, text in TAKEN_LOOPS.items():
-            job = await here.job(job_ids[do])
+            job = await here.load_job(job_ids[do])
             assert (job["status"], job["attempt"], job["error"]["code"]) == ("failed", 1, FAULT), (do, job["error"])
             assert text in job["error"]["message"], do
             assert "output" not in job["error"]["details"], "no traceback of ours"
@@ -372,16 +380,18 @@ async def test_processor_that_takes_the_event_loop_of_its_process_fails_once(
 async def test_warnings_beyond_what_events_hold_are_counted_and_job_completes(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {
             value: await here.submit({"do": "warn much", "value": value, "lines": 500}, job_type=job_type)
             for value in does.WARNINGS
         }
-        await here.ended(*job_ids.values(), seconds=30)
+        await here.wait_until_finished(*job_ids.values(), seconds=30)
         for value, job_id in job_ids.items():
-            job = await here.job(job_id)
+            job = await here.load_job(job_id)
             assert (job["status"], job["error"]) == ("completed", None), value
-            steps = [it.event for it in await here.log.read_stream(job_id) if isinstance(it.event, StepCompleted)]
+            steps = [
+                it.event for it in await here.event_store.read_stream(job_id) if isinstance(it.event, StepCompleted)
+            ]
             found = [(step.warnings, of) for step, of in zip(steps, (500, 501), strict=True)]
             for warnings, of in [*found, (job["results"]["metadata"]["warnings"], 502)]:
                 assert warnings[:-1] == [to_text(does.WARNINGS[value], 2000)] * (len(warnings) - 1)
@@ -392,10 +402,12 @@ async def test_warnings_beyond_what_events_hold_are_counted_and_job_completes(
 async def test_results_name_only_files_of_the_job_with_their_sizes(
     job_type: str, connection: Connection, store: Path
 ) -> None:
-    async with process(connection, store, projector=True, worker=OPTIONS) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
 
         async def ended(do: str, **more: Any) -> dict[str, Any]:
-            return await here.ended(await here.submit({"do": do, **more}, job_type=job_type, max_attempts=2))
+            return await here.wait_until_finished(
+                await here.submit({"do": do, **more}, job_type=job_type, max_attempts=2)
+            )
 
         other = (await ended("forge size", code=-1))["results"]["files"][0]
         assert other["size"] == 10

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.installation import Installation, client_of
+from tests.support.installation import Installation, http_client
 from tests.support.mongod import needs_local_mongod
-from tests.support.plugins import HEAD, add_plugin
+from tests.support.plugins import MODULE_TEMPLATE, install_plugin
 
 BAD = {
     "exits": ("import sys; sys.exit(3)", "SystemExit"),
@@ -64,9 +64,9 @@ print(json.dumps([sorted(registry.processors()), registry.unusable_types()]))
 
 def test_registry_with_bad_plugins_names_each_and_keeps_the_others(tmp_path: Path) -> None:
     for job_type, (code, _) in BAD.items():
-        add_plugin(tmp_path, job_type, code)
-    add_plugin(tmp_path, "attributeless", attribute="Missing")
-    add_plugin(tmp_path, "healthy")
+        install_plugin(tmp_path, job_type, code)
+    install_plugin(tmp_path, "attributeless", attribute="Missing")
+    install_plugin(tmp_path, "healthy")
     for number in (1, 2):
         info = tmp_path / f"twin{number}-1.0.dist-info"
         info.mkdir()
@@ -86,25 +86,25 @@ def test_registry_with_bad_plugins_names_each_and_keeps_the_others(tmp_path: Pat
 @needs_local_mongod
 def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugins = tmp_path / "plugins"
-    add_plugin(plugins, "raises", BAD["raises"][0])
-    add_plugin(plugins, "healthy")
+    install_plugin(plugins, "raises", BAD["raises"][0])
+    install_plugin(plugins, "healthy")
     needy = "class S(BaseModel):\n    endpoint: str\nGood.Settings = S"
-    add_plugin(plugins, "unconfigured", needy)
-    add_plugin(plugins, "misconfigured", needy, head=HEAD)
+    install_plugin(plugins, "unconfigured", needy)
+    install_plugin(plugins, "misconfigured", needy, template=MODULE_TEMPLATE)
     for job_type, code in PRELOADED.items():
         (plugins / f"library_{job_type}.py").write_text(code, encoding="utf-8")
-        add_plugin(plugins, job_type, f"Good.isolation = 'process'\nGood.preload = ('library_{job_type}',)")
+        install_plugin(plugins, job_type, f"Good.isolation = 'process'\nGood.preload = ('library_{job_type}',)")
     for name, code in SHARING.items():
         sharing = (
             f"from pathlib import Path\nfrom threading import current_thread, main_thread\ndef shared():\n    {code}\n"
         )
         sharing += "Good.isolation = 'process'\nGood.shared_directories = staticmethod(shared)"
-        add_plugin(plugins, f"sharing-{name}", sharing)
+        install_plugin(plugins, f"sharing-{name}", sharing)
     monkeypatch.setenv("PYTHONPATH", str(plugins))
     sections = {"misconfigured": {"endpoint": 7}, "raises": {"any": "thing"}}
     with Installation(tmp_path / "here", processors=sections) as here:
-        up = here.up()
-        with client_of(up) as client:
+        up = here.start_up_command()
+        with http_client(up) as client:
             for job_type in ("echo", "healthy", "works"):
                 answer = client.post(
                     "/api/events/jobs", json={"job_type": job_type, "parameters": {}}, headers={"Prefer": "wait=20"}
@@ -124,7 +124,7 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
                 refused = client.post("/api/events/jobs", json={"job_type": job_type, "parameters": {}})
                 assert refused.status_code == 503, refused.text
                 assert words in refused.text
-                assert f"job_type={job_type}" in up.err
+                assert f"job_type={job_type}" in up.stderr
             for job_type, words in {"sharing-later": "ZeroDivisionError", "sharing-nowhere": "/proc/nope"}.items():
                 body = {"job_type": job_type, "parameters": {}, "max_attempts": 3}
                 job = client.post("/api/events/jobs", json=body, headers={"Prefer": "wait=20"}).json()["job"]
@@ -132,7 +132,7 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
                 assert job["error"]["code"] == "PROCESSOR_FAULT"
                 assert words in job["error"]["message"]
             assert client.get("/api/openapi.json").status_code == 200
-        assert "importing what processors name has failed" not in up.err, "bad ones are not loaded beforehand"
-        doctor = here.start("doctor").ended()
+        assert "importing what processors name has failed" not in up.stderr, "bad ones are not loaded beforehand"
+        doctor = here.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
         assert "no licence file" in " ".join(doctor.out.split())

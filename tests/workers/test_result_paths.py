@@ -13,16 +13,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jobledger.api.routes.archives import safe_path
+from jobledger.api.routes.archives import sanitize_path
 from jobledger.ledger.domain.commands import Delete, RestartJob
 from jobledger.ledger.domain.events import JobCompleted
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.projections.views import files
-from jobledger.workers.processor import Job, ProcessorError, Results
-from jobledger.workers.processors.session.result_names import layout
-from jobledger.workers.result_paths import MAX_PART_BYTES, alternatives, normal_path
-from tests.support.running import Process, WorkerOptions, process
-from tests.workers.inline import install
+from jobledger.workers.processor import JobContext, ProcessorError, Results
+from jobledger.workers.processors.session.result_names import build_layout
+from jobledger.workers.result_paths import MAX_PART_BYTES, generate_candidates, normalize_path
+from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process
+from tests.workers.inline import install_processor
 
 INVALID = {
     "": "empty part",
@@ -94,7 +94,7 @@ VALID = [
 @pytest.mark.parametrize(("path", "rule"), INVALID.items(), ids=[ascii(path)[:40] for path in INVALID])
 def test_invalid_path_is_refused_with_path_and_rule(path: str, rule: str) -> None:
     with pytest.raises(ProcessorError) as refused:
-        normal_path(path)
+        normalize_path(path)
     assert (refused.value.code, refused.value.transient) == ("INVALID_PATH", False)
     assert rule in refused.value.message
     assert ascii(path[:300]) in refused.value.message
@@ -103,11 +103,11 @@ def test_invalid_path_is_refused_with_path_and_rule(path: str, rule: str) -> Non
 
 @pytest.mark.parametrize("path", VALID)
 def test_valid_path_is_accepted_unchanged(path: str) -> None:
-    assert normal_path(path) == path
+    assert normalize_path(path) == path
 
 
 def test_path_is_normalised_to_form_c() -> None:
-    assert normal_path("a\u0308.md") == normal_path("\u00e4.md") == "\u00e4.md"
+    assert normalize_path("a\u0308.md") == normalize_path("\u00e4.md") == "\u00e4.md"
 
 
 PATHS = st.lists(
@@ -122,7 +122,7 @@ PATHS = st.lists(
 
 def accepted(path: str) -> str | None:
     try:
-        return normal_path(path)
+        return normalize_path(path)
     except ProcessorError:
         return None
 
@@ -132,24 +132,24 @@ def accepted(path: str) -> str | None:
 def test_accepted_path_is_its_only_spelling(path: str) -> None:
     if (normal := accepted(path)) is None:
         return
-    assert normal_path(normal) == normal == unicodedata.normalize("NFC", normal)
+    assert normalize_path(normal) == normal == unicodedata.normalize("NFC", normal)
     assert posixpath.normpath(normal) == normal
     assert Path("/root", normal).resolve(strict=False) == Path("/root") / normal
     assert not Path(normal).is_absolute()
-    assert safe_path(normal).count("/") == normal.count("/"), "the archive keeps its folders"
-    assert re.sub(r'[<>:"|?*]', "_", normal).casefold() in safe_path(normal).casefold().replace("_con", "con")
+    assert sanitize_path(normal).count("/") == normal.count("/"), "the archive keeps its folders"
+    assert re.sub(r'[<>:"|?*]', "_", normal).casefold() in sanitize_path(normal).casefold().replace("_con", "con")
 
 
 @given(PATHS, st.sampled_from(["job-1", "job-2"]))
 def test_paths_given_instead_of_a_taken_one_are_valid_and_distinct(path: str, job_id: str) -> None:
     if (normal := accepted(path)) is None:
         return
-    found = list(alternatives(normal, job_id))
+    found = list(generate_candidates(normal, job_id))
     assert found[0] == normal
     assert len(set(found)) == len(found)
     for alternative in found:
-        assert normal_path(alternative) == alternative
-    assert not set(found[1:]) & set(list(alternatives(normal, "job-3"))[1:])
+        assert normalize_path(alternative) == alternative
+    assert not set(found[1:]) & set(list(generate_candidates(normal, "job-3"))[1:])
 
 
 @settings(max_examples=50)
@@ -157,15 +157,15 @@ def test_paths_given_instead_of_a_taken_one_are_valid_and_distinct(path: str, jo
 @example("a%2e", "\u061c", "\u00ad", "link")
 @example("\u4e2d" * 300, "\U0001f469" * 300, "x" * 999, "y" * 999)
 def test_every_path_of_a_session_is_valid(event: str, track: str, session: str, filename: str) -> None:
-    where = layout(event=event, track=track, session=session, filename=filename, job_id="job-1")
-    for path in (where.markdown, where.asset("slide-001.jpg")):
-        assert normal_path(path) == path
+    where = build_layout(event=event, track=track, session=session, filename=filename, job_id="job-1")
+    for path in (where.markdown_path, where.asset_path("slide-001.jpg")):
+        assert normalize_path(path) == path
 
 
 # Through real processes and HTTP ----------------------------------------------------------------------------------
 
 
-async def work(job: Job) -> Results:
+async def work(job: JobContext) -> Results:
     """Save what the parameters say; `bare` puts made-up files into the results."""
     wanted = job.parameters.model_dump()
     saved = [
@@ -177,8 +177,8 @@ async def work(job: Job) -> Results:
     return Results(markdown=saved[0], assets=saved[1:], metadata={"said": [file.path for file in saved]})
 
 
-async def ran(here: Process, *paths: str, word: str = "w", **more: Any) -> Document:
-    return await here.ended(await here.submit({"paths": paths, "word": word, **more}, job_type="test"))
+async def ran(here: RunningRoles, *paths: str, word: str = "w", **more: Any) -> Document:
+    return await here.wait_until_finished(await here.submit({"paths": paths, "word": word, **more}, job_type="test"))
 
 
 def paths_of(job: Document) -> list[str]:
@@ -186,7 +186,7 @@ def paths_of(job: Document) -> list[str]:
     return [file["path"] for file in job["results"]["files"]]
 
 
-async def owner_of(here: Process, path: str) -> str | None:
+async def owner_of(here: RunningRoles, path: str) -> str | None:
     row = await files.get(here.checkpoint.views, path)
     return row["job_id"] if row else None
 
@@ -194,8 +194,8 @@ async def owner_of(here: Process, path: str) -> str | None:
 async def test_second_job_with_a_path_gets_a_distinct_one(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(monkeypatch, work)
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+    install_processor(monkeypatch, work)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
         first = await ran(here, "r/a.md", "r/a", word="1")
         second = await ran(here, "r/a.md", "r/a", word="2")
         assert paths_of(first) == first["results"]["metadata"]["said"] == ["r/a.md", "r/a"]
@@ -207,17 +207,17 @@ async def test_second_job_with_a_path_gets_a_distinct_one(
 
         # A restart keeps the paths, whoever else there is by now.
         for job in (second, first):
-            [restarted] = await here.do(job["job_id"], RestartJob("user-1"))
-            await here.heard(JobCompleted, job["job_id"], after=restarted.position)
-            await here.views_reach()
-            assert paths_of(await here.job(job["job_id"])) == paths_of(job)
+            [restarted] = await here.handle_commands(job["job_id"], RestartJob("user-1"))
+            await here.wait_for_event(JobCompleted, job["job_id"], after=restarted.position)
+            await here.wait_for_views()
+            assert paths_of(await here.load_job(job["job_id"])) == paths_of(job)
 
         # Deleting one leaves the file of the other; then the path is free.
-        await here.do(second["job_id"], Delete("user-1"))
-        await here.views_reach()
+        await here.handle_commands(second["job_id"], Delete("user-1"))
+        await here.wait_for_views()
         assert [await owner_of(here, path) for path in ("r/a.md", marked[0])] == [first["job_id"], None]
-        await here.do(first["job_id"], Delete("user-1"))
-        await here.views_reach()
+        await here.handle_commands(first["job_id"], Delete("user-1"))
+        await here.wait_for_views()
         third = await ran(here, "r/a.md")
         assert paths_of(third) == ["r/a.md"]
 
@@ -225,8 +225,8 @@ async def test_second_job_with_a_path_gets_a_distinct_one(
 async def test_of_jobs_that_save_one_path_at_once_one_gets_it(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(monkeypatch, work)
-    async with process(connection, store, projector=True, worker=WorkerOptions(slots=10)) as here:
+    install_processor(monkeypatch, work)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(slots=10)) as here:
         jobs = await asyncio.gather(*(ran(here, "same.md", word=str(number)) for number in range(10)))
         found = [paths_of(job)[0] for job in jobs]
         assert found.count("same.md") == 1
@@ -236,8 +236,8 @@ async def test_of_jobs_that_save_one_path_at_once_one_gets_it(
 async def test_worker_checks_paths_that_were_not_saved(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(monkeypatch, work)
-    async with process(connection, store, projector=True, worker=WorkerOptions()) as here:
+    install_processor(monkeypatch, work)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
         first = await ran(here, "b.md")
         thief, outside, double, twice, refused = await asyncio.gather(
             ran(here, "t.md", bare="b.md"),

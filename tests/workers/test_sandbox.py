@@ -13,7 +13,7 @@ import pytest
 
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox import runner as sandbox
-from jobledger.workers.sandbox.runner import Limits, Method, Program, SandboxUnavailable, Trial
+from jobledger.workers.sandbox.runner import ProbeResult, Program, ResourceLimits, SandboxMethod, SandboxUnavailable
 
 WORKING = [
     pytest.param(
@@ -21,12 +21,12 @@ WORKING = [
         marks=pytest.mark.skipif(not works, reason=f"{method} does not work here (apt install bubblewrap)"),
     )
     for method, works in (
-        ("landlock", restrictions.landlock_version() > 0 and restrictions.can_refuse()),
-        ("bubblewrap", shutil.which("bwrap") is not None and sandbox._try("bubblewrap").works),
+        ("landlock", restrictions.landlock_version() > 0 and restrictions.is_seccomp_supported()),
+        ("bubblewrap", shutil.which("bwrap") is not None and sandbox._probe_method("bubblewrap").is_working),
     )
 ]
 
-LIMITS = Limits(file_bytes=1_000_000, memory_bytes=600_000_000, processes=100)
+LIMITS = ResourceLimits(file_bytes=1_000_000, memory_bytes=600_000_000, processes=100)
 ATTEMPTS = {
     "file": "open(canary).read()",
     "directory": "os.listdir(os.path.dirname(canary))",
@@ -71,7 +71,9 @@ print("tried")
 
 
 @pytest.mark.parametrize("method", WORKING)
-async def test_program_reaches_nothing_outside(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_program_reaches_nothing_outside(
+    method: SandboxMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CANARY", "canary")
     monkeypatch.chdir(tmp_path)
     canary, scratch = tmp_path / "canary", tmp_path / "scratch"
@@ -85,7 +87,7 @@ async def test_program_reaches_nothing_outside(method: Method, tmp_path: Path, m
         local.bind("canary.socket")
         local.listen()
         arguments = (str(canary), str(listening.getsockname()[1]), str(os.getpid()), json.dumps(attempts))
-        program = Program(sandbox.python("-c", _TRY_ALL, *arguments), scratch, limits=LIMITS)
+        program = Program(sandbox.python_command("-c", _TRY_ALL, *arguments), scratch, limits=LIMITS)
         ended = await sandbox._run(program, method, None, 10_000)
     reached = ended.output.decode().split("\n")[:-1]
     assert reached.pop() == "tried"
@@ -97,8 +99,8 @@ async def test_program_reaches_nothing_outside(method: Method, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("method", WORKING)
-async def test_program_can_do_its_work(method: Method, tmp_path: Path) -> None:
-    command = sandbox.python(
+async def test_program_can_do_its_work(method: SandboxMethod, tmp_path: Path) -> None:
+    command = sandbox.python_command(
         "-c",
         "import os, threading; threading.Thread(target=print).start(); os.mkdir('d');"
         "open('d/a', 'w').close(); os.rename('d/a', 'b'); print(os.popen('echo done').read())",
@@ -110,11 +112,13 @@ async def test_program_can_do_its_work(method: Method, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", WORKING)
-async def test_program_ends_with_all_it_started(method: Method, tmp_path: Path) -> None:
+async def test_program_ends_with_all_it_started(method: SandboxMethod, tmp_path: Path) -> None:
     escaping = "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n"
     beating = "  while True:\n   open('beat', 'a').write('x'); time.sleep(0.05)\n"
     running = asyncio.create_task(
-        sandbox._run(Program(sandbox.python("-c", escaping + beating + "time.sleep(100)"), tmp_path), method, None, 0)
+        sandbox._run(
+            Program(sandbox.python_command("-c", escaping + beating + "time.sleep(100)"), tmp_path), method, None, 0
+        )
     )
     async with asyncio.timeout(20):
         while not (tmp_path / "beat").exists():  # noqa: ASYNC110 - nobody tells us
@@ -129,44 +133,46 @@ async def test_program_ends_with_all_it_started(method: Method, tmp_path: Path) 
 
 
 async def test_nothing_is_run_without_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = Trial("landlock", works=False, reason="the kernel does not offer it")
+    trial = ProbeResult("landlock", is_working=False, reason="the kernel does not offer it")
     monkeypatch.setattr(sandbox, "tried", lambda: (trial,))
     with pytest.raises(SandboxUnavailable, match=r"the kernel does not offer it.*apt install bubblewrap"):
-        await sandbox.run(Program(sandbox.python("-c", "open('ran', 'w')"), tmp_path))
+        await sandbox.run_program(Program(sandbox.python_command("-c", "open('ran', 'w')"), tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
 def test_method_that_confines_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel, a container engine or a bwrap that only pretends."""
 
-    def bare(program: Program, method: Method) -> list[str]:
-        return ["/bin/sh", "-c", f'cd {program.scratch} && exec "$@"', "sh", *program.command]
+    def bare(program: Program, method: SandboxMethod) -> list[str]:
+        return ["/bin/sh", "-c", f'cd {program.scratch_dir} && exec "$@"', "sh", *program.command]
 
     monkeypatch.setattr(sandbox, "_command", bare)
-    trial = sandbox._try("landlock") if restrictions.landlock_version() else sandbox._try("bubblewrap")
-    assert not trial.works
+    trial = (
+        sandbox._probe_method("landlock") if restrictions.landlock_version() else sandbox._probe_method("bubblewrap")
+    )
+    assert not trial.is_working
     if restrictions.landlock_version() or shutil.which("bwrap"):
         assert "files outside" in trial.reason
         assert "the network" in trial.reason
 
 
 def test_doctor_names_the_sandbox_or_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jobledger.cli.commands.doctor import look_at_confinement
+    from jobledger.cli.commands.doctor import check_confinement
     from jobledger.cli.settings import Settings
 
-    monkeypatch.setattr(sandbox, "tried", lambda: (Trial("landlock", works=False, reason="no"),))
+    monkeypatch.setattr(sandbox, "tried", lambda: (ProbeResult("landlock", is_working=False, reason="no"),))
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
     for mode in ("auto", "required"):
         worker = Settings().event_worker.model_copy(update={"confine": mode})
-        jobs, programs = look_at_confinement(Settings().model_copy(update={"event_worker": worker}))
-        assert jobs.good is (mode == "auto")
-        assert "Landlock enabled" in (jobs.found if mode == "auto" else jobs.advice)
-        assert "apt install bubblewrap" in programs.found
-    monkeypatch.setattr(sandbox, "tried", lambda: (Trial("bubblewrap", works=True),))
+        jobs, programs = check_confinement(Settings().model_copy(update={"event_worker": worker}))
+        assert jobs.is_ok is (mode == "auto")
+        assert "Landlock enabled" in (jobs.detail if mode == "auto" else jobs.advice)
+        assert "apt install bubblewrap" in programs.detail
+    monkeypatch.setattr(sandbox, "tried", lambda: (ProbeResult("bubblewrap", is_working=True),))
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 7)
-    jobs, programs = look_at_confinement(Settings())
-    assert (jobs.good, jobs.found) == (True, "Landlock, version 7")
-    assert (programs.good, programs.found) == (True, "bubblewrap")
+    jobs, programs = check_confinement(Settings())
+    assert (jobs.is_ok, jobs.detail) == (True, "Landlock, version 7")
+    assert (programs.is_ok, programs.detail) == (True, "bubblewrap")
 
 
 _FAMILIES = """
@@ -187,7 +193,9 @@ async def test_program_with_a_proxy_has_no_sockets_but_those_of_its_own_network(
         await asyncio.Event().wait()
 
     try:
-        ended = await sandbox.run(Program(sandbox.python("-c", _FAMILIES), tmp_path), proxy=proxy, max_output=1000)
+        ended = await sandbox.run_program(
+            Program(sandbox.python_command("-c", _FAMILIES), tmp_path), proxy=proxy, max_output=1000
+        )
     except SandboxUnavailable as error:
         pytest.skip(str(error))
     assert ended.exit_code == 0

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import structlog
 
-from jobledger.ledger.system.cooperative_threads import at_once
-from jobledger.workers.directory_removal import ENTRIES_AT_ONCE, remove_tree
-from jobledger.workers.machine_health import MachineTrouble
-from jobledger.workers.scratch import Scratch
+from jobledger.ledger.system.cooperative_threads import run_to_completion
+from jobledger.workers.directory_removal import ENTRIES_PER_TURN, remove_tree
+from jobledger.workers.machine_health import MachineFailure
+from jobledger.workers.scratch import ScratchDirectory
 
 HOLD = """
 import sys, time
@@ -44,18 +44,18 @@ def test_scratch_of_a_killed_process_is_removed_and_of_a_living_one_kept(tmp_pat
     killed, living = holders
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    scratch = Scratch(tmp_path)
+    scratch = ScratchDirectory(tmp_path)
     scratch.check()
-    at_once(scratch.remove_dead())
+    run_to_completion(scratch.remove_stale())
     assert not places[0].exists()
     assert (next(places[1].iterdir()) / "video").exists()
-    assert sorted(places[1].parent.iterdir()) == sorted([places[1], scratch.directory or places[0]])
+    assert sorted(places[1].parent.iterdir()) == sorted([places[1], scratch.path or places[0]])
     living.kill()
     living.wait()
     scratch.close()
-    third = Scratch(tmp_path)
+    third = ScratchDirectory(tmp_path)
     third.prepare()
-    at_once(third.remove_dead())
+    run_to_completion(third.remove_stale())
     assert not places[1].exists()
     for holder in holders:
         assert holder.stdout is not None
@@ -70,47 +70,47 @@ def test_scratch_follows_no_links_and_uses_no_foreign_directory(tmp_path: Path) 
     root.mkdir()
     name = f"jobledger-{os.getuid()}"
     (root / name).symlink_to(precious)  # planted where the directory should be
-    first = Scratch(root)
+    first = ScratchDirectory(root)
     first.check()
-    assert first.directory is not None
-    base = first.directory.parent
+    assert first.path is not None
+    base = first.path.parent
     assert base.name.startswith(f"{name}-")
     (base / "planted").symlink_to(precious)
     dead = base / "dead-worker"
     dead.mkdir()
     (dead / "link").symlink_to(precious)
     (dead / "inner").mkdir()
-    second = Scratch(root)
+    second = ScratchDirectory(root)
     second.check()
-    at_once(second.remove_dead())
-    assert second.directory is not None
-    assert second.directory.parent == base, "the same place is found again"
+    run_to_completion(second.remove_stale())
+    assert second.path is not None
+    assert second.path.parent == base, "the same place is found again"
     assert not dead.exists()
-    assert first.directory.exists()
+    assert first.path.exists()
     assert (precious / "file").read_text() == "kept"
     assert oct(base.stat().st_mode & 0o777) == "0o700"
-    assert oct(second.directory.stat().st_mode & 0o777) == "0o700"
+    assert oct(second.path.stat().st_mode & 0o777) == "0o700"
 
 
 def test_scratch_with_too_little_space_is_trouble_of_the_machine(tmp_path: Path) -> None:
-    with pytest.raises(MachineTrouble, match="scratch_min_free_mb requires"):
-        Scratch(tmp_path, min_free_mb=1e9).check()
+    with pytest.raises(MachineFailure, match="scratch_min_free_mb requires"):
+        ScratchDirectory(tmp_path, min_free_mb=1e9).check()
 
 
 @pytest.mark.parametrize("place", ["file/below", "nowhere/at/all"])
 def test_scratch_that_cannot_be_created_is_trouble_of_the_machine(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
-    scratch = Scratch(tmp_path / place)
-    with pytest.raises(MachineTrouble, match=r"event_worker\.scratch_dir"):
+    scratch = ScratchDirectory(tmp_path / place)
+    with pytest.raises(MachineFailure, match=r"event_worker\.scratch_dir"):
         scratch.check()
 
 
 def test_scratch_that_vanished_is_created_again(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path)
+    scratch = ScratchDirectory(tmp_path)
     scratch.check()
-    assert scratch.directory is not None
-    scratch.directory.rmdir()
-    with pytest.raises(MachineTrouble):
+    assert scratch.path is not None
+    scratch.path.rmdir()
+    with pytest.raises(MachineFailure):
         scratch.check_quickly()
     scratch.check()
     scratch.check_quickly()
@@ -125,14 +125,14 @@ def test_scratch_prepared_by_many_threads_closes_no_descriptor_of_others(
         time.sleep(0.02)
         close(descriptor)
 
-    scratch = Scratch(tmp_path / "root")
+    scratch = ScratchDirectory(tmp_path / "root")
     scratch.prepare()
     (tmp_path / "root").rename(tmp_path / "away")
     (tmp_path / "root").write_text("a file where the directory was")
     monkeypatch.setattr("jobledger.workers.scratch.os.close", slow)
     with ThreadPoolExecutor(8) as threads:
         errors = [checking.exception() for checking in [threads.submit(scratch.check) for _ in range(8)]]
-    assert [type(error) for error in errors] == [MachineTrouble] * 8
+    assert [type(error) for error in errors] == [MachineFailure] * 8
     assert all(str(error).startswith("No scratch directory can be created") for error in errors)
 
 
@@ -161,7 +161,7 @@ def test_remove_tree_removes_unreadable_directories_and_follows_no_links(tmp_pat
     (tree / "a" / "b").chmod(0)
     (tree / "a").chmod(0)
 
-    at_once(remove_tree(tree))
+    run_to_completion(remove_tree(tree))
 
     assert list(tmp_path.iterdir()) == [outside]
     assert (outside / "file").read_text() == "kept"
@@ -173,10 +173,10 @@ def test_deep_directories_of_a_dead_worker_are_removed(tmp_path: Path) -> None:
     dead = base / "host-1-abcdef"
     dead.mkdir(parents=True, mode=0o700)
     nest(dead, 1100)
-    scratch = Scratch(tmp_path)
+    scratch = ScratchDirectory(tmp_path)
 
     scratch.prepare()
-    at_once(scratch.remove_dead())
+    run_to_completion(scratch.remove_stale())
     scratch.close()
 
     assert list(base.iterdir()) == []
@@ -227,40 +227,40 @@ def test_checks_do_not_wait_for_directories_of_dead_workers(tmp_path: Path) -> N
     dead = tmp_path / f"jobledger-{os.getuid()}" / "host-1-abcdef"
     dead.mkdir(parents=True, mode=0o700)
     wide(dead)
-    scratch = Scratch(tmp_path)
+    scratch = ScratchDirectory(tmp_path)
     scratch.check()
     assert len(list(dead.iterdir())) == 1000
-    removing = scratch.remove_dead()
+    removing = scratch.remove_stale()
     next(removing)
     removing.close()  # a worker that ends meanwhile
-    other = Scratch(tmp_path)
+    other = ScratchDirectory(tmp_path)
     other.prepare()
-    at_once(other.remove_dead())
-    assert set(dead.parent.iterdir()) == {scratch.directory, other.directory}
+    run_to_completion(other.remove_stale())
+    assert set(dead.parent.iterdir()) == {scratch.path, other.path}
 
 
 def test_end_of_a_worker_does_not_wait_for_its_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.workers.scratch._CLOSE_SECONDS", 0)
-    scratch = Scratch(tmp_path)
+    scratch = ScratchDirectory(tmp_path)
     scratch.prepare()
-    assert scratch.directory is not None
-    wide(scratch.directory)
-    left = scratch.directory
+    assert scratch.path is not None
+    wide(scratch.path)
+    left = scratch.path
     scratch.close()
-    assert len(list(left.iterdir())) >= 1000 - ENTRIES_AT_ONCE
-    after = Scratch(tmp_path)
+    assert len(list(left.iterdir())) >= 1000 - ENTRIES_PER_TURN
+    after = ScratchDirectory(tmp_path)
     after.prepare()
-    at_once(after.remove_dead())
+    run_to_completion(after.remove_stale())
     assert not left.exists()
 
 
 @pytest.mark.parametrize("check", ["create", "check_quickly", "check"])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_scratch_whose_mode_was_changed_gets_it_back(tmp_path: Path, level: int, check: str) -> None:
-    scratch = Scratch(tmp_path / "root")
+    scratch = ScratchDirectory(tmp_path / "root")
     scratch.prepare()
-    assert scratch.directory is not None
-    path = [scratch.directory, *scratch.directory.parents][level]
+    assert scratch.path is not None
+    path = [scratch.path, *scratch.path.parents][level]
     mode = path.stat().st_mode
     try:
         path.chmod(0)
@@ -268,6 +268,6 @@ def test_scratch_whose_mode_was_changed_gets_it_back(tmp_path: Path, level: int,
             getattr(scratch, check)()
         assert path.stat().st_mode == mode
         assert [line["directory"] for line in lines] == [str(path)]
-        assert scratch.repairs == 1
+        assert scratch.repair_count == 1
     finally:
         path.chmod(0o700)

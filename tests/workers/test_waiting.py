@@ -17,33 +17,33 @@ import pytest
 
 from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.domain.errors import LedgerUnavailable
-from jobledger.ledger.domain.events import JobClaimed, JobLogged, JobReleased, Recorded
+from jobledger.ledger.domain.events import JobClaimed, JobLogged, JobReleased, RecordedEvent
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.ledger.store.envelope import Append
-from jobledger.ledger.store.event_store import EventLog
-from jobledger.ledger.system.cooperative_threads import Work
-from jobledger.workers.attempt_timeout import TimeLimit
-from jobledger.workers.child.confinement import Confinement
+from jobledger.ledger.store.envelope import StreamAppend
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.ledger.system.cooperative_threads import CooperativeWork
+from jobledger.workers.attempt_timeout import AttemptTimeout
+from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.directory_removal import remove_tree
-from jobledger.workers.step_cache import SharedSteps
-from tests.support.running import Process, WorkerOptions, process, until
-from tests.workers.misbehaving import installed
+from jobledger.workers.step_cache import StepCache
+from tests.support.running import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.workers.misbehaving import misbehaving_processors
 
-__all__ = ["installed"]
-OFF = Confinement(mode="off")  # what the kernel refuses a job depends on its version
+__all__ = ["misbehaving_processors"]
+OFF = ConfinementSettings(mode="off")  # what the kernel refuses a job depends on its version
 pytestmark = pytest.mark.usefixtures("installed")
 TYPES = ["misbehaving", "misbehaving-inline"]
 STORE_ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENOENT", "ENOTCONN", "ETIMEDOUT"]
 
 
-async def save(here: Process, job_type: str = "misbehaving-inline", **fields: Any) -> str:
+async def save(here: RunningRoles, job_type: str = "misbehaving-inline", **fields: Any) -> str:
     return await here.submit({"do": "save"}, job_type=job_type, **fields)
 
 
-async def waits_for_store(here: Process, job_id: str) -> str:
+async def waits_for_store(here: RunningRoles, job_id: str) -> str:
     """Wait until the job's log says that it waits; return that line."""
-    logged = await here.heard(JobLogged, job_id, where=lambda event: "result store" in str(event.entries))
+    logged = await here.wait_for_event(JobLogged, job_id, predicate=lambda event: "result store" in str(event.entries))
     assert isinstance(logged.event, JobLogged)
     return logged.event.entries[0].message
 
@@ -67,18 +67,20 @@ async def test_job_waits_for_store_that_has_gone(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.2,))
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         away = tmp_path / "away"
-        await here.ended(await here.submit({"do": "nothing"}, job_type="misbehaving"))  # the fork server is there
+        await here.wait_until_finished(
+            await here.submit({"do": "nothing"}, job_type="misbehaving")
+        )  # the fork server is there
         replace(store, by_file=away)
         job_ids = [await save(here, job_type, timeout_s=1.5, max_attempts=1) for job_type in TYPES]
         for job_id in job_ids:
             assert str(store) in await waits_for_store(here, job_id)
         await asyncio.sleep(1.5)
         put_back(away, store)
-        await here.ended(*job_ids)
+        await here.wait_until_finished(*job_ids)
         for job_id in job_ids:
-            job = await here.job(job_id)
+            job = await here.load_job(job_id)
             assert (job["status"], job["attempt"], job["error"]) == ("completed", 1, None)
             assert here.store.path(job["results"]["files"][0]["sha256"]).read_bytes() == b"# text\n"
             assert "can be written to again" in str(job["logs"])
@@ -115,20 +117,22 @@ async def test_worker_without_its_store_claims_nothing_and_leaves_the_jobs_to_ot
     monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.1,))
     monkeypatch.setattr("jobledger.workers.machine_health.FIRST_PAUSE_SECONDS", 0.1)
     options = WorkerOptions(confinement=OFF, slots=4)
-    async with process(connection, store, projector=True, worker=options) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
         assert here.worker is not None
-        await here.ended(await here.submit())
+        await here.wait_until_finished(await here.submit())
         move_away(store, tmp_path / "away", place)
         first = await save(here)
         await waits_for_store(here, first)
-        await until(lambda: here.worker is not None and here.worker.health.problem is not None, "it claims nothing")
+        await poll_until(
+            lambda: here.worker is not None and here.worker.health.problem is not None, "it claims nothing"
+        )
         assert str(store) in str(here.worker.health.problem)
         later = [await save(here) for _ in range(3)]
-        await here.views_reach()
-        assert not here.worker.health.may_claim()
-        assert [await here.history(job_id) for job_id in later] == [["JobSubmitted"]] * 3
+        await here.wait_for_views()
+        assert not here.worker.health.can_claim()
+        assert [await here.read_event_types(job_id) for job_id in later] == [["JobSubmitted"]] * 3
         move_back(store, tmp_path / "away")
-        await here.ended(first, *later)
+        await here.wait_until_finished(first, *later)
         assert here.worker.health.problem is None
 
 
@@ -145,10 +149,12 @@ async def test_inbox_file_that_cannot_be_opened_now_is_waited_for(
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
         return real(path, *arguments, **named)
 
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
-        await here.ended(await here.submit({"do": "nothing"}, job_type=job_type))  # the fork server is there
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        await here.wait_until_finished(
+            await here.submit({"do": "nothing"}, job_type=job_type)
+        )  # the fork server is there
         monkeypatch.setattr(os, "open", failing)
-        job = await here.ended(await save(here, job_type, max_attempts=1))
+        job = await here.wait_until_finished(await save(here, job_type, max_attempts=1))
         assert (job["status"], job["attempt"], len(failed)) == ("completed", 1, 3)
 
 
@@ -165,8 +171,8 @@ async def test_every_error_of_the_store_is_waited_for(
 
     monkeypatch.setattr(DirectoryStore, "_adopt", failing)
     monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.01,))
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
-        job = await here.ended(await save(here, max_attempts=1))
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+        job = await here.wait_until_finished(await save(here, max_attempts=1))
         assert (job["status"], left) == ("completed", [])
         lines = [line["message"] for line in job["logs"] if "Waiting for the result store" in line["message"]]
         assert len(lines) == len(STORE_ERRORS)
@@ -180,19 +186,19 @@ async def test_job_that_waits_for_store_can_be_cancelled_and_given_back(
 
     monkeypatch.setattr(DirectoryStore, "_adopt", failing)
     options = WorkerOptions(confinement=OFF, shutdown_grace_seconds=0.1)
-    async with process(connection, store, projector=True) as here:
-        async with process(connection, store, worker=options, deaf=True):
+    async with run_roles_in_process(connection, store, projector=True) as here:
+        async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):
             job_ids = [await save(here, job_type, max_attempts=1) for job_type in TYPES * 2]
             for job_id in job_ids:
                 await waits_for_store(here, job_id)
             for job_id in job_ids[:2]:
-                await here.do(job_id, CancelJob("user-1"))
-            await here.ended(*job_ids[:2], seconds=5)
-            assert [(await here.job(job_id))["status"] for job_id in job_ids[:2]] == ["cancelled"] * 2
+                await here.handle_commands(job_id, CancelJob("user-1"))
+            await here.wait_until_finished(*job_ids[:2], seconds=5)
+            assert [(await here.load_job(job_id))["status"] for job_id in job_ids[:2]] == ["cancelled"] * 2
             began = time.monotonic()
         assert time.monotonic() - began < 5
         for job_id in job_ids[2:]:
-            await here.heard(JobReleased, job_id)
+            await here.wait_for_event(JobReleased, job_id)
 
 
 async def test_job_process_killed_while_its_many_requests_wait_is_noticed_at_once(
@@ -202,39 +208,39 @@ async def test_job_process_killed_while_its_many_requests_wait_is_noticed_at_onc
         raise OSError(errno.EACCES, "Permission denied", str(target))
 
     monkeypatch.setattr(DirectoryStore, "_adopt", failing)
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         file = tmp_path / "pid"
         job_id = await here.submit({"do": "save many", "file": str(file)}, job_type="misbehaving", max_attempts=1)
         await waits_for_store(here, job_id)
         await asyncio.sleep(1)
         os.kill(int(file.read_text()), signal.SIGKILL)
-        job = await here.ended(job_id, seconds=5)
+        job = await here.wait_until_finished(job_id, seconds=5)
         assert (job["status"], job["error"]["code"]) == ("failed", "PROCESS_KILLED")
 
 
 async def test_time_limit_does_not_cover_the_wait_for_a_shared_step(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = SharedSteps.find
+    real = StepCache.find_shared_step
 
-    async def slow(self: SharedSteps, *arguments: Any, **more: Any) -> Any:
+    async def slow(self: StepCache, *arguments: Any, **more: Any) -> Any:
         await asyncio.sleep(3)
         return await real(self, *arguments, **more)
 
-    monkeypatch.setattr(SharedSteps, "find", slow)
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+    monkeypatch.setattr(StepCache, "find", slow)
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         fields: dict[str, Any] = {"timeout_s": 2.5, "max_attempts": 1}
         job_ids = [await here.submit({"do": "share a step"}, job_type=job_type, **fields) for job_type in TYPES]
-        await here.ended(*job_ids)
-        assert [(await here.job(job_id))["error"] for job_id in job_ids] == [None] * 2
+        await here.wait_until_finished(*job_ids)
+        assert [(await here.load_job(job_id))["error"] for job_id in job_ids] == [None] * 2
 
 
 async def test_file_that_is_changed_after_it_was_saved_is_never_stored(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         job_ids = [await here.submit({"do": "save and change"}, job_type="misbehaving") for _ in range(3)]
-        await here.ended(*job_ids)
+        await here.wait_until_finished(*job_ids)
         for job_id in job_ids:
-            job = await here.job(job_id)
+            job = await here.load_job(job_id)
             if job["status"] == "failed":
                 assert job["error"]["code"] in ("INVALID_RESULT", "PROCESSOR_FAULT")
         check_digests(store)
@@ -245,11 +251,11 @@ async def test_same_content_saved_many_times_at_once_is_stored(
     connection: Connection, store: Path, gridfs: bool
 ) -> None:
     options = WorkerOptions(confinement=OFF, gridfs=gridfs)
-    async with process(connection, store, projector=True, worker=options) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
         job_ids = [await here.submit({"do": "save the same"}, job_type=job_type, max_attempts=1) for job_type in TYPES]
-        await here.ended(*job_ids)
+        await here.wait_until_finished(*job_ids)
         for job_id in job_ids:
-            job = await here.job(job_id)
+            job = await here.load_job(job_id)
             assert (job["error"], len(job["results"]["files"])) == (None, 21)
             assert {file["size"] for file in job["results"]["files"]} == {5}
 
@@ -259,23 +265,23 @@ async def test_job_that_names_a_foreign_file_fails_and_the_file_stays(
     connection: Connection, store: Path, gridfs: bool
 ) -> None:
     options = WorkerOptions(confinement=OFF, gridfs=gridfs)
-    async with process(connection, store, projector=True, worker=options) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
         assert here.worker is not None
-        other = await here.ended(await save(here))
+        other = await here.wait_until_finished(await save(here))
         [file] = other["results"]["files"]
         parameters = {"do": "name foreign file", "value": {"sha256": file["sha256"], "store": str(store)}}
         for job_type in TYPES:
-            job = await here.ended(await here.submit(parameters, job_type=job_type, max_attempts=1))
+            job = await here.wait_until_finished(await here.submit(parameters, job_type=job_type, max_attempts=1))
             assert job["error"]["code"] == "INVALID_RESULT"
-        await here.worker._settings.store.verify(file["sha256"], file["size"])
+        await here.worker._settings.file_store.verify(file["sha256"], file["size"])
         assert here.worker.health.problem is None
 
 
 async def test_file_that_is_too_large_fails_its_job(connection: Connection, store: Path) -> None:
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
+    async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         job_ids = [await here.submit({"do": "save too large"}, job_type=job_type, max_attempts=1) for job_type in TYPES]
-        await here.ended(*job_ids)
-        errors = [(await here.job(job_id))["error"] for job_id in job_ids]
+        await here.wait_until_finished(*job_ids)
+        errors = [(await here.load_job(job_id))["error"] for job_id in job_ids]
         assert [error["code"] for error in errors] == ["PROCESSOR_FAULT", "INVALID_RESULT"]
         assert "File too large" in errors[0]["message"]
         assert "are allowed" in errors[1]["message"]
@@ -287,7 +293,7 @@ async def test_end_of_a_job_is_recorded_before_its_directory_is_removed(
     """However much some jobs have left, the others' directories are removed meanwhile, and their slots are free."""
     removing, release = list[Path](), threading.Event()
 
-    def slow(path: Path) -> Work[None]:
+    def slow(path: Path) -> CooperativeWork[None]:
         if (path / "scratch" / "much").exists():
             removing.append(path)
             while not release.wait(0.01):
@@ -295,20 +301,26 @@ async def test_end_of_a_job_is_recorded_before_its_directory_is_removed(
         yield from remove_tree(path)
 
     monkeypatch.setattr("jobledger.workers.executor.remove_tree", slow)
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=6)) as here:
+    async with run_roles_in_process(
+        connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=6)
+    ) as here:
         assert here.worker is not None
         try:
             much = [await here.submit({"do": "leave a file"}, job_type=job_type) for job_type in TYPES * 2]
-            assert [job["status"] for job in [await here.ended(job_id) for job_id in much]] == ["completed"] * 4
-            await until(lambda: len(removing) == 4, "the directories are being removed")
+            assert [job["status"] for job in [await here.wait_until_finished(job_id) for job_id in much]] == [
+                "completed"
+            ] * 4
+            await poll_until(lambda: len(removing) == 4, "the directories are being removed")
             assert {path.name.rsplit("-", 2)[0] for path in removing} == set(much)
             assert set(here.worker._running) == {(job_id, 1) for job_id in much}
             for _ in range(3):
-                assert (await here.ended(await save(here, "misbehaving")))["status"] == "completed"
-            await until(lambda: here.worker is not None and len(here.worker._running) == 4, "the other slots are free")
+                assert (await here.wait_until_finished(await save(here, "misbehaving")))["status"] == "completed"
+            await poll_until(
+                lambda: here.worker is not None and len(here.worker._running) == 4, "the other slots are free"
+            )
         finally:
             release.set()
-        await until(lambda: here.worker is not None and not here.worker._running, "the slots are free")
+        await poll_until(lambda: here.worker is not None and not here.worker._running, "the slots are free")
         assert not any(path.exists() for path in removing)
 
 
@@ -317,32 +329,36 @@ async def test_attempt_that_begins_while_the_last_ones_directory_is_removed_is_k
 ) -> None:
     removing, release = list[Path](), threading.Event()
 
-    def slow(path: Path) -> Work[None]:
+    def slow(path: Path) -> CooperativeWork[None]:
         removing.append(path)
         while len(removing) == 1 and not release.wait(0.01):
             yield
         yield from remove_tree(path)
 
     monkeypatch.setattr("jobledger.workers.executor.remove_tree", slow)
-    async with process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=2)) as here:
+    async with run_roles_in_process(
+        connection, store, projector=True, worker=WorkerOptions(confinement=OFF, slots=2)
+    ) as here:
         assert here.worker is not None
         job_id = await here.submit({"do": "fail once and leave a file"}, job_type="misbehaving-inline")
-        await here.heard(JobClaimed, job_id, where=lambda event: event.attempt == 2)
-        await until(lambda: here.worker is not None and len(here.worker._running) == 2, "both attempts have a slot")
+        await here.wait_for_event(JobClaimed, job_id, predicate=lambda event: event.attempt == 2)
+        await poll_until(
+            lambda: here.worker is not None and len(here.worker._running) == 2, "both attempts have a slot"
+        )
         release.set()
-        await until(lambda: here.worker is not None and len(here.worker._running) == 1, "the first one is over")
-        await here.do(job_id, CancelJob("user:tests"))
-        assert (await here.ended(job_id))["status"] == "cancelled"
+        await poll_until(lambda: here.worker is not None and len(here.worker._running) == 1, "the first one is over")
+        await here.handle_commands(job_id, CancelJob("user:tests"))
+        assert (await here.wait_until_finished(job_id))["status"] == "cancelled"
 
 
-class Away(EventLog):
+class Away(EventStore):
     """A log whose database does not answer to what the work came to: for a while it hangs, then it says so."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.failed: set[str] = set()
 
-    async def append(self, *appends: Append) -> list[Recorded]:
+    async def append(self, *appends: StreamAppend) -> list[RecordedEvent]:
         ends = ("JobCompleted", "StepCompleted")
         concerned = {it.stream for it in appends for event in it.events if type(event).__name__ in ends}
         if concerned - self.failed:
@@ -353,26 +369,26 @@ class Away(EventLog):
 
 
 async def test_time_limit_does_not_cover_the_wait_for_the_database(connection: Connection, store: Path) -> None:
-    async with process(
-        connection, store, projector=True, worker=WorkerOptions(confinement=OFF), log_class=Away
+    async with run_roles_in_process(
+        connection, store, projector=True, worker=WorkerOptions(confinement=OFF), store_class=Away
     ) as here:
         jobs = [(do, job_type) for do in ("nothing", "one step") for job_type in TYPES]
         job_ids = [
             await here.submit({"do": do}, job_type=job_type, timeout_s=2.5, max_attempts=1) for do, job_type in jobs
         ]
-        await here.ended(*job_ids)
-        assert [(await here.job(job_id))["error"] for job_id in job_ids] == [None] * 4
+        await here.wait_until_finished(*job_ids)
+        assert [(await here.load_job(job_id))["error"] for job_id in job_ids] == [None] * 4
 
 
 async def test_time_limit_runs_on_while_requests_are_short() -> None:
     """A processor that only asks, again and again and all the time, comes to its limit."""
     expired: list[float] = []
     begun = time.monotonic()
-    limit = TimeLimit(0.3, lambda: expired.append(time.monotonic() - begun))
+    limit = AttemptTimeout(0.3, lambda: expired.append(time.monotonic() - begun))
 
     async def ask() -> None:
         while not expired:
-            async with limit.waiting():
+            async with limit.pause_while_waiting():
                 await asyncio.sleep(0.05)
 
     async with asyncio.timeout(5):
@@ -382,8 +398,8 @@ async def test_time_limit_runs_on_while_requests_are_short() -> None:
 
 async def test_time_limit_pauses_while_a_request_waits() -> None:
     expired = asyncio.Event()
-    limit = TimeLimit(1.3, expired.set)
-    async with limit.waiting():
+    limit = AttemptTimeout(1.3, expired.set)
+    async with limit.pause_while_waiting():
         await asyncio.sleep(2)
     assert not expired.is_set()
     async with asyncio.timeout(2):

@@ -23,25 +23,34 @@ from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from jobledger.ledger.domain.errors import FileTooLarge, NoRegularFile
-from jobledger.ledger.domain.limits import STEP_WARNING_BYTES
-from jobledger.ledger.files.directory import DirectoryStore, Stored
-from jobledger.ledger.store.hash_chain import digest
-from jobledger.workers.child.confinement import Confinement
-from jobledger.workers.child.messages import Done, Failed, Log, Message, Progress, Saved, Seek, Step
+from jobledger.ledger.domain.errors import FileTooLarge, NotARegularFile
+from jobledger.ledger.domain.limits import MAX_STEP_WARNING_BYTES
+from jobledger.ledger.files.directory import DirectoryStore, StoredFile
+from jobledger.ledger.store.hash_chain import canonical_digest
+from jobledger.workers.child.confinement import ConfinementSettings
+from jobledger.workers.child.messages import (
+    AttemptCompleted,
+    AttemptFailed,
+    FileSaved,
+    FindSharedStep,
+    LogEntries,
+    Message,
+    Progress,
+    StepFinished,
+)
 from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 from jobledger.workers.result_conversion import (
     InvalidResult,
+    format_validation_error,
     safe_str,
     to_json,
     to_text,
     type_name,
-    validation_problems,
 )
-from jobledger.workers.result_paths import normal_path
+from jobledger.workers.result_paths import normalize_path
 
 T = TypeVar("T")
-Send = Callable[[Message], Awaitable[Any]]
+SendMessage = Callable[[Message], Awaitable[Any]]
 """Sends a message to the worker and returns the answer, if the message has one. Raises ProcessorError if refused."""
 MAX_WARNINGS: Final = 200
 _WARNING_BYTES: Final = 512 * 1024  # of the whole job
@@ -64,26 +73,26 @@ class Assignment(BaseModel):
     job_type: str
     parameters: dict[str, Any]
     settings: dict[str, Any]
-    steps: dict[str, FinishedStep]
-    seek: bool = False
+    finished_steps: dict[str, FinishedStep]
+    can_use_shared_steps: bool = False
     """Whether finished steps of other jobs may be asked for."""
-    directory: Path
+    attempt_dir: Path
     """The attempt's own directory, which is there if the job has a process of its own."""
-    confinement: Confinement = Confinement()
+    confinement: ConfinementSettings = ConfinementSettings()
     has_files: bool = Field(default=False, exclude=True)
     """Whether the attempt may have files: its directories were asked for in this process."""
 
     @property
-    def inbox(self) -> Path:
+    def inbox_dir(self) -> Path:
         """Where saved files go, by digest; the worker moves them into the result store."""
         self.has_files = True
-        return self.directory / "saved"
+        return self.attempt_dir / "saved"
 
     @property
-    def scratch(self) -> Path:
+    def scratch_dir(self) -> Path:
         """The directory that belongs to the processor."""
         self.has_files = True
-        return self.directory / "scratch"
+        return self.attempt_dir / "scratch"
 
 
 class FinishedStep(BaseModel):
@@ -97,21 +106,21 @@ class FinishedStep(BaseModel):
 Assignment.model_rebuild()
 
 
-async def run(
-    assignment: Assignment, processor: type[Processor], send: Send, is_stopping: Callable[[], bool]
-) -> Done | Failed:
+async def run_attempt(
+    assignment: Assignment, processor: type[Processor], send: SendMessage, is_stopping: Callable[[], bool]
+) -> AttemptCompleted | AttemptFailed:
     """Do the job and return its last message. Raises nothing, whatever the processor raises.
 
     Once `is_stopping()` the job tells its processor that it is to stop.
     """
     begun = time.monotonic()
-    job: _Job | None = None
+    job: _JobContext | None = None
     try:
-        job = _Job(assignment, processor.Parameters.model_validate(assignment.parameters), send, is_stopping)
+        job = _JobContext(assignment, processor.Parameters.model_validate(assignment.parameters), send, is_stopping)
         results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
         return job.done(results, time.monotonic() - begun)
     except BaseException as error:  # noqa: BLE001 - a processor is foreign code: what it raises fails the job, not us
-        return failure_of(error, scratch=assignment.directory.parent)
+        return failure_from_exception(error, scratch_dir=assignment.attempt_dir.parent)
     finally:
         if job is not None:
             job.close()
@@ -120,7 +129,7 @@ async def run(
 # What an exception says -------------------------------------------------------------------------------------------
 
 
-def failure_of(error: BaseException, *, scratch: Path | None = None) -> Failed:
+def failure_from_exception(error: BaseException, *, scratch_dir: Path | None = None) -> AttemptFailed:
     """Return how an exception ends an attempt. Of an exception group, the error that says most decides.
 
     `scratch` is the worker's scratch directory: any error of a file below it may be trouble of the machine.
@@ -133,20 +142,22 @@ def failure_of(error: BaseException, *, scratch: Path | None = None) -> Failed:
     more: dict[str, JSON] = {}
     if len(leaves) > 1:
         more["errors"] = [f"{type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
-    number = _system_error(error, leaves, scratch)
+    number = _find_errno(error, leaves, scratch_dir)
     if memory:
         message = "The job needed more memory than event_worker.memory_limit_mb allows."
-        return Failed("OUT_OF_MEMORY", message, details=more)
+        return AttemptFailed("OUT_OF_MEMORY", message, details=more)
     if told and not faults:
-        lasting = [leaf for leaf in told if not _attribute(leaf, "transient", bool)]
-        return _told((lasting or told)[0], more, number)
+        lasting = [leaf for leaf in told if not _read_attribute(leaf, "transient", bool)]
+        return _failure_from_processor_error((lasting or told)[0], more, number)
     first = (faults or leaves)[0]
     if isinstance(first, ValidationError) and first.title in ("Results", "SavedFile"):
         root = "results" if first.title == "Results" else "saved file"
-        return Failed("INVALID_RESULT", to_text(f"The results are invalid: {validation_problems(first, root)}"))
-    details: dict[str, JSON] = {"exception": type_name(first), "at": _place(first), **more}
+        return AttemptFailed(
+            "INVALID_RESULT", to_text(f"The results are invalid: {format_validation_error(first, root)}")
+        )
+    details: dict[str, JSON] = {"exception": type_name(first), "at": _raise_location(first), **more}
     message = f"The processor failed unexpectedly: {type_name(first)}: {to_text(first)}"
-    return Failed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
+    return AttemptFailed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
 
 
 def _leaves(error: BaseException, depth: int) -> Iterator[BaseException]:
@@ -157,18 +168,18 @@ def _leaves(error: BaseException, depth: int) -> Iterator[BaseException]:
         yield error
 
 
-def _told(error: ProcessorError, more: dict[str, JSON], number: int | None) -> Failed:
-    details = _attribute(error, "details", dict)
-    return Failed(
-        to_text(_attribute(error, "code", str) or "PROCESSOR_ERROR", 100),
-        to_text(_attribute(error, "message", str) or error),
-        transient=_attribute(error, "transient", bool),
-        details={**_details(details), **more},
+def _failure_from_processor_error(error: ProcessorError, more: dict[str, JSON], number: int | None) -> AttemptFailed:
+    details = _read_attribute(error, "details", dict)
+    return AttemptFailed(
+        to_text(_read_attribute(error, "code", str) or "PROCESSOR_ERROR", 100),
+        to_text(_read_attribute(error, "message", str) or error),
+        transient=_read_attribute(error, "transient", bool),
+        details={**_convert_details(details), **more},
         errno=number,
     )
 
 
-def _attribute(error: object, name: str, kind: type[T]) -> T:
+def _read_attribute(error: object, name: str, kind: type[T]) -> T:
     """Return an attribute of a foreign exception as it should be, or an empty value."""
     try:
         value = getattr(error, name)
@@ -179,7 +190,7 @@ def _attribute(error: object, name: str, kind: type[T]) -> T:
         return kind()
 
 
-def _details(details: Mapping[Any, Any]) -> dict[str, JSON]:
+def _convert_details(details: Mapping[Any, Any]) -> dict[str, JSON]:
     """Convert an error's details one by one: one that cannot be stored must not hide the error itself."""
     converted: dict[str, JSON] = {}
     left = _DETAILS_CHARACTERS
@@ -195,7 +206,7 @@ def _details(details: Mapping[Any, Any]) -> dict[str, JSON]:
     return converted
 
 
-def _place(error: BaseException) -> str:
+def _raise_location(error: BaseException) -> str:
     """Return where an exception was raised: that helps whoever fixes it, and is no secret to the job's owner."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
@@ -203,7 +214,7 @@ def _place(error: BaseException) -> str:
     return f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "unknown"
 
 
-def _system_error(error: BaseException, leaves: list[BaseException], scratch: Path | None) -> int | None:
+def _find_errno(error: BaseException, leaves: list[BaseException], scratch: Path | None) -> int | None:
     """Return the number of a system error behind an exception that may be the machine's fault."""
     for leaf in [error, *leaves]:
         current: BaseException | None = leaf
@@ -211,7 +222,7 @@ def _system_error(error: BaseException, leaves: list[BaseException], scratch: Pa
             if current is None:
                 break
             if isinstance(current, OSError):
-                number = _attribute(current, "errno", int)
+                number = _read_attribute(current, "errno", int)
                 if number in _SYSTEM_ERRORS or (number and _is_below(current, scratch)):
                     return number
             current = current.__cause__ or current.__context__
@@ -219,7 +230,7 @@ def _system_error(error: BaseException, leaves: list[BaseException], scratch: Pa
 
 
 def _is_below(error: OSError, directory: Path | None) -> bool:
-    return directory is not None and Path(_attribute(error, "filename", str)).is_relative_to(directory)
+    return directory is not None and Path(_read_attribute(error, "filename", str)).is_relative_to(directory)
 
 
 # The job ----------------------------------------------------------------------------------------------------------
@@ -244,105 +255,107 @@ class _Warnings:
         else:
             self._left_out += 1
 
-    def told(self) -> list[str]:
+    def to_list(self) -> list[str]:
         """Return the warnings; the last one says how many were left out."""
         return [*self._kept, *([f"{self._left_out} more warnings were left out."] if self._left_out else [])]
 
 
 @dataclass(slots=True)
-class _Scope:
+class _StepScope:
     """What is said and spent while a step runs, also in the tasks and threads that it starts."""
 
     step: str
-    parent: _Scope | None
-    warnings: _Warnings = field(default_factory=lambda: _Warnings(STEP_WARNING_BYTES))
+    parent: _StepScope | None
+    warnings: _Warnings = field(default_factory=lambda: _Warnings(MAX_STEP_WARNING_BYTES))
     tokens: int = 0
 
 
-_scope: ContextVar[_Scope | None] = ContextVar("step", default=None)
+_scope: ContextVar[_StepScope | None] = ContextVar("step", default=None)
 
 
-class _Job:
+class _JobContext:
     """What `processor.Job` promises."""
 
     def __init__(
-        self, assignment: Assignment, parameters: BaseModel, send: Send, is_stopping: Callable[[], bool]
+        self, assignment: Assignment, parameters: BaseModel, send: SendMessage, is_stopping: Callable[[], bool]
     ) -> None:
         self.job_id = assignment.job_id
         self.attempt = assignment.attempt
         self._assignment = assignment
         self.parameters = parameters
-        self._finished = assignment.steps
-        self._seek = assignment.seek
+        self._finished = assignment.finished_steps
+        self._seek = assignment.can_use_shared_steps
         self._send = send
         self._step = "starting"
         self._percent = 0.0
         self._warnings = _Warnings(_WARNING_BYTES)
         self._tokens = 0
-        self._counting = threading.Lock()
+        self._count_lock = threading.Lock()
         self._is_stopping = is_stopping
         self._loop = asyncio.get_running_loop()
         self._closed = False
 
     @property
-    def cancelled(self) -> bool:
+    def is_cancelled(self) -> bool:
         return self._is_stopping()
 
     @property
-    def scratch(self) -> Path:
-        scratch = self._assignment.scratch
+    def scratch_dir(self) -> Path:
+        scratch = self._assignment.scratch_dir
         for directory in (scratch.parent, scratch):  # and not those above, which are the worker's
             directory.mkdir(mode=0o700, exist_ok=True)
         return scratch
 
-    async def step(
+    async def run_step(
         self,
         name: str,
         inputs: Mapping[str, JSON],
         function: Callable[[], Awaitable[JSON]],
         *,
-        share: timedelta | None = None,
+        share_max_age: timedelta | None = None,
     ) -> JSON:
         whole, name = safe_str(name), to_text(name, 200)
         self._step = name
         # Of the whole name: the one for people is cut, so two steps may have the same.
         named = name if whole == name else ascii(whole)
-        key = digest({"step": named, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
+        key = canonical_digest({"step": named, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
         if (known := self._finished.get(key)) is not None:
             for warning in known.warnings:
-                self._note(warning)
-            self.spent(known.tokens_used)
+                self._add_warning(warning)
+            self.add_tokens(known.tokens_used)
             await self.log("info", f"Step {name} was finished by an earlier attempt and is not repeated.")
             return known.output
-        begun, scope = time.monotonic(), _Scope(name, _scope.get())
+        begun, scope = time.monotonic(), _StepScope(name, _scope.get())
         found = None
-        if share is not None and self._seek:
-            found = await self._say(Seek(key, share.total_seconds()))
+        if share_max_age is not None and self._seek:
+            found = await self._send_message(FindSharedStep(key, share_max_age.total_seconds()))
         if found is not None:
             await self.log("info", f"Step {name} was finished by {found['job_id']} and is not repeated.")
             output = found["output"]
         else:
             with _entered(scope):
                 output = to_json(await function(), f'step "{name}" output')
-        await self._say(
-            Step(
+        await self._send_message(
+            StepFinished(
                 step=name,
                 key=key,
                 output=output,
                 duration_s=round(time.monotonic() - begun, 3),
                 tokens_used=scope.tokens,
-                warnings=scope.warnings.told(),
+                warnings=scope.warnings.to_list(),
                 reused_from=found and found["job_id"],
-                share=share is not None,
+                is_shared=share_max_age is not None,
             )
         )
         return output
 
-    async def progress(self, percent: float, message: str) -> None:
+    async def report_progress(self, percent: float, message: str) -> None:
         scope = _scope.get()
-        await self._say(Progress(scope.step if scope else self._step, self._valid(percent), to_text(message, 1000)))
+        await self._send_message(
+            Progress(scope.step if scope else self._step, self._clip_percent(percent), to_text(message, 1000))
+        )
 
-    def _valid(self, percent: float) -> float:
+    def _clip_percent(self, percent: float) -> float:
         try:
             clipped = min(max(float(percent), 0.0), 100.0)
         except (TypeError, ValueError, OverflowError):
@@ -352,70 +365,70 @@ class _Job:
         return self._percent
 
     async def log(self, level: LogLevel, message: str) -> None:
-        await self._say(Log([(time.time(), level if level in _LEVELS else "info", to_text(message))]))
+        await self._send_message(LogEntries([(time.time(), level if level in _LEVELS else "info", to_text(message))]))
 
     async def warn(self, message: str) -> None:
         text = to_text(message, 2000)
-        self._note(text)
+        self._add_warning(text)
         await self.log("warning", text)
 
-    def _note(self, warning: str) -> None:
+    def _add_warning(self, warning: str) -> None:
         scope = _scope.get()
-        with self._counting:
+        with self._count_lock:
             self._warnings.add(warning)
             while scope is not None:
                 scope.warnings.add(warning)
                 scope = scope.parent
 
-    def spent(self, tokens: int) -> None:
+    def add_tokens(self, tokens: int) -> None:
         tokens = operator.index(tokens)  # raises TypeError for what is no whole number
         scope = _scope.get()
-        with self._counting:
+        with self._count_lock:
             self._tokens += tokens
             while scope is not None:
                 scope.tokens += tokens
                 scope = scope.parent
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
-        path, media_type = normal_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")
-        put = _putting(DirectoryStore(self._assignment.inbox, durable=False), content)
+        path, media_type = normalize_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")
+        put = _make_store_call(DirectoryStore(self._assignment.inbox_dir, durable=False), content)
         try:
             stored = await asyncio.get_running_loop().run_in_executor(_file_threads, put)
-        except NoRegularFile as error:
+        except NotARegularFile as error:
             message = f"save() content {to_text(error)}. Give the path of a regular file, or bytes."
             raise ProcessorError("INVALID_RESULT", message) from error
         except FileTooLarge as error:
             raise ProcessorError("INVALID_RESULT", f"save() content {to_text(error)}.") from error
-        path = await self._say(Saved(stored.sha256, path))
+        path = await self._send_message(FileSaved(stored.sha256, path))
         return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
 
-    def done(self, results: object, seconds: float) -> Done:
+    def done(self, results: object, seconds: float) -> AttemptCompleted:
         if not isinstance(results, Results):
             problem = f"the processor returned a {type_name(results)}"
             raise InvalidResult("The result", problem, "Return workers.processor.Results.")
         values = {name: getattr(results, name) for name in Results.model_fields}
         values["tokens_used"] += self._tokens
         data = {name: to_json(value, f"results.{name}") for name, value in values.items()}
-        return Done(data, self._warnings.told(), round(seconds, 3))
+        return AttemptCompleted(data, self._warnings.to_list(), round(seconds, 3))
 
     def close(self) -> None:
         """Accept nothing more: tasks that the processor has left behind must not speak for an attempt that is over."""
         self._closed = True
 
-    async def _say(self, message: Message) -> Any:
+    async def _send_message(self, message: Message) -> Any:
         if self._closed:
             raise RuntimeError("the attempt has ended: a job accepts nothing after run() has returned")
         if asyncio.get_running_loop() is self._loop:
             return await self._send(message)
         # From another thread's event loop. What the job sends with belongs to its own.
-        sending: Coroutine[Any, Any, Any] = self._awaited(message)
+        sending: Coroutine[Any, Any, Any] = self._forward(message)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sending, self._loop))
 
-    async def _awaited(self, message: Message) -> Any:
+    async def _forward(self, message: Message) -> Any:
         return await self._send(message)
 
 
-def _putting(inbox: DirectoryStore, content: object) -> Callable[[], Stored]:
+def _make_store_call(inbox: DirectoryStore, content: object) -> Callable[[], StoredFile]:
     if isinstance(content, Path):
         return partial(inbox.put_file, content)
     if isinstance(content, bytes | bytearray | memoryview):
@@ -424,7 +437,7 @@ def _putting(inbox: DirectoryStore, content: object) -> Callable[[], Stored]:
 
 
 @contextmanager
-def _entered(scope: _Scope) -> Iterator[None]:
+def _entered(scope: _StepScope) -> Iterator[None]:
     token = _scope.set(scope)
     try:
         yield

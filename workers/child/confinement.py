@@ -28,11 +28,13 @@ from pydantic import BaseModel
 
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.workers.sandbox import restrictions
-from jobledger.workers.sandbox.restrictions import LIST, READ, WRITE, WRITE_DEVICE
+from jobledger.workers.sandbox.restrictions import LIST_RIGHTS, READ_RIGHTS, WRITE_DEVICE_RIGHTS, WRITE_RIGHTS
 
 _log = structlog.get_logger()
-Mode = Literal["auto", "required", "off"]
-ADVICE: Final = "It needs Linux 5.13 or later (6.12 or later for all of it) with Landlock enabled (boot option `lsm=`)."
+ConfinementMode = Literal["auto", "required", "off"]
+LANDLOCK_ADVICE: Final = (
+    "It needs Linux 5.13 or later (6.12 or later for all of it) with Landlock enabled (boot option `lsm=`)."
+)
 UNUSABLE_PROCESSORS: Final = "_UNUSABLE_PROCESSORS"
 """Variable with the job types that the worker found unusable. The processes that it starts do not load them."""
 _ENVIRONMENT: Final = frozenset(
@@ -50,21 +52,21 @@ _NEEDED: Final = ("/proc", "/run/systemd/resolve", "/run/resolvconf", "/run/Netw
 _DEVICES: Final = ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
-class Confinement(BaseModel):
+class ConfinementSettings(BaseModel):
     """How job processes are confined.
 
     `environment` names variables that job processes get besides the usual ones. `protected` are files and directories
     no job may see: those of the ledger itself. `readable` and `writable` are allowed to all jobs, even if protected.
     """
 
-    mode: Mode = "auto"
-    environment: tuple[str, ...] = ()
-    protected: tuple[Path, ...] = ()
-    readable: tuple[Path, ...] = ()
-    writable: tuple[Path, ...] = ()
+    mode: ConfinementMode = "auto"
+    environment_variables: tuple[str, ...] = ()
+    protected_paths: tuple[Path, ...] = ()
+    readable_paths: tuple[Path, ...] = ()
+    writable_paths: tuple[Path, ...] = ()
 
 
-def check(mode: Mode) -> None:
+def check_confinement(mode: ConfinementMode) -> None:
     """Warn if job processes cannot be confined. Hide this process's memory and environment from them.
 
     Raises:
@@ -78,9 +80,9 @@ def check(mode: Mode) -> None:
     if mode == "required":
         raise ConfigurationError(
             "event_worker.confine: `required`, but this kernel does not offer Landlock, so job processes cannot be "
-            f"confined. {ADVICE} Or set it to auto."
+            f"confined. {LANDLOCK_ADVICE} Or set it to auto."
         )
-    _log.warning("job processes are not confined: this kernel does not offer Landlock", advice=ADVICE)
+    _log.warning("job processes are not confined: this kernel does not offer Landlock", advice=LANDLOCK_ADVICE)
 
 
 # The environment --------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def check(mode: Mode) -> None:
 _environment_lock = threading.Lock()
 
 
-def environment_for_jobs(names: Iterable[str] = ()) -> dict[str, str]:
+def build_job_environment(names: Iterable[str] = ()) -> dict[str, str]:
     """Return the variables that the server process of job processes starts with: the usual ones, and `names`."""
     wanted = {*_ENVIRONMENT, *names}
     return {name: value for name, value in os.environ.items() if name in wanted or name.startswith(_PREFIXES)}
@@ -100,7 +102,7 @@ def minimal_environment(names: Iterable[str] = ()) -> Iterator[None]:
 
     `os.environ` stays as it is: only the array that the C library hands to new programs is another one meanwhile.
     """
-    lines = [os.fsencode(f"{name}={value}") for name, value in environment_for_jobs(names).items()]
+    lines = [os.fsencode(f"{name}={value}") for name, value in build_job_environment(names).items()]
     array = (ctypes.c_char_p * (len(lines) + 1))(*lines, None)
     with _environment_lock:
         current = ctypes.c_void_p.in_dll(ctypes.CDLL(None), "environ")
@@ -115,7 +117,12 @@ def minimal_environment(names: Iterable[str] = ()) -> Iterator[None]:
 
 
 def confine(
-    confinement: Confinement, *, scratch: Path, inbox: Path, readable: Sequence[Path], shared: Sequence[Path]
+    settings: ConfinementSettings,
+    *,
+    scratch_dir: Path,
+    inbox_dir: Path,
+    readable_paths: Sequence[Path],
+    shared_dirs: Sequence[Path],
 ) -> None:
     """Confine this process for good. It must not have other threads yet.
 
@@ -126,49 +133,49 @@ def confine(
         readable: Files and directories that the settings of its processor name.
         shared: Directories that all jobs of its type write to.
     """
-    others = scratch.parents[1:3]  # of this worker's jobs, and of other workers
-    allowed = list(_code_and_system((*confinement.protected, *others)))
-    os.environ.update(HOME=str(scratch), TMPDIR=str(scratch))
+    others = scratch_dir.parents[1:3]  # of this worker's jobs, and of other workers
+    allowed = list(_iterate_default_rules((*settings.protected_paths, *others)))
+    os.environ.update(HOME=str(scratch_dir), TMPDIR=str(scratch_dir))
     tempfile.tempdir = None  # looked up again, in TMPDIR
     # Libraries ask for real-time priority (the AV1 encoder SVT does, as root), and then all other processes starve.
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_RTPRIO, resource.RLIMIT_NICE):
         resource.setrlimit(kind, (0, 0))
     restrictions.set_no_new_privileges()
-    if confinement.mode == "off":
+    if settings.mode == "off":
         restrictions.drop_capabilities(keep=restrictions.FILE_CAPABILITIES)
         return
     has_landlock = restrictions.landlock_version() >= 1
     if has_landlock and _mounts_allowed:
-        _protect_metadata([scratch.parent, *shared, *confinement.writable])
-    restrictions.drop_capabilities(keep=0 if has_landlock else restrictions.SETFCAP)  # bubblewrap needs it
+        _protect_metadata([scratch_dir.parent, *shared_dirs, *settings.writable_paths])
+    restrictions.drop_capabilities(keep=0 if has_landlock else restrictions.CAP_SETFCAP)  # bubblewrap needs it
     restrictions.hide_from_same_user()
     if has_landlock:  # else the worker has said so, or has refused to start
-        _allow_only(confinement, allowed, [scratch, inbox, *shared], readable)
-    if restrictions.can_refuse():
+        _allow_only(settings, allowed, [scratch_dir, inbox_dir, *shared_dirs], readable_paths)
+    if restrictions.is_seccomp_supported():
         # Landlock does not cover local sockets that have a path: through those of the database, of a container engine
         # or of the server process that starts jobs, a job could leave its confinement.
-        restrictions.refuse(
-            restrictions.NO_PRIVILEGED_CALLS if has_landlock else (),  # bubblewrap needs some of them
+        restrictions.apply_seccomp_filter(
+            restrictions.PRIVILEGED_CALLS if has_landlock else (),  # bubblewrap needs some of them
             socket_families=[socket.AF_UNIX] if has_landlock else [],
-            only_itself=restrictions.LIMITS_AND_PRIORITIES,
+            self_only_calls=restrictions.LIMIT_AND_PRIORITY_CALLS,
         )
 
 
 def _allow_only(
-    confinement: Confinement, allowed: list[tuple[str, int]], writable: Sequence[Path], readable: Sequence[Path]
+    confinement: ConfinementSettings, allowed: list[tuple[str, int]], writable: Sequence[Path], readable: Sequence[Path]
 ) -> None:
     rules: list[tuple[str | Path, int]] = [*allowed]
-    rules += [(path, READ) for path in (*_NEEDED, *_DEVICES)]
-    rules += [(path, READ) for path in (*confinement.readable, *readable)]
-    rules += [(path, WRITE) for path in (*writable, *confinement.writable)]
-    rules.append(("/dev/null", WRITE_DEVICE))
-    restrictions.allow_only(rules)
+    rules += [(path, READ_RIGHTS) for path in (*_NEEDED, *_DEVICES)]
+    rules += [(path, READ_RIGHTS) for path in (*confinement.readable_paths, *readable)]
+    rules += [(path, WRITE_RIGHTS) for path in (*writable, *confinement.writable_paths)]
+    rules.append(("/dev/null", WRITE_DEVICE_RIGHTS))
+    restrictions.apply_landlock(rules)
 
 
 _mounts_allowed = False
 
 
-def look_for_mounts() -> None:
+def detect_mount_support() -> None:
     """Find out whether this system lets job processes have mounts of their own. Called in the fork server."""
     global _mounts_allowed  # the processes that are forked later inherit it
     _mounts_allowed = restrictions.can_make_read_only()
@@ -182,7 +189,7 @@ def _protect_metadata(writable: Sequence[Path]) -> None:
         os.dup2(empty.fileno(), 0)
 
 
-def paths_in(settings: BaseModel) -> Iterator[Path]:
+def find_paths(settings: BaseModel) -> Iterator[Path]:
     """Yield the files and directories that a processor's settings name."""
     for name in type(settings).model_fields:
         value = getattr(settings, name)
@@ -190,10 +197,10 @@ def paths_in(settings: BaseModel) -> Iterator[Path]:
             if isinstance(item, Path):
                 yield item
             elif isinstance(item, BaseModel):
-                yield from paths_in(item)
+                yield from find_paths(item)
 
 
-def _code_and_system(protected: Sequence[Path]) -> Iterator[tuple[str, int]]:
+def _iterate_default_rules(protected: Sequence[Path]) -> Iterator[tuple[str, int]]:
     """Yield what is allowed of the file system: all of it but private places, and in these what Python loads code from.
 
     Landlock only allows, and whole directories with all that is in them. So a directory in which something is private
@@ -203,15 +210,17 @@ def _code_and_system(protected: Sequence[Path]) -> Iterator[tuple[str, int]]:
     home = os.path.realpath(Path.home())
     system = (os.path.realpath(path) for path in _PRIVATE if os.path.lexists(path))
     private = (ours | {*system, home, os.path.realpath(tempfile.gettempdir())}) - {"/"}
-    yield from ((path, READ) for path in _outside("/", private))
-    for path in {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *sys.path, *_packages()) if path}:
+    yield from ((path, READ_RIGHTS) for path in _iterate_public_paths("/", private))
+    for path in {
+        os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *sys.path, *_iterate_package_dirs()) if path
+    }:
         if path in private or path == "/":  # it was started there: then it is no place for code alone
             continue
-        yield path, LIST  # where Python looks for modules it lists directories
-        yield from ((allowed, READ) for allowed in _outside(path, ours))
+        yield path, LIST_RIGHTS  # where Python looks for modules it lists directories
+        yield from ((allowed, READ_RIGHTS) for allowed in _iterate_public_paths(path, ours))
 
 
-def _packages() -> Iterator[str]:
+def _iterate_package_dirs() -> Iterator[str]:
     """Yield the directories of loaded packages outside the installation, such as those of an editable install.
 
     Editable installs have a finder of their own and no entry in `sys.path`. They may lie in a temporary directory,
@@ -231,7 +240,7 @@ def _package_paths() -> Iterator[str]:
             yield from paths
 
 
-def _outside(path: str, private: set[str]) -> Iterator[str]:
+def _iterate_public_paths(path: str, private: set[str]) -> Iterator[str]:
     """Yield the largest parts of `path` in which nothing is private, but no symbolic links: access ignores them."""
     if path in private:
         return
@@ -244,4 +253,4 @@ def _outside(path: str, private: set[str]) -> Iterator[str]:
     except OSError:  # not for this user: nothing in it could be opened
         return
     for entry in entries:
-        yield from _outside(entry, private)
+        yield from _iterate_public_paths(entry, private)

@@ -44,14 +44,14 @@ class Containment:
 
     def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run the coroutine as a task. Its context is its own, so what it starts is known to be of this containment."""
-        install(asyncio.get_running_loop())
+        install_containment(asyncio.get_running_loop())
         token = _current.set(self)
         try:
             return asyncio.create_task(coroutine, name=name)
         finally:
             _current.reset(token)
 
-    async def end(self, seconds: float) -> None:
+    async def stop(self, seconds: float) -> None:
         """Cancel what still runs. What has not ended after `seconds` is never resumed again."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
@@ -155,7 +155,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     """
     _is_own.set(True)
     loop = asyncio.new_event_loop()
-    install(loop)
+    install_containment(loop)
     loop._knows_its_own = True  # type: ignore[attr-defined]  # see _is_foreign
     finalize = loop._asyncgen_finalizer_hook  # type: ignore[attr-defined]  # private
 
@@ -181,7 +181,7 @@ def _is_foreign(loop: asyncio.AbstractEventLoop, context: Context | None = None)
     return getattr(loop, "_knows_its_own", False) and not get(_is_own)
 
 
-def install(loop: asyncio.AbstractEventLoop) -> None:
+def install_containment(loop: asyncio.AbstractEventLoop) -> None:
     """Prepare an event loop for containments. Installing again changes nothing."""
     if asyncio.events.Handle._run is not _run:
         asyncio.events.Handle._run = _run  # type: ignore[method-assign]  # see _run
@@ -250,7 +250,7 @@ def _run(self: asyncio.Handle) -> None:
 
 
 @contextmanager
-def outside() -> Iterator[None]:
+def outside_containment() -> Iterator[None]:
     """Within the block, tasks that are created belong to no containment: the worker's own code runs here."""
     current, own = _current.set(None), _is_own.set(True)
     try:

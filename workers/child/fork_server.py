@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Final
 
 from jobledger.workers.child import supervisor
-from jobledger.workers.child.confinement import look_for_mounts
+from jobledger.workers.child.confinement import detect_mount_support
 
 READY: Final = b"ready"
 _KILL_SECONDS: Final = 2.0  # what has not died by then is tried again when the next supervisor ends
@@ -32,7 +32,7 @@ def main() -> None:
     os.setpgid(0, 0)
     supervisor.ignore_signals()
     supervisor.become_subreaper()
-    look_for_mounts()  # before there are threads
+    detect_mount_support()  # before there are threads
     for module in json.loads(sys.argv[2]):
         _load(module)
     gc.freeze()  # children that collect garbage do not copy what they share with us
@@ -105,7 +105,7 @@ class _Server:
         os.close(handle)
         os.waitpid(self._supervisors.pop(handle), 0)
         # A supervisor that ended by itself has left nothing. One that was killed has left what it supervised.
-        if supervisor.children() - set(self._supervisors.values()):
+        if supervisor.list_children() - set(self._supervisors.values()):
             supervisor.kill_children(_KILL_SECONDS, frozenset(self._supervisors.values()))
 
 

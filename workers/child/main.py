@@ -23,23 +23,33 @@ from typing import Any, Final, NoReturn
 
 import orjson
 
-from jobledger.ledger.domain.limits import FILE_BYTES
-from jobledger.workers.child.attempt import Assignment, failure_of, run
-from jobledger.workers.child.confinement import confine, paths_in
+from jobledger.ledger.domain.limits import MAX_FILE_BYTES
+from jobledger.workers.child.attempt import Assignment, failure_from_exception, run_attempt
+from jobledger.workers.child.confinement import confine, find_paths
 from jobledger.workers.child.containment import Containment, new_event_loop
-from jobledger.workers.child.messages import HEADER, Done, Failed, FromJob, Line, Log, Message, Progress, encode
+from jobledger.workers.child.messages import (
+    FRAME_HEADER,
+    AttemptCompleted,
+    AttemptFailed,
+    LogEntries,
+    LogLine,
+    Message,
+    MessageEnvelope,
+    Progress,
+    encode_frame,
+)
 from jobledger.workers.processor import Processor, ProcessorError
-from jobledger.workers.registry import find_processor, shared_directories
+from jobledger.workers.registry import get_processor, shared_directories
 from jobledger.workers.result_conversion import to_text
 
-_LINES_AT_ONCE: Final = 500
-_WAITING: Final = 100  # messages (of many log lines each) that wait to be sent before the job has to wait
+_MAX_ENTRIES_PER_MESSAGE: Final = 500
+_MAX_QUEUED_MESSAGES: Final = 100  # messages (of many log lines each) that wait to be sent before the job has to wait
 
 
-def main(connection: socket.socket, memory_limit_mb: int) -> None:
+def run_job_process(connection: socket.socket, memory_limit_mb: int) -> None:
     """Do the one assignment that comes through the connection. Does not return, unless the worker is gone."""
     _set_limit(resource.RLIMIT_AS, memory_limit_mb * 1024 * 1024)
-    _set_limit(resource.RLIMIT_FSIZE, FILE_BYTES)  # sparse ones cost nothing but to read
+    _set_limit(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)  # sparse ones cost nothing but to read
     _set_limit(resource.RLIMIT_CORE, 0)  # thousands of crashes must not fill the disk
     faulthandler.enable()  # a crash in a library written in C says where; the supervisor keeps the end of our output
     # A program that the processor forks must not speak for the job.
@@ -47,9 +57,9 @@ def main(connection: socket.socket, memory_limit_mb: int) -> None:
     text = _receive(connection)
     if text is None:  # the worker has died before it could send the assignment
         return
-    link = _Link(connection)
+    link = _WorkerConnection(connection)
     link.finish(_attempt(link, text))
-    end()
+    exit_process()
 
 
 def _set_limit(kind: int, most: int) -> None:
@@ -59,31 +69,31 @@ def _set_limit(kind: int, most: int) -> None:
     resource.setrlimit(kind, (most, most))
 
 
-def _attempt(link: _Link, text: bytes) -> Done | Failed:
+def _attempt(link: _WorkerConnection, text: bytes) -> AttemptCompleted | AttemptFailed:
     """Make the attempt, and return how it ended, whatever the processor does to this process."""
     try:
         assignment = Assignment.model_validate_json(text)
-        processor = find_processor(assignment.job_type)
-        readable = [*paths_in(processor.Settings.model_validate(assignment.settings))]
+        processor = get_processor(assignment.job_type)
+        readable = [*find_paths(processor.Settings.model_validate(assignment.settings))]
         shared = _create(shared_directories(processor))
     except BaseException as error:  # noqa: BLE001 - the settings and the method are foreign code
-        return failure_of(error)
+        return failure_from_exception(error)
     try:  # before any other code of the processor runs, and before there are threads
         confine(
             assignment.confinement,
-            scratch=assignment.scratch,
-            inbox=assignment.inbox,
-            readable=readable,
-            shared=shared,
+            scratch_dir=assignment.scratch_dir,
+            inbox_dir=assignment.inbox_dir,
+            readable_paths=readable,
+            shared_dirs=shared,
         )
     except Exception as error:  # noqa: BLE001 - any error: the job must not run
         text_of_error = f"The job process could not be confined: {to_text(error, 500)}"
-        return Failed("WORKER_FAULT", text_of_error, transient=True, errno=getattr(error, "errno", None))
+        return AttemptFailed("WORKER_FAULT", text_of_error, transient=True, errno=getattr(error, "errno", None))
     try:
         asyncio.set_event_loop(loop := new_event_loop())
         return loop.run_until_complete(_work(link, assignment, processor))
     except BaseException as error:  # noqa: BLE001 - the processor has stopped the event loop, or cancelled this task
-        return failure_of(error, scratch=assignment.directory.parent)
+        return failure_from_exception(error, scratch_dir=assignment.attempt_dir.parent)
 
 
 def _create(directories: list[Path]) -> list[Path]:
@@ -92,15 +102,17 @@ def _create(directories: list[Path]) -> list[Path]:
     return directories
 
 
-async def _work(link: _Link, assignment: Assignment, processor: type[Processor]) -> Done | Failed:
+async def _work(
+    link: _WorkerConnection, assignment: Assignment, processor: type[Processor]
+) -> AttemptCompleted | AttemptFailed:
     link.start()
-    attempt = run(assignment, processor, link.send, link.stopping.is_set)
+    attempt = run_attempt(assignment, processor, link.send, link.stopping.is_set)
     working = Containment().start(attempt, f"run-{assignment.job_id}")
     await asyncio.wait({working})
     return working.result()
 
 
-class _Link:
+class _WorkerConnection:
     """The connection to the worker, for the job's event loop."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -109,10 +121,10 @@ class _Link:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
-        self._waiting: deque[bytes | list[Line] | Progress] = deque()
+        self._queue: deque[bytes | list[LogLine] | Progress] = deque()
         self._changed = threading.Condition()
-        self._room = asyncio.Event()
-        self._room.set()
+        self._has_capacity = asyncio.Event()
+        self._has_capacity.set()
         self._finished = False
         self._writer = threading.Thread(target=self._write, name="link-write", daemon=True)
 
@@ -124,21 +136,21 @@ class _Link:
 
     async def send(self, message: Message) -> Any:
         """Send a message; return the answer, if it has one."""
-        await self._room.wait()
-        if isinstance(message, Log | Progress):
+        await self._has_capacity.wait()
+        if isinstance(message, LogEntries | Progress):
             self._put(message)
             return None
         number, answer = next(self._ids), asyncio.get_running_loop().create_future()
         self._answers[number] = answer
         try:
-            self._put(encode(FromJob(number, message)))
+            self._put(encode_frame(MessageEnvelope(number, message)))
             return await answer
         finally:
             self._answers.pop(number, None)
 
     def finish(self, message: Message) -> None:
         """Send the last message, and return when all are sent. The event loop may have ended."""
-        self._put(encode(FromJob(0, message)))
+        self._put(encode_frame(MessageEnvelope(0, message)))
         with self._changed:
             self._finished = True
             self._changed.notify()
@@ -147,20 +159,20 @@ class _Link:
         else:
             self._writer.join()
 
-    def _put(self, what: bytes | Log | Progress) -> None:
+    def _put(self, what: bytes | LogEntries | Progress) -> None:
         with self._changed:
-            last = self._waiting[-1] if self._waiting else None
-            if isinstance(what, Log):
-                if isinstance(last, list) and len(last) < _LINES_AT_ONCE:
-                    last.extend(what.lines)
+            last = self._queue[-1] if self._queue else None
+            if isinstance(what, LogEntries):
+                if isinstance(last, list) and len(last) < _MAX_ENTRIES_PER_MESSAGE:
+                    last.extend(what.entries)
                 else:
-                    self._waiting.append(list(what.lines))
+                    self._queue.append(list(what.entries))
             elif isinstance(what, Progress) and isinstance(last, Progress):
-                self._waiting[-1] = what
+                self._queue[-1] = what
             else:
-                self._waiting.append(what)
-            if len(self._waiting) > _WAITING:
-                self._room.clear()
+                self._queue.append(what)
+            if len(self._queue) > _MAX_QUEUED_MESSAGES:
+                self._has_capacity.clear()
             self._changed.notify()
 
     def _write(self) -> None:
@@ -168,24 +180,24 @@ class _Link:
         try:
             while (what := self._next()) is not None:
                 if isinstance(what, list):
-                    what = encode(FromJob(0, Log(what)))
+                    what = encode_frame(MessageEnvelope(0, LogEntries(what)))
                 elif isinstance(what, Progress):
-                    what = encode(FromJob(0, what))
+                    what = encode_frame(MessageEnvelope(0, what))
                 self._connection.sendall(what)
         except OSError:
             os._exit(1)  # the worker is gone, and the supervisor ends what is left
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
 
-    def _next(self) -> bytes | list[Line] | Progress | None:
+    def _next(self) -> bytes | list[LogLine] | Progress | None:
         with self._changed:
-            while not self._waiting:
+            while not self._queue:
                 if self._finished:
                     return None
                 self._changed.wait()
-            what = self._waiting.popleft()
-            if not self._room.is_set() and len(self._waiting) <= _WAITING // 2:
-                self._call_soon(self._room.set)
+            what = self._queue.popleft()
+            if not self._has_capacity.is_set() and len(self._queue) <= _MAX_QUEUED_MESSAGES // 2:
+                self._call_soon(self._has_capacity.set)
             return what
 
     def _read(self) -> None:
@@ -196,7 +208,7 @@ class _Link:
                 if "stop" in content:
                     self.stopping.set()
                 else:
-                    self._call_soon(self._take, content)
+                    self._call_soon(self._handle_answer, content)
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
         os._exit(1)  # the worker is gone
@@ -206,7 +218,7 @@ class _Link:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _take(self, content: dict[str, Any]) -> None:
+    def _handle_answer(self, content: dict[str, Any]) -> None:
         answer = self._answers.get(content["id"])
         if answer is None or answer.done():  # the task that asked was cancelled
             return
@@ -225,8 +237,8 @@ def _die(error: BaseException) -> NoReturn:
 
 def _receive(connection: socket.socket) -> bytes | None:
     """Return the content of the next frame; None when the worker is gone. Blocks."""
-    header = _receive_exactly(connection, HEADER.size)
-    return _receive_exactly(connection, HEADER.unpack(header)[0]) if header is not None else None
+    header = _receive_exactly(connection, FRAME_HEADER.size)
+    return _receive_exactly(connection, FRAME_HEADER.unpack(header)[0]) if header is not None else None
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
@@ -243,7 +255,7 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
     return bytes(received)
 
 
-def end() -> None:
+def exit_process() -> None:
     """End the process without waiting for threads or finalizers that the processor has left behind."""
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -15,27 +15,27 @@ import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 
 from jobledger.workers.processor import JSON, LogLevel
-from jobledger.workers.result_conversion import to_text, validation_problems
+from jobledger.workers.result_conversion import format_validation_error, to_text
 
-HEADER: Final = struct.Struct(">I")
+FRAME_HEADER: Final = struct.Struct(">I")
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024  # of a frame that the worker accepts
 MAX_FRAME_VALUES: Final = 1_500_000
 """Of a frame that the worker accepts: more than any value has that `jobledger.workers.result_conversion` accepts.
 Reading 32 MiB of
 empty lists would take eight seconds and 1.2 GB."""
 _NO_STRUCTURE: Final = bytes(set(range(256)) - set(b'",[{'))
-STOP: Final = {"stop": True}
+STOP_MESSAGE: Final = {"stop": True}
 """What the worker sends, instead of an answer, when the job is to stop."""
 
-Line = tuple[float, LogLevel, str]
+LogLine = tuple[float, LogLevel, str]
 """A line of the job's log: seconds since 1970, level, text."""
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
+class LogEntries:
     """Lines for the job's log, in order."""
 
-    lines: list[Line]
+    entries: list[LogLine]
     kind: Literal["log"] = "log"
 
 
@@ -50,7 +50,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Seek:
+class FindSharedStep:
     """Ask for a step that another job shares. Answer: `{job_id, output}`, or None."""
 
     key: str
@@ -59,7 +59,7 @@ class Seek:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class FileSaved:
     """A file is in the inbox. Answer: the path that it gets, when it is in the result store."""
 
     sha256: str
@@ -68,7 +68,7 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepFinished:
     """A step is finished. Answer: None, when that is recorded. `duration_s` is in seconds."""
 
     step: str
@@ -78,12 +78,12 @@ class Step:
     tokens_used: int
     warnings: list[str]
     reused_from: str | None = None
-    share: bool = False
+    is_shared: bool = False
     kind: Literal["step"] = "step"
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class AttemptCompleted:
     """The processor's results. The last message of an attempt. `duration_s` is in seconds."""
 
     results: dict[str, JSON]
@@ -93,7 +93,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class AttemptFailed:
     """Why there are no results. The last message of an attempt.
 
     `errno` is that of the system error that led to it, if there was one: the worker finds out whose fault it is.
@@ -107,31 +107,31 @@ class Failed:
     kind: Literal["failed"] = "failed"
 
 
-Message = Log | Progress | Seek | Saved | Step | Done | Failed
+Message = LogEntries | Progress | FindSharedStep | FileSaved | StepFinished | AttemptCompleted | AttemptFailed
 
 
 @dataclass(frozen=True, slots=True)
-class FromJob:
+class MessageEnvelope:
     """A message of a job process; `id` is 0 if it has no answer."""
 
-    id: int
+    request_id: int
     message: Annotated[Message, Field(discriminator="kind")]
 
 
-_from_job = TypeAdapter(FromJob)
+_from_job = TypeAdapter(MessageEnvelope)
 
 
 class InvalidMessage(Exception):
     """A job process sent what is no message. The text says why."""
 
 
-def encode(content: Any) -> bytes:
+def encode_frame(content: Any) -> bytes:
     """Return a frame with this content."""
     text = orjson.dumps(content)
-    return HEADER.pack(len(text)) + text
+    return FRAME_HEADER.pack(len(text)) + text
 
 
-def decode_from_job(text: bytes) -> FromJob:
+def decode_message(text: bytes) -> MessageEnvelope:
     """Return what a job process sent.
 
     Raises:
@@ -142,7 +142,7 @@ def decode_from_job(text: bytes) -> FromJob:
     try:
         return _from_job.validate_json(text)
     except ValidationError as error:
-        raise InvalidMessage(to_text(validation_problems(error, "message"), 500)) from None
+        raise InvalidMessage(to_text(format_validation_error(error, "message"), 500)) from None
 
 
 def _has_too_many_values(text: bytes) -> bool:

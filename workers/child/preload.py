@@ -2,9 +2,9 @@
 
 import sys
 
-from jobledger.workers.registry import ProcessorUnusable, check_preload, processors
+from jobledger.workers.registry import ProcessorUnusable, check_preload, load_processors
 
-for _job_type in processors():
+for _job_type in load_processors():
     try:
         check_preload(_job_type)
     except ProcessorUnusable as _error:  # its own jobs say so when they run, and those of others are not concerned

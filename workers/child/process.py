@@ -24,14 +24,14 @@ import structlog
 from jobledger.workers.child import fork_server
 from jobledger.workers.child.confinement import minimal_environment
 from jobledger.workers.child.messages import (
-    HEADER,
+    FRAME_HEADER,
     MAX_FRAME_BYTES,
-    STOP,
-    Failed,
-    FromJob,
+    STOP_MESSAGE,
+    AttemptFailed,
     InvalidMessage,
-    decode_from_job,
-    encode,
+    MessageEnvelope,
+    decode_message,
+    encode_frame,
 )
 from jobledger.workers.child.supervisor import STOP_SECONDS
 
@@ -45,7 +45,7 @@ _PIECE_BYTES: Final = 256 * 1024
 _MESSAGES_PER_SECOND: Final = 2000  # of one job process; one that sends more waits
 _BYTES_PER_SECOND: Final = 64 * 1024 * 1024
 _MAX_CONTROL_BYTES: Final = 1024 * 1024  # of a line from a supervisor
-MODULES: Final = ["jobledger.workers.child.main", "jobledger.workers.child.preload"]
+PRELOAD_MODULES: Final = ["jobledger.workers.child.main", "jobledger.workers.child.preload"]
 """What the fork server imports, so that each job process finds it loaded."""
 _RUN_FORK_SERVER: Final = """
 import json, sys
@@ -55,7 +55,7 @@ main()
 """
 
 
-class NotStarted(Exception):
+class ProcessNotStarted(Exception):
     """No job process could be started. `errno` says why, if the system has said so."""
 
     def __init__(self, message: str, errno: int | None = None) -> None:
@@ -66,13 +66,13 @@ class NotStarted(Exception):
 class ProcessFailed(Exception):
     """A job process ended, or can no longer be understood. `failure` is what that means for the attempt."""
 
-    def __init__(self, failure: Failed) -> None:
+    def __init__(self, failure: AttemptFailed) -> None:
         super().__init__(failure.message)
         self.failure = failure
 
 
 @dataclass(frozen=True, slots=True)
-class Exit:
+class ProcessExit:
     """How a job process ended: its exit code (None if its supervisor was killed), and the end of what it printed."""
 
     code: int | None
@@ -94,7 +94,7 @@ class _ForkServer:
         self._preloads = True
 
     @property
-    def seconds(self) -> float:
+    def request_timeout(self) -> float:
         """How long a request may take."""
         return START_SECONDS if self._is_ready() else LOAD_SECONDS
 
@@ -150,7 +150,7 @@ class _ForkServer:
     def _start(self, environment: Sequence[str]) -> None:
         self.stop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        modules = MODULES if self._preloads else []
+        modules = PRELOAD_MODULES if self._preloads else []
         with theirs, minimal_environment(environment):
             ours.setblocking(False)  # noqa: FBT003 - it takes no name
             try:
@@ -182,7 +182,7 @@ def stop_fork_server() -> None:
     _server.stop()
 
 
-def check_processes() -> None:
+def check_process_start() -> None:
     """Start a program and wait for its end. Blocks.
 
     Raises:
@@ -209,7 +209,7 @@ class JobProcess:
         self._on_output: Callable[[str], None] = lambda text: None
         self._changed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
-        self._exit: Exit | None = None
+        self._exit: ProcessExit | None = None
 
     @classmethod
     async def start(
@@ -232,13 +232,13 @@ class JobProcess:
             try:
                 return await cls._start(memory_limit_mb, on_output, environment)
             except (TimeoutError, ConnectionError) as error:
-                raise NotStarted(f"No job process could be started: {type(error).__name__} {error}") from error
+                raise ProcessNotStarted(f"No job process could be started: {type(error).__name__} {error}") from error
 
     @classmethod
     async def _start(
         cls, memory_limit_mb: int, on_output: Callable[[str], None], environment: Sequence[str]
     ) -> JobProcess:
-        with _Sockets() as sockets:
+        with _SocketPairs() as sockets:
             ours, theirs, control, their_control = sockets.pair() + sockets.pair()
             asked = _server.request(memory_limit_mb, their_control, theirs, environment)
             theirs.close()
@@ -247,7 +247,7 @@ class JobProcess:
             sockets.keep(control)
             process = cls(ours, reader, writer)
             try:
-                async with asyncio.timeout(_server.seconds):
+                async with asyncio.timeout(_server.request_timeout):
                     line = await reader.readline()
                 if not line:
                     raise ConnectionError("the fork server died")
@@ -261,7 +261,9 @@ class JobProcess:
             said = json.loads(line)
             if "failed" in said:
                 writer.close()
-                raise NotStarted(f"No job process could be forked: {os.strerror(said['failed'])}", said["failed"])
+                raise ProcessNotStarted(
+                    f"No job process could be forked: {os.strerror(said['failed'])}", said["failed"]
+                )
             sockets.keep(ours)
         process._supervisor = said["supervisor"]
         process._on_output = on_output
@@ -269,41 +271,41 @@ class JobProcess:
         return process
 
     @property
-    def watching(self) -> asyncio.Task[None]:
+    def exit_task(self) -> asyncio.Task[None]:
         """Done when nothing is left of the job process and what it has started."""
         assert self._watching is not None  # noqa: S101 - it is set by start
         return self._watching
 
     # Hearing ------------------------------------------------------------------------------------------------------
 
-    async def messages(self) -> AsyncGenerator[tuple[FromJob, int], None]:
+    async def iterate_messages(self) -> AsyncGenerator[tuple[MessageEnvelope, int], None]:
         """Yield what the job process sends, and how many bytes that had, until it is dead and everything has been read.
 
         Raises:
             ProcessFailed: it is dead, sent what is no message, or stopped in the middle of one.
         """
-        pace = _Pace(self._loop)
+        pace = _RateLimiter(self._loop)
         while (text := await self._frame()) is not None:
             try:
-                message = decode_from_job(text)
+                message = decode_message(text)
             except InvalidMessage as error:
                 what = f"The job process sent a message that cannot be read: {error}"
-                raise ProcessFailed(Failed("INVALID_MESSAGE", what)) from error
+                raise ProcessFailed(AttemptFailed("INVALID_MESSAGE", what)) from error
             yield message, len(text)
             await pace.keep(len(text))
-        raise ProcessFailed(await self._why_it_ended())
+        raise ProcessFailed(await self._find_exit_failure())
 
     async def _frame(self) -> bytes | None:
-        if not await self._fill(HEADER.size):
+        if not await self._fill(FRAME_HEADER.size):
             return None
-        size = HEADER.unpack(self._received[: HEADER.size])[0]
+        size = FRAME_HEADER.unpack(self._received[: FRAME_HEADER.size])[0]
         if size > MAX_FRAME_BYTES:
             what = f"The job process sent {size // 2**20} MiB at once; at most {MAX_FRAME_BYTES // 2**20} are accepted."
-            raise ProcessFailed(Failed("INVALID_MESSAGE", what))
-        if not await self._fill(HEADER.size + size):
+            raise ProcessFailed(AttemptFailed("INVALID_MESSAGE", what))
+        if not await self._fill(FRAME_HEADER.size + size):
             return None
-        text = bytes(memoryview(self._received)[HEADER.size : HEADER.size + size])
-        del self._received[: HEADER.size + size]
+        text = bytes(memoryview(self._received)[FRAME_HEADER.size : FRAME_HEADER.size + size])
+        del self._received[: FRAME_HEADER.size + size]
         return text
 
     async def _fill(self, size: int) -> bool:
@@ -335,7 +337,7 @@ class JobProcess:
                 await self._changed.wait()
         except TimeoutError:
             what = f"The job process stopped in the middle of a message for {STALL_SECONDS:g} seconds."
-            raise ProcessFailed(Failed("PROCESS_STALLED", what, transient=True)) from None
+            raise ProcessFailed(AttemptFailed("PROCESS_STALLED", what, transient=True)) from None
         finally:
             self._loop.remove_reader(self._connection.fileno())
 
@@ -349,20 +351,20 @@ class JobProcess:
                 elif "exit" in said:
                     if said["left_out"]:
                         self._on_output(f"… {said['left_out']:,} more bytes of output were left out.")
-                    self._exit = Exit(said["exit"], said["tail"])
+                    self._exit = ProcessExit(said["exit"], said["tail"])
                     self._changed.set()
         if self._exit is None:
-            self._exit = Exit(None)
+            self._exit = ProcessExit(None)
         self._changed.set()
 
-    async def _why_it_ended(self) -> Failed:
+    async def _find_exit_failure(self) -> AttemptFailed:
         """Return what the end of the process means. Its supervisor reports that within moments."""
         deadline = self._loop.time() + STOP_SECONDS
         while self._exit is None and (left := deadline - self._loop.time()) > 0:
             self._changed.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), left)
-        return _failure_of(self._exit)
+        return _failure_from_exit(self._exit)
 
     # Answering ----------------------------------------------------------------------------------------------------
 
@@ -372,7 +374,7 @@ class JobProcess:
         Raises:
             ProcessFailed: the job process has stopped reading.
         """
-        frame = memoryview(encode(content))
+        frame = memoryview(encode_frame(content))
         async with self._writing:
             try:
                 for start in range(0, len(frame), _PIECE_BYTES):
@@ -380,38 +382,38 @@ class JobProcess:
                         await self._loop.sock_sendall(self._connection, frame[start : start + _PIECE_BYTES])
             except TimeoutError:
                 what = f"The job process took nothing from its connection for {STALL_SECONDS:g} seconds."
-                raise ProcessFailed(Failed("PROCESS_STALLED", what, transient=True)) from None
+                raise ProcessFailed(AttemptFailed("PROCESS_STALLED", what, transient=True)) from None
             except OSError:
                 return
 
     # Ending -------------------------------------------------------------------------------------------------------
 
-    async def end(self) -> None:
+    async def stop(self) -> None:
         """End the job process, if it still runs, with everything that it has started."""
         if self._exit is None and not self._writing.locked():
             with suppress(OSError):  # its buffer is full: it is killed without notice
-                self._connection.send(encode(STOP))
+                self._connection.send(encode_frame(STOP_MESSAGE))
         self._writer.write(b"end")
-        ended, _ = await asyncio.wait({self.watching}, timeout=END_SECONDS)
+        ended, _ = await asyncio.wait({self.exit_task}, timeout=END_SECONDS)
         if not ended:
             # Its end of `control` is open, so the supervisor is alive, and the number is its own. The kernel kills the
             # job process with it (PR_SET_PDEATHSIG), and the fork server what that has started.
             _log.warning("a supervisor did not end in time and is killed", pid=self._supervisor)
             with suppress(ProcessLookupError):
                 os.kill(self._supervisor, signal.SIGKILL)
-            await asyncio.wait({self.watching}, timeout=STOP_SECONDS)
-        self.watching.cancel()
+            await asyncio.wait({self.exit_task}, timeout=STOP_SECONDS)
+        self.exit_task.cancel()
         self._writer.close()
         self._connection.close()
 
 
-class _Sockets:
+class _SocketPairs:
     """Pairs of sockets that are closed behind the block, but for those that are kept."""
 
     def __init__(self) -> None:
         self._open: set[socket.socket] = set()
 
-    def __enter__(self) -> _Sockets:
+    def __enter__(self) -> _SocketPairs:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -429,7 +431,7 @@ class _Sockets:
         self._open.discard(one)
 
 
-class _Pace:
+class _RateLimiter:
     """Lets a job process that floods its worker wait, so that other jobs have their share of the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -447,21 +449,21 @@ class _Pace:
         self._since, self._share = self._loop.time(), 0.0
 
 
-def _failure_of(end: Exit | None) -> Failed:
+def _failure_from_exit(end: ProcessExit | None) -> AttemptFailed:
     """Return what the end of a job process without a result means."""
     if end is None:
         message = "The job process closed its connection to the worker, so it cannot report a result."
-        return Failed("PROCESS_DIED", message, transient=True)
+        return AttemptFailed("PROCESS_DIED", message, transient=True)
     details: dict[str, Any] = {"output": end.output} if end.output else {}
     if end.code is None:
         message = "The supervisor of the job process was killed, and the job process with it."
-        return Failed("PROCESS_KILLED", message, transient=True, details=details)
+        return AttemptFailed("PROCESS_KILLED", message, transient=True, details=details)
     if end.code < 0:
         name = _signal_name(-end.code)
         message = f"The process that ran the job was killed by {name}."
-        return Failed("PROCESS_KILLED", message, transient=True, details={"signal": name, **details})
+        return AttemptFailed("PROCESS_KILLED", message, transient=True, details={"signal": name, **details})
     message = f"The process that ran the job ended without a result (exit code {end.code})."
-    return Failed("PROCESS_DIED", message, transient=True, details={"exit_code": end.code, **details})
+    return AttemptFailed("PROCESS_DIED", message, transient=True, details={"exit_code": end.code, **details})
 
 
 def _signal_name(number: int) -> str:

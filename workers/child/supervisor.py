@@ -36,8 +36,8 @@ from jobledger.workers.child import main as child
 STOP_SECONDS: Final = 1.0
 """How long a job process that is to stop may take to do so itself."""
 KILL_SECONDS: Final = 30.0  # after that, what is left cannot be killed (it waits for a disk, or belongs to root)
-MAX_OUTPUT: Final = 64 * 1024  # bytes of output that are forwarded
-TAIL: Final = 8192  # bytes of output that are kept for the report of an unexpected end
+MAX_OUTPUT_BYTES: Final = 64 * 1024  # bytes of output that are forwarded
+OUTPUT_TAIL_BYTES: Final = 8192  # bytes of output that are kept for the report of an unexpected end
 _LAST_READS: Final = 32
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -55,7 +55,7 @@ def ignore_signals() -> None:
     A handler rather than SIG_IGN, which programs that a processor starts would inherit.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _pass_over)
+        signal.signal(number, _ignore_signal)
 
 
 def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb: int) -> None:
@@ -67,7 +67,7 @@ def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb
     try:
         job = os.fork()
     except OSError as error:
-        _tell(control, {"failed": error.errno})
+        _send(control, {"failed": error.errno})
         return
     if job == 0:
         os.close(output)
@@ -75,7 +75,7 @@ def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb
         _run_job(us, connection, theirs, memory_limit_mb)
     connection.close()
     os.close(theirs)
-    _tell(control, {"job": job, "supervisor": us})
+    _send(control, {"job": job, "supervisor": us})
     _Supervisor(control, job, output).run()
 
 
@@ -89,7 +89,7 @@ def _run_job(supervisor: int, connection: socket.socket, output: int, memory_lim
             os.dup2(output, number)
         os.close(output)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # nothing is lost in a crash
-        child.main(connection, memory_limit_mb)
+        child.run_job_process(connection, memory_limit_mb)
     except BaseException:  # noqa: BLE001 - nothing may return into the code of the fork server
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
@@ -128,7 +128,7 @@ class _Supervisor:
             self._report()
         kill_children(KILL_SECONDS)
         if not ended:
-            self._tell_exit(-signal.SIGKILL)
+            self._send_exit(-signal.SIGKILL)
 
     def _receive(self) -> bool:
         """Return whether the worker is there, and only wants the job to end."""
@@ -142,11 +142,11 @@ class _Supervisor:
             if not self._read_output():
                 break
         _, status = os.waitpid(self._job, 0)
-        self._tell_exit(os.waitstatus_to_exitcode(status))
+        self._send_exit(os.waitstatus_to_exitcode(status))
 
-    def _tell_exit(self, code: int) -> None:
+    def _send_exit(self, code: int) -> None:
         tail = self._tail.decode(errors="replace")
-        _tell(self._control, {"exit": code, "tail": tail, "left_out": self._left_out})
+        _send(self._control, {"exit": code, "tail": tail, "left_out": self._left_out})
 
     def _read_output(self) -> bool | None:
         """Take some of what the job prints; return whether there was something, and None if there will be no more."""
@@ -156,23 +156,23 @@ class _Supervisor:
             return False
         if not text:
             return None
-        self._tail = (self._tail + text)[-TAIL:]
-        part = text[: MAX_OUTPUT - self._forwarded]
+        self._tail = (self._tail + text)[-OUTPUT_TAIL_BYTES:]
+        part = text[: MAX_OUTPUT_BYTES - self._forwarded]
         self._forwarded += len(part)
         self._left_out += len(text) - len(part)
         if part:
-            _tell(self._control, {"output": part.decode(errors="replace")})
+            _send(self._control, {"output": part.decode(errors="replace")})
         return True
 
 
-def kill_children(seconds: float, spare: frozenset[int] = frozenset()) -> None:
+def kill_children(seconds: float, exclude: frozenset[int] = frozenset()) -> None:
     """Kill all children of this process but `spare`, and theirs, which become ours when these die.
 
     Stops after so many seconds: what has not died by then cannot be killed.
     """
     deadline, pause = time.monotonic() + seconds, 0.001
     while time.monotonic() < deadline:
-        left = children() - spare
+        left = list_children() - exclude
         for pid in left:
             # Also one that is stopped dies of this. The number is no other process's: we have not reaped it yet.
             with contextlib.suppress(OSError):
@@ -185,7 +185,7 @@ def kill_children(seconds: float, spare: frozenset[int] = frozenset()) -> None:
             pause = min(2 * pause, 0.1)
 
 
-def children() -> set[int]:
+def list_children() -> set[int]:
     """Return the children of this process."""
     found: set[int] = set()
     try:
@@ -217,12 +217,12 @@ def _reap(pid: int) -> bool:
         return True
 
 
-def _tell(control: socket.socket, content: dict[str, Any]) -> None:
+def _send(control: socket.socket, content: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # the worker is gone
         control.sendall(orjson.dumps(content) + b"\n")
 
 
-def _pass_over(*_: object) -> None:
+def _ignore_signal(*_: object) -> None:
     """Do nothing about a signal."""
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobledger.workers.processor import Isolation, Job, ProcessorError, Results
+from jobledger.workers.processor import Isolation, JobContext, ProcessorError, Results
 
 
 class EchoParameters(BaseModel):
@@ -43,11 +43,13 @@ class EchoProcessor:
     def __init__(self, settings: Any) -> None:
         self._settings = settings
 
-    async def run(self, job: Job) -> Results:
+    async def run(self, job: JobContext) -> Results:
         wanted: EchoParameters = job.parameters
         passed = 0.0
         while passed < wanted.seconds:
-            await job.progress(100 * passed / wanted.seconds, f"{passed:.0f} of {wanted.seconds:g} seconds have passed")
+            await job.report_progress(
+                100 * passed / wanted.seconds, f"{passed:.0f} of {wanted.seconds:g} seconds have passed"
+            )
             pause = min(1.0, wanted.seconds - passed)
             await asyncio.sleep(pause)
             passed += pause

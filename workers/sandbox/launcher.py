@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from jobledger.workers.sandbox import restrictions
 
-NOT_STARTED: Final = 125
+EXIT_NOT_STARTED: Final = 125
 """Exit code if the sandbox could not be set up. The reason is on standard error."""
 PROXY_PORT: Final = 3128
 _OTHER_FAMILIES: Final = [family for family in range(64) if family not in (socket.AF_INET, socket.AF_INET6)]
@@ -31,22 +31,22 @@ _READ_ONLY_DEVICES: Final = ("/dev/zero", "/dev/full", "/dev/random", "/dev/uran
 def main() -> None:
     """Run what the JSON document in the first argument describes, and exit with the program's exit code."""
     plan = json.loads(sys.argv[1])
-    restrictions.die_with_parent(signal.SIGKILL)
+    restrictions.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != plan["parent"]:  # it ended before the line above
-        os._exit(NOT_STARTED)
+        os._exit(EXIT_NOT_STARTED)
     try:
-        separate = plan["namespaces"] and restrictions.leave_namespaces()
+        separate = plan["namespaces"] and restrictions.unshare_namespaces()
         if plan["proxy"] is not None:
             if not separate:
                 raise OSError("this system does not let a program have a network of its own")
             _send_proxy_socket(plan["proxy"])
-        restrictions.adopt_descendants()
+        restrictions.become_subreaper()
         program = os.fork()
         if program == 0:
             _start(plan, separate=separate)
     except OSError as error:
         print(f"sandbox: {error}", file=sys.stderr)
-        os._exit(NOT_STARTED)
+        os._exit(EXIT_NOT_STARTED)
     code = _wait_for(program)
     _kill_descendants()
     os._exit(code)
@@ -54,39 +54,39 @@ def main() -> None:
 
 def _start(plan: dict[str, Any], *, separate: bool) -> None:
     """In the new process: become the first of its PID namespace if there is one, and the program."""
-    restrictions.die_with_parent(signal.SIGKILL)
+    restrictions.set_parent_death_signal(signal.SIGKILL)
     if separate:
         # As the first process the program would not end by signals such as that of `abort`. When this one ends, the
         # kernel ends the whole namespace.
         program = os.fork()
         if program:
             os._exit(_wait_for(program))
-        restrictions.die_with_parent(signal.SIGKILL)
+        restrictions.set_parent_death_signal(signal.SIGKILL)
     try:
         os.setsid()
         _limit(plan["limits"], separate=separate)
         if plan["landlock"]:
-            restrictions.allow_only(
-                [(path, restrictions.READ) for path in plan["readable"]]
-                + [(path, restrictions.WRITE & ~restrictions.EXECUTE) for path in plan["writable"]]
+            restrictions.apply_landlock(
+                [(path, restrictions.READ_RIGHTS) for path in plan["readable"]]
+                + [(path, restrictions.WRITE_RIGHTS & ~restrictions.EXECUTE) for path in plan["writable"]]
                 + [
-                    ("/dev/null", restrictions.WRITE_DEVICE),
-                    *((path, restrictions.READ) for path in _READ_ONLY_DEVICES),
+                    ("/dev/null", restrictions.WRITE_DEVICE_RIGHTS),
+                    *((path, restrictions.READ_RIGHTS) for path in _READ_ONLY_DEVICES),
                 ]
             )
         restrictions.set_no_new_privileges()
         restrictions.drop_capabilities()
         if plan["seccomp"]:
-            refused = restrictions.NO_HARM_OUTSIDE
+            refused = restrictions.OUTSIDE_ACCESS_CALLS
             if plan["proxy"] is not None:
                 refused = refused - {"socket", "connect", "sendto"}
-            only_itself = {"tgkill", *restrictions.LIMITS_AND_PRIORITIES}
-            restrictions.refuse(refused, socket_families=_OTHER_FAMILIES, only_itself=only_itself)
+            only_itself = {"tgkill", *restrictions.LIMIT_AND_PRIORITY_CALLS}
+            restrictions.apply_seccomp_filter(refused, socket_families=_OTHER_FAMILIES, self_only_calls=only_itself)
         os.chdir(plan["directory"])
         os.execve(plan["command"][0], plan["command"], plan["environment"])  # noqa: S606 - as planned
     except OSError as error:
         print(f"sandbox: {error}", file=sys.stderr)
-    os._exit(NOT_STARTED)
+    os._exit(EXIT_NOT_STARTED)
 
 
 def _limit(limits: dict[str, int], *, separate: bool) -> None:

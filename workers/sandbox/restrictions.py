@@ -26,19 +26,19 @@ EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _REFER, _TRUNCATE = 1 << 13, 1 << 14
 _FIRST_VERSION: Final = (1 << 13) - 1
 _FOR_FILES: Final = EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
-READ: Final = EXECUTE | _READ_FILE | _READ_DIR
-LIST: Final = _READ_DIR
-WRITE_DEVICE: Final = _READ_FILE | _WRITE_FILE
-WRITE: Final = _FIRST_VERSION | _REFER | _TRUNCATE
+READ_RIGHTS: Final = EXECUTE | _READ_FILE | _READ_DIR
+LIST_RIGHTS: Final = _READ_DIR
+WRITE_DEVICE_RIGHTS: Final = _READ_FILE | _WRITE_FILE
+WRITE_RIGHTS: Final = _FIRST_VERSION | _REFER | _TRUNCATE
 _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1 << 0, 1 << 1
-SIGNALS_VERSION: Final = 6
+LANDLOCK_SIGNALS_VERSION: Final = 6
 """From this version of Landlock on, a confined process cannot signal processes outside."""
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
 _CAPABILITY_VERSION: Final = 0x20080522
-SETFCAP: Final = 1 << 31
+CAP_SETFCAP: Final = 1 << 31
 """The capability without which root cannot have a user namespace with itself in it, as bubblewrap makes one."""
-FILE_CAPABILITIES: Final = sum(1 << number for number in (0, 1, 3, 4, 6, 7)) | SETFCAP
+FILE_CAPABILITIES: Final = sum(1 << number for number in (0, 1, 3, 4, 6, 7)) | CAP_SETFCAP
 """CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID and SETFCAP: what root does with files and other users."""
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
@@ -49,7 +49,7 @@ def landlock_version() -> int:
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, 0, 1)))
 
 
-def allow_only(rules: Iterable[tuple[str | Path, int]]) -> int:
+def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> int:
     """Allow this process and all that it starts only the given rights below the given paths. Cannot be undone.
 
     It can no longer trace or read the memory and environment of processes outside, nor mount. Paths that do not exist
@@ -66,7 +66,7 @@ def allow_only(rules: Iterable[tuple[str | Path, int]]) -> int:
         raise OSError(ENOSYS, "the kernel offers no Landlock")
     handled = _FIRST_VERSION | (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
     attributes = struct.pack("=Q", handled)
-    if version >= SIGNALS_VERSION:
+    if version >= LANDLOCK_SIGNALS_VERSION:
         attributes = struct.pack("=QQQ", handled, 0, _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS)
     ruleset = _checked(_libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
     try:
@@ -118,19 +118,19 @@ def drop_capabilities(*, keep: int = 0) -> None:
     _checked(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
 
 
-def die_with_parent(signal_number: int) -> None:
+def set_parent_death_signal(signal_number: int) -> None:
     """Have the kernel send this process a signal when the thread that started it ends."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0))
 
 
-def adopt_descendants() -> None:
+def become_subreaper() -> None:
     """Become the parent of descendants whose own parent ends."""
     _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
 
 
 # seccomp ----------------------------------------------------------------------------------------------------------
 
-_NUMBERS: Final[dict[str, dict[str, int]]] = {
+_SYSCALL_NUMBERS: Final[dict[str, dict[str, int]]] = {
     "x86_64": {
         **{"socket": 41, "connect": 42, "sendto": 44, "kill": 62, "truncate": 76, "chmod": 90, "chown": 92},
         **{"lchown": 94, "ptrace": 101, "mount": 165, "umount2": 166, "tkill": 200, "setxattr": 188, "lsetxattr": 189},
@@ -151,7 +151,7 @@ _NUMBERS: Final[dict[str, dict[str, int]]] = {
         **{"sched_setaffinity": 122, "sched_setattr": 274},
     },
 }
-_SAME_NUMBER: Final = {
+_COMMON_SYSCALL_NUMBERS: Final = {
     **{"pidfd_send_signal": 424, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
     **{"pidfd_getfd": 438, "fchmodat2": 452, "setxattrat": 463, "removexattrat": 466, "open_tree": 428},
     **{"move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442},
@@ -173,14 +173,14 @@ _MOUNTS: Final = {
 _KERNEL: Final = {"keyctl", "add_key", "request_key", "bpf", "perf_event_open", "userfaultfd"}
 """Keys are those of all processes of the user. The others are for tools that look into the kernel."""
 
-NO_PRIVILEGED_CALLS: Final = _URING | _MOUNTS | _KERNEL
+PRIVILEGED_CALLS: Final = _URING | _MOUNTS | _KERNEL
 """What no job process needs. io_uring is among them because of the socket families that `refuse` refuses."""
-LIMITS_AND_PRIORITIES: Final = {
+LIMIT_AND_PRIORITY_CALLS: Final = {
     *("prlimit64", "setpriority", "ioprio_set", "sched_setparam", "sched_setscheduler", "sched_setaffinity"),
     "sched_setattr",
 }
 """Calls with which a process changes the limits and priorities of any other one of its user. See `only_itself`."""
-NO_HARM_OUTSIDE: Final = NO_PRIVILEGED_CALLS | {
+OUTSIDE_ACCESS_CALLS: Final = PRIVILEGED_CALLS | {
     *("socket", "connect", "sendto", "kill", "tkill", "pidfd_send_signal", "pidfd_getfd", "ptrace"),
     *("truncate", "chmod", "fchmodat", "fchmodat2", "chown", "lchown", "fchownat"),
     *("setxattr", "lsetxattr", "setxattrat", "removexattr", "lremovexattr", "removexattrat"),
@@ -190,12 +190,14 @@ NO_HARM_OUTSIDE: Final = NO_PRIVILEGED_CALLS | {
 """What Landlock leaves open: sockets, signals, and changes to files that are only named, such as their modes."""
 
 
-def can_refuse() -> bool:
+def is_seccomp_supported() -> bool:
     """Return whether `refuse` knows this machine's system calls."""
-    return platform.machine() in _NUMBERS
+    return platform.machine() in _SYSCALL_NUMBERS
 
 
-def refuse(calls: Iterable[str], *, socket_families: Iterable[int] = (), only_itself: Iterable[str] = ()) -> None:
+def apply_seccomp_filter(
+    denied_calls: Iterable[str], *, socket_families: Iterable[int] = (), self_only_calls: Iterable[str] = ()
+) -> None:
     """Make system calls fail with EPERM in this process and all that it starts. Cannot be undone.
 
     Args:
@@ -208,20 +210,20 @@ def refuse(calls: Iterable[str], *, socket_families: Iterable[int] = (), only_it
         OSError: seccomp is not available, or the machine is not a known one.
     """
     machine = platform.machine()
-    if machine not in _NUMBERS:
+    if machine not in _SYSCALL_NUMBERS:
         raise OSError(ENOSYS, f"no table of system calls for {machine}")
-    numbers = _NUMBERS[machine] | _SAME_NUMBER
+    numbers = _SYSCALL_NUMBERS[machine] | _COMMON_SYSCALL_NUMBERS
     program = [
         *_unless(_ARCHITECTURE, _ARCHITECTURES[machine], _KILL),
         (_LOAD, 0, 0, _NUMBER),
     ]
     if machine == "x86_64":  # the same calls have other numbers there
         program += [(_JUMP_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _ERROR | ENOSYS)]
-    for name in sorted(calls):
+    for name in sorted(denied_calls):
         if name in numbers:
             error = ENOSYS if name in _URING else EPERM
             program += [(_JUMP_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ERROR | error)]
-    for name in sorted(only_itself):
+    for name in sorted(self_only_calls):
         program += _if_arguments(numbers[name], _of_itself(name, os.getpid()))
     if families := sorted(socket_families):
         program += [(_JUMP_EQUAL, 0, 2 * len(families) + 1, numbers["socket"]), (_LOAD, 0, 0, _ARGUMENTS)]
@@ -325,7 +327,7 @@ def _keep_user(user: int, group: int) -> None:
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
 
 
-def leave_namespaces() -> bool:
+def unshare_namespaces() -> bool:
     """Move to a user, network and IPC namespace of its own; what is started next begins a PID namespace.
 
     Returns:

@@ -29,13 +29,13 @@ from typing import Final, Literal
 
 import jobledger
 from jobledger.workers.sandbox import restrictions
-from jobledger.workers.sandbox.launcher import NOT_STARTED
+from jobledger.workers.sandbox.launcher import EXIT_NOT_STARTED
 
-Method = Literal["landlock", "bubblewrap"]
-ADVICE: Final = (
+SandboxMethod = Literal["landlock", "bubblewrap"]
+SANDBOX_ADVICE: Final = (
     "It needs Linux 5.13 or later with Landlock enabled, or bubblewrap (apt install bubblewrap) and user namespaces."
 )
-SYSTEM: Final = (
+SYSTEM_PATHS: Final = (
     *(
         "/usr",
         "/bin",
@@ -67,7 +67,7 @@ class SandboxUnavailable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ResourceLimits:
     """What a program may use. Memory, CPU time and open files are for each of its processes."""
 
     cpu_seconds: int = 600
@@ -78,7 +78,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class ProgramResult:
     """How a program ended. `output` is what it wrote to standard output, cut off after the limit asked for."""
 
     exit_code: int
@@ -90,20 +90,20 @@ class Program:
     """A program with its arguments, and what it may see besides the system: `scratch` to write to, `readable` paths."""
 
     command: Sequence[str]
-    scratch: Path
-    readable: Sequence[Path] = ()
+    scratch_dir: Path
+    readable_paths: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    limits: Limits = Limits()
+    limits: ResourceLimits = ResourceLimits()
 
 
-def python(*arguments: str) -> list[str]:
+def python_command(*arguments: str) -> list[str]:
     """Return the command for a bare interpreter, without the packages that are installed."""
     return [os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable), "-I", "-S", *arguments]
 
 
-async def run(
+async def run_program(
     program: Program, *, proxy: Callable[[socket.socket], Awaitable[None]] | None = None, max_output: int = 0
-) -> Ended:
+) -> ProgramResult:
     """Run a program to its end. Cancelled, it ends with everything it has started.
 
     Args:
@@ -118,8 +118,8 @@ async def run(
 
 
 async def _run(
-    program: Program, method: Method, proxy: Callable[[socket.socket], Awaitable[None]] | None, max_output: int
-) -> Ended:
+    program: Program, method: SandboxMethod, proxy: Callable[[socket.socket], Awaitable[None]] | None, max_output: int
+) -> ProgramResult:
     ours, theirs = socket.socketpair() if proxy else (None, None)
     answering: asyncio.Task[None] | None = None
     try:
@@ -149,9 +149,9 @@ async def _run(
         for end in (ours, theirs):
             if end:
                 end.close()
-    if code == NOT_STARTED and proxy:
-        raise SandboxUnavailable(f"A program with a network of its own could not be started. {ADVICE}")
-    return Ended(code, output)
+    if code == EXIT_NOT_STARTED and proxy:
+        raise SandboxUnavailable(f"A program with a network of its own could not be started. {SANDBOX_ADVICE}")
+    return ProgramResult(code, output)
 
 
 async def _answer(channel: socket.socket, proxy: Callable[[socket.socket], Awaitable[None]]) -> None:
@@ -178,26 +178,26 @@ async def _read(process: asyncio.subprocess.Process, most: int) -> bytes:
     return bytes(kept)
 
 
-def _command(program: Program, method: Method, *, proxy_channel: int | None = None) -> list[str]:
+def _command(program: Program, method: SandboxMethod, *, proxy_channel: int | None = None) -> list[str]:
     base = Path(sys.base_prefix)
-    readable = [*SYSTEM, *map(str, _CODE), str(base), *map(str, program.readable)]
+    readable = [*SYSTEM_PATHS, *map(str, _CODE), str(base), *map(str, program.readable_paths)]
     landlock = method == "landlock"
     plan = {
         "parent": os.getpid() if landlock else 0,  # bubblewrap makes it the first process of its namespace
         "namespaces": landlock,
         "landlock": landlock,
-        "seccomp": restrictions.can_refuse(),
+        "seccomp": restrictions.is_seccomp_supported(),
         "proxy": proxy_channel,
         "readable": readable,
-        "writable": [str(program.scratch)],
+        "writable": [str(program.scratch_dir)],
         "limits": asdict(program.limits),
-        "directory": str(program.scratch),
+        "directory": str(program.scratch_dir),
         "command": list(program.command),
-        "environment": {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(program.scratch)}
-        | {"TMPDIR": str(program.scratch), **program.environment},
+        "environment": {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(program.scratch_dir)}
+        | {"TMPDIR": str(program.scratch_dir), **program.environment},
     }
-    launch = [*python("-c", _LAUNCH), str(_PACKAGE.parent), json.dumps(plan)]
-    return launch if landlock else [*_bubblewrap(readable, program.scratch), *launch]
+    launch = [*python_command("-c", _LAUNCH), str(_PACKAGE.parent), json.dumps(plan)]
+    return launch if landlock else [*_bubblewrap(readable, program.scratch_dir), *launch]
 
 
 def _bubblewrap(readable: Sequence[str], scratch: Path) -> list[str]:
@@ -241,58 +241,58 @@ print(", ".join(what for what, action in harm.items() if reached(action)) or "no
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class ProbeResult:
     """A way to run programs: whether it keeps what it promises here, and if not, why."""
 
-    method: Method
-    works: bool
+    method: SandboxMethod
+    is_working: bool
     reason: str = ""
 
 
-def _working_method() -> Method:
+def _working_method() -> SandboxMethod:
     """Return the first method that works.
 
     Raises:
         SandboxUnavailable: there is none.
     """
-    trials = tried()
+    trials = probe_methods()
     for trial in trials:
-        if trial.works:
+        if trial.is_working:
             return trial.method
     reasons = "; ".join(f"{trial.method}: {trial.reason}" for trial in trials)
-    raise SandboxUnavailable(f"Helper programs cannot be confined on this machine ({reasons}). {ADVICE}")
+    raise SandboxUnavailable(f"Helper programs cannot be confined on this machine ({reasons}). {SANDBOX_ADVICE}")
 
 
 def is_available() -> bool:
     """Return whether programs can be run here. Blocks for about 0.2 seconds the first time."""
-    return tried()[-1].works
+    return probe_methods()[-1].is_working
 
 
 @cache
-def tried() -> tuple[Trial, ...]:
+def probe_methods() -> tuple[ProbeResult, ...]:
     """Try out the methods, up to the first that works. The result is kept for this process."""
-    trials: list[Trial] = []
-    methods: tuple[Method, ...] = ("landlock", "bubblewrap")
+    trials: list[ProbeResult] = []
+    methods: tuple[SandboxMethod, ...] = ("landlock", "bubblewrap")
     for method in methods:
-        trials.append(_try(method))
-        if trials[-1].works:
+        trials.append(_probe_method(method))
+        if trials[-1].is_working:
             break
     return tuple(trials)
 
 
-def _try(method: Method) -> Trial:
+def _probe_method(method: SandboxMethod) -> ProbeResult:
     """Run a program that attempts what it must not be able to do."""
     if method == "landlock" and restrictions.landlock_version() < 1:
-        return Trial(method, works=False, reason="the kernel does not offer it")
-    if method == "landlock" and not restrictions.can_refuse():
-        return Trial(method, works=False, reason="no seccomp filter for this kind of machine")
+        return ProbeResult(method, is_working=False, reason="the kernel does not offer it")
+    if method == "landlock" and not restrictions.is_seccomp_supported():
+        return ProbeResult(method, is_working=False, reason="no seccomp filter for this kind of machine")
     if method == "bubblewrap" and shutil.which("bwrap") is None:
-        return Trial(method, works=False, reason="not installed")
+        return ProbeResult(method, is_working=False, reason="not installed")
     try:
         with tempfile.TemporaryDirectory(prefix="jobledger-probe-", ignore_cleanup_errors=True) as directory:
             return _probe(method, Path(directory))
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Trial(method, works=False, reason=str(error))
+        return ProbeResult(method, is_working=False, reason=str(error))
 
 
 @contextmanager
@@ -306,14 +306,14 @@ def _local_server(path: Path) -> Iterator[None]:
         yield
 
 
-def _probe(method: Method, directory: Path) -> Trial:
+def _probe(method: SandboxMethod, directory: Path) -> ProbeResult:
     scratch, canary = directory / "scratch", directory / "canary"
     scratch.mkdir()
     canary.write_text("secret")
     with socket.create_server(("127.0.0.1", 0)) as listening, _local_server(directory / "socket"):
         port = listening.getsockname()[1]
         arguments = (str(canary), str(port), str(directory / "socket"), str(os.getpid()))
-        program = Program(python("-c", _PROBE, *arguments), scratch)
+        program = Program(python_command("-c", _PROBE, *arguments), scratch)
         done = subprocess.run(  # noqa: S603 - our own command
             _command(program, method),
             stdin=subprocess.DEVNULL,
@@ -325,9 +325,9 @@ def _probe(method: Method, directory: Path) -> Trial:
     reached = done.stdout.decode(errors="replace").strip()
     if done.returncode != 0 or not (scratch / "written").exists():
         said = " ".join(done.stderr.decode(errors="replace").split())[-200:]
-        return Trial(method, works=False, reason=said or f"exit code {done.returncode}")
+        return ProbeResult(method, is_working=False, reason=said or f"exit code {done.returncode}")
     if (directory / "canary.new").exists():
         reached += ", other directories"
     if reached != "nothing":
-        return Trial(method, works=False, reason=f"it does not keep programs from {reached}")
-    return Trial(method, works=True)
+        return ProbeResult(method, is_working=False, reason=f"it does not keep programs from {reached}")
+    return ProbeResult(method, is_working=True)

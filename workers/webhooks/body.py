@@ -14,9 +14,9 @@ from jobledger.ledger.domain.delivery import Delivery
 from jobledger.ledger.domain.errors import FileLost, JobledgerError
 from jobledger.ledger.files.directory import FileStore
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import batches, jobs
-from jobledger.projections.views.files import results_behind
+from jobledger.projections.views.files import prefix_result_urls
 
 SCHEMA_VERSION: Final = 1
 _LARGEST_MARKDOWN_BYTES: Final = 8 * 1024 * 1024
@@ -53,12 +53,19 @@ _OF_BATCH: Final = (
 )
 
 
-class NotComposable(JobledgerError):
+class BodyUnavailable(JobledgerError):
     """What is to be told cannot be read from the log."""
 
 
-async def compose(
-    log: EventLog, store: FileStore, delivery_id: str, delivery: Delivery, *, sequence: int, receiver: str, base: str
+async def build_body(
+    log: EventStore,
+    file_store: FileStore,
+    delivery_id: str,
+    delivery: Delivery,
+    *,
+    sequence: int,
+    endpoint_id: str,
+    base_url: str,
 ) -> bytes:
     """Return the body, JSON in UTF-8: `docs/how-to/webhooks.md` shows one. `base` is the address of the API.
 
@@ -67,36 +74,36 @@ async def compose(
         UnreadableEvent: a later version of this program has written it.
         LedgerUnavailable: the log or the store cannot be read.
     """
-    asked = delivery.asked
+    asked = delivery.spec
     body: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "type": asked.tells,
         "delivery_id": delivery_id,
-        "receiver": receiver,
+        "receiver": endpoint_id,
         "sequence": sequence,
-        "deliveries_url": f"{base}/api/monitoring/events/webhooks?receiver={receiver}",
+        "deliveries_url": f"{base_url}/api/monitoring/events/webhooks?receiver={endpoint_id}",
     }
     if asked.source.startswith("job-"):
-        body |= await _of_job(log, store, delivery, urlsplit(base).path)
+        body |= await _of_job(log, file_store, delivery, urlsplit(base_url).path)
     elif asked.source.startswith("batch-"):
         body |= await _of_batch(log, delivery)
     try:
         return orjson.dumps(body, option=orjson.OPT_UTC_Z)
     except TypeError as error:
-        raise NotComposable(f"{asked.source} cannot be written as JSON: {error}") from error
+        raise BodyUnavailable(f"{asked.source} cannot be written as JSON: {error}") from error
 
 
-async def _of_job(log: EventLog, store: FileStore, delivery: Delivery, prefix: str) -> dict[str, Any]:
-    asked, job = delivery.asked, None
+async def _of_job(log: EventStore, store: FileStore, delivery: Delivery, prefix: str) -> dict[str, Any]:
+    asked, job = delivery.spec, None
     for event in await log.read_stream(asked.source, limit=asked.source_version):
         job = jobs.fold(job, event)
     if job is None:
-        raise NotComposable(f"{asked.source} is not in the log")
+        raise BodyUnavailable(f"{asked.source} is not in the log")
     told: dict[str, Any] = {"timestamp": job["completed_at"], "job": {name: job[name] for name in _OF_JOB}}
     metadata: Document = {}
     if job["results"] is not None:
         metadata = job["results"]["metadata"]
-        results = results_behind(prefix, job["results"])
+        results = prefix_result_urls(prefix, job["results"])
         told["job"]["results"] = {name: value for name, value in results.items() if name != "metadata"}
     if asked.batch_id is not None and (begun := await log.read_stream(asked.batch_id, limit=1)):
         told["batch"] = {"batch_id": asked.batch_id, "batch_name": begun[0].data.get("batch_name")}
@@ -111,12 +118,12 @@ async def _of_job(log: EventLog, store: FileStore, delivery: Delivery, prefix: s
     return told
 
 
-async def _of_batch(log: EventLog, delivery: Delivery) -> dict[str, Any]:
-    asked, batch, last = delivery.asked, None, None
+async def _of_batch(log: EventStore, delivery: Delivery) -> dict[str, Any]:
+    asked, batch, last = delivery.spec, None, None
     for event in await log.read_stream(asked.source, limit=asked.source_version):
         batch, last = batches.fold(batch, event), event
     if batch is None or last is None:
-        raise NotComposable(f"{asked.source} is not in the log")
+        raise BodyUnavailable(f"{asked.source} is not in the log")
     counts = last.data.get("counts", {})
     told = {name: batch[name] for name in _OF_BATCH} | {f"{name}_jobs": number for name, number in counts.items()}
     told["summary"] = last.data.get("summary", batch["summary"])

@@ -22,23 +22,30 @@ import structlog
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.domain.commands import AbandonDelivery, DeliveryCommand, RecordAttempt
-from jobledger.ledger.domain.delivery import Delivery, receiver_of
-from jobledger.ledger.domain.errors import CommandRefused, LedgerBusy, LedgerUnavailable, UnreadableEvent
-from jobledger.ledger.domain.events import Failure, Meta
+from jobledger.ledger.domain.delivery import Delivery, endpoint_id_for
+from jobledger.ledger.domain.errors import CommandRejected, LedgerBusy, LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.domain.events import EventMetadata, Failure
 from jobledger.ledger.files.directory import FileStore
-from jobledger.ledger.mongo.connection import Connection, Database, Document, driver_errors
-from jobledger.ledger.mongo.leader_election import Leadership
-from jobledger.ledger.net.webhook_signature import signed_headers
-from jobledger.ledger.store.change_stream import Changes, Reaction
-from jobledger.ledger.store.command_handler import Handled, Known, handle, is_deleted, load, outcome
-from jobledger.ledger.store.endpoint_secrets import Endpoint, signing_secrets
-from jobledger.ledger.store.event_store import EventLog
+from jobledger.ledger.mongo.connection import Connection, Database, Document, translate_errors
+from jobledger.ledger.mongo.leader_election import LeaderElection
+from jobledger.ledger.net.webhook_signature import build_signature_headers
+from jobledger.ledger.store.change_stream import CallbackListener, ChangeStream
+from jobledger.ledger.store.command_handler import (
+    CommandResult,
+    StreamState,
+    find_outcome,
+    handle_command,
+    is_deleted,
+    load_stream_state,
+)
+from jobledger.ledger.store.endpoint_secrets import Endpoint, load_signing_secrets
+from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
-from jobledger.projections.engine.slots import SIDES, collection_name
+from jobledger.projections.engine.slots import SLOTS, collection_name
 from jobledger.projections.views import deliveries
-from jobledger.workers.webhooks.body import NotComposable, compose
-from jobledger.workers.webhooks.schedule import Due, Limits, Waiting
-from jobledger.workers.webhooks.sender import Answer, Outgoing, Sender
+from jobledger.workers.webhooks.body import BodyUnavailable, build_body
+from jobledger.workers.webhooks.schedule import DeliveryLimits, DeliverySchedule, ScheduledDelivery
+from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookResponse
 
 _log = structlog.get_logger()
 SECRETS: Final = "webhook_headers"
@@ -50,20 +57,20 @@ _READ_AT_ONCE: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class DeliverySettings:
     """`schedule` holds the pauses before each attempt, in seconds; they vary at random by the share `jitter`."""
 
-    schedule: Sequence[float] = (0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400)
+    retry_delays: Sequence[float] = (0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400)
     jitter: float = 0.1
     timeout_seconds: float = 10.0
     allow_private: Sequence[str] = ()
-    limits: Limits = Limits()  # noqa: RUF009 - frozen
-    base: str = ""
+    limits: DeliveryLimits = DeliveryLimits()  # noqa: RUF009 - frozen
+    base_url: str = ""
 
     @property
-    def longest(self) -> timedelta:
+    def max_age(self) -> timedelta:
         """After this time nothing is tried any more that had to wait for its receiver."""
-        return timedelta(seconds=sum(self.schedule) * (1 + self.jitter) + 60)
+        return timedelta(seconds=sum(self.retry_delays) * (1 + self.jitter) + 60)
 
 
 class Deliverer:
@@ -72,90 +79,92 @@ class Deliverer:
     def __init__(
         self,
         db: Database,
-        log: EventLog,
-        store: FileStore,
+        event_store: EventStore,
+        file_store: FileStore,
         checkpoint: Checkpoint,
-        changes: Changes,
+        change_stream: ChangeStream,
         connection: Connection,
         *,
-        settings: Settings,
+        settings: DeliverySettings,
         holder: str,
         lease_seconds: float = 10.0,
         sender: Sender | None = None,
     ) -> None:
         self._db = db
-        self._log = log
-        self._store = store
+        self._log = event_store
+        self._store = file_store
         self._checkpoint = checkpoint
         self._settings = settings
-        self._meta = Meta(f"webhooks:{holder}")
+        self._meta = EventMetadata(f"webhooks:{holder}")
         self._sender = sender or Sender(allow_private=settings.allow_private, timeout_seconds=settings.timeout_seconds)
-        self._leadership = Leadership(connection, "webhooks", holder=holder, lease_seconds=lease_seconds)
-        self._waiting = Waiting(settings.limits)
+        self._election = LeaderElection(connection, "webhooks", holder=holder, lease_seconds=lease_seconds)
+        self._schedule = DeliverySchedule(settings.limits)
         self._wake = asyncio.Event()
-        self._leads = False
-        self._anew = False
+        self._is_leader = False
+        self._needs_full_read = False
         """All that is pending has to be read."""
-        self._news: set[str] = set()
+        self._changed_ids: set[str] = set()
         """Deliveries that have changed, or may have."""
         self._recorded: dict[str, int] = {}
         """The version of each delivery that is on record by us, until the view has it: what it says before is old."""
         self._sending: set[asyncio.Task[None]] = set()
-        changes.listen(self._leadership)
-        for side in SIDES:  # what is made anew beside the live view is heard, too, and looked for where it is live
-            changes.listen(Reaction(collection_name(deliveries.NAME, side), self._changed, self._resync))
+        change_stream.add_listener(self._election)
+        for side in SLOTS:  # what is made anew beside the live view is heard, too, and looked for where it is live
+            change_stream.add_listener(
+                CallbackListener(collection_name(deliveries.NAME, side), self._changed, self._resync)
+            )
 
     async def run(self) -> None:
         """Stand by, lead, stand by …, until cancelled."""
         try:
-            await self._leadership.run(self._lead)
+            await self._election.run(self._lead)
         finally:
             await self._sender.aclose()
 
     # Hearing ------------------------------------------------------------------------------------------------------
 
     async def _resync(self, session: AsyncClientSession) -> None:
-        self._anew = True
+        self._needs_full_read = True
         self._wake.set()
 
     def _changed(self, change: Mapping[str, Any]) -> None:
-        if self._leads:
-            self._look_at(change["documentKey"]["_id"])
+        if self._is_leader:
+            self._mark_changed(change["documentKey"]["_id"])
 
-    async def _look(self) -> None:
+    async def _read_pending(self) -> None:
         """Take in what is pending: all of it, or what has changed. What changes meanwhile is news again."""
-        if self._anew:
-            self._anew = False
-            self._news.clear()
-            self._waiting.clear()
-            async for delivery in deliveries.pending(self._checkpoint.views):
-                self._take_in(delivery)
-        while self._news:
-            news = [self._news.pop() for _ in range(min(len(self._news), _READ_AT_ONCE))]
+        if self._needs_full_read:
+            self._needs_full_read = False
+            self._changed_ids.clear()
+            self._schedule.clear()
+            async for delivery in deliveries.iter_pending(self._checkpoint.views):
+                self._schedule_delivery(delivery)
+        while self._changed_ids:
+            news = [self._changed_ids.pop() for _ in range(min(len(self._changed_ids), _READ_AT_ONCE))]
             try:
-                found = {it["_id"]: it async for it in deliveries.pending(self._checkpoint.views, news)}
+                found = {it["_id"]: it async for it in deliveries.iter_pending(self._checkpoint.views, news)}
             except LedgerUnavailable:
-                self._news.update(news)
+                self._changed_ids.update(news)
                 raise
             for delivery_id in news:
                 if delivery_id in found:
-                    self._take_in(found[delivery_id])
+                    self._schedule_delivery(found[delivery_id])
                 else:
-                    self._waiting.drop(delivery_id)
+                    self._schedule.remove(delivery_id)
                     self._recorded.pop(delivery_id, None)
 
-    def _take_in(self, delivery: Document) -> None:
+    def _schedule_delivery(self, delivery: Document) -> None:
         if delivery["version"] < self._recorded.get(delivery["_id"], 0):
-            self._waiting.drop(delivery["_id"])
+            self._schedule.remove(delivery["_id"])
             return
         self._recorded.pop(delivery["_id"], None)
-        self._waiting.put(
-            Due(
+        self._schedule.add(
+            ScheduledDelivery(
                 delivery["next_at"],
                 delivery["_id"],
                 delivery["version"],
                 delivery["host"],
-                delivery["queued_at"] + self._settings.longest,
+                delivery["queued_at"] + self._settings.max_age,
                 delivery["sequence"],
             )
         )
@@ -163,24 +172,24 @@ class Deliverer:
     # Sending ------------------------------------------------------------------------------------------------------
 
     async def _lead(self) -> None:
-        self._leads = self._anew = True
+        self._is_leader = self._needs_full_read = True
         _log.info("webhooks are sent from here")
         try:
             while True:
                 self._wake.clear()
-                await self._look()
-                now = await self._log.now()
-                tried, given_up = self._waiting.take(now)
+                await self._read_pending()
+                now = await self._log.server_time()
+                tried, given_up = self._schedule.take_due(now)
                 for due in tried:
-                    self._begin(self._try(due), due)
+                    self._start_task(self._deliver(due), due)
                 for due in given_up:
-                    self._begin(self._give_up(due), due)
-                await self._sleep(self._waiting.next_at(now))
+                    self._start_task(self._give_up(due), due)
+                await self._sleep(self._schedule.next_due_at(now))
         finally:
-            self._leads = False
-            await self._land()
+            self._is_leader = False
+            await self._drain()
 
-    def _begin(self, work: Coroutine[None, None, None], due: Due) -> None:
+    def _start_task(self, work: Coroutine[None, None, None], due: ScheduledDelivery) -> None:
         task = asyncio.create_task(work, name=due.delivery_id)
         self._sending.add(task)
         task.add_done_callback(self._ended)
@@ -190,12 +199,12 @@ class Deliverer:
         delivery_id = task.get_name()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a webhook could not be dealt with", delivery_id=delivery_id, exc_info=error)
-            task.get_loop().call_later(_AFTER_FAULT_SECONDS, self._look_at, delivery_id)
+            task.get_loop().call_later(_AFTER_FAULT_SECONDS, self._mark_changed, delivery_id)
         else:
-            self._look_at(delivery_id)  # it may have been asked for again while it was on its way
+            self._mark_changed(delivery_id)  # it may have been asked for again while it was on its way
 
-    def _look_at(self, delivery_id: str) -> None:
-        self._news.add(delivery_id)
+    def _mark_changed(self, delivery_id: str) -> None:
+        self._changed_ids.add(delivery_id)
         self._wake.set()
 
     async def _sleep(self, next_at: datetime | None) -> None:
@@ -203,49 +212,49 @@ class Deliverer:
         clock = self._log.clock
         while True:
             try:
-                async with asyncio.timeout(None if next_at is None else clock.nap_until(next_at)):
+                async with asyncio.timeout(None if next_at is None else clock.sleep_seconds_until(next_at)):
                     await self._wake.wait()
                     return
             except TimeoutError:
                 if next_at is None or clock.is_uncertain or clock.seconds_until(next_at) == 0:
                     return
 
-    async def _land(self) -> None:
+    async def _drain(self) -> None:
         """Let what is on its way arrive and be recorded; else it would be sent once more by the next leader."""
         if self._sending:
             await asyncio.wait(self._sending, timeout=self._settings.timeout_seconds + _PAUSE_SECONDS)
         for task in self._sending:
             task.cancel()
 
-    async def _try(self, due: Due) -> None:
+    async def _deliver(self, due: ScheduledDelivery) -> None:
         answered = True
         try:
-            known = await load(self._log, due.delivery_id)
+            known = await load_stream_state(self._log, due.delivery_id)
             delivery, now = known.state, self._log.clock.estimate()
             if not isinstance(delivery, Delivery):
                 return
-            if delivery.status != "pending" or (delivery.due is not None and delivery.due > now):
+            if delivery.status != "pending" or (delivery.due_at is not None and delivery.due_at > now):
                 self._recorded[due.delivery_id] = (
                     known.head.version
                 )  # somebody else has put on record what we did not know
                 return
-            if await is_deleted(self._log, delivery.asked.source):
+            if await is_deleted(self._log, delivery.spec.source):
                 # Its content is not sent any more. Asked before each call: who deletes it later deletes it too late.
-                await self._record(due.delivery_id, AbandonDelivery(f"{delivery.asked.source} was deleted."), known)
+                await self._record(due.delivery_id, AbandonDelivery(f"{delivery.spec.source} was deleted."), known)
                 return
-            command, answered = await self._called(due, delivery)
+            command, answered = await self._attempt(due, delivery)
             await self._record(due.delivery_id, command, known)
         except (LedgerUnavailable, LedgerBusy) as error:
             _log.warning("a webhook has to wait for the database", delivery_id=due.delivery_id, error=str(error))
             await asyncio.sleep(_PAUSE_SECONDS)
         finally:
-            self._waiting.done(due, answered=answered, now=self._log.clock.estimate())
+            self._schedule.record_result(due, is_responsive=answered, now=self._log.clock.estimate())
 
-    async def _called(self, due: Due, delivery: Delivery) -> tuple[RecordAttempt, bool]:
+    async def _attempt(self, due: ScheduledDelivery, delivery: Delivery) -> tuple[RecordAttempt, bool]:
         """Call the receiver; return what to put on record, and whether it answered at all."""
         try:
-            outgoing = await self._outgoing(due, delivery)
-        except (NotComposable, UnreadableEvent) as error:
+            outgoing = await self._build_request(due, delivery)
+        except (BodyUnavailable, UnreadableEvent) as error:
             failure = Failure(code="NOT_COMPOSED", message=str(error))
             return RecordAttempt(0.0, None, error=failure, retry_at=self._retry_at(delivery, 0.0)), True
         answer = await self._sender.send(outgoing)
@@ -258,73 +267,75 @@ class Deliverer:
             status_code=answer.status_code,
             error=failure_,
             response=answer.body,
-            retry_at=None if answer.permanent else self._retry_at(delivery, answer.retry_after_s or 0.0),
+            retry_at=None if answer.is_permanent else self._retry_at(delivery, answer.retry_after_s or 0.0),
         )
-        return command, answer.reached
+        return command, answer.is_host_responsive
 
     @staticmethod
-    def _failure(answer: Answer) -> Failure | None:
-        if answer.error is None:
+    def _failure(answer: WebhookResponse) -> Failure | None:
+        if answer.error_code is None:
             return None
-        return Failure(code=answer.error, message=answer.message or answer.error)
+        return Failure(code=answer.error_code, message=answer.message or answer.error_code)
 
-    async def _outgoing(self, due: Due, delivery: Delivery) -> Outgoing:
-        webhook = delivery.asked.webhook
-        kept = await self._kept(webhook.headers_ref)
-        receiver = receiver_of(delivery.asked.user_id, webhook.url)
-        body = await compose(
+    async def _build_request(self, due: ScheduledDelivery, delivery: Delivery) -> WebhookRequest:
+        webhook = delivery.spec.webhook
+        kept = await self._load_secrets(webhook.headers_ref)
+        receiver = endpoint_id_for(delivery.spec.user_id, webhook.url)
+        body = await build_body(
             self._log,
             self._store,
             due.delivery_id,
             delivery,
             sequence=due.sequence,
-            receiver=receiver,
-            base=self._settings.base,
+            endpoint_id=receiver,
+            base_url=self._settings.base_url,
         )
-        secrets = kept.get("secrets") or await signing_secrets(self._db, Endpoint(delivery.asked.user_id, webhook.url))
+        secrets = kept.get("secrets") or await load_signing_secrets(
+            self._db, Endpoint(delivery.spec.user_id, webhook.url)
+        )
         if not secrets:
-            raise NotComposable("The signing secret of this endpoint was revoked. Rotate it to have a new one.")
+            raise BodyUnavailable("The signing secret of this endpoint was revoked. Rotate it to have a new one.")
         headers = {
             **kept.get("headers", {}),
             "Content-Type": "application/json",
-            **signed_headers(secrets, due.delivery_id, int(self._log.clock.estimate().timestamp()), body),
+            **build_signature_headers(secrets, due.delivery_id, int(self._log.clock.estimate().timestamp()), body),
         }
-        return Outgoing(webhook.url, headers, body)
+        return WebhookRequest(webhook.url, headers, body)
 
-    async def _kept(self, reference: str | None) -> Document:
+    async def _load_secrets(self, reference: str | None) -> Document:
         """Return the secrets of a webhook."""
         if reference is None:
             return {}
-        with driver_errors("reading the secrets of a webhook"):
+        with translate_errors("reading the secrets of a webhook"):
             kept = await self._db[SECRETS].find_one({"_id": reference})
         if kept is None:
-            raise NotComposable("The values of its headers, or what it is signed with, have been removed.")
+            raise BodyUnavailable("The values of its headers, or what it is signed with, have been removed.")
         return kept
 
     def _retry_at(self, delivery: Delivery, retry_after: float) -> datetime | None:
         """Return when to try again after one more failure, None if there were enough."""
-        made = delivery.counted + 1
-        if made >= len(self._settings.schedule):
+        made = delivery.counted_attempts + 1
+        if made >= len(self._settings.retry_delays):
             return None
         share = self._settings.jitter
-        pause = self._settings.schedule[made] * random.uniform(1 - share, 1 + share)  # noqa: S311 - spreads load
+        pause = self._settings.retry_delays[made] * random.uniform(1 - share, 1 + share)  # noqa: S311 - spreads load
         return self._log.clock.estimate() + timedelta(seconds=max(pause, min(retry_after, _LONGEST_RETRY_AFTER)))
 
-    async def _give_up(self, due: Due) -> None:
+    async def _give_up(self, due: ScheduledDelivery) -> None:
         reason = f"{due.host} has not answered for so long that the schedule is over."
-        known = await load(self._log, due.delivery_id)
-        with suppress(CommandRefused):
+        known = await load_stream_state(self._log, due.delivery_id)
+        with suppress(CommandRejected):
             await self._record(due.delivery_id, AbandonDelivery(reason), known)
 
-    async def _record(self, delivery_id: str, command: DeliveryCommand, known: Known) -> None:
+    async def _record(self, delivery_id: str, command: DeliveryCommand, known: StreamState) -> None:
         """Put it on record, once. While the database is away it is tried again."""
-        handled: Handled | None = None
+        handled: CommandResult | None = None
         while handled is None:
             try:
-                handled = await handle(self._log, delivery_id, command, meta=self._meta, known=known)
+                handled = await handle_command(self._log, delivery_id, command, meta=self._meta, stream_state=known)
             except (LedgerUnavailable, LedgerBusy) as error:
                 _log.warning("not recorded yet", delivery_id=delivery_id, error=str(error))
                 await asyncio.sleep(_PAUSE_SECONDS)
                 with suppress(LedgerUnavailable):
-                    handled = await outcome(self._log, delivery_id, command, known=known)
-        self._recorded[delivery_id] = handled.known.head.version
+                    handled = await find_outcome(self._log, delivery_id, command, stream_state=known)
+        self._recorded[delivery_id] = handled.stream_state.head.version

@@ -26,30 +26,30 @@ from typing import Final
 import httpcore
 import httpx
 
-from jobledger.ledger.domain.webhook_headers import unsendable
-from jobledger.ledger.net.url_policy import ONLY_PUBLIC, AllowedHosts, hopeless
+from jobledger.ledger.domain.webhook_headers import find_unsendable_header
+from jobledger.ledger.net.url_policy import PUBLIC_ONLY_MESSAGE, AllowedHosts, rejection_reason
 from jobledger.workers.safe_http import (
-    AddressRefused,
-    CheckedNetwork,
-    Resolve,
-    ask_system_resolver,
-    retry_after,
-    why_it_failed,
+    AddressRejected,
+    CheckedNetworkBackend,
+    Resolver,
+    describe_connection_error,
+    parse_retry_after,
+    resolve_host,
 )
 
-RESPONSE_BYTES: Final = 4096
+MAX_RESPONSE_BYTES: Final = 4096
 """So much of an answer is kept; more is not read."""
 _USER_AGENT: Final = "jobledger (webhooks)"
-_OURS: Final = frozenset(
+_CONNECTION_HEADERS: Final = frozenset(
     {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect", "keep-alive"}
 )
 """Headers of the connection itself, which nobody else may set."""
-_NO_CALL: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "PORT_REFUSED", "ADDRESS_REFUSED"})
-_FINAL: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "GONE"})
+_NOT_CALLED_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "PORT_REFUSED", "ADDRESS_REFUSED"})
+_PERMANENT_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "GONE"})
 
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
+class WebhookRequest:
     """What is to be sent. `headers` are complete, signature included, but for those of the connection."""
 
     url: str
@@ -58,25 +58,25 @@ class Outgoing:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WebhookResponse:
     """What came of it. `error` and `message` are None for a 2xx; `body` is the beginning of the answer's."""
 
     status_code: int | None
-    error: str | None
+    error_code: str | None
     message: str | None
     body: str
     retry_after_s: float | None
     duration_s: float
 
     @property
-    def reached(self) -> bool:
+    def is_host_responsive(self) -> bool:
         """Whether the receiver has answered at all, or was not called."""
-        return self.status_code is not None or self.error in _NO_CALL
+        return self.status_code is not None or self.error_code in _NOT_CALLED_CODES
 
     @property
-    def permanent(self) -> bool:
+    def is_permanent(self) -> bool:
         """Whether it is of no use to try again. A refused address may be another one tomorrow, or be allowed."""
-        return self.error in _FINAL
+        return self.error_code in _PERMANENT_CODES
 
 
 class Sender:
@@ -87,14 +87,14 @@ class Sender:
         *,
         allow_private: Sequence[str] = (),
         timeout_seconds: float = 10.0,
-        resolve: Resolve = ask_system_resolver,
+        resolver: Resolver = resolve_host,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._allowed = AllowedHosts(allow_private)
         self._timeout = timeout_seconds
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(),
-            network_backend=CheckedNetwork(self._allowed, resolve),
+            network_backend=CheckedNetworkBackend(self._allowed, resolver),
             max_connections=None,
             max_keepalive_connections=0,
         )
@@ -102,7 +102,7 @@ class Sender:
     async def aclose(self) -> None:
         await self._pool.aclose()
 
-    async def send(self, outgoing: Outgoing) -> Answer:
+    async def send(self, outgoing: WebhookRequest) -> WebhookResponse:
         """Send it, within the time; whatever the receiver does, there is an answer."""
         begun = time.monotonic()
         status, headers, body = None, httpx.Headers(), bytearray()
@@ -122,30 +122,39 @@ class Sender:
                         status, headers = answer.status, httpx.Headers(answer.headers)
                         async for part in answer.aiter_stream():
                             body += part
-                            if len(body) >= RESPONSE_BYTES:
+                            if len(body) >= MAX_RESPONSE_BYTES:
                                 break
                     finally:
                         await answer.aclose()
         except (_RequestInvalid, httpcore.LocalProtocolError) as invalid:
             code, message = "REQUEST_INVALID", f"The webhook cannot be sent as it was asked for: {invalid}."
-        except AddressRefused as refused:
-            code, message = "ADDRESS_REFUSED", f"{refused}; {ONLY_PUBLIC}."
+        except AddressRejected as refused:
+            code, message = "ADDRESS_REFUSED", f"{refused}; {PUBLIC_ONLY_MESSAGE}."
         except (TimeoutError, httpcore.TimeoutException):
             code, message = "TIMEOUT", f"{host} did not answer within {self._timeout:g} seconds."
         except (httpcore.NetworkError, ssl.SSLError, OSError, UnicodeError) as error:
-            code, message = "CONNECTION_FAILED", f"{why_it_failed(error)[1].format(host=host).capitalize()}."
+            code, message = (
+                "CONNECTION_FAILED",
+                f"{describe_connection_error(error)[1].format(host=host).capitalize()}.",
+            )
         except (httpcore.ProtocolError, httpcore.UnsupportedProtocol, ValueError) as error:
-            code, message = "BAD_RESPONSE", f"{why_it_failed(error)[1].format(host=host).capitalize()}."
+            code, message = "BAD_RESPONSE", f"{describe_connection_error(error)[1].format(host=host).capitalize()}."
         if status is not None:  # then that is the answer, whatever became of the rest of it
-            code, message = _told_by(status, host)
-        return Answer(status, code, message, _text(body), _wanted_pause(headers), time.monotonic() - begun)
+            code, message = _error_from_status(status, host)
+        return WebhookResponse(
+            status, code, message, _text(body), _retry_after_seconds(headers), time.monotonic() - begun
+        )
 
 
 def _target(text: str, allowed: AllowedHosts) -> tuple[httpx.URL | None, tuple[str, str]]:
-    why = hopeless(text, allowed)
+    why = rejection_reason(text, allowed)
     if why is not None:
         code = (
-            "PORT_REFUSED" if why.startswith("port") else "ADDRESS_REFUSED" if why.endswith(ONLY_PUBLIC) else "BAD_URL"
+            "PORT_REFUSED"
+            if why.startswith("port")
+            else "ADDRESS_REFUSED"
+            if why.endswith(PUBLIC_ONLY_MESSAGE)
+            else "BAD_URL"
         )
         return None, (code, f"{why[0].upper()}{why[1:]}.")
     try:
@@ -158,14 +167,14 @@ class _RequestInvalid(Exception):
     """A request cannot be written as HTTP. The message does not hold values of headers."""
 
 
-def _request(url: httpx.URL, outgoing: Outgoing) -> httpcore.Request:
+def _request(url: httpx.URL, outgoing: WebhookRequest) -> httpcore.Request:
     """Return the request.
 
     Raises:
         _RequestInvalid: one of its headers cannot be sent as it is.
     """
-    given = {name: value for name, value in outgoing.headers.items() if name.lower() not in _OURS}
-    if (problem := unsendable(given)) is not None:
+    given = {name: value for name, value in outgoing.headers.items() if name.lower() not in _CONNECTION_HEADERS}
+    if (problem := find_unsendable_header(given)) is not None:
         raise _RequestInvalid(f"header {problem[0][:100]!r}: {problem[1]}")
     headers = {
         "user-agent": _USER_AGENT,
@@ -181,7 +190,7 @@ def _request(url: httpx.URL, outgoing: Outgoing) -> httpcore.Request:
     return httpcore.Request("POST", target, headers=raw, content=outgoing.body)
 
 
-def _told_by(status: int, host: str) -> tuple[str | None, str | None]:
+def _error_from_status(status: int, host: str) -> tuple[str | None, str | None]:
     if 200 <= status < 300:
         return None, None
     known = {known.value: f" ({known.phrase})" for known in http.HTTPStatus}.get(status, "")
@@ -192,11 +201,11 @@ def _told_by(status: int, host: str) -> tuple[str | None, str | None]:
     return "HTTP_ERROR", f"{host} answered {status}{known}."
 
 
-def _wanted_pause(headers: httpx.Headers) -> float | None:
-    seconds = retry_after(headers)
+def _retry_after_seconds(headers: httpx.Headers) -> float | None:
+    seconds = parse_retry_after(headers)
     return None if seconds is None else float(max(0, seconds))
 
 
 def _text(body: bytearray) -> str:
-    text = bytes(body[:RESPONSE_BYTES]).decode(errors="replace")
+    text = bytes(body[:MAX_RESPONSE_BYTES]).decode(errors="replace")
     return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)

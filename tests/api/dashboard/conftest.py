@@ -45,6 +45,6 @@ async def page(context: BrowserContext) -> AsyncIterator[Page]:
     assert complaints == []
 
 
-def forgiven(page: Any) -> None:
+def clear_console_errors(page: Any) -> None:
     """What the browser has complained of until now was to be expected: an outage is an error to it."""
     page.expected_complaints.clear()

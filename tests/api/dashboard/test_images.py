@@ -36,12 +36,12 @@ async def a_conference(api: Api) -> dict[str, str]:
     sessions[3]["fail"] = "The page https://conference.example/talks/4 answered 404 (Not Found)."
     done = await api.submit_batch(*sessions, batch_name="Saturday")
     for job_id in done["job_ids"]:
-        await api.ended(job_id)
+        await api.wait_until_finished(job_id)
     running = await api.submit_batch(
         *({**one, "session": f"{one['session']} (part two)", "seconds": 300, "fail": None} for one in sessions * 2),
         batch_name="Sunday",
     )
-    await api.until_event(running["job_ids"][0], "JobProgressed")
+    await api.wait_for_event(running["job_ids"][0], "JobProgressed")
     first, failed = done["job_ids"][0], done["job_ids"][3]
     return {
         "overview": "",

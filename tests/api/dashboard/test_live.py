@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.api.conftest import Api, running_api
+from tests.api.conftest import Api, run_api
 from tests.api.dashboard.conftest import needs_browser
-from tests.processors.session.support import CONFERENCE_PAGE, Answer, html, pdf, serving
+from tests.processors.session.support import CONFERENCE_PAGE, SiteResponse, html, make_pdf, serve_site
 
 pytestmark = needs_browser
 SOON_MS = 15_000
@@ -151,7 +151,7 @@ async def test_the_tail_of_the_log_comes_in_at_the_top(idle_api: Api, page: Page
 
 async def test_the_slider_shows_a_job_as_it_was(api: Api, page: Page) -> None:
     job_id = await api.submit({"fail": "no luck"}, max_attempts=1)
-    await api.ended(job_id)
+    await api.wait_until_finished(job_id)
     await page.goto(at(api, f"/jobs/{job_id}"))
     what, slider = page.locator("#then-what"), page.locator("#then input")
     await expect(what).to_contain_text("failed")
@@ -166,8 +166,8 @@ async def test_a_session_reads_as_it_is_and_its_slides_are_there(
     mongodb_uri: str, db_name: str, tmp_path: Path, page: Page
 ) -> None:
     sessions = {"session": {"allow_private": ["127.0.0.1"]}}
-    with serving() as site:
-        async for api in running_api(mongodb_uri, db_name, tmp_path, processors=sessions):
+    with serve_site() as site:
+        async for api in run_api(mongodb_uri, db_name, tmp_path, processors=sessions):
             asked = {
                 **{
                     "event": "E",
@@ -176,11 +176,11 @@ async def test_a_session_reads_as_it_is_and_its_slides_are_there(
                     "track": "T & U",
                 },
                 "url": site.put("/talk", html(CONFERENCE_PAGE)),
-                "attachments_url": site.put("/slides.pdf", Answer(pdf(3))),
+                "attachments_url": site.put("/slides.pdf", SiteResponse(make_pdf(3))),
             }
             answer = await api.post("/api/events/jobs", {"parameters": asked})
             job_id = answer.json()["job_id"]
-            assert (await api.ended(job_id))["status"] == "completed"
+            assert (await api.wait_until_finished(job_id))["status"] == "completed"
             await page.goto(at(api, f"/jobs/{job_id}"))
             await expect(page.locator("#preview h4").first).to_have_text("What you will learn")
             await expect(page.locator("#attempts")).to_contain_text("transcript")

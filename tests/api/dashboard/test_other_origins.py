@@ -9,9 +9,9 @@ from pathlib import Path
 
 from playwright.async_api import BrowserContext, Page, expect
 
-from jobledger.api.auth.api_keys import KeyText, revoke
-from tests.api.conftest import Api, running_api
-from tests.api.dashboard.conftest import forgiven, needs_browser
+from jobledger.api.auth.api_keys import ApiKeyToken, revoke_key
+from tests.api.conftest import Api, run_api
+from tests.api.dashboard.conftest import clear_console_errors, needs_browser
 from tests.api.dashboard.test_live import at
 from tests.api.dashboard.test_safe import key_of
 
@@ -64,23 +64,23 @@ async def test_live_page_leads_to_the_sign_in_when_its_key_is_revoked(
     mongodb_uri: str, db_name: str, tmp_path: Path, page: Page
 ) -> None:
     roles = frozenset({"api", "projector"})
-    async for api in running_api(mongodb_uri, db_name, tmp_path, roles, auth={"mode": "keys"}):  # type: ignore[arg-type]  # a literal set is a set of str
+    async for api in run_api(mongodb_uri, db_name, tmp_path, roles, auth={"mode": "keys"}):  # type: ignore[arg-type]  # a literal set is a set of str
         key = await key_of(api, "ada", "admin")
         await sign_in(page, api, key)
         await page.goto(at(api, "/jobs"))
         await expect(page.locator("#pulse.on")).to_be_visible()
-        text = KeyText.read(key)
+        text = ApiKeyToken.parse(key)
         assert text is not None
-        await revoke(api.db, text.key_id)
+        await revoke_key(api.db, text.key_id)
         await expect(page.locator("h1")).to_have_text("Sign in", timeout=15_000)
-        forgiven(page)
+        clear_console_errors(page)
 
 
 async def test_pages_of_other_origins_change_nothing_and_sign_nobody_in(
     mongodb_uri: str, db_name: str, tmp_path: Path, page: Page, context: BrowserContext
 ) -> None:
     roles = frozenset({"api", "projector"})
-    async for api in running_api(mongodb_uri, db_name, tmp_path, roles, auth={"mode": "keys"}):  # type: ignore[arg-type]  # a literal set is a set of str
+    async for api in run_api(mongodb_uri, db_name, tmp_path, roles, auth={"mode": "keys"}):  # type: ignore[arg-type]  # a literal set is a set of str
         key, attackers = await key_of(api, "ada", "admin"), await key_of(api, "mallory")
         answer = await api.post(
             "/api/events/jobs", {"job_type": "echo", "parameters": {}}, Authorization=f"Bearer {key}"
@@ -92,8 +92,8 @@ async def test_pages_of_other_origins_change_nothing_and_sign_nobody_in(
             for name in ("127.0.0.1", "localhost"):
                 await page.goto(f"http://{name}:{port}/")
                 await page.evaluate(CANCEL, f"{here}/api/events/jobs/{job_id}/cancel")
-                forgiven(page)
-            kinds = [event.type for event in await api.log.read_stream(job_id)]
+                clear_console_errors(page)
+            kinds = [event.type for event in await api.event_store.read_stream(job_id)]
             assert kinds == ["JobSubmitted"]
             # A cookie is sent to every port of its host: what is in it must not be the key.
             assert cookies
@@ -105,7 +105,7 @@ async def test_pages_of_other_origins_change_nothing_and_sign_nobody_in(
             await page.goto(f"http://127.0.0.1:{port}/")
             await page.evaluate(FORM, [f"{here}/monitoring/events/sign-in", {"credential": attackers}])
             await page.wait_for_url("**/sign-in")
-            forgiven(page)
+            clear_console_errors(page)
             await page.goto(at(api, "/jobs"))
             await expect(page.get_by_role("button", name="Sign out (ada)")).to_be_visible()
             # Our own page still can.

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.api.dashboard.conftest import forgiven, needs_browser
+from tests.api.dashboard.conftest import clear_console_errors, needs_browser
 from tests.support.installation import Installation
 
 pytestmark = needs_browser
@@ -29,8 +29,8 @@ async def test_a_page_survives_a_restart_of_the_api(mongodb_uri: str, db_name: s
     mongodb = {"uri": mongodb_uri, "db_name": db_name}
     with Installation(tmp_path, mongodb=mongodb, api={"port": port}) as installation:
         for role in ("projector", "worker"):
-            await asyncio.to_thread(installation.start(role).ready)
-        serving = await asyncio.to_thread(installation.start("api").ready)
+            await asyncio.to_thread(installation.start(role).wait_until_ready)
+        serving = await asyncio.to_thread(installation.start("api").wait_until_ready)
         url = serving.url
         jobs = {"job_type": "echo", "parameters": {"seconds": 4}}
         async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
@@ -42,9 +42,9 @@ async def test_a_page_survives_a_restart_of_the_api(mongodb_uri: str, db_name: s
         serving.process.send_signal(signal.SIGKILL)
         await expect(page.locator("#pulse")).to_have_text("reconnecting …")
         await asyncio.sleep(5)  # meanwhile the job ends
-        await asyncio.to_thread(installation.start("api").ready)
+        await asyncio.to_thread(installation.start("api").wait_until_ready)
         await expect(page.locator("#state .state.completed")).to_be_visible(timeout=20_000)
         await expect(page.locator("#events")).to_contain_text("JobCompleted")
         await expect(page.locator("#pulse.on")).to_be_visible()
         assert await page.evaluate("window.stillTheSamePage")
-        forgiven(page)
+        clear_console_errors(page)

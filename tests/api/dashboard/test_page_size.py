@@ -13,9 +13,9 @@ from markupsafe import Markup
 from starlette.requests import Request
 
 from jobledger.api.dashboard import charts, rendering
-from jobledger.api.dashboard.attempt_timeline import attempts_of
-from jobledger.api.dashboard.markdown import LARGEST_HTML_BYTES
-from jobledger.api.dashboard.previews import LARGEST_MARKDOWN_BYTES, Previews
+from jobledger.api.dashboard.attempt_timeline import build_attempt_timeline
+from jobledger.api.dashboard.markdown import MAX_HTML_BYTES
+from jobledger.api.dashboard.previews import MAX_MARKDOWN_BYTES, MarkdownPreviewer
 from tests.api.conftest import Api
 from tests.api.dashboard.test_live import at
 
@@ -90,10 +90,10 @@ def content_of(template: str, text: str) -> dict[str, Any]:
             deliveries = [{"delivery_id": text, "url": text, "attempts": [{"error": {"code": text}}] * 50}] * 20
             shown = {
                 "job": jobs[0],
-                "attempts": attempts_of(told, NOW),
+                "attempts": build_attempt_timeline(told, NOW),
                 "gallery": jobs[0]["results"]["assets"],
             }
-            preview = Markup("x" * LARGEST_HTML_BYTES)
+            preview = Markup("x" * MAX_HTML_BYTES)
             return {**shown, "events": told, "deliveries": deliveries, "text": preview, "may": may, "cut": True}
         case "batch.html.j2":
             return {"batch": batch(text), "asked": asked, "found": found, "events": told, "may": may}
@@ -104,7 +104,7 @@ def content_of(template: str, text: str) -> dict[str, Any]:
                 "workers": workers,
                 "tracks": [{"_id": f"{number}{text}", "count": 1} for number in range(10_000)],
             }
-            bars = charts.stacked([[("completed", 1)]] * 60)
+            bars = charts.stack_bars([[("completed", 1)]] * 60)
             by_worker = {workers[0]["worker_id"]: jobs}
             return {
                 "stats": stats,
@@ -127,7 +127,7 @@ def test_page_with_more_than_maximal_content_stays_small(template: str, text: st
     scope = {"type": "http", "path": "/monitoring/events/jobs/x", "query_string": b"", "headers": []}
     content = content_of(template, TEXTS[text] * 10_000)
     begun = time.thread_time()
-    body = rendering.page(Request(scope), template, **content).body
+    body = rendering.render_page(Request(scope), template, **content).body
     used = time.thread_time() - begun
     assert len(body) < LARGEST_PAGE_BYTES
     assert bytes(body).rstrip().endswith(b"</html>")
@@ -144,7 +144,7 @@ def test_loops_of_templates_are_over_constants_or_end_with_the_budget(template: 
 
 async def test_page_that_shows_only_the_beginning_says_where_the_rest_is(idle_api: Api) -> None:
     job_id = await idle_api.submit({"file": False, "a": "<" * 7_400_000})
-    await idle_api.get("/api/events/jobs", await idle_api.log.head())
+    await idle_api.get("/api/events/jobs", await idle_api.event_store.head_position())
     for path in (f"/jobs/{job_id}", "/jobs", "/log", ""):
         answer = await idle_api.get(at(idle_api, path))
         assert answer.status_code == 200
@@ -157,7 +157,7 @@ async def test_page_that_shows_only_the_beginning_says_where_the_rest_is(idle_ap
 # Previews ---------------------------------------------------------------------------------------------------------
 
 FOLDER = "../files/"
-LARGEST = LARGEST_MARKDOWN_BYTES
+LARGEST = MAX_MARKDOWN_BYTES
 HOSTILE = {
     "images without an end": "![" * (LARGEST // 2),
     "links without an end": "[" * LARGEST,
@@ -175,13 +175,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("markdown", HOSTILE)
 async def test_preview_of_hostile_markdown_leaves_event_loop_free(markdown: str) -> None:
-    previews = Previews(seconds=1)
+    previews = MarkdownPreviewer(timeout_seconds=1)
     try:
         begun = time.thread_time()
-        html = await previews.render("digest", HOSTILE[markdown], files_at=FOLDER)
-        again = await previews.render("digest", HOSTILE[markdown], files_at=FOLDER)
+        html = await previews.render("digest", HOSTILE[markdown], files_url=FOLDER)
+        again = await previews.render("digest", HOSTILE[markdown], files_url=FOLDER)
         used = time.thread_time() - begun
-        assert html is None or len(html.encode()) <= LARGEST_HTML_BYTES
+        assert html is None or len(html.encode()) <= MAX_HTML_BYTES
         assert again is html, "the outcome is kept"
         assert used < 0.5, "CPU seconds of the thread with the event loop"
     finally:
@@ -189,9 +189,9 @@ async def test_preview_of_hostile_markdown_leaves_event_loop_free(markdown: str)
 
 
 async def test_preview_shows_images_from_the_folder_of_the_result() -> None:
-    previews = Previews(seconds=60)
+    previews = MarkdownPreviewer(timeout_seconds=60)
     try:
-        html = await previews.render("digest", "---\na: 1\n---\n*fine* ![](a.png)", files_at=FOLDER)
+        html = await previews.render("digest", "---\na: 1\n---\n*fine* ![](a.png)", files_url=FOLDER)
         assert html == f'<p><em>fine</em> <img src="{FOLDER}a.png" alt="" loading="lazy" /></p>\n'
     finally:
         await previews.close()
@@ -201,7 +201,7 @@ async def test_job_page_shows_text_where_the_result_is_too_large_for_a_preview(a
     ids = [await api.submit({"text": text}) for text in ("![" * 100_000, "x" * LARGEST, "fine")]
     pages = []
     for job_id in ids:
-        await api.ended(job_id)
+        await api.wait_until_finished(job_id)
         pages.append((await api.get(at(api, f"/jobs/{job_id}"))).text)
     assert ['<article class="preview" id="preview"><pre' in page for page in pages] == [False, True, False]
     assert "<code" in pages[2]

@@ -7,7 +7,7 @@ from playwright.async_api import Page, expect
 from tests.api.conftest import Api
 from tests.api.dashboard.conftest import needs_browser
 from tests.api.dashboard.test_live import SOON_MS, confirm
-from tests.support.path_proxy import path_proxy
+from tests.support.path_proxy import run_path_proxy
 
 pytestmark = needs_browser
 PREFIX = "/tools/jobs"
@@ -16,7 +16,7 @@ PREFIX = "/tools/jobs"
 async def test_everything_works_under_a_path_prefix(api: Api, page: Page) -> None:
     port = api.http.base_url.port
     assert port is not None
-    async with path_proxy(port, PREFIX) as proxied:
+    async with run_path_proxy(port, PREFIX) as proxied:
         home = f"http://127.0.0.1:{proxied}{PREFIX}/monitoring/events"
         await page.goto(home)
         await expect(page.locator("#pulse.on")).to_be_visible()

@@ -10,9 +10,9 @@ import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import Browser, BrowserContext, Page, expect
 
-from jobledger.api.auth.api_keys import ApiKey, KeyText, store
-from tests.api.conftest import Api, running_api
-from tests.api.dashboard.conftest import forgiven, needs_browser
+from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken, store_key
+from tests.api.conftest import Api, run_api
+from tests.api.dashboard.conftest import clear_console_errors, needs_browser
 from tests.api.dashboard.test_live import at, live
 
 pytestmark = needs_browser
@@ -34,7 +34,7 @@ async def test_what_comes_from_outside_stays_text(api: Api, page: Page) -> None:
     batch = await api.submit_batch(*failing, {"notes": CORPUS}, batch_name=" ".join(CORPUS)[:200])
     jobs = batch["job_ids"]
     for job_id in jobs:
-        await api.ended(job_id)
+        await api.wait_until_finished(job_id)
     paths = ["", "/jobs", "/batches", f"/batches/{batch['batch_id']}", "/log", *(f"/jobs/{job_id}" for job_id in jobs)]
     for path in paths:
         await page.goto(at(api, path))
@@ -56,8 +56,8 @@ async def pages_of(api: Api) -> list[str]:
         batch_name="Saturday",
     )
     first, second, _ = batch["job_ids"]
-    await api.ended(first)
-    await api.ended(second)
+    await api.wait_until_finished(first)
+    await api.wait_until_finished(second)
     paths = ("", "/jobs", f"/jobs/{first}", f"/jobs/{second}", "/batches", f"/batches/{batch['batch_id']}")
     return [*paths, "/log", "/submit", "/sign-in", "/jobs/job-000000000000000000000000"]
 
@@ -99,20 +99,18 @@ async def test_german_is_spoken_to_who_prefers_it(idle_api: Api, browser: Browse
 
 
 async def key_of(api: Api, user_id: str, *roles: Any) -> str:
-    text = KeyText.new()
+    text = ApiKeyToken.generate()
     key = ApiKey(
         key_id=text.key_id, sha256=text.digest, user_id=user_id, roles=list(roles), created_at=datetime.now(UTC)
     )
-    await store(api.db, key)
+    await store_key(api.db, key)
     return str(text)
 
 
 async def test_who_has_a_key_signs_in_and_out_and_sees_only_what_they_may(
     mongodb_uri: str, db_name: str, tmp_path: Path, page: Page, context: BrowserContext
 ) -> None:
-    async for api in running_api(
-        mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth={"mode": "keys"}
-    ):
+    async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth={"mode": "keys"}):
         ours, theirs = await key_of(api, "ada", "admin"), await key_of(api, "grace")
         answer = await api.post(
             "/api/events/jobs",
@@ -125,7 +123,7 @@ async def test_who_has_a_key_signs_in_and_out_and_sees_only_what_they_may(
         await page.get_by_label("API key or token").fill("jl_wrong")
         await page.get_by_role("button", name="Sign in").click()
         await expect(page.get_by_role("alert")).to_have_text("That did not work.")
-        forgiven(page)
+        clear_console_errors(page)
         await page.get_by_label("API key or token").fill(ours)
         await page.get_by_role("button", name="Sign in").click()
         await expect(page.locator("h1")).to_have_text(job_id)

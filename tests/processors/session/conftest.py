@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.processors.session.support import Site, serving
+from tests.processors.session.support import Site, serve_site
 
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with serving() as running:
+    with serve_site() as running:
         yield running

@@ -17,10 +17,10 @@ from typing import Any
 import av
 import pytest
 
-RATE = 16_000
+SAMPLE_RATE = 16_000
 needs_speech = pytest.mark.skipif(shutil.which("flite") is None, reason="the speech synthesiser flite is not installed")
 
-KINDS = {
+VIDEO_FORMATS = {
     # the file's ending: (container, picture, sound)
     "vp9.webm": ("webm", "libvpx-vp9", "libopus"),
     "av1.webm": ("webm", "libsvtav1", "libopus"),
@@ -29,21 +29,21 @@ KINDS = {
 }
 
 
-def spoken(text: str, folder: Path) -> bytes:
+def synthesize_speech(text: str, folder: Path) -> bytes:
     """The samples of `text` as a synthesiser says it: 16 kHz, mono, 16 bit."""
     path = folder / "spoken.wav"
     subprocess.run(["flite", "-voice", "slt", "-t", text, "-o", str(path)], check=True, timeout=60)
     with wave.open(str(path)) as sound:
-        assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (RATE, 1, 2)
+        assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (SAMPLE_RATE, 1, 2)
         return bytes(sound.readframes(sound.getnframes()))
 
 
-def one_second() -> bytes:
+def make_tone() -> bytes:
     """A tone that comes and goes."""
-    return array("h", (int(3000 * math.sin(n * 0.17)) * (n // 4000 % 2) for n in range(RATE))).tobytes()
+    return array("h", (int(3000 * math.sin(n * 0.17)) * (n // 4000 % 2) for n in range(SAMPLE_RATE))).tobytes()
 
 
-def film(kind: str, samples: bytes, *, repeated: int = 1) -> bytes:
+def make_video_file(kind: str, samples: bytes, *, repeated: int = 1) -> bytes:
     """A film with these samples, which are `repeated`, and one grey picture a second.
 
     A process of its own makes it: the AV1 encoder gives the process of a superuser real-time priority, for good.
@@ -53,19 +53,19 @@ def film(kind: str, samples: bytes, *, repeated: int = 1) -> bytes:
 
 
 def _film(kind: str, samples: bytes, repeated: int) -> bytes:
-    container, picture, sound = KINDS[kind]
+    container, picture, sound = VIDEO_FORMATS[kind]
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as media:
         video: Any = media.add_stream(picture, rate=1)
         video.width, video.height, video.pix_fmt = 320, 180, "yuv420p"
-        audio: Any = media.add_stream(sound, rate=48_000 if sound == "libopus" else RATE)
+        audio: Any = media.add_stream(sound, rate=48_000 if sound == "libopus" else SAMPLE_RATE)
         audio.layout = "mono"
         resample = av.AudioResampler(format=audio.format.name, layout="mono", rate=audio.rate)
         second = 0
         for _ in range(repeated):
-            for begin in range(0, len(samples), 2 * RATE):
+            for begin in range(0, len(samples), 2 * SAMPLE_RATE):
                 media.mux(video.encode(_picture(second)))
-                heard = _sound(samples[begin : begin + 2 * RATE], second)
+                heard = _sound(samples[begin : begin + 2 * SAMPLE_RATE], second)
                 for frame in resample.resample(heard):
                     media.mux(audio.encode(frame))
                 second += 1
@@ -87,6 +87,6 @@ def _picture(second: int) -> av.VideoFrame:
 def _sound(samples: bytes, second: int) -> av.AudioFrame:
     frame = av.AudioFrame(format="s16", layout="mono", samples=len(samples) // 2)
     frame.planes[0].update(samples)
-    frame.sample_rate = RATE
-    frame.pts, frame.time_base = second * RATE, Fraction(1, RATE)
+    frame.sample_rate = SAMPLE_RATE
+    frame.pts, frame.time_base = second * SAMPLE_RATE, Fraction(1, SAMPLE_RATE)
     return frame

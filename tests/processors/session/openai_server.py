@@ -18,16 +18,16 @@ KEY = "sk-test-0123456789"
 
 
 @dataclass(slots=True)
-class OpenAi:
+class FakeOpenAiServer:
     """`chat` and `speech` make the answers; `troubles` come first: a status with headers, or "hang"."""
 
     port: int = 0
-    chat: Callable[[dict[str, Any]], Any] = lambda body: {}
-    speech: Callable[[float], Any] = lambda seconds: {"text": ""}
-    knows_schemas: bool = True
-    troubles: list[tuple[int, dict[str, str]] | str] = field(default_factory=list)
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    most_at_once: int = 0
+    answer_chat: Callable[[dict[str, Any]], Any] = lambda body: {}
+    answer_speech: Callable[[float], Any] = lambda seconds: {"text": ""}
+    supports_schemas: bool = True
+    scripted_failures: list[tuple[int, dict[str, str]] | str] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    peak_concurrency: int = 0
     closing: Event = field(default_factory=Event)
     _now: int = 0
     _lock: Any = field(default_factory=Lock)
@@ -39,17 +39,17 @@ class OpenAi:
     def entered(self, by: int) -> None:
         with self._lock:
             self._now += by
-            self.most_at_once = max(self.most_at_once, self._now)
+            self.peak_concurrency = max(self.peak_concurrency, self._now)
 
 
-def said(content: Any, tokens: int = 10) -> dict[str, Any]:
+def chat_completion(content: Any, tokens: int = 10) -> dict[str, Any]:
     """An answer of a chat model."""
     text = content if isinstance(content, str) else json.dumps(content)
     usage = {"prompt_tokens": tokens - 1, "completion_tokens": 1, "total_tokens": tokens}
     return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}], "usage": usage}
 
 
-def parts_of(content_type: str, body: bytes) -> dict[str, bytes]:
+def parse_multipart(content_type: str, body: bytes) -> dict[str, bytes]:
     message = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
     assert message.is_multipart()
     found: dict[str, bytes] = {}
@@ -60,9 +60,9 @@ def parts_of(content_type: str, body: bytes) -> dict[str, bytes]:
 
 
 @contextmanager
-def openai() -> Iterator[OpenAi]:
+def run_fake_openai() -> Iterator[FakeOpenAiServer]:
     """Serve on a port of this machine."""
-    site = OpenAi()
+    site = FakeOpenAiServer()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -76,8 +76,8 @@ def openai() -> Iterator[OpenAi]:
         def _answer(self, body: bytes) -> None:
             if self.headers.get("Authorization") != f"Bearer {KEY}":
                 return self._say(401, _error("Incorrect API key provided"))
-            if site.troubles:
-                trouble = site.troubles.pop(0)
+            if site.scripted_failures:
+                trouble = site.scripted_failures.pop(0)
                 if isinstance(trouble, str):
                     site.closing.wait(30)
                     return None
@@ -86,17 +86,17 @@ def openai() -> Iterator[OpenAi]:
                 case "/v1/chat/completions":
                     return self._chat(json.loads(body))
                 case "/v1/audio/transcriptions":
-                    return self._speech(parts_of(self.headers["Content-Type"], body))
+                    return self._speech(parse_multipart(self.headers["Content-Type"], body))
                 case _:
                     return self._say(404, _error(f"Unknown request URL: {self.path}"))
 
         def _chat(self, asked: dict[str, Any]) -> None:
             if self.headers["Content-Type"] != "application/json" or not asked.get("model"):
                 return self._say(400, _error("you must provide a model parameter"))
-            if "response_format" in asked and not site.knows_schemas:
+            if "response_format" in asked and not site.supports_schemas:
                 return self._say(400, _error("response_format is not supported"))
-            site.asked.append(asked)
-            return self._say(200, site.chat(asked))
+            site.requests.append(asked)
+            return self._say(200, site.answer_chat(asked))
 
         def _speech(self, parts: dict[str, bytes]) -> None:
             if not parts.get("model") or "file" not in parts:
@@ -104,8 +104,8 @@ def openai() -> Iterator[OpenAi]:
             with wave.open(BytesIO(parts["file"])) as sound:
                 seconds = sound.getnframes() / sound.getframerate()
             fields = {name: value.decode() for name, value in parts.items() if name != "file"}
-            site.asked.append({**fields, "seconds": seconds})
-            return self._say(200, site.speech(seconds))
+            site.requests.append({**fields, "seconds": seconds})
+            return self._say(200, site.answer_speech(seconds))
 
         def _say(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
             text = content if isinstance(content, bytes) else json.dumps(content).encode()

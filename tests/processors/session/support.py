@@ -26,28 +26,28 @@ from fpdf.enums import AccessPermission
 from jobledger.workers.processor import JSON, LogLevel, SavedFile
 from jobledger.workers.processors.session import SessionParameters, SessionSettings
 
-LOCAL = ["127.0.0.1"]
+LOCAL_HOSTS = ["127.0.0.1"]
 
-unhurried = hypothesis.settings(deadline=None)
+without_deadline = hypothesis.settings(deadline=None)
 """For laws: that the machine was busy is no counterexample."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class SiteResponse:
     """What the site answers. `announced` is a Content-Length other than the true one."""
 
     body: bytes = b""
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
-    announced: int | None = None
+    content_length: int | None = None
 
 
-def html(text: str, *, status: int = 200) -> Answer:
-    return Answer(text.encode(), status, {"Content-Type": "text/html; charset=utf-8"})
+def html(text: str, *, status: int = 200) -> SiteResponse:
+    return SiteResponse(text.encode(), status, {"Content-Type": "text/html; charset=utf-8"})
 
 
-def redirect(location: str) -> Answer:
-    return Answer(status=302, headers={"Location": location})
+def redirect(location: str) -> SiteResponse:
+    return SiteResponse(status=302, headers={"Location": location})
 
 
 class Site:
@@ -55,19 +55,19 @@ class Site:
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self.asked: list[str] = []
+        self.requested_paths: list[str] = []
         self.credentials: list[str | None] = []
-        self.answers: dict[str, Answer] = {}
-        self.silent: set[str] = set()
+        self.responses: dict[str, SiteResponse] = {}
+        self.hanging_paths: set[str] = set()
         self.closing = Event()
 
-    def put(self, path: str, answer: Answer) -> str:
-        self.answers[path] = answer
+    def put(self, path: str, answer: SiteResponse) -> str:
+        self.responses[path] = answer
         return self.url(path)
 
-    def put_silence(self, path: str) -> str:
+    def put_hanging(self, path: str) -> str:
         """An address that accepts the question and never answers."""
-        self.silent.add(path)
+        self.hanging_paths.add(path)
         return self.url(path)
 
     def url(self, path: str) -> str:
@@ -75,19 +75,21 @@ class Site:
 
 
 @contextmanager
-def serving() -> Iterator[Site]:
+def serve_site() -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            site.asked.append(self.path)
+            site.requested_paths.append(self.path)
             site.credentials.append(self.headers["Authorization"])
-            if self.path in site.silent:
+            if self.path in site.hanging_paths:
                 site.closing.wait()
                 return
-            answer = site.answers.get(self.path, html("<p>nothing here</p>", status=404))
+            answer = site.responses.get(self.path, html("<p>nothing here</p>", status=404))
             self.send_response_only(answer.status)
             for name, value in answer.headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(answer.body) if answer.announced is None else answer.announced))
+            self.send_header(
+                "Content-Length", str(len(answer.body) if answer.content_length is None else answer.content_length)
+            )
             self.end_headers()
             self.wfile.write(answer.body)
 
@@ -121,7 +123,7 @@ class RecordingJob:
         cancel_at: float = math.inf,
     ) -> None:
         self.parameters = parameters
-        self.scratch = scratch
+        self.scratch_dir = scratch
         self.job_id = job_id
         self.attempt = attempt
         self.steps = {} if steps is None else steps
@@ -135,18 +137,18 @@ class RecordingJob:
         self._cancel_at = cancel_at
 
     @property
-    def cancelled(self) -> bool:
+    def is_cancelled(self) -> bool:
         return bool(self.told) and self.told[-1][0] >= self._cancel_at
 
-    async def step(
+    async def run_step(
         self,
         name: str,
         inputs: Mapping[str, JSON],
         function: Callable[[], Awaitable[JSON]],
         *,
-        share: timedelta | None = None,
+        share_max_age: timedelta | None = None,
     ) -> JSON:
-        self.shared[name] = share
+        self.shared[name] = share_max_age
         key = (name, json.dumps(inputs, sort_keys=True))
         if key in self.steps:
             output, warnings = self.steps[key]
@@ -158,10 +160,10 @@ class RecordingJob:
         self.steps[key] = (output, self.warnings[already:])
         return output
 
-    def spent(self, tokens: int) -> None:
+    def add_tokens(self, tokens: int) -> None:
         self.tokens += tokens
 
-    async def progress(self, percent: float, message: str) -> None:
+    async def report_progress(self, percent: float, message: str) -> None:
         self.told.append((percent, message))
 
     async def log(self, level: LogLevel, message: str) -> None:
@@ -180,7 +182,7 @@ class RecordingJob:
         return SavedFile(path=path, sha256=sha256(data).hexdigest(), size=len(data), media_type=media_type)
 
 
-def session(**changes: Any) -> SessionParameters:
+def make_parameters(**changes: Any) -> SessionParameters:
     """A session of the shape of the samples."""
     values: dict[str, Any] = {
         "event": "ExampleConf 2025",
@@ -200,9 +202,9 @@ def session(**changes: Any) -> SessionParameters:
     return SessionParameters.model_validate(values | changes)
 
 
-def settings(**changes: Any) -> SessionSettings:
+def make_settings(**changes: Any) -> SessionSettings:
     """Settings that may fetch from the local site."""
-    return SessionSettings.model_validate({"allow_private": LOCAL} | changes)
+    return SessionSettings.model_validate({"allow_private": LOCAL_HOSTS} | changes)
 
 
 CONFERENCE_PAGE = """<!DOCTYPE html>
@@ -230,7 +232,7 @@ cd ledger</code></pre>
 <footer><p>Licensed under Creative Commons</p><a href="/imprint">Imprint</a></footer></body></html>"""
 
 
-def pdf(
+def make_pdf(
     pages: int, *, width: float = 254, height: float = 143, password: str | None = None, words: str = "Slide of a talk"
 ) -> bytes:
     """Slides of 16:9 with a title each; sizes in millimetres."""
@@ -250,7 +252,7 @@ def pdf(
     return bytes(document.output())
 
 
-def video(seconds: float, *, sound: bool = True, container: str = "matroska") -> bytes:
+def make_video(seconds: float, *, sound: bool = True, container: str = "matroska") -> bytes:
     """A grey picture, with a tone of 440 Hz in stereo at 44.1 kHz when `sound`."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as media:

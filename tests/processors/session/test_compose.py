@@ -17,9 +17,14 @@ from pydantic import ValidationError
 
 from jobledger.workers.processor import Results
 from jobledger.workers.processors.session import SessionProcessor, SessionSettings
-from jobledger.workers.processors.session.compose import NotAccepted, pieces, read_summary, read_translation
-from tests.processors.session.openai_server import KEY, OpenAi, openai, said
-from tests.processors.session.support import RecordingJob, Site, html, session, settings, unhurried
+from jobledger.workers.processors.session.compose import (
+    InvalidModelOutput,
+    parse_summary,
+    parse_translation,
+    split_markdown,
+)
+from tests.processors.session.openai_server import KEY, FakeOpenAiServer, chat_completion, run_fake_openai
+from tests.processors.session.support import RecordingJob, Site, html, make_parameters, make_settings, without_deadline
 
 SUMMARY = {
     "subtitle": "Warum Logbücher",
@@ -34,8 +39,8 @@ PAGE = """<html lang="en"><head><title>Ledgers</title></head><body><article><h1>
 
 
 @pytest.fixture
-def api() -> Iterator[OpenAi]:
-    with openai() as found:
+def api() -> Iterator[FakeOpenAiServer]:
+    with run_fake_openai() as found:
         yield found
 
 
@@ -58,13 +63,13 @@ def translated(text: str) -> str:
 
 def faithful(asked: dict[str, Any]) -> Any:
     if "summarise" in asked["messages"][0]["content"]:
-        return said(SUMMARY, tokens=100)
-    return said({"markdown": translated(asked["messages"][1]["content"])}, tokens=7)
+        return chat_completion(SUMMARY, tokens=100)
+    return chat_completion({"markdown": translated(asked["messages"][1]["content"])}, tokens=7)
 
 
-async def run(job: RecordingJob, api: OpenAi, key: Path | None, **model: Any) -> Results:
+async def run(job: RecordingJob, api: FakeOpenAiServer, key: Path | None, **model: Any) -> Results:
     chosen = {"backend": "openai", "url": api.url, "model": "m", "api_key_file": key, "timeout_seconds": 5, **model}
-    return await SessionProcessor(settings(language_model=chosen)).run(job)
+    return await SessionProcessor(make_settings(language_model=chosen)).run(job)
 
 
 def document(job: RecordingJob, results: Results) -> tuple[dict[str, Any], str]:
@@ -75,9 +80,11 @@ def document(job: RecordingJob, results: Results) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(found[1]), found[2]
 
 
-async def test_a_page_is_summarised_and_translated(api: OpenAi, key: Path, site: Site, tmp_path: Path) -> None:
-    api.chat = faithful
-    job = RecordingJob(session(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+async def test_a_page_is_summarised_and_translated(
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+) -> None:
+    api.answer_chat = faithful
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
     front, body = document(job, await run(job, api, key))
     assert (front["language"], front["intro"], front["topic"]) == ("de", SUMMARY["intro"], "Datenbanken")
     assert front["subtitle"] == "Warum Logbücher"
@@ -87,48 +94,48 @@ async def test_a_page_is_summarised_and_translated(api: OpenAi, key: Path, site:
     assert "ledger.append(1)" in body
     assert job.tokens == 107
     assert not [it for it in job.warnings if "translated" in it or "summary" in it]
-    first = api.asked[0]
+    first = api.requests[0]
     assert first["response_format"]["json_schema"]["strict"] is True
-    assert KEY not in json.dumps(api.asked) + "".join(job.lines)
+    assert KEY not in json.dumps(api.requests) + "".join(job.lines)
 
 
 async def test_the_same_in_another_language_only_composes_anew(
-    api: OpenAi, key: Path, site: Site, tmp_path: Path
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    api.chat = faithful
+    api.answer_chat = faithful
     url = site.put("/t", html(PAGE))
-    first = RecordingJob(session(url=url, target_language="de"), tmp_path)
+    first = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
     await run(first, api, key)
-    second = RecordingJob(session(url=url, target_language="fr"), tmp_path, job_id="job-2", steps=first.steps)
+    second = RecordingJob(make_parameters(url=url, target_language="fr"), tmp_path, job_id="job-2", steps=first.steps)
     await run(second, api, key)
     assert second.ran == ["compose", "markdown"]
-    third = RecordingJob(session(url=url, target_language="fr"), tmp_path, steps=second.steps)
-    asked = len(api.asked)
+    third = RecordingJob(make_parameters(url=url, target_language="fr"), tmp_path, steps=second.steps)
+    asked = len(api.requests)
     await run(third, api, key)
-    assert len(api.asked) == asked
+    assert len(api.requests) == asked
 
 
 async def test_a_text_in_the_language_that_is_wanted_is_not_translated(
-    api: OpenAi, key: Path, site: Site, tmp_path: Path
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    api.chat = faithful
-    job = RecordingJob(session(url=site.put("/t", html(PAGE)), target_language="en-GB"), tmp_path)
+    api.answer_chat = faithful
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="en-GB"), tmp_path)
     await run(job, api, key)
-    assert len(api.asked) == 1
+    assert len(api.requests) == 1
 
 
 async def test_an_unusable_answer_is_asked_for_once_more_with_what_was_wrong(
-    api: OpenAi, key: Path, site: Site, tmp_path: Path
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
     def at_first_wrong(asked: dict[str, Any]) -> Any:
-        return faithful(asked) if len(asked["messages"]) == 4 else said("Certainly! Here it is.")
+        return faithful(asked) if len(asked["messages"]) == 4 else chat_completion("Certainly! Here it is.")
 
-    api.chat = at_first_wrong
-    job = RecordingJob(session(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    api.answer_chat = at_first_wrong
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
     front, body = document(job, await run(job, api, key))
     assert (front["language"], front["intro"]) == ("de", SUMMARY["intro"])
     assert "Logbuch" in body
-    assert "there is no JSON object" in api.asked[1]["messages"][3]["content"]
+    assert "there is no JSON object" in api.requests[1]["messages"][3]["content"]
 
 
 @pytest.mark.parametrize(
@@ -145,10 +152,10 @@ async def test_an_unusable_answer_is_asked_for_once_more_with_what_was_wrong(
     ids=str,
 )
 async def test_answers_that_stay_unusable_leave_the_text_as_it_was_with_a_warning(
-    api: OpenAi, key: Path, site: Site, tmp_path: Path, answer: Any
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path, answer: Any
 ) -> None:
-    api.chat = lambda asked: said(answer)
-    job = RecordingJob(session(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    api.answer_chat = lambda asked: chat_completion(answer)
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
     front, body = document(job, await run(job, api, key))
     assert front["language"] == "en"
     assert "Ledgers are logs" in body
@@ -158,31 +165,35 @@ async def test_answers_that_stay_unusable_leave_the_text_as_it_was_with_a_warnin
 
 
 async def test_one_bad_piece_is_left_and_the_others_are_translated(
-    api: OpenAi, key: Path, site: Site, tmp_path: Path
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
     paragraphs = "".join(f"<p>Ledgers number {n} are long. {'words ' * 60}</p>" for n in range(8))
 
     def one_bad(asked: dict[str, Any]) -> Any:
-        return said("no") if "number 3" in asked["messages"][1]["content"] else faithful(asked)
+        return chat_completion("no") if "number 3" in asked["messages"][1]["content"] else faithful(asked)
 
-    api.chat = one_bad
+    api.answer_chat = one_bad
     page = f"<html lang='en'><body><article><h1>Ledgers</h1>{paragraphs}</article></body></html>"
-    job = RecordingJob(session(url=site.put("/t", html(page)), target_language="de"), tmp_path)
+    job = RecordingJob(make_parameters(url=site.put("/t", html(page)), target_language="de"), tmp_path)
     _, body = document(job, await run(job, api, key, piece_characters=500))
     assert "Ledgers number 3" in body
     assert "Logbuchs number 2" in body
     assert any(re.search(r"1 of \d+ pieces", it) for it in job.warnings)
 
 
-async def test_a_page_that_gives_orders_only_spoils_itself(api: OpenAi, key: Path, site: Site, tmp_path: Path) -> None:
+async def test_a_page_that_gives_orders_only_spoils_itself(
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
+) -> None:
     def obedient(asked: dict[str, Any]) -> Any:
         evil = "<script>alert(1)</script> ![x](https://evil.example/x.png) [y](javascript:alert(1))"
         if "summarise" in asked["messages"][0]["content"]:
-            return said({**SUMMARY, "intro": evil, "tags": ["a: b\n- c"]})
-        return said({"markdown": f"{translated(asked['messages'][1]['content'])}\n\n{evil}\n\n```\nopen fence"})
+            return chat_completion({**SUMMARY, "intro": evil, "tags": ["a: b\n- c"]})
+        return chat_completion(
+            {"markdown": f"{translated(asked['messages'][1]['content'])}\n\n{evil}\n\n```\nopen fence"}
+        )
 
-    api.chat = obedient
-    job = RecordingJob(session(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    api.answer_chat = obedient
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
     front, body = document(job, await run(job, api, key))
     assert front["tags"][-1] == "a: b\n- c"
     assert "<script>" not in body
@@ -190,12 +201,12 @@ async def test_a_page_that_gives_orders_only_spoils_itself(api: OpenAi, key: Pat
 
 
 async def test_busy_endpoints_are_waited_for_and_broken_ones_are_a_warning(
-    api: OpenAi, key: Path, site: Site, tmp_path: Path
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
     url = site.put("/t", html(PAGE))
-    api.chat = faithful
-    api.troubles = [(429, {"Retry-After": "0"}), (503, {"Retry-After": "0"}), (500, {"Retry-After": "0"})]
-    job = RecordingJob(session(url=url, target_language="de"), tmp_path)
+    api.answer_chat = faithful
+    api.scripted_failures = [(429, {"Retry-After": "0"}), (503, {"Retry-After": "0"}), (500, {"Retry-After": "0"})]
+    job = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
     front, _ = document(job, await run(job, api, key))
     assert front["language"] == "de"
     for troubles, says in (
@@ -203,51 +214,51 @@ async def test_busy_endpoints_are_waited_for_and_broken_ones_are_a_warning(
         ([(404, {})], "404: busy"),
         ([(429, {"Retry-After": "3600"})], "429: busy"),
     ):
-        api.troubles = list(troubles)
-        job = RecordingJob(session(url=url, target_language="de"), tmp_path)
+        api.scripted_failures = list(troubles)
+        job = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
         _, body = document(job, await run(job, api, key))
         assert "Ledgers are logs" in body
         assert any(says in it for it in job.warnings), job.warnings
-        assert not api.troubles
+        assert not api.scripted_failures
 
 
 async def test_a_key_that_is_missing_or_wrong_is_told_without_it(
-    api: OpenAi, key: Path, site: Site, tmp_path: Path
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
     url = site.put("/t", html(PAGE))
     for file, text, says in ((None, "", "401: Incorrect"), (key, "sk-wrong", "401"), (key, "", "holds no key")):
         if file is not None:
             file.write_text(text)
-        job = RecordingJob(session(url=url, target_language="de"), tmp_path)
+        job = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
         document(job, await run(job, api, file))
         [warning] = [it for it in job.warnings if "language model" in it]
         assert says in warning
         assert "sk-wrong" not in warning
 
 
-async def test_an_endpoint_that_hangs_is_given_up(api: OpenAi, key: Path, site: Site, tmp_path: Path) -> None:
-    api.troubles = ["hang"] * 9
-    job = RecordingJob(session(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+async def test_an_endpoint_that_hangs_is_given_up(api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path) -> None:
+    api.scripted_failures = ["hang"] * 9
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
     begun = time.monotonic()
     chosen = {"backend": "openai", "url": api.url, "model": "m", "api_key_file": key}
-    await SessionProcessor(settings(language_model=chosen, compose_timeout_seconds=0.5)).run(job)
+    await SessionProcessor(make_settings(language_model=chosen, compose_timeout_seconds=0.5)).run(job)
     assert time.monotonic() - begun < 5
     assert any("not done within 0.5 seconds" in it for it in job.warnings)
 
 
 async def test_a_server_that_knows_no_schemas_is_asked_without(
-    api: OpenAi, key: Path, site: Site, tmp_path: Path
+    api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
-    api.chat, api.knows_schemas = faithful, False
-    job = RecordingJob(session(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    api.answer_chat, api.supports_schemas = faithful, False
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
     front, _ = document(job, await run(job, api, key))
     assert front["language"] == "de"
-    assert all("response_format" not in it for it in api.asked)
+    assert all("response_format" not in it for it in api.requests)
 
 
 async def test_without_a_model_the_text_stays_and_that_is_said(site: Site, tmp_path: Path) -> None:
-    job = RecordingJob(session(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
-    front, body = document(job, await SessionProcessor(settings()).run(job))
+    job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
+    front, body = document(job, await SessionProcessor(make_settings()).run(job))
     assert front["language"] == "en"
     [warning] = [it for it in job.warnings if "translated" in it]
     assert "no language model is configured" in warning
@@ -267,22 +278,22 @@ def test_settings_that_do_not_fit_together_are_refused() -> None:
 def test_json_is_found_where_models_put_it() -> None:
     text = json.dumps(SUMMARY)
     for answer in (text, f"```json\n{text}\n```", f"Here you are: {text} Anything else?"):
-        assert read_summary(answer).intro == SUMMARY["intro"]
+        assert parse_summary(answer).intro == SUMMARY["intro"]
 
 
 def test_what_has_other_links_or_code_is_not_accepted() -> None:
     original = "See [a](https://a.example/) and `x`.\n\n```\ncode\n```"
-    assert read_translation(json.dumps({"markdown": original.replace("See", "Siehe")}), original)
+    assert parse_translation(json.dumps({"markdown": original.replace("See", "Siehe")}), original)
     for wrong in (
         original.replace("a.example", "b.example"),
         original.replace("`x`", "`y`"),
         original.replace("code", "Kode"),
     ):
-        with pytest.raises(NotAccepted):
-            read_translation(json.dumps({"markdown": wrong}), original)
+        with pytest.raises(InvalidModelOutput):
+            parse_translation(json.dumps({"markdown": wrong}), original)
 
 
-@unhurried
+@without_deadline
 @given(
     blocks=st.lists(
         st.sampled_from(
@@ -301,7 +312,7 @@ def test_what_has_other_links_or_code_is_not_accepted() -> None:
 )
 def test_cut_into_pieces_nothing_is_lost_and_no_block_is_torn(blocks: list[str], size: int) -> None:
     text = "\n\n".join(blocks)
-    found = pieces(text, size)
+    found = split_markdown(text, size)
     assert [line for line in "\n".join(found).splitlines() if line.strip()] == [
         line for line in text.splitlines() if line.strip()
     ]

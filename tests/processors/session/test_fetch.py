@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 
 from jobledger.ledger.net.url_policy import AllowedHosts
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.processors.session.fetch import Fetched, Fetcher, in_words
-from jobledger.workers.processors.session.html_markdown import markdown_of
-from jobledger.workers.processors.session.safe_markdown import as_target
-from jobledger.workers.safe_http import Resolve, ask_system_resolver
-from tests.processors.session.support import Answer, Site, html, redirect, settings, unhurried
+from jobledger.workers.processors.session.fetch import Fetcher, FetchResult, format_bytes
+from jobledger.workers.processors.session.html_markdown import html_to_markdown
+from jobledger.workers.processors.session.safe_markdown import escape_link_target
+from jobledger.workers.safe_http import Resolver, resolve_host
+from tests.processors.session.support import Site, SiteResponse, html, make_settings, redirect, without_deadline
 
 
-async def fetch(
-    url: str, *, resolve: Resolve = ask_system_resolver, into: Path | None = None, **changes: Any
-) -> Fetched:
+async def fetch(url: str, *, resolve: Resolver = resolve_host, into: Path | None = None, **changes: Any) -> FetchResult:
     limits = {"max_bytes": changes.pop("max_bytes", 1_000_000), "total_seconds": changes.pop("total_seconds", 20)}
-    return await Fetcher(settings(**changes), resolve=resolve).fetch(url, into=into, **limits)
+    return await Fetcher(make_settings(**changes), resolve=resolve).fetch(url, target=into, **limits)
 
 
 async def failure(url: str, **changes: Any) -> ProcessorError:
@@ -36,7 +34,7 @@ async def failure(url: str, **changes: Any) -> ProcessorError:
 
 
 async def test_a_body_comes_into_memory_or_a_file(site: Site, tmp_path: Path) -> None:
-    url = site.put("/data", Answer(b"x" * 200_000, headers={"Content-Type": "Text/Plain; charset=x"}))
+    url = site.put("/data", SiteResponse(b"x" * 200_000, headers={"Content-Type": "Text/Plain; charset=x"}))
     in_memory = await fetch(url)
     assert (in_memory.body, in_memory.media_type) == (b"x" * 200_000, "text/plain")
     in_file = await fetch(url, into=tmp_path / "data")
@@ -68,7 +66,7 @@ async def test_only_some_http_errors_may_pass(status: int, transient: bool, site
     [("120", 120), ("Wed, 21 Oct 2015 07:29:00 GMT", 60), ("Wed, 21 Oct 2015 07:27:00 GMT", 0), ("soon", None)],
 )
 async def test_when_to_come_back_is_told_in_seconds(said: str, seconds: int | None, site: Site) -> None:
-    answer = Answer(status=503, headers={"Retry-After": said, "Date": "Wed, 21 Oct 2015 07:28:00 GMT"})
+    answer = SiteResponse(status=503, headers={"Retry-After": said, "Date": "Wed, 21 Oct 2015 07:28:00 GMT"})
     error = await failure(site.put("/busy", answer))
     assert error.details.get("retry_after") == seconds
 
@@ -90,12 +88,12 @@ async def test_a_refused_connection_may_pass() -> None:
 
 
 async def test_an_answer_that_is_cut_off_may_pass(site: Site) -> None:
-    error = await failure(site.put("/half", Answer(b"half", announced=8)))
+    error = await failure(site.put("/half", SiteResponse(b"half", content_length=8)))
     assert (error.code, error.transient) == ("NETWORK_ERROR", True)
 
 
 async def test_a_server_that_is_silent_times_out(site: Site) -> None:
-    url = site.put_silence("/silent")
+    url = site.put_hanging("/silent")
     for limits in ({"read_timeout_seconds": 0.1}, {"total_seconds": 0.1}):
         error = await failure(url, **limits)
         assert (error.code, error.transient) == ("FETCH_TIMEOUT", True)
@@ -110,13 +108,13 @@ async def test_something_that_speaks_no_http_is_named(site: Site) -> None:
 async def test_a_private_address_is_refused_before_anything_is_sent(url: str, site: Site) -> None:
     error = await failure(url.format(port=site.port), allow_private=[])
     assert (error.code, error.transient) == ("ADDRESS_REFUSED", False)
-    assert site.asked == []
+    assert site.requested_paths == []
 
 
 async def test_a_name_that_leads_to_a_private_address_is_refused(site: Site) -> None:
     error = await failure(f"http://localhost:{site.port}/x", allow_private=["10.0.0.0/8"])
     assert (error.code, error.details["host"]) == ("ADDRESS_REFUSED", "localhost")
-    assert site.asked == []
+    assert site.requested_paths == []
 
 
 async def test_a_name_may_be_allowed_by_name(site: Site) -> None:
@@ -141,7 +139,7 @@ async def test_a_redirect_to_a_private_address_is_refused(site: Site) -> None:
         allow_private=["conference.example"],
     )
     assert (error.code, error.details["address"]) == ("ADDRESS_REFUSED", "127.0.0.2")
-    assert site.asked == ["/start"]
+    assert site.requested_paths == ["/start"]
 
 
 async def test_a_name_that_changes_its_answer_is_checked_again_at_the_redirect(site: Site) -> None:
@@ -153,7 +151,7 @@ async def test_a_name_that_changes_its_answer_is_checked_again_at_the_redirect(s
     site.put("/start", redirect("/again"))
     error = await failure(f"http://rebind.example:{site.port}/start", resolve=rebinding)
     assert (error.code, error.details["address"]) == ("ADDRESS_REFUSED", "10.1.2.3")
-    assert site.asked == ["/start"]
+    assert site.requested_paths == ["/start"]
 
 
 async def test_the_name_is_resolved_once_per_connection_and_connected_to_as_checked(site: Site) -> None:
@@ -186,7 +184,7 @@ async def test_redirects_are_followed_to_where_they_end(site: Site) -> None:
 async def test_redirects_without_end_are_given_up(site: Site) -> None:
     error = await failure(site.put("/round", redirect("/round")))
     assert (error.code, error.transient) == ("TOO_MANY_REDIRECTS", False)
-    assert len(site.asked) == 6
+    assert len(site.requested_paths) == 6
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://conference.example/", "javascript:alert(1)"])
@@ -202,14 +200,16 @@ async def test_what_is_no_web_address_is_refused(url: str) -> None:
 
 
 async def test_a_body_announced_too_large_is_not_read(site: Site) -> None:
-    error = await failure(site.put("/big", Answer(b"x", announced=10**15)), max_bytes=100)
+    error = await failure(site.put("/big", SiteResponse(b"x", content_length=10**15)), max_bytes=100)
     assert (error.code, error.transient, error.details["max_bytes"]) == ("TOO_LARGE", False, 100)
 
 
 async def test_a_body_that_unpacks_too_large_is_refused(site: Site) -> None:
     bomb = gzip.compress(b"\0" * 50_000_000)
     assert len(bomb) < 100_000
-    error = await failure(site.put("/bomb", Answer(bomb, headers={"Content-Encoding": "gzip"})), max_bytes=1_000_000)
+    error = await failure(
+        site.put("/bomb", SiteResponse(bomb, headers={"Content-Encoding": "gzip"})), max_bytes=1_000_000
+    )
     assert error.code == "TOO_LARGE"
 
 
@@ -222,24 +222,24 @@ async def test_a_body_that_unpacks_too_large_is_refused(site: Site) -> None:
     ],
 )
 async def test_a_compressed_body_is_unpacked_whole(encoding: str, body: bytes, site: Site) -> None:
-    url = site.put("/packed", Answer(body, headers={"Content-Encoding": encoding}))
+    url = site.put("/packed", SiteResponse(body, headers={"Content-Encoding": encoding}))
     assert (await fetch(url)).body == b"hello " * 50_000
 
 
 async def test_a_compressed_body_that_ends_early_is_not_taken_for_whole(site: Site) -> None:
     body = gzip.compress(bytes(range(256)) * 100)[:-20]
-    error = await failure(site.put("/packed", Answer(body, headers={"Content-Encoding": "gzip"})))
+    error = await failure(site.put("/packed", SiteResponse(body, headers={"Content-Encoding": "gzip"})))
     assert (error.code, error.transient) == ("NETWORK_ERROR", True)
 
 
 @pytest.mark.parametrize("encoding", ["br", "gzip, gzip"])
 async def test_an_encoding_nobody_asked_for_is_refused(encoding: str, site: Site) -> None:
-    error = await failure(site.put("/odd", Answer(b"...", headers={"Content-Encoding": encoding})))
+    error = await failure(site.put("/odd", SiteResponse(b"...", headers={"Content-Encoding": encoding})))
     assert error.code == "BAD_RESPONSE"
 
 
 async def test_a_broken_compressed_body_is_refused(site: Site) -> None:
-    error = await failure(site.put("/odd", Answer(b"no gzip", headers={"Content-Encoding": "gzip"})))
+    error = await failure(site.put("/odd", SiteResponse(b"no gzip", headers={"Content-Encoding": "gzip"})))
     assert error.code == "BAD_RESPONSE"
 
 
@@ -267,11 +267,11 @@ def test_password_in_a_link_is_not_published() -> None:
     body = lxml.html.fromstring(
         '<body><a href="https://me:hunter2@example.org/x">there</a> <a href="/y">here</a></body>'
     )
-    text = markdown_of(body, url="https://me:hunter2@example.org/page", base="")
+    text = html_to_markdown(body, url="https://me:hunter2@example.org/page", base="")
     assert "hunter2" not in text
     assert "(https://example.org/x)" in text
     assert "(https://example.org/y)" in text
-    assert as_target("https://me:hunter2@example.org/") == "https://example.org/"
+    assert escape_link_target("https://me:hunter2@example.org/") == "https://example.org/"
 
 
 async def test_a_password_in_an_address_is_not_repeated_in_errors(site: Site) -> None:
@@ -315,28 +315,28 @@ async def test_a_password_in_an_address_is_not_repeated_in_errors(site: Site) ->
     ],
 )
 def test_an_address_that_is_not_public_is_refused(address: str) -> None:
-    assert AllowedHosts([]).refusal("conference.example", address) is not None
+    assert AllowedHosts([]).address_rejection_reason("conference.example", address) is not None
 
 
 @pytest.mark.parametrize(
     "address", ["93.184.216.34", "2606:2800:220:1::1", "::ffff:93.184.216.34", "64:ff9b::5db8:d822"]
 )
 def test_a_public_address_may_be_fetched(address: str) -> None:
-    assert AllowedHosts([]).refusal("conference.example", address) is None
+    assert AllowedHosts([]).address_rejection_reason("conference.example", address) is None
 
 
-@unhurried
+@without_deadline
 @given(st.ip_addresses(v=4))
 def test_an_address_wrapped_into_ipv6_is_judged_like_the_address_itself(address: Any) -> None:
     number = int(address)
     allowed = AllowedHosts(["10.1.0.0/16"])
     wrapped = [f"::ffff:{address}", f"64:ff9b::{address}", f"2002:{number >> 16:x}:{number & 0xFFFF:x}::1"]
-    plain = allowed.refusal("h", str(address))
-    assert {allowed.refusal("h", one) for one in wrapped} == {plain}
+    plain = allowed.address_rejection_reason("h", str(address))
+    assert {allowed.address_rejection_reason("h", one) for one in wrapped} == {plain}
 
 
 def test_sizes_are_told_in_words() -> None:
-    assert [in_words(size) for size in (12, 1_500, 2_500_000, 3_200_000_000)] == [
+    assert [format_bytes(size) for size in (12, 1_500, 2_500_000, 3_200_000_000)] == [
         "12 bytes",
         "1.5 kB",
         "2.5 MB",

@@ -18,19 +18,24 @@ from PIL import Image
 
 from jobledger.workers.processors.session import deck_files
 from jobledger.workers.processors.session import office_conversion as office
-from jobledger.workers.processors.session.deck_files import SlideText, UnusableDeck, without_references, words
+from jobledger.workers.processors.session.deck_files import (
+    InvalidPresentation,
+    SlideText,
+    extract_slide_texts,
+    sanitize_presentation,
+)
 from jobledger.workers.processors.session.fetch import Fetcher
 from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.sandbox import runner as sandbox
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
-    Answer,
     RecordingJob,
     Site,
+    SiteResponse,
     html,
-    serving,
-    session,
-    settings,
+    make_parameters,
+    make_settings,
+    serve_site,
 )
 from tests.processors.session.test_office import _DECK, _PAGE, needs_office
 
@@ -92,7 +97,7 @@ def everything_in(path: Path) -> bytes:
     """All that a file says, unpacked and decoded."""
     content = path.read_bytes()
     if not content.startswith(b"PK"):
-        for text in deck_files.parse(content).itertext("{*}binary-data"):
+        for text in deck_files.parse_xml(content).itertext("{*}binary-data"):
             content += base64.b64decode(text)
         return content
     with zipfile.ZipFile(path) as file:
@@ -102,7 +107,7 @@ def everything_in(path: Path) -> bytes:
 
 def cleaned(content: bytes, folder: Path) -> bytes:
     (folder / "source").write_bytes(content)
-    without_references(folder / "source", folder / "target")
+    sanitize_presentation(folder / "source", folder / "target")
     return everything_in(folder / "target")
 
 
@@ -131,7 +136,7 @@ def test_reference_in_svg_is_removed(kind: str, place: str, tmp_path: Path) -> N
         "utf-16": package({"Pictures/a.svg": svg.encode("utf-16")}),
     }
     (tmp_path / "source").write_bytes(images[place])
-    without_references(tmp_path / "source", tmp_path / "target")
+    sanitize_presentation(tmp_path / "source", tmp_path / "target")
     content = everything_in(tmp_path / "target")
     if content.startswith(b"PK"):
         content = everything_in_bytes(content, tmp_path)
@@ -221,13 +226,13 @@ def test_deck_that_is_too_large_or_damaged_is_refused(
     monkeypatch.setattr(deck_files, "MAX_TOTAL_BYTES", 1_000_000)
     monkeypatch.setattr(deck_files, "MAX_PARTS", 100)
     (tmp_path / "source").write_bytes(content)
-    with pytest.raises(UnusableDeck):
-        without_references(tmp_path / "source", tmp_path / "target")
-    assert words(tmp_path / "source") == []
+    with pytest.raises(InvalidPresentation):
+        sanitize_presentation(tmp_path / "source", tmp_path / "target")
+    assert extract_slide_texts(tmp_path / "source") == []
 
 
 def test_entities_that_multiply_are_not_expanded(tmp_path: Path) -> None:
-    with suppress(UnusableDeck):  # later versions of libxml2 refuse it themselves
+    with suppress(InvalidPresentation):  # later versions of libxml2 refuse it themselves
         assert len(cleaned(flat("<text:p>&j;</text:p>", before=BOMB), tmp_path)) < 10_000
     assert not (tmp_path / "target").exists() or (tmp_path / "target").stat().st_size < 10_000
 
@@ -274,7 +279,7 @@ def test_words_and_notes_are_read(kind: str, tmp_path: Path) -> None:
     decks = {"pptx": powerpoint(), "fodp": flat_file, "odp": package({"content.xml": flat_file})}
     (tmp_path / "deck").write_bytes(decks[kind])
     text = "The title\nA *point*" if kind == "pptx" else "The title"
-    assert words(tmp_path / "deck") == [
+    assert extract_slide_texts(tmp_path / "deck") == [
         SlideText(number=1, text=text, notes="Say hello"),
         SlideText(number=2, text="Last"),
     ]
@@ -282,7 +287,7 @@ def test_words_and_notes_are_read(kind: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with serving() as running:
+    with serve_site() as running:
         yield running
 
 
@@ -291,13 +296,15 @@ async def test_words_and_notes_are_shown_where_no_images_can_be_made(
     missing: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sandbox, "tried", lambda: (sandbox.Trial("landlock", works=False, reason="the kernel does not offer it"),)
+        sandbox,
+        "tried",
+        lambda: (sandbox.ProbeResult("landlock", is_working=False, reason="the kernel does not offer it"),),
     )
     program = "no-such-program" if missing == "LibreOffice" else "true"
-    chosen = settings(libreoffice=program)
-    url = site.put("/deck.pptx", Answer(powerpoint()))
-    job = RecordingJob(session(url=site.put("/talk", html(CONFERENCE_PAGE)), attachments_url=url), tmp_path)
-    results = await run(job, chosen, Fetcher(chosen, turns=tmp_path / "turns"))
+    chosen = make_settings(libreoffice=program)
+    url = site.put("/deck.pptx", SiteResponse(powerpoint()))
+    job = RecordingJob(make_parameters(url=site.put("/talk", html(CONFERENCE_PAGE)), attachments_url=url), tmp_path)
+    results = await run(job, chosen, Fetcher(chosen, lock_directory=tmp_path / "turns"))
     assert results.markdown is not None
     text = job.files[results.markdown.path].decode()
     assert "### Slide 1\n\n- The title\n- A \\*point\\*\n\nNotes:\n\n- Say hello\n\n### Slide 2\n\n- Last\n" in text
@@ -329,8 +336,8 @@ async def test_uncleaned_deck_reaches_no_file_and_no_address(
     source, scratch = tmp_path / "attachment", tmp_path / "scratch"
     source.write_bytes(flat(more))
     scratch.mkdir()
-    pdf = await office.to_pdf(source, ".fodp", program="soffice", scratch=scratch)
-    assert site.asked == []
+    pdf = await office.convert_to_pdf(source, ".fodp", program="soffice", scratch=scratch)
+    assert site.requested_paths == []
     document = await asyncio.to_thread(pypdfium2.PdfDocument, pdf)
     colours = document[0].render().to_pil().convert("RGB").getcolors(10**6)
     assert not any(red > 220 and green < 60 and blue > 220 for _, (red, green, blue) in colours)

@@ -42,6 +42,6 @@ def test_a_page_made_to_hurt_is_read_or_refused_in_time(body: bytes, seconds: fl
 
 def outcome_of(body: bytes) -> str:
     try:
-        return read_page(body, content_type="text/html", url="https://conference.example/", known_title="A").markdown
+        return read_page(body, content_type="text/html", url="https://conference.example/", session_title="A").markdown
     except ProcessorError as refused:
         return refused.code

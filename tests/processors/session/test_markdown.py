@@ -14,18 +14,18 @@ from markdown_it import MarkdownIt
 from jobledger.workers.processor import SavedFile
 from jobledger.workers.processors.session import SessionParameters
 from jobledger.workers.processors.session.markdown import (
-    Composed,
-    Material,
-    Recording,
-    SlideShow,
+    EnrichmentResult,
+    SessionContent,
+    SlidesResult,
+    TranscriptResult,
     built_in_template,
-    compose_markdown,
-    language_of,
+    render_document,
+    resolve_language,
 )
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.slides import Slide
-from jobledger.workers.processors.session.transcript import Segment, clock
-from tests.processors.session.support import session, unhurried
+from jobledger.workers.processors.session.transcript import Segment, format_timecode
+from tests.processors.session.support import make_parameters, without_deadline
 from tests.processors.session.test_parameters import samples
 
 FIELDS = ["tags", "title", "subtitle", "intro", "speaker", "date", "place"]
@@ -53,13 +53,13 @@ def slide(number: int, text: str) -> Slide:
 
 
 def material(
-    parameters: SessionParameters, of_page: PageText, recording: Recording | None, slides: list[Slide] | None
-) -> Material:
-    return Material(
+    parameters: SessionParameters, of_page: PageText, recording: TranscriptResult | None, slides: list[Slide] | None
+) -> SessionContent:
+    return SessionContent(
         of_page,
-        Composed(language=language_of(parameters, of_page), markdown=of_page.markdown),
-        recording or Recording(reason="There is no transcript. No recording was given."),
-        SlideShow(slides=slides or []),
+        EnrichmentResult(language=resolve_language(parameters, of_page), markdown=of_page.markdown),
+        recording or TranscriptResult(missing_reason="There is no transcript. No recording was given."),
+        SlidesResult(slides=slides or []),
     )
 
 
@@ -67,14 +67,14 @@ def document(
     parameters: SessionParameters | None = None,
     *,
     of_page: PageText | None = None,
-    recording: Recording | None = None,
+    recording: TranscriptResult | None = None,
     slides: list[Slide] | None = None,
     warnings: list[str] | None = None,
 ) -> str:
-    return compose_markdown(
-        session=parameters or session(),
+    return render_document(
+        session=parameters or make_parameters(),
         job_id="job-1",
-        material=material(parameters or session(), of_page or page(), recording, slides),
+        content=material(parameters or make_parameters(), of_page or page(), recording, slides),
         warnings=warnings or [],
         template=built_in_template(),
     )
@@ -99,13 +99,13 @@ def headings_in(body: str) -> list[tuple[str, str]]:
 
 def test_a_document_reads_well() -> None:
     text = document(
-        session(
+        make_parameters(
             video_url="https://video.conference.example/ledgers.webm",
             attachments_url="https://conference.example/ledgers (1).pdf".replace(" ", "%20"),
         ),
         of_page=page(markdown="It begins.\n\n## Agenda\n\n1. History", keywords=["databases"], intro="In short."),
-        recording=Recording(
-            seconds=130,
+        recording=TranscriptResult(
+            audio_seconds=130,
             segments=[
                 Segment(start_seconds=0, text="good morning"),
                 Segment(start_seconds=20, text="and welcome"),
@@ -204,16 +204,16 @@ NASTY_VALUES = [
 ]
 
 
-@unhurried
+@without_deadline
 @given(st.text(min_size=1).filter(str.strip))
 @pytest.mark.parametrize("field", ["session", "event", "track", "day"])
 def test_every_value_survives_the_front_matter(field: str, value: str) -> None:
-    _survives(session(**{field: value, "speakers": [value]}))
+    _survives(make_parameters(**{field: value, "speakers": [value]}))
 
 
 @pytest.mark.parametrize("value", NASTY_VALUES)
 def test_nasty_values_survive_the_front_matter_and_break_nothing(value: str) -> None:
-    parameters = session(session=value, event=value, track=value, day=value, speakers=[value, value])
+    parameters = make_parameters(session=value, event=value, track=value, day=value, speakers=[value, value])
     body = _survives(parameters)
     assert headings_in(body)[0] == ("h1", " ".join(value.split()))
     assert [title for tag, title in headings_in(body)[1:]] == ["Transcript", "Links"]
@@ -241,12 +241,12 @@ def _survives(parameters: SessionParameters) -> str:
     return body
 
 
-@unhurried
+@without_deadline
 @given(st.lists(st.text(), max_size=3), st.text(), st.text())
 @example(["- x\n# y"], "]( <b>", "`")
 def test_slides_words_and_warnings_never_break_the_document(texts: list[str], said: str, warning: str) -> None:
     slides = [slide(number, text) for number, text in enumerate(texts, 1)]
-    recording = Recording(segments=[Segment(start_seconds=0, text=said)])
+    recording = TranscriptResult(segments=[Segment(start_seconds=0, text=said)])
     body = parts_of(document(slides=slides, recording=recording, warnings=[f"x {warning}"]))[1]
     expected = ["Slides"] * bool(slides) + ["Transcript", "Links", "What could not be done"]
     assert [title for _, title in headings_in(body)][1:] == expected
@@ -263,18 +263,18 @@ def test_a_long_text_on_a_slide_is_shortened_in_its_description() -> None:
 
 
 def test_what_is_unknown_leaves_no_gap() -> None:
-    text = document(session(speakers=None, day=None, starttime=None, endtime=None))
+    text = document(make_parameters(speakers=None, day=None, starttime=None, endtime=None))
     assert "\n# Ledgers that never forget\n\nExampleConf 2025 · Databases-3\n\nThe text.\n" in text
     assert "\n\n\n" not in text
 
 
 def test_the_language_is_the_pages_own_where_it_says_so() -> None:
     assert parts_of(document(of_page=page(language="fr")))[0]["language"] == "fr"
-    assert parts_of(document(session(source_language="nl"), of_page=page(language=None)))[0]["language"] == "nl"
+    assert parts_of(document(make_parameters(source_language="nl"), of_page=page(language=None)))[0]["language"] == "nl"
 
 
 def test_moments_are_told_like_on_a_player() -> None:
-    assert [clock(seconds) for seconds in (0, 75.9, 3_700)] == ["0:00", "1:15", "1:01:40"]
+    assert [format_timecode(seconds) for seconds in (0, 75.9, 3_700)] == ["0:00", "1:15", "1:01:40"]
 
 
 def test_a_german_document_has_german_headings() -> None:

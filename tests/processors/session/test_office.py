@@ -13,18 +13,22 @@ import pytest
 from PIL import Image
 
 from jobledger.workers.processors.session.fetch import Fetcher
-from jobledger.workers.processors.session.office_conversion import NotConverted, is_presentation, to_pdf
+from jobledger.workers.processors.session.office_conversion import (
+    ConversionFailed,
+    convert_to_pdf,
+    has_presentation_signature,
+)
 from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.sandbox import runner
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
-    Answer,
     RecordingJob,
     Site,
+    SiteResponse,
     html,
-    serving,
-    session,
-    settings,
+    make_parameters,
+    make_settings,
+    serve_site,
 )
 
 needs_sandbox = pytest.mark.skipif(
@@ -80,7 +84,7 @@ def as_kind(suffix: str, content: bytes, folder: Path) -> bytes:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with serving() as running:
+    with serve_site() as running:
         yield running
 
 
@@ -96,11 +100,11 @@ async def test_a_presentation_becomes_slides_in_its_order(suffix: str, site: Sit
     content = deck("First things", "Zweitens: Übung", "Third, and last")
     if suffix != "fodp":
         content = await asyncio.to_thread(as_kind, suffix, content, tmp_path)
-    url = site.put(f"/deck.{suffix}", Answer(content))
+    url = site.put(f"/deck.{suffix}", SiteResponse(content))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    job = RecordingJob(session(url=page, attachments_url=url), scratch)
-    results = await run(job, settings(), Fetcher(settings(), turns=tmp_path / "turns"))
+    job = RecordingJob(make_parameters(url=page, attachments_url=url), scratch)
+    results = await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "turns"))
     assert results.metadata["slides"] == 3
     assert job.warnings == ["There is no transcript. No recording was given."][1:]
     assert results.markdown is not None
@@ -114,11 +118,11 @@ async def test_a_presentation_becomes_slides_in_its_order(suffix: str, site: Sit
 @needs_office
 @pytest.mark.timeout(180)
 async def test_what_a_presentation_links_to_is_not_fetched(site: Site, page: str, tmp_path: Path) -> None:
-    url = site.put("/deck.fodp", Answer(deck("Look", picture=site.url("/inside.png"))))
-    job = RecordingJob(session(url=page, attachments_url=url), tmp_path)
-    await run(job, settings(), Fetcher(settings(), turns=tmp_path / "turns"))
-    assert "/deck.fodp" in site.asked
-    assert "/inside.png" not in site.asked
+    url = site.put("/deck.fodp", SiteResponse(deck("Look", picture=site.url("/inside.png"))))
+    job = RecordingJob(make_parameters(url=page, attachments_url=url), tmp_path)
+    await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "turns"))
+    assert "/deck.fodp" in site.requested_paths
+    assert "/inside.png" not in site.requested_paths
 
 
 @needs_office
@@ -130,9 +134,9 @@ async def test_what_a_presentation_links_to_is_not_fetched(site: Site, page: str
 async def test_what_only_begins_like_a_presentation_is_linked(
     suffix: str, content: bytes, site: Site, page: str, tmp_path: Path
 ) -> None:
-    url = site.put(f"/deck{suffix}", Answer(content))
-    job = RecordingJob(session(url=page, attachments_url=url), tmp_path)
-    results = await run(job, settings(), Fetcher(settings(), turns=tmp_path / "turns"))
+    url = site.put(f"/deck{suffix}", SiteResponse(content))
+    job = RecordingJob(make_parameters(url=page, attachments_url=url), tmp_path)
+    results = await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "turns"))
     assert results.metadata["slides"] == 0
     said = "is damaged" if suffix == ".pptx" else "could not be read by LibreOffice"
     assert job.warnings == [f"The attachment is only linked: it {said}."]
@@ -141,10 +145,10 @@ async def test_what_only_begins_like_a_presentation_is_linked(
 async def test_a_page_that_calls_itself_a_presentation_is_never_given_to_libreoffice(
     site: Site, page: str, tmp_path: Path
 ) -> None:
-    url = site.put("/deck.pptx", Answer(b"<html>Please log in</html>", headers={"Content-Type": "text/html"}))
-    job = RecordingJob(session(url=page, attachments_url=url), tmp_path)
+    url = site.put("/deck.pptx", SiteResponse(b"<html>Please log in</html>", headers={"Content-Type": "text/html"}))
+    job = RecordingJob(make_parameters(url=page, attachments_url=url), tmp_path)
     # Whatever program it were, it would be found out: this one always makes nothing.
-    await run(job, settings(libreoffice="true"), Fetcher(settings(), turns=tmp_path / "turns"))
+    await run(job, make_settings(libreoffice="true"), Fetcher(make_settings(), lock_directory=tmp_path / "turns"))
     assert job.warnings == [
         "The attachment is only linked: it is no PDF (text/html), and images can only be made of PDF."
     ]
@@ -160,7 +164,7 @@ async def test_a_conversion_that_hangs_is_ended_with_all_it_started(tmp_path: Pa
     scratch.mkdir()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(3):
-            await to_pdf(source, ".ppt", program=str(program), scratch=scratch)
+            await convert_to_pdf(source, ".ppt", program=str(program), scratch=scratch)
     size = (scratch / "beat").stat().st_size
     assert size > 0
     await asyncio.sleep(0.3)
@@ -172,13 +176,13 @@ async def test_a_program_that_makes_nothing_is_told(tmp_path: Path) -> None:
     source, scratch = tmp_path / "attachment", tmp_path / "scratch"
     source.write_bytes(b"\xd0\xcf\x11\xe0")
     scratch.mkdir()
-    with pytest.raises(NotConverted, match="could not be read by LibreOffice"):
-        await to_pdf(source, ".ppt", program="true", scratch=scratch)
+    with pytest.raises(ConversionFailed, match="could not be read by LibreOffice"):
+        await convert_to_pdf(source, ".ppt", program="true", scratch=scratch)
 
 
 def test_a_presentation_is_known_by_how_it_begins(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"PK\x03\x04rest")
-    assert is_presentation(path, ".pptx")
-    assert not is_presentation(path, ".ppt")
-    assert not is_presentation(path, ".docx")
+    assert has_presentation_signature(path, ".pptx")
+    assert not has_presentation_signature(path, ".ppt")
+    assert not has_presentation_signature(path, ".docx")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.processors.session.page import MAX_CHARACTERS, PageText, read_page, refuse_other_types
-from jobledger.workers.processors.session.safe_markdown import as_target, as_text, harmless
-from tests.processors.session.support import CONFERENCE_PAGE, unhurried
+from jobledger.workers.processors.session.page import MAX_CHARACTERS, PageText, read_page, require_html_type
+from jobledger.workers.processors.session.safe_markdown import escape_link_target, escape_text, sanitize_markdown
+from tests.processors.session.support import CONFERENCE_PAGE, without_deadline
 
 HTML = "text/html"
 URL = "https://conference.example/2025/talks/ledgers/"
@@ -26,7 +26,7 @@ GERMAN_PAGE = """<!doctype html><html lang="de"><head>{meta}<title>Größer als 
 
 
 def read(text: str, *, title: str = "Some talk") -> PageText:
-    return read_page(text.encode(), content_type="text/html; charset=utf-8", url=URL, known_title=title)
+    return read_page(text.encode(), content_type="text/html; charset=utf-8", url=URL, session_title=title)
 
 
 def test_the_text_of_a_page_is_kept_with_its_structure() -> None:
@@ -119,7 +119,7 @@ def test_headings_are_kept_in_whatever_they_stand(frame: str) -> None:
 )
 def test_umlauts_survive_every_way_of_declaring_an_encoding(encoding: str, content_type: str, meta: str) -> None:
     body = GERMAN_PAGE.format(meta=meta).encode(encoding)
-    page = read_page(body, content_type=content_type, url=URL, known_title="x")
+    page = read_page(body, content_type=content_type, url=URL, session_title="x")
     assert page.title == "Größer als gedacht"
     assert "Zuständen arbeitet – und warum das Übung braucht" in page.markdown
     assert "- Fallstricke\n  - Uhren" in page.markdown
@@ -134,21 +134,22 @@ def test_xhtml_with_an_xml_declaration_is_read() -> None:
 def test_japanese_in_its_own_encoding_is_read() -> None:
     body = "<html><body><p>忘れない台帳についての短い講演です。</p></body></html>".encode("shift_jis")
     assert (
-        "忘れない台帳" in read_page(body, content_type="text/html; charset=Shift_JIS", url=URL, known_title="").markdown
+        "忘れない台帳"
+        in read_page(body, content_type="text/html; charset=Shift_JIS", url=URL, session_title="").markdown
     )
 
 
 @pytest.mark.parametrize("media_type", ["application/pdf", "image/png", "text/plain", "application/json"])
 def test_what_says_it_is_no_html_is_refused(media_type: str) -> None:
     with pytest.raises(ProcessorError) as refused:
-        refuse_other_types(media_type)
+        require_html_type(media_type)
     assert (refused.value.code, refused.value.transient) == ("NOT_HTML", False)
 
 
 @pytest.mark.parametrize("body", [b"%PDF-1.7 ...", b"just words", b"\x89PNG\r\n"])
 def test_what_says_nothing_and_is_no_html_is_refused(body: bytes) -> None:
     with pytest.raises(ProcessorError) as refused:
-        read_page(body, content_type="", url=URL, known_title="")
+        read_page(body, content_type="", url=URL, session_title="")
     assert refused.value.code == "NOT_HTML"
 
 
@@ -165,7 +166,7 @@ def test_what_says_nothing_and_is_no_html_is_refused(body: bytes) -> None:
 )
 def test_a_page_without_text_is_refused(body: bytes) -> None:
     with pytest.raises(ProcessorError) as refused:
-        read_page(body, content_type=HTML, url=URL, known_title="Talk")
+        read_page(body, content_type=HTML, url=URL, session_title="Talk")
     assert (refused.value.code, refused.value.transient) == ("EMPTY_PAGE", False)
 
 
@@ -203,10 +204,10 @@ PIECES = [*"`~<>![]()#*_-+=|&;:\\ \n\t'\"/.1ax", "script", "javascript:", "http:
 NASTY = st.lists(st.sampled_from(PIECES)).map("".join)
 
 
-@unhurried
+@without_deadline
 @given(NASTY)
 def test_harmless_markdown_has_no_html_no_images_and_ends_where_it_ends(text: str) -> None:
-    tokens = MarkdownIt("commonmark").parse(f"{harmless(text)}\n\n# The end\n")
+    tokens = MarkdownIt("commonmark").parse(f"{sanitize_markdown(text)}\n\n# The end\n")
     every = [token for block in tokens for token in (block, *(block.children or []))]
     assert not {"html_block", "html_inline", "image"} & {token.type for token in every}
     assert (tokens[-3].tag, tokens[-3].level, tokens[-2].content) == ("h1", 0, "The end")
@@ -214,19 +215,19 @@ def test_harmless_markdown_has_no_html_no_images_and_ends_where_it_ends(text: st
     assert all(target.startswith(("http://", "https://", "mailto:")) for target in targets)
 
 
-@unhurried
+@without_deadline
 @given(NASTY | st.text())
 def test_escaped_text_reads_exactly_as_it_was(text: str) -> None:
-    tokens = MarkdownIt("commonmark").parse(as_text(text))
+    tokens = MarkdownIt("commonmark").parse(escape_text(text))
     words = "".join(child.content for block in tokens for child in block.children or [])
     assert words == " ".join(text.split()).replace("\x00", "\ufffd")
     assert {block.type for block in tokens} <= {"paragraph_open", "inline", "paragraph_close"}
 
 
-@unhurried
+@without_deadline
 @given(st.text())
 def test_an_escaped_target_stays_one_link(text: str) -> None:
-    tokens = MarkdownIt("commonmark").parse(f"[x](https://conference.example/{as_target(text)}) end")
+    tokens = MarkdownIt("commonmark").parse(f"[x](https://conference.example/{escape_link_target(text)}) end")
     kinds = [child.type for child in tokens[1].children or []]
     assert kinds == ["link_open", "text", "link_close", "text"]
 

@@ -32,7 +32,7 @@ KINDS = {
 def test_a_page_becomes_what_a_person_would_have_made_of_it(kind: str) -> None:
     content_type, title, language = KINDS[kind]
     body = (PAGES / f"{kind}.html").read_bytes()
-    page = read_page(body, content_type=content_type, url=URL, known_title=title)
+    page = read_page(body, content_type=content_type, url=URL, session_title=title)
     assert (page.title, page.language, page.warnings) == (title, language, [])
     assert page.markdown + "\n" == (PAGES / f"{kind}.md").read_text(encoding="utf-8")
 

@@ -10,13 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from jobledger.workers.processors.session import SessionParameters, SessionSettings
-from tests.processors.session.support import session
+from tests.processors.session.support import make_parameters
 
 SAMPLES = Path(__file__).resolve().parents[4] / "shared" / "data" / "fosdem-2025-sessions.json"
 
 
 def valid() -> dict[str, Any]:
-    return session().model_dump(exclude={"extra"})
+    return make_parameters().model_dump(exclude={"extra"})
 
 
 def complaint(**changes: Any) -> tuple[tuple[int | str, ...], str]:
@@ -54,12 +54,12 @@ def test_only_five_fields_are_needed() -> None:
 
 
 def test_spaces_around_a_value_are_left_alone() -> None:
-    assert session(session="  A talk ", day=" Sunday").session == "  A talk "
+    assert make_parameters(session="  A talk ", day=" Sunday").session == "  A talk "
 
 
 def test_the_clients_own_reference_comes_back_unchanged() -> None:
     reference = {"id": 7, "nested": {"a": [1, None, "ü"]}}
-    assert session(extra=reference).model_dump()["extra"] == reference
+    assert make_parameters(extra=reference).model_dump()["extra"] == reference
 
 
 @pytest.mark.parametrize("name", ["event", "session", "filename", "track"])
@@ -100,7 +100,7 @@ def test_a_language_is_a_code(language: str) -> None:
 
 @pytest.mark.parametrize("language", ["de", "pt-BR", "zh-Hant-TW", "gsw"])
 def test_longer_language_codes_are_languages_too(language: str) -> None:
-    assert session(source_language=language).source_language == language
+    assert make_parameters(source_language=language).source_language == language
 
 
 def test_a_misspelt_field_is_named_with_what_was_probably_meant() -> None:
@@ -126,7 +126,7 @@ def test_a_wrong_kind_of_value_is_not_bent_into_shape() -> None:
 
 
 def test_settings_have_working_defaults_and_every_one_is_described() -> None:
-    assert SessionSettings().allow_private == []
+    assert SessionSettings().allowed_private_hosts == []
     assert all(field.description for field in SessionSettings.model_fields.values())
 
 
@@ -141,4 +141,4 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_hosts_and_networks_may_be_allowed() -> None:
     entries = ["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8", "intranet.example", "localhost"]
-    assert SessionSettings.model_validate({"allow_private": entries}).allow_private == entries
+    assert SessionSettings.model_validate({"allow_private": entries}).allowed_private_hosts == entries

@@ -9,17 +9,17 @@ import pytest
 
 from jobledger.workers.processors.session.fetch import Fetcher
 from jobledger.workers.processors.session.pipeline import run
-from jobledger.workers.processors.session.transcript import NoTranscript, extract_audio
-from tests.processors.session.films import KINDS, film, needs_speech, one_second, spoken
+from jobledger.workers.processors.session.transcript import TranscriptUnavailable, extract_audio
+from tests.processors.session.films import VIDEO_FORMATS, make_tone, make_video_file, needs_speech, synthesize_speech
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
-    Answer,
     RecordingJob,
     Site,
+    SiteResponse,
     html,
-    serving,
-    session,
-    settings,
+    make_parameters,
+    make_settings,
+    serve_site,
 )
 
 SAID = (
@@ -31,13 +31,13 @@ KEY_WORDS = {"database", "keeps", "event", "moment", "nothing", "lost", "remembe
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with serving() as running:
+    with serve_site() as running:
         yield running
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIDEO_FORMATS)
 def test_the_sound_of_every_kind_is_as_long_as_the_film(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "film").write_bytes(film(kind, one_second(), repeated=20))
+    (tmp_path / "film").write_bytes(make_video_file(kind, make_tone(), repeated=20))
     *_, heard = extract_audio(tmp_path / "film", tmp_path / "audio.wav", max_seconds=3600)
     assert heard.damage is None
     assert heard.seconds == pytest.approx(20, abs=0.2)
@@ -45,7 +45,7 @@ def test_the_sound_of_every_kind_is_as_long_as_the_film(kind: str, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["vp9.webm", "av1.webm", "flac.mkv"])
 def test_of_a_film_that_breaks_off_is_used_what_there_is(kind: str, tmp_path: Path) -> None:
-    whole = film(kind, one_second(), repeated=40)
+    whole = make_video_file(kind, make_tone(), repeated=40)
     (tmp_path / "film").write_bytes(whole[: len(whole) // 2])
     *_, heard = extract_audio(tmp_path / "film", tmp_path / "audio.wav", max_seconds=3600)
     assert 5 < heard.seconds < 35
@@ -53,9 +53,9 @@ def test_of_a_film_that_breaks_off_is_used_what_there_is(kind: str, tmp_path: Pa
 
 
 def test_an_mp4_that_breaks_off_before_its_index_cannot_be_read(tmp_path: Path) -> None:
-    whole = film("h264.mp4", one_second(), repeated=40)
+    whole = make_video_file("h264.mp4", make_tone(), repeated=40)
     (tmp_path / "film").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(NoTranscript, match="or it is damaged"):
+    with pytest.raises(TranscriptUnavailable, match="or it is damaged"):
         list(extract_audio(tmp_path / "film", tmp_path / "audio.wav", max_seconds=3600))
 
 
@@ -63,10 +63,13 @@ def test_an_mp4_that_breaks_off_before_its_index_cannot_be_read(tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["vp9.webm", "h264.mp4"])
 async def test_what_is_said_in_a_film_is_written_down(kind: str, site: Site, tmp_path: Path) -> None:
     pytest.importorskip("pocketsphinx")
-    talk = site.put(f"/talk.{kind}", Answer(film(kind, spoken(SAID, tmp_path)), headers={"Content-Type": "video/webm"}))
-    job = RecordingJob(session(url=site.put("/page", html(CONFERENCE_PAGE)), video_url=talk), tmp_path)
-    chosen = settings(transcription={"backend": "pocketsphinx"})
-    results = await run(job, chosen, Fetcher(chosen, turns=tmp_path / "turns"))
+    talk = site.put(
+        f"/talk.{kind}",
+        SiteResponse(make_video_file(kind, synthesize_speech(SAID, tmp_path)), headers={"Content-Type": "video/webm"}),
+    )
+    job = RecordingJob(make_parameters(url=site.put("/page", html(CONFERENCE_PAGE)), video_url=talk), tmp_path)
+    chosen = make_settings(transcription={"backend": "pocketsphinx"})
+    results = await run(job, chosen, Fetcher(chosen, lock_directory=tmp_path / "turns"))
     assert results.markdown is not None
     transcript = job.files[results.markdown.path].decode().partition("## Transcript")[2].partition("## Links")[0]
     found = KEY_WORDS & set(transcript.split())

@@ -22,14 +22,14 @@ from jobledger.workers.processor import Processor, ProcessorError, Results
 from jobledger.workers.processors.session import SessionProcessor, SessionSettings
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
-    Answer,
     RecordingJob,
     Site,
+    SiteResponse,
     html,
-    pdf,
-    session,
-    settings,
-    video,
+    make_parameters,
+    make_pdf,
+    make_settings,
+    make_video,
 )
 
 PDF = {"Content-Type": "application/pdf"}
@@ -42,7 +42,7 @@ def page(site: Site) -> str:
 
 
 async def run(job: RecordingJob, **changes: Any) -> Results:
-    return await SessionProcessor(settings(**changes)).run(job)
+    return await SessionProcessor(make_settings(**changes)).run(job)
 
 
 def text_of(job: RecordingJob, results: Results) -> str:
@@ -73,9 +73,9 @@ def test_importing_it_does_not_load_what_only_a_running_job_needs() -> None:
 
 
 async def test_a_session_with_everything_becomes_markdown_with_images(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(3), headers=PDF))
-    talk = site.put("/talk.webm", Answer(video(2), headers=WEBM))
-    job = RecordingJob(session(url=page, attachments_url=slides, video_url=talk, extra={"id": 7}), tmp_path)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(3), headers=PDF))
+    talk = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page, attachments_url=slides, video_url=talk, extra={"id": 7}), tmp_path)
 
     results = await run(job, keep_audio=True)
     assert {name for name, share in job.shared.items() if share} == {"page", "transcript", "slides"}
@@ -96,8 +96,8 @@ async def test_a_session_with_everything_becomes_markdown_with_images(site: Site
 
 
 async def test_every_image_in_the_markdown_is_a_saved_file_beside_it(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(2), headers=PDF))
-    job = RecordingJob(session(url=page, attachments_url=slides, session="A [b](c) # d"), tmp_path)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
+    job = RecordingJob(make_parameters(url=page, attachments_url=slides, session="A [b](c) # d"), tmp_path)
     results = await run(job)
     assert results.markdown is not None
     folder = results.markdown.path.rpartition("/")[0]
@@ -108,9 +108,9 @@ async def test_every_image_in_the_markdown_is_a_saved_file_beside_it(site: Site,
 
 
 async def test_progress_rises_to_a_hundred_and_speaks_plainly(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(4), headers=PDF))
-    talk = site.put("/talk.webm", Answer(video(1), headers=WEBM))
-    job = RecordingJob(session(url=page, attachments_url=slides, video_url=talk), tmp_path)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(4), headers=PDF))
+    talk = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page, attachments_url=slides, video_url=talk), tmp_path)
     await run(job, keep_audio=True)
     percents = [percent for percent, _ in job.told]
     assert percents == sorted(percents)
@@ -120,8 +120,8 @@ async def test_progress_rises_to_a_hundred_and_speaks_plainly(site: Site, page: 
 
 
 async def test_the_log_says_what_was_fetched_and_made(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(2), headers=PDF))
-    job = RecordingJob(session(url=page, attachments_url=slides), tmp_path)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
+    job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
     await run(job)
     assert any(re.search(r"Fetched .*slides\.pdf \(application/pdf\): .* in \d+\.\d s", line) for line in job.lines)
     assert "Made images of 2 of 2 pages" in job.lines
@@ -130,14 +130,14 @@ async def test_the_log_says_what_was_fetched_and_made(site: Site, page: str, tmp
 async def test_the_next_attempt_repeats_no_finished_step_and_keeps_its_warnings(
     site: Site, page: str, tmp_path: Path
 ) -> None:
-    slides = site.put("/slides.pptx", Answer(b"PK"))
-    first = RecordingJob(session(url=page, attachments_url=slides), tmp_path)
+    slides = site.put("/slides.pptx", SiteResponse(b"PK"))
+    first = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
     before = await run(first)
-    asked = list(site.asked)
+    asked = list(site.requested_paths)
     second = RecordingJob(first.parameters, tmp_path / "other", attempt=2, steps=first.steps)
     after = await run(second)
     assert second.ran == []
-    assert site.asked == asked
+    assert site.requested_paths == asked
     assert after == before
     assert second.warnings == first.warnings != []
 
@@ -145,16 +145,16 @@ async def test_the_next_attempt_repeats_no_finished_step_and_keeps_its_warnings(
 async def test_the_same_session_in_another_language_fetches_nothing_again_and_has_files_of_its_own(
     site: Site, page: str, tmp_path: Path
 ) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(2), headers=PDF))
-    talk = site.put("/talk.webm", Answer(video(1), headers=WEBM))
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(2), headers=PDF))
+    talk = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
     given = {"url": page, "attachments_url": slides, "video_url": talk}
-    first = RecordingJob(session(**given), tmp_path)
+    first = RecordingJob(make_parameters(**given), tmp_path)
     before = await run(first, keep_audio=True)
-    asked = list(site.asked)
+    asked = list(site.requested_paths)
     finished = {key: output for key, output in first.steps.items() if key[0] != "markdown"}
-    second = RecordingJob(session(**given, target_language="fr"), tmp_path, job_id="job-2", steps=finished)
+    second = RecordingJob(make_parameters(**given, target_language="fr"), tmp_path, job_id="job-2", steps=finished)
     after = await run(second, keep_audio=True)
-    assert site.asked == asked
+    assert site.requested_paths == asked
     assert second.ran == ["compose", "markdown"]
     assert before.markdown is not None
     assert after.markdown is not None
@@ -166,8 +166,8 @@ async def test_the_same_session_in_another_language_fetches_nothing_again_and_ha
 
 
 async def test_a_step_whose_settings_changed_is_run_again(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(1), headers=PDF))
-    first = RecordingJob(session(url=page, attachments_url=slides), tmp_path)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(1), headers=PDF))
+    first = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
     await run(first)
     second = RecordingJob(first.parameters, tmp_path, attempt=2, steps=first.steps)
     await run(second, slide_longest_side=640)
@@ -175,7 +175,7 @@ async def test_a_step_whose_settings_changed_is_run_again(site: Site, page: str,
 
 
 async def test_a_page_that_is_gone_fails_the_job(site: Site, tmp_path: Path) -> None:
-    job = RecordingJob(session(url=site.url("/nowhere")), tmp_path)
+    job = RecordingJob(make_parameters(url=site.url("/nowhere")), tmp_path)
     with pytest.raises(ProcessorError) as failed:
         await run(job)
     assert (failed.value.code, failed.value.transient) == ("HTTP_ERROR", False)
@@ -183,14 +183,16 @@ async def test_a_page_that_is_gone_fails_the_job(site: Site, tmp_path: Path) -> 
 
 
 async def test_a_page_that_is_no_html_fails_the_job_before_it_is_downloaded(site: Site, tmp_path: Path) -> None:
-    url = site.put("/page", Answer(b"\x00" * 10, headers={"Content-Type": "application/zip"}, announced=10**9))
+    url = site.put(
+        "/page", SiteResponse(b"\x00" * 10, headers={"Content-Type": "application/zip"}, content_length=10**9)
+    )
     with pytest.raises(ProcessorError) as failed:
-        await run(RecordingJob(session(url=url), tmp_path))
+        await run(RecordingJob(make_parameters(url=url), tmp_path))
     assert (failed.value.code, failed.value.transient) == ("NOT_HTML", False)
 
 
 async def test_a_page_that_takes_too_long_may_be_tried_again(site: Site, tmp_path: Path) -> None:
-    job = RecordingJob(session(url=site.put_silence("/slow")), tmp_path)
+    job = RecordingJob(make_parameters(url=site.put_hanging("/slow")), tmp_path)
     with pytest.raises(ProcessorError) as failed:
         await run(job, page_timeout_seconds=0.2)
     assert (failed.value.code, failed.value.transient) == ("FETCH_TIMEOUT", True)
@@ -202,20 +204,20 @@ class StuckAt(RecordingJob):
     percent = 10.0
 
     async def progress(self, percent: float, message: str) -> None:
-        await super().progress(percent, message)
+        await super().report_progress(percent, message)
         if percent == self.percent:
             await asyncio.Event().wait()
 
 
 async def test_reading_a_page_is_bounded_as_a_whole(site: Site, page: str, tmp_path: Path) -> None:
     with pytest.raises(ProcessorError) as failed:
-        await run(StuckAt(session(url=page), tmp_path), page_timeout_seconds=1)
+        await run(StuckAt(make_parameters(url=page), tmp_path), page_timeout_seconds=1)
     assert (failed.value.code, failed.value.transient) == ("STEP_TIMEOUT", True)
 
 
 async def test_slides_drawn_before_time_ran_out_are_shown(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(4), headers=PDF))
-    job = StuckAt(session(url=page, attachments_url=slides), tmp_path)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(4), headers=PDF))
+    job = StuckAt(make_parameters(url=page, attachments_url=slides), tmp_path)
     job.percent = 80  # two of four
     results = await run(job, slides_timeout_seconds=2)
     assert job.warnings == ["The slides could not be worked through within 2 seconds: only the first 2 are shown."]
@@ -225,19 +227,19 @@ async def test_slides_drawn_before_time_ran_out_are_shown(site: Site, page: str,
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (Answer(b"%PDF-1.7 but then nothing", headers=PDF), "the PDF is damaged"),
-        (Answer(pdf(2, password="secret"), headers=PDF), "the PDF is protected by a password"),
-        (Answer(b"<p>Log in first</p>", headers={"Content-Type": "text/html"}), "it is no PDF (text/html)"),
+        (SiteResponse(b"%PDF-1.7 but then nothing", headers=PDF), "the PDF is damaged"),
+        (SiteResponse(make_pdf(2, password="secret"), headers=PDF), "the PDF is protected by a password"),
+        (SiteResponse(b"<p>Log in first</p>", headers={"Content-Type": "text/html"}), "it is no PDF (text/html)"),
         (None, "was not fetched within 0.9 seconds"),
-        (Answer(status=503), "answered 503 (Service Unavailable)"),
-        (Answer(b"%PDF-", announced=10**12), "is larger than the"),
+        (SiteResponse(status=503), "answered 503 (Service Unavailable)"),
+        (SiteResponse(b"%PDF-", content_length=10**12), "is larger than the"),
     ],
 )
 async def test_slides_that_cannot_be_shown_are_a_warning_and_a_link(
-    answer: Answer | None, sentence: str, site: Site, page: str, tmp_path: Path
+    answer: SiteResponse | None, sentence: str, site: Site, page: str, tmp_path: Path
 ) -> None:
-    url = site.put("/slides", answer) if answer else site.put_silence("/slides")
-    job = RecordingJob(session(url=page, attachments_url=url), tmp_path)
+    url = site.put("/slides", answer) if answer else site.put_hanging("/slides")
+    job = RecordingJob(make_parameters(url=page, attachments_url=url), tmp_path)
     results = await run(job, slides_timeout_seconds=30 if answer else 1)
     body = parts_of(text_of(job, results))[1]
     assert len(job.warnings) == 1
@@ -250,26 +252,26 @@ async def test_slides_that_cannot_be_shown_are_a_warning_and_a_link(
 async def test_a_presentation_that_is_no_pdf_is_linked_without_being_downloaded(
     site: Site, page: str, tmp_path: Path
 ) -> None:
-    job = RecordingJob(session(url=page, attachments_url=site.url("/talk%20one.PPT?x=1")), tmp_path)
+    job = RecordingJob(make_parameters(url=page, attachments_url=site.url("/talk%20one.PPT?x=1")), tmp_path)
     await run(job, libreoffice=None)
     assert job.warnings == [
         "The attachment is only linked: it is a PowerPoint file, and images can only be made of PDF; "
         "LibreOffice, which could make one of it, is not installed."
     ]
-    assert len(site.asked) == 1
+    assert len(site.requested_paths) == 1
 
 
 async def test_too_many_slides_are_cut_with_a_warning(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(5), headers=PDF))
-    job = RecordingJob(session(url=page, attachments_url=slides), tmp_path)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(5), headers=PDF))
+    job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
     results = await run(job, max_pages=3)
     assert results.metadata["slides"] == 3
     assert job.warnings == ["Only the first 3 of 5 slides are shown."]
 
 
 async def test_slides_are_jpegs_with_the_longest_side_asked_for(site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(1), headers=PDF))
-    job = RecordingJob(session(url=page, attachments_url=slides), tmp_path)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(1), headers=PDF))
+    job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
     await run(job)
     images = {path.rpartition("/")[2]: data for path, data in job.files.items() if path.endswith(".jpg")}
     sizes = {}
@@ -281,8 +283,8 @@ async def test_slides_are_jpegs_with_the_longest_side_asked_for(site: Site, page
 
 
 async def test_the_sound_is_kept_as_16_khz_mono_when_asked_for(site: Site, page: str, tmp_path: Path) -> None:
-    talk = site.put("/talk.webm", Answer(video(2), headers=WEBM))
-    job = RecordingJob(session(url=page, video_url=talk), tmp_path)
+    talk = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
     results = await run(job, keep_audio=True)
     kept = next(asset for asset in results.assets if asset.path.endswith("/assets/audio.wav"))
     with wave.open(io.BytesIO(job.files[kept.path])) as sound:
@@ -293,22 +295,22 @@ async def test_the_sound_is_kept_as_16_khz_mono_when_asked_for(site: Site, page:
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (Answer(video(1, sound=False), headers=WEBM), "The recording has no sound."),
-        (Answer(b"not a film at all" * 50, headers=WEBM), "not a media file that can be read"),
+        (SiteResponse(make_video(1, sound=False), headers=WEBM), "The recording has no sound."),
+        (SiteResponse(b"not a film at all" * 50, headers=WEBM), "not a media file that can be read"),
         (html("<p>Watch it here</p>"), "leads to a web page, not to a media file"),
         (
-            Answer(b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n", headers=WEBM),
+            SiteResponse(b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n", headers=WEBM),
             "not a media file",
         ),
-        (Answer(status=404), "answered 404 (Not Found)"),
+        (SiteResponse(status=404), "answered 404 (Not Found)"),
         (None, "was not fetched within 0.9 seconds"),
     ],
 )
 async def test_a_recording_that_cannot_be_heard_is_a_warning_and_a_reason(
-    answer: Answer | None, sentence: str, site: Site, page: str, tmp_path: Path
+    answer: SiteResponse | None, sentence: str, site: Site, page: str, tmp_path: Path
 ) -> None:
-    url = site.put("/talk.webm", answer) if answer else site.put_silence("/talk.webm")
-    job = RecordingJob(session(url=page, video_url=url), tmp_path)
+    url = site.put("/talk.webm", answer) if answer else site.put_hanging("/talk.webm")
+    job = RecordingJob(make_parameters(url=page, video_url=url), tmp_path)
     results = await run(job, keep_audio=True, video_timeout_seconds=30 if answer else 1)
     assert len(job.warnings) == 1
     assert sentence in job.warnings[0]
@@ -318,23 +320,23 @@ async def test_a_recording_that_cannot_be_heard_is_a_warning_and_a_reason(
 
 
 async def test_a_recording_that_breaks_off_is_used_as_far_as_it_goes(site: Site, page: str, tmp_path: Path) -> None:
-    whole = video(6)
-    talk = site.put("/talk.webm", Answer(whole[: len(whole) // 2], headers=WEBM))
-    job = RecordingJob(session(url=page, video_url=talk), tmp_path)
+    whole = make_video(6)
+    talk = site.put("/talk.webm", SiteResponse(whole[: len(whole) // 2], headers=WEBM))
+    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
     results = await run(job, keep_audio=True)
     assert 2 < results.metadata["audio_seconds"] < 4
     assert any(re.search(r"not complete: it breaks off after 0:0\d of 0:0\d", warning) for warning in job.warnings)
 
 
 async def test_without_transcription_the_recording_is_not_downloaded(site: Site, page: str, tmp_path: Path) -> None:
-    job = RecordingJob(session(url=page, video_url=site.url("/talk.webm")), tmp_path)
+    job = RecordingJob(make_parameters(url=page, video_url=site.url("/talk.webm")), tmp_path)
     await run(job)
-    assert site.asked == ["/2025/talks/ledgers/"]
+    assert site.requested_paths == ["/2025/talks/ledgers/"]
     assert job.warnings == ["There is no transcript. No transcription is configured. The recording was not downloaded."]
 
 
 async def test_a_session_without_recording_says_so_without_a_warning(site: Site, page: str, tmp_path: Path) -> None:
-    job = RecordingJob(session(url=page), tmp_path)
+    job = RecordingJob(make_parameters(url=page), tmp_path)
     results = await run(job)
     assert job.warnings == []
     assert "There is no transcript. No recording was given." in text_of(job, results)
@@ -343,8 +345,8 @@ async def test_a_session_without_recording_says_so_without_a_warning(site: Site,
 
 async def test_the_transcription_backend_hears_without_failing(site: Site, page: str, tmp_path: Path) -> None:
     pytest.importorskip("pocketsphinx")
-    talk = site.put("/talk.webm", Answer(video(2), headers=WEBM))
-    job = RecordingJob(session(url=page, video_url=talk), tmp_path)
+    talk = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
     results = await run(job, transcription={"backend": "pocketsphinx"})
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
     assert job.ran == ["page", "transcript", "slides", "compose", "markdown"]
@@ -370,8 +372,8 @@ async def test_what_is_said_stands_in_the_markdown_with_its_time(
             yield from (SimpleNamespace(start_time=start, pcm=b"") for start in (0.5, 30.0, 75.0))
 
     monkeypatch.setitem(sys.modules, "pocketsphinx", SimpleNamespace(Decoder=Decoder, Segmenter=Segmenter))
-    talk = site.put("/talk.webm", Answer(video(2), headers=WEBM))
-    job = RecordingJob(session(url=page, video_url=talk), tmp_path)
+    talk = site.put("/talk.webm", SiteResponse(make_video(2), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
     results = await run(job, transcription={"backend": "pocketsphinx"})
     assert "## Transcript\n\n**0:00** hello \\*everyone\\* welcome\n\n**1:15** and now\n\n## Links" in text_of(
         job, results
@@ -384,14 +386,14 @@ async def test_a_missing_transcription_backend_is_a_warning_that_says_what_to_in
     site: Site, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
-    talk = site.put("/talk.webm", Answer(video(1), headers=WEBM))
-    job = RecordingJob(session(url=page, video_url=talk), tmp_path)
+    talk = site.put("/talk.webm", SiteResponse(make_video(1), headers=WEBM))
+    job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
     await run(job, transcription={"backend": "pocketsphinx"})
     assert "pip install pocketsphinx" in job.warnings[0]
 
 
 async def test_text_in_another_language_than_asked_for_is_one_warning(site: Site, page: str, tmp_path: Path) -> None:
-    job = RecordingJob(session(url=page, target_language="de"), tmp_path)
+    job = RecordingJob(make_parameters(url=page, target_language="de"), tmp_path)
     results = await run(job)
     assert len(job.warnings) == 1
     assert 'it is in "en", "de" was asked for' in job.warnings[0]
@@ -400,8 +402,8 @@ async def test_text_in_another_language_than_asked_for_is_one_warning(site: Site
 
 @pytest.mark.parametrize("percent", [0, 20, 60, 70, 90])
 async def test_a_cancelled_job_stops_at_the_next_point(percent: float, site: Site, page: str, tmp_path: Path) -> None:
-    slides = site.put("/slides.pdf", Answer(pdf(3), headers=PDF))
-    job = RecordingJob(session(url=page, attachments_url=slides), tmp_path, cancel_at=percent)
+    slides = site.put("/slides.pdf", SiteResponse(make_pdf(3), headers=PDF))
+    job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path, cancel_at=percent)
     with pytest.raises(ProcessorError) as stopped:
         await run(job)
     assert stopped.value.code == "CANCELLED"
@@ -411,7 +413,7 @@ async def test_a_cancelled_job_stops_at_the_next_point(percent: float, site: Sit
 async def test_the_operator_can_bring_a_template(site: Site, page: str, tmp_path: Path) -> None:
     own = tmp_path / "own.md.j2"
     own.write_text("{{ session.session | text }} by {{ session.speakers | length }}")
-    job = RecordingJob(session(url=page), tmp_path)
+    job = RecordingJob(make_parameters(url=page), tmp_path)
     assert text_of(job, await run(job, template=own)) == "Ledgers that never forget by 2"
 
 
@@ -420,5 +422,5 @@ async def test_a_broken_template_is_named(broken: str, site: Site, page: str, tm
     own = tmp_path / "own.md.j2"
     own.write_text(broken)
     with pytest.raises(ProcessorError) as failed:
-        await run(RecordingJob(session(url=page), tmp_path), template=own)
+        await run(RecordingJob(make_parameters(url=page), tmp_path), template=own)
     assert (failed.value.code, failed.value.transient) == ("TEMPLATE_ERROR", False)

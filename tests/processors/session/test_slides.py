@@ -16,15 +16,22 @@ from fpdf import FPDF
 from PIL import Image
 
 from jobledger.workers.processors.session import SessionSettings
-from jobledger.workers.processors.session.item_threads import in_thread
-from jobledger.workers.processors.session.slides import DrawnPage, Unreadable, draw, file_names, is_pdf, other_type
-from tests.processors.session.support import pdf
+from jobledger.workers.processors.session.item_threads import run_in_thread
+from jobledger.workers.processors.session.slides import (
+    RenderedPage,
+    UnreadablePdf,
+    describe_other_type,
+    is_pdf,
+    render_pages,
+    slide_file_names,
+)
+from tests.processors.session.support import make_pdf
 
 
-def drawn(content: bytes, folder: Path, settings: SessionSettings | None = None) -> list[DrawnPage]:
+def drawn(content: bytes, folder: Path, settings: SessionSettings | None = None) -> list[RenderedPage]:
     path = folder / "slides.pdf"
     path.write_bytes(content)
-    return list(draw(path, settings or SessionSettings()))
+    return list(render_pages(path, settings or SessionSettings()))
 
 
 def size_of(jpeg: bytes) -> tuple[int, int]:
@@ -63,7 +70,7 @@ def pdf_with_image(columns: int, rows: int) -> bytes:
     [(254, 143), (254, 190.5), (210, 297), (100, 100), (192.13, 108), (297.05, 167.09), (33.1, 900), (900, 7)],
 )
 def test_the_longest_side_is_as_asked_for_in_every_format(width: float, height: float, tmp_path: Path) -> None:
-    (page,) = drawn(pdf(1, width=width, height=height), tmp_path)
+    (page,) = drawn(make_pdf(1, width=width, height=height), tmp_path)
     columns, rows = size_of(page.image)
     assert max(columns, rows) == 1280
     assert columns / rows == pytest.approx(width / height, rel=0.1)
@@ -71,14 +78,14 @@ def test_the_longest_side_is_as_asked_for_in_every_format(width: float, height: 
 
 
 def test_every_page_has_its_text_and_number(tmp_path: Path) -> None:
-    pages = drawn(pdf(3, words="Über «Zustände»"), tmp_path)
-    assert [(page.number, page.pages, page.text) for page in pages] == [
+    pages = drawn(make_pdf(3, words="Über «Zustände»"), tmp_path)
+    assert [(page.page_number, page.page_count, page.text) for page in pages] == [
         (number, 3, f"Über «Zustände» {number}") for number in (1, 2, 3)
     ]
 
 
 def test_the_number_of_pixels_is_bounded(tmp_path: Path) -> None:
-    (page,) = drawn(pdf(1), tmp_path, SessionSettings(max_pixels=100_000))
+    (page,) = drawn(make_pdf(1), tmp_path, SessionSettings(max_image_pixels=100_000))
     columns, rows = size_of(page.image)
     assert 90_000 < columns * rows < 102_000
 
@@ -92,35 +99,35 @@ def test_a_page_with_a_giant_image_is_left_out(tmp_path: Path) -> None:
     assert allowed.problem is None
 
 
-@pytest.mark.parametrize("content", [b"%PDF-1.7", b"", b"hello", pdf(1)[:200]])
+@pytest.mark.parametrize("content", [b"%PDF-1.7", b"", b"hello", make_pdf(1)[:200]])
 def test_a_damaged_pdf_is_told(content: bytes, tmp_path: Path) -> None:
-    with pytest.raises(Unreadable, match="is damaged"):
+    with pytest.raises(UnreadablePdf, match="is damaged"):
         drawn(content, tmp_path)
 
 
 def test_an_encrypted_pdf_is_told(tmp_path: Path) -> None:
-    with pytest.raises(Unreadable, match="is protected by a password"):
-        drawn(pdf(1, password="secret"), tmp_path)
+    with pytest.raises(UnreadablePdf, match="is protected by a password"):
+        drawn(make_pdf(1, password="secret"), tmp_path)
 
 
 def test_names_of_slides_sort_in_the_order_shown() -> None:
-    names = [name for number in range(1, 501) for name in (file_names(number)[0],)]
+    names = [name for number in range(1, 501) for name in (slide_file_names(number)[0],)]
     assert names[:2] == ["slide-001.jpg", "slide-002.jpg"]
     assert names == sorted(names)
-    assert file_names(7) == ("slide-007.jpg", "slide-007-thumb.jpg")
+    assert slide_file_names(7) == ("slide-007.jpg", "slide-007-thumb.jpg")
 
 
 def test_a_pdf_is_known_by_its_content(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    for content, expected in ((pdf(1), True), (b"\n\n" + pdf(1), True), (b"PK\x03\x04", False), (b"", False)):
+    for content, expected in ((make_pdf(1), True), (b"\n\n" + make_pdf(1), True), (b"PK\x03\x04", False), (b"", False)):
         path.write_bytes(content)
         assert is_pdf(path) is expected
 
 
 def test_other_types_are_known_by_their_ending() -> None:
-    assert other_type("https://conference.example/a/Talk.ODP?download=1") == "an OpenDocument presentation"
-    assert other_type("https://conference.example/a/talk.pdf") is None
-    assert other_type("https://conference.example/a/talk") is None
+    assert describe_other_type("https://conference.example/a/Talk.ODP?download=1") == "an OpenDocument presentation"
+    assert describe_other_type("https://conference.example/a/talk.pdf") is None
+    assert describe_other_type("https://conference.example/a/talk") is None
 
 
 async def test_work_in_a_thread_is_closed_by_that_thread_when_the_reader_leaves() -> None:
@@ -133,7 +140,7 @@ async def test_work_in_a_thread_is_closed_by_that_thread_when_the_reader_leaves(
             closed.set()
 
     seen = []
-    async with aclosing(in_thread(work())) as items:
+    async with aclosing(run_in_thread(work())) as items:
         async for item in items:
             seen.append(item)
             if len(seen) == 3:
@@ -154,7 +161,9 @@ def pdf_of_scans(pages: int) -> bytes:
 
 def test_a_pdf_of_pictures_only_becomes_slides_without_text(tmp_path: Path) -> None:
     pages = drawn(pdf_of_scans(3), tmp_path)
-    assert [(page.number, page.text, page.problem) for page in pages] == [(number, "", None) for number in (1, 2, 3)]
+    assert [(page.page_number, page.text, page.problem) for page in pages] == [
+        (number, "", None) for number in (1, 2, 3)
+    ]
     assert len({page.image for page in pages}) == 3
     assert max(size_of(pages[0].image)) == 1280
 

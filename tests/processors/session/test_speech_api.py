@@ -19,21 +19,30 @@ import yaml
 
 from jobledger.workers.processor import ProcessorError, Results
 from jobledger.workers.processors.session import SessionProcessor
-from jobledger.workers.processors.session.speech_api import TELL_EVERY_SECONDS, cuts
+from jobledger.workers.processors.session.speech_api import PROGRESS_INTERVAL_SECONDS, split_at_silence
 from jobledger.workers.processors.session.transcript import SAMPLE_RATE
-from tests.processors.session.openai_server import KEY, OpenAi, openai
-from tests.processors.session.support import CONFERENCE_PAGE, Answer, RecordingJob, Site, html, session, settings, video
+from tests.processors.session.openai_server import KEY, FakeOpenAiServer, run_fake_openai
+from tests.processors.session.support import (
+    CONFERENCE_PAGE,
+    RecordingJob,
+    Site,
+    SiteResponse,
+    html,
+    make_parameters,
+    make_settings,
+    make_video,
+)
 
 
 @pytest.fixture
-def api() -> Iterator[OpenAi]:
-    with openai() as found:
+def api() -> Iterator[FakeOpenAiServer]:
+    with run_fake_openai() as found:
         yield found
 
 
 @cache
 def recording() -> bytes:
-    return video(65)
+    return make_video(65)
 
 
 @pytest.fixture
@@ -42,12 +51,12 @@ def talk(site: Site, tmp_path: Path) -> dict[str, str]:
     page = site.put("/talk/", html(CONFERENCE_PAGE))
     return {
         "url": page,
-        "video_url": site.put("/talk.webm", Answer(recording(), headers={"Content-Type": "video/webm"})),
+        "video_url": site.put("/talk.webm", SiteResponse(recording(), headers={"Content-Type": "video/webm"})),
     }
 
 
-async def run(job: RecordingJob, api: OpenAi, **chosen: Any) -> Results:
-    key = job.scratch / "key"
+async def run(job: RecordingJob, api: FakeOpenAiServer, **chosen: Any) -> Results:
+    key = job.scratch_dir / "key"
     key.write_text(KEY)
     given = {
         "backend": "openai",
@@ -57,7 +66,7 @@ async def run(job: RecordingJob, api: OpenAi, **chosen: Any) -> Results:
         "segment_seconds": 20,
         **chosen,
     }
-    return await SessionProcessor(settings(transcription=given)).run(job)
+    return await SessionProcessor(make_settings(transcription=given)).run(job)
 
 
 def body_of(job: RecordingJob, results: Results) -> str:
@@ -75,7 +84,7 @@ def segments(seconds: float) -> Any:
 
 
 async def test_all_of_it_is_sent_in_pieces_and_put_together_in_order(
-    api: OpenAi, talk: dict[str, str], tmp_path: Path
+    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path
 ) -> None:
     answered = 0
 
@@ -85,34 +94,34 @@ async def test_all_of_it_is_sent_in_pieces_and_put_together_in_order(
         time.sleep(0.3 if answered % 2 else 0.0)
         return segments(seconds)
 
-    api.speech = later_ones_first
-    job = RecordingJob(session(**talk, source_language="en-GB"), tmp_path)
+    api.answer_speech = later_ones_first
+    job = RecordingJob(make_parameters(**talk, source_language="en-GB"), tmp_path)
     body = body_of(job, await run(job, api, parallel=2))
-    assert 3 < len(api.asked) <= 7
-    assert sum(it["seconds"] for it in api.asked) == pytest.approx(65, abs=0.2)
-    assert all(it["seconds"] <= 20 for it in api.asked)
-    assert {(it["model"], it["language"], it["response_format"]) for it in api.asked} == {
+    assert 3 < len(api.requests) <= 7
+    assert sum(it["seconds"] for it in api.requests) == pytest.approx(65, abs=0.2)
+    assert all(it["seconds"] <= 20 for it in api.requests)
+    assert {(it["model"], it["language"], it["response_format"]) for it in api.requests} == {
         ("whisper", "en", "verbose_json")
     }
-    assert api.most_at_once == 2
-    assert body.count("begin") == body.count("end ") + body.count("end\n") == len(api.asked)
+    assert api.peak_concurrency == 2
+    assert body.count("begin") == body.count("end ") + body.count("end\n") == len(api.requests)
     starts = [60 * int(m) + int(s) for m, s in re.findall(r"^\*\*(\d+):(\d\d)\*\*", body, re.MULTILINE)]
     assert starts == sorted(starts)
     assert not [it for it in job.warnings if "transcript" in it]
 
 
-async def test_a_text_without_times_is_taken_too(api: OpenAi, talk: dict[str, str], tmp_path: Path) -> None:
-    api.speech = lambda seconds: {"text": "only words"}
-    job = RecordingJob(session(**talk), tmp_path)
+async def test_a_text_without_times_is_taken_too(api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path) -> None:
+    api.answer_speech = lambda seconds: {"text": "only words"}
+    job = RecordingJob(make_parameters(**talk), tmp_path)
     assert "**0:00** only words" in body_of(job, await run(job, api))
 
 
 async def test_a_piece_that_fails_is_missing_and_that_is_said(
-    api: OpenAi, talk: dict[str, str], tmp_path: Path
+    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path
 ) -> None:
-    api.speech = segments
-    api.troubles = [(500, {"Retry-After": "0"})] * 4
-    job = RecordingJob(session(**talk), tmp_path)
+    api.answer_speech = segments
+    api.scripted_failures = [(500, {"Retry-After": "0"})] * 4
+    job = RecordingJob(make_parameters(**talk), tmp_path)
     body = body_of(job, await run(job, api, parallel=1))
     [warning] = [it for it in job.warnings if "incomplete" in it]
     assert re.search(r"Missing: 0:00–0:\d\d \(it answered 500: busy\)", warning)
@@ -130,30 +139,32 @@ async def test_a_piece_that_fails_is_missing_and_that_is_said(
     ],
 )
 async def test_without_a_text_the_document_says_why(
-    api: OpenAi, talk: dict[str, str], tmp_path: Path, troubles: list[Any], says: str, requests: int
+    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path, troubles: list[Any], says: str, requests: int
 ) -> None:
-    api.troubles = list(troubles)
-    before = len(api.troubles)
-    job = RecordingJob(session(**talk), tmp_path)
+    api.scripted_failures = list(troubles)
+    before = len(api.scripted_failures)
+    job = RecordingJob(make_parameters(**talk), tmp_path)
     body = body_of(job, await run(job, api, parallel=1))
     assert re.search(rf"There is no transcript\. The transcription .*{says}", body)
     assert any("There is no transcript" in it for it in job.warnings)
-    assert before - len(api.troubles) <= requests + 4
+    assert before - len(api.scripted_failures) <= requests + 4
     assert KEY not in body + "".join(job.lines)
 
 
 @pytest.mark.parametrize("answer", [[], {"segments": "x"}, b"<html>", {"segments": [{"text": "no time"}]}])
-async def test_answers_of_another_form_are_told(api: OpenAi, talk: dict[str, str], tmp_path: Path, answer: Any) -> None:
-    api.speech = lambda seconds: answer
-    job = RecordingJob(session(**talk), tmp_path)
+async def test_answers_of_another_form_are_told(
+    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path, answer: Any
+) -> None:
+    api.answer_speech = lambda seconds: answer
+    job = RecordingJob(make_parameters(**talk), tmp_path)
     assert re.search(r"There is no transcript.*its answer", body_of(job, await run(job, api)))
 
 
 async def test_while_it_is_waited_for_the_progress_moves_and_a_cancel_is_heard(
-    api: OpenAi, talk: dict[str, str], tmp_path: Path
+    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path
 ) -> None:
-    api.troubles = ["hang"] * 9
-    job = RecordingJob(session(**talk), tmp_path)
+    api.scripted_failures = ["hang"] * 9
+    job = RecordingJob(make_parameters(**talk), tmp_path)
     running = asyncio.create_task(run(job, api))
     async with asyncio.timeout(20):
         while not any("waiting for" in message for _, message in job.told):  # noqa: ASYNC110 - nobody tells us
@@ -162,12 +173,14 @@ async def test_while_it_is_waited_for_the_progress_moves_and_a_cancel_is_heard(
     begun = time.monotonic()
     with pytest.raises(ProcessorError, match="cancelled"):
         await running
-    assert time.monotonic() - begun < TELL_EVERY_SECONDS + 1
+    assert time.monotonic() - begun < PROGRESS_INTERVAL_SECONDS + 1
 
 
-async def test_the_front_matter_says_that_it_was_transcribed(api: OpenAi, talk: dict[str, str], tmp_path: Path) -> None:
-    api.speech = segments
-    job = RecordingJob(session(**talk), tmp_path)
+async def test_the_front_matter_says_that_it_was_transcribed(
+    api: FakeOpenAiServer, talk: dict[str, str], tmp_path: Path
+) -> None:
+    api.answer_speech = segments
+    job = RecordingJob(make_parameters(**talk), tmp_path)
     results = await run(job, api)
     assert results.metadata["transcribed"] is True
     assert yaml.safe_load(body_of(job, results).split("---")[1])["language"]
@@ -190,7 +203,7 @@ def sound(path: Path, seconds: float, quiet_at: list[float]) -> Path:
 
 def test_it_is_cut_where_it_is_quiet_and_nothing_is_left_out(tmp_path: Path) -> None:
     audio = sound(tmp_path / "a.wav", 50, [17.0, 33.0])
-    found = [(begin / SAMPLE_RATE, end / SAMPLE_RATE) for begin, end in cuts(audio, 20)]
+    found = [(begin / SAMPLE_RATE, end / SAMPLE_RATE) for begin, end in split_at_silence(audio, 20)]
     assert found[0][0] == 0
     assert found[-1][1] == 50
     assert all(one[1] == other[0] for one, other in pairwise(found))
@@ -202,6 +215,6 @@ def test_it_is_cut_where_it_is_quiet_and_nothing_is_left_out(tmp_path: Path) -> 
 def test_however_long_a_piece_may_be_it_ends(tmp_path: Path) -> None:
     audio = sound(tmp_path / "a.wav", 12, [])
     for seconds in (10, 11.99, 12, 500):
-        found = list(cuts(audio, seconds))
+        found = list(split_at_silence(audio, seconds))
         assert found[0][0] == 0
         assert found[-1][1] == 12 * SAMPLE_RATE

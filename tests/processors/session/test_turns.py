@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from jobledger.workers.processors.session.fetch import Fetcher
-from jobledger.workers.processors.session.host_limits import turn, turns_directory
-from tests.processors.session.support import Site, html, settings
+from jobledger.workers.processors.session.host_limits import acquire_host_slot, host_lock_directory
+from tests.processors.session.support import Site, html, make_settings
 
 DEADLINE_SECONDS = 10.0
 HOLDER = """
@@ -38,7 +38,7 @@ async def test_so_many_have_a_turn_at_a_host_and_all_get_one(tmp_path: Path) -> 
     most: Counter[str] = Counter()
 
     async def visit(host: str) -> None:
-        async with turn(host, 2, tmp_path / "turns"):
+        async with acquire_host_slot(host, 2, tmp_path / "turns"):
             now[host] += 1
             most[host] = max(most[host], now[host])
             await asyncio.sleep(0.01)
@@ -56,7 +56,7 @@ def names_in(directory: Path) -> list[str]:
 async def test_any_number_of_hosts_shares_one_file(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack, asyncio.timeout(DEADLINE_SECONDS):
         for number in range(200):
-            await stack.enter_async_context(turn(f"{number}.example", 1, tmp_path))
+            await stack.enter_async_context(acquire_host_slot(f"{number}.example", 1, tmp_path))
     assert names_in(tmp_path) == ["turns"]
 
 
@@ -97,7 +97,7 @@ def test_turns_are_kept_in_a_directory_of_our_own(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "strangers").mkdir(mode=0o777)
     planted(tmp_path / f"jobledger-turns-{os.getuid()}")
-    found = {turns_directory.__wrapped__() for _ in range(2)}
+    found = {host_lock_directory.__wrapped__() for _ in range(2)}
     assert len(found) == 1, "all workers of the machine find the same"
     [directory] = found
     assert (directory.parent, directory.is_symlink()) == (tmp_path, False)
@@ -122,7 +122,7 @@ async def test_turn_is_had_whatever_another_job_has_put_in_the_place_of_the_file
     tmp_path: Path, planted: Callable[[Path], None]
 ) -> None:
     planted(tmp_path / "turns")
-    async with asyncio.timeout(DEADLINE_SECONDS), turn("a.example", 1, tmp_path):
+    async with asyncio.timeout(DEADLINE_SECONDS), acquire_host_slot("a.example", 1, tmp_path):
         assert not (tmp_path / "foreign").exists()
 
 
@@ -132,7 +132,7 @@ async def test_a_process_that_is_killed_gives_its_turn_back(tmp_path: Path) -> N
     assert await holder.stdout.readline() == b"holding\n"
 
     async def wait() -> None:
-        async with turn("a.example", 1, tmp_path):
+        async with acquire_host_slot("a.example", 1, tmp_path):
             pass
 
     waiting = asyncio.create_task(wait())
@@ -146,15 +146,15 @@ async def test_a_process_that_is_killed_gives_its_turn_back(tmp_path: Path) -> N
 
 async def test_who_waits_for_a_turn_loses_no_time_and_gives_up_when_cancelled(site: Site, tmp_path: Path) -> None:
     url = site.put("/page", html("<p>hello</p>"))
-    fetcher = Fetcher(settings(max_fetches_per_host=1), turns=tmp_path)
-    async with turn(f"127.0.0.1:{site.port}", 1, tmp_path):
-        fetching = asyncio.create_task(fetcher.fetch(url, max_bytes=1000, total_seconds=0.5))
-        impatient = asyncio.create_task(fetcher.fetch(url, max_bytes=1000, total_seconds=0.5))
+    fetcher = Fetcher(make_settings(max_fetches_per_host=1), lock_directory=tmp_path)
+    async with acquire_host_slot(f"127.0.0.1:{site.port}", 1, tmp_path):
+        fetching = asyncio.create_task(fetcher.fetch(url, max_bytes=1000, timeout_seconds=0.5))
+        impatient = asyncio.create_task(fetcher.fetch(url, max_bytes=1000, timeout_seconds=0.5))
         await asyncio.sleep(1)
-        assert site.asked == []
+        assert site.requested_paths == []
         impatient.cancel()
         await asyncio.wait({impatient})
         assert impatient.cancelled()
     async with asyncio.timeout(DEADLINE_SECONDS):
         assert b"hello" in (await fetching).body
-    assert site.asked == ["/page"]
+    assert site.requested_paths == ["/page"]

@@ -14,20 +14,20 @@ import pytest
 from jobledger.workers.processors.session import video_sites
 from jobledger.workers.processors.session.fetch import Fetcher
 from jobledger.workers.processors.session.pipeline import run
-from jobledger.workers.processors.session.transcript import NoTranscript
-from jobledger.workers.processors.session.video_sites import is_on_a_video_site, media_address
+from jobledger.workers.processors.session.transcript import TranscriptUnavailable
+from jobledger.workers.processors.session.video_sites import is_video_site_url, resolve_media_url
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox import runner as sandbox
 from tests.processors.session.support import (
     CONFERENCE_PAGE,
-    Answer,
     RecordingJob,
     Site,
+    SiteResponse,
     html,
-    serving,
-    session,
-    settings,
-    video,
+    make_parameters,
+    make_settings,
+    make_video,
+    serve_site,
 )
 
 
@@ -36,7 +36,7 @@ def _has_namespaces() -> bool:
         return False
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if restrictions.leave_namespaces() else 1)
+        os._exit(0 if restrictions.unshare_namespaces() else 1)
     return os.waitpid(pid, 0)[1] == 0
 
 
@@ -48,7 +48,7 @@ needs_namespaces = pytest.mark.skipif(
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with serving() as running:
+    with serve_site() as running:
         yield running
 
 
@@ -82,9 +82,9 @@ class YoutubeDL:
 
 
 async def heard(page: str, site: Site, folder: Path) -> tuple[RecordingJob, Any]:
-    job = RecordingJob(session(url=site.put("/page", html(CONFERENCE_PAGE)), video_url=page), folder)
-    chosen = settings(keep_audio=True, video_sites=["video.example"])
-    results = await run(job, chosen, Fetcher(chosen, turns=folder / "turns"))
+    job = RecordingJob(make_parameters(url=site.put("/page", html(CONFERENCE_PAGE)), video_url=page), folder)
+    chosen = make_settings(keep_audio=True, video_sites=["video.example"])
+    results = await run(job, chosen, Fetcher(chosen, lock_directory=folder / "turns"))
     return job, results
 
 
@@ -92,7 +92,7 @@ async def heard(page: str, site: Site, folder: Path) -> tuple[RecordingJob, Any]
 async def test_the_recording_behind_a_page_is_fetched_by_us(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    film = site.put("/hidden/film", Answer(video(2), headers={"Content-Type": "video/webm"}))
+    film = site.put("/hidden/film", SiteResponse(make_video(2), headers={"Content-Type": "video/webm"}))
     finding(monkeypatch, tmp_path, {"url": film})
     job, results = await heard("https://www.video.example/watch?v=1", site, tmp_path)
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
@@ -129,11 +129,11 @@ async def test_without_yt_dlp_it_is_said_what_to_install(
 
 def test_only_named_sites_and_their_subdomains_are_video_sites() -> None:
     sites = ["video.example"]
-    assert is_on_a_video_site("https://video.example/1", sites)
-    assert is_on_a_video_site("https://WWW.Video.Example:443/1", sites)
-    assert not is_on_a_video_site("https://badvideo.example/1", sites)
-    assert not is_on_a_video_site("https://video.example.evil/1", sites)
-    assert not is_on_a_video_site("not an address", sites)
+    assert is_video_site_url("https://video.example/1", sites)
+    assert is_video_site_url("https://WWW.Video.Example:443/1", sites)
+    assert not is_video_site_url("https://badvideo.example/1", sites)
+    assert not is_video_site_url("https://video.example.evil/1", sites)
+    assert not is_video_site_url("not an address", sites)
 
 
 @needs_namespaces
@@ -141,9 +141,9 @@ async def test_the_real_yt_dlp_does_not_guess(site: Site, tmp_path: Path) -> Non
     """With its guessing extractor it would have fetched the page, wherever that is."""
     pytest.importorskip("yt_dlp")
     page = site.put("/watch", html("<video src='/film.webm'></video>"))
-    with pytest.raises(NoTranscript, match="cannot be had"):
-        await media_address(page, seconds=5, scratch=tmp_path / "scratch", fetcher=Fetcher(settings()))
-    assert site.asked == []
+    with pytest.raises(TranscriptUnavailable, match="cannot be had"):
+        await resolve_media_url(page, seconds=5, scratch=tmp_path / "scratch", fetcher=Fetcher(make_settings()))
+    assert site.requested_paths == []
 
 
 _CONNECT = """
@@ -184,8 +184,8 @@ async def test_yt_dlp_reaches_only_what_the_address_policy_allows(
     lines += [f"got[{name!r}] = tried(lambda: {code})" for name, code in attempts.items()]
     lines += ["found['url'] = json.dumps(got)"]
     finding(monkeypatch, tmp_path, {"code": "\n".join(lines)})
-    fetcher = Fetcher(settings())
-    said = await media_address("https://video.example/1", seconds=5, scratch=tmp_path / "scratch", fetcher=fetcher)
+    fetcher = Fetcher(make_settings())
+    said = await resolve_media_url("https://video.example/1", seconds=5, scratch=tmp_path / "scratch", fetcher=fetcher)
     got = json.loads(said)
     assert got == {
         "allowed": "HTTP/1.1 200 OK HTTP/1.0 200 OK",
@@ -203,6 +203,6 @@ async def test_without_namespaces_yt_dlp_is_not_run(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finding(monkeypatch, tmp_path, {"url": "http://x.example/"})
-    monkeypatch.setattr(sandbox, "tried", lambda: (sandbox.Trial("landlock", works=False, reason="none"),))
+    monkeypatch.setattr(sandbox, "tried", lambda: (sandbox.ProbeResult("landlock", is_working=False, reason="none"),))
     job, _ = await heard("https://video.example/1", site, tmp_path)
     assert "yt-dlp cannot be run safely" in job.warnings[0]

@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from jobledger.api.schemas.requests import WebhookBody
-from jobledger.ledger.domain.webhook_headers import LARGEST_TOTAL, LONGEST_VALUE
-from jobledger.workers.webhooks.sender import Outgoing, Sender
-from tests.support.receiver import receiver
+from jobledger.ledger.domain.limits import MAX_WEBHOOK_HEADER_BYTES
+from jobledger.ledger.domain.webhook_headers import MAX_HEADER_VALUE_CHARACTERS
+from jobledger.workers.webhooks.sender import Sender, WebhookRequest
+from tests.support.receiver import run_webhook_endpoint
 
 REFUSED: Final[list[dict[str, str]]] = [
     {"X-Key": "ends in a space "},
@@ -30,8 +31,8 @@ REFUSED: Final[list[dict[str, str]]] = [
     {"X-Key": "…"},
     {"X-Key": "😀"},
     {"X-Key": "\ud800"},
-    {"X-Key": "x" * (LONGEST_VALUE + 1)},
-    {"A": "x" * LONGEST_VALUE, "B": "x" * (LARGEST_TOTAL - LONGEST_VALUE)},
+    {"X-Key": "x" * (MAX_HEADER_VALUE_CHARACTERS + 1)},
+    {"A": "x" * MAX_HEADER_VALUE_CHARACTERS, "B": "x" * (MAX_WEBHOOK_HEADER_BYTES - MAX_HEADER_VALUE_CHARACTERS)},
     {"X-Key": "1", "x-key": "2"},
     {"": "x"},
     {" X": "x"},
@@ -55,7 +56,7 @@ ACCEPTED: Final[list[dict[str, str]]] = [
     {"X-Colon": 'a: b, c; d="e"'},
     {"User-Agent": "mine", "Accept": "text/plain", "Cookie": "a=b"},
     {"!#%&'*+.^_`|~-": "every sign of a name"},
-    {"A": "x" * LONGEST_VALUE},
+    {"A": "x" * MAX_HEADER_VALUE_CHARACTERS},
 ]
 
 
@@ -80,7 +81,7 @@ def made_up(seed: int) -> dict[str, str]:
 
 async def test_every_header_that_is_accepted_arrives_exactly_as_given() -> None:
     accepted = 0
-    async with receiver() as there:
+    async with run_webhook_endpoint() as there:
         sender = Sender(allow_private=["127.0.0.1"])
         for headers in [*ACCEPTED, *(made_up(seed) for seed in range(1500))]:
             try:
@@ -89,9 +90,9 @@ async def test_every_header_that_is_accepted_arrives_exactly_as_given() -> None:
                 assert headers not in ACCEPTED
                 continue
             accepted += 1
-            answer = await sender.send(Outgoing(there.url(), given, b"{}"))
-            assert answer.error is None, (headers, answer)
-            arrived = there.received[-1].raw_headers
+            answer = await sender.send(WebhookRequest(there.url(), given, b"{}"))
+            assert answer.error_code is None, (headers, answer)
+            arrived = there.requests[-1].raw_headers
             for name, value in headers.items():
                 assert arrived.get(name.lower()) == value, headers
         await sender.aclose()
@@ -111,13 +112,13 @@ CANNOT: Final[list[Any]] = [
 
 @pytest.mark.parametrize("headers", CANNOT, ids=repr)
 async def test_request_that_cannot_be_built_is_our_error_and_calls_nobody(headers: dict[str, str]) -> None:
-    async with receiver() as there:
+    async with run_webhook_endpoint() as there:
         sender = Sender(allow_private=["127.0.0.1"])
-        answer = await sender.send(Outgoing(there.url(), headers, b"{}"))
+        answer = await sender.send(WebhookRequest(there.url(), headers, b"{}"))
         await sender.aclose()
-    assert answer.error == "REQUEST_INVALID"
+    assert answer.error_code == "REQUEST_INVALID"
     assert answer.message is not None
     assert "127.0.0.1" not in answer.message
-    assert answer.permanent
-    assert answer.reached  # it is no sign that the host is away
-    assert there.received == []
+    assert answer.is_permanent
+    assert answer.is_host_responsive  # it is no sign that the host is away
+    assert there.requests == []

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from jobledger.ledger.net.url_policy import AllowedHosts, hopeless
-from jobledger.workers.safe_http import Resolve
-from jobledger.workers.webhooks.sender import RESPONSE_BYTES, Answer, Outgoing, Sender
+from jobledger.ledger.net.url_policy import AllowedHosts, rejection_reason
+from jobledger.workers.safe_http import Resolver
+from jobledger.workers.webhooks.sender import MAX_RESPONSE_BYTES, Sender, WebhookRequest, WebhookResponse
 
 BODY = b'{"type": "job.completed"}'
 TIMEOUT = 0.5
@@ -91,22 +91,22 @@ def status(code: int, *lines: str, body: bytes = b"said") -> bytes:
 
 
 async def send(
-    url: str, *, headers: dict[str, str] | None = None, resolve: Resolve | None = None, allow: tuple[str, ...] = ()
-) -> Answer:
+    url: str, *, headers: dict[str, str] | None = None, resolve: Resolver | None = None, allow: tuple[str, ...] = ()
+) -> WebhookResponse:
     options = {} if resolve is None else {"resolve": resolve}
     sender = Sender(allow_private=allow, timeout_seconds=TIMEOUT, **options)  # type: ignore[arg-type]
     begun = time.monotonic()
     try:
-        answer = await sender.send(Outgoing(url, headers or {}, BODY))
+        answer = await sender.send(WebhookRequest(url, headers or {}, BODY))
     finally:
         await sender.aclose()
     assert time.monotonic() - begun < TIMEOUT + 1.5
     assert answer.duration_s < TIMEOUT + 1.5
-    assert (answer.error is None) == (answer.message is None)
+    assert (answer.error_code is None) == (answer.message is None)
     return answer
 
 
-async def from_server(behave: Behaviour, path: str = "/hook", **options: str) -> Answer:
+async def from_server(behave: Behaviour, path: str = "/hook", **options: str) -> WebhookResponse:
     async with server(behave) as port:
         return await send(f"http://127.0.0.1:{port}{path}", allow=("127.0.0.1",), headers=dict(options))
 
@@ -117,7 +117,12 @@ async def from_server(behave: Behaviour, path: str = "/hook", **options: str) ->
 @pytest.mark.parametrize("code", [200, 201, 202, 204, 299])
 async def test_every_2xx_is_a_success(code: int) -> None:
     answer = await from_server(says(status(code, body=b"" if code == 204 else b"said")))
-    assert (answer.status_code, answer.error, answer.reached, answer.permanent) == (code, None, True, False)
+    assert (answer.status_code, answer.error_code, answer.is_host_responsive, answer.is_permanent) == (
+        code,
+        None,
+        True,
+        False,
+    )
     assert answer.body == ("" if code == 204 else "said")
 
 
@@ -136,7 +141,12 @@ async def test_every_2xx_is_a_success(code: int) -> None:
 )
 async def test_everything_else_is_none_and_says_what(code: int, error: str, *, permanent: bool) -> None:
     answer = await from_server(says(status(code, "Location: http://127.0.0.1:1/elsewhere")))
-    assert (answer.status_code, answer.error, answer.permanent, answer.reached) == (code, error, permanent, True)
+    assert (answer.status_code, answer.error_code, answer.is_permanent, answer.is_host_responsive) == (
+        code,
+        error,
+        permanent,
+        True,
+    )
     assert str(code) in (answer.message or "")
 
 
@@ -197,7 +207,12 @@ async def test_what_is_sent_is_what_was_given_and_headers_of_the_connection_are_
 )
 async def test_what_gives_no_answer_is_told_as_what_it_is(behave: Behaviour, error: str) -> None:
     answer = await from_server(behave)
-    assert (answer.status_code, answer.error, answer.reached, answer.permanent) == (None, error, False, False)
+    assert (answer.status_code, answer.error_code, answer.is_host_responsive, answer.is_permanent) == (
+        None,
+        error,
+        False,
+        False,
+    )
     assert "127.0.0.1" in (answer.message or "")
 
 
@@ -206,23 +221,23 @@ async def test_what_gives_no_answer_is_told_as_what_it_is(behave: Behaviour, err
     [
         (says(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\nhalf", reset=True), "half"),
         (says(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\nhalf", stay=True), "half"),
-        (endlessly(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 65536), "x" * RESPONSE_BYTES),
+        (endlessly(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 65536), "x" * MAX_RESPONSE_BYTES),
         (endlessly(b"HTTP/1.1 200 OK\r\n\r\n", b"x", pause=0.05), "xx"),
     ],
     ids=["reset in the body", "hangs in the body", "endless", "drips"],
 )
 async def test_once_the_status_is_there_it_counts_whatever_becomes_of_the_rest(behave: Behaviour, body: str) -> None:
     answer = await from_server(behave)
-    assert (answer.status_code, answer.error) == (200, None)
+    assert (answer.status_code, answer.error_code) == (200, None)
     assert answer.body.startswith(body) or body.startswith(answer.body)
-    assert len(answer.body) <= RESPONSE_BYTES
+    assert len(answer.body) <= MAX_RESPONSE_BYTES
 
 
 async def test_a_compressed_answer_is_not_unpacked_and_nothing_in_it_steers_a_terminal() -> None:
     packed = gzip.compress(b"\0" * 50_000_000)
     answer = await from_server(says(status(200, "Content-Encoding: gzip", body=packed)))
-    assert answer.error is None
-    assert len(answer.body) <= RESPONSE_BYTES
+    assert answer.error_code is None
+    assert len(answer.body) <= MAX_RESPONSE_BYTES
     answer = await from_server(says(status(200, body=b"\x1b[31mred\x00\xff\n")))
     assert answer.body == "�[31mred��\n"
 
@@ -231,13 +246,13 @@ async def test_nobody_there_is_told_in_words() -> None:
     async with server(says(b"")) as port:
         pass
     answer = await send(f"http://127.0.0.1:{port}/", allow=("127.0.0.1",))
-    assert (answer.error, answer.message) == ("CONNECTION_FAILED", "127.0.0.1 refused the connection.")
+    assert (answer.error_code, answer.message) == ("CONNECTION_FAILED", "127.0.0.1 refused the connection.")
 
     async def nowhere(_host: str, _port: int) -> list[str]:
         raise OSError("no such name")
 
     answer = await send("https://nowhere.example/", resolve=nowhere)
-    assert answer.error == "CONNECTION_FAILED"
+    assert answer.error_code == "CONNECTION_FAILED"
 
 
 async def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
@@ -246,7 +261,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) 
     tls.load_cert_chain(certificate, key)
     async with server(says(status(200)), tls) as port:
         answer = await send(f"https://127.0.0.1:{port}/", allow=("127.0.0.1",))
-    assert answer.error == "CONNECTION_FAILED"
+    assert answer.error_code == "CONNECTION_FAILED"
     assert "certificate" in (answer.message or "")
 
 
@@ -274,7 +289,7 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
 async def test_headers_that_cannot_be_sent_are_an_answer_too(headers: dict[str, str]) -> None:
     async with server(says(status(200))) as port:
         answer = await send(f"http://127.0.0.1:{port}/", allow=("127.0.0.1",), headers=headers)
-    assert answer.error is not None
+    assert answer.error_code is not None
 
 
 # Where it is ------------------------------------------------------------------------------------------------------
@@ -290,14 +305,14 @@ async def test_headers_that_cannot_be_sent_are_an_answer_too(headers: dict[str, 
 )  # fmt: skip
 async def test_addresses_that_are_not_public_are_refused(host: str) -> None:
     answer = await send(f"http://{host}:8080/")
-    assert answer.error == "ADDRESS_REFUSED"
+    assert answer.error_code == "ADDRESS_REFUSED"
     assert "allow_private" in (answer.message or "")
-    assert (answer.reached, answer.permanent) == (True, False)
+    assert (answer.is_host_responsive, answer.is_permanent) == (True, False)
 
 
 @pytest.mark.parametrize("url", ["http://2130706433/", "http://0x7f.1/", "http://127.1/", "http://localhost:8080/"])
 async def test_other_spellings_of_this_machine_are_refused_when_connecting(url: str) -> None:
-    assert (await send(url)).error in ("ADDRESS_REFUSED", "CONNECTION_FAILED")
+    assert (await send(url)).error_code in ("ADDRESS_REFUSED", "CONNECTION_FAILED")
 
 
 async def test_what_counts_is_the_address_that_is_connected_to() -> None:
@@ -316,9 +331,9 @@ async def test_what_counts_is_the_address_that_is_connected_to() -> None:
 
     async with server(behave) as port:
         url = f"http://rebinding.example:{port}/"
-        assert hopeless(url, AllowedHosts(())) is None
+        assert rejection_reason(url, AllowedHosts(())) is None
         answer = await send(url, resolve=rebound)
-    assert answer.error == "ADDRESS_REFUSED"
+    assert answer.error_code == "ADDRESS_REFUSED"
     assert asked == ["rebinding.example"], "asked once, and what was said is what was checked and would be connected to"
     assert not reached.is_set()
 
@@ -334,7 +349,7 @@ async def test_of_a_name_with_both_only_the_public_address_is_called() -> None:
 
     async with server(behave) as port:
         answer = await send(f"http://both.example:{port}/", resolve=both)
-    assert answer.error in ("TIMEOUT", "CONNECTION_FAILED", "ADDRESS_REFUSED")
+    assert answer.error_code in ("TIMEOUT", "CONNECTION_FAILED", "ADDRESS_REFUSED")
     assert not reached.is_set()
 
 
@@ -345,7 +360,7 @@ async def test_what_the_operator_allows_is_called(allow: str) -> None:
 
     async with server(says(status(200))) as port:
         answer = await send(f"http://hook.internal:{port}/", resolve=here, allow=(allow,))
-    assert answer.error is None
+    assert answer.error_code is None
 
 
 @pytest.mark.parametrize(
@@ -365,9 +380,9 @@ async def test_what_the_operator_allows_is_called(allow: str) -> None:
 )
 async def test_addresses_that_are_none_are_told(url: str, error: str) -> None:
     answer = await send(url)
-    assert answer.error == error
+    assert answer.error_code == error
     assert "pw" not in (answer.message or "")
-    assert answer.permanent == (error == "BAD_URL")
+    assert answer.is_permanent == (error == "BAD_URL")
 
 
 async def test_giving_up_waiting_closes_the_connection() -> None:
@@ -380,7 +395,7 @@ async def test_giving_up_waiting_closes_the_connection() -> None:
 
     async with server(behave) as port:
         sender = Sender(allow_private=("127.0.0.1",), timeout_seconds=20)
-        sending = asyncio.create_task(sender.send(Outgoing(f"http://127.0.0.1:{port}/", {}, BODY)))
+        sending = asyncio.create_task(sender.send(WebhookRequest(f"http://127.0.0.1:{port}/", {}, BODY)))
         await asyncio.sleep(0.1)
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)

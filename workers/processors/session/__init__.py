@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel
 
-from jobledger.workers.processor import Isolation, Job, Results
+from jobledger.workers.processor import Isolation, JobContext, Results
 from jobledger.workers.processors.session.parameters import SessionParameters
 from jobledger.workers.processors.session.settings import SessionSettings
 
@@ -34,11 +34,11 @@ class SessionProcessor:
     @staticmethod
     def shared_directories() -> Sequence[Path]:
         """Return where jobs of all workers of this machine agree on how many fetch from one host."""
-        from jobledger.workers.processors.session.host_limits import turns_directory
+        from jobledger.workers.processors.session.host_limits import host_lock_directory
 
-        return (turns_directory(),)
+        return (host_lock_directory(),)
 
-    async def run(self, job: Job) -> Results:
+    async def run(self, job: JobContext) -> Results:
         """Run the steps `page`, `transcript`, `slides`, `compose` and `markdown`.
 
         Raises:

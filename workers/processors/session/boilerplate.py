@@ -48,23 +48,23 @@ _LONG_TEXT: Final = 80
 _PARTS_OF_LISTS: Final = frozenset({"tbody", "tr", "li", "dd", "dt"})
 
 
-def without_furniture(tree: Any) -> None:
+def remove_non_text_elements(tree: Any) -> None:
     """Remove in place what is not text for a reader: scripts, forms' controls, hidden parts, signs to link headings."""
     for element in list(tree.iter(*_NO_TEXT)):
-        _drop(element)
+        _remove(element)
     for element in list(tree.iterfind(".//*[@hidden]")) + list(tree.iterfind(".//*[@aria-hidden='true']")):
-        _drop(element)
+        _remove(element)
     for element in [element for element in tree.iter() if _FOR_SCREEN_READERS.search(_names(element))]:
-        _drop(element)
+        _remove(element)
     for link in list(tree.iter("a")):
         if (link.get("href") or "#").startswith("#") and not len(link) and _ANCHOR_SIGN.fullmatch(link.text or ""):
-            _drop(link)
+            _remove(link)
 
 
-def keep_own_part(tree: Any) -> bool:
+def remove_boilerplate(tree: Any) -> bool:
     """Remove in place what belongs to the site around the page. False, and nothing is removed: it cannot be told."""
     body = tree.find("body")
-    own = _Own(tree)
+    own = _ExtractedText(tree)
     texts = [(block, text) for block, text in _texts_of_blocks(body) if re.search(r"\w", text)]
     linked = _linked(body)
     kept = {block: len(text) for block, text in texts if own.holds(text) and not _is_menu(linked[block], len(text))}
@@ -84,11 +84,11 @@ def keep_own_part(tree: Any) -> bool:
     for element in _outermost(
         body, lambda element: _is_around(element, counted[element], most, by_links=middle is body)
     ):
-        _drop(element)
+        _remove(element)
     return True
 
 
-class _Own:
+class _ExtractedText:
     """What trafilatura takes for the page's own: its lines, and which words stand side by side in them."""
 
     def __init__(self, tree: Any) -> None:
@@ -239,6 +239,6 @@ def _outermost(body: Any, wanted: Any) -> Iterator[Any]:
             waiting.extend(element)
 
 
-def _drop(element: Any) -> None:
+def _remove(element: Any) -> None:
     if element.getparent() is not None:
         element.drop_tree()

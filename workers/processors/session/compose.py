@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 from markdown_it import MarkdownIt
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from jobledger.workers.processors.session.safe_markdown import harmless
+from jobledger.workers.processors.session.safe_markdown import sanitize_markdown
 
 _COMMONMARK: Final = MarkdownIt("commonmark").enable("table")
 _MOST_TAGS: Final = 10
@@ -42,11 +42,11 @@ class Translation(BaseModel):
     markdown: str = Field(description="The whole piece, translated.")
 
 
-class NotAccepted(Exception):
+class InvalidModelOutput(Exception):
     """What is wrong with an answer, as the model is told."""
 
 
-def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+def json_schema_format(model: type[BaseModel]) -> dict[str, Any]:
     """Return the `response_format` that asks for this model."""
     return {
         "type": "json_schema",
@@ -54,7 +54,7 @@ def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def summary_prompt(language: str) -> str:
+def build_summary_prompt(language: str) -> str:
     """Return the instructions for a `Summary`."""
     return (
         f"You summarise conference talks. Answer in the language with the code `{language}`, with one JSON object "
@@ -63,7 +63,7 @@ def summary_prompt(language: str) -> str:
     )
 
 
-def translation_prompt(language: str) -> str:
+def build_translation_prompt(language: str) -> str:
     """Return the instructions for a `Translation`."""
     return (
         f"You translate Markdown into the language with the code `{language}`. Keep its structure: headings, lists, "
@@ -73,7 +73,7 @@ def translation_prompt(language: str) -> str:
     )
 
 
-def read_summary(answer: str) -> Summary:
+def parse_summary(answer: str) -> Summary:
     """Return an answer as a summary.
 
     Raises:
@@ -83,34 +83,34 @@ def read_summary(answer: str) -> Summary:
     return summary.model_copy(update={"tags": [tag for tag in dict.fromkeys(summary.tags) if tag]})
 
 
-def read_translation(answer: str, original: str) -> str:
+def parse_translation(output: str, original: str) -> str:
     """Return the translated Markdown of an answer.
 
     Raises:
         NotAccepted: it is none, or has not the links and code of the original.
     """
-    text = harmless(_read(Translation, answer).markdown).strip()
+    text = sanitize_markdown(_read(Translation, output).markdown).strip()
     if not text:
-        raise NotAccepted("the translation is empty")
+        raise InvalidModelOutput("the translation is empty")
     links, code = _marks(original)
     found_links, found_code = _marks(text)
     if found_links != links:
-        raise NotAccepted(f"the links are not those of the original, which are: {_told(links) or 'none'}")
+        raise InvalidModelOutput(f"the links are not those of the original, which are: {_told(links) or 'none'}")
     if found_code != code:
-        raise NotAccepted("the code is not that of the original; leave code as it is")
+        raise InvalidModelOutput("the code is not that of the original; leave code as it is")
     return text
 
 
 def _read(model: type[BaseModel], answer: str) -> Any:
     found = re.search(r"\{.*\}", answer, re.DOTALL)  # some put it between fences, or say a word before it
     if found is None:
-        raise NotAccepted("there is no JSON object in the answer")
+        raise InvalidModelOutput("there is no JSON object in the answer")
     try:
         return model.model_validate_json(found.group())
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise NotAccepted(f"{place or 'the JSON'}: {first['msg']}") from error
+        raise InvalidModelOutput(f"{place or 'the JSON'}: {first['msg']}") from error
 
 
 def _marks(markdown: str) -> tuple[Counter[str], Counter[str]]:
@@ -132,11 +132,11 @@ def _told(links: Counter[str]) -> str:
     return ", ".join(list(links)[:20])
 
 
-def pieces(markdown: str, characters: int) -> list[str]:
+def split_markdown(markdown: str, max_characters: int) -> list[str]:
     """Return the text cut between blocks into pieces of about so many characters; a longer block stays whole."""
     found: list[str] = []
     for block in _blocks(markdown):
-        if found and len(found[-1]) + len(block) + 2 <= characters:
+        if found and len(found[-1]) + len(block) + 2 <= max_characters:
             found[-1] = f"{found[-1]}\n\n{block}"
         else:
             found.append(block)

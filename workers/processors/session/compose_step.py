@@ -12,60 +12,65 @@ from pydantic import BaseModel
 
 from jobledger.workers.processor import JSON
 from jobledger.workers.processors.session import compose
-from jobledger.workers.processors.session.compose import NotAccepted, Summary, Translation
-from jobledger.workers.processors.session.markdown import Composed, Recording, language_of, primary
-from jobledger.workers.processors.session.openai_api import ApiFailed, OpenAiApi, key_in
+from jobledger.workers.processors.session.compose import InvalidModelOutput, Summary, Translation
+from jobledger.workers.processors.session.markdown import (
+    EnrichmentResult,
+    TranscriptResult,
+    primary_subtag,
+    resolve_language,
+)
+from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError, read_api_key
 from jobledger.workers.processors.session.page import PageText
-from jobledger.workers.processors.session.step_context import Work, digest_of
+from jobledger.workers.processors.session.step_context import StepContext, json_digest
 
-MATERIAL_CHARACTERS: Final = 30_000
+MAX_PROMPT_CHARACTERS: Final = 30_000
 """So much of the page, and of what was said, is read for the summary."""
-Accepted = TypeVar("Accepted")
+Parsed = TypeVar("Parsed")
 
 
-def inputs(work: Work, page: PageText, recording: Recording) -> dict[str, JSON]:
+def inputs(work: StepContext, page: PageText, recording: TranscriptResult) -> dict[str, JSON]:
     """Return all that the text depends on. Where the key lies, and how patient we are, is not part of it."""
     chosen = work.settings.language_model
     said = [segment.text for segment in recording.segments] if chosen.backend != "none" else []
     return {
-        "content": digest_of([page.model_dump(mode="json"), said]),
+        "content": json_digest([page.model_dump(mode="json"), said]),
         "title": work.session.session,
         "source_language": work.session.source_language,
         "target_language": work.session.target_language,
         "backend": chosen.backend,
         "url": chosen.url,
         "model": chosen.model,
-        "piece_characters": chosen.piece_characters,
+        "piece_characters": chosen.chunk_characters,
         "max_characters": chosen.max_characters,
         "temperature": chosen.temperature,
     }
 
 
-async def run(work: Work, page: PageText, recording: Recording) -> JSON:
+async def run(work: StepContext, page: PageText, recording: TranscriptResult) -> JSON:
     """Ask the language model, where one is configured."""
-    language, target = language_of(work.session, page), work.session.target_language
-    composed = Composed(language=language, markdown=page.markdown)
-    other = primary(language) != primary(target)
+    language, target = resolve_language(work.session, page), work.session.target_language
+    composed = EnrichmentResult(language=language, markdown=page.markdown)
+    other = primary_subtag(language) != primary_subtag(target)
     if work.settings.language_model.backend == "none":
         if other:
             await work.warn(f"{_not_translated(language, target)}, and no language model is configured.")
         return _output(work, composed)
-    await work.job.progress(80, "Composing")
+    await work.job.report_progress(80, "Composing")
     try:
-        async with asyncio.timeout(work.settings.compose_timeout_seconds), _model(work) as model:
-            composed = await _summarised(work, model, composed, page, recording)
+        async with asyncio.timeout(work.settings.enrich_timeout_seconds), _model(work) as model:
+            composed = await _summarize(work, model, composed, page, recording)
             if other:
-                composed = await _translated(work, model, composed)
+                composed = await _translate(work, model, composed)
     except TimeoutError:
-        limit = f"within {work.settings.compose_timeout_seconds:g} seconds"
+        limit = f"within {work.settings.enrich_timeout_seconds:g} seconds"
         await work.warn(f"The language model was not done {limit}: the text may be without summary or translation.")
-    except ApiFailed as failed:
+    except OpenAiError as failed:
         await work.warn(f"The language model cannot be used: {failed}.")
-    await work.job.progress(90, "The text is composed")
+    await work.job.report_progress(90, "The text is composed")
     return _output(work, composed)
 
 
-def _output(work: Work, composed: Composed) -> JSON:
+def _output(work: StepContext, composed: EnrichmentResult) -> JSON:
     return composed.model_copy(update={"warnings": work.warnings}).model_dump(mode="json")
 
 
@@ -73,17 +78,17 @@ def _not_translated(language: str, target: str) -> str:
     return f'The text is not translated: it is in "{language}", "{target}" was asked for'
 
 
-class _Model:
+class _LanguageModel:
     """A model that is asked for JSON, and told once what was wrong with it."""
 
-    def __init__(self, work: Work, api: OpenAiApi) -> None:
+    def __init__(self, work: StepContext, api: OpenAiClient) -> None:
         self._work = work
         self._api = api
         self._takes_schema = True
 
-    async def ask(
-        self, prompt: str, material: str, wanted: type[BaseModel], read: Callable[[str], Accepted]
-    ) -> Accepted:
+    async def generate(
+        self, prompt: str, material: str, wanted: type[BaseModel], read: Callable[[str], Parsed]
+    ) -> Parsed:
         """Return what `read` makes of the answer.
 
         Raises:
@@ -94,7 +99,7 @@ class _Model:
         answer = await self._answer(messages, wanted)
         try:
             return read(answer)
-        except NotAccepted as problem:
+        except InvalidModelOutput as problem:
             await self._work.job.log("info", f"The language model's answer was not usable: {problem}. Asking again.")
             messages += [
                 {"role": "assistant", "content": answer},
@@ -106,16 +111,16 @@ class _Model:
         return read(await self._answer(messages, wanted))
 
     async def _answer(self, messages: list[dict[str, str]], wanted: type[BaseModel]) -> str:
-        self._work.stop_if_cancelled()
+        self._work.raise_if_cancelled()
         chosen = self._work.settings.language_model
         body: dict[str, Any] = {"model": chosen.model, "messages": messages}
         if chosen.temperature is not None:
             body["temperature"] = chosen.temperature
         if self._takes_schema:
-            body["response_format"] = compose.schema_of(wanted)
+            body["response_format"] = compose.json_schema_format(wanted)
         try:
             answer = await self._api.post("chat/completions", json=body)
-        except ApiFailed as failed:
+        except OpenAiError as failed:
             if not self._takes_schema or failed.status not in (400, 422):
                 raise
             self._takes_schema = False  # not every server knows this form; the prompt asks for the same
@@ -128,50 +133,54 @@ class _Model:
             usage = answer.get("usage") or {}
             tokens = usage.get("total_tokens", 0)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ApiFailed("its answer has not the form of the protocol") from error
+            raise OpenAiError("its answer has not the form of the protocol") from error
         if isinstance(tokens, int) and tokens > 0:
-            self._work.job.spent(tokens)
+            self._work.job.add_tokens(tokens)
         return text if isinstance(text, str) else ""
 
 
 @asynccontextmanager
-async def _model(work: Work) -> AsyncIterator[_Model]:
+async def _model(work: StepContext) -> AsyncIterator[_LanguageModel]:
     chosen = work.settings.language_model
-    api = OpenAiApi(chosen.url or "", key=key_in(chosen.api_key_file), timeout_seconds=chosen.timeout_seconds)
+    api = OpenAiClient(chosen.url or "", key=read_api_key(chosen.api_key_file), timeout_seconds=chosen.timeout_seconds)
     try:
-        yield _Model(work, api)
+        yield _LanguageModel(work, api)
     finally:
         await api.aclose()
 
 
-async def _summarised(work: Work, model: _Model, composed: Composed, page: PageText, recording: Recording) -> Composed:
+async def _summarize(
+    work: StepContext, model: _LanguageModel, composed: EnrichmentResult, page: PageText, recording: TranscriptResult
+) -> EnrichmentResult:
     said = " ".join(segment.text for segment in recording.segments)
-    parts = [f"# {work.session.session}", page.markdown[:MATERIAL_CHARACTERS]]
+    parts = [f"# {work.session.session}", page.markdown[:MAX_PROMPT_CHARACTERS]]
     if said:
-        parts.append(f"What was said:\n{said[:MATERIAL_CHARACTERS]}")
-    prompt = compose.summary_prompt(work.session.target_language)
+        parts.append(f"What was said:\n{said[:MAX_PROMPT_CHARACTERS]}")
+    prompt = compose.build_summary_prompt(work.session.target_language)
     try:
-        summary = await model.ask(prompt, "\n\n".join(parts), Summary, compose.read_summary)
-    except NotAccepted as problem:
+        summary = await model.generate(prompt, "\n\n".join(parts), Summary, compose.parse_summary)
+    except InvalidModelOutput as problem:
         await work.warn(f"There is no summary: the language model's answers could not be used ({problem}).")
         return composed
     return composed.model_copy(update={"summary": summary})
 
 
-async def _translated(work: Work, model: _Model, composed: Composed) -> Composed:
+async def _translate(work: StepContext, model: _LanguageModel, composed: EnrichmentResult) -> EnrichmentResult:
     chosen, target = work.settings.language_model, work.session.target_language
     if len(composed.markdown) > chosen.max_characters:
         longest = f"{len(composed.markdown):,} characters are more than {chosen.max_characters:,}"
         await work.warn(f"{_not_translated(composed.language, target)}, and {longest}.")
         return composed
-    originals = compose.pieces(composed.markdown, chosen.piece_characters)
-    prompt, texts, left = compose.translation_prompt(target), [], 0
+    originals = compose.split_markdown(composed.markdown, chosen.chunk_characters)
+    prompt, texts, left = compose.build_translation_prompt(target), [], 0
     for number, original in enumerate(originals):
-        await work.job.progress(82 + 8 * number / len(originals), f"Translating: {number} of {len(originals)} pieces")
+        await work.job.report_progress(
+            82 + 8 * number / len(originals), f"Translating: {number} of {len(originals)} pieces"
+        )
         try:
-            read = partial(compose.read_translation, original=original)
-            texts.append(await model.ask(prompt, original, Translation, read))
-        except NotAccepted as problem:
+            read = partial(compose.parse_translation, original=original)
+            texts.append(await model.generate(prompt, original, Translation, read))
+        except InvalidModelOutput as problem:
             await work.job.log("warning", f"Piece {number + 1} is left as it was: {problem}")
             texts.append(original)
             left += 1

@@ -30,7 +30,7 @@ MAX_SLIDES: Final = 1000
 MAX_SLIDE_TEXT: Final = 4000
 _MAX_DEPTH: Final = 2
 
-HAVE_WORDS: Final = frozenset({".pptx", ".ppsx", ".odp", ".fodp"})
+TEXT_SUFFIXES: Final = frozenset({".pptx", ".ppsx", ".odp", ".fodp"})
 """Kinds of files that `words` can read."""
 _XML_NAMES: Final = (".xml", ".rels", ".vml", ".svg", ".fodp", ".rdf")
 _LINK: Final = re.compile(r"(?i)^(https?://|mailto:)[^\s]+$")
@@ -58,7 +58,7 @@ _URL_IN_STYLE: Final = re.compile(
 )
 
 
-class UnusableDeck(Exception):
+class InvalidPresentation(Exception):
     """Why the file is not used, as the rest of a sentence that begins with "it"."""
 
 
@@ -78,13 +78,13 @@ class _Budget:
     def spend(self, size: int) -> None:
         self.left -= size
         if self.left < 0:
-            raise UnusableDeck(f"unpacks to more than {MAX_TOTAL_BYTES // 2**20} MiB")
+            raise InvalidPresentation(f"unpacks to more than {MAX_TOTAL_BYTES // 2**20} MiB")
 
 
 # A copy without references --------------------------------------------------------------------------------------
 
 
-def without_references(source: Path, target: Path) -> None:
+def sanitize_presentation(source: Path, target: Path) -> None:
     """Write a copy of a presentation that refers to nothing outside of it and holds no scripts.
 
     Files that are neither ZIP nor XML (`.ppt`) are copied as they are.
@@ -100,14 +100,14 @@ def without_references(source: Path, target: Path) -> None:
                 _clean_package(source.open("rb"), made, _Budget(), depth=0)
         elif _looks_like_xml(begin):
             if source.stat().st_size > MAX_XML_BYTES:
-                raise UnusableDeck(f"is a text file of more than {MAX_XML_BYTES // 2**20} MiB")
+                raise InvalidPresentation(f"is a text file of more than {MAX_XML_BYTES // 2**20} MiB")
             target.write_bytes(_clean_xml(source.read_bytes(), names=None))
         else:
             target.write_bytes(source.read_bytes())
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError) as error:
-        raise UnusableDeck("is damaged") from error
+        raise InvalidPresentation("is damaged") from error
     except RuntimeError as error:  # zipfile, of encrypted parts
-        raise UnusableDeck("is protected by a password") from error
+        raise InvalidPresentation("is protected by a password") from error
 
 
 def _clean_package(source: Any, target: Any, budget: _Budget, *, depth: int) -> None:
@@ -115,7 +115,7 @@ def _clean_package(source: Any, target: Any, budget: _Budget, *, depth: int) -> 
         entries = {entry.filename: entry for entry in package.infolist() if not entry.is_dir()}
         budget.parts -= len(entries)
         if budget.parts < 0:
-            raise UnusableDeck(f"holds more than {MAX_PARTS} parts")
+            raise InvalidPresentation(f"holds more than {MAX_PARTS} parts")
         names = frozenset(entries)
         for name, entry in entries.items():
             if _DROPPED_PARTS.search(name) or name.startswith("/") or ".." in name.split("/"):
@@ -133,7 +133,7 @@ def _part(package: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: _Budget) -> 
     with package.open(entry) as file:
         content = file.read(min(MAX_PART_BYTES, budget.left) + 1)
     if len(content) > MAX_PART_BYTES:
-        raise UnusableDeck(f"holds a part of more than {MAX_PART_BYTES // 2**20} MiB")
+        raise InvalidPresentation(f"holds a part of more than {MAX_PART_BYTES // 2**20} MiB")
     budget.spend(len(content))
     return content
 
@@ -155,7 +155,7 @@ def _clean_part(name: str, content: bytes, names: frozenset[str], budget: _Budge
     if not is_xml or not content:
         return content
     if len(content) > MAX_XML_BYTES:
-        raise UnusableDeck(f"holds a text part of more than {MAX_XML_BYTES // 2**20} MiB")
+        raise InvalidPresentation(f"holds a text part of more than {MAX_XML_BYTES // 2**20} MiB")
     try:
         return _clean_xml(content, names=names, folder=posixpath.dirname(name))
     except etree.XMLSyntaxError:
@@ -167,7 +167,7 @@ def _gunzipped(content: bytes, budget: _Budget) -> bytes:
         unpacked = file.read(MAX_XML_BYTES + 1)
     budget.spend(len(unpacked))
     if len(unpacked) > MAX_XML_BYTES:
-        raise UnusableDeck(f"holds a compressed part of more than {MAX_XML_BYTES // 2**20} MiB")
+        raise InvalidPresentation(f"holds a compressed part of more than {MAX_XML_BYTES // 2**20} MiB")
     return unpacked
 
 
@@ -175,7 +175,7 @@ def _looks_like_xml(begin: bytes) -> bool:
     return _BEGIN_OF_XML.match(begin) is not None
 
 
-def parse(content: bytes) -> Any:
+def parse_xml(content: bytes) -> Any:
     """Return the root of an XML document. Entities are not resolved, no DTD is loaded, no address opened.
 
     Raises:
@@ -194,11 +194,11 @@ def _clean_xml(content: bytes, *, names: frozenset[str] | None, folder: str = ""
         UnusableDeck: it is no XML, and no part of a package either.
     """
     try:
-        root = parse(content)
+        root = parse_xml(content)
     except etree.XMLSyntaxError as error:
         if names is not None:
             raise
-        raise UnusableDeck("is damaged") from error
+        raise InvalidPresentation("is damaged") from error
     for element in [*root.iter()]:
         if not isinstance(element.tag, str):
             if element.getparent() is not None and element.tag is not etree.Comment:
@@ -278,7 +278,7 @@ def _clean_embedded(element: Any) -> None:
     try:
         content = base64.b64decode("".join((element.text or "").split()), validate=True)
         cleaned = _clean_part("", content, frozenset(), _Budget(), depth=_MAX_DEPTH)
-    except (ValueError, zlib.error, OSError, EOFError, UnusableDeck):
+    except (ValueError, zlib.error, OSError, EOFError, InvalidPresentation):
         pass
     if cleaned is None:
         _drop(element)
@@ -289,13 +289,13 @@ def _clean_embedded(element: Any) -> None:
 # The words --------------------------------------------------------------------------------------------------------
 
 
-def words(source: Path) -> list[SlideText]:
+def extract_slide_texts(source: Path) -> list[SlideText]:
     """Return the words of each slide of a PowerPoint or OpenDocument file; of what cannot be read, none."""
     try:
         with source.open("rb") as file:
             begin = file.read(64)
         if _looks_like_xml(begin) and source.stat().st_size <= MAX_XML_BYTES:
-            return [*_open_document(parse(source.read_bytes()))]
+            return [*_open_document(parse_xml(source.read_bytes()))]
         with zipfile.ZipFile(source) as package:
             names = {entry.filename: entry for entry in package.infolist()[:MAX_PARTS]}
             budget = _Budget()
@@ -303,7 +303,7 @@ def words(source: Path) -> list[SlideText]:
                 return [*_powerpoint(package, names, budget)]
             if "content.xml" in names:
                 return [*_open_document(_xml_part(package, names, "content.xml", budget))]
-    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, UnusableDeck):
+    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, InvalidPresentation):
         pass
     except (zipfile.BadZipFile, zlib.error, etree.XMLSyntaxError):
         pass
@@ -312,8 +312,8 @@ def words(source: Path) -> list[SlideText]:
 
 def _xml_part(package: zipfile.ZipFile, names: dict[str, zipfile.ZipInfo], name: str, budget: _Budget) -> Any:
     if names[name].file_size > MAX_XML_BYTES:
-        raise UnusableDeck("holds a text part that is too large")
-    return parse(_part(package, names[name], budget))
+        raise InvalidPresentation("holds a text part that is too large")
+    return parse_xml(_part(package, names[name], budget))
 
 
 def _powerpoint(package: zipfile.ZipFile, names: dict[str, zipfile.ZipInfo], budget: _Budget) -> Iterator[SlideText]:
@@ -361,7 +361,7 @@ def _drawing_text(root: Any, *, notes: bool = False) -> str:
     if not notes:
         for frame in root.iter("{*}graphicFrame"):
             others += ["".join(t.text or "" for t in p.iter("{*}t")) for p in frame.iter("{*}p")]
-    return _tidy([*titles, *others])
+    return _normalize_lines([*titles, *others])
 
 
 def _open_document(root: Any) -> Iterator[SlideText]:
@@ -372,7 +372,7 @@ def _open_document(root: Any) -> Iterator[SlideText]:
         spoken = [line for note in notes for line in _paragraphs(note)]
         for note in notes:
             _drop(note)
-        yield SlideText(number=number, text=_tidy(_paragraphs(page)), notes=_tidy(spoken))
+        yield SlideText(number=number, text=_normalize_lines(_paragraphs(page)), notes=_normalize_lines(spoken))
 
 
 def _paragraphs(element: Any) -> list[str]:
@@ -380,5 +380,5 @@ def _paragraphs(element: Any) -> list[str]:
     return ["".join(paragraph.itertext()) for paragraph in element.iter(*tags)]
 
 
-def _tidy(lines: list[str]) -> str:
+def _normalize_lines(lines: list[str]) -> str:
     return "\n".join(text for line in lines if (text := " ".join(line.split())))[:MAX_SLIDE_TEXT]

@@ -28,30 +28,30 @@ from typing import IO, Any
 import httpcore
 import httpx
 
-from jobledger.ledger.net.url_policy import AllowedHosts, without_userinfo
+from jobledger.ledger.net.url_policy import AllowedHosts, strip_userinfo
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.processors.session.host_limits import turn, turns_directory
+from jobledger.workers.processors.session.host_limits import acquire_host_slot, host_lock_directory
 from jobledger.workers.processors.session.settings import SessionSettings
 from jobledger.workers.safe_http import (
-    AddressRefused,
-    CheckedNetwork,
-    Resolve,
-    Transport,
-    ask_system_resolver,
-    retry_after,
-    why_it_failed,
+    AddressRejected,
+    CheckedNetworkBackend,
+    CheckedTransport,
+    Resolver,
+    describe_connection_error,
+    parse_retry_after,
+    resolve_host,
 )
 
-OnProgress = Callable[[int, int | None], Awaitable[None]]
+ProgressCallback = Callable[[int, int | None], Awaitable[None]]
 """Hears how many bytes have come, and of how many if the server said so."""
 
-PROGRESS_EVERY_SECONDS = 1.0
+PROGRESS_INTERVAL_SECONDS = 1.0
 _CHUNK = 64 * 1024
 _ENCODINGS = {"", "identity", "gzip", "x-gzip", "deflate"}
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class FetchResult:
     """What came back. `url` is where the redirects ended; `body` is empty when it went into a file."""
 
     url: str
@@ -69,23 +69,23 @@ class Fetcher:
     """Fetches within the limits of the settings. `resolve` is how names become addresses."""
 
     def __init__(
-        self, settings: SessionSettings, *, resolve: Resolve = ask_system_resolver, turns: Path | None = None
+        self, settings: SessionSettings, *, resolve: Resolver = resolve_host, lock_directory: Path | None = None
     ) -> None:
         self._settings = settings
-        self._turns = turns or turns_directory()
-        self._network = CheckedNetwork(AllowedHosts(settings.allow_private), resolve)
+        self._turns = lock_directory or host_lock_directory()
+        self._network = CheckedNetworkBackend(AllowedHosts(settings.allowed_private_hosts), resolve)
 
     async def fetch(
         self,
         url: str,
         *,
         max_bytes: int,
-        total_seconds: float,
+        timeout_seconds: float,
         accept: str = "*/*",
-        into: Path | None = None,
-        check_type: Callable[[str], None] = lambda media_type: None,
-        on_progress: OnProgress | None = None,
-    ) -> Fetched:
+        target: Path | None = None,
+        check_media_type: Callable[[str], None] = lambda media_type: None,
+        on_progress: ProgressCallback | None = None,
+    ) -> FetchResult:
         """GET `url`, following redirects, into memory or into the file `into`, within `total_seconds`.
 
         Of one host no more is fetched at a time than `max_fetches_per_host`; waiting for that takes none of the time.
@@ -97,38 +97,40 @@ class Fetcher:
         started = time.monotonic()
         try:
             async with (
-                asyncio.timeout(total_seconds) as clock,
+                asyncio.timeout(timeout_seconds) as clock,
                 self._client(accept) as client,
                 self._follow(client, url, clock) as response,
             ):
                 content_type = response.headers.get("content-type", "")
-                check_type(content_type.partition(";")[0].strip().lower())
+                check_media_type(content_type.partition(";")[0].strip().lower())
                 arriving = _body(response, max_bytes, on_progress)
-                if into is None:
+                if target is None:
                     body = b"".join([part async for part in arriving])
                     size = len(body)
                 else:
-                    body, size = b"", await _write(into, arriving)
-                final = _shown(response.url)
+                    body, size = b"", await _write(target, arriving)
+                final = _without_password(response.url)
         except TimeoutError:
             raise ProcessorError(
                 "FETCH_TIMEOUT",
-                f"{_shown(url)} was not fetched within {total_seconds:g} seconds.",
+                f"{_without_password(url)} was not fetched within {timeout_seconds:g} seconds.",
                 transient=True,
-                details={"url": _shown(url), "seconds": total_seconds},
+                details={"url": _without_password(url), "seconds": timeout_seconds},
             ) from None
-        return Fetched(url=final, content_type=content_type, size=size, seconds=time.monotonic() - started, body=body)
+        return FetchResult(
+            url=final, content_type=content_type, size=size, seconds=time.monotonic() - started, body=body
+        )
 
-    async def serve_proxy(self, listening: socket.socket) -> None:
+    async def serve_proxy(self, listener: socket.socket) -> None:
         """Connect for the clients of a listening socket, by HTTP `CONNECT`, to allowed addresses. Runs until cancelled.
 
         Helper programs have no other way to the network. Addresses are checked as for all fetches.
         """
-        async with await asyncio.start_server(self._proxied, sock=listening) as server:
+        async with await asyncio.start_server(self._proxied, sock=listener) as server:
             await server.serve_forever()
 
     async def _proxied(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer), suppress(OSError, httpcore.NetworkError, httpcore.TimeoutException, AddressRefused):
+        with closing(writer), suppress(OSError, httpcore.NetworkError, httpcore.TimeoutException, AddressRejected):
             try:
                 async with asyncio.timeout(self._settings.connect_timeout_seconds):
                     head = await reader.readuntil(b"\r\n\r\n")
@@ -139,7 +141,7 @@ class Fetcher:
                 there = await self._network.connect_tcp(
                     host.strip("[]"), int(port), self._settings.connect_timeout_seconds
                 )
-            except (AddressRefused, ValueError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            except (AddressRejected, ValueError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
                 writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
                 await writer.drain()
                 return
@@ -168,7 +170,7 @@ class Fetcher:
         headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"}
         # trust_env off: no proxy that connects for us, past the address check, and no passwords from a .netrc.
         async with httpx.AsyncClient(
-            transport=Transport(self._network), timeout=timeout, headers=headers, trust_env=False
+            transport=CheckedTransport(self._network), timeout=timeout, headers=headers, trust_env=False
         ) as client:
             yield client
 
@@ -176,19 +178,19 @@ class Fetcher:
     async def _follow(
         self, client: httpx.AsyncClient, url: str, clock: asyncio.Timeout
     ) -> AsyncIterator[httpx.Response]:
-        target = _web_address(url)
+        target = _parse_url(url)
         for _ in range(self._settings.max_redirects + 1):
-            with _errors_in_plain_words(target):
+            with _translate_errors(target):
                 async with self._turn(target.netloc.decode(), clock), client.stream("GET", target) as response:
                     if not response.has_redirect_location:
-                        _refuse_failure(response)
+                        _raise_for_status(response)
                         yield response
                         return
-                    target = _web_address(response.headers["location"], base=target)
+                    target = _parse_url(response.headers["location"], base=target)
         raise ProcessorError(
             "TOO_MANY_REDIRECTS",
-            f"{_shown(url)} redirects more than {self._settings.max_redirects} times.",
-            details={"url": _shown(url), "last": _shown(target)},
+            f"{_without_password(url)} redirects more than {self._settings.max_redirects} times.",
+            details={"url": _without_password(url), "last": _without_password(target)},
         )
 
     @asynccontextmanager
@@ -197,7 +199,7 @@ class Fetcher:
         loop = asyncio.get_running_loop()
         left = (clock.when() or loop.time()) - loop.time()
         clock.reschedule(None)
-        async with turn(host, self._settings.max_fetches_per_host, self._turns):
+        async with acquire_host_slot(host, self._settings.max_fetches_per_host, self._turns):
             clock.reschedule(loop.time() + left)
             yield
 
@@ -213,47 +215,53 @@ async def _download(there: httpcore.AsyncNetworkStream, writer: asyncio.StreamWr
         await writer.drain()
 
 
-def _web_address(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
+def _parse_url(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
     try:
         target = base.join(url) if base else httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as error:
-        shown = without_userinfo(url)
+        shown = strip_userinfo(url)
         raise ProcessorError("BAD_URL", f"{shown!r} is not a web address: {error}.", details={"url": shown}) from error
     if target.scheme not in ("http", "https") or not target.host:
-        sent_on = f"{_shown(base)} redirects to {_shown(target)}, which" if base else _shown(target)
+        sent_on = (
+            f"{_without_password(base)} redirects to {_without_password(target)}, which"
+            if base
+            else _without_password(target)
+        )
         raise ProcessorError(
-            "BAD_URL", f"{sent_on} is not an http or https address with a host.", details={"url": _shown(target)}
+            "BAD_URL",
+            f"{sent_on} is not an http or https address with a host.",
+            details={"url": _without_password(target)},
         )
     # A password of a redirect is not sent either: it would be a password that the page's author publishes.
     return target.copy_with(userinfo=b"") if target.userinfo else target
 
 
-def _shown(url: httpx.URL | str) -> str:
+def _without_password(url: httpx.URL | str) -> str:
     """The address without a password somebody put into it."""
     try:
         url = httpx.URL(url)
     except httpx.InvalidURL:
-        return without_userinfo(str(url))
+        return strip_userinfo(str(url))
     return str(url.copy_with(userinfo=b"") if url.userinfo else url)
 
 
-def _refuse_failure(response: httpx.Response) -> None:
+def _raise_for_status(response: httpx.Response) -> None:
     status = response.status_code
     if response.is_success:
         return
-    details: dict[str, Any] = {"url": _shown(response.url), "status_code": status}
-    if (seconds := retry_after(response.headers)) is not None:
+    details: dict[str, Any] = {"url": _without_password(response.url), "status_code": status}
+    if (seconds := parse_retry_after(response.headers)) is not None:
         details["retry_after"] = seconds
     known = {known.value: f" ({known.phrase})" for known in http.HTTPStatus}
     raise ProcessorError(
         "HTTP_ERROR",
-        f"{_shown(response.url)} answered {status}{known.get(status, '')}.",
+        f"{_without_password(response.url)} answered {status}{known.get(status, '')}.",
         transient=status >= 500 or status in (408, 425, 429),
         details=details,
     )
 
 
-async def _body(response: httpx.Response, max_bytes: int, on_progress: OnProgress | None) -> AsyncIterator[bytes]:
+async def _body(response: httpx.Response, max_bytes: int, on_progress: ProgressCallback | None) -> AsyncIterator[bytes]:
     """The body, unpacked in bounded pieces: a decompression bomb is refused before it can fill the memory."""
     announced = response.headers.get("content-length", "")
     total = int(announced) if announced.isascii() and announced.isdigit() and len(announced) < 19 else None
@@ -261,8 +269,9 @@ async def _body(response: httpx.Response, max_bytes: int, on_progress: OnProgres
     if encoding not in _ENCODINGS:
         raise ProcessorError(
             "BAD_RESPONSE",
-            f"{_shown(response.url)} answered in the content encoding {encoding!r}, which was not asked for.",
-            details={"url": _shown(response.url), "encoding": encoding},
+            f"{_without_password(response.url)} answered in the content encoding {encoding!r}, which "
+            f"was not asked for.",
+            details={"url": _without_password(response.url), "encoding": encoding},
         )
     if total is not None and total > max_bytes:
         raise _too_large(response, max_bytes)
@@ -276,7 +285,7 @@ async def _body(response: httpx.Response, max_bytes: int, on_progress: OnProgres
             if size > max_bytes:
                 raise _too_large(response, max_bytes)
             yield part
-        if on_progress and time.monotonic() - told_at >= PROGRESS_EVERY_SECONDS:
+        if on_progress and time.monotonic() - told_at >= PROGRESS_INTERVAL_SECONDS:
             told_at = time.monotonic()
             await on_progress(received, total)
     if unpack and not unpack.complete:
@@ -306,8 +315,8 @@ class _Unpacker:
 def _too_large(response: httpx.Response, max_bytes: int) -> ProcessorError:
     return ProcessorError(
         "TOO_LARGE",
-        f"{_shown(response.url)} is larger than the {in_words(max_bytes)} allowed.",
-        details={"url": _shown(response.url), "max_bytes": max_bytes},
+        f"{_without_password(response.url)} is larger than the {format_bytes(max_bytes)} allowed.",
+        details={"url": _without_password(response.url), "max_bytes": max_bytes},
     )
 
 
@@ -320,7 +329,7 @@ async def _write(path: Path, parts: AsyncIterator[bytes]) -> int:
         return size
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes for people: `1.5 MB`."""
     for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
         if size >= scale:
@@ -329,13 +338,13 @@ def in_words(size: int) -> str:
 
 
 @contextmanager
-def _errors_in_plain_words(url: httpx.URL) -> Iterator[None]:
+def _translate_errors(url: httpx.URL) -> Iterator[None]:
     """What went wrong at `url`, as a `ProcessorError`."""
     host = url.host
-    details = {"url": _shown(url), "host": host}
+    details = {"url": _without_password(url), "host": host}
     try:
         yield
-    except AddressRefused as refused:
+    except AddressRejected as refused:
         raise ProcessorError(
             "ADDRESS_REFUSED",
             f"{refused}; only public addresses are fetched, and those allowed by `processors.session.allow_private`.",
@@ -346,17 +355,19 @@ def _errors_in_plain_words(url: httpx.URL) -> Iterator[None]:
         raise ProcessorError("FETCH_TIMEOUT", f"{host} {doing} in time.", transient=True, details=details) from error
     except httpx.InvalidURL as error:  # httpx looks at the target of a redirect, even one it is not to follow
         raise ProcessorError(
-            "BAD_URL", f"{_shown(url)} redirects to something that is no web address: {error}.", details=details
+            "BAD_URL",
+            f"{_without_password(url)} redirects to something that is no web address: {error}.",
+            details=details,
         ) from error
     except zlib.error as error:
         raise ProcessorError(
-            "BAD_RESPONSE", f"{_shown(url)} could not be decompressed: {error}.", details=details
+            "BAD_RESPONSE", f"{_without_password(url)} could not be decompressed: {error}.", details=details
         ) from error
     except (httpx.TransportError, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError) as error:
-        reason, sentence, transient = why_it_failed(error)
+        reason, sentence, transient = describe_connection_error(error)
         raise ProcessorError(
             "NETWORK_ERROR",
-            f"{_shown(url)} could not be fetched: {sentence.format(host=host)}.",
+            f"{_without_password(url)} could not be fetched: {sentence.format(host=host)}.",
             transient=transient,
             details=details | {"reason": reason},
         ) from error

@@ -23,7 +23,7 @@ from typing import Final
 
 import structlog
 
-from jobledger.workers.scratch import private_directory
+from jobledger.workers.scratch import ensure_private_directory
 
 _log = structlog.get_logger()
 _ASK_EVERY_SECONDS: Final = 0.1
@@ -33,16 +33,16 @@ _FILE: Final = "turns"
 
 
 @cache
-def turns_directory() -> Path:
+def host_lock_directory() -> Path:
     """Return where this machine's workers of this user keep their locks, and create it if needed.
 
     Called first before a job process gets a temporary directory of its own.
     """
-    return private_directory(Path(tempfile.gettempdir()), f"jobledger-turns-{os.getuid()}")
+    return ensure_private_directory(Path(tempfile.gettempdir()), f"jobledger-turns-{os.getuid()}")
 
 
 @asynccontextmanager
-async def turn(host: str, most: int, directory: Path) -> AsyncIterator[None]:
+async def acquire_host_slot(host: str, limit: int, directory: Path) -> AsyncIterator[None]:
     """Wait for one of `most` turns at a host, and hold it inside the block.
 
     A lock file that cannot be opened limits nobody: another job may have put something else in its place.
@@ -50,7 +50,7 @@ async def turn(host: str, most: int, directory: Path) -> AsyncIterator[None]:
     directory.mkdir(mode=0o700, exist_ok=True)  # noqa: ASYNC240 - of a temporary directory; a look costs less than a thread
     first = int.from_bytes(hashlib.sha256(host.encode()).digest()[:5], "big") * _MOST
     while True:
-        for number in random.sample(range(most), most):
+        for number in random.sample(range(limit), limit):
             with _locked(directory / _FILE, first + number) as ours:
                 if ours:
                     yield

@@ -13,9 +13,9 @@ from bs4 import BeautifulSoup
 from bs4.element import NavigableString, Tag
 from markdownify import MarkdownConverter
 
-from jobledger.ledger.net.url_policy import without_userinfo
+from jobledger.ledger.net.url_policy import strip_userinfo
 from jobledger.workers.processors.session.boilerplate import BLOCKS, HEADINGS
-from jobledger.workers.processors.session.safe_markdown import as_target, as_text_within
+from jobledger.workers.processors.session.safe_markdown import escape_inline_text, escape_link_target
 
 _MAX_DEPTH: Final = 100
 """Deeper, elements lose their tags and leave their text: markdownify goes down by recursion."""
@@ -29,7 +29,7 @@ _CODE_LANGUAGE: Final = re.compile(r"(?:^|\s)(?:language|lang|highlight(?:-sourc
 _NO_LANGUAGE: Final = frozenset({"default", "none", "text", "plain", "plaintext", "notranslate", "highlight"})
 
 
-def markdown_of(body: Any, *, url: str, base: str) -> str:
+def html_to_markdown(body: Any, *, url: str, base: str) -> str:
     """The text of an lxml element, found at `url`, whose relative links are relative to `base`. Changes the element."""
     for link in list(body.iter("a")):
         _clean_link(link, url, base)
@@ -50,12 +50,12 @@ def _clean_link(link: Any, url: str, base: str) -> None:
     if target is None:
         link.tag = "span"
     else:
-        link.set("href", as_target(target))
+        link.set("href", escape_link_target(target))
 
 
 def _absolute(href: str, url: str, base: str) -> str | None:
     try:
-        target = without_userinfo(urljoin(urljoin(url, base), href))
+        target = strip_userinfo(urljoin(urljoin(url, base), href))
         usable = urlsplit(target).scheme in ("http", "https", "mailto") and not href.startswith("#")
     except ValueError:
         return None
@@ -150,7 +150,7 @@ class _Converter(MarkdownConverter):
         wrap_width = None
 
     def escape(self, text: str, parent_tags: set[str]) -> str:
-        return as_text_within(text)
+        return escape_inline_text(text)
 
     def process_text(self, el: NavigableString, parent_tags: set[str] | None = None) -> str:
         text = str(super().process_text(el, parent_tags=parent_tags))  # type: ignore[misc]  # its stub lacks it

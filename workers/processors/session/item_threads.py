@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 _END: Final = object()
 
 
-async def in_thread(items: Generator[Item, None, None]) -> AsyncGenerator[Item, None]:
+async def run_in_thread(items: Generator[Item, None, None]) -> AsyncGenerator[Item, None]:
     """Yield what `items` yields, each computed in one thread that belongs to this generator alone.
 
     Enter it with `contextlib.aclosing`. When the reader stops early (a timeout, a cancellation) the item under way is

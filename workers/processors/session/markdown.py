@@ -11,42 +11,44 @@ import jinja2
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from jobledger.ledger.net.url_policy import without_userinfo
+from jobledger.ledger.net.url_policy import strip_userinfo
 from jobledger.workers.processor import ProcessorError, SavedFile
 from jobledger.workers.processors.session.compose import Summary
 from jobledger.workers.processors.session.deck_files import SlideText
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.parameters import SessionParameters
-from jobledger.workers.processors.session.result_names import Layout
-from jobledger.workers.processors.session.safe_markdown import as_target, as_text
-from jobledger.workers.processors.session.slides import Slide, file_names
-from jobledger.workers.processors.session.template_labels import labels_in
-from jobledger.workers.processors.session.transcript import Segment, clock
+from jobledger.workers.processors.session.result_names import ResultLayout
+from jobledger.workers.processors.session.safe_markdown import escape_link_target, escape_text
+from jobledger.workers.processors.session.slides import Slide, slide_file_names
+from jobledger.workers.processors.session.template_labels import load_labels
+from jobledger.workers.processors.session.transcript import Segment, format_timecode
 
-MAX_ALT = 250
-AUDIO_NAME = "audio.wav"
+MAX_ALT_CHARACTERS = 250
+AUDIO_FILE_NAME = "audio.wav"
 PARAGRAPH_SECONDS = 60
 
 
-class Recording(BaseModel):
+class TranscriptResult(BaseModel):
     """What the step `transcript` found. `reason` says why there is no text, where there is none."""
 
     model_config = ConfigDict(frozen=True)
 
-    seconds: float | None = None
+    audio_seconds: float | None = None
     segments: list[Segment] = []
-    reason: str | None = None
+    missing_reason: str | None = None
     audio: SavedFile | None = None
     warnings: list[str] = []
 
-    def placed(self, where: Layout) -> Recording:
+    def with_result_paths(self, layout: ResultLayout) -> TranscriptResult:
         """Return the same with its file among the job's own."""
         if self.audio is None:
             return self
-        return self.model_copy(update={"audio": self.audio.model_copy(update={"path": where.asset(AUDIO_NAME)})})
+        return self.model_copy(
+            update={"audio": self.audio.model_copy(update={"path": layout.asset_path(AUDIO_FILE_NAME)})}
+        )
 
 
-class SlideShow(BaseModel):
+class SlidesResult(BaseModel):
     """What the step `slides` found: images, or the words of a presentation that no images could be made of."""
 
     model_config = ConfigDict(frozen=True)
@@ -55,12 +57,12 @@ class SlideShow(BaseModel):
     texts: list[SlideText] = []
     warnings: list[str] = []
 
-    def placed(self, where: Layout) -> SlideShow:
+    def with_result_paths(self, where: ResultLayout) -> SlidesResult:
         """Return the same with its files among the job's own."""
         return self.model_copy(update={"slides": [_placed(slide, where) for slide in self.slides]})
 
 
-class Composed(BaseModel):
+class EnrichmentResult(BaseModel):
     """What the step `compose` found. `markdown` is the page's text, translated if it could be, in `language`."""
 
     model_config = ConfigDict(frozen=True)
@@ -71,19 +73,19 @@ class Composed(BaseModel):
     warnings: list[str] = []
 
 
-class Material(NamedTuple):
+class SessionContent(NamedTuple):
     """All that was found out about a talk."""
 
     page: PageText
-    composed: Composed
-    recording: Recording
-    show: SlideShow
+    enrichment: EnrichmentResult
+    transcript: TranscriptResult
+    slides: SlidesResult
 
 
-def _placed(slide: Slide, where: Layout) -> Slide:
-    image, small = file_names(slide.number)
-    thumbnail = slide.thumbnail.model_copy(update={"path": where.asset(small)})
-    return slide.model_copy(update={"path": where.asset(image), "thumbnail": thumbnail})
+def _placed(slide: Slide, where: ResultLayout) -> Slide:
+    image, small = slide_file_names(slide.number)
+    thumbnail = slide.thumbnail.model_copy(update={"path": where.asset_path(small)})
+    return slide.model_copy(update={"path": where.asset_path(image), "thumbnail": thumbnail})
 
 
 def built_in_template() -> str:
@@ -91,11 +93,11 @@ def built_in_template() -> str:
     return files(__package__).joinpath("session.md.j2").read_text(encoding="utf-8")
 
 
-def compose_markdown(
+def render_document(
     *,
     session: SessionParameters,
     job_id: str,
-    material: Material,
+    content: SessionContent,
     warnings: Sequence[str],
     template: str,
 ) -> str:
@@ -104,20 +106,20 @@ def compose_markdown(
     Raises:
         ProcessorError: TEMPLATE_ERROR, if the operator's own template cannot be used.
     """
-    page, composed, recording, show = material
-    labels = labels_in(composed.language)
+    page, composed, recording, show = content
+    labels = load_labels(composed.language)
     context: dict[str, Any] = {
-        "front_matter": front_matter(session=session, job_id=job_id, page=page, composed=composed),
+        "front_matter": render_front_matter(session=session, job_id=job_id, page=page, composed=composed),
         "session": session,
-        "occasion": _occasion(session),
+        "occasion": _event_details(session),
         "page": page.model_copy(update={"markdown": composed.markdown}),
         "labels": labels,
-        "slides": [{"alt": _alt(slide, labels["slide"]), "target": _beside(slide)} for slide in show.slides],
+        "slides": [{"alt": _alt(slide, labels["slide"]), "target": _relative_path(slide)} for slide in show.slides],
         "slide_texts": [
             {"number": slide.number, "lines": slide.text.splitlines(), "notes": slide.notes.splitlines()}
             for slide in show.texts
         ],
-        "transcript": {"paragraphs": _paragraphs(recording.segments), "reason": recording.reason or ""},
+        "transcript": {"paragraphs": _paragraphs(recording.segments), "reason": recording.missing_reason or ""},
         "warnings": warnings,
     }
     try:
@@ -128,7 +130,7 @@ def compose_markdown(
         ) from error
 
 
-def front_matter(*, session: SessionParameters, job_id: str, page: PageText, composed: Composed) -> str:
+def render_front_matter(*, session: SessionParameters, job_id: str, page: PageText, composed: EnrichmentResult) -> str:
     """The YAML between the dashes. What only a language model could tell is empty without one."""
     summary = composed.summary
     tags = page.keywords if summary is None else summary.tags
@@ -142,8 +144,8 @@ def front_matter(*, session: SessionParameters, job_id: str, page: PageText, com
         "place": None,
         "track": session.track,
         "topic": summary.topic or None if summary else None,
-        "url": without_userinfo(session.url),
-        "video_url": without_userinfo(session.video_url) if session.video_url else None,
+        "url": strip_userinfo(session.url),
+        "video_url": strip_userinfo(session.video_url) if session.video_url else None,
         "language": composed.language,
         "job_id": job_id,
     }
@@ -162,17 +164,17 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _FrontMatterDumper.add_representer(str, _represent_text)
 
 
-def language_of(session: SessionParameters, page: PageText) -> str:
+def resolve_language(session: SessionParameters, page: PageText) -> str:
     """The language the text is in: the page should know, otherwise the client does."""
     return page.language or session.source_language
 
 
-def primary(language: str) -> str:
+def primary_subtag(language: str) -> str:
     """Return a language without its region: `de` for `de-AT`."""
     return language.partition("-")[0].lower()
 
 
-def _occasion(session: SessionParameters) -> list[str]:
+def _event_details(session: SessionParameters) -> list[str]:
     times = "–".join(time for time in (session.starttime, session.endtime) if time)
     day = ", ".join(part for part in (session.day, times) if part)
     return [part for part in (session.event, session.track, day) if part]
@@ -181,11 +183,11 @@ def _occasion(session: SessionParameters) -> list[str]:
 def _alt(slide: Slide, label: str) -> str:
     """What stands on the slide, for those who cannot see it and for search."""
     words = " ".join(slide.text.split())
-    short = words if len(words) <= MAX_ALT else words[:MAX_ALT].rsplit(" ", 1)[0] + " …"
+    short = words if len(words) <= MAX_ALT_CHARACTERS else words[:MAX_ALT_CHARACTERS].rsplit(" ", 1)[0] + " …"
     return f"{label} {slide.number}: {short}" if short else f"{label} {slide.number}"
 
 
-def _beside(file: SavedFile) -> str:
+def _relative_path(file: SavedFile) -> str:
     """The file as seen from the Markdown, which lies next to the folder `assets`."""
     return "/".join(file.path.rsplit("/", 2)[-2:])
 
@@ -198,7 +200,9 @@ def _paragraphs(segments: Sequence[Segment]) -> list[dict[str, str]]:
             groups[-1].append(segment)
         else:
             groups.append([segment])
-    return [{"start": clock(said[0].start_seconds), "text": " ".join(one.text for one in said)} for said in groups]
+    return [
+        {"start": format_timecode(said[0].start_seconds), "text": " ".join(one.text for one in said)} for said in groups
+    ]
 
 
 @cache
@@ -210,5 +214,5 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"text": as_text, "target": as_target}
+    environment.filters |= {"text": escape_text, "target": escape_link_target}
     return environment

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from jobledger.workers.processors.session import office_helper
-from jobledger.workers.processors.session.deck_files import UnusableDeck, without_references
+from jobledger.workers.processors.session.deck_files import InvalidPresentation, sanitize_presentation
 from jobledger.workers.sandbox import runner
 
 _KINDS: Final = {
@@ -52,7 +52,7 @@ _CHOSEN: Final = (
 )
 
 
-class NotConverted(Exception):
+class ConversionFailed(Exception):
     """Why there is no PDF, as the rest of a sentence that begins with "it"."""
 
 
@@ -61,18 +61,18 @@ def is_installed(program: str | None) -> bool:
     return program is not None and shutil.which(program) is not None
 
 
-def is_presentation(path: Path, suffix: str) -> bool:
+def has_presentation_signature(path: Path, suffix: str) -> bool:
     """Whether the file begins as one of this kind (`.pptx`) does."""
     with path.open("rb") as file:
         return file.read(16).startswith(_KINDS.get(suffix, ()))
 
 
-def can_be_presentation(suffix: str) -> bool:
+def is_presentation_suffix(suffix: str) -> bool:
     """Return whether files that end so may be presentations that are no PDF."""
     return suffix in _KINDS
 
 
-async def to_pdf(source: Path, suffix: str, *, program: str, scratch: Path) -> Path:
+async def convert_to_pdf(source: Path, suffix: str, *, program: str, scratch: Path) -> Path:
     """Make a PDF of the presentation `source` in the empty directory `scratch`. Cancelled, it leaves no process behind.
 
     Raises:
@@ -81,20 +81,20 @@ async def to_pdf(source: Path, suffix: str, *, program: str, scratch: Path) -> P
     profile, named, made = scratch / "profile", scratch / f"slides{suffix}", scratch / "slides.pdf"
     try:
         await asyncio.to_thread(_prepare, profile, source, named)
-        await runner.run(
+        await runner.run_program(
             runner.Program(
                 _command(program, profile, named, made),
                 scratch,
-                readable=_readable(program),
+                readable_paths=_readable(program),
                 environment={"HOME": str(profile), "SAL_USE_VCLPLUGIN": "svp"},
             )
         )
-    except UnusableDeck as error:
-        raise NotConverted(str(error)) from error
+    except InvalidPresentation as error:
+        raise ConversionFailed(str(error)) from error
     except runner.SandboxUnavailable as error:
-        raise NotConverted(f"was not converted, because LibreOffice cannot be run safely: {error}") from error
+        raise ConversionFailed(f"was not converted, because LibreOffice cannot be run safely: {error}") from error
     if not await asyncio.to_thread(made.is_file):
-        raise NotConverted("could not be read by LibreOffice")
+        raise ConversionFailed("could not be read by LibreOffice")
     return made
 
 
@@ -103,7 +103,7 @@ def _command(program: str, profile: Path, source: Path, target: Path) -> list[st
     path = shutil.which(program) or program
     if (directory := _library_directory(path)) is not None:
         arguments = (str(directory), profile.as_uri(), source.as_uri(), target.as_uri())
-        return runner.python(str(Path(office_helper.__file__).resolve()), *arguments)
+        return runner.python_command(str(Path(office_helper.__file__).resolve()), *arguments)
     return [
         *(path, "--headless", "--norestore", "--nologo", "--nolockcheck", "--nodefault"),
         f"-env:UserInstallation={profile.as_uri()}",
@@ -130,4 +130,4 @@ def _prepare(profile: Path, source: Path, named: Path) -> None:
     items = "".join(_ITEM.format(path=path, name=name, value=value) for path, name, value in _CHOSEN)
     (profile / "user").mkdir(parents=True)
     (profile / "user" / "registrymodifications.xcu").write_text(_PROFILE.format(items=items), encoding="utf-8")
-    without_references(source, named)
+    sanitize_presentation(source, named)

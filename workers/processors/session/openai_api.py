@@ -11,22 +11,22 @@ from typing import Any, Final
 import httpx
 import orjson
 
-_TRIES: Final = 4
+_MAX_ATTEMPTS: Final = 4
 _FIRST_PAUSE_SECONDS: Final = 1.0
 _LONGEST_PAUSE_SECONDS: Final = 60.0
 _LARGEST_ANSWER_BYTES: Final = 16 * 1024 * 1024
-_MAY_PASS: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_TRANSIENT_STATUS_CODES: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 
-class ApiFailed(Exception):
+class OpenAiError(Exception):
     """It did not do what it was asked for: why, as half a sentence. `status` is that of its answer, if it answered."""
 
-    def __init__(self, why: str, status: int | None = None) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
         self.status = status
 
 
-def key_in(file: Path | None) -> str | None:
+def read_api_key(file: Path | None) -> str | None:
     """Return the key that a file holds.
 
     Raises:
@@ -37,13 +37,13 @@ def key_in(file: Path | None) -> str | None:
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ApiFailed(f"the key file {file} cannot be read") from error
+        raise OpenAiError(f"the key file {file} cannot be read") from error
     if not key.isascii() or not key.isprintable() or not key or " " in key:
-        raise ApiFailed(f"the key file {file} holds no key")
+        raise OpenAiError(f"the key file {file} holds no key")
     return key
 
 
-class OpenAiApi:
+class OpenAiClient:
     """An endpoint and its key. Waits and tries again when it is busy; redirects are not followed."""
 
     def __init__(self, url: str, *, key: str | None, timeout_seconds: float) -> None:
@@ -62,21 +62,21 @@ class OpenAiApi:
             ApiFailed: it refuses, cannot be reached, or does not answer in time, also not at the fourth try.
         """
         pause = _FIRST_PAUSE_SECONDS
-        for last in (False,) * (_TRIES - 1) + (True,):
+        for last in (False,) * (_MAX_ATTEMPTS - 1) + (True,):
             wanted = None
             try:
                 async with asyncio.timeout(self._timeout):
                     status, headers, body = await self._answer(path, content)
                 if 200 <= status < 300:
                     return _json(body)
-                failure = ApiFailed(f"it answered {status}{_reason(body)}", status)
-                if status not in _MAY_PASS:
+                failure = OpenAiError(f"it answered {status}{_reason(body)}", status)
+                if status not in _TRANSIENT_STATUS_CODES:
                     raise failure
                 wanted = _seconds(headers)
             except TimeoutError:
-                failure = ApiFailed(f"it did not answer within {self._timeout:g} seconds")
+                failure = OpenAiError(f"it did not answer within {self._timeout:g} seconds")
             except httpx.HTTPError as error:
-                failure = ApiFailed(f"it cannot be reached ({type(error).__name__})")
+                failure = OpenAiError(f"it cannot be reached ({type(error).__name__})")
             if last or (wanted is not None and wanted > _LONGEST_PAUSE_SECONDS):
                 raise failure
             await asyncio.sleep(pause * random.uniform(0.5, 1) if wanted is None else wanted)  # noqa: S311 - spreads load
@@ -89,7 +89,7 @@ class OpenAiApi:
             async for part in answer.aiter_bytes():
                 body += part
                 if len(body) > _LARGEST_ANSWER_BYTES:
-                    raise ApiFailed(f"its answer is larger than {_LARGEST_ANSWER_BYTES} bytes", answer.status_code)
+                    raise OpenAiError(f"its answer is larger than {_LARGEST_ANSWER_BYTES} bytes", answer.status_code)
             return answer.status_code, answer.headers, bytes(body)
 
 
@@ -97,7 +97,7 @@ def _json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise ApiFailed("its answer is not JSON") from error
+        raise OpenAiError("its answer is not JSON") from error
 
 
 def _reason(body: bytes) -> str:

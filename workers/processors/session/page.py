@@ -10,9 +10,9 @@ import lxml.html  # type: ignore[import-untyped]  # nor does this part of it
 from pydantic import BaseModel, ConfigDict
 
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.processors.session.boilerplate import keep_own_part, without_furniture
-from jobledger.workers.processors.session.html_markdown import markdown_of
-from jobledger.workers.processors.session.safe_markdown import harmless
+from jobledger.workers.processors.session.boilerplate import remove_boilerplate, remove_non_text_elements
+from jobledger.workers.processors.session.html_markdown import html_to_markdown
+from jobledger.workers.processors.session.safe_markdown import sanitize_markdown
 
 MAX_CHARACTERS = 200_000
 MAX_ELEMENTS = 30_000
@@ -51,7 +51,7 @@ class PageText(BaseModel):
     warnings: list[str] = []
 
 
-def refuse_other_types(media_type: str) -> None:
+def require_html_type(media_type: str) -> None:
     """Refuse what says of itself that it is no web page.
 
     Raises:
@@ -61,30 +61,30 @@ def refuse_other_types(media_type: str) -> None:
         raise ProcessorError("NOT_HTML", f"The page is not HTML but {media_type}.", details={"media_type": media_type})
 
 
-def read_page(body: bytes, *, content_type: str, url: str, known_title: str) -> PageText:
-    """Read the HTML `body` found at `url`; a heading that only repeats `known_title` is left out.
+def read_page(body: bytes, *, content_type: str, url: str, session_title: str) -> PageText:
+    """Read the HTML `body` found at `url`; a heading that only repeats `session_title` is left out.
 
     Raises:
         ProcessorError: NOT_HTML, or EMPTY_PAGE when there is no text in it.
     """
     if not content_type and not _LOOKS_LIKE_HTML.search(body[:4096]):
         raise ProcessorError("NOT_HTML", "The page is not HTML.", details={"url": url})
-    tree = _tree(decoded(body, content_type))
+    tree = _tree(decode_html(body, content_type))
     if tree is None:
         raise _empty(url)
     warnings: list[str] = []
-    without_furniture(tree)
+    remove_non_text_elements(tree)
     if _shorten(tree.find("body"), MAX_ELEMENTS, MAX_READ_CHARACTERS):
         warnings.append("The page is very long; only its beginning is read.")
     title = _title(tree)
-    if not keep_own_part(tree):
+    if not remove_boilerplate(tree):
         warnings.append("The main text of the page could not be told from the rest: all of its visible text is used.")
     cut = _shorten(tree.find("body"), MAX_ELEMENTS, MAX_CHARACTERS)
-    text = markdown_of(tree.find("body"), url=url, base=next(iter(tree.xpath("//base/@href")), ""))
+    text = html_to_markdown(tree.find("body"), url=url, base=next(iter(tree.xpath("//base/@href")), ""))
     if cut or len(text) > MAX_CHARACTERS:
         warnings.append(f"The page is very long; only its first {MAX_CHARACTERS:,} characters are used.")
         text = re.sub(r"\s\S{0,1000}\Z", "", text[:MAX_CHARACTERS])
-    text = _below_title(harmless(text), known_title)
+    text = _below_title(sanitize_markdown(text), session_title)
     if not text.strip():
         raise _empty(url)
     return PageText(
@@ -117,7 +117,7 @@ def _shorten(body: Any, elements: int, characters: int) -> bool:
     return bool(cut) or characters < 0
 
 
-def decoded(body: bytes, content_type: str) -> str:
+def decode_html(body: bytes, content_type: str) -> str:
     """The text in `body`: by its byte order mark, else what the server said, else the page itself, else UTF-8."""
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if body.startswith(mark):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 
 from jobledger.workers.processor import JSON, ProcessorError
-from jobledger.workers.processors.session.page import PageText, read_page, refuse_other_types
-from jobledger.workers.processors.session.step_context import FETCH_SHARE, Work
+from jobledger.workers.processors.session.page import PageText, read_page, require_html_type
+from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, StepContext
 
 
-def inputs(work: Work) -> dict[str, JSON]:
+def inputs(work: StepContext) -> dict[str, JSON]:
     """Return all that the page depends on: with the same inputs the step is not repeated."""
     return {"url": work.session.url, "title": work.session.session, "max_bytes": work.settings.page_max_bytes}
 
 
-async def run(work: Work) -> JSON:
+async def run(work: StepContext) -> JSON:
     """Fetch and read the page.
 
     Raises:
@@ -34,26 +34,26 @@ async def run(work: Work) -> JSON:
     for warning in page.warnings:
         await work.warn(warning)
     await work.job.log("info", f"The page has {len(page.markdown):,} characters of text")
-    await work.job.progress(20, "The page is read")
+    await work.job.report_progress(20, "The page is read")
     return page.model_dump(mode="json")
 
 
-async def _read(work: Work) -> PageText:
-    await work.job.progress(0, "Fetching the page")
+async def _read(work: StepContext) -> PageText:
+    await work.job.report_progress(0, "Fetching the page")
     fetched = await work.fetcher.fetch(
         work.session.url,
         max_bytes=work.settings.page_max_bytes,
-        total_seconds=work.settings.page_timeout_seconds * FETCH_SHARE,
+        timeout_seconds=work.settings.page_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         accept="text/html, application/xhtml+xml",
-        check_type=refuse_other_types,
-        on_progress=work.downloading("Fetching the page", 0, 10),
+        check_media_type=require_html_type,
+        on_progress=work.report_download_progress("Fetching the page", 0, 10),
     )
-    await work.log_fetched(fetched)
-    await work.job.progress(10, "Reading the page")
+    await work.log_fetch(fetched)
+    await work.job.report_progress(10, "Reading the page")
     return await asyncio.to_thread(
         read_page,
         fetched.body,
         content_type=fetched.content_type,
         url=fetched.url,
-        known_title=work.session.session,
+        session_title=work.session.session,
     )

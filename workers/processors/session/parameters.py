@@ -19,27 +19,27 @@ from pydantic import (
 from pydantic import model_validator as validates_model
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from jobledger.ledger.net.url_policy import NO_USERINFO
+from jobledger.ledger.net.url_policy import USERINFO_MESSAGE
 
-MAX_TEXT = 2_000
+MAX_TEXT_CHARACTERS = 2_000
 MAX_SPEAKERS = 500
-MAX_EXTRA = 16_000
+MAX_EXTRA_CHARACTERS = 16_000
 MAX_ERRORS = 100
 
 
-def _not_blank(value: str) -> str:
+def _check_not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be blank")
     return value
 
 
-def _not_too_long(value: str) -> str:
-    if len(value) > MAX_TEXT:
-        raise ValueError(f"must be at most {MAX_TEXT:,} characters long, this has {len(value):,}")
+def _check_length(value: str) -> str:
+    if len(value) > MAX_TEXT_CHARACTERS:
+        raise ValueError(f"must be at most {MAX_TEXT_CHARACTERS:,} characters long, this has {len(value):,}")
     return value
 
 
-def _is_web_address(value: str) -> str:
+def _check_url(value: str) -> str:
     if not value:
         raise ValueError("must be a web address; send null when there is none")
     if any(character.isspace() or not character.isprintable() for character in value):
@@ -52,13 +52,13 @@ def _is_web_address(value: str) -> str:
     if parts.scheme not in ("http", "https"):
         raise ValueError("must begin with http:// or https://")
     if "@" in parts.netloc:
-        raise ValueError(f"must have {NO_USERINFO}")
+        raise ValueError(f"must have {USERINFO_MESSAGE}")
     if not host:
         raise ValueError("must name a host, as in https://example.org/talk")
     return value
 
 
-def _is_time_of_day(value: str) -> str:
+def _check_time_of_day(value: str) -> str:
     hours, colon, minutes = value.partition(":")
     digits = (hours + minutes).isascii() and (hours + minutes).isdigit()
     if not (colon and digits and len(hours) == len(minutes) == 2 and int(hours) < 24 and int(minutes) < 60):
@@ -66,7 +66,7 @@ def _is_time_of_day(value: str) -> str:
     return value
 
 
-def _is_language(value: str) -> str:
+def _check_language(value: str) -> str:
     primary, *rest = value.split("-")
     ascii_words = value.replace("-", "").isalnum() and value.isascii()
     if not (ascii_words and primary.isalpha() and len(primary) in (2, 3) and all(1 <= len(tag) <= 8 for tag in rest)):
@@ -74,28 +74,28 @@ def _is_language(value: str) -> str:
     return value
 
 
-def _is_few_enough(value: object) -> object:
+def _check_speaker_count(value: object) -> object:
     """Refuse too many before each of them is looked at."""
     if isinstance(value, list) and len(value) > MAX_SPEAKERS:
         raise ValueError(f"must name at most {MAX_SPEAKERS} speakers, this names {len(value):,}")
     return value
 
 
-def _is_small(value: dict[str, Any]) -> dict[str, Any]:
+def _check_extra_size(value: dict[str, Any]) -> dict[str, Any]:
     try:
         size = len(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"must be plain JSON: {error}") from None
-    if size > MAX_EXTRA:
-        raise ValueError(f"must be at most {MAX_EXTRA:,} characters as JSON, this has {size:,}")
+    if size > MAX_EXTRA_CHARACTERS:
+        raise ValueError(f"must be at most {MAX_EXTRA_CHARACTERS:,} characters as JSON, this has {size:,}")
     return value
 
 
-Text = Annotated[str, AfterValidator(_not_too_long)]
-Name = Annotated[Text, AfterValidator(_not_blank)]
-WebAddress = Annotated[Text, AfterValidator(_is_web_address)]
-TimeOfDay = Annotated[str, AfterValidator(_is_time_of_day)]
-Language = Annotated[str, AfterValidator(_is_language)]
+Text = Annotated[str, AfterValidator(_check_length)]
+Name = Annotated[Text, AfterValidator(_check_not_blank)]
+WebUrl = Annotated[Text, AfterValidator(_check_url)]
+TimeOfDay = Annotated[str, AfterValidator(_check_time_of_day)]
+Language = Annotated[str, AfterValidator(_check_language)]
 
 
 class SessionParameters(BaseModel):
@@ -105,18 +105,18 @@ class SessionParameters(BaseModel):
 
     event: Name = Field(description="The conference, for example `FOSDEM 2025`.")
     session: Name = Field(description="The title of the talk.")
-    url: WebAddress = Field(description="The talk's own page; without it there is nothing to say.")
+    url: WebUrl = Field(description="The talk's own page; without it there is nothing to say.")
     filename: Name = Field(description="The name of the Markdown file to make, for example `My-Talk.md`.")
     track: Name = Field(description="The track or room the talk belongs to.")
     day: Text | None = Field(default=None, description="When, in the organisers' words: `Sunday`, `2025-02-02`.")
     starttime: TimeOfDay | None = Field(default=None, description="HH:MM, local time of the conference.")
     endtime: TimeOfDay | None = Field(default=None, description="HH:MM, local time of the conference.")
-    speakers: Annotated[list[Name], BeforeValidator(_is_few_enough)] | None = None
-    video_url: WebAddress | None = Field(default=None, description="The recording, as a media file.")
-    attachments_url: WebAddress | None = Field(default=None, description="The slides; a PDF becomes images.")
+    speakers: Annotated[list[Name], BeforeValidator(_check_speaker_count)] | None = None
+    video_url: WebUrl | None = Field(default=None, description="The recording, as a media file.")
+    attachments_url: WebUrl | None = Field(default=None, description="The slides; a PDF becomes images.")
     source_language: Language = "en"
     target_language: Language = "de"
-    extra: Annotated[dict[str, Any], AfterValidator(_is_small)] | None = Field(
+    extra: Annotated[dict[str, Any], AfterValidator(_check_extra_size)] | None = Field(
         default=None, description="The client's own reference, returned unchanged in `results.metadata.extra`."
     )
 

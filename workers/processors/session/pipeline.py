@@ -7,28 +7,33 @@ from datetime import timedelta
 from functools import partial
 from typing import Final
 
-from jobledger.workers.processor import JSON, Job, Results, SavedFile
+from jobledger.workers.processor import JSON, JobContext, Results, SavedFile
 from jobledger.workers.processors.session import compose_step, markdown_step, page_step, slides_step, transcript_step
 from jobledger.workers.processors.session.fetch import Fetcher
-from jobledger.workers.processors.session.markdown import Composed, Material, Recording, SlideShow
+from jobledger.workers.processors.session.markdown import (
+    EnrichmentResult,
+    SessionContent,
+    SlidesResult,
+    TranscriptResult,
+)
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.parameters import SessionParameters
-from jobledger.workers.processors.session.result_names import layout
+from jobledger.workers.processors.session.result_names import build_layout
 from jobledger.workers.processors.session.settings import SessionSettings
-from jobledger.workers.processors.session.step_context import Work
+from jobledger.workers.processors.session.step_context import StepContext
 
-SHARE: Final = timedelta(days=1)
+STEP_CACHE_TTL: Final = timedelta(days=1)
 """The steps that do not depend on the target language are shared for this long: pages and recordings change."""
 
 
-async def run(job: Job, settings: SessionSettings, fetcher: Fetcher) -> Results:
+async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> Results:
     """Make the Markdown of one session.
 
     Raises:
         ProcessorError: see `page_step.run`; CANCELLED; TEMPLATE_ERROR.
     """
     session: SessionParameters = job.parameters
-    where = layout(
+    where = build_layout(
         event=session.event,
         track=session.track,
         session=session.session,
@@ -36,37 +41,44 @@ async def run(job: Job, settings: SessionSettings, fetcher: Fetcher) -> Results:
         job_id=job.job_id,
     )
 
-    def next_step() -> Work:
+    def next_step() -> StepContext:
         """Each step has its own list of warnings."""
-        work = Work(job=job, session=session, settings=settings, layout=where, fetcher=fetcher)
-        work.stop_if_cancelled()
+        work = StepContext(job=job, session=session, settings=settings, result_layout=where, fetcher=fetcher)
+        work.raise_if_cancelled()
         return work
 
     step = next_step()
     page = PageText.model_validate(
-        await job.step("page", page_step.inputs(step), partial(page_step.run, step), share=SHARE)
+        await job.run_step("page", page_step.inputs(step), partial(page_step.run, step), share_max_age=STEP_CACHE_TTL)
     )
     step = next_step()
-    recording = Recording.model_validate(
-        await job.step("transcript", transcript_step.inputs(step), partial(transcript_step.run, step), share=SHARE)
+    recording = TranscriptResult.model_validate(
+        await job.run_step(
+            "transcript", transcript_step.inputs(step), partial(transcript_step.run, step), share_max_age=STEP_CACHE_TTL
+        )
     )
     step = next_step()
-    show = SlideShow.model_validate(
-        await job.step("slides", slides_step.inputs(step), partial(slides_step.run, step), share=SHARE)
+    show = SlidesResult.model_validate(
+        await job.run_step(
+            "slides", slides_step.inputs(step), partial(slides_step.run, step), share_max_age=STEP_CACHE_TTL
+        )
     )
-    recording, show = recording.placed(where), show.placed(where)  # another job may have done it
+    recording, show = recording.with_result_paths(where), show.with_result_paths(where)  # another job may have done it
     step = next_step()
-    composed = Composed.model_validate(
-        await job.step(
+    composed = EnrichmentResult.model_validate(
+        await job.run_step(
             "compose", compose_step.inputs(step, page, recording), partial(compose_step.run, step, page, recording)
         )
     )
     step = next_step()
-    parts = (Material(page, composed, recording, show), await asyncio.to_thread(markdown_step.read_template, step))
-    document = SavedFile.model_validate(
-        await job.step("markdown", markdown_step.inputs(step, *parts), partial(markdown_step.run, step, *parts))
+    parts = (
+        SessionContent(page, composed, recording, show),
+        await asyncio.to_thread(markdown_step.read_template, step),
     )
-    await job.progress(100, "The Markdown is ready")
+    document = SavedFile.model_validate(
+        await job.run_step("markdown", markdown_step.inputs(step, *parts), partial(markdown_step.run, step, *parts))
+    )
+    await job.report_progress(100, "The Markdown is ready")
     return Results(
         markdown=document,
         assets=[*_images(show), *([recording.audio] if recording.audio else [])],
@@ -74,7 +86,7 @@ async def run(job: Job, settings: SessionSettings, fetcher: Fetcher) -> Results:
     )
 
 
-def _images(show: SlideShow) -> list[SavedFile]:
+def _images(show: SlidesResult) -> list[SavedFile]:
     """Each slide followed by its thumbnail."""
     return [
         SavedFile.model_validate(file.model_dump(include=set(SavedFile.model_fields)))
@@ -83,13 +95,13 @@ def _images(show: SlideShow) -> list[SavedFile]:
     ]
 
 
-def _facts(session: SessionParameters, material: Material) -> dict[str, JSON]:
+def _facts(session: SessionParameters, material: SessionContent) -> dict[str, JSON]:
     page, composed, recording, show = material
     facts: dict[str, JSON] = {
         "title": page.title or session.session,
         "language": composed.language,
         "slides": len(show.slides),
-        "audio_seconds": recording.seconds,
+        "audio_seconds": recording.audio_seconds,
         "transcribed": bool(recording.segments),
     }
     return facts if session.extra is None else facts | {"extra": session.extra}

@@ -23,31 +23,31 @@ _EXTENSION = re.compile(r"\.[A-Za-z0-9]{1,10}$")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ResultLayout:
     """The paths of one job's results: the same on every attempt, and no other job's."""
 
     folder: str
-    markdown: str
+    markdown_path: str
 
-    def asset(self, name: str) -> str:
+    def asset_path(self, name: str) -> str:
         return f"{self.folder}/assets/{name}"
 
 
-def layout(*, event: str, track: str, session: str, filename: str, job_id: str) -> Layout:
+def build_layout(*, event: str, track: str, session: str, filename: str, job_id: str) -> ResultLayout:
     """`{event}/{track}/{session}-{mark of the job}/{filename}`.
 
     The mark keeps apart what is named alike: two sample sessions share event, track and file name.
     """
     mark = sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()[-8:]
     own = f"{_shortened(_safe(session), MAX_CHARACTERS - 9, MAX_BYTES - 9)}-{mark}"
-    folder = "/".join((safe_part(event), safe_part(track), own))
-    name = safe_part(filename)
+    folder = "/".join((sanitize_path_component(event), sanitize_path_component(track), own))
+    name = sanitize_path_component(filename)
     if name.casefold() == "assets" or name == "link":
         name = f"{name}.md"  # a file beside the folder `assets` cannot have its name; `link` is reserved by the API
-    return Layout(folder=folder, markdown=f"{folder}/{name}")
+    return ResultLayout(folder=folder, markdown_path=f"{folder}/{name}")
 
 
-def safe_part(name: str) -> str:
+def sanitize_path_component(name: str) -> str:
     """One part of a path, as close to `name` as is safe: at most 80 characters and 200 bytes of UTF-8.
 
     Too long names end in a digest of the whole, so those that differ only at their end stay different.

@@ -10,7 +10,7 @@ import re
 
 from markdown_it import MarkdownIt
 
-from jobledger.ledger.net.url_policy import without_userinfo
+from jobledger.ledger.net.url_policy import strip_userinfo
 
 _COMMONMARK = MarkdownIt("commonmark").enable("table")
 _SENTINEL = "\n\n## end of what came from outside\n"
@@ -26,40 +26,40 @@ _TOKENS = re.compile(
 )
 
 
-def as_text(text: str) -> str:
+def escape_text(text: str) -> str:
     """One line of Markdown that reads exactly as `text`: no markup in it takes effect."""
-    line = as_text_within(" ".join(text.split()))
+    line = escape_inline_text(" ".join(text.split()))
     if found := re.match(r"(\d{1,9})([.)])(?=\s|$)", line):
         return f"{found.group(1)}\\{line[found.end(1) :]}"
     return f"\\{line}" if re.match(r"(#{1,6}|[+-])(\s|$)|[-=]{2,}", line) else line
 
 
-def as_text_within(text: str) -> str:
+def escape_inline_text(text: str) -> str:
     """A piece of a line that reads exactly as `text`, wherever but at the line's beginning."""
     return _IN_LINE.sub(lambda found: f"\\{found.group()}", text)
 
 
-def as_target(url: str) -> str:
+def escape_link_target(url: str) -> str:
     """`url` as the target of a Markdown link, without user name and password."""
     return re.sub(
         r"[\s\x00-\x20\x7f<>()\[\]\\`\"'|]",
         lambda found: "".join(f"%{byte:02X}" for byte in found.group().encode()),
-        without_userinfo(url),
+        strip_userinfo(url),
     )
 
 
-def harmless(markdown: str) -> str:
+def sanitize_markdown(markdown: str) -> str:
     """The same Markdown without raw HTML, images and links other than to the web, and closed in itself.
 
     Where that does not succeed, the text without its markup.
     """
-    text = "\n".join(_harmless_lines(markdown))
-    if _is_harmless(text):
+    text = "\n".join(_sanitize_lines(markdown))
+    if _is_safe(text):
         return text
-    return "\n\n".join(as_text(line) for line in markdown.splitlines() if line.strip())
+    return "\n\n".join(escape_text(line) for line in markdown.splitlines() if line.strip())
 
 
-def _harmless_lines(markdown: str) -> list[str]:
+def _sanitize_lines(markdown: str) -> list[str]:
     lines: list[str] = []
     fence = ""
     for line in markdown.splitlines():
@@ -73,18 +73,18 @@ def _harmless_lines(markdown: str) -> list[str]:
             fence = mark.group(1)
             lines += ["", line]
         else:
-            lines.append(_harmless_line(line.rstrip()))
+            lines.append(_sanitize_line(line.rstrip()))
     if fence:
         lines.append(fence)
     return lines
 
 
-def _harmless_line(line: str) -> str:
+def _sanitize_line(line: str) -> str:
     line = re.sub(r"^(\s*)\[(?=[^\]]*\]:)", r"\1\\[", line)  # no link definitions
-    return _TOKENS.sub(_harmless_token, line)
+    return _TOKENS.sub(_escape_token, line)
 
 
-def _harmless_token(found: re.Match[str]) -> str:
+def _escape_token(found: re.Match[str]) -> str:
     token = found.group()
     if found.lastgroup in ("kept", "code") or found.group("code"):
         return token
@@ -93,7 +93,7 @@ def _harmless_token(found: re.Match[str]) -> str:
     return "".join(f"\\{character}" for character in token)
 
 
-def _is_harmless(text: str) -> bool:
+def _is_safe(text: str) -> bool:
     tokens = _COMMONMARK.parse(text + _SENTINEL)
     closing = [token.type for token in tokens[-3:]]
     if closing != ["heading_open", "inline", "heading_close"] or tokens[-3].level or tokens[-3].tag != "h2":

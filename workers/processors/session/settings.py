@@ -44,7 +44,7 @@ class _Endpoint(BaseModel):
     model: str | None = Field(default=None, min_length=1, description="The model's name there.")
     api_key_file: Path | None = Field(default=None, description="A file with the key; none: without a key.")
 
-    def complete_for(self, backend: str) -> None:
+    def require_endpoint(self, backend: str) -> None:
         """Make sure that there is an address and a model.
 
         Raises:
@@ -63,13 +63,13 @@ class TranscriptionSettings(_Endpoint):
         "OpenAI-compatible `/audio/transcriptions` endpoint, hosted or local. `pocketsphinx`: offline, English only, "
         "for demonstrations and tests, not for quality; needs `pip install pocketsphinx`.",
     )
-    segment_seconds: float = Field(default=300, ge=10, le=780, description="So much sound is sent at a time.")
-    parallel: int = Field(default=2, ge=1, le=20, description="So many pieces at the same time.")
+    chunk_seconds: float = Field(default=300, ge=10, le=780, description="So much sound is sent at a time.")
+    max_concurrent: int = Field(default=2, ge=1, le=20, description="So many pieces at the same time.")
     timeout_seconds: float = Field(default=300, gt=0, description="For the text of one piece.")
 
     @model_validator(mode="after")
     def _complete(self) -> TranscriptionSettings:
-        self.complete_for(self.backend)
+        self.require_endpoint(self.backend)
         return self
 
 
@@ -80,13 +80,13 @@ class LanguageModelSettings(_Endpoint):
         default="none", description="`openai`: an OpenAI-compatible `/chat/completions` endpoint, hosted or local."
     )
     timeout_seconds: float = Field(default=120, gt=0, description="For one answer.")
-    piece_characters: int = Field(default=6000, ge=500, description="So much is translated at a time.")
+    chunk_characters: int = Field(default=6000, ge=500, description="So much is translated at a time.")
     max_characters: int = Field(default=200_000, ge=1000, description="Longer texts are not translated.")
     temperature: float | None = Field(default=0.2, ge=0, le=2, description="null: as the model has it.")
 
     @model_validator(mode="after")
     def _complete(self) -> LanguageModelSettings:
-        self.complete_for(self.backend)
+        self.require_endpoint(self.backend)
         return self
 
 
@@ -98,7 +98,7 @@ class SessionSettings(BaseModel):
     connect_timeout_seconds: float = Field(default=10, gt=0, description="To find and reach a server.")
     read_timeout_seconds: float = Field(default=30, gt=0, description="Silence of a server in mid-answer.")
     page_timeout_seconds: float = Field(default=60, gt=0, description="For the whole step `page`.")
-    video_timeout_seconds: float = Field(default=1800, gt=0, description="For the whole step `transcript`.")
+    transcript_timeout_seconds: float = Field(default=1800, gt=0, description="For the whole step `transcript`.")
     slides_timeout_seconds: float = Field(default=300, gt=0, description="For the whole step `slides`.")
 
     page_max_bytes: int = Field(default=10 * MEBIBYTE, gt=0, description="Largest page, after decompression.")
@@ -109,7 +109,7 @@ class SessionSettings(BaseModel):
     max_fetches_per_host: int = Field(
         default=4, ge=1, le=100, description="Fetches from one host at a time, by all workers of a machine together."
     )
-    allow_private: Annotated[list[str], AfterValidator(_names_hosts)] = Field(
+    allowed_private_hosts: Annotated[list[str], AfterValidator(_names_hosts)] = Field(
         default=[],
         description="IP addresses, networks (10.0.0.0/8) and host names that may be fetched from although they are not "
         "on the public internet. Everything else private, loopback or link-local is refused.",
@@ -118,11 +118,13 @@ class SessionSettings(BaseModel):
         default="jobledger (conference session processor)", description="How we introduce ourselves to servers."
     )
 
-    slide_longest_side: int = Field(default=1280, ge=16, le=8192, description="Of a slide's image, in pixels.")
-    thumbnail_longest_side: int = Field(default=320, ge=16, le=2048, description="Of its small version, in pixels.")
+    slide_max_side_px: int = Field(default=1280, ge=16, le=8192, description="Of a slide's image, in pixels.")
+    thumbnail_max_side_px: int = Field(default=320, ge=16, le=2048, description="Of its small version, in pixels.")
     jpeg_quality: int = Field(default=85, ge=1, le=95, description="Of both, 1 to 95.")
-    max_pages: int = Field(default=500, gt=0, description="Pages of a PDF that become images; the rest is left out.")
-    max_pixels: int = Field(
+    max_pdf_pages: int = Field(
+        default=500, gt=0, description="Pages of a PDF that become images; the rest is left out."
+    )
+    max_image_pixels: int = Field(
         default=80_000_000, gt=0, description="Largest image rendered, or opened from inside a PDF: width × height."
     )
 
@@ -131,7 +133,7 @@ class SessionSettings(BaseModel):
         description="Sites on whose pages yt-dlp may look for the recording, with their subdomains. It fetches those "
         "pages by itself. Needs `pip install yt-dlp`, and to keep that up to date.",
     )
-    libreoffice: str | None = Field(
+    libreoffice_command: str | None = Field(
         default="soffice",
         min_length=1,
         description="The program that makes a PDF of PowerPoint, OpenDocument and Keynote files. Where it is not "
@@ -142,7 +144,7 @@ class SessionSettings(BaseModel):
     language_model: LanguageModelSettings = Field(
         default=LanguageModelSettings(), description="Summary, tags and translation."
     )
-    compose_timeout_seconds: float = Field(default=900, gt=0, description="For the whole step `compose`.")
+    enrich_timeout_seconds: float = Field(default=900, gt=0, description="For the whole step `compose`.")
     keep_audio: bool = Field(default=False, description="Keep the extracted audio (WAV) among the results.")
     max_audio_seconds: float = Field(default=8 * 3600, gt=0, description="Audio taken from one recording.")
 

@@ -18,7 +18,7 @@ from PIL import Image
 from jobledger.workers.processor import SavedFile
 from jobledger.workers.processors.session.settings import SessionSettings
 
-MAX_TEXT_PER_PAGE = 4_000
+MAX_PAGE_TEXT_CHARACTERS = 4_000
 
 _OTHER_TYPES = {
     **dict.fromkeys((".ppt", ".pptx", ".pps", ".ppsx"), "a PowerPoint file"),
@@ -31,16 +31,16 @@ _OTHER_TYPES = {
 }
 
 
-class Unreadable(Exception):
+class UnreadablePdf(Exception):
     """The PDF cannot be opened; the message is the rest of a sentence that begins with "the PDF"."""
 
 
 @dataclass(frozen=True, slots=True)
-class DrawnPage:
+class RenderedPage:
     """One page of `pages`, drawn; or, with a `problem`, only counted."""
 
-    number: int
-    pages: int
+    page_number: int
+    page_count: int
     image: bytes = b""
     thumbnail: bytes = b""
     text: str = ""
@@ -55,12 +55,12 @@ class Slide(SavedFile):
     thumbnail: SavedFile
 
 
-def other_type(url: str) -> str | None:
+def describe_other_type(url: str) -> str | None:
     """What `url` leads to according to its ending, if that is no PDF."""
-    return _OTHER_TYPES.get(suffix_of(url))
+    return _OTHER_TYPES.get(url_suffix(url))
 
 
-def suffix_of(url: str) -> str:
+def url_suffix(url: str) -> str:
     """How the path of `url` ends: `.pdf`."""
     return PurePosixPath(unquote(urlsplit(url).path)).suffix.lower()
 
@@ -71,12 +71,12 @@ def is_pdf(path: Path) -> bool:
         return b"%PDF-" in file.read(1024)
 
 
-def file_names(number: int) -> tuple[str, str]:
+def slide_file_names(number: int) -> tuple[str, str]:
     """The names of slide `number` and its thumbnail; 500 pages sort as they were shown."""
     return f"slide-{number:03}.jpg", f"slide-{number:03}-thumb.jpg"
 
 
-def draw(path: Path, settings: SessionSettings) -> Generator[DrawnPage, None, None]:
+def render_pages(path: Path, settings: SessionSettings) -> Generator[RenderedPage, None, None]:
     """Draw the first `settings.max_pages` pages of the PDF at `path`.
 
     Raises:
@@ -86,33 +86,33 @@ def draw(path: Path, settings: SessionSettings) -> Generator[DrawnPage, None, No
         document = pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
-            raise Unreadable("is protected by a password") from error
-        raise Unreadable("is damaged") from error
+            raise UnreadablePdf("is protected by a password") from error
+        raise UnreadablePdf("is damaged") from error
     with closing(document):
         pages = len(document)
-        for index in range(min(pages, settings.max_pages)):
+        for index in range(min(pages, settings.max_pdf_pages)):
             yield _draw_page(document, index, pages, settings)
 
 
-def _draw_page(document: Any, index: int, pages: int, settings: SessionSettings) -> DrawnPage:
+def _draw_page(document: Any, index: int, pages: int, settings: SessionSettings) -> RenderedPage:
     number = index + 1
     try:
         with closing(document[index]) as page:
             if problem := _too_much(page, settings):
-                return DrawnPage(number, pages, problem=problem, text=_text(page))
+                return RenderedPage(number, pages, problem=problem, text=_text(page))
             with closing(page.render(scale=_scale(page, settings), rev_byteorder=True)) as bitmap:
                 # PDFium rounds up: the crop takes off the one pixel too many.
-                sides = (min(side, settings.slide_longest_side) for side in (bitmap.width, bitmap.height))
+                sides = (min(side, settings.slide_max_side_px) for side in (bitmap.width, bitmap.height))
                 image = bitmap.to_pil().convert("RGB").crop((0, 0, *sides))
-            return DrawnPage(number, pages, _jpeg(image, settings), _thumbnail(image, settings), _text(page))
+            return RenderedPage(number, pages, _jpeg(image, settings), _thumbnail(image, settings), _text(page))
     except (pypdfium2.PdfiumError, MemoryError):
-        return DrawnPage(number, pages, problem="is damaged")
+        return RenderedPage(number, pages, problem="is damaged")
 
 
 def _scale(page: Any, settings: SessionSettings) -> float:
     width, height = page.get_size()
-    by_side: float = settings.slide_longest_side / max(width, height)
-    return min(by_side, math.sqrt(settings.max_pixels / (width * height)))
+    by_side: float = settings.slide_max_side_px / max(width, height)
+    return min(by_side, math.sqrt(settings.max_image_pixels / (width * height)))
 
 
 def _too_much(page: Any, settings: SessionSettings) -> str | None:
@@ -122,7 +122,7 @@ def _too_much(page: Any, settings: SessionSettings) -> str | None:
         return "has no size"
     for image in page.get_objects(filter=[pypdfium2.raw.FPDF_PAGEOBJ_IMAGE]):
         columns, rows = image.get_px_size()
-        if columns * rows > settings.max_pixels:
+        if columns * rows > settings.max_image_pixels:
             return f"holds an image of {columns} × {rows} pixels, more than allowed"
     return None
 
@@ -135,11 +135,11 @@ def _jpeg(image: Image.Image, settings: SessionSettings) -> bytes:
 
 def _thumbnail(image: Image.Image, settings: SessionSettings) -> bytes:
     small = image.copy()
-    small.thumbnail((settings.thumbnail_longest_side,) * 2, Image.Resampling.LANCZOS)
+    small.thumbnail((settings.thumbnail_max_side_px,) * 2, Image.Resampling.LANCZOS)
     return _jpeg(small, settings)
 
 
 def _text(page: Any) -> str:
     with closing(page.get_textpage()) as text:
         lines = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff]", " ", text.get_text_bounded()).splitlines()
-    return "\n".join(words for line in lines if (words := " ".join(line.split())))[:MAX_TEXT_PER_PAGE]
+    return "\n".join(words for line in lines if (words := " ".join(line.split())))[:MAX_PAGE_TEXT_CHARACTERS]

@@ -18,41 +18,41 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from jobledger.workers.processors.session.openai_api import ApiFailed, OpenAiApi
+from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError
 from jobledger.workers.processors.session.transcript import SAMPLE_RATE, Segment
 
-TELL_EVERY_SECONDS: Final = 2.0
+PROGRESS_INTERVAL_SECONDS: Final = 2.0
 _LOOK_BACK_SECONDS: Final = 10
 _QUIET_SAMPLES: Final = SAMPLE_RATE // 5
-_IN_VAIN: Final = frozenset({400, 401, 403, 404, 405, 413, 415, 422})
+_PERMANENT_STATUS_CODES: Final = frozenset({400, 401, 403, 404, 405, 413, 415, 422})
 """What answers one piece so, answers all so."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AudioChunk:
     """A piece of the recording, in seconds. `failed`: there is no text of it, and why. `waited`: nor is there yet."""
 
-    start: float
-    end: float
+    start_seconds: float
+    end_seconds: float
     segments: list[Segment] = field(default_factory=list)
-    failed: str | None = None
-    waited: float = 0.0
+    error: str | None = None
+    waited_seconds: float = 0.0
 
 
-class _Said(BaseModel):
+class _ResponseSegment(BaseModel):
     start: float
     text: str
 
 
 class _Answer(BaseModel):
     text: str = ""
-    segments: list[_Said] = []
+    segments: list[_ResponseSegment] = []
 
 
-def cuts(audio: Path, seconds: float) -> Iterator[tuple[int, int]]:
+def split_at_silence(audio: Path, chunk_seconds: float) -> Iterator[tuple[int, int]]:
     """Yield where pieces of at most so many seconds begin and end, in samples; each end is at the quietest near by."""
     with audio.open("rb") as file, closing(wave.open(file)) as sound:
-        begin, length, most = 0, sound.getnframes(), int(seconds * SAMPLE_RATE)
+        begin, length, most = 0, sound.getnframes(), int(chunk_seconds * SAMPLE_RATE)
         while begin < length:
             end = min(begin + most, length)
             if end < length:
@@ -85,19 +85,19 @@ def _piece(audio: Path, begin: int, end: int) -> io.BytesIO:
 
 
 async def transcribe(
-    api: OpenAiApi, audio: Path, *, model: str, language: str, seconds: float, parallel: int
-) -> AsyncGenerator[Part, None]:
+    api: OpenAiClient, audio: Path, *, model: str, language: str, chunk_seconds: float, max_concurrent: int
+) -> AsyncGenerator[AudioChunk, None]:
     """Yield the pieces in their order, so many on their way at a time; while one is awaited, that, every two seconds.
 
     Raises:
         ApiFailed: the endpoint refuses what would be the same with every piece.
     """
-    places = cuts(audio, seconds)
+    places = split_at_silence(audio, chunk_seconds)
     on_their_way: deque[tuple[float, float, asyncio.Task[list[Segment]]]] = deque()
     heard = 0.0
     try:
         while True:
-            while len(on_their_way) < parallel and (place := await asyncio.to_thread(next, places, None)):
+            while len(on_their_way) < max_concurrent and (place := await asyncio.to_thread(next, places, None)):
                 begin, end = place
                 task = asyncio.create_task(_text_of(api, audio, begin, end, model=model, language=language))
                 on_their_way.append((begin / SAMPLE_RATE, end / SAMPLE_RATE, task))
@@ -105,24 +105,24 @@ async def transcribe(
                 return
             start, stop, task = on_their_way[0]
             waited = 0.0
-            while not (await asyncio.wait({task}, timeout=TELL_EVERY_SECONDS))[0]:
-                waited += TELL_EVERY_SECONDS
-                yield Part(heard, heard, waited=waited)
+            while not (await asyncio.wait({task}, timeout=PROGRESS_INTERVAL_SECONDS))[0]:
+                waited += PROGRESS_INTERVAL_SECONDS
+                yield AudioChunk(heard, heard, waited_seconds=waited)
             on_their_way.popleft()
             heard = stop
             try:
-                yield Part(start, stop, segments=task.result())
-            except ApiFailed as failed:
-                if failed.status in _IN_VAIN:
+                yield AudioChunk(start, stop, segments=task.result())
+            except OpenAiError as failed:
+                if failed.status in _PERMANENT_STATUS_CODES:
                     raise
-                yield Part(start, stop, failed=str(failed))
+                yield AudioChunk(start, stop, error=str(failed))
     finally:
         for _, _, task in on_their_way:
             task.cancel()
         await asyncio.gather(*(task for _, _, task in on_their_way), return_exceptions=True)
 
 
-async def _text_of(api: OpenAiApi, audio: Path, begin: int, end: int, *, model: str, language: str) -> list[Segment]:
+async def _text_of(api: OpenAiClient, audio: Path, begin: int, end: int, *, model: str, language: str) -> list[Segment]:
     # Closed, its memory is free: the request that held it is part of a cycle, which may be collected much later.
     with await asyncio.to_thread(_piece, audio, begin, end) as sound:
         answer: Any = await api.post(
@@ -133,9 +133,9 @@ async def _text_of(api: OpenAiApi, audio: Path, begin: int, end: int, *, model: 
     try:
         said = _Answer.model_validate(answer)
     except ValidationError as error:
-        raise ApiFailed("its answer has not the form of the protocol") from error
+        raise OpenAiError("its answer has not the form of the protocol") from error
     offset = begin / SAMPLE_RATE
-    found = said.segments or [_Said(start=0.0, text=said.text)]
+    found = said.segments or [_ResponseSegment(start=0.0, text=said.text)]
     return [
         Segment(start_seconds=round(offset + max(0.0, it.start), 2), text=" ".join(it.text.split()))
         for it in found

@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TypeVar
 
-from jobledger.workers.processor import JSON, Job, ProcessorError
-from jobledger.workers.processors.session.fetch import Fetched, Fetcher, OnProgress, in_words
-from jobledger.workers.processors.session.item_threads import in_thread
+from jobledger.workers.processor import JSON, JobContext, ProcessorError
+from jobledger.workers.processors.session.fetch import Fetcher, FetchResult, ProgressCallback, format_bytes
+from jobledger.workers.processors.session.item_threads import run_in_thread
 from jobledger.workers.processors.session.parameters import SessionParameters
-from jobledger.workers.processors.session.result_names import Layout
+from jobledger.workers.processors.session.result_names import ResultLayout
 from jobledger.workers.processors.session.settings import SessionSettings
 
 # A tenth of a step's time is left for what comes after the download, and a slow server is named as such.
-FETCH_SHARE = 0.9
+FETCH_TIMEOUT_FRACTION = 0.9
 
 Item = TypeVar("Item")
 
 
-def digest_of(value: JSON) -> str:
+def json_digest(value: JSON) -> str:
     """Return what tells one value from another."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -35,49 +35,51 @@ class Cancelled(ProcessorError):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class StepContext:
     """One step of one attempt at one session. `warnings` collects what this step could not do."""
 
-    job: Job
+    job: JobContext
     session: SessionParameters
     settings: SessionSettings
-    layout: Layout
+    result_layout: ResultLayout
     fetcher: Fetcher
     warnings: list[str] = field(default_factory=list)
 
-    async def warn(self, sentence: str) -> None:
-        self.warnings.append(sentence)
-        await self.job.warn(sentence)
+    async def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        await self.job.warn(message)
 
-    def stop_if_cancelled(self) -> None:
-        if self.job.cancelled:
+    def raise_if_cancelled(self) -> None:
+        if self.job.is_cancelled:
             raise Cancelled
 
-    def downloading(self, message: str, start: float, end: float) -> OnProgress:
+    def report_download_progress(self, message: str, start: float, end: float) -> ProgressCallback:
         """Tell a download as the part of the job between `start` and `end` percent."""
 
         async def tell(received: int, total: int | None) -> None:
-            self.stop_if_cancelled()
+            self.raise_if_cancelled()
             share = min(1.0, received / total) if total else 0.5
-            of_total = f" of {in_words(total)}" if total else ""
-            await self.job.progress(start + share * (end - start), f"{message}: {in_words(received)}{of_total}")
+            of_total = f" of {format_bytes(total)}" if total else ""
+            await self.job.report_progress(
+                start + share * (end - start), f"{message}: {format_bytes(received)}{of_total}"
+            )
 
         return tell
 
-    async def log_fetched(self, fetched: Fetched) -> None:
+    async def log_fetch(self, fetched: FetchResult) -> None:
         kind = fetched.media_type or "of no stated type"
         await self.job.log(
-            "info", f"Fetched {fetched.url} ({kind}): {in_words(fetched.size)} in {fetched.seconds:.1f} s"
+            "info", f"Fetched {fetched.url} ({kind}): {format_bytes(fetched.size)} in {fetched.seconds:.1f} s"
         )
 
     @asynccontextmanager
-    async def one_by_one(self, items: Generator[Item, None, None]) -> AsyncIterator[AsyncGenerator[Item, None]]:
+    async def iterate_in_thread(self, items: Generator[Item, None, None]) -> AsyncIterator[AsyncGenerator[Item, None]]:
         """What `items` yields, computed in a thread, with a look between the items whether to stop."""
 
         async def each() -> AsyncGenerator[Item, None]:
-            async with aclosing(in_thread(items)) as computed:
+            async with aclosing(run_in_thread(items)) as computed:
                 async for item in computed:
-                    self.stop_if_cancelled()
+                    self.raise_if_cancelled()
                     yield item
 
         async with aclosing(each()) as stoppable:

@@ -29,6 +29,6 @@ _GERMAN: Final = {
 _BY_LANGUAGE: Final = {"de": _GERMAN}
 
 
-def labels_in(language: str) -> dict[str, str]:
+def load_labels(language: str) -> dict[str, str]:
     """The words by their keys, for a language code such as `de-AT`."""
     return _BY_LANGUAGE.get(language.partition("-")[0].lower(), _ENGLISH)

@@ -15,13 +15,13 @@ import av
 from pydantic import BaseModel, ConfigDict
 
 SAMPLE_RATE = 16_000
-TELL_EVERY_SECONDS = 60.0
+PROGRESS_INTERVAL_SECONDS = 60.0
 
 # Only what is itself media. A playlist (HLS, concat, DASH) would make ffmpeg open other files and addresses.
 _FORMATS = "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,ogg,wav,mp3,flac,aac,avi,mpegts,mpeg,flv,asf"
 
 
-class NoTranscript(Exception):
+class TranscriptUnavailable(Exception):
     """Why there can be none, as a sentence: no media, no sound, no backend."""
 
 
@@ -35,25 +35,25 @@ class Segment(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class ExtractionProgress:
     """How far the recording has been read. `damage` is set at the end if not all of it could be."""
 
     seconds: float
-    of_seconds: float | None
+    total_seconds: float | None
     damage: str | None = None
 
 
-def refuse_web_pages(media_type: str) -> None:
+def reject_html_type(media_type: str) -> None:
     """Refuse a page with a player on it before it is downloaded as if it were the recording.
 
     Raises:
         NoTranscript: it is a web page.
     """
     if media_type in ("text/html", "application/xhtml+xml"):
-        raise NoTranscript("The address of the recording leads to a web page, not to a media file.")
+        raise TranscriptUnavailable("The address of the recording leads to a web page, not to a media file.")
 
 
-def extract_audio(video: Path, audio: Path, *, max_seconds: float) -> Generator[Heard, None, None]:
+def extract_audio(video: Path, audio: Path, *, max_seconds: float) -> Generator[ExtractionProgress, None, None]:
     """Write the sound of `video` to the WAV file `audio`, telling every minute of it, and at the end.
 
     Raises:
@@ -64,13 +64,13 @@ def extract_audio(video: Path, audio: Path, *, max_seconds: float) -> Generator[
             video, metadata_errors="ignore", options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         ) as media:
             if not media.streams.audio:
-                raise NoTranscript("The recording has no sound.")
+                raise TranscriptUnavailable("The recording has no sound.")
             yield from _write_audio(media, audio, max_seconds)
     except av.error.FFmpegError as error:
-        raise NoTranscript("The recording is not a media file that can be read, or it is damaged.") from error
+        raise TranscriptUnavailable("The recording is not a media file that can be read, or it is damaged.") from error
 
 
-def _write_audio(media: Any, audio: Path, max_seconds: float) -> Generator[Heard, None, None]:
+def _write_audio(media: Any, audio: Path, max_seconds: float) -> Generator[ExtractionProgress, None, None]:
     expected = _expected_seconds(media)
     resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
     samples, told_at, bad_packets = 0, 0.0, 0
@@ -88,15 +88,17 @@ def _write_audio(media: Any, audio: Path, max_seconds: float) -> Generator[Heard
             seconds = samples / SAMPLE_RATE
             if seconds >= max_seconds:
                 break
-            if seconds - told_at >= TELL_EVERY_SECONDS:
+            if seconds - told_at >= PROGRESS_INTERVAL_SECONDS:
                 told_at = seconds
-                yield Heard(seconds, expected)
+                yield ExtractionProgress(seconds, expected)
         for block in resampler.resample(None):
             file.writeframes(bytes(block.planes[0])[: block.samples * 2])
             samples += block.samples
     if not samples:
-        raise NoTranscript("The recording has a sound track, but nothing of it can be played.")
-    yield Heard(samples / SAMPLE_RATE, expected, _damage(samples / SAMPLE_RATE, expected, max_seconds, bad_packets))
+        raise TranscriptUnavailable("The recording has a sound track, but nothing of it can be played.")
+    yield ExtractionProgress(
+        samples / SAMPLE_RATE, expected, _damage(samples / SAMPLE_RATE, expected, max_seconds, bad_packets)
+    )
 
 
 def _frames(media: Any) -> Generator[Any, None, None]:
@@ -120,20 +122,20 @@ def _expected_seconds(media: Any) -> float | None:
 
 def _damage(seconds: float, expected: float | None, max_seconds: float, bad_packets: int) -> str | None:
     if seconds >= max_seconds:
-        return f"only the first {clock(max_seconds)} were used"
+        return f"only the first {format_timecode(max_seconds)} were used"
     if expected and seconds < 0.95 * expected - 1:
-        return f"it breaks off after {clock(seconds)} of {clock(expected)}"
+        return f"it breaks off after {format_timecode(seconds)} of {format_timecode(expected)}"
     return "some of it is damaged" if bad_packets else None
 
 
-def clock(seconds: float) -> str:
+def format_timecode(seconds: float) -> str:
     """`75` as `1:15`, `3700` as `1:01:40`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def listen(audio: Path, *, backend: Literal["pocketsphinx"]) -> Generator[Segment, None, None]:
+def transcribe_locally(audio: Path, *, backend: Literal["pocketsphinx"]) -> Generator[Segment, None, None]:
     """Yield what is said in the WAV file `audio`.
 
     Raises:
@@ -142,7 +144,9 @@ def listen(audio: Path, *, backend: Literal["pocketsphinx"]) -> Generator[Segmen
     try:
         sphinx = importlib.import_module(backend)
     except ImportError as error:
-        raise NoTranscript(f"The transcription backend {backend} is not installed (pip install {backend}).") from error
+        raise TranscriptUnavailable(
+            f"The transcription backend {backend} is not installed (pip install {backend})."
+        ) from error
     decoder = sphinx.Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
     with audio.open("rb") as file, closing(wave.open(file)) as sound:
         for spoken in sphinx.Segmenter(sample_rate=SAMPLE_RATE).segment(_Samples(sound)):

@@ -19,7 +19,7 @@ import orjson
 
 from jobledger.workers.processors.session import yt_dlp_helper
 from jobledger.workers.processors.session.fetch import Fetcher
-from jobledger.workers.processors.session.transcript import NoTranscript
+from jobledger.workers.processors.session.transcript import TranscriptUnavailable
 from jobledger.workers.sandbox import runner
 from jobledger.workers.sandbox.launcher import PROXY_PORT
 
@@ -29,13 +29,13 @@ _HELPER: Final = str(Path(yt_dlp_helper.__file__).resolve())
 _MAX_ANSWER_BYTES: Final = 1024 * 1024
 
 
-def is_on_a_video_site(url: str, sites: Sequence[str]) -> bool:
+def is_video_site_url(url: str, sites: Sequence[str]) -> bool:
     """Return whether an address is on one of these sites, or on a subdomain of one."""
     host = (urlsplit(url).hostname or "").lower()
     return any(host == site or host.endswith(f".{site}") for site in sites)
 
 
-async def media_address(url: str, *, seconds: float, scratch: Path, fetcher: Fetcher) -> str:
+async def resolve_media_url(url: str, *, seconds: float, scratch: Path, fetcher: Fetcher) -> str:
     """Return where the sound of the video on the page `url` is.
 
     Args:
@@ -50,7 +50,7 @@ async def media_address(url: str, *, seconds: float, scratch: Path, fetcher: Fet
     site = urlsplit(url).hostname
     package = await asyncio.to_thread(_package)
     if package is None:
-        raise NoTranscript(
+        raise TranscriptUnavailable(
             f"The recording is on a page of {site}; yt-dlp, which could find it there, is not installed "
             "(pip install yt-dlp)."
         )
@@ -68,21 +68,23 @@ async def media_address(url: str, *, seconds: float, scratch: Path, fetcher: Fet
     }
     await asyncio.to_thread(scratch.mkdir)
     asked = json.dumps({"path": str(package.parent), "url": url, "options": options})
-    program = runner.Program(runner.python(_HELPER, asked), scratch, readable=[package.parent])
+    program = runner.Program(runner.python_command(_HELPER, asked), scratch, readable_paths=[package.parent])
     try:
-        ended = await runner.run(program, proxy=fetcher.serve_proxy, max_output=_MAX_ANSWER_BYTES)
+        ended = await runner.run_program(program, proxy=fetcher.serve_proxy, max_output=_MAX_ANSWER_BYTES)
         said: dict[str, Any] = orjson.loads(ended.output)
     except runner.SandboxUnavailable as error:
-        raise NoTranscript(f"The recording is on a page of {site}; yt-dlp cannot be run safely: {error}") from error
+        raise TranscriptUnavailable(
+            f"The recording is on a page of {site}; yt-dlp cannot be run safely: {error}"
+        ) from error
     except orjson.JSONDecodeError as error:
-        raise NoTranscript(
+        raise TranscriptUnavailable(
             f"The recording on a page of {site} cannot be had: yt-dlp ended without a result."
         ) from error
     if "error" in said:
-        raise NoTranscript(f"The recording on a page of {site} cannot be had: {_reason(str(said['error']))}.")
+        raise TranscriptUnavailable(f"The recording on a page of {site} cannot be had: {_reason(str(said['error']))}.")
     address = said.get("address")
     if not isinstance(address, str):
-        raise NoTranscript(f"There is no recording that can be fetched as one file on the page of {site}.")
+        raise TranscriptUnavailable(f"There is no recording that can be fetched as one file on the page of {site}.")
     return address
 
 
