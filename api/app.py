@@ -16,7 +16,7 @@ from jobledger.api.auth.permissions import AuthenticationMiddleware
 from jobledger.api.auth.signed_links import SignedLinkBackend
 from jobledger.api.context import ApiContext
 from jobledger.api.dashboard import pages as dashboard
-from jobledger.api.dashboard.login import SessionCookieBackend, cookie_name
+from jobledger.api.dashboard.session_cookie import SessionCookieBackend, cookie_name
 from jobledger.api.http.errors import ApiError, on_api_error, on_http_exception, on_ledger_error, on_unexpected_error
 from jobledger.api.http.memory_budget import MemoryLimitMiddleware
 from jobledger.api.http.middleware import (
@@ -36,8 +36,8 @@ from jobledger.api.routes import (
     files,
     history,
     jobs,
-    live,
     log,
+    log_stream,
     metrics,
     monitoring,
     webhook_echo,
@@ -79,7 +79,7 @@ ROUTES = [
     DocumentedRoute("/api/events/files/{path:path}/link", files.create_signed_link, methods=["POST"]),
     DocumentedRoute("/api/events/files/{path:path}", files.get_file),
     DocumentedRoute("/api/ledger/events", log.list_events),
-    DocumentedRoute("/api/ledger/stream", live.stream_events),
+    DocumentedRoute("/api/ledger/stream", log_stream.stream_events),
     DocumentedRoute("/api/ledger/head", log.get_log_head),
     DocumentedRoute("/api/monitoring/events/stats", monitoring.get_statistics),
     DocumentedRoute("/api/monitoring/events/webhooks", webhooks.list_deliveries),

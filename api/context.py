@@ -15,7 +15,7 @@ from jobledger.api.auth.permissions import AuthBackend, RevocationNotifier
 from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.visibility import Visibility
 from jobledger.api.completion_waiter import CompletionWaiter
-from jobledger.api.dashboard.previews import MarkdownPreviewer
+from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.middleware import HttpOptions, track_waiting_request

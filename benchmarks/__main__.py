@@ -20,19 +20,19 @@ from pathlib import Path
 import structlog
 from pymongo import MongoClient
 
-from benchmarks import appending, auditing, reading, serving, working
-from benchmarks.measure import Result, print_results
+from benchmarks import append_throughput, http_latency, job_throughput, log_maintenance, subscriptions
+from benchmarks.measurement import Result, print_results
 from jobledger.cli.composition import tune_garbage_collector
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 
 BENCHMARKS = {
-    "append": appending.run,
-    "read": reading.run,
-    "work": working.run,
-    "serve": serving.run,
-    "scale": serving.run_at_scale,
-    "audit": auditing.run,
+    "append": append_throughput.run,
+    "read": subscriptions.run,
+    "work": job_throughput.run,
+    "serve": http_latency.run,
+    "scale": http_latency.run_at_scale,
+    "audit": log_maintenance.run,
 }
 DATABASE = f"jobledger-bench-{os.getpid()}"
 

@@ -25,13 +25,13 @@ from jobledger.api.auth.signed_links import SignedLinks
 from jobledger.api.auth.visibility import Visibility
 from jobledger.api.completion_waiter import CompletionWaiter
 from jobledger.api.context import ApiContext, WebhookOptions
-from jobledger.api.dashboard.previews import MarkdownPreviewer
+from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.middleware import HttpOptions
 from jobledger.api.http.sse import LiveStreams
 from jobledger.api.submission.parameters import ParameterValidator
 from jobledger.cli.auth_settings import AuthSettings, JwtSettings
-from jobledger.cli.http_connections import ConnectionLimits, SheddingSocket, protocol_class
+from jobledger.cli.http_connection import ConnectionLimits, SheddingSocket, protocol_class
 from jobledger.cli.role_tasks import failure_callback
 from jobledger.cli.settings import ApiSettings, Settings
 from jobledger.ledger.domain.errors import ConfigurationError, classify_os_error

@@ -15,7 +15,7 @@ import pytest
 from pymongo import MongoClient
 
 from tests.support import soak
-from tests.support.mongod import MongoDBUnavailable, provide_mongodb
+from tests.support.mongodb_provider import MongoDBUnavailable, provide_mongodb
 
 TMPFS = Path("/dev/shm")
 """Where the data of the common server lies if it can: tests that kill a server have one of their own, on a disk."""

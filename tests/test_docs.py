@@ -30,14 +30,14 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.command_handler import handle_command
-from jobledger.workers.processors.session.markdown import render_document
-from tests.processors.session.support import html, make_parameters, serve_site
+from jobledger.workers.processors.session.document import render_document
+from tests.processors.session.fixtures import html, make_parameters, serve_site
 from tests.processors.session.test_markdown import material, page
-from tests.support import references
-from tests.support.examples import NOON, RESULTS
+from tests.support import generated_docs
+from tests.support.event_examples import NOON, RESULTS
 from tests.support.installation import COMMAND, Installation
-from tests.support.ledgers import EVENT_METADATA, Ledger, open_ledger
-from tests.support.mongod import needs_local_mongod
+from tests.support.ledger_setup import EVENT_METADATA, Ledger, open_ledger
+from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.replica_set import exit_with_parent, free_port
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -531,9 +531,9 @@ def test_prometheus_takes_the_settings_and_the_alert_rules_of_the_how_to(tmp_pat
     assert said().returncode != 0
 
 
-@pytest.mark.parametrize("document", references.GENERATED_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", generated_docs.GENERATED_FILES, ids=lambda path: path.name)
 def test_the_reference_is_what_the_program_says(document: Path) -> None:
-    assert document.read_text(encoding="utf-8") == references.GENERATED_FILES[document](), "make reference"
+    assert document.read_text(encoding="utf-8") == generated_docs.GENERATED_FILES[document](), "make reference"
 
 
 @needs_curl

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.installation import Installation
-from tests.support.rarely import soak_only
+from tests.support.soak_only import soak_only
 
 WATCHED_SECONDS = 6
 LEASE_SECONDS = 3.0

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jobledger.api.auth.disclosure import Viewer
+from jobledger.api.auth.redaction import Viewer
 from jobledger.api.http.errors import ApiError, error_response
 from jobledger.ledger.domain.access import AccessLevel, Principal, get_access_level, parse_user_name
 from jobledger.ledger.domain.batch import Batch

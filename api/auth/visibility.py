@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import structlog
 
-from jobledger.api.auth.disclosure import Viewer
+from jobledger.api.auth.redaction import Viewer
 from jobledger.ledger.domain.access import AccessLevel, Principal, get_access_level
 from jobledger.ledger.domain.delivery import parse_source
 from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent

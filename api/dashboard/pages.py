@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Scope
 
 from jobledger.api.auth.permissions import get_principal, require_user_id
 from jobledger.api.context import get_api_context
-from jobledger.api.dashboard import charts, login
+from jobledger.api.dashboard import charts, session_cookie
 from jobledger.api.dashboard.attempt_timeline import build_attempt_timeline
-from jobledger.api.dashboard.previews import MAX_MARKDOWN_BYTES
+from jobledger.api.dashboard.markdown_preview import MAX_MARKDOWN_BYTES
 from jobledger.api.dashboard.rendering import DASHBOARD_PATH, has_monitor_access, render_page, static_file_response
 from jobledger.api.dashboard.view_updates import watch_views
 from jobledger.api.http.bodies import read_body_bytes, read_json_body
@@ -339,13 +339,13 @@ async def sign_in(request: Request) -> Response:
     form = await _read_form(request)
     credential, onwards = form.get("credential", "").strip(), _safe_next_path(form.get("next", ""))
     known = get_api_context(request)
-    principal = await login.authenticate_credential(known.auth_backend, request, credential)
+    principal = await session_cookie.authenticate_credential(known.auth_backend, request, credential)
     if principal is None:
         return render_page(request, "sign_in.html.j2", status=401, wrong=True, onwards=onwards)
     answer = RedirectResponse(f"../../{onwards}", 303)
     if known.browser_sessions is None:  # the mode needs none
         return answer
-    return await login.start_browser_session(
+    return await session_cookie.start_browser_session(
         answer, request, known.browser_sessions, principal, credential, https=known.http_options.is_https
     )
 
@@ -369,7 +369,7 @@ async def _read_form(request: Request) -> dict[str, str]:
 async def sign_out(request: Request) -> Response:
     """POST /monitoring/events/sign-out"""
     known = get_api_context(request)
-    return await login.end_browser_session(
+    return await session_cookie.end_browser_session(
         RedirectResponse("sign-in", 303), request, known.browser_sessions, https=known.http_options.is_https
     )
 

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.auth.permissions import get_principal
+from jobledger.api.dashboard.html_budget import HtmlBudget
 from jobledger.api.dashboard.locales import negotiate_language, script_messages, translator_for
-from jobledger.api.dashboard.login import uses_session_cookie
-from jobledger.api.dashboard.page_budget import HtmlBudget
+from jobledger.api.dashboard.session_cookie import uses_session_cookie
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.events import EVENT_TYPES
 

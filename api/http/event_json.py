@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import orjson
 
-from jobledger.api.auth.disclosure import Viewer, redact_event
+from jobledger.api.auth.redaction import Viewer, redact_event
 from jobledger.ledger.domain.events import RecordedEvent
-from jobledger.ledger.store.stored_form import ENVELOPE_FIELDS, find_data_deviation
+from jobledger.ledger.store.storage_format import ENVELOPE_FIELDS, find_data_deviation
 
 _OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

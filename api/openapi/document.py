@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
 from jobledger.api.auth.permissions import PUBLIC_PATHS
-from jobledger.api.http.preconditions import MAX_WAIT_SECONDS
+from jobledger.api.http.request_headers import MAX_WAIT_SECONDS
 from jobledger.api.openapi.operations import ERROR_CODES, OPERATIONS, Operation
 from jobledger.api.schemas import requests as models
 from jobledger.api.schemas.responses import ErrorResponse

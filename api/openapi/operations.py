@@ -25,8 +25,8 @@ from jobledger.api.routes import (
     files,
     history,
     jobs,
-    live,
     log,
+    log_stream,
     metrics,
     monitoring,
     webhook_echo,
@@ -284,7 +284,7 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         query=models.EventListQuery,
         error_codes=("unknown_event_type", "job_not_found", "batch_not_found", "stream_not_found", "behind"),
     ),
-    live.stream_events: Operation(
+    log_stream.stream_events: Operation(
         summary="The log, live, as Server-Sent Events: `id:` is the position, `event:` the type, `data:` an event",
         response="text/event-stream",
         query=models.StreamQuery,

@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.disclosure import BATCH_RULES, redact_document
+from jobledger.api import bulk_commands
 from jobledger.api.auth.permissions import (
     can_read,
     get_actor,
@@ -23,6 +23,7 @@ from jobledger.api.auth.permissions import (
     timeout_while_authenticated,
     viewer_for,
 )
+from jobledger.api.auth.redaction import BATCH_RULES, redact_document
 from jobledger.api.context import (
     check_disk_space,
     get_api_context,
@@ -33,7 +34,7 @@ from jobledger.api.context import (
 from jobledger.api.http.bodies import MAX_VALUES, estimate_value_count, mark_large_body, read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
 from jobledger.api.http.errors import ApiError, format_location, json_response
-from jobledger.api.http.preconditions import (
+from jobledger.api.http.request_headers import (
     IdempotencyKey,
     as_of_filter,
     get_request_marker,
@@ -42,10 +43,9 @@ from jobledger.api.http.preconditions import (
     translate_damaged_events,
 )
 from jobledger.api.http.validation import validate_content
-from jobledger.api.routes import bulk_commands
 from jobledger.api.routes.jobs import build_job_list_response, encode_next_cursor
 from jobledger.api.schemas.requests import AsOfQuery, BatchBody, BatchListQuery, JobBody, JobListQuery, PageQuery
-from jobledger.api.submission.build import (
+from jobledger.api.submission.builder import (
     WebhookSecrets,
     build_job_submitted,
     check_no_userinfo,

@@ -11,7 +11,6 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.disclosure import JOB_RULES, Viewer, redact_document
 from jobledger.api.auth.permissions import (
     can_read,
     get_actor,
@@ -22,6 +21,7 @@ from jobledger.api.auth.permissions import (
     timeout_while_authenticated,
     viewer_for,
 )
+from jobledger.api.auth.redaction import JOB_RULES, Viewer, redact_document
 from jobledger.api.context import (
     ApiContext,
     check_disk_space,
@@ -34,7 +34,7 @@ from jobledger.api.http.bodies import read_json_body, read_optional_json_body, r
 from jobledger.api.http.conditional import build_conditional_response, compute_etag
 from jobledger.api.http.errors import ApiError, encode_json, json_response
 from jobledger.api.http.middleware import track_waiting_request
-from jobledger.api.http.preconditions import (
+from jobledger.api.http.request_headers import (
     IdempotencyKey,
     as_of_filter,
     events_up_to,
@@ -54,7 +54,7 @@ from jobledger.api.schemas.requests import (
     PageQuery,
     ReasonBody,
 )
-from jobledger.api.submission.build import (
+from jobledger.api.submission.builder import (
     build_job_submitted,
     check_no_userinfo,
     check_parameters,

@@ -14,7 +14,7 @@ from jobledger.api.auth.permissions import get_principal, require_user_id
 from jobledger.api.context import ApiContext, get_api_context, parse_query
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.http.event_json import encode_event
-from jobledger.api.routes.live import EventFilter, check_readable, parse_event_types, wait_for_visibility
+from jobledger.api.routes.log_stream import EventFilter, check_readable, parse_event_types, wait_for_visibility
 from jobledger.api.schemas.requests import EventListQuery
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.events import RecordedEvent

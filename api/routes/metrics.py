@@ -22,8 +22,8 @@ from jobledger.api.context import ApiContext, get_api_context
 from jobledger.api.routes.monitoring import list_live_workers, require_monitor_role
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.views import failures, queue, statistics
 from jobledger.projections.views import jobs as view
+from jobledger.projections.views import projection_errors, queue, statistics
 
 ResponseCounts = Counter[int]
 """How many answers of this process had which HTTP status."""
@@ -137,7 +137,7 @@ async def _of_the_ledger(known: ApiContext) -> list[Metric]:
                 (
                     "projection_failures",
                     "Documents of the views that do not show what the log says.",
-                    await failures.count(known.views),
+                    await projection_errors.count(known.views),
                 ),
                 (
                     "queue_oldest_seconds",

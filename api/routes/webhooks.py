@@ -11,7 +11,6 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobledger.api.auth.disclosure import DELIVERY_RULES, Viewer, find_hidden_filters, redact_document
 from jobledger.api.auth.permissions import (
     can_read,
     get_actor,
@@ -20,10 +19,11 @@ from jobledger.api.auth.permissions import (
     require_user_id,
     viewer_for,
 )
+from jobledger.api.auth.redaction import DELIVERY_RULES, Viewer, find_hidden_filters, redact_document
 from jobledger.api.context import ApiContext, get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.preconditions import IdempotencyKey, get_request_marker
+from jobledger.api.http.request_headers import IdempotencyKey, get_request_marker
 from jobledger.api.routes.jobs import encode_next_cursor
 from jobledger.api.schemas.requests import DeliveryFilter, DeliveryListQuery, ReasonBody, RedeliverBody
 from jobledger.ledger.domain.access import AccessLevel, Principal

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from jobledger.cli.composition import find_store_marker, open_database, open_file_store
 from jobledger.cli.formatting import format_timestamp
-from jobledger.cli.server_support import support_warning
+from jobledger.cli.mongodb_support import support_warning
 from jobledger.cli.settings import Settings
 from jobledger.cli.terminal_text import SafeTable
 from jobledger.ledger.domain.errors import (
@@ -41,7 +41,7 @@ from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.system.disk_space import MIB, find_write_problem, free_bytes, nearest_existing_directory
 from jobledger.projections.engine.health import VIEWS_AHEAD_REASON, stall_reason
 from jobledger.projections.engine.slots import Views
-from jobledger.projections.views import failures, files, jobs
+from jobledger.projections.views import files, jobs, projection_errors
 from jobledger.workers import cleanup
 from jobledger.workers.child import confinement
 from jobledger.workers.machine_health import MachineFailure
@@ -337,7 +337,7 @@ async def _read_by_views(db: Database) -> ReadPosition:
 async def _projection_failures(db: Database) -> CheckResult:
     """Whether all documents of the views show what the log says."""
     found = await db.checkpoints.find_one({"_id": "views"}) or {}
-    rows = await failures.list_problems(Views(db, found.get("sides")), limit=_FAILURES_SHOWN + 1)
+    rows = await projection_errors.list_problems(Views(db, found.get("sides")), limit=_FAILURES_SHOWN + 1)
     if not rows:
         return CheckResult("Views", is_ok=True, detail="show what the log says")
     named = "; ".join(

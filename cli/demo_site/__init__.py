@@ -4,7 +4,7 @@
 and names the sessions to submit, `serving` puts the directory on a free port. Needs the extra `demo` (fpdf2).
 """
 
-from jobledger.cli.demo_site.serving import serve_directory
+from jobledger.cli.demo_site.server import serve_directory
 from jobledger.cli.demo_site.site import SessionFields, list_sessions, write_site
 
 __all__ = ["SessionFields", "list_sessions", "serve_directory", "write_site"]

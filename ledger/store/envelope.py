@@ -18,7 +18,7 @@ from jobledger.ledger.domain.errors import InvalidEvent
 from jobledger.ledger.domain.events import Event, EventMetadata, PositionVoided, truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, TextTooLong, hash_input, try_canonical_json
-from jobledger.ledger.store.stored_form import find_data_deviation
+from jobledger.ledger.store.storage_format import find_data_deviation
 
 VOID_STREAM: Final = "void"
 MAX_EVENT_BYTES: Final = 8 * 1024 * 1024

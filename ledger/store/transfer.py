@@ -24,7 +24,7 @@ from jobledger.ledger.mongo.connection import UNAUTHORIZED, Database, Document, 
 from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.hash_chain import GENESIS_HASH
-from jobledger.ledger.store.stored_form import find_deviation, find_envelope_deviation
+from jobledger.ledger.store.storage_format import find_deviation, find_envelope_deviation
 from jobledger.ledger.store.verification import verify_log
 
 FORMAT: Final = 1

@@ -1,7 +1,7 @@
 """ledger: does the log still say what was written? A check from event to event, in bounded memory.
 
 Looked at are: the positions (dense), each stream's versions (dense, in the order of positions), each event's hash and
-its link to the one before, and the form in which it is stored (`ledger/store/stored_form.py`). Nothing is written: a
+its link to the one before, and the form in which it is stored (`ledger/store/storage_format.py`). Nothing is written: a
 hole
 that a reader would fill is reported as one.
 
@@ -31,7 +31,7 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamHead
 from jobledger.ledger.store.event_store import EventStore, ReadPosition, StoredDocument
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input, try_canonical_json
-from jobledger.ledger.store.stored_form import are_canonical, find_deviation
+from jobledger.ledger.store.storage_format import are_canonical, find_deviation
 
 _REMEMBERED_STREAMS = 50_000
 _LOOKS_AT_A_HOLE = 5

@@ -3,7 +3,8 @@
 A chunk's view writes and the checkpoint are one transaction, and the checkpoint's filter names where it began and who
 may write (the fence): whoever has been replaced finds no such checkpoint, and what he wrote is undone.
 
-A stream that cannot be folded, or whose document cannot be stored, is isolated (projections/views/failures.py): all
+A stream that cannot be folded, or whose document cannot be stored, is isolated
+(projections/views/projection_errors.py): all
 others go
 on. A chunk that is too much for one transaction is written in parts.
 """
@@ -47,7 +48,6 @@ from jobledger.projections.engine.slots import Views
 from jobledger.projections.views import (
     batches,
     deliveries,
-    failures,
     files,
     jobs,
     list_index,
@@ -57,6 +57,7 @@ from jobledger.projections.views import (
     steps,
 )
 from jobledger.projections.views import endpoints as receivers
+from jobledger.projections.views import projection_errors as failures
 
 _log = structlog.get_logger()
 PROJECTION_VERSION: Final = 13

@@ -35,7 +35,7 @@ from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
 from jobledger.projections.engine.slots import Views
-from jobledger.projections.views import failures, list_index
+from jobledger.projections.views import list_index, projection_errors
 from jobledger.projections.views.jobs import MAX_LISTED_FIELD_BYTES, mark_truncated, redact_webhook
 from jobledger.projections.views.list_index import Facet, PageCursor
 
@@ -51,7 +51,7 @@ INDEXES: Final = [
 
 def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
     """Return the batch's document as it is after one more event of its own stream; None when it is deleted."""
-    if batch is not None and failures.ERROR_FIELD in batch and failures.REDUCED_FIELD not in batch:
+    if batch is not None and projection_errors.ERROR_FIELD in batch and projection_errors.REDUCED_FIELD not in batch:
         return _followed(batch, event)
     happened = event.event
     if isinstance(happened, BatchSubmitted):
@@ -73,7 +73,7 @@ def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
 def isolate(batch: Document | None, event: RecordedEvent, problem: Document) -> Document | None:
     """Return the document of a batch one of whose events cannot be folded: as it was, with the reason."""
     before = batch if batch is not None else _skeleton(event)
-    return _followed({**before, failures.ERROR_FIELD: problem}, event)
+    return _followed({**before, projection_errors.ERROR_FIELD: problem}, event)
 
 
 def _followed(batch: Document, event: RecordedEvent) -> Document | None:
@@ -111,8 +111,8 @@ def reduce_to_storable(batch: Document, problem: Document) -> Document:
         "access_control": {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []},
         "teams": [],
         "truncated": ["job_ids", "parameters"],
-        failures.REDUCED_FIELD: True,
-        failures.ERROR_FIELD: problem,
+        projection_errors.REDUCED_FIELD: True,
+        projection_errors.ERROR_FIELD: problem,
     }
     _list(document)
     return document
@@ -288,7 +288,7 @@ _IN_LISTS: Final[Document] = {
             *("_id", "batch_id", "batch_name", "status", "created_at", "updated_at", "completed_at", "total_jobs"),
             *("pending_jobs", "processing_jobs", "completed_jobs", "failed_jobs", "cancelled_jobs", "webhook"),
             *("summary", "user_id", "access_control", "teams", "paused", "archived", "version", "position"),
-            *("truncated", failures.ERROR_FIELD),
+            *("truncated", projection_errors.ERROR_FIELD),
         ),
         1,
     ),

@@ -27,7 +27,7 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_CHARACTERS, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.engine.slots import Views
-from jobledger.projections.views import endpoints, failures, list_index
+from jobledger.projections.views import endpoints, list_index, projection_errors
 from jobledger.projections.views.jobs import shorten_error
 from jobledger.projections.views.list_index import PageCursor
 
@@ -43,7 +43,7 @@ INDEXES: Final = [
 
 def fold(delivery: Document | None, event: RecordedEvent) -> Document:
     """Return the delivery's document as it is after one more event of its stream. Its number is for the projector."""
-    if delivery is not None and failures.ERROR_FIELD in delivery:
+    if delivery is not None and projection_errors.ERROR_FIELD in delivery:
         return _followed(delivery, event)
     happened = event.event
     if isinstance(happened, DeliveryQueued):
@@ -99,7 +99,7 @@ _STATUS_AFTER: Final = {
 
 def isolate(delivery: Document, event: RecordedEvent, problem: Document) -> Document:
     """Return the document of a delivery one of whose events cannot be folded: as it was, with the reason."""
-    return _followed({**delivery, failures.ERROR_FIELD: problem}, event)
+    return _followed({**delivery, projection_errors.ERROR_FIELD: problem}, event)
 
 
 def _followed(delivery: Document, event: RecordedEvent) -> Document:
@@ -114,7 +114,7 @@ def reduce_to_storable(delivery: Document, problem: Document) -> Document:
     listed = list_index.build_list_keys(list_index.scopes_for_owner(""), [list_index.NO_FACET])
     texts = {name: truncate_text(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
     blank = {"attempts": [], "reason": None, "headings": listed}
-    return {**delivery, **texts, **blank, failures.REDUCED_FIELD: True, failures.ERROR_FIELD: problem}
+    return {**delivery, **texts, **blank, projection_errors.REDUCED_FIELD: True, projection_errors.ERROR_FIELD: problem}
 
 
 def host_and_port(url: str) -> str:

@@ -13,7 +13,7 @@ from pymongo import ASCENDING, IndexModel
 
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.engine.slots import Views
-from jobledger.projections.views import failures, jobs
+from jobledger.projections.views import jobs, projection_errors
 
 NAME: Final = "files"
 _JOBS_PER_QUERY: Final = 100
@@ -89,7 +89,7 @@ async def find_jobs_with_unknown_files(views: Views, *, limit: int) -> list[str]
     with translate_errors("looking for jobs whose files are not known"):
         many = views[STEP_FILES_VIEW].find({"sha256": UNTRACKED_FILES}, {"job_id": 1}, limit=limit)
         found = [row["job_id"] async for row in many]
-        isolated = views[failures.NAME].find(failures.rows_query("jobs"), {"key": 1}, limit=limit)
+        isolated = views[projection_errors.NAME].find(projection_errors.rows_query("jobs"), {"key": 1}, limit=limit)
         found += [row["key"] async for row in isolated]
     return found[:limit]
 

@@ -3,7 +3,8 @@
 Its fold, its indexes, its questions. Extra to the concept: `attempt`, `steps` (what was finished, not what it yielded),
 `version` and `position` (the last event folded in), `due_at` (when a waiting job may start), `queued_position` (its age
 in the queue), `truncated` (fields of which the document shows a part, by the budgets of ledger/domain/limits.py),
-`projection_error` (why the document does not show the job as the log has it, see projections/views/failures.py).
+`projection_error` (why the document does not show the job as the log has it, see
+projections/views/projection_errors.py).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.slots import Views
-from jobledger.projections.views import failures, list_index
+from jobledger.projections.views import list_index, projection_errors
 from jobledger.projections.views.list_index import Facet, PageCursor
 
 NAME: Final = "jobs"
@@ -81,7 +82,7 @@ _SIZED: Final = frozenset({"parameters", "results", "logs", "steps"})
 
 def fold(job: Document | None, event: RecordedEvent) -> Document | None:
     """Return the job's document as it is after one more event of its stream; None when it is deleted."""
-    if job is not None and failures.ERROR_FIELD in job and failures.REDUCED_FIELD not in job:
+    if job is not None and projection_errors.ERROR_FIELD in job and projection_errors.REDUCED_FIELD not in job:
         return _apply_event_type(job, event)
     try:
         happened = event.event
@@ -123,7 +124,7 @@ _STATUS_AFTER: Final = {
 def isolate(job: Document | None, event: RecordedEvent, problem: Document) -> Document | None:
     """Return the document of a job one of whose events cannot be folded: as it was, with the reason."""
     before = job if job is not None else _placeholder_document(event)
-    return _apply_event_type({**before, failures.ERROR_FIELD: problem}, event)
+    return _apply_event_type({**before, projection_errors.ERROR_FIELD: problem}, event)
 
 
 def _apply_event_type(job: Document, event: RecordedEvent) -> Document | None:
@@ -168,8 +169,8 @@ def reduce_to_storable(job: Document, problem: Document) -> Document:
         "access_control": access,
         "teams": job["teams"] if fits_in_document(job["teams"], _ACCESS_BYTES) else [],
         "truncated": sorted(name for name in _BLANK if job[name] and name not in ("headings", "words")),
-        failures.REDUCED_FIELD: True,
-        failures.ERROR_FIELD: problem,
+        projection_errors.REDUCED_FIELD: True,
+        projection_errors.ERROR_FIELD: problem,
     }
     _set_list_index(document)
     return document
@@ -194,7 +195,7 @@ _SMALL_BYTES: Final = 4096
 
 def _is_small(value: Any) -> bool:
     try:
-        return fits_in_document(value, _SMALL_BYTES) and failures.unstorable_reason({"": value}) is None
+        return fits_in_document(value, _SMALL_BYTES) and projection_errors.unstorable_reason({"": value}) is None
     except (InvalidEvent, TypeError, ValueError):
         return False
 
@@ -329,7 +330,7 @@ _FIELDS: Final = (
     *("_id", "job_id", "job_type", "job_name", "status", "created_at", "updated_at", "started_at", "completed_at"),
     *("parameters", "webhook", "batch_id", "progress", "results", "error", "logs", "worker_id", "attempt", "retries"),
     *("max_attempts", "timeout_s", "priority", "due_at", "user_id", "access_control", "teams", "cancel_requested"),
-    *("archived", "steps", "version", "position", "truncated", failures.ERROR_FIELD),
+    *("archived", "steps", "version", "position", "truncated", projection_errors.ERROR_FIELD),
 )
 """What lists show of a job: all that is shown of one."""
 

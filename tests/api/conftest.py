@@ -17,7 +17,7 @@ from jobledger.cli.composition import ALL_ROLES, Role, start_roles
 from jobledger.cli.settings import read_settings
 from jobledger.ledger.mongo.connection import Database
 from jobledger.ledger.store.event_store import EventStore
-from tests.support.principals import HeaderAuthBackend, principal_header
+from tests.support.header_auth import HeaderAuthBackend, principal_header
 
 DEADLINE_SECONDS = 30.0
 TERMINAL_EVENT_TYPES = ("JobCompleted", "JobFailed", "JobCancelled")
@@ -158,7 +158,7 @@ async def api_without_worker(mongodb_uri: str, db_name: str, tmp_path: Path) -> 
 async def header_auth_api(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
-    """Without a worker; a header says who asks (tests/support/principals.py)."""
+    """Without a worker; a header says who asks (tests/support/header_auth.py)."""
     monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderAuthBackend())
     async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running

@@ -13,7 +13,7 @@ import pytest
 
 from jobledger.cli.composition import ALL_ROLES
 from tests.api.conftest import Api, run_api
-from tests.support.principals import HeaderAuthBackend, principal_header
+from tests.support.header_auth import HeaderAuthBackend, principal_header
 
 NONE, READ, WRITE, ADMIN = range(4)
 ACCESS: Final[dict[str, Any]] = {

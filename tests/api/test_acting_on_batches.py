@@ -13,8 +13,8 @@ from jobledger.ledger.domain.commands import CancelJob, ClaimJob, CompleteJob, F
 from jobledger.ledger.domain.events import EventMetadata, Failure
 from jobledger.ledger.store.command_handler import handle_command
 from tests.api.conftest import Api
-from tests.support.examples import make_results
-from tests.support.rarely import soak_only
+from tests.support.event_examples import make_results
+from tests.support.soak_only import soak_only
 
 ACTIONS = ("pause", "resume", "cancel", "restart", "archive", "unarchive")
 BATCHES = "/api/events/batches"

@@ -25,7 +25,7 @@ from jobledger.api.http.memory_budget import MemoryBudget, MemoryReservation
 from jobledger.api.http.validation import validate_content
 from jobledger.workers.processors.session.parameters import SessionParameters
 from tests.support.installation import Installation, RunningCommand
-from tests.support.rarely import soak_only
+from tests.support.soak_only import soak_only
 
 JOBS, BATCHES, REDELIVER = "/api/events/jobs", "/api/events/batches", "/api/monitoring/events/redeliver"
 CHECK = "/monitoring/events/check"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import create_model
 
-from jobledger.api.routes import bulk_commands as bulk
+from jobledger.api import bulk_commands as bulk
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, SubmitJob
 from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy
 from jobledger.ledger.domain.events import Event, EventMetadata, JobStatus, RecordedEvent
@@ -18,8 +18,8 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.command_handler import Command, StreamState, handle_command, load_stream_state, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
-from tests.support.examples import make_job_submitted
-from tests.support.ledgers import EVENT_METADATA, Ledger, open_ledger
+from tests.support.event_examples import make_job_submitted
+from tests.support.ledger_setup import EVENT_METADATA, Ledger, open_ledger
 
 OF_BATCH = EventMetadata("user:ada", "batch-1")
 CANCEL = CancelJob("user:ada")

@@ -27,11 +27,11 @@ from jobledger.api.http.client_address import client_address, get_rate_limit_key
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.middleware import SIGN_IN_PATH, AuthFailureLimitMiddleware, HttpOptions
 from jobledger.api.http.sse import Throttle
-from jobledger.api.routes.live import EventFilter, _blocks
-from jobledger.cli.http_connections import ConnectionLimits, HttpConnection, SheddingSocket, protocol_class
+from jobledger.api.routes.log_stream import EventFilter, _blocks
+from jobledger.cli.http_connection import ConnectionLimits, HttpConnection, SheddingSocket, protocol_class
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from tests.api.conftest import Api, run_api
-from tests.support.principals import principal_header
+from tests.support.header_auth import principal_header
 
 JOBS, STREAM = "/api/events/jobs", "/api/ledger/stream"
 HOST = "Host: 127.0.0.1\r\n"

@@ -11,8 +11,8 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import DEADLINE_SECONDS, Api
-from tests.support.examples import NOON
-from tests.support.tampered import ORIGINAL_EVENT, TAMPERED_FIELDS
+from tests.support.event_examples import NOON
+from tests.support.tampered_events import ORIGINAL_EVENT, TAMPERED_FIELDS
 
 
 async def submitted(api: Api, *more: Any) -> list[Document]:

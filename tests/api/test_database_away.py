@@ -16,8 +16,8 @@ import pytest
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
 from tests.api.conftest import Api, run_api
-from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import soak_only
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.soak_only import soak_only
 
 pytestmark = needs_local_mongod
 

@@ -10,7 +10,7 @@ from typing import Any, Final, get_args
 
 import pytest
 
-from jobledger.api.auth.disclosure import (
+from jobledger.api.auth.redaction import (
     ATTEMPT_RULES,
     BATCH_RULES,
     DELIVERY_RULES,
@@ -29,8 +29,8 @@ from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent
 from jobledger.projections.views.jobs import log_lines_of_event
 from tests.api.conftest import Api, run_api
-from tests.support.principals import HeaderAuthBackend, principal_header
-from tests.support.receiver import WebhookEndpoint, run_webhook_endpoint
+from tests.support.header_auth import HeaderAuthBackend, principal_header
+from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
 OWNER: Final = principal_header("owner", ["team-hidden-team"])
 HOST: Final = "hidden-host"

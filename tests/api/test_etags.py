@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from tests.api.conftest import Api
-from tests.support.principals import principal_header
+from tests.support.header_auth import principal_header
 
 VIEWERS = {
     "owner": principal_header("owner"),

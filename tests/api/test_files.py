@@ -29,7 +29,7 @@ from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from tests.api.conftest import DEADLINE_SECONDS, Api
-from tests.support.running import poll_until
+from tests.support.role_runner import poll_until
 
 FILES = "/api/events/files/"
 CONTENT = bytes(range(256)) * 40

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import Api, run_api
-from tests.support.principals import principal_header
+from tests.support.header_auth import principal_header
 
 JOBS = "/api/events/jobs"
 LIMITS = {"max_streams_per_user": 2, "max_streams": 3}

@@ -17,7 +17,7 @@ from jobledger.projections.engine import health
 from jobledger.projections.views import jobs
 from tests.api.conftest import Api, run_api
 from tests.api.test_refusals import refused
-from tests.support.running import make_echo_job
+from tests.support.role_runner import make_echo_job
 
 NAMES = [f"reader-{number}" for number in range(8000)]
 HEADERS = {f"X-Header-{number}": "x" * 7000 for number in range(20)}

@@ -11,7 +11,7 @@ from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Document
 from jobledger.projections.views import jobs, list_index
 from tests.api.conftest import Api
-from tests.support.principals import principal_header
+from tests.support.header_auth import principal_header
 
 ADMIN = Principal("ann", roles=frozenset({"admin"}))
 ALICE = Principal("alice", frozenset({"team-a"}))

@@ -19,8 +19,8 @@ from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from tests.api.conftest import DEADLINE_SECONDS, Api
-from tests.support.ledgers import Ledger, open_ledger
-from tests.support.running import make_echo_job
+from tests.support.ledger_setup import Ledger, open_ledger
+from tests.support.role_runner import make_echo_job
 
 pytestmark = pytest.mark.usefixtures("said_in_header")
 PRIVATE = AccessControl()

@@ -18,7 +18,7 @@ import pytest
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 CLIENTS = 1000
 SOME_KB = 60

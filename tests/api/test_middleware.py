@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from jobledger.api.http.middleware import HttpOptions, RequestContextMiddleware, TokenBuckets
 from tests.api.conftest import Api, run_api
-from tests.support.principals import principal_header
+from tests.support.header_auth import principal_header
 
 JOBS, STREAM, STATS = "/api/events/jobs", "/api/ledger/stream", "/api/monitoring/events/stats"
 FRIEND = "https://conference.example.org"

@@ -16,7 +16,7 @@ from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from tests.api.conftest import Api, run_api
-from tests.support.ledgers import load_event_documents
+from tests.support.ledger_setup import load_event_documents
 
 UNKNOWN: type[Event] = create_model("JobRepainted", __base__=Event, colour=(str, ...))
 NEWER = create_model("JobSubmitted", __base__=JobSubmitted)

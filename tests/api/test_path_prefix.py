@@ -13,7 +13,7 @@ import pytest
 from jobledger.projections.views.files import prefix_result_urls
 from tests.api.conftest import Api, run_api
 from tests.support.path_proxy import run_path_proxy
-from tests.support.receiver import run_webhook_endpoint
+from tests.support.webhook_endpoint import run_webhook_endpoint
 
 PREFIX = "/tools/jobs"
 ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.api.conftest import Api
-from tests.support.principals import principal_header
+from tests.support.header_auth import principal_header
 
 JOB = {"job_type": "echo", "parameters": {"text": "once"}}
 KEY = {"Idempotency-Key": "6a0c2a5e-once"}

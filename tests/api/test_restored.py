@@ -14,7 +14,7 @@ from jobledger.cli.view_maintenance import rebuild_views
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store import transfer
 from tests.api.conftest import Api, run_api
-from tests.support.receiver import run_webhook_endpoint
+from tests.support.webhook_endpoint import run_webhook_endpoint
 
 NOT_FROM_THE_LOG = {
     "/metrics",

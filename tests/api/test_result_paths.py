@@ -17,7 +17,7 @@ from jobledger.ledger.store.command_handler import handle_command, new_job_id
 from jobledger.workers.processor import JobContext, Results
 from tests.api.conftest import Api
 from tests.api.test_files import FILES, add_file
-from tests.workers.inline import install_processor
+from tests.workers.inline_processor import install_processor
 from tests.workers.test_result_paths import PATHS, VALID, accepted
 
 SAMPLES = 120

@@ -19,7 +19,7 @@ from jobledger.api.auth.api_keys import ApiKeyToken
 from jobledger.cli.commands.keys import new_key
 from jobledger.ledger.mongo.connection import Database
 from tests.api.conftest import Api, run_api
-from tests.support.tokens import SECRET, make_token
+from tests.support.jwt_issuer import SECRET, make_token
 
 SIGN_IN, SIGN_OUT, JOBS = "/monitoring/events/sign-in", "/monitoring/events/sign-out", "/api/events/jobs"
 SOON_SECONDS = 5.0

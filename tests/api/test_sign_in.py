@@ -26,7 +26,7 @@ from jobledger.cli.commands.keys import new_key
 from jobledger.cli.composition import Role
 from jobledger.ledger.domain.errors import ConfigurationError
 from tests.api.conftest import Api, run_api
-from tests.support.tokens import (
+from tests.support.jwt_issuer import (
     EC_KEY,
     OTHER_RSA_KEY,
     RSA_KEY,

@@ -24,7 +24,7 @@ from jobledger.api.http.streaming import CloseableStreamingResponse
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Database
 from tests.api.conftest import Api, run_api
-from tests.support.tokens import SECRET, make_token
+from tests.support.jwt_issuer import SECRET, make_token
 
 STREAM, PULSE, JOBS = "/api/ledger/stream", "/monitoring/events/pulse", "/api/events/jobs"
 SIGN_IN, SIGN_OUT = "/monitoring/events/sign-in", "/monitoring/events/sign-out"

@@ -14,8 +14,8 @@ import standardwebhooks
 from jobledger.ledger.store import endpoint_secrets
 from jobledger.ledger.store.endpoint_secrets import Endpoint
 from tests.api.conftest import Api, run_api
-from tests.support.principals import HeaderAuthBackend
-from tests.support.receiver import ReceivedRequest, WebhookEndpoint, run_webhook_endpoint
+from tests.support.header_auth import HeaderAuthBackend
+from tests.support.webhook_endpoint import ReceivedRequest, WebhookEndpoint, run_webhook_endpoint
 
 ENDPOINTS: Final = "/api/monitoring/events/webhook-endpoints"
 HOOKS: Final = {"allow_private": ["127.0.0.1"], "schedule_seconds": [0, 0.2, 0.2, 0.2], "jitter": 0}

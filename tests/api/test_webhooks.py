@@ -12,8 +12,8 @@ import pytest
 
 from jobledger.ledger.net.webhook_signature import generate_secret
 from tests.api.conftest import DEADLINE_SECONDS, Api, run_api
-from tests.support.principals import HeaderAuthBackend
-from tests.support.receiver import WebhookEndpoint, run_webhook_endpoint
+from tests.support.header_auth import HeaderAuthBackend
+from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
 HOOKS = "/api/monitoring/events/webhooks"
 AGAIN = "/api/monitoring/events/redeliver"

@@ -25,9 +25,9 @@ from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.store.event_store import EventStoreLimits
 from jobledger.ledger.store.hash_chain import GENESIS_HASH
 from jobledger.projections.engine.writer import PROJECTION_VERSION
-from tests.support.examples import NOON
+from tests.support.event_examples import NOON
 from tests.support.installation import CommandOutcome, Installation, assert_one_line_error, has_exited
-from tests.support.ledgers import (
+from tests.support.ledger_setup import (
     EVENT_METADATA,
     Ledger,
     create_position_gap,
@@ -35,8 +35,8 @@ from tests.support.ledgers import (
     open_ledger,
     read_all_events,
 )
-from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import soak_only
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.soak_only import soak_only
 
 NOTHING = bytes(32).hex()
 EVENTS = 5

@@ -32,7 +32,7 @@ from tests.support.installation import (
     http_client,
     list_descendants,
 )
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
 

@@ -18,7 +18,7 @@ from PIL import Image
 from jobledger.cli.demo_site import write_site
 from jobledger.cli.demo_site.talks import CONFERENCE, TALKS, Talk
 from tests.support.installation import CommandOutcome, Installation
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(300)]
 

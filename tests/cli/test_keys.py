@@ -17,7 +17,7 @@ from jobledger.cli.commands.keys import new_key, parse_lifetime
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import CommandOutcome, Installation, RunningCommand, assert_one_line_error, http_client
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 JOBS = "/api/events/jobs"
 ECHO = json.dumps({"job_type": "echo", "parameters": {"text": "hello"}})

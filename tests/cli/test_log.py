@@ -24,11 +24,11 @@ from jobledger.ledger.domain.events import Failure
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store import transfer
 from jobledger.projections.engine import rebuild
-from tests.projections.refold import assert_views_match_log, load_views, make_results
+from tests.projections.expected_views import assert_views_match_log, load_views, make_results
 from tests.projections.test_projector import a_history
 from tests.support.installation import CommandOutcome, Installation
-from tests.support.mongod import needs_local_mongod
-from tests.support.running import RunningRoles, run_roles_in_process
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 Work = Callable[[RunningRoles], Coroutine[Any, Any, Any]]
 

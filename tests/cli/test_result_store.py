@@ -10,7 +10,7 @@ import httpx
 from jobledger.ledger.files.store_marker import MARKER_FILE_NAME
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import Installation, http_client
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
 ECHO = {"job_type": "echo", "parameters": {"text": "hello"}}

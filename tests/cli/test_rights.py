@@ -41,11 +41,11 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.verification import verify_log
 from jobledger.ledger.subscriber import SUBSCRIPTIONS, ledger_client
 from tests.api.conftest import Api, make_settings, run_api
-from tests.support.guarded import AuthenticatedServer, start_authenticated_server
+from tests.support.authenticated_server import AuthenticatedServer, start_authenticated_server
 from tests.support.installation import Installation, http_client
-from tests.support.ledgers import DEADLINE_SECONDS, create_position_gap, open_ledger
-from tests.support.mongod import needs_local_mongod
-from tests.support.running import run_roles_in_process
+from tests.support.ledger_setup import DEADLINE_SECONDS, create_position_gap, open_ledger
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.role_runner import run_roles_in_process
 
 pytestmark = needs_local_mongod
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from tests.processors.session.support import SiteResponse, html, make_pdf, make_video, serve_site
+from tests.processors.session.fixtures import SiteResponse, html, make_pdf, make_video, serve_site
 from tests.support.installation import Installation
 
 TITLE = 'Fünf "Ränder" & <b>ein</b> Rand: [eckig](x) 🦆 — 100 %?'

@@ -18,8 +18,8 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.api.conftest import make_settings
 from tests.support.installation import COMMAND, Installation, http_client
-from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import soak_only
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.soak_only import soak_only
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.store.verification import IntegrityProblem, VerificationResult
 from jobledger.projections.engine.comparison import Difference
 from jobledger.projections.engine.file_verification import FileProblem, FileVerificationResult
-from tests.support.examples import NOON
+from tests.support.event_examples import NOON
 
 NASTY = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u2066\u200b\ufeff\u2028\u2029\r\n\t\ud800[red]x[/red][link=file:///]:skull:\x7f\x00"
 

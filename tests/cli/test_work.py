@@ -29,7 +29,7 @@ from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.event_store import MAX_POSITION
 from tests.support.installation import CommandOutcome, Installation, assert_one_line_error
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
 

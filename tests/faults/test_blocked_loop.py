@@ -11,9 +11,9 @@ import pytest
 
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import Installation, http_client
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.plugins import install_plugin
-from tests.support.rarely import soak_only
+from tests.support.soak_only import soak_only
 
 LEASE_SECONDS = 1.0
 BLOCK = """

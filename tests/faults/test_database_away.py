@@ -11,9 +11,9 @@ import pytest
 
 from jobledger.ledger.domain.events import JobClaimed, JobProgressed
 from jobledger.ledger.mongo.connection import Connection
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.replica_set import ReplicaSet
-from tests.support.running import run_roles_in_process, run_roles_subprocess
+from tests.support.role_runner import run_roles_in_process, run_roles_subprocess
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
 

@@ -15,7 +15,7 @@ from pymongo import MongoClient
 
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
 

@@ -13,7 +13,7 @@ import pytest
 
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import Installation, RunningCommand, has_exited, http_client, list_descendants
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
 

@@ -15,8 +15,8 @@ import pytest
 from jobledger.ledger.mongo.embedded_lock import read_server_info, wait_until
 from jobledger.ledger.system.disk_space import DiskSpaceMonitor, find_space_problem, find_write_problem
 from tests.support.installation import Installation, http_client
-from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import soak_only
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.soak_only import soak_only
 
 DISK_MIB = 640
 JOB = {"job_type": "echo", "parameters": {}}

@@ -21,8 +21,9 @@ from jobledger.ledger.mongo.embedded_lock import wait_until as until_true
 from jobledger.ledger.store.command_handler import new_job_id
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStoreLimits
-from tests.support.examples import NOON
-from tests.support.ledgers import (
+from tests.support.driver_hooks import CommandCounter, is_suspended, monitor_connection
+from tests.support.event_examples import NOON
+from tests.support.ledger_setup import (
     EVENT_METADATA,
     Ledger,
     check_log,
@@ -32,9 +33,8 @@ from tests.support.ledgers import (
     poll_until,
     read_all_events,
 )
-from tests.support.moments import CommandCounter, is_suspended, monitor_connection
-from tests.support.mongod import needs_local_mongod
-from tests.support.proxy import TcpProxy
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = needs_local_mongod
 

@@ -31,11 +31,11 @@ from jobledger.ledger.mongo.embedded_lock import wait_until as wait_until
 from jobledger.ledger.store.command_handler import handle_command, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
-from tests.support.examples import ACCESS
-from tests.support.ledgers import EVENT_METADATA, Ledger, check_log, load_event_documents, open_ledger, poll_until
-from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import soak_only
+from tests.support.event_examples import ACCESS
+from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents, open_ledger, poll_until
+from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.replica_set import Node, ReplicaSet
+from tests.support.soak_only import soak_only
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
 

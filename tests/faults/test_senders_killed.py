@@ -12,9 +12,9 @@ import pytest
 
 from jobledger.ledger.domain.events import DeliverySucceeded, Webhook
 from jobledger.ledger.mongo.connection import Connection
-from tests.support.dying import CRASH_POINTS
-from tests.support.receiver import run_webhook_endpoint
-from tests.support.running import FAST_WEBHOOKS, WorkerOptions, run_roles_in_process
+from tests.support.crash_points import CRASH_POINTS
+from tests.support.role_runner import FAST_WEBHOOKS, WorkerOptions, run_roles_in_process
+from tests.support.webhook_endpoint import run_webhook_endpoint
 
 JOBS = 6
 TIMES = 3
@@ -22,7 +22,7 @@ TIMES = 3
 
 def dying(connection: Connection, store: Path, point: str) -> subprocess.Popen[bytes]:
     arguments = [connection.uri, connection.db_name, str(store), point, str(TIMES)]
-    return subprocess.Popen([sys.executable, "-m", "tests.support.dying", *arguments], stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-m", "tests.support.crash_points", *arguments], stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("point", CRASH_POINTS)

@@ -15,10 +15,10 @@ import pytest
 from jobledger.cli.composition import SHUTDOWN_MARGIN_SECONDS
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import Installation, http_client
-from tests.support.mongod import needs_local_mongod
-from tests.support.proxy import TcpProxy
-from tests.support.rarely import soak_only
+from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.replica_set import ReplicaSet
+from tests.support.soak_only import soak_only
+from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(240)]
 GRACE_SECONDS = 1.0

@@ -17,8 +17,8 @@ from jobledger.cli.embedded_supervisor import supervise_until_shutdown
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.system import disk_space as disk
-from tests.support.mongod import needs_local_mongod
-from tests.support.running import poll_until
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.role_runner import poll_until
 
 pytestmark = needs_local_mongod
 

@@ -1,6 +1,6 @@
 """kill -9 on workers, their children, the projector and mongod while jobs are done: every job ends, and in good order.
 
-What "in good order" means is in `tests/support/history.py`.
+What "in good order" means is in `tests/support/history_check.py`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from jobledger.ledger.domain.errors import CommandRejected, LedgerUnavailable
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.embedded import EmbeddedServer
-from tests.projections.refold import assert_views_match_log
-from tests.support.history import check_history
+from tests.projections.expected_views import assert_views_match_log
+from tests.support.history_check import check_history
 from tests.support.installation import list_descendants
 from tests.support.job_processes import list_job_processes
-from tests.support.ledgers import load_event_documents
-from tests.support.mongod import needs_local_mongod
-from tests.support.rarely import IS_SOAK_RUN
-from tests.support.running import (
+from tests.support.ledger_setup import load_event_documents
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.role_runner import (
     TERMINAL_EVENT_TYPES,
     RolesSubprocess,
     RunningRoles,
@@ -40,6 +39,7 @@ from tests.support.running import (
     run_roles_subprocess,
 )
 from tests.support.slow_site import SlowSite, serve_site
+from tests.support.soak_only import IS_SOAK_RUN
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(180)]
 

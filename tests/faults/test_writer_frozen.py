@@ -20,8 +20,9 @@ from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStoreLimits
-from tests.support.examples import NOON, make_job_submitted
-from tests.support.ledgers import (
+from tests.support.driver_hooks import HookPoint, OneTimeHook, is_suspended, monitor_connection, suspend_own_process
+from tests.support.event_examples import NOON, make_job_submitted
+from tests.support.ledger_setup import (
     EVENT_METADATA,
     Ledger,
     check_log,
@@ -31,7 +32,6 @@ from tests.support.ledgers import (
     poll_until,
     read_all_events,
 )
-from tests.support.moments import HookPoint, OneTimeHook, is_suspended, monitor_connection, suspend_own_process
 
 VOID_AFTER_SECONDS = 0.3
 IMPATIENT = EventStoreLimits(gap_timeout_seconds=VOID_AFTER_SECONDS)

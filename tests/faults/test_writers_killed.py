@@ -18,7 +18,8 @@ from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStoreLimits
-from tests.support.ledgers import (
+from tests.support.driver_hooks import CommandCounter, monitor_connection
+from tests.support.ledger_setup import (
     Ledger,
     check_log,
     create_position_gap,
@@ -29,8 +30,7 @@ from tests.support.ledgers import (
     read_all_events,
     read_first_events,
 )
-from tests.support.moments import CommandCounter, monitor_connection
-from tests.support.rarely import IS_SOAK_RUN
+from tests.support.soak_only import IS_SOAK_RUN
 from tests.support.writers import start_writer
 
 WRITERS = 8

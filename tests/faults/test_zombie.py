@@ -14,14 +14,20 @@ import pytest
 
 from jobledger.ledger.domain.events import JobClaimed, JobLeaseExpired, JobProgressed, WorkerFenced
 from jobledger.ledger.mongo.connection import Connection, Document
-from tests.support.history import check_history
+from tests.support.driver_hooks import is_suspended
+from tests.support.history_check import check_history
 from tests.support.job_processes import list_job_processes
-from tests.support.ledgers import load_event_documents
-from tests.support.moments import is_suspended
-from tests.support.rarely import soak_only
-from tests.support.running import RolesSubprocess, RunningRoles, poll_until, run_roles_in_process, run_roles_subprocess
+from tests.support.ledger_setup import load_event_documents
+from tests.support.role_runner import (
+    RolesSubprocess,
+    RunningRoles,
+    poll_until,
+    run_roles_in_process,
+    run_roles_subprocess,
+)
 from tests.support.slow_site import SlowSite, serve_site
-from tests.support.zombie import run_zombie_worker
+from tests.support.soak_only import soak_only
+from tests.support.zombie_worker import run_zombie_worker
 
 LEASE_SECONDS = 2.0
 DEFAULT_LEASE_SECONDS = 10.0

@@ -8,7 +8,7 @@ import pytest
 
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.event_store import EventStoreLimits
-from tests.support.ledgers import Ledger, open_ledger
+from tests.support.ledger_setup import Ledger, open_ledger
 
 FAST_GAP_LIMITS = EventStoreLimits(gap_timeout_seconds=0.2)
 

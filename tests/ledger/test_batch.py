@@ -39,7 +39,7 @@ from jobledger.ledger.domain.events import (
     BatchUnarchived,
     Event,
 )
-from tests.support.given import given_for
+from tests.support.decider_spec import given_for
 
 given = given_for(batch)
 COUNTS = BatchCounts(completed=2)

@@ -29,8 +29,8 @@ from jobledger.ledger.store.hash_chain import (
     canonical_json,
     hash_input,
 )
-from tests.support.examples import EVENT_EXAMPLES, NOON, make_job_submitted
-from tests.support.ledgers import EVENT_METADATA, Ledger, check_chain, check_log, load_event_documents
+from tests.support.event_examples import EVENT_EXAMPLES, NOON, make_job_submitted
+from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_chain, check_log, load_event_documents
 from tests.support.strategies import FLOATS, INTEGERS, JSON
 
 AS_THE_DRIVER_READS = CodecOptions[dict[str, Any]](tz_aware=True, tzinfo=UTC)

@@ -21,8 +21,8 @@ from jobledger.ledger.store.command_handler import handle_command
 from jobledger.ledger.subscriber import LedgerClient, SubscriptionEvents, SubscriptionTakenOver, ledger_client
 from tests.ledger.conftest import FAST_GAP_LIMITS
 from tests.ledger.test_log import append_of, kill_change_stream, progress
-from tests.support.examples import NOON
-from tests.support.ledgers import (
+from tests.support.event_examples import NOON
+from tests.support.ledger_setup import (
     DEADLINE_SECONDS,
     EVENT_METADATA,
     Ledger,
@@ -33,8 +33,8 @@ from tests.support.ledgers import (
     open_ledger,
     poll_until,
 )
-from tests.support.proxy import TcpProxy
-from tests.support.wire import MessageProxy
+from tests.support.message_proxy import MessageProxy
+from tests.support.tcp_proxy import TcpProxy
 
 NOT_A_URI = "http://127.0.0.1"
 PROGRAM = """

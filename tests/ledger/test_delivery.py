@@ -40,9 +40,9 @@ from jobledger.ledger.domain.events import (
     Webhook,
 )
 from jobledger.ledger.store.command_handler import handle_command, load_stream_state, new_batch_id, new_job_id
-from tests.support.examples import NOON, make_job_submitted, make_results
-from tests.support.given import given_for
-from tests.support.ledgers import Ledger
+from tests.support.decider_spec import given_for
+from tests.support.event_examples import NOON, make_job_submitted, make_results
+from tests.support.ledger_setup import Ledger
 
 given = given_for(delivery)
 HOOK = Webhook(url="https://cms.example/hook?token=1")

@@ -29,7 +29,7 @@ from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo import embedded
 from jobledger.ledger.mongo.embedded import EmbeddedServer, attach_or_start, find_mongod, find_running_server
 from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until, write_server_info
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from jobledger.ledger.domain.events import EVENT_TYPES, Event, EventMetadata, RecordedEvent
 from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
-from tests.support import golden
-from tests.support.examples import EVENT_EXAMPLES, NOON
-from tests.support.ledgers import check_chain
+from tests.support import golden_events
+from tests.support.event_examples import EVENT_EXAMPLES, NOON
+from tests.support.ledger_setup import check_chain
 from tests.support.strategies import event_instances
 
 AS_THE_DRIVER_READS = CodecOptions[dict[str, Any]](tz_aware=True, tzinfo=UTC)
@@ -93,12 +93,12 @@ def test_there_is_an_example_of_every_event() -> None:
 
 # Golden histories -------------------------------------------------------------------------------------------------
 
-GOLDEN = golden.load_golden_events()
+GOLDEN = golden_events.load_golden_events()
 
 
 @pytest.mark.parametrize("kind", EVERY_TYPE, ids=by_name)
 def test_every_event_has_a_golden_history(kind: type[Event]) -> None:
-    assert golden.golden_path(kind).exists(), "record it: python -m tests.support.golden"
+    assert golden_events.golden_path(kind).exists(), "record it: python -m tests.support.golden_events"
 
 
 @pytest.mark.parametrize("document", GOLDEN, ids=lambda document: f"{document['type']}.{document['schema']}")
@@ -140,12 +140,12 @@ def test_the_chains_of_golden_histories_still_verify() -> None:
 
 
 async def test_recording_is_done_once_and_never_over_an_earlier_record(mongodb_uri: str, tmp_path: Path) -> None:
-    await golden.record_golden_events(mongodb_uri, EVENT_EXAMPLES[:2], tmp_path)
+    await golden_events.record_golden_events(mongodb_uri, EVENT_EXAMPLES[:2], tmp_path)
     before = contents(tmp_path)
     assert sorted(before) == ["JobClaimed.1.json", "JobSubmitted.1.json"]
     with pytest.raises(FileExistsError):
-        golden.write_golden_event(
-            GOLDEN[0] | {"time": datetime.now(UTC)}, golden.golden_path(type(EVENT_EXAMPLES[0]), tmp_path)
+        golden_events.write_golden_event(
+            GOLDEN[0] | {"time": datetime.now(UTC)}, golden_events.golden_path(type(EVENT_EXAMPLES[0]), tmp_path)
         )
     assert contents(tmp_path) == before
 

@@ -41,8 +41,8 @@ from jobledger.ledger.store.command_handler import (
 )
 from jobledger.ledger.store.envelope import StreamHead
 from jobledger.ledger.store.event_store import EventStore
-from tests.support.examples import ACCESS, NOON, make_job_submitted, make_results
-from tests.support.ledgers import EVENT_METADATA, Ledger, check_log, load_event_documents
+from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_results
+from tests.support.ledger_setup import EVENT_METADATA, Ledger, check_log, load_event_documents
 
 CLOCK_ERROR = timedelta(seconds=1)
 """Events carry the estimated time of the server's clock. Its error is half a round trip, long on a busy machine."""

@@ -61,8 +61,8 @@ from jobledger.ledger.domain.events import (
     WorkerFenced,
 )
 from jobledger.ledger.domain.job import Job
-from tests.support.examples import ACCESS, NOON, make_job_submitted, make_results
-from tests.support.given import given_for
+from tests.support.decider_spec import given_for
+from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_results
 
 given = given_for(job)
 LATER = NOON + timedelta(minutes=1)

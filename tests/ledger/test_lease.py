@@ -15,8 +15,8 @@ from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.lease import EXPIRE_LEASE_UPDATE, EXPIRED_LEASE_FILTER, Lease, LeaseObservation
 from jobledger.ledger.system.loop_progress import LoopProgress
-from tests.support.ledgers import DEADLINE_SECONDS
-from tests.support.proxy import TcpProxy
+from tests.support.ledger_setup import DEADLINE_SECONDS
+from tests.support.tcp_proxy import TcpProxy
 
 SECONDS = 0.9
 

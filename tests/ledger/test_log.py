@@ -32,8 +32,8 @@ from jobledger.ledger.store.command_handler import create_streams, handle_comman
 from jobledger.ledger.store.envelope import MAX_EVENT_BYTES, VOID_STREAM, StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
 from tests.ledger.conftest import FAST_GAP_LIMITS
-from tests.support.examples import ACCESS, NOON, make_job_submitted
-from tests.support.ledgers import (
+from tests.support.event_examples import ACCESS, NOON, make_job_submitted
+from tests.support.ledger_setup import (
     DEADLINE_SECONDS,
     EVENT_METADATA,
     Ledger,
@@ -48,7 +48,7 @@ from tests.support.ledgers import (
     read_first_events,
     take_events,
 )
-from tests.support.proxy import TcpProxy
+from tests.support.tcp_proxy import TcpProxy
 
 
 def append_of(*events: Event, stream: str | None = None, head: StreamHead | None = None) -> StreamAppend:

@@ -33,8 +33,8 @@ from jobledger.ledger.domain.events import JobProgressed, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.envelope import VOID_STREAM, StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStoreLimits, Subscription
-from tests.support.examples import NOON
-from tests.support.ledgers import (
+from tests.support.event_examples import NOON
+from tests.support.ledger_setup import (
     EVENT_METADATA,
     Ledger,
     change_stream_operations,
@@ -44,7 +44,7 @@ from tests.support.ledgers import (
     open_ledger,
     read_all_events,
 )
-from tests.support.wire import MessageProxy
+from tests.support.message_proxy import MessageProxy
 
 STORIES = int(os.environ.get("JOBLEDGER_STORIES", "12"))
 STEPS = 30

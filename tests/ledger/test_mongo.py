@@ -32,8 +32,8 @@ from jobledger.ledger.mongo.connection import (
 from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS, EmbeddedServer, find_mongod
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.ledger.store.event_store import EventStore
-from tests.support.mongod import needs_local_mongod
-from tests.support.proxy import TcpProxy
+from tests.support.mongodb_provider import needs_local_mongod
+from tests.support.tcp_proxy import TcpProxy
 
 
 def unused_port() -> int:

@@ -26,9 +26,9 @@ from jobledger.ledger.store.command_handler import load_stream_state, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.hash_chain import hash_input
 from jobledger.ledger.store.verification import verify_log
-from tests.support import golden
-from tests.support.examples import NOON
-from tests.support.ledgers import (
+from tests.support import golden_events
+from tests.support.event_examples import NOON
+from tests.support.ledger_setup import (
     DEADLINE_SECONDS,
     EVENT_METADATA,
     Ledger,
@@ -40,7 +40,7 @@ from tests.support.ledgers import (
 )
 
 EVERY_TYPE = sorted(EVENT_TYPES.values(), key=lambda event: event.__name__)
-GOLDEN = {(document["type"], document["schema"]) for document in golden.load_golden_events()}
+GOLDEN = {(document["type"], document["schema"]) for document in golden_events.load_golden_events()}
 
 
 def by_name(kind: type[Event]) -> str:
@@ -61,7 +61,7 @@ def test_there_is_a_step_from_every_older_schema_to_the_next(kind: type[Event]) 
 @pytest.mark.parametrize("kind", EVERY_TYPE, ids=by_name)
 def test_there_is_a_golden_history_of_every_schema_there_ever_was(kind: type[Event]) -> None:
     kept = {(kind.__name__, schema) for schema in range(1, kind.schema_version + 1)}
-    assert kept <= GOLDEN, "what was recorded is kept for ever; the new one: python -m tests.support.golden"
+    assert kept <= GOLDEN, "what was recorded is kept for ever; the new one: python -m tests.support.golden_events"
 
 
 def test_steps_are_only_for_types_that_exist_and_so_are_golden_histories() -> None:

@@ -32,8 +32,8 @@ from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_void
 from jobledger.ledger.store.event_store import EventStore, EventStoreLimits, StoredDocument
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, canonical_json, hash_input
 from jobledger.ledger.store.verification import IntegrityProblem, VerificationResult, verify_log
-from tests.support.examples import ACCESS, EVENT_EXAMPLES, NOON, make_job_submitted
-from tests.support.ledgers import (
+from tests.support.event_examples import ACCESS, EVENT_EXAMPLES, NOON, make_job_submitted
+from tests.support.ledger_setup import (
     DEADLINE_SECONDS,
     EVENT_METADATA,
     Ledger,
@@ -43,7 +43,7 @@ from tests.support.ledgers import (
     read_all_events,
 )
 from tests.support.strategies import JSON, OBJECTS
-from tests.support.tampered import ORIGINAL_EVENT, TAMPERED_FIELDS, TIMESTAMP
+from tests.support.tampered_events import ORIGINAL_EVENT, TAMPERED_FIELDS, TIMESTAMP
 
 PAGE = 7
 HASTY = EventStoreLimits(gap_timeout_seconds=0.02)

@@ -25,8 +25,8 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.projections.engine import projector
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.views import batches
-from tests.projections.refold import assert_views_match_log, make_failure, make_results
-from tests.support.running import RunningRoles, run_roles_in_process
+from tests.projections.expected_views import assert_views_match_log, make_failure, make_results
+from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 WORKER = "worker-1"
 CONCEPT: dict[str, type] = {

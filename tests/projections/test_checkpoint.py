@@ -9,7 +9,7 @@ import pytest
 
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
-from tests.support.running import poll_until, run_roles_in_process
+from tests.support.role_runner import poll_until, run_roles_in_process
 
 
 async def test_it_waits_until_the_views_have_got_there(connection: Connection, store: Path) -> None:

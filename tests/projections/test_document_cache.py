@@ -17,7 +17,7 @@ from jobledger.projections.engine import writer as folding
 from jobledger.projections.engine.document_cache import MAX_CACHED_BYTES, DocumentCache, estimate_memory
 from jobledger.projections.views import jobs, list_index
 from tests.projections.test_rebuild import compared
-from tests.support.running import run_roles_in_process
+from tests.support.role_runner import run_roles_in_process
 
 NAMES = [f"{number:03}" + "x" * 197 for number in range(200)]
 GROWING: Mapping[str, Any] = {

@@ -47,11 +47,11 @@ from jobledger.ledger.store.command_handler import StreamState, load_stream_stat
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.projections.engine import projector, rebuild
 from jobledger.projections.engine import writer as folding
-from jobledger.projections.views import failures, jobs
-from tests.projections.refold import load_views
+from jobledger.projections.views import jobs, projection_errors
+from tests.projections.expected_views import load_views
 from tests.projections.test_rebuild import compared, rebuilding
-from tests.support.rarely import IS_SOAK_RUN
-from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
+from tests.support.soak_only import IS_SOAK_RUN
 
 MISSING = object()
 ADMIN = Principal("admin", roles=frozenset({"admin"}))
@@ -148,7 +148,7 @@ async def test_every_document_fits_whatever_the_log_holds(connection: Connection
         for name, job_id in spoiled.items():
             job = await here.load_job(job_id)
             assert len(bson.encode(job)) < HARMLESS_BYTES, name
-            assert failures.ERROR_FIELD not in job, name
+            assert projection_errors.ERROR_FIELD not in job, name
         readers = await here.load_job(spoiled["many_readers"])
         assert readers["truncated"] == ["headings"]
         assert len(readers["headings"]) + len(readers["words"]) <= 2 * limits.MAX_LIST_INDEX_ROWS
@@ -156,7 +156,7 @@ async def test_every_document_fits_whatever_the_log_holds(connection: Connection
         assert (full["status"], full["truncated"]) == ("completed", ["results"])
         assert full["results"]["metadata"]["duration"] == 1.0
         assert (await here.load_job(spoiled["many_steps"]))["truncated"] == ["steps"]
-        assert await failures.count(here.checkpoint.views) == 0
+        assert await projection_errors.count(here.checkpoint.views) == 0
 
 
 # Streams that cannot be projected -------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ async def test_a_stream_that_cannot_be_projected_is_isolated_and_said(
             await here.wait_for_event(EVENT_TYPES["BatchFinished"], batch_id)
             await here.wait_for_views()
             assert (await here.load_batch(batch_id))["completed_jobs"] == 2
-            [failure] = await failures.list_problems(here.checkpoint.views)
+            [failure] = await projection_errors.list_problems(here.checkpoint.views)
             assert job_id in failure["key"]
             assert failure["position"] <= head
             assert failure["message"]
@@ -312,7 +312,7 @@ async def _append_raw(here: RunningRoles, job_id: str, number: int) -> None:
 
 
 async def _views(here: RunningRoles) -> Any:
-    rows = sorted(await failures.list_problems(here.checkpoint.views), key=lambda row: str(row["_id"]))
+    rows = sorted(await projection_errors.list_problems(here.checkpoint.views), key=lambda row: str(row["_id"]))
     return [*(await load_views(here.db, zeros=False)).items(), rows]
 
 
@@ -330,13 +330,13 @@ async def test_a_rebuild_by_the_mended_program_heals(
             await here.handle_commands(large, ClaimJob("worker-1", datetime.now(UTC)))
             await here.wait_for_views()
             assert (await here.load_job(large))["status"] == "processing"
-            assert await failures.count(here.checkpoint.views) == 2
+            assert await projection_errors.count(here.checkpoint.views) == 2
         async with rebuilding(connection) as auditor:
             await auditor.run()
         await here.wait_for_views()
-        assert await failures.count(here.checkpoint.views) == 0
+        assert await projection_errors.count(here.checkpoint.views) == 0
         for job_id in (broken, large):
-            assert failures.ERROR_FIELD not in await here.load_job(job_id)
+            assert projection_errors.ERROR_FIELD not in await here.load_job(job_id)
 
 
 async def test_a_document_that_can_be_stored_again_is_stored_whole(
@@ -352,8 +352,8 @@ async def test_a_document_that_can_be_stored_again_is_stored_whole(
         await here.handle_commands(job_id, UpdateJob("user:a", priority=7))
         await here.wait_for_views()
         job = await here.load_job(job_id)
-        assert (job["priority"], job["parameters"], failures.ERROR_FIELD in job) == (7, {"a": 1}, False)
-        assert await failures.count(here.checkpoint.views) == 0
+        assert (job["priority"], job["parameters"], projection_errors.ERROR_FIELD in job) == (7, {"a": 1}, False)
+        assert await projection_errors.count(here.checkpoint.views) == 0
 
 
 async def test_rows_that_somebody_else_has_inserted_do_not_stop_the_projector(
@@ -366,7 +366,7 @@ async def test_rows_that_somebody_else_has_inserted_do_not_stop_the_projector(
     async with run_roles_in_process(connection, store, projector=True) as here:
         await here.wait_for_views()
         assert (await here.load_job(job_id))["status"] == "pending"
-        assert await failures.count(here.checkpoint.views) == 0
+        assert await projection_errors.count(here.checkpoint.views) == 0
 
 
 async def test_a_chunk_that_takes_too_long_is_written_in_parts(
@@ -476,7 +476,7 @@ async def test_damaged_progress_has_the_same_effect_wherever_chunks_end(
                 await auditor.run()
             await here.wait_for_views()
             found.append(await _views(here))
-            assert await failures.count(here.checkpoint.views) == 0
+            assert await projection_errors.count(here.checkpoint.views) == 0
     assert found[0] == found[1] == found[2]
 
 
@@ -496,7 +496,7 @@ async def test_a_document_that_cannot_be_isolated_is_left_as_it_was(
         await here.wait_for_views()
         assert (await here.load_job(healthy))["status"] == "pending"
         assert (await here.load_job(job_id))["parameters"] == {"a": 1}
-        assert [row["key"] for row in await failures.list_problems(here.checkpoint.views)] == [job_id]
+        assert [row["key"] for row in await projection_errors.list_problems(here.checkpoint.views)] == [job_id]
 
 
 async def test_writes_of_one_event_are_bounded_by_the_document(connection: Connection, store: Path) -> None:

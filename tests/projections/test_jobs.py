@@ -31,8 +31,8 @@ from jobledger.ledger.domain.events import AccessControl, LogEntry, Webhook, tru
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.projections.views import jobs
 from jobledger.projections.views.list_index import index_for
-from tests.projections.refold import make_failure, make_results
-from tests.support.running import RunningRoles, run_roles_in_process
+from tests.projections.expected_views import make_failure, make_results
+from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 WORKER = "worker-1"
 LATER = truncate_to_milliseconds(datetime.now(UTC) + timedelta(hours=1))

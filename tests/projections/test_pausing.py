@@ -26,9 +26,9 @@ from jobledger.ledger.domain.events import BatchCounts, BatchSummary, JobClaimed
 from jobledger.ledger.mongo.connection import Connection, Database
 from jobledger.projections.engine import projector
 from jobledger.projections.views import batches, files, jobs, queue, statistics
-from tests.projections.refold import Views, assert_views_match_log, load_views, make_failure
-from tests.support.rarely import soak_only
-from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process
+from tests.projections.expected_views import Views, assert_views_match_log, load_views, make_failure
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
+from tests.support.soak_only import soak_only
 
 WORKER = "worker-1"
 PAUSE, RESUME = PauseBatch("user-1"), ResumeBatch("user-1")

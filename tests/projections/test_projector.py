@@ -29,21 +29,21 @@ from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
 from jobledger.projections.engine.projector import Projector
 from jobledger.projections.engine.writer import FOLDED_VIEWS, PROJECTION_VERSION, Chunk, ProjectionWriter
 from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
-from tests.projections.refold import (
+from tests.projections.expected_views import (
     assert_views_match_log,
     fold_views,
     load_views,
     run_random_batch_commands,
     run_random_job_commands,
 )
-from tests.support.running import (
+from tests.support.message_proxy import MessageProxy
+from tests.support.role_runner import (
     WAIT_TIMEOUT_SECONDS,
     RunningRoles,
     poll_until,
     run_roles_in_process,
     run_roles_subprocess,
 )
-from tests.support.wire import MessageProxy
 
 SOON_SECONDS = 8.0
 """Before a standby would try again by itself (11 s with a lease of 30), or the server end an open transaction (10)."""

@@ -12,7 +12,7 @@ from jobledger.ledger.domain.commands import CancelJob, ReleaseJob
 from jobledger.ledger.domain.events import truncate_to_milliseconds
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.projections.views import queue
-from tests.support.running import RunningRoles, run_roles_in_process
+from tests.support.role_runner import RunningRoles, run_roles_in_process
 
 NOW = truncate_to_milliseconds(datetime.now(UTC))
 SOON = NOW + timedelta(minutes=1)

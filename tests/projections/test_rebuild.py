@@ -26,10 +26,10 @@ from jobledger.projections.engine.comparison import Difference
 from jobledger.projections.engine.rebuild import VIEW_NAMES, Rebuild, load_checkpoint
 from jobledger.projections.engine.slots import SLOTS, Slot, Views, collection_name, other_slot
 from jobledger.projections.engine.writer import PROJECTION_VERSION, Chunk, ProjectionWriter
-from tests.projections.refold import assert_views_match_log, load_views
+from tests.projections.expected_views import assert_views_match_log, load_views
 from tests.projections.test_projector import a_history
-from tests.support.receiver import run_webhook_endpoint
-from tests.support.running import FAST_WEBHOOKS, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.role_runner import FAST_WEBHOOKS, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.webhook_endpoint import run_webhook_endpoint
 from tests.workers.webhooks.test_deliverer import end_a_job, over
 
 

@@ -17,7 +17,7 @@ import httpx
 import yaml
 
 from jobledger.ledger.mongo.embedded_lock import ServerInfo, read_server_info, wait_until
-from tests.support import zygote
+from tests.support import forked_commands
 
 COMMAND = Path(sys.executable).parent / "jobledger"
 START_TIMEOUT_SECONDS = 40.0
@@ -127,8 +127,9 @@ class Installation:
         return self.start("up").wait_until_ready()
 
     def run(self, *arguments: str, stdin: str | bytes = b"", seconds: float = 60, **env: str) -> CommandOutcome:
-        """Run a command to its end, in a process forked from one that has it loaded (tests/support/zygote.py)."""
-        code, out, err = zygote.run_command(
+        """Run a command to its end, in a process forked from one that has it loaded
+        (tests/support/forked_commands.py)."""
+        code, out, err = forked_commands.run_command(
             arguments,
             directory=self.directory,
             env={**self.env, **env},

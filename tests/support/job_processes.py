@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.support.installation import list_descendants
-from tests.support.running import RolesSubprocess
+from tests.support.role_runner import RolesSubprocess
 
 
 def list_job_processes(worker: RolesSubprocess) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
-from tests.support.rarely import IS_SOAK_RUN
+from tests.support.soak_only import IS_SOAK_RUN
 
 ROOT: Final = Path(__file__).parents[2]
 SEED: Final = os.environ.setdefault("JOBLEDGER_SEED", str(random.randrange(10**9))) if IS_SOAK_RUN else ""

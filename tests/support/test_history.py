@@ -56,8 +56,8 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.domain.job import Job
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead, build_documents, build_void_document
-from tests.support.examples import NOON, make_job_submitted, make_results
-from tests.support.history import check_history
+from tests.support.event_examples import NOON, make_job_submitted, make_results
+from tests.support.history_check import check_history
 
 OUTAGE = Failure(code="OUTAGE", message="no answer")
 LINE = LogEntry(timestamp=NOON, level="info", message="hello")

@@ -20,8 +20,8 @@ from jobledger.ledger.domain.events import BatchSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.command_handler import create_streams, handle_command, new_batch_id, new_job_id
 from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
-from tests.support.examples import ACCESS, make_job_submitted
-from tests.support.ledgers import EVENT_METADATA, open_ledger
+from tests.support.event_examples import ACCESS, make_job_submitted
+from tests.support.ledger_setup import EVENT_METADATA, open_ledger
 
 # Forked from a process that has everything imported, so that a writer writes within milliseconds of its start.
 _context = multiprocessing.get_context("forkserver")

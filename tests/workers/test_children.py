@@ -16,9 +16,9 @@ from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.domain.events import JobAttemptFailed, JobClaimed
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.workers.sandbox import runner
-from tests.processors.session.support import CONFERENCE_PAGE, SiteResponse, html, serve_site
+from tests.processors.session.fixtures import CONFERENCE_PAGE, SiteResponse, html, serve_site
 from tests.support.job_processes import has_exited, list_own_job_processes
-from tests.support.running import (
+from tests.support.role_runner import (
     RunningRoles,
     WorkerOptions,
     list_live_processes_in_session,

@@ -24,9 +24,9 @@ from jobledger.projections.views.queue import QueueEntry
 from jobledger.workers import claimer as claiming
 from jobledger.workers.claimer import ClaimDelay, ClaimQueue, list_higher_ranked
 from jobledger.workers.processor import JobContext, Results
-from tests.support.ledgers import load_event_documents
-from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process
-from tests.workers.inline import install_processor
+from tests.support.ledger_setup import load_event_documents
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
+from tests.workers.inline_processor import install_processor
 
 names = st.text("abcdefgh0123456789-", min_size=1, max_size=12)
 

@@ -20,7 +20,7 @@ from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.projections.views import files, jobs, step_files
 from jobledger.workers.cleanup import CURSOR, FILE_REMOVALS, WEBHOOK_SECRETS, Cleanup
-from tests.support.running import WAIT_TIMEOUT_SECONDS, RunningRoles, run_roles_in_process
+from tests.support.role_runner import WAIT_TIMEOUT_SECONDS, RunningRoles, run_roles_in_process
 
 pytestmark = pytest.mark.usefixtures("connection")
 

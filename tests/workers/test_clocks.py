@@ -13,8 +13,8 @@ from jobledger.ledger.domain.events import JobAttemptFailed, JobClaimed, JobComp
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.server_clock import ServerClock
 from tests.support.faketime import SkewedClock, needs_faketime
-from tests.support.rarely import soak_only
-from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process, run_roles_subprocess
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process, run_roles_subprocess
+from tests.support.soak_only import soak_only
 
 LATE_SECONDS = 5.0  # far less than an hour, even on a busy machine
 HOUR = 3600

@@ -23,7 +23,7 @@ from jobledger.ledger.mongo.embedded_lock import wait_until
 from jobledger.workers.child import confinement
 from jobledger.workers.sandbox import restrictions, runner
 from tests.support.installation import Installation, assert_one_line_error, http_client, list_descendants
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 
 pytestmark = needs_local_mongod
 needs_landlock = pytest.mark.skipif(

@@ -22,7 +22,7 @@ from jobledger.workers import machine_health as health
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.machine_health import MachineFailure, WorkerHealth, find_machine_failure
 from jobledger.workers.scratch import ScratchDirectory
-from tests.support.running import WorkerOptions, make_echo_job, poll_until, run_roles_in_process
+from tests.support.role_runner import WorkerOptions, make_echo_job, poll_until, run_roles_in_process
 from tests.workers.misbehaving import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]

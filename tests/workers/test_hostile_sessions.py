@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from tests.processors.session.support import CONFERENCE_PAGE, Site, SiteResponse, html, make_pdf, redirect, serve_site
+from tests.processors.session.fixtures import CONFERENCE_PAGE, Site, SiteResponse, html, make_pdf, redirect, serve_site
 from tests.processors.session.test_slides import pdf_with_image
-from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
 
 HTML = {"Content-Type": "text/html; charset=utf-8"}
 MEBIBYTE = 1024 * 1024

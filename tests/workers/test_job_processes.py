@@ -26,7 +26,13 @@ from jobledger.workers.child.process import JobProcess
 from jobledger.workers.executor import JobExecutor
 from tests.support.installation import list_descendants
 from tests.support.job_processes import has_exited, list_own_job_processes, parent_pid
-from tests.support.running import RunningRoles, WorkerOptions, poll_until, run_roles_in_process, run_roles_subprocess
+from tests.support.role_runner import (
+    RunningRoles,
+    WorkerOptions,
+    poll_until,
+    run_roles_in_process,
+    run_roles_subprocess,
+)
 from tests.workers.misbehaving import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]

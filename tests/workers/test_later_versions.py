@@ -15,7 +15,7 @@ from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine import health
 from jobledger.projections.engine.projector import Projector
-from tests.support.running import (
+from tests.support.role_runner import (
     WAIT_TIMEOUT_SECONDS,
     RunningRoles,
     WorkerOptions,

@@ -25,8 +25,14 @@ from jobledger.ledger.store.command_handler import handle_command
 from jobledger.projections.views import jobs
 from jobledger.workers import lease_reaper
 from jobledger.workers.lease_reaper import LeaseReaper
-from tests.projections.refold import make_results
-from tests.support.running import RunningRoles, WorkerOptions, poll_until, run_roles_in_process, run_roles_subprocess
+from tests.projections.expected_views import make_results
+from tests.support.role_runner import (
+    RunningRoles,
+    WorkerOptions,
+    poll_until,
+    run_roles_in_process,
+    run_roles_subprocess,
+)
 
 LEASE = 1.5
 PATIENT = WorkerOptions(lease_seconds=LEASE)

@@ -13,11 +13,11 @@ import pytest
 from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.domain.events import JobLogged, JobProgressed
 from jobledger.ledger.mongo.connection import Connection
-from tests.processors.session.films import make_tone, make_video_file
+from tests.processors.session.fixtures import CONFERENCE_PAGE, Site, SiteResponse, html, serve_site
 from tests.processors.session.openai_server import KEY, FakeOpenAiServer, run_fake_openai
-from tests.processors.session.support import CONFERENCE_PAGE, Site, SiteResponse, html, serve_site
+from tests.processors.session.video_files import make_tone, make_video_file
 from tests.support.job_processes import has_exited, list_own_job_processes
-from tests.support.running import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
 
 _MOST_MEGABYTES_MORE = 30
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobledger.ledger.mongo.connection import Connection
-from tests.support.running import WorkerOptions, run_roles_in_process
+from tests.support.role_runner import WorkerOptions, run_roles_in_process
 from tests.support.slow_site import HEAD, SlowSite, serve_site
 
 LIMIT_MB = 700  # a child with the session processor loaded takes about half of it, most of that never touched

@@ -18,7 +18,7 @@ from jobledger.workers import attempt_timeout as time_limit
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.result_conversion import to_text
 from tests.support import misbehaving as does
-from tests.support.running import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
 from tests.workers.misbehaving import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
@@ -302,7 +302,7 @@ async def test_fork_server_that_cannot_load_a_processor_serves_the_others(
 ) -> None:
     from jobledger.workers.child import process as job_process
 
-    monkeypatch.setattr(job_process, "MODULES", ["no.such.module", "tests.support.preload_that_dies"])
+    monkeypatch.setattr(job_process, "MODULES", ["no.such.module", "tests.support.exiting_preload"])
     job_process.stop_fork_server()
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job = await here.wait_until_finished(await here.submit({"do": "nothing"}, job_type="misbehaving"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.installation import Installation, http_client
-from tests.support.mongod import needs_local_mongod
+from tests.support.mongodb_provider import needs_local_mongod
 from tests.support.plugins import MODULE_TEMPLATE, install_plugin
 
 BAD = {

@@ -15,8 +15,8 @@ from jobledger.ledger.domain.commands import Delete, RestartJob
 from jobledger.ledger.domain.events import AccessControl, JobCompleted, StepCompleted
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.workers.processor import JobContext, Results
-from tests.support.running import RunningRoles, WorkerOptions, run_roles_in_process
-from tests.workers.inline import install_processor
+from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
+from tests.workers.inline_processor import install_processor
 
 done: Counter[str] = Counter()
 PUBLIC = AccessControl(visibility="public")

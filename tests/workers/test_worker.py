@@ -28,8 +28,8 @@ from jobledger.ledger.store.command_handler import CommandResult, handle_command
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.processor import JobContext, ProcessorError, Results
-from tests.support.running import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
-from tests.workers.inline import install_processor
+from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, run_roles_in_process
+from tests.workers.inline_processor import install_processor
 
 
 async def claims(here: RunningRoles, *job_ids: str) -> list[int]:

@@ -11,7 +11,7 @@ from playwright.async_api import Page, expect
 
 from tests.api.conftest import Api, run_api
 from tests.api.dashboard.conftest import needs_browser
-from tests.processors.session.support import CONFERENCE_PAGE, SiteResponse, html, make_pdf, serve_site
+from tests.processors.session.fixtures import CONFERENCE_PAGE, SiteResponse, html, make_pdf, serve_site
 
 pytestmark = needs_browser
 SOON_MS = 15_000

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from jobledger.api.dashboard import charts, rendering
 from jobledger.api.dashboard.attempt_timeline import build_attempt_timeline
 from jobledger.api.dashboard.markdown import MAX_HTML_BYTES
-from jobledger.api.dashboard.previews import MAX_MARKDOWN_BYTES, MarkdownPreviewer
+from jobledger.api.dashboard.markdown_preview import MAX_MARKDOWN_BYTES, MarkdownPreviewer
 from tests.api.conftest import Api
 from tests.api.dashboard.test_live import at
 

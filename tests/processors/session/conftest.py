@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.processors.session.support import Site, serve_site
+from tests.processors.session.fixtures import Site, serve_site
 
 
 @pytest.fixture

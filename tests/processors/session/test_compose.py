@@ -17,14 +17,14 @@ from pydantic import ValidationError
 
 from jobledger.workers.processor import Results
 from jobledger.workers.processors.session import SessionProcessor, SessionSettings
-from jobledger.workers.processors.session.compose import (
+from jobledger.workers.processors.session.enrichment import (
     InvalidModelOutput,
     parse_summary,
     parse_translation,
     split_markdown,
 )
+from tests.processors.session.fixtures import RecordingJob, Site, html, make_parameters, make_settings, without_deadline
 from tests.processors.session.openai_server import KEY, FakeOpenAiServer, chat_completion, run_fake_openai
-from tests.processors.session.support import RecordingJob, Site, html, make_parameters, make_settings, without_deadline
 
 SUMMARY = {
     "subtitle": "Warum Logbücher",

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from jobledger.ledger.net.url_policy import AllowedHosts
 from jobledger.workers.processor import ProcessorError
-from jobledger.workers.processors.session.fetch import Fetcher, FetchResult, format_bytes
+from jobledger.workers.processors.session.fetcher import Fetcher, FetchResult, format_bytes
 from jobledger.workers.processors.session.html_markdown import html_to_markdown
 from jobledger.workers.processors.session.safe_markdown import escape_link_target
 from jobledger.workers.safe_http import Resolver, resolve_host
-from tests.processors.session.support import Site, SiteResponse, html, make_settings, redirect, without_deadline
+from tests.processors.session.fixtures import Site, SiteResponse, html, make_settings, redirect, without_deadline
 
 
 async def fetch(url: str, *, resolve: Resolver = resolve_host, into: Path | None = None, **changes: Any) -> FetchResult:

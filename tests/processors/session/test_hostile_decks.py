@@ -16,18 +16,18 @@ import pypdfium2
 import pytest
 from PIL import Image
 
-from jobledger.workers.processors.session import deck_files
-from jobledger.workers.processors.session import office_conversion as office
-from jobledger.workers.processors.session.deck_files import (
+from jobledger.workers.processors.session import presentation_conversion as office
+from jobledger.workers.processors.session import presentation_files as deck_files
+from jobledger.workers.processors.session.fetcher import Fetcher
+from jobledger.workers.processors.session.pipeline import run
+from jobledger.workers.processors.session.presentation_files import (
     InvalidPresentation,
     SlideText,
     extract_slide_texts,
     sanitize_presentation,
 )
-from jobledger.workers.processors.session.fetch import Fetcher
-from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.sandbox import runner as sandbox
-from tests.processors.session.support import (
+from tests.processors.session.fixtures import (
     CONFERENCE_PAGE,
     RecordingJob,
     Site,

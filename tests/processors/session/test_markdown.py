@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from jobledger.workers.processor import SavedFile
 from jobledger.workers.processors.session import SessionParameters
-from jobledger.workers.processors.session.markdown import (
+from jobledger.workers.processors.session.document import (
     EnrichmentResult,
     SessionContent,
     SlidesResult,
@@ -23,9 +23,9 @@ from jobledger.workers.processors.session.markdown import (
     resolve_language,
 )
 from jobledger.workers.processors.session.page import PageText
-from jobledger.workers.processors.session.slides import Slide
+from jobledger.workers.processors.session.pdf_rendering import Slide
 from jobledger.workers.processors.session.transcript import Segment, format_timecode
-from tests.processors.session.support import make_parameters, without_deadline
+from tests.processors.session.fixtures import make_parameters, without_deadline
 from tests.processors.session.test_parameters import samples
 
 FIELDS = ["tags", "title", "subtitle", "intro", "speaker", "date", "place"]

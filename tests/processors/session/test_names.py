@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from jobledger.workers.processors.session.result_names import ResultLayout, build_layout, sanitize_path_component
-from tests.processors.session.support import without_deadline
+from jobledger.workers.processors.session.result_layout import ResultLayout, build_layout, sanitize_path_component
+from tests.processors.session.fixtures import without_deadline
 from tests.processors.session.test_parameters import samples
 
 ANY_TEXT = st.text(alphabet=st.characters())

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobledger.workers.processors.session.fetch import Fetcher
-from jobledger.workers.processors.session.office_conversion import (
+from jobledger.workers.processors.session.fetcher import Fetcher
+from jobledger.workers.processors.session.pipeline import run
+from jobledger.workers.processors.session.presentation_conversion import (
     ConversionFailed,
     convert_to_pdf,
     has_presentation_signature,
 )
-from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.sandbox import runner
-from tests.processors.session.support import (
+from tests.processors.session.fixtures import (
     CONFERENCE_PAGE,
     RecordingJob,
     Site,

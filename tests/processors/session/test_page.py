@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.processors.session.page import MAX_CHARACTERS, PageText, read_page, require_html_type
 from jobledger.workers.processors.session.safe_markdown import escape_link_target, escape_text, sanitize_markdown
-from tests.processors.session.support import CONFERENCE_PAGE, without_deadline
+from tests.processors.session.fixtures import CONFERENCE_PAGE, without_deadline
 
 HTML = "text/html"
 URL = "https://conference.example/2025/talks/ledgers/"

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from jobledger.workers.processors.session import SessionParameters, SessionSettings
-from tests.processors.session.support import make_parameters
+from tests.processors.session.fixtures import make_parameters
 
 SAMPLES = Path(__file__).resolve().parents[4] / "shared" / "data" / "fosdem-2025-sessions.json"
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.processors.session.transcript import TranscriptUnavailable, extract_audio
-from tests.processors.session.films import VIDEO_FORMATS, make_tone, make_video_file, needs_speech, synthesize_speech
-from tests.processors.session.support import (
+from tests.processors.session.fixtures import (
     CONFERENCE_PAGE,
     RecordingJob,
     Site,
@@ -20,6 +19,13 @@ from tests.processors.session.support import (
     make_parameters,
     make_settings,
     serve_site,
+)
+from tests.processors.session.video_files import (
+    VIDEO_FORMATS,
+    make_tone,
+    make_video_file,
+    needs_speech,
+    synthesize_speech,
 )
 
 SAID = (

@@ -20,7 +20,7 @@ from PIL import Image
 
 from jobledger.workers.processor import Processor, ProcessorError, Results
 from jobledger.workers.processors.session import SessionProcessor, SessionSettings
-from tests.processors.session.support import (
+from tests.processors.session.fixtures import (
     CONFERENCE_PAGE,
     RecordingJob,
     Site,

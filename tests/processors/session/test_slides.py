@@ -16,8 +16,7 @@ from fpdf import FPDF
 from PIL import Image
 
 from jobledger.workers.processors.session import SessionSettings
-from jobledger.workers.processors.session.item_threads import run_in_thread
-from jobledger.workers.processors.session.slides import (
+from jobledger.workers.processors.session.pdf_rendering import (
     RenderedPage,
     UnreadablePdf,
     describe_other_type,
@@ -25,7 +24,8 @@ from jobledger.workers.processors.session.slides import (
     render_pages,
     slide_file_names,
 )
-from tests.processors.session.support import make_pdf
+from jobledger.workers.processors.session.threaded_iteration import run_in_thread
+from tests.processors.session.fixtures import make_pdf
 
 
 def drawn(content: bytes, folder: Path, settings: SessionSettings | None = None) -> list[RenderedPage]:
@@ -172,7 +172,7 @@ _DRAW = """
 import resource, sys
 from pathlib import Path
 from jobledger.workers.processors.session import SessionSettings
-from jobledger.workers.processors.session.slides import draw
+from jobledger.workers.processors.session.pdf_rendering import draw
 
 numbers, half = [], 0
 for page in draw(Path(sys.argv[1]), SessionSettings(slide_longest_side=320)):

@@ -21,8 +21,7 @@ from jobledger.workers.processor import ProcessorError, Results
 from jobledger.workers.processors.session import SessionProcessor
 from jobledger.workers.processors.session.speech_api import PROGRESS_INTERVAL_SECONDS, split_at_silence
 from jobledger.workers.processors.session.transcript import SAMPLE_RATE
-from tests.processors.session.openai_server import KEY, FakeOpenAiServer, run_fake_openai
-from tests.processors.session.support import (
+from tests.processors.session.fixtures import (
     CONFERENCE_PAGE,
     RecordingJob,
     Site,
@@ -32,6 +31,7 @@ from tests.processors.session.support import (
     make_settings,
     make_video,
 )
+from tests.processors.session.openai_server import KEY, FakeOpenAiServer, run_fake_openai
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobledger.workers.processors.session.transcript import ExtractionProgress, TranscriptUnavailable, extract_audio
-from tests.processors.session.support import make_video
+from tests.processors.session.fixtures import make_video
 
 
 def extracted(folder: Path, *, max_seconds: float = 3_600) -> list[ExtractionProgress]:

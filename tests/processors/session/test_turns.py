@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.host_limits import acquire_host_slot, host_lock_directory
-from tests.processors.session.support import Site, html, make_settings
+from tests.processors.session.fixtures import Site, html, make_settings
 
 DEADLINE_SECONDS = 10.0
 HOLDER = """

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from jobledger.workers.processors.session import video_sites
-from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.processors.session.transcript import TranscriptUnavailable
 from jobledger.workers.processors.session.video_sites import is_video_site_url, resolve_media_url
 from jobledger.workers.sandbox import restrictions
 from jobledger.workers.sandbox import runner as sandbox
-from tests.processors.session.support import (
+from tests.processors.session.fixtures import (
     CONFERENCE_PAGE,
     RecordingJob,
     Site,

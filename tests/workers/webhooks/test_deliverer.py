@@ -28,8 +28,8 @@ from jobledger.ledger.net.webhook_signature import generate_secret
 from jobledger.ledger.store.command_handler import create_streams, new_batch_id, new_job_id
 from jobledger.projections.views import deliveries
 from jobledger.workers.webhooks.schedule import DeliveryLimits
-from tests.support.receiver import WebhookEndpoint, run_webhook_endpoint
-from tests.support.running import FAST_WEBHOOKS, RunningRoles, WorkerOptions, make_echo_job, run_roles_in_process
+from tests.support.role_runner import FAST_WEBHOOKS, RunningRoles, WorkerOptions, make_echo_job, run_roles_in_process
+from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 
 OVER = (DeliverySucceeded, DeliveryAbandoned)
 

@@ -13,7 +13,7 @@ from jobledger.api.schemas.requests import WebhookBody
 from jobledger.ledger.domain.limits import MAX_WEBHOOK_HEADER_BYTES
 from jobledger.ledger.domain.webhook_headers import MAX_HEADER_VALUE_CHARACTERS
 from jobledger.workers.webhooks.sender import Sender, WebhookRequest
-from tests.support.receiver import run_webhook_endpoint
+from tests.support.webhook_endpoint import run_webhook_endpoint
 
 REFUSED: Final[list[dict[str, str]]] = [
     {"X-Key": "ends in a space "},

@@ -44,7 +44,7 @@ class SessionProcessor:
         Raises:
             ProcessorError: the page cannot be had or read. Without video or slides the job ends well, with a warning.
         """
-        from jobledger.workers.processors.session.fetch import Fetcher
+        from jobledger.workers.processors.session.fetcher import Fetcher
         from jobledger.workers.processors.session.pipeline import run
 
         return await run(job, self._settings, Fetcher(self._settings))

@@ -8,17 +8,17 @@ from functools import partial
 from typing import Final
 
 from jobledger.workers.processor import JSON, JobContext, Results, SavedFile
-from jobledger.workers.processors.session import compose_step, markdown_step, page_step, slides_step, transcript_step
-from jobledger.workers.processors.session.fetch import Fetcher
-from jobledger.workers.processors.session.markdown import (
+from jobledger.workers.processors.session import document_step, enrichment_step, page_step, slides_step, transcript_step
+from jobledger.workers.processors.session.document import (
     EnrichmentResult,
     SessionContent,
     SlidesResult,
     TranscriptResult,
 )
+from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.parameters import SessionParameters
-from jobledger.workers.processors.session.result_names import build_layout
+from jobledger.workers.processors.session.result_layout import build_layout
 from jobledger.workers.processors.session.settings import SessionSettings
 from jobledger.workers.processors.session.step_context import StepContext
 
@@ -67,16 +67,18 @@ async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> R
     step = next_step()
     composed = EnrichmentResult.model_validate(
         await job.run_step(
-            "compose", compose_step.inputs(step, page, recording), partial(compose_step.run, step, page, recording)
+            "compose",
+            enrichment_step.inputs(step, page, recording),
+            partial(enrichment_step.run, step, page, recording),
         )
     )
     step = next_step()
     parts = (
         SessionContent(page, composed, recording, show),
-        await asyncio.to_thread(markdown_step.read_template, step),
+        await asyncio.to_thread(document_step.read_template, step),
     )
     document = SavedFile.model_validate(
-        await job.run_step("markdown", markdown_step.inputs(step, *parts), partial(markdown_step.run, step, *parts))
+        await job.run_step("markdown", document_step.inputs(step, *parts), partial(document_step.run, step, *parts))
     )
     await job.report_progress(100, "The Markdown is ready")
     return Results(

@@ -6,17 +6,8 @@ import asyncio
 from pathlib import Path
 
 from jobledger.workers.processor import JSON, ProcessorError
-from jobledger.workers.processors.session.deck_files import TEXT_SUFFIXES, SlideText, extract_slide_texts
-from jobledger.workers.processors.session.markdown import SlidesResult
-from jobledger.workers.processors.session.office_conversion import (
-    MEDIA_TYPES,
-    ConversionFailed,
-    convert_to_pdf,
-    has_presentation_signature,
-    is_installed,
-    is_presentation_suffix,
-)
-from jobledger.workers.processors.session.slides import (
+from jobledger.workers.processors.session.document import SlidesResult
+from jobledger.workers.processors.session.pdf_rendering import (
     RenderedPage,
     Slide,
     UnreadablePdf,
@@ -26,6 +17,15 @@ from jobledger.workers.processors.session.slides import (
     slide_file_names,
     url_suffix,
 )
+from jobledger.workers.processors.session.presentation_conversion import (
+    MEDIA_TYPES,
+    ConversionFailed,
+    convert_to_pdf,
+    has_presentation_signature,
+    is_installed,
+    is_presentation_suffix,
+)
+from jobledger.workers.processors.session.presentation_files import TEXT_SUFFIXES, SlideText, extract_slide_texts
 from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, Cancelled, StepContext
 from jobledger.workers.sandbox import runner
 

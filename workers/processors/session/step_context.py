@@ -10,11 +10,11 @@ from hashlib import sha256
 from typing import TypeVar
 
 from jobledger.workers.processor import JSON, JobContext, ProcessorError
-from jobledger.workers.processors.session.fetch import Fetcher, FetchResult, ProgressCallback, format_bytes
-from jobledger.workers.processors.session.item_threads import run_in_thread
+from jobledger.workers.processors.session.fetcher import Fetcher, FetchResult, ProgressCallback, format_bytes
 from jobledger.workers.processors.session.parameters import SessionParameters
-from jobledger.workers.processors.session.result_names import ResultLayout
+from jobledger.workers.processors.session.result_layout import ResultLayout
 from jobledger.workers.processors.session.settings import SessionSettings
+from jobledger.workers.processors.session.threaded_iteration import run_in_thread
 
 # A tenth of a step's time is left for what comes after the download, and a slow server is named as such.
 FETCH_TIMEOUT_FRACTION = 0.9

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobledger.workers.processor import JSON, ProcessorError, SavedFile
-from jobledger.workers.processors.session.markdown import AUDIO_FILE_NAME, TranscriptResult, primary_subtag
+from jobledger.workers.processors.session.document import AUDIO_FILE_NAME, TranscriptResult, primary_subtag
 from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError, read_api_key
 from jobledger.workers.processors.session.speech_api import transcribe
 from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, Cancelled, StepContext

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from jobledger.workers.processors.session import yt_dlp_helper
-from jobledger.workers.processors.session.fetch import Fetcher
+from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.transcript import TranscriptUnavailable
 from jobledger.workers.sandbox import runner
 from jobledger.workers.sandbox.launcher import PROXY_PORT

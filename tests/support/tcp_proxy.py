@@ -7,7 +7,7 @@ import threading
 from contextlib import suppress
 from typing import Self
 
-from tests.support.address import open_connection, proxied_uri
+from tests.support.mongodb_address import open_connection, proxied_uri
 
 
 class TcpProxy:

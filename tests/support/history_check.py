@@ -31,7 +31,7 @@ from jobledger.ledger.domain.events import (
     WorkerFenced,
 )
 from jobledger.ledger.mongo.connection import Document
-from tests.support.ledgers import check_log
+from tests.support.ledger_setup import check_log
 
 WORKER_EVENTS = (JobProgressed, JobLogged, StepCompleted, JobCompleted, JobAttemptFailed, JobFailed, JobReleased)
 """What only the worker of the live attempt may say; but a lease that expires in the last attempt fails the job, too."""

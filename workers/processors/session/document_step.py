@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobledger.workers.processor import JSON
-from jobledger.workers.processors.session.markdown import SessionContent, built_in_template, render_document
+from jobledger.workers.processors.session.document import SessionContent, built_in_template, render_document
 from jobledger.workers.processors.session.step_context import StepContext, json_digest
 
 

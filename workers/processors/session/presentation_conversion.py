@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from jobledger.workers.processors.session import office_helper
-from jobledger.workers.processors.session.deck_files import InvalidPresentation, sanitize_presentation
+from jobledger.workers.processors.session import libreoffice_helper
+from jobledger.workers.processors.session.presentation_files import InvalidPresentation, sanitize_presentation
 from jobledger.workers.sandbox import runner
 
 _KINDS: Final = {
@@ -103,7 +103,7 @@ def _command(program: str, profile: Path, source: Path, target: Path) -> list[st
     path = shutil.which(program) or program
     if (directory := _library_directory(path)) is not None:
         arguments = (str(directory), profile.as_uri(), source.as_uri(), target.as_uri())
-        return runner.python_command(str(Path(office_helper.__file__).resolve()), *arguments)
+        return runner.python_command(str(Path(libreoffice_helper.__file__).resolve()), *arguments)
     return [
         *(path, "--headless", "--norestore", "--nologo", "--nolockcheck", "--nodefault"),
         f"-env:UserInstallation={profile.as_uri()}",
@@ -116,7 +116,9 @@ def _library_directory(path: str) -> Path | None:
     places = [Path(path).resolve().parent]
     if Path(path).name in ("soffice", "libreoffice"):
         places += [Path("/usr/lib64/libreoffice/program"), Path("/usr/lib/libreoffice/program")]
-    return next((place for place in places if any((place / name).exists() for name in office_helper.LIBRARIES)), None)
+    return next(
+        (place for place in places if any((place / name).exists() for name in libreoffice_helper.LIBRARIES)), None
+    )
 
 
 def _readable(program: str) -> list[Path]:

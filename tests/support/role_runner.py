@@ -4,7 +4,7 @@
         job_id = await here.submit({"text": "hello"})
         job = await here.ended(job_id)
 
-`python -m tests.support.running URI DB_NAME STORE ROLES [key=value …]` is the same as a process that can be killed.
+`python -m tests.support.role_runner URI DB_NAME STORE ROLES [key=value …]` is the same as a process that can be killed.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ class RolesSubprocess:
         arguments = [connection.uri, connection.db_name, str(store), ",".join(roles)]
         arguments += [f"{name}={value}" for name, value in options.items()]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.running", *arguments],
+            [sys.executable, "-m", "tests.support.role_runner", *arguments],
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -43,7 +43,7 @@ from jobledger.ledger.store.hash_chain import canonical_json
 from jobledger.projections.engine import slots as views
 from jobledger.projections.engine.rebuild import load_checkpoint
 from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
-from tests.support.running import RunningRoles
+from tests.support.role_runner import RunningRoles
 
 Views = dict[str, list[str]]
 """The documents of each view in canonical form, sorted."""

@@ -25,7 +25,7 @@ from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState
-from jobledger.projections.views import failures
+from jobledger.projections.views import projection_errors
 
 MAX_WAIT_SECONDS: Final = 60
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
@@ -203,5 +203,5 @@ def fold_events(
         except UnreadableEvent as error:
             if document is None:
                 raise
-            return {**document, failures.ERROR_FIELD: failures.event_problem(event, error)}
+            return {**document, projection_errors.ERROR_FIELD: projection_errors.event_problem(event, error)}
     return document

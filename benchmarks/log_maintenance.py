@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.measure import Result, Stopwatch, compare_rates
+from benchmarks.measurement import Result, Stopwatch, compare_rates
 from jobledger.cli.view_maintenance import clear_shadow_views, rebuild_views
 from jobledger.ledger.domain.events import (
     BatchSubmitted,

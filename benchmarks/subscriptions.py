@@ -10,9 +10,9 @@ from multiprocessing import synchronize
 
 from pymongo import MongoClient
 
-from benchmarks.appending import prepare_collections
-from benchmarks.material import make_appends, make_documents
-from benchmarks.measure import Result, Stopwatch, compare_latencies, compare_rates
+from benchmarks.append_throughput import prepare_collections
+from benchmarks.event_factory import make_appends, make_documents
+from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates
 from jobledger.ledger.domain.events import Event, RecordedEvent
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document
 from jobledger.ledger.store.change_stream import ChangeStream

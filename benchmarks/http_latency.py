@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from benchmarks.measure import Result, compare_rates, percentile
+from benchmarks.measurement import Result, compare_rates, percentile
 from jobledger.cli.composition import start_roles
 from jobledger.cli.settings import read_settings
 from jobledger.ledger.domain.commands import SubmitJob

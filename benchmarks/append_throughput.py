@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 
-from benchmarks.material import make_appends, make_documents
-from benchmarks.measure import Result, Stopwatch, compare_latencies, compare_rates
+from benchmarks.event_factory import make_appends, make_documents
+from benchmarks.measurement import Result, Stopwatch, compare_latencies, compare_rates
 from jobledger.cli.composition import tune_garbage_collector
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database
 from jobledger.ledger.store.envelope import VOID_STREAM

@@ -1,6 +1,6 @@
 """tests: a worker that also sends webhooks, and is killed (SIGKILL) when it gets to a point for the n-th time.
 
-python -m tests.support.dying URI DB_NAME STORE POINT TIMES
+python -m tests.support.crash_points URI DB_NAME STORE POINT TIMES
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.store.envelope import StreamAppend
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookResponse
-from tests.support.running import FAST_WEBHOOKS, WorkerOptions, run_roles_in_process
+from tests.support.role_runner import FAST_WEBHOOKS, WorkerOptions, run_roles_in_process
 
 CRASH_POINTS = (
     "before the end is written",

@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict
 
 from jobledger.ledger.net.url_policy import strip_userinfo
 from jobledger.workers.processor import ProcessorError, SavedFile
-from jobledger.workers.processors.session.compose import Summary
-from jobledger.workers.processors.session.deck_files import SlideText
+from jobledger.workers.processors.session.enrichment import Summary
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.parameters import SessionParameters
-from jobledger.workers.processors.session.result_names import ResultLayout
+from jobledger.workers.processors.session.pdf_rendering import Slide, slide_file_names
+from jobledger.workers.processors.session.presentation_files import SlideText
+from jobledger.workers.processors.session.result_layout import ResultLayout
 from jobledger.workers.processors.session.safe_markdown import escape_link_target, escape_text
-from jobledger.workers.processors.session.slides import Slide, slide_file_names
 from jobledger.workers.processors.session.template_labels import load_labels
 from jobledger.workers.processors.session.transcript import Segment, format_timecode
 

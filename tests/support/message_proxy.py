@@ -17,7 +17,7 @@ from typing import Self
 
 import bson
 
-from tests.support.address import open_connection, proxied_uri
+from tests.support.mongodb_address import open_connection, proxied_uri
 
 _HEADER = struct.Struct("<iiii")  # length, request id, id of the request that is answered, operation
 _OP_MSG = 2013

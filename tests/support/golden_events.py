@@ -1,6 +1,7 @@
 """tests: golden histories: stored events, one of every type, that every later version must still be able to read.
 
-They are made once, by `python -m tests.support.golden`, which records the types that have none yet. What is recorded
+They are made once, by `python -m tests.support.golden_events`, which records the types that have none yet. What is
+recorded
 is never overwritten: a payload that changed gets a higher schema number and a file of its own.
 """
 
@@ -21,8 +22,8 @@ from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.store.command_handler import new_batch_id, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
-from tests.support.examples import EVENT_EXAMPLES, NOON
-from tests.support.ledgers import EVENT_METADATA, create_position_gap, load_event_documents, open_ledger
+from tests.support.event_examples import EVENT_EXAMPLES, NOON
+from tests.support.ledger_setup import EVENT_METADATA, create_position_gap, load_event_documents, open_ledger
 
 GOLDEN_DIRECTORY = Path(__file__).parents[1] / "golden"
 

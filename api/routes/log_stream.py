@@ -15,8 +15,8 @@ from typing import Final
 
 from starlette.requests import Request
 
-from jobledger.api.auth.disclosure import Viewer
 from jobledger.api.auth.permissions import get_principal
+from jobledger.api.auth.redaction import Viewer
 from jobledger.api.auth.visibility import Visibility
 from jobledger.api.context import ApiContext, get_api_context, parse_query
 from jobledger.api.http.errors import ApiError

@@ -21,8 +21,8 @@ from typing import Any
 from pymongo import monitoring
 
 from jobledger.ledger.mongo.connection import Connection
-from tests.support import running
-from tests.support.running import RolesSubprocess, list_live_processes_in_session
+from tests.support import role_runner
+from tests.support.role_runner import RolesSubprocess, list_live_processes_in_session
 
 WAIT_TIMEOUT_SECONDS = 10.0
 
@@ -60,7 +60,7 @@ class ZombieWorkerProcess(RolesSubprocess):
         arguments = [connection.uri, connection.db_name, str(store), "worker"]
         arguments += [f"{name}={value}" for name, value in options.items()]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.zombie", *arguments],
+            [sys.executable, "-m", "tests.support.zombie_worker", *arguments],
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -87,4 +87,4 @@ def run_zombie_worker(
 if __name__ == "__main__":
     (_lease_seconds,) = (float(item.partition("=")[2]) for item in sys.argv if item.startswith("lease_seconds="))
     monitoring.register(DelayedHeartbeat(_lease_seconds))
-    asyncio.run(running._main(*sys.argv[1:]))
+    asyncio.run(role_runner._main(*sys.argv[1:]))

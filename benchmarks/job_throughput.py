@@ -22,7 +22,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict
 from pymongo import MongoClient
 
-from benchmarks.measure import Result, compare_latencies, percentile
+from benchmarks.measurement import Result, compare_latencies, percentile
 from jobledger.cli.composition import Role, start_roles
 from jobledger.cli.settings import Settings, read_settings
 from jobledger.ledger.domain.commands import SubmitJob

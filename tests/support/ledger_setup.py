@@ -18,7 +18,7 @@ from jobledger.ledger.store.command_handler import CommandResult, StreamState, h
 from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore, EventStoreLimits, Subscription
 from jobledger.ledger.store.hash_chain import GENESIS_HASH, hash_input
-from tests.support.examples import make_job_submitted
+from tests.support.event_examples import make_job_submitted
 
 DEADLINE_SECONDS = 15.0
 EVENT_METADATA = EventMetadata("user:alice")

@@ -9,7 +9,7 @@ from bson import Binary, Code, DBRef, Decimal128, Int64, MaxKey, MinKey, ObjectI
 from bson.datetime_ms import DatetimeMS
 
 from jobledger.ledger.domain.events import JobSubmitted
-from tests.support.examples import NOON
+from tests.support.event_examples import NOON
 
 ORIGINAL_EVENT = JobSubmitted(
     job_type="echo",

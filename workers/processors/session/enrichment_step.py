@@ -11,14 +11,14 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel
 
 from jobledger.workers.processor import JSON
-from jobledger.workers.processors.session import compose
-from jobledger.workers.processors.session.compose import InvalidModelOutput, Summary, Translation
-from jobledger.workers.processors.session.markdown import (
+from jobledger.workers.processors.session import enrichment
+from jobledger.workers.processors.session.document import (
     EnrichmentResult,
     TranscriptResult,
     primary_subtag,
     resolve_language,
 )
+from jobledger.workers.processors.session.enrichment import InvalidModelOutput, Summary, Translation
 from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAiError, read_api_key
 from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.step_context import StepContext, json_digest
@@ -117,7 +117,7 @@ class _LanguageModel:
         if chosen.temperature is not None:
             body["temperature"] = chosen.temperature
         if self._takes_schema:
-            body["response_format"] = compose.json_schema_format(wanted)
+            body["response_format"] = enrichment.json_schema_format(wanted)
         try:
             answer = await self._api.post("chat/completions", json=body)
         except OpenAiError as failed:
@@ -156,9 +156,9 @@ async def _summarize(
     parts = [f"# {work.session.session}", page.markdown[:MAX_PROMPT_CHARACTERS]]
     if said:
         parts.append(f"What was said:\n{said[:MAX_PROMPT_CHARACTERS]}")
-    prompt = compose.build_summary_prompt(work.session.target_language)
+    prompt = enrichment.build_summary_prompt(work.session.target_language)
     try:
-        summary = await model.generate(prompt, "\n\n".join(parts), Summary, compose.parse_summary)
+        summary = await model.generate(prompt, "\n\n".join(parts), Summary, enrichment.parse_summary)
     except InvalidModelOutput as problem:
         await work.warn(f"There is no summary: the language model's answers could not be used ({problem}).")
         return composed
@@ -171,14 +171,14 @@ async def _translate(work: StepContext, model: _LanguageModel, composed: Enrichm
         longest = f"{len(composed.markdown):,} characters are more than {chosen.max_characters:,}"
         await work.warn(f"{_not_translated(composed.language, target)}, and {longest}.")
         return composed
-    originals = compose.split_markdown(composed.markdown, chosen.chunk_characters)
-    prompt, texts, left = compose.build_translation_prompt(target), [], 0
+    originals = enrichment.split_markdown(composed.markdown, chosen.chunk_characters)
+    prompt, texts, left = enrichment.build_translation_prompt(target), [], 0
     for number, original in enumerate(originals):
         await work.job.report_progress(
             82 + 8 * number / len(originals), f"Translating: {number} of {len(originals)} pieces"
         )
         try:
-            read = partial(compose.parse_translation, original=original)
+            read = partial(enrichment.parse_translation, original=original)
             texts.append(await model.generate(prompt, original, Translation, read))
         except InvalidModelOutput as problem:
             await work.job.log("warning", f"Piece {number + 1} is left as it was: {problem}")
