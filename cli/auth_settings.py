@@ -110,7 +110,7 @@ class AuthSettings(SettingsSection):
             "proxy": self.mode == "proxy",
             "admins": self.mode in ("jwt", "proxy"),
             "monitors": self.mode in ("jwt", "proxy"),
-            "anonymous_public": self.mode != "open",
+            "anonymous_read": self.mode != "open",
         }
         for key, applied in applies.items():
             if not applied and getattr(self, key) != type(self).model_fields[key].default:
@@ -132,5 +132,5 @@ _INSTEAD = {
     "proxy": "set mode to `proxy`, or leave it out",
     "admins": "keys have roles of their own (`jobledger keys create --role admin`), and with `open` everybody is admin",
     "monitors": "keys have roles of their own (`jobledger keys create --role monitor`)",
-    "anonymous_public": "with `open` nobody is anonymous",
+    "anonymous_read": "with `open` nobody is anonymous",
 }

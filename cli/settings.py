@@ -124,15 +124,15 @@ def _host_or_network(text: str) -> str:
 
 
 class WebhookSettings(SettingsSection):
-    schedule_seconds: list[Annotated[float, Field(ge=0, le=7 * 86_400)]] = Field(
+    retry_delays_seconds: list[Annotated[float, Field(ge=0, le=7 * 86_400)]] = Field(
         [0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400], min_length=1, max_length=50
     )
     jitter: float = Field(0.1, ge=0, le=1)
     timeout_seconds: float = Field(10, ge=0.1, le=120)
     max_concurrent: int = Field(20, ge=1, le=1000)
     max_concurrent_per_host: int = Field(4, ge=1, le=1000)
-    host_failure_threshold: int = Field(10, ge=1, le=1000)
-    host_cooldown_seconds: float = Field(30, ge=0.1, le=600)
+    circuit_breaker_failures: int = Field(10, ge=1, le=1000)
+    circuit_breaker_cooldown_seconds: float = Field(30, ge=0.1, le=600)
     allowed_private_hosts: list[Annotated[str, AfterValidator(_host_or_network)]] = Field([])
     echo_enabled: bool = False
     lease_seconds: float = Field(10, ge=1, le=3600)

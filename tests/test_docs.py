@@ -218,7 +218,7 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
     submit, missed, secrets, again = blocks(WEBHOOKS, "sh")
     (example, created), [allow] = blocks(WEBHOOKS, "json"), blocks(WEBHOOKS, "yaml")
     settings = yaml.safe_load(allow)
-    settings["webhooks"] |= {"allow_private": ["127.0.0.1"], "sink": True, "schedule_seconds": [0]}
+    settings["webhooks"] |= {"allowed_private_hosts": ["127.0.0.1"], "echo_enabled": True, "retry_delays_seconds": [0]}
     with reader(mongodb_uri, db_name, tmp_path, settings) as installation:
         for role in ("projector", "worker", "webhooks", "api"):
             installation.start(role).wait_until_ready()

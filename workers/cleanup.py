@@ -262,7 +262,7 @@ class Cleanup:
 def _secrets_of(event: RecordedEvent) -> set[str]:
     """Return where the secrets of a job's or batch's webhook are."""
     webhook = event.payload.get("webhook") if event.type in _BEGINNINGS else None
-    reference = webhook.get("headers_ref") if isinstance(webhook, dict) else None
+    reference = webhook.get("secrets_ref") if isinstance(webhook, dict) else None
     return {reference} if isinstance(reference, str) else set()
 
 

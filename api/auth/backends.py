@@ -53,13 +53,13 @@ class RoleGrants:
         return Principal(known.user_id, known.groups, frozenset(held | (_ROLES & set(roles))))
 
 
-def _anonymous_or_401(connection: HTTPConnection, *, anonymous_public: bool, how: str) -> Principal:
+def _anonymous_or_401(connection: HTTPConnection, *, anonymous_read: bool, how: str) -> Principal:
     """Return who comes without credentials: somebody who may read what is public, if that is allowed.
 
     Raises:
         ApiError: 401.
     """
-    if anonymous_public and connection.scope.get("method") in ("GET", "HEAD"):
+    if anonymous_read and connection.scope.get("method") in ("GET", "HEAD"):
         return Principal(None)
     raise ApiError(401, "not_signed_in", f"Say who you are: {how}.")
 
@@ -100,7 +100,7 @@ class ApiKeyBackend:
         except _InvalidCredentials as wrong:
             raise _refusal(wrong) from None
         how = "send an API key in the header Authorization: Bearer"
-        return _anonymous_or_401(connection, anonymous_public=self._anonymous_public, how=how)
+        return _anonymous_or_401(connection, anonymous_read=self._anonymous_public, how=how)
 
     def _holder(self, sent: str) -> Principal:
         text = ApiKeyToken.parse(sent)
@@ -154,7 +154,7 @@ class JwtBackend:
         except (_InvalidCredentials, jwt.PyJWTError, ValueError) as wrong:
             raise _refusal(wrong) from None
         how = "send a token in the header Authorization: Bearer"
-        return _anonymous_or_401(connection, anonymous_public=self._anonymous_public, how=how)
+        return _anonymous_or_401(connection, anonymous_read=self._anonymous_public, how=how)
 
     async def _claims(self, token: str) -> Mapping[str, Any]:
         key = await self._keys.get_key(jwt.get_unverified_header(token).get("kid"))
@@ -241,7 +241,7 @@ class ProxyBackend:
         except (_InvalidCredentials, ValueError) as wrong:
             raise _refusal(wrong) from None
         return _anonymous_or_401(
-            connection, anonymous_public=self._anonymous_public, how="sign in where you came through"
+            connection, anonymous_read=self._anonymous_public, how="sign in where you came through"
         )
 
     def _trusts(self, connection: HTTPConnection) -> bool:

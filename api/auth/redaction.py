@@ -206,7 +206,7 @@ DELIVERY_RULES: Final[Mapping[str, FieldRule]] = {
     "created_at": _keep,
     "updated_at": _keep,
     "queued_at": _keep,
-    "next_at": _keep,
+    "next_attempt_at": _keep,
     "delivered_at": _keep,
     "reason": _hide,
     "attempt": _keep,
@@ -229,7 +229,7 @@ ATTEMPT_RULES: Final[Mapping[str, FieldRule]] = {
     "response": _blank,
     "duration_s": _keep,
     "body_sha256": _hide,
-    "next_at": _keep,
+    "next_attempt_at": _keep,
 }
 METADATA_RULES: Final[Mapping[str, FieldRule]] = {
     "actor": _actor,
@@ -258,14 +258,14 @@ EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "JobProgressed": dict.fromkeys(("attempt", "step", "percent", "message"), _keep),
     "JobLogged": dict.fromkeys(("attempt", "entries"), _keep),
     "StepCompleted": dict.fromkeys(
-        ("attempt", "step", "key", "output", "duration_s", "tokens_used", "warnings", "reused_from", "shared_version"),
+        ("attempt", "step", "key", "output", "duration_s", "tokens_used", "warnings", "reused_from", "cache_version"),
         _keep,
     ),
     "JobCompleted": dict.fromkeys(("attempt", "results"), _keep),
     "JobAttemptFailed": {"attempt": _keep, "error": _error, "retry_at": _keep},
     "JobFailed": {"attempt": _keep, "error": _error},
     "JobLeaseExpired": _OF_WORKER,
-    "JobReleased": {**_OF_WORKER, "reason": _blank, "machine_trouble": _keep},
+    "JobReleased": {**_OF_WORKER, "reason": _blank, "is_machine_failure": _keep},
     "JobCancelRequested": _BY,
     "JobCancelled": _BY,
     "JobRestarted": {**_BY, "reuse_steps": _keep},
@@ -285,7 +285,7 @@ EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "BatchUnarchived": _BY,
     "BatchDeleted": _BY,
     "DeliveryQueued": {
-        **dict.fromkeys(("source", "source_version", "tells", "user_id", "batch_id"), _keep),
+        **dict.fromkeys(("source", "source_version", "event_type", "user_id", "batch_id"), _keep),
         "webhook": _webhook,
     },
     "DeliveryAttempted": {name: rule for name, rule in ATTEMPT_RULES.items() if name != "at"},

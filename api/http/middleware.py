@@ -367,7 +367,7 @@ class AuthFailureLimitMiddleware:
         digest = blake2b(address.encode() + b"\0" + sent, key=self._salt, digest_size=16).digest()
         holds_token = digest not in self._accepted and digest not in self._looked_at
         if holds_token and (wait := self._buckets.take(address)) > 0:
-            message = "Too many wrong credentials came from your address (api.refused_sign_ins_per_minute)."
+            message = "Too many wrong credentials came from your address (api.auth_failures_per_minute)."
             refused = ApiError(429, "too_many_refused_sign_ins", message, retry_after_seconds=ceil(wait))
             return await error_response(refused)(scope, receive, send)
         if holds_token and sent:  # those of a form are in its body: they may differ

@@ -162,7 +162,7 @@ def build_document(routes: Iterable[Route], job_types: Mapping[str, type[BaseMod
                     "type": "http",
                     "scheme": "bearer",
                     "description": "An API key (`auth.mode: keys`) or a JSON Web Token (`jwt`). In the modes `open` "
-                    "and `proxy`, and for what is public where `auth.anonymous_public` is on, nothing has to be sent.",
+                    "and `proxy`, and for what is public where `auth.anonymous_read` is on, nothing has to be sent.",
                 }
             },
         },

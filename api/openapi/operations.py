@@ -116,7 +116,7 @@ ERROR_CODES: Final[Mapping[str, tuple[int, str]]] = {
     "too_many_values": (413, "the body has more than 1,000,000 values, or 250,000 objects and arrays"),
     "too_many_refused_sign_ins": (
         429,
-        "more wrong credentials from one address than `api.refused_sign_ins_per_minute` allows",
+        "more wrong credentials from one address than `api.auth_failures_per_minute` allows",
     ),
     "too_many_requests": (429, "more requests than `api.requests_per_second` allows"),
     "too_many_streams_open": (503, "more live streams in this process than `api.max_streams` allows"),
@@ -349,7 +349,7 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         appends_events=False,
     ),
     webhook_echo.receive_webhook_echo: Operation(
-        summary="A receiver of webhooks for trying them out, if `webhooks.sink` is on",
+        summary="A receiver of webhooks for trying them out, if `webhooks.echo_enabled` is on",
         response=webhook_responses.WebhookEchoResponse,
         query=models.AnyQuery,
         appends_events=False,

@@ -1,4 +1,4 @@
-"""api: a receiver of webhooks for trying them out, if `webhooks.sink` is on. It keeps what it was sent for a day."""
+"""api: a receiver of webhooks for trying them out, if `webhooks.echo_enabled` is on. It keeps what it was sent for a day."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jobledger.api.http.bodies import read_body_bytes
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 
-COLLECTION: Final = "webhook_sink"
+COLLECTION: Final = "webhook_echo"
 RETENTION: Final = timedelta(days=1)
 MAX_BODY_BYTES: Final = 1024 * 1024
 _MOST_SHOWN: Final = 100
@@ -73,4 +73,4 @@ def _shown(received: Document) -> dict[str, Any]:
 
 def _has_to_be_on(request: Request) -> None:
     if not get_api_context(request).webhook_options.echo_enabled:
-        raise ApiError(404, "not_found", "The sink is off; `webhooks.sink: true` in config.yaml turns it on.")
+        raise ApiError(404, "not_found", "The sink is off; `webhooks.echo_enabled: true` in config.yaml turns it on.")

@@ -32,7 +32,7 @@ class RotateSecretBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    grace_s: int = Field(86_400, strict=True, ge=0, le=_LONGEST_GRACE_SECONDS)
+    grace_period_s: int = Field(86_400, strict=True, ge=0, le=_LONGEST_GRACE_SECONDS)
 
 
 async def list_webhook_endpoints(request: Request) -> Response:
@@ -49,7 +49,9 @@ async def rotate_endpoint_secret(request: Request) -> Response:
     """POST /api/monitoring/events/webhook-endpoints/{receiver}/rotate-secret"""
     body, _ = await read_optional_json_body(request, RotateSecretBody)
     receiver = await _own(request)
-    shown = await endpoint_secrets.rotate_secret(get_api_context(request).db, receiver, timedelta(seconds=body.grace_s))
+    shown = await endpoint_secrets.rotate_secret(
+        get_api_context(request).db, receiver, timedelta(seconds=body.grace_period_s)
+    )
     if shown is None:
         raise _not_found(receiver)
     return json_response({"status": "success", **shown.to_response()}, headers={"Cache-Control": "no-store"})

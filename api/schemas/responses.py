@@ -60,7 +60,7 @@ class Progress(BaseModel):
 class Step(BaseModel):
     """A finished part of the work. `key` is the digest of its inputs; `reused_from` the job it was taken from.
 
-    `shared_version` is the version of the processor whose other jobs may reuse the step, null if no other job may.
+    `cache_version` is the version of the processor whose other jobs may reuse the step, null if no other job may.
     """
 
     step: str
@@ -71,7 +71,7 @@ class Step(BaseModel):
     tokens_used: int
     warnings: list[str]
     reused_from: str | None
-    shared_version: str | None
+    cache_version: str | None
     version: int
 
 

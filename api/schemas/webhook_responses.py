@@ -21,7 +21,7 @@ class DeliveryAttempt(BaseModel):
     response: str
     duration_s: float
     body_sha256: str | None
-    next_at: datetime | None
+    next_attempt_at: datetime | None
 
 
 class DeliveryResource(PartialDocument):
@@ -44,7 +44,7 @@ class DeliveryResource(PartialDocument):
     created_at: datetime
     updated_at: datetime
     queued_at: datetime
-    next_at: datetime | None
+    next_attempt_at: datetime | None
     delivered_at: datetime | None
     reason: str | None
     attempt: int
@@ -73,14 +73,14 @@ class RedeliveryResponse(SuccessResponse):
 
 
 class EndpointResource(BaseModel):
-    """A URL to which webhooks of a user go. `old_secret_until`: so long an old secret signs beside the new one."""
+    """A URL to which webhooks of a user go. `previous_secret_expires_at`: so long an old secret signs beside the new one."""
 
     receiver: str
     url: str
     user_id: str
     created_at: datetime
     rotated_at: datetime | None
-    old_secret_until: datetime | None
+    previous_secret_expires_at: datetime | None
     revoked: bool = Field(description="It has no secret, and nothing is sent, until its secret is rotated.")
 
 

@@ -151,7 +151,7 @@ def extract_webhook_secrets(
     webhook = Webhook(
         url=body.url,
         header_names=sorted(body.headers),
-        headers_ref=secrets.secrets_ref if secrets else None,
+        secrets_ref=secrets.secrets_ref if secrets else None,
         include_markdown=body.include_markdown,
         include_metadata=body.include_metadata,
         signed=bool(body.secrets),

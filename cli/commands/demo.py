@@ -33,7 +33,7 @@ def make_demo_settings(directory: Path) -> Settings:
             "mongodb": {"uri": "embedded", "data_dir": str(directory / "mongodb")},
             "api": {"port": 0},
             "results": {"store": str(directory / "results")},
-            "processors": {"session": {"allow_private": ["127.0.0.1"], "keep_audio": True}},
+            "processors": {"session": {"allowed_private_hosts": ["127.0.0.1"], "keep_audio": True}},
             "logging": {"level": "warning"},
         },
         defaults_only=True,

@@ -120,7 +120,7 @@ def check_confinement(settings: Settings) -> Iterator[CheckResult]:
     """
     mode, version = settings.event_worker.confinement, restrictions.landlock_version()
     if mode == "off":
-        yield CheckResult("Confinement of jobs", is_ok=True, detail="off (event_worker.confine)")
+        yield CheckResult("Confinement of jobs", is_ok=True, detail="off (event_worker.confinement)")
     elif version:
         limits = (
             "" if version >= restrictions.LANDLOCK_SIGNALS_VERSION else "; signals are not restricted before Linux 6.12"
@@ -164,7 +164,7 @@ def _space(what: str, directory: Path, settings: Settings) -> CheckResult:
         free = free_bytes(nearest_existing_directory(directory)) / MIB
     except OSError as error:
         return CheckResult(what, is_ok=False, detail="cannot be looked at", advice=str(error))
-    advice = f"New jobs are refused below {reserve} MiB (results.reserve_mb): free some space."
+    advice = f"New jobs are refused below {reserve} MiB (results.min_free_mb): free some space."
     return CheckResult(what, free >= reserve, f"{free:,.0f} MiB free", advice)
 
 

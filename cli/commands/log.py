@@ -360,4 +360,4 @@ def _folded(fold: Any, document: Any, event: Any) -> Any:
         return document
 
 
-_INTERNAL_FIELDS = frozenset({"headings", "words", "gone_on"})
+_INTERNAL_FIELDS = frozenset({"headings", "words", "needs_reopen"})

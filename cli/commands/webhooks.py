@@ -171,7 +171,7 @@ def _endpoints_table(found: list[dict[str, Any]]) -> SafeTable:
     for it in found:
         created, rotated, until = (
             format_iso_timestamp(it[name]) if it[name] else ""
-            for name in ("created_at", "rotated_at", "old_secret_until")
+            for name in ("created_at", "rotated_at", "previous_secret_expires_at")
         )
         rotated = "revoked" if it["revoked"] else rotated
         table.add_row(it["receiver"], it["user_id"], it["url"], created, rotated, until)
@@ -190,7 +190,7 @@ def rotate_secret(
     async def ask() -> dict[str, Any]:
         async with open_client(url) as client:
             path = f"{_ENDPOINTS}/{quote(endpoint_id, safe='')}/rotate-secret"
-            return parse_response(await client.post(path, json={"grace_s": grace}), "secret")
+            return parse_response(await client.post(path, json={"grace_period_s": grace}), "secret")
 
     rotated = asyncio.run(ask())
     if as_json:
@@ -223,10 +223,10 @@ def generate_secret() -> None:
     echo(generate_secret())
 
 
-async def _send(outgoing: WebhookRequest, allow_private: list[str], timeout_seconds: float) -> WebhookResponse:
+async def _send(outgoing: WebhookRequest, allowed_private_hosts: list[str], timeout_seconds: float) -> WebhookResponse:
     from jobledger.workers.webhooks.sender import Sender
 
-    sender = Sender(allow_private=allow_private, timeout_seconds=timeout_seconds)
+    sender = Sender(allowed_private_hosts=allowed_private_hosts, timeout_seconds=timeout_seconds)
     try:
         return await sender.send(outgoing)
     finally:
@@ -241,12 +241,12 @@ def _header(text: str) -> tuple[str, str]:
 
 
 def _table(found: list[dict[str, Any]]) -> SafeTable:
-    table = SafeTable("id", "tells", "status", "attempts", "to", "what came of it")
+    table = SafeTable("id", "event_type", "status", "attempts", "to", "what came of it")
     for it in found:
         last = it["attempts"][-1] if it["attempts"] else None
         outcome = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
-        if it["status"] == "pending" and it["next_at"]:
-            outcome = f"{outcome}  next at {format_iso_timestamp(it['next_at'])}".strip()
+        if it["status"] == "pending" and it["next_attempt_at"]:
+            outcome = f"{outcome}  next at {format_iso_timestamp(it['next_attempt_at'])}".strip()
         style = _STYLES[it["status"]]
         status = Text(it["status"], style=style)
         table.add_row(

@@ -88,7 +88,7 @@ class FailAttempt:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
-    """Give a running job back unharmed. `machine_trouble`: because the worker's machine cannot run it."""
+    """Give a running job back unharmed. `is_machine_failure`: because the worker's machine cannot run it."""
 
     worker_id: str
     attempt: int

@@ -124,7 +124,7 @@ def _attempted(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent
         response=limits.truncate_text(command.response, limits.MAX_RESPONSE_CHARACTERS),
         duration_s=command.duration_s,
         body_sha256=command.body_sha256,
-        next_at=command.retry_at if pending and error is not None else None,
+        next_attempt_at=command.retry_at if pending and error is not None else None,
     )
     if error is None:
         ended = delivery.status == "delivered"
@@ -142,7 +142,7 @@ def evolve(delivery: Delivery | None, event: DeliveryEvent) -> Delivery:
         raise NotFound(f"{type(event).__name__} in a stream that does not begin with DeliveryQueued")
     match event:
         case DeliveryAttempted():
-            due = event.next_at if delivery.status == "pending" else delivery.due_at
+            due = event.next_attempt_at if delivery.status == "pending" else delivery.due_at
             return replace(delivery, attempt=event.attempt, counted_attempts=delivery.counted_attempts + 1, due_at=due)
         case DeliverySucceeded():
             return replace(delivery, status="delivered", due_at=None)

@@ -72,12 +72,12 @@ Teams = Annotated[list[str], Field(exclude_if=operator.not_)]
 
 
 class Webhook(_Value):
-    """Whom to tell about the end. Values of headers, and what it is `signed` with, never enter the log: `headers_ref`
+    """Whom to tell about the end. Values of headers, and what it is `signed` with, never enter the log: `secrets_ref`
     names where those secrets lie."""
 
     url: str
     header_names: list[str] = Field(default_factory=list)
-    headers_ref: str | None = None
+    secrets_ref: str | None = None
     include_markdown: bool = False
     include_metadata: bool = False
     signed: Annotated[bool, Field(exclude_if=operator.not_)] = False
@@ -201,7 +201,7 @@ class JobLogged(Event):
 class StepCompleted(Event):
     """A part of the attempt is done and need not be done again for inputs with the same digest `key`.
 
-    `reused_from` names the job whose output this is, if it was not done here. `shared_version` is the version of the
+    `reused_from` names the job whose output this is, if it was not done here. `cache_version` is the version of the
     processor whose later jobs of the same owner and type may reuse the output. None means that no other job may.
     """
 
@@ -213,7 +213,7 @@ class StepCompleted(Event):
     tokens_used: int = 0
     warnings: list[str] = Field(default_factory=list)
     reused_from: str | None = None
-    shared_version: str | None = None
+    cache_version: str | None = None
 
 
 class JobCompleted(Event):
@@ -248,13 +248,13 @@ class JobLeaseExpired(Event):
 class JobReleased(Event):
     """The worker gave the job back unharmed, for example at shutdown: the attempt does not count.
 
-    `machine_trouble`: the worker's machine could not run it.
+    `is_machine_failure`: the worker's machine could not run it.
     """
 
     worker_id: str
     attempt: int
     reason: str
-    machine_trouble: bool = False
+    is_machine_failure: bool = False
 
 
 class JobCancelRequested(Event):
@@ -430,7 +430,7 @@ class DeliveryQueued(Event):
 class DeliveryAttempted(Event):
     """The receiver was called. It said `response` (its beginning), or nothing; `error` if that was no 2xx.
 
-    `body_sha256` is the digest of what was sent, in hexadecimal; `next_at` is when it is tried again.
+    `body_sha256` is the digest of what was sent, in hexadecimal; `next_attempt_at` is when it is tried again.
     """
 
     attempt: int
@@ -439,7 +439,7 @@ class DeliveryAttempted(Event):
     response: str = ""
     duration_s: CompactFloat
     body_sha256: str | None = None
-    next_at: UtcDatetime | None = None
+    next_attempt_at: UtcDatetime | None = None
 
 
 class DeliverySucceeded(Event):

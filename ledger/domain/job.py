@@ -209,7 +209,7 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
                 tokens_used=command.tokens_used,
                 warnings=list(command.warnings),
                 reused_from=command.reused_from,
-                shared_version=command.cache_version,
+                cache_version=command.cache_version,
             )
         case CompleteJob():
             return JobCompleted(attempt=command.attempt, results=command.results)
@@ -222,7 +222,7 @@ def _reported(command: WorkerCommand, job: Job) -> JobEvent:
                 worker_id=command.worker_id,
                 attempt=command.attempt,
                 reason=command.reason,
-                machine_trouble=command.is_machine_failure,
+                is_machine_failure=command.is_machine_failure,
             )
         case ConfirmCancel():
             return JobCancelled(
@@ -303,7 +303,7 @@ def evolve(job: Job | None, event: JobEvent) -> Job:
                 status="pending",
                 worker_id=None,
                 counted_attempts=job.counted_attempts - 1,
-                consecutive_machine_failures=job.consecutive_machine_failures + event.machine_trouble,
+                consecutive_machine_failures=job.consecutive_machine_failures + event.is_machine_failure,
             )
         case JobCancelRequested():
             return replace(job, cancel_request=event)

@@ -70,7 +70,7 @@ class GridFSStore:
             # Only our own files have this field: others may use the bucket as they like.
             ours = {_DIGEST: {"$exists": True}}
             await self._files.create_index(
-                [(_DIGEST, ASCENDING)], name="one_of_each_content", unique=True, partialFilterExpression=ours
+                [(_DIGEST, ASCENDING)], name="unique_sha256", unique=True, partialFilterExpression=ours
             )
             set_aside = {_REMOVED: {"$exists": True}}
             await self._files.create_index([(_REMOVED, ASCENDING)], partialFilterExpression=set_aside)

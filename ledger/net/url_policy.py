@@ -20,7 +20,7 @@ _IPV4_COMPATIBLE = ip_network("::/96")  # RFC 4291, deprecated
 
 
 _LOWEST_FREE_PORT = 1024
-PUBLIC_ONLY_MESSAGE = "only public addresses are called, and those that `webhooks.allow_private` names"
+PUBLIC_ONLY_MESSAGE = "only public addresses are called, and those that `webhooks.allowed_private_hosts` names"
 
 
 class AllowedHosts:

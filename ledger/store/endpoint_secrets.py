@@ -183,7 +183,7 @@ def _described(found: Document, now: datetime) -> Document:
         "user_id": found["user_id"],
         "created_at": found["created_at"],
         "rotated_at": found["rotated_at"],
-        "old_secret_until": max(ends, default=None),
+        "previous_secret_expires_at": max(ends, default=None),
         "revoked": found["revoked"],
     }
 

@@ -199,10 +199,10 @@ class Projector:
             try:
                 with translate_errors("looking for what a rebuild has left"):
                     note = await self._db.checkpoints.find_one({"_id": REBUILD_CHECKPOINT_ID}) or {}
-                if (done_at := note.get("done_at")) is not None:
-                    waited = (self._log.clock.estimate() - done_at).total_seconds()
+                if (switched_at := note.get("switched_at")) is not None:
+                    waited = (self._log.clock.estimate() - switched_at).total_seconds()
                     await asyncio.sleep(max(0.0, SHADOW_RETENTION_SECONDS - waited))
-                    await self._rebuild.clear_shadow(done_at)
+                    await self._rebuild.clear_shadow(switched_at)
             except LedgerUnavailable as error:
                 _log.warning("what a rebuild has left stays for now", error=str(error))
                 await asyncio.sleep(SHADOW_RETENTION_SECONDS)

@@ -152,9 +152,9 @@ class Rebuild:
         await self._leadership.run_once(lead)
         return reached
 
-    async def clear_shadow(self, done_at: datetime | None = None) -> None:
-        """Empty what the last rebuild has left behind; with `done_at`, if it is the one that was done then."""
-        await self._leadership.run_once(partial(self._clear_shadow, done_at))
+    async def clear_shadow(self, switched_at: datetime | None = None) -> None:
+        """Empty what the last rebuild has left behind; with `switched_at`, if it is the one that was done then."""
+        await self._leadership.run_once(partial(self._clear_shadow, switched_at))
 
     # Beginning and ending -----------------------------------------------------------------------------------------
 
@@ -169,14 +169,14 @@ class Rebuild:
             beside = _shadow_slots(await load_checkpoint(self._db))
             views = Views(self._db, beside)
             goes_on = note.get("emptied") and note.get("version") == PROJECTION_VERSION and note.get("sides") == beside
-            if not goes_on or note.get("done_at") or (most is not None and note["position"] > most):
+            if not goes_on or note.get("switched_at") or (most is not None and note["position"] > most):
                 await self._delete_documents(views)
                 begun = {
                     "emptied": True,
                     "version": PROJECTION_VERSION,
                     "sides": beside,
                     "position": 0,
-                    "done_at": None,
+                    "switched_at": None,
                 }
                 await self._update_checkpoint({"$set": begun})
                 note = {**note, **begun}
@@ -225,14 +225,14 @@ class Rebuild:
 
     async def _clear_shadow(self, wanted: datetime | None) -> None:
         with translate_errors("removing what a rebuild has left"):
-            done_at = (await self._take_over()).get("done_at")
-            if done_at is not None and wanted in (None, done_at):
+            switched_at = (await self._take_over()).get("switched_at")
+            if switched_at is not None and wanted in (None, switched_at):
                 await self._reset_shadow()
 
     async def _reset_shadow(self) -> None:
         beside = _shadow_slots(await load_checkpoint(self._db))
         await self._delete_documents(Views(self._db, beside))
-        await self._update_checkpoint({"$set": {"emptied": True, "sides": beside, "position": 0, "done_at": None}})
+        await self._update_checkpoint({"$set": {"emptied": True, "sides": beside, "position": 0, "switched_at": None}})
 
     # Switching ----------------------------------------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class Rebuild:
                 wanted = {"_id": VIEWS_CHECKPOINT_ID, "position": {"$in": [lost, position]}}
             read = {"position": position, "hash": await self._log.hash_at(position)}
             live = await self._db.checkpoints.find_one_and_update(
-                wanted, {"$set": {**read, "replaced_at": now}}, session=session
+                wanted, {"$set": {**read, "switched_at": now}}, session=session
             )
             if live is None:
                 return False
@@ -356,7 +356,7 @@ class Rebuild:
             sides = {**live.get("sides", {}), **{name: beside[name] for name in names}}
             new = {"sides": sides, "version": PROJECTION_VERSION}
             await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": new}, session=session)
-            await self._update_checkpoint({"$set": {"done_at": now}}, session)
+            await self._update_checkpoint({"$set": {"switched_at": now}}, session)
             return True
 
         return switch

@@ -64,7 +64,7 @@ def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
         return None
     after = {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
     if isinstance(happened, BatchFinished):
-        after["gone_on"] = _counts(batch) != happened.counts
+        after["needs_reopen"] = _counts(batch) != happened.counts
     if "access_control" in changes:
         _list(after)
     return after
@@ -84,9 +84,9 @@ def _followed(batch: Document, event: RecordedEvent) -> Document | None:
     if event.type == BatchFinished.__name__:
         status = event.payload.get("status")
         ended = status if status in ("completed", "partial", "failed") else "partial"
-        changes = {"status": ended, "completed_at": event.time, "gone_on": False}
+        changes = {"status": ended, "completed_at": event.time, "needs_reopen": False}
     elif event.type == BatchReopened.__name__:
-        changes = {"status": "processing", "completed_at": None, "gone_on": False}
+        changes = {"status": "processing", "completed_at": None, "needs_reopen": False}
     return {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
@@ -150,7 +150,7 @@ def _submitted(asked: BatchSubmitted, event: RecordedEvent) -> Document:
         "teams": asked.teams,
         "paused": False,
         "archived": False,
-        "gone_on": False,  # since its recorded end, a job has; that has to be recorded, whether or not it ended again
+        "needs_reopen": False,  # since its recorded end, a job has; that has to be recorded, whether or not it ended again
         "version": event.version,
         "position": event.position,
     }
@@ -169,7 +169,7 @@ def _changes(happened: BatchEvent, event: RecordedEvent) -> Document | None:
         case BatchFinished():
             return {"status": happened.status, "completed_at": event.time}
         case BatchReopened():
-            return {"status": "processing", "completed_at": None, "gone_on": False}
+            return {"status": "processing", "completed_at": None, "needs_reopen": False}
         case BatchAccessChanged():
             return {"access_control": happened.access_control.model_dump()}
         case BatchArchived():
@@ -202,7 +202,7 @@ def apply_job_change(
         and now is not None
         and now not in TERMINAL_STATUSES
     ):
-        changed["gone_on"] = True
+        changed["needs_reopen"] = True
     if now == "completed" and was != "completed" and after is not None and after["results"] is not None:
         changed["summary"] = _with_cost(batch["summary"], after)
     return {**changed, "updated_at": event.time, "position": event.position}
@@ -237,7 +237,7 @@ def follow_up_command(batch: Document) -> BatchCommand | None:
     ended = counts.completed + counts.failed + counts.cancelled
     if batch["status"] == "processing" and ended == batch["total_jobs"]:
         return FinishBatch(counts, BatchSummary(**batch["summary"]))
-    if batch["status"] != "processing" and (batch["gone_on"] or ended < batch["total_jobs"]):
+    if batch["status"] != "processing" and (batch["needs_reopen"] or ended < batch["total_jobs"]):
         return ReopenBatch()  # which changes it: if all its jobs have ended again, it is finished next
     return None
 
@@ -352,7 +352,7 @@ async def find_unsettled(views: Views) -> Sequence[Document]:
     """Return the batches that are not finished, or have gone on since they were, for `reaction`."""
     unfinished = [
         {"status": "processing"},
-        {"gone_on": True},
+        {"needs_reopen": True},
         {"pending_jobs": {"$gt": 0}},
         {"processing_jobs": {"$gt": 0}},
     ]

@@ -1,6 +1,6 @@
 """projections: the view `deliveries`: each webhook that was, or is to be, sent, with every attempt.
 
-`status` is pending, delivered or abandoned; `next_at` is when a pending one is due; `queued_at` is when its schedule
+`status` is pending, delivered or abandoned; `next_attempt_at` is when a pending one is due; `queued_at` is when its schedule
 began. `sequence` is its number for its receiver (receivers.py).
 """
 
@@ -37,7 +37,7 @@ MAX_COUNT: Final = 10_000
 PENDING_QUERY: Final = {"status": "pending"}
 INDEXES: Final = [
     *list_index.INDEXES[:2],
-    IndexModel([("next_at", ASCENDING)], partialFilterExpression=PENDING_QUERY),
+    IndexModel([("next_attempt_at", ASCENDING)], partialFilterExpression=PENDING_QUERY),
 ]
 
 
@@ -76,7 +76,7 @@ def _queued(asked: DeliveryQueued, event: RecordedEvent) -> Document:
         "created_at": event.time,
         "updated_at": event.time,
         "queued_at": event.time,
-        "next_at": event.time,
+        "next_attempt_at": event.time,
         "delivered_at": None,
         "reason": None,
         "attempt": 0,
@@ -105,7 +105,7 @@ def isolate(delivery: Document, event: RecordedEvent, problem: Document) -> Docu
 def _followed(delivery: Document, event: RecordedEvent) -> Document:
     """Return an isolated delivery's document after one more event; of that, only the type counts."""
     status = _STATUS_AFTER.get(event.type, delivery["status"])
-    changes = {"status": status, "next_at": event.time if status == "pending" else None}
+    changes = {"status": status, "next_attempt_at": event.time if status == "pending" else None}
     return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
@@ -137,19 +137,19 @@ def _changes(delivery: Document, happened: DeliveryEvent, event: RecordedEvent) 
                 "attempt": happened.attempt,
                 "counted": delivery["counted"] + 1,
                 "attempts": [*delivery["attempts"], shown][-MAX_ATTEMPTS_SHOWN:],
-                "next_at": happened.next_at if pending else delivery["next_at"],
+                "next_attempt_at": happened.next_attempt_at if pending else delivery["next_attempt_at"],
             }
         case DeliverySucceeded():
-            return {"status": "delivered", "next_at": None, "delivered_at": event.time, "reason": None}
+            return {"status": "delivered", "next_attempt_at": None, "delivered_at": event.time, "reason": None}
         case DeliveryAbandoned():
             return {
                 "status": "abandoned",
-                "next_at": None,
+                "next_attempt_at": None,
                 "reason": truncate_text(happened.reason, MAX_REASON_CHARACTERS),
             }
         case DeliveryRequeued():
             now = event.time
-            return {"status": "pending", "counted": 0, "queued_at": now, "next_at": now, "reason": None}
+            return {"status": "pending", "counted": 0, "queued_at": now, "next_attempt_at": now, "reason": None}
         case _:
             assert_never(happened)
 
@@ -165,7 +165,7 @@ async def get(views: Views, delivery_id: str) -> Document | None:
 
 async def iter_pending(views: Views, delivery_ids: Sequence[str] | None = None) -> AsyncIterator[Document]:
     """Yield what a sender needs to know of every delivery that is still to be made; of these ids only, if given."""
-    facts = dict.fromkeys(("next_at", "queued_at", "host", "version", "sequence"), 1)
+    facts = dict.fromkeys(("next_attempt_at", "queued_at", "host", "version", "sequence"), 1)
     wanted = PENDING_QUERY if delivery_ids is None else {"_id": {"$in": list(delivery_ids)}, **PENDING_QUERY}
     with translate_errors("looking for webhooks to be sent"):
         async for delivery in views[NAME].find(wanted, facts):

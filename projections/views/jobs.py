@@ -489,7 +489,7 @@ def _step_summary(step: StepCompleted, event: RecordedEvent) -> Document:
         "tokens_used": step.tokens_used,
         "warnings": step.warnings,
         "reused_from": step.reused_from,
-        "shared_version": step.shared_version,
+        "cache_version": step.cache_version,
         "version": event.version,
     }
 
@@ -524,7 +524,7 @@ def log_lines_of_event(event: RecordedEvent) -> list[LogEntry]:
             return [_line(event, message)]
         case JobReleased():
             # Readers of the job see this line: it names neither the worker nor what its machine said.
-            reason = "its machine cannot run it" if happened.machine_trouble else happened.reason
+            reason = "its machine cannot run it" if happened.is_machine_failure else happened.reason
             return [_line(event, f"The worker gave the job back: {reason}", "info")]
         case _:
             return []

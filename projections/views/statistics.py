@@ -91,10 +91,10 @@ def counters_for_completion(job: Document) -> Counter[tuple[str, str]]:
     """
     if job["status"] != "completed" or job["started_at"] is None:
         return Counter()
-    took_ms = round((job["completed_at"] - job["started_at"]) / timedelta(milliseconds=1))
-    took_ms = max(0, min(took_ms, _LONGEST_MS))  # times are those of the writers' clocks, which may be wrong
-    bound = next((bound for bound in _BOUNDS_MS if took_ms <= bound), None)
-    return Counter({(_DURATIONS, "count"): 1, (_DURATIONS, "total_ms"): took_ms, (_DURATIONS, _bucket(bound)): 1})
+    duration_ms = round((job["completed_at"] - job["started_at"]) / timedelta(milliseconds=1))
+    duration_ms = max(0, min(duration_ms, _LONGEST_MS))  # times are those of the writers' clocks, which may be wrong
+    bound = next((bound for bound in _BOUNDS_MS if duration_ms <= bound), None)
+    return Counter({(_DURATIONS, "count"): 1, (_DURATIONS, "total_ms"): duration_ms, (_DURATIONS, _bucket(bound)): 1})
 
 
 def _bucket(bound_ms: int | None) -> str:
@@ -104,19 +104,19 @@ def _bucket(bound_ms: int | None) -> str:
 def count_finished_job(recent: Document | None, job: Document) -> Document:
     """Return how many jobs ended in which minute, when one more has; the last `MINUTES_KEPT` minutes with an end.
 
-    `took_ms` is how long those that were completed took, all together.
+    `duration_ms` is how long those that were completed took, all together.
     """
     minutes = dict(recent["minutes"]) if recent else {}
     minute = str(int(job["updated_at"].timestamp() // 60))
     minutes[minute] = {**_NO_FINISHED_JOBS, **minutes.get(minute, {})}
     minutes[minute][job["status"]] += 1
-    minutes[minute]["took_ms"] += counters_for_completion(job)[_DURATIONS, "total_ms"]
+    minutes[minute]["duration_ms"] += counters_for_completion(job)[_DURATIONS, "total_ms"]
     if len(minutes) > MAX_MINUTES_STORED:
         del minutes[min(minutes, key=int)]
     return {"_id": FINISHED_BY_MINUTE, "minutes": minutes}
 
 
-_NO_FINISHED_JOBS: Final = {"completed": 0, "failed": 0, "cancelled": 0, "took_ms": 0}
+_NO_FINISHED_JOBS: Final = {"completed": 0, "failed": 0, "cancelled": 0, "duration_ms": 0}
 MINUTES_SHOWN: Final = 60
 
 
@@ -198,8 +198,8 @@ def finished_per_minute(minutes: Mapping[str, Mapping[str, int]], now: datetime)
     shown = []
     for minute in range(this - MINUTES_SHOWN + 1, this + 1):
         counts = {**_NO_FINISHED_JOBS, **minutes.get(str(minute), {})}
-        took_ms, completed = counts.pop("took_ms"), counts["completed"]
-        average = round(took_ms / completed / 1000, 3) if completed else None
+        duration_ms, completed = counts.pop("duration_ms"), counts["completed"]
+        average = round(duration_ms / completed / 1000, 3) if completed else None
         begin = datetime.fromtimestamp(minute * 60, now.tzinfo)
         shown.append({"began": begin, **counts, "average_seconds": average})
     return shown

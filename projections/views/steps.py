@@ -30,12 +30,12 @@ def rows(job: Document) -> list[Document]:
             "job_id": job["job_id"],
             "user_id": job["user_id"],
             "job_type": job["job_type"],
-            "processor_version": step["shared_version"],
+            "processor_version": step["cache_version"],
             "version": step["version"],
             "finished_at": step["finished_at"],
         }
         for step in job.get("steps", ())
-        if step["shared_version"] is not None and step["reused_from"] is None and not step["warnings"]
+        if step["cache_version"] is not None and step["reused_from"] is None and not step["warnings"]
     ]
 
 

@@ -110,7 +110,7 @@ def make_settings(uri: str, db_name: str, directory: Path, **sections: dict[str,
     """Return settings for a test's own database and directory."""
     own: dict[str, dict[str, Any]] = {
         "mongodb": {"uri": uri, "db_name": db_name},
-        "api": {"port": 0, "max_streams_per_user": 0, "refused_sign_ins_per_minute": 0},
+        "api": {"port": 0, "max_streams_per_user": 0, "auth_failures_per_minute": 0},
         "event_worker": {"retry_base_seconds": 0.2, "shutdown_grace_seconds": 0},
         "results": {"store": str(directory / "results")},
         "logging": {"level": "warning"},
@@ -137,7 +137,7 @@ async def run_api(
 @pytest.fixture
 def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have whoever asks be who the header `X-Test-Principal` says: ask for it before `api` or `idle_api`."""
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderAuthBackend())
+    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
 
 
 @pytest.fixture
@@ -159,6 +159,6 @@ async def header_auth_api(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
     """Without a worker; a header says who asks (tests/support/header_auth.py)."""
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderAuthBackend())
+    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda user_id: HeaderAuthBackend())
     async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         yield running

@@ -103,7 +103,7 @@ CHANGING: Final = [
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, and a header that says who asks."""
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda user_id: HeaderAuthBackend())
+    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda user_id: HeaderAuthBackend())
     async for running in run_api(mongodb_uri, db_name, tmp_path, ALL_ROLES):
         yield running
 

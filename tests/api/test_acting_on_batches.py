@@ -274,7 +274,7 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
             await do(idle_api, two, RestartJob("user:bob"), ClaimJob("w", datetime.now(UTC)))
             yield part
 
-    monkeypatch.setattr(idle_api.event_store, "read_in_parts", overtaken)
+    monkeypatch.setattr(idle_api.event_store, "iterate_stream_batches", overtaken)
     answer = await idle_api.http.delete(path)
     assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
     details = answer.json()["details"]
@@ -333,7 +333,7 @@ async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(idle_ap
 
 async def test_access_lists_that_multiply_the_list_index_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """The body is far below its limit, and so are the events."""
-    monkeypatch.setattr(limits, "BATCH_LIST_INDEX_BYTES", 5_000_000)
+    monkeypatch.setattr(limits, "MAX_BATCH_LIST_INDEX_BYTES", 5_000_000)
     access = {"read_access": [f"{index:03}" + "x" * 197 for index in range(200)]}
     few, many = [{"job_type": "echo", "parameters": {}}] * 3, [{"job_type": "echo", "parameters": {}}] * 10
     inherited = {"jobs": many, "access_control": access}

@@ -195,7 +195,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(*_: object) -> None:
         return
 
-    monkeypatch.setattr("jobledger.ledger.files.integrity.FileChecks.check", check)
+    monkeypatch.setattr("jobledger.ledger.files.integrity.IntegrityChecker.check", check)
 
 
 async def add_large_job(api: Api) -> tuple[str, Path]:

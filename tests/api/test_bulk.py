@@ -97,8 +97,8 @@ async def test_a_job_that_was_deleted_before_or_meanwhile_is_passed_over(ledger:
 async def test_of_many_refusals_the_first_are_told_and_all_are_counted(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "REFUSALS_TOLD", 2)
-    monkeypatch.setattr(bulk, "AT_ONCE", 2)
+    monkeypatch.setattr(bulk, "MAX_REJECTIONS_LISTED", 2)
+    monkeypatch.setattr(bulk, "JOBS_PER_CHUNK", 2)
     job_ids = await submitted(ledger.event_store, 5)
     for job_id in job_ids:
         await handle_command(ledger.event_store, job_id, ClaimJob("w", datetime.now(UTC)), meta=EVENT_METADATA)
@@ -164,7 +164,7 @@ async def test_bulk_reads_part_after_part_and_acts_on_each_job_once(
             heads.append(await ledger.event_store.head_position())
             yield part
 
-    monkeypatch.setattr(EventStore, "read_in_parts", watched)
+    monkeypatch.setattr(EventStore, "iterate_stream_batches", watched)
     outcome = await cancel_each(ledger.event_store, job_ids)
     assert (outcome.total, outcome.changed, outcome.rejections) == (4, 4, [])
     assert outcome.event_counts == {"JobCancelRequested": 2, "JobCancelled": 2}

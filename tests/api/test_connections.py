@@ -355,7 +355,7 @@ async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_wer
     jwt = pytest.importorskip("jwt")
     token = jwt.encode({"sub": "alice", "exp": time.time() + 600}, secret, "HS256")
     late = jwt.encode({"sub": "bob", "exp": time.time() + 600}, secret, "HS256")
-    settings = {"trusted_proxies": ["127.0.0.0/8"], "refused_sign_ins_per_minute": 5}
+    settings = {"trusted_proxies": ["127.0.0.0/8"], "auth_failures_per_minute": 5}
     async with run(api=settings, auth={"mode": "jwt", "jwt": {"secret": secret}}) as api:
 
         async def ask(credential: str, address: str) -> int:
@@ -385,7 +385,7 @@ PAGES = ("/monitoring/events", "/monitoring/events/jobs/job-1")
 
 async def test_wrong_credentials_are_limited_whatever_answers_them(run: Any) -> None:
     """A page answers with the way to the sign-in, and the form has its credential in the body: each guess counts."""
-    settings = {"trusted_proxies": ["127.0.0.0/8"], "refused_sign_ins_per_minute": 5}
+    settings = {"trusted_proxies": ["127.0.0.0/8"], "auth_failures_per_minute": 5}
     async with run(api=settings, auth={"mode": "keys"}) as api:
         ours = {"Origin": str(api.http.base_url).rstrip("/")}
 

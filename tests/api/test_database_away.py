@@ -38,7 +38,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
 async def api(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, with less patience than usual: an append gives up after 4 seconds, not 30."""
     monkeypatch.setattr(
-        "jobledger.cli.composition.EventLog", partial(EventStore, limits=EventStoreLimits(append_timeout_seconds=4))
+        "jobledger.cli.composition.EventStore", partial(EventStore, limits=EventStoreLimits(append_timeout_seconds=4))
     )
     mongodb = {"uri": server.uri, "db_name": "away", "connect_timeout_ms": PATIENCE_MS}
     async for running in run_api(server.uri, "away", tmp_path, mongodb=mongodb):

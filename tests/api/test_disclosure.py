@@ -71,7 +71,7 @@ def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: An
     [
         JobLeaseExpired(worker_id=f"{HOST}-1-abcdef", attempt=1),
         JobReleased(worker_id=f"{HOST}-1-abcdef", attempt=1, reason="the worker shuts down"),
-        JobReleased(worker_id=f"{HOST}-1-abcdef", attempt=1, reason=f"{HOST} is full", machine_trouble=True),
+        JobReleased(worker_id=f"{HOST}-1-abcdef", attempt=1, reason=f"{HOST} is full", is_machine_failure=True),
     ],
 )
 def test_log_lines_name_no_worker(event: Any) -> None:
@@ -89,9 +89,9 @@ def test_pseudonym_is_stable_and_has_32_bits() -> None:
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderAuthBackend())
+    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
     monkeypatch.setattr("socket.gethostname", lambda: HOST)
-    hooks = {"allow_private": ["127.0.0.1"], "schedule_seconds": [0, 0.1], "jitter": 0}
+    hooks = {"allowed_private_hosts": ["127.0.0.1"], "retry_delays_seconds": [0, 0.1], "jitter": 0}
     async for running in run_api(mongodb_uri, db_name, tmp_path, webhooks=hooks):
         yield running
 

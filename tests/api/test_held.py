@@ -42,8 +42,8 @@ async def answered(tasks: list[asyncio.Task[httpx.Response]], number: int) -> li
 async def test_position_that_the_views_do_not_reach_is_answered_in_time(
     stalled: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.context._VIEW_PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr("jobledger.api.context._USUAL_LAG_SECONDS", 0.2)
+    monkeypatch.setattr("jobledger.api.context._VIEW_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("jobledger.api.context._SHORT_WAIT_SECONDS", 0.2)
     await stalled.submit()
     answer = await stalled.get(JOBS, 1)
     assert (answer.status_code, answer.json()["code"]) == (503, "views_behind")
@@ -54,8 +54,8 @@ async def test_position_that_the_views_do_not_reach_is_answered_in_time(
 async def test_requests_that_wait_for_the_views_are_limited(
     stalled: Api, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr("jobledger.api.context._VIEW_PATIENCE_SECONDS", 60)
-    monkeypatch.setattr("jobledger.api.context._USUAL_LAG_SECONDS", 0.01)
+    monkeypatch.setattr("jobledger.api.context._VIEW_WAIT_SECONDS", 60)
+    monkeypatch.setattr("jobledger.api.context._SHORT_WAIT_SECONDS", 0.01)
     await stalled.submit()
     alices = [asyncio.create_task(stalled.get(path, 1, **principal_header("alice"))) for _ in range(6)]
     assert [answer.status_code for answer in await answered(alices, 4)] == [503] * 4

@@ -42,7 +42,7 @@ async def guarded(
     mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Api]:
     """An API that wants to know who asks. The client is `local`, whose files all are."""
-    monkeypatch.setattr(serving, "OpenSignIn", OnlyWithKey)
+    monkeypatch.setattr(serving, "SingleUserBackend", OnlyWithKey)
     async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"})):
         running.http.headers["x-user"] = "local"
         yield running

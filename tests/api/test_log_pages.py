@@ -48,7 +48,7 @@ async def test_an_event_in_a_page_is_the_same_as_in_the_stream(idle_api: Api) ->
 async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
     idle_api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.routes.log._MOST_LOOKED_AT", 10)
+    monkeypatch.setattr("jobledger.api.routes.log._MAX_EVENTS_SCANNED", 10)
     monkeypatch.setattr("jobledger.api.routes.log._READ_AT_ONCE", 5)
     job_ids = [await idle_api.submit() for _ in range(24)]
     await handle_command(idle_api.event_store, job_ids[0], CancelJob("user:local"), meta=EventMetadata("test"))

@@ -122,7 +122,7 @@ async def large_jobs(api: Api, number: int) -> None:
 async def test_a_client_that_does_not_read_is_cut_and_nothing_is_kept_for_it(
     idle_api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.http.sse.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("jobledger.api.http.sse.SEND_TIMEOUT_SECONDS", 1.0)
     await large_jobs(idle_api, 300)  # 18 MB, more than lies between two sockets
     before, held = memory_mb(), connections(idle_api)
     async with asyncio.timeout(DEADLINE_SECONDS), AsyncExitStack() as stack:
@@ -149,7 +149,7 @@ async def test_a_client_that_does_not_read_is_cut_and_nothing_is_kept_for_it(
 async def test_a_client_that_reads_slowly_but_does_read_gets_everything(
     idle_api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.http.sse.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("jobledger.api.http.sse.SEND_TIMEOUT_SECONDS", 1.0)
     await large_jobs(idle_api, 300)
     last = await idle_api.submit()
     async with asyncio.timeout(DEADLINE_SECONDS), connected(idle_api, "/api/ledger/stream?after=0") as (reader, _):

@@ -70,7 +70,7 @@ async def test_a_fault_is_answered_with_all_headers_and_the_id_under_which_it_is
     async def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("what nobody should be told")
 
-    monkeypatch.setattr("jobledger.projections.views.statistics.read", broken)
+    monkeypatch.setattr("jobledger.projections.views.statistics.load_statistics", broken)
     answer = await idle_api.get(STATS, **{"X-Request-ID": "mine-1"})
 
     assert answer.status_code == 500
@@ -100,7 +100,7 @@ async def test_a_sane_request_id_is_kept_and_any_other_is_replaced(idle_api: Api
 
 
 async def test_the_access_log_says_who_asked_for_what_and_no_secrets(run: Any) -> None:
-    async with run(logging={"access": True}) as api:
+    async with run(logging={"access_log": True}) as api:
         with capture_logs() as lines:
             headers = {
                 "Authorization": "Bearer hidden-a",

@@ -28,7 +28,7 @@ async def test_addresses_in_answers_lead_through_the_proxy(
         base = f"http://127.0.0.1:{proxied}{PREFIX}"
         settings = {"public_url": f"{base}/", "port": free_port(port)}
         async for api in run_api(
-            mongodb_uri, db_name, tmp_path, api=settings, webhooks={"allow_private": ["127.0.0.1"]}
+            mongodb_uri, db_name, tmp_path, api=settings, webhooks={"allowed_private_hosts": ["127.0.0.1"]}
         ):
             async with httpx.AsyncClient(timeout=30, trust_env=False, headers={"Connection": "close"}) as client:
                 await _follow_addresses(client, base)

@@ -58,7 +58,7 @@ async def test_every_route_answers_as_before(
     before, after = dict[str, tuple[int, bytes]](), dict[str, tuple[int, bytes]]()
     counted: list[dict[str, Any]] = []
     async with run_webhook_endpoint() as cms:
-        async for api in run_api(mongodb_uri, db_name, tmp_path, webhooks={"allow_private": ["127.0.0.1"]}):
+        async for api in run_api(mongodb_uri, db_name, tmp_path, webhooks={"allowed_private_hosts": ["127.0.0.1"]}):
             batch = await api.submit_batch({"text": "one", "track": "A"}, {"fail": "always"})
             single = await api.submit({"text": "Grüße"}, webhook={"url": cms.url()})
             await api.wait_for_event(batch["batch_id"], "BatchFinished")

@@ -166,7 +166,7 @@ async def test_made_up_cookie_and_credential_as_cookie_open_nothing(run: Any, ma
 
 
 async def test_new_session_ends_the_oldest_beyond_the_limit(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "MOST_PER_OWNER", 3)
+    monkeypatch.setattr(sessions, "MAX_SESSIONS_PER_OWNER", 3)
     async with run("keys") as api:
         text = await key_for(api.db)
         cookies = [(await signed_in(api, text)).cookies["jobledger"] for _ in range(5)]

@@ -586,7 +586,7 @@ async def test_what_the_settings_do_not_name_is_not_believed(place: Place) -> No
 
 
 async def test_from_elsewhere_no_header_is_believed(place: Place) -> None:
-    async with place.api("proxy", proxy={"trusted": ["10.0.0.0/8", "::1"], **HEADERS}, anonymous_public=True) as api:
+    async with place.api("proxy", proxy={"trusted": ["10.0.0.0/8", "::1"], **HEADERS}, anonymous_read=True) as api:
         for headers in (
             {"X-Forwarded-User": "alice"},
             {"X-Forwarded-User": "alice", "X-Forwarded-For": "10.0.0.1", "Forwarded": "for=10.0.0.1"},
@@ -617,7 +617,7 @@ async def test_headers_that_cannot_be_right_are_refused(place: Place) -> None:
 async def test_who_sends_no_credentials_sees_what_is_public_if_that_is_allowed_and_nothing_else(
     mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
-    auth = {"mode": "keys", "anonymous_public": True}
+    auth = {"mode": "keys", "anonymous_read": True}
     async for api in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api", "projector"}), auth=auth):
         alice = bearer(await made(api))
         answers = {
@@ -647,7 +647,7 @@ async def test_who_sends_no_credentials_sees_what_is_public_if_that_is_allowed_a
 @pytest.mark.parametrize("mode", ["jwt", "proxy"])
 async def test_in_the_other_modes_it_is_the_same(place: Place, mode: str) -> None:
     auth: dict[str, Any] = place.jwt() if mode == "jwt" else {"proxy": HERE}
-    async with place.api(mode, **auth, anonymous_public=True) as api:
+    async with place.api(mode, **auth, anonymous_read=True) as api:
         assert (await api.http.get(JOBS)).json()["total"] == 0
         refused(await api.http.post(JOBS, json=ECHO), "not_signed_in")
         wrong = bearer("x") if mode == "jwt" else {"X-Forwarded-User": ""}

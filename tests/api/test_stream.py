@@ -186,12 +186,12 @@ async def test_a_client_knows_where_to_resume_before_it_has_seen_any_event(idle_
 
 
 async def test_a_sign_of_life_has_no_id(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.api.routes.log_stream.SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.1)
     assert (await blocks(idle_api, 3))[1:] == [[": still here"], [": still here"]]
 
 
 async def test_a_client_that_wants_little_moves_on_all_the_same(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.api.routes.log_stream.SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.3)
     for _ in range(20):
         await idle_api.submit()
     # Without an event there is nothing to dispatch: a browser takes note of the id, and that is all.
@@ -217,8 +217,8 @@ async def test_who_asks_for_the_head_of_a_stream_only_is_not_kept_waiting(idle_a
 async def test_a_client_has_to_say_again_now_and_then_who_it_is_and_misses_nothing(
     idle_api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.api.routes.log_stream.SILENCE_SECONDS", 0.1)
-    monkeypatch.setattr("jobledger.api.routes.log_stream.LONGEST_SECONDS", 0.5)
+    monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.1)
+    monkeypatch.setattr("jobledger.api.routes.log_stream.MAX_STREAM_SECONDS", 0.5)
     await idle_api.submit()
     async with asyncio.timeout(DEADLINE_SECONDS):
         seen = [event["position"] async for event in idle_api.stream_events(after=0)]  # ends, and in good order

@@ -57,7 +57,7 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(sum(len(bson.encode(event.document)) for event in part))
             yield part
 
-    monkeypatch.setattr(EventStore, "read_in_parts", watched)
+    monkeypatch.setattr(EventStore, "iterate_stream_batches", watched)
     return sizes
 
 

@@ -18,7 +18,7 @@ from tests.support.header_auth import HeaderAuthBackend
 from tests.support.webhook_endpoint import ReceivedRequest, WebhookEndpoint, run_webhook_endpoint
 
 ENDPOINTS: Final = "/api/monitoring/events/webhook-endpoints"
-HOOKS: Final = {"allow_private": ["127.0.0.1"], "schedule_seconds": [0, 0.2, 0.2, 0.2], "jitter": 0}
+HOOKS: Final = {"allowed_private_hosts": ["127.0.0.1"], "retry_delays_seconds": [0, 0.2, 0.2, 0.2], "jitter": 0}
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ async def cms() -> AsyncIterator[WebhookEndpoint]:
 
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderAuthBackend())
+    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
     async for running in run_api(mongodb_uri, db_name, tmp_path, webhooks=HOOKS):
         yield running.as_user("ann", roles=["admin"])
 
@@ -142,18 +142,22 @@ async def test_old_secret_signs_beside_the_new_one_for_the_grace_period(api: Api
     alice = api.as_user("alice")
     [old] = await submitted(alice, cms.url())
     path = f"{ENDPOINTS}/{old['receiver']}/rotate-secret"
-    new = (await alice.post(path, {"grace_s": 3600})).json()
+    new = (await alice.post(path, {"grace_period_s": 3600})).json()
     await cms.wait_for_requests(1)
     await submitted(alice, cms.url())
     both = (await cms.wait_for_requests(2))[1]
     assert validates(new["secret"], both)
     assert validates(old["secret"], both)
-    last = (await alice.post(path, {"grace_s": 0})).json()
+    last = (await alice.post(path, {"grace_period_s": 0})).json()
     await submitted(alice, cms.url())
     one = (await cms.wait_for_requests(3))[2]
     assert [validates(it["secret"], one) for it in (last, new, old)] == [True, False, False]
     [listed] = (await alice.get(ENDPOINTS)).json()["endpoints"]
-    assert (listed["receiver"], listed["revoked"], listed["old_secret_until"]) == (old["receiver"], False, None)
+    assert (listed["receiver"], listed["revoked"], listed["previous_secret_expires_at"]) == (
+        old["receiver"],
+        False,
+        None,
+    )
 
 
 async def test_rotations_at_the_same_moment_lose_no_secret_that_was_shown(api: Api) -> None:

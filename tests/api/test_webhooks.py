@@ -18,7 +18,12 @@ from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint
 HOOKS = "/api/monitoring/events/webhooks"
 AGAIN = "/api/monitoring/events/redeliver"
 SINK = "/api/events/test-webhook-callback"
-IMPATIENT: dict[str, Any] = {"allow_private": ["127.0.0.1"], "schedule_seconds": [0, 0.2], "jitter": 0, "sink": True}
+IMPATIENT: dict[str, Any] = {
+    "allowed_private_hosts": ["127.0.0.1"],
+    "retry_delays_seconds": [0, 0.2],
+    "jitter": 0,
+    "echo_enabled": True,
+}
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ async def cms() -> AsyncIterator[WebhookEndpoint]:
 @pytest.fixture
 async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """All roles, webhooks to this machine, and a header that says who asks."""
-    monkeypatch.setattr("jobledger.cli.server.OpenSignIn", lambda _user_id: HeaderAuthBackend())
+    monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
     async for running in run_api(mongodb_uri, db_name, tmp_path, webhooks=IMPATIENT):
         yield running.as_user("ann", roles=["admin"])
 
@@ -160,7 +165,7 @@ async def test_the_sink_keeps_what_it_is_sent_without_secrets(mongodb_uri: str, 
 async def test_the_sink_is_off_unless_it_is_wanted(idle_api: Api) -> None:
     for answer in (await idle_api.post(SINK, {"x": 1}), await idle_api.get(SINK)):
         assert answer.status_code == 404
-        assert "webhooks.sink" in answer.json()["message"]
+        assert "webhooks.echo_enabled" in answer.json()["message"]
 
 
 @pytest.mark.parametrize(

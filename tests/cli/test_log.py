@@ -275,7 +275,7 @@ def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeyp
         return line_of(document)
 
     with monkeypatch.context() as patched:
-        patched.setattr(transfer, "line_of", cut)
+        patched.setattr(transfer, "encode_event", cut)
         with pytest.raises(Cut):
             machine.run("log", "export", name)
     assert not Path(name).exists()
@@ -287,7 +287,7 @@ def test_an_interrupted_export_is_continued(machine: Machine, name: str, monkeyp
         return line_of(document)
 
     with monkeypatch.context() as patched:
-        patched.setattr(transfer, "line_of", counted)
+        patched.setattr(transfer, "encode_event", counted)
         assert machine.run("log", "export", name).exit_code == 0
     assert 41 <= written[70] <= 71
     lines = [line for page, _ in transfer._frames(Path(name)) for line in page]
@@ -424,7 +424,7 @@ def test_an_import_that_was_interrupted_is_continued(
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(transfer, "document_of", cut)
+        patched.setattr(transfer, "decode_event", cut)
         with pytest.raises(Cut):
             machine.run("log", "import", "log.zst", database=other_database)
         with MongoClient[dict[str, Any]](machine.connection.uri) as client:

@@ -34,7 +34,7 @@ def targets(markdown: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.timeout(120)
 def test_every_image_and_link_of_a_served_document_is_alive(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
     mongodb = {"uri": mongodb_uri, "db_name": db_name}
-    sessions = {"session": {"allow_private": ["127.0.0.1"]}}
+    sessions = {"session": {"allowed_private_hosts": ["127.0.0.1"]}}
     with (
         serve_site() as site,
         Installation(tmp_path, mongodb=mongodb, processors=sessions) as installation,

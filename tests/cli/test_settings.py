@@ -151,8 +151,12 @@ def test_sections_without_anything_in_them_are_as_good_as_none(tmp_path: Path, t
         ("processors:\n  video: {}\n", "processors", "installed are: echo, session"),
         ("processors:\n  session: 5\n", "processors.session", "known here: connect_timeout_seconds"),
         ("processors:\n  session:\n    pages: 5\n", "processors.session.pages", "max_pages"),
-        ("processors:\n  session:\n    max_pages: x\n", "processors.session.max_pages", "valid integer"),
-        ("processors:\n  session:\n    allow_private: ['a b']\n", "processors.session.allow_private", "network like"),
+        ("processors:\n  session:\n    max_pages: x\n", "processors.session.max_pdf_pages", "valid integer"),
+        (
+            "processors:\n  session:\n    allowed_private_hosts: ['a b']\n",
+            "processors.session.allowed_private_hosts",
+            "network like",
+        ),
         (
             "processors:\n  session:\n    transcription:\n      backend: whisper\n",
             "processors.session.transcription.backend",
@@ -364,7 +368,7 @@ def test_with_sign_in_others_may_reach_us(tmp_path: Path, mode: str) -> None:
         ("jwt: {issuer: us}", ["`jwt` is set", "mode `open`"]),
         ("mode: keys\n  admins: [ann]", ["`admins` is set", "jobledger keys create --role admin"]),
         ("mode: keys\n  monitors: [mona]", ["`monitors` is set", "--role monitor"]),
-        ("anonymous_public: true", ["`anonymous_public` is set", "mode `open`"]),
+        ("anonymous_read: true", ["`anonymous_read` is set", "mode `open`"]),
         ("mode: jwt\n  admins: ann", ["auth.admins", "list"]),
     ],
 )
@@ -423,7 +427,7 @@ def test_lists_in_the_environment_are_json(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOW_PRIVATE", '["10.0.0.2"]')
     settings, _ = read(tmp_path, "processors: {session: {max_pages: 3}}")
     session = load_processors()["session"].Settings.model_validate(settings.processors["session"]).model_dump()
-    assert (session["allow_private"], session["max_pages"]) == (["10.0.0.2"], 3)
+    assert (session["allowed_private_hosts"], session["max_pages"]) == (["10.0.0.2"], 3)
     for text in ("10.0.0.2", '["10.0.0.2"'):
         monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOW_PRIVATE", text)
         message = complaint(tmp_path, "")

@@ -37,8 +37,8 @@ async def test_roles_that_do_not_end_are_limited_whatever_made_them_end(
         stop._signalled()
 
     monkeypatch.setattr(running, "_started", start)
-    monkeypatch.setattr(supervision, "keep_running", run)
-    monkeypatch.setattr(wiring, "stop_limit", lambda *_: 0.05)
+    monkeypatch.setattr(supervision, "supervise_until_shutdown", run)
+    monkeypatch.setattr(wiring, "shutdown_timeout", lambda *_: 0.05)
     monkeypatch.setattr(Shutdown, "_end", lambda *_: loop.call_soon_threadsafe(limited.set))
     serving = running._serve(Settings(), "", None, frozenset({"worker"}))
     if where == "stop":

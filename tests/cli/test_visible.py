@@ -123,14 +123,14 @@ def delivery(name: str) -> dict[str, Any]:
     return {
         **fields,
         "status": "pending",
-        "next_at": name,
+        "next_attempt_at": name,
         "attempt": 1,
         "attempts": [{"error": {"message": name}, "status_code": None}],
     }
 
 
 def endpoint(name: str) -> dict[str, Any]:
-    fields = ("receiver", "user_id", "url", "created_at", "rotated_at", "old_secret_until")
+    fields = ("receiver", "user_id", "url", "created_at", "rotated_at", "previous_secret_expires_at")
     return {**dict.fromkeys(fields, name), "revoked": False}
 
 

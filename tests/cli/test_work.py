@@ -291,7 +291,7 @@ def test_what_a_list_leaves_out_is_not_shown_as_empty() -> None:
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 async def test_follow_survives_an_api_that_is_away_for_a_moment(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "pause_before_retry", lambda _answer: 0.01)
+    monkeypatch.setattr(follow, "retry_delay", lambda _answer: 0.01)
     event = {"position": 8, "type": "BatchFinished", "stream": "batch-1", "data": {}}
     left = [status, status, 200]
 
@@ -308,7 +308,7 @@ async def test_follow_survives_an_api_that_is_away_for_a_moment(status: int, mon
 
 async def test_follow_gives_up_on_an_api_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "_PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(follow, "pause_before_retry", lambda _answer: 0.01)
+    monkeypatch.setattr(follow, "retry_delay", lambda _answer: 0.01)
     transport = httpx.MockTransport(lambda _request: httpx.Response(502))
     async with httpx.AsyncClient(base_url="http://here", transport=transport) as client:
         with pytest.raises(LedgerUnavailable, match="it answers 502"):
@@ -355,7 +355,7 @@ def test_commands_print_every_time_with_its_offset_as_options_take_it(desk: Desk
     hook = {"url": "http://receiver.invalid/hook"}
     body = {"jobs": [{"job_type": "echo", "parameters": {}, "webhook": hook}], "webhook": hook}
     told = desk.says(0, "submit", "-", stdin=json.dumps(body)).split(":")[0]
-    assert wait_until(lambda: any(it["next_at"] for it in desk.told("webhooks", "list")), 20)
+    assert wait_until(lambda: any(it["next_attempt_at"] for it in desk.told("webhooks", "list")), 20)
     desk.says(0, "keys", "create", "--user", "alice", "--expires-in", "1h")
     for command in (
         ("jobs", "list"),

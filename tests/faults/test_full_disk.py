@@ -53,7 +53,7 @@ def fill(directory: Path, leave_mib: int = 0) -> Path:
 
 def test_a_full_disk_is_reported_and_waited_for(tmp_path: Path, disk: Path) -> None:
     mongodb = {"data_dir": str(disk / "data"), "embedded_oplog_mb": 50}
-    with Installation(tmp_path / "here", mongodb=mongodb, results={"reserve_mb": 60}) as installation:
+    with Installation(tmp_path / "here", mongodb=mongodb, results={"min_free_mb": 60}) as installation:
         role = installation.start_up_command()
         with http_client(role) as client:
             done = client.post("/api/events/jobs", json=JOB).raise_for_status().json()["job_id"]
@@ -113,7 +113,7 @@ def test_up_on_a_full_disk_waits_and_ctrl_c_ends_it_at_once(tmp_path: Path, disk
 @soak_only  # mongod takes half a minute to notice that it has filled the disk
 def test_mongod_that_fills_the_disk_itself_comes_back(tmp_path: Path, disk: Path) -> None:
     mongodb = {"data_dir": str(disk / "data"), "embedded_oplog_mb": 50}
-    with Installation(tmp_path / "here", mongodb=mongodb, results={"reserve_mb": 0}) as installation:
+    with Installation(tmp_path / "here", mongodb=mongodb, results={"min_free_mb": 0}) as installation:
         role = installation.start_up_command()
         with http_client(role) as client:
             filler = fill(disk, leave_mib=30)

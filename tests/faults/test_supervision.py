@@ -53,7 +53,7 @@ async def test_a_crash_is_answered_by_a_start_while_the_event_loop_goes_on(tmp_p
 async def test_a_disk_without_space_is_waited_for_and_stop_is_quick(
     tmp_path: Path, stop: Shutdown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervision, "LOOK_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(supervision, "DISK_CHECK_SECONDS", 0.1)
     real = disk.free_bytes
     with EmbeddedServer.start(tmp_path) as server, capture_logs() as logged:
         running = asyncio.create_task(supervise_until_shutdown(server, stop))

@@ -50,7 +50,7 @@ DOWN = Failure(code="HTTP_ERROR", message="The receiver answered 500.")
 LATER = NOON + timedelta(minutes=5)
 
 queued = DeliveryQueued(source="job-1", source_version=3, tells="job.completed", user_id="alice", webhook=HOOK)
-failed = DeliveryAttempted(attempt=1, status_code=500, error=DOWN, duration_s=1, body_sha256="a", next_at=LATER)
+failed = DeliveryAttempted(attempt=1, status_code=500, error=DOWN, duration_s=1, body_sha256="a", next_attempt_at=LATER)
 succeeded = DeliverySucceeded(attempt=1)
 abandoned = DeliveryAbandoned(reason="gone")
 requeued = DeliveryRequeued(by="bob", reason="again")
@@ -181,7 +181,7 @@ async def test_an_attempt_that_is_repeated_and_a_job_without_a_webhook_tell_nobo
 
 
 @pytest.mark.parametrize(
-    ("counts", "tells"),
+    ("counts", "event_type"),
     [
         (BatchCounts(completed=2), "batch.completed"),
         (BatchCounts(completed=1, failed=1), "batch.partial"),

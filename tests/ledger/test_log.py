@@ -409,7 +409,7 @@ async def test_large_content_is_never_encoded_on_the_event_loop(
 
     real, is_delicate = chain._plain, chain._needs_slow_path
     monkeypatch.setattr(chain, "_plain", walk)
-    monkeypatch.setattr(chain, "_is_delicate", look)
+    monkeypatch.setattr(chain, "_needs_slow_path", look)
     for job in (make_job_submitted(parameters=parameters), make_job_submitted(parameters=parameters, not_before=NOON)):
         threads.clear()
         await quiet.event_store.append(append_of(make_job_submitted()), append_of(job))
@@ -422,7 +422,7 @@ async def test_content_that_is_too_large_is_refused_before_it_is_looked_at(
     quiet: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chain, "_plain", None)
-    monkeypatch.setattr(chain, "_is_delicate", None)
+    monkeypatch.setattr(chain, "_needs_slow_path", None)
     for content in ([[1.0] * 3] * 240_000, [None] * 1_000_000, ["$"] * 1_000_000):
         with pytest.raises(InvalidEvent, match=r"parameters: \d+ bytes"):
             await quiet.event_store.append(append_of(make_job_submitted(parameters={"a": content})))

@@ -79,8 +79,8 @@ async def test_chunks_that_concern_too_many_bytes_are_folded_in_parts(
     async with run_roles_in_process(connection, store, projector=True) as here:
         large = [await here.submit({"text": "x" * 70_000}) for _ in range(10)]
         await here.wait_for_views()
-    monkeypatch.setattr(folding, "LOADED_BYTES", 200_000)
-    monkeypatch.setattr(folding, "LISTED_BYTES", 1_000_000)
+    monkeypatch.setattr(folding, "MAX_LOADED_BYTES", 200_000)
+    monkeypatch.setattr(folding, "MAX_LIST_INDEX_BYTES", 1_000_000)
     loaded: list[int] = []
     listed: list[int] = []
     write = folding.ProjectionWriter.write

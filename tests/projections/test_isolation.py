@@ -63,7 +63,7 @@ HARMLESS_BYTES = MAX_DOCUMENT_BYTES - 1024 * 1024
 @pytest.fixture
 def without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Append what older versions, or other programs, have appended."""
-    monkeypatch.setattr(limits, "check", lambda event, text_bytes: None)
+    monkeypatch.setattr(limits, "check_event", lambda event, text_bytes: None)
     monkeypatch.setattr(limits, "check_steps", lambda found: None)
 
 
@@ -486,7 +486,7 @@ async def test_a_document_that_cannot_be_isolated_is_left_as_it_was(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(jobs, "isolated", broken)
+    monkeypatch.setattr(jobs, "isolate", broken)
     async with run_roles_in_process(connection, store) as here:
         job_id = await here.submit({"a": 1})
         await here.claim(job_id)
@@ -548,7 +548,7 @@ async def test_a_transaction_that_is_too_large_for_the_server_is_written_in_part
             raise OperationFailure("TransactionTooLargeForCache", 388)
         return await run_transaction(db, write)
 
-    monkeypatch.setattr(folding, "transaction", limited)
+    monkeypatch.setattr(folding, "run_transaction", limited)
     async with run_roles_in_process(connection, store) as here:
         job_ids = [await here.submit() for _ in range(4)]
     async with run_roles_in_process(connection, store, projector=True) as here:

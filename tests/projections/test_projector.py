@@ -382,7 +382,7 @@ async def test_a_leader_that_stops_within_a_transaction_does_not_leave_it_open(
 async def test_a_leader_stops_although_its_transaction_does_not_come_to_an_end(
     mongodb_uri: str, connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transactions, "END_SECONDS", 0.5)
+    monkeypatch.setattr(transactions, "CANCEL_TIMEOUT_SECONDS", 0.5)
     async with (
         stopped_within_a_transaction(mongodb_uri, connection, store, wait_seconds=None) as here,
         run_roles_in_process(connection, store, projector=True),

@@ -120,7 +120,7 @@ async def test_while_jobs_are_submitted_and_done(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rebuild, "CHUNK_EVENTS", 20)
-    monkeypatch.setattr(projector, "READERS_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(projector, "SHADOW_RETENTION_SECONDS", 0.2)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
         submitted: list[str] = []
 
@@ -338,7 +338,7 @@ async def test_a_leader_whose_views_were_replaced_begins_again_on_the_new_ones(
 async def test_what_was_read_before_is_emptied_when_nobody_reads_it_any_more(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projector, "READERS_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(projector, "SHADOW_RETENTION_SECONDS", 0.5)
     async with run_roles_in_process(connection, store, projector=True) as here, rebuilding(connection) as auditor:
         await a_history(here, random.Random(26), steps=20)
         await assert_views_match_log(here)
@@ -366,7 +366,7 @@ async def test_views_of_an_older_version_can_be_read_until_the_new_ones_are_ther
         await may_switch.wait()
         return await fold(self, *given)
 
-    monkeypatch.setattr(Rebuild, "_fold", later)
+    monkeypatch.setattr(Rebuild, "_apply", later)
     async with connection.client() as client:
         await client[connection.db_name].checkpoints.update_one(
             {"_id": VIEWS_CHECKPOINT_ID}, {"$set": {"version": PROJECTION_VERSION - 1}}
@@ -482,7 +482,7 @@ async def test_running_projector_does_not_fold_removed_events_after_a_rebuild(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.ledger.store.event_store._LOOKS_AT_THE_END", 1)
-    monkeypatch.setattr(projector, "STANDS_STILL_SECONDS", 0.1)
+    monkeypatch.setattr(projector, "STALL_RETRY_SECONDS", 0.1)
     async with run_roles_in_process(connection, store, projector=True) as here:
         for _ in range(3):
             await here.submit()

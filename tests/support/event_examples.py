@@ -58,7 +58,7 @@ ACCESS = AccessControl(visibility="team", read_access=["bob"], write_access=["ca
 WEBHOOK = Webhook(
     url="https://example.org/hook",
     header_names=["Authorization"],
-    headers_ref="hook-1",
+    secrets_ref="hook-1",
     include_markdown=True,
     include_metadata=True,
 )
@@ -151,7 +151,7 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
         response="gleich zurück",
         duration_s=0.25,
         body_sha256=DIGEST,
-        next_at=NOON + timedelta(seconds=5),
+        next_attempt_at=NOON + timedelta(seconds=5),
     ),
     DeliverySucceeded(attempt=2),
     DeliveryAbandoned(reason="410 Gone"),

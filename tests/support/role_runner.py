@@ -63,7 +63,9 @@ class WorkerOptions:
 
 
 STORE_ID = "5" * 32
-FAST_WEBHOOKS = Webhooks(retry_delays=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allow_private=["127.0.0.1"])
+FAST_WEBHOOKS = Webhooks(
+    retry_delays=(0, 0.2, 0.2, 0.2, 0.2), jitter=0, timeout_seconds=1, allowed_private_hosts=["127.0.0.1"]
+)
 """Webhooks of a test: to this machine, and again very soon."""
 
 
@@ -382,7 +384,7 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *given: str) -> 
         slots=int(options.get("slots", 5)),
         lease_seconds=options.get("lease_seconds", 10.0),
         shutdown_grace_seconds=options.get("shutdown_grace_seconds", 10.0),
-        processors={"session": {"allow_private": ["127.0.0.1"]}},
+        processors={"session": {"allowed_private_hosts": ["127.0.0.1"]}},
         confinement=ConfinementSettings(mode="auto" if options.get("confine", 1) else "off"),
     )
     stop = asyncio.Event()

@@ -63,7 +63,7 @@ async def site() -> AsyncIterator[SilentSite]:
 @pytest.fixture
 async def here(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
     options = WorkerOptions(
-        slots=2, shutdown_grace_seconds=0.2, processors={"session": {"allow_private": ["127.0.0.1"]}}
+        slots=2, shutdown_grace_seconds=0.2, processors={"session": {"allowed_private_hosts": ["127.0.0.1"]}}
     )
     async with run_roles_in_process(connection, store, projector=True, worker=options) as running:
         yield running
@@ -138,7 +138,7 @@ async def test_programs_that_a_processor_has_started_end_with_its_child(
     program = tmp_path / "soffice"
     program.write_text("#!/bin/sh\nsleep 1000 &\nwait\n")
     program.chmod(0o755)
-    settings = {"allow_private": ["127.0.0.1"], "libreoffice": str(program)}
+    settings = {"allowed_private_hosts": ["127.0.0.1"], "libreoffice_command": str(program)}
     options = WorkerOptions(processors={"session": settings})
     with serve_site() as conference:
         async with run_roles_in_process(connection, store, projector=True, worker=options) as here:

@@ -221,7 +221,7 @@ async def test_a_job_that_comes_while_the_worker_looks_is_not_overlooked(
         await told.wait()
         return found
 
-    monkeypatch.setattr(queue, "candidates", slowly)
+    monkeypatch.setattr(queue, "find_candidates", slowly)
     async with (
         run_roles_in_process(connection, store, projector=True) as here,
         run_roles_in_process(connection, store, worker=WorkerOptions()) as there,
@@ -245,7 +245,7 @@ async def test_a_job_that_is_claimed_by_another_while_its_stream_is_read_is_left
         await told.wait()
         return known
 
-    monkeypatch.setattr(claiming, "load_all", slowly)
+    monkeypatch.setattr(claiming, "load_stream_states", slowly)
     async with run_roles_in_process(connection, store, projector=True) as here:
         mine, theirs = await here.submit(), await here.submit()
         await here.wait_for_views()
@@ -273,7 +273,7 @@ async def test_rows_whose_streams_could_not_be_read_keep_their_place(
             raise failures.pop()
         return await load_stream_states(log, streams)
 
-    monkeypatch.setattr(claiming, "load_all", badly)
+    monkeypatch.setattr(claiming, "load_stream_states", badly)
     async with run_roles_in_process(connection, store, projector=True) as here:
         jobs = [await here.submit() for _ in range(3)]
         await here.wait_for_views()

@@ -66,7 +66,7 @@ async def test_files_secrets_and_deliveries_of_a_deleted_job_go(connection: Conn
     async with run_roles_in_process(connection, store, projector=True) as here:
         kept = here.store.put_bytes(b"one")
         await here.db[WEBHOOK_SECRETS].insert_one({"_id": "headers-1", "headers": {"A": "b"}, "secrets": []})
-        webhook = Webhook(url="http://127.0.0.1:1/", header_names=["A"], headers_ref="headers-1")
+        webhook = Webhook(url="http://127.0.0.1:1/", header_names=["A"], secrets_ref="headers-1")
         job_id = await completed(here, kept.sha256, webhook=webhook)
         async with cleaning(here):
             await here.handle_commands(job_id, Delete("user:a"))
@@ -218,7 +218,7 @@ async def test_cleanup_keeps_files_of_jobs_that_the_views_show_in_part(
         (1, {"$unset": {"data": 1}}),
         (1, {"$set": {"data": 7}}),
         (1, {"$set": {"data.webhook": "x"}}),
-        (1, {"$set": {"data.webhook": {"headers_ref": {"x": 1}}}}),
+        (1, {"$set": {"data.webhook": {"secrets_ref": {"x": 1}}}}),
         (2, {"$unset": {"hash": 1, "type": 1, "data": 1}}),
         (3, {"$set": {"data.results": [{"path": 1, "sha256": "../x", "size": "x", "media_type": 0}]}}),
         (3, {"$set": {"data.results.files": [{"path": "a", "sha256": "../../x", "size": 1, "media_type": "a"}]}}),

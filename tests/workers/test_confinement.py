@@ -83,7 +83,7 @@ def installation(plug_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     (directory / "webhooks").write_text("canary")
     sections: dict[str, dict[str, Any]] = {
         "processors": {"prying": {"key_file": "key"}},
-        "event_worker": {"child_environment": ["MODEL_HOME"], "protected_paths": ["webhooks"]},
+        "event_worker": {"pass_environment": ["MODEL_HOME"], "protected_paths": ["webhooks"]},
     }
     with Installation(directory) as running:
         running.write_config(**sections)
@@ -501,8 +501,8 @@ def server_file(directory: Path) -> Path:
 
 @pytest.mark.skipif(restrictions.landlock_version() > 0, reason="job processes can be confined on this machine")
 def test_worker_does_not_start_without_the_confinement_required(tmp_path: Path) -> None:
-    with Installation(tmp_path, event_worker={"confine": "required"}) as here:
-        assert_one_line_error(here.start("up").wait_for_exit(), 2, "event_worker.confine", "Landlock")
+    with Installation(tmp_path, event_worker={"confinement": "required"}) as here:
+        assert_one_line_error(here.start("up").wait_for_exit(), 2, "event_worker.confinement", "Landlock")
 
 
 def test_packages_of_editable_installs_are_readable_wherever_they_are(

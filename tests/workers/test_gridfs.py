@@ -25,7 +25,10 @@ async def api(mongodb_uri: str, db_name: str, tmp_path: Path, monkeypatch: pytes
     """All roles, with a store in the database, and temporary files in a place that can be looked at."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    own: dict[str, Any] = {"results": {"store": "gridfs"}, "processors": {"session": {"allow_private": ["127.0.0.1"]}}}
+    own: dict[str, Any] = {
+        "results": {"store": "gridfs"},
+        "processors": {"session": {"allowed_private_hosts": ["127.0.0.1"]}},
+    }
     async for running in run_api(mongodb_uri, db_name, tmp_path, ALL_ROLES, **own):
         yield running
     assert not (tmp_path / "results").exists()
@@ -71,7 +74,7 @@ async def test_no_event_names_a_file_before_it_is_in_the_database(
         await release.wait()
         return await real(self, inbox, sha256)
 
-    monkeypatch.setattr(GridFSStore, "take_over", held)
+    monkeypatch.setattr(GridFSStore, "ingest", held)
     job_id = await api.submit(site.job_parameters(), job_type="session")
     async with asyncio.timeout(30):
         await at.wait()
@@ -93,7 +96,7 @@ async def test_while_the_database_is_away_a_file_waits_and_no_attempt_is_lost(
             raise failures.pop()
         return await real(self, inbox, sha256)
 
-    monkeypatch.setattr(GridFSStore, "take_over", failing)
+    monkeypatch.setattr(GridFSStore, "ingest", failing)
     job = await api.wait_until_finished(await api.submit())
     assert (job["status"], job["attempt"], failures) == ("completed", 1, [])
 

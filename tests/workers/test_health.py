@@ -76,7 +76,7 @@ def test_machine_trouble_of_the_job_is_not_the_machine(error: Exception) -> None
 
 
 async def test_health_after_report_allows_claims_only_when_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.02)
     sick, checked = True, 0
 
     def check() -> None:
@@ -100,7 +100,7 @@ async def test_health_after_report_allows_claims_only_when_check_passes(monkeypa
 
 
 async def test_health_relapse_soon_after_recovery_lengthens_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.02)
     worker = WorkerHealth()
     running = asyncio.create_task(worker.run())
     loop = asyncio.get_running_loop()
@@ -117,7 +117,7 @@ async def test_health_relapse_soon_after_recovery_lengthens_the_pause(monkeypatc
 async def test_worker_without_scratch_leaves_jobs_alone_until_it_is_there(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.1)
     place = tmp_path / "mount" / "scratch"
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
         await poll_until(lambda: here.worker is not None and not here.worker.health.can_claim(), "noticed")
@@ -136,7 +136,7 @@ async def test_worker_without_scratch_leaves_jobs_alone_until_it_is_there(
 async def test_worker_that_recovers_before_its_lease_is_written_is_shown_as_healthy(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.02)
     place, real = tmp_path / "mount" / "scratch", Lease.acquire
 
     async def late(self: Lease, facts: Mapping[str, Any], *, seen: LeaseObservation | None = None) -> bool:
@@ -156,7 +156,7 @@ async def test_worker_that_recovers_before_its_lease_is_written_is_shown_as_heal
 async def test_job_that_meets_machine_trouble_again_and_again_ends(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(health, "RELAPSE_SECONDS", 0.0)
     real = ScratchDirectory.new_attempt_path
 
@@ -165,7 +165,7 @@ async def test_job_that_meets_machine_trouble_again_and_again_ends(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, job_id, attempt)
 
-    monkeypatch.setattr(ScratchDirectory, "for_attempt", no_room)
+    monkeypatch.setattr(ScratchDirectory, "new_attempt_path", no_room)
     bad = new_job_id()
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
         await here.handle_commands(bad, SubmitJob(make_echo_job({}, max_attempts=2)))
@@ -242,9 +242,9 @@ async def test_disk_that_does_not_answer_holds_up_only_jobs_that_use_it(
         create(self, *directories)
 
     create, waiting, answers = ScratchDirectory.create_directories, threading.Event(), threading.Event()
-    monkeypatch.setattr(ScratchDirectory, "create", wait)
+    monkeypatch.setattr(ScratchDirectory, "create_directories", wait)
     monkeypatch.setattr(execution, "_THREAD_SECONDS", 1.0)
-    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.1)
     options = WorkerOptions(scratch=tmp_path / "scratch", confinement=ConfinementSettings(mode="off"))
     async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
         cancelled, released = [await here.submit({"do": "nothing"}, job_type="misbehaving") for _ in range(2)]
@@ -275,7 +275,7 @@ async def test_quick_check_that_hangs_is_trouble(monkeypatch: pytest.MonkeyPatch
 async def test_sick_worker_of_three_costs_no_job_an_attempt_and_recovers(
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.2)
     places = [tmp_path / f"scratch-{number}" for number in range(3)]
     options = [WorkerOptions(scratch=place, shutdown_grace_seconds=0.5) for place in places]
     async with (

@@ -28,7 +28,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 async def here(connection: Connection, store: Path) -> AsyncIterator[RunningRoles]:
-    limits = {"allow_private": ["127.0.0.1"], "slides_timeout_seconds": 4, "page_timeout_seconds": 30}
+    limits = {"allowed_private_hosts": ["127.0.0.1"], "slides_timeout_seconds": 4, "page_timeout_seconds": 30}
     options = WorkerOptions(slots=2, memory_limit_mb=2048, processors={"session": limits})
     async with run_roles_in_process(connection, store, projector=True, worker=options) as running:
         yield running

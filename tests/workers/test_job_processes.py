@@ -100,7 +100,7 @@ async def test_requests_that_wait_for_the_database_are_bounded_in_bytes(
     sizes: dict[int, int] = {}
     in_hand: list[list[int]] = []
     database = asyncio.Event()
-    monkeypatch.setattr(JobExecutor, "_answer", slow)
+    monkeypatch.setattr(JobExecutor, "_handle_request", slow)
     job_id = await submit(here, file, "finish large steps")
     await poll_until(lambda: bool(in_hand), "the first request is there", seconds=30)
     await asyncio.sleep(0.5)
@@ -190,7 +190,7 @@ async def test_nothing_outlives_a_killed_worker(connection: Connection, store: P
     """Not even a job that is in the middle of a long call of a C library, which nothing of Python interrupts."""
     async with run_roles_in_process(connection, store, projector=True) as here:
         await here.submit({"do": do, "file": str(file), "end": "wait"}, job_type=TYPE, max_attempts=1)
-        with run_roles_subprocess(connection, store, "worker", lease_seconds=3, confine=0) as worker:
+        with run_roles_subprocess(connection, store, "worker", lease_seconds=3, confinement=0) as worker:
             await worker.wait_until_started()
             pid = await started(file)
             family = list_descendants(worker.pid)

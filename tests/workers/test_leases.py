@@ -154,7 +154,7 @@ async def test_a_zombies_claim_while_it_is_being_reaped_is_reaped_too(
                 reaping.set()
                 await late.wait()
 
-        monkeypatch.setattr(LeaseReaper, "_heard_of", heard_of)
+        monkeypatch.setattr(LeaseReaper, "_check_if_unknown", heard_of)
         async with run_roles_in_process(connection, store, worker=WorkerOptions(slots=1, lease_seconds=LEASE)) as there:
             assert there.worker is not None
             watch = there.worker._lease_reaper
@@ -176,9 +176,9 @@ async def test_a_zombies_claim_while_it_is_being_reaped_is_reaped_too(
                     await pause()
 
             if moment == "before the head is read":
-                monkeypatch.setattr(there.event_store, "head", slow_head)
+                monkeypatch.setattr(there.event_store, "head_position", slow_head)
             elif moment == "after the head was read":
-                monkeypatch.setattr("jobledger.workers.lease_reaper.jobs.held_by", slow_held_by)
+                monkeypatch.setattr("jobledger.workers.lease_reaper.jobs.find_jobs_of_worker", slow_held_by)
             else:
                 monkeypatch.setattr(watch, "_reap", slow_reap)
             async with asyncio.timeout(10):

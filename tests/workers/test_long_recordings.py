@@ -38,8 +38,14 @@ def api() -> Iterator[FakeOpenAiServer]:
 def worker(api: FakeOpenAiServer, folder: Path) -> WorkerOptions:
     key = folder / "key"
     key.write_text(KEY)
-    listening = {"backend": "openai", "url": api.url, "model": "whisper-1", "api_key_file": str(key), "parallel": 2}
-    return WorkerOptions(processors={"session": {"allow_private": ["127.0.0.1"], "transcription": listening}})
+    listening = {
+        "backend": "openai",
+        "url": api.url,
+        "model": "whisper-1",
+        "api_key_file": str(key),
+        "max_concurrent": 2,
+    }
+    return WorkerOptions(processors={"session": {"allowed_private_hosts": ["127.0.0.1"], "transcription": listening}})
 
 
 def asked(site: Site, minutes: int) -> dict[str, Any]:

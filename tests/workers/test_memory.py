@@ -14,7 +14,7 @@ from tests.support.slow_site import HEAD, SlowSite, serve_site
 LIMIT_MB = 700  # a child with the session processor loaded takes about half of it, most of that never touched
 OPTIONS = WorkerOptions(
     memory_limit_mb=LIMIT_MB,
-    processors={"session": {"allow_private": ["127.0.0.1"], "page_max_bytes": 10 * LIMIT_MB * 2**20}},
+    processors={"session": {"allowed_private_hosts": ["127.0.0.1"], "page_max_bytes": 10 * LIMIT_MB * 2**20}},
 )
 PARAGRAPH = b"<p>" + b"What was said there. " * 50_000 + b"</p>"
 

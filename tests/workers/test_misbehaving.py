@@ -265,9 +265,9 @@ async def test_log_lines_are_kept_when_the_request_that_writes_them_is_cancelled
         return await handle_command(log, stream, command, **options)
 
     writing = asyncio.Event()
-    monkeypatch.setattr(recorder, "handle", slow)
+    monkeypatch.setattr(recorder, "handle_command", slow)
     if end == "timeout":
-        monkeypatch.setattr(time_limit, "USUAL_SECONDS", 60.0)
+        monkeypatch.setattr(time_limit, "PAUSE_AFTER_SECONDS", 60.0)
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         timeout_s = 0.5 if end == "timeout" else 60.0
         job_id = await here.submit(
@@ -302,7 +302,7 @@ async def test_fork_server_that_cannot_load_a_processor_serves_the_others(
 ) -> None:
     from jobledger.workers.child import process as job_process
 
-    monkeypatch.setattr(job_process, "MODULES", ["no.such.module", "tests.support.exiting_preload"])
+    monkeypatch.setattr(job_process, "PRELOAD_MODULES", ["no.such.module", "tests.support.exiting_preload"])
     job_process.stop_fork_server()
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job = await here.wait_until_finished(await here.submit({"do": "nothing"}, job_type="misbehaving"))

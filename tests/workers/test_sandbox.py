@@ -134,7 +134,7 @@ async def test_program_ends_with_all_it_started(method: SandboxMethod, tmp_path:
 
 async def test_nothing_is_run_without_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = ProbeResult("landlock", is_working=False, reason="the kernel does not offer it")
-    monkeypatch.setattr(sandbox, "tried", lambda: (trial,))
+    monkeypatch.setattr(sandbox, "probe_methods", lambda: (trial,))
     with pytest.raises(SandboxUnavailable, match=r"the kernel does not offer it.*apt install bubblewrap"):
         await sandbox.run_program(Program(sandbox.python_command("-c", "open('ran', 'w')"), tmp_path))
     assert not (tmp_path / "ran").exists()
@@ -160,15 +160,15 @@ def test_doctor_names_the_sandbox_or_what_is_missing(monkeypatch: pytest.MonkeyP
     from jobledger.cli.commands.doctor import check_confinement
     from jobledger.cli.settings import Settings
 
-    monkeypatch.setattr(sandbox, "tried", lambda: (ProbeResult("landlock", is_working=False, reason="no"),))
+    monkeypatch.setattr(sandbox, "probe_methods", lambda: (ProbeResult("landlock", is_working=False, reason="no"),))
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 0)
     for mode in ("auto", "required"):
-        worker = Settings().event_worker.model_copy(update={"confine": mode})
+        worker = Settings().event_worker.model_copy(update={"confinement": mode})
         jobs, programs = check_confinement(Settings().model_copy(update={"event_worker": worker}))
         assert jobs.is_ok is (mode == "auto")
         assert "Landlock enabled" in (jobs.detail if mode == "auto" else jobs.advice)
         assert "apt install bubblewrap" in programs.detail
-    monkeypatch.setattr(sandbox, "tried", lambda: (ProbeResult("bubblewrap", is_working=True),))
+    monkeypatch.setattr(sandbox, "probe_methods", lambda: (ProbeResult("bubblewrap", is_working=True),))
     monkeypatch.setattr(restrictions, "landlock_version", lambda: 7)
     jobs, programs = check_confinement(Settings())
     assert (jobs.is_ok, jobs.detail) == (True, "Landlock, version 7")

@@ -208,7 +208,7 @@ def deep(tree: Path) -> None:
 def test_directory_of_any_shape_is_removed_in_turns_and_without_memory(
     tmp_path: Path, fill: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobledger.workers.directory_removal.ENTRIES_AT_ONCE", 40)
+    monkeypatch.setattr("jobledger.workers.directory_removal.ENTRIES_PER_TURN", 40)
     tree = tmp_path / "tree"
     tree.mkdir()
     fill(tree)

@@ -115,7 +115,7 @@ async def test_worker_without_its_store_claims_nothing_and_leaves_the_jobs_to_ot
     connection: Connection, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[Path], None]
 ) -> None:
     monkeypatch.setattr("jobledger.workers.executor._STORE_PAUSES", (0.1,))
-    monkeypatch.setattr("jobledger.workers.machine_health.FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("jobledger.workers.machine_health.MIN_BACKOFF_SECONDS", 0.1)
     options = WorkerOptions(confinement=OFF, slots=4)
     async with run_roles_in_process(connection, store, projector=True, worker=options) as here:
         assert here.worker is not None
@@ -227,7 +227,7 @@ async def test_time_limit_does_not_cover_the_wait_for_a_shared_step(
         await asyncio.sleep(3)
         return await real(self, *arguments, **more)
 
-    monkeypatch.setattr(StepCache, "find", slow)
+    monkeypatch.setattr(StepCache, "find_shared_step", slow)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
         fields: dict[str, Any] = {"timeout_s": 2.5, "max_attempts": 1}
         job_ids = [await here.submit({"do": "share a step"}, job_type=job_type, **fields) for job_type in TYPES]

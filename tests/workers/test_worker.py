@@ -365,7 +365,7 @@ async def test_a_cancellation_that_overtakes_the_claim_is_obeyed(
             await told.wait()
         return handled
 
-    monkeypatch.setattr("jobledger.workers.worker.handle", late)
+    monkeypatch.setattr("jobledger.workers.worker.handle_command", late)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions()) as here:
         job_id = await here.submit({"seconds": 60})
         await heard.wait()

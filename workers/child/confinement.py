@@ -79,7 +79,7 @@ def check_confinement(mode: ConfinementMode) -> None:
         return
     if mode == "required":
         raise ConfigurationError(
-            "event_worker.confine: `required`, but this kernel does not offer Landlock, so job processes cannot be "
+            "event_worker.confinement: `required`, but this kernel does not offer Landlock, so job processes cannot be "
             f"confined. {LANDLOCK_ADVICE} Or set it to auto."
         )
     _log.warning("job processes are not confined: this kernel does not offer Landlock", advice=LANDLOCK_ADVICE)

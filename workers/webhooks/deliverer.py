@@ -49,7 +49,7 @@ from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookRes
 
 _log = structlog.get_logger()
 SECRETS: Final = "webhook_headers"
-"""Values of headers, and what is signed with, by the `headers_ref` of a webhook. They are nowhere else."""
+"""Values of headers, and what is signed with, by the `secrets_ref` of a webhook. They are nowhere else."""
 _LONGEST_RETRY_AFTER: Final = 86_400.0
 _PAUSE_SECONDS: Final = 1.0
 _AFTER_FAULT_SECONDS: Final = 60.0
@@ -63,7 +63,7 @@ class DeliverySettings:
     retry_delays: Sequence[float] = (0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400)
     jitter: float = 0.1
     timeout_seconds: float = 10.0
-    allow_private: Sequence[str] = ()
+    allowed_private_hosts: Sequence[str] = ()
     limits: DeliveryLimits = DeliveryLimits()  # noqa: RUF009 - frozen
     base_url: str = ""
 
@@ -96,7 +96,9 @@ class Deliverer:
         self._checkpoint = checkpoint
         self._settings = settings
         self._meta = EventMetadata(f"webhooks:{holder}")
-        self._sender = sender or Sender(allow_private=settings.allow_private, timeout_seconds=settings.timeout_seconds)
+        self._sender = sender or Sender(
+            allowed_private_hosts=settings.allowed_private_hosts, timeout_seconds=settings.timeout_seconds
+        )
         self._election = LeaderElection(connection, "webhooks", holder=holder, lease_seconds=lease_seconds)
         self._schedule = DeliverySchedule(settings.limits)
         self._wake = asyncio.Event()
@@ -160,7 +162,7 @@ class Deliverer:
         self._recorded.pop(delivery["_id"], None)
         self._schedule.add(
             ScheduledDelivery(
-                delivery["next_at"],
+                delivery["next_attempt_at"],
                 delivery["_id"],
                 delivery["version"],
                 delivery["host"],
@@ -207,16 +209,18 @@ class Deliverer:
         self._changed_ids.add(delivery_id)
         self._wake.set()
 
-    async def _sleep(self, next_at: datetime | None) -> None:
+    async def _sleep(self, next_attempt_at: datetime | None) -> None:
         """Wait until something happens, or a delivery is due by the server's clock, which is read again and again."""
         clock = self._log.clock
         while True:
             try:
-                async with asyncio.timeout(None if next_at is None else clock.sleep_seconds_until(next_at)):
+                async with asyncio.timeout(
+                    None if next_attempt_at is None else clock.sleep_seconds_until(next_attempt_at)
+                ):
                     await self._wake.wait()
                     return
             except TimeoutError:
-                if next_at is None or clock.is_uncertain or clock.seconds_until(next_at) == 0:
+                if next_attempt_at is None or clock.is_uncertain or clock.seconds_until(next_attempt_at) == 0:
                     return
 
     async def _drain(self) -> None:
@@ -279,7 +283,7 @@ class Deliverer:
 
     async def _build_request(self, due: ScheduledDelivery, delivery: Delivery) -> WebhookRequest:
         webhook = delivery.spec.webhook
-        kept = await self._load_secrets(webhook.headers_ref)
+        kept = await self._load_secrets(webhook.secrets_ref)
         receiver = endpoint_id_for(delivery.spec.user_id, webhook.url)
         body = await build_body(
             self._log,

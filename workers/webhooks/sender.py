@@ -4,7 +4,7 @@ Codes of what was no success:
     BAD_URL             not an http(s) address with a host
     REQUEST_INVALID     it cannot be written as HTTP, for example because of a header: nothing was sent
     PORT_REFUSED        a port that webhooks do not go to
-    ADDRESS_REFUSED     it leads to an address that is not public, and that `webhooks.allow_private` does not name
+    ADDRESS_REFUSED     it leads to an address that is not public, and that `webhooks.allowed_private_hosts` does not name
     CONNECTION_FAILED   no such name, refused, reset, TLS failed
     TIMEOUT             it did not answer in time
     BAD_RESPONSE        it did not answer in HTTP
@@ -85,12 +85,12 @@ class Sender:
     def __init__(
         self,
         *,
-        allow_private: Sequence[str] = (),
+        allowed_private_hosts: Sequence[str] = (),
         timeout_seconds: float = 10.0,
         resolver: Resolver = resolve_host,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._allowed = AllowedHosts(allow_private)
+        self._allowed = AllowedHosts(allowed_private_hosts)
         self._timeout = timeout_seconds
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(),

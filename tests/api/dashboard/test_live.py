@@ -165,7 +165,7 @@ async def test_the_slider_shows_a_job_as_it_was(api: Api, page: Page) -> None:
 async def test_a_session_reads_as_it_is_and_its_slides_are_there(
     mongodb_uri: str, db_name: str, tmp_path: Path, page: Page
 ) -> None:
-    sessions = {"session": {"allow_private": ["127.0.0.1"]}}
+    sessions = {"session": {"allowed_private_hosts": ["127.0.0.1"]}}
     with serve_site() as site:
         async for api in run_api(mongodb_uri, db_name, tmp_path, processors=sessions):
             asked = {

@@ -204,7 +204,7 @@ def make_parameters(**changes: Any) -> SessionParameters:
 
 def make_settings(**changes: Any) -> SessionSettings:
     """Settings that may fetch from the local site."""
-    return SessionSettings.model_validate({"allow_private": LOCAL_HOSTS} | changes)
+    return SessionSettings.model_validate({"allowed_private_hosts": LOCAL_HOSTS} | changes)
 
 
 CONFERENCE_PAGE = """<!DOCTYPE html>

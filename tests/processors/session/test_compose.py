@@ -175,7 +175,7 @@ async def test_one_bad_piece_is_left_and_the_others_are_translated(
     api.answer_chat = one_bad
     page = f"<html lang='en'><body><article><h1>Ledgers</h1>{paragraphs}</article></body></html>"
     job = RecordingJob(make_parameters(url=site.put("/t", html(page)), target_language="de"), tmp_path)
-    _, body = document(job, await run(job, api, key, piece_characters=500))
+    _, body = document(job, await run(job, api, key, chunk_characters=500))
     assert "Ledgers number 3" in body
     assert "Logbuchs number 2" in body
     assert any(re.search(r"1 of \d+ pieces", it) for it in job.warnings)
@@ -241,7 +241,7 @@ async def test_an_endpoint_that_hangs_is_given_up(api: FakeOpenAiServer, key: Pa
     job = RecordingJob(make_parameters(url=site.put("/t", html(PAGE)), target_language="de"), tmp_path)
     begun = time.monotonic()
     chosen = {"backend": "openai", "url": api.url, "model": "m", "api_key_file": key}
-    await SessionProcessor(make_settings(language_model=chosen, compose_timeout_seconds=0.5)).run(job)
+    await SessionProcessor(make_settings(language_model=chosen, enrich_timeout_seconds=0.5)).run(job)
     assert time.monotonic() - begun < 5
     assert any("not done within 0.5 seconds" in it for it in job.warnings)
 

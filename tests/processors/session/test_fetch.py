@@ -106,13 +106,13 @@ async def test_something_that_speaks_no_http_is_named(site: Site) -> None:
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/x", "http://[::ffff:127.0.0.1]:{port}/x"])
 async def test_a_private_address_is_refused_before_anything_is_sent(url: str, site: Site) -> None:
-    error = await failure(url.format(port=site.port), allow_private=[])
+    error = await failure(url.format(port=site.port), allowed_private_hosts=[])
     assert (error.code, error.transient) == ("ADDRESS_REFUSED", False)
     assert site.requested_paths == []
 
 
 async def test_a_name_that_leads_to_a_private_address_is_refused(site: Site) -> None:
-    error = await failure(f"http://localhost:{site.port}/x", allow_private=["10.0.0.0/8"])
+    error = await failure(f"http://localhost:{site.port}/x", allowed_private_hosts=["10.0.0.0/8"])
     assert (error.code, error.details["host"]) == ("ADDRESS_REFUSED", "localhost")
     assert site.requested_paths == []
 
@@ -124,8 +124,8 @@ async def test_a_name_may_be_allowed_by_name(site: Site) -> None:
         return ["127.0.0.1"]
 
     url = f"http://intranet.example:{site.port}/x"
-    assert (await fetch(url, resolve=here, allow_private=["Intranet.example"])).size == 12
-    assert (await failure(url, resolve=here, allow_private=["other.example"])).code == "ADDRESS_REFUSED"
+    assert (await fetch(url, resolve=here, allowed_private_hosts=["Intranet.example"])).size == 12
+    assert (await failure(url, resolve=here, allowed_private_hosts=["other.example"])).code == "ADDRESS_REFUSED"
 
 
 async def test_a_redirect_to_a_private_address_is_refused(site: Site) -> None:
@@ -136,7 +136,7 @@ async def test_a_redirect_to_a_private_address_is_refused(site: Site) -> None:
     error = await failure(
         f"http://conference.example:{site.port}/start",
         resolve=only_the_first_is_public,
-        allow_private=["conference.example"],
+        allowed_private_hosts=["conference.example"],
     )
     assert (error.code, error.details["address"]) == ("ADDRESS_REFUSED", "127.0.0.2")
     assert site.requested_paths == ["/start"]
@@ -171,7 +171,9 @@ async def test_the_next_address_is_tried_when_the_first_does_not_answer(site: Si
         return ["127.0.0.9", "127.0.0.1"]
 
     site.put("/x", html("<p>hello</p>"))
-    assert (await fetch(f"http://two.example:{site.port}/x", resolve=two, allow_private=["127.0.0.0/8"])).size == 12
+    assert (
+        await fetch(f"http://two.example:{site.port}/x", resolve=two, allowed_private_hosts=["127.0.0.0/8"])
+    ).size == 12
 
 
 async def test_redirects_are_followed_to_where_they_end(site: Site) -> None:

@@ -297,7 +297,7 @@ async def test_words_and_notes_are_shown_where_no_images_can_be_made(
 ) -> None:
     monkeypatch.setattr(
         sandbox,
-        "tried",
+        "probe_methods",
         lambda: (sandbox.ProbeResult("landlock", is_working=False, reason="the kernel does not offer it"),),
     )
     program = "no-such-program" if missing == "LibreOffice" else "true"
@@ -318,7 +318,7 @@ async def test_uncleaned_deck_reaches_no_file_and_no_address(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sandbox holds by itself. Started directly, LibreOffice shows the picture and asks the site."""
-    monkeypatch.setattr(office, "without_references", lambda source, target: shutil.copyfile(source, target))
+    monkeypatch.setattr(office, "sanitize_presentation", lambda source, target: shutil.copyfile(source, target))
     picture, drawing = tmp_path / "canary.png", tmp_path / "canary.svg"
     Image.new("RGB", (50, 50), (255, 0, 255)).save(picture)
     image = f'<image xlink:href="{picture.as_uri()}" width="9" height="9"/>'

@@ -132,7 +132,12 @@ def test_settings_have_working_defaults_and_every_one_is_described() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"alow_private": []}, {"allow_private": ["10.0.0.0/33"]}, {"allow_private": ["localhost:80"]}, {"max_pages": 0}],
+    [
+        {"alow_private": []},
+        {"allowed_private_hosts": ["10.0.0.0/33"]},
+        {"allowed_private_hosts": ["localhost:80"]},
+        {"max_pdf_pages": 0},
+    ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
@@ -141,4 +146,4 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_hosts_and_networks_may_be_allowed() -> None:
     entries = ["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8", "intranet.example", "localhost"]
-    assert SessionSettings.model_validate({"allow_private": entries}).allowed_private_hosts == entries
+    assert SessionSettings.model_validate({"allowed_private_hosts": entries}).allowed_private_hosts == entries

@@ -170,7 +170,7 @@ async def test_a_step_whose_settings_changed_is_run_again(site: Site, page: str,
     first = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
     await run(first)
     second = RecordingJob(first.parameters, tmp_path, attempt=2, steps=first.steps)
-    await run(second, slide_longest_side=640)
+    await run(second, slide_max_side_px=640)
     assert second.ran == ["slides", "markdown"]
 
 
@@ -264,7 +264,7 @@ async def test_a_presentation_that_is_no_pdf_is_linked_without_being_downloaded(
 async def test_too_many_slides_are_cut_with_a_warning(site: Site, page: str, tmp_path: Path) -> None:
     slides = site.put("/slides.pdf", SiteResponse(make_pdf(5), headers=PDF))
     job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
-    results = await run(job, max_pages=3)
+    results = await run(job, max_pdf_pages=3)
     assert results.metadata["slides"] == 3
     assert job.warnings == ["Only the first 3 of 5 slides are shown."]
 
@@ -311,7 +311,7 @@ async def test_a_recording_that_cannot_be_heard_is_a_warning_and_a_reason(
 ) -> None:
     url = site.put("/talk.webm", answer) if answer else site.put_hanging("/talk.webm")
     job = RecordingJob(make_parameters(url=page, video_url=url), tmp_path)
-    results = await run(job, keep_audio=True, video_timeout_seconds=30 if answer else 1)
+    results = await run(job, keep_audio=True, transcript_timeout_seconds=30 if answer else 1)
     assert len(job.warnings) == 1
     assert sentence in job.warnings[0]
     transcript = parts_of(text_of(job, results))[1].partition("## Transcript")[2]

@@ -175,7 +175,7 @@ from jobledger.workers.processors.session import SessionSettings
 from jobledger.workers.processors.session.pdf_rendering import draw
 
 numbers, half = [], 0
-for page in draw(Path(sys.argv[1]), SessionSettings(slide_longest_side=320)):
+for page in draw(Path(sys.argv[1]), SessionSettings(slide_max_side_px=320)):
     assert page.image and page.thumbnail and not page.problem
     numbers.append(page.number)
     if page.number == page.pages // 10:

@@ -63,7 +63,7 @@ async def run(job: RecordingJob, api: FakeOpenAiServer, **chosen: Any) -> Result
         "url": api.url,
         "model": "whisper",
         "api_key_file": key,
-        "segment_seconds": 20,
+        "chunk_seconds": 20,
         **chosen,
     }
     return await SessionProcessor(make_settings(transcription=given)).run(job)
@@ -96,7 +96,7 @@ async def test_all_of_it_is_sent_in_pieces_and_put_together_in_order(
 
     api.answer_speech = later_ones_first
     job = RecordingJob(make_parameters(**talk, source_language="en-GB"), tmp_path)
-    body = body_of(job, await run(job, api, parallel=2))
+    body = body_of(job, await run(job, api, max_concurrent=2))
     assert 3 < len(api.requests) <= 7
     assert sum(it["seconds"] for it in api.requests) == pytest.approx(65, abs=0.2)
     assert all(it["seconds"] <= 20 for it in api.requests)
@@ -122,7 +122,7 @@ async def test_a_piece_that_fails_is_missing_and_that_is_said(
     api.answer_speech = segments
     api.scripted_failures = [(500, {"Retry-After": "0"})] * 4
     job = RecordingJob(make_parameters(**talk), tmp_path)
-    body = body_of(job, await run(job, api, parallel=1))
+    body = body_of(job, await run(job, api, max_concurrent=1))
     [warning] = [it for it in job.warnings if "incomplete" in it]
     assert re.search(r"Missing: 0:00–0:\d\d \(it answered 500: busy\)", warning)
     assert "incomplete" in body
@@ -144,7 +144,7 @@ async def test_without_a_text_the_document_says_why(
     api.scripted_failures = list(troubles)
     before = len(api.scripted_failures)
     job = RecordingJob(make_parameters(**talk), tmp_path)
-    body = body_of(job, await run(job, api, parallel=1))
+    body = body_of(job, await run(job, api, max_concurrent=1))
     assert re.search(rf"There is no transcript\. The transcription .*{says}", body)
     assert any("There is no transcript" in it for it in job.warnings)
     assert before - len(api.scripted_failures) <= requests + 4

@@ -203,6 +203,8 @@ async def test_without_namespaces_yt_dlp_is_not_run(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finding(monkeypatch, tmp_path, {"url": "http://x.example/"})
-    monkeypatch.setattr(sandbox, "tried", lambda: (sandbox.ProbeResult("landlock", is_working=False, reason="none"),))
+    monkeypatch.setattr(
+        sandbox, "probe_methods", lambda: (sandbox.ProbeResult("landlock", is_working=False, reason="none"),)
+    )
     job, _ = await heard("https://video.example/1", site, tmp_path)
     assert "yt-dlp cannot be run safely" in job.warnings[0]

@@ -142,7 +142,7 @@ async def test_failures_are_repeated_by_the_schedule_under_one_id_and_then_given
     done = await over(here, await end_a_job(here, Webhook(url=cms.url())))
     assert done["status"] == "abandoned"
     assert [it["status_code"] for it in done["attempts"]] == [500] * 5
-    assert [it["next_at"] is None for it in done["attempts"]] == [False] * 4 + [True]
+    assert [it["next_attempt_at"] is None for it in done["attempts"]] == [False] * 4 + [True]
     assert done["reason"] == done["attempts"][-1]["error"]["message"]
     pauses = [
         later.received_at - earlier.received_at for earlier, later in zip(cms.requests, cms.requests[1:], strict=False)
@@ -180,7 +180,7 @@ async def test_header_values_and_signatures_come_from_where_secrets_are(
     async with run_roles_in_process(connection, store, projector=True, webhooks=FAST_WEBHOOKS) as here:
         kept = {"_id": "headers-1", "headers": {"Authorization": "Bearer s3cret"}, "secrets": [new, old]}
         await here.db.webhook_headers.insert_one(kept)
-        own = Webhook(url=cms.url("/own"), header_names=["Authorization"], headers_ref="headers-1", signed=True)
+        own = Webhook(url=cms.url("/own"), header_names=["Authorization"], secrets_ref="headers-1", signed=True)
         ended = [await end_a_job(here, own), await end_a_job(here, Webhook(url=cms.url("/all")))]
         for delivery_id in ended:
             await over(here, delivery_id)
@@ -199,7 +199,7 @@ async def test_header_values_and_signatures_come_from_where_secrets_are(
 
 
 async def test_secrets_that_were_removed_are_a_clear_failure(here: RunningRoles, cms: WebhookEndpoint) -> None:
-    hook = Webhook(url=cms.url(), header_names=["Authorization"], headers_ref="headers-gone")
+    hook = Webhook(url=cms.url(), header_names=["Authorization"], secrets_ref="headers-gone")
     done = await over(here, await end_a_job(here, hook))
     assert done["status"] == "abandoned"
     assert done["attempts"][0]["error"]["code"] == "NOT_COMPOSED"

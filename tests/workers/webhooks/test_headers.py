@@ -82,7 +82,7 @@ def made_up(seed: int) -> dict[str, str]:
 async def test_every_header_that_is_accepted_arrives_exactly_as_given() -> None:
     accepted = 0
     async with run_webhook_endpoint() as there:
-        sender = Sender(allow_private=["127.0.0.1"])
+        sender = Sender(allowed_private_hosts=["127.0.0.1"])
         for headers in [*ACCEPTED, *(made_up(seed) for seed in range(1500))]:
             try:
                 given = WebhookBody(url="https://example.org/", headers=headers).headers
@@ -113,7 +113,7 @@ CANNOT: Final[list[Any]] = [
 @pytest.mark.parametrize("headers", CANNOT, ids=repr)
 async def test_request_that_cannot_be_built_is_our_error_and_calls_nobody(headers: dict[str, str]) -> None:
     async with run_webhook_endpoint() as there:
-        sender = Sender(allow_private=["127.0.0.1"])
+        sender = Sender(allowed_private_hosts=["127.0.0.1"])
         answer = await sender.send(WebhookRequest(there.url(), headers, b"{}"))
         await sender.aclose()
     assert answer.error_code == "REQUEST_INVALID"

@@ -94,7 +94,7 @@ async def send(
     url: str, *, headers: dict[str, str] | None = None, resolve: Resolver | None = None, allow: tuple[str, ...] = ()
 ) -> WebhookResponse:
     options = {} if resolve is None else {"resolve": resolve}
-    sender = Sender(allow_private=allow, timeout_seconds=TIMEOUT, **options)  # type: ignore[arg-type]
+    sender = Sender(allowed_private_hosts=allow, timeout_seconds=TIMEOUT, **options)  # type: ignore[arg-type]
     begun = time.monotonic()
     try:
         answer = await sender.send(WebhookRequest(url, headers or {}, BODY))
@@ -306,7 +306,7 @@ async def test_headers_that_cannot_be_sent_are_an_answer_too(headers: dict[str, 
 async def test_addresses_that_are_not_public_are_refused(host: str) -> None:
     answer = await send(f"http://{host}:8080/")
     assert answer.error_code == "ADDRESS_REFUSED"
-    assert "allow_private" in (answer.message or "")
+    assert "allowed_private_hosts" in (answer.message or "")
     assert (answer.is_host_responsive, answer.is_permanent) == (True, False)
 
 
@@ -394,7 +394,7 @@ async def test_giving_up_waiting_closes_the_connection() -> None:
         gone.set()
 
     async with server(behave) as port:
-        sender = Sender(allow_private=("127.0.0.1",), timeout_seconds=20)
+        sender = Sender(allowed_private_hosts=("127.0.0.1",), timeout_seconds=20)
         sending = asyncio.create_task(sender.send(WebhookRequest(f"http://127.0.0.1:{port}/", {}, BODY)))
         await asyncio.sleep(0.1)
         sending.cancel()

@@ -73,7 +73,7 @@ def test_a_newer_state_replaces_the_older_and_what_was_dropped_is_not_tried() ->
 
 
 def test_a_silent_host_rests_then_one_is_tried_and_the_rest_doubles() -> None:
-    them = waiting(*(due(f"d{n}") for n in range(9)), silent_times=3, per_host=3)
+    them = waiting(*(due(f"d{n}") for n in range(9)), circuit_breaker_failures=3, per_host=3)
     tried, _ = them.take_due(START)
     for entry in tried:
         them.record_result(entry, is_responsive=False, now=START)
@@ -90,7 +90,7 @@ def test_a_silent_host_rests_then_one_is_tried_and_the_rest_doubles() -> None:
 
 
 def test_a_rest_is_never_longer_than_ten_minutes() -> None:
-    them, now, rest = waiting(silent_times=1, per_host=1), START, timedelta()
+    them, now, rest = waiting(circuit_breaker_failures=1, per_host=1), START, timedelta()
     for number in range(12):
         them.add(due(f"d{number}"))
         [tried] = them.take_due(now)[0]
@@ -105,7 +105,7 @@ def test_a_rest_is_never_longer_than_ten_minutes() -> None:
 
 
 def test_what_waits_for_a_resting_host_for_too_long_is_given_up() -> None:
-    them = waiting(due("first"), silent_times=1)
+    them = waiting(due("first"), circuit_breaker_failures=1)
     [first] = them.take_due(START)[0]
     them.add(due("old", 1, give_up_at=at(10)))
     them.add(due("young", 1))
@@ -126,7 +126,7 @@ def test_what_is_on_its_way_is_not_tried_a_second_time() -> None:
 
 
 def test_forgetting_all_keeps_what_is_on_its_way_and_how_hosts_are() -> None:
-    them = waiting(due("x"), due("y", 1), silent_times=1)
+    them = waiting(due("x"), due("y", 1), circuit_breaker_failures=1)
     [trying] = them.take_due(START)[0]
     them.clear()
     assert len(them) == 0
@@ -149,7 +149,7 @@ def test_whatever_hosts_do_each_is_tried_once_within_the_limits(
         *(due(f"d{n}", seconds, host) for n, (host, seconds) in enumerate(entries)),
         per_host=per_host,
         at_a_time=5,
-        silent_times=2,
+        circuit_breaker_failures=2,
     )
     flying: list[ScheduledDelivery] = []
     seen: list[str] = []

@@ -40,7 +40,7 @@ def inputs(work: StepContext, page: PageText, recording: TranscriptResult) -> di
         "backend": chosen.backend,
         "url": chosen.url,
         "model": chosen.model,
-        "piece_characters": chosen.chunk_characters,
+        "chunk_characters": chosen.chunk_characters,
         "max_characters": chosen.max_characters,
         "temperature": chosen.temperature,
     }

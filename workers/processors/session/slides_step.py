@@ -38,11 +38,11 @@ def inputs(work: StepContext) -> dict[str, JSON]:
     """Return all that the slides depend on: with the same inputs the step is not repeated."""
     limits = {
         "slides_max_bytes",
-        "slide_longest_side",
-        "thumbnail_longest_side",
+        "slide_max_side_px",
+        "thumbnail_max_side_px",
         "jpeg_quality",
         "max_pages",
-        "max_pixels",
+        "max_image_pixels",
     }
     return {
         "url": work.session.attachments_url,

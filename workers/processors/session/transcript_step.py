@@ -35,7 +35,7 @@ def inputs(work: StepContext) -> dict[str, JSON]:
         "backend": work.settings.transcription.backend,
         "endpoint": work.settings.transcription.url,
         "model": work.settings.transcription.model,
-        "segment_seconds": work.settings.transcription.chunk_seconds,
+        "chunk_seconds": work.settings.transcription.chunk_seconds,
         "language": primary_subtag(work.session.source_language),
         "keep_audio": work.settings.keep_audio,
     }
