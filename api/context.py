@@ -39,7 +39,8 @@ _VIEW_WAIT_SECONDS: Final = 9.0
 
 @dataclass(frozen=True, slots=True)
 class WebhookOptions:
-    """What the API has to do with webhooks. `sink`: it takes some itself, for trial; `allowed_private_hosts`: as in config."""
+    """What the API has to do with webhooks. `sink`: it takes some itself, for trial; `allowed_private_hosts`: as in
+    config."""
 
     echo_enabled: bool = False
     allowed_private_hosts: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """workers: is this machine fit to run jobs? Trouble of the machine is not a failed attempt of a job.
 
-Whoever meets trouble of the machine (`is_machine_failure`) gives its job back uncounted and reports it here. From then on
+Whoever meets trouble of the machine (`is_machine_failure`) gives its job back uncounted and reports it here. From
+then on
 the worker claims nothing until a check of the machine passes, and shows the reason in its heartbeat document.
 """
 

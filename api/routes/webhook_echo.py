@@ -1,4 +1,5 @@
-"""api: a receiver of webhooks for trying them out, if `webhooks.echo_enabled` is on. It keeps what it was sent for a day."""
+"""api: a receiver of webhooks for trying them out, if `webhooks.echo_enabled` is on. It keeps what it was sent for a
+day."""
 
 from __future__ import annotations
 

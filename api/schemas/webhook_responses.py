@@ -73,7 +73,8 @@ class RedeliveryResponse(SuccessResponse):
 
 
 class EndpointResource(BaseModel):
-    """A URL to which webhooks of a user go. `previous_secret_expires_at`: so long an old secret signs beside the new one."""
+    """A URL to which webhooks of a user go. `previous_secret_expires_at`: so long an old secret signs beside the new
+    one."""
 
     receiver: str
     url: str

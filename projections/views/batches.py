@@ -150,7 +150,8 @@ def _submitted(asked: BatchSubmitted, event: RecordedEvent) -> Document:
         "teams": asked.teams,
         "paused": False,
         "archived": False,
-        "needs_reopen": False,  # since its recorded end, a job has; that has to be recorded, whether or not it ended again
+        # A job went on after the recorded end of the batch. This must be recorded, even if the job has ended again.
+        "needs_reopen": False,
         "version": event.version,
         "position": event.position,
     }

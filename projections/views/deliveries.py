@@ -1,6 +1,7 @@
 """projections: the view `deliveries`: each webhook that was, or is to be, sent, with every attempt.
 
-`status` is pending, delivered or abandoned; `next_attempt_at` is when a pending one is due; `queued_at` is when its schedule
+`status` is pending, delivered or abandoned; `next_attempt_at` is when a pending one is due; `queued_at` is when its
+schedule
 began. `sequence` is its number for its receiver (receivers.py).
 """
 

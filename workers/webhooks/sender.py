@@ -4,7 +4,8 @@ Codes of what was no success:
     BAD_URL             not an http(s) address with a host
     REQUEST_INVALID     it cannot be written as HTTP, for example because of a header: nothing was sent
     PORT_REFUSED        a port that webhooks do not go to
-    ADDRESS_REFUSED     it leads to an address that is not public, and that `webhooks.allowed_private_hosts` does not name
+    ADDRESS_REFUSED     it leads to an address that is not public, and that `webhooks.allowed_private_hosts` does not
+    name
     CONNECTION_FAILED   no such name, refused, reset, TLS failed
     TIMEOUT             it did not answer in time
     BAD_RESPONSE        it did not answer in HTTP

@@ -347,7 +347,8 @@ def _translate_errors(url: httpx.URL) -> Iterator[None]:
     except AddressRejected as refused:
         raise ProcessorError(
             "ADDRESS_REFUSED",
-            f"{refused}; only public addresses are fetched, and those allowed by `processors.session.allowed_private_hosts`.",
+            f"{refused}; only public addresses are fetched, and those that `processors.session.allowed_private_hosts` "
+            "names.",
             details={"host": refused.host, "address": refused.address, "reason": refused.reason},
         ) from refused
     except (httpcore.TimeoutException, httpx.TimeoutException) as error:
