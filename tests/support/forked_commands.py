@@ -50,7 +50,7 @@ while True:
     sys.argv = ["jobledger", *asked["arguments"]]
     code = 1
     try:
-        jobledger.cli.main.command()
+        jobledger.cli.main.main()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
