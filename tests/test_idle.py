@@ -42,7 +42,7 @@ from jobledger.cli.composition import roles
 
 async def main(seconds, wanted):
     settings, _ = read_settings(Path("config.yaml"))
-    connection = settings.mongodb.connection(settings.mongodb.uri.get_secret_value())
+    connection = settings.mongodb.make_connection(settings.mongodb.uri.get_secret_value())
     failures = []
     async with roles(settings, connection, frozenset(wanted), failed=failures.append) as running:
         if "projector" in wanted:  # some work first: what it has warmed up must fall silent again

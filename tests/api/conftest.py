@@ -127,7 +127,7 @@ async def run_api(
     settings = make_settings(uri, db_name, directory, **sections)
     failures: list[BaseException] = []
     async with (
-        start_roles(settings, settings.mongodb.connection(uri), wanted, on_failure=failures.append) as running,
+        start_roles(settings, settings.mongodb.make_connection(uri), wanted, on_failure=failures.append) as running,
         httpx.AsyncClient(base_url=running.url or "", timeout=DEADLINE_SECONDS, trust_env=False) as client,
     ):
         yield Api(client, running.db, running.log, directory / "results")
@@ -136,7 +136,7 @@ async def run_api(
 
 @pytest.fixture
 def header_auth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have whoever asks be who the header `X-Test-Principal` says: ask for it before `api` or `idle_api`."""
+    """Have whoever asks be who the header `X-Test-Principal` says: ask for it before `api` or `api_without_worker`."""
     monkeypatch.setattr("jobledger.cli.server.SingleUserBackend", lambda _user_id: HeaderAuthBackend())
 
 

@@ -232,13 +232,13 @@ async def test_the_log_shows_each_only_the_events_of_what_they_may_see(api: Api)
     ],
 )
 async def test_statistics_of_everything_are_for_monitors_and_admins(
-    header_api: Api, who: dict[str, str], status: int
+    header_auth_api: Api, who: dict[str, str], status: int
 ) -> None:
     for path in ("/api/monitoring/events/stats", "/metrics"):
-        assert (await header_api.http.get(path, headers=who)).status_code == status, path
+        assert (await header_auth_api.http.get(path, headers=who)).status_code == status, path
 
 
-async def test_one_submits_for_oneself_and_an_admin_for_others(header_api: Api) -> None:
+async def test_one_submits_for_oneself_and_an_admin_for_others(header_auth_api: Api) -> None:
     job = {"job_type": "echo", "parameters": {}}
     for path, content in (
         ("jobs", {**job, "user_id": "bob"}),
@@ -251,18 +251,22 @@ async def test_one_submits_for_oneself_and_an_admin_for_others(header_api: Api) 
             (principal_header("ann", roles=["admin"]), 202),
             (principal_header("bob"), 202),
         ):
-            assert (await header_api.post(f"/api/events/{path}", content, **who)).status_code == status
+            assert (await header_auth_api.post(f"/api/events/{path}", content, **who)).status_code == status
 
 
-async def test_a_batch_leads_nobody_to_jobs_that_they_may_not_see(header_api: Api) -> None:
+async def test_a_batch_leads_nobody_to_jobs_that_they_may_not_see(header_auth_api: Api) -> None:
     hidden = {"job_type": "echo", "parameters": {}, "access_control": {"visibility": "private"}}
     content = {"access_control": {"write_access": ["writer"]}, "jobs": [hidden, {"job_type": "echo", "parameters": {}}]}
-    batch = (await header_api.post("/api/events/batches", content, **OWNER)).json()
-    await header_api.get("/api/events/jobs", await header_api.event_store.head_position())
+    batch = (await header_auth_api.post("/api/events/batches", content, **OWNER)).json()
+    await header_auth_api.get("/api/events/jobs", await header_auth_api.event_store.head_position())
 
-    listed = await header_api.get(f"/api/events/batches/{batch['batch_id']}/jobs", **principal_header("writer"))
-    cancelled = await header_api.post(f"/api/events/batches/{batch['batch_id']}/cancel", **principal_header("writer"))
+    listed = await header_auth_api.get(f"/api/events/batches/{batch['batch_id']}/jobs", **principal_header("writer"))
+    cancelled = await header_auth_api.post(
+        f"/api/events/batches/{batch['batch_id']}/cancel", **principal_header("writer")
+    )
 
     assert [job["job_id"] for job in listed.json()["jobs"]] == batch["job_ids"][1:]
     assert cancelled.json()["jobs"] == {"total": 1, "changed": 1, "unchanged": 0, "refused": 0}
-    assert [event.type for event in await header_api.event_store.read_stream(batch["job_ids"][0])] == ["JobSubmitted"]
+    assert [event.type for event in await header_auth_api.event_store.read_stream(batch["job_ids"][0])] == [
+        "JobSubmitted"
+    ]

@@ -66,74 +66,74 @@ async def statuses(api: Api, batch_id: str, job_ids: list[str], position: int) -
 # Pausing --------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_paused_batch_and_its_waiting_jobs_say_so_until_it_is_resumed(idle_api: Api) -> None:
-    alone = await idle_api.submit()
-    batch_id, job_ids = await in_every_state(idle_api)
+async def test_a_paused_batch_and_its_waiting_jobs_say_so_until_it_is_resumed(api_without_worker: Api) -> None:
+    alone = await api_without_worker.submit()
+    batch_id, job_ids = await in_every_state(api_without_worker)
     waiting = job_ids[0]
 
-    content, position = await act(idle_api, batch_id, "pause", {"reason": "the site is down"})
-    jobs = await seen(idle_api, batch_id, position)
+    content, position = await act(api_without_worker, batch_id, "pause", {"reason": "the site is down"})
+    jobs = await seen(api_without_worker, batch_id, position)
     assert (content["batch"]["paused"], content["batch"]["position"]) == (True, position)
     assert "jobs" not in content
     assert jobs[batch_id]["paused"] is True
     assert [job_id for job_id in job_ids if jobs[job_id]["paused"]] == [waiting], "what runs or has ended is not paused"
-    assert (await idle_api.get(f"/api/events/jobs/{waiting}")).json()["job"]["paused"] is True
-    assert (await idle_api.get(f"/api/events/jobs/{alone}")).json()["job"]["paused"] is False
-    assert [row["_id"] async for row in idle_api.db.queue.find()] == [alone]
+    assert (await api_without_worker.get(f"/api/events/jobs/{waiting}")).json()["job"]["paused"] is True
+    assert (await api_without_worker.get(f"/api/events/jobs/{alone}")).json()["job"]["paused"] is False
+    assert [row["_id"] async for row in api_without_worker.db.queue.find()] == [alone]
 
-    content, position = await act(idle_api, batch_id, "resume")
-    jobs = await seen(idle_api, batch_id, position)
+    content, position = await act(api_without_worker, batch_id, "resume")
+    jobs = await seen(api_without_worker, batch_id, position)
     assert content["batch"]["paused"] is jobs[batch_id]["paused"] is jobs[waiting]["paused"] is False
-    assert await idle_api.db.queue.count_documents({}) == 2
-    paused, resumed = (await idle_api.event_store.read_stream(batch_id))[-2:]
+    assert await api_without_worker.db.queue.count_documents({}) == 2
+    paused, resumed = (await api_without_worker.event_store.read_stream(batch_id))[-2:]
     assert (paused.type, paused.data) == ("BatchPaused", {"by": "user:local", "reason": "the site is down"})
     assert (resumed.type, resumed.data) == ("BatchResumed", {"by": "user:local"})
     assert paused.meta == resumed.meta == EventMetadata("user:local", batch_id)
 
 
-async def test_pausing_twice_and_resuming_what_is_not_paused_is_no_event(idle_api: Api) -> None:
-    batch_id = (await idle_api.submit_batch({}))["batch_id"]
-    _, nothing = await act(idle_api, batch_id, "resume")
-    _, once = await act(idle_api, batch_id, "pause")
-    _, twice = await act(idle_api, batch_id, "pause")
+async def test_pausing_twice_and_resuming_what_is_not_paused_is_no_event(api_without_worker: Api) -> None:
+    batch_id = (await api_without_worker.submit_batch({}))["batch_id"]
+    _, nothing = await act(api_without_worker, batch_id, "resume")
+    _, once = await act(api_without_worker, batch_id, "pause")
+    _, twice = await act(api_without_worker, batch_id, "pause")
     assert (nothing, once, twice) == (1, 3, 3)
-    assert await idle_api.event_store.head_position() == 3
+    assert await api_without_worker.event_store.head_position() == 3
 
 
-async def test_a_batch_that_was_just_submitted_can_be_paused_before_the_views_know_it(idle_api: Api) -> None:
+async def test_a_batch_that_was_just_submitted_can_be_paused_before_the_views_know_it(api_without_worker: Api) -> None:
     for _ in range(10):
-        batch = await idle_api.submit_batch({})
-        _, position = await act(idle_api, batch["batch_id"], "pause")
-        assert (await seen(idle_api, batch["batch_id"], position))[batch["job_ids"][0]]["paused"] is True
+        batch = await api_without_worker.submit_batch({})
+        _, position = await act(api_without_worker, batch["batch_id"], "pause")
+        assert (await seen(api_without_worker, batch["batch_id"], position))[batch["job_ids"][0]]["paused"] is True
 
 
-async def test_the_answer_to_a_restart_says_that_the_job_waits_in_a_paused_batch(idle_api: Api) -> None:
-    batch_id, (*_, cancelled) = await in_every_state(idle_api)
-    _, position = await act(idle_api, batch_id, "pause")
-    await idle_api.get("/api/events/jobs", position)
-    answer = await idle_api.post(f"/api/events/jobs/{cancelled}/restart")
+async def test_the_answer_to_a_restart_says_that_the_job_waits_in_a_paused_batch(api_without_worker: Api) -> None:
+    batch_id, (*_, cancelled) = await in_every_state(api_without_worker)
+    _, position = await act(api_without_worker, batch_id, "pause")
+    await api_without_worker.get("/api/events/jobs", position)
+    answer = await api_without_worker.post(f"/api/events/jobs/{cancelled}/restart")
     assert (answer.json()["job"]["status"], answer.json()["job"]["paused"]) == ("pending", True)
 
 
 # Cancelling -----------------------------------------------------------------------------------------------------------
 
 
-async def test_cancelling_a_batch_cancels_what_has_not_ended(idle_api: Api) -> None:
-    batch_id, job_ids = await in_every_state(idle_api)
-    content, position = await act(idle_api, batch_id, "cancel", {"reason": "wrong conference"})
+async def test_cancelling_a_batch_cancels_what_has_not_ended(api_without_worker: Api) -> None:
+    batch_id, job_ids = await in_every_state(api_without_worker)
+    content, position = await act(api_without_worker, batch_id, "cancel", {"reason": "wrong conference"})
 
     assert content["jobs"] == counted(5, changed=2)
     assert content["events"] == {"JobCancelled": 1, "JobCancelRequested": 1}
     assert content["refused"] == []
     expected = ["cancelled", "processing", "completed", "failed", "cancelled"]
-    assert await statuses(idle_api, batch_id, job_ids, position) == expected
-    assert (await seen(idle_api, batch_id, position))[job_ids[1]]["cancel_requested"] is True
+    assert await statuses(api_without_worker, batch_id, job_ids, position) == expected
+    assert (await seen(api_without_worker, batch_id, position))[job_ids[1]]["cancel_requested"] is True
     for job_id in job_ids[:2]:
-        event = (await idle_api.event_store.read_stream(job_id))[-1]
+        event = (await api_without_worker.event_store.read_stream(job_id))[-1]
         assert event.data == {"by": "user:local", "reason": "wrong conference"}
         assert event.meta == EventMetadata("user:local", batch_id)
 
-    again, same = await act(idle_api, batch_id, "cancel")
+    again, same = await act(api_without_worker, batch_id, "cancel")
     assert again["jobs"] == counted(5)
     assert (again["events"], same) == ({}, position)
 
@@ -162,25 +162,25 @@ async def test_a_cancelled_batch_ends_and_its_running_jobs_are_stopped(api: Api)
     ids=str,
 )
 async def test_restarting_a_batch_restarts_the_jobs_that_have_ended_so(
-    idle_api: Api, body: Any, restarted: list[int]
+    api_without_worker: Api, body: Any, restarted: list[int]
 ) -> None:
-    batch_id, job_ids = await in_every_state(idle_api)
-    content, position = await act(idle_api, batch_id, "restart", body)
+    batch_id, job_ids = await in_every_state(api_without_worker)
+    content, position = await act(api_without_worker, batch_id, "restart", body)
 
     assert content["jobs"] == counted(5, changed=len(restarted))
     assert content["events"] == {"JobRestarted": len(restarted)}
     before = ["pending", "processing", "completed", "failed", "cancelled"]
     expected = ["pending" if index in restarted else status for index, status in enumerate(before)]
-    assert await statuses(idle_api, batch_id, job_ids, position) == expected
+    assert await statuses(api_without_worker, batch_id, job_ids, position) == expected
 
 
-async def test_a_restart_says_why_and_whether_steps_are_kept(idle_api: Api) -> None:
-    batch_id, job_ids = await in_every_state(idle_api)
-    await act(idle_api, batch_id, "restart", {"reuse_steps": False, "reason": "new template"})
-    await act(idle_api, batch_id, "restart", {"only": "all"})
+async def test_a_restart_says_why_and_whether_steps_are_kept(api_without_worker: Api) -> None:
+    batch_id, job_ids = await in_every_state(api_without_worker)
+    await act(api_without_worker, batch_id, "restart", {"reuse_steps": False, "reason": "new template"})
+    await act(api_without_worker, batch_id, "restart", {"only": "all"})
 
     for job_id, data in [(job_ids[3], {"reason": "new template", "reuse_steps": False}), (job_ids[2], {})]:
-        event = (await idle_api.event_store.read_stream(job_id))[-1]
+        event = (await api_without_worker.event_store.read_stream(job_id))[-1]
         assert (event.type, event.meta) == ("JobRestarted", EventMetadata("user:local", batch_id))
         assert event.data == {"by": "user:local", "reuse_steps": True, **data}
 
@@ -206,30 +206,30 @@ async def _of_batch(api: Api, batch_id: str, *, after: int) -> Any:
 # Archiving and deleting -----------------------------------------------------------------------------------------------
 
 
-async def test_a_batch_is_archived_and_brought_back_with_all_its_jobs(idle_api: Api) -> None:
-    batch_id, job_ids = await in_every_state(idle_api)
+async def test_a_batch_is_archived_and_brought_back_with_all_its_jobs(api_without_worker: Api) -> None:
+    batch_id, job_ids = await in_every_state(api_without_worker)
     for action, archived, event in (("archive", True, "JobArchived"), ("unarchive", False, "JobUnarchived")):
-        content, position = await act(idle_api, batch_id, action, {"reason": "tidying up"})
+        content, position = await act(api_without_worker, batch_id, action, {"reason": "tidying up"})
         assert content["batch"]["archived"] is archived
         assert content["jobs"] == counted(5, changed=5)
         assert content["events"] == {event: 5}
-        shown = await seen(idle_api, batch_id, position)
+        shown = await seen(api_without_worker, batch_id, position)
         assert [shown[name]["archived"] for name in (batch_id, *job_ids)] == [archived] * 6
-        assert (await idle_api.event_store.read_stream(batch_id))[-1].data == {
+        assert (await api_without_worker.event_store.read_stream(batch_id))[-1].data == {
             "by": "user:local",
             "reason": "tidying up",
         }
 
-        again, same = await act(idle_api, batch_id, action)
+        again, same = await act(api_without_worker, batch_id, action)
         assert (again["jobs"], again["events"], same) == (counted(5), {}, position)
 
 
-async def test_what_is_left_to_archive_is_archived_though_the_batch_is_already(idle_api: Api) -> None:
+async def test_what_is_left_to_archive_is_archived_though_the_batch_is_already(api_without_worker: Api) -> None:
     """So whoever was interrupted does it once more."""
-    batch_id, job_ids = await in_every_state(idle_api)
-    await act(idle_api, batch_id, "archive")
-    await idle_api.post(f"/api/events/jobs/{job_ids[2]}/unarchive")
-    content, _ = await act(idle_api, batch_id, "archive")
+    batch_id, job_ids = await in_every_state(api_without_worker)
+    await act(api_without_worker, batch_id, "archive")
+    await api_without_worker.post(f"/api/events/jobs/{job_ids[2]}/unarchive")
+    content, _ = await act(api_without_worker, batch_id, "archive")
     assert content["jobs"] == counted(5, changed=1)
 
 
@@ -251,50 +251,52 @@ async def test_a_deleted_batch_is_gone_with_its_jobs_and_their_files(api: Api) -
     assert (await api.post(f"{path}/restart")).json()["code"] == "batch_not_found"
 
 
-async def test_a_batch_at_work_is_not_deleted_and_neither_is_any_of_its_jobs(idle_api: Api) -> None:
-    batch_id, _ = await in_every_state(idle_api)
-    head = await idle_api.event_store.head_position()
-    answer = await idle_api.http.delete(f"{BATCHES}/{batch_id}")
+async def test_a_batch_at_work_is_not_deleted_and_neither_is_any_of_its_jobs(api_without_worker: Api) -> None:
+    batch_id, _ = await in_every_state(api_without_worker)
+    head = await api_without_worker.event_store.head_position()
+    answer = await api_without_worker.http.delete(f"{BATCHES}/{batch_id}")
     assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
     assert "cancel it first" in answer.json()["message"]
-    assert await idle_api.event_store.head_position() == head
+    assert await api_without_worker.event_store.head_position() == head
 
 
 async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
-    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = await idle_api.submit_batch({}, {})
+    batch = await api_without_worker.submit_batch({}, {})
     path, (one, two) = f"{BATCHES}/{batch['batch_id']}", batch["job_ids"]
-    await act(idle_api, batch["batch_id"], "cancel")
-    await idle_api.wait_for_event(batch["batch_id"], "BatchFinished")
-    read_in_parts = idle_api.event_store.iterate_stream_batches
+    await act(api_without_worker, batch["batch_id"], "cancel")
+    await api_without_worker.wait_for_event(batch["batch_id"], "BatchFinished")
+    read_in_parts = api_without_worker.event_store.iterate_stream_batches
 
     async def overtaken(streams: Any) -> Any:
         async for part in read_in_parts(streams):
-            await do(idle_api, two, RestartJob("user:bob"), ClaimJob("w", datetime.now(UTC)))
+            await do(api_without_worker, two, RestartJob("user:bob"), ClaimJob("w", datetime.now(UTC)))
             yield part
 
-    monkeypatch.setattr(idle_api.event_store, "iterate_stream_batches", overtaken)
-    answer = await idle_api.http.delete(path)
+    monkeypatch.setattr(api_without_worker.event_store, "iterate_stream_batches", overtaken)
+    answer = await api_without_worker.http.delete(path)
     assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
     details = answer.json()["details"]
     assert details["jobs"] == counted(2, changed=1, refused=1)
     assert [(it["job_id"], it["code"]) for it in details["refused"]] == [(two, "wrong_state")]
-    head = await idle_api.event_store.head_position()
-    assert (await idle_api.get(path, head)).json()["batch"]["job_ids"] == [two]
-    assert (await idle_api.get(f"/api/events/jobs/{one}")).status_code == 404
+    head = await api_without_worker.event_store.head_position()
+    assert (await api_without_worker.get(path, head)).json()["batch"]["job_ids"] == [two]
+    assert (await api_without_worker.get(f"/api/events/jobs/{one}")).status_code == 404
 
 
 # Many, and wrong ------------------------------------------------------------------------------------------------------
 
 
 @soak_only
-async def test_ten_thousand_jobs_are_acted_on_within_seconds(idle_api: Api) -> None:
-    answer = await idle_api.post(BATCHES, {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000})
+async def test_ten_thousand_jobs_are_acted_on_within_seconds(api_without_worker: Api) -> None:
+    answer = await api_without_worker.post(BATCHES, {"jobs": [{"job_type": "echo", "parameters": {}}] * 10_000})
     batch_id = answer.json()["batch_id"]
     for action, event in (("cancel", "JobCancelled"), ("restart", "JobRestarted"), ("archive", "JobArchived")):
         began = time.monotonic()
-        content, _ = await act(idle_api, batch_id, action, {"only": "cancelled"} if action == "restart" else None)
+        content, _ = await act(
+            api_without_worker, batch_id, action, {"only": "cancelled"} if action == "restart" else None
+        )
         assert time.monotonic() - began < 20  # three on a quiet machine
         assert content["jobs"] == counted(10_000, changed=10_000)
         assert content["events"] == {event: 10_000}
@@ -302,17 +304,17 @@ async def test_ten_thousand_jobs_are_acted_on_within_seconds(idle_api: Api) -> N
 
 
 @pytest.mark.parametrize("batch_id", ["batch-000000000000000000000000", "job-000000000000000000000000", "nonsense"])
-async def test_nothing_can_be_done_with_a_batch_that_does_not_exist(idle_api: Api, batch_id: str) -> None:
-    answers = [await idle_api.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
-    answers.append(await idle_api.http.delete(f"{BATCHES}/{batch_id}"))
+async def test_nothing_can_be_done_with_a_batch_that_does_not_exist(api_without_worker: Api, batch_id: str) -> None:
+    answers = [await api_without_worker.post(f"{BATCHES}/{batch_id}/{action}") for action in ACTIONS]
+    answers.append(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))
     assert {(answer.status_code, answer.json()["code"]) for answer in answers} == {(404, "batch_not_found")}
-    assert await idle_api.event_store.head_position() == 0
+    assert await api_without_worker.event_store.head_position() == 0
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(idle_api: Api, action: str) -> None:
-    batch_id, _ = await in_every_state(idle_api)
-    head, path = await idle_api.event_store.head_position(), f"{BATCHES}/{batch_id}/{action}"
+async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(api_without_worker: Api, action: str) -> None:
+    batch_id, _ = await in_every_state(api_without_worker)
+    head, path = await api_without_worker.event_store.head_position(), f"{BATCHES}/{batch_id}/{action}"
     wrong: list[tuple[Any, str]] = [
         ({"resaon": "x"}, "resaon"),
         ({"reason": 3}, "reason"),
@@ -321,14 +323,16 @@ async def test_a_body_that_makes_no_sense_is_refused_and_nothing_happens(idle_ap
         ({"only": "some"} if action == "restart" else {"only": "failed"}, "only"),
     ]
     for body, where in wrong:
-        answer = await idle_api.post(path, body)
+        answer = await api_without_worker.post(path, body)
         assert answer.status_code == 422, f"{body}: {answer.text}"
         assert answer.json()["details"]["errors"][0]["path"] == where
-    assert (await idle_api.http.post(path, content=b"x=1", headers={"Content-Type": "text/plain"})).status_code == 415
-    broken = await idle_api.http.post(path, content=b"{", headers={"Content-Type": "application/json"})
+    assert (
+        await api_without_worker.http.post(path, content=b"x=1", headers={"Content-Type": "text/plain"})
+    ).status_code == 415
+    broken = await api_without_worker.http.post(path, content=b"{", headers={"Content-Type": "application/json"})
     assert (broken.status_code, broken.json()["code"]) == (400, "malformed_json")
-    assert (await idle_api.http.get(path)).status_code == 405
-    assert await idle_api.event_store.head_position() == head
+    assert (await api_without_worker.http.get(path)).status_code == 405
+    assert await api_without_worker.event_store.head_position() == head
 
 
 async def test_access_lists_that_multiply_the_list_index_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

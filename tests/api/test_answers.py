@@ -69,11 +69,11 @@ async def test_batches_and_their_stories(api: Api) -> None:
     await api.wait_for_event(batch_id, "BatchFinished")
 
 
-async def test_deleted_batches(idle_api: Api) -> None:
-    batch_id = (await idle_api.submit_batch({}))["batch_id"]
-    fits(await idle_api.post(f"{BATCHES}/{batch_id}/cancel"))
-    await idle_api.wait_for_event(batch_id, "BatchFinished")
-    assert fits(await idle_api.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
+async def test_deleted_batches(api_without_worker: Api) -> None:
+    batch_id = (await api_without_worker.submit_batch({}))["batch_id"]
+    fits(await api_without_worker.post(f"{BATCHES}/{batch_id}/cancel"))
+    await api_without_worker.wait_for_event(batch_id, "BatchFinished")
+    assert fits(await api_without_worker.http.delete(f"{BATCHES}/{batch_id}"))["batch"] is None
 
 
 async def test_files_the_log_statistics_and_health(api: Api) -> None:
@@ -90,16 +90,16 @@ async def test_files_the_log_statistics_and_health(api: Api) -> None:
         fits(await api.get(path))
 
 
-async def test_the_live_stream_sends_events_as_described(idle_api: Api) -> None:
-    await idle_api.submit()
-    [event] = await idle_api.take_events(1, after=0)
+async def test_the_live_stream_sends_events_as_described(api_without_worker: Api) -> None:
+    await api_without_worker.submit()
+    [event] = await api_without_worker.take_events(1, after=0)
     event.pop("sse_id")
     responses.EventResource.model_validate(event, extra="forbid")
 
 
 @pytest.mark.parametrize("path", [f"{JOBS}/job-none", f"{JOBS}?limit=x", "/nowhere", f"{JOBS}/job-none/cancel"])
-async def test_failures(idle_api: Api, path: str) -> None:
-    answer = await idle_api.get(path)
+async def test_failures(api_without_worker: Api, path: str) -> None:
+    answer = await api_without_worker.get(path)
     error = responses.ErrorResponse.model_validate_json(answer.content, extra="forbid", strict=True)
     for problem in error.details.get("errors", ()):
         responses.FieldError.model_validate(problem, extra="forbid")

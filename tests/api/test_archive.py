@@ -97,19 +97,21 @@ async def archive(api: Api, where: str, **headers: str) -> dict[str, bytes]:
 
 
 async def test_the_archive_of_a_job_has_its_files_and_the_links_in_its_markdown_work(
-    idle_api: Api, tmp_path: Path
+    api_without_worker: Api, tmp_path: Path
 ) -> None:
-    job_id = await add_job(idle_api, TALK)
-    found = await archive(idle_api, f"jobs/{job_id}")
+    job_id = await add_job(api_without_worker, TALK)
+    found = await archive(api_without_worker, f"jobs/{job_id}")
 
     assert found == {path.removeprefix("FOSDEM/Keynotes/welcome-1a/"): content for path, content in TALK.items()}
     for link in re.findall(r"!\[\]\(([^)]*)\)", found["Welcome.md"].decode()):
         assert link in found
 
 
-async def test_files_beside_the_markdowns_directory_keep_their_place_towards_it(idle_api: Api) -> None:
-    job_id = await add_job(idle_api, {"e/t/s/talk.md": b"[](../shared/a.jpg)", "e/t/shared/a.jpg": b"picture"})
-    assert set(await archive(idle_api, f"jobs/{job_id}")) == {"s/talk.md", "shared/a.jpg"}
+async def test_files_beside_the_markdowns_directory_keep_their_place_towards_it(api_without_worker: Api) -> None:
+    job_id = await add_job(
+        api_without_worker, {"e/t/s/talk.md": b"[](../shared/a.jpg)", "e/t/shared/a.jpg": b"picture"}
+    )
+    assert set(await archive(api_without_worker, f"jobs/{job_id}")) == {"s/talk.md", "shared/a.jpg"}
 
 
 async def test_the_archive_of_a_real_job_can_be_unpacked(api: Api, tmp_path: Path) -> None:
@@ -121,11 +123,11 @@ async def test_the_archive_of_a_real_job_can_be_unpacked(api: Api, tmp_path: Pat
     assert "ä" in (tmp_path / "echo.md").read_text(encoding="utf-8")
 
 
-async def test_the_same_results_make_the_same_archive(idle_api: Api) -> None:
+async def test_the_same_results_make_the_same_archive(api_without_worker: Api) -> None:
     at = datetime(2025, 2, 1, 12, 30, 7, tzinfo=UTC)
-    job_id = await add_job(idle_api, dict(reversed(TALK.items())), at=at)
-    first = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive")
-    second = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive")
+    job_id = await add_job(api_without_worker, dict(reversed(TALK.items())), at=at)
+    first = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
+    second = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
     assert first.content == second.content
     with ZipFile(BytesIO(first.content)) as read:
         entries = read.infolist()
@@ -135,37 +137,41 @@ async def test_the_same_results_make_the_same_archive(idle_api: Api) -> None:
     assert [entry.compress_type for entry in entries] == [ZIP_DEFLATED, ZIP_STORED]
 
 
-async def test_while_there_are_no_results_the_archive_is_refused(idle_api: Api) -> None:
-    for job_id in (await add_job(idle_api, {}, done=False), await add_job(idle_api, {})):
-        answer = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive")
+async def test_while_there_are_no_results_the_archive_is_refused(api_without_worker: Api) -> None:
+    for job_id in (await add_job(api_without_worker, {}, done=False), await add_job(api_without_worker, {})):
+        answer = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
         assert (answer.status_code, answer.json()["code"]) == (409, "no_results")
     batch_id = new_batch_id()
-    await add_batch(idle_api, batch_id, [await add_job(idle_api, {}, batch_id=batch_id, done=False)])
-    answer = await idle_api.get(f"/api/events/batches/{batch_id}/download-archive")
+    await add_batch(
+        api_without_worker, batch_id, [await add_job(api_without_worker, {}, batch_id=batch_id, done=False)]
+    )
+    answer = await api_without_worker.get(f"/api/events/batches/{batch_id}/download-archive")
     assert (answer.status_code, answer.json()["code"]) == (409, "no_results")
 
 
 @pytest.mark.parametrize("path", ["jobs/job-x", "jobs/x", "batches/batch-x", "batches/x"])
-async def test_what_is_not_there_has_no_archive(idle_api: Api, path: str) -> None:
-    answer = await idle_api.get(f"/api/events/{path}/download-archive")
+async def test_what_is_not_there_has_no_archive(api_without_worker: Api, path: str) -> None:
+    answer = await api_without_worker.get(f"/api/events/{path}/download-archive")
     assert answer.status_code == 404
     assert answer.json()["code"] in ("job_not_found", "batch_not_found")
 
 
-async def test_a_deleted_job_has_no_archive(idle_api: Api) -> None:
-    job_id = await add_job(idle_api, TALK)
-    deleted = await idle_api.http.delete(f"/api/events/jobs/{job_id}")
-    answer = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive", deleted.headers["ledger-position"])
+async def test_a_deleted_job_has_no_archive(api_without_worker: Api) -> None:
+    job_id = await add_job(api_without_worker, TALK)
+    deleted = await api_without_worker.http.delete(f"/api/events/jobs/{job_id}")
+    answer = await api_without_worker.get(
+        f"/api/events/jobs/{job_id}/download-archive", deleted.headers["ledger-position"]
+    )
     assert answer.status_code == 404
 
 
-async def test_the_archive_of_a_batch_has_the_files_of_all_its_finished_jobs(idle_api: Api) -> None:
+async def test_the_archive_of_a_batch_has_the_files_of_all_its_finished_jobs(api_without_worker: Api) -> None:
     batch_id = new_batch_id()
     jobs = [{f"e/t/talk-{number}/talk.md": f"{number}".encode()} for number in range(150)]
-    job_ids = [await add_job(idle_api, contents, batch_id=batch_id) for contents in jobs[:3]]
-    job_ids.append(await add_job(idle_api, {}, batch_id=batch_id, done=False))
-    await add_batch(idle_api, batch_id, job_ids)
-    assert await archive(idle_api, f"batches/{batch_id}") == jobs[0] | jobs[1] | jobs[2]
+    job_ids = [await add_job(api_without_worker, contents, batch_id=batch_id) for contents in jobs[:3]]
+    job_ids.append(await add_job(api_without_worker, {}, batch_id=batch_id, done=False))
+    await add_batch(api_without_worker, batch_id, job_ids)
+    assert await archive(api_without_worker, f"batches/{batch_id}") == jobs[0] | jobs[1] | jobs[2]
 
 
 async def test_the_archive_of_a_batch_has_only_what_the_caller_may_see(guarded: Api) -> None:  # noqa: F811  the fixture
@@ -182,9 +188,9 @@ async def test_the_archive_of_a_batch_has_only_what_the_caller_may_see(guarded: 
     assert (await guarded.get(f"/api/events/batches/{hidden}/download-archive")).status_code == 409
 
 
-async def test_a_head_request_makes_no_archive(idle_api: Api) -> None:
-    job_id = await add_job(idle_api, TALK)
-    answer = await idle_api.http.head(f"/api/events/jobs/{job_id}/download-archive")
+async def test_a_head_request_makes_no_archive(api_without_worker: Api) -> None:
+    job_id = await add_job(api_without_worker, TALK)
+    answer = await api_without_worker.http.head(f"/api/events/jobs/{job_id}/download-archive")
     assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "application/zip", b"")
 
 
@@ -214,10 +220,10 @@ async def pieces(api: Api, job_id: str) -> AsyncIterator[int]:
 
 
 @pytest.mark.usefixtures("unchecked")
-async def test_a_large_archive_is_never_held_in_memory(idle_api: Api) -> None:
-    job_id, _ = await add_large_job(idle_api)
+async def test_a_large_archive_is_never_held_in_memory(api_without_worker: Api) -> None:
+    job_id, _ = await add_large_job(api_without_worker)
     before, most, received = memory(), 0, 0
-    async for size in pieces(idle_api, job_id):
+    async for size in pieces(api_without_worker, job_id):
         if received == 0:
             await asyncio.sleep(0.5)
         received += size
@@ -227,9 +233,9 @@ async def test_a_large_archive_is_never_held_in_memory(idle_api: Api) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-async def test_when_the_client_goes_away_no_more_of_the_archive_is_made(idle_api: Api) -> None:
-    job_id, stored = await add_large_job(idle_api)
-    async with idle_api.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as answer:
+async def test_when_the_client_goes_away_no_more_of_the_archive_is_made(api_without_worker: Api) -> None:
+    job_id, stored = await add_large_job(api_without_worker)
+    async with api_without_worker.http.stream("GET", f"/api/events/jobs/{job_id}/download-archive") as answer:
         async for _ in answer.aiter_raw():
             break
         assert reads(stored)
@@ -237,26 +243,28 @@ async def test_when_the_client_goes_away_no_more_of_the_archive_is_made(idle_api
 
 
 @pytest.mark.usefixtures("unchecked")
-async def test_an_archive_that_cannot_be_finished_does_not_look_finished(idle_api: Api) -> None:
-    job_id, _ = await add_large_job(idle_api)
-    row = await idle_api.db.files.find_one({"path": "z.md"})
+async def test_an_archive_that_cannot_be_finished_does_not_look_finished(api_without_worker: Api) -> None:
+    job_id, _ = await add_large_job(api_without_worker)
+    row = await api_without_worker.db.files.find_one({"path": "z.md"})
     assert row is not None
-    DirectoryStore(idle_api.store).path(row["sha256"]).unlink()
+    DirectoryStore(api_without_worker.store).path(row["sha256"]).unlink()
     with pytest.raises(httpx.RemoteProtocolError):
-        _ = [size async for size in pieces(idle_api, job_id)]
+        _ = [size async for size in pieces(api_without_worker, job_id)]
 
 
 @pytest.mark.usefixtures("unchecked")
-async def test_a_store_that_is_not_the_right_one_is_told_at_once(idle_api: Api) -> None:
-    job_id, stored = await add_large_job(idle_api)
+async def test_a_store_that_is_not_the_right_one_is_told_at_once(api_without_worker: Api) -> None:
+    job_id, stored = await add_large_job(api_without_worker)
     stored.unlink()
-    answer = await idle_api.get(f"/api/events/jobs/{job_id}/download-archive")
+    answer = await api_without_worker.get(f"/api/events/jobs/{job_id}/download-archive")
     assert (answer.status_code, answer.json()["code"]) == (500, "file_missing")
 
 
-async def test_names_that_become_alike_are_kept_apart(idle_api: Api) -> None:
-    job_id = await add_job(idle_api, {"t/a:b.md": b"1", "t/a?b.md": b"2", "t/A_B.md": b"3", "t/../../etc/passwd": b"4"})
-    found = await archive(idle_api, f"jobs/{job_id}")
+async def test_names_that_become_alike_are_kept_apart(api_without_worker: Api) -> None:
+    job_id = await add_job(
+        api_without_worker, {"t/a:b.md": b"1", "t/a?b.md": b"2", "t/A_B.md": b"3", "t/../../etc/passwd": b"4"}
+    )
+    found = await archive(api_without_worker, f"jobs/{job_id}")
     assert sorted(found.values()) == [b"1", b"2", b"3", b"4"]
     assert len({name.casefold() for name in found}) == 4
     assert not any(".." in name or name.startswith("/") for name in found)
@@ -325,17 +333,17 @@ CLASHES = [
 @pytest.mark.parametrize("kind", ["jobs", "batches"])
 @pytest.mark.parametrize("paths", CLASHES, ids=" ".join)
 async def test_archive_with_files_and_directories_of_one_name_can_be_unpacked(
-    idle_api: Api, tmp_path: Path, paths: list[str], kind: str
+    api_without_worker: Api, tmp_path: Path, paths: list[str], kind: str
 ) -> None:
     contents = {f"evil/{path}": f"{number} {paths}".encode() for number, path in enumerate(paths)}
     if kind == "jobs":
-        where = f"jobs/{await add_job(idle_api, contents)}"
+        where = f"jobs/{await add_job(api_without_worker, contents)}"
     else:  # each file is of another job
         batch_id = new_batch_id()
-        job_ids = [await add_job(idle_api, {path: it}, batch_id=batch_id) for path, it in contents.items()]
-        await add_batch(idle_api, batch_id, job_ids)
+        job_ids = [await add_job(api_without_worker, {path: it}, batch_id=batch_id) for path, it in contents.items()]
+        await add_batch(api_without_worker, batch_id, job_ids)
         where = f"batches/{batch_id}"
-    answer = await idle_api.get(f"/api/events/{where}/download-archive")
+    answer = await api_without_worker.get(f"/api/events/{where}/download-archive")
     (tmp_path / "a.zip").write_bytes(answer.content)
     commands = [[sys.executable, "-m", "zipfile", "-e", "a.zip", "python"]]
     if unzip := shutil.which("unzip"):

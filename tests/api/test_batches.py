@@ -12,8 +12,8 @@ from tests.api.conftest import Api
 GOOD: dict[str, Any] = {"job_type": "echo", "parameters": {}}
 
 
-async def test_a_batch_is_accepted_with_all_its_jobs(idle_api: Api) -> None:
-    answer = await idle_api.post(
+async def test_a_batch_is_accepted_with_all_its_jobs(api_without_worker: Api) -> None:
+    answer = await api_without_worker.post(
         "/api/events/batches",
         {
             "batch_name": "Saturday",
@@ -23,7 +23,10 @@ async def test_a_batch_is_accepted_with_all_its_jobs(idle_api: Api) -> None:
         },
     )
     content, position = answer.json(), answer.headers["ledger-position"]
-    jobs = [(await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"] for job_id in content["job_ids"]]
+    jobs = [
+        (await api_without_worker.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
+        for job_id in content["job_ids"]
+    ]
 
     assert answer.status_code == 202
     assert answer.headers["location"] == f"/api/events/batches/{content['batch_id']}"
@@ -33,10 +36,10 @@ async def test_a_batch_is_accepted_with_all_its_jobs(idle_api: Api) -> None:
     assert {job["batch_id"] for job in jobs} == {content["batch_id"]}
 
 
-async def test_a_batch_answers_at_once_under_its_location(idle_api: Api) -> None:
+async def test_a_batch_answers_at_once_under_its_location(api_without_worker: Api) -> None:
     for _ in range(10):
-        batch = await idle_api.submit_batch({}, {}, {})
-        found = (await idle_api.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"]
+        batch = await api_without_worker.submit_batch({}, {}, {})
+        found = (await api_without_worker.get(f"/api/events/batches/{batch['batch_id']}")).json()["batch"]
         assert found["total_jobs"] == 3
         assert found["job_ids"] == batch["job_ids"]
 
@@ -88,43 +91,45 @@ async def test_batches_are_listed_by_status_and_owner_newest_first(api: Api) -> 
     ids=str,
 )
 async def test_one_invalid_job_refuses_the_whole_batch_and_is_named_by_its_index(
-    idle_api: Api, invalid: Any, path: str
+    api_without_worker: Api, invalid: Any, path: str
 ) -> None:
     webhook = {"url": "https://example.org/", "headers": {"A": "b"}}
-    answer = await idle_api.post("/api/events/batches", {"jobs": [GOOD, GOOD, invalid, GOOD], "webhook": webhook})
+    answer = await api_without_worker.post(
+        "/api/events/batches", {"jobs": [GOOD, GOOD, invalid, GOOD], "webhook": webhook}
+    )
 
     content = answer.json()
     assert answer.status_code == 422
     assert path in [problem["path"] for problem in content["details"]["errors"]], content
     assert content["message"].startswith("jobs[2]")
-    assert await idle_api.event_store.head_position() == 0
+    assert await api_without_worker.event_store.head_position() == 0
 
 
 @pytest.mark.parametrize("jobs", [[], {}, "x", None, 3], ids=str)
-async def test_a_batch_without_jobs_is_refused(idle_api: Api, jobs: Any) -> None:
-    answer = await idle_api.post("/api/events/batches", {"jobs": jobs})
+async def test_a_batch_without_jobs_is_refused(api_without_worker: Api, jobs: Any) -> None:
+    answer = await api_without_worker.post("/api/events/batches", {"jobs": jobs})
 
     assert answer.status_code == 422
     assert answer.json()["details"]["errors"][0]["path"] == "jobs"
 
 
-async def test_ten_thousand_jobs_are_one_batch_and_one_more_is_refused(idle_api: Api) -> None:
-    refused = await idle_api.post("/api/events/batches", {"jobs": [GOOD] * 10_001})
+async def test_ten_thousand_jobs_are_one_batch_and_one_more_is_refused(api_without_worker: Api) -> None:
+    refused = await api_without_worker.post("/api/events/batches", {"jobs": [GOOD] * 10_001})
     assert refused.status_code == 422
     assert "10000" in refused.json()["message"]
-    assert await idle_api.event_store.head_position() == 0
+    assert await api_without_worker.event_store.head_position() == 0
 
     began = time.monotonic()
-    answer = await idle_api.post("/api/events/batches", {"jobs": [GOOD] * 10_000})
+    answer = await api_without_worker.post("/api/events/batches", {"jobs": [GOOD] * 10_000})
     assert answer.status_code == 202, answer.text[:500]
     assert time.monotonic() - began < 30
     assert len(set(answer.json()["job_ids"])) == 10_000
     position = answer.headers["ledger-position"]
     assert position == "10001"
-    stats = await _once_the_views_have(idle_api, position)
+    stats = await _once_the_views_have(api_without_worker, position)
     assert stats["jobs"]["pending"] == 10_000
-    assert await idle_api.db.jobs.count_documents({}) == 10_000
-    assert await idle_api.db.queue.count_documents({}) == 10_000
+    assert await api_without_worker.db.jobs.count_documents({}) == 10_000
+    assert await api_without_worker.db.queue.count_documents({}) == 10_000
 
 
 async def _once_the_views_have(api: Api, position: str) -> dict[str, Any]:

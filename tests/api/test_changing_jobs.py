@@ -15,15 +15,15 @@ async def put(api: Api, path: str, content: Any, **headers: str) -> httpx.Respon
     return await api.http.put(f"/api/events/{path}", json=content, headers=headers)
 
 
-async def test_a_waiting_job_is_changed_and_what_is_not_named_stays(idle_api: Api) -> None:
-    job_id = await idle_api.submit({"text": "old"}, priority=3)
+async def test_a_waiting_job_is_changed_and_what_is_not_named_stays(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit({"text": "old"}, priority=3)
 
-    answer = await put(idle_api, f"jobs/{job_id}", {"parameters": {"text": "new"}})
+    answer = await put(api_without_worker, f"jobs/{job_id}", {"parameters": {"text": "new"}})
 
     assert answer.status_code == 200, answer.text
     assert (answer.json()["job"]["parameters"], answer.json()["job"]["priority"]) == ({"text": "new"}, 3)
     assert answer.headers["etag"].startswith('"2-')
-    seen = (await idle_api.get(f"/api/events/jobs/{job_id}", answer.headers["ledger-position"])).json()["job"]
+    seen = (await api_without_worker.get(f"/api/events/jobs/{job_id}", answer.headers["ledger-position"])).json()["job"]
     assert seen == answer.json()["job"]
 
 
@@ -51,47 +51,53 @@ async def test_access_and_priority_are_changed_together_or_not_at_all(api: Api) 
         ({"not_before": "soon"}, "not_before"),
     ],
 )
-async def test_a_change_that_makes_no_sense_is_refused(idle_api: Api, content: dict[str, Any], path: str) -> None:
-    job_id = await idle_api.submit()
+async def test_a_change_that_makes_no_sense_is_refused(
+    api_without_worker: Api, content: dict[str, Any], path: str
+) -> None:
+    job_id = await api_without_worker.submit()
 
-    answer = await put(idle_api, f"jobs/{job_id}", content)
+    answer = await put(api_without_worker, f"jobs/{job_id}", content)
 
     assert answer.status_code == 422
     assert answer.json()["details"]["errors"][0]["path"] == path
 
 
-async def test_new_parameters_have_to_fit_the_job_type(idle_api: Api) -> None:
+async def test_new_parameters_have_to_fit_the_job_type(api_without_worker: Api) -> None:
     session = {"event": "E", "session": "S", "url": "https://example.org", "filename": "f", "track": "T"}
-    answer = await idle_api.post("/api/events/jobs", {"parameters": session})
+    answer = await api_without_worker.post("/api/events/jobs", {"parameters": session})
 
-    refused = await put(idle_api, f"jobs/{answer.json()['job_id']}", {"parameters": {**session, "track": " "}})
+    refused = await put(
+        api_without_worker, f"jobs/{answer.json()['job_id']}", {"parameters": {**session, "track": " "}}
+    )
 
     assert refused.status_code == 422
     assert refused.json()["details"]["errors"][0]["path"] == "parameters.track"
 
 
-async def test_a_job_that_is_put_off_waits_until_then(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_a_job_that_is_put_off_waits_until_then(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 
-    answer = await put(idle_api, f"jobs/{job_id}", {"not_before": tomorrow})
+    answer = await put(api_without_worker, f"jobs/{job_id}", {"not_before": tomorrow})
 
     assert answer.json()["job"]["due_at"][:19] == tomorrow[:19]
 
 
-async def test_who_looked_at_an_older_version_changes_nothing(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
-    seen = (await idle_api.get(f"/api/events/jobs/{job_id}")).headers["etag"]
-    first = await put(idle_api, f"jobs/{job_id}", {"priority": 5}, **{"If-Match": seen})
+async def test_who_looked_at_an_older_version_changes_nothing(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
+    seen = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
+    first = await put(api_without_worker, f"jobs/{job_id}", {"priority": 5}, **{"If-Match": seen})
 
-    late = await put(idle_api, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": seen})
-    cancelled_late = await idle_api.post(f"/api/events/jobs/{job_id}/cancel", **{"If-Match": seen})
+    late = await put(api_without_worker, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": seen})
+    cancelled_late = await api_without_worker.post(f"/api/events/jobs/{job_id}/cancel", **{"If-Match": seen})
 
     assert first.status_code == 200
     for refused in (late, cancelled_late):
         assert (refused.status_code, refused.json()["code"]) == (412, "version_changed")
         assert refused.json()["details"] == {"version": 2}
-    again = await put(idle_api, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": f'"7", {first.headers["etag"]}'})
+    again = await put(
+        api_without_worker, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": f'"7", {first.headers["etag"]}'}
+    )
     assert again.json()["job"]["priority"] == 6
 
 
@@ -107,27 +113,27 @@ async def test_a_running_job_of_another_version_is_neither_cancelled_nor_deleted
     assert deleted.status_code == 200, deleted.text
 
 
-async def test_a_job_that_has_not_changed_is_not_sent_again(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
-    etag = (await idle_api.get(f"/api/events/jobs/{job_id}")).headers["etag"]
+async def test_a_job_that_has_not_changed_is_not_sent_again(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
+    etag = (await api_without_worker.get(f"/api/events/jobs/{job_id}")).headers["etag"]
 
-    same = await idle_api.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": etag})
-    other = await idle_api.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": '"99"'})
+    same = await api_without_worker.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": etag})
+    other = await api_without_worker.get(f"/api/events/jobs/{job_id}", **{"If-None-Match": '"99"'})
 
     assert (same.status_code, same.content, other.status_code) == (304, b"", 200)
 
 
-async def test_who_may_see_a_batch_is_changed_for_its_jobs_too(idle_api: Api) -> None:
-    batch = await idle_api.submit_batch({}, {})
+async def test_who_may_see_a_batch_is_changed_for_its_jobs_too(api_without_worker: Api) -> None:
+    batch = await api_without_worker.submit_batch({}, {})
 
-    answer = await put(idle_api, f"batches/{batch['batch_id']}", {"access_control": {"read_access": ["bob"]}})
+    answer = await put(api_without_worker, f"batches/{batch['batch_id']}", {"access_control": {"read_access": ["bob"]}})
 
     assert answer.json()["jobs"] == {"total": 2, "changed": 2, "unchanged": 0, "refused": 0}
     position = answer.headers["ledger-position"]
     for path in (f"batches/{batch['batch_id']}", *(f"jobs/{job_id}" for job_id in batch["job_ids"])):
-        content = (await idle_api.get(f"/api/events/{path}", position)).json()
+        content = (await api_without_worker.get(f"/api/events/{path}", position)).json()
         assert (content.get("job") or content["batch"])["access_control"]["read_access"] == ["bob"]
-    listed = (await idle_api.get("/api/events/batches", position)).json()["batches"][0]
+    listed = (await api_without_worker.get("/api/events/batches", position)).json()["batches"][0]
     assert listed["access_control"]["read_access"] == ["bob"]
 
 

@@ -80,9 +80,9 @@ FRAMING = [
 ]
 
 
-async def test_ambiguous_framing_is_refused_and_the_connection_closed(idle_api: Api) -> None:
+async def test_ambiguous_framing_is_refused_and_the_connection_closed(api_without_worker: Api) -> None:
     for sent, code in FRAMING:
-        async with connected(idle_api) as (reader, writer):
+        async with connected(api_without_worker) as (reader, writer):
             writer.write(sent.encode("latin-1"))
             writer.write(f"{GET}{HOST}\r\n".encode())  # what a smuggler wants to be answered
             answer = await until_closed(reader)
@@ -91,7 +91,7 @@ async def test_ambiguous_framing_is_refused_and_the_connection_closed(idle_api: 
         assert f'"code":"{code}"'.encode() in answer, sent
 
 
-async def test_valid_oddities_are_answered(idle_api: Api) -> None:
+async def test_valid_oddities_are_answered(api_without_worker: Api) -> None:
     for sent, status in (
         (f"{GET}{HOST}\r\n" * 20, b"200"),
         (f"{POST}Content-Length: 2\r\nContent-Length: 2\r\n\r\n{{}}", b"422"),
@@ -99,7 +99,7 @@ async def test_valid_oddities_are_answered(idle_api: Api) -> None:
         (f"GET {JOBS}/job-%zz%00 HTTP/1.1\r\n{HOST}\r\n", b"404"),
         (f"OPTIONS * HTTP/1.1\r\n{HOST}\r\n", b"404"),
     ):
-        async with connected(idle_api) as (reader, writer):
+        async with connected(api_without_worker) as (reader, writer):
             writer.write(sent.encode())
             async with asyncio.timeout(10):
                 for _ in range(sent.count("HTTP/1.1")):
@@ -107,9 +107,9 @@ async def test_valid_oddities_are_answered(idle_api: Api) -> None:
                     await reader.readuntil(b"}")
 
 
-async def test_header_with_one_value_is_refused_twice(idle_api: Api) -> None:
+async def test_header_with_one_value_is_refused_twice(api_without_worker: Api) -> None:
     for name in ("Idempotency-Key", "Range", "Ledger-Position", "Last-Event-ID", "Content-Type"):
-        answer = await idle_api.http.get(JOBS, headers=[(name, "1"), (name, "2")])
+        answer = await api_without_worker.http.get(JOBS, headers=[(name, "1"), (name, "2")])
         assert (answer.status_code, answer.json()["code"]) == (400, "repeated_header")
         assert name.lower() in answer.json()["message"].lower()
 
@@ -339,7 +339,7 @@ async def test_connections_beyond_the_limit_get_503_until_others_are_closed(run:
             assert (await reader.readuntil(b"\r\n")).split()[1] == b"200"
 
 
-async def test_live_streams_of_all_users_together_are_limited(said_in_header: None, run: Any) -> None:
+async def test_live_streams_of_all_users_together_are_limited(header_auth: None, run: Any) -> None:
     async with run(api={"max_streams": 2}) as api:
         opened = [api.http.stream("GET", STREAM, headers=principal_header(user)) for user in ("alice", "bob")]
         for stream in opened:

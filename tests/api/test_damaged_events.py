@@ -23,17 +23,17 @@ async def submitted(api: Api, *more: Any) -> list[Document]:
     return [dict(event.document) for event in events]
 
 
-async def test_a_damaged_event_keeps_no_other_from_its_readers(idle_api: Api) -> None:
-    [first] = await submitted(idle_api)
-    damaged, archived = await submitted(idle_api, JobArchived(by="user:local"))
-    [last] = await submitted(idle_api)
+async def test_a_damaged_event_keeps_no_other_from_its_readers(api_without_worker: Api) -> None:
+    [first] = await submitted(api_without_worker)
+    damaged, archived = await submitted(api_without_worker, JobArchived(by="user:local"))
+    [last] = await submitted(api_without_worker)
     positions = [it["_id"] for it in (first, damaged, archived, last)]
     job = damaged["stream"]
     for place, value, _ in TAMPERED_FIELDS.values():
         if place in ("stream", "version"):  # then it is found in no stream, or at another version
             continue
-        await idle_api.db.events.update_one({"_id": damaged["_id"]}, {"$set": {place: value}})
-        answer = await idle_api.get("/api/ledger/events?limit=1000")
+        await api_without_worker.db.events.update_one({"_id": damaged["_id"]}, {"$set": {place: value}})
+        answer = await api_without_worker.get("/api/ledger/events?limit=1000")
         assert answer.status_code == 200, (place, value, answer.text)
         assert [event["position"] for event in answer.json()["events"]] == positions
         for path in (
@@ -46,21 +46,21 @@ async def test_a_damaged_event_keeps_no_other_from_its_readers(idle_api: Api) ->
             "/monitoring/events/log",
             f"/monitoring/events/jobs/{job}",
         ):
-            answer = await idle_api.get(path)
+            answer = await api_without_worker.get(path)
             assert answer.status_code == 200, (place, value, path, answer.text)
         for then in (archived["_id"], "2030-01-01T00:00:00Z"):
-            answer = await idle_api.get(f"/api/events/jobs/{job}?as_of={then}")
+            answer = await api_without_worker.get(f"/api/events/jobs/{job}?as_of={then}")
             assert answer.status_code in (200, 404, 409), (place, value, answer.text)
-        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(idle_api.stream_events(after=0)) as events:
+        async with asyncio.timeout(DEADLINE_SECONDS), aclosing(api_without_worker.stream_events(after=0)) as events:
             assert [(await anext(events))["position"] for _ in positions] == positions
-        await idle_api.db.events.replace_one({"_id": damaged["_id"]}, damaged)
+        await api_without_worker.db.events.replace_one({"_id": damaged["_id"]}, damaged)
 
 
-async def test_a_stub_says_which_field_is_damaged(idle_api: Api) -> None:
-    [damaged] = await submitted(idle_api)
-    await idle_api.db.events.update_one(
+async def test_a_stub_says_which_field_is_damaged(api_without_worker: Api) -> None:
+    [damaged] = await submitted(api_without_worker)
+    await api_without_worker.db.events.update_one(
         {"_id": damaged["_id"]}, {"$set": {"data.parameters.text": b"\xde\xad\xbe\xef"}}
     )
-    [event] = (await idle_api.get("/api/ledger/events")).json()["events"]
+    [event] = (await api_without_worker.get("/api/ledger/events")).json()["events"]
     assert (event["position"], event["type"], event["data"]) == (damaged["_id"], "JobSubmitted", {})
     assert "its data.parameters.text is a bytes" in event["unreadable"]

@@ -65,10 +65,10 @@ async def add_file(
     ],
 )
 async def test_a_file_is_served_as_what_it_is_and_can_never_run_a_script(
-    idle_api: Api, name: str, media_type: str
+    api_without_worker: Api, name: str, media_type: str
 ) -> None:
-    digest = await add_file(idle_api, f"c/t/{name}", media_type=media_type)
-    answer = await idle_api.get(f"{FILES}c/t/{name}")
+    digest = await add_file(api_without_worker, f"c/t/{name}", media_type=media_type)
+    answer = await api_without_worker.get(f"{FILES}c/t/{name}")
 
     assert answer.status_code == 200
     assert answer.content == CONTENT
@@ -91,14 +91,14 @@ async def test_the_result_of_an_echo_job_has_a_media_type_that_browsers_read_as_
 
 
 @pytest.mark.parametrize("given", ['"{}"', 'W/"{}"', '"other", "{}"'])
-async def test_a_file_that_the_client_has_already_is_not_sent_again(idle_api: Api, given: str) -> None:
-    digest = await add_file(idle_api, "a.bin")
-    answer = await idle_api.get(f"{FILES}a.bin", **{"If-None-Match": given.format(digest)})
+async def test_a_file_that_the_client_has_already_is_not_sent_again(api_without_worker: Api, given: str) -> None:
+    digest = await add_file(api_without_worker, "a.bin")
+    answer = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": given.format(digest)})
 
     assert answer.status_code == 304
     assert answer.content == b""
     assert answer.headers["etag"] == f'"{digest}"'
-    other = await idle_api.get(f"{FILES}a.bin", **{"If-None-Match": '"something else"'})
+    other = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": '"something else"'})
     assert other.status_code == 200
 
 
@@ -111,9 +111,9 @@ async def test_a_file_that_the_client_has_already_is_not_sent_again(idle_api: Ap
         ("bytes=10230-99999", 10230, 10240),
     ],
 )
-async def test_a_part_of_a_file_is_just_that_part(idle_api: Api, asked: str, start: int, end: int) -> None:
-    await add_file(idle_api, "film.webm", media_type="video/webm")
-    answer = await idle_api.get(f"{FILES}film.webm", Range=asked)
+async def test_a_part_of_a_file_is_just_that_part(api_without_worker: Api, asked: str, start: int, end: int) -> None:
+    await add_file(api_without_worker, "film.webm", media_type="video/webm")
+    answer = await api_without_worker.get(f"{FILES}film.webm", Range=asked)
 
     assert answer.status_code == 206
     assert answer.content == CONTENT[start:end]
@@ -137,18 +137,20 @@ async def test_a_part_of_a_file_is_just_that_part(idle_api: Api, asked: str, sta
         "bytes=" + ",".join(f"{2 * part}-{2 * part}" for part in range(51)),
     ],
 )
-async def test_a_part_that_the_file_does_not_have_is_refused_in_the_envelope(idle_api: Api, asked: str) -> None:
-    await add_file(idle_api, "film.webm", media_type="video/webm")
-    answer = await idle_api.get(f"{FILES}film.webm", Range=asked)
+async def test_a_part_that_the_file_does_not_have_is_refused_in_the_envelope(
+    api_without_worker: Api, asked: str
+) -> None:
+    await add_file(api_without_worker, "film.webm", media_type="video/webm")
+    answer = await api_without_worker.get(f"{FILES}film.webm", Range=asked)
 
     assert answer.status_code == 416
     assert answer.json()["code"] == "range_not_satisfiable"
     assert answer.headers["content-range"] == f"bytes */{len(CONTENT)}"
 
 
-async def test_a_range_of_another_version_of_the_file_is_answered_with_the_whole(idle_api: Api) -> None:
-    await add_file(idle_api, "a.bin")
-    answer = await idle_api.get(f"{FILES}a.bin", **{"Range": "bytes=0-9", "If-Range": '"an older digest"'})
+async def test_a_range_of_another_version_of_the_file_is_answered_with_the_whole(api_without_worker: Api) -> None:
+    await add_file(api_without_worker, "a.bin")
+    answer = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=0-9", "If-Range": '"an older digest"'})
 
     assert answer.status_code == 200
     assert answer.content == CONTENT
@@ -166,10 +168,10 @@ async def test_a_range_of_another_version_of_the_file_is_answered_with_the_whole
     ],
 )
 async def test_a_file_with_an_odd_name_is_served_and_its_name_cannot_break_a_header(
-    idle_api: Api, name: str, plain: str
+    api_without_worker: Api, name: str, plain: str
 ) -> None:
-    await add_file(idle_api, f"c/{name}")
-    answer = await idle_api.get(f"{FILES}c/{quote(name, safe='')}")
+    await add_file(api_without_worker, f"c/{name}")
+    answer = await api_without_worker.get(f"{FILES}c/{quote(name, safe='')}")
 
     assert answer.status_code == 200
     disposition = answer.headers["content-disposition"]
@@ -178,9 +180,9 @@ async def test_a_file_with_an_odd_name_is_served_and_its_name_cannot_break_a_hea
     assert "x" not in answer.headers
 
 
-async def test_a_head_request_tells_the_size_and_sends_nothing(idle_api: Api) -> None:
-    await add_file(idle_api, "a.bin")
-    answer = await idle_api.http.head(f"{FILES}a.bin")
+async def test_a_head_request_tells_the_size_and_sends_nothing(api_without_worker: Api) -> None:
+    await add_file(api_without_worker, "a.bin")
+    answer = await api_without_worker.http.head(f"{FILES}a.bin")
 
     assert answer.status_code == 200
     assert answer.headers["content-length"] == str(len(CONTENT))
@@ -220,19 +222,19 @@ async def test_a_head_request_tells_the_size_and_sends_nothing(idle_api: Api) ->
         "%24where",
     ],
 )
-async def test_a_path_that_is_not_exactly_a_result_is_not_found(idle_api: Api, path: str) -> None:
-    await add_file(idle_api, "c/talk.md")
-    status, text = await raw_get(idle_api, f"{FILES}{path}")
+async def test_a_path_that_is_not_exactly_a_result_is_not_found(api_without_worker: Api, path: str) -> None:
+    await add_file(api_without_worker, "c/talk.md")
+    status, text = await raw_get(api_without_worker, f"{FILES}{path}")
 
     assert status == 404, text
     assert '"code":"file_not_found"' in text or '"code":"not_found"' in text
     assert "root:" not in text
 
 
-async def test_the_digest_of_a_file_is_no_way_to_it(idle_api: Api) -> None:
-    digest = await add_file(idle_api, "c/talk.md")
+async def test_the_digest_of_a_file_is_no_way_to_it(api_without_worker: Api) -> None:
+    digest = await add_file(api_without_worker, "c/talk.md")
     for path in (digest, f"{digest[:2]}/{digest}"):
-        assert (await idle_api.get(f"{FILES}{path}")).status_code == 404
+        assert (await api_without_worker.get(f"{FILES}{path}")).status_code == 404
 
 
 async def raw_get(api: Api, path: str) -> tuple[int, str]:
@@ -251,22 +253,24 @@ def moved_away(api: Api) -> Path:
 
 
 @pytest.mark.parametrize("mount_point", [False, True], ids=["missing", "empty mount point"])
-async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(idle_api: Api, mount_point: bool) -> None:
-    await add_file(idle_api, "away.bin")
-    away = moved_away(idle_api)
+async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(
+    api_without_worker: Api, mount_point: bool
+) -> None:
+    await add_file(api_without_worker, "away.bin")
+    away = moved_away(api_without_worker)
     try:
         if mount_point:
-            idle_api.store.mkdir()
-        answer = await idle_api.get(f"{FILES}away.bin")
+            api_without_worker.store.mkdir()
+        answer = await api_without_worker.get(f"{FILES}away.bin")
         assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
         assert "result store" in answer.json()["message"]
-        assert str(idle_api.store) not in answer.text
+        assert str(api_without_worker.store) not in answer.text
         assert "retry-after" in answer.headers
     finally:
         if mount_point:
-            idle_api.store.rmdir()  # nothing was written there
-        away.rename(idle_api.store)
-    assert (await idle_api.get(f"{FILES}away.bin")).status_code == 200
+            api_without_worker.store.rmdir()  # nothing was written there
+        away.rename(api_without_worker.store)
+    assert (await api_without_worker.get(f"{FILES}away.bin")).status_code == 200
 
 
 async def test_files_of_a_deleted_job_are_no_longer_served(api: Api) -> None:
@@ -280,16 +284,16 @@ async def test_files_of_a_deleted_job_are_no_longer_served(api: Api) -> None:
     assert answer.json()["code"] == "file_not_found"
 
 
-async def test_a_file_whose_bytes_are_gone_is_a_fault_that_says_what_to_look_at(idle_api: Api) -> None:
-    digest = await add_file(idle_api, "a.bin")
-    await asyncio.to_thread(DirectoryStore(idle_api.store).path(digest).unlink)
-    answer = await idle_api.get(f"{FILES}a.bin")
+async def test_a_file_whose_bytes_are_gone_is_a_fault_that_says_what_to_look_at(api_without_worker: Api) -> None:
+    digest = await add_file(api_without_worker, "a.bin")
+    await asyncio.to_thread(DirectoryStore(api_without_worker.store).path(digest).unlink)
+    answer = await api_without_worker.get(f"{FILES}a.bin")
 
     content: dict[str, Any] = answer.json()
     assert answer.status_code == 500
     assert content["code"] == "file_missing"
     assert "results.store" in content["message"]
-    assert str(idle_api.store) not in answer.text
+    assert str(api_without_worker.store) not in answer.text
 
 
 # Conditions -------------------------------------------------------------------------------------------------------
@@ -317,13 +321,17 @@ async def test_a_file_whose_bytes_are_gone_is_a_fault_that_says_what_to_look_at(
         ({"If-Unmodified-Since": "Wed, 01 Jan 2020 00:00:00 GMT", "If-Match": '"{}"'}, 200),
     ],
 )
-async def test_conditions_are_answered_as_the_rfc_wants(idle_api: Api, headers: dict[str, str], status: int) -> None:
-    digest = await add_file(idle_api, "a.bin")
+async def test_conditions_are_answered_as_the_rfc_wants(
+    api_without_worker: Api, headers: dict[str, str], status: int
+) -> None:
+    digest = await add_file(api_without_worker, "a.bin")
     for method in ("GET", "HEAD"):
         asked = {name: value.format(digest) for name, value in headers.items()}
-        answer = await idle_api.http.request(method, f"{FILES}a.bin", headers=asked)
+        answer = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=asked)
         assert answer.status_code == status
-    answer = await idle_api.get(f"{FILES}a.bin", **{name: value.format(digest) for name, value in headers.items()})
+    answer = await api_without_worker.get(
+        f"{FILES}a.bin", **{name: value.format(digest) for name, value in headers.items()}
+    )
     if status == 412:
         assert answer.json()["code"] == "precondition_failed"
         assert answer.json()["details"] == {"etag": f'"{digest}"'}
@@ -331,33 +339,33 @@ async def test_conditions_are_answered_as_the_rfc_wants(idle_api: Api, headers: 
         assert answer.content == b""
 
 
-async def test_what_was_not_changed_since_it_was_fetched_is_not_sent_again(idle_api: Api) -> None:
-    await add_file(idle_api, "a.bin")
-    fetched = (await idle_api.get(f"{FILES}a.bin")).headers["last-modified"]
-    answer = await idle_api.get(f"{FILES}a.bin", **{"If-Modified-Since": fetched})
+async def test_what_was_not_changed_since_it_was_fetched_is_not_sent_again(api_without_worker: Api) -> None:
+    await add_file(api_without_worker, "a.bin")
+    fetched = (await api_without_worker.get(f"{FILES}a.bin")).headers["last-modified"]
+    answer = await api_without_worker.get(f"{FILES}a.bin", **{"If-Modified-Since": fetched})
     assert (answer.status_code, answer.headers["last-modified"]) == (304, fetched)
 
 
-async def test_a_download_that_broke_off_goes_on_if_the_file_is_still_the_same(idle_api: Api) -> None:
-    digest = await add_file(idle_api, "a.bin")
-    whole = await idle_api.get(f"{FILES}a.bin")
+async def test_a_download_that_broke_off_goes_on_if_the_file_is_still_the_same(api_without_worker: Api) -> None:
+    digest = await add_file(api_without_worker, "a.bin")
+    whole = await api_without_worker.get(f"{FILES}a.bin")
     for same in (f'"{digest}"', whole.headers["last-modified"]):
-        answer = await idle_api.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": same})
+        answer = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": same})
         assert (answer.status_code, answer.content) == (206, CONTENT[10000:])
     for other in (f'W/"{digest}"', "Wed, 01 Jan 2020 00:00:00 GMT"):
-        answer = await idle_api.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": other})
+        answer = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": other})
         assert (answer.status_code, answer.content) == (200, CONTENT)
 
 
-async def test_a_range_in_units_that_nobody_knows_is_answered_with_the_whole(idle_api: Api) -> None:
-    await add_file(idle_api, "a.bin")
-    answer = await idle_api.get(f"{FILES}a.bin", Range="lines=1-2")
+async def test_a_range_in_units_that_nobody_knows_is_answered_with_the_whole(api_without_worker: Api) -> None:
+    await add_file(api_without_worker, "a.bin")
+    answer = await api_without_worker.get(f"{FILES}a.bin", Range="lines=1-2")
     assert (answer.status_code, answer.content) == (200, CONTENT)
 
 
-async def test_several_parts_come_in_one_answer_each_saying_where_it_belongs(idle_api: Api) -> None:
-    await add_file(idle_api, "a.bin", media_type="text/plain")
-    answer = await idle_api.get(f"{FILES}a.bin", Range="bytes=-5, 0-9, 5-12, 99999-, 100-100")
+async def test_several_parts_come_in_one_answer_each_saying_where_it_belongs(api_without_worker: Api) -> None:
+    await add_file(api_without_worker, "a.bin", media_type="text/plain")
+    answer = await api_without_worker.get(f"{FILES}a.bin", Range="bytes=-5, 0-9, 5-12, 99999-, 100-100")
 
     assert answer.status_code == 206
     assert answer.headers["content-length"] == str(len(answer.content))
@@ -374,28 +382,28 @@ async def test_several_parts_come_in_one_answer_each_saying_where_it_belongs(idl
         assert b"\r\n\r\n" + expected + b"\r\n--" in answer.content
 
 
-async def test_a_head_request_knows_no_ranges(idle_api: Api) -> None:
-    await add_file(idle_api, "a.bin")
-    answer = await idle_api.http.head(f"{FILES}a.bin", headers={"Range": "bytes=0-9"})
+async def test_a_head_request_knows_no_ranges(api_without_worker: Api) -> None:
+    await add_file(api_without_worker, "a.bin")
+    answer = await api_without_worker.http.head(f"{FILES}a.bin", headers={"Range": "bytes=0-9"})
     assert (answer.status_code, answer.headers["content-length"]) == (200, str(len(CONTENT)))
     assert answer.headers["accept-ranges"] == "bytes"
 
 
-async def test_an_empty_file_is_served_and_has_no_parts(idle_api: Api) -> None:
-    await add_file(idle_api, "empty.md", b"", "text/markdown")
-    whole = await idle_api.get(f"{FILES}empty.md")
-    part = await idle_api.get(f"{FILES}empty.md", Range="bytes=0-")
+async def test_an_empty_file_is_served_and_has_no_parts(api_without_worker: Api) -> None:
+    await add_file(api_without_worker, "empty.md", b"", "text/markdown")
+    whole = await api_without_worker.get(f"{FILES}empty.md")
+    part = await api_without_worker.get(f"{FILES}empty.md", Range="bytes=0-")
     assert (whole.status_code, whole.headers["content-length"], part.status_code) == (200, "0", 416)
 
 
 # What it is, and what it is called --------------------------------------------------------------------------------
 
 
-async def test_a_file_can_be_asked_for_as_a_download(idle_api: Api) -> None:
-    await add_file(idle_api, "c/talk.md", media_type="text/markdown")
-    shown = await idle_api.get(f"{FILES}c/talk.md")
-    saved = await idle_api.get(f"{FILES}c/talk.md?download=1")
-    wrong = await idle_api.get(f"{FILES}c/talk.md?download=maybe")
+async def test_a_file_can_be_asked_for_as_a_download(api_without_worker: Api) -> None:
+    await add_file(api_without_worker, "c/talk.md", media_type="text/markdown")
+    shown = await api_without_worker.get(f"{FILES}c/talk.md")
+    saved = await api_without_worker.get(f"{FILES}c/talk.md?download=1")
+    wrong = await api_without_worker.get(f"{FILES}c/talk.md?download=maybe")
     assert shown.headers["content-disposition"] == 'inline; filename="talk.md"'
     assert saved.headers["content-disposition"] == 'attachment; filename="talk.md"'
     assert (wrong.status_code, wrong.json()["details"]["errors"][0]["path"]) == (422, "download")
@@ -456,11 +464,11 @@ def reads(path: Path) -> bool:
 
 
 async def test_a_large_file_is_never_held_in_memory_neither_for_a_slow_client_nor_for_a_fast_one(
-    idle_api: Api,
+    api_without_worker: Api,
 ) -> None:
-    await add_large_file(idle_api, "film.webm")
+    await add_large_file(api_without_worker, "film.webm")
     before, most, received = memory(), 0, 0
-    async with idle_api.http.stream("GET", f"{FILES}film.webm") as answer:
+    async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as answer:
         assert answer.headers["content-length"] == str(LARGE)
         async for piece in answer.aiter_raw():
             if received == 0:
@@ -471,10 +479,10 @@ async def test_a_large_file_is_never_held_in_memory_neither_for_a_slow_client_no
     assert most - before < 40 * 2**20
 
 
-async def test_when_the_client_goes_away_the_file_is_no_longer_read(idle_api: Api) -> None:
-    digest = await add_large_file(idle_api, "film.webm")
-    stored = DirectoryStore(idle_api.store).path(digest)
-    async with idle_api.http.stream("GET", f"{FILES}film.webm") as answer:
+async def test_when_the_client_goes_away_the_file_is_no_longer_read(api_without_worker: Api) -> None:
+    digest = await add_large_file(api_without_worker, "film.webm")
+    stored = DirectoryStore(api_without_worker.store).path(digest)
+    async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as answer:
         async for _ in answer.aiter_raw():
             break
         assert reads(stored)
@@ -482,29 +490,33 @@ async def test_when_the_client_goes_away_the_file_is_no_longer_read(idle_api: Ap
 
 
 @pytest.mark.parametrize("asked", [{}, {"Range": "bytes=0-1"}, {"Range": "bytes=0-1,5-6"}, {"Range": "bytes=5-2"}])
-async def test_no_answer_leaves_a_file_open(idle_api: Api, asked: dict[str, str]) -> None:
-    digest = await add_file(idle_api, "a.bin")
+async def test_no_answer_leaves_a_file_open(api_without_worker: Api, asked: dict[str, str]) -> None:
+    digest = await add_file(api_without_worker, "a.bin")
     for method in ("GET", "HEAD"):
-        await idle_api.http.request(method, f"{FILES}a.bin", headers=asked)
-    await poll_until(lambda: not reads(DirectoryStore(idle_api.store).path(digest)), "the file is closed", seconds=5)
+        await api_without_worker.http.request(method, f"{FILES}a.bin", headers=asked)
+    await poll_until(
+        lambda: not reads(DirectoryStore(api_without_worker.store).path(digest)), "the file is closed", seconds=5
+    )
 
 
-async def test_a_file_that_becomes_shorter_while_it_is_sent_ends_in_a_broken_connection(idle_api: Api) -> None:
-    digest = await add_large_file(idle_api, "film.webm")
+async def test_a_file_that_becomes_shorter_while_it_is_sent_ends_in_a_broken_connection(
+    api_without_worker: Api,
+) -> None:
+    digest = await add_large_file(api_without_worker, "film.webm")
 
     async def read() -> None:
-        async with idle_api.http.stream("GET", f"{FILES}film.webm") as answer:
+        async with api_without_worker.http.stream("GET", f"{FILES}film.webm") as answer:
             async for _ in answer.aiter_raw():
-                os.truncate(DirectoryStore(idle_api.store).path(digest), 10)
+                os.truncate(DirectoryStore(api_without_worker.store).path(digest), 10)
 
     with pytest.raises(httpx.RemoteProtocolError):
         await read()
 
 
 @pytest.mark.parametrize("what", ["a link to a file", "a link to a directory", "a directory", "a pipe"])
-async def test_what_is_no_file_in_the_store_is_not_followed(idle_api: Api, tmp_path: Path, what: str) -> None:
-    digest = await add_file(idle_api, "a.bin")
-    stored = DirectoryStore(idle_api.store).path(digest)
+async def test_what_is_no_file_in_the_store_is_not_followed(api_without_worker: Api, tmp_path: Path, what: str) -> None:
+    digest = await add_file(api_without_worker, "a.bin")
+    stored = DirectoryStore(api_without_worker.store).path(digest)
     stored.unlink()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / digest).write_text("secret")
@@ -518,46 +530,46 @@ async def test_what_is_no_file_in_the_store_is_not_followed(idle_api: Api, tmp_p
     else:
         os.mkfifo(stored)
     async with asyncio.timeout(5):
-        answer = await idle_api.get(f"{FILES}a.bin")
+        answer = await api_without_worker.get(f"{FILES}a.bin")
     assert (answer.status_code, answer.json()["code"]) == (500, "file_missing")
 
 
 @pytest.mark.parametrize("headers", [{}, {"Range": "bytes=0-3"}, {"Range": "bytes=0-1,3-4"}])
 @pytest.mark.parametrize("seen_before", [False, True])
 async def test_a_changed_file_is_never_served_with_the_recorded_digest(
-    idle_api: Api, headers: dict[str, str], seen_before: bool
+    api_without_worker: Api, headers: dict[str, str], seen_before: bool
 ) -> None:
-    digest = await add_file(idle_api, "a.bin")
+    digest = await add_file(api_without_worker, "a.bin")
     if seen_before:
-        assert (await idle_api.get(f"{FILES}a.bin")).headers["etag"] == f'"{digest}"'
-    stored = DirectoryStore(idle_api.store).path(digest)
+        assert (await api_without_worker.get(f"{FILES}a.bin")).headers["etag"] == f'"{digest}"'
+    stored = DirectoryStore(api_without_worker.store).path(digest)
     content = stored.read_bytes()
     stored.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     for method in ("GET", "HEAD"):
-        answer = await idle_api.http.request(method, f"{FILES}a.bin", headers=headers)
+        answer = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=headers)
         assert answer.status_code == 500
         assert "etag" not in answer.headers
         if method == "GET":
             assert answer.json()["code"] == "file_damaged"
-            assert str(idle_api.store) not in answer.text
+            assert str(api_without_worker.store) not in answer.text
 
 
-async def test_grown_files_do_not_keep_a_whole_one_waiting(idle_api: Api) -> None:
+async def test_grown_files_do_not_keep_a_whole_one_waiting(api_without_worker: Api) -> None:
     for number in range(3):
-        digest = await add_file(idle_api, f"{number}.bin", b"%d" % number)
+        digest = await add_file(api_without_worker, f"{number}.bin", b"%d" % number)
         if number:
-            os.truncate(DirectoryStore(idle_api.store).path(digest), 2**40)
+            os.truncate(DirectoryStore(api_without_worker.store).path(digest), 2**40)
     async with asyncio.timeout(DEADLINE_SECONDS):
-        grown = await asyncio.gather(*(idle_api.get(f"{FILES}{number}.bin") for number in (1, 2)))
+        grown = await asyncio.gather(*(api_without_worker.get(f"{FILES}{number}.bin") for number in (1, 2)))
         assert [answer.json()["code"] for answer in grown] == ["file_damaged"] * 2
-        assert (await idle_api.get(f"{FILES}0.bin")).content == b"0"
+        assert (await api_without_worker.get(f"{FILES}0.bin")).content == b"0"
 
 
-async def test_hashing_of_a_large_file_ends_when_the_client_goes_away(idle_api: Api) -> None:
+async def test_hashing_of_a_large_file_ends_when_the_client_goes_away(api_without_worker: Api) -> None:
     path = "large.bin"
-    digest = await add_file(idle_api, path)
-    await idle_api.db.files.update_many({"path": path}, {"$set": {"size": 2**40}})
-    os.truncate(DirectoryStore(idle_api.store).path(digest), 2**40)
+    digest = await add_file(api_without_worker, path)
+    await api_without_worker.db.files.update_many({"path": path}, {"$set": {"size": 2**40}})
+    os.truncate(DirectoryStore(api_without_worker.store).path(digest), 2**40)
     with pytest.raises(httpx.ReadTimeout):
-        await idle_api.http.get(f"{FILES}{path}", timeout=0.3)
+        await api_without_worker.http.get(f"{FILES}{path}", timeout=0.3)
     await poll_until(lambda: not any(it.get_name() == "open-file" for it in asyncio.all_tasks()), "hashing has ended")

@@ -17,14 +17,14 @@ LIMITS = {"max_streams_per_user": 2, "max_streams": 3}
 
 
 @pytest.fixture
-async def stalled(said_in_header: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
+async def stalled(header_auth: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """Without a projector: the views reach nothing, and no job ends."""
     async for running in run_api(mongodb_uri, db_name, tmp_path, frozenset({"api"}), api=LIMITS):
         yield running
 
 
 @pytest.fixture
-async def idle(said_in_header: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
+async def idle(header_auth: None, mongodb_uri: str, db_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """Without a worker: no job ends unless it is cancelled."""
     roles = frozenset({"api", "projector"})
     async for running in run_api(mongodb_uri, db_name, tmp_path, roles, api=LIMITS):  # type: ignore[arg-type]  # as above

@@ -49,25 +49,25 @@ async def pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[st
     return found
 
 
-async def test_the_history_of_a_job_comes_in_pages(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_the_history_of_a_job_comes_in_pages(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
     reports = (ReportProgress("worker-1", 1, "page", percent, "on it") for percent in range(7))
-    await do(idle_api, job_id, ClaimJob("worker-1", NOON), *reports)
+    await do(api_without_worker, job_id, ClaimJob("worker-1", NOON), *reports)
     path = f"/api/events/jobs/{job_id}/history"
 
-    found = await pages(idle_api, path, "events", 4)
+    found = await pages(api_without_worker, path, "events", 4)
     assert [[event["version"] for event in page] for page in found] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
-    whole = (await idle_api.get(path)).json()
+    whole = (await api_without_worker.get(path)).json()
     assert "next" not in whole
     assert whole["events"] == [event for page in found for event in page]
-    assert [len(page) for page in await pages(idle_api, path, "events", 3)] == [3, 3, 3]
+    assert [len(page) for page in await pages(api_without_worker, path, "events", 3)] == [3, 3, 3]
 
 
-async def test_a_page_of_large_events_ends_early(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_of_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.api.routes.history._LARGEST_ANSWER_BYTES", 3000)
-    job_id = await idle_api.submit()
-    await do(idle_api, job_id, ClaimJob("worker-1", NOON), *(said("x" * 2000) for _ in range(4)))
-    found = await pages(idle_api, f"/api/events/jobs/{job_id}/history", "events", 100)
+    job_id = await api_without_worker.submit()
+    await do(api_without_worker, job_id, ClaimJob("worker-1", NOON), *(said("x" * 2000) for _ in range(4)))
+    found = await pages(api_without_worker, f"/api/events/jobs/{job_id}/history", "events", 100)
     assert [[event["version"] for event in page] for page in found] == [[1, 2, 3], [4, 5], [6]]
 
 
@@ -79,14 +79,16 @@ async def test_the_history_of_a_batch_is_that_of_its_own_stream(api: Api) -> Non
     assert [[event["type"] for event in page] for page in found] == [["BatchSubmitted"], ["BatchFinished"]]
 
 
-async def test_all_lines_of_a_log_can_be_read_though_the_job_carries_the_newest_hundred(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_all_lines_of_a_log_can_be_read_though_the_job_carries_the_newest_hundred(
+    api_without_worker: Api,
+) -> None:
+    job_id = await api_without_worker.submit()
     commands = [said(*(f"line {number}" for number in range(begin, begin + 7))) for begin in range(0, 210, 7)]
-    position = await do(idle_api, job_id, ClaimJob("worker-1", NOON), *commands)
-    job = (await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
+    position = await do(api_without_worker, job_id, ClaimJob("worker-1", NOON), *commands)
+    job = (await api_without_worker.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
     assert len(job["logs"]) == 100
 
-    found = await pages(idle_api, f"/api/events/jobs/{job_id}/logs", "logs", 50)
+    found = await pages(api_without_worker, f"/api/events/jobs/{job_id}/logs", "logs", 50)
     assert [len(page) for page in found] == [56, 56, 56, 42], "what was said in one event stays together"
     lines = [line for page in found for line in page]
     assert [line["message"] for line in lines] == [f"line {number}" for number in range(210)]
@@ -99,8 +101,10 @@ async def test_all_lines_of_a_log_can_be_read_though_the_job_carries_the_newest_
     }
 
 
-async def test_the_log_of_a_job_says_what_became_of_its_attempts_as_the_job_itself_does(idle_api: Api) -> None:
-    job_id = await idle_api.submit(max_attempts=9)
+async def test_the_log_of_a_job_says_what_became_of_its_attempts_as_the_job_itself_does(
+    api_without_worker: Api,
+) -> None:
+    job_id = await api_without_worker.submit(max_attempts=9)
     claim = ClaimJob("worker-1", NOON + timedelta(days=9999))
     broken = Failure(code="BROKEN", message="it broke")
     commands: list[Command] = [
@@ -114,9 +118,9 @@ async def test_the_log_of_a_job_says_what_became_of_its_attempts_as_the_job_itse
         claim,
         FailAttempt("worker-1", 4, broken, None),
     ]
-    position = await do(idle_api, job_id, *commands)
-    job = (await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
-    lines = (await idle_api.get(f"/api/events/jobs/{job_id}/logs")).json()["logs"]
+    position = await do(api_without_worker, job_id, *commands)
+    job = (await api_without_worker.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
+    lines = (await api_without_worker.get(f"/api/events/jobs/{job_id}/logs")).json()["logs"]
 
     assert len(lines) == 5
     assert lines[0]["message"].startswith(job["logs"][0]["message"].removesuffix(" …"))
@@ -126,9 +130,9 @@ async def test_the_log_of_a_job_says_what_became_of_its_attempts_as_the_job_itse
 
 
 @pytest.mark.parametrize("path", ["jobs/{}/history", "jobs/{}/logs", "batches/{}/history"])
-@pytest.mark.usefixtures("said_in_header")
-async def test_history_and_logs_are_for_those_who_may_read_the_job(idle_api: Api, path: str) -> None:
-    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
+@pytest.mark.usefixtures("header_auth")
+async def test_history_and_logs_are_for_those_who_may_read_the_job(api_without_worker: Api, path: str) -> None:
+    alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     batch = await alice.submit_batch({})
     there = batch["batch_id"] if path.startswith("batches") else batch["job_ids"][0]
     missing = there[:-4] + "0000"
@@ -139,6 +143,6 @@ async def test_history_and_logs_are_for_those_who_may_read_the_job(idle_api: Api
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "after_version=-1", "after_version=x", "skip=1"])
-async def test_a_wrong_query_is_refused(idle_api: Api, query: str) -> None:
-    answer = await idle_api.get(f"/api/events/jobs/{await idle_api.submit()}/logs?{query}")
+async def test_a_wrong_query_is_refused(api_without_worker: Api, query: str) -> None:
+    answer = await api_without_worker.get(f"/api/events/jobs/{await api_without_worker.submit()}/logs?{query}")
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")

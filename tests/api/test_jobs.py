@@ -19,8 +19,8 @@ SESSION = {
 SECRET = "Bearer s3cr3t-value"
 
 
-async def test_a_submitted_job_is_accepted_with_its_place_and_position(idle_api: Api) -> None:
-    answer = await idle_api.post(
+async def test_a_submitted_job_is_accepted_with_its_place_and_position(api_without_worker: Api) -> None:
+    answer = await api_without_worker.post(
         "/api/events/jobs", {"job_type": "echo", "parameters": {"text": "hello"}, "job_name": "First", "priority": 7}
     )
 
@@ -36,28 +36,30 @@ async def test_a_submitted_job_is_accepted_with_its_place_and_position(idle_api:
     assert content["job"]["created_at"].endswith("Z")
 
 
-async def test_the_location_of_a_submitted_job_answers_at_once(idle_api: Api) -> None:
+async def test_the_location_of_a_submitted_job_answers_at_once(api_without_worker: Api) -> None:
     for number in range(20):
-        answer = await idle_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {"number": number}})
-        found = await idle_api.get(answer.headers["location"])
+        answer = await api_without_worker.post(
+            "/api/events/jobs", {"job_type": "echo", "parameters": {"number": number}}
+        )
+        found = await api_without_worker.get(answer.headers["location"])
         assert found.status_code == 200
         assert found.json()["job"]["parameters"] == {"number": number}
         assert found.headers["etag"].startswith('"1-')
 
 
-async def test_a_list_that_is_asked_for_with_the_position_of_a_write_contains_it(idle_api: Api) -> None:
+async def test_a_list_that_is_asked_for_with_the_position_of_a_write_contains_it(api_without_worker: Api) -> None:
     for number in range(10):
-        answer = await idle_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
+        answer = await api_without_worker.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})
         position = answer.headers["ledger-position"]
-        by_header = await idle_api.get("/api/events/jobs", position)
-        by_query = await idle_api.get(f"/api/events/jobs?min_position={position}")
+        by_header = await api_without_worker.get("/api/events/jobs", position)
+        by_query = await api_without_worker.get(f"/api/events/jobs?min_position={position}")
         for listed in (by_header, by_query):
             assert listed.json()["jobs"][0]["job_id"] == answer.json()["job_id"]
             assert listed.json()["total"] == number + 1
 
 
-async def test_a_bare_session_is_a_job_of_type_session(idle_api: Api) -> None:
-    answer = await idle_api.post("/api/events/jobs", SESSION)
+async def test_a_bare_session_is_a_job_of_type_session(api_without_worker: Api) -> None:
+    answer = await api_without_worker.post("/api/events/jobs", SESSION)
 
     assert answer.status_code == 202
     assert answer.json()["job"]["job_type"] == "session"
@@ -83,17 +85,17 @@ async def test_a_job_that_fails_says_why(api: Api) -> None:
     assert job["results"] is None
 
 
-async def test_jobs_are_listed_by_every_filter_newest_first(idle_api: Api) -> None:
+async def test_jobs_are_listed_by_every_filter_newest_first(api_without_worker: Api) -> None:
     began = datetime.now(UTC)
-    first = await idle_api.submit({"track": "A"}, user_id="ada")
-    batch = await idle_api.submit_batch({"track": "A"}, {"track": "B"})
+    first = await api_without_worker.submit({"track": "A"}, user_id="ada")
+    batch = await api_without_worker.submit_batch({"track": "A"}, {"track": "B"})
     second, third = batch["job_ids"]
-    archived = await idle_api.post(f"/api/events/jobs/{first}/archive")
+    archived = await api_without_worker.post(f"/api/events/jobs/{first}/archive")
     position = archived.headers["ledger-position"]
     later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
 
     async def ids(**query: Any) -> set[str]:
-        answer = await idle_api.http.get("/api/events/jobs", params={**query, "min_position": position})
+        answer = await api_without_worker.http.get("/api/events/jobs", params={**query, "min_position": position})
         assert answer.status_code == 200, answer.text
         content = answer.json()
         assert content["total"] == len(content["jobs"])
@@ -115,12 +117,12 @@ async def test_jobs_are_listed_by_every_filter_newest_first(idle_api: Api) -> No
     assert await ids(created_before=later) == {first, second, third}
 
 
-async def test_pages_of_a_list_are_disjoint_and_complete(idle_api: Api) -> None:
-    batch = await idle_api.submit_batch(*({"number": number} for number in range(25)))
+async def test_pages_of_a_list_are_disjoint_and_complete(api_without_worker: Api) -> None:
+    batch = await api_without_worker.submit_batch(*({"number": number} for number in range(25)))
     position = int(batch["batch"]["position"]) + 25
     seen: list[str] = []
     for skip in range(0, 30, 10):
-        page = (await idle_api.get(f"/api/events/jobs?limit=10&skip={skip}", position)).json()
+        page = (await api_without_worker.get(f"/api/events/jobs?limit=10&skip={skip}", position)).json()
         assert page["total"] == 25
         seen += [job["job_id"] for job in page["jobs"]]
 
@@ -143,29 +145,29 @@ async def test_the_history_is_every_event_in_order(api: Api) -> None:
     assert positions == sorted(set(positions))
 
 
-async def test_a_waiting_job_can_be_cancelled_restarted_archived_and_deleted(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_a_waiting_job_can_be_cancelled_restarted_archived_and_deleted(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
     path = f"/api/events/jobs/{job_id}"
 
-    cancelled = await idle_api.post(f"{path}/cancel", {"reason": "changed my mind"})
+    cancelled = await api_without_worker.post(f"{path}/cancel", {"reason": "changed my mind"})
     assert cancelled.json()["job"]["status"] == "cancelled"
-    restarted = await idle_api.post(f"{path}/restart", {"reuse_steps": False})
+    restarted = await api_without_worker.post(f"{path}/restart", {"reuse_steps": False})
     assert restarted.json()["job"]["status"] == "pending"
-    archived = await idle_api.post(f"{path}/archive")
+    archived = await api_without_worker.post(f"{path}/archive")
     assert archived.json()["job"]["archived"] is True
-    unarchived = await idle_api.post(f"{path}/unarchive")
+    unarchived = await api_without_worker.post(f"{path}/unarchive")
     assert unarchived.json()["job"]["archived"] is False
-    deleted = await idle_api.http.delete(path)
+    deleted = await api_without_worker.http.delete(path)
     assert deleted.status_code == 200
     assert deleted.json()["job"] is None
-    assert (await idle_api.get(path, deleted.headers["ledger-position"])).status_code == 404
-    assert (await idle_api.get("/api/events/jobs")).json()["total"] == 0
+    assert (await api_without_worker.get(path, deleted.headers["ledger-position"])).status_code == 404
+    assert (await api_without_worker.get("/api/events/jobs")).json()["total"] == 0
 
 
-async def test_archiving_twice_is_no_second_event(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
-    first = await idle_api.post(f"/api/events/jobs/{job_id}/archive")
-    again = await idle_api.post(f"/api/events/jobs/{job_id}/archive")
+async def test_archiving_twice_is_no_second_event(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
+    first = await api_without_worker.post(f"/api/events/jobs/{job_id}/archive")
+    again = await api_without_worker.post(f"/api/events/jobs/{job_id}/archive")
 
     assert again.status_code == 200
     assert again.headers["ledger-position"] == first.headers["ledger-position"]
@@ -210,27 +212,29 @@ async def test_a_running_job_is_cancelled_before_it_is_deleted(api: Api) -> None
 
 
 @pytest.mark.parametrize("action", ["cancel", "restart", "archive", "unarchive"])
-async def test_an_action_on_a_job_that_does_not_exist_is_not_found(idle_api: Api, action: str) -> None:
-    answer = await idle_api.post(f"/api/events/jobs/job-000000000000000000000000/{action}")
+async def test_an_action_on_a_job_that_does_not_exist_is_not_found(api_without_worker: Api, action: str) -> None:
+    answer = await api_without_worker.post(f"/api/events/jobs/job-000000000000000000000000/{action}")
 
     assert answer.status_code == 404
     assert answer.json()["code"] == "job_not_found"
 
 
-async def test_an_action_on_a_deleted_job_is_not_found(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
-    deleted = await idle_api.http.delete(f"/api/events/jobs/{job_id}")
-    gone = await idle_api.get(f"/api/events/jobs/{job_id}", deleted.headers["ledger-position"])
+async def test_an_action_on_a_deleted_job_is_not_found(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
+    deleted = await api_without_worker.http.delete(f"/api/events/jobs/{job_id}")
+    gone = await api_without_worker.get(f"/api/events/jobs/{job_id}", deleted.headers["ledger-position"])
 
     assert gone.status_code == 404
-    assert (await idle_api.post(f"/api/events/jobs/{job_id}/restart")).status_code == 404
-    assert (await idle_api.http.delete(f"/api/events/jobs/{job_id}")).status_code == 404
+    assert (await api_without_worker.post(f"/api/events/jobs/{job_id}/restart")).status_code == 404
+    assert (await api_without_worker.http.delete(f"/api/events/jobs/{job_id}")).status_code == 404
 
 
-async def test_header_values_of_webhooks_are_never_told_and_never_logged(idle_api: Api) -> None:
+async def test_header_values_of_webhooks_are_never_told_and_never_logged(api_without_worker: Api) -> None:
     webhook = {"url": "https://example.org/hook", "headers": {"Authorization": SECRET, "X.Odd$Name": SECRET}}
-    answer = await idle_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}, "webhook": webhook})
-    batch = await idle_api.post(
+    answer = await api_without_worker.post(
+        "/api/events/jobs", {"job_type": "echo", "parameters": {}, "webhook": webhook}
+    )
+    batch = await api_without_worker.post(
         "/api/events/batches",
         {"jobs": [{"job_type": "echo", "parameters": {}, "webhook": webhook}], "webhook": webhook},
     )
@@ -239,21 +243,21 @@ async def test_header_values_of_webhooks_are_never_told_and_never_logged(idle_ap
     told = [
         answer.text,
         batch.text,
-        (await idle_api.get("/api/events/jobs", position)).text,
-        (await idle_api.get(f"/api/events/jobs/{job_id}")).text,
-        (await idle_api.get(f"/api/events/jobs/{job_id}/history")).text,
-        (await idle_api.get("/api/events/batches")).text,
-        (await idle_api.get(f"/api/events/batches/{batch_id}")).text,
-        str(await idle_api.take_events(3, after=0)),
-        str([document async for document in idle_api.db.events.find()]),
-        str([document async for document in idle_api.db.jobs.find()]),
-        str([document async for document in idle_api.db.batches.find()]),
+        (await api_without_worker.get("/api/events/jobs", position)).text,
+        (await api_without_worker.get(f"/api/events/jobs/{job_id}")).text,
+        (await api_without_worker.get(f"/api/events/jobs/{job_id}/history")).text,
+        (await api_without_worker.get("/api/events/batches")).text,
+        (await api_without_worker.get(f"/api/events/batches/{batch_id}")).text,
+        str(await api_without_worker.take_events(3, after=0)),
+        str([document async for document in api_without_worker.db.events.find()]),
+        str([document async for document in api_without_worker.db.jobs.find()]),
+        str([document async for document in api_without_worker.db.batches.find()]),
     ]
 
     assert all("Authorization" in text for text in told)
     assert not [text for text in told if "s3cr3t" in text]
     assert answer.json()["job"]["webhook"]["headers"] == {"Authorization": "***", "X.Odd$Name": "***"}
-    kept = [document async for document in idle_api.db.webhook_headers.find()]
+    kept = [document async for document in api_without_worker.db.webhook_headers.find()]
     assert [document["headers"]["Authorization"] for document in kept] == [SECRET] * 3
 
 
@@ -271,15 +275,17 @@ async def test_header_values_of_webhooks_are_never_told_and_never_logged(idle_ap
     ids=["a database reference", "half a reference", "a line break", "a NUL", "too long", "a blank", "no name"],
 )
 async def test_webhook_headers_that_nobody_can_send_or_store_are_refused(
-    idle_api: Api, headers: dict[str, str]
+    api_without_worker: Api, headers: dict[str, str]
 ) -> None:
     webhook = {"url": "https://example.org/hook", "headers": headers}
-    answer = await idle_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}, "webhook": webhook})
+    answer = await api_without_worker.post(
+        "/api/events/jobs", {"job_type": "echo", "parameters": {}, "webhook": webhook}
+    )
 
     assert answer.status_code == 422, answer.text
     assert answer.json()["message"].startswith("webhook.headers.")
     assert "Injected" not in answer.text
-    assert (await idle_api.get("/api/events/jobs")).json()["total"] == 0
+    assert (await api_without_worker.get("/api/events/jobs")).json()["total"] == 0
 
 
 async def test_statistics_are_what_counting_says(api: Api) -> None:
@@ -308,8 +314,8 @@ async def test_statistics_are_what_counting_says(api: Api) -> None:
     assert stats["log"]["head"] >= finished["position"]
 
 
-async def test_health_and_the_front_page_answer(idle_api: Api) -> None:
+async def test_health_and_the_front_page_answer(api_without_worker: Api) -> None:
     for path in ("/healthz", "/readyz", "/"):
-        answer = await idle_api.get(path)
+        answer = await api_without_worker.get(path)
         assert answer.status_code == 200
         assert answer.json()["status"] == "success"

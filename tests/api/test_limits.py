@@ -40,44 +40,44 @@ JOB: dict[str, Any] = {"job_type": "echo", "parameters": {}}
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-async def test_job_that_is_too_large_is_refused_alone_and_in_a_batch(idle_api: Api, name: str) -> None:
+async def test_job_that_is_too_large_is_refused_alone_and_in_a_batch(api_without_worker: Api, name: str) -> None:
     content, said = TOO_LARGE[name]
     for path, body in (
         ("/api/events/jobs", JOB | content),
         ("/api/events/batches", {"jobs": [JOB, JOB | content]}),
     ):
-        answer = await idle_api.post(path, body)
+        answer = await api_without_worker.post(path, body)
         assert answer.status_code == 422, answer.text[:500]
         for word in said:
             assert word in answer.json()["message"], answer.json()["message"]
-    assert await idle_api.event_store.head_position() == 0
+    assert await api_without_worker.event_store.head_position() == 0
 
 
-async def test_changes_are_limited_as_submissions_are(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
-    batch = await idle_api.submit_batch({}, {})
+async def test_changes_are_limited_as_submissions_are(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
+    batch = await api_without_worker.submit_batch({}, {})
     access = {"access_control": {"read_access": NAMES}}
     for path, content in (
         (f"/api/events/jobs/{job_id}", access),
         (f"/api/events/jobs/{job_id}", {"parameters": LARGE}),
         (f"/api/events/batches/{batch['batch_id']}", access),
     ):
-        head = await idle_api.event_store.head_position()
-        answer = await idle_api.http.put(path, json=content)
+        head = await api_without_worker.event_store.head_position()
+        answer = await api_without_worker.http.put(path, json=content)
         refused(answer, 422, "invalid_content")
         assert "at most" in answer.text
-        assert await idle_api.event_store.head_position() == head
+        assert await api_without_worker.event_store.head_position() == head
     jobs_of = {"jobs": [JOB] * 2}
     for content in ({"access_control": access["access_control"]}, {"parameters": LARGE}):
-        refused(await idle_api.post("/api/events/batches", jobs_of | content), 422, "invalid_content")
+        refused(await api_without_worker.post("/api/events/batches", jobs_of | content), 422, "invalid_content")
 
 
-async def test_groups_of_who_asks_are_limited(header_api: Api) -> None:
-    many = header_api.as_user("anna", [f"team-{number}" for number in range(300)])
+async def test_groups_of_who_asks_are_limited(header_auth_api: Api) -> None:
+    many = header_auth_api.as_user("anna", [f"team-{number}" for number in range(300)])
     answer = await many.post("/api/events/jobs", JOB)
     refused(answer, 422, "invalid_content")
     assert "teams: 300 groups" in answer.json()["message"]
-    some = header_api.as_user("anna", [f"team-{number}" for number in range(100)])
+    some = header_auth_api.as_user("anna", [f"team-{number}" for number in range(100)])
     assert (await some.post("/api/events/jobs", JOB)).status_code == 202
 
 
@@ -144,16 +144,18 @@ async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_a
     assert (await api.get("/readyz")).status_code == 200
 
 
-async def test_readyz_does_not_flap_while_the_views_get_on(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_readyz_does_not_flap_while_the_views_get_on(
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(health.StallDetector.is_stalled, "__defaults__", (1.0,))
     for _ in range(15):
-        await asyncio.gather(*(idle_api.submit() for _ in range(5)))
+        await asyncio.gather(*(api_without_worker.submit() for _ in range(5)))
         await asyncio.sleep(0.1)
-        assert (await idle_api.get("/readyz")).status_code == 200
+        assert (await api_without_worker.get("/readyz")).status_code == 200
 
 
 async def test_a_job_that_cannot_be_projected_is_shown_with_the_reason(
-    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fold = jobs.fold
 
@@ -166,16 +168,19 @@ async def test_a_job_that_cannot_be_projected_is_shown_with_the_reason(
         faults.setattr(jobs, "fold", faulty)
         job_id = new_job_id()
         await handle_command(
-            idle_api.event_store, job_id, SubmitJob(make_echo_job(job_name="BROKEN")), meta=EventMetadata("test")
+            api_without_worker.event_store,
+            job_id,
+            SubmitJob(make_echo_job(job_name="BROKEN")),
+            meta=EventMetadata("test"),
         )
-        position = await idle_api.event_store.head_position()
-        shown = (await idle_api.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
+        position = await api_without_worker.event_store.head_position()
+        shown = (await api_without_worker.get(f"/api/events/jobs/{job_id}", position)).json()["job"]
     assert shown["projection_error"]["position"] == position
     assert "a fault" in shown["projection_error"]["message"]
-    page = await idle_api.get(f"/monitoring/events/jobs/{job_id}")
+    page = await api_without_worker.get(f"/monitoring/events/jobs/{job_id}")
     assert page.status_code == 200
     assert "a fault" in page.text
-    metrics = (await idle_api.get("/metrics")).text
+    metrics = (await api_without_worker.get("/metrics")).text
     assert "jobledger_projection_failures 1.0" in metrics
-    listed = (await idle_api.get("/api/events/jobs")).json()["jobs"]
+    listed = (await api_without_worker.get("/api/events/jobs")).json()["jobs"]
     assert listed[0]["projection_error"]["type"] == "JobSubmitted"

@@ -51,8 +51,8 @@ async def some_jobs(api: Api) -> str:
     return str(await api.event_store.head_position())
 
 
-async def test_each_filter_finds_what_it_names_and_counts_it(header_api: Api) -> None:
-    position = await some_jobs(header_api)
+async def test_each_filter_finds_what_it_names_and_counts_it(header_auth_api: Api) -> None:
+    position = await some_jobs(header_auth_api)
     for query, number in [
         ({}, 30),
         ({"status": "cancelled"}, 5),
@@ -77,7 +77,7 @@ async def test_each_filter_finds_what_it_names_and_counts_it(header_api: Api) ->
         ({"created_after": "2001-01-01T00:00:00Z"}, 30),
         ({"created_before": "2001-01-01T00:00:00Z"}, 0),
     ]:
-        content = await listed(header_api, position, **query)
+        content = await listed(header_auth_api, position, **query)
         assert (content["total"], len(content["jobs"])) == (number, number), query
 
 
@@ -92,19 +92,19 @@ async def test_failed_jobs_are_found_by_their_error(api: Api) -> None:
 
 
 @pytest.mark.parametrize("sort", ["-created_at", "created_at"])
-async def test_pages_follow_each_other_though_jobs_come_and_go_between_them(header_api: Api, sort: str) -> None:
-    position = await some_jobs(header_api)
-    whole = [job["job_id"] for job in (await listed(header_api, position, sort=sort))["jobs"]]
+async def test_pages_follow_each_other_though_jobs_come_and_go_between_them(header_auth_api: Api, sort: str) -> None:
+    position = await some_jobs(header_auth_api)
+    whole = [job["job_id"] for job in (await listed(header_auth_api, position, sort=sort))["jobs"]]
     seen: list[str] = []
     query: dict[str, Any] = {"limit": 7, "sort": sort}
     while True:
-        content = await listed(header_api, position, **query)
+        content = await listed(header_auth_api, position, **query)
         seen += [job["job_id"] for job in content["jobs"]]
         if "next" not in content:
             break
         query |= {"cursor": content["next"]}
-        await header_api.http.delete(f"/api/events/jobs/{seen[0]}")
-        position = (await header_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).headers[
+        await header_auth_api.http.delete(f"/api/events/jobs/{seen[0]}")
+        position = (await header_auth_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).headers[
             "ledger-position"
         ]
     assert [job_id for job_id in seen if job_id in whole] == whole
@@ -114,34 +114,34 @@ async def test_pages_follow_each_other_though_jobs_come_and_go_between_them(head
 @pytest.mark.parametrize(
     "query", [{"cursor": "nonsense"}, {"cursor": "MTIz", "skip": 1}, {"limit": 0}, {"limit": 1001}, {"sort": "colour"}]
 )
-async def test_a_page_that_makes_no_sense_is_refused(idle_api: Api, query: dict[str, Any]) -> None:
-    answer = await idle_api.http.get("/api/events/jobs", params=query)
+async def test_a_page_that_makes_no_sense_is_refused(api_without_worker: Api, query: dict[str, Any]) -> None:
+    answer = await api_without_worker.http.get("/api/events/jobs", params=query)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")
 
 
-async def test_the_jobs_of_a_batch_are_paged_with_their_counts(idle_api: Api) -> None:
-    batch = await idle_api.submit_batch(*({"number": number} for number in range(12)))
-    await idle_api.submit()
-    position = await idle_api.event_store.head_position()
+async def test_the_jobs_of_a_batch_are_paged_with_their_counts(api_without_worker: Api) -> None:
+    batch = await api_without_worker.submit_batch(*({"number": number} for number in range(12)))
+    await api_without_worker.submit()
+    position = await api_without_worker.event_store.head_position()
     path = f"/api/events/batches/{batch['batch_id']}/jobs"
-    first = (await idle_api.get(f"{path}?limit=10&sort=created_at", position)).json()
-    rest = (await idle_api.get(f"{path}?limit=10&sort=created_at&cursor={first['next']}")).json()
+    first = (await api_without_worker.get(f"{path}?limit=10&sort=created_at", position)).json()
+    rest = (await api_without_worker.get(f"{path}?limit=10&sort=created_at&cursor={first['next']}")).json()
     assert first["total"] == rest["total"] == 12
     assert sorted(job["job_id"] for job in first["jobs"] + rest["jobs"]) == sorted(batch["job_ids"])
     assert "next" not in rest
-    none = await idle_api.get("/api/events/batches/batch-000000000000000000000000/jobs")
+    none = await api_without_worker.get("/api/events/batches/batch-000000000000000000000000/jobs")
     assert (none.status_code, none.json()["code"]) == (404, "batch_not_found")
 
 
-async def test_batches_are_found_by_status_user_and_name(header_api: Api) -> None:
+async def test_batches_are_found_by_status_user_and_name(header_auth_api: Api) -> None:
     for user, name in (("alice", "FOSDEM main track"), ("bob", "FOSDEM other"), ("alice", "PyCon")):
         content = {"batch_name": name, "jobs": [{"job_type": "echo", "parameters": {}}]}
-        await header_api.post("/api/events/batches", content, **principal_header(user))
-    position = await header_api.event_store.head_position()
+        await header_auth_api.post("/api/events/batches", content, **principal_header(user))
+    position = await header_auth_api.event_store.head_position()
 
     async def names(**query: Any) -> list[str]:
         headers = {"Ledger-Position": str(position)}
-        found = await header_api.http.get("/api/events/batches", params=query, headers=headers)
+        found = await header_auth_api.http.get("/api/events/batches", params=query, headers=headers)
         assert found.json()["total"] == len(found.json()["batches"])
         return [batch["batch_name"] for batch in found.json()["batches"]]
 
@@ -189,9 +189,9 @@ def a_job(number: int) -> Document:
 
 @pytest.mark.parametrize("principal", [ADMIN, ALICE, STRANGER], ids=["admin", "alice", "stranger"])
 async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it_shows(
-    idle_api: Api, principal: Principal
+    api_without_worker: Api, principal: Principal
 ) -> None:
-    await idle_api.db.jobs.insert_many([a_job(number) for number in range(3000)])
+    await api_without_worker.db.jobs.insert_many([a_job(number) for number in range(3000)])
     cursor = list_index.PageCursor(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
     for wanted in [
         jobs.JobFilter(),
@@ -212,7 +212,9 @@ async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it
     ]:
         for after in (None, cursor):
             for newest_first in (True, False):
-                await assert_looks_at_little(idle_api, wanted.build_query(principal), after, newest_first=newest_first)
+                await assert_looks_at_little(
+                    api_without_worker, wanted.build_query(principal), after, newest_first=newest_first
+                )
 
 
 async def assert_looks_at_little(

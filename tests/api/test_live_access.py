@@ -98,8 +98,8 @@ async def page(api: Api, **query: Any) -> list[tuple[str, str]]:
 # Who sees what ----------------------------------------------------------------------------------------------------
 
 
-async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_others(idle_api: Api) -> None:
-    alice = idle_api.as_user("alice", ["team-a"])
+async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_others(api_without_worker: Api) -> None:
+    alice = api_without_worker.as_user("alice", ["team-a"])
     jobs = {
         name: await alice.submit(access_control=access)
         for name, access in {
@@ -110,15 +110,15 @@ async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_ot
             "group": {"write_access": ["team-b"]},
         }.items()
     }
-    marker = await idle_api.submit(access_control={"visibility": "public"})
+    marker = await api_without_worker.submit(access_control={"visibility": "public"})
     people: dict[str, tuple[Api, Collection[str]]] = {
         "the owner": (alice, jobs.keys()),
-        "an admin": (idle_api, jobs.keys()),
-        "named": (idle_api.as_user("bob"), {"public", "bob"}),
-        "in a named group": (idle_api.as_user("bea", ["team-b"]), {"public", "group"}),
-        "in the owner's team": (idle_api.as_user("ann", ["team-a"]), {"public", "team"}),
-        "for statistics": (idle_api.as_user("mona", roles=["monitor"]), {"public"}),
-        "without a name": (idle_api.as_user(), {"public"}),
+        "an admin": (api_without_worker, jobs.keys()),
+        "named": (api_without_worker.as_user("bob"), {"public", "bob"}),
+        "in a named group": (api_without_worker.as_user("bea", ["team-b"]), {"public", "group"}),
+        "in the owner's team": (api_without_worker.as_user("ann", ["team-a"]), {"public", "team"}),
+        "for statistics": (api_without_worker.as_user("mona", roles=["monitor"]), {"public"}),
+        "without a name": (api_without_worker.as_user(), {"public"}),
     }
     for who, (asking, visible) in people.items():
         expected = {jobs[name] for name in visible} | {marker}
@@ -132,8 +132,8 @@ async def test_everybody_sees_the_events_of_jobs_that_they_may_read_and_of_no_ot
             assert answer.status_code == status, (who, name, answer.text)
 
 
-async def test_what_one_may_not_read_and_what_is_not_there_look_alike(idle_api: Api) -> None:
-    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
+async def test_what_one_may_not_read_and_what_is_not_there_look_alike(api_without_worker: Api) -> None:
+    alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     job_id = await alice.submit()
     batch_id = (await alice.submit_batch({}))["batch_id"]
     for path, there, missing in (
@@ -149,35 +149,35 @@ async def test_what_one_may_not_read_and_what_is_not_there_look_alike(idle_api: 
             answer.text.replace(stream, "") for answer, stream in zip(answers, (there, missing), strict=True)
         )
         assert first == second
-    assert (await idle_api.get(f"/api/ledger/stream?job_id={new_job_id()}")).status_code == 404
+    assert (await api_without_worker.get(f"/api/ledger/stream?job_id={new_job_id()}")).status_code == 404
 
 
-async def test_a_batch_does_not_tell_of_its_jobs_to_whom_may_not_read_them(idle_api: Api) -> None:
-    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
+async def test_a_batch_does_not_tell_of_its_jobs_to_whom_may_not_read_them(api_without_worker: Api) -> None:
+    alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     jobs = [
         {"job_type": "echo", "parameters": {}, "access_control": {}},
         {"job_type": "echo", "parameters": {}, "access_control": FOR_BOB},
     ]
     answer = await alice.post("/api/events/batches", {"jobs": jobs, "access_control": FOR_BOB})
     batch_id, (hidden, shown) = answer.json()["batch_id"], answer.json()["job_ids"]
-    await do(idle_api, hidden, CancelJob("user:alice"))
-    await do(idle_api, shown, CancelJob("user:alice"))
+    await do(api_without_worker, hidden, CancelJob("user:alice"))
+    await do(api_without_worker, shown, CancelJob("user:alice"))
     async with watching(bob, batch_id=batch_id) as watcher:
         await watcher.until(batch_id, "BatchFinished")
         assert {stream for stream, _ in watcher.kinds()} == {batch_id, shown}
         assert [kind for stream, kind in watcher.kinds() if stream == shown] == ["JobSubmitted", "JobCancelled"]
 
 
-async def test_events_that_belong_to_no_job_are_for_who_sees_everything(idle_api: Api) -> None:
-    await idle_api.event_store._take_tickets(1)  # by a writer that then died: its number is voided
-    marker = await idle_api.submit(access_control={"visibility": "public"})
-    bob = idle_api.as_user("bob")
-    async with watching(idle_api, types="PositionVoided,JobSubmitted") as admin, watching(bob) as watcher:
+async def test_events_that_belong_to_no_job_are_for_who_sees_everything(api_without_worker: Api) -> None:
+    await api_without_worker.event_store._take_tickets(1)  # by a writer that then died: its number is voided
+    marker = await api_without_worker.submit(access_control={"visibility": "public"})
+    bob = api_without_worker.as_user("bob")
+    async with watching(api_without_worker, types="PositionVoided,JobSubmitted") as admin, watching(bob) as watcher:
         await admin.until(VOID_STREAM, "PositionVoided")
         await watcher.until(marker, "JobSubmitted")
-    assert await page(idle_api, types="PositionVoided") == [(VOID_STREAM, "PositionVoided")]
+    assert await page(api_without_worker, types="PositionVoided") == [(VOID_STREAM, "PositionVoided")]
     assert await page(bob, types="PositionVoided") == []
-    assert (await idle_api.get(f"/api/ledger/events?stream={VOID_STREAM}")).json()["last_position"] == 1
+    assert (await api_without_worker.get(f"/api/ledger/events?stream={VOID_STREAM}")).json()["last_position"] == 1
     assert (await bob.get(f"/api/ledger/events?stream={VOID_STREAM}")).status_code == 404
 
 
@@ -185,12 +185,14 @@ async def test_events_that_belong_to_no_job_are_for_who_sees_everything(idle_api
 
 
 @pytest.mark.parametrize("lost", [ChangeAccess("user:alice", PRIVATE), Delete("user:alice")])
-async def test_a_stream_of_one_job_ends_at_the_event_that_takes_access_away(idle_api: Api, lost: Command) -> None:
-    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
+async def test_a_stream_of_one_job_ends_at_the_event_that_takes_access_away(
+    api_without_worker: Api, lost: Command
+) -> None:
+    alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     job_id = await alice.submit(access_control=FOR_BOB)
     async with watching(bob, job_id=job_id) as watcher:
         await watcher.until(job_id, "JobSubmitted")
-        taken = await do(idle_api, job_id, lost)
+        taken = await do(api_without_worker, job_id, lost)
         await watcher.until_the_end()
         kinds = [kind for _, kind in watcher.kinds()]
     # Of a deletion its readers are told; who may read the job from now on is no business of who may not.
@@ -199,14 +201,16 @@ async def test_a_stream_of_one_job_ends_at_the_event_that_takes_access_away(idle
     assert (again.status_code, again.json()["code"]) == (404, "job_not_found")
 
 
-async def test_a_stream_of_a_batch_ends_when_the_batch_is_deleted(idle_api: Api) -> None:
-    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
+async def test_a_stream_of_a_batch_ends_when_the_batch_is_deleted(api_without_worker: Api) -> None:
+    alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     batch = await alice.submit_batch({}, access_control=FOR_BOB)
     batch_id, [job_id] = batch["batch_id"], batch["job_ids"]
-    async with watching(bob, batch_id=batch_id) as watcher, watching(idle_api, batch_id=batch_id) as admin:
-        await do(idle_api, job_id, CancelJob("user:alice"))
+    async with watching(bob, batch_id=batch_id) as watcher, watching(api_without_worker, batch_id=batch_id) as admin:
+        await do(api_without_worker, job_id, CancelJob("user:alice"))
         await watcher.until(batch_id, "BatchFinished")
-        answer = await idle_api.http.delete(f"/api/events/batches/{batch_id}", headers=alice.principal_headers)
+        answer = await api_without_worker.http.delete(
+            f"/api/events/batches/{batch_id}", headers=alice.principal_headers
+        )
         assert answer.status_code == 200, answer.text
         await watcher.until_the_end()
         assert watcher.kinds()[-2:] == [(job_id, "JobDeleted"), (batch_id, "BatchDeleted")]
@@ -214,22 +218,24 @@ async def test_a_stream_of_a_batch_ends_when_the_batch_is_deleted(idle_api: Api)
         assert not admin.ended
 
 
-async def test_a_general_stream_goes_on_without_the_events_of_a_job_that_was_taken_away(idle_api: Api) -> None:
-    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
+async def test_a_general_stream_goes_on_without_the_events_of_a_job_that_was_taken_away(
+    api_without_worker: Api,
+) -> None:
+    alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     job_id, other = [await alice.submit(access_control=FOR_BOB) for _ in range(2)]
     async with watching(bob) as watcher:
         await watcher.until(other, "JobSubmitted")
-        await do(idle_api, job_id, ChangeAccess("user:alice", PRIVATE))
-        await do(idle_api, job_id, CancelJob("user:alice"))
-        await do(idle_api, other, CancelJob("user:alice"))
+        await do(api_without_worker, job_id, ChangeAccess("user:alice", PRIVATE))
+        await do(api_without_worker, job_id, CancelJob("user:alice"))
+        await do(api_without_worker, other, CancelJob("user:alice"))
         await watcher.until(other, "JobCancelled")
         assert watcher.kinds() == [(job_id, "JobSubmitted"), (other, "JobSubmitted"), (other, "JobCancelled")]
-        await do(idle_api, job_id, ChangeAccess("user:alice", AccessControl(visibility="public")))
+        await do(api_without_worker, job_id, ChangeAccess("user:alice", AccessControl(visibility="public")))
         await watcher.until(job_id, "JobAccessChanged")  # given back: from here on it is there again
 
 
-async def test_what_is_not_shared_any_more_is_not_told_from_history_either(idle_api: Api) -> None:
-    alice, bob = idle_api.as_user("alice"), idle_api.as_user("bob")
+async def test_what_is_not_shared_any_more_is_not_told_from_history_either(api_without_worker: Api) -> None:
+    alice, bob = api_without_worker.as_user("alice"), api_without_worker.as_user("bob")
     taken, deleted, marker = [await alice.submit(access_control=FOR_BOB) for _ in range(3)]
     assert len(await page(bob)) == 3  # so that who may see them is known here
     commands: list[tuple[str, Command]] = [
@@ -240,14 +246,14 @@ async def test_what_is_not_shared_any_more_is_not_told_from_history_either(idle_
         (marker, CancelJob("user:alice")),
     ]
     for stream, command in commands:
-        await do(idle_api, stream, command)
+        await do(api_without_worker, stream, command)
 
     visible = [(marker, "JobSubmitted"), (deleted, "JobDeleted"), (marker, "JobCancelled")]
     assert await page(bob) == visible
     async with watching(bob) as watcher:
         await watcher.until(marker, "JobCancelled")
         assert watcher.kinds() == visible
-    assert len(await page(idle_api)) == 8
+    assert len(await page(api_without_worker)) == 8
 
 
 # Why none is overlooked -------------------------------------------------------------------------------------------

@@ -24,78 +24,82 @@ def positions(content: dict[str, Any]) -> list[int]:
     return [event["position"] for event in content["events"]]
 
 
-async def test_pages_follow_each_other_without_gap_or_double(idle_api: Api) -> None:
-    job_ids = [await idle_api.submit({"number": number}) for number in range(7)]
-    first = await page(idle_api, limit=3)
+async def test_pages_follow_each_other_without_gap_or_double(api_without_worker: Api) -> None:
+    job_ids = [await api_without_worker.submit({"number": number}) for number in range(7)]
+    first = await page(api_without_worker, limit=3)
     assert (positions(first), first["last_position"], first["head"]) == ([1, 2, 3], 3, 7)
     assert [event["stream"] for event in first["events"]] == job_ids[:3]
     assert first["events"][0]["data"]["parameters"] == {"number": 0}
-    second = await page(idle_api, limit=3, after=first["last_position"])
+    second = await page(api_without_worker, limit=3, after=first["last_position"])
     assert (positions(second), second["last_position"]) == ([4, 5, 6], 6)
-    assert positions(await page(idle_api, after=6)) == [7]
+    assert positions(await page(api_without_worker, after=6)) == [7]
     for after in (7, 10_000):
-        end = await page(idle_api, after=after)
+        end = await page(api_without_worker, after=after)
         assert (end["events"], end["last_position"], end["head"]) == ([], after, 7)
 
 
-async def test_an_event_in_a_page_is_the_same_as_in_the_stream(idle_api: Api) -> None:
-    await idle_api.submit({"text": "ä"})
-    [live] = await idle_api.take_events(1, after=0)
+async def test_an_event_in_a_page_is_the_same_as_in_the_stream(api_without_worker: Api) -> None:
+    await api_without_worker.submit({"text": "ä"})
+    [live] = await api_without_worker.take_events(1, after=0)
     del live["sse_id"]
-    assert (await page(idle_api))["events"] == [live]
+    assert (await page(api_without_worker))["events"] == [live]
 
 
 async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
-    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.routes.log._MAX_EVENTS_SCANNED", 10)
     monkeypatch.setattr("jobledger.api.routes.log._READ_AT_ONCE", 5)
-    job_ids = [await idle_api.submit() for _ in range(24)]
-    await handle_command(idle_api.event_store, job_ids[0], CancelJob("user:local"), meta=EventMetadata("test"))
-    found = [await page(idle_api, types="JobCancelled,JobFailed")]
+    job_ids = [await api_without_worker.submit() for _ in range(24)]
+    await handle_command(
+        api_without_worker.event_store, job_ids[0], CancelJob("user:local"), meta=EventMetadata("test")
+    )
+    found = [await page(api_without_worker, types="JobCancelled,JobFailed")]
     while found[-1]["last_position"] < found[-1]["head"]:
-        found.append(await page(idle_api, types="JobCancelled,JobFailed", after=found[-1]["last_position"]))
+        found.append(await page(api_without_worker, types="JobCancelled,JobFailed", after=found[-1]["last_position"]))
     assert [content["last_position"] for content in found] == [10, 20, 25]
     assert [positions(content) for content in found] == [[], [], [25]]
 
 
-async def test_a_page_of_very_large_events_ends_early(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_of_very_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.api.routes.log._LARGEST_ANSWER_BYTES", 10_000)
     for _ in range(4):
-        await idle_api.submit({"text": "x" * 6000})
-    content = await page(idle_api)
+        await api_without_worker.submit({"text": "x" * 6000})
+    content = await page(api_without_worker)
     assert (positions(content), content["last_position"]) == ([1, 2], 2)
 
 
-async def test_the_events_of_one_stream_come_in_pages_too(idle_api: Api) -> None:
-    job_id, other = await idle_api.submit(), await idle_api.submit()
+async def test_the_events_of_one_stream_come_in_pages_too(api_without_worker: Api) -> None:
+    job_id, other = await api_without_worker.submit(), await api_without_worker.submit()
     for stream in (other, job_id):
-        await handle_command(idle_api.event_store, stream, CancelJob("user:local"), meta=EventMetadata("test"))
-    first = await page(idle_api, stream=job_id, limit=1)
+        await handle_command(
+            api_without_worker.event_store, stream, CancelJob("user:local"), meta=EventMetadata("test")
+        )
+    first = await page(api_without_worker, stream=job_id, limit=1)
     assert (positions(first), first["last_position"], first["head"]) == ([1], 1, 4)
-    assert positions(await page(idle_api, stream=job_id, after=1)) == [4]
-    assert positions(await page(idle_api, stream=job_id, after=3)) == [4]
-    assert positions(await page(idle_api, stream=job_id, types="JobCancelled")) == [4]
-    end = await page(idle_api, stream=job_id, after=4)
+    assert positions(await page(api_without_worker, stream=job_id, after=1)) == [4]
+    assert positions(await page(api_without_worker, stream=job_id, after=3)) == [4]
+    assert positions(await page(api_without_worker, stream=job_id, types="JobCancelled")) == [4]
+    end = await page(api_without_worker, stream=job_id, after=4)
     assert (end["events"], end["last_position"]) == ([], 4)
-    answer = await idle_api.get("/api/ledger/events?stream=job-nobody")
+    answer = await api_without_worker.get("/api/ledger/events?stream=job-nobody")
     assert (answer.status_code, answer.json()["code"]) == (404, "stream_not_found")
 
 
-async def test_the_events_of_one_stream_are_found_by_their_index(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_the_events_of_one_stream_are_found_by_their_index(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
     for _ in range(50):
-        await idle_api.submit()
-    await handle_command(idle_api.event_store, job_id, CancelJob("user:local"), meta=EventMetadata("test"))
-    await idle_api.db.command("profile", 2)
+        await api_without_worker.submit()
+    await handle_command(api_without_worker.event_store, job_id, CancelJob("user:local"), meta=EventMetadata("test"))
+    await api_without_worker.db.command("profile", 2)
     try:
-        content = await page(idle_api, stream=job_id, after=1)
+        content = await page(api_without_worker, stream=job_id, after=1)
     finally:
-        await idle_api.db.command("profile", 0)
+        await api_without_worker.db.command("profile", 0)
     assert positions(content) == [52]
     looked = [
         entry
-        async for entry in idle_api.db["system.profile"].find({"ns": f"{idle_api.db.name}.events"})
+        async for entry in api_without_worker.db["system.profile"].find({"ns": f"{api_without_worker.db.name}.events"})
         if job_id in str(entry["command"].get("filter"))
     ]
     assert looked
@@ -117,18 +121,18 @@ async def test_the_events_of_one_stream_are_found_by_their_index(idle_api: Api) 
         ("after=99999999999999999999", "invalid_content"),
     ],
 )
-async def test_a_wrong_query_is_refused(idle_api: Api, query: str, code: str) -> None:
-    answer = await idle_api.get(f"/api/ledger/events?{query}")
+async def test_a_wrong_query_is_refused(api_without_worker: Api, query: str, code: str) -> None:
+    answer = await api_without_worker.get(f"/api/ledger/events?{query}")
     assert (answer.status_code, answer.json()["code"]) == (422, code)
 
 
-async def test_the_head_says_how_far_the_log_and_the_views_are(idle_api: Api) -> None:
-    empty = (await idle_api.get("/api/ledger/head")).json()
+async def test_the_head_says_how_far_the_log_and_the_views_are(api_without_worker: Api) -> None:
+    empty = (await api_without_worker.get("/api/ledger/head")).json()
     assert (empty["head"], empty["oldest"]) == (0, 0)
     for _ in range(3):
-        await idle_api.submit()
-    await idle_api.get("/api/events/jobs", 3)
-    assert (await idle_api.get("/api/ledger/head")).json() == {
+        await api_without_worker.submit()
+    await api_without_worker.get("/api/events/jobs", 3)
+    assert (await api_without_worker.get("/api/ledger/head")).json() == {
         "status": "success",
         "head": 3,
         "oldest": 1,
@@ -136,8 +140,8 @@ async def test_the_head_says_how_far_the_log_and_the_views_are(idle_api: Api) ->
     }
 
 
-@pytest.mark.usefixtures("said_in_header")
-async def test_how_far_the_log_goes_is_told_to_anybody_who_is_signed_in(idle_api: Api) -> None:
-    assert (await idle_api.as_user("bob").get("/api/ledger/head")).status_code == 200
-    answer = await idle_api.as_user().get("/api/ledger/head")
+@pytest.mark.usefixtures("header_auth")
+async def test_how_far_the_log_goes_is_told_to_anybody_who_is_signed_in(api_without_worker: Api) -> None:
+    assert (await api_without_worker.as_user("bob").get("/api/ledger/head")).status_code == 200
+    answer = await api_without_worker.as_user().get("/api/ledger/head")
     assert (answer.status_code, answer.json()["code"]) == (401, "not_signed_in")

@@ -71,25 +71,25 @@ async def read_until(reader: asyncio.StreamReader, text: bytes) -> None:
 # Many -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("said_in_header")
-async def test_a_thousand_clients_share_one_change_stream_and_all_hear_within_seconds(idle_api: Api) -> None:
-    first = await idle_api.submit(access_control={"visibility": "public"})
+@pytest.mark.usefixtures("header_auth")
+async def test_a_thousand_clients_share_one_change_stream_and_all_hear_within_seconds(api_without_worker: Api) -> None:
+    first = await api_without_worker.submit(access_control={"visibility": "public"})
     before = memory_mb()
     async with asyncio.timeout(3 * DEADLINE_SECONDS), AsyncExitStack() as stack:
         readers = []
         for number in range(CLIENTS):  # half of them may see everything, half what is public
             who = {"X-Test-Principal": f"user-{number};;"} if number % 2 else {}
-            connection = connected(idle_api, "/api/ledger/stream?after=0", **who)
+            connection = connected(api_without_worker, "/api/ledger/stream?after=0", **who)
             readers.append((await stack.enter_async_context(connection))[0])
         await asyncio.gather(*(read_until(reader, first.encode()) for reader in readers))
         assert open_streams() == CLIENTS
         begun = time.monotonic()
-        job_id = await idle_api.submit(access_control={"visibility": "public"})
+        job_id = await api_without_worker.submit(access_control={"visibility": "public"})
         await asyncio.gather(*(read_until(reader, job_id.encode()) for reader in readers))
         seconds, grown = time.monotonic() - begun, memory_mb() - before
         assert seconds < 10
         assert grown < 250, "both ends of all connections are in this process"
-        assert await change_streams(idle_api) == 1
+        assert await change_streams(api_without_worker) == 1
     async with asyncio.timeout(DEADLINE_SECONDS):
         while open_streams():  # noqa: ASYNC110 - for what no event tells
             await asyncio.sleep(0.05)
@@ -120,15 +120,15 @@ async def large_jobs(api: Api, number: int) -> None:
 
 
 async def test_a_client_that_does_not_read_is_cut_and_nothing_is_kept_for_it(
-    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.http.sse.SEND_TIMEOUT_SECONDS", 1.0)
-    await large_jobs(idle_api, 300)  # 18 MB, more than lies between two sockets
-    before, held = memory_mb(), connections(idle_api)
+    await large_jobs(api_without_worker, 300)  # 18 MB, more than lies between two sockets
+    before, held = memory_mb(), connections(api_without_worker)
     async with asyncio.timeout(DEADLINE_SECONDS), AsyncExitStack() as stack:
         readers = []
         for _ in range(10):
-            connection = connected(idle_api, "/api/ledger/stream?after=0")
+            connection = connected(api_without_worker, "/api/ledger/stream?after=0")
             readers.append((await stack.enter_async_context(connection))[0])
         await asyncio.gather(*(reader.readline() for reader in readers))
         most = before
@@ -136,7 +136,7 @@ async def test_a_client_that_does_not_read_is_cut_and_nothing_is_kept_for_it(
             most = max(most, memory_mb())
             await asyncio.sleep(0.05)
         assert most - before < 80, "for ten clients that have read nothing of 18 MB"
-        while connections(idle_api) > held:  # noqa: ASYNC110 - for what no event tells
+        while connections(api_without_worker) > held:  # noqa: ASYNC110 - for what no event tells
             await asyncio.sleep(0.05)
         read = 0
         with suppress(ConnectionError):
@@ -147,12 +147,15 @@ async def test_a_client_that_does_not_read_is_cut_and_nothing_is_kept_for_it(
 
 
 async def test_a_client_that_reads_slowly_but_does_read_gets_everything(
-    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.http.sse.SEND_TIMEOUT_SECONDS", 1.0)
-    await large_jobs(idle_api, 300)
-    last = await idle_api.submit()
-    async with asyncio.timeout(DEADLINE_SECONDS), connected(idle_api, "/api/ledger/stream?after=0") as (reader, _):
+    await large_jobs(api_without_worker, 300)
+    last = await api_without_worker.submit()
+    async with (
+        asyncio.timeout(DEADLINE_SECONDS),
+        connected(api_without_worker, "/api/ledger/stream?after=0") as (reader, _),
+    ):
         begun, seen = time.monotonic(), b""
         while last.encode() not in seen:
             part = await reader.read(256 * 1024)

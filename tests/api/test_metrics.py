@@ -65,9 +65,9 @@ async def test_prometheus_can_read_what_has_happened(api: Api) -> None:
     assert found["process_cpu_seconds_total", ""] > 0
 
 
-async def test_failed_attempts_and_leases_that_ran_out_are_counted(idle_api: Api) -> None:
+async def test_failed_attempts_and_leases_that_ran_out_are_counted(api_without_worker: Api) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
-    job_id = await idle_api.submit()
+    job_id = await api_without_worker.submit()
     position = 0
     for command in (
         ClaimJob("worker-1", later),
@@ -76,32 +76,32 @@ async def test_failed_attempts_and_leases_that_ran_out_are_counted(idle_api: Api
         ExpireLease("worker-2", 2),
     ):
         position = (
-            (await handle_command(idle_api.event_store, job_id, command, meta=EventMetadata("test")))
+            (await handle_command(api_without_worker.event_store, job_id, command, meta=EventMetadata("test")))
             .events[-1]
             .position
         )
-    await idle_api.get("/api/events/jobs", position)
-    found = await numbers(idle_api)
+    await api_without_worker.get("/api/events/jobs", position)
+    found = await numbers(api_without_worker)
     assert found["jobledger_events_total", "JobAttemptFailed"] == 1
     assert found["jobledger_events_total", "JobLeaseExpired"] == 1
 
 
-async def test_numbers_are_there_before_anything_has_happened(idle_api: Api) -> None:
-    found = await numbers(idle_api)
+async def test_numbers_are_there_before_anything_has_happened(api_without_worker: Api) -> None:
+    found = await numbers(api_without_worker)
     assert found["jobledger_jobs", "completed"] == 0
     assert found["jobledger_job_duration_seconds_count", ""] == 0
     assert found["jobledger_log_head_position", ""] == 0
 
 
-async def test_attempts_are_told_by_how_they_ended_and_what_waits_by_its_age(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_attempts_are_told_by_how_they_ended_and_what_waits_by_its_age(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
     claim = ClaimJob("worker-1", datetime.now(UTC))
     for command in (claim, FailAttempt("worker-1", 1, Failure(code="BROKEN", message="x"), datetime.now(UTC))):
-        await handle_command(idle_api.event_store, job_id, command, meta=EventMetadata("test"))
-    await idle_api.submit()
-    event = await idle_api.wait_for_event(job_id, "JobAttemptFailed")
-    await idle_api.get(f"/api/events/jobs/{job_id}", event["position"])
-    found = await numbers(idle_api)
+        await handle_command(api_without_worker.event_store, job_id, command, meta=EventMetadata("test"))
+    await api_without_worker.submit()
+    event = await api_without_worker.wait_for_event(job_id, "JobAttemptFailed")
+    await api_without_worker.get(f"/api/events/jobs/{job_id}", event["position"])
+    found = await numbers(api_without_worker)
     assert found["jobledger_attempts_total", "retried"] == 1
     assert found["jobledger_attempts_total", "fenced"] == 0
     assert 0 < found["jobledger_queue_oldest_seconds", ""] < 30

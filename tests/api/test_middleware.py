@@ -45,8 +45,8 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", ["/healthz", JOBS, "/nothing/here", f"{JOBS}/job-none", f"{JOBS}?limit=x"])
-async def test_every_answer_has_the_security_headers_and_an_id(idle_api: Api, path: str) -> None:
-    answer = await idle_api.get(path)
+async def test_every_answer_has_the_security_headers_and_an_id(api_without_worker: Api, path: str) -> None:
+    answer = await api_without_worker.get(path)
 
     assert EVERYWHERE.items() <= dict(answer.headers).items()
     assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
@@ -54,10 +54,10 @@ async def test_every_answer_has_the_security_headers_and_an_id(idle_api: Api, pa
     assert len(answer.headers["x-request-id"]) == 32
 
 
-async def test_refusals_of_the_outermost_doors_have_them_too(idle_api: Api) -> None:
+async def test_refusals_of_the_outermost_doors_have_them_too(api_without_worker: Api) -> None:
     for answer in (
-        await idle_api.get(JOBS, Host="elsewhere.example.org"),
-        await idle_api.post(JOBS, {}, Origin="https://elsewhere.example.org"),
+        await api_without_worker.get(JOBS, Host="elsewhere.example.org"),
+        await api_without_worker.post(JOBS, {}, Origin="https://elsewhere.example.org"),
     ):
         assert answer.json()["status"] == "error"
         assert EVERYWHERE.items() <= dict(answer.headers).items()
@@ -65,13 +65,13 @@ async def test_refusals_of_the_outermost_doors_have_them_too(idle_api: Api) -> N
 
 
 async def test_a_fault_is_answered_with_all_headers_and_the_id_under_which_it_is_logged(
-    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("what nobody should be told")
 
     monkeypatch.setattr("jobledger.projections.views.statistics.load_statistics", broken)
-    answer = await idle_api.get(STATS, **{"X-Request-ID": "mine-1"})
+    answer = await api_without_worker.get(STATS, **{"X-Request-ID": "mine-1"})
 
     assert answer.status_code == 500
     assert EVERYWHERE.items() <= dict(answer.headers).items()
@@ -90,9 +90,9 @@ async def test_browsers_are_told_to_stay_with_https_where_others_reach_us_by_it(
             assert (await client.get("/")).headers.get("strict-transport-security") == told
 
 
-async def test_a_sane_request_id_is_kept_and_any_other_is_replaced(idle_api: Api) -> None:
+async def test_a_sane_request_id_is_kept_and_any_other_is_replaced(api_without_worker: Api) -> None:
     for given, kept in (("abc-DEF_1.2:3", True), ("a" * 100, True), ("a" * 101, False), ("a b", False), ("", False)):
-        answer = await idle_api.get("/healthz", **{"X-Request-ID": given})
+        answer = await api_without_worker.get("/healthz", **{"X-Request-ID": given})
         assert (answer.headers["x-request-id"] == given) is kept
 
 
@@ -125,9 +125,9 @@ async def test_the_access_log_says_who_asked_for_what_and_no_secrets(run: Any) -
     }
 
 
-async def test_without_being_asked_there_is_no_access_log(idle_api: Api) -> None:
+async def test_without_being_asked_there_is_no_access_log(api_without_worker: Api) -> None:
     with capture_logs() as lines:
-        await idle_api.get(JOBS)
+        await api_without_worker.get(JOBS)
     assert [line for line in lines if line["event"] == "request"] == []
 
 
@@ -155,17 +155,17 @@ async def test_pages_of_configured_origins_may_use_the_api_and_others_may_not(ru
     assert strangers_post.json()["code"] == "foreign_origin"
 
 
-async def test_without_configured_origins_no_page_but_ours_may_read_or_write(idle_api: Api) -> None:
-    answer = await idle_api.get(JOBS, Origin=FRIEND)
+async def test_without_configured_origins_no_page_but_ours_may_read_or_write(api_without_worker: Api) -> None:
+    answer = await api_without_worker.get(JOBS, Origin=FRIEND)
     assert not [name for name in answer.headers if name.startswith("access-control")]
-    assert (await idle_api.post(JOBS, {}, Origin=FRIEND)).json()["code"] == "foreign_origin"
+    assert (await api_without_worker.post(JOBS, {}, Origin=FRIEND)).json()["code"] == "foreign_origin"
 
 
 # Limits -----------------------------------------------------------------------------------------------------------
 
 
 async def test_who_asks_too_often_is_told_when_to_come_back_and_others_are_not_kept(
-    said_in_header: None, run: Any
+    header_auth: None, run: Any
 ) -> None:
     async with run(api={"requests_per_second": 0.1, "burst": 3}) as api:
         mine = [await api.get(JOBS, **principal_header("alice")) for _ in range(4)]
@@ -200,7 +200,7 @@ def test_buckets_that_are_full_again_take_up_no_memory(monkeypatch: pytest.Monke
     assert len(buckets) == 1
 
 
-async def test_so_many_live_streams_of_one_user_and_no_more_until_one_is_closed(said_in_header: None, run: Any) -> None:
+async def test_so_many_live_streams_of_one_user_and_no_more_until_one_is_closed(header_auth: None, run: Any) -> None:
     async with run(api={"max_streams_per_user": 2}) as api:
         opened = [api.http.stream("GET", STREAM, headers=principal_header("alice")) for _ in range(2)]
         for stream in opened:
@@ -221,18 +221,18 @@ async def test_so_many_live_streams_of_one_user_and_no_more_until_one_is_closed(
     assert refused.headers["retry-after"] == "5"
 
 
-async def test_what_is_too_long_is_refused_in_the_envelope(idle_api: Api) -> None:
-    address = await idle_api.get(f"{JOBS}?q={'x' * 17_000}")
-    many = await idle_api.get(JOBS, **{f"X-{number}": "y" for number in range(150)})
-    large = await idle_api.get(JOBS, **{"X-Large": "y" * 40_000})
+async def test_what_is_too_long_is_refused_in_the_envelope(api_without_worker: Api) -> None:
+    address = await api_without_worker.get(f"{JOBS}?q={'x' * 17_000}")
+    many = await api_without_worker.get(JOBS, **{f"X-{number}": "y" for number in range(150)})
+    large = await api_without_worker.get(JOBS, **{"X-Large": "y" * 40_000})
 
     assert (address.status_code, address.json()["code"]) == (414, "address_too_long")
     assert (many.status_code, many.json()["code"]) == (431, "headers_too_large")
     assert (large.status_code, large.json()["code"]) == (431, "headers_too_large")
 
 
-async def test_a_request_whose_head_has_no_end_is_cut(idle_api: Api) -> None:
-    where = urlsplit(str(idle_api.http.base_url))
+async def test_a_request_whose_head_has_no_end_is_cut(api_without_worker: Api) -> None:
+    where = urlsplit(str(api_without_worker.http.base_url))
     answer = await asyncio.to_thread(_endless_head, where.hostname or "", where.port or 0)
     assert answer.startswith(b"HTTP/1.1 400 ")
 
@@ -243,9 +243,9 @@ def _endless_head(host: str, port: int) -> bytes:
         return connection.recv(1000)
 
 
-async def test_json_that_is_nested_too_deep_is_said_to_be(idle_api: Api) -> None:
+async def test_json_that_is_nested_too_deep_is_said_to_be(api_without_worker: Api) -> None:
     for depth, status in ((90, 202), (110, 422), (300, 400), (100_000, 400)):
         content = f'{{"job_type": "echo", "parameters": {{"a": {"[" * depth}{"]" * depth}}}}}'
-        answer = await idle_api.http.post(JOBS, content=content, headers={"Content-Type": "application/json"})
+        answer = await api_without_worker.http.post(JOBS, content=content, headers={"Content-Type": "application/json"})
         assert answer.status_code == status
         assert status == 202 or "100 levels deep" in answer.json()["message"]

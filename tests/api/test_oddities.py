@@ -26,19 +26,21 @@ FRIEND = "https://conference.example.org"
 NAIVE = ["2026-02-01T09:30", "2026-02-01T09:30:00.5", "2026-02-01", "2026-02-01 09:30"]
 
 
-async def test_time_without_offset_is_refused_everywhere_and_the_error_shows_it_with_one(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_time_without_offset_is_refused_everywhere_and_the_error_shows_it_with_one(
+    api_without_worker: Api,
+) -> None:
+    job_id = await api_without_worker.submit()
     for text in NAIVE:
         waiting = {"job_type": "echo", "parameters": {}, "not_before": text}
         answers = [
-            await idle_api.post(JOBS, waiting),
-            await idle_api.post("/api/events/batches", {"jobs": [waiting]}),
-            await idle_api.http.put(f"{JOBS}/{job_id}", json={"not_before": text}),
-            await idle_api.get(f"{JOBS}?created_after={text}"),
-            await idle_api.get(f"{JOBS}?created_before={text}"),
-            await idle_api.get(f"{JOBS}/{job_id}?as_of={text}"),
-            await idle_api.get(f"/api/monitoring/events/webhooks?created_after={text}"),
-            await idle_api.post("/api/monitoring/events/redeliver", {"created_before": text}),
+            await api_without_worker.post(JOBS, waiting),
+            await api_without_worker.post("/api/events/batches", {"jobs": [waiting]}),
+            await api_without_worker.http.put(f"{JOBS}/{job_id}", json={"not_before": text}),
+            await api_without_worker.get(f"{JOBS}?created_after={text}"),
+            await api_without_worker.get(f"{JOBS}?created_before={text}"),
+            await api_without_worker.get(f"{JOBS}/{job_id}?as_of={text}"),
+            await api_without_worker.get(f"/api/monitoring/events/webhooks?created_after={text}"),
+            await api_without_worker.post("/api/monitoring/events/redeliver", {"created_before": text}),
         ]
         for answer in answers:
             assert answer.status_code == 422, (text, answer.url)
@@ -49,13 +51,13 @@ async def test_time_without_offset_is_refused_everywhere_and_the_error_shows_it_
                 option(text)
 
 
-async def test_time_with_any_offset_is_taken(idle_api: Api) -> None:
+async def test_time_with_any_offset_is_taken(api_without_worker: Api) -> None:
     for text in ("2026-02-01T09:30:00Z", "2026-02-01T10:30+01:00", "2026-02-01T02:00:00.000-07:30"):
-        answer = await idle_api.post(JOBS, {"job_type": "echo", "parameters": {}, "not_before": text})
+        answer = await api_without_worker.post(JOBS, {"job_type": "echo", "parameters": {}, "not_before": text})
         assert answer.json()["job"]["due_at"] == "2026-02-01T09:30:00Z"
-        assert (await idle_api.http.get(JOBS, params={"created_after": text})).status_code == 200
+        assert (await api_without_worker.http.get(JOBS, params={"created_after": text})).status_code == 200
         assert parse_as_of(text, "--as-of") == parse_timestamp("2026-02-01T09:30Z")
-    lost = await idle_api.get(f"{JOBS}?created_after=2026-02-01T10:30+01:00")
+    lost = await api_without_worker.get(f"{JOBS}?created_after=2026-02-01T10:30+01:00")
     assert "2026-02-01T10:30%2B01:00" in lost.json()["message"]
 
 
@@ -74,7 +76,7 @@ def address_of(route: Route, **known: str) -> str:
     return route.path.replace(":path}", "}").format(**names)
 
 
-async def test_query_parameter_repeated_is_refused_by_name_at_every_route(idle_api: Api) -> None:
+async def test_query_parameter_repeated_is_refused_by_name_at_every_route(api_without_worker: Api) -> None:
     for route in EVERY_ROUTE:
         for method in route.methods or ():
             for name, query in (
@@ -82,7 +84,7 @@ async def test_query_parameter_repeated_is_refused_by_name_at_every_route(idle_a
                 ("x", "x=1&y=2&%78="),
                 ("signature", "&signature&signature"),
             ):
-                answer = await idle_api.http.request(method, f"{address_of(route)}?{query}")
+                answer = await api_without_worker.http.request(method, f"{address_of(route)}?{query}")
                 assert answer.status_code == 422, (method, route.path)
                 if method != "HEAD":
                     assert answer.json()["details"]["errors"] == [
@@ -90,12 +92,14 @@ async def test_query_parameter_repeated_is_refused_by_name_at_every_route(idle_a
                     ]
 
 
-async def test_query_parameter_unknown_is_refused_by_name_at_every_route_of_the_interface(idle_api: Api) -> None:
-    batch = await idle_api.submit_batch({})
+async def test_query_parameter_unknown_is_refused_by_name_at_every_route_of_the_interface(
+    api_without_worker: Api,
+) -> None:
+    batch = await api_without_worker.submit_batch({})
     known = {"batch_id": batch["batch_id"], "job_id": batch["job_ids"][0]}
     for route in ROUTES:
         for method in (route.methods or set()) - {"HEAD"}:
-            answer = await idle_api.http.request(method, f"{address_of(route, **known)}?colour=red", json={})
+            answer = await api_without_worker.http.request(method, f"{address_of(route, **known)}?colour=red", json={})
             if route.endpoint in (
                 webhook_echo.receive_webhook_echo,
                 webhook_echo.list_webhook_echoes,
@@ -107,48 +111,57 @@ async def test_query_parameter_unknown_is_refused_by_name_at_every_route_of_the_
                 assert [it["path"] for it in answer.json()["details"]["errors"]] == ["colour"]
 
 
-async def test_query_parameter_unknown_is_ignored_by_pages_of_the_dashboard(idle_api: Api) -> None:
+async def test_query_parameter_unknown_is_ignored_by_pages_of_the_dashboard(api_without_worker: Api) -> None:
     for route in dashboard.ROUTES:
         if route.path not in STREAM_PATHS and "GET" in (route.methods or ()):
-            answer = await idle_api.get(f"{address_of(route)}?colour=red")
+            answer = await api_without_worker.get(f"{address_of(route)}?colour=red")
             assert answer.status_code in (200, 404), route.path
 
 
-async def test_query_parameter_min_position_is_taken_by_every_route_that_reads_the_views(idle_api: Api) -> None:
-    batch = await idle_api.submit_batch({})
+async def test_query_parameter_min_position_is_taken_by_every_route_that_reads_the_views(
+    api_without_worker: Api,
+) -> None:
+    batch = await api_without_worker.submit_batch({})
     known = {"batch_id": batch["batch_id"], "job_id": batch["job_ids"][0]}
     for route in ROUTES:
         if OPERATIONS[route.endpoint].reads_views:
             method = "GET" if "GET" in (route.methods or ()) else "POST"
             address = f"{address_of(route, **known)}?min_position=far"
-            answer = await idle_api.http.request(method, address, json=known if method == "POST" else None)
+            answer = await api_without_worker.http.request(method, address, json=known if method == "POST" else None)
             assert (answer.status_code, answer.json()["code"]) == (400, "malformed_position"), route.path
 
 
-async def test_sign_in_form_with_repeated_field_is_refused(idle_api: Api) -> None:
-    form = {"Content-Type": "application/x-www-form-urlencoded", "Origin": str(idle_api.http.base_url).rstrip("/")}
-    answer = await idle_api.http.post("/monitoring/events/sign-in", content="credential=a&credential=b", headers=form)
+async def test_sign_in_form_with_repeated_field_is_refused(api_without_worker: Api) -> None:
+    form = {
+        "Content-Type": "application/x-www-form-urlencoded",
+        "Origin": str(api_without_worker.http.base_url).rstrip("/"),
+    }
+    answer = await api_without_worker.http.post(
+        "/monitoring/events/sign-in", content="credential=a&credential=b", headers=form
+    )
     assert answer.status_code == 400
     assert "send each field once" in answer.text
 
 
-async def test_compressed_body_is_refused_and_the_answer_says_what_is_accepted(idle_api: Api) -> None:
+async def test_compressed_body_is_refused_and_the_answer_says_what_is_accepted(api_without_worker: Api) -> None:
     body = json.dumps({"job_type": "echo", "parameters": {}}).encode()
     for encoding, sent in (("gzip", gzip.compress(body)), ("br", body), ("identity, gzip", body)):
         headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-        answer = await idle_api.http.post(JOBS, content=sent, headers=headers)
+        answer = await api_without_worker.http.post(JOBS, content=sent, headers=headers)
         assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_content_encoding")
         assert answer.headers["accept-encoding"] == "identity"
     headers = {"Content-Type": "application/json", "Content-Encoding": "identity"}
-    assert (await idle_api.http.post(JOBS, content=body, headers=headers)).status_code == 202
+    assert (await api_without_worker.http.post(JOBS, content=body, headers=headers)).status_code == 202
 
 
-async def test_empty_last_event_id_is_none(idle_api: Api) -> None:
-    await idle_api.submit()
-    for query, first in (("", await idle_api.event_store.head_position()), ("?after=0", 0)):
+async def test_empty_last_event_id_is_none(api_without_worker: Api) -> None:
+    await api_without_worker.submit()
+    for query, first in (("", await api_without_worker.event_store.head_position()), ("?after=0", 0)):
         async with (
             asyncio.timeout(10),
-            idle_api.http.stream("GET", f"/api/ledger/stream{query}", headers={"Last-Event-ID": ""}) as answer,
+            api_without_worker.http.stream(
+                "GET", f"/api/ledger/stream{query}", headers={"Last-Event-ID": ""}
+            ) as answer,
         ):
             assert answer.status_code == 200
             async for line in answer.aiter_lines():
@@ -177,10 +190,10 @@ async def test_preflight_allows_what_clients_send(mongodb_uri: str, db_name: str
         assert answer.status_code == 400
 
 
-async def test_every_address_answers_every_method(idle_api: Api) -> None:
+async def test_every_address_answers_every_method(api_without_worker: Api) -> None:
     for address in {address_of(route) for route in ROUTES}:
         for method in ("HEAD", "OPTIONS", "PATCH", "TRACE"):
-            answer = await idle_api.http.request(method, address)
+            answer = await api_without_worker.http.request(method, address)
             assert answer.status_code < 500, (method, address)
             if method != "HEAD":
                 assert answer.status_code == 405, (method, address)

@@ -92,15 +92,15 @@ def test_the_schema_of_a_job_knows_what_the_parameters_of_each_type_are(body: An
     assert validator.is_valid(body) is fits
 
 
-async def test_the_examples_are_accepted_as_they_stand(idle_api: Api) -> None:
-    submitted = await idle_api.post("/api/events/jobs", openapi.EXAMPLES[requests.JobBody])
-    batched = await idle_api.post("/api/events/batches", openapi.EXAMPLES[requests.BatchBody])
+async def test_the_examples_are_accepted_as_they_stand(api_without_worker: Api) -> None:
+    submitted = await api_without_worker.post("/api/events/jobs", openapi.EXAMPLES[requests.JobBody])
+    batched = await api_without_worker.post("/api/events/batches", openapi.EXAMPLES[requests.BatchBody])
     job, batch = submitted.headers["location"], batched.headers["location"]
-    updated = await idle_api.http.put(job, json=openapi.EXAMPLES[requests.JobUpdateBody])
-    shared = await idle_api.http.put(batch, json=openapi.EXAMPLES[requests.BatchUpdateBody])
-    cancelled = await idle_api.post(f"{job}/cancel", openapi.EXAMPLES[requests.ReasonBody])
-    restarted = await idle_api.post(f"{job}/restart", openapi.EXAMPLES[requests.JobRestartBody])
-    again = await idle_api.post(f"{batch}/restart", openapi.EXAMPLES[requests.BatchRestartBody])
+    updated = await api_without_worker.http.put(job, json=openapi.EXAMPLES[requests.JobUpdateBody])
+    shared = await api_without_worker.http.put(batch, json=openapi.EXAMPLES[requests.BatchUpdateBody])
+    cancelled = await api_without_worker.post(f"{job}/cancel", openapi.EXAMPLES[requests.ReasonBody])
+    restarted = await api_without_worker.post(f"{job}/restart", openapi.EXAMPLES[requests.JobRestartBody])
+    again = await api_without_worker.post(f"{batch}/restart", openapi.EXAMPLES[requests.BatchRestartBody])
 
     answers = (submitted, batched, updated, shared, cancelled, restarted, again)
     assert [answer.status_code for answer in answers] == [202, 202, 200, 200, 200, 200, 200], [
@@ -131,18 +131,18 @@ def test_what_goes_without_saying_is_said() -> None:
     assert DOCUMENTED["GET /healthz"]["security"] == []
 
 
-async def test_the_document_and_the_page_are_served_and_not_again_to_who_has_them(idle_api: Api) -> None:
+async def test_the_document_and_the_page_are_served_and_not_again_to_who_has_them(api_without_worker: Api) -> None:
     for path, media_type in (("/api/openapi.json", "application/json"), ("/api/docs", "text/html; charset=utf-8")):
-        answer = await idle_api.get(path)
+        answer = await api_without_worker.get(path)
         assert answer.status_code == 200
         assert answer.headers["content-type"] == media_type
-        again = await idle_api.get(path, **{"If-None-Match": answer.headers["etag"]})
+        again = await api_without_worker.get(path, **{"If-None-Match": answer.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
-    assert (await idle_api.get("/api/openapi.json")).json() == DOCUMENT
+    assert (await api_without_worker.get("/api/openapi.json")).json() == DOCUMENT
 
 
-async def test_the_page_shows_everything_and_loads_nothing(idle_api: Api) -> None:
-    answer = await idle_api.get("/api/docs")
+async def test_the_page_shows_everything_and_loads_nothing(api_without_worker: Api) -> None:
+    answer = await api_without_worker.get("/api/docs")
     text = answer.text
 
     for operation in DOCUMENTED.values():

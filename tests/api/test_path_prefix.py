@@ -112,8 +112,8 @@ def test_results_behind_proxy_have_its_path_in_every_address() -> None:
     assert prefix_result_urls("/p", {**results, "markdown_url": None})["markdown_url"] is None
 
 
-async def test_redirects_stay_relative_without_a_public_url(idle_api: Api) -> None:
+async def test_redirects_stay_relative_without_a_public_url(api_without_worker: Api) -> None:
     for method in ("GET", "POST"):
-        answer = await idle_api.http.request(method, "/api/events/jobs/?a=b")
+        answer = await api_without_worker.http.request(method, "/api/events/jobs/?a=b")
         assert (answer.status_code, answer.headers["location"]) == (307, "../jobs?a=b")
-    assert (await idle_api.get("/api//evil.example/")).status_code == 404
+    assert (await api_without_worker.get("/api//evil.example/")).status_code == 404

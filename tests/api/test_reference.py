@@ -43,7 +43,9 @@ REPLACED = ("/process-events-async", "/process-many-events", "/test-webhook-call
 
 
 @pytest.mark.parametrize("old", REPLACED)
-async def test_the_example_in_the_place_of_an_old_endpoint_works_as_it_stands(idle_api: Api, old: str) -> None:
+async def test_the_example_in_the_place_of_an_old_endpoint_works_as_it_stands(
+    api_without_worker: Api, old: str
+) -> None:
     text = REFERENCE.read_text(encoding="utf-8")
     assert f"| `{old}` | " in text
     found = re.search(rf"^In the place of `{old}`.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -54,7 +56,7 @@ async def test_the_example_in_the_place_of_an_old_endpoint_works_as_it_stands(id
     path = address.removeprefix("http://127.0.0.1:5001")
     if "-d" in given:
         name, _, value = given["-H"].partition(": ")
-        answer = await idle_api.http.post(path, content=given["-d"], headers={name: value})
+        answer = await api_without_worker.http.post(path, content=given["-d"], headers={name: value})
     else:
-        answer = await idle_api.get(path)
+        answer = await api_without_worker.get(path)
     assert answer.status_code == (202 if "-d" in given else 200), answer.text

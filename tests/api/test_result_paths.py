@@ -71,18 +71,20 @@ async def test_accepted_paths_are_fetched_under_their_urls_and_are_in_the_archiv
         assert (await api.http.get(link.json()["url"])).status_code == 200
 
 
-async def test_jobs_of_an_older_log_with_one_path_keep_their_files(idle_api: Api) -> None:
+async def test_jobs_of_an_older_log_with_one_path_keep_their_files(api_without_worker: Api) -> None:
     """Before paths had owners, several jobs could complete with the same path."""
     for content in (b"first", b"second", b"third"):
-        await add_file(idle_api, "same/a.md", content, "text/markdown")
-    rows = await idle_api.db.files.find({"path": "same/a.md"}, sort=[("modified_at", 1)]).to_list()
+        await add_file(api_without_worker, "same/a.md", content, "text/markdown")
+    rows = await api_without_worker.db.files.find({"path": "same/a.md"}, sort=[("modified_at", 1)]).to_list()
     for row, content in zip(rows, (b"first", b"second", b"third"), strict=True):
-        assert (await idle_api.http.get(FILES + quote("same/a.md"))).content == content
-        archive = await idle_api.http.get(f"/api/events/jobs/{row['job_id']}/download-archive")
+        assert (await api_without_worker.http.get(FILES + quote("same/a.md"))).content == content
+        archive = await api_without_worker.http.get(f"/api/events/jobs/{row['job_id']}/download-archive")
         with ZipFile(io.BytesIO(archive.content)) as unpacked:
             assert [unpacked.read(name) for name in unpacked.namelist()] == [content]
         recorded = (
-            await handle_command(idle_api.event_store, row["job_id"], Delete("local"), meta=EventMetadata("test"))
+            await handle_command(
+                api_without_worker.event_store, row["job_id"], Delete("local"), meta=EventMetadata("test")
+            )
         ).events
-        await idle_api.get("/api/monitoring/events/stats", recorded[-1].position)
-    assert (await idle_api.http.get(FILES + "same/a.md")).status_code == 404
+        await api_without_worker.get("/api/monitoring/events/stats", recorded[-1].position)
+    assert (await api_without_worker.http.get(FILES + "same/a.md")).status_code == 404

@@ -57,8 +57,8 @@ async def test_statistics_have_the_shape_of_the_concept_and_more(api: Api) -> No
     assert found["log"]["lag"] == found["log"]["head"] - found["log"]["views"]
 
 
-async def test_before_anything_has_happened_statistics_say_so(idle_api: Api) -> None:
-    found = await stats(idle_api, 0)
+async def test_before_anything_has_happened_statistics_say_so(api_without_worker: Api) -> None:
+    found = await stats(api_without_worker, 0)
     assert set(found["jobs"].values()) | set(found["batches"].values()) == {0}
     assert found["tracks"] == found["workers"] == []
     assert found["throughput"] == {"last_minute": 0, "last_hour": 0}
@@ -66,10 +66,10 @@ async def test_before_anything_has_happened_statistics_say_so(idle_api: Api) -> 
     assert found["durations"] == {"completed": 0, **nothing}
 
 
-async def test_a_worker_that_runs_jobs_is_busy_and_one_that_is_gone_is_not_there(idle_api: Api) -> None:
+async def test_a_worker_that_runs_jobs_is_busy_and_one_that_is_gone_is_not_there(api_without_worker: Api) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
     facts = {"host": "here", "slots": 4, "released": False}
-    await idle_api.db.workers.insert_many(
+    await api_without_worker.db.workers.insert_many(
         [
             {"_id": "alive", "lease_until": later, **facts},
             {"_id": "dead", "lease_until": NOON, **facts},
@@ -78,45 +78,47 @@ async def test_a_worker_that_runs_jobs_is_busy_and_one_that_is_gone_is_not_there
     )
     positions = []
     for worker_id in ("alive", "alive", "dead"):
-        positions.append(await do(idle_api, await idle_api.submit(), ClaimJob(worker_id, later)))
-    found = await stats(idle_api, positions[-1])
+        positions.append(await do(api_without_worker, await api_without_worker.submit(), ClaimJob(worker_id, later)))
+    found = await stats(api_without_worker, positions[-1])
     lease = found["workers"][0].pop("lease_until")
     assert datetime.fromisoformat(lease) == later.replace(microsecond=later.microsecond // 1000 * 1000)
     healthy = {"problem": None, "unhealthy_since": None}
     assert found["workers"] == [{"worker_id": "alive", "host": "here", "slots": 4, "busy": 2, **healthy}]
 
 
-async def test_what_is_deleted_leaves_the_counts_of_jobs_but_not_what_has_happened(idle_api: Api) -> None:
-    job_id = await idle_api.submit({"track": "A"})
+async def test_what_is_deleted_leaves_the_counts_of_jobs_but_not_what_has_happened(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit({"track": "A"})
     broken = Failure(code="BROKEN", message="it broke")
     claim = ClaimJob("worker-1", datetime.now(UTC) + timedelta(hours=1))
-    await do(idle_api, job_id, claim, FailAttempt("worker-1", 1, broken, None))
-    found = await stats(idle_api, await do(idle_api, job_id, Delete("user:local")))
+    await do(api_without_worker, job_id, claim, FailAttempt("worker-1", 1, broken, None))
+    found = await stats(api_without_worker, await do(api_without_worker, job_id, Delete("user:local")))
     assert set(found["jobs"].values()) == {0}
     assert found["tracks"] == []
     assert found["throughput"]["last_hour"] == round(1 / 60, 2)
-    events, _ = await statistics.load_event_and_duration_counts(Views(idle_api.db))
+    events, _ = await statistics.load_event_and_duration_counts(Views(api_without_worker.db))
     assert events == {"JobSubmitted": 1, "JobClaimed": 1, "JobFailed": 1, "JobDeleted": 1}
 
 
-async def test_statistics_read_counters_however_many_jobs_there_are(idle_api: Api) -> None:
+async def test_statistics_read_counters_however_many_jobs_there_are(api_without_worker: Api) -> None:
     for number in range(30):
-        await idle_api.submit({"track": f"track {number % 3}"})
-    await idle_api.get(STATS, 30)
-    await idle_api.db.command("profile", 2)
+        await api_without_worker.submit({"track": f"track {number % 3}"})
+    await api_without_worker.get(STATS, 30)
+    await api_without_worker.db.command("profile", 2)
     try:
-        assert (await idle_api.get(STATS)).status_code == 200
+        assert (await api_without_worker.get(STATS)).status_code == 200
     finally:
-        await idle_api.db.command("profile", 0)
-    looked = [entry async for entry in idle_api.db["system.profile"].find({"op": {"$in": ["query", "command"]}})]
+        await api_without_worker.db.command("profile", 0)
+    looked = [
+        entry async for entry in api_without_worker.db["system.profile"].find({"op": {"$in": ["query", "command"]}})
+    ]
     views = [entry for entry in looked if entry["ns"].partition(".")[2] in ("jobs", "batches", "events", "statistics")]
     assert views
     assert max(entry.get("docsExamined", 0) for entry in views) <= 4  # one for each track, and so on
 
 
-@pytest.mark.usefixtures("said_in_header")
+@pytest.mark.usefixtures("header_auth")
 @pytest.mark.parametrize("path", [STATS, "/metrics"])
-async def test_statistics_of_everything_are_for_monitors_and_admins(idle_api: Api, path: str) -> None:
+async def test_statistics_of_everything_are_for_monitors_and_admins(api_without_worker: Api, path: str) -> None:
     asking: list[tuple[str, list[str], int]] = [
         ("mona", ["monitor"], 200),
         ("root", ["admin"], 200),
@@ -125,7 +127,7 @@ async def test_statistics_of_everything_are_for_monitors_and_admins(idle_api: Ap
         ("", [], 401),
     ]
     for user_id, roles, status in asking:
-        answer = await idle_api.as_user(user_id, roles=roles).get(path)
+        answer = await api_without_worker.as_user(user_id, roles=roles).get(path)
         assert answer.status_code == status, (user_id, roles)
 
 

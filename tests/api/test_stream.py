@@ -14,14 +14,14 @@ import pytest
 from tests.api.conftest import DEADLINE_SECONDS, Api
 
 
-async def test_the_stream_tells_history_first_and_then_what_happens_live(idle_api: Api) -> None:
-    before = [await idle_api.submit({"number": number}) for number in range(3)]
+async def test_the_stream_tells_history_first_and_then_what_happens_live(api_without_worker: Api) -> None:
+    before = [await api_without_worker.submit({"number": number}) for number in range(3)]
     seen = []
-    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(idle_api.stream_events(after=0)) as events:
+    async with asyncio.timeout(DEADLINE_SECONDS), aclosing(api_without_worker.stream_events(after=0)) as events:
         async for event in events:
             seen.append(event)
             if len(seen) == 3:
-                before.append(await idle_api.submit({"number": 3}))
+                before.append(await api_without_worker.submit({"number": 3}))
             if len(seen) == 4:
                 break
 
@@ -31,13 +31,13 @@ async def test_the_stream_tells_history_first_and_then_what_happens_live(idle_ap
     assert seen[0]["data"]["parameters"] == {"number": 0}
 
 
-async def test_without_a_beginning_the_stream_tells_only_what_happens_from_now_on(idle_api: Api) -> None:
-    await idle_api.submit()
+async def test_without_a_beginning_the_stream_tells_only_what_happens_from_now_on(api_without_worker: Api) -> None:
+    await api_without_worker.submit()
     seen = []
     async with asyncio.timeout(DEADLINE_SECONDS):
-        async with idle_api.http.stream("GET", "/api/ledger/stream") as answer:
+        async with api_without_worker.http.stream("GET", "/api/ledger/stream") as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
-            job_id = await idle_api.submit()
+            job_id = await api_without_worker.submit()
             async for line in answer.aiter_lines():
                 if line.startswith("data:"):
                     seen.append(line)
@@ -102,13 +102,13 @@ async def test_a_stream_can_be_narrowed_to_types_a_job_or_a_batch(api: Api) -> N
     assert await seen(1, batch_id=batch["batch_id"], job_id=batch["job_ids"][0], types="JobCompleted") == both
 
 
-async def test_clients_that_go_away_leave_nothing_behind(idle_api: Api) -> None:
-    await idle_api.submit()
+async def test_clients_that_go_away_leave_nothing_behind(api_without_worker: Api) -> None:
+    await api_without_worker.submit()
 
     async def come_and_go(clients: int) -> None:
         async with asyncio.timeout(DEADLINE_SECONDS):
             assert (
-                await asyncio.gather(*(_number_of(idle_api.take_events(1, after=0)) for _ in range(clients)))
+                await asyncio.gather(*(_number_of(api_without_worker.take_events(1, after=0)) for _ in range(clients)))
                 == [1] * clients
             )
 
@@ -134,19 +134,22 @@ def _tasks() -> Counter[str]:
     return Counter(getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks())
 
 
-async def test_many_clients_at_once_see_the_same(idle_api: Api) -> None:
-    watching = [asyncio.create_task(idle_api.take_events(30, after=0)) for _ in range(20)]
+async def test_many_clients_at_once_see_the_same(api_without_worker: Api) -> None:
+    watching = [asyncio.create_task(api_without_worker.take_events(30, after=0)) for _ in range(20)]
     for number in range(30):
-        await idle_api.submit({"number": number})
+        await api_without_worker.submit({"number": number})
     seen = await asyncio.gather(*watching)
 
     assert all([event["position"] for event in events] == list(range(1, 31)) for events in seen)
 
 
-async def test_separators_of_lines_inside_a_text_do_not_tear_an_event_apart(idle_api: Api) -> None:
+async def test_separators_of_lines_inside_a_text_do_not_tear_an_event_apart(api_without_worker: Api) -> None:
     text = "one\r\ntwo\rthree\nfour\u2028five\u2029six\x85seven\x0b\x0c\x1c"
-    await idle_api.submit({"text": text})
-    async with asyncio.timeout(DEADLINE_SECONDS), idle_api.http.stream("GET", "/api/ledger/stream?after=0") as answer:
+    await api_without_worker.submit({"text": text})
+    async with (
+        asyncio.timeout(DEADLINE_SECONDS),
+        api_without_worker.http.stream("GET", "/api/ledger/stream?after=0") as answer,
+    ):
         received = b""
         async for part in answer.aiter_bytes():
             received += part
@@ -175,53 +178,57 @@ async def blocks(api: Api, number: int, **query: Any) -> list[list[str]]:
     return found
 
 
-async def test_a_client_knows_where_to_resume_before_it_has_seen_any_event(idle_api: Api) -> None:
-    await idle_api.submit()
-    [[retry, where]] = await blocks(idle_api, 1)
+async def test_a_client_knows_where_to_resume_before_it_has_seen_any_event(api_without_worker: Api) -> None:
+    await api_without_worker.submit()
+    [[retry, where]] = await blocks(api_without_worker, 1)
     assert retry.startswith("retry: ")
     assert where == "id: 1"
-    missed = await idle_api.submit()
-    [event] = await idle_api.take_events(1, last_event_id=1)
+    missed = await api_without_worker.submit()
+    [event] = await api_without_worker.take_events(1, last_event_id=1)
     assert event["stream"] == missed
 
 
-async def test_a_sign_of_life_has_no_id(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sign_of_life_has_no_id(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.1)
-    assert (await blocks(idle_api, 3))[1:] == [[": still here"], [": still here"]]
+    assert (await blocks(api_without_worker, 3))[1:] == [[": still here"], [": still here"]]
 
 
-async def test_a_client_that_wants_little_moves_on_all_the_same(idle_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_wants_little_moves_on_all_the_same(
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.3)
     for _ in range(20):
-        await idle_api.submit()
+        await api_without_worker.submit()
     # Without an event there is nothing to dispatch: a browser takes note of the id, and that is all.
-    assert (await blocks(idle_api, 3, after=0, types="JobDeleted"))[1:] == [["id: 20"], [": still here"]]
+    assert (await blocks(api_without_worker, 3, after=0, types="JobDeleted"))[1:] == [["id: 20"], [": still here"]]
 
 
-async def test_a_stream_from_beyond_the_end_of_the_log_is_refused(idle_api: Api) -> None:
-    await idle_api.submit()
+async def test_a_stream_from_beyond_the_end_of_the_log_is_refused(api_without_worker: Api) -> None:
+    await api_without_worker.submit()
     for answer in (
-        await idle_api.get("/api/ledger/stream?after=2"),
-        await idle_api.get("/api/ledger/stream", **{"Last-Event-ID": "2"}),
+        await api_without_worker.get("/api/ledger/stream?after=2"),
+        await api_without_worker.get("/api/ledger/stream", **{"Last-Event-ID": "2"}),
     ):
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_content")
         assert "ends at position 1" in answer.json()["message"]
 
 
-async def test_who_asks_for_the_head_of_a_stream_only_is_not_kept_waiting(idle_api: Api) -> None:
-    answer = await idle_api.http.head("/api/ledger/stream")
+async def test_who_asks_for_the_head_of_a_stream_only_is_not_kept_waiting(api_without_worker: Api) -> None:
+    answer = await api_without_worker.http.head("/api/ledger/stream")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/event-stream")
 
 
 async def test_a_client_has_to_say_again_now_and_then_who_it_is_and_misses_nothing(
-    idle_api: Api, monkeypatch: pytest.MonkeyPatch
+    api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.1)
     monkeypatch.setattr("jobledger.api.routes.log_stream.MAX_STREAM_SECONDS", 0.5)
-    await idle_api.submit()
+    await api_without_worker.submit()
     async with asyncio.timeout(DEADLINE_SECONDS):
-        seen = [event["position"] async for event in idle_api.stream_events(after=0)]  # ends, and in good order
-        await idle_api.submit()
-        seen += [event["position"] async for event in idle_api.stream_events(last_event_id=seen[-1])]
+        seen = [
+            event["position"] async for event in api_without_worker.stream_events(after=0)
+        ]  # ends, and in good order
+        await api_without_worker.submit()
+        seen += [event["position"] async for event in api_without_worker.stream_events(last_event_id=seen[-1])]
     assert seen == [1, 2]

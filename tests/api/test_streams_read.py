@@ -61,22 +61,24 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-async def test_batch_as_of_reads_little_of_large_jobs_and_is_the_same(idle_api: Api, read_bytes: list[int]) -> None:
-    batch_id, _ = await talkative_batch(idle_api)
-    head = await idle_api.event_store.head_position()
-    now = (await idle_api.get(f"/api/events/batches/{batch_id}", head)).json()["batch"]
+async def test_batch_as_of_reads_little_of_large_jobs_and_is_the_same(
+    api_without_worker: Api, read_bytes: list[int]
+) -> None:
+    batch_id, _ = await talkative_batch(api_without_worker)
+    head = await api_without_worker.event_store.head_position()
+    now = (await api_without_worker.get(f"/api/events/batches/{batch_id}", head)).json()["batch"]
     assert read_bytes == []
-    then = (await idle_api.get(f"/api/events/batches/{batch_id}?as_of={head}")).json()["batch"]
+    then = (await api_without_worker.get(f"/api/events/batches/{batch_id}?as_of={head}")).json()["batch"]
     assert then == now
     assert then["summary"] == {"duration": 2.5, "tokens_used": 7}
     assert 0 < sum(read_bytes) < 10_000
 
 
 async def test_visibility_reads_little_of_large_jobs_and_finds_the_same_access(
-    idle_api: Api, read_bytes: list[int]
+    api_without_worker: Api, read_bytes: list[int]
 ) -> None:
-    batch_id, job_ids = await talkative_batch(idle_api)
-    visibility = Visibility(idle_api.event_store, Checkpoint(idle_api.db))
+    batch_id, job_ids = await talkative_batch(api_without_worker)
+    visibility = Visibility(api_without_worker.event_store, Checkpoint(api_without_worker.db))
     await visibility.load_access([batch_id, *job_ids])
     assert 0 < sum(read_bytes) < 10_000
     found = [visibility._known[stream] for stream in (batch_id, *job_ids)]

@@ -117,8 +117,8 @@ def session(**more: Any) -> dict[str, Any]:
     return {"job_type": "session", "parameters": {**fields, **more}}
 
 
-async def test_submission_and_update_refuse_it_at_every_place(idle_api: Api) -> None:
-    waiting = await idle_api.submit({"url": "https://example.org/"})
+async def test_submission_and_update_refuse_it_at_every_place(api_without_worker: Api) -> None:
+    waiting = await api_without_worker.submit({"url": "https://example.org/"})
     for url in WITH:
         bodies: list[tuple[str, Any]] = [
             (JOBS, session(url=url)),
@@ -135,22 +135,24 @@ async def test_submission_and_update_refuse_it_at_every_place(idle_api: Api) -> 
             ),
         ]
         for path, body in bodies:
-            answer = await idle_api.post(path, body)
+            answer = await api_without_worker.post(path, body)
             assert answer.status_code == 422, (url, body, answer.text)
             assert "hunter2" not in answer.text
-        answer = await idle_api.http.put(f"{JOBS}/{waiting}", json={"parameters": {"url": url}})
+        answer = await api_without_worker.http.put(f"{JOBS}/{waiting}", json={"parameters": {"url": url}})
         assert answer.status_code == 422
-    assert (await idle_api.get(JOBS, await idle_api.event_store.head_position())).json()["total"] == 1
+    assert (await api_without_worker.get(JOBS, await api_without_worker.event_store.head_position())).json()[
+        "total"
+    ] == 1
 
 
-async def test_refusal_names_the_place_and_what_to_do(idle_api: Api) -> None:
+async def test_refusal_names_the_place_and_what_to_do(api_without_worker: Api) -> None:
     body = {"jobs": [session(), {"job_type": "echo", "parameters": {"a": [{"b": "https://u:hunter2@example.org/"}]}}]}
-    answer = (await idle_api.post("/api/events/batches", body)).json()
+    answer = (await api_without_worker.post("/api/events/batches", body)).json()
     [problem] = answer["details"]["errors"]
     assert problem["path"] == "jobs[1].parameters.a[0].b"
     assert "without them" in problem["message"]
 
 
 @pytest.mark.parametrize("text", WITHOUT)
-async def test_other_text_is_accepted(idle_api: Api, text: str) -> None:
-    assert await idle_api.submit({"text": text, "more": [text]})
+async def test_other_text_is_accepted(api_without_worker: Api, text: str) -> None:
+    assert await api_without_worker.submit({"text": text, "more": [text]})

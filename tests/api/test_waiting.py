@@ -35,10 +35,10 @@ async def test_a_read_that_waits_is_answered_as_soon_as_the_job_has_ended(api: A
     assert time.monotonic() - begun < 10
 
 
-async def test_who_waits_in_vain_is_told_how_it_is_now(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_who_waits_in_vain_is_told_how_it_is_now(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
     begun = time.monotonic()
-    answer = await idle_api.get(f"/api/events/jobs/{job_id}", Prefer="wait=1")
+    answer = await api_without_worker.get(f"/api/events/jobs/{job_id}", Prefer="wait=1")
     assert answer.json()["job"]["status"] == "pending"
     assert 1 <= time.monotonic() - begun < 5
 
@@ -51,11 +51,11 @@ async def test_many_wait_for_many_jobs_and_each_hears_of_its_own(api: Api) -> No
     assert {answer.json()["job"]["status"] for answer in answers} == {"completed"}
 
 
-async def test_a_job_that_is_deleted_ends_the_waiting(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
-    waiting = asyncio.create_task(idle_api.get(f"/api/events/jobs/{job_id}", Prefer="wait=20"))
+async def test_a_job_that_is_deleted_ends_the_waiting(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
+    waiting = asyncio.create_task(api_without_worker.get(f"/api/events/jobs/{job_id}", Prefer="wait=20"))
     await asyncio.sleep(0.3)
-    await idle_api.http.delete(f"/api/events/jobs/{job_id}")
+    await api_without_worker.http.delete(f"/api/events/jobs/{job_id}")
     answer = await asyncio.wait_for(waiting, 5)
     assert answer.status_code in (200, 404)
 
@@ -66,11 +66,11 @@ async def test_a_batch_is_waited_for_too(api: Api) -> None:
     assert answer.json()["batch"]["status"] == "completed"
 
 
-async def test_a_preference_that_cannot_be_understood_is_passed_over(idle_api: Api) -> None:
-    job_id = await idle_api.submit()
+async def test_a_preference_that_cannot_be_understood_is_passed_over(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit()
     begun = time.monotonic()
     for preference in ("wait", "wait=", "wait=soon", "wait=-1", "return=minimal", "wait=99999999999"):
-        assert (await idle_api.get(f"/api/events/jobs/{job_id}", Prefer=preference)).status_code == 200
+        assert (await api_without_worker.get(f"/api/events/jobs/{job_id}", Prefer=preference)).status_code == 200
     assert time.monotonic() - begun < 2
 
 

@@ -162,8 +162,8 @@ async def test_the_sink_keeps_what_it_is_sent_without_secrets(mongodb_uri: str, 
         assert "s3cret" not in answer.text
 
 
-async def test_the_sink_is_off_unless_it_is_wanted(idle_api: Api) -> None:
-    for answer in (await idle_api.post(SINK, {"x": 1}), await idle_api.get(SINK)):
+async def test_the_sink_is_off_unless_it_is_wanted(api_without_worker: Api) -> None:
+    for answer in (await api_without_worker.post(SINK, {"x": 1}), await api_without_worker.get(SINK)):
         assert answer.status_code == 404
         assert "webhooks.echo_enabled" in answer.json()["message"]
 
@@ -183,11 +183,11 @@ async def test_the_sink_is_off_unless_it_is_wanted(idle_api: Api) -> None:
     ],
 )
 async def test_a_webhook_that_can_never_work_is_refused_when_it_is_asked_for(
-    idle_api: Api, webhook: dict[str, Any], says: str
+    api_without_worker: Api, webhook: dict[str, Any], says: str
 ) -> None:
     body = {"job_type": "echo", "parameters": {}, "webhook": webhook}
     for path, content in (("/api/events/jobs", body), ("/api/events/batches", {"jobs": [body]})):
-        answer = await idle_api.post(path, content)
+        answer = await api_without_worker.post(path, content)
         assert answer.status_code == 422, answer.text
         [problem] = answer.json()["details"]["errors"]
         assert "webhook" in problem["path"]
@@ -195,12 +195,12 @@ async def test_a_webhook_that_can_never_work_is_refused_when_it_is_asked_for(
         assert "short" not in problem["message"]
 
 
-async def test_what_does_not_exist_is_not_found(idle_api: Api) -> None:
+async def test_what_does_not_exist_is_not_found(api_without_worker: Api) -> None:
     for name in ("delivery-job-1-1", "job-1", "x"):
-        assert (await idle_api.get(f"{HOOKS}/{name}")).json()["code"] == "delivery_not_found"
-        assert (await idle_api.post(f"{HOOKS}/{name}/redeliver")).json()["code"] == "delivery_not_found"
-    assert (await idle_api.get(f"{HOOKS}?job_id=job-1")).json()["code"] == "job_not_found"
-    assert (await idle_api.get(f"{HOOKS}?status=lost")).status_code == 422
+        assert (await api_without_worker.get(f"{HOOKS}/{name}")).json()["code"] == "delivery_not_found"
+        assert (await api_without_worker.post(f"{HOOKS}/{name}/redeliver")).json()["code"] == "delivery_not_found"
+    assert (await api_without_worker.get(f"{HOOKS}?job_id=job-1")).json()["code"] == "job_not_found"
+    assert (await api_without_worker.get(f"{HOOKS}?status=lost")).status_code == 422
 
 
 async def test_redelivery_of_a_deleted_jobs_webhook_is_refused_and_its_secrets_are_removed(

@@ -182,9 +182,9 @@ def test_a_digest_does_not_depend_on_the_order_of_names(value: dict[str, int], r
 
 
 @pytest.mark.parametrize("name", ["event_id", "stream", "version", "type", "schema", "time", "data", "meta", "prev"])
-async def test_a_changed_field_breaks_the_chain(quiet: Ledger, name: str) -> None:
-    await quiet.submit_job()
-    [document] = await load_event_documents(quiet.db)
+async def test_a_changed_field_breaks_the_chain(unstreamed_ledger: Ledger, name: str) -> None:
+    await unstreamed_ledger.submit_job()
+    [document] = await load_event_documents(unstreamed_ledger.db)
     check_chain([document])
     changes: dict[str, Any] = {
         "version": 2,
@@ -198,27 +198,31 @@ async def test_a_changed_field_breaks_the_chain(quiet: Ledger, name: str) -> Non
     assert sha256(hash_input(forged)).digest() != document["hash"]
 
 
-async def test_a_missing_or_swapped_event_breaks_the_chain(quiet: Ledger) -> None:
-    submitted = await quiet.submit_job()
-    await handle_command(quiet.event_store, submitted.events[0].stream, ClaimJob("w1", NOON), meta=EVENT_METADATA)
-    documents = await load_event_documents(quiet.db)
+async def test_a_missing_or_swapped_event_breaks_the_chain(unstreamed_ledger: Ledger) -> None:
+    submitted = await unstreamed_ledger.submit_job()
+    await handle_command(
+        unstreamed_ledger.event_store, submitted.events[0].stream, ClaimJob("w1", NOON), meta=EVENT_METADATA
+    )
+    documents = await load_event_documents(unstreamed_ledger.db)
     check_log(documents)
     for forged in (documents[1:], documents[::-1]):
         with pytest.raises(AssertionError):
             check_chain(forged)
 
 
-async def test_the_position_is_not_part_of_the_hash(quiet: Ledger) -> None:
-    await quiet.submit_job()
-    [document] = await load_event_documents(quiet.db)
+async def test_the_position_is_not_part_of_the_hash(unstreamed_ledger: Ledger) -> None:
+    await unstreamed_ledger.submit_job()
+    [document] = await load_event_documents(unstreamed_ledger.db)
     check_chain([document | {"_id": 4711}])
 
 
-async def test_chains_recomputed_from_the_database_verify_for_every_kind_of_content(quiet: Ledger) -> None:
+async def test_chains_recomputed_from_the_database_verify_for_every_kind_of_content(unstreamed_ledger: Ledger) -> None:
     full = EVENT_EXAMPLES[0]
     assert isinstance(full, JobSubmitted)
-    await quiet.submit_job(full)
+    await unstreamed_ledger.submit_job(full)
     plain: list[Any] = [2**40, -1, 0.1, 1.0, -0.0, 1e300, "😀\0", None, True, [], {}, [{"a.b": [[]]}]]
     for value in plain:
-        await quiet.submit_job(make_job_submitted(parameters={"value": value, "nested": [{"value": value}]}))
-    check_log(await load_event_documents(quiet.db))
+        await unstreamed_ledger.submit_job(
+            make_job_submitted(parameters={"value": value, "nested": [{"value": value}]})
+        )
+    check_log(await load_event_documents(unstreamed_ledger.db))

@@ -173,14 +173,14 @@ async def test_a_listener_that_cannot_read_now_is_asked_again(db: Database, erro
 
 
 async def test_a_deleted_event_makes_all_listeners_read_again_once(
-    quiet: Ledger, monkeypatch: pytest.MonkeyPatch
+    unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.ledger.store.change_stream._PAUSE_AFTER_REMOVAL_SECONDS", 0.01)
     for _ in range(3):
-        await quiet.submit_job()
-    events, numbers = Diary(quiet.db, "events"), Diary(quiet.db)
-    async with listening(quiet.db, events, numbers):
-        await quiet.db.events.delete_one({"_id": 2})
+        await unstreamed_ledger.submit_job()
+    events, numbers = Diary(unstreamed_ledger.db, "events"), Diary(unstreamed_ledger.db)
+    async with listening(unstreamed_ledger.db, events, numbers):
+        await unstreamed_ledger.db.events.delete_one({"_id": 2})
         await events.until(lambda: len(events.read) > 1)
         await asyncio.sleep(0.2)  # the deletion may be heard again, and must not count again
     assert events.read == [{1, 2, 3}, {1, 3}]
@@ -247,14 +247,14 @@ async def test_being_cancelled_before_the_stream_is_open_leaves_no_task_behind(d
     assert "changes" not in {task.get_name() for task in asyncio.all_tasks()}
 
 
-async def test_a_process_may_hear_of_some_types_of_events_only(quiet: Ledger) -> None:
-    diary, numbers = Diary(quiet.db, "events"), Diary(quiet.db)
-    changes = ChangeStream(quiet.db, event_types=["JobClaimed"])
+async def test_a_process_may_hear_of_some_types_of_events_only(unstreamed_ledger: Ledger) -> None:
+    diary, numbers = Diary(unstreamed_ledger.db, "events"), Diary(unstreamed_ledger.db)
+    changes = ChangeStream(unstreamed_ledger.db, event_types=["JobClaimed"])
     changes.add_listener(diary)
     changes.add_listener(numbers)
     async with changes.running():
-        await quiet.submit_job()
-        await quiet.db.events.insert_one({"_id": 7, "type": "JobClaimed", "stream": "job-7", "version": 1})
-        await quiet.db.numbers.insert_one({"_id": 1})
+        await unstreamed_ledger.submit_job()
+        await unstreamed_ledger.db.events.insert_one({"_id": 7, "type": "JobClaimed", "stream": "job-7", "version": 1})
+        await unstreamed_ledger.db.numbers.insert_one({"_id": 1})
         await numbers.until(lambda: numbers.heard == [1])
         assert diary.heard == [7]

@@ -187,30 +187,32 @@ async def test_history_becomes_live_in_order_none_missing_or_double_while_others
         assert (await seen)[0] == await writers[0].event_store.read(limit=total)
 
 
-async def test_without_a_name_nothing_is_written_and_unwanted_types_count(quiet: Ledger, client: LedgerClient) -> None:
-    await claim(quiet)
-    await quiet.submit_job()
-    before = await content(quiet.db)
+async def test_without_a_name_nothing_is_written_and_unwanted_types_count(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
+    await claim(unstreamed_ledger)
+    await unstreamed_ledger.submit_job()
+    before = await content(unstreamed_ledger.db)
     async with client.subscribe(types=[JobClaimed]) as events:
         assert event_positions(await some(events, 1)) == [2]
         waiting = asyncio.create_task(some(events, 1))
         await poll_until(lambda: events.position == 3)
         await events.save()
         await asyncio.sleep(1.2)  # longer than one with a name takes to save
-        assert await content(quiet.db) == before
-        await quiet.submit_job()
+        assert await content(unstreamed_ledger.db) == before
+        await unstreamed_ledger.submit_job()
         await poll_until(lambda: events.position == 4)
-        claimed = await claim(quiet)
+        claimed = await claim(unstreamed_ledger)
         assert await waiting == [claimed]
-    after = await content(quiet.db)
+    after = await content(unstreamed_ledger.db)
     assert after.keys() == before.keys()
     assert after["events"][:3] == before["events"]
     assert len(after["events"]) == 6
 
 
-async def test_types_are_named_by_class_or_by_name(quiet: Ledger, client: LedgerClient) -> None:
-    await claim(quiet)
-    await quiet.event_store.append(append_of(progress()))
+async def test_types_are_named_by_class_or_by_name(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
+    await claim(unstreamed_ledger)
+    await unstreamed_ledger.event_store.append(append_of(progress()))
     async with client.subscribe(types=[JobClaimed, "JobProgressed"]) as events:
         assert [event.type for event in await some(events, 2)] == ["JobClaimed", "JobProgressed"]
 
@@ -235,37 +237,39 @@ async def test_a_misspelt_type_is_refused_with_a_suggestion_before_anything_is_c
 # With a name ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_name_goes_on_behind_the_last_event_that_was_handed_out(quiet: Ledger, client: LedgerClient) -> None:
-    await quiet.event_store.append(append_of(*[progress()] * 20))
+async def test_a_name_goes_on_behind_the_last_event_that_was_handed_out(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
+    await unstreamed_ledger.event_store.append(append_of(*[progress()] * 20))
     begun = 1
     for count in (1, 3, 0, 5):  # what is left waits in the subscriber's memory when the block is left
         async with client.subscribe("mine") as events:
             assert event_positions(await some(events, count)) == list(range(begun, begun + count))
         begun += count
-        assert await saved(quiet.db) == begun - 1
+        assert await saved(unstreamed_ledger.db) == begun - 1
     async with client.subscribe("mine") as events:
         async for event in events:
             if event.position == 15:
                 break
-    assert await saved(quiet.db) == 15
+    assert await saved(unstreamed_ledger.db) == 15
 
 
-async def test_unwanted_types_move_the_saved_position_on_too(quiet: Ledger, client: LedgerClient) -> None:
-    claimed = [await claim(quiet) for _ in range(3)]
+async def test_unwanted_types_move_the_saved_position_on_too(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
+    claimed = [await claim(unstreamed_ledger) for _ in range(3)]
     async with client.subscribe("mine", types=[JobClaimed]) as events:
         assert await some(events, 1) == claimed[:1]
-    assert await saved(quiet.db) == 3
+    assert await saved(unstreamed_ledger.db) == 3
     async with client.subscribe("mine", types=[JobClaimed]) as events:
         assert await some(events, 2) == claimed[1:]
         waiting = asyncio.create_task(some(events, 1))
-        await quiet.submit_job()
-        await until_saved(quiet.db, 7)
-        wanted = await claim(quiet)
+        await unstreamed_ledger.submit_job()
+        await until_saved(unstreamed_ledger.db, 7)
+        wanted = await claim(unstreamed_ledger)
         assert await waiting == [wanted]
 
 
-async def test_after_counts_only_the_first_time(quiet: Ledger, client: LedgerClient) -> None:
-    await quiet.event_store.append(append_of(*[progress()] * 9))
+async def test_after_counts_only_the_first_time(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
+    await unstreamed_ledger.event_store.append(append_of(*[progress()] * 9))
     async with client.subscribe("mine", after=3):
         pass  # it has begun, although nothing was asked for
     async with client.subscribe("mine", after=7) as events:
@@ -276,67 +280,69 @@ async def test_after_counts_only_the_first_time(quiet: Ledger, client: LedgerCli
 
 @pytest.mark.parametrize("ending", [RuntimeError, asyncio.CancelledError])
 async def test_the_event_in_hand_comes_again_when_the_body_raised(
-    quiet: Ledger, client: LedgerClient, ending: type[BaseException]
+    unstreamed_ledger: Ledger, client: LedgerClient, ending: type[BaseException]
 ) -> None:
     async def fail() -> None:
         async with client.subscribe("mine") as events:
             await some(events, 3)
             raise ending
 
-    await quiet.event_store.append(append_of(*[progress()] * 5))
+    await unstreamed_ledger.event_store.append(append_of(*[progress()] * 5))
     with pytest.raises(ending):
         await fail()
-    assert await saved(quiet.db) == 2
+    assert await saved(unstreamed_ledger.db) == 2
     async with client.subscribe("mine") as events:
         assert event_positions(await some(events, 3)) == [3, 4, 5]
 
 
-async def test_it_saves_once_a_second_and_asks_nothing_when_idle(quiet: Ledger, client: LedgerClient) -> None:
+async def test_it_saves_once_a_second_and_asks_nothing_when_idle(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
     clock = asyncio.get_running_loop().time
     async with client.subscribe("mine") as events:
         reading = asyncio.create_task(some(events, 1_000_000))
-        await quiet.db.command("profile", 2)
+        await unstreamed_ledger.db.command("profile", 2)
         begun = clock()
-        async with writing(quiet):
-            await quiet.submit_job()
-            await until_saved(quiet.db, 1, seconds=2.5)  # though there is no pause to do it in
-        head = await quiet.event_store.head_position()
+        async with writing(unstreamed_ledger):
+            await unstreamed_ledger.submit_job()
+            await until_saved(unstreamed_ledger.db, 1, seconds=2.5)  # though there is no pause to do it in
+        head = await unstreamed_ledger.event_store.head_position()
         assert head > 20
-        await until_saved(quiet.db, head, seconds=2.5)
-        assert await saves(quiet.db) <= clock() - begun + 1
+        await until_saved(unstreamed_ledger.db, head, seconds=2.5)
+        assert await saves(unstreamed_ledger.db) <= clock() - begun + 1
         idle_since = datetime.now(UTC) + timedelta(milliseconds=100)  # our own questions are over by then
         await asyncio.sleep(1.2)
         idle = {"ts": {"$gt": idle_since, "$lt": datetime.now(UTC)}, "op": {"$ne": "getmore"}}
-        assert await quiet.db["system.profile"].find(idle).to_list() == []
-        await quiet.db.command("profile", 0)
+        assert await unstreamed_ledger.db["system.profile"].find(idle).to_list() == []
+        await unstreamed_ledger.db.command("profile", 0)
         reading.cancel()
 
 
 async def test_whoever_is_killed_leaves_nothing_out_and_repeats_only_what_was_not_saved(
-    quiet: Ledger, client: LedgerClient, connection: Connection
+    unstreamed_ledger: Ledger, client: LedgerClient, connection: Connection
 ) -> None:
     place = 0
-    async with writing(quiet):
+    async with writing(unstreamed_ledger):
         for _ in range(2):
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", PROGRAM, connection.uri, connection.db_name),
                 cwd=Path(__file__).parents[2],
                 stdout=asyncio.subprocess.PIPE,
             )
-            await until_saved(quiet.db, place + 50)
+            await until_saved(unstreamed_ledger.db, place + 50)
             process.kill()
             printed, _ = await process.communicate()
             seen = [int(line) for line in printed.split()]
             assert seen == list(range(place + 1, place + len(seen) + 1))
-            place = await saved(quiet.db) or 0
+            place = await saved(unstreamed_ledger.db) or 0
             assert seen[0] <= place <= seen[-1]
-    head = await quiet.event_store.head_position()
+    head = await unstreamed_ledger.event_store.head_position()
     async with client.subscribe("mine") as events:
         assert event_positions(await some(events, head - place)) == list(range(place + 1, head + 1))
 
 
 async def test_whoever_is_cancelled_while_waiting_ends_at_once_and_has_saved(
-    quiet: Ledger, client: LedgerClient
+    unstreamed_ledger: Ledger, client: LedgerClient
 ) -> None:
     seen: list[RecordedEvent] = []
 
@@ -347,42 +353,46 @@ async def test_whoever_is_cancelled_while_waiting_ends_at_once_and_has_saved(
 
     for count in (1, 2, 3):
         following = asyncio.create_task(follow())
-        await quiet.submit_job()
+        await unstreamed_ledger.submit_job()
         await poll_until(lambda count=count: len(seen) == count)  # type: ignore[misc]  # a lambda's default
         following.cancel()
         async with asyncio.timeout(2):
             with pytest.raises(asyncio.CancelledError):
                 await following
-        assert await saved(quiet.db) == count
+        assert await saved(unstreamed_ledger.db) == count
     assert event_positions(seen) == [1, 2, 3]
-    await until_no_stream(quiet.db)
+    await until_no_stream(unstreamed_ledger.db)
 
 
 # One holder -------------------------------------------------------------------------------------------------------
 
 
-async def test_of_two_holders_the_newer_goes_on_and_the_older_ends(quiet: Ledger, client: LedgerClient) -> None:
+async def test_of_two_holders_the_newer_goes_on_and_the_older_ends(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
     async def follow() -> None:
         async with client.subscribe("mine") as events:
             async for _ in events:
                 pass
 
-    async with writing(quiet):
+    async with writing(unstreamed_ledger):
         older = asyncio.create_task(follow())
-        await until_saved(quiet.db, 1)
+        await until_saved(unstreamed_ledger.db, 1)
         async with client.subscribe("mine") as newer:
             begun = newer.position
             async with asyncio.timeout(DEADLINE_SECONDS):
                 with pytest.raises(SubscriptionTakenOver, match="'mine'"):
                     await older
-            assert await saved(quiet.db) == begun
+            assert await saved(unstreamed_ledger.db) == begun
             assert event_positions(await some(newer, 20)) == list(range(begun + 1, begun + 21))
             await newer.save()
-            assert await saved(quiet.db) == begun + 19
+            assert await saved(unstreamed_ledger.db) == begun + 19
 
 
-async def test_the_older_holder_never_writes_over_the_newer_ones_position(quiet: Ledger, client: LedgerClient) -> None:
-    await quiet.event_store.append(append_of(*[progress()] * 9))
+async def test_the_older_holder_never_writes_over_the_newer_ones_position(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
+    await unstreamed_ledger.event_store.append(append_of(*[progress()] * 9))
     async with AsyncExitStack() as stack:
         older = await stack.enter_async_context(client.subscribe("mine"))
         await some(older, 8)
@@ -390,49 +400,53 @@ async def test_the_older_holder_never_writes_over_the_newer_ones_position(quiet:
             with pytest.raises(SubscriptionTakenOver):
                 await older.save()
             await stack.aclose()  # the older leaves its block
-            assert await saved(quiet.db) == 0
+            assert await saved(unstreamed_ledger.db) == 0
             assert event_positions(await some(newer, 4)) == [1, 2, 3, 4]
             await newer.save()
-            assert await saved(quiet.db) == 3
-        assert await saved(quiet.db) == 4
+            assert await saved(unstreamed_ledger.db) == 3
+        assert await saved(unstreamed_ledger.db) == 4
 
 
-async def test_two_names_are_independent_and_save_at_once_when_asked(quiet: Ledger, client: LedgerClient) -> None:
-    await quiet.event_store.append(append_of(*[progress()] * 5))
+async def test_two_names_are_independent_and_save_at_once_when_asked(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
+    await unstreamed_ledger.event_store.append(append_of(*[progress()] * 5))
     async with client.subscribe("mine") as mine, client.subscribe("yours", after=1) as yours:
         assert event_positions(await some(mine, 5)) == [1, 2, 3, 4, 5]
         assert event_positions(await some(yours, 1)) == [2]
         await mine.save()
-        assert (await saved(quiet.db), await saved(quiet.db, "yours")) == (4, 1)
+        assert (await saved(unstreamed_ledger.db), await saved(unstreamed_ledger.db, "yours")) == (4, 1)
         await yours.save()
-    assert (await saved(quiet.db), await saved(quiet.db, "yours")) == (5, 2)
+    assert (await saved(unstreamed_ledger.db), await saved(unstreamed_ledger.db, "yours")) == (5, 2)
 
 
 # Outliving trouble ------------------------------------------------------------------------------------------------
 
 
-async def test_a_broken_or_silent_connection_costs_nothing_but_time(mongodb_uri: str, quiet: Ledger) -> None:
+async def test_a_broken_or_silent_connection_costs_nothing_but_time(
+    mongodb_uri: str, unstreamed_ledger: Ledger
+) -> None:
     with TcpProxy(mongodb_uri) as proxy:
-        async with ledger_client(proxy.uri, db_name=quiet.db.name).subscribe("mine") as events:
-            await quiet.event_store.append(append_of(*[progress()] * 2500))
+        async with ledger_client(proxy.uri, db_name=unstreamed_ledger.db.name).subscribe("mine") as events:
+            await unstreamed_ledger.event_store.append(append_of(*[progress()] * 2500))
             assert event_positions(await some(events, 700)) == list(range(1, 701))
             for begin in (700, 1300, 1900):
                 proxy.close_connections()
                 assert event_positions(await some(events, 600)) == list(range(begin + 1, begin + 601))
             proxy.suspend()
-            await quiet.event_store.append(append_of(*[progress()] * 3))
+            await unstreamed_ledger.event_store.append(append_of(*[progress()] * 3))
             waiting = asyncio.create_task(some(events, 3))
             assert not (await asyncio.wait({waiting}, timeout=0.2))[0]
             proxy.resume()
             assert event_positions(await waiting) == [2501, 2502, 2503]
             proxy.close_connections()
-            await until_saved(quiet.db, 2502)
+            await until_saved(unstreamed_ledger.db, 2502)
 
 
-async def test_what_is_lost_on_the_wire_is_asked_again(mongodb_uri: str, quiet: Ledger) -> None:
-    await quiet.event_store.append(append_of(*[progress()] * 5))
+async def test_what_is_lost_on_the_wire_is_asked_again(mongodb_uri: str, unstreamed_ledger: Ledger) -> None:
+    await unstreamed_ledger.event_store.append(append_of(*[progress()] * 5))
     with MessageProxy(mongodb_uri) as wire:
-        async with ledger_client(wire.uri, db_name=quiet.db.name).subscribe("mine") as events:
+        async with ledger_client(wire.uri, db_name=unstreamed_ledger.db.name).subscribe("mine") as events:
             wire.drop_request("find")
             wire.drop_request("getMore")
             assert event_positions(await some(events, 4)) == [1, 2, 3, 4]
@@ -440,25 +454,27 @@ async def test_what_is_lost_on_the_wire_is_asked_again(mongodb_uri: str, quiet: 
             with pytest.raises(LedgerUnavailable, match="saving the position of the subscription mine"):
                 await events.save()
             await events.save()
-            assert await saved(quiet.db) == 3
+            assert await saved(unstreamed_ledger.db) == 3
             wire.drop_request("update")
             waiting = asyncio.create_task(some(events, 3))
-            await quiet.submit_job()
-            await until_saved(quiet.db, 6)
-            await quiet.submit_job()
+            await unstreamed_ledger.submit_job()
+            await until_saved(unstreamed_ledger.db, 6)
+            await unstreamed_ledger.submit_job()
             assert event_positions(await waiting) == [5, 6, 7]
         assert wire.dropped_count == 4
 
 
-async def test_a_killed_change_stream_and_a_dead_writer_leave_no_gap(quiet: Ledger, client: LedgerClient) -> None:
+async def test_a_killed_change_stream_and_a_dead_writer_leave_no_gap(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
     async with client.subscribe("mine") as events:
         for position, how in ((1, "killCursors"), (2, "killOp")):
-            await kill_change_stream(quiet.db, how)
-            await quiet.submit_job()
+            await kill_change_stream(unstreamed_ledger.db, how)
+            await unstreamed_ledger.submit_job()
             assert event_positions(await some(events, 1)) == [position]
-        await kill_change_stream(quiet.db, "killCursors")
-        await create_position_gap(quiet.db)
-        await quiet.submit_job()
+        await kill_change_stream(unstreamed_ledger.db, "killCursors")
+        await create_position_gap(unstreamed_ledger.db)
+        await unstreamed_ledger.submit_job()
         assert [event.type for event in await some(events, 2)] == ["PositionVoided", "JobSubmitted"]
 
 
@@ -492,53 +508,61 @@ def test_a_name_that_no_database_can_have_is_refused(name: str) -> None:
         ledger_client("mongodb://127.0.0.1", db_name=name)
 
 
-async def test_all_subscriptions_of_a_client_share_one_change_stream(quiet: Ledger, client: LedgerClient) -> None:
+async def test_all_subscriptions_of_a_client_share_one_change_stream(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
     async with client.subscribe() as first:
         async with client.subscribe("mine") as second, client.subscribe(after=1) as third:
-            await claim(quiet)
-            seen = [len(await change_stream_operations(quiet.db)) for _ in range(20)]
+            await claim(unstreamed_ledger)
+            seen = [len(await change_stream_operations(unstreamed_ledger.db)) for _ in range(20)]
             assert max(seen) == 1  # between two getMores, there may be none
             assert event_positions([*await some(first, 1), *await some(second, 1), *await some(third, 1)]) == [1, 1, 2]
         assert event_positions(await some(first, 1)) == [2], "the others have ended, and this one goes on"
-    await until_no_stream(quiet.db)
+    await until_no_stream(unstreamed_ledger.db)
     async with client.subscribe("mine") as again:
         assert event_positions(await some(again, 1)) == [2]
 
 
-async def test_behind_its_block_a_subscription_is_over(quiet: Ledger, client: LedgerClient) -> None:
-    await quiet.submit_job()
+async def test_behind_its_block_a_subscription_is_over(unstreamed_ledger: Ledger, client: LedgerClient) -> None:
+    await unstreamed_ledger.submit_job()
     async with client.subscribe() as events:
         pass
     with pytest.raises(RuntimeError, match="has been left"):
         await anext(events)
 
 
-async def test_a_beginning_before_the_log_leaves_the_log_as_it_is(quiet: Ledger, client: LedgerClient) -> None:
-    await quiet.event_store.append(append_of(progress()))
-    before = await load_event_documents(quiet.db)
+async def test_a_beginning_before_the_log_leaves_the_log_as_it_is(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
+    await unstreamed_ledger.event_store.append(append_of(progress()))
+    before = await load_event_documents(unstreamed_ledger.db)
     with suppress(ValueError):
         async with client.subscribe(after=-3) as events:
             await some(events, 1)
-    assert await load_event_documents(quiet.db) == before
+    assert await load_event_documents(unstreamed_ledger.db) == before
 
 
-async def test_a_wait_given_up_in_the_moment_of_delivery_loses_no_event(quiet: Ledger, client: LedgerClient) -> None:
+async def test_a_wait_given_up_in_the_moment_of_delivery_loses_no_event(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
     async with client.subscribe("mine") as events:
         waiting = asyncio.create_task(some(events, 1))
         await poll_until(lambda: any("Subscription.chunk" in repr(task) for task in asyncio.all_tasks()))
         [reading] = [task for task in asyncio.all_tasks() if "Subscription.chunk" in repr(task)]
         reading.add_done_callback(lambda _: waiting.cancel())  # as the deadline of an asyncio.timeout would
-        await quiet.submit_job()
+        await unstreamed_ledger.submit_job()
         await asyncio.wait({waiting})
-        await quiet.submit_job()
+        await unstreamed_ledger.submit_job()
         assert event_positions(await some(events, 1)) == [1]
 
 
-async def test_a_save_that_arrives_late_does_not_take_the_position_back(mongodb_uri: str, quiet: Ledger) -> None:
-    await quiet.event_store.append(append_of(*[progress()] * 5))
-    await quiet.db.command("profile", 2)
+async def test_a_save_that_arrives_late_does_not_take_the_position_back(
+    mongodb_uri: str, unstreamed_ledger: Ledger
+) -> None:
+    await unstreamed_ledger.event_store.append(append_of(*[progress()] * 5))
+    await unstreamed_ledger.db.command("profile", 2)
     with MessageProxy(mongodb_uri) as wire:
-        async with ledger_client(wire.uri, db_name=quiet.db.name).subscribe("mine") as events:
+        async with ledger_client(wire.uri, db_name=unstreamed_ledger.db.name).subscribe("mine") as events:
             wire.hold_request("update")
             await some(events, 2)
             await asyncio.to_thread(wire.held.wait, DEADLINE_SECONDS)  # the first is done, and is being saved
@@ -548,15 +572,17 @@ async def test_a_save_that_arrives_late_does_not_take_the_position_back(mongodb_
             )  # whether or not the next save waits for it
             await events.save()
             async with asyncio.timeout(DEADLINE_SECONDS):
-                while await saves(quiet.db) < 2:  # noqa: ASYNC110 - the server tells nobody
+                while await saves(unstreamed_ledger.db) < 2:  # noqa: ASYNC110 - the server tells nobody
                     await asyncio.sleep(0.02)
-            assert await saved(quiet.db) == 4
+            assert await saved(unstreamed_ledger.db) == 4
 
 
-async def test_the_older_holder_ends_although_nothing_it_wants_comes(quiet: Ledger, client: LedgerClient) -> None:
+async def test_the_older_holder_ends_although_nothing_it_wants_comes(
+    unstreamed_ledger: Ledger, client: LedgerClient
+) -> None:
     async with client.subscribe("mine", types=[JobClaimed]) as older, client.subscribe("mine"):
         waiting = asyncio.create_task(some(older, 1))
-        await quiet.submit_job()
+        await unstreamed_ledger.submit_job()
         await asyncio.wait({waiting}, timeout=1.7)
         ended = waiting.done()
         waiting.cancel()

@@ -188,13 +188,16 @@ async def test_an_attempt_that_is_repeated_and_a_job_without_a_webhook_tell_nobo
         (BatchCounts(failed=2), "batch.failed"),
     ],
 )
-async def test_each_end_of_a_batch_queues_one(ledger: Ledger, counts: BatchCounts, tells: str) -> None:
+async def test_each_end_of_a_batch_queues_one(ledger: Ledger, counts: BatchCounts, event_type: str) -> None:
     batch_id = new_batch_id()
     batch = BatchSubmitted(total_jobs=2, job_ids=["job-1", "job-2"], user_id="alice", webhook=HOOK)
     finish = FinishBatch(counts, BatchSummary())
     await do(ledger, batch_id, SubmitBatch(batch), finish, finish, ReopenBatch(), finish)
     told = await deliveries(ledger, batch_id)
-    assert [(it.tells, it.source_version, it.batch_id) for it in told] == [(tells, 2, batch_id), (tells, 4, batch_id)]
+    assert [(it.event_type, it.source_version, it.batch_id) for it in told] == [
+        (event_type, 2, batch_id),
+        (event_type, 4, batch_id),
+    ]
 
 
 async def test_of_many_that_end_a_job_at_once_one_does_and_one_is_told(ledger: Ledger) -> None:
@@ -210,4 +213,4 @@ async def test_of_many_that_end_a_job_at_once_one_does_and_one_is_told(ledger: L
         ),
         return_exceptions=True,
     )
-    assert [it.tells for it in await deliveries(ledger, job_id)] == ["job.cancelled"]
+    assert [it.event_type for it in await deliveries(ledger, job_id)] == ["job.cancelled"]

@@ -120,11 +120,11 @@ class Forgetful(EventStore):
 # Append -----------------------------------------------------------------------------------------------------------
 
 
-async def test_positions_count_through_the_log_and_versions_through_each_stream(quiet: Ledger) -> None:
-    one = await quiet.submit_job()
-    two = await quiet.submit_job()
+async def test_positions_count_through_the_log_and_versions_through_each_stream(unstreamed_ledger: Ledger) -> None:
+    one = await unstreamed_ledger.submit_job()
+    two = await unstreamed_ledger.submit_job()
     claimed = await handle_command(
-        quiet.event_store,
+        unstreamed_ledger.event_store,
         one.events[0].stream,
         ClaimJob("w1", NOON),
         meta=EVENT_METADATA,
@@ -132,38 +132,47 @@ async def test_positions_count_through_the_log_and_versions_through_each_stream(
     )
     events = [*one.events, *two.events, *claimed.events]
     assert [(event.position, event.version) for event in events] == [(1, 1), (2, 1), (3, 2)]
-    assert await quiet.event_store.read() == events
-    check_log(await load_event_documents(quiet.db))
+    assert await unstreamed_ledger.event_store.read() == events
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
-async def test_log_may_reach_its_positions_and_none_beyond(quiet: Ledger) -> None:
-    assert not await quiet.event_store.may_have_reached(1)
-    await quiet.event_store.append(append_of(make_job_submitted(), progress(), stream="job-1"))
-    await quiet.db.events.insert_one({"_id": "z", "stream": "none", "version": 1})
-    assert [await quiet.event_store.may_have_reached(position) for position in range(4)] == [True, True, True, False]
+async def test_log_may_reach_its_positions_and_none_beyond(unstreamed_ledger: Ledger) -> None:
+    assert not await unstreamed_ledger.event_store.may_have_reached(1)
+    await unstreamed_ledger.event_store.append(append_of(make_job_submitted(), progress(), stream="job-1"))
+    await unstreamed_ledger.db.events.insert_one({"_id": "z", "stream": "none", "version": 1})
+    assert [await unstreamed_ledger.event_store.may_have_reached(position) for position in range(4)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
-async def test_what_append_returns_is_what_is_stored(quiet: Ledger) -> None:
-    recorded = await quiet.event_store.append(append_of(make_job_submitted(), progress(0.5), stream="job-1"))
-    assert recorded == await quiet.event_store.read_stream("job-1")
+async def test_what_append_returns_is_what_is_stored(unstreamed_ledger: Ledger) -> None:
+    recorded = await unstreamed_ledger.event_store.append(
+        append_of(make_job_submitted(), progress(0.5), stream="job-1")
+    )
+    assert recorded == await unstreamed_ledger.event_store.read_stream("job-1")
     assert [event.time for event in recorded] == [NOON, NOON]
     assert [event.meta for event in recorded] == [EVENT_METADATA, EVENT_METADATA]
     assert len({event.event_id for event in recorded}) == 2
 
 
-async def test_appending_nothing_takes_no_number(quiet: Ledger) -> None:
-    assert await quiet.event_store.append() == []
-    assert await quiet.event_store.append(append_of()) == []
-    assert await quiet.db.counters.find_one({"_id": "events"}) is None
+async def test_appending_nothing_takes_no_number(unstreamed_ledger: Ledger) -> None:
+    assert await unstreamed_ledger.event_store.append() == []
+    assert await unstreamed_ledger.event_store.append(append_of()) == []
+    assert await unstreamed_ledger.db.counters.find_one({"_id": "events"}) is None
 
 
-async def test_a_conflict_tells_which_version_was_found(quiet: Ledger) -> None:
-    await quiet.event_store.append(append_of(make_job_submitted(), progress(), progress(), stream="job-1"))
+async def test_a_conflict_tells_which_version_was_found(unstreamed_ledger: Ledger) -> None:
+    await unstreamed_ledger.event_store.append(append_of(make_job_submitted(), progress(), progress(), stream="job-1"))
     with pytest.raises(VersionConflict) as lost:
-        await quiet.event_store.append(append_of(progress(), stream="job-1", head=StreamHead(version=1)))
+        await unstreamed_ledger.event_store.append(append_of(progress(), stream="job-1", head=StreamHead(version=1)))
     assert (lost.value.stream, lost.value.expected, lost.value.found) == ("job-1", 1, 3)
     with pytest.raises(VersionConflict) as lost:
-        await quiet.event_store.append(append_of(progress(), progress(), stream="job-1", head=StreamHead(version=2)))
+        await unstreamed_ledger.event_store.append(
+            append_of(progress(), progress(), stream="job-1", head=StreamHead(version=2))
+        )
     assert (lost.value.stream, lost.value.expected, lost.value.found) == ("job-1", 2, 3)
 
 
@@ -237,45 +246,53 @@ async def test_racing_commands_for_one_stream_all_get_their_own_version(connecti
         check_log(await load_event_documents(one.db))
 
 
-async def test_events_of_several_streams_are_written_all_or_none(quiet: Ledger) -> None:
-    taken = (await quiet.submit_job()).events[0].stream
+async def test_events_of_several_streams_are_written_all_or_none(unstreamed_ledger: Ledger) -> None:
+    taken = (await unstreamed_ledger.submit_job()).events[0].stream
     batch_id, job_id = new_batch_id(), new_job_id()
     batch = SubmitBatch(BatchSubmitted(total_jobs=2, job_ids=[job_id, taken], user_id="alice"))
     with pytest.raises(VersionConflict, match=taken):
         await create_streams(
-            quiet.event_store,
+            unstreamed_ledger.event_store,
             [(batch_id, batch), (job_id, SubmitJob(make_job_submitted())), (taken, SubmitJob(make_job_submitted()))],
             meta=EVENT_METADATA,
         )
-    assert await quiet.event_store.read_stream(batch_id) == await quiet.event_store.read_stream(job_id) == []
+    assert (
+        await unstreamed_ledger.event_store.read_stream(batch_id)
+        == await unstreamed_ledger.event_store.read_stream(job_id)
+        == []
+    )
     recorded = await create_streams(
-        quiet.event_store, [(batch_id, batch), (job_id, SubmitJob(make_job_submitted()))], meta=EVENT_METADATA
+        unstreamed_ledger.event_store,
+        [(batch_id, batch), (job_id, SubmitJob(make_job_submitted()))],
+        meta=EVENT_METADATA,
     )
     assert [event.stream for event in recorded] == [batch_id, job_id]
     assert recorded[1].position == recorded[0].position + 1
-    check_log(await load_event_documents(quiet.db))
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
-async def test_numbers_that_a_lost_race_leaves_over_are_voided_at_once_by_the_writer(quiet: Ledger) -> None:
-    await quiet.event_store.append(append_of(make_job_submitted(), stream="job-1"))
+async def test_numbers_that_a_lost_race_leaves_over_are_voided_at_once_by_the_writer(unstreamed_ledger: Ledger) -> None:
+    await unstreamed_ledger.event_store.append(append_of(make_job_submitted(), stream="job-1"))
     with pytest.raises(VersionConflict):
-        await quiet.event_store.append(append_of(make_job_submitted(), stream="job-1"))
+        await unstreamed_ledger.event_store.append(append_of(make_job_submitted(), stream="job-1"))
     with pytest.raises(VersionConflict):
-        await quiet.event_store.append(
+        await unstreamed_ledger.event_store.append(
             append_of(make_job_submitted(), stream="job-2"), append_of(make_job_submitted(), stream="job-1")
         )
-    voids = [document for document in await load_event_documents(quiet.db) if document["stream"] == VOID_STREAM]
+    voids = [
+        document for document in await load_event_documents(unstreamed_ledger.db) if document["stream"] == VOID_STREAM
+    ]
     assert [(void["_id"], void["version"], void["type"]) for void in voids] == [
         (position, position, "PositionVoided") for position in (2, 3, 4)
     ]
 
 
-async def test_of_two_appends_to_one_stream_in_one_call_the_second_is_too_late(quiet: Ledger) -> None:
+async def test_of_two_appends_to_one_stream_in_one_call_the_second_is_too_late(unstreamed_ledger: Ledger) -> None:
     twice = append_of(make_job_submitted(), stream="job-1"), append_of(make_job_submitted(), stream="job-1")
     with pytest.raises(VersionConflict, match="job-1 is at version 1, not 0"):
         async with asyncio.timeout(5):
-            await quiet.event_store.append(*twice)
-    assert await quiet.event_store.head_position() == 0
+            await unstreamed_ledger.event_store.append(*twice)
+    assert await unstreamed_ledger.event_store.head_position() == 0
 
 
 async def test_many_single_events_travel_together(connection: Connection) -> None:
@@ -308,22 +325,26 @@ BAD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-async def test_an_event_that_cannot_be_stored_does_not_hurt_those_it_would_travel_with(quiet: Ledger, bad: Any) -> None:
-    good = [quiet.event_store.append(append_of(make_job_submitted())) for _ in range(3)]
+async def test_an_event_that_cannot_be_stored_does_not_hurt_those_it_would_travel_with(
+    unstreamed_ledger: Ledger, bad: Any
+) -> None:
+    good = [unstreamed_ledger.event_store.append(append_of(make_job_submitted())) for _ in range(3)]
     answers = await asyncio.wait_for(
         asyncio.gather(
             *good,
-            quiet.event_store.append(append_of(make_job_submitted(parameters={"bad": bad}))),
-            quiet.event_store.append(append_of(make_job_submitted(), make_job_submitted(parameters={"bad": bad}))),
-            quiet.event_store.append(append_of(make_job_submitted())),
+            unstreamed_ledger.event_store.append(append_of(make_job_submitted(parameters={"bad": bad}))),
+            unstreamed_ledger.event_store.append(
+                append_of(make_job_submitted(), make_job_submitted(parameters={"bad": bad}))
+            ),
+            unstreamed_ledger.event_store.append(append_of(make_job_submitted())),
             return_exceptions=True,
         ),
         DEADLINE_SECONDS,
     )
     assert [type(answer) for answer in answers] == [list, list, list, InvalidEvent, InvalidEvent, list]
-    await quiet.event_store.append(append_of(make_job_submitted()))
-    assert len([event for event in await quiet.event_store.read() if event.stream != VOID_STREAM]) == 5
-    check_log(await load_event_documents(quiet.db))
+    await unstreamed_ledger.event_store.append(append_of(make_job_submitted()))
+    assert len([event for event in await unstreamed_ledger.event_store.read() if event.stream != VOID_STREAM]) == 5
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
 async def test_a_caller_that_is_cancelled_does_not_take_its_group_along(connection: Connection) -> None:
@@ -395,7 +416,7 @@ async def test_too_many_bytes_waiting_are_refused_like_too_many_events(connectio
     ids=["small", "small and delicate", "text", "whole floats", "nulls", "dollar", "not ASCII"],
 )
 async def test_large_content_is_never_encoded_on_the_event_loop(
-    quiet: Ledger, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any], on_loop: bool
+    unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any], on_loop: bool
 ) -> None:
     threads: list[bool] = []
 
@@ -412,24 +433,24 @@ async def test_large_content_is_never_encoded_on_the_event_loop(
     monkeypatch.setattr(chain, "_needs_slow_path", look)
     for job in (make_job_submitted(parameters=parameters), make_job_submitted(parameters=parameters, not_before=NOON)):
         threads.clear()
-        await quiet.event_store.append(append_of(make_job_submitted()), append_of(job))
+        await unstreamed_ledger.event_store.append(append_of(make_job_submitted()), append_of(job))
         assert (False not in threads) is on_loop
         assert threads.count(True) == 1 or on_loop  # that of the small one
-    check_log(await load_event_documents(quiet.db))
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
 async def test_content_that_is_too_large_is_refused_before_it_is_looked_at(
-    quiet: Ledger, monkeypatch: pytest.MonkeyPatch
+    unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chain, "_plain", None)
     monkeypatch.setattr(chain, "_needs_slow_path", None)
     for content in ([[1.0] * 3] * 240_000, [None] * 1_000_000, ["$"] * 1_000_000):
         with pytest.raises(InvalidEvent, match=r"parameters: \d+ bytes"):
-            await quiet.event_store.append(append_of(make_job_submitted(parameters={"a": content})))
+            await unstreamed_ledger.event_store.append(append_of(make_job_submitted(parameters={"a": content})))
 
 
 async def test_other_tasks_run_while_much_small_content_is_encoded(
-    quiet: Ledger, monkeypatch: pytest.MonkeyPatch
+    unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once for each 64 KiB or so, however many appends that are."""
     rounds = 0
@@ -443,15 +464,15 @@ async def test_other_tasks_run_while_much_small_content_is_encoded(
     jobs = [append_of(make_job_submitted(parameters={"a": "x" * 30_000})) for _ in range(20)]
     counting = asyncio.create_task(count())
     seen = 0
-    real_write = quiet.event_store._write
+    real_write = unstreamed_ledger.event_store._write
 
     async def write(*arguments: Any) -> None:
         nonlocal seen
         seen = rounds
         await real_write(*arguments)
 
-    monkeypatch.setattr(quiet.event_store, "_write", write)
-    await quiet.event_store.append(*jobs)
+    monkeypatch.setattr(unstreamed_ledger.event_store, "_write", write)
+    await unstreamed_ledger.event_store.append(*jobs)
     counting.cancel()
     assert 5 <= seen <= 20
 
@@ -464,18 +485,20 @@ async def test_an_append_that_is_too_large_as_a_whole_is_refused_with_both_numbe
         assert len(await ledger.event_store.append(*[append_of(large) for _ in range(2)])) == 2
 
 
-async def test_an_append_larger_than_a_message_to_the_server_is_still_all_or_nothing(quiet: Ledger) -> None:
+async def test_an_append_larger_than_a_message_to_the_server_is_still_all_or_nothing(unstreamed_ledger: Ledger) -> None:
     """Its documents take four times as many bytes in BSON as in JSON: 52 MB, and a message holds 16."""
     numbers = make_job_submitted(parameters={"numbers": list(range(10, 90)) * 1000})
-    taken = await quiet.event_store.append(append_of(make_job_submitted(), stream="job-taken"))
+    taken = await unstreamed_ledger.event_store.append(append_of(make_job_submitted(), stream="job-taken"))
     many = [append_of(numbers) for _ in range(60)]
     with pytest.raises(VersionConflict):
-        await quiet.event_store.append(*many, append_of(make_job_submitted(), stream="job-taken"))
-    assert [event.stream for event in await quiet.event_store.read() if event.stream != VOID_STREAM] == ["job-taken"]
-    recorded = await quiet.event_store.append(*many)
+        await unstreamed_ledger.event_store.append(*many, append_of(make_job_submitted(), stream="job-taken"))
+    assert [event.stream for event in await unstreamed_ledger.event_store.read() if event.stream != VOID_STREAM] == [
+        "job-taken"
+    ]
+    recorded = await unstreamed_ledger.event_store.append(*many)
     assert event_positions(recorded) == list(range(recorded[0].position, recorded[0].position + 60))
     assert recorded[0].position > taken[0].position
-    check_log(await load_event_documents(quiet.db))
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
 async def test_groups_gather_and_take_their_numbers_while_others_are_on_their_way(connection: Connection) -> None:
@@ -553,24 +576,24 @@ async def test_a_connection_that_breaks_delays_an_append_and_does_not_repeat_it(
 # Numbers: lost, late, left behind ---------------------------------------------------------------------------------
 
 
-async def test_a_lost_number_is_voided_by_whoever_reads(quiet: Ledger) -> None:
-    await quiet.submit_job()
-    lost = await create_position_gap(quiet.db, 3)
-    await quiet.submit_job()
-    assert await quiet.event_store.read(limit=10) != []
-    events = await quiet.event_store.read(after=1)
+async def test_a_lost_number_is_voided_by_whoever_reads(unstreamed_ledger: Ledger) -> None:
+    await unstreamed_ledger.submit_job()
+    lost = await create_position_gap(unstreamed_ledger.db, 3)
+    await unstreamed_ledger.submit_job()
+    assert await unstreamed_ledger.event_store.read(limit=10) != []
+    events = await unstreamed_ledger.event_store.read(after=1)
     assert event_positions(events) == [2, 3, 4, 5]
     assert [type(event.event) for event in events[:3]] == [PositionVoided] * 3
     assert lost == 2
-    check_log(await load_event_documents(quiet.db))
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
-async def test_a_lost_number_at_the_end_holds_nobody_up_and_is_no_event(quiet: Ledger) -> None:
-    await quiet.submit_job()
-    await create_position_gap(quiet.db)
-    assert event_positions(await quiet.event_store.read()) == [1]
-    assert await quiet.event_store.read(after=1) == []
-    assert await quiet.event_store.head_position() == 1
+async def test_a_lost_number_at_the_end_holds_nobody_up_and_is_no_event(unstreamed_ledger: Ledger) -> None:
+    await unstreamed_ledger.submit_job()
+    await create_position_gap(unstreamed_ledger.db)
+    assert event_positions(await unstreamed_ledger.event_store.read()) == [1]
+    assert await unstreamed_ledger.event_store.read(after=1) == []
+    assert await unstreamed_ledger.event_store.head_position() == 1
 
 
 async def test_all_subscribers_of_all_processes_see_the_same_where_numbers_were_lost(connection: Connection) -> None:
@@ -694,54 +717,60 @@ async def test_a_success_that_nobody_heard_of_is_recognised_under_its_old_number
 
 @pytest.mark.parametrize("left_at", [None, 0, 3, 9], ids=["gone", "at 0", "in the middle", "one behind"])
 async def test_a_counter_that_fell_behind_gives_nobody_a_position_before_what_it_decided_on(
-    quiet: Ledger, left_at: int | None
+    unstreamed_ledger: Ledger, left_at: int | None
 ) -> None:
-    heads = [head_of((await quiet.submit_job()).events[0]) for _ in range(10)]
-    streams = [event.stream for event in await quiet.event_store.read()]
-    await quiet.db.counters.delete_one({"_id": "events"})
+    heads = [head_of((await unstreamed_ledger.submit_job()).events[0]) for _ in range(10)]
+    streams = [event.stream for event in await unstreamed_ledger.event_store.read()]
+    await unstreamed_ledger.db.counters.delete_one({"_id": "events"})
     if left_at is not None:
-        await quiet.db.counters.insert_one({"_id": "events", "next": left_at})
-    [later] = await quiet.event_store.append(append_of(progress(), stream=streams[9], head=heads[9]))
+        await unstreamed_ledger.db.counters.insert_one({"_id": "events", "next": left_at})
+    [later] = await unstreamed_ledger.event_store.append(append_of(progress(), stream=streams[9], head=heads[9]))
     assert later.position > 10
-    [fresh] = await quiet.event_store.append(append_of(make_job_submitted()))
+    [fresh] = await unstreamed_ledger.event_store.append(append_of(make_job_submitted()))
     assert fresh.position == later.position + 1
-    two = await quiet.event_store.append(append_of(progress(), progress(), stream=streams[4], head=heads[4]))
+    two = await unstreamed_ledger.event_store.append(
+        append_of(progress(), progress(), stream=streams[4], head=heads[4])
+    )
     assert event_positions(two) == [fresh.position + 1, fresh.position + 2]
-    check_log(await load_event_documents(quiet.db))
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
 @pytest.mark.parametrize("together", [1, 2], ids=["single event", "transaction"])
 async def test_a_number_that_is_still_free_is_not_used_for_what_was_decided_on_a_later_event(
-    quiet: Ledger, together: int
+    unstreamed_ledger: Ledger, together: int
 ) -> None:
-    await quiet.submit_job()
-    await create_position_gap(quiet.db, 3)
-    [before] = await quiet.event_store.append(append_of(make_job_submitted(), stream="job-1"))
+    await unstreamed_ledger.submit_job()
+    await create_position_gap(unstreamed_ledger.db, 3)
+    [before] = await unstreamed_ledger.event_store.append(append_of(make_job_submitted(), stream="job-1"))
     assert before.position == 5
-    await quiet.db.counters.update_one({"_id": "events"}, {"$set": {"next": 1}})
-    after = await quiet.event_store.append(append_of(*[progress()] * together, stream="job-1", head=head_of(before)))
+    await unstreamed_ledger.db.counters.update_one({"_id": "events"}, {"$set": {"next": 1}})
+    after = await unstreamed_ledger.event_store.append(
+        append_of(*[progress()] * together, stream="job-1", head=head_of(before))
+    )
     assert event_positions(after) == [5 + number for number in range(1, together + 1)]
-    await read_all_events(quiet.event_store)
-    check_log(await load_event_documents(quiet.db))
+    await read_all_events(unstreamed_ledger.event_store)
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
-async def test_a_counter_that_is_far_behind_is_set_right_and_not_counted_up(quiet: Ledger) -> None:
-    await quiet.event_store.append(append_of(*[progress()] * 3000))
-    await quiet.db.counters.delete_one({"_id": "events"})
+async def test_a_counter_that_is_far_behind_is_set_right_and_not_counted_up(unstreamed_ledger: Ledger) -> None:
+    await unstreamed_ledger.event_store.append(append_of(*[progress()] * 3000))
+    await unstreamed_ledger.db.counters.delete_one({"_id": "events"})
     async with asyncio.timeout(2):
-        [recorded] = await quiet.event_store.append(append_of(make_job_submitted()))
+        [recorded] = await unstreamed_ledger.event_store.append(append_of(make_job_submitted()))
     assert recorded.position == 3001
 
 
 @pytest.mark.parametrize("together", [1, 3], ids=["single event", "transaction"])
-async def test_with_the_counter_behind_a_new_stream_finds_a_free_position_too(quiet: Ledger, together: int) -> None:
+async def test_with_the_counter_behind_a_new_stream_finds_a_free_position_too(
+    unstreamed_ledger: Ledger, together: int
+) -> None:
     for _ in range(10):
-        await quiet.submit_job()
-    await quiet.db.counters.update_one({"_id": "events"}, {"$set": {"next": 4}})
-    recorded = await quiet.event_store.append(append_of(*[progress()] * together))
+        await unstreamed_ledger.submit_job()
+    await unstreamed_ledger.db.counters.update_one({"_id": "events"}, {"$set": {"next": 4}})
+    recorded = await unstreamed_ledger.event_store.append(append_of(*[progress()] * together))
     assert recorded[0].position > 10
-    await quiet.event_store.read()
-    check_log(await load_event_documents(quiet.db))
+    await unstreamed_ledger.event_store.read()
+    check_log(await load_event_documents(unstreamed_ledger.db))
 
 
 # Read -------------------------------------------------------------------------------------------------------------
@@ -781,36 +810,36 @@ async def test_a_hole_before_a_fresh_event_is_left_to_its_writer_for_a_while(con
 
 
 async def test_what_happened_while_the_stream_was_closed_is_read_and_nothing_is_delivered_twice(
-    quiet: Ledger,
+    unstreamed_ledger: Ledger,
 ) -> None:
     """The log as a listener of a change stream that brings position 4, is closed, and is opened again at 6."""
-    async with quiet.db.client.start_session() as session:
+    async with unstreamed_ledger.db.client.start_session() as session:
         for _ in range(3):
-            await quiet.submit_job()
-        await quiet.event_store.resync(session)
+            await unstreamed_ledger.submit_job()
+        await unstreamed_ledger.event_store.resync(session)
         for _ in range(3):
-            await quiet.submit_job()
-        four, five, six = (await load_event_documents(quiet.db))[3:]
-        hear(quiet.event_store, four)
-        assert event_positions(await read_first_events(quiet.event_store, 1, after=3)) == [4]
-        await quiet.event_store.resync(session)
+            await unstreamed_ledger.submit_job()
+        four, five, six = (await load_event_documents(unstreamed_ledger.db))[3:]
+        hear(unstreamed_ledger.event_store, four)
+        assert event_positions(await read_first_events(unstreamed_ledger.event_store, 1, after=3)) == [4]
+        await unstreamed_ledger.event_store.resync(session)
         for document in (five, six):  # the stream begins with changes that were read already
-            hear(quiet.event_store, document)
+            hear(unstreamed_ledger.event_store, document)
         for after in range(6):
-            assert event_positions(await read_first_events(quiet.event_store, 6 - after, after=after)) == list(
-                range(after + 1, 7)
-            )
-        await quiet.submit_job()
-        hear(quiet.event_store, (await load_event_documents(quiet.db))[6])
+            assert event_positions(
+                await read_first_events(unstreamed_ledger.event_store, 6 - after, after=after)
+            ) == list(range(after + 1, 7))
+        await unstreamed_ledger.submit_job()
+        hear(unstreamed_ledger.event_store, (await load_event_documents(unstreamed_ledger.db))[6])
         for after in range(7):
-            assert event_positions(await read_first_events(quiet.event_store, 7 - after, after=after)) == list(
-                range(after + 1, 8)
-            )
-        lost = await create_position_gap(quiet.db)
-        await quiet.submit_job()
-        hear(quiet.event_store, (await load_event_documents(quiet.db))[7])
+            assert event_positions(
+                await read_first_events(unstreamed_ledger.event_store, 7 - after, after=after)
+            ) == list(range(after + 1, 8))
+        lost = await create_position_gap(unstreamed_ledger.db)
+        await unstreamed_ledger.submit_job()
+        hear(unstreamed_ledger.event_store, (await load_event_documents(unstreamed_ledger.db))[7])
         async with asyncio.timeout(DEADLINE_SECONDS):
-            while not await load_event_documents(quiet.db, {"_id": lost, "stream": VOID_STREAM}):  # noqa: ASYNC110 - no stream here
+            while not await load_event_documents(unstreamed_ledger.db, {"_id": lost, "stream": VOID_STREAM}):  # noqa: ASYNC110 - no stream here
                 await asyncio.sleep(0.02)
 
 
@@ -928,7 +957,7 @@ async def test_chunks_of_bounded_size_miss_nothing_and_fetch_nothing_ahead(
 
 
 @pytest.mark.parametrize(
-    "bound", [{"tail_events": 20}, {"tail_bytes": 20_000}], ids=["of so many events", "of so many bytes"]
+    "bound", [{"max_tail_events": 20}, {"max_tail_bytes": 20_000}], ids=["of so many events", "of so many bytes"]
 )
 async def test_while_a_hole_is_open_no_more_is_held_back_than_can_be_kept(
     connection: Connection, bound: dict[str, int]

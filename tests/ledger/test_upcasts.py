@@ -109,19 +109,19 @@ async def append(ledger: Ledger, *events: Event, stream: str = "room-1", head: S
 
 
 async def test_older_payloads_are_brought_up_to_date_step_by_step_and_stay_as_they_were_written(
-    quiet: Ledger, monkeypatch: pytest.MonkeyPatch
+    unstreamed_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = [
         AT_FIRST.model_validate({"room": "K 3"}),
         LATER.model_validate({"building": "H", "number": 1302}),
         NOW.model_validate({"place": {"building": "AW", "number": 1}, "seats": 5}),
     ]
-    await append(quiet, *written)
-    before = await load_event_documents(quiet.db)
+    await append(unstreamed_ledger, *written)
+    before = await load_event_documents(unstreamed_ledger.db)
     assert [document["schema"] for document in before] == [1, 2, 3]
     known_as(monkeypatch, NOW)
 
-    events = await quiet.event_store.read()
+    events = await unstreamed_ledger.event_store.read()
 
     assert [event.event for event in events] == [
         NOW.model_validate({"place": {"building": "K", "number": 3}}),
@@ -130,9 +130,9 @@ async def test_older_payloads_are_brought_up_to_date_step_by_step_and_stay_as_th
     ]
     assert [event.schema for event in events] == [1, 2, 3]
     assert [event.data for event in events] == [event.to_payload() for event in written]
-    assert await load_event_documents(quiet.db) == before
+    assert await load_event_documents(unstreamed_ledger.db) == before
     check_log(before)
-    assert (await verify_log(quiet.event_store)).problem is None
+    assert (await verify_log(unstreamed_ledger.event_store)).problem is None
 
 
 def document_of(data: Any, *, name: str = "RoomBooked", schema: Any = 1) -> dict[str, Any]:
@@ -297,27 +297,29 @@ async def a_log_from_the_future(ledger: Ledger) -> None:
 TYPES = ["JobSubmitted", "JobRepainted", "JobClaimed", "JobSubmitted", "JobRepainted", "JobSubmitted"]
 
 
-async def test_the_log_is_read_past_what_cannot_be_read_and_shows_it_as_it_was_stored(quiet: Ledger) -> None:
-    await a_log_from_the_future(quiet)
-    documents = await load_event_documents(quiet.db)
-    events = await read_all_events(quiet.event_store)
+async def test_the_log_is_read_past_what_cannot_be_read_and_shows_it_as_it_was_stored(
+    unstreamed_ledger: Ledger,
+) -> None:
+    await a_log_from_the_future(unstreamed_ledger)
+    documents = await load_event_documents(unstreamed_ledger.db)
+    events = await read_all_events(unstreamed_ledger.event_store)
     assert [event.type for event in events] == TYPES
     assert [event.data for event in events] == [document["data"] for document in documents]
     assert [event.hash for event in events] == [document["hash"] for document in documents]
     assert events[1].data == {"colour": "red"}
     assert events[3].schema == 2
-    assert [event.type for event in await quiet.event_store.read_stream(events[0].stream)] == TYPES[:3]
+    assert [event.type for event in await unstreamed_ledger.event_store.read_stream(events[0].stream)] == TYPES[:3]
     for position in (2, 3, 4, 5):
         with pytest.raises(UnreadableEvent, match=f"At position {position} of the log"):
             _ = events[position - 1].event
 
 
-async def test_a_log_with_what_cannot_be_read_is_still_what_was_written(quiet: Ledger) -> None:
-    await a_log_from_the_future(quiet)
-    verdict = await verify_log(quiet.event_store)
+async def test_a_log_with_what_cannot_be_read_is_still_what_was_written(unstreamed_ledger: Ledger) -> None:
+    await a_log_from_the_future(unstreamed_ledger)
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert (verdict.problem, verdict.events) == (None, len(TYPES))
-    await quiet.db.events.update_one({"_id": 2}, {"$set": {"data.colour": "green"}})
-    verdict = await verify_log(quiet.event_store)
+    await unstreamed_ledger.db.events.update_one({"_id": 2}, {"$set": {"data.colour": "green"}})
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert verdict.problem is not None
     assert verdict.problem.position == 2
 
@@ -340,8 +342,8 @@ async def test_a_subscriber_passes_over_what_it_has_no_use_for(ledger: Ledger, *
         assert [event.type for event in await read_first_events(ledger.event_store, len(TYPES))] == TYPES
 
 
-async def test_a_decision_is_never_based_on_what_cannot_be_read(quiet: Ledger) -> None:
-    await a_log_from_the_future(quiet)
-    for stream in {event.stream for event in (await read_all_events(quiet.event_store))[:4]}:
+async def test_a_decision_is_never_based_on_what_cannot_be_read(unstreamed_ledger: Ledger) -> None:
+    await a_log_from_the_future(unstreamed_ledger)
+    for stream in {event.stream for event in (await read_all_events(unstreamed_ledger.event_store))[:4]}:
         with pytest.raises(UnreadableEvent):
-            await load_stream_state(quiet.event_store, stream)
+            await load_stream_state(unstreamed_ledger.event_store, stream)

@@ -168,26 +168,28 @@ def missing_at(verdict: VerificationResult, position: int) -> None:
 # What was written is right ----------------------------------------------------------------------------------------
 
 
-async def test_what_was_written_is_right(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    assert await verify_log(quiet.event_store) == VerificationResult(LAST, 2, LAST, noted(documents)[1], None)
+async def test_what_was_written_is_right(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    assert await verify_log(unstreamed_ledger.event_store) == VerificationResult(
+        LAST, 2, LAST, noted(documents)[1], None
+    )
 
 
-async def test_every_type_of_event_as_full_as_it_gets_is_right(quiet: Ledger) -> None:
-    documents = await every_type(quiet)
-    assert right(await verify_log(quiet.event_store)).events == len(documents)
+async def test_every_type_of_event_as_full_as_it_gets_is_right(unstreamed_ledger: Ledger) -> None:
+    documents = await every_type(unstreamed_ledger)
+    assert right(await verify_log(unstreamed_ledger.event_store)).events == len(documents)
 
 
-async def test_in_an_empty_log_nothing_is_wrong(quiet: Ledger) -> None:
-    assert await verify_log(quiet.event_store) == VerificationResult(0, 0, 0, GENESIS_HASH, None)
+async def test_in_an_empty_log_nothing_is_wrong(unstreamed_ledger: Ledger) -> None:
+    assert await verify_log(unstreamed_ledger.event_store) == VerificationResult(0, 0, 0, GENESIS_HASH, None)
 
 
-async def test_verification_writes_nothing(quiet: Ledger) -> None:
-    await create_position_gap(quiet.db)
-    await quiet.submit_job()
-    before = await load_event_documents(quiet.db)
-    await verify_log(quiet.event_store)
-    assert await load_event_documents(quiet.db) == before
+async def test_verification_writes_nothing(unstreamed_ledger: Ledger) -> None:
+    await create_position_gap(unstreamed_ledger.db)
+    await unstreamed_ledger.submit_job()
+    before = await load_event_documents(unstreamed_ledger.db)
+    await verify_log(unstreamed_ledger.event_store)
+    assert await load_event_documents(unstreamed_ledger.db) == before
 
 
 async def test_while_others_write_what_is_there_is_right(connection: Connection) -> None:
@@ -252,43 +254,43 @@ CHANGED: dict[str, tuple[int, Document]] = {
 
 
 @pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED.keys())
-async def test_a_change_of_an_event_is_found(quiet: Ledger, change: tuple[int, Document]) -> None:
+async def test_a_change_of_an_event_is_found(unstreamed_ledger: Ledger, change: tuple[int, Document]) -> None:
     position, update = change
-    await a_history(quiet)
-    assert (await quiet.db.events.update_one({"_id": position}, update)).modified_count == 1
-    [document] = await load_event_documents(quiet.db, {"_id": position})
-    wrong = wrong_at(await verify_log(quiet.event_store), document)
+    await a_history(unstreamed_ledger)
+    assert (await unstreamed_ledger.db.events.update_one({"_id": position}, update)).modified_count == 1
+    [document] = await load_event_documents(unstreamed_ledger.db, {"_id": position})
+    wrong = wrong_at(await verify_log(unstreamed_ledger.event_store), document)
     assert wrong.description.startswith(("its hash is not that of its content", "its data.message is a NoneType"))
 
 
-async def test_a_value_that_no_event_can_hold_is_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
+async def test_a_value_that_no_event_can_hold_is_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
     for value in (ObjectId(), Decimal128("1.5"), b"\1", bson.Regex("x"), 2**60, float("nan")):
         for field in ("data", "meta"):
-            await put(quiet, with_another(documents[2], (field, "worker_id"), value))
-            wrong_at(await verify_log(quiet.event_store), documents[2])
+            await put(unstreamed_ledger, with_another(documents[2], (field, "worker_id"), value))
+            wrong_at(await verify_log(unstreamed_ledger.event_store), documents[2])
 
 
 FIELDS = ("event_id", "stream", "version", "type", "schema", "time", "data", "meta", "prev", "hash")
 
 
 @pytest.mark.parametrize("name", FIELDS)
-async def test_a_missing_field_of_the_envelope_is_found(quiet: Ledger, name: str) -> None:
-    await a_history(quiet)
-    await quiet.db.events.update_one({"_id": 3}, {"$unset": {name: 1}})
-    verdict = await verify_log(quiet.event_store)
+async def test_a_missing_field_of_the_envelope_is_found(unstreamed_ledger: Ledger, name: str) -> None:
+    await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.update_one({"_id": 3}, {"$unset": {name: 1}})
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert verdict.problem is not None
     assert (verdict.problem.position, verdict.problem.description) == (3, f"lacks the field {name}")
-    [there] = await load_event_documents(quiet.db, {"_id": 3})
+    [there] = await load_event_documents(unstreamed_ledger.db, {"_id": 3})
     assert (verdict.problem.stream, verdict.problem.version) == (there.get("stream"), there.get("version"))
 
 
-async def test_a_field_of_the_envelope_that_is_of_another_type_is_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
+async def test_a_field_of_the_envelope_that_is_of_another_type_is_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
     for name in FIELDS:
         for value in (True, 2.0, ["x"], None, ObjectId(), Decimal128("2")):
-            await put(quiet, documents[2] | {name: value})
-            verdict = await verify_log(quiet.event_store)
+            await put(unstreamed_ledger, documents[2] | {name: value})
+            verdict = await verify_log(unstreamed_ledger.event_store)
             assert verdict.problem is not None
             assert (verdict.problem.position, verdict.problem.description) == (
                 3,
@@ -296,35 +298,41 @@ async def test_a_field_of_the_envelope_that_is_of_another_type_is_found(quiet: L
             )
 
 
-async def test_texts_in_place_of_times_and_hashes_are_found_although_their_json_is_the_same(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
+async def test_texts_in_place_of_times_and_hashes_are_found_although_their_json_is_the_same(
+    unstreamed_ledger: Ledger,
+) -> None:
+    documents = await a_history(unstreamed_ledger)
     for name, text in {
         "time": canonical_json(documents[2]["time"]).decode().strip('"'),
         "prev": documents[2]["prev"].hex(),
         "hash": documents[2]["hash"].hex(),
     }.items():
-        await put(quiet, documents[2] | {name: text})
-        wrong_at(await verify_log(quiet.event_store), documents[2], f"its {name} is a str")
+        await put(unstreamed_ledger, documents[2] | {name: text})
+        wrong_at(await verify_log(unstreamed_ledger.event_store), documents[2], f"its {name} is a str")
 
 
-async def test_a_field_that_no_event_has_is_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await quiet.db.events.update_one({"_id": 3}, {"$set": {"signed_by": "mallory", "and": 1}})
-    wrong_at(await verify_log(quiet.event_store), documents[2], "has fields that no event has: and, signed_by")
+async def test_a_field_that_no_event_has_is_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.update_one({"_id": 3}, {"$set": {"signed_by": "mallory", "and": 1}})
+    wrong_at(
+        await verify_log(unstreamed_ledger.event_store), documents[2], "has fields that no event has: and, signed_by"
+    )
 
 
 @pytest.mark.parametrize("what", ["a time beyond the calendar", "bytes that are no text"])
-async def test_what_the_driver_cannot_read_is_found(quiet: Ledger, what: str) -> None:
-    documents = await a_history(quiet)
+async def test_what_the_driver_cannot_read_is_found(unstreamed_ledger: Ledger, what: str) -> None:
+    documents = await a_history(unstreamed_ledger)
     if "time" in what:
-        await quiet.db.events.update_one({"_id": 3}, {"$set": {"time": DatetimeMS(253402300800000)}})  # the year 10000
+        await unstreamed_ledger.db.events.update_one(
+            {"_id": 3}, {"$set": {"time": DatetimeMS(253402300800000)}}
+        )  # the year 10000
     else:
         marked = bson.encode(documents[2] | {"meta": {"actor": "MARK"}})
-        await quiet.db.events.delete_one({"_id": 3})
-        await quiet.db.command(
+        await unstreamed_ledger.db.events.delete_one({"_id": 3})
+        await unstreamed_ledger.db.command(
             {"insert": "events", "documents": [RawBSONDocument(marked.replace(b"MARK", b"\xff\xfe\xff\xfe"))]}
         )
-    verdict = await verify_log(quiet.event_store)
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert verdict.problem is not None
     assert verdict.problem.position == 3
 
@@ -336,20 +344,20 @@ async def submitted_in(ledger: Ledger) -> Document:
     return (await load_event_documents(ledger.db))[1]
 
 
-async def test_a_field_stored_in_another_type_is_found_and_named(quiet: Ledger) -> None:
-    document = await submitted_in(quiet)
+async def test_a_field_stored_in_another_type_is_found_and_named(unstreamed_ledger: Ledger) -> None:
+    document = await submitted_in(unstreamed_ledger)
     for place, value, what in TAMPERED_FIELDS.values():
         path = tuple(int(name) if name.isdecimal() else name for name in place.split("."))
-        await put(quiet, with_another(document, path, value))
-        verdict = await verify_log(quiet.event_store)
+        await put(unstreamed_ledger, with_another(document, path, value))
+        verdict = await verify_log(unstreamed_ledger.event_store)
         assert verdict.problem is not None, f"{place}: {value!r} was not found"
         assert (verdict.problem.position, verdict.events) == (2, 1)
         if not isinstance(value, str):
             assert f"its {what.removeprefix('its ')}" in verdict.problem.description
         else:
             assert what in verdict.problem.description or "is a str" in verdict.problem.description
-    await put(quiet, document)
-    right(await verify_log(quiet.event_store))
+    await put(unstreamed_ledger, document)
+    right(await verify_log(unstreamed_ledger.event_store))
 
 
 RAW: dict[str, tuple[bytes, bytes, str]] = {
@@ -362,9 +370,9 @@ RAW: dict[str, tuple[bytes, bytes, str]] = {
 
 @pytest.mark.parametrize("case", RAW.values(), ids=RAW.keys())
 async def test_a_field_in_an_encoding_that_decoding_hides_is_found_and_named(
-    quiet: Ledger, case: tuple[bytes, bytes, str]
+    unstreamed_ledger: Ledger, case: tuple[bytes, bytes, str]
 ) -> None:
-    document = await submitted_in(quiet)
+    document = await submitted_in(unstreamed_ledger)
     old, new, what = case
     inner = ("data", "parameters", "inner")
     if b"forged" in old:  # two fields b of which decoding keeps the second, for which there is a right hash
@@ -372,29 +380,31 @@ async def test_a_field_in_an_encoding_that_decoding_hides_is_found_and_named(
         document = with_another(document, inner, {"c": "forged", "b": "x"})
     encoded = bson.encode(document)
     assert encoded.count(old) == 1
-    await quiet.db.events.delete_one({"_id": 2})
-    await quiet.db.command({"insert": "events", "documents": [RawBSONDocument(encoded.replace(old, new))]})
-    wrong_at(await verify_log(quiet.event_store), document, what)
+    await unstreamed_ledger.db.events.delete_one({"_id": 2})
+    await unstreamed_ledger.db.command({"insert": "events", "documents": [RawBSONDocument(encoded.replace(old, new))]})
+    wrong_at(await verify_log(unstreamed_ledger.event_store), document, what)
 
 
-async def test_an_envelope_in_another_order_is_found(quiet: Ledger) -> None:
-    document = await submitted_in(quiet)
-    await put(quiet, {"_id": 2, **dict(reversed(document.items()))})
-    wrong_at(await verify_log(quiet.event_store), document, "its fields are in another order")
+async def test_an_envelope_in_another_order_is_found(unstreamed_ledger: Ledger) -> None:
+    document = await submitted_in(unstreamed_ledger)
+    await put(unstreamed_ledger, {"_id": 2, **dict(reversed(document.items()))})
+    wrong_at(await verify_log(unstreamed_ledger.event_store), document, "its fields are in another order")
 
 
 @given(parameters=OBJECTS)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_whatever_json_is_submitted_is_stored_in_its_form(quiet: Ledger, parameters: Document) -> None:
-    await quiet.submit_job(ORIGINAL_EVENT.model_copy(update={"parameters": parameters}))
-    right(await verify_log(quiet.event_store))
+async def test_whatever_json_is_submitted_is_stored_in_its_form(
+    unstreamed_ledger: Ledger, parameters: Document
+) -> None:
+    await unstreamed_ledger.submit_job(ORIGINAL_EVENT.model_copy(update={"parameters": parameters}))
+    right(await verify_log(unstreamed_ledger.event_store))
 
 
 @pytest.mark.parametrize("value", [TIMESTAMP, b"x", Code("x"), Int64(1)], ids=["time", "bytes", "code", "long"])
-async def test_a_value_of_another_type_than_json_has_is_not_appended(quiet: Ledger, value: Any) -> None:
+async def test_a_value_of_another_type_than_json_has_is_not_appended(unstreamed_ledger: Ledger, value: Any) -> None:
     with pytest.raises(InvalidEvent, match=r"its data\.parameters\.deep\.0 is a "):
-        await quiet.submit_job(ORIGINAL_EVENT.model_copy(update={"parameters": {"deep": [value]}}))
-    assert not await load_event_documents(quiet.db)
+        await unstreamed_ledger.submit_job(ORIGINAL_EVENT.model_copy(update={"parameters": {"deep": [value]}}))
+    assert not await load_event_documents(unstreamed_ledger.db)
 
 
 Path = tuple[str | int, ...]
@@ -450,8 +460,10 @@ def slightly_changed(value: Any) -> Any:
             raise AssertionError(f"an event holds a {type(value).__name__}")
 
 
-async def test_whatever_is_changed_removed_or_added_in_whatever_type_of_event_is_found(quiet: Ledger) -> None:
-    documents = await every_type(quiet)
+async def test_whatever_is_changed_removed_or_added_in_whatever_type_of_event_is_found(
+    unstreamed_ledger: Ledger,
+) -> None:
+    documents = await every_type(unstreamed_ledger)
     assert {document["type"] for document in documents} == {type(example).__name__ for example in EVENT_EXAMPLES}
     tried = 0
     for document in documents:
@@ -460,113 +472,133 @@ async def test_whatever_is_changed_removed_or_added_in_whatever_type_of_event_is
             if len(path) > 1:
                 forgeries.append(without(document, path))
             for forged in forgeries:
-                await put(quiet, forged)
-                verdict = await verify_log(quiet.event_store, after=document["_id"] - 1, up_to=document["_id"])
+                await put(unstreamed_ledger, forged)
+                verdict = await verify_log(
+                    unstreamed_ledger.event_store, after=document["_id"] - 1, up_to=document["_id"]
+                )
                 assert verdict.problem is not None, (document["type"], path, value)
                 assert verdict.problem.position == document["_id"]
                 tried += 1
-        await put(quiet, document)
+        await put(unstreamed_ledger, document)
     assert tried > 500
-    right(await verify_log(quiet.event_store))
+    right(await verify_log(unstreamed_ledger.event_store))
 
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_whatever_is_put_in_place_of_whatever_field_is_found(quiet: Ledger, data: st.DataObject) -> None:
-    documents = await load_event_documents(quiet.db) or await a_history(quiet)
+async def test_whatever_is_put_in_place_of_whatever_field_is_found(
+    unstreamed_ledger: Ledger, data: st.DataObject
+) -> None:
+    documents = await load_event_documents(unstreamed_ledger.db) or await a_history(unstreamed_ledger)
     document = data.draw(st.sampled_from(documents), "event")
     inner = dict(inner_values({name: value for name, value in document.items() if name != "_id"}))
     path = data.draw(st.sampled_from(list(inner)), "field")
     value = data.draw(JSON, "instead")
     assume(canonical_json({"it": value}) != canonical_json({"it": inner[path]}))
     assume(path != ("version",) or value not in range(LAST + 1))  # the unique index is in the way
-    await put(quiet, with_another(document, path, value))
+    await put(unstreamed_ledger, with_another(document, path, value))
     try:
-        verdict = await verify_log(quiet.event_store)
+        verdict = await verify_log(unstreamed_ledger.event_store)
         assert verdict.problem is not None
         assert verdict.problem.position == document["_id"]
         assert verdict.events == document["_id"] - 1
     finally:
-        await put(quiet, document)
+        await put(unstreamed_ledger, document)
 
 
 # Events were removed, moved, made anew ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", [1, 3, 5, 7, 9, 10])
-async def test_a_removed_event_is_found(quiet: Ledger, position: int) -> None:
-    await a_history(quiet)
-    await quiet.db.events.delete_one({"_id": position})
-    missing_at(await verify_log(quiet.event_store), position)
+async def test_a_removed_event_is_found(unstreamed_ledger: Ledger, position: int) -> None:
+    await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.delete_one({"_id": position})
+    missing_at(await verify_log(unstreamed_ledger.event_store), position)
 
 
-async def test_a_removed_event_is_found_even_if_a_voided_position_stands_in_its_place(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await put(quiet, build_void_document(3))
+async def test_a_removed_event_is_found_even_if_a_voided_position_stands_in_its_place(
+    unstreamed_ledger: Ledger,
+) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await put(unstreamed_ledger, build_void_document(3))
     assert documents[9]["stream"] == documents[2]["stream"]
-    wrong_at(await verify_log(quiet.event_store), documents[9], "version 1 stands before it: version 2 is missing")
-
-
-async def test_a_removed_event_is_found_even_if_those_behind_it_move_up(quiet: Ledger) -> None:
-    one = (await quiet.submit_job()).events[0].stream
-    for name in ("alice", "bob", "carol"):
-        await handle_command(quiet.event_store, one, ChangeAccess(name, ACCESS), meta=EVENT_METADATA)
-    documents = await load_event_documents(quiet.db)
-    await quiet.db.events.delete_one({"_id": 4})
-    await put(quiet, *(document | {"_id": document["_id"] - 1} for document in documents[2:]))
     wrong_at(
-        await verify_log(quiet.event_store),
+        await verify_log(unstreamed_ledger.event_store),
+        documents[9],
+        "version 1 stands before it: version 2 is missing",
+    )
+
+
+async def test_a_removed_event_is_found_even_if_those_behind_it_move_up(unstreamed_ledger: Ledger) -> None:
+    one = (await unstreamed_ledger.submit_job()).events[0].stream
+    for name in ("alice", "bob", "carol"):
+        await handle_command(unstreamed_ledger.event_store, one, ChangeAccess(name, ACCESS), meta=EVENT_METADATA)
+    documents = await load_event_documents(unstreamed_ledger.db)
+    await unstreamed_ledger.db.events.delete_one({"_id": 4})
+    await put(unstreamed_ledger, *(document | {"_id": document["_id"] - 1} for document in documents[2:]))
+    wrong_at(
+        await verify_log(unstreamed_ledger.event_store),
         documents[2] | {"_id": 2},
         "version 1 stands before it: version 2 is missing",
     )
 
 
-async def test_the_removed_beginning_of_a_stream_is_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await put(quiet, build_void_document(1))
-    wrong_at(await verify_log(quiet.event_store), documents[2], "nothing stands before it: version 1 is missing")
-
-
-async def test_two_events_of_a_stream_in_each_others_place_are_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    third, tenth = documents[2], documents[9]
-    await put(quiet, build_void_document(10))  # the index on (stream, version) lets nobody do it in one step
-    await put(quiet, build_void_document(3), third | {"_id": 10})
-    await put(quiet, tenth | {"_id": 3})
+async def test_the_removed_beginning_of_a_stream_is_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await put(unstreamed_ledger, build_void_document(1))
     wrong_at(
-        await verify_log(quiet.event_store), tenth | {"_id": 3}, "version 1 stands before it: version 2 is missing"
+        await verify_log(unstreamed_ledger.event_store), documents[2], "nothing stands before it: version 1 is missing"
     )
 
 
-async def test_events_that_were_put_in_another_order_with_new_hashes_are_found_by_their_links(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
+async def test_two_events_of_a_stream_in_each_others_place_are_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    third, tenth = documents[2], documents[9]
+    await put(
+        unstreamed_ledger, build_void_document(10)
+    )  # the index on (stream, version) lets nobody do it in one step
+    await put(unstreamed_ledger, build_void_document(3), third | {"_id": 10})
+    await put(unstreamed_ledger, tenth | {"_id": 3})
+    wrong_at(
+        await verify_log(unstreamed_ledger.event_store),
+        tenth | {"_id": 3},
+        "version 1 stands before it: version 2 is missing",
+    )
+
+
+async def test_events_that_were_put_in_another_order_with_new_hashes_are_found_by_their_links(
+    unstreamed_ledger: Ledger,
+) -> None:
+    documents = await a_history(unstreamed_ledger)
     third, tenth = documents[2], documents[9]
     now_third = with_its_hash(tenth | {"_id": 3, "version": 2})
     now_tenth = with_its_hash(third | {"_id": 10, "version": 3})
-    await put(quiet, build_void_document(10))
-    await put(quiet, now_third)
-    await put(quiet, now_tenth)
-    wrong_at(await verify_log(quiet.event_store), now_third, "is not linked to the event before it")
+    await put(unstreamed_ledger, build_void_document(10))
+    await put(unstreamed_ledger, now_third)
+    await put(unstreamed_ledger, now_tenth)
+    wrong_at(await verify_log(unstreamed_ledger.event_store), now_third, "is not linked to the event before it")
 
 
 @pytest.mark.parametrize(("forged", "found"), [(1, 3), (2, 4), (3, 10), (4, 11)])
 async def test_an_event_made_anew_with_its_hash_is_found_by_the_link_of_the_next(
-    quiet: Ledger, forged: int, found: int
+    unstreamed_ledger: Ledger, forged: int, found: int
 ) -> None:
-    documents = await a_history(quiet)
+    documents = await a_history(unstreamed_ledger)
     original = documents[forged - 1]
-    await put(quiet, with_its_hash(original | {"data": original["data"] | {"user_id": "mallory"}}))
+    await put(unstreamed_ledger, with_its_hash(original | {"data": original["data"] | {"user_id": "mallory"}}))
     assert documents[found - 1]["stream"] == original["stream"]
     wrong_at(
-        await verify_log(quiet.event_store), documents[found - 1], "is not linked to the event before it in its stream"
+        await verify_log(unstreamed_ledger.event_store),
+        documents[found - 1],
+        "is not linked to the event before it in its stream",
     )
 
 
-async def test_an_event_at_a_version_twice_is_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await quiet.db.events.drop_indexes()
-    await quiet.db.events.insert_one(documents[-1] | {"_id": LAST + 1})
-    verdict = await verify_log(quiet.event_store)
+async def test_an_event_at_a_version_twice_is_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.drop_indexes()
+    await unstreamed_ledger.db.events.insert_one(documents[-1] | {"_id": LAST + 1})
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert verdict.problem is not None
     assert "the unique index on (stream, version) is missing" in verdict.problem.description
 
@@ -582,69 +614,69 @@ async def test_an_event_at_a_version_twice_is_found(quiet: Ledger) -> None:
     ],
     ids=["with content", "at another version", "of another type", "with a link", "in a job's stream"],
 )
-async def test_a_voided_position_that_is_none_is_found(quiet: Ledger, changes: Document) -> None:
-    documents = await a_history(quiet)
+async def test_a_voided_position_that_is_none_is_found(unstreamed_ledger: Ledger, changes: Document) -> None:
+    documents = await a_history(unstreamed_ledger)
     forged = with_its_hash(documents[4] | changes)
-    await put(quiet, forged)
-    wrong_at(await verify_log(quiet.event_store), forged, "is neither an event nor a voided position")
+    await put(unstreamed_ledger, forged)
+    wrong_at(await verify_log(unstreamed_ledger.event_store), forged, "is neither an event nor a voided position")
 
 
 # What only a note can tell ----------------------------------------------------------------------------------------
 
 
-async def test_a_log_is_what_was_noted_however_much_was_written_since(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    assert note_of(right(await verify_log(quiet.event_store, up_to=7))) == noted(documents[:7])
+async def test_a_log_is_what_was_noted_however_much_was_written_since(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    assert note_of(right(await verify_log(unstreamed_ledger.event_store, up_to=7))) == noted(documents[:7])
     for end in range(1, LAST + 1):
-        right(await verify_log(quiet.event_store, expected_digest=noted(documents[:end])))
-        right(await verify_log(quiet.event_store, up_to=end, expected_digest=noted(documents[:end])))
+        right(await verify_log(unstreamed_ledger.event_store, expected_digest=noted(documents[:end])))
+        right(await verify_log(unstreamed_ledger.event_store, up_to=end, expected_digest=noted(documents[:end])))
 
 
 @pytest.mark.parametrize(("after", "upto"), [(1, None), (1, 7), (0, 6)])
-async def test_a_note_needs_the_events_it_stands_for(quiet: Ledger, after: int, upto: int | None) -> None:
-    documents = await a_history(quiet)
+async def test_a_note_needs_the_events_it_stands_for(unstreamed_ledger: Ledger, after: int, upto: int | None) -> None:
+    documents = await a_history(unstreamed_ledger)
     with pytest.raises(ValueError, match="all events up to position 7"):
-        await verify_log(quiet.event_store, after=after, up_to=upto, expected_digest=noted(documents[:7]))
+        await verify_log(unstreamed_ledger.event_store, after=after, up_to=upto, expected_digest=noted(documents[:7]))
 
 
-async def test_a_last_event_made_anew_is_found_only_by_what_was_noted(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await put(quiet, with_its_hash(documents[-1] | {"meta": {"actor": "user:mallory"}}))
-    right(await verify_log(quiet.event_store))
-    verdict = await verify_log(quiet.event_store, expected_digest=noted(documents))
+async def test_a_last_event_made_anew_is_found_only_by_what_was_noted(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await put(unstreamed_ledger, with_its_hash(documents[-1] | {"meta": {"actor": "user:mallory"}}))
+    right(await verify_log(unstreamed_ledger.event_store))
+    verdict = await verify_log(unstreamed_ledger.event_store, expected_digest=noted(documents))
     assert verdict.problem == IntegrityProblem(LAST, NOT_AS_NOTED)
 
 
-async def test_an_end_that_was_taken_away_is_found_only_by_what_was_noted(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await quiet.db.events.delete_many({"_id": {"$gt": 8}})
-    assert right(await verify_log(quiet.event_store)).position == 8
-    right(await verify_log(quiet.event_store, expected_digest=noted(documents[:8])))
+async def test_an_end_that_was_taken_away_is_found_only_by_what_was_noted(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.delete_many({"_id": {"$gt": 8}})
+    assert right(await verify_log(unstreamed_ledger.event_store)).position == 8
+    right(await verify_log(unstreamed_ledger.event_store, expected_digest=noted(documents[:8])))
     for end in range(9, LAST + 1):
-        verdict = await verify_log(quiet.event_store, expected_digest=noted(documents[:end]))
+        verdict = await verify_log(unstreamed_ledger.event_store, expected_digest=noted(documents[:end]))
         assert verdict.problem is not None
         assert verdict.problem.position == end
         assert "the log ends at position 8" in verdict.problem.description
-    await quiet.db.events.delete_many({})
-    verdict = await verify_log(quiet.event_store, expected_digest=noted(documents))
+    await unstreamed_ledger.db.events.delete_many({})
+    verdict = await verify_log(unstreamed_ledger.event_store, expected_digest=noted(documents))
     assert "the log ends at position 0" in str(verdict.problem)
 
 
-async def test_an_end_that_was_taken_away_and_grew_again_is_found_by_what_was_noted(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await quiet.db.events.delete_many({"_id": {"$gt": 8}})
-    await quiet.db.counters.update_one({"_id": "events"}, {"$set": {"next": 8}})
+async def test_an_end_that_was_taken_away_and_grew_again_is_found_by_what_was_noted(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.delete_many({"_id": {"$gt": 8}})
+    await unstreamed_ledger.db.counters.update_one({"_id": "events"}, {"$set": {"next": 8}})
     for _ in range(6):
-        await quiet.submit_job()
-    right(await verify_log(quiet.event_store))
-    verdict = await verify_log(quiet.event_store, expected_digest=noted(documents))
+        await unstreamed_ledger.submit_job()
+    right(await verify_log(unstreamed_ledger.event_store))
+    verdict = await verify_log(unstreamed_ledger.event_store, expected_digest=noted(documents))
     assert verdict.problem == IntegrityProblem(LAST, NOT_AS_NOTED)
 
 
-async def test_a_noted_event_that_is_missing_is_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await quiet.db.events.delete_one({"_id": 9})
-    verdict = await verify_log(quiet.event_store, expected_digest=noted(documents[:9]))
+async def test_a_noted_event_that_is_missing_is_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.delete_one({"_id": 9})
+    verdict = await verify_log(unstreamed_ledger.event_store, expected_digest=noted(documents[:9]))
     assert verdict.problem is not None
     assert verdict.problem.position == 9
 
@@ -671,14 +703,16 @@ Forgery = Callable[[Ledger, Sequence[Document]], Awaitable[None]]
 
 
 @pytest.mark.parametrize("forgery", [made_anew, voided, in_another_order])
-async def test_what_was_done_to_other_streams_is_found_by_what_was_noted(quiet: Ledger, forgery: Forgery) -> None:
-    documents = await a_history(quiet)
-    earlier = right(await verify_log(quiet.event_store))
-    await forgery(quiet, documents)
-    right(await verify_log(quiet.event_store))
-    assert (await verify_log(quiet.event_store, expected_digest=note_of(earlier))).problem == IntegrityProblem(
-        LAST, NOT_AS_NOTED
-    )
+async def test_what_was_done_to_other_streams_is_found_by_what_was_noted(
+    unstreamed_ledger: Ledger, forgery: Forgery
+) -> None:
+    documents = await a_history(unstreamed_ledger)
+    earlier = right(await verify_log(unstreamed_ledger.event_store))
+    await forgery(unstreamed_ledger, documents)
+    right(await verify_log(unstreamed_ledger.event_store))
+    assert (
+        await verify_log(unstreamed_ledger.event_store, expected_digest=note_of(earlier))
+    ).problem == IntegrityProblem(LAST, NOT_AS_NOTED)
 
 
 # Beyond the positions ---------------------------------------------------------------------------------------------
@@ -704,20 +738,20 @@ BEYOND: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("place", BEYOND.values(), ids=BEYOND.keys())
-async def test_an_event_where_no_position_is_is_found(quiet: Ledger, place: Any) -> None:
-    await a_history(quiet)
-    await quiet.db.events.insert_one(
-        with_its_hash((await load_event_documents(quiet.db))[0] | {"_id": place, "stream": "job-x"})
+async def test_an_event_where_no_position_is_is_found(unstreamed_ledger: Ledger, place: Any) -> None:
+    await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.insert_one(
+        with_its_hash((await load_event_documents(unstreamed_ledger.db))[0] | {"_id": place, "stream": "job-x"})
     )
-    verdict = await verify_log(quiet.event_store)
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert verdict.problem is not None
     assert f"{place!r}, which is no position" in verdict.problem.description
 
 
-async def test_a_position_that_is_no_whole_number_to_the_database_is_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await move(quiet, documents[2], 3.0)
-    verdict = await verify_log(quiet.event_store)
+async def test_a_position_that_is_no_whole_number_to_the_database_is_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await move(unstreamed_ledger, documents[2], 3.0)
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert verdict.problem is not None
     assert (
         "its _id is a float" in verdict.problem.description
@@ -726,10 +760,10 @@ async def test_a_position_that_is_no_whole_number_to_the_database_is_found(quiet
 
 
 @pytest.mark.parametrize("position", [9, 5], ids=["the only one of its stream", "a voided position"])
-async def test_an_event_that_was_moved_between_two_positions_is_found(quiet: Ledger, position: int) -> None:
-    documents = await a_history(quiet)
-    await move(quiet, documents[position - 1], position - 0.5)
-    verdict = await verify_log(quiet.event_store)
+async def test_an_event_that_was_moved_between_two_positions_is_found(unstreamed_ledger: Ledger, position: int) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await move(unstreamed_ledger, documents[position - 1], position - 0.5)
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert verdict.problem is not None
     assert verdict.problem.position == position or "which is no position" in verdict.problem.description
 
@@ -751,26 +785,26 @@ async def make_it_partial(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("harm", [drop, make_it_weak, make_it_partial])
 async def test_a_log_whose_versions_are_not_kept_unique_is_wrong(
-    quiet: Ledger, harm: Callable[[Ledger], Awaitable[None]]
+    unstreamed_ledger: Ledger, harm: Callable[[Ledger], Awaitable[None]]
 ) -> None:
-    await a_history(quiet)
-    await harm(quiet)
-    verdict = await verify_log(quiet.event_store)
+    await a_history(unstreamed_ledger)
+    await harm(unstreamed_ledger)
+    verdict = await verify_log(unstreamed_ledger.event_store)
     assert verdict.problem is not None
     assert "the unique index on (stream, version) is missing" in verdict.problem.description
-    await quiet.db.events.drop_indexes()
-    await quiet.event_store.prepare()
-    right(await verify_log(quiet.event_store))
+    await unstreamed_ledger.db.events.drop_indexes()
+    await unstreamed_ledger.event_store.prepare()
+    right(await verify_log(unstreamed_ledger.event_store))
 
 
 # Ranges -----------------------------------------------------------------------------------------------------------
 
 
-async def test_every_range_of_a_right_log_is_right(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
+async def test_every_range_of_a_right_log_is_right(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
     for after in range(LAST + 2):
         for upto in (*range(after, LAST + 1), LAST + 5, None):
-            verdict = right(await verify_log(quiet.event_store, after=after, up_to=upto))
+            verdict = right(await verify_log(unstreamed_ledger.event_store, after=after, up_to=upto))
             there = documents[after:upto]
             assert verdict.events == len(there)
             assert verdict.voided == sum(document["stream"] == "void" for document in there)
@@ -780,59 +814,59 @@ async def test_every_range_of_a_right_log_is_right(quiet: Ledger) -> None:
             assert verdict.digest == (None if after else noted(there)[1] if there else GENESIS_HASH)
 
 
-async def test_a_range_finds_what_is_wrong_in_it_and_nothing_else(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
+async def test_a_range_finds_what_is_wrong_in_it_and_nothing_else(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
     for position in (1, 4, 6, 9, LAST):
         forged = documents[position - 1] | {"time": NOON - timedelta(days=1)}
-        await put(quiet, forged)
+        await put(unstreamed_ledger, forged)
         for after in range(LAST):
             for upto in range(after + 1, LAST + 1):
-                verdict = await verify_log(quiet.event_store, after=after, up_to=upto)
+                verdict = await verify_log(unstreamed_ledger.event_store, after=after, up_to=upto)
                 if after < position <= upto:
                     wrong_at(verdict, forged, "its hash", after=after)
                 else:
                     right(verdict)
-        await put(quiet, documents[position - 1])
+        await put(unstreamed_ledger, documents[position - 1])
 
 
 @pytest.mark.parametrize("after", range(10))
-async def test_a_broken_link_to_what_stands_before_the_range_is_found(quiet: Ledger, after: int) -> None:
-    documents = await a_history(quiet)
-    await put(quiet, with_its_hash(documents[2] | {"meta": {"actor": "user:mallory"}}))
-    wrong_at(await verify_log(quiet.event_store, after=after), documents[9], "is not linked", after=after)
+async def test_a_broken_link_to_what_stands_before_the_range_is_found(unstreamed_ledger: Ledger, after: int) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await put(unstreamed_ledger, with_its_hash(documents[2] | {"meta": {"actor": "user:mallory"}}))
+    wrong_at(await verify_log(unstreamed_ledger.event_store, after=after), documents[9], "is not linked", after=after)
 
 
 async def test_a_stream_whose_earlier_event_comes_only_after_the_range_began_is_in_the_wrong_order(
-    quiet: Ledger,
+    unstreamed_ledger: Ledger,
 ) -> None:
-    documents = await a_history(quiet)
+    documents = await a_history(unstreamed_ledger)
     third, tenth = documents[2], documents[9]
-    await put(quiet, build_void_document(10))
-    await put(quiet, build_void_document(3), third | {"_id": 10})
-    await put(quiet, tenth | {"_id": 3})
+    await put(unstreamed_ledger, build_void_document(10))
+    await put(unstreamed_ledger, build_void_document(3), third | {"_id": 10})
+    await put(unstreamed_ledger, tenth | {"_id": 3})
     for after in (1, 2):
         wrong_at(
-            await verify_log(quiet.event_store, after=after),
+            await verify_log(unstreamed_ledger.event_store, after=after),
             tenth | {"_id": 3},
             "nothing stands before it: version 2 is missing, or in the wrong place",
             after=after,
         )
 
 
-async def test_a_hole_in_the_range_is_found_and_one_before_it_is_not(quiet: Ledger) -> None:
-    await a_history(quiet)
-    await quiet.db.events.delete_one({"_id": 9})
-    right(await verify_log(quiet.event_store, after=9))
-    right(await verify_log(quiet.event_store, up_to=8))
-    verdict = await verify_log(quiet.event_store, after=7, up_to=10)
+async def test_a_hole_in_the_range_is_found_and_one_before_it_is_not(unstreamed_ledger: Ledger) -> None:
+    await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.delete_one({"_id": 9})
+    right(await verify_log(unstreamed_ledger.event_store, after=9))
+    right(await verify_log(unstreamed_ledger.event_store, up_to=8))
+    verdict = await verify_log(unstreamed_ledger.event_store, after=7, up_to=10)
     assert verdict.problem is not None
     assert (verdict.problem.position, verdict.events, verdict.position) == (9, 1, 8)
 
 
-async def test_a_link_to_an_event_before_the_range_that_has_no_hash_is_found(quiet: Ledger) -> None:
-    documents = await a_history(quiet)
-    await quiet.db.events.update_one({"_id": 3}, {"$unset": {"hash": 1}})
-    wrong_at(await verify_log(quiet.event_store, after=5), documents[9], after=5)
+async def test_a_link_to_an_event_before_the_range_that_has_no_hash_is_found(unstreamed_ledger: Ledger) -> None:
+    documents = await a_history(unstreamed_ledger)
+    await unstreamed_ledger.db.events.update_one({"_id": 3}, {"$unset": {"hash": 1}})
+    wrong_at(await verify_log(unstreamed_ledger.event_store, after=5), documents[9], after=5)
 
 
 async def test_whoever_waits_is_told_how_far_it_has_come(connection: Connection) -> None:
@@ -948,15 +982,15 @@ class Watched(EventStore):
         return documents
 
 
-async def test_a_hole_left_by_a_dead_writer_is_named_until_a_reader_has_filled_it(quiet: Ledger) -> None:
-    await quiet.submit_job()
-    await create_position_gap(quiet.db)
-    await quiet.submit_job()
-    verdict = await verify_log(quiet.event_store)
+async def test_a_hole_left_by_a_dead_writer_is_named_until_a_reader_has_filled_it(unstreamed_ledger: Ledger) -> None:
+    await unstreamed_ledger.submit_job()
+    await create_position_gap(unstreamed_ledger.db)
+    await unstreamed_ledger.submit_job()
+    verdict = await verify_log(unstreamed_ledger.event_store)
     missing_at(verdict, 2)
     assert "no reader has been there since" in str(verdict.problem)
-    await read_all_events(quiet.event_store)
-    assert right(await verify_log(quiet.event_store)).voided == 1
+    await read_all_events(unstreamed_ledger.event_store)
+    assert right(await verify_log(unstreamed_ledger.event_store)).voided == 1
 
 
 async def test_a_hole_that_a_slow_writer_closes_during_the_check_is_no_fault(connection: Connection) -> None:

@@ -79,9 +79,9 @@ async def test_a_job_is_cancelled_and_restarted_with_a_reason_in_the_log(api: Ap
     assert sum(event["type"] == "JobRestarted" for event in history) == 1
 
 
-async def test_those_chosen_are_cancelled_together(idle_api: Api, page: Page) -> None:
-    job_ids = [await idle_api.submit() for _ in range(3)]
-    await live(page, at(idle_api, "/jobs"))
+async def test_those_chosen_are_cancelled_together(api_without_worker: Api, page: Page) -> None:
+    job_ids = [await api_without_worker.submit() for _ in range(3)]
+    await live(page, at(api_without_worker, "/jobs"))
     for job_id in job_ids[:2]:
         await page.locator(f"#{job_id} input").check()
     await page.get_by_role("button", name="Cancel").click()
@@ -92,14 +92,14 @@ async def test_those_chosen_are_cancelled_together(idle_api: Api, page: Page) ->
     await expect(page.locator(f"#{job_ids[2]} .state.pending")).to_be_visible()
 
 
-async def test_jobs_are_found_by_what_is_asked_for(idle_api: Api, page: Page) -> None:
+async def test_jobs_are_found_by_what_is_asked_for(api_without_worker: Api, page: Page) -> None:
     for number in range(60):
-        await idle_api.submit({"track": f"Track {number % 2}", "session": f"Talk {number}"})
-    await page.goto(at(idle_api, "/jobs"))
+        await api_without_worker.submit({"track": f"Track {number % 2}", "session": f"Talk {number}"})
+    await page.goto(at(api_without_worker, "/jobs"))
     await page.get_by_label("Track").fill("Track 1")
     await page.get_by_role("button", name="Show").click()
     await expect(page.locator("tbody tr")).to_have_count(30)
-    await page.goto(at(idle_api, "/jobs"))
+    await page.goto(at(api_without_worker, "/jobs"))
     await expect(page.locator("tbody tr")).to_have_count(50)
     await page.get_by_role("link", name="Next page").first.click()
     await expect(page.locator("tbody tr")).to_have_count(10)
@@ -108,8 +108,8 @@ async def test_jobs_are_found_by_what_is_asked_for(idle_api: Api, page: Page) ->
     await expect(page.locator("tbody th")).to_have_text(["Talk 59"])
 
 
-async def test_a_batch_is_checked_submitted_paused_and_resumed(idle_api: Api, page: Page) -> None:
-    await page.goto(at(idle_api, "/submit"))
+async def test_a_batch_is_checked_submitted_paused_and_resumed(api_without_worker: Api, page: Page) -> None:
+    await page.goto(at(api_without_worker, "/submit"))
     content, findings = page.locator("#content"), page.locator("#findings")
     send = page.get_by_role("button", name="Submit", exact=True)
     check = page.get_by_role("button", name="Check")
@@ -138,11 +138,11 @@ async def test_a_batch_is_checked_submitted_paused_and_resumed(idle_api: Api, pa
     await expect(page.locator("#state .paused")).to_have_count(0, timeout=SOON_MS)
 
 
-async def test_the_tail_of_the_log_comes_in_at_the_top(idle_api: Api, page: Page) -> None:
-    await live(page, at(idle_api, "/log?types=JobSubmitted"))
-    first = await idle_api.submit(job_name="first")
+async def test_the_tail_of_the_log_comes_in_at_the_top(api_without_worker: Api, page: Page) -> None:
+    await live(page, at(api_without_worker, "/log?types=JobSubmitted"))
+    first = await api_without_worker.submit(job_name="first")
     await expect(page.locator("#events tr").first).to_contain_text(first, timeout=SOON_MS)
-    second = await idle_api.submit(job_name="second")
+    second = await api_without_worker.submit(job_name="second")
     await expect(page.locator("#events tr").first).to_contain_text(second, timeout=SOON_MS)
     await expect(page.locator("#events tr")).to_have_count(2)
     await page.get_by_role("link", name=first).click()
@@ -198,12 +198,12 @@ async def test_a_session_reads_as_it_is_and_its_slides_are_there(
             assert len(links) == 3 + 7
 
 
-async def test_what_is_said_of_a_page_is_not_said_of_what_it_asks_for(idle_api: Api) -> None:
+async def test_what_is_said_of_a_page_is_not_said_of_what_it_asks_for(api_without_worker: Api) -> None:
     """Without a browser: a page that is asked for conditionally, or with patience, is a page all the same."""
-    job_id = await idle_api.submit()
+    job_id = await api_without_worker.submit()
     headers = {"If-None-Match": "*", "Prefer": "wait=30", "If-Match": '"7"'}
     for path in ("", "/jobs", f"/jobs/{job_id}", "/batches", "/log", "/submit"):
-        answer = await idle_api.get(f"/monitoring/events{path}", **headers)
+        answer = await api_without_worker.get(f"/monitoring/events{path}", **headers)
         assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8"), path
 
 
@@ -216,9 +216,9 @@ async def test_what_is_said_of_a_page_is_not_said_of_what_it_asks_for(idle_api: 
         (b"credential=" + b"x" * 30_000, 413),
     ],
 )
-async def test_nonsense_instead_of_a_sign_in_is_refused(body: bytes, status: int, idle_api: Api) -> None:
-    ours = {"Origin": str(idle_api.http.base_url).rstrip("/")}
-    answer = await idle_api.http.post("/monitoring/events/sign-in", content=body, headers=ours)
+async def test_nonsense_instead_of_a_sign_in_is_refused(body: bytes, status: int, api_without_worker: Api) -> None:
+    ours = {"Origin": str(api_without_worker.http.base_url).rstrip("/")}
+    answer = await api_without_worker.http.post("/monitoring/events/sign-in", content=body, headers=ours)
     assert answer.status_code == status
     assert "evil" not in answer.text
     assert "set-cookie" not in answer.headers

@@ -142,15 +142,15 @@ def test_loops_of_templates_are_over_constants_or_end_with_the_budget(template: 
         assert isinstance(over, nodes.Tuple) or (isinstance(over, nodes.Filter) and over.name == "rows"), loop.lineno
 
 
-async def test_page_that_shows_only_the_beginning_says_where_the_rest_is(idle_api: Api) -> None:
-    job_id = await idle_api.submit({"file": False, "a": "<" * 7_400_000})
-    await idle_api.get("/api/events/jobs", await idle_api.event_store.head_position())
+async def test_page_that_shows_only_the_beginning_says_where_the_rest_is(api_without_worker: Api) -> None:
+    job_id = await api_without_worker.submit({"file": False, "a": "<" * 7_400_000})
+    await api_without_worker.get("/api/events/jobs", await api_without_worker.event_store.head_position())
     for path in (f"/jobs/{job_id}", "/jobs", "/log", ""):
-        answer = await idle_api.get(at(idle_api, path))
+        answer = await api_without_worker.get(at(api_without_worker, path))
         assert answer.status_code == 200
         assert len(answer.content) < LARGEST_PAGE_BYTES
         assert ('id="cut"' in answer.text) == (path in (f"/jobs/{job_id}", "/log"))
-    answer = await idle_api.get(at(idle_api, f"/jobs/{job_id}"))
+    answer = await api_without_worker.get(at(api_without_worker, f"/jobs/{job_id}"))
     assert f'href="../../../api/events/jobs/{job_id}"' in answer.text
 
 

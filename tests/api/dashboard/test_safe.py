@@ -88,10 +88,10 @@ async def test_pages_fit_a_phone(api: Api, browser: Browser) -> None:
     await context.close()
 
 
-async def test_german_is_spoken_to_who_prefers_it(idle_api: Api, browser: Browser) -> None:
+async def test_german_is_spoken_to_who_prefers_it(api_without_worker: Api, browser: Browser) -> None:
     context = await browser.new_context(locale="de-AT")
     page = await context.new_page()
-    await page.goto(at(idle_api))
+    await page.goto(at(api_without_worker))
     await expect(page.locator("h1")).to_have_text("Übersicht")
     await expect(page.locator("html")).to_have_attribute("lang", "de")
     await expect(page.locator("#count-pending").locator("..")).to_contain_text("Wartend")
