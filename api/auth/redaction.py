@@ -82,7 +82,7 @@ def _webhook(webhook: Mapping[str, Any] | None, viewer: Viewer) -> Document | No
     shown: Document = {"url": _host_of(webhook["url"], viewer)}
     if "headers" in webhook:
         shown["headers"] = {}
-    kept = ("include_markdown", "include_metadata", "signed")
+    kept = ("include_markdown", "include_metadata", "has_own_secrets")
     return shown | {name: webhook[name] for name in kept if name in webhook}
 
 
@@ -274,7 +274,7 @@ EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
     "JobArchived": _BY,
     "JobUnarchived": _BY,
     "JobDeleted": _BY,
-    "WorkerFenced": {**_OF_WORKER, "refused": _keep},
+    "WorkerFenced": {**_OF_WORKER, "rejected_event": _keep},
     "BatchSubmitted": {**_SUBMISSION, **dict.fromkeys(("batch_name", "total_jobs", "job_ids"), _keep)},
     "BatchPaused": _BY,
     "BatchResumed": _BY,

@@ -154,7 +154,7 @@ def extract_webhook_secrets(
         secrets_ref=secrets.secrets_ref if secrets else None,
         include_markdown=body.include_markdown,
         include_metadata=body.include_metadata,
-        signed=bool(body.secrets),
+        has_own_secrets=bool(body.secrets),
     )
     return webhook, secrets
 
@@ -162,7 +162,9 @@ def extract_webhook_secrets(
 def collect_signing_endpoints(*submitted: JobSubmitted | BatchSubmitted) -> set[Endpoint]:
     """Return the endpoints whose own secrets sign: those of webhooks that bring none."""
     return {
-        Endpoint(it.user_id, it.webhook.url) for it in submitted if it.webhook is not None and not it.webhook.signed
+        Endpoint(it.user_id, it.webhook.url)
+        for it in submitted
+        if it.webhook is not None and not it.webhook.has_own_secrets
     }
 
 

@@ -82,7 +82,7 @@ def delivery_for_event(stream: str, source: Job | Batch, event: Event, version: 
     return DeliveryQueued(
         source=stream,
         source_version=version,
-        tells=tells,
+        event_type=tells,
         user_id=source.spec.user_id,
         webhook=webhook,
         batch_id=source.spec.batch_id if isinstance(source, Job) else stream,

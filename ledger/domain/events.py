@@ -80,7 +80,7 @@ class Webhook(_Value):
     secrets_ref: str | None = None
     include_markdown: bool = False
     include_metadata: bool = False
-    signed: Annotated[bool, Field(exclude_if=operator.not_)] = False
+    has_own_secrets: Annotated[bool, Field(exclude_if=operator.not_)] = False
 
 
 class Failure(_Value):
@@ -321,7 +321,7 @@ class WorkerFenced(Event):
 
     worker_id: str
     attempt: int
-    refused: str
+    rejected_event: str
 
 
 # The batch stream -------------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ class DeliveryQueued(Event):
 
     source: str
     source_version: int
-    tells: WebhookEventType
+    event_type: WebhookEventType
     user_id: str
     webhook: Webhook
     batch_id: str | None = None
@@ -534,7 +534,7 @@ class EventMetadata:
         if self.traceparent is not None:
             payload["traceparent"] = self.traceparent
         if self.request_fingerprint is not None:
-            payload["request"] = self.request_fingerprint
+            payload["request_fingerprint"] = self.request_fingerprint
         return payload
 
     @classmethod
@@ -542,7 +542,11 @@ class EventMetadata:
         """Return what `payload` wrote; names from later versions are passed over."""
         get = stored.get
         return cls(
-            get("actor", "system"), get("correlation_id"), get("causation_id"), get("traceparent"), get("request")
+            get("actor", "system"),
+            get("correlation_id"),
+            get("causation_id"),
+            get("traceparent"),
+            get("request_fingerprint"),
         )
 
 

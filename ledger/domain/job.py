@@ -180,7 +180,7 @@ def _report(command: WorkerCommand, job: Job) -> list[JobEvent]:
     """The one place where a stale attempt is refused (the attempt number is the fencing token)."""
     event = _reported(command, job)
     if (job.status, job.worker_id, job.attempt) != ("processing", command.worker_id, command.attempt):
-        return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, refused=type(event).__name__)]
+        return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, rejected_event=type(event).__name__)]
     if isinstance(event, StepCompleted):
         if event.key not in job.steps:
             limits.check_steps(len(job.steps) + 1)

@@ -65,7 +65,7 @@ def _queued(asked: DeliveryQueued, event: RecordedEvent) -> Document:
         "_id": event.stream,
         "delivery_id": event.stream,
         "status": "pending",
-        "type": asked.tells,
+        "type": asked.event_type,
         "job_id": source if source.startswith("job-") else None,
         "batch_id": batch_id,
         "source_version": asked.source_version,

@@ -344,7 +344,7 @@ def redact_webhook(webhook: Webhook | None) -> Document | None:
         "headers": dict.fromkeys(webhook.header_names, "***"),
         "include_markdown": webhook.include_markdown,
         "include_metadata": webhook.include_metadata,
-        "signed": webhook.signed,
+        "has_own_secrets": webhook.has_own_secrets,
     }
 
 

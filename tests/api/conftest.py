@@ -34,7 +34,7 @@ class Api:
     principal_headers: dict[str, str] = field(default_factory=dict)
 
     def as_user(self, user_id: str = "", groups: Collection[str] = (), roles: Collection[str] = ()) -> Api:
-        """Return the same, asked by somebody: needs the fixture `said_in_header`."""
+        """Return the same, asked by somebody: needs the fixture `header_auth`."""
         return replace(self, principal_headers=principal_header(user_id, groups, roles))
 
     async def post(self, path: str, content: Any = None, **headers: str) -> httpx.Response:

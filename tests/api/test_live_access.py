@@ -22,7 +22,7 @@ from tests.api.conftest import DEADLINE_SECONDS, Api
 from tests.support.ledger_setup import Ledger, open_ledger
 from tests.support.role_runner import make_echo_job
 
-pytestmark = pytest.mark.usefixtures("said_in_header")
+pytestmark = pytest.mark.usefixtures("header_auth")
 PRIVATE = AccessControl()
 FOR_BOB = {"read_access": ["bob"]}
 

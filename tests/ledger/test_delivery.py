@@ -49,7 +49,7 @@ HOOK = Webhook(url="https://cms.example/hook?token=1")
 DOWN = Failure(code="HTTP_ERROR", message="The receiver answered 500.")
 LATER = NOON + timedelta(minutes=5)
 
-queued = DeliveryQueued(source="job-1", source_version=3, tells="job.completed", user_id="alice", webhook=HOOK)
+queued = DeliveryQueued(source="job-1", source_version=3, event_type="job.completed", user_id="alice", webhook=HOOK)
 failed = DeliveryAttempted(attempt=1, status_code=500, error=DOWN, duration_s=1, body_sha256="a", next_attempt_at=LATER)
 succeeded = DeliverySucceeded(attempt=1)
 abandoned = DeliveryAbandoned(reason="gone")
@@ -147,7 +147,7 @@ async def test_each_end_of_a_job_queues_one_delivery_of_its_own(ledger: Ledger) 
     await do(ledger, job_id, RestartJob("bob"), ClaimJob("w", NOON), FailAttempt("w", 2, DOWN, None))
     await do(ledger, job_id, RestartJob("bob"), CancelJob("bob"))
     told = await deliveries(ledger, job_id)
-    assert [(it.tells, it.source_version) for it in told] == [
+    assert [(it.event_type, it.source_version) for it in told] == [
         ("job.completed", 3),
         ("job.failed", 6),
         ("job.cancelled", 8),

@@ -175,7 +175,9 @@ async def test_a_worker_that_does_not_know_it_was_replaced_is_fenced_and_that_is
         meta=EVENT_METADATA,
         stream_state=zombie,
     )
-    assert [event.event for event in late.events] == [WorkerFenced(worker_id="w1", attempt=1, refused="JobCompleted")]
+    assert [event.event for event in late.events] == [
+        WorkerFenced(worker_id="w1", attempt=1, rejected_event="JobCompleted")
+    ]
     done = await handle_command(
         unstreamed_ledger.event_store, job_id, CompleteJob("w2", 2, make_results()), meta=EVENT_METADATA
     )

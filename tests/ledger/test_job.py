@@ -81,7 +81,7 @@ cancel_requested = JobCancelRequested(by="alice", reason="wrong talk")
 cancelled = JobCancelled(by="alice", reason="wrong talk")
 restarted = JobRestarted(by="bob")
 deleted = JobDeleted(by="bob")
-fenced = WorkerFenced(worker_id="w1", attempt=1, refused="JobCompleted")
+fenced = WorkerFenced(worker_id="w1", attempt=1, rejected_event="JobCompleted")
 
 WAITING: dict[str, list[Event]] = {
     "submitted": [asked],
@@ -234,7 +234,7 @@ def test_the_worker_of_the_attempt_is_believed(command: WorkerCommand, event: Jo
 def test_a_worker_that_speaks_for_a_job_it_does_not_run_is_fenced(
     history: list[Event], command: WorkerCommand, event: JobEvent
 ) -> None:
-    given(*history).when(command).then(WorkerFenced(worker_id="w1", attempt=1, refused=type(event).__name__))
+    given(*history).when(command).then(WorkerFenced(worker_id="w1", attempt=1, rejected_event=type(event).__name__))
 
 
 @pytest.mark.parametrize("command", [command for command, _ in reports("w1", 1)], ids=by_name)

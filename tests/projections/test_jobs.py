@@ -106,7 +106,7 @@ async def test_a_submitted_job_has_every_field_of_the_concept(here: RunningRoles
         "headers": {"Authorization": "***"},
         "include_markdown": True,
         "include_metadata": False,
-        "signed": False,
+        "has_own_secrets": False,
     }
     assert job["progress"] == {"step": "waiting", "percent": 0.0, "message": "Waiting for a worker"}
     assert job["access_control"] == access.model_dump()

@@ -110,7 +110,7 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
     JobRestarted(by="alice", reason="needed after all", reuse_steps=False),
     JobFailed(attempt=4, error=ERROR),
     JobCompleted(attempt=5, results=RESULTS),
-    WorkerFenced(worker_id="worker-2", attempt=3, refused="JobCompleted"),
+    WorkerFenced(worker_id="worker-2", attempt=3, rejected_event="JobCompleted"),
     JobAccessChanged(by="alice", access_control=ACCESS),
     JobArchived(by="alice", reason="done"),
     JobUnarchived(by="alice", reason="not done"),
@@ -139,7 +139,7 @@ EVENT_EXAMPLES: tuple[Event, ...] = (
     DeliveryQueued(
         source="job-679f3d0c8f1b2a0001000000",
         source_version=5,
-        tells="job.completed",
+        event_type="job.completed",
         user_id="alice",
         webhook=WEBHOOK,
         batch_id="batch-679f3d0c8f1b2a0001000000",

@@ -116,7 +116,7 @@ def step(attempt: int = 1, key: str = "k1") -> StepCompleted:
 
 
 def fenced(attempt: int = 1, worker_id: str = "") -> WorkerFenced:
-    return WorkerFenced(worker_id=worker_id or f"w{attempt}", attempt=attempt, refused="JobCompleted")
+    return WorkerFenced(worker_id=worker_id or f"w{attempt}", attempt=attempt, rejected_event="JobCompleted")
 
 
 def logged(attempt: int = 1) -> JobLogged:
@@ -398,7 +398,7 @@ def fences_the_living(command: JobCommand, state: Job | None) -> list[JobEvent]:
     """Progress is refused by mistake when a worker has had the job twice."""
     decided = job.decide(command, state)
     if isinstance(command, ReportProgress) and command.attempt > 1:
-        return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, refused="JobProgressed")]
+        return [WorkerFenced(worker_id=command.worker_id, attempt=command.attempt, rejected_event="JobProgressed")]
     return decided
 
 

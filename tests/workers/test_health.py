@@ -26,7 +26,7 @@ from tests.support.role_runner import WorkerOptions, make_echo_job, poll_until, 
 from tests.workers.misbehaving import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
-pytestmark = pytest.mark.usefixtures("installed")
+pytestmark = pytest.mark.usefixtures("misbehaving_processors")
 SCRATCH = Path("/scratch/jobledger-0/worker-1")
 
 

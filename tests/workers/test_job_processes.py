@@ -37,7 +37,7 @@ from tests.workers.misbehaving import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
 OFF = ConfinementSettings(mode="off")  # what the kernel refuses a job depends on its version
-pytestmark = pytest.mark.usefixtures("installed")
+pytestmark = pytest.mark.usefixtures("misbehaving_processors")
 TYPE = "misbehaving"
 SOON_SECONDS = 2.5  # what is promised is about one second
 

@@ -80,7 +80,7 @@ async def test_a_zombie_is_refused_gives_up_and_its_report_is_on_record(connecti
         fenced = await here.wait_for_event(WorkerFenced, job_id, after=begun.position, seconds=5)
         assert isinstance(fenced.event, WorkerFenced)
         assert fenced.event.worker_id == claimed.event.worker_id
-        assert (fenced.event.attempt, fenced.event.refused) == (1, "JobProgressed")
+        assert (fenced.event.attempt, fenced.event.rejected_event) == (1, "JobProgressed")
         await here.wait_for_views()
         job = await here.load_job(job_id)
         assert (job["status"], job["error"]["code"]) == ("failed", "WORKER_LOST")

@@ -22,7 +22,7 @@ from tests.support.role_runner import RunningRoles, WorkerOptions, poll_until, r
 from tests.workers.misbehaving import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
-pytestmark = pytest.mark.usefixtures("installed")
+pytestmark = pytest.mark.usefixtures("misbehaving_processors")
 TYPES = ["misbehaving", "misbehaving-inline"]
 OPTIONS = WorkerOptions(slots=8, confinement=ConfinementSettings(mode="off"))
 COMPLETED = ("completed", None, "")

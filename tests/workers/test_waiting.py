@@ -32,7 +32,7 @@ from tests.workers.misbehaving import misbehaving_processors
 
 __all__ = ["misbehaving_processors"]
 OFF = ConfinementSettings(mode="off")  # what the kernel refuses a job depends on its version
-pytestmark = pytest.mark.usefixtures("installed")
+pytestmark = pytest.mark.usefixtures("misbehaving_processors")
 TYPES = ["misbehaving", "misbehaving-inline"]
 STORE_ERRORS = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENOENT", "ENOTCONN", "ETIMEDOUT"]
 

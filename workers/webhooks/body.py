@@ -77,7 +77,7 @@ async def build_body(
     asked = delivery.spec
     body: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "type": asked.tells,
+        "type": asked.event_type,
         "delivery_id": delivery_id,
         "receiver": endpoint_id,
         "sequence": sequence,
