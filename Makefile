@@ -26,7 +26,7 @@ bench: .venv/.ready ## what is claimed about speed, against the plain driver; AR
 soak: .venv/.ready ## the tests of docs/fault-matrix.md and of rare things, in random order; STORIES=5000 for longer
 	@JOBLEDGER_SOAK=1 $(BIN)/pytest $$($(BIN)/python -m tests.support.soak) $(ARGS)
 	@JOBLEDGER_STORIES=$(STORIES) $(BIN)/pytest tests/ledger/test_log_machine.py --timeout 0 $(ARGS)
-	@$(BIN)/python -m benchmarks append read work serve --events 2000 --rounds 1
+	@$(BIN)/python -m benchmarks append subscribe jobs http --events 2000 --rounds 1
 	@for round in 1 2 3 4 5 6 7 8 9 10; do JOBLEDGER_SOAK=1 $(BIN)/pytest tests/faults $(ARGS) || exit 1; done
 
 fuzz: .venv/.ready ## the HTTP interface, by its own OpenAPI document; REQUESTS=10000 of each route for longer

@@ -90,12 +90,12 @@ ROUTES = [
     ),
     DocumentedRoute("/api/monitoring/events/webhook-endpoints", webhook_endpoints.list_webhook_endpoints),
     DocumentedRoute(
-        "/api/monitoring/events/webhook-endpoints/{receiver}/rotate-secret",
+        "/api/monitoring/events/webhook-endpoints/{endpoint_id}/rotate-secret",
         webhook_endpoints.rotate_endpoint_secret,
         methods=["POST"],
     ),
     DocumentedRoute(
-        "/api/monitoring/events/webhook-endpoints/{receiver}/secret",
+        "/api/monitoring/events/webhook-endpoints/{endpoint_id}/secret",
         webhook_endpoints.revoke_endpoint_secret,
         methods=["DELETE"],
     ),

@@ -1,6 +1,7 @@
 """benchmarks: every claim about speed, measured against the plain driver in the same run: `make bench`.
 
-    python -m benchmarks [append] [read] [work] [serve] [scale] [audit] [--events 20000] [--rounds 7] [--strict]
+    python -m benchmarks [append] [subscribe] [jobs] [http] [http-scale] [maintenance]
+                         [--events 20000] [--rounds 7] [--strict]
 
 On a mongod of its own, or on the replica set that JOBLEDGER_TEST_MONGODB_URI names (a database that is dropped again).
 """
@@ -28,11 +29,11 @@ from jobledger.ledger.mongo.embedded import EmbeddedServer
 
 BENCHMARKS = {
     "append": append_throughput.run,
-    "read": subscriptions.run,
-    "work": job_throughput.run,
-    "serve": http_latency.run,
-    "scale": http_latency.run_at_scale,
-    "audit": log_maintenance.run,
+    "subscribe": subscriptions.run,
+    "jobs": job_throughput.run,
+    "http": http_latency.run,
+    "http-scale": http_latency.run_at_scale,
+    "maintenance": log_maintenance.run,
 }
 DATABASE = f"jobledger-bench-{os.getpid()}"
 

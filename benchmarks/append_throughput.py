@@ -45,8 +45,8 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
         ]
         together = await compare_rates(
             f"append: {PROCESSES} processes, {CONCURRENCY // 4} callers each; plain insert_many of {CONCURRENCY // 4}",
-            lambda: _processes(connection, "plain", events),
-            lambda: _processes(connection, "ours", events),
+            lambda: _processes(connection, "baseline", events),
+            lambda: _processes(connection, "jobledger", events),
             rounds=max(2, rounds // 2),
             min_ratio=0.6,
         )
@@ -59,11 +59,11 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
 async def prepare_collections(db: Database, log: EventStore) -> None:
     """Give the plain collection the index that `events` has."""
     await log.prepare()
-    await db.plain.create_index([("stream", 1), ("version", 1)], unique=True)
+    await db.baseline.create_index([("stream", 1), ("version", 1)], unique=True)
 
 
 async def _plain(db: Database, events: int) -> float:
-    plain = db.get_collection("plain", write_concern=DURABLE)
+    plain = db.get_collection("baseline", write_concern=DURABLE)
     made = make_documents(events)
     with Stopwatch() as watch:
         for begin in range(0, events, CONCURRENCY):
@@ -81,7 +81,7 @@ async def _transactions(db: Database, events: int, *, at_once: int) -> float:
                 db.client.start_session() as session,
                 await session.start_transaction(write_concern=DURABLE),
             ):
-                await db.plain.insert_many(made[begin : begin + CONCURRENCY], ordered=False, session=session)
+                await db.baseline.insert_many(made[begin : begin + CONCURRENCY], ordered=False, session=session)
 
     with Stopwatch() as watch:
         await asyncio.gather(*(caller() for _ in range(at_once)))
@@ -114,7 +114,7 @@ async def _lists(log: EventStore, events: int, *, at_once: int) -> float:
 
 
 async def _latency(db: Database, log: EventStore, number: int) -> Result:
-    plain = db.get_collection("plain", write_concern=DURABLE)
+    plain = db.get_collection("baseline", write_concern=DURABLE)
     theirs, ours = [], []
     for document, append in zip(make_documents(number), make_appends(number), strict=True):
         begin = time.perf_counter()
@@ -163,7 +163,7 @@ async def _write_here(connection: Connection, what: str, events: int, number: in
     async with connection.client() as client:
         db = client[connection.db_name]
         await client.admin.command("ping")
-        if what == "ours":
+        if what == "jobledger":
             log = EventStore(db)
             tune_garbage_collector()
             todo = iter(make_appends(events))
@@ -176,7 +176,7 @@ async def _write_here(connection: Connection, what: str, events: int, number: in
             start = time.time()
             await asyncio.gather(*(caller() for _ in range(group)))
         else:
-            plain = db.get_collection("plain", write_concern=DURABLE)
+            plain = db.get_collection("baseline", write_concern=DURABLE)
             made = make_documents(events, first=time.time_ns() // 1000 + number * 10**14)
             tune_garbage_collector()
             _begin.wait()

@@ -18,7 +18,7 @@ from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Doc
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore, EventStoreLimits
 
-_PIPELINE = [{"$match": {"ns.coll": "plain", "operationType": "insert"}}]
+_PIPELINE = [{"$match": {"ns.coll": "baseline", "operationType": "insert"}}]
 _spawn = multiprocessing.get_context("spawn")
 
 
@@ -35,8 +35,8 @@ async def run(connection: Connection, *, events: int, rounds: int) -> list[Resul
             rounds=rounds,
             min_ratio=0.7,
         )
-        await db.plain.delete_many({})
-        await db.plain.insert_many([document async for document in db.events.find()])
+        await db.baseline.delete_many({})
+        await db.baseline.insert_many([document async for document in db.events.find()])
         forgetful, changes = EventStore(db, EventStoreLimits(max_tail_events=1)), ChangeStream(db)
         changes.add_listener(forgetful)
         async with changes.running():
@@ -59,7 +59,7 @@ async def _plain_stream(connection: Connection, db: Database, events: int) -> fl
     first = time.time_ns() // 1000
     async with await db.watch(_PIPELINE, batch_size=1000) as stream:
         await stream.try_next()
-        with await _writer(connection, "plain", first, events) as go, Stopwatch() as watch:
+        with await _writer(connection, "baseline", first, events) as go, Stopwatch() as watch:
             go()
             seen = 0
             while seen < events:
@@ -127,7 +127,7 @@ def _write(
 async def _cursor(db: Database) -> float:
     with Stopwatch() as watch:
         seen = 0
-        async for _ in db.plain.find({"_id": {"$gt": 0}}, sort=[("_id", 1)]):
+        async for _ in db.baseline.find({"_id": {"$gt": 0}}, sort=[("_id", 1)]):
             seen += 1
     return watch.rate(seen)
 
@@ -153,7 +153,7 @@ def _payloads_read(events: Sequence[RecordedEvent]) -> int:
 async def _delay(db: Database, log: EventStore, number: int) -> Result:
     """From the call of append to the subscriber having the event, against insert_one and a plain change stream."""
     theirs, ours = [], []
-    plain = db.get_collection("plain", write_concern=DURABLE)
+    plain = db.get_collection("baseline", write_concern=DURABLE)
     changes = ChangeStream(db)
     changes.add_listener(log)
     async with (

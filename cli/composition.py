@@ -195,7 +195,7 @@ async def find_store_marker(root: Path, db: Database) -> StoreMarker:
     """
     live = await rebuild.load_checkpoint(db)
     try:
-        return await store_marker.find_marker(db, root, has_files=partial(has_any_file, Views(db, live.get("sides"))))
+        return await store_marker.find_marker(db, root, has_files=partial(has_any_file, Views(db, live.get("slots"))))
     except OSError as error:
         raise classify_os_error(error, f"results.store: cannot read {root}: {error.strerror}") from error
 

@@ -126,7 +126,7 @@ def format_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | 
 
 
 _OMITTED_FIELDS: Final = frozenset(
-    {"_id", "version", "position", "updated_at", "headings", "words", "created_at", "needs_reopen"}
+    {"_id", "version", "position", "updated_at", "list_keys", "search_keys", "created_at", "needs_reopen"}
 )
 
 

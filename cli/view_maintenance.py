@@ -127,7 +127,7 @@ async def verify_result_files(
         store: FileStore = GridFSStore(db)
         if isinstance(root := settings.results.store, Path):
             store = DirectoryStore(root, marker=await find_store_marker(root, db))
-        return await verify_files(Views(db, (await load_checkpoint(db)).get("sides")), store, on_progress=on_progress)
+        return await verify_files(Views(db, (await load_checkpoint(db)).get("slots")), store, on_progress=on_progress)
 
 
 def _files(number: int) -> str:

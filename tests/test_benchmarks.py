@@ -28,7 +28,7 @@ def run(*arguments: str, mongodb_uri: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(240)
 def test_every_question_is_measured_at_scale(mongodb_uri: str) -> None:
     """The other parts take a minute each, however little they have to do: `make soak` runs them."""
-    measured = run("scale", "--events", "40", "--rounds", "1", mongodb_uri=mongodb_uri)
+    measured = run("http-scale", "--events", "40", "--rounds", "1", mongodb_uri=mongodb_uri)
     assert measured.returncode == 0, measured.stderr
     ratios = re.findall(r"│\s+(\d+\.\d\d)\s+│ \d+\.\d\d – \d+\.\d\d\s+│ [≥≤] \d\.\d", measured.stdout)
     assert len(ratios) == 9, measured.stdout
@@ -38,4 +38,4 @@ def test_every_question_is_measured_at_scale(mongodb_uri: str) -> None:
 def test_a_part_that_does_not_exist_is_refused(mongodb_uri: str) -> None:
     refused = run("apend", mongodb_uri=mongodb_uri)
     assert refused.returncode == 2
-    assert "there are append, read, work, serve, scale, audit" in refused.stderr
+    assert "there are append, subscribe, jobs, http, http-scale, maintenance" in refused.stderr

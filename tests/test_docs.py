@@ -244,7 +244,7 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
         )
         assert shown == "There are none.\n1 to be sent again.\n"
         assert typed(installation, many) == "0 to be sent again.\n"
-        gap = typed(installation, missed.replace("0f6c1a", delivery["receiver"]).replace("=11", "=0"))
+        gap = typed(installation, missed.replace("0f6c1a", delivery["endpoint_id"]).replace("=11", "=0"))
         assert json.loads(gap)["deliveries"][0]["delivery_id"] == delivery["delivery_id"]
         tried = typed(installation, f"jobledger webhooks test {sink} --header 'X-Key: 1'")
         assert tried.startswith("200 delivered (")
@@ -253,7 +253,7 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
         which = installation.run("webhooks", "redeliver")
         assert (which.exit_code, "--status abandoned" in which.err) == (2, True)
         assert typed(installation, "jobledger webhooks secret").startswith("whsec_")
-        said = typed(installation, secrets.replace("0f6c1a2b3c4d5e6f70818283", endpoint["receiver"]))
+        said = typed(installation, secrets.replace("0f6c1a2b3c4d5e6f70818283", endpoint["endpoint_id"]))
         assert sink in said
         assert "whsec_" in said.replace(endpoint["secret"], ""), "the rotation shows a new secret"
     assert body["job"]["parameters"] == {"text": "hello", "extra": {"node": 17}}

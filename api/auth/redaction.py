@@ -200,7 +200,7 @@ DELIVERY_RULES: Final[Mapping[str, FieldRule]] = {
     "source_version": _keep,
     "url": _host_of,
     "host": _keep,
-    "receiver": _hide,  # a digest of the URL, against which guesses of its token could be tried
+    "endpoint_id": _hide,  # a digest of the URL, against which guesses of its token could be tried
     "sequence": _hide,
     "user_id": _keep,
     "created_at": _keep,

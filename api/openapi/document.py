@@ -93,7 +93,7 @@ _IN_PATH: Final = {
     "batch_id": "batch_not_found",
     "path": "file_not_found",
     "delivery_id": "delivery_not_found",
-    "receiver": "endpoint_not_found",
+    "endpoint_id": "endpoint_not_found",
 }
 _SESSION: Final = {
     "event": "FOSDEM 2025",

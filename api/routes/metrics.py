@@ -135,7 +135,7 @@ async def _of_the_ledger(known: ApiContext) -> list[Metric]:
                     max(0.0, (now - unfolded[0].time).total_seconds()) if unfolded else 0.0,
                 ),
                 (
-                    "projection_failures",
+                    "projection_errors",
                     "Documents of the views that do not show what the log says.",
                     await projection_errors.count(known.views),
                 ),

@@ -19,7 +19,7 @@ _LONGEST_GRACE_SECONDS: Final = 30 * 86_400
 
 
 class EndpointListQuery(BaseModel):
-    """Which endpoints: your own; for admins, those of all users. `after`: the last `receiver` of the page before."""
+    """Which endpoints: your own; for admins, those of all users. `after`: the last `endpoint_id` of the page before."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,7 +46,7 @@ async def list_webhook_endpoints(request: Request) -> Response:
 
 
 async def rotate_endpoint_secret(request: Request) -> Response:
-    """POST /api/monitoring/events/webhook-endpoints/{receiver}/rotate-secret"""
+    """POST /api/monitoring/events/webhook-endpoints/{endpoint_id}/rotate-secret"""
     body, _ = await read_optional_json_body(request, RotateSecretBody)
     receiver = await _own(request)
     shown = await endpoint_secrets.rotate_secret(
@@ -58,7 +58,7 @@ async def rotate_endpoint_secret(request: Request) -> Response:
 
 
 async def revoke_endpoint_secret(request: Request) -> Response:
-    """DELETE /api/monitoring/events/webhook-endpoints/{receiver}/secret"""
+    """DELETE /api/monitoring/events/webhook-endpoints/{endpoint_id}/secret"""
     receiver = await _own(request)
     if not await endpoint_secrets.revoke_secrets(get_api_context(request).db, receiver):
         raise _not_found(receiver)
@@ -71,7 +71,7 @@ async def _own(request: Request) -> str:
     Raises:
         ApiError: 401, 404.
     """
-    mine, receiver = require_user_id(request), request.path_params["receiver"]
+    mine, receiver = require_user_id(request), request.path_params["endpoint_id"]
     found = await endpoint_secrets.get_endpoint(get_api_context(request).db, receiver)
     if found is None or not (get_principal(request).is_admin or found["user_id"] == mine):
         raise _not_found(receiver)

@@ -156,7 +156,7 @@ async def _wanted(request: Request, asked: DeliveryFilter) -> Document:
         principal,
         source=asked.job_id,
         batch_id=asked.batch_id,
-        endpoint_id=asked.receiver,
+        endpoint_id=asked.endpoint_id,
         host=asked.host,
         status=asked.status,
         event_type=asked.type,

@@ -279,7 +279,7 @@ class DeliveryFilter(_Body):
     type: WebhookEventType | None = None
     job_id: str | None = Field(None, max_length=200)
     batch_id: str | None = Field(None, max_length=200)
-    receiver: str | None = Field(None, max_length=200, description="The receiver's id, as each delivery names it.")
+    endpoint_id: str | None = Field(None, max_length=200, description="The receiver's id, as each delivery names it.")
     host: str | None = Field(None, max_length=300, description="With the port: example.org:443")
     after_sequence: int | None = Field(None, ge=0, le=MAX_SAFE_INTEGER)
     created_after: IsoDatetime | None = None

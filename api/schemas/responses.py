@@ -158,7 +158,7 @@ class JobActionResponse(SuccessResponse):
 class NewWebhookSecret(BaseModel):
     """What webhooks to an endpoint are signed with. It is shown this once."""
 
-    receiver: str
+    endpoint_id: str
     url: str
     secret: str
 
@@ -420,7 +420,7 @@ class Durations(BaseModel):
 class MinuteStatistics(BaseModel):
     """What ended in one minute, and how long completed jobs took on average."""
 
-    began: datetime
+    started_at: datetime
     completed: int
     failed: int
     cancelled: int

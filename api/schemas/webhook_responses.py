@@ -25,7 +25,7 @@ class DeliveryAttempt(BaseModel):
 
 
 class DeliveryResource(PartialDocument):
-    """A webhook, sent or to be sent. `sequence` is its number for its `receiver`, 1, 2, 3 …; the id is `webhook-id`.
+    """A webhook, sent or to be sent. `sequence` is its number for its `endpoint_id`, 1, 2, 3 …; the id is `webhook-id`.
 
     Without admin access to the job or batch, `url` is only its host, and what the receiver answered is hidden.
     """
@@ -38,7 +38,7 @@ class DeliveryResource(PartialDocument):
     source_version: int
     url: str
     host: str
-    receiver: str | None = Field(description="null without admin access.")
+    endpoint_id: str | None = Field(description="null without admin access.")
     sequence: int | None
     user_id: str
     created_at: datetime
@@ -76,7 +76,7 @@ class EndpointResource(BaseModel):
     """A URL to which webhooks of a user go. `previous_secret_expires_at`: so long an old secret signs beside the new
     one."""
 
-    receiver: str
+    endpoint_id: str
     url: str
     user_id: str
     created_at: datetime
@@ -94,7 +94,7 @@ class EndpointListResponse(SuccessResponse):
 class RotatedSecretResponse(SuccessResponse):
     """The new secret of an endpoint. It is shown this once."""
 
-    receiver: str
+    endpoint_id: str
     url: str
     secret: str
 

@@ -337,7 +337,7 @@ async def _read_by_views(db: Database) -> ReadPosition:
 async def _projection_failures(db: Database) -> CheckResult:
     """Whether all documents of the views show what the log says."""
     found = await db.checkpoints.find_one({"_id": "views"}) or {}
-    rows = await projection_errors.list_problems(Views(db, found.get("sides")), limit=_FAILURES_SHOWN + 1)
+    rows = await projection_errors.list_problems(Views(db, found.get("slots")), limit=_FAILURES_SHOWN + 1)
     if not rows:
         return CheckResult("Views", is_ok=True, detail="show what the log says")
     named = "; ".join(
@@ -351,7 +351,7 @@ async def _projection_failures(db: Database) -> CheckResult:
 async def _removals(db: Database) -> CheckResult:
     """Whether files of deleted jobs can be removed from the store."""
     found = await db.checkpoints.find_one({"_id": "views"}) or {}
-    unknown = await files.find_jobs_with_unknown_files(Views(db, found.get("sides")), limit=_FAILURES_SHOWN)
+    unknown = await files.find_jobs_with_unknown_files(Views(db, found.get("slots")), limit=_FAILURES_SHOWN)
     skipped = (await db.checkpoints.find_one({"_id": cleanup.CURSOR}) or {}).get(cleanup.SKIPPED, [])
     if unknown:
         advice = (

@@ -360,4 +360,4 @@ def _folded(fold: Any, document: Any, event: Any) -> Any:
         return document
 
 
-_INTERNAL_FIELDS = frozenset({"headings", "words", "needs_reopen"})
+_INTERNAL_FIELDS = frozenset({"list_keys", "search_keys", "needs_reopen"})

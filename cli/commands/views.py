@@ -104,14 +104,15 @@ def _show(console: SafeConsole, stood: dict[str, Any]) -> None:
         return
     console.print(Text.assemble((f"Position {stood['position']}", "bold"), f", {format_timestamp(stood['time'])}"))
     console.print(", ".join(f"{number} {status}" for status, number in stood["jobs"].items()), highlight=False)
-    if stood["oldest_waiting"] is not None:
+    if stood["oldest_pending_submitted_at"] is not None:
         console.print(
-            f"The oldest that waited was submitted at {format_timestamp(stood['oldest_waiting'])}.", highlight=False
+            f"The oldest that waited was submitted at {format_timestamp(stood['oldest_pending_submitted_at'])}.",
+            highlight=False,
         )
     running = SafeTable("worker", "job", "type", "attempt", "since", title="At work", title_justify="left")
     for it in stood["running"][:_SHOWN]:
         name = it["job_id"] if not it["job_name"] else f"{it['job_id']} {it['job_name']}"
-        running.add_row(it["worker_id"], name, it["job_type"], str(it["attempt"]), format_timestamp(it["since"]))
+        running.add_row(it["worker_id"], name, it["job_type"], str(it["attempt"]), format_timestamp(it["claimed_at"]))
     if stood["running"]:
         console.print(running, highlight=False)
     active = [it for it in stood["batches"] if it["status"] == "processing"]

@@ -150,7 +150,7 @@ def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) ->
         found: list[dict[str, Any]] = []
         async with open_client(url) as client:
             while True:
-                query = without_none({"limit": 1000, "after": found[-1]["receiver"] if found else None})
+                query = without_none({"limit": 1000, "after": found[-1]["endpoint_id"] if found else None})
                 part = parse_response(await client.get(_ENDPOINTS, params=query), "endpoints")["endpoints"]
                 found += part
                 if len(part) < 1000:
@@ -167,14 +167,14 @@ def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) ->
 
 
 def _endpoints_table(found: list[dict[str, Any]]) -> SafeTable:
-    table = SafeTable("receiver", "user", "url", "created", "rotated", "old secret until")
+    table = SafeTable("endpoint_id", "user", "url", "created", "rotated", "old secret until")
     for it in found:
         created, rotated, until = (
             format_iso_timestamp(it[name]) if it[name] else ""
             for name in ("created_at", "rotated_at", "previous_secret_expires_at")
         )
         rotated = "revoked" if it["revoked"] else rotated
-        table.add_row(it["receiver"], it["user_id"], it["url"], created, rotated, until)
+        table.add_row(it["endpoint_id"], it["user_id"], it["url"], created, rotated, until)
     return table
 
 
@@ -194,7 +194,9 @@ def rotate_secret(
 
     rotated = asyncio.run(ask())
     if as_json:
-        echo_json(orjson.dumps({"receiver": rotated["receiver"], "url": rotated["url"], "secret": rotated["secret"]}))
+        echo_json(
+            orjson.dumps({"endpoint_id": rotated["endpoint_id"], "url": rotated["url"], "secret": rotated["secret"]})
+        )
     else:
         echo(rotated["secret"])
         echo(f"Keep it: it is not shown again. The old one signs for {grace} more seconds.", err=True)

@@ -86,7 +86,7 @@ MAX_RESPONSE_CHARACTERS: Final = 4096
 MAX_VIEW_LOGS_BYTES: Final = 1 * _MIB
 MAX_VIEW_STEPS_BYTES: Final = 1 * _MIB
 MAX_LIST_INDEX_BYTES: Final = 1 * _MIB
-"""Of each of the two kinds of rows, `headings` and `words`."""
+"""Of each of the two kinds of rows, `list_keys` and `search_keys`."""
 MAX_LIST_INDEX_ROWS: Final = 5000
 """Of each of the two kinds. MongoDB takes at most 100,000 index keys from one document."""
 MAX_BATCH_LIST_INDEX_BYTES: Final = 512 * _MIB

@@ -50,7 +50,7 @@ class RevealedSecret:
     secret: str
 
     def to_response(self) -> dict[str, str]:
-        return {"receiver": self.endpoint_id, "url": self.url, "secret": self.secret}
+        return {"endpoint_id": self.endpoint_id, "url": self.url, "secret": self.secret}
 
     def __repr__(self) -> str:
         return f"ShownSecret({self.endpoint_id}, …)"
@@ -178,7 +178,7 @@ async def list_endpoints(db: Database, *, user_id: str | None, limit: int, after
 def _described(found: Document, now: datetime) -> Document:
     ends = [it["until"] for it in found["old"] if it["until"] > now]
     return {
-        "receiver": found["_id"],
+        "endpoint_id": found["_id"],
         "url": found["url"],
         "user_id": found["user_id"],
         "created_at": found["created_at"],

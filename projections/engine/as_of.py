@@ -51,7 +51,7 @@ class BatchState:
             "batch_name": self.submission.batch_name,
             "status": self.status,
             "paused": self.paused,
-            "total": self.submission.total_jobs,
+            "total_jobs": self.submission.total_jobs,
             "jobs": +self.job_counts,
         }
 
@@ -153,7 +153,7 @@ class HistoricalState:
             "jobs": {
                 name: self.job_counts[name] for name in ("pending", "processing", "completed", "failed", "cancelled")
             },
-            "oldest_waiting": min((it.submitted_at for it in waiting), default=None),
+            "oldest_pending_submitted_at": min((it.submitted_at for it in waiting), default=None),
             "running": [
                 {
                     "job_id": job_id,
@@ -162,7 +162,7 @@ class HistoricalState:
                     "batch_id": it.job.spec.batch_id,
                     "worker_id": it.job.worker_id,
                     "attempt": it.job.attempt,
-                    "since": it.status_since,
+                    "claimed_at": it.status_since,
                 }
                 for job_id, it in sorted(running.items(), key=lambda item: item[1].status_since)
             ],

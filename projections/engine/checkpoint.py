@@ -66,8 +66,8 @@ class Checkpoint:
         self._update(document)
 
     def _update(self, document: Mapping[str, Any]) -> None:
-        if "sides" in document:
-            self.views.slots = document["sides"]
+        if "slots" in document:
+            self.views.slots = document["slots"]
         if "version" in document:
             self.version = document["version"]
         self.position = document.get("position", self.position)

@@ -70,4 +70,4 @@ def _same_size(before: Document, size: int, document: Document) -> bool:
     """Return whether a large document takes what it took before, so that it need not be measured again."""
     if size < 100 * _FIXED_BYTES:
         return False
-    return all(document.get(name) is before.get(name) for name in (*_UNBOUNDED_FIELDS, "headings", "words"))
+    return all(document.get(name) is before.get(name) for name in (*_UNBOUNDED_FIELDS, "list_keys", "search_keys"))

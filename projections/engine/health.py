@@ -18,7 +18,7 @@ from jobledger.projections.engine.writer import PROJECTION_VERSION
 
 STALL_SECONDS: Final = 30.0
 """Longer than a fail-over of the projector takes (its lease, 10 s), and longer than a chunk may take to be written."""
-_NOTE: Final = "projector"
+_NOTE: Final = "projector_stall"
 """The document of `checkpoints` that says why a projector stands still."""
 _REASON_CHARACTERS: Final = 1000
 
@@ -38,7 +38,7 @@ async def record_stall(db: Database, reason: str) -> None:
     with translate_errors("noting why the projector stands still"):
         found = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID}) or {}
         text = truncate_text(reason, _REASON_CHARACTERS)
-        said = {"reason": text, "position": found.get("position", 0), "at": datetime.now(UTC)}
+        said = {"reason": text, "position": found.get("position", 0), "recorded_at": datetime.now(UTC)}
         await db.checkpoints.update_one({"_id": _NOTE}, {"$set": said}, upsert=True)
 
 

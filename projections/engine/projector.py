@@ -82,10 +82,10 @@ class Projector:
     async def prepare(self) -> None:
         """Create the live views' indexes and the checkpoint. Harmless when they exist."""
         with translate_errors("preparing the views"):
-            made: Document = {"position": 0, "epoch": 0, "version": PROJECTION_VERSION, "sides": {}}
+            made: Document = {"position": 0, "fencing_token": 0, "version": PROJECTION_VERSION, "slots": {}}
             await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$setOnInsert": made}, upsert=True)
             found = await self._db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})
-            views = Views(self._db, (found or made).get("sides"))
+            views = Views(self._db, (found or made).get("slots"))
             for view in ALL_VIEWS:
                 if view.INDEXES:
                     await views[view.NAME].create_indexes(list(view.INDEXES))
@@ -119,7 +119,7 @@ class Projector:
         folder = await self._take_over()
         self._log.may_have_lost_events = False
         await self._log.check_not_truncated(folder.last_applied, "the views")
-        _log.info("projector leads", position=folder.position, epoch=self._leadership.fencing_token)
+        _log.info("projector leads", position=folder.position, fencing_token=self._leadership.fencing_token)
         tidying = asyncio.create_task(self._clear_shadow_after_switch(), name="tidy")
         beside = asyncio.create_task(self._leader_task(), name="beside-projector")
         try:
@@ -176,14 +176,14 @@ class Projector:
         epoch = self._leadership.fencing_token
         with translate_errors("taking over the views"):
             found = await self._db.checkpoints.find_one_and_update(
-                {"_id": VIEWS_CHECKPOINT_ID, "epoch": {"$lt": epoch}}, {"$set": {"epoch": epoch}}
+                {"_id": VIEWS_CHECKPOINT_ID, "fencing_token": {"$lt": epoch}}, {"$set": {"fencing_token": epoch}}
             )
         if found is None:
             raise LeadershipLost
         if found.get("version") != PROJECTION_VERSION:
             raise ViewVersionMismatch
-        sides = found.get("sides")
-        fence = {"epoch": epoch, "sides": sides}
+        sides = found.get("slots")
+        fence = {"fencing_token": epoch, "slots": sides}
         return ProjectionWriter(
             self._db,
             Views(self._db, sides),

@@ -168,19 +168,21 @@ class Rebuild:
             note = await self._take_over()
             beside = _shadow_slots(await load_checkpoint(self._db))
             views = Views(self._db, beside)
-            goes_on = note.get("emptied") and note.get("version") == PROJECTION_VERSION and note.get("sides") == beside
+            goes_on = (
+                note.get("shadow_empty") and note.get("version") == PROJECTION_VERSION and note.get("slots") == beside
+            )
             if not goes_on or note.get("switched_at") or (most is not None and note["position"] > most):
                 await self._delete_documents(views)
                 begun = {
-                    "emptied": True,
+                    "shadow_empty": True,
                     "version": PROJECTION_VERSION,
-                    "sides": beside,
+                    "slots": beside,
                     "position": 0,
                     "switched_at": None,
                 }
                 await self._update_checkpoint({"$set": begun})
                 note = {**note, **begun}
-        fence = {"epoch": self._leadership.fencing_token, "emptied": True}
+        fence = {"fencing_token": self._leadership.fencing_token, "shadow_empty": True}
         return ProjectionWriter(
             self._db, views, checkpoint=REBUILD_CHECKPOINT_ID, fence=fence, read=ReadPosition.from_document(note)
         ), beside
@@ -188,11 +190,11 @@ class Rebuild:
     async def _take_over(self) -> Document:
         """Put our epoch on the note, which fences those before us, and return it; make it if there is none."""
         await self._db.checkpoints.update_one(
-            {"_id": REBUILD_CHECKPOINT_ID}, {"$setOnInsert": {"epoch": 0}}, upsert=True
+            {"_id": REBUILD_CHECKPOINT_ID}, {"$setOnInsert": {"fencing_token": 0}}, upsert=True
         )
         note = await self._db.checkpoints.find_one_and_update(
-            {"_id": REBUILD_CHECKPOINT_ID, "epoch": {"$lt": self._leadership.fencing_token}},
-            {"$set": {"epoch": self._leadership.fencing_token}},
+            {"_id": REBUILD_CHECKPOINT_ID, "fencing_token": {"$lt": self._leadership.fencing_token}},
+            {"$set": {"fencing_token": self._leadership.fencing_token}},
         )
         if note is None:
             raise LeadershipLost
@@ -206,13 +208,13 @@ class Rebuild:
         Raises:
             Deposed: it is not ours any more.
         """
-        ours = {"_id": REBUILD_CHECKPOINT_ID, "epoch": self._leadership.fencing_token, **wanted}
+        ours = {"_id": REBUILD_CHECKPOINT_ID, "fencing_token": self._leadership.fencing_token, **wanted}
         if not (await self._db.checkpoints.update_one(ours, change, session=session)).matched_count:
             raise LeadershipLost
 
     async def _delete_documents(self, views: Views) -> None:
         """Delete everything from views that are not live. Not by dropping them: that cannot be fenced."""
-        await self._update_checkpoint({"$set": {"emptied": False}})
+        await self._update_checkpoint({"$set": {"shadow_empty": False}})
         for name in VIEW_NAMES:
             while some := await views[name].find({}, {"_id": 1}, sort=[("_id", 1)], limit=_DELETE_CHUNK_SIZE).to_list():
                 await run_transaction(self._db, partial(self._delete, views[name], some))
@@ -232,7 +234,9 @@ class Rebuild:
     async def _reset_shadow(self) -> None:
         beside = _shadow_slots(await load_checkpoint(self._db))
         await self._delete_documents(Views(self._db, beside))
-        await self._update_checkpoint({"$set": {"emptied": True, "sides": beside, "position": 0, "switched_at": None}})
+        await self._update_checkpoint(
+            {"$set": {"shadow_empty": True, "slots": beside, "position": 0, "switched_at": None}}
+        )
 
     # Switching ----------------------------------------------------------------------------------------------------
 
@@ -353,8 +357,8 @@ class Rebuild:
                 return False
             if not whole and live.get("version") != PROJECTION_VERSION:
                 raise DatabaseUnsuitable("The views are of another version: all of them have to be made anew together.")
-            sides = {**live.get("sides", {}), **{name: beside[name] for name in names}}
-            new = {"sides": sides, "version": PROJECTION_VERSION}
+            sides = {**live.get("slots", {}), **{name: beside[name] for name in names}}
+            new = {"slots": sides, "version": PROJECTION_VERSION}
             await self._db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": new}, session=session)
             await self._update_checkpoint({"$set": {"switched_at": now}}, session)
             return True
@@ -422,7 +426,7 @@ class Rebuild:
                 )
             while folder.position < live["position"]:
                 await folder.apply(await self._next(events, live["position"] - folder.position))
-            fresh, old = folder.views, Views(self._db, live.get("sides"))
+            fresh, old = folder.views, Views(self._db, live.get("slots"))
             for name in names:
                 async for difference in find_differences(name, old[name], fresh[name], session):
                     found(difference)
@@ -441,4 +445,4 @@ async def load_checkpoint(db: Database, session: AsyncClientSession | None = Non
 
 
 def _shadow_slots(live: Document) -> ViewSlots:
-    return {name: other_slot(live.get("sides", {}).get(name, "a")) for name in VIEW_NAMES}
+    return {name: other_slot(live.get("slots", {}).get(name, "a")) for name in VIEW_NAMES}

@@ -197,16 +197,16 @@ class Chunk:
         self._set_batch(event.stream, before, after)
 
     def _add_list_index_bytes(self, before: Document | None, after: Document | None) -> None:
-        if after is not None and (before is None or after["headings"] is not before["headings"]):
+        if after is not None and (before is None or after["list_keys"] is not before["list_keys"]):
             self.list_index_bytes += list_index.estimate_list_index_memory(after)
 
     def _fold_delivery(self, event: RecordedEvent) -> None:
         before = self.get(deliveries.NAME, event.stream)
         after = deliveries.fold(before, event)
         if before is None:  # its number is how many its receiver has had before, in the order of the log
-            receiver = receivers.add_delivery(self.get(receivers.NAME, after["receiver"]), after)
+            receiver = receivers.add_delivery(self.get(receivers.NAME, after["endpoint_id"]), after)
             self.current[receivers.NAME][receiver["_id"]] = receiver
-            after["sequence"] = receiver["deliveries"]
+            after["sequence"] = receiver["delivery_count"]
         self._set_delivery(before, after)
 
     def _set_delivery(self, before: Document | None, after: Document) -> None:
@@ -718,5 +718,7 @@ class ProjectionWriter:
     def _cache_documents(self, chunk: Chunk) -> None:
         for view, documents in chunk.current.items():
             for key, document in documents.items():
-                self._cache.put((view, key), document if document is not None and "large" not in document else None)
+                self._cache.put(
+                    (view, key), document if document is not None and "large_fields" not in document else None
+                )
         self._cache.evict()

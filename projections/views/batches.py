@@ -121,9 +121,9 @@ def reduce_to_storable(batch: Document, problem: Document) -> Document:
 def _list(batch: Document) -> None:
     """Say under which headings the batch is listed, and under which words it is found."""
     scopes, facets = list_index.scopes_for_document(batch), [list_index.NO_FACET, ("user", batch["user_id"])]
-    batch["headings"] = list_index.build_list_keys(scopes, facets)
-    mark_truncated(batch, "headings", truncated=list_index.is_truncated(batch["headings"], scopes, facets))
-    batch["words"] = list_index.build_search_keys(scopes, [batch["batch_id"], batch["batch_name"]])
+    batch["list_keys"] = list_index.build_list_keys(scopes, facets)
+    mark_truncated(batch, "list_keys", truncated=list_index.is_truncated(batch["list_keys"], scopes, facets))
+    batch["search_keys"] = list_index.build_search_keys(scopes, [batch["batch_id"], batch["batch_name"]])
 
 
 def _submitted(asked: BatchSubmitted, event: RecordedEvent) -> Document:

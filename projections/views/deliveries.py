@@ -58,7 +58,7 @@ def fold(delivery: Document | None, event: RecordedEvent) -> Document:
 def _queued(asked: DeliveryQueued, event: RecordedEvent) -> Document:
     receiver = endpoints.endpoint_id(asked)
     source, batch_id = asked.source, asked.batch_id
-    facets = [("receiver", receiver), ("source", source), ("host", host_and_port(asked.webhook.url))]
+    facets = [("endpoint_id", receiver), ("source", source), ("host", host_and_port(asked.webhook.url))]
     if batch_id is not None:
         facets.append(("batch", batch_id))
     return {
@@ -71,7 +71,7 @@ def _queued(asked: DeliveryQueued, event: RecordedEvent) -> Document:
         "source_version": asked.source_version,
         "url": asked.webhook.url,
         "host": host_and_port(asked.webhook.url),
-        "receiver": receiver,
+        "endpoint_id": receiver,
         "sequence": None,
         "user_id": asked.user_id,
         "created_at": event.time,
@@ -81,11 +81,11 @@ def _queued(asked: DeliveryQueued, event: RecordedEvent) -> Document:
         "delivered_at": None,
         "reason": None,
         "attempt": 0,
-        "counted": 0,
+        "counted_attempts": 0,
         "attempts": [],
         "version": event.version,
         "position": event.position,
-        "headings": list_index.build_list_keys(
+        "list_keys": list_index.build_list_keys(
             list_index.scopes_for_owner(asked.user_id), [list_index.NO_FACET, *facets]
         ),
     }
@@ -114,7 +114,7 @@ def reduce_to_storable(delivery: Document, problem: Document) -> Document:
     """Return a document that can be stored, of one that cannot: without what may be large."""
     listed = list_index.build_list_keys(list_index.scopes_for_owner(""), [list_index.NO_FACET])
     texts = {name: truncate_text(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
-    blank = {"attempts": [], "reason": None, "headings": listed}
+    blank = {"attempts": [], "reason": None, "list_keys": listed}
     return {**delivery, **texts, **blank, projection_errors.REDUCED_FIELD: True, projection_errors.ERROR_FIELD: problem}
 
 
@@ -136,7 +136,7 @@ def _changes(delivery: Document, happened: DeliveryEvent, event: RecordedEvent) 
             pending = delivery["status"] == "pending"
             return {
                 "attempt": happened.attempt,
-                "counted": delivery["counted"] + 1,
+                "counted_attempts": delivery["counted_attempts"] + 1,
                 "attempts": [*delivery["attempts"], shown][-MAX_ATTEMPTS_SHOWN:],
                 "next_attempt_at": happened.next_attempt_at if pending else delivery["next_attempt_at"],
             }
@@ -150,7 +150,13 @@ def _changes(delivery: Document, happened: DeliveryEvent, event: RecordedEvent) 
             }
         case DeliveryRequeued():
             now = event.time
-            return {"status": "pending", "counted": 0, "queued_at": now, "next_attempt_at": now, "reason": None}
+            return {
+                "status": "pending",
+                "counted_attempts": 0,
+                "queued_at": now,
+                "next_attempt_at": now,
+                "reason": None,
+            }
         case _:
             assert_never(happened)
 
@@ -187,10 +193,10 @@ def build_query(
     created_before: datetime | None = None,
 ) -> Document:
     """Return the database query for those of the deliveries asked for that somebody may see; None means any."""
-    asked = [("source", source), ("receiver", endpoint_id), ("batch", batch_id), ("host", host)]
+    asked = [("source", source), ("endpoint_id", endpoint_id), ("batch", batch_id), ("host", host)]
     given = [(name, value) for name, value in asked if value is not None]
     wanted: dict[str, Any] = list_index.build_query(principal, given[0] if given else list_index.NO_FACET)
-    fields = {"batch": "batch_id", "receiver": "receiver", "host": "host"}
+    fields = {"batch": "batch_id", "endpoint_id": "endpoint_id", "host": "host"}
     wanted |= {fields[name]: value for name, value in given[1:]}
     wanted |= {name: value for name, value in (("status", status), ("type", event_type)) if value is not None}
     if after_sequence is not None:
@@ -220,7 +226,7 @@ async def find_page(
             skip=skip,
             after=after,
             newest_first=newest_first,
-            projection={"headings": 0},
+            projection={"list_keys": 0},
             max_bytes=max_bytes,
         )
 

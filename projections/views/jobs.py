@@ -168,7 +168,7 @@ def reduce_to_storable(job: Document, problem: Document) -> Document:
         **_BLANK,
         "access_control": access,
         "teams": job["teams"] if fits_in_document(job["teams"], _ACCESS_BYTES) else [],
-        "truncated": sorted(name for name in _BLANK if job[name] and name not in ("headings", "words")),
+        "truncated": sorted(name for name in _BLANK if job[name] and name not in ("list_keys", "search_keys")),
         projection_errors.REDUCED_FIELD: True,
         projection_errors.ERROR_FIELD: problem,
     }
@@ -184,8 +184,8 @@ _BLANK: Final[Document] = {
     "error": None,
     "logs": [],
     "steps": [],
-    "headings": [],
-    "words": [],
+    "list_keys": [],
+    "search_keys": [],
 }
 _ALWAYS_SMALL: Final = frozenset({"_id", "job_id", "status", "version", "position"})
 _PRIVATE_ACCESS: Final = {"visibility": "private", "read_access": [], "write_access": [], "admin_access": []}
@@ -203,11 +203,11 @@ def _is_small(value: Any) -> bool:
 def _set_list_index(job: Document) -> None:
     """Say under which headings the job is listed, and under which words it is found."""
     scopes, facets, given = list_index.scopes_for_document(job), _facets(job), job["parameters"]
-    job["headings"] = list_index.build_list_keys(scopes, facets)
+    job["list_keys"] = list_index.build_list_keys(scopes, facets)
     texts = [job["job_id"], job["job_name"], *(given.get(name) for name in _SEARCHED)]
     speakers = given.get("speakers")
-    job["words"] = list_index.build_search_keys(scopes, texts + (speakers if isinstance(speakers, list) else []))
-    mark_truncated(job, "headings", truncated=list_index.is_truncated(job["headings"], scopes, facets))
+    job["search_keys"] = list_index.build_search_keys(scopes, texts + (speakers if isinstance(speakers, list) else []))
+    mark_truncated(job, "list_keys", truncated=list_index.is_truncated(job["list_keys"], scopes, facets))
 
 
 def mark_truncated(job: Document, name: str, *, truncated: bool) -> None:
@@ -239,10 +239,10 @@ def _apply_budgets(job: Document, changes: Document) -> None:
     for name, budget in _BUDGETS.items():
         if name in changes:
             size = json_bytes(job[name])
-            if size <= _LARGE_BYTES and "large" not in job and "truncated" not in job:
+            if size <= _LARGE_BYTES and "large_fields" not in job and "truncated" not in job:
                 continue  # as most are: nothing to cut and nothing to note
             cut = not fits_in_document(job[name], budget, text_bytes=size)
-            _set_field_flag(job, "large", name, holds=size > _LARGE_BYTES)
+            _set_field_flag(job, "large_fields", name, holds=size > _LARGE_BYTES)
             if cut:
                 if name == "results":  # they still belong to the job: the store keeps them
                     job |= _with_step_files(job, (file["sha256"] for file in job[name]["files"]))
@@ -685,14 +685,14 @@ async def count(views: Views, wanted: Document) -> int:
 async def find_pending_jobs(views: Views, job_ids: Sequence[str]) -> list[Document]:
     """Return the jobs that wait, without what is large and says nothing about their places in the queue."""
     with translate_errors("looking for waiting jobs"):
-        left_out = dict.fromkeys(("parameters", "logs", "steps", "error", "headings", "words"), 0)
+        left_out = dict.fromkeys(("parameters", "logs", "steps", "error", "list_keys", "search_keys"), 0)
         return await views[NAME].find({"_id": {"$in": list(job_ids)}, "status": "pending"}, left_out).to_list()
 
 
 async def oldest_pending_created_at(views: Views) -> datetime | None:
     """Return when the oldest of the waiting jobs was submitted, None if none waits, as far as the view has got."""
     with translate_errors("looking for the oldest waiting job"):
-        wanted = {"headings": list_index.unrestricted_list_key(list_index.NO_FACET), "status": "pending"}
+        wanted = {"list_keys": list_index.unrestricted_list_key(list_index.NO_FACET), "status": "pending"}
         found, _ = await list_index.find_page(
             views[NAME], wanted, limit=1, newest_first=False, projection={"created_at": 1}
         )
@@ -701,7 +701,7 @@ async def oldest_pending_created_at(views: Views) -> datetime | None:
 
 # Who runs what is found among the jobs that run, which are few: an index of workers would be one more to keep at every
 # write of a job, an eighth of what that costs (docs/decisions/0018).
-_RUNNING: Final[Document] = {"headings": list_index.unrestricted_list_key(list_index.NO_FACET), "status": "processing"}
+_RUNNING: Final[Document] = {"list_keys": list_index.unrestricted_list_key(list_index.NO_FACET), "status": "processing"}
 
 
 async def find_jobs_of_worker(views: Views, worker_id: str) -> Sequence[Document]:

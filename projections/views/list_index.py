@@ -53,15 +53,15 @@ OMITTED: Final = "omitted"
 _BATCH: Final = 101
 _RAW: Final = CodecOptions(document_class=RawBSONDocument)
 _NEWEST: Final = [("created_at", DESCENDING), ("_id", DESCENDING)]
-_BY_LIST_KEY: Final = [("headings", ASCENDING), *_NEWEST]
-_BY_LIST_KEY_AND_STATUS: Final = [("headings", ASCENDING), ("status", ASCENDING), *_NEWEST]
-_BY_SEARCH_KEY: Final = [("words", ASCENDING), *_NEWEST]
+_BY_LIST_KEY: Final = [("list_keys", ASCENDING), *_NEWEST]
+_BY_LIST_KEY_AND_STATUS: Final = [("list_keys", ASCENDING), ("status", ASCENDING), *_NEWEST]
+_BY_SEARCH_KEY: Final = [("search_keys", ASCENDING), *_NEWEST]
 INDEXES: Final = [IndexModel(keys) for keys in (_BY_LIST_KEY, _BY_LIST_KEY_AND_STATUS, _BY_SEARCH_KEY)]
 
 
 def index_for(wanted: Document) -> list[tuple[str, int]]:
     """Return which of the indexes answers a query in its order. The database, left to itself, may read and sort."""
-    if "words" in wanted or "$and" in wanted:
+    if "search_keys" in wanted or "$and" in wanted:
         return _BY_SEARCH_KEY
     return _BY_LIST_KEY_AND_STATUS if "status" in wanted else _BY_LIST_KEY
 
@@ -137,7 +137,7 @@ def _bytes(rows: Iterable[str]) -> int:
 
 
 def is_truncated(rows: Sequence[str], scopes: Sequence[str], facets: Sequence[object]) -> bool:
-    """Return whether `headings` has left out scopes: who looks from those does not find the document in lists."""
+    """Return whether `list_keys` has left out scopes: who looks from those does not find the document in lists."""
     return len(rows) < len(scopes) * len(facets)
 
 
@@ -147,7 +147,7 @@ _ROW_BYTES: Final = 64
 
 def estimate_list_index_memory(document: Mapping[str, Any]) -> int:
     """Return about how many bytes the list index of a document takes in memory. Only many rows are measured."""
-    rows, found = document.get("headings", ()), document.get("words", ())
+    rows, found = document.get("list_keys", ()), document.get("search_keys", ())
     count = len(rows) + len(found)
     return count * _ROW_BYTES if count <= _FEW_ROWS else count * _ROW_BYTES + sum(map(len, rows)) + sum(map(len, found))
 
@@ -170,9 +170,9 @@ def build_query(principal: Principal, facet: Facet = NO_FACET, search: str = "")
     under = {"$in": build_list_keys(seen_from, [facet])}
     wanted = split_words(search)
     if not wanted:
-        return {"headings": under}
-    found = [{"words": {"$in": [_list_key(scope, word) for scope in seen_from]}} for word in wanted]
-    return {"$and": [*found, {"headings": under}]} if facet else {"$and": found}
+        return {"list_keys": under}
+    found = [{"search_keys": {"$in": [_list_key(scope, word) for scope in seen_from]}} for word in wanted]
+    return {"$and": [*found, {"list_keys": under}]} if facet else {"$and": found}
 
 
 def build_page_query(

@@ -25,7 +25,7 @@ from jobledger.ledger.domain.limits import MAX_DOCUMENT_BYTES, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.engine.slots import Views
 
-NAME: Final = "failures"
+NAME: Final = "projection_errors"
 INDEXES: Final[list[IndexModel]] = []
 ERROR_FIELD: Final = "projection_error"
 """The field of a document that does not show what the log says."""

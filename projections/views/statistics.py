@@ -32,7 +32,7 @@ UNKNOWN: Final = "unknown"
 """Stands for all types that this program does not know, in streams of kinds that it does not know."""
 _DURATIONS: Final = "durations"
 _DELIVERIES: Final = "deliveries"
-FINISHED_BY_MINUTE: Final = "recent"
+FINISHED_BY_MINUTE: Final = "finished_by_minute"
 """The document that says how many jobs ended in which minute."""
 MAX_MINUTES_STORED: Final = 120
 _BOUNDS_MS: Final = tuple(
@@ -98,7 +98,7 @@ def counters_for_completion(job: Document) -> Counter[tuple[str, str]]:
 
 
 def _bucket(bound_ms: int | None) -> str:
-    return "longer" if bound_ms is None else f"to_{bound_ms}"
+    return "le_inf" if bound_ms is None else f"le_{bound_ms}"
 
 
 def count_finished_job(recent: Document | None, job: Document) -> Document:
@@ -201,7 +201,7 @@ def finished_per_minute(minutes: Mapping[str, Mapping[str, int]], now: datetime)
         duration_ms, completed = counts.pop("duration_ms"), counts["completed"]
         average = round(duration_ms / completed / 1000, 3) if completed else None
         begin = datetime.fromtimestamp(minute * 60, now.tzinfo)
-        shown.append({"began": begin, **counts, "average_seconds": average})
+        shown.append({"started_at": begin, **counts, "average_seconds": average})
     return shown
 
 

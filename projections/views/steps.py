@@ -30,7 +30,7 @@ def rows(job: Document) -> list[Document]:
             "job_id": job["job_id"],
             "user_id": job["user_id"],
             "job_type": job["job_type"],
-            "processor_version": step["cache_version"],
+            "cache_version": step["cache_version"],
             "version": step["version"],
             "finished_at": step["finished_at"],
         }
@@ -47,7 +47,7 @@ async def find_shared(
         "key": key,
         "user_id": user_id,
         "job_type": job_type,
-        "processor_version": version,
+        "cache_version": version,
         "finished_at": {"$gte": since},
         "job_id": {"$ne": excluded_job_id},
     }

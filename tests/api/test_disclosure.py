@@ -285,6 +285,6 @@ async def test_filter_by_what_the_viewer_is_not_shown_is_refused(api: Api, cms: 
 async def test_reader_cannot_try_guesses_of_the_address(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     path = f"/api/monitoring/events/webhooks?job_id={what['job']}"
-    known = (await api.http.get(path, headers=OWNER)).json()["deliveries"][0]["receiver"]
-    assert (await api.http.get(f"{path}&receiver={known}", headers=OWNER)).status_code == 200
-    assert (await api.http.get(f"{path}&receiver={known}", headers=VIEWERS["writer"])).status_code == 403
+    known = (await api.http.get(path, headers=OWNER)).json()["deliveries"][0]["endpoint_id"]
+    assert (await api.http.get(f"{path}&endpoint_id={known}", headers=OWNER)).status_code == 200
+    assert (await api.http.get(f"{path}&endpoint_id={known}", headers=VIEWERS["writer"])).status_code == 403

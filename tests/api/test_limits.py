@@ -181,6 +181,6 @@ async def test_a_job_that_cannot_be_projected_is_shown_with_the_reason(
     assert page.status_code == 200
     assert "a fault" in page.text
     metrics = (await api_without_worker.get("/metrics")).text
-    assert "jobledger_projection_failures 1.0" in metrics
+    assert "jobledger_projection_errors 1.0" in metrics
     listed = (await api_without_worker.get("/api/events/jobs")).json()["jobs"]
     assert listed[0]["projection_error"]["type"] == "JobSubmitted"

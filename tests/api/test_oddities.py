@@ -72,7 +72,7 @@ EVERY_ROUTE = [*ROUTES, *dashboard.ROUTES]
 
 def address_of(route: Route, **known: str) -> str:
     names = {"job_id": "job-none", "batch_id": "batch-none", "delivery_id": "delivery-none", "path": "none"}
-    names |= {"receiver": "none", "version": "1", "name": "none.js", **known}
+    names |= {"endpoint_id": "none", "version": "1", "name": "none.js", **known}
     return route.path.replace(":path}", "}").format(**names)
 
 

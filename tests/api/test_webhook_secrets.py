@@ -65,7 +65,7 @@ async def test_secret_is_shown_by_the_first_submission_only_and_nowhere_else(api
         f"{ENDPOINTS}?limit=1000",
     ):
         text = (await api.get(path, position)).text
-        assert new["receiver"] in text or path == "/api/ledger/events?limit=1000" or path == "/api/events/jobs"
+        assert new["endpoint_id"] in text or path == "/api/ledger/events?limit=1000" or path == "/api/events/jobs"
         assert new["secret"] not in text
     assert new["secret"] not in repr(endpoint_secrets.RevealedSecret(**new))
 
@@ -141,7 +141,7 @@ async def test_many_processes_create_one_secret_and_one_shows_it(api: Api) -> No
 async def test_old_secret_signs_beside_the_new_one_for_the_grace_period(api: Api, cms: WebhookEndpoint) -> None:
     alice = api.as_user("alice")
     [old] = await submitted(alice, cms.url())
-    path = f"{ENDPOINTS}/{old['receiver']}/rotate-secret"
+    path = f"{ENDPOINTS}/{old['endpoint_id']}/rotate-secret"
     new = (await alice.post(path, {"grace_period_s": 3600})).json()
     await cms.wait_for_requests(1)
     await submitted(alice, cms.url())
@@ -153,8 +153,8 @@ async def test_old_secret_signs_beside_the_new_one_for_the_grace_period(api: Api
     one = (await cms.wait_for_requests(3))[2]
     assert [validates(it["secret"], one) for it in (last, new, old)] == [True, False, False]
     [listed] = (await alice.get(ENDPOINTS)).json()["endpoints"]
-    assert (listed["receiver"], listed["revoked"], listed["previous_secret_expires_at"]) == (
-        old["receiver"],
+    assert (listed["endpoint_id"], listed["revoked"], listed["previous_secret_expires_at"]) == (
+        old["endpoint_id"],
         False,
         None,
     )
@@ -174,12 +174,12 @@ async def test_revoked_secret_sends_nothing_until_it_is_rotated(api: Api, cms: W
     alice = api.as_user("alice")
     [old] = await submitted(alice, cms.url())
     await cms.wait_for_requests(1)
-    revoked = await alice.http.delete(f"{ENDPOINTS}/{old['receiver']}/secret", headers=alice.principal_headers)
+    revoked = await alice.http.delete(f"{ENDPOINTS}/{old['endpoint_id']}/secret", headers=alice.principal_headers)
     assert revoked.status_code == 200
     assert await submitted(alice, cms.url()) == []
     await asyncio.sleep(0.3)
     assert len(cms.requests) == 1
-    new = (await alice.post(f"{ENDPOINTS}/{old['receiver']}/rotate-secret")).json()
+    new = (await alice.post(f"{ENDPOINTS}/{old['endpoint_id']}/rotate-secret")).json()
     second = (await cms.wait_for_requests(2))[1]
     assert validates(new["secret"], second)
     assert not validates(old["secret"], second)
@@ -192,11 +192,11 @@ async def test_endpoints_are_for_their_owner_and_admins(api: Api, cms: WebhookEn
     for who in (bob, api.as_user()):
         for method, path in (("POST", "rotate-secret"), ("DELETE", "secret")):
             answer = await api.http.request(
-                method, f"{ENDPOINTS}/{mine['receiver']}/{path}", headers=who.principal_headers
+                method, f"{ENDPOINTS}/{mine['endpoint_id']}/{path}", headers=who.principal_headers
             )
             assert answer.status_code in (401, 404)
     assert len((await api.get(ENDPOINTS)).json()["endpoints"]) == 1
-    assert (await api.post(f"{ENDPOINTS}/{mine['receiver']}/rotate-secret")).status_code == 200
+    assert (await api.post(f"{ENDPOINTS}/{mine['endpoint_id']}/rotate-secret")).status_code == 200
 
 
 async def test_admin_gives_nobody_their_own_groups(api: Api) -> None:

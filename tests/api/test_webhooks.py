@@ -93,7 +93,7 @@ async def test_lists_are_filtered_and_a_receiver_finds_what_it_has_missed(api: A
     assert len(await found(f"host=127.0.0.1:{cms.port}")) == 4
     assert await found("host=elsewhere:443") == await found("type=batch.failed") == []
     told = cms.requests_to("/good")[0].json_body
-    missed = await found(f"receiver={told['receiver']}&after_sequence=1&sort=created_at")
+    missed = await found(f"endpoint_id={told['endpoint_id']}&after_sequence=1&sort=created_at")
     assert len(missed) == 2
     assert set(missed) < set(good)
     first = (await api.get(f"{HOOKS}?limit=3")).json()

@@ -286,7 +286,7 @@ def test_what_was_noted_proves_later_that_nothing_was_taken_away(audited: Audite
 
 # A log whose end is missing -----------------------------------------------------------------------------------------
 
-VIEWS_AT_9: Document = {"position": 9, "epoch": 1, "version": PROJECTION_VERSION, "sides": {}}
+VIEWS_AT_9: Document = {"position": 9, "fencing_token": 1, "version": PROJECTION_VERSION, "slots": {}}
 
 
 async def views_ahead(ledger: Ledger) -> None:
@@ -303,7 +303,7 @@ async def everything_gone(ledger: Ledger) -> None:
 
 
 async def views_replaced(ledger: Ledger) -> None:
-    read = {"position": 5, "hash": b"x" * 32, "epoch": 1, "version": PROJECTION_VERSION, "sides": {}}
+    read = {"position": 5, "hash": b"x" * 32, "fencing_token": 1, "version": PROJECTION_VERSION, "slots": {}}
     await ledger.db.checkpoints.replace_one({"_id": "views"}, read, upsert=True)
 
 

@@ -112,8 +112,8 @@ def a_stand(name: str) -> dict[str, Any]:
         "position": 1,
         "time": NOON,
         "jobs": {name: 1},
-        "oldest_waiting": NOON,
-        "running": [{**job, "attempt": 1, "since": NOON}],
+        "oldest_pending_submitted_at": NOON,
+        "running": [{**job, "attempt": 1, "claimed_at": NOON}],
         "batches": [batch],
     }
 
@@ -130,7 +130,7 @@ def delivery(name: str) -> dict[str, Any]:
 
 
 def endpoint(name: str) -> dict[str, Any]:
-    fields = ("receiver", "user_id", "url", "created_at", "rotated_at", "previous_secret_expires_at")
+    fields = ("endpoint_id", "user_id", "url", "created_at", "rotated_at", "previous_secret_expires_at")
     return {**dict.fromkeys(fields, name), "revoked": False}
 
 

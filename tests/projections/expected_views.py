@@ -98,7 +98,7 @@ def _counters(counted: Counter[tuple[str, str]]) -> list[Document]:
 
 async def load_views(db: Database, *, zeros: bool = True) -> Views:
     """Return what the views say now; without `zeros`, a counter that has gone back to zero is as one that never was."""
-    live = views.Views(db, (await load_checkpoint(db)).get("sides"))
+    live = views.Views(db, (await load_checkpoint(db)).get("slots"))
     found = {
         view.NAME: [document async for document in live[view.NAME].find()]
         for view in (jobs, batches, queue, files, statistics, steps)

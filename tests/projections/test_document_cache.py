@@ -21,8 +21,8 @@ from tests.support.role_runner import run_roles_in_process
 
 NAMES = [f"{number:03}" + "x" * 197 for number in range(200)]
 GROWING: Mapping[str, Any] = {
-    "headings": NAMES * 7,
-    "words": NAMES * 7,
+    "list_keys": NAMES * 7,
+    "search_keys": NAMES * 7,
     "parameters": {"text": "x" * 60_000},
     "results": {"metadata": {"values": [[]] * 20_000}},
     "logs": [{"message": "x" * 10_000}] * 100,
@@ -35,7 +35,13 @@ GROWING: Mapping[str, Any] = {
 
 
 def small(**fields: Any) -> Document:
-    return {"parameters": {"track": "Main"}, "headings": ["1*"] * 10, "words": ["1*a"] * 10, "results": None, **fields}
+    return {
+        "parameters": {"track": "Main"},
+        "list_keys": ["1*"] * 10,
+        "search_keys": ["1*a"] * 10,
+        "results": None,
+        **fields,
+    }
 
 
 @pytest.mark.parametrize("name", GROWING)
@@ -86,7 +92,7 @@ async def test_chunks_that_concern_too_many_bytes_are_folded_in_parts(
     write = folding.ProjectionWriter.write
 
     async def noted(self: folding.ProjectionWriter, chunk: folding.Chunk, **given: Any) -> None:
-        loaded.append(sum("large" in job for job in chunk.loaded[jobs.NAME].values()))
+        loaded.append(sum("large_fields" in job for job in chunk.loaded[jobs.NAME].values()))
         listed.append(
             sum(list_index.estimate_list_index_memory(job) for job in chunk.current[jobs.NAME].values() if job)
         )

@@ -150,8 +150,8 @@ async def test_every_document_fits_whatever_the_log_holds(connection: Connection
             assert len(bson.encode(job)) < HARMLESS_BYTES, name
             assert projection_errors.ERROR_FIELD not in job, name
         readers = await here.load_job(spoiled["many_readers"])
-        assert readers["truncated"] == ["headings"]
-        assert len(readers["headings"]) + len(readers["words"]) <= 2 * limits.MAX_LIST_INDEX_ROWS
+        assert readers["truncated"] == ["list_keys"]
+        assert len(readers["list_keys"]) + len(readers["search_keys"]) <= 2 * limits.MAX_LIST_INDEX_ROWS
         full = await here.load_job(spoiled["large_parameters_and_results"])
         assert (full["status"], full["truncated"]) == ("completed", ["results"])
         assert full["results"]["metadata"]["duration"] == 1.0

@@ -65,7 +65,7 @@ async def a_history(here: RunningRoles, dice: random.Random, *, lives: int = 4, 
 async def epoch(db: Database) -> int:
     checkpoint = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})
     assert checkpoint is not None
-    return int(checkpoint["epoch"])
+    return int(checkpoint["fencing_token"])
 
 
 # Exactly once ---------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ async def test_views_that_another_version_has_made_are_built_anew(connection: Co
     made = await _stored(connection)
     async with connection.client() as client:
         db = client[connection.db_name]
-        await db.jobs.update_many({}, {"$unset": {"headings": ""}})
+        await db.jobs.update_many({}, {"$unset": {"list_keys": ""}})
         await db.jobs.insert_one({"_id": "job-of-nobody"})
         await db.statistics.update_one({"_id": "jobs"}, {"$inc": {"total": 1000}})
         await db.checkpoints.update_one({"_id": "views"}, {"$set": {"version": PROJECTION_VERSION - 1}})
@@ -281,7 +281,7 @@ async def test_of_two_leaders_in_one_epoch_only_one_folds_a_position(connection:
             here.db,
             views,
             checkpoint=VIEWS_CHECKPOINT_ID,
-            fence={"epoch": 1, "sides": views.slots},
+            fence={"fencing_token": 1, "slots": views.slots},
             read=ReadPosition(0),
         )
         with pytest.raises(LeadershipLost):

@@ -49,7 +49,7 @@ async def rebuilding(
 
 
 async def sides(db: Database) -> dict[str, Slot]:
-    live = (await load_checkpoint(db)).get("sides", {})
+    live = (await load_checkpoint(db)).get("slots", {})
     return {name: live.get(name, "a") for name in VIEW_NAMES}
 
 
@@ -69,7 +69,7 @@ async def compared(connection: Connection, names: Collection[str] = VIEW_NAMES) 
 
 async def spoil(db: Database) -> None:
     """What somebody does who should not."""
-    live = Views(db, (await load_checkpoint(db)).get("sides"))
+    live = Views(db, (await load_checkpoint(db)).get("slots"))
     await live["jobs"].update_one({"status": "pending"}, {"$set": {"status": "completed"}})
     await live["jobs"].insert_one({"_id": "job-of-nobody", "status": "failed"})
     await live["queue"].delete_one({})
@@ -244,11 +244,11 @@ async def test_what_another_version_has_begun_is_begun_again(
         for name in VIEW_NAMES:
             await here.db[collection_name(name, "b")].insert_one({"_id": "left"})
         note = {
-            "sides": dict.fromkeys(VIEW_NAMES, "b"),
-            "emptied": True,
+            "slots": dict.fromkeys(VIEW_NAMES, "b"),
+            "shadow_empty": True,
             "version": PROJECTION_VERSION - 1,
             "position": 5,
-            "epoch": 0,
+            "fencing_token": 0,
         }
         await here.db.checkpoints.insert_one({"_id": rebuild.REBUILD_CHECKPOINT_ID, **note})
         async with rebuilding(connection) as auditor:
@@ -393,7 +393,7 @@ async def test_views_of_a_newer_version_are_left_alone(connection: Connection, s
         await here.submit()
         await here.wait_for_views()
         head = await here.event_store.head_position()
-        newer = {"version": PROJECTION_VERSION + 1, "sides": dict.fromkeys(VIEW_NAMES, "a")}
+        newer = {"version": PROJECTION_VERSION + 1, "slots": dict.fromkeys(VIEW_NAMES, "a")}
         await here.db.checkpoints.update_one({"_id": VIEWS_CHECKPOINT_ID}, {"$set": newer})
         await poll_until(lambda: here.checkpoint.version == PROJECTION_VERSION + 1, "it is known")
         await here.submit()

@@ -17,7 +17,9 @@ from jobledger.workers.child.messages import Message
 from jobledger.workers.registry import get_processor, load_processors
 
 INLINE = [
-    name for name, it in load_processors().items() if it.isolation == "inline" and it.__module__.startswith("jobledger.workers.")
+    name
+    for name, it in load_processors().items()
+    if it.isolation == "inline" and it.__module__.startswith("jobledger.workers.")
 ]
 VALUES, CONTAINERS = MAX_VALUES - 10, MAX_CONTAINERS - 10
 

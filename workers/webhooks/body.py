@@ -79,9 +79,9 @@ async def build_body(
         "schema_version": SCHEMA_VERSION,
         "type": asked.event_type,
         "delivery_id": delivery_id,
-        "receiver": endpoint_id,
+        "endpoint_id": endpoint_id,
         "sequence": sequence,
-        "deliveries_url": f"{base_url}/api/monitoring/events/webhooks?receiver={endpoint_id}",
+        "deliveries_url": f"{base_url}/api/monitoring/events/webhooks?endpoint_id={endpoint_id}",
     }
     if asked.source.startswith("job-"):
         body |= await _of_job(log, file_store, delivery, urlsplit(base_url).path)

@@ -214,7 +214,7 @@ async def test_each_receiver_has_numbers_of_its_own_without_a_gap(here: RunningR
     requests = await cms.wait_for_requests(6)
     numbers: dict[str, list[int]] = {}
     for request in requests:
-        numbers.setdefault(request.json_body["receiver"], []).append(request.json_body["sequence"])
+        numbers.setdefault(request.json_body["endpoint_id"], []).append(request.json_body["sequence"])
     assert sorted(sorted(it) for it in numbers.values()) == [[1], [1], [1, 2], [1, 2]]
 
 
