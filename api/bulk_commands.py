@@ -42,10 +42,10 @@ class BulkResult:
                 "total": self.total,
                 "changed": self.changed,
                 "unchanged": unchanged,
-                "refused": len(self.rejections),
+                "rejected": len(self.rejections),
             },
             "events": dict(self.event_counts),
-            "refused": self.rejections[:MAX_REJECTIONS_LISTED],
+            "rejections": self.rejections[:MAX_REJECTIONS_LISTED],
         }
 
     def add_rejection(self, job_id: str, error: JobledgerError) -> None:

@@ -34,7 +34,7 @@ _MUTABLE: Final = (
     SESSIONS,
     SUBSCRIPTIONS,
     ENDPOINTS,
-    "webhook_headers",
+    "webhook_secrets",
     SINK,
     "workers",
     FILE_REMOVALS,

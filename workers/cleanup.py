@@ -53,7 +53,7 @@ CURSOR: Final = "cleanup"
 SKIPPED: Final = "skipped"
 """Its field with the deleted jobs and batches that cannot be cleaned up, the newest of them."""
 FILE_REMOVALS: Final = "file_removals"
-WEBHOOK_SECRETS: Final = "webhook_headers"
+WEBHOOK_SECRETS: Final = "webhook_secrets"
 GRACE_SECONDS: Final = 15.0
 """Longer than the lease of a worker."""
 RETRY_SECONDS: Final = 60.0

@@ -223,7 +223,7 @@ def _blank(_value: Any, _viewer: Viewer) -> str:
 
 ATTEMPT_RULES: Final[Mapping[str, FieldRule]] = {
     "attempt": _keep,
-    "at": _keep,
+    "attempted_at": _keep,
     "status_code": _keep,
     "error": _call_error,
     "response": _blank,
@@ -288,7 +288,7 @@ EVENT_RULES: Final[Mapping[str, Mapping[str, FieldRule]]] = {
         **dict.fromkeys(("source", "source_version", "event_type", "user_id", "batch_id"), _keep),
         "webhook": _webhook,
     },
-    "DeliveryAttempted": {name: rule for name, rule in ATTEMPT_RULES.items() if name != "at"},
+    "DeliveryAttempted": {name: rule for name, rule in ATTEMPT_RULES.items() if name != "attempted_at"},
     "DeliverySucceeded": {"attempt": _keep},
     "DeliveryAbandoned": {"reason": _blank},
     "DeliveryRequeued": _BY,

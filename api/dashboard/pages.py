@@ -133,7 +133,7 @@ async def show_overview(request: Request) -> Response:
         request,
         "overview.html.j2",
         live="pulse",
-        position=stats["log"]["views"],
+        position=stats["log"]["projection_position"],
         stats=stats,
         active=[{**batch, "eta": _eta_minutes(batch)} for batch in active],
         by_worker=by_worker,
@@ -175,10 +175,10 @@ async def _show_list(request: Request, template: str, handler: RouteHandler, fil
 
 
 def _next_page_query(request: Request, found: Mapping[str, Any]) -> Markup | None:
-    if "next" not in found:
+    if "next_cursor" not in found:
         return None
     kept = {name: value for name, value in request.query_params.items() if value and name != "cursor"}
-    return escape(urlencode({**kept, "cursor": found["next"]}))  # a link must not be cut
+    return escape(urlencode({**kept, "cursor": found["next_cursor"]}))  # a link must not be cut
 
 
 @render_errors
@@ -198,7 +198,7 @@ async def show_job(request: Request) -> Response:
         position=position,
         job=it,
         events=events,
-        cut="next" in told,
+        cut="next_after_version" in told,
         attempts=_attempt_timeline(events),
         deliveries=sent,
         text=await _render_preview(request, it),

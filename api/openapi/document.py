@@ -218,9 +218,8 @@ def _of_type(plain: Json, name: str, parameters: Json) -> Json:
 
 
 def _operation(route: Route, door: Operation, method: str, path: str, names: Names, schemas: Json) -> Json:
-    module = route.endpoint.__module__.rpartition(".")[2]
     operation: Json = {
-        "operationId": f"{module}_{route.name}",
+        "operationId": route.name,
         "tags": [_tag(path)],
         "summary": door.summary,
         "parameters": _parameters(route, door, method, names, schemas),
@@ -331,7 +330,7 @@ def _failures(codes: Sequence[str]) -> dict[str, Json]:
 def _failure(status: int, codes: Sequence[str]) -> Json:
     retry = ["Retry-After"] if status in (429, 503, 507) else []
     asked = ["WWW-Authenticate"] if status == 401 else []
-    schema = {"allOf": [{"$ref": _REFS.format(model="Error")}, {"properties": {"code": {"enum": list(codes)}}}]}
+    schema = {"allOf": [{"$ref": _REFS.format(model="ErrorResponse")}, {"properties": {"code": {"enum": list(codes)}}}]}
     example = {
         "status": "error",
         "code": codes[0],

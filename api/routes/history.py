@@ -75,7 +75,7 @@ async def _page(
     *,
     types: Collection[type[Event]] | None = None,
 ) -> Response:
-    """Answer with what the events of a stream yield, under `name`; `next` is there if there is more.
+    """Answer with what the events of a stream yield, under `name`; `next_after_version` is there if there is more.
 
     What one event yields stays together: a page ends behind the event with which it is full.
     """
@@ -88,7 +88,7 @@ async def _page(
     ):
         for event in events:
             if len(found) >= asked.limit or size >= _LARGEST_ANSWER_BYTES:
-                content["next"] = version
+                content["next_after_version"] = version
                 return json_response(content)
             for text in items_of(event):
                 found.append(orjson.Fragment(text))

@@ -190,7 +190,7 @@ def encode_next_cursor(following: PageCursor | None) -> dict[str, str]:
     if following is None:
         return {}
     text = f"{round(following.created_at.timestamp() * 1000)} {following.key}"
-    return {"next": urlsafe_b64encode(text.encode()).decode()}
+    return {"next_cursor": urlsafe_b64encode(text.encode()).decode()}
 
 
 async def _total(request: Request, wanted: view.JobFilter, query: Document) -> tuple[int, bool]:

@@ -95,17 +95,19 @@ async def _of_the_ledger(known: ApiContext) -> list[Metric]:
     happened = CounterMetricFamily("jobledger_events", "Events that have happened, by type.", labels=["type"])
     for name, number in sorted(events.items()):
         happened.add_metric([name], number)
-    webhooks = GaugeMetricFamily("jobledger_webhooks", "Webhooks, by status.", labels=["status"])
+    webhooks = GaugeMetricFamily("jobledger_webhook_deliveries", "Webhooks, by status.", labels=["status"])
     for status, number in counted["webhooks"].items():
         if status != "total":
             webhooks.add_metric([status], number)
     durations = HistogramMetricFamily("jobledger_job_duration_seconds", "From the first claim to completion.")
     durations.add_metric([], [(_bound(bound), number) for bound, number in classes], seconds)
-    attempts = CounterMetricFamily("jobledger_attempts", "Attempts that have ended, by how.", labels=["outcome"])
+    attempts = CounterMetricFamily("jobledger_job_attempts", "Attempts that have ended, by how.", labels=["outcome"])
     for outcome, name in _OUTCOMES.items():
         attempts.add_metric([outcome], events.get(name, 0))
     healthy = GaugeMetricFamily(
-        "jobledger_worker_healthy", "1 if a living worker claims jobs, 0 if its machine has trouble.", labels=["worker"]
+        "jobledger_worker_healthy",
+        "1 if a living worker claims jobs, 0 if its machine has trouble.",
+        labels=["worker_id"],
     )
     for worker in workers:
         healthy.add_metric([worker["worker_id"]], 0 if worker["problem"] else 1)
@@ -127,10 +129,10 @@ async def _of_the_ledger(known: ApiContext) -> list[Metric]:
                     await queue.estimate_depth(known.views),
                 ),
                 ("log_head_position", "The newest position in the log.", head),
-                ("views_position", "The position that the views have reached.", views),
-                ("views_lag_events", "How many positions the views are behind.", max(0, head - views)),
+                ("projection_position", "The position that the views have reached.", views),
+                ("projection_lag_events", "How many positions the views are behind.", max(0, head - views)),
                 (
-                    "views_lag_seconds",
+                    "projection_lag_seconds",
                     "How old the oldest event is that the views do not contain yet.",
                     max(0.0, (now - unfolded[0].time).total_seconds()) if unfolded else 0.0,
                 ),
@@ -140,13 +142,13 @@ async def _of_the_ledger(known: ApiContext) -> list[Metric]:
                     await projection_errors.count(known.views),
                 ),
                 (
-                    "queue_oldest_seconds",
+                    "queue_oldest_job_age_seconds",
                     "How long ago the oldest of the waiting jobs was submitted.",
                     max(0.0, (now - oldest).total_seconds()) if oldest else 0.0,
                 ),
                 ("workers_alive", "Workers that hold a lease.", len(workers)),
                 ("worker_slots", "Jobs that they may run at a time.", sum(it["slots"] for it in workers)),
-                ("worker_slots_busy", "Jobs that they do run.", sum(it["busy"] for it in workers)),
+                ("worker_slots_busy", "Jobs that they do run.", sum(it["busy_slots"] for it in workers)),
             )
         ),
     ]
@@ -170,7 +172,7 @@ def _of_this_process(known: ApiContext, responses: ResponseCounts) -> list[Metri
 
 def _damaged_files(known: ApiContext) -> Metric:
     damaged = CounterMetricFamily(
-        "jobledger_result_files_damaged", "Result files this process opened and found to be changed in the store."
+        "jobledger_damaged_result_files", "Result files this process opened and found to be changed in the store."
     )
     damaged.add_metric([], known.file_store.integrity.damaged_count)
     return damaged

@@ -29,7 +29,7 @@ async def get_statistics(request: Request) -> Response:
     counted = await statistics.load_statistics(known.views, known.event_store.clock.estimate())
     head, views = await known.event_store.head_position(), known.checkpoint.position
     counted["workers"] = await list_live_workers(known.db, known.views)
-    counted["log"] = {"head": head, "views": views, "lag": max(0, head - views)}
+    counted["log"] = {"head": head, "projection_position": views, "lag": max(0, head - views)}
     return json_response({"status": "success", "stats": counted})
 
 
@@ -56,7 +56,7 @@ async def list_live_workers(db: Database, views: Views) -> list[Document]:
             "worker_id": it["_id"],
             "host": it["host"],
             "slots": it["slots"],
-            "busy": busy.get(it["_id"], 0),
+            "busy_slots": busy.get(it["_id"], 0),
             "lease_until": it["lease_until"],
             "problem": it.get("problem"),
             "unhealthy_since": it.get("unhealthy_since"),
@@ -88,6 +88,6 @@ async def check_readiness(request: Request) -> Response:
         position, head = known.checkpoint.position, known.stall_detector.head
         reason = await stall_reason(known.db, position, head)
         message = f"The views have stopped at position {position} of {head}. {reason}"
-        raise ApiError(503, "views_stalled", message, details={"views": position, "head": head})
-    answer = {"status": "success", "views": known.checkpoint.position}
+        raise ApiError(503, "views_stalled", message, details={"projection_position": position, "head": head})
+    answer = {"status": "success", "projection_position": known.checkpoint.position}
     return json_response(answer | ({"warning": known.disk_monitor.problem} if known.disk_monitor.problem else {}))

@@ -37,7 +37,7 @@ async def create_indexes(db: Database) -> None:
     """Have what was received removed after a day."""
     with translate_errors("preparing the sink for webhooks"):
         seconds = int(RETENTION.total_seconds())
-        await db[COLLECTION].create_indexes([IndexModel([("at", ASCENDING)], expireAfterSeconds=seconds)])
+        await db[COLLECTION].create_indexes([IndexModel([("received_at", ASCENDING)], expireAfterSeconds=seconds)])
 
 
 async def receive_webhook_echo(request: Request) -> Response:
@@ -46,7 +46,7 @@ async def receive_webhook_echo(request: Request) -> Response:
     user_id = require_user_id(request)
     received = {
         "_id": str(ObjectId()),
-        "at": datetime.now(UTC),
+        "received_at": datetime.now(UTC),
         "user_id": user_id,
         "headers": {
             name: "***" if name in _SECRET_HEADERS else value for name, value in sorted(request.headers.items())
@@ -64,7 +64,7 @@ async def list_webhook_echoes(request: Request) -> Response:
     asked, principal = parse_query(request, WebhookEchoQuery), get_principal(request)
     mine: Document = {} if principal.is_admin else {"user_id": require_user_id(request)}
     with translate_errors("reading the webhooks that were received"):
-        found = get_api_context(request).db[COLLECTION].find(mine, sort=[("at", -1)], limit=asked.limit)
+        found = get_api_context(request).db[COLLECTION].find(mine, sort=[("received_at", -1)], limit=asked.limit)
         return json_response({"status": "success", "received": [_shown(it) async for it in found]})
 
 

@@ -48,35 +48,35 @@ async def list_webhook_endpoints(request: Request) -> Response:
 async def rotate_endpoint_secret(request: Request) -> Response:
     """POST /api/monitoring/events/webhook-endpoints/{endpoint_id}/rotate-secret"""
     body, _ = await read_optional_json_body(request, RotateSecretBody)
-    receiver = await _own(request)
+    endpoint_id = await _own(request)
     shown = await endpoint_secrets.rotate_secret(
-        get_api_context(request).db, receiver, timedelta(seconds=body.grace_period_s)
+        get_api_context(request).db, endpoint_id, timedelta(seconds=body.grace_period_s)
     )
     if shown is None:
-        raise _not_found(receiver)
+        raise _not_found(endpoint_id)
     return json_response({"status": "success", **shown.to_response()}, headers={"Cache-Control": "no-store"})
 
 
 async def revoke_endpoint_secret(request: Request) -> Response:
     """DELETE /api/monitoring/events/webhook-endpoints/{endpoint_id}/secret"""
-    receiver = await _own(request)
-    if not await endpoint_secrets.revoke_secrets(get_api_context(request).db, receiver):
-        raise _not_found(receiver)
+    endpoint_id = await _own(request)
+    if not await endpoint_secrets.revoke_secrets(get_api_context(request).db, endpoint_id):
+        raise _not_found(endpoint_id)
     return json_response({"status": "success"})
 
 
 async def _own(request: Request) -> str:
-    """Return the receiver that the path names, if it is the caller's own or they are an admin.
+    """Return the endpoint_id that the path names, if it is the caller's own or they are an admin.
 
     Raises:
         ApiError: 401, 404.
     """
-    mine, receiver = require_user_id(request), request.path_params["endpoint_id"]
-    found = await endpoint_secrets.get_endpoint(get_api_context(request).db, receiver)
+    mine, endpoint_id = require_user_id(request), request.path_params["endpoint_id"]
+    found = await endpoint_secrets.get_endpoint(get_api_context(request).db, endpoint_id)
     if found is None or not (get_principal(request).is_admin or found["user_id"] == mine):
-        raise _not_found(receiver)
-    return str(receiver)
+        raise _not_found(endpoint_id)
+    return str(endpoint_id)
 
 
-def _not_found(receiver: str) -> ApiError:
-    return ApiError(404, "endpoint_not_found", f"There is no webhook endpoint {receiver[:100]}.")
+def _not_found(endpoint_id: str) -> ApiError:
+    return ApiError(404, "endpoint_not_found", f"There is no webhook endpoint {endpoint_id[:100]}.")

@@ -132,7 +132,7 @@ async def redeliver_webhooks(request: Request) -> Response:
         reached = await asyncio.gather(*(again(delivery_id) for delivery_id in part))
         number += sum(1 for it in reached if it)
         position = max(position, *reached)
-    answer = {"status": "success", "redelivered": number, "more": more is not None}
+    answer = {"status": "success", "redelivered": number, "has_more": more is not None}
     headers = {"Ledger-Position": str(position)} if position else {}
     return json_response(answer, 202, headers)
 

@@ -83,7 +83,7 @@ def _cursor(text: object) -> object:
         moment, _, key = urlsafe_b64decode(text.encode()).decode().partition(" ")
         return PageCursor(datetime.fromtimestamp(int(moment) / 1000, UTC), key)
     except (ValueError, OverflowError, OSError):
-        raise ValueError("this is not a cursor: take `next` from the page before") from None
+        raise ValueError("this is not a cursor: take `next_cursor` from the page before") from None
 
 
 def _then(text: object) -> object:

@@ -178,7 +178,7 @@ class JobAcceptedResponse(SuccessResponse):
 class ListResponse(SuccessResponse):
     total: int
     total_is_lower_bound: bool = Field(default=False, description="There are at least so many.")
-    next: str | None = Field(None, description="The cursor of the next page; there is none on the last.")
+    next_cursor: str | None = Field(None, description="The cursor of the next page; there is none on the last.")
 
 
 class JobListResponse(ListResponse):
@@ -265,7 +265,7 @@ class BulkJobCounts(BaseModel):
     total: int
     changed: int
     unchanged: int
-    refused: int
+    rejected: int
 
 
 class RejectedJob(BaseModel):
@@ -284,11 +284,11 @@ class BatchActionResponse(SuccessResponse):
 
 
 class BulkActionResponse(BatchActionResponse):
-    """The same, and what was done to its jobs; `refused` names the first hundred."""
+    """The same, and what was done to its jobs; `rejections` names the first hundred."""
 
     jobs: BulkJobCounts
     events: dict[str, int]
-    refused: list[RejectedJob]
+    rejections: list[RejectedJob]
 
 
 # The log ----------------------------------------------------------------------------------------------------------
@@ -324,7 +324,9 @@ class HistoryResponse(SuccessResponse):
     """A page of one stream."""
 
     events: list[EventResource]
-    next: int | None = Field(None, description="`after_version` of the next page; there is none on the last.")
+    next_after_version: int | None = Field(
+        None, description="`after_version` of the next page; there is none on the last."
+    )
 
 
 class LogLineResource(LogEntry):
@@ -338,7 +340,9 @@ class LogLinesResponse(SuccessResponse):
     """A page of log lines."""
 
     logs: list[LogLineResource]
-    next: int | None = Field(None, description="`after_version` of the next page; there is none on the last.")
+    next_after_version: int | None = Field(
+        None, description="`after_version` of the next page; there is none on the last."
+    )
 
 
 class EventListResponse(SuccessResponse):
@@ -433,7 +437,7 @@ class WorkerStatus(BaseModel):
     worker_id: str
     host: str
     slots: int
-    busy: int
+    busy_slots: int
     lease_until: datetime = Field(description="By the database server's clock; extended while it lives.")
     problem: str | None = Field(description="Why it claims no jobs: its machine has trouble. null: it is healthy.")
     unhealthy_since: datetime | None
@@ -441,7 +445,7 @@ class WorkerStatus(BaseModel):
 
 class LogStatus(BaseModel):
     head: int
-    views: int
+    projection_position: int
     lag: int
 
 
@@ -466,9 +470,9 @@ class StatisticsResponse(SuccessResponse):
 
 
 class ReadinessResponse(SuccessResponse):
-    """It can serve. `views` is the position that the views have reached."""
+    """It can serve. `projection_position` is the position that the views have reached."""
 
-    views: int
+    projection_position: int
 
 
 class IndexResponse(SuccessResponse):

@@ -15,7 +15,7 @@ class DeliveryAttempt(BaseModel):
     """One call of a receiver. `error` is null if it answered with 2xx; `response` is the beginning of its answer."""
 
     attempt: int
-    at: datetime
+    attempted_at: datetime
     status_code: int | None
     error: Failure | None
     response: str
@@ -66,10 +66,10 @@ class DeliveryResponse(SuccessResponse):
 
 
 class RedeliveryResponse(SuccessResponse):
-    """How many are to be sent again. `more`: there are others; ask again."""
+    """How many are to be sent again. `has_more`: there are others; ask again."""
 
     redelivered: int
-    more: bool
+    has_more: bool
 
 
 class EndpointResource(BaseModel):
@@ -103,7 +103,7 @@ class EchoedWebhook(BaseModel):
     """What the sink was sent."""
 
     id: str
-    at: datetime
+    received_at: datetime
     user_id: str
     headers: dict[str, str]
     body: str

@@ -147,7 +147,7 @@ def extract_webhook_secrets(
         problem = {"path": place, "message": why}
         raise ApiError(422, "invalid_content", f"{place}: {why}", details={"errors": [problem]})
     secret = body.headers or body.secrets
-    secrets = WebhookSecrets(f"headers-{ObjectId()}", body.headers, body.secrets) if secret else None
+    secrets = WebhookSecrets(f"secrets-{ObjectId()}", body.headers, body.secrets) if secret else None
     webhook = Webhook(
         url=body.url,
         header_names=sorted(body.headers),
@@ -183,4 +183,4 @@ async def store_webhook_secrets(
     ]
     if documents:
         with translate_errors("storing the secrets of webhooks"):
-            await ctx.db.webhook_headers.insert_many(documents)
+            await ctx.db.webhook_secrets.insert_many(documents)

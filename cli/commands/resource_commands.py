@@ -92,7 +92,7 @@ async def fetch_list(url: str, path: str, field: str, query: Document, limit: in
             asked = without_none({**query, "cursor": cursor, "limit": min(_PAGE, limit - len(found))})
             content = parse_response(await client.get(path, params=asked), field, "total")
             found += content[field]
-            cursor = content.get("next")
+            cursor = content.get("next_cursor")
             if cursor is None or len(found) >= limit:
                 more = "more than " if content.get("total_is_lower_bound") else ""
                 return found, f"{more}{content['total']}"
@@ -149,10 +149,10 @@ def run_action(
                     echo(f"{todo[0]}: {refused}", err=True)
                 else:
                     answers.append({"id": todo[0], **{key: it for key, it in answer.items() if key != "status"}})
-                    refusals += answer.get("jobs", {}).get("refused", 0)
+                    refusals += answer.get("jobs", {}).get("rejected", 0)
                     if not as_json:
                         console.print(format_result(answer), highlight=False, soft_wrap=True)
-                    for job in answer.get("refused", ()):
+                    for job in answer.get("rejections", ()):
                         echo(f"{job['job_id']}: {job['message']}", err=True)
                 del todo[0]
 

@@ -194,9 +194,7 @@ def rotate_secret(
 
     rotated = asyncio.run(ask())
     if as_json:
-        echo_json(
-            orjson.dumps({"endpoint_id": rotated["endpoint_id"], "url": rotated["url"], "secret": rotated["secret"]})
-        )
+        echo_json(orjson.dumps({name: rotated[name] for name in ("endpoint_id", "url", "secret")}))
     else:
         echo(rotated["secret"])
         echo(f"Keep it: it is not shown again. The old one signs for {grace} more seconds.", err=True)

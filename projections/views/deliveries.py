@@ -129,7 +129,7 @@ def _changes(delivery: Document, happened: DeliveryEvent, event: RecordedEvent) 
         case DeliveryQueued():
             return {}
         case DeliveryAttempted():
-            shown = {"at": event.time, "error": None, **happened.model_dump()}
+            shown = {"attempted_at": event.time, "error": None, **happened.model_dump()}
             shown["response"] = truncate_text(happened.response, MAX_RESPONSE_CHARACTERS)
             if happened.error is not None:
                 shown["error"] = shorten_error(happened.error)

@@ -266,7 +266,7 @@ async def test_a_batch_leads_nobody_to_jobs_that_they_may_not_see(header_auth_ap
     )
 
     assert [job["job_id"] for job in listed.json()["jobs"]] == batch["job_ids"][1:]
-    assert cancelled.json()["jobs"] == {"total": 1, "changed": 1, "unchanged": 0, "refused": 0}
+    assert cancelled.json()["jobs"] == {"total": 1, "changed": 1, "unchanged": 0, "rejected": 0}
     assert [event.type for event in await header_auth_api.event_store.read_stream(batch["job_ids"][0])] == [
         "JobSubmitted"
     ]

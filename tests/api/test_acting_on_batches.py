@@ -21,7 +21,7 @@ BATCHES = "/api/events/batches"
 
 
 def counted(total: int, *, changed: int = 0, refused: int = 0) -> dict[str, int]:
-    return {"total": total, "changed": changed, "unchanged": total - changed - refused, "refused": refused}
+    return {"total": total, "changed": changed, "unchanged": total - changed - refused, "rejected": refused}
 
 
 async def act(api: Api, batch_id: str, action: str, body: Any = None) -> tuple[dict[str, Any], int]:
@@ -124,7 +124,7 @@ async def test_cancelling_a_batch_cancels_what_has_not_ended(api_without_worker:
 
     assert content["jobs"] == counted(5, changed=2)
     assert content["events"] == {"JobCancelled": 1, "JobCancelRequested": 1}
-    assert content["refused"] == []
+    assert content["rejections"] == []
     expected = ["cancelled", "processing", "completed", "failed", "cancelled"]
     assert await statuses(api_without_worker, batch_id, job_ids, position) == expected
     assert (await seen(api_without_worker, batch_id, position))[job_ids[1]]["cancel_requested"] is True
@@ -279,7 +279,7 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
     assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
     details = answer.json()["details"]
     assert details["jobs"] == counted(2, changed=1, refused=1)
-    assert [(it["job_id"], it["code"]) for it in details["refused"]] == [(two, "wrong_state")]
+    assert [(it["job_id"], it["code"]) for it in details["rejections"]] == [(two, "wrong_state")]
     head = await api_without_worker.event_store.head_position()
     assert (await api_without_worker.get(path, head)).json()["batch"]["job_ids"] == [two]
     assert (await api_without_worker.get(f"/api/events/jobs/{one}")).status_code == 404

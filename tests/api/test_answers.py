@@ -44,7 +44,7 @@ async def test_jobs_and_their_stories(api: Api) -> None:
     failed = await api.submit({"fail": "on purpose"}, max_attempts=1)
     await api.wait_until_finished(failed)
     assert fits(await api.get(f"{JOBS}/{failed}"))["job"]["error"]["code"] == "ECHO_FAILED"
-    assert fits(await api.get(f"{JOBS}?limit=1"))["next"]
+    assert fits(await api.get(f"{JOBS}?limit=1"))["next_cursor"]
     for path in (f"{JOBS}/{job_id}/history", f"{JOBS}/{job_id}/history?limit=1", f"{JOBS}/{failed}/logs"):
         assert fits(await api.get(path))
     for action in ("archive", "unarchive", "restart", "cancel"):

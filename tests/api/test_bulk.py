@@ -71,8 +71,8 @@ async def test_a_job_that_has_ended_meanwhile_is_named_and_the_others_are_change
     overtake(ledger, job_ids[1], CancelJob("user:bob"))
     outcome = await cancel_each(ledger.event_store, job_ids)
     shown = outcome.to_response()
-    assert shown["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "refused": 1}
-    [refused] = shown["refused"]
+    assert shown["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "rejected": 1}
+    [refused] = shown["rejections"]
     assert (refused["job_id"], refused["code"]) == (job_ids[1], "wrong_state")
     assert "it has ended already" in refused["message"]
     assert outcome.position == await ledger.event_store.head_position()
@@ -105,8 +105,8 @@ async def test_of_many_refusals_the_first_are_told_and_all_are_counted(
     delete = Delete("user:ada")
     outcome = await bulk.apply_to_jobs(ledger.event_store, job_ids, delete, meta=OF_BATCH, statuses=UNENDED)
     shown = outcome.to_response()
-    assert shown["jobs"] == {"total": 5, "changed": 0, "unchanged": 0, "refused": 5}
-    assert [refused["job_id"] for refused in shown["refused"]] == job_ids[:2]
+    assert shown["jobs"] == {"total": 5, "changed": 0, "unchanged": 0, "rejected": 5}
+    assert [refused["job_id"] for refused in shown["rejections"]] == job_ids[:2]
 
 
 async def test_a_job_that_a_later_version_has_changed_is_left_to_that_version(ledger: Ledger) -> None:

@@ -128,7 +128,7 @@ async def test_who_may_see_a_batch_is_changed_for_its_jobs_too(api_without_worke
 
     answer = await put(api_without_worker, f"batches/{batch['batch_id']}", {"access_control": {"read_access": ["bob"]}})
 
-    assert answer.json()["jobs"] == {"total": 2, "changed": 2, "unchanged": 0, "refused": 0}
+    assert answer.json()["jobs"] == {"total": 2, "changed": 2, "unchanged": 0, "rejected": 0}
     position = answer.headers["ledger-position"]
     for path in (f"batches/{batch['batch_id']}", *(f"jobs/{job_id}" for job_id in batch["job_ids"])):
         content = (await api_without_worker.get(f"/api/events/{path}", position)).json()

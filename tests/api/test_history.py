@@ -37,7 +37,7 @@ def said(*messages: str, attempt: int = 1) -> AddLogEntries:
 
 
 async def pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[str, Any]]]:
-    """Return what is on each page, following `next`."""
+    """Return what is on each page, following `next_after_version`."""
     found: list[list[dict[str, Any]]] = []
     query: dict[str, int] | None = {"limit": limit}
     while query is not None:
@@ -45,7 +45,11 @@ async def pages(api: Api, path: str, name: str, limit: int) -> list[list[dict[st
         assert answer.status_code == 200, answer.text
         content = answer.json()
         found.append(content[name])
-        query = {"limit": limit, "after_version": content["next"]} if "next" in content else None
+        query = (
+            {"limit": limit, "after_version": content["next_after_version"]}
+            if "next_after_version" in content
+            else None
+        )
     return found
 
 
@@ -58,7 +62,7 @@ async def test_the_history_of_a_job_comes_in_pages(api_without_worker: Api) -> N
     found = await pages(api_without_worker, path, "events", 4)
     assert [[event["version"] for event in page] for page in found] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
     whole = (await api_without_worker.get(path)).json()
-    assert "next" not in whole
+    assert "next_after_version" not in whole
     assert whole["events"] == [event for page in found for event in page]
     assert [len(page) for page in await pages(api_without_worker, path, "events", 3)] == [3, 3, 3]
 

@@ -257,7 +257,7 @@ async def test_header_values_of_webhooks_are_never_told_and_never_logged(api_wit
     assert all("Authorization" in text for text in told)
     assert not [text for text in told if "s3cr3t" in text]
     assert answer.json()["job"]["webhook"]["headers"] == {"Authorization": "***", "X.Odd$Name": "***"}
-    kept = [document async for document in api_without_worker.db.webhook_headers.find()]
+    kept = [document async for document in api_without_worker.db.webhook_secrets.find()]
     assert [document["headers"]["Authorization"] for document in kept] == [SECRET] * 3
 
 

@@ -99,7 +99,7 @@ async def test_readyz_says_that_the_views_have_stopped_and_why(
     await asyncio.sleep(0.5)
     answer = await api.get("/readyz")
     refused(answer, 503, "views_stalled")
-    assert answer.json()["details"] == {"views": 0, "head": 1}
+    assert answer.json()["details"] == {"projection_position": 0, "head": 1}
     assert "No projector is running" in answer.json()["message"]
     await health.record_stall(api.db, "At position 1 of the log is a JobRepainted: upgrade.")
     assert "upgrade" in (await api.get("/readyz")).json()["message"]
@@ -115,7 +115,7 @@ async def test_readyz_says_that_the_views_are_ahead_of_the_log(
     await asyncio.sleep(0.6)
     answer = await api.get("/readyz")
     refused(answer, 503, "views_stalled")
-    assert answer.json()["details"] == {"views": 9, "head": 1}
+    assert answer.json()["details"] == {"projection_position": 9, "head": 1}
     assert "were removed" in answer.json()["message"]
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})
     await asyncio.sleep(0.6)
@@ -137,7 +137,7 @@ async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_a
         while (answer := await api.get("/readyz")).status_code == 200:
             pass
     refused(answer, 503, "views_stalled")
-    assert answer.json()["details"] == {"views": 3, "head": 1}
+    assert answer.json()["details"] == {"projection_position": 3, "head": 1}
     assert "were removed" in answer.json()["message"]
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})  # as `jobledger replay` does
     await asyncio.sleep(0.5)

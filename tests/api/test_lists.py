@@ -100,9 +100,9 @@ async def test_pages_follow_each_other_though_jobs_come_and_go_between_them(head
     while True:
         content = await listed(header_auth_api, position, **query)
         seen += [job["job_id"] for job in content["jobs"]]
-        if "next" not in content:
+        if "next_cursor" not in content:
             break
-        query |= {"cursor": content["next"]}
+        query |= {"cursor": content["next_cursor"]}
         await header_auth_api.http.delete(f"/api/events/jobs/{seen[0]}")
         position = (await header_auth_api.post("/api/events/jobs", {"job_type": "echo", "parameters": {}})).headers[
             "ledger-position"
@@ -125,10 +125,10 @@ async def test_the_jobs_of_a_batch_are_paged_with_their_counts(api_without_worke
     position = await api_without_worker.event_store.head_position()
     path = f"/api/events/batches/{batch['batch_id']}/jobs"
     first = (await api_without_worker.get(f"{path}?limit=10&sort=created_at", position)).json()
-    rest = (await api_without_worker.get(f"{path}?limit=10&sort=created_at&cursor={first['next']}")).json()
+    rest = (await api_without_worker.get(f"{path}?limit=10&sort=created_at&cursor={first['next_cursor']}")).json()
     assert first["total"] == rest["total"] == 12
     assert sorted(job["job_id"] for job in first["jobs"] + rest["jobs"]) == sorted(batch["job_ids"])
-    assert "next" not in rest
+    assert "next_cursor" not in rest
     none = await api_without_worker.get("/api/events/batches/batch-000000000000000000000000/jobs")
     assert (none.status_code, none.json()["code"]) == (404, "batch_not_found")
 

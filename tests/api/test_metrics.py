@@ -49,8 +49,8 @@ async def test_prometheus_can_read_what_has_happened(api: Api) -> None:
     assert found["jobledger_batches_active", ""] == 0
     assert found["jobledger_queue_jobs", ""] == 1
     assert found["jobledger_log_head_position", ""] == event["position"]
-    assert found["jobledger_views_position", ""] == event["position"]
-    assert found["jobledger_views_lag_events", ""] == 0
+    assert found["jobledger_projection_position", ""] == event["position"]
+    assert found["jobledger_projection_lag_events", ""] == 0
     assert found["jobledger_workers_alive", ""] == 1
     assert found["jobledger_worker_slots", ""] == 5
     assert found["jobledger_worker_slots_busy", ""] == 0
@@ -102,10 +102,10 @@ async def test_attempts_are_told_by_how_they_ended_and_what_waits_by_its_age(api
     event = await api_without_worker.wait_for_event(job_id, "JobAttemptFailed")
     await api_without_worker.get(f"/api/events/jobs/{job_id}", event["position"])
     found = await numbers(api_without_worker)
-    assert found["jobledger_attempts_total", "retried"] == 1
-    assert found["jobledger_attempts_total", "fenced"] == 0
-    assert 0 < found["jobledger_queue_oldest_seconds", ""] < 30
-    assert found["jobledger_views_lag_seconds", ""] < 30
+    assert found["jobledger_job_attempts_total", "retried"] == 1
+    assert found["jobledger_job_attempts_total", "fenced"] == 0
+    assert 0 < found["jobledger_queue_oldest_job_age_seconds", ""] < 30
+    assert found["jobledger_projection_lag_seconds", ""] < 30
     assert found["jobledger_change_stream_restarts_total", ""] == 0
 
 

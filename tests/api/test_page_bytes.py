@@ -25,10 +25,10 @@ async def pages(api: Api, path: str, name: str, **query: Any) -> list[list[dict[
         assert len(answer.content) < LARGEST_ANSWER
         content = answer.json()
         found.append(content[name])
-        if "next" not in content:
+        if "next_cursor" not in content:
             return found
         assert content[name], "a page with a next one is not empty"
-        cursor = {"cursor": content["next"]}
+        cursor = {"cursor": content["next_cursor"]}
 
 
 async def test_large_fields_are_left_out_of_lists_and_there_in_the_job(api_without_worker: Api) -> None:
@@ -110,7 +110,7 @@ async def test_pages_of_events_end_by_bytes(api_without_worker: Api, path: str) 
     while seen < 6:
         if path == "history":
             answer = await api_without_worker.get(f"/api/events/jobs/{job_id}/history?after_version={after}")
-            after = answer.json().get("next", after)
+            after = answer.json().get("next_after_version", after)
         else:
             answer = await api_without_worker.get(f"{path}?after={after}")
             after = answer.json()["last_position"]

@@ -101,7 +101,7 @@ async def test_a_batch_restart_that_is_repeated_restarts_no_job_twice(api_withou
     again = await api_without_worker.post(f"{path}/restart", body, **KEY)
 
     assert first.json()["jobs"]["changed"] == 2
-    assert again.json()["jobs"] == {"total": 2, "changed": 0, "unchanged": 2, "refused": 0}
+    assert again.json()["jobs"] == {"total": 2, "changed": 0, "unchanged": 2, "rejected": 0}
 
 
 async def test_a_pause_that_is_repeated_after_a_resume_pauses_nothing(api_without_worker: Api) -> None:

@@ -52,9 +52,9 @@ async def test_statistics_have_the_shape_of_the_concept_and_more(api: Api) -> No
     assert took["completed"] == 3
     assert 0 <= took["p50_seconds"] <= took["p90_seconds"] <= took["p99_seconds"] < 30
     assert 0 <= took["average_seconds"] < 30
-    assert [(it["slots"], it["busy"]) for it in found["workers"]] == [(5, 0)]
-    assert found["log"]["views"] >= ended["position"]
-    assert found["log"]["lag"] == found["log"]["head"] - found["log"]["views"]
+    assert [(it["slots"], it["busy_slots"]) for it in found["workers"]] == [(5, 0)]
+    assert found["log"]["projection_position"] >= ended["position"]
+    assert found["log"]["lag"] == found["log"]["head"] - found["log"]["projection_position"]
 
 
 async def test_before_anything_has_happened_statistics_say_so(api_without_worker: Api) -> None:
@@ -83,7 +83,7 @@ async def test_a_worker_that_runs_jobs_is_busy_and_one_that_is_gone_is_not_there
     lease = found["workers"][0].pop("lease_until")
     assert datetime.fromisoformat(lease) == later.replace(microsecond=later.microsecond // 1000 * 1000)
     healthy = {"problem": None, "unhealthy_since": None}
-    assert found["workers"] == [{"worker_id": "alive", "host": "here", "slots": 4, "busy": 2, **healthy}]
+    assert found["workers"] == [{"worker_id": "alive", "host": "here", "slots": 4, "busy_slots": 2, **healthy}]
 
 
 async def test_what_is_deleted_leaves_the_counts_of_jobs_but_not_what_has_happened(api_without_worker: Api) -> None:

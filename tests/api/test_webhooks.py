@@ -97,10 +97,10 @@ async def test_lists_are_filtered_and_a_receiver_finds_what_it_has_missed(api: A
     assert len(missed) == 2
     assert set(missed) < set(good)
     first = (await api.get(f"{HOOKS}?limit=3")).json()
-    second = (await api.get(f"{HOOKS}?limit=3&cursor={first['next']}")).json()
+    second = (await api.get(f"{HOOKS}?limit=3&cursor={first['next_cursor']}")).json()
     seen = [it["delivery_id"] for it in first["deliveries"] + second["deliveries"]]
     assert len(set(seen)) == 4
-    assert "next" not in second
+    assert "next_cursor" not in second
 
 
 async def test_one_is_sent_again_with_the_same_id_and_once_for_one_key(api: Api, cms: WebhookEndpoint) -> None:
@@ -208,13 +208,13 @@ async def test_redelivery_of_a_deleted_jobs_webhook_is_refused_and_its_secrets_a
 ) -> None:
     job_id = await api.submit(webhook={"url": cms.url(), "headers": {"Authorization": "secret"}})
     [delivery] = await over(api)
-    assert await api.db.webhook_headers.count_documents({}) == 1
+    assert await api.db.webhook_secrets.count_documents({}) == 1
     deleted = await api.http.delete(f"/api/events/jobs/{job_id}")
     answer = await api.post(f"{HOOKS}/{delivery['delivery_id']}/redeliver")
     assert (answer.status_code, answer.json()["code"]) == (410, "deleted")
     await api.get("/api/events/jobs", deleted.headers["Ledger-Position"])
     assert (await api.post(AGAIN, {"status": "delivered"})).json()["redelivered"] == 0
     async with asyncio.timeout(20):
-        while await api.db.webhook_headers.count_documents({}):  # noqa: ASYNC110 - nothing signals it
+        while await api.db.webhook_secrets.count_documents({}):  # noqa: ASYNC110 - nothing signals it
             await asyncio.sleep(0.05)
     assert len(cms.requests) == 1

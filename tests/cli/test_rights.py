@@ -196,7 +196,7 @@ async def test_the_service_takes_jobs_and_batches_runs_them_and_serves_views_and
     job = await api.wait_until_finished(await api.submit({"text": "héllo"}, webhook=webhook))
     assert job["status"] == "completed"
     assert "héllo" in (await api.get(job["results"]["markdown_url"])).text
-    assert place.db.webhook_headers.count_documents({}) == 1
+    assert place.db.webhook_secrets.count_documents({}) == 1
 
     batch_id = (await api.submit_batch({"number": 1}, {"number": 2}, {"fail": "no"}))["batch_id"]
     await api.wait_for_event(batch_id, "BatchFinished")

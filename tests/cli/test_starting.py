@@ -94,7 +94,7 @@ def test_role_with_a_store_that_cannot_be_written_starts_and_waits(
                 return workers[0]["problem"] if workers else None
 
             assert wait_until(lambda: bool(problem()), 20), worker.stderr
-            assert 'jobledger_worker_healthy{worker="' in client.get("/metrics").text
+            assert 'jobledger_worker_healthy{worker_id="' in client.get("/metrics").text
         doctor = here.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
         assert "1 alive, 1 of them claim no jobs" in doctor.out

@@ -184,7 +184,7 @@ def test_batches_are_paused_resumed_cancelled_and_restarted(desk: Desk) -> None:
     assert wait_until(lambda: desk.told("batches", "show", desk.batch_id)["status"] == "partial", 10)
     assert f"{desk.batch_id}  partial " in desk.says(0, "batches", "list")
     [answer] = desk.told("batches", "restart", desk.batch_id, "--only", "cancelled")
-    assert answer["jobs"] == {"total": 4, "changed": 2, "unchanged": 2, "refused": 0}
+    assert answer["jobs"] == {"total": 4, "changed": 2, "unchanged": 2, "rejected": 0}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ from jobledger.workers.webhooks.schedule import DeliveryLimits, DeliverySchedule
 from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookResponse
 
 _log = structlog.get_logger()
-SECRETS: Final = "webhook_headers"
+SECRETS: Final = "webhook_secrets"
 """Values of headers, and what is signed with, by the `secrets_ref` of a webhook. They are nowhere else."""
 _LONGEST_RETRY_AFTER: Final = 86_400.0
 _PAUSE_SECONDS: Final = 1.0
