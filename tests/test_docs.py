@@ -317,7 +317,7 @@ def test_the_settings_of_sessions_are_as_the_how_to_says(tmp_path: Path) -> None
 
 def test_a_template_has_everything_that_the_how_to_names() -> None:
     named = re.findall(r"^\| `([a-z_]+)` \|", SESSIONS.read_text(encoding="utf-8"), re.MULTILINE)
-    names = [name for name in named if name not in ("compose", "markdown")]  # those are steps
+    names = [name for name in named if name not in ("enrich", "markdown")]  # those are steps
     assert {"front_matter", "session", "labels", "warnings"} <= set(names)
     rendered = render_document(
         session=make_parameters(),

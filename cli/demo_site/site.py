@@ -38,7 +38,7 @@ def write_site(directory: Path) -> list[Path]:
     Takes about two seconds, most of it for the films.
     """
     pages = {"index.html": _page("index.html.j2"), "style.css": _page("style.css.j2")}
-    pages |= {f"{_address(talk)}index.html": _page("talk.html.j2", talk=talk) for talk in talks.TALKS}
+    pages |= {f"{_page_path(talk)}index.html": _page("talk.html.j2", talk=talk) for talk in talks.TALKS}
     for name, text in pages.items():
         _made(directory, name).write_text(text, encoding="utf-8")
     return [Path(name) for name in pages] + _downloads(directory)
@@ -51,15 +51,15 @@ def list_sessions(base_url: str) -> list[SessionFields]:
         {
             "event": talks.CONFERENCE,
             "session": talk.title,
-            "url": f"{root}/{_address(talk)}",
+            "url": f"{root}/{_page_path(talk)}",
             "filename": talk.filename,
             "track": talk.track,
             "day": talk.day,
             "starttime": talk.start,
             "endtime": talk.end,
             "speakers": [speaker.name for speaker in talk.speakers],
-            "video_url": f"{root}/{quote(_film(talk))}" if talk.video else None,
-            "attachments_url": f"{root}/{quote(_deck(talk))}" if talk.slides else None,
+            "video_url": f"{root}/{quote(_video_path(talk))}" if talk.video else None,
+            "attachments_url": f"{root}/{quote(_slides_path(talk))}" if talk.slides else None,
             "source_language": talk.language,
             "target_language": "en" if talk.language == "de" else "de",
         }
@@ -72,11 +72,11 @@ def _downloads(directory: Path) -> list[Path]:
     files = []
     for talk in talks.TALKS:
         if talk.slides:
-            files.append(Path(_deck(talk)))
-            write_deck(talk, _made(directory, _deck(talk)))
+            files.append(Path(_slides_path(talk)))
+            write_deck(talk, _made(directory, _slides_path(talk)))
         if talk.video:
-            files.append(Path(_film(talk)))
-            write_video(talk, talk.video, _made(directory, _film(talk)))
+            files.append(Path(_video_path(talk)))
+            write_video(talk, talk.video, _made(directory, _video_path(talk)))
     return files
 
 
@@ -87,15 +87,15 @@ def _made(directory: Path, name: str) -> Path:
     return path
 
 
-def _address(talk: Talk) -> str:
+def _page_path(talk: Talk) -> str:
     return f"talks/{talk.slug}/"
 
 
-def _deck(talk: Talk) -> str:
+def _slides_path(talk: Talk) -> str:
     return f"files/{talk.slug}.pdf"
 
 
-def _film(talk: Talk) -> str:
+def _video_path(talk: Talk) -> str:
     return f"media/{talk.slug}.{talk.video.container}" if talk.video else ""
 
 
@@ -110,4 +110,4 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.globals |= {"site": talks, "address": _address, "deck": _deck, "film": _film}
+_TEMPLATES.globals |= {"site": talks, "page_path": _page_path, "slides_path": _slides_path, "video_path": _video_path}

@@ -24,7 +24,7 @@ async def run(self, job):
         time.sleep(0.01)
     return Results()
 
-Good.run = run
+ValidProcessor.run = run
 """
 
 

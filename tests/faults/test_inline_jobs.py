@@ -54,8 +54,8 @@ async def run(self, job):
 class Parameters(BaseModel):
     do: str
 
-Good.Parameters = Parameters
-Good.run = run
+ValidProcessor.Parameters = Parameters
+ValidProcessor.run = run
 """
 ENDS = {
     "cancel all tasks": ("failed", "PROCESSOR_FAULT"),

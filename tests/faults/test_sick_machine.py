@@ -61,7 +61,7 @@ async def test_sick_worker_costs_no_job_an_attempt_and_recovers(
     monkeypatch: pytest.MonkeyPatch,
     sickness: Callable[[RolesSubprocess, Path], AbstractContextManager[None]],
 ) -> None:
-    install_plugin(tmp_path / "plugins", "apart", "Good.isolation = 'process'")
+    install_plugin(tmp_path / "plugins", "apart", "ValidProcessor.isolation = 'process'")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "plugins"), str(Path.cwd())]))
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -19,12 +19,12 @@ from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookRes
 from tests.support.role_runner import FAST_WEBHOOKS, WorkerOptions, run_roles_in_process
 
 CRASH_POINTS = (
-    "before the end is written",
-    "after the end is written",
-    "before it is sent",
-    "after it is sent",
-    "before it is recorded",
-    "after it is recorded",
+    "before completion is appended",
+    "after completion is appended",
+    "before request is sent",
+    "after request is sent",
+    "before attempt is recorded",
+    "after attempt is recorded",
 )
 _left = 0
 
@@ -43,7 +43,7 @@ def install_crash_point(wanted: str) -> None:
 
     async def dying_append(self: EventStore, *appends: StreamAppend) -> Any:
         kinds = {type(event).__name__ for it in appends for event in it.events}
-        what = "the end is written" if "JobCompleted" in kinds else "it is recorded"
+        what = "completion is appended" if "JobCompleted" in kinds else "attempt is recorded"
         concerned = bool(kinds & {"JobCompleted", "DeliveryAttempted"})
         if concerned:
             _pass(f"before {what}", wanted)
@@ -53,9 +53,9 @@ def install_crash_point(wanted: str) -> None:
         return recorded
 
     async def dying_send(self: Sender, outgoing: WebhookRequest) -> WebhookResponse:
-        _pass("before it is sent", wanted)
+        _pass("before request is sent", wanted)
         answer = await send(self, outgoing)
-        _pass("after it is sent", wanted)
+        _pass("after request is sent", wanted)
         return answer
 
     EventStore.append = dying_append  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from jobledger.workers.processor import Results
 class Anything(BaseModel):
     model_config = {"extra": "allow"}
 
-class Good:
+class ValidProcessor:
     job_type = "JOB_TYPE"
     isolation = "inline"
     preload = ()
@@ -25,11 +25,16 @@ class Good:
     async def run(self, job):
         return Results()
 """
-"""A whole processor `Good`, to be changed by what follows it in a module."""
+"""A whole processor `ValidProcessor`, to be changed by what follows it in a module."""
 
 
 def install_plugin(
-    directory: Path, job_type: str, code: str = "", *, attribute: str = "Good", template: str = MODULE_TEMPLATE
+    directory: Path,
+    job_type: str,
+    code: str = "",
+    *,
+    attribute: str = "ValidProcessor",
+    template: str = MODULE_TEMPLATE,
 ) -> None:
     """Install a processor into `directory`, which is to be in PYTHONPATH."""
     module = f"plugin_{job_type.replace('-', '_')}"

@@ -25,22 +25,22 @@ BAD = {
     "needs": ("import a_package_that_is_missing", "install the package with 'a_package_that_is_missing'"),
     "sleeps": ("import time; time.sleep(1000)", "did not end its import"),
     "loops": ("while True: pass", "did not end its import"),
-    "function": ("def Good(settings): pass", "expected a class"),
-    "typeless": ("del Good.job_type", "`job_type` is None"),
-    "mistyped": ("Good.job_type = 'echo'", "`job_type` is 'echo'"),
-    "runless": ("del Good.run", "run(self, job)` is missing"),
-    "isolated": ("Good.isolation = 'thread'", "`isolation` must be"),
-    "unisolated": ("del Good.isolation", "`isolation` must be"),
-    "parameterless": ("del Good.Parameters", "`Parameters` must be"),
-    "unset": ("Good.Settings = dict", "`Settings` must be"),
+    "function": ("def ValidProcessor(settings): pass", "expected a class"),
+    "typeless": ("del ValidProcessor.job_type", "`job_type` is None"),
+    "mistyped": ("ValidProcessor.job_type = 'echo'", "`job_type` is 'echo'"),
+    "runless": ("del ValidProcessor.run", "run(self, job)` is missing"),
+    "isolated": ("ValidProcessor.isolation = 'thread'", "`isolation` must be"),
+    "unisolated": ("del ValidProcessor.isolation", "`isolation` must be"),
+    "parameterless": ("del ValidProcessor.Parameters", "`Parameters` must be"),
+    "unset": ("ValidProcessor.Settings = dict", "`Settings` must be"),
     "schemaless": (
         "class P(BaseModel):\n    @classmethod\n"
         "    def model_json_schema(cls, *a, **k): raise RuntimeError('no schema')\nGood.Parameters = P",
         "no schema",
     ),
-    "argless": ("Good.__init__ = lambda self: None", "expected `__init__(self, settings)`"),
-    "preloads": ("Good.preload = ('a_package_that_is_missing.x',)", "is not installed"),
-    "preloadless": ("Good.preload = 'os'", "`preload` must be a tuple"),
+    "argless": ("ValidProcessor.__init__ = lambda self: None", "expected `__init__(self, settings)`"),
+    "preloads": ("ValidProcessor.preload = ('a_package_that_is_missing.x',)", "is not installed"),
+    "preloadless": ("ValidProcessor.preload = 'os'", "`preload` must be a tuple"),
 }
 PRELOADED = {
     "dies": "import os; os._exit(9)",
@@ -71,7 +71,7 @@ def test_registry_with_bad_plugins_names_each_and_keeps_the_others(tmp_path: Pat
         info = tmp_path / f"twin{number}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: twin{number}\nVersion: 1.0\n")
-        entries = f"twice = plugin_healthy:Good{number}\necho = plugin_healthy:Echo{number}"
+        entries = f"twice = plugin_healthy:ValidProcessor{number}\necho = plugin_healthy:Echo{number}"
         (info / "entry_points.txt").write_text(f"[jobledger.processors]\n{entries}\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", LIST], env=env, capture_output=True, text=True, timeout=60, check=True)
@@ -91,14 +91,16 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
     needy = "class S(BaseModel):\n    endpoint: str\nGood.Settings = S"
     install_plugin(plugins, "unconfigured", needy)
     install_plugin(plugins, "misconfigured", needy, template=MODULE_TEMPLATE)
-    for job_type, code in PRELOADED.items():
-        (plugins / f"library_{job_type}.py").write_text(code, encoding="utf-8")
-        install_plugin(plugins, job_type, f"Good.isolation = 'process'\nGood.preload = ('library_{job_type}',)")
+    for job_type, library in PRELOADED.items():
+        (plugins / f"library_{job_type}.py").write_text(library, encoding="utf-8")
+        install_plugin(
+            plugins, job_type, f"ValidProcessor.isolation = 'process'\nGood.preload = ('library_{job_type}',)"
+        )
     for name, code in SHARING.items():
         sharing = (
             f"from pathlib import Path\nfrom threading import current_thread, main_thread\ndef shared():\n    {code}\n"
         )
-        sharing += "Good.isolation = 'process'\nGood.shared_directories = staticmethod(shared)"
+        sharing += "ValidProcessor.isolation = 'process'\nGood.shared_directories = staticmethod(shared)"
         install_plugin(plugins, f"sharing-{name}", sharing)
     monkeypatch.setenv("PYTHONPATH", str(plugins))
     sections = {"misconfigured": {"endpoint": 7}, "raises": {"any": "thing"}}

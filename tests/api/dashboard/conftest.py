@@ -40,11 +40,11 @@ async def page(context: BrowserContext) -> AsyncIterator[Page]:
     complaints: list[str] = []
     made.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
     made.on("pageerror", lambda error: complaints.append(str(error)))
-    made.expected_complaints = complaints  # type: ignore[attr-defined]  # a test that makes some takes them away
+    made.console_errors = complaints  # type: ignore[attr-defined]  # a test that makes some takes them away
     yield made
     assert complaints == []
 
 
 def clear_console_errors(page: Any) -> None:
     """What the browser has complained of until now was to be expected: an outage is an error to it."""
-    page.expected_complaints.clear()
+    page.console_errors.clear()

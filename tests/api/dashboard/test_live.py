@@ -121,7 +121,7 @@ async def test_a_batch_is_checked_submitted_paused_and_resumed(api_without_worke
     await check.click()
     await expect(findings).to_contain_text("jobs[0].parameters.track")
     await expect(send).to_be_disabled()
-    page_complaints: list[str] = page.expected_complaints  # type: ignore[attr-defined]
+    page_complaints: list[str] = page.console_errors  # type: ignore[attr-defined]
     assert len(page_complaints) == 1, "the browser tells of the 422"
     page_complaints.clear()
     await content.fill(json.dumps([{**session, "track": "T"}, {**session, "track": "U"}]))

@@ -108,7 +108,7 @@ async def test_the_same_in_another_language_only_composes_anew(
     await run(first, api, key)
     second = RecordingJob(make_parameters(url=url, target_language="fr"), tmp_path, job_id="job-2", steps=first.steps)
     await run(second, api, key)
-    assert second.ran == ["compose", "markdown"]
+    assert second.ran == ["enrich", "markdown"]
     third = RecordingJob(make_parameters(url=url, target_language="fr"), tmp_path, steps=second.steps)
     asked = len(api.requests)
     await run(third, api, key)

@@ -22,9 +22,11 @@ from jobledger.workers.safe_http import Resolver, resolve_host
 from tests.processors.session.fixtures import Site, SiteResponse, html, make_settings, redirect, without_deadline
 
 
-async def fetch(url: str, *, resolve: Resolver = resolve_host, into: Path | None = None, **changes: Any) -> FetchResult:
-    limits = {"max_bytes": changes.pop("max_bytes", 1_000_000), "total_seconds": changes.pop("total_seconds", 20)}
-    return await Fetcher(make_settings(**changes), resolve=resolve).fetch(url, target=into, **limits)
+async def fetch(
+    url: str, *, resolve: Resolver = resolve_host, target: Path | None = None, **changes: Any
+) -> FetchResult:
+    limits = {"max_bytes": changes.pop("max_bytes", 1_000_000), "timeout_seconds": changes.pop("timeout_seconds", 20)}
+    return await Fetcher(make_settings(**changes), resolve=resolve).fetch(url, target=target, **limits)
 
 
 async def failure(url: str, **changes: Any) -> ProcessorError:
@@ -37,7 +39,7 @@ async def test_a_body_comes_into_memory_or_a_file(site: Site, tmp_path: Path) ->
     url = site.put("/data", SiteResponse(b"x" * 200_000, headers={"Content-Type": "Text/Plain; charset=x"}))
     in_memory = await fetch(url)
     assert (in_memory.body, in_memory.media_type) == (b"x" * 200_000, "text/plain")
-    in_file = await fetch(url, into=tmp_path / "data")
+    in_file = await fetch(url, target=tmp_path / "data")
     assert (in_file.body, in_file.size) == (b"", 200_000)
     assert (tmp_path / "data").read_bytes() == b"x" * 200_000
 
@@ -94,7 +96,7 @@ async def test_an_answer_that_is_cut_off_may_pass(site: Site) -> None:
 
 async def test_a_server_that_is_silent_times_out(site: Site) -> None:
     url = site.put_hanging("/silent")
-    for limits in ({"read_timeout_seconds": 0.1}, {"total_seconds": 0.1}):
+    for limits in ({"read_timeout_seconds": 0.1}, {"timeout_seconds": 0.1}):
         error = await failure(url, **limits)
         assert (error.code, error.transient) == ("FETCH_TIMEOUT", True)
 

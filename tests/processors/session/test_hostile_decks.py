@@ -16,8 +16,7 @@ import pypdfium2
 import pytest
 from PIL import Image
 
-from jobledger.workers.processors.session import presentation_conversion as office
-from jobledger.workers.processors.session import presentation_files as deck_files
+from jobledger.workers.processors.session import presentation_conversion, presentation_files
 from jobledger.workers.processors.session.fetcher import Fetcher
 from jobledger.workers.processors.session.pipeline import run
 from jobledger.workers.processors.session.presentation_files import (
@@ -26,7 +25,7 @@ from jobledger.workers.processors.session.presentation_files import (
     extract_slide_texts,
     sanitize_presentation,
 )
-from jobledger.workers.sandbox import runner as sandbox
+from jobledger.workers.sandbox import runner
 from tests.processors.session.fixtures import (
     CONFERENCE_PAGE,
     RecordingJob,
@@ -97,7 +96,7 @@ def everything_in(path: Path) -> bytes:
     """All that a file says, unpacked and decoded."""
     content = path.read_bytes()
     if not content.startswith(b"PK"):
-        for text in deck_files.parse_xml(content).itertext("{*}binary-data"):
+        for text in presentation_files.parse_xml(content).itertext("{*}binary-data"):
             content += base64.b64decode(text)
         return content
     with zipfile.ZipFile(path) as file:
@@ -222,9 +221,9 @@ BOMB = (
 def test_deck_that_is_too_large_or_damaged_is_refused(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deck_files, "MAX_XML_BYTES", 100_000)
-    monkeypatch.setattr(deck_files, "MAX_TOTAL_BYTES", 1_000_000)
-    monkeypatch.setattr(deck_files, "MAX_PARTS", 100)
+    monkeypatch.setattr(presentation_files, "MAX_XML_BYTES", 100_000)
+    monkeypatch.setattr(presentation_files, "MAX_TOTAL_BYTES", 1_000_000)
+    monkeypatch.setattr(presentation_files, "MAX_PARTS", 100)
     (tmp_path / "source").write_bytes(content)
     with pytest.raises(InvalidPresentation):
         sanitize_presentation(tmp_path / "source", tmp_path / "target")
@@ -296,15 +295,15 @@ async def test_words_and_notes_are_shown_where_no_images_can_be_made(
     missing: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sandbox,
+        runner,
         "probe_methods",
-        lambda: (sandbox.ProbeResult("landlock", is_working=False, reason="the kernel does not offer it"),),
+        lambda: (runner.ProbeResult("landlock", is_working=False, reason="the kernel does not offer it"),),
     )
     program = "no-such-program" if missing == "LibreOffice" else "true"
-    chosen = make_settings(libreoffice=program)
+    chosen = make_settings(libreoffice_command=program)
     url = site.put("/deck.pptx", SiteResponse(powerpoint()))
     job = RecordingJob(make_parameters(url=site.put("/talk", html(CONFERENCE_PAGE)), attachments_url=url), tmp_path)
-    results = await run(job, chosen, Fetcher(chosen, lock_directory=tmp_path / "turns"))
+    results = await run(job, chosen, Fetcher(chosen, lock_directory=tmp_path / "locks"))
     assert results.markdown is not None
     text = job.files[results.markdown.path].decode()
     assert "### Slide 1\n\n- The title\n- A \\*point\\*\n\nNotes:\n\n- Say hello\n\n### Slide 2\n\n- Last\n" in text
@@ -318,7 +317,9 @@ async def test_uncleaned_deck_reaches_no_file_and_no_address(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sandbox holds by itself. Started directly, LibreOffice shows the picture and asks the site."""
-    monkeypatch.setattr(office, "sanitize_presentation", lambda source, target: shutil.copyfile(source, target))
+    monkeypatch.setattr(
+        presentation_conversion, "sanitize_presentation", lambda source, target: shutil.copyfile(source, target)
+    )
     picture, drawing = tmp_path / "canary.png", tmp_path / "canary.svg"
     Image.new("RGB", (50, 50), (255, 0, 255)).save(picture)
     image = f'<image xlink:href="{picture.as_uri()}" width="9" height="9"/>'
@@ -336,7 +337,7 @@ async def test_uncleaned_deck_reaches_no_file_and_no_address(
     source, scratch = tmp_path / "attachment", tmp_path / "scratch"
     source.write_bytes(flat(more))
     scratch.mkdir()
-    pdf = await office.convert_to_pdf(source, ".fodp", program="soffice", scratch=scratch)
+    pdf = await presentation_conversion.convert_to_pdf(source, ".fodp", program="soffice", scratch=scratch)
     assert site.requested_paths == []
     document = await asyncio.to_thread(pypdfium2.PdfDocument, pdf)
     colours = document[0].render().to_pil().convert("RGB").getcolors(10**6)

@@ -104,7 +104,7 @@ async def test_a_presentation_becomes_slides_in_its_order(suffix: str, site: Sit
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     job = RecordingJob(make_parameters(url=page, attachments_url=url), scratch)
-    results = await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "turns"))
+    results = await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "locks"))
     assert results.metadata["slides"] == 3
     assert job.warnings == ["There is no transcript. No recording was given."][1:]
     assert results.markdown is not None
@@ -120,7 +120,7 @@ async def test_a_presentation_becomes_slides_in_its_order(suffix: str, site: Sit
 async def test_what_a_presentation_links_to_is_not_fetched(site: Site, page: str, tmp_path: Path) -> None:
     url = site.put("/deck.fodp", SiteResponse(deck("Look", picture=site.url("/inside.png"))))
     job = RecordingJob(make_parameters(url=page, attachments_url=url), tmp_path)
-    await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "turns"))
+    await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "locks"))
     assert "/deck.fodp" in site.requested_paths
     assert "/inside.png" not in site.requested_paths
 
@@ -136,7 +136,7 @@ async def test_what_only_begins_like_a_presentation_is_linked(
 ) -> None:
     url = site.put(f"/deck{suffix}", SiteResponse(content))
     job = RecordingJob(make_parameters(url=page, attachments_url=url), tmp_path)
-    results = await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "turns"))
+    results = await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "locks"))
     assert results.metadata["slides"] == 0
     said = "is damaged" if suffix == ".pptx" else "could not be read by LibreOffice"
     assert job.warnings == [f"The attachment is only linked: it {said}."]
@@ -148,7 +148,9 @@ async def test_a_page_that_calls_itself_a_presentation_is_never_given_to_libreof
     url = site.put("/deck.pptx", SiteResponse(b"<html>Please log in</html>", headers={"Content-Type": "text/html"}))
     job = RecordingJob(make_parameters(url=page, attachments_url=url), tmp_path)
     # Whatever program it were, it would be found out: this one always makes nothing.
-    await run(job, make_settings(libreoffice="true"), Fetcher(make_settings(), lock_directory=tmp_path / "turns"))
+    await run(
+        job, make_settings(libreoffice_command="true"), Fetcher(make_settings(), lock_directory=tmp_path / "locks")
+    )
     assert job.warnings == [
         "The attachment is only linked: it is no PDF (text/html), and images can only be made of PDF."
     ]

@@ -75,7 +75,7 @@ async def test_what_is_said_in_a_film_is_written_down(kind: str, site: Site, tmp
     )
     job = RecordingJob(make_parameters(url=site.put("/page", html(CONFERENCE_PAGE)), video_url=talk), tmp_path)
     chosen = make_settings(transcription={"backend": "pocketsphinx"})
-    results = await run(job, chosen, Fetcher(chosen, lock_directory=tmp_path / "turns"))
+    results = await run(job, chosen, Fetcher(chosen, lock_directory=tmp_path / "locks"))
     assert results.markdown is not None
     transcript = job.files[results.markdown.path].decode().partition("## Transcript")[2].partition("## Links")[0]
     found = KEY_WORDS & set(transcript.split())

@@ -79,7 +79,7 @@ async def test_a_session_with_everything_becomes_markdown_with_images(site: Site
 
     results = await run(job, keep_audio=True)
     assert {name for name, share in job.shared.items() if share} == {"page", "transcript", "slides"}
-    assert {name for name, share in job.shared.items() if not share} == {"compose", "markdown"}
+    assert {name for name, share in job.shared.items() if not share} == {"enrich", "markdown"}
 
     front, body = parts_of(text_of(job, results))
     assert front["title"] == "Ledgers that never forget"
@@ -155,7 +155,7 @@ async def test_the_same_session_in_another_language_fetches_nothing_again_and_ha
     second = RecordingJob(make_parameters(**given, target_language="fr"), tmp_path, job_id="job-2", steps=finished)
     after = await run(second, keep_audio=True)
     assert site.requested_paths == asked
-    assert second.ran == ["compose", "markdown"]
+    assert second.ran == ["enrich", "markdown"]
     assert before.markdown is not None
     assert after.markdown is not None
     own = after.markdown.path.rpartition("/")[0]
@@ -203,7 +203,7 @@ class StuckAt(RecordingJob):
 
     percent = 10.0
 
-    async def progress(self, percent: float, message: str) -> None:
+    async def report_progress(self, percent: float, message: str) -> None:
         await super().report_progress(percent, message)
         if percent == self.percent:
             await asyncio.Event().wait()
@@ -253,7 +253,7 @@ async def test_a_presentation_that_is_no_pdf_is_linked_without_being_downloaded(
     site: Site, page: str, tmp_path: Path
 ) -> None:
     job = RecordingJob(make_parameters(url=page, attachments_url=site.url("/talk%20one.PPT?x=1")), tmp_path)
-    await run(job, libreoffice=None)
+    await run(job, libreoffice_command=None)
     assert job.warnings == [
         "The attachment is only linked: it is a PowerPoint file, and images can only be made of PDF; "
         "LibreOffice, which could make one of it, is not installed."
@@ -349,7 +349,7 @@ async def test_the_transcription_backend_hears_without_failing(site: Site, page:
     job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
     results = await run(job, transcription={"backend": "pocketsphinx"})
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
-    assert job.ran == ["page", "transcript", "slides", "compose", "markdown"]
+    assert job.ran == ["page", "transcript", "slides", "enrich", "markdown"]
 
 
 async def test_what_is_said_stands_in_the_markdown_with_its_time(
@@ -412,7 +412,7 @@ async def test_a_cancelled_job_stops_at_the_next_point(percent: float, site: Sit
 
 async def test_the_operator_can_bring_a_template(site: Site, page: str, tmp_path: Path) -> None:
     own = tmp_path / "own.md.j2"
-    own.write_text("{{ session.session | text }} by {{ session.speakers | length }}")
+    own.write_text("{{ session.session | escape_text }} by {{ session.speakers | length }}")
     job = RecordingJob(make_parameters(url=page), tmp_path)
     assert text_of(job, await run(job, template=own)) == "Ledgers that never forget by 2"
 

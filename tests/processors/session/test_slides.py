@@ -172,16 +172,16 @@ _DRAW = """
 import resource, sys
 from pathlib import Path
 from jobledger.workers.processors.session import SessionSettings
-from jobledger.workers.processors.session.pdf_rendering import draw
+from jobledger.workers.processors.session.pdf_rendering import render_pages
 
 numbers, half = [], 0
-for page in draw(Path(sys.argv[1]), SessionSettings(slide_max_side_px=320)):
+for page in render_pages(Path(sys.argv[1]), SessionSettings(slide_max_side_px=320)):
     assert page.image and page.thumbnail and not page.problem
-    numbers.append(page.number)
-    if page.number == page.pages // 10:
+    numbers.append(page.page_number)
+    if page.page_number == page.page_count // 10:
         half = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert numbers == list(range(1, page.pages + 1))
-print(page.pages, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - half) // 1024)
+assert numbers == list(range(1, page.page_count + 1))
+print(page.page_count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - half) // 1024)
 """
 
 

@@ -22,10 +22,10 @@ DEADLINE_SECONDS = 10.0
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from jobledger.workers.processors.session.host_limits import turn
+from jobledger.workers.processors.session.host_limits import acquire_host_slot
 
 async def main():
-    async with turn("a.example", 1, Path(sys.argv[1])):
+    async with acquire_host_slot("a.example", 1, Path(sys.argv[1])):
         print("holding", flush=True)
         await asyncio.sleep(60)
 
@@ -38,7 +38,7 @@ async def test_so_many_have_a_turn_at_a_host_and_all_get_one(tmp_path: Path) -> 
     most: Counter[str] = Counter()
 
     async def visit(host: str) -> None:
-        async with acquire_host_slot(host, 2, tmp_path / "turns"):
+        async with acquire_host_slot(host, 2, tmp_path / "locks"):
             now[host] += 1
             most[host] = max(most[host], now[host])
             await asyncio.sleep(0.01)
@@ -57,7 +57,7 @@ async def test_any_number_of_hosts_shares_one_file(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack, asyncio.timeout(DEADLINE_SECONDS):
         for number in range(200):
             await stack.enter_async_context(acquire_host_slot(f"{number}.example", 1, tmp_path))
-    assert names_in(tmp_path) == ["turns"]
+    assert names_in(tmp_path) == ["host-slots.lock"]
 
 
 def nothing(_place: Path) -> None:
@@ -96,7 +96,7 @@ def test_turns_are_kept_in_a_directory_of_our_own(
         pytest.skip("only root can give a directory to another user")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "strangers").mkdir(mode=0o777)
-    planted(tmp_path / f"jobledger-turns-{os.getuid()}")
+    planted(tmp_path / f"jobledger-host-locks-{os.getuid()}")
     found = {host_lock_directory.__wrapped__() for _ in range(2)}
     assert len(found) == 1, "all workers of the machine find the same"
     [directory] = found
@@ -121,7 +121,7 @@ def fifo(place: Path) -> None:
 async def test_turn_is_had_whatever_another_job_has_put_in_the_place_of_the_file(
     tmp_path: Path, planted: Callable[[Path], None]
 ) -> None:
-    planted(tmp_path / "turns")
+    planted(tmp_path / "locks")
     async with asyncio.timeout(DEADLINE_SECONDS), acquire_host_slot("a.example", 1, tmp_path):
         assert not (tmp_path / "foreign").exists()
 

@@ -84,7 +84,7 @@ class YoutubeDL:
 async def heard(page: str, site: Site, folder: Path) -> tuple[RecordingJob, Any]:
     job = RecordingJob(make_parameters(url=site.put("/page", html(CONFERENCE_PAGE)), video_url=page), folder)
     chosen = make_settings(keep_audio=True, video_sites=["video.example"])
-    results = await run(job, chosen, Fetcher(chosen, lock_directory=folder / "turns"))
+    results = await run(job, chosen, Fetcher(chosen, lock_directory=folder / "locks"))
     return job, results
 
 

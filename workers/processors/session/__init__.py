@@ -39,7 +39,7 @@ class SessionProcessor:
         return (host_lock_directory(),)
 
     async def run(self, job: JobContext) -> Results:
-        """Run the steps `page`, `transcript`, `slides`, `compose` and `markdown`.
+        """Run the steps `page`, `transcript`, `slides`, `enrich` and `markdown`.
 
         Raises:
             ProcessorError: the page cannot be had or read. Without video or slides the job ends well, with a warning.

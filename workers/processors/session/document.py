@@ -63,7 +63,7 @@ class SlidesResult(BaseModel):
 
 
 class EnrichmentResult(BaseModel):
-    """What the step `compose` found. `markdown` is the page's text, translated if it could be, in `language`."""
+    """What the step `enrich` found. `markdown` is the page's text, translated if it could be, in `language`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -90,7 +90,7 @@ def _placed(slide: Slide, where: ResultLayout) -> Slide:
 
 def built_in_template() -> str:
     """Return the text of the template that is used when the settings name no other."""
-    return files(__package__).joinpath("session.md.j2").read_text(encoding="utf-8")
+    return files(__package__).joinpath("document.md.j2").read_text(encoding="utf-8")
 
 
 def render_document(
@@ -111,15 +111,15 @@ def render_document(
     context: dict[str, Any] = {
         "front_matter": render_front_matter(session=session, job_id=job_id, page=page, composed=composed),
         "session": session,
-        "occasion": _event_details(session),
+        "event_details": _event_details(session),
         "page": page.model_copy(update={"markdown": composed.markdown}),
         "labels": labels,
-        "slides": [{"alt": _alt(slide, labels["slide"]), "target": _relative_path(slide)} for slide in show.slides],
+        "slides": [{"alt": _alt(slide, labels["slide"]), "path": _relative_path(slide)} for slide in show.slides],
         "slide_texts": [
-            {"number": slide.number, "lines": slide.text.splitlines(), "notes": slide.notes.splitlines()}
+            {"number": slide.number, "text_lines": slide.text.splitlines(), "note_lines": slide.notes.splitlines()}
             for slide in show.texts
         ],
-        "transcript": {"paragraphs": _paragraphs(recording.segments), "reason": recording.missing_reason or ""},
+        "transcript": {"paragraphs": _paragraphs(recording.segments), "missing_reason": recording.missing_reason or ""},
         "warnings": warnings,
     }
     try:
@@ -208,11 +208,11 @@ def _paragraphs(segments: Sequence[Segment]) -> list[dict[str, str]]:
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=False,  # noqa: S701  the output is Markdown: values pass through the filters `text` and `target`
+        autoescape=False,  # noqa: S701  the output is Markdown: values pass through the filters `escape_text` and `link_target`
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"text": escape_text, "target": escape_link_target}
+    environment.filters |= {"escape_text": escape_text, "link_target": escape_link_target}
     return environment

@@ -1,4 +1,4 @@
-"""session: the step `compose`, 80 to 90 percent of the job: summary, tags, translation; what fails is a warning."""
+"""session: the step `enrich`, 80 to 90 percent of the job: summary, tags, translation; what fails is a warning."""
 
 from __future__ import annotations
 

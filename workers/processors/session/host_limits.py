@@ -29,7 +29,7 @@ _log = structlog.get_logger()
 _ASK_EVERY_SECONDS: Final = 0.1
 _MOST: Final = 2**20
 """Turns that a host may have."""
-_FILE: Final = "turns"
+_FILE: Final = "host-slots.lock"
 
 
 @cache
@@ -38,7 +38,7 @@ def host_lock_directory() -> Path:
 
     Called first before a job process gets a temporary directory of its own.
     """
-    return ensure_private_directory(Path(tempfile.gettempdir()), f"jobledger-turns-{os.getuid()}")
+    return ensure_private_directory(Path(tempfile.gettempdir()), f"jobledger-host-locks-{os.getuid()}")
 
 
 @asynccontextmanager

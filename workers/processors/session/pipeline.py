@@ -67,7 +67,7 @@ async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> R
     step = next_step()
     composed = EnrichmentResult.model_validate(
         await job.run_step(
-            "compose",
+            "enrich",
             enrichment_step.inputs(step, page, recording),
             partial(enrichment_step.run, step, page, recording),
         )

@@ -144,10 +144,10 @@ class SessionSettings(BaseModel):
     language_model: LanguageModelSettings = Field(
         default=LanguageModelSettings(), description="Summary, tags and translation."
     )
-    enrich_timeout_seconds: float = Field(default=900, gt=0, description="For the whole step `compose`.")
+    enrich_timeout_seconds: float = Field(default=900, gt=0, description="For the whole step `enrich`.")
     keep_audio: bool = Field(default=False, description="Keep the extracted audio (WAV) among the results.")
     max_audio_seconds: float = Field(default=8 * 3600, gt=0, description="Audio taken from one recording.")
 
     template: Path | None = Field(
-        default=None, description="A Jinja2 file to use instead of the built-in `session.md.j2`."
+        default=None, description="A Jinja2 file to use instead of the built-in `document.md.j2`."
     )

@@ -82,7 +82,7 @@ async def resolve_media_url(url: str, *, seconds: float, scratch: Path, fetcher:
         ) from error
     if "error" in said:
         raise TranscriptUnavailable(f"The recording on a page of {site} cannot be had: {_reason(str(said['error']))}.")
-    address = said.get("address")
+    address = said.get("media_url")
     if not isinstance(address, str):
         raise TranscriptUnavailable(f"There is no recording that can be fetched as one file on the page of {site}.")
     return address

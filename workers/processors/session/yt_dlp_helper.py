@@ -1,7 +1,7 @@
 """session: ask yt-dlp where the recording of a page is. `video_sites.py` runs this in the sandbox.
 
 Reads a JSON object from its argument (`path` of the installed packages, `url`, `options`), writes one to standard
-output: `address` or `error`. It imports the standard library only, and yt-dlp.
+output: `media_url` or `error`. It imports the standard library only, and yt-dlp.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
         with library.YoutubeDL(options) as finder:
             found = finder.extract_info(asked["url"], download=False) or {}
         address = found.get("url") or next((entry.get("url") for entry in found.get("entries") or ()), None)
-        said = {"address": address if isinstance(address, str) else None}
+        said = {"media_url": address if isinstance(address, str) else None}
     except Exception as error:  # noqa: BLE001 - of a thousand extractors - each raises what it likes
         said = {"error": str(error) or type(error).__name__}
     print(json.dumps(said), flush=True)
