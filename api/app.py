@@ -186,11 +186,11 @@ def create_app(services: ApiContext) -> ASGIApp:
             Exception: on_unexpected_error,
         },
     )
-    app.state.services = services
+    app.state.context = services
     app.state.docs = docs.Docs(
         lambda: openapi.build_document(ROUTES, services.job_types, services.signed_links.base_url)
     )
-    app.state.responses = responses
+    app.state.response_counts = responses
     app.router.redirect_slashes = False  # it would redirect to the address behind the proxy: see on_http_exception
     # Around everything: also what Starlette itself answers to a fault has its headers, and is counted.
     return metrics.ResponseCounterMiddleware(

@@ -85,7 +85,7 @@ class ApiContext:
 
 def get_api_context(request: Request) -> ApiContext:
     """Return what was handed to the application."""
-    found: ApiContext = request.app.state.services
+    found: ApiContext = request.app.state.context
     return found
 
 
@@ -121,7 +121,7 @@ async def wait_for_requested_position(request: Request) -> None:
             raise ApiError(400, "malformed_position", f"{wanted[:40]!r} is not a position: expected a whole number.")
         if not await _views_reach(request, int(wanted)):
             message = f"The views have reached position {checkpoint.position}, not yet {wanted}."
-            raise ApiError(503, "views_behind", message, retry_after_seconds=2)
+            raise ApiError(503, "projection_lagging", message, retry_after_seconds=2)
     request.scope["ledger_position"] = checkpoint.position
 
 

@@ -146,7 +146,7 @@ def test_an_api_key_is_made_used_and_revoked_as_the_how_to_says(mongodb_uri: str
     assert "completed" in said
     assert "Sessions ended: 0" in said
     assert "is revoked." in said
-    assert '"code":"bad_credentials"' in said
+    assert '"code":"invalid_credentials"' in said
 
 
 @needs_curl

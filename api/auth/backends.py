@@ -61,12 +61,12 @@ def _anonymous_or_401(connection: HTTPConnection, *, anonymous_read: bool, how: 
     """
     if anonymous_read and connection.scope.get("method") in ("GET", "HEAD"):
         return Principal(None)
-    raise ApiError(401, "not_signed_in", f"Say who you are: {how}.")
+    raise ApiError(401, "authentication_required", f"Say who you are: {how}.")
 
 
 def _refusal(why: object) -> ApiError:
     _log.info("sign-in refused", why=str(why))
-    return ApiError(401, "bad_credentials", "These credentials are not valid, or not any more.")
+    return ApiError(401, "invalid_credentials", "These credentials are not valid, or not any more.")
 
 
 def _bearer(connection: HTTPConnection) -> str | None:

@@ -27,7 +27,7 @@ from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import MAJORITY, Database, Document, translate_errors
 
 _log = structlog.get_logger()
-COLLECTION: Final = "sessions"
+COLLECTION: Final = "browser_sessions"
 SESSION_LIFETIME: Final = timedelta(hours=12)
 MAX_SESSIONS_PER_OWNER: Final = 20
 """Sessions of one API key, or of one user with tokens. A new one ends the oldest."""
@@ -218,5 +218,5 @@ def _readable(document: Document | None) -> BrowserSession | None:
     try:
         return None if document is None else BrowserSession.model_validate(document)
     except ValidationError:
-        _log.warning("a document in sessions is not a session and is ignored")
+        _log.warning("a document in browser_sessions is not a session and is ignored")
         return None

@@ -102,7 +102,7 @@ class JwksKeySource:
             found = self._known(kid)
             if found is None and self._fetched_at < self._asked_at:
                 message = "Who has issued this token cannot be asked for their keys now."
-                raise ApiError(503, "keys_unavailable", message, retry_after_seconds=int(_PAUSE_WITHOUT_KEYS_SECONDS))
+                raise ApiError(503, "jwks_unavailable", message, retry_after_seconds=int(_PAUSE_WITHOUT_KEYS_SECONDS))
         elif self._clock() - self._fetched_at > _FRESH_SECONDS:
             self._fetch_again()  # nobody has to wait for it
         return found

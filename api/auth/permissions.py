@@ -94,11 +94,11 @@ class AuthenticationMiddleware:
         try:
             if scope["path"] not in PUBLIC_PATHS and not scope["path"].startswith(_PUBLIC_PREFIX):
                 principal = scope["principal"] = await self._sign_in(HTTPConnection(scope))
-                scope["signed_in"] = self
-                if principal.user_id is not None and (accepted := scope.get("credentials_accepted")) is not None:
+                scope["authentication"] = self
+                if principal.user_id is not None and (accepted := scope.get("on_credentials_accepted")) is not None:
                     accepted()  # now, and not with the answer: that may take a minute
         except ApiError as error:
-            scope["credentials_refused"] = error.status == 401  # the answer may be a redirect to the sign-in
+            scope["are_credentials_rejected"] = error.status == 401  # the answer may be a redirect to the sign-in
             await self._refused(scope, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -139,7 +139,7 @@ async def wait_until_signed_out(scope: Scope, *, allow_renewal: bool = False) ->
     `renewable`: what the caller has open cannot be continued by another request, so a proxy's word is good for all of
     it.
     """
-    signed_in_: AuthenticationMiddleware | None = scope.get("signed_in")
+    signed_in_: AuthenticationMiddleware | None = scope.get("authentication")
     if signed_in_ is None:
         await asyncio.Event().wait()
     else:
@@ -171,7 +171,7 @@ async def timeout_while_authenticated(request: HTTPConnection, seconds: float) -
                 watching.cancel()
     except TimeoutError:
         if invalid:
-            raise ApiError(401, "bad_credentials", "The credentials became invalid during the request.") from None
+            raise ApiError(401, "invalid_credentials", "The credentials became invalid during the request.") from None
         raise
 
 
@@ -189,7 +189,7 @@ def require_user_id(request: Request) -> str:
     """
     user_id = get_principal(request).user_id
     if user_id is None:
-        raise ApiError(401, "not_signed_in", "Say who you are: this needs more than what everybody may see.")
+        raise ApiError(401, "authentication_required", "Say who you are: this needs more than what everybody may see.")
     return user_id
 
 

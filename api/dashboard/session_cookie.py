@@ -49,7 +49,7 @@ class SessionCookieBackend:
 
     async def __call__(self, connection: HTTPConnection) -> Principal:
         session_id = connection.cookies.get(self._cookie)
-        foreign = connection.scope.get("foreign_origin", False)
+        foreign = connection.scope.get("is_foreign_origin", False)
         if self._sessions is None or not session_id or foreign or "authorization" in connection.headers:
             return await self._sign_in(connection)
         try:
@@ -58,7 +58,7 @@ class SessionCookieBackend:
             message = "The session cannot be checked: the database does not answer. Try again in a moment."
             raise ApiError(503, "database_unavailable", message, retry_after_seconds=2) from error
         if principal is None:
-            raise ApiError(401, "bad_credentials", "The session has ended. Sign in again.")
+            raise ApiError(401, "invalid_credentials", "The session has ended. Sign in again.")
         connection.scope["session_cookie"] = True
         return principal
 

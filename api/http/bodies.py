@@ -49,12 +49,12 @@ async def read_body_bytes(request: Request, limit: int, setting: str = "") -> by
     if encoding not in ("", "identity"):
         message = f"Content-Encoding {encoding[:40]!r} is not supported: send the body without compression."
         raise ApiError(415, "unsupported_content_encoding", message, headers={"Accept-Encoding": "identity"})
-    memory: MemoryReservation = request.scope["memory"]
+    memory: MemoryReservation = request.scope["memory_reservation"]
     body = bytearray()
     try:
         async for part in request.stream():
             if len(body) + len(part) > limit:
-                raise ApiError(413, "too_large", f"The body is larger than {limit} bytes{setting}.")
+                raise ApiError(413, "content_too_large", f"The body is larger than {limit} bytes{setting}.")
             memory.add(2 * len(part))  # as received, and as parsed
             body += part
     except ClientDisconnect as gone:
@@ -103,7 +103,7 @@ async def run_off_loop(
 
 
 def _parsed(request: Request, model: type[Model], body: bytearray) -> tuple[Model, Any]:
-    memory: MemoryReservation = request.scope["memory"]
+    memory: MemoryReservation = request.scope["memory_reservation"]
     if request.scope.get("large_body"):
         values, containers = estimate_value_count(body)
         if values > MAX_VALUES or containers > MAX_CONTAINERS:

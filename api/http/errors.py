@@ -56,11 +56,11 @@ class ApiError(Exception):
 ERROR_RESPONSES: Final[Sequence[tuple[type[JobledgerError], int, str, int | None]]] = (
     (NotFound, 404, "not_found", None),
     (AlreadyExists, 409, "already_exists", None),
-    (InvalidState, 409, "wrong_state", None),
+    (InvalidState, 409, "invalid_state", None),
     (VersionConflict, 409, "version_conflict", None),
     (InvalidEvent, 422, "invalid_content", None),
-    (LedgerBusy, 429, "busy", 1),
-    (FileStoreUnavailable, 503, "store_unavailable", 10),
+    (LedgerBusy, 429, "write_contention", 1),
+    (FileStoreUnavailable, 503, "file_store_unavailable", 10),
     (LedgerUnavailable, 503, "database_unavailable", 2),
     (UnreadableEvent, 500, "unreadable_event", None),
 )
@@ -161,11 +161,13 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
     if error.status_code == 404 and (onwards := _without_slash(request)) is not None:
         return onwards
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 416: "range_not_satisfiable"}
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "content_too_large", 416: "range_not_satisfiable"}
     messages = {404: "There is nothing at this address.", 405: "This address does not know this method."}
     answer = error_response(
         ApiError(
-            error.status_code, codes.get(error.status_code, "refused"), messages.get(error.status_code, error.detail)
+            error.status_code,
+            codes.get(error.status_code, "bad_request"),
+            messages.get(error.status_code, error.detail),
         )
     )
     answer.headers.update(error.headers or {})

@@ -74,7 +74,7 @@ class MemoryLimitMiddleware:
         self._answers = MemoryBudget(budget.limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reservation = scope["memory"] = MemoryReservation(self._budget)
+        reservation = scope["memory_reservation"] = MemoryReservation(self._budget)
         answer = MemoryReservation(self._answers)
         begin: Message | None = None
 

@@ -168,11 +168,11 @@ def _malformed(scope: Scope) -> ApiError | None:
         return ApiError(400, "ambiguous_length", message, headers={"Connection": "close"})
     if len(set(names)) < len(names) and (repeated := [name for name in _SINGLE_VALUE_HEADERS if names.count(name) > 1]):
         message = f"The header {repeated[0].decode().title()} is there {names.count(repeated[0])} times; send it once."
-        return ApiError(400, "repeated_header", message)
+        return ApiError(400, "duplicate_header", message)
     address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
     if address > MAX_URI_LENGTH:
         message = f"The address has {address} characters; at most {MAX_URI_LENGTH} are read."
-        return ApiError(414, "address_too_long", message)
+        return ApiError(414, "uri_too_long", message)
     headers = scope["headers"]
     size = sum(len(name) + len(value) for name, value in headers)
     if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
@@ -247,7 +247,7 @@ class HostOriginMiddleware:
             )
             await error_response(ApiError(400, "unknown_host", message))(scope, receive, send)
         elif (refused := self._refused(scope, headers, host)) is not None:
-            await error_response(ApiError(403, "foreign_origin", refused))(scope, receive, send)
+            await error_response(ApiError(403, "origin_not_allowed", refused))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -255,7 +255,7 @@ class HostOriginMiddleware:
         """Return why a request may not change anything here; None if it may, or only reads."""
         ours = self._public_origin or parse_origin(f"http://{host}")
         sent = headers.getlist("origin")
-        scope["foreign_origin"] = any(parse_origin(it) != ours for it in sent)
+        scope["is_foreign_origin"] = any(parse_origin(it) != ours for it in sent)
         if scope["method"] in ("GET", "HEAD"):
             return None
         signs_in = scope["path"] in _SIGN_IN_PATHS
@@ -346,7 +346,7 @@ class AuthFailureLimitMiddleware:
     lately: a mistake in one program must not lock out its neighbours behind the same address.
 
     The token is taken before the credentials are looked at, or parallel requests would pass the limit together. It is
-    given back unless they are wrong: the answer is 401, or `SignedIn` has set `credentials_refused` in the scope.
+    given back unless they are wrong: the answer is 401, or `SignedIn` has set `are_credentials_rejected` in the scope.
     Requests with the same credentials need one token while these are looked at.
     """
 
@@ -368,7 +368,7 @@ class AuthFailureLimitMiddleware:
         holds_token = digest not in self._accepted and digest not in self._looked_at
         if holds_token and (wait := self._buckets.take(address)) > 0:
             message = "Too many wrong credentials came from your address (api.auth_failures_per_minute)."
-            refused = ApiError(429, "too_many_refused_sign_ins", message, retry_after_seconds=ceil(wait))
+            refused = ApiError(429, "too_many_auth_failures", message, retry_after_seconds=ceil(wait))
             return await error_response(refused)(scope, receive, send)
         if holds_token and sent:  # those of a form are in its body: they may differ
             self._looked_at.add(digest)
@@ -395,11 +395,11 @@ class AuthFailureLimitMiddleware:
 
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                is_refused = message["status"] == 401 or scope.get("credentials_refused", False)
+                is_refused = message["status"] == 401 or scope.get("are_credentials_rejected", False)
                 refuse() if is_refused else give_back()
             await send(message)
 
-        scope["credentials_accepted"] = accept
+        scope["on_credentials_accepted"] = accept
         try:
             return await self._app(scope, receive, send_counted)
         finally:
@@ -443,7 +443,7 @@ class OpenRequestLimiter:
             return ApiError(429, "too_many_streams", message, retry_after_seconds=5)
         if 0 < self._most <= self._open.total():
             message = "This process has as many live streams open as it may (api.max_streams)."
-            return ApiError(503, "too_many_streams_open", message, retry_after_seconds=5)
+            return ApiError(503, "stream_capacity_exceeded", message, retry_after_seconds=5)
         return None
 
     @contextmanager
@@ -474,7 +474,7 @@ def track_waiting_request(scope: Scope) -> Iterator[bool]:
     As many may wait as may have live streams: they are counted apart, so that open streams keep nobody from reading
     what they have written.
     """
-    with scope["held"]() as allowed:
+    with scope["track_waiting_request"]() as allowed:
         yield allowed
 
 
@@ -502,7 +502,7 @@ class RateLimitMiddleware:
                 retry_after_seconds=ceil(wait),
             )
             return await error_response(refused)(scope, receive, send)
-        scope["held"] = partial(self._held.track_if_allowed, who)
+        scope["track_waiting_request"] = partial(self._held.track_if_allowed, who)
         if scope["path"] not in STREAM_PATHS:
             return await self._app(scope, receive, send)
         if (too_many := self._streams.get_rejection(who)) is not None:

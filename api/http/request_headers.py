@@ -123,7 +123,7 @@ def require_if_match(request: Request, check: Callable[[StreamState], None]) -> 
             message = (
                 f"It is at version {known.head.version} by now, not at the one that If-Match names: read it again."
             )
-            raise ApiError(412, "version_changed", message, details={"version": known.head.version})
+            raise ApiError(412, "precondition_failed", message, details={"version": known.head.version})
 
     return check_both
 
@@ -145,7 +145,7 @@ def preferred_wait(request: Request) -> Iterator[float]:
     with track_waiting_request(request.scope) as allowed:
         if allowed:
             request.scope["preference_applied"] = f"wait={seconds}"
-            request.scope["memory"].release()
+            request.scope["memory_reservation"].release()
         yield seconds if allowed else 0
 
 

@@ -13,8 +13,9 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
 from jobledger.api.auth.permissions import PUBLIC_PATHS
+from jobledger.api.http.error_codes import ERROR_CODES
 from jobledger.api.http.request_headers import MAX_WAIT_SECONDS
-from jobledger.api.openapi.operations import ERROR_CODES, OPERATIONS, Operation
+from jobledger.api.openapi.operations import OPERATIONS, Operation
 from jobledger.api.schemas import requests as models
 from jobledger.api.schemas.responses import ErrorResponse
 
@@ -62,32 +63,32 @@ answers as if it were not there."""
 _EVERYWHERE: Final = (
     "unknown_host",
     "ambiguous_length",
-    "repeated_header",
-    "address_too_long",
+    "duplicate_header",
+    "uri_too_long",
     "headers_too_large",
     "invalid_content",
     "internal_error",
 )
 _SIGNED_IN: Final = (
-    "not_signed_in",
-    "bad_credentials",
-    "keys_unavailable",
+    "authentication_required",
+    "invalid_credentials",
+    "jwks_unavailable",
     "too_many_requests",
-    "too_many_refused_sign_ins",
+    "too_many_auth_failures",
     "database_unavailable",
 )
 _BODY: Final = (
     "malformed_json",
     "incomplete_body",
-    "too_large",
+    "content_too_large",
     "too_many_values",
     "unsupported_content_encoding",
     "unsupported_media_type",
     "server_busy",
 )
-_CHANGE: Final = ("wrong_state", "version_conflict", "already_exists", "busy")
+_CHANGE: Final = ("invalid_state", "version_conflict", "already_exists", "write_contention")
 _POST: Final = ("malformed_idempotency_key", "idempotency_key_reused", "invalid_content")
-_OF_ONE: Final = ("version_changed", "unreadable_event", "event_damaged")
+_OF_ONE: Final = ("precondition_failed", "unreadable_event", "event_damaged")
 _IN_PATH: Final = {
     "job_id": "job_not_found",
     "batch_id": "batch_not_found",
@@ -302,11 +303,11 @@ def _codes(route: Route, door: Operation, method: str, path: str) -> list[str]:
     if path not in PUBLIC_PATHS:
         codes += _SIGNED_IN
     if path == "/readyz":
-        codes += ["database_unavailable", "views_stalled"]
+        codes += ["database_unavailable", "projection_stalled"]
     if route.param_convertors:
         codes += ["not_found", *(_IN_PATH[name] for name in route.param_convertors)]
     if method != "GET":
-        codes += ["forbidden", "foreign_origin"]
+        codes += ["forbidden", "origin_not_allowed"]
     if method != "GET" and door.appends_events:
         codes += _CHANGE
     if method == "POST":
@@ -316,7 +317,7 @@ def _codes(route: Route, door: Operation, method: str, path: str) -> list[str]:
     if door.body is not None:
         codes += _BODY
     if door.reads_views:
-        codes += ["malformed_position", "views_behind"]
+        codes += ["malformed_position", "projection_lagging"]
     return sorted(dict.fromkeys(codes), key=lambda code: (ERROR_CODES[code][0], code))
 
 

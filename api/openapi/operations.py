@@ -46,7 +46,7 @@ class Operation:
 
     `views`: it reads the views, so it can wait for a `Ledger-Position`. `records`: if it is no GET, it causes events
     and answers with their `Ledger-Position`. `statuses`: more answers, without content.
-    `errors`: codes of `CODES`. `takes` and `gives`: names of headers in api/openapi/document.py.
+    `errors`: codes of `ERROR_CODES`. `takes` and `gives`: names of headers in api/openapi/document.py.
     """
 
     summary: str
@@ -66,75 +66,6 @@ class Operation:
     def query_model(self) -> type[BaseModel]:
         """The model of the query parameters, also of a route that does not read them itself."""
         return self.query or (models.MinPositionQuery if self.reads_views else models.NoQuery)
-
-
-ERROR_CODES: Final[Mapping[str, tuple[int, str]]] = {
-    "address_too_long": (414, "the address is longer than 16,384 characters"),
-    "ambiguous_length": (400, "Content-Length together with Transfer-Encoding"),
-    "already_exists": (409, "there is one with this id already"),
-    "bad_credentials": (401, "credentials that are malformed, unknown, expired, revoked or forged"),
-    "batch_not_found": (404, "there is no such batch, or you may not see it"),
-    "behind": (503, "this process does not know yet who may see what"),
-    "busy": (429, "too much is being written to the same place at once"),
-    "deleted": (410, "the job or batch of this webhook was deleted"),
-    "delivery_not_found": (404, "there is no such webhook, or you may not see it"),
-    "database_unavailable": (503, "the database does not answer"),
-    "endpoint_not_found": (404, "there is no such endpoint, or it is not yours"),
-    "event_damaged": (409, "an event was changed in the database; `jobledger log verify` names it"),
-    "file_damaged": (500, "the file was changed in this server's store"),
-    "file_missing": (500, "the file is on record, but not in this server's store"),
-    "file_not_found": (404, "there is no such file, or you may not see it"),
-    "forbidden": (403, "you may see it, but not do that"),
-    "foreign_origin": (403, "another site's page may not change anything"),
-    "headers_too_large": (431, "more than 100 headers, or 32 KB of them"),
-    "idempotency_key_reused": (422, "the key came with another body before"),
-    "incomplete_body": (400, "the connection ended before the body did"),
-    "insufficient_storage": (507, "the server's disk is nearly full"),
-    "internal_error": (500, "a fault; the log has it under the request's id"),
-    "invalid_content": (422, "`details.errors` names each wrong field"),
-    "job_not_found": (404, "there is no such job, or you may not see it"),
-    "job_type_unusable": (503, "the processor of this job type cannot be used here"),
-    "keys_unavailable": (503, "`auth.jwt.jwks_url` does not answer"),
-    "link_expired": (403, "the signed link has expired"),
-    "link_invalid": (403, "the signed link has been altered, or what it led to is gone"),
-    "malformed_idempotency_key": (400, "the Idempotency-Key has no visible characters, or too many"),
-    "malformed_json": (400, "the body is not JSON"),
-    "malformed_position": (400, "the Ledger-Position is no number"),
-    "method_not_allowed": (405, "the address does not know this method"),
-    "no_results": (409, "there are no result files"),
-    "not_found": (404, "there is nothing at this address"),
-    "not_signed_in": (401, "say who you are"),
-    "precondition_failed": (412, "the file is not the one that the conditions name"),
-    "range_not_satisfiable": (416, "the file has no such range"),
-    "repeated_header": (400, "a header that has one value is there several times"),
-    "refused": (400, "the request cannot be understood"),
-    "server_busy": (503, "the requests in progress use all memory allowed (`api.request_memory_mb`)"),
-    "store_unavailable": (503, "this server cannot use its result store now"),
-    "still_running": (503, "the job is being cancelled; delete it again in a moment"),
-    "stream_not_found": (404, "there is no such stream"),
-    "too_large": (413, "the body is larger than `api.max_body_bytes`"),
-    "too_many_values": (413, "the body has more than 1,000,000 values, or 250,000 objects and arrays"),
-    "too_many_refused_sign_ins": (
-        429,
-        "more wrong credentials from one address than `api.auth_failures_per_minute` allows",
-    ),
-    "too_many_requests": (429, "more requests than `api.requests_per_second` allows"),
-    "too_many_streams_open": (503, "more live streams in this process than `api.max_streams` allows"),
-    "too_many_streams": (429, "more live streams than `api.max_streams_per_user` allows"),
-    "unknown_event_type": (422, "there is no such type of event"),
-    "unknown_host": (400, "nothing here has the name by which you asked"),
-    "unknown_job_type": (422, "no such processor is installed"),
-    "unreadable_event": (500, "an event was written by a later version"),
-    "unsupported_content_encoding": (415, "the body is compressed"),
-    "unsupported_media_type": (415, "the body is not application/json"),
-    "validation_timeout": (503, "the validator of a job type takes too long"),
-    "version_changed": (412, "it is not at the version that If-Match names"),
-    "version_conflict": (409, "somebody else changed it in this moment"),
-    "views_stalled": (503, "the views have not got on for half a minute; the message says why"),
-    "views_behind": (503, "the views have not reached the Ledger-Position in time"),
-    "wrong_state": (409, "not while it is as it is"),
-}
-"""Every code of a failure, its HTTP status, and what it means."""
 
 
 def _job_action(summary: str, body: type[BaseModel] = models.ReasonBody) -> Operation:
@@ -159,7 +90,7 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         response=answers.JobAcceptedResponse,
         status=202,
         body=models.JobBody,
-        error_codes=("unknown_job_type", "job_type_unusable", "validation_timeout", "insufficient_storage"),
+        error_codes=("unknown_job_type", "job_type_unavailable", "validation_timeout", "insufficient_storage"),
         request_headers=("Prefer",),
         response_headers=("Location",),
     ),
@@ -201,14 +132,14 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         summary="A job's result files as a ZIP",
         response="application/zip",
         reads_views=True,
-        error_codes=("no_results", "file_missing", "file_damaged", "store_unavailable"),
+        error_codes=("no_results", "file_missing", "file_damaged", "file_store_unavailable"),
     ),
     batches.submit_batch: Operation(
         summary="Submit jobs that belong together, all or none",
         response=answers.BatchAcceptedResponse,
         status=202,
         body=models.BatchBody,
-        error_codes=("unknown_job_type", "job_type_unusable", "validation_timeout", "insufficient_storage"),
+        error_codes=("unknown_job_type", "job_type_unavailable", "validation_timeout", "insufficient_storage"),
         request_headers=("Prefer",),
         response_headers=("Location",),
     ),
@@ -251,7 +182,7 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         summary="The result files of a batch's jobs as a ZIP",
         response="application/zip",
         reads_views=True,
-        error_codes=("no_results", "file_missing", "file_damaged", "store_unavailable"),
+        error_codes=("no_results", "file_missing", "file_damaged", "file_store_unavailable"),
     ),
     files.get_file: Operation(
         summary="A result file",
@@ -265,7 +196,7 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
             "link_expired",
             "link_invalid",
             "file_missing",
-            "store_unavailable",
+            "file_store_unavailable",
             "file_damaged",
         ),
         request_headers=("If-Match", "If-None-Match", "Range"),
@@ -282,7 +213,13 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         summary="A page of the log",
         response=answers.EventListResponse,
         query=models.EventListQuery,
-        error_codes=("unknown_event_type", "job_not_found", "batch_not_found", "stream_not_found", "behind"),
+        error_codes=(
+            "unknown_event_type",
+            "job_not_found",
+            "batch_not_found",
+            "stream_not_found",
+            "visibility_not_ready",
+        ),
     ),
     log_stream.stream_events: Operation(
         summary="The log, live, as Server-Sent Events: `id:` is the position, `event:` the type, `data:` an event",
@@ -292,9 +229,9 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
             "unknown_event_type",
             "job_not_found",
             "batch_not_found",
-            "behind",
+            "visibility_not_ready",
             "too_many_streams",
-            "too_many_streams_open",
+            "stream_capacity_exceeded",
         ),
         request_headers=("Last-Event-ID",),
     ),
@@ -321,7 +258,7 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         status=202,
         body=models.ReasonBody,
         is_body_optional=True,
-        error_codes=("forbidden", "deleted"),
+        error_codes=("forbidden", "source_deleted"),
     ),
     webhooks.redeliver_webhooks: Operation(
         summary="Send webhooks again: those that were given up, or what the body names",
@@ -353,7 +290,13 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         response=webhook_responses.WebhookEchoResponse,
         query=models.AnyQuery,
         appends_events=False,
-        error_codes=("not_found", "too_large", "incomplete_body", "unsupported_content_encoding", "server_busy"),
+        error_codes=(
+            "not_found",
+            "content_too_large",
+            "incomplete_body",
+            "unsupported_content_encoding",
+            "server_busy",
+        ),
     ),
     webhook_echo.list_webhook_echoes: Operation(
         summary="What that receiver was sent",

@@ -116,7 +116,7 @@ async def delete_batch(request: Request) -> Response:
     outcome = await _for_jobs(request, found, command, _ALL_STATUSES, AccessLevel.ADMIN)
     if outcome.rejections:
         message = "Not every job could be deleted, so the batch is still there: cancel it, and try again."
-        raise ApiError(409, "wrong_state", message, details=outcome.to_response())
+        raise ApiError(409, "invalid_state", message, details=outcome.to_response())
     handled = await _for_batch(request, found, command)
     return _answer(found.batch_id, handled.stream_state, outcome)
 

@@ -289,7 +289,7 @@ def check_list_index_size(size: int) -> None:
             f"`access_control` and teams of the batch's jobs: the list index takes {size} bytes or more, and at most "
             f"{limits.MAX_BATCH_LIST_INDEX_BYTES} are allowed. Use fewer names, groups, or smaller batches."
         )
-        raise ApiError(413, "too_large", message)
+        raise ApiError(413, "content_too_large", message)
 
 
 def check_expanded_size(request: Request, field: str, value: Any, times: int) -> None:
@@ -302,7 +302,7 @@ def check_expanded_size(request: Request, field: str, value: Any, times: int) ->
     size, limit = len(text) * times, get_api_context(request).max_body_bytes
     if size > limit:
         message = f"The batch's `{field}` in each of its jobs: {size} bytes, more than {limit} (api.max_body_bytes)."
-        raise ApiError(413, "too_large", message)
+        raise ApiError(413, "content_too_large", message)
     values = estimate_value_count(text, times)[0] * times
     if values > MAX_VALUES:
         message = f"The batch's `{field}` in each of its jobs: about {values} values, more than {MAX_VALUES}."

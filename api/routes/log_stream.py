@@ -82,7 +82,7 @@ async def wait_for_visibility(visibility: Visibility, position: int) -> None:
             await visibility.wait_for_position(position)
     except TimeoutError:
         message = "This process does not know yet who may see what; try again in a moment."
-        raise ApiError(503, "behind", message, retry_after_seconds=2) from None
+        raise ApiError(503, "visibility_not_ready", message, retry_after_seconds=2) from None
 
 
 async def check_readable(visibility: Visibility, principal: Principal, stream: str) -> None:

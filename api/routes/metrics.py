@@ -61,7 +61,7 @@ async def get_metrics(request: Request) -> Response:
     require_monitor_role(request)
     known = get_api_context(request)
     registry = CollectorRegistry()
-    found = [*await _of_the_ledger(known), *_of_this_process(known, request.app.state.responses)]
+    found = [*await _of_the_ledger(known), *_of_this_process(known, request.app.state.response_counts)]
     registry.register(CallbackCollector(lambda: found))
     ProcessCollector(registry=registry)
     return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -88,6 +88,6 @@ async def check_readiness(request: Request) -> Response:
         position, head = known.checkpoint.position, known.stall_detector.head
         reason = await stall_reason(known.db, position, head)
         message = f"The views have stopped at position {position} of {head}. {reason}"
-        raise ApiError(503, "views_stalled", message, details={"projection_position": position, "head": head})
+        raise ApiError(503, "projection_stalled", message, details={"projection_position": position, "head": head})
     answer = {"status": "success", "projection_position": known.checkpoint.position}
     return json_response(answer | ({"warning": known.disk_monitor.problem} if known.disk_monitor.problem else {}))

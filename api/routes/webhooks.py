@@ -80,7 +80,7 @@ async def redeliver_webhook(request: Request) -> Response:
     await _may_redeliver(request, found.state, _not_found(delivery_id))
     if await is_deleted(known.event_store, found.state.spec.source):
         message = f"{found.state.spec.source} was deleted, so its webhook cannot be sent again."
-        raise ApiError(410, "deleted", message)
+        raise ApiError(410, "source_deleted", message)
     once = IdempotencyKey.from_request(request, content)
     done = once.find_in(events) if once else None
     if done is None:

@@ -51,7 +51,7 @@ def build_job_submitted(
     if (why := ctx.unavailable_job_types.get(body.job_type)) is not None:
         place = format_location((*within, "job_type"))
         message = f"{place}: job type {body.job_type!r} cannot be used on this server now: {why}"
-        raise ApiError(503, "job_type_unusable", message)
+        raise ApiError(503, "job_type_unavailable", message)
     if body.job_type not in ctx.job_types:
         names = ", ".join(sorted(ctx.job_types))
         problem = {

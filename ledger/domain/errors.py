@@ -123,7 +123,7 @@ class InvalidEvent(JobledgerError):
 class CommandRejected(JobledgerError):
     """The rules say no; nothing was written. `code` is the word that programs compare."""
 
-    code = "refused"
+    code = "rejected"
 
 
 class NotFound(CommandRejected):
@@ -141,7 +141,7 @@ class AlreadyExists(CommandRejected):
 class InvalidState(CommandRejected):
     """The job or batch is not in a state that allows this."""
 
-    code = "wrong_state"
+    code = "invalid_state"
 
 
 class NotDue(InvalidState):

@@ -255,7 +255,7 @@ async def test_a_batch_at_work_is_not_deleted_and_neither_is_any_of_its_jobs(api
     batch_id, _ = await in_every_state(api_without_worker)
     head = await api_without_worker.event_store.head_position()
     answer = await api_without_worker.http.delete(f"{BATCHES}/{batch_id}")
-    assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
+    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_state")
     assert "cancel it first" in answer.json()["message"]
     assert await api_without_worker.event_store.head_position() == head
 
@@ -276,10 +276,10 @@ async def test_a_batch_with_a_job_that_was_started_meanwhile_is_not_deleted(
 
     monkeypatch.setattr(api_without_worker.event_store, "iterate_stream_batches", overtaken)
     answer = await api_without_worker.http.delete(path)
-    assert (answer.status_code, answer.json()["code"]) == (409, "wrong_state")
+    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_state")
     details = answer.json()["details"]
     assert details["jobs"] == counted(2, changed=1, refused=1)
-    assert [(it["job_id"], it["code"]) for it in details["rejections"]] == [(two, "wrong_state")]
+    assert [(it["job_id"], it["code"]) for it in details["rejections"]] == [(two, "invalid_state")]
     head = await api_without_worker.event_store.head_position()
     assert (await api_without_worker.get(path, head)).json()["batch"]["job_ids"] == [two]
     assert (await api_without_worker.get(f"/api/events/jobs/{one}")).status_code == 404
@@ -344,18 +344,18 @@ async def test_access_lists_that_multiply_the_list_index_are_refused(api: Api, m
     own = {"jobs": [{**job, "access_control": access} for job in many]}
     for body in (inherited, own):
         answer = await api.http.post(BATCHES, json=body)
-        assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text[:300]
+        assert (answer.status_code, answer.json()["code"]) == (413, "content_too_large"), answer.text[:300]
         assert "access_control" in answer.json()["message"]
     assert (await api.http.post(BATCHES, json={"jobs": few, "access_control": access})).status_code == 202
     batch = await api.submit_batch(*[{}] * 10)
     answer = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": access})
-    assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text[:300]
+    assert (answer.status_code, answer.json()["code"]) == (413, "content_too_large"), answer.text[:300]
 
 
 async def test_update_whose_access_lists_multiply_is_refused_before_anything_is_written(api: Api) -> None:
     batch = await api.submit_batch(*[{}] * 900)
     names = [f"{index:03}" + "x" * 197 for index in range(200)]
     answer = await api.http.put(f"{BATCHES}/{batch['batch_id']}", json={"access_control": {"read_access": names}})
-    assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text[:300]
+    assert (answer.status_code, answer.json()["code"]) == (413, "content_too_large"), answer.text[:300]
     assert "access_control" in answer.json()["message"]
     assert not [it for it in await api.event_store.read_stream(batch["batch_id"]) if it.type == "BatchAccessChanged"]

@@ -141,6 +141,6 @@ async def _once_the_views_have(api: Api, position: str) -> dict[str, Any]:
             stats: dict[str, Any] = answer.json()["stats"]
             return stats
         assert answer.status_code == 503
-        assert answer.json()["code"] == "views_behind"
+        assert answer.json()["code"] == "projection_lagging"
         assert "retry-after" in answer.headers
         assert time.monotonic() < deadline, "the views do not get there"

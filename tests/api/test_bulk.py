@@ -73,7 +73,7 @@ async def test_a_job_that_has_ended_meanwhile_is_named_and_the_others_are_change
     shown = outcome.to_response()
     assert shown["jobs"] == {"total": 4, "changed": 3, "unchanged": 0, "rejected": 1}
     [refused] = shown["rejections"]
-    assert (refused["job_id"], refused["code"]) == (job_ids[1], "wrong_state")
+    assert (refused["job_id"], refused["code"]) == (job_ids[1], "invalid_state")
     assert "it has ended already" in refused["message"]
     assert outcome.position == await ledger.event_store.head_position()
 

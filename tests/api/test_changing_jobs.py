@@ -33,7 +33,7 @@ async def test_access_and_priority_are_changed_together_or_not_at_all(api: Api) 
     public = {"visibility": "public"}
 
     refused = await put(api, f"jobs/{job_id}", {"priority": 9, "access_control": public})
-    assert (refused.status_code, refused.json()["code"]) == (409, "wrong_state")
+    assert (refused.status_code, refused.json()["code"]) == (409, "invalid_state")
     assert (await api.event_store.read_stream(job_id))[-1].version == ended["version"]
 
     allowed = await put(api, f"jobs/{job_id}", {"access_control": public})
@@ -93,7 +93,7 @@ async def test_who_looked_at_an_older_version_changes_nothing(api_without_worker
 
     assert first.status_code == 200
     for refused in (late, cancelled_late):
-        assert (refused.status_code, refused.json()["code"]) == (412, "version_changed")
+        assert (refused.status_code, refused.json()["code"]) == (412, "precondition_failed")
         assert refused.json()["details"] == {"version": 2}
     again = await put(
         api_without_worker, f"jobs/{job_id}", {"priority": 6}, **{"If-Match": f'"7", {first.headers["etag"]}'}
@@ -106,7 +106,7 @@ async def test_a_running_job_of_another_version_is_neither_cancelled_nor_deleted
     await api.wait_for_event(job_id, "JobClaimed")
 
     refused = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": '"1"'})
-    assert (refused.status_code, refused.json()["code"]) == (412, "version_changed")
+    assert (refused.status_code, refused.json()["code"]) == (412, "precondition_failed")
     assert "JobCancelRequested" not in [event.type for event in await api.event_store.read_stream(job_id)]
 
     deleted = await api.http.delete(f"/api/events/jobs/{job_id}", headers={"If-Match": "*"})

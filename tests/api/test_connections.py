@@ -110,7 +110,7 @@ async def test_valid_oddities_are_answered(api_without_worker: Api) -> None:
 async def test_header_with_one_value_is_refused_twice(api_without_worker: Api) -> None:
     for name in ("Idempotency-Key", "Range", "Ledger-Position", "Last-Event-ID", "Content-Type"):
         answer = await api_without_worker.http.get(JOBS, headers=[(name, "1"), (name, "2")])
-        assert (answer.status_code, answer.json()["code"]) == (400, "repeated_header")
+        assert (answer.status_code, answer.json()["code"]) == (400, "duplicate_header")
         assert name.lower() in answer.json()["message"].lower()
 
 
@@ -347,7 +347,7 @@ async def test_live_streams_of_all_users_together_are_limited(header_auth: None,
         refused = await api.get(STREAM, **principal_header("carol"))
         for stream in opened:
             await stream.__aexit__(None, None, None)
-    assert (refused.status_code, refused.json()["code"]) == (503, "too_many_streams_open")
+    assert (refused.status_code, refused.json()["code"]) == (503, "stream_capacity_exceeded")
 
 
 async def test_wrong_credentials_are_limited_per_address_and_right_ones_that_were_accepted_are_not(run: Any) -> None:
@@ -445,7 +445,7 @@ async def test_credentials_that_are_not_wrong_cost_nothing(end: str) -> None:
         if end == "failed":
             raise ConnectionError
         if end == "accepted":
-            scope["credentials_accepted"]()
+            scope["on_credentials_accepted"]()
             await asyncio.sleep(0.05)  # such as `Prefer: wait`
         else:
             await send({"type": "http.response.start", "status": 503, "headers": []})
@@ -467,7 +467,7 @@ async def test_same_credentials_in_parallel_need_one_token() -> None:
         nonlocal passed
         await asyncio.sleep(0.01)
         passed += 1
-        scope["credentials_accepted"]()
+        scope["on_credentials_accepted"]()
 
     limited = AuthFailureLimitMiddleware(app, HttpOptions(auth_failures_per_minute=1))
     await asyncio.gather(*(limited(scope_of(JOBS, "right"), _receive, _send) for _ in range(50)))
@@ -521,12 +521,12 @@ async def test_only_hidden_events_of_the_past_are_throttled() -> None:
     chunks = [(False, 600), (True, 10), (True, 490), (True, 499), (False, 600), (True, 499)]
 
     class Events:
-        position, is_behind = 0, False
+        position, is_catching_up = 0, False
 
-        async def chunk(self, _limit: int) -> list[Any]:
+        async def next_chunk(self, _limit: int) -> list[Any]:
             if not chunks:
                 raise LedgerUnavailable("the end")
-            self.is_behind, number = chunks.pop(0)
+            self.is_catching_up, number = chunks.pop(0)
             return [SimpleNamespace(type="JobSubmitted")] * number
 
     @asynccontextmanager
@@ -538,10 +538,10 @@ async def test_only_hidden_events_of_the_past_are_throttled() -> None:
 
     known: Any = SimpleNamespace(
         visibility=None,
-        log=SimpleNamespace(subscription=subscription),
-        streams=SimpleNamespace(history=SimpleNamespace(wait=wait)),
+        event_store=SimpleNamespace(subscribe=subscription),
+        live_streams=SimpleNamespace(history_throttle=SimpleNamespace(wait=wait)),
     )
-    admin: Any = SimpleNamespace(sees_everything=True)
+    admin: Any = SimpleNamespace(is_admin=True)
     async for _ in _blocks(known, admin, EventFilter(frozenset({"JobDeleted"})), 0):
         pass
     assert waited == [500]

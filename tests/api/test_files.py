@@ -262,7 +262,7 @@ async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(
         if mount_point:
             api_without_worker.store.mkdir()
         answer = await api_without_worker.get(f"{FILES}away.bin")
-        assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+        assert (answer.status_code, answer.json()["code"]) == (503, "file_store_unavailable")
         assert "result store" in answer.json()["message"]
         assert str(api_without_worker.store) not in answer.text
         assert "retry-after" in answer.headers

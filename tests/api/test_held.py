@@ -46,7 +46,7 @@ async def test_position_that_the_views_do_not_reach_is_answered_in_time(
     monkeypatch.setattr("jobledger.api.context._SHORT_WAIT_SECONDS", 0.2)
     await stalled.submit()
     answer = await stalled.get(JOBS, 1)
-    assert (answer.status_code, answer.json()["code"]) == (503, "views_behind")
+    assert (answer.status_code, answer.json()["code"]) == (503, "projection_lagging")
     assert int(answer.headers["retry-after"]) > 0
 
 

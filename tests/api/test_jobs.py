@@ -194,7 +194,7 @@ async def test_what_the_state_does_not_allow_is_a_conflict_and_changes_nothing(a
     for path in (f"{ended}/cancel", f"{running}/restart"):
         answer = await api.post(f"/api/events/jobs/{path}")
         assert answer.status_code == 409, f"{path}: {answer.text}"
-        assert answer.json()["code"] == "wrong_state"
+        assert answer.json()["code"] == "invalid_state"
         assert answer.json()["message"].startswith("the job is ")
     assert [event.type for event in await api.event_store.read(after=head) if event.type != "JobProgressed"] == []
 

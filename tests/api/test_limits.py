@@ -98,7 +98,7 @@ async def test_readyz_says_that_the_views_have_stopped_and_why(
     await api.submit()
     await asyncio.sleep(0.5)
     answer = await api.get("/readyz")
-    refused(answer, 503, "views_stalled")
+    refused(answer, 503, "projection_stalled")
     assert answer.json()["details"] == {"projection_position": 0, "head": 1}
     assert "No projector is running" in answer.json()["message"]
     await health.record_stall(api.db, "At position 1 of the log is a JobRepainted: upgrade.")
@@ -114,7 +114,7 @@ async def test_readyz_says_that_the_views_are_ahead_of_the_log(
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 9}})
     await asyncio.sleep(0.6)
     answer = await api.get("/readyz")
-    refused(answer, 503, "views_stalled")
+    refused(answer, 503, "projection_stalled")
     assert answer.json()["details"] == {"projection_position": 9, "head": 1}
     assert "were removed" in answer.json()["message"]
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})
@@ -136,7 +136,7 @@ async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_a
     async with asyncio.timeout(5):
         while (answer := await api.get("/readyz")).status_code == 200:
             pass
-    refused(answer, 503, "views_stalled")
+    refused(answer, 503, "projection_stalled")
     assert answer.json()["details"] == {"projection_position": 3, "head": 1}
     assert "were removed" in answer.json()["message"]
     await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})  # as `jobledger replay` does

@@ -33,7 +33,7 @@ class OnlyWithKey:
     async def __call__(self, connection: HTTPConnection) -> Principal:
         user_id = connection.headers.get("x-user")
         if user_id is None:
-            raise ApiError(401, "not_signed_in", "Say who you are.")
+            raise ApiError(401, "authentication_required", "Say who you are.")
         return Principal(None if user_id == "nobody" else user_id, roles=frozenset({"monitor"}))
 
 
@@ -166,7 +166,7 @@ async def test_only_who_may_read_a_file_and_says_who_they_are_gets_a_link(guarde
     await guarded.db.jobs.update_one({}, {"$set": {"access_control.visibility": "public"}})
     assert (await guarded.get(f"{FILES}a.bin", **{"x-user": "nobody"})).status_code == 200
     nobody = await guarded.post(f"{FILES}a.bin/link", {}, **{"x-user": "nobody"})
-    assert (nobody.status_code, nobody.json()["code"]) == (401, "not_signed_in")
+    assert (nobody.status_code, nobody.json()["code"]) == (401, "authentication_required")
 
 
 async def test_all_processes_share_one_key_and_keep_it(

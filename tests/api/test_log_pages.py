@@ -144,4 +144,4 @@ async def test_the_head_says_how_far_the_log_and_the_views_are(api_without_worke
 async def test_how_far_the_log_goes_is_told_to_anybody_who_is_signed_in(api_without_worker: Api) -> None:
     assert (await api_without_worker.as_user("bob").get("/api/ledger/head")).status_code == 200
     answer = await api_without_worker.as_user().get("/api/ledger/head")
-    assert (answer.status_code, answer.json()["code"]) == (401, "not_signed_in")
+    assert (answer.status_code, answer.json()["code"]) == (401, "authentication_required")

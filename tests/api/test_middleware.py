@@ -150,15 +150,15 @@ async def test_pages_of_configured_origins_may_use_the_api_and_others_may_not(ru
     assert "Ledger-Position" in posted.headers["access-control-expose-headers"]
     assert read.headers["access-control-allow-origin"] == FRIEND
     assert "access-control-allow-credentials" not in read.headers
-    assert (stranger.status_code, stranger.json()["code"]) == (403, "foreign_origin")
+    assert (stranger.status_code, stranger.json()["code"]) == (403, "origin_not_allowed")
     assert "access-control-allow-origin" not in strangers_read.headers
-    assert strangers_post.json()["code"] == "foreign_origin"
+    assert strangers_post.json()["code"] == "origin_not_allowed"
 
 
 async def test_without_configured_origins_no_page_but_ours_may_read_or_write(api_without_worker: Api) -> None:
     answer = await api_without_worker.get(JOBS, Origin=FRIEND)
     assert not [name for name in answer.headers if name.startswith("access-control")]
-    assert (await api_without_worker.post(JOBS, {}, Origin=FRIEND)).json()["code"] == "foreign_origin"
+    assert (await api_without_worker.post(JOBS, {}, Origin=FRIEND)).json()["code"] == "origin_not_allowed"
 
 
 # Limits -----------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ async def test_what_is_too_long_is_refused_in_the_envelope(api_without_worker: A
     many = await api_without_worker.get(JOBS, **{f"X-{number}": "y" for number in range(150)})
     large = await api_without_worker.get(JOBS, **{"X-Large": "y" * 40_000})
 
-    assert (address.status_code, address.json()["code"]) == (414, "address_too_long")
+    assert (address.status_code, address.json()["code"]) == (414, "uri_too_long")
     assert (many.status_code, many.json()["code"]) == (431, "headers_too_large")
     assert (large.status_code, large.json()["code"]) == (431, "headers_too_large")
 

@@ -187,16 +187,16 @@ def test_the_type_json_may_be_written_in_any_way(client: httpx.Client, kind: str
 
 def test_a_body_that_is_too_large_is_refused_with_or_without_a_length(client: httpx.Client) -> None:
     too_large = job(f'{{"a": "{"x" * LARGEST_BODY}"}}').encode()
-    content = refused(client.post(JOBS, content=too_large, headers=JSON), 413, "too_large")
+    content = refused(client.post(JOBS, content=too_large, headers=JSON), 413, "content_too_large")
     assert str(LARGEST_BODY) in content["message"]
     parts = (too_large[start : start + 65_536] for start in range(0, len(too_large), 65_536))
-    refused(client.post(JOBS, content=parts, headers=JSON), 413, "too_large")
+    refused(client.post(JOBS, content=parts, headers=JSON), 413, "content_too_large")
 
 
 def test_defaults_that_make_a_batch_too_large_are_refused_though_the_body_is_small(client: httpx.Client) -> None:
     jobs = [{"job_type": "echo", "parameters": {}}] * 1000
     answer = client.post(BATCHES, json={"parameters": {"a": "x" * 2000}, "jobs": jobs})
-    refused(answer, 413, "too_large")
+    refused(answer, 413, "content_too_large")
 
 
 def test_thousands_of_wrong_fields_do_not_make_an_endless_answer(client: httpx.Client) -> None:
@@ -348,9 +348,9 @@ def test_every_name_of_this_machine_is_ours(client: httpx.Client, host: str) -> 
     ],
 )
 def test_a_page_of_another_site_may_not_change_anything(client: httpx.Client, origin: str) -> None:
-    refused(client.post(f"{JOBS}/job-1/cancel", headers={"Origin": origin}), 403, "foreign_origin")
-    refused(client.delete(f"{JOBS}/job-1", headers={"Origin": origin}), 403, "foreign_origin")
-    refused(client.post(JOBS, content=job("{}"), headers=JSON | {"Origin": origin}), 403, "foreign_origin")
+    refused(client.post(f"{JOBS}/job-1/cancel", headers={"Origin": origin}), 403, "origin_not_allowed")
+    refused(client.delete(f"{JOBS}/job-1", headers={"Origin": origin}), 403, "origin_not_allowed")
+    refused(client.post(JOBS, content=job("{}"), headers=JSON | {"Origin": origin}), 403, "origin_not_allowed")
 
 
 def test_a_page_of_our_own_may(client: httpx.Client) -> None:

@@ -78,7 +78,7 @@ async def test_cookie_is_a_random_id_that_acts_as_its_user_until_sign_out(run: A
         credential = str(await key_for(api.db)) if mode == "keys" else make_token(groups=["editors"])
         answer = await signed_in(api, credential)
         cookie = answer.cookies["jobledger"]
-        [stored] = await api.db.sessions.find().to_list()
+        [stored] = await api.db.browser_sessions.find().to_list()
         assert credential not in answer.headers["set-cookie"]
         assert cookie not in str(stored)
         assert credential not in str(stored)
@@ -96,7 +96,7 @@ async def test_cookie_is_a_random_id_that_acts_as_its_user_until_sign_out(run: A
         out = await api.http.post(SIGN_OUT, headers={"Cookie": f"jobledger={cookie}", **ours(api)})
         assert out.status_code == 303
         assert await status(api, cookie) == 401
-        assert await api.db.sessions.count_documents({}) == 0
+        assert await api.db.browser_sessions.count_documents({}) == 0
 
 
 async def test_over_https_only_the_name_with_the_host_prefix_is_used(run: Any) -> None:

@@ -98,7 +98,7 @@ async def is_monitor(api: Api, headers: dict[str, str]) -> bool:
     return answer.status_code == 200
 
 
-def refused(answer: httpx.Response, code: str = "bad_credentials") -> str:
+def refused(answer: httpx.Response, code: str = "invalid_credentials") -> str:
     """Check that it is the one answer to wrong credentials; return its message."""
     assert answer.status_code == 401, answer.text
     assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -209,7 +209,7 @@ async def test_whatever_is_wrong_with_a_key_the_answer_is_the_same(place: Place)
         messages = {what: refused(answer) for what, answer in answers.items()}
         assert len(set(messages.values())) == 1, messages
 
-        assert "API key" in refused(await api.http.get(JOBS), "not_signed_in")
+        assert "API key" in refused(await api.http.get(JOBS), "authentication_required")
 
 
 async def test_health_needs_no_sign_in_and_everything_else_does(place: Place) -> None:
@@ -217,8 +217,8 @@ async def test_health_needs_no_sign_in_and_everything_else_does(place: Place) ->
         for path in ("/healthz", "/readyz"):
             assert (await api.http.get(path)).status_code == 200
         for path in ("/", JOBS, STATS, "/api/ledger/stream", "/api/events/files/x", "/nowhere", "/healthz/"):
-            refused(await api.http.get(path), "not_signed_in")
-        refused(await api.http.post(JOBS, json=ECHO), "not_signed_in")
+            refused(await api.http.get(path), "authentication_required")
+        refused(await api.http.post(JOBS, json=ECHO), "authentication_required")
 
 
 async def test_the_database_holds_no_secret(place: Place) -> None:
@@ -369,7 +369,7 @@ async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(place: Plac
         answers = {what: await api.http.get(JOBS, headers=bearer(sent)) for what, sent in wrong.items()}
         assert {what: answer.status_code for what, answer in answers.items() if answer.status_code != 401} == {}
         assert len({refused(answer) for answer in answers.values()}) == 1
-        refused(await api.http.get(JOBS), "not_signed_in")
+        refused(await api.http.get(JOBS), "authentication_required")
 
 
 async def test_a_token_for_somebody_elses_service_is_refused_when_no_audience_is_set(place: Place) -> None:
@@ -451,7 +451,7 @@ async def test_while_keys_cannot_be_fetched_it_is_503_and_not_the_clients_fault(
         issuer.status = 500
         for _ in range(3):
             answer = await api.http.get(JOBS, headers=bearer(make_token(RSA_KEY, "RS256", "one")))
-            assert (answer.status_code, answer.json()["code"]) == (503, "keys_unavailable")
+            assert (answer.status_code, answer.json()["code"]) == (503, "jwks_unavailable")
             assert answer.headers["Retry-After"] == "5"
         assert issuer.request_count == 1, "nor is the issuer stormed"
         refused(await api.http.get(JOBS, headers=bearer("not a token")))
@@ -569,7 +569,7 @@ async def test_a_trusted_proxy_says_who_it_is(place: Place) -> None:
             JOBS, json=ECHO, headers=httpx.Headers({"X-Forwarded-User": "Müller"}, encoding="utf-8")
         )
         assert named.json()["job"]["user_id"] == "Müller"
-        refused(await api.http.get(JOBS), "not_signed_in")
+        refused(await api.http.get(JOBS), "authentication_required")
 
 
 async def test_what_the_settings_do_not_name_is_not_believed(place: Place) -> None:
@@ -582,7 +582,7 @@ async def test_what_the_settings_do_not_name_is_not_believed(place: Place) -> No
         }
         assert await who(api, spoofed) == ("alice", [])
         assert not await is_admin(api, spoofed)
-        refused(await api.http.get(JOBS, headers={"X-Remote-User": "alice"}), "not_signed_in")
+        refused(await api.http.get(JOBS, headers={"X-Remote-User": "alice"}), "authentication_required")
 
 
 async def test_from_elsewhere_no_header_is_believed(place: Place) -> None:
@@ -635,11 +635,11 @@ async def test_who_sends_no_credentials_sees_what_is_public_if_that_is_allowed_a
         assert (await api.http.head(f"{JOBS}/{ids['public']}")).status_code == 200
 
         assert (await api.get("/nowhere")).status_code == 404
-        refused(await api.http.post("/nowhere"), "not_signed_in")
-        refused(await api.http.post(JOBS, json=ECHO), "not_signed_in")
-        refused(await api.http.post(f"{JOBS}/{ids['public']}/cancel"), "not_signed_in")
-        refused(await api.http.delete(f"{JOBS}/{ids['public']}"), "not_signed_in")
-        refused(await api.http.get(STATS), "not_signed_in")
+        refused(await api.http.post("/nowhere"), "authentication_required")
+        refused(await api.http.post(JOBS, json=ECHO), "authentication_required")
+        refused(await api.http.post(f"{JOBS}/{ids['public']}/cancel"), "authentication_required")
+        refused(await api.http.delete(f"{JOBS}/{ids['public']}"), "authentication_required")
+        refused(await api.http.get(STATS), "authentication_required")
         refused(await api.get(f"{JOBS}/{ids['public']}", None, **bearer(ApiKeyToken.generate())))
         refused(await api.get(f"{JOBS}/{ids['public']}", None, Authorization=""))
 
@@ -649,6 +649,6 @@ async def test_in_the_other_modes_it_is_the_same(place: Place, mode: str) -> Non
     auth: dict[str, Any] = place.jwt() if mode == "jwt" else {"proxy": HERE}
     async with place.api(mode, **auth, anonymous_read=True) as api:
         assert (await api.http.get(JOBS)).json()["total"] == 0
-        refused(await api.http.post(JOBS, json=ECHO), "not_signed_in")
+        refused(await api.http.post(JOBS, json=ECHO), "authentication_required")
         wrong = bearer("x") if mode == "jwt" else {"X-Forwarded-User": ""}
         refused(await api.http.get(JOBS, headers=wrong))

@@ -171,9 +171,9 @@ async def test_downloads_end_with_their_credential_and_no_others(case: str, is_c
 
     async def check(connection: HTTPConnection) -> Principal:
         if case == "cannot be checked":
-            raise ApiError(503, "keys_unavailable", "")
+            raise ApiError(503, "jwks_unavailable", "")
         if ended or (case == "expired" and datetime.now(UTC) >= now + timedelta(seconds=0.2)):
-            raise ApiError(401, "bad_credentials", "")
+            raise ApiError(401, "invalid_credentials", "")
         return principal
 
     async def content() -> AsyncGenerator[bytes, None]:
@@ -187,7 +187,7 @@ async def test_downloads_end_with_their_credential_and_no_others(case: str, is_c
         "headers": [],
         "asgi": {"spec_version": "2.3"},
         "principal": principal,
-        "signed_in": AuthenticationMiddleware(CloseableStreamingResponse(content(), 200, {}), check, revocations),
+        "authentication": AuthenticationMiddleware(CloseableStreamingResponse(content(), 200, {}), check, revocations),
         "state": {"abort": aborted.set},
     }
 

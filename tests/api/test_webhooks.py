@@ -211,7 +211,7 @@ async def test_redelivery_of_a_deleted_jobs_webhook_is_refused_and_its_secrets_a
     assert await api.db.webhook_secrets.count_documents({}) == 1
     deleted = await api.http.delete(f"/api/events/jobs/{job_id}")
     answer = await api.post(f"{HOOKS}/{delivery['delivery_id']}/redeliver")
-    assert (answer.status_code, answer.json()["code"]) == (410, "deleted")
+    assert (answer.status_code, answer.json()["code"]) == (410, "source_deleted")
     await api.get("/api/events/jobs", deleted.headers["Ledger-Position"])
     assert (await api.post(AGAIN, {"status": "delivered"})).json()["redelivered"] == 0
     async with asyncio.timeout(20):
