@@ -244,7 +244,7 @@ def format_verification(verdict: VerificationResult) -> list[str]:
 
 
 def format_digest(verdict: VerificationResult) -> str | None:
-    """Return what to keep elsewhere, for `--noted` of a later verification, if all was right from the beginning."""
+    """Return the digest to keep for a later `--expected-digest`; None unless all events were checked and are right."""
     if verdict.digest is None or verdict.problem is not None or not verdict.events:
         return None
     return f"{verdict.position}:{verdict.digest.hex()}"
@@ -286,7 +286,7 @@ def verification_to_json(
         "events": verdict.events,
         "voided": verdict.voided,
         "position": verdict.position,
-        "noted": format_digest(verdict),
+        "digest": format_digest(verdict),
         "handed_out": verdict.last_reserved_position or None,
         "wrong": wrong
         and {"position": wrong.position, "stream": wrong.stream, "version": wrong.version, "what": wrong.description},

@@ -47,7 +47,7 @@ _STEADY_FRACTION: Final = (
     0.5  # of a lease: so long a watcher must have beaten without a gap; a lease is extended thrice as often
 )
 _LEFT_MS: Final = {"$subtract": ["$lease_until", "$$NOW"]}
-_READ: Final = {"left_ms": _LEFT_MS, "seconds": 1, "released": 1, "beat": 1}
+_READ: Final = {"left_ms": _LEFT_MS, "seconds": 1, "released": 1, "heartbeat": 1}
 _UNKNOWN_WORKERS: Final = ""  # in place of a worker's id: all that are named by running jobs and hold no lease
 
 
@@ -118,10 +118,12 @@ class LeaseReaper:
             return
         changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
         self._update_health(worker_id, changed)
-        if "beat" not in changed and "fullDocument" not in change:  # declared over: who did may die, our timer stays
+        if (
+            "heartbeat" not in changed and "fullDocument" not in change
+        ):  # expired by a process that may die: keep our timer
             return
         self._seconds[worker_id] = changed.get("seconds", self._seconds.get(worker_id, 10.0))
-        self._observed.setdefault(worker_id, LeaseObservation()).record(changed.get("beat"))
+        self._observed.setdefault(worker_id, LeaseObservation()).record(changed.get("heartbeat"))
         self._schedule_check(worker_id, 0.0 if changed.get("released") else self._seconds[worker_id])
 
     def _update_health(self, worker_id: str, fields: Mapping[str, Any]) -> None:
@@ -150,7 +152,7 @@ class LeaseReaper:
     def _remaining_seconds(self, worker: Mapping[str, Any]) -> float:
         """Take in the document of a lease; return in how many seconds the lease has expired, 0 or less if it has."""
         seen = self._observed.setdefault(worker["_id"], LeaseObservation())
-        seen.record(worker.get("beat"))
+        seen.record(worker.get("heartbeat"))
         left = worker["seconds"] - seen.seconds_since_heartbeat
         if seen.was_extended:
             return float(left)
@@ -179,7 +181,7 @@ class LeaseReaper:
                 return
             with translate_errors("declaring a lease over"):
                 # Only with the beat that we have seen all the time: whoever has extended it meanwhile keeps it.
-                same = {"_id": worker_id, "beat": worker.get("beat")}
+                same = {"_id": worker_id, "heartbeat": worker.get("heartbeat")}
                 over = await self._db[COLLECTION].update_one(same, EXPIRE_LEASE_UPDATE)
             if not over.matched_count:  # it was extended just now, or another watcher is done with it
                 self._schedule_check(worker_id, _UNKNOWN_SECONDS)
@@ -204,7 +206,7 @@ class LeaseReaper:
         if left or worker is None:
             return  # with its lease, by which workers of that version will find it
         with translate_errors("removing a lease that has run out"):
-            await self._db[COLLECTION].delete_one({"_id": worker_id, "beat": worker.get("beat")})
+            await self._db[COLLECTION].delete_one({"_id": worker_id, "heartbeat": worker.get("heartbeat")})
 
 
 async def _ignore_resync(_session: AsyncClientSession) -> None:

@@ -108,7 +108,8 @@ def verify(
     earlier = view_maintenance.parse_digest(expected_digest) if expected_digest is not None else None
     if earlier is not None and (after > 1 or (upto is not None and upto < earlier[0])):
         raise ConfigurationError(
-            f"--noted stands for all events up to position {earlier[0]}: leave out --from, and a --to before it."
+            f"--expected-digest stands for all events up to position {earlier[0]}: leave out --from, "
+            "and a --to before it."
         )
     with open_any_database_server(settings) as uri:
         connection = settings.mongodb.make_connection(uri)
@@ -208,7 +209,7 @@ def import_(
 def _tell_summary(text: str, made: Any, *, as_json: bool) -> None:
     note = f"{made.last}:{made.whole.hex()}" if made.whole else None
     if as_json:
-        echo_json(orjson.dumps({"events": made.events, "from": made.first, "to": made.last, "noted": note}))
+        echo_json(orjson.dumps({"events": made.events, "from": made.first, "to": made.last, "digest": note}))
     else:
         echo(text)
         if note is not None:

@@ -2,7 +2,7 @@
 
 A leader's heartbeats, which extend its lease, come by the change stream. Who stands by takes over when there was none
 for the time of the lease by its own steady clock, whatever the server's clock says, or at once when the leader lets go.
-What a leader writes is fenced by `epoch`, which grows with every new one.
+What a leader writes is fenced by `fencing_token`, which grows with every new one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class LeaderElection:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 else:
-                    self._seen.record(self._lease.current_lease.get("beat"), self._lease.current_lease.get("seconds"))
+                    self._seen.record(
+                        self._lease.current_lease.get("heartbeat"), self._lease.current_lease.get("seconds")
+                    )
                     if not told:
                         _log.info("another process does it, standing by", matter=self._matter)
                         told = True
@@ -88,8 +90,8 @@ class LeaderElection:
         if change["documentKey"]["_id"] != self._matter:
             return
         fields = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
-        if "beat" in fields:
-            self._seen.record(fields["beat"])
+        if "heartbeat" in fields:
+            self._seen.record(fields["heartbeat"])
         self._heard.set()
         if fields.get("released"):
             self._vacant.set()

@@ -1,12 +1,13 @@
-"""ledger: leases. Their time is measured on steady clocks, which no fail-over and no correction of a clock moves.
+"""Leases in MongoDB. Processes measure their duration on steady clocks, which clock corrections do not move.
 
-Each extension changes `beat`. A lease has expired for a process that has seen no new beat for the time of the lease, by
-its own steady clock. Such a lease may be taken: by its next holder, or, if nobody else can hold it, by who declares it
-over. Both demand the beat that was seen, so whoever extended it meanwhile keeps it. Both raise its epoch, and its
-holder can extend it no more. Until that happens it can: so an outage of the database, in which nobody can extend
-anything, costs nobody a lease. Leases are extended from a thread of their own, with a client of its own, so a busy
-event loop cannot starve them. But a loop that makes no progress for the time of a lease does not deserve one: it is no
-longer extended, and others take over what the process holds.
+Each extension increments `heartbeat`. To an observer, a lease has expired when the observer has seen no new heartbeat
+for the duration of the lease, by its own steady clock. Then another process may acquire it, or the lease reaper may
+expire it if only its owner can hold it. Both updates require the heartbeat that was observed, so a holder that has
+extended its lease meanwhile keeps it. Both increment `fencing_token`, and then the old holder cannot extend the lease.
+Until then it can. So a database outage, during which no process can extend a lease, costs no process its lease.
+
+A separate thread with its own client extends leases, so a busy event loop cannot delay it. If the event loop makes no
+progress for the duration of a lease, the thread stops extending it, and other processes take over.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def _until(seconds: float) -> Document:
 
 EXPIRED_LEASE_FILTER: Document = {"$expr": {"$lte": ["$lease_until", "$$NOW"]}}
 """Matches lease documents whose time is over, by the server's clock."""
-EXPIRE_LEASE_UPDATE: Document = {"$inc": {"epoch": 1}}
-"""Declares a lease over, if its beat is still the one that was seen: its holder's next extension finds a new epoch."""
-_NEXT_BEAT: Document = {"$add": [{"$ifNull": ["$beat", 0]}, 1]}
+EXPIRE_LEASE_UPDATE: Document = {"$inc": {"fencing_token": 1}}
+"""Expires a lease. Combine it with a filter on the observed `heartbeat`. The holder's next extension then fails: it
+finds another fencing token."""
+_NEXT_BEAT: Document = {"$add": [{"$ifNull": ["$heartbeat", 0]}, 1]}
 _AGAIN_SECONDS = 0.5
 _RELEASE_SECONDS = 1.0
 """How long releasing may take. A lease that the database was not told of in this time expires."""
@@ -47,8 +49,9 @@ _LOOKS = 3
 `jobledger.ledger.system.loop_progress`."""
 _TICKS = 12
 MISSED_HEARTBEAT_SHARE = 0.6
-"""Who has not extended a lease for that share of its time has missed a beat. A lease runs out after an outage of at
-least two thirds of its time, since it is extended at each third: so whoever else beats has missed one then, too."""
+"""A holder that has not extended its lease for this share of the duration has missed a heartbeat. Leases are extended
+after each third of their duration, so an outage that expires a lease lasts at least two thirds of it. Every other
+holder has then missed a heartbeat, too."""
 
 
 class LeaseObservation:
@@ -61,29 +64,29 @@ class LeaseObservation:
         self._since = time.monotonic()
         self._seconds = 0.0
 
-    def record(self, beat: int | None, seconds: float | None = None) -> None:
-        """Take in the beat that the lease has now, and its time in seconds."""
-        if beat != self.heartbeat:
+    def record(self, heartbeat: int | None, seconds: float | None = None) -> None:
+        """Take in the heartbeat that the lease has now, and its time in seconds."""
+        if heartbeat != self.heartbeat:
             self.was_extended = self.heartbeat is not None
-            self.heartbeat, self._since = beat, time.monotonic()
+            self.heartbeat, self._since = heartbeat, time.monotonic()
         if seconds is not None:
             self._seconds = seconds
 
     @property
     def seconds_since_heartbeat(self) -> float:
-        """Return for how long there was no other beat."""
+        """Return for how long there was no other heartbeat."""
         return time.monotonic() - self._since
 
     def is_expired(self, seconds: float = 0.0) -> bool:
-        """Return whether there was no other beat for the time of the lease, and for `seconds`."""
+        """Return whether there was no other heartbeat for the time of the lease, and for `seconds`."""
         return self.heartbeat is not None and self.seconds_since_heartbeat >= max(self._seconds, seconds)
 
 
 class Lease:
-    """A document `{_id, epoch, beat, lease_until, seconds, released, …}` kept alive by this process, its one holder.
+    """A lease document `{_id, fencing_token, heartbeat, lease_until, seconds, released, …}` that this process extends.
 
-    `epoch` grows with every new holder: it is the fencing token of what the holder writes. `beat` grows with every
-    extension and every holder. `lease_until` is by the server's clock.
+    `fencing_token` grows with each holder and fences what a holder writes. `heartbeat` grows with each extension and
+    each holder. `lease_until` is by the server's clock.
     """
 
     def __init__(self, connection: Connection, collection: str, lease_id: str, *, seconds: float) -> None:
@@ -99,7 +102,7 @@ class Lease:
         self.current_lease: Document = {}
         """The document of the lease, when `acquire` has last returned False."""
         self._beats = (0.0, -math.inf)
-        """On the steady clock: since when no beat has been missed, and when the last one was sent."""
+        """On the steady clock: since when no heartbeat has been missed, and when the last one was sent."""
 
     async def acquire(self, attributes: Mapping[str, Any], *, observation: LeaseObservation | None = None) -> bool:
         """Take the lease if nobody holds it; from then on it is extended until `release`. False if somebody holds it.
@@ -124,19 +127,19 @@ class Lease:
             daemon=True,
         )
         thread.start()
-        epoch = None
+        fencing_token = None
         try:
             with translate_errors("taking a lease"):
-                epoch = await acquired
+                fencing_token = await acquired
         except asyncio.CancelledError:
             stop.set()  # else the thread would go on holding what nobody uses
             raise
         finally:
-            if epoch is None:
+            if fencing_token is None:
                 progress.stop()
-        if epoch is None:
+        if fencing_token is None:
             return False
-        self._thread, self._progress, self.fencing_token = thread, progress, epoch
+        self._thread, self._progress, self.fencing_token = thread, progress, fencing_token
         return True
 
     async def wait_lost(self) -> None:
@@ -145,7 +148,7 @@ class Lease:
 
     @property
     def uninterrupted_seconds(self) -> float:
-        """Return for how long the lease has been extended without a missing beat; 0 while one is missing."""
+        """Return for how long the lease has been extended without a missing heartbeat; 0 while one is missing."""
         since, last = self._beats
         now = time.monotonic()
         return now - since if now - last <= MISSED_HEARTBEAT_SHARE * self._seconds else 0.0
@@ -178,51 +181,51 @@ class Lease:
             with self._connection.blocking_client() as client:
                 leases = client[self._connection.db_name][self._collection]
                 begun = time.monotonic()
-                epoch = self._take(leases, facts, seen)
+                fencing_token = self._take(leases, facts, seen)
                 self._beats = (begun, begun)
-                _tell(loop, _resolve, acquired, epoch)
-                if epoch is None or self._beat(leases, epoch, begun + self._seconds, stop, progress):
+                _tell(loop, _resolve, acquired, fencing_token)
+                if fencing_token is None or self._beat(leases, fencing_token, begun + self._seconds, stop, progress):
                     return
         except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it, or would wait for ever
             _tell(loop, _resolve, acquired, error)
         _tell(loop, lost.set)
 
     def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
-        """Take the lease in one step if it is free; return its epoch, None if somebody holds it.
+        """Take the lease in one step if it is free; return its fencing_token, None if somebody holds it.
 
         The server's clock counts only for a holder that was never seen to extend its lease: so a process that has just
         been started need not wait for one that died long ago. It may be wrong then, after a fail-over; the lease moves
-        to another holder for nothing, and the epoch fences the old one.
+        to another holder for nothing, and the fencing_token fences the old one.
         """
-        token = secrets.token_hex(8)
+        acquisition_id = secrets.token_hex(8)
         mine: Document = {
             **{name: {"$literal": value} for name, value in facts.items()},
-            "epoch": {"$add": [{"$ifNull": ["$epoch", 0]}, 1]},
+            "fencing_token": {"$add": [{"$ifNull": ["$fencing_token", 0]}, 1]},
             "seconds": self._seconds,
             "released": False,
-            "token": token,
-            "beat": _NEXT_BEAT,
+            "acquisition_id": acquisition_id,
+            "heartbeat": _NEXT_BEAT,
             "lease_until": _until(self._seconds),
         }
-        free: list[Any] = [{"$eq": [{"$ifNull": ["$epoch", 0]}, 0]}, {"$eq": ["$released", True]}]
+        free: list[Any] = [{"$eq": [{"$ifNull": ["$fencing_token", 0]}, 0]}, {"$eq": ["$released", True]}]
         if not seen.was_extended:
             free.append({"$lte": ["$lease_until", "$$NOW"]})
         if seen.is_expired(self._seconds):
-            free.append({"$eq": ["$beat", seen.heartbeat]})
+            free.append({"$eq": ["$heartbeat", seen.heartbeat]})
         taken = {"$replaceWith": {"$cond": [{"$or": free}, {"$mergeObjects": ["$$ROOT", mine]}, "$$ROOT"]}}
         with timeout(max(self._seconds, self._connection.connect_timeout_ms / 1000)):
             document = leases.find_one_and_update(
                 {"_id": self._id}, [taken], upsert=True, return_document=ReturnDocument.AFTER
             )
-        if document and document["token"] == token:
-            return int(document["epoch"])
+        if document and document["acquisition_id"] == acquisition_id:
+            return int(document["fencing_token"])
         self.current_lease = document or {}
         return None
 
     def _beat(
         self,
         leases: Collection[Document],
-        epoch: int,
+        fencing_token: int,
         good_until: float,
         stop: threading.Event,
         progress: LoopProgress,
@@ -231,8 +234,8 @@ class Lease:
 
         No call lasts longer than the lease: over a silent network it would not return for minutes.
         """
-        mine = {"_id": self._id, "epoch": epoch}
-        extend = {"beat": _NEXT_BEAT, "lease_until": _until(self._seconds)}
+        mine = {"_id": self._id, "fencing_token": fencing_token}
+        extend = {"heartbeat": _NEXT_BEAT, "lease_until": _until(self._seconds)}
         pause, away = self._seconds / 3, False
         while not stop.wait(pause):
             if (missed := progress.count_missed()) >= _LOOKS:
@@ -255,8 +258,8 @@ class Lease:
         try:
             with timeout(max(good_until - time.monotonic(), 0.1)):
                 leases.update_one(
-                    {"_id": self._id, "epoch": epoch},
-                    [{"$set": {"beat": _NEXT_BEAT, "lease_until": "$$NOW", "released": True}}],
+                    {"_id": self._id, "fencing_token": fencing_token},
+                    [{"$set": {"heartbeat": _NEXT_BEAT, "lease_until": "$$NOW", "released": True}}],
                 )
         except PyMongoError as error:
             _log.warning("lease not given back, it will run out", lease=self._id, error=summarize_error(error))

@@ -2,7 +2,7 @@
 ledger/domain/delivery.py).
 
 Each endpoint has a secret of its own, so what is sent for one user never validates at a receiver of another, also if
-both name the same URL. A secret is stored in the collection `webhook_endpoints` and nowhere else: in no event, log line
+both name the same URL. A secret is stored in the collection `endpoint_secrets` and nowhere else: in no event, log line
 or answer but the one that shows it.
 
 A secret is created when the endpoint is first used, and shown by the submission that marks it as shown. Both are
@@ -24,7 +24,7 @@ from jobledger.ledger.mongo.connection import Database, Document, translate_erro
 from jobledger.ledger.mongo.server_clock import get_server_clock
 from jobledger.ledger.net.webhook_signature import generate_secret
 
-COLLECTION: Final = "webhook_endpoints"
+COLLECTION: Final = "endpoint_secrets"
 MAX_PREVIOUS_SECRETS: Final = 3
 _DUPLICATE_KEY: Final = 11000
 
@@ -89,7 +89,7 @@ def _new(endpoint: Endpoint, now: datetime) -> Document:
         "user_id": endpoint.user_id,
         "url": endpoint.url,
         "secret": generate_secret(),
-        "old": [],
+        "previous_secrets": [],
         "shown": False,
         "created_at": now,
         "rotated_at": None,
@@ -134,7 +134,7 @@ async def load_signing_secrets(db: Database, endpoint: Endpoint) -> list[str]:
     if found is None or found["secret"] is None:
         return []
     now = _now(db)
-    return [found["secret"], *(it["secret"] for it in found["old"] if it["until"] > now)]
+    return [found["secret"], *(it["secret"] for it in found["previous_secrets"] if it["expires_at"] > now)]
 
 
 async def _stored(db: Database, endpoint: Endpoint) -> Document | None:
@@ -158,7 +158,7 @@ _WITHOUT_SECRETS: Final = {
     "url": 1,
     "created_at": 1,
     "rotated_at": 1,
-    "old.until": 1,
+    "previous_secrets.expires_at": 1,
     "revoked": {"$eq": ["$secret", None]},
 }
 
@@ -176,7 +176,7 @@ async def list_endpoints(db: Database, *, user_id: str | None, limit: int, after
 
 
 def _described(found: Document, now: datetime) -> Document:
-    ends = [it["until"] for it in found["old"] if it["until"] > now]
+    ends = [it["expires_at"] for it in found["previous_secrets"] if it["expires_at"] > now]
     return {
         "endpoint_id": found["_id"],
         "url": found["url"],
@@ -198,9 +198,13 @@ async def rotate_secret(db: Database, receiver: str, grace: timedelta) -> Reveal
         LedgerUnavailable: the database failed.
     """
     now, secret = _now(db), generate_secret()
-    replaced = {"$cond": [{"$eq": ["$secret", None]}, [], [{"secret": "$secret", "until": now + grace}]]}
-    old: Any = {"$slice": [{"$concatArrays": [replaced, "$old"]}, MAX_PREVIOUS_SECRETS]} if grace else []
-    changes: Sequence[Document] = [{"$set": {"secret": secret, "old": old, "shown": True, "rotated_at": now}}]
+    replaced = {"$cond": [{"$eq": ["$secret", None]}, [], [{"secret": "$secret", "expires_at": now + grace}]]}
+    previous: Any = (
+        {"$slice": [{"$concatArrays": [replaced, "$previous_secrets"]}, MAX_PREVIOUS_SECRETS]} if grace else []
+    )
+    changes: Sequence[Document] = [
+        {"$set": {"secret": secret, "previous_secrets": previous, "shown": True, "rotated_at": now}}
+    ]
     with translate_errors("rotating the secret of a webhook"):
         found = await db[COLLECTION].find_one_and_update(
             {"_id": receiver}, changes, return_document=ReturnDocument.AFTER
@@ -215,5 +219,5 @@ async def revoke_secrets(db: Database, receiver: str) -> bool:
         LedgerUnavailable: the database failed.
     """
     with translate_errors("revoking the secret of a webhook"):
-        changed = await db[COLLECTION].update_one({"_id": receiver}, {"$set": {"secret": None, "old": []}})
+        changed = await db[COLLECTION].update_one({"_id": receiver}, {"$set": {"secret": None, "previous_secrets": []}})
     return changed.matched_count == 1

@@ -164,7 +164,13 @@ async def export_log(
     )
     with _writing(part, size) as write:
         if begun is None:
-            about = {"jobledger": "export", "format": FORMAT, "from": after + 1, "to": end, "made_at": _moment(_now())}
+            about = {
+                "jobledger": "export",
+                "format": FORMAT,
+                "from": after + 1,
+                "to": end,
+                "exported_at": _moment(_now()),
+            }
             write([orjson.dumps(about)])
         while position < end:
             page = await log.read_documents(after=position, limit=min(PAGE_EVENTS, end - position))

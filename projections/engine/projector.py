@@ -1,9 +1,8 @@
 """projections: the projector. Folds the log into the live views, in order, exactly once.
 
 Any number of processes may run one; they elect a leader by a lease, the rest stand by. What a leader writes is fenced
-(projections/engine/writer.py) by its epoch and by the sides that were live when it began: a deposed leader, or one
-whose
-views have been replaced, writes nothing more. After any failure the checkpoint says where to go on.
+(projections/engine/writer.py) by its fencing token and by the sides that were live when it began: a deposed leader, or
+one whose views have been replaced, writes nothing more. After any failure the checkpoint says where to go on.
 """
 
 from __future__ import annotations
@@ -167,23 +166,24 @@ class Projector:
         await asyncio.sleep(STALL_RETRY_SECONDS)
 
     async def _take_over(self) -> ProjectionWriter:
-        """Put this leader's epoch on the checkpoint, which fences its predecessors, and return who folds from there.
+        """Put this leader's fencing token on the checkpoint and return the writer that continues from there.
 
         Raises:
             Deposed: somebody else leads by now.
             OtherVersion: these views are not ours to fold.
         """
-        epoch = self._leadership.fencing_token
+        fencing_token = self._leadership.fencing_token
         with translate_errors("taking over the views"):
             found = await self._db.checkpoints.find_one_and_update(
-                {"_id": VIEWS_CHECKPOINT_ID, "fencing_token": {"$lt": epoch}}, {"$set": {"fencing_token": epoch}}
+                {"_id": VIEWS_CHECKPOINT_ID, "fencing_token": {"$lt": fencing_token}},
+                {"$set": {"fencing_token": fencing_token}},
             )
         if found is None:
             raise LeadershipLost
         if found.get("version") != PROJECTION_VERSION:
             raise ViewVersionMismatch
         sides = found.get("slots")
-        fence = {"fencing_token": epoch, "slots": sides}
+        fence = {"fencing_token": fencing_token, "slots": sides}
         return ProjectionWriter(
             self._db,
             Views(self._db, sides),

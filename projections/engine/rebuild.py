@@ -1,7 +1,8 @@
 """projections: the views made anew from the log, beside those that are read, and put in their place by one write.
 
 Why nothing can go wrong, whoever dies or stands still: every chunk, and the switch, is a transaction that demands the
-note of this rebuild as this process left it, with its epoch. Who has been replaced finds another, and writes nothing.
+note of this rebuild as this process left it, with its fencing token. Who has been replaced finds
+another, and writes nothing.
 The switch also demands that the live views are not ahead, and changes their sides: a projector that folds at the same
 moment conflicts with it, and one that comes later finds other sides than it began with, and begins again on the new.
 """
@@ -188,7 +189,7 @@ class Rebuild:
         ), beside
 
     async def _take_over(self) -> Document:
-        """Put our epoch on the note, which fences those before us, and return it; make it if there is none."""
+        """Put our fencing token on the note, which fences those before us, and return it; make it if there is none."""
         await self._db.checkpoints.update_one(
             {"_id": REBUILD_CHECKPOINT_ID}, {"$setOnInsert": {"fencing_token": 0}}, upsert=True
         )

@@ -161,7 +161,7 @@ def test_programs_are_told_the_same_as_json(audited: Audited) -> None:
         "events": 5,
         "voided": 1,
         "position": 5,
-        "noted": note_in(audited.verify()),
+        "digest": note_in(audited.verify()),
         "handed_out": None,
         "wrong": None,
         "views": None,
@@ -189,7 +189,7 @@ def test_a_range_is_verified_alone(audited: Audited) -> None:
     ]:
         told = audited.json(0, *arguments)
         assert (told["events"], told["position"]) == (events, end)
-        assert told["noted"] is None, "that would stand for events that were not looked at"
+        assert told["digest"] is None, "that would stand for events that were not looked at"
         assert "note" not in audited.verify(*arguments).out
     assert audited.verify("--to", "1").exit_code == 1
 
@@ -200,7 +200,7 @@ def test_a_range_is_verified_alone(audited: Audited) -> None:
 def test_where_nothing_is_nothing_is_wrong(audited: Audited, arguments: tuple[str, ...]) -> None:
     assert audited.verify(*arguments) == CommandOutcome(0, "There are no events to verify.\n", "")
     told = audited.json(0, *arguments)
-    assert (told["events"], told["noted"], told["wrong"]) == (0, None, None)
+    assert (told["events"], told["digest"], told["wrong"]) == (0, None, None)
 
 
 def test_an_empty_log_is_right(empty: Audited) -> None:
@@ -209,7 +209,7 @@ def test_an_empty_log_is_right(empty: Audited) -> None:
 
     empty.do(nothing)
     assert empty.verify() == CommandOutcome(0, "There are no events to verify.\n", "")
-    nothing_else = {"noted": None, "handed_out": None, "wrong": None, "views": None, "files": None}
+    nothing_else = {"digest": None, "handed_out": None, "wrong": None, "views": None, "files": None}
     assert empty.json(0) == {"events": 0, "voided": 0, "position": 0, **nothing_else}
 
 
@@ -234,7 +234,7 @@ def test_the_first_wrong_event_is_named_and_the_exit_code_is_1(audited: Audited)
         "events": 1,
         "voided": 0,
         "position": 1,
-        "noted": None,
+        "digest": None,
         "wrong": {
             "position": 2,
             "stream": stream,
@@ -270,18 +270,18 @@ def test_programs_are_told_of_a_version_that_is_none(audited: Audited, version: 
 def test_what_was_noted_proves_later_that_nothing_was_taken_away(audited: Audited) -> None:
     note = note_in(audited.verify())
     audited.do(Ledger.submit_job)
-    assert audited.verify("--noted", note).exit_code == 0
-    assert audited.verify("--noted", note.upper()).exit_code == 0
+    assert audited.verify("--expected-digest", note).exit_code == 0
+    assert audited.verify("--expected-digest", note.upper()).exit_code == 0
 
     async def take_away(ledger: Ledger) -> None:
         await ledger.db.events.delete_many({"_id": {"$gte": 5}})
 
     audited.do(take_away)
     assert audited.verify().exit_code == 0
-    ended = audited.verify("--noted", note)
+    ended = audited.verify("--expected-digest", note)
     assert ended.exit_code == 1
     assert "First wrong: position 5: missing: the log ends at position 4, and was noted to have reached 5." in ended.out
-    assert audited.json(1, "--noted", note)["wrong"]["position"] == 5
+    assert audited.json(1, "--expected-digest", note)["wrong"]["position"] == 5
 
 
 # A log whose end is missing -----------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_no_command_waits_for_events_that_are_gone_and_replay_makes_the_views_of
 
 
 def test_another_hash_than_the_noted_one_is_wrong(audited: Audited) -> None:
-    ended = audited.verify("--noted", f"5:{NOTHING}")
+    ended = audited.verify("--expected-digest", f"5:{NOTHING}")
     assert ended.exit_code == 1
     assert (
         "First wrong: position 5: what stands up to here is not what was noted; each event fits the others."
@@ -389,10 +389,12 @@ def test_another_hash_than_the_noted_one_is_wrong(audited: Audited) -> None:
 
 def test_a_note_stands_for_all_events_and_so_does_not_go_with_a_range_that_leaves_some_out(audited: Audited) -> None:
     note = note_in(audited.verify("--to", "3"))
-    assert audited.verify("--noted", note, "--to", "3").exit_code == 0
+    assert audited.verify("--expected-digest", note, "--to", "3").exit_code == 0
     for arguments in (("--from", "2"), ("--to", "2")):
         assert_one_line_error(
-            audited.verify("--noted", note, *arguments), 2, "--noted stands for all events up to position 3"
+            audited.verify("--expected-digest", note, *arguments),
+            2,
+            "--expected-digest stands for all events up to position 3",
         )
 
 
@@ -420,7 +422,7 @@ NO_NOTES = [
 @pytest.mark.parametrize("text", NO_NOTES, ids=lambda text: repr(text[:12]))
 def test_a_text_that_is_no_note_is_one_line_and_exit_code_2(audited: Audited, text: str) -> None:
     assert_one_line_error(
-        audited.verify("--noted", text), 2, "is no note of an earlier verification", "POSITION:DIGEST"
+        audited.verify("--expected-digest", text), 2, "is no note of an earlier verification", "POSITION:DIGEST"
     )
 
 
@@ -442,7 +444,7 @@ def away(directory: Path) -> None:
 
 def test_a_database_that_does_not_answer_is_one_line_and_exit_code_3(empty: Audited, tmp_path: Path) -> None:
     away(tmp_path)
-    for arguments in ((), ("--json",), ("--noted", f"5:{NOTHING}")):
+    for arguments in ((), ("--json",), ("--expected-digest", f"5:{NOTHING}")):
         ended = empty.verify(*arguments)
         assert_one_line_error(ended, 3, "127.0.0.1:1")
         assert "s3cret" not in ended.err
@@ -450,7 +452,7 @@ def test_a_database_that_does_not_answer_is_one_line_and_exit_code_3(empty: Audi
 
 def test_what_is_wrong_usage_is_said_before_the_database_is_asked(empty: Audited, tmp_path: Path) -> None:
     away(tmp_path)
-    assert_one_line_error(empty.verify("--noted", "5"), 2, "is no note")
+    assert_one_line_error(empty.verify("--expected-digest", "5"), 2, "is no note")
 
 
 def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(empty: Audited, tmp_path: Path) -> None:
@@ -471,18 +473,18 @@ def test_an_embedded_server_that_does_not_run_is_started_meanwhile(tmp_path: Pat
         assert not has_exited(installation.read_embedded_lock().pid), "it was stopped by who did not start it"
         assert up.stop().exit_code == 0
 
-        alone = installation.run("log", "verify", "--noted", note_in(running))
+        alone = installation.run("log", "verify", "--expected-digest", note_in(running))
         assert (alone.exit_code, alone.err) == (0, ""), alone
         assert "are what was written" in alone.out
         assert not (tmp_path / "data" / "server.json").exists(), "the server was left running"
-        assert_one_line_error(installation.run("log", "verify", "--noted", "5"), 2, "is no note")
-        assert installation.run("log", "verify", "--noted", f"1:{NOTHING}").exit_code == 1
+        assert_one_line_error(installation.run("log", "verify", "--expected-digest", "5"), 2, "is no note")
+        assert installation.run("log", "verify", "--expected-digest", f"1:{NOTHING}").exit_code == 1
 
 
 def test_every_command_and_option_that_looks_into_the_log_is_explained(empty: Audited) -> None:
     ended = empty.verify("--help")
     assert ended.exit_code == 0
-    for option in ("--from", "--to", "--noted", "--json", "--config"):
+    for option in ("--from", "--to", "--expected-digest", "--json", "--config"):
         assert option in ended.out
     for command in log.app.registered_commands:
         assert command.callback is not None

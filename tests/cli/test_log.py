@@ -237,7 +237,7 @@ def test_what_was_exported_is_the_same_ledger_in_an_empty_database(
     assert note in ended.out
     assert machine.do(events, database=other_database) == log
     assert machine.do(views, database=other_database) == before
-    verified = machine.json("log", "verify", "--noted", note, database=other_database)
+    verified = machine.json("log", "verify", "--expected-digest", note, database=other_database)
     assert (verified["wrong"], verified["views"]["differences"]) == (None, 0)
     machine.do(a_story, database=other_database)  # life goes on, behind what was imported
     assert machine.json("log", "verify", database=other_database)["events"] == len(log) + 8

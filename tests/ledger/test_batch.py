@@ -101,7 +101,7 @@ def test_a_stream_that_does_not_begin_with_a_submission_cannot_be_folded() -> No
 def test_who_may_see_a_batch_can_be_changed_at_any_time(history: list[Event]) -> None:
     public = AccessControl(visibility="public")
     given(*history).when(ChangeAccess("bob", public)).then(BatchAccessChanged(by="bob", access_control=public))
-    assert given(*history, BatchAccessChanged(by="bob", access_control=public)).state.asked.access_control == public
+    assert given(*history, BatchAccessChanged(by="bob", access_control=public)).state.spec.access_control == public
 
 
 @in_each(ALIVE)

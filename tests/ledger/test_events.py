@@ -66,7 +66,7 @@ def test_whatever_is_in_an_event_it_and_its_hash_survive_the_database(kind: type
     there = through_the_database(document_of(event))
     check_chain([there])
     assert RecordedEvent(there).event == event
-    assert RecordedEvent(there).event.to_payload() == event.payload()
+    assert RecordedEvent(there).event.to_payload() == event.to_payload()
 
 
 def test_optional_fields_that_were_not_given_are_not_stored() -> None:

@@ -199,7 +199,7 @@ for number, (level, mode) in enumerate((level, mode) for level in range(4) for m
     path = DirectoryStore(inbox).path(digest)
     [path, *path.parents][level].chmod(mode)
     try:
-        asyncio.run(results.take_over(inbox, digest))
+        asyncio.run(results.ingest(inbox, digest))
     except FileLost:
         print(level, oct(mode), "lost")
     else:

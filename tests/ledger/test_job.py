@@ -372,7 +372,7 @@ def test_an_ended_job_can_be_restarted_with_all_its_attempts(history: list[Event
         JobRestarted(by="bob", reason="again", reuse_steps=False)
     )
     state = given(*history, restarted).state
-    assert (state.status, state.counted, state.worker_id, state.due) == ("pending", 0, None, None)
+    assert (state.status, state.counted_attempts, state.worker_id, state.due_at) == ("pending", 0, None, None)
 
 
 @in_each(WAITING | RUNNING)
@@ -408,9 +408,9 @@ def test_only_a_waiting_job_can_be_changed(history: list[Event]) -> None:
 def test_what_is_not_named_stays_as_it_is() -> None:
     planned = make_job_submitted(priority=3, not_before=LATER)
     state = given(planned, JobUpdated(by="bob", parameters={})).state
-    assert state.asked == planned.model_copy(update={"parameters": {}})
-    assert state.due == LATER
-    assert given(planned, JobUpdated(by="bob", priority=0)).state.asked.priority == 0
+    assert state.spec == planned.model_copy(update={"parameters": {}})
+    assert state.due_at == LATER
+    assert given(planned, JobUpdated(by="bob", priority=0)).state.spec.priority == 0
 
 
 def test_a_new_start_time_counts_for_the_next_claim() -> None:
@@ -423,7 +423,7 @@ def test_a_new_start_time_counts_for_the_next_claim() -> None:
 @in_each(ALIVE)
 def test_access_can_be_changed_at_any_time(history: list[Event]) -> None:
     given(*history).when(ChangeAccess("bob", ACCESS)).then(JobAccessChanged(by="bob", access_control=ACCESS))
-    assert given(*history, JobAccessChanged(by="bob", access_control=ACCESS)).state.asked.access_control == ACCESS
+    assert given(*history, JobAccessChanged(by="bob", access_control=ACCESS)).state.spec.access_control == ACCESS
 
 
 @in_each(ALIVE)

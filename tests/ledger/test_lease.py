@@ -91,7 +91,7 @@ async def test_it_says_who_holds_it_whatever_characters_that_needs(lease: Lease,
     document = leases.find_one({"_id": "the-lease"})
     assert document is not None
     assert {name: document[name] for name in facts} == facts
-    assert (document["epoch"], document["seconds"], document["released"]) == (1, SECONDS, False)
+    assert (document["fencing_token"], document["seconds"], document["released"]) == (1, SECONDS, False)
 
 
 async def test_it_is_kept_alive_far_longer_than_its_time(lease: Lease, leases: Collection[Document]) -> None:
@@ -112,12 +112,12 @@ async def test_it_is_kept_alive_far_longer_than_its_time(lease: Lease, leases: C
 async def test_releasing_frees_it_at_once_and_the_next_holder_has_a_higher_epoch(
     connection: Connection, lease: Lease, leases: Collection[Document]
 ) -> None:
-    for epoch in range(1, 4):
+    for fencing_token in range(1, 4):
         assert await acquired(lease)
-        assert lease.fencing_token == epoch
+        assert lease.fencing_token == fencing_token
         await lease.release()
         assert not lease.is_held
-        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "released": True, "epoch": epoch})
+        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "released": True, "fencing_token": fencing_token})
     long = lease_of(connection, 60)
     assert await acquired(long)
     assert long.fencing_token == 4
@@ -144,7 +144,7 @@ async def test_one_that_ran_out_goes_on_as_long_as_nobody_has_taken_it(
     assert lease.uninterrupted_seconds > 0.9 * SECONDS, "no beat has been missed"
     run_out(leases)
     await beats_again(leases)
-    assert by_the_server(leases, {"epoch": 1})
+    assert by_the_server(leases, {"fencing_token": 1})
     assert lease.is_held
     assert not declare_over(leases), "it has not run out"
 
@@ -157,12 +157,12 @@ async def test_one_that_was_declared_over_cannot_be_extended_and_its_holder_noti
     assert declare_over(leases)
     await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
     assert not lease.is_held
-    assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "epoch": 2, "released": False})
+    assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 2, "released": False})
     other = lease_of(connection)
     assert await acquired(other)
     assert other.fencing_token == 3
     await lease.release()
-    assert by_the_server(leases, {"epoch": 3, "released": False})
+    assert by_the_server(leases, {"fencing_token": 3, "released": False})
     assert other.is_held
     await other.release()
 
@@ -234,7 +234,7 @@ async def test_a_holder_whose_network_is_silent_goes_on_when_it_is_back_unless_i
         assert await acquired(lease)
         proxy.suspend()
         await asyncio.sleep(2 * SECONDS)
-        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "epoch": 1})
+        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 1})
         assert lease.is_held
         assert lease.uninterrupted_seconds == 0
         proxy.resume()
@@ -248,7 +248,7 @@ async def test_a_holder_whose_network_is_silent_goes_on_when_it_is_back_unless_i
         proxy.resume()
         await asyncio.wait_for(lease.wait_lost(), DEADLINE_SECONDS)
         await lease.release()
-        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "epoch": 2, "released": False})
+        assert by_the_server(leases, {**EXPIRED_LEASE_FILTER, "fencing_token": 2, "released": False})
 
 
 @pytest.mark.parametrize("silent_for", [0.0, 2 * SECONDS], ids=["running", "run out"])
@@ -302,10 +302,10 @@ async def test_whoever_is_cancelled_while_acquiring_holds_nothing_afterwards(
         taken, go_on = threading.Event(), threading.Event()
 
         def _take(self, leases: Collection[Document], facts: Document, seen: LeaseObservation) -> int | None:
-            epoch = super()._take(leases, facts, seen)
+            fencing_token = super()._take(leases, facts, seen)
             self.taken.set()
             self.go_on.wait(DEADLINE_SECONDS)
-            return epoch
+            return fencing_token
 
     lease = Slow(connection, "leases", "the-lease", seconds=SECONDS)
     acquiring = asyncio.create_task(lease.acquire({}))

@@ -127,9 +127,9 @@ OPERATIONS: dict[str, Callable[[DirectoryStore, Path, str], Awaitable[Any]]] = {
     "open": lambda store, _inbox, _digest: store.open("0" * 64, 1),
     "verify": lambda store, _inbox, _digest: store.verify("0" * 64, 1),
     "stored": lambda store, _inbox, _digest: all_of(store),
-    "set_aside": lambda store, _inbox, digest: store.begin_removal(digest, "token"),
-    "put_back": lambda store, _inbox, digest: store.cancel_removal(digest, "token"),
-    "remove": lambda store, _inbox, digest: store.finish_removal(digest, "token"),
+    "begin_removal": lambda store, _inbox, digest: store.begin_removal(digest, "token"),
+    "cancel_removal": lambda store, _inbox, digest: store.cancel_removal(digest, "token"),
+    "finish_removal": lambda store, _inbox, digest: store.finish_removal(digest, "token"),
 }
 
 

@@ -60,7 +60,7 @@ async def quiet(connection: Connection) -> AsyncIterator[Ledger]:
 class SmallPages(EventStore):
     """A log that is read in so many steps that a test's few events make a long one."""
 
-    async def stored(self, *, after: int, limit: int) -> list[StoredDocument]:
+    async def read_documents(self, *, after: int, limit: int) -> list[StoredDocument]:
         return await super().read_documents(after=after, limit=min(limit, PAGE))
 
 
@@ -973,7 +973,7 @@ class Watched(EventStore):
     looks = 0
     standing: asyncio.Event
 
-    async def stored(self, *, after: int, limit: int) -> list[StoredDocument]:
+    async def read_documents(self, *, after: int, limit: int) -> list[StoredDocument]:
         documents = await super().read_documents(after=after, limit=limit)
         if documents and documents[0][0]["_id"] != after + 1:
             self.looks += 1
@@ -1031,7 +1031,7 @@ async def test_what_is_written_after_the_check_began_is_not_waited_for(connectio
         told: list[tuple[int, int]] = []
 
         class Interrupted(SmallPages):
-            async def head(self, session: AsyncClientSession | None = None) -> int:
+            async def head_position(self, session: AsyncClientSession | None = None) -> int:
                 head = await super().head_position(session)
                 await create_position_gap(ledger.db)
                 await ledger.submit_job()

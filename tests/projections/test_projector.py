@@ -62,7 +62,7 @@ async def a_history(here: RunningRoles, dice: random.Random, *, lives: int = 4, 
     )
 
 
-async def epoch(db: Database) -> int:
+async def fencing_token(db: Database) -> int:
     checkpoint = await db.checkpoints.find_one({"_id": VIEWS_CHECKPOINT_ID})
     assert checkpoint is not None
     return int(checkpoint["fencing_token"])
@@ -399,12 +399,12 @@ async def test_a_standby_leads_when_the_leader_was_killed_and_its_lease_has_run_
             await here.submit()
             await here.wait_for_views(1)
             async with run_roles_in_process(connection, store, projector=True, projector_lease_seconds=1.5):
-                first = await epoch(here.db)
+                first = await fencing_token(here.db)
                 leader.send_signal(signal.SIGKILL)
                 await leader.wait_for_exit()
                 await here.submit()
                 await here.wait_for_views(2, seconds=1.5 + 1.5 / 3 + 1 + 2)
-                assert await epoch(here.db) > first
+                assert await fencing_token(here.db) > first
                 await assert_views_match_log(here)
 
 

@@ -65,8 +65,8 @@ async def all_done(here: RunningRoles) -> None:
 async def test_files_secrets_and_deliveries_of_a_deleted_job_go(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True) as here:
         kept = here.store.put_bytes(b"one")
-        await here.db[WEBHOOK_SECRETS].insert_one({"_id": "headers-1", "headers": {"A": "b"}, "secrets": []})
-        webhook = Webhook(url="http://127.0.0.1:1/", header_names=["A"], secrets_ref="headers-1")
+        await here.db[WEBHOOK_SECRETS].insert_one({"_id": "secrets-1", "headers": {"A": "b"}, "secrets": []})
+        webhook = Webhook(url="http://127.0.0.1:1/", header_names=["A"], secrets_ref="secrets-1")
         job_id = await completed(here, kept.sha256, webhook=webhook)
         async with cleaning(here):
             await here.handle_commands(job_id, Delete("user:a"))

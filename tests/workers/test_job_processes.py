@@ -67,7 +67,7 @@ async def here(connection: Connection, store: Path) -> AsyncIterator[RunningRole
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return tmp_path / "noted"
+    return tmp_path / "digest"
 
 
 def number_in(file: str | Path) -> int:

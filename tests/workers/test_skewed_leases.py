@@ -50,7 +50,7 @@ async def test_lease_of_a_dead_worker_written_by_a_primary_that_is_ahead_expires
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=PATIENT) as here:
         job_id = await here.submit(not_before=datetime(2100, 1, 1, tzinfo=UTC))
-        ghost = {"_id": "ghost", "epoch": 1, "beat": 7, "seconds": LEASE, "released": False}
+        ghost = {"_id": "ghost", "fencing_token": 1, "heartbeat": 7, "seconds": LEASE, "released": False}
         await here.db.workers.insert_one({**ghost, "lease_until": datetime(2100, 1, 1, tzinfo=UTC)})
         await skew(here.db, "workers", SKEW_MS, _id="ghost")
         await handle_command(
@@ -94,8 +94,8 @@ async def test_leader_is_replaced_in_time_and_not_before_it_is_dead(
                     await asyncio.sleep(1.5 * LEASE)
                 found = await leaders.find_one({"_id": "projector"})
                 assert found is not None
-                assert found["epoch"] == led["epoch"]
+                assert found["fencing_token"] == led["fencing_token"]
                 first.send_signal(signal.SIGKILL)
                 await first.wait_for_exit()
                 await skew(here.db, "leaders", ahead, _id="projector")
-                await poll_until(lambda: leadership.fencing_token > led["epoch"], "it leads", seconds=LEASE + 3)
+                await poll_until(lambda: leadership.fencing_token > led["fencing_token"], "it leads", seconds=LEASE + 3)

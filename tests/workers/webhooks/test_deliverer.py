@@ -181,13 +181,13 @@ async def test_header_values_and_signatures_come_from_where_secrets_are(
         kept = {"_id": "headers-1", "headers": {"Authorization": "Bearer s3cret"}, "secrets": [new, old]}
         await here.db.webhook_secrets.insert_one(kept)
         own = Webhook(
-            url=cms.url("/own"), header_names=["Authorization"], secrets_ref="headers-1", has_own_secrets=True
+            url=cms.url("/own"), header_names=["Authorization"], secrets_ref="secrets-1", has_own_secrets=True
         )
         ended = [await end_a_job(here, own), await end_a_job(here, Webhook(url=cms.url("/all")))]
         for delivery_id in ended:
             await over(here, delivery_id)
         everything = str([it.data for it in await here.read_all_events()])
-        [endpoint] = await here.db.webhook_endpoints.find().to_list()
+        [endpoint] = await here.db.endpoint_secrets.find().to_list()
         of_all = endpoint["secret"]
     [request], [other] = cms.requests_to("/own"), cms.requests_to("/all")
     assert request.headers["authorization"] == "Bearer s3cret"
@@ -201,7 +201,7 @@ async def test_header_values_and_signatures_come_from_where_secrets_are(
 
 
 async def test_secrets_that_were_removed_are_a_clear_failure(here: RunningRoles, cms: WebhookEndpoint) -> None:
-    hook = Webhook(url=cms.url(), header_names=["Authorization"], secrets_ref="headers-gone")
+    hook = Webhook(url=cms.url(), header_names=["Authorization"], secrets_ref="secrets-gone")
     done = await over(here, await end_a_job(here, hook))
     assert done["status"] == "abandoned"
     assert done["attempts"][0]["error"]["code"] == "NOT_COMPOSED"
