@@ -1,7 +1,9 @@
-"""cli: a small conference web site for `jobledger demo`, made by our own hands and served on this machine only.
+"""A small conference website for `jobledger demo`, generated and served on this machine.
 
-`talks` is what the conference says, `deck` and `video` turn it into PDF and film, `site` writes it all to a directory
-and names the sessions to submit, `serving` puts the directory on a free port. Needs the extra `demo` (fpdf2).
+`conference` holds the content. `slides` and `video` render a talk as PDF and video. `site` writes all files to a
+directory and lists the sessions to submit. `server` serves the directory on a free port.
+
+Requires the extra `demo` (fpdf2).
 """
 
 from jobledger.cli.demo_site.server import serve_directory

@@ -1,4 +1,4 @@
-"""cli: a directory as a web site on this machine, inside the event loop that is already running."""
+"""Serve a directory as a website from the running event loop."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from starlette.staticfiles import StaticFiles
 
 @asynccontextmanager
 async def serve_directory(directory: Path) -> AsyncIterator[str]:
-    """Serve `directory` on 127.0.0.1 at a free port; yields the base URL, without a closing slash.
+    """Serve `directory` on a free port of 127.0.0.1 and yield the base URL without a trailing slash.
 
-    Content types follow the file names, byte ranges are answered, a folder answers with its `index.html`.
+    Supports content types by file name, byte ranges and `index.html` for directories.
     """
     site = Starlette(routes=[Mount("/", StaticFiles(directory=directory, html=True))])
     server = _BackgroundServer(
@@ -35,7 +35,7 @@ async def serve_directory(directory: Path) -> AsyncIterator[str]:
 
 
 class _BackgroundServer(uvicorn.Server):
-    """A server in somebody else's program: it says when it listens, and leaves the signals to its host."""
+    """A server that signals when it listens and does not install signal handlers."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

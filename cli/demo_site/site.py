@@ -1,4 +1,4 @@
-"""cli: the invented conference as files, and as sessions to submit."""
+"""Write the demo conference as a website and list its sessions for submission."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from jobledger.cli.demo_site import talks
-from jobledger.cli.demo_site.deck import write_deck
-from jobledger.cli.demo_site.talks import Talk
+from jobledger.cli.demo_site.conference import Conference, Talk, load_conference
+from jobledger.cli.demo_site.slides import write_slides
 from jobledger.cli.demo_site.video import write_video
 
 
 class SessionFields(TypedDict):
-    """The 13 fields of a session, as `POST /api/events/jobs` takes them."""
+    """The 13 parameters of a session job in `POST /api/events/jobs`."""
 
     event: str
     session: str
@@ -33,23 +32,29 @@ class SessionFields(TypedDict):
 
 
 def write_site(directory: Path) -> list[Path]:
-    """Write the whole site below `directory` and return its files, relative to it.
+    """Write the website to `directory` and return the paths of its files, relative to it.
 
-    Takes about two seconds, most of it for the films.
+    Takes about two seconds, mostly for encoding the videos.
     """
-    pages = {"index.html": _page("index.html.j2"), "style.css": _page("style.css.j2")}
-    pages |= {f"{_page_path(talk)}index.html": _page("talk.html.j2", talk=talk) for talk in talks.TALKS}
+    conference = load_conference()
+    pages = {name: _render(f"{name}.j2", conference=conference) for name in ("index.html", "style.css")}
+    for talk in conference.talks:
+        pages[f"{_page_path(talk)}index.html"] = _render("talk.html.j2", conference=conference, talk=talk)
     for name, text in pages.items():
-        _made(directory, name).write_text(text, encoding="utf-8")
-    return [Path(name) for name in pages] + _downloads(directory)
+        _create_parent(directory, name).write_text(text, encoding="utf-8")
+    return [Path(name) for name in pages] + _write_media(directory)
 
 
 def list_sessions(base_url: str) -> list[SessionFields]:
-    """The conference's sessions when its site is served at `base_url`; English ones ask for German, and the reverse."""
+    """Return the parameters of all sessions of the site at `base_url`.
+
+    English talks have the target language German, and German talks English.
+    """
+    conference = load_conference()
     root = base_url.rstrip("/")
     return [
         {
-            "event": talks.CONFERENCE,
+            "event": conference.name,
             "session": talk.title,
             "url": f"{root}/{_page_path(talk)}",
             "filename": talk.filename,
@@ -63,25 +68,25 @@ def list_sessions(base_url: str) -> list[SessionFields]:
             "source_language": talk.language,
             "target_language": "en" if talk.language == "de" else "de",
         }
-        for talk in talks.TALKS
+        for talk in conference.talks
     ]
 
 
-def _downloads(directory: Path) -> list[Path]:
-    """Write decks and films."""
+def _write_media(directory: Path) -> list[Path]:
+    """Write the slides and videos."""
     files = []
-    for talk in talks.TALKS:
+    for talk in load_conference().talks:
         if talk.slides:
             files.append(Path(_slides_path(talk)))
-            write_deck(talk, _made(directory, _slides_path(talk)))
+            write_slides(talk, _create_parent(directory, _slides_path(talk)))
         if talk.video:
             files.append(Path(_video_path(talk)))
-            write_video(talk, talk.video, _made(directory, _video_path(talk)))
+            write_video(talk, talk.video, _create_parent(directory, _video_path(talk)))
     return files
 
 
-def _made(directory: Path, name: str) -> Path:
-    """The path of `name` below `directory`, its folder made."""
+def _create_parent(directory: Path, name: str) -> Path:
+    """Return the path of `name` in `directory` after creating its parent directory."""
     path = directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -99,7 +104,7 @@ def _video_path(talk: Talk) -> str:
     return f"media/{talk.slug}.{talk.video.container}" if talk.video else ""
 
 
-def _page(template: str, **context: Talk) -> str:
+def _render(template: str, **context: Conference | Talk) -> str:
     return _TEMPLATES.get_template(template).render(context)
 
 
@@ -110,4 +115,4 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.globals |= {"site": talks, "page_path": _page_path, "slides_path": _slides_path, "video_path": _video_path}
+_TEMPLATES.globals |= {"page_path": _page_path, "slides_path": _slides_path, "video_path": _video_path}

@@ -1,6 +1,6 @@
-"""cli: a talk's recording: a few seconds of moving picture and a tune, drawn and played by ourselves.
+"""Generate the recording of a talk: a few seconds of animation with a melody.
 
-Small on purpose: `jobledger demo` makes its films while somebody waits. Same talk, same bytes from the same codecs.
+Videos are short because the user waits for `jobledger demo`. Output is reproducible with the same codecs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,29 @@ import av
 from av.container import OutputContainer
 from PIL import Image, ImageDraw, ImageFont
 
-from jobledger.cli.demo_site.talks import CONFERENCE, Talk, Video
+from jobledger.cli.demo_site.conference import Note, Talk, Video, load_conference
 
 WIDTH, HEIGHT = 640, 360
 FRAMES_PER_SECOND = 10
-SAMPLE_RATE = 24_000  # one of the few rates that Opus knows
+SAMPLE_RATE = 24_000  # one of the rates that Opus supports
 BEAT_SECONDS = 0.4
+FREQUENCIES_HZ: dict[Note, float] = {
+    "C4": 261.63,
+    "D4": 293.66,
+    "E4": 329.63,
+    "G4": 392.0,
+    "A4": 440.0,
+    "C5": 523.25,
+    "D5": 587.33,
+    "E5": 659.26,
+    "rest": 0.0,
+}
 
 VideoCodec = Literal["libvpx-vp9", "libx264"]
 AudioCodec = Literal["libopus", "aac"]
 Codecs = tuple[VideoCodec, dict[str, str], AudioCodec]
 
-# The fastest settings each encoder has: nobody judges a demo by its compression.
+# The fastest settings of each encoder.
 CODECS: dict[Literal["webm", "mp4"], Codecs] = {
     "webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "36", "b": "0"}, "libopus"),
     "mp4": ("libx264", {"preset": "ultrafast", "crf": "26"}, "aac"),
@@ -36,26 +47,26 @@ CODECS: dict[Literal["webm", "mp4"], Codecs] = {
 
 def write_video(talk: Talk, video: Video, path: Path) -> None:
     """Encode `video` to `path`, as WebM (VP9, Opus) or MP4 (H.264, AAC)."""
-    with av.open(str(path), "w", format=video.container, options={"fflags": "+bitexact"}) as film:
-        film.metadata["title"] = talk.title
-        _encode(film, talk, video)
+    with av.open(str(path), "w", format=video.container, options={"fflags": "+bitexact"}) as output:
+        output.metadata["title"] = talk.title
+        _encode(output, talk, video)
 
 
-def _encode(film: OutputContainer, talk: Talk, video: Video) -> None:
+def _encode(output: OutputContainer, talk: Talk, video: Video) -> None:
     video_codec, options, audio_codec = CODECS[video.container]
-    picture = film.add_stream(video_codec, rate=FRAMES_PER_SECOND, options=options)
+    picture = output.add_stream(video_codec, rate=FRAMES_PER_SECOND, options=options)
     picture.width, picture.height, picture.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-    sound = film.add_stream(audio_codec, rate=SAMPLE_RATE)
+    sound = output.add_stream(audio_codec, rate=SAMPLE_RATE)
     sound.bit_rate = 48_000
     sound.layout = "mono"
-    samples = _play(video)
-    for second in range(video.seconds):  # second by second, so that the file is interleaved and can be streamed
+    samples = _synthesize(video)
+    for second in range(video.seconds):  # interleave per second so that the file can be streamed
         for number in range(second * FRAMES_PER_SECOND, (second + 1) * FRAMES_PER_SECOND):
             progress = number / (video.seconds * FRAMES_PER_SECOND)
-            film.mux(picture.encode(_video_frame(_draw(talk, video, progress), number)))
-        film.mux(sound.encode(_audio_frame(samples, second * SAMPLE_RATE)))
-    film.mux(picture.encode(None))
-    film.mux(sound.encode(None))
+            output.mux(picture.encode(_video_frame(_draw(talk, video, progress), number)))
+        output.mux(sound.encode(_audio_frame(samples, second * SAMPLE_RATE)))
+    output.mux(picture.encode(None))
+    output.mux(sound.encode(None))
 
 
 def _video_frame(picture: Image.Image, number: int) -> av.VideoFrame:
@@ -65,7 +76,7 @@ def _video_frame(picture: Image.Image, number: int) -> av.VideoFrame:
 
 
 def _audio_frame(samples: array[int], start: int) -> av.AudioFrame:
-    """One second of `samples`, from `start`."""
+    """Return one second of `samples` from `start`."""
     frame = av.AudioFrame(format="s16", layout="mono", samples=SAMPLE_RATE)
     frame.planes[0].update(samples[start : start + SAMPLE_RATE].tobytes())
     frame.sample_rate = SAMPLE_RATE
@@ -73,18 +84,18 @@ def _audio_frame(samples: array[int], start: int) -> av.AudioFrame:
     return frame
 
 
-def _play(video: Video) -> array[int]:
-    """The melody as 16-bit samples, followed by silence or cut so that it is as long as the film."""
+def _synthesize(video: Video) -> array[int]:
+    """Return the melody as 16-bit samples, padded with silence or cut to the length of the video."""
     samples = array("h")
-    for frequency, beats in video.melody:
-        samples.extend(_tone(frequency, beats * BEAT_SECONDS))
+    for note, beats in video.melody:
+        samples.extend(_tone(FREQUENCIES_HZ[note], beats * BEAT_SECONDS))
     length = video.seconds * SAMPLE_RATE
     samples.extend([0] * (length - len(samples)))
     return samples[:length]
 
 
 def _tone(frequency: float, seconds: float) -> array[int]:
-    """A plucked note: two partials that fade away, with a soft start so that it does not click."""
+    """Return a plucked note: two fading partials with a soft attack to avoid clicks."""
     step = 2 * math.pi * frequency / SAMPLE_RATE
     loudness = 9_000 if frequency else 0
     fade = 3.0 / SAMPLE_RATE
@@ -108,7 +119,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _draw(talk: Talk, video: Video, progress: float) -> Image.Image:
-    """The picture at `progress` 0 to 1 of the film."""
+    """Return the frame at `progress` (0 to 1) of the video."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), talk.colour)
     draw = ImageDraw.Draw(picture)
     headline, byline = video.caption
@@ -120,14 +131,14 @@ def _draw(talk: Talk, video: Video, progress: float) -> Image.Image:
         case "contrast":
             _draw_contrast(draw, progress)
         case _:
-            assert_never(video.picture)
-    draw.text((36, HEIGHT - 46), CONFERENCE, font=_font(15), fill="white")
+            assert_never(video.animation)
+    draw.text((36, HEIGHT - 46), load_conference().name, font=_font(15), fill="white")
     draw.rectangle((0, HEIGHT - 8, round(WIDTH * progress), HEIGHT), fill="white")
     return picture
 
 
 def _draw_ledger(draw: ImageDraw.ImageDraw, talk: Talk, progress: float) -> None:
-    """Entries arrive one by one from the right and are never moved again."""
+    """Draw entries that arrive one by one from the right and then stay."""
     arriving = progress * 7
     for entry in range(math.floor(arriving) + 1):
         rest = max(0.0, 1 - (arriving - entry) * 1.6)
@@ -139,7 +150,7 @@ def _draw_ledger(draw: ImageDraw.ImageDraw, talk: Talk, progress: float) -> None
 
 
 def _draw_contrast(draw: ImageDraw.ImageDraw, progress: float) -> None:
-    """Grey on white becomes readable; the ratio is the one of WCAG 2.2, section 1.4.3."""
+    """Draw grey text on white whose contrast increases (ratio: WCAG 2.2, section 1.4.3)."""
     grey = round(225 * (1 - progress))
     ratio = 1.05 / (_luminance(grey) + 0.05)
     draw.rounded_rectangle((36, 140, WIDTH - 36, 270), radius=10, fill="white")
@@ -149,6 +160,6 @@ def _draw_contrast(draw: ImageDraw.ImageDraw, progress: float) -> None:
 
 
 def _luminance(grey: int) -> float:
-    """Relative luminance of an sRGB grey of 0 to 255 (WCAG 2.2)."""
+    """Return the relative luminance of an sRGB grey from 0 to 255 (WCAG 2.2)."""
     level = grey / 255
     return level / 12.92 if level <= 0.04045 else float(((level + 0.055) / 1.055) ** 2.4)

@@ -16,9 +16,12 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from jobledger.cli.demo_site import write_site
-from jobledger.cli.demo_site.talks import CONFERENCE, TALKS, Talk
+from jobledger.cli.demo_site.conference import Talk, load_conference
 from tests.support.installation import CommandOutcome, Installation
 from tests.support.mongodb_provider import needs_local_mongod
+
+CONFERENCE = load_conference()
+TALKS = CONFERENCE.talks
 
 pytestmark = [needs_local_mongod, pytest.mark.timeout(300)]
 
@@ -84,7 +87,7 @@ def has_the_metadata_of_the_session(page: Path, talk: Talk) -> None:
     assert matter["track"] == talk.track
     assert matter["date"] == talk.day
     assert matter["language"] == talk.language
-    assert {CONFERENCE, talk.track} <= set(matter["tags"])
+    assert {CONFERENCE.name, talk.track} <= set(matter["tags"])
     assert matter["url"].endswith(f"/talks/{talk.slug}/")
     assert talk.start in page.read_text(encoding="utf-8")
 
@@ -119,5 +122,5 @@ def test_a_directory_that_is_not_from_a_demo_is_left_alone(tmp_path: Path) -> No
         thesis.write_text("the only copy")
         ended = installation.run("demo", seconds=120)
         assert ended.exit_code == 2
-        assert "not from a demo" in ended.err
+        assert "was not created by the demo" in ended.err
         assert thesis.read_text() == "the only copy"

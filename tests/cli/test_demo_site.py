@@ -13,8 +13,9 @@ import pytest
 import trafilatura
 
 from jobledger.cli.demo_site import list_sessions, serve_directory, write_site
-from jobledger.cli.demo_site.talks import TALKS, Talk
+from jobledger.cli.demo_site.conference import Talk, load_conference
 
+TALKS = load_conference().talks
 SESSION_FIELDS = [
     *("event", "session", "url", "filename", "track", "day", "starttime", "endtime", "speakers"),
     *("video_url", "attachments_url", "source_language", "target_language"),

@@ -35,7 +35,7 @@ BAD = {
     "unset": ("ValidProcessor.Settings = dict", "`Settings` must be"),
     "schemaless": (
         "class P(BaseModel):\n    @classmethod\n"
-        "    def model_json_schema(cls, *a, **k): raise RuntimeError('no schema')\nGood.Parameters = P",
+        "    def model_json_schema(cls, *a, **k): raise RuntimeError('no schema')\nValidProcessor.Parameters = P",
         "no schema",
     ),
     "argless": ("ValidProcessor.__init__ = lambda self: None", "expected `__init__(self, settings)`"),
@@ -88,19 +88,19 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
     plugins = tmp_path / "plugins"
     install_plugin(plugins, "raises", BAD["raises"][0])
     install_plugin(plugins, "healthy")
-    needy = "class S(BaseModel):\n    endpoint: str\nGood.Settings = S"
+    needy = "class S(BaseModel):\n    endpoint: str\nValidProcessor.Settings = S"
     install_plugin(plugins, "unconfigured", needy)
     install_plugin(plugins, "misconfigured", needy, template=MODULE_TEMPLATE)
     for job_type, library in PRELOADED.items():
         (plugins / f"library_{job_type}.py").write_text(library, encoding="utf-8")
         install_plugin(
-            plugins, job_type, f"ValidProcessor.isolation = 'process'\nGood.preload = ('library_{job_type}',)"
+            plugins, job_type, f"ValidProcessor.isolation = 'process'\nValidProcessor.preload = ('library_{job_type}',)"
         )
     for name, code in SHARING.items():
         sharing = (
             f"from pathlib import Path\nfrom threading import current_thread, main_thread\ndef shared():\n    {code}\n"
         )
-        sharing += "ValidProcessor.isolation = 'process'\nGood.shared_directories = staticmethod(shared)"
+        sharing += "ValidProcessor.isolation = 'process'\nValidProcessor.shared_directories = staticmethod(shared)"
         install_plugin(plugins, f"sharing-{name}", sharing)
     monkeypatch.setenv("PYTHONPATH", str(plugins))
     sections = {"misconfigured": {"endpoint": 7}, "raises": {"any": "thing"}}
