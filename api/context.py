@@ -29,7 +29,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.system.disk_space import DiskSpaceMonitor
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.health import StallDetector
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 
 MAX_PAGE_SIZE: Final = 1000
 _SHORT_WAIT_SECONDS: Final = 1.0

@@ -37,7 +37,7 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine import rebuild
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.projector import Projector
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from jobledger.projections.views.files import has_any_file
 from jobledger.workers import executor
 from jobledger.workers.child import confinement

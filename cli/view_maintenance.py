@@ -120,7 +120,7 @@ async def verify_result_files(
     """
     from jobledger.projections.engine.file_verification import verify_files
     from jobledger.projections.engine.rebuild import load_checkpoint
-    from jobledger.projections.engine.slots import Views
+    from jobledger.projections.slots import Views
 
     async with connection.client() as client:
         db = client[connection.db_name]

@@ -14,7 +14,7 @@ from pymongo import ReturnDocument
 from jobledger.ledger.domain.events import JobDeleted
 from jobledger.ledger.mongo.connection import Database, translate_errors
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from jobledger.projections.views import files
 from jobledger.workers.processor import ProcessorError
 from jobledger.workers.result_paths import generate_candidates, normalize_path

@@ -7,7 +7,7 @@ from datetime import timedelta
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import JobSubmitted, StepCompleted
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from jobledger.projections.views import steps
 from jobledger.workers.registry import processor_version
 

@@ -78,6 +78,7 @@ from jobledger.ledger.store.hash_chain import canonical_json
 from jobledger.projections.engine.writer import FOLDED_VIEWS, Chunk
 from jobledger.projections.views import batches as view
 from jobledger.projections.views import list_index, statistics
+from jobledger.projections.views.paging import MAX_COUNT
 
 _RUNNING_JOB_EVENTS: Final = frozenset(kind.__name__ for kind in (JobProgressed, JobLogged, StepCompleted))
 """What a running job says concerns no batch."""
@@ -340,7 +341,7 @@ async def list_batches(request: Request) -> Response:
         content["total"] = await statistics.count_batches(known.views)
     else:
         content["total"] = await view.count(known.views, wanted)
-        if content["total"] >= view.MAX_COUNT:
+        if content["total"] >= MAX_COUNT:
             content["total_is_lower_bound"] = True
     return json_response(content | encode_next_cursor(following))
 

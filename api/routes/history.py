@@ -19,7 +19,7 @@ from jobledger.api.schemas.requests import HistoryQuery
 from jobledger.ledger.domain.errors import UnreadableEvent
 from jobledger.ledger.domain.events import Event, LogEntry, RecordedEvent
 from jobledger.projections.views import batches
-from jobledger.projections.views.jobs import LOG_EVENT_TYPES, log_lines_of_event
+from jobledger.projections.views.job_log import LOG_EVENT_TYPES, log_lines_of_event
 
 _READ_AT_ONCE: Final = 100
 _LARGEST_ANSWER_BYTES: Final = 4 * 1024 * 1024

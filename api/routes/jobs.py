@@ -82,10 +82,10 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, load_stream_state, new_job_id
 from jobledger.ledger.store.endpoint_secrets import RevealedSecret, reveal_new_secrets
 from jobledger.ledger.store.event_store import EventStore
-from jobledger.projections.views import batches, statistics
+from jobledger.projections.views import batches, job_list, statistics
 from jobledger.projections.views import jobs as view
 from jobledger.projections.views.files import prefix_result_urls
-from jobledger.projections.views.list_index import PageCursor
+from jobledger.projections.views.paging import MAX_COUNT, PageCursor
 
 _STOP_TIMEOUT_SECONDS: Final = 30.0
 
@@ -167,9 +167,9 @@ async def build_job_list_response(request: Request, query: JobListQuery) -> Resp
     """Return the page of jobs that is asked for."""
     await wait_for_requested_position(request)
     known = get_api_context(request)
-    wanted = view.JobFilter(**query.model_dump(exclude={*PageQuery.model_fields, "include"}))
+    wanted = job_list.JobFilter(**query.model_dump(exclude={*PageQuery.model_fields, "include"}))
     selection = wanted.build_query(get_principal(request))
-    found, following = await view.find_page(
+    found, following = await job_list.find_page(
         known.views,
         selection,
         limit=query.limit,
@@ -193,16 +193,16 @@ def encode_next_cursor(following: PageCursor | None) -> dict[str, str]:
     return {"next_cursor": urlsafe_b64encode(text.encode()).decode()}
 
 
-async def _total(request: Request, wanted: view.JobFilter, query: Document) -> tuple[int, bool]:
+async def _total(request: Request, wanted: job_list.JobFilter, query: Document) -> tuple[int, bool]:
     """Return how many jobs there are and whether there may be more: from counters where they know it."""
     views = get_api_context(request).views
     if get_principal(request).is_admin:
-        if wanted == view.JobFilter(status=wanted.status, track=wanted.track):
+        if wanted == job_list.JobFilter(status=wanted.status, track=wanted.track):
             return await statistics.count_jobs(views, status=wanted.status, track=wanted.track), False
-        if wanted.batch_id is not None and wanted == view.JobFilter(status=wanted.status, batch_id=wanted.batch_id):
+        if wanted.batch_id is not None and wanted == job_list.JobFilter(status=wanted.status, batch_id=wanted.batch_id):
             return await batches.count_jobs(views, wanted.batch_id, status=wanted.status), False
-    total = await view.count(views, query)
-    return total, total >= view.MAX_COUNT
+    total = await job_list.count(views, query)
+    return total, total >= MAX_COUNT
 
 
 async def get_job(request: Request) -> Response:

@@ -15,7 +15,7 @@ from jobledger.ledger.domain.errors import LedgerUnavailable
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 from jobledger.ledger.mongo.lease import EXPIRED_LEASE_FILTER
 from jobledger.projections.engine.health import stall_reason
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from jobledger.projections.views import jobs, statistics
 
 _PING_SECONDS: Final = 3.0

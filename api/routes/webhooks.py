@@ -34,6 +34,7 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, is_deleted, load_stream_state
 from jobledger.projections.views import batches, jobs
 from jobledger.projections.views import deliveries as view
+from jobledger.projections.views.paging import MAX_COUNT
 
 MAX_REDELIVERIES: Final = 10_000
 _AT_ONCE: Final = 100
@@ -52,7 +53,7 @@ async def list_deliveries(request: Request) -> Response:
     total = await view.count(known.views, wanted)
     seen = [redact_document(it, DELIVERY_RULES, await _viewer(request, it["user_id"], _source(it))) for it in found]
     content: dict[str, Any] = {"status": "success", "total": total, "deliveries": seen}
-    if total >= view.MAX_COUNT:
+    if total >= MAX_COUNT:
         content["total_is_lower_bound"] = True
     return json_response(content | encode_next_cursor(following))
 

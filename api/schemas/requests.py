@@ -32,8 +32,8 @@ from jobledger.ledger.domain.timestamps import EXAMPLE_TIMESTAMP, parse_timestam
 from jobledger.ledger.domain.webhook_headers import find_header_problem
 from jobledger.ledger.net.webhook_signature import decode_secret
 from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
-from jobledger.projections.views.jobs import OMITTABLE_FIELDS
-from jobledger.projections.views.list_index import PageCursor
+from jobledger.projections.views.job_list import OMITTABLE_FIELDS
+from jobledger.projections.views.paging import PageCursor
 
 MAX_BATCH_JOBS = limits.MAX_BATCH_JOBS
 _SESSION_SHAPE = frozenset({"event", "session", "url", "filename", "track"})

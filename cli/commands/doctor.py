@@ -40,8 +40,8 @@ from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS, find_mongod
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.ledger.system.disk_space import MIB, find_write_problem, free_bytes, nearest_existing_directory
 from jobledger.projections.engine.health import VIEWS_AHEAD_REASON, stall_reason
-from jobledger.projections.engine.slots import Views
-from jobledger.projections.views import files, jobs, projection_errors
+from jobledger.projections.slots import Views
+from jobledger.projections.views import files, projection_errors, step_files
 from jobledger.workers import cleanup
 from jobledger.workers.child import confinement
 from jobledger.workers.machine_health import MachineFailure
@@ -355,7 +355,7 @@ async def _removals(db: Database) -> CheckResult:
     skipped = (await db.checkpoints.find_one({"_id": cleanup.CURSOR}) or {}).get(cleanup.SKIPPED, [])
     if unknown:
         advice = (
-            f"Delete jobs whose steps name more than {jobs.MAX_STEP_FILES:,} files. For jobs that the "
+            f"Delete jobs whose steps name more than {step_files.MAX_STEP_FILES:,} files. For jobs that the "
             f"views do not show as "
             "the log has them, see above."
         )

@@ -9,7 +9,7 @@ from typing import Any, Final
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from jobledger.ledger.mongo.connection import MAJORITY, Database
-from jobledger.projections.engine.slots import Views, ViewSlots
+from jobledger.projections.slots import Views, ViewSlots
 
 VIEWS_CHECKPOINT_ID: Final = "views"
 

@@ -11,7 +11,7 @@ from pymongo import ASCENDING
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
 from jobledger.ledger.files.directory import FileStore, StoredFile
 from jobledger.ledger.mongo.connection import translate_errors
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from jobledger.projections.views.files import NAME
 
 _SHOWN: Final = 100

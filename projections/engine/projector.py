@@ -31,8 +31,8 @@ from jobledger.ledger.store.event_store import EventStore, ReadPosition, Subscri
 from jobledger.projections.engine import health
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID, Checkpoint
 from jobledger.projections.engine.rebuild import REBUILD_CHECKPOINT_ID, Rebuild
-from jobledger.projections.engine.slots import Views
 from jobledger.projections.engine.writer import ALL_VIEWS, PROJECTION_VERSION, ProjectionWriter
+from jobledger.projections.slots import Views
 from jobledger.projections.views import batches
 
 _log = structlog.get_logger()

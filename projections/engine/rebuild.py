@@ -41,8 +41,8 @@ from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store.event_store import EventStore, ReadPosition, Subscription
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
 from jobledger.projections.engine.comparison import Difference, find_differences
-from jobledger.projections.engine.slots import Views, ViewSlots, other_slot
 from jobledger.projections.engine.writer import ALL_VIEWS, PROJECTION_VERSION, ChunkTooLarge, ProjectionWriter
+from jobledger.projections.slots import Views, ViewSlots, other_slot
 
 _log = structlog.get_logger()
 REBUILD_CHECKPOINT_ID: Final = "rebuild"

@@ -44,7 +44,7 @@ from jobledger.ledger.mongo.leader_election import LeadershipLost
 from jobledger.ledger.mongo.transactions import run_transaction
 from jobledger.ledger.store.event_store import EventStore, ReadPosition
 from jobledger.projections.engine.document_cache import DocumentCache, DocumentKey
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from jobledger.projections.views import (
     batches,
     deliveries,

@@ -1,13 +1,20 @@
-"""projections: the view `batches`, the concept's batch document (konzept.md, "Event-Batch Collection"), complete.
+"""View `batches`: the batch document of konzept.md, section "Event-Batch Collection".
 
-Counts are kept from the changes of its jobs' documents; the status is what the batch's own events say.
+The counts follow the changes of the batch's job documents. The status follows the batch's own events.
+
+Fields in addition to konzept.md:
+    paused: Whether the batch is paused.
+    needs_reopen: Whether a job became active after the batch was finished. The projector must then append
+        BatchReopened, even if the job has finished again.
+    version, position: Version of the last event of the batch's own stream; position of the last applied event.
+    truncated, projection_error: As in the view `jobs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import Final, assert_never
+from typing import Final, Unpack, assert_never
 
 from pymongo import ASCENDING, IndexModel
 
@@ -34,73 +41,220 @@ from jobledger.ledger.domain.limits import truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER
-from jobledger.projections.engine.slots import Views
-from jobledger.projections.views import list_index, projection_errors
-from jobledger.projections.views.jobs import MAX_LISTED_FIELD_BYTES, mark_truncated, redact_webhook
-from jobledger.projections.views.list_index import Facet, PageCursor
+from jobledger.projections.slots import Views
+from jobledger.projections.views import list_index, paging, projection_errors
+from jobledger.projections.views.document_fields import mark_truncated, redact_webhook
+from jobledger.projections.views.paging import OMITTED, PageCursor, PageOptions
 
 NAME: Final = "batches"
 MAX_LISTED_JOB_IDS: Final = 100
-MAX_COUNT: Final = 10_000
-_MOST: Final = MAX_SAFE_INTEGER
 INDEXES: Final = [
     *list_index.INDEXES,
     IndexModel([("status", ASCENDING)], partialFilterExpression={"status": "processing"}),
 ]
 
 
+# Fold ---------------------------------------------------------------------------------------------------------------
+
+
 def fold(batch: Document | None, event: RecordedEvent) -> Document | None:
-    """Return the batch's document as it is after one more event of its own stream; None when it is deleted."""
+    """Apply one event of a batch's own stream.
+
+    Args:
+        batch: The batch's document, or None before the first event. It is not changed.
+        event: The next event of the stream.
+
+    Returns:
+        The new document, or None if the batch is deleted.
+
+    Raises:
+        UnreadableEvent: The event is damaged.
+        UnsupportedEvent: A later version of the program wrote the event.
+    """
     if batch is not None and projection_errors.ERROR_FIELD in batch and projection_errors.REDUCED_FIELD not in batch:
-        return _followed(batch, event)
-    happened = event.event
-    if isinstance(happened, BatchSubmitted):
-        return _submitted(happened, event)
+        return _apply_event_type(batch, event)
+    payload = event.event
+    if isinstance(payload, BatchSubmitted):
+        return _build_document(payload, event)
     if batch is None:
         return None
-    assert isinstance(happened, BATCH_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
-    changes = _changes(happened, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
+    assert isinstance(payload, BATCH_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
+    changes = _build_changes(payload, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
     if changes is None:
         return None
     after = {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
-    if isinstance(happened, BatchFinished):
-        after["needs_reopen"] = _counts(batch) != happened.counts
+    if isinstance(payload, BatchFinished):
+        after["needs_reopen"] = _counts(batch) != payload.counts
     if "access_control" in changes:
-        _list(after)
+        _set_list_index(after)
     return after
 
 
+def _build_document(submitted: BatchSubmitted, event: RecordedEvent) -> Document:
+    batch: Document = {
+        "_id": event.stream,
+        "batch_id": event.stream,
+        "batch_name": submitted.batch_name,
+        "status": "processing",
+        "created_at": event.time,
+        "updated_at": event.time,
+        "completed_at": None,
+        "job_ids": submitted.job_ids,
+        "total_jobs": submitted.total_jobs,
+        "pending_jobs": 0,
+        "processing_jobs": 0,
+        "completed_jobs": 0,
+        "failed_jobs": 0,
+        "cancelled_jobs": 0,
+        "webhook": redact_webhook(submitted.webhook),
+        "parameters": submitted.parameters,
+        "summary": {"duration": 0.0, "tokens_used": 0},
+        "user_id": submitted.user_id,
+        "access_control": submitted.access_control.model_dump(),
+        "teams": submitted.teams,
+        "paused": False,
+        "archived": False,
+        "needs_reopen": False,
+        "version": event.version,
+        "position": event.position,
+    }
+    _set_list_index(batch)
+    return batch
+
+
+def _build_changes(payload: BatchEvent, event: RecordedEvent) -> Document | None:
+    """Return the fields that an event changes, or None if it deletes the batch."""
+    match payload:
+        case BatchSubmitted():
+            return {}
+        case BatchPaused():
+            return {"paused": True}
+        case BatchResumed():
+            return {"paused": False}
+        case BatchFinished():
+            return {"status": payload.status, "completed_at": event.time}
+        case BatchReopened():
+            return {"status": "processing", "completed_at": None, "needs_reopen": False}
+        case BatchAccessChanged():
+            return {"access_control": payload.access_control.model_dump()}
+        case BatchArchived():
+            return {"archived": True}
+        case BatchUnarchived():
+            return {"archived": False}
+        case BatchDeleted():
+            return None
+        case _:
+            assert_never(payload)
+
+
+def _set_list_index(batch: Document) -> None:
+    """Build the list keys and search keys of a batch."""
+    scopes, facets = list_index.scopes_for_document(batch), [list_index.NO_FACET, ("user", batch["user_id"])]
+    batch["list_keys"] = list_index.build_list_keys(scopes, facets)
+    mark_truncated(batch, "list_keys", truncated=list_index.is_truncated(batch["list_keys"], scopes, facets))
+    batch["search_keys"] = list_index.build_search_keys(scopes, [batch["batch_id"], batch["batch_name"]])
+
+
+def apply_job_change(
+    batch: Document, before: Document | None, after: Document | None, event: RecordedEvent
+) -> Document:
+    """Apply a change of one of the batch's jobs.
+
+    Args:
+        batch: The batch's document. It is not changed.
+        before: The job's document before the event, or None if it is new.
+        after: The job's document after the event, or None if it is deleted.
+        event: The event of the job.
+
+    Returns:
+        The new document of the batch.
+    """
+    old_status, new_status = before and before["status"], after and after["status"]
+    changed = dict(batch)
+    if old_status != new_status:
+        if old_status:
+            changed[f"{old_status}_jobs"] -= 1
+        if new_status:
+            changed[f"{new_status}_jobs"] += 1
+    if after is None and before is not None:
+        changed["job_ids"] = _without(batch["job_ids"], before["job_id"])
+        changed["total_jobs"] -= 1
+    if (
+        batch["status"] != "processing"
+        and old_status in TERMINAL_STATUSES
+        and new_status is not None
+        and new_status not in TERMINAL_STATUSES
+    ):
+        changed["needs_reopen"] = True
+    if new_status == "completed" and old_status != "completed" and after is not None and after["results"] is not None:
+        changed["summary"] = _add_cost(batch["summary"], after)
+    return {**changed, "updated_at": event.time, "position": event.position}
+
+
+def _add_cost(summary: Document, job: Document) -> Document:
+    """Return the batch summary with the cost of one more completed job.
+
+    The numbers are limited to what the log and the database can hold exactly.
+    """
+    cost = job["results"]["metadata"]
+    duration, tokens = summary["duration"] + cost["duration"], summary["tokens_used"] + cost["tokens_used"]
+    return {
+        "duration": round(max(-MAX_SAFE_INTEGER, min(MAX_SAFE_INTEGER, duration)), 3),
+        "tokens_used": max(-MAX_SAFE_INTEGER, min(MAX_SAFE_INTEGER, tokens)),
+    }
+
+
+def _without(job_ids: list[str], job_id: str) -> list[str]:
+    """Return the job IDs without one of them.
+
+    The jobs of a batch are often deleted in order. Then `remove` finds the ID at once, and a filter would compare up to
+    ten thousand IDs.
+    """
+    remaining = job_ids.copy()
+    with suppress(ValueError):
+        remaining.remove(job_id)
+    return remaining
+
+
+def with_submitted_counts(batch: Document | None) -> Document | None:
+    """Return a batch that was folded without its jobs with the counts after its submission: all jobs are pending."""
+    return {**batch, "pending_jobs": batch["total_jobs"]} if batch else None
+
+
+# Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
+
+
 def isolate(batch: Document | None, event: RecordedEvent, problem: Document) -> Document | None:
-    """Return the document of a batch one of whose events cannot be folded: as it was, with the reason."""
-    before = batch if batch is not None else _skeleton(event)
-    return _followed({**before, projection_errors.ERROR_FIELD: problem}, event)
+    """Return the document of a batch after an event that cannot be applied: the previous one with the problem."""
+    before = batch if batch is not None else _placeholder_document(event)
+    return _apply_event_type({**before, projection_errors.ERROR_FIELD: problem}, event)
 
 
-def _followed(batch: Document, event: RecordedEvent) -> Document | None:
-    """Return an isolated batch's document after one more event of its own; of that, only the type counts."""
+def _apply_event_type(batch: Document, event: RecordedEvent) -> Document | None:
+    """Apply an event to an isolated batch. Of the event, only the type and a readable status are used."""
     if event.type == BatchDeleted.__name__:
         return None
     changes: Document = {}
     if event.type == BatchFinished.__name__:
         status = event.payload.get("status")
-        ended = status if status in ("completed", "partial", "failed") else "partial"
-        changes = {"status": ended, "completed_at": event.time, "needs_reopen": False}
+        final_status = status if status in ("completed", "partial", "failed") else "partial"
+        changes = {"status": final_status, "completed_at": event.time, "needs_reopen": False}
     elif event.type == BatchReopened.__name__:
         changes = {"status": "processing", "completed_at": None, "needs_reopen": False}
     return {**batch, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
-def _skeleton(event: RecordedEvent) -> Document:
-    """Return a document for a batch whose first event cannot be read: what of it is readable, only for admins."""
-    found = event.payload.get("job_ids")
-    job_ids = [it for it in found if isinstance(it, str)] if isinstance(found, list) else []
+def _placeholder_document(event: RecordedEvent) -> Document:
+    """Return a document for a batch whose first event is unreadable: the readable fields, visible to admins only."""
+    values = event.payload.get("job_ids")
+    job_ids = [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
     user_id = event.payload.get("user_id")
     owner = truncate_text(user_id, 200) if isinstance(user_id, str) else ""
-    return _submitted(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
+    return _build_document(BatchSubmitted(total_jobs=len(job_ids), job_ids=job_ids, user_id=owner), event)
 
 
 def reduce_to_storable(batch: Document, problem: Document) -> Document:
-    """Return a document that can be stored, of one that cannot: without what may be large."""
+    """Return a document that can be stored, without the fields that may be large."""
     document: Document = {
         **batch,
         "batch_name": None,
@@ -114,132 +268,26 @@ def reduce_to_storable(batch: Document, problem: Document) -> Document:
         projection_errors.REDUCED_FIELD: True,
         projection_errors.ERROR_FIELD: problem,
     }
-    _list(document)
+    _set_list_index(document)
     return document
 
 
-def _list(batch: Document) -> None:
-    """Say under which headings the batch is listed, and under which words it is found."""
-    scopes, facets = list_index.scopes_for_document(batch), [list_index.NO_FACET, ("user", batch["user_id"])]
-    batch["list_keys"] = list_index.build_list_keys(scopes, facets)
-    mark_truncated(batch, "list_keys", truncated=list_index.is_truncated(batch["list_keys"], scopes, facets))
-    batch["search_keys"] = list_index.build_search_keys(scopes, [batch["batch_id"], batch["batch_name"]])
-
-
-def _submitted(asked: BatchSubmitted, event: RecordedEvent) -> Document:
-    batch: Document = {
-        "_id": event.stream,
-        "batch_id": event.stream,
-        "batch_name": asked.batch_name,
-        "status": "processing",
-        "created_at": event.time,
-        "updated_at": event.time,
-        "completed_at": None,
-        "job_ids": asked.job_ids,
-        "total_jobs": asked.total_jobs,
-        "pending_jobs": 0,
-        "processing_jobs": 0,
-        "completed_jobs": 0,
-        "failed_jobs": 0,
-        "cancelled_jobs": 0,
-        "webhook": redact_webhook(asked.webhook),
-        "parameters": asked.parameters,
-        "summary": {"duration": 0.0, "tokens_used": 0},
-        "user_id": asked.user_id,
-        "access_control": asked.access_control.model_dump(),
-        "teams": asked.teams,
-        "paused": False,
-        "archived": False,
-        # A job went on after the recorded end of the batch. This must be recorded, even if the job has ended again.
-        "needs_reopen": False,
-        "version": event.version,
-        "position": event.position,
-    }
-    _list(batch)
-    return batch
-
-
-def _changes(happened: BatchEvent, event: RecordedEvent) -> Document | None:
-    match happened:
-        case BatchSubmitted():
-            return {}
-        case BatchPaused():
-            return {"paused": True}
-        case BatchResumed():
-            return {"paused": False}
-        case BatchFinished():
-            return {"status": happened.status, "completed_at": event.time}
-        case BatchReopened():
-            return {"status": "processing", "completed_at": None, "needs_reopen": False}
-        case BatchAccessChanged():
-            return {"access_control": happened.access_control.model_dump()}
-        case BatchArchived():
-            return {"archived": True}
-        case BatchUnarchived():
-            return {"archived": False}
-        case BatchDeleted():
-            return None
-        case _:
-            assert_never(happened)
-
-
-def apply_job_change(
-    batch: Document, before: Document | None, after: Document | None, event: RecordedEvent
-) -> Document:
-    """Return the batch's document as it is after one of its jobs has changed."""
-    was, now = before and before["status"], after and after["status"]
-    changed = dict(batch)
-    if was != now:
-        if was:
-            changed[f"{was}_jobs"] -= 1
-        if now:
-            changed[f"{now}_jobs"] += 1
-    if after is None and before is not None:
-        changed["job_ids"] = _without(batch["job_ids"], before["job_id"])
-        changed["total_jobs"] -= 1
-    if (
-        batch["status"] != "processing"
-        and was in TERMINAL_STATUSES
-        and now is not None
-        and now not in TERMINAL_STATUSES
-    ):
-        changed["needs_reopen"] = True
-    if now == "completed" and was != "completed" and after is not None and after["results"] is not None:
-        changed["summary"] = _with_cost(batch["summary"], after)
-    return {**changed, "updated_at": event.time, "position": event.position}
-
-
-def _with_cost(summary: Document, job: Document) -> Document:
-    """Return what the batch's jobs cost when one more is completed; at most what the log and the database can hold."""
-    spent = job["results"]["metadata"]
-    duration, tokens = summary["duration"] + spent["duration"], summary["tokens_used"] + spent["tokens_used"]
-    return {
-        "duration": round(max(-_MOST, min(_MOST, duration)), 3),
-        "tokens_used": max(-_MOST, min(_MOST, tokens)),
-    }
-
-
-def _without(job_ids: list[str], job_id: str) -> list[str]:
-    """All jobs of a batch are often deleted in their order; then this is a copy, and no ten thousand comparisons."""
-    remaining = job_ids.copy()
-    with suppress(ValueError):
-        remaining.remove(job_id)
-    return remaining
+# Follow-up commands -------------------------------------------------------------------------------------------------
 
 
 def follow_up_command(batch: Document) -> BatchCommand | None:
-    """Return what has to be recorded about a batch, seeing its counts: that it has ended, or goes on again.
+    """Return the command that the counts of a batch require: finish it, reopen it, or None.
 
-    The projector asks this of all `unsettled` batches when a new leader has caught up with the log, and from then on
-    of every batch it has changed. So whoever crashes when, a batch whose jobs have all ended is finished, and one whose
-    job was restarted is open again, however long the job was at it.
+    A new leader of the projector checks all batches of `find_unsettled` after it has caught up with the log. From then
+    on it checks each batch that it has changed. So after a crash at any time, a batch is finished once all its jobs
+    are, and it is reopened after a job was restarted, even if the job has finished again.
     """
     counts = _counts(batch)
-    ended = counts.completed + counts.failed + counts.cancelled
-    if batch["status"] == "processing" and ended == batch["total_jobs"]:
+    finished = counts.completed + counts.failed + counts.cancelled
+    if batch["status"] == "processing" and finished == batch["total_jobs"]:
         return FinishBatch(counts, BatchSummary(**batch["summary"]))
-    if batch["status"] != "processing" and (batch["needs_reopen"] or ended < batch["total_jobs"]):
-        return ReopenBatch()  # which changes it: if all its jobs have ended again, it is finished next
+    if batch["status"] != "processing" and (batch["needs_reopen"] or finished < batch["total_jobs"]):
+        return ReopenBatch()  # this event changes the batch; if all jobs have finished again, FinishBatch follows
     return None
 
 
@@ -249,41 +297,9 @@ def _counts(batch: Document) -> BatchCounts:
     )
 
 
-# Questions --------------------------------------------------------------------------------------------------------
+# Queries ------------------------------------------------------------------------------------------------------------
 
-
-async def get(views: Views, log: EventStore, batch_id: str) -> Document | None:
-    """Return a batch's document, or None. One that the projector has not reached yet is folded from the log."""
-    with translate_errors(f"reading {batch_id}"):
-        batch = await views[NAME].find_one({"_id": batch_id})
-    if batch is None:
-        for event in await log.read_stream(batch_id):
-            batch = fold(batch, event)
-        batch = with_submitted_counts(batch)
-    return batch
-
-
-def with_submitted_counts(batch: Document | None) -> Document | None:
-    """Return a batch that was folded without its jobs as it is at its beginning: all of them wait."""
-    return {**batch, "pending_jobs": batch["total_jobs"]} if batch else None
-
-
-def build_query(
-    principal: Principal,
-    *,
-    status: str | None = None,
-    user_id: str | None = None,
-    archived: bool | None = None,
-    q: str | None = None,
-) -> Document:
-    """Return the database query for those of the batches asked for that somebody may see; None means any."""
-    facet: Facet = list_index.NO_FACET if user_id is None else ("user", user_id)
-    rest = {"status": status, "archived": archived}
-    wanted = list_index.build_query(principal, facet, q or "")
-    return wanted | {name: value for name, value in rest.items() if value is not None}
-
-
-_IN_LISTS: Final[Document] = {
+_LIST_PROJECTION: Final[Document] = {
     **dict.fromkeys(
         (
             *("_id", "batch_id", "batch_name", "status", "created_at", "updated_at", "completed_at", "total_jobs"),
@@ -294,68 +310,77 @@ _IN_LISTS: Final[Document] = {
         1,
     ),
     "job_ids": {"$slice": ["$job_ids", MAX_LISTED_JOB_IDS]},
-    "parameters": list_index.omit_if_large("parameters", max_bytes=MAX_LISTED_FIELD_BYTES),
+    "parameters": paging.omit_if_large("parameters", max_bytes=paging.MAX_LISTED_FIELD_BYTES),
 }
-"""What lists show of a batch: all that is shown of one, but of its jobs the first, and no large parameters."""
+"""The fields of a batch in a list: those of a single batch, with the first job IDs and without large parameters."""
+
+
+async def get(views: Views, log: EventStore, batch_id: str) -> Document | None:
+    """Return a batch's document, or None. A batch that the projector has not reached yet is folded from the log."""
+    with translate_errors(f"reading {batch_id}"):
+        batch = await views[NAME].find_one({"_id": batch_id})
+    if batch is None:
+        for event in await log.read_stream(batch_id):
+            batch = fold(batch, event)
+        batch = with_submitted_counts(batch)
+    return batch
+
+
+def build_query(
+    principal: Principal,
+    *,
+    status: str | None = None,
+    user_id: str | None = None,
+    archived: bool | None = None,
+    q: str | None = None,
+) -> Document:
+    """Return the database query for the matching batches that a principal may see; None matches any value."""
+    return list_index.build_filtered_query(
+        principal, [("user", "user_id", user_id)], equal={"status": status, "archived": archived}, search=q or ""
+    )
 
 
 async def find_page(
-    views: Views,
-    wanted: Document,
-    *,
-    limit: int,
-    skip: int = 0,
-    after: PageCursor | None = None,
-    newest_first: bool = True,
+    views: Views, query: Document, *, limit: int, **options: Unpack[PageOptions]
 ) -> tuple[list[Document], PageCursor | None]:
-    """Return a page of batches in the order of creation, and where the next one begins.
+    """Return a page of batches and the cursor of the next one; see `paging.find_page`.
 
-    Each with the first of its `job_ids` only: a page of large batches would be many megabytes.
+    Each batch has only the first of its `job_ids`. Otherwise a page of large batches would have many megabytes.
     """
-    with translate_errors("listing batches"):
-        found, following = await list_index.find_page(
-            views[NAME],
-            wanted,
-            limit=limit,
-            skip=skip,
-            after=after,
-            newest_first=newest_first,
-            projection=_IN_LISTS,
-        )
-    for batch in found:
-        if batch["parameters"] == list_index.OMITTED:
+    page, next_cursor = await paging.find_page(views, NAME, query, limit=limit, projection=_LIST_PROJECTION, **options)
+    for batch in page:
+        if batch["parameters"] == OMITTED:
             batch |= {"parameters": {}, "omitted": ["parameters"]}
-    return found, following
+    return page, next_cursor
 
 
-async def count(views: Views, wanted: Document) -> int:
-    """Count batches, but never more than `COUNTED_UP_TO`."""
-    with translate_errors("counting batches"):
-        return await list_index.count(views[NAME], wanted, limit=MAX_COUNT)
+async def count(views: Views, query: Document) -> int:
+    """Count batches, up to `paging.MAX_COUNT`."""
+    return await paging.count(views, NAME, query)
 
 
 async def count_jobs(views: Views, batch_id: str, *, status: str | None) -> int:
-    """Return how many jobs a batch has, with this status, if one is named."""
+    """Return the number of a batch's jobs, or of those with a status."""
     field = "total_jobs" if status is None else f"{status}_jobs"
     with translate_errors("reading the counts of a batch"):
-        found = await views[NAME].find_one({"_id": batch_id}, {field: 1})
-    return int((found or {}).get(field, 0))
+        batch = await views[NAME].find_one({"_id": batch_id}, {field: 1})
+    return int((batch or {}).get(field, 0))
 
 
 async def find_paused(views: Views, batch_ids: Collection[str]) -> set[str]:
-    """Return which of these batches are paused, as far as the view has got."""
-    with translate_errors("looking for paused batches"):
+    """Return which of these batches are paused according to the view."""
+    with translate_errors("finding paused batches"):
         query = {"_id": {"$in": sorted(batch_ids)}, "paused": True}
         return {batch["_id"] async for batch in views[NAME].find(query, {"_id": 1})}
 
 
 async def find_unsettled(views: Views) -> Sequence[Document]:
-    """Return the batches that are not finished, or have gone on since they were, for `reaction`."""
-    unfinished = [
+    """Return the batches for which `follow_up_command` may return a command."""
+    conditions = [
         {"status": "processing"},
         {"needs_reopen": True},
         {"pending_jobs": {"$gt": 0}},
         {"processing_jobs": {"$gt": 0}},
     ]
-    with translate_errors("looking for unfinished batches"):
-        return await views[NAME].find({"$or": unfinished}, {"job_ids": 0, "parameters": 0}).to_list()
+    with translate_errors("finding unfinished batches"):
+        return await views[NAME].find({"$or": conditions}, {"job_ids": 0, "parameters": 0}).to_list()

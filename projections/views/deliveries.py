@@ -1,15 +1,18 @@
-"""projections: the view `deliveries`: each webhook that was, or is to be, sent, with every attempt.
+"""View `deliveries`: the webhook messages, pending and sent, with their attempts.
 
-`status` is pending, delivered or abandoned; `next_attempt_at` is when a pending one is due; `queued_at` is when its
-schedule
-began. `sequence` is its number for its receiver (receivers.py).
+Fields of a document:
+    status: `pending`, `delivered` or `abandoned`.
+    next_attempt_at: When a pending delivery is due.
+    queued_at: When its retry schedule began.
+    counted_attempts: Number of attempts since it was queued last.
+    sequence: Its number among the deliveries of its endpoint (projections/views/endpoints.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from typing import Any, Final, assert_never
+from typing import Final, Unpack, assert_never
 from urllib.parse import urlsplit
 
 from pymongo import ASCENDING, IndexModel
@@ -27,14 +30,14 @@ from jobledger.ledger.domain.events import (
 )
 from jobledger.ledger.domain.limits import MAX_REASON_CHARACTERS, MAX_RESPONSE_CHARACTERS, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
-from jobledger.projections.engine.slots import Views
-from jobledger.projections.views import endpoints, list_index, projection_errors
-from jobledger.projections.views.jobs import shorten_error
-from jobledger.projections.views.list_index import PageCursor
+from jobledger.projections.slots import Views
+from jobledger.projections.views import endpoints, list_index, paging, projection_errors
+from jobledger.projections.views.document_fields import shorten_error
+from jobledger.projections.views.paging import PageCursor, PageOptions
 
 NAME: Final = "deliveries"
-MAX_ATTEMPTS_SHOWN: Final = 50  # the newest; all of them are in the stream
-MAX_COUNT: Final = 10_000
+MAX_ATTEMPTS_SHOWN: Final = 50
+"""The document contains the newest attempts. The stream contains all of them."""
 PENDING_QUERY: Final = {"status": "pending"}
 INDEXES: Final = [
     *list_index.INDEXES[:2],
@@ -42,38 +45,53 @@ INDEXES: Final = [
 ]
 
 
+# Fold ---------------------------------------------------------------------------------------------------------------
+
+
 def fold(delivery: Document | None, event: RecordedEvent) -> Document:
-    """Return the delivery's document as it is after one more event of its stream. Its number is for the projector."""
+    """Apply one event of a delivery's stream. The projection writer sets `sequence`.
+
+    Args:
+        delivery: The delivery's document, or None before the first event. It is not changed.
+        event: The next event of the stream.
+
+    Returns:
+        The new document.
+
+    Raises:
+        UnreadableEvent: The event is damaged.
+        UnsupportedEvent: A later version of the program wrote the event.
+    """
     if delivery is not None and projection_errors.ERROR_FIELD in delivery:
-        return _followed(delivery, event)
-    happened = event.event
-    if isinstance(happened, DeliveryQueued):
-        return _queued(happened, event)
+        return _apply_event_type(delivery, event)
+    payload = event.event
+    if isinstance(payload, DeliveryQueued):
+        return _build_document(payload, event)
     assert delivery is not None  # noqa: S101 - streams begin with their first event
-    assert isinstance(happened, DELIVERY_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
-    changes = _changes(delivery, happened, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
+    assert isinstance(payload, DELIVERY_EVENTS)  # noqa: S101 - narrows the type; streams hold events of one kind
+    changes = _build_changes(delivery, payload, event)  # type: ignore[arg-type]  # isinstance with a tuple is not narrowed to the union
     return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
-def _queued(asked: DeliveryQueued, event: RecordedEvent) -> Document:
-    receiver = endpoints.endpoint_id(asked)
-    source, batch_id = asked.source, asked.batch_id
-    facets = [("endpoint_id", receiver), ("source", source), ("host", host_and_port(asked.webhook.url))]
+def _build_document(queued: DeliveryQueued, event: RecordedEvent) -> Document:
+    endpoint_id = endpoints.endpoint_id(queued)
+    source, batch_id, host = queued.source, queued.batch_id, host_and_port(queued.webhook.url)
+    facets = [list_index.NO_FACET, ("endpoint_id", endpoint_id), ("source", source), ("host", host)]
     if batch_id is not None:
         facets.append(("batch", batch_id))
     return {
         "_id": event.stream,
         "delivery_id": event.stream,
         "status": "pending",
-        "type": asked.event_type,
+        "type": queued.event_type,
         "job_id": source if source.startswith("job-") else None,
         "batch_id": batch_id,
-        "source_version": asked.source_version,
-        "url": asked.webhook.url,
-        "host": host_and_port(asked.webhook.url),
-        "endpoint_id": receiver,
+        "source_version": queued.source_version,
+        "url": queued.webhook.url,
+        "host": host,
+        "endpoint_id": endpoint_id,
         "sequence": None,
-        "user_id": asked.user_id,
+        "user_id": queued.user_id,
         "created_at": event.time,
         "updated_at": event.time,
         "queued_at": event.time,
@@ -85,11 +103,54 @@ def _queued(asked: DeliveryQueued, event: RecordedEvent) -> Document:
         "attempts": [],
         "version": event.version,
         "position": event.position,
-        "list_keys": list_index.build_list_keys(
-            list_index.scopes_for_owner(asked.user_id), [list_index.NO_FACET, *facets]
-        ),
+        "list_keys": list_index.build_list_keys(list_index.scopes_for_owner(queued.user_id), facets),
     }
 
+
+def host_and_port(url: str) -> str:
+    """Return the host and port of a URL. Deliveries to the same host and port fail together."""
+    parts = urlsplit(url)
+    return f"{parts.hostname or ''}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme, 0)}"
+
+
+def _build_changes(delivery: Document, payload: DeliveryEvent, event: RecordedEvent) -> Document:
+    """Return the fields that an event changes."""
+    match payload:
+        case DeliveryQueued():
+            return {}
+        case DeliveryAttempted():
+            attempt = {"attempted_at": event.time, "error": None, **payload.model_dump()}
+            attempt["response"] = truncate_text(payload.response, MAX_RESPONSE_CHARACTERS)
+            if payload.error is not None:
+                attempt["error"] = shorten_error(payload.error)
+            is_pending = delivery["status"] == "pending"
+            return {
+                "attempt": payload.attempt,
+                "counted_attempts": delivery["counted_attempts"] + 1,
+                "attempts": [*delivery["attempts"], attempt][-MAX_ATTEMPTS_SHOWN:],
+                "next_attempt_at": payload.next_attempt_at if is_pending else delivery["next_attempt_at"],
+            }
+        case DeliverySucceeded():
+            return {"status": "delivered", "next_attempt_at": None, "delivered_at": event.time, "reason": None}
+        case DeliveryAbandoned():
+            return {
+                "status": "abandoned",
+                "next_attempt_at": None,
+                "reason": truncate_text(payload.reason, MAX_REASON_CHARACTERS),
+            }
+        case DeliveryRequeued():
+            return {
+                "status": "pending",
+                "counted_attempts": 0,
+                "queued_at": event.time,
+                "next_attempt_at": event.time,
+                "reason": None,
+            }
+        case _:
+            assert_never(payload)
+
+
+# Isolation of events and documents (projection_errors.py) -----------------------------------------------------------
 
 _STATUS_AFTER: Final = {
     DeliverySucceeded.__name__: "delivered",
@@ -99,83 +160,40 @@ _STATUS_AFTER: Final = {
 
 
 def isolate(delivery: Document, event: RecordedEvent, problem: Document) -> Document:
-    """Return the document of a delivery one of whose events cannot be folded: as it was, with the reason."""
-    return _followed({**delivery, projection_errors.ERROR_FIELD: problem}, event)
+    """Return the document of a delivery after an event that cannot be applied: the previous one with the problem."""
+    return _apply_event_type({**delivery, projection_errors.ERROR_FIELD: problem}, event)
 
 
-def _followed(delivery: Document, event: RecordedEvent) -> Document:
-    """Return an isolated delivery's document after one more event; of that, only the type counts."""
+def _apply_event_type(delivery: Document, event: RecordedEvent) -> Document:
+    """Apply an event to an isolated delivery. Only the event's type is used, because it is always readable."""
     status = _STATUS_AFTER.get(event.type, delivery["status"])
     changes = {"status": status, "next_attempt_at": event.time if status == "pending" else None}
     return {**delivery, **changes, "updated_at": event.time, "version": event.version, "position": event.position}
 
 
 def reduce_to_storable(delivery: Document, problem: Document) -> Document:
-    """Return a document that can be stored, of one that cannot: without what may be large."""
-    listed = list_index.build_list_keys(list_index.scopes_for_owner(""), [list_index.NO_FACET])
+    """Return a document that can be stored, without the fields that may be large."""
+    list_keys = list_index.build_list_keys(list_index.scopes_for_owner(""), [list_index.NO_FACET])
     texts = {name: truncate_text(str(delivery[name]), 200) for name in ("url", "host", "user_id")}
-    blank = {"attempts": [], "reason": None, "list_keys": listed}
-    return {**delivery, **texts, **blank, projection_errors.REDUCED_FIELD: True, projection_errors.ERROR_FIELD: problem}
+    empty = {"attempts": [], "reason": None, "list_keys": list_keys}
+    return {**delivery, **texts, **empty, projection_errors.REDUCED_FIELD: True, projection_errors.ERROR_FIELD: problem}
 
 
-def host_and_port(url: str) -> str:
-    """Return the host and port of an address: what fails together."""
-    parts = urlsplit(url)
-    return f"{parts.hostname or ''}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme, 0)}"
-
-
-def _changes(delivery: Document, happened: DeliveryEvent, event: RecordedEvent) -> Document:
-    match happened:
-        case DeliveryQueued():
-            return {}
-        case DeliveryAttempted():
-            shown = {"attempted_at": event.time, "error": None, **happened.model_dump()}
-            shown["response"] = truncate_text(happened.response, MAX_RESPONSE_CHARACTERS)
-            if happened.error is not None:
-                shown["error"] = shorten_error(happened.error)
-            pending = delivery["status"] == "pending"
-            return {
-                "attempt": happened.attempt,
-                "counted_attempts": delivery["counted_attempts"] + 1,
-                "attempts": [*delivery["attempts"], shown][-MAX_ATTEMPTS_SHOWN:],
-                "next_attempt_at": happened.next_attempt_at if pending else delivery["next_attempt_at"],
-            }
-        case DeliverySucceeded():
-            return {"status": "delivered", "next_attempt_at": None, "delivered_at": event.time, "reason": None}
-        case DeliveryAbandoned():
-            return {
-                "status": "abandoned",
-                "next_attempt_at": None,
-                "reason": truncate_text(happened.reason, MAX_REASON_CHARACTERS),
-            }
-        case DeliveryRequeued():
-            now = event.time
-            return {
-                "status": "pending",
-                "counted_attempts": 0,
-                "queued_at": now,
-                "next_attempt_at": now,
-                "reason": None,
-            }
-        case _:
-            assert_never(happened)
-
-
-# Questions --------------------------------------------------------------------------------------------------------
+# Queries ------------------------------------------------------------------------------------------------------------
 
 
 async def get(views: Views, delivery_id: str) -> Document | None:
-    """Return a delivery's document, None if there is no such delivery, or the views have not reached it."""
+    """Return a delivery's document, or None if it does not exist or the view has not reached it."""
     with translate_errors("reading a delivery"):
         return await views[NAME].find_one({"_id": delivery_id})
 
 
 async def iter_pending(views: Views, delivery_ids: Sequence[str] | None = None) -> AsyncIterator[Document]:
-    """Yield what a sender needs to know of every delivery that is still to be made; of these ids only, if given."""
-    facts = dict.fromkeys(("next_attempt_at", "queued_at", "host", "version", "sequence"), 1)
-    wanted = PENDING_QUERY if delivery_ids is None else {"_id": {"$in": list(delivery_ids)}, **PENDING_QUERY}
-    with translate_errors("looking for webhooks to be sent"):
-        async for delivery in views[NAME].find(wanted, facts):
+    """Yield the scheduling fields of the pending deliveries, or of those among `delivery_ids`."""
+    fields = dict.fromkeys(("next_attempt_at", "queued_at", "host", "version", "sequence"), 1)
+    query = PENDING_QUERY if delivery_ids is None else {"_id": {"$in": list(delivery_ids)}, **PENDING_QUERY}
+    with translate_errors("finding pending deliveries"):
+        async for delivery in views[NAME].find(query, fields):
             yield delivery
 
 
@@ -192,46 +210,31 @@ def build_query(
     created_after: datetime | None = None,
     created_before: datetime | None = None,
 ) -> Document:
-    """Return the database query for those of the deliveries asked for that somebody may see; None means any."""
-    asked = [("source", source), ("endpoint_id", endpoint_id), ("batch", batch_id), ("host", host)]
-    given = [(name, value) for name, value in asked if value is not None]
-    wanted: dict[str, Any] = list_index.build_query(principal, given[0] if given else list_index.NO_FACET)
-    fields = {"batch": "batch_id", "endpoint_id": "endpoint_id", "host": "host"}
-    wanted |= {fields[name]: value for name, value in given[1:]}
-    wanted |= {name: value for name, value in (("status", status), ("type", event_type)) if value is not None}
+    """Return the database query for the matching deliveries that a principal may see; None matches any value."""
+    query = list_index.build_filtered_query(
+        principal,
+        [
+            ("source", "job_id", source),  # always looked up by its facet, never filtered by the field
+            ("endpoint_id", "endpoint_id", endpoint_id),
+            ("batch", "batch_id", batch_id),
+            ("host", "host", host),
+        ],
+        equal={"status": status, "type": event_type},
+        created_after=created_after,
+        created_before=created_before,
+    )
     if after_sequence is not None:
-        wanted["sequence"] = {"$gt": after_sequence}
-    if created_after or created_before:
-        bounds = {"$gt": created_after, "$lt": created_before}
-        wanted["created_at"] = {name: value for name, value in bounds.items() if value is not None}
-    return wanted
+        query["sequence"] = {"$gt": after_sequence}
+    return query
 
 
 async def find_page(
-    views: Views,
-    wanted: Document,
-    *,
-    limit: int,
-    skip: int = 0,
-    after: PageCursor | None = None,
-    newest_first: bool = True,
-    max_bytes: int = list_index.MAX_PAGE_BYTES,
+    views: Views, query: Document, *, limit: int, **options: Unpack[PageOptions]
 ) -> tuple[list[Document], PageCursor | None]:
-    """Return a page of deliveries in the order in which they were queued, and where the next one begins."""
-    with translate_errors("listing deliveries"):
-        return await list_index.find_page(
-            views[NAME],
-            wanted,
-            limit=limit,
-            skip=skip,
-            after=after,
-            newest_first=newest_first,
-            projection={"list_keys": 0},
-            max_bytes=max_bytes,
-        )
+    """Return a page of deliveries and the cursor of the next one; see `paging.find_page`."""
+    return await paging.find_page(views, NAME, query, limit=limit, projection={"list_keys": 0}, **options)
 
 
-async def count(views: Views, wanted: Document) -> int:
-    """Count deliveries, but never more than `COUNTED_UP_TO`."""
-    with translate_errors("counting deliveries"):
-        return await list_index.count(views[NAME], wanted, limit=MAX_COUNT)
+async def count(views: Views, query: Document) -> int:
+    """Count deliveries, up to `paging.MAX_COUNT`."""
+    return await paging.count(views, NAME, query)

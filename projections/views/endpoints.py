@@ -1,7 +1,8 @@
-"""projections: the view `receivers`, to whom webhooks go: an address, for one user. It counts what each is told.
+"""View `endpoints`: the webhook endpoints and the number of their deliveries. An endpoint is a URL of one user.
 
-So every delivery has a number, `sequence`, 1, 2, 3 … for its receiver, in the order of the log: who misses one notices,
-and asks `GET /api/monitoring/events/webhooks?endpoint_id=…&after_sequence=…` for it.
+The deliveries of an endpoint are numbered 1, 2, 3 and so on in the order of the log (`sequence`). A receiver that
+misses a number can request the missing messages:
+`GET /api/monitoring/events/webhooks?endpoint_id=…&after_sequence=…`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ INDEXES: Final[list[IndexModel]] = []
 
 
 def endpoint_id(queued: DeliveryQueued) -> str:
-    """Return whose delivery it is."""
+    """Return the endpoint of a delivery."""
     return endpoint_id_for(queued.user_id, queued.webhook.url)
 
 
-def add_delivery(receiver: Document | None, delivery: Document) -> Document:
-    """Return a receiver's document as it is after one more delivery."""
-    if receiver is None:
-        facts = {"_id": delivery["endpoint_id"], "url": delivery["url"], "user_id": delivery["user_id"]}
-        return {**facts, "delivery_count": 1, "created_at": delivery["created_at"]}
-    return {**receiver, "delivery_count": receiver["delivery_count"] + 1}
+def add_delivery(endpoint: Document | None, delivery: Document) -> Document:
+    """Return an endpoint's document with one more delivery. None stands for an endpoint without deliveries."""
+    if endpoint is None:
+        return {
+            "_id": delivery["endpoint_id"],
+            "url": delivery["url"],
+            "user_id": delivery["user_id"],
+            "delivery_count": 1,
+            "created_at": delivery["created_at"],
+        }
+    return {**endpoint, "delivery_count": endpoint["delivery_count"] + 1}

@@ -1,15 +1,16 @@
-"""projections: the view `failures`: which documents of other views do not show what the log says, and why.
+"""View `projection_errors`: the documents of other views that differ from the log, with the reason.
 
-One stream must not keep all others from being projected. So a stream is isolated when one of its events cannot be
-folded, or its document cannot be stored: too large, a number that BSON cannot hold, a write that the server refuses.
+One stream must not stop the projection of all others. So the projection writer isolates a stream if one of its events
+cannot be applied, or if its document cannot be stored: it is too large, BSON cannot hold a number in it, or the server
+rejects the write.
 
-* An event that cannot be folded: the document stays as it was before, with `projection_error`. Further events change
-  only what their types say (its status), so counts and the end of its batch stay right.
-* A document that cannot be stored: it is folded as ever, and stored without what may be large (`reduced`), with
-  `projection_error`. When it can be stored again, it is stored whole.
+* If an event cannot be applied, the document keeps its previous content and gets the field `projection_error`. Of
+  further events only the types are applied (the status), so counts and the end of the batch remain correct.
+* If a document cannot be stored, it is folded as usual, but stored without the fields that may be large (`reduced`),
+  with the field `projection_error`. Once it can be stored again, it is stored completely.
 
-Both depend on the events of the stream alone, not on where chunks end. So a rebuild comes to the same documents, and
-heals them when the program has been mended. The log has everything in any case.
+Both depend only on the events of the stream and not on where chunks end. So a rebuild creates the same documents, and
+repairs them after the program was fixed. The log is complete in any case.
 """
 
 from __future__ import annotations
@@ -23,63 +24,68 @@ from pymongo import IndexModel
 from jobledger.ledger.domain.events import RecordedEvent
 from jobledger.ledger.domain.limits import MAX_DOCUMENT_BYTES, truncate_text
 from jobledger.ledger.mongo.connection import Document, translate_errors
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 
 NAME: Final = "projection_errors"
 INDEXES: Final[list[IndexModel]] = []
 ERROR_FIELD: Final = "projection_error"
-"""The field of a document that does not show what the log says."""
+"""The field of a document that differs from the log."""
 REDUCED_FIELD: Final = "reduced"
-"""The field of a document that could not be stored whole."""
-_MESSAGE_CHARACTERS: Final = 1000
+"""The field of a document that could not be stored completely."""
 MAX_LISTED: Final = 100
+_MAX_MESSAGE_CHARACTERS: Final = 1000
 
 
 def event_problem(event: RecordedEvent, error: Exception) -> Document:
-    """Return what to say of an event that cannot be folded."""
-    first = next(iter(str(error).splitlines()), "")
-    message = truncate_text(f"{event.type} cannot be folded: {type(error).__name__}: {first}", _MESSAGE_CHARACTERS)
-    return {"position": event.position, "version": event.version, "type": event.type, "message": message}
+    """Return the problem of an event that cannot be applied."""
+    reason = next(iter(str(error).splitlines()), "")
+    message = f"{event.type} cannot be applied: {type(error).__name__}: {reason}"
+    return {
+        "position": event.position,
+        "version": event.version,
+        "type": event.type,
+        "message": truncate_text(message, _MAX_MESSAGE_CHARACTERS),
+    }
 
 
 def document_problem(document: Document, message: str) -> Document:
-    """Return what to say of a document that cannot be stored."""
+    """Return the problem of a document that cannot be stored."""
     return {
         "position": document.get("position"),
         "version": document.get("version"),
         "type": None,
-        "message": truncate_text(message, _MESSAGE_CHARACTERS),
+        "message": truncate_text(message, _MAX_MESSAGE_CHARACTERS),
     }
 
 
 def unstorable_reason(document: Document) -> str | None:
-    """Return why the database cannot store a document, None if it can."""
+    """Return why the database cannot store a document, or None if it can."""
     try:
         size = len(bson.encode(document))
     except (BSONError, ValueError, OverflowError, TypeError, RecursionError) as error:
-        return f"The document cannot be stored: {error}"
+        return f"The document cannot be encoded as BSON: {error}"
     if size > MAX_DOCUMENT_BYTES:
-        return f"The document takes {size} bytes: the database stores at most {MAX_DOCUMENT_BYTES}."
+        return f"The document has {size} bytes, the database stores at most {MAX_DOCUMENT_BYTES}."
     return None
 
 
 def build_row(view: str, key: str, problem: Document) -> Document:
-    """Return the row of a document that does not show what the log says."""
+    """Return the row for a document that differs from the log."""
     return {"_id": f"{view}/{key}", "view": view, "key": key, **problem}
 
 
 def rows_query(view: str) -> Document:
-    """Return the query for the rows of one view."""
-    return {"_id": {"$gte": f"{view}/", "$lt": f"{view}0"}}  # "0" follows "/"
+    """Return the database query for the rows of one view."""
+    return {"_id": {"$gte": f"{view}/", "$lt": f"{view}0"}}  # in ASCII, "0" follows "/"
 
 
 async def count(views: Views) -> int:
-    """Return how many documents do not show what the log says, as the server knows without counting."""
-    with translate_errors("counting what could not be projected"):
+    """Return the number of rows, from the metadata of the collection."""
+    with translate_errors("counting projection errors"):
         return await views[NAME].estimated_document_count()
 
 
 async def list_problems(views: Views, *, limit: int = MAX_LISTED) -> list[Document]:
-    """Return what could not be projected, by key, at most `limit` rows."""
-    with translate_errors("reading what could not be projected"):
+    """Return at most `limit` rows, sorted by key."""
+    with translate_errors("reading projection errors"):
         return await views[NAME].find({}, sort=[("_id", 1)], limit=limit).to_list()

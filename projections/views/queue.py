@@ -1,6 +1,6 @@
-"""projections: the view `queue`, one row for each job that waits to be claimed, and whose batch is not paused.
+"""View `queue`: one row for each pending job whose batch is not paused.
 
-A hint: the claiming append decides.
+The view is only a hint. The append of JobClaimed decides whether a worker gets the job.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from typing import Final, NamedTuple
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
 from jobledger.ledger.mongo.connection import Document, translate_errors
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 
 NAME: Final = "queue"
-INDEXES: Final = [IndexModel([("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)])]
-_KEPT: Final = ("job_type", "batch_id", "priority", "due_at", "queued_position", "position")
-_READ: Final = {"job_type": 1, "batch_id": 1, "priority": 1, "queued_position": 1}
+_ORDER: Final = [("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)]
+INDEXES: Final = [IndexModel(_ORDER)]
+_ROW_FIELDS: Final = ("job_type", "batch_id", "priority", "due_at", "queued_position", "position")
+_ENTRY_FIELDS: Final = {"job_type": 1, "batch_id": 1, "priority": 1, "queued_position": 1}
 
 
 def rows(job: Document, batch: Document | None) -> list[Document]:
-    """Return the job's row if it is waiting and its batch, if there is one, is not paused."""
+    """Return the row of a job if it is pending and its batch, if any, is not paused."""
     if job["status"] != "pending" or (batch is not None and batch["paused"]):
         return []
-    return [{"_id": job["job_id"], **{name: job[name] for name in _KEPT}}]
+    return [{"_id": job["job_id"], **{name: job[name] for name in _ROW_FIELDS}}]
 
 
 class QueueEntry(NamedTuple):
-    """A job that may be claimed."""
+    """A job that a worker may claim."""
 
     job_id: str
     job_type: str
@@ -39,31 +40,37 @@ class QueueEntry(NamedTuple):
 async def find_candidates(
     views: Views, *, job_types: Collection[str], excluded_job_ids: Collection[str], now: datetime, limit: int
 ) -> list[QueueEntry]:
-    """Return jobs of these types that may be claimed now, by priority, then age, `without` those named.
+    """Return jobs that may be claimed now, by priority, then by age.
 
-    Of jobs that had to wait for their time, only the `limit` that have been due the longest are looked at.
+    Among the jobs that had a start time, only the `limit` jobs with the earliest start times are considered.
+
+    Args:
+        views: The collections of the views.
+        job_types: Only jobs of these types.
+        excluded_job_ids: Jobs to leave out.
+        now: The current time.
+        limit: Maximum number of jobs.
     """
-    wanted = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(excluded_job_ids)}}
-    with translate_errors("looking for waiting jobs"):
-        fresh = await _find(views, {"due_at": None, **wanted}, limit)
-        due = await _find(views, {"due_at": {"$lte": now}, **wanted}, limit)  # BSON: null is not less than a date
-    both = sorted(fresh + due, key=lambda row: (-row["priority"], row["queued_position"]))
-    return [QueueEntry(row["_id"], row["job_type"], row["batch_id"], row["priority"]) for row in both[:limit]]
+    query = {"job_type": {"$in": sorted(job_types)}, "_id": {"$nin": sorted(excluded_job_ids)}}
+    with translate_errors("finding pending jobs"):
+        unscheduled = await _find(views, {"due_at": None, **query}, limit)
+        due = await _find(views, {"due_at": {"$lte": now}, **query}, limit)  # in BSON, null is not less than a date
+    rows = sorted(unscheduled + due, key=lambda row: (-row["priority"], row["queued_position"]))
+    return [QueueEntry(row["_id"], row["job_type"], row["batch_id"], row["priority"]) for row in rows[:limit]]
 
 
 async def _find(views: Views, query: Document, limit: int) -> list[Document]:
-    order = [("due_at", ASCENDING), ("priority", DESCENDING), ("queued_position", ASCENDING)]
-    return await views[NAME].find(query, _READ, sort=order, limit=limit).to_list()
+    return await views[NAME].find(query, _ENTRY_FIELDS, sort=_ORDER, limit=limit).to_list()
 
 
 async def get_next_due_at(views: Views, *, now: datetime) -> datetime | None:
-    """Return when the next job that must wait may start."""
-    with translate_errors("looking for the next due job"):
+    """Return the earliest start time after `now` of a pending job, or None."""
+    with translate_errors("finding the next due job"):
         row = await views[NAME].find_one({"due_at": {"$gt": now}}, {"due_at": 1}, sort=[("due_at", ASCENDING)])
     return row["due_at"] if row else None
 
 
 async def estimate_depth(views: Views) -> int:
-    """Return how many jobs wait to be claimed, as the server knows without counting."""
-    with translate_errors("asking how many jobs wait"):
+    """Return the number of rows, from the metadata of the collection."""
+    with translate_errors("counting pending jobs"):
         return await views[NAME].estimated_document_count()

@@ -18,7 +18,7 @@ from pymongo import IndexModel
 
 from jobledger.ledger.domain.events import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document, translate_errors
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 
 NAME: Final = "statistics"
 INDEXES: Final[list[IndexModel]] = []

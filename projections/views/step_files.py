@@ -1,27 +1,51 @@
-"""projections: the view `step_files`: which files the finished steps of a job name, by digest.
+"""View `step_files`: the result files that the finished steps of a job name, by digest.
 
-A job that is tried again, or restarted, uses them again: so they are not removed from the store while the job is there.
-So are the files of results that are too large for the job's document.
+A job that is retried or restarted uses these files again. So they stay in the file store as long as the job exists. The
+same holds for the files of results that are too large for the job's document.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
+import orjson
 from pymongo import ASCENDING, IndexModel
 
+from jobledger.ledger.domain.events import StepCompleted
+from jobledger.ledger.domain.saved_files import find_saved_files, is_sha256
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views import files
-from jobledger.projections.views.jobs import MAX_STEP_FILES
 
-NAME: Final = files.STEP_FILES_VIEW
+NAME: Final = "step_files"
 INDEXES: Final = [IndexModel([("sha256", ASCENDING)])]
+UNTRACKED_FILES: Final = "*"
+"""Takes the place of a digest in the row of a job with more than `MAX_STEP_FILES` files."""
+MAX_STEP_FILES: Final = 10_000
+"""Maximum number of tracked files per job. If a job has more, no file of any job is deleted: see `doctor`."""
+
+
+def digests_of_step(job: Document, step: StepCompleted) -> Document:
+    """Return the changed field `step_files` of a job after a finished step, or nothing if it names no new file."""
+    if b'"sha256"' not in orjson.dumps(step.output, default=str, option=orjson.OPT_NON_STR_KEYS):
+        return {}
+    return add_digests(job, (file.sha256 for file in find_saved_files(step.output)))
+
+
+def add_digests(job: Document, digests: Iterable[str]) -> Document:
+    """Return the field `step_files` of a job with more digests, or nothing if all of them are in it."""
+    merged = dict.fromkeys(job.get("step_files", ()))
+    before = len(merged)
+    for digest in filter(is_sha256, digests):
+        merged[digest] = None
+        if len(merged) > MAX_STEP_FILES:
+            break
+    return {"step_files": list(merged)} if len(merged) > before else {}
 
 
 def rows(job: Document) -> list[Document]:
-    """Return one row for each file that a finished step of the job names."""
+    """Return one row for each file in the field `step_files` of a job."""
     digests = job.get("step_files", ())
     if not digests:
         return []
-    kept = [*digests[:MAX_STEP_FILES], files.UNTRACKED_FILES] if len(digests) > MAX_STEP_FILES else digests
-    return [{"_id": f"{job['job_id']}:{sha256}", "sha256": sha256, "job_id": job["job_id"]} for sha256 in kept]
+    tracked = [*digests[:MAX_STEP_FILES], UNTRACKED_FILES] if len(digests) > MAX_STEP_FILES else digests
+    return [{"_id": f"{job['job_id']}:{sha256}", "sha256": sha256, "job_id": job["job_id"]} for sha256 in tracked]

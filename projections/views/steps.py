@@ -1,7 +1,7 @@
-"""projections: the view `steps`: finished steps that other jobs of the same owner and job type may reuse.
+"""View `steps`: finished steps that other jobs of the same owner and job type may reuse.
 
-The output of a step stays in the log; a row says where. A step with warnings has no row: it could not do all of its
-work, and what prevented that may be gone.
+The output of a step stays in the log; a row names the event. A step with warnings has no row: it could not do all of
+its work, and the cause may be gone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
 from jobledger.ledger.mongo.connection import Document, translate_errors
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 
 NAME: Final = "steps"
 INDEXES: Final = [
@@ -22,7 +22,7 @@ INDEXES: Final = [
 
 
 def rows(job: Document) -> list[Document]:
-    """Return one row for each shared step of the job. Steps reused from another job have their row there."""
+    """Return one row for each shared step of a job. A step that was reused has its row with the original job."""
     return [
         {
             "_id": f"{job['job_id']}:{step['key']}",
@@ -42,8 +42,18 @@ def rows(job: Document) -> list[Document]:
 async def find_shared(
     views: Views, key: str, *, user_id: str, job_type: str, version: str, since: datetime, excluded_job_id: str
 ) -> Document | None:
-    """Return the newest step of another job with this owner, job type, processor version and digest of its inputs."""
-    wanted = {
+    """Return the newest step of another job that may be reused, or None.
+
+    Args:
+        views: The collections of the views.
+        key: Digest of the step's inputs.
+        user_id: Owner of the other job.
+        job_type: Type of the other job.
+        version: Cache version of the step: the version of its processor.
+        since: Earliest finish time.
+        excluded_job_id: The job that would reuse the step.
+    """
+    query = {
         "key": key,
         "user_id": user_id,
         "job_type": job_type,
@@ -51,5 +61,5 @@ async def find_shared(
         "finished_at": {"$gte": since},
         "job_id": {"$ne": excluded_job_id},
     }
-    with translate_errors("looking for a shared step"):
-        return await views[NAME].find_one(wanted, sort=[("finished_at", DESCENDING)])
+    with translate_errors("finding a shared step"):
+        return await views[NAME].find_one(query, sort=[("finished_at", DESCENDING)])

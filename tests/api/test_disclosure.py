@@ -27,7 +27,7 @@ from jobledger.api.schemas import responses, webhook_responses
 from jobledger.api.schemas.requests import BatchListQuery, DeliveryFilter, JobListQuery, PageQuery
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent
-from jobledger.projections.views.jobs import log_lines_of_event
+from jobledger.projections.views.job_log import log_lines_of_event
 from tests.api.conftest import Api, run_api
 from tests.support.header_auth import HeaderAuthBackend, principal_header
 from tests.support.webhook_endpoint import WebhookEndpoint, run_webhook_endpoint

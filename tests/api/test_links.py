@@ -18,7 +18,7 @@ from jobledger.api.http.errors import ApiError
 from jobledger.cli import server as serving
 from jobledger.cli.composition import Role
 from jobledger.ledger.domain.access import Principal
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from jobledger.projections.views import files as view
 from tests.api.conftest import Api, run_api
 from tests.api.test_files import CONTENT, FILES, add_file

@@ -9,7 +9,7 @@ import pytest
 
 from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views import jobs, list_index
+from jobledger.projections.views import job_list, jobs, list_index, paging
 from tests.api.conftest import Api
 from tests.support.header_auth import principal_header
 
@@ -192,23 +192,23 @@ async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it
     api_without_worker: Api, principal: Principal
 ) -> None:
     await api_without_worker.db.jobs.insert_many([a_job(number) for number in range(3000)])
-    cursor = list_index.PageCursor(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
+    cursor = paging.PageCursor(datetime(2026, 1, 1, 0, 20, tzinfo=UTC), "job-1")
     for wanted in [
-        jobs.JobFilter(),
-        jobs.JobFilter(status="failed"),
-        jobs.JobFilter(batch_id="batch-7"),
-        jobs.JobFilter(batch_id="batch-7", status="completed"),
-        jobs.JobFilter(user_id="alice"),
-        jobs.JobFilter(track="Track 3"),
-        jobs.JobFilter(track="Track 3", status="pending"),
-        jobs.JobFilter(event="Event 1", status="failed"),
-        jobs.JobFilter(day="Day 2"),
-        jobs.JobFilter(language="l4"),
-        jobs.JobFilter(error_code="E3"),
-        jobs.JobFilter(job_type="echo"),
-        jobs.JobFilter(created_after=datetime(2026, 1, 1, 0, 30, tzinfo=UTC)),
-        jobs.JobFilter(q="talk"),
-        jobs.JobFilter(archived=False),
+        job_list.JobFilter(),
+        job_list.JobFilter(status="failed"),
+        job_list.JobFilter(batch_id="batch-7"),
+        job_list.JobFilter(batch_id="batch-7", status="completed"),
+        job_list.JobFilter(user_id="alice"),
+        job_list.JobFilter(track="Track 3"),
+        job_list.JobFilter(track="Track 3", status="pending"),
+        job_list.JobFilter(event="Event 1", status="failed"),
+        job_list.JobFilter(day="Day 2"),
+        job_list.JobFilter(language="l4"),
+        job_list.JobFilter(error_code="E3"),
+        job_list.JobFilter(job_type="echo"),
+        job_list.JobFilter(created_after=datetime(2026, 1, 1, 0, 30, tzinfo=UTC)),
+        job_list.JobFilter(q="talk"),
+        job_list.JobFilter(archived=False),
     ]:
         for after in (None, cursor):
             for newest_first in (True, False):
@@ -218,9 +218,9 @@ async def test_every_list_is_read_from_an_index_and_looks_at_little_more_than_it
 
 
 async def assert_looks_at_little(
-    api: Api, query: Document, after: list_index.PageCursor | None, *, newest_first: bool
+    api: Api, query: Document, after: paging.PageCursor | None, *, newest_first: bool
 ) -> None:
-    asked, order = list_index.build_page_query(query, after, newest_first=newest_first)
+    asked, order = paging.build_page_query(query, after, newest_first=newest_first)
     hint = dict(list_index.index_for(query))
     command = {"find": "jobs", "filter": asked, "sort": dict(order), "limit": 50, "hint": hint}
     told = await api.db.command({"explain": command, "verbosity": "executionStats"})

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobledger.projections.views import jobs
-from jobledger.projections.views.list_index import MAX_PAGE_BYTES
+from jobledger.projections.views.job_list import OMITTABLE_FIELDS
+from jobledger.projections.views.paging import MAX_PAGE_BYTES
 from tests.api.conftest import Api
 
 LARGEST_ANSWER = 3 * MAX_PAGE_BYTES
@@ -69,10 +69,10 @@ async def test_every_field_that_can_be_large_is_left_out(api_without_worker: Api
     }
     await api_without_worker.db.jobs.update_one({"_id": job_id}, {"$set": large})
     [[job]] = await pages(api_without_worker, "/api/events/jobs", "jobs")
-    assert sorted(job["omitted"]) == sorted(jobs.OMITTABLE_FIELDS)
+    assert sorted(job["omitted"]) == sorted(OMITTABLE_FIELDS)
     assert job["results"]["markdown_url"] == "/api/events/files/a.md"
     assert job["results"]["metadata"] == {"processed_at": None, "duration": 1.5, "tokens_used": 3, "warnings": []}
-    [[job]] = await pages(api_without_worker, "/api/events/jobs", "jobs", include=",".join(jobs.OMITTABLE_FIELDS))
+    [[job]] = await pages(api_without_worker, "/api/events/jobs", "jobs", include=",".join(OMITTABLE_FIELDS))
     assert "omitted" not in job
     assert {name: job[name] for name in large} == large
     answer = await api_without_worker.get("/api/events/jobs?include=everything")

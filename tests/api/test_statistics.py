@@ -11,7 +11,7 @@ import pytest
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, FailAttempt
 from jobledger.ledger.domain.events import EventMetadata, Failure
 from jobledger.ledger.store.command_handler import Command, handle_command
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from jobledger.projections.views import statistics
 from tests.api.conftest import Api
 

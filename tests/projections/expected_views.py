@@ -40,7 +40,7 @@ from jobledger.ledger.domain.events import (
 from jobledger.ledger.mongo.connection import Database, Document
 from jobledger.ledger.store.command_handler import Command
 from jobledger.ledger.store.hash_chain import canonical_json
-from jobledger.projections.engine import slots as views
+from jobledger.projections import slots as views
 from jobledger.projections.engine.rebuild import load_checkpoint
 from jobledger.projections.views import batches, files, jobs, queue, statistics, steps
 from tests.support.role_runner import RunningRoles

@@ -16,7 +16,7 @@ from jobledger.ledger.files.directory import DirectoryStore, FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection, Database, Document
 from jobledger.projections.engine.file_verification import verify_files
-from jobledger.projections.engine.slots import Views
+from jobledger.projections.slots import Views
 from tests.support.ledger_setup import DEADLINE_SECONDS
 
 Damage = Callable[[FileStore, Database, str], Awaitable[Any]]

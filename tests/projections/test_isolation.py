@@ -47,7 +47,7 @@ from jobledger.ledger.store.command_handler import StreamState, load_stream_stat
 from jobledger.ledger.store.envelope import StreamAppend, StreamHead
 from jobledger.projections.engine import projector, rebuild
 from jobledger.projections.engine import writer as folding
-from jobledger.projections.views import jobs, projection_errors
+from jobledger.projections.views import job_list, jobs, projection_errors
 from tests.projections.expected_views import load_views
 from tests.projections.test_rebuild import compared, rebuilding
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
@@ -531,7 +531,7 @@ async def test_a_date_beyond_the_calendar_in_a_payload_stops_nothing(connection:
         await here.handle_commands(job_id, ClaimJob("worker-1", datetime.now(UTC)))
     async with run_roles_in_process(connection, store, projector=True) as here:  # has to load both
         await here.wait_for_views()
-        found, _ = await jobs.find_page(here.checkpoint.views, jobs.JobFilter().build_query(ADMIN), limit=10)
+        found, _ = await job_list.find_page(here.checkpoint.views, job_list.JobFilter().build_query(ADMIN), limit=10)
         assert [job["status"] for job in found] == ["processing", "processing"]
         assert await compared(connection) == []
 

@@ -24,8 +24,8 @@ from jobledger.projections.engine import projector, rebuild
 from jobledger.projections.engine.checkpoint import VIEWS_CHECKPOINT_ID
 from jobledger.projections.engine.comparison import Difference
 from jobledger.projections.engine.rebuild import VIEW_NAMES, Rebuild, load_checkpoint
-from jobledger.projections.engine.slots import SLOTS, Slot, Views, collection_name, other_slot
 from jobledger.projections.engine.writer import PROJECTION_VERSION, Chunk, ProjectionWriter
+from jobledger.projections.slots import SLOTS, Slot, Views, collection_name, other_slot
 from tests.projections.expected_views import assert_views_match_log, load_views
 from tests.projections.test_projector import a_history
 from tests.support.role_runner import FAST_WEBHOOKS, WorkerOptions, poll_until, run_roles_in_process

@@ -18,7 +18,7 @@ from jobledger.ledger.domain.events import Failure, JobResults, ResultFile, Resu
 from jobledger.ledger.files.directory import DirectoryStore, FileStore
 from jobledger.ledger.files.gridfs import GridFSStore
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.projections.views import files, jobs, step_files
+from jobledger.projections.views import files, job_budgets, jobs, step_files
 from jobledger.workers.cleanup import CURSOR, FILE_REMOVALS, WEBHOOK_SECRETS, Cleanup
 from tests.support.role_runner import WAIT_TIMEOUT_SECONDS, RunningRoles, run_roles_in_process
 
@@ -143,7 +143,7 @@ async def test_cleanup_digests_in_step_output_are_not_files(connection: Connecti
     async with run_roles_in_process(connection, store, projector=True) as here:
         other = await here.submit()
         await here.claim(other)
-        locked = [{"name": f"p{n}", "sha256": f"{n:064x}"} for n in range(jobs.MAX_STEP_FILES + 1)]
+        locked = [{"name": f"p{n}", "sha256": f"{n:064x}"} for n in range(step_files.MAX_STEP_FILES + 1)]
         await here.handle_commands(other, CompleteStep("worker-1", 1, "lock", "key", locked, 0.1))
         await here.handle_commands(other, FailAttempt("worker-1", 1, Failure(code="X", message="x"), None))
         kept = here.store.put_bytes(b"one")
@@ -196,10 +196,10 @@ async def test_cleanup_keeps_files_of_jobs_that_the_views_show_in_part(
         kept = here.store.put_bytes(b"the same in both")
         with monkeypatch.context() as patched:
             if kind == "isolated":
-                patched.setattr(jobs, "_changes", cannot_be_folded)
+                patched.setattr(jobs, "_build_changes", cannot_be_folded)
             elif kind == "truncated":
-                patched.setitem(jobs._BUDGETS, "results", 10)
-                patched.setattr(jobs, "_LARGE_BYTES", 10)
+                patched.setitem(job_budgets.BUDGETS, "results", 10)
+                patched.setattr(job_budgets, "LARGE_BYTES", 10)
             else:
                 patched.setattr(files, "rows", cannot_be_folded)
             damaged = await completed(here, kept.sha256)

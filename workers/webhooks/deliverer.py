@@ -41,7 +41,7 @@ from jobledger.ledger.store.command_handler import (
 from jobledger.ledger.store.endpoint_secrets import Endpoint, load_signing_secrets
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
-from jobledger.projections.engine.slots import SLOTS, collection_name
+from jobledger.projections.slots import SLOTS, collection_name
 from jobledger.projections.views import deliveries
 from jobledger.workers.webhooks.body import BodyUnavailable, build_body
 from jobledger.workers.webhooks.schedule import DeliveryLimits, DeliverySchedule, ScheduledDelivery

@@ -1,0 +1,62 @@
+"""Fit the fields of a job's document into their budgets (ledger/domain/limits.py).
+
+Each field has its own budget. So a document fits whatever its other fields contain, and no document has to be measured
+as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from jobledger.ledger.domain.limits import (
+    MAX_PARAMETERS_BYTES,
+    MAX_RESULTS_BYTES,
+    MAX_VIEW_LOGS_BYTES,
+    MAX_VIEW_STEPS_BYTES,
+    count_newest_within,
+    fits_in_document,
+    json_bytes,
+    truncate_text,
+)
+from jobledger.ledger.mongo.connection import Document
+from jobledger.projections.views import step_files
+from jobledger.projections.views.document_fields import mark_truncated, set_field_flag
+
+LARGE_BYTES: Final = 64 * 1024
+"""A field with more bytes of JSON is named in `large_fields`. The projector does not cache such a document."""
+BUDGETS: Final = {"parameters": MAX_PARAMETERS_BYTES, "results": MAX_RESULTS_BYTES}
+BUDGETED_FIELDS: Final = frozenset({"parameters", "results", "logs", "steps"})
+
+
+def apply_budgets(job: Document, changes: Document) -> None:
+    """Cut the changed fields that exceed their budgets, and name these fields in `truncated`."""
+    for name, budget in BUDGETS.items():
+        if name in changes:
+            size = json_bytes(job[name])
+            if size <= LARGE_BYTES and "large_fields" not in job and "truncated" not in job:
+                continue  # the usual case: nothing to cut, no flag to change
+            exceeds = not fits_in_document(job[name], budget, text_bytes=size)
+            set_field_flag(job, "large_fields", name, is_set=size > LARGE_BYTES)
+            if exceeds:
+                if name == "results":  # the job still needs these files, so they stay in the store
+                    job |= step_files.add_digests(job, (file["sha256"] for file in job[name]["files"]))
+                job[name] = {} if name == "parameters" else _essential_results(job[name])
+            mark_truncated(job, name, truncated=exceeds)
+    if (logs := changes.get("logs")) and (kept := count_newest_within(logs, MAX_VIEW_LOGS_BYTES)) < len(logs):
+        job["logs"] = logs[len(logs) - kept :]
+    if "steps" in changes:
+        steps = changes["steps"]
+        kept = count_newest_within(steps, MAX_VIEW_STEPS_BYTES)
+        if kept < len(steps):
+            job["steps"] = steps[len(steps) - kept :]
+        # Steps that were cut earlier are missing as long as the others remain.
+        was_truncated = bool(steps) and "steps" in job.get("truncated", ())
+        mark_truncated(job, "steps", truncated=kept < len(steps) or was_truncated)
+
+
+def _essential_results(results: Document) -> Document:
+    """Return results without their files, assets and warnings."""
+    given = results["metadata"]
+    metadata = {name: given[name] for name in ("processed_at", "duration", "tokens_used")} | {"warnings": []}
+    urls = {name: results[name] and truncate_text(results[name], 1000) for name in ("markdown_file", "markdown_url")}
+    return {**results, **urls, "assets": [], "files": [], "metadata": metadata}

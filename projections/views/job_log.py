@@ -1,0 +1,72 @@
+"""Lines of a job's log, from its events."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from jobledger.ledger.domain.events import (
+    Event,
+    JobAttemptFailed,
+    JobFailed,
+    JobLeaseExpired,
+    JobLogged,
+    JobReleased,
+    LogEntry,
+    RecordedEvent,
+)
+from jobledger.ledger.mongo.connection import Document
+
+MAX_LOG_LINES: Final = 100
+"""The document contains the newest lines. The job's history contains all of them."""
+MAX_LOG_LINE_CHARACTERS: Final = 10_000
+"""Maximum length of a line in the document: a hundred lines have to fit."""
+LOG_EVENT_TYPES: Final[tuple[type[Event], ...]] = (
+    JobLogged,
+    JobAttemptFailed,
+    JobFailed,
+    JobLeaseExpired,
+    JobReleased,
+)
+"""The events that add lines to the job's log."""
+
+
+def log_lines_of_event(event: RecordedEvent) -> list[LogEntry]:
+    """Return the log lines of an event, for readers of the job.
+
+    Raises:
+        UnreadableEvent: As `RecordedEvent.event`.
+    """
+    payload = event.event
+    match payload:
+        case JobLogged():
+            return payload.entries
+        case JobAttemptFailed():
+            message = f"Attempt {payload.attempt} failed and will be repeated: {payload.error.message}"
+            return [_line(event, message)]
+        case JobFailed():
+            return [_line(event, f"Failed: {payload.error.message}", "error")]
+        case JobLeaseExpired():
+            message = "The worker stopped sending heartbeats; another worker picks up the job."
+            return [_line(event, message)]
+        case JobReleased():
+            # Readers of the job see this line, so it names neither the worker nor the error of its machine.
+            reason = "its machine cannot run it" if payload.is_machine_failure else payload.reason
+            return [_line(event, f"The worker gave the job back: {reason}", "info")]
+        case _:
+            return []
+
+
+def append_log_lines(job: Document, event: RecordedEvent) -> Document:
+    """Return the field `logs` of a job with the lines of one more event."""
+    lines = log_lines_of_event(event)
+    return {"logs": [*job["logs"], *(_shorten_line(line) for line in lines[-MAX_LOG_LINES:])][-MAX_LOG_LINES:]}
+
+
+def _line(event: RecordedEvent, message: str, level: Any = "warning") -> LogEntry:
+    return LogEntry(timestamp=event.time, level=level, message=message)
+
+
+def _shorten_line(line: LogEntry) -> Document:
+    text = line.message
+    message = text if len(text) <= MAX_LOG_LINE_CHARACTERS else f"{text[:MAX_LOG_LINE_CHARACTERS]} …"
+    return {**line.model_dump(), "message": message}

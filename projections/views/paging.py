@@ -1,0 +1,128 @@
+"""Read and count the documents of a view, page by page, in order of creation.
+
+The lists of jobs, batches and deliveries share this module. Each query is answered by one of the indexes of
+projections/views/list_index.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final, NamedTuple, TypedDict
+
+import bson
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
+from pymongo import ASCENDING, DESCENDING
+
+from jobledger.ledger.mongo.connection import LENIENT_CODEC, Document, translate_errors
+from jobledger.projections.slots import Views
+from jobledger.projections.views.list_index import index_for
+
+MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
+MAX_COUNT: Final = 10_000
+"""The highest number that `count` returns. A count without a limit would read the whole index range."""
+MAX_LISTED_FIELD_BYTES: Final = 16 * 1024
+"""A list omits a field with more bytes of BSON."""
+OMITTED: Final = "omitted"
+"""Placeholder in a page for a field that the database does not send because it is large."""
+_READ_BATCH_DOCUMENTS: Final = 101
+_RAW: Final = CodecOptions(document_class=RawBSONDocument)
+
+
+class PageCursor(NamedTuple):
+    """The end of a page: creation time and key of its last document."""
+
+    created_at: datetime
+    key: str
+
+
+class PageOptions(TypedDict, total=False):
+    """Optional arguments of `find_page`."""
+
+    skip: int
+    after: PageCursor | None
+    newest_first: bool
+    max_bytes: int
+
+
+def build_page_query(
+    query: Document, after: PageCursor | None, *, newest_first: bool
+) -> tuple[Document, list[tuple[str, int]]]:
+    """Return the database query for the documents after a cursor, and the sort order."""
+    direction = DESCENDING if newest_first else ASCENDING
+    order = [("created_at", direction), ("_id", direction)]
+    if after is None:
+        return query, order
+    beyond, beyond_or_equal = ("$lt", "$lte") if newest_first else ("$gt", "$gte")
+    # The first condition is a bound of the index. The second one orders documents of the same millisecond.
+    bound = {"created_at": {beyond_or_equal: after.created_at}}
+    strict = [{"created_at": {beyond: after.created_at}}, {"_id": {beyond: after.key}}]
+    return {"$and": [query, bound, {"$or": strict}]}, order
+
+
+async def find_page(
+    views: Views,
+    view: str,
+    query: Document,
+    *,
+    limit: int,
+    projection: Mapping[str, Any] | None = None,
+    skip: int = 0,
+    after: PageCursor | None = None,
+    newest_first: bool = True,
+    max_bytes: int = MAX_PAGE_BYTES,
+) -> tuple[list[Document], PageCursor | None]:
+    """Return one page of a view's documents in order of creation.
+
+    Memory holds the page and one batch of the server's (at most 16 MB).
+
+    Args:
+        views: The collections of the views.
+        view: Name of the view.
+        query: A query from `list_index.build_query` or `build_filtered_query`.
+        limit: Maximum number of documents.
+        projection: Projection of the documents.
+        skip: Number of documents to skip.
+        after: Cursor of the previous page.
+        newest_first: Whether to sort by descending creation time.
+        max_bytes: The page ends before the document that would exceed this number of bytes of BSON. A page has at
+            least one document.
+
+    Returns:
+        The documents, and the cursor of the next page, or None for the last page.
+
+    Raises:
+        LedgerUnavailable: The database failed.
+    """
+    page_query, order = build_page_query(query, after, newest_first=newest_first)
+    page: list[Document] = []
+    used_bytes = 0
+    collection = views[view].with_options(codec_options=_RAW)
+    with translate_errors(f"listing {view}"):
+        async with collection.find(
+            page_query,
+            projection,
+            sort=order,
+            limit=limit + 1,
+            skip=skip,
+            hint=index_for(query),
+            batch_size=_READ_BATCH_DOCUMENTS,
+        ) as documents:
+            async for document in documents:  # `to_list` would hold several of the server's batches
+                used_bytes += len(document.raw)
+                if len(page) == limit or (page and used_bytes > max_bytes):
+                    return page, PageCursor(page[-1]["created_at"], page[-1]["_id"])
+                page.append(bson.decode(document.raw, codec_options=LENIENT_CODEC))
+    return page, None
+
+
+async def count(views: Views, view: str, query: Document) -> int:
+    """Count the documents that match a query, up to `MAX_COUNT`."""
+    with translate_errors(f"counting {view}"):
+        return await views[view].count_documents(query, limit=MAX_COUNT, hint=index_for(query))
+
+
+def omit_if_large(field: str, *, max_bytes: int, replacement: Any = OMITTED) -> Document:
+    """Return the projection of a field that the database replaces if it has more than `max_bytes` of BSON."""
+    return {"$cond": [{"$gt": [{"$bsonSize": {"it": f"${field}"}}, max_bytes]}, replacement, f"${field}"]}
