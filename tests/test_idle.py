@@ -38,13 +38,13 @@ class Watch(monitoring.CommandListener):
 watch = Watch()
 monitoring.register(watch)
 from jobledger.cli.settings import read_settings
-from jobledger.cli.composition import roles
+from jobledger.cli.composition import start_roles
 
 async def main(seconds, wanted):
     settings, _ = read_settings(Path("config.yaml"))
     connection = settings.mongodb.make_connection(settings.mongodb.uri.get_secret_value())
     failures = []
-    async with roles(settings, connection, frozenset(wanted), failed=failures.append) as running:
+    async with start_roles(settings, connection, frozenset(wanted), on_failure=failures.append) as running:
         if "projector" in wanted:  # some work first: what it has warmed up must fall silent again
             import httpx
             async with httpx.AsyncClient(base_url=running.url or "", trust_env=False) as client:

@@ -229,7 +229,7 @@ class HeldFolder(ProjectionWriter):
 
     about_to_fold: Sequence[RecordedEvent]
 
-    async def fold(self, events: Sequence[RecordedEvent], **given: Any) -> list[Document]:
+    async def apply(self, events: Sequence[RecordedEvent], **given: Any) -> list[Document]:
         self.about_to_fold = events
         await self._load_chunk(events)
         Held.reached.set()
