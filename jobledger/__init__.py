@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MODULES: Final = {
-    "Job": "jobledger.workers.processor",
+    "JobContext": "jobledger.workers.processor",
     "JobledgerError": "jobledger.ledger.domain.errors",
     "Processor": "jobledger.workers.processor",
     "ProcessorError": "jobledger.workers.processor",

@@ -687,7 +687,7 @@ class JobExecutor:
                 f"The job met machine trouble {self._job.consecutive_machine_failures + 1} "
                 f"times in a row. The last: {trouble}"
             )
-            await self._fail(AttemptFailed("MACHINE_TROUBLE", message, transient=True))
+            await self._fail(AttemptFailed("MACHINE_FAILURE", message, transient=True))
         else:
             reason = f"the worker's machine cannot run it: {trouble}"
             release = ReleaseJob(self._worker_id, self.attempt, reason, is_machine_failure=True)

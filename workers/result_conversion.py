@@ -40,7 +40,7 @@ class InvalidResult(ProcessorError):
     """A value that a processor returned cannot be stored. The message names the place, the problem and the fix."""
 
     def __init__(self, path: str, problem: str, fix: str) -> None:
-        super().__init__("INVALID_RESULT", f"{path} cannot be stored: {problem}. {fix}", details={"place": path})
+        super().__init__("INVALID_RESULT", f"{path} cannot be stored: {problem}. {fix}", details={"path": path})
 
 
 def to_json(value: Any, path: str) -> JSON:
@@ -102,123 +102,123 @@ class _Conversion:
         self._bytes = 0
         self._inside: set[int] = set()
 
-    def convert(self, value: Any, place: ValuePath, depth: int) -> JSON:
+    def convert(self, value: Any, path: ValuePath, depth: int) -> JSON:
         kind = type(value)
         if value is None or kind is bool:
-            self._count(_VALUE_BYTES, place)
+            self._count(_VALUE_BYTES, path)
             return value
         if kind is str:
-            return self._text(value, place)
+            return self._text(value, path)
         if kind is int:
-            return self._integer(value, place)
+            return self._integer(value, path)
         if kind is float:
-            return self._number(value, place)
+            return self._number(value, path)
         if depth > MAX_DEPTH:
-            raise _invalid(place, f"it is nested more than {MAX_DEPTH} levels deep", "Return a flatter value.")
+            raise _invalid(path, f"it is nested more than {MAX_DEPTH} levels deep", "Return a flatter value.")
         if kind is dict or kind is list or kind is tuple:
-            return self._container(value, place, depth)
+            return self._container(value, path, depth)
         try:
-            return self._other(value, place, depth)
+            return self._other(value, path, depth)
         except ProcessorError:
             raise
         except Exception as error:  # a foreign class - reading it may raise anything
             raise _invalid(
-                place,
+                path,
                 f"reading the {type_name(value)} raised {type_name(error)}: {to_text(error, 500)}",
                 "Return plain JSON values.",
             ) from error
 
-    def _container(self, value: Any, place: ValuePath, depth: int) -> JSON:
+    def _container(self, value: Any, path: ValuePath, depth: int) -> JSON:
         if id(value) in self._inside:
-            raise _invalid(place, "it contains itself", "Return a value without cycles.")
+            raise _invalid(path, "it contains itself", "Return a value without cycles.")
         self._inside.add(id(value))
-        self._count(_CONTAINER_BYTES, place)
+        self._count(_CONTAINER_BYTES, path)
         try:
             if isinstance(value, Mapping):
-                return self._object(value.items(), place, depth)
-            return [self.convert(item, (place, index), depth + 1) for index, item in enumerate(value)]
+                return self._object(value.items(), path, depth)
+            return [self.convert(item, (path, index), depth + 1) for index, item in enumerate(value)]
         finally:
             self._inside.discard(id(value))
 
-    def _object(self, items: Iterable[tuple[Any, Any]], place: ValuePath, depth: int) -> JSON:
+    def _object(self, items: Iterable[tuple[Any, Any]], path: ValuePath, depth: int) -> JSON:
         converted: dict[str, JSON] = {}
         for key, value in items:
-            name = self._key(key, place)
-            converted[name] = self.convert(value, (place, name), depth + 1)
+            name = self._key(key, path)
+            converted[name] = self.convert(value, (path, name), depth + 1)
         return converted
 
-    def _key(self, key: Any, place: ValuePath) -> str:
+    def _key(self, key: Any, path: ValuePath) -> str:
         if not isinstance(key, str):
             problem = f"it has the key {to_text(_safe_repr(key), 100)} of type {type_name(key)}"
-            raise _invalid(place, problem, "Use strings as keys.")
-        name = self._text(key.value if isinstance(key, Enum) else key, (place, "<key>"))
+            raise _invalid(path, problem, "Use strings as keys.")
+        name = self._text(key.value if isinstance(key, Enum) else key, (path, "<key>"))
         if name.startswith("$") or "\0" in name:
             raise _invalid(
-                place, f"the database does not accept the key {name!r}", "Use keys without a leading $ and without NUL."
+                path, f"the database does not accept the key {name!r}", "Use keys without a leading $ and without NUL."
             )
         return name
 
-    def _other(self, value: Any, place: ValuePath, depth: int) -> JSON:
+    def _other(self, value: Any, path: ValuePath, depth: int) -> JSON:
         """Convert what is neither plain JSON nor a tuple."""
         if isinstance(value, Enum):
-            return self.convert(value.value, place, depth + 1)
+            return self.convert(value.value, path, depth + 1)
         if isinstance(value, str):
-            return self._text(str.__str__(value), place)
+            return self._text(str.__str__(value), path)
         if isinstance(value, datetime | date | time):
-            return self._text(value.isoformat(), place)
+            return self._text(value.isoformat(), path)
         if isinstance(value, UUID | PurePath):
-            return self._text(str(value), place)
+            return self._text(str(value), path)
         if isinstance(value, BaseModel):
-            self._measure(value, place)
-            return self._object(value.model_dump(warnings=False).items(), place, depth)
+            self._measure(value, path)
+            return self._object(value.model_dump(warnings=False).items(), path, depth)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            return self._object_of(value, fields, place, depth)
+            return self._object_of(value, fields, path, depth)
         if isinstance(value, Mapping | list | tuple):
-            return self._container(value, place, depth)
+            return self._container(value, path, depth)
         if isinstance(value, Integral):
-            return self._integer(int(value), place)
+            return self._integer(int(value), path)
         if isinstance(value, Real) and not isinstance(value, Rational):
-            return self._number(float(value), place)
-        raise _invalid(place, f"JSON has no {type_name(value)}", _fix(value))
+            return self._number(float(value), path)
+        raise _invalid(path, f"JSON has no {type_name(value)}", _fix(value))
 
-    def _object_of(self, value: Any, fields: dict[str, Any], place: ValuePath, depth: int) -> JSON:
+    def _object_of(self, value: Any, fields: dict[str, Any], path: ValuePath, depth: int) -> JSON:
         if id(value) in self._inside:
-            raise _invalid(place, "it contains itself", "Return a value without cycles.")
+            raise _invalid(path, "it contains itself", "Return a value without cycles.")
         self._inside.add(id(value))
         try:
-            return self._object(fields.items(), place, depth)
+            return self._object(fields.items(), path, depth)
         finally:
             self._inside.discard(id(value))
 
-    def _text(self, value: str, place: ValuePath) -> str:
-        self._count(len(value) + _VALUE_BYTES, place)
+    def _text(self, value: str, path: ValuePath) -> str:
+        self._count(len(value) + _VALUE_BYTES, path)
         if value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
             return value  # nothing is escaped
         try:  # what is escaped takes up to six times as much in a message and in the event log
-            self._count(len(orjson.dumps(value)) - len(value), place)
+            self._count(len(orjson.dumps(value)) - len(value), path)
         except orjson.JSONEncodeError:
             index = next(index for index, character in enumerate(value) if "\ud800" <= character <= "\udfff")
             raise _invalid(
-                place,
+                path,
                 f"the character U+{ord(value[index]):04X} at index {index} is half of a pair",
                 "Decode text with errors='replace'.",
             ) from None
         return value
 
-    def _integer(self, value: int, place: ValuePath) -> int:
-        self._count(_VALUE_BYTES, place)
+    def _integer(self, value: int, path: ValuePath) -> int:
+        self._count(_VALUE_BYTES, path)
         if not -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
-            raise _invalid(place, "the integer is outside ±(2^53 - 1)", "Return it as a string.")
+            raise _invalid(path, "the integer is outside ±(2^53 - 1)", "Return it as a string.")
         return value
 
-    def _number(self, value: float, place: ValuePath) -> float:
-        self._count(_VALUE_BYTES, place)
+    def _number(self, value: float, path: ValuePath) -> float:
+        self._count(_VALUE_BYTES, path)
         if not math.isfinite(value):
-            raise _invalid(place, f"{value} is no JSON number", "Return None or leave it out.")
+            raise _invalid(path, f"{value} is no JSON number", "Return None or leave it out.")
         return value
 
-    def _measure(self, model: BaseModel, place: ValuePath) -> None:
+    def _measure(self, model: BaseModel, path: ValuePath) -> None:
         """Refuse a model that is too large before pydantic writes it out: it would copy what is shared inside."""
         left, waiting = MAX_VALUE_BYTES // _CONTAINER_BYTES, list[Any]([model])
         while waiting:
@@ -231,31 +231,31 @@ class _Conversion:
                 waiting += value
             left -= 1
             if left < len(waiting):
-                self._count(MAX_VALUE_BYTES + 1, place)
+                self._count(MAX_VALUE_BYTES + 1, path)
 
-    def _count(self, size: int, place: ValuePath) -> None:
+    def _count(self, size: int, path: ValuePath) -> None:
         """Stop as soon as the value is too large, so that an endless one ends, too."""
         self._bytes += size
         if self._bytes > MAX_VALUE_BYTES:
-            while place[0] is not None:
-                place = place[0]
+            while path[0] is not None:
+                path = path[0]
             raise _invalid(
-                place,
+                path,
                 f"it is larger than {MAX_VALUE_BYTES // 2**20} MiB, or contains itself",
                 "Save large content as a file with job.save().",
             )
 
 
-def _invalid(place: ValuePath, problem: str, fix: str) -> InvalidResult:
-    """Return the error for a place, written as `results.metadata.when` or `step "x" output[3].y`."""
+def _invalid(path: ValuePath, problem: str, fix: str) -> InvalidResult:
+    """Return the error for a path, written as `results.metadata.when` or `step "x" output[3].y`."""
     within: list[str] = []
-    while place[0] is not None:
-        within.append(f"[{place[1]}]" if isinstance(place[1], int) else f".{to_text(place[1], 60)}")
-        place = place[0]
-    path = "".join(reversed(within))
-    if len(path) > 160:
-        path = f"{path[:80]}…{path[-80:]}"
-    return InvalidResult(to_text(place[1], 200) + path, problem, fix)
+    while path[0] is not None:
+        within.append(f"[{path[1]}]" if isinstance(path[1], int) else f".{to_text(path[1], 60)}")
+        path = path[0]
+    below = "".join(reversed(within))
+    if len(below) > 160:
+        below = f"{below[:80]}…{below[-80:]}"
+    return InvalidResult(to_text(path[1], 200) + below, problem, fix)
 
 
 def _safe_repr(value: object) -> str:

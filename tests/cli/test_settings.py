@@ -424,16 +424,16 @@ def test_lists_in_the_environment_are_json(tmp_path: Path, monkeypatch: pytest.M
     assert settings.auth.proxy.trusted == ["10.0.0.1"]
     assert settings.auth.admins == ["ann", "team-ops"]
 
-    monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOW_PRIVATE", '["10.0.0.2"]')
+    monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS", '["10.0.0.2"]')
     settings, _ = read(tmp_path, "processors: {session: {max_pages: 3}}")
     session = load_processors()["session"].Settings.model_validate(settings.processors["session"]).model_dump()
     assert (session["allowed_private_hosts"], session["max_pages"]) == (["10.0.0.2"], 3)
     for text in ("10.0.0.2", '["10.0.0.2"'):
-        monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOW_PRIVATE", text)
+        monkeypatch.setenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS", text)
         message = complaint(tmp_path, "")
-        assert message.startswith("environment variable JOBLEDGER_PROCESSORS__SESSION__ALLOW_PRIVATE: ")
+        assert message.startswith("environment variable JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS: ")
         assert "a valid list, written as JSON" in message
-    monkeypatch.delenv("JOBLEDGER_PROCESSORS__SESSION__ALLOW_PRIVATE")
+    monkeypatch.delenv("JOBLEDGER_PROCESSORS__SESSION__ALLOWED_PRIVATE_HOSTS")
 
     monkeypatch.setenv("JOBLEDGER_AUTH__ADMINS", "ann")
     message = complaint(tmp_path, "")

@@ -44,7 +44,7 @@ def action(function: Callable[[JobContext], Awaitable[Any]]) -> Callable[[JobCon
 class Parameters(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    action: str = "nothing"
+    do: str = "nothing"
     file: Path | None = None
 
 
@@ -576,17 +576,19 @@ def add_sending_action(name: str, content: Callable[[], bytes], *, then_sleep: b
     ACTIONS[name] = run
 
 
-add_sending_action("send half a message", lambda: FRAME_HEADER.pack(1000) + b'{"id": 1, "mess')
+add_sending_action("send half a message", lambda: FRAME_HEADER.pack(1000) + b'{"request_id": 1, "mess')
 add_sending_action("send half a header", lambda: b"\0\0")
 add_sending_action("send garbage", lambda: FRAME_HEADER.pack(7) + b"garbage")
-add_sending_action("send the wrong kind", lambda: FRAME_HEADER.pack(34) + b'{"id":1,"message":{"kind":"fancy"}}'[:34])
+add_sending_action(
+    "send the wrong kind", lambda: FRAME_HEADER.pack(43) + b'{"request_id":1,"message":{"kind":"fancy"}}'
+)
 add_sending_action("send too much", lambda: FRAME_HEADER.pack(2**32 - 1))
 
 
 @action
 async def fail_while_writing(job: JobContext) -> Results:
     """As for want of memory, in the thread that sends messages."""
-    vars(child)["encode"] = no_memory
+    vars(child)["encode_frame"] = no_memory
     await job.log("info", "cannot be sent")
     await asyncio.sleep(3600)
     return Results()
@@ -611,7 +613,7 @@ def no_memory(*_: Any) -> Any:
 @action
 async def flood_the_worker(job: JobContext) -> Results:
     connection = connection_to_worker()
-    text = b'{"id":0,"message":{"kind":"log","lines":[[0,"info","flood"]]}}'
+    text = b'{"request_id":0,"message":{"kind":"log","entries":[[0,"info","flood"]]}}'
     frames = (FRAME_HEADER.pack(len(text)) + text) * 1000
     write_marker_file(job, os.getpid())
     while True:

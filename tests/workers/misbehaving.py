@@ -12,8 +12,8 @@ from jobledger.workers.child import process
 from jobledger.workers.registry import processor_version
 
 _ENTRY_POINTS = """[jobledger.processors]
-misbehaving = tests.support.misbehaving:InProcess
-misbehaving-inline = tests.support.misbehaving:Inline
+misbehaving = tests.support.misbehaving:MisbehavingProcessor
+misbehaving-inline = tests.support.misbehaving:InlineMisbehavingProcessor
 """
 
 

@@ -93,7 +93,7 @@ def installation(plug_in: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         running.start(
             "up",
             PYTHONPATH=str(plug_in),
-            JOBLEDGER_WEBHOOKS__ALLOW_PRIVATE='["canary.example"]',
+            JOBLEDGER_WEBHOOKS__ALLOWED_PRIVATE_HOSTS='["canary.example"]',
             CLOUD_TOKEN="canary",
             MODEL_HOME="/models",
         ).wait_until_ready()
@@ -430,7 +430,7 @@ def test_job_process_has_no_power_over_the_machine(
     harmless = {**HARMLESS, **(OF_ROOT_UNCONFINED if mode == "off" and os.getuid() == 0 else {})}
     if (mode == "off" or not landlock) and runner._probe_method("bubblewrap").is_working:
         harmless["bubblewrap"] = (
-            "from jobledger.workers.sandbox import runner as sandbox; returned(not sandbox._try('bubblewrap').works)"
+            "from jobledger.workers.sandbox import runner; returned(not runner._probe_method('bubblewrap').is_working)"
         )
     assert set(_after_confinement(mode, harmless, tmp_path / "allowed").values()) == {0}
 

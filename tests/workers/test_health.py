@@ -139,12 +139,12 @@ async def test_worker_that_recovers_before_its_lease_is_written_is_shown_as_heal
     monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.02)
     place, real = tmp_path / "mount" / "scratch", Lease.acquire
 
-    async def late(self: Lease, facts: Mapping[str, Any], *, seen: LeaseObservation | None = None) -> bool:
-        if "problem" in facts:
-            assert facts["problem"] is not None
+    async def late(self: Lease, attributes: Mapping[str, Any], *, observation: LeaseObservation | None = None) -> bool:
+        if "problem" in attributes:
+            assert attributes["problem"] is not None
             place.parent.mkdir()
             await asyncio.sleep(0.3)
-        return await real(self, facts, observation=seen)
+        return await real(self, attributes, observation=observation)
 
     monkeypatch.setattr(Lease, "acquire", late)
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(scratch=place)) as here:
@@ -171,7 +171,7 @@ async def test_job_that_meets_machine_trouble_again_and_again_ends(
         await here.handle_commands(bad, SubmitJob(make_echo_job({}, max_attempts=2)))
         others = [await here.submit() for _ in range(20)]
         job = await here.wait_until_finished(bad, *others)
-        assert (job["status"], job["error"]["code"]) == ("failed", "MACHINE_TROUBLE")
+        assert (job["status"], job["error"]["code"]) == ("failed", "MACHINE_FAILURE")
         history = await here.read_event_types(bad)
         assert history.count("JobReleased") == MAX_CONSECUTIVE_MACHINE_FAILURES * 2
         assert history.count("JobAttemptFailed") == 1

@@ -75,7 +75,7 @@ async def test_hostile_pages_fail_clearly_and_the_worker_lives_on(here: RunningR
     bomb = zeros_packed(400)
     assert len(bomb) < MEBIBYTE
     expected = {
-        site.put("/inside", redirect("http://169.254.169.254/latest/meta-data/")): "ADDRESS_REFUSED",
+        site.put("/inside", redirect("http://169.254.169.254/latest/meta-data/")): "ADDRESS_REJECTED",
         site.put("/circle", redirect("/circle")): "TOO_MANY_REDIRECTS",
         site.put("/bomb", SiteResponse(bomb, headers={**HTML, "Content-Encoding": "gzip"})): "TOO_LARGE",
         site.put("/announced", SiteResponse(b"<html>", headers=HTML, content_length=10**15)): "TOO_LARGE",
@@ -84,7 +84,7 @@ async def test_hostile_pages_fail_clearly_and_the_worker_lives_on(here: RunningR
         ): ("TOO_LARGE"),
         site.put("/zeros", SiteResponse(bytes(MEBIBYTE), headers=HTML)): "EMPTY_PAGE",
         site.put("/film", SiteResponse(b"\x1a\x45\xdf\xa3", headers={"Content-Type": "video/webm"})): "NOT_HTML",
-        "http://[::ffff:10.0.0.1]/": "ADDRESS_REFUSED",
+        "http://[::ffff:10.0.0.1]/": "ADDRESS_REJECTED",
     }
     submitted = {url: await here.submit(asked(url=url), job_type="session", max_attempts=1) for url in expected}
     for url, job_id in submitted.items():

@@ -70,7 +70,7 @@ async def test_inline_processor_with_largest_parameters_leaves_event_loop_free(
     ending = await run_attempt(assignment, get_processor(job_type), answer, lambda: False)
     used = time.thread_time() - begun
 
-    assert ending.kind == "done", ending
+    assert ending.kind == "completed", ending
     assert used < bound
 
 

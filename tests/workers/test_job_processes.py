@@ -185,7 +185,7 @@ async def test_programs_end_with_their_job(here: RunningRoles, tmp_path: Path) -
     await others_go_on(here)
 
 
-@pytest.mark.parametrize("do", ["start programs", "hold everything", "sleep"])
+@pytest.mark.parametrize("do", ["start programs", "block with gil", "sleep"])
 async def test_nothing_outlives_a_killed_worker(connection: Connection, store: Path, file: Path, do: str) -> None:
     """Not even a job that is in the middle of a long call of a C library, which nothing of Python interrupts."""
     async with run_roles_in_process(connection, store, projector=True) as here:
@@ -206,7 +206,7 @@ async def test_nothing_outlives_a_killed_worker(connection: Connection, store: P
 SPEECHLESS = {
     "send half a message": "PROCESS_STALLED",
     "send half a header": "PROCESS_STALLED",
-    "stop in the middle": "PROCESS_STALLED",
+    "stop mid message": "PROCESS_STALLED",
     "send garbage": "INVALID_MESSAGE",
     "send the wrong kind": "INVALID_MESSAGE",
     "send too much": "INVALID_MESSAGE",
@@ -234,7 +234,7 @@ async def test_job_process_that_sends_no_messages_fails_alone(
 async def test_job_process_is_ended_whatever_it_does(
     connection: Connection, store: Path, tmp_path: Path, end: str
 ) -> None:
-    kinds = ["sleep", "hold everything", "flood the worker", "stop in the middle"]
+    kinds = ["sleep", "block with gil", "flood the worker", "stop mid message"]
     options = WorkerOptions(confinement=OFF, slots=6, shutdown_grace_seconds=0.2)
     async with run_roles_in_process(connection, store, projector=True) as here:
         async with run_roles_in_process(connection, store, worker=options, worker_events_only=True):

@@ -22,7 +22,7 @@ PARAGRAPH = b"<p>" + b"What was said there. " * 50_000 + b"</p>"
 class GreatSite(SlowSite):
     """Has a page as large as the number in its path, in megabytes."""
 
-    async def say(self, path: str, writer: asyncio.StreamWriter) -> None:
+    async def write_response(self, path: str, writer: asyncio.StreamWriter) -> None:
         writer.write(HEAD)
         for _ in range(int(path.strip("/"))):
             writer.write(PARAGRAPH)

@@ -33,7 +33,8 @@ from jobledger.workers.result_conversion import MAX_TEXT_LENGTH, MAX_VALUE_BYTES
 def test_decode_frame_with_too_many_values_is_refused_at_once(value: bytes) -> None:
     output = b"[" + b",".join([value] * (MAX_FRAME_BYTES // (len(value) + 1))) + b"]"
     step = (
-        b'{"id":1,"message":{"kind":"step","step":"s","key":"k","duration_s":1,"tokens_used":0,"warnings":[],"output":'
+        b'{"request_id":1,"message":{"kind":"step_finished","step":"s","key":"k","duration_s":1,"tokens_used":0,'
+        b'"warnings":[],"output":'
     )
     begin = time.process_time()
     with pytest.raises(InvalidMessage, match=f"{MAX_FRAME_VALUES:,} values"):
@@ -42,8 +43,8 @@ def test_decode_frame_with_too_many_values_is_refused_at_once(value: bytes) -> N
 
 
 def test_decode_frame_with_large_text_is_accepted() -> None:
-    message = {"kind": "log", "lines": [[0.0, "info", "a text " * 100_000]]}
-    assert decode_message(orjson.dumps({"id": 0, "message": message})).request_id == 0
+    message = {"kind": "log", "entries": [[0.0, "info", "a text " * 100_000]]}
+    assert decode_message(orjson.dumps({"request_id": 0, "message": message})).request_id == 0
 
 
 def received(message: Message) -> Message:

@@ -193,7 +193,7 @@ async def lines_of(here: RunningRoles, job_id: str) -> list[str]:
 async def test_steps_with_similar_names_are_not_mixed(job_type: str, connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job = await here.wait_until_finished(
-            await here.submit({"do": "name steps alike"}, job_type=job_type, max_attempts=2)
+            await here.submit({"do": "use similar step names"}, job_type=job_type, max_attempts=2)
         )
         assert job["attempt"] == 2
         assert job["results"]["metadata"]["found"] == [ascii(name) for name in does.STEP_NAMES]
@@ -228,8 +228,8 @@ async def test_job_that_meets_a_locked_scratch_directory_is_given_back(
 async def test_much_logging_is_clipped_and_job_completes(job_type: str, connection: Connection, store: Path) -> None:
     given: dict[str, dict[str, Any]] = {
         "one long line": {"do": "log long line"},
-        "many lines": {"do": "log much", "lines": 200_000, "width": 10},
-        "wide lines": {"do": "log much", "lines": 10_000, "width": 9_000},
+        "many lines": {"do": "log many lines", "lines": 200_000, "width": 10},
+        "wide lines": {"do": "log many lines", "lines": 10_000, "width": 9_000},
     }
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {name: await here.submit(asked, job_type=job_type) for name, asked in given.items()}
@@ -282,7 +282,7 @@ async def test_log_lines_are_kept_when_the_request_that_writes_them_is_cancelled
 
 async def test_what_job_process_prints_is_in_its_log(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
-        job_id = await here.submit({"do": "print much", "lines": 300_000}, job_type="misbehaving")
+        job_id = await here.submit({"do": "print many lines", "lines": 300_000}, job_type="misbehaving")
         job = await here.wait_until_finished(job_id, seconds=60)
         assert (job["status"], job["error"]) == ("completed", None)
         lines = await lines_of(here, job_id)
@@ -334,7 +334,7 @@ async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connec
             # More than there are threads that save: none is held up by the others.
             kinds = [*IRREGULAR] * 3
             job_ids = [
-                await here.submit({"do": "save what is no file", "kind": kind}, job_type=job_type, max_attempts=1)
+                await here.submit({"do": "save irregular file", "kind": kind}, job_type=job_type, max_attempts=1)
                 for kind in kinds
             ]
             await here.wait_until_finished(*job_ids)
@@ -345,7 +345,7 @@ async def test_save_of_what_is_no_regular_file_fails_at_once_and_names_it(connec
                 assert ("/dev/zero" if kind == "device" else "/it'") in error["message"]
             for kind in ("link to a file", "path of its own"):
                 job = await here.wait_until_finished(
-                    await here.submit({"do": "save what is no file", "kind": kind}, job_type=job_type)
+                    await here.submit({"do": "save irregular file", "kind": kind}, job_type=job_type)
                 )
                 assert job["status"] == "completed", job["error"]
 
@@ -382,7 +382,7 @@ async def test_warnings_beyond_what_events_hold_are_counted_and_job_completes(
 ) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job_ids = {
-            value: await here.submit({"do": "warn much", "value": value, "lines": 500}, job_type=job_type)
+            value: await here.submit({"do": "warn many times", "value": value, "lines": 500}, job_type=job_type)
             for value in does.WARNINGS
         }
         await here.wait_until_finished(*job_ids.values(), seconds=30)

@@ -237,7 +237,7 @@ async def test_time_limit_does_not_cover_the_wait_for_a_shared_step(
 
 async def test_file_that_is_changed_after_it_was_saved_is_never_stored(connection: Connection, store: Path) -> None:
     async with run_roles_in_process(connection, store, projector=True, worker=WorkerOptions(confinement=OFF)) as here:
-        job_ids = [await here.submit({"do": "save and change"}, job_type="misbehaving") for _ in range(3)]
+        job_ids = [await here.submit({"do": "modify saved file"}, job_type="misbehaving") for _ in range(3)]
         await here.wait_until_finished(*job_ids)
         for job_id in job_ids:
             job = await here.load_job(job_id)
@@ -269,7 +269,7 @@ async def test_job_that_names_a_foreign_file_fails_and_the_file_stays(
         assert here.worker is not None
         other = await here.wait_until_finished(await save(here))
         [file] = other["results"]["files"]
-        parameters = {"do": "name foreign file", "value": {"sha256": file["sha256"], "store": str(store)}}
+        parameters = {"do": "claim foreign file", "value": {"sha256": file["sha256"], "store": str(store)}}
         for job_type in TYPES:
             job = await here.wait_until_finished(await here.submit(parameters, job_type=job_type, max_attempts=1))
             assert job["error"]["code"] == "INVALID_RESULT"

@@ -84,7 +84,7 @@ class _Server:
         try:
             pid = os.fork()
         except OSError as error:
-            control.sendall(json.dumps({"failed": error.errno}).encode() + b"\n")
+            control.sendall(json.dumps({"fork_errno": error.errno}).encode() + b"\n")
             return
         if pid == 0:
             try:

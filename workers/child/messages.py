@@ -55,7 +55,7 @@ class FindSharedStep:
 
     key: str
     max_age_s: float
-    kind: Literal["seek"] = "seek"
+    kind: Literal["find_shared_step"] = "find_shared_step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class FileSaved:
 
     sha256: str
     path: str
-    kind: Literal["saved"] = "saved"
+    kind: Literal["file_saved"] = "file_saved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class StepFinished:
     warnings: list[str]
     reused_from: str | None = None
     is_shared: bool = False
-    kind: Literal["step"] = "step"
+    kind: Literal["step_finished"] = "step_finished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class AttemptCompleted:
     results: dict[str, JSON]
     warnings: list[str]
     duration_s: float
-    kind: Literal["done"] = "done"
+    kind: Literal["completed"] = "completed"
 
 
 @dataclass(frozen=True, slots=True)

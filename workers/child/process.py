@@ -259,10 +259,10 @@ class JobProcess:
                 writer.close()  # by which the supervisor knows that nobody wants the job process
                 raise
             said = json.loads(line)
-            if "failed" in said:
+            if "fork_errno" in said:
                 writer.close()
                 raise ProcessNotStarted(
-                    f"No job process could be forked: {os.strerror(said['failed'])}", said["failed"]
+                    f"No job process could be forked: {os.strerror(said['fork_errno'])}", said["fork_errno"]
                 )
             sockets.keep(ours)
         process._supervisor = said["supervisor"]
@@ -349,8 +349,8 @@ class JobProcess:
                 if "output" in said:
                     self._on_output(said["output"])
                 elif "exit" in said:
-                    if said["left_out"]:
-                        self._on_output(f"… {said['left_out']:,} more bytes of output were left out.")
+                    if said["omitted_bytes"]:
+                        self._on_output(f"… {said['omitted_bytes']:,} more bytes of output were left out.")
                     self._exit = ProcessExit(said["exit"], said["tail"])
                     self._changed.set()
         if self._exit is None:

@@ -67,7 +67,7 @@ def supervise(control: socket.socket, connection: socket.socket, memory_limit_mb
     try:
         job = os.fork()
     except OSError as error:
-        _send(control, {"failed": error.errno})
+        _send(control, {"fork_errno": error.errno})
         return
     if job == 0:
         os.close(output)
@@ -146,7 +146,7 @@ class _Supervisor:
 
     def _send_exit(self, code: int) -> None:
         tail = self._tail.decode(errors="replace")
-        _send(self._control, {"exit": code, "tail": tail, "left_out": self._left_out})
+        _send(self._control, {"exit": code, "tail": tail, "omitted_bytes": self._left_out})
 
     def _read_output(self) -> bool | None:
         """Take some of what the job prints; return whether there was something, and None if there will be no more."""

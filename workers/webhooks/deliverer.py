@@ -259,7 +259,7 @@ class Deliverer:
         try:
             outgoing = await self._build_request(due, delivery)
         except (BodyUnavailable, UnreadableEvent) as error:
-            failure = Failure(code="NOT_COMPOSED", message=str(error))
+            failure = Failure(code="BODY_UNAVAILABLE", message=str(error))
             return RecordAttempt(0.0, None, error=failure, retry_at=self._retry_at(delivery, 0.0)), True
         answer = await self._sender.send(outgoing)
         failure_ = self._failure(answer)

@@ -3,8 +3,8 @@
 Codes of what was no success:
     BAD_URL             not an http(s) address with a host
     REQUEST_INVALID     it cannot be written as HTTP, for example because of a header: nothing was sent
-    PORT_REFUSED        a port that webhooks do not go to
-    ADDRESS_REFUSED     it leads to an address that is not public, and that `webhooks.allowed_private_hosts` does not
+    PORT_REJECTED        a port that webhooks do not go to
+    ADDRESS_REJECTED     it leads to an address that is not public, and that `webhooks.allowed_private_hosts` does not
     name
     CONNECTION_FAILED   no such name, refused, reset, TLS failed
     TIMEOUT             it did not answer in time
@@ -45,7 +45,7 @@ _CONNECTION_HEADERS: Final = frozenset(
     {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect", "keep-alive"}
 )
 """Headers of the connection itself, which nobody else may set."""
-_NOT_CALLED_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "PORT_REFUSED", "ADDRESS_REFUSED"})
+_NOT_CALLED_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "PORT_REJECTED", "ADDRESS_REJECTED"})
 _PERMANENT_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "GONE"})
 
 
@@ -130,7 +130,7 @@ class Sender:
         except (_RequestInvalid, httpcore.LocalProtocolError) as invalid:
             code, message = "REQUEST_INVALID", f"The webhook cannot be sent as it was asked for: {invalid}."
         except AddressRejected as refused:
-            code, message = "ADDRESS_REFUSED", f"{refused}; {PUBLIC_ONLY_MESSAGE}."
+            code, message = "ADDRESS_REJECTED", f"{refused}; {PUBLIC_ONLY_MESSAGE}."
         except (TimeoutError, httpcore.TimeoutException):
             code, message = "TIMEOUT", f"{host} did not answer within {self._timeout:g} seconds."
         except (httpcore.NetworkError, ssl.SSLError, OSError, UnicodeError) as error:
@@ -151,9 +151,9 @@ def _target(text: str, allowed: AllowedHosts) -> tuple[httpx.URL | None, tuple[s
     why = rejection_reason(text, allowed)
     if why is not None:
         code = (
-            "PORT_REFUSED"
+            "PORT_REJECTED"
             if why.startswith("port")
-            else "ADDRESS_REFUSED"
+            else "ADDRESS_REJECTED"
             if why.endswith(PUBLIC_ONLY_MESSAGE)
             else "BAD_URL"
         )

@@ -109,13 +109,13 @@ async def test_something_that_speaks_no_http_is_named(site: Site) -> None:
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/x", "http://[::ffff:127.0.0.1]:{port}/x"])
 async def test_a_private_address_is_refused_before_anything_is_sent(url: str, site: Site) -> None:
     error = await failure(url.format(port=site.port), allowed_private_hosts=[])
-    assert (error.code, error.transient) == ("ADDRESS_REFUSED", False)
+    assert (error.code, error.transient) == ("ADDRESS_REJECTED", False)
     assert site.requested_paths == []
 
 
 async def test_a_name_that_leads_to_a_private_address_is_refused(site: Site) -> None:
     error = await failure(f"http://localhost:{site.port}/x", allowed_private_hosts=["10.0.0.0/8"])
-    assert (error.code, error.details["host"]) == ("ADDRESS_REFUSED", "localhost")
+    assert (error.code, error.details["host"]) == ("ADDRESS_REJECTED", "localhost")
     assert site.requested_paths == []
 
 
@@ -127,7 +127,7 @@ async def test_a_name_may_be_allowed_by_name(site: Site) -> None:
 
     url = f"http://intranet.example:{site.port}/x"
     assert (await fetch(url, resolve=here, allowed_private_hosts=["Intranet.example"])).size == 12
-    assert (await failure(url, resolve=here, allowed_private_hosts=["other.example"])).code == "ADDRESS_REFUSED"
+    assert (await failure(url, resolve=here, allowed_private_hosts=["other.example"])).code == "ADDRESS_REJECTED"
 
 
 async def test_a_redirect_to_a_private_address_is_refused(site: Site) -> None:
@@ -140,7 +140,7 @@ async def test_a_redirect_to_a_private_address_is_refused(site: Site) -> None:
         resolve=only_the_first_is_public,
         allowed_private_hosts=["conference.example"],
     )
-    assert (error.code, error.details["address"]) == ("ADDRESS_REFUSED", "127.0.0.2")
+    assert (error.code, error.details["address"]) == ("ADDRESS_REJECTED", "127.0.0.2")
     assert site.requested_paths == ["/start"]
 
 
@@ -152,7 +152,7 @@ async def test_a_name_that_changes_its_answer_is_checked_again_at_the_redirect(s
 
     site.put("/start", redirect("/again"))
     error = await failure(f"http://rebind.example:{site.port}/start", resolve=rebinding)
-    assert (error.code, error.details["address"]) == ("ADDRESS_REFUSED", "10.1.2.3")
+    assert (error.code, error.details["address"]) == ("ADDRESS_REJECTED", "10.1.2.3")
     assert site.requested_paths == ["/start"]
 
 

@@ -204,7 +204,7 @@ async def test_secrets_that_were_removed_are_a_clear_failure(here: RunningRoles,
     hook = Webhook(url=cms.url(), header_names=["Authorization"], secrets_ref="secrets-gone")
     done = await over(here, await end_a_job(here, hook))
     assert done["status"] == "abandoned"
-    assert done["attempts"][0]["error"]["code"] == "NOT_COMPOSED"
+    assert done["attempts"][0]["error"]["code"] == "BODY_UNAVAILABLE"
     assert not cms.requests
 
 

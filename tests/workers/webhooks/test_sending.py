@@ -305,14 +305,14 @@ async def test_headers_that_cannot_be_sent_are_an_answer_too(headers: dict[str, 
 )  # fmt: skip
 async def test_addresses_that_are_not_public_are_refused(host: str) -> None:
     answer = await send(f"http://{host}:8080/")
-    assert answer.error_code == "ADDRESS_REFUSED"
+    assert answer.error_code == "ADDRESS_REJECTED"
     assert "allowed_private_hosts" in (answer.message or "")
     assert (answer.is_host_responsive, answer.is_permanent) == (True, False)
 
 
 @pytest.mark.parametrize("url", ["http://2130706433/", "http://0x7f.1/", "http://127.1/", "http://localhost:8080/"])
 async def test_other_spellings_of_this_machine_are_refused_when_connecting(url: str) -> None:
-    assert (await send(url)).error_code in ("ADDRESS_REFUSED", "CONNECTION_FAILED")
+    assert (await send(url)).error_code in ("ADDRESS_REJECTED", "CONNECTION_FAILED")
 
 
 async def test_what_counts_is_the_address_that_is_connected_to() -> None:
@@ -333,7 +333,7 @@ async def test_what_counts_is_the_address_that_is_connected_to() -> None:
         url = f"http://rebinding.example:{port}/"
         assert rejection_reason(url, AllowedHosts(())) is None
         answer = await send(url, resolve=rebound)
-    assert answer.error_code == "ADDRESS_REFUSED"
+    assert answer.error_code == "ADDRESS_REJECTED"
     assert asked == ["rebinding.example"], "asked once, and what was said is what was checked and would be connected to"
     assert not reached.is_set()
 
@@ -349,7 +349,7 @@ async def test_of_a_name_with_both_only_the_public_address_is_called() -> None:
 
     async with server(behave) as port:
         answer = await send(f"http://both.example:{port}/", resolve=both)
-    assert answer.error_code in ("TIMEOUT", "CONNECTION_FAILED", "ADDRESS_REFUSED")
+    assert answer.error_code in ("TIMEOUT", "CONNECTION_FAILED", "ADDRESS_REJECTED")
     assert not reached.is_set()
 
 
@@ -374,8 +374,8 @@ async def test_what_the_operator_allows_is_called(allow: str) -> None:
         ("https://user:pw@example.org/", "BAD_URL"),
         ("https://example.org:99999/", "BAD_URL"),
         ("https://[::1/", "BAD_URL"),
-        ("https://example.org:22/", "PORT_REFUSED"),
-        ("https://example.org:25/", "PORT_REFUSED"),
+        ("https://example.org:22/", "PORT_REJECTED"),
+        ("https://example.org:25/", "PORT_REJECTED"),
     ],
 )
 async def test_addresses_that_are_none_are_told(url: str, error: str) -> None:

@@ -2,7 +2,7 @@
 
 Errors of httpx, httpcore, the resolver and the operating system become a `ProcessorError` here and nowhere else:
     BAD_URL             not an http(s) address with a host
-    ADDRESS_REFUSED     it leads to a private, loopback, link-local or otherwise not public address
+    ADDRESS_REJECTED     it leads to a private, loopback, link-local or otherwise not public address
     NETWORK_ERROR       no such name, refused, reset, cut off, TLS failed; `details.reason` says which
     FETCH_TIMEOUT       the server was too slow
     HTTP_ERROR          it answered 4xx or 5xx; `details.status_code`, `details.retry_after` in seconds if it said so
@@ -346,7 +346,7 @@ def _translate_errors(url: httpx.URL) -> Iterator[None]:
         yield
     except AddressRejected as refused:
         raise ProcessorError(
-            "ADDRESS_REFUSED",
+            "ADDRESS_REJECTED",
             f"{refused}; only public addresses are fetched, and those that `processors.session.allowed_private_hosts` "
             "names.",
             details={"host": refused.host, "address": refused.address, "reason": refused.reason},
