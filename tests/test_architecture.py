@@ -30,6 +30,7 @@ KNOW_THE_DRIVERS_ERRORS = {
 
 CONTAIN_FOREIGN_CODE = {
     "workers/child/attempt.py": "whatever a processor raises fails its job, not the process that reports it",
+    "workers/child/failures.py": "attributes and details of a foreign exception may raise anything when they are read",
     "workers/child/containment.py": "a closed coroutine of a processor may raise anything; the worker goes on",
     "workers/result_conversion.py": "a __str__ of a foreign class may raise anything; a text is needed",
     "workers/child/main.py": "whatever a processor does to its process or its connection, the worker learns of it",

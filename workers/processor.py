@@ -1,6 +1,7 @@
-"""workers: what a processor is, and what a job offers it.
+"""The interface between processors and Jobledger.
 
-Only this interface may be imported by processors; how a job really runs (child process or inline) is `execution.py`.
+A processor implements one job type. It imports only this module, or the same names from `jobledger`. `executor.py` runs
+processors, in job processes or inline.
 """
 
 from __future__ import annotations
@@ -13,22 +14,27 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 JSON = Any
-"""What JSON can say: objects, lists, strings, numbers, booleans, null."""
+"""A JSON value: object, list, string, number, boolean or null."""
 
 Isolation = Literal["process", "inline"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class ProcessorError(Exception):
-    """The work could not be done; becomes the job's `error`.
+    """Signals that the processor could not do its work. Becomes the job's `error`.
 
-    `code` is a stable UPPER_CASE word for programs, the message a sentence for people. `transient` says that the same
-    work may succeed later (a timeout, a 503): only then is the job tried again.
+    Attributes:
+        code: Stable UPPER_CASE identifier of the error, for programs.
+        message: Description of the error, for people. A complete sentence.
+        transient: Whether the same work may succeed later, for example after a timeout or a 503. Only transient errors
+            are retried.
+        details: More information about the error, as JSON.
     """
 
     def __init__(
         self, code: str, message: str, *, transient: bool = False, details: Mapping[str, JSON] | None = None
     ) -> None:
+        """Initialize the error. See the class for the arguments."""
         super().__init__(message)
         self.code = code
         self.message = message
@@ -37,7 +43,14 @@ class ProcessorError(Exception):
 
 
 class SavedFile(BaseModel):
-    """A result file in the store. `path` is relative, below the place where results are served; `size` in bytes."""
+    """A result file in the file store.
+
+    Attributes:
+        path: Relative path below the location where results are served.
+        sha256: SHA-256 digest of the content, in hexadecimal.
+        size: Size of the content in bytes.
+        media_type: Media type of the content, for example `text/markdown`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,39 +61,48 @@ class SavedFile(BaseModel):
 
 
 class Results(BaseModel):
-    """What a processor hands over when it is done: its main file, the files that belong to it, and what it cost."""
+    """The results of a job.
+
+    Attributes:
+        markdown: The main file, if there is one.
+        assets: Other files that belong to the results.
+        metadata: Additional facts about the results. They are shown in `results.metadata`.
+        tokens_used: Language model tokens used in addition to those reported with `JobContext.add_tokens`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     markdown: SavedFile | None = None
     assets: list[SavedFile] = Field(default_factory=list)
     metadata: dict[str, JSON] = Field(default_factory=dict)
-    """Free facts about the result, shown in `results.metadata`."""
     tokens_used: int = 0
-    """Beyond those that were told by `Job.spent`."""
 
 
 class JobContext(Protocol):
-    """One attempt at a job, as its processor sees it."""
+    """One attempt at a job, as seen by its processor.
+
+    All methods may be called concurrently from any number of tasks, and from the event loops of other threads.
+    """
 
     @property
-    def job_id(self) -> str: ...
+    def job_id(self) -> str:
+        """The ID of the job."""
 
     @property
     def attempt(self) -> int:
-        """1 for the first execution."""
+        """The number of the attempt. The first attempt is 1."""
 
     @property
     def parameters(self) -> Any:
-        """The processor's own `Parameters` model, validated."""
+        """The job's parameters, as a validated instance of the processor's `Parameters`."""
 
     @property
     def scratch_dir(self) -> Path:
-        """An empty directory of this attempt's own, removed afterwards."""
+        """A directory for temporary files of this attempt. Empty at first, and removed after the attempt."""
 
     @property
     def is_cancelled(self) -> bool:
-        """Somebody asked for the job to be cancelled: stop at the next convenient point."""
+        """Whether the job was cancelled or must stop for another reason. Stop as soon as possible."""
 
     async def run_step(
         self,
@@ -90,72 +112,124 @@ class JobContext(Protocol):
         *,
         share_max_age: timedelta | None = None,
     ) -> JSON:
-        """Run `function` as the checkpointed step `name` and return its JSON output.
+        """Run a step whose output is stored, so that a later attempt does not repeat it.
 
-        A step that already finished with the same `inputs` in an earlier attempt is not run again: its output is
-        returned as it was. Files saved inside belong into the output (`SavedFile.model_dump()`).
+        If an earlier attempt finished the step with the same inputs, `function` is not called, and the stored output is
+        returned. The output must contain the files saved in the step, as `SavedFile.model_dump()`.
 
         Args:
-            name: The name of the step. Steps with different names are different steps.
+            name: Name of the step. Different names identify different steps.
             inputs: Everything that the output depends on, as JSON.
-            function: Does the work and returns the output.
-            share: Without it, the step belongs to this job alone. With it, other jobs may reuse the output, and the
-                output of another job is reused instead of calling `function`: of a job with the same owner, job type
-                and version of the processor's distribution, whose step was shared too, had the same name and inputs,
-                finished without warnings, and is not older than `share`. Never share a step with an effect that each
-                job needs, such as a mail.
+            function: Does the work and returns the output, as JSON.
+            share_max_age: If set, jobs share the step: other jobs may reuse its output, and this job may reuse the
+                output of another job instead of calling `function`. Reuse requires the same owner, job type, step name,
+                inputs, and version of the processor's distribution. The reused step must also have been shared, have
+                finished without warnings, and not be older than `share_max_age`. Do not share a step with an effect
+                that each job needs, such as sending a mail.
+
+        Returns:
+            The output as stored. For example, a tuple is returned as a list.
+
+        Raises:
+            ProcessorError: INVALID_RESULT if the inputs or the output cannot be stored, or if the output contains a
+                file that the job has not saved.
         """
 
     async def report_progress(self, percent: float, message: str) -> None:
-        """Tell how far the whole job is: `percent` 0 to 100, and a short sentence for people."""
-
-    async def log(self, level: LogLevel, message: str) -> None:
-        """Add a line to the job's log."""
-
-    async def warn(self, message: str) -> None:
-        """Note that something could not be done and the result is poorer for it; ends up in `metadata.warnings`."""
-
-    def add_tokens(self, tokens: int) -> None:
-        """Note tokens of language models that were used: they are told of the step, and summed up for the job."""
-
-    async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
-        """Store a result file and return it.
-
-        The path in the result may differ from `path`: it is in Unicode normal form C, and if another job has that path,
-        a mark of this job stands before the extension. Make links to the file from it. Saving a path again replaces the
-        file: the `SavedFile` that is in the results counts.
+        """Report the progress of the whole job.
 
         Args:
-            path: Relative path below the place where results are served, such as `reports/2025/summary.md`.
-            content: The bytes, or a file, which is moved and not copied.
-            media_type: Media type of the content.
+            percent: Progress from 0 to 100.
+            message: Short description of the current activity, for people.
+        """
+
+    async def log(self, level: LogLevel, message: str) -> None:
+        """Add an entry to the job's log.
+
+        Args:
+            level: Severity of the entry.
+            message: Text of the entry. Text beyond 10,000 characters is cut off.
+        """
+
+    async def warn(self, message: str) -> None:
+        """Record that the results are incomplete or of lower quality. The warning appears in `metadata.warnings`.
+
+        Args:
+            message: What could not be done, for people. A complete sentence.
+        """
+
+    def add_tokens(self, tokens: int) -> None:
+        """Add to the number of language model tokens used. They are counted for the current step and the job.
+
+        Args:
+            tokens: Number of tokens to add.
 
         Raises:
-            ProcessorError: INVALID_PATH, if `path` is absolute, has an empty part, `.` or `..`, has a part that begins
+            TypeError: `tokens` is not an integer.
+        """
+
+    async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
+        """Save a result file.
+
+        The path of the returned file may differ from `path`. It is in Unicode normal form C. If another job owns the
+        path, a suffix of this job is inserted before the extension. Use the returned path in links. Saving a path again
+        replaces the file: the `SavedFile` in the results counts.
+
+        Args:
+            path: Relative path below the location where results are served, such as `reports/2025/summary.md`.
+            content: The content, or the path of a regular file, which is moved and not copied.
+            media_type: Media type of the content.
+
+        Returns:
+            The saved file.
+
+        Raises:
+            ProcessorError: INVALID_PATH if `path` is absolute, has an empty part, `.` or `..`, has a part that begins
                 or ends with a space or ends with a dot, contains a control or format character, a backslash or a
                 percent-encoded character, ends in `/link`, or is longer than 1000 bytes or 200 bytes in a part.
-                INVALID_RESULT, if `content` is no regular file or larger than 16 GiB.
+                PATH_TAKEN if other jobs own `path` and all paths derived from it. INVALID_RESULT if `content` is not a
+                regular file or is larger than 16 GiB.
+            TypeError: `content` is neither bytes nor a Path.
         """
 
 
 class Processor(Protocol):
-    """A job type. Found by entry point in the group `jobledger.processors`; one instance per attempt."""
+    """A job type.
+
+    Register the class as an entry point in the group `jobledger.processors`. The name of the entry point is the job
+    type. Each attempt has its own instance.
+
+    Attributes:
+        job_type: Name of the job type.
+        isolation: `process` runs each attempt in its own process, which contains crashes, leaks and hangs. Use `inline`
+            only for cheap asynchronous work.
+        preload: Names of modules that take long to import. They are imported once, before job processes are forked.
+        Parameters: Pydantic model that validates the `parameters` of a submitted job.
+        Settings: Pydantic model that validates the section `processors.<job_type>` of config.yaml.
+    """
 
     job_type: ClassVar[str]
     isolation: ClassVar[Isolation]
-    """`process`, as a rule: a child process, so a crash, leak or hang is contained. `inline`: cheap async work."""
     preload: ClassVar[Sequence[str]]
-    """Modules that take long to import: loaded once, before child processes are forked."""
     Parameters: ClassVar[type[BaseModel]]
-    """Validates `parameters` when a job is submitted."""
     Settings: ClassVar[type[BaseModel]]
-    """Validates the section `processors.<job_type>` of config.yaml."""
 
-    def __init__(self, settings: Any) -> None: ...
+    def __init__(self, settings: Any) -> None:
+        """Initialize the processor for one attempt.
+
+        Args:
+            settings: Validated instance of `Settings`.
+        """
 
     async def run(self, job: JobContext) -> Results:
-        """Do the work.
+        """Do the work of one attempt.
+
+        Args:
+            job: The attempt.
+
+        Returns:
+            The results of the job.
 
         Raises:
-            ProcessorError: it could not be done, and why.
+            ProcessorError: The work could not be done.
         """

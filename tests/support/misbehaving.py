@@ -731,7 +731,7 @@ async def save_too_large(job: JobContext) -> Results:
 @action
 async def claim_foreign_file(job: JobContext) -> Results:
     """Claim to have saved a file of another job, of which only the digest is known, and go on whatever the answer."""
-    inbox = job._assignment.inbox  # type: ignore[attr-defined]
+    inbox = job._assignment.inbox_dir  # type: ignore[attr-defined]
     sha256, store = job.parameters.value["sha256"], job.parameters.value["store"]
     inbox.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
@@ -746,7 +746,7 @@ async def claim_foreign_file(job: JobContext) -> Results:
 async def modify_saved_file(job: JobContext) -> Results:
     """Change a saved file before the worker has taken it over."""
     content = os.urandom(1000)
-    inbox = job._assignment.inbox  # type: ignore[attr-defined]
+    inbox = job._assignment.inbox_dir  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def change() -> None:

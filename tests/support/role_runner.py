@@ -385,7 +385,7 @@ async def _main(uri: str, db_name: str, store: str, roles: str, *given: str) -> 
         lease_seconds=options.get("lease_seconds", 10.0),
         shutdown_grace_seconds=options.get("shutdown_grace_seconds", 10.0),
         processors={"session": {"allowed_private_hosts": ["127.0.0.1"]}},
-        confinement=ConfinementSettings(mode="auto" if options.get("confine", 1) else "off"),
+        confinement=ConfinementSettings(mode="auto" if options.get("confinement", 1) else "off"),
     )
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)

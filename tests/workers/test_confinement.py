@@ -48,7 +48,7 @@ class Prying:
         key_file: Path | None = None
     def __init__(self, settings): self.settings = settings
     async def run(self, job):
-        (job.scratch / "secret").write_text("of this job")
+        (job.scratch_dir / "secret").write_text("of this job")
         got = {}
         for name, code in job.parameters.attempts.items():
             place = {"job": job, "settings": self.settings}
@@ -57,7 +57,7 @@ class Prying:
                 got[name] = "GOT " + repr(place.get("got"))[:4000]
             except BaseException as error:
                 got[name] = f"{type(error).__name__}: {error}"[:200]
-        await job.log("info", str(job.scratch))
+        await job.log("info", str(job.scratch_dir))
         await asyncio.sleep(job.parameters.wait)
         return Results(metadata={"got": got})
 '''
@@ -159,10 +159,10 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
                 "write to code": "from jobledger.workers.child import main; open(main.__file__, 'a')",
                 "local socket": "import socket; socket.socket(socket.AF_UNIX)",
                 "password hashes": "got = open('/etc/shadow').read()",
-                "symbolic link": f"import os; os.symlink('{here}/config.yaml', job.scratch / 'l'); "
-                "got = open(job.scratch / 'l').read()",
-                "hard link": f"import os; os.link('{here}/config.yaml', job.scratch / 'h'); "
-                "got = open(job.scratch / 'h').read()",
+                "symbolic link": f"import os; os.symlink('{here}/config.yaml', job.scratch_dir / 'l'); "
+                "got = open(job.scratch_dir / 'l').read()",
+                "hard link": f"import os; os.link('{here}/config.yaml', job.scratch_dir / 'h'); "
+                "got = open(job.scratch_dir / 'h').read()",
                 "program that reads": f"import subprocess; got = subprocess.run(['cat', '{here}/config.yaml'], "
                 "check=True, capture_output=True)",
                 "traces": f"import ctypes\nif ctypes.CDLL(None, use_errno=True).ptrace(16, {worker}, 0, 0): "
@@ -171,8 +171,8 @@ def test_job_process_reaches_nothing_but_its_own_job(installation: Installation)
                 "raise PermissionError('core')",
                 # What it must be able to do
                 "may read its key": "got = settings.key_file.read_text()",
-                "may use its scratch": "p = job.scratch / 'a'; p.mkdir(); (p / 'b').write_text('x'); "
-                "(p / 'b').rename(job.scratch / 'c'); got = (job.scratch / 'c').read_text()",
+                "may use its scratch": "p = job.scratch_dir / 'a'; p.mkdir(); (p / 'b').write_text('x'); "
+                "(p / 'b').rename(job.scratch_dir / 'c'); got = (job.scratch_dir / 'c').read_text()",
                 "may use temporary files": "import tempfile; got = tempfile.mkdtemp()",
                 "may run programs": "import subprocess; got = subprocess.run(['echo', 'ok'], check=True, "
                 "capture_output=True).stdout",
@@ -222,28 +222,28 @@ def test_job_process_changes_no_modes_owners_and_times_outside(installation: Ins
         for name, code in CHANGES.items()
     }
     attempts |= {
-        f"{name} of directory {level}": f"import os, stat; path = job.scratch.parents[{level}]; {code}"
+        f"{name} of directory {level}": f"import os, stat; path = job.scratch_dir.parents[{level}]; {code}"
         for level in (1, 2)
         for name, code in CHANGES.items()
     }
     attempts["mode of standard input"] = "import os; os.fchmod(0, 0o666)"
     attempts |= {
-        "may " + name: f"import os, stat; path = job.scratch / 'own'; path.touch(); {code}"
+        "may " + name: f"import os, stat; path = job.scratch_dir / 'own'; path.touch(); {code}"
         for name, code in CHANGES.items()
     }
     attempts["may copy with metadata"] = (
-        "import shutil, sys; shutil.copy2(sys.executable, job.scratch / 'python'); "
-        "shutil.copytree(job.scratch, job.scratch.parent / 'saved' / 'copy')"
+        "import shutil, sys; shutil.copy2(sys.executable, job.scratch_dir / 'python'); "
+        "shutil.copytree(job.scratch_dir, job.scratch_dir.parent / 'saved' / 'copy')"
     )
     attempts["may unpack an archive"] = (
-        "import os, tarfile; os.chdir(job.scratch); t = tarfile.open('a.tar', 'w'); t.add('secret'); t.close(); "
+        "import os, tarfile; os.chdir(job.scratch_dir); t = tarfile.open('a.tar', 'w'); t.add('secret'); t.close(); "
         "os.mkdir('out'); tarfile.open('a.tar').extractall('out', filter='tar')"
     )
     attempts["may copy by program"] = (
-        "import subprocess; subprocess.run(['cp', '-pr', '.', '../saved/by-cp'], cwd=job.scratch, check=True)"
+        "import subprocess; subprocess.run(['cp', '-pr', '.', '../saved/by-cp'], cwd=job.scratch_dir, check=True)"
     )
     attempts["may move to the saved files"] = (
-        "import os; os.rename(job.scratch / 'own', job.scratch.parent / 'saved/own')"
+        "import os; os.rename(job.scratch_dir / 'own', job.scratch_dir.parent / 'saved/own')"
     )
     got = results_of(installation, pry(installation, attempts))
     assert [name for name, text in got.items() if name.startswith("may ") != text.startswith("GOT")] == [], got

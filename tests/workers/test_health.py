@@ -17,8 +17,8 @@ from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES
 from jobledger.ledger.mongo.connection import Connection
 from jobledger.ledger.mongo.lease import Lease, LeaseObservation
 from jobledger.ledger.store.command_handler import new_job_id
-from jobledger.workers import executor as execution
 from jobledger.workers import machine_health as health
+from jobledger.workers import process_runner
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.machine_health import MachineFailure, WorkerHealth, find_machine_failure
 from jobledger.workers.scratch import ScratchDirectory
@@ -243,7 +243,7 @@ async def test_disk_that_does_not_answer_holds_up_only_jobs_that_use_it(
 
     create, waiting, answers = ScratchDirectory.create_directories, threading.Event(), threading.Event()
     monkeypatch.setattr(ScratchDirectory, "create_directories", wait)
-    monkeypatch.setattr(execution, "_THREAD_SECONDS", 1.0)
+    monkeypatch.setattr(process_runner, "DISK_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(health, "MIN_BACKOFF_SECONDS", 0.1)
     options = WorkerOptions(scratch=tmp_path / "scratch", confinement=ConfinementSettings(mode="off"))
     async with run_roles_in_process(connection, store, projector=True, worker=options) as here:

@@ -16,14 +16,14 @@ import pytest
 
 from jobledger.ledger.domain.commands import CancelJob
 from jobledger.ledger.mongo.connection import Connection
-from jobledger.workers import executor as execution
-from jobledger.workers.child import main
+from jobledger.workers import process_runner
+from jobledger.workers.child import fork_server_client, main
 from jobledger.workers.child import process as job_process
 from jobledger.workers.child.confinement import ConfinementSettings
 from jobledger.workers.child.fork_server import _Server
 from jobledger.workers.child.messages import MessageEnvelope, encode_frame
 from jobledger.workers.child.process import JobProcess
-from jobledger.workers.executor import JobExecutor
+from jobledger.workers.process_runner import ProcessRunner
 from tests.support.installation import list_descendants
 from tests.support.job_processes import has_exited, list_own_job_processes, parent_pid
 from tests.support.role_runner import (
@@ -87,29 +87,29 @@ async def submit(here: RunningRoles, file: Path, do: str, **more: object) -> str
 async def test_requests_that_wait_for_the_database_are_bounded_in_bytes(
     here: RunningRoles, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def slow(execution: JobExecutor, process: JobProcess, received: MessageEnvelope) -> None:
+    async def slow(runner: ProcessRunner, process: JobProcess, received: MessageEnvelope) -> None:
         sizes[received.request_id] = len(encode_frame(received))
         in_hand.append(list(sizes.values()))
         try:
             await database.wait()
-            await answer(execution, process, received)
+            await answer(runner, process, received)
         finally:
             del sizes[received.request_id]
 
-    answer = JobExecutor._handle_request
+    answer = ProcessRunner._handle_request
     sizes: dict[int, int] = {}
     in_hand: list[list[int]] = []
     database = asyncio.Event()
-    monkeypatch.setattr(JobExecutor, "_handle_request", slow)
+    monkeypatch.setattr(ProcessRunner, "_handle_request", slow)
     job_id = await submit(here, file, "finish large steps")
     await poll_until(lambda: bool(in_hand), "the first request is there", seconds=30)
     await asyncio.sleep(0.5)
     assert len(sizes) == 4
     database.set()
     assert (await here.wait_until_finished(job_id, seconds=30))["error"] is None
-    assert all(sum(found) <= execution._MAX_REQUEST_BYTES or len(found) == 1 for found in in_hand)
+    assert all(sum(found) <= process_runner._MAX_REQUEST_BYTES or len(found) == 1 for found in in_hand)
     assert max(map(sum, in_hand)) > 6_000_000, "a larger one is handled alone"
-    assert 50 < max(map(len, in_hand)) <= execution._MAX_REQUESTS, "small ones are handled together"
+    assert 50 < max(map(len, in_hand)) <= process_runner._MAX_REQUESTS, "small ones are handled together"
 
 
 def test_fork_server_that_cannot_be_killed_is_not_waited_for() -> None:
@@ -123,7 +123,7 @@ def test_fork_server_that_cannot_be_killed_is_not_waited_for() -> None:
         def wait(self, timeout: float | None = None) -> int:
             raise AssertionError("the event loop would wait")
 
-    server, hung = job_process._ForkServer(), Hung()
+    server, hung = fork_server_client.ForkServerClient(), Hung()
     server._process = hung  # type: ignore[assignment]
     server.replace(hung)
     server.stop()
@@ -267,7 +267,7 @@ async def test_fork_server_that_hangs_is_replaced(
     job_id = await submit(here, file, "sleep")
     pid = await started(file)
     server = parent_pid(parent_pid(pid))
-    monkeypatch.setattr(job_process, "START_SECONDS", 1.0)
+    monkeypatch.setattr(fork_server_client, "START_SECONDS", 1.0)
     os.kill(server, signal.SIGSTOP)
     await others_go_on(here)
     await poll_until(lambda: has_exited(server), "it is replaced", seconds=5)

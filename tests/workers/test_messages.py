@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.workers.child import main, messages
-from jobledger.workers.child.attempt import failure_from_exception
+from jobledger.workers.child.failures import failure_from_exception
 from jobledger.workers.child.messages import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,

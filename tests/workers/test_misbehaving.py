@@ -34,11 +34,11 @@ ENDINGS: dict[str, tuple[str, str | None, str]] = {
     "raise KeyboardInterrupt": ("failed", FAULT, "KeyboardInterrupt"),
     "raise GeneratorExit": ("failed", FAULT, "GeneratorExit"),
     "raise CancelledError": ("failed", FAULT, "CancelledError"),
-    "raise BaseException": ("failed", FAULT, "OfItsOwn: own"),
+    "raise BaseException": ("failed", FAULT, "CustomBaseException: own"),
     "raise StopIteration": ("failed", FAULT, "StopIteration"),
     "raise StopAsyncIteration": ("failed", FAULT, "StopAsyncIteration"),
     "raise MemoryError": ("failed", "OUT_OF_MEMORY", "memory_limit_mb"),
-    "raise speechless": ("failed", FAULT, "Speechless whose text cannot be read: SystemExit"),
+    "raise speechless": ("failed", FAULT, "UnprintableError whose text cannot be read: SystemExit"),
     "raise surrogate": ("failed", FAULT, "half ? of a pair"),
     "raise long": ("failed", FAULT, "ValueError: xxxx"),
     "raise without attributes": ("failed", "PROCESSOR_ERROR", ""),
@@ -300,14 +300,14 @@ async def test_what_job_process_prints_is_in_its_log(connection: Connection, sto
 async def test_fork_server_that_cannot_load_a_processor_serves_the_others(
     connection: Connection, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jobledger.workers.child import process as job_process
+    from jobledger.workers.child import fork_server_client
 
-    monkeypatch.setattr(job_process, "PRELOAD_MODULES", ["no.such.module", "tests.support.exiting_preload"])
-    job_process.stop_fork_server()
+    monkeypatch.setattr(fork_server_client, "PRELOAD_MODULES", ["no.such.module", "tests.support.exiting_preload"])
+    fork_server_client.stop_fork_server()
     async with run_roles_in_process(connection, store, projector=True, worker=OPTIONS) as here:
         job = await here.wait_until_finished(await here.submit({"do": "nothing"}, job_type="misbehaving"))
         assert job["status"] == "completed"
-    job_process.stop_fork_server()
+    fork_server_client.stop_fork_server()
 
 
 async def test_tasks_of_jobs_do_not_stay(connection: Connection, store: Path) -> None:

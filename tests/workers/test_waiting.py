@@ -83,7 +83,7 @@ async def test_job_waits_for_store_that_has_gone(
             job = await here.load_job(job_id)
             assert (job["status"], job["attempt"], job["error"]) == ("completed", 1, None)
             assert here.store.path(job["results"]["files"][0]["sha256"]).read_bytes() == b"# text\n"
-            assert "can be written to again" in str(job["logs"])
+            assert "is writable again" in str(job["logs"])
 
 
 def missing(_store: Path) -> None:

@@ -7,7 +7,6 @@ Methods of the job may be called at the same time from any number of tasks, and 
 from __future__ import annotations
 
 import asyncio
-import errno
 import operator
 import threading
 import time
@@ -21,13 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from jobledger.ledger.domain.errors import FileTooLarge, NotARegularFile
 from jobledger.ledger.domain.limits import MAX_STEP_WARNING_BYTES
 from jobledger.ledger.files.directory import DirectoryStore, StoredFile
 from jobledger.ledger.store.hash_chain import canonical_digest
 from jobledger.workers.child.confinement import ConfinementSettings
+from jobledger.workers.child.failures import failure_from_exception
 from jobledger.workers.child.messages import (
     AttemptCompleted,
     AttemptFailed,
@@ -41,7 +41,6 @@ from jobledger.workers.child.messages import (
 from jobledger.workers.processor import JSON, LogLevel, Processor, ProcessorError, Results, SavedFile
 from jobledger.workers.result_conversion import (
     InvalidResult,
-    format_validation_error,
     safe_str,
     to_json,
     to_text,
@@ -55,12 +54,6 @@ SendMessage = Callable[[Message], Awaitable[Any]]
 MAX_WARNINGS: Final = 200
 _WARNING_BYTES: Final = 512 * 1024  # of the whole job
 _LEVELS: Final = frozenset(get_args(LogLevel))
-_SYSTEM_ERRORS: Final = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
-)
-_DETAIL_CHARACTERS: Final = 100_000  # of one detail of an error
-_DETAILS_CHARACTERS: Final = 1_000_000  # of all
-_MAX_ERRORS: Final = 10  # of an exception group, that are named
 # Not the event loop's own threads: a processor may occupy all of those.
 _file_threads = ThreadPoolExecutor(8, thread_name_prefix="save")
 
@@ -124,113 +117,6 @@ async def run_attempt(
     finally:
         if job is not None:
             job.close()
-
-
-# What an exception says -------------------------------------------------------------------------------------------
-
-
-def failure_from_exception(error: BaseException, *, scratch_dir: Path | None = None) -> AttemptFailed:
-    """Return how an exception ends an attempt. Of an exception group, the error that says most decides.
-
-    `scratch` is the worker's scratch directory: any error of a file below it may be trouble of the machine.
-    Nothing that a foreign exception class does, such as a `__str__` that raises, gets out of here.
-    """
-    leaves = list(_leaves(error, 0))
-    told = [leaf for leaf in leaves if isinstance(leaf, ProcessorError)]
-    memory = [leaf for leaf in leaves if isinstance(leaf, MemoryError)]
-    faults = [leaf for leaf in leaves if not isinstance(leaf, ProcessorError | MemoryError | asyncio.CancelledError)]
-    more: dict[str, JSON] = {}
-    if len(leaves) > 1:
-        more["errors"] = [f"{type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
-    number = _find_errno(error, leaves, scratch_dir)
-    if memory:
-        message = "The job needed more memory than event_worker.memory_limit_mb allows."
-        return AttemptFailed("OUT_OF_MEMORY", message, details=more)
-    if told and not faults:
-        lasting = [leaf for leaf in told if not _read_attribute(leaf, "transient", bool)]
-        return _failure_from_processor_error((lasting or told)[0], more, number)
-    first = (faults or leaves)[0]
-    if isinstance(first, ValidationError) and first.title in ("Results", "SavedFile"):
-        root = "results" if first.title == "Results" else "saved file"
-        return AttemptFailed(
-            "INVALID_RESULT", to_text(f"The results are invalid: {format_validation_error(first, root)}")
-        )
-    details: dict[str, JSON] = {"exception": type_name(first), "at": _raise_location(first), **more}
-    message = f"The processor failed unexpectedly: {type_name(first)}: {to_text(first)}"
-    return AttemptFailed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
-
-
-def _leaves(error: BaseException, depth: int) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup) and depth < 20:
-        for inner in BaseExceptionGroup.exceptions.__get__(error):  # whatever a subclass has in its place
-            yield from _leaves(inner, depth + 1)
-    else:
-        yield error
-
-
-def _failure_from_processor_error(error: ProcessorError, more: dict[str, JSON], number: int | None) -> AttemptFailed:
-    details = _read_attribute(error, "details", dict)
-    return AttemptFailed(
-        to_text(_read_attribute(error, "code", str) or "PROCESSOR_ERROR", 100),
-        to_text(_read_attribute(error, "message", str) or error),
-        transient=_read_attribute(error, "transient", bool),
-        details={**_convert_details(details), **more},
-        errno=number,
-    )
-
-
-def _read_attribute(error: object, name: str, kind: type[T]) -> T:
-    """Return an attribute of a foreign exception as it should be, or an empty value."""
-    try:
-        value = getattr(error, name)
-        if isinstance(value, kind):
-            return value
-        return kind() if value is None else kind(value)  # type: ignore[call-arg]  # str, bool and dict take one
-    except BaseException:  # noqa: BLE001 - a class of its own may have no such attribute, or one that raises
-        return kind()
-
-
-def _convert_details(details: Mapping[Any, Any]) -> dict[str, JSON]:
-    """Convert an error's details one by one: one that cannot be stored must not hide the error itself."""
-    converted: dict[str, JSON] = {}
-    left = _DETAILS_CHARACTERS
-    for key, value in list(details.items())[:100]:
-        try:
-            one = to_json({key: value}, "details")
-            if (size := len(str(value))) > min(_DETAIL_CHARACTERS, left):
-                raise InvalidResult("details", "it is too large", "Shorten it.")
-            left -= size
-            converted.update(one)
-        except BaseException as problem:  # noqa: BLE001 - foreign values may raise anything
-            converted[to_text(key, 100).lstrip("$").replace("\0", "")] = f"<not stored: {to_text(problem, 500)}>"
-    return converted
-
-
-def _raise_location(error: BaseException) -> str:
-    """Return where an exception was raised: that helps whoever fixes it, and is no secret to the job's owner."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "unknown"
-
-
-def _find_errno(error: BaseException, leaves: list[BaseException], scratch: Path | None) -> int | None:
-    """Return the number of a system error behind an exception that may be the machine's fault."""
-    for leaf in [error, *leaves]:
-        current: BaseException | None = leaf
-        for _ in range(20):
-            if current is None:
-                break
-            if isinstance(current, OSError):
-                number = _read_attribute(current, "errno", int)
-                if number in _SYSTEM_ERRORS or (number and _is_below(current, scratch)):
-                    return number
-            current = current.__cause__ or current.__context__
-    return None
-
-
-def _is_below(error: OSError, directory: Path | None) -> bool:
-    return directory is not None and Path(_read_attribute(error, "filename", str)).is_relative_to(directory)
 
 
 # The job ----------------------------------------------------------------------------------------------------------

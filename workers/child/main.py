@@ -24,9 +24,10 @@ from typing import Any, Final, NoReturn
 import orjson
 
 from jobledger.ledger.domain.limits import MAX_FILE_BYTES
-from jobledger.workers.child.attempt import Assignment, failure_from_exception, run_attempt
+from jobledger.workers.child.attempt import Assignment, run_attempt
 from jobledger.workers.child.confinement import confine, find_paths
 from jobledger.workers.child.containment import Containment, new_event_loop
+from jobledger.workers.child.failures import failure_from_exception
 from jobledger.workers.child.messages import (
     FRAME_HEADER,
     AttemptCompleted,

@@ -11,8 +11,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +19,7 @@ from typing import Any, Final
 import orjson
 import structlog
 
-from jobledger.workers.child import fork_server
-from jobledger.workers.child.confinement import minimal_environment
+from jobledger.workers.child.fork_server_client import fork_server_client
 from jobledger.workers.child.messages import (
     FRAME_HEADER,
     MAX_FRAME_BYTES,
@@ -38,21 +35,11 @@ from jobledger.workers.child.supervisor import STOP_SECONDS
 _log = structlog.get_logger()
 STALL_SECONDS = 30.0
 """How long a message that has begun may make no progress, in either direction."""
-START_SECONDS: Final = 20.0  # for a supervisor to be forked
-LOAD_SECONDS: Final = 60.0  # for the fork server to import what processors name
 END_SECONDS: Final = STOP_SECONDS + 4  # for a supervisor to end its job process and all that this has started
 _PIECE_BYTES: Final = 256 * 1024
 _MESSAGES_PER_SECOND: Final = 2000  # of one job process; one that sends more waits
 _BYTES_PER_SECOND: Final = 64 * 1024 * 1024
 _MAX_CONTROL_BYTES: Final = 1024 * 1024  # of a line from a supervisor
-PRELOAD_MODULES: Final = ["jobledger.workers.child.main", "jobledger.workers.child.preload"]
-"""What the fork server imports, so that each job process finds it loaded."""
-_RUN_FORK_SERVER: Final = """
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop())
-from jobledger.workers.child.fork_server import main
-main()
-"""
 
 
 class ProcessNotStarted(Exception):
@@ -77,121 +64,6 @@ class ProcessExit:
 
     code: int | None
     output: str = ""
-
-
-# The fork server --------------------------------------------------------------------------------------------------
-
-
-class _ForkServer:
-    """The one fork server of this process: started when it is needed, and replaced when it has died or hangs."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._killed: list[subprocess.Popen[bytes]] = []
-        """Fork servers that were killed and have not died yet: one that waits for a disk cannot."""
-        self._requests: socket.socket | None = None
-        self._ready = False
-        self._preloads = True
-
-    @property
-    def request_timeout(self) -> float:
-        """How long a request may take."""
-        return START_SECONDS if self._is_ready() else LOAD_SECONDS
-
-    def request(
-        self, memory_limit_mb: int, control: socket.socket, connection: socket.socket, environment: Sequence[str]
-    ) -> object:
-        """Ask for a supervisor that speaks through `control`; return which fork server it is that was asked.
-
-        Raises:
-            OSError: the fork server cannot be started or asked.
-        """
-        if self._killed:
-            self._reap()
-        if self._process is None or self._process.poll() is not None:
-            self._start(environment)
-        assert self._requests is not None  # noqa: S101 - it has just been started
-        request = json.dumps({"memory_limit_mb": memory_limit_mb}).encode()
-        try:
-            socket.send_fds(self._requests, [request], [control.fileno(), connection.fileno()])
-        except (BlockingIOError, ConnectionError) as error:  # it takes nothing any more, or has died
-            self.replace(self._process)
-            raise ConnectionError(f"the fork server takes no request: {error}") from error
-        return self._process
-
-    def replace(self, asked: object) -> None:
-        """End the fork server that was asked in vain; the next request starts another one.
-
-        Job processes that it has forked go on: each is ended by its supervisor.
-        """
-        if self._process is None or asked is not self._process:  # another request has done so
-            return
-        if not self._is_ready():
-            _log.error(
-                "importing what processors name has failed or takes too long: job processes import it themselves"
-            )
-            self._preloads = False
-        self.stop()
-
-    def stop(self) -> None:
-        """End the fork server, if there is one. Does not wait for its death."""
-        if self._process is not None:
-            self._process.kill()
-            self._killed.append(self._process)
-        if self._requests is not None:
-            self._requests.close()
-        self._process = self._requests = None
-        self._ready = False
-        self._reap()
-
-    def _reap(self) -> None:
-        self._killed = [process for process in self._killed if process.poll() is None]
-
-    def _start(self, environment: Sequence[str]) -> None:
-        self.stop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        modules = PRELOAD_MODULES if self._preloads else []
-        with theirs, minimal_environment(environment):
-            ours.setblocking(False)  # noqa: FBT003 - it takes no name
-            try:
-                self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                    [
-                        *(sys.executable, *subprocess._args_from_interpreter_flags()),  # type: ignore[attr-defined]  # private
-                        *("-c", _RUN_FORK_SERVER, str(theirs.fileno()), json.dumps(modules), json.dumps(sys.path)),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                )
-            except BaseException:
-                ours.close()
-                raise
-        self._requests = ours
-
-    def _is_ready(self) -> bool:
-        if not self._ready and self._requests is not None:
-            with suppress(OSError):
-                self._ready = self._requests.recv(16) == fork_server.READY
-        return self._ready
-
-
-_server = _ForkServer()
-
-
-def stop_fork_server() -> None:
-    """End this process's fork server. The next job process starts another one, with the processors there are then."""
-    _server.stop()
-
-
-def check_process_start() -> None:
-    """Start a program and wait for its end. Blocks.
-
-    Raises:
-        OSError: that failed.
-    """
-    subprocess.run([sys.executable, "-S", "-c", ""], stdin=subprocess.DEVNULL, check=True, timeout=20)
-
-
-# A job process ----------------------------------------------------------------------------------------------------
 
 
 class JobProcess:
@@ -240,20 +112,20 @@ class JobProcess:
     ) -> JobProcess:
         with _SocketPairs() as sockets:
             ours, theirs, control, their_control = sockets.pair() + sockets.pair()
-            asked = _server.request(memory_limit_mb, their_control, theirs, environment)
+            asked = fork_server_client.request_supervisor(memory_limit_mb, their_control, theirs, environment)
             theirs.close()
             their_control.close()
             reader, writer = await asyncio.open_connection(sock=control, limit=_MAX_CONTROL_BYTES)
             sockets.keep(control)
             process = cls(ours, reader, writer)
             try:
-                async with asyncio.timeout(_server.request_timeout):
+                async with asyncio.timeout(fork_server_client.request_timeout):
                     line = await reader.readline()
                 if not line:
                     raise ConnectionError("the fork server died")
             except (TimeoutError, ConnectionError):
                 writer.close()
-                _server.replace(asked)
+                fork_server_client.replace(asked)
                 raise
             except BaseException:
                 writer.close()  # by which the supervisor knows that nobody wants the job process

@@ -1,0 +1,134 @@
+"""Convert the exceptions of a processor to a failure of its attempt.
+
+A processor is foreign code. Nothing that an exception class of it does, such as a `__str__` that raises, leaves this
+module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
+
+from jobledger.workers.child.messages import AttemptFailed
+from jobledger.workers.processor import JSON, ProcessorError
+from jobledger.workers.result_conversion import InvalidResult, format_validation_error, to_json, to_text, type_name
+
+T = TypeVar("T")
+_MACHINE_ERRORS: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+)
+"""System errors that may be failures of the machine."""
+_MAX_DETAIL_CHARACTERS: Final = 100_000  # of one detail of an error
+_MAX_DETAILS_CHARACTERS: Final = 1_000_000  # of all details of an error
+_MAX_DETAILS: Final = 100
+_MAX_ERRORS: Final = 10  # of an exception group, that are listed in the details
+_MAX_DEPTH: Final = 20  # of exception groups and chains
+
+
+def failure_from_exception(error: BaseException, *, scratch_dir: Path | None = None) -> AttemptFailed:
+    """Return how an exception ends an attempt. Of an exception group, the error that says most decides.
+
+    `scratch` is the worker's scratch directory: any error of a file below it may be trouble of the machine.
+    Nothing that a foreign exception class does, such as a `__str__` that raises, gets out of here.
+    """
+    leaves = list(_leaves(error, 0))
+    told = [leaf for leaf in leaves if isinstance(leaf, ProcessorError)]
+    memory = [leaf for leaf in leaves if isinstance(leaf, MemoryError)]
+    faults = [leaf for leaf in leaves if not isinstance(leaf, ProcessorError | MemoryError | asyncio.CancelledError)]
+    more: dict[str, JSON] = {}
+    if len(leaves) > 1:
+        more["errors"] = [f"{type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
+    number = _find_errno(error, leaves, scratch_dir)
+    if memory:
+        message = "The job needed more memory than event_worker.memory_limit_mb allows."
+        return AttemptFailed("OUT_OF_MEMORY", message, details=more)
+    if told and not faults:
+        lasting = [leaf for leaf in told if not _read_attribute(leaf, "transient", bool)]
+        return _failure_from_processor_error((lasting or told)[0], more, number)
+    first = (faults or leaves)[0]
+    if isinstance(first, ValidationError) and first.title in ("Results", "SavedFile"):
+        root = "results" if first.title == "Results" else "saved file"
+        return AttemptFailed(
+            "INVALID_RESULT", to_text(f"The results are invalid: {format_validation_error(first, root)}")
+        )
+    details: dict[str, JSON] = {"exception": type_name(first), "at": _raise_location(first), **more}
+    message = f"The processor failed unexpectedly: {type_name(first)}: {to_text(first)}"
+    return AttemptFailed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
+
+
+def _leaves(error: BaseException, depth: int) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup) and depth < _MAX_DEPTH:
+        for inner in BaseExceptionGroup.exceptions.__get__(error):  # whatever a subclass has in its place
+            yield from _leaves(inner, depth + 1)
+    else:
+        yield error
+
+
+def _failure_from_processor_error(error: ProcessorError, more: dict[str, JSON], number: int | None) -> AttemptFailed:
+    details = _read_attribute(error, "details", dict)
+    return AttemptFailed(
+        to_text(_read_attribute(error, "code", str) or "PROCESSOR_ERROR", 100),
+        to_text(_read_attribute(error, "message", str) or error),
+        transient=_read_attribute(error, "transient", bool),
+        details={**_convert_details(details), **more},
+        errno=number,
+    )
+
+
+def _read_attribute(error: object, name: str, kind: type[T]) -> T:
+    """Return an attribute of a foreign exception as it should be, or an empty value."""
+    try:
+        value = getattr(error, name)
+        if isinstance(value, kind):
+            return value
+        return kind() if value is None else kind(value)  # type: ignore[call-arg]  # str, bool and dict take one
+    except BaseException:  # noqa: BLE001 - a class of its own may have no such attribute, or one that raises
+        return kind()
+
+
+def _convert_details(details: Mapping[Any, Any]) -> dict[str, JSON]:
+    """Convert an error's details one by one: one that cannot be stored must not hide the error itself."""
+    converted: dict[str, JSON] = {}
+    left = _MAX_DETAILS_CHARACTERS
+    for key, value in list(details.items())[:_MAX_DETAILS]:
+        try:
+            one = to_json({key: value}, "details")
+            if (size := len(str(value))) > min(_MAX_DETAIL_CHARACTERS, left):
+                raise InvalidResult("details", "it is too large", "Shorten it.")
+            left -= size
+            converted.update(one)
+        except BaseException as problem:  # noqa: BLE001 - foreign values may raise anything
+            converted[to_text(key, 100).lstrip("$").replace("\0", "")] = f"<not stored: {to_text(problem, 500)}>"
+    return converted
+
+
+def _raise_location(error: BaseException) -> str:
+    """Return where an exception was raised: that helps whoever fixes it, and is no secret to the job's owner."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "unknown"
+
+
+def _find_errno(error: BaseException, leaves: list[BaseException], scratch: Path | None) -> int | None:
+    """Return the number of a system error behind an exception that may be the machine's fault."""
+    for leaf in [error, *leaves]:
+        current: BaseException | None = leaf
+        for _ in range(_MAX_DEPTH):
+            if current is None:
+                break
+            if isinstance(current, OSError):
+                number = _read_attribute(current, "errno", int)
+                if number in _MACHINE_ERRORS or (number and _is_below(current, scratch)):
+                    return number
+            current = current.__cause__ or current.__context__
+    return None
+
+
+def _is_below(error: OSError, directory: Path | None) -> bool:
+    return directory is not None and Path(_read_attribute(error, "filename", str)).is_relative_to(directory)

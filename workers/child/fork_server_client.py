@@ -1,0 +1,143 @@
+"""Start job processes through the worker's fork server (`fork_server.py`)."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+import structlog
+
+from jobledger.workers.child import fork_server
+from jobledger.workers.child.confinement import minimal_environment
+
+_log = structlog.get_logger()
+START_SECONDS: Final = 20.0
+"""Timeout for forking a supervisor."""
+LOAD_SECONDS: Final = 60.0
+"""Timeout for a new fork server, which first imports what processors list in `preload`."""
+PRELOAD_MODULES: Final = ["jobledger.workers.child.main", "jobledger.workers.child.preload"]
+"""Modules that the fork server imports, so that job processes start with them loaded."""
+_RUN_FORK_SERVER: Final = """
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop())
+from jobledger.workers.child.fork_server import main
+main()
+"""
+
+
+class ForkServerClient:
+    """Manages the fork server of this process: starts it on demand, and replaces it when it has died or hangs."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._killed: list[subprocess.Popen[bytes]] = []
+        """Killed fork servers that have not died yet. A process that waits for a disk cannot die."""
+        self._requests: socket.socket | None = None
+        self._ready = False
+        self._preload_enabled = True
+
+    @property
+    def request_timeout(self) -> float:
+        """Timeout of a request in seconds."""
+        return START_SECONDS if self._is_ready() else LOAD_SECONDS
+
+    def request_supervisor(
+        self, memory_limit_mb: int, control: socket.socket, connection: socket.socket, environment: Sequence[str]
+    ) -> object:
+        """Request a supervisor that uses `control`. Return the fork server that received the request.
+
+        Args:
+            memory_limit_mb: Address space of the job process in MiB.
+            control: The supervisor's end of its socket to the worker.
+            connection: The job process's end of its socket to the worker.
+            environment: Names of variables that job processes get besides the default ones.
+
+        Raises:
+            OSError: The fork server cannot be started or does not accept the request.
+        """
+        if self._killed:
+            self._reap()
+        if self._process is None or self._process.poll() is not None:
+            self._start(environment)
+        assert self._requests is not None  # noqa: S101 - set by _start()
+        request = json.dumps({"memory_limit_mb": memory_limit_mb}).encode()
+        try:
+            socket.send_fds(self._requests, [request], [control.fileno(), connection.fileno()])
+        except (BlockingIOError, ConnectionError) as error:  # it hangs or has died
+            self.replace(self._process)
+            raise ConnectionError(f"the fork server does not accept requests: {error}") from error
+        return self._process
+
+    def replace(self, server: object) -> None:
+        """Stop a fork server that did not respond. The next request starts a new one.
+
+        Job processes that it forked continue: each one has its supervisor.
+        """
+        if self._process is None or server is not self._process:  # another request has replaced it
+            return
+        if not self._is_ready():
+            _log.error("preloading processor modules failed or timed out: job processes import them instead")
+            self._preload_enabled = False
+        self.stop()
+
+    def stop(self) -> None:
+        """Kill the fork server, if there is one. Do not wait for its death."""
+        if self._process is not None:
+            self._process.kill()
+            self._killed.append(self._process)
+        if self._requests is not None:
+            self._requests.close()
+        self._process = self._requests = None
+        self._ready = False
+        self._reap()
+
+    def _reap(self) -> None:
+        self._killed = [process for process in self._killed if process.poll() is None]
+
+    def _start(self, environment: Sequence[str]) -> None:
+        self.stop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        modules = PRELOAD_MODULES if self._preload_enabled else []
+        with theirs, minimal_environment(environment):
+            ours.setblocking(False)  # noqa: FBT003 - it takes no name
+            try:
+                self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                    [
+                        *(sys.executable, *subprocess._args_from_interpreter_flags()),  # type: ignore[attr-defined]  # private
+                        *("-c", _RUN_FORK_SERVER, str(theirs.fileno()), json.dumps(modules), json.dumps(sys.path)),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._requests = ours
+
+    def _is_ready(self) -> bool:
+        if not self._ready and self._requests is not None:
+            with suppress(OSError):
+                self._ready = self._requests.recv(16) == fork_server.READY
+        return self._ready
+
+
+fork_server_client = ForkServerClient()
+
+
+def stop_fork_server() -> None:
+    """Stop this process's fork server. The next job process starts a new one, with the processors installed then."""
+    fork_server_client.stop()
+
+
+def check_process_start() -> None:
+    """Start a program and wait for its end. Blocks.
+
+    Raises:
+        OSError: The program could not be started.
+    """
+    subprocess.run([sys.executable, "-S", "-c", ""], stdin=subprocess.DEVNULL, check=True, timeout=20)

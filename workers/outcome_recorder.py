@@ -1,0 +1,167 @@
+"""Record in the event store how an attempt ended: completed, failed, cancelled, or released for another worker."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+from typing import Final, Literal
+from urllib.parse import quote
+
+import structlog
+from pydantic import ValidationError
+
+from jobledger.ledger.domain.commands import CompleteJob, ConfirmCancel, FailAttempt, ReleaseJob
+from jobledger.ledger.domain.errors import UnreadableEvent
+from jobledger.ledger.domain.events import Asset, Failure, JobResults, ResultFile, ResultMetadata
+from jobledger.ledger.domain.job import MAX_CONSECUTIVE_MACHINE_FAILURES, Job
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.workers.attempt_recorder import AttemptRecorder, Fenced
+from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed
+from jobledger.workers.machine_health import MachineFailure, WorkerHealth
+from jobledger.workers.processor import ProcessorError, Results, SavedFile
+from jobledger.workers.request_handler import RequestHandler
+from jobledger.workers.result_conversion import format_validation_error, to_text
+
+_log = structlog.get_logger()
+_FILES_URL: Final = "/api/events/files/"
+StopReason = Literal["cancel", "timeout", "release", "abandon"]
+Outcome = AttemptCompleted | AttemptFailed | MachineFailure
+
+
+def worker_fault(error: BaseException, job_id: str) -> AttemptFailed:
+    """Log an unexpected error of the worker, and return the failure that it means for the attempt."""
+    _log.error("unexpected error while running a job", job_id=job_id, exc_info=error)
+    text = f"The worker failed while running the job: {type(error).__name__}: {to_text(error, 1000)}"
+    return AttemptFailed("WORKER_FAULT", text, transient=True)
+
+
+class OutcomeRecorder:
+    """Records the outcome of one attempt, and applies the retry policy."""
+
+    def __init__(
+        self,
+        event_store: EventStore,
+        job: Job,
+        *,
+        job_id: str,
+        worker_id: str,
+        recorder: AttemptRecorder,
+        requests: RequestHandler,
+        health: WorkerHealth,
+        retry_base_seconds: float,
+        retry_max_seconds: float,
+    ) -> None:
+        self._event_store = event_store
+        self._job = job
+        self._job_id = job_id
+        self._worker_id = worker_id
+        self._recorder = recorder
+        self._requests = requests
+        self._health = health
+        self._retry_base_seconds = retry_base_seconds
+        self._retry_max_seconds = retry_max_seconds
+
+    async def record(self, outcome: Outcome | None, stop_reason: StopReason | None) -> None:
+        """Record the outcome. If that fails unexpectedly, record that failure: the job must not hang under a lease.
+
+        Args:
+            outcome: How the work ended; None if it was stopped.
+            stop_reason: Why it was stopped; None if the processor cancelled itself.
+
+        Raises:
+            Fenced: Another worker has the job.
+            UnreadableEvent: A later version of the program wrote to the job's stream.
+        """
+        try:
+            await self._record(outcome, stop_reason)
+        except UnreadableEvent:
+            raise
+        except Exception as error:  # noqa: BLE001 - the job would hang as long as the worker keeps its lease
+            await self._fail(worker_fault(error, self._job_id))
+
+    async def _record(self, outcome: Outcome | None, stop_reason: StopReason | None) -> None:
+        match outcome:
+            case AttemptCompleted():
+                await self._complete(outcome)
+            case AttemptFailed():
+                await self._fail(outcome)
+            case MachineFailure():
+                await self._release_for_machine_failure(outcome)
+            case None if stop_reason == "cancel":
+                await self._recorder.append_final(ConfirmCancel(self._worker_id, self._job.attempt))
+            case None if stop_reason == "release":
+                command = ReleaseJob(self._worker_id, self._job.attempt, "the worker shuts down")
+                await self._recorder.append_final(command)
+            case None if stop_reason == "timeout":
+                message = f"The job took longer than its time limit of {self._job.spec.timeout_s:g} seconds."
+                await self._fail(AttemptFailed("TIMEOUT", message, transient=True))
+            case None if stop_reason is None:
+                await self._fail(AttemptFailed("PROCESSOR_FAULT", "The processor cancelled its own task."))
+            case None:
+                raise Fenced
+
+    async def _complete(self, completed: AttemptCompleted) -> None:
+        try:
+            results = await self._requests.check_results(Results.model_validate(completed.results))
+            job_results = _build_job_results(results, completed.warnings, completed.duration_s)
+        except ValidationError as error:
+            message = f"The results are invalid: {format_validation_error(error, 'results')}"
+            await self._fail(AttemptFailed("INVALID_RESULT", message))
+            return
+        except ProcessorError as error:
+            await self._fail(AttemptFailed(error.code, error.message, details=error.details))
+            return
+        await self._recorder.append_final(CompleteJob(self._worker_id, self._job.attempt, job_results))
+
+    async def _fail(self, failed: AttemptFailed) -> None:
+        retry_at = await self._event_store.server_time() + self._retry_delay() if failed.transient else None
+        details = {**failed.details, "retryable": failed.transient}
+        failure = Failure(code=to_text(failed.code, 100), message=to_text(failed.message), details=details)
+        await self._recorder.append_final(FailAttempt(self._worker_id, self._job.attempt, failure, retry_at))
+
+    async def _release_for_machine_failure(self, failure: MachineFailure) -> None:
+        """Release the job without counting the attempt, because this machine cannot run it.
+
+        After `MAX_CONSECUTIVE_MACHINE_FAILURES` in a row, the job itself is the likely cause, and the attempt fails.
+        """
+        self._health.report(failure)
+        failures = self._job.consecutive_machine_failures
+        if failures >= MAX_CONSECUTIVE_MACHINE_FAILURES:
+            message = f"Running the job led to {failures + 1} machine failures in a row. Last failure: {failure}"
+            await self._fail(AttemptFailed("MACHINE_FAILURE", message, transient=True))
+        else:
+            reason = f"the worker's machine cannot run it: {failure}"
+            release = ReleaseJob(self._worker_id, self._job.attempt, reason, is_machine_failure=True)
+            await self._recorder.append_final(release)
+
+    def _retry_delay(self) -> timedelta:
+        """Return an exponential backoff with full jitter, so that jobs that failed together do not retry together."""
+        max_delay = min(self._retry_base_seconds * 2 ** (self._job.counted_attempts - 1), self._retry_max_seconds)
+        return timedelta(seconds=random.uniform(0.1, max_delay))  # noqa: S311 - spreads load, guards no secret
+
+
+def _build_job_results(results: Results, warnings: list[str], duration_s: float) -> JobResults:
+    """Convert a processor's results to the stored format, with the paths and URLs under which the API serves files."""
+    files = [results.markdown, *results.assets] if results.markdown else list(results.assets)
+    return JobResults(
+        markdown_file=f"/events/{results.markdown.path}" if results.markdown else None,
+        markdown_url=_file_url(results.markdown) if results.markdown else None,
+        assets=[
+            Asset(type=file.media_type.partition("/")[0], path=f"/events/{file.path}", url=_file_url(file))
+            for file in results.assets
+        ],
+        files=[ResultFile(**file.model_dump()) for file in files],
+        metadata=ResultMetadata(
+            **{
+                **results.metadata,
+                "processed_at": datetime.now(UTC),
+                "duration": duration_s,
+                "tokens_used": results.tokens_used,
+                "warnings": warnings,
+            }
+        ),
+    )
+
+
+def _file_url(file: SavedFile) -> str:
+    return _FILES_URL + quote(file.path, safe="/&,+;=@!$~")

@@ -1,0 +1,189 @@
+"""Run an attempt in a job process: start it, exchange messages with it, and stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from jobledger.workers.attempt_timeout import AttemptTimeout
+from jobledger.workers.child.attempt import Assignment
+from jobledger.workers.child.messages import AttemptCompleted, AttemptFailed, LogLine, Message, MessageEnvelope
+from jobledger.workers.child.process import JobProcess, ProcessFailed, ProcessNotStarted
+from jobledger.workers.machine_health import MachineFailure, disk_timeout_failure, find_machine_failure
+from jobledger.workers.processor import ProcessorError
+from jobledger.workers.request_handler import SavedFileLost
+from jobledger.workers.result_conversion import to_text
+
+DISK_TIMEOUT_SECONDS = 30.0
+"""A blocking call that takes longer means that the disk does not respond."""
+_MAX_REQUESTS: Final = 100  # concurrent requests of one job process
+_MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
+"""Total size of the concurrent requests of one job process. They may take 25 times as much memory. A request that is
+larger is handled alone."""
+# Not the event loop's default executor: inline jobs may occupy all of its threads.
+_executor = ThreadPoolExecutor(4, thread_name_prefix="executor")
+
+
+class ProcessRunner:
+    """Runs one attempt in a job process.
+
+    Args:
+        assignment: What the job process has to do.
+        memory_limit_mb: Limit of its address space in MiB.
+        environment_variables: Names of variables that it gets besides the default ones.
+        create_directories: Creates the attempt's directories. Blocks.
+        start_timeout: Starts the attempt's timeout. Called when the process runs.
+        handle_message: Handles a message and returns the answer.
+        add_log_entries: Receives what the process prints.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        *,
+        memory_limit_mb: int,
+        environment_variables: Sequence[str],
+        create_directories: Callable[[], None],
+        start_timeout: Callable[[], AttemptTimeout],
+        handle_message: Callable[[Message], Awaitable[Any]],
+        add_log_entries: Callable[[list[LogLine]], None],
+    ) -> None:
+        self._assignment = assignment
+        self._memory_limit_mb = memory_limit_mb
+        self._environment_variables = environment_variables
+        self._create_directories = create_directories
+        self._start_timeout = start_timeout
+        self._handle_message = handle_message
+        self._add_log_entries = add_log_entries
+        self._requests: dict[asyncio.Task[None], int] = {}  # sizes in bytes
+
+    async def run(self) -> AttemptCompleted | AttemptFailed | MachineFailure:
+        """Run the attempt and return its outcome.
+
+        Raises:
+            Fenced: The attempt is over.
+        """
+        starting = asyncio.create_task(self._start_process())
+        try:
+            process = await asyncio.shield(starting)
+        except (ProcessNotStarted, OSError, MachineFailure) as error:
+            errno = error.errno if isinstance(error, ProcessNotStarted) else None
+            failure = find_machine_failure(OSError(errno, os.strerror(errno)) if errno else error)
+            return failure or MachineFailure(to_text(error, 500))
+        except asyncio.CancelledError:
+            await _stop_after_start(starting)
+            raise
+        timeout = self._start_timeout()
+        try:
+            return await self._exchange_messages(process)
+        except ProcessFailed as error:
+            return error.failure
+        finally:
+            timeout.stop()
+            # The process must end even if this task is cancelled again. stop() takes a few seconds at most.
+            await _wait_uncancelled(asyncio.create_task(process.stop()))
+
+    async def _start_process(self) -> JobProcess:
+        await run_blocking(self._create_directories)
+        return await JobProcess.start(self._memory_limit_mb, self._log_output, self._environment_variables)
+
+    def _log_output(self, text: str) -> None:
+        now = datetime.now(UTC).timestamp()
+        self._add_log_entries([(now, "info", to_text(line)) for line in text.splitlines() if line.strip()])
+
+    async def _exchange_messages(self, process: JobProcess) -> AttemptCompleted | AttemptFailed:
+        """Send the assignment and handle messages until the last one."""
+        request_failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_request_done(request: asyncio.Task[None]) -> None:
+            self._requests.pop(request)
+            if not request.cancelled() and (error := request.exception()) is not None and not request_failed.done():
+                request_failed.set_exception(error)
+
+        receiving = asyncio.create_task(self._receive_messages(process, on_request_done))
+        either: set[asyncio.Future[Any]] = {receiving, request_failed}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if request_failed.done():
+                request_failed.result()
+            return await receiving
+        finally:
+            request_failed.cancel()
+            requests = list(self._requests)
+            for task in (receiving, *requests):
+                task.cancel()
+            await asyncio.gather(receiving, *requests, return_exceptions=True)
+
+    async def _receive_messages(
+        self, process: JobProcess, on_request_done: Callable[[asyncio.Task[None]], None]
+    ) -> AttemptCompleted | AttemptFailed:
+        await process.send(self._assignment.model_dump(mode="json"))
+        async with aclosing(process.iterate_messages()) as messages:
+            async for envelope, size in messages:
+                message = envelope.message
+                if isinstance(message, AttemptCompleted | AttemptFailed):
+                    return message
+                if not envelope.request_id:
+                    await self._handle_message(message)
+                    continue
+                while not _has_capacity(self._requests, size) and not process.exit_task.done():
+                    await asyncio.wait({*self._requests, process.exit_task}, return_when=asyncio.FIRST_COMPLETED)
+                request = asyncio.create_task(self._handle_request(process, envelope))
+                self._requests[request] = size
+                request.add_done_callback(on_request_done)
+        raise AssertionError("iterate_messages() ends with an exception")
+
+    async def _handle_request(self, process: JobProcess, envelope: MessageEnvelope) -> None:
+        answer: dict[str, Any] = {"id": envelope.request_id}
+        try:
+            answer["value"] = await self._handle_message(envelope.message)
+        except SavedFileLost as error:  # the timeout is paused for each retry, so the job could retry for ever
+            raise ProcessFailed(AttemptFailed(error.code, error.message, details=error.details)) from error
+        except ProcessorError as error:
+            answer["error"] = {
+                "code": error.code,
+                "message": error.message,
+                "transient": error.transient,
+                "details": error.details,
+            }
+        await process.send(answer)
+
+
+def _has_capacity(requests: Mapping[asyncio.Task[None], int], size: int) -> bool:
+    """Return whether a request of `size` bytes may run concurrently with the others of the same job process."""
+    if not requests:
+        return True
+    return len(requests) < _MAX_REQUESTS and sum(requests.values()) + size <= _MAX_REQUEST_BYTES
+
+
+async def run_blocking(function: Callable[[], None]) -> None:
+    """Call a function in a thread.
+
+    Raises:
+        MachineFailure: The call did not return in time, because a disk does not respond.
+    """
+    try:
+        async with asyncio.timeout(DISK_TIMEOUT_SECONDS):
+            await asyncio.get_running_loop().run_in_executor(_executor, function)
+    except TimeoutError as error:
+        raise disk_timeout_failure(DISK_TIMEOUT_SECONDS) from error
+
+
+async def _wait_uncancelled(task: asyncio.Task[Any]) -> None:
+    """Wait for a task even if the caller is cancelled."""
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+
+
+async def _stop_after_start(starting: asyncio.Task[JobProcess]) -> None:
+    """Stop a job process that is being started and is no longer needed."""
+    starting.cancel()
+    await _wait_uncancelled(starting)
+    if not starting.cancelled() and starting.exception() is None:
+        await _wait_uncancelled(asyncio.create_task(starting.result().stop()))

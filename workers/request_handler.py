@@ -1,0 +1,266 @@
+"""Handle what a processor reports during an attempt: log entries, progress, finished steps and saved files.
+
+Job processes and inline jobs send the same messages (`child/messages.py`). A job process is not trusted: the handler
+checks that every file named in a step or in the results was saved by this job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from typing import Any, Final, Literal
+
+import structlog
+
+from jobledger.ledger.domain.commands import CompleteStep
+from jobledger.ledger.domain.errors import FileLost, LedgerUnavailable
+from jobledger.ledger.domain.events import ResultFile
+from jobledger.ledger.domain.job import Job
+from jobledger.ledger.domain.saved_files import find_saved_files
+from jobledger.ledger.files.directory import FileStore
+from jobledger.workers.attempt_recorder import AttemptRecorder, EventNotStorable
+from jobledger.workers.attempt_timeout import AttemptTimeout
+from jobledger.workers.child.attempt import Assignment
+from jobledger.workers.child.messages import (
+    FileSaved,
+    FindSharedStep,
+    LogEntries,
+    Message,
+    Progress,
+    StepFinished,
+)
+from jobledger.workers.machine_health import WorkerHealth, find_machine_failure
+from jobledger.workers.path_reservations import PathReservations
+from jobledger.workers.processor import ProcessorError, Results, SavedFile
+from jobledger.workers.registry import processor_version
+from jobledger.workers.result_conversion import to_text
+from jobledger.workers.step_cache import StepCache
+
+_log = structlog.get_logger()
+_MAX_CONCURRENT_INGESTS: Final = 2  # of one attempt
+_STORE_RETRY_DELAYS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between attempts to write to the file store
+
+
+class SavedFileLost(ProcessorError):
+    """A saved file is missing from the inbox or has changed. Only the job itself can have caused that."""
+
+
+class RequestHandler:
+    """Handles the messages of one attempt's processor."""
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        job_id: str,
+        worker_id: str,
+        recorder: AttemptRecorder,
+        file_store: FileStore,
+        step_cache: StepCache,
+        path_reservations: PathReservations,
+        health: WorkerHealth,
+    ) -> None:
+        self._job = job
+        self._job_id = job_id
+        self._worker_id = worker_id
+        self._recorder = recorder
+        self._file_store = file_store
+        self._step_cache = step_cache
+        self._path_reservations = path_reservations
+        self._health = health
+        self._assignment: Assignment | None = None
+        self._timeout: AttemptTimeout | None = None
+        self._reserved_paths: set[str] = set()
+        self._saved_sizes: dict[str, int] = {}
+        """Sizes in bytes by digest of the files that this attempt saved, or reused from the steps of other jobs."""
+
+    def start(self, assignment: Assignment, timeout: AttemptTimeout) -> None:
+        """Set the attempt's assignment and timeout. Call before the first message."""
+        self._assignment = assignment
+        self._timeout = timeout
+
+    async def handle(self, message: Message) -> Any:
+        """Handle a message of the processor and return the answer.
+
+        Raises:
+            Fenced: The attempt is over.
+            ProcessorError: The message is rejected. The processor receives the error.
+        """
+        match message:
+            case LogEntries():
+                self._recorder.add_log_entries([(at, level, to_text(text)) for at, level, text in message.entries])
+            case Progress():
+                self._recorder.set_progress(message.step, message.percent, message.message)
+            case FindSharedStep():
+                return await self._find_shared_step(message)
+            case FileSaved():
+                await self._store_file(message.sha256)
+                return await self._reserve_path(message.path)
+            case StepFinished():
+                await self._finish_step(message)
+            case _:
+                raise AssertionError(f"{message.kind} is not a request")
+        return None
+
+    async def check_results(self, results: Results) -> Results:
+        """Return the results with verified files, reserved paths and actual sizes.
+
+        Paths saved in this attempt are already reserved. Other paths come from a finished step, or a job process made
+        them up.
+
+        Raises:
+            ProcessorError: INVALID_RESULT if the job has not saved a file, INVALID_PATH, PATH_TAKEN, or DUPLICATE_PATH
+                if two different files have the same path.
+        """
+        if results.markdown is None and not results.assets:
+            return results
+        digests: dict[str, str] = {}
+
+        async def check_file(file: SavedFile) -> SavedFile:
+            size = self._find_saved_size(file, "The results name")
+            path = file.path if file.path in self._reserved_paths else await self._reserve_path(file.path)
+            if digests.setdefault(path, file.sha256) != file.sha256:
+                raise ProcessorError("DUPLICATE_PATH", f"The results have two different files with the path '{path}'.")
+            return file.model_copy(update={"path": path, "size": size})
+
+        return results.model_copy(
+            update={
+                "markdown": await check_file(results.markdown) if results.markdown else None,
+                "assets": [await check_file(file) for file in results.assets],
+            }
+        )
+
+    def _pause_timeout(self) -> AbstractAsyncContextManager[None]:
+        assert self._timeout is not None  # noqa: S101 - start() was called
+        return self._timeout.pause_while_waiting()
+
+    # Steps --------------------------------------------------------------------------------------------------------
+
+    async def _find_shared_step(self, request: FindSharedStep) -> dict[str, Any] | None:
+        """Return the output of a step that another job shares, with the ID of that job; None if there is none."""
+        try:
+            max_age = timedelta(seconds=request.max_age_s)
+            async with self._pause_timeout():
+                shared = await self._step_cache.find_shared_step(
+                    request.key, self._job_id, self._job.spec, max_age=max_age
+                )
+        except (LedgerUnavailable, OverflowError) as error:
+            _log.warning("cannot look up shared steps", job_id=self._job_id, error=str(error))
+            return None
+        if shared is None:
+            return None
+        job_id, step = shared
+        self._saved_sizes |= {file.sha256: file.size for file in find_saved_files(step.output)}
+        return {"job_id": job_id, "output": step.output}
+
+    async def _finish_step(self, step: StepFinished) -> None:
+        for file in find_saved_files(step.output):  # a later attempt trusts these files
+            subject = f'step "{to_text(step.step, 200)}" output names'
+            if (size := self._find_saved_size(file, subject)) != file.size:
+                text = f"{subject} the file '{to_text(file.path, 200)}' with the size {file.size}. It has {size} bytes."
+                raise ProcessorError("INVALID_RESULT", text)
+        command = CompleteStep(
+            self._worker_id,
+            self._job.attempt,
+            step.step,
+            step.key,
+            step.output,
+            step.duration_s,
+            tokens_used=step.tokens_used,
+            warnings=tuple(step.warnings),
+            reused_from=step.reused_from,
+            cache_version=processor_version(self._job.spec.job_type) if step.is_shared else None,
+        )
+        async with self._pause_timeout():
+            await self._recorder.flush()
+            try:
+                await self._recorder.append(command)
+            except EventNotStorable as error:
+                text = f'step "{to_text(step.step, 200)}" output cannot be stored: {error}'
+                raise ProcessorError("INVALID_RESULT", text) from error
+
+    # Files --------------------------------------------------------------------------------------------------------
+
+    async def _store_file(self, sha256: str) -> None:
+        """Move a saved file into the file store. Events may name it only after this returns.
+
+        If the store is not writable, wait for it: the job keeps its work, and its timeout is paused.
+
+        Raises:
+            SavedFileLost: The job did not save the file, or changed or removed it.
+        """
+        assert self._assignment is not None  # noqa: S101 - start() was called
+        last_reason, retries, started_at = "", 0, asyncio.get_running_loop().time()
+        async with self._pause_timeout(), self._ingest_locks[hash(sha256) % len(self._ingest_locks)]:
+            while True:
+                try:
+                    self._saved_sizes[sha256] = await self._file_store.ingest(self._assignment.inbox_dir, sha256)
+                    break
+                except (FileLost, ValueError) as error:
+                    if sha256 in self._saved_sizes:  # two saves of the same content: the first one moved the file
+                        break
+                    _log.warning("a saved file cannot be stored", job_id=self._job_id, error=str(error))
+                    text = "A saved file was changed or removed before it was stored."
+                    raise SavedFileLost("INVALID_RESULT", text, details={"sha256": to_text(sha256, 100)}) from error
+                except LedgerUnavailable as error:
+                    if (reason := to_text(error, 500)) != last_reason:
+                        last_reason = reason
+                        _log.warning("waiting for the result store", job_id=self._job_id, error=reason)
+                        self._add_log_line("warning", f"Waiting for the result store; the job's work is kept. {reason}")
+                        if (failure := find_machine_failure(error)) is not None:
+                            self._health.report(failure)
+                await asyncio.sleep(_STORE_RETRY_DELAYS[min(retries, len(_STORE_RETRY_DELAYS) - 1)])
+                retries += 1
+        if last_reason:
+            waited = asyncio.get_running_loop().time() - started_at
+            self._add_log_line("info", f"The result store is writable again after {waited:.0f} seconds.")
+
+    @cached_property
+    def _ingest_locks(self) -> Sequence[asyncio.Lock]:
+        """Locks chosen by digest: they bound concurrent ingests, and serialize ingests of the same content."""
+        return [asyncio.Lock() for _ in range(_MAX_CONCURRENT_INGESTS)]
+
+    async def _reserve_path(self, path: str) -> str:
+        """Reserve a path for a file of this job and return it. Retry while the database is unavailable.
+
+        Raises:
+            ProcessorError: The path is invalid or taken.
+        """
+        async with self._pause_timeout():
+            while True:
+                try:
+                    reserved = await self._path_reservations.reserve(path, self._job_id)
+                except LedgerUnavailable as error:
+                    _log.warning("cannot reserve a result path yet", job_id=self._job_id, error=str(error))
+                    await asyncio.sleep(1)
+                else:
+                    self._reserved_paths.add(reserved)
+                    return reserved
+
+    def _find_saved_size(self, file: SavedFile | ResultFile, subject: str) -> int:
+        """Return the size of a file that this attempt or a finished step of this job saved.
+
+        The store holds the files of all jobs. A job that knows the digest of another job's file must not publish it.
+
+        Raises:
+            ProcessorError: INVALID_RESULT if the job has not saved the file.
+        """
+        size = self._saved_sizes.get(file.sha256)
+        size = self._step_file_sizes.get(file.sha256) if size is None else size
+        if size is None:
+            text = f"{subject} the file '{to_text(file.path, 200)}', which this job has not saved."
+            advice = "Save it with job.save() and use the returned SavedFile."
+            details = {"sha256": to_text(file.sha256, 100)}
+            raise ProcessorError("INVALID_RESULT", f"{text} {advice}", details=details)
+        return size
+
+    @cached_property
+    def _step_file_sizes(self) -> Mapping[str, int]:
+        """Sizes in bytes by digest of the files in outputs of steps that finished before this attempt."""
+        return {file.sha256: file.size for step in self._job.steps.values() for file in find_saved_files(step.output)}
+
+    def _add_log_line(self, level: Literal["info", "warning"], text: str) -> None:
+        self._recorder.add_log_entries([(datetime.now(UTC).timestamp(), level, text)])
