@@ -1,15 +1,12 @@
-"""api: the application and its routes, all in one list."""
+"""The application: route table, middleware and error handlers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from jobledger.api.auth.permissions import AuthenticationMiddleware
@@ -18,14 +15,10 @@ from jobledger.api.context import ApiContext
 from jobledger.api.dashboard import pages as dashboard
 from jobledger.api.dashboard.session_cookie import SessionCookieBackend, cookie_name
 from jobledger.api.http.errors import ApiError, on_api_error, on_http_exception, on_ledger_error, on_unexpected_error
+from jobledger.api.http.limits import AuthFailureLimitMiddleware, RateLimitMiddleware
 from jobledger.api.http.memory_budget import MemoryLimitMiddleware
-from jobledger.api.http.middleware import (
-    AuthFailureLimitMiddleware,
-    HostOriginMiddleware,
-    PathPrefixMiddleware,
-    RateLimitMiddleware,
-    RequestContextMiddleware,
-)
+from jobledger.api.http.origins import HostOriginMiddleware, cors_middleware
+from jobledger.api.http.request_context import PathPrefixMiddleware, RequestContextMiddleware
 from jobledger.api.http.routing import DocumentedRoute
 from jobledger.api.openapi import document as openapi
 from jobledger.api.routes import (
@@ -105,79 +98,39 @@ ROUTES = [
     DocumentedRoute("/healthz", monitoring.check_liveness),
     DocumentedRoute("/readyz", monitoring.check_readiness),
 ]
-"""The interface, as the OpenAPI document has it; the dashboard comes on top."""
+"""The routes of the API, in the order of the OpenAPI document. The dashboard has its own."""
 
 
-_ASKED: Final = (
-    "Authorization",
-    "Cache-Control",  # polyfills of EventSource send it
-    "Idempotency-Key",
-    "If-Match",
-    "If-Modified-Since",
-    "If-None-Match",
-    "If-Range",
-    "If-Unmodified-Since",
-    "Last-Event-ID",
-    "Ledger-Position",
-    "Pragma",
-    "Prefer",
-    "Range",
-    "traceparent",
-    "tracestate",
-    "X-Request-ID",
-    "X-Requested-With",
-)
-_TOLD: Final = (
-    "Accept-Ranges",
-    "Content-Disposition",
-    "Content-Range",
-    "ETag",
-    "Ledger-Position",
-    "Location",
-    "Preference-Applied",
-    "Retry-After",
-    "X-Request-ID",
-)
+def create_app(ctx: ApiContext) -> ASGIApp:
+    """Return the ASGI application.
 
-
-def _for_pages_of(origins: Sequence[str]) -> list[Middleware]:
-    if not origins:
-        return []
-    methods = ("GET", "POST", "PUT", "DELETE")
-    return [
-        Middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=_ASKED, expose_headers=_TOLD
-        )
-    ]
-
-
-def create_app(services: ApiContext) -> ASGIApp:
-    """Return the application, working with what the composition root hands in."""
-    responses: metrics.ResponseCounts = Counter()
+    Middleware, from the outside in: ResponseCounterMiddleware, RequestContextMiddleware, PathPrefixMiddleware, then
+    the list below.
+    """
+    response_counts: metrics.ResponseCounts = Counter()
+    options = ctx.http_options
     app = Starlette(
         routes=[*ROUTES, *dashboard.ROUTES],
         middleware=[
             Middleware(
                 HostOriginMiddleware,
-                allowed_hosts=services.allowed_hosts,
-                public_origin=services.public_origin,
-                cors_origins=services.http_options.cors_origins,
-                session_cookie_name=cookie_name(https=services.http_options.is_https),
+                allowed_hosts=ctx.allowed_hosts,
+                public_origin=ctx.public_origin,
+                cors_origins=options.cors_origins,
+                session_cookie_name=cookie_name(https=options.is_https),
             ),
-            *_for_pages_of(services.http_options.cors_origins),
-            Middleware(AuthFailureLimitMiddleware, options=services.http_options),
+            *cors_middleware(options.cors_origins),
+            Middleware(AuthFailureLimitMiddleware, options=options),
             Middleware(
                 AuthenticationMiddleware,
                 auth_backend=SignedLinkBackend(
-                    SessionCookieBackend(
-                        services.auth_backend, services.browser_sessions, https=services.http_options.is_https
-                    )
+                    SessionCookieBackend(ctx.auth_backend, ctx.browser_sessions, https=options.is_https)
                 ),
-                revocation_notifier=services.revocation_notifier,
+                revocation_notifier=ctx.revocation_notifier,
                 on_error=dashboard.auth_error_response,
             ),
-            Middleware(RateLimitMiddleware, options=services.http_options),
-            Middleware(MemoryLimitMiddleware, budget=services.memory_budget),
+            Middleware(RateLimitMiddleware, options=options),
+            Middleware(MemoryLimitMiddleware, budget=ctx.memory_budget),
         ],
         exception_handlers={
             ApiError: on_api_error,
@@ -186,14 +139,12 @@ def create_app(services: ApiContext) -> ASGIApp:
             Exception: on_unexpected_error,
         },
     )
-    app.state.context = services
-    app.state.docs = docs.Docs(
-        lambda: openapi.build_document(ROUTES, services.job_types, services.signed_links.base_url)
-    )
-    app.state.response_counts = responses
-    app.router.redirect_slashes = False  # it would redirect to the address behind the proxy: see on_http_exception
-    # Around everything: also what Starlette itself answers to a fault has its headers, and is counted.
+    app.state.context = ctx
+    app.state.docs = docs.Docs(lambda: openapi.build_document(ROUTES, ctx.job_types, ctx.signed_links.base_url))
+    app.state.response_counts = response_counts
+    app.router.redirect_slashes = False  # on_http_exception redirects, also behind a proxy
+    # These wrap Starlette itself, so that its own error responses have the common headers and are counted.
     return metrics.ResponseCounterMiddleware(
-        RequestContextMiddleware(PathPrefixMiddleware(app, services.signed_links.path_prefix), services.http_options),
-        responses,
+        RequestContextMiddleware(PathPrefixMiddleware(app, ctx.signed_links.path_prefix), options),
+        response_counts,
     )

@@ -17,8 +17,9 @@ from jobledger.api.auth.visibility import Visibility
 from jobledger.api.completion_waiter import CompletionWaiter
 from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
 from jobledger.api.http.errors import ApiError
+from jobledger.api.http.limits import track_waiting_request
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.api.http.middleware import HttpOptions, track_waiting_request
+from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import LiveStreams
 from jobledger.api.http.validation import Model, validate_content
 from jobledger.api.submission.parameters import ParameterValidator

@@ -27,7 +27,7 @@ from jobledger.api.completion_waiter import CompletionWaiter
 from jobledger.api.context import ApiContext, WebhookOptions
 from jobledger.api.dashboard.markdown_preview import MarkdownPreviewer
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.api.http.middleware import HttpOptions
+from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import LiveStreams
 from jobledger.api.submission.parameters import ParameterValidator
 from jobledger.cli.auth_settings import AuthSettings, JwtSettings

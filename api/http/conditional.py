@@ -1,9 +1,13 @@
-"""api: conditional requests and parts of files, as RFC 9110 has them (sections 13 and 14)."""
+"""Conditional requests and byte ranges (RFC 9110, sections 8.8, 13 and 14).
+
+The ETag of a representation is derived from everything that a response shows, never from a version alone: a response
+may also show things that other streams change, such as whether a job's batch is paused.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
@@ -17,129 +21,209 @@ from starlette.responses import Response
 
 from jobledger.api.http.errors import ApiError, encode_json, json_response
 from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.command_handler import StreamState
 
 MAX_RANGES: Final = 50
-_TAG: Final = re.compile(r'(W/)?("[^"]*")')
+_ETAG: Final = re.compile(r'(W/)?("[^"]*")')
+_VERSION_ETAG: Final = re.compile(r'(?:W/)?"(\d+)(?:-[0-9a-f]+)*"')
 _RANGE: Final = re.compile(r"(\d{0,18})-(\d{0,18})", re.ASCII)
+_RANGE_UNIT: Final = re.compile(r"\s*[\w!#$%&'*+.^`|~-]+\s*", re.ASCII)
+_RANGE_HINT: Final = "expected a range such as bytes=0-499, or bytes=-500 for the last bytes"
 
 Range = tuple[int, int]
-"""From the first byte up to and without the last."""
+"""First byte, and the byte after the last."""
+
+
+def compute_etag(content: bytes, *metadata: str, version: int | None = None) -> str:
+    """Return a strong ETag.
+
+    Args:
+        content: The content of the representation, without what is equal in every response.
+        metadata: Headers that belong to the representation, such as its Content-Type.
+        version: Stream version of a job or batch. The tag begins with it, so that If-Match can name it.
+    """
+    digest = blake2b(content, digest_size=16)
+    for value in metadata:
+        digest.update(b"\0" + value.encode())
+    prefix = "" if version is None else f"{version}-"
+    return f'"{prefix}{digest.hexdigest()}"'
 
 
 @dataclass(frozen=True, slots=True)
-class Validators:
-    """What is there now: `etag` a strong one, in its quotes; `modified` a moment in UTC."""
+class Conditional:
+    """Compares the conditions of a request with the validators of the current representation.
 
+    Attributes:
+        request_headers: Headers of the request.
+        etag: Strong ETag, in quotes. It must cover everything that the response shows.
+        modified_at: Time of the last change in UTC. None: conditions on the time are ignored.
+    """
+
+    request_headers: Headers
     etag: str
-    modified_at: datetime
-
-    @property
-    def last_modified(self) -> str:
-        """As the header has it: whole seconds."""
-        return format_datetime(self.modified_at.astimezone(UTC), usegmt=True)
+    modified_at: datetime | None = None
 
     @property
     def headers(self) -> dict[str, str]:
-        """What tells a client which version it has got."""
-        return {"ETag": self.etag, "Last-Modified": self.last_modified}
+        """The validators as response headers."""
+        last_modified = self._last_modified
+        return {"ETag": self.etag} | ({} if last_modified is None else {"Last-Modified": last_modified})
 
+    @property
+    def _last_modified(self) -> str | None:
+        """The value of Last-Modified: whole seconds, in GMT."""
+        return None if self.modified_at is None else format_datetime(self.modified_at.astimezone(UTC), usegmt=True)
 
-def compute_etag(document: Document, text: bytes) -> str:
-    """Return the tag of a job or batch as it is shown: its version, which If-Match compares, and a digest of all."""
-    return f'"{document["version"]}-{blake2b(text, digest_size=8).hexdigest()}"'
+    def is_not_modified(self) -> bool:
+        """Return whether the client has the current representation, so that the response is 304.
+
+        The order of the conditions is that of RFC 9110, 13.2.2.
+
+        Raises:
+            ApiError: 412, if If-Match or If-Unmodified-Since does not hold.
+        """
+        headers = self.request_headers
+        if "if-match" in headers:
+            if not self._is_listed("if-match", weak_comparison=False):
+                raise self._precondition_failed("If-Match")
+        elif self._is_modified_since(headers.get("if-unmodified-since")) is True:
+            raise self._precondition_failed("If-Unmodified-Since")
+        if "if-none-match" in headers:
+            return self._is_listed("if-none-match", weak_comparison=True)
+        return self._is_modified_since(headers.get("if-modified-since")) is False
+
+    def parse_ranges(self, size: int) -> Sequence[Range]:
+        """Return the requested byte ranges of a file, sorted and merged. Empty: the response is the whole file.
+
+        Args:
+            size: Size of the file in bytes.
+
+        Raises:
+            ApiError: 416, if the header is malformed, or the file has none of the ranges.
+        """
+        if "range" not in self.request_headers or not self._is_if_range_current():
+            return []
+        unit, _, specs_text = self.request_headers["range"].partition("=")
+        if unit.strip().lower() != "bytes":
+            if _RANGE_UNIT.fullmatch(unit) and specs_text:
+                return []  # RFC 9110, 14.2: unknown units are ignored
+            raise _range_error(f"Malformed Range: {_RANGE_HINT}", size)
+        specs = [spec.strip() for spec in specs_text.split(",") if spec.strip()]
+        if len(specs) > MAX_RANGES:
+            raise _range_error(f"Range has {len(specs)} parts, the maximum is {MAX_RANGES}", size)
+        ranges = sorted(part for spec in specs if (part := _parse_range(spec, size)) is not None)
+        if not ranges:
+            raise _range_error("The file has none of the requested ranges", size)
+        merged = ranges[:1]
+        for start, end in ranges[1:]:
+            if start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((start, end))
+        return merged
+
+    def respond(self, content: bytes, media_type: str, headers: Mapping[str, str]) -> Response:
+        """Return the content, or 304 if the client has it.
+
+        Raises:
+            ApiError: 412.
+        """
+        if self.is_not_modified():
+            return Response(status_code=304, headers={**headers, **self.headers})
+        return Response(content, headers={**headers, **self.headers}, media_type=media_type)
+
+    def _is_listed(self, header: str, *, weak_comparison: bool) -> bool:
+        """Return whether a header lists this ETag (RFC 9110, 8.8.3.2). Repeated headers form one list."""
+        value = ",".join(self.request_headers.getlist(header))
+        if value.strip() == "*":
+            return True
+        return any(tag == self.etag and (weak_comparison or not weak) for weak, tag in _ETAG.findall(value))
+
+    def _is_modified_since(self, header: str | None) -> bool | None:
+        """Compare the representation with a date header. None: no date, or not a valid one, or unknown time."""
+        since = _parse_date(header)
+        if since is None or self.modified_at is None:
+            return None
+        return self.modified_at.replace(microsecond=0) > since
+
+    def _is_if_range_current(self) -> bool:
+        value = self.request_headers.get("if-range")
+        return value is None or value.strip() in (self.etag, self._last_modified)
+
+    def _precondition_failed(self, header: str) -> ApiError:
+        message = f"Precondition failed: the resource has changed ({header}). Read it again."
+        return ApiError(412, "precondition_failed", message, details={"etag": self.etag})
 
 
 def build_conditional_response(request: Request, name: str, document: Document) -> Response:
-    """Return a job or batch as it is shown, or 304 if the client says that it has exactly this."""
+    """Return a job or batch as the caller sees it, or 304 if the client has exactly this.
+
+    Args:
+        request: The request.
+        name: Field of the response that holds the document.
+        document: The document with all fields that are shown. It has a `version`.
+
+    Raises:
+        ApiError: 412.
+    """
     text = encode_json(document)
-    etag = compute_etag(document, text)
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
-    if _names(request.headers.get("if-none-match", ""), etag, weakly=True):
+    conditional = Conditional(request.headers, compute_etag(text, version=document["version"]))
+    headers = conditional.headers | {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
+    if conditional.is_not_modified():
         return Response(status_code=304, headers=headers)
     return json_response({"status": "success", name: orjson.Fragment(text)}, headers=headers)
 
 
-def is_not_modified(headers: Headers, version: Validators) -> bool:
-    """Return whether the client says that it has this version: then 304 is the answer.
+def require_if_match(request: Request, check: Callable[[StreamState], None]) -> Callable[[StreamState], None]:
+    """Return a check that also requires the stream version that `If-Match` names, if the header is present.
 
-    Raises:
-        ApiError: 412, when the client wants a certain version and this is another.
+    A command changes one stream, so only the version at the beginning of the ETag is compared: that the batch of a job
+    was paused meanwhile is no conflict. Weak tags are accepted because proxies that compress responses weaken them.
+
+    The returned check raises ApiError 412 for another version.
     """
-    second = version.modified_at.replace(microsecond=0)
-    if (wanted := headers.get("if-match")) is not None:
-        if not _names(wanted, version.etag, weakly=False):
-            raise _failed("If-Match", version)
-    elif (since := _moment(headers.get("if-unmodified-since"))) is not None and second > since:
-        raise _failed("If-Unmodified-Since", version)
-    if (had := headers.get("if-none-match")) is not None:
-        return _names(had, version.etag, weakly=True)
-    since = _moment(headers.get("if-modified-since"))
-    return since is not None and second <= since
+    if "if-match" not in request.headers:
+        return check
+    header = ",".join(request.headers.getlist("if-match"))
+
+    def check_both(stream_state: StreamState) -> None:
+        check(stream_state)
+        version = stream_state.head.version
+        if not _lists_version(header, version):
+            message = f"Precondition failed: the resource has changed to version {version} (If-Match). Read it again."
+            raise ApiError(412, "precondition_failed", message, details={"version": version})
+
+    return check_both
 
 
-def _failed(header: str, version: Validators) -> ApiError:
-    message = f"What is there now is not what {header} asks for."
-    return ApiError(412, "precondition_failed", message, details={"etag": version.etag})
-
-
-def _names(listed: str, etag: str, *, weakly: bool) -> bool:
-    if listed.strip() == "*":
+def _lists_version(header: str, version: int) -> bool:
+    if header.strip() == "*":
         return True
-    return any(tag == etag and (weakly or not weak) for weak, tag in _TAG.findall(listed))
+    tags = (_VERSION_ETAG.fullmatch(tag.strip()) for tag in header.split(","))
+    return any(tag is not None and tag[1] == str(version) for tag in tags)
 
 
-def _moment(text: str | None) -> datetime | None:
-    """Read a date; what is none is passed over, as the RFC wants it."""
+def _parse_date(text: str | None) -> datetime | None:
+    """Parse an HTTP date. Invalid dates are ignored, as RFC 9110, 13.1.3 requires."""
     try:
-        moment = parsedate_to_datetime(text) if text else None
+        date = parsedate_to_datetime(text) if text else None
     except ValueError:
         return None
-    return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment
+    return date.replace(tzinfo=UTC) if date is not None and date.tzinfo is None else date
 
 
-def parse_ranges(headers: Headers, version: Validators, size: int) -> Sequence[Range]:
-    """Return which parts of a file of `size` bytes are asked for, in order and not overlapping; none means the whole.
-
-    Raises:
-        ApiError: 416, when they cannot be read, or the file has none of them.
-    """
-    unit, _, listed = headers.get("range", "").partition("=")
-    if "range" not in headers or not _still_the_same(headers.get("if-range"), version):
-        return []
-    if unit.strip().lower() != "bytes":
-        if re.fullmatch(r"\s*[\w!#$%&'*+.^`|~-]+\s*", unit, re.ASCII) and listed:
-            return []  # in other units than we know: the whole is always right
-        raise _refused("A range looks like bytes=0-499, or bytes=-500 for the end", size)
-    specs = [spec.strip() for spec in listed.split(",") if spec.strip()]
-    if len(specs) > MAX_RANGES:
-        raise _refused(f"At most {MAX_RANGES} ranges can be asked for at once", size)
-    found = sorted(part for spec in specs if (part := _range(spec, size)) is not None)
-    if not found:
-        raise _refused("The file has no such range", size)
-    merged = found[:1]
-    for start, end in found[1:]:
-        if start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _still_the_same(wanted: str | None, version: Validators) -> bool:
-    return wanted is None or wanted.strip() in (version.etag, version.last_modified)
-
-
-def _range(spec: str, size: int) -> Range | None:
-    """Read one range; None if the file ends before it begins."""
-    read = _RANGE.fullmatch(spec)
-    if read is None or spec == "-" or (read[1] and read[2] and int(read[1]) > int(read[2])):
-        raise _refused(f"{spec[:40]!r} is no range, which looks like bytes=0-499, or bytes=-500 for the end", size)
-    if not read[1]:
-        start, end = max(0, size - int(read[2])), size
+def _parse_range(spec: str, size: int) -> Range | None:
+    """Parse one range; None if it begins after the end of the file."""
+    match = _RANGE.fullmatch(spec)
+    if match is None or spec == "-" or (match[1] and match[2] and int(match[1]) > int(match[2])):
+        raise _range_error(f"Malformed Range {spec[:40]!r}: {_RANGE_HINT}", size)
+    if not match[1]:
+        start, end = max(0, size - int(match[2])), size
     else:
-        start, end = int(read[1]), min(size, int(read[2]) + 1) if read[2] else size
+        start, end = int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
     return (start, end) if start < end else None
 
 
-def _refused(why: str, size: int) -> ApiError:
-    return ApiError(416, "range_not_satisfiable", f"{why}; it has {size} bytes.", details={"size": size})
+def _range_error(message: str, size: int) -> ApiError:
+    text = f"{message}. The file has {size} bytes."
+    return ApiError(416, "range_not_satisfiable", text, details={"size": size})

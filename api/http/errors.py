@@ -1,8 +1,9 @@
-"""api: from an error to an answer. One envelope, one table; never a traceback."""
+"""Error responses. All have one format; none has a traceback."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import orjson
@@ -26,13 +27,22 @@ from jobledger.ledger.domain.errors import (
 )
 
 _log = structlog.get_logger()
-_PROBLEMS_NAMED: Final = 100
-_LONGEST_NAME: Final = 100
-_LONGEST_MESSAGE: Final = 1000
+_MAX_ERRORS: Final = 100
+_MAX_NAME_LENGTH: Final = 100
+_MAX_MESSAGE_LENGTH: Final = 1000
 
 
 class ApiError(Exception):
-    """An answer that is no success. `code` is for programs, the message for people."""
+    """An error response.
+
+    Args:
+        status: The HTTP status.
+        code: The code for programs, one of `ERROR_CODES`.
+        message: What is wrong and how to fix it.
+        details: More data for programs.
+        retry_after_seconds: When a retry may succeed; None if a retry does not help.
+        headers: More response headers.
+    """
 
     def __init__(
         self,
@@ -64,31 +74,31 @@ ERROR_RESPONSES: Final[Sequence[tuple[type[JobledgerError], int, str, int | None
     (LedgerUnavailable, 503, "database_unavailable", 2),
     (UnreadableEvent, 500, "unreadable_event", None),
 )
-"""What the ledger raises, the HTTP status, the code, and after how many seconds it is worth trying again."""
+"""Maps errors of the ledger to HTTP status, error code and Retry-After in seconds. The first match wins."""
 
 
-def _unreadable(value: Any) -> str:
-    """Stand for a value that no event has: somebody has changed it in the database."""
+def _replace_unknown_value(value: Any) -> str:
+    """Return a placeholder for a BSON type that no event has: the document was changed in the database."""
     return f"(unreadable: {type(value).__name__})"
 
 
 def json_response(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return JSON; times in UTC with a Z."""
+    """Return a JSON response. Times are in UTC with a Z."""
     return Response(encode_json(content), status, dict(headers or {}), "application/json")
 
 
 def encode_json(content: Mapping[str, Any]) -> bytes:
-    """Return content as JSON; times in UTC with a Z."""
-    return orjson.dumps(content, default=_unreadable, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+    """Encode content as JSON. Times are in UTC with a Z."""
+    return orjson.dumps(content, default=_replace_unknown_value, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
 
 
 def error_response(error: ApiError) -> Response:
-    """Return the envelope of a failure."""
+    """Return the response for an error."""
     headers = {**error.headers}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, 11.6.1: a 401 says how one may sign in
+        headers["WWW-Authenticate"] = "Bearer"  # required by RFC 9110, 11.6.1
     content = {"status": "error", "code": error.code, "message": error.message, "details": error.details}
     return json_response(content, error.status, headers)
 
@@ -96,93 +106,100 @@ def error_response(error: ApiError) -> Response:
 def build_validation_error(
     errors: Sequence[Mapping[str, Any]], within: tuple[str | int, ...] = (), *, may_be_incomplete: bool = False
 ) -> ApiError:
-    """Return the answer to content that does not fit its model, naming each field by its path.
+    """Return the error for content that fails validation. It lists each wrong field by its path.
 
     Args:
-        found: the errors as pydantic describes them, at least one.
-        within: where the content stands in the body.
-        perhaps_more: whether there may be errors beside those found.
+        errors: The errors in the format of pydantic, at least one.
+        within: Location of the validated content in the body.
+        may_be_incomplete: Whether there may be more errors.
     """
-    problems = [
+    field_errors = [
         {
-            "path": format_location((*within, *problem["loc"])),
-            "message": _clipped(_sentence(problem["msg"]), _LONGEST_MESSAGE),
+            "path": format_location((*within, *error["loc"])),
+            "message": _truncate(error["msg"].removeprefix("Value error, "), _MAX_MESSAGE_LENGTH),
         }
-        for problem in errors[:_PROBLEMS_NAMED]
+        for error in errors[:_MAX_ERRORS]
     ]
-    first = problems[0]
-    number = f"at least {len(errors) - 1}" if may_be_incomplete else str(len(errors) - 1)
-    more = f" (and {number} more)" if len(errors) > 1 else ""
-    where = f"{first['path']}: " if first["path"] else ""
-    return ApiError(422, "invalid_content", f"{where}{first['message']}{more}", details={"errors": problems})
+    first = field_errors[0]
+    count = f"at least {len(errors) - 1}" if may_be_incomplete else str(len(errors) - 1)
+    suffix = f" (and {count} more)" if len(errors) > 1 else ""
+    prefix = f"{first['path']}: " if first["path"] else ""
+    return ApiError(422, "invalid_content", f"{prefix}{first['message']}{suffix}", details={"errors": field_errors})
 
 
 def format_location(location: Sequence[str | int]) -> str:
-    """Return where something stands in a body, as `jobs[3].parameters.url`."""
+    """Return a location in a body as a path, such as `jobs[3].parameters.url`."""
     text = ""
     for part in location:
-        name = part if isinstance(part, int) else _clipped(part, _LONGEST_NAME)
+        name = part if isinstance(part, int) else _truncate(part, _MAX_NAME_LENGTH)
         text += f"[{name}]" if isinstance(part, int) else f".{name}" if text else str(name)
     return text
 
 
-def _clipped(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"
+def _truncate(text: str, max_length: int) -> str:
+    return text if len(text) <= max_length else f"{text[:max_length]}…"
 
 
-def _sentence(message: str) -> str:
-    return message.removeprefix("Value error, ")
+@contextmanager
+def translate_damaged_events(stream: str) -> Iterator[None]:
+    """Raise ApiError 409 if the past state of a job or batch cannot be read: an event was changed in the database."""
+    try:
+        yield
+    except (UnreadableEvent, AttributeError, LookupError, TypeError) as error:
+        message = f"The state of {stream} at that time cannot be read: an event is damaged. Run `jobledger log verify`."
+        raise ApiError(409, "event_damaged", message) from error
 
 
 async def on_api_error(_request: Request, error: Exception) -> Response:
-    """An answer that a route has chosen."""
+    """Return the response for an ApiError."""
     assert isinstance(error, ApiError)  # noqa: S101 - registered for this type
     return error_response(error)
 
 
 async def on_ledger_error(_request: Request, error: Exception) -> Response:
-    """What the rooms below raise, by the table."""
+    """Return the response for an error of the ledger, from ERROR_RESPONSES."""
     if isinstance(error, FileStoreUnavailable):
-        _log.warning("the result store is away", error=str(error))  # it names directories, which are not for clients
-        error = FileStoreUnavailable("This server cannot use its result store now. The files stay; try again later.")
+        _log.warning("file store unavailable", error=str(error))  # names directories, which clients must not see
+        message = "The server cannot use its file store (results.store). No files are lost. Retry later."
+        error = FileStoreUnavailable(message)
     elif isinstance(error, LedgerUnavailable):
-        _log.warning("the database is away", error=str(error))  # it may name hosts, which are not for clients
-        error = LedgerUnavailable("The database does not answer. What is on record stays; try again in a moment.")
+        _log.warning("database unavailable", error=str(error))  # may name hosts, which clients must not see
+        error = LedgerUnavailable("The database does not respond. No recorded data is lost. Retry in a moment.")
     for kind, status, code, retry_after in ERROR_RESPONSES:
         if isinstance(error, kind):
-            message = _clipped(str(error), _LONGEST_MESSAGE)
-            return error_response(ApiError(status, code, message, retry_after_seconds=retry_after))
-    _log.error("error without an answer of its own", error=repr(error))
-    return error_response(ApiError(500, "internal_error", "Something went wrong here; it is in the log."))
+            text = _truncate(str(error), _MAX_MESSAGE_LENGTH)
+            return error_response(ApiError(status, code, text, retry_after_seconds=retry_after))
+    _log.error("ledger error without a mapped response", error=repr(error))
+    return error_response(ApiError(500, "internal_error", "Internal error. The server's log has the details."))
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """What Starlette refuses by itself: no such address, no such method."""
+    """Return the response for an error of Starlette's router: unknown path or method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
-    if error.status_code == 404 and (onwards := _without_slash(request)) is not None:
-        return onwards
+    if error.status_code == 404 and (redirect := _redirect_without_slash(request)) is not None:
+        return redirect
     codes = {404: "not_found", 405: "method_not_allowed", 413: "content_too_large", 416: "range_not_satisfiable"}
-    messages = {404: "There is nothing at this address.", 405: "This address does not know this method."}
-    answer = error_response(
+    messages = {404: "Not found: there is no such path.", 405: "Method not allowed."}
+    response = error_response(
         ApiError(
             error.status_code,
             codes.get(error.status_code, "bad_request"),
             messages.get(error.status_code, error.detail),
         )
     )
-    answer.headers.update(error.headers or {})
+    response.headers.update(error.headers or {})
     if error.status_code == 405:
-        # Starlette names only the methods of the first route that has this path.
-        here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-        answer.headers["Allow"] = ", ".join(sorted({method for route in here for method in route.methods}))
-    return answer
+        # Starlette lists only the methods of the first route with this path.
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        response.headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
+    return response
 
 
-def _without_slash(request: Request) -> Response | None:
-    """Return the way to the same address without its last slash, if there is something.
+def _redirect_without_slash(request: Request) -> Response | None:
+    """Return a redirect to the path without its last slash, if there is a route for it.
 
-    The address is a relative one: it stays behind the proxy that the client came through, with its scheme and path.
-    307 keeps the method and the body.
+    The location is relative, so it works behind a proxy with another scheme, host or path prefix. Status 307 keeps the
+    method and the body.
     """
     path: str = request.scope["path"]
     shorter = {**request.scope, "path": path.removesuffix("/")}
@@ -195,9 +212,9 @@ def _without_slash(request: Request) -> Response | None:
 
 
 async def on_unexpected_error(_request: Request, error: Exception) -> Response:
-    """A fault of ours: the details are for the log, not for the client."""
-    _log.error("fault while answering", exc_info=error)
-    known = structlog.contextvars.get_contextvars()
-    details = {"request_id": known["request_id"]} if "request_id" in known else {}
-    message = "Something went wrong here; it is in the log, under the id of this request."
+    """Log an unexpected error and return status 500. The details are for the log, not for the client."""
+    _log.error("unexpected error in a request", exc_info=error)
+    context = structlog.contextvars.get_contextvars()
+    details = {"request_id": context["request_id"]} if "request_id" in context else {}
+    message = "Internal error. The server's log has the details under the request ID."
     return error_response(ApiError(500, "internal_error", message, details=details))

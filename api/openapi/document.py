@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from jobledger.api.auth.permissions import PUBLIC_PATHS
 from jobledger.api.http.error_codes import ERROR_CODES
-from jobledger.api.http.request_headers import MAX_WAIT_SECONDS
+from jobledger.api.http.preferences import MAX_WAIT_SECONDS
 from jobledger.api.openapi.operations import OPERATIONS, Operation
 from jobledger.api.schemas import requests as models
 from jobledger.api.schemas.responses import ErrorResponse

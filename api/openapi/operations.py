@@ -103,7 +103,8 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         query=models.AsOfQuery,
         reads_views=True,
         extra_statuses=(304,),
-        request_headers=("If-None-Match", "Prefer"),
+        error_codes=("precondition_failed",),
+        request_headers=("If-Match", "If-None-Match", "Prefer"),
         response_headers=("ETag",),
     ),
     jobs.update_job: Operation(
@@ -152,7 +153,8 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         query=models.AsOfQuery,
         reads_views=True,
         extra_statuses=(304,),
-        request_headers=("If-None-Match", "Prefer"),
+        error_codes=("precondition_failed",),
+        request_headers=("If-Match", "If-None-Match", "Prefer"),
         response_headers=("ETag",),
     ),
     batch_actions.update_batch: Operation(
@@ -309,14 +311,16 @@ OPERATIONS: Final[Mapping[RouteHandler, Operation]] = {
         summary="This document",
         response="application/json",
         extra_statuses=(304,),
-        request_headers=("If-None-Match",),
+        error_codes=("precondition_failed",),
+        request_headers=("If-Match", "If-None-Match"),
         response_headers=("ETag",),
     ),
     docs.get_docs_page: Operation(
         summary="This document, to read",
         response="text/html",
         extra_statuses=(304,),
-        request_headers=("If-None-Match",),
+        error_codes=("precondition_failed",),
+        request_headers=("If-Match", "If-None-Match"),
         response_headers=("ETag",),
     ),
     metrics.get_metrics: Operation(

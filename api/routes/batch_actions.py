@@ -13,8 +13,9 @@ from jobledger.api import bulk_commands
 from jobledger.api.auth.permissions import get_actor, require_right
 from jobledger.api.context import get_api_context
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
+from jobledger.api.http.conditional import require_if_match
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.request_headers import IdempotencyKey, get_request_marker, require_if_match
+from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
 from jobledger.api.routes.batches import (
     batch_not_found_error,
     check_expanded_size,

@@ -33,15 +33,9 @@ from jobledger.api.context import (
 )
 from jobledger.api.http.bodies import MAX_VALUES, estimate_value_count, mark_large_body, read_json_body, run_off_loop
 from jobledger.api.http.conditional import build_conditional_response
-from jobledger.api.http.errors import ApiError, format_location, json_response
-from jobledger.api.http.request_headers import (
-    IdempotencyKey,
-    as_of_filter,
-    get_request_marker,
-    preferred_wait,
-    prefers_wait,
-    translate_damaged_events,
-)
+from jobledger.api.http.errors import ApiError, format_location, json_response, translate_damaged_events
+from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
+from jobledger.api.http.preferences import preferred_wait, prefers_wait
 from jobledger.api.http.validation import validate_content
 from jobledger.api.routes.jobs import build_job_list_response, encode_next_cursor
 from jobledger.api.schemas.requests import AsOfQuery, BatchBody, BatchListQuery, JobBody, JobListQuery, PageQuery
@@ -75,6 +69,7 @@ from jobledger.ledger.store.command_handler import Command, create_streams, load
 from jobledger.ledger.store.endpoint_secrets import RevealedSecret, reveal_new_secrets
 from jobledger.ledger.store.event_store import EventStore, override_payload_fields
 from jobledger.ledger.store.hash_chain import canonical_json
+from jobledger.projections.engine.stream_fold import as_of_filter
 from jobledger.projections.engine.writer import FOLDED_VIEWS, Chunk
 from jobledger.projections.views import batches as view
 from jobledger.projections.views import list_index, statistics

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.context import get_api_context
+from jobledger.api.http.conditional import Conditional, compute_etag
 from jobledger.api.http.errors import json_response
 
 _METHODS: Final = ("get", "post", "put", "delete")
@@ -51,13 +52,11 @@ class _Content:
     def __init__(self, body: bytes, media_type: str, headers: Mapping[str, str]) -> None:
         self._body = body
         self._media_type = media_type
-        self._headers = {**headers, "ETag": f'"{sha256(body).hexdigest()[:32]}"', "Cache-Control": "no-cache"}
+        self._headers = {**headers, "Cache-Control": "no-cache"}
+        self._etag = compute_etag(body, media_type, *headers.values())
 
     def answer(self, request: Request) -> Response:
-        known = request.headers.get("if-none-match", "")
-        if self._headers["ETag"] in known or known.strip() == "*":
-            return Response(status_code=304, headers=self._headers)
-        return Response(self._body, headers=self._headers, media_type=self._media_type)
+        return Conditional(request.headers, self._etag).respond(self._body, self._media_type, self._headers)
 
 
 async def get_index(request: Request) -> Response:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any, Final
 
 import structlog
@@ -17,7 +18,7 @@ from jobledger.api.auth.permissions import can_read, require_user_id
 from jobledger.api.auth.signed_links import FILES_URL, MAX_LIFETIME_SECONDS, is_signed_link_request
 from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_optional_json_body
-from jobledger.api.http.conditional import Range, Validators, is_not_modified, parse_ranges
+from jobledger.api.http.conditional import Conditional, Range
 from jobledger.api.http.errors import ApiError, error_response, json_response
 from jobledger.api.http.streaming import CloseableStreamingResponse, content_disposition, content_type
 from jobledger.ledger.domain.errors import FileDamaged, FileLost
@@ -64,9 +65,9 @@ async def get_file(request: Request) -> Response:
     asked = parse_query(request, FileQuery)
     await wait_for_requested_position(request)
     row = await _by_link(request, asked) if is_signed_link_request(request) else await _readable(request)
-    version = Validators(f'"{row["sha256"]}"', row["modified_at"])
-    headers = {**UNTRUSTED_CONTENT_HEADERS, **version.headers}
-    if is_not_modified(request.headers, version):
+    conditional = Conditional(request.headers, compute_file_etag(row), row["modified_at"])
+    headers = {**UNTRUSTED_CONTENT_HEADERS, **conditional.headers}
+    if conditional.is_not_modified():
         return Response(status_code=304, headers=headers)
     name = row["path"].rpartition("/")[2]
     headers |= {
@@ -76,7 +77,7 @@ async def get_file(request: Request) -> Response:
     }
     file = await open_result_file(request, row)
     try:
-        return await _answer(request, file, version, headers)
+        return await _answer(request, file, conditional, headers)
     except BaseException:
         await file.close()
         raise
@@ -92,6 +93,11 @@ async def create_signed_link(request: Request) -> Response:
     )
     url = await get_api_context(request).signed_links.create(row, until)
     return json_response({"status": "success", "url": url, "expires_at": until})
+
+
+def compute_file_etag(row: Document) -> str:
+    """Return the ETag of a result file: the digest of its content, and of the media type it is sent with."""
+    return f'"{row["sha256"]}-{blake2b(row["media_type"].encode(), digest_size=4).hexdigest()}"'
 
 
 def _path(request: Request) -> str:
@@ -163,13 +169,13 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _answer(request: Request, file: OpenFile, version: Validators, headers: dict[str, str]) -> Response:
+async def _answer(request: Request, file: OpenFile, conditional: Conditional, headers: dict[str, str]) -> Response:
     """Return the file, or the parts of it that are asked for; whatever is returned closes it."""
     if request.method == "HEAD":  # ranges are for GET
         await file.close()
         return Response(headers={**headers, "Content-Length": str(file.size)})
     try:
-        wanted = parse_ranges(request.headers, version, file.size)
+        wanted = conditional.parse_ranges(file.size)
     except ApiError as refusal:
         await file.close()
         answer = error_response(refusal)

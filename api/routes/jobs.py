@@ -31,20 +31,11 @@ from jobledger.api.context import (
     wait_for_views,
 )
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body, run_off_loop
-from jobledger.api.http.conditional import build_conditional_response, compute_etag
-from jobledger.api.http.errors import ApiError, encode_json, json_response
-from jobledger.api.http.middleware import track_waiting_request
-from jobledger.api.http.request_headers import (
-    IdempotencyKey,
-    as_of_filter,
-    events_up_to,
-    fold_events,
-    get_request_marker,
-    preferred_wait,
-    prefers_wait,
-    require_if_match,
-    translate_damaged_events,
-)
+from jobledger.api.http.conditional import build_conditional_response, compute_etag, require_if_match
+from jobledger.api.http.errors import ApiError, encode_json, json_response, translate_damaged_events
+from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
+from jobledger.api.http.limits import track_waiting_request
+from jobledger.api.http.preferences import preferred_wait, prefers_wait
 from jobledger.api.schemas.requests import (
     AsOfQuery,
     JobBody,
@@ -82,6 +73,7 @@ from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, load_stream_state, new_job_id
 from jobledger.ledger.store.endpoint_secrets import RevealedSecret, reveal_new_secrets
 from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.engine.stream_fold import as_of_filter, events_up_to, fold_events
 from jobledger.projections.views import batches, job_list, statistics
 from jobledger.projections.views import jobs as view
 from jobledger.projections.views.files import prefix_result_urls
@@ -387,7 +379,7 @@ async def _act(
     answer = {"status": "success", "job_id": job_id, "job": job}
     headers = {"Ledger-Position": str(done.position)}
     if job is not None:
-        headers["ETag"] = compute_etag(job, encode_json(job))
+        headers["ETag"] = compute_etag(encode_json(job), version=job["version"])
     return json_response(answer, headers=headers)
 
 

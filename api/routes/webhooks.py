@@ -23,7 +23,7 @@ from jobledger.api.auth.redaction import DELIVERY_RULES, Viewer, find_hidden_fil
 from jobledger.api.context import ApiContext, get_api_context, parse_query, wait_for_requested_position
 from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.errors import ApiError, json_response
-from jobledger.api.http.request_headers import IdempotencyKey, get_request_marker
+from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
 from jobledger.api.routes.jobs import encode_next_cursor
 from jobledger.api.schemas.requests import DeliveryFilter, DeliveryListQuery, ReasonBody, RedeliverBody
 from jobledger.ledger.domain.access import AccessLevel, Principal

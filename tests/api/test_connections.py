@@ -24,8 +24,9 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
 from jobledger.api.http.client_address import client_address, get_rate_limit_key
+from jobledger.api.http.limits import SIGN_IN_PATH, AuthFailureLimitMiddleware
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.api.http.middleware import SIGN_IN_PATH, AuthFailureLimitMiddleware, HttpOptions
+from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import Throttle
 from jobledger.api.routes.log_stream import EventFilter, _blocks
 from jobledger.cli.http_connection import ConnectionLimits, HttpConnection, SheddingSocket, protocol_class
@@ -420,7 +421,7 @@ async def _send(_message: Message) -> None:
     [(JOBS, 10), (SIGN_IN_PATH, 10), (JOBS, 30), (SIGN_IN_PATH, 30)],
     ids=["few", "form", "many", "forms"],
 )
-async def test_credentials_that_are_looked_at_are_limited(path: str, checked: int) -> None:
+async def test_credentials_that_are_being_checked_are_limited(path: str, checked: int) -> None:
     """However many are sent before the first is refused, no more are looked at than may be wrong."""
     looked_at = 0
     refused = asyncio.Event()
@@ -472,7 +473,7 @@ async def test_same_credentials_in_parallel_need_one_token() -> None:
     limited = AuthFailureLimitMiddleware(app, HttpOptions(auth_failures_per_minute=1))
     await asyncio.gather(*(limited(scope_of(JOBS, "right"), _receive, _send) for _ in range(50)))
     assert passed == 50
-    assert not limited._looked_at
+    assert not limited._being_checked
 
 
 def scope_of(path: str, credential: str) -> dict[str, Any]:

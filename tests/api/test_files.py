@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from jobledger.api.http.streaming import content_disposition, content_type
+from jobledger.api.routes.files import compute_file_etag
 from jobledger.ledger.domain.events import (
     EventMetadata,
     JobClaimed,
@@ -33,6 +34,11 @@ from tests.support.role_runner import poll_until
 
 FILES = "/api/events/files/"
 CONTENT = bytes(range(256)) * 40
+
+
+def file_tag(digest: str, media_type: str = "application/octet-stream") -> str:
+    """Return a file's ETag without its quotes."""
+    return compute_file_etag({"sha256": digest, "media_type": media_type}).strip('"')
 
 
 async def add_file(
@@ -74,7 +80,7 @@ async def test_a_file_is_served_as_what_it_is_and_can_never_run_a_script(
     assert answer.content == CONTENT
     assert answer.headers["content-type"] == media_type
     assert answer.headers["content-length"] == str(len(CONTENT))
-    assert answer.headers["etag"] == f'"{digest}"'
+    assert answer.headers["etag"] == f'"{file_tag(digest, media_type)}"'
     assert answer.headers["x-content-type-options"] == "nosniff"
     policy = [part.strip() for part in answer.headers["content-security-policy"].split(";")]
     assert "default-src 'none'" in policy
@@ -93,11 +99,11 @@ async def test_the_result_of_an_echo_job_has_a_media_type_that_browsers_read_as_
 @pytest.mark.parametrize("given", ['"{}"', 'W/"{}"', '"other", "{}"'])
 async def test_a_file_that_the_client_has_already_is_not_sent_again(api_without_worker: Api, given: str) -> None:
     digest = await add_file(api_without_worker, "a.bin")
-    answer = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": given.format(digest)})
+    answer = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": given.format(file_tag(digest))})
 
     assert answer.status_code == 304
     assert answer.content == b""
-    assert answer.headers["etag"] == f'"{digest}"'
+    assert answer.headers["etag"] == f'"{file_tag(digest)}"'
     other = await api_without_worker.get(f"{FILES}a.bin", **{"If-None-Match": '"something else"'})
     assert other.status_code == 200
 
@@ -263,7 +269,7 @@ async def test_file_of_a_store_that_is_away_is_unavailable_until_it_is_back(
             api_without_worker.store.mkdir()
         answer = await api_without_worker.get(f"{FILES}away.bin")
         assert (answer.status_code, answer.json()["code"]) == (503, "file_store_unavailable")
-        assert "result store" in answer.json()["message"]
+        assert "file store" in answer.json()["message"]
         assert str(api_without_worker.store) not in answer.text
         assert "retry-after" in answer.headers
     finally:
@@ -326,15 +332,15 @@ async def test_conditions_are_answered_as_the_rfc_wants(
 ) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     for method in ("GET", "HEAD"):
-        asked = {name: value.format(digest) for name, value in headers.items()}
+        asked = {name: value.format(file_tag(digest)) for name, value in headers.items()}
         answer = await api_without_worker.http.request(method, f"{FILES}a.bin", headers=asked)
         assert answer.status_code == status
     answer = await api_without_worker.get(
-        f"{FILES}a.bin", **{name: value.format(digest) for name, value in headers.items()}
+        f"{FILES}a.bin", **{name: value.format(file_tag(digest)) for name, value in headers.items()}
     )
     if status == 412:
         assert answer.json()["code"] == "precondition_failed"
-        assert answer.json()["details"] == {"etag": f'"{digest}"'}
+        assert answer.json()["details"] == {"etag": f'"{file_tag(digest)}"'}
     if status == 304:
         assert answer.content == b""
 
@@ -349,10 +355,10 @@ async def test_what_was_not_changed_since_it_was_fetched_is_not_sent_again(api_w
 async def test_a_download_that_broke_off_goes_on_if_the_file_is_still_the_same(api_without_worker: Api) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     whole = await api_without_worker.get(f"{FILES}a.bin")
-    for same in (f'"{digest}"', whole.headers["last-modified"]):
+    for same in (f'"{file_tag(digest)}"', whole.headers["last-modified"]):
         answer = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": same})
         assert (answer.status_code, answer.content) == (206, CONTENT[10000:])
-    for other in (f'W/"{digest}"', "Wed, 01 Jan 2020 00:00:00 GMT"):
+    for other in (f'W/"{file_tag(digest)}"', "Wed, 01 Jan 2020 00:00:00 GMT"):
         answer = await api_without_worker.get(f"{FILES}a.bin", **{"Range": "bytes=10000-", "If-Range": other})
         assert (answer.status_code, answer.content) == (200, CONTENT)
 
@@ -541,7 +547,7 @@ async def test_a_changed_file_is_never_served_with_the_recorded_digest(
 ) -> None:
     digest = await add_file(api_without_worker, "a.bin")
     if seen_before:
-        assert (await api_without_worker.get(f"{FILES}a.bin")).headers["etag"] == f'"{digest}"'
+        assert (await api_without_worker.get(f"{FILES}a.bin")).headers["etag"] == f'"{file_tag(digest)}"'
     stored = DirectoryStore(api_without_worker.store).path(digest)
     content = stored.read_bytes()
     stored.write_bytes(bytes([content[0] ^ 1]) + content[1:])

@@ -15,7 +15,9 @@ import pytest
 from starlette.responses import PlainTextResponse
 from structlog.testing import capture_logs
 
-from jobledger.api.http.middleware import HttpOptions, RequestContextMiddleware, TokenBuckets
+from jobledger.api.http.limits import TokenBuckets
+from jobledger.api.http.options import HttpOptions
+from jobledger.api.http.request_context import RequestContextMiddleware
 from tests.api.conftest import Api, run_api
 from tests.support.header_auth import principal_header
 
@@ -111,7 +113,7 @@ async def test_the_access_log_says_who_asked_for_what_and_no_secrets(run: Any) -
             answer = await api.get(f"{JOBS}/job-n%0aone?signature=hidden-c", **headers)
     [line] = [line for line in lines if line["event"] == "request"]
 
-    assert line.pop("ms") > 0
+    assert line.pop("duration_ms") > 0
     assert line == {
         "event": "request",
         "log_level": "info",
@@ -190,7 +192,7 @@ def test_a_bucket_is_filled_again_as_time_passes_but_never_beyond_its_size() -> 
 
 
 def test_buckets_that_are_full_again_take_up_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.api.http.middleware._BUCKETS_KEPT", 10)
+    monkeypatch.setattr("jobledger.api.http.limits._MAX_BUCKETS", 10)
     now = 0.0
     buckets = TokenBuckets(1, 1, clock=lambda: now)
     for number in range(10):

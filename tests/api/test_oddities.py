@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from jobledger.api.app import ROUTES
 from jobledger.api.dashboard import pages as dashboard
-from jobledger.api.http.middleware import STREAM_PATHS
+from jobledger.api.http.limits import STREAM_PATHS
 from jobledger.api.openapi.operations import OPERATIONS
 from jobledger.api.routes import webhook_echo
 from jobledger.cli.commands.log import parse_as_of
@@ -88,7 +88,7 @@ async def test_query_parameter_repeated_is_refused_by_name_at_every_route(api_wi
                 assert answer.status_code == 422, (method, route.path)
                 if method != "HEAD":
                     assert answer.json()["details"]["errors"] == [
-                        {"path": name, "message": "is there more than once: give one value"}
+                        {"path": name, "message": "was given several times: send one value"}
                     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from jobledger.api.http.middleware import HostOriginMiddleware, parse_origin
+from jobledger.api.http.origins import HostOriginMiddleware, parse_origin
 
 NAMES: Final = ("localhost", "127.0.0.1", "[::1]", "ledger.example.org")
 FRIEND: Final = "https://cms.example.org"

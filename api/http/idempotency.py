@@ -1,0 +1,99 @@
+"""Idempotency-Key: repeat a request without repeating its effect.
+
+Keys need no store of their own. The ID of a submitted job or batch is derived from the key, so the event store rejects
+a second submission. The events of an action hold a marker of the request. A key therefore works for as long as the
+events are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+import orjson
+from starlette.requests import Request
+
+from jobledger.api.auth.permissions import require_user_id
+from jobledger.api.http.errors import ApiError
+from jobledger.ledger.domain.events import RecordedEvent
+
+_KEY: Final = re.compile(r"[\x21-\x7e]{1,200}")
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyKey:
+    """A request with an Idempotency-Key.
+
+    Attributes:
+        key_digest: Identifies the key together with the user, method and path.
+        body_digest: Identifies the body.
+    """
+
+    key_digest: str
+    body_digest: str
+
+    @classmethod
+    def from_request(cls, request: Request, content: Any) -> IdempotencyKey | None:
+        """Return the key of a request; None without the header. Users do not share keys.
+
+        Args:
+            request: The request.
+            content: The parsed body.
+
+        Raises:
+            ApiError: 400, the key is malformed; 401, the caller is anonymous.
+        """
+        value = request.headers.get("idempotency-key")
+        if value is None:
+            return None
+        if not _KEY.fullmatch(value):
+            message = "Malformed Idempotency-Key: expected 1 to 200 visible ASCII characters, for example a UUID."
+            raise ApiError(400, "malformed_idempotency_key", message)
+        user_id = require_user_id(request)
+        return cls(_digest(user_id, request.method, request.url.path, value), _digest(_serialize(content)))
+
+    def derive_id(self, number: int = 0) -> str:
+        """Return 24 hexadecimal digits for the ID of the `number`th resource that the request creates."""
+        return _digest(self.key_digest, str(number))[:24]
+
+    @property
+    def request_marker(self) -> str:
+        """The value that the events of this request have in `request_fingerprint`."""
+        return f"{self.key_digest} {self.body_digest}"
+
+    def find_in(self, events: Iterable[RecordedEvent]) -> RecordedEvent | None:
+        """Return the last event that an earlier request with this key has caused; None if there is none.
+
+        Raises:
+            ApiError: 422, the earlier request had another body.
+        """
+        caused = [
+            event for event in events if (event.meta.request_fingerprint or "").partition(" ")[0] == self.key_digest
+        ]
+        if not caused:
+            return None
+        if caused[-1].meta.request_fingerprint != self.request_marker:
+            message = "This Idempotency-Key was used with another body. Use a new key for a new request."
+            raise ApiError(422, "idempotency_key_reused", message)
+        return caused[-1]
+
+
+def get_request_marker(idempotency_key: IdempotencyKey | None) -> str | None:
+    """Return the value of `request_fingerprint` for the events of a request; None without an Idempotency-Key."""
+    return None if idempotency_key is None else idempotency_key.request_marker
+
+
+def _serialize(content: Any) -> str:
+    try:
+        return orjson.dumps(content, option=orjson.OPT_SORT_KEYS).decode()
+    except orjson.JSONEncodeError:
+        return json.dumps(content, sort_keys=True)  # integers beyond 64 bits, which orjson cannot encode
+
+
+def _digest(*parts: str) -> str:
+    text = "\0".join(parts)
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
