@@ -1,58 +1,58 @@
-# Everything a developer runs. `make demo` and `make test` need Python 3.11 or newer and set up the rest themselves in .venv.
+# Developer commands. They need Python 3.11 or newer, and create the virtual environment .venv themselves.
 
 PYTHON ?= python3
 ARGS ?=
-STORIES ?= 1000
+EXAMPLES ?= 1000
 REQUESTS ?= 1000
 BIN := .venv/bin
 PIP_QUIET := -qq --disable-pip-version-check --no-input --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak fuzz images reference lint types contracts check lock clean
+.PHONY: help demo test bench soak fuzz screenshots reference lint types imports check lock clean
 
-help: ## list these targets
+help: ## list targets
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12]"; echo
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
-demo: .venv/.ready ## a small conference, from submitted sessions to finished Markdown
+demo: .venv/.ready ## process a small generated conference
 	@$(BIN)/jobledger demo $(ARGS)
 
-test: .venv/.ready ## the tests, two at a time; ARGS='tests/ledger -k claim' for some of them, ARGS='-n 8' if you have the cores
+test: .venv/.ready ## run the tests, two at a time; ARGS='tests/ledger -k claim' selects, ARGS='-n 8' uses more cores
 	@$(BIN)/pytest -n 2 $(ARGS)
 
-bench: .venv/.ready ## what is claimed about speed, against the plain driver; ARGS='append --rounds 15'
+bench: .venv/.ready ## run the benchmarks; ARGS='append --rounds 15'
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-soak: .venv/.ready ## the tests of docs/fault-matrix.md and of rare things, in random order; STORIES=5000 for longer
+soak: .venv/.ready ## run fault and rare-event tests in random order; EXAMPLES=5000 for longer
 	@JOBLEDGER_SOAK=1 $(BIN)/pytest $$($(BIN)/python -m tests.support.soak) $(ARGS)
-	@JOBLEDGER_STORIES=$(STORIES) $(BIN)/pytest tests/ledger/test_log_machine.py --timeout 0 $(ARGS)
+	@JOBLEDGER_EXAMPLES=$(EXAMPLES) $(BIN)/pytest tests/ledger/test_log_machine.py --timeout 0 $(ARGS)
 	@$(BIN)/python -m benchmarks append subscribe jobs http --events 2000 --rounds 1
 	@for round in 1 2 3 4 5 6 7 8 9 10; do JOBLEDGER_SOAK=1 $(BIN)/pytest tests/faults $(ARGS) || exit 1; done
 
-fuzz: .venv/.ready ## the HTTP interface, by its own OpenAPI document; REQUESTS=10000 of each route for longer
-	@JOBLEDGER_FUZZ=$(REQUESTS) $(BIN)/pytest tests/api/test_fuzz.py --timeout 0 $(ARGS)
+fuzz: .venv/.ready ## fuzz the HTTP API by its OpenAPI document; REQUESTS=10000 per route for longer
+	@JOBLEDGER_FUZZ_REQUESTS=$(REQUESTS) $(BIN)/pytest tests/api/test_fuzz.py --timeout 0 $(ARGS)
 
-images: .venv/.ready ## the dashboard's pages as pictures, into docs/images
-	JOBLEDGER_IMAGES=1 $(BIN)/pytest -q tests/api/dashboard/test_images.py
+screenshots: .venv/.ready ## write screenshots of the dashboard to docs/images
+	JOBLEDGER_SCREENSHOTS=1 $(BIN)/pytest -q tests/api/dashboard/test_screenshots.py
 
-reference: .venv/.ready ## docs/commands.md and docs/events.md, from the commands and the events themselves
-	@$(BIN)/python -m tests.support.references
+reference: .venv/.ready ## generate docs/commands.md and docs/events.md
+	@$(BIN)/python -m tests.support.generated_docs
 
-lint: .venv/.ready ## style and formatting (ruff)
+lint: .venv/.ready ## check style and formatting (ruff)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: .venv/.ready ## static types (mypy --strict)
+types: .venv/.ready ## check types (mypy --strict)
 	@$(BIN)/mypy
 
-contracts: .venv/.ready ## who may import whom (import-linter)
+imports: .venv/.ready ## check import rules (import-linter)
 	@$(BIN)/lint-imports
 
-check: lint types contracts test ## all of the above but the demo
+check: lint types imports test ## run lint, types, imports and test
 
-# The oldest Python decides, because it needs the most packages. Mirrors and local wheels are left out of it: the hashes
-# in the lock must be those of PyPI.
-lock: .venv/.ready ## pin pyproject.toml's dependencies again; ARGS=--upgrade for newer ones
+# The lock is made with the oldest Python, which needs the most packages, and without mirrors and local wheels: its
+# hashes must be those of PyPI.
+lock: .venv/.ready ## update requirements.lock; ARGS=--upgrade for newer versions
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "The lock is made with Python 3.11: make clean, then make lock PYTHON=python3.11" >&2; exit 1; }
 	@env -u PIP_FIND_LINKS -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null \
@@ -60,11 +60,11 @@ lock: .venv/.ready ## pin pyproject.toml's dependencies again; ARGS=--upgrade fo
 	  --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 	  --output-file=requirements.lock $(ARGS) pyproject.toml
 
-clean: ## remove what can be made again (not data/)
+clean: ## remove generated files (not data/)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Debian without python3-venv cannot put pip into a new environment; the machine's own pip can fill it from outside.
+# Without python3-venv, Debian cannot install pip into a new environment. The system's pip can install from outside.
 .venv/.ready: requirements.lock pyproject.toml
 	@py=""; for candidate in "$(PYTHON)" python3.11 python3.12 python3.13; do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -72,13 +72,13 @@ clean: ## remove what can be made again (not data/)
 	[ -n "$$py" ] || { echo "Jobledger needs Python 3.11 or newer, and $(PYTHON) is not:" \
 	  "install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	  echo "Setting up .venv with $$("$$py" --version): about a minute, only this once"; \
+	  echo "Setting up .venv with $$("$$py" --version): takes about a minute, once"; \
 	  "$$py" -m venv --clear .venv >/dev/null 2>&1 || \
 	  { "$$py" -m pip --version && "$$py" -m venv --clear --without-pip .venv; } >/dev/null 2>&1 || \
 	  { rm -rf .venv && "$$py" -m virtualenv --quiet .venv; } >/dev/null 2>&1 || \
-	  { rm -rf .venv; echo "No virtual environment can be made here: apt-get install python3-venv" >&2; exit 1; }; \
+	  { rm -rf .venv; echo "Cannot create a virtual environment: run apt-get install python3-venv" >&2; exit 1; }; \
 	else \
-	  echo "Bringing .venv up to date"; \
+	  echo "Updating .venv"; \
 	fi; \
 	if .venv/bin/python -m pip --version >/dev/null 2>&1; then set -- .venv/bin/python -m pip; \
 	else set -- "$$py" -m pip --python .venv/bin/python; fi; \

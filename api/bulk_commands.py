@@ -14,8 +14,9 @@ from jobledger.api.http.idempotency import IdempotencyKey
 from jobledger.ledger.domain import job as rules
 from jobledger.ledger.domain.commands import JobCommand
 from jobledger.ledger.domain.errors import CommandRejected, JobledgerError, NotFound, UnreadableEvent, VersionConflict
-from jobledger.ledger.domain.events import EventMetadata, JobStatus, RecordedEvent
+from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
 from jobledger.ledger.domain.job import Job
+from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command
 from jobledger.ledger.store.event_store import EventStore

@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from benchmarks.measurement import Result, compare_rates, percentile
 from jobledger.cli.composition import start_roles
-from jobledger.cli.settings import read_settings
+from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobCancelled, JobSubmitted, RecordedEvent
 from jobledger.ledger.mongo.connection import Connection, Database, Document

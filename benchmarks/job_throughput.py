@@ -24,7 +24,8 @@ from pymongo import MongoClient
 
 from benchmarks.measurement import Result, compare_latencies, percentile
 from jobledger.cli.composition import Role, start_roles
-from jobledger.cli.settings import Settings, read_settings
+from jobledger.cli.settings import Settings
+from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.domain.commands import SubmitJob
 from jobledger.ledger.domain.events import EventMetadata, JobCompleted, JobSubmitted
 from jobledger.ledger.mongo.connection import DURABLE, Connection, Database, Document

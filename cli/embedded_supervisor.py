@@ -14,7 +14,7 @@ from jobledger.ledger.mongo.embedded import MIN_FREE_BYTES, EmbeddedServer
 from jobledger.ledger.system.disk_space import find_space_problem, nearest_existing_directory
 
 if TYPE_CHECKING:
-    from jobledger.cli.composition import Shutdown
+    from jobledger.cli.shutdown import Shutdown
 
 DISK_CHECK_SECONDS: Final = 2.0
 """How often a disk that could not be used is tried again."""

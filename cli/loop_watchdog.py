@@ -1,7 +1,7 @@
-"""cli: ends a process whose event loop is blocked for good, so that its supervisor starts it again.
+"""Exit a process whose event loop is blocked, so that its supervisor restarts it.
 
-The usual cause is an inline job that blocks (`time.sleep`, an endless loop). Leases are given up by themselves
-(`jobledger.ledger.mongo.lease`); but the API, the views and the other jobs of this process would stand still for ever.
+The usual cause is an inline job that blocks (`time.sleep`, an endless loop). Leases expire without the event loop
+(`jobledger.ledger.mongo.lease`), but the API, the views and the other jobs of this process would hang forever.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ from typing import Final
 
 import structlog
 
+from jobledger.cli.exit_codes import EXIT_UNAVAILABLE
 from jobledger.ledger.system.loop_progress import LoopProgress
 
 _log = structlog.get_logger()
-EXIT_LOOP_BLOCKED: Final = 4
-_LOOKS: Final = 3
-"""Looks in the time of a lease, as often as the lease is extended."""
-_LEASES: Final = 5
-"""After so many times of a lease others have everything, and a job that blocks for a while has had its chance."""
+EXIT_LOOP_BLOCKED: Final = EXIT_UNAVAILABLE
+_CHECKS_PER_LEASE: Final = 3
+"""As often as the lease is renewed."""
+_LEASES_UNTIL_EXIT: Final = 5
+"""By then other processes have all leases, and a job that blocks for a limited time has had its chance."""
 
 
 @contextmanager
 def watch_event_loop(lease_seconds: float) -> Iterator[None]:
-    """Log the stack of an event loop that is blocked for `lease_seconds`; end the process after five times as long."""
+    """Watch the event loop inside the block.
+
+    If it is blocked for `lease_seconds`, log its stack. If it is blocked for five times as long, exit the process.
+    """
     progress = LoopProgress(min(lease_seconds / 12, 1.0))
     done = threading.Event()
     thread = threading.Thread(target=_watch, args=(progress, lease_seconds, done), name="loop-watch", daemon=True)
@@ -39,14 +43,14 @@ def watch_event_loop(lease_seconds: float) -> Iterator[None]:
 
 
 def _watch(progress: LoopProgress, lease_seconds: float, done: threading.Event) -> None:
-    while not done.wait(lease_seconds / _LOOKS):
+    while not done.wait(lease_seconds / _CHECKS_PER_LEASE):
         missed = progress.count_missed()
-        if missed == _LOOKS:
+        if missed == _CHECKS_PER_LEASE:
             _log.error(
-                "the event loop is blocked: jobs that block belong into a process (isolation = 'process')",
-                seconds=lease_seconds,
+                "event loop blocked; run blocking jobs with isolation = 'process'",
+                timeout_seconds=lease_seconds,
                 stack=progress.format_stack(),
             )
-        elif missed >= _LEASES * _LOOKS:
-            _log.critical("the event loop is still blocked, ending the process", stack=progress.format_stack())
+        elif missed >= _LEASES_UNTIL_EXIT * _CHECKS_PER_LEASE:
+            _log.critical("event loop still blocked, exiting", stack=progress.format_stack())
             os._exit(EXIT_LOOP_BLOCKED)

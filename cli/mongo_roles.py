@@ -1,4 +1,4 @@
-"""cli: the rights in MongoDB that a ledger needs, and no more: `jobledger doctor --role`.
+"""cli: the rights in MongoDB that a ledger needs, and no more: `jobledger mongo-roles`.
 
 A user with the role `jobledger` can add to the log and not change it: of `events` it may read and insert, and the
 server refuses the rest. One with `jobledger-subscriber` can follow the log from another program, and keep its place.

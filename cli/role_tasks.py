@@ -1,4 +1,4 @@
-"""cli: tasks that run beside each other for as long as a process does; none of them may end unnoticed."""
+"""Background tasks of a process. The failure of any of them is reported."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from contextlib import asynccontextmanager
 
 
 def failure_callback(on_failure: Callable[[BaseException], None]) -> Callable[[asyncio.Task[None]], None]:
-    """Return what to call at the end of a task, so that `failed` is told if it was a failure."""
+    """Return a done callback for tasks that calls `on_failure` with the exception of a failed task."""
 
-    def ended(task: asyncio.Task[None]) -> None:
+    def report(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             on_failure(error)
 
-    return ended
+    return report
 
 
 @asynccontextmanager
 async def run_in_background(
     work: Coroutine[None, None, None], on_failure: Callable[[BaseException], None]
 ) -> AsyncIterator[None]:
-    """Run something inside the block; `failed` is told if it fails. Behind the block it is cancelled."""
+    """Run a coroutine inside the block, and cancel it behind. `on_failure` is called with its exception."""
     task = asyncio.create_task(work)
     task.add_done_callback(failure_callback(on_failure))
     try:

@@ -1,7 +1,7 @@
-"""cli: what several commands do: read the settings, find the database, run roles.
+"""Load the settings, find the database server, and run roles.
 
-What takes long to load is loaded where it is needed, here and in the modules of commands: those that only speak HTTP,
-or tell what can be said, should not take a second to begin.
+Heavy modules are imported inside functions, here and in `cli.commands`. Commands that only use HTTP, and `--help`,
+must not take a second to start.
 """
 
 from __future__ import annotations
@@ -11,29 +11,27 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import typer
 
+from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.terminal_text import echo, echo_text
 from jobledger.ledger.domain.errors import ResourceUnavailable
 
 if TYPE_CHECKING:
-    from jobledger.cli.composition import Role, RunningProcess, Shutdown
+    from jobledger.cli.composition import Role, RunningProcess
     from jobledger.cli.settings import Settings
+    from jobledger.cli.shutdown import Shutdown
     from jobledger.ledger.mongo.embedded import EmbeddedServer
 
 _T = TypeVar("_T")
-_START_PAUSES: Final = (0.25, 0.5, 1.0, 2.0, None)
-"""Seconds between the attempts to start while a port or lock is taken: the process that has it may be ending."""
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", envvar="JOBLEDGER_CONFIG", help="The settings. Without it: ./config.yaml.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result for programs.")]
+_START_RETRY_DELAYS: Final = (0.25, 0.5, 1.0, 2.0, None)
+"""Seconds between attempts to start while a port or lock is in use: the process that holds it may be exiting."""
 
 
 def open_any_database_server(settings: Settings) -> AbstractContextManager[str]:
-    """The database of these settings; an embedded one that does not run is started meanwhile."""
+    """Return a context with the URI of the database. An embedded server that does not run is started for the block."""
     from jobledger.ledger.mongo.embedded import attach_or_start
 
     mongodb = settings.mongodb
@@ -43,13 +41,13 @@ def open_any_database_server(settings: Settings) -> AbstractContextManager[str]:
 
 
 def load_settings(config: Path | None) -> Settings:
-    """Return the settings, with logging set up by them; notices go to standard error.
+    """Read the settings, configure logging, and print notices about ignored keys to standard error.
 
     Raises:
-        ConfigurationError: as `read_settings`.
+        ConfigurationError: see `read_settings`.
     """
-    from jobledger.cli.composition import configure_logging
-    from jobledger.cli.settings import read_settings
+    from jobledger.cli.logging_setup import configure_logging
+    from jobledger.cli.settings_file import read_settings
 
     settings, notices = read_settings(config)
     configure_logging(settings.logging)
@@ -59,101 +57,104 @@ def load_settings(config: Path | None) -> Settings:
 
 
 def run_roles(config: Path | None, selected: frozenset[Role] | None = None) -> None:
-    """Run roles until somebody stops the process; without `wanted`, all of them, and the database.
+    """Run roles until the process is stopped.
+
+    Args:
+        config: The settings file.
+        selected: Roles to run. None: all roles, and the embedded server.
 
     Raises:
-        ResourceUnavailable, LedgerUnavailable: something is not usable now, though it was tried for a few seconds.
+        ResourceUnavailable, LedgerUnavailable: a resource could not be used, after several attempts.
     """
-    from jobledger.cli.composition import ALL_ROLES, open_database_server
+    from jobledger.cli.composition import ALL_ROLES
+    from jobledger.cli.database import open_database_server
     from jobledger.workers.child.containment import new_event_loop
 
     settings = load_settings(config)
     with ExitStack() as stack:
-        uri, server = _entered(stack, lambda: open_database_server(settings, start=selected is None))
+        uri, server = _enter_with_retries(stack, lambda: open_database_server(settings, start=selected is None))
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_serve(settings, uri, server, selected or ALL_ROLES))
+            runner.run(_run(settings, uri, server, selected or ALL_ROLES))
 
 
-def _entered(stack: ExitStack, make: Callable[[], AbstractContextManager[_T]]) -> _T:
-    """Enter a context, with a few attempts while a resource is not available."""
-    pauses = iter(_START_PAUSES)
+def _enter_with_retries(stack: ExitStack, make: Callable[[], AbstractContextManager[_T]]) -> _T:
+    delays = iter(_START_RETRY_DELAYS)
     while True:
         try:
             return stack.enter_context(make())
         except ResourceUnavailable as error:
-            time.sleep(_pause_or_raise(next(pauses), error))
+            time.sleep(_delay_or_raise(next(delays), error))
 
 
-def _pause_or_raise(pause: float | None, error: ResourceUnavailable) -> float:
-    if pause is None:
+def _delay_or_raise(delay: float | None, error: ResourceUnavailable) -> float:
+    if delay is None:
         raise error
-    if pause == _START_PAUSES[0]:
-        echo_text(f"not started yet, trying again: {error}", err=True)
-    return pause
+    if delay == _START_RETRY_DELAYS[0]:
+        echo_text(f"not started yet, retrying: {error}", err=True)
+    return delay
 
 
-async def _serve(settings: Settings, uri: str, server: EmbeddedServer | None, wanted: frozenset[Role]) -> None:
-    from jobledger.cli.composition import Shutdown, shutdown_timeout
+async def _run(settings: Settings, uri: str, server: EmbeddedServer | None, selected: frozenset[Role]) -> None:
+    from jobledger.cli.shutdown import Shutdown, shutdown_timeout
 
-    stop = Shutdown(shutdown_timeout(settings, wanted))
-    stop.install_signal_handlers()
+    shutdown = Shutdown(shutdown_timeout(settings, selected))
+    shutdown.install_signal_handlers()
     try:
         async with AsyncExitStack() as stack:
             try:
-                await _run_until_stopped(stack, settings, uri, server, wanted, stop)
+                await _run_until_shutdown(stack, settings, uri, server, selected, shutdown)
             except BaseException as error:
-                stop.request(error)  # the roles end within the limit, whatever made them end
+                shutdown.request(error)  # starts the time limit for stopping the roles
                 raise
     finally:
         if server is not None:
-            stop.cancel_timeout()  # what remains is to stop the database server, which has a time limit of its own
-    if stop.error is not None:
-        raise typer.Exit(1)
+            shutdown.cancel_timeout()  # only the database server is left, and its shutdown has its own time limit
+    if shutdown.error is not None:
+        raise typer.Exit(EXIT_FAILED)
 
 
-async def _run_until_stopped(
+async def _run_until_shutdown(
     stack: AsyncExitStack,
     settings: Settings,
     uri: str,
     server: EmbeddedServer | None,
-    wanted: frozenset[Role],
-    stop: Shutdown,
+    selected: frozenset[Role],
+    shutdown: Shutdown,
 ) -> None:
     from jobledger.cli.embedded_supervisor import supervise_until_shutdown
 
-    running = await _started(stack, settings, uri, wanted, stop)
-    if running is None:
+    process = await _start_with_retries(stack, settings, uri, selected, shutdown)
+    if process is None:
         return
-    if running.url is not None:
-        echo(f"Jobledger answers at {running.url}  (Ctrl-C stops it)")
-        echo(f"Dashboard: {running.url}/monitoring/events")
+    if process.url is not None:
+        echo(f"Jobledger listens on {process.url}  (Ctrl-C stops it)")
+        echo(f"Dashboard: {process.url}/monitoring/events")
     else:
-        echo(f"{' and '.join(sorted(wanted))} at work  (Ctrl-C stops it)")
-    await supervise_until_shutdown(server, stop)
-    echo("Stopping: running jobs may end, the rest is given back …", err=True)
+        echo(f"Running: {', '.join(sorted(selected))}  (Ctrl-C stops it)")
+    await supervise_until_shutdown(server, shutdown)
+    echo("Stopping: waiting for running jobs, then releasing the rest …", err=True)
 
 
-async def _started(
-    stack: AsyncExitStack, settings: Settings, uri: str, wanted: frozenset[Role], stop: Shutdown
+async def _start_with_retries(
+    stack: AsyncExitStack, settings: Settings, uri: str, selected: frozenset[Role], shutdown: Shutdown
 ) -> RunningProcess | None:
-    """Start roles in `stack`, with a few attempts while a resource is not available; None if stopped meanwhile."""
+    """Start roles in `stack`, with retries while a resource is in use. Return None if a shutdown was requested."""
     from jobledger.cli.composition import start_roles
 
     connection = settings.mongodb.make_connection(uri)
-    stopped = asyncio.create_task(stop.wait())
-    pauses = iter(_START_PAUSES)
+    stopped = asyncio.create_task(shutdown.wait())
+    delays = iter(_START_RETRY_DELAYS)
     while not stopped.done():
-        starting = asyncio.create_task(
-            stack.enter_async_context(start_roles(settings, connection, wanted, on_failure=stop.request_after_failure))
-        )
+        roles = start_roles(settings, connection, selected, on_failure=shutdown.request_after_failure)
+        starting = asyncio.create_task(stack.enter_async_context(roles))
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         try:
             if starting.done():
-                running = starting.result()
+                process = starting.result()
                 stopped.cancel()
-                return running
+                return process
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
         except ResourceUnavailable as error:
-            await asyncio.wait({stopped}, timeout=_pause_or_raise(next(pauses), error))
+            await asyncio.wait({stopped}, timeout=_delay_or_raise(next(delays), error))
     return None

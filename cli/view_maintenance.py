@@ -1,17 +1,19 @@
-"""cli: what `jobledger log` and `jobledger replay` do: verify the log, hold the views against it, make them anew."""
+"""What `jobledger log verify` and `jobledger views` do: verify the log, compare views with it, rebuild views."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from jobledger.cli.composition import find_store_marker, tune_garbage_collector
+from jobledger.cli.composition import tune_garbage_collector
+from jobledger.cli.database import find_store_marker
+from jobledger.cli.progress import ProgressCallback
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.files.directory import DirectoryStore
 from jobledger.ledger.files.gridfs import GridFSStore
@@ -27,28 +29,27 @@ if TYPE_CHECKING:
     from jobledger.projections.engine.file_verification import FileVerificationResult
     from jobledger.projections.engine.rebuild import Rebuild
 
-ProgressCallback = Callable[[int, int], None]
-MAX_SHOWN_DIFFERENCES = 100
-"""How many differences are kept to be shown; all are counted."""
+MAX_SHOWN_DIFFERENCES: Final = 100
+"""Number of differences that are kept for output. All are counted."""
 
 
 def parse_digest(text: str) -> tuple[int, bytes]:
-    """Read `POSITION:DIGEST` as `log verify` prints it.
+    """Parse `POSITION:DIGEST` as `log verify` prints it.
 
     Raises:
-        ConfigurationError: it is something else.
+        ConfigurationError: `text` has another form.
     """
-    position, _, digest = text.partition(":")
+    position_text, _, digest_text = text.partition(":")
     try:
-        noted = int(position), bytes.fromhex(digest)
+        position, digest = int(position_text), bytes.fromhex(digest_text)
     except ValueError:
-        noted = 0, b""
-    if not 1 <= noted[0] <= MAX_POSITION or len(noted[1]) != 32:
+        position, digest = 0, b""
+    if not 1 <= position <= MAX_POSITION or len(digest) != 32:
         raise ConfigurationError(
-            f"{text!r} is no note of an earlier verification: expected POSITION:DIGEST as `log verify` prints it, "
+            f"--expected-digest {text!r}: expected POSITION:DIGEST as `log verify` prints it, "
             "a number and 64 hexadecimal digits."
         )
-    return noted
+    return position, digest
 
 
 async def verify_database_log(
@@ -59,16 +60,22 @@ async def verify_database_log(
     expected_digest: tuple[int, bytes] | None,
     on_progress: ProgressCallback,
 ) -> VerificationResult:
-    """Check the log; `told` is told how many events were looked at, and of how many.
+    """Verify the log of a database.
+
+    Args:
+        connection: Connection to the database.
+        after: Start after this position.
+        up_to: Last position. None: the end of the log.
+        expected_digest: Position and digest of an earlier verification.
+        on_progress: Called with the number of verified events and the total.
 
     Raises:
-        LedgerUnavailable: the database failed, or does not answer.
+        LedgerUnavailable: the database failed or does not respond.
     """
     tune_garbage_collector()
     async with connection.client() as client:
-        log = EventStore(client[connection.db_name])
         return await verify_log(
-            log,
+            EventStore(client[connection.db_name]),
             after=after,
             up_to=up_to,
             expected_digest=expected_digest,
@@ -78,7 +85,13 @@ async def verify_database_log(
 
 @dataclass(slots=True)
 class ViewComparison:
-    """What came of holding the views against the log: at which position, and what differs, the first of it shown."""
+    """Result of comparing views with the log.
+
+    Attributes:
+        position: Position in the log at which they were compared.
+        counts: Number of documents that differ, by view.
+        first_differences: The first `MAX_SHOWN_DIFFERENCES` differences.
+    """
 
     position: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -89,6 +102,7 @@ class ViewComparison:
         return self.counts.total()
 
     def add(self, difference: Difference) -> None:
+        """Count a difference, and keep it if it is one of the first."""
         self.counts[difference.view] += 1
         if len(self.first_differences) < MAX_SHOWN_DIFFERENCES:
             self.first_differences.append(difference)
@@ -97,73 +111,31 @@ class ViewComparison:
 async def compare_views(
     connection: Connection, names: Collection[str] | None = None, *, on_progress: ProgressCallback
 ) -> ViewComparison:
-    """Fold the log anew and compare the views with that.
+    """Build views from the log in their shadow slots, and compare the active views with them.
+
+    Args:
+        connection: Connection to the database.
+        names: Views to compare. None: all.
+        on_progress: Called with the number of applied events and the total.
 
     Raises:
+        ConfigurationError: a name is not that of a view.
         NotComparable: they cannot be compared now; the message says why.
         LedgerUnavailable: the database failed.
     """
-    found = ViewComparison()
-    async with _rebuilding(connection) as rebuild:
-        found.position = await rebuild.compare(_views(names), on_progress=on_progress, on_difference=found.add)
-    return found
-
-
-async def verify_result_files(
-    settings: Settings, connection: Connection, *, on_progress: ProgressCallback
-) -> FileVerificationResult:
-    """Compare the files in `results.store` with the digests on record.
-
-    Raises:
-        ConfigurationError: the store cannot be opened.
-        LedgerUnavailable: the database failed.
-    """
-    from jobledger.projections.engine.file_verification import verify_files
-    from jobledger.projections.engine.rebuild import load_checkpoint
-    from jobledger.projections.slots import Views
-
-    async with connection.client() as client:
-        db = client[connection.db_name]
-        store: FileStore = GridFSStore(db)
-        if isinstance(root := settings.results.store, Path):
-            store = DirectoryStore(root, marker=await find_store_marker(root, db))
-        return await verify_files(Views(db, (await load_checkpoint(db)).get("slots")), store, on_progress=on_progress)
-
-
-def _files(number: int) -> str:
-    return "1 result file" if number == 1 else f"{number:,} result files"
-
-
-def format_file_verification(found: FileVerificationResult) -> list[str]:
-    """Return what came of comparing the files, in lines for people."""
-    rest = f"{found.orphans} files in the store ({found.orphan_bytes:,} bytes) belong to no result."
-    if found.is_ok:
-        lines = [f"{_files(found.files)} checked: the content is what was stored."]
-    else:
-        lines = [f"{_files(found.files)} checked: {found.missing} missing, {found.changed} changed."]
-        lines += [f"  {problem.path}: {problem.message}" for problem in found.problems]
-        if (more := found.missing + found.changed - len(found.problems)) > 0:
-            lines.append(f"  … and {more} more")
-    return [*lines, *([rest] if found.orphans else [])]
-
-
-def file_verification_to_json(found: FileVerificationResult) -> dict[str, object]:
-    """Return what came of comparing the files, for programs."""
-    return {
-        "files": found.files,
-        "missing": found.missing,
-        "changed": found.changed,
-        "orphans": found.orphans,
-        "orphan_bytes": found.orphan_bytes,
-        "problems": [problem._asdict() for problem in found.problems],
-    }
+    comparison = ViewComparison()
+    async with _open_rebuild(connection) as rebuild:
+        comparison.position = await rebuild.compare(
+            _view_names(names), on_progress=on_progress, on_difference=comparison.add
+        )
+    return comparison
 
 
 async def compare_views_if_built(connection: Connection, *, on_progress: ProgressCallback) -> ViewComparison | None:
-    """Compare all views as `compared` does; None, and nothing is touched, where no projector has made any."""
-    async with connection.client() as client:
-        from jobledger.projections.engine.rebuild import load_checkpoint
+    """Compare all views. Return None, and write nothing, if no projector has built views yet."""
+    from jobledger.projections.engine.rebuild import load_checkpoint
 
+    async with connection.client() as client:
         if not (await load_checkpoint(client[connection.db_name]))["position"]:
             return None
     return await compare_views(connection, on_progress=on_progress)
@@ -172,37 +144,43 @@ async def compare_views_if_built(connection: Connection, *, on_progress: Progres
 async def rebuild_views(
     connection: Connection, names: Collection[str] | None = None, *, on_progress: ProgressCallback
 ) -> int:
-    """Make the views anew and put them in the place of the live ones; return at which position.
+    """Rebuild views in their shadow slots, then switch over. Return the position at which it switched.
+
+    Args:
+        connection: Connection to the database.
+        names: Views to rebuild. None: all.
+        on_progress: Called with the number of applied events and the total.
 
     Raises:
-        DatabaseUnsuitable: only all of them can be replaced.
+        ConfigurationError: a name is not that of a view.
+        DatabaseUnsuitable: only all views together can be rebuilt.
         LedgerUnavailable: the database failed.
     """
-    async with _rebuilding(connection) as rebuild:
-        return await rebuild.run(_views(names), on_progress=on_progress)
+    async with _open_rebuild(connection) as rebuild:
+        return await rebuild.run(_view_names(names), on_progress=on_progress)
 
 
 async def clear_shadow_views(connection: Connection) -> None:
-    """Empty what a rebuild has left behind, as a projector does some time later.
+    """Delete the documents that a rebuild has left in shadow slots. A projector does the same some time later.
 
     Raises:
         LedgerUnavailable: the database failed.
     """
-    async with _rebuilding(connection) as rebuild:
+    async with _open_rebuild(connection) as rebuild:
         await rebuild.clear_shadow()
 
 
-def _views(names: Collection[str] | None) -> Collection[str]:
+def _view_names(names: Collection[str] | None) -> Collection[str]:
     from jobledger.projections.engine.rebuild import VIEW_NAMES
 
     for name in names or ():
         if name not in VIEW_NAMES:
-            raise ConfigurationError(f"--view {name}: there is no such view; there are {', '.join(VIEW_NAMES)}")
+            raise ConfigurationError(f"--view {name}: unknown view. Views: {', '.join(VIEW_NAMES)}.")
     return names or VIEW_NAMES
 
 
 @asynccontextmanager
-async def _rebuilding(connection: Connection) -> AsyncIterator[Rebuild]:
+async def _open_rebuild(connection: Connection) -> AsyncIterator[Rebuild]:
     from jobledger.projections.engine.checkpoint import Checkpoint
     from jobledger.projections.engine.projector import Projector
     from jobledger.projections.engine.rebuild import Rebuild
@@ -223,73 +201,129 @@ async def _rebuilding(connection: Connection) -> AsyncIterator[Rebuild]:
                 await log.aclose()
 
 
-def format_verification(verdict: VerificationResult) -> list[str]:
-    """Return what came out, in lines for people."""
-    if verdict.problem is not None:
-        wrong = f"The log is not what was written. First wrong: {verdict.problem}."
-        return [wrong, f"{verdict.events} events before it are."]
-    if not verdict.events and not verdict.last_reserved_position:
+async def verify_result_files(
+    settings: Settings, connection: Connection, *, on_progress: ProgressCallback
+) -> FileVerificationResult:
+    """Compare the files in `results.store` with the recorded digests.
+
+    Raises:
+        ConfigurationError: the store cannot be opened.
+        LedgerUnavailable: the database failed.
+    """
+    from jobledger.projections.engine.file_verification import verify_files
+    from jobledger.projections.engine.rebuild import load_checkpoint
+    from jobledger.projections.slots import Views
+
+    async with connection.client() as client:
+        db = client[connection.db_name]
+        store: FileStore = GridFSStore(db)
+        if isinstance(root := settings.results.store, Path):
+            store = DirectoryStore(root, marker=await find_store_marker(root, db))
+        return await verify_files(Views(db, (await load_checkpoint(db)).get("slots")), store, on_progress=on_progress)
+
+
+def format_verification(result: VerificationResult) -> list[str]:
+    """Return the result of a verification as lines of text."""
+    if result.problem is not None:
+        return [f"The log is damaged. First error: {result.problem}.", f"{result.events} events before it are intact."]
+    if not result.events and not result.last_reserved_position:
         return ["There are no events to verify."]
     lines = [
-        f"{verdict.events} events up to position {verdict.position} are what was written "
-        f"({verdict.voided} of them void positions)."
+        f"{result.events} events up to position {result.position} are intact "
+        f"({result.voided} of them voided positions)."
     ]
-    if verdict.last_reserved_position:
+    if result.last_reserved_position:
         lines.append(
-            f"note: positions up to {verdict.last_reserved_position} were handed out to writers, and the log ends at "
-            f"{verdict.position}. Either these writers died, or events at the end were removed."
+            f"note: positions up to {result.last_reserved_position} were allocated to writers, but the log ends at "
+            f"{result.position}. Either these writers crashed, or events at the end were removed."
         )
-    note = format_digest(verdict)
-    return lines if note is None else [*lines, f"To prove later that they still are, note: {note}"]
+    digest = format_digest(result)
+    return lines if digest is None else [*lines, f"Digest, for `log verify --expected-digest`: {digest}"]
 
 
-def format_digest(verdict: VerificationResult) -> str | None:
-    """Return the digest to keep for a later `--expected-digest`; None unless all events were checked and are right."""
-    if verdict.digest is None or verdict.problem is not None or not verdict.events:
+def format_digest(result: VerificationResult) -> str | None:
+    """Return the value for `--expected-digest` of a later verification, if the log is intact from its beginning."""
+    if result.digest is None or result.problem is not None or not result.events:
         return None
-    return f"{verdict.position}:{verdict.digest.hex()}"
+    return f"{result.position}:{result.digest.hex()}"
 
 
-def format_comparison(found: ViewComparison) -> list[str]:
-    """Return what came of comparing the views, in lines for people."""
-    if not found.difference_count:
-        return [f"The views say what the log says up to position {found.position}."]
-    counts = ", ".join(f"{number} in {view}" for view, number in found.counts.items())
-    lines = [f"The views do not say what the log says: {found.difference_count} documents differ ({counts})."]
-    lines += [f"  {difference}" for difference in found.first_differences]
-    if found.difference_count > len(found.first_differences):
-        lines.append(f"  … and {found.difference_count - len(found.first_differences)} more")
-    return [*lines, "`jobledger replay` makes the views anew from the log."]
+def format_comparison(comparison: ViewComparison) -> list[str]:
+    """Return the result of a comparison as lines of text."""
+    if not comparison.difference_count:
+        return [f"The views match the log up to position {comparison.position}."]
+    counts = ", ".join(f"{count} in {view}" for view, count in comparison.counts.items())
+    lines = [f"The views do not match the log: {comparison.difference_count} documents differ ({counts})."]
+    lines += [f"  {difference}" for difference in comparison.first_differences]
+    if comparison.difference_count > len(comparison.first_differences):
+        lines.append(f"  … and {comparison.difference_count - len(comparison.first_differences)} more")
+    return [*lines, "Run `jobledger views rebuild` to rebuild the views from the log."]
 
 
-def comparison_to_json(found: ViewComparison) -> dict[str, object]:
-    """Return what came of comparing the views, for programs: the first differences whole, all of them counted."""
-    shown = [
-        {
-            "view": it.view,
-            "key": it.key,
-            "fields": it.fields,
-            "live": it.actual is not None,
-            "log": it.expected is not None,
-        }
-        for it in found.first_differences
-    ]
-    return {"position": found.position, "differences": found.difference_count, "by_view": found.counts, "shown": shown}
+def format_file_verification(result: FileVerificationResult) -> list[str]:
+    """Return the result of comparing result files as lines of text."""
+    count = "1 result file" if result.files == 1 else f"{result.files:,} result files"
+    if result.is_ok:
+        lines = [f"{count} checked: all are intact."]
+    else:
+        lines = [f"{count} checked: {result.missing} missing, {result.changed} changed."]
+        lines += [f"  {problem.path}: {problem.message}" for problem in result.problems]
+        if (more := result.missing + result.changed - len(result.problems)) > 0:
+            lines.append(f"  … and {more} more")
+    if result.orphans:
+        lines.append(f"{result.orphans} files in the store ({result.orphan_bytes:,} bytes) belong to no result.")
+    return lines
+
+
+def comparison_to_json(comparison: ViewComparison) -> dict[str, object]:
+    """Return the result of a comparison for JSON output."""
+    return {
+        "position": comparison.position,
+        "differences": comparison.difference_count,
+        "by_view": comparison.counts,
+        "first_differences": [
+            {
+                "view": difference.view,
+                "key": difference.key,
+                "fields": difference.fields,
+                "in_view": difference.actual is not None,
+                "in_log": difference.expected is not None,
+            }
+            for difference in comparison.first_differences
+        ],
+    }
+
+
+def file_verification_to_json(result: FileVerificationResult) -> dict[str, object]:
+    """Return the result of comparing result files for JSON output."""
+    return {
+        "files": result.files,
+        "missing": result.missing,
+        "changed": result.changed,
+        "orphaned": result.orphans,
+        "orphaned_bytes": result.orphan_bytes,
+        "problems": [problem._asdict() for problem in result.problems],
+    }
 
 
 def verification_to_json(
-    verdict: VerificationResult, views: ViewComparison | None = None, files: FileVerificationResult | None = None
+    result: VerificationResult, views: ViewComparison | None = None, files: FileVerificationResult | None = None
 ) -> dict[str, object]:
-    """Return what came out, for programs."""
-    wrong = verdict.problem
+    """Return the result of a verification for JSON output."""
+    problem = result.problem
     return {
-        "events": verdict.events,
-        "voided": verdict.voided,
-        "position": verdict.position,
-        "digest": format_digest(verdict),
-        "handed_out": verdict.last_reserved_position or None,
-        "wrong": wrong
-        and {"position": wrong.position, "stream": wrong.stream, "version": wrong.version, "what": wrong.description},
+        "events": result.events,
+        "voided_positions": result.voided,
+        "position": result.position,
+        "digest": format_digest(result),
+        "last_allocated_position": result.last_reserved_position or None,
+        "first_error": problem
+        and {
+            "position": problem.position,
+            "stream": problem.stream,
+            "version": problem.version,
+            "message": problem.description,
+        },
         "views": None if views is None else comparison_to_json(views),
         "files": None if files is None else file_verification_to_json(files),
     }

@@ -15,7 +15,9 @@ import typer
 import yaml
 
 from jobledger.cli import main
-from jobledger.cli.settings import Settings, read_settings
+from jobledger.cli.exit_codes import EXIT_USAGE
+from jobledger.cli.settings import Settings
+from jobledger.cli.settings_file import read_settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
@@ -86,7 +88,7 @@ def test_the_settings_that_go_with_the_units_keep_files_where_these_may_write(tm
 def test_a_unit_is_started_again_over_anything_but_a_wrong_setting() -> None:
     for unit in UNITS:
         text = unit.read_text(encoding="utf-8")
-        assert f"\nRestartPreventExitStatus={main.EXIT_USAGE}\n" in text
+        assert f"\nRestartPreventExitStatus={EXIT_USAGE}\n" in text
         assert "\nStartLimitIntervalSec=0\n" in text
 
 

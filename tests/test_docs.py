@@ -24,7 +24,7 @@ import yaml
 from pymongo import MongoClient
 
 from jobledger.cli import main
-from jobledger.cli.settings import read_settings
+from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.domain.commands import ClaimJob, CompleteJob
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.mongo.embedded import find_mongod
@@ -220,7 +220,7 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
     settings = yaml.safe_load(allow)
     settings["webhooks"] |= {"allowed_private_hosts": ["127.0.0.1"], "echo_enabled": True, "retry_delays_seconds": [0]}
     with reader(mongodb_uri, db_name, tmp_path, settings) as installation:
-        for role in ("projector", "worker", "webhooks", "api"):
+        for role in ("projector", "worker", "webhook-sender", "api"):
             installation.start(role).wait_until_ready()
         sink = f"{installation.commands[-1].url}/api/events/test-webhook-callback"
         answer = json.loads(typed(installation, submit.replace("https://cms.example.org/hooks/jobledger", sink)))
@@ -242,8 +242,8 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
         shown = typed(
             installation, listed, one.replace("delivery-job-679f3d0c8f1b2a0001000000-9", delivery["delivery_id"])
         )
-        assert shown == "There are none.\n1 to be sent again.\n"
-        assert typed(installation, many) == "0 to be sent again.\n"
+        assert shown == "No webhook deliveries match these filters.\nScheduled 1 webhooks for redelivery.\n"
+        assert typed(installation, many) == "Scheduled 0 webhooks for redelivery.\n"
         gap = typed(installation, missed.replace("0f6c1a", delivery["endpoint_id"]).replace("=11", "=0"))
         assert json.loads(gap)["deliveries"][0]["delivery_id"] == delivery["delivery_id"]
         tried = typed(installation, f"jobledger webhooks test {sink} --header 'X-Key: 1'")
@@ -252,7 +252,7 @@ def test_webhooks_are_sent_seen_and_sent_again_as_the_how_to_says(
         assert (in_vain.exit_code, "refused the connection" in in_vain.out) == (1, True)
         which = installation.run("webhooks", "redeliver")
         assert (which.exit_code, "--status abandoned" in which.err) == (2, True)
-        assert typed(installation, "jobledger webhooks secret").startswith("whsec_")
+        assert typed(installation, "jobledger webhooks generate-secret").startswith("whsec_")
         said = typed(installation, secrets.replace("0f6c1a2b3c4d5e6f70818283", endpoint["endpoint_id"]))
         assert sink in said
         assert "whsec_" in said.replace(endpoint["secret"], ""), "the rotation shows a new secret"
@@ -295,7 +295,7 @@ def test_a_job_type_of_ones_own_is_made_as_the_how_to_says(mongodb_uri: str, db_
         said = typed(installation, submit.replace("http://127.0.0.1:8000/", site.url("/")))
         assert "completed" in said
         wrong = installation.run(
-            *("submit", "-", "--job-type", "wordcount"), stdin='{"uri": 1}', JOBLEDGER_URL=installation.commands[-1].url
+            *("submit", "-", "--type", "wordcount"), stdin='{"uri": 1}', JOBLEDGER_URL=installation.commands[-1].url
         )
         assert wrong.exit_code != 0
         assert "url" in wrong.err
@@ -347,14 +347,14 @@ def test_the_log_is_followed_told_proved_and_replayed_as_the_how_to_says(
         assert "JobCompleted" in typed(installation, follow)
         assert "status processing → completed" in typed(installation, job, show)
         said = typed(installation, verify)
-        assert "are what was written" in said
-        assert "The views say what the log says" in said
-        assert "checked: the content is what was stored" in typed(installation, verify_files)
+        assert "are intact" in said
+        assert "The views match the log" in said
+        assert "checked: all are intact" in typed(installation, verify_files)
         said = typed(installation, replay)
-        assert "The views say what the log says" in said
+        assert "The views match the log" in said
         assert "all views" in said
-        assert "in their place: statistics" in said
-        assert '"changed"' in typed(installation, back)
+        assert "Rebuilt statistics" in said
+        assert '"changes"' in typed(installation, back)
 
 
 def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, db_name: str, tmp_path: Path) -> None:
@@ -374,8 +374,8 @@ def test_the_log_is_exported_and_imported_as_the_how_to_says(mongodb_uri: str, d
         finally:
             with MongoClient[dict[str, Any]](mongodb_uri) as client:
                 client.drop_database(f"{db_name}-r")
-    assert f"has {made['to']} events now" in said
-    assert "The views say what the log says" in said
+    assert f"Imported and verified {made['to']} events" in said
+    assert "The views match the log" in said
 
 
 def test_a_copied_directory_is_a_complete_installation_as_the_how_to_says(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_three_servers_become_a_replica_set_whose_rights_are_given_as_the_how_to
             said = subprocess.run([COMMAND, "doctor", "--config", config], capture_output=True, text=True, check=True)
             assert "replica set rs0 with 3 members" in said.stdout
             assert "transactionLifetimeLimitSeconds" not in said.stdout, "the how-to has it set"
-            role = subprocess.run([COMMAND, "doctor", "--config", config, "--role"], capture_output=True, check=True)
+            role = subprocess.run([COMMAND, "mongo-roles", "--config", config], capture_output=True, check=True)
             pasted = role.stdout.decode().replace("passwordPrompt()", '"secret"')
             mongosh(ports[0], pasted)
             created = first["event_processing"].command("usersInfo", "jobledger")["users"]
@@ -557,5 +557,5 @@ def test_the_tutorial_is_what_happens(tmp_path: Path) -> None:
     assert "3 jobs accepted" in ended.stdout
     assert ended.stdout.count("JobLeaseExpired") == 1
     assert ended.stdout.count("JobClaimed attempt 2") == 1
-    assert "are what was written" in ended.stdout
-    assert "The views say what the log says" in ended.stdout
+    assert "are intact" in ended.stdout
+    assert "The views match the log" in ended.stdout

@@ -37,7 +37,7 @@ class Watch(monitoring.CommandListener):
 
 watch = Watch()
 monitoring.register(watch)
-from jobledger.cli.settings import read_settings
+from jobledger.cli.settings_file import read_settings
 from jobledger.cli.composition import start_roles
 
 async def main(seconds, wanted):

@@ -38,7 +38,8 @@ from jobledger.ledger.domain.commands import (
     ResumeBatch,
     Unarchive,
 )
-from jobledger.ledger.domain.events import TERMINAL_STATUSES, AccessControl, EventMetadata, JobStatus, RecordedEvent
+from jobledger.ledger.domain.events import AccessControl, EventMetadata, RecordedEvent
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES, JobStatus
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command
 

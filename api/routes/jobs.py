@@ -67,8 +67,9 @@ from jobledger.ledger.domain.commands import (
     UpdateJob,
 )
 from jobledger.ledger.domain.errors import AlreadyExists, CommandRejected, InvalidState
-from jobledger.ledger.domain.events import TERMINAL_STATUSES, AccessControl, EventMetadata, RecordedEvent
+from jobledger.ledger.domain.events import AccessControl, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.job import Job
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document
 from jobledger.ledger.store.command_handler import StreamState, handle_command, load_stream_state, new_job_id
 from jobledger.ledger.store.endpoint_secrets import RevealedSecret, reveal_new_secrets

@@ -20,14 +20,8 @@ from pydantic import (
 
 from jobledger.api.context import MAX_PAGE_SIZE
 from jobledger.ledger.domain import limits
-from jobledger.ledger.domain.delivery import DeliveryStatus
-from jobledger.ledger.domain.events import (
-    AccessControl,
-    BatchStatus,
-    JobStatus,
-    WebhookEventType,
-    truncate_to_milliseconds,
-)
+from jobledger.ledger.domain.events import AccessControl, WebhookEventType, truncate_to_milliseconds
+from jobledger.ledger.domain.statuses import BatchStatus, DeliveryStatus, JobStatus, RestartScope
 from jobledger.ledger.domain.timestamps import EXAMPLE_TIMESTAMP, parse_timestamp
 from jobledger.ledger.domain.webhook_headers import find_header_problem
 from jobledger.ledger.net.webhook_signature import decode_secret
@@ -186,7 +180,7 @@ class JobRestartBody(ReasonBody):
 class BatchRestartBody(JobRestartBody):
     """Which of a batch's jobs: those that ended so, or all that have ended."""
 
-    only: Literal["failed", "cancelled", "completed", "all"] = "failed"
+    only: RestartScope = "failed"
 
 
 class JobUpdateBody(_Body):

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from jobledger.ledger.domain.events import AccessControl, BatchStatus, Failure, JobResults, JobStatus, LogEntry
+from jobledger.ledger.domain.events import AccessControl, Failure, JobResults, LogEntry
+from jobledger.ledger.domain.statuses import BatchStatus, JobStatus
 
 
 class FieldError(BaseModel):

@@ -7,8 +7,8 @@ from datetime import datetime
 from pydantic import BaseModel, Field
 
 from jobledger.api.schemas.responses import ListResponse, PartialDocument, SuccessResponse
-from jobledger.ledger.domain.delivery import DeliveryStatus
 from jobledger.ledger.domain.events import Failure, WebhookEventType
+from jobledger.ledger.domain.statuses import DeliveryStatus
 
 
 class DeliveryAttempt(BaseModel):

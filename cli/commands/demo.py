@@ -15,8 +15,10 @@ from rich.text import Text
 
 from jobledger.cli.api_client import open_client
 from jobledger.cli.commands.submit import follow_batch, submit_batch
-from jobledger.cli.composition import ALL_ROLES, Shutdown, shutdown_timeout, start_roles
-from jobledger.cli.settings import Settings, read_settings
+from jobledger.cli.composition import ALL_ROLES, start_roles
+from jobledger.cli.settings import Settings
+from jobledger.cli.settings_file import read_settings
+from jobledger.cli.shutdown import Shutdown, shutdown_timeout
 from jobledger.cli.terminal_text import SafeConsole, escape_line
 from jobledger.ledger.domain.errors import ConfigurationError, LedgerUnavailable
 from jobledger.ledger.mongo.connection import Connection

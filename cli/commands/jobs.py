@@ -1,4 +1,4 @@
-"""cli: `jobledger jobs …`: how jobs stand, and what is done about them, over HTTP."""
+"""`jobledger jobs …`: list, inspect, cancel and restart jobs over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 import typer
 from rich.text import Text
 
-from jobledger.cli.api_client import DEFAULT_URL, UrlOption, without_none
+from jobledger.cli.api_client import without_none
 from jobledger.cli.commands.resource_commands import (
     STATUS_STYLES,
     ArchivedOption,
@@ -29,7 +29,6 @@ from jobledger.cli.commands.resource_commands import (
     format_iso_timestamp,
     list_query,
     parse_id,
-    parse_time_option,
     print_details,
     print_json,
     print_list,
@@ -37,33 +36,34 @@ from jobledger.cli.commands.resource_commands import (
     run_action,
 )
 from jobledger.cli.formatting import format_duration
-from jobledger.cli.runtime import JsonOption
+from jobledger.cli.options import DEFAULT_URL, JsonOption, UrlOption, parse_time_option
 from jobledger.cli.terminal_text import escape_line
 from jobledger.ledger.domain.errors import ConfigurationError
+from jobledger.ledger.domain.statuses import JobStatus
 
-app = typer.Typer(help="Jobs: how they stand, and what is done about them, over HTTP.", no_args_is_help=True)
+app = typer.Typer(help="List, inspect, cancel and restart jobs", no_args_is_help=True)
 JOBS_PATH: Final = "/api/events/jobs"
 _LOG_LINES: Final = 10
-_NOT_IN_LIST: Final = "too large for a list, see `jobs show`"
-JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Which jobs.")]
+_OMITTED: Final = "too large for a list, see `jobs show`"
+JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Job IDs")]
 
 
 @app.command("list")
 def list_jobs(
-    status: Annotated[
-        str | None, typer.Option(help="pending, processing, completed, failed, cancelled.", show_default=False)
-    ] = None,
-    batch: Annotated[str | None, typer.Option("--batch", help="Those of this batch.")] = None,
+    status: Annotated[JobStatus | None, typer.Option(help="Only with this status", show_default=False)] = None,
+    batch: Annotated[str | None, typer.Option("--batch", help="Only of this batch")] = None,
     user: UserOption = None,
-    track: Annotated[str | None, typer.Option(help="Those of this track.")] = None,
-    event: Annotated[str | None, typer.Option(help="Those of this event.")] = None,
-    day: Annotated[str | None, typer.Option(help="Those of this day.")] = None,
-    job_type: Annotated[str | None, typer.Option("--type", help="Those of this type.")] = None,
-    error: Annotated[str | None, typer.Option("--error", help="Those with this error code, such as TIMEOUT.")] = None,
-    after: Annotated[
-        str | None, typer.Option("--after", help="Submitted after this time, such as 2026-02-01T09:30:00Z.")
+    track: Annotated[str | None, typer.Option(help="Only of this track")] = None,
+    event: Annotated[str | None, typer.Option(help="Only of this event")] = None,
+    day: Annotated[str | None, typer.Option(help="Only of this day")] = None,
+    job_type: Annotated[str | None, typer.Option("--type", help="Only of this job type")] = None,
+    error: Annotated[str | None, typer.Option("--error", help="Only with this error code, e.g. TIMEOUT")] = None,
+    created_after: Annotated[
+        str | None, typer.Option("--created-after", help="Only submitted after this time, e.g. 2026-02-01T09:30:00Z")
     ] = None,
-    before: Annotated[str | None, typer.Option("--before", help="Submitted before this time.")] = None,
+    created_before: Annotated[
+        str | None, typer.Option("--created-before", help="Only submitted before this time")
+    ] = None,
     search: SearchOption = None,
     archived: ArchivedOption = None,
     oldest_first: OldestFirstOption = False,
@@ -72,42 +72,51 @@ def list_jobs(
     ids: IdsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show jobs and how they stand, those that fit all of the options."""
+    """List jobs
+
+    Filters are combined.
+    """
     query = {
         **list_query(user, search, archived, oldest_first=oldest_first),
-        **{"status": status, "batch_id": batch, "track": track, "event": event, "day": day, "job_type": job_type},
-        **{
-            "error_code": error,
-            "created_after": parse_time_option(after, "--after"),
-            "created_before": parse_time_option(before, "--before"),
-        },
+        "status": status,
+        "batch_id": batch,
+        "track": track,
+        "event": event,
+        "day": day,
+        "job_type": job_type,
+        "error_code": error,
+        "created_after": parse_time_option(created_after, "--created-after"),
+        "created_before": parse_time_option(created_before, "--created-before"),
     }
-    found, total = asyncio.run(fetch_list(url, JOBS_PATH, "jobs", query, limit))
-    print_list(found, total, _job_rows, ids="job_id" if ids else None, as_json=as_json)
+    jobs, total = asyncio.run(fetch_list(url, JOBS_PATH, "jobs", query, limit))
+    print_list(jobs, total, _job_rows, plural="jobs", id_field="job_id" if ids else None, as_json=as_json)
 
 
 @app.command("show")
 def show_job(
-    job_id: Annotated[str, typer.Argument(metavar="ID", help="Which job.")],
+    job_id: Annotated[str, typer.Argument(metavar="ID", help="Job ID")],
     as_of: AsOfOption = None,
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell how a job stands: where it is, what went wrong, what it said last, what came out.
+    """Show a job's status, error, recent log and results
 
-    `jobledger log show` tells its whole story, event by event, from the database.
+    `jobledger log history` shows its events.
     """
     job = asyncio.run(fetch_one(url, JOBS_PATH, "job", _job_id(job_id), as_of))
     if as_json:
         print_json(job)
     else:
-        print_details(f"{job['job_id']}  ", _job_status(job), _job_facts(job, url))
+        print_details(f"{job['job_id']}  ", _job_status(job), _job_details(job, url))
 
 
 @app.command("cancel")
 def cancel(ids: JobIds, reason: ReasonOption = None, url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
-    """Cancel jobs. One that waits is not started; one that runs is stopped within seconds."""
-    _act_on(url, ids, "cancel", without_none({"reason": reason}), as_json=as_json)
+    """Cancel jobs
+
+    Pending jobs do not start. Running jobs stop within seconds.
+    """
+    _run(url, ids, "cancel", without_none({"reason": reason}), as_json=as_json)
 
 
 @app.command("restart")
@@ -118,27 +127,30 @@ def restart(
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Do jobs again that have ended. What they had finished is not repeated."""
-    _act_on(url, ids, "restart", restart_body(reason, from_scratch=from_scratch), as_json=as_json)
+    """Restart finished jobs
+
+    Completed steps are reused.
+    """
+    _run(url, ids, "restart", restart_body(reason, from_scratch=from_scratch), as_json=as_json)
 
 
-def _act_on(url: str, ids: Sequence[str], action: str, body: Document, *, as_json: bool) -> None:
+def _run(url: str, ids: Sequence[str], action: str, body: Document, *, as_json: bool) -> None:
     job_ids = [_job_id(job_id) for job_id in ids]
 
-    def told(answer: Document) -> Text:
-        return Text.assemble(answer["job_id"], " is ", _job_status(answer["job"]))
+    def format_result(result: Document) -> Text:
+        return Text.assemble(result["job_id"], " is ", _job_status(result["job"]))
 
-    run_action(url, JOBS_PATH, job_ids, action, body, ("job_id", "job"), told, as_json=as_json)
+    run_action(url, JOBS_PATH, job_ids, action, body, ("job_id", "job"), format_result, as_json=as_json)
 
 
 def _job_id(text: str) -> str:
     if text.startswith("batch-"):
-        raise ConfigurationError(f"{text} is a batch: `jobledger batches …` knows it.")
+        raise ConfigurationError(f"{text} is a batch ID: use `jobledger batches`.")
     return parse_id(text, "job")
 
 
 def _job_rows(jobs: Sequence[Document]) -> Iterator[Sequence[str | Text]]:
-    yield ("job", "status", "submitted", "name", "how it stands")
+    yield ("JOB", "STATUS", "SUBMITTED", "NAME", "DETAIL")
     for job in jobs:
         yield (
             job["job_id"],
@@ -152,42 +164,43 @@ def _job_rows(jobs: Sequence[Document]) -> Iterator[Sequence[str | Text]]:
 def _job_status(job: Mapping[str, Any]) -> Text:
     text = Text(job["status"], style=STATUS_STYLES.get(job["status"], ""))
     if job["cancel_requested"] and job["status"] == "processing":
-        return text.append(", to be cancelled", style="yellow")
+        return text.append(", cancelling", style="yellow")
     return text.append(", paused", style="yellow") if job.get("paused") else text
 
 
 def _status_detail(job: Mapping[str, Any]) -> str:
-    """Return in a few words what one wants to know of a job with this status."""
+    """Return what matters most for a job with this status: progress, files, error, or start time."""
     match job["status"]:
         case "processing":
             progress = job["progress"]
             return escape_line(f"{progress['percent']:.0f} % {progress['step']} {progress['message']}").strip()
         case "completed":
-            return _NOT_IN_LIST if _is_omitted(job, "results") else f"{len(job['results']['files'])} files"
+            return _OMITTED if _is_omitted(job, "results") else f"{len(job['results']['files'])} files"
         case "pending" if job["due_at"]:
-            return f"not before {format_iso_timestamp(job['due_at'])}{_error_suffix(job)}"
+            error = _format_error(job)
+            return f"not before {format_iso_timestamp(job['due_at'])}{': ' if error else ''}{error}"
         case "failed" | "pending":
-            return _error_suffix(job).removeprefix(": ")
+            return _format_error(job)
         case _:
             return ""
 
 
 def _is_omitted(job: Mapping[str, Any], field: str) -> bool:
-    """Return whether a list left out a field because it is large: it is empty in the answer then."""
+    """Return whether a list omitted a large field. The field is empty then."""
     return field in job.get("omitted", ())
 
 
-def _error_suffix(job: Mapping[str, Any]) -> str:
+def _format_error(job: Mapping[str, Any]) -> str:
     if _is_omitted(job, "error"):
-        return f": {_NOT_IN_LIST}"
+        return _OMITTED
     error = job["error"]
-    return f": {error['code']}: {escape_line(error['message'])}" if error else ""
+    return f"{error['code']}: {escape_line(error['message'])}" if error else ""
 
 
-def _job_facts(job: Mapping[str, Any], url: str) -> Iterator[tuple[str, str]]:
+def _job_details(job: Mapping[str, Any], url: str) -> Iterator[tuple[str, str]]:
     yield "name", _display_name(job)
     yield "type", job["job_type"]
-    yield "of", escape_line(job["user_id"])
+    yield "owner", escape_line(job["user_id"])
     if job["batch_id"]:
         yield "batch", job["batch_id"]
     yield "submitted", format_iso_timestamp(job["created_at"])
@@ -196,23 +209,21 @@ def _job_facts(job: Mapping[str, Any], url: str) -> Iterator[tuple[str, str]]:
     if job["started_at"]:
         yield "started", format_iso_timestamp(job["started_at"])
     if job["completed_at"]:
-        yield (
-            "ended",
-            f"{format_iso_timestamp(job['completed_at'])}{format_elapsed(job['started_at'], job['completed_at'])}",
-        )
-    by = f", by {escape_line(job['worker_id'])}" if job["worker_id"] else ""
-    yield "attempt", f"{job['attempt']}{by}"
+        elapsed = format_elapsed(job["started_at"], job["completed_at"])
+        yield "finished", f"{format_iso_timestamp(job['completed_at'])}{elapsed}"
+    worker = f" on {escape_line(job['worker_id'])}" if job["worker_id"] else ""
+    yield "attempt", f"{job['attempt']}{worker}"
     if job["retries"]:
-        yield "repeated", f"{job['retries']} times"
+        yield "retries", str(job["retries"])
     if job["status"] == "processing":
         yield "progress", _status_detail(job)
     if job["error"]:
-        yield "error", _error_suffix(job).removeprefix(": ")
+        yield "error", _format_error(job)
     for step in job["steps"]:
-        reused = f", taken from {step['reused_from']}" if step["reused_from"] else ""
+        reused = f", reused from {step['reused_from']}" if step["reused_from"] else ""
         yield "step", f"{escape_line(step['step'])} in {format_duration(step['duration_s'])}{reused}"
     for line in job["logs"][-_LOG_LINES:]:
-        yield "said", f"{format_iso_timestamp(line['timestamp'])} {line['level']} {escape_line(line['message'])}"
+        yield "log", f"{format_iso_timestamp(line['timestamp'])} {line['level']} {escape_line(line['message'])}"
     results = job["results"] or {"files": ()}
     for warning in results.get("metadata", {}).get("warnings", ()):
         yield "warning", escape_line(warning)

@@ -1,148 +1,121 @@
-"""cli: `jobledger keys …`. Makes, lists and revokes API keys, directly on the database."""
+"""`jobledger keys …`: create, list and revoke API keys."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+import asyncio
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+import orjson
+import typer
 
-from jobledger.api.auth import api_keys, browser_sessions
-from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
-from jobledger.cli.composition import open_database
-from jobledger.cli.formatting import format_timestamp
-from jobledger.cli.terminal_text import SafeTable
-from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.ledger.domain.events import truncate_to_milliseconds
-from jobledger.ledger.mongo.connection import Connection
+from jobledger.cli.options import ConfigOption, JsonOption
+from jobledger.cli.runtime import load_settings, open_any_database_server
+from jobledger.cli.terminal_text import SafeConsole, echo, echo_json
+from jobledger.ledger.domain.errors import ConfigurationError, NotFound
 
-_UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_LONGEST: Final = timedelta(days=36_500)
+app = typer.Typer(
+    help="Manage API keys for auth.mode `keys`, directly on the database",
+    no_args_is_help=True,
+)
 
 
-def parse_lifetime(text: str) -> timedelta:
-    """Read how long a key is good for: `30m`, `12h`, `90d`, `8w`.
+@app.command()
+def create(
+    user: Annotated[str, typer.Option("--user", help="User of the key")],
+    group: Annotated[list[str] | None, typer.Option("--group", help="Group of the user (team-…). Repeatable")] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option("--role", help="admin: full access. monitor: read all statistics. Repeatable"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Description of the key")] = None,
+    expires_in: Annotated[str | None, typer.Option(help="Lifetime, e.g. 12h or 90d. Default: never expires")] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create an API key and print it once
 
-    Raises:
-        ConfigurationError: it is something else, or more than a hundred years.
+    Only a digest of the key is stored.
     """
-    found = re.fullmatch(r"([1-9]\d{0,7})([mhdw])", text, re.ASCII)
-    lasting = timedelta(**{_UNITS[found[2]]: int(found[1])}) if found else None
-    if lasting is None or lasting > _LONGEST:
-        raise ConfigurationError(
-            f"--expires-in {text}: expected a number of minutes, hours, days or weeks, such as 30m, 12h, 90d or 8w."
-        )
-    return lasting
+    from jobledger.cli import api_key_admin
+
+    settings = load_settings(config)
+    key, token = api_key_admin.new_key(
+        user=user, groups=group or (), roles=role or (), name=name, expires_in=expires_in
+    )
+    with open_any_database_server(settings) as uri:
+        asyncio.run(api_key_admin.store_key(settings.mongodb.make_connection(uri), key))
+    if settings.auth.mode != "keys":
+        echo(f"note: auth.mode is `{settings.auth.mode}`; API keys are only used with `keys`", err=True)
+    if as_json:
+        _print_json({**api_key_admin.key_to_json(key), "key": str(token)})
+    else:
+        echo(str(token))
+    echo(f"Store it: it is not shown again. `jobledger keys revoke {key.key_id}` revokes it.", err=True)
 
 
-def new_key(
-    *, user: str, groups: Iterable[str], roles: Iterable[str], name: str | None, expires_in: str | None
-) -> tuple[ApiKey, ApiKeyToken]:
-    """Return a new key, not stored yet, and what its holder has to send.
+@app.command("list")
+def list_keys(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """List API keys with user, expiry and number of dashboard sessions"""
+    from jobledger.cli import api_key_admin
 
-    Raises:
-        ConfigurationError: there can be no such key.
+    settings = load_settings(config)
+    with open_any_database_server(settings) as uri:
+        keys, sessions = asyncio.run(api_key_admin.list_keys(settings.mongodb.make_connection(uri)))
+    if as_json:
+        _print_json([{**api_key_admin.key_to_json(key), "sessions": sessions[key.key_id]} for key in keys])
+    else:
+        SafeConsole().print(api_key_admin.keys_table(keys, sessions) if keys else "There are no API keys.")
+
+
+@app.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="Key ID (see `keys list`), or the whole key")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Revoke an API key immediately"""
+    from jobledger.cli import api_key_admin
+
+    settings, key_id = load_settings(config), api_key_admin.parse_key_id(key_id)
+    with open_any_database_server(settings) as uri:
+        existed = asyncio.run(api_key_admin.revoke_key(settings.mongodb.make_connection(uri), key_id))
+    if not existed:  # the message does not repeat the argument, which may be most of a key
+        raise NotFound("There is no API key with this ID: see `jobledger keys list`.")
+    if as_json:
+        _print_json({"revoked": key_id})
+    else:
+        echo(f"{key_id} is revoked.")
+
+
+@app.command("sign-out")
+def sign_out(
+    key_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Key ID, or the whole key")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="User, for auth.mode `jwt`")] = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End the dashboard sessions of an API key or of a user
+
+    The key itself stays valid; `keys revoke` ends both.
     """
-    text, now = ApiKeyToken.generate(), truncate_to_milliseconds(datetime.now(UTC))
-    try:
-        key = ApiKey.model_validate(
-            {
-                "key_id": text.key_id,
-                "sha256": text.digest,
-                "name": name,
-                "user_id": user,
-                "groups": list(dict.fromkeys(groups)),
-                "roles": list(dict.fromkeys(roles)),
-                "created_at": now,
-                "expires_at": None if expires_in is None else now + parse_lifetime(expires_in),
-            }
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = _OPTIONS[str(problem["loc"][0])]
-        raise ConfigurationError(f"{option}: {problem['msg'].removeprefix('Value error, ')}.") from None
-    return key, text
+    from jobledger.api.auth.browser_sessions import get_session_owner
+    from jobledger.cli import api_key_admin
+
+    if (key_id is None) == (user is None):
+        raise ConfigurationError("Specify the ID of a key, or a user with --user.")
+    owner = (
+        get_session_owner(key_id=api_key_admin.parse_key_id(key_id))
+        if key_id is not None
+        else get_session_owner(user_id=user or "")
+    )
+    settings = load_settings(config)
+    with open_any_database_server(settings) as uri:
+        count = asyncio.run(api_key_admin.end_sessions(settings.mongodb.make_connection(uri), owner))
+    if as_json:
+        _print_json({"ended_sessions": count})
+    else:
+        echo(f"Sessions ended: {count}")
 
 
-_OPTIONS: Final = {"user_id": "--user", "groups": "--group", "roles": "--role", "name": "--name"}
-
-
-async def store_key(connection: Connection, key: ApiKey) -> None:
-    """Put a key on record: from now on it opens.
-
-    Raises:
-        LedgerUnavailable, DatabaseUnsuitable: there is no database for it.
-    """
-    async with open_database(connection) as db:
-        await api_keys.store_key(db, key)
-
-
-async def list_keys(connection: Connection) -> tuple[list[ApiKey], dict[str, int]]:
-    """Return all keys, and the number of dashboard sessions by the key's ID.
-
-    Raises:
-        LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
-    """
-    async with open_database(connection) as db:
-        keys, numbers = await api_keys.list_keys(db), await browser_sessions.count_sessions(db)
-        return keys, {key.key_id: numbers.get(browser_sessions.get_session_owner(key_id=key.key_id), 0) for key in keys}
-
-
-async def revoke_key(connection: Connection, key_id: str) -> bool:
-    """Remove a key and its sessions; return whether there was one.
-
-    Raises:
-        LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
-    """
-    async with open_database(connection) as db:
-        found = await api_keys.revoke_key(db, key_id)
-        await browser_sessions.end_sessions(db, browser_sessions.get_session_owner(key_id=key_id))
-        return found
-
-
-async def end_sessions(connection: Connection, owner: str) -> int:
-    """End all dashboard sessions of a key or of a user with tokens; return how many there were.
-
-    Raises:
-        LedgerUnavailable, DatabaseUnsuitable: there is no database to ask.
-    """
-    async with open_database(connection) as db:
-        return await browser_sessions.end_sessions(db, owner)
-
-
-def parse_key_id(text: str) -> str:
-    """Return the id of a key that is named by it, or, because that is what one has at hand, by the whole key."""
-    whole = ApiKeyToken.parse(text)
-    return text if whole is None else whole.key_id
-
-
-def key_to_json(key: ApiKey) -> dict[str, Any]:
-    """Return a key for programs, without what proves it."""
-    return {"id": key.key_id, **key.model_dump(exclude={"key_id", "sha256"})}
-
-
-def keys_table(keys: Iterable[ApiKey], sessions_of: Mapping[str, int]) -> SafeTable:
-    """Return keys for people."""
-    now = datetime.now(UTC)
-    table = SafeTable("id", "user", "groups", "roles", "name", "created", "expires", "sessions")
-    for key in keys:
-        table.add_row(
-            key.key_id,
-            key.user_id,
-            ", ".join(key.groups),
-            ", ".join(key.roles),
-            key.name or "",
-            format_timestamp(key.created_at, "minutes"),
-            _expiry(key, now),
-            str(sessions_of[key.key_id]),
-        )
-    return table
-
-
-def _expiry(key: ApiKey, now: datetime) -> str:
-    if key.expires_at is None:
-        return "never"
-    expiry = format_timestamp(key.expires_at, "minutes")
-    return expiry if key.is_valid(now) else f"expired {expiry}"
+def _print_json(content: Any) -> None:
+    echo_json(orjson.dumps(content, option=orjson.OPT_UTC_Z))

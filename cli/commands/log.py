@@ -1,21 +1,22 @@
-"""cli: `jobledger log …`: what auditors and the curious do with the log itself, directly on the database."""
+"""`jobledger log …`: verify, export, import and read the log, directly on the database."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import orjson
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from jobledger.cli.runtime import ConfigOption, JsonOption, load_settings, open_any_database_server
+from jobledger.cli.commands import log_state
+from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.options import AS_OF_HELP, LARGEST_POSITION, ConfigOption, JsonOption, parse_as_of
+from jobledger.cli.progress import ProgressCallback, progress_bar
+from jobledger.cli.runtime import load_settings, open_any_database_server
 from jobledger.cli.terminal_text import SafeConsole, echo, echo_json
 from jobledger.ledger.domain.errors import (
     ConfigurationError,
@@ -24,196 +25,173 @@ from jobledger.ledger.domain.errors import (
     NotFound,
     UnreadableEvent,
 )
-from jobledger.ledger.domain.timestamps import EXAMPLE_TIMESTAMP, parse_timestamp
 
 if TYPE_CHECKING:
+    from jobledger.cli.view_maintenance import ViewComparison
     from jobledger.ledger.mongo.connection import Connection
     from jobledger.ledger.store import transfer
 
-app = typer.Typer(help="Look into the log itself, directly on the database.", no_args_is_help=True)
-EXIT_FAILED = 1
-LARGEST_POSITION = 2**63 - 1  # `jobledger.ledger.store.event_store.LARGEST_POSITION`, without loading the driver
-_LINE_EVERY_SECONDS = 5.0
-FromOption = Annotated[int, typer.Option("--from", min=1, max=LARGEST_POSITION, help="Begin at this position.")]
+app = typer.Typer(help="Verify, export, import and read the log, directly on the database", no_args_is_help=True)
+app.command("state")(log_state.state)
+_INTERNAL_FIELDS: Final = frozenset({"list_keys", "search_keys", "needs_reopen"})
+"""Fields of views that serve queries only."""
+FromOption = Annotated[int, typer.Option("--from", min=1, max=LARGEST_POSITION, help="First position")]
 ToOption = Annotated[
     int | None,
-    typer.Option("--to", min=1, max=LARGEST_POSITION, help="End at this position. Without it: at the end."),
+    typer.Option("--to", min=1, max=LARGEST_POSITION, help="Last position. Default: the end of the log"),
 ]
-AS_OF_HELP = "A position of the log, or a time, such as 2026-02-01T09:30:00Z."
-
-
-def parse_as_of(text: str, option: str) -> int | datetime:
-    """Read a position of the log, or a time with its offset from UTC.
-
-    Raises:
-        ConfigurationError: it is neither.
-    """
-    if text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= LARGEST_POSITION:
-        return int(text)
-    if "-" not in text:
-        raise ConfigurationError(
-            f"{option} {text}: expected a position of the log, or a time such as {EXAMPLE_TIMESTAMP}"
-        )
-    try:
-        return parse_timestamp(text)
-    except ValueError as error:
-        raise ConfigurationError(f"{option} {text}: {error}") from None
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal, and a line now and then where there is none; yields what is told how far it has got."""
-    console = SafeConsole(stderr=True)
-    if not console.is_terminal:
-        last = time.monotonic()
-
-        def tell(done: int, whole: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LINE_EVERY_SECONDS:
-                last = time.monotonic()
-                echo(f"{title}: {done} of {whole}", err=True)
-
-        yield tell
-        return
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda done, whole: shown.update(task, completed=done, total=whole)
 
 
 @app.command()
 def verify(
     config: ConfigOption = None,
-    after: FromOption = 1,
-    upto: ToOption = None,
+    first: FromOption = 1,
+    last: ToOption = None,
     expected_digest: Annotated[
-        str | None, typer.Option(help="POSITION:DIGEST, as an earlier verification printed it: it must still be so.")
+        str | None,
+        typer.Option(
+            metavar="POSITION:DIGEST",
+            help="Digest printed by an earlier verification. Fail if the log up to POSITION has changed",
+        ),
     ] = None,
     views: Annotated[
-        bool, typer.Option("--views/--no-views", help="Hold the views against the log, too, if all of it is checked.")
+        bool, typer.Option("--views/--no-views", help="Also compare the views, if the whole log is verified")
     ] = True,
     files: Annotated[
-        bool, typer.Option("--files", help="Also read all result files and compare them with the digests on record.")
+        bool, typer.Option("--files", help="Also read all result files and compare their digests")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that the log still is what was written, and that the views say what it says.
+    """Verify the hash chain of the log, and compare the views with it
 
-    Exits with 1 and names the first event that is wrong, or the documents or files that are.
+    Exits with 1 and names the first damaged event, or the documents and files that differ.
     """
     from jobledger.cli import view_maintenance
-    from jobledger.ledger.mongo.connection import UNAUTHORIZED, server_error_code
 
     settings = load_settings(config)
-    earlier = view_maintenance.parse_digest(expected_digest) if expected_digest is not None else None
-    if earlier is not None and (after > 1 or (upto is not None and upto < earlier[0])):
+    digest = view_maintenance.parse_digest(expected_digest) if expected_digest is not None else None
+    if digest is not None and (first > 1 or (last is not None and last < digest[0])):
         raise ConfigurationError(
-            f"--expected-digest stands for all events up to position {earlier[0]}: leave out --from, "
-            "and a --to before it."
+            f"--expected-digest covers all events up to position {digest[0]}: remove --from, and use no smaller --to."
         )
     with open_any_database_server(settings) as uri:
         connection = settings.mongodb.make_connection(uri)
-        with progress_bar("verifying") as told:
-            verdict = asyncio.run(
+        with progress_bar("verifying") as on_progress:
+            result = asyncio.run(
                 view_maintenance.verify_database_log(
-                    connection, after=after - 1, up_to=upto, expected_digest=earlier, on_progress=told
+                    connection, after=first - 1, up_to=last, expected_digest=digest, on_progress=on_progress
                 )
             )
-        compared = None
-        if views and verdict.problem is None and after == 1 and upto is None and verdict.events:
-            try:
-                with progress_bar("folding") as told:
-                    compared = asyncio.run(view_maintenance.compare_views_if_built(connection, on_progress=told))
-            except JobledgerError as error:
-                if (
-                    server_error_code(error) != UNAUTHORIZED
-                    and server_error_code(error.__cause__ or error) != UNAUTHORIZED
-                ):
-                    raise
-                echo("note: the views are not compared: for that, this user would have to write some", err=True)
-        found = None
+        is_whole_log = first == 1 and last is None
+        comparison = None
+        if views and is_whole_log and result.problem is None and result.events:
+            comparison = _compare_views_if_permitted(connection)
+        verified_files = None
         if files:
-            with progress_bar("reading files") as told:
-                found = asyncio.run(view_maintenance.verify_result_files(settings, connection, on_progress=told))
+            with progress_bar("reading files") as on_progress:
+                verified_files = asyncio.run(
+                    view_maintenance.verify_result_files(settings, connection, on_progress=on_progress)
+                )
     if as_json:
-        echo_json(
-            orjson.dumps(view_maintenance.verification_to_json(verdict, compared, found), option=orjson.OPT_UTC_Z)
-        )
+        content = view_maintenance.verification_to_json(result, comparison, verified_files)
+        echo_json(orjson.dumps(content, option=orjson.OPT_UTC_Z))
     else:
-        echo(*view_maintenance.format_verification(verdict))
-        if compared is not None:
-            echo(*view_maintenance.format_comparison(compared))
-        if found is not None:
-            echo(*view_maintenance.format_file_verification(found))
-    right = verdict.problem is None and (compared is None or not compared.difference_count)
-    right = right and (found is None or found.is_ok)
-    raise typer.Exit(0 if right else EXIT_FAILED)
+        echo(*view_maintenance.format_verification(result))
+        if comparison is not None:
+            echo(*view_maintenance.format_comparison(comparison))
+        if verified_files is not None:
+            echo(*view_maintenance.format_file_verification(verified_files))
+    is_ok = result.problem is None and (comparison is None or not comparison.difference_count)
+    is_ok = is_ok and (verified_files is None or verified_files.is_ok)
+    raise typer.Exit(0 if is_ok else EXIT_FAILED)
+
+
+def _compare_views_if_permitted(connection: Connection) -> ViewComparison | None:
+    """Compare all views; return None if there are none yet, or if this MongoDB user must not write to shadow views."""
+    from jobledger.cli import view_maintenance
+    from jobledger.ledger.mongo.connection import UNAUTHORIZED, server_error_code
+
+    try:
+        with progress_bar("comparing views") as on_progress:
+            return asyncio.run(view_maintenance.compare_views_if_built(connection, on_progress=on_progress))
+    except JobledgerError as error:
+        if UNAUTHORIZED not in (server_error_code(error), server_error_code(error.__cause__ or error)):
+            raise
+        echo("note: views were not compared, because this MongoDB user has no write access to views", err=True)
+        return None
 
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(help="Where to. A name that ends in .zst: compressed.")],
+    file: Annotated[Path, typer.Argument(help="File to write. A name that ends in .zst is compressed")],
     config: ConfigOption = None,
-    after: FromOption = 1,
-    upto: ToOption = None,
+    first: FromOption = 1,
+    last: ToOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the log to a file, a line of JSON for each event. What was interrupted is continued by the same command.
+    """Export the log to a file, one JSON object per line
 
-    Secrets are not in the log and so not in the file; result files are not, either: docs/how-to/backup.md.
+    Run an interrupted export again to continue it. The file contains no secrets and no result files:
+    docs/how-to/backup.md.
     """
     from jobledger.ledger.store import transfer
     from jobledger.ledger.store.event_store import EventStore
 
     settings = load_settings(config)
 
-    async def run(connection: Connection, told: Callable[[int, int], None]) -> transfer.ExportSummary:
+    async def run(connection: Connection, on_progress: ProgressCallback) -> transfer.ExportSummary:
         async with connection.client() as client:
-            log = EventStore(client[connection.db_name])
-            return await transfer.export_log(log, file, after=after - 1, up_to=upto, on_progress=told)
+            event_store = EventStore(client[connection.db_name])
+            return await transfer.export_log(event_store, file, after=first - 1, up_to=last, on_progress=on_progress)
 
-    with open_any_database_server(settings) as uri, progress_bar("exporting") as told:
-        made = asyncio.run(run(settings.mongodb.make_connection(uri), told))
-    _tell_summary(f"{file}: {made.events} events, positions {made.first} to {made.last}.", made, as_json=as_json)
+    with open_any_database_server(settings) as uri, progress_bar("exporting") as on_progress:
+        summary = asyncio.run(run(settings.mongodb.make_connection(uri), on_progress))
+    text = f"{file}: {summary.events} events, positions {summary.first} to {summary.last}."
+    _print_summary(text, summary, as_json=as_json)
 
 
 @app.command("import")
 def import_(
-    files: Annotated[list[Path], typer.Argument(help="What `log export` has written: one file, or several in a row.")],
+    files: Annotated[list[Path], typer.Argument(help="Files written by `log export`, in the order of positions")],
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an exported log the log of an empty database: checked from event to event, and then its views are made.
+    """Import an exported log into an empty database, and build its views
 
-    Either all of it is there afterwards or nothing. What was interrupted is continued by the same command.
+    Each event is verified. The import is all or nothing. Run an interrupted import again to continue it.
     """
     from jobledger.cli import view_maintenance
-    from jobledger.ledger.store import transfer
 
     settings = load_settings(config)
-
-    async def run(connection: Connection, told: Callable[[int, int], None]) -> transfer.ExportSummary:
-        async with connection.client() as client:
-            return await transfer.import_log(client[connection.db_name], files, told=told)
-
     with open_any_database_server(settings) as uri:
         connection = settings.mongodb.make_connection(uri)
-        with progress_bar("importing") as told:
-            made = asyncio.run(run(connection, told))
-        with progress_bar("making the views") as told:
-            asyncio.run(view_maintenance.rebuild_views(connection, on_progress=told))
-    text = f"The log of {settings.mongodb.db_name} has {made.events} events now, checked, and its views are made."
-    _tell_summary(text, made, as_json=as_json)
+        summary = _import_files(connection, files)
+        with progress_bar("building views") as on_progress:
+            asyncio.run(view_maintenance.rebuild_views(connection, on_progress=on_progress))
+    text = f"Imported and verified {summary.events} events into {settings.mongodb.db_name}, and built its views."
+    _print_summary(text, summary, as_json=as_json)
 
 
-def _tell_summary(text: str, made: Any, *, as_json: bool) -> None:
-    note = f"{made.last}:{made.whole.hex()}" if made.whole else None
+def _import_files(connection: Connection, files: list[Path]) -> transfer.ExportSummary:
+    from jobledger.ledger.store import transfer
+
+    async def run(on_progress: ProgressCallback) -> transfer.ExportSummary:
+        async with connection.client() as client:
+            return await transfer.import_log(client[connection.db_name], files, told=on_progress)
+
+    with progress_bar("importing") as on_progress:
+        return asyncio.run(run(on_progress))
+
+
+def _print_summary(text: str, summary: transfer.ExportSummary, *, as_json: bool) -> None:
+    digest = f"{summary.last}:{summary.log_digest.hex()}" if summary.log_digest else None
     if as_json:
-        echo_json(orjson.dumps({"events": made.events, "from": made.first, "to": made.last, "digest": note}))
+        content = {"events": summary.events, "from": summary.first, "to": summary.last, "digest": digest}
+        echo_json(orjson.dumps(content))
     else:
         echo(text)
-        if note is not None:
-            echo(f"To prove later that it is the same, note: {note}")
+        if digest is not None:
+            echo(f"Digest, for `log verify --expected-digest`: {digest}")
 
 
 @app.command()
@@ -221,78 +199,83 @@ def tail(
     config: ConfigOption = None,
     stream: Annotated[
         list[str] | None,
-        typer.Option("--stream", help="Only a job, batch or delivery, and what it caused. Repeatable."),
+        typer.Option("--stream", help="Only events of this job, batch or delivery, and those it caused. Repeatable"),
     ] = None,
-    kind: Annotated[
-        list[str] | None, typer.Option("--type", help="Only events of this type, such as JobFailed. Repeatable.")
+    event_type: Annotated[
+        list[str] | None, typer.Option("--type", help="Only events of this type, e.g. JobFailed. Repeatable")
     ] = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="Begin so many events back.")] = 10,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="Number of past events")] = 10,
     after: Annotated[
-        int | None, typer.Option("--after", min=0, max=LARGEST_POSITION, help="Begin behind this position.")
+        int | None, typer.Option("--after", min=0, max=LARGEST_POSITION, help="Start after this position")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on for ever, until Ctrl-C.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each event.")] = False,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Wait for new events until Ctrl-C")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per event")] = False,
 ) -> None:
-    """Follow the log as it grows. Goes on by itself when the database, or everything, was restarted."""
+    """Follow the log
+
+    Reconnects by itself when the database or the whole system was restarted.
+    """
     settings = load_settings(config)
-    _known_types(kind or ())
+    _check_event_types(event_type or ())
     with open_any_database_server(settings) as uri:
         connection = settings.mongodb.make_connection(uri)
-        asyncio.run(_tail(connection, set(stream or ()), set(kind or ()), lines, after, follow=follow, as_json=as_json))
+        printer = _event_printer(set(stream or ()), set(event_type or ()), as_json=as_json)
+        asyncio.run(_tail(connection, printer, lines, after, follow=follow))
 
 
-def _known_types(names: Any) -> None:
+def _check_event_types(names: Any) -> None:
     from jobledger.ledger.domain.events import BATCH_EVENTS, DELIVERY_EVENTS, JOB_EVENTS
 
-    known = sorted({event.__name__ for event in (*JOB_EVENTS, *BATCH_EVENTS, *DELIVERY_EVENTS)})
+    event_types = sorted({event.__name__ for event in (*JOB_EVENTS, *BATCH_EVENTS, *DELIVERY_EVENTS)})
     for name in names:
-        if name not in known:
-            raise ConfigurationError(f"--type {name}: there is no such type of event; there are {', '.join(known)}")
+        if name not in event_types:
+            raise ConfigurationError(f"--type {name}: unknown event type. Event types: {', '.join(event_types)}.")
+
+
+def _event_printer(streams: set[str], types: set[str], *, as_json: bool) -> Callable[[Any], None]:
+    """Return a function that prints an event if it matches the filters. An empty set matches all."""
+    from jobledger.cli.formatting import format_event
+    from jobledger.ledger.store.transfer import encode_event_or_stub
+
+    console = SafeConsole(soft_wrap=True)
+
+    def print_event(event: Any) -> None:
+        if streams and event.stream not in streams and event.meta.correlation_id not in streams:
+            return
+        if types and event.type not in types:
+            return
+        if as_json:
+            echo_json(encode_event_or_stub(event.document))
+        else:
+            console.print(format_event(event))
+
+    return print_event
 
 
 async def _tail(
-    connection: Connection,
-    streams: set[str],
-    types: set[str],
-    lines: int,
-    after: int | None,
-    *,
-    follow: bool,
-    as_json: bool,
+    connection: Connection, print_event: Callable[[Any], None], lines: int, after: int | None, *, follow: bool
 ) -> None:
-    from jobledger.cli.formatting import format_event
     from jobledger.ledger.store.event_store import EventStore
-    from jobledger.ledger.store.transfer import encode_event_or_stub as json_of
     from jobledger.ledger.subscriber import LedgerClient
 
-    console = SafeConsole(soft_wrap=True)
     async with connection.client() as client:
-        log = EventStore(client[connection.db_name])
-        head = await log.head_position()
-        begin = max(0, head - lines) if after is None else after
-
-        def tell(event: Any) -> None:
-            wanted = not streams or event.stream in streams or event.meta.correlation_id in streams
-            if wanted and (not types or event.type in types):
-                if as_json:
-                    echo_json(json_of(event.document))
-                else:
-                    console.print(format_event(event))
-
+        event_store = EventStore(client[connection.db_name])
+        head = await event_store.head_position()
+        position = max(0, head - lines) if after is None else after
         if not follow:
-            while begin < head and (page := await log.read(after=begin)):
+            while position < head and (page := await event_store.read(after=position)):
                 for event in page:
                     if event.position <= head:
-                        tell(event)
-                begin = page[-1].position
+                        print_event(event)
+                position = page[-1].position
             return
-    following = LedgerClient(connection)
+    subscriber = LedgerClient(connection)
     while True:
         try:
-            async with following.subscribe(after=begin) as events:
+            async with subscriber.subscribe(after=position) as events:
                 async for event in events:
-                    tell(event)
-                    begin = event.position
+                    print_event(event)
+                    position = event.position
         except LedgerUnavailable as error:
             echo(f"waiting for the database: {error}", err=True)
             await asyncio.sleep(1)
@@ -300,65 +283,63 @@ async def _tail(
 
 @app.command()
 def history(
-    stream: Annotated[str, typer.Argument(help="The id of a job, batch or delivery.")],
+    stream: Annotated[str, typer.Argument(help="ID of a job, batch or delivery")],
     config: ConfigOption = None,
-    as_of: Annotated[str | None, typer.Option("--as-of", help=f"As far as it had come then. {AS_OF_HELP}")] = None,
+    as_of: Annotated[str | None, typer.Option("--as-of", help=f"Stop at this point. {AS_OF_HELP}")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell one story: what happened to a job, batch or delivery, who did it, and what each event made of it."""
+    """Show all events of a job, batch or delivery, with actor and state changes"""
     settings = load_settings(config)
-    then = None if as_of is None else parse_as_of(as_of, "--as-of")
+    limit = None if as_of is None else parse_as_of(as_of, "--as-of")
     with open_any_database_server(settings) as uri:
-        asyncio.run(_show(settings.mongodb.make_connection(uri), stream, then, as_json=as_json))
+        asyncio.run(_print_history(settings.mongodb.make_connection(uri), stream, limit, as_json=as_json))
 
 
-async def _show(connection: Connection, stream: str, then: int | datetime | None, *, as_json: bool) -> None:
+async def _print_history(connection: Connection, stream: str, as_of: int | datetime | None, *, as_json: bool) -> None:
     from jobledger.cli.formatting import format_changes, format_event
     from jobledger.ledger.store.event_store import EventStore
-    from jobledger.ledger.store.transfer import encode_event_or_stub as json_of
+    from jobledger.ledger.store.transfer import encode_event_or_stub
     from jobledger.projections.views import batches, deliveries, jobs
 
     async with connection.client() as client:
-        log = EventStore(client[connection.db_name])
-        events = await log.read_stream(stream)
+        events = await EventStore(client[connection.db_name]).read_stream(stream)
     if not events:
-        raise NotFound(f"There is no {stream} in the log: expected the id of a job, a batch or a delivery.")
-    if then is not None:
-        events = list(filter(_happened_by(then), events))
+        raise NotFound(f"{stream} is not in the log: expected the ID of a job, batch or delivery.")
+    if as_of is not None:
+        events = list(filter(_occurred_by(as_of), events))
     fold: Any = {"job": jobs.fold, "batch": batches.fold, "delivery": deliveries.fold}.get(stream.partition("-")[0])
     console = SafeConsole(soft_wrap=True)
-    document: Any = None
+    before: Any = None
     for event in events:
-        after = _folded(fold, document, event) if fold is not None else None
+        after = _fold_or_keep(fold, before, event) if fold is not None else None
         if as_json:
-            state = (
-                None
-                if after is None
-                else {name: value for name, value in after.items() if name not in _INTERNAL_FIELDS}
-            )
-            echo_json(orjson.dumps({"event": orjson.Fragment(json_of(event.document)), "after": state}, default=str))
+            encoded = orjson.Fragment(encode_event_or_stub(event.document))
+            echo_json(orjson.dumps({"event": encoded, "state": _public_fields(after)}, default=str))
         else:
             console.print(format_event(event, with_stream=False))
-            if changes := format_changes(document, after):
+            if changes := format_changes(before, after):
                 console.print(Text(f"{'':>9}{changes}", style="dim"), no_wrap=True, overflow="ellipsis")
-        document = after
+        before = after
     if not events:
-        echo(f"{stream} was not there yet.", err=True)
+        echo(f"{stream} did not exist at that time.", err=True)
 
 
-def _happened_by(then: int | datetime) -> Callable[[Any], bool]:
-    if isinstance(then, int):
-        return lambda event: bool(event.position <= then)
-    return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= then
+def _public_fields(document: dict[str, Any] | None) -> dict[str, Any] | None:
+    if document is None:
+        return None
+    return {name: value for name, value in document.items() if name not in _INTERNAL_FIELDS}
 
 
-def _folded(fold: Any, document: Any, event: Any) -> Any:
-    """Return the document after an event; as it was, if the event is damaged."""
+def _occurred_by(as_of: int | datetime) -> Callable[[Any], bool]:
+    if isinstance(as_of, int):
+        return lambda event: bool(event.position <= as_of)
+    return lambda event: isinstance(event.document.get("time"), datetime) and event.time <= as_of
+
+
+def _fold_or_keep(fold: Any, document: Any, event: Any) -> Any:
+    """Return the document after an event. A damaged event leaves it unchanged."""
     try:
         return fold(document, event)
     except UnreadableEvent as error:
         echo(f"note: {error}", err=True)
         return document
-
-
-_INTERNAL_FIELDS = frozenset({"list_keys", "search_keys", "needs_reopen"})

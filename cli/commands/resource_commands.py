@@ -1,4 +1,4 @@
-"""cli: what `jobledger jobs …` and `jobledger batches …` have in common: lists, cards, and doing something to many."""
+"""What `jobledger jobs …`, `batches …` and `webhooks …` share: lists, details, and actions on several resources."""
 
 from __future__ import annotations
 
@@ -14,102 +14,100 @@ import typer
 from rich.text import Text
 
 from jobledger.cli.api_client import RequestRejected, open_client, parse_response, retry_delay, without_none
-from jobledger.cli.commands.log import AS_OF_HELP, parse_as_of
+from jobledger.cli.exit_codes import EXIT_FAILED
 from jobledger.cli.formatting import format_duration, format_timestamp
+from jobledger.cli.options import AS_OF_HELP, parse_as_of
 from jobledger.cli.terminal_text import SafeConsole, echo, echo_json, escape_line
 from jobledger.ledger.domain.errors import ConfigurationError
-from jobledger.ledger.domain.timestamps import parse_timestamp
 
-EXIT_FAILED: Final = 1
-_PAGE: Final = 500
-_TOO_FAST: Final = 429
+_PAGE_SIZE: Final = 500
+_TOO_MANY_REQUESTS: Final = 429
 STATUS_STYLES: Final = {
     "completed": "green",
     "failed": "red",
     "cancelled": "yellow",
     "processing": "cyan",
     "partial": "yellow",
+    "delivered": "green",
+    "abandoned": "red",
 }
-_LONGEST_CELL: Final = 50
+_MAX_CELL_CHARACTERS: Final = 50
 Document = dict[str, Any]
 RowFormatter = Callable[[Sequence[Document]], Iterable[Sequence[str | Text]]]
-LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="At most so many.")]
-OldestFirstOption = Annotated[bool, typer.Option("--oldest-first", help="Else the newest first.")]
-SearchOption = Annotated[str | None, typer.Option("--search", help="Words, all of which must be found.")]
-UserOption = Annotated[str | None, typer.Option("--user", help="Those of this user.")]
+"""Returns the header and the rows of a table."""
+LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="Maximum number of results")]
+OldestFirstOption = Annotated[bool, typer.Option("--oldest-first", help="Sort oldest first (default: newest)")]
+SearchOption = Annotated[str | None, typer.Option("--search", help="Only results that contain all of these words")]
+UserOption = Annotated[str | None, typer.Option("--user", help="Only of this user")]
 ArchivedOption = Annotated[
-    bool | None, typer.Option("--archived/--not-archived", help="Only those put away, or only the others.")
+    bool | None, typer.Option("--archived/--not-archived", help="Only archived (or only non-archived)")
 ]
-AsOfOption = Annotated[str | None, typer.Option("--as-of", help=f"As it was then. {AS_OF_HELP}")]
-IdsOption = Annotated[bool, typer.Option("--ids", help="Print nothing but the ids, for `xargs` and its like.")]
-ReasonOption = Annotated[str | None, typer.Option(help="Why, for the record.")]
-FromScratchOption = Annotated[bool, typer.Option("--from-scratch", help="Do finished steps once more, too.")]
+AsOfOption = Annotated[str | None, typer.Option("--as-of", help=f"Show the state at this point. {AS_OF_HELP}")]
+IdsOption = Annotated[bool, typer.Option("--ids", help="Print IDs only, one per line")]
+ReasonOption = Annotated[str | None, typer.Option(help="Reason, recorded in the log")]
+FromScratchOption = Annotated[bool, typer.Option("--from-scratch", help="Repeat completed steps too")]
 
 
 def parse_id(text: str, kind: str) -> str:
-    """Return the id of a job or batch (`kind`) as it was typed.
+    """Return the ID of a job or batch.
+
+    Args:
+        text: The argument.
+        kind: "job" or "batch".
 
     Raises:
-        ConfigurationError: it can be none.
+        ConfigurationError: `text` cannot be such an ID.
     """
     if not re.fullmatch(rf"{kind}-[A-Za-z0-9_-]+", text):
-        raise ConfigurationError(f"{text!r} is no id of a {kind}: expected one that begins with {kind}-.")
+        raise ConfigurationError(f"{text!r} is not a {kind} ID (they start with {kind}-).")
     return text
 
 
 def list_query(user: str | None, search: str | None, archived: bool | None, *, oldest_first: bool) -> Document:
-    """Return the query parameters that lists of jobs and of batches both have."""
-    put_away = None if archived is None else str(archived).lower()
-    sort = "created_at" if oldest_first else "-created_at"
-    return {"user_id": user, "q": search or None, "archived": put_away, "sort": sort}
-
-
-def parse_time_option(text: str | None, option: str) -> str | None:
-    """Return a time as the API wants it: with its offset from UTC."""
-    if text is None:
-        return None
-    try:
-        return parse_timestamp(text).isoformat()
-    except ValueError as error:
-        raise ConfigurationError(f"{option} {text}: {error}") from None
+    """Return the query parameters that the lists of jobs and batches share."""
+    return {
+        "user_id": user,
+        "q": search or None,
+        "archived": None if archived is None else str(archived).lower(),
+        "sort": "created_at" if oldest_first else "-created_at",
+    }
 
 
 def restart_body(reason: str | None, *, from_scratch: bool) -> Document:
-    """Return the body of a restart."""
+    """Return the request body of a restart."""
     return {**without_none({"reason": reason}), "reuse_steps": not from_scratch}
 
 
 async def fetch_list(url: str, path: str, field: str, query: Document, limit: int) -> tuple[list[Document], str]:
-    """Return the first of what fits, page by page, and how many there are in words.
+    """Fetch the first `limit` results, page by page. Return them and the total as text.
 
     Raises:
-        Refused, ConfigurationError, LedgerUnavailable: as `content_of` and `api_at`.
+        RequestRejected, ConfigurationError, LedgerUnavailable: see `parse_response` and `open_client`.
     """
-    found: list[Document] = []
+    results: list[Document] = []
     cursor: str | None = None
     async with open_client(url) as client:
         while True:
-            asked = without_none({**query, "cursor": cursor, "limit": min(_PAGE, limit - len(found))})
-            content = parse_response(await client.get(path, params=asked), field, "total")
-            found += content[field]
-            cursor = content.get("next_cursor")
-            if cursor is None or len(found) >= limit:
-                more = "more than " if content.get("total_is_lower_bound") else ""
-                return found, f"{more}{content['total']}"
+            page_query = without_none({**query, "cursor": cursor, "limit": min(_PAGE_SIZE, limit - len(results))})
+            page = parse_response(await client.get(path, params=page_query), field, "total")
+            results += page[field]
+            cursor = page.get("next_cursor")
+            if cursor is None or len(results) >= limit:
+                prefix = "more than " if page.get("total_is_lower_bound") else ""
+                return results, f"{prefix}{page['total']}"
 
 
-async def fetch_one(url: str, path: str, kind: str, name: str, as_of: str | None) -> Document:
-    """Return the job or batch (`kind`) of this name.
+async def fetch_one(url: str, path: str, kind: str, resource_id: str, as_of: str | None) -> Document:
+    """Fetch a job or batch.
 
     Raises:
-        Refused, ConfigurationError, LedgerUnavailable: as `content_of` and `api_at`.
+        RequestRejected, ConfigurationError, LedgerUnavailable: see `parse_response` and `open_client`.
     """
-    then = None if as_of is None else str(parse_as_of(as_of, "--as-of"))
+    query = without_none({"as_of": None if as_of is None else str(parse_as_of(as_of, "--as-of"))})
     async with open_client(url) as client:
-        found: Document = parse_response(
-            await client.get(f"{path}/{name}", params=without_none({"as_of": then})), kind
-        )[kind]
-    return found
+        response = await client.get(f"{path}/{resource_id}", params=query)
+        resource: Document = parse_response(response, kind)[kind]
+    return resource
 
 
 def run_action(
@@ -123,72 +121,97 @@ def run_action(
     *,
     as_json: bool,
 ) -> None:
-    """Do something to one after the other; what is refused does not keep the rest back, but is told, and in the end."""
+    """Run an action on one resource after the other.
+
+    A rejected request does not stop the others. It is printed and makes the command fail.
+
+    Raises:
+        typer.Exit: always, with the exit code.
+    """
     console = SafeConsole()
-    todo = list(dict.fromkeys(ids))
-    answers: list[Document] = []
-    refusals = 0
+    pending_ids = list(dict.fromkeys(ids))
+    results: list[Document] = []
+    rejected = 0
 
-    async def ask(client: httpx.AsyncClient, name: str) -> Document:
-        """Ask, as slowly as the API wants it."""
+    async def post(client: httpx.AsyncClient, resource_id: str) -> Document:
+        """Send the request; wait and retry while the API limits the rate."""
         while True:
-            answer = await client.post(f"{path}/{name}/{action}", json=body)
-            if answer.status_code != _TOO_FAST:
-                return parse_response(answer, *required_fields)
-            await asyncio.sleep(retry_delay(answer))
+            response = await client.post(f"{path}/{resource_id}/{action}", json=body)
+            if response.status_code != _TOO_MANY_REQUESTS:
+                return parse_response(response, *required_fields)
+            await asyncio.sleep(retry_delay(response))
 
-    async def ask_all() -> None:
-        nonlocal refusals
+    async def post_all() -> None:
+        nonlocal rejected
         async with open_client(url) as client:
-            while todo:
+            while pending_ids:
+                resource_id = pending_ids[0]
                 try:
-                    answer = await ask(client, todo[0])
-                except RequestRejected as refused:
-                    refusals += 1
-                    answers.append({"id": todo[0], "error": str(refused)})
-                    echo(f"{todo[0]}: {refused}", err=True)
+                    result = await post(client, resource_id)
+                except RequestRejected as error:
+                    rejected += 1
+                    results.append({"id": resource_id, "error": str(error)})
+                    echo(f"{resource_id}: {error}", err=True)
                 else:
-                    answers.append({"id": todo[0], **{key: it for key, it in answer.items() if key != "status"}})
-                    refusals += answer.get("jobs", {}).get("rejected", 0)
+                    fields = {name: value for name, value in result.items() if name != "status"}
+                    results.append({"id": resource_id, **fields})
+                    rejected += result.get("jobs", {}).get("rejected", 0)
                     if not as_json:
-                        console.print(format_result(answer), highlight=False, soft_wrap=True)
-                    for job in answer.get("rejections", ()):
+                        console.print(format_result(result), highlight=False, soft_wrap=True)
+                    for job in result.get("rejections", ()):
                         echo(f"{job['job_id']}: {job['message']}", err=True)
-                del todo[0]
+                del pending_ids[0]
 
     try:
-        asyncio.run(ask_all())
+        asyncio.run(post_all())
     finally:
         if as_json:
-            print_json(answers)
-        if todo:
-            echo(f"not done, or not known to be done: {' '.join(todo)}", err=True)
-    raise typer.Exit(EXIT_FAILED if refusals else 0)
+            print_json(results)
+        if pending_ids:
+            echo(f"not processed, or result unknown: {' '.join(pending_ids)}", err=True)
+    raise typer.Exit(EXIT_FAILED if rejected else 0)
 
 
-def print_list(found: Sequence[Document], total: str, rows: RowFormatter, *, ids: str | None, as_json: bool) -> None:
-    """Print a page as a table, as JSON, or the values of `ids` alone; with a note beside it if there is more."""
-    if (as_json or ids is not None) and total != str(len(found)):
-        echo(f"note: these are {len(found)} of {total}; --limit tells how many to show", err=True)
+def print_list(
+    results: Sequence[Document],
+    total: str,
+    format_rows: RowFormatter,
+    *,
+    plural: str,
+    id_field: str | None = None,
+    as_json: bool,
+) -> None:
+    """Print a list as a table, as JSON, or only its IDs.
+
+    Args:
+        results: Documents of the API.
+        total: Number of all matches, as text.
+        format_rows: Returns header and rows.
+        plural: What the list contains, for the message about an empty one.
+        id_field: Print only this field of each result.
+        as_json: Print JSON.
+    """
+    if (as_json or id_field is not None) and total != str(len(results)):
+        echo(f"note: showing {len(results)} of {total}; use --limit to get more", err=True)
     if as_json:
-        print_json(found)
-    elif ids is not None:
-        for it in found:
-            echo(it[ids])
-    elif found:
-        _print_table(list(rows(found)))
-        echo(f"{len(found)} of {total}")
+        print_json(results)
+    elif id_field is not None:
+        for result in results:
+            echo(result[id_field])
+    elif results:
+        _print_table(list(format_rows(results)))
+        echo(f"{len(results)} of {total}")
     else:
-        echo("There are none.")
+        echo(f"No {plural} match these filters.")
 
 
 def _print_table(rows: Sequence[Sequence[str | Text]]) -> None:
-    """Ids are never cut, for they are what one copies; on a terminal other texts are, and longer lines are wrapped."""
+    """Print rows. On a terminal, long cells are truncated; IDs, which users copy, are shorter than the limit."""
     console = SafeConsole()
     cells = [[Text(escape_line(cell)) if isinstance(cell, str) else cell for cell in row] for row in rows]
     for row in cells:
         for cell in row if console.is_terminal else ():
-            cell.truncate(_LONGEST_CELL, overflow="ellipsis")
+            cell.truncate(_MAX_CELL_CHARACTERS, overflow="ellipsis")
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
     cells[0] = [Text(cell.plain, style="bold") for cell in cells[0]]
     for row in cells:
@@ -197,24 +220,24 @@ def _print_table(rows: Sequence[Sequence[str | Text]]) -> None:
         console.print(Text("  ").join(row), highlight=False, soft_wrap=True)
 
 
-def print_details(title: str, status: Text, facts: Iterator[tuple[str, str]]) -> None:
-    """Print a card: what it is, how it stands, and a line for each fact."""
+def print_details(title: str, status: Text, details: Iterator[tuple[str, str]]) -> None:
+    """Print a title with a status, then one line per detail. A label that repeats is printed once."""
     console = SafeConsole()
     console.print(Text.assemble((escape_line(title), "bold"), status), highlight=False, soft_wrap=True)
-    last = ""
-    for name, fact in facts:
-        line = Text.assemble((f"  {name if name != last else '':<11}", "dim"), escape_line(fact))
+    previous = ""
+    for label, value in details:
+        line = Text.assemble((f"  {label if label != previous else '':<11}", "dim"), escape_line(value))
         console.print(line, highlight=False, soft_wrap=True)
-        last = name
+        previous = label
 
 
 def print_json(content: Any) -> None:
-    """Print for programs."""
+    """Print JSON."""
     echo_json(orjson.dumps(content))
 
 
 def format_iso_timestamp(text: str) -> str:
-    """Return a time of the API as it is on the clocks here, with its offset; other text as it is."""
+    """Return a timestamp of the API in local time with its UTC offset. Other text is returned unchanged."""
     try:
         return format_timestamp(datetime.fromisoformat(text), "seconds")
     except ValueError:
@@ -222,7 +245,7 @@ def format_iso_timestamp(text: str) -> str:
 
 
 def format_elapsed(begin: str | None, end: str) -> str:
-    """Return `, after 3 min 5 s`, or nothing if it has not begun."""
+    """Return the time between two timestamps of the API as `, after 3 min 5 s`. Empty if there is no begin."""
     if begin is None:
         return ""
     return f", after {format_duration((datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds())}"

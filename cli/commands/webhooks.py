@@ -1,9 +1,10 @@
-"""cli: `jobledger webhooks …`: send them, look at them, send them again, try one."""
+"""`jobledger webhooks …`: inspect, test and redeliver webhooks, and manage signing secrets."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import quote
 
@@ -11,250 +12,275 @@ import orjson
 import typer
 from rich.text import Text
 
-from jobledger.cli.api_client import DEFAULT_URL, UrlOption, open_client, parse_response, without_none
-from jobledger.cli.commands.resource_commands import format_iso_timestamp
-from jobledger.cli.runtime import ConfigOption, JsonOption, load_settings, run_roles
-from jobledger.cli.terminal_text import SafeConsole, SafeTable, echo, echo_json, echo_text
+from jobledger.cli.api_client import open_client, parse_response, without_none
+from jobledger.cli.commands.resource_commands import (
+    STATUS_STYLES,
+    Document,
+    LimitOption,
+    ReasonOption,
+    fetch_list,
+    format_iso_timestamp,
+    print_json,
+    print_list,
+)
+from jobledger.cli.exit_codes import EXIT_FAILED
+from jobledger.cli.options import DEFAULT_URL, ConfigOption, JsonOption, UrlOption
+from jobledger.cli.runtime import load_settings
+from jobledger.cli.terminal_text import SafeConsole, SafeTable, echo, echo_text
 from jobledger.ledger.domain.errors import ConfigurationError
+from jobledger.ledger.domain.statuses import DeliveryStatus
 
 if TYPE_CHECKING:
     from jobledger.workers.webhooks.sender import WebhookRequest, WebhookResponse
 
-app = typer.Typer(help="Webhooks: who was told what.", invoke_without_command=True)
-_PATH: Final = "/api/monitoring/events/webhooks"
-_ENDPOINTS: Final = "/api/monitoring/events/webhook-endpoints"
-_STYLES: Final = {"delivered": "green", "pending": "yellow", "abandoned": "red"}
-JobOption = Annotated[str | None, typer.Option("--job", help="Those that tell of this job.")]
-BatchOption = Annotated[str | None, typer.Option("--batch", help="Those of this batch and its jobs.")]
-HostOption = Annotated[str | None, typer.Option(help="Those to this host and port, such as example.org:443.")]
-
-
-@app.callback()
-def webhook_sender(context: typer.Context, config: ConfigOption = None) -> None:
-    """Webhooks: who was told what. Without a command: send them from here, and nothing else."""
-    if context.invoked_subcommand is None:
-        run_roles(config, frozenset({"webhooks"}))
+app = typer.Typer(
+    help="Inspect, test and redeliver webhooks. `jobledger webhook-sender` sends them", no_args_is_help=True
+)
+_DELIVERIES_PATH: Final = "/api/monitoring/events/webhooks"
+_REDELIVER_PATH: Final = "/api/monitoring/events/redeliver"
+_ENDPOINTS_PATH: Final = "/api/monitoring/events/webhook-endpoints"
+_ENDPOINTS_PAGE_SIZE: Final = 1000
+JobOption = Annotated[str | None, typer.Option("--job", help="Only about this job")]
+BatchOption = Annotated[str | None, typer.Option("--batch", help="Only about this batch and its jobs")]
+HostOption = Annotated[str | None, typer.Option(help="Only to this host and port, e.g. example.org:443")]
+EndpointArgument = Annotated[str, typer.Argument(metavar="ENDPOINT_ID", help="See `webhooks endpoints`")]
 
 
 @app.command("list")
 def list_deliveries(
-    status: Annotated[str | None, typer.Option(help="pending, delivered or abandoned.")] = None,
+    status: Annotated[DeliveryStatus | None, typer.Option(help="Only with this status", show_default=False)] = None,
     job: JobOption = None,
     batch: BatchOption = None,
     host: HostOption = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many, the newest first.")] = 50,
+    limit: LimitOption = 50,
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Show webhooks that were sent or are to be sent, and what became of them."""
-    query = {"status": status, "job_id": job, "batch_id": batch, "host": host, "limit": limit}
+    """List webhook deliveries with their last result, newest first
 
-    async def ask() -> dict[str, Any]:
-        async with open_client(url) as client:
-            return parse_response(await client.get(_PATH, params=without_none(query)), "deliveries", "total")
-
-    found = asyncio.run(ask())
-    if as_json:
-        echo_json(orjson.dumps(found["deliveries"]))
-    elif found["deliveries"]:
-        SafeConsole().print(_table(found["deliveries"]))
-        more = "more than " if found.get("total_is_lower_bound") else ""
-        echo(f"{len(found['deliveries'])} of {more}{found['total']}")
-    else:
-        echo("There are none.")
+    Filters are combined.
+    """
+    query = {"status": status, "job_id": job, "batch_id": batch, "host": host}
+    deliveries, total = asyncio.run(fetch_list(url, _DELIVERIES_PATH, "deliveries", query, limit))
+    print_list(deliveries, total, delivery_rows, plural="webhook deliveries", as_json=as_json)
 
 
 @app.command()
 def redeliver(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Which ones.")] = None,
-    status: Annotated[str | None, typer.Option(help="Without ids: those with this status.")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Delivery IDs")] = None,
+    status: Annotated[
+        DeliveryStatus | None,
+        typer.Option(help="Without IDs: only with this status. Default: abandoned", show_default=False),
+    ] = None,
     job: JobOption = None,
     batch: BatchOption = None,
     host: HostOption = None,
-    reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None,
+    reason: ReasonOption = None,
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
-    """Send webhooks again: those that are named, or, without ids, those that were given up and fit the options."""
+    """Send webhooks again
+
+    Name delivery IDs, or select abandoned deliveries with filters.
+    """
     filters = without_none({"status": status, "job_id": job, "batch_id": batch, "host": host})
     if ids and filters:
-        raise ConfigurationError("Name ids, or say which ones by options; both at once can be misunderstood.")
+        raise ConfigurationError("Delivery IDs and filters cannot be combined: use one of them.")
     if not ids and not filters:
-        raise ConfigurationError("Which ones? Name ids, or for example --status abandoned for all that were given up.")
+        raise ConfigurationError(
+            "Select deliveries by ID or with a filter, for example --status abandoned for all abandoned ones."
+        )
 
-    async def ask() -> int:
-        why = without_none({"reason": reason})
+    async def post() -> int:
+        body = without_none({"reason": reason})
         async with open_client(url) as client:
             if not ids:
-                answer = await client.post("/api/monitoring/events/redeliver", json=filters | why)
-                return int(parse_response(answer, "redelivered")["redelivered"])
+                response = await client.post(_REDELIVER_PATH, json=filters | body)
+                return int(parse_response(response, "redelivered")["redelivered"])
             for delivery_id in ids:
-                parse_response(await client.post(f"{_PATH}/{delivery_id}/redeliver", json=why))
+                parse_response(await client.post(f"{_DELIVERIES_PATH}/{delivery_id}/redeliver", json=body))
             return len(ids)
 
-    number = asyncio.run(ask())
+    count = asyncio.run(post())
     if as_json:
-        echo_json(orjson.dumps({"redelivered": number}))
+        print_json({"redelivered": count})
     else:
-        echo(f"{number} to be sent again.")
+        echo(f"Scheduled {count} webhooks for redelivery.")
 
 
 @app.command("test")
 def send_test(
-    endpoint_url: Annotated[str, typer.Argument(metavar="URL", help="Where to.")],
+    endpoint_url: Annotated[str, typer.Argument(metavar="URL", help="URL of the endpoint")],
     header: Annotated[
-        list[str] | None, typer.Option("--header", help="A header to send, such as 'X-Key: 1'. Repeatable.")
+        list[str] | None, typer.Option("--header", help="Header to send, e.g. 'X-Key: 1'. Repeatable")
     ] = None,
     secret: Annotated[
         str | None,
-        typer.Option(envvar="JOBLEDGER_WEBHOOK_SECRET", help="Signing secret. Prefer the environment variable."),
+        typer.Option(envvar="JOBLEDGER_WEBHOOK_SECRET", help="Signing secret. Prefer the environment variable"),
     ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send a webhook on trial, from here, by the same rules as real ones, and show the answer. Nothing is recorded."""
+    """Send a test webhook from this machine and show the response
+
+    The same rules as for real webhooks apply. Nothing is recorded.
+    """
+    settings = load_settings(config).webhooks
+    request = _build_test_request(endpoint_url, header or (), secret)
+    response = asyncio.run(_send(request, settings.allowed_private_hosts, settings.timeout_seconds))
+    if as_json:
+        print_json(
+            {
+                "status_code": response.status_code,
+                "error": response.error_code,
+                "message": response.message,
+                "response": response.body,
+                "duration_s": round(response.duration_s, 3),
+            }
+        )
+    else:
+        status = f"{response.status_code} " if response.status_code is not None else ""
+        echo(f"{status}{response.message or 'delivered'} ({response.duration_s:.2f} s)")
+        if response.body:
+            echo_text(response.body)
+    raise typer.Exit(0 if response.error_code is None else EXIT_FAILED)
+
+
+def _build_test_request(url: str, header_options: Sequence[str], secret: str | None) -> WebhookRequest:
     from bson import ObjectId
 
     from jobledger.ledger.domain.webhook_headers import find_header_problem
     from jobledger.ledger.net.webhook_signature import build_signature_headers
     from jobledger.workers.webhooks.sender import WebhookRequest
 
-    settings = load_settings(config).webhooks
-    headers = dict(_header(text) for text in header or ())
+    headers = dict(_parse_header(text) for text in header_options)
     if (problem := find_header_problem(headers)) is not None:
         raise ConfigurationError(f"--header {problem[0]}: {problem[1]}")
     webhook_id = f"test-{ObjectId()}"
     body = orjson.dumps({"schema_version": 1, "type": "test", "delivery_id": webhook_id, "sequence": 0})
     try:
-        signed = build_signature_headers([] if secret is None else [secret], webhook_id, int(time.time()), body)
+        signature = build_signature_headers([] if secret is None else [secret], webhook_id, int(time.time()), body)
     except ValueError as error:
         raise ConfigurationError(f"--secret: {error}") from None
-    outgoing = WebhookRequest(endpoint_url, {**headers, "Content-Type": "application/json", **signed}, body)
-    answer = asyncio.run(_send(outgoing, settings.allowed_private_hosts, settings.timeout_seconds))
-    if as_json:
-        told = {"status_code": answer.status_code, "error": answer.error_code, "message": answer.message}
-        echo_json(orjson.dumps({**told, "response": answer.body, "duration_s": round(answer.duration_s, 3)}))
-    else:
-        what = f"{answer.status_code} " if answer.status_code is not None else ""
-        echo(f"{what}{answer.message or 'delivered'} ({answer.duration_s:.2f} s)")
-        if answer.body:
-            echo_text(answer.body)
-    raise typer.Exit(0 if answer.error_code is None else 1)
+    return WebhookRequest(url, {**headers, "Content-Type": "application/json", **signature}, body)
 
 
-@app.command("endpoints")
-def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
-    """List the endpoints that webhooks go to"""
-
-    async def ask() -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        async with open_client(url) as client:
-            while True:
-                query = without_none({"limit": 1000, "after": found[-1]["endpoint_id"] if found else None})
-                part = parse_response(await client.get(_ENDPOINTS, params=query), "endpoints")["endpoints"]
-                found += part
-                if len(part) < 1000:
-                    return found
-
-    found = asyncio.run(ask())
-    if as_json:
-        echo_json(orjson.dumps(found))
-        return
-    if not found:
-        echo("No webhooks have been submitted.")
-        return
-    SafeConsole().print(_endpoints_table(found))
-
-
-def _endpoints_table(found: list[dict[str, Any]]) -> SafeTable:
-    table = SafeTable("endpoint_id", "user", "url", "created", "rotated", "old secret until")
-    for it in found:
-        created, rotated, until = (
-            format_iso_timestamp(it[name]) if it[name] else ""
-            for name in ("created_at", "rotated_at", "previous_secret_expires_at")
-        )
-        rotated = "revoked" if it["revoked"] else rotated
-        table.add_row(it["endpoint_id"], it["user_id"], it["url"], created, rotated, until)
-    return table
-
-
-@app.command("rotate-secret")
-def rotate_secret(
-    endpoint_id: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
-    grace: Annotated[int, typer.Option(min=0, help="Seconds for which the old secret signs, too.")] = 86_400,
-    url: UrlOption = DEFAULT_URL,
-    as_json: JsonOption = False,
-) -> None:
-    """Give an endpoint a new signing secret and show it this once"""
-
-    async def ask() -> dict[str, Any]:
-        async with open_client(url) as client:
-            path = f"{_ENDPOINTS}/{quote(endpoint_id, safe='')}/rotate-secret"
-            return parse_response(await client.post(path, json={"grace_period_s": grace}), "secret")
-
-    rotated = asyncio.run(ask())
-    if as_json:
-        echo_json(orjson.dumps({name: rotated[name] for name in ("endpoint_id", "url", "secret")}))
-    else:
-        echo(rotated["secret"])
-        echo(f"Keep it: it is not shown again. The old one signs for {grace} more seconds.", err=True)
-
-
-@app.command("revoke-secret")
-def revoke_secret(
-    endpoint_id: Annotated[str, typer.Argument(metavar="RECEIVER", help="As `webhooks endpoints` shows it.")],
-    url: UrlOption = DEFAULT_URL,
-) -> None:
-    """Revoke the signing secrets of an endpoint; nothing is sent to it until its secret is rotated"""
-
-    async def ask() -> None:
-        async with open_client(url) as client:
-            parse_response(await client.delete(f"{_ENDPOINTS}/{quote(endpoint_id, safe='')}/secret"))
-
-    asyncio.run(ask())
-    echo("Revoked. `jobledger webhooks rotate-secret` makes a new one.")
-
-
-@app.command("secret")
-def generate_secret() -> None:
-    """Make a signing secret, for the `webhook.secrets` of a submission."""
-    from jobledger.ledger.net.webhook_signature import generate_secret
-
-    echo(generate_secret())
-
-
-async def _send(outgoing: WebhookRequest, allowed_private_hosts: list[str], timeout_seconds: float) -> WebhookResponse:
+async def _send(request: WebhookRequest, allowed_private_hosts: list[str], timeout_seconds: float) -> WebhookResponse:
     from jobledger.workers.webhooks.sender import Sender
 
     sender = Sender(allowed_private_hosts=allowed_private_hosts, timeout_seconds=timeout_seconds)
     try:
-        return await sender.send(outgoing)
+        return await sender.send(request)
     finally:
         await sender.aclose()
 
 
-def _header(text: str) -> tuple[str, str]:
+def _parse_header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon or not name.strip():
-        raise ConfigurationError("--header: expected a name, a colon and a value, such as 'X-Key: 1'")
+        raise ConfigurationError("--header: expected a name, a colon and a value, such as 'X-Key: 1'.")
     return name.strip(), value.strip()
 
 
-def _table(found: list[dict[str, Any]]) -> SafeTable:
-    table = SafeTable("id", "event_type", "status", "attempts", "to", "what came of it")
-    for it in found:
-        last = it["attempts"][-1] if it["attempts"] else None
-        outcome = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
-        if it["status"] == "pending" and it["next_attempt_at"]:
-            outcome = f"{outcome}  next at {format_iso_timestamp(it['next_attempt_at'])}".strip()
-        style = _STYLES[it["status"]]
-        status = Text(it["status"], style=style)
-        table.add_row(
-            it["delivery_id"],
-            it["type"],
-            status,
-            str(it["attempt"]),
-            it["host"],
-            outcome,
+@app.command("endpoints")
+def list_endpoints(url: UrlOption = DEFAULT_URL, as_json: JsonOption = False) -> None:
+    """List webhook endpoints"""
+
+    async def fetch() -> list[Document]:
+        endpoints: list[Document] = []
+        async with open_client(url) as client:
+            while True:
+                after = endpoints[-1]["endpoint_id"] if endpoints else None
+                query = without_none({"limit": _ENDPOINTS_PAGE_SIZE, "after": after})
+                page = parse_response(await client.get(_ENDPOINTS_PATH, params=query), "endpoints")["endpoints"]
+                endpoints += page
+                if len(page) < _ENDPOINTS_PAGE_SIZE:
+                    return endpoints
+
+    endpoints = asyncio.run(fetch())
+    if as_json:
+        print_json(endpoints)
+    elif endpoints:
+        SafeConsole().print(endpoints_table(endpoints))
+    else:
+        echo("There are no webhook endpoints.")
+
+
+@app.command("rotate-secret")
+def rotate_secret(
+    endpoint_id: EndpointArgument,
+    grace_seconds: Annotated[int, typer.Option(min=0, help="Seconds for which the old secret also signs")] = 86_400,
+    url: UrlOption = DEFAULT_URL,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace the signing secret of an endpoint and print the new one once"""
+
+    async def post() -> Document:
+        async with open_client(url) as client:
+            path = f"{_ENDPOINTS_PATH}/{quote(endpoint_id, safe='')}/rotate-secret"
+            return parse_response(await client.post(path, json={"grace_period_s": grace_seconds}), "secret")
+
+    rotated = asyncio.run(post())
+    if as_json:
+        print_json({"endpoint_id": rotated["endpoint_id"], "url": rotated["url"], "secret": rotated["secret"]})
+    else:
+        echo(rotated["secret"])
+        echo(f"Store it: it is not shown again. The old secret also signs for {grace_seconds} seconds.", err=True)
+
+
+@app.command("revoke-secret")
+def revoke_secret(endpoint_id: EndpointArgument, url: UrlOption = DEFAULT_URL) -> None:
+    """Revoke the signing secrets of an endpoint immediately
+
+    The endpoint receives no webhooks until its secret is rotated.
+    """
+
+    async def delete() -> None:
+        async with open_client(url) as client:
+            parse_response(await client.delete(f"{_ENDPOINTS_PATH}/{quote(endpoint_id, safe='')}/secret"))
+
+    asyncio.run(delete())
+    echo("Revoked. `jobledger webhooks rotate-secret` creates a new secret.")
+
+
+@app.command("generate-secret")
+def generate_secret() -> None:
+    """Generate a signing secret for `webhook.secrets` of a submission"""
+    from jobledger.ledger.net.webhook_signature import generate_secret as generate
+
+    echo(generate())
+
+
+def delivery_rows(deliveries: Sequence[Document]) -> Iterator[Sequence[str | Text]]:
+    """Yield the header and the rows of the table of deliveries."""
+    yield ("DELIVERY", "EVENT", "STATUS", "ATTEMPTS", "HOST", "LAST RESULT")
+    for delivery in deliveries:
+        yield (
+            delivery["delivery_id"],
+            delivery["type"],
+            Text(delivery["status"], style=STATUS_STYLES.get(delivery["status"], "")),
+            str(delivery["attempt"]),
+            delivery["host"],
+            _last_result(delivery),
         )
+
+
+def _last_result(delivery: Document) -> str:
+    last: Any = delivery["attempts"][-1] if delivery["attempts"] else None
+    result = "" if last is None else (last["error"]["message"] if last["error"] else str(last["status_code"]))
+    if delivery["status"] == "pending" and delivery["next_attempt_at"]:
+        return f"{result}  next at {format_iso_timestamp(delivery['next_attempt_at'])}".strip()
+    return result
+
+
+def endpoints_table(endpoints: Sequence[Document]) -> SafeTable:
+    """Return the table of endpoints."""
+    table = SafeTable("ENDPOINT ID", "USER", "URL", "CREATED", "ROTATED", "OLD SECRET EXPIRES")
+    for endpoint in endpoints:
+        created, rotated, expires = (
+            format_iso_timestamp(endpoint[name]) if endpoint[name] else ""
+            for name in ("created_at", "rotated_at", "previous_secret_expires_at")
+        )
+        rotated = "revoked" if endpoint["revoked"] else rotated
+        table.add_row(endpoint["endpoint_id"], endpoint["user_id"], endpoint["url"], created, rotated, expires)
     return table

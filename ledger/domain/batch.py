@@ -28,10 +28,10 @@ from jobledger.ledger.domain.events import (
     BatchPaused,
     BatchReopened,
     BatchResumed,
-    BatchStatus,
     BatchSubmitted,
     BatchUnarchived,
 )
+from jobledger.ledger.domain.statuses import BatchStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import blake2b
-from typing import Final, Literal, assert_never
+from typing import Final, assert_never
 
 from jobledger.ledger.domain import limits
 from jobledger.ledger.domain.batch import Batch
@@ -26,8 +26,8 @@ from jobledger.ledger.domain.events import (
     WebhookEventType,
 )
 from jobledger.ledger.domain.job import Job
+from jobledger.ledger.domain.statuses import DeliveryStatus
 
-DeliveryStatus = Literal["pending", "delivered", "abandoned"]
 _PREFIX: Final = "delivery-"
 _ENDS: Final[dict[type[Event], WebhookEventType]] = {
     JobCompleted: "job.completed",

@@ -48,10 +48,7 @@ def _is_none(value: object) -> bool:
 
 UtcDatetime = Annotated[datetime, AfterValidator(truncate_to_milliseconds)]
 CompactFloat = Annotated[float, PlainSerializer(_whole)]
-JobStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
-BatchStatus = Literal["processing", "completed", "partial", "failed"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-TERMINAL_STATUSES: frozenset[JobStatus] = frozenset({"completed", "failed", "cancelled"})
 
 
 class _Value(BaseModel):

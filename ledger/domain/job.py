@@ -31,7 +31,6 @@ from jobledger.ledger.domain.commands import (
 )
 from jobledger.ledger.domain.errors import AlreadyExists, InvalidState, NotDue, NotFound
 from jobledger.ledger.domain.events import (
-    TERMINAL_STATUSES,
     Failure,
     JobAccessChanged,
     JobArchived,
@@ -48,13 +47,13 @@ from jobledger.ledger.domain.events import (
     JobProgressed,
     JobReleased,
     JobRestarted,
-    JobStatus,
     JobSubmitted,
     JobUnarchived,
     JobUpdated,
     StepCompleted,
     WorkerFenced,
 )
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES, JobStatus
 
 
 @dataclass(frozen=True, slots=True)

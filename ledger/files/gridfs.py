@@ -64,7 +64,7 @@ class GridFSStore:
         Raises:
             LedgerUnavailable: the database cannot be reached, or does not let us.
         """
-        with translate_errors("preparing results.store: gridfs (the rights it needs: jobledger doctor --role)"):
+        with translate_errors("preparing results.store: gridfs (the rights it needs: jobledger mongo-roles)"):
             await self._files.create_index([("filename", ASCENDING), ("uploadDate", ASCENDING)])
             await self._chunks.create_index([("files_id", ASCENDING), ("n", ASCENDING)], unique=True)
             # Only our own files have this field: others may use the bucket as they like.

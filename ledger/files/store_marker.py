@@ -29,7 +29,7 @@ _ID: Final = re.compile(r"[0-9a-f]{32}")
 _NOTE: Final = "This file identifies the result store of a Jobledger installation. Keep it with the files beside it.\n"
 _ADVICE: Final = (
     "Mount its disk, restore the directory, or correct results.store. Nothing is written until then. If its files are "
-    "lost for good, `jobledger doctor --accept-store` accepts the directory as it is"
+    "lost for good, `jobledger doctor --accept-result-store` accepts the directory as it is"
 )
 
 

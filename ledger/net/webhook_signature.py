@@ -32,7 +32,7 @@ def decode_secret(secret: str) -> bytes:
     """
     problem = (
         f"expected a signing secret: {_PREFIX} and {_SHORTEST_BYTES} to {_LONGEST_BYTES} random bytes in Base64, "
-        "as `jobledger webhooks secret` makes"
+        "as `jobledger webhooks generate-secret` makes"
     )
     if not secret.startswith(_PREFIX):
         raise ValueError(problem)

@@ -15,7 +15,6 @@ from typing import Any, Final
 from jobledger.ledger.domain import batch as batch_rules
 from jobledger.ledger.domain import job as job_rules
 from jobledger.ledger.domain.events import (
-    TERMINAL_STATUSES,
     BatchSubmitted,
     JobArchived,
     JobClaimed,
@@ -26,6 +25,7 @@ from jobledger.ledger.domain.events import (
     StepCompleted,
 )
 from jobledger.ledger.domain.job import Job
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.store.event_store import EventStore
 
 _IGNORED_EVENTS: Final = frozenset(

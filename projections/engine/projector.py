@@ -158,7 +158,7 @@ class Projector:
         """Leave the lead to a projector of a later version, if there is one, and say why this one does not go on.
 
         An event of a later version must not be guessed at, nor be isolated: the next version folds it. Views that are
-        ahead of a log whose end was removed wait for `jobledger replay`.
+        ahead of a log whose end was removed wait for `jobledger views rebuild`.
         """
         _log.error("the projector stands still", reason=str(error))
         with suppress(LedgerUnavailable):

@@ -396,7 +396,9 @@ class Rebuild:
         try:
             await self._log.check_not_truncated(read, "the views")
         except LogTruncated as truncated:
-            raise NotComparable(f"{truncated} `jobledger replay` makes the views of what is left.") from truncated
+            raise NotComparable(
+                f"{truncated} `jobledger views rebuild` makes the views of what is left."
+            ) from truncated
 
     async def _next(self, events: Subscription, most: int) -> Sequence[RecordedEvent]:
         """Return the next events of the log, of which the live views have read `most` more at least.
@@ -422,7 +424,7 @@ class Rebuild:
             live = await load_checkpoint(self._db, session)
             if live.get("version") != PROJECTION_VERSION:
                 raise NotComparable(
-                    "The views were made by another version of this program: they differ. `jobledger replay` "
+                    "The views were made by another version of this program: they differ. `jobledger views rebuild` "
                     "makes them anew."
                 )
             while folder.position < live["position"]:

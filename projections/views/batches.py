@@ -22,7 +22,6 @@ from jobledger.ledger.domain.access import Principal
 from jobledger.ledger.domain.commands import BatchCommand, FinishBatch, ReopenBatch
 from jobledger.ledger.domain.events import (
     BATCH_EVENTS,
-    TERMINAL_STATUSES,
     BatchAccessChanged,
     BatchArchived,
     BatchCounts,
@@ -38,6 +37,7 @@ from jobledger.ledger.domain.events import (
     RecordedEvent,
 )
 from jobledger.ledger.domain.limits import truncate_text
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.ledger.store.hash_chain import MAX_SAFE_INTEGER

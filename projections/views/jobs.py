@@ -22,7 +22,6 @@ from typing import Any, Final, assert_never
 from jobledger.ledger.domain.errors import InvalidEvent, UnreadableEvent, UnsupportedEvent
 from jobledger.ledger.domain.events import (
     JOB_EVENTS,
-    TERMINAL_STATUSES,
     JobAccessChanged,
     JobArchived,
     JobAttemptFailed,
@@ -51,6 +50,7 @@ from jobledger.ledger.domain.limits import (
     fits_in_document,
     truncate_text,
 )
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.slots import Views

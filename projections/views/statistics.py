@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from pymongo import IndexModel
 
-from jobledger.ledger.domain.events import TERMINAL_STATUSES
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from jobledger.ledger.mongo.connection import Document, translate_errors
 from jobledger.projections.slots import Views
 

@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from jobledger.cli.composition import ALL_ROLES, Role, start_roles
-from jobledger.cli.settings import read_settings
+from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.mongo.connection import Database
 from jobledger.ledger.store.event_store import EventStore
 from tests.support.header_auth import HeaderAuthBackend, principal_header

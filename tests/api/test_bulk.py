@@ -13,7 +13,8 @@ from pydantic import create_model
 from jobledger.api import bulk_commands as bulk
 from jobledger.ledger.domain.commands import CancelJob, ClaimJob, Delete, SubmitJob
 from jobledger.ledger.domain.errors import InvalidEvent, LedgerBusy
-from jobledger.ledger.domain.events import Event, EventMetadata, JobStatus, RecordedEvent
+from jobledger.ledger.domain.events import Event, EventMetadata, RecordedEvent
+from jobledger.ledger.domain.statuses import JobStatus
 from jobledger.ledger.mongo.connection import Connection, Document
 from jobledger.ledger.store.command_handler import Command, StreamState, handle_command, load_stream_state, new_job_id
 from jobledger.ledger.store.envelope import StreamAppend

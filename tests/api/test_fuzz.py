@@ -1,6 +1,7 @@
 """Whatever is sent, right or wrong: no fault, and no answer that the OpenAPI document does not describe.
 
-`make test` tries the same few requests each time; `make fuzz` tries many others, JOBLEDGER_FUZZ of them for each route.
+`make test` tries the same few requests each time; `make fuzz` tries JOBLEDGER_FUZZ_REQUESTS others for each
+route.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from schemathesis import Case, checks
 from tests.api.test_openapi import DOCUMENT
 from tests.support.installation import Installation, RunningCommand
 
-MANY = int(os.environ.get("JOBLEDGER_FUZZ", "0"))
+MANY = int(os.environ.get("JOBLEDGER_FUZZ_REQUESTS", "0"))
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,

@@ -139,7 +139,7 @@ async def test_readyz_says_that_the_end_of_the_log_was_removed_until_the_views_a
     refused(answer, 503, "projection_stalled")
     assert answer.json()["details"] == {"projection_position": 3, "head": 1}
     assert "were removed" in answer.json()["message"]
-    await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})  # as `jobledger replay` does
+    await api.db.checkpoints.update_one({"_id": "views"}, {"$set": {"position": 1}})  # as a rebuild does
     await asyncio.sleep(0.5)
     assert (await api.get("/readyz")).status_code == 200
 

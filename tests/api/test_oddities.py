@@ -15,8 +15,7 @@ from jobledger.api.dashboard import pages as dashboard
 from jobledger.api.http.limits import STREAM_PATHS
 from jobledger.api.openapi.operations import OPERATIONS
 from jobledger.api.routes import webhook_echo
-from jobledger.cli.commands.log import parse_as_of
-from jobledger.cli.commands.resource_commands import parse_time_option
+from jobledger.cli.options import parse_as_of, parse_time_option
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.domain.timestamps import parse_timestamp
 from tests.api.conftest import Api, run_api
@@ -46,7 +45,7 @@ async def test_time_without_offset_is_refused_everywhere_and_the_error_shows_it_
             assert answer.status_code == 422, (text, answer.url)
             assert "has no offset" in answer.json()["message"]
             assert "Z, or the local time with its offset" in answer.json()["message"]
-        for option in (lambda it: parse_as_of(it, "--as-of"), lambda it: parse_time_option(it, "--after")):
+        for option in (lambda it: parse_as_of(it, "--as-of"), lambda it: parse_time_option(it, "--created-after")):
             with pytest.raises(ConfigurationError, match=r"has no offset from UTC: write 2026-02-01T0\S+Z"):
                 option(text)
 

@@ -22,7 +22,7 @@ from jobledger.api.auth import api_keys as keys
 from jobledger.api.auth.api_keys import ApiKey, ApiKeyToken
 from jobledger.api.auth.jwks import JwksKeySource, load_public_key
 from jobledger.api.http.errors import ApiError
-from jobledger.cli.commands.keys import new_key
+from jobledger.cli.api_key_admin import new_key
 from jobledger.cli.composition import Role
 from jobledger.ledger.domain.errors import ConfigurationError
 from tests.api.conftest import Api, run_api

@@ -134,7 +134,7 @@ def audited(empty: Audited) -> Audited:
 
 
 def note_in(ended: CommandOutcome) -> str:
-    """What `log verify` says is to be noted."""
+    """The digest that `log verify` prints."""
     found = re.search(r"\b\d+:[0-9a-f]{64}$", ended.out, re.MULTILINE)
     assert found, ended
     return found[0]
@@ -149,8 +149,8 @@ def test_a_right_log_is_said_to_be_right_and_what_to_note_of_it(audited: Audited
         digest = sha256(digest + document["hash"]).digest()
     assert audited.verify() == CommandOutcome(
         0,
-        "5 events up to position 5 are what was written (1 of them void positions).\n"
-        f"To prove later that they still are, note: 5:{digest.hex()}\n",
+        "5 events up to position 5 are intact (1 of them voided positions).\n"
+        f"Digest, for `log verify --expected-digest`: 5:{digest.hex()}\n",
         "",
     )
 
@@ -159,11 +159,11 @@ def test_programs_are_told_the_same_as_json(audited: Audited) -> None:
     told = audited.json(0)
     assert told == {
         "events": 5,
-        "voided": 1,
+        "voided_positions": 1,
         "position": 5,
         "digest": note_in(audited.verify()),
-        "handed_out": None,
-        "wrong": None,
+        "last_allocated_position": None,
+        "first_error": None,
         "views": None,
         "files": None,
     }
@@ -190,7 +190,7 @@ def test_a_range_is_verified_alone(audited: Audited) -> None:
         told = audited.json(0, *arguments)
         assert (told["events"], told["position"]) == (events, end)
         assert told["digest"] is None, "that would stand for events that were not looked at"
-        assert "note" not in audited.verify(*arguments).out
+        assert "Digest" not in audited.verify(*arguments).out
     assert audited.verify("--to", "1").exit_code == 1
 
 
@@ -200,7 +200,7 @@ def test_a_range_is_verified_alone(audited: Audited) -> None:
 def test_where_nothing_is_nothing_is_wrong(audited: Audited, arguments: tuple[str, ...]) -> None:
     assert audited.verify(*arguments) == CommandOutcome(0, "There are no events to verify.\n", "")
     told = audited.json(0, *arguments)
-    assert (told["events"], told["digest"], told["wrong"]) == (0, None, None)
+    assert (told["events"], told["digest"], told["first_error"]) == (0, None, None)
 
 
 def test_an_empty_log_is_right(empty: Audited) -> None:
@@ -209,8 +209,8 @@ def test_an_empty_log_is_right(empty: Audited) -> None:
 
     empty.do(nothing)
     assert empty.verify() == CommandOutcome(0, "There are no events to verify.\n", "")
-    nothing_else = {"digest": None, "handed_out": None, "wrong": None, "views": None, "files": None}
-    assert empty.json(0) == {"events": 0, "voided": 0, "position": 0, **nothing_else}
+    nothing_else = {"digest": None, "last_allocated_position": None, "first_error": None, "views": None, "files": None}
+    assert empty.json(0) == {"events": 0, "voided_positions": 0, "position": 0, **nothing_else}
 
 
 def test_a_log_that_nobody_has_opened_yet_is_right(empty: Audited) -> None:
@@ -226,22 +226,22 @@ def test_the_first_wrong_event_is_named_and_the_exit_code_is_1(audited: Audited)
     audited.change(4, time=NOON)
     assert audited.verify() == CommandOutcome(
         1,
-        f"The log is not what was written. First wrong: position 2 ({stream}, version 2): "
-        "its hash is not that of its content: one of the two was changed.\n1 events before it are.\n",
+        f"The log is damaged. First error: position 2 ({stream}, version 2): "
+        "its hash is not that of its content: one of the two was changed.\n1 events before it are intact.\n",
         "",
     )
     assert audited.json(1) == {
         "events": 1,
-        "voided": 0,
+        "voided_positions": 0,
         "position": 1,
         "digest": None,
-        "wrong": {
+        "first_error": {
             "position": 2,
             "stream": stream,
             "version": 2,
-            "what": "its hash is not that of its content: one of the two was changed",
+            "message": "its hash is not that of its content: one of the two was changed",
         },
-        "handed_out": None,
+        "last_allocated_position": None,
         "views": None,
         "files": None,
     }
@@ -254,14 +254,14 @@ def test_an_event_that_is_gone_is_named_by_its_position(audited: Audited) -> Non
     audited.do(remove)
     told = audited.json(1)
     assert told["events"] == 3
-    assert told["wrong"].items() >= {"position": 4, "stream": None, "version": None}.items()
-    assert told["wrong"]["what"].startswith("missing.")
+    assert told["first_error"].items() >= {"position": 4, "stream": None, "version": None}.items()
+    assert told["first_error"]["message"].startswith("missing.")
 
 
 @pytest.mark.parametrize("version", [ObjectId("679f3d0c8f1b2a0001000000"), b"\1"], ids=["an id", "bytes"])
 def test_programs_are_told_of_a_version_that_is_none(audited: Audited, version: Any) -> None:
     audited.change(4, version=version)
-    assert audited.json(1)["wrong"]["position"] == 4
+    assert audited.json(1)["first_error"]["position"] == 4
 
 
 # Noted earlier ----------------------------------------------------------------------------------------------------
@@ -280,8 +280,8 @@ def test_what_was_noted_proves_later_that_nothing_was_taken_away(audited: Audite
     assert audited.verify().exit_code == 0
     ended = audited.verify("--expected-digest", note)
     assert ended.exit_code == 1
-    assert "First wrong: position 5: missing: the log ends at position 4, and was noted to have reached 5." in ended.out
-    assert audited.json(1, "--expected-digest", note)["wrong"]["position"] == 5
+    assert "First error: position 5: missing: the log ends at position 4, and was noted to have reached 5." in ended.out
+    assert audited.json(1, "--expected-digest", note)["first_error"]["position"] == 5
 
 
 # A log whose end is missing -----------------------------------------------------------------------------------------
@@ -324,10 +324,10 @@ def test_events_appended_after_the_end_was_removed_do_not_hide_that(
     audited.do(damage)
     ended = audited.verify("--no-views")
     assert ended.exit_code == 1
-    assert f"First wrong: position {position}: replaced. {reader} had reached position {position}" in ended.out
+    assert f"First error: position {position}: replaced. {reader} had reached position {position}" in ended.out
     if damage is views_replaced:
         assert "another event there" in audited.run("doctor").out
-        assert audited.run("replay").exit_code == 0
+        assert audited.run("views", "rebuild").exit_code == 0
         assert audited.verify().exit_code == 0
 
 
@@ -343,9 +343,9 @@ def test_a_log_without_its_end_is_found_by_what_was_read_of_it(
     ended = audited.verify()
     assert time.monotonic() - begun < 10
     assert ended.exit_code == 1
-    assert f"First wrong: position {first}: missing." in ended.out
+    assert f"First error: position {first}: missing." in ended.out
     assert f"{reader} had reached position 9" in ended.out
-    assert audited.json(1)["wrong"]["position"] == first
+    assert audited.json(1)["first_error"]["position"] == first
     assert audited.verify("--to", "9").exit_code == 1  # it was asked for more than there is
     if first > 1:
         assert audited.verify("--to", str(first - 1)).exit_code == 0
@@ -355,34 +355,34 @@ def test_positions_that_were_handed_out_and_never_written_are_noted(audited: Aud
     audited.do(lambda ledger: create_position_gap(ledger.db))
     ended = audited.verify()
     assert ended.exit_code == 0
-    assert "note: positions up to 6 were handed out to writers, and the log ends at 5." in ended.out
-    assert audited.json(0)["handed_out"] == 6
+    assert "note: positions up to 6 were allocated to writers, but the log ends at 5." in ended.out
+    assert audited.json(0)["last_allocated_position"] == 6
 
 
 def test_no_command_waits_for_events_that_are_gone_and_replay_makes_the_views_of_the_rest(
     audited: Audited, tmp_path: Path
 ) -> None:
     audited.do(views_ahead)
-    checked = audited.run("replay", "--check")
+    checked = audited.run("views", "check")
     assert checked.exit_code == 1
     assert "The log ends at position 5, but the views had reached position 9" in checked.err
-    assert audited.run("replay", "--view", "statistics").exit_code == 2
+    assert audited.run("views", "rebuild", "--view", "statistics").exit_code == 2
     assert audited.run("log", "tail", "--no-follow").exit_code == 0
     assert audited.run("log", "export", str(tmp_path / "log.ndjson")).exit_code == 0
-    assert audited.run("replay", "--as-of", "99").exit_code == 0
+    assert audited.run("log", "state", "--as-of", "99").exit_code == 0
     doctor = audited.run("doctor")
     assert doctor.exit_code == 1
-    assert "5 events, but the views have read 9" in doctor.out
-    assert audited.run("replay").exit_code == 0
+    assert "5 events, but the views are at position 9" in doctor.out
+    assert audited.run("views", "rebuild").exit_code == 0
     assert audited.verify().exit_code == 0
-    assert audited.run("replay", "--check").exit_code == 0
+    assert audited.run("views", "check").exit_code == 0
 
 
 def test_another_hash_than_the_noted_one_is_wrong(audited: Audited) -> None:
     ended = audited.verify("--expected-digest", f"5:{NOTHING}")
     assert ended.exit_code == 1
     assert (
-        "First wrong: position 5: what stands up to here is not what was noted; each event fits the others."
+        "First error: position 5: what stands up to here is not what was noted; each event fits the others."
         in ended.out
     )
 
@@ -394,7 +394,7 @@ def test_a_note_stands_for_all_events_and_so_does_not_go_with_a_range_that_leave
         assert_one_line_error(
             audited.verify("--expected-digest", note, *arguments),
             2,
-            "--expected-digest stands for all events up to position 3",
+            "--expected-digest covers all events up to position 3",
         )
 
 
@@ -421,9 +421,7 @@ NO_NOTES = [
 
 @pytest.mark.parametrize("text", NO_NOTES, ids=lambda text: repr(text[:12]))
 def test_a_text_that_is_no_note_is_one_line_and_exit_code_2(audited: Audited, text: str) -> None:
-    assert_one_line_error(
-        audited.verify("--expected-digest", text), 2, "is no note of an earlier verification", "POSITION:DIGEST"
-    )
+    assert_one_line_error(audited.verify("--expected-digest", text), 2, "expected POSITION:DIGEST")
 
 
 @pytest.mark.parametrize("option", ["--from", "--to"])
@@ -452,13 +450,13 @@ def test_a_database_that_does_not_answer_is_one_line_and_exit_code_3(empty: Audi
 
 def test_what_is_wrong_usage_is_said_before_the_database_is_asked(empty: Audited, tmp_path: Path) -> None:
     away(tmp_path)
-    assert_one_line_error(empty.verify("--expected-digest", "5"), 2, "is no note")
+    assert_one_line_error(empty.verify("--expected-digest", "5"), 2, "expected POSITION:DIGEST")
 
 
 def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(empty: Audited, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("mongodb:\n  url: x\n", encoding="utf-8")
     assert_one_line_error(empty.verify(), 2, "config.yaml: mongodb.url")
-    assert_one_line_error(empty.verify("--config", "nowhere.yaml"), 2, "nowhere.yaml: there is no such file")
+    assert_one_line_error(empty.verify("--config", "nowhere.yaml"), 2, "nowhere.yaml: file not found")
 
 
 @soak_only
@@ -475,9 +473,11 @@ def test_an_embedded_server_that_does_not_run_is_started_meanwhile(tmp_path: Pat
 
         alone = installation.run("log", "verify", "--expected-digest", note_in(running))
         assert (alone.exit_code, alone.err) == (0, ""), alone
-        assert "are what was written" in alone.out
+        assert "are intact" in alone.out
         assert not (tmp_path / "data" / "server.json").exists(), "the server was left running"
-        assert_one_line_error(installation.run("log", "verify", "--expected-digest", "5"), 2, "is no note")
+        assert_one_line_error(
+            installation.run("log", "verify", "--expected-digest", "5"), 2, "expected POSITION:DIGEST"
+        )
         assert installation.run("log", "verify", "--expected-digest", f"1:{NOTHING}").exit_code == 1
 
 

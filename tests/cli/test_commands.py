@@ -131,28 +131,28 @@ def test_whatever_json_or_yaml_says_is_understood_and_followed(installation: Ins
 
 def test_plain_sessions_can_be_submitted_as_another_type(installation: Installation, url: str) -> None:
     sessions = [{"event": "E", "session": f"Talk {number}"} for number in range(3)]
-    ended = installation.run("submit", "-", "--wait", "--job-type", "echo", "--url", url, stdin=json.dumps(sessions))
+    ended = installation.run("submit", "-", "--wait", "--type", "echo", "--url", url, stdin=json.dumps(sessions))
     said(ended, 0, "Talk 0", "Talk 1", "Talk 2")
 
 
 @pytest.mark.parametrize(
     ("arguments", "stdin", "words"),
     [
-        (["submit", "nowhere.json"], "", ["nowhere.json: there is no such file"]),
+        (["submit", "nowhere.json"], "", ["nowhere.json: file not found"]),
         (["submit", "."], "", [". cannot be read"]),
         (["submit", "-"], "{[", ["- is neither JSON nor YAML"]),
         (["submit", "-"], "[" * 20_000, ["- is neither JSON nor YAML"]),
         (["submit", "-"], b"\xff\xfe\x00", ["-"]),
-        (["submit", "-"], "", ["expected a session, a list of sessions, or a batch"]),
-        (["submit", "-"], "just words", ["expected a session, a list of sessions, or a batch; found str"]),
-        (["submit", "-"], '{"jobs": 5}', ["jobs: expected a list of sessions, found int"]),
-        (["submit", "-", "--job-type", "echo"], '{"jobs": null}', ["jobs: expected a list"]),
+        (["submit", "-"], "", ["Expected a job, a list of jobs, or a batch"]),
+        (["submit", "-"], "just words", ["Expected a job, a list of jobs, or a batch, got str"]),
+        (["submit", "-"], '{"jobs": 5}', ["jobs: expected a list of jobs, got int"]),
+        (["submit", "-", "--type", "echo"], '{"jobs": null}', ["jobs: expected a list"]),
         (["submit", "-"], "1: x", ["cannot be written as JSON"]),
         (["submit", "-"], "a: !!binary aGVsbG8=", ["cannot be written as JSON"]),
         (["submit", "-"], f"a: {10**30}", ["cannot be written as JSON"]),
         (["submit", "-", "--url", "localhost:5001"], "{}", ["http://127.0.0.1:5001"]),
-        (["submit", "-", "--url", "http://[::1"], "{}", ["is not an address"]),
-        (["submit", "-", "--url", ""], "{}", ["is not an address"]),
+        (["submit", "-", "--url", "http://[::1"], "{}", ["is not a URL"]),
+        (["submit", "-", "--url", ""], "{}", ["is not a URL"]),
     ],
     ids=str,
 )
@@ -164,7 +164,7 @@ def test_what_cannot_be_submitted_is_explained_in_one_line(
 
 
 def test_the_exit_codes_of_a_real_process_are_the_same(nothing: Installation) -> None:
-    assert_one_line_error(nothing.run("submit", "nowhere.json"), 2, "nowhere.json: there is no such file")
+    assert_one_line_error(nothing.run("submit", "nowhere.json"), 2, "nowhere.json: file not found")
     assert_one_line_error(nothing.run("submit", "-", stdin="{["), 2, "- is neither JSON nor YAML")
     assert_one_line_error(nothing.run("submit", "-", "--url", NOBODY, stdin="{}"), 3, NOBODY, "jobledger up")
 
@@ -240,15 +240,15 @@ def test_the_doctor_shows_brackets_as_they_are(nothing: Installation) -> None:
 @pytest.mark.parametrize("command", ["up", "api", "projector", "worker", "doctor"])
 def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(here: Here, tmp_path: Path, command: str) -> None:
     (tmp_path / "config.yaml").write_text("api:\n  prot: 1\n")
-    assert_one_line_error(here(command), 2, "config.yaml: api.prot", "known here: host, port")
-    assert_one_line_error(here(command, "--config", "nowhere.yaml"), 2, "nowhere.yaml: there is no such file")
+    assert_one_line_error(here(command), 2, "config.yaml: api.prot", "Keys: host, port")
+    assert_one_line_error(here(command, "--config", "nowhere.yaml"), 2, "nowhere.yaml: file not found")
 
 
 def test_an_old_key_is_reported_and_harms_nothing(nothing: Installation) -> None:
     nothing.write_config(event_worker={"poll_interval_sec": 5})
     ended = nothing.run("doctor")
     said(ended, 0)
-    assert "note: event_worker.poll_interval_sec is not used" in ended.err
+    assert "note: event_worker.poll_interval_sec has no effect" in ended.err
 
 
 def test_commands_and_options_that_do_not_exist_are_wrong_usage(nothing: Installation) -> None:
@@ -262,7 +262,7 @@ def test_commands_do_without_what_only_the_demo_needs(nothing: Installation) -> 
     without = (
         "import sys; sys.modules['fpdf'] = None; from jobledger.cli.main import run; sys.argv[0] = 'jobledger'; run()"
     )
-    for arguments, exit_code, word in [(["submit", "nowhere"], 2, "no such file"), (["demo"], 2, "jobledger[demo]")]:
+    for arguments, exit_code, word in [(["submit", "nowhere"], 2, "file not found"), (["demo"], 2, "jobledger[demo]")]:
         ended = subprocess.run(
             [sys.executable, "-c", without, *arguments],
             cwd=nothing.directory,

@@ -13,7 +13,7 @@ import pytest
 from pymongo import MongoClient
 
 from jobledger.api.auth.api_keys import ApiKeyToken
-from jobledger.cli.commands.keys import new_key, parse_lifetime
+from jobledger.cli.api_key_admin import new_key, parse_lifetime
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import CommandOutcome, Installation, RunningCommand, assert_one_line_error, http_client
@@ -71,15 +71,15 @@ def test_programs_get_json(installation: Installation) -> None:
     )
     key = created.pop("key")
     assert ApiKeyToken.parse(key)
-    assert created.keys() == {"id", "name", "user_id", "groups", "roles", "created_at", "expires_at"}
+    assert created.keys() == {"key_id", "name", "user_id", "groups", "roles", "created_at", "expires_at"}
     assert (created["user_id"], created["groups"], created["roles"]) == ("bob", [], ["monitor", "admin"])
     expires_at = datetime.fromisoformat(created["expires_at"])
     assert timedelta(0) <= expires_at - before - timedelta(days=90) < timedelta(minutes=1)
     assert json.loads(done(installation.run("keys", "list", "--json"))) == [{**created, "sessions": 0}]
-    signed_out = json.loads(done(installation.run("keys", "sign-out", created["id"], "--json")))
-    assert signed_out == {"ended": 0}
+    signed_out = json.loads(done(installation.run("keys", "sign-out", created["key_id"], "--json")))
+    assert signed_out == {"ended_sessions": 0}
     # The whole key names it as well: that is what is at hand when it has leaked.
-    assert json.loads(done(installation.run("keys", "revoke", key, "--json"))) == {"revoked": created["id"]}
+    assert json.loads(done(installation.run("keys", "revoke", key, "--json"))) == {"revoked": created["key_id"]}
     assert json.loads(done(installation.run("keys", "list", "--json"))) == []
 
 
@@ -179,9 +179,9 @@ def test_submitting_without_a_key_or_with_a_wrong_one_says_what_to_do(installati
     up = installation.start("api").wait_until_ready()
     submit = ("submit", "-", "--url", up.url)
     assert_one_line_error(
-        installation.run(*submit, stdin=ECHO), 2, "asks who you are", "JOBLEDGER_KEY", "`jobledger keys create`"
+        installation.run(*submit, stdin=ECHO), 2, "requires authentication", "JOBLEDGER_KEY", "`jobledger keys create`"
     )
-    assert_one_line_error(installation.run(*submit, stdin=ECHO, JOBLEDGER_KEY="  "), 2, "asks who you are")
+    assert_one_line_error(installation.run(*submit, stdin=ECHO, JOBLEDGER_KEY="  "), 2, "requires authentication")
     wrong = str(ApiKeyToken.generate())
     for key in (wrong, f"{wrong}\n", "s3cret key", "s3cr€t", "s3cret\x00"[:-1] + "\x07"):
         refused = installation.run(*submit, stdin=ECHO, JOBLEDGER_KEY=key)

@@ -1,4 +1,4 @@
-"""`jobledger log show | tail | export | import` and `jobledger replay`, on a ledger in which things have happened."""
+"""`jobledger log …` and `jobledger views …` on a ledger with some history."""
 
 from __future__ import annotations
 
@@ -116,13 +116,13 @@ async def a_story(here: RunningRoles) -> str:
 
 def test_a_story_tells_who_did_what_and_what_came_of_it(machine: Machine) -> None:
     job_id = machine.do(a_story)
-    told = machine.run("log", "show", job_id).out
+    told = machine.run("log", "history", job_id).out
     lines = told.splitlines()
-    assert "JobSubmitted echo 'Die Rede' of user-1" in lines[0]
+    assert "JobSubmitted echo 'Die Rede' by user-1" in lines[0]
     assert "status pending" in lines[1]
-    assert any("JobClaimed attempt 1 by worker-7" in line for line in lines)
+    assert any("JobClaimed attempt 1 on worker-7" in line for line in lines)
     assert any("status pending → processing" in line for line in lines)
-    assert any("JobAttemptFailed BROKEN: it broke; again at " in line for line in lines)
+    assert any("JobAttemptFailed BROKEN: it broke; retry at " in line for line in lines)
     assert any("JobCancelled" in line and "no longer wanted" in line for line in lines)
     assert any("status processing → completed" in line for line in lines)
     assert all("(test)" in line for line in lines if "Job" in line.split("(")[0])
@@ -130,7 +130,7 @@ def test_a_story_tells_who_did_what_and_what_came_of_it(machine: Machine) -> Non
 
 def test_a_story_up_to_an_earlier_position_or_time(machine: Machine) -> None:
     job_id = machine.do(a_story)
-    whole = [json.loads(line) for line in machine.run("log", "show", job_id, "--json").out.splitlines()]
+    whole = [json.loads(line) for line in machine.run("log", "history", job_id, "--json").out.splitlines()]
     assert [it["event"]["type"] for it in whole] == [
         "JobSubmitted",
         "JobClaimed",
@@ -140,26 +140,26 @@ def test_a_story_up_to_an_earlier_position_or_time(machine: Machine) -> None:
         "JobClaimed",
         "JobCompleted",
     ]
-    assert whole[-1]["after"]["status"] == "completed"
+    assert whole[-1]["state"]["status"] == "completed"
     third = whole[2]["event"]
     for then in (str(third["position"]), third["time"]):
-        ended = machine.run("log", "show", job_id, "--as-of", then, "--json")
+        ended = machine.run("log", "history", job_id, "--as-of", then, "--json")
         some = [json.loads(line) for line in ended.out.splitlines()]
         assert [it["event"]["position"] for it in some][:3] == [it["event"]["position"] for it in whole[:3]]
         assert len(some) < len(whole) or then == third["time"]
-    before = machine.run("log", "show", job_id, "--as-of", "2001-01-01T00:00:00Z")
+    before = machine.run("log", "history", job_id, "--as-of", "2001-01-01T00:00:00Z")
     assert (before.exit_code, before.out) == (0, "")
-    assert "was not there yet" in before.err
+    assert "did not exist at that time" in before.err
 
 
 def test_what_is_in_no_log_is_said_in_one_line(machine: Machine) -> None:
     machine.do(a_story)
-    ended = machine.run("log", "show", "job-of-nobody")
+    ended = machine.run("log", "history", "job-of-nobody")
     assert (ended.exit_code, ended.err.count("\n")) == (1, 1)
-    assert "There is no job-of-nobody in the log" in ended.err
-    ended = machine.run("log", "show", "job-of-nobody", "--as-of", "yesterday")
+    assert "job-of-nobody is not in the log" in ended.err
+    ended = machine.run("log", "history", "job-of-nobody", "--as-of", "yesterday")
     assert ended.exit_code == 2
-    assert "expected a position of the log, or a time" in ended.err
+    assert "expected a position in the log or a time" in ended.err
 
 
 # The end of the log ---------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_the_end_of_the_log_is_told_filtered(machine: Machine) -> None:
     assert len(one) == 7
     ended = machine.run("log", "tail", "--type", "JobExploded")
     assert ended.exit_code == 2
-    assert "there is no such type of event; there are BatchAccessChanged, " in ended.err
+    assert "unknown event type. Event types: BatchAccessChanged, " in ended.err
 
 
 @needs_local_mongod
@@ -238,7 +238,7 @@ def test_what_was_exported_is_the_same_ledger_in_an_empty_database(
     assert machine.do(events, database=other_database) == log
     assert machine.do(views, database=other_database) == before
     verified = machine.json("log", "verify", "--expected-digest", note, database=other_database)
-    assert (verified["wrong"], verified["views"]["differences"]) == (None, 0)
+    assert (verified["first_error"], verified["views"]["differences"]) == (None, 0)
     machine.do(a_story, database=other_database)  # life goes on, behind what was imported
     assert machine.json("log", "verify", database=other_database)["events"] == len(log) + 8
 
@@ -467,27 +467,29 @@ def test_there_is_nothing_to_export_of_an_empty_log(machine: Machine) -> None:
 
 def test_views_that_somebody_has_edited_are_found_and_made_anew(machine: Machine) -> None:
     job_id = machine.do(a_story)
-    assert "The views say what the log says" in machine.run("log", "verify").out
+    assert "The views match the log" in machine.run("log", "verify").out
     with MongoClient[dict[str, Any]](machine.connection.uri) as client:
         db = client[machine.connection.db_name]
         db.jobs.update_one({"_id": job_id}, {"$set": {"status": "failed"}})
         db.statistics.update_one({"_id": "jobs"}, {"$inc": {"completed": 1}})
-    for command in (("log", "verify"), ("replay", "--check")):
+    for command in (("log", "verify"), ("views", "check")):
         ended = machine.run(*command)
         assert ended.exit_code == 1
         assert f"jobs: {job_id}: status is 'failed' and should be 'completed'" in ended.out
         assert "statistics: jobs: completed is 2 and should be 1" in ended.out
         assert "2 documents differ (1 in jobs, 1 in statistics)" in ended.out
-    found = machine.json("replay", "--check", "--view", "jobs", exit_code=1)
+    found = machine.json("views", "check", "--view", "jobs", exit_code=1)
     assert (found["differences"], found["by_view"]) == (1, {"jobs": 1})
-    assert found["shown"] == [{"view": "jobs", "key": job_id, "fields": ["status"], "live": True, "log": True}]
+    assert found["first_differences"] == [
+        {"view": "jobs", "key": job_id, "fields": ["status"], "in_view": True, "in_log": True}
+    ]
     assert machine.run("log", "verify", "--no-views").exit_code == 0
-    ended = machine.run("replay")
-    assert (ended.exit_code, ended.out) == (0, "Made anew, and in their place: all views, up to position 8.\n")
+    ended = machine.run("views", "rebuild")
+    assert (ended.exit_code, ended.out) == (0, "Rebuilt all views up to position 8.\n")
     assert machine.run("log", "verify").exit_code == 0
-    ended = machine.run("replay", "--view", "jops")
+    ended = machine.run("views", "rebuild", "--view", "jops")
     assert ended.exit_code == 2
-    assert "there is no such view; there are jobs, batches, " in ended.err
+    assert "unknown view. Views: jobs, batches, " in ended.err
 
 
 def test_how_everything_stood_at_an_earlier_time(machine: Machine) -> None:
@@ -503,27 +505,27 @@ def test_how_everything_stood_at_an_earlier_time(machine: Machine) -> None:
         return one, two, batch_id
 
     one, two, batch_id = machine.do(a_day)
-    stood = machine.json("replay", "--as-of", "5")["then"]
+    stood = machine.json("log", "state", "--as-of", "5")["as_of"]
     assert stood["position"] == 5
     assert stood["jobs"] == {"pending": 2, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
     assert [(it["job_id"], it["worker_id"], it["attempt"]) for it in stood["running"]] == [(two, "worker-7", 1)]
     assert stood["batches"][0]["batch_id"] == batch_id
     assert stood["batches"][0]["jobs"] == {"pending": 1, "processing": 1}
-    told = machine.run("replay", "--as-of", "5").out
+    told = machine.run("log", "state", "--as-of", "5").out
     assert "2 pending, 1 processing" in told
     assert "worker-7" in told
 
-    both = machine.json("replay", "--as-of", "5", "--until", "8")
+    both = machine.json("log", "state", "--as-of", "5", "--until", "8")
     assert both["until"]["jobs"] == {"pending": 0, "processing": 1, "completed": 1, "failed": 0, "cancelled": 1}
-    assert both["changed"][one] == ["pending", "cancelled"]
-    assert both["changed"][two] == ["processing", "completed"]
-    assert len(both["changed"]) == 3
-    assert "completed 0 → 1" in machine.run("replay", "--as-of", "5", "--until", "8").out
-    now = machine.json("replay", "--as-of", datetime.now(UTC).isoformat())["then"]
+    assert both["changes"][one] == ["pending", "cancelled"]
+    assert both["changes"][two] == ["processing", "completed"]
+    assert len(both["changes"]) == 3
+    assert "completed 0 → 1" in machine.run("log", "state", "--as-of", "5", "--until", "8").out
+    now = machine.json("log", "state", "--as-of", datetime.now(UTC).isoformat())["as_of"]
     assert now["jobs"] == both["until"]["jobs"]
-    assert "Nothing had happened yet." in machine.run("replay", "--as-of", "2001-01-01T00:00:00Z").out
-    for arguments in (("--until", "5"), ("--as-of", "5", "--check"), ("--as-of", "8", "--until", "5")):
-        assert machine.run("replay", *arguments).exit_code == 2
+    assert "The log was empty." in machine.run("log", "state", "--as-of", "2001-01-01T00:00:00Z").out
+    for arguments in (("--until", "5"), (), ("--as-of", "8", "--until", "5")):
+        assert machine.run("log", "state", *arguments).exit_code == 2
 
 
 def test_looking_back_finds_what_the_views_say_whatever_has_happened(machine: Machine) -> None:
@@ -534,7 +536,7 @@ def test_looking_back_finds_what_the_views_say_whatever_has_happened(machine: Ma
         return {"jobs": jobs, "batches": batches}
 
     found = machine.do(much_and_counted)
-    stood = machine.json("replay", "--as-of", str(10**9))["then"]
+    stood = machine.json("log", "state", "--as-of", str(10**9))["as_of"]
     counts = {name: list(found["jobs"].values()).count(name) for name in stood["jobs"]}
     assert stood["jobs"] == counts
     assert {it["batch_id"]: (it["status"], it["paused"]) for it in stood["batches"]} == found["batches"]
@@ -549,5 +551,5 @@ def test_a_rebuild_without_rights_is_told_in_one_line(machine: Machine, monkeypa
         raise rebuild.NotComparable("The views were made by another version of this program: they differ.")
 
     monkeypatch.setattr(rebuild.Rebuild, "compare", refused)
-    ended = machine.run("replay", "--check")
+    ended = machine.run("views", "check")
     assert (ended.exit_code, ended.err.count("\n")) == (1, 1)

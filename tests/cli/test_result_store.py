@@ -55,7 +55,7 @@ def test_result_store_that_is_missing_is_reported_and_never_created_again(tmp_pa
             assert wait_until(lambda: {status(client, job_id) for job_id in waiting} == {"completed"}, 40), role.stderr
 
             shutil.rmtree(store)
-            accepted = here.run("doctor", "--accept-store")
+            accepted = here.run("doctor", "--accept-result-store")
             assert accepted.exit_code == 0, accepted
             assert (store / MARKER_FILE_NAME).exists()
             later = submitted(client)

@@ -1,4 +1,4 @@
-"""What `jobledger doctor --role` prints, carried out on a server that knows its users: enough rights, and no more."""
+"""What `jobledger mongo-roles` prints, carried out on a server that knows its users: enough rights, and no more."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from pymongo.database import Database as BlockingDatabase
 from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from jobledger.cli import view_maintenance
-from jobledger.cli.commands.doctor import CheckResult, check_database
+from jobledger.cli.checks.database import check_database
+from jobledger.cli.checks.result import CheckResult
 from jobledger.cli.mongo_roles import mongosh_script
 from jobledger.ledger.domain.errors import DatabaseUnsuitable, JobledgerError, LedgerUnavailable
 from jobledger.ledger.mongo.connection import (
@@ -164,7 +165,7 @@ def place(server: AuthenticatedServer, administrator: MongoClient[Document], db_
 
 def test_the_command_prints_the_text_for_the_database_in_the_settings_and_asks_no_server(tmp_path: Path) -> None:
     with Installation(tmp_path, mongodb={"uri": "mongodb://127.0.0.1:1/", "db_name": "talks"}) as installation:
-        ended = installation.run("doctor", "--role")
+        ended = installation.run("mongo-roles")
     assert (ended.exit_code, ended.out, ended.err) == (0, mongosh_script("talks") + "\n", "")
     assert {call.db_name for call in calls_in(ended.out.rstrip())} == {"talks"}
 
@@ -227,8 +228,8 @@ async def test_who_may_only_read_can_verify_the_log_and_is_told_what_was_left_ou
     with Installation(tmp_path / "auditor", mongodb={"uri": reader.uri, "db_name": reader.db_name}) as installation:
         ended = await asyncio.to_thread(installation.run, "log", "verify")
     assert ended.exit_code == 0, ended
-    assert "are what was written" in ended.out
-    assert "the views are not compared" in ended.err
+    assert "are intact" in ended.out
+    assert "views were not compared" in ended.err
 
 
 async def test_the_service_keeps_files_in_the_database_and_signs_links(place: Place, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ async def test_the_doctor_says_when_files_may_not_be_put_into_the_database(place
     found = [finding async for finding in check_database(settings, place.service.uri)]
     [files] = [finding for finding in found if finding.name == "Result files"]
     assert not files.is_ok
-    assert "jobledger doctor --role" in files.advice
+    assert "jobledger mongo-roles" in files.advice
 
 
 def _on_chunks(place: Place) -> Document:
@@ -300,8 +301,8 @@ async def test_the_service_makes_lists_and_revokes_api_keys_and_hears_of_it(plac
             assert wait_until(
                 lambda: client.get("/api/events/jobs", headers=headers).status_code == 200, DEADLINE_SECONDS
             )
-            assert key["id"] in installation.run("keys", "list").out
-            assert installation.run("keys", "revoke", key["id"]).exit_code == 0
+            assert key["key_id"] in installation.run("keys", "list").out
+            assert installation.run("keys", "revoke", key["key_id"]).exit_code == 0
             assert wait_until(
                 lambda: client.get("/api/events/jobs", headers=headers).status_code == 401, DEADLINE_SECONDS
             )
@@ -572,8 +573,8 @@ def test_the_doctor_says_that_the_service_s_user_can_change_no_event_and_an_admi
     place: Place, tmp_path: Path
 ) -> None:
     for user, uri, word in (
-        ("service", place.service.uri, "this user may add events, and the server lets it change none"),
-        ("administrator", place.server.uri, "this user may change and remove events"),
+        ("service", place.service.uri, "this MongoDB user can append events, but not change or remove them"),
+        ("administrator", place.server.uri, "this MongoDB user can change and remove events"),
     ):
         with Installation(tmp_path / user, mongodb={"uri": uri, "db_name": place.db.name}) as installation:
             ended = installation.run("doctor")
@@ -617,7 +618,7 @@ async def test_the_doctor_sees_every_power_to_change_events(
     with connection.blocking_client() as client:
         change(client[place.db.name])  # it is a power to do so
 
-    assert "may change and remove events" in rights.detail
+    assert "can change and remove events" in rights.detail
 
 
 async def test_what_this_user_may_not_look_at_is_no_error(place: Place) -> None:

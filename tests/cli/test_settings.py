@@ -11,7 +11,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, SecretStr
 
-from jobledger.cli.settings import Settings, read_settings
+from jobledger.cli.settings import Settings
+from jobledger.cli.settings_file import read_settings
 from jobledger.ledger.domain.errors import ConfigurationError
 from jobledger.workers.registry import load_processors
 

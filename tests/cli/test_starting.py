@@ -97,6 +97,6 @@ def test_role_with_a_store_that_cannot_be_written_starts_and_waits(
             assert 'jobledger_worker_healthy{worker_id="' in client.get("/metrics").text
         doctor = here.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
-        assert "1 alive, 1 of them claim no jobs" in doctor.out
+        assert "1 active, 1 of them claim no jobs" in doctor.out
         assert worker.process.poll() is None
         assert worker.stop().exit_code == 0

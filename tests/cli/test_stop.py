@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from jobledger.cli import composition as wiring
 from jobledger.cli import embedded_supervisor as supervision
 from jobledger.cli import runtime as running
-from jobledger.cli.composition import Shutdown
+from jobledger.cli import shutdown
 from jobledger.cli.settings import Settings
+from jobledger.cli.shutdown import Shutdown
 from jobledger.ledger.domain.errors import ConfigurationError, DatabaseUnsuitable
 
 
@@ -34,13 +34,13 @@ async def test_roles_that_do_not_end_are_limited_whatever_made_them_end(
     async def run(_server: object, stop: Shutdown) -> None:
         if where == "run":
             raise DatabaseUnsuitable("cannot run again")
-        stop._signalled()
+        stop._handle_signal()
 
-    monkeypatch.setattr(running, "_started", start)
+    monkeypatch.setattr(running, "_start_with_retries", start)
     monkeypatch.setattr(supervision, "supervise_until_shutdown", run)
-    monkeypatch.setattr(wiring, "shutdown_timeout", lambda *_: 0.05)
-    monkeypatch.setattr(Shutdown, "_end", lambda *_: loop.call_soon_threadsafe(limited.set))
-    serving = running._serve(Settings(), "", None, frozenset({"worker"}))
+    monkeypatch.setattr(shutdown, "shutdown_timeout", lambda *_: 0.05)
+    monkeypatch.setattr(Shutdown, "_exit_after_timeout", lambda *_: loop.call_soon_threadsafe(limited.set))
+    serving = running._run(Settings(), "", None, frozenset({"worker"}))
     if where == "stop":
         await serving
     else:
@@ -49,7 +49,9 @@ async def test_roles_that_do_not_end_are_limited_whatever_made_them_end(
     assert limited.is_set()
 
 
-@pytest.mark.parametrize("end", [Shutdown._signalled, lambda stop: stop.fail(RuntimeError()), Shutdown.request])
+@pytest.mark.parametrize(
+    "end", [Shutdown._handle_signal, lambda stop: stop.request_after_failure(RuntimeError()), Shutdown.request]
+)
 async def test_stop_needs_no_thread(monkeypatch: pytest.MonkeyPatch, end: Any) -> None:
     def no_thread(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -22,13 +22,13 @@ from rich.text import Text
 
 import jobledger.cli.terminal_text
 from jobledger.cli import view_maintenance
-from jobledger.cli.commands.doctor import CheckResult, results_table
+from jobledger.cli.checks.result import CheckResult, results_table
+from jobledger.cli.commands.log_state import print_changes, print_state
 from jobledger.cli.commands.resource_commands import _print_table, print_details
-from jobledger.cli.commands.submit import _tell
-from jobledger.cli.commands.views import _show, _show_changes
-from jobledger.cli.commands.webhooks import _endpoints_table, _table
-from jobledger.cli.composition import configure_logging
+from jobledger.cli.commands.submit import print_finished_job
+from jobledger.cli.commands.webhooks import delivery_rows, endpoints_table
 from jobledger.cli.formatting import format_changes, format_event
+from jobledger.cli.logging_setup import configure_logging
 from jobledger.cli.settings import LoggingSettings
 from jobledger.cli.terminal_text import (
     SafeConsole,
@@ -174,22 +174,24 @@ PRINTED: dict[str, Callable[[str], None]] = {
             FileVerificationResult(1, 1, 0, 1, 2, [FileProblem(name, name, name)])
         )
     ),
-    "log show": lambda name: print_all(format_event(event(name)), format_changes({"a": 1}, {"a": name, name: name})),
-    "replay --as-of": lambda name: _show(SafeConsole(width=10_000), a_stand(name)),
-    "replay --until": lambda name: _show_changes(
+    "log history": lambda name: print_all(format_event(event(name)), format_changes({"a": 1}, {"a": name, name: name})),
+    "log state --as-of": lambda name: print_state(SafeConsole(width=10_000), a_stand(name)),
+    "log state --until": lambda name: print_changes(
         SafeConsole(width=10_000), {"jobs": {name: 0}}, a_stand(name), {name: [name, name]}
     ),
     "doctor": lambda name: print_all(results_table([CheckResult(name, is_ok=False, detail=name, advice=name)])),
-    "webhooks": lambda name: print_all(_table([delivery(name)])),
-    "webhooks endpoints": lambda name: print_all(_endpoints_table([endpoint(name)])),
-    "submit": lambda name: _tell(SafeConsole(width=10_000), name, "JobFailed", {"error": {"message": name}}),
+    "webhooks": lambda name: _print_table(list(delivery_rows([delivery(name)]))),
+    "webhooks endpoints": lambda name: print_all(endpoints_table([endpoint(name)])),
+    "submit": lambda name: print_finished_job(
+        SafeConsole(width=10_000), name, "JobFailed", {"error": {"message": name}}
+    ),
     "jobs": lambda name: _print_table([["id", "name"], [name, name]]),
     "jobs show": lambda name: print_details(name, Text(name), iter([(name, name)])),
 }
 
 
 @pytest.mark.parametrize("print_for", PRINTED.values(), ids=PRINTED.keys())
-@given(name=st.text(max_size=20) | st.just(f"x\nThe views say what the log says up to position 9999.\n{NASTY}"))
+@given(name=st.text(max_size=20) | st.just(f"x\nThe views match the log up to position 9999.\n{NASTY}"))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_hostile_name_adds_no_line_to_the_output(
     print_for: Callable[[str], None], name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -241,11 +243,11 @@ def test_a_log_that_cannot_be_written_ends_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.glob("*.py")), ids=lambda path: path.name
+    "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.rglob("*.py")), ids=lambda path: path.name
 )
 def test_commands_print_by_these_functions_only(module: Path) -> None:
     source = module.read_text(encoding="utf-8")
-    if module.name != "visible.py":
+    if module.name != "terminal_text.py":
         assert not re.search(
             r"typer\.echo\(|\bprint\(|(?<!Safe)Console\(|(?<!Safe)Table\(",
             re.sub(r"console\.print\(|\)\.print\(", "", source),
@@ -253,7 +255,7 @@ def test_commands_print_by_these_functions_only(module: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.glob("*.py")), ids=lambda path: path.name
+    "module", sorted(Path(jobledger.cli.terminal_text.__file__).parent.rglob("*.py")), ids=lambda path: path.name
 )
 def test_no_text_with_a_line_break_is_printed_as_one_line(module: Path) -> None:
     """`echo` and `print` would show the line break as an escape sequence; `echo_text` is for texts of several lines."""
@@ -262,7 +264,7 @@ def test_no_text_with_a_line_break_is_printed_as_one_line(module: Path) -> None:
     texts = [
         text.value
         for name, call in named
-        if name in ("echo", "print") and module.name != "visible.py"
+        if name in ("echo", "print") and module.name != "terminal_text.py"
         for argument in call.args
         for text in ast.walk(argument)
         if isinstance(text, ast.Constant) and isinstance(text.value, str)

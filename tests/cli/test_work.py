@@ -21,8 +21,8 @@ import yaml
 from typer.testing import CliRunner
 
 from jobledger.cli import api_client as remote
-from jobledger.cli import composition
-from jobledger.cli.commands import jobs, log
+from jobledger.cli import logging_setup, options
+from jobledger.cli.commands import jobs
 from jobledger.cli.commands import resource_commands as work
 from jobledger.cli.commands import submit as follow
 from jobledger.ledger.domain.errors import LedgerUnavailable
@@ -99,7 +99,7 @@ def desk(installation: Installation) -> Iterator[Desk]:
 def test_a_list_says_of_each_job_what_one_wants_to_know(desk: Desk) -> None:
     said = desk.says(0, "jobs", "list", "--batch", desk.batch_id, "--oldest-first").splitlines()
     header, opening, keynote, broken, waiting, count = said
-    assert header.split("  ")[0] == "job"
+    assert header.split("  ")[0] == "JOB"
     assert " completed " in opening
     assert opening.endswith("Opening [b]  1 files")
     assert " processing " in keynote
@@ -122,11 +122,13 @@ def test_lists_are_narrowed_down_and_read_page_by_page(desk: Desk, monkeypatch: 
     assert desk.says(0, "jobs", "list", *mine, "--ids", "--error", "ECHO_FAILED", "--oldest-first").split() == ids[2:]
     assert desk.says(0, "jobs", "list", *mine, "--ids", "--search", "opening").split() == [ids[0]]
     assert desk.says(0, "jobs", "list", *mine, "--ids", "--type", "session") == ""
-    assert desk.says(0, "jobs", "list", *mine, "--before", "2026-02-01T09:30Z") == "There are none.\n"
-    assert len(desk.says(0, "jobs", "list", *mine, "--ids", "--after", "2026-02-01T00:00Z").split()) == 4
+    assert (
+        desk.says(0, "jobs", "list", *mine, "--created-before", "2026-02-01T09:30Z") == "No jobs match these filters.\n"
+    )
+    assert len(desk.says(0, "jobs", "list", *mine, "--ids", "--created-after", "2026-02-01T00:00Z").split()) == 4
     assert desk.says(0, "jobs", "list", *mine, "--limit", "3").endswith("\n3 of 4\n")
     assert desk.batch_id in desk.says(0, "batches", "list", "--search", "day", "--ids").split()
-    monkeypatch.setattr(work, "_PAGE", 3)
+    monkeypatch.setattr(work, "_PAGE_SIZE", 3)
     for limit in (2, 3, 4, 100):
         asked = ["list", *mine, "--ids", "--oldest-first", "--limit", str(limit), "--url", desk.url]
         assert CliRunner().invoke(jobs.app, asked).stdout.split() == ids[:limit]
@@ -138,15 +140,15 @@ def test_what_is_shown_of_a_job_cannot_steer_the_terminal(desk: Desk) -> None:
     assert said.startswith(f"{opening['job_id']}  completed\n")
     assert f"markdown   {desk.url}/api/events/files/" in said
     assert "echo.md (" in said
-    assert "  repeated " not in said
+    assert "  retries " not in said
     said = desk.says(0, "jobs", "show", keynote["job_id"])
     assert "name       Key\\x07note\n" in said
     assert "progress   " in said
     said = desk.says(0, "jobs", "show", broken["job_id"])
     assert "error      ECHO_FAILED: no [luck]\n" in said
     said = desk.says(0, "jobs", "show", waiting["job_id"])
-    assert re.search(r"repeated   [1-9] times\n", said)
-    assert "said       " in said
+    assert re.search(r"retries    [1-9]\d*\n", said)
+    assert "log        " in said
     said = desk.says(0, "jobs", "show", opening["job_id"], "--as-of", str(opening["position"] - 1))
     assert "completed" not in said.splitlines()[0]
     assert desk.told("jobs", "show", opening["job_id"]) == opening
@@ -163,9 +165,9 @@ def test_jobs_are_cancelled_and_restarted_and_what_is_refused_is_told_and_keeps_
     ended = desk.types("jobs", "cancel", opening, keynote, "--reason", "wrong [recording]")
     assert ended.exit_code == 1
     assert ended.err == f"{opening}: the job is completed and cannot be cancelled: it has ended already\n"
-    assert ended.out == f"{keynote} is processing, to be cancelled\n"
+    assert ended.out == f"{keynote} is processing, cancelling\n"
     assert wait_until(lambda: desk.job(1)["status"] == "cancelled", 10)
-    assert "reason wrong [recording]" in desk.says(0, "log", "show", keynote)
+    assert "reason wrong [recording]" in desk.says(0, "log", "history", keynote)
     assert desk.says(0, "jobs", "restart", broken, broken, "--from-scratch") == f"{broken} is pending\n"
     assert wait_until(lambda: desk.job(2)["attempt"] == 2, 10)
     [restarted, refused] = json.loads(desk.says(1, "jobs", "restart", keynote, "job-0", "--json"))
@@ -190,13 +192,13 @@ def test_batches_are_paused_resumed_cancelled_and_restarted(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["jobs", "show", "batch-1"], ["batch-1 is a batch", "jobledger batches"]),
-        (["batches", "pause", "job-1"], ["job-1 is a job", "jobledger jobs"]),
-        (["jobs", "show", "x"], ["expected one that begins with job-"]),
-        (["jobs", "cancel", "job-1", "job-/../../x"], ["is no id of a job"]),
-        (["batches", "cancel", "batch-\x1b"], [r"\x1b", "is no id of a batch"]),
-        (["jobs", "list", "--after", "yesterday"], ["--after yesterday: expected a time such as"]),
-        (["jobs", "show", "job-1", "--as-of", "then"], ["--as-of then: expected a position of the log, or a time"]),
+        (["jobs", "show", "batch-1"], ["batch-1 is a batch ID", "jobledger batches"]),
+        (["batches", "pause", "job-1"], ["job-1 is a job ID", "jobledger jobs"]),
+        (["jobs", "show", "x"], ["'x' is not a job ID (they start with job-)"]),
+        (["jobs", "cancel", "job-1", "job-/../../x"], ["is not a job ID"]),
+        (["batches", "cancel", "batch-\x1b"], [r"\x1b", "is not a batch ID"]),
+        (["jobs", "list", "--created-after", "yesterday"], ["--created-after yesterday: expected a time such as"]),
+        (["jobs", "show", "job-1", "--as-of", "then"], ["--as-of then: expected a position in the log or a time"]),
         (["jobs", "list", "--url", "nowhere"], ["http://127.0.0.1:5001"]),
     ],
     ids=str,
@@ -211,7 +213,7 @@ def test_what_only_speaks_http_does_not_load_what_takes_a_second() -> None:
     heavy = {"pydantic", "pymongo", "starlette", "yt_dlp"}
     program = f"import sys, jobledger.cli.main; print(sorted({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
-    assert log.LARGEST_POSITION == MAX_POSITION, "for the same reason it is written twice"
+    assert options.LARGEST_POSITION == MAX_POSITION, "for the same reason it is written twice"
 
 
 @contextmanager
@@ -251,7 +253,7 @@ def test_who_asks_too_often_is_patient_and_what_was_not_done_is_named(installati
         ended = installation.run("jobs", "restart", "job-1", "job-2", "job-3", "--json", JOBLEDGER_URL=url)
     assert ended.exit_code == 3
     assert [answer["id"] for answer in json.loads(ended.out)] == ["job-1"]
-    said = ["not done, or not known to be done: job-2 job-3", "jobledger: It is away."]
+    said = ["not processed, or result unknown: job-2 job-3", "jobledger: It is away."]
     assert ended.err.splitlines() == said
 
 
@@ -307,11 +309,11 @@ async def test_follow_survives_an_api_that_is_away_for_a_moment(status: int, mon
 
 
 async def test_follow_gives_up_on_an_api_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "_RECONNECT_TIMEOUT_SECONDS", 0.05)
     monkeypatch.setattr(follow, "retry_delay", lambda _answer: 0.01)
     transport = httpx.MockTransport(lambda _request: httpx.Response(502))
     async with httpx.AsyncClient(base_url="http://here", transport=transport) as client:
-        with pytest.raises(LedgerUnavailable, match="it answers 502"):
+        with pytest.raises(LedgerUnavailable, match="HTTP status 502"):
             await anext(follow.stream_events(client, after=1, batch_id="batch-1"))
 
 
@@ -325,18 +327,18 @@ def test_what_is_no_jobledger_is_told_from_one_without_its_password(
     with answering((200, content)) as url:
         ended = installation.run(*arguments, JOBLEDGER_URL=url.replace("//", "//me:secret@"))
     assert ended.exit_code == 1
-    assert "not as a jobledger does" in ended.err
+    assert "it is not a Jobledger API" in ended.err
     assert "secret" not in ended.err
 
 
 def test_who_does_not_answer_may_have_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         ended = CliRunner().invoke(
             jobs.app, ["cancel", "job-1", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}"]
         )
     assert isinstance(ended.exception, LedgerUnavailable)
-    assert "may have been done" in str(ended.exception)
+    assert "may have been executed" in str(ended.exception)
 
 
 def test_a_time_at_the_end_of_the_calendar_is_a_time(desk: Desk) -> None:
@@ -363,10 +365,10 @@ def test_commands_print_every_time_with_its_offset_as_options_take_it(desk: Desk
         ("jobs", "show", waiting),
         ("batches", "list"),
         ("batches", "show", told),
-        ("log", "show", job_id),
-        ("log", "show", desk.batch_id),
-        ("replay", "--as-of", "20"),
-        ("replay", "--as-of", "1", "--until", "20"),
+        ("log", "history", job_id),
+        ("log", "history", desk.batch_id),
+        ("log", "state", "--as-of", "20"),
+        ("log", "state", "--as-of", "1", "--until", "20"),
         ("keys", "list"),
         ("webhooks", "list"),
         ("webhooks", "endpoints"),
@@ -378,15 +380,15 @@ def test_commands_print_every_time_with_its_offset_as_options_take_it(desk: Desk
         for shown in found:
             assert shown["offset"].startswith("+05:30"), (command, ended.out)
             text = shown[0][: -len(shown["offset"])] + "+05:30"
-            assert log.parse_as_of(text, "--as-of") == datetime.fromisoformat(text)
-            assert work.parse_time_option(text, "--after")
+            assert options.parse_as_of(text, "--as-of") == datetime.fromisoformat(text)
+            assert options.parse_time_option(text, "--created-after")
 
 
 @pytest.mark.parametrize("kind", ["console", "json"])
 def test_log_lines_have_a_time_with_its_offset(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
-    stamped = composition._time_stamper(kind)(None, "info", {})["timestamp"]
+    stamped = logging_setup._time_stamper(kind)(None, "info", {})["timestamp"]
     monkeypatch.undo()
     time.tzset()
     pattern = r"\d\d:\d\d:\d\d\+0530" if kind == "console" else r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
@@ -398,18 +400,18 @@ def test_log_lines_have_a_time_with_its_offset(kind: str, monkeypatch: pytest.Mo
 def test_what_a_list_leaves_out_is_told_to_programs_beside_it(desk: Desk) -> None:
     ended = desk.types("jobs", "list", "--batch", desk.batch_id, "--limit", "3", "--ids")
     assert ended.out.count("\n") == 3
-    assert ended.err == "note: these are 3 of 4; --limit tells how many to show\n"
+    assert ended.err == "note: showing 3 of 4; use --limit to get more\n"
     assert desk.types("jobs", "list", "--batch", desk.batch_id, "--json").err == ""
 
 
 def test_what_the_api_says_is_said_in_its_words(installation: Installation) -> None:
     url = installation.commands[0].url
-    assert_one_line_error(
-        installation.run("jobs", "list", "--status", "done", JOBLEDGER_URL=url), 1, "'pending', 'processing'"
-    )
+    wrong = installation.run("jobs", "list", "--status", "done", JOBLEDGER_URL=url)
+    assert wrong.exit_code == 2
+    assert "'pending', 'processing'" in wrong.err
     assert_one_line_error(installation.run("jobs", "show", "job-0", JOBLEDGER_URL=url), 1, "There is no job job-0.")
     assert_one_line_error(
         installation.run("batches", "show", "batch-0", JOBLEDGER_URL=url), 1, "There is no batch batch-0."
     )
     nobody = installation.run("jobs", "list", JOBLEDGER_URL="http://127.0.0.1:1")
-    assert_one_line_error(nobody, 3, "No jobledger answers at http://127.0.0.1:1", "jobledger up")
+    assert_one_line_error(nobody, 3, "Cannot connect to Jobledger at http://127.0.0.1:1", "jobledger up")

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jobledger.cli.composition import SHUTDOWN_MARGIN_SECONDS
+from jobledger.cli.shutdown import SHUTDOWN_MARGIN_SECONDS
 from jobledger.ledger.mongo.embedded_lock import wait_until
 from tests.support.installation import Installation, http_client
 from tests.support.mongodb_provider import needs_local_mongod
@@ -23,7 +23,7 @@ from tests.support.tcp_proxy import TcpProxy
 pytestmark = [needs_local_mongod, pytest.mark.timeout(240)]
 GRACE_SECONDS = 1.0
 SLACK_SECONDS = 3.0
-ALL_ROLES = ("api", "worker", "projector", "webhooks")
+ALL_ROLES = ("api", "worker", "projector", "webhook-sender")
 
 
 @soak_only

@@ -12,8 +12,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobledger.cli import embedded_supervisor as supervision
-from jobledger.cli.composition import Shutdown
 from jobledger.cli.embedded_supervisor import supervise_until_shutdown
+from jobledger.cli.shutdown import Shutdown
 from jobledger.ledger.domain.errors import DatabaseUnsuitable
 from jobledger.ledger.mongo.embedded import EmbeddedServer
 from jobledger.ledger.system import disk_space as disk
@@ -46,7 +46,7 @@ async def test_a_crash_is_answered_by_a_start_while_the_event_loop_goes_on(tmp_p
         await poll_until(is_back, "the server is back", seconds=30)
         assert longest < 1
         assert server.pid != first
-        stop._signalled()
+        stop._handle_signal()
         await running
 
 
@@ -72,7 +72,7 @@ async def test_a_disk_without_space_is_waited_for_and_stop_is_quick(
         monkeypatch.setattr(disk, "free_bytes", lambda _directory: 1000)
         os.kill(server.pid, signal.SIGKILL)
         await asyncio.sleep(0.5)
-        stop._signalled()
+        stop._handle_signal()
         await asyncio.wait_for(running, 2)
 
 
@@ -102,5 +102,5 @@ async def test_other_crashes_are_repeated_with_pauses(
                 lambda: sum("did not start" in entry["event"] for entry in logged) >= 4, "it says so", seconds=30
             )
         await poll_until(lambda: any("is back" in entry["event"] for entry in logged), "it says so", seconds=30)
-        stop._signalled()
+        stop._handle_signal()
         await running

@@ -36,7 +36,6 @@ from jobledger.ledger.domain.commands import (
 )
 from jobledger.ledger.domain.errors import AlreadyExists, CommandRejected, InvalidEvent, InvalidState, NotFound
 from jobledger.ledger.domain.events import (
-    TERMINAL_STATUSES,
     Event,
     Failure,
     JobAccessChanged,
@@ -61,6 +60,7 @@ from jobledger.ledger.domain.events import (
     WorkerFenced,
 )
 from jobledger.ledger.domain.job import Job
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
 from tests.support.decider_spec import given_for
 from tests.support.event_examples import ACCESS, NOON, make_job_submitted, make_results
 

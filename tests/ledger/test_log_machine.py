@@ -1,7 +1,7 @@
 """The log under whatever can happen to it, in any order: what was acknowledged stays, and everybody sees the same.
 
 Hypothesis makes up the stories; several processes (each a client of its own behind a wire that loses messages) act in
-them against a real server. JOBLEDGER_STORIES=1000 lets it run for longer.
+them against a real server. JOBLEDGER_EXAMPLES=1000 lets it run for longer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tests.support.ledger_setup import (
 )
 from tests.support.message_proxy import MessageProxy
 
-STORIES = int(os.environ.get("JOBLEDGER_STORIES", "12"))
+EXAMPLES = int(os.environ.get("JOBLEDGER_EXAMPLES", "12"))
 STEPS = 30
 PATIENCE_SECONDS = 15.0
 LIVE = EventStoreLimits(gap_timeout_seconds=0.05, page_events=7, max_tail_events=10)
@@ -506,7 +506,7 @@ def uri(mongodb_uri: str) -> Iterator[str]:
         client.admin.command({"setParameter": 1, "transactionLifetimeLimitSeconds": seconds})
 
 
-@pytest.mark.timeout(max(400, 10 * STORIES))  # a story that fails is told again and again, ever shorter
+@pytest.mark.timeout(max(400, 10 * EXAMPLES))  # a story that fails is told again and again, ever shorter
 def test_whatever_happens_to_it_the_log_keeps_its_promises(uri: str) -> None:
     class StoryHere(Story):
         def __init__(self) -> None:
@@ -515,7 +515,7 @@ def test_whatever_happens_to_it_the_log_keeps_its_promises(uri: str) -> None:
     run_state_machine_as_test(
         StoryHere,
         settings=settings(
-            max_examples=STORIES,
+            max_examples=EXAMPLES,
             stateful_step_count=STEPS,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -159,7 +159,7 @@ async def test_store_operation_on_another_directory_raises_and_changes_nothing(
     digest = put(tmp_path / "inbox")
     place(root)
     before = tree(tmp_path)
-    with pytest.raises((FileStoreUnavailable, ResourceUnavailable), match=r"^results\.store: .*--accept-store"):
+    with pytest.raises((FileStoreUnavailable, ResourceUnavailable), match=r"^results\.store: .*--accept-result-store"):
         await OPERATIONS[operation](DirectoryStore(root, marker=OURS), tmp_path / "inbox", digest)
     assert tree(tmp_path) == before
 
@@ -218,7 +218,7 @@ async def test_later_start_with_another_directory_creates_nothing(
     await start(db, root)
     replace(root, tmp_path / "away", place)
     before = tree(tmp_path)
-    with pytest.raises(ResourceUnavailable, match="--accept-store"):
+    with pytest.raises(ResourceUnavailable, match="--accept-result-store"):
         await start(db, root, files)
     assert tree(tmp_path) == before
 

@@ -399,7 +399,7 @@ async def test_views_of_a_newer_version_are_left_alone(connection: Connection, s
         await here.submit()
         await asyncio.sleep(0.5)
         assert here.checkpoint.position == head
-        async with rebuilding(connection) as auditor:  # as `jobledger replay` of this version does
+        async with rebuilding(connection) as auditor:  # as `jobledger views rebuild` of this version does
             await auditor.run()
         await here.submit()
         await here.wait_for_views()

@@ -22,7 +22,7 @@ _PROGRAM: Final = """
 import json, os, socket, sys, time
 import jobledger.cli.main
 # What commands import when they run:
-import jobledger.cli.commands.doctor, jobledger.cli.commands.keys
+import jobledger.cli.api_key_admin, jobledger.cli.checks.database, jobledger.cli.checks.machine
 import jobledger.cli.composition, jobledger.cli.mongo_roles, jobledger.cli.runtime, jobledger.cli.view_maintenance
 
 server = socket.socket(fileno=int(sys.argv[1]))

@@ -23,8 +23,8 @@ def render_commands() -> str:
     context = typer.Context(command, info_name="jobledger")
     text = get_docs_for_click(obj=command, ctx=context, name="jobledger", title="Reference: the commands")
     codes = (
-        "Exit codes: 0 done, 1 the thing asked about failed, 2 wrong usage or configuration, 3 a service is away, "
-        "4 a port, disk, lock or limit of this machine is not usable now."
+        "Exit codes: 0 success, 1 the operation failed or a check found a problem, 2 wrong arguments or settings, "
+        "3 a service is unreachable, 4 a port, disk, lock or limit of this machine is not usable now."
     )
     return "\n".join(line.rstrip() for line in f"{text.strip()}\n\n{codes}\n".splitlines()) + "\n"
 

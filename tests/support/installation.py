@@ -22,7 +22,7 @@ from tests.support import forked_commands
 COMMAND = Path(sys.executable).parent / "jobledger"
 START_TIMEOUT_SECONDS = 40.0
 EXIT_TIMEOUT_SECONDS = 40.0
-_ANSWERS = re.compile(r"^Jobledger answers at (\S+)", re.MULTILINE)
+_ANSWERS = re.compile(r"^Jobledger listens on (\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobledger.cli.commands.doctor import _removals
+from jobledger.cli.checks.database import _check_cleanup
 from jobledger.ledger.domain.commands import ClaimJob, CompleteJob, CompleteStep, Delete, FailAttempt, RestartJob
 from jobledger.ledger.domain.events import Failure, JobResults, ResultFile, ResultMetadata, Webhook
 from jobledger.ledger.files.directory import DirectoryStore, FileStore
@@ -152,7 +152,7 @@ async def test_cleanup_digests_in_step_output_are_not_files(connection: Connecti
             await here.handle_commands(job_id, Delete("user:a"))
             await all_done(here)
         assert not here.store.path(kept.sha256).exists()
-        assert (await _removals(here.db)).is_ok
+        assert (await _check_cleanup(here.db)).is_ok
 
 
 async def test_cleanup_waits_while_files_are_unknown_and_doctor_names_the_job(
@@ -173,7 +173,7 @@ async def test_cleanup_waits_while_files_are_unknown_and_doctor_names_the_job(
             await all_done(here)
         assert here.store.path(kept.sha256).exists()
         assert await here.db[FILE_REMOVALS].count_documents({}) == 1
-        finding = await _removals(here.db)
+        finding = await _check_cleanup(here.db)
         assert not finding.is_ok
         assert other in finding.detail
         await here.handle_commands(other, Delete("user:a"))

@@ -157,7 +157,7 @@ def test_method_that_confines_nothing_is_found_out(monkeypatch: pytest.MonkeyPat
 
 
 def test_doctor_names_the_sandbox_or_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jobledger.cli.commands.doctor import check_confinement
+    from jobledger.cli.checks.machine import check_confinement
     from jobledger.cli.settings import Settings
 
     monkeypatch.setattr(sandbox, "probe_methods", lambda: (ProbeResult("landlock", is_working=False, reason="no"),))

@@ -1,4 +1,4 @@
-"""Every page as a picture, light and dark, in docs/images: `make images`."""
+"""Every page as a picture, light and dark, in docs/images: `make screenshots`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.api.dashboard.test_live import at
 
 pytestmark = [
     needs_browser,
-    pytest.mark.skipif(not os.environ.get("JOBLEDGER_IMAGES"), reason="pictures are made by `make images`"),
+    pytest.mark.skipif(not os.environ.get("JOBLEDGER_SCREENSHOTS"), reason="pictures are made by `make screenshots`"),
 ]
 KEPT = Path(__file__).parents[3] / "docs" / "images"
 TITLES = (

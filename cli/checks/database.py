@@ -1,0 +1,246 @@
+"""Checks of `jobledger doctor` on the database: server, rights, log, views, workers and result store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from jobledger.cli.checks.result import CheckResult
+from jobledger.cli.database import find_store_marker, open_database, open_file_store
+from jobledger.cli.formatting import format_timestamp
+from jobledger.cli.mongodb_support import support_warning
+from jobledger.cli.settings import Settings
+from jobledger.ledger.domain.errors import (
+    JobledgerError,
+    LogTruncated,
+    ResourceUnavailable,
+)
+from jobledger.ledger.files.directory import DirectoryStore
+from jobledger.ledger.files.gridfs import COLLECTIONS
+from jobledger.ledger.mongo.connection import (
+    OPLOG_ADVICE,
+    Database,
+    read_oplog_window,
+    read_transaction_limit_seconds,
+    translate_errors,
+)
+from jobledger.ledger.mongo.embedded import TRANSACTION_SECONDS
+from jobledger.ledger.store.event_store import EventStore, ReadPosition
+from jobledger.ledger.system.disk_space import find_write_problem, nearest_existing_directory
+from jobledger.projections.engine.health import VIEWS_AHEAD_REASON, stall_reason
+from jobledger.projections.slots import Views
+from jobledger.projections.views import files, projection_errors, step_files
+from jobledger.workers import cleanup
+
+_MAX_CLOCK_DIFFERENCE_SECONDS: Final = 2.0
+_STALL_TIMEOUT_SECONDS: Final = 12.0
+"""Longer than a fail-over of the projector."""
+_POLL_INTERVAL_SECONDS: Final = 0.5
+_MAX_SHOWN: Final = 5
+_MAX_LAG_EVENTS: Final = 10_000
+_LOG_CHANGING_ACTIONS: Final = frozenset(
+    {"update", "remove", "dropCollection", "dropDatabase", "renameCollectionSameDB", "anyAction"}
+    | {"createIndex", "collMod", "convertToCapped"}  # TTL indexes and capped collections delete events
+    | {"grantRole", "createRole", "updateRole", "grantPrivilege"}  # a user with these can grant itself the others
+)
+"""MongoDB actions by which events can be changed or removed."""
+
+
+async def check_database(settings: Settings, uri: str) -> AsyncIterator[CheckResult]:
+    """Yield the results of all checks on the database at `uri`."""
+    try:
+        async with open_database(settings.mongodb.make_connection(uri)) as db:
+            for check in _CHECKS:
+                with translate_errors("being checked"):
+                    result = await check(db)
+                yield result
+            yield await _check_result_store(settings, db)
+    except JobledgerError as error:
+        yield CheckResult("MongoDB", is_ok=False, detail="not usable", advice=str(error))
+
+
+async def _check_result_store(settings: Settings, db: Database) -> CheckResult:
+    """Check whether result files can be stored. A missing directory is not created: its disk may be unmounted."""
+    store = settings.results.store
+    try:
+        if isinstance(store, Path):
+            detail = await _check_directory(store, db)
+        else:
+            await open_file_store(settings, db)
+            detail = f"GridFS in {db.name} ({', '.join(COLLECTIONS)})"
+    except JobledgerError as error:
+        return CheckResult("Result files", is_ok=False, detail="not usable", advice=str(error))
+    return CheckResult("Result files", is_ok=True, detail=detail)
+
+
+async def _check_directory(root: Path, db: Database) -> str:
+    marker = await find_store_marker(root, db)
+    if not marker.is_new:
+        await asyncio.to_thread(DirectoryStore(root, marker=marker).prepare)
+        return str(root)
+    if (
+        problem := await asyncio.to_thread(lambda: find_write_problem(nearest_existing_directory(root), 0))
+    ) is not None:
+        raise ResourceUnavailable(str(problem))
+    return f"{root}, created by the first start"
+
+
+async def _check_server(db: Database) -> CheckResult:
+    hello = await db.client.admin.command("hello", compression=["zlib"])
+    build = await db.client.admin.command("buildInfo")
+    members = len(hello.get("hosts", []))
+    detail = f"{build['version']}, replica set {hello['setName']} with {members} member{'s' if members != 1 else ''}"
+    warning = support_warning(build["version"], datetime.now(UTC).date(), zlib="zlib" in hello.get("compression", ()))
+    return CheckResult("MongoDB", is_ok=True, detail=detail if warning is None else f"{detail}. Note: {warning}")
+
+
+async def _check_clock(db: Database) -> CheckResult:
+    local_time = datetime.now(UTC)
+    # The response of a command ignores the client's `tz_aware`, so the codec options are passed.
+    server_time = (await db.client.admin.command("hello", codec_options=db.codec_options))["localTime"]
+    difference = (server_time - local_time).total_seconds()
+    return CheckResult(
+        "Clocks",
+        abs(difference) < _MAX_CLOCK_DIFFERENCE_SECONDS,
+        f"database server differs by {difference:+.2f} s",
+        "Run a time service (chrony, systemd-timesyncd) on both: workers compare `not_before` with their clock.",
+    )
+
+
+async def _check_oplog(db: Database) -> CheckResult:
+    window = await read_oplog_window(db)
+    if window is None:
+        return CheckResult("Oplog", is_ok=True, detail="not readable by this MongoDB user")
+    detail = f"{window.size_mb:.0f} MB, covers {window.hours:.1f} h" + ("" if window.is_full else " so far")
+    return CheckResult("Oplog", not window.is_too_short, detail, OPLOG_ADVICE)
+
+
+async def _check_transaction_limit(db: Database) -> CheckResult:
+    """Check how long readers wait for a writer that was killed inside a transaction."""
+    seconds = await read_transaction_limit_seconds(db)
+    if seconds is None:
+        return CheckResult("Transactions", is_ok=True, detail="time limit not readable by this MongoDB user")
+    detail = f"time limit {seconds} s"
+    if seconds > TRANSACTION_SECONDS:
+        command = f"{{setParameter: 1, transactionLifetimeLimitSeconds: {TRANSACTION_SECONDS}}}"
+        detail += f"; a killed writer can delay readers for this long. Run on each member: db.adminCommand({command})"
+    return CheckResult("Transactions", is_ok=True, detail=detail)
+
+
+async def _check_rights(db: Database) -> CheckResult:
+    """Report whether this MongoDB user can change the log. Jobledger does not need that right."""
+    status = await db.client.admin.command({"connectionStatus": 1, "showPrivileges": True})
+    auth_info = status["authInfo"]
+    if not auth_info["authenticatedUsers"]:
+        return CheckResult("Rights", is_ok=True, detail="no authentication: every client has full access")
+    actions = {
+        action
+        for privilege in auth_info["authenticatedUserPrivileges"]
+        if _covers_events(privilege["resource"], db.name)
+        for action in privilege["actions"]
+    }
+    if _LOG_CHANGING_ACTIONS & actions:
+        detail = "this MongoDB user can change and remove events; `jobledger mongo-roles` prints a role that cannot"
+    else:
+        detail = "this MongoDB user can append events, but not change or remove them"
+    return CheckResult("Rights", is_ok=True, detail=detail)
+
+
+def _covers_events(resource: Mapping[str, Any], db_name: str) -> bool:
+    """Return whether a privilege's resource includes the collection `events`."""
+    if resource.get("anyResource"):
+        return True
+    return resource.get("db") in ("", db_name) and resource.get("collection") in ("", "events")
+
+
+async def _check_log(db: Database) -> CheckResult:
+    """Check whether the views are at the head of the log, or make progress."""
+    event_store = EventStore(db)
+    head, start = await event_store.head_position(), await _views_position(db)
+    position, waited = start, 0.0
+    while position < head and position == start and waited < _STALL_TIMEOUT_SECONDS:
+        await asyncio.sleep(_POLL_INTERVAL_SECONDS)
+        waited += _POLL_INTERVAL_SECONDS
+        position = await _views_position(db)
+    if position > await event_store.head_position():
+        detail = f"{head} events, but the views are at position {position}"
+        return CheckResult("Log", is_ok=False, detail=detail, advice=VIEWS_AHEAD_REASON)
+    try:
+        await event_store.check_not_truncated(await _load_read_position(db), "the views")
+    except LogTruncated as error:
+        return CheckResult("Log", is_ok=False, detail=str(error).rstrip("."), advice="Run `jobledger log verify`.")
+    detail = f"{head} events, views at {position}"
+    if position < head and position == start:
+        advice = await stall_reason(db, position, head)
+        return CheckResult("Log", is_ok=False, detail=f"{detail}, no progress for {waited:.0f} s", advice=advice)
+    is_ok = head - position < _MAX_LAG_EVENTS
+    return CheckResult("Log", is_ok, detail, "The views lag far behind, but catch up. Check again later.")
+
+
+async def _views_position(db: Database) -> int:
+    return (await _load_read_position(db)).position
+
+
+async def _load_read_position(db: Database) -> ReadPosition:
+    return ReadPosition.from_document(await db.checkpoints.find_one({"_id": "views"}) or {"position": 0})
+
+
+async def _check_projection_failures(db: Database) -> CheckResult:
+    """Check whether all documents of the views match the log."""
+    checkpoint = await db.checkpoints.find_one({"_id": "views"}) or {}
+    rows = await projection_errors.list_problems(Views(db, checkpoint.get("slots")), limit=_MAX_SHOWN + 1)
+    if not rows:
+        return CheckResult("Views", is_ok=True, detail="match the log")
+    failures = "; ".join(
+        f"{row['key']} (event at position {row['position']}): {row['message']}" for row in rows[:_MAX_SHOWN]
+    )
+    more = " and more" if len(rows) > _MAX_SHOWN else ""
+    advice = "The log is complete. Upgrade or fix Jobledger, then run `jobledger views rebuild`."
+    return CheckResult("Views", is_ok=False, detail=f"do not match the log for {failures}{more}", advice=advice)
+
+
+async def _check_cleanup(db: Database) -> CheckResult:
+    """Check whether files of deleted jobs can be removed from the result store."""
+    checkpoint = await db.checkpoints.find_one({"_id": "views"}) or {}
+    job_ids = await files.find_jobs_with_unknown_files(Views(db, checkpoint.get("slots")), limit=_MAX_SHOWN)
+    skipped = (await db.checkpoints.find_one({"_id": cleanup.CURSOR}) or {}).get(cleanup.SKIPPED, [])
+    if job_ids:
+        advice = (
+            f"Delete jobs whose steps have more than {step_files.MAX_STEP_FILES:,} files. For jobs whose view does not "
+            "match the log, see Views above."
+        )
+        detail = f"no files are removed, because not all files of {', '.join(job_ids)} are known"
+        return CheckResult("Cleanup", is_ok=False, detail=detail, advice=advice)
+    if skipped:
+        detail = f"files and secrets of these deleted jobs remain: {', '.join(skipped[-_MAX_SHOWN:])}"
+        advice = "Their events are damaged: run `jobledger log verify`."
+        return CheckResult("Cleanup", is_ok=False, detail=detail, advice=advice)
+    return CheckResult("Cleanup", is_ok=True, detail="files of deleted jobs are removed")
+
+
+async def _check_workers(db: Database) -> CheckResult:
+    """Check whether all active workers claim jobs."""
+    workers = await db.workers.find({"$expr": {"$gt": ["$lease_until", "$$NOW"]}}).to_list()
+    unhealthy = [worker for worker in workers if worker.get("problem")]
+    problems = "; ".join(
+        f"{worker['_id']} since {format_timestamp(worker['unhealthy_since'], 'seconds')}: {worker['problem']}"
+        for worker in unhealthy
+    )
+    detail = f"{len(workers)} active, {len(unhealthy)} of them claim no jobs"
+    return CheckResult("Workers", not unhealthy, detail, problems)
+
+
+_CHECKS: Final = (
+    _check_server,
+    _check_clock,
+    _check_oplog,
+    _check_transaction_limit,
+    _check_rights,
+    _check_log,
+    _check_projection_failures,
+    _check_cleanup,
+    _check_workers,
+)

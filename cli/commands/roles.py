@@ -1,0 +1,44 @@
+"""`jobledger up`, and the commands that run one role: `api`, `projector`, `worker`, `webhook-sender`."""
+
+from __future__ import annotations
+
+from jobledger.cli.options import ConfigOption
+from jobledger.cli.runtime import run_roles
+
+
+def up(config: ConfigOption = None) -> None:
+    """Run all roles on this machine
+
+    Starts the embedded MongoDB server (if configured), the API, the projector, a worker and the webhook sender.
+    Ctrl-C stops them cleanly.
+    """
+    run_roles(config)
+
+
+def api(config: ConfigOption = None) -> None:
+    """Run the API"""
+    run_roles(config, frozenset({"api"}))
+
+
+def projector(config: ConfigOption = None) -> None:
+    """Run the projector, which keeps the views up to date
+
+    Of several projectors one is the leader; the others stand by.
+    """
+    run_roles(config, frozenset({"projector"}))
+
+
+def worker(config: ConfigOption = None) -> None:
+    """Run a worker
+
+    Run any number of workers, on any number of machines. One of them also sends the webhooks.
+    """
+    run_roles(config, frozenset({"worker", "webhook-sender"}))
+
+
+def webhook_sender(config: ConfigOption = None) -> None:
+    """Run the webhook sender
+
+    Workers send webhooks too. Of all senders one is the leader; the others stand by.
+    """
+    run_roles(config, frozenset({"webhook-sender"}))

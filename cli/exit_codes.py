@@ -1,0 +1,17 @@
+"""Exit codes of the command `jobledger`.
+
+Only `EXIT_USAGE` needs a change of arguments or settings. After the others, starting again may help.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+EXIT_FAILED: Final = 1
+"""The operation failed, or a check found a problem."""
+EXIT_USAGE: Final = 2
+"""Arguments or settings are wrong."""
+EXIT_UNREACHABLE: Final = 3
+"""A service, such as the database or the API, does not answer."""
+EXIT_UNAVAILABLE: Final = 4
+"""A port, disk, lock or limit of this machine is not usable now."""

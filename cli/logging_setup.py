@@ -1,0 +1,44 @@
+"""Configure logging to standard error."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TextIO, cast
+
+import structlog
+
+from jobledger.cli.settings import LoggingSettings
+from jobledger.cli.terminal_text import SafeFormatter, SafeStream, escape_log_entry
+
+
+def configure_logging(settings: LoggingSettings) -> None:
+    """Log to standard error: lines for people (`console`), or JSON for programs (`json`)."""
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    escaping: list[structlog.typing.Processor] = []  # the JSON renderer escapes by itself
+    if settings.format == "console":
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        escaping = [escape_log_entry]
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,  # the request ID
+            structlog.processors.add_log_level,
+            _time_stamper(settings.format),
+            structlog.processors.format_exc_info,
+            *escaping,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", SafeStream(sys.stderr))),
+    )
+    handler = logging.StreamHandler(SafeStream(sys.stderr))
+    handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def _time_stamper(log_format: str) -> structlog.processors.TimeStamper:
+    """Return the processor that adds the time with its UTC offset: local for `console`, UTC for `json`."""
+    if log_format == "console":
+        return structlog.processors.TimeStamper(fmt="%H:%M:%S%z", utc=False)
+    return structlog.processors.TimeStamper(fmt="iso", utc=True)
