@@ -1,7 +1,6 @@
-"""workers: write what happens in an attempt to the event log: one command at a time, each on top of the last.
+"""Write the events of an attempt to the event store, one command at a time.
 
-Progress and log lines are gathered for a moment, so that many of them become few events; nothing is held back for
-longer than a second.
+Progress reports and log entries are collected for `FLUSH_INTERVAL_SECONDS`, so that many of them become few events.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ FLUSH_INTERVAL_SECONDS: Final = 0.5
 _RETRY_SECONDS: Final = 1.0
 
 
-class Fenced(BaseException):  # a state of affairs, no error, and nothing that an inline processor may catch
-    """The attempt is over: another worker has the job, or it is deleted. All further commands are refused."""
+class Fenced(BaseException):  # no Exception, so that an inline processor does not catch it
+    """The attempt is over: another worker has the job, or the job was deleted. All further commands are rejected."""
 
 
 class EventNotStorable(Exception):
-    """A command cannot be stored, and nothing was written. The text says why."""
+    """An event cannot be stored. Nothing was written. The text contains the reason."""
 
 
 class AttemptRecorder:
-    """The event log, for one attempt."""
+    """Appends the events of one attempt."""
 
     def __init__(
         self,
-        log: EventStore,
+        event_store: EventStore,
         stream_state: StreamState,
         *,
         job_id: str,
@@ -48,35 +47,35 @@ class AttemptRecorder:
         attempt: int,
         on_fenced: Callable[[], None],
     ) -> None:
-        self._log = log
-        self._known = stream_state
+        self._event_store = event_store
+        self._stream_state = stream_state
         self._job_id = job_id
         self._worker_id = worker_id
         self._attempt = attempt
-        self._meta = EventMetadata(f"worker:{worker_id}")
+        self._metadata = EventMetadata(f"worker:{worker_id}")
         self._on_fenced = on_fenced
         self._write_lock = asyncio.Lock()
         self._flush_lock = asyncio.Lock()
         self._progress: ReportProgress | None = None
-        self._lines: LogBuffer | None = None
+        self._log_buffer: LogBuffer | None = None
         self._flusher: asyncio.Task[None] | None = None
         self._flushes: set[asyncio.Task[None]] = set()
         self.is_abandoned = False
-        """Set when another worker may have the job: nothing is tried again then."""
+        """Whether another worker may have the job. If so, commands are not retried."""
 
-    # Gathering ----------------------------------------------------------------------------------------------------
+    # Collecting ---------------------------------------------------------------------------------------------------
 
-    def add_log_entries(self, lines: list[LogLine]) -> None:
-        """Add lines to the job's log."""
-        if self._lines is None:
-            assert isinstance(self._known.state, Job)  # noqa: S101 - a job's stream has a job's state
-            self._lines = LogBuffer(self._known.state.log_bytes)
-        for line in lines:
-            self._lines.add(line)
+    def add_log_entries(self, entries: list[LogLine]) -> None:
+        """Add entries to the job's log."""
+        if self._log_buffer is None:
+            assert isinstance(self._stream_state.state, Job)  # noqa: S101 - a job's stream has a job's state
+            self._log_buffer = LogBuffer(self._stream_state.state.log_bytes)
+        for entry in entries:
+            self._log_buffer.add(entry)
         self._flush_soon()
 
     def set_progress(self, step: str, percent: float, message: str) -> None:
-        """Report how far the job is. Of several reports within a moment, the last one counts."""
+        """Report the progress of the job. Of several reports within a flush interval, only the last one is stored."""
         self._progress = ReportProgress(
             self._worker_id, self._attempt, to_text(step, 200), percent, to_text(message, 1000)
         )
@@ -94,12 +93,16 @@ class AttemptRecorder:
             except Fenced:
                 self._on_fenced()
                 return
-            if self._progress is None and (self._lines is None or self._lines.is_empty):
+            if self._progress is None and (self._log_buffer is None or self._log_buffer.is_empty):
                 return
 
     async def flush(self, *, final: bool = False) -> None:
-        """Write what has been gathered, also if the caller is cancelled meanwhile. `final`: nothing more will come."""
-        if self._lines is None and self._progress is None and not self._flush_lock.locked():
+        """Write the collected entries and progress, even if the caller is cancelled meanwhile.
+
+        Args:
+            final: Whether nothing more will be added.
+        """
+        if self._log_buffer is None and self._progress is None and not self._flush_lock.locked():
             return
         flush = asyncio.create_task(self._flush(final=final), name=f"flush-{self._job_id}")
         self._flushes.add(flush)
@@ -107,22 +110,22 @@ class AttemptRecorder:
         await asyncio.shield(flush)
 
     async def _flush(self, *, final: bool) -> None:
-        async with self._flush_lock:  # the attempt's last event has to wait until a flush on its way is through
-            for lines in self._lines.take(final=final) if self._lines is not None else ():
-                await self._append_text(AddLogEntries(self._worker_id, self._attempt, lines))
+        async with self._flush_lock:  # the last event of the attempt must come after a pending flush
+            for entries in self._log_buffer.take(final=final) if self._log_buffer is not None else ():
+                await self._append_text(AddLogEntries(self._worker_id, self._attempt, entries))
             progress, self._progress = self._progress, None
             if progress is not None:
                 await self._append_text(progress)
 
     async def _append_text(self, command: AddLogEntries | ReportProgress) -> None:
-        """Append text for people, which is never a reason for a job to fail."""
+        """Append text for people. An error here must not fail the job."""
         try:
             await self.append(command)
         except EventNotStorable as error:
-            _log.warning("text of a job cannot be stored", job_id=self._job_id, error=str(error))
+            _log.warning("cannot store a job's log or progress", job_id=self._job_id, error=str(error))
 
     def close(self) -> None:
-        """Gather no more, and write no more of what was gathered."""
+        """Stop collecting, and discard what has not been written."""
         for task in (self._flusher, *self._flushes):
             if task is not None:
                 task.cancel()
@@ -130,49 +133,47 @@ class AttemptRecorder:
     # Writing ------------------------------------------------------------------------------------------------------
 
     async def append(self, command: WorkerCommand) -> None:
-        """Append the event that the command causes.
-
-        While the database is away it is tried again: until it is back, or the lease is lost.
+        """Append the events of a command. Retry while the database is unavailable, until the lease is lost.
 
         Raises:
-            Fenced: the attempt is over. The refusal is on record as `WorkerFenced`.
-            Refused: the event cannot be stored.
+            Fenced: The attempt is over. A `WorkerFenced` event records the rejection.
+            EventNotStorable: The event cannot be stored.
         """
         async with self._write_lock:
-            handled: CommandResult | None = None
-            while handled is None:
+            result: CommandResult | None = None
+            while result is None:
                 try:
-                    handled = await handle_command(
-                        self._log, self._job_id, command, meta=self._meta, stream_state=self._known
+                    result = await handle_command(
+                        self._event_store, self._job_id, command, meta=self._metadata, stream_state=self._stream_state
                     )
                 except (LedgerUnavailable, LedgerBusy) as error:
                     if self.is_abandoned:
                         raise Fenced from error
-                    _log.warning("not recorded yet", job_id=self._job_id, error=str(error))
+                    _log.warning("cannot record an event yet", job_id=self._job_id, error=str(error))
                     await asyncio.sleep(_RETRY_SECONDS)
-                    handled = await self._find_outcome(command)
-                except NotFound as gone:
-                    raise Fenced from gone
+                    result = await self._find_outcome(command)
+                except NotFound as error:
+                    raise Fenced from error
                 except InvalidEvent as error:
                     raise EventNotStorable(str(error)) from error
-            self._known = handled.stream_state
-        if any(isinstance(event.event, WorkerFenced) for event in handled.events):
+            self._stream_state = result.stream_state
+        if any(isinstance(event.event, WorkerFenced) for event in result.events):
             raise Fenced
 
     async def append_final(self, command: WorkerCommand) -> None:
-        """Append the last event of the attempt, after what has been gathered. One that is refused fails the job.
+        """Flush, then append the last event of the attempt. If it cannot be stored, fail the job instead.
 
         Raises:
-            Fenced: as `append`.
+            Fenced: See `append`.
         """
         await self.flush(final=True)
         try:
             await self.append(command)
         except EventNotStorable as error:
             failure = Failure(code="INVALID_RESULT", message=f"The result cannot be stored: {error}.")
-            if isinstance(command, FailAttempt):  # its cause must not be lost
+            if isinstance(command, FailAttempt):  # keep the original error
                 text = to_text(command.error.message, 2000)
-                failure = Failure(code=to_text(command.error.code, 100), message=f"{text} (Details left out: {error}.)")
+                failure = Failure(code=to_text(command.error.code, 100), message=f"{text} (Details omitted: {error}.)")
             try:
                 await self.append(FailAttempt(self._worker_id, self._attempt, failure, None))
             except EventNotStorable:
@@ -181,6 +182,6 @@ class AttemptRecorder:
 
     async def _find_outcome(self, command: WorkerCommand) -> CommandResult | None:
         try:
-            return await find_outcome(self._log, self._job_id, command, stream_state=self._known)
+            return await find_outcome(self._event_store, self._job_id, command, stream_state=self._stream_state)
         except LedgerUnavailable:
             return None

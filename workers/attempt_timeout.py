@@ -1,4 +1,4 @@
-"""workers: the time limit of an attempt. It covers the processor's work, not waits for the database or the store."""
+"""The timeout of an attempt. It covers the processor's work, and not waits for the database or the file store."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 PAUSE_AFTER_SECONDS: Final = 1.0
-"""How long a request to the database or the store may take before the clock stops. It goes on when the answer is there.
+"""A wait for the database or the store pauses the timeout after this time, until the response arrives.
 
-Shorter requests count as work, so a processor that does nothing but send requests comes to its time limit, too.
+Shorter waits count as work, so that a processor that only sends requests reaches its timeout as well.
 """
 
 
 class AttemptTimeout:
-    """A clock that can be paused, and calls `expired` once when the time is used up. Use it within one event loop."""
+    """A timeout that can be paused. Use it on one event loop only.
+
+    Args:
+        seconds: The time limit.
+        on_expired: Called once when the time is used up.
+    """
 
     def __init__(self, seconds: float, on_expired: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._left = seconds
-        self._expired = on_expired
+        self._remaining = seconds
+        self._on_expired = on_expired
         self._pauses = 0
         self._resumed_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = self._loop.call_later(seconds, on_expired)
 
     def stop(self) -> None:
-        """Stop for good: the work is done."""
+        """Stop for good, because the work has ended."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -34,7 +39,7 @@ class AttemptTimeout:
 
     @asynccontextmanager
     async def pause_while_waiting(self) -> AsyncIterator[None]:
-        """Within the block the worker waits for the database or the store. If that takes long, the clock is paused."""
+        """Wait for the database or the store in the block. If that takes long, the timeout is paused."""
         paused = False
 
         def pause() -> None:
@@ -55,10 +60,10 @@ class AttemptTimeout:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            self._left -= self._loop.time() - self._resumed_at
+            self._remaining -= self._loop.time() - self._resumed_at
 
     def _resume(self) -> None:
         self._pauses -= 1
         if self._pauses == 0:
             self._resumed_at = self._loop.time()
-            self._timer = self._loop.call_later(max(0.0, self._left), self._expired)
+            self._timer = self._loop.call_later(max(0.0, self._remaining), self._on_expired)

@@ -1,7 +1,7 @@
-"""workers: remove directories that jobs have filled. Jobs choose how many entries there are, how deep, and which modes.
+"""Remove directories that jobs have filled. Jobs choose the number of entries, the depth, and the modes.
 
-Work is done in turns (`jobledger.ledger.system.cooperative_threads`), so that a small directory never waits for the
-end of a large one.
+The work is done in turns (`jobledger.ledger.system.cooperative_threads`), so that a small directory never waits for the
+removal of a large one.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from jobledger.ledger.system.cooperative_threads import CooperativeWork
 
 removal_executor = ThreadPoolExecutor(2, thread_name_prefix="removal")
 ENTRIES_PER_TURN: Final = 500
-"""How many entries are removed before another directory has its turn."""
+"""Number of entries that are removed before another directory gets a turn."""
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def remove_tree(path: Path) -> CooperativeWork[None]:
-    """Remove a directory with all that is in it, as far as possible. Follows no links.
+    """Remove a directory with its content, as far as possible. Do not follow links.
 
-    Directories inside move up to the first level, where they are emptied in the same way. So a tree of any depth and
-    width takes a few descriptors and no memory for its names.
+    Nested directories are moved up to the first level and emptied there. So the removal of a tree of any depth and
+    width needs few descriptors, and no memory for names.
     """
     with suppress(OSError):
         _make_accessible(path)
         top = os.open(path, _DIRECTORY)
         try:
             progress, entries = True, 0
-            while progress:  # directories have moved up behind what was read, perhaps
+            while progress:  # directories may have moved up while the entries were read
                 progress = False
                 for removed in _remove_entries(top):
                     progress = progress or removed
@@ -47,7 +47,7 @@ def remove_tree(path: Path) -> CooperativeWork[None]:
 
 
 def _remove_entries(top: int) -> Iterator[bool]:
-    """Remove what is in a directory; yield for each entry, also of the directories in it, whether that succeeded."""
+    """Remove the entries of a directory and of its subdirectories. Yield for each entry whether that succeeded."""
     with os.scandir(top) as entries:
         for entry in entries:
             if _unlink(entry.name, top):
@@ -75,14 +75,14 @@ def _remove_directory(name: str, top: int) -> Iterator[bool]:
 def _unlink(name: str, directory: int) -> bool:
     try:
         os.unlink(name, dir_fd=directory)
-    except OSError:  # it is a directory, as a rule
+    except OSError:  # usually because it is a directory
         return False
     return True
 
 
 def _move_up(name: str, directory: int, top: int) -> bool:
     try:
-        _make_accessible(name, directory)  # to be moved it must be writable
+        _make_accessible(name, directory)  # moving a directory requires that it is writable
         os.rename(name, secrets.token_hex(8), src_dir_fd=directory, dst_dir_fd=top)
     except OSError:
         return False

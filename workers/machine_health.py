@@ -1,8 +1,8 @@
-"""workers: is this machine fit to run jobs? Trouble of the machine is not a failed attempt of a job.
+"""Detect failures of the machine. They do not count as failed attempts of jobs.
 
-Whoever meets trouble of the machine (`is_machine_failure`) gives its job back uncounted and reports it here. From
-then on
-the worker claims nothing until a check of the machine passes, and shows the reason in its heartbeat document.
+Code that runs into a machine failure (`find_machine_failure`) releases its job without counting the attempt, and
+reports the failure here. The worker then claims no jobs until the checks of the machine pass. Its heartbeat document
+shows the problem.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _log = structlog.get_logger()
 MIN_BACKOFF_SECONDS: Final = 1.0
 MAX_BACKOFF_SECONDS: Final = 60.0
 RELAPSE_SECONDS: Final = 120.0
-"""Trouble so soon after a check has passed is trouble that the check does not see: the pause grows on."""
+"""If a failure occurs this soon after the checks passed, they do not detect it, so the backoff continues to grow."""
 _CHECK_LIMIT_SECONDS = 30.0
 _QUICK_CHECK_SECONDS: Final = 1.0
 _QUICK_CHECK_LIMIT_SECONDS = 5.0
@@ -53,42 +53,42 @@ _ADVICE: Final = {
     errno.ENXIO: _DISK,
     errno.ENODEV: _DISK,
 }
-"""What a job cannot be blamed for, wherever in the worker it is raised."""
+"""Failures of the machine wherever the worker gets them, with the fix."""
 _SCRATCH_ERRORS: Final = frozenset(
     {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 )
-"""Errors that are trouble of the machine only if they concern the worker's own scratch directory."""
+"""Failures of the machine only if they concern the worker's own scratch directory."""
 
 
 class MachineFailure(Exception):
-    """This machine cannot run jobs. The text says what is wrong and how to fix it."""
+    """This machine cannot run jobs. The text contains the problem and the fix."""
 
 
 def disk_timeout_failure(seconds: float) -> MachineFailure:
-    """Return what it means that a call which uses a disk has not returned within so many seconds."""
-    return MachineFailure(f"A call that uses a disk did not end within {seconds:g} s: {_DISK}")
+    """Return the failure that means that a call which uses a disk did not return within `seconds`."""
+    return MachineFailure(f"A call that uses a disk did not return within {seconds:g} s: {_DISK}")
 
 
 def find_machine_failure(error: BaseException, *, scratch_dir: Path | None = None) -> MachineFailure | None:
-    """Return the trouble of this machine that an error shows, or None if the error has another cause.
+    """Return the machine failure behind an error; None if the error has another cause.
 
     Args:
-        error: what the worker's own work for a job raised, such as creating a directory or starting a process.
-        scratch: the worker's scratch directory. Missing or forbidden files below it are trouble of the machine, too.
+        error: Raised by the worker's own work for a job, such as creating a directory or starting a process.
+        scratch_dir: The worker's scratch directory. Missing or forbidden files below it are machine failures as well.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MachineFailure):
             return cause
-        if (text := _explanation(cause, scratch_dir)) is not None:
-            trouble = MachineFailure(text)
-            trouble.__cause__ = error
-            return trouble
+        if (text := _describe_failure(cause, scratch_dir)) is not None:
+            failure = MachineFailure(text)
+            failure.__cause__ = error
+            return failure
         cause = cause.__cause__
     return None
 
 
-def _explanation(error: BaseException, scratch: Path | None) -> str | None:
+def _describe_failure(error: BaseException, scratch_dir: Path | None) -> str | None:
     if isinstance(error, FileStoreUnavailable):
         return str(error)
     if isinstance(error, MemoryError):
@@ -99,7 +99,7 @@ def _explanation(error: BaseException, scratch: Path | None) -> str | None:
         return None
     if error.errno in _ADVICE:
         return f"{_format_os_error(error)}: {_ADVICE[error.errno]}"
-    if error.errno in _SCRATCH_ERRORS and scratch is not None and _is_below(error, scratch):
+    if error.errno in _SCRATCH_ERRORS and scratch_dir is not None and _is_below(error, scratch_dir):
         return f"{_format_os_error(error)}: {_DISK}"
     return None
 
@@ -113,13 +113,12 @@ def _is_below(error: OSError, directory: Path) -> bool:
 
 
 class WorkerHealth:
-    """Whether this worker may claim jobs; it may not from a report until every check passes.
+    """Decides whether this worker may claim jobs. After a report it may not, until all checks pass.
 
     Args:
-        quick_checks: called before jobs are claimed, at most once a second; must take microseconds.
-        checks: called after a report. Both raise what is wrong: MachineTrouble, or any other exception. They are called
-            in a thread.
-        on_change: called on the event loop when `facts` change.
+        checks: Called after a report, in a thread. A check raises MachineFailure or any other exception if it fails.
+        quick_checks: Called before claims, at most once a second, in a thread. Must take microseconds.
+        on_change: Called on the event loop when `document_fields` change.
     """
 
     def __init__(
@@ -141,54 +140,54 @@ class WorkerHealth:
         self.unhealthy_since: datetime | None = None
 
     def report(self, failure: MachineFailure) -> None:
-        """Stop claiming: this machine has trouble. Call on the event loop."""
+        """Report a machine failure and stop claiming. Call on the event loop."""
         if self.problem is not None:
             return
         relapsed = time.monotonic() - self._recovered_at < RELAPSE_SECONDS
         self._pause = min(2 * self._pause, MAX_BACKOFF_SECONDS) if relapsed else MIN_BACKOFF_SECONDS
         self.problem, self.unhealthy_since = failure, datetime.now(UTC)
-        _log.error("this machine has trouble: the worker claims no jobs until it passes", problem=str(failure))
+        _log.error("machine failure: the worker claims no jobs until the checks pass", problem=str(failure))
         self._reported.set()
         self._on_change()
 
     def can_claim(self) -> bool:
-        """Return whether jobs may be claimed, as far as is known now."""
+        """Return whether the worker may claim jobs."""
         return self.problem is None
 
     async def run_quick_checks(self) -> None:
-        """Run the quick checks, if the last ones are a second old, and report what they find."""
+        """Run the quick checks unless they ran within the last second, and report a failure."""
         if self.problem is None and time.monotonic() - self._quick_check_at >= _QUICK_CHECK_SECONDS:
             self._quick_check_at = time.monotonic()
-            if (trouble := await self.run_checks(self._quick_checks, _QUICK_CHECK_LIMIT_SECONDS)) is not None:
-                self.report(trouble)
+            if (failure := await self.run_checks(self._quick_checks, _QUICK_CHECK_LIMIT_SECONDS)) is not None:
+                self.report(failure)
 
     def document_fields(self) -> dict[str, Any]:
-        """Return what the worker's heartbeat document says of its health."""
+        """Return the fields about health for the worker's heartbeat document."""
         problem = str(self.problem) if self.problem is not None else None
         return {"problem": problem, "unhealthy_since": self.unhealthy_since}
 
     async def run(self) -> None:
-        """Check the machine after each report, with exponential back-off, until cancelled."""
+        """Check the machine after each report, with exponential backoff, until cancelled."""
         while True:
             await self._reported.wait()
             self._reported.clear()
             while self.problem is not None:
                 await asyncio.sleep(self._pause * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
-                trouble = await self.run_checks()
-                if trouble is None:
+                failure = await self.run_checks()
+                if failure is None:
                     self._recover()
                 else:
-                    self._replace_problem(trouble)
+                    self._replace_problem(failure)
                     self._pause = min(2 * self._pause, MAX_BACKOFF_SECONDS)
 
-    def _replace_problem(self, trouble: MachineFailure) -> None:
-        if str(trouble) != str(self.problem):
-            _log.error("this machine still has trouble", problem=str(trouble))
-            self.problem = trouble
+    def _replace_problem(self, failure: MachineFailure) -> None:
+        if str(failure) != str(self.problem):
+            _log.error("machine failure continues", problem=str(failure))
+            self.problem = failure
             self._on_change()
 
     def _recover(self) -> None:
-        _log.warning("this machine is fit again: the worker claims jobs", problem_was=str(self.problem))
+        _log.warning("machine recovered: the worker claims jobs", previous_problem=str(self.problem))
         self.problem = self.unhealthy_since = None
         self._recovered_at = time.monotonic()
         self._quick_check_at = float("-inf")
@@ -197,51 +196,58 @@ class WorkerHealth:
     async def run_checks(
         self, checks: Sequence[Callable[[], None]] | None = None, seconds: float | None = None
     ) -> MachineFailure | None:
-        """Run checks, all by default, in a thread of their own: a disk that does not answer must block nothing else."""
+        """Run checks and return the first failure; None if all pass.
+
+        They run in their own thread: a disk that does not respond must not block anything else.
+
+        Args:
+            checks: The checks to run. Default: all.
+            seconds: Timeout.
+        """
         seconds = _CHECK_LIMIT_SECONDS if seconds is None else seconds
-        if self._checking is not None and self._checking.is_alive():  # start no second thread that hangs
+        if self._checking is not None and self._checking.is_alive():  # do not start a second thread that hangs
             return disk_timeout_failure(seconds)
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[MachineFailure | None] = loop.create_future()
+        result: asyncio.Future[MachineFailure | None] = loop.create_future()
 
         def run() -> None:
-            found = _run_until_failure(self._checks if checks is None else checks)
-            with suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(_set_result, answer, found)
+            failure = _run_until_failure(self._checks if checks is None else checks)
+            with suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(_set_result, result, failure)
 
         self._checking = threading.Thread(target=run, name="health-check", daemon=True)
         try:
             self._checking.start()
-            found = await asyncio.wait_for(answer, seconds)
+            failure = await asyncio.wait_for(result, seconds)
         except TimeoutError:
             return disk_timeout_failure(seconds)
         except RuntimeError as error:
             self._checking = None
             return find_machine_failure(error) or MachineFailure(f"The machine cannot be checked: {error}")
-        self._checking = None  # it has answered, though it may take a moment to end
-        return found
+        self._checking = None  # it has sent its result, and ends soon
+        return failure
 
 
-def _set_result(answer: asyncio.Future[MachineFailure | None], found: MachineFailure | None) -> None:
-    if not answer.done():  # the time for it may be over
-        answer.set_result(found)
+def _set_result(result: asyncio.Future[MachineFailure | None], failure: MachineFailure | None) -> None:
+    if not result.done():  # the caller may have timed out
+        result.set_result(failure)
 
 
 def _run_until_failure(checks: Sequence[Callable[[], None]]) -> MachineFailure | None:
     for check in checks:
         try:
             check()
-        except Exception as error:  # noqa: BLE001 - whatever a check raises says that the machine is not fit
+        except Exception as error:  # noqa: BLE001 - any error of a check means that the machine is unhealthy
             return find_machine_failure(error) or MachineFailure(f"{type(error).__name__}: {error}")
     return None
 
 
 def check_descriptors() -> None:
-    """Check that there are file descriptors left for a job. Takes microseconds.
+    """Check that file descriptors are available for a job. Takes microseconds.
 
     Raises:
-        MachineTrouble: there are too few.
-        OSError: there are none.
+        MachineFailure: Too few descriptors are left.
+        OSError: No descriptor is left.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
@@ -251,15 +257,15 @@ def check_descriptors() -> None:
 
 
 def check_memory() -> None:
-    """Check that memory can be had.
+    """Check that memory is available.
 
     Raises:
-        MachineTrouble: there is too little.
-        MemoryError: the process may have no more.
+        MachineFailure: Too little memory is left.
+        MemoryError: The process cannot allocate more memory.
     """
     bytearray(_MIN_MEMORY_BYTES // 16)
     with suppress(OSError, StopIteration, ValueError):
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - it is no file to be kept
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - a path in /proc
             line = next(line for line in file if line.startswith("MemAvailable:"))
         if (available := int(line.split()[1]) * 1024) < _MIN_MEMORY_BYTES:
             raise MachineFailure(f"Only {available / 2**20:.0f} MiB of memory are available: {_MEMORY}")

@@ -1,8 +1,9 @@
-"""workers: which job a result path belongs to.
+"""Reserve result paths for jobs.
 
-The first job that saves a path keeps it until the job is deleted, also while it has failed or is restarted: its
-finished steps name the path. Another job that saves the same path gets a distinct one, with a mark before the
-extension.
+The first job that saves a file under a path owns it until the job is deleted. Failing or restarting the job does not
+release it, because its finished steps refer to the path. Another job that saves the same path gets a different one,
+with
+a suffix before the extension.
 """
 
 from __future__ import annotations
@@ -25,31 +26,34 @@ COLLECTION: Final = "result_paths"
 class PathReservations:
     """Reserves result paths. A reservation is a document `{_id: path, job_id}`."""
 
-    def __init__(self, db: Database, log: EventStore, views: Views) -> None:
+    def __init__(self, db: Database, event_store: EventStore, views: Views) -> None:
         self._db = db
-        self._log = log
+        self._event_store = event_store
         self._views = views
 
     async def reserve(self, path: str, job_id: str) -> str:
-        """Reserve a path for a job and return it, or the distinct path that the job gets because it is taken.
+        """Reserve a path for a job.
+
+        Returns:
+            The path, or a path derived from it if another job owns the path.
 
         Raises:
-            ProcessorError: INVALID_PATH; PATH_TAKEN, if other jobs have all paths that this one could get.
-            LedgerUnavailable: the database failed.
+            ProcessorError: INVALID_PATH, or PATH_TAKEN if other jobs own all candidate paths.
+            LedgerUnavailable: The database failed.
         """
         path = normalize_path(path)
         for candidate in generate_candidates(path, job_id):
             if await self._try_reserve(candidate, job_id):
                 return candidate
-        raise ProcessorError("PATH_TAKEN", f"Other jobs have the result path '{path}' and all paths derived from it.")
+        raise ProcessorError("PATH_TAKEN", f"Other jobs own the result path '{path}' and all paths derived from it.")
 
     async def _try_reserve(self, path: str, job_id: str) -> bool:
-        """Return whether the path is the job's from now on.
+        """Reserve a path and return True, or return False if another job owns it.
 
-        Two jobs cannot both get it: `_id` is unique, and the update that replaces a deleted owner names that owner.
+        Two jobs cannot both get it: `_id` is unique, and the update that replaces a deleted owner matches that owner.
         """
         with translate_errors("reserving a result path"):
-            if await files.has_other_owner(self._views, path, job_id):  # also of a log that was imported
+            if await files.has_other_owner(self._views, path, job_id):  # an imported log has no reservations
                 return False
             while True:
                 reservation = await self._db[COLLECTION].find_one_and_update(
@@ -58,7 +62,7 @@ class PathReservations:
                     upsert=True,
                     return_document=ReturnDocument.AFTER,
                 )
-                assert reservation is not None  # noqa: S101 - narrows the type; it was inserted if there was none
+                assert reservation is not None  # noqa: S101 - the upsert returns a document
                 owner = reservation["job_id"]
                 if owner == job_id:
                     return True
@@ -71,6 +75,6 @@ class PathReservations:
                     return True
 
     async def _is_deleted(self, job_id: str) -> bool:
-        if await self._log.read_stream(job_id, types=(JobDeleted,), limit=1):
+        if await self._event_store.read_stream(job_id, types=(JobDeleted,), limit=1):
             return True
-        return not await self._log.read_stream(job_id, limit=1)  # the log was replaced by another one
+        return not await self._event_store.read_stream(job_id, limit=1)  # the log was replaced

@@ -1,7 +1,7 @@
-"""workers: which job types there are. They are entry points in the group `jobledger.processors`.
+"""Load job types. They are entry points in the group `jobledger.processors`.
 
-A processor is foreign code. One that cannot be used takes nothing with it but its own job type: it is listed in
-`unusable_types` with the reason, and everything else works.
+A processor is foreign code. If one cannot be used, only its own job type is affected. `unusable_job_types` returns the
+reasons.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from jobledger.workers.processor import Processor
 
 ENTRY_POINT_GROUP: Final = "jobledger.processors"
 LOAD_SECONDS: Final = 30.0
-"""How long a processor may take to import. One that takes longer is taken for hung."""
+"""Timeout for importing a processor."""
 PRELOAD_SECONDS: Final = 120.0
 _BUILT_IN: Final = "jobledger.workers."
 _T = TypeVar("_T")
 
 
 class ProcessorUnusable(Exception):
-    """A processor cannot be used. The text says what is wrong with it."""
+    """A processor cannot be used. The text contains the problem."""
 
 
 @cache
 def _installed() -> tuple[dict[str, type[Processor]], dict[str, str]]:
-    """Load all processors; return those that can be used, and why others cannot be."""
+    """Load all processors. Return the usable ones, and the problems of the others, by job type."""
     usable: dict[str, type[Processor]] = {}
     unusable: dict[str, str] = {}
     skipped = os.environ.get(UNUSABLE_PROCESSORS, "").split(",")
-    for job_type, candidates in _entries().items():
+    for job_type, candidates in _find_entry_points().items():
         try:
             if job_type in skipped:
-                raise ProcessorUnusable("the process that started this one could not use it")
+                raise ProcessorUnusable("it is unusable in the parent process")
             usable[job_type] = _load(job_type, candidates)
         except ProcessorUnusable as error:
             unusable[job_type] = str(error)
@@ -55,17 +55,17 @@ def _installed() -> tuple[dict[str, type[Processor]], dict[str, str]]:
 
 
 def load_processors() -> dict[str, type[Processor]]:
-    """Return every processor that can be used, by its job type."""
+    """Return all usable processors by job type."""
     return _installed()[0]
 
 
 def unusable_job_types() -> dict[str, str]:
-    """Return the job types whose processor is installed but cannot be used, each with what is wrong."""
+    """Return the job types whose processors are installed but unusable, with the problem of each."""
     return _installed()[1]
 
 
 def disable_job_type(job_type: str, reason: str) -> None:
-    """Take a job type out of use in this process."""
+    """Disable a job type in this process."""
     usable, unusable = _installed()
     if usable.pop(job_type, None) is not None:
         unusable[job_type] = reason
@@ -78,15 +78,15 @@ def _export_unusable(unusable: Iterable[str]) -> None:
 
 
 def is_built_in(job_type: str) -> bool:
-    """Return whether a processor is part of this program."""
+    """Return whether a processor is part of Jobledger."""
     processor = load_processors().get(job_type)
     return processor is not None and processor.__module__.startswith(_BUILT_IN)
 
 
 @cache
 def processor_version(job_type: str) -> str:
-    """Return the version of the distribution that a processor comes from, such as "jobledger 1.0"."""
-    entry = _choose(job_type, _entries()[job_type])
+    """Return the version of the processor's distribution, such as "jobledger 1.0"."""
+    entry = _choose_entry_point(job_type, _find_entry_points()[job_type])
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
 
 
@@ -94,7 +94,7 @@ def get_processor(job_type: str) -> type[Processor]:
     """Return the processor for a job type.
 
     Raises:
-        LookupError: there is none, or it cannot be used.
+        LookupError: There is no such processor, or it is unusable.
     """
     return load_processors()[job_type]
 
@@ -103,21 +103,19 @@ def shared_directories(processor: type[Processor]) -> list[Path]:
     """Return the directories that all jobs of a type write to.
 
     Raises:
-        TypeError: `shared_directories` returns something else. Foreign code, so it may also raise anything.
+        TypeError: `shared_directories()` returned something else. It is foreign code and may raise anything.
     """
-    found: object = getattr(processor, "shared_directories", tuple)()
-    if not isinstance(found, list | tuple) or not all(isinstance(path, str | Path) for path in found):
-        raise TypeError(f"shared_directories() must return a list or tuple of paths, not a {type(found).__name__}")
-    return [Path(path) for path in found]
+    paths: object = getattr(processor, "shared_directories", tuple)()
+    if not isinstance(paths, list | tuple) or not all(isinstance(path, str | Path) for path in paths):
+        raise TypeError(f"shared_directories() must return a list or tuple of paths, not a {type(paths).__name__}")
+    return [Path(path) for path in paths]
 
 
 def check_preload(job_type: str) -> None:
-    """Import the modules that a processor wants to have loaded before its jobs start. Takes seconds for some.
-
-    It also calls `shared_directories`, which every job process does.
+    """Import the modules in a processor's `preload`, and call its `shared_directories`. May take seconds.
 
     Raises:
-        ProcessorUnusable: one of them cannot be imported, or `shared_directories` fails.
+        ProcessorUnusable: A module cannot be imported, or `shared_directories()` failed.
     """
     _call_foreign_code(partial(shared_directories, load_processors()[job_type]), "shared_directories()", "called")
     for module in load_processors()[job_type].preload:
@@ -125,81 +123,89 @@ def check_preload(job_type: str) -> None:
 
 
 def check_plugins(environment: Iterable[str] = ()) -> None:
-    """Take plug-ins out of use whose `preload` cannot be imported, or whose `shared_directories` fail. Blocks.
+    """Disable plug-ins whose `preload` cannot be imported or whose `shared_directories()` fails. Blocks.
 
-    `environment` names variables that job processes get besides the usual ones; the imports get the same.
+    The check runs in another process: this process must not load the modules, and a library may end the process that
+    imports it. Built-in processors are not checked, `jobledger doctor` does that.
 
-    They are imported in another process, because this one must not carry their modules, and because a library may end
-    the process that imports it. Processors of this program are not checked: `jobledger doctor` does that.
+    Args:
+        environment: Names of variables that job processes get besides the default ones. The check gets the same.
     """
-    waiting = [
+    remaining = [
         name
         for name, processor in load_processors().items()
         if (processor.preload or hasattr(processor, "shared_directories")) and not is_built_in(name)
     ]
-    while waiting:
-        command = [sys.executable, "-m", "jobledger.workers.child.preload_check", *waiting]
-        variables = {**build_job_environment(environment), "PYTHONPATH": os.pathsep.join(it for it in sys.path if it)}
+    while remaining:
+        command = [sys.executable, "-m", "jobledger.workers.child.preload_check", *remaining]
+        variables = {**build_job_environment(environment), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with subprocess.Popen(  # noqa: S603 - our own command line
             command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=variables
         ) as process:
-            watchdog = threading.Timer(len(waiting) * PRELOAD_SECONDS + LOAD_SECONDS, process.kill)
+            watchdog = threading.Timer(len(remaining) * PRELOAD_SECONDS + LOAD_SECONDS, process.kill)
             watchdog.start()
-            assert process.stdout is not None  # noqa: S101 - as asked for
+            assert process.stdout is not None  # noqa: S101 - stdout=PIPE
             for line in process.stdout:
                 name, separator, problem = line.rstrip("\n").partition("\t")
-                if separator and name in waiting:  # not what a plug-in prints
-                    waiting.remove(name)
+                if separator and name in remaining:  # ignores what a plug-in prints
+                    remaining.remove(name)
                     if problem:
                         disable_job_type(name, problem)
             watchdog.cancel()
-        if waiting:  # it ended without a word about the next one
+        if remaining:  # the process ended before it reported the next one
             disable_job_type(
-                waiting.pop(0), f"its modules (preload) end the process that imports them ({process.returncode})"
+                remaining.pop(0),
+                f"its modules (preload) end the process that imports them (exit code {process.returncode})",
             )
 
 
-def _entries() -> dict[str, list[EntryPoint]]:
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda it: (it.name, it.value)):
-        others = found.setdefault(entry.name, [])
-        if entry.value not in [other.value for other in others]:
-            others.append(entry)
-    return found
+def _find_entry_points() -> dict[str, list[EntryPoint]]:
+    candidates: dict[str, list[EntryPoint]] = {}
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.name, entry.value)):
+        same_type = candidates.setdefault(entry.name, [])
+        if entry.value not in [other.value for other in same_type]:
+            same_type.append(entry)
+    return candidates
 
 
 def _load(job_type: str, candidates: list[EntryPoint]) -> type[Processor]:
-    entry = _choose(job_type, candidates)
-    processor = _call_foreign_code(entry.load, f"{entry.value}{_origin(entry)}")
-    if (lack := _call_foreign_code(lambda: _find_interface_problem(processor, job_type), entry.value)) is not None:
-        raise ProcessorUnusable(f"{entry.value}{_origin(entry)} is not a processor: {lack}")
-    return processor  # type: ignore[no-any-return]  # as has just been checked
+    entry = _choose_entry_point(job_type, candidates)
+    processor = _call_foreign_code(entry.load, f"{entry.value}{_format_origin(entry)}")
+    if (problem := _call_foreign_code(lambda: _find_interface_problem(processor, job_type), entry.value)) is not None:
+        raise ProcessorUnusable(f"{entry.value}{_format_origin(entry)} is not a processor: {problem}")
+    return processor  # type: ignore[no-any-return]  # checked above
 
 
-def _choose(job_type: str, candidates: list[EntryPoint]) -> EntryPoint:
-    """Choose among the entry points for a job type. A foreign one never replaces one of this program."""
+def _choose_entry_point(job_type: str, candidates: list[EntryPoint]) -> EntryPoint:
+    """Choose between entry points for the same job type. Plug-ins never replace built-in processors."""
     if len(candidates) == 1:
         return candidates[0]
     for entry in candidates:
         if entry.value.startswith(_BUILT_IN):
             return entry
-    names = " and ".join(f"{entry.value}{_origin(entry)}" for entry in candidates)
+    names = " and ".join(f"{entry.value}{_format_origin(entry)}" for entry in candidates)
     raise ProcessorUnusable(f"{names} both provide the job type {job_type!r}: uninstall all but one")
 
 
-def _origin(entry: EntryPoint) -> str:
+def _format_origin(entry: EntryPoint) -> str:
     return f" of {entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
 
 
 def _call_foreign_code(
     work: Callable[[], _T], what: str, verb: str = "imported", *, seconds: float | None = None
 ) -> _T:
-    """Return the result of foreign code that runs at import, or before an attempt, whatever it does.
+    """Call foreign code that runs at import or before an attempt, and return its result.
 
-    It runs in a thread, because code that hangs can be abandoned there. An endless loop in it is interrupted.
+    The code runs in a thread that is abandoned if it hangs. An endless loop in it is interrupted.
+
+    Args:
+        work: The code to call.
+        what: Name of the code in error messages.
+        verb: Past participle of what is done with it, for error messages.
+        seconds: Timeout. Default: `LOAD_SECONDS`.
 
     Raises:
-        ProcessorUnusable: it raised anything at all, or did not return in time.
+        ProcessorUnusable: The code raised anything or did not return in time.
     """
     results: list[_T] = []
     failures: list[BaseException] = []
@@ -207,7 +213,7 @@ def _call_foreign_code(
     def run() -> None:
         try:
             results.append(work())
-        except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt included
+        except BaseException as error:  # noqa: BLE001 - includes SystemExit and KeyboardInterrupt
             failures.append(error)
 
     thread = threading.Thread(target=run, name="load-processor", daemon=True)
@@ -219,27 +225,29 @@ def _call_foreign_code(
     if failures:
         error = failures[0]
         hint = f"; install the package with {error.name!r}" if isinstance(error, ModuleNotFoundError) else ""
-        raise ProcessorUnusable(f"{what} cannot be {verb}: {type(error).__name__}: {_text(error)}{hint}") from error
+        raise ProcessorUnusable(
+            f"{what} cannot be {verb}: {type(error).__name__}: {_format_error(error)}{hint}"
+        ) from error
     if thread.ident is not None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
     ends = "its import" if verb == "imported" else "its work"
-    raise ProcessorUnusable(f"{what} did not end {ends} within {seconds:.0f} s: it must do no work there")
+    raise ProcessorUnusable(f"{what} did not end {ends} within {seconds:.0f} s: it must not do work there")
 
 
-def _text(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     try:
         return " ".join(str(error).split())[:300]
     except Exception:  # noqa: BLE001 - foreign code
-        return "(its text cannot be shown)"
+        return "(no error text)"
 
 
 def _find_interface_problem(processor: Any, job_type: str) -> str | None:
-    """Return what a class lacks to be a processor; None if it lacks nothing."""
+    """Return why a class is not a processor; None if it is one."""
     if not isinstance(processor, type):
-        return f"expected a class, found {type(processor).__name__}"
+        return f"expected a class, got {type(processor).__name__}"
     own = getattr(processor, "job_type", None)
     if own != job_type:
-        return f"its `job_type` is {own!r}, and its entry point is named {job_type!r}: they must be the same"
+        return f"its `job_type` {own!r} must equal the name of its entry point {job_type!r}"
     if getattr(processor, "isolation", None) not in ("process", "inline"):
         return f"`isolation` must be 'process' or 'inline', not {getattr(processor, 'isolation', None)!r}"
     for name in ("Parameters", "Settings"):

@@ -1,7 +1,7 @@
-"""workers: which paths a result file may have. Pure.
+"""Validate and derive the paths of result files. Pure functions.
 
-Job processes and the worker apply the same rules, because a job process is not trusted. Every accepted path can be
-fetched under its URL, and is the only spelling of itself.
+The job process and the worker apply the same rules, because the worker does not trust job processes. Every valid path
+can be fetched under its URL, and two valid paths never mean the same file.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from jobledger.workers.processor import ProcessorError
 MAX_PATH_BYTES: Final = 1000
 MAX_PART_BYTES: Final = 200
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories of control, format (such as reading direction), surrogate and line separator characters."""
+"""Unicode categories of control, format (such as text direction), surrogate and line separator characters."""
 _JOINERS: Final = "\u200c\u200d"  # format characters that Persian, Indic scripts and emoji need
 _PERCENT_CODE: Final = re.compile(r"%[0-9A-Fa-f]{2}")
 _RESERVED: Final = "link"
-"""As the last part: `POST …/files/{path}/link` makes a signed link to `{path}`."""
-_MARK_LENGTHS: Final = (8, 64)
+"""Not allowed as the last part, because `POST …/files/{path}/link` creates a signed link for `{path}`."""
+_SUFFIX_LENGTHS: Final = (8, 64)
 
 
 def normalize_path(path: str) -> str:
-    """Return `path` in Unicode normal form C.
+    """Return the path in Unicode normal form C.
 
     Raises:
-        ProcessorError: INVALID_PATH, with the path and the rule that it breaks.
+        ProcessorError: INVALID_PATH, with the path and the broken rule.
     """
     normal = unicodedata.normalize("NFC", path)
-    if rule := _broken_rule(normal):
-        shown = ascii(path[:300])
+    if rule := _find_broken_rule(normal):
+        escaped = ascii(path[:300])
         raise ProcessorError(
             "INVALID_PATH",
-            f"The result path {shown} is invalid: {rule}. Use a relative path such as 'reports/2025/summary.md'.",
-            details={"path": shown, "rule": rule},
+            f"The result path {escaped} is invalid: {rule}. Use a relative path such as 'reports/2025/summary.md'.",
+            details={"path": escaped, "rule": rule},
         )
     return normal
 
 
-def _broken_rule(path: str) -> str | None:
-    hidden = next((it for it in path if unicodedata.category(it) in _HIDDEN and it not in _JOINERS), None)
+def _find_broken_rule(path: str) -> str | None:
+    hidden = next((c for c in path if unicodedata.category(c) in _HIDDEN and c not in _JOINERS), None)
     if hidden is not None:
         return f"it contains the control or format character U+{ord(hidden):04X}"
     if "\\" in path:
@@ -70,20 +70,20 @@ def _broken_rule(path: str) -> str | None:
 
 
 def generate_candidates(path: str, job_id: str) -> Iterator[str]:
-    """Yield a valid path, and then distinct ones with a mark before the extension."""
+    """Yield a valid path, then derived paths with a suffix before the extension."""
     yield path
     folder, slash, name = path.rpartition("/")
     stem, dot, extension = name.rpartition(".")
     if not stem or len(extension.encode()) > MAX_PART_BYTES // 4:
         stem, dot, extension = name, "", ""
-    mark = sha256(f"{job_id}/{path}".encode()).hexdigest()  # of the path, too: its name may be cut
-    for length in _MARK_LENGTHS:
-        ending = f"-{mark[:length]}{dot}{extension}"
-        room = min(MAX_PART_BYTES, MAX_PATH_BYTES - len((folder + slash).encode())) - len(ending.encode())
-        if room > 0:
-            yield f"{folder}{slash}{_cut(stem, room)}{ending}"
+    digest = sha256(f"{job_id}/{path}".encode()).hexdigest()  # includes the path, because the stem may be truncated
+    for length in _SUFFIX_LENGTHS:
+        suffix = f"-{digest[:length]}{dot}{extension}"
+        max_stem_bytes = min(MAX_PART_BYTES, MAX_PATH_BYTES - len((folder + slash).encode())) - len(suffix.encode())
+        if max_stem_bytes > 0:
+            yield f"{folder}{slash}{_truncate(stem, max_stem_bytes)}{suffix}"
 
 
-def _cut(text: str, size: int) -> str:
+def _truncate(text: str, size: int) -> str:
     """Return the beginning of a text, at most `size` bytes of UTF-8."""
     return text.encode()[:size].decode(errors="ignore")

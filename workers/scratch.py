@@ -1,9 +1,10 @@
-"""workers: the scratch directories of one worker process, and removal of those that killed workers left behind.
+"""Manage the scratch directories of a worker process, and remove those of killed workers.
 
-Layout: `<root>/jobledger-<uid>/<host>-<pid>-<random>/<job>-<attempt>-<random>`. In the last one, `scratch` belongs to
-the processor, and `saved` holds the files that it saves. Each process holds a lock (flock) on its own directory. The
-kernel releases the lock when the process dies, however it dies, so other workers of the machine remove exactly the
-directories that nobody holds. Names and ages decide nothing.
+Layout: `<root>/jobledger-<uid>/<host>-<pid>-<random>/<job>-<attempt>-<random>`. The last directory contains `scratch`,
+which belongs to the processor, and `saved`, which holds the files that it saves.
+
+Each process locks its own directory with flock(2). The kernel releases the lock when the process dies, however it dies.
+So other workers on the machine remove exactly the directories that no process locks. Names and ages are not used.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from jobledger.workers.directory_removal import remove_tree
 from jobledger.workers.machine_health import MachineFailure
 
 _log = structlog.get_logger()
-_DEAD: Final = "removing-"
-"""Prefix of a directory that is being removed. Nobody locks it; two processes may remove it at the same time."""
+_STALE_PREFIX: Final = "removing-"
+"""Prefix of a directory that is being removed. It is not locked, and two processes may remove it at the same time."""
 _MODE: Final = 0o700
 _CHECK_BYTES: Final = 64 * 1024
 _REPAIR_SECONDS: Final = 0.1
@@ -38,19 +39,24 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class ScratchDirectory:
-    """Scratch space of this process. All methods except `for_attempt` block: call them from a thread."""
+    """The scratch space of this process. All methods except `new_attempt_path` block: call them from a thread."""
 
     def __init__(self, root: Path | None = None, *, min_free_mb: float = 0) -> None:
-        """`root` is created if its parent exists; None: the system's temporary directory. `min_free_mb` in MiB."""
+        """Initialize without creating anything.
+
+        Args:
+            root: Created if its parent exists. Default: the system's temporary directory.
+            min_free_mb: Required free space in MiB.
+        """
         self.root = root
         self._min_free_bytes = int(min_free_mb * 2**20)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._directory: Path | None = None
         self._lock = -1
         self._repaired_at = float("-inf")
-        self._changing = threading.RLock()  # checks run in several threads
+        self._change_lock = threading.RLock()  # checks run in several threads
         self.repair_count = 0
-        """How often a directory of ours had lost its mode and got it back."""
+        """How often the mode of a directory was wrong and restored."""
 
     @property
     def path(self) -> Path | None:
@@ -61,64 +67,64 @@ class ScratchDirectory:
         """Return a path for an attempt. The caller creates it (mode 0700) if needed, and removes it afterwards.
 
         Raises:
-            MachineTrouble: there is no scratch directory.
+            MachineFailure: There is no scratch directory.
         """
-        return self._required() / f"{job_id}-{attempt}-{secrets.token_hex(4)}"
+        return self._require_path() / f"{job_id}-{attempt}-{secrets.token_hex(4)}"
 
     def create_directories(self, *directories: Path) -> None:
-        """Create directories of an attempt, one inside another.
+        """Create the directories of an attempt, one inside another.
 
         Raises:
-            OSError: that failed.
+            OSError: A directory could not be created.
         """
-        if time.monotonic() - self._repaired_at >= _REPAIR_SECONDS:  # a job that comes in between is given back
+        if time.monotonic() - self._repaired_at >= _REPAIR_SECONDS:  # a job that fails in between is released
             self.repair_modes()
         for directory in directories:
             directory.mkdir(mode=_MODE)
 
     def repair_modes(self) -> None:
-        """Give our directories their mode back: a job may have changed it, if it has no mounts of its own."""
+        """Restore the modes of our directories. A job without its own mount namespace may have changed them."""
         self._repaired_at = time.monotonic()
         if self._directory is None:
             return
         base = self._directory.parent
         for path, is_private in ((base.parent, False), (base, True), (self._directory, True)):
-            with suppress(OSError):  # it is not there: `check` says so
+            with suppress(OSError):  # missing directories are reported by `check`
                 mode = stat.S_IMODE(path.lstat().st_mode)
                 is_damaged = mode != _MODE if is_private else not mode & stat.S_IXUSR
-                if is_damaged and _is_ours(path):
+                if is_damaged and _is_own_directory(path):
                     path.chmod(_MODE if is_private else mode | _MODE)
                     self.repair_count += 1
                     _log.warning(
-                        "a scratch directory had lost its mode and got it back; a job may have changed it",
+                        "restored the mode of a scratch directory; a job may have changed it",
                         directory=str(path),
                         mode=f"{mode:o}",
                     )
 
     def prepare(self) -> None:
-        """Create and lock the directory of this process. Safe to repeat.
+        """Create and lock the directory of this process. Idempotent.
 
         Raises:
-            MachineTrouble: the directory cannot be created.
+            MachineFailure: The directory cannot be created.
         """
-        with self._changing:
+        with self._change_lock:
             if self._directory is not None and self._directory.is_dir():
                 return
             self.close()
             try:
                 self._create()
-            except OSError as error:  # also of `gettempdir`, if none of the usual directories is writable
-                place = self.root or os.environ.get("TMPDIR", "the system's temporary directory")
+            except OSError as error:  # also raised by gettempdir() if no default directory is writable
+                location = self.root or os.environ.get("TMPDIR", "the system's temporary directory")
                 raise MachineFailure(
-                    f"No scratch directory can be created in {place}: {error.strerror}. Make it writable, or set "
+                    f"No scratch directory can be created in {location}: {error.strerror}. Make it writable, or set "
                     "event_worker.scratch_dir to another directory"
                 ) from error
 
     def _create(self) -> None:
         if self.root is not None:
             self.root.mkdir(mode=0o700, exist_ok=True)
-        base = _base(self.root or Path(tempfile.gettempdir()))
-        # Creating and locking are two system calls. Under the lock of `base` no cleaner sees what is between them.
+        base = _ensure_user_directory(self.root or Path(tempfile.gettempdir()))
+        # Creating and locking are two system calls. The lock of `base` hides the state between them from other workers.
         with _locked(base):
             directory = base / self._name
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -126,52 +132,52 @@ class ScratchDirectory:
         self._directory = directory
 
     def remove_stale(self) -> CooperativeWork[None]:
-        """Remove the directories of dead processes. That may take long, so no check waits for it.
+        """Remove the directories of dead processes. This may take long, so no check waits for it.
 
         Raises:
-            OSError: they cannot be listed.
+            OSError: The directories cannot be listed.
         """
         if self._directory is None:
             return
         base = self._directory.parent
         with _locked(base):
-            dead = list(_mark_stale(base))
-        for path in dead:
+            stale = list(_mark_stale(base))
+        for path in stale:
             yield from remove_tree(path)
-        if dead:
-            _log.info("removed scratch directories of dead workers", directory=str(base), count=len(dead))
+        if stale:
+            _log.info("removed stale scratch directories", directory=str(base), count=len(stale))
 
     def check(self) -> None:
-        """Create, write and remove a file the way a job does.
+        """Create, write and remove a file as a job does.
 
         Raises:
-            MachineTrouble: there is less free space than required.
-            OSError: that failed.
+            MachineFailure: There is less free space than required.
+            OSError: A file operation failed.
         """
         self.prepare()
         self.check_quickly()
-        with tempfile.TemporaryDirectory(prefix="check-", dir=self._required()) as directory:
+        with tempfile.TemporaryDirectory(prefix="check-", dir=self._require_path()) as directory:
             file = Path(directory, "file")
             file.write_bytes(bytes(_CHECK_BYTES))
 
     def check_quickly(self) -> None:
-        """Check what a few system calls can tell: the file system is writable and has room. Takes microseconds.
+        """Check with a few system calls that the file system is writable and has free space. Takes microseconds.
 
         Raises:
-            MachineTrouble: it is not, or has not.
+            MachineFailure: It is not writable or has too little space.
         """
-        directory = self._required()
+        directory = self._require_path()
         self.repair_modes()
         try:
-            found = os.statvfs(directory)
+            status = os.statvfs(directory)
         except OSError as error:
             raise MachineFailure(f"Scratch directory {directory} cannot be read: {error.strerror}") from error
-        if found.f_flag & os.ST_RDONLY:
+        if status.f_flag & os.ST_RDONLY:
             raise MachineFailure(
                 f"Scratch directory {directory} is on a read-only file system. Make it writable, or set "
                 "event_worker.scratch_dir to another directory"
             )
-        free = found.f_bavail * found.f_frsize
+        free = status.f_bavail * status.f_frsize
         if free < self._min_free_bytes:
             raise MachineFailure(
                 f"Scratch directory {directory} has {free / 2**20:.0f} MiB free, and "
@@ -179,17 +185,17 @@ class ScratchDirectory:
                 "or set event_worker.scratch_dir to another directory"
             )
 
-    def _required(self) -> Path:
+    def _require_path(self) -> Path:
         if self._directory is None:
-            raise MachineFailure("The scratch directory could not be created yet")
+            raise MachineFailure("The scratch directory could not be created")
         return self._directory
 
     def close(self) -> None:
-        """Remove the directory of this process, and release the lock.
+        """Remove the directory of this process and release the lock.
 
-        What cannot be removed within a few seconds is left to the next worker on this machine.
+        If the removal takes longer than `_CLOSE_SECONDS`, the next worker on this machine completes it.
         """
-        with self._changing:
+        with self._change_lock:
             if self._directory is not None:
                 deadline = time.monotonic() + _CLOSE_SECONDS
                 with closing(remove_tree(self._directory)) as removing:
@@ -202,56 +208,56 @@ class ScratchDirectory:
                 self._lock = -1
 
 
-def _base(root: Path) -> Path:
-    """Return this user's directory below `root`, and create it if needed."""
+def _ensure_user_directory(root: Path) -> Path:
+    """Return this user's directory below `root`. Create it if needed."""
     return ensure_private_directory(root, f"jobledger-{os.getuid()}")
 
 
 def ensure_private_directory(root: Path, name: str) -> Path:
-    """Return the directory `name` of this user below `root`, and create it if needed.
+    """Return the directory `name` of this user below `root`. Create it if needed.
 
-    The system's temporary directory is open to all users, and another one may have created an object of this name. Only
-    a directory of our own is used, never a link; next to a foreign object another name is chosen.
+    All users can write to the system's temporary directory, so another user may have created an object with this name.
+    Only a directory that we own is used, never a link. If the name is taken, another one is chosen.
     """
     with suppress(FileExistsError):
         (root / name).mkdir(mode=0o700)
     for path in (root / name, *sorted(root.glob(f"{name}-*"))):
-        if _is_ours(path):
+        if _is_own_directory(path):
             path.chmod(0o700)
             return path
     return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
 
 
-def _is_ours(path: Path) -> bool:
+def _is_own_directory(path: Path) -> bool:
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
 
 
 def _mark_stale(base: Path) -> Iterator[Path]:
-    """Rename the directories whose process is dead, and yield their new paths. Call with the lock of `base`."""
+    """Rename the directories of dead processes, and yield their new paths. Requires the lock of `base`."""
     for path in list(base.iterdir()):
-        if not _is_ours(path):
+        if not _is_own_directory(path):
             continue
-        if path.name.startswith(_DEAD):
+        if path.name.startswith(_STALE_PREFIX):
             yield path
         elif (lock := _try_lock(path)) >= 0:
             try:
-                marked = base / f"{_DEAD}{path.name}"
+                marked = base / f"{_STALE_PREFIX}{path.name}"
                 path.rename(marked)
                 yield marked
             except OSError as error:
-                _log.warning("a dead worker's scratch directory stays", path=str(path), error=str(error))
+                _log.warning("cannot remove a stale scratch directory", path=str(path), error=str(error))
             finally:
                 os.close(lock)
 
 
 def _try_lock(directory: Path) -> int:
-    """Lock a directory; return the descriptor, or -1 if another process holds it or the file system has no locks.
+    """Lock a directory and return the descriptor; -1 if another process holds the lock or the file system has no locks.
 
-    Without locks no directory is ever taken for a dead one.
+    Without locks, no directory is considered stale.
     """
     descriptor = os.open(directory, _DIRECTORY)
     try:
@@ -264,7 +270,7 @@ def _try_lock(directory: Path) -> int:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory inside the block. Its holders only rename and create, so nobody waits for long."""
+    """Hold the lock of a directory. All holders only rename and create directories, so the wait is short."""
     descriptor = os.open(directory, _DIRECTORY)
     try:
         with suppress(OSError):  # a file system without locks

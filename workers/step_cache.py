@@ -1,4 +1,4 @@
-"""workers: finished steps that other jobs share. The same session in another language reuses the fetched video."""
+"""Look up finished steps that jobs share. For example, the same session in another language reuses the fetched video."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from jobledger.workers.registry import processor_version
 
 
 class StepCache:
-    """Finds steps that a job may reuse: shared on request, by jobs of the same owner, job type and version."""
+    """Finds finished steps of other jobs with the same owner, job type and processor version."""
 
-    def __init__(self, views: Views, log: EventStore) -> None:
+    def __init__(self, views: Views, event_store: EventStore) -> None:
         self._views = views
-        self._log = log
+        self._event_store = event_store
 
     async def find_shared_step(
         self, key: str, job_id: str, job: JobSubmitted, *, max_age: timedelta
     ) -> tuple[str, StepCompleted] | None:
-        """Return the newest shared step with the digest `key` of its inputs, and the ID of the job that finished it.
+        """Return the newest shared step with these inputs, with the ID of the job that finished it; None if there is
+        none.
+
+        Args:
+            key: Digest of the step's name and inputs.
+            job_id: The job that asks. Its own steps are excluded.
+            job: Its submission.
+            max_age: Maximum age of the step.
 
         Raises:
-            LedgerUnavailable: the database failed.
+            LedgerUnavailable: The database failed.
         """
         row = await steps.find_shared(
             self._views,
@@ -33,17 +40,17 @@ class StepCache:
             user_id=job.user_id,
             job_type=job.job_type,
             version=processor_version(job.job_type),
-            since=await self._log.server_time() - max_age,
+            since=await self._event_store.server_time() - max_age,
             excluded_job_id=job_id,
         )
         if row is None:
             return None
-        found = await self._finished(row["job_id"], row["version"])
-        return (row["job_id"], found) if found is not None and found.key == key else None
+        step = await self._load_step(row["job_id"], row["version"])
+        return (row["job_id"], step) if step is not None and step.key == key else None
 
-    async def _finished(self, job_id: str, version: int) -> StepCompleted | None:
-        events = await self._log.read_stream(job_id, after_version=version - 1, limit=1)
+    async def _load_step(self, job_id: str, version: int) -> StepCompleted | None:
+        events = await self._event_store.read_stream(job_id, after_version=version - 1, limit=1)
         try:
             return event if events and isinstance(event := events[0].event, StepCompleted) else None
-        except UnreadableEvent:  # written by a later version of the ledger
+        except UnreadableEvent:  # a later version of the program wrote it
             return None

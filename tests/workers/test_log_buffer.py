@@ -41,7 +41,7 @@ def test_log_of_a_day_is_bounded_and_ends_with_the_last_lines(monkeypatch: pytes
         < size(lines)
         < MAX_JOB_LOG_BYTES + 2 * FLOOD_TAIL_LINES * (WIDTH + LOG_ENTRY_OVERHEAD_BYTES)
     )
-    told = [line for line in lines if "were left out here" in line]
+    told = [line for line in lines if "were dropped here" in line]
     assert len(told) == 1
     assert "16.0 MiB in all" in told[0]
     assert [int(line.split()[0]) for line in lines[-FLOOD_TAIL_LINES:]] == list(

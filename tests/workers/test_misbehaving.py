@@ -87,7 +87,7 @@ async def test_attempt_ends_whatever_processor_raises(job_type: str, connection:
             1,
             "<not stored: details cannot be stored: it has the key 2 of type int. Use strings as keys.>",
         )
-        assert "details.when cannot be stored: JSON has no set" in details["when"]
+        assert "details.when cannot be stored: JSON has no type for set" in details["when"]
         assert found["raise large details"]["error"]["details"]["fine"] == 1
         assert [it.split(":")[0] for it in found["raise mixed group"]["error"]["details"]["errors"]] == [
             "ProcessorError",
@@ -244,7 +244,7 @@ async def test_much_logging_is_clipped_and_job_completes(job_type: str, connecti
             lines = await lines_of(here, job_ids[name])
             assert len(lines) < 20_000
             assert sum(map(len, lines)) < 8 * 2**20
-            assert [line for line in lines if "log lines" in line and "were left out here" in line], "nobody says so"
+            assert [line for line in lines if "log entries" in line and "were dropped here" in line], "nobody says so"
             numbers = [int(line.split()[0]) for line in lines if "were left out" not in line]
             assert numbers == sorted(numbers)
             assert numbers[-1] == given[name]["lines"] - 1, "the last line is always there"
