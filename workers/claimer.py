@@ -1,14 +1,16 @@
-"""workers: which waiting jobs a worker tries to claim next. Hints only: the claiming append decides.
+"""Choose which pending jobs a worker tries to claim next. These are only hints: the append of the claim decides.
 
-An idle worker takes a fresh job from its own event, without any query. With a backlog, rows are taken from the view
-`queue`, by priority, then age, many at a time. Why no job waits for ever: whatever makes a job claimable is an event,
-and once the views have reached it, its row can be read; that is when we look. A due time sets a timer, and so does a
-job that was left to somebody else.
+An idle worker takes a new job from its `JobSubmitted` event, without a query. With a backlog, it takes rows from the
+view `queue`, by priority, then age, many at a time.
 
-Many workers keep out of each other's way by ranking themselves for each job, by a hash of both names. The first in
-rank tries at once; the others give it a moment for each rank, and give up when they hear of its claim. So a job is
-claimed once by one append as a rule, and a first that is busy costs it milliseconds. A more urgent job is never passed
-over for a less urgent one; among equally urgent ones, those of a look may change places.
+No job waits for ever. Whatever makes a job claimable is an event. Once the views have reached the event, the job's row
+can be read, and the worker queries the queue. A due time sets a timer, and so does a job that was deferred to another
+worker.
+
+Workers avoid conflicts by rank: for each job, a hash of both names ranks the workers. The first one claims at once. The
+others wait a moment per rank, and give up when they observe its claim. So usually one append claims a job, and a busy
+first worker costs it milliseconds. A more urgent job is never passed over for a less urgent one. Equally urgent jobs of
+one query may change their order.
 """
 
 from __future__ import annotations
@@ -34,59 +36,67 @@ CLAIMABLE_EVENT_TYPES: Final = frozenset(
     {"JobSubmitted", "JobAttemptFailed", "JobLeaseExpired", "JobReleased", "JobRestarted", "JobUpdated"}
     | {"BatchResumed", "BatchDeleted"}
 )
-"""The types of events after which a job may be claimable that was not before."""
+"""Types of events that may make a job claimable."""
 CLAIMER_EVENT_TYPES: Final = CLAIMABLE_EVENT_TYPES | {"JobClaimed", "BatchPaused"}
 _RANK_SECONDS: Final = 0.01
 _MAX_RANK_SECONDS: Final = 0.25
-"""How long a moment is: longer than a claim takes to be heard of, which each worker sees for itself, within bounds."""
-_MAX_RANKS: Final = 5  # who comes later does not wait longer
+"""Bounds of the delay per rank. It is longer than observing a claim takes, which each worker measures."""
+_MAX_RANKS: Final = 5  # workers of later ranks do not wait longer
 _DEFER_SECONDS: Final = 0.25
-"""So long a job in the queue is left to those who come first, and longer while any of them is claiming."""
+"""A queued job is deferred to higher-ranked workers for this time, and longer while any of them is claiming."""
 _CLAIMING_SECONDS: Final = 1.0
-"""Who has claimed something within this time may have a hundred jobs at hand and not yet have come to this one: on a
-busy machine a third of a second passes between a worker's claims, and each of those taken from it is a lost race."""
+"""A worker that has claimed within this time counts as claiming.
+
+It may have a hundred jobs in progress and not have come to this one. On a busy machine, a third of a second passes
+between a worker's claims, and each job taken from it means a version conflict.
+"""
 _CLOCK_RETRY_SECONDS: Final = 0.1
-_ROWS: Final = 500
+_ROWS_PER_WORKER: Final = 500
 _MAX_ROWS: Final = 2000
-"""How many rows are read at once, for each worker; their streams are loaded when they are taken. Few large looks: each
-passes over the rows that were deleted lately, which the database keeps for a while where the oldest jobs stand."""
+"""Number of rows per query and worker. Streams are loaded when rows are taken.
+
+Few large queries are better: each one scans the index entries of recently deleted rows, which the database keeps for a
+while where the oldest jobs are.
+"""
 _ROWS_TTL_SECONDS: Final = 2.0
 _CHANGED_ROWS_TTL_SECONDS: Final = 0.1
-"""After so long the rows of a look are forgotten; sooner if something has come since, which may be more urgent; and at
-once if a worker has come or gone, for that changes the ranks."""
+"""How long the rows of a query are used, excluded and with a change since.
+
+A change may be a more urgent job. A worker that comes or goes changes the ranks, so the rows are dropped at once.
+"""
 
 
 def list_higher_ranked(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
-    """Return the workers that come before this one for a job, in any order. Every worker finds the same ranks."""
+    """Return the workers that rank before this one for a job, unordered. All workers compute the same ranks."""
     seed = crc32(job_id.encode())
-    mine = crc32(worker_id.encode(), seed)
-    return [other for other in workers if crc32(other.encode(), seed) > mine]
+    own_hash = crc32(worker_id.encode(), seed)
+    return [other for other in workers if crc32(other.encode(), seed) > own_hash]
 
 
 class ClaimDelay:
-    """How long to leave a fresh job to those who come before us: half as long again as their claims took lately."""
+    """The delay per rank for new jobs: 1.5 times the duration of recent claims by higher-ranked workers."""
 
     def __init__(self) -> None:
         self.seconds = _RANK_SECONDS
         self._since: dict[str, tuple[float, str]] = {}
 
     def start_timing(self, job_id: str, first: str) -> None:
-        """We have heard of a job, and leave it to `first`."""
-        if len(self._since) >= _ROWS:  # never claimed, or by others
+        """Start to measure how long `first` takes to claim a job."""
+        if len(self._since) >= _ROWS_PER_WORKER:  # jobs that were never claimed, or by others
             self._since.clear()
         self._since[job_id] = time.monotonic(), first
 
     def record_claim(self, job_id: str, worker_id: str) -> None:
-        """The job was claimed: if by whom it was left to, that took as long as claims take now."""
+        """Record a claim. If `first` made it, its duration changes the delay."""
         since, first = self._since.pop(job_id, (0.0, ""))
         if worker_id == first:
-            took = 1.5 * (time.monotonic() - since)
-            # Longer ones count at once, and are forgotten slowly: a claim too many costs more than a moment.
-            self.seconds = min(max(took, 0.95 * self.seconds, _RANK_SECONDS), _MAX_RANK_SECONDS)
+            delay = 1.5 * (time.monotonic() - since)
+            # A longer duration counts at once and decays slowly: a conflict costs more than a short delay.
+            self.seconds = min(max(delay, 0.95 * self.seconds, _RANK_SECONDS), _MAX_RANK_SECONDS)
 
 
 class ClaimCandidate(NamedTuple):
-    """A job that waits, as far as it is known."""
+    """A pending job that the worker may try to claim."""
 
     job_id: str
     stream_state: StreamState
@@ -98,15 +108,22 @@ _Job = TypeVar("_Job", ClaimCandidate, queue.QueueEntry)
 
 
 class ClaimQueue:
-    """What one worker knows of jobs that wait.
+    """The pending jobs that one worker knows of.
 
-    `slots` is how many jobs may be run, `room` how many more of a type now; `alive` are the workers, `claiming` the
-    jobs that we are about to claim; `wake` is called when there may be something to take.
+    Args:
+        event_store: The event store.
+        checkpoint: The position of the views.
+        job_types: The job types that the worker can run.
+        slots: The number of jobs that the worker runs concurrently.
+        eligible_workers: Returns the workers that may claim jobs.
+        free_slots: Returns how many more jobs of a type the worker may run now.
+        pending_claims: Returns the jobs that the worker is claiming.
+        wake: Called when there may be candidates.
     """
 
     def __init__(
         self,
-        log: EventStore,
+        event_store: EventStore,
         checkpoint: Checkpoint,
         *,
         job_types: Collection[str],
@@ -116,13 +133,13 @@ class ClaimQueue:
         pending_claims: Callable[[], Collection[str]],
         wake: Callable[[], None],
     ) -> None:
-        self._log = log
+        self._event_store = event_store
         self._checkpoint = checkpoint
         self._job_types = job_types
         self._slots = slots
-        self._alive = eligible_workers
-        self._room = free_slots
-        self._claiming = pending_claims
+        self._eligible_workers = eligible_workers
+        self._free_slots = free_slots
+        self._pending_claims = pending_claims
         self._wake = wake
         self.worker_id = ""
         self._fresh: dict[str, ClaimCandidate] = {}
@@ -146,28 +163,28 @@ class ClaimQueue:
         checkpoint.add_listener(self._on_views_advanced)
 
     def close(self) -> None:
-        """Set no more timers."""
+        """Cancel all timers."""
         for timer in (self._timer, self._clock_retry_timer, *self._delayed.values()):
             if timer is not None:
                 timer.cancel()
 
-    # Hearing ------------------------------------------------------------------------------------------------------
+    # Events -------------------------------------------------------------------------------------------------------
 
     def resync(self, head: int) -> None:
-        """Something up to `head` may have been missed: look at the queue now, and when the views have got there."""
+        """Query the queue now, and again when the views reach `head`: events up to there may have been missed."""
         self._skipped.clear()
         self._rows.clear()
         self._relevant_position = max(self._relevant_position, head)
         self._request_query()
 
     def handle_event(self, document: Mapping[str, Any]) -> None:
-        """An event was written."""
+        """Handle a new event."""
         stream, kind = document["stream"], document["type"]
         if kind == "JobClaimed":
             self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
             self._claim_delay.record_claim(stream, document["data"]["worker_id"])
             self.mark_claimed(stream, document["_id"])
-        elif kind == "BatchPaused":  # rows of its jobs may be at hand, and in the queue until the views have got here
+        elif kind == "BatchPaused":  # its rows may be loaded, and stay in the view until it reaches this event
             self._paused[stream] = document["_id"]
             self._relevant_position = max(self._relevant_position, document["_id"])
         elif kind in CLAIMABLE_EVENT_TYPES:
@@ -178,65 +195,64 @@ class ClaimQueue:
                 self._relevant_position = max(self._relevant_position, document["_id"])
 
     def mark_claimed(self, job_id: str, position: int) -> None:
-        """The job is somebody's since `position`; its row is in the way until the views have got there."""
+        """Exclude a job that was claimed at `position`, until the views have reached the position."""
         self._fresh.pop(job_id, None)
         if (timer := self._delayed.pop(job_id, None)) is not None:
             timer.cancel()
-        self._claimed_positions.pop(job_id, None)  # so that the dictionary stays in the order of positions
+        self._claimed_positions.pop(job_id, None)  # keeps the dictionary ordered by position
         if position > self._checkpoint.position:
             self._claimed_positions[job_id] = position
 
     async def handle_rejection(self, job_id: str) -> None:
-        """The rules say that it cannot be claimed now. The views will say so too, or are wrong, and we leave it."""
-        head = await self._log.head_position()
+        """Exclude a job whose claim was rejected, until the views show why. If they are up to date, skip the job."""
+        head = await self._event_store.head_position()
         if head > self._checkpoint.position:
             self.mark_claimed(job_id, head)
         else:
             self.skip(job_id)
 
     def handle_not_due(self) -> None:
-        """A job was claimed too early: our clock was corrected since we looked. We look again.
+        """Query again soon, because a job was claimed too early: the clock was corrected since the query.
 
-        This has a timer of its own, because a look that is on its way may replace the other one.
+        This has its own timer, because a pending query may replace the other one.
         """
         if self._clock_retry_timer is not None:
             self._clock_retry_timer.cancel()
         self._clock_retry_timer = asyncio.get_running_loop().call_later(_CLOCK_RETRY_SECONDS, self._request_query)
 
     def skip(self, job_id: str) -> None:
-        """Try no more to claim this job before something is heard of it."""
+        """Do not try to claim a job until an event makes it claimable again."""
         self._skipped.add(job_id)
 
     def _try_fresh(self, document: Mapping[str, Any]) -> bool:
-        """Keep a fresh job if a slot is free and nothing waits before it; else its row in `queue` stands for it."""
+        """Keep a new job if a slot is free and no others wait. Otherwise, its row in `queue` represents it."""
         job_id, job_type = document["stream"], document["data"]["job_type"]
         if job_type not in self._job_types:
-            return True  # nothing to us, now or later
-        kept = len(self._fresh) + len(self._delayed)
-        if "not_before" in document["data"] or self._may_have_more or kept >= self._room(job_type):
+            return True  # this worker never runs it
+        fresh_count = len(self._fresh) + len(self._delayed)
+        if "not_before" in document["data"] or self._may_have_more or fresh_count >= self._free_slots(job_type):
             return False
         try:
-            known = StreamState().apply([RecordedEvent(document)])
-            waiting = ClaimCandidate(job_id, known, job_type, document["data"].get("batch_id"))
-        except UnreadableEvent:  # left to workers of the version that has written it
+            state = StreamState().apply([RecordedEvent(document)])
+            candidate = ClaimCandidate(job_id, state, job_type, document["data"].get("batch_id"))
+        except UnreadableEvent:  # workers of the version that wrote it will claim it
             return False
-        others = list_higher_ranked(self.worker_id, self._alive(), job_id)
-        if not others:
-            self._add_fresh(waiting, document["_id"])
+        higher_ranked = list_higher_ranked(self.worker_id, self._eligible_workers(), job_id)
+        if not higher_ranked:
+            self._add_fresh(candidate, document["_id"])
         else:
-            self._claim_delay.start_timing(
-                job_id, next(other for other in others if not list_higher_ranked(other, others, job_id))
-            )
-            loop, pause = asyncio.get_running_loop(), min(len(others), _MAX_RANKS) * self._claim_delay.seconds
-            self._delayed[job_id] = loop.call_later(pause, self._add_fresh, waiting, document["_id"])
+            first = next(one for one in higher_ranked if not list_higher_ranked(one, higher_ranked, job_id))
+            self._claim_delay.start_timing(job_id, first)
+            loop, delay = asyncio.get_running_loop(), min(len(higher_ranked), _MAX_RANKS) * self._claim_delay.seconds
+            self._delayed[job_id] = loop.call_later(delay, self._add_fresh, candidate, document["_id"])
         return True
 
-    def _add_fresh(self, waiting: ClaimCandidate, position: int) -> None:
-        self._delayed.pop(waiting.job_id, None)
-        if self._may_have_more:  # others wait before it by now: its row stands for it
+    def _add_fresh(self, candidate: ClaimCandidate, position: int) -> None:
+        self._delayed.pop(candidate.job_id, None)
+        if self._may_have_more:  # others wait before it now, and its row represents it
             self._relevant_position = max(self._relevant_position, position)
         else:
-            self._fresh[waiting.job_id] = waiting
+            self._fresh[candidate.job_id] = candidate
         self._wake()
 
     def _on_views_advanced(self) -> None:
@@ -248,49 +264,53 @@ class ClaimQueue:
             self._rows_expire_at = min(self._rows_expire_at, time.monotonic() + _CHANGED_ROWS_TTL_SECONDS)
             self._request_query()
 
-    # Taking -------------------------------------------------------------------------------------------------------
+    # Candidates ---------------------------------------------------------------------------------------------------
 
     async def take_candidates(self) -> list[ClaimCandidate]:
-        """Return jobs to claim now, as many as there is room for; none if there is nothing to try.
+        """Return as many jobs to claim as slots are free; none if there are no candidates.
 
         Raises:
-            LedgerUnavailable: the database failed; there may be more.
+            LedgerUnavailable: The database failed. There may be more candidates.
         """
-        room = {job_type: room for job_type in self._job_types if (room := self._room(job_type)) > 0}
-        if not room:
+        free_slots = {name: free for name in self._job_types if (free := self._free_slots(name)) > 0}
+        if not free_slots:
             return []
         if self._fresh:
             fresh = deque(self._fresh.values())
             self._fresh.clear()
-            taken = self._take_fitting(room, fresh)
-            for left in fresh:  # their rows stand for them, now or when the views have got there
-                self._relevant_position = max(self._relevant_position, left.stream_state.head.position)
+            taken = self._take_fitting(free_slots, fresh)
+            for candidate in fresh:  # their rows represent them, now or when the views have reached them
+                self._relevant_position = max(self._relevant_position, candidate.stream_state.head.position)
                 self._request_query()
             return taken
-        if not self._rows or time.monotonic() > self._rows_expire_at or self._rows_workers != frozenset(self._alive()):
+        if (
+            not self._rows
+            or time.monotonic() > self._rows_expire_at
+            or self._rows_workers != frozenset(self._eligible_workers())
+        ):
             if not self._may_have_more:
                 return []
-            await self._query_queue(room)
-        while rows := self._take_fitting(dict(room), self._rows):
-            if waiting := await self._load(rows):
-                return waiting
+            await self._query_queue(free_slots)
+        while rows := self._take_fitting(dict(free_slots), self._rows):
+            if candidates := await self._load(rows):
+                return candidates
         return []
 
-    def _take_fitting(self, room: dict[str, int], waiting: deque[_Job]) -> list[_Job]:
-        """Take from the jobs that wait what there is room for; what there is none for stays."""
-        most = max(room.values())
+    def _take_fitting(self, free_slots: dict[str, int], candidates: deque[_Job]) -> list[_Job]:
+        """Take jobs from the deque for which slots are free. The others stay."""
+        max_jobs = max(free_slots.values())
         taken: list[_Job] = []
-        stay: list[_Job] = []
-        while waiting and len(taken) < most:
-            job = waiting.popleft()
+        remaining: list[_Job] = []
+        while candidates and len(taken) < max_jobs:
+            job = candidates.popleft()
             if self._is_excluded(job):
                 continue
-            if room.get(job.job_type, 0) > 0:
-                room[job.job_type] -= 1
+            if free_slots.get(job.job_type, 0) > 0:
+                free_slots[job.job_type] -= 1
                 taken.append(job)
             else:
-                stay.append(job)
-        waiting.extendleft(reversed(stay))
+                remaining.append(job)
+        candidates.extendleft(reversed(remaining))
         return taken
 
     def _is_excluded(self, job: ClaimCandidate | queue.QueueEntry) -> bool:
@@ -298,70 +318,74 @@ class ClaimQueue:
         return (
             job_id in self._claimed_positions
             or job_id in self._skipped
-            or job_id in self._claiming()
+            or job_id in self._pending_claims()
             or job.batch_id in self._paused
         )
 
     async def _load(self, rows: Sequence[queue.QueueEntry]) -> list[ClaimCandidate]:
-        """Return what is known of the jobs of these rows, without those that were taken meanwhile."""
-        wanted = [row.job_id for row in rows if row.job_id not in self._loaded_states]
-        if wanted:  # and some of those that will be next
-            wanted += [row.job_id for row in islice(self._rows, self._slots) if row.job_id not in self._loaded_states]
+        """Load the streams of these rows. Leave out jobs that were claimed meanwhile."""
+        missing = [row.job_id for row in rows if row.job_id not in self._loaded_states]
+        if missing:  # also load some of the next rows
+            missing += [row.job_id for row in islice(self._rows, self._slots) if row.job_id not in self._loaded_states]
             try:
-                self._loaded_states |= await load_stream_states(self._log, wanted)
+                self._loaded_states |= await load_stream_states(self._event_store, missing)
             except LedgerUnavailable:
                 self._rows.extendleft(reversed(rows))
                 raise
-        waiting: list[ClaimCandidate] = []
+        candidates: list[ClaimCandidate] = []
         for row in rows:
-            known = self._loaded_states.pop(row.job_id)
-            if not isinstance(known, StreamState) or not isinstance(known.state, Job):
+            state = self._loaded_states.pop(row.job_id)
+            if not isinstance(state, StreamState) or not isinstance(state.state, Job):
                 self.skip(row.job_id)
             elif not self._is_excluded(row):
-                waiting.append(ClaimCandidate(row.job_id, known, row.job_type, row.batch_id))
-        return waiting
+                candidates.append(ClaimCandidate(row.job_id, state, row.job_type, row.batch_id))
+        return candidates
 
-    async def _query_queue(self, room: Mapping[str, int]) -> None:
-        """Read rows of the queue, and choose those that we may try now."""
+    async def _query_queue(self, free_slots: Mapping[str, int]) -> None:
+        """Read rows of the queue, and choose those that this worker may try now."""
         self._rows.clear()
         self._loaded_states.clear()
-        looked, news = self._checkpoint.position, self._change_count
-        workers = self._rows_workers = frozenset(self._alive())
-        limit = min(_ROWS * max(1, len(workers)), _MAX_ROWS)
-        now = await self._log.server_time()
-        # All that may stand in the way of others: of jobs that run, the views may still say that they wait.
-        without = [*self._claimed_positions, *self._skipped, *self._claiming()]
+        position, change_count = self._checkpoint.position, self._change_count
+        workers = self._rows_workers = frozenset(self._eligible_workers())
+        limit = min(_ROWS_PER_WORKER * max(1, len(workers)), _MAX_ROWS)
+        now = await self._event_store.server_time()
+        # Rows that would take the place of others. The views may still show running jobs as pending.
+        excluded = [*self._claimed_positions, *self._skipped, *self._pending_claims()]
         views = self._checkpoint.views
-        rows = await queue.find_candidates(views, job_types=room.keys(), excluded_job_ids=without, now=now, limit=limit)
-        self._queried_position = max(self._queried_position, looked)
+        rows = await queue.find_candidates(
+            views, job_types=free_slots.keys(), excluded_job_ids=excluded, now=now, limit=limit
+        )
+        self._queried_position = max(self._queried_position, position)
         self._rows.extend(self._filter_by_rank(rows, workers))
         if not rows:
             self._wake_at(await queue.get_next_due_at(views, now=now))
-            # Of types that there is no room for there may be more; and what came while we looked we have not seen.
-            self._may_have_more = len(room) < len(self._job_types) or self._change_count != news
+            # There may be more jobs of types without free slots, or jobs that came during the query.
+            self._may_have_more = len(free_slots) < len(self._job_types) or self._change_count != change_count
         elif not self._rows:
             self._wake_in(_DEFER_SECONDS)
         self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
 
     def _filter_by_rank(self, rows: Sequence[queue.QueueEntry], workers: Collection[str]) -> list[queue.QueueEntry]:
-        """Leave rows to workers that come before us while these are claiming; then everything less urgent, too."""
-        now, passed = time.monotonic(), self._deferred_since
+        """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows."""
+        now, deferred_since = time.monotonic(), self._deferred_since
         self._deferred_since = {}
         self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
-        claiming = [worker for worker, at in self._claimed_at.items() if now - at < _CLAIMING_SECONDS]
-        chosen: list[queue.QueueEntry] = []
-        waits: int | None = None
+        claiming_workers = [worker for worker, at in self._claimed_at.items() if now - at < _CLAIMING_SECONDS]
+        eligible: list[queue.QueueEntry] = []
+        deferred_priority: int | None = None
         for row in rows:
-            if waits is not None and row.priority < waits:
+            if deferred_priority is not None and row.priority < deferred_priority:
                 break
-            first = list_higher_ranked(self.worker_id, workers, row.job_id)
-            since = passed.get(row.job_id, now)
-            if not first or (now - since >= _DEFER_SECONDS and not any(worker in claiming for worker in first)):
-                chosen.append(row)
+            higher_ranked = list_higher_ranked(self.worker_id, workers, row.job_id)
+            since = deferred_since.get(row.job_id, now)
+            if not higher_ranked or (
+                now - since >= _DEFER_SECONDS and not any(worker in claiming_workers for worker in higher_ranked)
+            ):
+                eligible.append(row)
             else:
                 self._deferred_since[row.job_id] = since
-                waits = row.priority
-        return chosen
+                deferred_priority = row.priority
+        return eligible
 
     def _request_query(self) -> None:
         self._change_count += 1
@@ -369,15 +393,15 @@ class ClaimQueue:
         self._wake()
 
     def _wake_at(self, due: datetime | None) -> None:
-        """Look again when the server's clock says so. It is asked again and again: a timer may be wrong by then."""
+        """Query again at a time of the server's clock. The clock is read again then: it may have been corrected."""
         if due is not None:
-            self._set_timer(self._log.clock.sleep_seconds_until(due), self._when_due, due)
+            self._set_timer(self._event_store.clock.sleep_seconds_until(due), self._when_due, due)
         elif self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _when_due(self, due: datetime) -> None:
-        if self._log.clock.is_uncertain or self._log.clock.seconds_until(due) == 0:
+        if self._event_store.clock.is_uncertain or self._event_store.clock.seconds_until(due) == 0:
             self._request_query()
         else:
             self._wake_at(due)

@@ -1,4 +1,7 @@
-"""Look up finished steps that jobs share. For example, the same session in another language reuses the fetched video."""
+"""Look up finished steps that jobs share.
+
+For example, the same session in another language reuses the fetched video.
+"""
 
 from __future__ import annotations
 

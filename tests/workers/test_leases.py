@@ -125,7 +125,7 @@ async def test_a_claim_by_an_unknown_worker_that_nobody_heard_is_reaped_after_th
             watch = there.worker._lease_reaper if there.worker else None
             assert watch is not None
             assert await jobs.count_running_by_worker(here.checkpoint.views) == {}
-            await poll_until(lambda: bool(watch._seconds), "the worker is at work")
+            await poll_until(lambda: bool(watch._lease_seconds), "the worker is at work")
             async with run_roles_in_process(connection, store, projector=True):
                 await here.wait_for_event(JobLeaseExpired, job_id, seconds=6)
                 assert (await here.wait_until_finished(job_id))["status"] == "completed"
@@ -171,7 +171,7 @@ async def test_a_zombies_claim_while_it_is_being_reaped_is_reaped_too(
                 return found
 
             async def slow_reap(worker_id: str, worker: Any, *, quietly: bool) -> None:
-                await reap(worker_id, worker, quietly=quietly)
+                await reap(worker_id, worker, is_released=quietly)
                 if worker_id == "ghost":
                     await pause()
 
