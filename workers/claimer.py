@@ -60,7 +60,7 @@ while where the oldest jobs are.
 """
 _ROWS_TTL_SECONDS: Final = 2.0
 _CHANGED_ROWS_TTL_SECONDS: Final = 0.1
-"""How long the rows of a query are used, excluded and with a change since.
+"""How long the rows of a query are used, without and with a change since.
 
 A change may be a more urgent job. A worker that comes or goes changes the ranks, so the rows are dropped at once.
 """

@@ -288,7 +288,7 @@ async def test_what_job_process_prints_is_in_its_log(connection: Connection, sto
         lines = await lines_of(here, job_id)
         assert lines[0] == "the first line"
         assert sum(map(len, lines)) < 100_000
-        assert [line for line in lines if "more bytes of output were left out" in line]
+        assert [line for line in lines if "more bytes of output were dropped" in line]
         crashed = await here.wait_until_finished(
             await here.submit({"do": "crash"}, job_type="misbehaving", max_attempts=1)
         )
@@ -395,7 +395,7 @@ async def test_warnings_beyond_what_events_hold_are_counted_and_job_completes(
             found = [(step.warnings, of) for step, of in zip(steps, (500, 501), strict=True)]
             for warnings, of in [*found, (job["results"]["metadata"]["warnings"], 502)]:
                 assert warnings[:-1] == [to_text(does.WARNINGS[value], 2000)] * (len(warnings) - 1)
-                assert warnings[-1] == f"{of - len(warnings) + 1} more warnings were left out."
+                assert warnings[-1] == f"{of - len(warnings) + 1} more warnings were dropped."
 
 
 @pytest.mark.parametrize("job_type", TYPES)

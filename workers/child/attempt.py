@@ -1,7 +1,9 @@
-"""workers: one attempt at a job, as its processor sees it. Runs in a job process, or inline in the worker.
+"""Run one attempt at a job, and provide its `JobContext`. Runs in a job process, or inline in the worker.
 
-Everything the processor reports becomes a message (`messages.py`) for `execution.py`, which alone writes to the log.
-Methods of the job may be called at the same time from any number of tasks, and from the event loops of other threads.
+Everything that the processor reports becomes a message (`messages.py`) to the worker. Only the worker writes to the
+event store. The methods of the job context may be called concurrently from any number of tasks, and from the event
+loops
+of other threads.
 """
 
 from __future__ import annotations
@@ -50,16 +52,29 @@ from jobledger.workers.result_paths import normalize_path
 
 T = TypeVar("T")
 SendMessage = Callable[[Message], Awaitable[Any]]
-"""Sends a message to the worker and returns the answer, if the message has one. Raises ProcessorError if refused."""
+"""Sends a message to the worker and returns the answer, if there is one. Raises ProcessorError if it is rejected."""
 MAX_WARNINGS: Final = 200
-_WARNING_BYTES: Final = 512 * 1024  # of the whole job
+_WARNING_BYTES: Final = 512 * 1024  # of all warnings of the job
 _LEVELS: Final = frozenset(get_args(LogLevel))
-# Not the event loop's own threads: a processor may occupy all of those.
+# Not the event loop's default executor: a processor may occupy all of its threads.
 _file_threads = ThreadPoolExecutor(8, thread_name_prefix="save")
 
 
 class Assignment(BaseModel):
-    """What a processor needs to begin. `steps` maps the digest of a finished step's inputs to what it yielded."""
+    """What a job process needs to run an attempt.
+
+    Attributes:
+        job_id: The ID of the job.
+        attempt: The number of the attempt.
+        job_type: The job type.
+        parameters: The job's parameters.
+        settings: The section `processors.<job_type>` of config.yaml.
+        finished_steps: Steps of earlier attempts, by digest of name and inputs.
+        can_use_shared_steps: Whether the attempt may use finished steps of other jobs.
+        attempt_dir: The attempt's directory. It exists if the attempt runs in a job process.
+        confinement: How the job process is confined.
+        has_files: Whether the attempt may have files, because this process has used its directories.
+    """
 
     job_id: str
     attempt: int
@@ -68,28 +83,25 @@ class Assignment(BaseModel):
     settings: dict[str, Any]
     finished_steps: dict[str, FinishedStep]
     can_use_shared_steps: bool = False
-    """Whether finished steps of other jobs may be asked for."""
     attempt_dir: Path
-    """The attempt's own directory, which is there if the job has a process of its own."""
     confinement: ConfinementSettings = ConfinementSettings()
     has_files: bool = Field(default=False, exclude=True)
-    """Whether the attempt may have files: its directories were asked for in this process."""
 
     @property
     def inbox_dir(self) -> Path:
-        """Where saved files go, by digest; the worker moves them into the result store."""
+        """Directory of saved files, by digest. The worker moves them to the file store."""
         self.has_files = True
         return self.attempt_dir / "saved"
 
     @property
     def scratch_dir(self) -> Path:
-        """The directory that belongs to the processor."""
+        """The processor's directory for temporary files."""
         self.has_files = True
         return self.attempt_dir / "scratch"
 
 
 class FinishedStep(BaseModel):
-    """What a finished step yielded."""
+    """The output of a finished step, with its cost and warnings."""
 
     output: Any
     tokens_used: int = 0
@@ -102,17 +114,21 @@ Assignment.model_rebuild()
 async def run_attempt(
     assignment: Assignment, processor: type[Processor], send: SendMessage, is_stopping: Callable[[], bool]
 ) -> AttemptCompleted | AttemptFailed:
-    """Do the job and return its last message. Raises nothing, whatever the processor raises.
+    """Run the processor and return the last message of the attempt. Never raises.
 
-    Once `is_stopping()` the job tells its processor that it is to stop.
+    Args:
+        assignment: The attempt.
+        processor: The processor.
+        send: Sends messages to the worker.
+        is_stopping: Returns whether the job must stop.
     """
-    begun = time.monotonic()
+    started_at = time.monotonic()
     job: _JobContext | None = None
     try:
         job = _JobContext(assignment, processor.Parameters.model_validate(assignment.parameters), send, is_stopping)
         results: object = await processor(processor.Settings.model_validate(assignment.settings)).run(job)
-        return job.done(results, time.monotonic() - begun)
-    except BaseException as error:  # noqa: BLE001 - a processor is foreign code: what it raises fails the job, not us
+        return job.build_completed(results, time.monotonic() - started_at)
+    except BaseException as error:  # noqa: BLE001 - a processor may raise anything; it fails only its job
         return failure_from_exception(error, scratch_dir=assignment.attempt_dir.parent)
     finally:
         if job is not None:
@@ -123,32 +139,32 @@ async def run_attempt(
 
 
 class _Warnings:
-    """Warnings as far as they fit into an event, and how many do not."""
+    """Warnings that fit into an event, and the number of those that do not."""
 
-    _OF_EACH: Final = 16  # bytes that BSON adds
-    _OF_THE_LAST: Final = 100
+    _OVERHEAD_BYTES: Final = 16  # BSON overhead in bytes
+    _SUMMARY_BYTES: Final = 100
 
     def __init__(self, max_bytes: int) -> None:
         self._kept: list[str] = []
-        self._bytes_left = max_bytes - self._OF_THE_LAST
-        self._left_out = 0
+        self._bytes_left = max_bytes - self._SUMMARY_BYTES
+        self._dropped = 0
 
     def add(self, warning: str) -> None:
-        size = len(warning.encode()) + self._OF_EACH
+        size = len(warning.encode()) + self._OVERHEAD_BYTES
         if len(self._kept) < MAX_WARNINGS and size <= self._bytes_left:
             self._kept.append(warning)
             self._bytes_left -= size
         else:
-            self._left_out += 1
+            self._dropped += 1
 
     def to_list(self) -> list[str]:
-        """Return the warnings; the last one says how many were left out."""
-        return [*self._kept, *([f"{self._left_out} more warnings were left out."] if self._left_out else [])]
+        """Return the warnings. The last one states how many were dropped."""
+        return [*self._kept, *([f"{self._dropped} more warnings were dropped."] if self._dropped else [])]
 
 
 @dataclass(slots=True)
 class _StepScope:
-    """What is said and spent while a step runs, also in the tasks and threads that it starts."""
+    """Collects warnings and tokens while a step runs, including those of tasks and threads that it starts."""
 
     step: str
     parent: _StepScope | None
@@ -160,7 +176,7 @@ _scope: ContextVar[_StepScope | None] = ContextVar("step", default=None)
 
 
 class _JobContext:
-    """What `processor.Job` promises."""
+    """Implements `processor.JobContext`."""
 
     def __init__(
         self, assignment: Assignment, parameters: BaseModel, send: SendMessage, is_stopping: Callable[[], bool]
@@ -169,8 +185,8 @@ class _JobContext:
         self.attempt = assignment.attempt
         self._assignment = assignment
         self.parameters = parameters
-        self._finished = assignment.finished_steps
-        self._seek = assignment.can_use_shared_steps
+        self._finished_steps = assignment.finished_steps
+        self._can_use_shared_steps = assignment.can_use_shared_steps
         self._send = send
         self._step = "starting"
         self._percent = 0.0
@@ -188,7 +204,7 @@ class _JobContext:
     @property
     def scratch_dir(self) -> Path:
         scratch = self._assignment.scratch_dir
-        for directory in (scratch.parent, scratch):  # and not those above, which are the worker's
+        for directory in (scratch.parent, scratch):  # not its parents, which belong to the worker
             directory.mkdir(mode=0o700, exist_ok=True)
         return scratch
 
@@ -200,36 +216,36 @@ class _JobContext:
         *,
         share_max_age: timedelta | None = None,
     ) -> JSON:
-        whole, name = safe_str(name), to_text(name, 200)
+        full_name, name = safe_str(name), to_text(name, 200)
         self._step = name
-        # Of the whole name: the one for people is cut, so two steps may have the same.
-        named = name if whole == name else ascii(whole)
-        key = canonical_digest({"step": named, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
-        if (known := self._finished.get(key)) is not None:
-            for warning in known.warnings:
+        # The digest covers the whole name: truncated names of two steps may be equal.
+        digest_name = name if full_name == name else ascii(full_name)
+        key = canonical_digest({"step": digest_name, "inputs": to_json(dict(inputs), f'step "{name}" inputs')})
+        if (finished := self._finished_steps.get(key)) is not None:
+            for warning in finished.warnings:
                 self._add_warning(warning)
-            self.add_tokens(known.tokens_used)
-            await self.log("info", f"Step {name} was finished by an earlier attempt and is not repeated.")
-            return known.output
-        begun, scope = time.monotonic(), _StepScope(name, _scope.get())
-        found = None
-        if share_max_age is not None and self._seek:
-            found = await self._send_message(FindSharedStep(key, share_max_age.total_seconds()))
-        if found is not None:
-            await self.log("info", f"Step {name} was finished by {found['job_id']} and is not repeated.")
-            output = found["output"]
+            self.add_tokens(finished.tokens_used)
+            await self.log("info", f"Step {name} is reused from an earlier attempt.")
+            return finished.output
+        started_at, scope = time.monotonic(), _StepScope(name, _scope.get())
+        shared = None
+        if share_max_age is not None and self._can_use_shared_steps:
+            shared = await self._send_message(FindSharedStep(key, share_max_age.total_seconds()))
+        if shared is not None:
+            await self.log("info", f"Step {name} is reused from {shared['job_id']}.")
+            output = shared["output"]
         else:
-            with _entered(scope):
+            with _enter_scope(scope):
                 output = to_json(await function(), f'step "{name}" output')
         await self._send_message(
             StepFinished(
                 step=name,
                 key=key,
                 output=output,
-                duration_s=round(time.monotonic() - begun, 3),
+                duration_s=round(time.monotonic() - started_at, 3),
                 tokens_used=scope.tokens,
                 warnings=scope.warnings.to_list(),
-                reused_from=found and found["job_id"],
+                reused_from=shared and shared["job_id"],
                 is_shared=share_max_age is not None,
             )
         )
@@ -246,7 +262,7 @@ class _JobContext:
             clipped = min(max(float(percent), 0.0), 100.0)
         except (TypeError, ValueError, OverflowError):
             return self._percent
-        if clipped == clipped:  # it is not NaN
+        if clipped == clipped:  # not NaN
             self._percent = round(clipped, 1)
         return self._percent
 
@@ -267,7 +283,7 @@ class _JobContext:
                 scope = scope.parent
 
     def add_tokens(self, tokens: int) -> None:
-        tokens = operator.index(tokens)  # raises TypeError for what is no whole number
+        tokens = operator.index(tokens)  # raises TypeError unless it is an integer
         scope = _scope.get()
         with self._count_lock:
             self._tokens += tokens
@@ -277,9 +293,9 @@ class _JobContext:
 
     async def save(self, path: str, content: bytes | Path, media_type: str) -> SavedFile:
         path, media_type = normalize_path(to_json(path, "save() path")), to_json(media_type, "save() media_type")
-        put = _make_store_call(DirectoryStore(self._assignment.inbox_dir, durable=False), content)
+        store_content = _make_store_call(DirectoryStore(self._assignment.inbox_dir, durable=False), content)
         try:
-            stored = await asyncio.get_running_loop().run_in_executor(_file_threads, put)
+            stored = await asyncio.get_running_loop().run_in_executor(_file_threads, store_content)
         except NotARegularFile as error:
             message = f"save() content {to_text(error)}. Give the path of a regular file, or bytes."
             raise ProcessorError("INVALID_RESULT", message) from error
@@ -288,25 +304,25 @@ class _JobContext:
         path = await self._send_message(FileSaved(stored.sha256, path))
         return SavedFile(path=path, sha256=stored.sha256, size=stored.size, media_type=media_type)
 
-    def done(self, results: object, seconds: float) -> AttemptCompleted:
+    def build_completed(self, results: object, seconds: float) -> AttemptCompleted:
         if not isinstance(results, Results):
             problem = f"the processor returned a {type_name(results)}"
-            raise InvalidResult("The result", problem, "Return workers.processor.Results.")
+            raise InvalidResult("The result", problem, "Return jobledger.Results.")
         values = {name: getattr(results, name) for name in Results.model_fields}
         values["tokens_used"] += self._tokens
         data = {name: to_json(value, f"results.{name}") for name, value in values.items()}
         return AttemptCompleted(data, self._warnings.to_list(), round(seconds, 3))
 
     def close(self) -> None:
-        """Accept nothing more: tasks that the processor has left behind must not speak for an attempt that is over."""
+        """Reject further messages. Tasks that the processor left behind must not report for a finished attempt."""
         self._closed = True
 
     async def _send_message(self, message: Message) -> Any:
         if self._closed:
-            raise RuntimeError("the attempt has ended: a job accepts nothing after run() has returned")
+            raise RuntimeError("the attempt has ended: do not use the job context after run() has returned")
         if asyncio.get_running_loop() is self._loop:
             return await self._send(message)
-        # From another thread's event loop. What the job sends with belongs to its own.
+        # Called on another thread's event loop. The connection belongs to the job's own loop.
         sending: Coroutine[Any, Any, Any] = self._forward(message)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sending, self._loop))
 
@@ -323,7 +339,7 @@ def _make_store_call(inbox: DirectoryStore, content: object) -> Callable[[], Sto
 
 
 @contextmanager
-def _entered(scope: _StepScope) -> Iterator[None]:
+def _enter_scope(scope: _StepScope) -> Iterator[None]:
     token = _scope.set(scope)
     try:
         yield

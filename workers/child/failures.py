@@ -31,26 +31,31 @@ _MAX_DEPTH: Final = 20  # of exception groups and chains
 
 
 def failure_from_exception(error: BaseException, *, scratch_dir: Path | None = None) -> AttemptFailed:
-    """Return how an exception ends an attempt. Of an exception group, the error that says most decides.
+    """Return the failure that an exception means for its attempt. Never raises.
 
-    `scratch` is the worker's scratch directory: any error of a file below it may be trouble of the machine.
-    Nothing that a foreign exception class does, such as a `__str__` that raises, gets out of here.
+    In an exception group, the most informative error decides.
+
+    Args:
+        error: The exception.
+        scratch_dir: The worker's scratch directory. Any error of a file below it may be a failure of the machine.
     """
-    leaves = list(_leaves(error, 0))
-    told = [leaf for leaf in leaves if isinstance(leaf, ProcessorError)]
-    memory = [leaf for leaf in leaves if isinstance(leaf, MemoryError)]
-    faults = [leaf for leaf in leaves if not isinstance(leaf, ProcessorError | MemoryError | asyncio.CancelledError)]
+    leaves = list(_iterate_leaf_errors(error, 0))
+    processor_errors = [leaf for leaf in leaves if isinstance(leaf, ProcessorError)]
+    memory_errors = [leaf for leaf in leaves if isinstance(leaf, MemoryError)]
+    other_errors = [
+        leaf for leaf in leaves if not isinstance(leaf, ProcessorError | MemoryError | asyncio.CancelledError)
+    ]
     more: dict[str, JSON] = {}
     if len(leaves) > 1:
         more["errors"] = [f"{type_name(leaf)}: {to_text(leaf, 1000)}" for leaf in leaves[:_MAX_ERRORS]]
     number = _find_errno(error, leaves, scratch_dir)
-    if memory:
+    if memory_errors:
         message = "The job needed more memory than event_worker.memory_limit_mb allows."
         return AttemptFailed("OUT_OF_MEMORY", message, details=more)
-    if told and not faults:
-        lasting = [leaf for leaf in told if not _read_attribute(leaf, "transient", bool)]
-        return _failure_from_processor_error((lasting or told)[0], more, number)
-    first = (faults or leaves)[0]
+    if processor_errors and not other_errors:
+        permanent_errors = [leaf for leaf in processor_errors if not _read_attribute(leaf, "transient", bool)]
+        return _failure_from_processor_error((permanent_errors or processor_errors)[0], more, number)
+    first = (other_errors or leaves)[0]
     if isinstance(first, ValidationError) and first.title in ("Results", "SavedFile"):
         root = "results" if first.title == "Results" else "saved file"
         return AttemptFailed(
@@ -61,10 +66,10 @@ def failure_from_exception(error: BaseException, *, scratch_dir: Path | None = N
     return AttemptFailed("PROCESSOR_FAULT", to_text(message), details=details, errno=number)
 
 
-def _leaves(error: BaseException, depth: int) -> Iterator[BaseException]:
+def _iterate_leaf_errors(error: BaseException, depth: int) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup) and depth < _MAX_DEPTH:
-        for inner in BaseExceptionGroup.exceptions.__get__(error):  # whatever a subclass has in its place
-            yield from _leaves(inner, depth + 1)
+        for inner in BaseExceptionGroup.exceptions.__get__(error):  # a subclass may override the attribute
+            yield from _iterate_leaf_errors(inner, depth + 1)
     else:
         yield error
 
@@ -81,42 +86,42 @@ def _failure_from_processor_error(error: ProcessorError, more: dict[str, JSON], 
 
 
 def _read_attribute(error: object, name: str, kind: type[T]) -> T:
-    """Return an attribute of a foreign exception as it should be, or an empty value."""
+    """Return an attribute of a foreign exception converted to `kind`, or an empty value if that fails."""
     try:
         value = getattr(error, name)
         if isinstance(value, kind):
             return value
-        return kind() if value is None else kind(value)  # type: ignore[call-arg]  # str, bool and dict take one
-    except BaseException:  # noqa: BLE001 - a class of its own may have no such attribute, or one that raises
+        return kind() if value is None else kind(value)  # type: ignore[call-arg]  # str, bool and dict accept one argument
+    except BaseException:  # noqa: BLE001 - the attribute of a foreign class may be missing or raise anything
         return kind()
 
 
 def _convert_details(details: Mapping[Any, Any]) -> dict[str, JSON]:
-    """Convert an error's details one by one: one that cannot be stored must not hide the error itself."""
+    """Convert the details of an error one by one: a detail that cannot be stored must not hide the error."""
     converted: dict[str, JSON] = {}
-    left = _MAX_DETAILS_CHARACTERS
+    remaining = _MAX_DETAILS_CHARACTERS
     for key, value in list(details.items())[:_MAX_DETAILS]:
         try:
             one = to_json({key: value}, "details")
-            if (size := len(str(value))) > min(_MAX_DETAIL_CHARACTERS, left):
+            if (size := len(str(value))) > min(_MAX_DETAIL_CHARACTERS, remaining):
                 raise InvalidResult("details", "it is too large", "Shorten it.")
-            left -= size
+            remaining -= size
             converted.update(one)
-        except BaseException as problem:  # noqa: BLE001 - foreign values may raise anything
+        except BaseException as problem:  # noqa: BLE001 - a foreign value may raise anything
             converted[to_text(key, 100).lstrip("$").replace("\0", "")] = f"<not stored: {to_text(problem, 500)}>"
     return converted
 
 
 def _raise_location(error: BaseException) -> str:
-    """Return where an exception was raised: that helps whoever fixes it, and is no secret to the job's owner."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "unknown"
+    """Return the file and line where an exception was raised."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame else "unknown"
 
 
-def _find_errno(error: BaseException, leaves: list[BaseException], scratch: Path | None) -> int | None:
-    """Return the number of a system error behind an exception that may be the machine's fault."""
+def _find_errno(error: BaseException, leaves: list[BaseException], scratch_dir: Path | None) -> int | None:
+    """Return the number of a system error behind an exception that may be a failure of the machine."""
     for leaf in [error, *leaves]:
         current: BaseException | None = leaf
         for _ in range(_MAX_DEPTH):
@@ -124,7 +129,7 @@ def _find_errno(error: BaseException, leaves: list[BaseException], scratch: Path
                 break
             if isinstance(current, OSError):
                 number = _read_attribute(current, "errno", int)
-                if number in _MACHINE_ERRORS or (number and _is_below(current, scratch)):
+                if number in _MACHINE_ERRORS or (number and _is_below(current, scratch_dir)):
                     return number
             current = current.__cause__ or current.__context__
     return None

@@ -1,11 +1,11 @@
-"""workers: the fork server: a process that has the processors loaded, from which supervisors of jobs are forked.
+"""The fork server: a process with all processors loaded, from which supervisors of jobs are forked.
 
-One for each worker process, started by `job_process.py`. It imports what the processors name (`preload`), then forks a
-supervisor for each request. A request is a packet of JSON with two sockets: `control`, for the supervisor, and the one
-for the job process. It ends when the worker's end of its socket closes.
+Each worker process has one, started by `fork_server_client.py`. It imports the modules in `preload` of all processors,
+then forks a supervisor for each request. A request is a packet of JSON with two sockets: `control` for the supervisor,
+and the connection of the job process. The fork server ends when the worker closes its socket.
 
-It is a subreaper, too: when a supervisor has been killed, what that has supervised becomes a child of this process, and
-is killed.
+It is also a subreaper: when a supervisor was killed, the processes below it become children of the fork server, which
+kills them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jobledger.workers.child import supervisor
 from jobledger.workers.child.confinement import detect_mount_support
 
 READY: Final = b"ready"
-_KILL_SECONDS: Final = 2.0  # what has not died by then is tried again when the next supervisor ends
+_KILL_SECONDS: Final = 2.0  # what survives is killed when the next supervisor ends
 
 
 def main() -> None:
-    """Serve requests. Arguments: the socket's descriptor, and the modules to import as a JSON list."""
+    """Serve requests. Command line arguments: the socket's descriptor, and the modules to import as a JSON list."""
     requests = socket.socket(fileno=int(sys.argv[1]))
     os.setpgid(0, 0)
     supervisor.ignore_signals()
@@ -35,17 +35,17 @@ def main() -> None:
     detect_mount_support()  # before there are threads
     for module in json.loads(sys.argv[2]):
         _load(module)
-    gc.freeze()  # children that collect garbage do not copy what they share with us
+    gc.freeze()  # avoids copying shared memory when children collect garbage
     requests.send(READY)
     _Server(requests).serve()
 
 
 def _load(module: str) -> None:
-    """Import a module. One that cannot be imported fails in the jobs that need it, and says there why."""
+    """Import a module. If that fails, the jobs that need it fail and report the error."""
     try:
         import_module(module)
     except BaseException as error:  # noqa: BLE001 - foreign code must not end the process that serves all job types
-        print(f"{module} could not be loaded beforehand: {type(error).__name__}", file=sys.stderr, flush=True)
+        print(f"{module} could not be preloaded: {type(error).__name__}", file=sys.stderr, flush=True)
 
 
 class _Server:
@@ -59,22 +59,22 @@ class _Server:
         while True:
             for descriptor, _ in self._poll.poll():
                 if descriptor != self._requests.fileno():
-                    self._ended(descriptor)
+                    self._on_supervisor_exit(descriptor)
                 elif not self._accept():
                     return
 
     def _accept(self) -> bool:
-        """Take a request; return False if the worker is gone. The supervisors find that out themselves."""
+        """Handle a request. Return False if the worker has ended. Supervisors detect that themselves."""
         try:
             text, descriptors, _, _ = socket.recv_fds(self._requests, 4096, 2)
         except OSError:
             return False
         if not text:
             return False
-        if len(descriptors) != 2:  # those that exceed a limit of ours are not received
+        if len(descriptors) != 2:  # descriptors beyond our limit are not received
             for descriptor in descriptors:
                 os.close(descriptor)
-            return True  # the worker sees that its sockets are closed
+            return True  # closing them signals the worker
         control, connection = (socket.socket(fileno=descriptor) for descriptor in descriptors)
         with control, connection:
             self._fork(control, connection, json.loads(text)["memory_limit_mb"])
@@ -96,15 +96,15 @@ class _Server:
                 sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(0)
-        handle = os.pidfd_open(pid)
-        self._supervisors[handle] = pid
-        self._poll.register(handle, select.POLLIN)
+        pidfd = os.pidfd_open(pid)
+        self._supervisors[pidfd] = pid
+        self._poll.register(pidfd, select.POLLIN)
 
-    def _ended(self, handle: int) -> None:
-        self._poll.unregister(handle)
-        os.close(handle)
-        os.waitpid(self._supervisors.pop(handle), 0)
-        # A supervisor that ended by itself has left nothing. One that was killed has left what it supervised.
+    def _on_supervisor_exit(self, pidfd: int) -> None:
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        os.waitpid(self._supervisors.pop(pidfd), 0)
+        # A supervisor that ended regularly leaves no processes. One that was killed leaves those below it.
         if supervisor.list_children() - set(self._supervisors.values()):
             supervisor.kill_children(_KILL_SECONDS, frozenset(self._supervisors.values()))
 

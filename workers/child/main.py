@@ -1,8 +1,8 @@
-"""workers: the job process, in which a processor runs, so that a crash, a leak or a hang is contained.
+"""The job process. It runs one processor, so that a crash, leak or hang is contained.
 
-Forked from its supervisor (`supervisor.py`), which has the processors loaded, so it starts in milliseconds. It reads
-its assignment from a socket, and sends messages (`messages.py`) through it. One thread writes to the socket and one
-reads from it, so a processor that blocks the event loop stops neither in the middle of a message.
+It is forked from its supervisor (`supervisor.py`), which has the processors loaded, so it starts in milliseconds. It
+reads its assignment from a socket and sends messages (`messages.py`). One thread writes to the socket and one reads
+from it, so a processor that blocks the event loop does not interrupt a message.
 """
 
 from __future__ import annotations
@@ -44,40 +44,40 @@ from jobledger.workers.registry import get_processor, shared_directories
 from jobledger.workers.result_conversion import to_text
 
 _MAX_ENTRIES_PER_MESSAGE: Final = 500
-_MAX_QUEUED_MESSAGES: Final = 100  # messages (of many log lines each) that wait to be sent before the job has to wait
+_MAX_QUEUED_MESSAGES: Final = 100  # the job waits while more are queued; each may have many log entries
 
 
 def run_job_process(connection: socket.socket, memory_limit_mb: int) -> None:
-    """Do the one assignment that comes through the connection. Does not return, unless the worker is gone."""
+    """Run the one assignment from the connection. Does not return, unless the worker has ended."""
     _set_limit(resource.RLIMIT_AS, memory_limit_mb * 1024 * 1024)
-    _set_limit(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)  # sparse ones cost nothing but to read
+    _set_limit(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)  # sparse files cost nothing until they are read
     _set_limit(resource.RLIMIT_CORE, 0)  # thousands of crashes must not fill the disk
-    faulthandler.enable()  # a crash in a library written in C says where; the supervisor keeps the end of our output
-    # A program that the processor forks must not speak for the job.
+    faulthandler.enable()  # reports where native code crashed; the supervisor keeps the end of the output
+    # Programs forked by the processor must not use the connection.
     os.register_at_fork(after_in_child=connection.close)
     text = _receive(connection)
     if text is None:  # the worker has died before it could send the assignment
         return
-    link = _WorkerConnection(connection)
-    link.finish(_attempt(link, text))
+    worker = _WorkerConnection(connection)
+    worker.finish(_run_attempt(worker, text))
     exit_process()
 
 
-def _set_limit(kind: int, most: int) -> None:
-    """Set a limit of this process, or leave the lower one that it already has."""
+def _set_limit(kind: int, limit: int) -> None:
+    """Set a resource limit of this process, or keep the lower one that it already has."""
     highest = resource.getrlimit(kind)[1]
-    most = most if highest == resource.RLIM_INFINITY else min(most, highest)
-    resource.setrlimit(kind, (most, most))
+    limit = limit if highest == resource.RLIM_INFINITY else min(limit, highest)
+    resource.setrlimit(kind, (limit, limit))
 
 
-def _attempt(link: _WorkerConnection, text: bytes) -> AttemptCompleted | AttemptFailed:
-    """Make the attempt, and return how it ended, whatever the processor does to this process."""
+def _run_attempt(worker: _WorkerConnection, text: bytes) -> AttemptCompleted | AttemptFailed:
+    """Run the attempt and return its outcome, whatever the processor does to this process."""
     try:
         assignment = Assignment.model_validate_json(text)
         processor = get_processor(assignment.job_type)
         readable = [*find_paths(processor.Settings.model_validate(assignment.settings))]
         shared = _create(shared_directories(processor))
-    except BaseException as error:  # noqa: BLE001 - the settings and the method are foreign code
+    except BaseException as error:  # noqa: BLE001 - the settings class and the method are foreign code
         return failure_from_exception(error)
     try:  # before any other code of the processor runs, and before there are threads
         confine(
@@ -92,8 +92,8 @@ def _attempt(link: _WorkerConnection, text: bytes) -> AttemptCompleted | Attempt
         return AttemptFailed("WORKER_FAULT", text_of_error, transient=True, errno=getattr(error, "errno", None))
     try:
         asyncio.set_event_loop(loop := new_event_loop())
-        return loop.run_until_complete(_work(link, assignment, processor))
-    except BaseException as error:  # noqa: BLE001 - the processor has stopped the event loop, or cancelled this task
+        return loop.run_until_complete(_run_processor(worker, assignment, processor))
+    except BaseException as error:  # noqa: BLE001 - the processor stopped the event loop or cancelled this task
         return failure_from_exception(error, scratch_dir=assignment.attempt_dir.parent)
 
 
@@ -103,11 +103,11 @@ def _create(directories: list[Path]) -> list[Path]:
     return directories
 
 
-async def _work(
-    link: _WorkerConnection, assignment: Assignment, processor: type[Processor]
+async def _run_processor(
+    worker: _WorkerConnection, assignment: Assignment, processor: type[Processor]
 ) -> AttemptCompleted | AttemptFailed:
-    link.start()
-    attempt = run_attempt(assignment, processor, link.send, link.stopping.is_set)
+    worker.start()
+    attempt = run_attempt(assignment, processor, worker.send, worker.stopping.is_set)
     working = Containment().start(attempt, f"run-{assignment.job_id}")
     await asyncio.wait({working})
     return working.result()
@@ -123,86 +123,86 @@ class _WorkerConnection:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
         self._queue: deque[bytes | list[LogLine] | Progress] = deque()
-        self._changed = threading.Condition()
+        self._queue_changed = threading.Condition()
         self._has_capacity = asyncio.Event()
         self._has_capacity.set()
         self._finished = False
         self._writer = threading.Thread(target=self._write, name="link-write", daemon=True)
 
     def start(self) -> None:
-        """Take messages and answers from now on. Called on the event loop."""
+        """Start to exchange messages. Call on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._writer.start()
         threading.Thread(target=self._read, name="link-read", daemon=True).start()
 
     async def send(self, message: Message) -> Any:
-        """Send a message; return the answer, if it has one."""
+        """Send a message and return the answer, if there is one."""
         await self._has_capacity.wait()
         if isinstance(message, LogEntries | Progress):
-            self._put(message)
+            self._enqueue(message)
             return None
-        number, answer = next(self._ids), asyncio.get_running_loop().create_future()
-        self._answers[number] = answer
+        request_id, answer = next(self._ids), asyncio.get_running_loop().create_future()
+        self._answers[request_id] = answer
         try:
-            self._put(encode_frame(MessageEnvelope(number, message)))
+            self._enqueue(encode_frame(MessageEnvelope(request_id, message)))
             return await answer
         finally:
-            self._answers.pop(number, None)
+            self._answers.pop(request_id, None)
 
     def finish(self, message: Message) -> None:
         """Send the last message, and return when all are sent. The event loop may have ended."""
-        self._put(encode_frame(MessageEnvelope(0, message)))
-        with self._changed:
+        self._enqueue(encode_frame(MessageEnvelope(0, message)))
+        with self._queue_changed:
             self._finished = True
-            self._changed.notify()
-        if self._loop is None:  # it was not started
+            self._queue_changed.notify()
+        if self._loop is None:  # start() was not called
             self._write()
         else:
             self._writer.join()
 
-    def _put(self, what: bytes | LogEntries | Progress) -> None:
-        with self._changed:
+    def _enqueue(self, item: bytes | LogEntries | Progress) -> None:
+        with self._queue_changed:
             last = self._queue[-1] if self._queue else None
-            if isinstance(what, LogEntries):
+            if isinstance(item, LogEntries):
                 if isinstance(last, list) and len(last) < _MAX_ENTRIES_PER_MESSAGE:
-                    last.extend(what.entries)
+                    last.extend(item.entries)
                 else:
-                    self._queue.append(list(what.entries))
-            elif isinstance(what, Progress) and isinstance(last, Progress):
-                self._queue[-1] = what
+                    self._queue.append(list(item.entries))
+            elif isinstance(item, Progress) and isinstance(last, Progress):
+                self._queue[-1] = item
             else:
-                self._queue.append(what)
+                self._queue.append(item)
             if len(self._queue) > _MAX_QUEUED_MESSAGES:
                 self._has_capacity.clear()
-            self._changed.notify()
+            self._queue_changed.notify()
 
     def _write(self) -> None:
-        """Send what waits. The only thread that writes to the connection, so no two messages are mixed."""
+        """Send queued messages. Only this thread writes, so messages are not interleaved."""
         try:
-            while (what := self._next()) is not None:
-                if isinstance(what, list):
-                    what = encode_frame(MessageEnvelope(0, LogEntries(what)))
-                elif isinstance(what, Progress):
-                    what = encode_frame(MessageEnvelope(0, what))
-                self._connection.sendall(what)
+            while (item := self._next_message()) is not None:
+                if isinstance(item, list):
+                    item = encode_frame(MessageEnvelope(0, LogEntries(item)))
+                elif isinstance(item, Progress):
+                    item = encode_frame(MessageEnvelope(0, item))
+                self._connection.sendall(item)
         except OSError:
-            os._exit(1)  # the worker is gone, and the supervisor ends what is left
+            os._exit(1)  # the worker has ended, and the supervisor kills what is left
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
 
-    def _next(self) -> bytes | list[LogLine] | Progress | None:
-        with self._changed:
+    def _next_message(self) -> bytes | list[LogLine] | Progress | None:
+        with self._queue_changed:
             while not self._queue:
                 if self._finished:
                     return None
-                self._changed.wait()
-            what = self._queue.popleft()
+                self._queue_changed.wait()
+            item = self._queue.popleft()
             if not self._has_capacity.is_set() and len(self._queue) <= _MAX_QUEUED_MESSAGES // 2:
                 self._call_soon(self._has_capacity.set)
-            return what
+            return item
 
     def _read(self) -> None:
-        """Take the worker's answers, and its word that the job is to stop."""
+        """Read the worker's answers and its stop message."""
         try:
             while (text := _receive(self._connection)) is not None:
                 content = orjson.loads(text)
@@ -212,16 +212,16 @@ class _WorkerConnection:
                     self._call_soon(self._handle_answer, content)
         except BaseException as error:  # noqa: BLE001 - see _die
             _die(error)
-        os._exit(1)  # the worker is gone
+        os._exit(1)  # the worker has ended
 
     def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
-        with suppress(RuntimeError):  # the processor has closed the event loop: nothing waits for this
+        with suppress(RuntimeError):  # the processor closed the event loop, so nothing waits
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function, *arguments)
 
     def _handle_answer(self, content: dict[str, Any]) -> None:
         answer = self._answers.get(content["id"])
-        if answer is None or answer.done():  # the task that asked was cancelled
+        if answer is None or answer.done():  # the waiting task was cancelled
             return
         if "error" in content:
             answer.set_exception(ProcessorError(**content["error"]))
@@ -230,14 +230,14 @@ class _WorkerConnection:
 
 
 def _die(error: BaseException) -> NoReturn:
-    """End the process: a thread of its connection has failed, for want of memory perhaps, and the job would hang."""
+    """End the process. A thread of the connection has failed, perhaps out of memory, so the job would hang."""
     with suppress(BaseException):
         os.write(2, f"The connection to the worker failed: {type(error).__name__}: {error}\n".encode(errors="replace"))
     os._exit(1)
 
 
 def _receive(connection: socket.socket) -> bytes | None:
-    """Return the content of the next frame; None when the worker is gone. Blocks."""
+    """Return the content of the next frame; None if the worker has ended. Blocks."""
     header = _receive_exactly(connection, FRAME_HEADER.size)
     return _receive_exactly(connection, FRAME_HEADER.unpack(header)[0]) if header is not None else None
 
@@ -257,10 +257,10 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
 
 
 def exit_process() -> None:
-    """End the process without waiting for threads or finalizers that the processor has left behind."""
+    """End the process without waiting for threads or finalizers that the processor left behind."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except Exception:  # noqa: BLE001, S112 - a processor may have replaced or closed it
+        except Exception:  # noqa: BLE001, S112 - a processor may have replaced or closed the stream
             continue
     os._exit(0)

@@ -1,8 +1,9 @@
-"""workers: the messages between a job and its worker, and how they are framed on a socket.
+"""The messages between a job and its worker, and their framing on a socket.
 
-A frame is four bytes (big-endian length) and that much JSON. JSON and not pickle: a job process that hostile input has
-taken over must not be able to run code in the worker. Messages that have an answer carry an id, and the answer carries
-the same one, so any number of them may be on their way at once.
+A frame consists of a length (four bytes, big-endian) and that many bytes of JSON. JSON rather than pickle: a job
+process
+that was taken over by hostile input must not be able to run code in the worker. A request has an ID, and its answer
+carries the same ID, so any number of requests may be pending.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ from jobledger.workers.processor import JSON, LogLevel
 from jobledger.workers.result_conversion import format_validation_error, to_text
 
 FRAME_HEADER: Final = struct.Struct(">I")
-MAX_FRAME_BYTES: Final = 32 * 1024 * 1024  # of a frame that the worker accepts
+MAX_FRAME_BYTES: Final = 32 * 1024 * 1024  # maximum size of a frame that the worker accepts
 MAX_FRAME_VALUES: Final = 1_500_000
-"""Of a frame that the worker accepts: more than any value has that `jobledger.workers.result_conversion` accepts.
-Reading 32 MiB of
-empty lists would take eight seconds and 1.2 GB."""
-_NO_STRUCTURE: Final = bytes(set(range(256)) - set(b'",[{'))
+"""Maximum number of values in a frame that the worker accepts. It is more than any value has that `result_conversion`
+accepts.
+
+Parsing 32 MiB of empty lists would take eight seconds and 1.2 GB.
+"""
+_NON_STRUCTURAL_BYTES: Final = bytes(set(range(256)) - set(b'",[{'))
 STOP_MESSAGE: Final = {"stop": True}
-"""What the worker sends, instead of an answer, when the job is to stop."""
+"""Sent by the worker instead of an answer when the job must stop."""
 
 LogLine = tuple[float, LogLevel, str]
-"""A line of the job's log: seconds since 1970, level, text."""
+"""An entry of the job's log: Unix time in seconds, level, text."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntries:
-    """Lines for the job's log, in order."""
+    """Entries for the job's log, in order."""
 
     entries: list[LogLine]
     kind: Literal["log"] = "log"
@@ -41,7 +44,7 @@ class LogEntries:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the whole job is, in percent."""
+    """The progress of the whole job, in percent."""
 
     step: str
     percent: float
@@ -51,7 +54,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class FindSharedStep:
-    """Ask for a step that another job shares. Answer: `{job_id, output}`, or None."""
+    """Requests a step that another job shares. Answer: `{job_id, output}` or None. `max_age_s` is in seconds."""
 
     key: str
     max_age_s: float
@@ -60,7 +63,7 @@ class FindSharedStep:
 
 @dataclass(frozen=True, slots=True)
 class FileSaved:
-    """A file is in the inbox. Answer: the path that it gets, when it is in the result store."""
+    """Reports a file in the inbox. Answer: the reserved path, when the file is in the file store."""
 
     sha256: str
     path: str
@@ -69,7 +72,7 @@ class FileSaved:
 
 @dataclass(frozen=True, slots=True)
 class StepFinished:
-    """A step is finished. Answer: None, when that is recorded. `duration_s` is in seconds."""
+    """Reports a finished step. Answer: None, when the event is stored. `duration_s` is in seconds."""
 
     step: str
     key: str
@@ -94,9 +97,9 @@ class AttemptCompleted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailed:
-    """Why there are no results. The last message of an attempt.
+    """The reason why there are no results. The last message of an attempt.
 
-    `errno` is that of the system error that led to it, if there was one: the worker finds out whose fault it is.
+    `errno` is the number of the system error that caused it, if there is one. The worker then checks its machine.
     """
 
     code: str
@@ -112,17 +115,17 @@ Message = LogEntries | Progress | FindSharedStep | FileSaved | StepFinished | At
 
 @dataclass(frozen=True, slots=True)
 class MessageEnvelope:
-    """A message of a job process; `id` is 0 if it has no answer."""
+    """A message of a job process. `request_id` is 0 if the message has no answer."""
 
     request_id: int
     message: Annotated[Message, Field(discriminator="kind")]
 
 
-_from_job = TypeAdapter(MessageEnvelope)
+_envelope_adapter = TypeAdapter(MessageEnvelope)
 
 
 class InvalidMessage(Exception):
-    """A job process sent what is no message. The text says why."""
+    """A job process sent something that is not a valid message. The text contains the reason."""
 
 
 def encode_frame(content: Any) -> bytes:
@@ -132,28 +135,28 @@ def encode_frame(content: Any) -> bytes:
 
 
 def decode_message(text: bytes) -> MessageEnvelope:
-    """Return what a job process sent.
+    """Decode a message of a job process.
 
     Raises:
-        InvalidMessage: it is not one of the messages above.
+        InvalidMessage: It is not a valid message.
     """
     if len(text) > MAX_FRAME_VALUES and _has_too_many_values(text):
         raise InvalidMessage(f"message: more than {MAX_FRAME_VALUES:,} values")
     try:
-        return _from_job.validate_json(text)
+        return _envelope_adapter.validate_json(text)
     except ValidationError as error:
         raise InvalidMessage(to_text(format_validation_error(error, "message"), 500)) from None
 
 
 def _has_too_many_values(text: bytes) -> bool:
-    """Count commas and opening brackets, first everywhere, and only if these are too many, outside of strings.
+    """Count commas and opening brackets: first everywhere, and only if these are too many, outside of strings.
 
-    It takes about 5 ms for each MiB. What is no JSON may be counted wrongly: reading it ends where it goes wrong.
+    This takes about 5 ms per MiB. Invalid JSON may be miscounted, but parsing it stops at the first error.
     """
     if sum(map(text.count, (b",", b"[", b"{"))) <= MAX_FRAME_VALUES:
         return False
     unescaped = text.replace(rb"\\", b"").replace(rb"\"", b"")
-    structure = unescaped.translate(None, _NO_STRUCTURE)
-    if structure.count(b'"') > 4 * MAX_FRAME_VALUES + 2:  # there is a key and a value at most for each of them
+    structure = unescaped.translate(None, _NON_STRUCTURAL_BYTES)
+    if structure.count(b'"') > 4 * MAX_FRAME_VALUES + 2:  # each value has at most one key
         return True
     return sum(map(len, structure.split(b'"')[::2])) > MAX_FRAME_VALUES

@@ -1,4 +1,4 @@
-"""workers: loaded once by the server process that children are forked from, so that each child finds it all loaded."""
+"""Import the modules in `preload` of all processors. The fork server imports this module once."""
 
 import sys
 
@@ -7,5 +7,5 @@ from jobledger.workers.registry import ProcessorUnusable, check_preload, load_pr
 for _job_type in load_processors():
     try:
         check_preload(_job_type)
-    except ProcessorUnusable as _error:  # its own jobs say so when they run, and those of others are not concerned
+    except ProcessorUnusable as _error:  # its jobs report the error when they run; others are not affected
         print(f"jobledger: job type {_job_type}: {_error}", file=sys.stderr)

@@ -1,5 +1,7 @@
-"""workers: `python -m jobledger.workers.child.preload_check JOB_TYPE…` imports what processors preload, and reports
-each on a line."""
+"""Import the modules that processors preload, and report each job type on a line.
+
+Usage: `python -m jobledger.workers.child.preload_check JOB_TYPE…`
+"""
 
 import sys
 

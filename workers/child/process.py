@@ -1,7 +1,7 @@
-"""workers: job processes as the worker sees them: started, heard, answered and ended on the event loop.
+"""Control job processes from the worker's event loop: start them, exchange messages, and stop them.
 
-No thread waits for a job process, and no read or write blocks: whatever a job process does or does not do, other jobs,
-cancellation and shutdown go on. The processes are described in `fork_server.py`, `supervisor.py` and `child.py`.
+No thread waits for a job process, and no read or write blocks. Whatever a job process does, other jobs, cancellation
+and shutdown continue. For the processes, see `fork_server.py`, `supervisor.py` and `main.py`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from jobledger.workers.child.supervisor import STOP_SECONDS
 
 _log = structlog.get_logger()
 STALL_SECONDS = 30.0
-"""How long a message that has begun may make no progress, in either direction."""
-END_SECONDS: Final = STOP_SECONDS + 4  # for a supervisor to end its job process and all that this has started
-_PIECE_BYTES: Final = 256 * 1024
-_MESSAGES_PER_SECOND: Final = 2000  # of one job process; one that sends more waits
+"""Timeout for a message that has begun and makes no progress, in either direction."""
+END_SECONDS: Final = STOP_SECONDS + 4  # for a supervisor to end its job process and all descendants of it
+_CHUNK_BYTES: Final = 256 * 1024
+_MESSAGES_PER_SECOND: Final = 2000  # of one job process; one that sends more is delayed
 _BYTES_PER_SECOND: Final = 64 * 1024 * 1024
-_MAX_CONTROL_BYTES: Final = 1024 * 1024  # of a line from a supervisor
+_MAX_CONTROL_BYTES: Final = 1024 * 1024  # of one line from a supervisor
 
 
 class ProcessNotStarted(Exception):
-    """No job process could be started. `errno` says why, if the system has said so."""
+    """A job process could not be started. `errno` is the number of the system error, if there is one."""
 
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class ProcessNotStarted(Exception):
 
 
 class ProcessFailed(Exception):
-    """A job process ended, or can no longer be understood. `failure` is what that means for the attempt."""
+    """A job process ended or can no longer be used. `failure` is the failure of the attempt."""
 
     def __init__(self, failure: AttemptFailed) -> None:
         super().__init__(failure.message)
@@ -60,14 +60,14 @@ class ProcessFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ProcessExit:
-    """How a job process ended: its exit code (None if its supervisor was killed), and the end of what it printed."""
+    """How a job process ended: its exit code (None if its supervisor was killed), and the end of its output."""
 
     code: int | None
     output: str = ""
 
 
 class JobProcess:
-    """One job process with its supervisor. Every `start` is followed by `end`."""
+    """A job process with its supervisor. Call `stop` after each successful `start`."""
 
     def __init__(self, connection: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._loop = asyncio.get_running_loop()
@@ -75,12 +75,12 @@ class JobProcess:
         self._reader = reader
         self._writer = writer
         self._writing = asyncio.Lock()
-        self._received = bytearray()
-        self._closed = False  # the job process has closed its end, or is dead
+        self._buffer = bytearray()
+        self._closed = False  # the job process has closed its end or has died
         self._supervisor = 0
         self._on_output: Callable[[str], None] = lambda text: None
-        self._changed = asyncio.Event()
-        self._watching: asyncio.Task[None] | None = None
+        self._state_changed = asyncio.Event()
+        self._exit_task: asyncio.Task[None] | None = None
         self._exit: ProcessExit | None = None
 
     @classmethod
@@ -90,17 +90,17 @@ class JobProcess:
         """Start a job process, which then waits for its assignment.
 
         Args:
-            memory_limit_mb: Its limit of address space.
+            memory_limit_mb: Limit of its address space in MiB.
             on_output: Called with what it prints.
-            environment: The names of variables that it gets besides the usual ones.
+            environment: Names of variables that it gets besides the default ones.
 
         Raises:
-            NotStarted: the machine does not allow it.
-            OSError: as NotStarted.
+            ProcessNotStarted: The process could not be started.
+            OSError: The process could not be started.
         """
         try:
             return await cls._start(memory_limit_mb, on_output, environment)
-        except (TimeoutError, ConnectionError):  # the fork server has died, or hangs: once more with another one
+        except (TimeoutError, ConnectionError):  # the fork server has died or hangs: retry with a new one
             try:
                 return await cls._start(memory_limit_mb, on_output, environment)
             except (TimeoutError, ConnectionError) as error:
@@ -112,7 +112,7 @@ class JobProcess:
     ) -> JobProcess:
         with _SocketPairs() as sockets:
             ours, theirs, control, their_control = sockets.pair() + sockets.pair()
-            asked = fork_server_client.request_supervisor(memory_limit_mb, their_control, theirs, environment)
+            server = fork_server_client.request_supervisor(memory_limit_mb, their_control, theirs, environment)
             theirs.close()
             their_control.close()
             reader, writer = await asyncio.open_connection(sock=control, limit=_MAX_CONTROL_BYTES)
@@ -125,152 +125,154 @@ class JobProcess:
                     raise ConnectionError("the fork server died")
             except (TimeoutError, ConnectionError):
                 writer.close()
-                fork_server_client.replace(asked)
+                fork_server_client.replace(server)
                 raise
             except BaseException:
-                writer.close()  # by which the supervisor knows that nobody wants the job process
+                writer.close()  # signals the supervisor that the job process is not needed
                 raise
-            said = json.loads(line)
-            if "fork_errno" in said:
+            report = json.loads(line)
+            if "fork_errno" in report:
                 writer.close()
                 raise ProcessNotStarted(
-                    f"No job process could be forked: {os.strerror(said['fork_errno'])}", said["fork_errno"]
+                    f"No job process could be forked: {os.strerror(report['fork_errno'])}", report["fork_errno"]
                 )
             sockets.keep(ours)
-        process._supervisor = said["supervisor"]
+        process._supervisor = report["supervisor"]
         process._on_output = on_output
-        process._watching = asyncio.create_task(process._watch(), name="watch-job-process")
+        process._exit_task = asyncio.create_task(process._watch(), name="watch-job-process")
         return process
 
     @property
     def exit_task(self) -> asyncio.Task[None]:
-        """Done when nothing is left of the job process and what it has started."""
-        assert self._watching is not None  # noqa: S101 - it is set by start
-        return self._watching
+        """Done when the job process and all its descendants have ended."""
+        assert self._exit_task is not None  # noqa: S101 - it is set by start
+        return self._exit_task
 
-    # Hearing ------------------------------------------------------------------------------------------------------
+    # Receiving ----------------------------------------------------------------------------------------------------
 
     async def iterate_messages(self) -> AsyncGenerator[tuple[MessageEnvelope, int], None]:
-        """Yield what the job process sends, and how many bytes that had, until it is dead and everything has been read.
+        """Yield the messages of the job process with their sizes in bytes, until it has ended and everything is read.
 
         Raises:
-            ProcessFailed: it is dead, sent what is no message, or stopped in the middle of one.
+            ProcessFailed: It ended, sent an invalid message, or stopped in the middle of one.
         """
-        pace = _RateLimiter(self._loop)
-        while (text := await self._frame()) is not None:
+        rate_limiter = _RateLimiter(self._loop)
+        while (text := await self._read_frame()) is not None:
             try:
                 message = decode_message(text)
             except InvalidMessage as error:
-                what = f"The job process sent a message that cannot be read: {error}"
-                raise ProcessFailed(AttemptFailed("INVALID_MESSAGE", what)) from error
+                text_of_error = f"The job process sent an invalid message: {error}"
+                raise ProcessFailed(AttemptFailed("INVALID_MESSAGE", text_of_error)) from error
             yield message, len(text)
-            await pace.keep(len(text))
+            await rate_limiter.keep(len(text))
         raise ProcessFailed(await self._find_exit_failure())
 
-    async def _frame(self) -> bytes | None:
-        if not await self._fill(FRAME_HEADER.size):
+    async def _read_frame(self) -> bytes | None:
+        if not await self._fill_buffer(FRAME_HEADER.size):
             return None
-        size = FRAME_HEADER.unpack(self._received[: FRAME_HEADER.size])[0]
+        size = FRAME_HEADER.unpack(self._buffer[: FRAME_HEADER.size])[0]
         if size > MAX_FRAME_BYTES:
-            what = f"The job process sent {size // 2**20} MiB at once; at most {MAX_FRAME_BYTES // 2**20} are accepted."
-            raise ProcessFailed(AttemptFailed("INVALID_MESSAGE", what))
-        if not await self._fill(FRAME_HEADER.size + size):
+            message = (
+                f"The job process sent a message of {size // 2**20} MiB. The limit is {MAX_FRAME_BYTES // 2**20} MiB."
+            )
+            raise ProcessFailed(AttemptFailed("INVALID_MESSAGE", message))
+        if not await self._fill_buffer(FRAME_HEADER.size + size):
             return None
-        text = bytes(memoryview(self._received)[FRAME_HEADER.size : FRAME_HEADER.size + size])
-        del self._received[: FRAME_HEADER.size + size]
+        text = bytes(memoryview(self._buffer)[FRAME_HEADER.size : FRAME_HEADER.size + size])
+        del self._buffer[: FRAME_HEADER.size + size]
         return text
 
-    async def _fill(self, size: int) -> bool:
-        """Read until so many bytes are there; return False if they will never be."""
-        while len(self._received) < size:
+    async def _fill_buffer(self, size: int) -> bool:
+        """Read until `size` bytes are buffered. Return False if the process will not send them."""
+        while len(self._buffer) < size:
             try:
-                piece = self._connection.recv(_PIECE_BYTES)
+                chunk = self._connection.recv(_CHUNK_BYTES)
             except BlockingIOError:
-                if self._exit is not None:  # what a dead process has sent can all be read at once
+                if self._exit is not None:  # all data of a dead process can be read without waiting
                     return False
-                await self._readable()
+                await self._wait_readable()
             except ConnectionError:
                 return False
             else:
-                if not piece:
+                if not chunk:
                     return False
-                self._received += piece
+                self._buffer += chunk
         return True
 
-    async def _readable(self) -> None:
-        """Wait until there is something to read, or the process is dead.
+    async def _wait_readable(self) -> None:
+        """Wait until data can be read or the process has ended.
 
-        A job process may be silent for as long as it likes, but not in the middle of a message.
+        A job process may be silent for any time, but not in the middle of a message.
         """
-        self._changed.clear()
-        self._loop.add_reader(self._connection.fileno(), self._changed.set)
+        self._state_changed.clear()
+        self._loop.add_reader(self._connection.fileno(), self._state_changed.set)
         try:
-            async with asyncio.timeout(STALL_SECONDS if self._received else None):
-                await self._changed.wait()
+            async with asyncio.timeout(STALL_SECONDS if self._buffer else None):
+                await self._state_changed.wait()
         except TimeoutError:
-            what = f"The job process stopped in the middle of a message for {STALL_SECONDS:g} seconds."
-            raise ProcessFailed(AttemptFailed("PROCESS_STALLED", what, transient=True)) from None
+            message = f"The job process stopped in the middle of a message for {STALL_SECONDS:g} seconds."
+            raise ProcessFailed(AttemptFailed("PROCESS_STALLED", message, transient=True)) from None
         finally:
             self._loop.remove_reader(self._connection.fileno())
 
     async def _watch(self) -> None:
-        """Hear the supervisor, until nothing is left of the job process and what it has started."""
-        with suppress(ValueError, OSError):  # a line that is too long, or no JSON, is from no supervisor of ours
+        """Read the supervisor's reports until the job process and all its descendants have ended."""
+        with suppress(ValueError, OSError):  # an overlong line or invalid JSON is not from our supervisor
             while line := await self._reader.readline():
-                said = orjson.loads(line)
-                if "output" in said:
-                    self._on_output(said["output"])
-                elif "exit" in said:
-                    if said["omitted_bytes"]:
-                        self._on_output(f"… {said['omitted_bytes']:,} more bytes of output were left out.")
-                    self._exit = ProcessExit(said["exit"], said["tail"])
-                    self._changed.set()
+                report = orjson.loads(line)
+                if "output" in report:
+                    self._on_output(report["output"])
+                elif "exit" in report:
+                    if report["omitted_bytes"]:
+                        self._on_output(f"… {report['omitted_bytes']:,} more bytes of output were dropped.")
+                    self._exit = ProcessExit(report["exit"], report["tail"])
+                    self._state_changed.set()
         if self._exit is None:
             self._exit = ProcessExit(None)
-        self._changed.set()
+        self._state_changed.set()
 
     async def _find_exit_failure(self) -> AttemptFailed:
-        """Return what the end of the process means. Its supervisor reports that within moments."""
+        """Return the failure that the end of the process means. The supervisor reports the end within moments."""
         deadline = self._loop.time() + STOP_SECONDS
-        while self._exit is None and (left := deadline - self._loop.time()) > 0:
-            self._changed.clear()
+        while self._exit is None and (remaining := deadline - self._loop.time()) > 0:
+            self._state_changed.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left)
+                await asyncio.wait_for(self._state_changed.wait(), remaining)
         return _failure_from_exit(self._exit)
 
-    # Answering ----------------------------------------------------------------------------------------------------
+    # Sending ------------------------------------------------------------------------------------------------------
 
     async def send(self, content: Any) -> None:
-        """Send an answer, or the assignment. A job process that is dead is found out by `messages`.
+        """Send an answer or the assignment. If the process has ended, do nothing: `iterate_messages` reports that.
 
         Raises:
-            ProcessFailed: the job process has stopped reading.
+            ProcessFailed: The job process has stopped reading.
         """
         frame = memoryview(encode_frame(content))
         async with self._writing:
             try:
-                for start in range(0, len(frame), _PIECE_BYTES):
+                for start in range(0, len(frame), _CHUNK_BYTES):
                     async with asyncio.timeout(STALL_SECONDS):
-                        await self._loop.sock_sendall(self._connection, frame[start : start + _PIECE_BYTES])
+                        await self._loop.sock_sendall(self._connection, frame[start : start + _CHUNK_BYTES])
             except TimeoutError:
-                what = f"The job process took nothing from its connection for {STALL_SECONDS:g} seconds."
-                raise ProcessFailed(AttemptFailed("PROCESS_STALLED", what, transient=True)) from None
+                message = f"The job process did not read from its connection for {STALL_SECONDS:g} seconds."
+                raise ProcessFailed(AttemptFailed("PROCESS_STALLED", message, transient=True)) from None
             except OSError:
                 return
 
-    # Ending -------------------------------------------------------------------------------------------------------
+    # Stopping -----------------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
-        """End the job process, if it still runs, with everything that it has started."""
+        """Stop the job process and all its descendants, if they still run."""
         if self._exit is None and not self._writing.locked():
-            with suppress(OSError):  # its buffer is full: it is killed without notice
+            with suppress(OSError):  # the buffer is full: the process is killed without notice
                 self._connection.send(encode_frame(STOP_MESSAGE))
         self._writer.write(b"end")
         ended, _ = await asyncio.wait({self.exit_task}, timeout=END_SECONDS)
         if not ended:
-            # Its end of `control` is open, so the supervisor is alive, and the number is its own. The kernel kills the
-            # job process with it (PR_SET_PDEATHSIG), and the fork server what that has started.
-            _log.warning("a supervisor did not end in time and is killed", pid=self._supervisor)
+            # Its end of `control` is open, so the supervisor is alive and still has this PID. The kernel kills the job
+            # process with it (PR_SET_PDEATHSIG), and the fork server kills the descendants.
+            _log.warning("killing a supervisor that did not end in time", pid=self._supervisor)
             with suppress(ProcessLookupError):
                 os.kill(self._supervisor, signal.SIGKILL)
             await asyncio.wait({self.exit_task}, timeout=STOP_SECONDS)
@@ -280,7 +282,7 @@ class JobProcess:
 
 
 class _SocketPairs:
-    """Pairs of sockets that are closed behind the block, but for those that are kept."""
+    """Creates pairs of sockets, and closes them at the end of the block unless they are kept."""
 
     def __init__(self) -> None:
         self._open: set[socket.socket] = set()
@@ -289,40 +291,40 @@ class _SocketPairs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for it in self._open:
-            it.close()
+        for sock in self._open:
+            sock.close()
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
         """Return a pair: ours, which does not block, and theirs."""
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)  # noqa: FBT003 - it takes no name
+        ours.setblocking(False)  # noqa: FBT003 - a positional-only argument
         self._open |= {ours, theirs}
         return ours, theirs
 
-    def keep(self, one: socket.socket) -> None:
-        self._open.discard(one)
+    def keep(self, sock: socket.socket) -> None:
+        self._open.discard(sock)
 
 
 class _RateLimiter:
-    """Lets a job process that floods its worker wait, so that other jobs have their share of the event loop."""
+    """Delays a job process that floods the worker, so that other jobs get their share of the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._since = loop.time()
-        self._share = 0.0
+        self._used = 0.0
 
     async def keep(self, size: int) -> None:
-        """Count a message of so many bytes, and wait if there were too many within the second."""
-        self._share += 1 / _MESSAGES_PER_SECOND + size / _BYTES_PER_SECOND
-        if self._share < 0.1:
+        """Count a message of `size` bytes. Wait if there were too many within the second."""
+        self._used += 1 / _MESSAGES_PER_SECOND + size / _BYTES_PER_SECOND
+        if self._used < 0.1:
             return
         passed = self._loop.time() - self._since
-        await asyncio.sleep(max(0.0, self._share - passed))
-        self._since, self._share = self._loop.time(), 0.0
+        await asyncio.sleep(max(0.0, self._used - passed))
+        self._since, self._used = self._loop.time(), 0.0
 
 
 def _failure_from_exit(end: ProcessExit | None) -> AttemptFailed:
-    """Return what the end of a job process without a result means."""
+    """Return the failure of a job process that ended without a result."""
     if end is None:
         message = "The job process closed its connection to the worker, so it cannot report a result."
         return AttemptFailed("PROCESS_DIED", message, transient=True)
