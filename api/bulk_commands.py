@@ -1,4 +1,4 @@
-"""api: one command for each job of a batch, many at a time. Each is decided on for itself, whatever the others do."""
+"""Apply one command to many jobs of a batch concurrently. Each job is decided independently of the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 from jobledger.api.http.errors import ERROR_RESPONSES, ApiError
 from jobledger.api.http.idempotency import IdempotencyKey
-from jobledger.ledger.domain import job as rules
+from jobledger.ledger.domain import job as decider
 from jobledger.ledger.domain.commands import JobCommand
 from jobledger.ledger.domain.errors import CommandRejected, JobledgerError, NotFound, UnreadableEvent, VersionConflict
 from jobledger.ledger.domain.events import EventMetadata, RecordedEvent
@@ -27,7 +27,15 @@ MAX_REJECTIONS_LISTED: Final = 100
 
 @dataclass(slots=True)
 class BulkResult:
-    """What became of one command for many jobs. `position` is that of the last event any of them has."""
+    """The result of one command for many jobs.
+
+    Attributes:
+        total: How many jobs there are. Deleted and invisible jobs do not count.
+        changed: How many jobs have new events.
+        event_counts: The new events by type.
+        rejections: The jobs that rejected the command, with the error codes and messages.
+        position: The highest position of an event of any of the jobs.
+    """
 
     total: int = 0
     changed: int = 0
@@ -36,23 +44,26 @@ class BulkResult:
     position: int = 0
 
     def to_response(self) -> Document:
-        """Return it as clients see it: everything counted, and the first refusals told."""
-        unchanged = self.total - self.changed - len(self.rejections)
+        """Return the fields of the response: all counts, and the first rejections."""
         return {
             "jobs": {
                 "total": self.total,
                 "changed": self.changed,
-                "unchanged": unchanged,
+                "unchanged": self.total - self.changed - len(self.rejections),
                 "rejected": len(self.rejections),
             },
             "events": dict(self.event_counts),
             "rejections": self.rejections[:MAX_REJECTIONS_LISTED],
         }
 
-    def add_rejection(self, job_id: str, error: JobledgerError) -> None:
-        """Note that a job was left as it is, and why."""
-        code = next(code for kind, _, code, _ in ERROR_RESPONSES if isinstance(error, kind))
-        self.rejections.append({"job_id": job_id, "code": code, "message": str(error)})
+    def add_rejection(self, job_id: str, error: JobledgerError | ApiError) -> None:
+        """Record that a job was not changed, and why."""
+        if isinstance(error, ApiError):
+            code, message = error.code, error.message
+        else:
+            code = next(code for kind, _, code, _ in ERROR_RESPONSES if isinstance(error, kind))
+            message = str(error)
+        self.rejections.append({"job_id": job_id, "code": code, "message": message})
 
 
 async def apply_to_jobs(
@@ -62,114 +73,110 @@ async def apply_to_jobs(
     *,
     meta: EventMetadata,
     statuses: Collection[JobStatus],
-    check: Callable[[StreamState], None] = lambda known: None,
+    check: Callable[[StreamState], None] = lambda stream_state: None,
     idempotency_key: IdempotencyKey | None = None,
 ) -> BulkResult:
-    """Apply `command` to the jobs that have one of the `statuses`; deleted ones are passed over.
+    """Apply a command to the jobs that have one of the statuses.
 
-    A job that the rules or `check` refuse, perhaps because it has changed meanwhile, is noted and does not keep the
-    others back; one that who asks may not see is passed over. What the same request (`once`) has done before is not
-    done again.
+    A job that rejects the command, perhaps because it has changed meanwhile, does not affect the others. Deleted jobs,
+    and jobs that the caller may not see, are skipped.
+
+    Args:
+        event_store: The event store.
+        job_ids: The jobs.
+        command: The command.
+        meta: Metadata of the new events.
+        statuses: The statuses that the command applies to.
+        check: Raises an error if the command is not allowed for a job.
+        idempotency_key: If the same request has changed a job before, the job is not changed again.
 
     Raises:
-        InvalidEvent, LedgerBusy, LedgerUnavailable: as `handle`. Some jobs may have been changed then.
+        InvalidEvent, LedgerBusy, LedgerUnavailable: As `handle_command`. Some jobs may be changed already.
     """
-    outcome = BulkResult()
-    for begin in range(0, len(job_ids), JOBS_PER_CHUNK):
-        async with aclosing(_read(event_store, job_ids[begin : begin + JOBS_PER_CHUNK])) as parts:
+    result = BulkResult()
+
+    async def apply(job: _LoadedJob) -> None:
+        done = idempotency_key is not None and idempotency_key.find_in(job.keyed_events) is not None
+        await _apply_to_job(result, event_store, job, command, meta, () if done else statuses, check)
+
+    for start in range(0, len(job_ids), JOBS_PER_CHUNK):
+        async with aclosing(_load_jobs(event_store, job_ids[start : start + JOBS_PER_CHUNK])) as parts:
             async for jobs in parts:
-                ended = await asyncio.gather(
-                    *(
-                        _one(
-                            outcome,
-                            event_store,
-                            job,
-                            command,
-                            meta,
-                            () if job.is_done(idempotency_key) else statuses,
-                            check,
-                        )
-                        for job in jobs
-                    ),
-                    return_exceptions=True,  # so that nothing goes on behind the answer
-                )
-                for error in ended:
+                # Wait for all of them, also after an error: no command may run after the response.
+                outcomes = await asyncio.gather(*map(apply, jobs), return_exceptions=True)
+                for error in outcomes:
                     if error is not None:
                         raise error
-    return outcome
+    return result
 
 
 @dataclass(slots=True)
-class _Job:
-    """A job as its stream says, as far as it was read. `requests` are the events that requests with a key caused."""
+class _LoadedJob:
+    """A job, folded from its stream. `keyed_events` are the events of requests with an Idempotency-Key."""
 
     job_id: str
-    known: StreamState = field(default_factory=StreamState)
-    requests: list[RecordedEvent] = field(default_factory=list)
+    stream_state: StreamState = field(default_factory=StreamState)
+    keyed_events: list[RecordedEvent] = field(default_factory=list)
     unreadable: UnreadableEvent | None = None
 
-    def take(self, event: RecordedEvent) -> None:
-        """Take in the next event of the stream."""
+    def apply(self, event: RecordedEvent) -> None:
+        """Apply the next event of the stream."""
         if event.meta.request_fingerprint is not None:
-            self.requests.append(event)
+            self.keyed_events.append(event)
         if self.unreadable is None:
             try:
-                self.known = self.known.apply((event,))
+                self.stream_state = self.stream_state.apply((event,))
             except UnreadableEvent as error:
                 self.unreadable = error
 
-    def is_done(self, once: IdempotencyKey | None) -> bool:
-        """Return whether the same request has acted on the job before."""
-        return once is not None and once.find_in(self.requests) is not None
 
-
-async def _read(log: EventStore, job_ids: Collection[str]) -> AsyncGenerator[list[_Job], None]:
-    """Yield jobs whose streams were read to their ends: after each part, so that no more than that is in memory."""
-    job: _Job | None = None
-    async with aclosing(log.iterate_stream_batches(job_ids)) as parts:
+async def _load_jobs(event_store: EventStore, job_ids: Collection[str]) -> AsyncGenerator[list[_LoadedJob], None]:
+    """Yield jobs whose streams are complete after each part that was read, so that only one part is in memory."""
+    job: _LoadedJob | None = None
+    async with aclosing(event_store.iterate_stream_batches(job_ids)) as parts:
         async for events in parts:
-            complete: list[_Job] = []
+            complete: list[_LoadedJob] = []
             for event in events:
                 if job is None or job.job_id != event.stream:
                     complete += [job] if job is not None else []
-                    job = _Job(event.stream)
-                job.take(event)
+                    job = _LoadedJob(event.stream)
+                job.apply(event)
             yield complete
     if job is not None:
         yield [job]
 
 
-async def _one(
-    outcome: BulkResult,
-    log: EventStore,
-    read: _Job,
+async def _apply_to_job(
+    result: BulkResult,
+    event_store: EventStore,
+    loaded: _LoadedJob,
     command: JobCommand,
     meta: EventMetadata,
     statuses: Collection[JobStatus],
     check: Callable[[StreamState], None],
 ) -> None:
-    outcome.total += 1
-    job_id, known = read.job_id, read.known
+    result.total += 1
+    job_id, current = loaded.job_id, loaded.stream_state
     try:
-        if read.unreadable is not None:
-            raise read.unreadable
-        job = known.state
-        assert isinstance(job, Job)  # noqa: S101 - narrows the type; a batch and its jobs are written together
+        if loaded.unreadable is not None:
+            raise loaded.unreadable
+        job = current.state
+        assert isinstance(job, Job)  # noqa: S101 - narrows the type; one commit wrote the batch and its jobs
         if job.deleted:
             raise NotFound("the job was deleted")
-        check(known)
-        if job.status in statuses and rules.decide(command, job):
-            handled = await handle_command(log, job_id, command, meta=meta, stream_state=known, check=check)
-            known = handled.stream_state
-            outcome.changed += bool(handled.events)
-            outcome.event_counts.update(event.type for event in handled.events)
-        outcome.position = max(outcome.position, known.head.position)
+        check(current)
+        if job.status in statuses and decider.decide(command, job):
+            handled = await handle_command(event_store, job_id, command, meta=meta, stream_state=current, check=check)
+            current = handled.stream_state
+            result.changed += bool(handled.events)
+            result.event_counts.update(event.type for event in handled.events)
+        result.position = max(result.position, current.head.position)
     except NotFound:  # deleted meanwhile
-        outcome.total -= 1
+        result.total -= 1
     except ApiError as error:
-        if error.status == 404:
-            outcome.total -= 1
+        if error.status == 404:  # the caller may not see the job
+            result.total -= 1
         else:
-            outcome.rejections.append({"job_id": job_id, "code": error.code, "message": error.message})
+            result.add_rejection(job_id, error)
     except (CommandRejected, UnreadableEvent, VersionConflict) as error:
-        outcome.add_rejection(job_id, error)
+        result.add_rejection(job_id, error)

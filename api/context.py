@@ -32,7 +32,6 @@ from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.engine.health import StallDetector
 from jobledger.projections.slots import Views
 
-MAX_PAGE_SIZE: Final = 1000
 _SHORT_WAIT_SECONDS: Final = 1.0
 """For how long a request waits for the views without being counted as held."""
 _VIEW_WAIT_SECONDS: Final = 9.0

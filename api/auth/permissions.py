@@ -273,3 +273,14 @@ def require_right(request: Request, right: AccessLevel, *, not_found_error: ApiE
 
 
 _NAMES = {AccessLevel.READ: "read_access", AccessLevel.WRITE: "write_access", AccessLevel.ADMIN: "admin_access"}
+
+
+def require_monitor_role(request: Request) -> None:
+    """Check that the caller may read statistics and metrics of the whole ledger.
+
+    Raises:
+        ApiError: 401, 403.
+    """
+    if not get_principal(request).roles & {"admin", "monitor"}:
+        require_user_id(request)
+        raise ApiError(403, "forbidden", "Forbidden: statistics require the role `monitor` or `admin`.")

@@ -28,7 +28,8 @@ from jobledger.api.http.errors import ApiError, error_response, json_response
 from jobledger.api.http.sse import EventStreamResponse
 from jobledger.api.routes import batches, history, jobs, monitoring, webhooks
 from jobledger.api.routes import log as log_pages
-from jobledger.api.schemas.requests import BatchBody
+from jobledger.api.schemas.batches import BatchBody
+from jobledger.api.submission.batches import build_batch_jobs
 from jobledger.ledger.domain.access import AccessLevel, get_access_level
 from jobledger.ledger.domain.errors import FileLost, FileStoreUnavailable, JobledgerError
 
@@ -315,7 +316,7 @@ async def validate_batch(request: Request) -> Response:
     """POST /monitoring/events/check: say what is wrong with a batch, and submit nothing."""
     require_user_id(request)
     body, _ = await read_json_body(request, BatchBody)
-    await batches.build_batch_jobs(request, body, "batch-", "user")
+    await build_batch_jobs(request, body, "batch-", "user")
     return json_response({"status": "success", "jobs": len(body.jobs)})
 
 

@@ -1,4 +1,4 @@
-"""api: routes that refuse query parameters which they do not document."""
+"""Routes that reject query parameters that their operation does not document."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from jobledger.api.context import parse_query
-from jobledger.api.openapi.operations import OPERATIONS
+from jobledger.api.openapi.operation import OPERATIONS
 
 
 class DocumentedRoute(Route):
-    """A route of `DOORS`. Routes without a query model of their own take only what `Door.parameters` has."""
+    """A route with an `Operation`. If its handler has no query model, the route validates the query parameters."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        door = OPERATIONS[self.endpoint]
-        if door.query is None and scope["query_string"] and scope["method"] in (self.methods or ()):
-            parse_query(Request(scope), door.query_model)
+        operation = OPERATIONS[self.endpoint]
+        if operation.query is None and scope["query_string"] and scope["method"] in (self.methods or ()):
+            parse_query(Request(scope), operation.query_model)
         await super().handle(scope, receive, send)

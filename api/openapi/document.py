@@ -1,5 +1,4 @@
-"""api: the OpenAPI 3.1 document, made of the routes, what api/openapi/operations.py says of them, and the models
-that validate."""
+"""Build the OpenAPI 3.1 document from the routes, their operations, and the models that validate requests."""
 
 from __future__ import annotations
 
@@ -15,52 +14,53 @@ from starlette.routing import Route
 from jobledger.api.auth.permissions import PUBLIC_PATHS
 from jobledger.api.http.error_codes import ERROR_CODES
 from jobledger.api.http.preferences import MAX_WAIT_SECONDS
-from jobledger.api.openapi.operations import OPERATIONS, Operation
-from jobledger.api.schemas import requests as models
-from jobledger.api.schemas.responses import ErrorResponse
+from jobledger.api.openapi.operation import OPERATIONS, Operation
+from jobledger.api.schemas.batches import BatchBody, BatchRestartBody, BatchUpdateBody
+from jobledger.api.schemas.common import ErrorResponse, JobRestartBody, ReasonBody
+from jobledger.api.schemas.jobs import JobBody, JobUpdateBody
 
 Json = dict[str, Any]
 _REFS: Final = "#/components/schemas/{model}"
 _TAGS: Final = {
-    "jobs": "Submit jobs, follow them, act on them.",
-    "batches": "Jobs that belong together.",
-    "files": "What completed jobs have made.",
-    "ledger": "The log itself, for auditors and subscribers.",
-    "monitoring": "How everything is.",
-    "service": "Where things are, and whether it runs.",
+    "jobs": "Submit, list, read and change jobs.",
+    "batches": "Submit and manage jobs together.",
+    "files": "Download the result files of jobs.",
+    "ledger": "Read the event log, for auditors and subscribers.",
+    "monitoring": "Statistics, webhook deliveries and endpoints.",
+    "service": "Index, documentation, metrics and health checks.",
 }
 _POSITION: Final = {"type": "integer", "minimum": 0}
 _REQUEST_HEADERS: Final[Mapping[str, tuple[Json, str]]] = {
-    "Ledger-Position": (_POSITION, "Wait until the views have reached this position; a change has answered with it."),
-    "If-Match": ({"type": "string"}, "Do nothing unless it still has this ETag."),
-    "If-None-Match": ({"type": "string"}, "The ETag that you have: if it is still right, the answer is 304."),
+    "Ledger-Position": (_POSITION, "Wait until the views have reached this position. Changes return it."),
+    "If-Match": ({"type": "string"}, "Change the resource only if it still has this ETag."),
+    "If-None-Match": ({"type": "string"}, "The ETag of your copy. If it is current, the response is 304."),
     "Idempotency-Key": (
         {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]+$"},
-        "The same key, user and body are answered with the first result, and nothing is done twice.",
+        "A repeated request with the same key, user and body returns the first result and changes nothing.",
     ),
     "Prefer": (
         {"type": "string", "examples": ["wait=30"]},
-        f"`wait=SECONDS`: answer when it has ended, or after so many seconds, at most {MAX_WAIT_SECONDS}.",
+        f"`wait=SECONDS`: respond on completion, or after this time, at most {MAX_WAIT_SECONDS} seconds.",
     ),
-    "Last-Event-ID": (_POSITION, "The position of the last event that you have: the stream goes on behind it."),
-    "Range": ({"type": "string", "examples": ["bytes=0-499"]}, "Only these parts of the file."),
+    "Last-Event-ID": (_POSITION, "The position of the last event received. The stream resumes after it."),
+    "Range": ({"type": "string", "examples": ["bytes=0-499"]}, "Return only these parts of the file."),
 }
 _RESPONSE_HEADERS: Final[Mapping[str, tuple[Json, str]]] = {
-    "X-Request-ID": ({"type": "string"}, "Under this id the request is in the log: yours, if you sent one."),
-    "Ledger-Position": (_POSITION, "The position of the change: a GET that sends it sees the change."),
+    "X-Request-ID": ({"type": "string"}, "The ID of the request in the server's log. Yours, if you sent one."),
+    "Ledger-Position": (_POSITION, "The position of the change. Send it with a GET to see the change."),
     "ETag": ({"type": "string"}, "The version, for If-Match and If-None-Match."),
-    "Location": ({"type": "string"}, "Where it can be read."),
+    "Location": ({"type": "string"}, "The URL of the new resource."),
     "Preference-Applied": ({"type": "string"}, "The preference that was applied: `wait=SECONDS`."),
-    "Retry-After": (_POSITION, "After so many seconds it is worth trying again."),
-    "WWW-Authenticate": ({"type": "string"}, "How to say who you are."),
+    "Retry-After": (_POSITION, "Retry after this many seconds."),
+    "WWW-Authenticate": ({"type": "string"}, "How to authenticate."),
 }
 _DESCRIPTION: Final = """\
-Jobs are submitted, processed, and followed here; every change is an event in one log.
+Submit jobs and follow them. Every change is an event in one log.
 
-Success is `{"status": "success", …}`, failure `{"status": "error", "code", "message", "details"}`. Bodies are JSON.
-A change answers with `Ledger-Position`; a GET that sends it sees the change. What one may not see
-answers as if it were not there."""
-_EVERYWHERE: Final = (
+Success is `{"status": "success", …}`, an error is `{"status": "error", "code", "message", "details"}`. Bodies are JSON.
+A change returns a `Ledger-Position`; send it with a GET to see the change. A resource that the caller may not read
+returns 404."""
+_COMMON_CODES: Final = (
     "unknown_host",
     "ambiguous_length",
     "duplicate_header",
@@ -69,7 +69,7 @@ _EVERYWHERE: Final = (
     "invalid_content",
     "internal_error",
 )
-_SIGNED_IN: Final = (
+_AUTHENTICATION_CODES: Final = (
     "authentication_required",
     "invalid_credentials",
     "jwks_unavailable",
@@ -77,7 +77,7 @@ _SIGNED_IN: Final = (
     "too_many_auth_failures",
     "database_unavailable",
 )
-_BODY: Final = (
+_BODY_CODES: Final = (
     "malformed_json",
     "incomplete_body",
     "content_too_large",
@@ -86,10 +86,10 @@ _BODY: Final = (
     "unsupported_media_type",
     "server_busy",
 )
-_CHANGE: Final = ("invalid_state", "version_conflict", "already_exists", "write_contention")
-_POST: Final = ("malformed_idempotency_key", "idempotency_key_reused", "invalid_content")
-_OF_ONE: Final = ("precondition_failed", "unreadable_event", "event_damaged")
-_IN_PATH: Final = {
+_CHANGE_CODES: Final = ("invalid_state", "version_conflict", "already_exists", "write_contention")
+_POST_CODES: Final = ("malformed_idempotency_key", "idempotency_key_reused", "invalid_content")
+_VERSION_CODES: Final = ("precondition_failed", "unreadable_event", "event_damaged")
+_NOT_FOUND_CODES: Final = {
     "job_id": "job_not_found",
     "batch_id": "batch_not_found",
     "path": "file_not_found",
@@ -112,37 +112,37 @@ _SESSION: Final = {
     "target_language": "de",
 }
 EXAMPLES: Final[Mapping[type[BaseModel], Json]] = {
-    models.JobBody: {"job_type": "session", "job_name": "Welcome", "priority": 10, "parameters": _SESSION},
-    models.BatchBody: {
+    JobBody: {"job_type": "session", "job_name": "Welcome", "priority": 10, "parameters": _SESSION},
+    BatchBody: {
         "batch_name": "Keynotes",
         "parameters": {"event": "FOSDEM 2025", "track": "Keynotes"},
         "jobs": [{"parameters": {"session": "Welcome", "url": _SESSION["url"], "filename": "Welcome.md"}}],
         "access_control": {"visibility": "team", "write_access": ["team-editors"]},
     },
-    models.JobUpdateBody: {"priority": 100, "not_before": "2026-02-01T09:30:00Z"},
-    models.BatchUpdateBody: {"access_control": {"visibility": "public"}},
-    models.ReasonBody: {"reason": "the talk was given up"},
-    models.JobRestartBody: {"reason": "the recording has come", "reuse_steps": False},
-    models.BatchRestartBody: {"only": "failed"},
+    JobUpdateBody: {"priority": 100, "not_before": "2026-02-01T09:30:00Z"},
+    BatchUpdateBody: {"access_control": {"visibility": "public"}},
+    ReasonBody: {"reason": "the talk was cancelled"},
+    JobRestartBody: {"reason": "the recording is available", "reuse_steps": False},
+    BatchRestartBody: {"only": "failed"},
 }
-"""Bodies that are accepted as they stand."""
+"""Example bodies. The server accepts them unchanged."""
 
 
 def build_document(routes: Iterable[Route], job_types: Mapping[str, type[BaseModel]], base_url: str = "/") -> Json:
-    """Return the document. Routes that api/openapi/operations.py does not describe are left out, and a test fails.
+    """Return the document.
 
     Args:
-        routes: what to describe.
-        job_types: the models of parameters by job type.
-        base: the address of the API.
+        routes: The routes. The handler of each has an `Operation`.
+        job_types: The parameter models by job type.
+        base_url: The URL of the API.
     """
-    described = [(route, OPERATIONS[route.endpoint]) for route in routes if route.endpoint in OPERATIONS]
-    names, schemas = _schemas([door for _, door in described], job_types)
+    described = [(route, OPERATIONS[route.endpoint]) for route in routes]
+    names, schemas = _build_schemas([operation for _, operation in described], job_types)
     paths: dict[str, Json] = {}
-    for route, door in described:
+    for route, operation in described:
         method = next(iter((route.methods or set()) - {"HEAD"}))
         path = route.path.replace(":path}", "}")
-        paths.setdefault(path, {})[method.lower()] = _operation(route, door, method, path, names, schemas)
+        paths.setdefault(path, {})[method.lower()] = _describe_operation(route, operation, method, path, names, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -157,7 +157,7 @@ def build_document(routes: Iterable[Route], job_types: Mapping[str, type[BaseMod
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "headers": {name: _header(*about) for name, about in _RESPONSE_HEADERS.items()},
+            "headers": {name: _describe_header(*header) for name, header in _RESPONSE_HEADERS.items()},
             "securitySchemes": {
                 "bearer": {
                     "type": "http",
@@ -176,38 +176,41 @@ Mode = Literal["validation", "serialization"]
 Names = Mapping[tuple[Any, Mode], Json]
 
 
-def _schemas(doors: Iterable[Operation], job_types: Mapping[str, type[BaseModel]]) -> tuple[Names, Json]:
-    """Return a reference for each model, and the schemas that are referred to."""
-    taken = [model for door in doors for model in (door.body, door.query_model) if model is not None]
-    given: list[type[BaseModel]] = [ErrorResponse]
-    given += [door.response for door in doors if not isinstance(door.response, str)]
-    wanted: list[tuple[type[BaseModel], Mode]] = [(model, "validation") for model in (*taken, *job_types.values())]
-    wanted += [(model, "serialization") for model in given]
-    names, definitions = models_json_schema(list(dict.fromkeys(wanted)), ref_template=_REFS)
+def _build_schemas(operations: Sequence[Operation], job_types: Mapping[str, type[BaseModel]]) -> tuple[Names, Json]:
+    """Return the reference of each model, and the schemas by name."""
+    requested = [operation.query_model for operation in operations]
+    requested += [operation.body for operation in operations if operation.body is not None]
+    returned: list[type[BaseModel]] = [ErrorResponse]
+    returned += [operation.response for operation in operations if not isinstance(operation.response, str)]
+    modes: list[tuple[type[BaseModel], Mode]] = [(model, "validation") for model in (*requested, *job_types.values())]
+    modes += [(model, "serialization") for model in returned]
+    names, definitions = models_json_schema(list(dict.fromkeys(modes)), ref_template=_REFS)
     schemas: Json = definitions["$defs"]
     parameters = {name: names[model, "validation"] for name, model in job_types.items()}
-    return names, schemas | _jobs(schemas, parameters)
+    return names, schemas | _build_job_schemas(schemas, parameters)
 
 
-def _jobs(schemas: Mapping[str, Json], parameters: Mapping[str, Json]) -> Json:
-    """Return the schema of a job's body with one form for each job type, which says what its parameters are."""
+def _build_job_schemas(schemas: Mapping[str, Json], parameters: Mapping[str, Json]) -> Json:
+    """Return the schemas of jobs and batches, with one variant of `JobBody` for each job type and its parameters."""
     plain = {name: value for name, value in schemas["JobBody"].items() if name != "title"}
-    in_batch = {**plain, "description": "As a job by itself; what its parameters lack is in the batch's."}
-    forms = {f"{name.capitalize()}JobBody": _of_type(plain, name, given) for name, given in parameters.items()}
-    several = [{"$ref": _REFS.format(model=name)} for name in forms]
+    in_batch = {**plain, "description": "A job of a batch. The parameters of the batch are defaults for its own."}
+    variants = {
+        f"{name.capitalize()}JobBody": _build_variant(plain, name, schema) for name, schema in parameters.items()
+    }
+    choices = [{"$ref": _REFS.format(model=name)} for name in variants]
     if "session" in parameters:
-        several.append(parameters["session"])  # a bare session
+        choices.append(parameters["session"])  # a bare session
     batch = dict(schemas["BatchBody"])
     jobs = {**batch["properties"]["jobs"], "items": {"$ref": _REFS.format(model="JobInBatch")}}
     return {
-        **forms,
-        "JobBody": {"title": "JobBody", "description": plain["description"], "anyOf": several},
+        **variants,
+        "JobBody": {"title": "JobBody", "description": plain["description"], "anyOf": choices},
         "JobInBatch": {"title": "JobInBatch", **in_batch},
         "BatchBody": {**batch, "properties": {**batch["properties"], "jobs": jobs}},
     }
 
 
-def _of_type(plain: Json, name: str, parameters: Json) -> Json:
+def _build_variant(plain: Json, name: str, parameters: Json) -> Json:
     fields = plain["properties"]
     job_type = {"const": name, **({"default": name} if fields["job_type"]["default"] == name else {})}
     required = plain["required"] if "default" in job_type else [*plain["required"], "job_type"]
@@ -218,25 +221,30 @@ def _of_type(plain: Json, name: str, parameters: Json) -> Json:
 # Operations -------------------------------------------------------------------------------------------------------
 
 
-def _operation(route: Route, door: Operation, method: str, path: str, names: Names, schemas: Json) -> Json:
-    operation: Json = {
+def _describe_operation(
+    route: Route, operation: Operation, method: str, path: str, names: Names, schemas: Json
+) -> Json:
+    described: Json = {
         "operationId": route.name,
         "tags": [_tag(path)],
-        "summary": door.summary,
-        "parameters": _parameters(route, door, method, names, schemas),
+        "summary": operation.summary,
+        "parameters": _describe_parameters(route, operation, method, names, schemas),
     }
-    if door.body is not None:
-        content: Json = {"schema": names[door.body, "validation"]}
-        if door.body in EXAMPLES:
-            content["example"] = EXAMPLES[door.body]
-        operation["requestBody"] = {"required": not door.is_body_optional, "content": {"application/json": content}}
-    operation["responses"] = {
-        **_successes(door, method, names),
-        **_failures(_codes(route, door, method, path)),
+    if operation.body is not None:
+        content: Json = {"schema": names[operation.body, "validation"]}
+        if operation.body in EXAMPLES:
+            content["example"] = EXAMPLES[operation.body]
+        described["requestBody"] = {
+            "required": not operation.is_body_optional,
+            "content": {"application/json": content},
+        }
+    described["responses"] = {
+        **_describe_successes(operation, method, names),
+        **_describe_errors(_list_error_codes(route, operation, method, path)),
     }
     if path in PUBLIC_PATHS:
-        operation["security"] = []
-    return operation
+        described["security"] = []
+    return described
 
 
 def _tag(path: str) -> str:
@@ -246,29 +254,29 @@ def _tag(path: str) -> str:
     return next((name for name in ("ledger", "monitoring") if path.startswith(f"/api/{name}/")), "service")
 
 
-def _parameters(route: Route, door: Operation, method: str, names: Names, schemas: Json) -> list[Json]:
-    found: list[Json] = [
+def _describe_parameters(route: Route, operation: Operation, method: str, names: Names, schemas: Json) -> list[Json]:
+    parameters: list[Json] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in route.param_convertors
     ]
-    model = schemas[names[door.query_model, "validation"]["$ref"].rpartition("/")[2]]
-    found += [_in_query(name, schema, model) for name, schema in model["properties"].items()]
-    headers = list(door.request_headers)
-    headers += ["Ledger-Position"] if door.reads_views else []
+    model = schemas[names[operation.query_model, "validation"]["$ref"].rpartition("/")[2]]
+    parameters += [_describe_query_parameter(name, schema, model) for name, schema in model["properties"].items()]
+    headers = list(operation.request_headers)
+    headers += ["Ledger-Position"] if operation.reads_views else []
     headers += ["If-Match"] if method != "GET" and _has_version(route) else []
     headers += ["Idempotency-Key"] if method == "POST" else []
     for name in headers:
         schema, description = _REQUEST_HEADERS[name]
-        found.append({"name": name, "in": "header", "description": description, "schema": schema})
-    return found
+        parameters.append({"name": name, "in": "header", "description": description, "schema": schema})
+    return parameters
 
 
-def _in_query(name: str, schema: Json, model: Json) -> Json:
-    """Return a query parameter. Null cannot be said in an address: it is left out."""
+def _describe_query_parameter(name: str, schema: Json, model: Json) -> Json:
+    """Return a query parameter. A query string cannot express null, so null is left out."""
     schema = {key: value for key, value in schema.items() if key != "title" and (key, value) != ("default", None)}
-    forms = [form for form in schema.get("anyOf", ()) if form != {"type": "null"}]
-    if len(forms) == 1:
-        schema = {**{key: value for key, value in schema.items() if key != "anyOf"}, **forms[0]}
+    variants = [variant for variant in schema.get("anyOf", ()) if variant != {"type": "null"}]
+    if len(variants) == 1:
+        schema = {**{key: value for key, value in schema.items() if key != "anyOf"}, **variants[0]}
     parameter = {"name": name, "in": "query", "schema": schema, "required": name in model.get("required", ())}
     if "description" in schema:
         parameter["description"] = schema.pop("description")
@@ -279,58 +287,58 @@ def _has_version(route: Route) -> bool:
     return not {"job_id", "batch_id"}.isdisjoint(route.param_convertors)
 
 
-def _successes(door: Operation, method: str, names: Names) -> dict[str, Json]:
+def _describe_successes(operation: Operation, method: str, names: Names) -> dict[str, Json]:
     headers = [
-        *door.response_headers,
-        *(["Ledger-Position"] if door.reads_views or (method != "GET" and door.appends_events) else []),
+        *operation.response_headers,
+        *(["Ledger-Position"] if operation.reads_views or (method != "GET" and operation.appends_events) else []),
     ]
-    headers += ["Preference-Applied"] if "Prefer" in door.request_headers else []
-    if isinstance(door.response, str):
-        content: Json = {door.response: {"schema": {} if door.response != "application/json" else {"type": "object"}}}
+    headers += ["Preference-Applied"] if "Prefer" in operation.request_headers else []
+    if isinstance(operation.response, str):
+        description = "The content."
+        schema = {"type": "object"} if operation.response == "application/json" else {}
+        content: Json = {operation.response: {"schema": schema}}
     else:
-        content = {"application/json": {"schema": names[door.response, "serialization"]}}
-    about = "It is sent." if isinstance(door.response, str) else (door.response.__doc__ or "").partition("\n\n")[0]
-    found = {str(door.status): {"description": about, "headers": _headers(*headers), "content": content}}
-    if 206 in door.extra_statuses:
-        found["206"] = {"description": "The parts asked for.", "headers": _headers(*headers), "content": content}
-    if 304 in door.extra_statuses:
-        found["304"] = {"description": "It is as you have it.", "headers": _headers(*headers)}
-    return found
+        description = (operation.response.__doc__ or "").partition("\n\n")[0]
+        content = {"application/json": {"schema": names[operation.response, "serialization"]}}
+    responses = {str(operation.status): {"description": description, "headers": _headers(*headers), "content": content}}
+    if 206 in operation.extra_statuses:
+        responses["206"] = {"description": "The requested parts.", "headers": _headers(*headers), "content": content}
+    if 304 in operation.extra_statuses:
+        responses["304"] = {"description": "Your copy is current.", "headers": _headers(*headers)}
+    return responses
 
 
-def _codes(route: Route, door: Operation, method: str, path: str) -> list[str]:
-    codes = [*_EVERYWHERE, *door.error_codes]
+def _list_error_codes(route: Route, operation: Operation, method: str, path: str) -> list[str]:
+    codes = [*_COMMON_CODES, *operation.error_codes]
     if path not in PUBLIC_PATHS:
-        codes += _SIGNED_IN
-    if path == "/readyz":
-        codes += ["database_unavailable", "projection_stalled"]
+        codes += _AUTHENTICATION_CODES
     if route.param_convertors:
-        codes += ["not_found", *(_IN_PATH[name] for name in route.param_convertors)]
+        codes += ["not_found", *(_NOT_FOUND_CODES[name] for name in route.param_convertors)]
     if method != "GET":
         codes += ["forbidden", "origin_not_allowed"]
-    if method != "GET" and door.appends_events:
-        codes += _CHANGE
+    if method != "GET" and operation.appends_events:
+        codes += _CHANGE_CODES
     if method == "POST":
-        codes += _POST
+        codes += _POST_CODES
     if method != "GET" and _has_version(route):
-        codes += _OF_ONE
-    if door.body is not None:
-        codes += _BODY
-    if door.reads_views:
+        codes += _VERSION_CODES
+    if operation.body is not None:
+        codes += _BODY_CODES
+    if operation.reads_views:
         codes += ["malformed_position", "projection_lagging"]
     return sorted(dict.fromkeys(codes), key=lambda code: (ERROR_CODES[code][0], code))
 
 
-def _failures(codes: Sequence[str]) -> dict[str, Json]:
+def _describe_errors(codes: Sequence[str]) -> dict[str, Json]:
     return {
-        str(status): _failure(status, list(found))
-        for status, found in groupby(codes, key=lambda code: ERROR_CODES[code][0])
+        str(status): _describe_error(status, list(group))
+        for status, group in groupby(codes, key=lambda code: ERROR_CODES[code][0])
     }
 
 
-def _failure(status: int, codes: Sequence[str]) -> Json:
+def _describe_error(status: int, codes: Sequence[str]) -> Json:
     retry = ["Retry-After"] if status in (429, 503, 507) else []
-    asked = ["WWW-Authenticate"] if status == 401 else []
+    authenticate = ["WWW-Authenticate"] if status == 401 else []
     schema = {"allOf": [{"$ref": _REFS.format(model="ErrorResponse")}, {"properties": {"code": {"enum": list(codes)}}}]}
     example = {
         "status": "error",
@@ -340,7 +348,7 @@ def _failure(status: int, codes: Sequence[str]) -> Json:
     }
     return {
         "description": "\n".join(f"- `{code}`: {ERROR_CODES[code][1]}" for code in codes),
-        "headers": _headers(*retry, *asked),
+        "headers": _headers(*retry, *authenticate),
         "content": {"application/json": {"schema": schema, "example": example}},
     }
 
@@ -349,5 +357,5 @@ def _headers(*names: str) -> Json:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in ("X-Request-ID", *names)}
 
 
-def _header(schema: Json, description: str) -> Json:
+def _describe_header(schema: Json, description: str) -> Json:
     return {"description": description, "schema": schema}

@@ -1,4 +1,4 @@
-"""api: the results of a job, or of all jobs of a batch, as one ZIP file, made while it is sent."""
+"""Download the result files of a job, or of all jobs of a batch, as one ZIP file that is generated while it is sent."""
 
 from __future__ import annotations
 
@@ -14,65 +14,77 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobledger.api.auth.permissions import can_read
-from jobledger.api.context import ApiContext, get_api_context, wait_for_requested_position
+from jobledger.api.context import get_api_context, wait_for_requested_position
 from jobledger.api.http.errors import ApiError
 from jobledger.api.http.streaming import CloseableStreamingResponse, content_disposition
-from jobledger.api.routes.files import UNTRUSTED_CONTENT_HEADERS, open_result_file
-from jobledger.api.routes.jobs import load_job_or_404
+from jobledger.api.openapi.operation import Operation
+from jobledger.api.resources import BATCH, JOB, load_or_404
+from jobledger.api.result_files import UNTRUSTED_CONTENT_HEADERS, open_result_file
 from jobledger.ledger.files.directory import FileStore
 from jobledger.ledger.mongo.connection import Document
-from jobledger.projections.views import batches
 from jobledger.projections.views import files as view
 
-_COMPRESSED: Final = ("text/", "application/json", "application/xml", "image/svg")
-"""What becomes smaller: images and recordings are compressed already, and would only cost time."""
+_COMPRESSED_TYPES: Final = ("text/", "application/json", "application/xml", "image/svg")
+"""Media types that compression makes smaller. Images and recordings are compressed already."""
 _FORBIDDEN: Final = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f]')
-_DEVICE: Final = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
-_LONGEST_PART_BYTES: Final = 200
+_DEVICE_NAME: Final = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
+_MAX_NAME_BYTES: Final = 200
+_ERROR_CODES: Final = ("no_results", "file_missing", "file_damaged", "file_store_unavailable")
 
 
+@Operation(
+    summary="Download a job's result files as a ZIP file",
+    response="application/zip",
+    reads_views=True,
+    error_codes=_ERROR_CODES,
+)
 async def download_job_archive(request: Request) -> Response:
     """GET /api/events/jobs/{job_id}/download-archive"""
     await wait_for_requested_position(request)
-    job = await load_job_or_404(request)
+    job = await load_or_404(request, JOB)
     rows = [row async for row in view.iter_job_files(get_api_context(request).views, [job["job_id"]])]
     if not rows:
-        message = f"Job {job['job_id']} is {job['status']} and has no result files."
-        raise ApiError(409, "no_results", message)
+        raise ApiError(409, "no_results", f"Job {job['job_id']} is {job['status']} and has no result files.")
     directory = commonpath([f"/{row['path'].rpartition('/')[0]}" for row in rows])
 
-    async def entries() -> AsyncIterator[tuple[str, Document]]:
+    async def generate_entries() -> AsyncIterator[tuple[str, Document]]:
         for row in rows:
             yield f"/{row['path']}".removeprefix(directory), row
 
-    return await _archive(request, job["job_id"], rows[0], entries())
+    return await _archive_response(request, job["job_id"], rows[0], generate_entries())
 
 
+@Operation(
+    summary="Download the result files of a batch's jobs as a ZIP file",
+    response="application/zip",
+    reads_views=True,
+    error_codes=_ERROR_CODES,
+)
 async def download_batch_archive(request: Request) -> Response:
-    """GET /api/events/batches/{batch_id}/download-archive: of all its jobs that have results and may be seen."""
-    await wait_for_requested_position(request)
-    known, batch_id = get_api_context(request), request.path_params["batch_id"]
-    batch = await batches.get(known.views, known.event_store, batch_id) if batch_id.startswith("batch-") else None
-    if batch is None or not can_read(request, batch):
-        raise ApiError(404, "batch_not_found", f"There is no batch {batch_id}.")
-    first = await anext(_visible(request, known, batch["job_ids"]), None)
-    if first is None:
-        raise ApiError(409, "no_results", f"None of the jobs of batch {batch_id} has result files yet.")
+    """GET /api/events/batches/{batch_id}/download-archive
 
-    async def entries() -> AsyncIterator[tuple[str, Document]]:
-        async for row in _visible(request, known, batch["job_ids"]):
+    The archive has the files of all jobs that the caller may read.
+    """
+    await wait_for_requested_position(request)
+    batch = await load_or_404(request, BATCH)
+    first = await anext(_iter_readable_files(request, batch["job_ids"]), None)
+    if first is None:
+        raise ApiError(409, "no_results", f"No job of batch {batch['batch_id']} has result files yet.")
+
+    async def generate_entries() -> AsyncIterator[tuple[str, Document]]:
+        async for row in _iter_readable_files(request, batch["job_ids"]):
             yield row["path"], row
 
-    return await _archive(request, batch_id, first, entries())
+    return await _archive_response(request, batch["batch_id"], first, generate_entries())
 
 
-async def _visible(request: Request, known: ApiContext, job_ids: Sequence[str]) -> AsyncIterator[Document]:
-    async for row in view.iter_job_files(known.views, job_ids):
+async def _iter_readable_files(request: Request, job_ids: Sequence[str]) -> AsyncIterator[Document]:
+    async for row in view.iter_job_files(get_api_context(request).views, job_ids):
         if can_read(request, row):
             yield row
 
 
-async def _archive(
+async def _archive_response(
     request: Request, name: str, first: Document, entries: AsyncIterator[tuple[str, Document]]
 ) -> Response:
     headers = {
@@ -80,48 +92,52 @@ async def _archive(
         "Content-Type": "application/zip",
         "Content-Disposition": content_disposition(f"{name}.zip", attachment=True),
     }
-    known = get_api_context(request)
-    await (
-        await open_result_file(request, first)
-    ).close()  # a store that is not the right one is told while it still can be
+    # Open one file before the response starts: an error can be returned only until then.
+    await (await open_result_file(request, first)).close()
     if request.method == "HEAD":
         return Response(headers=headers)
-    return CloseableStreamingResponse(generate_zip(known.file_store, entries), 200, headers)
+    return CloseableStreamingResponse(generate_zip(get_api_context(request).file_store, entries), 200, headers)
 
 
 async def generate_zip(store: FileStore, entries: AsyncIterator[tuple[str, Document]]) -> AsyncGenerator[bytes, None]:
-    """Yield a ZIP file of rows of the view `files`, each under a name; the same rows make the same bytes.
+    """Yield a ZIP file. The same entries make the same bytes.
+
+    Args:
+        store: The result files.
+        entries: For each file, its path in the archive and its row of the view `files`.
 
     Raises:
-        FileLost: one of them is not in the store.
-        LedgerUnavailable: the database failed.
+        FileLost: A file is missing in the store.
+        LedgerUnavailable: The database failed.
     """
-    outlet, names = _Outlet(), _Names()
-    with ZipFile(outlet, "w") as archive:
+    buffer, names = _WriteBuffer(), _EntryNames()
+    with ZipFile(buffer, "w") as archive:
         async for path, row in entries:
             file = await store.open(row["sha256"], row["size"])
             try:
-                with archive.open(_entry(names.add(sanitize_path(path)), row, file.size), "w") as entry:
-                    async for piece in file.read(0, file.size):
-                        entry.write(piece)
-                        yield outlet.take()
+                with archive.open(_build_entry(names.add(sanitize_path(path)), row, file.size), "w") as entry:
+                    async for chunk in file.read(0, file.size):
+                        entry.write(chunk)
+                        yield buffer.take()
             finally:
                 await file.close()
-    yield outlet.take()
+    yield buffer.take()
 
 
-def _entry(name: str, row: Document, size: int) -> ZipInfo:
-    at = row["modified_at"]
-    entry = ZipInfo(name, (at.year, at.month, at.day, at.hour, at.minute, at.second))
-    entry.create_system = 3  # Unix, wherever we run: what follows are its permissions
+def _build_entry(name: str, row: Document, size: int) -> ZipInfo:
+    modified = row["modified_at"]
+    entry = ZipInfo(
+        name, (modified.year, modified.month, modified.day, modified.hour, modified.minute, modified.second)
+    )
+    entry.create_system = 3  # Unix, whatever this system is, because external_attr has Unix permissions
     entry.external_attr = 0o100644 << 16
-    entry.compress_type = ZIP_DEFLATED if row["media_type"].startswith(_COMPRESSED) else ZIP_STORED
-    entry.file_size = size  # decides whether its sizes are written in 64 bits
+    entry.compress_type = ZIP_DEFLATED if row["media_type"].startswith(_COMPRESSED_TYPES) else ZIP_STORED
+    entry.file_size = size  # decides whether sizes are written with 64 bits
     return entry
 
 
-class _Outlet:
-    """A file that can only be written to: what has been written is taken out at once."""
+class _WriteBuffer:
+    """A write-only file. `take` removes and returns what was written."""
 
     def __init__(self) -> None:
         self._written = bytearray()
@@ -131,10 +147,10 @@ class _Outlet:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: there is no other buffer."""
 
     def close(self) -> None:
-        """What has not been taken stays."""
+        """Do nothing: `take` still returns the rest."""
 
     def take(self) -> bytes:
         written = bytes(self._written)
@@ -143,26 +159,26 @@ class _Outlet:
 
 
 def sanitize_path(path: str) -> str:
-    """Return a path that can be unpacked anywhere: relative, without steps upwards, of names that every system takes.
+    """Return a path that can be unpacked anywhere: relative, without `..`, with names that all systems allow.
 
-    Job types choose the paths of their results; those of sessions are like that, and stay as they are.
+    Processors choose the paths of their results. The paths of sessions are not changed.
     """
     parts = (part for part in PurePosixPath(path).parts if part not in ("/", "//", ".", ".."))
-    return "/".join(map(_safe_name, parts)) or "file"
+    return "/".join(map(_sanitize_name, parts)) or "file"
 
 
-def _safe_name(name: str) -> str:
-    safe = _FORBIDDEN.sub("_", name).encode()[:_LONGEST_PART_BYTES].decode(errors="ignore")
+def _sanitize_name(name: str) -> str:
+    safe = _FORBIDDEN.sub("_", name).encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
     if safe.endswith((" ", ".")):
         safe = safe.rstrip(" .") + "_"
-    return f"_{safe}" if _DEVICE.fullmatch(safe) else safe
+    return f"_{safe}" if _DEVICE_NAME.fullmatch(safe) else safe
 
 
-class _Names:
-    """Names for the entries of an archive: each can be unpacked beside all others, in any file system.
+class _EntryNames:
+    """The names of an archive's entries. Each can be unpacked beside all others, in any file system.
 
-    Of two that would be in each other's way the later one gets a number: two files of one name, or a file and a
-    directory. Names that differ in case or Unicode normalization only are the same in some file systems.
+    If two entries collide, the later one gets a number. Two files with one name collide, and a file and a directory.
+    Names that differ only in case or Unicode normalization are equal in some file systems, so they collide, too.
     """
 
     def __init__(self) -> None:
@@ -171,31 +187,33 @@ class _Names:
         self._numbers: dict[str, int] = {}
 
     def add(self, path: str) -> str:
-        """Return the name for the file with a path, a safe one."""
+        """Return the entry name for a sanitized path."""
         *directories, file = path.split("/")
         parent = ""
         for name in directories:
-            parent = self._directory(parent + name) + "/"
+            parent = self._add_directory(parent + name) + "/"
         number = 1
-        while (key := _key(found := _numbered(parent + file, number))) in self._files or key in self._directories:
+        while (key := _comparison_key(name := _add_number(parent + file, number))) in self._files or (
+            key in self._directories
+        ):
             number += 1
         self._files.add(key)
-        return found
+        return name
 
-    def _directory(self, path: str) -> str:
-        number = self._numbers.get(_key(path), 1)
-        while (key := _key(found := _numbered(path, number))) in self._files:
+    def _add_directory(self, path: str) -> str:
+        number = self._numbers.get(_comparison_key(path), 1)
+        while (key := _comparison_key(name := _add_number(path, number))) in self._files:
             number += 1
-        self._numbers[_key(path)] = number
+        self._numbers[_comparison_key(path)] = number
         self._directories.add(key)
-        return found
+        return name
 
 
-def _numbered(path: str, number: int) -> str:
+def _add_number(path: str, number: int) -> str:
     whole = PurePosixPath(path)
     return path if number == 1 else str(whole.with_stem(f"{whole.stem}-{number}"))
 
 
-def _key(path: str) -> str:
-    """Return the same text for all names that a file system may take for the same."""
+def _comparison_key(path: str) -> str:
+    """Return the same text for all names that a file system may treat as equal."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())

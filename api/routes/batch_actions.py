@@ -1,4 +1,7 @@
-"""api: what is done to a whole batch is done to each of its jobs, as far as the rules and the rights let it."""
+"""Pause, resume, change, cancel, restart, archive and delete batches.
+
+An action on a batch applies to each of its jobs whose state and access control allow it.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,12 @@ from jobledger.api.http.bodies import read_json_body, read_optional_json_body
 from jobledger.api.http.conditional import require_if_match
 from jobledger.api.http.errors import ApiError, json_response
 from jobledger.api.http.idempotency import IdempotencyKey, get_request_marker
-from jobledger.api.routes.batches import (
-    batch_not_found_error,
-    check_expanded_size,
-    check_list_index_size,
-    estimate_list_index_bytes,
-)
-from jobledger.api.schemas.requests import BatchRestartBody, BatchUpdateBody, ReasonBody
-from jobledger.ledger.domain import batch as rules
+from jobledger.api.openapi.operation import Operation
+from jobledger.api.resources import BATCH, load_events
+from jobledger.api.schemas.batches import BatchActionResponse, BatchRestartBody, BatchUpdateBody, BulkActionResponse
+from jobledger.api.schemas.common import ReasonBody
+from jobledger.api.submission.batches import check_expanded_size, check_list_index_size, estimate_list_index_bytes
+from jobledger.ledger.domain import batch as decider
 from jobledger.ledger.domain.access import AccessLevel
 from jobledger.ledger.domain.batch import Batch
 from jobledger.ledger.domain.commands import (
@@ -41,180 +42,206 @@ from jobledger.ledger.domain.commands import (
 from jobledger.ledger.domain.events import AccessControl, EventMetadata, RecordedEvent
 from jobledger.ledger.domain.statuses import TERMINAL_STATUSES, JobStatus
 from jobledger.ledger.mongo.connection import Document
-from jobledger.ledger.store.command_handler import CommandResult, StreamState, handle_command
+from jobledger.ledger.store.command_handler import StreamState, handle_command
 
 _ALL_STATUSES: Final[frozenset[JobStatus]] = frozenset(get_args(JobStatus))
 
 
+@Operation(
+    summary="Pause a batch: start no more jobs", response=BatchActionResponse, body=ReasonBody, is_body_optional=True
+)
 async def pause_batch(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/pause"""
     body, content = await read_optional_json_body(request, ReasonBody)
-    return await _switch(request, content, PauseBatch(get_actor(request), body.reason))
+    return await _execute_once(request, content, PauseBatch(get_actor(request), body.reason))
 
 
+@Operation(summary="Resume a paused batch", response=BatchActionResponse, body=ReasonBody, is_body_optional=True)
 async def resume_batch(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/resume"""
     body, content = await read_optional_json_body(request, ReasonBody)
-    return await _switch(request, content, ResumeBatch(get_actor(request), body.reason))
+    return await _execute_once(request, content, ResumeBatch(get_actor(request), body.reason))
 
 
+@Operation(
+    summary="Cancel the unfinished jobs of a batch",
+    response=BulkActionResponse,
+    body=ReasonBody,
+    is_body_optional=True,
+)
 async def cancel_batch(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/cancel"""
     body, content = await read_optional_json_body(request, ReasonBody)
-    once = IdempotencyKey.from_request(request, content)
-    found = await _load_batch_state(request)
-    outcome = await _for_jobs(
-        request, found, CancelJob(get_actor(request), body.reason), _ALL_STATUSES - TERMINAL_STATUSES, once=once
-    )
-    return _answer(found.batch_id, found.known, outcome)
+    command = CancelJob(get_actor(request), body.reason)
+    return await _execute_for_jobs(request, content, command, _ALL_STATUSES - TERMINAL_STATUSES)
 
 
+@Operation(
+    summary="Restart finished jobs of a batch",
+    response=BulkActionResponse,
+    body=BatchRestartBody,
+    is_body_optional=True,
+)
 async def restart_batch(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/restart"""
     body, content = await read_optional_json_body(request, BatchRestartBody)
-    once = IdempotencyKey.from_request(request, content)
-    found = await _load_batch_state(request)
     command = RestartJob(get_actor(request), body.reason, body.reuse_steps)
-    outcome = await _for_jobs(
-        request, found, command, TERMINAL_STATUSES if body.only == "all" else {body.only}, once=once
-    )
-    return _answer(found.batch_id, found.known, outcome)
+    statuses: Collection[JobStatus] = TERMINAL_STATUSES if body.only == "all" else {body.only}
+    return await _execute_for_jobs(request, content, command, statuses)
 
 
+@Operation(summary="Archive a batch and its jobs", response=BulkActionResponse, body=ReasonBody, is_body_optional=True)
 async def archive_batch(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/archive"""
     body, content = await read_optional_json_body(request, ReasonBody)
-    return await _set_archived(request, content, Archive(get_actor(request), body.reason))
+    return await _execute_once(request, content, command := Archive(get_actor(request), body.reason), command)
 
 
+@Operation(
+    summary="Unarchive a batch and its jobs", response=BulkActionResponse, body=ReasonBody, is_body_optional=True
+)
 async def unarchive_batch(request: Request) -> Response:
     """POST /api/events/batches/{batch_id}/unarchive"""
     body, content = await read_optional_json_body(request, ReasonBody)
-    return await _set_archived(request, content, Unarchive(get_actor(request), body.reason))
+    return await _execute_once(request, content, command := Unarchive(get_actor(request), body.reason), command)
 
 
+@Operation(
+    summary="Change the access control of a batch and its jobs", response=BulkActionResponse, body=BatchUpdateBody
+)
 async def update_batch(request: Request) -> Response:
-    """PUT /api/events/batches/{batch_id}: who may see or change it and its jobs"""
+    """PUT /api/events/batches/{batch_id}"""
     body, _ = await read_json_body(request, BatchUpdateBody)
     access = AccessControl(**body.access_control.model_dump())
-    found = await _load_batch_state(request, AccessLevel.ADMIN)
-    asked = found.batch.spec
-    check_expanded_size(request, "access_control", access, len(asked.job_ids))
-    check_list_index_size(estimate_list_index_bytes(asked.user_id, access, asked.teams) * len(asked.job_ids))
-    handled = await _for_batch(request, found, ChangeAccess(get_actor(request), access))
-    outcome = await _for_jobs(
-        request, found, ChangeAccess(get_actor(request), access), _ALL_STATUSES, AccessLevel.ADMIN
-    )
-    return _answer(found.batch_id, handled.stream_state, outcome)
+    loaded = await _load_batch_state(request, AccessLevel.ADMIN)
+    spec = loaded.batch.spec
+    check_expanded_size(request, "access_control", access, len(spec.job_ids))
+    check_list_index_size(estimate_list_index_bytes(spec.user_id, access, spec.teams) * len(spec.job_ids))
+    command = ChangeAccess(get_actor(request), access)
+    state = await _handle(request, loaded, command)
+    result = await _apply_to_jobs(request, loaded, command, _ALL_STATUSES, AccessLevel.ADMIN)
+    return _build_response(loaded.batch_id, state, result)
 
 
+@Operation(summary="Delete a finished batch and its jobs", response=BulkActionResponse)
 async def delete_batch(request: Request) -> Response:
     """DELETE /api/events/batches/{batch_id}
 
-    Its jobs go first: whoever is interrupted may ask again, and no jobs are left that no batch leads to.
+    Its jobs are deleted first, so an interrupted request can be repeated and leaves no jobs without a batch.
     """
-    found, command = await _load_batch_state(request, AccessLevel.ADMIN), Delete(get_actor(request))
-    rules.decide(command, found.batch)  # a batch at work is refused before any of its jobs is touched
-    outcome = await _for_jobs(request, found, command, _ALL_STATUSES, AccessLevel.ADMIN)
-    if outcome.rejections:
-        message = "Not every job could be deleted, so the batch is still there: cancel it, and try again."
-        raise ApiError(409, "invalid_state", message, details=outcome.to_response())
-    handled = await _for_batch(request, found, command)
-    return _answer(found.batch_id, handled.stream_state, outcome)
+    loaded, command = await _load_batch_state(request, AccessLevel.ADMIN), Delete(get_actor(request))
+    decider.decide(command, loaded.batch)  # rejects an unfinished batch before any of its jobs is deleted
+    result = await _apply_to_jobs(request, loaded, command, _ALL_STATUSES, AccessLevel.ADMIN)
+    if result.rejections:
+        message = "Not all jobs could be deleted, so the batch was kept. Cancel the batch and delete it again."
+        raise ApiError(409, "invalid_state", message, details=result.to_response())
+    state = await _handle(request, loaded, command)
+    return _build_response(loaded.batch_id, state, result)
 
 
 @dataclass(frozen=True, slots=True)
 class _LoadedBatch:
-    """A batch as the log has it now."""
+    """The batch in the path, as the log has it, and the check that each command must pass."""
 
     batch_id: str
-    known: StreamState
+    stream_state: StreamState
     batch: Batch
     events: list[RecordedEvent]
     check: Callable[[StreamState], None]
 
 
 async def _load_batch_state(request: Request, right: AccessLevel = AccessLevel.WRITE) -> _LoadedBatch:
-    batch_id = request.path_params["batch_id"]
-    events = await get_api_context(request).event_store.read_stream(batch_id) if batch_id.startswith("batch-") else []
-    known = StreamState().apply(events)
-    check = require_if_match(request, require_right(request, right, not_found_error=batch_not_found_error(batch_id)))
-    check(known)
-    assert isinstance(known.state, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
-    return _LoadedBatch(batch_id, known, known.state, events, check)
+    """Load the batch in the path, and check the caller's access and If-Match.
+
+    Raises:
+        ApiError: 401, 403, 404, 412.
+    """
+    batch_id = BATCH.id_in_path(request)
+    events = await load_events(request, BATCH, batch_id)
+    state = StreamState().apply(events)
+    check = require_if_match(request, require_right(request, right, not_found_error=BATCH.not_found_error(batch_id)))
+    check(state)
+    assert isinstance(state.state, Batch)  # noqa: S101 - narrows the type; a batch's stream has a batch's state
+    return _LoadedBatch(batch_id, state, state.state, events, check)
 
 
-async def _switch(request: Request, content: Any, command: PauseBatch | ResumeBatch) -> Response:
-    found = await _load_batch_state(request)
-    known = await _once_for_batch(request, found, command, IdempotencyKey.from_request(request, content))
-    return _answer(found.batch_id, known)
+async def _execute_once(
+    request: Request, content: Any, command: BatchCommand, job_command: JobCommand | None = None
+) -> Response:
+    """Handle a command of the batch, unless the same request has done it before, then `job_command` for each job."""
+    loaded, idempotency_key = await _load_batch_state(request), IdempotencyKey.from_request(request, content)
+    if idempotency_key is not None and idempotency_key.find_in(loaded.events) is not None:
+        state = loaded.stream_state
+    else:
+        state = await _handle(request, loaded, command, idempotency_key)
+    if job_command is None:
+        return _build_response(loaded.batch_id, state)
+    result = await _apply_to_jobs(request, loaded, job_command, _ALL_STATUSES, idempotency_key=idempotency_key)
+    return _build_response(loaded.batch_id, state, result)
 
 
-async def _set_archived(request: Request, content: Any, command: Archive | Unarchive) -> Response:
-    found, once = await _load_batch_state(request), IdempotencyKey.from_request(request, content)
-    known = await _once_for_batch(request, found, command, once)
-    outcome = await _for_jobs(request, found, command, _ALL_STATUSES, once=once)
-    return _answer(found.batch_id, known, outcome)
+async def _execute_for_jobs(
+    request: Request, content: Any, command: JobCommand, statuses: Collection[JobStatus]
+) -> Response:
+    """Handle a command for each job of the batch that has one of the statuses."""
+    idempotency_key = IdempotencyKey.from_request(request, content)
+    loaded = await _load_batch_state(request)
+    result = await _apply_to_jobs(request, loaded, command, statuses, idempotency_key=idempotency_key)
+    return _build_response(loaded.batch_id, loaded.stream_state, result)
 
 
-async def _once_for_batch(
-    request: Request, found: _LoadedBatch, command: BatchCommand, once: IdempotencyKey | None
+async def _handle(
+    request: Request, loaded: _LoadedBatch, command: BatchCommand, idempotency_key: IdempotencyKey | None = None
 ) -> StreamState:
-    """Have a command decided, unless the same request has done it before; return what is known of the batch."""
-    if once is not None and once.find_in(found.events) is not None:
-        return found.known
-    return (await _for_batch(request, found, command, once)).stream_state
-
-
-async def _for_batch(
-    request: Request, found: _LoadedBatch, command: BatchCommand, once: IdempotencyKey | None = None
-) -> CommandResult:
-    meta = EventMetadata(get_actor(request), found.batch_id, request_fingerprint=get_request_marker(once))
-    return await handle_command(
+    """Handle a command of the batch itself. Return the state after it."""
+    result = await handle_command(
         get_api_context(request).event_store,
-        found.batch_id,
+        loaded.batch_id,
         command,
-        meta=meta,
-        stream_state=found.known,
-        check=found.check,
+        meta=_build_metadata(request, loaded, idempotency_key),
+        stream_state=loaded.stream_state,
+        check=loaded.check,
     )
+    return result.stream_state
 
 
-async def _for_jobs(
+async def _apply_to_jobs(
     request: Request,
-    found: _LoadedBatch,
+    loaded: _LoadedBatch,
     command: JobCommand,
     statuses: Collection[JobStatus],
     right: AccessLevel = AccessLevel.WRITE,
-    once: IdempotencyKey | None = None,
+    idempotency_key: IdempotencyKey | None = None,
 ) -> bulk_commands.BulkResult:
-    meta = EventMetadata(get_actor(request), found.batch_id, request_fingerprint=get_request_marker(once))
-    job_ids = found.batch.spec.job_ids
-    check = require_right(request, right, not_found_error=ApiError(404, "job_not_found", "There is no such job."))
+    not_found = ApiError(404, "job_not_found", "Job not found.")
     return await bulk_commands.apply_to_jobs(
         get_api_context(request).event_store,
-        job_ids,
+        loaded.batch.spec.job_ids,
         command,
-        meta=meta,
+        meta=_build_metadata(request, loaded, idempotency_key),
         statuses=statuses,
-        check=check,
-        idempotency_key=once,
+        check=require_right(request, right, not_found_error=not_found),
+        idempotency_key=idempotency_key,
     )
 
 
-def _answer(batch_id: str, known: StreamState, outcome: bulk_commands.BulkResult | None = None) -> Response:
-    """Say what was done, and the position at which the views show all of it."""
-    content = {"status": "success", "batch_id": batch_id, "batch": _shown_state(batch_id, known)}
-    position = known.head.position
-    if outcome is not None:
-        content |= outcome.to_response()
-        position = max(position, outcome.position)
+def _build_metadata(request: Request, loaded: _LoadedBatch, idempotency_key: IdempotencyKey | None) -> EventMetadata:
+    return EventMetadata(get_actor(request), loaded.batch_id, request_fingerprint=get_request_marker(idempotency_key))
+
+
+def _build_response(batch_id: str, current: StreamState, result: bulk_commands.BulkResult | None = None) -> Response:
+    """Return the batch, what was done to its jobs, and the position at which the views show all of it."""
+    content = {"status": "success", "batch_id": batch_id, "batch": _render_state(batch_id, current)}
+    position = current.head.position
+    if result is not None:
+        content |= result.to_response()
+        position = max(position, result.position)
     return json_response(content, headers={"Ledger-Position": str(position)})
 
 
-def _shown_state(batch_id: str, known: StreamState) -> Document | None:
-    """Return what the batch's own events say. The counts of its jobs are for the views, which come later."""
-    batch = known.state
+def _render_state(batch_id: str, current: StreamState) -> Document | None:
+    """Return the batch according to its own events. The job counts come from the views, which are behind the log."""
+    batch = current.state
     if not isinstance(batch, Batch) or batch.deleted:
         return None
     return {
@@ -223,6 +250,6 @@ def _shown_state(batch_id: str, known: StreamState) -> Document | None:
         "status": batch.status,
         "paused": batch.paused,
         "archived": batch.archived,
-        "version": known.head.version,
-        "position": known.head.position,
+        "version": current.head.version,
+        "position": current.head.position,
     }

@@ -1,4 +1,4 @@
-"""api: the OpenAPI document, the same as a page to read, which needs no script, and where to begin."""
+"""The OpenAPI document, the same as an HTML page without scripts, and the index of the service."""
 
 from __future__ import annotations
 
@@ -19,46 +19,52 @@ from starlette.responses import Response
 from jobledger.api.context import get_api_context
 from jobledger.api.http.conditional import Conditional, compute_etag
 from jobledger.api.http.errors import json_response
+from jobledger.api.openapi.operation import Operation
+from jobledger.api.schemas.common import IndexResponse
 
 _METHODS: Final = ("get", "post", "put", "delete")
 
 
 class Docs:
-    """The document as it is sent, as JSON and as a page. Each is made when it is first asked for: it takes a moment."""
+    """The OpenAPI document as JSON and as a page. Each is built at the first request, because this takes a moment."""
 
-    def __init__(self, describe: Callable[[], Mapping[str, Any]]) -> None:
-        self._describe = describe
+    def __init__(self, build_document: Callable[[], Mapping[str, Any]]) -> None:
+        self._build_document = build_document
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
-        """What the interface is."""
-        return self._describe()
+        """The OpenAPI document."""
+        return self._build_document()
 
     @cached_property
-    def json(self) -> _Content:
-        """It, for programs."""
-        return _Content(orjson.dumps(self.document), "application/json", {})
+    def json(self) -> _StaticContent:
+        """The document as JSON."""
+        return _StaticContent(orjson.dumps(self.document), "application/json", {})
 
     @cached_property
-    def page(self) -> _Content:
-        """It, for people."""
-        text = _page_of(self.document)
+    def page(self) -> _StaticContent:
+        """The document as an HTML page."""
+        text = _render_page(self.document)
         style = text.partition("<style>")[2].partition("</style>")[0]
         policy = f"default-src 'none'; style-src 'sha256-{_base64_digest(style)}'; base-uri 'none'; form-action 'none'"
-        return _Content(text.encode(), "text/html", {"Content-Security-Policy": policy})
+        return _StaticContent(text.encode(), "text/html", {"Content-Security-Policy": policy})
 
 
-class _Content:
+class _StaticContent:
+    """Content that does not change while the process runs."""
+
     def __init__(self, body: bytes, media_type: str, headers: Mapping[str, str]) -> None:
         self._body = body
         self._media_type = media_type
         self._headers = {**headers, "Cache-Control": "no-cache"}
         self._etag = compute_etag(body, media_type, *headers.values())
 
-    def answer(self, request: Request) -> Response:
+    def build_response(self, request: Request) -> Response:
+        """Return the content, or 304 if the client has it."""
         return Conditional(request.headers, self._etag).respond(self._body, self._media_type, self._headers)
 
 
+@Operation(summary="List the URLs of the service", response=IndexResponse)
 async def get_index(request: Request) -> Response:
     """GET /"""
     prefix = get_api_context(request).signed_links.path_prefix
@@ -77,23 +83,39 @@ async def get_index(request: Request) -> Response:
     )
 
 
+@Operation(
+    summary="Read this OpenAPI document",
+    response="application/json",
+    extra_statuses=(304,),
+    error_codes=("precondition_failed",),
+    request_headers=("If-Match", "If-None-Match"),
+    response_headers=("ETag",),
+)
 async def get_openapi_document(request: Request) -> Response:
     """GET /api/openapi.json"""
-    made: Docs = request.app.state.docs
-    return (await asyncio.to_thread(lambda: made.json)).answer(request)
+    docs: Docs = request.app.state.docs
+    return (await asyncio.to_thread(lambda: docs.json)).build_response(request)
 
 
+@Operation(
+    summary="Read this document as an HTML page",
+    response="text/html",
+    extra_statuses=(304,),
+    error_codes=("precondition_failed",),
+    request_headers=("If-Match", "If-None-Match"),
+    response_headers=("ETag",),
+)
 async def get_docs_page(request: Request) -> Response:
     """GET /api/docs"""
-    made: Docs = request.app.state.docs
-    return (await asyncio.to_thread(lambda: made.page)).answer(request)
+    docs: Docs = request.app.state.docs
+    return (await asyncio.to_thread(lambda: docs.page)).build_response(request)
 
 
 def _base64_digest(text: str) -> str:
     return b64encode(sha256(text.encode()).digest()).decode()
 
 
-def _page_of(document: Mapping[str, Any]) -> str:
+def _render_page(document: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("jobledger.api", "templates"),
         autoescape=True,
@@ -101,18 +123,18 @@ def _page_of(document: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    marked = MarkdownIt("commonmark", {"html": False})
+    markdown = MarkdownIt("commonmark", {"html": False})
     environment.filters |= {
-        "markdown": lambda text: Markup(marked.render(text)),  # noqa: S704 - HTML in the text is escaped
-        "inline": lambda text: Markup(marked.renderInline(text)),  # noqa: S704 - as above
-        "pretty": lambda content: orjson.dumps(content, option=orjson.OPT_INDENT_2).decode(),
-        "kind": describe_type,
+        "markdown": lambda text: Markup(markdown.render(text)),  # noqa: S704 - HTML in the text is escaped
+        "inline": lambda text: Markup(markdown.renderInline(text)),  # noqa: S704 - as above
+        "format_json": lambda content: orjson.dumps(content, option=orjson.OPT_INDENT_2).decode(),
+        "describe_type": describe_type,
     }
-    return environment.get_template("docs.html.j2").render(document=document, groups=_groups(document))
+    return environment.get_template("docs.html.j2").render(document=document, groups=_group_operations(document))
 
 
-def _groups(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the operations by their tags, in the document's order."""
+def _group_operations(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the operations by tag, in the order of the document."""
     groups: dict[str, list[dict[str, Any]]] = {tag["name"]: [] for tag in document["tags"]}
     for path, item in document["paths"].items():
         for method in _METHODS:
@@ -122,30 +144,30 @@ def _groups(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def describe_type(schema: Mapping[str, Any]) -> str:
-    """Return in a few words what fits a schema; components by their names."""
+    """Return a short text for a schema. References are shown as the names of their components."""
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
     if "const" in schema:
         return f'"{schema["const"]}"'
     if "enum" in schema:
         return " | ".join(f'"{value}"' for value in schema["enum"])
-    for several in ("anyOf", "oneOf"):
-        if several in schema:
-            return " | ".join(describe_type(one) for one in schema[several])
-    named = str(schema.get("type", "any"))
-    if named == "array":
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            return " | ".join(describe_type(choice) for choice in schema[keyword])
+    name = str(schema.get("type", "any"))
+    if name == "array":
         return f"[{describe_type(schema.get('items', {}))}]"
-    if named == "object" and isinstance(schema.get("additionalProperties"), dict):
+    if name == "object" and isinstance(schema.get("additionalProperties"), dict):
         return f"{{name: {describe_type(schema['additionalProperties'])}}}"
-    return f"{named}{_bounds(schema)}"
+    return f"{name}{_format_bounds(schema)}"
 
 
-def _bounds(schema: Mapping[str, Any]) -> str:
-    least = schema.get("minimum", schema.get("minLength"))
-    most = schema.get("maximum", schema.get("maxLength"))
+def _format_bounds(schema: Mapping[str, Any]) -> str:
+    minimum = schema.get("minimum", schema.get("minLength"))
+    maximum = schema.get("maximum", schema.get("maxLength"))
     parts = [str(schema["format"])] if "format" in schema else []
     if "exclusiveMinimum" in schema:
         parts.append(f"> {schema['exclusiveMinimum']}")
-    if least is not None or most is not None:
-        parts.append(f"{'' if least is None else least} … {'' if most is None else most}".strip())
+    if minimum is not None or maximum is not None:
+        parts.append(f"{'' if minimum is None else minimum} … {'' if maximum is None else maximum}".strip())
     return f" ({', '.join(parts)})" if parts else ""

@@ -1,15 +1,16 @@
-"""api: the numbers for Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/).
+"""Metrics for Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/).
 
-They are put together for each request, from counters that are there anyway: nothing is kept for them but how often this
-process has answered how. What is true of the whole ledger is the same from every process; `process_…`,
-`jobledger_live_streams` and `jobledger_http_responses_total` are this process's own.
+Each request builds them from counters that exist anyway. Only the counts of this process's responses are kept for them.
+Metrics of the whole ledger are the same in every process. `process_…`, `jobledger_live_streams` and
+`jobledger_http_responses_total` are of this process.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any, Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -18,18 +19,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jobledger.api.auth.permissions import require_monitor_role
 from jobledger.api.context import ApiContext, get_api_context
-from jobledger.api.routes.monitoring import list_live_workers, require_monitor_role
+from jobledger.api.openapi.operation import Operation
+from jobledger.api.worker_status import list_live_workers
 from jobledger.ledger.store.change_stream import ChangeStream
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import jobs as view
 from jobledger.projections.views import projection_errors, queue, statistics
 
 ResponseCounts = Counter[int]
-"""How many answers of this process had which HTTP status."""
-
-
-_OUTCOMES: Final = {
+"""How many responses of this process had which HTTP status."""
+_EVENT_OF_OUTCOME: Final = {
     "completed": "JobCompleted",
     "failed": "JobFailed",
     "retried": "JobAttemptFailed",
@@ -41,153 +42,167 @@ _OUTCOMES: Final = {
 
 
 class ResponseCounterMiddleware:
-    """Middleware: counts the answers."""
+    """Count responses by status."""
 
     def __init__(self, app: ASGIApp, counts: ResponseCounts) -> None:
         self._app = app
-        self._counted = counts
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counting(message: Message) -> None:
+        async def count_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._counted[message["status"]] += 1
+                self._counts[message["status"]] += 1
             await send(message)
 
-        await self._app(scope, receive, counting)
+        await self._app(scope, receive, count_and_send)
 
 
+@Operation(summary="Read metrics for Prometheus", response="text/plain", error_codes=("forbidden",))
 async def get_metrics(request: Request) -> Response:
     """GET /metrics"""
     require_monitor_role(request)
-    known = get_api_context(request)
+    ctx = get_api_context(request)
     registry = CollectorRegistry()
-    found = [*await _of_the_ledger(known), *_of_this_process(known, request.app.state.response_counts)]
-    registry.register(CallbackCollector(lambda: found))
+    metrics = [*await _collect_ledger_metrics(ctx), *_collect_api_metrics(ctx, request.app.state.response_counts)]
+    registry.register(CallbackCollector(lambda: metrics))
     ProcessCollector(registry=registry)
     return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 class CallbackCollector(Collector):
-    """What was put together, or is when it is asked for."""
+    """A collector that returns the metrics of a function."""
 
     def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
         self._collect = collect
 
     def collect(self) -> Iterable[Metric]:
-        """Return the numbers as they are now."""
+        """Return the current metrics."""
         return self._collect()
 
 
-async def _of_the_ledger(known: ApiContext) -> list[Metric]:
-    now = known.event_store.clock.estimate()
-    counted = await statistics.load_statistics(known.views, now)
-    events, took = await statistics.load_event_and_duration_counts(known.views)
-    workers = await list_live_workers(known.db, known.views)
-    head, views = await known.event_store.head_position(), known.checkpoint.position
-    classes, seconds = statistics.duration_histogram(took)
-    oldest = await view.oldest_pending_created_at(known.views)
-    unfolded = await known.event_store.read(after=views, limit=1) if views < head else []
+async def _collect_ledger_metrics(ctx: ApiContext) -> list[Metric]:
+    """Return the metrics of the whole ledger."""
+    now = ctx.event_store.clock.estimate()
+    stats = await statistics.load_statistics(ctx.views, now)
+    events, duration_counts = await statistics.load_event_and_duration_counts(ctx.views)
+    workers = await list_live_workers(ctx.db, ctx.views)
+    buckets, total_seconds = statistics.duration_histogram(duration_counts)
 
-    jobs = GaugeMetricFamily("jobledger_jobs", "Jobs in the views, by status.", labels=["status"])
-    for status, number in counted["jobs"].items():
-        if status != "total":
-            jobs.add_metric([status], number)
-    happened = CounterMetricFamily("jobledger_events", "Events that have happened, by type.", labels=["type"])
-    for name, number in sorted(events.items()):
-        happened.add_metric([name], number)
-    webhooks = GaugeMetricFamily("jobledger_webhook_deliveries", "Webhooks, by status.", labels=["status"])
-    for status, number in counted["webhooks"].items():
-        if status != "total":
-            webhooks.add_metric([status], number)
-    durations = HistogramMetricFamily("jobledger_job_duration_seconds", "From the first claim to completion.")
-    durations.add_metric([], [(_bound(bound), number) for bound, number in classes], seconds)
-    attempts = CounterMetricFamily("jobledger_job_attempts", "Attempts that have ended, by how.", labels=["outcome"])
-    for outcome, name in _OUTCOMES.items():
-        attempts.add_metric([outcome], events.get(name, 0))
+    durations = HistogramMetricFamily("jobledger_job_duration_seconds", "Time from the first claim to completion.")
+    durations.add_metric([], [(_format_bound(bound), count) for bound, count in buckets], total_seconds)
     healthy = GaugeMetricFamily(
         "jobledger_worker_healthy",
-        "1 if a living worker claims jobs, 0 if its machine has trouble.",
+        "1 if a live worker claims jobs, 0 if its machine has a problem.",
         labels=["worker_id"],
     )
     for worker in workers:
         healthy.add_metric([worker["worker_id"]], 0 if worker["problem"] else 1)
+    attempts = CounterMetricFamily("jobledger_job_attempts", "Finished attempts, by outcome.", labels=["outcome"])
+    for outcome, event_type in _EVENT_OF_OUTCOME.items():
+        attempts.add_metric([outcome], events.get(event_type, 0))
+    recorded = CounterMetricFamily("jobledger_events", "Recorded events, by type.", labels=["type"])
+    for event_type, count in sorted(events.items()):
+        recorded.add_metric([event_type], count)
     return [
         attempts,
         healthy,
-        jobs,
-        webhooks,
-        happened,
+        _gauge_by_status("jobledger_jobs", "Jobs in the views, by status.", stats["jobs"]),
+        _gauge_by_status("jobledger_webhook_deliveries", "Webhook deliveries, by status.", stats["webhooks"]),
+        recorded,
         durations,
-        *(
-            GaugeMetricFamily(f"jobledger_{name}", about, number)
-            for name, about, number in (
-                ("batches", "Batches in the views.", counted["batches"]["total"]),
-                ("batches_active", "Batches that have not ended.", counted["batches"]["active"]),
-                (
-                    "queue_jobs",
-                    "Jobs that wait to be claimed, due or not.",
-                    await queue.estimate_depth(known.views),
-                ),
-                ("log_head_position", "The newest position in the log.", head),
-                ("projection_position", "The position that the views have reached.", views),
-                ("projection_lag_events", "How many positions the views are behind.", max(0, head - views)),
-                (
-                    "projection_lag_seconds",
-                    "How old the oldest event is that the views do not contain yet.",
-                    max(0.0, (now - unfolded[0].time).total_seconds()) if unfolded else 0.0,
-                ),
-                (
-                    "projection_errors",
-                    "Documents of the views that do not show what the log says.",
-                    await projection_errors.count(known.views),
-                ),
-                (
-                    "queue_oldest_job_age_seconds",
-                    "How long ago the oldest of the waiting jobs was submitted.",
-                    max(0.0, (now - oldest).total_seconds()) if oldest else 0.0,
-                ),
-                ("workers_alive", "Workers that hold a lease.", len(workers)),
-                ("worker_slots", "Jobs that they may run at a time.", sum(it["slots"] for it in workers)),
-                ("worker_slots_busy", "Jobs that they do run.", sum(it["busy_slots"] for it in workers)),
-            )
+        GaugeMetricFamily("jobledger_batches", "Batches in the views.", stats["batches"]["total"]),
+        GaugeMetricFamily("jobledger_batches_active", "Batches with unfinished jobs.", stats["batches"]["active"]),
+        *await _collect_queue_metrics(ctx, now),
+        *await _collect_projection_metrics(ctx, now),
+        GaugeMetricFamily("jobledger_workers_alive", "Workers that hold a lease.", len(workers)),
+        GaugeMetricFamily(
+            "jobledger_worker_slots",
+            "Jobs that the live workers can run at a time.",
+            sum(worker["slots"] for worker in workers),
+        ),
+        GaugeMetricFamily(
+            "jobledger_worker_slots_busy",
+            "Jobs that the live workers run.",
+            sum(worker["busy_slots"] for worker in workers),
         ),
     ]
 
 
-def _bound(seconds: float) -> str:
-    return "+Inf" if seconds == float("inf") else str(seconds)
+def _gauge_by_status(name: str, documentation: str, counts: Mapping[str, Any]) -> Metric:
+    gauge = GaugeMetricFamily(name, documentation, labels=["status"])
+    for status, count in counts.items():
+        if status != "total":
+            gauge.add_metric([status], count)
+    return gauge
 
 
-def _of_this_process(known: ApiContext, responses: ResponseCounts) -> list[Metric]:
-    answered = CounterMetricFamily("jobledger_http_responses", "Answers of this process.", labels=["status"])
-    for status, number in sorted(responses.items()):
-        answered.add_metric([str(status)], number)
+async def _collect_queue_metrics(ctx: ApiContext, now: datetime) -> list[Metric]:
+    oldest = await view.oldest_pending_created_at(ctx.views)
     return [
-        answered,
-        GaugeMetricFamily("jobledger_live_streams", "Live streams that are open here.", len(known.live_streams)),
-        *collect_process_metrics(known.event_store, known.change_stream),
-        _damaged_files(known),
+        GaugeMetricFamily(
+            "jobledger_queue_jobs", "Jobs that wait to be claimed, due or not.", await queue.estimate_depth(ctx.views)
+        ),
+        GaugeMetricFamily(
+            "jobledger_queue_oldest_job_age_seconds",
+            "Time since the submission of the oldest pending job.",
+            max(0.0, (now - oldest).total_seconds()) if oldest else 0.0,
+        ),
     ]
 
 
-def _damaged_files(known: ApiContext) -> Metric:
+async def _collect_projection_metrics(ctx: ApiContext, now: datetime) -> list[Metric]:
+    head, position = await ctx.event_store.head_position(), ctx.checkpoint.position
+    unprojected = await ctx.event_store.read(after=position, limit=1) if position < head else []
+    return [
+        GaugeMetricFamily("jobledger_log_head_position", "The newest position of the log.", head),
+        GaugeMetricFamily("jobledger_projection_position", "The position of the views.", position),
+        GaugeMetricFamily(
+            "jobledger_projection_lag_events", "Positions of the log after that of the views.", max(0, head - position)
+        ),
+        GaugeMetricFamily(
+            "jobledger_projection_lag_seconds",
+            "Age of the oldest event that the views do not contain.",
+            max(0.0, (now - unprojected[0].time).total_seconds()) if unprojected else 0.0,
+        ),
+        GaugeMetricFamily(
+            "jobledger_projection_errors",
+            "Documents of the views that differ from the log.",
+            await projection_errors.count(ctx.views),
+        ),
+    ]
+
+
+def _format_bound(seconds: float) -> str:
+    return "+Inf" if seconds == float("inf") else str(seconds)
+
+
+def _collect_api_metrics(ctx: ApiContext, responses: ResponseCounts) -> list[Metric]:
+    """Return the metrics of this process as an API server."""
+    by_status = CounterMetricFamily("jobledger_http_responses", "Responses of this process.", labels=["status"])
+    for status, count in sorted(responses.items()):
+        by_status.add_metric([str(status)], count)
     damaged = CounterMetricFamily(
-        "jobledger_damaged_result_files", "Result files this process opened and found to be changed in the store."
+        "jobledger_damaged_result_files", "Result files that this process opened and found changed in the store."
     )
-    damaged.add_metric([], known.file_store.integrity.damaged_count)
-    return damaged
+    damaged.add_metric([], ctx.file_store.integrity.damaged_count)
+    return [
+        by_status,
+        GaugeMetricFamily("jobledger_live_streams", "Open live streams of this process.", len(ctx.live_streams)),
+        *collect_process_metrics(ctx.event_store, ctx.change_stream),
+        damaged,
+    ]
 
 
-def collect_process_metrics(log: EventStore, changes: ChangeStream) -> list[Metric]:
-    """Return what every process knows of itself, whatever its roles are."""
-    appends = HistogramMetricFamily("jobledger_append_duration_seconds", "How long appends of this process took.")
+def collect_process_metrics(event_store: EventStore, change_stream: ChangeStream) -> list[Metric]:
+    """Return the metrics that every process has, whatever its roles are."""
+    appends = HistogramMetricFamily("jobledger_append_duration_seconds", "Duration of this process's appends.")
     appends.add_metric(
         [],
-        [(_bound(bound), number) for bound, number in log.append_durations.cumulative_counts()],
-        log.append_durations.total_seconds,
+        [(_format_bound(bound), count) for bound, count in event_store.append_durations.cumulative_counts()],
+        event_store.append_durations.total_seconds,
     )
     restarts = CounterMetricFamily(
-        "jobledger_change_stream_restarts", "How often this process had to open its change stream again."
+        "jobledger_change_stream_restarts", "How often this process had to reopen its change stream."
     )
-    restarts.add_metric([], changes.restart_count)
+    restarts.add_metric([], change_stream.restart_count)
     return [appends, restarts]

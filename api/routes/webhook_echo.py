@@ -1,5 +1,4 @@
-"""api: a receiver of webhooks for trying them out, if `webhooks.echo_enabled` is on. It keeps what it was sent for a
-day."""
+"""An endpoint for trying out webhooks. It stores what it receives for a day (`webhooks.echo_enabled`)."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from bson import ObjectId
-from pydantic import BaseModel, ConfigDict, Field
 from pymongo import ASCENDING, IndexModel
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,33 +14,39 @@ from jobledger.api.auth.permissions import get_principal, require_user_id
 from jobledger.api.context import get_api_context, parse_query
 from jobledger.api.http.bodies import read_body_bytes
 from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.openapi.operation import Operation
+from jobledger.api.schemas.webhooks import AnyQuery, WebhookEchoListResponse, WebhookEchoQuery, WebhookEchoResponse
 from jobledger.ledger.mongo.connection import Database, Document, translate_errors
 
 COLLECTION: Final = "webhook_echo"
 RETENTION: Final = timedelta(days=1)
 MAX_BODY_BYTES: Final = 1024 * 1024
-_MOST_SHOWN: Final = 100
 _SECRET_HEADERS: Final = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
-class WebhookEchoQuery(BaseModel):
-    """How much of what was received is shown, the newest first."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    limit: int = Field(20, ge=1, le=_MOST_SHOWN)
-
-
 async def create_indexes(db: Database) -> None:
-    """Have what was received removed after a day."""
-    with translate_errors("preparing the sink for webhooks"):
+    """Create the index that deletes stored webhooks after a day."""
+    with translate_errors("creating the index of the webhook echo"):
         seconds = int(RETENTION.total_seconds())
         await db[COLLECTION].create_indexes([IndexModel([("received_at", ASCENDING)], expireAfterSeconds=seconds)])
 
 
+@Operation(
+    summary="Receive a webhook for a test, if `webhooks.echo_enabled` is on",
+    response=WebhookEchoResponse,
+    query=AnyQuery,
+    appends_events=False,
+    error_codes=(
+        "not_found",
+        "content_too_large",
+        "incomplete_body",
+        "unsupported_content_encoding",
+        "server_busy",
+    ),
+)
 async def receive_webhook_echo(request: Request) -> Response:
     """POST /api/events/test-webhook-callback"""
-    _has_to_be_on(request)
+    _check_enabled(request)
     user_id = require_user_id(request)
     received = {
         "_id": str(ObjectId()),
@@ -53,25 +57,32 @@ async def receive_webhook_echo(request: Request) -> Response:
         },
         "body": (await read_body_bytes(request, MAX_BODY_BYTES)).decode(errors="replace"),
     }
-    with translate_errors("keeping a webhook that was received"):
+    with translate_errors("storing a received webhook"):
         await get_api_context(request).db[COLLECTION].insert_one(received)
-    return json_response({"status": "success", "received": _shown(received)})
+    return json_response({"status": "success", "received": _render(received)})
 
 
+@Operation(
+    summary="List the webhooks that the test endpoint received",
+    response=WebhookEchoListResponse,
+    query=WebhookEchoQuery,
+    error_codes=("not_found",),
+)
 async def list_webhook_echoes(request: Request) -> Response:
     """GET /api/events/test-webhook-callback"""
-    _has_to_be_on(request)
-    asked, principal = parse_query(request, WebhookEchoQuery), get_principal(request)
-    mine: Document = {} if principal.is_admin else {"user_id": require_user_id(request)}
-    with translate_errors("reading the webhooks that were received"):
-        found = get_api_context(request).db[COLLECTION].find(mine, sort=[("received_at", -1)], limit=asked.limit)
-        return json_response({"status": "success", "received": [_shown(it) async for it in found]})
+    _check_enabled(request)
+    query, principal = parse_query(request, WebhookEchoQuery), get_principal(request)
+    db_query: Document = {} if principal.is_admin else {"user_id": require_user_id(request)}
+    with translate_errors("reading received webhooks"):
+        cursor = get_api_context(request).db[COLLECTION].find(db_query, sort=[("received_at", -1)], limit=query.limit)
+        return json_response({"status": "success", "received": [_render(webhook) async for webhook in cursor]})
 
 
-def _shown(received: Document) -> dict[str, Any]:
+def _render(received: Document) -> dict[str, Any]:
     return {("id" if name == "_id" else name): value for name, value in received.items()}
 
 
-def _has_to_be_on(request: Request) -> None:
+def _check_enabled(request: Request) -> None:
     if not get_api_context(request).webhook_options.echo_enabled:
-        raise ApiError(404, "not_found", "The sink is off; `webhooks.echo_enabled: true` in config.yaml turns it on.")
+        message = "The webhook echo is disabled. Set `webhooks.echo_enabled: true` in config.yaml to enable it."
+        raise ApiError(404, "not_found", message)

@@ -14,7 +14,8 @@ from jobledger.api.context import ApiContext, get_api_context
 from jobledger.api.http.bodies import run_off_loop
 from jobledger.api.http.errors import ApiError, format_location
 from jobledger.api.http.validation import validate_content
-from jobledger.api.schemas.requests import JobBody, WebhookBody
+from jobledger.api.schemas.jobs import JobBody
+from jobledger.api.schemas.webhooks import WebhookBody
 from jobledger.api.submission.parameters import ParameterCheck
 from jobledger.ledger.domain.events import AccessControl, BatchSubmitted, JobSubmitted, Webhook
 from jobledger.ledger.mongo.connection import translate_errors

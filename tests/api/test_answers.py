@@ -1,4 +1,4 @@
-"""Real answers are what the models of api/schemas/responses.py, and so the OpenAPI document, say: no field more or
+"""Real answers are what the models of api/schemas, and so the OpenAPI document, say: no field more or
 less."""
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import pytest
 from pydantic import BaseModel
 
 from jobledger.api.app import ROUTES
-from jobledger.api.openapi.operations import OPERATIONS
-from jobledger.api.schemas import responses
+from jobledger.api.openapi.operation import OPERATIONS
+from jobledger.api.schemas.common import ErrorResponse, FieldError
+from jobledger.api.schemas.log import EventResource
 from tests.api.conftest import Api
 
 JOBS, BATCHES = "/api/events/jobs", "/api/events/batches"
@@ -94,13 +95,13 @@ async def test_the_live_stream_sends_events_as_described(api_without_worker: Api
     await api_without_worker.submit()
     [event] = await api_without_worker.take_events(1, after=0)
     event.pop("sse_id")
-    responses.EventResource.model_validate(event, extra="forbid")
+    EventResource.model_validate(event, extra="forbid")
 
 
 @pytest.mark.parametrize("path", [f"{JOBS}/job-none", f"{JOBS}?limit=x", "/nowhere", f"{JOBS}/job-none/cancel"])
 async def test_failures(api_without_worker: Api, path: str) -> None:
     answer = await api_without_worker.get(path)
-    error = responses.ErrorResponse.model_validate_json(answer.content, extra="forbid", strict=True)
+    error = ErrorResponse.model_validate_json(answer.content, extra="forbid", strict=True)
     for problem in error.details.get("errors", ()):
-        responses.FieldError.model_validate(problem, extra="forbid")
+        FieldError.model_validate(problem, extra="forbid")
     assert re.fullmatch(r"[a-z_]+", error.code)

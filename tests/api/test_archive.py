@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.api.routes.archives import _key, _Names, sanitize_path
+from jobledger.api.routes.archives import _comparison_key, _EntryNames, sanitize_path
 from jobledger.ledger.domain.events import (
     AccessControl,
     BatchSubmitted,
@@ -307,17 +307,17 @@ PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=4).map("/".join), max_size
 
 @given(PATHS)
 def test_archive_names_of_any_paths_are_never_in_each_others_way(paths: list[str]) -> None:
-    names = _Names()
+    names = _EntryNames()
     found = [names.add(sanitize_path(path)) for path in paths]
-    files = [_key(name) for name in found]
-    directories = {_key(str(parent)) for name in found for parent in PurePosixPath(name).parents}
+    files = [_comparison_key(name) for name in found]
+    directories = {_comparison_key(str(parent)) for name in found for parent in PurePosixPath(name).parents}
     assert len(set(files)) == len(files), found
     assert not directories & set(files), found
 
 
 @given(st.lists(st.sampled_from(["a/talk.md", "a/b/slide.jpg", "c.md", "a/c.md"]), unique=True))
 def test_archive_names_of_paths_that_fit_together_are_the_paths(paths: list[str]) -> None:
-    names = _Names()
+    names = _EntryNames()
     assert [names.add(path) for path in paths] == paths
 
 

@@ -33,10 +33,12 @@ class Overtaken(EventStore):
 
     overtaking: tuple[str, Command] | None = None
 
-    async def read_in_parts(
-        self, streams: Collection[str], *, without: Collection[str] = (), data: Document | None = None
+    async def iterate_stream_batches(
+        self, streams: Collection[str], *, exclude_types: Collection[str] = (), data_expression: Document | None = None
     ) -> AsyncGenerator[list[RecordedEvent], None]:
-        async for part in super().iterate_stream_batches(streams, exclude_types=without, data_expression=data):
+        async for part in super().iterate_stream_batches(
+            streams, exclude_types=exclude_types, data_expression=data_expression
+        ):
             if (overtaking := self.overtaking) is not None:
                 self.overtaking = None
                 await handle_command(self, *overtaking, meta=EVENT_METADATA)

@@ -23,12 +23,13 @@ from starlette.types import Message
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
+from jobledger.api.event_filter import EventFilter
 from jobledger.api.http.client_address import client_address, get_rate_limit_key
 from jobledger.api.http.limits import SIGN_IN_PATH, AuthFailureLimitMiddleware
 from jobledger.api.http.memory_budget import MemoryBudget
 from jobledger.api.http.options import HttpOptions
 from jobledger.api.http.sse import Throttle
-from jobledger.api.routes.log_stream import EventFilter, _blocks
+from jobledger.api.routes.log_stream import _generate_blocks
 from jobledger.cli.http_connection import ConnectionLimits, HttpConnection, SheddingSocket, protocol_class
 from jobledger.ledger.domain.errors import LedgerUnavailable
 from tests.api.conftest import Api, run_api
@@ -543,7 +544,7 @@ async def test_only_hidden_events_of_the_past_are_throttled() -> None:
         live_streams=SimpleNamespace(history_throttle=SimpleNamespace(wait=wait)),
     )
     admin: Any = SimpleNamespace(is_admin=True)
-    async for _ in _blocks(known, admin, EventFilter(frozenset({"JobDeleted"})), 0):
+    async for _ in _generate_blocks(known, admin, EventFilter(frozenset({"JobDeleted"})), 0):
         pass
     assert waited == [500]
 

@@ -23,8 +23,11 @@ from jobledger.api.auth.redaction import (
     pseudonymize_worker,
     redact_document,
 )
-from jobledger.api.schemas import responses, webhook_responses
-from jobledger.api.schemas.requests import BatchListQuery, DeliveryFilter, JobListQuery, PageQuery
+from jobledger.api.schemas.batches import BatchListQuery, BatchResource
+from jobledger.api.schemas.common import PageQuery
+from jobledger.api.schemas.jobs import JobListQuery, JobResource
+from jobledger.api.schemas.log import EventMetadataResource, HistoryResponse
+from jobledger.api.schemas.webhooks import DeliveryAttempt, DeliveryFilter, DeliveryResource, DeliveryResponse
 from jobledger.ledger.domain.access import AccessLevel, Principal
 from jobledger.ledger.domain.events import EVENT_TYPES, EventMetadata, JobLeaseExpired, JobReleased, RecordedEvent
 from jobledger.projections.views.job_log import log_lines_of_event
@@ -54,11 +57,11 @@ def test_every_field_of_every_event_has_a_rule() -> None:
 @pytest.mark.parametrize(
     ("rules", "model", "extra"),
     [
-        (JOB_RULES, responses.JobResource, {"paused"}),
-        (BATCH_RULES, responses.BatchResource, set()),
-        (DELIVERY_RULES, webhook_responses.DeliveryResource, set()),
-        (ATTEMPT_RULES, webhook_responses.DeliveryAttempt, set()),
-        (METADATA_RULES, responses.EventMetadataResource, {"request", "traceparent"}),
+        (JOB_RULES, JobResource, {"paused"}),
+        (BATCH_RULES, BatchResource, set()),
+        (DELIVERY_RULES, DeliveryResource, set()),
+        (ATTEMPT_RULES, DeliveryAttempt, set()),
+        (METADATA_RULES, EventMetadataResource, {"request", "traceparent"}),
     ],
 )
 def test_every_field_of_every_answer_has_a_rule(rules: dict[str, Any], model: Any, extra: set[str]) -> None:
@@ -191,18 +194,16 @@ async def test_nothing_of_the_owners_is_shown_to_others_at_any_door(api: Api, cm
 async def test_own_names_and_what_happened_are_shown_to_readers(api: Api, cms: WebhookEndpoint) -> None:
     what = await finished(api, cms)
     job = (await api.http.get(f"/api/events/jobs/{what['job']}", headers=VIEWERS["reader"])).json()["job"]
-    responses.JobResource.model_validate(job, extra="forbid")
+    JobResource.model_validate(job, extra="forbid")
     assert job["access_control"]["read_access"] == ["reader"]
     assert job["access_control"]["write_access"] == []
     assert job["webhook"]["url"] == f"http://127.0.0.1:{cms.port}"
     assert job["worker_id"].startswith("worker-")
     found = await api.http.get(f"/api/monitoring/events/webhooks/{what['delivery']}", headers=VIEWERS["reader"])
-    delivery = webhook_responses.DeliveryResponse.model_validate_json(
-        found.content, extra="forbid", strict=True
-    ).delivery
+    delivery = DeliveryResponse.model_validate_json(found.content, extra="forbid", strict=True).delivery
     assert (delivery.status, delivery.attempts[0].status_code) == ("abandoned", 500)
     history = await api.http.get(f"/api/events/jobs/{what['job']}/history", headers=VIEWERS["reader"])
-    responses.HistoryResponse.model_validate_json(history.content, extra="forbid", strict=True)
+    HistoryResponse.model_validate_json(history.content, extra="forbid", strict=True)
     assert "on purpose" in (await api.http.get(f"/api/events/jobs/{what['failed']}", headers=principal_header())).text
 
 

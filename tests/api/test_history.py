@@ -68,7 +68,7 @@ async def test_the_history_of_a_job_comes_in_pages(api_without_worker: Api) -> N
 
 
 async def test_a_page_of_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.api.routes.history._LARGEST_ANSWER_BYTES", 3000)
+    monkeypatch.setattr("jobledger.api.http.pagination.MAX_PAGE_BYTES", 3000)
     job_id = await api_without_worker.submit()
     await do(api_without_worker, job_id, ClaimJob("worker-1", NOON), *(said("x" * 2000) for _ in range(4)))
     found = await pages(api_without_worker, f"/api/events/jobs/{job_id}/history", "events", 100)

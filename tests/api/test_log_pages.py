@@ -49,7 +49,7 @@ async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
     api_without_worker: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobledger.api.routes.log._MAX_EVENTS_SCANNED", 10)
-    monkeypatch.setattr("jobledger.api.routes.log._READ_AT_ONCE", 5)
+    monkeypatch.setattr("jobledger.api.routes.log._READ_BATCH_EVENTS", 5)
     job_ids = [await api_without_worker.submit() for _ in range(24)]
     await handle_command(
         api_without_worker.event_store, job_ids[0], CancelJob("user:local"), meta=EventMetadata("test")
@@ -62,7 +62,7 @@ async def test_who_looks_for_few_types_moves_on_by_what_was_looked_at(
 
 
 async def test_a_page_of_very_large_events_ends_early(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobledger.api.routes.log._LARGEST_ANSWER_BYTES", 10_000)
+    monkeypatch.setattr("jobledger.api.http.pagination.MAX_PAGE_BYTES", 10_000)
     for _ in range(4):
         await api_without_worker.submit({"text": "x" * 6000})
     content = await page(api_without_worker)

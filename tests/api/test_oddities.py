@@ -13,7 +13,7 @@ from starlette.routing import Route
 from jobledger.api.app import ROUTES
 from jobledger.api.dashboard import pages as dashboard
 from jobledger.api.http.limits import STREAM_PATHS
-from jobledger.api.openapi.operations import OPERATIONS
+from jobledger.api.openapi.operation import OPERATIONS
 from jobledger.api.routes import webhook_echo
 from jobledger.cli.options import parse_as_of, parse_time_option
 from jobledger.ledger.domain.errors import ConfigurationError

@@ -190,7 +190,7 @@ async def test_a_client_knows_where_to_resume_before_it_has_seen_any_event(api_w
 
 async def test_a_sign_of_life_has_no_id(api_without_worker: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobledger.api.routes.log_stream.KEEPALIVE_SECONDS", 0.1)
-    assert (await blocks(api_without_worker, 3))[1:] == [[": still here"], [": still here"]]
+    assert (await blocks(api_without_worker, 3))[1:] == [[": keep-alive"], [": keep-alive"]]
 
 
 async def test_a_client_that_wants_little_moves_on_all_the_same(
@@ -200,7 +200,7 @@ async def test_a_client_that_wants_little_moves_on_all_the_same(
     for _ in range(20):
         await api_without_worker.submit()
     # Without an event there is nothing to dispatch: a browser takes note of the id, and that is all.
-    assert (await blocks(api_without_worker, 3, after=0, types="JobDeleted"))[1:] == [["id: 20"], [": still here"]]
+    assert (await blocks(api_without_worker, 3, after=0, types="JobDeleted"))[1:] == [["id: 20"], [": keep-alive"]]
 
 
 async def test_a_stream_from_beyond_the_end_of_the_log_is_refused(api_without_worker: Api) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from jobledger.api.http.memory_budget import MemoryBudget
-from jobledger.api.schemas.requests import BatchBody, JobBody
+from jobledger.api.schemas.batches import BatchBody
+from jobledger.api.schemas.jobs import JobBody
 from jobledger.ledger.domain.events import BatchSubmitted, JobSubmitted
 from tests.api.conftest import Api, run_api
 

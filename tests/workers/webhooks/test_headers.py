@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 from pydantic import ValidationError
 
-from jobledger.api.schemas.requests import WebhookBody
+from jobledger.api.schemas.webhooks import WebhookBody
 from jobledger.ledger.domain.limits import MAX_WEBHOOK_HEADER_BYTES
 from jobledger.ledger.domain.webhook_headers import MAX_HEADER_VALUE_CHARACTERS
 from jobledger.workers.webhooks.sender import Sender, WebhookRequest

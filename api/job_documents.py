@@ -1,0 +1,70 @@
+"""Job documents in responses: redacted for the caller, single or as a page of a list."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jobledger.api.auth.permissions import get_principal, viewer_for
+from jobledger.api.auth.redaction import JOB_RULES, Viewer, redact_document
+from jobledger.api.context import get_api_context, wait_for_requested_position
+from jobledger.api.http.pagination import list_response
+from jobledger.api.schemas.common import PageQuery
+from jobledger.api.schemas.jobs import JobListQuery
+from jobledger.ledger.mongo.connection import Document
+from jobledger.projections.views import batches, job_list, statistics
+from jobledger.projections.views.files import prefix_result_urls
+from jobledger.projections.views.paging import MAX_COUNT
+
+
+async def list_jobs_response(request: Request, query: JobListQuery) -> Response:
+    """Return the page of jobs that a query asks for."""
+    await wait_for_requested_position(request)
+    job_filter = job_list.JobFilter(**query.model_dump(exclude={*PageQuery.model_fields, "include"}))
+    db_query = job_filter.build_query(get_principal(request))
+    jobs, next_page = await job_list.find_page(
+        get_api_context(request).views,
+        db_query,
+        limit=query.limit,
+        skip=query.skip,
+        after=query.cursor,
+        newest_first=query.newest_first,
+        include=query.include or (),
+    )
+    total, max_count = await _count(request, job_filter, db_query)
+    return list_response("jobs", await render_jobs(request, jobs), next_page, total, max_count=max_count)
+
+
+async def _count(request: Request, job_filter: job_list.JobFilter, db_query: Document) -> tuple[int, int | None]:
+    """Return how many jobs match, and where counting stopped. Counters of the views give exact numbers."""
+    views, status = get_api_context(request).views, job_filter.status
+    if get_principal(request).is_admin:
+        if job_filter == job_list.JobFilter(status=status, track=job_filter.track):
+            return await statistics.count_jobs(views, status=status, track=job_filter.track), None
+        if job_filter.batch_id is not None and job_filter == job_list.JobFilter(
+            status=status, batch_id=job_filter.batch_id
+        ):
+            return await batches.count_jobs(views, job_filter.batch_id, status=status), None
+    return await job_list.count(views, db_query), MAX_COUNT
+
+
+async def render_jobs(request: Request, jobs: Sequence[Document]) -> list[Document]:
+    """Return jobs as the caller may see them."""
+    paused = await find_paused_batches(request, jobs)
+    return [render_job(request, job, viewer_for(request, job), paused) for job in jobs]
+
+
+def render_job(request: Request, job: Document, viewer: Viewer, paused_batches: Collection[str]) -> Document:
+    """Return a job as `viewer` may see it. It is `paused` if it is pending and its batch is in `paused_batches`."""
+    document = redact_document(job, JOB_RULES, viewer)
+    if results := document.get("results"):
+        document["results"] = prefix_result_urls(get_api_context(request).signed_links.path_prefix, results)
+    return {**document, "paused": job["status"] == "pending" and job["batch_id"] in paused_batches}
+
+
+async def find_paused_batches(request: Request, jobs: Sequence[Document]) -> set[str]:
+    """Return the paused ones among the batches of pending jobs."""
+    batch_ids = {job["batch_id"] for job in jobs if job["status"] == "pending"} - {None}
+    return await batches.find_paused(get_api_context(request).views, batch_ids) if batch_ids else set()

@@ -1,0 +1,206 @@
+"""What routes of jobs and routes of batches do in the same way: load, wait for completion, and respond.
+
+A resource is a job or a batch. Each has an event stream and a document in the views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jobledger.api.auth.permissions import can_read, timeout_while_authenticated, viewer_for
+from jobledger.api.auth.redaction import Viewer
+from jobledger.api.context import get_api_context, parse_query, wait_for_requested_position, wait_for_views
+from jobledger.api.http.errors import ApiError, json_response
+from jobledger.api.http.preferences import preferred_wait, prefers_wait
+from jobledger.api.schemas.common import AsOfQuery
+from jobledger.api.submission.builder import format_new_secrets
+from jobledger.ledger.domain.batch import Batch
+from jobledger.ledger.domain.events import RecordedEvent
+from jobledger.ledger.domain.statuses import TERMINAL_STATUSES
+from jobledger.ledger.mongo.connection import Document
+from jobledger.ledger.store.command_handler import load_stream_state
+from jobledger.ledger.store.endpoint_secrets import RevealedSecret
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.engine.stream_fold import fold_events
+from jobledger.projections.slots import Views
+from jobledger.projections.views import batches, jobs
+
+_UNFINISHED: Final = frozenset({"pending", "processing"})
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A kind of resource.
+
+    Attributes:
+        name: `job` or `batch`: the prefix of its IDs and the field of its document in responses.
+        collection: The last part of the collection's URL.
+        load: Returns the document that the views have, or None.
+        find_completion: Returns whether the resource is finished or deleted, and the position of its last event.
+    """
+
+    name: Literal["job", "batch"]
+    collection: str
+    load: Callable[[Views, EventStore, str], Awaitable[Document | None]]
+    find_completion: Callable[[EventStore, str], Awaitable[tuple[bool, int]]]
+
+    def is_id(self, stream_id: str) -> bool:
+        """Return whether an ID has the prefix of this kind."""
+        return stream_id.startswith(f"{self.name}-")
+
+    def id_in_path(self, request: Request) -> str:
+        """Return the ID in the request's path."""
+        resource_id: str = request.path_params[f"{self.name}_id"]
+        return resource_id
+
+    def not_found_error(self, resource_id: str) -> ApiError:
+        """Return the error for a resource that does not exist or that the caller may not read."""
+        return ApiError(404, f"{self.name}_not_found", f"{self.name.capitalize()} {resource_id} not found.")
+
+    def not_found_as_of_error(self, resource_id: str) -> ApiError:
+        """Return the error for a resource that did not exist at the requested point in time."""
+        message = f"{self.name.capitalize()} {resource_id} did not exist at that time."
+        return ApiError(404, f"{self.name}_not_found", message)
+
+
+async def _find_job_completion(event_store: EventStore, job_id: str) -> tuple[bool, int]:
+    job = fold_events(jobs.fold, events := await event_store.read_stream(job_id))
+    return job is None or job["status"] in TERMINAL_STATUSES, events[-1].position if events else 0
+
+
+async def _find_batch_completion(event_store: EventStore, batch_id: str) -> tuple[bool, int]:
+    current = await load_stream_state(event_store, batch_id)
+    is_finished = not isinstance(current.state, Batch) or current.state.status != "processing" or current.state.deleted
+    return is_finished, current.head.position
+
+
+JOB: Final = Resource("job", "jobs", jobs.get, _find_job_completion)
+BATCH: Final = Resource("batch", "batches", batches.get, _find_batch_completion)
+
+
+async def load_or_404(request: Request, resource: Resource) -> Document:
+    """Return the job or batch in the request's path, as the views have it.
+
+    Raises:
+        ApiError: 404.
+    """
+    ctx, resource_id = get_api_context(request), resource.id_in_path(request)
+    document = await resource.load(ctx.views, ctx.event_store, resource_id) if resource.is_id(resource_id) else None
+    if document is None or not can_read(request, document):
+        raise resource.not_found_error(resource_id)
+    return document
+
+
+async def load_document(request: Request, stream_id: str) -> Document | None:
+    """Return the document of a job or batch, None if there is no such one. The caller must check access."""
+    ctx = get_api_context(request)
+    for resource in (JOB, BATCH):
+        if resource.is_id(stream_id):
+            return await resource.load(ctx.views, ctx.event_store, stream_id)
+    return None
+
+
+async def load_for_read(request: Request, resource: Resource) -> tuple[Document, Viewer, int | datetime | None]:
+    """Load the job or batch that a GET request asks for. With `Prefer: wait`, wait for its completion first.
+
+    Returns:
+        The current document, the caller's access to it, and the requested point in time. Current access also decides
+        about states in the past.
+
+    Raises:
+        ApiError: 404, 422, 503.
+    """
+    await wait_for_requested_position(request)
+    as_of = parse_query(request, AsOfQuery).as_of
+    if as_of is None and prefers_wait(request) and (await load_or_404(request, resource))["status"] in _UNFINISHED:
+        await wait_for_completion(request, resource, resource.id_in_path(request))
+    document = await load_or_404(request, resource)
+    return document, viewer_for(request, document), as_of
+
+
+async def wait_for_completion(request: Request, resource: Resource, resource_id: str) -> None:
+    """If the caller prefers to wait, wait until the resource is finished and the views show it, or the time is over.
+
+    Later reads of the resource, its files or lists then agree with the response.
+    """
+    ctx = get_api_context(request)
+    with preferred_wait(request) as seconds, suppress(TimeoutError):
+        if not seconds:
+            return
+        async with timeout_while_authenticated(request, seconds), ctx.completion_waiter.watch(resource_id) as completed:
+            while not (completion := await resource.find_completion(ctx.event_store, resource_id))[0]:
+                await completed.wait()
+                completed.clear()
+            await wait_for_views(request, completion[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A submitted job or batch.
+
+    Attributes:
+        stream_id: Its ID.
+        position: The position of the last event of the submission.
+        new_secrets: Secrets that were created for its webhooks.
+        document: The submitted resource. None if the caller prefers to wait: it may be large, and the wait long.
+    """
+
+    stream_id: str
+    position: int
+    new_secrets: Collection[RevealedSecret]
+    document: Document | None
+
+
+async def load_submitted(
+    request: Request, resource: Resource, submission: Submission, fold: Callable[[RecordedEvent], Document]
+) -> Document:
+    """Return the submitted resource. If the caller prefers to wait, wait for its completion first.
+
+    If it was deleted during the wait, `fold` makes the document from the first event.
+    """
+    if submission.document is not None:
+        return submission.document
+    ctx, stream_id = get_api_context(request), submission.stream_id
+    await wait_for_completion(request, resource, stream_id)
+    document = await resource.load(ctx.views, ctx.event_store, stream_id)
+    return document or fold((await ctx.event_store.read_stream(stream_id, limit=1))[0])
+
+
+def accepted_response(
+    request: Request, resource: Resource, submission: Submission, position: int, content: dict[str, Any]
+) -> Response:
+    """Return the response to a submission: 202 with the ID, `content` and new secrets.
+
+    Args:
+        request: The request.
+        resource: The kind of resource.
+        submission: What was submitted.
+        position: The position of the document in `content`.
+        content: Fields of the response.
+    """
+    prefix = get_api_context(request).signed_links.path_prefix
+    return json_response(
+        {
+            "status": "success",
+            f"{resource.name}_id": submission.stream_id,
+            **content,
+            **format_new_secrets(submission.new_secrets),
+        },
+        202,
+        {
+            "Location": f"{prefix}/api/events/{resource.collection}/{submission.stream_id}",
+            "Ledger-Position": str(max(position, submission.position)),
+        },
+    )
+
+
+async def load_events(request: Request, resource: Resource, resource_id: str) -> list[RecordedEvent]:
+    """Return the events of a job or batch, none if the ID is one of another kind."""
+    return await get_api_context(request).event_store.read_stream(resource_id) if resource.is_id(resource_id) else []
