@@ -1,15 +1,19 @@
-"""workers: removes what a deleted job or batch leaves behind and no event needs.
+"""Remove what a deleted job or batch leaves behind and no event needs.
 
-That is: the secrets of its webhook, deliveries that are still to be made, and its files, unless another job has the
-same content. The log keeps everything else. Why nothing is forgotten: a cursor says how far the log was read, and moves
-only when the files are noted in `file_removals`. A note goes only when its file is removed, or is needed.
+These are the secrets of its webhook, its pending deliveries, and its files, unless another job has the same content.
+The log keeps everything else. Nothing is missed: a cursor stores how far the log was read, and it moves only when the
+files are recorded in `file_removals`. A record is deleted only when its file is removed or needed.
 
-Why no file is removed that somebody needs: its name is taken away first. Whoever saves the same content from then on
-finds no such file, and writes a new one. Whoever saved it before is either still running or has ended. If it is still
-running, the file's time is not before the attempt's start, because saving a file that is there already renews its time:
-so the file is put back. If it has ended, its steps and results are in the views, once these have reached the head that
-was read after the name was taken away. Who copies a finished step of another job records that before its lease ends, or
-is fenced: so a removal waits longer than a lease. While the views do not know all files of a job, nothing is removed.
+No needed file is removed. First, the file is set aside, so its name no longer exists. Whoever saves the same content
+later finds no such file and writes a new one. Whoever saved it before either still runs or has ended:
+
+- If the job still runs, the file's time is not before the start of the attempt, because saving an existing file renews
+  its time. So the file is put back.
+- If the job has ended, its steps and results are in the views when these have reached the head that was read after the
+  file was set aside.
+
+A job that reuses a finished step of another job records that before its lease ends, or is fenced. So a removal waits
+longer than a lease. While the views do not contain all files of some job, nothing is removed.
 """
 
 from __future__ import annotations
@@ -49,37 +53,37 @@ from jobledger.projections.views import files, jobs
 
 _log = structlog.get_logger()
 CURSOR: Final = "cleanup"
-"""The document of `checkpoints` that says how far the log was read."""
+"""Document of `checkpoints` that stores how far the log was read."""
 SKIPPED: Final = "skipped"
-"""Its field with the deleted jobs and batches that cannot be cleaned up, the newest of them."""
+"""Field of that document with the most recent deleted jobs and batches that cannot be cleaned up."""
 FILE_REMOVALS: Final = "file_removals"
 WEBHOOK_SECRETS: Final = "webhook_secrets"
 GRACE_SECONDS: Final = 15.0
 """Longer than the lease of a worker."""
 RETRY_SECONDS: Final = 60.0
 _UNKNOWN_SECONDS: Final = 600.0
-"""Until a file is looked at again that a job may have of which the views do not know all files."""
-_SKIPPED_KEPT: Final = 100
+"""Delay until the next check of a file while the views do not contain all files of some job."""
+_MAX_SKIPPED: Final = 100
 _PAUSE_SECONDS: Final = 2.0
-_CLOCKS_APART: Final = timedelta(minutes=2)
-"""Between the clock of a worker and that of the file store."""
+_MAX_CLOCK_SKEW: Final = timedelta(minutes=2)
+"""Maximum difference between the clocks of a worker and the file store."""
 _SAVE_CURSOR_SECONDS: Final = 60.0
-_VIEWS_SECONDS: Final = 30.0
-_WITH_FILES: Final = (JobCompleted.__name__, StepCompleted.__name__)
-_ENDS: Final = tuple(event.__name__ for event in (JobCompleted, JobFailed, JobCancelled, BatchFinished))
-_BEGINNINGS: Final = (JobSubmitted.__name__, BatchSubmitted.__name__)
+_VIEWS_TIMEOUT_SECONDS: Final = 30.0
+_EVENT_TYPES_WITH_FILES: Final = (JobCompleted.__name__, StepCompleted.__name__)
+_FINAL_EVENT_TYPES: Final = tuple(event.__name__ for event in (JobCompleted, JobFailed, JobCancelled, BatchFinished))
+_SUBMITTED_EVENT_TYPES: Final = (JobSubmitted.__name__, BatchSubmitted.__name__)
 
 
 class Cleanup:
-    """Removes what deleted jobs and batches leave behind. The leading projector runs it (`Projector.beside`).
+    """Removes what deleted jobs and batches leave behind. Runs beside the leading projector (`Projector.beside`).
 
-    Should two run for a moment, because one was frozen, each has a token of its own: see `FileStore.set_aside`.
+    Two may run for a moment if one was frozen. Each has its own token: see `FileStore.set_aside`.
     """
 
     def __init__(
         self,
         db: Database,
-        log: EventStore,
+        event_store: EventStore,
         file_store: FileStore,
         checkpoint: Checkpoint,
         *,
@@ -87,23 +91,23 @@ class Cleanup:
         grace_seconds: float = GRACE_SECONDS,
     ) -> None:
         self._db = db
-        self._log = log
-        self._store = file_store
+        self._event_store = event_store
+        self._file_store = file_store
         self._checkpoint = checkpoint
         self._grace = timedelta(seconds=grace_seconds)
-        self._meta = EventMetadata(f"cleanup:{holder}")
+        self._metadata = EventMetadata(f"cleanup:{holder}")
         self._removal_added = asyncio.Event()
 
     async def run(self) -> None:
-        """Clean up until cancelled. After a failure it goes on where the cursor is."""
+        """Clean up until cancelled. After an error, continue at the cursor."""
         while True:
             try:
                 await self._clean_up()
             except (LedgerUnavailable, LedgerBusy) as error:
-                _log.warning("cleaning up behind deleted jobs is interrupted", error=str(error))
+                _log.warning("cleanup after deleted jobs interrupted", error=str(error))
                 await asyncio.sleep(_PAUSE_SECONDS)
-            except Exception:  # noqa: BLE001 - the projector beside it goes on, whatever it is
-                _log.exception("cleaning up behind deleted jobs has failed")
+            except Exception:  # noqa: BLE001 - the projector beside it must continue
+                _log.exception("cleanup after deleted jobs failed")
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _clean_up(self) -> None:
@@ -122,49 +126,49 @@ class Cleanup:
     # Following the log --------------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        with translate_errors("reading how far deletions were cleaned up"):
+        with translate_errors("reading the cleanup cursor"):
             found = await self._db.checkpoints.find_one({"_id": CURSOR}) or {}
         saved = int(found.get("position", 0))
-        async with self._log.subscribe(after=saved, types=(JobDeleted, BatchDeleted)) as events:
+        async with self._event_store.subscribe(after=saved, types=(JobDeleted, BatchDeleted)) as events:
             while True:
-                found_now: list[RecordedEvent] = []
+                deletions: list[RecordedEvent] = []
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_SAVE_CURSOR_SECONDS):
-                        found_now = await events.next_chunk()
-                for event in found_now:
+                        deletions = await events.next_chunk()
+                for event in deletions:
                     await self._clean_up_or_skip(event.stream)
                 if events.position > saved:
                     saved = events.position
-                    with translate_errors("noting how far deletions were cleaned up"):
+                    with translate_errors("saving the cleanup cursor"):
                         position = {"$set": {"position": saved}}
                         await self._db.checkpoints.update_one({"_id": CURSOR}, position, upsert=True)
 
     async def _clean_up_or_skip(self, stream: str) -> None:
-        """Clean up behind one job or batch. One that cannot be read is noted, and does not stop the others."""
+        """Clean up after one job or batch. If it cannot be read, record that and continue with the others."""
         try:
             await self._clean_up_stream(stream)
         except (LedgerUnavailable, LedgerBusy):
             raise
-        except Exception:  # noqa: BLE001 - whatever is stored there, the next stream is cleaned up
-            _log.exception("a deleted job or batch is not cleaned up: its files and secrets stay", stream=stream)
-            noted = {"$push": {SKIPPED: {"$each": [stream], "$slice": -_SKIPPED_KEPT}}}
-            with translate_errors("noting what was not cleaned up"):
-                await self._db.checkpoints.update_one({"_id": CURSOR}, noted, upsert=True)
+        except Exception:  # noqa: BLE001 - the next stream must be cleaned up
+            _log.exception("cannot clean up after a deleted job or batch: its files and secrets remain", stream=stream)
+            update = {"$push": {SKIPPED: {"$each": [stream], "$slice": -_MAX_SKIPPED}}}
+            with translate_errors("recording a skipped cleanup"):
+                await self._db.checkpoints.update_one({"_id": CURSOR}, update, upsert=True)
 
     async def _clean_up_stream(self, stream: str) -> None:
-        """Clean up behind one job or batch. Harmless when it is done again."""
-        ends: list[int] = []
+        """Clean up after one job or batch. Idempotent."""
+        final_versions: list[int] = []
         references: set[str] = set()
         digests: set[str] = set()
-        async with aclosing(self._log.iterate_stream(stream)) as events:
+        async with aclosing(self._event_store.iterate_stream(stream)) as events:
             async for event in events:
-                if event.type in _ENDS:
-                    ends.append(event.version)
-                references |= _secrets_of(event)
-                digests |= _digests_in(event)
-        await self._abandon_deliveries(stream, ends)
-        due_at = self._log.clock.estimate() + self._grace
-        with translate_errors(f"cleaning up behind {stream}"):
+                if event.type in _FINAL_EVENT_TYPES:
+                    final_versions.append(event.version)
+                references |= _find_secret_references(event)
+                digests |= _find_file_digests(event)
+        await self._abandon_deliveries(stream, final_versions)
+        due_at = self._event_store.clock.estimate() + self._grace
+        with translate_errors(f"cleaning up after {stream}"):
             if references:
                 await self._db[WEBHOOK_SECRETS].delete_many({"_id": {"$in": list(references)}})
             for digest in sorted(digests):
@@ -177,21 +181,23 @@ class Cleanup:
         for version in versions:
             delivery_id = delivery_id_for(stream, version)
             try:
-                known = await load_stream_state(self._log, delivery_id)
-                if isinstance(known.state, Delivery) and known.state.status == "pending":
+                state = await load_stream_state(self._event_store, delivery_id)
+                if isinstance(state.state, Delivery) and state.state.status == "pending":
                     command = AbandonDelivery(f"{stream} was deleted.")
-                    await handle_command(self._log, delivery_id, command, meta=self._meta, stream_state=known)
+                    await handle_command(
+                        self._event_store, delivery_id, command, meta=self._metadata, stream_state=state
+                    )
             except (CommandRejected, UnreadableEvent) as error:
-                _log.info("a webhook of a deleted job is left as it is", delivery_id=delivery_id, reason=str(error))
+                _log.info("cannot abandon a webhook of a deleted job", delivery_id=delivery_id, reason=str(error))
 
     # Removing files -----------------------------------------------------------------------------------------------
 
     async def _remove_files(self) -> None:
         while True:
             self._removal_added.clear()
-            with translate_errors("looking for files to be removed"):
+            with translate_errors("finding files to remove"):
                 row = await self._db[FILE_REMOVALS].find_one({}, sort=[("due_at", 1)])
-            wait = None if row is None else (row["due_at"] - self._log.clock.estimate()).total_seconds()
+            wait = None if row is None else (row["due_at"] - self._event_store.clock.estimate()).total_seconds()
             if row is not None and wait is not None and wait <= 0:
                 await self._remove(row["_id"])
                 continue
@@ -212,7 +218,7 @@ class Cleanup:
             if again_after is None:
                 await self._db[FILE_REMOVALS].delete_one({"_id": digest})
             else:
-                due_at = self._log.clock.estimate() + timedelta(seconds=again_after)
+                due_at = self._event_store.clock.estimate() + timedelta(seconds=again_after)
                 await self._db[FILE_REMOVALS].update_one({"_id": digest}, {"$set": {"due_at": due_at}})
 
     async def _remove_or_put_back(self, digest: str) -> float | None:
@@ -222,7 +228,7 @@ class Cleanup:
         needed = await self._is_needed(digest)
         token = secrets.token_hex(8)
         # Also one that is needed: a process that was killed may have left it set aside. It is put back at once.
-        saved_at = await self._store.begin_removal(digest, token)
+        saved_at = await self._file_store.begin_removal(digest, token)
         if saved_at is None:
             return None
         remove, again_after = False, None
@@ -230,28 +236,32 @@ class Cleanup:
             if not needed:
                 remove, again_after = await self._decide_removal(digest, saved_at)
         finally:
-            # Also when this process is stopped. If it is killed, the file is found again by its note.
-            finish = self._store.finish_removal(digest, token) if remove else self._store.cancel_removal(digest, token)
+            # Also if this process is stopped. If it is killed, the record in `file_removals` leads to the file again.
+            finish = (
+                self._file_store.finish_removal(digest, token)
+                if remove
+                else self._file_store.cancel_removal(digest, token)
+            )
             await asyncio.shield(finish)
         return again_after
 
     async def _decide_removal(self, digest: str, saved_at: datetime) -> tuple[bool, float | None]:
-        """Return whether a file that was set aside is to be removed, and after how many seconds to ask again."""
+        """Return whether to remove a file that was set aside, and the seconds until the next check if it stays."""
         if not await self._views_reach_head():
             return False, RETRY_SECONDS
         oldest = await jobs.oldest_running_started_at(self._checkpoint.views)
-        if await self._is_needed(digest):  # asked after what runs: what has ended meanwhile is in the views
+        if await self._is_needed(digest):  # queried after `oldest`: ended jobs are in the views
             return False, None
         if await files.find_jobs_with_unknown_files(self._checkpoint.views, limit=1):
             return False, _UNKNOWN_SECONDS
-        if oldest is not None and saved_at >= oldest - _CLOCKS_APART:
+        if oldest is not None and saved_at >= oldest - _MAX_CLOCK_SKEW:
             return False, RETRY_SECONDS
         return True, None
 
     async def _views_reach_head(self) -> bool:
-        head = await self._log.head_position()
+        head = await self._event_store.head_position()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_VIEWS_SECONDS):
+            async with asyncio.timeout(_VIEWS_TIMEOUT_SECONDS):
                 await self._checkpoint.wait_for_position(head)
         return self._checkpoint.position >= head
 
@@ -259,15 +269,15 @@ class Cleanup:
         return await files.is_referenced(self._checkpoint.views, digest)
 
 
-def _secrets_of(event: RecordedEvent) -> set[str]:
-    """Return where the secrets of a job's or batch's webhook are."""
-    webhook = event.payload.get("webhook") if event.type in _BEGINNINGS else None
+def _find_secret_references(event: RecordedEvent) -> set[str]:
+    """Return the references to the secrets of a job's or batch's webhook."""
+    webhook = event.payload.get("webhook") if event.type in _SUBMITTED_EVENT_TYPES else None
     reference = webhook.get("secrets_ref") if isinstance(webhook, dict) else None
     return {reference} if isinstance(reference, str) else set()
 
 
-def _digests_in(event: RecordedEvent) -> set[str]:
-    """Return the digests of the files that results or the output of a step name."""
-    if event.type not in _WITH_FILES:
+def _find_file_digests(event: RecordedEvent) -> set[str]:
+    """Return the digests of the files in the results or in the output of a step."""
+    if event.type not in _EVENT_TYPES_WITH_FILES:
         return set()
     return {file.sha256 for file in find_saved_files(event.data) if is_sha256(file.sha256)}

@@ -1,4 +1,4 @@
-"""workers: calling addresses that strangers have typed: to exactly the address that was checked."""
+"""Send HTTP requests to untrusted URLs. A connection goes to exactly the address that was checked."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ import httpx
 from jobledger.ledger.net.url_policy import AllowedHosts
 
 Resolver = Callable[[str, int], Awaitable[list[str]]]
-"""Answers the IP addresses of a host, best first; raises `OSError` when there are none."""
+"""Returns the IP addresses of a host, best first. Raises `OSError` if there are none."""
 
 
 class AddressRejected(Exception):
-    """A host is not where one may call. Its text is a half sentence: `host (address) is a private address`."""
+    """The address of a host is not allowed. The text is a clause: `host (address) is a private address`."""
 
     def __init__(self, host: str, address: str, reason: str) -> None:
-        named = host if host == address else f"{host} ({address})"
-        super().__init__(f"{named} is {reason}")
+        label = host if host == address else f"{host} ({address})"
+        super().__init__(f"{label} is {reason}")
         self.host, self.address, self.reason = host, address, reason
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
-    """Return the addresses of a host, each once, in the order in which they should be tried; OSError if it has none."""
+    """Return the distinct addresses of a host, in the order in which to try them.
+
+    Raises:
+        OSError: The host has no address.
+    """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
-    """Connects to exactly the address that was checked; TLS still verifies the name."""
+    """Connects to exactly the address that was checked. TLS still verifies the host name."""
 
     def __init__(self, allowed: AllowedHosts, resolver: Resolver) -> None:
         self._allowed = allowed
@@ -46,7 +50,7 @@ class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,  # noqa: ASYNC109  the interface of httpcore
+        timeout: float | None = None,  # noqa: ASYNC109 - the interface of httpcore
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
@@ -55,7 +59,7 @@ class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
                 addresses = await self._resolve(host, port)
         except TimeoutError as error:
             raise httpcore.ConnectTimeout from error
-        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one (a label too long)
+        except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name, such as an overlong label
             raise httpcore.ConnectError(str(error)) from error
         failure: Exception | None = None
         for address in self._permitted(host, addresses):
@@ -66,16 +70,16 @@ class CheckedNetworkBackend(httpcore.AsyncNetworkBackend):
         raise failure or httpcore.ConnectError("no address")
 
     def _permitted(self, host: str, addresses: list[str]) -> list[str]:
-        refusals = {address: self._allowed.address_rejection_reason(host, address) for address in addresses}
-        permitted = [address for address, refusal in refusals.items() if refusal is None]
-        if refusals and not permitted:
-            address, refusal = next(iter(refusals.items()))
-            raise AddressRejected(host, address, refusal or "")
+        rejections = {address: self._allowed.address_rejection_reason(host, address) for address in addresses}
+        permitted = [address for address, rejection in rejections.items() if rejection is None]
+        if rejections and not permitted:
+            address, rejection = next(iter(rejections.items()))
+            raise AddressRejected(host, address, rejection or "")
         return permitted
 
 
 class CheckedTransport(httpx.AsyncBaseTransport):
-    """httpx over our own network: its own transport cannot be given one."""
+    """An httpx transport with our network backend, which the default transport does not accept."""
 
     def __init__(self, network: CheckedNetworkBackend) -> None:
         self._pool = httpcore.AsyncConnectionPool(
@@ -89,41 +93,44 @@ class CheckedTransport(httpx.AsyncBaseTransport):
             port=request.url.port,
             target=request.url.raw_path,
         )
-        answer = await self._pool.handle_async_request(
+        response = await self._pool.handle_async_request(
             httpcore.Request(request.method, url, headers=request.headers.raw, extensions=request.extensions)
         )
-        return httpx.Response(answer.status, headers=answer.headers, stream=_Stream(answer))
+        return httpx.Response(response.status, headers=response.headers, stream=_Stream(response))
 
     async def aclose(self) -> None:
         await self._pool.aclose()
 
 
 class _Stream(httpx.AsyncByteStream):
-    def __init__(self, answer: httpcore.Response) -> None:
-        self._answer = answer
+    def __init__(self, response: httpcore.Response) -> None:
+        self._response = response
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._answer.aiter_stream()
+        return self._response.aiter_stream()
 
     async def aclose(self) -> None:
-        await self._answer.aclose()
+        await self._response.aclose()
 
 
 def parse_retry_after(headers: httpx.Headers) -> int | None:
-    """RFC 9110, 10.2.3: seconds, or a date, which the server's own clock turns into seconds."""
-    said = headers.get("retry-after", "").strip()
-    if said.isascii() and said.isdigit():
-        return int(said[:9])
+    """Return the seconds of a `Retry-After` header (RFC 9110, section 10.2.3); None if it is missing or invalid.
+
+    A date is converted to seconds with the `Date` header, so the clock of the server counts.
+    """
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return int(value[:9])
     try:
-        wait = parsedate_to_datetime(said) - parsedate_to_datetime(headers["date"])
+        wait = parsedate_to_datetime(value) - parsedate_to_datetime(headers["date"])
     except (KeyError, ValueError, TypeError):
         return None
     return max(0, round(wait.total_seconds()))
 
 
 def describe_connection_error(error: BaseException) -> tuple[str, str, bool]:
-    """A word for programs, a sentence for people, and whether it may pass."""
-    for cause in _causes(error):
+    """Return a code, a message with the placeholder `{host}`, and whether the error is transient."""
+    for cause in _iterate_causes(error):
         match cause:
             case ssl.SSLCertVerificationError():
                 return "certificate", "the certificate of {host} is not valid", False
@@ -140,22 +147,22 @@ def describe_connection_error(error: BaseException) -> tuple[str, str, bool]:
             case _:
                 continue
     if isinstance(error, httpcore.ProtocolError):
-        return "protocol", "{host} did not answer in valid HTTP, or only in part", True
+        return "protocol", "{host} did not response in valid HTTP, or only in part", True
     if isinstance(error, httpcore.ReadError):
         return "reset", "{host} broke off the connection", True
     return "connection", "the connection to {host} failed", True
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and everything it came from, groups included."""
+def _iterate_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all its causes, including those in exception groups."""
     seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        current = waiting.pop()
+    pending = [error]
+    while pending:
+        current = pending.pop()
         if id(current) in seen:
             continue
         seen.add(id(current))
         yield current
         if isinstance(current, BaseExceptionGroup):
-            waiting.extend(current.exceptions)
-        waiting.extend(cause for cause in (current.__context__, current.__cause__) if cause is not None)
+            pending.extend(current.exceptions)
+        pending.extend(cause for cause in (current.__context__, current.__cause__) if cause is not None)

@@ -196,14 +196,14 @@ class ReopenBatch:
 
 @dataclass(frozen=True, slots=True)
 class RecordAttempt:
-    """The receiver was called, and this came of it. `retry_at` is when to try again, None: not any more."""
+    """The receiver was called, and this came of it. `next_attempt_at` is when to try again, None: not any more."""
 
     duration_s: float
     body_sha256: str | None
     status_code: int | None = None
     error: Failure | None = None
     response: str = ""
-    retry_at: datetime | None = None
+    next_attempt_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

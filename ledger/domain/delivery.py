@@ -124,12 +124,12 @@ def _attempted(command: RecordAttempt, delivery: Delivery) -> list[DeliveryEvent
         response=limits.truncate_text(command.response, limits.MAX_RESPONSE_CHARACTERS),
         duration_s=command.duration_s,
         body_sha256=command.body_sha256,
-        next_attempt_at=command.retry_at if pending and error is not None else None,
+        next_attempt_at=command.next_attempt_at if pending and error is not None else None,
     )
     if error is None:
         ended = delivery.status == "delivered"
         return [attempted] if ended else [attempted, DeliverySucceeded(attempt=attempted.attempt)]
-    if not pending or command.retry_at is not None:
+    if not pending or command.next_attempt_at is not None:
         return [attempted]
     return [attempted, DeliveryAbandoned(reason=limits.truncate_text(error.message, limits.MAX_REASON_CHARACTERS))]
 

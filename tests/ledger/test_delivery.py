@@ -72,7 +72,7 @@ def test_a_confirmed_attempt_ends_it() -> None:
 
 
 def test_a_failed_attempt_is_repeated_when_it_says() -> None:
-    given(queued).when(record(status_code=500, error=DOWN, retry_at=LATER)).then(failed)
+    given(queued).when(record(status_code=500, error=DOWN, next_attempt_at=LATER)).then(failed)
 
 
 def test_the_last_failed_attempt_gives_up_and_says_why() -> None:
@@ -82,7 +82,7 @@ def test_the_last_failed_attempt_gives_up_and_says_why() -> None:
 
 def test_what_is_sent_after_the_end_is_on_record_and_changes_nothing() -> None:
     for ends in ([attempt(1, status_code=200), succeeded], [failed, abandoned]):
-        given(queued, *ends).when(record(error=DOWN, retry_at=LATER)).then(attempt(2, error=DOWN))
+        given(queued, *ends).when(record(error=DOWN, next_attempt_at=LATER)).then(attempt(2, error=DOWN))
 
 
 def test_a_receiver_that_confirms_what_was_given_up_has_it_delivered() -> None:

@@ -52,9 +52,9 @@ def install_crash_point(wanted: str) -> None:
             _pass(f"after {what}", wanted)
         return recorded
 
-    async def dying_send(self: Sender, outgoing: WebhookRequest) -> WebhookResponse:
+    async def dying_send(self: Sender, webhook: WebhookRequest) -> WebhookResponse:
         _pass("before request is sent", wanted)
-        answer = await send(self, outgoing)
+        answer = await send(self, webhook)
         _pass("after request is sent", wanted)
         return answer
 

@@ -1,10 +1,12 @@
-"""workers: what a job process may see and do: its own job, and of the machine only what it takes to run code.
+"""Confine job processes to their own job, and to what running code needs of the machine.
 
-Three things hold everywhere: a job process starts with a minimal environment, is handed the settings of its own
-processor only, and has no power over the machine, such as real-time priority, even if the worker runs as root. Where
-the kernel offers Landlock, it also cannot read the data of the embedded server, result files, settings and secrets,
-home directories or other jobs' files, writes only to its own directories, and cannot signal, trace or read processes
-outside. The network stays open, because processors fetch; sockets of this machine do not.
+On every system, a job process starts with a minimal environment, gets only the settings of its own processor, and has
+no privileges such as real-time priority, even if the worker runs as root.
+
+Where the kernel offers Landlock, a job process also cannot read the data of the embedded server, result files,
+settings, secrets, home directories, or other jobs' files. It writes only to its own directories. It cannot signal,
+trace or read processes outside. The network stays available because processors fetch content, but local sockets are
+not.
 
 Processors with `isolation = "inline"` run in the worker itself and are not confined: they are trusted code.
 """
@@ -36,27 +38,31 @@ LANDLOCK_ADVICE: Final = (
     "It needs Linux 5.13 or later (6.12 or later for all of it) with Landlock enabled (boot option `lsm=`)."
 )
 UNUSABLE_PROCESSORS: Final = "_UNUSABLE_PROCESSORS"
-"""Variable with the job types that the worker found unusable. The processes that it starts do not load them."""
+"""Environment variable with the job types that the worker found unusable. Child processes do not load them."""
 _ENVIRONMENT: Final = frozenset(
     {"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", UNUSABLE_PROCESSORS}
 )
-_PREFIXES: Final = ("LC_", "PYTHON")
-_PRIVATE: Final = (
+_ENVIRONMENT_PREFIXES: Final = ("LC_", "PYTHON")
+_PRIVATE_PATHS: Final = (
     *("/root", "/home", "/tmp", "/var/tmp", "/run", "/var/run", "/dev", "/proc", "/lost+found", "/boot"),  # noqa: S108 - denied, not used
     *("/etc/shadow", "/etc/shadow-", "/etc/gshadow", "/etc/gshadow-", "/etc/sudoers", "/etc/sudoers.d", "/etc/ssh"),
     *("/etc/ssl/private", "/etc/krb5.keytab", "/etc/jobledger", "/var/lib/docker", "/var/lib/containerd"),
     *("/var/log", "/var/spool", "/var/backups", "/var/cache/debconf"),
 )
-"""Not for jobs, whatever the settings. Parts of them that running code needs are allowed below."""
-_NEEDED: Final = ("/proc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager/resolv.conf")
+"""Never accessible to jobs, whatever the settings. Exceptions that running code needs are allowed below."""
+_READABLE_PATHS: Final = ("/proc", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager/resolv.conf")
 _DEVICES: Final = ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 class ConfinementSettings(BaseModel):
     """How job processes are confined.
 
-    `environment` names variables that job processes get besides the usual ones. `protected` are files and directories
-    no job may see: those of the ledger itself. `readable` and `writable` are allowed to all jobs, even if protected.
+    Attributes:
+        mode: `required`: fail without Landlock. `auto`: use Landlock if available. `off`: do not use Landlock.
+        environment_variables: Names of variables that job processes get besides the default ones.
+        protected_paths: Files and directories of Jobledger itself, which no job may access.
+        readable_paths: Readable by all jobs, even if protected.
+        writable_paths: Writable by all jobs, even if protected.
     """
 
     mode: ConfinementMode = "auto"
@@ -70,7 +76,7 @@ def check_confinement(mode: ConfinementMode) -> None:
     """Warn if job processes cannot be confined. Hide this process's memory and environment from them.
 
     Raises:
-        ConfigurationError: they must be, and the system does not allow it.
+        ConfigurationError: Confinement is required, and the system does not support it.
     """
     if mode == "off":
         return
@@ -91,26 +97,30 @@ _environment_lock = threading.Lock()
 
 
 def build_job_environment(names: Iterable[str] = ()) -> dict[str, str]:
-    """Return the variables that the server process of job processes starts with: the usual ones, and `names`."""
-    wanted = {*_ENVIRONMENT, *names}
-    return {name: value for name, value in os.environ.items() if name in wanted or name.startswith(_PREFIXES)}
+    """Return the environment of the fork server: the default variables, and `names`."""
+    allowed_names = {*_ENVIRONMENT, *names}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in allowed_names or name.startswith(_ENVIRONMENT_PREFIXES)
+    }
 
 
 @contextmanager
 def minimal_environment(names: Iterable[str] = ()) -> Iterator[None]:
-    """Start programs inside the block with `environment_for_jobs`.
+    """Start programs in the block with the environment of `build_job_environment`.
 
-    `os.environ` stays as it is: only the array that the C library hands to new programs is another one meanwhile.
+    `os.environ` does not change. Only the array that the C library passes to new programs is replaced meanwhile.
     """
     lines = [os.fsencode(f"{name}={value}") for name, value in build_job_environment(names).items()]
     array = (ctypes.c_char_p * (len(lines) + 1))(*lines, None)
     with _environment_lock:
         current = ctypes.c_void_p.in_dll(ctypes.CDLL(None), "environ")
-        before, current.value = current.value, ctypes.addressof(array)
+        previous, current.value = current.value, ctypes.addressof(array)
         try:
             yield
         finally:
-            current.value = before
+            current.value = previous
 
 
 # The job process --------------------------------------------------------------------------------------------------
@@ -124,20 +134,20 @@ def confine(
     readable_paths: Sequence[Path],
     shared_dirs: Sequence[Path],
 ) -> None:
-    """Confine this process for good. It must not have other threads yet.
+    """Confine this process permanently. Call before it has other threads.
 
     Args:
-        confinement: What the settings say.
-        scratch: The job's own directory. It becomes its home and the place of temporary files.
-        inbox: Where it puts result files. It has the same parent, which is the attempt's own.
-        readable: Files and directories that the settings of its processor name.
-        shared: Directories that all jobs of its type write to.
+        settings: The confinement settings.
+        scratch_dir: The job's directory for temporary files. It becomes its home directory as well.
+        inbox_dir: The directory for result files. It has the same parent, which is the attempt's directory.
+        readable_paths: Files and directories in the settings of the processor.
+        shared_dirs: Directories that all jobs of the type write to.
     """
-    others = scratch_dir.parents[1:3]  # of this worker's jobs, and of other workers
-    allowed = list(_iterate_default_rules((*settings.protected_paths, *others)))
+    other_dirs = scratch_dir.parents[1:3]  # directories of this worker's other jobs, and of other workers
+    allowed = list(_iterate_default_rules((*settings.protected_paths, *other_dirs)))
     os.environ.update(HOME=str(scratch_dir), TMPDIR=str(scratch_dir))
-    tempfile.tempdir = None  # looked up again, in TMPDIR
-    # Libraries ask for real-time priority (the AV1 encoder SVT does, as root), and then all other processes starve.
+    tempfile.tempdir = None  # makes tempfile read TMPDIR again
+    # Some libraries request real-time priority (the AV1 encoder SVT as root), which starves all other processes.
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_RTPRIO, resource.RLIMIT_NICE):
         resource.setrlimit(kind, (0, 0))
     restrictions.set_no_new_privileges()
@@ -149,11 +159,11 @@ def confine(
         _protect_metadata([scratch_dir.parent, *shared_dirs, *settings.writable_paths])
     restrictions.drop_capabilities(keep=0 if has_landlock else restrictions.CAP_SETFCAP)  # bubblewrap needs it
     restrictions.hide_from_same_user()
-    if has_landlock:  # else the worker has said so, or has refused to start
-        _allow_only(settings, allowed, [scratch_dir, inbox_dir, *shared_dirs], readable_paths)
+    if has_landlock:  # otherwise, the worker has logged a warning or has not started
+        _apply_landlock(settings, allowed, [scratch_dir, inbox_dir, *shared_dirs], readable_paths)
     if restrictions.is_seccomp_supported():
-        # Landlock does not cover local sockets that have a path: through those of the database, of a container engine
-        # or of the server process that starts jobs, a job could leave its confinement.
+        # Landlock does not cover local sockets with a path. Through those of the database, a container engine or the
+        # fork server, a job could escape.
         restrictions.apply_seccomp_filter(
             restrictions.PRIVILEGED_CALLS if has_landlock else (),  # bubblewrap needs some of them
             socket_families=[socket.AF_UNIX] if has_landlock else [],
@@ -161,11 +171,11 @@ def confine(
         )
 
 
-def _allow_only(
+def _apply_landlock(
     confinement: ConfinementSettings, allowed: list[tuple[str, int]], writable: Sequence[Path], readable: Sequence[Path]
 ) -> None:
     rules: list[tuple[str | Path, int]] = [*allowed]
-    rules += [(path, READ_RIGHTS) for path in (*_NEEDED, *_DEVICES)]
+    rules += [(path, READ_RIGHTS) for path in (*_READABLE_PATHS, *_DEVICES)]
     rules += [(path, READ_RIGHTS) for path in (*confinement.readable_paths, *readable)]
     rules += [(path, WRITE_RIGHTS) for path in (*writable, *confinement.writable_paths)]
     rules.append(("/dev/null", WRITE_DEVICE_RIGHTS))
@@ -176,21 +186,21 @@ _mounts_allowed = False
 
 
 def detect_mount_support() -> None:
-    """Find out whether this system lets job processes have mounts of their own. Called in the fork server."""
-    global _mounts_allowed  # the processes that are forked later inherit it
+    """Detect whether job processes can have their own mounts. Called in the fork server."""
+    global _mounts_allowed  # processes that are forked later inherit it
     _mounts_allowed = restrictions.can_make_read_only()
 
 
 def _protect_metadata(writable: Sequence[Path]) -> None:
-    """Keep this process from changing modes, owners and times of files outside, which Landlock does not cover."""
-    if not restrictions.make_read_only(writable):  # too many namespaces, perhaps: the rest of the confinement holds
-        print("Modes and times of files outside are not protected.", file=sys.stderr, flush=True)
-    with open(os.devnull, "rb") as empty:  # noqa: PTH123 - a descriptor from before keeps its writable mount
+    """Prevent changes of modes, owners and times of files outside, which Landlock does not cover."""
+    if not restrictions.make_read_only(writable):  # perhaps too many namespaces; the rest of the confinement applies
+        print("Cannot protect modes and times of files outside this job.", file=sys.stderr, flush=True)
+    with open(os.devnull, "rb") as empty:  # noqa: PTH123 - an older descriptor keeps its writable mount
         os.dup2(empty.fileno(), 0)
 
 
 def find_paths(settings: BaseModel) -> Iterator[Path]:
-    """Yield the files and directories that a processor's settings name."""
+    """Yield the files and directories in the settings of a processor."""
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         for item in value if isinstance(value, list | tuple) else (value,):
@@ -201,56 +211,55 @@ def find_paths(settings: BaseModel) -> Iterator[Path]:
 
 
 def _iterate_default_rules(protected: Sequence[Path]) -> Iterator[tuple[str, int]]:
-    """Yield what is allowed of the file system: all of it but private places, and in these what Python loads code from.
+    """Yield the default rules: everything except private places, and in these the directories of Python code.
 
-    Landlock only allows, and whole directories with all that is in them. So a directory in which something is private
-    is not allowed itself: the entries it has now are.
+    Landlock can only allow, and only whole directory trees. So a directory that contains something private is not
+    allowed itself. Instead, its current entries are.
     """
-    ours = {os.path.realpath(path) for path in protected}
+    own_paths = {os.path.realpath(path) for path in protected}
     home = os.path.realpath(Path.home())
-    system = (os.path.realpath(path) for path in _PRIVATE if os.path.lexists(path))
-    private = (ours | {*system, home, os.path.realpath(tempfile.gettempdir())}) - {"/"}
+    system_paths = (os.path.realpath(path) for path in _PRIVATE_PATHS if os.path.lexists(path))
+    private = (own_paths | {*system_paths, home, os.path.realpath(tempfile.gettempdir())}) - {"/"}
     yield from ((path, READ_RIGHTS) for path in _iterate_public_paths("/", private))
     for path in {
         os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *sys.path, *_iterate_package_dirs()) if path
     }:
-        if path in private or path == "/":  # it was started there: then it is no place for code alone
+        if path in private or path == "/":  # the worker was started there, so it contains more than code
             continue
-        yield path, LIST_RIGHTS  # where Python looks for modules it lists directories
-        yield from ((allowed, READ_RIGHTS) for allowed in _iterate_public_paths(path, ours))
+        yield path, LIST_RIGHTS  # Python lists directories when it searches modules
+        yield from ((allowed, READ_RIGHTS) for allowed in _iterate_public_paths(path, own_paths))
 
 
 def _iterate_package_dirs() -> Iterator[str]:
     """Yield the directories of loaded packages outside the installation, such as those of an editable install.
 
-    Editable installs have a finder of their own and no entry in `sys.path`. They may lie in a temporary directory,
-    and a
+    Editable installs have their own finder and no entry in `sys.path`. They may be in a temporary directory, and a
     package in them may be a link to a directory elsewhere.
     """
     installed = (f"{sys.prefix}/", f"{sys.base_prefix}/")
     last = ""
-    for path in sorted({os.path.realpath(path) for path in _package_paths()}):
+    for path in sorted({os.path.realpath(path) for path in _iterate_package_paths()}):
         if not path.startswith(installed) and not (last and path.startswith(f"{last}/")):
             yield (last := path)
 
 
-def _package_paths() -> Iterator[str]:
+def _iterate_package_paths() -> Iterator[str]:
     for module in list(sys.modules.values()):
         if isinstance(paths := getattr(module, "__path__", None), list):
             yield from paths
 
 
 def _iterate_public_paths(path: str, private: set[str]) -> Iterator[str]:
-    """Yield the largest parts of `path` in which nothing is private, but no symbolic links: access ignores them."""
+    """Yield the largest subtrees of `path` without private entries. Omit symbolic links, which access resolves."""
     if path in private:
         return
     inside = path.rstrip("/") + "/"
-    if not any(place.startswith(inside) for place in private):
+    if not any(other.startswith(inside) for other in private):
         yield path
         return
     try:
         entries = [entry.path for entry in os.scandir(path) if not entry.is_symlink()]
-    except OSError:  # not for this user: nothing in it could be opened
+    except OSError:  # this user cannot open anything in it
         return
     for entry in entries:
         yield from _iterate_public_paths(entry, private)

@@ -1,6 +1,6 @@
-"""workers: the job type `echo`. Gives its parameters back as a small Markdown file, and misbehaves on request.
+"""The job type `echo`. It returns its parameters as a small Markdown file, and can wait and fail on request.
 
-For smoke tests and benchmarks, and as the example of how to write a processor.
+It is used for smoke tests and benchmarks, and is an example of a processor.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from jobledger.workers.processor import Isolation, JobContext, ProcessorError, R
 
 
 class EchoParameters(BaseModel):
-    """Anything goes; these fields mean something."""
+    """Accepts any field. These fields have a meaning."""
 
     model_config = ConfigDict(extra="allow")
 
     fail: str | None = Field(None, max_length=1000, description="Fail with this message.")
-    transient: bool = Field(default=False, description="With `fail`: the error may pass, so the job is tried again.")
-    seconds: float = Field(0.0, ge=0, le=86_400, description="Take this long.")
-    file: bool = Field(default=True, description="Give the parameters back as a file; else do nothing at all.")
+    transient: bool = Field(default=False, description="With `fail`: the error is transient, so the job is retried.")
+    seconds: float = Field(0.0, ge=0, le=86_400, description="Wait this many seconds.")
+    file: bool = Field(default=True, description="Return the parameters as a file. If false, return no results.")
 
 
 class EchoSettings(BaseModel):
-    """There is nothing to set."""
+    """There are no settings."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class EchoProcessor:
-    """Takes as long as it is told to, then fails or succeeds as it is told to."""
+    """Waits and then fails or succeeds, as its parameters request."""
 
     job_type: ClassVar[str] = "echo"
     isolation: ClassVar[Isolation] = "inline"
@@ -44,19 +44,19 @@ class EchoProcessor:
         self._settings = settings
 
     async def run(self, job: JobContext) -> Results:
-        wanted: EchoParameters = job.parameters
-        passed = 0.0
-        while passed < wanted.seconds:
+        parameters: EchoParameters = job.parameters
+        elapsed = 0.0
+        while elapsed < parameters.seconds:
             await job.report_progress(
-                100 * passed / wanted.seconds, f"{passed:.0f} of {wanted.seconds:g} seconds have passed"
+                100 * elapsed / parameters.seconds, f"{elapsed:.0f} of {parameters.seconds:g} seconds elapsed"
             )
-            pause = min(1.0, wanted.seconds - passed)
+            pause = min(1.0, parameters.seconds - elapsed)
             await asyncio.sleep(pause)
-            passed += pause
-        if wanted.fail is not None:
-            raise ProcessorError("ECHO_FAILED", wanted.fail, transient=wanted.transient)
-        if not wanted.file:
+            elapsed += pause
+        if parameters.fail is not None:
+            raise ProcessorError("ECHO_FAILED", parameters.fail, transient=parameters.transient)
+        if not parameters.file:
             return Results()
-        given = wanted.model_dump_json(exclude_defaults=True)  # escapes line breaks, so no text can close the fence
-        text = f"# Echo\n\n```json\n{given}\n```\n"
+        content = parameters.model_dump_json(exclude_defaults=True)  # escapes line breaks, so the fence stays
+        text = f"# Echo\n\n```json\n{content}\n```\n"
         return Results(markdown=await job.save(f"echo/{job.job_id}/echo.md", text.encode(), "text/markdown"))

@@ -1,7 +1,7 @@
-"""workers: start a program inside its sandbox. `sandbox.py` runs this in a bare interpreter; see there.
+"""Start a program in its sandbox. `runner.py` runs this module in a bare interpreter.
 
-It moves to namespaces of its own where the system allows that, gives up all rights the program does not need, starts
-the program, and ends with everything the program has started.
+It moves to its own namespaces where the system supports that, drops all privileges that the program does not need,
+starts the program, and ends with all processes that the program started.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from typing import Any, Final
 from jobledger.workers.sandbox import restrictions
 
 EXIT_NOT_STARTED: Final = 125
-"""Exit code if the sandbox could not be set up. The reason is on standard error."""
+"""Exit code if the sandbox could not be set up. Standard error contains the reason."""
 PROXY_PORT: Final = 3128
 _OTHER_FAMILIES: Final = [family for family in range(64) if family not in (socket.AF_INET, socket.AF_INET6)]
-"""Network namespaces do not cover all of them: AF_VSOCK reaches the host of a virtual machine."""
+"""Network namespaces do not cover all address families: AF_VSOCK reaches the host of a virtual machine."""
 _READ_ONLY_DEVICES: Final = ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 def main() -> None:
-    """Run what the JSON document in the first argument describes, and exit with the program's exit code."""
+    """Run the program described by the JSON document in the first argument, and exit with its exit code."""
     plan = json.loads(sys.argv[1])
     restrictions.set_parent_death_signal(signal.SIGKILL)
-    if os.getppid() != plan["parent"]:  # it ended before the line above
+    if os.getppid() != plan["parent"]:  # the parent ended before the call above
         os._exit(EXIT_NOT_STARTED)
     try:
-        separate = plan["namespaces"] and restrictions.unshare_namespaces()
+        has_namespaces = plan["namespaces"] and restrictions.unshare_namespaces()
         if plan["proxy"] is not None:
-            if not separate:
-                raise OSError("this system does not let a program have a network of its own")
+            if not has_namespaces:
+                raise OSError("this system does not support network namespaces for programs")
             _send_proxy_socket(plan["proxy"])
         restrictions.become_subreaper()
         program = os.fork()
         if program == 0:
-            _start(plan, separate=separate)
+            _start_program(plan, has_namespaces=has_namespaces)
     except OSError as error:
         print(f"sandbox: {error}", file=sys.stderr)
         os._exit(EXIT_NOT_STARTED)
@@ -52,19 +52,19 @@ def main() -> None:
     os._exit(code)
 
 
-def _start(plan: dict[str, Any], *, separate: bool) -> None:
-    """In the new process: become the first of its PID namespace if there is one, and the program."""
+def _start_program(plan: dict[str, Any], *, has_namespaces: bool) -> None:
+    """In the new process, become the first process of the PID namespace if there is one, and start the program."""
     restrictions.set_parent_death_signal(signal.SIGKILL)
-    if separate:
-        # As the first process the program would not end by signals such as that of `abort`. When this one ends, the
-        # kernel ends the whole namespace.
+    if has_namespaces:
+        # The first process of a namespace would not be killed by signals such as that of `abort`, so it is not the
+        # program itself. When it ends, the kernel kills the whole namespace.
         program = os.fork()
         if program:
             os._exit(_wait_for(program))
         restrictions.set_parent_death_signal(signal.SIGKILL)
     try:
         os.setsid()
-        _limit(plan["limits"], separate=separate)
+        _set_limits(plan["limits"], has_namespaces=has_namespaces)
         if plan["landlock"]:
             restrictions.apply_landlock(
                 [(path, restrictions.READ_RIGHTS) for path in plan["readable"]]
@@ -77,22 +77,24 @@ def _start(plan: dict[str, Any], *, separate: bool) -> None:
         restrictions.set_no_new_privileges()
         restrictions.drop_capabilities()
         if plan["seccomp"]:
-            refused = restrictions.OUTSIDE_ACCESS_CALLS
+            denied_calls = restrictions.OUTSIDE_ACCESS_CALLS
             if plan["proxy"] is not None:
-                refused = refused - {"socket", "connect", "sendto"}
-            only_itself = {"tgkill", *restrictions.LIMIT_AND_PRIORITY_CALLS}
-            restrictions.apply_seccomp_filter(refused, socket_families=_OTHER_FAMILIES, self_only_calls=only_itself)
+                denied_calls = denied_calls - {"socket", "connect", "sendto"}
+            self_only_calls = {"tgkill", *restrictions.LIMIT_AND_PRIORITY_CALLS}
+            restrictions.apply_seccomp_filter(
+                denied_calls, socket_families=_OTHER_FAMILIES, self_only_calls=self_only_calls
+            )
         os.chdir(plan["directory"])
-        os.execve(plan["command"][0], plan["command"], plan["environment"])  # noqa: S606 - as planned
+        os.execve(plan["command"][0], plan["command"], plan["environment"])  # noqa: S606 - the command of the plan
     except OSError as error:
         print(f"sandbox: {error}", file=sys.stderr)
     os._exit(EXIT_NOT_STARTED)
 
 
-def _limit(limits: dict[str, int], *, separate: bool) -> None:
+def _set_limits(limits: dict[str, int], *, has_namespaces: bool) -> None:
     processes = limits["processes"]
-    if not separate:  # then the limit counts everything this user runs
-        processes += _tasks_of_user()
+    if not has_namespaces:  # the limit counts all processes of the user
+        processes += _count_user_tasks()
     for kind, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
@@ -106,7 +108,7 @@ def _limit(limits: dict[str, int], *, separate: bool) -> None:
         resource.setrlimit(kind, (lower, lower))
 
 
-def _tasks_of_user() -> int:
+def _count_user_tasks() -> int:
     count = 0
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -116,7 +118,7 @@ def _tasks_of_user() -> int:
 
 
 def _send_proxy_socket(channel: int) -> None:
-    """Open the only address this network has, and hand it to the process outside that answers there."""
+    """Open the only address of this network, and send its socket to the process outside that serves it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         up = struct.pack("16sH14x", b"lo", 1)  # IFF_UP
         fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS
@@ -125,7 +127,7 @@ def _send_proxy_socket(channel: int) -> None:
 
 
 def _wait_for(program: int) -> int:
-    """Wait for the program, and take leave of what else ends meanwhile."""
+    """Wait for the program. Reap other children meanwhile."""
     while True:
         ended, status = os.wait()
         if ended == program:
@@ -134,7 +136,7 @@ def _wait_for(program: int) -> int:
 
 
 def _kill_descendants() -> None:
-    """Without a PID namespace, what the program has started is ours by now: kill it until none is left."""
+    """Kill all processes started by the program. Without a PID namespace, they are our children now."""
     while True:
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             with suppress(ProcessLookupError, PermissionError):

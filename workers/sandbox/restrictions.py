@@ -1,7 +1,8 @@
-"""workers: Landlock rules, seccomp filters and process attributes: system calls that Python has no function for.
+"""Landlock rules, seccomp filters and process attributes: system calls for which Python has no function.
 
-It imports the standard library only, because the sandbox loads it in a bare interpreter. Landlock and seccomp apply to
-the calling thread and to what it starts afterwards, so call these functions before the process has other threads.
+This module imports only the standard library, because the sandbox loads it in a bare interpreter. Landlock and seccomp
+apply to the calling thread and to what it starts afterwards, so call these functions before the process has other
+threads.
 """
 
 from __future__ import annotations
@@ -24,56 +25,56 @@ _libc.syscall.restype = ctypes.c_long
 # linux/landlock.h. The rights of each version are added to those before it.
 EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _REFER, _TRUNCATE = 1 << 13, 1 << 14
-_FIRST_VERSION: Final = (1 << 13) - 1
-_FOR_FILES: Final = EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
+_VERSION_1_RIGHTS: Final = (1 << 13) - 1
+_FILE_RIGHTS: Final = EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
 READ_RIGHTS: Final = EXECUTE | _READ_FILE | _READ_DIR
 LIST_RIGHTS: Final = _READ_DIR
 WRITE_DEVICE_RIGHTS: Final = _READ_FILE | _WRITE_FILE
-WRITE_RIGHTS: Final = _FIRST_VERSION | _REFER | _TRUNCATE
+WRITE_RIGHTS: Final = _VERSION_1_RIGHTS | _REFER | _TRUNCATE
 _SCOPE_ABSTRACT_SOCKETS, _SCOPE_SIGNALS = 1 << 0, 1 << 1
 LANDLOCK_SIGNALS_VERSION: Final = 6
-"""From this version of Landlock on, a confined process cannot signal processes outside."""
+"""Since this version of Landlock, a confined process cannot signal processes outside."""
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
 _CAPABILITY_VERSION: Final = 0x20080522
 CAP_SETFCAP: Final = 1 << 31
-"""The capability without which root cannot have a user namespace with itself in it, as bubblewrap makes one."""
+"""Without this capability, root cannot create a user namespace that contains itself, as bubblewrap does."""
 FILE_CAPABILITIES: Final = sum(1 << number for number in (0, 1, 3, 4, 6, 7)) | CAP_SETFCAP
-"""CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID and SETFCAP: what root does with files and other users."""
+"""CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID and SETFCAP: for files and other users."""
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 
 
 def landlock_version() -> int:
-    """Return the version of Landlock that the kernel offers, 0 if it offers none."""
+    """Return the kernel's version of Landlock; 0 if it has none."""
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, 0, 1)))
 
 
 def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> int:
-    """Allow this process and all that it starts only the given rights below the given paths. Cannot be undone.
+    """Allow this process and its descendants only the given rights below the given paths. Irreversible.
 
-    It can no longer trace or read the memory and environment of processes outside, nor mount. Paths that do not exist
-    are passed over. Sets `no_new_privs`.
+    The process can no longer mount, or trace or read the memory and environment of processes outside. Paths that do not
+    exist are skipped. Sets `no_new_privs`.
 
     Returns:
         The version of Landlock.
 
     Raises:
-        OSError: the kernel offers no Landlock.
+        OSError: The kernel has no Landlock.
     """
     version = landlock_version()
     if version < 1:
         raise OSError(ENOSYS, "the kernel offers no Landlock")
-    handled = _FIRST_VERSION | (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
+    handled = _VERSION_1_RIGHTS | (_REFER if version >= 2 else 0) | (_TRUNCATE if version >= 3 else 0)
     attributes = struct.pack("=Q", handled)
     if version >= LANDLOCK_SIGNALS_VERSION:
         attributes = struct.pack("=QQQ", handled, 0, _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS)
-    ruleset = _checked(_libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
+    ruleset = _check_result(_libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
     try:
         for path, rights in rules:
             _add_rule(ruleset, path, rights & handled)
         set_no_new_privileges()
-        _checked(_libc.syscall(_RESTRICT_SELF, ruleset, 0))
+        _check_result(_libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:
         os.close(ruleset)
     return version
@@ -82,50 +83,50 @@ def apply_landlock(rules: Iterable[tuple[str | Path, int]]) -> int:
 def _add_rule(ruleset: int, path: str | Path, rights: int) -> None:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError:  # it is not there, or not for this user: a rule could not make it readable
+    except OSError:  # missing or inaccessible: a rule could not make it readable
         return
     try:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            rights &= _FOR_FILES
+            rights &= _FILE_RIGHTS
         if rights:
-            _checked(_libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0))
+            _check_result(_libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0))
     finally:
         os.close(descriptor)
 
 
 def set_no_new_privileges() -> None:
-    """Make programs with set-user-ID bits and file capabilities run without them, from now on."""
-    _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    """Disable set-user-ID bits and file capabilities of programs that are started from now on."""
+    _check_result(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
 def hide_from_same_user() -> None:
-    """Keep other processes of the same user, except root, from reading this one's memory, environment and files."""
-    _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+    """Prevent other processes of the same user, except root, from reading this one's memory, environment and files."""
+    _check_result(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
 def drop_capabilities(*, keep: int = 0) -> None:
-    """Give up what makes root more than an ordinary user: also for programs started later, with `no_new_privs`.
+    """Drop capabilities, also for programs started later with `no_new_privs`.
 
-    A process with CAP_PERFMON reads the environment of others even where Landlock denies it.
+    A process with CAP_PERFMON can read the environment of others even where Landlock denies it.
 
     Args:
-        keep: The set of capabilities to keep, as far as the process has them.
+        keep: Bit set of the capabilities to keep if the process has them.
     """
     header, sets = struct.pack("=Ii", _CAPABILITY_VERSION, 0), ctypes.create_string_buffer(24)
-    _checked(_libc.capget(header, sets))
-    # Effective, permitted and inheritable ones, 32 at a time. The ambient set can hold inheritable ones only.
+    _check_result(_libc.capget(header, sets))
+    # Effective, permitted and inheritable sets, 32 bits each. The ambient set is a subset of the inheritable set.
     kept = struct.unpack("=6I", sets.raw)[1] & keep
-    _checked(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
+    _check_result(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
 
 
 def set_parent_death_signal(signal_number: int) -> None:
-    """Have the kernel send this process a signal when the thread that started it ends."""
-    _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0))
+    """Let the kernel send this process a signal when the thread that started it ends."""
+    _check_result(_libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0))
 
 
 def become_subreaper() -> None:
     """Become the parent of descendants whose own parent ends."""
-    _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    _check_result(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
 
 
 # seccomp ----------------------------------------------------------------------------------------------------------
@@ -157,29 +158,29 @@ _COMMON_SYSCALL_NUMBERS: Final = {
     **{"move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442},
     **{"open_tree_attr": 467},
 }
-"""System calls whose number is the same everywhere."""
+"""System calls with the same number on all machines."""
 _ARCHITECTURES: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 _X32: Final = 0x40000000
 _URING: Final = {"io_uring_setup", "io_uring_enter", "io_uring_register"}
-"""With it a process opens and connects sockets past the filter."""
+"""With io_uring, a process opens and connects sockets without the filter seeing it."""
 
 _MOUNTS: Final = {
     *("mount", "umount2", "pivot_root", "open_tree", "open_tree_attr", "move_mount", "mount_setattr"),
     *("fsopen", "fsconfig", "fsmount", "fspick"),
 }
 _KERNEL: Final = {"keyctl", "add_key", "request_key", "bpf", "perf_event_open", "userfaultfd"}
-"""Keys are those of all processes of the user. The others are for tools that look into the kernel."""
+"""Keys are shared by all processes of the user. The other calls are for tools that inspect the kernel."""
 
 PRIVILEGED_CALLS: Final = _URING | _MOUNTS | _KERNEL
-"""What no job process needs. io_uring is among them because of the socket families that `refuse` refuses."""
+"""Calls that no job process needs. They include io_uring, which bypasses the filter for socket families."""
 LIMIT_AND_PRIORITY_CALLS: Final = {
     *("prlimit64", "setpriority", "ioprio_set", "sched_setparam", "sched_setscheduler", "sched_setaffinity"),
     "sched_setattr",
 }
-"""Calls with which a process changes the limits and priorities of any other one of its user. See `only_itself`."""
+"""Calls that change limits and priorities of any process of the user. See `self_only_calls`."""
 OUTSIDE_ACCESS_CALLS: Final = PRIVILEGED_CALLS | {
     *("socket", "connect", "sendto", "kill", "tkill", "pidfd_send_signal", "pidfd_getfd", "ptrace"),
     *("truncate", "chmod", "fchmodat", "fchmodat2", "chown", "lchown", "fchownat"),
@@ -187,44 +188,44 @@ OUTSIDE_ACCESS_CALLS: Final = PRIVILEGED_CALLS | {
     *("utime", "utimes", "futimesat", "utimensat", "open_by_handle_at"),
     *("unshare", "setns", "process_vm_readv", "process_vm_writev"),
 }
-"""What Landlock leaves open: sockets, signals, and changes to files that are only named, such as their modes."""
+"""Calls that Landlock does not cover: sockets, signals, and changes to named files, such as their modes."""
 
 
 def is_seccomp_supported() -> bool:
-    """Return whether `refuse` knows this machine's system calls."""
+    """Return whether `apply_seccomp_filter` knows this machine's system calls."""
     return platform.machine() in _SYSCALL_NUMBERS
 
 
 def apply_seccomp_filter(
     denied_calls: Iterable[str], *, socket_families: Iterable[int] = (), self_only_calls: Iterable[str] = ()
 ) -> None:
-    """Make system calls fail with EPERM in this process and all that it starts. Cannot be undone.
+    """Let system calls fail with EPERM in this process and its descendants. Irreversible.
 
     Args:
-        calls: Names of system calls. Those that the machine does not have are passed over.
+        denied_calls: Names of system calls. Those that the machine does not have are skipped.
         socket_families: Address families for which `socket` fails with EACCES.
-        only_itself: Calls that a process may use for itself only: by its ID, or by the ID 0 in what it starts. They
-            are `tgkill` and `LIMITS_AND_PRIORITIES`. The last ones are also refused for single threads.
+        self_only_calls: Calls that a process may use only for itself: by its ID, or by the ID 0 in descendants.
+            Supported are `tgkill` and `LIMIT_AND_PRIORITY_CALLS`. The latter are also denied for single threads.
 
     Raises:
-        OSError: seccomp is not available, or the machine is not a known one.
+        OSError: seccomp is not available, or the machine is not supported.
     """
     machine = platform.machine()
     if machine not in _SYSCALL_NUMBERS:
-        raise OSError(ENOSYS, f"no table of system calls for {machine}")
+        raise OSError(ENOSYS, f"system calls of {machine} are not known")
     numbers = _SYSCALL_NUMBERS[machine] | _COMMON_SYSCALL_NUMBERS
     program = [
-        *_unless(_ARCHITECTURE, _ARCHITECTURES[machine], _KILL),
+        *_return_unless(_ARCHITECTURE, _ARCHITECTURES[machine], _KILL),
         (_LOAD, 0, 0, _NUMBER),
     ]
-    if machine == "x86_64":  # the same calls have other numbers there
+    if machine == "x86_64":  # x32 has other numbers for the same calls
         program += [(_JUMP_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _ERROR | ENOSYS)]
     for name in sorted(denied_calls):
         if name in numbers:
             error = ENOSYS if name in _URING else EPERM
             program += [(_JUMP_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ERROR | error)]
     for name in sorted(self_only_calls):
-        program += _if_arguments(numbers[name], _of_itself(name, os.getpid()))
+        program += _deny_unless_arguments(numbers[name], _own_argument_values(name, os.getpid()))
     if families := sorted(socket_families):
         program += [(_JUMP_EQUAL, 0, 2 * len(families) + 1, numbers["socket"]), (_LOAD, 0, 0, _ARGUMENTS)]
         for family in families:
@@ -233,10 +234,10 @@ def apply_seccomp_filter(
     set_no_new_privileges()
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    _checked(_libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0))
+    _check_result(_libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0))
 
 
-def _of_itself(name: str, pid: int) -> list[tuple[int, ...]]:
+def _own_argument_values(name: str, pid: int) -> list[tuple[int, ...]]:
     """Return the values of each of a call's first arguments that mean the process itself."""
     match name:
         case "tgkill":
@@ -249,8 +250,8 @@ def _of_itself(name: str, pid: int) -> list[tuple[int, ...]]:
             return [(0, pid)]
 
 
-def _if_arguments(number: int, allowed: list[tuple[int, ...]]) -> list[tuple[int, int, int, int]]:
-    """Refuse a call unless its first arguments have one of the values for each. They are of 32 bits."""
+def _deny_unless_arguments(number: int, allowed: list[tuple[int, ...]]) -> list[tuple[int, int, int, int]]:
+    """Deny a call unless each of its first arguments, of 32 bits, has one of the given values."""
     body = []
     for position, values in enumerate(allowed):
         body.append((_LOAD, 0, 0, _ARGUMENTS + 8 * position))
@@ -259,11 +260,11 @@ def _if_arguments(number: int, allowed: list[tuple[int, ...]]) -> list[tuple[int
     return [(_JUMP_EQUAL, 0, len(body) + 1, number), *body, (_RETURN, 0, 0, _ALLOW)]
 
 
-def _unless(place: int, value: int, result: int) -> list[tuple[int, int, int, int]]:
+def _return_unless(place: int, value: int, result: int) -> list[tuple[int, int, int, int]]:
     return [(_LOAD, 0, 0, place), (_JUMP_EQUAL, 1, 0, value), (_RETURN, 0, 0, result)]
 
 
-def _checked(result: int) -> int:
+def _check_result(result: int) -> int:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -280,37 +281,37 @@ _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 
 
 def make_read_only(writable: Iterable[str | Path]) -> bool:
-    """Make all file systems read-only for this process and all that it starts, except below `writable`.
+    """Make all file systems read-only for this process and its descendants, except below `writable`.
 
-    Then it also cannot change modes, owners, times and attributes of files outside, which Landlock does not cover. It
-    needs root, or a system that lets users have namespaces. Paths that do not exist are passed over.
+    The process also cannot change modes, owners, times and attributes of files outside, which Landlock does not cover.
+    This requires root, or a system that allows user namespaces. Paths that do not exist are skipped.
 
     Returns:
-        Whether the process could get mounts of its own; nothing has changed if not.
+        Whether the process got its own mounts. If not, nothing has changed.
 
     Raises:
-        OSError: The system does not allow to change them, or is older than Linux 5.12.
+        OSError: The system does not allow changing mounts, or is older than Linux 5.12.
     """
     user, group = os.getuid(), os.getgid()
     if _libc.unshare(_NEW_MOUNTS) != 0:
         if _libc.unshare(_NEW_MOUNTS | _NEW_USER) != 0:
             return False
         _keep_user(user, group)
-    _checked(_libc.mount(None, b"/", None, _RECURSIVE | _SLAVE, None))
+    _check_result(_libc.mount(None, b"/", None, _RECURSIVE | _SLAVE, None))
     places = sorted(os.fsencode(os.path.realpath(path)) for path in {*writable} if Path(path).exists())
     flags = _CLONE | _AT_RECURSIVE | os.O_CLOEXEC
-    trees = [_checked(_libc.syscall(_OPEN_TREE, _AT_FDCWD, place, flags)) for place in places]
+    trees = [_check_result(_libc.syscall(_OPEN_TREE, _AT_FDCWD, place, flags)) for place in places]
     attributes = struct.pack("=QQQQ", _READ_ONLY, 0, 0, 0)
     size = ctypes.c_size_t(len(attributes))
-    _checked(_libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, size))
-    for place, tree in zip(places, trees, strict=True):  # parents first; each mount is as writable as it was
-        _checked(_libc.syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, place, _FROM_DESCRIPTOR))
+    _check_result(_libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, size))
+    for place, tree in zip(places, trees, strict=True):  # parents first; each mount keeps its own flags
+        _check_result(_libc.syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, place, _FROM_DESCRIPTOR))
         os.close(tree)
     return True
 
 
 def can_make_read_only() -> bool:
-    """Return whether `make_read_only` works on this system: a process forked for it tries."""
+    """Return whether `make_read_only` works on this system. Tries it in a forked process."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -321,14 +322,14 @@ def can_make_read_only() -> bool:
 
 
 def _keep_user(user: int, group: int) -> None:
-    """In a new user namespace, be the same user as outside."""
+    """In a new user namespace, stay the same user as outside."""
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
 
 
 def unshare_namespaces() -> bool:
-    """Move to a user, network and IPC namespace of its own; what is started next begins a PID namespace.
+    """Move to new user, network and IPC namespaces. The next child starts a new PID namespace.
 
     Returns:
         Whether the system allows that.
@@ -336,6 +337,6 @@ def unshare_namespaces() -> bool:
     user, group = os.getuid(), os.getgid()
     if _libc.unshare(_NEW_USER | _NEW_NET | _NEW_IPC | _NEW_PID) != 0:
         return False
-    with suppress(OSError):  # without, it is the user `nobody` for itself; the files it may open stay the same
+    with suppress(OSError):  # without it, the process is user `nobody`, with the same access to files
         _keep_user(user, group)
     return True

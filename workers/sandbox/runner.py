@@ -1,13 +1,13 @@
-"""workers: run helper programs (LibreOffice, yt-dlp) so that hostile input can do no harm through them.
+"""Run helper programs (LibreOffice, yt-dlp) in a sandbox, so that hostile input can do no harm through them.
 
 A program in the sandbox sees the system's programs, libraries and fonts, and writes to one directory. It has no
-network, cannot reach other processes, and ends with whoever started it. There are two ways:
+network, cannot access other processes, and ends with the process that started it. There are two methods:
 
-- Landlock and seccomp, in namespaces of its own where the system allows them. They work without privileges, and inside
-  the job processes that are confined themselves.
+- Landlock and seccomp, in its own namespaces where the system allows them. They need no privileges, and work in job
+  processes that are confined themselves.
 - bubblewrap, where the kernel has no Landlock.
 
-Each is tried out before its first use. If neither works the program is not run: never without a sandbox.
+Each method is probed before its first use. If neither works, the program is not run: never without a sandbox.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ SYSTEM_PATHS: Final = (
     *("/etc/fonts", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime"),
     *("/etc/libreoffice", "/etc/mime.types", "/etc/ssl/certs", "/etc/ca-certificates", "/etc/pki/tls/certs"),
 )
-"""What every program may read. Nothing of users and services: not /home, /root, /proc, /run, /etc/passwd, /var."""
+"""Readable by every program. Nothing of users and services: not /home, /root, /proc, /run, /etc/passwd, /var."""
 _PACKAGE: Final = Path(jobledger.__file__).resolve().parent
-_CODE: Final = (_PACKAGE, Path(__file__).resolve().parents[1])
-"""Where launchers and helper programs lie. In an editable install `jobledger/workers` is a link to a folder outside
-of it."""
-_LAUNCH: Final = (
+_CODE_PATHS: Final = (_PACKAGE, Path(__file__).resolve().parents[1])
+"""Directories of launchers and helper programs. In an editable install, `jobledger/workers` is a link to another place.
+"""
+_LAUNCH_CODE: Final = (
     "import sys; sys.path.append(sys.argv.pop(1)); from jobledger.workers.sandbox.launcher import main; main()"
 )
 _PROBE_SECONDS: Final = 20
 
 
 class SandboxUnavailable(Exception):
-    """This system has no sandbox that works. The text is a sentence that says what is needed."""
+    """No sandbox method works on this system. The text states what is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
-    """What a program may use. Memory, CPU time and open files are for each of its processes."""
+    """Resource limits of a program. Memory, CPU time and open files are limited for each of its processes."""
 
     cpu_seconds: int = 600
     memory_bytes: int = 4 * 1024**3
@@ -79,7 +79,7 @@ class ResourceLimits:
 
 @dataclass(frozen=True, slots=True)
 class ProgramResult:
-    """How a program ended. `output` is what it wrote to standard output, cut off after the limit asked for."""
+    """How a program ended. `output` is its standard output, truncated to `max_output`."""
 
     exit_code: int
     output: bytes
@@ -87,7 +87,15 @@ class ProgramResult:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program with its arguments, and what it may see besides the system: `scratch` to write to, `readable` paths."""
+    """A program with its arguments, and what it may access besides the system.
+
+    Attributes:
+        command: The program with its arguments.
+        scratch_dir: The only writable directory, and the working directory.
+        readable_paths: Readable files and directories.
+        environment: Additional environment variables.
+        limits: Resource limits.
+    """
 
     command: Sequence[str]
     scratch_dir: Path
@@ -97,34 +105,34 @@ class Program:
 
 
 def python_command(*arguments: str) -> list[str]:
-    """Return the command for a bare interpreter, without the packages that are installed."""
+    """Return the command for a bare interpreter, without installed packages."""
     return [os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable), "-I", "-S", *arguments]
 
 
 async def run_program(
     program: Program, *, proxy: Callable[[socket.socket], Awaitable[None]] | None = None, max_output: int = 0
 ) -> ProgramResult:
-    """Run a program to its end. Cancelled, it ends with everything it has started.
+    """Run a program to its end. If cancelled, kill it with all its descendants.
 
     Args:
-        program: What to run.
-        proxy: Answers on the listening socket that is at `http://127.0.0.1:3128` in the sandbox: the only way out.
-        max_output: How many bytes of its standard output to keep.
+        program: The program to run.
+        proxy: Serves the listening socket that is at `http://127.0.0.1:3128` in the sandbox: the only way out.
+        max_output: Number of bytes of standard output to keep.
 
     Raises:
-        SandboxUnavailable: there is no sandbox that works here.
+        SandboxUnavailable: No sandbox method works on this system.
     """
-    return await _run(program, await asyncio.to_thread(_working_method), proxy, max_output)
+    return await _run(program, await asyncio.to_thread(_find_working_method), proxy, max_output)
 
 
 async def _run(
     program: Program, method: SandboxMethod, proxy: Callable[[socket.socket], Awaitable[None]] | None, max_output: int
 ) -> ProgramResult:
     ours, theirs = socket.socketpair() if proxy else (None, None)
-    answering: asyncio.Task[None] | None = None
+    proxy_task: asyncio.Task[None] | None = None
     try:
         process = await asyncio.create_subprocess_exec(
-            *_command(program, method, proxy_channel=theirs.fileno() if theirs else None),
+            *_build_command(program, method, proxy_channel=theirs.fileno() if theirs else None),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -135,27 +143,27 @@ async def _run(
             if theirs:
                 theirs.close()
             if ours and proxy:
-                answering = asyncio.create_task(_answer(ours, proxy))
-            output = await _read(process, max_output)
+                proxy_task = asyncio.create_task(_serve_proxy(ours, proxy))
+            output = await _read_output(process, max_output)
             code = await process.wait()
         finally:
             with suppress(ProcessLookupError):
-                process.kill()  # the launcher; the kernel ends what it has started
+                process.kill()  # kills the launcher; the kernel kills what it has started
             await process.wait()
     finally:
-        if answering:
-            answering.cancel()
-            await asyncio.wait({answering})
-        for end in (ours, theirs):
-            if end:
-                end.close()
+        if proxy_task:
+            proxy_task.cancel()
+            await asyncio.wait({proxy_task})
+        for sock in (ours, theirs):
+            if sock:
+                sock.close()
     if code == EXIT_NOT_STARTED and proxy:
-        raise SandboxUnavailable(f"A program with a network of its own could not be started. {SANDBOX_ADVICE}")
+        raise SandboxUnavailable(f"A program could not be started with its own network. {SANDBOX_ADVICE}")
     return ProgramResult(code, output)
 
 
-async def _answer(channel: socket.socket, proxy: Callable[[socket.socket], Awaitable[None]]) -> None:
-    channel.setblocking(False)  # noqa: FBT003 - it takes no name
+async def _serve_proxy(channel: socket.socket, proxy: Callable[[socket.socket], Awaitable[None]]) -> None:
+    channel.setblocking(False)  # noqa: FBT003 - a positional-only argument
     readable = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(channel, readable.set)
@@ -166,24 +174,24 @@ async def _answer(channel: socket.socket, proxy: Callable[[socket.socket], Await
     _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
     for descriptor in descriptors:
         with socket.socket(fileno=descriptor) as listening:
-            listening.setblocking(False)  # noqa: FBT003 - it takes no name
+            listening.setblocking(False)  # noqa: FBT003 - a positional-only argument
             await proxy(listening)
 
 
-async def _read(process: asyncio.subprocess.Process, most: int) -> bytes:
-    kept = bytearray()
-    assert process.stdout is not None  # noqa: S101 - it was asked for
-    while part := await process.stdout.read(64 * 1024):
-        kept += part[: most - len(kept)]
-    return bytes(kept)
+async def _read_output(process: asyncio.subprocess.Process, max_bytes: int) -> bytes:
+    output = bytearray()
+    assert process.stdout is not None  # noqa: S101 - stdout=PIPE
+    while chunk := await process.stdout.read(64 * 1024):
+        output += chunk[: max_bytes - len(output)]
+    return bytes(output)
 
 
-def _command(program: Program, method: SandboxMethod, *, proxy_channel: int | None = None) -> list[str]:
+def _build_command(program: Program, method: SandboxMethod, *, proxy_channel: int | None = None) -> list[str]:
     base = Path(sys.base_prefix)
-    readable = [*SYSTEM_PATHS, *map(str, _CODE), str(base), *map(str, program.readable_paths)]
+    readable = [*SYSTEM_PATHS, *map(str, _CODE_PATHS), str(base), *map(str, program.readable_paths)]
     landlock = method == "landlock"
     plan = {
-        "parent": os.getpid() if landlock else 0,  # bubblewrap makes it the first process of its namespace
+        "parent": os.getpid() if landlock else 0,  # in bubblewrap, it is the first process of its namespace
         "namespaces": landlock,
         "landlock": landlock,
         "seccomp": restrictions.is_seccomp_supported(),
@@ -196,11 +204,11 @@ def _command(program: Program, method: SandboxMethod, *, proxy_channel: int | No
         "environment": {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(program.scratch_dir)}
         | {"TMPDIR": str(program.scratch_dir), **program.environment},
     }
-    launch = [*python_command("-c", _LAUNCH), str(_PACKAGE.parent), json.dumps(plan)]
-    return launch if landlock else [*_bubblewrap(readable, program.scratch_dir), *launch]
+    launch = [*python_command("-c", _LAUNCH_CODE), str(_PACKAGE.parent), json.dumps(plan)]
+    return launch if landlock else [*_bubblewrap_command(readable, program.scratch_dir), *launch]
 
 
-def _bubblewrap(readable: Sequence[str], scratch: Path) -> list[str]:
+def _bubblewrap_command(readable: Sequence[str], scratch: Path) -> list[str]:
     return [
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"),
         *("--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev"),  # noqa: S108 - an empty one, inside
@@ -209,9 +217,9 @@ def _bubblewrap(readable: Sequence[str], scratch: Path) -> list[str]:
     ]
 
 
-# Trying it out ----------------------------------------------------------------------------------------------------
+# Probing ------------------------------------------------------------------------------------------------------------
 
-_PROBE: Final = """
+_PROBE_CODE: Final = """
 import os, socket, sys
 canary, port, name, parent = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 open("written", "w").close()
@@ -242,50 +250,50 @@ print(", ".join(what for what, action in harm.items() if reached(action)) or "no
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """A way to run programs: whether it keeps what it promises here, and if not, why."""
+    """Whether a sandbox method works on this system, and if not, why."""
 
     method: SandboxMethod
     is_working: bool
     reason: str = ""
 
 
-def _working_method() -> SandboxMethod:
+def _find_working_method() -> SandboxMethod:
     """Return the first method that works.
 
     Raises:
-        SandboxUnavailable: there is none.
+        SandboxUnavailable: No method works.
     """
-    trials = probe_methods()
-    for trial in trials:
-        if trial.is_working:
-            return trial.method
-    reasons = "; ".join(f"{trial.method}: {trial.reason}" for trial in trials)
+    results = probe_methods()
+    for result in results:
+        if result.is_working:
+            return result.method
+    reasons = "; ".join(f"{result.method}: {result.reason}" for result in results)
     raise SandboxUnavailable(f"Helper programs cannot be confined on this machine ({reasons}). {SANDBOX_ADVICE}")
 
 
 def is_available() -> bool:
-    """Return whether programs can be run here. Blocks for about 0.2 seconds the first time."""
+    """Return whether programs can be run. Blocks for about 0.2 seconds on the first call."""
     return probe_methods()[-1].is_working
 
 
 @cache
 def probe_methods() -> tuple[ProbeResult, ...]:
-    """Try out the methods, up to the first that works. The result is kept for this process."""
-    trials: list[ProbeResult] = []
+    """Probe the methods up to the first that works. The result is cached for this process."""
+    results: list[ProbeResult] = []
     methods: tuple[SandboxMethod, ...] = ("landlock", "bubblewrap")
     for method in methods:
-        trials.append(_probe_method(method))
-        if trials[-1].is_working:
+        results.append(_probe_method(method))
+        if results[-1].is_working:
             break
-    return tuple(trials)
+    return tuple(results)
 
 
 def _probe_method(method: SandboxMethod) -> ProbeResult:
-    """Run a program that attempts what it must not be able to do."""
+    """Run a program that attempts what the sandbox must prevent."""
     if method == "landlock" and restrictions.landlock_version() < 1:
-        return ProbeResult(method, is_working=False, reason="the kernel does not offer it")
+        return ProbeResult(method, is_working=False, reason="the kernel does not support it")
     if method == "landlock" and not restrictions.is_seccomp_supported():
-        return ProbeResult(method, is_working=False, reason="no seccomp filter for this kind of machine")
+        return ProbeResult(method, is_working=False, reason="no seccomp filter for this architecture")
     if method == "bubblewrap" and shutil.which("bwrap") is None:
         return ProbeResult(method, is_working=False, reason="not installed")
     try:
@@ -297,7 +305,7 @@ def _probe_method(method: SandboxMethod) -> ProbeResult:
 
 @contextmanager
 def _local_server(path: Path) -> Iterator[None]:
-    """Answer at a local socket, unless this process is confined itself and may not, nor may what it starts."""
+    """Listen at a local socket, unless this process is confined itself and cannot."""
     with ExitStack() as stack:
         with suppress(OSError):
             listening = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -313,9 +321,9 @@ def _probe(method: SandboxMethod, directory: Path) -> ProbeResult:
     with socket.create_server(("127.0.0.1", 0)) as listening, _local_server(directory / "socket"):
         port = listening.getsockname()[1]
         arguments = (str(canary), str(port), str(directory / "socket"), str(os.getpid()))
-        program = Program(python_command("-c", _PROBE, *arguments), scratch)
+        program = Program(python_command("-c", _PROBE_CODE, *arguments), scratch)
         done = subprocess.run(  # noqa: S603 - our own command
-            _command(program, method),
+            _build_command(program, method),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env={},
@@ -324,10 +332,10 @@ def _probe(method: SandboxMethod, directory: Path) -> ProbeResult:
         )
     reached = done.stdout.decode(errors="replace").strip()
     if done.returncode != 0 or not (scratch / "written").exists():
-        said = " ".join(done.stderr.decode(errors="replace").split())[-200:]
-        return ProbeResult(method, is_working=False, reason=said or f"exit code {done.returncode}")
+        error_text = " ".join(done.stderr.decode(errors="replace").split())[-200:]
+        return ProbeResult(method, is_working=False, reason=error_text or f"exit code {done.returncode}")
     if (directory / "canary.new").exists():
         reached += ", other directories"
     if reached != "nothing":
-        return ProbeResult(method, is_working=False, reason=f"it does not keep programs from {reached}")
+        return ProbeResult(method, is_working=False, reason=f"programs can access {reached}")
     return ProbeResult(method, is_working=True)

@@ -1,6 +1,6 @@
-"""workers: what the receiver of a webhook is told. It is made from the log as it was at the end: always the same.
+"""Build the body of a webhook message. It reflects the log at the end of the job or batch, so it is always the same.
 
-Only files are read as they are now: what was deleted since is missing, and `warnings` says so.
+Only files are read in their current state. If a file was deleted since, it is left out and `warnings` contains a note.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jobledger.projections.views import batches, jobs
 from jobledger.projections.views.files import prefix_result_urls
 
 SCHEMA_VERSION: Final = 1
-_LARGEST_MARKDOWN_BYTES: Final = 8 * 1024 * 1024
-_OF_JOB: Final = (
+_MAX_MARKDOWN_BYTES: Final = 8 * 1024 * 1024
+_JOB_FIELDS: Final = (
     "job_id",
     "job_type",
     "job_name",
@@ -38,7 +38,7 @@ _OF_JOB: Final = (
     "user_id",
     "version",
 )
-_OF_BATCH: Final = (
+_BATCH_FIELDS: Final = (
     "batch_id",
     "batch_name",
     "status",
@@ -54,11 +54,11 @@ _OF_BATCH: Final = (
 
 
 class BodyUnavailable(JobledgerError):
-    """What is to be told cannot be read from the log."""
+    """The body of a webhook cannot be built from the log."""
 
 
 async def build_body(
-    log: EventStore,
+    event_store: EventStore,
     file_store: FileStore,
     delivery_id: str,
     delivery: Delivery,
@@ -67,83 +67,96 @@ async def build_body(
     endpoint_id: str,
     base_url: str,
 ) -> bytes:
-    """Return the body, JSON in UTF-8: `docs/how-to/webhooks.md` shows one. `base` is the address of the API.
+    """Return the body as JSON in UTF-8. `docs/how-to/webhooks.md` contains an example.
+
+    Args:
+        event_store: The event store.
+        file_store: The file store.
+        delivery_id: The ID of the delivery.
+        delivery: The delivery.
+        sequence: Rank of the delivery among those of its endpoint.
+        endpoint_id: The ID of the endpoint.
+        base_url: URL of the API.
 
     Raises:
-        NotComposable: the job or batch is not in the log, or JSON cannot say it.
-        UnreadableEvent: a later version of this program has written it.
-        LedgerUnavailable: the log or the store cannot be read.
+        BodyUnavailable: The job or batch is not in the log, or cannot be represented as JSON.
+        UnreadableEvent: A later version of the program wrote to its stream.
+        LedgerUnavailable: The event store or the file store cannot be read.
     """
-    asked = delivery.spec
+    spec = delivery.spec
     body: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "type": asked.event_type,
+        "type": spec.event_type,
         "delivery_id": delivery_id,
         "endpoint_id": endpoint_id,
         "sequence": sequence,
         "deliveries_url": f"{base_url}/api/monitoring/events/webhooks?endpoint_id={endpoint_id}",
     }
-    if asked.source.startswith("job-"):
-        body |= await _of_job(log, file_store, delivery, urlsplit(base_url).path)
-    elif asked.source.startswith("batch-"):
-        body |= await _of_batch(log, delivery)
+    if spec.source.startswith("job-"):
+        body |= await _build_job_content(event_store, file_store, delivery, urlsplit(base_url).path)
+    elif spec.source.startswith("batch-"):
+        body |= await _build_batch_content(event_store, delivery)
     try:
         return orjson.dumps(body, option=orjson.OPT_UTC_Z)
     except TypeError as error:
-        raise BodyUnavailable(f"{asked.source} cannot be written as JSON: {error}") from error
+        raise BodyUnavailable(f"{spec.source} cannot be represented as JSON: {error}") from error
 
 
-async def _of_job(log: EventStore, store: FileStore, delivery: Delivery, prefix: str) -> dict[str, Any]:
-    asked, job = delivery.spec, None
-    for event in await log.read_stream(asked.source, limit=asked.source_version):
+async def _build_job_content(
+    event_store: EventStore, file_store: FileStore, delivery: Delivery, prefix: str
+) -> dict[str, Any]:
+    spec, job = delivery.spec, None
+    for event in await event_store.read_stream(spec.source, limit=spec.source_version):
         job = jobs.fold(job, event)
     if job is None:
-        raise BodyUnavailable(f"{asked.source} is not in the log")
-    told: dict[str, Any] = {"timestamp": job["completed_at"], "job": {name: job[name] for name in _OF_JOB}}
+        raise BodyUnavailable(f"{spec.source} is not in the log")
+    content: dict[str, Any] = {"timestamp": job["completed_at"], "job": {name: job[name] for name in _JOB_FIELDS}}
     metadata: Document = {}
     if job["results"] is not None:
         metadata = job["results"]["metadata"]
         results = prefix_result_urls(prefix, job["results"])
-        told["job"]["results"] = {name: value for name, value in results.items() if name != "metadata"}
-    if asked.batch_id is not None and (begun := await log.read_stream(asked.batch_id, limit=1)):
-        told["batch"] = {"batch_id": asked.batch_id, "batch_name": begun[0].data.get("batch_name")}
-    if asked.webhook.include_markdown:
-        told["markdown"], warnings = await _markdown(store, job)
+        content["job"]["results"] = {name: value for name, value in results.items() if name != "metadata"}
+    if spec.batch_id is not None and (submitted := await event_store.read_stream(spec.batch_id, limit=1)):
+        content["batch"] = {"batch_id": spec.batch_id, "batch_name": submitted[0].data.get("batch_name")}
+    if spec.webhook.include_markdown:
+        content["markdown"], warnings = await _load_markdown(file_store, job)
         if warnings:
-            told["warnings"] = warnings
-    if asked.webhook.include_metadata:
-        told["metadata"] = {**metadata, "steps": job["steps"]}
+            content["warnings"] = warnings
+    if spec.webhook.include_metadata:
+        content["metadata"] = {**metadata, "steps": job["steps"]}
     if job["error"] is not None:
-        told["error"] = job["error"]
-    return told
+        content["error"] = job["error"]
+    return content
 
 
-async def _of_batch(log: EventStore, delivery: Delivery) -> dict[str, Any]:
-    asked, batch, last = delivery.spec, None, None
-    for event in await log.read_stream(asked.source, limit=asked.source_version):
-        batch, last = batches.fold(batch, event), event
-    if batch is None or last is None:
-        raise BodyUnavailable(f"{asked.source} is not in the log")
-    counts = last.data.get("counts", {})
-    told = {name: batch[name] for name in _OF_BATCH} | {f"{name}_jobs": number for name, number in counts.items()}
-    told["summary"] = last.data.get("summary", batch["summary"])
-    return {"timestamp": batch["completed_at"], "batch": told}
+async def _build_batch_content(event_store: EventStore, delivery: Delivery) -> dict[str, Any]:
+    spec, batch, last_event = delivery.spec, None, None
+    for event in await event_store.read_stream(spec.source, limit=spec.source_version):
+        batch, last_event = batches.fold(batch, event), event
+    if batch is None or last_event is None:
+        raise BodyUnavailable(f"{spec.source} is not in the log")
+    counts = last_event.data.get("counts", {})
+    content = {name: batch[name] for name in _BATCH_FIELDS} | {
+        f"{name}_jobs": number for name, number in counts.items()
+    }
+    content["summary"] = last_event.data.get("summary", batch["summary"])
+    return {"timestamp": batch["completed_at"], "batch": content}
 
 
-async def _markdown(store: FileStore, job: Document) -> tuple[str | None, list[str]]:
+async def _load_markdown(file_store: FileStore, job: Document) -> tuple[str | None, list[str]]:
     results = job["results"] or {}
     main = results.get("markdown_file")
-    file = next((it for it in results.get("files", ()) if main == f"/events/{it['path']}"), None)
+    file = next((file for file in results.get("files", ()) if main == f"/events/{file['path']}"), None)
     if file is None:
         return None, []
-    if file["size"] > _LARGEST_MARKDOWN_BYTES:
-        return None, [f"The Markdown is left out: {file['size']} bytes are too many for a webhook."]
+    if file["size"] > _MAX_MARKDOWN_BYTES:
+        return None, [f"The Markdown is omitted: {file['size']} bytes exceed the limit for webhooks."]
     try:
-        opened = await store.open(file["sha256"], file["size"])
+        opened = await file_store.open(file["sha256"], file["size"])
         try:
-            parts = [part async for part in opened.read(0, opened.size)]
+            chunks = [chunk async for chunk in opened.read(0, opened.size)]
         finally:
             await opened.close()
     except FileLost:
-        return None, ["The Markdown is left out: it is not in the store any more."]
-    return b"".join(parts).decode(errors="replace"), []
+        return None, ["The Markdown is omitted: it is no longer in the file store."]
+    return b"".join(chunks).decode(errors="replace"), []

@@ -1,10 +1,11 @@
-"""workers: sends the webhooks that are to be sent, and puts on record what came of it.
+"""Send due webhooks and record the attempts.
 
-A delivery is queued by the very transaction that records the end it tells of (ledger/store/command_handler.py), so
-none is forgotten.
-One process leads and sends; it learns of deliveries by the change stream of their view, and timers tell it when one is
-due again. Why none is left out: at every start of the stream all pending ones are read. Why one may come twice: whoever
-dies between sending and recording leaves it pending, and it is sent again, under the same `webhook-id`.
+The transaction that records the end of a job or batch also queues the delivery (`ledger/store/command_handler.py`), so
+no delivery is missed. One process is the leader and sends. It observes deliveries through the change stream of their
+view, and timers signal due retries. At each start of the stream, all pending deliveries are read.
+
+A delivery may be sent twice: if the process dies between sending and recording, the delivery stays pending, and it is
+sent again with the same `webhook-id`.
 """
 
 from __future__ import annotations
@@ -49,16 +50,25 @@ from jobledger.workers.webhooks.sender import Sender, WebhookRequest, WebhookRes
 
 _log = structlog.get_logger()
 SECRETS: Final = "webhook_secrets"
-"""Values of headers, and what is signed with, by the `secrets_ref` of a webhook. They are nowhere else."""
-_LONGEST_RETRY_AFTER: Final = 86_400.0
+"""Collection of header values and signing secrets, by the `secrets_ref` of a webhook. They are stored nowhere else."""
+_MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
 _PAUSE_SECONDS: Final = 1.0
-_AFTER_FAULT_SECONDS: Final = 60.0
-_READ_AT_ONCE: Final = 1000
+_RETRY_AFTER_ERROR_SECONDS: Final = 60.0
+_READ_BATCH_SIZE: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class DeliverySettings:
-    """`schedule` holds the pauses before each attempt, in seconds; they vary at random by the share `jitter`."""
+    """Settings for deliveries.
+
+    Attributes:
+        retry_delays: Delays before each attempt, in seconds.
+        jitter: Fraction by which delays vary at random.
+        timeout_seconds: Timeout of an attempt.
+        allowed_private_hosts: Hosts and networks that are allowed although they are private.
+        limits: Limits for attempts.
+        base_url: URL of the API.
+    """
 
     retry_delays: Sequence[float] = (0, 5, 300, 1800, 7200, 18_000, 36_000, 86_400)
     jitter: float = 0.1
@@ -69,12 +79,12 @@ class DeliverySettings:
 
     @property
     def max_age(self) -> timedelta:
-        """After this time nothing is tried any more that had to wait for its receiver."""
+        """Age after which a delivery that had to wait for its host is abandoned."""
         return timedelta(seconds=sum(self.retry_delays) * (1 + self.jitter) + 60)
 
 
 class Deliverer:
-    """Delivers webhooks while it is the leader, and stands by while another is."""
+    """Delivers webhooks while it is the leader, and otherwise stands by."""
 
     def __init__(
         self,
@@ -91,11 +101,11 @@ class Deliverer:
         sender: Sender | None = None,
     ) -> None:
         self._db = db
-        self._log = event_store
-        self._store = file_store
+        self._event_store = event_store
+        self._file_store = file_store
         self._checkpoint = checkpoint
         self._settings = settings
-        self._meta = EventMetadata(f"webhooks:{holder}")
+        self._metadata = EventMetadata(f"webhooks:{holder}")
         self._sender = sender or Sender(
             allowed_private_hosts=settings.allowed_private_hosts, timeout_seconds=settings.timeout_seconds
         )
@@ -104,37 +114,39 @@ class Deliverer:
         self._wake = asyncio.Event()
         self._is_leader = False
         self._needs_full_read = False
-        """All that is pending has to be read."""
+        """Whether all pending deliveries must be read."""
         self._changed_ids: set[str] = set()
-        """Deliveries that have changed, or may have."""
+        """Deliveries that have changed or may have changed."""
         self._recorded: dict[str, int] = {}
-        """The version of each delivery that is on record by us, until the view has it: what it says before is old."""
+        """Versions of deliveries that this process recorded and the view does not contain yet. Older states are
+        ignored.
+        """
         self._sending: set[asyncio.Task[None]] = set()
         change_stream.add_listener(self._election)
-        for side in SLOTS:  # what is made anew beside the live view is heard, too, and looked for where it is live
+        for slot in SLOTS:  # also the shadow slot of a rebuild; deliveries are read from the active slot
             change_stream.add_listener(
-                CallbackListener(collection_name(deliveries.NAME, side), self._changed, self._resync)
+                CallbackListener(collection_name(deliveries.NAME, slot), self._on_change, self._resync)
             )
 
     async def run(self) -> None:
-        """Stand by, lead, stand by …, until cancelled."""
+        """Stand by and lead, alternately, until cancelled."""
         try:
             await self._election.run(self._lead)
         finally:
             await self._sender.aclose()
 
-    # Hearing ------------------------------------------------------------------------------------------------------
+    # Reading ------------------------------------------------------------------------------------------------------
 
     async def _resync(self, session: AsyncClientSession) -> None:
         self._needs_full_read = True
         self._wake.set()
 
-    def _changed(self, change: Mapping[str, Any]) -> None:
+    def _on_change(self, change: Mapping[str, Any]) -> None:
         if self._is_leader:
             self._mark_changed(change["documentKey"]["_id"])
 
     async def _read_pending(self) -> None:
-        """Take in what is pending: all of it, or what has changed. What changes meanwhile is news again."""
+        """Read the pending deliveries: all of them, or those that have changed."""
         if self._needs_full_read:
             self._needs_full_read = False
             self._changed_ids.clear()
@@ -142,15 +154,17 @@ class Deliverer:
             async for delivery in deliveries.iter_pending(self._checkpoint.views):
                 self._schedule_delivery(delivery)
         while self._changed_ids:
-            news = [self._changed_ids.pop() for _ in range(min(len(self._changed_ids), _READ_AT_ONCE))]
+            delivery_ids = [self._changed_ids.pop() for _ in range(min(len(self._changed_ids), _READ_BATCH_SIZE))]
             try:
-                found = {it["_id"]: it async for it in deliveries.iter_pending(self._checkpoint.views, news)}
+                pending = {
+                    row["_id"]: row async for row in deliveries.iter_pending(self._checkpoint.views, delivery_ids)
+                }
             except LedgerUnavailable:
-                self._changed_ids.update(news)
+                self._changed_ids.update(delivery_ids)
                 raise
-            for delivery_id in news:
-                if delivery_id in found:
-                    self._schedule_delivery(found[delivery_id])
+            for delivery_id in delivery_ids:
+                if delivery_id in pending:
+                    self._schedule_delivery(pending[delivery_id])
                 else:
                     self._schedule.remove(delivery_id)
                     self._recorded.pop(delivery_id, None)
@@ -175,17 +189,17 @@ class Deliverer:
 
     async def _lead(self) -> None:
         self._is_leader = self._needs_full_read = True
-        _log.info("webhooks are sent from here")
+        _log.info("this process sends webhooks")
         try:
             while True:
                 self._wake.clear()
                 await self._read_pending()
-                now = await self._log.server_time()
-                tried, given_up = self._schedule.take_due(now)
-                for due in tried:
+                now = await self._event_store.server_time()
+                to_attempt, to_abandon = self._schedule.take_due(now)
+                for due in to_attempt:
                     self._start_task(self._deliver(due), due)
-                for due in given_up:
-                    self._start_task(self._give_up(due), due)
+                for due in to_abandon:
+                    self._start_task(self._abandon(due), due)
                 await self._sleep(self._schedule.next_due_at(now))
         finally:
             self._is_leader = False
@@ -194,24 +208,24 @@ class Deliverer:
     def _start_task(self, work: Coroutine[None, None, None], due: ScheduledDelivery) -> None:
         task = asyncio.create_task(work, name=due.delivery_id)
         self._sending.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_task_done)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._sending.discard(task)
         delivery_id = task.get_name()
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("a webhook could not be dealt with", delivery_id=delivery_id, exc_info=error)
-            task.get_loop().call_later(_AFTER_FAULT_SECONDS, self._mark_changed, delivery_id)
+            _log.error("unexpected error while delivering a webhook", delivery_id=delivery_id, exc_info=error)
+            task.get_loop().call_later(_RETRY_AFTER_ERROR_SECONDS, self._mark_changed, delivery_id)
         else:
-            self._mark_changed(delivery_id)  # it may have been asked for again while it was on its way
+            self._mark_changed(delivery_id)  # it may have been requeued during the attempt
 
     def _mark_changed(self, delivery_id: str) -> None:
         self._changed_ids.add(delivery_id)
         self._wake.set()
 
     async def _sleep(self, next_attempt_at: datetime | None) -> None:
-        """Wait until something happens, or a delivery is due by the server's clock, which is read again and again."""
-        clock = self._log.clock
+        """Wait for a change, or until a delivery is due by the server's clock, which is read repeatedly."""
+        clock = self._event_store.clock
         while True:
             try:
                 async with asyncio.timeout(
@@ -224,85 +238,90 @@ class Deliverer:
                     return
 
     async def _drain(self) -> None:
-        """Let what is on its way arrive and be recorded; else it would be sent once more by the next leader."""
+        """Wait for attempts in flight and record them. Otherwise the next leader would send them again."""
         if self._sending:
             await asyncio.wait(self._sending, timeout=self._settings.timeout_seconds + _PAUSE_SECONDS)
         for task in self._sending:
             task.cancel()
 
     async def _deliver(self, due: ScheduledDelivery) -> None:
-        answered = True
+        is_responsive = True
         try:
-            known = await load_stream_state(self._log, due.delivery_id)
-            delivery, now = known.state, self._log.clock.estimate()
+            state = await load_stream_state(self._event_store, due.delivery_id)
+            delivery, now = state.state, self._event_store.clock.estimate()
             if not isinstance(delivery, Delivery):
                 return
             if delivery.status != "pending" or (delivery.due_at is not None and delivery.due_at > now):
-                self._recorded[due.delivery_id] = (
-                    known.head.version
-                )  # somebody else has put on record what we did not know
+                self._recorded[due.delivery_id] = state.head.version  # recorded by another process
                 return
-            if await is_deleted(self._log, delivery.spec.source):
-                # Its content is not sent any more. Asked before each call: who deletes it later deletes it too late.
-                await self._record(due.delivery_id, AbandonDelivery(f"{delivery.spec.source} was deleted."), known)
+            if await is_deleted(self._event_store, delivery.spec.source):
+                # Content of deleted jobs is not sent. The check precedes each attempt; a later deletion is too late.
+                await self._record(due.delivery_id, AbandonDelivery(f"{delivery.spec.source} was deleted."), state)
                 return
-            command, answered = await self._attempt(due, delivery)
-            await self._record(due.delivery_id, command, known)
+            command, is_responsive = await self._attempt(due, delivery)
+            await self._record(due.delivery_id, command, state)
         except (LedgerUnavailable, LedgerBusy) as error:
-            _log.warning("a webhook has to wait for the database", delivery_id=due.delivery_id, error=str(error))
+            _log.warning(
+                "cannot deliver a webhook yet: database unavailable", delivery_id=due.delivery_id, error=str(error)
+            )
             await asyncio.sleep(_PAUSE_SECONDS)
         finally:
-            self._schedule.record_result(due, is_responsive=answered, now=self._log.clock.estimate())
+            self._schedule.record_result(due, is_responsive=is_responsive, now=self._event_store.clock.estimate())
 
     async def _attempt(self, due: ScheduledDelivery, delivery: Delivery) -> tuple[RecordAttempt, bool]:
-        """Call the receiver; return what to put on record, and whether it answered at all."""
+        """Send the webhook. Return the command that records the attempt, and whether the host responded."""
         try:
-            outgoing = await self._build_request(due, delivery)
+            request = await self._build_request(due, delivery)
         except (BodyUnavailable, UnreadableEvent) as error:
-            failure = Failure(code="BODY_UNAVAILABLE", message=str(error))
-            return RecordAttempt(0.0, None, error=failure, retry_at=self._retry_at(delivery, 0.0)), True
-        answer = await self._sender.send(outgoing)
-        failure_ = self._failure(answer)
-        if failure_ is not None:
-            _log.info("webhook not delivered", delivery_id=due.delivery_id, host=due.host, error=failure_.code)
+            unavailable = Failure(code="BODY_UNAVAILABLE", message=str(error))
+            return RecordAttempt(
+                0.0, None, error=unavailable, next_attempt_at=self._next_attempt_at(delivery, 0.0)
+            ), True
+        response = await self._sender.send(request)
+        failure = self._failure_from_response(response)
+        if failure is not None:
+            _log.info("webhook not delivered", delivery_id=due.delivery_id, host=due.host, error=failure.code)
         command = RecordAttempt(
-            duration_s=round(answer.duration_s, 3),
-            body_sha256=hashlib.sha256(outgoing.body).hexdigest(),
-            status_code=answer.status_code,
-            error=failure_,
-            response=answer.body,
-            retry_at=None if answer.is_permanent else self._retry_at(delivery, answer.retry_after_s or 0.0),
+            duration_s=round(response.duration_s, 3),
+            body_sha256=hashlib.sha256(request.body).hexdigest(),
+            status_code=response.status_code,
+            error=failure,
+            response=response.body,
+            next_attempt_at=None
+            if response.is_permanent
+            else self._next_attempt_at(delivery, response.retry_after_s or 0.0),
         )
-        return command, answer.is_host_responsive
+        return command, response.is_host_responsive
 
     @staticmethod
-    def _failure(answer: WebhookResponse) -> Failure | None:
-        if answer.error_code is None:
+    def _failure_from_response(response: WebhookResponse) -> Failure | None:
+        if response.error_code is None:
             return None
-        return Failure(code=answer.error_code, message=answer.message or answer.error_code)
+        return Failure(code=response.error_code, message=response.message or response.error_code)
 
     async def _build_request(self, due: ScheduledDelivery, delivery: Delivery) -> WebhookRequest:
         webhook = delivery.spec.webhook
-        kept = await self._load_secrets(webhook.secrets_ref)
-        receiver = endpoint_id_for(delivery.spec.user_id, webhook.url)
+        stored = await self._load_secrets(webhook.secrets_ref)
+        endpoint_id = endpoint_id_for(delivery.spec.user_id, webhook.url)
         body = await build_body(
-            self._log,
-            self._store,
+            self._event_store,
+            self._file_store,
             due.delivery_id,
             delivery,
             sequence=due.sequence,
-            endpoint_id=receiver,
+            endpoint_id=endpoint_id,
             base_url=self._settings.base_url,
         )
-        secrets = kept.get("secrets") or await load_signing_secrets(
+        secrets = stored.get("secrets") or await load_signing_secrets(
             self._db, Endpoint(delivery.spec.user_id, webhook.url)
         )
         if not secrets:
-            raise BodyUnavailable("The signing secret of this endpoint was revoked. Rotate it to have a new one.")
+            raise BodyUnavailable("The signing secret of this endpoint was revoked. Rotate it to create a new one.")
+        timestamp = int(self._event_store.clock.estimate().timestamp())
         headers = {
-            **kept.get("headers", {}),
+            **stored.get("headers", {}),
             "Content-Type": "application/json",
-            **build_signature_headers(secrets, due.delivery_id, int(self._log.clock.estimate().timestamp()), body),
+            **build_signature_headers(secrets, due.delivery_id, timestamp, body),
         }
         return WebhookRequest(webhook.url, headers, body)
 
@@ -311,35 +330,39 @@ class Deliverer:
         if reference is None:
             return {}
         with translate_errors("reading the secrets of a webhook"):
-            kept = await self._db[SECRETS].find_one({"_id": reference})
-        if kept is None:
-            raise BodyUnavailable("The values of its headers, or what it is signed with, have been removed.")
-        return kept
+            stored = await self._db[SECRETS].find_one({"_id": reference})
+        if stored is None:
+            raise BodyUnavailable("The header values or signing secrets of this webhook were removed.")
+        return stored
 
-    def _retry_at(self, delivery: Delivery, retry_after: float) -> datetime | None:
-        """Return when to try again after one more failure, None if there were enough."""
-        made = delivery.counted_attempts + 1
-        if made >= len(self._settings.retry_delays):
+    def _next_attempt_at(self, delivery: Delivery, retry_after: float) -> datetime | None:
+        """Return the time of the next attempt after one more failure; None if there were enough."""
+        attempts = delivery.counted_attempts + 1
+        if attempts >= len(self._settings.retry_delays):
             return None
-        share = self._settings.jitter
-        pause = self._settings.retry_delays[made] * random.uniform(1 - share, 1 + share)  # noqa: S311 - spreads load
-        return self._log.clock.estimate() + timedelta(seconds=max(pause, min(retry_after, _LONGEST_RETRY_AFTER)))
+        jitter = self._settings.jitter
+        delay = self._settings.retry_delays[attempts] * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311 - spreads load
+        return self._event_store.clock.estimate() + timedelta(
+            seconds=max(delay, min(retry_after, _MAX_RETRY_AFTER_SECONDS))
+        )
 
-    async def _give_up(self, due: ScheduledDelivery) -> None:
-        reason = f"{due.host} has not answered for so long that the schedule is over."
-        known = await load_stream_state(self._log, due.delivery_id)
+    async def _abandon(self, due: ScheduledDelivery) -> None:
+        reason = f"{due.host} did not respond until the end of the retry schedule."
+        state = await load_stream_state(self._event_store, due.delivery_id)
         with suppress(CommandRejected):
-            await self._record(due.delivery_id, AbandonDelivery(reason), known)
+            await self._record(due.delivery_id, AbandonDelivery(reason), state)
 
-    async def _record(self, delivery_id: str, command: DeliveryCommand, known: StreamState) -> None:
-        """Put it on record, once. While the database is away it is tried again."""
-        handled: CommandResult | None = None
-        while handled is None:
+    async def _record(self, delivery_id: str, command: DeliveryCommand, state: StreamState) -> None:
+        """Record a command once. Retry while the database is unavailable."""
+        result: CommandResult | None = None
+        while result is None:
             try:
-                handled = await handle_command(self._log, delivery_id, command, meta=self._meta, stream_state=known)
+                result = await handle_command(
+                    self._event_store, delivery_id, command, meta=self._metadata, stream_state=state
+                )
             except (LedgerUnavailable, LedgerBusy) as error:
-                _log.warning("not recorded yet", delivery_id=delivery_id, error=str(error))
+                _log.warning("cannot record a delivery attempt yet", delivery_id=delivery_id, error=str(error))
                 await asyncio.sleep(_PAUSE_SECONDS)
                 with suppress(LedgerUnavailable):
-                    handled = await find_outcome(self._log, delivery_id, command, stream_state=known)
-        self._recorded[delivery_id] = handled.stream_state.head.version
+                    result = await find_outcome(self._event_store, delivery_id, command, stream_state=state)
+        self._recorded[delivery_id] = result.stream_state.head.version

@@ -1,9 +1,11 @@
-"""workers: which webhook is to be sent next. Pure: no clock, no network.
+"""Decide which webhook delivery is attempted next. Pure: no clock and no network.
 
-Deliveries wait for their time, and then for a turn at their host: so many at a time, hosts taking turns, so that a
-receiver which hangs holds up nobody else. A host that has not answered so many times in a row is left alone for a
-while (a circuit breaker): then one delivery is tried, and if that gets no answer either, it is left alone for twice as
-long. Waiting costs no attempt; but what has waited for longer than its whole schedule is given up.
+A delivery waits for its due time, then for a slot at its host. The number of concurrent attempts is limited, and hosts
+take turns, so a host that hangs does not delay the others.
+
+Each host has a circuit breaker. After a number of consecutive attempts without a response, the host gets no attempts
+during a cooldown. Then one delivery is attempted. If it gets no response either, the next cooldown is twice as long.
+Waiting costs no attempt, but a delivery that has waited longer than its whole retry schedule is abandoned.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _MAX_COOLDOWN: Final = timedelta(minutes=10)
 
 
 class ScheduledDelivery(NamedTuple):
-    """A pending delivery: not before `due`, and not after `give_up_at`. `version` tells its states apart."""
+    """A pending delivery: not attempted before `due_at`, and not after `give_up_at`. `version` identifies its state."""
 
     due_at: datetime
     delivery_id: str
@@ -31,7 +33,7 @@ class ScheduledDelivery(NamedTuple):
 
 @dataclass(slots=True)
 class _Host:
-    """The deliveries whose time has come, in that order, and how the host has behaved."""
+    """The due deliveries of a host, in order, and the state of its circuit breaker."""
 
     ready: deque[ScheduledDelivery] = field(default_factory=deque)
     in_flight: int = 0
@@ -42,7 +44,14 @@ class _Host:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryLimits:
-    """How many at a time, in all and at one host; after how many times without an answer a host rests, and how long."""
+    """Limits for attempts.
+
+    Attributes:
+        max_concurrent: Maximum number of concurrent attempts.
+        max_concurrent_per_host: Maximum number of concurrent attempts at one host.
+        circuit_breaker_failures: Number of consecutive attempts without a response that opens the circuit breaker.
+        circuit_breaker_cooldown: Duration of the first cooldown.
+    """
 
     max_concurrent: int = 20
     max_concurrent_per_host: int = 4
@@ -64,39 +73,39 @@ class DeliverySchedule:
         return len(self._current)
 
     def clear(self) -> None:
-        """Forget all that wait; what is being tried goes on, and what is known of hosts stays."""
+        """Remove all waiting deliveries. Attempts in flight continue, and the state of hosts is kept."""
         self._current.clear()
         self._scheduled.clear()
         for host in self._hosts.values():
             host.ready.clear()
 
     def add(self, due: ScheduledDelivery) -> None:
-        """Take in a delivery, or its newer state."""
+        """Add a delivery or its newer state."""
         self._current[due.delivery_id] = due
         heapq.heappush(self._scheduled, due)
 
     def remove(self, delivery_id: str) -> None:
-        """Forget a delivery: it is not pending any more."""
+        """Remove a delivery that is no longer pending."""
         self._current.pop(delivery_id, None)
 
     def take_due(self, now: datetime) -> tuple[list[ScheduledDelivery], list[ScheduledDelivery]]:
-        """Return which deliveries are to be tried now, and which are to be given up. They wait no longer.
+        """Return and remove the deliveries to attempt now, and those to abandon.
 
-        Each that is tried has to be reported to `done`.
+        Call `record_result` for each attempt.
         """
         while self._scheduled and self._scheduled[0].due_at <= now:
             due = heapq.heappop(self._scheduled)
             if self._is_current(due):
                 self._hosts.setdefault(due.host, _Host()).ready.append(due)
-        given_up = [due for host in self._hosts.values() for due in self._take_expired(host, now)]
-        tried: list[ScheduledDelivery] = []
+        to_abandon = [due for host in self._hosts.values() for due in self._take_expired(host, now)]
+        to_attempt: list[ScheduledDelivery] = []
         while len(self._in_flight) < self._limits.max_concurrent and (round_ := list(self._take_round(now))):
-            tried += round_
+            to_attempt += round_
         self._forget_idle_hosts()
-        return tried, given_up
+        return to_attempt, to_abandon
 
     def record_result(self, due: ScheduledDelivery, *, is_responsive: bool, now: datetime) -> None:
-        """Note that a try has ended, and whether the host gave any answer."""
+        """Record that an attempt has ended, and whether the host responded."""
         self._in_flight.pop(due.delivery_id, None)
         host = self._hosts.setdefault(due.host, _Host())
         host.in_flight -= 1
@@ -113,24 +122,24 @@ class DeliverySchedule:
             host.open_until = now + host.cooldown
 
     def next_due_at(self, now: datetime) -> datetime | None:
-        """Return when `take`, which had no more `now`, may have something again, if nothing else happens before."""
+        """Return when `take_due`, which returned nothing more at `now`, may return something if nothing changes."""
         while self._scheduled and not self._is_current(self._scheduled[0]):
             heapq.heappop(self._scheduled)
-        rests = [host.open_until for host in self._hosts.values() if host.ready and host.open_until]
-        # A rest that is over is no moment to wait for: its one try is on its way, and will be reported.
+        cooldown_ends = [host.open_until for host in self._hosts.values() if host.ready and host.open_until]
+        # Do not wait for a cooldown that has ended: its one attempt is in flight, and its result will be recorded.
         return min(
-            [*(moment for moment in rests if moment > now), *(due.due_at for due in self._scheduled[:1])], default=None
+            [*(end for end in cooldown_ends if end > now), *(due.due_at for due in self._scheduled[:1])], default=None
         )
 
     def _is_current(self, due: ScheduledDelivery) -> bool:
         return self._current.get(due.delivery_id) is due
 
     def _take_expired(self, host: _Host, now: datetime) -> Iterator[ScheduledDelivery]:
-        """Yield what has waited for too long, when a rest is over: not at every look at it."""
+        """Yield deliveries that have waited too long, but only when a cooldown has ended."""
         if host.open_until is None or host.open_until > now or host.in_flight:
             return
-        late = [due for due in host.ready if due.give_up_at <= now and self._is_current(due)]
-        for due in late:
+        expired = [due for due in host.ready if due.give_up_at <= now and self._is_current(due)]
+        for due in expired:
             del self._current[due.delivery_id]
             yield due
 
@@ -138,28 +147,30 @@ class DeliverySchedule:
         for name, host in list(self._hosts.items()):
             if len(self._in_flight) >= self._limits.max_concurrent:
                 return
-            if (due := self._next_of(host, now)) is not None:
+            if (due := self._next_delivery(host, now)) is not None:
                 del self._current[due.delivery_id]
                 self._in_flight[due.delivery_id] = name
                 host.in_flight += 1
-                self._hosts[name] = self._hosts.pop(name)  # who had a turn is last in the next round
+                self._hosts[name] = self._hosts.pop(name)  # this host is last in the next round
                 yield due
 
-    def _next_of(self, host: _Host, now: datetime) -> ScheduledDelivery | None:
-        most = self._limits.max_concurrent_per_host
+    def _next_delivery(self, host: _Host, now: datetime) -> ScheduledDelivery | None:
+        max_attempts = self._limits.max_concurrent_per_host
         if host.open_until is not None:
-            most = 1 if host.open_until <= now else 0
-        if host.in_flight >= most:
+            max_attempts = 1 if host.open_until <= now else 0
+        if host.in_flight >= max_attempts:
             return None
         while host.ready:
             due = host.ready.popleft()
-            # One of which a state is being tried waits until that has ended: its next state comes then.
+            # A delivery in flight is not attempted again. Its next state is added when the attempt has ended.
             if self._is_current(due) and due.delivery_id not in self._in_flight:
                 return due
         return None
 
     def _forget_idle_hosts(self) -> None:
         for name in [
-            name for name, it in self._hosts.items() if not (it.ready or it.in_flight or it.consecutive_failures)
+            name
+            for name, host in self._hosts.items()
+            if not (host.ready or host.in_flight or host.consecutive_failures)
         ]:
             del self._hosts[name]

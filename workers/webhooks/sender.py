@@ -1,17 +1,16 @@
-"""workers: one call of a webhook's receiver, which may do anything. It always ends in an `Answer`, in time.
+"""Send one webhook message. Whatever the endpoint does, there is a `WebhookResponse` in time.
 
-Codes of what was no success:
-    BAD_URL             not an http(s) address with a host
-    REQUEST_INVALID     it cannot be written as HTTP, for example because of a header: nothing was sent
-    PORT_REJECTED        a port that webhooks do not go to
-    ADDRESS_REJECTED     it leads to an address that is not public, and that `webhooks.allowed_private_hosts` does not
-    name
-    CONNECTION_FAILED   no such name, refused, reset, TLS failed
-    TIMEOUT             it did not answer in time
-    BAD_RESPONSE        it did not answer in HTTP
-    REDIRECT            it sent us on; redirects are not followed
-    GONE                410: it wants no more
-    HTTP_ERROR          any other status but 2xx
+Error codes:
+    BAD_URL: The URL is not an http(s) URL with a host.
+    REQUEST_INVALID: The request cannot be represented in HTTP, for example because of a header. Nothing was sent.
+    PORT_REJECTED: Webhooks may not use this port.
+    ADDRESS_REJECTED: The address is not public, and `webhooks.allowed_private_hosts` does not allow it.
+    CONNECTION_FAILED: The name was not found, or the connection was refused, reset, or failed in TLS.
+    TIMEOUT: The endpoint did not respond in time.
+    BAD_RESPONSE: The response is not valid HTTP.
+    REDIRECT: The endpoint redirected. Redirects are not followed.
+    GONE: Status 410. The endpoint does not want messages any more.
+    HTTP_ERROR: Any other status except 2xx.
 """
 
 from __future__ import annotations
@@ -39,19 +38,19 @@ from jobledger.workers.safe_http import (
 )
 
 MAX_RESPONSE_BYTES: Final = 4096
-"""So much of an answer is kept; more is not read."""
+"""The part of a response body that is read and kept."""
 _USER_AGENT: Final = "jobledger (webhooks)"
 _CONNECTION_HEADERS: Final = frozenset(
     {"host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "expect", "keep-alive"}
 )
-"""Headers of the connection itself, which nobody else may set."""
+"""Headers of the connection itself, which users cannot set."""
 _NOT_CALLED_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "PORT_REJECTED", "ADDRESS_REJECTED"})
 _PERMANENT_CODES: Final = frozenset({"BAD_URL", "REQUEST_INVALID", "GONE"})
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookRequest:
-    """What is to be sent. `headers` are complete, signature included, but for those of the connection."""
+    """A message to send. `headers` are complete, including the signature, except for those of the connection."""
 
     url: str
     headers: Mapping[str, str]
@@ -60,7 +59,9 @@ class WebhookRequest:
 
 @dataclass(frozen=True, slots=True)
 class WebhookResponse:
-    """What came of it. `error` and `message` are None for a 2xx; `body` is the beginning of the answer's."""
+    """The result of an attempt. `error_code` and `message` are None for a 2xx. `body` is the beginning of the response
+    body.
+    """
 
     status_code: int | None
     error_code: str | None
@@ -71,17 +72,19 @@ class WebhookResponse:
 
     @property
     def is_host_responsive(self) -> bool:
-        """Whether the receiver has answered at all, or was not called."""
+        """Whether the host responded, or was not called."""
         return self.status_code is not None or self.error_code in _NOT_CALLED_CODES
 
     @property
     def is_permanent(self) -> bool:
-        """Whether it is of no use to try again. A refused address may be another one tomorrow, or be allowed."""
+        """Whether a retry is useless. A rejected address may change or be allowed later, so it is not permanent."""
         return self.error_code in _PERMANENT_CODES
 
 
 class Sender:
-    """Calls receivers. Connections are not kept: one that the other side has closed meanwhile would cost an attempt."""
+    """Sends messages to endpoints. Connections are not reused: one that the host closed meanwhile would cost an
+    attempt.
+    """
 
     def __init__(
         self,
@@ -101,38 +104,39 @@ class Sender:
         )
 
     async def aclose(self) -> None:
+        """Close all connections."""
         await self._pool.aclose()
 
-    async def send(self, outgoing: WebhookRequest) -> WebhookResponse:
-        """Send it, within the time; whatever the receiver does, there is an answer."""
-        begun = time.monotonic()
+    async def send(self, webhook: WebhookRequest) -> WebhookResponse:
+        """Send a message within the timeout. Whatever the endpoint does, return a response."""
+        started_at = time.monotonic()
         status, headers, body = None, httpx.Headers(), bytearray()
         code: str | None = None
         message: str | None = None
-        host = "the receiver"
+        host = "the endpoint"
         try:
-            url, refusal = _target(outgoing.url, self._allowed)
+            url, rejection = _parse_target(webhook.url, self._allowed)
             if url is None:
-                code, message = refusal
+                code, message = rejection
             else:
                 host = url.host
                 async with asyncio.timeout(self._timeout):
-                    request = _request(url, outgoing)
-                    answer = await self._pool.handle_async_request(request)
+                    request = _build_request(url, webhook)
+                    response = await self._pool.handle_async_request(request)
                     try:
-                        status, headers = answer.status, httpx.Headers(answer.headers)
-                        async for part in answer.aiter_stream():
-                            body += part
+                        status, headers = response.status, httpx.Headers(response.headers)
+                        async for chunk in response.aiter_stream():
+                            body += chunk
                             if len(body) >= MAX_RESPONSE_BYTES:
                                 break
                     finally:
-                        await answer.aclose()
-        except (_RequestInvalid, httpcore.LocalProtocolError) as invalid:
-            code, message = "REQUEST_INVALID", f"The webhook cannot be sent as it was asked for: {invalid}."
-        except AddressRejected as refused:
-            code, message = "ADDRESS_REJECTED", f"{refused}; {PUBLIC_ONLY_MESSAGE}."
+                        await response.aclose()
+        except (_RequestInvalid, httpcore.LocalProtocolError) as error:
+            code, message = "REQUEST_INVALID", f"The webhook cannot be sent: {error}."
+        except AddressRejected as error:
+            code, message = "ADDRESS_REJECTED", f"{error}; {PUBLIC_ONLY_MESSAGE}."
         except (TimeoutError, httpcore.TimeoutException):
-            code, message = "TIMEOUT", f"{host} did not answer within {self._timeout:g} seconds."
+            code, message = "TIMEOUT", f"{host} did not respond within {self._timeout:g} seconds."
         except (httpcore.NetworkError, ssl.SSLError, OSError, UnicodeError) as error:
             code, message = (
                 "CONNECTION_FAILED",
@@ -140,66 +144,68 @@ class Sender:
             )
         except (httpcore.ProtocolError, httpcore.UnsupportedProtocol, ValueError) as error:
             code, message = "BAD_RESPONSE", f"{describe_connection_error(error)[1].format(host=host).capitalize()}."
-        if status is not None:  # then that is the answer, whatever became of the rest of it
+        if status is not None:  # a status counts, whatever happened to the rest of the response
             code, message = _error_from_status(status, host)
         return WebhookResponse(
-            status, code, message, _text(body), _retry_after_seconds(headers), time.monotonic() - begun
+            status, code, message, _decode_body(body), _retry_after_seconds(headers), time.monotonic() - started_at
         )
 
 
-def _target(text: str, allowed: AllowedHosts) -> tuple[httpx.URL | None, tuple[str, str]]:
-    why = rejection_reason(text, allowed)
-    if why is not None:
+def _parse_target(text: str, allowed: AllowedHosts) -> tuple[httpx.URL | None, tuple[str, str]]:
+    reason = rejection_reason(text, allowed)
+    if reason is not None:
         code = (
             "PORT_REJECTED"
-            if why.startswith("port")
+            if reason.startswith("port")
             else "ADDRESS_REJECTED"
-            if why.endswith(PUBLIC_ONLY_MESSAGE)
+            if reason.endswith(PUBLIC_ONLY_MESSAGE)
             else "BAD_URL"
         )
-        return None, (code, f"{why[0].upper()}{why[1:]}.")
+        return None, (code, f"{reason[0].upper()}{reason[1:]}.")
     try:
         return httpx.URL(text), ("", "")
     except httpx.InvalidURL as error:
-        return None, ("BAD_URL", f"This is no address: {error}.")
+        return None, ("BAD_URL", f"This is not a valid URL: {error}.")
 
 
 class _RequestInvalid(Exception):
-    """A request cannot be written as HTTP. The message does not hold values of headers."""
+    """A request cannot be represented in HTTP. The message contains no header values."""
 
 
-def _request(url: httpx.URL, outgoing: WebhookRequest) -> httpcore.Request:
-    """Return the request.
+def _build_request(url: httpx.URL, webhook: WebhookRequest) -> httpcore.Request:
+    """Return the HTTP request.
 
     Raises:
-        _RequestInvalid: one of its headers cannot be sent as it is.
+        _RequestInvalid: A header cannot be sent as it is.
     """
-    given = {name: value for name, value in outgoing.headers.items() if name.lower() not in _CONNECTION_HEADERS}
-    if (problem := find_unsendable_header(given)) is not None:
+    allowed_headers = {
+        name: value for name, value in webhook.headers.items() if name.lower() not in _CONNECTION_HEADERS
+    }
+    if (problem := find_unsendable_header(allowed_headers)) is not None:
         raise _RequestInvalid(f"header {problem[0][:100]!r}: {problem[1]}")
     headers = {
         "user-agent": _USER_AGENT,
         "accept": "*/*",
         "accept-encoding": "identity",
-        **{name.lower(): value for name, value in given.items()},
+        **{name.lower(): value for name, value in allowed_headers.items()},
         "host": url.netloc.decode(),
         "connection": "close",
-        "content-length": str(len(outgoing.body)),
+        "content-length": str(len(webhook.body)),
     }
     target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    return httpcore.Request("POST", target, headers=raw, content=outgoing.body)
+    return httpcore.Request("POST", target, headers=raw, content=webhook.body)
 
 
 def _error_from_status(status: int, host: str) -> tuple[str | None, str | None]:
     if 200 <= status < 300:
         return None, None
-    known = {known.value: f" ({known.phrase})" for known in http.HTTPStatus}.get(status, "")
+    phrase = {item.value: f" ({item.phrase})" for item in http.HTTPStatus}.get(status, "")
     if status == http.HTTPStatus.GONE:
-        return "GONE", f"{host} answered 410{known}: it wants no more."
+        return "GONE", f"{host} responded with 410{phrase}: it does not accept messages any more."
     if 300 <= status < 400:
-        return "REDIRECT", f"{host} answered {status}{known}; redirects are not followed."
-    return "HTTP_ERROR", f"{host} answered {status}{known}."
+        return "REDIRECT", f"{host} responded with {status}{phrase}. Redirects are not followed."
+    return "HTTP_ERROR", f"{host} responded with {status}{phrase}."
 
 
 def _retry_after_seconds(headers: httpx.Headers) -> float | None:
@@ -207,6 +213,6 @@ def _retry_after_seconds(headers: httpx.Headers) -> float | None:
     return None if seconds is None else float(max(0, seconds))
 
 
-def _text(body: bytearray) -> str:
+def _decode_body(body: bytearray) -> str:
     text = bytes(body[:MAX_RESPONSE_BYTES]).decode(errors="replace")
     return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
