@@ -1,4 +1,4 @@
-"""api: what is asked for, from a valid body to the event; and what of it must not stand in the log."""
+"""Build the events of submitted jobs and batches, and keep secrets out of the log."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ from jobledger.ledger.mongo.connection import translate_errors
 from jobledger.ledger.net.url_policy import USERINFO_MESSAGE, AllowedHosts, has_userinfo, rejection_reason
 from jobledger.ledger.store.endpoint_secrets import Endpoint, RevealedSecret, ensure_secrets
 
+Location = tuple[str | int, ...]
+"""Where a value is in the request body, for error messages."""
+_CONTAINERS_AND_TEXT: Final = (str, dict, list)
+_MAX_ERRORS_LISTED: Final = 100
+
 
 @dataclass(frozen=True, slots=True)
 class WebhookSecrets:
-    """What of a webhook is kept out of the log, in a collection of its own: values of headers, and signing secrets."""
+    """The parts of a webhook that are stored outside of the log: header values and the user's signing secrets."""
 
     secrets_ref: str
     headers: dict[str, str]
@@ -38,29 +43,33 @@ def build_job_submitted(
     *,
     user_id: str,
     teams: Collection[str],
-    within: tuple[str | int, ...] = (),
+    within: Location = (),
     batch_id: str | None = None,
     webhook: Webhook | None = None,
 ) -> JobSubmitted:
-    """Return the event for a valid body; `within` is where the body stands in the request, for messages.
+    """Return the event for a valid body. `check_parameters` must check the parameters separately.
 
-    The parameters are not looked at: see `check_parameters`.
+    Args:
+        body: The body.
+        ctx: The API context.
+        user_id: The owner.
+        teams: The owner's groups.
+        within: The location of the body in the request.
+        batch_id: The batch of the job.
+        webhook: The webhook, without its secrets.
 
     Raises:
-        ApiError: 422, when the job type is unknown; 503, when its processor is installed but cannot be used.
+        ApiError: 422, the job type is unknown; 503, its processor is installed but cannot be used.
     """
-    if (why := ctx.unavailable_job_types.get(body.job_type)) is not None:
-        place = format_location((*within, "job_type"))
-        message = f"{place}: job type {body.job_type!r} cannot be used on this server now: {why}"
+    if (reason := ctx.unavailable_job_types.get(body.job_type)) is not None:
+        path = format_location((*within, "job_type"))
+        message = f"{path}: job type {body.job_type!r} cannot be used on this server: {reason}"
         raise ApiError(503, "job_type_unavailable", message)
     if body.job_type not in ctx.job_types:
-        names = ", ".join(sorted(ctx.job_types))
-        problem = {
-            "path": format_location((*within, "job_type")),
-            "message": f"unknown job type {body.job_type!r}; there are: {names}",
-        }
-        message = f"{problem['path']}: {problem['message']}"
-        raise ApiError(422, "unknown_job_type", message, details={"errors": [problem]})
+        path = format_location((*within, "job_type"))
+        message = f"unknown job type {body.job_type!r}, expected one of: {', '.join(sorted(ctx.job_types))}"
+        details = {"errors": [{"path": path, "message": message}]}
+        raise ApiError(422, "unknown_job_type", f"{path}: {message}", details=details)
     return JobSubmitted(
         job_type=body.job_type,
         parameters=body.parameters,
@@ -78,77 +87,83 @@ def build_job_submitted(
 
 
 async def check_parameters(request: Request, checks: Sequence[ParameterCheck]) -> None:
-    """Make sure that parameters fit their job types.
+    """Validate parameters with the models of their job types.
 
     Raises:
-        ApiError: 422, naming each wrong field of the first job that has any; 503, when a plug-in's validator takes too
-            long.
+        ApiError: 422, naming each invalid field of the first job with any; 503, a plug-in's validator takes too long.
     """
-    await run_off_loop(request, _refuse_userinfo_in, checks)
-    await run_off_loop(request, _check_trusted, [it for it in checks if it.is_trusted])
-    await get_api_context(request).parameter_validator.check(it for it in checks if not it.is_trusted)
+    trusted = [check for check in checks if check.is_trusted]
+    await run_off_loop(request, _check_no_userinfo_in_any, checks)
+    await run_off_loop(request, _validate_trusted, trusted)
+    await get_api_context(request).parameter_validator.check(check for check in checks if not check.is_trusted)
 
 
-def check_no_userinfo(parameters: Mapping[str, Any], within: tuple[str | int, ...]) -> None:
-    """Refuse URLs with a user name or password, wherever they are: parameters are published with the results.
+def _check_no_userinfo_in_any(checks: Sequence[ParameterCheck]) -> None:
+    for check in checks:
+        check_no_userinfo(check.parameters, check.within)
 
-    Any text that is such a URL is refused, because plug-ins also take URLs as plain text.
+
+def _validate_trusted(checks: Sequence[ParameterCheck]) -> None:
+    for check in checks:
+        validate_content(check.model, check.parameters, within=check.within)
+
+
+def check_no_userinfo(parameters: Mapping[str, Any], within: Location) -> None:
+    """Reject URLs with a user name or password anywhere in parameters, because results publish the parameters.
+
+    Every text that is such a URL is rejected, because plug-ins also declare URLs as plain text.
 
     Raises:
         ApiError: 422.
     """
-    problems = [
-        {"path": format_location(place), "message": USERINFO_MESSAGE}
-        for place in islice(_places_with_userinfo(parameters, within), _PROBLEMS_NAMED)
+    errors = [
+        {"path": format_location(location), "message": USERINFO_MESSAGE}
+        for location in islice(_find_userinfo(parameters, within), _MAX_ERRORS_LISTED)
     ]
-    if problems:
-        message = f"{problems[0]['path']}: {USERINFO_MESSAGE}"
-        raise ApiError(422, "invalid_content", message, details={"errors": problems})
+    if errors:
+        message = f"{errors[0]['path']}: {USERINFO_MESSAGE}"
+        raise ApiError(422, "invalid_content", message, details={"errors": errors})
 
 
-def _refuse_userinfo_in(checks: Sequence[ParameterCheck]) -> None:
-    for it in checks:
-        check_no_userinfo(it.parameters, it.within)
-
-
-def _places_with_userinfo(value: Any, place: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
-    waiting: list[tuple[Any, tuple[str | int, ...]]] = [(value, place)]
-    while waiting:
-        current, at = waiting.pop()
-        if isinstance(current, str):
-            if has_userinfo(current):
-                yield at
-        elif isinstance(current, Mapping):
-            waiting += [(it, (*at, str(name))) for name, it in current.items() if isinstance(it, _NESTED)]
-        elif isinstance(current, list):
-            waiting += [(it, (*at, index)) for index, it in enumerate(current) if isinstance(it, _NESTED)]
-
-
-_NESTED: Final = (str, dict, list)
-_PROBLEMS_NAMED: Final = 100
-
-
-def _check_trusted(checks: Sequence[ParameterCheck]) -> None:
-    for it in checks:
-        validate_content(it.model, it.parameters, within=it.within)
+def _find_userinfo(root: Any, root_location: Location) -> Iterator[Location]:
+    pending: list[tuple[Any, Location]] = [(root, root_location)]
+    while pending:
+        value, location = pending.pop()
+        if isinstance(value, str):
+            if has_userinfo(value):
+                yield location
+            continue
+        entries: Iterator[tuple[str | int, Any]] = iter(())
+        if isinstance(value, Mapping):
+            entries = ((str(name), entry) for name, entry in value.items())
+        elif isinstance(value, list):
+            entries = enumerate(value)
+        pending += [(entry, (*location, key)) for key, entry in entries if isinstance(entry, _CONTAINERS_AND_TEXT)]
 
 
 def extract_webhook_secrets(
-    body: WebhookBody | None, ctx: ApiContext, within: tuple[str | int, ...] = ()
+    body: WebhookBody | None, ctx: ApiContext, within: Location = ()
 ) -> tuple[Webhook | None, WebhookSecrets | None]:
-    """Return the webhook as it may stand in the log, and what must not; `within` is where the body stands.
+    """Split a webhook into the part for the log and its secrets.
+
+    Args:
+        body: The webhook.
+        ctx: The API context.
+        within: The location of the job or batch in the request.
 
     Raises:
-        ApiError: 422, when it goes to where nothing can be delivered.
+        ApiError: 422, the URL is not allowed.
     """
     if body is None:
         return None, None
-    if (why := rejection_reason(body.url, AllowedHosts(ctx.webhook_options.allowed_private_hosts))) is not None:
-        place = format_location((*within, "webhook", "url"))
-        problem = {"path": place, "message": why}
-        raise ApiError(422, "invalid_content", f"{place}: {why}", details={"errors": [problem]})
-    secret = body.headers or body.secrets
-    secrets = WebhookSecrets(f"secrets-{ObjectId()}", body.headers, body.secrets) if secret else None
+    allowed_hosts = AllowedHosts(ctx.webhook_options.allowed_private_hosts)
+    if (reason := rejection_reason(body.url, allowed_hosts)) is not None:
+        path = format_location((*within, "webhook", "url"))
+        details = {"errors": [{"path": path, "message": reason}]}
+        raise ApiError(422, "invalid_content", f"{path}: {reason}", details=details)
+    secrets = None
+    if body.headers or body.secrets:
+        secrets = WebhookSecrets(f"secrets-{ObjectId()}", body.headers, body.secrets)
     webhook = Webhook(
         url=body.url,
         header_names=sorted(body.headers),
@@ -161,26 +176,28 @@ def extract_webhook_secrets(
 
 
 def collect_signing_endpoints(*submitted: JobSubmitted | BatchSubmitted) -> set[Endpoint]:
-    """Return the endpoints whose own secrets sign: those of webhooks that bring none."""
+    """Return the endpoints whose secrets sign webhooks: those of webhooks without secrets of their own."""
     return {
-        Endpoint(it.user_id, it.webhook.url)
-        for it in submitted
-        if it.webhook is not None and not it.webhook.has_own_secrets
+        Endpoint(event.user_id, event.webhook.url)
+        for event in submitted
+        if event.webhook is not None and not event.webhook.has_own_secrets
     }
 
 
-def format_new_secrets(shown: Collection[RevealedSecret]) -> dict[str, list[dict[str, str]]]:
-    """Return the part of an answer that shows new secrets; nothing if there are none."""
-    return {"webhook_secrets": [it.to_response() for it in shown]} if shown else {}
+def format_new_secrets(secrets: Collection[RevealedSecret]) -> dict[str, list[dict[str, str]]]:
+    """Return the field of a response that shows new secrets, or nothing if there are none."""
+    return {"webhook_secrets": [secret.to_response() for secret in secrets]} if secrets else {}
 
 
 async def store_webhook_secrets(
     ctx: ApiContext, *secrets: WebhookSecrets | None, endpoints: Collection[Endpoint] = ()
 ) -> None:
-    """Store secrets of webhooks before the event that refers to them: never the other way round."""
+    """Store the secrets of webhooks. This must precede the event that refers to them."""
     await ensure_secrets(ctx.db, endpoints)
     documents = [
-        {"_id": it.secrets_ref, "headers": it.headers, "secrets": it.signing} for it in secrets if it is not None
+        {"_id": secret.secrets_ref, "headers": secret.headers, "secrets": secret.signing}
+        for secret in secrets
+        if secret is not None
     ]
     if documents:
         with translate_errors("storing the secrets of webhooks"):

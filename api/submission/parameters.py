@@ -1,9 +1,9 @@
-"""api: validate the parameters of jobs. Models of plug-ins are applied in a process of their own.
+"""Validate the parameters of jobs. The models of plug-ins run in separate processes.
 
-A validator of a plug-in may raise anything, run for ever (a regular expression holds the interpreter lock meanwhile),
-or end the process. In a process of its own it affects only the request that needs it. Each job type has its own
-processes, so a slow validator holds up no other job type. The models of the job types that
-come with Jobledger are applied here, because a process costs about half a millisecond for each request.
+A plug-in's validator may raise any error, run forever (a regular expression holds the interpreter lock meanwhile), or
+end the process. In a separate process it affects only the request that needs it. Each job type has its own processes,
+so a slow validator does not delay other job types. The models that come with Jobledger run in this process, because a
+separate process costs about half a millisecond per request.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jobledger.api.http.errors import ApiError, format_location
 from jobledger.api.processes.limited_function import CallTimeout, LimitedFunction, ProcessEnded, ProcessPoolBusy
 from jobledger.api.submission.plugin_validation import build_validator_error
 
-_OWN_MODELS: Final = "jobledger.workers."
-_PROCESSES: Final = 2
-_SECONDS: Final = 3.0
-_SECONDS_PER_JOB: Final = 0.01
-_MOST_SECONDS: Final = 10.0
+_TRUSTED_PACKAGE: Final = "jobledger.workers."
+_PROCESSES_PER_JOB_TYPE: Final = 2
+_TIMEOUT_SECONDS: Final = 3.0
+_TIMEOUT_SECONDS_PER_JOB: Final = 0.01
+_MAX_TIMEOUT_SECONDS: Final = 10.0
 _QUEUE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterCheck:
-    """Parameters to validate, and where they stand in the body."""
+    """Parameters to validate. `within` is their location in the request body."""
 
     job_type: str
     model: type[BaseModel]
@@ -39,66 +39,67 @@ class ParameterCheck:
     @property
     def is_trusted(self) -> bool:
         """Whether the model comes with Jobledger."""
-        return self.model.__module__.startswith(_OWN_MODELS)
+        return self.model.__module__.startswith(_TRUSTED_PACKAGE)
 
 
 class ParameterValidator:
-    """Applies models of plug-ins in limited processes."""
+    """Applies the models of plug-ins in limited processes."""
 
-    def __init__(self, seconds: float = _SECONDS) -> None:
-        self._seconds = seconds
+    def __init__(self, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
+        self._timeout_seconds = timeout_seconds
         self._functions: dict[str, LimitedFunction] = {}
 
     async def check(self, checks: Iterable[ParameterCheck]) -> None:
-        """Apply models of plug-ins, one job type after the other.
+        """Apply the models of plug-ins, one job type after the other.
 
         Raises:
-            ApiError: 422, naming the first hundred wrong fields of a job, or why there is no verdict; 503, when it
+            ApiError: 422, naming up to 100 invalid fields of a job, or why its validator failed; 503, the validation
                 takes too long.
         """
         by_type: dict[str, list[ParameterCheck]] = {}
-        for it in checks:
-            by_type.setdefault(it.job_type, []).append(it)
-        for job_type, wanted in by_type.items():
-            if (answer := await self._answer(job_type, wanted)) is not None:
-                raise ApiError(answer["status"], answer["code"], answer["message"], details=answer["details"])
+        for check in checks:
+            by_type.setdefault(check.job_type, []).append(check)
+        for job_type, of_type in by_type.items():
+            if (error := await self._find_error(job_type, of_type)) is not None:
+                raise ApiError(error["status"], error["code"], error["message"], details=error["details"])
 
     async def close(self) -> None:
         """End the processes."""
         for function in self._functions.values():
             await function.close()
 
-    def _function(self, job_type: str) -> LimitedFunction:
+    def _get_function(self, job_type: str) -> LimitedFunction:
         if job_type not in self._functions:
             self._functions[job_type] = LimitedFunction(
-                "jobledger.api.submission.plugin_validation:answer_to",
-                processes=_PROCESSES,
+                "jobledger.api.submission.plugin_validation:validate_parameters",
+                processes=_PROCESSES_PER_JOB_TYPE,
                 queue_seconds=_QUEUE_SECONDS,
             )
         return self._functions[job_type]
 
-    async def _answer(self, job_type: str, checks: list[ParameterCheck]) -> Any:
+    async def _find_error(self, job_type: str, checks: list[ParameterCheck]) -> Any:
+        """Return the first error as arguments of `ApiError`, or None."""
         request = to_json(
             [
                 {
-                    "job_type": it.job_type,
-                    "model": f"{it.model.__module__}:{it.model.__qualname__}",
-                    "parameters": it.parameters,
-                    "within": it.within,
+                    "job_type": check.job_type,
+                    "model": f"{check.model.__module__}:{check.model.__qualname__}",
+                    "parameters": check.parameters,
+                    "within": check.within,
                 }
-                for it in checks
+                for check in checks
             ]
         )
-        seconds = min(self._seconds + _SECONDS_PER_JOB * len(checks), _MOST_SECONDS)
+        timeout_seconds = min(self._timeout_seconds + _TIMEOUT_SECONDS_PER_JOB * len(checks), _MAX_TIMEOUT_SECONDS)
         try:
-            return await self._function(job_type).call(request, seconds)
+            return await self._get_function(job_type).call(request, timeout_seconds)
         except ProcessPoolBusy:
-            raise _too_slow("Other requests are being validated. Try again later.") from None
+            raise _timeout_error("All validators of this job type are busy. Retry later.") from None
         except CallTimeout as error:
-            raise _too_slow(f"Validating parameters of job type {job_type} {error}.") from None
+            raise _timeout_error(f"Validating parameters of job type {job_type} {error}.") from None
         except ProcessEnded as error:
             return build_validator_error(format_location(checks[0].within), job_type, str(error))
 
 
-def _too_slow(why: str) -> ApiError:
-    return ApiError(503, "validation_timeout", why, retry_after_seconds=5)
+def _timeout_error(message: str) -> ApiError:
+    return ApiError(503, "validation_timeout", message, retry_after_seconds=5)

@@ -42,7 +42,7 @@ SLOW, QUICK = check("slow", Slow, {"text": ""}), check("quick", Quick, {"text": 
 
 @pytest.fixture
 async def validator() -> AsyncIterator[ParameterValidator]:
-    made = ParameterValidator(seconds=60)
+    made = ParameterValidator(timeout_seconds=60)
     yield made
     await made.close()
 
@@ -65,7 +65,7 @@ async def test_slow_validators_hold_up_no_other_job_type(validator: ParameterVal
 async def test_no_batch_is_validated_for_longer_than_the_limit(
     validator: ParameterValidator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parameters, "_MOST_SECONDS", 0.1)
+    monkeypatch.setattr(parameters, "_MAX_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(ApiError, match="job type slow took longer") as raised:
         await validator.check([SLOW] * 10_000)
     assert raised.value.status == 503

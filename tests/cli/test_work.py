@@ -172,7 +172,7 @@ def test_jobs_are_cancelled_and_restarted_and_what_is_refused_is_told_and_keeps_
     assert wait_until(lambda: desk.job(2)["attempt"] == 2, 10)
     [restarted, refused] = json.loads(desk.says(1, "jobs", "restart", keynote, "job-0", "--json"))
     assert (restarted["id"], restarted["job"]["status"]) == (keynote, "pending")
-    assert refused == {"id": "job-0", "error": "There is no job job-0."}
+    assert refused == {"id": "job-0", "error": "Job job-0 not found."}
 
 
 def test_batches_are_paused_resumed_cancelled_and_restarted(desk: Desk) -> None:
@@ -180,7 +180,7 @@ def test_batches_are_paused_resumed_cancelled_and_restarted(desk: Desk) -> None:
     assert wait_until(lambda: "pending, paused" in desk.says(0, "jobs", "list", "--batch", desk.batch_id), 10)
     again = desk.types("batches", "pause", desk.batch_id, "batch-0")
     assert again.exit_code == 1
-    assert "batch-0: There is no batch batch-0.\n" in again.err
+    assert "batch-0: Batch batch-0 not found.\n" in again.err
     assert desk.says(0, "batches", "resume", desk.batch_id) == f"{desk.batch_id} is processing\n"
     assert desk.says(0, "batches", "cancel", desk.batch_id) == f"{desk.batch_id}: 2 of 4 jobs changed\n"
     assert wait_until(lambda: desk.told("batches", "show", desk.batch_id)["status"] == "partial", 10)
@@ -409,9 +409,9 @@ def test_what_the_api_says_is_said_in_its_words(installation: Installation) -> N
     wrong = installation.run("jobs", "list", "--status", "done", JOBLEDGER_URL=url)
     assert wrong.exit_code == 2
     assert "'pending', 'processing'" in wrong.err
-    assert_one_line_error(installation.run("jobs", "show", "job-0", JOBLEDGER_URL=url), 1, "There is no job job-0.")
+    assert_one_line_error(installation.run("jobs", "show", "job-0", JOBLEDGER_URL=url), 1, "Job job-0 not found.")
     assert_one_line_error(
-        installation.run("batches", "show", "batch-0", JOBLEDGER_URL=url), 1, "There is no batch batch-0."
+        installation.run("batches", "show", "batch-0", JOBLEDGER_URL=url), 1, "Batch batch-0 not found."
     )
     nobody = installation.run("jobs", "list", JOBLEDGER_URL="http://127.0.0.1:1")
     assert_one_line_error(nobody, 3, "Cannot connect to Jobledger at http://127.0.0.1:1", "jobledger up")
