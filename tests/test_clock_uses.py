@@ -23,6 +23,7 @@ JUDGING = (
     "projections/views/queue.py",
     "projections/engine/rebuild.py",
     "projections/views/steps.py",
+    "workers/claim_queue.py",
     "workers/claimer.py",
     "workers/cleanup.py",
     "workers/lease_reaper.py",

@@ -21,8 +21,8 @@ from jobledger.ledger.store.envelope import VOID_STREAM
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import queue
 from jobledger.projections.views.queue import QueueEntry
-from jobledger.workers import claimer as claiming
-from jobledger.workers.claimer import ClaimDelay, ClaimQueue, list_higher_ranked
+from jobledger.workers import claim_queue as claiming
+from jobledger.workers.claim_queue import ClaimDelay, ClaimQueue, list_higher_ranked
 from jobledger.workers.processor import JobContext, Results
 from tests.support.ledger_setup import load_event_documents
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
@@ -104,7 +104,7 @@ async def test_what_others_have_left_lying_is_tried_after_a_moment(
     claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("jobledger.workers.claimer.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
     found = rows((OTHERS[0], 5), (OURS[0], 1))
     assert chosen(claims, found) == []
     now += 0.2
@@ -117,7 +117,7 @@ async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
     claims: ClaimQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("jobledger.workers.claimer.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
     found = rows((OTHERS[0], 1))
     for position in range(1, 10):
         for worker in list_higher_ranked("w1", WORKERS, OTHERS[0]):
@@ -139,7 +139,7 @@ async def test_as_long_as_who_comes_first_is_claiming_it_is_not_disturbed(
 
 def test_a_moment_is_as_long_as_claims_take_lately(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("jobledger.workers.claimer.time.monotonic", lambda: now)
+    monkeypatch.setattr("jobledger.workers.claim_queue.time.monotonic", lambda: now)
     moment = ClaimDelay()
 
     def claimed(job_id: str, took: float, by: str = "w1") -> float:

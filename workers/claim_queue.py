@@ -1,0 +1,415 @@
+"""Choose which pending jobs a worker tries to claim next. These are only hints: the append of the claim decides.
+
+An idle worker takes a new job from its `JobSubmitted` event, without a query. With a backlog, it takes rows from the
+view `queue`, by priority, then age, many at a time.
+
+No job waits for ever. Whatever makes a job claimable is an event. Once the views have reached the event, the job's row
+can be read, and the worker queries the queue. A due time sets a timer, and so does a job that was deferred to another
+worker.
+
+Workers avoid conflicts by rank: for each job, a hash of both names ranks the workers. The first one claims at once. The
+others wait a moment per rank, and give up when they observe its claim. So usually one append claims a job, and a busy
+first worker costs it milliseconds. A more urgent job is never passed over for a less urgent one. Equally urgent jobs of
+one query may change their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from itertools import islice
+from typing import Any, Final, NamedTuple, TypeVar
+from zlib import crc32
+
+from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
+from jobledger.ledger.domain.events import RecordedEvent
+from jobledger.ledger.domain.job import Job
+from jobledger.ledger.store.command_handler import StreamState, load_stream_states
+from jobledger.ledger.store.event_store import EventStore
+from jobledger.projections.engine.checkpoint import Checkpoint
+from jobledger.projections.views import queue
+
+CLAIMABLE_EVENT_TYPES: Final = frozenset(
+    {"JobSubmitted", "JobAttemptFailed", "JobLeaseExpired", "JobReleased", "JobRestarted", "JobUpdated"}
+    | {"BatchResumed", "BatchDeleted"}
+)
+"""Types of events that may make a job claimable."""
+CLAIMER_EVENT_TYPES: Final = CLAIMABLE_EVENT_TYPES | {"JobClaimed", "BatchPaused"}
+_RANK_SECONDS: Final = 0.01
+_MAX_RANK_SECONDS: Final = 0.25
+"""Bounds of the delay per rank. It is longer than observing a claim takes, which each worker measures."""
+_MAX_RANKS: Final = 5  # workers of later ranks do not wait longer
+_DEFER_SECONDS: Final = 0.25
+"""A queued job is deferred to higher-ranked workers for this time, and longer while any of them is claiming."""
+_CLAIMING_SECONDS: Final = 1.0
+"""A worker that has claimed within this time counts as claiming.
+
+It may have a hundred jobs in progress and not have come to this one. On a busy machine, a third of a second passes
+between a worker's claims, and each job taken from it means a version conflict.
+"""
+_CLOCK_RETRY_SECONDS: Final = 0.1
+_ROWS_PER_WORKER: Final = 500
+_MAX_ROWS: Final = 2000
+"""Number of rows per query and worker. Streams are loaded when rows are taken.
+
+Few large queries are better: each one scans the index entries of recently deleted rows, which the database keeps for a
+while where the oldest jobs are.
+"""
+_ROWS_TTL_SECONDS: Final = 2.0
+_CHANGED_ROWS_TTL_SECONDS: Final = 0.1
+"""How long the rows of a query are used, without and with a change since.
+
+A change may be a more urgent job. A worker that comes or goes changes the ranks, so the rows are dropped at once.
+"""
+
+
+def list_higher_ranked(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
+    """Return the workers that rank before this one for a job, unordered. All workers compute the same ranks."""
+    seed = crc32(job_id.encode())
+    own_hash = crc32(worker_id.encode(), seed)
+    return [other for other in workers if crc32(other.encode(), seed) > own_hash]
+
+
+class ClaimDelay:
+    """The delay per rank for new jobs: 1.5 times the duration of recent claims by higher-ranked workers."""
+
+    def __init__(self) -> None:
+        self.seconds = _RANK_SECONDS
+        self._since: dict[str, tuple[float, str]] = {}
+
+    def start_timing(self, job_id: str, first: str) -> None:
+        """Start to measure how long `first` takes to claim a job."""
+        if len(self._since) >= _ROWS_PER_WORKER:  # jobs that were never claimed, or by others
+            self._since.clear()
+        self._since[job_id] = time.monotonic(), first
+
+    def record_claim(self, job_id: str, worker_id: str) -> None:
+        """Record a claim. If `first` made it, its duration changes the delay."""
+        since, first = self._since.pop(job_id, (0.0, ""))
+        if worker_id == first:
+            delay = 1.5 * (time.monotonic() - since)
+            # A longer duration counts at once and decays slowly: a conflict costs more than a short delay.
+            self.seconds = min(max(delay, 0.95 * self.seconds, _RANK_SECONDS), _MAX_RANK_SECONDS)
+
+
+class ClaimCandidate(NamedTuple):
+    """A pending job that the worker may try to claim."""
+
+    job_id: str
+    stream_state: StreamState
+    job_type: str
+    batch_id: str | None
+
+
+_Job = TypeVar("_Job", ClaimCandidate, queue.QueueEntry)
+
+
+class ClaimQueue:
+    """The pending jobs that one worker knows of.
+
+    Args:
+        event_store: The event store.
+        checkpoint: The position of the views.
+        job_types: The job types that the worker can run.
+        slots: The number of jobs that the worker runs concurrently.
+        eligible_workers: Returns the workers that may claim jobs.
+        free_slots: Returns how many more jobs of a type the worker may run now.
+        pending_claims: Returns the jobs that the worker is claiming.
+        wake: Called when there may be candidates.
+    """
+
+    def __init__(
+        self,
+        event_store: EventStore,
+        checkpoint: Checkpoint,
+        *,
+        job_types: Collection[str],
+        slots: int,
+        eligible_workers: Callable[[], Collection[str]],
+        free_slots: Callable[[str], int],
+        pending_claims: Callable[[], Collection[str]],
+        wake: Callable[[], None],
+    ) -> None:
+        self._event_store = event_store
+        self._checkpoint = checkpoint
+        self._job_types = job_types
+        self._slots = slots
+        self._eligible_workers = eligible_workers
+        self._free_slots = free_slots
+        self._pending_claims = pending_claims
+        self._wake = wake
+        self.worker_id = ""
+        self._fresh: dict[str, ClaimCandidate] = {}
+        self._delayed: dict[str, asyncio.TimerHandle] = {}
+        self._claim_delay = ClaimDelay()
+        self._rows: deque[queue.QueueEntry] = deque()
+        self._loaded_states: dict[str, StreamState | UnreadableEvent] = {}
+        self._rows_expire_at = 0.0
+        self._rows_workers: frozenset[str] = frozenset()
+        self._may_have_more = True
+        self._change_count = 0
+        self._relevant_position = 0
+        self._queried_position = 0
+        self._claimed_positions: dict[str, int] = {}
+        self._skipped: set[str] = set()
+        self._paused: dict[str, int] = {}
+        self._deferred_since: dict[str, float] = {}
+        self._claimed_at: dict[str, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._clock_retry_timer: asyncio.TimerHandle | None = None
+        checkpoint.add_listener(self._on_views_advanced)
+
+    def close(self) -> None:
+        """Cancel all timers."""
+        for timer in (self._timer, self._clock_retry_timer, *self._delayed.values()):
+            if timer is not None:
+                timer.cancel()
+
+    # Events -------------------------------------------------------------------------------------------------------
+
+    def resync(self, head: int) -> None:
+        """Query the queue now, and again when the views reach `head`: events up to there may have been missed."""
+        self._skipped.clear()
+        self._rows.clear()
+        self._relevant_position = max(self._relevant_position, head)
+        self._request_query()
+
+    def handle_event(self, document: Mapping[str, Any]) -> None:
+        """Handle a new event."""
+        stream, kind = document["stream"], document["type"]
+        if kind == "JobClaimed":
+            self._claimed_at[document["data"]["worker_id"]] = time.monotonic()
+            self._claim_delay.record_claim(stream, document["data"]["worker_id"])
+            self.mark_claimed(stream, document["_id"])
+        elif kind == "BatchPaused":  # its rows may be loaded, and stay in the view until it reaches this event
+            self._paused[stream] = document["_id"]
+            self._relevant_position = max(self._relevant_position, document["_id"])
+        elif kind in CLAIMABLE_EVENT_TYPES:
+            self._skipped.discard(stream)
+            self._claimed_positions.pop(stream, None)
+            self._paused.pop(stream, None)
+            if kind != "JobSubmitted" or not self._try_fresh(document):
+                self._relevant_position = max(self._relevant_position, document["_id"])
+
+    def mark_claimed(self, job_id: str, position: int) -> None:
+        """Exclude a job that was claimed at `position`, until the views have reached the position."""
+        self._fresh.pop(job_id, None)
+        if (timer := self._delayed.pop(job_id, None)) is not None:
+            timer.cancel()
+        self._claimed_positions.pop(job_id, None)  # keeps the dictionary ordered by position
+        if position > self._checkpoint.position:
+            self._claimed_positions[job_id] = position
+
+    async def handle_rejection(self, job_id: str) -> None:
+        """Exclude a job whose claim was rejected, until the views show why. If they are up to date, skip the job."""
+        head = await self._event_store.head_position()
+        if head > self._checkpoint.position:
+            self.mark_claimed(job_id, head)
+        else:
+            self.skip(job_id)
+
+    def handle_not_due(self) -> None:
+        """Query again soon, because a job was claimed too early: the clock was corrected since the query.
+
+        This has its own timer, because a pending query may replace the other one.
+        """
+        if self._clock_retry_timer is not None:
+            self._clock_retry_timer.cancel()
+        self._clock_retry_timer = asyncio.get_running_loop().call_later(_CLOCK_RETRY_SECONDS, self._request_query)
+
+    def skip(self, job_id: str) -> None:
+        """Do not try to claim a job until an event makes it claimable again."""
+        self._skipped.add(job_id)
+
+    def _try_fresh(self, document: Mapping[str, Any]) -> bool:
+        """Keep a new job if a slot is free and no others wait. Otherwise, its row in `queue` represents it."""
+        job_id, job_type = document["stream"], document["data"]["job_type"]
+        if job_type not in self._job_types:
+            return True  # this worker never runs it
+        fresh_count = len(self._fresh) + len(self._delayed)
+        if "not_before" in document["data"] or self._may_have_more or fresh_count >= self._free_slots(job_type):
+            return False
+        try:
+            state = StreamState().apply([RecordedEvent(document)])
+            candidate = ClaimCandidate(job_id, state, job_type, document["data"].get("batch_id"))
+        except UnreadableEvent:  # workers of the version that wrote it will claim it
+            return False
+        higher_ranked = list_higher_ranked(self.worker_id, self._eligible_workers(), job_id)
+        if not higher_ranked:
+            self._add_fresh(candidate, document["_id"])
+        else:
+            first = next(one for one in higher_ranked if not list_higher_ranked(one, higher_ranked, job_id))
+            self._claim_delay.start_timing(job_id, first)
+            loop, delay = asyncio.get_running_loop(), min(len(higher_ranked), _MAX_RANKS) * self._claim_delay.seconds
+            self._delayed[job_id] = loop.call_later(delay, self._add_fresh, candidate, document["_id"])
+        return True
+
+    def _add_fresh(self, candidate: ClaimCandidate, position: int) -> None:
+        self._delayed.pop(candidate.job_id, None)
+        if self._may_have_more:  # others wait before it now, and its row represents it
+            self._relevant_position = max(self._relevant_position, position)
+        else:
+            self._fresh[candidate.job_id] = candidate
+        self._wake()
+
+    def _on_views_advanced(self) -> None:
+        position = self._checkpoint.position
+        while self._claimed_positions and (oldest := next(iter(self._claimed_positions.items())))[1] <= position:
+            del self._claimed_positions[oldest[0]]
+        self._paused = {batch_id: at for batch_id, at in self._paused.items() if at > position}
+        if self._relevant_position > self._queried_position:
+            self._rows_expire_at = min(self._rows_expire_at, time.monotonic() + _CHANGED_ROWS_TTL_SECONDS)
+            self._request_query()
+
+    # Candidates ---------------------------------------------------------------------------------------------------
+
+    async def take_candidates(self) -> list[ClaimCandidate]:
+        """Return as many jobs to claim as slots are free; none if there are no candidates.
+
+        Raises:
+            LedgerUnavailable: The database failed. There may be more candidates.
+        """
+        free_slots = {name: free for name in self._job_types if (free := self._free_slots(name)) > 0}
+        if not free_slots:
+            return []
+        if self._fresh:
+            fresh = deque(self._fresh.values())
+            self._fresh.clear()
+            taken = self._take_fitting(free_slots, fresh)
+            for candidate in fresh:  # their rows represent them, now or when the views have reached them
+                self._relevant_position = max(self._relevant_position, candidate.stream_state.head.position)
+                self._request_query()
+            return taken
+        if (
+            not self._rows
+            or time.monotonic() > self._rows_expire_at
+            or self._rows_workers != frozenset(self._eligible_workers())
+        ):
+            if not self._may_have_more:
+                return []
+            await self._query_queue(free_slots)
+        while rows := self._take_fitting(dict(free_slots), self._rows):
+            if candidates := await self._load(rows):
+                return candidates
+        return []
+
+    def _take_fitting(self, free_slots: dict[str, int], candidates: deque[_Job]) -> list[_Job]:
+        """Take jobs from the deque for which slots are free. The others stay."""
+        max_jobs = max(free_slots.values())
+        taken: list[_Job] = []
+        remaining: list[_Job] = []
+        while candidates and len(taken) < max_jobs:
+            job = candidates.popleft()
+            if self._is_excluded(job):
+                continue
+            if free_slots.get(job.job_type, 0) > 0:
+                free_slots[job.job_type] -= 1
+                taken.append(job)
+            else:
+                remaining.append(job)
+        candidates.extendleft(reversed(remaining))
+        return taken
+
+    def _is_excluded(self, job: ClaimCandidate | queue.QueueEntry) -> bool:
+        job_id = job.job_id
+        return (
+            job_id in self._claimed_positions
+            or job_id in self._skipped
+            or job_id in self._pending_claims()
+            or job.batch_id in self._paused
+        )
+
+    async def _load(self, rows: Sequence[queue.QueueEntry]) -> list[ClaimCandidate]:
+        """Load the streams of these rows. Leave out jobs that were claimed meanwhile."""
+        missing = [row.job_id for row in rows if row.job_id not in self._loaded_states]
+        if missing:  # also load some of the next rows
+            missing += [row.job_id for row in islice(self._rows, self._slots) if row.job_id not in self._loaded_states]
+            try:
+                self._loaded_states |= await load_stream_states(self._event_store, missing)
+            except LedgerUnavailable:
+                self._rows.extendleft(reversed(rows))
+                raise
+        candidates: list[ClaimCandidate] = []
+        for row in rows:
+            state = self._loaded_states.pop(row.job_id)
+            if not isinstance(state, StreamState) or not isinstance(state.state, Job):
+                self.skip(row.job_id)
+            elif not self._is_excluded(row):
+                candidates.append(ClaimCandidate(row.job_id, state, row.job_type, row.batch_id))
+        return candidates
+
+    async def _query_queue(self, free_slots: Mapping[str, int]) -> None:
+        """Read rows of the queue, and choose those that this worker may try now."""
+        self._rows.clear()
+        self._loaded_states.clear()
+        position, change_count = self._checkpoint.position, self._change_count
+        workers = self._rows_workers = frozenset(self._eligible_workers())
+        limit = min(_ROWS_PER_WORKER * max(1, len(workers)), _MAX_ROWS)
+        now = await self._event_store.server_time()
+        # Rows that would take the place of others. The views may still show running jobs as pending.
+        excluded = [*self._claimed_positions, *self._skipped, *self._pending_claims()]
+        views = self._checkpoint.views
+        rows = await queue.find_candidates(
+            views, job_types=free_slots.keys(), excluded_job_ids=excluded, now=now, limit=limit
+        )
+        self._queried_position = max(self._queried_position, position)
+        self._rows.extend(self._filter_by_rank(rows, workers))
+        if not rows:
+            self._wake_at(await queue.get_next_due_at(views, now=now))
+            # There may be more jobs of types without free slots, or jobs that came during the query.
+            self._may_have_more = len(free_slots) < len(self._job_types) or self._change_count != change_count
+        elif not self._rows:
+            self._wake_in(_DEFER_SECONDS)
+        self._rows_expire_at = time.monotonic() + _ROWS_TTL_SECONDS
+
+    def _filter_by_rank(self, rows: Sequence[queue.QueueEntry], workers: Collection[str]) -> list[queue.QueueEntry]:
+        """Defer rows to higher-ranked workers that are claiming, and with them all less urgent rows."""
+        now, deferred_since = time.monotonic(), self._deferred_since
+        self._deferred_since = {}
+        self._claimed_at = {worker: at for worker, at in self._claimed_at.items() if worker in workers}
+        claiming_workers = [worker for worker, at in self._claimed_at.items() if now - at < _CLAIMING_SECONDS]
+        eligible: list[queue.QueueEntry] = []
+        deferred_priority: int | None = None
+        for row in rows:
+            if deferred_priority is not None and row.priority < deferred_priority:
+                break
+            higher_ranked = list_higher_ranked(self.worker_id, workers, row.job_id)
+            since = deferred_since.get(row.job_id, now)
+            if not higher_ranked or (
+                now - since >= _DEFER_SECONDS and not any(worker in claiming_workers for worker in higher_ranked)
+            ):
+                eligible.append(row)
+            else:
+                self._deferred_since[row.job_id] = since
+                deferred_priority = row.priority
+        return eligible
+
+    def _request_query(self) -> None:
+        self._change_count += 1
+        self._may_have_more = True
+        self._wake()
+
+    def _wake_at(self, due: datetime | None) -> None:
+        """Query again at a time of the server's clock. The clock is read again then: it may have been corrected."""
+        if due is not None:
+            self._set_timer(self._event_store.clock.sleep_seconds_until(due), self._when_due, due)
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _when_due(self, due: datetime) -> None:
+        if self._event_store.clock.is_uncertain or self._event_store.clock.seconds_until(due) == 0:
+            self._request_query()
+        else:
+            self._wake_at(due)
+
+    def _wake_in(self, seconds: float) -> None:
+        self._set_timer(seconds, self._request_query)
+
+    def _set_timer(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, call, *arguments)
