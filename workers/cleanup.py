@@ -206,15 +206,15 @@ class Cleanup:
                     await self._removal_added.wait()
 
     async def _remove(self, digest: str) -> None:
-        """Remove a file that no job needs; try again later if that is not certain yet."""
+        """Remove a file that no job needs. If that is not certain yet, schedule another check."""
         try:
             again_after = await self._remove_or_put_back(digest)
         except (LedgerUnavailable, LedgerBusy):
             raise
-        except Exception as error:  # noqa: BLE001 - one file must not keep the others from being removed
-            _log.warning("a file cannot be removed yet", sha256=digest, error=repr(error))
+        except Exception as error:  # noqa: BLE001 - the other files must be removed
+            _log.warning("cannot remove a file yet", sha256=digest, error=repr(error))
             again_after = RETRY_SECONDS
-        with translate_errors("noting what has become of a file"):
+        with translate_errors("updating a file removal"):
             if again_after is None:
                 await self._db[FILE_REMOVALS].delete_one({"_id": digest})
             else:
@@ -222,12 +222,12 @@ class Cleanup:
                 await self._db[FILE_REMOVALS].update_one({"_id": digest}, {"$set": {"due_at": due_at}})
 
     async def _remove_or_put_back(self, digest: str) -> float | None:
-        """Remove a file, or put it back; return after how many seconds to try again, None if nothing is left to do."""
+        """Remove a file or put it back. Return the seconds until the next check; None if none is needed."""
         if not await self._views_reach_head():
             return RETRY_SECONDS
         needed = await self._is_needed(digest)
         token = secrets.token_hex(8)
-        # Also one that is needed: a process that was killed may have left it set aside. It is put back at once.
+        # Also if the file is needed: a killed process may have left it set aside. In this case, it is put back at once.
         saved_at = await self._file_store.begin_removal(digest, token)
         if saved_at is None:
             return None

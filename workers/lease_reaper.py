@@ -43,9 +43,11 @@ _log = structlog.get_logger()
 COLLECTION: Final = "workers"
 _JITTER_SECONDS: Final = 0.3  # random delay, so that not all reapers act at once
 _UNKNOWN_SECONDS: Final = 1.0
-_STEADY_FRACTION: Final = (
-    0.5  # of a lease, in which the reaper must have extended its own without a gap; heartbeats come thrice as often
-)
+_STEADY_FRACTION: Final = 0.5
+"""Fraction of a lease for which a reaper must have extended its own lease without a gap before it expires others.
+
+Leases are extended three times per lease duration.
+"""
 _REMAINING_MS: Final = {"$subtract": ["$lease_until", "$$NOW"]}
 _FIELDS: Final = {"remaining_ms": _REMAINING_MS, "seconds": 1, "released": 1, "heartbeat": 1}
 _UNKNOWN_WORKERS: Final = ""  # stands for all workers that have running jobs and no lease
@@ -120,10 +122,8 @@ class LeaseReaper:
             return
         changed = change.get("fullDocument") or change.get("updateDescription", {}).get("updatedFields", {})
         self._update_health(worker_id, changed)
-        if (
-            "heartbeat" not in changed and "fullDocument" not in change
-        ):  # expired by a reaper that may die: keep our timer
-            return
+        if "heartbeat" not in changed and "fullDocument" not in change:
+            return  # another reaper expired the lease. It may die, so keep the timer.
         self._lease_seconds[worker_id] = changed.get("seconds", self._lease_seconds.get(worker_id, 10.0))
         self._observed.setdefault(worker_id, LeaseObservation()).record(changed.get("heartbeat"))
         self._schedule_check(worker_id, 0.0 if changed.get("released") else self._lease_seconds[worker_id])

@@ -20,7 +20,7 @@ BURST_LINES: Final = 10_000
 LINES_PER_SECOND: Final = 200
 BURST_BYTES: Final = 4 * 1024 * 1024
 BYTES_PER_SECOND: Final = 64 * 1024
-FLOOD_TAIL_LINES: Final = 100  # of a flood, that are kept in any case
+FLOOD_TAIL_LINES: Final = 100  # the last entries of a flood, which are always kept
 MIN_ATTEMPT_BYTES: Final = 256 * 1024
 """Every attempt may log this much, whatever earlier attempts have logged."""
 MAX_EVENT_LINES: Final = 2000

@@ -195,9 +195,8 @@ class Worker:
         stopping: asyncio.Task[Any] = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({claiming, lost, reaping, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if (
-                stopping.done()
-            ):  # complete pending claims first: a cancelled one may still be written, and no worker would run the job
+            if stopping.done():
+                # Complete pending claims: a cancelled one may still be written, and no worker would run the job.
                 await asyncio.wait({claiming, lost}, timeout=_STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in (claiming, reaping):
                 if task.done():

@@ -141,7 +141,7 @@ async def run_attempt(
 class _Warnings:
     """Warnings that fit into an event, and the number of those that do not."""
 
-    _OVERHEAD_BYTES: Final = 16  # BSON overhead in bytes
+    _OVERHEAD_BYTES: Final = 16  # of BSON, per warning
     _SUMMARY_BYTES: Final = 100
 
     def __init__(self, max_bytes: int) -> None:

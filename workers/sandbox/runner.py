@@ -211,7 +211,7 @@ def _build_command(program: Program, method: SandboxMethod, *, proxy_channel: in
 def _bubblewrap_command(readable: Sequence[str], scratch: Path) -> list[str]:
     return [
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"),
-        *("--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev"),  # noqa: S108 - an empty one, inside
+        *("--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev"),  # noqa: S108 - an empty tmpfs in the sandbox
         *(word for path in readable for word in ("--ro-bind-try", path, path)),
         *("--bind", str(scratch), str(scratch), "--clearenv", "--"),
     ]
