@@ -22,7 +22,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
-from zlib import crc32
 
 from jobledger.ledger.domain.errors import LedgerUnavailable, UnreadableEvent
 from jobledger.ledger.domain.events import RecordedEvent
@@ -31,6 +30,7 @@ from jobledger.ledger.store.command_handler import StreamState, load_stream_stat
 from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.engine.checkpoint import Checkpoint
 from jobledger.projections.views import queue
+from jobledger.workers.claim_ranking import ClaimDelay, list_higher_ranked
 
 CLAIMABLE_EVENT_TYPES: Final = frozenset(
     {"JobSubmitted", "JobAttemptFailed", "JobLeaseExpired", "JobReleased", "JobRestarted", "JobUpdated"}
@@ -38,9 +38,6 @@ CLAIMABLE_EVENT_TYPES: Final = frozenset(
 )
 """Types of events that may make a job claimable."""
 CLAIMER_EVENT_TYPES: Final = CLAIMABLE_EVENT_TYPES | {"JobClaimed", "BatchPaused"}
-_RANK_SECONDS: Final = 0.01
-_MAX_RANK_SECONDS: Final = 0.25
-"""Bounds of the delay per rank. It is longer than observing a claim takes, which each worker measures."""
 _MAX_RANKS: Final = 5  # workers of later ranks do not wait longer
 _DEFER_SECONDS: Final = 0.25
 """A queued job is deferred to higher-ranked workers for this time, and longer while any of them is claiming."""
@@ -64,35 +61,6 @@ _CHANGED_ROWS_TTL_SECONDS: Final = 0.1
 
 A change may be a more urgent job. A worker that comes or goes changes the ranks, so the rows are dropped at once.
 """
-
-
-def list_higher_ranked(worker_id: str, workers: Collection[str], job_id: str) -> list[str]:
-    """Return the workers that rank before this one for a job, unordered. All workers compute the same ranks."""
-    seed = crc32(job_id.encode())
-    own_hash = crc32(worker_id.encode(), seed)
-    return [other for other in workers if crc32(other.encode(), seed) > own_hash]
-
-
-class ClaimDelay:
-    """The delay per rank for new jobs: 1.5 times the duration of recent claims by higher-ranked workers."""
-
-    def __init__(self) -> None:
-        self.seconds = _RANK_SECONDS
-        self._since: dict[str, tuple[float, str]] = {}
-
-    def start_timing(self, job_id: str, first: str) -> None:
-        """Start to measure how long `first` takes to claim a job."""
-        if len(self._since) >= _ROWS_PER_WORKER:  # jobs that were never claimed, or by others
-            self._since.clear()
-        self._since[job_id] = time.monotonic(), first
-
-    def record_claim(self, job_id: str, worker_id: str) -> None:
-        """Record a claim. If `first` made it, its duration changes the delay."""
-        since, first = self._since.pop(job_id, (0.0, ""))
-        if worker_id == first:
-            delay = 1.5 * (time.monotonic() - since)
-            # A longer duration counts at once and decays slowly: a conflict costs more than a short delay.
-            self.seconds = min(max(delay, 0.95 * self.seconds, _RANK_SECONDS), _MAX_RANK_SECONDS)
 
 
 class ClaimCandidate(NamedTuple):

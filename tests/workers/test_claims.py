@@ -22,7 +22,8 @@ from jobledger.ledger.store.event_store import EventStore
 from jobledger.projections.views import queue
 from jobledger.projections.views.queue import QueueEntry
 from jobledger.workers import claim_queue as claiming
-from jobledger.workers.claim_queue import ClaimDelay, ClaimQueue, list_higher_ranked
+from jobledger.workers.claim_queue import ClaimQueue
+from jobledger.workers.claim_ranking import ClaimDelay, list_higher_ranked
 from jobledger.workers.processor import JobContext, Results
 from tests.support.ledger_setup import load_event_documents
 from tests.support.role_runner import RunningRoles, WorkerOptions, run_roles_in_process
