@@ -178,7 +178,7 @@ async def test_one_bad_piece_is_left_and_the_others_are_translated(
     _, body = document(job, await run(job, api, key, chunk_characters=500))
     assert "Ledgers number 3" in body
     assert "Logbuchs number 2" in body
-    assert any(re.search(r"1 of \d+ pieces", it) for it in job.warnings)
+    assert any(re.search(r"1 of \d+ chunks", it) for it in job.warnings)
 
 
 async def test_a_page_that_gives_orders_only_spoils_itself(
@@ -226,7 +226,11 @@ async def test_a_key_that_is_missing_or_wrong_is_told_without_it(
     api: FakeOpenAiServer, key: Path, site: Site, tmp_path: Path
 ) -> None:
     url = site.put("/t", html(PAGE))
-    for file, text, says in ((None, "", "401: Incorrect"), (key, "sk-wrong", "401"), (key, "", "holds no key")):
+    for file, text, says in (
+        (None, "", "401: Incorrect"),
+        (key, "sk-wrong", "401"),
+        (key, "", "contains no valid key"),
+    ):
         if file is not None:
             file.write_text(text)
         job = RecordingJob(make_parameters(url=url, target_language="de"), tmp_path)
@@ -243,7 +247,7 @@ async def test_an_endpoint_that_hangs_is_given_up(api: FakeOpenAiServer, key: Pa
     chosen = {"backend": "openai", "url": api.url, "model": "m", "api_key_file": key}
     await SessionProcessor(make_settings(language_model=chosen, enrich_timeout_seconds=0.5)).run(job)
     assert time.monotonic() - begun < 5
-    assert any("not done within 0.5 seconds" in it for it in job.warnings)
+    assert any("did not finish within 0.5 seconds" in it for it in job.warnings)
 
 
 async def test_a_server_that_knows_no_schemas_is_asked_without(
@@ -261,7 +265,7 @@ async def test_without_a_model_the_text_stays_and_that_is_said(site: Site, tmp_p
     front, body = document(job, await SessionProcessor(make_settings()).run(job))
     assert front["language"] == "en"
     [warning] = [it for it in job.warnings if "translated" in it]
-    assert "no language model is configured" in warning
+    assert "No language model is configured" in warning
     assert warning.split(":")[0] in body
 
 

@@ -306,8 +306,9 @@ async def test_words_and_notes_are_shown_where_no_images_can_be_made(
     results = await run(job, chosen, Fetcher(chosen, lock_directory=tmp_path / "locks"))
     assert results.markdown is not None
     text = job.files[results.markdown.path].decode()
-    assert "### Slide 1\n\n- The title\n- A \\*point\\*\n\nNotes:\n\n- Say hello\n\n### Slide 2\n\n- Last\n" in text
-    assert job.warnings[0].startswith("Only the words of the slides are shown: it ")
+    slides = "### Slide 1\n\n- The title\n- A \\*point\\*\n\nSpeaker notes:\n\n- Say hello\n\n### Slide 2\n\n- Last\n"
+    assert slides in text
+    assert job.warnings[0].startswith("Only the text of the slides is shown. It ")
     assert ("is not installed" if missing == "LibreOffice" else "apt install bubblewrap") in job.warnings[0]
 
 

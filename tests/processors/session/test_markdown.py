@@ -18,7 +18,7 @@ from jobledger.workers.processors.session.document import (
     SessionContent,
     SlidesResult,
     TranscriptResult,
-    built_in_template,
+    read_built_in_template,
     render_document,
     resolve_language,
 )
@@ -76,7 +76,7 @@ def document(
         job_id="job-1",
         content=material(parameters or make_parameters(), of_page or page(), recording, slides),
         warnings=warnings or [],
-        template=built_in_template(),
+        template=read_built_in_template(),
     )
 
 
@@ -168,7 +168,7 @@ It begins.
 - [Recording](https://video.conference.example/ledgers.webm)
 - [Slides and attachments](https://conference.example/ledgers%20%281%29.pdf)
 
-## What could not be done
+## Warnings
 
 - Only the first 2 of 3 slides are shown.
 """
@@ -248,7 +248,7 @@ def test_slides_words_and_warnings_never_break_the_document(texts: list[str], sa
     slides = [slide(number, text) for number, text in enumerate(texts, 1)]
     recording = TranscriptResult(segments=[Segment(start_seconds=0, text=said)])
     body = parts_of(document(slides=slides, recording=recording, warnings=[f"x {warning}"]))[1]
-    expected = ["Slides"] * bool(slides) + ["Transcript", "Links", "What could not be done"]
+    expected = ["Slides"] * bool(slides) + ["Transcript", "Links", "Warnings"]
     assert [title for _, title in headings_in(body)][1:] == expected
     tokens = [token for block in MarkdownIt("commonmark").parse(body) for token in block.children or []]
     targets = [token.attrs["src"] for token in tokens if token.type == "image"]
@@ -280,6 +280,6 @@ def test_moments_are_told_like_on_a_player() -> None:
 def test_a_german_document_has_german_headings() -> None:
     text = document(of_page=page(language="de-AT"), slides=[slide(1, "Übung")], warnings=["Alas."])
     headings = [words for _, words in headings_in(parts_of(text)[1])]
-    assert headings[1:] == ["Folien", "Mitschrift", "Links", "Was nicht gelang"]
+    assert headings[1:] == ["Folien", "Transkript", "Links", "Hinweise"]
     assert "![Folie 1: Übung]" in text
-    assert "[Seite des Vortrags](" in text
+    assert "[Vortragsseite](" in text

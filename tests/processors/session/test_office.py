@@ -139,7 +139,7 @@ async def test_what_only_begins_like_a_presentation_is_linked(
     results = await run(job, make_settings(), Fetcher(make_settings(), lock_directory=tmp_path / "locks"))
     assert results.metadata["slides"] == 0
     said = "is damaged" if suffix == ".pptx" else "could not be read by LibreOffice"
-    assert job.warnings == [f"The attachment is only linked: it {said}."]
+    assert job.warnings == [f"The attachment is only linked. It {said}."]
 
 
 async def test_a_page_that_calls_itself_a_presentation_is_never_given_to_libreoffice(
@@ -151,9 +151,7 @@ async def test_a_page_that_calls_itself_a_presentation_is_never_given_to_libreof
     await run(
         job, make_settings(libreoffice_command="true"), Fetcher(make_settings(), lock_directory=tmp_path / "locks")
     )
-    assert job.warnings == [
-        "The attachment is only linked: it is no PDF (text/html), and images can only be made of PDF."
-    ]
+    assert job.warnings == ["The attachment is only linked. It is not a PDF (text/html)."]
 
 
 @needs_sandbox

@@ -71,12 +71,12 @@ def test_a_needed_field_may_not_be_blank(name: str, blank: str) -> None:
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("", "must be a web address; send null when there is none"),
-        ("ftp://conference.example/", "must begin with http:// or https://"),
-        ("conference.example/talk", "must begin with http:// or https://"),
-        ("https:///talk", "must name a host"),
-        ("http://conference.example:port/", "is not a web address"),
-        ("http://[::1/", "is not a web address"),
+        ("", "must be a URL; send null if there is none"),
+        ("ftp://conference.example/", "must start with http:// or https://"),
+        ("conference.example/talk", "must start with http:// or https://"),
+        ("https:///talk", "must have a host"),
+        ("http://conference.example:port/", "is not a valid URL"),
+        ("http://[::1/", "is not a valid URL"),
         ("http://conference.example/a b", "must not contain spaces"),
         ("http://conference.example/\x00", "must not contain spaces or control characters"),
     ],
@@ -90,7 +90,7 @@ def test_an_address_must_lead_to_the_web(name: str, url: str, sentence: str) -> 
 
 @pytest.mark.parametrize("time", ["9:00", "24:00", "10:60", "10.30", "1000", "", "１０:00", "10:00:00"])
 def test_a_time_is_hours_and_minutes(time: str) -> None:
-    assert complaint(starttime=time) == (("starttime",), "must be a time of day as HH:MM, for example 09:30")
+    assert complaint(starttime=time) == (("starttime",), "must be a time of day in the form HH:MM, for example 09:30")
 
 
 @pytest.mark.parametrize("language", ["", "english", "e", "de_DE", "d3", "de-", "de-toolongsubtag"])
@@ -105,7 +105,7 @@ def test_longer_language_codes_are_languages_too(language: str) -> None:
 
 def test_a_misspelt_field_is_named_with_what_was_probably_meant() -> None:
     assert complaint(starttme="10:00") == (("starttme",), "unknown field `starttme`; did you mean `starttime`?")
-    assert complaint(**{"{colour}": 1})[1] == "unknown field `{colour}`; your own values belong into `extra`"
+    assert complaint(**{"{colour}": 1})[1] == "unknown field `{colour}`; put your own values in `extra`"
 
 
 def test_several_mistakes_are_told_at_once() -> None:
@@ -115,8 +115,8 @@ def test_several_mistakes_are_told_at_once() -> None:
 
 
 def test_what_is_too_long_is_refused_with_both_numbers() -> None:
-    assert complaint(session="x" * 2_001)[1] == "must be at most 2,000 characters long, this has 2,001"
-    assert complaint(speakers=["x"] * 501)[1] == "must name at most 500 speakers, this names 501"
+    assert complaint(session="x" * 2_001)[1] == "must be at most 2,000 characters long, got 2,001"
+    assert complaint(speakers=["x"] * 501)[1] == "must have at most 500 speakers, got 501"
     assert "must be at most 16,000 characters as JSON" in complaint(extra={"x": "y" * 16_000})[1]
 
 

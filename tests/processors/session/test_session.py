@@ -116,7 +116,7 @@ async def test_progress_rises_to_a_hundred_and_speaks_plainly(site: Site, page: 
     assert percents == sorted(percents)
     assert percents[-1] == 100
     assert {0, 20, 60, 90, 100} <= set(percents)
-    assert "Drawing slide 2 of 4" in [message for _, message in job.told]
+    assert "Rendering slide 2 of 4" in [message for _, message in job.told]
 
 
 async def test_the_log_says_what_was_fetched_and_made(site: Site, page: str, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ async def test_the_log_says_what_was_fetched_and_made(site: Site, page: str, tmp
     job = RecordingJob(make_parameters(url=page, attachments_url=slides), tmp_path)
     await run(job)
     assert any(re.search(r"Fetched .*slides\.pdf \(application/pdf\): .* in \d+\.\d s", line) for line in job.lines)
-    assert "Made images of 2 of 2 pages" in job.lines
+    assert "Rendered 2 of 2 pages" in job.lines
 
 
 async def test_the_next_attempt_repeats_no_finished_step_and_keeps_its_warnings(
@@ -220,19 +220,19 @@ async def test_slides_drawn_before_time_ran_out_are_shown(site: Site, page: str,
     job = StuckAt(make_parameters(url=page, attachments_url=slides), tmp_path)
     job.percent = 80  # two of four
     results = await run(job, slides_timeout_seconds=2)
-    assert job.warnings == ["The slides could not be worked through within 2 seconds: only the first 2 are shown."]
+    assert job.warnings == ["The slides were not processed within 2 seconds. Only the first 2 are shown."]
     assert results.metadata["slides"] == 2
 
 
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (SiteResponse(b"%PDF-1.7 but then nothing", headers=PDF), "the PDF is damaged"),
-        (SiteResponse(make_pdf(2, password="secret"), headers=PDF), "the PDF is protected by a password"),
-        (SiteResponse(b"<p>Log in first</p>", headers={"Content-Type": "text/html"}), "it is no PDF (text/html)"),
+        (SiteResponse(b"%PDF-1.7 but then nothing", headers=PDF), "The PDF is damaged"),
+        (SiteResponse(make_pdf(2, password="secret"), headers=PDF), "The PDF is protected by a password"),
+        (SiteResponse(b"<p>Log in first</p>", headers={"Content-Type": "text/html"}), "It is not a PDF (text/html)"),
         (None, "was not fetched within 0.9 seconds"),
         (SiteResponse(status=503), "answered 503 (Service Unavailable)"),
-        (SiteResponse(b"%PDF-", content_length=10**12), "is larger than the"),
+        (SiteResponse(b"%PDF-", content_length=10**12), "is larger than "),
     ],
 )
 async def test_slides_that_cannot_be_shown_are_a_warning_and_a_link(
@@ -244,7 +244,7 @@ async def test_slides_that_cannot_be_shown_are_a_warning_and_a_link(
     body = parts_of(text_of(job, results))[1]
     assert len(job.warnings) == 1
     assert sentence in job.warnings[0]
-    assert "## What could not be done" in body
+    assert "## Warnings" in body
     assert f"[Slides and attachments]({url})" in body
     assert "## Slides" not in body
 
@@ -255,8 +255,8 @@ async def test_a_presentation_that_is_no_pdf_is_linked_without_being_downloaded(
     job = RecordingJob(make_parameters(url=page, attachments_url=site.url("/talk%20one.PPT?x=1")), tmp_path)
     await run(job, libreoffice_command=None)
     assert job.warnings == [
-        "The attachment is only linked: it is a PowerPoint file, and images can only be made of PDF; "
-        "LibreOffice, which could make one of it, is not installed."
+        "The attachment is only linked. It is a PowerPoint file, not a PDF. "
+        "LibreOffice, which could convert it, is not installed."
     ]
     assert len(site.requested_paths) == 1
 
@@ -295,12 +295,12 @@ async def test_the_sound_is_kept_as_16_khz_mono_when_asked_for(site: Site, page:
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (SiteResponse(make_video(1, sound=False), headers=WEBM), "The recording has no sound."),
-        (SiteResponse(b"not a film at all" * 50, headers=WEBM), "not a media file that can be read"),
-        (html("<p>Watch it here</p>"), "leads to a web page, not to a media file"),
+        (SiteResponse(make_video(1, sound=False), headers=WEBM), "The recording has no audio."),
+        (SiteResponse(b"not a film at all" * 50, headers=WEBM), "damaged or not a supported media file"),
+        (html("<p>Watch it here</p>"), "is a web page, not a media file"),
         (
             SiteResponse(b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n", headers=WEBM),
-            "not a media file",
+            "not a supported media file",
         ),
         (SiteResponse(status=404), "answered 404 (Not Found)"),
         (None, "was not fetched within 0.9 seconds"),
@@ -325,14 +325,16 @@ async def test_a_recording_that_breaks_off_is_used_as_far_as_it_goes(site: Site,
     job = RecordingJob(make_parameters(url=page, video_url=talk), tmp_path)
     results = await run(job, keep_audio=True)
     assert 2 < results.metadata["audio_seconds"] < 4
-    assert any(re.search(r"not complete: it breaks off after 0:0\d of 0:0\d", warning) for warning in job.warnings)
+    assert any(re.search(r"incomplete: it ends after 0:0\d of 0:0\d", warning) for warning in job.warnings)
 
 
 async def test_without_transcription_the_recording_is_not_downloaded(site: Site, page: str, tmp_path: Path) -> None:
     job = RecordingJob(make_parameters(url=page, video_url=site.url("/talk.webm")), tmp_path)
     await run(job)
     assert site.requested_paths == ["/2025/talks/ledgers/"]
-    assert job.warnings == ["There is no transcript. No transcription is configured. The recording was not downloaded."]
+    assert job.warnings == [
+        "There is no transcript. Transcription is not configured. The recording was not downloaded."
+    ]
 
 
 async def test_a_session_without_recording_says_so_without_a_warning(site: Site, page: str, tmp_path: Path) -> None:
@@ -340,7 +342,7 @@ async def test_a_session_without_recording_says_so_without_a_warning(site: Site,
     results = await run(job)
     assert job.warnings == []
     assert "There is no transcript. No recording was given." in text_of(job, results)
-    assert "What could not be done" not in text_of(job, results)
+    assert "Warnings" not in text_of(job, results)
 
 
 async def test_the_transcription_backend_hears_without_failing(site: Site, page: str, tmp_path: Path) -> None:
@@ -396,7 +398,7 @@ async def test_text_in_another_language_than_asked_for_is_one_warning(site: Site
     job = RecordingJob(make_parameters(url=page, target_language="de"), tmp_path)
     results = await run(job)
     assert len(job.warnings) == 1
-    assert 'it is in "en", "de" was asked for' in job.warnings[0]
+    assert 'was not translated from "en" to "de"' in job.warnings[0]
     assert "State that is overwritten is" in text_of(job, results)
 
 

@@ -94,7 +94,7 @@ def test_a_page_with_a_giant_image_is_left_out(tmp_path: Path) -> None:
     content = pdf_with_image(20_000, 5_000)
     assert len(content) < 200_000
     (page,) = drawn(content, tmp_path)
-    assert (page.problem, page.image) == ("holds an image of 20000 × 5000 pixels, more than allowed", b"")
+    assert (page.problem, page.image) == ("contains an image of 20000 × 5000 pixels, more than allowed", b"")
     (allowed,) = drawn(pdf_with_image(200, 50), tmp_path)
     assert allowed.problem is None
 

@@ -124,7 +124,7 @@ async def test_a_piece_that_fails_is_missing_and_that_is_said(
     job = RecordingJob(make_parameters(**talk), tmp_path)
     body = body_of(job, await run(job, api, max_concurrent=1))
     [warning] = [it for it in job.warnings if "incomplete" in it]
-    assert re.search(r"Missing: 0:00–0:\d\d \(it answered 500: busy\)", warning)
+    assert re.search(r"Missing: 0:00–0:\d\d \(it returned status 500: busy\)", warning)
     assert "incomplete" in body
     assert "begin" in body
 
@@ -157,7 +157,7 @@ async def test_answers_of_another_form_are_told(
 ) -> None:
     api.answer_speech = lambda seconds: answer
     job = RecordingJob(make_parameters(**talk), tmp_path)
-    assert re.search(r"There is no transcript.*its answer", body_of(job, await run(job, api)))
+    assert re.search(r"There is no transcript.*its response", body_of(job, await run(job, api)))
 
 
 async def test_while_it_is_waited_for_the_progress_moves_and_a_cancel_is_heard(

@@ -37,11 +37,11 @@ def test_only_so_much_sound_is_taken(tmp_path: Path) -> None:
 def test_a_playlist_does_not_make_us_open_other_files(tmp_path: Path) -> None:
     (tmp_path / "other.mkv").write_bytes(make_video(1))
     (tmp_path / "video").write_text("ffconcat version 1.0\nfile other.mkv\n")
-    with pytest.raises(TranscriptUnavailable, match="not a media file"):
+    with pytest.raises(TranscriptUnavailable, match="not a supported media file"):
         extracted(tmp_path)
 
 
 def test_a_video_without_sound_is_told(tmp_path: Path) -> None:
     (tmp_path / "video").write_bytes(make_video(1, sound=False))
-    with pytest.raises(TranscriptUnavailable, match="has no sound"):
+    with pytest.raises(TranscriptUnavailable, match="has no audio"):
         extracted(tmp_path)

@@ -96,18 +96,18 @@ async def test_the_recording_behind_a_page_is_fetched_by_us(
     finding(monkeypatch, tmp_path, {"url": film})
     job, results = await heard("https://www.video.example/watch?v=1", site, tmp_path)
     assert results.metadata["audio_seconds"] == pytest.approx(2, abs=0.1)
-    assert job.warnings == ["There is no transcript. No transcription is configured."]
+    assert job.warnings == ["There is no transcript. Transcription is not configured."]
 
 
 @needs_namespaces
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
-        ("ERROR: Private video. Sign in\nmore", "cannot be had: Private video. Sign in."),
-        (None, "no recording that can be fetched as one file on the page of video.example"),
-        ({"entries": []}, "no recording that can be fetched as one file"),
+        ("ERROR: Private video. Sign in\nmore", "is not available: Private video. Sign in."),
+        (None, "The page of video.example has no recording that can be downloaded as one file"),
+        ({"entries": []}, "has no recording that can be downloaded as one file"),
         ({"url": "http://10.0.0.1/film"}, "10.0.0.1"),  # what it finds is checked like every address
-        ({"url": "file:///etc/passwd"}, "is not an http or https address"),
+        ({"url": "file:///etc/passwd"}, "is not an http or https URL"),
     ],
 )
 async def test_what_cannot_be_had_there_is_a_reason(
@@ -122,7 +122,7 @@ async def test_what_cannot_be_had_there_is_a_reason(
 async def test_without_yt_dlp_it_is_said_what_to_install(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video_sites, "_package", lambda: None)
+    monkeypatch.setattr(video_sites, "_find_package", lambda: None)
     job, _ = await heard("https://video.example/1", site, tmp_path)
     assert "pip install yt-dlp" in job.warnings[0]
 
@@ -141,7 +141,7 @@ async def test_the_real_yt_dlp_does_not_guess(site: Site, tmp_path: Path) -> Non
     """With its guessing extractor it would have fetched the page, wherever that is."""
     pytest.importorskip("yt_dlp")
     page = site.put("/watch", html("<video src='/film.webm'></video>"))
-    with pytest.raises(TranscriptUnavailable, match="cannot be had"):
+    with pytest.raises(TranscriptUnavailable, match="is not available"):
         await resolve_media_url(page, seconds=5, scratch=tmp_path / "scratch", fetcher=Fetcher(make_settings()))
     assert site.requested_paths == []
 
@@ -207,4 +207,4 @@ async def test_without_namespaces_yt_dlp_is_not_run(
         sandbox, "probe_methods", lambda: (sandbox.ProbeResult("landlock", is_working=False, reason="none"),)
     )
     job, _ = await heard("https://video.example/1", site, tmp_path)
-    assert "yt-dlp cannot be run safely" in job.warnings[0]
+    assert "yt-dlp cannot run in a sandbox" in job.warnings[0]

@@ -1,7 +1,7 @@
-"""session: the main job type. A talk's page, recording and slides become one Markdown document with its images.
+"""The job type `session`: turn the page, recording and slides of a conference talk into one Markdown document.
 
-Importing this package is cheap, because the API does it to check parameters; the libraries that fetch, read and draw
-are imported by `pipeline`, when a job runs.
+The API imports this package to validate parameters, so the import must stay cheap. `pipeline` imports the libraries for
+fetching, parsing and rendering when a job runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["SessionParameters", "SessionProcessor", "SessionSettings"]
 
 
 class SessionProcessor:
-    """Makes Markdown of one conference session, and says honestly what of it was not possible."""
+    """Convert one conference session to Markdown. Everything that is missing is reported as a warning."""
 
     job_type: ClassVar[str] = "session"
     isolation: ClassVar[Isolation] = "process"
@@ -33,7 +33,7 @@ class SessionProcessor:
 
     @staticmethod
     def shared_directories() -> Sequence[Path]:
-        """Return where jobs of all workers of this machine agree on how many fetch from one host."""
+        """Return the directory of the locks that limit downloads per host across all workers of this machine."""
         from jobledger.workers.processors.session.host_limits import host_lock_directory
 
         return (host_lock_directory(),)
@@ -42,7 +42,7 @@ class SessionProcessor:
         """Run the steps `page`, `transcript`, `slides`, `enrich` and `markdown`.
 
         Raises:
-            ProcessorError: the page cannot be had or read. Without video or slides the job ends well, with a warning.
+            ProcessorError: The page cannot be fetched or read. A missing video or missing slides are only a warning.
         """
         from jobledger.workers.processors.session.fetcher import Fetcher
         from jobledger.workers.processors.session.pipeline import run

@@ -1,15 +1,15 @@
-"""session: which elements of a page are its own, and which belong to the site around it. Pure.
+"""Remove navigation and other boilerplate from a page. Pure.
 
-trafilatura is good at telling which words belong to the page, but what it makes of them loses table cells, blank lines
-of code and whole sentences. So it is asked for the words only: every element that holds some of them stays as it was
-written, and so does what stands in between, unless it looks like a menu.
+trafilatura reliably finds the words of the main text, but its output loses table cells, blank lines in code and whole
+sentences. This module therefore uses only its words. An element that contains some of them stays unchanged, and so does
+everything between such elements, unless it looks like a menu.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from copy import deepcopy
 from typing import Any, Final
@@ -31,25 +31,27 @@ _NO_TEXT: Final = frozenset(
         *("select", "button", "input", "textarea"),
     )
 )
-_AROUND: Final = frozenset({"nav", "footer"})
-_ROLES: Final = frozenset({"navigation", "banner", "contentinfo", "search", "complementary", "dialog", "menu"})
-_NAMED_LIKE_A_MENU: Final = re.compile(
+_BOILERPLATE_TAGS: Final = frozenset({"nav", "footer"})
+_BOILERPLATE_ROLES: Final = frozenset(
+    {"navigation", "banner", "contentinfo", "search", "complementary", "dialog", "menu"}
+)
+_BOILERPLATE_NAMES: Final = re.compile(
     r"(?<![a-z])(nav|navbar|navigation|menu|breadcrumbs?|pager|pagination|side-?bar|cookies?|consent|shar(e|ing)"
     r"|social|newsletter|related|comments?|banner|adverts?|ads|skip|toc|top-?bar|foot(er)?|masthead)(?![a-z])"
 )
 _FOR_SCREEN_READERS: Final = re.compile(r"skip-?(link|to|nav)|screen-?reader|sr-only|visually-?hidden")
 _ANCHOR_SIGN: Final = re.compile(r"[\s¶#§∞🔗]*")
-_MENU_LINKS: Final = 3
-_MENU_SHARE: Final = 0.6
-_SMALL_SHARE: Final = 0.3
-_OWN_SHARE: Final = 0.8
-_AS_GOOD_AS_ALL: Final = 0.85
-_LONG_TEXT: Final = 80
-_PARTS_OF_LISTS: Final = frozenset({"tbody", "tr", "li", "dd", "dt"})
+_MENU_MIN_LINKS: Final = 3
+_MENU_LINK_SHARE: Final = 0.6
+_MINOR_SHARE: Final = 0.3
+_MATCH_SHARE: Final = 0.8
+_MAIN_SHARE: Final = 0.85
+_LONG_TEXT_CHARACTERS: Final = 80
+_LIST_PARTS: Final = frozenset({"tbody", "tr", "li", "dd", "dt"})
 
 
 def remove_non_text_elements(tree: Any) -> None:
-    """Remove in place what is not text for a reader: scripts, forms' controls, hidden parts, signs to link headings."""
+    """Remove scripts, form controls, hidden elements and anchor links of headings from the tree."""
     for element in list(tree.iter(*_NO_TEXT)):
         _remove(element)
     for element in list(tree.iterfind(".//*[@hidden]")) + list(tree.iterfind(".//*[@aria-hidden='true']")):
@@ -62,52 +64,61 @@ def remove_non_text_elements(tree: Any) -> None:
 
 
 def remove_boilerplate(tree: Any) -> bool:
-    """Remove in place what belongs to the site around the page. False, and nothing is removed: it cannot be told."""
+    """Remove boilerplate from the tree.
+
+    Returns:
+        Whether the main text was identified. If not, the tree is unchanged.
+    """
     body = tree.find("body")
-    own = _ExtractedText(tree)
-    texts = [(block, text) for block, text in _texts_of_blocks(body) if re.search(r"\w", text)]
-    linked = _linked(body)
-    kept = {block: len(text) for block, text in texts if own.holds(text) and not _is_menu(linked[block], len(text))}
+    extracted = _ExtractedText(tree)
+    texts = [(block, text) for block, text in _list_block_texts(body) if re.search(r"\w", text)]
+    link_counts = _count_links(body)
+    kept = {
+        block: len(text)
+        for block, text in texts
+        if extracted.contains(text) and not _is_menu(link_counts[block], len(text))
+    }
     if not kept:
         return False
     blocks = [block for block, _ in texts]
-    middle = _middle(body, kept)
-    if middle is body:
-        places = [place for place, block in enumerate(blocks) if block in kept]
-        within = set(blocks[places[0] : places[-1] + 1])
+    main = _find_main_element(body, kept)
+    if main is body:
+        indexes = [index for index, block in enumerate(blocks) if block in kept]
+        main_blocks = set(blocks[indexes[0] : indexes[-1] + 1])
     else:
-        elements = set(middle.iter())
-        within = {block for block in blocks if block in elements or kept.get(block, 0) >= _LONG_TEXT}
-    within |= set(_headings_above(blocks, min(place for place, block in enumerate(blocks) if block in within)))
-    counted = _counted(body, texts, kept, within, linked)
-    most = counted[body]["kept"]
-    for element in _outermost(
-        body, lambda element: _is_around(element, counted[element], most, by_links=middle is body)
+        elements = set(main.iter())
+        main_blocks = {block for block in blocks if block in elements or kept.get(block, 0) >= _LONG_TEXT_CHARACTERS}
+    first = min(index for index, block in enumerate(blocks) if block in main_blocks)
+    main_blocks |= set(_list_headings_above(blocks, first))
+    counts = _count_text(body, texts, kept, main_blocks, link_counts)
+    total = counts[body]["kept"]
+    for element in _find_outermost(
+        body, lambda element: _is_boilerplate(element, counts[element], total, by_links=main is body)
     ):
         _remove(element)
     return True
 
 
 class _ExtractedText:
-    """What trafilatura takes for the page's own: its lines, and which words stand side by side in them."""
+    """The lines and word triples of the main text that trafilatura finds."""
 
     def __init__(self, tree: Any) -> None:
-        said = _own_text(tree)
-        self._lines = {tuple(_words(part)) for line in said.splitlines() for part in (line, *line.split("|"))}
-        words = _words(said)
-        self._neighbours = set(zip(words, words[1:], words[2:], strict=False))
-
-    def holds(self, text: str) -> bool:
+        text = _extract_text(tree)
+        self._lines = {tuple(_words(part)) for line in text.splitlines() for part in (line, *line.split("|"))}
         words = _words(text)
-        groups = list(zip(words, words[1:], words[2:], strict=False))
-        if not groups:  # a word or two are said by chance as well
+        self._triples = set(zip(words, words[1:], words[2:], strict=False))
+
+    def contains(self, text: str) -> bool:
+        words = _words(text)
+        triples = list(zip(words, words[1:], words[2:], strict=False))
+        if not triples:  # one or two words may match by chance, so the whole line must match
             return tuple(words) in self._lines
-        return sum(group in self._neighbours for group in groups) >= _OWN_SHARE * len(groups)
+        return sum(triple in self._triples for triple in triples) >= _MATCH_SHARE * len(triples)
 
 
-def _own_text(tree: Any) -> str:
+def _extract_text(tree: Any) -> str:
     tree = deepcopy(tree)
-    for cell in tree.iter("td", "th"):  # it would make as many cells as they say, for any number
+    for cell in tree.iter("td", "th"):  # trafilatura would create that many cells without a limit
         cell.attrib.pop("colspan", None)
         cell.attrib.pop("rowspan", None)
     return (
@@ -123,22 +134,22 @@ def _own_text(tree: Any) -> str:
     )
 
 
-def _extraction_settings() -> ConfigParser:
-    """Below 250 characters trafilatura gives up the structure and dumps the text; talks are often that short."""
+def _make_trafilatura_settings() -> ConfigParser:
+    """Return settings that keep the structure of short texts. By default trafilatura drops it below 250 characters."""
     settings = deepcopy(DEFAULT_CONFIG)
     settings.set("DEFAULT", "MIN_EXTRACTED_SIZE", "1")
     return settings
 
 
-_SETTINGS = _extraction_settings()
+_SETTINGS = _make_trafilatura_settings()
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def _texts_of_blocks(body: Any) -> list[tuple[Any, str]]:
-    """Every block with the text that stands in it and in no block inside it, in the order of the page."""
+def _list_block_texts(body: Any) -> list[tuple[Any, str]]:
+    """Return every block with its text, without the text of nested blocks, in document order."""
     texts: dict[Any, list[str]] = {}
     block_of: dict[Any, Any] = {}
     for element in body.iter():
@@ -151,26 +162,24 @@ def _texts_of_blocks(body: Any) -> list[tuple[Any, str]]:
     return [(block, "".join(pieces)) for block, pieces in texts.items()]
 
 
-def _middle(body: Any, kept: dict[Any, int]) -> Any:
-    """The innermost element that holds as good as all of the page's own text."""
-    held: Counter[Any] = Counter()
+def _find_main_element(body: Any, kept: dict[Any, int]) -> Any:
+    """Return the innermost element that contains nearly all of the main text."""
+    sizes: Counter[Any] = Counter()
     for block, size in kept.items():
-        held[block] += size
-        for above in block.iterancestors():
-            held[above] += size
-    middle = body
-    while inner := [child for child in middle if held[child] >= _AS_GOOD_AS_ALL * held[body]]:
-        middle = inner[0]
-    return (
-        middle if middle.tag not in _PARTS_OF_LISTS else next(middle.iterancestors("table", "ul", "ol", "dl"), middle)
-    )
+        sizes[block] += size
+        for ancestor in block.iterancestors():
+            sizes[ancestor] += size
+    main = body
+    while inner := [child for child in main if sizes[child] >= _MAIN_SHARE * sizes[body]]:
+        main = inner[0]
+    return main if main.tag not in _LIST_PARTS else next(main.iterancestors("table", "ul", "ol", "dl"), main)
 
 
-def _headings_above(blocks: list[Any], first: int) -> list[Any]:
-    """From the last `h1` above, if it is no link home; else the headings just above."""
-    for place in range(first, -1, -1):
-        if blocks[place].tag == "h1" and not _is_link(blocks[place]):
-            return blocks[place:first]
+def _list_headings_above(blocks: list[Any], first: int) -> list[Any]:
+    """Return the blocks from the last `h1` above that is not a link, or else the headings directly above."""
+    for index in range(first, -1, -1):
+        if blocks[index].tag == "h1" and not _is_link(blocks[index]):
+            return blocks[index:first]
     begin = first
     while begin and blocks[begin - 1].tag in HEADINGS and not _is_link(blocks[begin - 1]):
         begin -= 1
@@ -182,28 +191,32 @@ def _is_link(heading: Any) -> bool:
     return bool(linked.strip()) and _words(linked) == _words("".join(heading.itertext()))
 
 
-def _linked(body: Any) -> dict[Any, Counter[str]]:
-    """How many links stand in each element, and how much of its text they are."""
+def _count_links(body: Any) -> dict[Any, Counter[str]]:
+    """Return the number of links in each element and the length of their text."""
     linked: dict[Any, Counter[str]] = {element: Counter() for element in body.iter()}
     for link in body.iter("a"):
         linked[link].update(links=1, linked=len("".join(link.itertext()).strip()))
-    return _summed(linked, body)
+    return _sum_up_tree(linked, body)
 
 
-def _counted(
-    body: Any, texts: list[tuple[Any, str]], kept: dict[Any, int], within: set[Any], linked: dict[Any, Counter[str]]
+def _count_text(
+    body: Any,
+    texts: list[tuple[Any, str]],
+    kept: dict[Any, int],
+    main_blocks: set[Any],
+    link_counts: dict[Any, Counter[str]],
 ) -> dict[Any, Counter[str]]:
-    """How much of what is in each element."""
+    """Return the counts of characters, main text, main blocks and links in each element."""
     counted: dict[Any, Counter[str]] = {element: Counter() for element in body.iter()}
     for block, text in texts:
-        counted[block].update(characters=len(text.strip()), kept=kept.get(block, 0), within=block in within)
-    _summed(counted, body)
+        counted[block].update(characters=len(text.strip()), kept=kept.get(block, 0), main=block in main_blocks)
+    _sum_up_tree(counted, body)
     for element, counts in counted.items():
-        counts.update(linked[element])
+        counts.update(link_counts[element])
     return counted
 
 
-def _summed(counted: dict[Any, Counter[str]], body: Any) -> dict[Any, Counter[str]]:
+def _sum_up_tree(counted: dict[Any, Counter[str]], body: Any) -> dict[Any, Counter[str]]:
     for element in reversed(list(counted)):
         if element is not body and (counts := counted[element]):
             counted[element.getparent()].update(counts)
@@ -211,32 +224,32 @@ def _summed(counted: dict[Any, Counter[str]], body: Any) -> dict[Any, Counter[st
 
 
 def _is_menu(counts: Counter[str], characters: int) -> bool:
-    return counts["links"] >= _MENU_LINKS and counts["linked"] > _MENU_SHARE * characters
+    return counts["links"] >= _MENU_MIN_LINKS and counts["linked"] > _MENU_LINK_SHARE * characters
 
 
-def _is_around(element: Any, counts: Counter[str], most: int, *, by_links: bool) -> bool:
+def _is_boilerplate(element: Any, counts: Counter[str], total: int, *, by_links: bool) -> bool:
     if element.tag not in BLOCKS or not counts["characters"]:
         return False
-    if element.tag in _AROUND or element.get("role") in _ROLES:
+    if element.tag in _BOILERPLATE_TAGS or element.get("role") in _BOILERPLATE_ROLES:
         return True
-    if counts["kept"] < _SMALL_SHARE * most and _NAMED_LIKE_A_MENU.search(_names(element)):
+    if counts["kept"] < _MINOR_SHARE * total and _BOILERPLATE_NAMES.search(_names(element)):
         return True
     menu = by_links and not counts["kept"] and _is_menu(counts, counts["characters"])
-    return menu or not counts["within"]
+    return menu or not counts["main"]
 
 
 def _names(element: Any) -> str:
     return f"{element.get('id') or ''} {element.get('class') or ''}".lower()
 
 
-def _outermost(body: Any, wanted: Any) -> Iterator[Any]:
-    waiting = list(body)
-    while waiting:
-        element = waiting.pop()
-        if wanted(element):
+def _find_outermost(body: Any, matches: Callable[[Any], bool]) -> Iterator[Any]:
+    pending = list(body)
+    while pending:
+        element = pending.pop()
+        if matches(element):
             yield element
         else:
-            waiting.extend(element)
+            pending.extend(element)
 
 
 def _remove(element: Any) -> None:

@@ -1,4 +1,4 @@
-"""session: everything found out about a talk becomes one Markdown document. Pure; the layout is in the template."""
+"""Render the result document from the outputs of the other steps. Pure. The template defines the layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARAGRAPH_SECONDS = 60
 
 
 class TranscriptResult(BaseModel):
-    """What the step `transcript` found. `reason` says why there is no text, where there is none."""
+    """Output of the step `transcript`. `missing_reason` says why there is no text."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,7 +40,7 @@ class TranscriptResult(BaseModel):
     warnings: list[str] = []
 
     def with_result_paths(self, layout: ResultLayout) -> TranscriptResult:
-        """Return the same with its file among the job's own."""
+        """Return a copy whose file has the path of this job."""
         if self.audio is None:
             return self
         return self.model_copy(
@@ -49,7 +49,7 @@ class TranscriptResult(BaseModel):
 
 
 class SlidesResult(BaseModel):
-    """What the step `slides` found: images, or the words of a presentation that no images could be made of."""
+    """Output of the step `slides`: images, or the text of a presentation that could not be rendered."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,13 +57,13 @@ class SlidesResult(BaseModel):
     texts: list[SlideText] = []
     warnings: list[str] = []
 
-    def with_result_paths(self, where: ResultLayout) -> SlidesResult:
-        """Return the same with its files among the job's own."""
-        return self.model_copy(update={"slides": [_placed(slide, where) for slide in self.slides]})
+    def with_result_paths(self, layout: ResultLayout) -> SlidesResult:
+        """Return a copy whose files have the paths of this job."""
+        return self.model_copy(update={"slides": [_set_paths(slide, layout) for slide in self.slides]})
 
 
 class EnrichmentResult(BaseModel):
-    """What the step `enrich` found. `markdown` is the page's text, translated if it could be, in `language`."""
+    """Output of the step `enrich`. `markdown` is the text of the page in `language`, translated if possible."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -74,7 +74,7 @@ class EnrichmentResult(BaseModel):
 
 
 class SessionContent(NamedTuple):
-    """All that was found out about a talk."""
+    """The outputs of all steps before the document."""
 
     page: PageText
     enrichment: EnrichmentResult
@@ -82,14 +82,14 @@ class SessionContent(NamedTuple):
     slides: SlidesResult
 
 
-def _placed(slide: Slide, where: ResultLayout) -> Slide:
-    image, small = slide_file_names(slide.number)
-    thumbnail = slide.thumbnail.model_copy(update={"path": where.asset_path(small)})
-    return slide.model_copy(update={"path": where.asset_path(image), "thumbnail": thumbnail})
+def _set_paths(slide: Slide, layout: ResultLayout) -> Slide:
+    image_name, thumbnail_name = slide_file_names(slide.number)
+    thumbnail = slide.thumbnail.model_copy(update={"path": layout.asset_path(thumbnail_name)})
+    return slide.model_copy(update={"path": layout.asset_path(image_name), "thumbnail": thumbnail})
 
 
-def built_in_template() -> str:
-    """Return the text of the template that is used when the settings name no other."""
+def read_built_in_template() -> str:
+    """Return the text of the default template."""
     return files(__package__).joinpath("document.md.j2").read_text(encoding="utf-8")
 
 
@@ -101,38 +101,45 @@ def render_document(
     warnings: Sequence[str],
     template: str,
 ) -> str:
-    """The whole document.
+    """Render the document.
 
     Raises:
-        ProcessorError: TEMPLATE_ERROR, if the operator's own template cannot be used.
+        ProcessorError: TEMPLATE_ERROR if the custom template is invalid.
     """
-    page, composed, recording, show = content
-    labels = load_labels(composed.language)
+    page, enrichment, transcript, slides = content
+    labels = load_labels(enrichment.language)
     context: dict[str, Any] = {
-        "front_matter": render_front_matter(session=session, job_id=job_id, page=page, composed=composed),
+        "front_matter": render_front_matter(session=session, job_id=job_id, page=page, enrichment=enrichment),
         "session": session,
         "event_details": _event_details(session),
-        "page": page.model_copy(update={"markdown": composed.markdown}),
+        "page": page.model_copy(update={"markdown": enrichment.markdown}),
         "labels": labels,
-        "slides": [{"alt": _alt(slide, labels["slide"]), "path": _relative_path(slide)} for slide in show.slides],
+        "slides": [
+            {"alt": _format_alt_text(slide, labels["slide"]), "path": _relative_path(slide)} for slide in slides.slides
+        ],
         "slide_texts": [
             {"number": slide.number, "text_lines": slide.text.splitlines(), "note_lines": slide.notes.splitlines()}
-            for slide in show.texts
+            for slide in slides.texts
         ],
-        "transcript": {"paragraphs": _paragraphs(recording.segments), "missing_reason": recording.missing_reason or ""},
+        "transcript": {
+            "paragraphs": _group_paragraphs(transcript.segments),
+            "missing_reason": transcript.missing_reason or "",
+        },
         "warnings": warnings,
     }
     try:
-        return _environment().from_string(template).render(context)
+        return _make_environment().from_string(template).render(context)
     except jinja2.TemplateError as error:
         raise ProcessorError(
-            "TEMPLATE_ERROR", f"The Markdown template cannot be used: {error}", details={"reason": str(error)}
+            "TEMPLATE_ERROR", f"The Markdown template is invalid: {error}", details={"reason": str(error)}
         ) from error
 
 
-def render_front_matter(*, session: SessionParameters, job_id: str, page: PageText, composed: EnrichmentResult) -> str:
-    """The YAML between the dashes. What only a language model could tell is empty without one."""
-    summary = composed.summary
+def render_front_matter(
+    *, session: SessionParameters, job_id: str, page: PageText, enrichment: EnrichmentResult
+) -> str:
+    """Return the YAML between the dashes. Fields of the summary are empty without a language model."""
+    summary = enrichment.summary
     tags = page.keywords if summary is None else summary.tags
     values = {
         "tags": list(dict.fromkeys([session.event, session.track, *tags])),
@@ -146,15 +153,15 @@ def render_front_matter(*, session: SessionParameters, job_id: str, page: PageTe
         "topic": summary.topic or None if summary else None,
         "url": strip_userinfo(session.url),
         "video_url": strip_userinfo(session.video_url) if session.video_url else None,
-        "language": composed.language,
+        "language": enrichment.language,
         "job_id": job_id,
     }
-    # Wide, because folded long values are harder to read, and to edit, than long lines.
+    # Long values stay on one line: folded values are harder to read and edit.
     return yaml.dump(values, Dumper=_FrontMatterDumper, allow_unicode=True, sort_keys=False, width=100_000)
 
 
 class _FrontMatterDumper(yaml.SafeDumper):
-    """Safe YAML that also keeps the line ends PyYAML would otherwise fold away (U+0085, U+2028), on one line."""
+    """Safe YAML that preserves the line ends U+0085 and U+2028, which PyYAML would fold."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -165,7 +172,7 @@ _FrontMatterDumper.add_representer(str, _represent_text)
 
 
 def resolve_language(session: SessionParameters, page: PageText) -> str:
-    """The language the text is in: the page should know, otherwise the client does."""
+    """Return the language of the text: from the page, or else from the parameters."""
     return page.language or session.source_language
 
 
@@ -180,20 +187,20 @@ def _event_details(session: SessionParameters) -> list[str]:
     return [part for part in (session.event, session.track, day) if part]
 
 
-def _alt(slide: Slide, label: str) -> str:
-    """What stands on the slide, for those who cannot see it and for search."""
+def _format_alt_text(slide: Slide, label: str) -> str:
+    """Return the text of the slide as alternative text of its image."""
     words = " ".join(slide.text.split())
     short = words if len(words) <= MAX_ALT_CHARACTERS else words[:MAX_ALT_CHARACTERS].rsplit(" ", 1)[0] + " …"
     return f"{label} {slide.number}: {short}" if short else f"{label} {slide.number}"
 
 
 def _relative_path(file: SavedFile) -> str:
-    """The file as seen from the Markdown, which lies next to the folder `assets`."""
+    """Return the path of the file relative to the document, which is next to the folder `assets`."""
     return "/".join(file.path.rsplit("/", 2)[-2:])
 
 
-def _paragraphs(segments: Sequence[Segment]) -> list[dict[str, str]]:
-    """One paragraph for about each minute, with the time it begins at."""
+def _group_paragraphs(segments: Sequence[Segment]) -> list[dict[str, str]]:
+    """Return one paragraph for about each minute, with its start time."""
     groups: list[list[Segment]] = []
     for segment in segments:
         if groups and segment.start_seconds - groups[-1][0].start_seconds < PARAGRAPH_SECONDS:
@@ -201,12 +208,13 @@ def _paragraphs(segments: Sequence[Segment]) -> list[dict[str, str]]:
         else:
             groups.append([segment])
     return [
-        {"start": format_timecode(said[0].start_seconds), "text": " ".join(one.text for one in said)} for said in groups
+        {"start": format_timecode(group[0].start_seconds), "text": " ".join(segment.text for segment in group)}
+        for group in groups
     ]
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def _make_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=False,  # noqa: S701  the output is Markdown: values pass through the filters `escape_text` and `link_target`
         trim_blocks=True,

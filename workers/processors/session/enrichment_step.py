@@ -1,4 +1,4 @@
-"""session: the step `enrich`, 80 to 90 percent of the job: summary, tags, translation; what fails is a warning."""
+"""The step `enrich`: summary, tags and translation (progress 80 to 90 percent). Problems are only warnings."""
 
 from __future__ import annotations
 
@@ -24,171 +24,177 @@ from jobledger.workers.processors.session.page import PageText
 from jobledger.workers.processors.session.step_context import StepContext, json_digest
 
 MAX_PROMPT_CHARACTERS: Final = 30_000
-"""So much of the page, and of what was said, is read for the summary."""
+"""Maximum length of the page text, and of the transcript, in the prompt for the summary."""
 Parsed = TypeVar("Parsed")
 
 
-def inputs(work: StepContext, page: PageText, recording: TranscriptResult) -> dict[str, JSON]:
-    """Return all that the text depends on. Where the key lies, and how patient we are, is not part of it."""
-    chosen = work.settings.language_model
-    said = [segment.text for segment in recording.segments] if chosen.backend != "none" else []
+def inputs(ctx: StepContext, page: PageText, transcript: TranscriptResult) -> dict[str, JSON]:
+    """Return the inputs of the step, without API key and timeouts. The step is not repeated with the same inputs."""
+    settings = ctx.settings.language_model
+    spoken = [segment.text for segment in transcript.segments] if settings.backend != "none" else []
     return {
-        "content": json_digest([page.model_dump(mode="json"), said]),
-        "title": work.session.session,
-        "source_language": work.session.source_language,
-        "target_language": work.session.target_language,
-        "backend": chosen.backend,
-        "url": chosen.url,
-        "model": chosen.model,
-        "chunk_characters": chosen.chunk_characters,
-        "max_characters": chosen.max_characters,
-        "temperature": chosen.temperature,
+        "content": json_digest([page.model_dump(mode="json"), spoken]),
+        "title": ctx.session.session,
+        "source_language": ctx.session.source_language,
+        "target_language": ctx.session.target_language,
+        "backend": settings.backend,
+        "url": settings.url,
+        "model": settings.model,
+        "chunk_characters": settings.chunk_characters,
+        "max_characters": settings.max_characters,
+        "temperature": settings.temperature,
     }
 
 
-async def run(work: StepContext, page: PageText, recording: TranscriptResult) -> JSON:
-    """Ask the language model, where one is configured."""
-    language, target = resolve_language(work.session, page), work.session.target_language
-    composed = EnrichmentResult(language=language, markdown=page.markdown)
-    other = primary_subtag(language) != primary_subtag(target)
-    if work.settings.language_model.backend == "none":
-        if other:
-            await work.warn(f"{_not_translated(language, target)}, and no language model is configured.")
-        return _output(work, composed)
-    await work.job.report_progress(80, "Composing")
+async def run(ctx: StepContext, page: PageText, transcript: TranscriptResult) -> JSON:
+    """Summarize and translate the text if a language model is configured."""
+    language, target = resolve_language(ctx.session, page), ctx.session.target_language
+    result = EnrichmentResult(language=language, markdown=page.markdown)
+    needs_translation = primary_subtag(language) != primary_subtag(target)
+    if ctx.settings.language_model.backend == "none":
+        if needs_translation:
+            await ctx.warn(f"{_describe_untranslated(language, target)} No language model is configured.")
+        return _make_output(ctx, result)
+    await ctx.job.report_progress(80, "Summarizing")
     try:
-        async with asyncio.timeout(work.settings.enrich_timeout_seconds), _model(work) as model:
-            composed = await _summarize(work, model, composed, page, recording)
-            if other:
-                composed = await _translate(work, model, composed)
+        async with asyncio.timeout(ctx.settings.enrich_timeout_seconds), _open_language_model(ctx) as model:
+            result = await _summarize(ctx, model, result, page, transcript)
+            if needs_translation:
+                result = await _translate(ctx, model, result)
     except TimeoutError:
-        limit = f"within {work.settings.enrich_timeout_seconds:g} seconds"
-        await work.warn(f"The language model was not done {limit}: the text may be without summary or translation.")
-    except OpenAiError as failed:
-        await work.warn(f"The language model cannot be used: {failed}.")
-    await work.job.report_progress(90, "The text is composed")
-    return _output(work, composed)
+        limit = f"{ctx.settings.enrich_timeout_seconds:g} seconds"
+        await ctx.warn(f"The language model did not finish within {limit}. Summary or translation may be missing.")
+    except OpenAiError as error:
+        await ctx.warn(f"The language model API failed: {error}.")
+    await ctx.job.report_progress(90, "Text enriched")
+    return _make_output(ctx, result)
 
 
-def _output(work: StepContext, composed: EnrichmentResult) -> JSON:
-    return composed.model_copy(update={"warnings": work.warnings}).model_dump(mode="json")
+def _make_output(ctx: StepContext, result: EnrichmentResult) -> JSON:
+    return result.model_copy(update={"warnings": ctx.warnings}).model_dump(mode="json")
 
 
-def _not_translated(language: str, target: str) -> str:
-    return f'The text is not translated: it is in "{language}", "{target}" was asked for'
+def _describe_untranslated(language: str, target: str) -> str:
+    return f'The text was not translated from "{language}" to "{target}".'
 
 
 class _LanguageModel:
-    """A model that is asked for JSON, and told once what was wrong with it."""
+    """Generates JSON with a language model, with one retry for invalid output."""
 
-    def __init__(self, work: StepContext, api: OpenAiClient) -> None:
-        self._work = work
+    def __init__(self, ctx: StepContext, api: OpenAiClient) -> None:
+        self._ctx = ctx
         self._api = api
-        self._takes_schema = True
+        self._supports_schema = True
 
-    async def generate(
-        self, prompt: str, material: str, wanted: type[BaseModel], read: Callable[[str], Parsed]
-    ) -> Parsed:
-        """Return what `read` makes of the answer.
+    async def generate(self, prompt: str, text: str, schema: type[BaseModel], parse: Callable[[str], Parsed]) -> Parsed:
+        """Generate output and parse it.
+
+        Args:
+            prompt: The system prompt.
+            text: The untrusted text to process.
+            schema: Schema of the output.
+            parse: Parses the output. Raises InvalidModelOutput.
 
         Raises:
-            NotAccepted: nor could it use the second one.
-            ApiFailed: the endpoint failed.
+            InvalidModelOutput: The output of both attempts is invalid.
+            OpenAiError: The API failed.
         """
-        messages = [{"role": "system", "content": prompt}, {"role": "user", "content": material}]
-        answer = await self._answer(messages, wanted)
+        messages = [{"role": "system", "content": prompt}, {"role": "user", "content": text}]
+        output = await self._complete(messages, schema)
         try:
-            return read(answer)
+            return parse(output)
         except InvalidModelOutput as problem:
-            await self._work.job.log("info", f"The language model's answer was not usable: {problem}. Asking again.")
+            await self._ctx.job.log("info", f"The language model's output is invalid: {problem}. Retrying.")
             messages += [
-                {"role": "assistant", "content": answer},
+                {"role": "assistant", "content": output},
                 {
                     "role": "user",
-                    "content": f"This cannot be used: {problem}. Answer again, with the JSON object only.",
+                    "content": f"The answer is invalid: {problem}. Answer again with only the JSON object.",
                 },
             ]
-        return read(await self._answer(messages, wanted))
+        return parse(await self._complete(messages, schema))
 
-    async def _answer(self, messages: list[dict[str, str]], wanted: type[BaseModel]) -> str:
-        self._work.raise_if_cancelled()
-        chosen = self._work.settings.language_model
-        body: dict[str, Any] = {"model": chosen.model, "messages": messages}
-        if chosen.temperature is not None:
-            body["temperature"] = chosen.temperature
-        if self._takes_schema:
-            body["response_format"] = enrichment.json_schema_format(wanted)
+    async def _complete(self, messages: list[dict[str, str]], schema: type[BaseModel]) -> str:
+        self._ctx.raise_if_cancelled()
+        settings = self._ctx.settings.language_model
+        body: dict[str, Any] = {"model": settings.model, "messages": messages}
+        if settings.temperature is not None:
+            body["temperature"] = settings.temperature
+        if self._supports_schema:
+            body["response_format"] = enrichment.json_schema_format(schema)
         try:
-            answer = await self._api.post("chat/completions", json=body)
-        except OpenAiError as failed:
-            if not self._takes_schema or failed.status not in (400, 422):
+            response = await self._api.post("chat/completions", json=body)
+        except OpenAiError as error:
+            if not self._supports_schema or error.status not in (400, 422):
                 raise
-            self._takes_schema = False  # not every server knows this form; the prompt asks for the same
-            return await self._answer(messages, wanted)
-        return self._text_of(answer)
+            self._supports_schema = False  # not all servers support it; the prompt describes the same format
+            return await self._complete(messages, schema)
+        return self._extract_text(response)
 
-    def _text_of(self, answer: Any) -> str:
+    def _extract_text(self, response: Any) -> str:
         try:
-            text = answer["choices"][0]["message"]["content"]
-            usage = answer.get("usage") or {}
+            text = response["choices"][0]["message"]["content"]
+            usage = response.get("usage") or {}
             tokens = usage.get("total_tokens", 0)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise OpenAiError("its answer has not the form of the protocol") from error
+            raise OpenAiError("its response does not match the protocol") from error
         if isinstance(tokens, int) and tokens > 0:
-            self._work.job.add_tokens(tokens)
+            self._ctx.job.add_tokens(tokens)
         return text if isinstance(text, str) else ""
 
 
 @asynccontextmanager
-async def _model(work: StepContext) -> AsyncIterator[_LanguageModel]:
-    chosen = work.settings.language_model
-    api = OpenAiClient(chosen.url or "", key=read_api_key(chosen.api_key_file), timeout_seconds=chosen.timeout_seconds)
+async def _open_language_model(ctx: StepContext) -> AsyncIterator[_LanguageModel]:
+    settings = ctx.settings.language_model
+    api = OpenAiClient(
+        settings.url or "", key=read_api_key(settings.api_key_file), timeout_seconds=settings.timeout_seconds
+    )
     try:
-        yield _LanguageModel(work, api)
+        yield _LanguageModel(ctx, api)
     finally:
         await api.aclose()
 
 
 async def _summarize(
-    work: StepContext, model: _LanguageModel, composed: EnrichmentResult, page: PageText, recording: TranscriptResult
+    ctx: StepContext, model: _LanguageModel, result: EnrichmentResult, page: PageText, transcript: TranscriptResult
 ) -> EnrichmentResult:
-    said = " ".join(segment.text for segment in recording.segments)
-    parts = [f"# {work.session.session}", page.markdown[:MAX_PROMPT_CHARACTERS]]
-    if said:
-        parts.append(f"What was said:\n{said[:MAX_PROMPT_CHARACTERS]}")
-    prompt = enrichment.build_summary_prompt(work.session.target_language)
+    spoken = " ".join(segment.text for segment in transcript.segments)
+    parts = [f"# {ctx.session.session}", page.markdown[:MAX_PROMPT_CHARACTERS]]
+    if spoken:
+        parts.append(f"Transcript:\n{spoken[:MAX_PROMPT_CHARACTERS]}")
+    prompt = enrichment.build_summary_prompt(ctx.session.target_language)
     try:
         summary = await model.generate(prompt, "\n\n".join(parts), Summary, enrichment.parse_summary)
     except InvalidModelOutput as problem:
-        await work.warn(f"There is no summary: the language model's answers could not be used ({problem}).")
-        return composed
-    return composed.model_copy(update={"summary": summary})
+        await ctx.warn(f"There is no summary. The output of the language model is invalid: {problem}.")
+        return result
+    return result.model_copy(update={"summary": summary})
 
 
-async def _translate(work: StepContext, model: _LanguageModel, composed: EnrichmentResult) -> EnrichmentResult:
-    chosen, target = work.settings.language_model, work.session.target_language
-    if len(composed.markdown) > chosen.max_characters:
-        longest = f"{len(composed.markdown):,} characters are more than {chosen.max_characters:,}"
-        await work.warn(f"{_not_translated(composed.language, target)}, and {longest}.")
-        return composed
-    originals = enrichment.split_markdown(composed.markdown, chosen.chunk_characters)
-    prompt, texts, left = enrichment.build_translation_prompt(target), [], 0
+async def _translate(ctx: StepContext, model: _LanguageModel, result: EnrichmentResult) -> EnrichmentResult:
+    settings, target = ctx.settings.language_model, ctx.session.target_language
+    if len(result.markdown) > settings.max_characters:
+        reason = f"It has {len(result.markdown):,} characters, more than {settings.max_characters:,}."
+        await ctx.warn(f"{_describe_untranslated(result.language, target)} {reason}")
+        return result
+    originals = enrichment.split_markdown(result.markdown, settings.chunk_characters)
+    prompt, texts, failed = enrichment.build_translation_prompt(target), [], 0
     for number, original in enumerate(originals):
-        await work.job.report_progress(
-            82 + 8 * number / len(originals), f"Translating: {number} of {len(originals)} pieces"
+        await ctx.job.report_progress(
+            82 + 8 * number / len(originals), f"Translating: {number} of {len(originals)} chunks"
         )
         try:
-            read = partial(enrichment.parse_translation, original=original)
-            texts.append(await model.generate(prompt, original, Translation, read))
+            parse = partial(enrichment.parse_translation, original=original)
+            texts.append(await model.generate(prompt, original, Translation, parse))
         except InvalidModelOutput as problem:
-            await work.job.log("warning", f"Piece {number + 1} is left as it was: {problem}")
+            await ctx.job.log("warning", f"Chunk {number + 1} was not translated: {problem}")
             texts.append(original)
-            left += 1
-    if left == len(originals):
-        why = "the language model's answers could not be used"
-        await work.warn(f"{_not_translated(composed.language, target)}; {why}.")
-        return composed
-    if left:
-        some = f"{left} of {len(originals)} pieces of the text"
-        await work.warn(f"{some} are not translated: the language model's answers could not be used.")
-    return composed.model_copy(update={"language": target, "markdown": "\n\n".join(texts)})
+            failed += 1
+    if failed == len(originals):
+        reason = "The output of the language model is invalid."
+        await ctx.warn(f"{_describe_untranslated(result.language, target)} {reason}")
+        return result
+    if failed:
+        chunks = f"{failed} of {len(originals)} chunks of the text"
+        await ctx.warn(f"{chunks} were not translated. The output of the language model is invalid.")
+    return result.model_copy(update={"language": target, "markdown": "\n\n".join(texts)})

@@ -1,14 +1,14 @@
-"""session: the only door to the web. A GET that is safe to point at an address a stranger typed.
+"""Download URLs from untrusted input. All HTTP requests of the session processor use this module.
 
-Errors of httpx, httpcore, the resolver and the operating system become a `ProcessorError` here and nowhere else:
-    BAD_URL             not an http(s) address with a host
-    ADDRESS_REJECTED     it leads to a private, loopback, link-local or otherwise not public address
-    NETWORK_ERROR       no such name, refused, reset, cut off, TLS failed; `details.reason` says which
+This module translates errors of httpx, httpcore, the resolver and the operating system to a `ProcessorError`:
+    BAD_URL             not an http or https URL with a host
+    ADDRESS_REJECTED    the host has a private, loopback, link-local or otherwise non-public address
+    NETWORK_ERROR       unknown host, connection refused, reset or closed, TLS failure; see `details.reason`
     FETCH_TIMEOUT       the server was too slow
-    HTTP_ERROR          it answered 4xx or 5xx; `details.status_code`, `details.retry_after` in seconds if it said so
-    TOO_MANY_REDIRECTS  it sent us on more often than allowed
-    TOO_LARGE           it sent, or unpacked to, more than allowed
-    BAD_RESPONSE        it answered in a way that cannot be read
+    HTTP_ERROR          status 4xx or 5xx; `details.status_code`, and `details.retry_after` in seconds if sent
+    TOO_MANY_REDIRECTS  more redirects than allowed
+    TOO_LARGE           the body, or the decompressed body, is larger than allowed
+    BAD_RESPONSE        the response cannot be decoded
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from jobledger.workers.safe_http import (
 )
 
 ProgressCallback = Callable[[int, int | None], Awaitable[None]]
-"""Hears how many bytes have come, and of how many if the server said so."""
+"""Called with the number of bytes received, and the total if the server sent it."""
 
 PROGRESS_INTERVAL_SECONDS = 1.0
 _CHUNK = 64 * 1024
@@ -52,7 +52,7 @@ _ENCODINGS = {"", "identity", "gzip", "x-gzip", "deflate"}
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """What came back. `url` is where the redirects ended; `body` is empty when it went into a file."""
+    """A downloaded response. `url` is the URL after redirects. `body` is empty if a file was written."""
 
     url: str
     content_type: str
@@ -66,13 +66,13 @@ class FetchResult:
 
 
 class Fetcher:
-    """Fetches within the limits of the settings. `resolve` is how names become addresses."""
+    """Downloads URLs within the limits of the settings. `resolve` resolves host names."""
 
     def __init__(
         self, settings: SessionSettings, *, resolve: Resolver = resolve_host, lock_directory: Path | None = None
     ) -> None:
         self._settings = settings
-        self._turns = lock_directory or host_lock_directory()
+        self._lock_directory = lock_directory or host_lock_directory()
         self._network = CheckedNetworkBackend(AllowedHosts(settings.allowed_private_hosts), resolve)
 
     async def fetch(
@@ -86,13 +86,22 @@ class Fetcher:
         check_media_type: Callable[[str], None] = lambda media_type: None,
         on_progress: ProgressCallback | None = None,
     ) -> FetchResult:
-        """GET `url`, following redirects, into memory or into the file `into`, within `total_seconds`.
+        """Download `url` and follow redirects.
 
-        Of one host no more is fetched at a time than `max_fetches_per_host`; waiting for that takes none of the time.
-        `check_type` is called with the media type before the body is read and may raise to refuse it.
+        At most `max_fetches_per_host` downloads from one host run at a time. Waiting for a slot does not count towards
+        `timeout_seconds`.
+
+        Args:
+            url: An http or https URL.
+            max_bytes: Maximum size of the decompressed body.
+            timeout_seconds: Timeout for the whole download with redirects.
+            accept: The `Accept` header.
+            target: File to write the body to. Default: keep it in memory.
+            check_media_type: Called with the media type before the body is read. May raise to reject it.
+            on_progress: Called about once per second.
 
         Raises:
-            ProcessorError: with one of the codes above.
+            ProcessorError: With one of the codes in the module's docstring.
         """
         started = time.monotonic()
         try:
@@ -122,14 +131,14 @@ class Fetcher:
         )
 
     async def serve_proxy(self, listener: socket.socket) -> None:
-        """Connect for the clients of a listening socket, by HTTP `CONNECT`, to allowed addresses. Runs until cancelled.
+        """Run an HTTP `CONNECT` proxy on a listening socket until cancelled.
 
-        Helper programs have no other way to the network. Addresses are checked as for all fetches.
+        Sandboxed programs have no other access to the network. The proxy checks addresses like `fetch`.
         """
-        async with await asyncio.start_server(self._proxied, sock=listener) as server:
+        async with await asyncio.start_server(self._handle_proxy_client, sock=listener) as server:
             await server.serve_forever()
 
-    async def _proxied(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _handle_proxy_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer), suppress(OSError, httpcore.NetworkError, httpcore.TimeoutException, AddressRejected):
             try:
                 async with asyncio.timeout(self._settings.connect_timeout_seconds):
@@ -138,7 +147,7 @@ class Fetcher:
                 host, _, port = rest.partition(" ")[0].rpartition(":")
                 if method != "CONNECT" or not port.isdigit():
                     raise ValueError(method)
-                there = await self._network.connect_tcp(
+                upstream = await self._network.connect_tcp(
                     host.strip("[]"), int(port), self._settings.connect_timeout_seconds
                 )
             except (AddressRejected, ValueError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
@@ -152,8 +161,8 @@ class Fetcher:
             try:
                 writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
                 directions = {
-                    asyncio.create_task(_upload(reader, there)),
-                    asyncio.create_task(_download(there, writer)),
+                    asyncio.create_task(_upload(reader, upstream)),
+                    asyncio.create_task(_download(upstream, writer)),
                 }
                 try:
                     await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
@@ -162,13 +171,13 @@ class Fetcher:
                         direction.cancel()
                     await asyncio.gather(*directions, return_exceptions=True)
             finally:
-                await there.aclose()
+                await upstream.aclose()
 
     @asynccontextmanager
     async def _client(self, accept: str) -> AsyncIterator[httpx.AsyncClient]:
         timeout = httpx.Timeout(self._settings.read_timeout_seconds, connect=self._settings.connect_timeout_seconds)
         headers = {"User-Agent": self._settings.user_agent, "Accept": accept, "Accept-Encoding": "gzip, deflate"}
-        # trust_env off: no proxy that connects for us, past the address check, and no passwords from a .netrc.
+        # trust_env=False: a proxy would bypass the address check, and .netrc would add passwords.
         async with httpx.AsyncClient(
             transport=CheckedTransport(self._network), timeout=timeout, headers=headers, trust_env=False
         ) as client:
@@ -181,7 +190,7 @@ class Fetcher:
         target = _parse_url(url)
         for _ in range(self._settings.max_redirects + 1):
             with _translate_errors(target):
-                async with self._turn(target.netloc.decode(), clock), client.stream("GET", target) as response:
+                async with self._host_slot(target.netloc.decode(), clock), client.stream("GET", target) as response:
                     if not response.has_redirect_location:
                         _raise_for_status(response)
                         yield response
@@ -194,24 +203,24 @@ class Fetcher:
         )
 
     @asynccontextmanager
-    async def _turn(self, host: str, clock: asyncio.Timeout) -> AsyncIterator[None]:
-        """Wait for our turn at a host with the clock stopped."""
+    async def _host_slot(self, host: str, clock: asyncio.Timeout) -> AsyncIterator[None]:
+        """Hold a slot for the host. The timeout is paused while waiting."""
         loop = asyncio.get_running_loop()
-        left = (clock.when() or loop.time()) - loop.time()
+        remaining = (clock.when() or loop.time()) - loop.time()
         clock.reschedule(None)
-        async with acquire_host_slot(host, self._settings.max_fetches_per_host, self._turns):
-            clock.reschedule(loop.time() + left)
+        async with acquire_host_slot(host, self._settings.max_fetches_per_host, self._lock_directory):
+            clock.reschedule(loop.time() + remaining)
             yield
 
 
-async def _upload(reader: asyncio.StreamReader, there: httpcore.AsyncNetworkStream) -> None:
-    while part := await reader.read(_CHUNK):
-        await there.write(part)
+async def _upload(reader: asyncio.StreamReader, upstream: httpcore.AsyncNetworkStream) -> None:
+    while chunk := await reader.read(_CHUNK):
+        await upstream.write(chunk)
 
 
-async def _download(there: httpcore.AsyncNetworkStream, writer: asyncio.StreamWriter) -> None:
-    while part := await there.read(_CHUNK):
-        writer.write(part)
+async def _download(upstream: httpcore.AsyncNetworkStream, writer: asyncio.StreamWriter) -> None:
+    while chunk := await upstream.read(_CHUNK):
+        writer.write(chunk)
         await writer.drain()
 
 
@@ -220,24 +229,24 @@ def _parse_url(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
         target = base.join(url) if base else httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as error:
         shown = strip_userinfo(url)
-        raise ProcessorError("BAD_URL", f"{shown!r} is not a web address: {error}.", details={"url": shown}) from error
+        raise ProcessorError("BAD_URL", f"{shown!r} is not a valid URL: {error}.", details={"url": shown}) from error
     if target.scheme not in ("http", "https") or not target.host:
-        sent_on = (
+        subject = (
             f"{_without_password(base)} redirects to {_without_password(target)}, which"
             if base
             else _without_password(target)
         )
         raise ProcessorError(
             "BAD_URL",
-            f"{sent_on} is not an http or https address with a host.",
+            f"{subject} is not an http or https URL with a host.",
             details={"url": _without_password(target)},
         )
-    # A password of a redirect is not sent either: it would be a password that the page's author publishes.
+    # A password in a redirect is not sent either.
     return target.copy_with(userinfo=b"") if target.userinfo else target
 
 
 def _without_password(url: httpx.URL | str) -> str:
-    """The address without a password somebody put into it."""
+    """Return the URL without user name and password."""
     try:
         url = httpx.URL(url)
     except httpx.InvalidURL:
@@ -252,70 +261,68 @@ def _raise_for_status(response: httpx.Response) -> None:
     details: dict[str, Any] = {"url": _without_password(response.url), "status_code": status}
     if (seconds := parse_retry_after(response.headers)) is not None:
         details["retry_after"] = seconds
-    known = {known.value: f" ({known.phrase})" for known in http.HTTPStatus}
+    phrases = {item.value: f" ({item.phrase})" for item in http.HTTPStatus}
     raise ProcessorError(
         "HTTP_ERROR",
-        f"{_without_password(response.url)} answered {status}{known.get(status, '')}.",
+        f"{_without_password(response.url)} answered {status}{phrases.get(status, '')}.",
         transient=status >= 500 or status in (408, 425, 429),
         details=details,
     )
 
 
 async def _body(response: httpx.Response, max_bytes: int, on_progress: ProgressCallback | None) -> AsyncIterator[bytes]:
-    """The body, unpacked in bounded pieces: a decompression bomb is refused before it can fill the memory."""
-    announced = response.headers.get("content-length", "")
-    total = int(announced) if announced.isascii() and announced.isdigit() and len(announced) < 19 else None
+    """Yield the decompressed body in bounded chunks, so that a decompression bomb cannot fill the memory."""
+    length = response.headers.get("content-length", "")
+    total = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding not in _ENCODINGS:
         raise ProcessorError(
             "BAD_RESPONSE",
-            f"{_without_password(response.url)} answered in the content encoding {encoding!r}, which "
-            f"was not asked for.",
+            f"{_without_password(response.url)} sent the unsupported content encoding {encoding!r}.",
             details={"url": _without_password(response.url), "encoding": encoding},
         )
     if total is not None and total > max_bytes:
         raise _too_large(response, max_bytes)
-    packed = encoding not in ("", "identity")
-    unpack = _Unpacker() if packed else None
-    size, received, told_at = 0, 0, time.monotonic()
+    decompressor = _Decompressor() if encoding not in ("", "identity") else None
+    size, received, reported_at = 0, 0, time.monotonic()
     async for raw in response.aiter_raw(_CHUNK):
         received += len(raw)
-        for part in unpack.feed(raw) if unpack else (raw,):
+        for part in decompressor.feed(raw) if decompressor else (raw,):
             size += len(part)
             if size > max_bytes:
                 raise _too_large(response, max_bytes)
             yield part
-        if on_progress and time.monotonic() - told_at >= PROGRESS_INTERVAL_SECONDS:
-            told_at = time.monotonic()
+        if on_progress and time.monotonic() - reported_at >= PROGRESS_INTERVAL_SECONDS:
+            reported_at = time.monotonic()
             await on_progress(received, total)
-    if unpack and not unpack.complete:
+    if decompressor and not decompressor.is_complete:
         raise httpcore.RemoteProtocolError("the compressed body ends early")
 
 
-class _Unpacker:
-    """gzip and zlib, also of several members, never more than one chunk at a time."""
+class _Decompressor:
+    """Decompresses gzip and zlib, including multi-member gzip, one bounded chunk at a time."""
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(wbits=47)
         self._started = False
 
-    def feed(self, packed: bytes) -> Iterator[bytes]:
-        while packed:
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        while data:
             if self._inflate.eof:
                 self._inflate = zlib.decompressobj(wbits=47)
             self._started = True
-            yield self._inflate.decompress(packed, _CHUNK)
-            packed = self._inflate.unconsumed_tail or self._inflate.unused_data
+            yield self._inflate.decompress(data, _CHUNK)
+            data = self._inflate.unconsumed_tail or self._inflate.unused_data
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return self._inflate.eof or not self._started
 
 
 def _too_large(response: httpx.Response, max_bytes: int) -> ProcessorError:
     return ProcessorError(
         "TOO_LARGE",
-        f"{_without_password(response.url)} is larger than the {format_bytes(max_bytes)} allowed.",
+        f"{_without_password(response.url)} is larger than {format_bytes(max_bytes)}.",
         details={"url": _without_password(response.url), "max_bytes": max_bytes},
     )
 
@@ -330,7 +337,7 @@ async def _write(path: Path, parts: AsyncIterator[bytes]) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes for people: `1.5 MB`."""
+    """Return a size such as `1.5 MB`."""
     for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
@@ -339,25 +346,24 @@ def format_bytes(size: int) -> str:
 
 @contextmanager
 def _translate_errors(url: httpx.URL) -> Iterator[None]:
-    """What went wrong at `url`, as a `ProcessorError`."""
+    """Translate an error of a request to `url` to a `ProcessorError`."""
     host = url.host
     details = {"url": _without_password(url), "host": host}
     try:
         yield
-    except AddressRejected as refused:
+    except AddressRejected as rejected:
         raise ProcessorError(
             "ADDRESS_REJECTED",
-            f"{refused}; only public addresses are fetched, and those that `processors.session.allowed_private_hosts` "
-            "names.",
-            details={"host": refused.host, "address": refused.address, "reason": refused.reason},
-        ) from refused
+            f"{rejected}. Allow the host in `processors.session.allowed_private_hosts` if it is trusted.",
+            details={"host": rejected.host, "address": rejected.address, "reason": rejected.reason},
+        ) from rejected
     except (httpcore.TimeoutException, httpx.TimeoutException) as error:
-        doing = "could not be reached" if isinstance(error, httpcore.ConnectTimeout) else "stopped answering"
-        raise ProcessorError("FETCH_TIMEOUT", f"{host} {doing} in time.", transient=True, details=details) from error
-    except httpx.InvalidURL as error:  # httpx looks at the target of a redirect, even one it is not to follow
+        problem = "did not accept a connection" if isinstance(error, httpcore.ConnectTimeout) else "stopped responding"
+        raise ProcessorError("FETCH_TIMEOUT", f"{host} {problem} in time.", transient=True, details=details) from error
+    except httpx.InvalidURL as error:  # httpx parses the target of a redirect even if it does not follow it
         raise ProcessorError(
             "BAD_URL",
-            f"{_without_password(url)} redirects to something that is no web address: {error}.",
+            f"{_without_password(url)} redirects to an invalid URL: {error}.",
             details=details,
         ) from error
     except zlib.error as error:

@@ -1,8 +1,7 @@
-"""session: how many fetches go to one host at a time, from all workers of this machine together.
+"""Limit concurrent downloads from one host across all workers of this machine.
 
-A turn is a lock of the kernel on one byte of a file, which all hosts share: a process that dies, however it dies, gives
-its turn back. Nobody tells who waits that a turn is free, so it asks a few times a second; this costs nobody else
-anything.
+A slot is a kernel lock on one byte of a file that all hosts share. The kernel releases it whenever the process exits.
+A waiting process polls for a free slot because the kernel does not notify it.
 """
 
 from __future__ import annotations
@@ -26,45 +25,45 @@ import structlog
 from jobledger.workers.scratch import ensure_private_directory
 
 _log = structlog.get_logger()
-_ASK_EVERY_SECONDS: Final = 0.1
-_MOST: Final = 2**20
-"""Turns that a host may have."""
-_FILE: Final = "host-slots.lock"
+_POLL_SECONDS: Final = 0.1
+_MAX_SLOTS: Final = 2**20
+"""Bytes of the lock file that are reserved for each host."""
+_FILE_NAME: Final = "host-slots.lock"
 
 
 @cache
 def host_lock_directory() -> Path:
-    """Return where this machine's workers of this user keep their locks, and create it if needed.
+    """Return the lock directory of this user's workers on this machine, and create it if needed.
 
-    Called first before a job process gets a temporary directory of its own.
+    The first call must come before a job process gets its own temporary directory.
     """
     return ensure_private_directory(Path(tempfile.gettempdir()), f"jobledger-host-locks-{os.getuid()}")
 
 
 @asynccontextmanager
 async def acquire_host_slot(host: str, limit: int, directory: Path) -> AsyncIterator[None]:
-    """Wait for one of `most` turns at a host, and hold it inside the block.
+    """Wait for one of `limit` slots of a host and hold it inside the block.
 
-    A lock file that cannot be opened limits nobody: another job may have put something else in its place.
+    If the lock file cannot be opened, the download runs without a limit. Another job may have replaced the file.
     """
-    directory.mkdir(mode=0o700, exist_ok=True)  # noqa: ASYNC240 - of a temporary directory; a look costs less than a thread
-    first = int.from_bytes(hashlib.sha256(host.encode()).digest()[:5], "big") * _MOST
+    directory.mkdir(mode=0o700, exist_ok=True)  # noqa: ASYNC240 - cheaper than a thread
+    first = int.from_bytes(hashlib.sha256(host.encode()).digest()[:5], "big") * _MAX_SLOTS
     while True:
         for number in random.sample(range(limit), limit):
-            with _locked(directory / _FILE, first + number) as ours:
-                if ours:
+            with _locked(directory / _FILE_NAME, first + number) as is_locked:
+                if is_locked:
                     yield
                     return
-        await asyncio.sleep(random.uniform(0.5, 1.5) * _ASK_EVERY_SECONDS)  # noqa: S311 - spreads load
+        await asyncio.sleep(random.uniform(0.5, 1.5) * _POLL_SECONDS)  # noqa: S311 - spreads load
 
 
 @contextmanager
 def _locked(path: Path, byte: int) -> Iterator[bool]:
-    """Lock a byte of a file if nobody holds it, for the block; yield whether we have it."""
+    """Try to lock a byte of a file for the block. Yield whether it is locked."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        _log.warning("fetches are not limited", path=str(path), error=error.strerror)
+        _log.warning("downloads are not limited", path=str(path), error=error.strerror)
         yield True
         return
     try:
@@ -74,10 +73,10 @@ def _locked(path: Path, byte: int) -> Iterator[bool]:
 
 
 def _try_lock(descriptor: int, byte: int) -> bool:
-    """Lock a byte for as long as the descriptor is open (F_OFD_SETLK: also against other threads)."""
+    """Try to lock a byte until the descriptor is closed. F_OFD_SETLK also excludes other threads."""
     request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
-    except OSError as error:  # a file system without locks limits nobody
+    except OSError as error:  # without file locks downloads are not limited
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True

@@ -1,4 +1,4 @@
-"""session: HTML becomes Markdown. Pure. What markdownify does not do well is prepared in the tree, or overridden."""
+"""Convert HTML to Markdown. Pure. The tree is prepared, and methods overridden, where markdownify is inaccurate."""
 
 from __future__ import annotations
 
@@ -18,42 +18,48 @@ from jobledger.workers.processors.session.boilerplate import BLOCKS, HEADINGS
 from jobledger.workers.processors.session.safe_markdown import escape_inline_text, escape_link_target
 
 _MAX_DEPTH: Final = 100
-"""Deeper, elements lose their tags and leave their text: markdownify goes down by recursion."""
+"""Deeper elements are replaced by their text, because markdownify is recursive."""
 _MAX_COLUMNS: Final = 50
 _MAX_CELLS: Final = 20_000
-_ENDS_LINE: Final = BLOCKS | {"br"}
-_RAISED: Final = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-_LOWERED: Final = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+_LINE_BREAKS: Final = BLOCKS | {"br"}
+_SUPERSCRIPTS: Final = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SUBSCRIPTS: Final = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _NOT_IN_CELLS: Final = HEADINGS | {"table", "pre", "blockquote", "hr"}
 _CODE_LANGUAGE: Final = re.compile(r"(?:^|\s)(?:language|lang|highlight(?:-source)?|brush:)-?\s*([a-z][\w+#]{0,19})")
 _NO_LANGUAGE: Final = frozenset({"default", "none", "text", "plain", "plaintext", "notranslate", "highlight"})
 
 
 def html_to_markdown(body: Any, *, url: str, base: str) -> str:
-    """The text of an lxml element, found at `url`, whose relative links are relative to `base`. Changes the element."""
+    """Convert an lxml element to Markdown and modify it.
+
+    Args:
+        body: The element.
+        url: URL of the page.
+        base: Base of relative links, itself relative to `url`.
+    """
     for link in list(body.iter("a")):
         _clean_link(link, url, base)
     for code in list(body.iter("pre", "code", "samp", "tt")):
         _break_lines(code)
     for table in reversed(list(body.iter("table"))):
         _clean_table(table)
-    for number, item in _numbered(body):
+    for number, item in _number_list_items(body):
         item.set("value", str(number))
-    for deep in reversed(list(_too_deep(body))):
-        deep.drop_tag()
+    for element in reversed(list(_find_deep_elements(body))):
+        element.drop_tag()
     return str(_Converter().convert_soup(BeautifulSoup(lxml.html.tostring(body, encoding="unicode"), "lxml")))
 
 
 def _clean_link(link: Any, url: str, base: str) -> None:
-    """Make it absolute; what leads to no web page or mailbox (`javascript:`, `#top`) keeps only its text."""
-    target = _absolute((link.get("href") or "#").strip(), url, base)
+    """Make a link absolute. Links to other than web pages or mailboxes (`#top`) keep only their text."""
+    target = _resolve_link((link.get("href") or "#").strip(), url, base)
     if target is None:
         link.tag = "span"
     else:
         link.set("href", escape_link_target(target))
 
 
-def _absolute(href: str, url: str, base: str) -> str | None:
+def _resolve_link(href: str, url: str, base: str) -> str | None:
     try:
         target = strip_userinfo(urljoin(urljoin(url, base), href))
         usable = urlsplit(target).scheme in ("http", "https", "mailto") and not href.startswith("#")
@@ -63,7 +69,7 @@ def _absolute(href: str, url: str, base: str) -> str | None:
 
 
 def _break_lines(code: Any) -> None:
-    """Code of several lines is a block, and its lines end with line ends."""
+    """Make code with several lines a block, and replace its `br` elements by newlines."""
     for line_end in list(code.iter("br")):
         code.tag = "pre"
         line_end.tail = "\n" + (line_end.tail or "").removeprefix("\n")
@@ -71,36 +77,36 @@ def _break_lines(code: Any) -> None:
 
 
 def _clean_table(table: Any) -> None:
-    """Make every row as long as the longest, cells that span others followed by empty ones. Layout becomes text."""
+    """Give all rows the same length, with empty cells after spanning ones. A layout table becomes text."""
     rows = [row for row in table.iter("tr") if next(row.iterancestors("table")) is table]
     cells = [[cell for cell in row if cell.tag in ("td", "th")] for row in rows]
-    for cell in [cell for row in cells for cell in row if _numbers_lines(cell)]:
+    for cell in [cell for row in cells for cell in row if _has_line_numbers(cell)]:
         cell.drop_tree()
-    layout = any(element.tag in _NOT_IN_CELLS for row in cells for element in _inside(row))
+    is_layout = any(element.tag in _NOT_IN_CELLS for row in cells for element in _iterate_descendants(row))
     columns = max((len(row) for row in cells), default=0)
-    if layout or columns < 2 or len(rows) * columns > _MAX_CELLS:
+    if is_layout or columns < 2 or len(rows) * columns > _MAX_CELLS:
         parts = list(table.iter("caption", "thead", "tbody", "tfoot", "tr", "td", "th"))
         for element in [table, *(part for part in parts if next(part.iterancestors("table"), None) is table)]:
             element.tag = "div"
         return
-    widest, spread = 0, 0
-    below: dict[int, int] = {}
-    for row, own in zip(rows, cells, strict=True):
+    widest, cell_count = 0, 0
+    spanned: dict[int, int] = {}
+    for row, row_cells in zip(rows, cells, strict=True):
         column = 0
-        for cell in own:
-            while below.get(column, 0) > 0:
-                below[column] -= 1
+        for cell in row_cells:
+            while spanned.get(column, 0) > 0:
+                spanned[column] -= 1
                 cell.addprevious(cell.makeelement("td"))
                 column += 1
-            wide, high = _span(cell, "colspan"), _span(cell, "rowspan")
-            if spread + wide * high > _MAX_CELLS:
-                wide = high = 1
-            spread += wide * high
-            for extra in range(wide):
-                below[column + extra] = high - 1
-            for _ in range(wide - 1):
+            width, height = _pop_span(cell, "colspan"), _pop_span(cell, "rowspan")
+            if cell_count + width * height > _MAX_CELLS:
+                width = height = 1
+            cell_count += width * height
+            for offset in range(width):
+                spanned[column + offset] = height - 1
+            for _ in range(width - 1):
                 row.insert(row.index(cell) + 1, cell.makeelement("td"))
-            column += wide
+            column += width
         widest = max(widest, column)
     if len(rows) * widest > _MAX_CELLS:
         return
@@ -109,21 +115,21 @@ def _clean_table(table: Any) -> None:
             row.append(row.makeelement("td"))
 
 
-def _numbers_lines(cell: Any) -> bool:
-    """Whether it stands beside a listing and numbers its lines."""
+def _has_line_numbers(cell: Any) -> bool:
+    """Return whether the cell contains the line numbers of a listing."""
     return any(True for _ in cell.iter("pre")) and bool(re.fullmatch(r"[\s\d]+", "".join(cell.itertext())))
 
 
-def _inside(cells: list[Any]) -> Iterator[Any]:
+def _iterate_descendants(cells: list[Any]) -> Iterator[Any]:
     return (element for cell in cells for element in cell.iterdescendants())
 
 
-def _span(cell: Any, which: str) -> int:
-    said = cell.attrib.pop(which, "1").strip()
-    return max(1, min(_MAX_COLUMNS, int(said))) if re.fullmatch(r"[0-9]{1,4}", said) else 1
+def _pop_span(cell: Any, attribute: str) -> int:
+    value = cell.attrib.pop(attribute, "1").strip()
+    return max(1, min(_MAX_COLUMNS, int(value))) if re.fullmatch(r"[0-9]{1,4}", value) else 1
 
 
-def _numbered(body: Any) -> Iterator[tuple[int, Any]]:
+def _number_list_items(body: Any) -> Iterator[tuple[int, Any]]:
     for ordered in body.iter("ol"):
         start = (ordered.get("start") or "1").strip()
         number = int(start) if re.fullmatch(r"[0-9]{1,8}", start) else 1
@@ -132,7 +138,7 @@ def _numbered(body: Any) -> Iterator[tuple[int, Any]]:
             number += 1
 
 
-def _too_deep(body: Any) -> Iterator[Any]:
+def _find_deep_elements(body: Any) -> Iterator[Any]:
     depth = {body: 0}
     for element in body.iterdescendants():
         depth[element] = depth[element.getparent()] + 1
@@ -154,38 +160,38 @@ class _Converter(MarkdownConverter):
 
     def process_text(self, el: NavigableString, parent_tags: set[str] | None = None) -> str:
         text = str(super().process_text(el, parent_tags=parent_tags))  # type: ignore[misc]  # its stub lacks it
-        return _as_line_begin(text) if "_noformat" not in (parent_tags or ()) and _begins_a_line(el) else text
+        return _escape_line_start(text) if "_noformat" not in (parent_tags or ()) and _is_at_line_start(el) else text
 
     def convert_a(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return the link on one line, without its title: a reader sees where it leads."""
+        """Return the link on one line, without its title."""
         del el["title"]
-        return str(super().convert_a(el, " ".join(_edged(text)), parent_tags))  # type: ignore[misc]  # its stub lacks it
+        return str(super().convert_a(el, " ".join(_split_words(text)), parent_tags))  # type: ignore[misc]  # its stub lacks it
 
     def convert_img(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return nothing: images of the page are not taken along."""
+        """Return nothing. Images of the page are not included."""
         return ""
 
     def convert_br(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return a break where something follows in the same paragraph."""
-        follows = next((near for near in el.next_siblings if isinstance(near, Tag) or str(near).strip()), None)
-        ends = follows is None or getattr(follows, "name", None) in BLOCKS | {"br"}
-        return text if ends else str(super().convert_br(el, text, parent_tags))  # type: ignore[misc]  # its stub lacks it
+        """Return a line break if something follows in the same paragraph."""
+        following = next((node for node in el.next_siblings if isinstance(node, Tag) or str(node).strip()), None)
+        is_last = following is None or getattr(following, "name", None) in BLOCKS | {"br"}
+        return text if is_last else str(super().convert_br(el, text, parent_tags))  # type: ignore[misc]  # its stub lacks it
 
     def convert_hr(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return nothing: between the parts of our document stand headings."""
+        """Return nothing. The document separates its parts by headings."""
         return ""
 
     def convert_pre(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return it fenced, by more backticks than stand in it."""
+        """Return the code in a fence with more backticks than the code contains."""
         fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=2))
         lines = textwrap.dedent(re.sub(r"^(\s*\n)+", "", text).rstrip())
-        return f"\n\n{fence}{_language(el)}\n{lines}\n{fence}\n\n" if lines else ""
+        return f"\n\n{fence}{_find_code_language(el)}\n{lines}\n{fence}\n\n" if lines else ""
 
     def convert_sup(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        return text.translate(_RAISED) if re.fullmatch(r"\s*\d+\s*", text) else text
+        return text.translate(_SUPERSCRIPTS) if re.fullmatch(r"\s*\d+\s*", text) else text
 
     def convert_sub(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        return text.translate(_LOWERED) if re.fullmatch(r"\s*\d+\s*", text) else text
+        return text.translate(_SUBSCRIPTS) if re.fullmatch(r"\s*\d+\s*", text) else text
 
     def convert_video(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         return text
@@ -200,54 +206,54 @@ class _Converter(MarkdownConverter):
         return "\n".join([bullet + lines[0], *rest]) + "\n"
 
     def convert_dt(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return the term as a paragraph: CommonMark has no lists of definitions."""
+        """Return the term as a paragraph, because CommonMark has no definition lists."""
         words = " ".join(text.split())
         if "_inline" in parent_tags or not words:
             return f" {words} "
         return f"\n\n{words}\n\n" if "**" in words or "`" in words else f"\n\n**{words}**\n\n"
 
     def convert_dd(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        """Return what is said of the term as paragraphs of their own."""
+        """Return the definition as separate paragraphs."""
         return f" {text.strip()} " if "_inline" in parent_tags else f"\n\n{text.strip()}\n\n"
 
     def convert_td(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        return f" {_in_cell(text)} |"
+        return f" {_format_cell(text)} |"
 
     def convert_th(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        return f" {_in_cell(text)} |"
+        return f" {_format_cell(text)} |"
 
 
-def _edged(text: str) -> Iterator[str]:
-    """The words, with the space that was before and after them."""
+def _split_words(text: str) -> Iterator[str]:
+    """Yield the words, with an empty word for leading and trailing white space."""
     yield from ([""] if text[:1].isspace() else []) + text.split() + ([""] if text[-1:].isspace() else [])
 
 
-def _in_cell(text: str) -> str:
-    """On one line, and without a bar that would end the cell: GFM 4.10 wants it escaped even in code."""
+def _format_cell(text: str) -> str:
+    """Return the text on one line with escaped bars. GFM 4.10 requires the escape even in code."""
     return re.sub(r"(?<!\\)\|", r"\\|", " ".join(text.split()))
 
 
-def _begins_a_line(node: Any) -> bool:
+def _is_at_line_start(node: Any) -> bool:
     while node.previous_sibling is None and node.parent is not None and node.parent.name not in BLOCKS:
         node = node.parent
-    return node.previous_sibling is None or getattr(node.previous_sibling, "name", None) in _ENDS_LINE
+    return node.previous_sibling is None or getattr(node.previous_sibling, "name", None) in _LINE_BREAKS
 
 
-def _as_line_begin(text: str) -> str:
-    """What would make a heading, list or rule of the line is escaped."""
+def _escape_line_start(text: str) -> str:
+    """Escape characters that would make the line a heading, list item or rule."""
     return re.sub(
-        r"^(\s*)(?:(\d{1,9})(?=[.)](?:\s|$))|(?=(?:#{1,6}|[+-])(?:\s|$)|[-=]{2,}))", _escaped_begin, text, count=1
+        r"^(\s*)(?:(\d{1,9})(?=[.)](?:\s|$))|(?=(?:#{1,6}|[+-])(?:\s|$)|[-=]{2,}))", _escape_match, text, count=1
     )
 
 
-def _escaped_begin(found: re.Match[str]) -> str:
-    return f"{found.group(1)}{found.group(2) or ''}\\"
+def _escape_match(match: re.Match[str]) -> str:
+    return f"{match.group(1)}{match.group(2) or ''}\\"
 
 
-def _language(element: Any) -> str:
-    """What the block of code says of itself, or the elements just around and inside it."""
-    around = [element, element.find("code"), element.parent, element.parent.parent if element.parent else None]
-    for said in (" ".join(near.get("class") or ()) for near in around if near is not None):
-        if (found := _CODE_LANGUAGE.search(said.lower())) and found.group(1) not in _NO_LANGUAGE:
-            return found.group(1).rstrip("0123456789")
+def _find_code_language(element: Any) -> str:
+    """Return the language declared by a code block or by the elements directly around or inside it."""
+    candidates = [element, element.find("code"), element.parent, element.parent.parent if element.parent else None]
+    for classes in (" ".join(candidate.get("class") or ()) for candidate in candidates if candidate is not None):
+        if (match := _CODE_LANGUAGE.search(classes.lower())) and match.group(1) not in _NO_LANGUAGE:
+            return match.group(1).rstrip("0123456789")
     return ""

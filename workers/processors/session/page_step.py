@@ -1,4 +1,4 @@
-"""session: the step `page`, 0 to 20 percent of the job. If it fails the job fails: there would be nothing to say."""
+"""The step `page`: fetch and read the page (progress 0 to 20 percent). If this step fails, the job fails."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from jobledger.workers.processors.session.page import PageText, read_page, requi
 from jobledger.workers.processors.session.step_context import FETCH_TIMEOUT_FRACTION, StepContext
 
 
-def inputs(work: StepContext) -> dict[str, JSON]:
-    """Return all that the page depends on: with the same inputs the step is not repeated."""
-    return {"url": work.session.url, "title": work.session.session, "max_bytes": work.settings.page_max_bytes}
+def inputs(ctx: StepContext) -> dict[str, JSON]:
+    """Return the inputs of the step. The step is not repeated with the same inputs."""
+    return {"url": ctx.session.url, "title": ctx.session.session, "max_bytes": ctx.settings.page_max_bytes}
 
 
-async def run(work: StepContext) -> JSON:
+async def run(ctx: StepContext) -> JSON:
     """Fetch and read the page.
 
     Raises:
-        ProcessorError: it cannot be fetched, is no HTML, is empty, or took too long (STEP_TIMEOUT, transient).
+        ProcessorError: The page cannot be response, is not HTML, is empty, or timed out (STEP_TIMEOUT, transient).
     """
-    seconds = work.settings.page_timeout_seconds
+    seconds = ctx.settings.page_timeout_seconds
     try:
         async with asyncio.timeout(seconds):
-            page = await _read(work)
+            page = await _read(ctx)
     except TimeoutError:
         raise ProcessorError(
             "STEP_TIMEOUT",
@@ -32,28 +32,28 @@ async def run(work: StepContext) -> JSON:
             details={"step": "page", "seconds": seconds},
         ) from None
     for warning in page.warnings:
-        await work.warn(warning)
-    await work.job.log("info", f"The page has {len(page.markdown):,} characters of text")
-    await work.job.report_progress(20, "The page is read")
+        await ctx.warn(warning)
+    await ctx.job.log("info", f"The page has {len(page.markdown):,} characters of text")
+    await ctx.job.report_progress(20, "Page read")
     return page.model_dump(mode="json")
 
 
-async def _read(work: StepContext) -> PageText:
-    await work.job.report_progress(0, "Fetching the page")
-    fetched = await work.fetcher.fetch(
-        work.session.url,
-        max_bytes=work.settings.page_max_bytes,
-        timeout_seconds=work.settings.page_timeout_seconds * FETCH_TIMEOUT_FRACTION,
+async def _read(ctx: StepContext) -> PageText:
+    await ctx.job.report_progress(0, "Fetching the page")
+    response = await ctx.fetcher.fetch(
+        ctx.session.url,
+        max_bytes=ctx.settings.page_max_bytes,
+        timeout_seconds=ctx.settings.page_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         accept="text/html, application/xhtml+xml",
         check_media_type=require_html_type,
-        on_progress=work.report_download_progress("Fetching the page", 0, 10),
+        on_progress=ctx.report_download_progress("Fetching the page", 0, 10),
     )
-    await work.log_fetch(fetched)
-    await work.job.report_progress(10, "Reading the page")
+    await ctx.log_fetch(response)
+    await ctx.job.report_progress(10, "Reading the page")
     return await asyncio.to_thread(
         read_page,
-        fetched.body,
-        content_type=fetched.content_type,
-        url=fetched.url,
-        session_title=work.session.session,
+        response.body,
+        content_type=response.content_type,
+        url=response.url,
+        session_title=ctx.session.session,
     )

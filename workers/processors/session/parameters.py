@@ -1,4 +1,4 @@
-"""session: what a client says about a talk. Checked on submission and stored as sent: nothing is rewritten."""
+"""The parameters of a session job. They are validated on submission and stored unchanged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
+    model_validator,
 )
-from pydantic import model_validator as validates_model
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from jobledger.ledger.net.url_policy import USERINFO_MESSAGE
@@ -35,26 +35,26 @@ def _check_not_blank(value: str) -> str:
 
 def _check_length(value: str) -> str:
     if len(value) > MAX_TEXT_CHARACTERS:
-        raise ValueError(f"must be at most {MAX_TEXT_CHARACTERS:,} characters long, this has {len(value):,}")
+        raise ValueError(f"must be at most {MAX_TEXT_CHARACTERS:,} characters long, got {len(value):,}")
     return value
 
 
 def _check_url(value: str) -> str:
     if not value:
-        raise ValueError("must be a web address; send null when there is none")
+        raise ValueError("must be a URL; send null if there is none")
     if any(character.isspace() or not character.isprintable() for character in value):
-        raise ValueError("must not contain spaces or control characters; write a space as %20")
+        raise ValueError("must not contain spaces or control characters; encode a space as %20")
     try:
         parts = urlsplit(value)
-        host, _port = parts.hostname, parts.port  # `port` raises for one that is no number
+        host, _port = parts.hostname, parts.port  # `port` raises ValueError if it is not a number
     except ValueError as error:
-        raise ValueError(f"is not a web address: {error}") from None
+        raise ValueError(f"is not a valid URL: {error}") from None
     if parts.scheme not in ("http", "https"):
-        raise ValueError("must begin with http:// or https://")
+        raise ValueError("must start with http:// or https://")
     if "@" in parts.netloc:
         raise ValueError(f"must have {USERINFO_MESSAGE}")
     if not host:
-        raise ValueError("must name a host, as in https://example.org/talk")
+        raise ValueError("must have a host, as in https://example.org/talk")
     return value
 
 
@@ -62,7 +62,7 @@ def _check_time_of_day(value: str) -> str:
     hours, colon, minutes = value.partition(":")
     digits = (hours + minutes).isascii() and (hours + minutes).isdigit()
     if not (colon and digits and len(hours) == len(minutes) == 2 and int(hours) < 24 and int(minutes) < 60):
-        raise ValueError("must be a time of day as HH:MM, for example 09:30")
+        raise ValueError("must be a time of day in the form HH:MM, for example 09:30")
     return value
 
 
@@ -75,9 +75,9 @@ def _check_language(value: str) -> str:
 
 
 def _check_speaker_count(value: object) -> object:
-    """Refuse too many before each of them is looked at."""
+    """Reject a long list before its items are validated."""
     if isinstance(value, list) and len(value) > MAX_SPEAKERS:
-        raise ValueError(f"must name at most {MAX_SPEAKERS} speakers, this names {len(value):,}")
+        raise ValueError(f"must have at most {MAX_SPEAKERS} speakers, got {len(value):,}")
     return value
 
 
@@ -85,9 +85,9 @@ def _check_extra_size(value: dict[str, Any]) -> dict[str, Any]:
     try:
         size = len(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"must be plain JSON: {error}") from None
+        raise ValueError(f"must be valid JSON: {error}") from None
     if size > MAX_EXTRA_CHARACTERS:
-        raise ValueError(f"must be at most {MAX_EXTRA_CHARACTERS:,} characters as JSON, this has {size:,}")
+        raise ValueError(f"must be at most {MAX_EXTRA_CHARACTERS:,} characters as JSON, got {size:,}")
     return value
 
 
@@ -99,44 +99,52 @@ Language = Annotated[str, AfterValidator(_check_language)]
 
 
 class SessionParameters(BaseModel):
-    """One session of a conference: its page, its recording, its slides."""
+    """One session of a conference with its page, recording and slides."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    event: Name = Field(description="The conference, for example `FOSDEM 2025`.")
-    session: Name = Field(description="The title of the talk.")
-    url: WebUrl = Field(description="The talk's own page; without it there is nothing to say.")
-    filename: Name = Field(description="The name of the Markdown file to make, for example `My-Talk.md`.")
-    track: Name = Field(description="The track or room the talk belongs to.")
-    day: Text | None = Field(default=None, description="When, in the organisers' words: `Sunday`, `2025-02-02`.")
-    starttime: TimeOfDay | None = Field(default=None, description="HH:MM, local time of the conference.")
-    endtime: TimeOfDay | None = Field(default=None, description="HH:MM, local time of the conference.")
+    event: Name = Field(description="Name of the conference, for example `FOSDEM 2025`.")
+    session: Name = Field(description="Title of the talk.")
+    url: WebUrl = Field(description="URL of the talk's page. The job fails if it cannot be fetched.")
+    filename: Name = Field(description="Name of the Markdown file to create, for example `My-Talk.md`.")
+    track: Name = Field(description="Track or room of the talk.")
+    day: Text | None = Field(
+        default=None, description="Day as the organisers write it, for example `Sunday` or `2025-02-02`."
+    )
+    starttime: TimeOfDay | None = Field(
+        default=None, description="Time of day as HH:MM in the conference's local time."
+    )
+    endtime: TimeOfDay | None = Field(default=None, description="Time of day as HH:MM in the conference's local time.")
     speakers: Annotated[list[Name], BeforeValidator(_check_speaker_count)] | None = None
-    video_url: WebUrl | None = Field(default=None, description="The recording, as a media file.")
-    attachments_url: WebUrl | None = Field(default=None, description="The slides; a PDF becomes images.")
+    video_url: WebUrl | None = Field(
+        default=None, description="URL of the recording: a media file, or a page of a supported video site."
+    )
+    attachments_url: WebUrl | None = Field(
+        default=None, description="URL of the slides. PDF pages are rendered as images."
+    )
     source_language: Language = "en"
     target_language: Language = "de"
     extra: Annotated[dict[str, Any], AfterValidator(_check_extra_size)] | None = Field(
-        default=None, description="The client's own reference, returned unchanged in `results.metadata.extra`."
+        default=None, description="Your own data, returned unchanged in `results.metadata.extra`."
     )
 
-    @validates_model(mode="wrap")
+    @model_validator(mode="wrap")
     @classmethod
-    def _unknown_fields_get_a_suggestion(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _suggest_field_names(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(data)
         except ValidationError as error:
-            lines = [_helpful(line) for line in error.errors()[:MAX_ERRORS]]
+            lines = [_improve_message(line) for line in error.errors()[:MAX_ERRORS]]
             raise ValidationError.from_exception_data(error.title, lines) from None
 
 
-def _helpful(line: Any) -> InitErrorDetails:
-    """The same error line, in words that say what would be right."""
+def _improve_message(line: Any) -> InitErrorDetails:
+    """Return the error line with a message that says how to fix it."""
     kind, message, context = line["type"], line["msg"], line.get("ctx", {})
     if kind == "extra_forbidden":
         name = str(line["loc"][-1])
         similar = get_close_matches(name, SessionParameters.model_fields, n=1)
-        hint = f"did you mean `{similar[0]}`?" if similar else "your own values belong into `extra`"
+        hint = f"did you mean `{similar[0]}`?" if similar else "put your own values in `extra`"
         message = f"unknown field `{name}`; {hint}"
     elif kind == "value_error":
         message = str(context["error"])

@@ -1,4 +1,4 @@
-"""session: a PDF becomes an image, a thumbnail and the text of each page. One page at a time: memory stays bounded."""
+"""Render each page of a PDF as image and thumbnail, and extract its text. One page at a time limits memory use."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _OTHER_TYPES = {
 
 
 class UnreadablePdf(Exception):
-    """The PDF cannot be opened; the message is the rest of a sentence that begins with "the PDF"."""
+    """The PDF cannot be opened. The message continues the sentence "The PDF …"."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedPage:
-    """One page of `pages`, drawn; or, with a `problem`, only counted."""
+    """One rendered page. With a `problem` it has no image."""
 
     page_number: int
     page_count: int
@@ -48,7 +48,7 @@ class RenderedPage:
 
 
 class Slide(SavedFile):
-    """A slide's image as it was stored, what is written on it, and its small version."""
+    """A saved slide image with its text and thumbnail."""
 
     number: int
     text: str
@@ -56,31 +56,31 @@ class Slide(SavedFile):
 
 
 def describe_other_type(url: str) -> str | None:
-    """What `url` leads to according to its ending, if that is no PDF."""
+    """Return the type of the file at `url` by its suffix if it is a known type other than PDF."""
     return _OTHER_TYPES.get(url_suffix(url))
 
 
 def url_suffix(url: str) -> str:
-    """How the path of `url` ends: `.pdf`."""
+    """Return the suffix of the path of `url`, such as `.pdf`."""
     return PurePosixPath(unquote(urlsplit(url).path)).suffix.lower()
 
 
 def is_pdf(path: Path) -> bool:
-    """PDF 1.7, implementation note 13: the header may stand anywhere in the first 1024 bytes."""
+    """Return whether the file has a PDF header in its first 1024 bytes (PDF 1.7, implementation note 13)."""
     with path.open("rb") as file:
         return b"%PDF-" in file.read(1024)
 
 
 def slide_file_names(number: int) -> tuple[str, str]:
-    """The names of slide `number` and its thumbnail; 500 pages sort as they were shown."""
+    """Return the file names of the image and thumbnail of slide `number`. They sort in slide order."""
     return f"slide-{number:03}.jpg", f"slide-{number:03}-thumb.jpg"
 
 
 def render_pages(path: Path, settings: SessionSettings) -> Generator[RenderedPage, None, None]:
-    """Draw the first `settings.max_pages` pages of the PDF at `path`.
+    """Render the first `settings.max_pdf_pages` pages of the PDF at `path`.
 
     Raises:
-        Unreadable: it is damaged or wants a password.
+        UnreadablePdf: The PDF is damaged or needs a password.
     """
     try:
         document = pypdfium2.PdfDocument(path)
@@ -89,57 +89,58 @@ def render_pages(path: Path, settings: SessionSettings) -> Generator[RenderedPag
             raise UnreadablePdf("is protected by a password") from error
         raise UnreadablePdf("is damaged") from error
     with closing(document):
-        pages = len(document)
-        for index in range(min(pages, settings.max_pdf_pages)):
-            yield _draw_page(document, index, pages, settings)
+        page_count = len(document)
+        for index in range(min(page_count, settings.max_pdf_pages)):
+            yield _render_page(document, index, page_count, settings)
 
 
-def _draw_page(document: Any, index: int, pages: int, settings: SessionSettings) -> RenderedPage:
+def _render_page(document: Any, index: int, page_count: int, settings: SessionSettings) -> RenderedPage:
     number = index + 1
     try:
         with closing(document[index]) as page:
-            if problem := _too_much(page, settings):
-                return RenderedPage(number, pages, problem=problem, text=_text(page))
-            with closing(page.render(scale=_scale(page, settings), rev_byteorder=True)) as bitmap:
-                # PDFium rounds up: the crop takes off the one pixel too many.
+            if problem := _find_problem(page, settings):
+                return RenderedPage(number, page_count, problem=problem, text=_extract_text(page))
+            with closing(page.render(scale=_compute_scale(page, settings), rev_byteorder=True)) as bitmap:
+                # PDFium rounds up. The crop removes the extra pixel.
                 sides = (min(side, settings.slide_max_side_px) for side in (bitmap.width, bitmap.height))
                 image = bitmap.to_pil().convert("RGB").crop((0, 0, *sides))
-            return RenderedPage(number, pages, _jpeg(image, settings), _thumbnail(image, settings), _text(page))
+            jpeg, thumbnail = _encode_jpeg(image, settings), _make_thumbnail(image, settings)
+            return RenderedPage(number, page_count, jpeg, thumbnail, _extract_text(page))
     except (pypdfium2.PdfiumError, MemoryError):
-        return RenderedPage(number, pages, problem="is damaged")
+        return RenderedPage(number, page_count, problem="is damaged")
 
 
-def _scale(page: Any, settings: SessionSettings) -> float:
+def _compute_scale(page: Any, settings: SessionSettings) -> float:
     width, height = page.get_size()
     by_side: float = settings.slide_max_side_px / max(width, height)
     return min(by_side, math.sqrt(settings.max_image_pixels / (width * height)))
 
 
-def _too_much(page: Any, settings: SessionSettings) -> str | None:
-    """A small file can hold an image of a billion pixels, and drawing the page would unpack it."""
+def _find_problem(page: Any, settings: SessionSettings) -> str | None:
+    """Return why the page must not be rendered. A small file can contain an image with a billion pixels."""
     width, height = page.get_size()
     if not (math.isfinite(width * height) and width * height > 0):
         return "has no size"
     for image in page.get_objects(filter=[pypdfium2.raw.FPDF_PAGEOBJ_IMAGE]):
         columns, rows = image.get_px_size()
         if columns * rows > settings.max_image_pixels:
-            return f"holds an image of {columns} × {rows} pixels, more than allowed"
+            return f"contains an image of {columns} × {rows} pixels, more than allowed"
     return None
 
 
-def _jpeg(image: Image.Image, settings: SessionSettings) -> bytes:
+def _encode_jpeg(image: Image.Image, settings: SessionSettings) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=settings.jpeg_quality, optimize=True)
     return buffer.getvalue()
 
 
-def _thumbnail(image: Image.Image, settings: SessionSettings) -> bytes:
-    small = image.copy()
-    small.thumbnail((settings.thumbnail_max_side_px,) * 2, Image.Resampling.LANCZOS)
-    return _jpeg(small, settings)
+def _make_thumbnail(image: Image.Image, settings: SessionSettings) -> bytes:
+    thumbnail = image.copy()
+    thumbnail.thumbnail((settings.thumbnail_max_side_px,) * 2, Image.Resampling.LANCZOS)
+    return _encode_jpeg(thumbnail, settings)
 
 
-def _text(page: Any) -> str:
+def _extract_text(page: Any) -> str:
     with closing(page.get_textpage()) as text:
         lines = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff]", " ", text.get_text_bounded()).splitlines()
     return "\n".join(words for line in lines if (words := " ".join(line.split())))[:MAX_PAGE_TEXT_CHARACTERS]

@@ -1,4 +1,4 @@
-"""session: the steps in their order, and what the job hands over in the end."""
+"""Run the steps of a session job in order and build its results."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from jobledger.workers.processors.session.settings import SessionSettings
 from jobledger.workers.processors.session.step_context import StepContext
 
 STEP_CACHE_TTL: Final = timedelta(days=1)
-"""The steps that do not depend on the target language are shared for this long: pages and recordings change."""
+"""How long jobs share the outputs of steps that do not depend on the target language. Pages and recordings change."""
 
 
 async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> Results:
-    """Make the Markdown of one session.
+    """Convert one session to Markdown.
 
     Raises:
-        ProcessorError: see `page_step.run`; CANCELLED; TEMPLATE_ERROR.
+        ProcessorError: See `page_step.run`; also CANCELLED and TEMPLATE_ERROR.
     """
     session: SessionParameters = job.parameters
-    where = build_layout(
+    layout = build_layout(
         event=session.event,
         track=session.track,
         session=session.session,
@@ -41,69 +41,71 @@ async def run(job: JobContext, settings: SessionSettings, fetcher: Fetcher) -> R
         job_id=job.job_id,
     )
 
-    def next_step() -> StepContext:
-        """Each step has its own list of warnings."""
-        work = StepContext(job=job, session=session, settings=settings, result_layout=where, fetcher=fetcher)
-        work.raise_if_cancelled()
-        return work
+    def begin_step() -> StepContext:
+        """Return a context with its own list of warnings."""
+        ctx = StepContext(job=job, session=session, settings=settings, result_layout=layout, fetcher=fetcher)
+        ctx.raise_if_cancelled()
+        return ctx
 
-    step = next_step()
+    ctx = begin_step()
     page = PageText.model_validate(
-        await job.run_step("page", page_step.inputs(step), partial(page_step.run, step), share_max_age=STEP_CACHE_TTL)
+        await job.run_step("page", page_step.inputs(ctx), partial(page_step.run, ctx), share_max_age=STEP_CACHE_TTL)
     )
-    step = next_step()
-    recording = TranscriptResult.model_validate(
+    ctx = begin_step()
+    transcript = TranscriptResult.model_validate(
         await job.run_step(
-            "transcript", transcript_step.inputs(step), partial(transcript_step.run, step), share_max_age=STEP_CACHE_TTL
+            "transcript", transcript_step.inputs(ctx), partial(transcript_step.run, ctx), share_max_age=STEP_CACHE_TTL
         )
     )
-    step = next_step()
-    show = SlidesResult.model_validate(
+    ctx = begin_step()
+    slides = SlidesResult.model_validate(
         await job.run_step(
-            "slides", slides_step.inputs(step), partial(slides_step.run, step), share_max_age=STEP_CACHE_TTL
+            "slides", slides_step.inputs(ctx), partial(slides_step.run, ctx), share_max_age=STEP_CACHE_TTL
         )
     )
-    recording, show = recording.with_result_paths(where), show.with_result_paths(where)  # another job may have done it
-    step = next_step()
-    composed = EnrichmentResult.model_validate(
+    # A cached output has the paths of the job that ran the step.
+    transcript, slides = transcript.with_result_paths(layout), slides.with_result_paths(layout)
+    ctx = begin_step()
+    enrichment = EnrichmentResult.model_validate(
         await job.run_step(
             "enrich",
-            enrichment_step.inputs(step, page, recording),
-            partial(enrichment_step.run, step, page, recording),
+            enrichment_step.inputs(ctx, page, transcript),
+            partial(enrichment_step.run, ctx, page, transcript),
         )
     )
-    step = next_step()
-    parts = (
-        SessionContent(page, composed, recording, show),
-        await asyncio.to_thread(document_step.read_template, step),
-    )
+    ctx = begin_step()
+    content = SessionContent(page, enrichment, transcript, slides)
+    template = await asyncio.to_thread(document_step.read_template, ctx)
     document = SavedFile.model_validate(
-        await job.run_step("markdown", document_step.inputs(step, *parts), partial(document_step.run, step, *parts))
+        await job.run_step(
+            "markdown",
+            document_step.inputs(ctx, content, template),
+            partial(document_step.run, ctx, content, template),
+        )
     )
-    await job.report_progress(100, "The Markdown is ready")
+    await job.report_progress(100, "Markdown ready")
     return Results(
         markdown=document,
-        assets=[*_images(show), *([recording.audio] if recording.audio else [])],
-        metadata=_facts(session, parts[0]),
+        assets=[*_list_images(slides), *([transcript.audio] if transcript.audio else [])],
+        metadata=_build_metadata(session, content),
     )
 
 
-def _images(show: SlidesResult) -> list[SavedFile]:
-    """Each slide followed by its thumbnail."""
+def _list_images(slides: SlidesResult) -> list[SavedFile]:
+    """Return each slide followed by its thumbnail."""
     return [
         SavedFile.model_validate(file.model_dump(include=set(SavedFile.model_fields)))
-        for slide in show.slides
+        for slide in slides.slides
         for file in (slide, slide.thumbnail)
     ]
 
 
-def _facts(session: SessionParameters, material: SessionContent) -> dict[str, JSON]:
-    page, composed, recording, show = material
-    facts: dict[str, JSON] = {
-        "title": page.title or session.session,
-        "language": composed.language,
-        "slides": len(show.slides),
-        "audio_seconds": recording.audio_seconds,
-        "transcribed": bool(recording.segments),
+def _build_metadata(session: SessionParameters, content: SessionContent) -> dict[str, JSON]:
+    metadata: dict[str, JSON] = {
+        "title": content.page.title or session.session,
+        "language": content.enrichment.language,
+        "slides": len(content.slides.slides),
+        "audio_seconds": content.transcript.audio_seconds,
+        "transcribed": bool(content.transcript.segments),
     }
-    return facts if session.extra is None else facts | {"extra": session.extra}
+    return metadata if session.extra is None else metadata | {"extra": session.extra}

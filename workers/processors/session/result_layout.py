@@ -1,4 +1,4 @@
-"""session: where results are stored. Pure: names from outside become path parts that are safe on every file system."""
+"""Build result paths. Names from the client become path components that are safe on all file systems. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hashlib import sha256
 MAX_CHARACTERS = 80
 MAX_BYTES = 200
 
-# White space, separators, what Windows reserves, control and format characters (some turn the reading direction, which
-# disguises names), lone surrogates; a run of them with the dashes around it becomes one dash. Joiners stay.
+# White space, separators, characters reserved by Windows, control and format characters (some change the writing
+# direction and disguise names), lone surrogates. A run of them with adjacent dashes becomes one dash. Joiners stay.
 _BAD = r'\s/\\<>:"|?*\x00-\x1f\x7f-\x9f\ud800-\udfff'
 _BAD += r"\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890-\u0891\u08e2\u180e\u200b\u200e-\u200f\u202a-\u202e\u2060-\u2064"
 _BAD += r"\u2066-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U00013438\U0001bca0-\U0001bca3"
@@ -24,7 +24,7 @@ _EXTENSION = re.compile(r"\.[A-Za-z0-9]{1,10}$")
 
 @dataclass(frozen=True, slots=True)
 class ResultLayout:
-    """The paths of one job's results: the same on every attempt, and no other job's."""
+    """The result paths of one job. They are the same for every attempt and unique to the job."""
 
     folder: str
     markdown_path: str
@@ -34,39 +34,39 @@ class ResultLayout:
 
 
 def build_layout(*, event: str, track: str, session: str, filename: str, job_id: str) -> ResultLayout:
-    """`{event}/{track}/{session}-{mark of the job}/{filename}`.
+    """Return the paths `{event}/{track}/{session}-{job digest}/{filename}`.
 
-    The mark keeps apart what is named alike: two sample sessions share event, track and file name.
+    The digest separates sessions with the same event, track and file name.
     """
-    mark = sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()[-8:]
-    own = f"{_shortened(_safe(session), MAX_CHARACTERS - 9, MAX_BYTES - 9)}-{mark}"
-    folder = "/".join((sanitize_path_component(event), sanitize_path_component(track), own))
+    job_digest = sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()[-8:]
+    session_folder = f"{_truncate(_replace_unsafe(session), MAX_CHARACTERS - 9, MAX_BYTES - 9)}-{job_digest}"
+    folder = "/".join((sanitize_path_component(event), sanitize_path_component(track), session_folder))
     name = sanitize_path_component(filename)
     if name.casefold() == "assets" or name == "link":
-        name = f"{name}.md"  # a file beside the folder `assets` cannot have its name; `link` is reserved by the API
+        name = f"{name}.md"  # `assets` is a folder in the same place; the API reserves `link`
     return ResultLayout(folder=folder, markdown_path=f"{folder}/{name}")
 
 
 def sanitize_path_component(name: str) -> str:
-    """One part of a path, as close to `name` as is safe: at most 80 characters and 200 bytes of UTF-8.
+    """Return a safe path component similar to `name`, with at most 80 characters and 200 bytes of UTF-8.
 
-    Too long names end in a digest of the whole, so those that differ only at their end stay different.
+    A longer name is cut and gets a digest of the whole name, so that names with the same beginning stay different.
     """
-    return _shortened(_safe(name), MAX_CHARACTERS, MAX_BYTES)
+    return _truncate(_replace_unsafe(name), MAX_CHARACTERS, MAX_BYTES)
 
 
-def _safe(name: str) -> str:
+def _replace_unsafe(name: str) -> str:
     text = _UNSAFE.sub("-", _EDGES.sub("", unicodedata.normalize("NFC", name)))
     if not text:
         return "untitled"
     return f"_{text}" if _DEVICE.match(text) else text
 
 
-def _shortened(name: str, characters: int, size: int) -> str:
-    if len(name) <= characters and len(name.encode()) <= size:
+def _truncate(name: str, max_characters: int, max_bytes: int) -> str:
+    if len(name) <= max_characters and len(name.encode()) <= max_bytes:
         return name
-    found = _EXTENSION.search(name)
-    extension = found.group() if found else ""
+    match = _EXTENSION.search(name)
+    extension = match.group() if match else ""
     ending = f"-{sha256(name.encode()).hexdigest()[:8]}{extension}"
-    stem = name[: characters - len(ending)].encode()[: size - len(ending)].decode(errors="ignore")
+    stem = name[: max_characters - len(ending)].encode()[: max_bytes - len(ending)].decode(errors="ignore")
     return stem.rstrip("-.") + ending

@@ -1,7 +1,7 @@
-"""session: text from outside, made safe to stand in our Markdown. Pure.
+"""Make untrusted text safe to include in Markdown. Pure.
 
-Markdown may hold HTML, so a page that says `<script>` in its text would run it in a reader's browser, and a stray
-fence would swallow everything after it.
+Markdown may contain HTML, so `<script>` in the text of a page would run in the reader's browser. An unclosed code fence
+would include everything after it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from jobledger.ledger.net.url_policy import strip_userinfo
 
 _COMMONMARK = MarkdownIt("commonmark").enable("table")
-_SENTINEL = "\n\n## end of what came from outside\n"
+_SENTINEL = "\n\n## end of untrusted text\n"
 
 _IN_LINE = re.compile(r"[\\`*\[\]<>~|]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
 _TOKENS = re.compile(
@@ -27,31 +27,31 @@ _TOKENS = re.compile(
 
 
 def escape_text(text: str) -> str:
-    """One line of Markdown that reads exactly as `text`: no markup in it takes effect."""
+    """Return one line of Markdown that is displayed as `text`, without effect of any markup in it."""
     line = escape_inline_text(" ".join(text.split()))
-    if found := re.match(r"(\d{1,9})([.)])(?=\s|$)", line):
-        return f"{found.group(1)}\\{line[found.end(1) :]}"
+    if match := re.match(r"(\d{1,9})([.)])(?=\s|$)", line):
+        return f"{match.group(1)}\\{line[match.end(1) :]}"
     return f"\\{line}" if re.match(r"(#{1,6}|[+-])(\s|$)|[-=]{2,}", line) else line
 
 
 def escape_inline_text(text: str) -> str:
-    """A piece of a line that reads exactly as `text`, wherever but at the line's beginning."""
-    return _IN_LINE.sub(lambda found: f"\\{found.group()}", text)
+    """Return Markdown that is displayed as `text`, except at the start of a line."""
+    return _IN_LINE.sub(lambda match: f"\\{match.group()}", text)
 
 
 def escape_link_target(url: str) -> str:
-    """`url` as the target of a Markdown link, without user name and password."""
+    """Return `url` as the target of a Markdown link, without user name and password."""
     return re.sub(
         r"[\s\x00-\x20\x7f<>()\[\]\\`\"'|]",
-        lambda found: "".join(f"%{byte:02X}" for byte in found.group().encode()),
+        lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode()),
         strip_userinfo(url),
     )
 
 
 def sanitize_markdown(markdown: str) -> str:
-    """The same Markdown without raw HTML, images and links other than to the web, and closed in itself.
+    """Return the Markdown without raw HTML, images and links to anything but web pages and mailboxes.
 
-    Where that does not succeed, the text without its markup.
+    All blocks are closed. If this fails, return the text without its markup.
     """
     text = "\n".join(_sanitize_lines(markdown))
     if _is_safe(text):
@@ -63,14 +63,14 @@ def _sanitize_lines(markdown: str) -> list[str]:
     lines: list[str] = []
     fence = ""
     for line in markdown.splitlines():
-        mark = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
+        opening = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
         if fence:
             lines.append(line)
-            if mark and mark.group(1).startswith(fence) and not mark.group(2).strip():
+            if opening and opening.group(1).startswith(fence) and not opening.group(2).strip():
                 fence = ""
                 lines.append("")
-        elif mark and "`" not in mark.group(2):
-            fence = mark.group(1)
+        elif opening and "`" not in opening.group(2):
+            fence = opening.group(1)
             lines += ["", line]
         else:
             lines.append(_sanitize_line(line.rstrip()))
@@ -84,11 +84,11 @@ def _sanitize_line(line: str) -> str:
     return _TOKENS.sub(_escape_token, line)
 
 
-def _escape_token(found: re.Match[str]) -> str:
-    token = found.group()
-    if found.lastgroup in ("kept", "code") or found.group("code"):
+def _escape_token(match: re.Match[str]) -> str:
+    token = match.group()
+    if match.lastgroup in ("kept", "code") or match.group("code"):
         return token
-    if found.group("link"):
+    if match.group("link"):
         return "\\]"
     return "".join(f"\\{character}" for character in token)
 

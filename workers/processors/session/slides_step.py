@@ -1,4 +1,4 @@
-"""session: the step `slides`, 60 to 90 percent of the job. What cannot be had is a warning, never a failure."""
+"""The step `slides`: fetch and render the slides (progress 60 to 90 percent). Problems are only warnings."""
 
 from __future__ import annotations
 
@@ -31,132 +31,133 @@ from jobledger.workers.sandbox import runner
 
 MAX_TEXT_CHARACTERS = 500_000
 CANCELLATION_POLL_SECONDS = 0.5
-_MISSING = "LibreOffice, which could make one of it, is not installed"
+_NOT_INSTALLED = "LibreOffice, which could convert it, is not installed"
 
 
-def inputs(work: StepContext) -> dict[str, JSON]:
-    """Return all that the slides depend on: with the same inputs the step is not repeated."""
+def inputs(ctx: StepContext) -> dict[str, JSON]:
+    """Return the inputs of the step. The step is not repeated with the same inputs."""
     limits = {
         "slides_max_bytes",
         "slide_max_side_px",
         "thumbnail_max_side_px",
         "jpeg_quality",
-        "max_pages",
+        "max_pdf_pages",
         "max_image_pixels",
     }
     return {
-        "url": work.session.attachments_url,
-        "office": _can_convert(work),
-        **work.settings.model_dump(mode="json", include=limits),
+        "url": ctx.session.attachments_url,
+        "office": _can_convert(ctx),
+        **ctx.settings.model_dump(mode="json", include=limits),
     }
 
 
-def _can_convert(work: StepContext) -> bool:
-    """Return whether a presentation would be converted: not known before it is tried out, which only they are worth."""
-    if not is_installed(work.settings.libreoffice_command):
+def _can_convert(ctx: StepContext) -> bool:
+    """Return whether presentations are converted. Only for a presentation URL does this probe the sandbox."""
+    if not is_installed(ctx.settings.libreoffice_command):
         return False
-    url = work.session.attachments_url
+    url = ctx.session.attachments_url
     return url is None or not is_presentation_suffix(url_suffix(url)) or runner.is_available()
 
 
-async def run(work: StepContext) -> JSON:
-    """Fetch the attachment and store an image of each page."""
+async def run(ctx: StepContext) -> JSON:
+    """Fetch the attachment and save an image of each page."""
     slides: list[Slide] = []
     texts: list[SlideText] = []
-    if work.session.attachments_url is not None:
+    if ctx.session.attachments_url is not None:
         try:
-            async with asyncio.timeout(work.settings.slides_timeout_seconds):
-                await _show(work, work.session.attachments_url, slides, texts)
+            async with asyncio.timeout(ctx.settings.slides_timeout_seconds):
+                await _fetch_and_render(ctx, ctx.session.attachments_url, slides, texts)
         except Cancelled:
             raise
         except TimeoutError:
-            limit = f"{work.settings.slides_timeout_seconds:g} seconds"
-            done = f"only the first {len(slides)} are shown" if slides else "they are only linked"
-            await work.warn(f"The slides could not be worked through within {limit}: {done}.")
+            limit = f"{ctx.settings.slides_timeout_seconds:g} seconds"
+            consequence = f"Only the first {len(slides)} are shown" if slides else "They are only linked"
+            await ctx.warn(f"The slides were not processed within {limit}. {consequence}.")
         except ProcessorError as error:
-            await work.warn(f"The slides are only linked. {error.message}")
+            await ctx.warn(f"The slides are only linked. {error.message}")
         except UnreadablePdf as error:
-            await work.warn(f"The slides are only linked: the PDF {error}.")
+            await ctx.warn(f"The slides are only linked. The PDF {error}.")
         except ConversionFailed as error:
-            await work.warn(f"{_only(texts)}: it {str(error).rstrip('.')}.")
-    await work.job.report_progress(90, "The slides are done")
-    return SlidesResult(slides=slides, texts=[] if slides else texts, warnings=work.warnings).model_dump(mode="json")
+            await ctx.warn(f"{_describe_fallback(texts)}. It {str(error).rstrip('.')}.")
+    await ctx.job.report_progress(90, "Slides processed")
+    return SlidesResult(slides=slides, texts=[] if slides else texts, warnings=ctx.warnings).model_dump(mode="json")
 
 
-async def _show(work: StepContext, url: str, slides: list[Slide], texts: list[SlideText]) -> None:
+async def _fetch_and_render(ctx: StepContext, url: str, slides: list[Slide], texts: list[SlideText]) -> None:
     suffix = url_suffix(url)
     kind = describe_other_type(url)
-    convertible = is_presentation_suffix(suffix) and is_installed(work.settings.libreoffice_command)
+    convertible = is_presentation_suffix(suffix) and is_installed(ctx.settings.libreoffice_command)
     if kind and not convertible and suffix not in TEXT_SUFFIXES:
-        missing = f"; {_MISSING}" if is_presentation_suffix(suffix) else ""
-        await work.warn(f"The attachment is only linked: it is {kind}, and images can only be made of PDF{missing}.")
+        hint = f" {_NOT_INSTALLED}." if is_presentation_suffix(suffix) else ""
+        await ctx.warn(f"The attachment is only linked. It is {kind}, not a PDF.{hint}")
         return
-    attachment = work.job.scratch_dir / "attachment"
-    await work.job.report_progress(60, "Fetching the slides")
-    fetched = await work.fetcher.fetch(
+    attachment = ctx.job.scratch_dir / "attachment"
+    await ctx.job.report_progress(60, "Fetching the slides")
+    response = await ctx.fetcher.fetch(
         url,
-        max_bytes=work.settings.slides_max_bytes,
-        timeout_seconds=work.settings.slides_timeout_seconds * FETCH_TIMEOUT_FRACTION,
+        max_bytes=ctx.settings.slides_max_bytes,
+        timeout_seconds=ctx.settings.slides_timeout_seconds * FETCH_TIMEOUT_FRACTION,
         target=attachment,
-        on_progress=work.report_download_progress("Fetching the slides", 60, 70),
+        on_progress=ctx.report_download_progress("Fetching the slides", 60, 70),
     )
-    await work.log_fetch(fetched)
+    await ctx.log_fetch(response)
     if await asyncio.to_thread(is_pdf, attachment):
-        await _draw(work, attachment, slides)
+        await _render(ctx, attachment, slides)
         return
-    suffix = suffix if is_presentation_suffix(suffix) else MEDIA_TYPES.get(fetched.media_type, "")
+    suffix = suffix if is_presentation_suffix(suffix) else MEDIA_TYPES.get(response.media_type, "")
     if not await asyncio.to_thread(has_presentation_signature, attachment, suffix):
-        kind = fetched.media_type or "of unknown type"
-        await work.warn(f"The attachment is only linked: it is no PDF ({kind}), and images can only be made of PDF.")
+        media_type = response.media_type or "unknown type"
+        await ctx.warn(f"The attachment is only linked. It is not a PDF ({media_type}).")
         return
     texts += await asyncio.to_thread(extract_slide_texts, attachment)
-    if not is_installed(work.settings.libreoffice_command):
+    if not is_installed(ctx.settings.libreoffice_command):
         kind = describe_other_type(f"/x{suffix}") or "a presentation"
-        await work.warn(f"{_only(texts)}: it is {kind}, and images can only be made of PDF; {_MISSING}.")
+        await ctx.warn(f"{_describe_fallback(texts)}. It is {kind}, not a PDF. {_NOT_INSTALLED}.")
         return
-    await _draw(work, await _converted(work, attachment, suffix), slides)
+    await _render(ctx, await _convert(ctx, attachment, suffix), slides)
 
 
-def _only(texts: list[SlideText]) -> str:
-    """Return what the document has of slides without images."""
-    return "Only the words of the slides are shown" if texts else "The attachment is only linked"
+def _describe_fallback(texts: list[SlideText]) -> str:
+    """Return what the document shows instead of images."""
+    return "Only the text of the slides is shown" if texts else "The attachment is only linked"
 
 
-async def _converted(work: StepContext, attachment: Path, suffix: str) -> Path:
-    await work.job.report_progress(70, "Making a PDF of the slides")
-    scratch = work.job.scratch_dir / "office"
+async def _convert(ctx: StepContext, attachment: Path, suffix: str) -> Path:
+    await ctx.job.report_progress(70, "Converting the slides to PDF")
+    scratch = ctx.job.scratch_dir / "office"
     await asyncio.to_thread(scratch.mkdir)
-    converting = asyncio.create_task(
-        convert_to_pdf(attachment, suffix, program=work.settings.libreoffice_command or "", scratch=scratch)
+    conversion = asyncio.create_task(
+        convert_to_pdf(attachment, suffix, program=ctx.settings.libreoffice_command or "", scratch=scratch)
     )
     try:
-        while not (await asyncio.wait({converting}, timeout=CANCELLATION_POLL_SECONDS))[0]:
-            work.raise_if_cancelled()
-        return converting.result()
+        while not (await asyncio.wait({conversion}, timeout=CANCELLATION_POLL_SECONDS))[0]:
+            ctx.raise_if_cancelled()
+        return conversion.result()
     finally:
-        converting.cancel()
-        await asyncio.wait({converting})
+        conversion.cancel()
+        await asyncio.wait({conversion})
 
 
-async def _draw(work: StepContext, pdf: Path, slides: list[Slide]) -> None:
-    pages, remaining_text_characters = 0, MAX_TEXT_CHARACTERS
-    async with work.iterate_in_thread(render_pages(pdf, work.settings)) as drawn_pages:
-        async for drawn in drawn_pages:
-            pages = drawn.page_count
-            if drawn.problem:
-                await work.warn(f"Slide {drawn.page_number} is not shown: the page {drawn.problem}.")
+async def _render(ctx: StepContext, pdf: Path, slides: list[Slide]) -> None:
+    page_count, remaining_text_characters = 0, MAX_TEXT_CHARACTERS
+    async with ctx.iterate_in_thread(render_pages(pdf, ctx.settings)) as pages:
+        async for page in pages:
+            page_count = page.page_count
+            if page.problem:
+                await ctx.warn(f"Slide {page.page_number} is not shown. The page {page.problem}.")
             else:
-                slides.append(await _save(work, drawn, remaining_text_characters))
+                slides.append(await _save(ctx, page, remaining_text_characters))
                 remaining_text_characters -= len(slides[-1].text)
-            done = drawn.page_number / min(pages, work.settings.max_pdf_pages)
-            await work.job.report_progress(70 + 20 * done, f"Drawing slide {drawn.page_number} of {pages}")
-    if pages > work.settings.max_pdf_pages:
-        await work.warn(f"Only the first {work.settings.max_pdf_pages} of {pages} slides are shown.")
-    await work.job.log("info", f"Made images of {len(slides)} of {pages} pages")
+            fraction = page.page_number / min(page_count, ctx.settings.max_pdf_pages)
+            await ctx.job.report_progress(70 + 20 * fraction, f"Rendering slide {page.page_number} of {page_count}")
+    if page_count > ctx.settings.max_pdf_pages:
+        await ctx.warn(f"Only the first {ctx.settings.max_pdf_pages} of {page_count} slides are shown.")
+    await ctx.job.log("info", f"Rendered {len(slides)} of {page_count} pages")
 
 
-async def _save(work: StepContext, drawn: RenderedPage, text_left: int) -> Slide:
-    image, thumbnail = slide_file_names(drawn.page_number)
-    saved = await work.job.save(work.result_layout.asset_path(image), drawn.image, "image/jpeg")
-    small = await work.job.save(work.result_layout.asset_path(thumbnail), drawn.thumbnail, "image/jpeg")
-    return Slide(**saved.model_dump(), number=drawn.page_number, text=drawn.text[:text_left], thumbnail=small)
+async def _save(ctx: StepContext, page: RenderedPage, max_text_characters: int) -> Slide:
+    image_name, thumbnail_name = slide_file_names(page.page_number)
+    image = await ctx.job.save(ctx.result_layout.asset_path(image_name), page.image, "image/jpeg")
+    thumbnail = await ctx.job.save(ctx.result_layout.asset_path(thumbnail_name), page.thumbnail, "image/jpeg")
+    text = page.text[:max_text_characters]
+    return Slide(**image.model_dump(), number=page.page_number, text=text, thumbnail=thumbnail)

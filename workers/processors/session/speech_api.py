@@ -1,6 +1,6 @@
-"""session: speech to text by an OpenAI-compatible endpoint. Sound is cut where it is quiet, and sent in pieces.
+"""Transcribe audio with an OpenAI-compatible API. The audio is split at silence and sent in chunks.
 
-Only the pieces on their way are in memory, however long the recording is.
+Only the chunks that are being sent are in memory.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from jobledger.workers.processors.session.openai_api import OpenAiClient, OpenAi
 from jobledger.workers.processors.session.transcript import SAMPLE_RATE, Segment
 
 PROGRESS_INTERVAL_SECONDS: Final = 2.0
-_LOOK_BACK_SECONDS: Final = 10
-_QUIET_SAMPLES: Final = SAMPLE_RATE // 5
+_SPLIT_WINDOW_SECONDS: Final = 10
+_SILENCE_SAMPLES: Final = SAMPLE_RATE // 5
 _PERMANENT_STATUS_CODES: Final = frozenset({400, 401, 403, 404, 405, 413, 415, 422})
-"""What answers one piece so, answers all so."""
+"""Status codes that the API would return for all chunks."""
 
 
 @dataclass(frozen=True, slots=True)
 class AudioChunk:
-    """A piece of the recording, in seconds. `failed`: there is no text of it, and why. `waited`: nor is there yet."""
+    """A chunk of the recording. `error` says why it has no text. `waited_seconds` is set while it is pending."""
 
     start_seconds: float
     end_seconds: float
@@ -44,100 +44,105 @@ class _ResponseSegment(BaseModel):
     text: str
 
 
-class _Answer(BaseModel):
+class _TranscriptionResponse(BaseModel):
     text: str = ""
     segments: list[_ResponseSegment] = []
 
 
 def split_at_silence(audio: Path, chunk_seconds: float) -> Iterator[tuple[int, int]]:
-    """Yield where pieces of at most so many seconds begin and end, in samples; each end is at the quietest near by."""
+    """Yield start and end, in samples, of chunks of at most `chunk_seconds`. Chunks end at a quiet point."""
     with audio.open("rb") as file, closing(wave.open(file)) as sound:
-        begin, length, most = 0, sound.getnframes(), int(chunk_seconds * SAMPLE_RATE)
+        begin, length, chunk_length = 0, sound.getnframes(), int(chunk_seconds * SAMPLE_RATE)
         while begin < length:
-            end = min(begin + most, length)
+            end = min(begin + chunk_length, length)
             if end < length:
-                back = min(_LOOK_BACK_SECONDS * SAMPLE_RATE, most // 2)
-                sound.setpos(end - back)
-                end = end - back + _quietest(array("h", sound.readframes(back)))
+                window = min(_SPLIT_WINDOW_SECONDS * SAMPLE_RATE, chunk_length // 2)
+                sound.setpos(end - window)
+                end = end - window + _find_silence(array("h", sound.readframes(window)))
             yield begin, end
             begin = end
 
 
-def _quietest(samples: array[int]) -> int:
-    """Return the middle of the quietest fifth of a second; of several, the last."""
-    windows = range(0, max(1, len(samples) - _QUIET_SAMPLES + 1), _QUIET_SAMPLES)
-    loudness = [(sum(map(abs, samples[at : at + _QUIET_SAMPLES])), -at) for at in windows]
-    return min(-min(loudness)[1] + _QUIET_SAMPLES // 2, len(samples))
+def _find_silence(samples: array[int]) -> int:
+    """Return the middle of the quietest fifth of a second. If there are several, return the last."""
+    windows = range(0, max(1, len(samples) - _SILENCE_SAMPLES + 1), _SILENCE_SAMPLES)
+    loudness = [(sum(map(abs, samples[at : at + _SILENCE_SAMPLES])), -at) for at in windows]
+    return min(-min(loudness)[1] + _SILENCE_SAMPLES // 2, len(samples))
 
 
-def _piece(audio: Path, begin: int, end: int) -> io.BytesIO:
-    """Return a piece as a WAV file of its own."""
+def _read_chunk(audio: Path, begin: int, end: int) -> io.BytesIO:
+    """Return a chunk as a WAV file."""
     with audio.open("rb") as file, closing(wave.open(file)) as sound:
         sound.setpos(begin)
         samples = sound.readframes(end - begin)
-    written = io.BytesIO()
-    with wave.open(written, "wb") as piece:
-        piece.setnchannels(1)
-        piece.setsampwidth(2)
-        piece.setframerate(SAMPLE_RATE)
-        piece.writeframes(samples)
-    return written
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as chunk:
+        chunk.setnchannels(1)
+        chunk.setsampwidth(2)
+        chunk.setframerate(SAMPLE_RATE)
+        chunk.writeframes(samples)
+    return buffer
 
 
 async def transcribe(
     api: OpenAiClient, audio: Path, *, model: str, language: str, chunk_seconds: float, max_concurrent: int
 ) -> AsyncGenerator[AudioChunk, None]:
-    """Yield the pieces in their order, so many on their way at a time; while one is awaited, that, every two seconds.
+    """Transcribe the chunks of a recording and yield them in order.
+
+    At most `max_concurrent` requests run at a time. While the next chunk is pending, an empty chunk with
+    `waited_seconds` is yielded every two seconds.
 
     Raises:
-        ApiFailed: the endpoint refuses what would be the same with every piece.
+        OpenAiError: The API rejects a request in a way that applies to all chunks.
     """
-    places = split_at_silence(audio, chunk_seconds)
-    on_their_way: deque[tuple[float, float, asyncio.Task[list[Segment]]]] = deque()
-    heard = 0.0
+    bounds = split_at_silence(audio, chunk_seconds)
+    pending: deque[tuple[float, float, asyncio.Task[list[Segment]]]] = deque()
+    done_seconds = 0.0
     try:
         while True:
-            while len(on_their_way) < max_concurrent and (place := await asyncio.to_thread(next, places, None)):
-                begin, end = place
-                task = asyncio.create_task(_text_of(api, audio, begin, end, model=model, language=language))
-                on_their_way.append((begin / SAMPLE_RATE, end / SAMPLE_RATE, task))
-            if not on_their_way:
+            while len(pending) < max_concurrent and (chunk := await asyncio.to_thread(next, bounds, None)):
+                begin, end = chunk
+                task = asyncio.create_task(_transcribe_chunk(api, audio, begin, end, model=model, language=language))
+                pending.append((begin / SAMPLE_RATE, end / SAMPLE_RATE, task))
+            if not pending:
                 return
-            start, stop, task = on_their_way[0]
+            start, stop, task = pending[0]
             waited = 0.0
             while not (await asyncio.wait({task}, timeout=PROGRESS_INTERVAL_SECONDS))[0]:
                 waited += PROGRESS_INTERVAL_SECONDS
-                yield AudioChunk(heard, heard, waited_seconds=waited)
-            on_their_way.popleft()
-            heard = stop
+                yield AudioChunk(done_seconds, done_seconds, waited_seconds=waited)
+            pending.popleft()
+            done_seconds = stop
             try:
                 yield AudioChunk(start, stop, segments=task.result())
-            except OpenAiError as failed:
-                if failed.status in _PERMANENT_STATUS_CODES:
+            except OpenAiError as error:
+                if error.status in _PERMANENT_STATUS_CODES:
                     raise
-                yield AudioChunk(start, stop, error=str(failed))
+                yield AudioChunk(start, stop, error=str(error))
     finally:
-        for _, _, task in on_their_way:
+        for _, _, task in pending:
             task.cancel()
-        await asyncio.gather(*(task for _, _, task in on_their_way), return_exceptions=True)
+        await asyncio.gather(*(task for _, _, task in pending), return_exceptions=True)
 
 
-async def _text_of(api: OpenAiClient, audio: Path, begin: int, end: int, *, model: str, language: str) -> list[Segment]:
-    # Closed, its memory is free: the request that held it is part of a cycle, which may be collected much later.
-    with await asyncio.to_thread(_piece, audio, begin, end) as sound:
-        answer: Any = await api.post(
+async def _transcribe_chunk(
+    api: OpenAiClient, audio: Path, begin: int, end: int, *, model: str, language: str
+) -> list[Segment]:
+    # Close the buffer to free its memory. The request is part of a reference cycle that is collected much later.
+    with await asyncio.to_thread(_read_chunk, audio, begin, end) as sound:
+        response: Any = await api.post(
             "audio/transcriptions",
             data={"model": model, "language": language, "response_format": "verbose_json"},
             files={"file": ("audio.wav", sound, "audio/wav")},
         )
     try:
-        said = _Answer.model_validate(answer)
+        transcription = _TranscriptionResponse.model_validate(response)
     except ValidationError as error:
-        raise OpenAiError("its answer has not the form of the protocol") from error
+        raise OpenAiError("its response does not match the protocol") from error
     offset = begin / SAMPLE_RATE
-    found = said.segments or [_ResponseSegment(start=0.0, text=said.text)]
+    segments = transcription.segments or [_ResponseSegment(start=0.0, text=transcription.text)]
     return [
-        Segment(start_seconds=round(offset + max(0.0, it.start), 2), text=" ".join(it.text.split()))
-        for it in found
-        if it.text.strip()
+        Segment(start_seconds=round(offset + max(0.0, segment.start), 2), text=" ".join(segment.text.split()))
+        for segment in segments
+        if segment.text.strip()
     ]

@@ -1,4 +1,4 @@
-"""session: what every step has at hand, and how it tells what it is doing."""
+"""The context of one step: parameters, settings, fetcher, progress and warnings."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from jobledger.workers.processors.session.result_layout import ResultLayout
 from jobledger.workers.processors.session.settings import SessionSettings
 from jobledger.workers.processors.session.threaded_iteration import run_in_thread
 
-# A tenth of a step's time is left for what comes after the download, and a slow server is named as such.
+# The rest of a step's timeout is for the work after the download. A slow server is then reported as FETCH_TIMEOUT.
 FETCH_TIMEOUT_FRACTION = 0.9
 
 Item = TypeVar("Item")
 
 
 def json_digest(value: JSON) -> str:
-    """Return what tells one value from another."""
+    """Return the SHA-256 of the canonical JSON of `value`."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class Cancelled(ProcessorError):
-    """Somebody asked for the job to stop, and it did."""
+    """The job was cancelled by request."""
 
     def __init__(self) -> None:
         super().__init__("CANCELLED", "The job was cancelled while it ran.")
@@ -36,7 +36,7 @@ class Cancelled(ProcessorError):
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """One step of one attempt at one session. `warnings` collects what this step could not do."""
+    """One step of one attempt. `warnings` collects the warnings of this step."""
 
     job: JobContext
     session: SessionParameters
@@ -54,33 +54,33 @@ class StepContext:
             raise Cancelled
 
     def report_download_progress(self, message: str, start: float, end: float) -> ProgressCallback:
-        """Tell a download as the part of the job between `start` and `end` percent."""
+        """Return a callback that reports a download as progress from `start` to `end` percent."""
 
-        async def tell(received: int, total: int | None) -> None:
+        async def report(received: int, total: int | None) -> None:
             self.raise_if_cancelled()
-            share = min(1.0, received / total) if total else 0.5
+            fraction = min(1.0, received / total) if total else 0.5
             of_total = f" of {format_bytes(total)}" if total else ""
             await self.job.report_progress(
-                start + share * (end - start), f"{message}: {format_bytes(received)}{of_total}"
+                start + fraction * (end - start), f"{message}: {format_bytes(received)}{of_total}"
             )
 
-        return tell
+        return report
 
     async def log_fetch(self, fetched: FetchResult) -> None:
-        kind = fetched.media_type or "of no stated type"
+        media_type = fetched.media_type or "no content type"
         await self.job.log(
-            "info", f"Fetched {fetched.url} ({kind}): {format_bytes(fetched.size)} in {fetched.seconds:.1f} s"
+            "info", f"Fetched {fetched.url} ({media_type}): {format_bytes(fetched.size)} in {fetched.seconds:.1f} s"
         )
 
     @asynccontextmanager
     async def iterate_in_thread(self, items: Generator[Item, None, None]) -> AsyncIterator[AsyncGenerator[Item, None]]:
-        """What `items` yields, computed in a thread, with a look between the items whether to stop."""
+        """Yield the items of a generator that runs in a thread. Check for cancellation after each item."""
 
-        async def each() -> AsyncGenerator[Item, None]:
+        async def check_each() -> AsyncGenerator[Item, None]:
             async with aclosing(run_in_thread(items)) as computed:
                 async for item in computed:
                     self.raise_if_cancelled()
                     yield item
 
-        async with aclosing(each()) as stoppable:
-            yield stoppable
+        async with aclosing(check_each()) as checked:
+            yield checked

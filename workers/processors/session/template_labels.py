@@ -1,4 +1,4 @@
-"""session: the few words our template says itself, in the document's language where we know it, else in English."""
+"""Labels of the built-in template in English and German."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Final
 _ENGLISH: Final = {
     "slides": "Slides",
     "slide": "Slide",
-    "notes": "Notes",
+    "notes": "Speaker notes",
     "transcript": "Transcript",
     "links": "Links",
     "page": "Session page",
     "recording": "Recording",
     "attachments": "Slides and attachments",
-    "warnings": "What could not be done",
+    "warnings": "Warnings",
 }
 _GERMAN: Final = {
     "slides": "Folien",
     "slide": "Folie",
-    "notes": "Notizen",
-    "transcript": "Mitschrift",
+    "notes": "Sprechernotizen",
+    "transcript": "Transkript",
     "links": "Links",
-    "page": "Seite des Vortrags",
+    "page": "Vortragsseite",
     "recording": "Aufzeichnung",
     "attachments": "Folien und Anhänge",
-    "warnings": "Was nicht gelang",
+    "warnings": "Hinweise",
 }
 _BY_LANGUAGE: Final = {"de": _GERMAN}
 
 
 def load_labels(language: str) -> dict[str, str]:
-    """The words by their keys, for a language code such as `de-AT`."""
+    """Return the labels for a language code such as `de-AT`. The default is English."""
     return _BY_LANGUAGE.get(language.partition("-")[0].lower(), _ENGLISH)

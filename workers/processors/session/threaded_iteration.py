@@ -1,4 +1,4 @@
-"""session: long work in a thread, item by item, so that the job can tell its progress and stop in between."""
+"""Run a generator in a thread and yield its items, so that the job can report progress and stop between items."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _END: Final = object()
 
 
 async def run_in_thread(items: Generator[Item, None, None]) -> AsyncGenerator[Item, None]:
-    """Yield what `items` yields, each computed in one thread that belongs to this generator alone.
+    """Yield the items of `items`. One dedicated thread computes them.
 
-    Enter it with `contextlib.aclosing`. When the reader stops early (a timeout, a cancellation) the item under way is
-    finished and `items` then closed by that same thread: a PDF is never closed while it is being drawn.
+    Use with `contextlib.aclosing`. If the caller stops early (timeout, cancellation), the thread finishes the current
+    item and then closes `items`. A PDF is therefore never closed while it is rendered.
     """
     loop = asyncio.get_running_loop()
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="session")
     try:
         while (item := await loop.run_in_executor(thread, next, items, _END)) is not _END:
-            yield item  # type: ignore[misc]  # `next` answers an Item or _END, which mypy cannot tell apart
+            yield item  # type: ignore[misc]  # `next` returns an Item or _END
     finally:
         thread.submit(items.close)
         thread.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""session: a recording becomes audio (16 kHz, mono, 16 bit), and audio becomes text where a backend is configured."""
+"""Extract the audio of a recording (16 kHz, mono, 16 bit), and transcribe it locally."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pydantic import BaseModel, ConfigDict
 SAMPLE_RATE = 16_000
 PROGRESS_INTERVAL_SECONDS = 60.0
 
-# Only what is itself media. A playlist (HLS, concat, DASH) would make ffmpeg open other files and addresses.
+# Only formats that contain the media. A playlist (HLS, concat, DASH) would make FFmpeg open other files and URLs.
 _FORMATS = "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,ogg,wav,mp3,flac,aac,avi,mpegts,mpeg,flv,asf"
 
 
 class TranscriptUnavailable(Exception):
-    """Why there can be none, as a sentence: no media, no sound, no backend."""
+    """There is no transcript. The message is a sentence with the reason."""
 
 
 class Segment(BaseModel):
-    """What was said, and how many seconds after the beginning."""
+    """A passage of the transcript and its start time."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,7 +36,7 @@ class Segment(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ExtractionProgress:
-    """How far the recording has been read. `damage` is set at the end if not all of it could be."""
+    """How much of the recording was read. The last one has `damage` if a part could not be read."""
 
     seconds: float
     total_seconds: float | None
@@ -44,41 +44,41 @@ class ExtractionProgress:
 
 
 def reject_html_type(media_type: str) -> None:
-    """Refuse a page with a player on it before it is downloaded as if it were the recording.
+    """Reject a web page, such as one with a video player, before the download.
 
     Raises:
-        NoTranscript: it is a web page.
+        TranscriptUnavailable: The media type is HTML.
     """
     if media_type in ("text/html", "application/xhtml+xml"):
-        raise TranscriptUnavailable("The address of the recording leads to a web page, not to a media file.")
+        raise TranscriptUnavailable("The URL of the recording is a web page, not a media file.")
 
 
 def extract_audio(video: Path, audio: Path, *, max_seconds: float) -> Generator[ExtractionProgress, None, None]:
-    """Write the sound of `video` to the WAV file `audio`, telling every minute of it, and at the end.
+    """Write the audio of `video` to the WAV file `audio`. Yield the progress after each minute and at the end.
 
     Raises:
-        NoTranscript: it has no sound, or is nothing we can play.
+        TranscriptUnavailable: The file has no audio or cannot be decoded.
     """
     try:
         with av.open(
             video, metadata_errors="ignore", options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         ) as media:
             if not media.streams.audio:
-                raise TranscriptUnavailable("The recording has no sound.")
+                raise TranscriptUnavailable("The recording has no audio.")
             yield from _write_audio(media, audio, max_seconds)
     except av.error.FFmpegError as error:
-        raise TranscriptUnavailable("The recording is not a media file that can be read, or it is damaged.") from error
+        raise TranscriptUnavailable("The recording is damaged or not a supported media file.") from error
 
 
 def _write_audio(media: Any, audio: Path, max_seconds: float) -> Generator[ExtractionProgress, None, None]:
     expected = _expected_seconds(media)
     resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-    samples, told_at, bad_packets = 0, 0.0, 0
+    samples, reported_at, bad_packets = 0, 0.0, 0
     with wave.open(str(audio), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
-        for frame in _frames(media):
+        for frame in _decode_frames(media):
             if frame is None:
                 bad_packets += 1
                 continue
@@ -88,21 +88,21 @@ def _write_audio(media: Any, audio: Path, max_seconds: float) -> Generator[Extra
             seconds = samples / SAMPLE_RATE
             if seconds >= max_seconds:
                 break
-            if seconds - told_at >= PROGRESS_INTERVAL_SECONDS:
-                told_at = seconds
+            if seconds - reported_at >= PROGRESS_INTERVAL_SECONDS:
+                reported_at = seconds
                 yield ExtractionProgress(seconds, expected)
         for block in resampler.resample(None):
             file.writeframes(bytes(block.planes[0])[: block.samples * 2])
             samples += block.samples
     if not samples:
-        raise TranscriptUnavailable("The recording has a sound track, but nothing of it can be played.")
+        raise TranscriptUnavailable("The recording has an audio track, but it cannot be decoded.")
     yield ExtractionProgress(
-        samples / SAMPLE_RATE, expected, _damage(samples / SAMPLE_RATE, expected, max_seconds, bad_packets)
+        samples / SAMPLE_RATE, expected, _describe_damage(samples / SAMPLE_RATE, expected, max_seconds, bad_packets)
     )
 
 
-def _frames(media: Any) -> Generator[Any, None, None]:
-    """The audio frames; None for a piece that is damaged, after which the sound may well go on."""
+def _decode_frames(media: Any) -> Generator[Any, None, None]:
+    """Yield the audio frames, and None for a damaged packet. Later packets may be intact."""
     try:
         for packet in media.demux(media.streams.audio[0]):
             try:
@@ -120,45 +120,45 @@ def _expected_seconds(media: Any) -> float | None:
     return float(Fraction(media.duration, av.time_base)) if media.duration else None
 
 
-def _damage(seconds: float, expected: float | None, max_seconds: float, bad_packets: int) -> str | None:
+def _describe_damage(seconds: float, expected: float | None, max_seconds: float, bad_packets: int) -> str | None:
     if seconds >= max_seconds:
         return f"only the first {format_timecode(max_seconds)} were used"
     if expected and seconds < 0.95 * expected - 1:
-        return f"it breaks off after {format_timecode(seconds)} of {format_timecode(expected)}"
-    return "some of it is damaged" if bad_packets else None
+        return f"it ends after {format_timecode(seconds)} of {format_timecode(expected)}"
+    return "parts of it are damaged" if bad_packets else None
 
 
 def format_timecode(seconds: float) -> str:
-    """`75` as `1:15`, `3700` as `1:01:40`."""
+    """Return `75` as `1:15` and `3700` as `1:01:40`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def transcribe_locally(audio: Path, *, backend: Literal["pocketsphinx"]) -> Generator[Segment, None, None]:
-    """Yield what is said in the WAV file `audio`.
+    """Transcribe the WAV file `audio`.
 
     Raises:
-        NoTranscript: it is not installed.
+        TranscriptUnavailable: The backend is not installed.
     """
     try:
         sphinx = importlib.import_module(backend)
     except ImportError as error:
         raise TranscriptUnavailable(
-            f"The transcription backend {backend} is not installed (pip install {backend})."
+            f"The transcription backend {backend} is not installed. Install it with: pip install {backend}."
         ) from error
     decoder = sphinx.Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
     with audio.open("rb") as file, closing(wave.open(file)) as sound:
-        for spoken in sphinx.Segmenter(sample_rate=SAMPLE_RATE).segment(_Samples(sound)):
+        for speech in sphinx.Segmenter(sample_rate=SAMPLE_RATE).segment(_Samples(sound)):
             decoder.start_utt()
-            decoder.process_raw(spoken.pcm, full_utt=True)
+            decoder.process_raw(speech.pcm, full_utt=True)
             decoder.end_utt()
-            if (found := decoder.hyp()) and found.hypstr.strip():
-                yield Segment(start_seconds=round(spoken.start_time, 2), text=found.hypstr.strip())
+            if (hypothesis := decoder.hyp()) and hypothesis.hypstr.strip():
+                yield Segment(start_seconds=round(speech.start_time, 2), text=hypothesis.hypstr.strip())
 
 
 class _Samples:
-    """A WAV file as the stream of bytes that the segmenter reads; a second of silence ends what is said last."""
+    """The samples of a WAV file as a byte stream, followed by a second of silence to end the last segment."""
 
     def __init__(self, sound: wave.Wave_read) -> None:
         self._sound = sound
@@ -166,6 +166,6 @@ class _Samples:
 
     def read(self, size: int) -> bytes:
         samples = self._sound.readframes(size // 2)
-        added = min(size - len(samples), self._silence)
-        self._silence -= added
-        return samples + bytes(added)
+        padding = min(size - len(samples), self._silence)
+        self._silence -= padding
+        return samples + bytes(padding)

@@ -1,7 +1,7 @@
-"""session: ask yt-dlp where the recording of a page is. `video_sites.py` runs this in the sandbox.
+"""Find the media URL of a web page with yt-dlp. `video_sites` runs this script in the sandbox.
 
-Reads a JSON object from its argument (`path` of the installed packages, `url`, `options`), writes one to standard
-output: `media_url` or `error`. It imports the standard library only, and yt-dlp.
+The argument is a JSON object with `path` (of the installed packages), `url` and `options`. The script prints a JSON
+object with `media_url` or `error`. It imports only the standard library and yt-dlp.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 
 
 def main() -> None:
-    """Look for the recording, download nothing."""
-    asked = json.loads(sys.argv[1])
-    sys.path.append(asked["path"])
+    """Find the media URL without downloading the file."""
+    request = json.loads(sys.argv[1])
+    sys.path.append(request["path"])
     library: Any = importlib.import_module("yt_dlp")
-    options = {**asked["options"], "logger": _Silent()}
+    options = {**request["options"], "logger": _NullLogger()}
     try:
-        with library.YoutubeDL(options) as finder:
-            found = finder.extract_info(asked["url"], download=False) or {}
-        address = found.get("url") or next((entry.get("url") for entry in found.get("entries") or ()), None)
-        said = {"media_url": address if isinstance(address, str) else None}
-    except Exception as error:  # noqa: BLE001 - of a thousand extractors - each raises what it likes
-        said = {"error": str(error) or type(error).__name__}
-    print(json.dumps(said), flush=True)
+        with library.YoutubeDL(options) as downloader:
+            info = downloader.extract_info(request["url"], download=False) or {}
+        media_url = info.get("url") or next((entry.get("url") for entry in info.get("entries") or ()), None)
+        response = {"media_url": media_url if isinstance(media_url, str) else None}
+    except Exception as error:  # noqa: BLE001 - the extractors raise exceptions of any type
+        response = {"error": str(error) or type(error).__name__}
+    print(json.dumps(response), flush=True)
     os._exit(0)
 
 
-class _Silent:
-    """Messages of yt-dlp may hold addresses with secrets."""
+class _NullLogger:
+    """Discards the messages of yt-dlp, which may contain URLs with secrets."""
 
     def debug(self, message: str) -> None: ...
 
