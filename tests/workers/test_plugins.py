@@ -134,7 +134,7 @@ def test_up_with_bad_plugins_runs_the_other_job_types(tmp_path: Path, monkeypatc
                 assert job["error"]["code"] == "PROCESSOR_FAULT"
                 assert words in job["error"]["message"]
             assert client.get("/api/openapi.json").status_code == 200
-        assert "importing what processors name has failed" not in up.stderr, "bad ones are not loaded beforehand"
+        assert "preloading processor modules failed" not in up.stderr, "bad ones are not loaded beforehand"
         doctor = here.start("doctor").wait_for_exit()
         assert doctor.exit_code == 1
         assert "no licence file" in " ".join(doctor.out.split())
